@@ -1,0 +1,537 @@
+//! What can be said on the command line.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use envelog::{Durability, Position, segment::Compression};
+
+const EXAMPLES: &str = "\
+Examples:
+  envelog demo /var/log/syslog
+  envelog create shop/orders --encrypt-conf '{\"enable\": true, \"encrypt_type\": \"default\"}'
+  journalctl -f | envelog append shop/orders -
+  envelog read shop/orders --from 2026-01-31T00:00:00Z --format json | jq .contents
+  envelog verify --json
+
+Exit status:
+  0 done   1 other error   2 usage   3 key revoked   4 KMS unreachable
+  5 corruption, tampering or rollback found   6 configuration refused
+  7 store locked or missing, keyring missing or not the store's";
+
+/// Encrypted, append-only log storage.
+#[derive(Debug, Parser)]
+#[command(name = "envelog", version, about, after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What every command understands.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// The directory of the store
+    #[arg(long, global = true, env = "ENVELOG_STORE", value_name = "DIR", default_value = "./envelog-data",
+          value_hint = ValueHint::DirPath)]
+    pub(crate) store: PathBuf,
+    /// The service keyring [default: the store's path + ".keyring"]
+    #[arg(long, global = true, env = "ENVELOG_KEYRING", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) keyring: Option<PathBuf>,
+    /// The directory of the embedded KMS [default: the store's path + ".kms"]
+    #[arg(long, global = true, env = "ENVELOG_KMS_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) kms_dir: Option<PathBuf>,
+    /// A KMS, as local:DIR; may be given several times
+    #[arg(long, global = true, value_name = "URL")]
+    pub(crate) kms: Vec<String>,
+    /// Print results and errors as JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// How often the KMS is asked whether a key may still be used, such as 500ms, 30s, 5m [default: 30s]
+    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
+    pub(crate) revalidate_every: Option<Duration>,
+    /// How long the last good answer counts while the KMS cannot be reached [default: 5m]
+    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
+    pub(crate) outage_grace: Option<Duration>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show the whole story in one go, on the files given
+    ///
+    /// Makes a store with two Logstores: one under the service key with AES, one under a customer's key with SM4. Appends, reads
+    /// back and compares, searches the store for plaintext, verifies; disables the customer's key, and shows that everything
+    /// is refused while the other Logstore works; enables it, and reads again.
+    Demo(DemoArgs),
+    /// Create a Logstore, and the store and its keyring if there are none yet
+    #[command(after_help = "\
+Examples:
+  envelog create shop/orders --shards 4 --ttl 30
+  envelog create shop/orders --encrypt-conf '{\"enable\": true, \"encrypt_type\": \"sm4\"}'
+  envelog create shop/orders --encrypt-conf '{\"enable\": true, \"encrypt_type\": \"default\",
+    \"user_cmk_info\": {\"cmk_key_id\": \"key-…\", \"arn\": \"acs:ram::1:role/log\", \"region_id\": \"cn-hangzhou\"}}'")]
+    Create(CreateArgs),
+    /// Print the whole configuration of a Logstore as JSON
+    Get(NameArgs),
+    /// Replace the configuration of a Logstore by one that `get` printed and you changed
+    #[command(after_help = "\
+Example:
+  envelog get shop/orders | jq '.ttl_days = 7' | envelog update shop/orders --config -")]
+    Update(UpdateArgs),
+    /// List the Logstores
+    List,
+    /// Delete a Logstore and its data
+    Delete(ConfirmedArgs),
+    /// Append lines of files, or of standard input, one log a line
+    #[command(after_help = "\
+Examples:
+  envelog append shop/orders access.log error.log
+  tail -F app.log | envelog append shop/orders - --ack")]
+    Append(AppendArgs),
+    /// Read logs
+    #[command(after_help = "\
+In JSON, a value that is not UTF-8 appears as {\"base64\": \"…\"}, and a key that is not as \"base64:…\".
+
+Examples:
+  envelog read shop/orders > orders.log
+  envelog read shop/orders --shard 0 --from 17 --limit 10 --format json")]
+    Read(ReadArgs),
+    /// Print the last logs, and with -f what comes
+    Tail(TailArgs),
+    /// Show keys, leases, segments and sizes
+    Status(OptionalNameArgs),
+    /// Check every block of the store, or of one Logstore
+    Verify(VerifyArgs),
+    /// Write down how far every shard is, to verify against later
+    #[command(after_help = "\
+Keep the file away from the store: with it, `verify --against FILE` notices when the store was put back to an older state.")]
+    Checkpoint(OutArgs),
+    /// Show header, blocks and footer of one segment file, without any key
+    Inspect(InspectArgs),
+    /// Cut a shard with corruption below its durable mark down to what is sound
+    Repair(RepairArgs),
+    /// Rotate, re-wrap, replace, shred, back up and recover keys
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// The embedded KMS: a directory that plays the customer's KMS
+    #[command(subcommand)]
+    Kms(KmsCommand),
+    /// Measure this machine
+    Bench(BenchArgs),
+    /// Print the completions of a shell
+    #[command(after_help = "\
+Examples:
+  envelog completions bash > ~/.local/share/bash-completion/completions/envelog
+  envelog completions fish > ~/.config/fish/completions/envelog.fish")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Files of logs [default: some text that the program carries with it]
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Keep the store in this directory, which must be empty or absent [default: a temporary one]
+    #[arg(long, value_hint = ValueHint::DirPath)]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NameArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OptionalNameArgs {
+    /// The Logstore [default: all of them]
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfirmedArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// Yes, this cannot be undone
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// The Logstore: letters, digits, - and _ in both parts
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// How many shards
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) shards: u32,
+    /// Drop whole segments after so many days [default: keep them]
+    #[arg(long, value_name = "DAYS")]
+    pub(crate) ttl: Option<u32>,
+    /// Drop the oldest segments of a shard that holds more than so many bytes [default: no limit]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) retention_bytes: Option<u64>,
+    /// How blocks are compressed
+    #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
+    pub(crate) compression: CompressionArg,
+    /// Encryption, as JSON, or @FILE, or - for standard input
+    #[arg(long, value_name = "JSON")]
+    pub(crate) encrypt_conf: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct UpdateArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// The configuration, as JSON, or @FILE, or - for standard input
+    #[arg(long, value_name = "JSON")]
+    pub(crate) config: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AppendArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// Files, or - for standard input [default: -]
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Append to this shard [default: the next one for each group]
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: Option<u32>,
+    /// What must be true of a group before it counts as appended
+    #[arg(long, value_enum, default_value_t = DurabilityArg::Synced)]
+    pub(crate) durability: DurabilityArg,
+    /// Close a group when it would have more bytes than this; a longer line is a group of its own
+    #[arg(long, value_name = "N", default_value_t = 64 * 1024)]
+    pub(crate) group_bytes: u64,
+    /// Print, for each group that is appended, the number of its last line, counted from 1 over all input
+    #[arg(long)]
+    pub(crate) ack: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReadArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// Read this shard only [default: all, one after another]
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: Option<u32>,
+    /// Where to begin: begin, end, a sequence number, or a receive time as RFC 3339
+    #[arg(long, value_name = "POSITION", value_parser = position, default_value = "begin")]
+    pub(crate) from: Position,
+    /// Where to stop, not included
+    #[arg(long, value_name = "POSITION", value_parser = position)]
+    pub(crate) to: Option<Position>,
+    /// Print at most so many logs
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<u64>,
+    /// raw: each log's content and a newline; json: one object a log
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TailArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// How many logs
+    #[arg(short = 'n', long = "lines", value_name = "N", default_value_t = 10)]
+    pub(crate) lines: usize,
+    /// Wait for what comes; ends when the key is revoked
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// This shard only [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: Option<u32>,
+    /// raw: each log's content and a newline; json: one object a log
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// The Logstore [default: all of them]
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: Option<String>,
+    /// Check what can be checked without any key, so also while a key is revoked
+    #[arg(long)]
+    pub(crate) keyless: bool,
+    /// Compare with what `checkpoint` wrote down
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) against: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OutArgs {
+    /// The file to write; it must not exist
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A segment file
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RepairArgs {
+    /// The Logstore
+    #[arg(value_name = "PROJECT/LOGSTORE")]
+    pub(crate) name: String,
+    /// The shard
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: u32,
+    /// Yes, give up what is damaged
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Seal what comes from now on under a new data-key version
+    RotateData(NameArgs),
+    /// Wrap the data keys again, under the newest version of the service key or of the customer's key
+    Rewrap(OptionalNameArgs),
+    /// Make a new version of the service key; back the keyring up again afterwards
+    RotateService,
+    /// Print the audit log of keys
+    Audit,
+    /// Copy the service keyring to a file
+    Backup(OutArgs),
+    /// Recover a store whose keyring is lost, as far as customers' keys go
+    Recover {
+        /// Yes, the keyring is lost: make a new one
+        #[arg(long, required = true)]
+        without_keyring: bool,
+    },
+    /// Move a Logstore from one customer's key to another
+    #[command(after_help = "\
+Whoever held the old key and a copy of an old envelope can still read the old data.")]
+    ReplaceCmk {
+        /// The Logstore
+        #[arg(value_name = "PROJECT/LOGSTORE")]
+        name: String,
+        /// The encrypt_conf with the new user_cmk_info, as JSON, or @FILE, or - for standard input
+        #[arg(long, value_name = "JSON")]
+        encrypt_conf: String,
+        /// Go on with the same data key instead of a fresh one
+        #[arg(long)]
+        keep_data_key: bool,
+    },
+    /// Destroy old data-key versions, and with them what they sealed
+    Shred {
+        /// The Logstore
+        #[arg(value_name = "PROJECT/LOGSTORE")]
+        name: String,
+        /// The version; may be given several times
+        #[arg(long = "version", value_name = "N", required = true)]
+        versions: Vec<u32>,
+        /// Yes, this cannot be undone
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KmsCommand {
+    /// Create a key and print its id
+    CreateKey {
+        /// The region it belongs to, such as cn-hangzhou
+        #[arg(long, value_name = "REGION")]
+        region: String,
+        /// A role that may use it, such as acs:ram::13234:role/logsource; may be given several times
+        #[arg(long, value_name = "ARN")]
+        grant: Vec<String>,
+    },
+    /// List the keys
+    List,
+    /// Refuse all use of a key until it is enabled again
+    Disable(KeyArgs),
+    /// Allow the use of a key again
+    Enable(KeyArgs),
+    /// Add a version to a key; older versions still unwrap
+    Rotate(KeyArgs),
+    /// Delete a key on a day to come, and refuse its use until then
+    ScheduleDeletion {
+        #[command(flatten)]
+        key: KeyArgs,
+        /// In how many days
+        #[arg(long, value_name = "N", default_value_t = 7)]
+        days: u32,
+    },
+    /// Do not delete the key after all
+    CancelDeletion(KeyArgs),
+    /// Delete a key now: what was wrapped under it is lost
+    Delete {
+        #[command(flatten)]
+        key: KeyArgs,
+        /// Yes, this cannot be undone
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Let a role use a key
+    Grant(GrantArgs),
+    /// No longer let a role use a key
+    Ungrant(GrantArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeyArgs {
+    /// The key, as create-key printed it
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GrantArgs {
+    /// The key, as create-key printed it
+    #[arg(value_name = "KEY")]
+    pub(crate) key: String,
+    /// The role
+    #[arg(value_name = "ARN")]
+    pub(crate) arn: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Files of logs [default: made ones]
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Where to make the stores: on the disk to be measured [default: the directory for temporary files]
+    #[arg(long, value_hint = ValueHint::DirPath)]
+    pub(crate) dir: Option<PathBuf>,
+    /// How many seconds each row may take
+    #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = seconds)]
+    pub(crate) seconds: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CompressionArg {
+    Lz4,
+    Zstd,
+    None,
+}
+
+impl From<CompressionArg> for Compression {
+    fn from(arg: CompressionArg) -> Self {
+        match arg {
+            CompressionArg::Lz4 => Compression::Lz4,
+            CompressionArg::Zstd => Compression::Zstd,
+            CompressionArg::None => Compression::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DurabilityArg {
+    /// In memory of this process: lost when it is killed
+    Buffered,
+    /// Given to the system: survives a kill of the process, not a crash of the system
+    Written,
+    /// On the disk: survives a power cut
+    Synced,
+}
+
+impl From<DurabilityArg> for Durability {
+    fn from(arg: DurabilityArg) -> Self {
+        match arg {
+            DurabilityArg::Buffered => Durability::Buffered,
+            DurabilityArg::Written => Durability::Written,
+            DurabilityArg::Synced => Durability::Synced,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Raw,
+    Json,
+}
+
+impl Format {
+    /// What was asked for; `--json` alone means JSON too.
+    pub(crate) fn choose(asked: Option<Self>, json: bool) -> Self {
+        asked.unwrap_or(if json { Format::Json } else { Format::Raw })
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("it must be longer than nothing".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(format!("{error}; give a number and a unit, such as 500ms, 30s, 5m")),
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.05..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give a number of seconds from 0.05 to 3600".to_owned()),
+    }
+}
+
+fn position(text: &str) -> Result<Position, String> {
+    match text {
+        "begin" => return Ok(Position::Begin),
+        "end" => return Ok(Position::End),
+        _ => {}
+    }
+    if let Ok(seq) = text.parse() {
+        return Ok(Position::Seq(seq));
+    }
+    match text.parse::<jiff::Timestamp>() {
+        Ok(timestamp) => match u64::try_from(timestamp.as_microsecond()) {
+            Ok(us) => Ok(Position::Time(us)),
+            Err(_) => Err("a time before 1970".to_owned()),
+        },
+        Err(_) => Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn positions_are_words_numbers_and_times() {
+        assert!(matches!(position("begin"), Ok(Position::Begin)));
+        assert!(matches!(position("end"), Ok(Position::End)));
+        assert!(matches!(position("17"), Ok(Position::Seq(17))));
+        assert!(matches!(position("1970-01-01T00:00:01Z"), Ok(Position::Time(1_000_000))));
+        assert!(matches!(position("1970-01-01T01:00:01.5+01:00"), Ok(Position::Time(1_500_000))));
+        for bad in ["", "-1", "yesterday", "1969-12-31T23:59:59Z", "2026-01-31"] {
+            assert!(position(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit_and_a_value() {
+        assert_eq!(duration("500ms").unwrap(), Duration::from_millis(500));
+        assert_eq!(duration("5m").unwrap(), Duration::from_secs(300));
+        for bad in ["0s", "5", "five", ""] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

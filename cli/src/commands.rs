@@ -1,0 +1,49 @@
+//! The commands, one module each.
+
+mod append;
+mod bench;
+mod completions;
+mod demo;
+mod inspect;
+mod keys;
+mod kms;
+mod logstore;
+mod read;
+mod status;
+mod verify;
+
+use crate::{
+    args::{Cli, Command},
+    exit::{Failure, Result},
+    setup::Setup,
+};
+
+/// Does what the command line says.
+pub(crate) fn run(cli: Cli) -> Result {
+    let setup = Setup::new(cli.global)?;
+    match cli.command {
+        Command::Demo(args) => demo::run(&setup, &args),
+        Command::Create(args) => logstore::create(&setup, &args),
+        Command::Get(args) => logstore::get(&setup, &args),
+        Command::Update(args) => logstore::update(&setup, &args),
+        Command::List => logstore::list(&setup),
+        Command::Delete(args) => logstore::delete(&setup, &args),
+        Command::Append(args) => append::run(&setup, &args),
+        Command::Read(args) => read::read(&setup, &args),
+        Command::Tail(args) => read::tail(&setup, &args),
+        Command::Status(args) => status::run(&setup, &args),
+        Command::Verify(args) => verify::verify(&setup, &args),
+        Command::Checkpoint(args) => verify::checkpoint(&setup, &args),
+        Command::Inspect(args) => inspect::run(&setup, &args),
+        Command::Repair(args) => verify::repair(&setup, &args),
+        Command::Keys(command) => keys::run(&setup, command),
+        Command::Kms(command) => kms::run(&setup, command),
+        Command::Bench(args) => bench::run(&setup, &args),
+        Command::Completions { shell } => completions::run(shell),
+    }
+}
+
+/// What cannot be undone needs a yes on the command line.
+fn confirm(yes: bool, what: &str) -> Result {
+    if yes { Ok(()) } else { Err(Failure::usage(format!("{what} cannot be undone: add --yes if you mean it"))) }
+}

@@ -1,0 +1,193 @@
+//! `append`.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use envelog::{AppendOptions, Logstore, ShardChoice, Ticket, group::GROUP_BYTES_MAX};
+use serde_json::json;
+
+use crate::{
+    args::AppendArgs,
+    exit::{Failure, Result},
+    input::{self, Input, Inputs},
+    interrupt,
+    lines::{LineGroup, Lines},
+    output::{self, Progress},
+    setup::{Setup, check_access, name},
+};
+
+/// Lines wait no longer than this for others to share a group with, and nothing is left unlooked-at for longer.
+const LINGER: Duration = Duration::from_millis(100);
+/// How many groups may be on their way at once.
+const TICKETS_WAITING: usize = 1024;
+
+pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
+    let name = name(&args.name)?;
+    let group_bytes =
+        usize::try_from(args.group_bytes).ok().filter(|bytes| (1..=GROUP_BYTES_MAX).contains(bytes)).ok_or_else(
+            || Failure::usage(format!("--group-bytes is {}, it must be 1 to {GROUP_BYTES_MAX}", args.group_bytes)),
+        )?;
+    let inputs = input::open(&args.files)?;
+    let store = setup.open()?;
+    let logstore = store.logstore(&name)?;
+    interrupt::defer()?;
+    let options = AppendOptions {
+        shard: args.shard.map_or(ShardChoice::RoundRobin, ShardChoice::Shard),
+        durability: args.durability.into(),
+    };
+    let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
+    // Also after a failure: what was acknowledged is sealed, and the lock released.
+    let closed = store.close().map_err(Failure::from);
+    let summary = outcome.and_then(|summary| closed.map(|()| summary))?;
+    summary.print(setup.json, args.ack)?;
+    interrupt::check()
+}
+
+fn append(
+    logstore: &Logstore,
+    inputs: &Inputs,
+    options: &AppendOptions,
+    group_bytes: usize,
+    ack: bool,
+) -> Result<Summary> {
+    let (sender, receiver) = sync_channel(TICKETS_WAITING);
+    let failed = Arc::new(AtomicBool::new(false));
+    let settle = {
+        let failed = Arc::clone(&failed);
+        move || settle(&receiver, ack).inspect_err(|_| failed.store(true, Ordering::Relaxed))
+    };
+    let settling = thread::Builder::new()
+        .name("settle".to_owned())
+        .spawn(settle)
+        .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
+    let submitted = Feed { logstore, options, sender }.run(inputs, Lines::new(group_bytes), &failed);
+    // What was submitted comes before what was not, and so does its failure.
+    let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
+    settled.and_then(|summary| submitted.map(|()| summary))
+}
+
+/// Brings groups into the store. The sender is dropped with it, which lets the settling thread end.
+struct Feed<'a> {
+    logstore: &'a Logstore,
+    options: &'a AppendOptions,
+    sender: SyncSender<Pending>,
+}
+
+impl Feed<'_> {
+    fn run(self, inputs: &Inputs, mut lines: Lines, failed: &AtomicBool) -> Result {
+        let mut progress = Progress::bytes(inputs.total);
+        while !failed.load(Ordering::Relaxed) && !interrupt::asked() {
+            let mut full = Vec::new();
+            let patience = lines.waiting_since().map_or(LINGER, |since| LINGER.saturating_sub(since.elapsed()));
+            let taken = match inputs.receiver.recv_timeout(patience) {
+                Ok(Input::Begin(source)) => {
+                    lines.begin(&source);
+                    Ok(())
+                }
+                Ok(Input::Bytes(bytes)) => {
+                    progress.add(bytes.len() as u64);
+                    lines.push(&bytes, &mut full)
+                }
+                Ok(Input::End) => {
+                    lines.end(&mut full);
+                    Ok(())
+                }
+                Ok(Input::Failed(failure)) => Err(failure),
+                // An idle input must not hide that the key was revoked.
+                Err(RecvTimeoutError::Timeout) => check_access(self.logstore),
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            if taken.is_err() || lines.waiting_since().is_some_and(|since| since.elapsed() >= LINGER) {
+                full.extend(lines.cut());
+            }
+            full.into_iter().try_for_each(|group| self.submit(group))?;
+            taken?;
+        }
+        lines.cut().into_iter().try_for_each(|group| self.submit(group))
+    }
+
+    fn submit(&self, group: LineGroup) -> Result {
+        let ticket = self.logstore.submit(&group.group, self.options)?;
+        let pending = Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
+        // It is gone only after a failure, which it reports itself.
+        let _ = self.sender.send(pending);
+        Ok(())
+    }
+}
+
+/// A group on its way.
+struct Pending {
+    ticket: Ticket,
+    logs: u64,
+    bytes: u64,
+    last_line: u64,
+}
+
+/// Waits for the groups in order, and says so when one is done.
+fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
+    let mut summary = Summary::default();
+    for Pending { ticket, logs, bytes, last_line } in pending {
+        let appended = ticket.wait()?;
+        summary.groups += 1;
+        summary.logs += logs;
+        summary.bytes += bytes;
+        summary.shards.entry(appended.shard).or_insert((appended.seq, appended.seq)).1 = appended.seq;
+        if ack {
+            let mut out = io::stdout().lock();
+            writeln!(out, "{last_line}")
+                .and_then(|()| out.flush())
+                .map_err(|error| Failure::other(format!("cannot print an acknowledgement: {error}")))?;
+        }
+    }
+    Ok(summary)
+}
+
+/// What was appended.
+#[derive(Default)]
+struct Summary {
+    groups: u64,
+    logs: u64,
+    bytes: u64,
+    /// For each shard, the first and the last sequence number.
+    shards: BTreeMap<u32, (u64, u64)>,
+}
+
+impl Summary {
+    /// On standard output, unless the acknowledgements are there.
+    fn print(&self, json: bool, ack: bool) -> Result {
+        let text = if json {
+            let shards: Vec<_> = self
+                .shards
+                .iter()
+                .map(|(shard, (first, last))| json!({ "shard": shard, "first_seq": first, "last_seq": last }))
+                .collect();
+            json!({ "groups": self.groups, "logs": self.logs, "bytes": self.bytes, "shards": shards }).to_string()
+        } else {
+            let mut text = format!(
+                "appended {} groups, {} logs, {} ({} bytes)",
+                output::count(self.groups),
+                output::count(self.logs),
+                output::size(self.bytes),
+                self.bytes
+            );
+            for (shard, (first, last)) in &self.shards {
+                text += &format!("\nshard {shard}: first sequence {first}, last sequence {last}");
+            }
+            text
+        };
+        if ack {
+            eprintln!("{text}");
+            return Ok(());
+        }
+        output::line(text)
+    }
+}

@@ -1,0 +1,579 @@
+//! `bench`: the rates of this machine.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use envelog::{
+    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec, Payload, Position,
+    ReadOptions, Store, StoreBuilder,
+    crypto::{AwsLc, Cipher, CryptoProvider},
+    segment::Compression,
+};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::{
+    args::BenchArgs,
+    exit::{Failure, Result},
+    input, interrupt, lines,
+    output::{self, Progress},
+    setup::{Setup, builder},
+};
+
+const GROUP_BYTES: usize = 64 * 1024;
+/// Runs of each cell, the cells of a comparison taking turns. The median counts.
+const ROUNDS: usize = 5;
+/// A run appends no more than this, so that it does not fill the disk.
+const RUN_BYTES_MAX: u64 = 1 << 30;
+/// What a Logstore to be read holds.
+const READ_BYTES: u64 = 64 << 20;
+/// How many sealed segments the store has that is opened.
+const SEGMENTS: usize = 2000;
+
+pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
+    interrupt::defer()?;
+    let parent = args.dir.clone().unwrap_or_else(std::env::temp_dir);
+    let dir = tempfile::Builder::new()
+        .prefix("envelog-bench-")
+        .tempdir_in(&parent)
+        .map_err(|error| Failure::file("make a directory in", &parent, &error))?;
+    let bench = Bench {
+        dir: dir.path().to_owned(),
+        groups: groups(&args.files)?,
+        budget: Duration::from_secs_f64(args.seconds / ROUNDS as f64),
+    };
+    let rows = bench.rows()?;
+    if setup.json {
+        return output::json(&json!({ "rows": rows }));
+    }
+    print(&rows)
+}
+
+/// The lines of the files, or made ones, in groups of 64 KiB.
+fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
+    let mut groups = Vec::new();
+    if files.is_empty() {
+        groups.extend(lines::groups("made", made_lines(), GROUP_BYTES)?);
+    }
+    for path in files {
+        groups.extend(lines::groups(&input::base_name(path), input::read_file(path)?, GROUP_BYTES)?);
+    }
+    if groups.is_empty() {
+        return Err(Failure::other("there is nothing in these files to measure with"));
+    }
+    groups
+        .iter()
+        .map(|lines| {
+            let bytes = lines.group.encode_to_bytes();
+            Ok(Group { payload: Payload::encoded(bytes.clone())?, bytes })
+        })
+        .collect()
+}
+
+/// Some megabytes that look like the log of a web server, the same each time.
+fn made_lines() -> Bytes {
+    let mut state = 1_u64;
+    let mut random = move |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let mut text = String::new();
+    for second in 0..30_000 {
+        let (method, status) = [("GET", 200), ("GET", 200), ("POST", 201), ("GET", 404)][random(4) as usize];
+        let path = ["/", "/login", "/api/v1/orders", "/static/app.js", "/health"][random(5) as usize];
+        text += &format!(
+            "10.0.{}.{} - - [31/Jan/2026:{:02}:{:02}:{:02} +0000] \"{method} {path}?id={} HTTP/1.1\" {status} {}\n",
+            random(4),
+            random(250),
+            second / 3600,
+            second / 60 % 60,
+            second % 60,
+            random(1_000_000),
+            random(50_000),
+        );
+    }
+    text.into()
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Suite {
+    None,
+    Aes,
+    Sm4,
+}
+
+impl Suite {
+    const ALL: [Self; 3] = [Self::None, Self::Aes, Self::Sm4];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Aes => "aes",
+            Self::Sm4 => "sm4",
+        }
+    }
+
+    fn conf(self) -> Option<EncryptConf> {
+        match self {
+            Self::None => None,
+            Self::Aes => Some(EncryptConf::service_key(EncryptType::Default)),
+            Self::Sm4 => Some(EncryptConf::service_key(EncryptType::Sm4)),
+        }
+    }
+}
+
+/// One line of the result.
+#[derive(Clone, Serialize)]
+struct Row {
+    what: &'static str,
+    suite: &'static str,
+    compression: &'static str,
+    group_bytes: usize,
+    durability: Option<&'static str>,
+    callers: usize,
+    mb_per_s: Option<f64>,
+    /// To suite none with the same settings, round by round.
+    ratio: Option<f64>,
+    /// What opening took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ms: Option<f64>,
+}
+
+impl Row {
+    fn new(what: &'static str, suite: Suite) -> Self {
+        Self {
+            what,
+            suite: suite.name(),
+            compression: Compression::None.name(),
+            group_bytes: GROUP_BYTES,
+            durability: None,
+            callers: 1,
+            mb_per_s: None,
+            ratio: None,
+            ms: None,
+        }
+    }
+}
+
+/// A log group, encoded.
+struct Group {
+    payload: Payload,
+    bytes: Bytes,
+}
+
+/// How a Logstore is appended to.
+#[derive(Clone, Copy)]
+struct Appending {
+    compression: Compression,
+    durability: Durability,
+    callers: usize,
+}
+
+struct Bench {
+    dir: PathBuf,
+    groups: Vec<Group>,
+    /// How long one run may take.
+    budget: Duration,
+}
+
+impl Bench {
+    fn rows(&self) -> Result<Vec<Row>> {
+        let mut progress = Progress::steps(9);
+        let mut rows = Vec::new();
+        let (lz4, none) = (Compression::Lz4, Compression::None);
+        let (buffered, synced) = (Durability::Buffered, Durability::Synced);
+        for (compression, durability, callers) in
+            [(lz4, buffered, 1), (none, buffered, 1), (lz4, synced, 1), (lz4, synced, 4)]
+        {
+            rows.extend(self.appends(Appending { compression, durability, callers })?);
+            progress.add(1);
+        }
+        for compression in [lz4, none] {
+            rows.extend(self.reads(compression)?);
+            progress.add(1);
+        }
+        rows.extend(self.seals()?);
+        progress.add(1);
+        rows.extend(self.opens()?);
+        progress.add(1);
+        rows.push(self.open_store()?);
+        Ok(rows)
+    }
+
+    /// Appends without encryption, with AES and with SM4 in turn; unsynced and with compression, also a plain file.
+    fn appends(&self, how: Appending) -> Result<Vec<Row>> {
+        let store = self.store("append")?;
+        // What fits into the time without encryption is what every run appends, if it fits too.
+        let warm = self.append_run(&store, Suite::None, how, RUN_BYTES_MAX)?;
+        let bytes = warm.bytes.max(GROUP_BYTES as u64);
+        for suite in [Suite::Aes, Suite::Sm4] {
+            self.append_run(&store, suite, how, bytes / 8)?;
+        }
+        let with_plain = how.durability == Durability::Buffered && how.compression == Compression::Lz4;
+        let mut plain = Vec::new();
+        let mut rates = vec![Vec::new(); Suite::ALL.len()];
+        for _ in 0..ROUNDS {
+            if with_plain {
+                plain.push(self.plain_write_run(bytes)?.mb_per_s());
+            }
+            for (suite, rates) in Suite::ALL.into_iter().zip(&mut rates) {
+                rates.push(self.append_run(&store, suite, how, bytes)?.mb_per_s());
+            }
+        }
+        store.close()?;
+        self.clear("append")?;
+        let durability = match how.durability {
+            Durability::Synced => "synced",
+            _ => "buffered",
+        };
+        let row = |what, suite| Row {
+            compression: how.compression.name(),
+            durability: Some(durability),
+            callers: how.callers,
+            ..Row::new(what, suite)
+        };
+        let mut rows = Vec::new();
+        if with_plain {
+            let plain_row = Row { compression: Compression::None.name(), ..row("plain_write", Suite::None) };
+            rows.push(rated(plain_row, &plain, Some(&plain)));
+        }
+        for (suite, of_suite) in Suite::ALL.into_iter().zip(&rates) {
+            rows.push(rated(row("append", suite), of_suite, rates.first()));
+        }
+        Ok(rows)
+    }
+
+    /// A fresh Logstore, filled for the time of a run or with `bytes_max` bytes, then synced, then deleted.
+    fn append_run(&self, store: &Store, suite: Suite, how: Appending, bytes_max: u64) -> Result<Run> {
+        interrupt::check()?;
+        let name = LogstoreName::new("bench", "append")?;
+        let logstore = store.create_logstore(&name, spec(suite, how.compression))?;
+        let options = AppendOptions::durability(how.durability);
+        let share = bytes_max / how.callers as u64;
+        let started = Instant::now();
+        let bytes = if how.callers == 1 {
+            self.append_some(&logstore, &options, started, share, 0)?
+        } else {
+            thread::scope(|scope| {
+                let callers: Vec<_> = (0..how.callers)
+                    .map(|caller| {
+                        let (logstore, options) = (&logstore, &options);
+                        scope.spawn(move || self.append_some(logstore, options, started, share, caller))
+                    })
+                    .collect();
+                callers.into_iter().try_fold(0, |sum, caller| {
+                    caller
+                        .join()
+                        .unwrap_or_else(|_| Err(Failure::other("an appending thread failed")))
+                        .map(|bytes| sum + bytes)
+                })
+            })?
+        };
+        logstore.sync()?;
+        let run = Run { bytes, elapsed: started.elapsed() };
+        drop(logstore);
+        store.delete_logstore(&name)?;
+        Ok(run)
+    }
+
+    fn append_some(
+        &self,
+        logstore: &Logstore,
+        options: &AppendOptions,
+        started: Instant,
+        bytes_max: u64,
+        first: usize,
+    ) -> Result<u64> {
+        let mut bytes = 0;
+        for group in self.groups.iter().cycle().skip(first) {
+            logstore.append(group.payload.clone(), options)?;
+            bytes += group.bytes.len() as u64;
+            if bytes >= bytes_max || started.elapsed() >= self.budget {
+                break;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// The same bytes in a plain file: length, bytes, and one fdatasync at the end.
+    fn plain_write_run(&self, bytes_max: u64) -> Result<Run> {
+        interrupt::check()?;
+        let path = self.dir.join("plain");
+        let failed = |error: std::io::Error| Failure::file("write", &path, &error);
+        // As with the engine, what is written is in memory beforehand.
+        let prefixed: Vec<Vec<u8>> = self.groups.iter().map(length_prefixed).collect();
+        let started = Instant::now();
+        let mut file = File::create(&path).map_err(failed)?;
+        let mut bytes = 0;
+        for record in prefixed.iter().cycle() {
+            file.write_all(record).map_err(failed)?;
+            bytes += record.len() as u64;
+            if bytes >= bytes_max || started.elapsed() >= self.budget {
+                break;
+            }
+        }
+        file.sync_data().map_err(failed)?;
+        let run = Run { bytes, elapsed: started.elapsed() };
+        fs::remove_file(&path).map_err(failed)?;
+        Ok(run)
+    }
+
+    /// Reads sealed segments, from the page cache.
+    fn reads(&self, compression: Compression) -> Result<Vec<Row>> {
+        let store = self.store("read")?;
+        let options = AppendOptions::durability(Durability::Buffered);
+        let mut names = Vec::new();
+        for suite in Suite::ALL {
+            interrupt::check()?;
+            let name = LogstoreName::new("bench", suite.name())?;
+            let logstore = store.create_logstore(&name, spec(suite, compression))?;
+            let mut bytes = 0;
+            for group in self.groups.iter().cycle() {
+                logstore.append(group.payload.clone(), &options)?;
+                bytes += group.bytes.len() as u64;
+                if bytes >= READ_BYTES {
+                    break;
+                }
+            }
+            logstore.sync()?;
+            names.push(name);
+        }
+        store.close()?;
+
+        let store = self.builder("read").open_read_only()?;
+        let logstores = names.iter().map(|name| Ok(store.logstore(name)?)).collect::<Result<Vec<_>>>()?;
+        for logstore in &logstores {
+            self.read_run(logstore)?;
+        }
+        let mut rates = vec![Vec::new(); Suite::ALL.len()];
+        for _ in 0..ROUNDS {
+            for (logstore, rates) in logstores.iter().zip(&mut rates) {
+                rates.push(self.read_run(logstore)?.mb_per_s());
+            }
+        }
+        drop(logstores);
+        store.close()?;
+        self.clear("read")?;
+        Ok(Suite::ALL
+            .into_iter()
+            .zip(&rates)
+            .map(|(suite, of_suite)| {
+                rated(Row { compression: compression.name(), ..Row::new("read", suite) }, of_suite, rates.first())
+            })
+            .collect())
+    }
+
+    fn read_run(&self, logstore: &Logstore) -> Result<Run> {
+        interrupt::check()?;
+        let started = Instant::now();
+        let mut bytes = 0;
+        while started.elapsed() < self.budget {
+            let mut reader = logstore.read(0, &ReadOptions::default())?;
+            while let Some(block) = reader.next_block()? {
+                bytes += block.list.len() as u64;
+                if started.elapsed() >= self.budget {
+                    break;
+                }
+            }
+        }
+        Ok(Run { bytes, elapsed: started.elapsed() })
+    }
+
+    /// Sealing alone, without anything around it.
+    fn seals(&self) -> Result<Vec<Row>> {
+        self.cipher_rows("seal", |cipher| {
+            let key = AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)?;
+            let mut block = vec![0; GROUP_BYTES];
+            Ok(Box::new(move |nonce| key.seal(nonce, &[], &mut block).map(drop).map_err(crypto_failure)))
+        })
+    }
+
+    /// Opening alone.
+    fn opens(&self) -> Result<Vec<Row>> {
+        self.cipher_rows("open", |cipher| {
+            let key = AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)?;
+            let mut sealed = vec![0; GROUP_BYTES];
+            let sealed_with = [0; 12];
+            let tag = key.seal(&sealed_with, &[], &mut sealed).map_err(crypto_failure)?;
+            let mut out = vec![0; GROUP_BYTES];
+            Ok(Box::new(move |_| key.open(&sealed_with, &[], &sealed, &tag, &mut out).map_err(crypto_failure)))
+        })
+    }
+
+    fn cipher_rows(&self, what: &'static str, make: impl Fn(Cipher) -> Result<Work>) -> Result<Vec<Row>> {
+        let ciphers = [(Suite::Aes, Cipher::Aes256Gcm), (Suite::Sm4, Cipher::Sm4Gcm)];
+        let mut works = ciphers.into_iter().map(|(_, cipher)| make(cipher)).collect::<Result<Vec<_>>>()?;
+        let mut rates = vec![Vec::new(); ciphers.len()];
+        for round in 0..=ROUNDS {
+            for (work, rates) in works.iter_mut().zip(&mut rates) {
+                interrupt::check()?;
+                let rate = self.work_run(work)?.mb_per_s();
+                // The first round only warms up.
+                if round > 0 {
+                    rates.push(rate);
+                }
+            }
+        }
+        Ok(ciphers
+            .into_iter()
+            .zip(&rates)
+            .map(|((suite, _), rates)| rated(Row::new(what, suite), rates, None))
+            .collect())
+    }
+
+    fn work_run(&self, work: &mut Work) -> Result<Run> {
+        let started = Instant::now();
+        let mut blocks = 0_u64;
+        while started.elapsed() < self.budget {
+            let mut nonce = [0; 12];
+            nonce[..8].copy_from_slice(&blocks.to_le_bytes());
+            work(&nonce)?;
+            blocks += 1;
+        }
+        Ok(Run { bytes: blocks * GROUP_BYTES as u64, elapsed: started.elapsed() })
+    }
+
+    /// Opening a store with many sealed segments, up to the point where the shard knows where it ends.
+    fn open_store(&self) -> Result<Row> {
+        let name = LogstoreName::new("bench", "segments")?;
+        let store = self.store("segments")?;
+        let logstore = store.create_logstore(&name, spec(Suite::Aes, Compression::None))?;
+        let written = AppendOptions::durability(Durability::Written);
+        for _ in 0..SEGMENTS {
+            interrupt::check()?;
+            logstore.append(Payload::opaque("a segment of its own")?, &written)?;
+            logstore.roll()?;
+        }
+        drop(logstore);
+        store.close()?;
+
+        let mut times = Vec::new();
+        for round in 0..=ROUNDS {
+            let builder = self.builder("segments");
+            let started = Instant::now();
+            let store = builder.open()?;
+            store.logstore(&name)?.read(0, &ReadOptions::from(Position::End))?;
+            if round > 0 {
+                times.push(started.elapsed().as_secs_f64() * 1e3);
+            }
+            store.close()?;
+        }
+        self.clear("segments")?;
+        Ok(Row { ms: Some(rounded(median(&times), 100.0)), ..Row::new("open_store", Suite::Aes) })
+    }
+
+    fn builder(&self, name: &str) -> StoreBuilder {
+        builder(&self.dir.join(name), &self.dir.join(format!("{name}.keyring")))
+    }
+
+    fn store(&self, name: &str) -> Result<Store> {
+        Ok(self.builder(name).create()?)
+    }
+
+    /// Gives the space of a store back.
+    fn clear(&self, name: &str) -> Result {
+        let remove =
+            |path: &Path, removed: std::io::Result<()>| removed.map_err(|error| Failure::file("remove", path, &error));
+        let store = self.dir.join(name);
+        remove(&store, fs::remove_dir_all(&store))?;
+        let keyring = self.dir.join(format!("{name}.keyring"));
+        remove(&keyring, fs::remove_file(&keyring))
+    }
+}
+
+/// Something to do over and over, given a nonce.
+type Work = Box<dyn FnMut(&[u8; 12]) -> Result>;
+
+struct Run {
+    bytes: u64,
+    elapsed: Duration,
+}
+
+impl Run {
+    fn mb_per_s(&self) -> f64 {
+        output::mb_per_s(self.bytes, self.elapsed)
+    }
+}
+
+fn spec(suite: Suite, compression: Compression) -> LogstoreSpec {
+    LogstoreSpec { compression, encrypt_conf: suite.conf(), ..LogstoreSpec::default() }
+}
+
+fn length_prefixed(group: &Group) -> Vec<u8> {
+    [&(group.bytes.len() as u32).to_le_bytes(), &group.bytes[..]].concat()
+}
+
+fn crypto_failure(error: envelog::crypto::CryptoError) -> Failure {
+    envelog::Error::Crypto(error).into()
+}
+
+/// The row with the median rate, and the median of the ratios to what took its turn in the same round.
+fn rated(row: Row, rates: &[f64], base: Option<&Vec<f64>>) -> Row {
+    let ratio = base.map(|base| {
+        let ratios: Vec<f64> = rates.iter().zip(base).map(|(rate, base)| rate / base).collect();
+        rounded(median(&ratios), 1000.0)
+    });
+    Row { mb_per_s: Some(rounded(median(rates), 10.0)), ratio, ..row }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn rounded(value: f64, steps: f64) -> f64 {
+    (value * steps).round() / steps
+}
+
+fn print(rows: &[Row]) -> Result {
+    let mut table = output::table(
+        &["what", "suite", "compression", "group", "durability", "callers", "MB/s", "ratio to none"],
+        &[3, 5, 6, 7],
+    );
+    for row in rows {
+        let rate = match (row.mb_per_s, row.ms) {
+            (Some(rate), _) => format!("{rate:.0}"),
+            (None, Some(ms)) => format!("{ms:.2} ms"),
+            (None, None) => String::new(),
+        };
+        table.add_row([
+            row.what.to_owned(),
+            row.suite.to_owned(),
+            row.compression.to_owned(),
+            output::size(row.group_bytes as u64),
+            row.durability.unwrap_or("-").to_owned(),
+            row.callers.to_string(),
+            rate,
+            row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
+        ]);
+    }
+    output::line(table)?;
+    output::line(format_args!(
+        "Medians of {ROUNDS} interleaved runs. Buffered appends and plain_write end with one sync; open_store opens {SEGMENTS} \
+         sealed segments."
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ratio_is_the_median_of_the_pairs() {
+        let row = rated(Row::new("append", Suite::Aes), &[90.0, 300.0, 10.0], Some(&vec![100.0, 300.0, 100.0]));
+        assert_eq!((row.mb_per_s, row.ratio), (Some(90.0), Some(0.9)));
+    }
+
+    #[test]
+    fn made_lines_are_the_same_each_time() {
+        assert_eq!(made_lines(), made_lines());
+        assert!(made_lines().len() > 2_000_000);
+    }
+}

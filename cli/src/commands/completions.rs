@@ -1,0 +1,18 @@
+//! `completions`.
+
+use std::io::{self, Write};
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+
+use crate::{
+    args::Cli,
+    exit::{Failure, Result},
+};
+
+pub(crate) fn run(shell: Shell) -> Result {
+    // Generated into memory first: the generator would panic on a broken pipe.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "envelog", &mut script);
+    io::stdout().write_all(&script).map_err(|error| Failure::output(&error))
+}

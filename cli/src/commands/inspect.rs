@@ -1,0 +1,286 @@
+//! `inspect`: one segment, without any key.
+
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+
+use envelog::segment::{BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader};
+use serde_json::{Value, json};
+
+use crate::{
+    args::InspectArgs,
+    exit::{Failure, Result, Status},
+    output,
+    setup::Setup,
+};
+
+/// No header is longer: 256 bytes, 64 KiB of extensions, commitment and CRC.
+const HEADER_BYTES_MAX: u64 = 256 + (64 << 10) + 36;
+const FOOTER_MAGIC: &[u8] = b"EFTR";
+/// The bytes of a CRC32, with which a block ends.
+const CRC_LEN: usize = 4;
+
+pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
+    let path = &args.file;
+    let file = File::open(path).map_err(|error| Failure::file("open", path, &error))?;
+    let len = file.metadata().map_err(|error| Failure::file("read", path, &error))?.len();
+    let segment = Segment { file, path, len };
+    let decoded = SegmentHeader::decode(&segment.read(0, len.min(HEADER_BYTES_MAX))?)
+        .map_err(|error| segment.damaged(0, "header", &error))?;
+
+    let mut at = decoded.body_start;
+    let mut blocks = Vec::new();
+    let end = loop {
+        match segment.part(at)? {
+            Part::Block(header) => {
+                blocks.push((at, header));
+                at += header.block_len();
+            }
+            end => break end,
+        }
+    };
+    let footer = match &end {
+        Part::Footer(footer) => Some(footer.as_ref()),
+        _ => None,
+    };
+    if setup.json {
+        output::json(&json!({
+            "file": path,
+            "bytes": len,
+            "header": header_json(&decoded),
+            "blocks": blocks.iter().map(|(at, block)| block_json(*at, block)).collect::<Vec<_>>(),
+            "footer": footer.map(footer_json),
+        }))?;
+    } else {
+        print(&segment, &decoded, &blocks, footer)?;
+    }
+    match end {
+        Part::Damage(what) => Err(segment.damaged(at, "block", &what)),
+        _ => Ok(()),
+    }
+}
+
+struct Segment<'a> {
+    file: File,
+    path: &'a Path,
+    len: u64,
+}
+
+/// What begins at an offset.
+enum Part {
+    Block(BlockHeader),
+    Footer(Box<Footer>),
+    /// The end of a segment that has not been sealed.
+    End,
+    Damage(String),
+}
+
+impl Segment<'_> {
+    fn part(&self, at: u64) -> Result<Part> {
+        let head = self.read(at, (self.len - at).min(BlockHeader::LEN as u64))?;
+        if head.is_empty() {
+            return Ok(Part::End);
+        }
+        if head.starts_with(FOOTER_MAGIC) {
+            return Ok(match Footer::decode(&self.read(at, self.len - at)?) {
+                Ok(decoded) => Part::Footer(Box::new(decoded.footer)),
+                Err(error) => Part::Damage(format!("footer: {error}")),
+            });
+        }
+        let header = match BlockHeader::decode(&head) {
+            Ok(header) => header,
+            Err(error) => return Ok(Part::Damage(error.to_string())),
+        };
+        if header.block_len() > self.len - at {
+            return Ok(Part::Damage("the file ends inside it".to_owned()));
+        }
+        let block = self.read(at, header.block_len())?;
+        let crc_holds = block
+            .split_last_chunk::<CRC_LEN>()
+            .is_some_and(|(covered, crc)| crc32fast::hash(covered) == u32::from_le_bytes(*crc));
+        Ok(if crc_holds { Part::Block(header) } else { Part::Damage("the CRC32 does not hold".to_owned()) })
+    }
+
+    fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
+        let len = usize::try_from(len).map_err(|_| Failure::other("the file is too large for this machine"))?;
+        let mut bytes = vec![0; len];
+        match self.file.read_exact_at(&mut bytes, at) {
+            Ok(()) => Ok(bytes),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(Failure::other(format!("{} became shorter while it was read", self.path.display())))
+            }
+            Err(error) => Err(Failure::file("read", self.path, &error)),
+        }
+    }
+
+    fn damaged(&self, at: u64, what: &str, why: &dyn std::fmt::Display) -> Failure {
+        let message = format!("{}: the {what} at byte {at} is damaged, or not there yet: {why}", self.path.display());
+        Failure::new(Status::Integrity, "corrupt", message)
+    }
+}
+
+fn print(
+    segment: &Segment<'_>,
+    decoded: &DecodedHeader,
+    blocks: &[(u64, BlockHeader)],
+    footer: Option<&Footer>,
+) -> Result {
+    let header = &decoded.header;
+    let mut table = output::table(&["header", ""], &[]);
+    table
+        .add_row(["file", &segment.path.display().to_string()])
+        .add_row(["bytes", &segment.len.to_string()])
+        .add_row(["suite", header.suite.name()])
+        .add_row(["store", &header.store.to_string()])
+        .add_row(["Logstore", &header.logstore.to_string()])
+        .add_row(["segment", &header.segment.to_string()])
+        .add_row(["shard", &header.shard.to_string()])
+        .add_row(["ordinal", &header.ordinal.to_string()])
+        .add_row(["generation", &header.generation.to_string()])
+        .add_row(["sequence numbers", &format!("{} to {}, not included", header.first_seq, header.limit_seq)])
+        .add_row(["created", &output::moment(header.created_us)])
+        .add_row(["key", &key_source(header.key_source)])
+        .add_row(["salt", &hex(&header.salt)])
+        .add_row(["commitment", &hex(&decoded.commitment)])
+        .add_row(["predecessor", &predecessor(&header.predecessor)])
+        .add_row(["extensions", &header.extensions.len().to_string()]);
+    output::line(table)?;
+
+    let mut table = output::table(
+        &[
+            "block",
+            "offset",
+            "kind",
+            "compression",
+            "stored",
+            "raw",
+            "groups",
+            "logs",
+            "first seq",
+            "received",
+            "durable to",
+        ],
+        &[0, 1, 4, 5, 6, 7, 8, 10],
+    );
+    for (at, block) in blocks {
+        table.add_row([
+            block.number.to_string(),
+            at.to_string(),
+            kind(block.kind).to_owned(),
+            block.compression.to_string(),
+            block.payload_len.to_string(),
+            block.raw_len.to_string(),
+            block.group_count.to_string(),
+            block.log_count.to_string(),
+            block.first_seq.to_string(),
+            output::moment(block.first_time_us),
+            block.durable_mark.to_string(),
+        ]);
+    }
+    output::line(table)?;
+
+    let Some(footer) = footer else { return output::line("no footer: the segment has not been sealed") };
+    let mut table = output::table(&["footer", ""], &[]);
+    table
+        .add_row(["offset", &footer.offset.to_string()])
+        .add_row(["blocks", &footer.block_count.to_string()])
+        .add_row(["groups", &footer.group_count.to_string()])
+        .add_row(["logs", &footer.log_count.to_string()])
+        .add_row(["raw bytes", &footer.raw_bytes.to_string()])
+        .add_row(["end of sequence", &footer.end_seq.to_string()])
+        .add_row(["received from", &output::moment(footer.first_time_us)])
+        .add_row(["received to", &output::moment(footer.last_time_us)])
+        .add_row(["rewritten by recovery", if footer.recovered { "yes" } else { "no" }])
+        .add_row(["digest", &hex(&footer.digest)])
+        .add_row(["index entries", &footer.index.len().to_string()]);
+    output::line(table)
+}
+
+fn header_json(decoded: &DecodedHeader) -> Value {
+    let header = &decoded.header;
+    json!({
+        "suite": header.suite.name(),
+        "store": header.store,
+        "logstore": header.logstore,
+        "segment": header.segment,
+        "shard": header.shard,
+        "ordinal": header.ordinal,
+        "generation": header.generation,
+        "first_seq": header.first_seq,
+        "limit_seq": header.limit_seq,
+        "created": output::moment(header.created_us),
+        "key": key_source(header.key_source),
+        "salt": hex(&header.salt),
+        "commitment": hex(&decoded.commitment),
+        "predecessor": predecessor(&header.predecessor),
+        "extensions": header.extensions.iter().map(|extension| extension.kind).collect::<Vec<_>>(),
+        "body_start": decoded.body_start,
+    })
+}
+
+fn block_json(at: u64, block: &BlockHeader) -> Value {
+    json!({
+        "number": block.number,
+        "offset": at,
+        "kind": kind(block.kind),
+        "compression": block.compression,
+        "payload_bytes": block.payload_len,
+        "raw_bytes": block.raw_len,
+        "groups": block.group_count,
+        "logs": block.log_count,
+        "first_seq": block.first_seq,
+        "first_receive_time": output::moment(block.first_time_us),
+        "last_receive_time": output::moment(block.last_time_us),
+        "durable_mark": block.durable_mark,
+    })
+}
+
+fn footer_json(footer: &Footer) -> Value {
+    json!({
+        "offset": footer.offset,
+        "blocks": footer.block_count,
+        "groups": footer.group_count,
+        "logs": footer.log_count,
+        "raw_bytes": footer.raw_bytes,
+        "end_seq": footer.end_seq,
+        "first_receive_time": output::moment(footer.first_time_us),
+        "last_receive_time": output::moment(footer.last_time_us),
+        "recovered": footer.recovered,
+        "digest": hex(&footer.digest),
+        "index_entries": footer.index.len(),
+    })
+}
+
+fn kind(kind: BlockKind) -> &'static str {
+    match kind {
+        BlockKind::Groups => "groups",
+        BlockKind::Opaque => "opaque",
+        BlockKind::Mark => "mark",
+    }
+}
+
+fn key_source(source: KeySource) -> String {
+    match source {
+        KeySource::DataKey(version) => format!("data key, version {version}"),
+        KeySource::Keyring(version) => format!("service keyring, version {version}"),
+    }
+}
+
+fn predecessor(predecessor: &Predecessor) -> String {
+    let (how, end) = match predecessor {
+        Predecessor::None => return "none".to_owned(),
+        Predecessor::Sealed(end) => ("sealed", end),
+        Predecessor::Cut(end) => ("cut off by a crash", end),
+    };
+    format!(
+        "{how}: ordinal {}, segment {}, {} blocks, {} bytes, to sequence {}, digest {}",
+        end.ordinal,
+        end.segment,
+        end.blocks,
+        end.bytes,
+        end.end_seq,
+        hex(&end.digest)
+    )
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

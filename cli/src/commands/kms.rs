@@ -1,0 +1,116 @@
+//! `kms`: the embedded KMS.
+
+use envelog::kms::{KeyInfo, KeyState, LocalKms};
+use jiff::{SignedDuration, Timestamp};
+use serde_json::json;
+
+use super::confirm;
+use crate::{
+    args::{GrantArgs, KeyArgs, KmsCommand},
+    exit::Result,
+    output,
+    setup::Setup,
+};
+
+pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
+    let dir = setup.kms_dir();
+    let open = || LocalKms::open(dir);
+    let (key, done) = match command {
+        KmsCommand::CreateKey { region, grant } => {
+            let grants: Vec<&str> = grant.iter().map(String::as_str).collect();
+            let key = LocalKms::create_or_open(dir)?.create_key(&region, &grants)?;
+            return if setup.json { output::json(&json!({ "cmk_key_id": key })) } else { output::line(key) };
+        }
+        KmsCommand::List => return list(setup, &open()?.list()?),
+        KmsCommand::Disable(KeyArgs { key }) => {
+            open()?.disable(&key)?;
+            (key, "disabled".to_owned())
+        }
+        KmsCommand::Enable(KeyArgs { key }) => {
+            open()?.enable(&key)?;
+            (key, "enabled".to_owned())
+        }
+        KmsCommand::Rotate(KeyArgs { key }) => {
+            open()?.rotate(&key)?;
+            (key, "rotated".to_owned())
+        }
+        KmsCommand::ScheduleDeletion { key: KeyArgs { key }, days } => {
+            open()?.schedule_deletion(&key, days)?;
+            (key, format!("to be deleted in {days} days"))
+        }
+        KmsCommand::CancelDeletion(KeyArgs { key }) => {
+            open()?.cancel_deletion(&key)?;
+            (key, "kept".to_owned())
+        }
+        KmsCommand::Delete { key: KeyArgs { key }, yes } => {
+            confirm(yes, &format!("deleting key {key}"))?;
+            open()?.delete(&key)?;
+            (key, "deleted".to_owned())
+        }
+        KmsCommand::Grant(GrantArgs { key, arn }) => {
+            open()?.grant(&key, &arn)?;
+            (key, format!("granted to {arn}"))
+        }
+        KmsCommand::Ungrant(GrantArgs { key, arn }) => {
+            open()?.ungrant(&key, &arn)?;
+            (key, format!("no longer granted to {arn}"))
+        }
+    };
+    if setup.json {
+        return output::json(&json!({ "cmk_key_id": key, "done": done }));
+    }
+    output::line(format_args!("{key}: {done}"))
+}
+
+fn list(setup: &Setup, keys: &[KeyInfo]) -> Result {
+    if setup.json {
+        let keys: Vec<_> = keys
+            .iter()
+            .map(|key| {
+                json!({
+                    "cmk_key_id": key.key_id,
+                    "region_id": key.region_id,
+                    "state": state_word(key.state),
+                    "deletion_day": key.deletion_day.map(day),
+                    "versions": key.versions,
+                    "grants": key.grants,
+                    "created": output::moment(key.created_us),
+                })
+            })
+            .collect();
+        return output::json(&json!({ "keys": keys }));
+    }
+    let mut table = output::table(&["key", "region", "state", "versions", "grants", "created"], &[3]);
+    for key in keys {
+        let state = match (key.state, key.deletion_day) {
+            (KeyState::PendingDeletion { .. }, Some(on)) => format!("{} on {}", key.state, day(on)),
+            (state, _) => state.to_string(),
+        };
+        table.add_row([
+            key.key_id.clone(),
+            key.region_id.clone(),
+            state,
+            key.versions.to_string(),
+            key.grants.join("\n"),
+            output::moment(key.created_us),
+        ]);
+    }
+    output::line(table)
+}
+
+fn state_word(state: KeyState) -> &'static str {
+    match state {
+        KeyState::Enabled => "enabled",
+        KeyState::Disabled => "disabled",
+        KeyState::PendingDeletion { .. } => "pending_deletion",
+        KeyState::Deleted => "deleted",
+        _ => "unknown",
+    }
+}
+
+/// A date, from days since 1970-01-01.
+fn day(days: u32) -> String {
+    Timestamp::UNIX_EPOCH
+        .checked_add(SignedDuration::from_hours(24 * i64::from(days)))
+        .map_or_else(|_| format!("day {days}"), |at| at.strftime("%Y-%m-%d").to_string())
+}

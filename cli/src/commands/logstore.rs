@@ -1,0 +1,76 @@
+//! `create`, `get`, `update`, `list`, `delete`.
+
+use envelog::{EncryptConf, LogstoreConfig, LogstoreSpec};
+use serde_json::json;
+
+use super::confirm;
+use crate::{
+    args::{ConfirmedArgs, CreateArgs, NameArgs, UpdateArgs},
+    exit::Result,
+    input, output,
+    setup::{Setup, name},
+};
+
+pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
+    // All that can be refused without a store is refused before one is made.
+    let name = name(&args.name)?;
+    let encrypt_conf = match &args.encrypt_conf {
+        Some(argument) => Some(EncryptConf::from_json(&input::text_argument(argument)?)?),
+        None => None,
+    };
+    let spec = LogstoreSpec {
+        shard_count: args.shards,
+        ttl_days: args.ttl,
+        retention_bytes: args.retention_bytes,
+        compression: args.compression.into(),
+        encrypt_conf,
+    };
+    let new_store = !setup.store.exists();
+    let store = setup.builder().open_or_create()?;
+    store.create_logstore(&name, spec)?;
+    let config = store.config(&name)?;
+    store.close()?;
+    if setup.json {
+        return output::json(&config);
+    }
+    output::line(format_args!("created {name}"))?;
+    if new_store {
+        output::line(format_args!(
+            "made the store {} and its service keyring {}: back up both, and keep them apart",
+            setup.store.display(),
+            setup.keyring.display()
+        ))?;
+    }
+    Ok(())
+}
+
+pub(crate) fn get(setup: &Setup, args: &NameArgs) -> Result {
+    let store = setup.open_read_only()?;
+    output::json(&store.config(&name(&args.name)?)?)
+}
+
+pub(crate) fn update(setup: &Setup, args: &UpdateArgs) -> Result {
+    let name = name(&args.name)?;
+    let config = LogstoreConfig::from_json(&input::text_argument(&args.config)?)?;
+    let store = setup.open()?;
+    let config = store.update_logstore(&name, config)?;
+    store.close()?;
+    output::json(&config)
+}
+
+pub(crate) fn list(setup: &Setup) -> Result {
+    let names = setup.open_read_only()?.list()?;
+    if setup.json {
+        return output::json(&json!({ "logstores": names }));
+    }
+    names.iter().try_for_each(output::line)
+}
+
+pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
+    let name = name(&args.name)?;
+    confirm(args.yes, &format!("deleting {name}"))?;
+    let store = setup.open()?;
+    store.delete_logstore(&name)?;
+    store.close()?;
+    if setup.json { output::json(&json!({ "deleted": name })) } else { output::line(format_args!("deleted {name}")) }
+}

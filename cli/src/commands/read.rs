@@ -1,0 +1,98 @@
+//! `read` and `tail`.
+
+use std::{collections::VecDeque, thread, time::Duration};
+
+use envelog::{Logstore, Position, ReadOptions, Reader};
+
+use crate::{
+    args::{Format, ReadArgs, TailArgs},
+    exit::Result,
+    record::{self, OneLog, Printer},
+    setup::{Setup, check_access, name},
+};
+
+/// How often `tail -f` looks for more.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
+    let store = setup.open_read_only()?;
+    let logstore = store.logstore(&name(&args.name)?)?;
+    let mut printer = Printer::new(Format::choose(args.format, setup.json), args.limit);
+    // What was read before an error is worth printing.
+    let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
+        let options = ReadOptions { from: args.from, to: args.to, ..ReadOptions::default() };
+        for record in logstore.read(shard, &options)? {
+            printer.record(shard, &record?)?;
+            if printer.is_full() {
+                break;
+            }
+        }
+        Ok(())
+    });
+    printer.flush()?;
+    outcome
+}
+
+pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
+    let store = setup.open_read_only()?;
+    let logstore = store.logstore(&name(&args.name)?)?;
+    let format = Format::choose(args.format, setup.json);
+    let mut last = Vec::new();
+    let mut followed = Vec::new();
+    for shard in shards(&logstore, args.shard) {
+        let (logs, reader) = last_logs(&logstore, shard, args.lines, format)?;
+        last.extend(logs);
+        followed.push((shard, reader));
+    }
+    last.sort_by_key(|log| log.receive_time_us);
+    let mut printer = Printer::new(format, None);
+    let skipped = last.len().saturating_sub(args.lines);
+    last.iter().skip(skipped).try_for_each(|log| printer.log(log))?;
+    printer.flush()?;
+    if !args.follow {
+        return Ok(());
+    }
+    loop {
+        let mut idle = true;
+        for (shard, reader) in &mut followed {
+            for record in reader.by_ref() {
+                idle = false;
+                printer.record(*shard, &record?)?;
+            }
+        }
+        printer.flush()?;
+        if idle {
+            // When nothing arrives, nothing else would notice that the key was revoked.
+            check_access(&logstore)?;
+            thread::sleep(LOOK_EVERY);
+        }
+    }
+}
+
+/// The last `wanted` logs of a shard, or more, and the reader behind them.
+fn last_logs(logstore: &Logstore, shard: u32, wanted: usize, format: Format) -> Result<(VecDeque<OneLog>, Reader)> {
+    let end = logstore.end_seq(shard)?;
+    // A group has at least one log, but sequence numbers may have gaps.
+    let mut distance = wanted as u64;
+    loop {
+        let from = end.saturating_sub(distance);
+        let mut reader = logstore.read(shard, &ReadOptions::from(Position::Seq(from)))?;
+        let mut kept = VecDeque::new();
+        for record in reader.by_ref() {
+            kept.extend(record::logs(shard, &record?, format)?);
+            kept.drain(..kept.len().saturating_sub(wanted));
+        }
+        if kept.len() >= wanted || from == 0 {
+            return Ok((kept, reader));
+        }
+        distance = distance.saturating_mul(16);
+    }
+}
+
+/// The shard asked for, or all of them.
+fn shards(logstore: &Logstore, asked: Option<u32>) -> Vec<u32> {
+    match asked {
+        Some(shard) => vec![shard],
+        None => logstore.config().shards.iter().map(|shard| shard.id).collect(),
+    }
+}

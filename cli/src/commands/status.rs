@@ -1,0 +1,118 @@
+//! `status`.
+
+use std::time::Duration;
+
+use envelog::{KeyState, LogstoreStatus};
+use serde_json::{Value, json};
+
+use crate::{
+    args::OptionalNameArgs,
+    exit::{Failure, Result},
+    output,
+    setup::{Setup, names},
+};
+
+pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
+    let store = setup.open_read_only()?;
+    let all = names(&store, args.name.as_deref())?
+        .iter()
+        .map(|name| {
+            let logstore = store.logstore(name)?;
+            // So that the state is that of this moment. What the KMS refuses is in the status.
+            let _ = logstore.revalidate_now();
+            Ok(logstore.status()?)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    if setup.json {
+        let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
+        return output::json(&json!({ "store": setup.store, "store_id": store.id(), "logstores": logstores }));
+    }
+    let mut table = output::table(
+        &[
+            "Logstore",
+            "key",
+            "method",
+            "algorithm",
+            "lease left",
+            "data keys",
+            "segments",
+            "logs",
+            "raw",
+            "compressed",
+            "stored",
+        ],
+        &[4, 6, 7, 8, 9, 10],
+    );
+    for status in &all {
+        let versions: Vec<_> = status
+            .data_keys
+            .iter()
+            .map(|version| {
+                let shredded = if version.shredded { " (shredded)" } else { "" };
+                format!("v{}: {}{shredded}", version.version, output::size(version.bytes_stored))
+            })
+            .collect();
+        table.add_row([
+            status.name.to_string(),
+            key_text(&status.key.state),
+            status.method.to_owned(),
+            match (algorithm(status), status.encrypting) {
+                (None, _) => "none".to_owned(),
+                (Some(algorithm), true) => algorithm.to_owned(),
+                (Some(algorithm), false) => format!("{algorithm}, off"),
+            },
+            status.key.lease_left.map_or_else(|| "-".to_owned(), lease_left),
+            versions.join("\n"),
+            output::count(status.segments),
+            output::count(status.logs),
+            output::size(status.bytes_raw),
+            output::size(status.bytes_compressed),
+            output::size(status.bytes_stored),
+        ]);
+    }
+    output::line(table)?;
+    for status in &all {
+        if let Some(cause) = &status.latched {
+            output::line(format_args!("{}: a shard has stopped writing: {cause}", status.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// All that the engine says, with the state of the key in words.
+fn as_json(status: &LogstoreStatus) -> Result<Value> {
+    let mut value =
+        serde_json::to_value(status).map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
+    let (state, reason) = key_words(&status.key.state);
+    let lease_left_s = status.key.lease_left.map(|left| left.as_secs_f64());
+    value["key"] = json!({ "state": state, "reason": reason, "lease_left_s": lease_left_s });
+    value["algorithm"] = json!(algorithm(status));
+    Ok(value)
+}
+
+fn algorithm(status: &LogstoreStatus) -> Option<&'static str> {
+    status.encrypt_type.map(|encrypt_type| encrypt_type.suite().name())
+}
+
+/// The state as one word, and what there is to say about it.
+fn key_words(state: &KeyState) -> (&'static str, Option<String>) {
+    match state {
+        KeyState::None => ("none", None),
+        KeyState::Active => ("active", None),
+        KeyState::Idle => ("idle", None),
+        KeyState::Outage { detail } => ("outage", Some(detail.clone())),
+        KeyState::Revoked { reason } => ("revoked", Some(reason.to_string())),
+        _ => ("unknown", None),
+    }
+}
+
+fn key_text(state: &KeyState) -> String {
+    match key_words(state) {
+        (word, None) => word.to_owned(),
+        (word, Some(why)) => format!("{word}: {why}"),
+    }
+}
+
+fn lease_left(left: Duration) -> String {
+    humantime::format_duration(Duration::from_secs(left.as_secs())).to_string()
+}

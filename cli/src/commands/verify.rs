@@ -1,0 +1,126 @@
+//! `verify`, `checkpoint`, `repair`.
+
+use std::path::Path;
+
+use envelog::{Checkpoint, Error, Location, VerifyOptions};
+use serde_json::json;
+
+use super::confirm;
+use crate::{
+    args::{OutArgs, RepairArgs, VerifyArgs},
+    commands::keys::write_new,
+    exit::{Failure, Result, Status, status_of},
+    input,
+    output::{self, Progress},
+    setup::{Setup, name},
+};
+
+pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
+    let against = match &args.against {
+        Some(path) => Some(read_checkpoint(path)?),
+        None => None,
+    };
+    let logstore = args.name.as_deref().map(name).transpose()?;
+    let store = setup.open_read_only()?;
+    let options = VerifyOptions { logstore, keyless: args.keyless, against };
+    let mut progress = None;
+    let report = store.verify(&options, &mut |at| {
+        progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes_done);
+    })?;
+    drop(progress);
+
+    let mut status = Status::Done;
+    let mut faults = Vec::new();
+    for fault in &report.faults {
+        status = status.worse(Status::Integrity);
+        let at = place(&fault.error);
+        faults.push(json!({
+            "kind": fault.error.code(),
+            "file": at.map(|at| at.file.display().to_string()),
+            "block": at.and_then(|at| at.block),
+            "offset": at.map(|at| at.offset),
+            "message": fault.error.to_string(),
+        }));
+        if !setup.json {
+            output::line(format_args!("FAULT {}", fault.error))?;
+        }
+    }
+    let mut refused = Vec::new();
+    for (name, error) in &report.refused {
+        status = status.worse(status_of(error));
+        refused.push(json!({ "logstore": name, "kind": error.code(), "message": error.to_string() }));
+        if !setup.json {
+            output::line(format_args!("REFUSED {error}"))?;
+        }
+    }
+    if setup.json {
+        output::json(&json!({
+            "ok": status == Status::Done,
+            "keyless": args.keyless,
+            "faults": faults,
+            "refused": refused,
+            "segments": report.segments,
+            "blocks": report.blocks,
+            "groups": report.groups,
+            "bytes": report.bytes,
+        }))?;
+    } else {
+        output::line(format_args!(
+            "checked {} segments, {} blocks, {} groups, {}{}: {} faults",
+            output::count(report.segments),
+            output::count(report.blocks),
+            output::count(report.groups),
+            output::size(report.bytes),
+            if args.keyless { " (without keys: CRCs and order only)" } else { "" },
+            report.faults.len()
+        ))?;
+    }
+    match status {
+        Status::Done => Ok(()),
+        Status::Integrity => Err(Failure::new(
+            status,
+            "faults_found",
+            format!("the store has {} faults, listed above; see `envelog repair --help`", report.faults.len()),
+        )),
+        status => Err(Failure::new(
+            status,
+            report.refused.first().map_or("refused", |(_, error)| error.code()),
+            format!("{} Logstores could not be verified with their keys; try --keyless", report.refused.len()),
+        )),
+    }
+}
+
+/// Where an error of integrity was found.
+fn place(error: &Error) -> Option<&Location> {
+    match error {
+        Error::WrongKey { at }
+        | Error::Tampered { at, .. }
+        | Error::Corrupt { at, .. }
+        | Error::Truncated { at, .. } => Some(at),
+        _ => None,
+    }
+}
+
+fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
+    Ok(Checkpoint::from_bytes(&input::read_file(path)?)?)
+}
+
+pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
+    let store = setup.open()?;
+    let checkpoint = store.checkpoint()?;
+    store.close()?;
+    write_new(&args.out, &checkpoint.to_bytes())?;
+    if setup.json {
+        return output::json(&json!({ "checkpoint": args.out }));
+    }
+    output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))
+}
+
+pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
+    let name = name(&args.name)?;
+    confirm(args.yes, &format!("giving up what is damaged in shard {} of {name}", args.shard))?;
+    let store = setup.open()?;
+    let report = store.repair(&name, args.shard)?;
+    store.close()?;
+    output::json(&report)
+}

@@ -1,0 +1,160 @@
+//! From what went wrong to an exit status and one sentence.
+
+use std::{fmt, io, path::Path, process::ExitCode};
+
+use envelog::{Error, ErrorKind, kms::LocalKmsError};
+use serde::Serialize;
+
+/// The result of a command.
+pub(crate) type Result<T = ()> = std::result::Result<T, Failure>;
+
+/// The exit status, as the manual lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    Done = 0,
+    Other = 1,
+    Usage = 2,
+    Revoked = 3,
+    KmsUnreachable = 4,
+    Integrity = 5,
+    Refused = 6,
+    Unavailable = 7,
+    Interrupted = 130,
+}
+
+impl Status {
+    /// Where several hold, the one that counts: 5, then 3, then 4, then any other.
+    pub(crate) fn worse(self, other: Self) -> Self {
+        let rank = |status| match status {
+            Status::Integrity => 0,
+            Status::Revoked => 1,
+            Status::KmsUnreachable => 2,
+            Status::Done => 4,
+            _ => 3,
+        };
+        if rank(other) < rank(self) { other } else { self }
+    }
+}
+
+impl From<Status> for ExitCode {
+    fn from(status: Status) -> Self {
+        ExitCode::from(status as u8)
+    }
+}
+
+/// Why a command did not do what it was asked: a status, a word for machines, and a sentence for people.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    status: Status,
+    code: &'static str,
+    message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(status: Status, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into() }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Status::Usage, "usage", message)
+    }
+
+    pub(crate) fn other(message: impl Into<String>) -> Self {
+        Self::new(Status::Other, "failed", message)
+    }
+
+    pub(crate) fn refused(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(Status::Refused, code, message)
+    }
+
+    pub(crate) fn interrupted() -> Self {
+        Self::new(Status::Interrupted, "interrupted", "interrupted: what was complete has been kept")
+    }
+
+    /// Something that the system would not do to a file.
+    pub(crate) fn file(doing: &str, path: &Path, error: &io::Error) -> Self {
+        Self::new(Status::Other, "io", format!("cannot {doing} {}: {error}", path.display()))
+    }
+
+    /// What a failed write to standard output means: nothing at all, when the reader has seen enough.
+    pub(crate) fn output(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            Self::new(Status::Done, "broken_pipe", String::new())
+        } else {
+            Self::new(Status::Other, "io", format!("cannot write to standard output: {error}"))
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Says it on standard error, unless there is nothing to say.
+    pub(crate) fn report(&self, json: bool) {
+        #[derive(Serialize)]
+        struct Report<'a> {
+            error: Body<'a>,
+        }
+        #[derive(Serialize)]
+        struct Body<'a> {
+            kind: &'a str,
+            message: &'a str,
+        }
+        if self.status == Status::Done {
+            return;
+        }
+        if json {
+            let report = Report { error: Body { kind: self.code, message: &self.message } };
+            eprintln!("{}", serde_json::to_string(&report).unwrap_or_default());
+        } else {
+            eprintln!("envelog: {self}");
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+/// The status that an error of the engine ends the process with.
+pub(crate) fn status_of(error: &Error) -> Status {
+    match error.kind() {
+        ErrorKind::Revoked => Status::Revoked,
+        ErrorKind::KmsUnreachable => Status::KmsUnreachable,
+        ErrorKind::Integrity => Status::Integrity,
+        ErrorKind::Configuration => Status::Refused,
+        ErrorKind::Unavailable => Status::Unavailable,
+        _ => Status::Other,
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::new(status_of(&error), error.code(), error.to_string())
+    }
+}
+
+impl From<envelog::ConfigError> for Failure {
+    fn from(error: envelog::ConfigError) -> Self {
+        Error::from(error).into()
+    }
+}
+
+impl From<LocalKmsError> for Failure {
+    fn from(error: LocalKmsError) -> Self {
+        let (status, code) = match &error {
+            LocalKmsError::Missing { .. } => (Status::KmsUnreachable, "kms_missing"),
+            LocalKmsError::Busy { .. } => (Status::KmsUnreachable, "kms_busy"),
+            LocalKmsError::NotFound { .. } => (Status::Other, "key_missing"),
+            LocalKmsError::WrongState { .. } => (Status::Other, "key_state"),
+            LocalKmsError::NotGranted { .. } => (Status::Other, "not_granted"),
+            LocalKmsError::InvalidArgument { .. } => (Status::Usage, "invalid_argument"),
+            LocalKmsError::Damaged { .. } => (Status::Integrity, "kms_damaged"),
+            LocalKmsError::Io { .. } => (Status::Other, "io"),
+            _ => (Status::Other, "kms"),
+        };
+        Self::new(status, code, error.to_string())
+    }
+}

@@ -1,0 +1,133 @@
+//! Files and standard input.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::mpsc::{Receiver, sync_channel},
+    thread,
+};
+
+use bytes::{Bytes, BytesMut};
+
+use crate::exit::{Failure, Result};
+
+/// How much is read at once.
+const CHUNK_BYTES: usize = 256 * 1024;
+/// A buffer with less room than this is given up for a new one.
+const CHUNK_BYTES_MIN: usize = 16 * 1024;
+/// How many chunks may wait to be taken.
+const CHUNKS_WAITING: usize = 16;
+/// The largest configuration that is read from a file or standard input.
+const TEXT_BYTES_MAX: u64 = 1 << 20;
+
+/// What comes from a list of files.
+pub(crate) enum Input {
+    /// What follows is from a file of this name.
+    Begin(String),
+    Bytes(Bytes),
+    /// The file has ended.
+    End,
+    Failed(Failure),
+}
+
+/// A list of files that are read one after another in a thread of their own, so that the reader of all this can also wait for
+/// other things.
+pub(crate) struct Inputs {
+    pub(crate) receiver: Receiver<Input>,
+    /// The length in bytes of all of it, if it consists of regular files.
+    pub(crate) total: Option<u64>,
+}
+
+/// Opens all files, then begins to read. `-` is standard input, and so is an empty list.
+pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
+    let mut sources: Vec<(String, PathBuf, Box<dyn Read + Send>)> = Vec::new();
+    let mut total = Some(0);
+    let stdin = [PathBuf::from("-")];
+    for path in if files.is_empty() { &stdin } else { files } {
+        if path.as_os_str() == "-" {
+            total = None;
+            sources.push(("stdin".to_owned(), PathBuf::from("standard input"), Box::new(io::stdin())));
+            continue;
+        }
+        let file = open_file(path)?;
+        let metadata = file.metadata().map_err(|error| Failure::file("read", path, &error))?;
+        total = total.filter(|_| metadata.is_file()).map(|total| total + metadata.len());
+        sources.push((base_name(path), path.clone(), Box::new(file)));
+    }
+    let (sender, receiver) = sync_channel(CHUNKS_WAITING);
+    let read_all = move || {
+        for (name, path, mut source) in sources {
+            let send = |input| sender.send(input).is_ok();
+            if !send(Input::Begin(name)) {
+                return;
+            }
+            let last = match pump(&mut *source, |bytes| send(Input::Bytes(bytes))) {
+                Ok(()) => Input::End,
+                Err(error) => Input::Failed(Failure::file("read", &path, &error)),
+            };
+            if !send(last) {
+                return;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("input".to_owned())
+        .spawn(read_all)
+        .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
+    Ok(Inputs { receiver, total })
+}
+
+/// Hands on all that `source` gives, until `take` has enough.
+fn pump(source: &mut dyn Read, mut take: impl FnMut(Bytes) -> bool) -> io::Result<()> {
+    let mut buffer = BytesMut::new();
+    loop {
+        if buffer.len() < CHUNK_BYTES_MIN {
+            buffer = BytesMut::zeroed(CHUNK_BYTES);
+        }
+        match source.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(read) => {
+                if !take(buffer.split_to(read).freeze()) {
+                    return Ok(());
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The last part of a path, which becomes the source of its logs.
+pub(crate) fn base_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// All of a file.
+pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
+    let mut bytes = Vec::new();
+    open_file(path)?.read_to_end(&mut bytes).map_err(|error| Failure::file("read", path, &error))?;
+    Ok(bytes.into())
+}
+
+fn open_file(path: &Path) -> Result<File> {
+    let file = File::open(path).map_err(|error| Failure::file("open", path, &error))?;
+    if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+        return Err(Failure::other(format!("{} is a directory, not a file of logs", path.display())));
+    }
+    Ok(file)
+}
+
+/// The value of an option that is a text itself, `@FILE`, or `-` for standard input.
+pub(crate) fn text_argument(argument: &str) -> Result<String> {
+    let mut text = String::new();
+    let read = match argument.strip_prefix('@') {
+        Some(path) => open_file(Path::new(path))?.take(TEXT_BYTES_MAX).read_to_string(&mut text),
+        None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX).read_to_string(&mut text),
+        None => return Ok(argument.to_owned()),
+    };
+    match read {
+        Ok(_) => Ok(text),
+        Err(error) => Err(Failure::other(format!("cannot read {argument}: {error}"))),
+    }
+}

@@ -1,0 +1,223 @@
+//! From bytes to log groups: one log a line.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use envelog::group::{Content, LOGS_PER_GROUP_MAX, Log, LogGroup, VALUE_BYTES_MAX};
+
+use crate::exit::{Failure, Result, Status};
+
+/// The key under which a line is stored.
+pub(crate) const CONTENT: &[u8] = b"content";
+/// More than the bytes that a log takes beside its line: the time and all tags and lengths.
+const LOG_OVERHEAD: usize = 64;
+
+/// Some whole lines as a group.
+pub(crate) struct LineGroup {
+    pub(crate) group: LogGroup,
+    /// How many logs it has.
+    pub(crate) logs: u64,
+    /// How many bytes of input it is, newlines included.
+    pub(crate) bytes: u64,
+    /// The number of its last line, counted from 1 over all input.
+    pub(crate) last_line: u64,
+}
+
+/// Splits input at `\n` alone, and gathers lines into groups.
+pub(crate) struct Lines {
+    group_bytes: usize,
+    source: Bytes,
+    /// The beginning of a line whose end has not come yet.
+    unfinished: BytesMut,
+    logs: Vec<Log>,
+    encoded: usize,
+    bytes: u64,
+    line: u64,
+    since: Option<Instant>,
+}
+
+impl Lines {
+    /// Groups of about `group_bytes` bytes, encoded.
+    pub(crate) fn new(group_bytes: usize) -> Self {
+        Self {
+            group_bytes,
+            source: Bytes::new(),
+            unfinished: BytesMut::new(),
+            logs: Vec::new(),
+            encoded: 0,
+            bytes: 0,
+            line: 0,
+            since: None,
+        }
+    }
+
+    /// What comes now is from `source`. What came before must have been ended.
+    pub(crate) fn begin(&mut self, source: &str) {
+        self.source = Bytes::copy_from_slice(source.as_bytes());
+    }
+
+    /// Takes in more bytes; groups that are full go to `full`.
+    ///
+    /// A line beyond the limit is an error; what came before it is in `full`, or comes with the next [`Lines::cut`].
+    pub(crate) fn push(&mut self, chunk: &Bytes, full: &mut Vec<LineGroup>) -> Result {
+        let now = now();
+        let mut begin = 0;
+        for end in memchr::memchr_iter(b'\n', chunk) {
+            let line = self.finish_line(chunk.slice(begin..end))?;
+            self.add(line, 1, now, full);
+            begin = end + 1;
+        }
+        if begin < chunk.len() {
+            self.check_length(self.unfinished.len() + chunk.len() - begin)?;
+            self.unfinished.extend_from_slice(&chunk[begin..]);
+        }
+        Ok(())
+    }
+
+    /// The source has ended: a last line counts without its newline too.
+    pub(crate) fn end(&mut self, full: &mut Vec<LineGroup>) {
+        if !self.unfinished.is_empty() {
+            let line = self.unfinished.split().freeze();
+            self.add(line, 0, now(), full);
+        }
+        full.extend(self.cut());
+    }
+
+    /// The whole lines that wait, as a group.
+    pub(crate) fn cut(&mut self) -> Option<LineGroup> {
+        if self.logs.is_empty() {
+            return None;
+        }
+        let logs = std::mem::take(&mut self.logs);
+        self.encoded = 0;
+        self.since = None;
+        Some(LineGroup {
+            logs: logs.len() as u64,
+            bytes: std::mem::take(&mut self.bytes),
+            last_line: self.line,
+            group: LogGroup { logs, source: Some(self.source.clone()), ..LogGroup::default() },
+        })
+    }
+
+    /// Since when the oldest whole line has been waiting.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        self.since
+    }
+
+    fn finish_line(&mut self, rest: Bytes) -> Result<Bytes> {
+        self.check_length(self.unfinished.len() + rest.len())?;
+        if self.unfinished.is_empty() {
+            return Ok(rest);
+        }
+        self.unfinished.extend_from_slice(&rest);
+        Ok(self.unfinished.split().freeze())
+    }
+
+    fn check_length(&self, bytes: usize) -> Result {
+        if bytes <= VALUE_BYTES_MAX {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Status::Other,
+            "too_large",
+            format!(
+                "line {} of the input is too long: a log may have {VALUE_BYTES_MAX} bytes; all lines before it are appended",
+                self.line + 1
+            ),
+        ))
+    }
+
+    fn add(&mut self, line: Bytes, newline: u64, now: (u32, u32), full: &mut Vec<LineGroup>) {
+        let encoded = line.len() + LOG_OVERHEAD;
+        if self.encoded + encoded > self.group_bytes || self.logs.len() >= LOGS_PER_GROUP_MAX {
+            full.extend(self.cut());
+        }
+        self.since.get_or_insert_with(Instant::now);
+        self.encoded += encoded;
+        self.bytes += line.len() as u64 + newline;
+        self.line += 1;
+        self.logs.push(Log { time: now.0, time_ns: Some(now.1), contents: vec![Content::new(CONTENT, line)] });
+    }
+}
+
+/// All lines of a text, in groups.
+pub(crate) fn groups(source: &str, text: Bytes, group_bytes: usize) -> Result<Vec<LineGroup>> {
+    let mut lines = Lines::new(group_bytes);
+    let mut full = Vec::new();
+    lines.begin(source);
+    lines.push(&text, &mut full)?;
+    lines.end(&mut full);
+    Ok(full)
+}
+
+/// Seconds since the Unix epoch, and the nanoseconds beyond them.
+fn now() -> (u32, u32) {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (u32::try_from(since.as_secs()).unwrap_or(u32::MAX), since.subsec_nanos())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn text(groups: &[LineGroup]) -> Vec<Vec<u8>> {
+        groups
+            .iter()
+            .flat_map(|group| &group.group.logs)
+            .map(|log| log.contents.iter().flat_map(|content| content.value.to_vec()).collect())
+            .collect()
+    }
+
+    #[test]
+    fn lines_are_split_at_newlines_alone_however_the_bytes_come() {
+        let input = b"one\r\n\n\xff\xfe two\x0b\nthree";
+        let expected: Vec<Vec<u8>> =
+            vec![b"one\r".to_vec(), b"".to_vec(), b"\xff\xfe two\x0b".to_vec(), b"three".to_vec()];
+        for piece in 1..=input.len() {
+            let mut lines = Lines::new(64 * 1024);
+            let mut full = Vec::new();
+            lines.begin("file");
+            for chunk in input.chunks(piece) {
+                lines.push(&Bytes::copy_from_slice(chunk), &mut full).unwrap();
+            }
+            lines.end(&mut full);
+            assert_eq!(text(&full), expected, "in pieces of {piece}");
+            assert_eq!(full.iter().map(|group| group.bytes).sum::<u64>(), input.len() as u64);
+            assert_eq!(full.last().unwrap().last_line, 4);
+        }
+    }
+
+    #[test]
+    fn groups_keep_to_their_size() {
+        let text = Bytes::from("0123456789\n".repeat(1000));
+        let full = groups("file", text, 1000).unwrap();
+        assert_eq!(full.iter().map(|group| group.logs).sum::<u64>(), 1000);
+        for group in &full {
+            assert!(group.group.encode_to_bytes().len() <= 1000, "{} logs", group.logs);
+            assert!(group.logs > 1);
+        }
+    }
+
+    #[test]
+    fn a_line_longer_than_a_group_is_a_group_of_its_own() {
+        let text = Bytes::from([b"a\n".to_vec(), vec![b'x'; 5000], b"\nb\n".to_vec()].concat());
+        let full = groups("file", text, 1000).unwrap();
+        assert_eq!(full.iter().map(|group| group.logs).collect::<Vec<_>>(), [1, 1, 1]);
+    }
+
+    #[test]
+    fn a_line_beyond_the_limit_is_refused_and_what_came_before_is_kept() {
+        let mut lines = Lines::new(64 * 1024);
+        let mut full = Vec::new();
+        lines.begin("file");
+        lines.push(&Bytes::from_static(b"before\n"), &mut full).unwrap();
+        let half = Bytes::from(vec![b'x'; VALUE_BYTES_MAX / 2 + 1]);
+        lines.push(&half, &mut full).unwrap();
+        let failure = lines.push(&half, &mut full).unwrap_err();
+        assert!(failure.to_string().contains("line 2"), "{failure}");
+        full.extend(lines.cut());
+        assert_eq!(text(&full), [b"before".to_vec()]);
+    }
+}

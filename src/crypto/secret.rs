@@ -1,0 +1,306 @@
+//! Memory for secrets: page-locked and kept out of core dumps where the system lets us, wiped when a secret is dropped.
+//!
+//! Keys live in slots of 64 bytes, cut from chunks of 16 KiB that are mapped once and never given back, so the few pages that the
+//! system lets a process lock go a long way. A free slot is always zero.
+
+use std::{
+    fmt, io, mem,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::io::Random;
+
+const CHUNK_BYTES: usize = 16 * 1024;
+const CHUNK_SLOTS: usize = CHUNK_BYTES / mem::size_of::<Slot>();
+
+/// A secret of 32 bytes. It is wiped when it is dropped, and neither printed nor cloned by accident.
+///
+/// On Linux a child process that was forked finds zeros in its place.
+pub struct SecretKey {
+    /// Taken out by `drop` alone.
+    slot: Option<&'static mut Slot>,
+}
+
+impl SecretKey {
+    /// Moves a secret into locked memory: copies it, and wipes the source.
+    #[must_use]
+    pub fn from_bytes(source: &mut [u8; 32]) -> Self {
+        let mut key = Self::zeroed();
+        key.expose_mut().copy_from_slice(source);
+        source.zeroize();
+        key
+    }
+
+    /// A new random secret.
+    ///
+    /// # Errors
+    /// What the source of randomness says.
+    pub fn generate(random: &dyn Random) -> io::Result<Self> {
+        let mut key = Self::zeroed();
+        random.fill(key.expose_mut())?;
+        Ok(key)
+    }
+
+    /// A second copy in locked memory.
+    #[must_use]
+    pub fn duplicate(&self) -> Self {
+        let mut key = Self::zeroed();
+        key.expose_mut().copy_from_slice(self.expose());
+        key
+    }
+
+    /// The secret itself. Do not copy it to where it is not wiped.
+    #[must_use]
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.slot.as_ref().expect("the slot is there until drop").0
+    }
+
+    /// Room for a secret, to be filled in through [`SecretKey::expose_mut`].
+    pub(super) fn zeroed() -> Self {
+        Self { slot: Some(pool().take()) }
+    }
+
+    pub(super) fn expose_mut(&mut self) -> &mut [u8; 32] {
+        &mut self.slot.as_mut().expect("the slot is there until drop").0
+    }
+}
+
+impl Drop for SecretKey {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            slot.0.zeroize();
+            pool().free.push(slot);
+        }
+    }
+}
+
+impl ZeroizeOnDrop for SecretKey {}
+
+impl fmt::Debug for SecretKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretKey(..)")
+    }
+}
+
+/// How much of the memory for secrets the system has let us lock, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockStatus {
+    /// Never written to swap.
+    pub locked_bytes: usize,
+    /// Not locked, mostly because `RLIMIT_MEMLOCK` is used up; secrets there work all the same, but may be swapped out.
+    pub unlocked_bytes: usize,
+}
+
+/// How much of the memory for secrets of this process is locked, so that an operator can be told when it is not.
+#[must_use]
+pub fn memory_lock_status() -> LockStatus {
+    pool().status
+}
+
+/// One cache line, so that no two secrets share one.
+#[repr(align(64))]
+struct Slot([u8; 32]);
+
+const _: () = assert!(mem::size_of::<Slot>() == 64);
+
+struct Pool {
+    /// All zero. Its capacity is that of all slots, so that giving one back never allocates.
+    free: Vec<&'static mut Slot>,
+    slots: usize,
+    status: LockStatus,
+}
+
+static POOL: Mutex<Pool> =
+    Mutex::new(Pool { free: Vec::new(), slots: 0, status: LockStatus { locked_bytes: 0, unlocked_bytes: 0 } });
+
+fn pool() -> MutexGuard<'static, Pool> {
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    fn take(&mut self) -> &'static mut Slot {
+        loop {
+            match self.free.pop() {
+                Some(slot) => return slot,
+                None => self.grow(),
+            }
+        }
+    }
+
+    fn grow(&mut self) {
+        let (chunk, locked) = mapped_chunk().unwrap_or_else(|| (heap_chunk(), false));
+        if locked {
+            self.status.locked_bytes += CHUNK_BYTES;
+        } else {
+            self.status.unlocked_bytes += CHUNK_BYTES;
+        }
+        self.slots += chunk.len();
+        self.free.reserve(self.slots);
+        self.free.extend(chunk);
+    }
+}
+
+/// A chunk of a mapping of its own, and whether it is locked. `None` when the system maps no more.
+#[cfg(all(unix, not(miri)))]
+fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
+    use std::{ptr, slice};
+
+    use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
+
+    // SAFETY: a new private mapping, where the system finds room for it, touches no memory that is in use.
+    let start =
+        unsafe { mmap_anonymous(ptr::null_mut(), CHUNK_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
+            .ok()?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    for advice in [rustix::mm::Advice::LinuxDontDump, rustix::mm::Advice::LinuxWipeOnFork] {
+        // SAFETY: the range is the mapping just made, and neither advice changes what this process reads there. An old kernel that
+        // does not know one refuses it, and the memory is as usable as before.
+        let _ = unsafe { rustix::mm::madvise(start, CHUNK_BYTES, advice) };
+    }
+    // SAFETY: the range is the mapping just made, which is readable.
+    let locked = unsafe { mlock(start, CHUNK_BYTES) }.is_ok();
+    // SAFETY: the mapping is CHUNK_BYTES long, aligned to a page and so to a slot, writable, zeroed (a valid `Slot` is any bytes),
+    // never unmapped, and known to nobody else: this is the only reference to it.
+    let slots = unsafe { slice::from_raw_parts_mut(start.cast::<Slot>(), CHUNK_SLOTS) };
+    Some((slots, locked))
+}
+
+/// Miri has no `mlock`, and other systems no `mmap`: their chunks come from the heap.
+#[cfg(not(all(unix, not(miri))))]
+fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
+    None
+}
+
+fn heap_chunk() -> &'static mut [Slot] {
+    let mut chunk = Vec::new();
+    chunk.resize_with(CHUNK_SLOTS, || Slot([0; 32]));
+    chunk.leak()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::thread;
+
+    use super::*;
+    use crate::io::OsRandom;
+
+    /// Every slot that is free must be zero, and no slot may be lost or there twice.
+    fn check_pool() {
+        let pool = pool();
+        assert!(pool.free.iter().all(|slot| slot.0 == [0; 32]), "a free slot was not wiped");
+        assert!(pool.free.len() <= pool.slots);
+        assert!(pool.free.capacity() >= pool.slots, "giving a slot back could allocate");
+        assert_eq!(pool.slots * mem::size_of::<Slot>(), pool.status.locked_bytes + pool.status.unlocked_bytes);
+    }
+
+    #[test]
+    fn a_secret_is_moved_in_and_its_source_wiped() {
+        let mut source = [0xa5; 32];
+        let key = SecretKey::from_bytes(&mut source);
+        assert_eq!(source, [0; 32]);
+        assert_eq!(key.expose(), &[0xa5; 32]);
+        let copy = key.duplicate();
+        assert_ne!(key.expose().as_ptr(), copy.expose().as_ptr());
+        drop(key);
+        assert_eq!(copy.expose(), &[0xa5; 32]);
+        drop(copy);
+        check_pool();
+    }
+
+    #[test]
+    fn debug_shows_nothing() {
+        let key = SecretKey::from_bytes(&mut [0x41; 32]);
+        assert_eq!(format!("{key:?} {:?}", Some(&key)), "SecretKey(..) Some(SecretKey(..))");
+        assert_eq!(format!("{key:#?}"), "SecretKey(..)");
+    }
+
+    #[test]
+    fn it_is_wiped_on_drop_and_can_cross_threads() {
+        fn is<T: ZeroizeOnDrop + Send + Sync + 'static>() {}
+        is::<SecretKey>();
+    }
+
+    #[test]
+    fn generated_secrets_differ_and_failure_is_passed_on() {
+        #[derive(Debug)]
+        struct Broken;
+        impl Random for Broken {
+            fn fill(&self, buf: &mut [u8]) -> io::Result<()> {
+                buf[0] = 1;
+                Err(io::ErrorKind::Other.into())
+            }
+        }
+        let [a, b] = [(); 2].map(|()| SecretKey::generate(&OsRandom).unwrap());
+        assert_ne!(a.expose(), b.expose());
+        assert_ne!(a.expose(), &[0; 32]);
+        assert!(SecretKey::generate(&Broken).is_err());
+        check_pool();
+    }
+
+    #[test]
+    fn more_secrets_than_a_chunk_holds() {
+        let count = CHUNK_SLOTS * 2 + 1;
+        let keys: Vec<_> = (0..count).map(|i| SecretKey::from_bytes(&mut [i as u8; 32])).collect();
+        assert!(keys.iter().enumerate().all(|(i, key)| key.expose() == &[i as u8; 32]));
+        let status = memory_lock_status();
+        assert!(status.locked_bytes + status.unlocked_bytes >= 3 * CHUNK_BYTES);
+        drop(keys);
+        check_pool();
+    }
+
+    #[test]
+    fn threads_never_see_each_others_secrets() {
+        let rounds = if cfg!(miri) { 10 } else { 2_000 };
+        thread::scope(|scope| {
+            for thread in 0..8_u8 {
+                scope.spawn(move || {
+                    let mut live = Vec::new();
+                    for round in 0..rounds {
+                        let mark = thread.wrapping_mul(31).wrapping_add(round as u8) | 1;
+                        live.push((mark, SecretKey::from_bytes(&mut [mark; 32])));
+                        assert!(live.iter().all(|(mark, key)| key.expose() == &[*mark; 32]));
+                        if live.len() > 20 {
+                            live.swap_remove(round % 20);
+                        }
+                    }
+                });
+            }
+            for _ in 0..rounds / 10 {
+                check_pool();
+            }
+        });
+        check_pool();
+    }
+
+    /// What the kernel says about the pages: locked (`lo`), not dumped (`dd`), wiped on fork (`wf`).
+    #[cfg(all(target_os = "linux", not(miri)))]
+    #[test]
+    fn the_kernel_confirms_the_protection() {
+        let key = SecretKey::from_bytes(&mut [9; 32]);
+        let address = key.expose().as_ptr() as usize;
+        // Some sandboxes have no such file, or show no flags in it: there is then nothing to compare with.
+        let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return };
+        let mut inside = false;
+        let mut flags = None;
+        for line in maps.lines() {
+            let range = line.split(' ').next().and_then(|word| word.split_once('-'));
+            if let Some((from, to)) = range
+                && let (Ok(from), Ok(to)) = (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16))
+            {
+                inside = (from..to).contains(&address);
+            } else if inside && let Some(found) = line.strip_prefix("VmFlags:") {
+                flags = Some(format!("{found} "));
+            }
+        }
+        let Some(flags) = flags else { return };
+        assert!(flags.contains(" dd "), "{flags}");
+        assert!(flags.contains(" wf "), "{flags}");
+        if memory_lock_status().unlocked_bytes == 0 {
+            assert!(flags.contains(" lo "), "{flags}");
+        }
+    }
+}

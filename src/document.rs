@@ -1,0 +1,381 @@
+//! The frame of an authenticated document: store, catalogue, Logstore metadata, probe, keyring, checkpoint.
+//!
+//! A document has two parts. Tag A, under a key of the service keyring, authenticates everything. Tag B, under a key derived from a
+//! Logstore's data key, authenticates what the document is about and part B alone, so that part B can be trusted without the keyring.
+
+use std::path::Path;
+
+use bytes::BufMut;
+
+use crate::{
+    Error,
+    crypto::{SecretKey, hmac_sha256, tags_equal},
+    error::Location,
+    ids::StoreId,
+    segment::{Cursor, DecodeError, Features, put_crc, require, strip_crc},
+};
+
+const MAGIC: &[u8; 8] = b"ENVLDOC\0";
+const VERSION: u16 = 1;
+const FIXED_LEN: usize = 80;
+const TAG_LEN: usize = 32;
+const CRC_LEN: usize = 4;
+
+/// The longest document in bytes.
+pub(crate) const DOCUMENT_BYTES_MAX: u64 = 64 << 20;
+
+/// What a document is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DocumentKind {
+    Store,
+    Catalogue,
+    Logstore,
+    Probe,
+    Keyring,
+    Checkpoint,
+}
+
+impl DocumentKind {
+    const ALL: [Self; 6] = [Self::Store, Self::Catalogue, Self::Logstore, Self::Probe, Self::Keyring, Self::Checkpoint];
+
+    fn code(self) -> u16 {
+        match self {
+            Self::Store => 1,
+            Self::Catalogue => 2,
+            Self::Logstore => 3,
+            Self::Probe => 4,
+            Self::Keyring => 5,
+            Self::Checkpoint => 6,
+        }
+    }
+}
+
+/// A tag does not hold: another key made it, or the document was altered on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the authentication tag does not hold")]
+pub(crate) struct TagMismatch;
+
+/// A document. One that came from [`UnverifiedDocument::verify`] is authentic, but for tag B.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Document {
+    pub(crate) kind: DocumentKind,
+    pub(crate) features: Features,
+    pub(crate) store: StoreId,
+    /// What it is about, if there may be several: a Logstore's, probe's or keyring's id. Else zero.
+    pub(crate) subject: [u8; 16],
+    /// Counts the replacements of this document.
+    pub(crate) generation: u64,
+    /// The version of the service keyring whose key makes tag A.
+    pub(crate) keyring_version: u32,
+    /// Part A, which only tag A authenticates.
+    pub(crate) a: Vec<u8>,
+    /// Part B, which tag B authenticates too.
+    pub(crate) b: Vec<u8>,
+    /// Tag B, if there is one. It stays true as long as kind, store, subject and part B stay, whatever else changes: so a document
+    /// can be replaced while the data key is out of reach.
+    pub(crate) tag_b: Option<[u8; TAG_LEN]>,
+}
+
+impl Document {
+    /// Makes tag B.
+    pub(crate) fn sign_b(&mut self, key_b: &SecretKey) {
+        self.tag_b = Some(self.make_tag_b(key_b));
+    }
+
+    /// Verifies tag B.
+    ///
+    /// # Errors
+    /// It does not hold, or there is none.
+    pub(crate) fn verify_b(&self, key_b: &SecretKey) -> Result<(), TagMismatch> {
+        match self.tag_b {
+            Some(tag) if tags_equal(&tag, &self.make_tag_b(key_b)) => Ok(()),
+            _ => Err(TagMismatch),
+        }
+    }
+
+    fn make_tag_b(&self, key_b: &SecretKey) -> [u8; TAG_LEN] {
+        let (version, kind) = (VERSION.to_le_bytes(), self.kind.code().to_le_bytes());
+        hmac_sha256(key_b, &[&version, &kind, self.store.as_bytes(), &self.subject, &self.b])
+    }
+
+    /// Its bytes in a file, with tag A by `key_a`, and with tag B as it is.
+    pub(crate) fn seal(&self, key_a: &SecretKey) -> Vec<u8> {
+        let len = FIXED_LEN + self.a.len() + self.b.len() + 2 * TAG_LEN + CRC_LEN;
+        debug_assert!(len as u64 <= DOCUMENT_BYTES_MAX);
+        let mut out = Vec::with_capacity(len);
+        out.put_slice(MAGIC);
+        out.put_u16_le(VERSION);
+        out.put_u16_le(self.kind.code());
+        self.features.encode(&mut out);
+        out.put_slice(self.store.as_bytes());
+        out.put_slice(&self.subject);
+        out.put_u64_le(self.generation);
+        out.put_u32_le(self.keyring_version);
+        out.put_u32_le(0);
+        out.put_u32_le(self.a.len() as u32);
+        out.put_u32_le(self.b.len() as u32);
+        out.put_slice(&self.a);
+        out.put_slice(&self.b);
+        let tag_a = hmac_sha256(key_a, &[&out]);
+        out.put_slice(&tag_a);
+        out.put_slice(&self.tag_b.unwrap_or_default());
+        put_crc(&mut out, 0);
+        out
+    }
+}
+
+/// Opens the document in `bytes`, which came from the file `path`: checks it, finds its key by the version of the service keyring
+/// that it claims, and authenticates it.
+///
+/// # Errors
+/// [`Error::Truncated`], [`Error::Corrupt`], [`Error::NewerFormat`], [`Error::UnsupportedFeature`], [`Error::Tampered`], and what `key`
+/// says.
+pub(crate) fn open(
+    bytes: &[u8],
+    kind: DocumentKind,
+    path: &Path,
+    key: impl FnOnce(u32) -> Result<SecretKey, Error>,
+) -> Result<Document, Error> {
+    let parsed = UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?;
+    let key = key(parsed.unverified().keyring_version)?;
+    let tampered = || Error::Tampered { at: Location::new(path, 0), what: "a document" };
+    let document = parsed.verify(&key).map_err(|_| tampered())?;
+    if document.kind == kind { Ok(document) } else { Err(tampered()) }
+}
+
+/// The store that the document in `bytes` claims to be of.
+///
+/// # Errors
+/// As [`open`], but for authentication.
+pub(crate) fn claimed_store(bytes: &[u8], path: &Path) -> Result<StoreId, Error> {
+    Ok(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?.unverified().store)
+}
+
+/// A document whose CRC32 holds. Nothing of it is authenticated yet.
+#[derive(Debug)]
+pub(crate) struct UnverifiedDocument<'a> {
+    document: Document,
+    /// What tag A authenticates.
+    signed: &'a [u8],
+    tag_a: [u8; TAG_LEN],
+}
+
+impl<'a> UnverifiedDocument<'a> {
+    /// Takes apart the bytes of a file.
+    ///
+    /// # Errors
+    /// [`DecodeError::Short`] when the file is shorter than it says; any other when it is not a document.
+    pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(bytes);
+        cursor.magic(MAGIC)?;
+        cursor.version(VERSION)?;
+        let (kind, features) = (cursor.u16()?, Features::decode(&mut cursor)?);
+        let (store, subject) = (StoreId::from_bytes(cursor.array()?), cursor.array()?);
+        let (generation, keyring_version) = (cursor.u64()?, cursor.u32()?);
+        let reserved = cursor.u32()?;
+        let (len_a, len_b) = (cursor.u32()? as usize, cursor.u32()? as usize);
+        let (a, b) = (cursor.bytes(len_a)?, cursor.bytes(len_b)?);
+        let (tag_a, tag_b) = (cursor.array()?, cursor.array()?);
+        cursor.bytes(CRC_LEN)?;
+        require(cursor.is_empty(), "length of the document")?;
+        strip_crc(bytes)?;
+
+        features.check()?;
+        require(reserved == 0, "reserved bytes of the document")?;
+        let kind = DocumentKind::ALL.into_iter().find(|one| one.code() == kind);
+        let document = Document {
+            kind: kind.ok_or(DecodeError::Field("kind of the document"))?,
+            features,
+            store,
+            subject,
+            generation,
+            keyring_version,
+            a: a.to_vec(),
+            b: b.to_vec(),
+            tag_b: Some(tag_b).filter(|tag| *tag != [0; TAG_LEN]),
+        };
+        Ok(Self { document, signed: Cursor::new(bytes).bytes(FIXED_LEN + len_a + len_b)?, tag_a })
+    }
+
+    /// What it claims to say, to find the keys to verify it with. Nothing else may rest on it.
+    pub(crate) fn unverified(&self) -> &Document {
+        &self.document
+    }
+
+    /// Verifies tag A.
+    ///
+    /// # Errors
+    /// It does not hold.
+    pub(crate) fn verify(self, key_a: &SecretKey) -> Result<Document, TagMismatch> {
+        if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed])) { Ok(self.document) } else { Err(TagMismatch) }
+    }
+
+    /// Verifies tag B alone: kind, store, subject and part B of [`UnverifiedDocument::unverified`] are then authentic, and nothing
+    /// else is.
+    ///
+    /// # Errors
+    /// It does not hold, or there is none.
+    pub(crate) fn verify_b(&self, key_b: &SecretKey) -> Result<(), TagMismatch> {
+        self.document.verify_b(key_b)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        ids::{hex_decode, hex_encode},
+        segment::tests::damage_each,
+    };
+
+    fn key(byte: u8) -> SecretKey {
+        SecretKey::from_bytes(&mut [byte; 32])
+    }
+
+    fn sample() -> Document {
+        let mut document = Document {
+            kind: DocumentKind::Logstore,
+            features: Features { compatible: 1, read_only_compatible: 2, incompatible: 0 },
+            store: StoreId::from_bytes([0x11; 16]),
+            subject: [0x22; 16],
+            generation: 9,
+            keyring_version: 3,
+            a: b"{\"a\":1}".to_vec(),
+            b: b"{}".to_vec(),
+            tag_b: None,
+        };
+        document.sign_b(&key(2));
+        document
+    }
+
+    #[test]
+    fn golden() {
+        let golden = concat!(
+            "454e564c444f430001000300010000000200000000000000111111111111111111111111111111112222222222222222",
+            "22222222222222220900000000000000030000000000000007000000020000007b2261223a317d7b7de2c78c9366bcbf",
+            "dd5a228d3592b12d3bde386c5710dc7e3e4b8217c9fcf944252ddf6111e4ea51507ba619db8f5e05db483a7c6bcc218a",
+            "0e3cf130aa4f049a26b78512db",
+        );
+        assert_eq!(hex_encode(&sample().seal(&key(1))), golden);
+        let bytes = hex_decode(golden).unwrap();
+        let unverified = UnverifiedDocument::parse(&bytes).unwrap();
+        assert_eq!(unverified.unverified().keyring_version, 3);
+        unverified.verify_b(&key(2)).unwrap();
+        let document = unverified.verify(&key(1)).unwrap();
+        assert_eq!(document, sample());
+        document.verify_b(&key(2)).unwrap();
+    }
+
+    #[test]
+    fn another_key_is_noticed() {
+        let bytes = sample().seal(&key(1));
+        let unverified = UnverifiedDocument::parse(&bytes).unwrap();
+        unverified.verify_b(&key(1)).unwrap_err();
+        unverified.verify(&key(2)).unwrap_err();
+        let none = Document { tag_b: None, ..sample() };
+        none.verify_b(&key(2)).unwrap_err();
+        let bytes = none.seal(&key(1));
+        assert_eq!(UnverifiedDocument::parse(&bytes).unwrap().verify(&key(1)).unwrap().tag_b, None);
+    }
+
+    #[test]
+    fn tag_b_survives_changes_elsewhere() {
+        let changed = Document { a: Vec::new(), generation: 10, keyring_version: 4, ..sample() };
+        changed.verify_b(&key(2)).unwrap();
+        for changed in [
+            Document { b: b"{ }".to_vec(), ..sample() },
+            Document { subject: [0; 16], ..sample() },
+            Document { store: StoreId::from_bytes([0; 16]), ..sample() },
+            Document { kind: DocumentKind::Probe, ..sample() },
+        ] {
+            changed.verify_b(&key(2)).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn damage_is_refused() {
+        let bytes = sample().seal(&key(1));
+        damage_each(&bytes, |damaged, how| {
+            UnverifiedDocument::parse(damaged).map(|_| ()).expect_err(&how);
+        });
+        for len in 0..bytes.len() {
+            let error = UnverifiedDocument::parse(&bytes[..len]).unwrap_err();
+            assert!(matches!(error, DecodeError::Short { have, .. } if have == len as u64), "{len}");
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        assert_eq!(UnverifiedDocument::parse(&longer).unwrap_err(), DecodeError::Field("length of the document"));
+    }
+
+    /// With the CRC put right again, nothing but tag B itself may change unnoticed by tag A.
+    #[test]
+    fn tampering_is_noticed() {
+        let bytes = sample().seal(&key(1));
+        let tag_b_at = bytes.len() - CRC_LEN - TAG_LEN;
+        damage_each(&bytes[..bytes.len() - CRC_LEN], |damaged, how| {
+            if damaged.len() < bytes.len() - CRC_LEN {
+                return;
+            }
+            let mut damaged = damaged.to_vec();
+            let in_tag_b = damaged[..tag_b_at] == bytes[..tag_b_at];
+            put_crc(&mut damaged, 0);
+            let Ok(unverified) = UnverifiedDocument::parse(&damaged) else {
+                return;
+            };
+            match unverified.verify(&key(1)) {
+                Ok(document) => {
+                    assert!(in_tag_b, "{how}");
+                    document.verify_b(&key(2)).expect_err(&how);
+                }
+                Err(TagMismatch) => assert!(!in_tag_b, "{how}"),
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        let refused = |at: usize, with: u8| {
+            let mut bytes = sample().seal(&key(1));
+            bytes.truncate(bytes.len() - CRC_LEN);
+            bytes[at] = with;
+            put_crc(&mut bytes, 0);
+            UnverifiedDocument::parse(&bytes).unwrap_err()
+        };
+        assert_eq!(refused(0, 0), DecodeError::Magic);
+        assert_eq!(refused(8, 2), DecodeError::NewerVersion(2));
+        assert_eq!(refused(10, 0), DecodeError::Field("kind of the document"));
+        assert_eq!(refused(10, 7), DecodeError::Field("kind of the document"));
+        assert_eq!(refused(20, 1), DecodeError::Feature("incompatible feature bits 0x1".to_owned()));
+        assert_eq!(refused(68, 1), DecodeError::Field("reserved bytes of the document"));
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(
+            kind in prop::sample::select(&DocumentKind::ALL[..]),
+            (compatible, read_only_compatible, store, subject) in any::<(u32, u32, [u8; 16], [u8; 16])>(),
+            (generation, keyring_version, a, b) in any::<(u64, u32, Vec<u8>, Vec<u8>)>(),
+            signed: bool,
+        ) {
+            let features = Features { compatible, read_only_compatible, incompatible: 0 };
+            let store = StoreId::from_bytes(store);
+            let mut document = Document { kind, features, store, subject, generation, keyring_version, a, b, tag_b: None };
+            if signed {
+                document.sign_b(&key(2));
+            }
+            let bytes = document.seal(&key(1));
+            let back = UnverifiedDocument::parse(&bytes).unwrap().verify(&key(1)).unwrap();
+            prop_assert_eq!(back.verify_b(&key(2)).is_ok(), signed);
+            prop_assert_eq!(back, document);
+        }
+
+        #[test]
+        fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
+            let _ = UnverifiedDocument::parse(&bytes);
+            let _ = UnverifiedDocument::parse(&[&MAGIC[..], &[1, 0], &bytes].concat());
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! The one error type of the engine.
+//!
+//! A caller matches on [`Error`] itself, or on its coarser [`Error::kind`]. Sources that cannot be cloned are shared, so an
+//! error can be handed to every caller that a failed block concerns. No variant ever carries key material or log content.
+
+use std::{fmt, io, path::PathBuf, sync::Arc};
+
+use crate::{
+    kms::RevokedReason,
+    logstore::{ConfigError, LogstoreName},
+};
+
+/// The result of an engine operation.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where in a file something was found wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Location {
+    /// The file.
+    pub file: PathBuf,
+    /// The block number within the segment, if it is about a block.
+    pub block: Option<u32>,
+    /// The offset in bytes from the beginning of the file.
+    pub offset: u64,
+}
+
+impl Location {
+    /// A place in `file` that is not inside a block.
+    pub fn new(file: impl Into<PathBuf>, offset: u64) -> Self {
+        Self { file: file.into(), block: None, offset }
+    }
+
+    /// The same place, inside block number `block`.
+    #[must_use]
+    pub fn block(mut self, block: u32) -> Self {
+        self.block = Some(block);
+        self
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at byte {}", self.file.display(), self.offset)?;
+        match self.block {
+            Some(block) => write!(f, " (block {block})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a caller does about an error, coarser than [`Error`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The customer refuses the key: stop, until the customer allows it again.
+    Revoked,
+    /// The KMS does not answer, or answers nonsense: try again later.
+    KmsUnreachable,
+    /// The bytes on disk are not what was written.
+    Integrity,
+    /// The request asks for a configuration that is not allowed.
+    Configuration,
+    /// The store or its keyring is missing, locked, or not the one expected.
+    Unavailable,
+    /// The request is malformed or beyond a limit.
+    Invalid,
+    /// Nothing of that name exists, or it exists already.
+    Name,
+    /// There is no room now.
+    Full,
+    /// The operating system failed an operation.
+    Io,
+    /// The handle can no longer be used.
+    Closed,
+}
+
+/// Everything that can go wrong in the engine.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The KMS refuses the customer master key, so every read and write of the Logstore is refused.
+    #[error(
+        "access to Logstore {logstore} is refused: its master key {cmk} is {reason}; enable the key or its grant again in the KMS"
+    )]
+    Revoked {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The `cmk_key_id`.
+        cmk: String,
+        /// Why.
+        reason: RevokedReason,
+    },
+    /// The KMS gave no usable answer for longer than the outage grace.
+    #[error(
+        "Logstore {logstore} is unavailable: the KMS of region {region} does not answer for master key {cmk}: {detail}; try again when it does"
+    )]
+    KmsUnreachable {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The `cmk_key_id`.
+        cmk: String,
+        /// The `region_id`.
+        region: String,
+        /// What the backend said.
+        detail: String,
+    },
+    /// The KMS gave an answer that cannot be right.
+    #[error("Logstore {logstore} is unavailable: the KMS gave a wrong answer for master key {cmk}: {detail}")]
+    KmsInvalid {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The `cmk_key_id`.
+        cmk: String,
+        /// What was wrong with it.
+        detail: String,
+    },
+    /// The key at hand is not the one the segment was sealed with, or the segment's header was altered with its CRC.
+    #[error("wrong key, or an altered header: the key commitment does not hold in {at}")]
+    WrongKey {
+        /// Where.
+        at: Location,
+    },
+    /// The CRC holds and authentication fails: somebody changed the bytes on purpose.
+    #[error("tampering detected: {what} in {at} fails authentication")]
+    Tampered {
+        /// Where.
+        at: Location,
+        /// What was being read.
+        what: &'static str,
+    },
+    /// The bytes are damaged.
+    #[error("corruption: {what} in {at}")]
+    Corrupt {
+        /// Where.
+        at: Location,
+        /// What is wrong.
+        what: String,
+    },
+    /// Something ends before it should.
+    #[error("truncated: {what} in {at}")]
+    Truncated {
+        /// Where it ends.
+        at: Location,
+        /// What is missing.
+        what: String,
+    },
+    /// Something is older than what the catalogue, a successor or a checkpoint vouches for.
+    #[error("rolled back: {what}")]
+    RolledBack {
+        /// What is older than it should be.
+        what: String,
+    },
+    /// A configuration was refused; nothing was changed.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Another process has the store open for writing.
+    #[error("store {} is locked by {}", path.display(), pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}")))]
+    Locked {
+        /// The store.
+        path: PathBuf,
+        /// The process that holds the lock, when it said so.
+        pid: Option<u32>,
+    },
+    /// There is no store at the path.
+    #[error("there is no store at {}; create one first", path.display())]
+    StoreMissing {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is not an envelog store.
+    #[error("{} is not an envelog store", path.display())]
+    NotAStore {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is a store at the path already.
+    #[error("there is a store at {} already", path.display())]
+    StoreExists {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file was written by a newer envelog.
+    #[error("{} has format version {found}, this build reads up to {supported}; use a newer envelog", path.display())]
+    NewerFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its format version.
+        found: u16,
+        /// The newest that this build knows.
+        supported: u16,
+    },
+    /// The file uses a feature that this build does not have.
+    #[error("{} uses a feature that this build does not know ({what}); use a newer envelog", path.display())]
+    UnsupportedFeature {
+        /// The file.
+        path: PathBuf,
+        /// Which feature.
+        what: String,
+    },
+    /// The service keyring is absent.
+    #[error("the service keyring {} is missing; restore it from its backup", path.display())]
+    KeyringMissing {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// A service keyring exists where a new one was to be made.
+    #[error("there is a service keyring at {} already; it is never overwritten", path.display())]
+    KeyringExists {
+        /// Where.
+        path: PathBuf,
+    },
+    /// The service keyring belongs to another store.
+    #[error("the service keyring {} belongs to another store", path.display())]
+    KeyringForeign {
+        /// The keyring file.
+        path: PathBuf,
+    },
+    /// The service keyring is an old copy: a version that the store uses is not in it.
+    #[error("the service keyring {} is too old: the store uses version {needed}, it ends at {newest}; restore the newest copy", path.display())]
+    KeyringTooOld {
+        /// The keyring file.
+        path: PathBuf,
+        /// The version that is needed.
+        needed: u32,
+        /// The newest version it holds.
+        newest: u32,
+    },
+    /// No Logstore of that name exists.
+    #[error("there is no Logstore {0}")]
+    LogstoreMissing(LogstoreName),
+    /// A Logstore of that name exists already.
+    #[error("Logstore {0} exists already")]
+    LogstoreExists(LogstoreName),
+    /// The Logstore has no such shard.
+    #[error("Logstore {logstore} has no shard {shard}")]
+    ShardMissing {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The shard.
+        shard: u32,
+    },
+    /// The shard takes no more writes.
+    #[error("shard {shard} of Logstore {logstore} is read-only")]
+    ShardReadOnly {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The shard.
+        shard: u32,
+    },
+    /// The data key was destroyed on purpose; what it sealed is gone.
+    #[error("data-key version {version} of Logstore {logstore} was shredded: what it sealed cannot be read any more")]
+    Shredded {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The data-key version.
+        version: u32,
+    },
+    /// A log group that is not one.
+    #[error("invalid log group: {0}")]
+    InvalidGroup(#[from] crate::group::GroupError),
+    /// Something is larger than its limit.
+    #[error("{what} is too large: {size}, the limit is {limit}")]
+    TooLarge {
+        /// What.
+        what: &'static str,
+        /// Its size, in the unit that `what` names.
+        size: u64,
+        /// The limit, in the same unit.
+        limit: u64,
+    },
+    /// There are as many of something as may be.
+    #[error("too many {what}: the limit is {limit}")]
+    TooMany {
+        /// What.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// The pipeline has no room for another group now.
+    #[error("the write pipeline is full ({pending} bytes pending); wait, or use the blocking form")]
+    Full {
+        /// Bytes waiting.
+        pending: u64,
+    },
+    /// An argument that makes no sense.
+    #[error("invalid argument: {0}")]
+    InvalidArgument(String),
+    /// The shard's writer stopped after a failed write; reading goes on, reopening the shard clears it.
+    #[error("shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to go on: {cause}")]
+    Latched {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The shard.
+        shard: u32,
+        /// The failure.
+        cause: Arc<Error>,
+    },
+    /// The store was opened read-only.
+    #[error("the store is open read-only")]
+    ReadOnly,
+    /// The handle was inherited through `fork`, and must not be used there.
+    #[error("this handle was inherited through fork; open the store anew in this process")]
+    Forked,
+    /// The store, Logstore or reader has been closed or deleted.
+    #[error("{0} is closed")]
+    Closed(&'static str),
+    /// A cryptographic library refused.
+    #[error("cryptography: {0}")]
+    Crypto(crate::crypto::CryptoError),
+    /// The operating system failed an operation.
+    #[error("cannot {op} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        source: Arc<io::Error>,
+    },
+}
+
+impl From<std::convert::Infallible> for Error {
+    fn from(never: std::convert::Infallible) -> Self {
+        match never {}
+    }
+}
+
+impl Error {
+    /// The coarse kind, for deciding what to do.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Revoked { .. } => ErrorKind::Revoked,
+            Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } => ErrorKind::KmsUnreachable,
+            Error::WrongKey { .. }
+            | Error::Tampered { .. }
+            | Error::Corrupt { .. }
+            | Error::Truncated { .. }
+            | Error::RolledBack { .. } => ErrorKind::Integrity,
+            Error::Config(_) => ErrorKind::Configuration,
+            Error::Locked { .. }
+            | Error::StoreMissing { .. }
+            | Error::NotAStore { .. }
+            | Error::NewerFormat { .. }
+            | Error::UnsupportedFeature { .. }
+            | Error::KeyringMissing { .. }
+            | Error::KeyringForeign { .. }
+            | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
+            Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => ErrorKind::Invalid,
+            Error::StoreExists { .. }
+            | Error::KeyringExists { .. }
+            | Error::LogstoreMissing(_)
+            | Error::LogstoreExists(_)
+            | Error::ShardMissing { .. } => ErrorKind::Name,
+            Error::Full { .. } | Error::TooMany { .. } => ErrorKind::Full,
+            Error::Latched { cause, .. } => cause.kind(),
+            Error::ShardReadOnly { .. }
+            | Error::ReadOnly
+            | Error::Forked
+            | Error::Closed(_)
+            | Error::Shredded { .. } => ErrorKind::Closed,
+            Error::Crypto(_) => ErrorKind::Invalid,
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Full,
+            Error::Io { .. } => ErrorKind::Io,
+        }
+    }
+
+    /// A short stable word for the variant, for machines: `revoked`, `kms_unreachable`, `tampered`, …
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Revoked { .. } => "revoked",
+            Error::KmsUnreachable { .. } => "kms_unreachable",
+            Error::KmsInvalid { .. } => "kms_invalid",
+            Error::WrongKey { .. } => "wrong_key",
+            Error::Tampered { .. } => "tampered",
+            Error::Corrupt { .. } => "corrupt",
+            Error::Truncated { .. } => "truncated",
+            Error::RolledBack { .. } => "rolled_back",
+            Error::Config(config) => config.code(),
+            Error::Locked { .. } => "locked",
+            Error::StoreMissing { .. } => "store_missing",
+            Error::NotAStore { .. } => "not_a_store",
+            Error::StoreExists { .. } => "store_exists",
+            Error::NewerFormat { .. } => "newer_format",
+            Error::UnsupportedFeature { .. } => "unsupported_feature",
+            Error::KeyringMissing { .. } => "keyring_missing",
+            Error::KeyringExists { .. } => "keyring_exists",
+            Error::KeyringForeign { .. } => "keyring_foreign",
+            Error::KeyringTooOld { .. } => "keyring_too_old",
+            Error::LogstoreMissing(_) => "logstore_missing",
+            Error::LogstoreExists(_) => "logstore_exists",
+            Error::ShardMissing { .. } => "shard_missing",
+            Error::ShardReadOnly { .. } => "shard_read_only",
+            Error::Shredded { .. } => "shredded",
+            Error::InvalidGroup(_) => "invalid_group",
+            Error::TooLarge { .. } => "too_large",
+            Error::TooMany { .. } => "too_many",
+            Error::Full { .. } => "full",
+            Error::InvalidArgument(_) => "invalid_argument",
+            Error::Latched { .. } => "latched",
+            Error::ReadOnly => "read_only",
+            Error::Forked => "forked",
+            Error::Closed(_) => "closed",
+            Error::Crypto(_) => "crypto",
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => "disk_full",
+            Error::Io { .. } => "io",
+        }
+    }
+
+    pub(crate) fn io(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Io { op, path, source: Arc::new(source) }
+    }
+
+    pub(crate) fn corrupt(at: Location, what: impl Into<String>) -> Error {
+        Error::Corrupt { at, what: what.into() }
+    }
+
+    pub(crate) fn truncated(at: Location, what: impl Into<String>) -> Error {
+        Error::Truncated { at, what: what.into() }
+    }
+}

@@ -1,0 +1,344 @@
+//! The key audit log: every transition of a key, chained and tagged.
+//!
+//! A record is a line: the JSON of it, a tab, its tag in hex, a tab, the CRC-32 of what precedes the last tab in hex, a newline. The
+//! tag is HMAC-SHA-256 under a key from the service keyring over the tag before it and the JSON; so a record cannot be altered,
+//! dropped from the middle or moved. The catalogue remembers how far the log was when it was last written.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, RwLock},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::keyring::Keyring;
+use crate::{
+    Error, Result,
+    crypto::{hmac_sha256, tags_equal},
+    error::Location,
+    ids::{LogstoreId, hex_decode, hex_encode},
+    io::{self, Clock, Disk, DiskFile, OpenMode},
+    logstore::LogstoreName,
+    sync::{lock, read},
+};
+
+/// What happened to a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum AuditEvent {
+    /// The store and its keyring were made.
+    StoreCreated,
+    /// A Logstore's first envelope was made.
+    Created,
+    /// The KMS refused the key; the detail says why.
+    Revoked,
+    /// The lease ended without an answer of the KMS.
+    LeaseEnded,
+    /// The key can be used again.
+    Recovered,
+    /// A new data-key version is about to be made.
+    RotateIntended,
+    /// A new data-key version is in use.
+    Rotated,
+    /// The envelopes were wrapped anew under the current wrapping key.
+    Rewrapped,
+    /// A new service-key version is about to be made.
+    ServiceRotateIntended,
+    /// A new service-key version is in use.
+    ServiceRotated,
+    /// The master key is about to be replaced.
+    ReplaceIntended,
+    /// The master key was replaced.
+    Replaced,
+    /// Data-key versions are about to be destroyed.
+    ShredIntended,
+    /// Data-key versions were destroyed.
+    Shredded,
+    /// A Logstore is about to be deleted, and its envelopes with it.
+    DeleteIntended,
+    /// A Logstore was deleted, and its envelopes with it.
+    Deleted,
+    /// The store was recovered with a new keyring.
+    KeyringReplaced,
+}
+
+/// One record of the key audit log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct AuditRecord {
+    /// Counts the records of the store, from 1.
+    pub number: u64,
+    /// When, in microseconds since the Unix epoch.
+    pub time_us: u64,
+    /// What happened.
+    pub event: AuditEvent,
+    /// To which Logstore, by name; none if it was the whole store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logstore: Option<LogstoreName>,
+    /// To which Logstore, by id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logstore_id: Option<LogstoreId>,
+    /// More about it, never a secret.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+    /// The version of the service keyring that tags the record.
+    pub keyring_version: u32,
+}
+
+/// How far the log is: what the catalogue and checkpoints remember.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AuditHead {
+    pub(crate) number: u64,
+    pub(crate) tag: String,
+}
+
+struct Tail {
+    head: AuditHead,
+    /// The number of the current file.
+    file_number: u32,
+    file: Option<Arc<dyn DiskFile>>,
+    len: u64,
+}
+
+/// The audit log of an open store.
+pub(crate) struct AuditLog {
+    disk: Arc<dyn Disk>,
+    clock: Arc<dyn Clock>,
+    keyring: Arc<RwLock<Keyring>>,
+    dir: PathBuf,
+    file_bytes_max: u64,
+    tail: Mutex<Tail>,
+}
+
+const LINE_BYTES_MAX: usize = 64 << 10;
+const FILE_BYTES_MAX: u64 = 1 << 30;
+
+impl std::fmt::Debug for AuditLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AuditLog").field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+impl AuditLog {
+    /// Opens the log in `dir`, reading its last file only.
+    pub(crate) fn open(
+        disk: Arc<dyn Disk>,
+        clock: Arc<dyn Clock>,
+        keyring: Arc<RwLock<Keyring>>,
+        dir: PathBuf,
+        file_bytes_max: u64,
+    ) -> Result<Self> {
+        let log = Self {
+            disk,
+            clock,
+            keyring,
+            dir,
+            file_bytes_max,
+            tail: Mutex::new(Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0 }),
+        };
+        let numbers = log.files()?;
+        if let Some(&last) = numbers.last() {
+            let mut tail = lock(&log.tail);
+            tail.file_number = last;
+            let lines = log.lines(last)?;
+            tail.len = lines.valid_len;
+            if let Some(line) = lines.lines.last() {
+                tail.head = AuditHead { number: line.record.number, tag: line.tag.clone() };
+            } else if last > 1 {
+                let before = log.lines(last - 1)?;
+                if let Some(line) = before.lines.last() {
+                    tail.head = AuditHead { number: line.record.number, tag: line.tag.clone() };
+                }
+            }
+        }
+        Ok(log)
+    }
+
+    fn path(&self, number: u32) -> PathBuf {
+        self.dir.join(format!("audit-{number:06}.log"))
+    }
+
+    fn files(&self) -> Result<Vec<u32>> {
+        let mut numbers: Vec<u32> = self
+            .disk
+            .list_dir(&self.dir)
+            .map_err(Error::io("list", &self.dir))?
+            .iter()
+            .filter_map(|entry| entry.name.strip_prefix("audit-")?.strip_suffix(".log")?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    pub(crate) fn head(&self) -> AuditHead {
+        lock(&self.tail).head.clone()
+    }
+
+    /// Appends a record and makes it durable.
+    pub(crate) fn record(
+        &self,
+        event: AuditEvent,
+        logstore: Option<(&LogstoreName, LogstoreId)>,
+        detail: impl Into<String>,
+    ) -> Result<()> {
+        let (keyring_version, key) = {
+            let keyring = read(&self.keyring);
+            (keyring.newest(), keyring.audit_key(keyring.newest())?)
+        };
+        let mut tail = lock(&self.tail);
+        let record = AuditRecord {
+            number: tail.head.number + 1,
+            time_us: self.clock.wall_us(),
+            event,
+            logstore: logstore.map(|(name, _)| name.clone()),
+            logstore_id: logstore.map(|(_, id)| id),
+            detail: detail.into(),
+            keyring_version,
+        };
+        let json = serde_json::to_string(&record).expect("plain data always serializes");
+        let tag = hex_encode(&hmac_sha256(&key, &[tail.head.tag.as_bytes(), json.as_bytes()]));
+        let mut line = format!("{json}\t{tag}");
+        line.push_str(&format!("\t{:08x}\n", crc32fast::hash(line.as_bytes())));
+        if tail.len >= self.file_bytes_max {
+            tail.file_number += 1;
+            tail.file = None;
+            tail.len = 0;
+        }
+        let path = self.path(tail.file_number);
+        let file = match tail.file.clone() {
+            Some(file) => file,
+            None => self.open_file(&path, tail.len)?,
+        };
+        // A record is one write; should it tear, its line is cut off before the next one is written.
+        let len = tail.len;
+        let written = file
+            .write_at(line.as_bytes(), len)
+            .and_then(|()| file.sync_data())
+            .map_err(Error::io("append to the audit log", &path));
+        if let Err(error) = written {
+            tail.file = None;
+            return Err(error);
+        }
+        tail.len += line.len() as u64;
+        tail.file = Some(file);
+        tail.head = AuditHead { number: record.number, tag };
+        Ok(())
+    }
+
+    fn open_file(&self, path: &Path, len: u64) -> Result<Arc<dyn DiskFile>> {
+        let open = || -> std::io::Result<Arc<dyn DiskFile>> {
+            if self.disk.stat(path)?.is_none() {
+                let file = self.disk.open(path, OpenMode::CreateNew)?;
+                self.disk.sync_dir(&self.dir)?;
+                return Ok(file);
+            }
+            let file = self.disk.open(path, OpenMode::ReadWrite)?;
+            if file.len()? > len {
+                file.set_len(len)?;
+            }
+            Ok(file)
+        };
+        open().map_err(Error::io("open the audit log", path))
+    }
+
+    /// All records, the chain verified from the first to the last, and against `heads` that were noted earlier.
+    pub(crate) fn verified(&self, heads: &[&AuditHead]) -> Result<Vec<AuditRecord>> {
+        let numbers = self.files()?;
+        let mut records = Vec::new();
+        let mut previous = String::new();
+        let mut seen = vec![false; heads.len()];
+        for (index, &number) in numbers.iter().enumerate() {
+            if number as usize != index + 1 {
+                return Err(Error::truncated(
+                    Location::new(self.path(number), 0),
+                    "an audit file before this one is missing",
+                ));
+            }
+            let is_last = index + 1 == numbers.len();
+            let lines = self.lines(number)?;
+            if !is_last && lines.torn {
+                return Err(Error::truncated(
+                    Location::new(self.path(number), lines.valid_len),
+                    "the end of an audit file",
+                ));
+            }
+            for line in lines.lines {
+                let at = || Location::new(self.path(number), line.offset);
+                let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
+                let expected = hmac_sha256(&key, &[previous.as_bytes(), line.json.as_bytes()]);
+                let right = hex_decode(&line.tag).is_some_and(|tag| tags_equal(&tag, &expected));
+                if !right || line.record.number != records.len() as u64 + 1 {
+                    return Err(Error::Tampered { at: at(), what: "an audit record" });
+                }
+                for (seen, head) in seen.iter_mut().zip(heads) {
+                    *seen |= head.number == line.record.number && head.tag == line.tag;
+                }
+                previous = line.tag;
+                records.push(line.record);
+            }
+        }
+        if let Some((head, _)) = heads.iter().zip(&seen).find(|(head, seen)| head.number > 0 && !**seen) {
+            return Err(if head.number > records.len() as u64 {
+                let at = Location::new(self.path(numbers.last().copied().unwrap_or(1)), 0);
+                Error::truncated(at, format!("the audit log ends at record {}, it had {}", records.len(), head.number))
+            } else {
+                Error::RolledBack { what: format!("audit record {} is another than it was", head.number) }
+            });
+        }
+        Ok(records)
+    }
+
+    fn lines(&self, number: u32) -> Result<Lines> {
+        let path = self.path(number);
+        let bytes =
+            io::read_file(&*self.disk, &path, FILE_BYTES_MAX).map_err(Error::io("read the audit log", &path))?;
+        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false };
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let offset = lines.valid_len;
+            let Some(end) = memchr::memchr(b'\n', rest) else {
+                // A line that a crash cut off: it was never acknowledged.
+                lines.torn = true;
+                break;
+            };
+            let (line, after) = (&rest[..end], &rest[end + 1..]);
+            match parse_line(line, offset) {
+                Some(line) => lines.lines.push(line),
+                None => return Err(Error::corrupt(Location::new(&path, offset), "an audit record is damaged")),
+            }
+            rest = after;
+            lines.valid_len += end as u64 + 1;
+        }
+        Ok(lines)
+    }
+}
+
+struct Lines {
+    lines: Vec<Line>,
+    valid_len: u64,
+    torn: bool,
+}
+
+struct Line {
+    offset: u64,
+    json: String,
+    record: AuditRecord,
+    tag: String,
+}
+
+fn parse_line(line: &[u8], offset: u64) -> Option<Line> {
+    if line.len() > LINE_BYTES_MAX {
+        return None;
+    }
+    let text = std::str::from_utf8(line).ok()?;
+    let (body, crc) = text.rsplit_once('\t')?;
+    if crc.len() != 8 || crc != format!("{:08x}", crc32fast::hash(body.as_bytes())) {
+        return None;
+    }
+    let (json, tag) = body.rsplit_once('\t')?;
+    let record = serde_json::from_str(json).ok()?;
+    Some(Line { offset, json: json.to_owned(), record, tag: tag.to_owned() })
+}

@@ -1,0 +1,154 @@
+//! Envelopes: how a data key is kept, and what it is bound to.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    crypto::{CryptoError, CryptoProvider, HashAlg, SecretKey, Suite, derive},
+    ids::{LogstoreId, StoreId, hex_encode},
+    io::Random,
+    kms::{Cmk, EncryptionContext},
+    logstore::{EncryptType, FixedEncryption, LogstoreName},
+};
+
+/// The most data-key versions that a Logstore keeps.
+pub(crate) const DATA_KEYS_MAX: usize = 10_000;
+
+/// The keys section of a Logstore's metadata: everything needed to get its data keys back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeysSection {
+    pub(crate) name: LogstoreName,
+    pub(crate) encrypt_type: EncryptType,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cmk: Option<Cmk>,
+    pub(crate) current: u32,
+    pub(crate) versions: Vec<DataKeyVersion>,
+}
+
+/// One version of a data key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DataKeyVersion {
+    pub(crate) version: u32,
+    pub(crate) created_us: u64,
+    /// The keyring version that wraps it; `None` under a customer master key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) keyring_version: Option<u32>,
+    /// The wrapped key in hex; `None` once it was shredded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) wrapped: Option<String>,
+    /// A value derived one-way from the key, to recognise a wrong answer of the KMS.
+    pub(crate) fingerprint: String,
+}
+
+impl KeysSection {
+    pub(crate) fn fixed(&self) -> FixedEncryption {
+        FixedEncryption { encrypt_type: self.encrypt_type, cmk: self.cmk.clone() }
+    }
+
+    pub(crate) fn version(&self, version: u32) -> Option<&DataKeyVersion> {
+        self.versions.iter().find(|v| v.version == version)
+    }
+}
+
+/// What an envelope is bound to: a data key unwraps for this and nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EnvelopeIdentity {
+    pub(crate) store: StoreId,
+    pub(crate) logstore: LogstoreId,
+    pub(crate) version: u32,
+    pub(crate) suite: Suite,
+}
+
+impl EnvelopeIdentity {
+    /// The encryption context that a KMS binds the envelope to.
+    pub(crate) fn context(&self) -> EncryptionContext {
+        EncryptionContext::from([
+            ("envelog:store".to_owned(), self.store.to_string()),
+            ("envelog:logstore".to_owned(), self.logstore.to_string()),
+            ("envelog:key-version".to_owned(), self.version.to_string()),
+            ("envelog:suite".to_owned(), self.suite.name().to_owned()),
+        ])
+    }
+
+    /// The associated data of an envelope under the service key.
+    fn associated_data(&self, keyring_version: u32) -> [u8; 42] {
+        let mut bytes = [0; 42];
+        bytes[0..16].copy_from_slice(self.store.as_bytes());
+        bytes[16..32].copy_from_slice(self.logstore.as_bytes());
+        bytes[32..36].copy_from_slice(&self.version.to_le_bytes());
+        bytes[36..38].copy_from_slice(&self.suite.code().to_le_bytes());
+        bytes[38..42].copy_from_slice(&keyring_version.to_le_bytes());
+        bytes
+    }
+}
+
+/// The length of an envelope under the service key: salt, sealed key, tag.
+const WRAPPED_BYTES: usize = 32 + 32 + 16;
+
+/// Wraps `key` under a key derived from `root` with a fresh salt, so that no key and nonce meet twice (the nonce is zero).
+pub(super) fn wrap(
+    provider: &dyn CryptoProvider,
+    random: &dyn Random,
+    root: &SecretKey,
+    keyring_version: u32,
+    identity: &EnvelopeIdentity,
+    key: &SecretKey,
+) -> Result<Vec<u8>> {
+    let mut salt = [0; 32];
+    random.fill(&mut salt).map_err(Error::io("draw a random salt", ""))?;
+    let mut wrapped = salt.to_vec();
+    // The plaintext is put where it is sealed, in a vector that never grows again.
+    wrapped.reserve_exact(WRAPPED_BYTES - wrapped.len());
+    wrapped.extend_from_slice(key.expose());
+    let (_, sealed) = wrapped.split_at_mut(32);
+    let sealing = wrapping_key(provider, root, &salt, identity.suite)?;
+    let tag = sealing.seal(&[0; 12], &identity.associated_data(keyring_version), sealed).map_err(Error::Crypto)?;
+    wrapped.extend_from_slice(&tag);
+    Ok(wrapped)
+}
+
+/// Unwraps what [`wrap`] made; `None` when it fails authentication.
+pub(super) fn unwrap(
+    provider: &dyn CryptoProvider,
+    root: &SecretKey,
+    keyring_version: u32,
+    identity: &EnvelopeIdentity,
+    wrapped: &[u8],
+) -> Result<Option<SecretKey>> {
+    let Some((salt, rest)) = wrapped.split_first_chunk::<32>() else { return Ok(None) };
+    let Some((sealed, tag)) = rest.split_last_chunk::<16>() else { return Ok(None) };
+    if sealed.len() != 32 {
+        return Ok(None);
+    }
+    let opening = wrapping_key(provider, root, salt, identity.suite)?;
+    let mut key = [0; 32];
+    match opening.open(&[0; 12], &identity.associated_data(keyring_version), sealed, tag, &mut key) {
+        Ok(()) => Ok(Some(SecretKey::from_bytes(&mut key))),
+        Err(CryptoError::AuthenticationFailed) => Ok(None),
+        Err(error) => Err(Error::Crypto(error)),
+    }
+}
+
+fn wrapping_key(
+    provider: &dyn CryptoProvider,
+    root: &SecretKey,
+    salt: &[u8; 32],
+    suite: Suite,
+) -> Result<Box<dyn crate::crypto::AeadKey>> {
+    let key = derive(suite.hash(), salt, root, &[b"envelog v1 envelope", &suite.code().to_le_bytes()]);
+    let cipher = suite.cipher();
+    provider.aead(cipher, &key.expose()[..cipher.key_len()]).map_err(Error::Crypto)
+}
+
+/// The fingerprint of a key: 16 bytes derived one-way, in hex.
+pub(crate) fn fingerprint(key: &SecretKey) -> String {
+    let derived = derive(HashAlg::Sha256, &[], key, &[b"envelog v1 fingerprint"]);
+    hex_encode(&derived.expose()[..16])
+}
+
+/// The key that makes the second tag of BYOK metadata, derived from the current data key.
+pub(crate) fn metadata_key(data_key: &SecretKey) -> SecretKey {
+    derive(HashAlg::Sha256, &[], data_key, &[b"envelog v1 metadata"])
+}

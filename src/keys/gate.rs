@@ -1,0 +1,313 @@
+//! The gate: the data keys of one Logstore in memory, and the only way to use them.
+//!
+//! Every use goes through [`Gate::with_cipher`]: it asks the lease first, unwraps what is missing (once, whoever asks), and holds
+//! the keys for reading while they are in use. A wipe takes them for writing, so it waits for uses under way, which are short (one
+//! block), and no key is touched after it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+    sync::{Arc, Mutex, RwLock},
+};
+
+use super::{
+    envelope::{EnvelopeIdentity, KeysSection, fingerprint},
+    keyring::Keyring,
+    lease::{KeyState, KeyStatus, Lease, Refusal},
+};
+use crate::{
+    Error, Result,
+    crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
+    error::Location,
+    ids::{LogstoreId, SegmentId, StoreId, hex_decode},
+    kms::{Cmk, KmsCall, KmsError},
+    logstore::LogstoreName,
+    segment::{DecodedHeader, KeySource, SegmentHeader},
+    sync::{lock, read, write},
+};
+
+/// The most segment keys kept expanded per Logstore; more are derived again when needed.
+const CIPHERS_MAX: usize = 512;
+
+/// What the gates of a store share.
+pub(crate) struct KeyContext {
+    pub(crate) store: StoreId,
+    pub(crate) provider: Arc<dyn CryptoProvider>,
+    pub(crate) keyring: Arc<RwLock<Keyring>>,
+    /// The process that opened the store.
+    pub(crate) pid: u32,
+}
+
+impl KeyContext {
+    /// Refuses a handle that came through `fork`: parent and child would draw from the same sequence numbers.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
+    }
+}
+
+#[derive(Default)]
+struct Held {
+    /// The epoch of the lease under which the keys were loaded.
+    epoch: u64,
+    data: BTreeMap<u32, SecretKey>,
+    /// Keys of segments being read.
+    reading: HashMap<SegmentId, SegmentCipher>,
+    /// Keys of segments being written: kept until the segment is sealed or everything is wiped, whatever becomes of the lease, so
+    /// that what was acknowledged can be sealed first.
+    writing: HashMap<SegmentId, SegmentCipher>,
+}
+
+impl Held {
+    /// Drops what was loaded under another epoch.
+    fn enter(&mut self, epoch: u64) {
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.data.clear();
+            self.reading.clear();
+        }
+    }
+}
+
+/// What a Logstore's keys are right now: changed as a whole when the metadata changes.
+#[derive(Clone, Default)]
+pub(crate) struct GateKeys {
+    pub(crate) section: Option<Arc<KeysSection>>,
+    pub(crate) lease: Option<Arc<Lease>>,
+}
+
+pub(crate) struct Gate {
+    context: Arc<KeyContext>,
+    name: LogstoreName,
+    id: LogstoreId,
+    keys: RwLock<GateKeys>,
+    held: RwLock<Held>,
+    /// Taken while unwrapping, so that it happens once.
+    loading: Mutex<()>,
+}
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gate").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Gate {
+    pub(crate) fn new(context: Arc<KeyContext>, name: LogstoreName, id: LogstoreId, keys: GateKeys) -> Self {
+        Self { context, name, id, keys: RwLock::new(keys), held: RwLock::default(), loading: Mutex::default() }
+    }
+
+    pub(crate) fn context(&self) -> &Arc<KeyContext> {
+        &self.context
+    }
+
+    pub(crate) fn id(&self) -> LogstoreId {
+        self.id
+    }
+
+    pub(crate) fn name(&self) -> &LogstoreName {
+        &self.name
+    }
+
+    pub(crate) fn keys(&self) -> GateKeys {
+        read(&self.keys).clone()
+    }
+
+    /// Takes new keys (a first enable, a rotation, a replacement). Versions in memory stay valid: they only ever grow or go.
+    pub(crate) fn replace_keys(&self, keys: GateKeys) {
+        let mut held = write(&self.held);
+        *write(&self.keys) = keys;
+        held.data.clear();
+        held.reading.clear();
+    }
+
+    /// Admits an operation that starts now. Returns the epoch of the lease.
+    pub(crate) fn admit(&self) -> Result<u64> {
+        self.context.check_process()?;
+        let lease = read(&self.keys).lease.clone();
+        match lease {
+            None => Ok(0),
+            Some(lease) => lease.admit().map_err(|refusal| self.refused(&refusal, lease.cmk())),
+        }
+    }
+
+    /// The error for an operation that the lease refuses.
+    pub(crate) fn refused(&self, refusal: &Refusal, cmk: &Cmk) -> Error {
+        let (logstore, cmk_id) = (self.name.clone(), cmk.cmk_key_id.clone());
+        match refusal {
+            Refusal::Revoked(reason) => Error::Revoked { logstore, cmk: cmk_id, reason: *reason },
+            Refusal::Unreachable(detail) => {
+                Error::KmsUnreachable { logstore, cmk: cmk_id, region: cmk.region_id.clone(), detail: detail.clone() }
+            }
+            Refusal::Invalid(detail) => Error::KmsInvalid { logstore, cmk: cmk_id, detail: detail.clone() },
+        }
+    }
+
+    pub(crate) fn status(&self) -> KeyStatus {
+        let keys = self.keys();
+        match (&keys.section, &keys.lease) {
+            (None, _) => KeyStatus { state: KeyState::None, lease_left: None },
+            (Some(_), None) => KeyStatus { state: KeyState::Active, lease_left: None },
+            (Some(_), Some(lease)) => lease.status(),
+        }
+    }
+
+    /// Uses the key of an existing segment, checking its commitment when it is derived.
+    pub(crate) fn with_cipher<R>(
+        &self,
+        segment: &DecodedHeader,
+        path: &Path,
+        use_it: impl FnOnce(&SegmentCipher) -> Result<R>,
+    ) -> Result<R> {
+        let epoch = self.admit()?;
+        loop {
+            {
+                let held = read(&self.held);
+                let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
+                if let Some(cipher) = held.writing.get(&segment.header.segment).or(reading) {
+                    return use_it(cipher);
+                }
+            }
+            let cipher = self.derive(epoch, &segment.header, &segment.header_hash)?;
+            if !tags_equal(cipher.commitment(), &segment.commitment) {
+                return Err(Error::WrongKey { at: Location::new(path, 0) });
+            }
+            {
+                let mut held = write(&self.held);
+                if held.epoch == epoch {
+                    if held.reading.len() >= CIPHERS_MAX {
+                        held.reading.clear();
+                    }
+                    held.reading.insert(segment.header.segment, cipher);
+                }
+            }
+            // Somebody may have wiped in between: the next turn asks the lease through the epoch it holds.
+            if self.admit()? != epoch {
+                return self.with_cipher(segment, path, use_it);
+            }
+        }
+    }
+
+    /// Uses the key of a segment although the lease no longer admits, as long as it is still in memory: to seal what was
+    /// acknowledged before the key is wiped. `None` when it is gone.
+    pub(crate) fn with_held<R>(&self, segment: SegmentId, use_it: impl FnOnce(&SegmentCipher) -> R) -> Option<R> {
+        read(&self.held).writing.get(&segment).map(use_it)
+    }
+
+    /// Derives the key of a new segment, whose header is about to be written, and keeps it. Returns the commitment.
+    pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
+        let epoch = self.admit()?;
+        let cipher = self.derive(epoch, header, header_hash)?;
+        let commitment = *cipher.commitment();
+        write(&self.held).writing.insert(header.segment, cipher);
+        // A loss in between has wiped before this key came in: ask again, and take it out if so.
+        if self.admit().is_ok_and(|now| now == epoch) {
+            return Ok(commitment);
+        }
+        self.end_segment(header.segment);
+        Err(self.admit().err().unwrap_or(Error::Closed("the lease of the data key")))
+    }
+
+    /// Forgets the key of a segment that is written no more.
+    pub(crate) fn end_segment(&self, segment: SegmentId) {
+        write(&self.held).writing.remove(&segment);
+    }
+
+    fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<SegmentCipher> {
+        let provider = &*self.context.provider;
+        let derive = |key: &SecretKey| {
+            SegmentCipher::derive(provider, header.suite, key, &header.salt, header_hash).map_err(Error::Crypto)
+        };
+        match header.key_source {
+            KeySource::Keyring(version) => {
+                write(&self.held).enter(epoch);
+                derive(&read(&self.context.keyring).integrity_key(version, self.id)?)
+            }
+            KeySource::DataKey(version) => loop {
+                {
+                    let held = read(&self.held);
+                    if held.epoch == epoch
+                        && let Some(key) = held.data.get(&version)
+                    {
+                        return derive(key);
+                    }
+                }
+                self.load(epoch, version)?;
+            },
+        }
+    }
+
+    /// Unwraps a data key and keeps it under `epoch`.
+    fn load(&self, epoch: u64, version: u32) -> Result<()> {
+        let _once = lock(&self.loading);
+        {
+            let held = read(&self.held);
+            if held.epoch == epoch && held.data.contains_key(&version) {
+                return Ok(());
+            }
+        }
+        let key = self.unwrap(version)?;
+        // What the KMS gave before a revocation is not kept after it.
+        if self.admit()? != epoch {
+            return Err(self.admit().err().unwrap_or(Error::Closed("the lease of the data key")));
+        }
+        let mut held = write(&self.held);
+        held.enter(epoch);
+        held.data.insert(version, key);
+        Ok(())
+    }
+
+    /// Unwraps a data key from its envelope, at the keyring or at the KMS.
+    pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
+        let keys = self.keys();
+        let missing = || Error::RolledBack {
+            what: format!("data-key version {version} of Logstore {} is not in its metadata", self.name),
+        };
+        let section = keys.section.ok_or_else(missing)?;
+        let entry = section.version(version).ok_or_else(missing)?;
+        let Some(wrapped) = &entry.wrapped else {
+            return Err(Error::Shredded { logstore: self.name.clone(), version });
+        };
+        let damaged =
+            |what: &str| Error::Corrupt { at: Location::new("", 0), what: format!("{what} of {}", self.name) };
+        let wrapped = hex_decode(wrapped).ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
+        let identity = self.identity(&section, version);
+        let key = match (entry.keyring_version, &keys.lease) {
+            (Some(keyring_version), _) => read(&self.context.keyring)
+                .unwrap(&*self.context.provider, keyring_version, &identity, &wrapped)?
+                .ok_or_else(|| Error::WrongKey {
+                    at: Location::new(format!("envelope {version} of {}", self.name), 0),
+                })?,
+            (None, Some(lease)) => {
+                let call =
+                    KmsCall { cmk: lease.cmk(), context: &identity.context(), timeout: lease.terms().call_timeout };
+                lease.kms().unwrap(&call, &wrapped).map_err(|error| {
+                    let refusal = Refusal::from(&error);
+                    if matches!(error, KmsError::Revoked { .. }) {
+                        lease.report(refusal.clone());
+                    }
+                    self.refused(&refusal, lease.cmk())
+                })?
+            }
+            (None, None) => return Err(damaged("an envelope has no key to unwrap it")),
+        };
+        if fingerprint(&key) == entry.fingerprint {
+            return Ok(key);
+        }
+        match &keys.lease {
+            Some(lease) => {
+                let wrong = Refusal::Invalid("it unwrapped an envelope to another key".to_owned());
+                Err(self.refused(&wrong, lease.cmk()))
+            }
+            None => Err(Error::WrongKey { at: Location::new(format!("envelope {version} of {}", self.name), 0) }),
+        }
+    }
+
+    pub(crate) fn identity(&self, section: &KeysSection, version: u32) -> EnvelopeIdentity {
+        EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
+    }
+
+    /// Wipes every key of the Logstore from memory, once the uses under way are done.
+    pub(crate) fn wipe(&self) {
+        *write(&self.held) = Held::default();
+    }
+}

@@ -1,0 +1,241 @@
+//! The service keyring: the engine's own root keys, in a file apart from the data.
+//!
+//! It is made together with the store and never again by accident. It holds versions, each a random 256-bit root from which the
+//! keys for authenticating metadata, for wrapping data keys and for the integrity of what is not encrypted are derived.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::envelope::{self, EnvelopeIdentity};
+use crate::{
+    Error, Result,
+    crypto::{CryptoProvider, HashAlg, SecretKey, derive},
+    document::{Document, DocumentKind, UnverifiedDocument},
+    error::Location,
+    ids::{KeyringId, LogstoreId, StoreId, hex_decode, hex_encode},
+    io::{self, Disk, OpenMode, Random},
+    segment::Features,
+};
+
+const KEYRING_BYTES_MAX: u64 = 4 << 20;
+/// The most versions a keyring may hold.
+const VERSIONS_MAX: usize = 10_000;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Body {
+    versions: Vec<VersionBody>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VersionBody {
+    version: u32,
+    created_us: u64,
+    root: Zeroizing<String>,
+}
+
+struct Version {
+    created_us: u64,
+    root: SecretKey,
+}
+
+/// The service keyring in memory.
+pub(crate) struct Keyring {
+    path: PathBuf,
+    store: StoreId,
+    id: KeyringId,
+    versions: BTreeMap<u32, Version>,
+}
+
+impl std::fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Keyring").field("id", &self.id).field("newest", &self.newest()).finish_non_exhaustive()
+    }
+}
+
+impl Keyring {
+    /// Makes a new keyring with one version and writes it durably, before anything depends on it.
+    pub(crate) fn create(
+        disk: &dyn Disk,
+        random: &dyn Random,
+        path: &Path,
+        store: StoreId,
+        now_us: u64,
+    ) -> Result<Self> {
+        if disk.stat(path).map_err(Error::io("look for", path))?.is_some() {
+            return Err(Error::KeyringExists { path: path.to_owned() });
+        }
+        let draw = |error| Error::io("draw a random key for", path)(error);
+        let root = SecretKey::generate(random).map_err(draw)?;
+        let keyring = Self {
+            path: path.to_owned(),
+            store,
+            id: KeyringId::random(random).map_err(draw)?,
+            versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
+        };
+        keyring.write(disk)?;
+        Ok(keyring)
+    }
+
+    /// Reads the keyring of `store`.
+    pub(crate) fn load(disk: &dyn Disk, path: &Path, store: StoreId, id: KeyringId) -> Result<Self> {
+        let bytes = match io::read_file(disk, path, KEYRING_BYTES_MAX) {
+            Ok(bytes) => Zeroizing::new(bytes),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::KeyringMissing { path: path.to_owned() });
+            }
+            Err(error) => return Err(Error::io("read the service keyring", path)(error)),
+        };
+        let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
+        let claimed = parsed.unverified();
+        if claimed.kind != DocumentKind::Keyring {
+            return Err(bad("it is no service keyring"));
+        }
+        if claimed.store != store || claimed.subject != *id.as_bytes() {
+            return Err(Error::KeyringForeign { path: path.to_owned() });
+        }
+        let newest = claimed.keyring_version;
+        let body: Body = serde_json::from_slice(&claimed.a).map_err(|_| bad("the service keyring does not parse"))?;
+        if body.versions.len() > VERSIONS_MAX {
+            return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
+        }
+        let mut versions = BTreeMap::new();
+        for version in body.versions {
+            let root =
+                secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
+            versions.insert(version.version, Version { created_us: version.created_us, root });
+        }
+        let keyring = Self { path: path.to_owned(), store, id, versions };
+        if keyring.newest() != newest {
+            return Err(bad("the service keyring contradicts itself"));
+        }
+        let tampered = |_| Error::Tampered { at: Location::new(path, 0), what: "the service keyring" };
+        let mut verified = parsed.verify(&keyring.document_key(newest)?).map_err(tampered)?;
+        verified.a.zeroize();
+        Ok(keyring)
+    }
+
+    fn write(&self, disk: &dyn Disk) -> Result<()> {
+        let body = Body {
+            versions: self
+                .versions
+                .iter()
+                .map(|(&version, v)| VersionBody {
+                    version,
+                    created_us: v.created_us,
+                    root: Zeroizing::new(hex_encode(v.root.expose())),
+                })
+                .collect(),
+        };
+        // Sized up front, so that no reallocation leaves a copy of the roots behind.
+        let mut json = Zeroizing::new(Vec::with_capacity(256 + 192 * body.versions.len()));
+        serde_json::to_writer(&mut *json, &body).expect("plain data always serializes");
+        let mut document = Document {
+            kind: DocumentKind::Keyring,
+            features: Features::default(),
+            store: self.store,
+            subject: *self.id.as_bytes(),
+            generation: u64::from(self.newest()),
+            keyring_version: self.newest(),
+            a: std::mem::take(&mut *json),
+            b: Vec::new(),
+            tag_b: None,
+        };
+        let bytes = Zeroizing::new(document.seal(&self.document_key(self.newest())?));
+        document.a.zeroize();
+        io::replace_file(disk, &self.path, &bytes, OpenMode::CreateNewPrivate)
+            .map_err(Error::io("write the service keyring", &self.path))
+    }
+
+    pub(crate) fn id(&self) -> KeyringId {
+        self.id
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The newest version, which tags and wraps what is new.
+    pub(crate) fn newest(&self) -> u32 {
+        self.versions.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// Adds a version; it is durable when this returns. On an error the keyring in memory is as it was.
+    pub(crate) fn rotate(&mut self, disk: &dyn Disk, random: &dyn Random, now_us: u64) -> Result<u32> {
+        if self.versions.len() >= VERSIONS_MAX {
+            return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
+        }
+        let version = self.newest() + 1;
+        let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", &self.path))?;
+        self.versions.insert(version, Version { created_us: now_us, root });
+        if let Err(error) = self.write(disk) {
+            self.versions.remove(&version);
+            return Err(error);
+        }
+        Ok(version)
+    }
+
+    fn root(&self, version: u32) -> Result<&SecretKey> {
+        self.versions.get(&version).map(|v| &v.root).ok_or_else(|| Error::KeyringTooOld {
+            path: self.path.clone(),
+            needed: version,
+            newest: self.newest(),
+        })
+    }
+
+    /// The key that authenticates metadata under `version`.
+    pub(crate) fn document_key(&self, version: u32) -> Result<SecretKey> {
+        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v1 document"]))
+    }
+
+    /// The key that tags audit records under `version`.
+    pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
+        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v1 audit"]))
+    }
+
+    /// What stands in for a data key in segments of a Logstore that has no envelope.
+    pub(crate) fn integrity_key(&self, version: u32, logstore: LogstoreId) -> Result<SecretKey> {
+        Ok(derive(HashAlg::Sha256, logstore.as_bytes(), self.root(version)?, &[b"envelog v1 integrity"]))
+    }
+
+    /// Wraps a data key under the newest version.
+    pub(crate) fn wrap(
+        &self,
+        provider: &dyn CryptoProvider,
+        random: &dyn Random,
+        identity: &EnvelopeIdentity,
+        key: &SecretKey,
+    ) -> Result<(u32, Vec<u8>)> {
+        let version = self.newest();
+        let wrapped = envelope::wrap(provider, random, self.root(version)?, version, identity, key)?;
+        Ok((version, wrapped))
+    }
+
+    /// Unwraps a data key; `None` when it fails authentication.
+    pub(crate) fn unwrap(
+        &self,
+        provider: &dyn CryptoProvider,
+        version: u32,
+        identity: &EnvelopeIdentity,
+        wrapped: &[u8],
+    ) -> Result<Option<SecretKey>> {
+        envelope::unwrap(provider, self.root(version)?, version, identity, wrapped)
+    }
+}
+
+fn secret_from_hex(hex: &str) -> Option<SecretKey> {
+    let bytes = Zeroizing::new(hex_decode(hex)?);
+    let mut key = Zeroizing::new([0; 32]);
+    if bytes.len() != key.len() {
+        return None;
+    }
+    key.copy_from_slice(&bytes);
+    Some(SecretKey::from_bytes(&mut key))
+}

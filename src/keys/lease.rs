@@ -1,0 +1,464 @@
+//! The lease: for how long a data key in memory may be used, and who says so.
+//!
+//! One lease serves every Logstore of a store under the same customer master key, region and role. It is renewed by unwrapping a
+//! small probe envelope at the KMS and by nothing else, least of all by use. The bound is arithmetic, not scheduling: an
+//! operation that finds the last answer older than `revalidate_every` plus the time limit of a call asks the KMS itself, so a
+//! renewal thread that was starved, stopped or suspended cannot stretch it.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Condvar, Mutex, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use super::envelope::fingerprint;
+use crate::{
+    io::{Clock, Random},
+    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
+    sync::{lock, wait_timeout},
+};
+
+/// How often and how long; see [`crate::StoreOptions`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeaseTerms {
+    pub(crate) revalidate_every: Duration,
+    pub(crate) outage_grace: Duration,
+    pub(crate) call_timeout: Duration,
+}
+
+/// Why the lease does not admit an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Revoked(RevokedReason),
+    Unreachable(String),
+    Invalid(String),
+}
+
+impl From<&KmsError> for Refusal {
+    fn from(error: &KmsError) -> Self {
+        match error {
+            KmsError::Revoked { reason, .. } => Refusal::Revoked(*reason),
+            KmsError::Invalid { detail } => Refusal::Invalid(detail.clone()),
+            other => Refusal::Unreachable(other.to_string()),
+        }
+    }
+}
+
+/// Whether the key of a Logstore can be used now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum KeyState {
+    /// The Logstore has no envelope.
+    None,
+    /// Usable.
+    Active,
+    /// Not asked yet: the KMS is called at first use.
+    Idle,
+    /// The KMS does not answer. The key is usable for as long as the lease lasts.
+    Outage {
+        /// What the backend last said.
+        detail: String,
+    },
+    /// The KMS refuses.
+    Revoked {
+        /// Why.
+        reason: RevokedReason,
+    },
+}
+
+/// The state of a Logstore's key and its lease.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KeyStatus {
+    /// The state.
+    pub state: KeyState,
+    /// How long the key may still be used should the KMS stop answering now; `None` where no KMS is involved.
+    pub lease_left: Option<Duration>,
+}
+
+/// What every unwrap of the probe must prove.
+pub(crate) struct Probe {
+    pub(crate) wrapped: Vec<u8>,
+    pub(crate) context: EncryptionContext,
+    pub(crate) fingerprint: String,
+}
+
+/// Told when a lease stops or starts admitting. Called without any lock of the lease.
+pub(crate) trait LeaseListener: Send + Sync {
+    /// Access is lost: seal what was acknowledged, then wipe.
+    fn lost(&self, refusal: &Refusal);
+    /// Access is back.
+    fn recovered(&self);
+}
+
+#[derive(Default)]
+struct State {
+    /// When the last successful call was sent (uptime, wall clock in microseconds).
+    last_success: Option<(Duration, u64)>,
+    /// When the last call, whatever its answer, was sent.
+    last_attempt: Option<Duration>,
+    /// When the next renewal is due.
+    due: Duration,
+    /// What the last call answered, if not success.
+    refusal: Option<Refusal>,
+    /// When the call under way was sent.
+    calling: Option<Duration>,
+    /// Whether the listeners were last told of a loss.
+    told_lost: bool,
+}
+
+pub(crate) struct Lease {
+    this: Weak<Self>,
+    inline: bool,
+    cmk: Cmk,
+    kms: Arc<dyn Kms>,
+    probe: Probe,
+    terms: LeaseTerms,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Until when (uptime in microseconds) operations need not look at `state`.
+    fresh_until: AtomicU64,
+    /// The wall-clock time that ends it too.
+    wall_until: AtomicU64,
+    /// Counts the losses: keys loaded before a loss are never used after it.
+    epoch: AtomicU64,
+    calls: AtomicU64,
+    stop: AtomicBool,
+    listeners: Mutex<Vec<Weak<dyn LeaseListener>>>,
+    /// Serializes the telling of listeners, so that a loss and a recovery are heard in order.
+    telling: Mutex<()>,
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease").field("cmk", &self.cmk).field("terms", &self.terms).finish_non_exhaustive()
+    }
+}
+
+impl Lease {
+    /// `inline` makes the calls in the thread that finds them due, for a store without threads of its own.
+    pub(crate) fn new(
+        cmk: Cmk,
+        kms: Arc<dyn Kms>,
+        probe: Probe,
+        terms: LeaseTerms,
+        clock: Arc<dyn Clock>,
+        random: Arc<dyn Random>,
+        inline: bool,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            inline,
+            cmk,
+            kms,
+            probe,
+            terms,
+            clock,
+            random,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            fresh_until: AtomicU64::new(0),
+            wall_until: AtomicU64::new(0),
+            epoch: AtomicU64::new(1),
+            calls: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            listeners: Mutex::default(),
+            telling: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn cmk(&self) -> &Cmk {
+        &self.cmk
+    }
+
+    pub(crate) fn kms(&self) -> &Arc<dyn Kms> {
+        &self.kms
+    }
+
+    pub(crate) fn terms(&self) -> &LeaseTerms {
+        &self.terms
+    }
+
+    pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
+        let mut listeners = lock(&self.listeners);
+        listeners.retain(|l| l.strong_count() > 0);
+        listeners.push(listener);
+    }
+
+    /// Admits an operation that starts now, or says why not. Returns the epoch: keys of another one must not be used.
+    pub(crate) fn admit(&self) -> Result<u64, Refusal> {
+        let epoch = self.epoch.load(Ordering::Acquire);
+        if micros(self.clock.uptime()) < self.fresh_until.load(Ordering::Acquire)
+            && self.clock.wall_us() < self.wall_until.load(Ordering::Acquire)
+        {
+            return Ok(epoch);
+        }
+        self.admit_slowly()
+    }
+
+    fn admit_slowly(&self) -> Result<u64, Refusal> {
+        if self.needs_call() {
+            self.renew();
+        }
+        let state = lock(&self.state);
+        match self.standing(&state) {
+            Ok(()) => Ok(self.epoch.load(Ordering::Acquire)),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// Whether the last answer is too old to decide by.
+    fn needs_call(&self) -> bool {
+        let now = self.clock.uptime();
+        let state = lock(&self.state);
+        match state.last_attempt {
+            None => true,
+            Some(_) if state.refusal.is_some() => now >= state.due,
+            Some(sent) => now >= sent + self.terms.revalidate_every + self.terms.call_timeout || self.ended(&state),
+        }
+    }
+
+    /// Whether the lease has run out, by either clock.
+    fn ended(&self, state: &State) -> bool {
+        state.last_success.is_none_or(|(sent, wall)| {
+            self.clock.uptime() >= sent + self.terms.outage_grace
+                || self.clock.wall_us() >= wall.saturating_add(micros(self.terms.outage_grace))
+        })
+    }
+
+    /// What holds at this moment, without asking anybody.
+    fn standing(&self, state: &State) -> Result<(), Refusal> {
+        match &state.refusal {
+            Some(refusal @ Refusal::Revoked(_)) => Err(refusal.clone()),
+            refusal if self.ended(state) => {
+                Err(refusal.clone().unwrap_or_else(|| Refusal::Unreachable("the lease has ended".to_owned())))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Asks the KMS now, unless a call is under way: then waits for that one. Waits no longer than a call may take, whatever the
+    /// backend does: a call that has not come back by then counts as unreachable, and its answer is taken in whenever it comes.
+    pub(crate) fn renew(&self) {
+        let mut state = lock(&self.state);
+        let now = self.clock.uptime();
+        let sent = match state.calling {
+            Some(sent) if now < sent + 2 * self.terms.call_timeout => sent,
+            _ => {
+                state.calling = Some(now);
+                self.calls.fetch_add(1, Ordering::Relaxed);
+                drop(state);
+                self.start_call(now, self.clock.wall_us());
+                state = lock(&self.state);
+                now
+            }
+        };
+        let deadline = sent + self.terms.call_timeout;
+        loop {
+            if state.calling != Some(sent) {
+                return;
+            }
+            let left = deadline.saturating_sub(self.clock.uptime());
+            if left.is_zero() {
+                break;
+            }
+            state = wait_timeout(&self.changed, state, left);
+        }
+        let limit = self.terms.call_timeout;
+        self.settle(&mut state, sent, 0, Err(Refusal::Unreachable(format!("no answer within {limit:?}"))));
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Makes the call: in a thread of its own, which a backend that never returns may keep; or here, where there are no threads.
+    fn start_call(&self, sent: Duration, sent_wall: u64) {
+        let Some(this) = self.this.upgrade() else { return };
+        let call = move || {
+            let answer = this.ask();
+            let mut state = lock(&this.state);
+            if state.calling == Some(sent) {
+                state.calling = None;
+            }
+            this.settle(&mut state, sent, sent_wall, answer);
+            drop(state);
+            this.changed.notify_all();
+        };
+        if self.inline {
+            call();
+        } else if let Err(error) = std::thread::Builder::new().name("envelog-kms".to_owned()).spawn(call) {
+            let mut state = lock(&self.state);
+            state.calling = None;
+            self.settle(&mut state, sent, sent_wall, Err(Refusal::Unreachable(error.to_string())));
+        }
+    }
+
+    fn ask(&self) -> Result<(), Refusal> {
+        let call = KmsCall { cmk: &self.cmk, context: &self.probe.context, timeout: self.terms.call_timeout };
+        let key = self.kms.unwrap(&call, &self.probe.wrapped).map_err(|error| Refusal::from(&error))?;
+        if fingerprint(&key) == self.probe.fingerprint {
+            Ok(())
+        } else {
+            Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))
+        }
+    }
+
+    /// Takes in the answer to a call sent at `sent`.
+    fn settle(&self, state: &mut State, sent: Duration, sent_wall: u64, answer: Result<(), Refusal>) {
+        if state.last_attempt.is_some_and(|last| last > sent) {
+            return; // the answer to a later call is known already
+        }
+        state.last_attempt = Some(sent);
+        state.due = sent + self.jittered(self.terms.revalidate_every);
+        state.refusal = answer.err();
+        if state.refusal.is_none() {
+            state.last_success = Some((sent, sent_wall));
+        }
+        self.publish(state);
+    }
+
+    /// Updates what the quick path looks at.
+    fn publish(&self, state: &State) {
+        match (self.standing(state), state.last_success, state.last_attempt) {
+            (Ok(()), Some((success, wall)), Some(attempt)) => {
+                let fresh = attempt + self.terms.revalidate_every + self.terms.call_timeout;
+                self.wall_until.store(wall.saturating_add(micros(self.terms.outage_grace)), Ordering::Release);
+                self.fresh_until.store(micros(fresh.min(success + self.terms.outage_grace)), Ordering::Release);
+            }
+            _ => {
+                self.fresh_until.store(0, Ordering::Release);
+                self.epoch.fetch_add(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Between four fifths of `period` and all of it, so that many leases do not call at the same moment.
+    fn jittered(&self, period: Duration) -> Duration {
+        let mut byte = [0];
+        // Without randomness there is no jitter, and nothing worse.
+        let _ = self.random.fill(&mut byte);
+        period - period * u32::from(byte[0]) / (5 * 255)
+    }
+
+    /// A refusal that another call under the same master key was given (the unwrap of a Logstore's own envelope).
+    pub(crate) fn report(&self, refusal: Refusal) {
+        if matches!(refusal, Refusal::Revoked(_)) {
+            let now = self.clock.uptime();
+            let mut state = lock(&self.state);
+            self.settle(&mut state, now, self.clock.wall_us(), Err(refusal));
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Renews if that is due, notices the end of the lease, and tells the listeners what changed. Returns how long nothing
+    /// more is due. Must be called without any lock that a listener takes.
+    pub(crate) fn tend(&self) -> Duration {
+        let due = {
+            let state = lock(&self.state);
+            state.last_attempt.is_some() && self.clock.uptime() >= state.due
+        };
+        if due {
+            self.renew();
+        }
+        self.tell();
+        let now = self.clock.uptime();
+        let state = lock(&self.state);
+        match (state.last_attempt, state.last_success) {
+            (None, _) => Duration::from_secs(3600),
+            (Some(_), Some((sent, _))) if !state.told_lost => {
+                state.due.min(sent + self.terms.outage_grace).saturating_sub(now)
+            }
+            _ => state.due.saturating_sub(now),
+        }
+    }
+
+    /// Tells the listeners, if the standing is not what they were last told.
+    pub(crate) fn tell(&self) {
+        let _in_order = lock(&self.telling);
+        let standing = {
+            let mut state = lock(&self.state);
+            if state.last_attempt.is_none() {
+                return;
+            }
+            let standing = self.standing(&state);
+            if standing.is_err() == state.told_lost {
+                return;
+            }
+            state.told_lost = standing.is_err();
+            if standing.is_err() {
+                self.publish(&state);
+            }
+            standing
+        };
+        let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
+        for listener in listeners {
+            match &standing {
+                Ok(()) => listener.recovered(),
+                Err(refusal) => listener.lost(refusal),
+            }
+        }
+    }
+
+    pub(crate) fn status(&self) -> KeyStatus {
+        let state = lock(&self.state);
+        let left = state.last_success.map(|(sent, _)| {
+            if self.standing(&state).is_err() {
+                Duration::ZERO
+            } else {
+                (sent + self.terms.outage_grace).saturating_sub(self.clock.uptime())
+            }
+        });
+        let state = match (&state.refusal, state.last_attempt) {
+            (_, None) => KeyState::Idle,
+            (Some(Refusal::Revoked(reason)), _) => KeyState::Revoked { reason: *reason },
+            (Some(Refusal::Unreachable(detail) | Refusal::Invalid(detail)), _) => {
+                KeyState::Outage { detail: detail.clone() }
+            }
+            (None, _) => KeyState::Active,
+        };
+        KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+    }
+
+    /// How many calls were made for renewal.
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// Runs the renewals of `lease` in a thread until it is stopped or nobody else holds it.
+    pub(crate) fn spawn(lease: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
+        let lease = Arc::clone(lease);
+        std::thread::Builder::new().name("envelog-lease".to_owned()).spawn(move || {
+            loop {
+                let pause = lease.tend().max(Duration::from_millis(1));
+                let state = lock(&lease.state);
+                if lease.stop.load(Ordering::Acquire) {
+                    return;
+                }
+                // Every answer wakes this thread, so that a loss which an operation noticed is told at once.
+                let untold = state.last_attempt.is_some() && lease.standing(&state).is_err() != state.told_lost;
+                if !untold {
+                    drop(wait_timeout(&lease.changed, state, pause));
+                }
+            }
+        })
+    }
+
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        let _held = lock(&self.state);
+        self.changed.notify_all();
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}

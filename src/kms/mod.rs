@@ -1,0 +1,204 @@
+//! The customer's key management service, as the engine sees it.
+//!
+//! With customer-managed keys, the data key of a Logstore is stored only wrapped under a customer master key ([`Cmk`]) that never
+//! leaves the customer's KMS. The engine asks the KMS to wrap a data key once, and to unwrap it again and again: every
+//! success renews the lease under which the key may be held in memory, every refusal ends it. All of this goes through the trait
+//! [`Kms`]; a *backend* implements it for one kind of service.
+//!
+//! # What an answer means
+//!
+//! A backend has one duty above all: to sort each outcome into the right one of four answers. The engine acts on nothing else.
+//!
+//! | answer | when | what the engine does |
+//! |---|---|---|
+//! | `Ok` | the KMS has done it, now | renews the lease, counted from when the call was *sent* |
+//! | [`KmsError::Revoked`] | a reachable KMS says no: the CMK is disabled, pending deletion or deleted, or the role may not be assumed or may not use the CMK | rejects all reads and writes at once, wipes the data key and all that was derived from it |
+//! | [`KmsError::Unreachable`] | nobody has said no: timeout, connection refused, name not resolved, throttled, a 5xx answer, or the *service's own* credentials are missing, expired or refused | rides the lease to its end, then rejects until the KMS answers |
+//! | [`KmsError::Invalid`] | an answer that cannot be right: not parseable, a key of another length, a wrapped key that the KMS calls malformed or made under another CMK or context | never renews, rides the lease, then rejects with an error that says so |
+//!
+//! The costly mistakes are the first two of these:
+//!
+//! - *An outage reported as `Revoked`* stops every Logstore under that CMK at once, although nobody asked for it. Never guess:
+//!   an unknown error code, an unexpected status or an empty body is `Unreachable` or `Invalid`, not `Revoked`.
+//! - *A refusal reported as `Unreachable`* lets a revoked key live until the lease ends. A refusal concerning the CMK or the
+//!   customer's role (for instance `Disabled.Key`, `KeyState.PendingDeletion`, `NotFound`, `Forbidden`, or that the role
+//!   does not exist or may not be assumed) must be `Revoked`; a refusal concerning the identity under which the service itself
+//!   logs in must not.
+//! - *A stale success* is the worst of all, see below.
+//!
+//! # Rules for a backend
+//!
+//! - **Never cache an answer.** Each call asks the KMS. The engine renews one lease per CMK and role and shares it among all
+//!   Logstores, so calls are few. A cached key or a remembered success would break the promise that a revoked key
+//!   stops working within the bound that the operator has set. The same holds for refusals: recovery must show at the next call.
+//! - **Assume the role afresh at each call.** [`Cmk::arn`] names the role in which the CMK is used. Temporary credentials of that
+//!   role, kept from an earlier call, would outlive the customer's withdrawal of it. Connections may be kept, and so may the
+//!   service's own credentials.
+//! - **Honour the timeout.** [`KmsCall::timeout`] bounds the whole call, all of it: name resolution, connecting, assuming the
+//!   role, and any retry. What is not done by then is [`KmsError::Unreachable`]. The bound on revocation counts on this; a call that
+//!   hangs would silently extend it.
+//! - **Bind the context.** [`KmsCall::context`] goes to the KMS as its encryption context (additional authenticated data), unchanged
+//!   and complete. It holds immutable identifiers of what the key is for (store, Logstore, key version, suite), so that a wrapped key
+//!   copied from one place to another does not open there. A KMS without such a feature is no basis for a backend unless the
+//!   backend authenticates the context itself. A context that does not match is [`KmsError::Invalid`].
+//! - **Never let key material out.** Not in a log line, not in `Debug`, not in [`KmsError`]'s details, which the engine shows to
+//!   users and writes to its logs. Do not quote request or response bodies. Wipe what held a key (`zeroize`), and hand keys on only
+//!   as [`SecretKey`].
+//! - **Be callable from many threads at once.** The engine makes one call at a time for each CMK and role, but CMKs
+//!   are independent: a slow one must not delay the others.
+//! - **Do not panic** on whatever the network returns; limit what is read of it.
+
+#[cfg(feature = "kms-local")]
+mod local;
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+#[cfg(feature = "kms-local")]
+pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
+
+use crate::crypto::SecretKey;
+
+/// A customer master key: which one, in which role to use it, and where its KMS is.
+///
+/// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these three fields, all required.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cmk {
+    /// The identifier that the KMS gave to the key.
+    pub cmk_key_id: String,
+    /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`. Opaque to the engine.
+    pub arn: String,
+    /// The region of the KMS, such as `cn-hangzhou`.
+    pub region_id: String,
+}
+
+/// What a wrapped key is bound to: names and values, in the order of the names. Not secret; a KMS may write it to its audit log.
+pub type EncryptionContext = BTreeMap<String, String>;
+
+/// What [`Kms::wrap`] and [`Kms::unwrap`] have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct KmsCall<'a> {
+    /// The master key to use and the role to use it in.
+    pub cmk: &'a Cmk,
+    /// The immutable identifiers that the wrapped key is bound to; unwrapping must fail under any other context.
+    pub context: &'a EncryptionContext,
+    /// How long the whole call may take, retries included; after that the answer is [`KmsError::Unreachable`].
+    pub timeout: Duration,
+}
+
+/// A key management service. The [module documentation](self) says what a backend must keep to.
+pub trait Kms: Send + Sync + fmt::Debug {
+    /// A short name of the backend for error messages and status, such as `local`.
+    fn name(&self) -> &str;
+
+    /// Whether this KMS is the one to ask about the CMKs of a region. The engine asks the first one that says yes.
+    ///
+    /// This is about routing, not about permission or health: a KMS that is down still serves its regions, so a backend
+    /// answers from its settings where it can, and quickly.
+    fn serves(&self, region_id: &str) -> bool;
+
+    /// Encrypts `key` under the CMK, bound to the context. The result is opaque to the engine, which stores it.
+    ///
+    /// # Errors
+    /// [`KmsError`], sorted as the [module documentation](self) says.
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError>;
+
+    /// Decrypts what [`Kms::wrap`] made, also under an older version of a CMK that has been rotated since.
+    ///
+    /// `wrapped` comes from a disk and may hold anything.
+    ///
+    /// # Errors
+    /// [`KmsError`], sorted as the [module documentation](self) says.
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError>;
+}
+
+/// Why a KMS has not done what it was asked for. The [module documentation](self) says which is which.
+///
+/// A detail is one clause for people, without key material: it is shown to users and logged.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KmsError {
+    /// A reachable KMS refuses the use of the CMK. The engine stops using the key at once.
+    #[error("the customer master key is {reason}: {detail}")]
+    Revoked {
+        /// What kind of refusal.
+        reason: RevokedReason,
+        /// What the KMS said.
+        detail: String,
+    },
+    /// The KMS has not answered, or cannot be asked. The engine goes on until the lease ends.
+    #[error("the KMS cannot be reached: {detail}")]
+    Unreachable {
+        /// What happened.
+        detail: String,
+    },
+    /// The KMS, or what it was asked to unwrap, makes no sense. The lease is not renewed.
+    #[error("the KMS gave no valid answer: {detail}")]
+    Invalid {
+        /// What is wrong.
+        detail: String,
+    },
+}
+
+/// Why a CMK may not be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RevokedReason {
+    /// The customer has disabled it; it may be enabled again.
+    Disabled,
+    /// It is going to be deleted on a day that the customer has set; that may be cancelled.
+    PendingDeletion,
+    /// It is gone, or the KMS knows no such key.
+    Deleted,
+    /// The role may not be assumed, or may not use the key.
+    NotPermitted,
+}
+
+impl fmt::Display for RevokedReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disabled => "disabled",
+            Self::PendingDeletion => "pending deletion",
+            Self::Deleted => "deleted",
+            Self::NotPermitted => "not permitted for the role",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn cmk_json_has_exactly_three_fields() {
+        let text = r#"{"cmk_key_id":"key-1","arn":"acs:ram::13234:role/logsource","region_id":"cn-hangzhou"}"#;
+        let cmk: Cmk = serde_json::from_str(text).unwrap();
+        assert_eq!(cmk.cmk_key_id, "key-1");
+        assert_eq!(serde_json::to_string(&cmk).unwrap(), text);
+        let missing = serde_json::from_str::<Cmk>(r#"{"cmk_key_id":"key-1","arn":"a"}"#).unwrap_err();
+        assert!(missing.to_string().contains("region_id"), "{missing}");
+        let unknown = serde_json::from_str::<Cmk>(&text.replace("arn", "role")).unwrap_err();
+        assert!(unknown.to_string().contains("role"), "{unknown}");
+    }
+
+    #[test]
+    fn reasons_have_words_and_names() {
+        for (reason, words, name) in [
+            (RevokedReason::Disabled, "disabled", "disabled"),
+            (RevokedReason::PendingDeletion, "pending deletion", "pending_deletion"),
+            (RevokedReason::Deleted, "deleted", "deleted"),
+            (RevokedReason::NotPermitted, "not permitted for the role", "not_permitted"),
+        ] {
+            assert_eq!(reason.to_string(), words);
+            assert_eq!(serde_json::to_value(reason).unwrap(), name);
+            assert_eq!(serde_json::from_value::<RevokedReason>(name.into()).unwrap(), reason);
+        }
+        let error = KmsError::Revoked { reason: RevokedReason::Disabled, detail: "key-1 of cn-hangzhou".into() };
+        assert_eq!(error.to_string(), "the customer master key is disabled: key-1 of cn-hangzhou");
+    }
+}

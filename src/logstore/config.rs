@@ -1,0 +1,608 @@
+//! The configuration of a Logstore, and the rules by which it may change.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use super::LogstoreName;
+use crate::{
+    crypto::{Cipher, Suite},
+    kms::Cmk,
+    segment::Compression,
+};
+
+/// The most shards a Logstore may have.
+pub const SHARDS_MAX: u32 = 256;
+/// The longest time to live, in days (ten years).
+pub const TTL_DAYS_MAX: u32 = 3650;
+/// The longest `cmk_key_id`, `arn` or `region_id`, in bytes.
+pub const CMK_FIELD_BYTES_MAX: usize = 1024;
+
+/// Why a configuration was refused. One variant a rule; nothing was changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A name breaks the syntax.
+    #[error("the {part} name \"{name}\" is refused: {why}")]
+    Name {
+        /// Which part.
+        part: &'static str,
+        /// The name, shortened and escaped.
+        name: String,
+        /// Why.
+        why: &'static str,
+    },
+    /// The JSON is malformed, or has an unknown field or value, which the text names.
+    #[error("the configuration is not valid: {0}")]
+    Json(String),
+    /// `encrypt_type` is needed when `enable` is true.
+    #[error("encrypt_type is required when enable is true: give \"default\" (AES) or \"sm4\"")]
+    EncryptTypeRequired,
+    /// `encrypt_type` names an algorithm that is not supported.
+    #[error("encrypt_type \"{0}\" is not supported: give \"default\" (AES) or \"sm4\"")]
+    EncryptTypeUnsupported(String),
+    /// A field of `user_cmk_info` is empty, or too long.
+    #[error("user_cmk_info.{field} is refused: it must have 1 to 1024 bytes")]
+    CmkField {
+        /// Which.
+        field: &'static str,
+    },
+    /// The update leaves out `encrypt_conf` of a Logstore that has one.
+    #[error(
+        "the update must carry encrypt_conf, since the Logstore has one: get the configuration, change it, send it back"
+    )]
+    EncryptConfRequired,
+    /// The update would change between service key and BYOK.
+    #[error("the encryption method is fixed ({fixed}) and cannot be changed")]
+    MethodFixed {
+        /// What it is fixed to.
+        fixed: &'static str,
+    },
+    /// The update would change the algorithm.
+    #[error("the encryption algorithm is fixed (encrypt_type \"{fixed}\") and cannot be changed")]
+    AlgorithmFixed {
+        /// What it is fixed to.
+        fixed: EncryptType,
+    },
+    /// The update would change the customer master key.
+    #[error("the customer master key is fixed ({fixed}); replacing it is an operation of its own")]
+    CmkFixed {
+        /// The `cmk_key_id` it is fixed to.
+        fixed: String,
+    },
+    /// The update was built on an older revision.
+    #[error("the update is built on revision {given}, the configuration is at revision {current}: get it again")]
+    RevisionOutdated {
+        /// The revision in the update.
+        given: u64,
+        /// The revision of the configuration.
+        current: u64,
+    },
+    /// The update would change something that only its own operation changes.
+    #[error("{field} cannot be changed by an update")]
+    FieldFixed {
+        /// Which.
+        field: &'static str,
+    },
+    /// A number is out of its range.
+    #[error("{field} is {given}, it must be {min} to {max}")]
+    OutOfRange {
+        /// Which.
+        field: &'static str,
+        /// What was given.
+        given: u64,
+        /// The smallest allowed.
+        min: u64,
+        /// The largest allowed.
+        max: u64,
+    },
+    /// No KMS serves the region.
+    #[error("no KMS serves region {region}: BYOK is not possible there")]
+    NoKmsForRegion {
+        /// The `region_id`.
+        region: String,
+    },
+    /// The KMS refuses to wrap under the customer master key.
+    #[error("the customer master key {cmk} cannot be used: {detail}")]
+    CmkRefused {
+        /// The `cmk_key_id`.
+        cmk: String,
+        /// What the KMS said.
+        detail: String,
+    },
+    /// The operation needs a customer master key and the Logstore has none.
+    #[error("the Logstore does not use a customer master key")]
+    NotByok,
+    /// The operation needs a data key and the Logstore has none.
+    #[error("the Logstore has no data key: it was never encrypted")]
+    NotEncrypted,
+    /// The data-key version cannot be shredded.
+    #[error("data-key version {version} cannot be shredded: {why}")]
+    CannotShred {
+        /// Which version.
+        version: u32,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+impl ConfigError {
+    /// A short stable word for the variant, for machines.
+    pub fn code(&self) -> &'static str {
+        match self {
+            ConfigError::Name { .. } => "name_refused",
+            ConfigError::Json(_) => "configuration_invalid",
+            ConfigError::EncryptTypeRequired => "encrypt_type_required",
+            ConfigError::EncryptTypeUnsupported(_) => "encrypt_type_unsupported",
+            ConfigError::CmkField { .. } => "cmk_field_refused",
+            ConfigError::EncryptConfRequired => "encrypt_conf_required",
+            ConfigError::MethodFixed { .. } => "method_fixed",
+            ConfigError::AlgorithmFixed { .. } => "algorithm_fixed",
+            ConfigError::CmkFixed { .. } => "cmk_fixed",
+            ConfigError::RevisionOutdated { .. } => "revision_outdated",
+            ConfigError::FieldFixed { .. } => "field_fixed",
+            ConfigError::OutOfRange { .. } => "out_of_range",
+            ConfigError::NoKmsForRegion { .. } => "no_kms_for_region",
+            ConfigError::CmkRefused { .. } => "cmk_refused",
+            ConfigError::NotByok => "not_byok",
+            ConfigError::NotEncrypted => "not_encrypted",
+            ConfigError::CannotShred { .. } => "cannot_shred",
+        }
+    }
+}
+
+/// The algorithm of a Logstore, as `encrypt_type` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+#[non_exhaustive]
+pub enum EncryptType {
+    /// `"default"`: AES-256-GCM.
+    Default,
+    /// `"sm4"`: SM4-GCM (RFC 8998).
+    Sm4,
+}
+
+impl EncryptType {
+    /// The suite that seals what is written while encryption is on.
+    pub fn suite(self) -> Suite {
+        match self {
+            EncryptType::Default => Suite::Aes256Gcm,
+            EncryptType::Sm4 => Suite::Sm4Gcm,
+        }
+    }
+
+    /// The cipher of that suite.
+    pub fn cipher(self) -> Cipher {
+        self.suite().cipher()
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            EncryptType::Default => "default",
+            EncryptType::Sm4 => "sm4",
+        }
+    }
+}
+
+impl fmt::Display for EncryptType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for EncryptType {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        match text {
+            "default" => Ok(EncryptType::Default),
+            "sm4" => Ok(EncryptType::Sm4),
+            other => Err(ConfigError::EncryptTypeUnsupported(other.chars().take(64).collect())),
+        }
+    }
+}
+
+impl TryFrom<String> for EncryptType {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<EncryptType> for String {
+    fn from(value: EncryptType) -> String {
+        value.as_str().to_owned()
+    }
+}
+
+/// `encrypt_conf`: whether and how a Logstore is encrypted.
+///
+/// ```
+/// use envelog::EncryptConf;
+/// let conf: EncryptConf = EncryptConf::from_json(r#"{"enable": true, "encrypt_type": "sm4"}"#).unwrap();
+/// assert!(conf.enable && conf.user_cmk_info.is_none());
+/// assert!(EncryptConf::from_json(r#"{"enable": true}"#).is_err());
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncryptConf {
+    /// Whether new data is encrypted.
+    pub enable: bool,
+    /// The algorithm; required when `enable` is true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypt_type: Option<EncryptType>,
+    /// The customer master key (BYOK); without it the service key is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_cmk_info: Option<Cmk>,
+}
+
+impl EncryptConf {
+    /// Encryption with the service key.
+    pub fn service_key(encrypt_type: EncryptType) -> Self {
+        Self { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: None }
+    }
+
+    /// Encryption under a customer master key.
+    pub fn byok(encrypt_type: EncryptType, cmk: Cmk) -> Self {
+        Self { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: Some(cmk) }
+    }
+
+    /// Reads `encrypt_conf` from JSON and checks it by itself.
+    ///
+    /// # Errors
+    /// A [`ConfigError`] that names the field or value.
+    pub fn from_json(json: &str) -> Result<Self, ConfigError> {
+        let conf: Self = parse_json(json)?;
+        conf.check()?;
+        Ok(conf)
+    }
+
+    /// Whether the configuration is complete by itself, whatever came before it.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        if self.enable && self.encrypt_type.is_none() {
+            return Err(ConfigError::EncryptTypeRequired);
+        }
+        if let Some(cmk) = &self.user_cmk_info {
+            check_cmk(cmk)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check_cmk(cmk: &Cmk) -> Result<(), ConfigError> {
+    for (field, value) in [("cmk_key_id", &cmk.cmk_key_id), ("arn", &cmk.arn), ("region_id", &cmk.region_id)] {
+        if value.is_empty() || value.len() > CMK_FIELD_BYTES_MAX || value.contains('\0') {
+            return Err(ConfigError::CmkField { field });
+        }
+    }
+    Ok(())
+}
+
+fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, ConfigError> {
+    serde_json::from_str(json).map_err(|error| ConfigError::Json(error.to_string()))
+}
+
+/// What [`crate::Store::create_logstore`] is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogstoreSpec {
+    /// How many shards share the hash range, 1 to [`SHARDS_MAX`].
+    pub shard_count: u32,
+    /// After how many days whole segments are dropped, 1 to [`TTL_DAYS_MAX`]; `None` keeps them for ever.
+    pub ttl_days: Option<u32>,
+    /// How many bytes of segments a shard may keep before the oldest are dropped; `None` is no limit.
+    pub retention_bytes: Option<u64>,
+    /// How blocks are compressed.
+    pub compression: Compression,
+    /// Encryption; may also come with a later update.
+    pub encrypt_conf: Option<EncryptConf>,
+}
+
+impl Default for LogstoreSpec {
+    /// One shard, kept for ever, lz4, no `encrypt_conf`.
+    fn default() -> Self {
+        Self {
+            shard_count: 1,
+            ttl_days: None,
+            retention_bytes: None,
+            compression: Compression::Lz4,
+            encrypt_conf: None,
+        }
+    }
+}
+
+impl LogstoreSpec {
+    /// The same with this `encrypt_conf`.
+    #[must_use]
+    pub fn encrypted(mut self, conf: EncryptConf) -> Self {
+        self.encrypt_conf = Some(conf);
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
+        check_retention(self.ttl_days, self.retention_bytes)?;
+        self.encrypt_conf.as_ref().map_or(Ok(()), EncryptConf::check)
+    }
+}
+
+fn range(field: &'static str, given: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&given) { Ok(()) } else { Err(ConfigError::OutOfRange { field, given, min, max }) }
+}
+
+fn check_retention(ttl_days: Option<u32>, retention_bytes: Option<u64>) -> Result<(), ConfigError> {
+    if let Some(days) = ttl_days {
+        range("ttl_days", days.into(), 1, TTL_DAYS_MAX.into())?;
+    }
+    if let Some(bytes) = retention_bytes {
+        range("retention_bytes", bytes, 1, u64::MAX)?;
+    }
+    Ok(())
+}
+
+/// Whether a shard takes writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum ShardStatus {
+    /// Reads and writes.
+    ReadWrite,
+    /// Reads only: a parent that was split or merged keeps its data until retention drops it.
+    ReadOnly,
+}
+
+/// A shard and the range of hash keys that it owns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardInfo {
+    /// Its number within the Logstore.
+    pub id: u32,
+    /// Whether it takes writes.
+    pub status: ShardStatus,
+    /// The first hash key of its range, as 32 lower-case hex digits.
+    pub begin_key: String,
+    /// One past the last hash key of its range; 32 `f` for the last range, which includes that key.
+    pub end_key: String,
+    /// The shards it was split or merged from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<u32>,
+}
+
+impl ShardInfo {
+    /// `count` shards that divide the 128-bit hash range evenly.
+    pub(crate) fn divide(count: u32) -> Vec<Self> {
+        let step = (u128::MAX / u128::from(count)).wrapping_add(u128::from(count.is_power_of_two()));
+        let key = |n: u32| if n == count { u128::MAX } else { step.wrapping_mul(u128::from(n)) };
+        (0..count)
+            .map(|id| Self {
+                id,
+                status: ShardStatus::ReadWrite,
+                begin_key: format!("{:032x}", key(id)),
+                end_key: format!("{:032x}", key(id + 1)),
+                parents: Vec::new(),
+            })
+            .collect()
+    }
+
+    /// Whether the shard owns `key`.
+    pub fn owns(&self, key: u128) -> bool {
+        let begin = u128::from_str_radix(&self.begin_key, 16).unwrap_or(u128::MAX);
+        let end = u128::from_str_radix(&self.end_key, 16).unwrap_or(0);
+        begin <= key && (key < end || end == u128::MAX)
+    }
+}
+
+/// The whole configuration of a Logstore, as *get* returns it and *update* takes it back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogstoreConfig {
+    /// Project and Logstore; fixed.
+    pub name: LogstoreName,
+    /// Counts the changes of the configuration, not of keys. An update must carry the current one.
+    pub revision: u64,
+    /// The number of shards; fixed for updates.
+    pub shard_count: u32,
+    /// See [`LogstoreSpec::ttl_days`].
+    #[serde(default)]
+    pub ttl_days: Option<u32>,
+    /// See [`LogstoreSpec::retention_bytes`].
+    #[serde(default)]
+    pub retention_bytes: Option<u64>,
+    /// How new blocks are compressed.
+    pub compression: Compression,
+    /// Encryption, if it was ever configured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encrypt_conf: Option<EncryptConf>,
+    /// When it was created, in seconds since the Unix epoch; fixed.
+    pub create_time: u64,
+    /// When it was last updated, in seconds since the Unix epoch. What an update says of it is not looked at.
+    pub last_modify_time: u64,
+    /// The shards; fixed for updates.
+    pub shards: Vec<ShardInfo>,
+}
+
+impl LogstoreConfig {
+    /// Reads a configuration from JSON.
+    ///
+    /// # Errors
+    /// [`ConfigError::Json`], naming an unknown field or value, or what is missing.
+    pub fn from_json(json: &str) -> Result<Self, ConfigError> {
+        parse_json(json)
+    }
+
+    pub(crate) fn new(name: LogstoreName, spec: LogstoreSpec, now_s: u64) -> Result<Self, ConfigError> {
+        spec.check()?;
+        Ok(Self {
+            name,
+            revision: 1,
+            shard_count: spec.shard_count,
+            ttl_days: spec.ttl_days,
+            retention_bytes: spec.retention_bytes,
+            compression: spec.compression,
+            encrypt_conf: spec.encrypt_conf,
+            create_time: now_s,
+            last_modify_time: now_s,
+            shards: ShardInfo::divide(spec.shard_count),
+        })
+    }
+
+    /// The configuration that `update` leads to from this one, or the rule that refuses it.
+    ///
+    /// `fixed` is what the first `enable: true` has fixed, if there was one.
+    pub(crate) fn updated(
+        &self,
+        update: Self,
+        fixed: Option<&FixedEncryption>,
+        now_s: u64,
+    ) -> Result<Self, ConfigError> {
+        if update.name != self.name {
+            return Err(ConfigError::FieldFixed { field: "name" });
+        }
+        if update.revision != self.revision {
+            return Err(ConfigError::RevisionOutdated { given: update.revision, current: self.revision });
+        }
+        for (field, same) in [
+            ("shard_count", update.shard_count == self.shard_count),
+            ("shards", update.shards == self.shards),
+            ("create_time", update.create_time == self.create_time),
+        ] {
+            if !same {
+                return Err(ConfigError::FieldFixed { field });
+            }
+        }
+        check_retention(update.ttl_days, update.retention_bytes)?;
+        let encrypt_conf = match (&self.encrypt_conf, update.encrypt_conf) {
+            (Some(_), None) => return Err(ConfigError::EncryptConfRequired),
+            (_, None) => None,
+            (_, Some(conf)) => {
+                // A first enable of nothing fixed must be complete; a fixed one may leave the algorithm out while it is off.
+                conf.check()?;
+                Some(match fixed {
+                    Some(fixed) => fixed.admit(conf)?,
+                    None => conf,
+                })
+            }
+        };
+        Ok(Self { revision: self.revision + 1, last_modify_time: now_s, encrypt_conf, ..update })
+    }
+}
+
+/// What the first `enable: true` has fixed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FixedEncryption {
+    pub(crate) encrypt_type: EncryptType,
+    pub(crate) cmk: Option<Cmk>,
+}
+
+impl FixedEncryption {
+    /// `conf` with what it may leave out filled in, or the rule that it breaks.
+    fn admit(&self, conf: EncryptConf) -> Result<EncryptConf, ConfigError> {
+        match (&self.cmk, &conf.user_cmk_info) {
+            (None, Some(_)) => return Err(ConfigError::MethodFixed { fixed: "service key" }),
+            (Some(_), None) => return Err(ConfigError::MethodFixed { fixed: "customer master key" }),
+            (Some(fixed), Some(given)) if fixed != given => {
+                return Err(ConfigError::CmkFixed { fixed: fixed.cmk_key_id.clone() });
+            }
+            _ => {}
+        }
+        if conf.encrypt_type.is_some_and(|given| given != self.encrypt_type) {
+            return Err(ConfigError::AlgorithmFixed { fixed: self.encrypt_type });
+        }
+        Ok(EncryptConf { encrypt_type: Some(self.encrypt_type), ..conf })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn cmk(id: &str) -> Cmk {
+        Cmk { cmk_key_id: id.into(), arn: "acs:ram::13234:role/logsource".into(), region_id: "cn-hangzhou".into() }
+    }
+
+    fn config(conf: Option<EncryptConf>) -> LogstoreConfig {
+        let spec = LogstoreSpec { encrypt_conf: conf, ..LogstoreSpec::default() };
+        LogstoreConfig::new("p/l".parse().unwrap(), spec, 1).unwrap()
+    }
+
+    fn fixed(cmk: Option<Cmk>) -> FixedEncryption {
+        FixedEncryption { encrypt_type: EncryptType::Default, cmk }
+    }
+
+    #[test]
+    fn json_names_what_is_wrong() {
+        let error = |json| EncryptConf::from_json(json).unwrap_err();
+        assert_eq!(error(r#"{"enable":true}"#), ConfigError::EncryptTypeRequired);
+        assert!(error(r#"{"enable":true,"encrypt_type":"m4"}"#).to_string().contains("m4"));
+        assert!(error(r#"{"enable":true,"encrypt_type":"default","x":1}"#).to_string().contains("`x`"));
+        assert!(
+            error(r#"{"enable":true,"encrypt_type":"sm4","user_cmk_info":{"cmk_key_id":"k","arn":"a"}}"#)
+                .to_string()
+                .contains("region_id")
+        );
+        assert_eq!(
+            error(
+                r#"{"enable":true,"encrypt_type":"sm4","user_cmk_info":{"cmk_key_id":"","arn":"a","region_id":"r"}}"#
+            ),
+            ConfigError::CmkField { field: "cmk_key_id" }
+        );
+        assert!(EncryptConf::from_json(r#"{"enable":false}"#).is_ok());
+    }
+
+    #[test]
+    fn update_rules() {
+        let service = config(Some(EncryptConf::service_key(EncryptType::Default)));
+        let with = |conf| LogstoreConfig { encrypt_conf: conf, ..service.clone() };
+        let update = |conf| service.updated(with(conf), Some(&fixed(None)), 2);
+        assert_eq!(update(None), Err(ConfigError::EncryptConfRequired));
+        assert_eq!(
+            update(Some(EncryptConf::service_key(EncryptType::Sm4))),
+            Err(ConfigError::AlgorithmFixed { fixed: EncryptType::Default })
+        );
+        assert_eq!(
+            update(Some(EncryptConf::byok(EncryptType::Default, cmk("k")))),
+            Err(ConfigError::MethodFixed { fixed: "service key" })
+        );
+        let off = update(Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None })).unwrap();
+        assert_eq!(off.encrypt_conf.unwrap().encrypt_type, Some(EncryptType::Default));
+        assert_eq!(off.revision, 2);
+
+        let byok = config(Some(EncryptConf::byok(EncryptType::Default, cmk("k"))));
+        let update =
+            |conf| byok.updated(LogstoreConfig { encrypt_conf: conf, ..byok.clone() }, Some(&fixed(Some(cmk("k")))), 2);
+        assert_eq!(
+            update(Some(EncryptConf::service_key(EncryptType::Default))),
+            Err(ConfigError::MethodFixed { fixed: "customer master key" })
+        );
+        assert_eq!(
+            update(Some(EncryptConf::byok(EncryptType::Default, cmk("other")))),
+            Err(ConfigError::CmkFixed { fixed: "k".into() })
+        );
+    }
+
+    #[test]
+    fn an_old_revision_or_a_fixed_field_is_refused() {
+        let current = config(None);
+        let stale = LogstoreConfig { revision: 0, ..current.clone() };
+        assert_eq!(current.updated(stale, None, 2), Err(ConfigError::RevisionOutdated { given: 0, current: 1 }));
+        let shards = LogstoreConfig { shard_count: 2, ..current.clone() };
+        assert_eq!(current.updated(shards, None, 2), Err(ConfigError::FieldFixed { field: "shard_count" }));
+        let renamed = LogstoreConfig { name: "p/other".parse().unwrap(), ..current.clone() };
+        assert_eq!(current.updated(renamed, None, 2), Err(ConfigError::FieldFixed { field: "name" }));
+        let ttl = LogstoreConfig { ttl_days: Some(0), ..current.clone() };
+        assert!(matches!(current.updated(ttl, None, 2), Err(ConfigError::OutOfRange { .. })));
+    }
+
+    #[test]
+    fn hash_ranges_cover_everything_once() {
+        for count in [1, 2, 3, 4, 7, 256] {
+            let shards = ShardInfo::divide(count);
+            assert_eq!(shards[0].begin_key, "0".repeat(32));
+            assert_eq!(shards.last().unwrap().end_key, "f".repeat(32));
+            for key in [0, 1, u128::MAX / 3, u128::MAX / 2, u128::MAX / 2 + 1, u128::MAX - 1, u128::MAX] {
+                assert_eq!(shards.iter().filter(|shard| shard.owns(key)).count(), 1, "{count} shards, key {key:x}");
+            }
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The metadata of a Logstore on disk: its configuration and its envelopes.
+
+use std::path::{Path, PathBuf};
+
+use super::LogstoreConfig;
+use crate::{
+    Error, Result,
+    crypto::SecretKey,
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    error::Location,
+    ids::{LogstoreId, StoreId},
+    io::{self, Disk, OpenMode},
+    keys::{
+        envelope::{KeysSection, metadata_key},
+        keyring::Keyring,
+    },
+    segment::Features,
+};
+
+/// The metadata of one Logstore.
+#[derive(Clone, Debug)]
+pub(crate) struct Meta {
+    /// Counts the times it was written; kept in the frame.
+    pub(crate) generation: u64,
+    pub(crate) config: LogstoreConfig,
+    pub(crate) keys: Option<KeysSection>,
+    /// The tag over the keys section under a key derived from the data key (BYOK only).
+    keys_tag: Option<[u8; 32]>,
+}
+
+pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
+    logstore_dir.join("meta")
+}
+
+impl Meta {
+    pub(crate) fn new(config: LogstoreConfig) -> Self {
+        Self { generation: 1, config, keys: None, keys_tag: None }
+    }
+
+    pub(crate) fn load(
+        disk: &dyn Disk,
+        logstore_dir: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        keyring: &Keyring,
+    ) -> Result<Self> {
+        let path = path(logstore_dir);
+        let bytes = read(disk, &path)?;
+        let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
+        Self::from_document(&document, store, id, &path)
+    }
+
+    /// Reads the metadata of a BYOK Logstore without the keyring. `data_key` finds the current data key by the keys section; with it
+    /// that section is authenticated, which the configuration is not.
+    pub(crate) fn load_without_keyring(
+        disk: &dyn Disk,
+        logstore_dir: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        data_key: impl FnOnce(&KeysSection) -> Result<SecretKey>,
+    ) -> Result<Self> {
+        let path = path(logstore_dir);
+        let bytes = read(disk, &path)?;
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
+        let meta = Self::from_document(parsed.unverified(), store, id, &path)?;
+        let tampered = || Error::Tampered { at: Location::new(&path, 0), what: "the keys section of the metadata" };
+        let keys = meta.keys.as_ref().ok_or_else(tampered)?;
+        parsed.verify_b(&metadata_key(&data_key(keys)?)).map_err(|_| tampered())?;
+        Ok(meta)
+    }
+
+    fn from_document(document: &Document, store: StoreId, id: LogstoreId, path: &Path) -> Result<Self> {
+        if document.kind != DocumentKind::Logstore || document.store != store || document.subject != *id.as_bytes() {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata of another Logstore" });
+        }
+        let malformed = |error: serde_json::Error| {
+            Error::corrupt(Location::new(path, 80), format!("the metadata does not parse: {error}"))
+        };
+        let config = serde_json::from_slice(&document.a).map_err(malformed)?;
+        let keys = match document.b.is_empty() {
+            true => None,
+            false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
+        };
+        Ok(Self { generation: document.generation, config, keys, keys_tag: document.tag_b })
+    }
+
+    /// Writes it as the generation that it says. `data_key` is the current data key, given when the keys section of a BYOK Logstore
+    /// has changed; otherwise its tag stays.
+    pub(crate) fn save(
+        &mut self,
+        disk: &dyn Disk,
+        logstore_dir: &Path,
+        store: StoreId,
+        id: LogstoreId,
+        keyring: &Keyring,
+        data_key: Option<&SecretKey>,
+    ) -> Result<()> {
+        let path = path(logstore_dir);
+        let json = "plain data always serializes";
+        let mut document = Document {
+            kind: DocumentKind::Logstore,
+            features: Features::default(),
+            store,
+            subject: *id.as_bytes(),
+            generation: self.generation,
+            keyring_version: keyring.newest(),
+            a: serde_json::to_vec(&self.config).expect(json),
+            b: self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json)),
+            tag_b: self.keys_tag,
+        };
+        if let Some(data_key) = data_key {
+            document.sign_b(&metadata_key(data_key));
+            self.keys_tag = document.tag_b;
+        }
+        let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+        io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))
+    }
+}
+
+fn read(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>> {
+    match io::read_file(disk, path, DOCUMENT_BYTES_MAX) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::truncated(Location::new(path, 0), "the metadata of a Logstore is missing"))
+        }
+        bytes => bytes.map_err(Error::io("read", path)),
+    }
+}

@@ -1,0 +1,541 @@
+//! A Logstore: its configuration, its keys and its shards.
+
+mod config;
+mod meta;
+mod name;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, RwLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use serde::Serialize;
+
+use crate::{
+    Error, Result,
+    ids::LogstoreId,
+    keys::{
+        KeyStatus,
+        envelope::KeysSection,
+        gate::Gate,
+        lease::{Lease, LeaseListener, Refusal},
+    },
+    segment::KeySource,
+    shard::{
+        Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardRecord,
+        Ticket, WritePlan,
+    },
+    sync::{lock, write},
+};
+
+pub use config::{
+    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreSpec, SHARDS_MAX, ShardInfo,
+    ShardStatus, TTL_DAYS_MAX,
+};
+pub(crate) use config::{FixedEncryption, check_cmk};
+pub(crate) use meta::{Meta, path as meta_path};
+pub use name::{LogstoreName, NAME_BYTES_MAX};
+
+/// Which shard an append goes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ShardChoice {
+    /// One after the other, over those that take writes.
+    #[default]
+    RoundRobin,
+    /// This one.
+    Shard(u32),
+    /// The one that owns this hash key.
+    HashKey(u128),
+}
+
+/// How an append is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct AppendOptions {
+    /// Which shard; round robin by default.
+    pub shard: ShardChoice,
+    /// What the append survives once acknowledged; [`Durability::Synced`] by default.
+    pub durability: Durability,
+}
+
+impl AppendOptions {
+    /// Round robin, with this durability.
+    pub fn durability(durability: Durability) -> Self {
+        Self { durability, ..Self::default() }
+    }
+}
+
+/// Something told about the loss and the return of a key, after the engine has dealt with it.
+pub(crate) trait KeyObserver: Send + Sync {
+    fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal);
+    fn key_recovered(&self, logstore: &LogstoreShared);
+}
+
+/// An open Logstore, as the store and its handles share it.
+pub(crate) struct LogstoreShared {
+    pub(crate) name: LogstoreName,
+    pub(crate) id: LogstoreId,
+    pub(crate) dir: PathBuf,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) meta: Mutex<Meta>,
+    pub(crate) shards: Vec<Arc<Shard>>,
+    plan: Arc<RwLock<WritePlan>>,
+    next_shard: AtomicUsize,
+    deleted: AtomicBool,
+    observer: std::sync::Weak<dyn KeyObserver>,
+    threads: bool,
+}
+
+impl std::fmt::Debug for LogstoreShared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Logstore").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("id", &self.id()).finish_non_exhaustive()
+    }
+}
+
+/// What new segments of a Logstore are sealed with.
+pub(crate) fn write_plan(meta: &Meta, keyring_version: u32) -> WritePlan {
+    let enabled = meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+    let (suite, key_source) = match &meta.keys {
+        Some(keys) => (keys.encrypt_type.suite(), KeySource::DataKey(keys.current)),
+        None => (EncryptType::Default.suite(), KeySource::Keyring(keyring_version)),
+    };
+    WritePlan {
+        suite: if enabled && meta.keys.is_some() { suite } else { suite.integrity_only() },
+        key_source,
+        compression: meta.config.compression,
+        generation: meta.generation,
+    }
+}
+
+impl LogstoreShared {
+    pub(crate) fn new(
+        dir: &Path,
+        meta: Meta,
+        plan: Arc<RwLock<WritePlan>>,
+        context: Arc<ShardContext>,
+        records: &[ShardRecord],
+        observer: std::sync::Weak<dyn KeyObserver>,
+    ) -> Self {
+        let shard = |id: u32| {
+            let record = records.get(id as usize).cloned().unwrap_or_default();
+            Shard::new(Arc::clone(&context), id, shard_dir(dir, id), record)
+        };
+        Self {
+            name: meta.config.name.clone(),
+            id: context.gate.id(),
+            dir: dir.to_owned(),
+            gate: Arc::clone(&context.gate),
+            shards: meta.config.shards.iter().map(|info| shard(info.id)).collect(),
+            meta: Mutex::new(meta),
+            plan,
+            next_shard: AtomicUsize::new(0),
+            deleted: AtomicBool::new(false),
+            observer,
+            threads: context.options.threads,
+        }
+    }
+
+    /// Takes in changed metadata: what is written from now on follows it.
+    pub(crate) fn set_meta(&self, meta: Meta, keyring_version: u32) {
+        *write(&self.plan) = write_plan(&meta, keyring_version);
+        *lock(&self.meta) = meta;
+    }
+
+    pub(crate) fn lease(&self) -> Option<Arc<Lease>> {
+        self.gate.keys().lease
+    }
+
+    pub(crate) fn keys_section(&self) -> Option<Arc<KeysSection>> {
+        self.gate.keys().section
+    }
+
+    /// Marks it deleted: every handle refuses from now on.
+    pub(crate) fn delete(&self) {
+        self.deleted.store(true, Ordering::Release);
+        for shard in &self.shards {
+            shard.abandon();
+        }
+        self.gate.wipe();
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.deleted.load(Ordering::Acquire) {
+            return Err(Error::Closed("the Logstore"));
+        }
+        if !self.threads
+            && let Some(lease) = self.lease()
+        {
+            // Without threads, whoever comes next deals with a loss that was noticed.
+            lease.tell();
+        }
+        Ok(())
+    }
+
+    fn shard(&self, id: u32) -> Result<&Arc<Shard>> {
+        self.shards.get(id as usize).ok_or_else(|| Error::ShardMissing { logstore: self.name.clone(), shard: id })
+    }
+
+    fn choose(&self, choice: ShardChoice) -> Result<&Arc<Shard>> {
+        let meta = lock(&self.meta);
+        let shards = &meta.config.shards;
+        let id = match choice {
+            ShardChoice::Shard(id) => {
+                let status = shards.iter().find(|info| info.id == id).map(|info| info.status);
+                if status == Some(ShardStatus::ReadOnly) {
+                    return Err(Error::ShardReadOnly { logstore: self.name.clone(), shard: id });
+                }
+                id
+            }
+            ShardChoice::HashKey(key) => {
+                let owner = shards.iter().find(|info| info.status == ShardStatus::ReadWrite && info.owns(key));
+                owner.map(|info| info.id).ok_or(Error::Closed("the shard of that hash key"))?
+            }
+            ShardChoice::RoundRobin => {
+                let count = shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).count();
+                let turn = self.next_shard.fetch_add(1, Ordering::Relaxed) % count.max(1);
+                let chosen = shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).nth(turn);
+                chosen.map(|info| info.id).ok_or(Error::Closed("every shard"))?
+            }
+        };
+        drop(meta);
+        self.shard(id)
+    }
+
+    /// Everything counted over its segments.
+    fn status(&self) -> Result<LogstoreStatus> {
+        let (config, generation) = {
+            let meta = lock(&self.meta);
+            (meta.config.clone(), meta.generation)
+        };
+        let keys = self.keys_section();
+        let mut status = LogstoreStatus {
+            name: self.name.clone(),
+            id: self.id,
+            generation,
+            method: match &keys {
+                None => "none",
+                Some(keys) if keys.cmk.is_some() => "byok",
+                Some(_) => "service_key",
+            },
+            encrypt_type: keys.as_ref().map(|keys| keys.encrypt_type),
+            encrypting: config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable),
+            key: self.gate.status(),
+            data_keys: keys
+                .iter()
+                .flat_map(|keys| &keys.versions)
+                .map(|key| DataKeyStatus::of(key.version, key.wrapped.is_none()))
+                .collect(),
+            segments: 0,
+            groups: 0,
+            logs: 0,
+            bytes_raw: 0,
+            bytes_compressed: 0,
+            bytes_stored: 0,
+            recovery: self.shards.iter().flat_map(|shard| shard.notices()).collect(),
+            latched: self.shards.iter().find_map(|shard| shard.latch_cause()).map(|cause| cause.to_string()),
+        };
+        for shard in &self.shards {
+            for name in shard.segments(true)? {
+                let opened = shard.open_segment(&name)?;
+                let stored = match &opened.end {
+                    End::Active(view) => view.visible(),
+                    _ => opened.file.len().map_err(Error::io("get the length of", &*name.path))?,
+                };
+                let (so_far, body_end) = match &opened.end {
+                    End::Sealed(footer) => (Some(footer.footer.clone()), footer.footer.offset),
+                    End::Active(view) => (Some(view.with_builder(|builder| builder.so_far().clone())), stored),
+                    End::Cut(end) => (None, end.bytes),
+                    End::Unknown => (None, stored),
+                };
+                let so_far = match so_far {
+                    Some(footer) => footer,
+                    None => shard.count(&opened, body_end)?,
+                };
+                status.segments += 1;
+                status.groups += so_far.group_count;
+                status.logs += so_far.log_count;
+                status.bytes_raw += so_far.raw_bytes;
+                let overhead = u64::from(so_far.block_count) * crate::segment::BLOCK_OVERHEAD_BYTES;
+                status.bytes_compressed += (body_end - opened.header.body_start).saturating_sub(overhead);
+                status.bytes_stored += stored;
+                let version = match opened.header.header.key_source {
+                    KeySource::DataKey(version) => version,
+                    KeySource::Keyring(_) => 0,
+                };
+                let entry = match status.data_keys.iter_mut().find(|key| key.version == version) {
+                    Some(entry) => entry,
+                    None => {
+                        status.data_keys.push(DataKeyStatus::of(version, false));
+                        let Some(entry) = status.data_keys.last_mut() else { continue };
+                        entry
+                    }
+                };
+                entry.segments += 1;
+                entry.bytes_stored += stored;
+            }
+        }
+        status.data_keys.sort_unstable_by_key(|key| key.version);
+        Ok(status)
+    }
+}
+
+pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
+    logstore_dir.join(format!("shard-{shard:04}"))
+}
+
+impl LeaseListener for LogstoreShared {
+    fn lost(&self, refusal: &Refusal) {
+        if let Some(lease) = self.lease() {
+            let error = self.gate.refused(refusal, lease.cmk());
+            for shard in &self.shards {
+                shard.lose_key(&error);
+            }
+            self.gate.wipe();
+            if let Some(observer) = self.observer.upgrade() {
+                observer.key_lost(self, refusal);
+            }
+        }
+    }
+
+    fn recovered(&self) {
+        if let Some(observer) = self.observer.upgrade() {
+            observer.key_recovered(self);
+        }
+    }
+}
+
+/// One data-key version and what is stored under it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DataKeyStatus {
+    /// The version; 0 for segments from before the Logstore had a data key.
+    pub version: u32,
+    /// Whether it was destroyed on purpose.
+    pub shredded: bool,
+    /// Segments under it.
+    pub segments: u64,
+    /// Bytes of those segments on disk.
+    pub bytes_stored: u64,
+}
+
+impl DataKeyStatus {
+    fn of(version: u32, shredded: bool) -> Self {
+        Self { version, shredded, segments: 0, bytes_stored: 0 }
+    }
+}
+
+/// Figures of a Logstore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LogstoreStatus {
+    /// Its name.
+    pub name: LogstoreName,
+    /// Its id.
+    pub id: LogstoreId,
+    /// How often its metadata was written.
+    pub generation: u64,
+    /// `none`, `service_key` or `byok`.
+    pub method: &'static str,
+    /// The algorithm, once fixed.
+    pub encrypt_type: Option<EncryptType>,
+    /// Whether new data is encrypted.
+    pub encrypting: bool,
+    /// The state of the key.
+    pub key: KeyStatus,
+    /// The data-key versions, and what is stored under each.
+    pub data_keys: Vec<DataKeyStatus>,
+    /// Segments of all shards.
+    pub segments: u64,
+    /// Groups and opaque records.
+    pub groups: u64,
+    /// Logs in all groups.
+    pub logs: u64,
+    /// Bytes of all groups as appended, framing included.
+    pub bytes_raw: u64,
+    /// The same after compression.
+    pub bytes_compressed: u64,
+    /// Bytes of the segments on disk.
+    pub bytes_stored: u64,
+    /// What recovery had to report since the Logstore was opened.
+    pub recovery: Vec<RecoveryNotice>,
+    /// Why a shard stopped writing, if one did.
+    pub latched: Option<String>,
+}
+
+/// A handle to a Logstore: cheap to clone, usable from any thread. It keeps the store open.
+#[derive(Clone, Debug)]
+pub struct Logstore {
+    shared: Arc<LogstoreShared>,
+    /// Closes the store when the last handle goes.
+    _open: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+impl Logstore {
+    pub(crate) fn new(shared: Arc<LogstoreShared>, open: Arc<dyn std::any::Any + Send + Sync>) -> Self {
+        Self { shared, _open: open }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &LogstoreName {
+        &self.shared.name
+    }
+
+    /// Its id.
+    pub fn id(&self) -> LogstoreId {
+        self.shared.id
+    }
+
+    /// The whole configuration.
+    pub fn config(&self) -> LogstoreConfig {
+        lock(&self.shared.meta).config.clone()
+    }
+
+    /// The state of its key. Calls no KMS.
+    pub fn key_status(&self) -> KeyStatus {
+        self.shared.gate.status()
+    }
+
+    /// Figures over all its segments. Needs no key and calls no KMS.
+    ///
+    /// # Errors
+    /// Whatever keeps a segment from being opened.
+    pub fn status(&self) -> Result<LogstoreStatus> {
+        self.shared.status()
+    }
+
+    /// Appends a group and waits until it is as durable as `options` ask. Groups of several callers share blocks and syncs.
+    ///
+    /// # Errors
+    /// [`Error::Revoked`], [`Error::KmsUnreachable`] when the key may not be used; [`Error::InvalidGroup`], [`Error::TooLarge`] for
+    /// the payload; [`Error::Latched`] after a failed write; [`Error::Io`] for a failing one. A failed append may be on disk or not,
+    /// but never in part.
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions, ReadOptions};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// let logstore = store.create_logstore(&"app/events".parse()?, LogstoreSpec::default())?;
+    /// let appended = logstore.append(Payload::opaque("hello")?, &AppendOptions::default())?;
+    /// let mut reader = logstore.read(appended.shard, &ReadOptions::default())?;
+    /// assert_eq!(&reader.next().unwrap()?.bytes[..], b"hello");
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn append<P>(&self, payload: P, options: &AppendOptions) -> Result<Appended>
+    where
+        P: TryInto<Payload>,
+        Error: From<P::Error>,
+    {
+        let (shard, seq) = self.enqueue(payload, options, true)?;
+        shard.wait_for(seq, options.durability)?;
+        Ok(Appended { shard: shard.id(), seq })
+    }
+
+    /// Hands a group over and returns a ticket for it. Waits only while the write pipeline is full.
+    ///
+    /// # Errors
+    /// As [`Logstore::append`], as far as they show at once; the rest comes with the ticket.
+    pub fn submit<P>(&self, payload: P, options: &AppendOptions) -> Result<Ticket>
+    where
+        P: TryInto<Payload>,
+        Error: From<P::Error>,
+    {
+        let (shard, seq) = self.enqueue(payload, options, true)?;
+        Ok(shard.ticket(seq, options.durability))
+    }
+
+    /// As [`Logstore::submit`], but never waits.
+    ///
+    /// # Errors
+    /// [`Error::Full`] when the write pipeline is full; otherwise as [`Logstore::submit`].
+    pub fn try_submit<P>(&self, payload: P, options: &AppendOptions) -> Result<Ticket>
+    where
+        P: TryInto<Payload>,
+        Error: From<P::Error>,
+    {
+        let (shard, seq) = self.enqueue(payload, options, false)?;
+        Ok(shard.ticket(seq, options.durability))
+    }
+
+    fn enqueue<P>(&self, payload: P, options: &AppendOptions, wait: bool) -> Result<(&Arc<Shard>, u64)>
+    where
+        P: TryInto<Payload>,
+        Error: From<P::Error>,
+    {
+        self.shared.check()?;
+        let payload = payload.try_into()?;
+        let shard = self.shared.choose(options.shard)?;
+        let seq = shard.enqueue(payload, options.durability, wait)?;
+        Ok((shard, seq))
+    }
+
+    /// Makes everything durable that was appended before the call.
+    ///
+    /// # Errors
+    /// What kept it from being written.
+    pub fn sync(&self) -> Result<()> {
+        self.shared.check()?;
+        self.shared.shards.iter().try_for_each(|shard| shard.sync())
+    }
+
+    /// Begins to read a shard.
+    ///
+    /// # Errors
+    /// [`Error::Revoked`], [`Error::KmsUnreachable`] when the key may not be used; [`Error::ShardMissing`]; [`Error::TooMany`] when
+    /// as many readers are open as [`crate::StoreOptions::readers_max`] allows.
+    pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
+        self.shared.check()?;
+        Reader::open(self.shared.shard(shard)?, options)
+    }
+
+    /// One past the newest sequence number of a shard that a reader can see.
+    ///
+    /// # Errors
+    /// [`Error::ShardMissing`], and whatever keeps the newest segment from being opened.
+    pub fn end_seq(&self, shard: u32) -> Result<u64> {
+        self.shared.shard(shard)?.end_seq()
+    }
+
+    /// Asks the KMS at once whether the master key may still be used, and deals with the answer before it returns.
+    ///
+    /// # Errors
+    /// [`Error::Revoked`], [`Error::KmsUnreachable`] or [`Error::KmsInvalid`] when operations are refused from now on.
+    pub fn revalidate_now(&self) -> Result<()> {
+        let Some(lease) = self.shared.lease() else { return Ok(()) };
+        lease.renew();
+        lease.tell();
+        self.shared.gate.admit().map(|_| ())
+    }
+
+    /// Lets a shard write again after a failure has stopped it ([`Error::Latched`]): the next append recovers it first, as if the
+    /// process had crashed.
+    ///
+    /// # Errors
+    /// [`Error::ShardMissing`].
+    pub fn reopen_shard(&self, shard: u32) -> Result<()> {
+        self.shared.shard(shard)?.reopen();
+        Ok(())
+    }
+
+    /// Ends the segments that are being written, so that new ones begin with the next append.
+    ///
+    /// # Errors
+    /// What kept a segment from being sealed.
+    pub fn roll(&self) -> Result<()> {
+        self.shared.check()?;
+        self.shared.shards.iter().try_for_each(|shard| shard.roll())
+    }
+}
+
+impl AsRef<LogstoreShared> for Logstore {
+    fn as_ref(&self) -> &LogstoreShared {
+        &self.shared
+    }
+}

@@ -1,0 +1,282 @@
+//! The bytes of a segment: header, blocks, footer.
+//!
+//! Nothing here does I/O or holds a key. What is decoded comes from disk and is hostile until its tag has been verified: no
+//! function panics on it, and none allocates more than the limits below allow. All numbers are little-endian.
+
+mod block;
+mod codec;
+mod footer;
+mod header;
+mod scan;
+
+pub use block::{BlockHeader, BlockKind};
+pub(crate) use block::{BlockView, SealBuffer};
+pub use codec::{Compression, UnknownCompression};
+pub(crate) use codec::{Compressor, Decompressor};
+pub use footer::{DecodedFooter, Footer, IndexEntry};
+pub(crate) use footer::{FooterBuilder, Trailer};
+pub use header::{DecodedHeader, Extension, KeySource, Predecessor, PredecessorEnd, SegmentHeader};
+pub(crate) use scan::{ScanReport, ScanVerdict, ScannedBlock, scan};
+
+/// The longest segment file, in bytes.
+pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;
+/// The longest `LogGroupList` of one block, in bytes, framing included.
+pub const BLOCK_LIST_BYTES_MAX: u32 = 32 << 20;
+/// The most groups (or opaque records) in one block.
+pub const BLOCK_GROUPS_MAX: u32 = 1 << 16;
+/// The most bytes that a block holds before compression: the list, and four bytes a group for the receive times.
+pub const BLOCK_RAW_BYTES_MAX: u32 = BLOCK_LIST_BYTES_MAX + 4 * BLOCK_GROUPS_MAX;
+/// What a block costs beyond its payload, in bytes: header, tag and CRC32.
+pub const BLOCK_OVERHEAD_BYTES: u64 = (BlockHeader::LEN + block::SUFFIX_LEN) as u64;
+/// The most bytes of header extensions, their own headers included.
+pub const EXTENSIONS_BYTES_MAX: u32 = 64 << 10;
+/// The least distance, in bytes, between two blocks that a footer's index names.
+pub const INDEX_STRIDE_BYTES: u64 = 64 << 10;
+/// The most entries in a footer's index.
+pub const INDEX_ENTRIES_MAX: u32 = (SEGMENT_BYTES_MAX / INDEX_STRIDE_BYTES) as u32;
+
+/// How many bytes of a hash are its tag in blocks and footers.
+const SEGMENT_TAG_LEN: usize = 8;
+/// The bytes of a hash.
+const HASH_LEN: usize = 32;
+/// The bytes of an authentication tag.
+const TAG_LEN: usize = 16;
+/// The bytes of a CRC32.
+const CRC_LEN: usize = 4;
+
+/// Bytes cannot be what they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// There are too few of them.
+    #[error("{needed} bytes are needed, there are {have}")]
+    Short {
+        /// How many bytes are needed, as far as can be said yet.
+        needed: u64,
+        /// How many there are.
+        have: u64,
+    },
+    /// They do not begin (a trailer: end) as they should.
+    #[error("the magic bytes are wrong")]
+    Magic,
+    /// The CRC32 does not hold.
+    #[error("the CRC32 does not hold")]
+    Crc,
+    /// A newer envelog wrote them, in this version of the format.
+    #[error("format version {0} is newer than this build")]
+    NewerVersion(u16),
+    /// They use a feature that this build does not have.
+    #[error("unknown feature: {0}")]
+    Feature(String),
+    /// This field has a value that it cannot have.
+    #[error("impossible value: {0}")]
+    Field(&'static str),
+}
+
+/// The three sets of feature bits. This build knows none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features {
+    /// A build that does not know one of these reads and writes all the same.
+    pub compatible: u32,
+    /// A build that does not know one of these reads, but does not write.
+    pub read_only_compatible: u32,
+    /// A build that does not know one of these refuses.
+    pub incompatible: u32,
+}
+
+impl Features {
+    /// The bits of [`Features::read_only_compatible`] that this build does not know: if there are any, it must not write.
+    #[must_use]
+    pub fn unknown_read_only(&self) -> u32 {
+        self.read_only_compatible
+    }
+
+    /// Refuses incompatible features that this build does not know.
+    pub(crate) fn check(&self) -> Result<(), DecodeError> {
+        match self.incompatible {
+            0 => Ok(()),
+            bits => Err(DecodeError::Feature(format!("incompatible feature bits {bits:#x}"))),
+        }
+    }
+
+    pub(crate) fn encode(&self, out: &mut impl bytes::BufMut) {
+        out.put_u32_le(self.compatible);
+        out.put_u32_le(self.read_only_compatible);
+        out.put_u32_le(self.incompatible);
+    }
+
+    pub(crate) fn decode(cursor: &mut Cursor<'_>) -> Result<Self, DecodeError> {
+        Ok(Self { compatible: cursor.u32()?, read_only_compatible: cursor.u32()?, incompatible: cursor.u32()? })
+    }
+}
+
+/// The name of a segment's file: `{ordinal:010}-{first_seq:020}.seg`.
+pub(crate) fn segment_file_name(ordinal: u64, first_seq: u64) -> String {
+    format!("{ordinal:010}-{first_seq:020}.seg")
+}
+
+/// The ordinal and the first sequence number that [`segment_file_name`] made `name` of; `None` for any other name.
+pub(crate) fn parse_segment_file_name(name: &str) -> Option<(u64, u64)> {
+    let (ordinal, first_seq) = name.strip_suffix(".seg")?.split_once('-')?;
+    let (ordinal, first_seq) = (ordinal.parse().ok()?, first_seq.parse().ok()?);
+    (segment_file_name(ordinal, first_seq) == name).then_some((ordinal, first_seq))
+}
+
+/// Takes little-endian values off the front of a byte string.
+pub(crate) struct Cursor<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.at >= self.bytes.len()
+    }
+
+    pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
+        let short = || DecodeError::Short {
+            needed: (self.at as u64).saturating_add(len as u64),
+            have: self.bytes.len() as u64,
+        };
+        let end = self.at.checked_add(len).ok_or_else(short)?;
+        let taken = self.bytes.get(self.at..end).ok_or_else(short)?;
+        self.at = end;
+        Ok(taken)
+    }
+
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.bytes(N)?);
+        Ok(array)
+    }
+
+    pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
+        Ok(u8::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16, DecodeError> {
+        Ok(u16::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32, DecodeError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64, DecodeError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    /// Takes `len` bytes that must be zero.
+    pub(crate) fn zeros(&mut self, len: usize, what: &'static str) -> Result<(), DecodeError> {
+        require(self.bytes(len)?.iter().all(|&byte| byte == 0), what)
+    }
+
+    /// Takes the eight bytes `magic`.
+    pub(crate) fn magic(&mut self, magic: &[u8]) -> Result<(), DecodeError> {
+        if self.bytes(magic.len())? == magic { Ok(()) } else { Err(DecodeError::Magic) }
+    }
+
+    /// Takes a format version, which must not be beyond the one that this build writes.
+    pub(crate) fn version(&mut self, newest: u16) -> Result<(), DecodeError> {
+        match self.u16()? {
+            version if version > newest => Err(DecodeError::NewerVersion(version)),
+            version => require(version != 0, "version"),
+        }
+    }
+}
+
+/// Fails with [`DecodeError::Field`] unless `holds`.
+pub(crate) fn require(holds: bool, what: &'static str) -> Result<(), DecodeError> {
+    if holds { Ok(()) } else { Err(DecodeError::Field(what)) }
+}
+
+/// Splits off the CRC32 that ends `bytes` and checks it over what stands before it, which is returned.
+pub(crate) fn strip_crc(bytes: &[u8]) -> Result<&[u8], DecodeError> {
+    match bytes.split_last_chunk::<CRC_LEN>() {
+        Some((covered, crc)) if crc32fast::hash(covered) == u32::from_le_bytes(*crc) => Ok(covered),
+        Some(_) => Err(DecodeError::Crc),
+        None => Err(DecodeError::Short { needed: CRC_LEN as u64, have: bytes.len() as u64 }),
+    }
+}
+
+/// Appends the CRC32 of all that `out` holds from `from` on.
+pub(crate) fn put_crc(out: &mut Vec<u8>, from: usize) {
+    let crc = crc32fast::hash(&out[from..]);
+    out.extend_from_slice(&crc.to_le_bytes());
+}
+
+/// How blocks and footers name their segment: the beginning of its header's hash.
+pub(crate) fn segment_tag(header_hash: &[u8; HASH_LEN]) -> [u8; SEGMENT_TAG_LEN] {
+    let mut tag = [0; SEGMENT_TAG_LEN];
+    tag.copy_from_slice(&header_hash[..SEGMENT_TAG_LEN]);
+    tag
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Calls `refused` with every truncation and every single bit flip of `bytes`.
+    pub(crate) fn damage_each(bytes: &[u8], mut refused: impl FnMut(&[u8], String)) {
+        for len in 0..bytes.len() {
+            refused(&bytes[..len], format!("cut to {len}"));
+        }
+        let mut damaged = bytes.to_vec();
+        for bit in 0..bytes.len() * 8 {
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            refused(&damaged, format!("bit {bit}"));
+            damaged[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+
+    #[test]
+    fn file_names() {
+        assert_eq!(segment_file_name(7, 42), "0000000007-00000000000000000042.seg");
+        for (ordinal, first_seq) in [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX, u64::MAX)] {
+            assert_eq!(parse_segment_file_name(&segment_file_name(ordinal, first_seq)), Some((ordinal, first_seq)));
+        }
+        for wrong in [
+            "",
+            ".seg",
+            "-.seg",
+            "7-42.seg",
+            "0000000007-00000000000000000042.seg.tmp",
+            "0000000007-00000000000000000042.SEG",
+            "00000000007-00000000000000000042.seg",
+            "+000000007-00000000000000000042.seg",
+            "0000000007-+0000000000000000042.seg",
+            "0000000007_00000000000000000042.seg",
+            "0000000007-99999999999999999999.seg",
+            "0000000007-00000000000000000042-1.seg",
+        ] {
+            assert_eq!(parse_segment_file_name(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn cursor_reports_what_is_missing() {
+        let mut cursor = Cursor::new(&[1, 2, 3]);
+        assert_eq!(cursor.u16(), Ok(0x0201));
+        assert_eq!(cursor.u32(), Err(DecodeError::Short { needed: 6, have: 3 }));
+        assert_eq!(cursor.bytes(usize::MAX), Err(DecodeError::Short { needed: u64::MAX, have: 3 }));
+        assert_eq!(cursor.u8(), Ok(3));
+        assert!(cursor.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn file_names_are_canonical(name in "[0-9]{9,11}-[0-9]{19,21}\\.seg") {
+            if let Some((ordinal, first_seq)) = parse_segment_file_name(&name) {
+                prop_assert_eq!(segment_file_name(ordinal, first_seq), name);
+            }
+        }
+    }
+}

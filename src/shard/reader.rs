@@ -1,0 +1,632 @@
+//! The read path: from a position to groups.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+
+use super::{
+    Shard,
+    segments::{End, Opened, SegmentRef},
+};
+use crate::{
+    Error, Result,
+    group::{self, LogGroup},
+    io::Map,
+    keys::gate::Gate,
+    segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor},
+};
+
+/// How much is read at once, in bytes, unless a block is longer.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// A place in a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Position {
+    /// The oldest group there is.
+    #[default]
+    Begin,
+    /// Behind the newest group there is.
+    End,
+    /// The group with this sequence number, or the first one after it.
+    Seq(u64),
+    /// The first group received at this time or later, in microseconds since the Unix epoch.
+    Time(u64),
+}
+
+/// How the bytes of sealed segments are fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum ReadMode {
+    /// With positional reads: a bad sector or a truncated file is an error.
+    #[default]
+    Pread,
+    /// From a map. Should the file be truncated or the disk fail under it, the operating system ends the process with `SIGBUS`.
+    Map,
+}
+
+/// What is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct ReadOptions {
+    /// Where to begin.
+    pub from: Position,
+    /// Where to end: the group there is not read. `None` reads on for as long as there is more.
+    pub to: Option<Position>,
+    /// The most groups to read; `None` is no limit.
+    pub max_groups: Option<u64>,
+    /// Ends once this many bytes of groups have been read; `None` is no limit.
+    pub max_bytes: Option<u64>,
+    /// How sealed segments are fetched.
+    pub mode: ReadMode,
+}
+
+impl ReadOptions {
+    /// From `position` on, without a limit.
+    pub fn from(position: Position) -> Self {
+        Self { from: position, ..Self::default() }
+    }
+}
+
+/// One group, or opaque record, as it was appended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Record {
+    /// Its sequence number in the shard.
+    pub seq: u64,
+    /// When it was received, in microseconds since the Unix epoch.
+    pub receive_time_us: u64,
+    /// Whether it is a log group or opaque.
+    pub kind: BlockKind,
+    /// Its bytes, exactly as they were appended.
+    pub bytes: Bytes,
+}
+
+impl Record {
+    /// The log group, decoded.
+    ///
+    /// # Errors
+    /// [`Error::InvalidGroup`] when the record is opaque.
+    pub fn group(&self) -> Result<LogGroup> {
+        Ok(LogGroup::decode_shared(self.bytes.clone())?)
+    }
+}
+
+/// Consecutive groups of one block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RecordBlock {
+    /// The groups as a valid `LogGroupList` message (for opaque records: framed the same way), to be handed on as it is.
+    pub list: Bytes,
+    /// The same groups one by one; they share the memory of `list`.
+    pub records: Vec<Record>,
+}
+
+/// How many readers there may be at once.
+#[derive(Debug)]
+pub(crate) struct ReaderPermits {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl ReaderPermits {
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit, used: AtomicUsize::new(0) })
+    }
+
+    fn take(self: &Arc<Self>) -> Result<ReaderPermit> {
+        let taken =
+            self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| (used < self.limit).then(|| used + 1));
+        match taken {
+            Ok(_) => Ok(ReaderPermit(Arc::clone(self))),
+            Err(_) => Err(Error::TooMany { what: "open readers", limit: self.limit as u64 }),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ReaderPermit(Arc<ReaderPermits>);
+
+impl Drop for ReaderPermit {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Reads a shard forward, group by group or block by block.
+///
+/// `None` (of the iterator or of [`Reader::next_block`]) means that there is nothing more *yet*: asking again later goes on with
+/// what has been written since, which is how to follow a shard. After an error the reader has ended, and only gives `None`.
+/// A reader sees what is at least `Written`. The lease of the key is asked for every group, also for those read ahead.
+#[derive(Debug)]
+pub struct Reader {
+    shard: Arc<Shard>,
+    _permit: ReaderPermit,
+    mode: ReadMode,
+    next_seq: u64,
+    /// Groups received earlier are passed over.
+    from_us: u64,
+    /// Set while the segment to begin in must be found by time.
+    seek_time: bool,
+    end_seq: u64,
+    end_us: u64,
+    groups_left: u64,
+    bytes_left: u64,
+    cursor: Option<SegmentReader>,
+    block: VecDeque<Record>,
+    list: Bytes,
+    ended: bool,
+}
+
+impl Reader {
+    pub(crate) fn open(shard: &Arc<Shard>, options: &ReadOptions) -> Result<Self> {
+        let permit = shard.context.permits.take()?;
+        shard.context.gate.admit()?;
+        let mut reader = Self {
+            shard: Arc::clone(shard),
+            _permit: permit,
+            mode: options.mode,
+            next_seq: 0,
+            from_us: 0,
+            seek_time: false,
+            end_seq: u64::MAX,
+            end_us: u64::MAX,
+            groups_left: options.max_groups.unwrap_or(u64::MAX),
+            bytes_left: options.max_bytes.unwrap_or(u64::MAX),
+            cursor: None,
+            block: VecDeque::new(),
+            list: Bytes::new(),
+            ended: false,
+        };
+        match options.from {
+            Position::Begin => {}
+            Position::End => reader.next_seq = shard.end_seq()?,
+            Position::Seq(seq) => reader.next_seq = seq,
+            Position::Time(time_us) => {
+                reader.from_us = time_us;
+                reader.seek_time = true;
+            }
+        }
+        match options.to {
+            None => {}
+            Some(Position::Begin) => reader.end_seq = 0,
+            Some(Position::End) => reader.end_seq = shard.end_seq()?,
+            Some(Position::Seq(seq)) => reader.end_seq = seq,
+            Some(Position::Time(time_us)) => reader.end_us = time_us,
+        }
+        Ok(reader)
+    }
+
+    /// The sequence number that the reader looks for next: a later reader that begins there goes on where this one is.
+    pub fn next_seq(&self) -> u64 {
+        self.next_seq
+    }
+
+    /// The rest of the current block, or the next one: the cheap way to hand groups on without looking into them.
+    ///
+    /// # Errors
+    /// Whatever keeps it from being read; the reader has then ended.
+    pub fn next_block(&mut self) -> Result<Option<RecordBlock>> {
+        if !self.ready()? {
+            return Ok(None);
+        }
+        let mut records = Vec::with_capacity(self.block.len());
+        while let Some(record) = self.take() {
+            records.push(record);
+            if self.groups_left == 0 || self.bytes_left == 0 {
+                break;
+            }
+        }
+        let list = match (records.first(), records.last()) {
+            (Some(first), Some(last)) => self.framed(&first.bytes, &last.bytes),
+            _ => Bytes::new(),
+        };
+        Ok(Some(RecordBlock { list, records }))
+    }
+
+    /// The part of the list that holds the records from `first` to `last`, frames included.
+    fn framed(&self, first: &Bytes, last: &Bytes) -> Bytes {
+        let base = self.list.as_ptr() as usize;
+        let begin = first.as_ptr() as usize - base - (group::frame_len(first.len()) - first.len());
+        let end = last.as_ptr() as usize - base + last.len();
+        self.list.slice(begin..end)
+    }
+
+    /// Whether there is a record to give now.
+    fn ready(&mut self) -> Result<bool> {
+        if self.ended || self.groups_left == 0 || self.bytes_left == 0 {
+            return Ok(false);
+        }
+        let ready = self.fill();
+        if ready.is_err() {
+            self.ended = true;
+            self.block.clear();
+            self.list = Bytes::new();
+            self.cursor = None;
+        }
+        ready
+    }
+
+    fn take(&mut self) -> Option<Record> {
+        let record = self.block.pop_front()?;
+        self.next_seq = record.seq + 1;
+        self.groups_left -= 1;
+        self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
+        Some(record)
+    }
+
+    /// Sees to it that there is a record in `block`, if there is any.
+    fn fill(&mut self) -> Result<bool> {
+        let shard = Arc::clone(&self.shard);
+        let gate = &shard.context.gate;
+        loop {
+            gate.admit()?;
+            if !self.block.is_empty() {
+                return Ok(true);
+            }
+            if self.next_seq >= self.end_seq {
+                return Ok(false);
+            }
+            let Some(cursor) = &mut self.cursor else {
+                if self.begin()? {
+                    continue;
+                }
+                return Ok(false);
+            };
+            match cursor.load(&shard)? {
+                Load::Block(header) => {
+                    let wanted = header.kind != BlockKind::Mark
+                        && header.end_seq() > self.next_seq
+                        && header.last_time_us >= self.from_us;
+                    if wanted && (header.first_seq >= self.end_seq || header.first_time_us >= self.end_us) {
+                        return Ok(false);
+                    }
+                    if wanted {
+                        let raw = Bytes::from(cursor.open(gate)?);
+                        self.unpack(&header, &raw)?;
+                    } else {
+                        cursor.skip();
+                    }
+                }
+                Load::End => {
+                    let ordinal = cursor.opened.name.ordinal;
+                    let segments = shard.segments(true)?;
+                    let Some(next) = segments.iter().find(|segment| segment.ordinal > ordinal) else {
+                        return Ok(false);
+                    };
+                    self.enter(next)?;
+                }
+                Load::NotYet => {
+                    if !cursor.refresh(&shard)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Finds the segment and the block to begin with. `false` when there are none yet.
+    fn begin(&mut self) -> Result<bool> {
+        let segments = self.shard.segments(true)?;
+        let position = if self.seek_time {
+            let mut low = 0;
+            let mut high = segments.len();
+            // The last segment that begins before the time, found by looking into O(log n) of them.
+            while low < high {
+                let middle = low.midpoint(high);
+                let Some(segment) = segments.get(middle) else { break };
+                if self.shard.open_segment(segment)?.begins_us() <= self.from_us {
+                    low = middle + 1;
+                } else {
+                    high = middle;
+                }
+            }
+            low
+        } else {
+            segments.partition_point(|segment| segment.first_seq <= self.next_seq)
+        };
+        let Some(segment) = segments.get(position.saturating_sub(1)) else { return Ok(false) };
+        self.enter(segment)?;
+        self.seek_time = false;
+        Ok(true)
+    }
+
+    /// Opens a segment and goes to where the wanted groups may begin.
+    fn enter(&mut self, segment: &SegmentRef) -> Result<()> {
+        let opened = self.shard.open_segment(segment)?;
+        self.shard.verify_footer(&opened)?;
+        let mut cursor = SegmentReader::new(opened, self.mode)?;
+        cursor.seek(self.next_seq, self.from_us);
+        self.cursor = Some(cursor);
+        Ok(())
+    }
+
+    fn unpack(&mut self, header: &BlockHeader, raw: &Bytes) -> Result<()> {
+        let malformed = || {
+            Error::corrupt(
+                self.cursor.as_ref().map_or_else(|| crate::error::Location::new("", 0), |c| c.opened.at(c.offset)),
+                "the groups of a block do not parse",
+            )
+        };
+        let list_len = header.list_len as usize;
+        if list_len > raw.len() {
+            return Err(malformed());
+        }
+        let list = raw.slice(..list_len);
+        let mut times = raw.get(list_len..).unwrap_or_default().chunks_exact(4);
+        let mut seq = header.first_seq;
+        for frame in group::frames(&list) {
+            let frame = frame.map_err(|_| malformed())?;
+            let delta =
+                times.next().and_then(|delta| delta.try_into().ok()).map(u32::from_le_bytes).ok_or_else(malformed)?;
+            let receive_time_us = header.first_time_us.saturating_add(delta.into());
+            if seq >= self.end_seq || receive_time_us >= self.end_us {
+                self.end_seq = self.end_seq.min(seq);
+                break;
+            }
+            if seq >= self.next_seq && receive_time_us >= self.from_us {
+                self.block.push_back(Record { seq, receive_time_us, kind: header.kind, bytes: list.slice(frame) });
+            }
+            seq += 1;
+        }
+        self.list = list;
+        Ok(())
+    }
+}
+
+impl Iterator for Reader {
+    type Item = Result<Record>;
+
+    fn next(&mut self) -> Option<Result<Record>> {
+        match self.ready() {
+            Ok(true) => self.take().map(Ok),
+            Ok(false) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+}
+
+/// What [`SegmentReader::load`] came to.
+pub(crate) enum Load {
+    /// The block is in memory and its CRC holds.
+    Block(BlockHeader),
+    /// The segment ends here, and says so.
+    End,
+    /// Nothing more, so far.
+    NotYet,
+}
+
+/// Reads the blocks of one segment in order.
+#[derive(Debug)]
+pub(crate) struct SegmentReader {
+    pub(crate) opened: Opened,
+    map: Option<Map>,
+    /// The offset of the next block, and its number.
+    pub(crate) offset: u64,
+    number: u32,
+    bytes: Vec<u8>,
+    bytes_at: u64,
+    /// The block that was loaded last.
+    loaded: Option<BlockHeader>,
+    scratch: Scratch,
+}
+
+#[derive(Default)]
+struct Scratch {
+    stored: Vec<u8>,
+    decompressor: Decompressor,
+}
+
+impl std::fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scratch")
+    }
+}
+
+impl SegmentReader {
+    pub(crate) fn new(opened: Opened, mode: ReadMode) -> Result<Self> {
+        let map = match (&opened.end, mode) {
+            (End::Sealed(_), ReadMode::Map) => Some(opened.file.map().map_err(Error::io("map", &*opened.name.path))?),
+            _ => None,
+        };
+        Ok(Self {
+            offset: opened.header.body_start,
+            number: 0,
+            opened,
+            map,
+            bytes: Vec::new(),
+            bytes_at: 0,
+            loaded: None,
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// Goes to where the first group with at least this number and receive time may be.
+    fn seek(&mut self, seq: u64, time_us: u64) {
+        let entry = match &self.opened.end {
+            End::Sealed(footer) => later(footer.footer.seek_seq(seq), footer.footer.seek_time(time_us)),
+            End::Active(view) => view.with_builder(|builder| {
+                let footer = builder.so_far();
+                later(footer.seek_seq(seq), footer.seek_time(time_us))
+            }),
+            End::Cut(_) | End::Unknown => None,
+        };
+        if let Some((offset, number)) = entry {
+            self.offset = offset;
+            self.number = number;
+        }
+    }
+
+    /// Up to where there may be blocks now.
+    fn end(&self) -> Result<u64> {
+        Ok(match &self.opened.end {
+            End::Sealed(footer) => footer.footer.offset,
+            End::Cut(end) => end.bytes,
+            End::Active(view) => view.visible(),
+            End::Unknown => self.opened.file.len().map_err(Error::io("get the length of", &*self.opened.name.path))?,
+        })
+    }
+
+    /// Brings the next block into memory and checks its CRC and its place.
+    pub(crate) fn load(&mut self, shard: &Shard) -> Result<Load> {
+        let end = self.end()?;
+        if self.offset >= end {
+            return match &self.opened.end {
+                // A reader that was already beyond where recovery cut the segment goes on behind it.
+                End::Cut(cut) if self.offset > cut.bytes => Ok(Load::End),
+                End::Cut(cut) => self.ended(cut.blocks),
+                End::Sealed(footer) => self.ended(footer.footer.block_count),
+                End::Active(_) | End::Unknown => Ok(Load::NotYet),
+            };
+        }
+        let (offset, number) = (self.offset, self.number);
+        let tag = self.opened.header.segment_tag();
+        let parsed = match self.window(BlockHeader::LEN, end)? {
+            Ok(head) => BlockHeader::decode(head).and_then(|header| match header.block_len() <= end - offset {
+                true => Ok(header.block_len()),
+                false => Err(DecodeError::Short { needed: header.block_len(), have: end - offset }),
+            }),
+            Err(short) => Err(short),
+        };
+        let parsed = match parsed {
+            Ok(len) => self.window(len as usize, end)?.and_then(|block| Ok(BlockView::parse(block)?.header)),
+            Err(error) => Err(error),
+        };
+        match parsed {
+            Ok(header) if header.segment_tag == tag && header.number == number => {
+                self.loaded = Some(header);
+                Ok(Load::Block(header))
+            }
+            other => {
+                if matches!(self.opened.end, End::Unknown) {
+                    // Incomplete, or torn: fine above the durable mark.
+                    shard.damage_in_open_segment(&self.opened)?;
+                    return Ok(Load::NotYet);
+                }
+                let what =
+                    other.err().map_or_else(|| "a block is not in its place".to_owned(), |e| format!("a block: {e}"));
+                Err(Error::corrupt(self.opened.at(offset).block(number), what))
+            }
+        }
+    }
+
+    fn ended(&self, blocks: u32) -> Result<Load> {
+        if self.number == blocks {
+            return Ok(Load::End);
+        }
+        let what = format!("the segment ends after {} blocks, it should have {blocks}", self.number);
+        Err(Error::truncated(self.opened.at(self.offset), what))
+    }
+
+    /// `len` bytes from the current offset on; an error of decoding when the file has fewer.
+    fn window(&mut self, len: usize, end: u64) -> Result<Result<&[u8], DecodeError>> {
+        let short = |have| DecodeError::Short { needed: len as u64, have };
+        if let Some(map) = &self.map {
+            let begin = self.offset as usize;
+            let mapped = begin.checked_add(len).and_then(|end| map.get(begin..end));
+            return Ok(mapped.ok_or(short((map.len() as u64).saturating_sub(self.offset))));
+        }
+        let begin = self.offset.wrapping_sub(self.bytes_at) as usize;
+        if begin.checked_add(len).is_none_or(|end| end > self.bytes.len()) {
+            let wanted = (len.max(CHUNK_BYTES) as u64).min(end - self.offset) as usize;
+            // What is there already is not read twice.
+            let kept = self.bytes.len().saturating_sub(begin);
+            if kept > 0 {
+                self.bytes.copy_within(begin.., 0);
+            }
+            self.bytes.resize(wanted.max(kept), 0);
+            self.bytes_at = self.offset;
+            let (file, path) = (&self.opened.file, &self.opened.name.path);
+            let read = file
+                .read_at(self.bytes.get_mut(kept..).unwrap_or_default(), self.offset + kept as u64)
+                .map_err(Error::io("read", &**path))?;
+            self.bytes.truncate(kept + read);
+            return Ok(self.bytes.get(..len).ok_or(short((kept + read) as u64)));
+        }
+        Ok(self.bytes.get(begin..begin + len).ok_or(short(0)))
+    }
+
+    /// Passes the loaded block over.
+    pub(crate) fn skip(&mut self) {
+        if let Some(header) = self.loaded.take() {
+            self.offset += header.block_len();
+            self.number += 1;
+        }
+    }
+
+    /// The raw bytes of the loaded block, authenticated, decrypted and decompressed; goes on to the next block.
+    pub(crate) fn open(&mut self, gate: &Gate) -> Result<Vec<u8>> {
+        let header = self.loaded.ok_or(Error::Closed("the block"))?;
+        let at = self.opened.at(self.offset).block(header.number);
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let opened_header = Arc::clone(&self.opened.header);
+        let path = Arc::clone(&self.opened.name.path);
+        let end = self.offset + header.block_len();
+        let block = self.window(header.block_len() as usize, end)?;
+        let view = block
+            .and_then(BlockView::parse)
+            .map_err(|error| Error::corrupt(at.clone(), format!("a block: {error}")))?;
+        let mut raw = Vec::new();
+        // What is not compressed is decrypted straight into its destination.
+        let direct = header.compression == Compression::None;
+        let target = if direct { &mut raw } else { &mut scratch.stored };
+        target.resize(view.payload.len(), 0);
+        let tampered = || Error::Tampered { at: at.clone(), what: "a block" };
+        gate.with_cipher(&opened_header, &path, |cipher| {
+            cipher
+                .open_block(&header.nonce(), view.header_bytes, view.payload, &view.tag, target)
+                .map_err(|_| tampered())
+        })?;
+        if !direct {
+            scratch
+                .decompressor
+                .decompress(header.compression, &scratch.stored, header.raw_len, &mut raw)
+                .map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
+        }
+        self.scratch = scratch;
+        self.skip();
+        Ok(raw)
+    }
+
+    /// The parts of the loaded block that its segment's digest covers.
+    pub(crate) fn loaded_tag(&mut self) -> Result<[u8; 16]> {
+        let header = self.loaded.ok_or(Error::Closed("the block"))?;
+        let end = self.offset + header.block_len();
+        let at = self.opened.at(self.offset);
+        let block = self.window(header.block_len() as usize, end)?;
+        block.and_then(BlockView::parse).map(|view| view.tag).map_err(|error| Error::corrupt(at, error.to_string()))
+    }
+
+    /// Looks whether the segment has been ended meanwhile. `false` when nothing has changed.
+    fn refresh(&mut self, shard: &Shard) -> Result<bool> {
+        let segments = shard.segments(true)?;
+        let Some(name) = segments.iter().find(|segment| segment.ordinal == self.opened.name.ordinal) else {
+            // Retention has dropped it: what follows is in its successors.
+            return Ok(false);
+        };
+        let changed = match (&self.opened.end, &name.active) {
+            (End::Active(view), Some(active)) => !Arc::ptr_eq(view, active),
+            (End::Active(_), None) => true,
+            _ => {
+                let before = self.end()?;
+                let opened = shard.open_segment(name)?;
+                let ended = !matches!(opened.end, End::Unknown);
+                self.opened.end = opened.end;
+                return Ok(ended || self.end()? > before);
+            }
+        };
+        if changed {
+            self.opened = shard.open_segment(name)?;
+            shard.verify_footer(&self.opened)?;
+        }
+        Ok(changed)
+    }
+}
+
+/// The later of two entries of an index.
+fn later(a: Option<&crate::segment::IndexEntry>, b: Option<&crate::segment::IndexEntry>) -> Option<(u64, u32)> {
+    a.into_iter().chain(b).max_by_key(|entry| entry.offset).map(|entry| (entry.offset, entry.block))
+}

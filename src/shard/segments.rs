@@ -1,0 +1,429 @@
+//! The segments of a shard: listing them by name, opening one, and telling how it ends.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use super::{Head, Shard};
+use crate::{
+    Error, Result,
+    error::Location,
+    io::{DiskFile, OpenMode},
+    segment::{
+        DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, Predecessor, PredecessorEnd, SegmentHeader,
+        Trailer, parse_segment_file_name,
+    },
+    sync::{lock, read, write},
+};
+
+/// A segment, as its name tells it.
+#[derive(Clone, Debug)]
+pub(crate) struct SegmentRef {
+    pub(crate) ordinal: u64,
+    pub(crate) first_seq: u64,
+    pub(crate) path: Arc<Path>,
+    /// Set while this process writes it.
+    pub(crate) active: Option<Arc<ActiveView>>,
+}
+
+/// What readers see of the segment that this process writes.
+#[derive(Debug)]
+pub(crate) struct ActiveView {
+    pub(crate) file: Arc<dyn DiskFile>,
+    pub(crate) header: Arc<DecodedHeader>,
+    progress: Mutex<Progress>,
+}
+
+struct Progress {
+    visible: u64,
+    builder: FooterBuilder,
+}
+
+impl std::fmt::Debug for Progress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Progress").field("visible", &self.visible).finish_non_exhaustive()
+    }
+}
+
+impl ActiveView {
+    pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
+        let builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
+        let visible = header.body_start;
+        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder }) })
+    }
+
+    /// Adds a block that has been written and ends at `end`.
+    pub(super) fn add(&self, offset: u64, header: &crate::segment::BlockHeader, tag: &[u8; 16], end: u64) {
+        let mut progress = lock(&self.progress);
+        progress.builder.add(offset, header, tag);
+        progress.visible = end;
+    }
+
+    /// How far the file may be read.
+    pub(crate) fn visible(&self) -> u64 {
+        lock(&self.progress).visible
+    }
+
+    /// What the blocks so far add up to.
+    pub(crate) fn with_builder<R>(&self, look: impl FnOnce(&FooterBuilder) -> R) -> R {
+        look(&lock(&self.progress).builder)
+    }
+
+    /// Where it stands.
+    pub(crate) fn head(&self) -> Head {
+        let progress = lock(&self.progress);
+        let so_far = progress.builder.so_far();
+        Head {
+            ordinal: self.header.header.ordinal,
+            segment: self.header.header.segment,
+            sealed: false,
+            blocks: so_far.block_count,
+            bytes: progress.visible,
+            end_seq: so_far.end_seq,
+            next_seq: self.header.header.limit_seq,
+            digest: progress.builder.digest(),
+        }
+    }
+}
+
+/// How a segment ends.
+#[derive(Clone, Debug)]
+pub(crate) enum End {
+    /// With a footer.
+    Sealed(Arc<DecodedFooter>),
+    /// Where its successor says: a crash cut it off.
+    Cut(PredecessorEnd),
+    /// This process is writing it.
+    Active(Arc<ActiveView>),
+    /// Nobody has said yet: another process is writing it, or a crash cut it off and it was not recovered.
+    Unknown,
+}
+
+/// A segment with its file open and its header read. Nothing of it is authenticated yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Opened {
+    pub(crate) name: SegmentRef,
+    pub(crate) file: Arc<dyn DiskFile>,
+    pub(crate) header: Arc<DecodedHeader>,
+    pub(crate) end: End,
+}
+
+impl Opened {
+    /// When its data begins, in microseconds since the Unix epoch: no group in it is older.
+    pub(crate) fn begins_us(&self) -> u64 {
+        match &self.end {
+            End::Sealed(footer) if footer.footer.group_count > 0 => footer.footer.first_time_us,
+            _ => self.header.header.created_us,
+        }
+    }
+
+    pub(crate) fn at(&self, offset: u64) -> Location {
+        Location::new(&*self.name.path, offset)
+    }
+}
+
+impl DecodeError {
+    /// The engine's error for bytes at `offset` of the file `path` that do not decode.
+    pub(crate) fn in_file(self, path: &Path, offset: u64) -> Error {
+        let at = Location::new(path, offset);
+        match self {
+            DecodeError::NewerVersion(found) => {
+                Error::NewerFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
+            }
+            DecodeError::Feature(what) => Error::UnsupportedFeature { path: path.to_owned(), what },
+            DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
+            other => Error::corrupt(at, other.to_string()),
+        }
+    }
+}
+
+/// Reads a segment's header from its file.
+pub(crate) fn read_header(file: &dyn DiskFile, path: &Path) -> Result<DecodedHeader> {
+    let io = |error| Error::io("read", path)(error);
+    let mut bytes = vec![0; SegmentHeader::READ_HINT];
+    let read = file.read_at(&mut bytes, 0).map_err(io)?;
+    bytes.truncate(read);
+    match SegmentHeader::decode(&bytes) {
+        Err(DecodeError::Short { needed, have })
+            if read == SegmentHeader::READ_HINT && needed > have && needed <= SegmentHeader::LEN_MAX as u64 =>
+        {
+            bytes.resize(SegmentHeader::LEN_MAX, 0);
+            let read = file.read_at(&mut bytes, 0).map_err(io)?;
+            bytes.truncate(read);
+            SegmentHeader::decode(&bytes)
+        }
+        decoded => decoded,
+    }
+    .map_err(|error| error.in_file(path, 0))
+}
+
+/// Reads the footer at the end of a file of `len` bytes; `None` when it does not end in one.
+pub(crate) fn read_footer(
+    file: &dyn DiskFile,
+    path: &Path,
+    header: &DecodedHeader,
+    len: u64,
+) -> Result<Option<DecodedFooter>> {
+    let io = |error| Error::io("read", path)(error);
+    let Some(trailer_at) = len.checked_sub(Trailer::LEN as u64).filter(|&at| at >= header.body_start) else {
+        return Ok(None);
+    };
+    let mut trailer = [0; Trailer::LEN];
+    if file.read_at(&mut trailer, trailer_at).map_err(io)? < trailer.len() {
+        return Ok(None);
+    }
+    let Ok(trailer) = Trailer::decode(&trailer) else { return Ok(None) };
+    let Some(at) = len.checked_sub(trailer.footer_len.into()).filter(|&at| at >= header.body_start) else {
+        return Ok(None);
+    };
+    if trailer.segment_tag != header.segment_tag() {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; trailer.footer_len as usize];
+    if file.read_at(&mut bytes, at).map_err(io)? < bytes.len() {
+        return Ok(None);
+    }
+    let decoded = Footer::decode(&bytes).map_err(|error| error.in_file(path, at))?;
+    if decoded.footer.offset != at {
+        return Err(Error::corrupt(Location::new(path, at), "the footer is not where it says"));
+    }
+    Ok(Some(decoded))
+}
+
+impl Shard {
+    /// The segments by ordinal, from the first retained one. Listed once by the process that writes, which then keeps the list
+    /// itself; `refresh` lists again, which is how a read-only opener learns of new ones.
+    pub(crate) fn segments(&self, refresh: bool) -> Result<Vec<SegmentRef>> {
+        if let Some(segments) = &*read(&self.segments)
+            && !(refresh && self.context.read_only)
+        {
+            return Ok(segments.clone());
+        }
+        let mut segments = write(&self.segments);
+        if let Some(segments) = &*segments
+            && !(refresh && self.context.read_only)
+        {
+            return Ok(segments.clone());
+        }
+        let listed = self.list()?;
+        *segments = Some(listed.clone());
+        Ok(listed)
+    }
+
+    /// Lists the directory. The ordinals must be without a gap from the first retained one to the last.
+    fn list(&self) -> Result<Vec<SegmentRef>> {
+        let record = self.record();
+        let entries = self.context.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::truncated(Location::new(&self.dir, 0), "the directory of a shard is missing")
+            }
+            _ => Error::io("list", &self.dir)(error),
+        })?;
+        let mut segments: Vec<SegmentRef> = entries
+            .iter()
+            .filter_map(|entry| {
+                let (ordinal, first_seq) = parse_segment_file_name(&entry.name)?;
+                Some(SegmentRef { ordinal, first_seq, path: self.dir.join(&entry.name).into(), active: None })
+            })
+            .filter(|segment| segment.ordinal >= record.first_ordinal)
+            .collect();
+        segments.sort_unstable_by_key(|segment| segment.ordinal);
+        let mut expected = record.first_ordinal;
+        for segment in &segments {
+            if segment.ordinal != expected {
+                let missing = format!("segment {expected} of the shard is missing");
+                return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
+            }
+            expected += 1;
+        }
+        match &record.head {
+            Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
+                let missing = format!("segment {} of the shard is missing, the catalogue knows of it", head.ordinal);
+                Err(Error::truncated(Location::new(&self.dir, 0), missing))
+            }
+            _ => Ok(segments),
+        }
+    }
+
+    pub(super) fn set_segments(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
+        if let Some(segments) = &mut *write(&self.segments) {
+            change(segments);
+        }
+    }
+
+    /// Forgets the segments below `ordinal`: retention drops them.
+    pub(crate) fn drop_before(&self, ordinal: u64) {
+        self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
+    }
+
+    /// The files in the directory that belong to no segment any more: dropped by retention, or left by a crash.
+    pub(crate) fn leftovers(&self) -> Result<Vec<PathBuf>> {
+        let first = self.record().first_ordinal;
+        let entries = self.context.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
+        Ok(entries
+            .iter()
+            .filter(|entry| match parse_segment_file_name(&entry.name) {
+                Some((ordinal, _)) => ordinal < first,
+                None => false,
+            })
+            .map(|entry| self.dir.join(&entry.name))
+            .collect())
+    }
+
+    /// Opens a segment, checks that its header is the one that belongs there, and finds out how it ends.
+    pub(crate) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
+        if let Some(active) = &name.active {
+            let (file, header) = (Arc::clone(&active.file), Arc::clone(&active.header));
+            return Ok(Opened { name: name.clone(), file, header, end: End::Active(Arc::clone(active)) });
+        }
+        let path = &*name.path;
+        let file = self.context.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::truncated(Location::new(path, 0), "the segment is missing"),
+            _ => Error::io("open", path)(error),
+        })?;
+        let header = Arc::new(read_header(&*file, path)?);
+        self.check_identity(name, &header.header)?;
+        let len = file.len().map_err(Error::io("get the length of", path))?;
+        let footer = read_footer(&*file, path, &header, len);
+        let opened = |end| Ok(Opened { name: name.clone(), file, header: Arc::clone(&header), end });
+        match (footer, self.expected_end(name)?) {
+            (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
+            (_, Expected::Cut(end)) => {
+                self.check_link(name, &header.header, &end)?;
+                if len < end.bytes {
+                    let what = format!("the segment has {len} bytes, its successor says {}", end.bytes);
+                    return Err(Error::truncated(Location::new(path, len), what));
+                }
+                opened(End::Cut(end))
+            }
+            (Ok(Some(footer)), Expected::Sealed(end)) => {
+                self.check_link(name, &header.header, &end)?;
+                let same = footer.footer.digest == end.digest && len == end.bytes;
+                if !same {
+                    let what =
+                        format!("{} is another segment than its successor or the catalogue says", path.display());
+                    return Err(Error::RolledBack { what });
+                }
+                opened(End::Sealed(Arc::new(footer)))
+            }
+            (Ok(Some(footer)), Expected::Open { .. }) => opened(End::Sealed(Arc::new(footer))),
+            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Sealed(end))
+                if len < end.bytes =>
+            {
+                let what = format!("the segment has {len} bytes, it was sealed with {}", end.bytes);
+                Err(Error::truncated(Location::new(path, len), what))
+            }
+            (Err(error), _) => Err(error),
+            (Ok(None), Expected::Sealed(_)) => {
+                let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
+                Err(Error::corrupt(at, "the footer of the sealed segment is damaged"))
+            }
+            (Ok(None), Expected::Open { at_least }) => {
+                if len < at_least {
+                    let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
+                    return Err(Error::truncated(Location::new(path, len), what));
+                }
+                opened(End::Unknown)
+            }
+        }
+    }
+
+    /// What others say about how a segment ends: its successor, or the catalogue.
+    fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
+        let next = self.segments(false)?.into_iter().find(|segment| segment.ordinal == name.ordinal + 1);
+        if let Some(next) = next {
+            let header = match &next.active {
+                Some(active) => Arc::clone(&active.header),
+                None => {
+                    let file =
+                        self.context.disk.open(&next.path, OpenMode::Read).map_err(Error::io("open", &*next.path))?;
+                    Arc::new(read_header(&*file, &next.path)?)
+                }
+            };
+            return match &header.header.predecessor {
+                Predecessor::Sealed(end) => Ok(Expected::Sealed(end.clone())),
+                Predecessor::Cut(end) => Ok(Expected::Cut(end.clone())),
+                Predecessor::None => Err(Error::Tampered {
+                    at: Location::new(&*next.path, 160),
+                    what: "a segment that denies its predecessor",
+                }),
+            };
+        }
+        match self.record().head {
+            Some(head) if head.ordinal == name.ordinal && head.sealed => Ok(Expected::Sealed(head.into_end())),
+            Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
+            _ => Ok(Expected::Open { at_least: 0 }),
+        }
+    }
+
+    fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
+        let path = &*name.path;
+        let gate = &self.context.gate;
+        let belongs = header.store == gate.context().store
+            && header.logstore == gate.id()
+            && header.shard == self.id
+            && header.ordinal == name.ordinal
+            && header.first_seq == name.first_seq;
+        if !belongs {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
+        }
+        // A read-only opener may have metadata that is older than what is being written.
+        if !self.context.read_only && header.generation > read(&self.context.plan).generation {
+            let what = format!(
+                "the metadata of Logstore {} (generation {}) is older than {} (generation {})",
+                self.name(),
+                read(&self.context.plan).generation,
+                path.display(),
+                header.generation
+            );
+            return Err(Error::RolledBack { what });
+        }
+        Ok(())
+    }
+
+    fn check_link(&self, name: &SegmentRef, header: &SegmentHeader, end: &PredecessorEnd) -> Result<()> {
+        if end.segment == header.segment && end.ordinal == header.ordinal {
+            Ok(())
+        } else {
+            let what = format!("{} is not the segment that its successor or the catalogue names", name.path.display());
+            Err(Error::RolledBack { what })
+        }
+    }
+}
+
+enum Expected {
+    Sealed(PredecessorEnd),
+    Cut(PredecessorEnd),
+    /// Nobody says; the catalogue may know how far it reached at least.
+    Open {
+        at_least: u64,
+    },
+}
+
+impl Head {
+    pub(crate) fn into_end(self) -> PredecessorEnd {
+        PredecessorEnd {
+            ordinal: self.ordinal,
+            segment: self.segment,
+            blocks: self.blocks,
+            bytes: self.bytes,
+            end_seq: self.end_seq,
+            digest: self.digest,
+        }
+    }
+
+    /// The head of a sealed segment.
+    pub(crate) fn sealed(header: &SegmentHeader, footer: &Footer, file_len: u64) -> Self {
+        Self {
+            ordinal: header.ordinal,
+            segment: header.segment,
+            sealed: true,
+            blocks: footer.block_count,
+            bytes: file_len,
+            end_seq: footer.end_seq,
+            next_seq: footer.end_seq,
+            digest: footer.digest,
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! A promise of an append.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use super::{Appended, Durability, Shard};
+use crate::{Result, sync::lock};
+
+/// An append under way: wait for it, ask whether it is done, or await it as a future.
+///
+/// Dropping a ticket does not take the append back.
+#[must_use = "a ticket says whether the append succeeded"]
+pub struct Ticket {
+    shard: Arc<Shard>,
+    seq: u64,
+    durability: Durability,
+}
+
+impl std::fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ticket").field("shard", &self.shard.id).field("seq", &self.seq).finish_non_exhaustive()
+    }
+}
+
+impl Ticket {
+    pub(super) fn new(shard: Arc<Shard>, seq: u64, durability: Durability) -> Self {
+        Self { shard, seq, durability }
+    }
+
+    /// The shard and the sequence number that the group will have.
+    pub fn appended(&self) -> Appended {
+        Appended { shard: self.shard.id, seq: self.seq }
+    }
+
+    /// Whether [`Ticket::wait`] would return at once.
+    pub fn is_done(&self) -> bool {
+        lock(&self.shard.state).outcome(self.seq, self.durability).is_some()
+    }
+
+    /// Waits until the group is as durable as was asked.
+    ///
+    /// # Errors
+    /// What kept it from being written; it may then be on disk or not, but never in part.
+    pub fn wait(self) -> Result<Appended> {
+        self.shard.wait_for(self.seq, self.durability)?;
+        Ok(self.appended())
+    }
+}
+
+impl Future for Ticket {
+    type Output = Result<Appended>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = lock(&self.shard.state);
+        match state.outcome(self.seq, self.durability) {
+            Some(outcome) => Poll::Ready(outcome.map(|()| self.appended())),
+            None => {
+                if !state.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
+                    state.wakers.push(context.waker().clone());
+                }
+                Poll::Pending
+            }
+        }
+    }
+}

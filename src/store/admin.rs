@@ -1,0 +1,376 @@
+//! Making, changing and deleting Logstores.
+
+use std::{path::Path, sync::Arc};
+
+use super::{AdminState, Entry, KmsOrEngine, Store, StoreShared, catalogue::LOGSTORES_MAX};
+use crate::{
+    Error, Result,
+    crypto::SecretKey,
+    ids::{LogstoreId, hex_encode},
+    keys::{
+        AuditEvent,
+        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
+    },
+    kms::{Cmk, Kms, KmsCall},
+    logstore::{
+        ConfigError, EncryptConf, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, LogstoreSpec, Meta,
+        meta_path, shard_dir,
+    },
+    shard::ShardRecord,
+    sync::{lock, read},
+};
+
+impl Store {
+    /// Makes a Logstore, with its envelope if `spec` turns encryption on.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreExists`]; [`Error::Config`] when a rule refuses it, a customer master key that cannot be used among them;
+    /// [`Error::KmsUnreachable`]. No Logstore is made then.
+    pub fn create_logstore(&self, name: &LogstoreName, spec: LogstoreSpec) -> Result<Logstore> {
+        let shared = self.shared.create(name, spec)?;
+        Ok(self.handle(shared))
+    }
+
+    /// Replaces the whole configuration of a Logstore by `config`, which the caller got from [`Store::config`] and changed. Returns
+    /// the new one, with its new revision.
+    ///
+    /// # Errors
+    /// [`Error::Config`], one variant a rule; nothing has changed then. [`Error::KmsUnreachable`] when the first `enable: true` needs
+    /// an envelope.
+    pub fn update_logstore(&self, name: &LogstoreName, config: LogstoreConfig) -> Result<LogstoreConfig> {
+        self.shared.update(name, config)
+    }
+
+    /// Deletes a Logstore: its envelopes first, so that what is left of its data on the disk cannot be read through this store, then
+    /// its files. Needs no key.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`], [`Error::Io`].
+    pub fn delete_logstore(&self, name: &LogstoreName) -> Result<()> {
+        self.shared.delete(name)
+    }
+
+    /// Gives up what is damaged at the end of a shard, so that it can be written again; everything readable is kept. Does nothing
+    /// where nothing is damaged.
+    ///
+    /// # Errors
+    /// What keeps the shard from being repaired: a damaged header, or a key that may not be used.
+    pub fn repair(&self, name: &LogstoreName, shard: u32) -> Result<crate::RepairReport> {
+        self.shared.check_writable()?;
+        let logstore = self.shared.logstore(name)?;
+        let missing = || Error::ShardMissing { logstore: name.clone(), shard };
+        logstore.shards.get(shard as usize).ok_or_else(missing)?.repair()
+    }
+}
+
+impl StoreShared {
+    fn create(&self, name: &LogstoreName, spec: LogstoreSpec) -> Result<Arc<LogstoreShared>> {
+        self.check_writable()?;
+        let mut admin = lock(&self.admin);
+        if admin.catalogue.logstores.contains_key(name) {
+            return Err(Error::LogstoreExists(name.clone()));
+        }
+        if admin.catalogue.logstores.len() >= LOGSTORES_MAX {
+            return Err(Error::TooMany { what: "Logstores", limit: LOGSTORES_MAX as u64 });
+        }
+        let now_us = self.clock.wall_us();
+        let config = LogstoreConfig::new(name.clone(), spec, now_us / 1_000_000)?;
+        let dir = self.dir.join("logstores");
+        let id = LogstoreId::random(&*self.random).map_err(Error::io("draw an id in", &dir))?;
+        let mut meta = Meta::new(config);
+        // The KMS is asked before anything is made.
+        let data_key = match meta.config.encrypt_conf.clone() {
+            Some(conf) if conf.enable => Some(self.make_envelope(&mut meta, id, &conf)?),
+            _ => None,
+        };
+        let dir = self.logstore_dir(id);
+        let made = self.make_files(&mut meta, id, &dir, data_key.as_ref()).and_then(|()| {
+            if meta.keys.is_some() {
+                self.audit.record(AuditEvent::Created, Some((name, id)), describe(&meta))?;
+            }
+            let shards = vec![ShardRecord::default(); meta.config.shards.len()];
+            let entry = Entry { id, generation: meta.generation, shards };
+            self.commit(&mut admin, |catalogue| {
+                catalogue.logstores.insert(name.clone(), entry.clone());
+            })?;
+            Ok(entry)
+        });
+        let entry = match made {
+            Ok(entry) => entry,
+            Err(error) => {
+                // Without an entry in the catalogue it is nothing; what is left is cleaned up at the next opening, if not now.
+                let _ = self.remove_files(&dir);
+                return Err(error);
+            }
+        };
+        let shared = self.open_logstore(meta, &entry)?;
+        lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
+        Ok(shared)
+    }
+
+    fn make_files(&self, meta: &mut Meta, id: LogstoreId, dir: &Path, data_key: Option<&SecretKey>) -> Result<()> {
+        let disk = &*self.disk;
+        disk.create_dir(dir).map_err(Error::io("create", dir))?;
+        for shard in &meta.config.shards {
+            let dir = shard_dir(dir, shard.id);
+            disk.create_dir(&dir).map_err(Error::io("create", &dir))?;
+        }
+        let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
+        meta.save(disk, dir, self.id, id, &read(&self.keyring), byok)?;
+        let parent = self.dir.join("logstores");
+        disk.sync_dir(&parent).map_err(Error::io("sync", &parent))
+    }
+
+    /// Makes the first envelope of a Logstore and fixes method, algorithm and master key. Returns the data key.
+    fn make_envelope(&self, meta: &mut Meta, id: LogstoreId, conf: &EncryptConf) -> Result<SecretKey> {
+        let encrypt_type = conf.encrypt_type.ok_or(ConfigError::EncryptTypeRequired)?;
+        let mut section = KeysSection {
+            name: meta.config.name.clone(),
+            encrypt_type,
+            cmk: conf.user_cmk_info.clone(),
+            current: 1,
+            versions: Vec::new(),
+        };
+        let key = self.new_data_key(&mut section, id, 1)?;
+        meta.keys = Some(section);
+        Ok(key)
+    }
+
+    /// Draws a data key and adds it to the section, wrapped.
+    pub(super) fn new_data_key(&self, section: &mut KeysSection, id: LogstoreId, version: u32) -> Result<SecretKey> {
+        let key = SecretKey::generate(&*self.random).map_err(Error::io("draw a data key for", &self.dir))?;
+        let entry = self.wrap_data_key(section, id, version, self.clock.wall_us(), &key)?;
+        section.versions.push(entry);
+        section.current = version;
+        Ok(key)
+    }
+
+    /// Wraps a data key under what the section names: its master key, or the newest service key.
+    pub(super) fn wrap_data_key(
+        &self,
+        section: &KeysSection,
+        id: LogstoreId,
+        version: u32,
+        created_us: u64,
+        key: &SecretKey,
+    ) -> Result<DataKeyVersion> {
+        let identity = EnvelopeIdentity { store: self.id, logstore: id, version, suite: section.encrypt_type.suite() };
+        let (keyring_version, wrapped) = match &section.cmk {
+            None => {
+                let (version, wrapped) = read(&self.keyring).wrap(&*self.provider, &*self.random, &identity, key)?;
+                (Some(version), wrapped)
+            }
+            Some(cmk) => {
+                let kms = self.serving(cmk)?;
+                let wrapped =
+                    self.wrap_at(&*kms, cmk, &identity, key).map_err(|error| error.refusing(&section.name, cmk))?;
+                (None, wrapped)
+            }
+        };
+        Ok(DataKeyVersion {
+            version,
+            created_us,
+            keyring_version,
+            wrapped: Some(hex_encode(&wrapped)),
+            fingerprint: fingerprint(key),
+        })
+    }
+
+    fn serving(&self, cmk: &Cmk) -> Result<Arc<dyn Kms>> {
+        let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
+        Ok(self.kms_for(&cmk.region_id).map(Arc::clone).ok_or_else(none)?)
+    }
+
+    /// Wraps at the KMS, and proves that what comes back unwraps to the same key: an envelope that does not is worth nothing.
+    fn wrap_at(
+        &self,
+        kms: &dyn Kms,
+        cmk: &Cmk,
+        identity: &EnvelopeIdentity,
+        key: &SecretKey,
+    ) -> std::result::Result<Vec<u8>, KmsOrEngine> {
+        self.ensure_probe(kms, cmk)?;
+        let context = identity.context();
+        let call = KmsCall { cmk, context: &context, timeout: self.options.kms_timeout };
+        let wrapped = kms.wrap(&call, key).map_err(KmsOrEngine::Kms)?;
+        let unwrapped = kms.unwrap(&call, &wrapped).map_err(KmsOrEngine::Kms)?;
+        if fingerprint(&unwrapped) != fingerprint(key) {
+            let detail = "it does not unwrap what it wrapped".to_owned();
+            return Err(KmsOrEngine::Kms(crate::kms::KmsError::Invalid { detail }));
+        }
+        Ok(wrapped)
+    }
+
+    fn update(&self, name: &LogstoreName, update: LogstoreConfig) -> Result<LogstoreConfig> {
+        self.check_writable()?;
+        let mut admin = lock(&self.admin);
+        let logstore = self.logstore_locked(&mut admin, name)?;
+        let mut meta = lock(&logstore.meta).clone();
+        let fixed = meta.keys.as_ref().map(KeysSection::fixed);
+        meta.config = meta.config.updated(update, fixed.as_ref(), self.clock.wall_us() / 1_000_000)?;
+        let first_enable = meta.keys.is_none() && meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+        let data_key = match meta.config.encrypt_conf.clone().filter(|_| first_enable) {
+            Some(conf) => Some(self.make_envelope(&mut meta, logstore.id, &conf)?),
+            None => None,
+        };
+        let config = meta.config.clone();
+        let created = first_enable.then(|| describe(&meta));
+        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
+        if let Some(detail) = created {
+            self.audit.record(AuditEvent::Created, Some((name, logstore.id)), detail)?;
+        }
+        Ok(config)
+    }
+
+    /// Puts changed metadata in place: its file, then the catalogue, then memory. `data_key` is given when the keys have changed.
+    pub(super) fn replace_meta(
+        &self,
+        admin: &mut AdminState,
+        logstore: &LogstoreShared,
+        mut meta: Meta,
+        data_key: Option<&SecretKey>,
+    ) -> Result<()> {
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
+        let keys_changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
+        meta.generation += 1;
+        let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
+        // What can fail without having changed anything is done first.
+        let gate_keys = if keys_changed { Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?) } else { None };
+        let saved = meta.save(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), byok);
+        if let Err(error) = saved {
+            // Which of the two is in place is not known now; opening finds out.
+            admin.latched = Some(error.clone());
+            return Err(error);
+        }
+        let generation = meta.generation;
+        let name = logstore.name.clone();
+        self.commit(admin, |catalogue| {
+            if let Some(entry) = catalogue.logstores.get_mut(&name) {
+                entry.generation = generation;
+            }
+        })?;
+        if let Some(keys) = gate_keys {
+            self.watch(logstore, keys.lease.as_ref());
+            logstore.gate.replace_keys(keys);
+        }
+        logstore.set_meta(meta, read(&self.keyring).newest());
+        Ok(())
+    }
+
+    /// Lets the Logstore hear of the loss of its key.
+    fn watch(&self, logstore: &LogstoreShared, lease: Option<&Arc<crate::keys::lease::Lease>>) {
+        if let Some(lease) = lease
+            && let Some(shared) = lock(&self.logstores).get(&logstore.name)
+        {
+            let listener: std::sync::Weak<dyn crate::keys::lease::LeaseListener> =
+                Arc::<LogstoreShared>::downgrade(shared);
+            lease.listen(listener);
+        }
+    }
+
+    fn delete(&self, name: &LogstoreName) -> Result<()> {
+        self.check_writable()?;
+        let mut admin = lock(&self.admin);
+        let entry = admin.catalogue.logstores.get(name).ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
+        let id = entry.id;
+        self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
+        self.commit(&mut admin, |catalogue| {
+            catalogue.logstores.remove(name);
+            catalogue.deleting.push(id);
+        })?;
+        if let Some(open) = lock(&self.logstores).remove(name) {
+            open.delete();
+        }
+        self.audit.record(AuditEvent::Deleted, Some((name, id)), "")?;
+        self.finish_deletion(&mut admin, id)
+    }
+
+    fn finish_deletion(&self, admin: &mut AdminState, id: LogstoreId) -> Result<()> {
+        self.remove_files(&self.logstore_dir(id))?;
+        self.commit(admin, |catalogue| catalogue.deleting.retain(|deleting| *deleting != id))
+    }
+
+    /// Finishes what a crash interrupted: deletions, and creations that never reached the catalogue. A directory that the catalogue
+    /// does not know and that has segments in it is left alone: [`Store::verify`] reports it.
+    pub(super) fn finish_deletions(&self) -> Result<()> {
+        let mut admin = lock(&self.admin);
+        for id in admin.catalogue.deleting.clone() {
+            self.finish_deletion(&mut admin, id)?;
+        }
+        for (dir, has_segments) in self.unlisted(&admin)? {
+            if !has_segments {
+                self.remove_files(&dir)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The directories of Logstores that the catalogue does not know, and whether there are segments in them.
+    pub(super) fn unlisted(&self, admin: &AdminState) -> Result<Vec<(std::path::PathBuf, bool)>> {
+        let disk = &*self.disk;
+        let parent = self.dir.join("logstores");
+        let known: std::collections::HashSet<String> = admin
+            .catalogue
+            .logstores
+            .values()
+            .map(|entry| entry.id)
+            .chain(admin.catalogue.deleting.iter().copied())
+            .map(|id| id.to_string())
+            .collect();
+        let mut unlisted = Vec::new();
+        for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
+            if known.contains(&entry.name) || entry.name.parse::<LogstoreId>().is_err() {
+                continue;
+            }
+            let dir = parent.join(&entry.name);
+            let mut has_segments = false;
+            for part in disk.list_dir(&dir).map_err(Error::io("list", &dir))? {
+                if part.is_dir {
+                    let shard = dir.join(&part.name);
+                    has_segments |= !disk.list_dir(&shard).map_err(Error::io("list", &shard))?.is_empty();
+                }
+            }
+            unlisted.push((dir, has_segments));
+        }
+        Ok(unlisted)
+    }
+
+    /// Removes a Logstore's directory, the envelopes first.
+    fn remove_files(&self, dir: &Path) -> Result<()> {
+        let disk = &*self.disk;
+        let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+        let remove = |path: &Path, dir: bool| {
+            let removed = if dir { disk.remove_dir(path) } else { disk.remove_file(path) };
+            match removed {
+                Err(error) if !gone(&error) => Err(Error::io("remove", path)(error)),
+                _ => Ok(()),
+            }
+        };
+        if disk.stat(dir).map_err(Error::io("look for", dir))?.is_none() {
+            return Ok(());
+        }
+        remove(&meta_path(dir), false)?;
+        disk.sync_dir(dir).map_err(Error::io("sync", dir))?;
+        for entry in disk.list_dir(dir).map_err(Error::io("list", dir))? {
+            let path = dir.join(&entry.name);
+            if entry.is_dir {
+                for file in disk.list_dir(&path).map_err(Error::io("list", &path))? {
+                    remove(&path.join(&file.name), false)?;
+                }
+            }
+            remove(&path, entry.is_dir)?;
+        }
+        remove(dir, true)?;
+        let parent = self.dir.join("logstores");
+        disk.sync_dir(&parent).map_err(Error::io("sync", &parent))
+    }
+}
+
+fn describe(meta: &Meta) -> String {
+    meta.keys.as_ref().map_or_else(String::new, |keys| match &keys.cmk {
+        Some(cmk) => format!("encrypt_type {}, master key {} in {}", keys.encrypt_type, cmk.cmk_key_id, cmk.region_id),
+        None => format!("encrypt_type {}, service key", keys.encrypt_type),
+    })
+}

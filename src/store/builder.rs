@@ -1,0 +1,476 @@
+//! Making and opening stores.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, RwLock},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    AdminState, Open, RecoverReport, Store, StoreShared,
+    catalogue::{self, Catalogue},
+    scheduler::Scheduler,
+};
+use crate::{
+    Error, Result,
+    crypto::CryptoProvider,
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    error::Location,
+    ids::{KeyringId, StoreId},
+    io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
+    keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring},
+    kms::Kms,
+    segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
+    shard::{Budget, ReaderPermits},
+    sync::{lock, read},
+};
+
+/// Who does what is not done at once: partial batches, marks, rolling by age, retention, leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Background {
+    /// Threads of the store.
+    #[default]
+    Threads,
+    /// The embedder, by calling [`Store::tick`]; nothing happens by itself. For simulations and tests.
+    Manual,
+}
+
+/// The settings of a store. They are not stored: each opening brings its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreOptions {
+    /// How often the KMS is asked whether a master key may still be used. 30 s by default; 100 ms to 1 h. From the moment a
+    /// reachable KMS refuses, no operation that starts later than this plus [`StoreOptions::kms_timeout`] succeeds.
+    pub revalidate_every: Duration,
+    /// How long a key may be used after the last successful call was sent, should the KMS not answer. 5 min by default; at least
+    /// `revalidate_every`, at most 24 h.
+    pub outage_grace: Duration,
+    /// How long one call to the KMS may take. 1 s by default; 10 ms to 1 min.
+    pub kms_timeout: Duration,
+    /// Who does the background work.
+    pub background: Background,
+    /// Threads that write what nobody waits for. 2 by default; 1 to 64.
+    pub workers: usize,
+    /// How many bytes of groups are collected into one block when there is no hurry. 256 KiB by default; 4 KiB to 32 MiB. A group
+    /// larger than this is a block of its own.
+    pub block_bytes: usize,
+    /// After how long a partial batch is written, should nobody wait for it. 100 ms by default; at most 10 s.
+    pub linger: Duration,
+    /// At what size a segment is sealed and the next one begun, in bytes on disk. 64 MiB by default; 4 KiB to 3 GiB.
+    pub segment_bytes: u64,
+    /// At what age a segment is sealed and the next one begun. 6 h by default; at least 1 s.
+    pub segment_age: Duration,
+    /// The memory that groups waiting to be written may take in the whole store, in bytes; appends wait when it is used up. 64 MiB by
+    /// default; at least 1 MiB.
+    pub pending_bytes_max: usize,
+    /// How many readers may be open at once. 1,024 by default; at least 1.
+    pub readers_max: usize,
+    /// At what size a file of the key audit log is followed by the next, in bytes. 4 MiB by default; at least 4 KiB.
+    pub audit_file_bytes: u64,
+    /// How often retention is applied. 60 s by default; at least 1 s.
+    pub retention_every: Duration,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            revalidate_every: Duration::from_secs(30),
+            outage_grace: Duration::from_secs(300),
+            kms_timeout: Duration::from_secs(1),
+            background: Background::Threads,
+            workers: 2,
+            block_bytes: 256 << 10,
+            linger: Duration::from_millis(100),
+            segment_bytes: 64 << 20,
+            segment_age: Duration::from_secs(6 * 3600),
+            pending_bytes_max: 64 << 20,
+            readers_max: 1024,
+            audit_file_bytes: 4 << 20,
+            retention_every: Duration::from_secs(60),
+        }
+    }
+}
+
+impl StoreOptions {
+    fn check(&self) -> Result<()> {
+        let hour = Duration::from_secs(3600);
+        let (ms, s) = (Duration::from_millis, Duration::from_secs);
+        let ranges = [
+            ("revalidate_every (100 ms to 1 h)", (ms(100)..=hour).contains(&self.revalidate_every)),
+            (
+                "outage_grace (revalidate_every to 24 h)",
+                (self.revalidate_every..=24 * hour).contains(&self.outage_grace),
+            ),
+            ("kms_timeout (10 ms to 1 min)", (ms(10)..=s(60)).contains(&self.kms_timeout)),
+            ("workers (1 to 64)", (1..=64).contains(&self.workers)),
+            ("block_bytes (4 KiB to 32 MiB)", (4 << 10..=BLOCK_LIST_BYTES_MAX as usize).contains(&self.block_bytes)),
+            ("linger (at most 10 s)", self.linger <= s(10)),
+            ("segment_bytes (4 KiB to 3 GiB)", (4 << 10..=SEGMENT_BYTES_MAX / 4 * 3).contains(&self.segment_bytes)),
+            ("segment_age (at least 1 s)", self.segment_age >= s(1)),
+            ("pending_bytes_max (at least 1 MiB)", self.pending_bytes_max >= 1 << 20),
+            ("readers_max (at least 1)", self.readers_max >= 1),
+            ("audit_file_bytes (at least 4 KiB)", self.audit_file_bytes >= 4 << 10),
+            ("retention_every (at least 1 s)", self.retention_every >= s(1)),
+        ];
+        match ranges.iter().find(|(_, within)| !within) {
+            Some((what, _)) => Err(Error::InvalidArgument(format!("{what} is out of its range"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a store is made of and opened with; from [`Store::builder`].
+#[derive(Clone, Debug)]
+#[must_use = "a builder does nothing until one of its opening methods is called"]
+pub struct StoreBuilder {
+    dir: PathBuf,
+    keyring: PathBuf,
+    provider: Arc<dyn CryptoProvider>,
+    kms: Vec<Arc<dyn Kms>>,
+    disk: Arc<dyn Disk>,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    options: StoreOptions,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreBody {
+    created_us: u64,
+    keyring: KeyringId,
+}
+
+/// What the `STORE` file says.
+struct Identity {
+    store: StoreId,
+    keyring: KeyringId,
+}
+
+pub(super) fn identity_path(dir: &Path) -> PathBuf {
+    dir.join("STORE")
+}
+
+impl StoreBuilder {
+    pub(super) fn new(dir: PathBuf, keyring: PathBuf, provider: Arc<dyn CryptoProvider>) -> Self {
+        Self {
+            dir,
+            keyring,
+            provider,
+            kms: Vec::new(),
+            disk: Arc::new(RealDisk),
+            clock: Arc::new(SystemClock),
+            random: Arc::new(OsRandom),
+            options: StoreOptions::default(),
+        }
+    }
+
+    /// Adds a KMS. The first one that serves a region is used for it.
+    pub fn kms(mut self, kms: Arc<dyn Kms>) -> Self {
+        self.kms.push(kms);
+        self
+    }
+
+    /// Settings other than the default ones.
+    pub fn options(mut self, options: StoreOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Another file system.
+    pub fn disk(mut self, disk: Arc<dyn Disk>) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    /// Another clock.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Another source of randomness. Keys, salts and nonces come from it: whoever can predict it, or makes it repeat, reads
+    /// everything.
+    pub fn insecure_random_for_tests(mut self, random: Arc<dyn Random>) -> Self {
+        self.random = random;
+        self
+    }
+
+    /// Makes a new store and its service keyring, and opens it. The directory may exist if it is empty.
+    ///
+    /// # Errors
+    /// [`Error::StoreExists`], [`Error::NotAStore`] when the directory has something else in it, [`Error::KeyringExists`],
+    /// [`Error::Io`].
+    pub fn create(self) -> Result<Store> {
+        self.options.check()?;
+        let (disk, dir) = (&*self.disk, &self.dir);
+        if disk.stat(dir).map_err(Error::io("look for", dir))?.is_some() {
+            if disk.stat(&identity_path(dir)).map_err(Error::io("look for", dir))?.is_some() {
+                return Err(Error::StoreExists { path: dir.clone() });
+            }
+            let entries = disk.list_dir(dir).map_err(|error| match error.kind() {
+                std::io::ErrorKind::NotADirectory => Error::NotAStore { path: dir.clone() },
+                _ => Error::io("list", dir)(error),
+            })?;
+            // What an interrupted creation left behind is taken over; anything else is not ours to touch.
+            let ours = |name: &str| {
+                matches!(name, "LOCK" | "audit" | "logstores" | "probes" | "catalogue") || name.ends_with(".tmp")
+            };
+            if entries.iter().any(|entry| !ours(&entry.name)) {
+                return Err(Error::NotAStore { path: dir.clone() });
+            }
+        } else {
+            disk.create_dir(dir).map_err(Error::io("create", dir))?;
+        }
+        let lock_file = self.lock()?;
+        let now_us = self.clock.wall_us();
+        let store = StoreId::random(&*self.random).map_err(Error::io("draw an id for", dir))?;
+        for part in ["audit", "logstores", "probes"] {
+            let part = dir.join(part);
+            if disk.stat(&part).map_err(Error::io("look for", &part))?.is_none() {
+                disk.create_dir(&part).map_err(Error::io("create", &part))?;
+            }
+        }
+        // The keyring is durable before anything depends on it, and the STORE file, which makes it a store, comes last.
+        let keyring = Keyring::create(disk, &*self.random, &self.keyring, store, now_us)?;
+        let mut catalogue = Catalogue::default();
+        catalogue.save(disk, dir, store, &keyring)?;
+        write_identity(disk, dir, store, &keyring, now_us)?;
+        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
+        }
+        let store = self.assemble(store, keyring, catalogue, Some(lock_file))?;
+        store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
+        Ok(store)
+    }
+
+    /// Opens a store for reading and writing. Calls no KMS, and reads no data.
+    ///
+    /// # Errors
+    /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::Locked`] when another process writes it;
+    /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
+    pub fn open(self) -> Result<Store> {
+        self.options.check()?;
+        let identity = self.identity()?;
+        let lock_file = self.lock()?;
+        let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
+        self.verify_identity(&keyring)?;
+        let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
+        let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file))?;
+        store.shared.finish_deletions()?;
+        Ok(store)
+    }
+
+    /// Opens a store for reading, beside the process that writes it or without one.
+    ///
+    /// # Errors
+    /// As [`StoreBuilder::open`], but never [`Error::Locked`].
+    pub fn open_read_only(self) -> Result<Store> {
+        self.options.check()?;
+        let identity = self.identity()?;
+        let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
+        self.verify_identity(&keyring)?;
+        let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
+        self.assemble(identity.store, keyring, catalogue, None)
+    }
+
+    /// Opens the store, or makes it where there is none.
+    ///
+    /// # Errors
+    /// As [`StoreBuilder::open`] and [`StoreBuilder::create`].
+    pub fn open_or_create(self) -> Result<Store> {
+        match self.clone().open() {
+            Err(Error::StoreMissing { .. }) => self.create(),
+            opened => opened,
+        }
+    }
+
+    /// Opens a store whose keyring is lost, with a new keyring, as far as customer master keys reach: the Logstores under them keep
+    /// everything that was encrypted. Logstores under the lost service key, and what was written before encryption was turned on,
+    /// cannot be authenticated any more. The configuration of the recovered Logstores is taken as it is found.
+    ///
+    /// # Errors
+    /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; otherwise as [`StoreBuilder::open`].
+    pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
+        self.options.check()?;
+        let identity = self.identity()?;
+        let lock_file = self.lock()?;
+        let (disk, dir) = (Arc::clone(&self.disk), self.dir.clone());
+        let now_us = self.clock.wall_us();
+        let keyring = Keyring::create(&*disk, &*self.random, &self.keyring, identity.store, now_us)?;
+        let keyring_path = self.keyring.clone();
+        // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
+        let recovered = (|| {
+            self.set_audit_aside(now_us)?;
+            let store = self.assemble(identity.store, keyring, Catalogue::default(), Some(lock_file))?;
+            let report = store.shared.recover_logstores()?;
+            let keyring = read(&store.shared.keyring);
+            write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
+            drop(keyring);
+            store.shared.audit.record(AuditEvent::KeyringReplaced, None, "")?;
+            Ok((store, report))
+        })();
+        if recovered.is_err() {
+            // Nothing depends on the new keyring yet.
+            let _ = disk.remove_file(&keyring_path);
+        }
+        recovered
+    }
+
+    /// The audit log of the lost keyring cannot be verified any more: it is kept under another name, and a new one begun.
+    fn set_audit_aside(&self, now_us: u64) -> Result<()> {
+        let dir = self.dir.join("audit");
+        for entry in self.disk.list_dir(&dir).map_err(Error::io("list", &dir))? {
+            if entry.name.starts_with("audit-") {
+                let (from, to) = (dir.join(&entry.name), dir.join(format!("lost-keyring-{now_us}-{}", entry.name)));
+                self.disk.rename(&from, &to).map_err(Error::io("rename", &from))?;
+            }
+        }
+        self.disk.sync_dir(&dir).map_err(Error::io("sync", &dir))
+    }
+
+    /// Reads the `STORE` file, which is authenticated once the keyring is there.
+    fn identity(&self) -> Result<Identity> {
+        let path = identity_path(&self.dir);
+        let missing = |error: std::io::Error| match error.kind() {
+            std::io::ErrorKind::NotFound => match self.disk.stat(&self.dir) {
+                Ok(Some(_)) if self.disk.list_dir(&self.dir).is_ok_and(|entries| entries.is_empty()) => {
+                    Error::StoreMissing { path: self.dir.clone() }
+                }
+                Ok(Some(_)) => Error::NotAStore { path: self.dir.clone() },
+                _ => Error::StoreMissing { path: self.dir.clone() },
+            },
+            std::io::ErrorKind::NotADirectory => Error::NotAStore { path: self.dir.clone() },
+            _ => Error::io("read", &path)(error),
+        };
+        let bytes = io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX).map_err(missing)?;
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
+        let claimed = parsed.unverified();
+        if claimed.kind != DocumentKind::Store {
+            return Err(Error::NotAStore { path: self.dir.clone() });
+        }
+        let body: StoreBody = serde_json::from_slice(&claimed.a)
+            .map_err(|error| Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}")))?;
+        Ok(Identity { store: claimed.store, keyring: body.keyring })
+    }
+
+    fn verify_identity(&self, keyring: &Keyring) -> Result<()> {
+        let path = identity_path(&self.dir);
+        let bytes = io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
+        document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version)).map(|_| ())
+    }
+
+    /// Takes the advisory lock and writes this process' number into it.
+    fn lock(&self) -> Result<Arc<dyn io::DiskFile>> {
+        let path = self.dir.join("LOCK");
+        let open = || match self.disk.open(&path, OpenMode::ReadWrite) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                match self.disk.open(&path, OpenMode::CreateNew) {
+                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                        self.disk.open(&path, OpenMode::ReadWrite)
+                    }
+                    opened => opened,
+                }
+            }
+            opened => opened,
+        };
+        let file = open().map_err(Error::io("open", &path))?;
+        if !file.try_lock().map_err(Error::io("lock", &path))? {
+            let mut bytes = [0; 16];
+            let read = file.read_at(&mut bytes, 0).unwrap_or(0);
+            let pid = bytes.get(..read).and_then(|text| std::str::from_utf8(text).ok()?.trim().parse().ok());
+            return Err(Error::Locked { path: self.dir.clone(), pid });
+        }
+        let pid = format!("{}\n", std::process::id());
+        file.set_len(0).and_then(|()| file.write_at(pid.as_bytes(), 0)).map_err(Error::io("write", &path))?;
+        Ok(file)
+    }
+
+    fn assemble(
+        self,
+        id: StoreId,
+        keyring: Keyring,
+        catalogue: Catalogue,
+        lock_file: Option<Arc<dyn io::DiskFile>>,
+    ) -> Result<Store> {
+        let keyring = Arc::new(RwLock::new(keyring));
+        let audit = AuditLog::open(
+            Arc::clone(&self.disk),
+            Arc::clone(&self.clock),
+            Arc::clone(&keyring),
+            self.dir.join("audit"),
+            self.options.audit_file_bytes,
+        )?;
+        let scheduler = Scheduler::new(Arc::clone(&self.clock));
+        let read_only = lock_file.is_none();
+        if self.options.background == Background::Threads && !read_only {
+            scheduler.spawn(self.options.workers).map_err(Error::io("start threads for", &self.dir))?;
+        }
+        let shared = Arc::new_cyclic(|this| StoreShared {
+            this: this.clone(),
+            keys: Arc::new(KeyContext {
+                store: id,
+                provider: Arc::clone(&self.provider),
+                keyring: Arc::clone(&keyring),
+                pid: std::process::id(),
+            }),
+            budget: Budget::new(self.options.pending_bytes_max),
+            permits: ReaderPermits::new(self.options.readers_max),
+            admin: Mutex::new(AdminState { catalogue, latched: None }),
+            logstores: Mutex::default(),
+            leases: Mutex::default(),
+            retention: Mutex::new(super::retention::ClockWatch::new(&*self.clock)),
+            lock_file: Mutex::new(lock_file),
+            id,
+            read_only,
+            scheduler,
+            audit,
+            keyring,
+            dir: self.dir,
+            provider: self.provider,
+            kms: self.kms,
+            disk: self.disk,
+            clock: self.clock,
+            random: self.random,
+            options: self.options,
+        });
+        if !read_only {
+            shared.schedule_retention();
+        }
+        Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })
+    }
+}
+
+fn write_identity(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring, now_us: u64) -> Result<()> {
+    let path = identity_path(dir);
+    let body = StoreBody { created_us: now_us, keyring: keyring.id() };
+    let document = Document {
+        kind: DocumentKind::Store,
+        features: Features::default(),
+        store,
+        subject: [0; 16],
+        generation: 1,
+        keyring_version: keyring.newest(),
+        a: serde_json::to_vec(&body).expect("plain data always serializes"),
+        b: Vec::new(),
+        tag_b: None,
+    };
+    let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+    io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))
+}
+
+impl StoreShared {
+    /// The path of the catalogue, for messages.
+    pub(super) fn catalogue_path(&self) -> PathBuf {
+        catalogue::path(&self.dir)
+    }
+
+    /// Lets go of the advisory lock; the file is emptied, so that a clean store holds nothing unauthenticated.
+    pub(super) fn unlock(&self) {
+        if let Some(file) = lock(&self.lock_file).take() {
+            // Best effort: the lock itself goes with the handle.
+            let _ = file.set_len(0);
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Checkpoints: how far everything was, to be kept elsewhere, so that a store put back to an earlier state is found out.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Entry, Store, StoreShared};
+use crate::{
+    Error, Result,
+    document::{self, Document, DocumentKind},
+    error::Location,
+    ids::LogstoreId,
+    keys::audit::AuditHead,
+    logstore::LogstoreName,
+    segment::Features,
+    shard::{Head, ShardRecord},
+    sync::{lock, read},
+};
+
+/// How far a store was: the heads of all shards, of the catalogue and of the key audit log.
+///
+/// It holds no secret, and is authenticated under the service keyring. Kept on another machine, it tells a later
+/// [`Store::verify`] whether anything that was there has been taken back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    bytes: Vec<u8>,
+}
+
+impl Checkpoint {
+    /// Its bytes, to be kept.
+    pub fn to_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// A checkpoint from its bytes. They are checked when it is used.
+    pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Self {
+        Self { bytes: bytes.into() }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CheckpointBody {
+    pub(super) taken_us: u64,
+    pub(super) catalogue_generation: u64,
+    pub(super) audit: AuditHead,
+    pub(super) logstores: BTreeMap<LogstoreName, CheckpointEntry>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CheckpointEntry {
+    pub(super) id: LogstoreId,
+    pub(super) generation: u64,
+    pub(super) shards: Vec<ShardRecord>,
+}
+
+impl Store {
+    /// Makes everything durable and marked, notes in the catalogue how far each shard is, and returns that for keeping elsewhere. A
+    /// Logstore whose key cannot be used is taken as it is on disk.
+    ///
+    /// # Errors
+    /// What kept a shard from being synced, or the catalogue from being written.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        self.shared.checkpoint()
+    }
+}
+
+impl StoreShared {
+    fn checkpoint(&self) -> Result<Checkpoint> {
+        self.keys.check_process()?;
+        let mut admin = lock(&self.admin);
+        self.reload_catalogue(&mut admin)?;
+        let names: Vec<LogstoreName> = admin.catalogue.logstores.keys().cloned().collect();
+        let mut logstores = BTreeMap::new();
+        for name in names {
+            let logstore = self.logstore_locked(&mut admin, &name)?;
+            let mut shards = Vec::new();
+            for shard in &logstore.shards {
+                let head: Option<Head> = shard.checkpoint()?;
+                shards.push(ShardRecord { head, ..shard.record() });
+            }
+            let generation = lock(&logstore.meta).generation;
+            logstores.insert(name, CheckpointEntry { id: logstore.id, generation, shards });
+        }
+        if !self.read_only {
+            self.commit(&mut admin, |catalogue| {
+                for (name, entry) in &logstores {
+                    if let Some(place) = catalogue.logstores.get_mut(name) {
+                        *place = Entry { shards: entry.shards.clone(), ..place.clone() };
+                    }
+                }
+            })?;
+            for (name, entry) in &logstores {
+                if let Some(open) = lock(&self.logstores).get(name) {
+                    for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                        shard.set_record(record.clone());
+                    }
+                }
+            }
+        }
+        let body = CheckpointBody {
+            taken_us: self.clock.wall_us(),
+            catalogue_generation: admin.catalogue.generation,
+            audit: self.audit.head(),
+            logstores,
+        };
+        let keyring = read(&self.keyring);
+        let document = Document {
+            kind: DocumentKind::Checkpoint,
+            features: Features::default(),
+            store: self.id,
+            subject: [0; 16],
+            generation: admin.catalogue.generation,
+            keyring_version: keyring.newest(),
+            a: serde_json::to_vec(&body).expect("plain data always serializes"),
+            b: Vec::new(),
+            tag_b: None,
+        };
+        Ok(Checkpoint { bytes: document.seal(&keyring.document_key(keyring.newest())?) })
+    }
+
+    /// Reads a checkpoint of this store.
+    pub(super) fn open_checkpoint(&self, checkpoint: &Checkpoint) -> Result<CheckpointBody> {
+        let path = std::path::Path::new("checkpoint");
+        let keyring = read(&self.keyring);
+        let store = document::claimed_store(&checkpoint.bytes, path)?;
+        if store != self.id {
+            return Err(Error::InvalidArgument(format!("the checkpoint is of another store ({store})")));
+        }
+        let document =
+            document::open(&checkpoint.bytes, DocumentKind::Checkpoint, path, |version| keyring.document_key(version))?;
+        serde_json::from_slice(&document.a)
+            .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))
+    }
+}

@@ -1,0 +1,237 @@
+//! Operations on keys: rotation, re-wrapping, replacing a master key, shredding. The intent is on record before anything changes.
+
+use super::{Store, StoreShared};
+use crate::{
+    Error, Result,
+    keys::{
+        AuditEvent,
+        envelope::{DATA_KEYS_MAX, KeysSection},
+    },
+    kms::Cmk,
+    logstore::{ConfigError, EncryptConf, LogstoreName, LogstoreShared, Meta, check_cmk},
+    segment::KeySource,
+    shard::End,
+    sync::{lock, read, write},
+};
+
+/// How [`Store::replace_cmk`] goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReplaceCmk {
+    /// Whether what is written from now on gets a fresh data key, as it does by default.
+    pub fresh_data_key: bool,
+}
+
+impl Default for ReplaceCmk {
+    fn default() -> Self {
+        Self { fresh_data_key: true }
+    }
+}
+
+impl ReplaceCmk {
+    /// Keeps the current data key for what is written from now on.
+    pub fn keep_data_key() -> Self {
+        Self { fresh_data_key: false }
+    }
+}
+
+impl Store {
+    /// Makes a new data-key version for what is written from now on. What is written stays under its version. Returns the new one.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotEncrypted`]; the errors of the KMS.
+    pub fn rotate_data_key(&self, name: &LogstoreName) -> Result<u32> {
+        self.shared.change_keys(name, AuditEvent::RotateIntended, AuditEvent::Rotated, |shared, logstore, section| {
+            shared.admit(logstore)?;
+            shared.add_version(logstore, section)
+        })
+    }
+
+    /// Wraps every data-key version of a Logstore anew: under the newest service key, or under the current version of its master
+    /// key. No data is rewritten. Returns how many envelopes there are.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotEncrypted`]; the errors of the KMS. Nothing has changed then.
+    pub fn rewrap(&self, name: &LogstoreName) -> Result<u32> {
+        self.shared.change_keys(name, AuditEvent::RotateIntended, AuditEvent::Rewrapped, |shared, logstore, section| {
+            let cmk = section.cmk.clone();
+            shared.rewrap_all(logstore, section, cmk)
+        })
+    }
+
+    /// Replaces the customer master key of a Logstore by another: every data key is unwrapped under the old one and wrapped under the
+    /// new one, and what is written from now on gets a fresh data key unless `how` says otherwise. Returns the number of envelopes.
+    ///
+    /// It cannot undo a leak: whoever held the old master key and has a copy of an old envelope can still read the old data.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotByok`]; [`Error::Revoked`] when the old master key cannot be used; [`ConfigError::NoKmsForRegion`] and
+    /// [`ConfigError::CmkRefused`] for the new one. Nothing has changed then.
+    pub fn replace_cmk(&self, name: &LogstoreName, new: Cmk, how: ReplaceCmk) -> Result<u32> {
+        check_cmk(&new)?;
+        self.shared.change_keys(name, AuditEvent::ReplaceIntended, AuditEvent::Replaced, |shared, logstore, section| {
+            if section.cmk.is_none() {
+                return Err(ConfigError::NotByok.into());
+            }
+            let count = shared.rewrap_all(logstore, section, Some(new))?;
+            if how.fresh_data_key {
+                shared.add_version(logstore, section)?;
+                return Ok(count + 1);
+            }
+            Ok(count)
+        })
+    }
+
+    /// Destroys data-key versions: what they sealed cannot be read through this store any more. Neither the current version nor one
+    /// that is being written can go: rotate first. Copies of the metadata made earlier (backups, snapshots, freed blocks of the
+    /// disk) are beyond its reach; under a customer master key, deleting that key reaches them too.
+    ///
+    /// # Errors
+    /// [`ConfigError::CannotShred`], [`ConfigError::NotEncrypted`]; the errors of the KMS (the metadata's second tag is made with the
+    /// data key).
+    pub fn shred_data_keys(&self, name: &LogstoreName, versions: &[u32]) -> Result<()> {
+        let shred = |shared: &StoreShared, logstore: &LogstoreShared, section: &mut KeysSection| {
+            for &version in versions {
+                let refuse = |why| Err(ConfigError::CannotShred { version, why }.into());
+                if version == section.current {
+                    return refuse("it is the current one: rotate the data key first");
+                }
+                match section.versions.iter_mut().find(|entry| entry.version == version) {
+                    Some(entry) => entry.wrapped = None,
+                    None => return refuse("there is no such version"),
+                }
+            }
+            shared.end_segments_under(logstore, versions)?;
+            Ok(versions.len() as u32)
+        };
+        self.shared.change_keys(name, AuditEvent::ShredIntended, AuditEvent::Shredded, shred).map(|_| ())
+    }
+
+    /// Makes a new service-key version, durable in the keyring before anything is wrapped under it, and wraps the envelopes of every
+    /// Logstore under the service key anew. No data is rewritten. Returns the new version. The keyring must be backed up again.
+    ///
+    /// # Errors
+    /// [`Error::Io`]. The new version stands once it is in the keyring; a Logstore that was not re-wrapped is readable all the same,
+    /// and [`Store::rewrap`] does it later.
+    pub fn rotate_service_key(&self) -> Result<u32> {
+        let shared = &self.shared;
+        shared.check_writable()?;
+        let names = {
+            let mut admin = lock(&shared.admin);
+            shared.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;
+            let version = write(&shared.keyring).rotate(&*shared.disk, &*shared.random, shared.clock.wall_us())?;
+            shared.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
+            // Authenticated under the new version from now on: an older keyring is too old.
+            shared.commit(&mut admin, |_| {})?;
+            admin.catalogue.logstores.keys().cloned().collect::<Vec<_>>()
+        };
+        for name in names {
+            let logstore = shared.logstore(&name)?;
+            match logstore.keys_section() {
+                Some(section) if section.cmk.is_none() => {
+                    self.rewrap(&name)?;
+                }
+                _ => shared.refresh_plan(&logstore),
+            }
+        }
+        Ok(read(&shared.keyring).newest())
+    }
+}
+
+impl StoreShared {
+    /// Changes the keys of a Logstore by `change`, whole or not at all.
+    fn change_keys(
+        &self,
+        name: &LogstoreName,
+        intent: AuditEvent,
+        done: AuditEvent,
+        change: impl FnOnce(&Self, &LogstoreShared, &mut KeysSection) -> Result<u32>,
+    ) -> Result<u32> {
+        self.check_writable()?;
+        let mut admin = lock(&self.admin);
+        let logstore = self.logstore_locked(&mut admin, name)?;
+        let mut meta = lock(&logstore.meta).clone();
+        let mut section = meta.keys.clone().ok_or(ConfigError::NotEncrypted)?;
+        self.audit.record(intent, Some((name, logstore.id)), "")?;
+        let result = change(self, &logstore, &mut section)?;
+        let data_key = match &section.cmk {
+            // The second tag is made with the current data key.
+            Some(_) => Some(self.unwrap_in(&logstore, &section)?),
+            None => None,
+        };
+        self.follow(&mut meta, &section);
+        meta.keys = Some(section);
+        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
+        self.audit.record(done, Some((name, logstore.id)), format!("{result}"))?;
+        Ok(result)
+    }
+
+    /// The configuration names the master key too.
+    fn follow(&self, meta: &mut Meta, section: &KeysSection) {
+        if let Some(conf) = &mut meta.config.encrypt_conf {
+            *conf = EncryptConf { user_cmk_info: section.cmk.clone(), ..conf.clone() };
+        }
+    }
+
+    fn admit(&self, logstore: &LogstoreShared) -> Result<()> {
+        logstore.gate.admit().map(|_| ())
+    }
+
+    fn add_version(&self, logstore: &LogstoreShared, section: &mut KeysSection) -> Result<u32> {
+        if section.versions.len() >= DATA_KEYS_MAX {
+            return Err(Error::TooMany { what: "data-key versions", limit: DATA_KEYS_MAX as u64 });
+        }
+        let version = section.versions.iter().map(|entry| entry.version).max().unwrap_or(0) + 1;
+        self.new_data_key(section, logstore.id, version)?;
+        Ok(version)
+    }
+
+    /// Wraps every version that is left under `cmk`, or under the service key.
+    fn rewrap_all(&self, logstore: &LogstoreShared, section: &mut KeysSection, cmk: Option<Cmk>) -> Result<u32> {
+        self.admit(logstore)?;
+        section.cmk = cmk;
+        let mut count = 0;
+        for index in 0..section.versions.len() {
+            let Some(entry) = section.versions.get(index).filter(|entry| entry.wrapped.is_some()).cloned() else {
+                continue;
+            };
+            let key = logstore.gate.unwrap(entry.version)?;
+            let rewrapped = self.wrap_data_key(section, logstore.id, entry.version, entry.created_us, &key)?;
+            if let Some(place) = section.versions.get_mut(index) {
+                *place = rewrapped;
+                count += 1;
+            }
+        }
+        Ok(count)
+    }
+
+    /// The current data key of a section that is not in place yet.
+    fn unwrap_in(&self, logstore: &LogstoreShared, section: &KeysSection) -> Result<crate::crypto::SecretKey> {
+        let keys = self.gate_keys(Some(section), logstore.id)?;
+        let context = std::sync::Arc::clone(logstore.gate.context());
+        let gate = crate::keys::gate::Gate::new(context, logstore.name.clone(), logstore.id, keys);
+        gate.unwrap(section.current)
+    }
+
+    /// Ends segments that are being written under one of `versions`.
+    fn end_segments_under(&self, logstore: &LogstoreShared, versions: &[u32]) -> Result<()> {
+        for shard in &logstore.shards {
+            let segments = shard.segments(false)?;
+            let Some(last) = segments.last() else { continue };
+            let opened = shard.open_segment(last)?;
+            if let (KeySource::DataKey(version), End::Active(_)) = (opened.header.header.key_source, &opened.end)
+                && versions.contains(&version)
+            {
+                shard.roll()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// New segments of a Logstore without an envelope are keyed from the newest service key.
+    fn refresh_plan(&self, logstore: &LogstoreShared) {
+        let meta = lock(&logstore.meta).clone();
+        let newest = read(&self.keyring).newest();
+        logstore.set_meta(meta, newest);
+    }
+}

@@ -1,0 +1,679 @@
+//! A store: a directory of Logstores under one service keyring, opened by one writer and any number of readers.
+
+mod admin;
+mod builder;
+mod catalogue;
+mod checkpoint;
+mod keyops;
+mod recover;
+mod retention;
+mod scheduler;
+mod verify;
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, RwLock, Weak},
+    thread::JoinHandle,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    crypto::{CryptoProvider, HashAlg, SecretKey, hash},
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
+    error::Location,
+    ids::{LogstoreId, StoreId, hex_decode, hex_encode},
+    io::{self, Clock, Disk, DiskFile, OpenMode, Random},
+    keys::{
+        AuditEvent, AuditRecord,
+        audit::AuditLog,
+        envelope::{EnvelopeIdentity, KeysSection, fingerprint},
+        gate::{Gate, GateKeys, KeyContext},
+        keyring::Keyring,
+        lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
+    },
+    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError},
+    logstore::{ConfigError, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, Meta, write_plan},
+    segment::Features,
+    shard::{Budget, ReaderPermits, ShardContext, ShardOptions},
+    sync::{lock, read},
+};
+
+pub use builder::{Background, StoreBuilder, StoreOptions};
+pub use catalogue::LOGSTORES_MAX;
+use catalogue::{Catalogue, Entry};
+pub use checkpoint::Checkpoint;
+pub use keyops::ReplaceCmk;
+pub use recover::RecoverReport;
+use retention::ClockWatch;
+pub use retention::RetentionReport;
+use scheduler::Scheduler;
+pub use verify::{Fault, VerifyOptions, VerifyProgress, VerifyReport};
+
+/// A store: cheap to clone, usable from any thread.
+///
+/// The last handle that goes (of the store or of a Logstore in it) closes the store; [`Store::close`] does it at once, and says
+/// whether it succeeded.
+///
+/// ```
+/// use envelog::{AppendOptions, EncryptConf, EncryptType, LogstoreSpec, Payload, ReadOptions, Store, crypto::RustCrypto};
+///
+/// let dir = tempfile::tempdir().unwrap();
+/// let store = Store::builder(dir.path().join("data"), dir.path().join("keyring"), RustCrypto::new()).create()?;
+/// let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+/// let logstore = store.create_logstore(&"shop/orders".parse()?, spec)?;
+/// logstore.append(Payload::opaque("paid")?, &AppendOptions::default())?;
+/// store.close()?;
+/// # Ok::<(), envelog::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Store {
+    shared: Arc<StoreShared>,
+    open: Arc<Open>,
+}
+
+/// Closes the store when the last handle goes.
+#[derive(Debug)]
+struct Open {
+    shared: Arc<StoreShared>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        // There is nobody to tell: `Store::close` is for those who want to know.
+        let _ = self.shared.close();
+    }
+}
+
+/// What changes when the store is administrated; one administrative operation at a time.
+struct AdminState {
+    catalogue: Catalogue,
+    /// Set when a write of metadata failed half-way: nothing more is changed until the store is opened anew.
+    latched: Option<Error>,
+}
+
+struct LeaseEntry {
+    lease: Arc<Lease>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// An open store.
+pub(crate) struct StoreShared {
+    this: Weak<StoreShared>,
+    id: StoreId,
+    dir: PathBuf,
+    read_only: bool,
+    options: StoreOptions,
+    disk: Arc<dyn Disk>,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    provider: Arc<dyn CryptoProvider>,
+    kms: Vec<Arc<dyn Kms>>,
+    keyring: Arc<RwLock<Keyring>>,
+    keys: Arc<KeyContext>,
+    audit: AuditLog,
+    scheduler: Arc<Scheduler>,
+    budget: Arc<Budget>,
+    permits: Arc<ReaderPermits>,
+    admin: Mutex<AdminState>,
+    logstores: Mutex<HashMap<LogstoreName, Arc<LogstoreShared>>>,
+    leases: Mutex<HashMap<Cmk, LeaseEntry>>,
+    retention: Mutex<ClockWatch>,
+    /// Held while the store is open for writing.
+    lock_file: Mutex<Option<Arc<dyn DiskFile>>>,
+}
+
+impl std::fmt::Debug for StoreShared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("id", &self.id).field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Begins to make or open the store in `dir`, with the service keyring in the file `keyring` and this provider of AES and SM4.
+    pub fn builder(
+        dir: impl Into<PathBuf>,
+        keyring: impl Into<PathBuf>,
+        provider: impl CryptoProvider + 'static,
+    ) -> StoreBuilder {
+        StoreBuilder::new(dir.into(), keyring.into(), Arc::new(provider))
+    }
+
+    /// Its id.
+    pub fn id(&self) -> StoreId {
+        self.shared.id
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.shared.dir
+    }
+
+    /// Where its service keyring is: it must be backed up, apart from the data.
+    pub fn keyring_path(&self) -> PathBuf {
+        read(&self.shared.keyring).path().to_owned()
+    }
+
+    /// Whether it was opened read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.shared.read_only
+    }
+
+    /// The settings it was opened with.
+    pub fn options(&self) -> &StoreOptions {
+        &self.shared.options
+    }
+
+    /// The names of all Logstores, in order.
+    ///
+    /// # Errors
+    /// For a store that is open read-only, what keeps the catalogue from being read again.
+    pub fn list(&self) -> Result<Vec<LogstoreName>> {
+        let mut admin = lock(&self.shared.admin);
+        self.shared.reload_catalogue(&mut admin)?;
+        Ok(admin.catalogue.logstores.keys().cloned().collect())
+    }
+
+    /// A handle to a Logstore. Calls no KMS: the key is asked for at first use.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`], and the integrity errors of its metadata.
+    pub fn logstore(&self, name: &LogstoreName) -> Result<Logstore> {
+        let shared = self.shared.logstore(name)?;
+        Ok(self.handle(shared))
+    }
+
+    fn handle(&self, shared: Arc<LogstoreShared>) -> Logstore {
+        Logstore::new(shared, Arc::clone(&self.open) as _)
+    }
+
+    /// The whole configuration of a Logstore, with its revision.
+    ///
+    /// # Errors
+    /// As [`Store::logstore`].
+    pub fn config(&self, name: &LogstoreName) -> Result<LogstoreConfig> {
+        Ok(lock(&self.shared.logstore(name)?.meta).config.clone())
+    }
+
+    /// The key audit log, its chain verified from the first record to the last.
+    ///
+    /// # Errors
+    /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
+    pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
+        let head = lock(&self.shared.admin).catalogue.audit.clone();
+        self.shared.audit.verified(&[&head])
+    }
+
+    /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
+    /// [`Background::Manual`]; otherwise threads do it.
+    pub fn tick(&self) {
+        let leases: Vec<_> = lock(&self.shared.leases).values().map(|entry| Arc::clone(&entry.lease)).collect();
+        for lease in leases {
+            lease.tend();
+        }
+        self.shared.scheduler.run_due();
+    }
+
+    /// How many calls were made to KMSs to renew leases since the store was opened.
+    pub fn renewal_calls(&self) -> u64 {
+        lock(&self.shared.leases).values().map(|entry| entry.lease.calls()).sum()
+    }
+
+    /// Writes everything, seals what is being written, notes in the catalogue how far each shard is, and lets go of the lock. Other
+    /// handles refuse from now on.
+    ///
+    /// # Errors
+    /// What kept it from closing cleanly. What was synced is safe all the same, and the next opening recovers.
+    pub fn close(self) -> Result<()> {
+        self.shared.close()
+    }
+}
+
+impl StoreShared {
+    fn logstore_dir(&self, id: LogstoreId) -> PathBuf {
+        self.dir.join("logstores").join(id.to_string())
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        self.keys.check_process()?;
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        if lock(&self.lock_file).is_none() {
+            return Err(Error::Closed("the store"));
+        }
+        Ok(())
+    }
+
+    /// A reader has the catalogue as the writer last left it.
+    fn reload_catalogue(&self, admin: &mut AdminState) -> Result<()> {
+        if self.read_only {
+            admin.catalogue = Catalogue::load(&*self.disk, &self.dir, self.id, &read(&self.keyring))?;
+        }
+        Ok(())
+    }
+
+    fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        self.keys.check_process()?;
+        if !self.read_only && lock(&self.lock_file).is_none() {
+            return Err(Error::Closed("the store"));
+        }
+        let mut admin = lock(&self.admin);
+        self.logstore_locked(&mut admin, name)
+    }
+
+    fn logstore_locked(&self, admin: &mut AdminState, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        if self.read_only {
+            return self.read_only_logstore(admin, name);
+        }
+        if let Some(open) = lock(&self.logstores).get(name) {
+            return Ok(Arc::clone(open));
+        }
+        let entry = admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
+        let meta = self.load_meta(name, &entry)?;
+        if meta.generation > entry.generation {
+            // A crash came between the metadata and the catalogue.
+            let mut changed = entry.clone();
+            changed.generation = meta.generation;
+            self.commit(admin, |catalogue| {
+                catalogue.logstores.insert(name.clone(), changed);
+            })?;
+        }
+        let shared = self.open_logstore(meta, &entry)?;
+        lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
+        Ok(shared)
+    }
+
+    /// A reader looks at the metadata anew each time it is asked for a Logstore, and keeps what it has while nothing changed.
+    fn read_only_logstore(&self, admin: &mut AdminState, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        // The writer may be between the metadata and the catalogue.
+        let mut attempts = 0;
+        let (entry, meta) = loop {
+            self.reload_catalogue(admin)?;
+            let entry =
+                admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
+            match self.load_meta(name, &entry) {
+                Ok(meta) => break (entry, meta),
+                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
+                Err(error) => return Err(error),
+            }
+        };
+        if let Some(open) = lock(&self.logstores).get(name)
+            && open.id == entry.id
+            && lock(&open.meta).generation == meta.generation
+        {
+            for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                shard.set_record(record.clone());
+            }
+            return Ok(Arc::clone(open));
+        }
+        let shared = self.open_logstore(meta, &entry)?;
+        lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
+        Ok(shared)
+    }
+
+    fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
+        let dir = self.logstore_dir(entry.id);
+        let meta = Meta::load(&*self.disk, &dir, self.id, entry.id, &read(&self.keyring))?;
+        let (found, known) = (meta.generation, entry.generation);
+        if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
+            return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
+        }
+        // The metadata is written first: it may be one ahead of the catalogue, and never behind it.
+        if found < known {
+            let what = format!("the metadata of Logstore {name} is of generation {found}, the catalogue knows {known}");
+            return Err(Error::RolledBack { what });
+        }
+        if found > known + 1 {
+            let path = self.catalogue_path();
+            let what = format!(
+                "the catalogue {} knows Logstore {name} at generation {known}, it is at {found}",
+                path.display()
+            );
+            return Err(Error::RolledBack { what });
+        }
+        Ok(meta)
+    }
+
+    fn open_logstore(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
+        let keys = self.gate_keys(meta.keys.as_ref(), entry.id)?;
+        let lease = keys.lease.clone();
+        let gate = Arc::new(Gate::new(Arc::clone(&self.keys), meta.config.name.clone(), entry.id, keys));
+        let plan = Arc::new(RwLock::new(write_plan(&meta, read(&self.keyring).newest())));
+        let context = Arc::new(ShardContext {
+            disk: Arc::clone(&self.disk),
+            clock: Arc::clone(&self.clock),
+            random: Arc::clone(&self.random),
+            wake: Arc::clone(&self.scheduler) as _,
+            budget: Arc::clone(&self.budget),
+            gate,
+            options: self.shard_options(),
+            read_only: self.read_only,
+            plan: Arc::clone(&plan),
+            permits: Arc::clone(&self.permits),
+        });
+        let observer: Weak<dyn crate::logstore::KeyObserver> = self.this.clone();
+        let dir = self.logstore_dir(entry.id);
+        let shared = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
+        if let Some(lease) = lease {
+            let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
+            lease.listen(listener);
+        }
+        Ok(shared)
+    }
+
+    fn shard_options(&self) -> ShardOptions {
+        ShardOptions {
+            block_bytes: self.options.block_bytes,
+            linger: self.options.linger,
+            segment_bytes: self.options.segment_bytes,
+            segment_age: self.options.segment_age,
+            threads: self.options.background == Background::Threads,
+        }
+    }
+
+    /// Writes the changed catalogue; the one in memory changes only with it.
+    fn commit(&self, admin: &mut AdminState, change: impl FnOnce(&mut Catalogue)) -> Result<()> {
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
+        let mut catalogue = admin.catalogue.clone();
+        change(&mut catalogue);
+        catalogue.audit = self.audit.head();
+        match catalogue.save(&*self.disk, &self.dir, self.id, &read(&self.keyring)) {
+            Ok(()) => {
+                admin.catalogue = catalogue;
+                Ok(())
+            }
+            Err(error) => {
+                admin.latched = Some(error.clone());
+                Err(error)
+            }
+        }
+    }
+
+    // ---- leases ----
+
+    fn kms_for(&self, region: &str) -> Option<&Arc<dyn Kms>> {
+        self.kms.iter().find(|kms| kms.serves(region))
+    }
+
+    fn terms(&self) -> LeaseTerms {
+        LeaseTerms {
+            revalidate_every: self.options.revalidate_every,
+            outage_grace: self.options.outage_grace,
+            call_timeout: self.options.kms_timeout,
+        }
+    }
+
+    /// The keys section and the lease that belongs to it.
+    fn gate_keys(&self, section: Option<&KeysSection>, id: LogstoreId) -> Result<GateKeys> {
+        let Some(section) = section else { return Ok(GateKeys::default()) };
+        let lease = match &section.cmk {
+            Some(cmk) => Some(self.lease(cmk, section, id)?),
+            None => None,
+        };
+        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease })
+    }
+
+    /// The one lease for a master key. Makes no call.
+    fn lease(&self, cmk: &Cmk, section: &KeysSection, id: LogstoreId) -> Result<Arc<Lease>> {
+        if let Some(entry) = lock(&self.leases).get(cmk) {
+            return Ok(Arc::clone(&entry.lease));
+        }
+        let probe = match self.load_probe(cmk)? {
+            Some(probe) => probe,
+            // The probe is a convenience: an envelope of the Logstore itself proves as much.
+            None => self.envelope_probe(section, id)?,
+        };
+        let kms = match self.kms_for(&cmk.region_id) {
+            Some(kms) => Arc::clone(kms),
+            None => Arc::new(NoKms { region: cmk.region_id.clone() }),
+        };
+        let lease = Lease::new(
+            cmk.clone(),
+            kms,
+            probe,
+            self.terms(),
+            Arc::clone(&self.clock),
+            Arc::clone(&self.random),
+            self.options.background == Background::Manual,
+        );
+        let thread = match self.options.background {
+            Background::Threads => Some(Lease::spawn(&lease).map_err(Error::io("start a thread for", &self.dir))?),
+            Background::Manual => None,
+        };
+        lock(&self.leases).insert(cmk.clone(), LeaseEntry { lease: Arc::clone(&lease), thread });
+        Ok(lease)
+    }
+
+    fn probe_path(&self, cmk: &Cmk) -> (PathBuf, [u8; 16]) {
+        let mut id = [0; 16];
+        let field = |text: &str| [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+        let digest = hash(
+            HashAlg::Sha256,
+            &[self.id.as_bytes(), &field(&cmk.region_id), &field(&cmk.arn), &field(&cmk.cmk_key_id)],
+        );
+        id.copy_from_slice(&digest[..16]);
+        (self.dir.join("probes").join(hex_encode(&id)), id)
+    }
+
+    fn probe_context(&self) -> EncryptionContext {
+        EncryptionContext::from([
+            ("envelog:store".to_owned(), self.id.to_string()),
+            ("envelog:purpose".to_owned(), "probe".to_owned()),
+        ])
+    }
+
+    fn load_probe(&self, cmk: &Cmk) -> Result<Option<Probe>> {
+        let (path, id) = self.probe_path(cmk);
+        let bytes = match io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            bytes => bytes.map_err(Error::io("read", &path))?,
+        };
+        let keyring = read(&self.keyring);
+        let document = document::open(&bytes, DocumentKind::Probe, &path, |version| keyring.document_key(version))?;
+        let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
+        let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
+        if document.store != self.id || document.subject != id || body.cmk != *cmk {
+            return Err(Error::Tampered { at: Location::new(&path, 0), what: "the probe of another master key" });
+        }
+        let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
+        Ok(Some(Probe { wrapped, context: self.probe_context(), fingerprint: body.fingerprint }))
+    }
+
+    /// Makes the probe envelope of a master key, if there is none yet.
+    fn ensure_probe(&self, kms: &dyn Kms, cmk: &Cmk) -> std::result::Result<(), KmsOrEngine> {
+        let (path, id) = self.probe_path(cmk);
+        if self.load_probe(cmk)?.is_some() {
+            return Ok(());
+        }
+        let secret = SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", &path))?;
+        let context = self.probe_context();
+        let call = KmsCall { cmk, context: &context, timeout: self.options.kms_timeout };
+        let wrapped = kms.wrap(&call, &secret).map_err(KmsOrEngine::Kms)?;
+        let body = ProbeBody { cmk: cmk.clone(), wrapped: hex_encode(&wrapped), fingerprint: fingerprint(&secret) };
+        let keyring = read(&self.keyring);
+        let document = Document {
+            kind: DocumentKind::Probe,
+            features: Features::default(),
+            store: self.id,
+            subject: id,
+            generation: 1,
+            keyring_version: keyring.newest(),
+            a: serde_json::to_vec(&body).expect("plain data always serializes"),
+            b: Vec::new(),
+            tag_b: None,
+        };
+        let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))?;
+        Ok(())
+    }
+
+    fn envelope_probe(&self, section: &KeysSection, id: LogstoreId) -> Result<Probe> {
+        let entry = section.versions.iter().rev().find(|entry| entry.wrapped.is_some());
+        let wrapped = entry.and_then(|entry| Some((entry, hex_decode(entry.wrapped.as_deref()?)?)));
+        let Some((entry, wrapped)) = wrapped else {
+            let what = format!("no envelope of Logstore {} can be used", section.name);
+            return Err(Error::corrupt(Location::new(self.logstore_dir(id), 0), what));
+        };
+        let identity = EnvelopeIdentity {
+            store: self.id,
+            logstore: id,
+            version: entry.version,
+            suite: section.encrypt_type.suite(),
+        };
+        Ok(Probe { wrapped, context: identity.context(), fingerprint: entry.fingerprint.clone() })
+    }
+
+    // ---- end ----
+
+    /// The Logstores that are open now.
+    fn open_logstores(&self) -> Vec<Arc<LogstoreShared>> {
+        lock(&self.logstores).values().cloned().collect()
+    }
+
+    fn close(&self) -> Result<()> {
+        if self.keys.check_process().is_err() {
+            // A copy made by fork: the files belong to the parent.
+            return Ok(());
+        }
+        let was_open = lock(&self.lock_file).is_some();
+        let mut result = Ok(());
+        if was_open {
+            let mut admin = lock(&self.admin);
+            let mut heads = Vec::new();
+            for logstore in self.open_logstores() {
+                for shard in &logstore.shards {
+                    match shard.close() {
+                        Ok(Some(head)) => heads.push((logstore.name.clone(), shard.id(), head)),
+                        Ok(None) => {}
+                        Err(error) => result = Err(error),
+                    }
+                }
+                logstore.gate.wipe();
+            }
+            let audit_moved = self.audit.head() != admin.catalogue.audit;
+            if admin.latched.is_none() && (!heads.is_empty() || audit_moved) {
+                let noted = self.commit(&mut admin, |catalogue| {
+                    for (name, shard, head) in heads {
+                        if let Some(entry) = catalogue.logstores.get_mut(&name)
+                            && let Some(record) = entry.shards.get_mut(shard as usize)
+                        {
+                            record.head = Some(head);
+                        }
+                    }
+                });
+                result = result.and(noted);
+            }
+        }
+        let leases: Vec<_> = lock(&self.leases).drain().map(|(_, entry)| entry).collect();
+        for entry in &leases {
+            entry.lease.stop();
+        }
+        for entry in leases {
+            if let Some(thread) = entry.thread
+                && thread.thread().id() != std::thread::current().id()
+            {
+                let _ = thread.join();
+            }
+        }
+        self.scheduler.stop();
+        lock(&self.logstores).clear();
+        self.unlock();
+        result
+    }
+}
+
+impl crate::logstore::KeyObserver for StoreShared {
+    fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal) {
+        let (event, detail) = match refusal {
+            Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
+            Refusal::Unreachable(detail) => (AuditEvent::LeaseEnded, format!("unreachable: {detail}")),
+            Refusal::Invalid(detail) => (AuditEvent::LeaseEnded, format!("invalid: {detail}")),
+        };
+        self.note(event, logstore, detail);
+    }
+
+    fn key_recovered(&self, logstore: &LogstoreShared) {
+        self.note(AuditEvent::Recovered, logstore, String::new());
+    }
+}
+
+impl StoreShared {
+    /// Records what has happened already. The transition stands whether or not it can be recorded.
+    fn note(&self, event: AuditEvent, logstore: &LogstoreShared, detail: String) {
+        if !self.read_only {
+            let _ = self.audit.record(event, Some((&logstore.name, logstore.id)), detail);
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ProbeBody {
+    cmk: Cmk,
+    wrapped: String,
+    fingerprint: String,
+}
+
+/// An error on either side of a call to the KMS.
+enum KmsOrEngine {
+    Kms(KmsError),
+    Engine(Error),
+}
+
+impl From<Error> for KmsOrEngine {
+    fn from(error: Error) -> Self {
+        KmsOrEngine::Engine(error)
+    }
+}
+
+impl KmsOrEngine {
+    /// The error of an operation that needs a new envelope: there, a refusal of the KMS refuses the configuration.
+    fn refusing(self, name: &LogstoreName, cmk: &Cmk) -> Error {
+        let (logstore, cmk_id, region) = (name.clone(), cmk.cmk_key_id.clone(), cmk.region_id.clone());
+        match self {
+            KmsOrEngine::Engine(error) => error,
+            KmsOrEngine::Kms(KmsError::Revoked { reason, detail }) => {
+                Error::Config(ConfigError::CmkRefused { cmk: cmk_id, detail: format!("it is {reason} ({detail})") })
+            }
+            KmsOrEngine::Kms(KmsError::Invalid { detail }) => Error::KmsInvalid { logstore, cmk: cmk_id, detail },
+            KmsOrEngine::Kms(other) => {
+                Error::KmsUnreachable { logstore, cmk: cmk_id, region, detail: other.to_string() }
+            }
+        }
+    }
+}
+
+/// Stands in where no configured KMS serves a region that existing envelopes need: to them it is out of reach.
+#[derive(Debug)]
+struct NoKms {
+    region: String,
+}
+
+impl NoKms {
+    fn answer<T>(&self) -> std::result::Result<T, KmsError> {
+        Err(KmsError::Unreachable { detail: format!("no KMS is configured that serves region {}", self.region) })
+    }
+}
+
+impl Kms for NoKms {
+    fn name(&self) -> &str {
+        "none"
+    }
+
+    fn serves(&self, _region_id: &str) -> bool {
+        true
+    }
+
+    fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> std::result::Result<Vec<u8>, KmsError> {
+        self.answer()
+    }
+
+    fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
+        self.answer()
+    }
+}

@@ -1,0 +1,188 @@
+//! Retention: whole segments go when they are older than the Logstore keeps them, or more than it keeps.
+
+use std::{sync::Weak, time::Duration};
+
+use serde::Serialize;
+
+use super::{AdminState, Store, StoreShared};
+use crate::{
+    Error, Result,
+    io::Clock,
+    logstore::{LogstoreName, LogstoreShared},
+    shard::{End, Head, Job, Shard, Task, Wake},
+    sync::lock,
+};
+
+/// A wall clock that runs away from the uptime by more than this is not trusted with deleting.
+const JUMP_MAX: Duration = Duration::from_secs(3600);
+const DAY_US: u64 = 86_400_000_000;
+
+/// Watches the wall clock for jumps since the store was opened.
+pub(super) struct ClockWatch {
+    wall_us: u64,
+    uptime: Duration,
+}
+
+impl ClockWatch {
+    pub(super) fn new(clock: &dyn Clock) -> Self {
+        Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
+    }
+
+    fn has_jumped(&self, clock: &dyn Clock) -> bool {
+        let passed = u64::try_from(clock.uptime().saturating_sub(self.uptime).as_micros()).unwrap_or(u64::MAX);
+        clock.wall_us().abs_diff(self.wall_us.saturating_add(passed)) > JUMP_MAX.as_micros() as u64
+    }
+}
+
+/// What retention did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct RetentionReport {
+    /// Segments dropped.
+    pub segments: u64,
+    /// Bytes freed.
+    pub bytes: u64,
+    /// Whether retention by time is suspended, because the wall clock has jumped by more than an hour since the store was opened.
+    pub suspended: bool,
+}
+
+impl Store {
+    /// Drops the segments that no Logstore keeps any more. Done by itself every [`crate::StoreOptions::retention_every`]. Needs no
+    /// key and calls no KMS.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and what keeps a segment from being looked at; other Logstores are done all the same.
+    pub fn apply_retention(&self) -> Result<RetentionReport> {
+        self.shared.apply_retention()
+    }
+}
+
+impl Task for StoreShared {
+    fn run(&self, job: Job) {
+        if job == Job::Retention {
+            // What fails now is tried again next time; `apply_retention` and `verify` tell what it was.
+            let _ = self.apply_retention();
+            self.schedule_retention();
+        }
+    }
+}
+
+impl StoreShared {
+    pub(super) fn schedule_retention(&self) {
+        let task: Weak<dyn Task> = self.this.clone();
+        self.scheduler.after(self.options.retention_every, task, Job::Retention);
+    }
+
+    fn apply_retention(&self) -> Result<RetentionReport> {
+        self.check_writable()?;
+        let mut report =
+            RetentionReport { suspended: lock(&self.retention).has_jumped(&*self.clock), ..Default::default() };
+        let names: Vec<LogstoreName> = lock(&self.admin).catalogue.logstores.keys().cloned().collect();
+        let mut result = Ok(());
+        for name in names {
+            let done = self.retain(&name, &mut report);
+            if !matches!(done, Err(Error::LogstoreMissing(_))) {
+                result = result.and(done);
+            }
+        }
+        result.map(|()| report)
+    }
+
+    fn retain(&self, name: &LogstoreName, report: &mut RetentionReport) -> Result<()> {
+        let mut admin = lock(&self.admin);
+        let logstore = self.logstore_locked(&mut admin, name)?;
+        let (ttl_days, retention_bytes) = {
+            let meta = lock(&logstore.meta);
+            (meta.config.ttl_days, meta.config.retention_bytes)
+        };
+        if ttl_days.is_none() && retention_bytes.is_none() {
+            return Ok(());
+        }
+        let oldest_us = ttl_days
+            .filter(|_| !report.suspended)
+            .map(|days| self.clock.wall_us().saturating_sub(u64::from(days) * DAY_US));
+        logstore
+            .shards
+            .iter()
+            .try_for_each(|shard| self.retain_shard(&mut admin, &logstore, shard, oldest_us, retention_bytes, report))
+    }
+
+    /// Drops from the oldest segment on, as long as it is sealed or cut, and too old or too much.
+    fn retain_shard(
+        &self,
+        admin: &mut AdminState,
+        logstore: &LogstoreShared,
+        shard: &Shard,
+        oldest_us: Option<u64>,
+        bytes_max: Option<u64>,
+        report: &mut RetentionReport,
+    ) -> Result<()> {
+        let segments = shard.segments(false)?;
+        let mut sizes = Vec::with_capacity(segments.len());
+        for segment in &segments {
+            let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            sizes.push(stat.map_or(0, |stat| stat.len));
+        }
+        let mut left: u64 = sizes.iter().sum();
+        let mut record = shard.record();
+        let mut dropped = Vec::new();
+        for (index, (segment, size)) in segments.iter().zip(&sizes).enumerate() {
+            let too_much = bytes_max.is_some_and(|max| left > max);
+            if !too_much && oldest_us.is_none() {
+                break;
+            }
+            if segment.active.is_some() {
+                break;
+            }
+            let opened = shard.open_segment(segment)?;
+            let ended = match &opened.end {
+                End::Sealed(_) | End::Cut(_) => true,
+                End::Active(_) | End::Unknown => false,
+            };
+            // What ends a cut segment is its successor's header, which was made when the shard went on.
+            let newest_us = match (&opened.end, segments.get(index + 1)) {
+                (End::Sealed(footer), _) if footer.footer.group_count > 0 => footer.footer.last_time_us,
+                (_, Some(next)) => shard.open_segment(next)?.header.header.created_us,
+                _ => opened.header.header.created_us,
+            };
+            let too_old = oldest_us.is_some_and(|oldest| newest_us < oldest);
+            if !ended || !(too_much || too_old) {
+                break;
+            }
+            record.first_ordinal = segment.ordinal + 1;
+            record.first_seq = match (segments.get(index + 1), &opened.end) {
+                (Some(next), _) => next.first_seq,
+                (None, End::Sealed(footer)) => footer.footer.end_seq,
+                (None, _) => opened.header.header.limit_seq,
+            };
+            if let (None, End::Sealed(footer)) = (segments.get(index + 1), &opened.end) {
+                // The last one goes: what follows will name it as its predecessor all the same.
+                let known = record.head.as_ref().map_or(0, |head| head.next_seq);
+                let mut head = Head::sealed(&opened.header.header, &footer.footer, *size);
+                head.next_seq = head.next_seq.max(known);
+                record.head = Some(head);
+            }
+            left -= size;
+            dropped.push((segment.clone(), *size));
+        }
+        if dropped.is_empty() {
+            return Ok(());
+        }
+        // First the catalogue says that they may be missing, then they go.
+        self.commit(admin, |catalogue| {
+            if let Some(entry) = catalogue.logstores.get_mut(&logstore.name)
+                && let Some(place) = entry.shards.get_mut(shard.id() as usize)
+            {
+                *place = record.clone();
+            }
+        })?;
+        shard.set_record(record.clone());
+        shard.drop_before(record.first_ordinal);
+        for (segment, size) in dropped {
+            self.disk.remove_file(&segment.path).map_err(Error::io("remove", &*segment.path))?;
+            report.segments += 1;
+            report.bytes += size;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,150 @@
+//! What must happen later: partial batches, mark blocks, rolling by age, retention.
+//!
+//! One queue ordered by time. A few threads work it off; in a store without threads of its own [`Scheduler::run_due`] does, when
+//! the embedder calls `tick`, so that a test or a simulation decides what happens when.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    sync::{Arc, Condvar, Mutex, Weak},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use crate::{
+    io::Clock,
+    shard::{Job, Task, Wake},
+    sync::{lock, wait, wait_timeout},
+};
+
+struct Entry {
+    due: Duration,
+    /// Keeps entries of the same moment in the order they came.
+    number: u64,
+    task: Weak<dyn Task>,
+    job: Job,
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        (self.due, self.number) == (other.due, other.number)
+    }
+}
+impl Eq for Entry {}
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.due, self.number).cmp(&(other.due, other.number))
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    entries: BinaryHeap<Reverse<Entry>>,
+    next_number: u64,
+    stopped: bool,
+}
+
+pub(crate) struct Scheduler {
+    clock: Arc<dyn Clock>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Scheduler {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
+        Arc::new(Self { clock, queue: Mutex::default(), changed: Condvar::new(), threads: Mutex::default() })
+    }
+
+    /// Starts `count` threads.
+    pub(crate) fn spawn(self: &Arc<Self>, count: usize) -> std::io::Result<()> {
+        for _ in 0..count {
+            let this = Arc::clone(self);
+            let thread = std::thread::Builder::new().name("envelog-worker".to_owned()).spawn(move || this.work())?;
+            lock(&self.threads).push(thread);
+        }
+        Ok(())
+    }
+
+    fn work(&self) {
+        let mut queue = lock(&self.queue);
+        loop {
+            if queue.stopped {
+                return;
+            }
+            let Some(Reverse(first)) = queue.entries.peek() else {
+                queue = wait(&self.changed, queue);
+                continue;
+            };
+            let left = first.due.saturating_sub(self.clock.uptime());
+            if !left.is_zero() {
+                queue = wait_timeout(&self.changed, queue, left);
+                continue;
+            }
+            let Some(Reverse(entry)) = queue.entries.pop() else { continue };
+            drop(queue);
+            if let Some(task) = entry.task.upgrade() {
+                task.run(entry.job);
+            }
+            queue = lock(&self.queue);
+        }
+    }
+
+    /// Does everything that is due now, in this thread.
+    pub(crate) fn run_due(&self) {
+        loop {
+            let entry = {
+                let mut queue = lock(&self.queue);
+                match queue.entries.peek() {
+                    Some(Reverse(first)) if first.due <= self.clock.uptime() => queue.entries.pop(),
+                    _ => None,
+                }
+            };
+            let Some(Reverse(entry)) = entry else { return };
+            if let Some(task) = entry.task.upgrade() {
+                task.run(entry.job);
+            }
+        }
+    }
+
+    /// Ends the threads; what is still queued is not done.
+    pub(crate) fn stop(&self) {
+        lock(&self.queue).stopped = true;
+        self.changed.notify_all();
+        let this_thread = std::thread::current().id();
+        for thread in lock(&self.threads).drain(..) {
+            // The last handle of a store may be dropped by a worker itself.
+            if thread.thread().id() != this_thread {
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Wake for Scheduler {
+    fn after(&self, delay: Duration, task: Weak<dyn Task>, job: Job) {
+        let mut queue = lock(&self.queue);
+        let (due, number) = (self.clock.uptime() + delay, queue.next_number);
+        queue.next_number += 1;
+        queue.entries.push(Reverse(Entry { due, number, task, job }));
+        drop(queue);
+        self.changed.notify_one();
+    }
+
+    fn relieve(&self) {
+        let waiting: Vec<_> = lock(&self.queue)
+            .entries
+            .iter()
+            .filter(|Reverse(entry)| entry.job == Job::Flush)
+            .filter_map(|Reverse(entry)| entry.task.upgrade())
+            .collect();
+        for task in waiting {
+            task.run(Job::FlushAll);
+        }
+    }
+}

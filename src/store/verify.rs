@@ -1,0 +1,412 @@
+//! Verification: everything that can be checked, checked, and every fault named with its place.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::{
+    AdminState, Checkpoint, Store, StoreShared,
+    checkpoint::{CheckpointBody, CheckpointEntry},
+};
+use crate::{
+    Error, ErrorKind, Result,
+    keys::AuditEvent,
+    logstore::{LogstoreName, LogstoreShared},
+    segment::FooterBuilder,
+    shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
+    sync::lock,
+};
+
+/// What is to be verified.
+#[derive(Clone, Debug, Default)]
+pub struct VerifyOptions {
+    /// Only this Logstore; `None` verifies all, and the key audit log.
+    pub logstore: Option<LogstoreName>,
+    /// Without the Logstores' keys: CRCs, digests and the chain of segments, which find bit rot and missing pieces also while a key
+    /// is revoked, but not what somebody changed on purpose along with its CRC.
+    pub keyless: bool,
+    /// What must still be there.
+    pub against: Option<Checkpoint>,
+}
+
+/// How far a verification is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VerifyProgress {
+    /// Bytes of segments looked at so far.
+    pub bytes: u64,
+    /// Bytes of all segments to be looked at.
+    pub bytes_total: u64,
+}
+
+/// Something that is not as it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Fault {
+    /// The Logstore it concerns, if one.
+    pub logstore: Option<LogstoreName>,
+    /// The file.
+    pub file: Option<PathBuf>,
+    /// The block in it, if it is one.
+    pub block: Option<u32>,
+    /// The offset in bytes.
+    pub offset: Option<u64>,
+    /// `corrupt`, `tampered`, `wrong_key`, `truncated`, `rolled_back`, …: the code of the error.
+    pub kind: &'static str,
+    /// What it is, in a sentence.
+    pub message: String,
+}
+
+impl Fault {
+    fn of(logstore: Option<&LogstoreName>, error: &Error) -> Self {
+        let at = match error {
+            Error::WrongKey { at }
+            | Error::Tampered { at, .. }
+            | Error::Corrupt { at, .. }
+            | Error::Truncated { at, .. } => Some(at),
+            _ => None,
+        };
+        Self {
+            logstore: logstore.cloned(),
+            file: at.map(|at| at.file.clone()),
+            block: at.and_then(|at| at.block),
+            offset: at.map(|at| at.offset),
+            kind: error.code(),
+            message: error.to_string(),
+        }
+    }
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct VerifyReport {
+    /// What is not as it was written.
+    pub faults: Vec<Fault>,
+    /// Logstores that could not be verified with their keys, and why.
+    #[serde(skip)]
+    pub refused: Vec<(LogstoreName, Error)>,
+    /// What is worth knowing and no fault: torn tails that the next append will drop, what retention dropped since the checkpoint.
+    pub notes: Vec<String>,
+    /// Segments looked at.
+    pub segments: u64,
+    /// Blocks looked at.
+    pub blocks: u64,
+    /// Groups in them.
+    pub groups: u64,
+    /// Bytes of the segments.
+    pub bytes: u64,
+}
+
+impl VerifyReport {
+    /// Whether everything is as it was written, as far as it could be looked at.
+    pub fn is_clean(&self) -> bool {
+        self.faults.is_empty()
+    }
+}
+
+impl Store {
+    /// Verifies the store, or one Logstore, and against a checkpoint if there is one. Goes on after a fault, to find all.
+    ///
+    /// # Errors
+    /// Only what keeps it from verifying at all: what is found wrong is in the report.
+    pub fn verify(&self, options: &VerifyOptions, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        self.shared.verify(options, progress)
+    }
+}
+
+struct Verification<'a> {
+    keyless: bool,
+    report: VerifyReport,
+    state: VerifyProgress,
+    progress: &'a mut dyn FnMut(VerifyProgress),
+}
+
+impl Verification<'_> {
+    /// Puts an error where it belongs. `Err` is one that is no finding.
+    fn note(&mut self, logstore: Option<&LogstoreName>, error: Error) -> Result<()> {
+        match (error.kind(), logstore) {
+            (ErrorKind::Integrity, _) => self.report.faults.push(Fault::of(logstore, &error)),
+            (ErrorKind::Revoked | ErrorKind::KmsUnreachable, Some(name)) => {
+                if !self.report.refused.iter().any(|(refused, _)| refused == name) {
+                    self.report.refused.push((name.clone(), error));
+                }
+            }
+            _ if matches!(error, Error::Shredded { .. }) => self.report.notes.push(error.to_string()),
+            _ if matches!(
+                error,
+                Error::KeyringTooOld { .. } | Error::NewerFormat { .. } | Error::UnsupportedFeature { .. }
+            ) =>
+            {
+                self.report.faults.push(Fault::of(logstore, &error));
+            }
+            _ => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, bytes: u64) {
+        self.state.bytes += bytes;
+        (self.progress)(self.state);
+    }
+}
+
+impl StoreShared {
+    fn verify(&self, options: &VerifyOptions, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+        self.keys.check_process()?;
+        let against = options.against.as_ref().map(|checkpoint| self.open_checkpoint(checkpoint)).transpose()?;
+        let mut verification = Verification {
+            keyless: options.keyless,
+            report: VerifyReport::default(),
+            state: VerifyProgress::default(),
+            progress,
+        };
+        let names = {
+            let mut admin = lock(&self.admin);
+            self.reload_catalogue(&mut admin)?;
+            if let Some(name) = &options.logstore
+                && !admin.catalogue.logstores.contains_key(name)
+            {
+                return Err(Error::LogstoreMissing(name.clone()));
+            }
+            if options.logstore.is_none() {
+                self.verify_store(&admin, against.as_ref(), &mut verification)?;
+            }
+            admin.catalogue.logstores.keys().cloned().collect::<Vec<_>>()
+        };
+        let mut logstores = Vec::new();
+        for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
+            match self.logstore(name) {
+                Ok(logstore) => logstores.push(logstore),
+                Err(error) => verification.note(Some(name), error)?,
+            }
+        }
+        for logstore in &logstores {
+            for shard in &logstore.shards {
+                for segment in shard.segments(true).unwrap_or_default() {
+                    let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+                    verification.state.bytes_total += stat.map_or(0, |stat| stat.len);
+                }
+            }
+        }
+        for logstore in &logstores {
+            let expected = against.as_ref().and_then(|against| against.logstores.get(&logstore.name));
+            self.verify_logstore(logstore, expected, &mut verification)?;
+        }
+        Ok(verification.report)
+    }
+
+    /// What belongs to no single Logstore: the audit log, directories that nobody knows, what the checkpoint knows of all.
+    fn verify_store(
+        &self,
+        admin: &AdminState,
+        against: Option<&CheckpointBody>,
+        verification: &mut Verification<'_>,
+    ) -> Result<()> {
+        let mut heads = vec![&admin.catalogue.audit];
+        heads.extend(against.map(|against| &against.audit));
+        let records = match self.audit.verified(&heads) {
+            Ok(records) => records,
+            Err(error) => {
+                verification.note(None, error)?;
+                Vec::new()
+            }
+        };
+        for (dir, has_segments) in self.unlisted(admin)? {
+            if has_segments {
+                let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
+                verification.note(None, Error::RolledBack { what })?;
+            }
+        }
+        let Some(against) = against else { return Ok(()) };
+        if admin.catalogue.generation < against.catalogue_generation {
+            let what = format!(
+                "the catalogue is of generation {}, it was {} at the checkpoint",
+                admin.catalogue.generation, against.catalogue_generation
+            );
+            verification.note(None, Error::RolledBack { what })?;
+        }
+        for (name, expected) in &against.logstores {
+            let same = admin.catalogue.logstores.get(name).is_some_and(|entry| entry.id == expected.id);
+            let deleted = records.iter().skip(against.audit.number as usize).any(|record| {
+                record.logstore_id == Some(expected.id)
+                    && matches!(record.event, AuditEvent::DeleteIntended | AuditEvent::Deleted)
+            });
+            if deleted {
+                verification.report.notes.push(format!("Logstore {name} was deleted since the checkpoint"));
+            } else if !same {
+                let what = format!("Logstore {name}, which the checkpoint knows, is not there");
+                verification.note(Some(name), Error::RolledBack { what })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn verify_logstore(
+        &self,
+        logstore: &LogstoreShared,
+        expected: Option<&CheckpointEntry>,
+        verification: &mut Verification<'_>,
+    ) -> Result<()> {
+        let name = &logstore.name;
+        let expected = expected.filter(|expected| expected.id == logstore.id);
+        let generation = lock(&logstore.meta).generation;
+        if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
+            let what =
+                format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
+            verification.note(Some(name), Error::RolledBack { what })?;
+        }
+        // The segments' keys prove themselves by their commitments; the envelopes of versions without segments are proved here.
+        if !verification.keyless
+            && let Some(section) = logstore.keys_section()
+        {
+            for version in section.versions.iter().filter(|version| version.wrapped.is_some()) {
+                if let Err(error) = logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version)) {
+                    verification.note(Some(name), error)?;
+                }
+            }
+            if let Some(cmk) = &section.cmk
+                && let Err(error) = self.load_probe(cmk)
+            {
+                verification.note(Some(name), error)?;
+            }
+        }
+        for (index, shard) in logstore.shards.iter().enumerate() {
+            let record = expected.and_then(|expected| expected.shards.get(index));
+            self.verify_shard(name, shard, record, verification)?;
+        }
+        Ok(())
+    }
+
+    fn verify_shard(
+        &self,
+        name: &LogstoreName,
+        shard: &Shard,
+        expected: Option<&ShardRecord>,
+        verification: &mut Verification<'_>,
+    ) -> Result<()> {
+        let segments = match shard.segments(true) {
+            Ok(segments) => segments,
+            Err(error) => return verification.note(Some(name), error),
+        };
+        let record = shard.record();
+        let checkpoint = expected.and_then(|expected| expected.head.as_ref());
+        for head in record.head.iter().chain(checkpoint) {
+            let reached = segments.last().map_or(record.first_ordinal - 1, |last| last.ordinal);
+            if head.ordinal > reached {
+                let what = format!("shard {} ends at segment {reached}, it had {}", shard.id(), head.ordinal);
+                verification.note(Some(name), Error::RolledBack { what })?;
+            } else if head.ordinal < record.first_ordinal {
+                verification.report.notes.push(format!("retention dropped segment {} of {name}", head.ordinal));
+            }
+        }
+        for segment in &segments {
+            let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            let len = stat.map_or(0, |stat| stat.len);
+            let heads: Vec<&Head> =
+                record.head.iter().chain(checkpoint).filter(|head| head.ordinal == segment.ordinal).collect();
+            let checked = shard
+                .open_segment(segment)
+                .and_then(|opened| self.verify_segment(name, shard, opened, &heads, verification));
+            if let Err(error) = checked {
+                verification.note(Some(name), error)?;
+            }
+            verification.report.segments += 1;
+            verification.report.bytes += len;
+            verification.advance(len);
+        }
+        Ok(())
+    }
+
+    fn verify_segment(
+        &self,
+        name: &LogstoreName,
+        shard: &Shard,
+        opened: Opened,
+        heads: &[&Head],
+        verification: &mut Verification<'_>,
+    ) -> Result<()> {
+        let gate = shard.gate();
+        let mut keyless = verification.keyless;
+        if !keyless {
+            // Derives the key, which checks the commitment; the footer is authenticated if there is one.
+            let checked = gate
+                .with_cipher(&opened.header, &opened.name.path, |_| Ok(()))
+                .and_then(|()| shard.verify_footer(&opened));
+            if let Err(error) = checked {
+                verification.note(Some(name), error)?;
+                keyless = true;
+            }
+        }
+        let header = std::sync::Arc::clone(&opened.header);
+        let end = opened.end.clone();
+        let mut builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
+        let mut heads: Vec<&&Head> = heads.iter().collect();
+        let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+        loop {
+            heads.retain(|head| {
+                let reached = builder.so_far().block_count == head.blocks;
+                let same = head.segment == header.header.segment && builder.digest() == head.digest;
+                if reached && !same {
+                    let what = format!("segment {} of shard {} is not what it was", head.ordinal, shard.id());
+                    verification.report.faults.push(Fault::of(Some(name), &Error::RolledBack { what }));
+                }
+                !reached
+            });
+            match reader.load(shard)? {
+                Load::Block(block) => {
+                    verification.report.blocks += 1;
+                    verification.report.groups += u64::from(block.group_count);
+                    let tag = reader.loaded_tag()?;
+                    builder.add(reader.offset, &block, &tag);
+                    if keyless {
+                        reader.skip();
+                    } else if let Err(error) = reader.open(gate) {
+                        if error.kind() != ErrorKind::Integrity {
+                            keyless = true;
+                        }
+                        verification.note(Some(name), error)?;
+                        reader.skip();
+                    }
+                }
+                Load::End => break,
+                Load::NotYet => {
+                    if matches!(end, End::Unknown) {
+                        let left = reader
+                            .opened
+                            .file
+                            .len()
+                            .map_err(Error::io("get the length of", &*reader.opened.name.path))?;
+                        if left > reader.offset {
+                            let note = format!(
+                                "{} ends in {} bytes that are no block, above the durable mark: the next append drops them",
+                                reader.opened.name.path.display(),
+                                left - reader.offset
+                            );
+                            verification.report.notes.push(note);
+                        }
+                    }
+                    break;
+                }
+            }
+        }
+        for head in heads {
+            let what = format!("segment {} has fewer blocks than the {} it had", head.ordinal, head.blocks);
+            verification.note(Some(name), Error::RolledBack { what })?;
+        }
+        let at = || reader.opened.at(reader.offset);
+        match &end {
+            End::Sealed(footer) => {
+                let found = builder.build(footer.footer.offset, footer.footer.nonce_random, footer.footer.recovered);
+                if found != footer.footer {
+                    return Err(Error::corrupt(at(), "the footer does not agree with the blocks"));
+                }
+            }
+            End::Cut(cut) if cut.digest != builder.digest() => {
+                return Err(Error::corrupt(at(), "the blocks are not those that the successor names"));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,119 @@
+//! The project's tasks: `cargo xtask TASK`.
+
+use std::{
+    env,
+    ffi::OsStr,
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+const HELP: &str = "\
+Usage: cargo xtask TASK
+
+Tasks:
+  test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
+                    command-line tests), then the engine without features; ARGS go to the test binaries
+  ci                formatting, lints and documentation with warnings denied, then `test`
+  deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
+";
+
+fn main() -> ExitCode {
+    let mut args = env::args().skip(1);
+    let task = args.next();
+    let rest: Vec<String> = args.collect();
+    let started = Instant::now();
+    let done = match task.as_deref() {
+        Some("test") => test(&rest),
+        Some("ci") if rest.is_empty() => ci(),
+        Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
+        Some("help" | "--help" | "-h") => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprint!("{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => {
+            eprintln!("xtask: done in {} s", started.elapsed().as_secs());
+            ExitCode::SUCCESS
+        }
+        Err(message) => {
+            eprintln!("xtask: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+type Done = Result<(), String>;
+
+/// The tests need no set-up beyond what cargo builds: the command-line tests run the binary that cargo builds for them, and
+/// everything else lives in temporary directories.
+fn test(args: &[String]) -> Done {
+    let with_args = |fixed: &[&'static str]| {
+        let mut all: Vec<&OsStr> = fixed.iter().map(OsStr::new).collect();
+        if !args.is_empty() {
+            all.push(OsStr::new("--"));
+            all.extend(args.iter().map(OsStr::new));
+        }
+        cargo(&all, &[])
+    };
+    with_args(&["test", "--locked", "--workspace", "--all-features"])?;
+    cargo(&["check", "--locked", "--package", "envelog", "--no-default-features", "--lib"], &[])?;
+    with_args(&["test", "--locked", "--package", "envelog", "--no-default-features"])
+}
+
+fn ci() -> Done {
+    cargo(&["fmt", "--all", "--check"], &[])?;
+    cargo(&["clippy", "--locked", "--workspace", "--all-targets", "--all-features", "--", "--deny", "warnings"], &[])?;
+    cargo(
+        &[
+            "clippy",
+            "--locked",
+            "--package",
+            "envelog",
+            "--all-targets",
+            "--no-default-features",
+            "--",
+            "--deny",
+            "warnings",
+        ],
+        &[],
+    )?;
+    cargo(&["doc", "--locked", "--workspace", "--all-features", "--no-deps"], &[("RUSTDOCFLAGS", "--deny warnings")])?;
+    test(&[])
+}
+
+fn deny(offline: bool) -> Done {
+    let installed = Command::new(cargo_program()).args(["deny", "--version"]).output();
+    if !installed.is_ok_and(|output| output.status.success()) {
+        return Err("cargo-deny is not installed; get it with `cargo install --locked cargo-deny`, or from \
+                    https://github.com/EmbarkStudios/cargo-deny/releases"
+            .to_owned());
+    }
+    if offline {
+        cargo(&["deny", "--offline", "check", "licenses", "bans", "sources"], &[])
+    } else {
+        cargo(&["deny", "check"], &[])
+    }
+}
+
+fn cargo_program() -> std::ffi::OsString {
+    env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Runs cargo in the workspace's root, and fails as it does.
+fn cargo<A: AsRef<OsStr>>(args: &[A], environment: &[(&str, &str)]) -> Done {
+    let words: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect();
+    let line = format!("cargo {}", words.join(" "));
+    eprintln!("xtask: {line}");
+    let status = Command::new(cargo_program())
+        .args(args)
+        .envs(environment.iter().copied())
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .status()
+        .map_err(|error| format!("cannot run `{line}`: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("`{line}` failed ({status})")) }
+}
