@@ -279,6 +279,7 @@ mod tests {
     /// What the kernel says about the pages: locked (`lo`), not dumped (`dd`), wiped on fork (`wf`).
     #[cfg(all(target_os = "linux", not(miri)))]
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the kernel's view is in a file")]
     fn the_kernel_confirms_the_protection() {
         let key = SecretKey::from_bytes(&mut [9; 32]);
         let address = key.expose().as_ptr() as usize;

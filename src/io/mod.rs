@@ -3,6 +3,8 @@
 //! The real ones are [`RealDisk`], [`SystemClock`] and [`OsRandom`]. Tests inject others that fail, tear, reorder, cut the power
 //! and replay from a seed; nothing else in the engine touches `std::fs`, a clock or a random number generator.
 
+#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "here is where the world is let in")]
+
 mod clock;
 mod map;
 mod random;
@@ -101,6 +103,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
 }
 
 /// An open file, or a simulation of one. All methods may be called from several threads at once.
+#[expect(clippy::len_without_is_empty, reason = "whether a file is empty is never the question")]
 pub trait DiskFile: Send + Sync + fmt::Debug {
     /// Reads at `offset`, as much as there is, up to the length of `buf`. Less than that only at the end of the file.
     ///

@@ -357,8 +357,7 @@ impl Reader {
         }
         let list = raw.slice(..list_len);
         let mut times = raw.get(list_len..).unwrap_or_default().chunks_exact(4);
-        let mut seq = header.first_seq;
-        for frame in group::frames(&list) {
+        for (seq, frame) in (header.first_seq..).zip(group::frames(&list)) {
             let frame = frame.map_err(|_| malformed())?;
             let delta =
                 times.next().and_then(|delta| delta.try_into().ok()).map(u32::from_le_bytes).ok_or_else(malformed)?;
@@ -370,7 +369,6 @@ impl Reader {
             if seq >= self.next_seq && receive_time_us >= self.from_us {
                 self.block.push_back(Record { seq, receive_time_us, kind: header.kind, bytes: list.slice(frame) });
             }
-            seq += 1;
         }
         self.list = list;
         Ok(())

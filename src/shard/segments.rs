@@ -342,8 +342,8 @@ impl Shard {
                 }
             };
             return match &header.header.predecessor {
-                Predecessor::Sealed(end) => Ok(Expected::Sealed(end.clone())),
-                Predecessor::Cut(end) => Ok(Expected::Cut(end.clone())),
+                Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
+                Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
                 Predecessor::None => Err(Error::Tampered {
                     at: Location::new(&*next.path, 160),
                     what: "a segment that denies its predecessor",

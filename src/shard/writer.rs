@@ -389,8 +389,7 @@ impl Shard {
     /// One block, and one sync if somebody waits for it. The caller has set `driving`; `own` is the group that it waits for.
     fn turn(&self, own: Option<u64>) -> Turn {
         let mut writer = lock(&self.writer);
-        let batch = lock(&self.state).take_batch(self.context.options.block_bytes);
-        if let Some(batch) = batch
+        if let Some(batch) = self.next_batch()
             && let Err(turn) = self.write_batch(&mut writer, batch, KeyUse::Admitted)
         {
             return turn;
@@ -409,6 +408,10 @@ impl Shard {
             self.sync_active(&mut writer);
         }
         Turn::Done
+    }
+
+    fn next_batch(&self) -> Option<Vec<Pending>> {
+        lock(&self.state).take_batch(self.context.options.block_bytes)
     }
 
     /// Makes a block of `batch` and writes it, keeping the watermarks.
@@ -589,10 +592,7 @@ impl Shard {
         {
             let mut writer = lock(&self.writer);
             self.refuse(Vec::new(), error);
-            while let Some(batch) = {
-                let batch = lock(&self.state).take_batch(self.context.options.block_bytes);
-                batch
-            } {
+            while let Some(batch) = self.next_batch() {
                 if self.write_batch(&mut writer, batch, KeyUse::Held).is_err() {
                     break;
                 }
@@ -1012,7 +1012,7 @@ impl NewSegment {
             created_us: context.clock.wall_us().max(next.last_time_us),
             key_source: plan.key_source,
             salt: draw(shard, &path)?,
-            predecessor: next.predecessor.clone(),
+            predecessor: next.predecessor,
             extensions: Vec::new(),
         };
         let encoded = header.encode();
