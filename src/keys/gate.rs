@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, Mutex, RwLock},
+    sync::{
+        Arc, Mutex, OnceLock, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use super::{
@@ -20,7 +23,7 @@ use crate::{
     crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
-    kms::{Cmk, KmsCall, KmsError},
+    kms::{Cmk, KmsError},
     logstore::LogstoreName,
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{lock, read, write},
@@ -83,7 +86,12 @@ pub(crate) struct Gate {
     held: RwLock<Held>,
     /// Taken while unwrapping, so that it happens once.
     loading: Mutex<()>,
+    closed: AtomicBool,
+    /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
+    reload: OnceLock<ReloadKeys>,
 }
+
+pub(crate) type ReloadKeys = Box<dyn Fn() -> Result<GateKeys> + Send + Sync>;
 
 impl std::fmt::Debug for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -93,7 +101,16 @@ impl std::fmt::Debug for Gate {
 
 impl Gate {
     pub(crate) fn new(context: Arc<KeyContext>, name: LogstoreName, id: LogstoreId, keys: GateKeys) -> Self {
-        Self { context, name, id, keys: RwLock::new(keys), held: RwLock::default(), loading: Mutex::default() }
+        Self {
+            context,
+            name,
+            id,
+            keys: RwLock::new(keys),
+            held: RwLock::default(),
+            loading: Mutex::default(),
+            closed: AtomicBool::new(false),
+            reload: OnceLock::new(),
+        }
     }
 
     pub(crate) fn context(&self) -> &Arc<KeyContext> {
@@ -123,6 +140,9 @@ impl Gate {
     /// Admits an operation that starts now. Returns the epoch of the lease.
     pub(crate) fn admit(&self) -> Result<u64> {
         self.context.check_process()?;
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::Closed("the Logstore"));
+        }
         let lease = read(&self.keys).lease.clone();
         match lease {
             None => Ok(0),
@@ -258,7 +278,12 @@ impl Gate {
 
     /// Unwraps a data key from its envelope, at the keyring or at the KMS.
     pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
-        let keys = self.keys();
+        let mut keys = self.keys();
+        let known = |keys: &GateKeys| keys.section.as_ref().is_some_and(|section| section.version(version).is_some());
+        if let Some(reload) = self.reload.get().filter(|_| !known(&keys)) {
+            keys = reload()?;
+            self.replace_keys(keys.clone());
+        }
         let missing = || Error::RolledBack {
             what: format!("data-key version {version} of Logstore {} is not in its metadata", self.name),
         };
@@ -277,17 +302,13 @@ impl Gate {
                 .ok_or_else(|| Error::WrongKey {
                     at: Location::new(format!("envelope {version} of {}", self.name), 0),
                 })?,
-            (None, Some(lease)) => {
-                let call =
-                    KmsCall { cmk: lease.cmk(), context: &identity.context(), timeout: lease.terms().call_timeout };
-                lease.kms().unwrap(&call, &wrapped).map_err(|error| {
-                    let refusal = Refusal::from(&error);
-                    if matches!(error, KmsError::Revoked { .. }) {
-                        lease.report(refusal.clone());
-                    }
-                    self.refused(&refusal, lease.cmk())
-                })?
-            }
+            (None, Some(lease)) => lease.unwrap(identity.context(), &wrapped).map_err(|error| {
+                let refusal = Refusal::from(&error);
+                if matches!(error, KmsError::Revoked { .. }) {
+                    lease.report(refusal.clone());
+                }
+                self.refused(&refusal, lease.cmk())
+            })?,
             (None, None) => return Err(damaged("an envelope has no key to unwrap it")),
         };
         if fingerprint(&key) == entry.fingerprint {
@@ -304,6 +325,18 @@ impl Gate {
 
     pub(crate) fn identity(&self, section: &KeysSection, version: u32) -> EnvelopeIdentity {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
+    }
+
+    /// Says how to read the keys anew when a version is asked for that they do not have.
+    pub(crate) fn reload_with(&self, reload: ReloadKeys) {
+        // Set once, where the gate is made.
+        let _ = self.reload.set(reload);
+    }
+
+    /// Refuses every use from now on, and wipes: the Logstore is deleted or the store closed.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.wipe();
     }
 
     /// Wipes every key of the Logstore from memory, once the uses under way are done.

@@ -19,9 +19,10 @@ use serde::Serialize;
 
 use super::envelope::fingerprint;
 use crate::{
+    crypto::SecretKey,
     io::{Clock, Random},
-    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
-    sync::{lock, wait_timeout},
+    kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
+    sync::{lock, wait, wait_timeout},
 };
 
 /// How often and how long; see [`crate::StoreOptions`].
@@ -115,10 +116,8 @@ struct State {
 }
 
 pub(crate) struct Lease {
-    this: Weak<Self>,
-    inline: bool,
     cmk: Cmk,
-    kms: Arc<dyn Kms>,
+    kms: BoundedKms,
     probe: Probe,
     terms: LeaseTerms,
     clock: Arc<dyn Clock>,
@@ -145,19 +144,15 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
-    /// `inline` makes the calls in the thread that finds them due, for a store without threads of its own.
     pub(crate) fn new(
         cmk: Cmk,
-        kms: Arc<dyn Kms>,
+        kms: BoundedKms,
         probe: Probe,
         terms: LeaseTerms,
         clock: Arc<dyn Clock>,
         random: Arc<dyn Random>,
-        inline: bool,
     ) -> Arc<Self> {
-        Arc::new_cyclic(|this| Self {
-            this: this.clone(),
-            inline,
+        Arc::new(Self {
             cmk,
             kms,
             probe,
@@ -178,14 +173,6 @@ impl Lease {
 
     pub(crate) fn cmk(&self) -> &Cmk {
         &self.cmk
-    }
-
-    pub(crate) fn kms(&self) -> &Arc<dyn Kms> {
-        &self.kms
-    }
-
-    pub(crate) fn terms(&self) -> &LeaseTerms {
-        &self.terms
     }
 
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
@@ -246,69 +233,40 @@ impl Lease {
         }
     }
 
-    /// Asks the KMS now, unless a call is under way: then waits for that one. Waits no longer than a call may take, whatever the
-    /// backend does: a call that has not come back by then counts as unreachable, and its answer is taken in whenever it comes.
+    /// Asks the KMS now, unless a call is under way: then waits for that one. Either takes no longer than a call may take.
     pub(crate) fn renew(&self) {
         let mut state = lock(&self.state);
-        let now = self.clock.uptime();
-        let sent = match state.calling {
-            Some(sent) if now < sent + 2 * self.terms.call_timeout => sent,
-            _ => {
-                state.calling = Some(now);
-                self.calls.fetch_add(1, Ordering::Relaxed);
-                drop(state);
-                self.start_call(now, self.clock.wall_us());
-                state = lock(&self.state);
-                now
+        if let Some(sent) = state.calling {
+            while state.calling == Some(sent) {
+                state = wait(&self.changed, state);
             }
-        };
-        let deadline = sent + self.terms.call_timeout;
-        loop {
-            if state.calling != Some(sent) {
-                return;
-            }
-            let left = deadline.saturating_sub(self.clock.uptime());
-            if left.is_zero() {
-                break;
-            }
-            state = wait_timeout(&self.changed, state, left);
+            return;
         }
-        let limit = self.terms.call_timeout;
-        self.settle(&mut state, sent, 0, Err(Refusal::Unreachable(format!("no answer within {limit:?}"))));
+        let (sent, sent_wall) = (self.clock.uptime(), self.clock.wall_us());
+        state.calling = Some(sent);
+        drop(state);
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        let answer = self.ask();
+        let mut state = lock(&self.state);
+        state.calling = None;
+        self.settle(&mut state, sent, sent_wall, answer);
         drop(state);
         self.changed.notify_all();
     }
 
-    /// Makes the call: in a thread of its own, which a backend that never returns may keep; or here, where there are no threads.
-    fn start_call(&self, sent: Duration, sent_wall: u64) {
-        let Some(this) = self.this.upgrade() else { return };
-        let call = move || {
-            let answer = this.ask();
-            let mut state = lock(&this.state);
-            if state.calling == Some(sent) {
-                state.calling = None;
-            }
-            this.settle(&mut state, sent, sent_wall, answer);
-            drop(state);
-            this.changed.notify_all();
-        };
-        if self.inline {
-            call();
-        } else if let Err(error) = std::thread::Builder::new().name("envelog-kms".to_owned()).spawn(call) {
-            let mut state = lock(&self.state);
-            state.calling = None;
-            self.settle(&mut state, sent, sent_wall, Err(Refusal::Unreachable(error.to_string())));
-        }
-    }
-
     fn ask(&self) -> Result<(), Refusal> {
-        let call = KmsCall { cmk: &self.cmk, context: &self.probe.context, timeout: self.terms.call_timeout };
-        let key = self.kms.unwrap(&call, &self.probe.wrapped).map_err(|error| Refusal::from(&error))?;
+        let key =
+            self.unwrap(self.probe.context.clone(), &self.probe.wrapped).map_err(|error| Refusal::from(&error))?;
         if fingerprint(&key) == self.probe.fingerprint {
             Ok(())
         } else {
             Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))
         }
+    }
+
+    /// Unwraps at the KMS, in the time that a call may take.
+    pub(crate) fn unwrap(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        self.kms.unwrap(&self.cmk, context, wrapped)
     }
 
     /// Takes in the answer to a call sent at `sent`.

@@ -48,6 +48,7 @@
 //!   are independent: a slow one must not delay the others.
 //! - **Do not panic** on whatever the network returns; limit what is read of it.
 
+mod bounded;
 #[cfg(feature = "kms-local")]
 mod local;
 
@@ -55,6 +56,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use bounded::BoundedKms;
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
 

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, RwLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
@@ -83,7 +83,6 @@ pub(crate) struct LogstoreShared {
     pub(crate) shards: Vec<Arc<Shard>>,
     plan: Arc<RwLock<WritePlan>>,
     next_shard: AtomicUsize,
-    deleted: AtomicBool,
     observer: std::sync::Weak<dyn KeyObserver>,
     threads: bool,
 }
@@ -137,7 +136,6 @@ impl LogstoreShared {
             meta: Mutex::new(meta),
             plan,
             next_shard: AtomicUsize::new(0),
-            deleted: AtomicBool::new(false),
             observer,
             threads: context.options.threads,
         }
@@ -159,24 +157,19 @@ impl LogstoreShared {
 
     /// Marks it deleted: every handle refuses from now on.
     pub(crate) fn delete(&self) {
-        self.deleted.store(true, Ordering::Release);
         for shard in &self.shards {
             shard.abandon();
         }
-        self.gate.wipe();
+        self.gate.close();
     }
 
-    fn check(&self) -> Result<()> {
-        if self.deleted.load(Ordering::Acquire) {
-            return Err(Error::Closed("the Logstore"));
-        }
+    /// Without threads, whoever comes next deals with a loss of the key that was noticed.
+    fn settle(&self) {
         if !self.threads
             && let Some(lease) = self.lease()
         {
-            // Without threads, whoever comes next deals with a loss that was noticed.
             lease.tell();
         }
-        Ok(())
     }
 
     fn shard(&self, id: u32) -> Result<&Arc<Shard>> {
@@ -469,7 +462,7 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        self.shared.check()?;
+        self.shared.settle();
         let payload = payload.try_into()?;
         let shard = self.shared.choose(options.shard)?;
         let seq = shard.enqueue(payload, options.durability, wait)?;
@@ -481,7 +474,7 @@ impl Logstore {
     /// # Errors
     /// What kept it from being written.
     pub fn sync(&self) -> Result<()> {
-        self.shared.check()?;
+        self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.sync())
     }
 
@@ -491,7 +484,7 @@ impl Logstore {
     /// [`Error::Revoked`], [`Error::KmsUnreachable`] when the key may not be used; [`Error::ShardMissing`]; [`Error::TooMany`] when
     /// as many readers are open as [`crate::StoreOptions::readers_max`] allows.
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
-        self.shared.check()?;
+        self.shared.settle();
         Reader::open(self.shared.shard(shard)?, options)
     }
 
@@ -529,7 +522,7 @@ impl Logstore {
     /// # Errors
     /// What kept a segment from being sealed.
     pub fn roll(&self) -> Result<()> {
-        self.shared.check()?;
+        self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.roll())
     }
 }

@@ -251,7 +251,12 @@ pub(crate) struct ShardContext {
     pub(crate) plan: Arc<RwLock<WritePlan>>,
     /// How many readers there may be.
     pub(crate) permits: Arc<ReaderPermits>,
+    /// For a read-only opener.
+    pub(crate) reload: Option<ReloadRecord>,
 }
+
+/// Reads anew what the catalogue knows of a shard.
+pub(crate) type ReloadRecord = Box<dyn Fn(u32) -> Result<ShardRecord> + Send + Sync>;
 
 /// A shard of an open Logstore.
 pub(crate) struct Shard {

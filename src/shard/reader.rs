@@ -555,6 +555,32 @@ impl SegmentReader {
         }
     }
 
+    /// Goes on behind a damaged block of a sealed segment: where its header says, if that leads to a block, else to the next block that
+    /// the index names. `false` when there is none.
+    pub(crate) fn pass_damage(&mut self) -> Result<bool> {
+        let End::Sealed(footer) = &self.opened.end else { return Ok(false) };
+        let footer = Arc::clone(footer);
+        let (end, tag, number) = (footer.footer.offset, self.opened.header.segment_tag(), self.number);
+        self.loaded = None;
+        let damaged = self.offset;
+        if let Ok(head) = self.window(BlockHeader::LEN, end)?
+            && let Ok(header) = BlockHeader::decode(head)
+            && header.number == number
+            && header.block_len() < end - damaged
+        {
+            self.offset = damaged + header.block_len();
+            let follows = self.window(BlockHeader::LEN, end)?.and_then(BlockHeader::decode);
+            if follows.is_ok_and(|next| next.segment_tag == tag && next.number == number + 1) {
+                self.number = number + 1;
+                return Ok(true);
+            }
+        }
+        let next = footer.footer.index.iter().find(|entry| entry.offset > damaged);
+        self.offset = next.map_or(end, |entry| entry.offset);
+        self.number = next.map_or(footer.footer.block_count, |entry| entry.block);
+        Ok(next.is_some())
+    }
+
     /// The raw bytes of the loaded block, authenticated, decrypted and decompressed; goes on to the next block.
     pub(crate) fn open(&mut self, gate: &Gate) -> Result<Vec<u8>> {
         let header = self.loaded.ok_or(Error::Closed("the block"))?;

@@ -206,7 +206,14 @@ impl Shard {
         {
             return Ok(segments.clone());
         }
-        let listed = self.list()?;
+        let listed = match (self.list(), &self.context.reload) {
+            (Err(Error::Truncated { .. }), Some(reload)) => {
+                // Retention may have dropped what the catalogue, as it was read last, still counts on.
+                self.set_record(reload(self.id)?);
+                self.list()?
+            }
+            (listed, _) => listed?,
+        };
         *segments = Some(listed.clone());
         Ok(listed)
     }

@@ -184,7 +184,7 @@ struct Active {
 enum Turn {
     Done,
     /// The key may not be used.
-    Refused,
+    Refused(Error),
 }
 
 impl Shard {
@@ -314,8 +314,14 @@ impl Shard {
             }
             state.driving = true;
             drop(state);
-            self.turn(Some(seq));
+            let turn = self.turn(Some(seq));
             state = self.end_driving();
+            if let Turn::Refused(error) = turn
+                && state.outcome(seq, durability).is_none()
+            {
+                // It was acknowledged as buffered, and stays queued until the loss of the key is dealt with.
+                return Err(error);
+            }
         }
     }
 
@@ -341,7 +347,7 @@ impl Shard {
             drop(state);
             let turn = self.turn(None);
             state = self.end_driving();
-            if matches!(turn, Turn::Refused) {
+            if matches!(turn, Turn::Refused(_)) {
                 // What was acknowledged stays queued until the loss of the key is dealt with, or the key is back.
                 return;
             }
@@ -433,7 +439,7 @@ impl Shard {
             }
             Err(error) if keys == KeyUse::Admitted && is_refusal(&error) => {
                 self.refuse(batch, &error);
-                Err(Turn::Refused)
+                Err(Turn::Refused(error))
             }
             Err(error) => {
                 drop(batch);
@@ -605,7 +611,16 @@ impl Shard {
 
     /// Writes everything, seals the active segment, and takes no more appends. Returns where the shard stands.
     pub(crate) fn close(&self) -> Result<Option<Head>> {
-        let flushed = if lock(&self.state).latched.is_none() { self.sync() } else { Ok(()) };
+        lock(&self.state).closed = true;
+        let flushed = match self.latch_cause() {
+            Some(cause) => Err(self.latched(&cause)),
+            None => self.sync(),
+        };
+        if let Err(error) = &flushed
+            && is_refusal(error)
+        {
+            self.lose_key(error);
+        }
         self.start_driving();
         let sealed = {
             let mut writer = lock(&self.writer);
@@ -614,15 +629,7 @@ impl Shard {
                 .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) });
             sealed.map(|()| writer.head())
         };
-        let mut state = self.end_driving();
-        let closed = Error::Closed("the Logstore");
-        let (written, next) = (state.written, state.next_seq);
-        state.fail(written, next, false, &closed);
-        let freed = std::mem::take(&mut state.queued_bytes);
-        state.queue.clear();
-        state.closed = true;
-        drop(state);
-        self.context.budget.release(freed);
+        drop(self.end_driving());
         let head = sealed?;
         match flushed {
             Err(error) if !is_refusal(&error) => Err(error),

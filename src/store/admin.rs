@@ -11,7 +11,7 @@ use crate::{
         AuditEvent,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
     },
-    kms::{Cmk, Kms, KmsCall},
+    kms::{BoundedKms, Cmk, Kms},
     logstore::{
         ConfigError, EncryptConf, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, LogstoreSpec, Meta,
         meta_path, shard_dir,
@@ -161,9 +161,9 @@ impl StoreShared {
                 (Some(version), wrapped)
             }
             Some(cmk) => {
-                let kms = self.serving(cmk)?;
+                let kms = self.bounded(self.serving(cmk)?);
                 let wrapped =
-                    self.wrap_at(&*kms, cmk, &identity, key).map_err(|error| error.refusing(&section.name, cmk))?;
+                    self.wrap_at(&kms, cmk, &identity, key).map_err(|error| error.refusing(&section.name, cmk))?;
                 (None, wrapped)
             }
         };
@@ -184,16 +184,14 @@ impl StoreShared {
     /// Wraps at the KMS, and proves that what comes back unwraps to the same key: an envelope that does not is worth nothing.
     fn wrap_at(
         &self,
-        kms: &dyn Kms,
+        kms: &BoundedKms,
         cmk: &Cmk,
         identity: &EnvelopeIdentity,
         key: &SecretKey,
     ) -> std::result::Result<Vec<u8>, KmsOrEngine> {
         self.ensure_probe(kms, cmk)?;
-        let context = identity.context();
-        let call = KmsCall { cmk, context: &context, timeout: self.options.kms_timeout };
-        let wrapped = kms.wrap(&call, key).map_err(KmsOrEngine::Kms)?;
-        let unwrapped = kms.unwrap(&call, &wrapped).map_err(KmsOrEngine::Kms)?;
+        let wrapped = kms.wrap(cmk, identity.context(), key).map_err(KmsOrEngine::Kms)?;
+        let unwrapped = kms.unwrap(cmk, identity.context(), &wrapped).map_err(KmsOrEngine::Kms)?;
         if fingerprint(&unwrapped) != fingerprint(key) {
             let detail = "it does not unwrap what it wrapped".to_owned();
             return Err(KmsOrEngine::Kms(crate::kms::KmsError::Invalid { detail }));

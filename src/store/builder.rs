@@ -255,7 +255,7 @@ impl StoreBuilder {
         let identity = self.identity()?;
         let lock_file = self.lock()?;
         let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
-        self.verify_identity(&keyring)?;
+        verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
         let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file))?;
         store.shared.finish_deletions()?;
@@ -270,7 +270,7 @@ impl StoreBuilder {
         self.options.check()?;
         let identity = self.identity()?;
         let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
-        self.verify_identity(&keyring)?;
+        verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
         self.assemble(identity.store, keyring, catalogue, None)
     }
@@ -355,12 +355,6 @@ impl StoreBuilder {
         Ok(Identity { store: claimed.store, keyring: body.keyring })
     }
 
-    fn verify_identity(&self, keyring: &Keyring) -> Result<()> {
-        let path = identity_path(&self.dir);
-        let bytes = io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
-        document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version)).map(|_| ())
-    }
-
     /// Takes the advisory lock and writes this process' number into it.
     fn lock(&self) -> Result<Arc<dyn io::DiskFile>> {
         let path = self.dir.join("LOCK");
@@ -440,6 +434,13 @@ impl StoreBuilder {
         }
         Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })
     }
+}
+
+/// Authenticates the `STORE` file.
+pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    let path = identity_path(dir);
+    let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
+    document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version)).map(|_| ())
 }
 
 fn write_identity(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring, now_us: u64) -> Result<()> {

@@ -34,10 +34,10 @@ use crate::{
         keyring::Keyring,
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
     },
-    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError},
+    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
     logstore::{ConfigError, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, Meta, write_plan},
     segment::Features,
-    shard::{Budget, ReaderPermits, ShardContext, ShardOptions},
+    shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
 };
 
@@ -260,6 +260,12 @@ impl StoreShared {
         if !self.read_only && lock(&self.lock_file).is_none() {
             return Err(Error::Closed("the store"));
         }
+        // A Logstore that is open is found without waiting for an administrative operation on another.
+        if !self.read_only
+            && let Some(open) = lock(&self.logstores).get(name)
+        {
+            return Ok(Arc::clone(open));
+        }
         let mut admin = lock(&self.admin);
         self.logstore_locked(&mut admin, name)
     }
@@ -353,15 +359,43 @@ impl StoreShared {
             read_only: self.read_only,
             plan: Arc::clone(&plan),
             permits: Arc::clone(&self.permits),
+            reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
         });
         let observer: Weak<dyn crate::logstore::KeyObserver> = self.this.clone();
         let dir = self.logstore_dir(entry.id);
+        if self.read_only {
+            self.keep_current(&context.gate, meta.config.name.clone());
+        }
         let shared = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
         if let Some(lease) = lease {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
             lease.listen(listener);
         }
         Ok(shared)
+    }
+
+    /// How a reader finds out what retention has dropped since it read the catalogue.
+    fn reload_records(&self, name: LogstoreName) -> ReloadRecord {
+        let this = self.this.clone();
+        Box::new(move |shard| {
+            let this = this.upgrade().ok_or(Error::Closed("the store"))?;
+            let catalogue = Catalogue::load(&*this.disk, &this.dir, this.id, &read(&this.keyring))?;
+            let entry = catalogue.logstores.get(&name).ok_or(Error::Closed("the Logstore"))?;
+            entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
+        })
+    }
+
+    /// How a reader gets the keys that the writer has made since.
+    fn keep_current(&self, gate: &Gate, name: LogstoreName) {
+        let (this, id) = (self.this.clone(), gate.id());
+        gate.reload_with(Box::new(move || {
+            let this = this.upgrade().ok_or(Error::Closed("the store"))?;
+            let meta = Meta::load(&*this.disk, &this.logstore_dir(id), this.id, id, &read(&this.keyring))?;
+            if meta.config.name != name {
+                return Err(Error::Closed("the Logstore"));
+            }
+            this.gate_keys(meta.keys.as_ref(), id)
+        }));
     }
 
     fn shard_options(&self) -> ShardOptions {
@@ -400,6 +434,10 @@ impl StoreShared {
         self.kms.iter().find(|kms| kms.serves(region))
     }
 
+    fn bounded(&self, kms: Arc<dyn Kms>) -> BoundedKms {
+        BoundedKms::new(kms, self.options.kms_timeout, self.options.background == Background::Manual)
+    }
+
     fn terms(&self) -> LeaseTerms {
         LeaseTerms {
             revalidate_every: self.options.revalidate_every,
@@ -428,19 +466,10 @@ impl StoreShared {
             // The probe is a convenience: an envelope of the Logstore itself proves as much.
             None => self.envelope_probe(section, id)?,
         };
-        let kms = match self.kms_for(&cmk.region_id) {
-            Some(kms) => Arc::clone(kms),
-            None => Arc::new(NoKms { region: cmk.region_id.clone() }),
-        };
-        let lease = Lease::new(
-            cmk.clone(),
-            kms,
-            probe,
-            self.terms(),
-            Arc::clone(&self.clock),
-            Arc::clone(&self.random),
-            self.options.background == Background::Manual,
-        );
+        let none = || Arc::new(NoKms { region: cmk.region_id.clone() }) as _;
+        let kms = self.bounded(self.kms_for(&cmk.region_id).map_or_else(none, Arc::clone));
+        let lease =
+            Lease::new(cmk.clone(), kms, probe, self.terms(), Arc::clone(&self.clock), Arc::clone(&self.random));
         let thread = match self.options.background {
             Background::Threads => Some(Lease::spawn(&lease).map_err(Error::io("start a thread for", &self.dir))?),
             Background::Manual => None,
@@ -485,15 +514,13 @@ impl StoreShared {
     }
 
     /// Makes the probe envelope of a master key, if there is none yet.
-    fn ensure_probe(&self, kms: &dyn Kms, cmk: &Cmk) -> std::result::Result<(), KmsOrEngine> {
+    fn ensure_probe(&self, kms: &BoundedKms, cmk: &Cmk) -> std::result::Result<(), KmsOrEngine> {
         let (path, id) = self.probe_path(cmk);
         if self.load_probe(cmk)?.is_some() {
             return Ok(());
         }
         let secret = SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", &path))?;
-        let context = self.probe_context();
-        let call = KmsCall { cmk, context: &context, timeout: self.options.kms_timeout };
-        let wrapped = kms.wrap(&call, &secret).map_err(KmsOrEngine::Kms)?;
+        let wrapped = kms.wrap(cmk, self.probe_context(), &secret).map_err(KmsOrEngine::Kms)?;
         let body = ProbeBody { cmk: cmk.clone(), wrapped: hex_encode(&wrapped), fingerprint: fingerprint(&secret) };
         let keyring = read(&self.keyring);
         let document = Document {
@@ -553,7 +580,7 @@ impl StoreShared {
                         Err(error) => result = Err(error),
                     }
                 }
-                logstore.gate.wipe();
+                logstore.gate.close();
             }
             let audit_moved = self.audit.head() != admin.catalogue.audit;
             if admin.latched.is_none() && (!heads.is_empty() || audit_moved) {

@@ -6,15 +6,17 @@ use serde::Serialize;
 
 use super::{
     AdminState, Checkpoint, Store, StoreShared,
+    builder::verify_identity,
+    catalogue::Catalogue,
     checkpoint::{CheckpointBody, CheckpointEntry},
 };
 use crate::{
     Error, ErrorKind, Result,
-    keys::AuditEvent,
-    logstore::{LogstoreName, LogstoreShared},
+    keys::{AuditEvent, keyring::Keyring},
+    logstore::{LogstoreName, LogstoreShared, Meta},
     segment::FooterBuilder,
     shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
-    sync::lock,
+    sync::{lock, read},
 };
 
 /// What is to be verified.
@@ -203,6 +205,11 @@ impl StoreShared {
         against: Option<&CheckpointBody>,
         verification: &mut Verification<'_>,
     ) -> Result<()> {
+        for checked in self.verify_documents(admin) {
+            if let Err(error) = checked {
+                verification.note(None, error)?;
+            }
+        }
         let mut heads = vec![&admin.catalogue.audit];
         heads.extend(against.map(|against| &against.audit));
         let records = match self.audit.verified(&heads) {
@@ -242,6 +249,25 @@ impl StoreShared {
         Ok(())
     }
 
+    /// The store's own documents, as they are on disk now.
+    fn verify_documents(&self, admin: &AdminState) -> [Result<()>; 3] {
+        let keyring = read(&self.keyring);
+        let catalogue = Catalogue::load(&*self.disk, &self.dir, self.id, &keyring).and_then(|found| {
+            if self.read_only || found.generation == admin.catalogue.generation {
+                return Ok(());
+            }
+            let (found, known) = (found.generation, admin.catalogue.generation);
+            Err(Error::RolledBack {
+                what: format!("the catalogue is of generation {found}, it was written as {known}"),
+            })
+        });
+        [
+            verify_identity(&*self.disk, &self.dir, &keyring),
+            Keyring::load(&*self.disk, keyring.path(), self.id, keyring.id()).map(|_| ()),
+            catalogue,
+        ]
+    }
+
     fn verify_logstore(
         &self,
         logstore: &LogstoreShared,
@@ -251,6 +277,15 @@ impl StoreShared {
         let name = &logstore.name;
         let expected = expected.filter(|expected| expected.id == logstore.id);
         let generation = lock(&logstore.meta).generation;
+        match Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring)) {
+            Ok(found) if found.generation < generation => {
+                let found = found.generation;
+                let what = format!("the metadata is of generation {found}, it was written as {generation}");
+                verification.note(Some(name), Error::RolledBack { what })?;
+            }
+            Ok(_) => {}
+            Err(error) => verification.note(Some(name), error)?,
+        }
         if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
             let what =
                 format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
@@ -342,6 +377,7 @@ impl StoreShared {
         let end = opened.end.clone();
         let mut builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
         let mut heads: Vec<&&Head> = heads.iter().collect();
+        let mut damaged = false;
         let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
         loop {
             heads.retain(|head| {
@@ -353,7 +389,19 @@ impl StoreShared {
                 }
                 !reached
             });
-            match reader.load(shard)? {
+            let loaded = match reader.load(shard) {
+                Err(error @ Error::Corrupt { .. }) => {
+                    damaged = true;
+                    heads.clear();
+                    verification.note(Some(name), error)?;
+                    if reader.pass_damage()? {
+                        continue;
+                    }
+                    break;
+                }
+                loaded => loaded?,
+            };
+            match loaded {
                 Load::Block(block) => {
                     verification.report.blocks += 1;
                     verification.report.groups += u64::from(block.group_count);
@@ -393,6 +441,9 @@ impl StoreShared {
         for head in heads {
             let what = format!("segment {} has fewer blocks than the {} it had", head.ordinal, head.blocks);
             verification.note(Some(name), Error::RolledBack { what })?;
+        }
+        if damaged {
+            return Ok(());
         }
         let at = || reader.opened.at(reader.offset);
         match &end {

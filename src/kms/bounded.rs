@@ -1,0 +1,56 @@
+//! Calls that end in time, whatever the backend does.
+
+use std::{
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
+
+use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
+use crate::crypto::SecretKey;
+
+/// A KMS whose calls are given up after their time limit: the bound on revocation does not rest on a backend keeping its word.
+#[derive(Clone, Debug)]
+pub(crate) struct BoundedKms {
+    kms: Arc<dyn Kms>,
+    timeout: Duration,
+    /// Whether calls are made in the caller's thread, for a store without threads.
+    inline: bool,
+}
+
+impl BoundedKms {
+    pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool) -> Self {
+        Self { kms, timeout, inline }
+    }
+
+    pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        let key = key.duplicate();
+        self.call(cmk, context, move |kms, call| kms.wrap(call, &key))
+    }
+
+    pub(crate) fn unwrap(&self, cmk: &Cmk, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        let wrapped = wrapped.to_vec();
+        self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
+    }
+
+    /// Makes a call in a thread of its own and waits for it no longer than it may take. One that has not come back by then counts
+    /// as unreachable, and its thread is left to end by itself.
+    fn call<T: Send + 'static>(
+        &self,
+        cmk: &Cmk,
+        context: EncryptionContext,
+        make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
+    ) -> Result<T, KmsError> {
+        let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
+        let call = move || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
+        if self.inline {
+            return call();
+        }
+        let (sender, receiver) = mpsc::sync_channel(1);
+        // Nobody may be waiting for the answer any more.
+        let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(move || drop(sender.send(call())));
+        let unreachable = |detail: String| KmsError::Unreachable { detail };
+        spawned.map_err(|error| unreachable(error.to_string()))?;
+        receiver.recv_timeout(timeout).unwrap_or_else(|_| Err(unreachable(format!("no answer within {timeout:?}"))))
+    }
+}
