@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use envelog::{Checkpoint, Error, Location, VerifyOptions};
+use envelog::{Checkpoint, VerifyOptions};
 use serde_json::json;
 
 use super::confirm;
@@ -25,7 +25,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let options = VerifyOptions { logstore, keyless: args.keyless, against };
     let mut progress = None;
     let report = store.verify(&options, &mut |at| {
-        progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes_done);
+        progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes);
     })?;
     drop(progress);
 
@@ -33,16 +33,9 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let mut faults = Vec::new();
     for fault in &report.faults {
         status = status.worse(Status::Integrity);
-        let at = place(&fault.error);
-        faults.push(json!({
-            "kind": fault.error.code(),
-            "file": at.map(|at| at.file.display().to_string()),
-            "block": at.and_then(|at| at.block),
-            "offset": at.map(|at| at.offset),
-            "message": fault.error.to_string(),
-        }));
+        faults.push(json!(fault));
         if !setup.json {
-            output::line(format_args!("FAULT {}", fault.error))?;
+            output::line(format_args!("FAULT {}", fault.message))?;
         }
     }
     let mut refused = Vec::new();
@@ -59,6 +52,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
             "keyless": args.keyless,
             "faults": faults,
             "refused": refused,
+            "notes": report.notes,
             "segments": report.segments,
             "blocks": report.blocks,
             "groups": report.groups,
@@ -90,19 +84,8 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     }
 }
 
-/// Where an error of integrity was found.
-fn place(error: &Error) -> Option<&Location> {
-    match error {
-        Error::WrongKey { at }
-        | Error::Tampered { at, .. }
-        | Error::Corrupt { at, .. }
-        | Error::Truncated { at, .. } => Some(at),
-        _ => None,
-    }
-}
-
 fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
-    Ok(Checkpoint::from_bytes(&input::read_file(path)?)?)
+    Ok(Checkpoint::from_bytes(input::read_file(path)?))
 }
 
 pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
