@@ -342,3 +342,90 @@ fn parse_line(line: &[u8], offset: u64) -> Option<Line> {
     let record = serde_json::from_str(json).ok()?;
     Some(Line { offset, json: json.to_owned(), record, tag: tag.to_owned() })
 }
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "the tests damage files")]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{
+        ids::StoreId,
+        io::{OsRandom, RealDisk, SystemClock},
+    };
+
+    fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
+        let keyring =
+            Keyring::create(&RealDisk, &OsRandom, &dir.join("keyring"), StoreId::from_bytes([1; 16]), 1).unwrap();
+        open(dir, Arc::new(RwLock::new(keyring)), file_bytes_max)
+    }
+
+    fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
+        AuditLog::open(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max).unwrap()
+    }
+
+    #[test]
+    fn the_chain_goes_on_over_files_and_openings() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut audit = log(dir.path(), 700);
+        for n in 0..20 {
+            if n % 6 == 0 {
+                audit = open(dir.path(), Arc::clone(&audit.keyring), 700);
+            }
+            audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
+        }
+        assert!(audit.files().unwrap().len() > 3);
+        let records = audit.verified(&[&audit.head()]).unwrap();
+        assert_eq!(records.len(), 20);
+        assert!(records.iter().enumerate().all(|(n, record)| record.detail == n.to_string()));
+    }
+
+    #[test]
+    fn every_change_is_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1 << 20);
+        for n in 0..3 {
+            audit.record(AuditEvent::Created, None, n.to_string()).unwrap();
+        }
+        let (head, path) = (audit.head(), audit.path(1));
+        let good = fs::read(&path).unwrap();
+        let check = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            audit.verified(&[&head])
+        };
+        for byte in 0..good.len() {
+            let mut bad = good.clone();
+            bad[byte] ^= 0x10;
+            assert!(check(&bad).is_err(), "byte {byte}");
+            assert!(
+                matches!(check(&good[..byte]), Err(Error::Truncated { .. } | Error::Corrupt { .. })),
+                "cut at {byte}"
+            );
+        }
+        // A record taken out, two swapped, and one altered along with its CRC.
+        let lines: Vec<&[u8]> = good.split_inclusive(|&byte| byte == b'\n').collect();
+        assert!(matches!(check(&[lines[0], lines[2]].concat()), Err(Error::Tampered { .. })));
+        assert!(matches!(check(&[lines[1], lines[0], lines[2]].concat()), Err(Error::Tampered { .. })));
+        let text = std::str::from_utf8(lines[2]).unwrap().trim_end();
+        let (body, _) = text.rsplit_once('\t').unwrap();
+        let forged = body.replace("created", "rotated");
+        let forged = format!("{forged}\t{:08x}\n", crc32fast::hash(forged.as_bytes()));
+        assert!(matches!(check(&[lines[0], lines[1], forged.as_bytes()].concat()), Err(Error::Tampered { .. })));
+        assert_eq!(check(&good).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_torn_record_is_cut_off_and_the_chain_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1 << 20);
+        audit.record(AuditEvent::Created, None, "kept").unwrap();
+        let path = audit.path(1);
+        let mut torn = fs::read(&path).unwrap();
+        torn.extend_from_slice(b"{\"number\":2,\"time");
+        fs::write(&path, torn).unwrap();
+        let audit = open(dir.path(), Arc::clone(&audit.keyring), 1 << 20);
+        audit.record(AuditEvent::Deleted, None, "after").unwrap();
+        let records = audit.verified(&[]).unwrap();
+        assert_eq!(records.iter().map(|record| record.detail.as_str()).collect::<Vec<_>>(), ["kept", "after"]);
+    }
+}

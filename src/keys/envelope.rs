@@ -152,3 +152,71 @@ pub(crate) fn fingerprint(key: &SecretKey) -> String {
 pub(crate) fn metadata_key(data_key: &SecretKey) -> SecretKey {
     derive(HashAlg::Sha256, &[], data_key, &[b"envelog v1 metadata"])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{crypto::RustCrypto, io::OsRandom};
+
+    fn identity() -> EnvelopeIdentity {
+        EnvelopeIdentity {
+            store: StoreId::from_bytes([1; 16]),
+            logstore: LogstoreId::from_bytes([2; 16]),
+            version: 3,
+            suite: Suite::Aes256Gcm,
+        }
+    }
+
+    #[test]
+    fn an_envelope_opens_for_what_it_is_bound_to_and_for_nothing_else() {
+        let provider = RustCrypto::new();
+        let root = SecretKey::from_bytes(&mut [7; 32]);
+        let key = SecretKey::from_bytes(&mut [9; 32]);
+        for suite in [Suite::Aes256Gcm, Suite::Sm4Gcm] {
+            let identity = EnvelopeIdentity { suite, ..identity() };
+            let wrapped = wrap(&provider, &OsRandom, &root, 4, &identity, &key).unwrap();
+            assert_eq!(wrapped.len(), WRAPPED_BYTES);
+            let open = |root: &SecretKey, version, identity: &EnvelopeIdentity, wrapped: &[u8]| {
+                unwrap(&provider, root, version, identity, wrapped).unwrap().map(|key| *key.expose())
+            };
+            assert_eq!(open(&root, 4, &identity, &wrapped), Some([9; 32]));
+            let other = if suite == Suite::Aes256Gcm { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
+            for wrong in [
+                EnvelopeIdentity { store: StoreId::from_bytes([8; 16]), ..identity },
+                EnvelopeIdentity { logstore: LogstoreId::from_bytes([8; 16]), ..identity },
+                EnvelopeIdentity { version: 4, ..identity },
+                EnvelopeIdentity { suite: other, ..identity },
+            ] {
+                assert_eq!(open(&root, 4, &wrong, &wrapped), None, "{wrong:?}");
+            }
+            assert_eq!(open(&root, 5, &identity, &wrapped), None);
+            assert_eq!(open(&SecretKey::from_bytes(&mut [8; 32]), 4, &identity, &wrapped), None);
+            for byte in 0..wrapped.len() {
+                let mut damaged = wrapped.clone();
+                damaged[byte] ^= 1;
+                assert_eq!(open(&root, 4, &identity, &damaged), None, "byte {byte}");
+                assert_eq!(open(&root, 4, &identity, &wrapped[..byte]), None, "cut at {byte}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_two_envelopes_are_alike() {
+        let provider = RustCrypto::new();
+        let root = SecretKey::from_bytes(&mut [7; 32]);
+        let key = SecretKey::from_bytes(&mut [9; 32]);
+        let make = || wrap(&provider, &OsRandom, &root, 1, &identity(), &key).unwrap();
+        assert_ne!(make(), make());
+    }
+
+    /// Computed independently with Python's `hmac`, after RFC 5869.
+    #[test]
+    fn golden() {
+        let key = SecretKey::from_bytes(&mut std::array::from_fn(|n| n as u8));
+        assert_eq!(fingerprint(&key), "f15bdc699b5f238acb041d9bbf699801");
+        assert_eq!(
+            hex_encode(metadata_key(&key).expose()),
+            "58103fc1c99855d0c5a370d8d733bc0cb694032bfd2c2232425dda79c5da69fc"
+        );
+    }
+}

@@ -239,3 +239,61 @@ fn secret_from_hex(hex: &str) -> Option<SecretKey> {
     key.copy_from_slice(&bytes);
     Some(SecretKey::from_bytes(&mut key))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::{OsRandom, RealDisk};
+
+    fn made(dir: &Path) -> (Keyring, StoreId) {
+        let store = StoreId::from_bytes([5; 16]);
+        (Keyring::create(&RealDisk, &OsRandom, &dir.join("keyring"), store, 1).unwrap(), store)
+    }
+
+    #[test]
+    fn it_is_made_once_rotated_and_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keyring, store) = made(dir.path());
+        let again = Keyring::create(&RealDisk, &OsRandom, keyring.path(), store, 1);
+        assert!(matches!(again, Err(Error::KeyringExists { .. })));
+        let first = *keyring.document_key(1).unwrap().expose();
+        assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap(), 2);
+        let loaded = Keyring::load(&RealDisk, keyring.path(), store, keyring.id()).unwrap();
+        assert_eq!(loaded.newest(), 2);
+        assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
+        assert_ne!(*loaded.document_key(2).unwrap().expose(), first);
+        assert!(matches!(loaded.document_key(3), Err(Error::KeyringTooOld { needed: 3, newest: 2, .. })));
+    }
+
+    #[test]
+    fn its_keys_are_all_different() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        let logstore = |n| keyring.integrity_key(1, LogstoreId::from_bytes([n; 16])).unwrap();
+        let keys = [keyring.document_key(1).unwrap(), keyring.audit_key(1).unwrap(), logstore(1), logstore(2)];
+        let distinct: std::collections::HashSet<[u8; 32]> = keys.iter().map(|key| *key.expose()).collect();
+        assert_eq!(distinct.len(), keys.len());
+    }
+
+    #[test]
+    fn absent_foreign_and_damaged_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, store) = made(dir.path());
+        let path = keyring.path();
+        let load = |store, id| Keyring::load(&RealDisk, path, store, id).map(|_| ());
+        assert!(matches!(load(StoreId::from_bytes([6; 16]), keyring.id()), Err(Error::KeyringForeign { .. })));
+        let other = KeyringId::from_bytes([6; 16]);
+        assert!(matches!(load(store, other), Err(Error::KeyringForeign { .. })));
+        let missing = Keyring::load(&RealDisk, &dir.path().join("none"), store, keyring.id());
+        assert!(matches!(missing, Err(Error::KeyringMissing { .. })));
+    }
+
+    #[test]
+    fn debug_shows_no_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        let shown = format!("{keyring:?}");
+        assert!(!shown.contains(&hex_encode(keyring.root(1).unwrap().expose())), "{shown}");
+        assert!(shown.starts_with("Keyring"));
+    }
+}

@@ -148,3 +148,79 @@ impl Wake for Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct TestClock(AtomicU64);
+
+    impl Clock for TestClock {
+        fn wall_us(&self) -> u64 {
+            0
+        }
+        fn uptime(&self) -> Duration {
+            Duration::from_millis(self.0.load(Ordering::SeqCst))
+        }
+    }
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<Job>>);
+
+    impl Task for Recorder {
+        fn run(&self, job: Job) {
+            lock(&self.0).push(job);
+        }
+    }
+
+    fn at(scheduler: &Scheduler, task: &Arc<Recorder>, ms: u64, job: Job) {
+        let weak: Weak<dyn Task> = Arc::<Recorder>::downgrade(task);
+        scheduler.after(Duration::from_millis(ms), weak, job);
+    }
+
+    #[test]
+    fn what_is_due_runs_in_order_and_nothing_else() {
+        let clock = Arc::new(TestClock::default());
+        let scheduler = Scheduler::new(Arc::clone(&clock) as _);
+        let task = Arc::new(Recorder::default());
+        at(&scheduler, &task, 20, Job::Mark);
+        at(&scheduler, &task, 10, Job::Flush);
+        at(&scheduler, &task, 10, Job::RollByAge);
+        at(&scheduler, &task, 30, Job::Retention);
+        scheduler.run_due();
+        assert!(lock(&task.0).is_empty());
+        clock.0.store(20, Ordering::SeqCst);
+        scheduler.run_due();
+        assert_eq!(*lock(&task.0), [Job::Flush, Job::RollByAge, Job::Mark]);
+    }
+
+    #[test]
+    fn relief_flushes_at_once() {
+        let scheduler = Scheduler::new(Arc::new(TestClock::default()));
+        let task = Arc::new(Recorder::default());
+        at(&scheduler, &task, 1000, Job::Mark);
+        at(&scheduler, &task, 1000, Job::Flush);
+        scheduler.relieve();
+        assert_eq!(*lock(&task.0), [Job::FlushAll]);
+    }
+
+    #[test]
+    fn threads_run_what_is_due_and_end() {
+        let scheduler = Scheduler::new(Arc::new(crate::io::SystemClock));
+        scheduler.spawn(2).unwrap();
+        let task = Arc::new(Recorder::default());
+        let gone = Arc::new(Recorder::default());
+        at(&scheduler, &gone, 0, Job::Flush);
+        drop(gone);
+        for _ in 0..100 {
+            at(&scheduler, &task, 1, Job::Flush);
+        }
+        while lock(&task.0).len() < 100 {
+            std::thread::yield_now();
+        }
+        scheduler.stop();
+    }
+}
