@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, OnceLock, RwLock},
 };
 
 use super::{
@@ -83,6 +83,8 @@ pub(crate) struct Gate {
     held: RwLock<Held>,
     /// Taken while unwrapping, so that it happens once.
     loading: Mutex<()>,
+    /// What was closed, or deleted, once that has happened.
+    closed: OnceLock<&'static str>,
 }
 
 impl std::fmt::Debug for Gate {
@@ -93,7 +95,15 @@ impl std::fmt::Debug for Gate {
 
 impl Gate {
     pub(crate) fn new(context: Arc<KeyContext>, name: LogstoreName, id: LogstoreId, keys: GateKeys) -> Self {
-        Self { context, name, id, keys: RwLock::new(keys), held: RwLock::default(), loading: Mutex::default() }
+        Self {
+            context,
+            name,
+            id,
+            keys: RwLock::new(keys),
+            held: RwLock::default(),
+            loading: Mutex::default(),
+            closed: OnceLock::new(),
+        }
     }
 
     pub(crate) fn context(&self) -> &Arc<KeyContext> {
@@ -123,6 +133,9 @@ impl Gate {
     /// Admits an operation that starts now. Returns the epoch of the lease.
     pub(crate) fn admit(&self) -> Result<u64> {
         self.context.check_process()?;
+        if let Some(what) = self.closed.get() {
+            return Err(Error::Closed(what));
+        }
         let lease = read(&self.keys).lease.clone();
         match lease {
             None => Ok(0),
@@ -304,6 +317,13 @@ impl Gate {
 
     pub(crate) fn identity(&self, section: &KeysSection, version: u32) -> EnvelopeIdentity {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
+    }
+
+    /// Admits nothing from now on, and wipes: the store is closed, or the Logstore deleted. Readers that are open end too.
+    pub(crate) fn close(&self, what: &'static str) {
+        // Only the first to close it says what.
+        let _ = self.closed.set(what);
+        self.wipe();
     }
 
     /// Wipes every key of the Logstore from memory, once the uses under way are done.

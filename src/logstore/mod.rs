@@ -23,6 +23,7 @@ use crate::{
         gate::Gate,
         lease::{Lease, LeaseListener, Refusal},
     },
+    kms::Cmk,
     segment::KeySource,
     shard::{
         Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardRecord,
@@ -163,7 +164,7 @@ impl LogstoreShared {
         for shard in &self.shards {
             shard.abandon();
         }
-        self.gate.wipe();
+        self.gate.close("the Logstore");
     }
 
     fn check(&self) -> Result<()> {
@@ -292,6 +293,10 @@ pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
 }
 
 impl LeaseListener for LogstoreShared {
+    fn depends_on(&self, cmk: &Cmk) -> bool {
+        !self.deleted.load(Ordering::Acquire) && self.lease().is_some_and(|lease| lease.cmk() == cmk)
+    }
+
     fn lost(&self, refusal: &Refusal) {
         if let Some(lease) = self.lease() {
             let error = self.gate.refused(refusal, lease.cmk());

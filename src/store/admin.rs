@@ -2,13 +2,14 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{AdminState, Entry, KmsOrEngine, Store, StoreShared, catalogue::LOGSTORES_MAX};
+use super::{AdminState, Background, Entry, KmsOrEngine, Store, StoreShared, catalogue::LOGSTORES_MAX};
 use crate::{
     Error, Result,
     crypto::SecretKey,
     ids::{LogstoreId, hex_encode},
     keys::{
         AuditEvent,
+        bounded::Bounded,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
     },
     kms::{Cmk, Kms, KmsCall},
@@ -178,7 +179,11 @@ impl StoreShared {
 
     fn serving(&self, cmk: &Cmk) -> Result<Arc<dyn Kms>> {
         let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
-        Ok(self.kms_for(&cmk.region_id).map(Arc::clone).ok_or_else(none)?)
+        let kms = Arc::clone(self.kms_for(&cmk.region_id).ok_or_else(none)?);
+        Ok(match self.options.background {
+            Background::Threads => Bounded::new(kms),
+            Background::Manual => kms,
+        })
     }
 
     /// Wraps at the KMS, and proves that what comes back unwraps to the same key: an envelope that does not is worth nothing.
