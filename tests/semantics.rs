@@ -338,7 +338,8 @@ fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
         assert!(!store.audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
     }
     // Nothing is fixed: another algorithm, another method, another key, while it is off and at the first enable.
-    update(&store, &created, Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) })).unwrap();
+    update(&store, &created, Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) }))
+        .unwrap();
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
     update(&store, &created, Some(conf.clone())).unwrap();
     update(&store, &updated, Some(EncryptConf::service_key(EncryptType::Default))).unwrap();
@@ -390,7 +391,8 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     let refused_off = {
         let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
         let logstore = store.create_logstore(&name("p/off"), spec).unwrap();
-        update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None })).unwrap();
+        update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }))
+            .unwrap();
         logstore
     };
     let type_less = |conf: EncryptConf| EncryptConf { encrypt_type: None, ..conf };
@@ -632,7 +634,10 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false(
             let error = try_texts(&logstore).unwrap_err();
             assert_eq!(error.code(), "revoked");
             let text = error.to_string();
-            assert!(text.contains("p/l") && text.contains(&cmk.cmk_key_id) && text.contains(&reason.to_string()), "{text}");
+            assert!(
+                text.contains("p/l") && text.contains(&cmk.cmk_key_id) && text.contains(&reason.to_string()),
+                "{text}"
+            );
             assert_eq!(logstore.key_status().state, KeyState::Revoked { reason });
             // Another Logstore goes on.
             put(&other, "fine");
@@ -833,7 +838,9 @@ fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is
     assert!(matches!(&error, Error::Config(ConfigError::NoKmsForRegion { region }) if region == "us-west-1"));
     assert!(error.to_string().contains("us-west-1"));
     let error = refused(UserCmkInfo { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
-    assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted")));
+    assert!(
+        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted"))
+    );
     let error = refused(UserCmkInfo { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
     assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted")));
     world.local().disable(&cmk.cmk_key_id).unwrap();
