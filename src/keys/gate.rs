@@ -7,10 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{
-        Arc, Mutex, OnceLock, RwLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, RwLock},
 };
 
 use super::{
@@ -86,7 +83,8 @@ pub(crate) struct Gate {
     held: RwLock<Held>,
     /// Taken while unwrapping, so that it happens once.
     loading: Mutex<()>,
-    closed: AtomicBool,
+    /// What was closed, or deleted, once that has happened.
+    closed: OnceLock<&'static str>,
     /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
     reload: OnceLock<ReloadKeys>,
 }
@@ -108,7 +106,7 @@ impl Gate {
             keys: RwLock::new(keys),
             held: RwLock::default(),
             loading: Mutex::default(),
-            closed: AtomicBool::new(false),
+            closed: OnceLock::new(),
             reload: OnceLock::new(),
         }
     }
@@ -140,8 +138,8 @@ impl Gate {
     /// Admits an operation that starts now. Returns the epoch of the lease.
     pub(crate) fn admit(&self) -> Result<u64> {
         self.context.check_process()?;
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::Closed("the Logstore"));
+        if let Some(what) = self.closed.get() {
+            return Err(Error::Closed(what));
         }
         let lease = read(&self.keys).lease.clone();
         match lease {
@@ -333,10 +331,15 @@ impl Gate {
         let _ = self.reload.set(reload);
     }
 
-    /// Refuses every use from now on, and wipes: the Logstore is deleted or the store closed.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+    /// Admits nothing from now on, and wipes: the store is closed, or the Logstore deleted. Readers that are open end too.
+    pub(crate) fn close(&self, what: &'static str) {
+        // Only the first to close it says what.
+        let _ = self.closed.set(what);
         self.wipe();
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.get().is_some()
     }
 
     /// Wipes every key of the Logstore from memory, once the uses under way are done.

@@ -2,8 +2,8 @@
 //!
 //! One lease serves every Logstore of a store under the same customer master key, region and role. It is renewed by unwrapping a
 //! small probe envelope at the KMS and by nothing else, least of all by use. The bound is arithmetic, not scheduling: an
-//! operation that finds the last answer older than `revalidate_every` plus the time limit of a call asks the KMS itself, so a
-//! renewal thread that was starved, stopped or suspended cannot stretch it.
+//! operation that finds the last answer older than `revalidate_every` plus the time limit of a call, by either clock, asks the KMS
+//! itself, so a renewal thread that was starved, stopped or suspended, or a machine that was paused, cannot stretch it.
 
 use std::{
     fmt,
@@ -93,24 +93,40 @@ pub(crate) struct Probe {
 
 /// Told when a lease stops or starts admitting. Called without any lock of the lease.
 pub(crate) trait LeaseListener: Send + Sync {
+    /// Whether it still depends on the lease for this master key, which may have been replaced since it began to listen.
+    fn depends_on(&self, cmk: &Cmk) -> bool;
     /// Access is lost: seal what was acknowledged, then wipe.
     fn lost(&self, refusal: &Refusal);
     /// Access is back.
     fn recovered(&self);
 }
 
+/// A moment, by both clocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Moment {
+    uptime: Duration,
+    wall_us: u64,
+}
+
+impl Moment {
+    /// Whether at least `duration` has passed since, by either clock.
+    fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
+        clock.uptime() >= self.uptime + duration || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
+    }
+}
+
 #[derive(Default)]
 struct State {
-    /// When the last successful call was sent (uptime, wall clock in microseconds).
-    last_success: Option<(Duration, u64)>,
+    /// When the last successful call was sent.
+    last_success: Option<Moment>,
     /// When the last call, whatever its answer, was sent.
-    last_attempt: Option<Duration>,
+    last_attempt: Option<Moment>,
     /// When the next renewal is due.
     due: Duration,
     /// What the last call answered, if not success.
     refusal: Option<Refusal>,
     /// When the call under way was sent.
-    calling: Option<Duration>,
+    calling: Option<Moment>,
     /// Whether the listeners were last told of a loss.
     told_lost: bool,
 }
@@ -176,9 +192,20 @@ impl Lease {
     }
 
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
-        let mut listeners = lock(&self.listeners);
-        listeners.retain(|l| l.strong_count() > 0);
-        listeners.push(listener);
+        {
+            let mut listeners = lock(&self.listeners);
+            listeners.retain(|l| l.strong_count() > 0);
+            listeners.push(listener);
+        }
+        // Renewal may have been put off for as long as nobody listened.
+        drop(lock(&self.state));
+        self.changed.notify_all();
+    }
+
+    /// Those that depend on it now.
+    fn dependents(&self) -> Vec<Arc<dyn LeaseListener>> {
+        let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
+        listeners.into_iter().filter(|listener| listener.depends_on(&self.cmk)).collect()
     }
 
     /// Admits an operation that starts now, or says why not. Returns the epoch: keys of another one must not be used.
@@ -205,21 +232,24 @@ impl Lease {
 
     /// Whether the last answer is too old to decide by.
     fn needs_call(&self) -> bool {
-        let now = self.clock.uptime();
         let state = lock(&self.state);
-        match state.last_attempt {
-            None => true,
-            Some(_) if state.refusal.is_some() => now >= state.due,
-            Some(sent) => now >= sent + self.terms.revalidate_every + self.terms.call_timeout || self.ended(&state),
-        }
+        let Some(sent) = state.last_attempt else { return true };
+        sent.is_past(self.answer_lasts(), &*self.clock)
+            || if state.refusal.is_some() { self.clock.uptime() >= state.due } else { self.ended(&state) }
+    }
+
+    /// For how long after it was sent the answer to a call is good enough to decide by.
+    fn answer_lasts(&self) -> Duration {
+        self.terms.revalidate_every + self.terms.call_timeout
     }
 
     /// Whether the lease has run out, by either clock.
     fn ended(&self, state: &State) -> bool {
-        state.last_success.is_none_or(|(sent, wall)| {
-            self.clock.uptime() >= sent + self.terms.outage_grace
-                || self.clock.wall_us() >= wall.saturating_add(micros(self.terms.outage_grace))
-        })
+        state.last_success.is_none_or(|sent| sent.is_past(self.terms.outage_grace, &*self.clock))
+    }
+
+    fn now(&self) -> Moment {
+        Moment { uptime: self.clock.uptime(), wall_us: self.clock.wall_us() }
     }
 
     /// What holds at this moment, without asking anybody.
@@ -242,14 +272,14 @@ impl Lease {
             }
             return;
         }
-        let (sent, sent_wall) = (self.clock.uptime(), self.clock.wall_us());
+        let sent = self.now();
         state.calling = Some(sent);
         drop(state);
         self.calls.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask();
         let mut state = lock(&self.state);
         state.calling = None;
-        self.settle(&mut state, sent, sent_wall, answer);
+        self.settle(&mut state, sent, answer);
         drop(state);
         self.changed.notify_all();
     }
@@ -270,15 +300,15 @@ impl Lease {
     }
 
     /// Takes in the answer to a call sent at `sent`.
-    fn settle(&self, state: &mut State, sent: Duration, sent_wall: u64, answer: Result<(), Refusal>) {
-        if state.last_attempt.is_some_and(|last| last > sent) {
+    fn settle(&self, state: &mut State, sent: Moment, answer: Result<(), Refusal>) {
+        if state.last_attempt.is_some_and(|last| last.uptime > sent.uptime) {
             return; // the answer to a later call is known already
         }
         state.last_attempt = Some(sent);
-        state.due = sent + self.jittered(self.terms.revalidate_every);
+        state.due = sent.uptime + self.jittered(self.terms.revalidate_every);
         state.refusal = answer.err();
         if state.refusal.is_none() {
-            state.last_success = Some((sent, sent_wall));
+            state.last_success = Some(sent);
         }
         self.publish(state);
     }
@@ -286,10 +316,13 @@ impl Lease {
     /// Updates what the quick path looks at.
     fn publish(&self, state: &State) {
         match (self.standing(state), state.last_success, state.last_attempt) {
-            (Ok(()), Some((success, wall)), Some(attempt)) => {
-                let fresh = attempt + self.terms.revalidate_every + self.terms.call_timeout;
-                self.wall_until.store(wall.saturating_add(micros(self.terms.outage_grace)), Ordering::Release);
-                self.fresh_until.store(micros(fresh.min(success + self.terms.outage_grace)), Ordering::Release);
+            (Ok(()), Some(success), Some(attempt)) => {
+                let (lasts, grace) = (self.answer_lasts(), self.terms.outage_grace);
+                let uptime = (attempt.uptime + lasts).min(success.uptime + grace);
+                let wall = attempt.wall_us.saturating_add(micros(lasts));
+                let wall = wall.min(success.wall_us.saturating_add(micros(grace)));
+                self.wall_until.store(wall, Ordering::Release);
+                self.fresh_until.store(micros(uptime), Ordering::Release);
             }
             _ => {
                 self.fresh_until.store(0, Ordering::Release);
@@ -309,9 +342,9 @@ impl Lease {
     /// A refusal that another call under the same master key was given (the unwrap of a Logstore's own envelope).
     pub(crate) fn report(&self, refusal: Refusal) {
         if matches!(refusal, Refusal::Revoked(_)) {
-            let now = self.clock.uptime();
+            let now = self.now();
             let mut state = lock(&self.state);
-            self.settle(&mut state, now, self.clock.wall_us(), Err(refusal));
+            self.settle(&mut state, now, Err(refusal));
             drop(state);
             self.changed.notify_all();
         }
@@ -320,9 +353,16 @@ impl Lease {
     /// Renews if that is due, notices the end of the lease, and tells the listeners what changed. Returns how long nothing
     /// more is due. Must be called without any lock that a listener takes.
     pub(crate) fn tend(&self) -> Duration {
+        const IDLE: Duration = Duration::from_secs(3600);
+        if self.dependents().is_empty() {
+            // Its last Logstore was deleted, or has another master key now: whoever comes asks afresh.
+            self.tell();
+            return IDLE;
+        }
         let due = {
             let state = lock(&self.state);
-            state.last_attempt.is_some() && self.clock.uptime() >= state.due
+            let stale = |sent: Moment| sent.is_past(self.answer_lasts(), &*self.clock);
+            state.last_attempt.is_some_and(|sent| self.clock.uptime() >= state.due || stale(sent))
         };
         if due {
             self.renew();
@@ -331,9 +371,9 @@ impl Lease {
         let now = self.clock.uptime();
         let state = lock(&self.state);
         match (state.last_attempt, state.last_success) {
-            (None, _) => Duration::from_secs(3600),
-            (Some(_), Some((sent, _))) if !state.told_lost => {
-                state.due.min(sent + self.terms.outage_grace).saturating_sub(now)
+            (None, _) => IDLE,
+            (Some(_), Some(sent)) if !state.told_lost => {
+                state.due.min(sent.uptime + self.terms.outage_grace).saturating_sub(now)
             }
             _ => state.due.saturating_sub(now),
         }
@@ -357,8 +397,7 @@ impl Lease {
             }
             standing
         };
-        let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
-        for listener in listeners {
+        for listener in self.dependents() {
             match &standing {
                 Ok(()) => listener.recovered(),
                 Err(refusal) => listener.lost(refusal),
@@ -368,11 +407,11 @@ impl Lease {
 
     pub(crate) fn status(&self) -> KeyStatus {
         let state = lock(&self.state);
-        let left = state.last_success.map(|(sent, _)| {
+        let left = state.last_success.map(|sent| {
             if self.standing(&state).is_err() {
                 Duration::ZERO
             } else {
-                (sent + self.terms.outage_grace).saturating_sub(self.clock.uptime())
+                (sent.uptime + self.terms.outage_grace).saturating_sub(self.clock.uptime())
             }
         });
         let state = match (&state.refusal, state.last_attempt) {

@@ -23,6 +23,7 @@ use crate::{
         gate::Gate,
         lease::{Lease, LeaseListener, Refusal},
     },
+    kms::Cmk,
     segment::KeySource,
     shard::{
         Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardRecord,
@@ -160,7 +161,7 @@ impl LogstoreShared {
         for shard in &self.shards {
             shard.abandon();
         }
-        self.gate.close();
+        self.gate.close("the Logstore");
     }
 
     /// Without threads, whoever comes next deals with a loss of the key that was noticed.
@@ -285,6 +286,10 @@ pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
 }
 
 impl LeaseListener for LogstoreShared {
+    fn depends_on(&self, cmk: &Cmk) -> bool {
+        !self.gate.is_closed() && self.lease().is_some_and(|lease| lease.cmk() == cmk)
+    }
+
     fn lost(&self, refusal: &Refusal) {
         if let Some(lease) = self.lease() {
             let error = self.gate.refused(refusal, lease.cmk());

@@ -638,6 +638,7 @@ impl SegmentReader {
                 let before = self.end()?;
                 let opened = shard.open_segment(name)?;
                 let ended = !matches!(opened.end, End::Unknown);
+                shard.verify_footer(&opened)?;
                 self.opened.end = opened.end;
                 return Ok(ended || self.end()? > before);
             }

@@ -85,7 +85,11 @@ impl Shard {
         let opened = self.open_segment(last)?;
         match &opened.end {
             End::Sealed(footer) => {
-                self.verify_footer(&opened)?;
+                match self.verify_footer(&opened) {
+                    // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
+                    Err(Error::Shredded { .. }) => {}
+                    verified => verified?,
+                }
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
                 let head = Head::sealed(&opened.header.header, &footer.footer, len);
                 // Numbers that the catalogue knows to be used stay used.
@@ -187,8 +191,14 @@ impl Shard {
         let groups = above().map(|block| u64::from(block.header.group_count)).sum();
         if let Some(first) = above().next() {
             let limit_seq = next.first_seq;
-            let rewritten = self.rewrite(opened, above(), Next { first_seq: first.header.first_seq, ..next })?;
-            next = Next { first_seq: rewritten.first_seq.max(limit_seq), ..rewritten };
+            match self.rewrite(opened, above(), Next { first_seq: first.header.first_seq, ..next.clone() }) {
+                // Nobody can read them any more.
+                Err(Error::Shredded { .. }) => return Ok((next, 0)),
+                rewritten => {
+                    let rewritten = rewritten?;
+                    next = Next { first_seq: rewritten.first_seq.max(limit_seq), ..rewritten };
+                }
+            }
         }
         Ok((next, groups))
     }

@@ -264,7 +264,8 @@ impl Shard {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
     }
 
-    /// The files in the directory that belong to no segment any more: dropped by retention, or left by a crash.
+    /// The files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer, who
+    /// knows that no temporary file is in use.
     pub(crate) fn leftovers(&self) -> Result<Vec<PathBuf>> {
         let first = self.record().first_ordinal;
         let entries = self.context.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
@@ -272,7 +273,7 @@ impl Shard {
             .iter()
             .filter(|entry| match parse_segment_file_name(&entry.name) {
                 Some((ordinal, _)) => ordinal < first,
-                None => false,
+                None => entry.name.ends_with(".tmp"),
             })
             .map(|entry| self.dir.join(&entry.name))
             .collect())

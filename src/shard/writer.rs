@@ -32,6 +32,8 @@ const MARK_AFTER: Duration = Duration::from_secs(1);
 const FAILURES_MAX: usize = 4096;
 /// After how many blocks a sync is not put off any longer to be shared with more.
 const BLOCKS_PER_SYNC: u32 = 16;
+/// After how long acknowledged groups that could not be sealed for want of the key are tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A group that waits to be written.
 struct Pending {
@@ -76,6 +78,8 @@ pub(super) struct State {
     taken: u64,
     driving: bool,
     flush_scheduled: bool,
+    /// Not to be tried before: the key could not be used.
+    retry_at: Duration,
     mark_scheduled: bool,
     last_sync: Duration,
     failures: VecDeque<Failure>,
@@ -254,11 +258,13 @@ impl Shard {
     /// Sees to it that somebody looks at the queue: at once if there is something to do, else when its first group has lingered.
     fn schedule_flush(&self, state: &mut State) {
         let options = &self.context.options;
+        let now = self.context.clock.uptime();
         let delay = match state.queue.front() {
             _ if state.wants_work(options.block_bytes) => Duration::ZERO,
-            Some(front) => (front.queued + options.linger).saturating_sub(self.context.clock.uptime()),
+            Some(front) => (front.queued + options.linger).saturating_sub(now),
             None => return,
         };
+        let delay = delay.max(state.retry_at.saturating_sub(now));
         state.flush_scheduled = true;
         self.context.wake.after(delay, self.task(), Job::Flush);
     }
@@ -317,9 +323,10 @@ impl Shard {
             let turn = self.turn(Some(seq));
             state = self.end_driving();
             if let Turn::Refused(error) = turn
+                && seq >= state.written
                 && state.outcome(seq, durability).is_none()
             {
-                // It was acknowledged as buffered, and stays queued until the loss of the key is dealt with.
+                // It was acknowledged before and stays queued; it is not made durable now.
                 return Err(error);
             }
         }
@@ -395,11 +402,13 @@ impl Shard {
     /// One block, and one sync if somebody waits for it. The caller has set `driving`; `own` is the group that it waits for.
     fn turn(&self, own: Option<u64>) -> Turn {
         let mut writer = lock(&self.writer);
-        if let Some(batch) = self.next_batch()
-            && let Err(turn) = self.write_batch(&mut writer, batch, KeyUse::Admitted)
-        {
-            return turn;
-        }
+        let batch = lock(&self.state).take_batch(self.context.options.block_bytes);
+        let turn = match batch {
+            Some(batch) => self.write_batch(&mut writer, batch, KeyUse::Admitted),
+            None => Turn::Done,
+        };
+        // What is written already is synced for those who wait for it, whether or not the key may be used.
+        let refused = matches!(turn, Turn::Refused(_));
         let sync = {
             let state = lock(&self.state);
             // What is queued in front of the last group that waits for a sync shares it, unless that would take long.
@@ -408,21 +417,17 @@ impl Shard {
             state.latched.is_none()
                 && state.sync_to > state.synced
                 && state.written > state.synced
-                && (nothing_first || enough)
+                && (nothing_first || enough || refused)
         };
         if sync {
             self.sync_active(&mut writer);
         }
-        Turn::Done
-    }
-
-    fn next_batch(&self) -> Option<Vec<Pending>> {
-        lock(&self.state).take_batch(self.context.options.block_bytes)
+        turn
     }
 
     /// Makes a block of `batch` and writes it, keeping the watermarks.
-    fn write_batch(&self, writer: &mut Writer, batch: Vec<Pending>, keys: KeyUse) -> std::result::Result<(), Turn> {
-        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
+    fn write_batch(&self, writer: &mut Writer, batch: Vec<Pending>, keys: KeyUse) -> Turn {
+        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Turn::Done };
         let (from, to) = (first.seq, last.seq + 1);
         let size: usize = batch.iter().map(|pending| pending.bytes.len()).sum();
         match writer.write_block(self, &batch, keys) {
@@ -432,21 +437,22 @@ impl Shard {
                 self.context.budget.release(size);
                 let mut state = lock(&self.state);
                 state.written = to;
+                state.retry_at = Duration::ZERO;
                 if let Some(active) = &writer.active {
                     state.limit_seq = active.header.header.limit_seq;
                 }
-                Ok(())
+                Turn::Done
             }
             Err(error) if keys == KeyUse::Admitted && is_refusal(&error) => {
                 self.refuse(batch, &error);
-                Err(Turn::Refused(error))
+                Turn::Refused(error)
             }
             Err(error) => {
                 drop(batch);
                 self.context.budget.release(size);
                 lock(&self.state).fail(from, to, false, &error);
                 self.latch(writer, error);
-                Err(Turn::Done)
+                Turn::Done
             }
         }
     }
@@ -468,6 +474,9 @@ impl Shard {
         state.queued_bytes = kept.iter().map(|pending| pending.bytes.len()).sum();
         state.queue = kept;
         state.taken = state.written;
+        if !state.queue.is_empty() {
+            state.retry_at = self.context.clock.uptime() + RETRY_AFTER;
+        }
         drop(state);
         self.context.budget.release(freed);
     }
@@ -598,10 +607,11 @@ impl Shard {
         {
             let mut writer = lock(&self.writer);
             self.refuse(Vec::new(), error);
-            while let Some(batch) = self.next_batch() {
-                if self.write_batch(&mut writer, batch, KeyUse::Held).is_err() {
-                    break;
-                }
+            // Where no segment is open there is no key to seal with: what was acknowledged waits in memory until the key is back.
+            while writer.active.is_some() {
+                let batch = lock(&self.state).take_batch(self.context.options.block_bytes);
+                let Some(batch) = batch else { break };
+                self.write_batch(&mut writer, batch, KeyUse::Held);
             }
             // A failure latches the shard, which then says so; there is nobody here to tell.
             let _ = self.seal(&mut writer, KeyUse::Held);
@@ -619,6 +629,7 @@ impl Shard {
         if let Err(error) = &flushed
             && is_refusal(error)
         {
+            // Nobody else comes any more to seal what was acknowledged.
             self.lose_key(error);
         }
         self.start_driving();
@@ -629,10 +640,19 @@ impl Shard {
                 .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) });
             sealed.map(|()| writer.head())
         };
-        drop(self.end_driving());
+        let mut state = self.end_driving();
+        let closed = Error::Closed("the Logstore");
+        let (written, next) = (state.written, state.next_seq);
+        state.fail(written, next, false, &closed);
+        let freed = std::mem::take(&mut state.queued_bytes);
+        let given_up = !state.queue.is_empty();
+        state.queue.clear();
+        drop(state);
+        self.context.budget.release(freed);
         let head = sealed?;
         match flushed {
-            Err(error) if !is_refusal(&error) => Err(error),
+            // What was acknowledged as buffered and has no key to be sealed with is lost, and the caller is told.
+            Err(error) if given_up || !is_refusal(&error) => Err(error),
             _ => Ok(head),
         }
     }
@@ -674,15 +694,16 @@ impl Shard {
         self.head_on_disk()
     }
 
-    /// Rolls the active segment, if it has blocks.
+    /// Rolls the active segment, if it has blocks. What was appended before is in it.
     pub(crate) fn roll(&self) -> Result<()> {
+        if !lock(&self.state).queue.is_empty() {
+            self.sync()?;
+        }
         self.start_driving();
         let rolled = {
             let mut writer = lock(&self.writer);
             match &writer.active {
-                Some(active) if active.blocks > 0 && lock(&self.state).queue.is_empty() => {
-                    self.seal(&mut writer, KeyUse::Admitted)
-                }
+                Some(active) if active.blocks > 0 => self.seal(&mut writer, KeyUse::Admitted),
                 _ => Ok(()),
             }
         };
@@ -1019,7 +1040,7 @@ impl NewSegment {
             created_us: context.clock.wall_us().max(next.last_time_us),
             key_source: plan.key_source,
             salt: draw(shard, &path)?,
-            predecessor: next.predecessor,
+            predecessor: next.predecessor.clone(),
             extensions: Vec::new(),
         };
         let encoded = header.encode();

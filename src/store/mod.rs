@@ -580,7 +580,6 @@ impl StoreShared {
                         Err(error) => result = Err(error),
                     }
                 }
-                logstore.gate.close();
             }
             let audit_moved = self.audit.head() != admin.catalogue.audit;
             if admin.latched.is_none() && (!heads.is_empty() || audit_moved) {
@@ -595,6 +594,9 @@ impl StoreShared {
                 });
                 result = result.and(noted);
             }
+        }
+        for logstore in self.open_logstores() {
+            logstore.gate.close("the store");
         }
         let leases: Vec<_> = lock(&self.leases).drain().map(|(_, entry)| entry).collect();
         for entry in &leases {

@@ -1,0 +1,532 @@
+//! What the integration tests share: a clock that a test moves, a KMS that answers as it is told, and a small world around a store.
+
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use envelog::{
+    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
+    LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store, StoreBuilder, StoreOptions, UserCmkInfo,
+    crypto::{AwsLc, SecretKey},
+    group::{Content, Log, LogTag},
+    io::{Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Random, RealDisk},
+    kms::{Kms, KmsCall, KmsError, LocalKms, RevokedReason},
+};
+use tempfile::TempDir;
+
+pub(crate) const REGION: &str = "cn-hangzhou";
+pub(crate) const ROLE: &str = "acs:ram::13234:role/logsource";
+pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
+
+pub(crate) fn secs(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+pub(crate) fn millis(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+// ---- the clock ----
+
+/// A clock that stands still until it is moved.
+#[derive(Debug)]
+pub(crate) struct TestClock {
+    wall_us: AtomicU64,
+    uptime_us: AtomicU64,
+}
+
+impl TestClock {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000_000) })
+    }
+
+    /// Lets time pass, by both clocks.
+    pub(crate) fn advance(&self, by: Duration) {
+        let by = by.as_micros() as u64;
+        self.wall_us.fetch_add(by, Ordering::SeqCst);
+        self.uptime_us.fetch_add(by, Ordering::SeqCst);
+    }
+
+    /// The wall clock alone: somebody set it, or the machine was paused without noticing.
+    pub(crate) fn jump_wall(&self, forward: Duration) {
+        self.wall_us.fetch_add(forward.as_micros() as u64, Ordering::SeqCst);
+    }
+
+    pub(crate) fn jump_wall_back(&self, back: Duration) {
+        self.wall_us.fetch_sub(back.as_micros() as u64, Ordering::SeqCst);
+    }
+}
+
+impl Clock for TestClock {
+    fn wall_us(&self) -> u64 {
+        self.wall_us.load(Ordering::SeqCst)
+    }
+
+    fn uptime(&self) -> Duration {
+        Duration::from_micros(self.uptime_us.load(Ordering::SeqCst))
+    }
+}
+
+// ---- the KMS ----
+
+/// What the [`TestKms`] is told to answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// What the embedded KMS behind it says.
+    Real,
+    Revoked(RevokedReason),
+    Unreachable,
+    Invalid,
+    /// Success, with another key than the one that was wrapped.
+    WrongKey,
+    /// None at all, until it is told otherwise.
+    Hang,
+}
+
+/// A double in front of a [`LocalKms`]: it answers as it is told, and remembers what it was asked.
+#[derive(Debug)]
+pub(crate) struct TestKms {
+    local: LocalKms,
+    answer: Mutex<Answer>,
+    /// Answers for calls about data keys; those about the lease's probe are left to `answer`.
+    data_key_answer: Mutex<Option<Answer>>,
+    changed: Condvar,
+    wraps: AtomicU64,
+    unwraps: AtomicU64,
+    probes: AtomicU64,
+    wrapped_keys: Mutex<Vec<[u8; 32]>>,
+}
+
+impl TestKms {
+    fn new(dir: &Path) -> Arc<Self> {
+        Arc::new(Self {
+            local: LocalKms::create_or_open(dir).unwrap(),
+            answer: Mutex::new(Answer::Real),
+            data_key_answer: Mutex::new(None),
+            changed: Condvar::new(),
+            wraps: AtomicU64::new(0),
+            unwraps: AtomicU64::new(0),
+            probes: AtomicU64::new(0),
+            wrapped_keys: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn local(&self) -> &LocalKms {
+        &self.local
+    }
+
+    /// From now on every call is answered like this.
+    pub(crate) fn answer(&self, answer: Answer) {
+        *self.answer.lock().unwrap() = answer;
+        *self.data_key_answer.lock().unwrap() = None;
+        self.changed.notify_all();
+    }
+
+    /// From now on calls about data keys are answered like this; those that renew the lease as before.
+    pub(crate) fn answer_for_data_keys(&self, answer: Answer) {
+        *self.data_key_answer.lock().unwrap() = Some(answer);
+        self.changed.notify_all();
+    }
+
+    /// All calls so far.
+    pub(crate) fn calls(&self) -> u64 {
+        self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
+    }
+
+    /// The calls so far that asked about a probe, which is what renews a lease.
+    pub(crate) fn probes(&self) -> u64 {
+        self.probes.load(Ordering::SeqCst)
+    }
+
+    /// Every key that was ever wrapped here.
+    pub(crate) fn wrapped_keys(&self) -> Vec<[u8; 32]> {
+        self.wrapped_keys.lock().unwrap().clone()
+    }
+
+    fn told(&self, call: &KmsCall<'_>) -> Answer {
+        if !is_probe(call)
+            && let Some(answer) = *self.data_key_answer.lock().unwrap()
+        {
+            return answer;
+        }
+        *self.answer.lock().unwrap()
+    }
+
+    /// Waits for as long as it is told to hang.
+    fn decide(&self, call: &KmsCall<'_>) -> Result<Answer, KmsError> {
+        let hung = self.told(call) == Answer::Hang;
+        while self.told(call) == Answer::Hang {
+            let answer = self.answer.lock().unwrap();
+            drop(self.changed.wait_timeout(answer, millis(5)).unwrap());
+        }
+        match self.told(call) {
+            _ if hung => Err(KmsError::Unreachable { detail: "it took too long".into() }),
+            Answer::Revoked(reason) => Err(KmsError::Revoked { reason, detail: "told to refuse".into() }),
+            Answer::Unreachable => Err(KmsError::Unreachable { detail: "told to be away".into() }),
+            Answer::Invalid => Err(KmsError::Invalid { detail: "told to talk nonsense".into() }),
+            answer => Ok(answer),
+        }
+    }
+}
+
+fn is_probe(call: &KmsCall<'_>) -> bool {
+    call.context.get("envelog:purpose").is_some_and(|purpose| purpose == "probe")
+}
+
+impl Kms for TestKms {
+    fn name(&self) -> &str {
+        "test"
+    }
+
+    fn serves(&self, region_id: &str) -> bool {
+        self.local.serves(region_id)
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        self.wraps.fetch_add(1, Ordering::SeqCst);
+        self.decide(call)?;
+        self.wrapped_keys.lock().unwrap().push(*key.expose());
+        self.local.wrap(call, key)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        self.unwraps.fetch_add(1, Ordering::SeqCst);
+        if is_probe(call) {
+            self.probes.fetch_add(1, Ordering::SeqCst);
+        }
+        match self.decide(call)? {
+            Answer::WrongKey => Ok(SecretKey::from_bytes(&mut [0x5a; 32])),
+            _ => self.local.unwrap(call, wrapped),
+        }
+    }
+}
+
+// ---- the disk, and randomness ----
+
+/// The real file system without its syncs: no power fails here, and a test run should be quick.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct QuickDisk;
+
+#[derive(Debug)]
+struct QuickFile(Arc<dyn DiskFile>);
+
+impl Disk for QuickDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        Ok(Arc::new(QuickFile(RealDisk.open(path, mode)?)))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_file(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        RealDisk.list_dir(path)
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        RealDisk.stat(path)
+    }
+}
+
+impl DiskFile for QuickFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.0.write_at(buf, offset)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        self.0.try_lock()
+    }
+
+    fn map(&self) -> io::Result<Map> {
+        self.0.map()
+    }
+}
+
+/// The operating system's randomness, every draw of 32 bytes remembered: keys and salts.
+#[derive(Debug, Default)]
+pub(crate) struct RecordingRandom(Mutex<Vec<[u8; 32]>>);
+
+impl RecordingRandom {
+    pub(crate) fn draws(&self) -> Vec<[u8; 32]> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Random for RecordingRandom {
+    fn fill(&self, buf: &mut [u8]) -> io::Result<()> {
+        OsRandom.fill(buf)?;
+        if let Ok(draw) = <[u8; 32]>::try_from(&*buf) {
+            self.0.lock().unwrap().push(draw);
+        }
+        Ok(())
+    }
+}
+
+// ---- the world ----
+
+/// A directory with room for a store, its keyring and a KMS; a clock; and the options to open the store with.
+pub(crate) struct World {
+    dir: TempDir,
+    pub(crate) clock: Arc<TestClock>,
+    pub(crate) kms: Arc<TestKms>,
+    pub(crate) options: StoreOptions,
+}
+
+impl World {
+    /// Nothing happens by itself here: the test moves the clock and ticks the store.
+    pub(crate) fn manual() -> Self {
+        Self::with(Background::Manual)
+    }
+
+    /// The store has threads, and the time is real.
+    pub(crate) fn threads() -> Self {
+        Self::with(Background::Threads)
+    }
+
+    fn with(background: Background) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let kms = TestKms::new(&dir.path().join("kms"));
+        let mut options = StoreOptions::default();
+        options.background = background;
+        Self { dir, clock: TestClock::new(), kms, options }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn store_dir(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    pub(crate) fn keyring(&self) -> PathBuf {
+        self.dir.path().join("keyring")
+    }
+
+    pub(crate) fn local(&self) -> &LocalKms {
+        self.kms.local()
+    }
+
+    pub(crate) fn builder(&self) -> StoreBuilder {
+        let builder = Store::builder(self.store_dir(), self.keyring(), AwsLc::new())
+            .kms(Arc::clone(&self.kms) as _)
+            .disk(Arc::new(QuickDisk))
+            .options(self.options);
+        match self.options.background {
+            Background::Manual => builder.clock(Arc::clone(&self.clock) as _),
+            Background::Threads => builder,
+        }
+    }
+
+    pub(crate) fn create(&self) -> Store {
+        self.builder().create().unwrap()
+    }
+
+    pub(crate) fn open(&self) -> Store {
+        self.builder().open().unwrap()
+    }
+
+    /// A new master key, which the service's role may use.
+    pub(crate) fn cmk(&self) -> UserCmkInfo {
+        let id = self.local().create_key(REGION, &[ROLE]).unwrap();
+        UserCmkInfo { cmk_key_id: id, arn: ROLE.into(), region_id: REGION.into() }
+    }
+
+    /// A Logstore under the service key.
+    pub(crate) fn service(&self, store: &Store, text: &str) -> Logstore {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Default));
+        store.create_logstore(&name(text), spec).unwrap()
+    }
+
+    /// A Logstore under a master key.
+    pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &UserCmkInfo) -> Logstore {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+        store.create_logstore(&name(text), spec).unwrap()
+    }
+
+    /// The directory of a Logstore.
+    pub(crate) fn logstore_dir(&self, logstore: &Logstore) -> PathBuf {
+        self.store_dir().join("logstores").join(logstore.id().to_string())
+    }
+}
+
+pub(crate) fn name(text: &str) -> LogstoreName {
+    text.parse().unwrap()
+}
+
+pub(crate) fn synced() -> AppendOptions {
+    AppendOptions::durability(Durability::Synced)
+}
+
+pub(crate) fn written() -> AppendOptions {
+    AppendOptions::durability(Durability::Written)
+}
+
+pub(crate) fn buffered() -> AppendOptions {
+    AppendOptions::durability(Durability::Buffered)
+}
+
+pub(crate) fn record(text: &str) -> Payload {
+    Payload::opaque(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+}
+
+/// Appends a record, synced.
+pub(crate) fn put(logstore: &Logstore, text: &str) {
+    try_put(logstore, text).unwrap();
+}
+
+pub(crate) fn try_put(logstore: &Logstore, text: &str) -> Result<()> {
+    logstore.append(record(text), &synced()).map(|_| ())
+}
+
+/// Everything that a shard has from `from` on.
+pub(crate) fn records_from(logstore: &Logstore, shard: u32, from: Position) -> Result<Vec<Record>> {
+    logstore.read(shard, &ReadOptions::from(from))?.collect()
+}
+
+pub(crate) fn records(logstore: &Logstore, shard: u32) -> Result<Vec<Record>> {
+    records_from(logstore, shard, Position::Begin)
+}
+
+pub(crate) fn try_texts(logstore: &Logstore) -> Result<Vec<String>> {
+    Ok(strings(&records(logstore, 0)?))
+}
+
+/// Everything in shard 0, as text.
+pub(crate) fn texts(logstore: &Logstore) -> Vec<String> {
+    try_texts(logstore).unwrap()
+}
+
+pub(crate) fn strings(records: &[Record]) -> Vec<String> {
+    records.iter().map(|record| String::from_utf8(record.bytes.to_vec()).unwrap()).collect()
+}
+
+/// A group of `logs` logs that say something of `text`.
+pub(crate) fn group(text: &str, logs: u32) -> LogGroup {
+    let log = |n: u32| Log {
+        time: 1_700_000_000 + n,
+        contents: vec![Content::new("message", format!("{text} {n}")), Content::new("level", "info")],
+        time_ns: None,
+    };
+    LogGroup {
+        logs: (0..logs).map(log).collect(),
+        topic: Some(Bytes::from_static(b"app")),
+        source: Some(Bytes::from_static(b"10.0.0.1")),
+        log_tags: vec![LogTag::new("host", "h1")],
+        ..LogGroup::default()
+    }
+}
+
+/// Whether the error is the refusal of a revoked key, for this reason.
+pub(crate) fn is_revoked(error: &Error, expected: RevokedReason) -> bool {
+    matches!(error, Error::Revoked { reason, .. } if *reason == expected)
+}
+
+#[track_caller]
+pub(crate) fn assert_revoked<T: std::fmt::Debug>(result: Result<T>, expected: RevokedReason) {
+    match result {
+        Err(error) if is_revoked(&error, expected) => {}
+        other => panic!("expected a refusal ({expected}), got {other:?}"),
+    }
+}
+
+/// Every file below `dir`, with its contents.
+pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else {
+                found.insert(path.clone(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+/// Copies a directory with everything in it; what was at `to` goes.
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    if to.exists() {
+        fs::remove_dir_all(to).unwrap();
+    }
+    fs::create_dir_all(to).unwrap();
+    for (path, bytes) in files(from) {
+        let target = to.join(path.strip_prefix(from).unwrap());
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::write(target, bytes).unwrap();
+    }
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.path().is_dir() {
+            fs::create_dir_all(to.join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+/// The segment files of a shard, oldest first.
+pub(crate) fn segments(logstore_dir: &Path, shard: u32) -> Vec<PathBuf> {
+    let dir = logstore_dir.join(format!("shard-{shard:04}"));
+    files(&dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).collect()
+}
+
+/// Waits in real time until `met` holds.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut met: impl FnMut() -> bool) {
+    let began = std::time::Instant::now();
+    while !met() {
+        assert!(began.elapsed() < secs(20), "gave up waiting: {what}");
+        std::thread::sleep(millis(10));
+    }
+}
+
+/// Puts the CRC32 at the end of a document or header right again.
+pub(crate) fn fix_crc(bytes: &mut [u8]) {
+    let at = bytes.len() - 4;
+    let crc = crc32fast::hash(&bytes[..at]);
+    bytes[at..].copy_from_slice(&crc.to_le_bytes());
+}

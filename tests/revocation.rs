@@ -1,0 +1,849 @@
+//! Revocation: the bound and its arithmetic, what is gated, what is kept, and how it all comes back.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::*;
+use envelog::{
+    AuditEvent, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec, Position,
+    ReadOptions, ReplaceCmk, Result, Store, VerifyOptions, kms::RevokedReason::Disabled,
+};
+
+fn disable(world: &World) {
+    world.kms.answer(Answer::Revoked(Disabled));
+}
+
+fn opened(world: &World) -> (Store, Logstore) {
+    let store = world.create();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    put(&logstore, "first");
+    (store, logstore)
+}
+
+#[track_caller]
+fn assert_unreachable<T: std::fmt::Debug>(result: Result<T>) {
+    match result {
+        Err(Error::KmsUnreachable { .. }) => {}
+        other => panic!("expected KmsUnreachable, got {other:?}"),
+    }
+}
+
+fn events(store: &Store) -> Vec<AuditEvent> {
+    store.audit_records().unwrap().into_iter().map(|record| record.event).collect()
+}
+
+// ---- the bound ----
+
+/// Whatever the phase between renewal and refusal, and whether or not anybody ticks the store.
+#[test]
+fn from_a_refusal_on_nothing_succeeds_that_starts_later_than_the_bound() {
+    for phase in (0..=62).step_by(5) {
+        for ticking in [false, true] {
+            let world = World::manual();
+            let (store, logstore) = opened(&world);
+            let bound = world.options.revalidate_every + world.options.kms_timeout;
+            // A use in the middle of the period does not renew anything.
+            for _ in 0..phase {
+                world.clock.advance(millis(500));
+                put(&logstore, "before");
+            }
+            disable(&world);
+            let step = bound / 20;
+            let mut refused = false;
+            for _ in 0..20 {
+                world.clock.advance(step);
+                if ticking {
+                    store.tick();
+                }
+                let now = try_put(&logstore, "maybe").is_err();
+                // Once refused, always refused.
+                assert!(now || !refused);
+                refused = now;
+            }
+            assert!(refused, "phase {phase}");
+            assert_revoked(try_put(&logstore, "refused"), Disabled);
+            assert_revoked(try_texts(&logstore), Disabled);
+        }
+    }
+}
+
+#[test]
+fn jitter_only_shortens_the_period_of_renewal() {
+    let world = World::manual();
+    let (store, _logstore) = opened(&world);
+    let every = world.options.revalidate_every;
+    let mut shortest = every;
+    for _ in 0..200 {
+        let before = world.kms.probes();
+        let mut waited = Duration::ZERO;
+        while world.kms.probes() == before {
+            world.clock.advance(millis(100));
+            waited += millis(100);
+            store.tick();
+        }
+        assert!(waited <= every && waited >= every * 4 / 5, "{waited:?}");
+        shortest = shortest.min(waited);
+    }
+    assert!(shortest < every * 9 / 10);
+}
+
+#[test]
+fn use_never_renews_the_lease() {
+    let world = World::manual();
+    let (_store, logstore) = opened(&world);
+    world.kms.answer(Answer::Unreachable);
+    let began = world.kms.probes();
+    let mut ended = None;
+    for second in 1..=400u64 {
+        world.clock.advance(secs(1));
+        if try_put(&logstore, "x").is_err() {
+            ended = Some(second);
+            break;
+        }
+        assert!(try_texts(&logstore).is_ok());
+    }
+    // Five minutes after the last success, and not a use later; asked again once a period meanwhile.
+    assert_eq!(ended, Some(300));
+    let asked = world.kms.probes() - began;
+    assert!((9..=14).contains(&asked), "{asked}");
+}
+
+// ---- outage ----
+
+#[test]
+fn an_outage_rides_the_grace_counted_from_when_the_last_success_was_sent() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    let sent = Duration::ZERO;
+    // Twenty seconds later: the outage begins, and the grace is still counted from the success.
+    world.clock.advance(secs(20));
+    world.kms.answer(Answer::Unreachable);
+    let mut now = secs(20);
+    while now < sent + world.options.outage_grace - secs(1) {
+        world.clock.advance(secs(10).min(sent + world.options.outage_grace - secs(1) - now));
+        now = (now + secs(10)).min(sent + world.options.outage_grace - secs(1));
+        store.tick();
+        put(&logstore, "riding");
+    }
+    assert!(matches!(logstore.key_status().state, KeyState::Outage { .. }));
+    assert_eq!(logstore.key_status().lease_left, Some(secs(1)));
+    world.clock.advance(secs(1));
+    assert_unreachable(try_put(&logstore, "too late"));
+    assert_unreachable(try_texts(&logstore));
+    store.tick();
+    assert_eq!(logstore.key_status().lease_left, Some(Duration::ZERO));
+    let error = try_texts(&logstore).unwrap_err();
+    assert_eq!(error.code(), "kms_unreachable");
+    assert!(error.to_string().contains(REGION), "{error}");
+    assert_eq!(events(&store).last(), Some(&AuditEvent::LeaseEnded));
+    // Until it answers.
+    world.kms.answer(Answer::Real);
+    world.clock.advance(world.options.revalidate_every);
+    store.tick();
+    put(&logstore, "back");
+    assert_eq!(events(&store).last(), Some(&AuditEvent::Recovered));
+    assert_eq!(texts(&logstore).len(), 1 + 28 + 1);
+}
+
+#[test]
+fn a_short_outage_is_not_noticed_by_callers() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    for _ in 0..4 {
+        world.kms.answer(Answer::Unreachable);
+        for _ in 0..8 {
+            world.clock.advance(secs(30));
+            store.tick();
+            put(&logstore, "x");
+        }
+        world.kms.answer(Answer::Real);
+        world.clock.advance(secs(30));
+        store.tick();
+        assert_eq!(logstore.key_status().state, KeyState::Active);
+    }
+    assert!(!events(&store).contains(&AuditEvent::LeaseEnded));
+}
+
+#[test]
+fn a_refusal_during_an_outage_counts_at_once() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    world.kms.answer(Answer::Unreachable);
+    world.clock.advance(secs(60));
+    store.tick();
+    put(&logstore, "riding");
+    disable(&world);
+    world.clock.advance(secs(30));
+    store.tick();
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    // An outage after a refusal gives nothing back: what was refused stays refused until a success.
+    world.kms.answer(Answer::Unreachable);
+    for _ in 0..5 {
+        world.clock.advance(secs(10));
+        store.tick();
+        assert!(try_put(&logstore, "refused").is_err());
+    }
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(30));
+    store.tick();
+    put(&logstore, "back");
+    assert_eq!(texts(&logstore), ["first", "riding", "back"]);
+}
+
+#[test]
+fn answers_that_cannot_be_right_never_renew_and_end_in_an_error_of_their_own() {
+    for answer in [Answer::Invalid, Answer::WrongKey] {
+        let world = World::manual();
+        let (store, logstore) = opened(&world);
+        world.kms.answer(answer);
+        for _ in 0..29 {
+            world.clock.advance(secs(10));
+            store.tick();
+            put(&logstore, "riding");
+        }
+        world.clock.advance(secs(10));
+        store.tick();
+        for result in [try_put(&logstore, "late"), try_texts(&logstore).map(|_| ()), logstore.revalidate_now()] {
+            assert!(matches!(result, Err(Error::KmsInvalid { .. })), "{result:?}");
+        }
+        assert_eq!(events(&store).last(), Some(&AuditEvent::LeaseEnded));
+        world.kms.answer(Answer::Real);
+        logstore.revalidate_now().unwrap();
+        put(&logstore, "back");
+    }
+}
+
+#[test]
+fn a_wrong_key_for_the_logstores_own_envelope_is_never_used() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    store.close().unwrap();
+    drop(logstore);
+    let store = world.open();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    world.kms.answer_for_data_keys(Answer::WrongKey);
+    assert!(matches!(try_texts(&logstore), Err(Error::KmsInvalid { .. })));
+    assert!(matches!(try_put(&logstore, "x"), Err(Error::KmsInvalid { .. })));
+    world.kms.answer(Answer::Real);
+    assert_eq!(texts(&logstore), ["first"]);
+}
+
+/// A refusal that comes with the unwrap of a Logstore's own envelope counts for all Logstores under the key at once.
+#[test]
+fn a_refusal_of_the_logstores_own_envelope_counts_like_one_of_the_probe() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let (a, b) = (world.byok(&store, "p/a", &cmk), world.byok(&store, "p/b", &cmk));
+    put(&a, "a");
+    world.kms.answer_for_data_keys(Answer::Revoked(Disabled));
+    assert_revoked(try_put(&b, "b"), Disabled);
+    assert_revoked(try_put(&a, "a"), Disabled);
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(30));
+    store.tick();
+    put(&a, "a");
+    put(&b, "b");
+}
+
+// ---- clocks ----
+
+#[test]
+fn a_paused_machine_finds_its_lease_ended() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+    world.kms.answer(Answer::Unreachable);
+    // The uptime stood still, the wall clock did not.
+    world.clock.jump_wall(world.options.outage_grace);
+    assert_unreachable(try_put(&logstore, "x"));
+    assert_unreachable(reader.next().unwrap());
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(30));
+    store.tick();
+    put(&logstore, "y");
+}
+
+/// The bound holds by the wall clock too: a machine that was paused for longer asks before it uses the key.
+#[test]
+fn a_paused_machine_asks_before_it_goes_on() {
+    let world = World::manual();
+    let (_store, logstore) = opened(&world);
+    let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+    disable(&world);
+    world.clock.jump_wall(world.options.revalidate_every + world.options.kms_timeout);
+    assert_revoked(reader.next().unwrap(), Disabled);
+    assert_revoked(try_put(&logstore, "x"), Disabled);
+
+    // The same while an outage is being ridden.
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    world.kms.answer(Answer::Unreachable);
+    world.clock.advance(secs(30));
+    store.tick();
+    put(&logstore, "riding");
+    disable(&world);
+    world.clock.jump_wall(world.options.revalidate_every + world.options.kms_timeout);
+    assert_revoked(try_put(&logstore, "x"), Disabled);
+}
+
+#[test]
+fn a_wall_clock_that_is_set_back_stretches_nothing() {
+    let world = World::manual();
+    let (_store, logstore) = opened(&world);
+    world.clock.jump_wall_back(secs(30 * 24 * 3600));
+    put(&logstore, "fine");
+    disable(&world);
+    world.clock.advance(world.options.revalidate_every + world.options.kms_timeout);
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    // Receive times do not run backwards all the same.
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    put(&logstore, "later");
+    let times: Vec<_> = records(&logstore, 0).unwrap().iter().map(|record| record.receive_time_us).collect();
+    assert!(times.is_sorted(), "{times:?}");
+}
+
+// ---- what is gated, what is kept ----
+
+#[test]
+fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
+    let world = World::manual();
+    let (_store, logstore) = opened(&world);
+    for n in 0..100 {
+        logstore.append(record(&format!("{n}")), &buffered()).unwrap();
+    }
+    logstore.sync().unwrap();
+    let mut by_record = logstore.read(0, &ReadOptions::default()).unwrap();
+    let mut by_block = logstore.read(0, &ReadOptions::default()).unwrap();
+    let mut at_end = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
+    for _ in 0..10 {
+        by_record.next().unwrap().unwrap();
+    }
+    by_block.next_block().unwrap().unwrap();
+    assert!(at_end.next().is_none());
+    disable(&world);
+    world.clock.advance(secs(31));
+    assert_revoked(by_record.next().unwrap(), Disabled);
+    assert!(by_record.next().is_none());
+    assert_revoked(by_block.next_block(), Disabled);
+    assert!(by_block.next_block().unwrap().is_none());
+    // An idle tail ends too.
+    assert_revoked(at_end.next().unwrap(), Disabled);
+    assert!(at_end.next().is_none());
+}
+
+#[test]
+fn acknowledged_groups_are_sealed_before_the_wipe_and_others_fail() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    // Acknowledged: three that only sit in memory. Not acknowledged: tickets.
+    for text in ["a", "b"] {
+        logstore.append(record(text), &buffered()).unwrap();
+    }
+    let waiting = [
+        logstore.submit(record("not acknowledged"), &written()).unwrap(),
+        logstore.submit(record("not acknowledged"), &synced()).unwrap(),
+    ];
+    logstore.append(record("c"), &buffered()).unwrap();
+    assert!(waiting.iter().all(|ticket| !ticket.is_done()));
+    disable(&world);
+    world.clock.advance(secs(31));
+    store.tick();
+    for ticket in waiting {
+        assert!(ticket.is_done());
+        assert_revoked(ticket.wait(), Disabled);
+    }
+    // Nothing is left open: the segment is sealed, and a keyless check finds it whole.
+    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let report = store.verify(&keyless, &mut |_| {}).unwrap();
+    assert!(report.is_clean() && report.notes.is_empty(), "{report:?}");
+    assert_eq!(report.groups, 4);
+
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    assert_eq!(texts(&logstore), ["first", "a", "b", "c"]);
+    put(&logstore, "d");
+    assert_eq!(texts(&logstore), ["first", "a", "b", "c", "d"]);
+    assert!(logstore.status().unwrap().recovery.is_empty());
+}
+
+/// A ticket asks for the key when it is driven: it does not slip through because it was submitted in time.
+#[test]
+fn a_ticket_that_is_waited_for_after_the_bound_is_refused() {
+    let world = World::manual();
+    let (_store, logstore) = opened(&world);
+    let ticket = logstore.submit(record("late"), &synced()).unwrap();
+    disable(&world);
+    world.clock.advance(secs(31));
+    assert_revoked(ticket.wait(), Disabled);
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    assert_eq!(texts(&logstore), ["first"]);
+}
+
+/// The loss shows in the middle of an operation, before anybody has dealt with it.
+#[test]
+fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key_revoked() {
+    for how in ["sync", "close", "drop", "checkpoint", "roll"] {
+        let world = World::manual();
+        let (store, logstore) = opened(&world);
+        logstore.append(record("acknowledged"), &buffered()).unwrap();
+        disable(&world);
+        world.clock.advance(secs(31));
+        match how {
+            "sync" => {
+                assert_revoked(logstore.sync(), Disabled);
+                store.close().unwrap();
+            }
+            "close" => store.close().unwrap(),
+            "drop" => drop(store),
+            "checkpoint" => {
+                store.checkpoint().unwrap();
+                store.close().unwrap();
+            }
+            _ => {
+                let _ = logstore.roll();
+                store.close().unwrap();
+            }
+        }
+        drop(logstore);
+        world.kms.answer(Answer::Real);
+        let store = world.open();
+        let logstore = store.logstore(&name("p/l")).unwrap();
+        assert_eq!(texts(&logstore), ["first", "acknowledged"], "{how}");
+        assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+        put(&logstore, "more");
+        assert!(logstore.status().unwrap().recovery.is_empty(), "{how}: it was closed cleanly");
+    }
+}
+
+/// A fresh data key that cannot be fetched, with the lease still good: what was acknowledged waits, nothing spins, nothing is lost.
+#[test]
+fn acknowledged_groups_wait_while_a_fresh_data_key_is_out_of_reach() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    store.rotate_data_key(logstore.name()).unwrap();
+    world.kms.answer_for_data_keys(Answer::Unreachable);
+    logstore.append(record("acknowledged"), &buffered()).unwrap();
+    for _ in 0..50 {
+        world.clock.advance(millis(100));
+        store.tick();
+    }
+    let calls = world.kms.calls();
+    assert!(calls < 100, "{calls} calls");
+    assert_unreachable(try_put(&logstore, "refused"));
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(5));
+    store.tick();
+    put(&logstore, "more");
+    assert_eq!(texts(&logstore), ["first", "acknowledged", "more"]);
+
+    // The same, and then the key is revoked: there is nothing to seal with, so it stays in memory until the key is back.
+    store.rotate_data_key(logstore.name()).unwrap();
+    world.kms.answer_for_data_keys(Answer::Unreachable);
+    logstore.append(record("kept"), &buffered()).unwrap();
+    world.clock.advance(secs(1));
+    store.tick();
+    disable(&world);
+    world.clock.advance(secs(31));
+    store.tick();
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(31));
+    store.tick();
+    put(&logstore, "last");
+    assert_eq!(texts(&logstore), ["first", "acknowledged", "more", "kept", "last"]);
+}
+
+#[test]
+fn other_logstores_are_undisturbed() {
+    let world = World::manual();
+    let store = world.create();
+    let (revoked_cmk, other_cmk) = (world.cmk(), world.cmk());
+    let revoked = world.byok(&store, "p/revoked", &revoked_cmk);
+    let others = [
+        world.byok(&store, "p/other", &other_cmk),
+        world.service(&store, "p/service"),
+        store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap(),
+    ];
+    for logstore in others.iter().chain([&revoked]) {
+        put(logstore, "before");
+    }
+    let mut readers: Vec<_> = others.iter().map(|other| other.read(0, &ReadOptions::default()).unwrap()).collect();
+    world.local().disable(&revoked_cmk.cmk_key_id).unwrap();
+    world.clock.advance(secs(31));
+    store.tick();
+    assert_revoked(try_put(&revoked, "x"), Disabled);
+    for (other, reader) in others.iter().zip(&mut readers) {
+        put(other, "after");
+        let texts: Vec<_> = reader.map(|record| record.unwrap().bytes).collect();
+        assert_eq!(texts, ["before", "after"]);
+        // Not even its segment was ended.
+        assert_eq!(segments(&world.logstore_dir(other), 0).len(), 1);
+    }
+}
+
+#[test]
+fn after_a_replacement_the_old_master_key_concerns_nobody() {
+    let world = World::manual();
+    let store = world.create();
+    let (old, new) = (world.cmk(), world.cmk());
+    let logstore = world.byok(&store, "p/l", &old);
+    put(&logstore, "one");
+    store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap();
+    put(&logstore, "two");
+    logstore.append(record("three"), &buffered()).unwrap();
+    let ticket = logstore.submit(record("four"), &synced()).unwrap();
+    let before = segments(&world.logstore_dir(&logstore), 0).len();
+    world.local().disable(&old.cmk_key_id).unwrap();
+    world.clock.advance(secs(31));
+    store.tick();
+    ticket.wait().unwrap();
+    assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
+    assert_eq!(segments(&world.logstore_dir(&logstore), 0).len(), before);
+    assert!(!events(&store).contains(&AuditEvent::Revoked));
+    // The new one does.
+    world.local().disable(&new.cmk_key_id).unwrap();
+    world.clock.advance(secs(31));
+    store.tick();
+    assert_revoked(try_put(&logstore, "x"), Disabled);
+    assert!(events(&store).contains(&AuditEvent::Revoked));
+}
+
+#[test]
+fn revalidate_now_makes_it_immediate_both_ways() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    logstore.append(record("acknowledged"), &buffered()).unwrap();
+    disable(&world);
+    put(&logstore, "still fine");
+    assert_revoked(logstore.revalidate_now(), Disabled);
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    assert_eq!(events(&store).last(), Some(&AuditEvent::Revoked));
+    world.kms.answer(Answer::Real);
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    logstore.revalidate_now().unwrap();
+    put(&logstore, "back");
+    assert_eq!(texts(&logstore), ["first", "acknowledged", "still fine", "back"]);
+    assert_eq!(events(&store).last(), Some(&AuditEvent::Recovered));
+    // Where there is no master key there is nothing to ask.
+    world.service(&store, "p/service").revalidate_now().unwrap();
+}
+
+#[test]
+fn switching_enable_asks_for_no_key_and_frees_nothing() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    disable(&world);
+    world.clock.advance(secs(31));
+    store.tick();
+    let config = logstore.config();
+    let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
+    store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+    assert_revoked(try_put(&logstore, "never in plaintext"), Disabled);
+    assert_revoked(try_texts(&logstore), Disabled);
+    let all: Vec<u8> = files(&world.store_dir()).into_values().flatten().collect();
+    assert!(memchr::memmem::find(&all, b"never in plaintext").is_none());
+}
+
+// ---- opening, and counting calls ----
+
+#[test]
+fn opening_with_a_dead_kms_works_and_calls_nothing() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    let service = world.service(&store, "p/service");
+    put(&service, "service");
+    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() };
+    let plain = store.create_logstore(&name("p/plain"), spec).unwrap();
+    put(&plain, "old");
+    store.close().unwrap();
+    drop((logstore, service, plain));
+
+    world.kms.answer(Answer::Unreachable);
+    let calls = world.kms.calls();
+    let store = world.open();
+    assert_eq!(store.list().unwrap().len(), 3);
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    assert_eq!(logstore.key_status().state, KeyState::Idle);
+    assert_eq!(logstore.status().unwrap().groups, 1);
+    logstore.config();
+    // Another Logstore, retention, the keyless checks.
+    put(&store.logstore(&name("p/service")).unwrap(), "more");
+    world.clock.advance(secs(60));
+    store.tick();
+    assert!(store.apply_retention().unwrap().segments == 0);
+    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
+    assert_eq!(world.kms.calls(), calls);
+    assert_unreachable(try_texts(&logstore));
+    assert_eq!(world.kms.calls(), calls + 1);
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(30));
+    assert_eq!(texts(&logstore), ["first"]);
+}
+
+#[test]
+fn opening_without_the_kms_configured_is_an_outage_for_that_logstore_alone() {
+    let world = World::manual();
+    let (store, _) = opened(&world);
+    let service = world.service(&store, "p/service");
+    put(&service, "service");
+    store.close().unwrap();
+    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).open().unwrap();
+    let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
+    assert!(matches!(&error, Error::KmsUnreachable { .. }) && error.to_string().contains(REGION), "{error}");
+    assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["service"]);
+}
+
+#[test]
+fn a_thousand_logstores_under_one_master_key_cost_one_renewal_a_period() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstores: Vec<_> = (0..1000).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
+    assert_eq!(store.renewal_calls(), 0);
+    // First use: each unwraps its own envelope once, one of them asks for the lease.
+    let calls = world.kms.calls();
+    for logstore in &logstores {
+        logstore.append(record("x"), &buffered()).unwrap();
+    }
+    assert_eq!(world.kms.calls() - calls, 1001);
+    assert_eq!(store.renewal_calls(), 1);
+    let calls = world.kms.calls();
+    let mut periods = 0;
+    for _ in 0..10 {
+        world.clock.advance(world.options.revalidate_every);
+        store.tick();
+        periods += 1;
+        for logstore in logstores.iter().step_by(100) {
+            logstore.append(record("y"), &written()).unwrap();
+        }
+    }
+    assert_eq!(world.kms.calls() - calls, periods);
+    assert_eq!(store.renewal_calls(), 1 + periods);
+    // One refusal stops all of them, one success brings all of them back.
+    disable(&world);
+    world.clock.advance(world.options.revalidate_every);
+    store.tick();
+    for logstore in logstores.iter().step_by(50) {
+        assert_revoked(try_put(logstore, "z"), Disabled);
+    }
+    world.kms.answer(Answer::Real);
+    world.clock.advance(world.options.revalidate_every);
+    store.tick();
+    for logstore in logstores.iter().step_by(50) {
+        put(logstore, "z");
+    }
+}
+
+#[test]
+fn no_calls_are_made_for_a_master_key_that_nobody_uses_any_more() {
+    let world = World::manual();
+    let store = world.create();
+    let (old, new) = (world.cmk(), world.cmk());
+    let logstore = world.byok(&store, "p/l", &old);
+    let deleted = world.byok(&store, "p/deleted", &world.cmk());
+    put(&logstore, "one");
+    put(&deleted, "one");
+    store.replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap();
+    put(&logstore, "two");
+    store.delete_logstore(deleted.name()).unwrap();
+    drop(deleted);
+    world.clock.advance(secs(30));
+    let probes = world.kms.probes();
+    store.tick();
+    assert_eq!(world.kms.probes(), probes + 1);
+}
+
+#[test]
+fn a_read_only_opener_is_refused_too_and_recovers() {
+    let world = World::manual();
+    let (store, logstore) = opened(&world);
+    put(&logstore, "second");
+    let reading = world.builder().open_read_only().unwrap();
+    let beside = reading.logstore(&name("p/l")).unwrap();
+    let mut reader = beside.read(0, &ReadOptions::default()).unwrap();
+    assert_eq!(&reader.next().unwrap().unwrap().bytes[..], b"first");
+    disable(&world);
+    world.clock.advance(secs(31));
+    reading.tick();
+    assert_revoked(reader.next().unwrap(), Disabled);
+    assert_revoked(beside.read(0, &ReadOptions::default()), Disabled);
+    assert_eq!(beside.key_status().state, KeyState::Revoked { reason: Disabled });
+    // It writes nothing, not even to the audit log.
+    assert!(!events(&store).contains(&AuditEvent::Revoked));
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(30));
+    reading.tick();
+    assert_eq!(texts(&beside), ["first", "second"]);
+}
+
+// ---- in real time, with threads ----
+
+fn quick() -> World {
+    let mut world = World::threads();
+    world.options.revalidate_every = millis(100);
+    world.options.kms_timeout = millis(100);
+    world.options.outage_grace = millis(600);
+    world
+}
+
+#[test]
+fn threads_notice_a_revocation_and_recover_by_themselves() {
+    let world = quick();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    let other = world.service(&store, "p/other");
+    put(&logstore, "one");
+    let mut tail = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
+    logstore.append(record("two"), &buffered()).unwrap();
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    let revoked = Instant::now();
+    eventually("the revocation is noticed", || events(&store).contains(&AuditEvent::Revoked));
+    assert_revoked(try_put(&logstore, "refused"), Disabled);
+    assert!(tail.any(|record| matches!(record, Err(Error::Revoked { .. }))));
+    put(&other, "fine");
+    assert!(revoked.elapsed() < secs(15));
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    eventually("the recovery", || events(&store).contains(&AuditEvent::Recovered));
+    put(&logstore, "three");
+    assert_eq!(texts(&logstore), ["one", "two", "three"]);
+    store.close().unwrap();
+}
+
+#[test]
+fn threads_that_write_while_the_key_comes_and_goes_lose_nothing_acknowledged() {
+    let world = quick();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    let stop = Arc::new(AtomicBool::new(false));
+    let writers: Vec<_> = (0..3)
+        .map(|writer| {
+            let (logstore, stop) = (logstore.clone(), Arc::clone(&stop));
+            thread::spawn(move || {
+                let options = [buffered(), written(), synced()][writer];
+                let mut acknowledged = Vec::new();
+                for n in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    let text = format!("{writer}-{n}");
+                    match logstore.append(record(&text), &options) {
+                        Ok(appended) => acknowledged.push((appended.seq, text)),
+                        Err(error) => assert!(matches!(error, Error::Revoked { .. }), "{error}"),
+                    }
+                    thread::sleep(millis(1));
+                }
+                acknowledged
+            })
+        })
+        .collect();
+    for _ in 0..4 {
+        thread::sleep(millis(150));
+        world.local().disable(&cmk.cmk_key_id).unwrap();
+        eventually("refused", || logstore.read(0, &ReadOptions::default()).is_err());
+        world.local().enable(&cmk.cmk_key_id).unwrap();
+        eventually("back", || logstore.read(0, &ReadOptions::default()).is_ok());
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut expected: Vec<_> = writers.into_iter().flat_map(|writer| writer.join().unwrap()).collect();
+    expected.sort_unstable();
+    logstore.sync().unwrap();
+    let found: Vec<_> = records(&logstore, 0)
+        .unwrap()
+        .into_iter()
+        .map(|record| (record.seq, String::from_utf8(record.bytes.to_vec()).unwrap()))
+        .collect();
+    assert!(found.is_sorted());
+    for acknowledged in &expected {
+        assert!(found.binary_search(acknowledged).is_ok(), "{acknowledged:?} is missing");
+    }
+    store.close().unwrap();
+}
+
+#[test]
+fn a_kms_that_hangs_does_not_hang_callers() {
+    let world = quick();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    put(&logstore, "one");
+    world.kms.answer(Answer::Hang);
+    // Callers ride the grace, then are told; none waits for long.
+    let mut slowest = Duration::ZERO;
+    eventually("the lease ends", || {
+        let began = Instant::now();
+        let ended = try_put(&logstore, "riding").is_err();
+        slowest = slowest.max(began.elapsed());
+        ended
+    });
+    assert!(slowest < secs(5), "{slowest:?}");
+    assert_unreachable(try_put(&logstore, "x"));
+    assert_unreachable(logstore.revalidate_now());
+    world.service(&store, "p/service").append(record("fine"), &synced()).unwrap();
+    world.kms.answer(Answer::Real);
+    eventually("it recovers", || try_put(&logstore, "back").is_ok());
+    world.kms.answer(Answer::Hang);
+    // Nor does closing wait for it.
+    let began = Instant::now();
+    store.close().unwrap();
+    assert!(began.elapsed() < secs(5));
+    world.kms.answer(Answer::Real);
+}
+
+/// It answers for the lease, but not for the Logstore's own envelope, nor for a new one.
+#[test]
+fn a_kms_that_hangs_over_a_data_key_does_not_hang_callers() {
+    let mut world = quick();
+    world.options.outage_grace = secs(60);
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    put(&logstore, "one");
+    let second = world.byok(&store, "p/second", &cmk);
+    world.kms.answer_for_data_keys(Answer::Hang);
+    let began = Instant::now();
+    assert_unreachable(try_put(&second, "x"));
+    assert_unreachable(store.rotate_data_key(logstore.name()));
+    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
+    assert_unreachable(store.create_logstore(&name("p/third"), spec));
+    assert!(began.elapsed() < secs(10));
+    put(&logstore, "two");
+    world.kms.answer(Answer::Real);
+    put(&second, "x");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    store.close().unwrap();
+}
+
+#[test]
+fn nobody_waits_for_a_revocation_to_be_dealt_with_for_ever() {
+    let world = quick();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    put(&logstore, "one");
+    let tickets: Vec<_> = (0..50).map(|n| logstore.submit(record(&format!("{n}")), &synced()).unwrap()).collect();
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    assert_revoked(logstore.revalidate_now(), Disabled);
+    for ticket in tickets {
+        match ticket.wait() {
+            Ok(_) => {}
+            Err(error) => assert!(matches!(error, Error::Revoked { .. }), "{error}"),
+        }
+    }
+    store.close().unwrap();
+}

@@ -1,0 +1,880 @@
+//! The semantics of the service that the engine is for, rule by rule, through the public API.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{fs, path::PathBuf};
+
+use common::*;
+use envelog::{
+    AuditEvent, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec,
+    ReplaceCmk, Store, UserCmkInfo, VerifyOptions,
+    crypto::Suite,
+    kms::RevokedReason,
+    segment::{KeySource, SegmentHeader},
+};
+
+/// What the headers of a Logstore's segments say: suite, and whose key.
+fn headers(world: &World, logstore: &Logstore) -> Vec<(Suite, KeySource)> {
+    segments(&world.logstore_dir(logstore), 0)
+        .iter()
+        .map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header)
+        .map(|header| (header.suite, header.key_source))
+        .collect()
+}
+
+fn off() -> EncryptConf {
+    EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }
+}
+
+fn with_conf(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> LogstoreConfig {
+    LogstoreConfig { encrypt_conf: conf, ..store.config(logstore.name()).unwrap() }
+}
+
+fn update(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> Result<LogstoreConfig, Error> {
+    store.update_logstore(logstore.name(), with_conf(store, logstore, conf))
+}
+
+/// The files of the metadata, and what they hold.
+fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
+    let paths = [
+        world.store_dir().join("STORE"),
+        world.store_dir().join("catalogue"),
+        world.logstore_dir(logstore).join("meta"),
+        world.keyring(),
+    ];
+    paths.into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+// ---- S1 ----
+
+#[test]
+fn s1_the_service_key_needs_nothing_of_the_user_and_each_logstore_has_its_own_data_key() {
+    let world = World::manual();
+    let random = std::sync::Arc::new(RecordingRandom::default());
+    // No KMS at all.
+    let builder = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new())
+        .insecure_random_for_tests(random.clone());
+    let store = builder.clone().create().unwrap();
+    let (a, b) = (world.service(&store, "p/a"), world.service(&store, "p/b"));
+    put(&a, "in a");
+    put(&b, "in b");
+    store.close().unwrap();
+    // Nothing is ever drawn twice: neither data key is the other, nor a salt.
+    let mut draws = random.draws();
+    let count = draws.len();
+    draws.sort_unstable();
+    draws.dedup();
+    assert_eq!(draws.len(), count);
+
+    // A segment of one Logstore does not open in the other, whose data key is another.
+    let store = builder.clone().open().unwrap();
+    assert_eq!(texts(&store.logstore(&name("p/a")).unwrap()), ["in a"]);
+    assert_eq!(texts(&store.logstore(&name("p/b")).unwrap()), ["in b"]);
+    store.close().unwrap();
+    let (from, to) = (segments(&world.logstore_dir(&a), 0), segments(&world.logstore_dir(&b), 0));
+    fs::copy(&from[0], &to[0]).unwrap();
+    let store = builder.open().unwrap();
+    let error = try_texts(&store.logstore(&name("p/b")).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::Tampered { .. } | Error::RolledBack { .. }), "{error}");
+}
+
+#[test]
+fn s1_service_keys_never_expire() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    // Ten years, by either clock, with no KMS call ever.
+    for _ in 0..10 {
+        world.clock.advance(365 * DAY);
+        store.tick();
+    }
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    assert_eq!(logstore.key_status().state, KeyState::Active);
+    assert_eq!(logstore.key_status().lease_left, None);
+    assert_eq!(world.kms.calls(), 0);
+}
+
+#[test]
+fn s1_byok_the_customer_creates_rotates_disables_deletes_and_replaces_the_master_key() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    put(&logstore, "one");
+    // Rotated: what was wrapped under the old version still opens, and what is wrapped now is under the new one.
+    world.local().rotate(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    // Disabled, and enabled.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    // Replaced, and the old one deleted.
+    let other = world.cmk();
+    store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
+    world.local().delete(&cmk.cmk_key_id).unwrap();
+    put(&logstore, "three");
+    assert_eq!(texts(&logstore), ["one", "two", "three"]);
+    assert_eq!(logstore.config().encrypt_conf.unwrap().user_cmk_info, Some(other));
+}
+
+// ---- S2 ----
+
+#[test]
+fn s2_aes_and_sm4_with_either_method() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    for (n, (encrypt_type, method, suite)) in [
+        (EncryptType::Default, None, Suite::Aes256Gcm),
+        (EncryptType::Sm4, None, Suite::Sm4Gcm),
+        (EncryptType::Default, Some(cmk.clone()), Suite::Aes256Gcm),
+        (EncryptType::Sm4, Some(cmk), Suite::Sm4Gcm),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let conf = EncryptConf { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: method.clone() };
+        let spec = LogstoreSpec::default().encrypted(conf);
+        let logstore = store.create_logstore(&name(&format!("p/l{n}")), spec).unwrap();
+        put(&logstore, "secret");
+        assert_eq!(texts(&logstore), ["secret"]);
+        assert_eq!(headers(&world, &logstore), [(suite, KeySource::DataKey(1))]);
+        let status = logstore.status().unwrap();
+        assert_eq!(status.method, if method.is_some() { "byok" } else { "service_key" });
+        assert_eq!(status.encrypt_type, Some(encrypt_type));
+        assert!(status.encrypting);
+    }
+    store.close().unwrap();
+    let store = world.open();
+    for n in 0..4 {
+        assert_eq!(texts(&store.logstore(&name(&format!("p/l{n}"))).unwrap()), ["secret"]);
+    }
+}
+
+#[test]
+fn s2_aes_is_the_default() {
+    let conf = EncryptConf::from_json(r#"{"enable": true, "encrypt_type": "default"}"#).unwrap();
+    assert_eq!(conf.encrypt_type.unwrap().suite(), Suite::Aes256Gcm);
+    let conf = EncryptConf::from_json(r#"{"enable": true, "encrypt_type": "sm4"}"#).unwrap();
+    assert_eq!(conf.encrypt_type.unwrap().suite(), Suite::Sm4Gcm);
+}
+
+// ---- S3 ----
+
+#[test]
+fn s3_json_has_exactly_these_names() {
+    let json = concat!(
+        r#"{"enable":true,"encrypt_type":"sm4","user_cmk_info":"#,
+        r#"{"cmk_key_id":"key-1","arn":"acs:ram::13234:role/logsource","region_id":"cn-hangzhou"}}"#
+    );
+    let conf = EncryptConf::from_json(json).unwrap();
+    let cmk = UserCmkInfo {
+        cmk_key_id: "key-1".into(),
+        arn: "acs:ram::13234:role/logsource".into(),
+        region_id: "cn-hangzhou".into(),
+    };
+    assert_eq!(conf, EncryptConf::byok(EncryptType::Sm4, cmk));
+    assert_eq!(serde_json::to_string(&conf).unwrap(), json);
+    for json in [r#"{"enable":false}"#, r#"{"enable":true,"encrypt_type":"default"}"#] {
+        let conf = EncryptConf::from_json(json).unwrap();
+        assert_eq!(serde_json::to_string(&conf).unwrap(), json);
+    }
+    assert_eq!(EncryptConf::from_json(r#"{"enable":false}"#).unwrap(), off());
+}
+
+#[test]
+fn s3_every_unknown_or_missing_field_or_value_is_an_error_that_names_it() {
+    let cmk = r#"{"cmk_key_id":"k","arn":"a","region_id":"r"}"#;
+    let full = format!(r#"{{"enable":true,"encrypt_type":"default","user_cmk_info":{cmk}}}"#);
+    EncryptConf::from_json(&full).unwrap();
+    let without = |field: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(&full).unwrap();
+        let object = value.as_object_mut().unwrap();
+        if object.remove(field).is_none() {
+            object["user_cmk_info"].as_object_mut().unwrap().remove(field).unwrap();
+        }
+        value.to_string()
+    };
+    // Missing.
+    for field in ["enable", "cmk_key_id", "arn", "region_id"] {
+        match EncryptConf::from_json(&without(field)) {
+            Err(ConfigError::Json(text)) => assert!(text.contains(field), "{field}: {text}"),
+            other => panic!("{field}: {other:?}"),
+        }
+    }
+    let error = EncryptConf::from_json(&without("encrypt_type")).unwrap_err();
+    assert_eq!(error, ConfigError::EncryptTypeRequired);
+    assert!(error.to_string().contains("encrypt_type"));
+    // No user_cmk_info is the service key.
+    assert_eq!(EncryptConf::from_json(&without("user_cmk_info")).unwrap().user_cmk_info, None);
+    // Unknown.
+    for (json, named) in [
+        (full.replace("enable", "enabled"), "enabled"),
+        (full.replace("encrypt_type", "encryptType"), "encryptType"),
+        (full.replace("user_cmk_info", "cmk"), "cmk"),
+        (full.replace("cmk_key_id", "key_id"), "key_id"),
+        (full.replace("arn", "role"), "role"),
+        (full.replace("region_id", "region"), "region"),
+        (full.replacen('{', r#"{"extra":1,"#, 1), "extra"),
+        (full.replace(r#""cmk_key_id""#, r#""extra":1,"cmk_key_id""#), "extra"),
+        (full.replace("\"default\"", "\"aes\""), "aes"),
+        (full.replace("\"default\"", "\"SM4\""), "SM4"),
+        (full.replace("true", "1"), "1"),
+        (full.replace("true", "\"yes\""), "yes"),
+    ] {
+        match EncryptConf::from_json(&json) {
+            Err(ConfigError::Json(text)) => assert!(text.contains(named), "{json}: {text}"),
+            other => panic!("{json}: {other:?}"),
+        }
+    }
+    // Empty, and too long.
+    for field in ["cmk_key_id", "arn", "region_id"] {
+        for value in [String::new(), "x".repeat(1025), "a\\u0000b".into()] {
+            let mut object: serde_json::Value = serde_json::from_str(&full).unwrap();
+            object["user_cmk_info"][field] = serde_json::from_str(&format!("\"{value}\"")).unwrap();
+            let error = EncryptConf::from_json(&object.to_string()).unwrap_err();
+            assert_eq!(error, ConfigError::CmkField { field });
+            assert!(error.to_string().contains(field));
+        }
+    }
+    for json in ["", "null", "[]", "true", "{", &format!("{full} x")] {
+        assert!(matches!(EncryptConf::from_json(json), Err(ConfigError::Json(_))), "{json}");
+    }
+}
+
+#[test]
+fn s3_what_the_json_refuses_create_refuses_too() {
+    let world = World::manual();
+    let store = world.create();
+    let refused = |conf: EncryptConf| {
+        let error = store.create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf)).unwrap_err();
+        assert!(store.list().unwrap().is_empty());
+        match error {
+            Error::Config(error) => error,
+            other => panic!("{other}"),
+        }
+    };
+    let incomplete = EncryptConf { enable: true, encrypt_type: None, user_cmk_info: None };
+    assert_eq!(refused(incomplete), ConfigError::EncryptTypeRequired);
+    for field in ["cmk_key_id", "arn", "region_id"] {
+        let mut cmk = world.cmk();
+        match field {
+            "cmk_key_id" => cmk.cmk_key_id.clear(),
+            "arn" => cmk.arn.clear(),
+            _ => cmk.region_id.clear(),
+        }
+        assert_eq!(refused(EncryptConf::byok(EncryptType::Sm4, cmk)), ConfigError::CmkField { field });
+    }
+    assert_eq!(world.kms.calls(), 0);
+}
+
+#[test]
+fn s3_a_whole_configuration_round_trips_through_json_and_unknown_fields_are_named() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    let config = store.config(logstore.name()).unwrap();
+    let json = serde_json::to_string(&config).unwrap();
+    assert_eq!(LogstoreConfig::from_json(&json).unwrap(), config);
+    let extra = json.replacen('{', r#"{"surprise":1,"#, 1);
+    assert!(LogstoreConfig::from_json(&extra).unwrap_err().to_string().contains("surprise"));
+    let missing = json.replace(r#""revision":1,"#, "");
+    assert!(LogstoreConfig::from_json(&missing).unwrap_err().to_string().contains("revision"));
+}
+
+// ---- S4 ----
+
+#[test]
+fn s4_encryption_may_come_later_and_what_was_written_before_stays_readable() {
+    for (encrypt_type, byok) in [(EncryptType::Default, false), (EncryptType::Sm4, true)] {
+        let world = World::manual();
+        let store = world.create();
+        let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
+        put(&logstore, "plain");
+        let cmk = byok.then(|| world.cmk());
+        let conf = EncryptConf { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
+        update(&store, &logstore, Some(conf.clone())).unwrap();
+        assert_eq!(logstore.config().encrypt_conf, Some(conf));
+        put(&logstore, "secret");
+        assert_eq!(texts(&logstore), ["plain", "secret"]);
+        let before = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        assert_eq!(headers(&world, &logstore), [before, (encrypt_type.suite(), KeySource::DataKey(1))]);
+        let all: Vec<u8> = files(&world.logstore_dir(&logstore)).into_values().flatten().collect();
+        assert!(memchr::memmem::find(&all, b"plain").is_some());
+        assert!(memchr::memmem::find(&all, b"secret").is_none());
+        store.close().unwrap();
+        let logstore = world.open().logstore(&name("p/l")).unwrap();
+        assert_eq!(texts(&logstore), ["plain", "secret"]);
+    }
+}
+
+#[test]
+fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    // With a create, and with an update; and it may name an algorithm and a master key.
+    let cmk = world.cmk();
+    let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Default, cmk.clone()) };
+    let created = store.create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone())).unwrap();
+    let updated = store.create_logstore(&name("p/b"), LogstoreSpec::default()).unwrap();
+    update(&store, &updated, Some(off())).unwrap();
+    assert_eq!(created.config().encrypt_conf, Some(first));
+    assert_eq!(updated.config().encrypt_conf, Some(off()));
+    assert_eq!(world.kms.calls(), 0);
+    for logstore in [&created, &updated] {
+        put(logstore, "plain");
+        let status = logstore.status().unwrap();
+        assert_eq!((status.method, status.encrypt_type, status.encrypting), ("none", None, false));
+        assert_eq!(status.key.state, KeyState::None);
+        assert_eq!(headers(&world, logstore), [(Suite::Aes256Gmac, KeySource::Keyring(1))]);
+        assert!(!store.audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
+    }
+    // Nothing is fixed: another algorithm, another method, another key, while it is off and at the first enable.
+    update(&store, &created, Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) }))
+        .unwrap();
+    let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
+    update(&store, &created, Some(conf.clone())).unwrap();
+    update(&store, &updated, Some(EncryptConf::service_key(EncryptType::Default))).unwrap();
+    assert_eq!(created.config().encrypt_conf, Some(conf));
+    for logstore in [&created, &updated] {
+        put(logstore, "secret");
+        assert_eq!(texts(logstore), ["plain", "secret"]);
+        assert_eq!(headers(&world, logstore)[1].1, KeySource::DataKey(1));
+    }
+    // Disabling a master key that was only ever named while encryption was off concerns nobody.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    world.clock.advance(secs(3600));
+    store.tick();
+    put(&created, "more");
+}
+
+#[test]
+fn s4_switching_off_and_on_again_keeps_everything_readable() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    put(&logstore, "secret one");
+    let on = logstore.config().encrypt_conf.unwrap();
+    update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, ..on.clone() })).unwrap();
+    put(&logstore, "plain");
+    assert!(!logstore.status().unwrap().encrypting);
+    update(&store, &logstore, Some(on)).unwrap();
+    put(&logstore, "secret two");
+    assert_eq!(texts(&logstore), ["secret one", "plain", "secret two"]);
+    // While it is off the integrity-only form is used, keyed from the data key.
+    let key = KeySource::DataKey(1);
+    let suites = [(Suite::Aes256Gcm, key), (Suite::Aes256Gmac, key), (Suite::Aes256Gcm, key)];
+    assert_eq!(headers(&world, &logstore), suites);
+    store.close().unwrap();
+    let store = world.open();
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["secret one", "plain", "secret two"]);
+    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+}
+
+// ---- S5 ----
+
+#[test]
+fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let (cmk, other) = (world.cmk(), world.cmk());
+    let service = world.service(&store, "p/service");
+    let byok = world.byok(&store, "p/byok", &cmk);
+    let refused_off = {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+        let logstore = store.create_logstore(&name("p/off"), spec).unwrap();
+        update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }))
+            .unwrap();
+        logstore
+    };
+    let type_less = |conf: EncryptConf| EncryptConf { encrypt_type: None, ..conf };
+    let disabled = |conf: EncryptConf| EncryptConf { enable: false, ..conf };
+    let default_service = EncryptConf::service_key(EncryptType::Default);
+    let default_byok = EncryptConf::byok(EncryptType::Default, cmk.clone());
+    let other_role = UserCmkInfo { arn: "acs:ram::1:role/other".into(), ..cmk.clone() };
+    let other_region = UserCmkInfo { region_id: "cn-beijing".into(), ..cmk.clone() };
+    let fixed = cmk.cmk_key_id.clone();
+    let method = |fixed| ConfigError::MethodFixed { fixed };
+    let algorithm = |fixed| ConfigError::AlgorithmFixed { fixed };
+    let cmk_fixed = || ConfigError::CmkFixed { fixed: fixed.clone() };
+    let cases: Vec<(&Logstore, Option<EncryptConf>, ConfigError)> = vec![
+        // Left out.
+        (&service, None, ConfigError::EncryptConfRequired),
+        (&byok, None, ConfigError::EncryptConfRequired),
+        (&refused_off, None, ConfigError::EncryptConfRequired),
+        // The method.
+        (&service, Some(EncryptConf::byok(EncryptType::Default, cmk.clone())), method("service key")),
+        (&service, Some(disabled(EncryptConf::byok(EncryptType::Default, cmk.clone()))), method("service key")),
+        (&byok, Some(default_service.clone()), method("customer master key")),
+        (&byok, Some(off()), method("customer master key")),
+        (&refused_off, Some(disabled(EncryptConf::byok(EncryptType::Sm4, cmk.clone()))), method("service key")),
+        // The algorithm.
+        (&service, Some(EncryptConf::service_key(EncryptType::Sm4)), algorithm(EncryptType::Default)),
+        (&service, Some(disabled(EncryptConf::service_key(EncryptType::Sm4))), algorithm(EncryptType::Default)),
+        (&byok, Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())), algorithm(EncryptType::Default)),
+        (&refused_off, Some(default_service.clone()), algorithm(EncryptType::Sm4)),
+        // The master key: another one, in another role, in another region.
+        (&byok, Some(EncryptConf::byok(EncryptType::Default, other)), cmk_fixed()),
+        (&byok, Some(EncryptConf::byok(EncryptType::Default, other_role)), cmk_fixed()),
+        (&byok, Some(disabled(EncryptConf::byok(EncryptType::Default, other_region))), cmk_fixed()),
+        // Incomplete.
+        (&service, Some(type_less(default_service)), ConfigError::EncryptTypeRequired),
+        (&byok, Some(type_less(default_byok)), ConfigError::EncryptTypeRequired),
+    ];
+    for logstore in [&service, &byok, &refused_off] {
+        put(logstore, "before");
+    }
+    for (logstore, conf, expected) in &cases {
+        let before = (store.config(logstore.name()).unwrap(), metadata(&world, logstore));
+        let calls = world.kms.calls();
+        match update(&store, logstore, conf.clone()) {
+            Err(Error::Config(error)) => assert_eq!(error, *expected, "{conf:?}"),
+            other => panic!("{conf:?}: {other:?}"),
+        }
+        assert_eq!((store.config(logstore.name()).unwrap(), metadata(&world, logstore)), before, "{conf:?}");
+        assert_eq!(world.kms.calls(), calls);
+    }
+    // The errors are told apart by their codes too.
+    let mut codes: Vec<_> = cases.iter().map(|(_, _, error)| error.code()).collect();
+    codes.sort_unstable();
+    codes.dedup();
+    assert_eq!(codes.len(), 5);
+    for logstore in [&service, &byok, &refused_off] {
+        put(logstore, "after");
+        assert_eq!(texts(logstore), ["before", "after"]);
+    }
+    store.close().unwrap();
+    let store = world.open();
+    for text in ["p/service", "p/byok", "p/off"] {
+        assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["before", "after"]);
+    }
+}
+
+#[test]
+fn s5_other_fields_that_are_fixed_or_out_of_range_are_refused_one_by_one() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    let config = store.config(logstore.name()).unwrap();
+    let before = metadata(&world, &logstore);
+    let refused = |update: LogstoreConfig| match store.update_logstore(logstore.name(), update) {
+        Err(Error::Config(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    let field = |field| ConfigError::FieldFixed { field };
+    assert_eq!(refused(LogstoreConfig { name: name("p/other"), ..config.clone() }), field("name"));
+    assert_eq!(refused(LogstoreConfig { shard_count: 2, ..config.clone() }), field("shard_count"));
+    assert_eq!(refused(LogstoreConfig { shards: Vec::new(), ..config.clone() }), field("shards"));
+    assert_eq!(refused(LogstoreConfig { create_time: 7, ..config.clone() }), field("create_time"));
+    for days in [0, 3651] {
+        let error = refused(LogstoreConfig { ttl_days: Some(days), ..config.clone() });
+        assert!(matches!(error, ConfigError::OutOfRange { field: "ttl_days", .. }), "{error}");
+    }
+    let error = refused(LogstoreConfig { retention_bytes: Some(0), ..config.clone() });
+    assert!(matches!(error, ConfigError::OutOfRange { field: "retention_bytes", .. }), "{error}");
+    assert_eq!(store.config(logstore.name()).unwrap(), config);
+    assert_eq!(metadata(&world, &logstore), before);
+    let missing = store.update_logstore(&name("p/missing"), config).unwrap_err();
+    assert!(matches!(missing, Error::LogstoreMissing(missing) if missing == name("p/missing")));
+}
+
+#[test]
+fn s5_enable_may_be_switched_and_the_algorithm_left_out_while_it_is_off() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    for (logstore, cmk, encrypt_type) in [
+        (world.byok(&store, "p/byok", &cmk), Some(cmk), EncryptType::Default),
+        (world.service(&store, "p/service"), None, EncryptType::Default),
+    ] {
+        let without_type = EncryptConf { enable: false, encrypt_type: None, user_cmk_info: cmk.clone() };
+        let config = update(&store, &logstore, Some(without_type)).unwrap();
+        // It is stored with what is fixed.
+        let conf = EncryptConf { enable: false, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
+        assert_eq!(config.encrypt_conf, Some(conf.clone()));
+        // Off again, with the type; then on.
+        update(&store, &logstore, Some(conf.clone())).unwrap();
+        let on = EncryptConf { enable: true, ..conf };
+        assert_eq!(update(&store, &logstore, Some(on.clone())).unwrap().encrypt_conf, Some(on));
+    }
+}
+
+// ---- S6 ----
+
+#[test]
+fn s6_an_update_replaces_the_whole_and_must_be_built_on_the_newest_revision() {
+    let world = World::manual();
+    let store = world.create();
+    let spec = LogstoreSpec { ttl_days: Some(7), retention_bytes: Some(1 << 30), ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    let first = store.config(logstore.name()).unwrap();
+    assert_eq!((first.revision, first.ttl_days, first.retention_bytes), (1, Some(7), Some(1 << 30)));
+    world.clock.advance(secs(60));
+    let second = LogstoreConfig { ttl_days: None, ..first.clone() };
+    let second = store.update_logstore(logstore.name(), second).unwrap();
+    // What an update leaves out is gone, what it keeps stays, the time of the change is noted.
+    assert_eq!((second.revision, second.ttl_days, second.retention_bytes), (2, None, Some(1 << 30)));
+    assert_eq!(second.create_time, first.create_time);
+    assert_eq!(second.last_modify_time, first.last_modify_time + 60);
+    assert_eq!(store.config(logstore.name()).unwrap(), second);
+    assert_eq!(logstore.config(), second);
+    // Two callers that got the same revision: the second one is refused. So is one from nowhere.
+    let third = store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(1), ..second.clone() }).unwrap();
+    for (given, update) in [
+        (2, LogstoreConfig { ttl_days: Some(2), ..second }),
+        (1, first.clone()),
+        (9, LogstoreConfig { revision: 9, ..first }),
+    ] {
+        let error = store.update_logstore(logstore.name(), update).unwrap_err();
+        assert!(
+            matches!(error, Error::Config(ConfigError::RevisionOutdated { given: g, current: 3 }) if g == given),
+            "{error}"
+        );
+    }
+    assert_eq!(store.config(logstore.name()).unwrap(), third);
+    store.close().unwrap();
+    assert_eq!(world.open().config(&name("p/l")).unwrap(), third);
+}
+
+#[test]
+fn s6_key_operations_do_not_touch_the_revision() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let byok = world.byok(&store, "p/byok", &cmk);
+    let service = world.service(&store, "p/service");
+    put(&byok, "one");
+    let got = [store.config(byok.name()).unwrap(), store.config(service.name()).unwrap()];
+    store.rotate_data_key(byok.name()).unwrap();
+    store.rotate_data_key(service.name()).unwrap();
+    store.shred_data_keys(service.name(), &[1]).unwrap();
+    world.local().rotate(&cmk.cmk_key_id).unwrap();
+    store.rewrap(byok.name()).unwrap();
+    store.rotate_service_key().unwrap();
+    assert_eq!([store.config(byok.name()).unwrap(), store.config(service.name()).unwrap()], got);
+    let other = world.cmk();
+    store.replace_cmk(byok.name(), other.clone(), ReplaceCmk::default()).unwrap();
+    let replaced = store.config(byok.name()).unwrap();
+    assert_eq!(replaced.revision, got[0].revision);
+    assert_eq!(replaced.encrypt_conf.as_ref().unwrap().user_cmk_info, Some(other));
+    // A caller that got the configuration before the operations can still update with it.
+    store.update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() }).unwrap();
+}
+
+// ---- S7 ----
+
+struct Revocation {
+    reason: RevokedReason,
+    revoke: fn(&World, &UserCmkInfo),
+    restore: Option<fn(&World, &UserCmkInfo)>,
+}
+
+const REVOCATIONS: [Revocation; 4] = [
+    Revocation {
+        reason: RevokedReason::Disabled,
+        revoke: |world, cmk| world.local().disable(&cmk.cmk_key_id).unwrap(),
+        restore: Some(|world, cmk| world.local().enable(&cmk.cmk_key_id).unwrap()),
+    },
+    Revocation {
+        reason: RevokedReason::PendingDeletion,
+        revoke: |world, cmk| world.local().schedule_deletion(&cmk.cmk_key_id, 7).unwrap(),
+        restore: Some(|world, cmk| world.local().cancel_deletion(&cmk.cmk_key_id).unwrap()),
+    },
+    Revocation {
+        reason: RevokedReason::Deleted,
+        revoke: |world, cmk| world.local().delete(&cmk.cmk_key_id).unwrap(),
+        restore: None,
+    },
+    Revocation {
+        reason: RevokedReason::NotPermitted,
+        revoke: |world, cmk| world.local().ungrant(&cmk.cmk_key_id, ROLE).unwrap(),
+        restore: Some(|world, cmk| world.local().grant(&cmk.cmk_key_id, ROLE).unwrap()),
+    },
+];
+
+#[test]
+fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false() {
+    for Revocation { reason, revoke, restore } in REVOCATIONS {
+        for enabled in [true, false] {
+            let world = World::manual();
+            let store = world.create();
+            let cmk = world.cmk();
+            let logstore = world.byok(&store, "p/l", &cmk);
+            let other = world.service(&store, "p/other");
+            put(&logstore, "one");
+            if !enabled {
+                let conf = EncryptConf { enable: false, ..logstore.config().encrypt_conf.unwrap() };
+                update(&store, &logstore, Some(conf)).unwrap();
+                put(&logstore, "two");
+            } else {
+                put(&logstore, "two");
+            }
+            let mut open_reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+            assert!(open_reader.next().unwrap().is_ok());
+
+            revoke(&world, &cmk);
+            // After the bound at the latest.
+            world.clock.advance(world.options.revalidate_every + world.options.kms_timeout);
+            assert_revoked(try_put(&logstore, "refused"), reason);
+            assert_revoked(logstore.submit(record("refused"), &buffered()), reason);
+            assert_revoked(logstore.try_submit(record("refused"), &written()), reason);
+            assert_revoked(logstore.read(0, &envelog::ReadOptions::default()), reason);
+            assert_revoked(open_reader.next().unwrap(), reason);
+            assert!(open_reader.next().is_none());
+            assert_revoked(logstore.revalidate_now(), reason);
+            assert_revoked(store.rotate_data_key(logstore.name()), reason);
+            let error = try_texts(&logstore).unwrap_err();
+            assert_eq!(error.code(), "revoked");
+            let text = error.to_string();
+            assert!(
+                text.contains("p/l") && text.contains(&cmk.cmk_key_id) && text.contains(&reason.to_string()),
+                "{text}"
+            );
+            assert_eq!(logstore.key_status().state, KeyState::Revoked { reason });
+            // Another Logstore goes on.
+            put(&other, "fine");
+            assert_eq!(texts(&other), ["fine"]);
+            // It stays so in a process that starts now.
+            store.close().unwrap();
+            let store = world.open();
+            let logstore = store.logstore(&name("p/l")).unwrap();
+            assert_revoked(try_put(&logstore, "refused"), reason);
+            assert_revoked(try_texts(&logstore), reason);
+            // The keyless checks work.
+            let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+            assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
+            let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            assert!(report.refused.iter().any(|(refused, _)| *refused == name("p/l")));
+
+            let Some(restore) = restore else {
+                store.delete_logstore(&name("p/l")).unwrap();
+                continue;
+            };
+            restore(&world, &cmk);
+            world.clock.advance(world.options.revalidate_every);
+            store.tick();
+            put(&logstore, "three");
+            assert_eq!(texts(&logstore), ["one", "two", "three"]);
+        }
+    }
+}
+
+#[test]
+fn s7_configuration_delete_and_retention_still_work_while_revoked() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
+        .encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    let doomed = world.byok(&store, "p/doomed", &cmk);
+    put(&logstore, "old");
+    logstore.roll().unwrap();
+    put(&logstore, "newer");
+    put(&doomed, "doomed");
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    world.clock.advance(secs(60));
+    store.tick();
+    assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
+
+    let calls = world.kms.calls();
+    // Configuration: the time to live, and switching encryption off and on, which needs no unwrap.
+    let config = store.config(logstore.name()).unwrap();
+    let config = store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    let conf = config.encrypt_conf.clone().unwrap();
+    let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf.clone() })).unwrap();
+    assert_eq!((config.revision, config.ttl_days), (3, Some(2)));
+    update(&store, &logstore, Some(conf)).unwrap();
+    // Retention.
+    world.clock.advance(3 * DAY);
+    let report = store.apply_retention().unwrap();
+    assert_eq!((report.segments, report.suspended), (2, false));
+    assert!(segments(&world.logstore_dir(&logstore), 0).is_empty());
+    // Delete.
+    let dir = world.logstore_dir(&doomed);
+    store.delete_logstore(doomed.name()).unwrap();
+    assert!(!dir.exists());
+    assert_eq!(store.list().unwrap(), [name("p/l")]);
+    // Figures.
+    assert_eq!(logstore.status().unwrap().segments, 0);
+    assert_eq!(world.kms.calls(), calls);
+
+    // And it comes back, the sequence going on.
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    let appended = logstore.append(record("after"), &synced()).unwrap();
+    assert!(appended.seq >= 2);
+    assert_eq!(texts(&logstore), ["after"]);
+}
+
+#[test]
+fn s7_enabling_again_brings_it_back_without_restart_and_nothing_is_lost() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    let mut expected = Vec::new();
+    for round in 0..5 {
+        let texts_of = |kind: &str| format!("{round} {kind}");
+        put(&logstore, &texts_of("synced"));
+        logstore.append(record(&texts_of("written")), &written()).unwrap();
+        logstore.append(record(&texts_of("buffered")), &buffered()).unwrap();
+        expected.extend([texts_of("synced"), texts_of("written"), texts_of("buffered")]);
+        world.local().disable(&cmk.cmk_key_id).unwrap();
+        world.clock.advance(secs(31));
+        store.tick();
+        assert_revoked(try_put(&logstore, "refused"), RevokedReason::Disabled);
+        world.local().enable(&cmk.cmk_key_id).unwrap();
+        // By itself, at the next renewal: nobody asks for it.
+        world.clock.advance(secs(30));
+        store.tick();
+        assert_eq!(logstore.key_status().state, KeyState::Active);
+        assert_eq!(texts(&logstore), expected);
+    }
+    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    assert_eq!(events.iter().filter(|event| **event == AuditEvent::Revoked).count(), 5);
+    assert_eq!(events.iter().filter(|event| **event == AuditEvent::Recovered).count(), 5);
+    store.close().unwrap();
+    assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), expected);
+}
+
+// ---- S8 ----
+
+#[test]
+fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
+    let world = World::manual();
+    let store = world.create();
+    let (old, new) = (world.cmk(), world.cmk());
+    let logstore = world.byok(&store, "p/l", &old);
+    put(&logstore, "one");
+    // Not by an update.
+    let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, new.clone()))).unwrap_err();
+    assert!(matches!(error, Error::Config(ConfigError::CmkFixed { .. })));
+    // Two envelopes: the one there was, and the fresh data key's.
+    assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    let sources: Vec<_> = headers(&world, &logstore).into_iter().map(|(_, source)| source).collect();
+    assert_eq!(sources, [KeySource::DataKey(1), KeySource::DataKey(2)]);
+    // Without a fresh data key, if told so.
+    let newer = world.cmk();
+    assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 2);
+    put(&logstore, "three");
+    assert_eq!(headers(&world, &logstore).last().unwrap().1, KeySource::DataKey(2));
+    // The update rule knows the new one.
+    update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, newer))).unwrap();
+    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    assert_eq!(events.iter().filter(|event| **event == AuditEvent::ReplaceIntended).count(), 2);
+    assert_eq!(events.iter().filter(|event| **event == AuditEvent::Replaced).count(), 2);
+    store.close().unwrap();
+    // Neither the old one nor the second are needed any more.
+    for gone in [&old, &new] {
+        world.local().delete(&gone.cmk_key_id).unwrap();
+    }
+    assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one", "two", "three"]);
+}
+
+#[test]
+fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    let service = world.service(&store, "p/service");
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    put(&logstore, "one");
+    let before = fs::read(world.logstore_dir(&logstore).join("meta")).unwrap();
+    let replace = |logstore: &Logstore, new: UserCmkInfo| {
+        store.replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap_err()
+    };
+    let good = world.cmk();
+    assert!(matches!(replace(&service, good.clone()), Error::Config(ConfigError::NotByok)));
+    assert!(matches!(replace(&plain, good.clone()), Error::Config(ConfigError::NotEncrypted)));
+    let elsewhere = UserCmkInfo { region_id: "us-west-1".into(), ..good.clone() };
+    assert!(matches!(replace(&logstore, elsewhere), Error::Config(ConfigError::NoKmsForRegion { .. })));
+    let role = UserCmkInfo { arn: "acs:ram::1:role/nobody".into(), ..good.clone() };
+    assert!(matches!(replace(&logstore, role), Error::Config(ConfigError::CmkRefused { .. })));
+    let empty = UserCmkInfo { cmk_key_id: String::new(), ..good.clone() };
+    assert!(matches!(replace(&logstore, empty), Error::Config(ConfigError::CmkField { .. })));
+    let disabled = world.cmk();
+    world.local().disable(&disabled.cmk_key_id).unwrap();
+    assert!(matches!(replace(&logstore, disabled), Error::Config(ConfigError::CmkRefused { .. })));
+    // The old one must be usable: its envelopes are unwrapped under it.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    world.clock.advance(secs(31));
+    assert_revoked(store.replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
+    assert_eq!(fs::read(world.logstore_dir(&logstore).join("meta")).unwrap(), before);
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+}
+
+// ---- S9 ----
+
+#[test]
+fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is_made() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let before = files(&world.store_dir());
+    let refused = |cmk: UserCmkInfo| {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk));
+        let error = store.create_logstore(&name("p/l"), spec).unwrap_err();
+        assert!(store.list().unwrap().is_empty());
+        assert!(matches!(store.logstore(&name("p/l")), Err(Error::LogstoreMissing(_))));
+        assert!(fs::read_dir(world.store_dir().join("logstores")).unwrap().next().is_none());
+        error
+    };
+    let error = refused(UserCmkInfo { region_id: "us-west-1".into(), ..cmk.clone() });
+    assert!(matches!(&error, Error::Config(ConfigError::NoKmsForRegion { region }) if region == "us-west-1"));
+    assert!(error.to_string().contains("us-west-1"));
+    let error = refused(UserCmkInfo { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
+    assert!(
+        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted"))
+    );
+    let error = refused(UserCmkInfo { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
+    assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted")));
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    let error = refused(cmk.clone());
+    assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("disabled")));
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    world.kms.answer(Answer::Unreachable);
+    let error = refused(cmk.clone());
+    assert!(matches!(&error, Error::KmsUnreachable { region, .. } if region == REGION), "{error}");
+    world.kms.answer(Answer::Invalid);
+    assert!(matches!(refused(cmk.clone()), Error::KmsInvalid { .. }));
+    assert_eq!(files(&world.store_dir()), before);
+    // A KMS that does not unwrap what it wrapped is no basis either.
+    world.kms.answer(Answer::WrongKey);
+    assert!(matches!(refused(cmk.clone()), Error::KmsInvalid { .. }));
+    world.kms.answer(Answer::Real);
+    put(&world.byok(&store, "p/l", &cmk), "at last");
+}
+
+#[test]
+fn s9_without_any_kms_the_service_key_works_and_byok_is_refused_also_in_an_update() {
+    let world = World::manual();
+    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).create().unwrap();
+    let service = world.service(&store, "p/service");
+    put(&service, "fine");
+    let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
+    let error = store.create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf.clone())).unwrap_err();
+    assert!(matches!(error, Error::Config(ConfigError::NoKmsForRegion { .. })));
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    let before = metadata(&world, &plain);
+    let error = update(&store, &plain, Some(conf)).unwrap_err();
+    assert!(matches!(error, Error::Config(ConfigError::NoKmsForRegion { .. })));
+    assert_eq!(metadata(&world, &plain), before);
+    assert_eq!(plain.config().revision, 1);
+    put(&plain, "still here");
+    assert_eq!(store.list().unwrap(), [name("p/plain"), name("p/service")]);
+}
