@@ -1040,7 +1040,7 @@ impl NewSegment {
             created_us: context.clock.wall_us().max(next.last_time_us),
             key_source: plan.key_source,
             salt: draw(shard, &path)?,
-            predecessor: next.predecessor.clone(),
+            predecessor: next.predecessor,
             extensions: Vec::new(),
         };
         let encoded = header.encode();

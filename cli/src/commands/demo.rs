@@ -9,8 +9,8 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName, LogstoreSpec,
-    ReadOptions, Store, StoreOptions, VerifyOptions,
+    AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName, LogstoreSpec, ReadOptions,
+    Store, StoreOptions, VerifyOptions,
     group::LogGroup,
     kms::{Cmk, LocalKms},
 };

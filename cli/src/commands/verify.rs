@@ -92,7 +92,7 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     let store = setup.open()?;
     let checkpoint = store.checkpoint()?;
     store.close()?;
-    write_new(&args.out, &checkpoint.to_bytes())?;
+    write_new(&args.out, checkpoint.to_bytes())?;
     if setup.json {
         return output::json(&json!({ "checkpoint": args.out }));
     }
