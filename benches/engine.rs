@@ -14,10 +14,7 @@ use envelog::{
     group::{Content, Log},
 };
 
-#[cfg(feature = "aws-lc")]
 use envelog::crypto::AwsLc as Fast;
-#[cfg(not(feature = "aws-lc"))]
-use envelog::crypto::RustCrypto as Fast;
 
 const GROUP_BYTES: usize = 64 << 10;
 const SUITES: [(&str, Option<EncryptType>); 3] =

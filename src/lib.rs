@@ -52,6 +52,6 @@ pub use store::{
 /// The version of the format that this build writes, and the newest that it reads.
 pub const FORMAT_VERSION: u16 = 1;
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "aws-lc"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
