@@ -431,9 +431,7 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, seq) = self.enqueue(payload, options, true)?;
-        shard.wait_for(seq, options.durability)?;
-        Ok(Appended { shard: shard.id(), seq })
+        self.enqueue(payload, options, true)?.wait()
     }
 
     /// Hands a group over and returns a ticket for it. Waits only while the write pipeline is full.
@@ -445,8 +443,9 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, seq) = self.enqueue(payload, options, true)?;
-        Ok(shard.ticket(seq, options.durability))
+        let ticket = self.enqueue(payload, options, true)?;
+        ticket.hasten();
+        Ok(ticket)
     }
 
     /// As [`Logstore::submit`], but never waits.
@@ -458,11 +457,12 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let (shard, seq) = self.enqueue(payload, options, false)?;
-        Ok(shard.ticket(seq, options.durability))
+        let ticket = self.enqueue(payload, options, false)?;
+        ticket.hasten();
+        Ok(ticket)
     }
 
-    fn enqueue<P>(&self, payload: P, options: &AppendOptions, wait: bool) -> Result<(&Arc<Shard>, u64)>
+    fn enqueue<P>(&self, payload: P, options: &AppendOptions, wait: bool) -> Result<Ticket>
     where
         P: TryInto<Payload>,
         Error: From<P::Error>,
@@ -470,8 +470,7 @@ impl Logstore {
         self.shared.settle();
         let payload = payload.try_into()?;
         let shard = self.shared.choose(options.shard)?;
-        let seq = shard.enqueue(payload, options.durability, wait)?;
-        Ok((shard, seq))
+        shard.enqueue(payload, options.durability, wait)
     }
 
     /// Makes everything durable that was appended before the call.

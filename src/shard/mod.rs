@@ -1,5 +1,7 @@
 //! One shard: an ordered run of segments, its writer, its readers, and its recovery.
 
+mod driver;
+mod queue;
 mod reader;
 mod recovery;
 mod segments;
@@ -27,12 +29,13 @@ use crate::{
     sync::{lock, wait},
 };
 
+use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
 pub(crate) use segments::{ActiveView, End, Opened, SegmentRef};
 pub use ticket::Ticket;
-use writer::{State, Writer};
+use writer::Writer;
 
 /// What an append survives once it has returned, or its ticket is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]

@@ -409,6 +409,8 @@ pub(crate) struct SegmentReader {
     bytes_at: u64,
     /// The block that was loaded last.
     loaded: Option<BlockHeader>,
+    /// The length of the file at which what follows the last block was found to be no corruption.
+    excused: Option<u64>,
     scratch: Scratch,
 }
 
@@ -438,6 +440,7 @@ impl SegmentReader {
             bytes: Vec::new(),
             bytes_at: 0,
             loaded: None,
+            excused: None,
             scratch: Scratch::default(),
         })
     }
@@ -500,8 +503,11 @@ impl SegmentReader {
             }
             other => {
                 if matches!(self.opened.end, End::Unknown) {
-                    // Incomplete, or torn: fine above the durable mark.
-                    shard.damage_in_open_segment(&self.opened)?;
+                    // Incomplete, or torn: fine above the durable mark. Looked at once, however often a follower asks.
+                    if self.excused != Some(end) {
+                        shard.damage_in_open_segment(&self.opened)?;
+                        self.excused = Some(end);
+                    }
                     return Ok(Load::NotYet);
                 }
                 let what =

@@ -421,7 +421,8 @@ impl Head {
         }
     }
 
-    /// The head of a sealed segment.
+    /// The head of a sealed segment. One that recovery wrote stands in for a segment that was cut off, whose numbers may have been
+    /// handed out and read up to its limit; those of the new one, with the same first number or a later one, end no earlier.
     pub(crate) fn sealed(header: &SegmentHeader, footer: &Footer, file_len: u64) -> Self {
         Self {
             ordinal: header.ordinal,
@@ -430,7 +431,7 @@ impl Head {
             blocks: footer.block_count,
             bytes: file_len,
             end_seq: footer.end_seq,
-            next_seq: footer.end_seq,
+            next_seq: if footer.recovered { header.limit_seq } else { footer.end_seq },
             digest: footer.digest,
         }
     }

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use super::{Appended, Durability, Shard};
+use super::{Appended, Durability, Shard, queue::State};
 use crate::{Result, sync::lock};
 
 /// An append under way: wait for it, ask whether it is done, or await it as a future.
@@ -27,8 +27,15 @@ impl std::fmt::Debug for Ticket {
 }
 
 impl Ticket {
-    pub(super) fn new(shard: Arc<Shard>, seq: u64, durability: Durability) -> Self {
+    /// A ticket for a group that has just been put into the queue. Until it goes, the shard remembers whether the group failed.
+    pub(super) fn new(shard: Arc<Shard>, seq: u64, durability: Durability, state: &mut State) -> Self {
+        state.ask();
         Self { shard, seq, durability }
+    }
+
+    /// Sends the group on its way, although nobody waits for it yet.
+    pub(crate) fn hasten(&self) {
+        self.shard.hasten(self.seq, self.durability);
     }
 
     /// The shard and the sequence number that the group will have.
@@ -48,6 +55,12 @@ impl Ticket {
     pub fn wait(self) -> Result<Appended> {
         self.shard.wait_for(self.seq, self.durability)?;
         Ok(self.appended())
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        lock(&self.shard.state).leave();
     }
 }
 

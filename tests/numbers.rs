@@ -1,0 +1,104 @@
+//! Sequence numbers are never used twice, and no append that failed is ever taken for one that succeeded.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+
+use common::{
+    Answer, World, assert_revoked, buffered, copy_dir, name, record, records, secs, segments, strings, texts, written,
+};
+use envelog::kms::RevokedReason::Disabled;
+
+/// Numbers that were read before a crash are gone for good, also when the next crash comes before recovery has done more than
+/// put the rewritten segment in place.
+#[test]
+fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_one() {
+    let mut world = World::manual();
+    world.options.block_bytes = 4 << 10;
+    let store = world.create();
+    let logstore = world.service(&store, "shop/orders");
+    let texts_written: Vec<String> = (0..6).map(|n| format!("order {n}")).collect();
+    let last = texts_written.iter().map(|text| logstore.append(record(text), &written()).unwrap().seq).max().unwrap();
+    assert_eq!(strings(&records(&logstore, 0).unwrap()), texts_written);
+    // Power fails: nothing of it was synced, and the last block did not reach the disk in full.
+    let crashed = world.path().join("crashed");
+    copy_dir(&world.store_dir(), &crashed);
+    let dir = world.logstore_dir(&logstore);
+    drop((logstore, store));
+    copy_dir(&crashed, &world.store_dir());
+    let torn = segments(&dir, 0).pop().unwrap();
+    let file = fs::OpenOptions::new().write(true).open(&torn).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 3).unwrap();
+
+    let store = world.open();
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    logstore.append(record("after"), &written()).unwrap();
+    assert_eq!(logstore.status().unwrap().recovery[0].groups_rewritten, 5);
+    // It fails again, when the rewritten segment has its name and the next one does not.
+    copy_dir(&world.store_dir(), &crashed);
+    drop((logstore, store));
+    copy_dir(&crashed, &world.store_dir());
+    let kept = segments(&dir, 0);
+    assert_eq!(kept.len(), 3);
+    fs::remove_file(&kept[2]).unwrap();
+
+    let store = world.open();
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    let appended = logstore.append(record("again"), &written()).unwrap();
+    assert!(appended.seq > last, "{} was read before the crash", appended.seq);
+    assert_eq!(texts(&logstore), [&texts_written[..5], &["again".to_owned()]].concat());
+}
+
+/// More appends fail than anybody would think to remember; then the key comes back, and others succeed.
+#[test]
+fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "shop/orders", &cmk);
+    logstore.append(record("first"), &written()).unwrap();
+    let submit = |n: u32| {
+        let kind = if n % 2 == 0 { written() } else { buffered() };
+        logstore.submit(record(&n.to_string()), &kind).unwrap()
+    };
+    let tickets: Vec<_> = (0..10_000).map(submit).collect();
+    world.kms.answer(Answer::Revoked(Disabled));
+    world.clock.advance(secs(31));
+    store.tick();
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    logstore.append(record("last"), &written()).unwrap();
+    for (n, ticket) in (0..).zip(tickets) {
+        let acknowledged = n % 2 == 1;
+        match acknowledged {
+            true => assert!(ticket.wait().is_ok(), "{n}"),
+            false => assert_revoked(ticket.wait(), Disabled),
+        }
+    }
+    let kept = (0..10_000).filter(|n| n % 2 == 1).map(|n| n.to_string());
+    let expected: Vec<String> = ["first".to_owned()].into_iter().chain(kept).chain(["last".to_owned()]).collect();
+    assert_eq!(texts(&logstore), expected);
+}
+
+/// What a refused Logstore keeps in memory takes no room from the others.
+#[test]
+fn a_refused_logstore_holds_no_part_of_the_memory_that_others_wait_for() {
+    let mut world = World::manual();
+    world.options.pending_bytes_max = 1 << 20;
+    let store = world.create();
+    let cmk = world.cmk();
+    let (refused, other) = (world.byok(&store, "shop/orders", &cmk), world.service(&store, "shop/carts"));
+    refused.append(record("first"), &written()).unwrap();
+    // The segment has been sealed, and the next one cannot be begun: what is acknowledged now can only wait.
+    refused.roll().unwrap();
+    store.rotate_data_key(refused.name()).unwrap();
+    world.kms.answer_for_data_keys(Answer::Revoked(Disabled));
+    let text = "x".repeat(300 << 10);
+    while refused.append(record(&text), &buffered()).is_ok() {}
+    store.tick();
+    for _ in 0..4 {
+        other.append(record(&text), &written()).unwrap();
+    }
+    assert_eq!(records(&other, 0).unwrap().len(), 4);
+}
