@@ -6,9 +6,10 @@ mod common;
 use std::fs;
 
 use common::{
-    Answer, World, assert_revoked, buffered, copy_dir, name, record, records, secs, segments, strings, texts, written,
+    Answer, World, assert_revoked, buffered, copy_dir, name, record, records, secs, segments, strings, synced, texts,
+    written,
 };
-use envelog::kms::RevokedReason::Disabled;
+use envelog::{Error, kms::RevokedReason::Disabled};
 
 /// Numbers that were read before a crash are gone for good, also when the next crash comes before recovery has done more than
 /// put the rewritten segment in place.
@@ -48,6 +49,43 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
     let appended = logstore.append(record("again"), &written()).unwrap();
     assert!(appended.seq > last, "{} was read before the crash", appended.seq);
     assert_eq!(texts(&logstore), [&texts_written[..5], &["again".to_owned()]].concat());
+}
+
+/// A repair ends what is damaged; the handle that asked for it appends behind it.
+#[test]
+fn appends_after_a_repair_go_on_behind_what_was_kept() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "shop/orders");
+    for text in ["a", "b", "c"] {
+        logstore.append(record(text), &synced()).unwrap();
+    }
+    world.clock.advance(secs(2));
+    store.tick();
+    let crashed = world.path().join("crashed");
+    copy_dir(&world.store_dir(), &crashed);
+    let dir = world.logstore_dir(&logstore);
+    drop((logstore, store));
+    copy_dir(&crashed, &world.store_dir());
+    let damaged = segments(&dir, 0).pop().unwrap();
+    let mut bytes = fs::read(&damaged).unwrap();
+    let middle = bytes.windows(4).enumerate().filter(|(_, window)| window == b"EBLK").nth(1).unwrap().0;
+    bytes[middle + 100] ^= 1;
+    fs::write(&damaged, &bytes).unwrap();
+
+    let store = world.open();
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    let refused = logstore.append(record("too early"), &synced()).unwrap_err();
+    assert!(matches!(refused, Error::Corrupt { .. }), "{refused}");
+    let report = store.repair(&name("shop/orders"), 0).unwrap();
+    assert_eq!((report.groups_salvaged, report.segment.as_ref()), (1, Some(&damaged)));
+    assert!(logstore.append(record("d"), &synced()).unwrap().seq > 2);
+    assert_eq!(texts(&logstore), ["a", "c", "d"]);
+    drop((logstore, store));
+    let store = world.open();
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    assert!(logstore.append(record("e"), &synced()).unwrap().seq > 3);
+    assert_eq!(texts(&logstore), ["a", "c", "d", "e"]);
 }
 
 /// More appends fail than anybody would think to remember; then the key comes back, and others succeed.

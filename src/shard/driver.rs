@@ -377,19 +377,18 @@ impl Shard {
                 return Ok(());
             }
         }
-        let began = writer.active.is_none();
-        let prepared = if began { self.begin(&mut writer) } else { Ok(()) };
+        // A repair has begun a segment already.
+        let prepared = if writer.active.is_none() { self.begin(&mut writer) } else { Ok(()) };
         match prepared {
             Ok(()) => {
                 let Some(active) = &writer.active else { return Ok(()) };
-                let header = &active.header.header;
                 let mut state = lock(&self.state);
-                if began && state.queue.is_empty() {
-                    state.next_seq = header.first_seq;
-                    state.written = header.first_seq;
-                    state.synced = header.first_seq;
+                if state.queue.is_empty() {
+                    state.next_seq = active.end_seq;
+                    state.written = active.end_seq;
+                    state.synced = active.end_seq;
                 }
-                state.limit_seq = header.limit_seq;
+                state.limit_seq = active.header.header.limit_seq;
                 state.last_time_us = state.last_time_us.max(active.last_time_us);
                 state.ready = true;
                 Ok(())

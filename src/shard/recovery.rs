@@ -318,7 +318,7 @@ impl Shard {
     }
 
     /// Gives up what is damaged at the end of the shard, so that it can be written again: everything readable is kept. Returns what
-    /// that was, and whether the catalogue's head no longer holds.
+    /// that was.
     pub(crate) fn repair(&self) -> Result<RepairReport> {
         let mut writer = lock(&self.writer);
         let none = RepairReport { shard: self.id, segment: None, groups_salvaged: 0, bytes_lost: 0 };

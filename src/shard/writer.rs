@@ -64,7 +64,7 @@ pub(super) struct Active {
     /// The mark that the last block carries.
     marked: u64,
     pub(super) last_time_us: u64,
-    end_seq: u64,
+    pub(super) end_seq: u64,
     pub(super) began: Duration,
 }
 
