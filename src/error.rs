@@ -6,8 +6,8 @@
 use std::{fmt, io, path::PathBuf, sync::Arc};
 
 use crate::{
+    config::{ConfigError, LogstoreName},
     kms::RevokedReason,
-    logstore::{ConfigError, LogstoreName},
 };
 
 /// The result of an engine operation.

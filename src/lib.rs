@@ -15,6 +15,7 @@
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod config;
 pub mod crypto;
 mod document;
 pub mod error;
@@ -29,16 +30,16 @@ mod shard;
 mod store;
 mod sync;
 
+pub use config::{
+    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
+    NAME_BYTES_MAX, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+};
 pub use error::{Error, ErrorKind, Location, Result};
 pub use group::{GroupError, LogGroup};
 pub use ids::{KeyringId, LogstoreId, ParseIdError, SegmentId, StoreId};
 pub use keys::{AuditEvent, AuditRecord, KeyState, KeyStatus};
 pub use kms::Cmk as UserCmkInfo;
-pub use logstore::{
-    AppendOptions, CMK_FIELD_BYTES_MAX, ConfigError, DataKeyStatus, EncryptConf, EncryptType, Logstore, LogstoreConfig,
-    LogstoreName, LogstoreSpec, LogstoreStatus, NAME_BYTES_MAX, SHARDS_MAX, ShardChoice, ShardInfo, ShardStatus,
-    TTL_DAYS_MAX,
-};
+pub use logstore::{AppendOptions, DataKeyStatus, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{
     Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock, RecoveryNotice,

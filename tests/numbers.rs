@@ -97,7 +97,7 @@ fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
     let logstore = world.byok(&store, "shop/orders", &cmk);
     logstore.append(record("first"), &written()).unwrap();
     let submit = |n: u32| {
-        let kind = if n % 2 == 0 { written() } else { buffered() };
+        let kind = if n % 2 == 1 { buffered() } else { written() };
         logstore.submit(record(&n.to_string()), &kind).unwrap()
     };
     let tickets: Vec<_> = (0..10_000).map(submit).collect();

@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use super::keyring::Keyring;
 use crate::{
     Error, Result,
+    config::LogstoreName,
     crypto::{hmac_sha256, tags_equal},
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode},
-    logstore::LogstoreName,
     sync::{lock, read},
 };
 

@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
+    config::{EncryptType, FixedEncryption, LogstoreName},
     crypto::{CryptoError, CryptoProvider, HashAlg, SecretKey, Suite, derive},
     ids::{LogstoreId, StoreId, hex_encode},
     io::Random,
     kms::{Cmk, EncryptionContext},
-    logstore::{EncryptType, FixedEncryption, LogstoreName},
 };
 
 /// The most data-key versions that a Logstore keeps.

@@ -17,11 +17,11 @@ use super::{
 };
 use crate::{
     Error, Result,
+    config::LogstoreName,
     crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
     kms::{Cmk, KmsError},
-    logstore::LogstoreName,
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{lock, read, write},
 };

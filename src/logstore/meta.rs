@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::LogstoreConfig;
 use crate::{
     Error, Result,
+    config::LogstoreConfig,
     crypto::SecretKey,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,

@@ -1,8 +1,6 @@
 //! A Logstore: its configuration, its keys and its shards.
 
-mod config;
 mod meta;
-mod name;
 
 use std::{
     path::{Path, PathBuf},
@@ -16,6 +14,7 @@ use serde::Serialize;
 
 use crate::{
     Error, Result,
+    config::{EncryptType, LogstoreConfig, LogstoreName, ShardStatus},
     ids::LogstoreId,
     keys::{
         KeyStatus,
@@ -32,13 +31,7 @@ use crate::{
     sync::{lock, write},
 };
 
-pub use config::{
-    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreSpec, SHARDS_MAX, ShardInfo,
-    ShardStatus, TTL_DAYS_MAX,
-};
-pub(crate) use config::{FixedEncryption, check_cmk};
 pub(crate) use meta::{Meta, path as meta_path};
-pub use name::{LogstoreName, NAME_BYTES_MAX};
 
 /// Which shard an append goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -91,12 +84,6 @@ pub(crate) struct LogstoreShared {
 impl std::fmt::Debug for LogstoreShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Logstore").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Shard {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shard").field("id", &self.id()).finish_non_exhaustive()
     }
 }
 

@@ -19,12 +19,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
+    config::LogstoreName,
     crypto::Suite,
     group::{self, GROUP_BYTES_MAX, LogGroup},
     ids::SegmentId,
     io::{Clock, Disk, Random},
     keys::gate::Gate,
-    logstore::LogstoreName,
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{lock, wait},
 };
@@ -315,6 +315,12 @@ impl Shard {
     /// What recovery had to report since the shard was opened.
     pub(crate) fn notices(&self) -> Vec<RecoveryNotice> {
         lock(&self.notices).clone()
+    }
+}
+
+impl std::fmt::Debug for Shard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("id", &self.id).finish_non_exhaustive()
     }
 }
 

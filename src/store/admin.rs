@@ -5,6 +5,7 @@ use std::{path::Path, sync::Arc};
 use super::{AdminState, Entry, KmsOrEngine, Store, StoreShared, catalogue::LOGSTORES_MAX};
 use crate::{
     Error, Result,
+    config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::{LogstoreId, hex_encode},
     keys::{
@@ -12,10 +13,7 @@ use crate::{
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
     },
     kms::{BoundedKms, Cmk, Kms},
-    logstore::{
-        ConfigError, EncryptConf, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, LogstoreSpec, Meta,
-        meta_path, shard_dir,
-    },
+    logstore::{Logstore, LogstoreShared, Meta, meta_path, shard_dir},
     shard::ShardRecord,
     sync::{lock, read},
 };

@@ -9,12 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
+    config::LogstoreName,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
     ids::{LogstoreId, StoreId},
     io::{self, Disk, OpenMode},
     keys::{audit::AuditHead, keyring::Keyring},
-    logstore::LogstoreName,
     segment::Features,
     shard::ShardRecord,
 };

@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 use super::{Entry, Store, StoreShared};
 use crate::{
     Error, Result,
+    config::LogstoreName,
     document::{self, Document, DocumentKind},
     error::Location,
     ids::LogstoreId,
     keys::audit::AuditHead,
-    logstore::LogstoreName,
     segment::Features,
     shard::{Head, ShardRecord},
     sync::{lock, read},

@@ -3,12 +3,13 @@
 use super::{Store, StoreShared};
 use crate::{
     Error, Result,
+    config::{ConfigError, EncryptConf, LogstoreName, check_cmk},
     keys::{
         AuditEvent,
         envelope::{DATA_KEYS_MAX, KeysSection},
     },
     kms::Cmk,
-    logstore::{ConfigError, EncryptConf, LogstoreName, LogstoreShared, Meta, check_cmk},
+    logstore::{LogstoreShared, Meta},
     segment::KeySource,
     shard::End,
     sync::{lock, read, write},

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
+    config::{ConfigError, LogstoreConfig, LogstoreName},
     crypto::{CryptoProvider, HashAlg, SecretKey, hash},
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
@@ -35,7 +36,7 @@ use crate::{
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
-    logstore::{ConfigError, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, Meta, write_plan},
+    logstore::{Logstore, LogstoreShared, Meta, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},

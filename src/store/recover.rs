@@ -5,9 +5,10 @@ use serde::Serialize;
 use super::{Entry, StoreShared, catalogue::Catalogue};
 use crate::{
     Error, Result,
+    config::LogstoreName,
     ids::LogstoreId,
     keys::{AuditEvent, gate::Gate},
-    logstore::{LogstoreName, Meta},
+    logstore::Meta,
     segment::parse_segment_file_name,
     shard::ShardRecord,
     sync::{lock, read},

@@ -7,8 +7,9 @@ use serde::Serialize;
 use super::{AdminState, Store, StoreShared};
 use crate::{
     Error, Result,
+    config::LogstoreName,
     io::Clock,
-    logstore::{LogstoreName, LogstoreShared},
+    logstore::LogstoreShared,
     shard::{End, Head, Job, Shard, Task, Wake},
     sync::lock,
 };

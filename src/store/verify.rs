@@ -12,8 +12,9 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
+    config::LogstoreName,
     keys::{AuditEvent, keyring::Keyring},
-    logstore::{LogstoreName, LogstoreShared, Meta},
+    logstore::{LogstoreShared, Meta},
     segment::FooterBuilder,
     shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
     sync::{lock, read},

@@ -1,0 +1,11 @@
+//! Names and settings of Logstores, and the rules by which settings may change: values only, nothing is done here.
+
+mod logstore;
+mod name;
+
+pub use logstore::{
+    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreSpec, SHARDS_MAX, ShardInfo,
+    ShardStatus, TTL_DAYS_MAX,
+};
+pub(crate) use logstore::{FixedEncryption, check_cmk};
+pub use name::{LogstoreName, NAME_BYTES_MAX};
