@@ -9,6 +9,10 @@ mod footer;
 mod header;
 mod scan;
 
+use std::path::Path;
+
+use crate::{Error, Result};
+
 pub use block::{BlockHeader, BlockKind};
 pub(crate) use block::{BlockView, SealBuffer};
 pub use codec::{Compression, UnknownCompression};
@@ -89,6 +93,17 @@ impl Features {
     #[must_use]
     pub fn unknown_read_only(&self) -> u32 {
         self.read_only_compatible
+    }
+
+    /// Refuses to write what belongs to the file `path` while it has features that a writer must know and this build does not.
+    pub(crate) fn check_writing(&self, path: &Path) -> Result<()> {
+        match self.unknown_read_only() {
+            0 => Ok(()),
+            bits => Err(Error::UnsupportedFeature {
+                path: path.to_owned(),
+                what: format!("read-only-compatible feature bits {bits:#x}: it can be read, not written"),
+            }),
+        }
     }
 
     /// Refuses incompatible features that this build does not know.

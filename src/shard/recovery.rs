@@ -83,20 +83,23 @@ impl Shard {
             });
         };
         let opened = self.open_segment(last)?;
+        opened.header.header.features.check_writing(&last.path)?;
+        match self.verify_ends(&opened) {
+            // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
+            Err(Error::Shredded { .. }) => {}
+            verified => verified?,
+        }
         match &opened.end {
             End::Sealed(footer) => {
-                match self.verify_footer(&opened) {
-                    // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
-                    Err(Error::Shredded { .. }) => {}
-                    verified => verified?,
-                }
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
                 let head = Head::sealed(&opened.header.header, &footer.footer, len);
                 // Numbers that the catalogue knows to be used stay used.
                 let known = record.head.filter(|known| known.ordinal == head.ordinal).map_or(0, |known| known.next_seq);
+                // A recovery that was itself cut off: it had not gone on behind the numbers that the lost segment may have given out.
+                let given_out = if footer.footer.recovered { opened.header.header.limit_seq } else { 0 };
                 Ok(Next {
                     ordinal: head.ordinal + 1,
-                    first_seq: head.next_seq.max(known),
+                    first_seq: head.next_seq.max(known).max(given_out),
                     last_time_us: footer.footer.last_time_us.max(opened.header.header.created_us),
                     predecessor: Predecessor::Sealed(head.into_end()),
                 })
@@ -118,6 +121,12 @@ impl Shard {
                 Ok(next)
             }
         }
+    }
+
+    /// Authenticates what the writer goes by when it goes on behind a segment: its header, by the commitment, and its footer.
+    fn verify_ends(&self, opened: &Opened) -> Result<()> {
+        self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()))?;
+        self.verify_footer(opened)
     }
 
     fn scan(&self, opened: &Opened) -> Result<Scanned> {

@@ -35,7 +35,7 @@ use crate::{
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
-    logstore::{ConfigError, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, Meta, write_plan},
+    logstore::{ConfigError, Logstore, LogstoreConfig, LogstoreName, LogstoreShared, Meta, meta_path, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
@@ -279,6 +279,7 @@ impl StoreShared {
         }
         let entry = admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
         let meta = self.load_meta(name, &entry)?;
+        meta.features.check_writing(&meta_path(&self.logstore_dir(entry.id)))?;
         if meta.generation > entry.generation {
             // A crash came between the metadata and the catalogue.
             let mut changed = entry.clone();
