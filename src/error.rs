@@ -3,11 +3,16 @@
 //! A caller matches on [`Error`] itself, or on its coarser [`Error::kind`]. Sources that cannot be cloned are shared, so an
 //! error can be handed to every caller that a failed block concerns. No variant ever carries key material or log content.
 
-use std::{fmt, io, path::PathBuf, sync::Arc};
+use std::{
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::{
     config::{ConfigError, LogstoreName},
     kms::RevokedReason,
+    segment::DecodeError,
 };
 
 /// The result of an engine operation.
@@ -317,6 +322,21 @@ pub enum Error {
         /// What the system said.
         source: Arc<io::Error>,
     },
+}
+
+impl DecodeError {
+    /// The engine's error for bytes at `offset` of the file `path` that do not decode.
+    pub(crate) fn in_file(self, path: &Path, offset: u64) -> Error {
+        let at = Location::new(path, offset);
+        match self {
+            DecodeError::NewerVersion(found) => {
+                Error::NewerFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
+            }
+            DecodeError::Feature(what) => Error::UnsupportedFeature { path: path.to_owned(), what },
+            DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
+            other => Error::corrupt(at, other.to_string()),
+        }
+    }
 }
 
 impl From<std::convert::Infallible> for Error {

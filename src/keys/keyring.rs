@@ -50,6 +50,8 @@ pub(crate) struct Keyring {
     path: PathBuf,
     store: StoreId,
     id: KeyringId,
+    /// As they were read.
+    features: Features,
     versions: BTreeMap<u32, Version>,
 }
 
@@ -77,6 +79,7 @@ impl Keyring {
             path: path.to_owned(),
             store,
             id: KeyringId::random(random).map_err(draw)?,
+            features: Features::default(),
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
         };
         keyring.write(disk)?;
@@ -101,7 +104,7 @@ impl Keyring {
         if claimed.store != store || claimed.subject != *id.as_bytes() {
             return Err(Error::KeyringForeign { path: path.to_owned() });
         }
-        let newest = claimed.keyring_version;
+        let (newest, features) = (claimed.keyring_version, claimed.features);
         let body: Body = serde_json::from_slice(&claimed.a).map_err(|_| bad("the service keyring does not parse"))?;
         if body.versions.len() > VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
@@ -112,7 +115,7 @@ impl Keyring {
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
-        let keyring = Self { path: path.to_owned(), store, id, versions };
+        let keyring = Self { path: path.to_owned(), store, id, features, versions };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
         }
@@ -156,6 +159,10 @@ impl Keyring {
 
     pub(crate) fn id(&self) -> KeyringId {
         self.id
+    }
+
+    pub(crate) fn features(&self) -> &Features {
+        &self.features
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -273,6 +273,14 @@ impl LocalKms {
         self
     }
 
+    /// The same KMS with another source of randomness. Key material and salts come from it: whoever can predict it, or makes it
+    /// repeat, has every key.
+    #[must_use]
+    pub fn insecure_random_for_tests(mut self, random: Arc<dyn Random>) -> Self {
+        self.random = random;
+        self
+    }
+
     /// Creates a key in a region, which the roles in `grants` may use, and returns its identifier.
     ///
     /// # Errors

@@ -22,6 +22,8 @@ use crate::{
 pub(crate) struct Meta {
     /// Counts the times it was written; kept in the frame.
     pub(crate) generation: u64,
+    /// Its feature bits as it was read; kept in the frame.
+    pub(crate) features: Features,
     pub(crate) config: LogstoreConfig,
     pub(crate) keys: Option<KeysSection>,
     /// The tag over the keys section under a key derived from the data key (BYOK only).
@@ -34,7 +36,7 @@ pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
 
 impl Meta {
     pub(crate) fn new(config: LogstoreConfig) -> Self {
-        Self { generation: 1, config, keys: None, keys_tag: None }
+        Self { generation: 1, features: Features::default(), config, keys: None, keys_tag: None }
     }
 
     pub(crate) fn load(
@@ -81,7 +83,8 @@ impl Meta {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
-        Ok(Self { generation: document.generation, config, keys, keys_tag: document.tag_b })
+        let (generation, features, keys_tag) = (document.generation, document.features, document.tag_b);
+        Ok(Self { generation, features, config, keys, keys_tag })
     }
 
     /// Writes it as the generation that it says. `data_key` is the current data key, given when the keys section of a BYOK Logstore

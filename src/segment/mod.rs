@@ -91,6 +91,16 @@ impl Features {
         self.read_only_compatible
     }
 
+    /// Refuses writing beside features that a writer must know and this build does not.
+    pub(crate) fn check_writing(&self) -> Result<(), DecodeError> {
+        match self.unknown_read_only() {
+            0 => Ok(()),
+            bits => Err(DecodeError::Feature(format!(
+                "read-only-compatible feature bits {bits:#x}: it can be read, not written"
+            ))),
+        }
+    }
+
     /// Refuses incompatible features that this build does not know.
     pub(crate) fn check(&self) -> Result<(), DecodeError> {
         match self.incompatible {

@@ -83,13 +83,14 @@ impl Shard {
             });
         };
         let opened = self.open_segment(last)?;
+        opened.header.header.features.check_writing().map_err(|error| error.in_file(&last.path, 0))?;
+        match self.verify_ends(&opened) {
+            // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
+            Err(Error::Shredded { .. }) => {}
+            verified => verified?,
+        }
         match &opened.end {
             End::Sealed(footer) => {
-                match self.verify_footer(&opened) {
-                    // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
-                    Err(Error::Shredded { .. }) => {}
-                    verified => verified?,
-                }
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
                 let head = Head::sealed(&opened.header.header, &footer.footer, len);
                 // Numbers that the catalogue knows to be used stay used.
@@ -118,6 +119,12 @@ impl Shard {
                 Ok(next)
             }
         }
+    }
+
+    /// Authenticates what the writer goes by when it goes on behind a segment: its header, by the commitment, and its footer.
+    fn verify_ends(&self, opened: &Opened) -> Result<()> {
+        self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()))?;
+        self.verify_footer(opened)
     }
 
     fn scan(&self, opened: &Opened) -> Result<Scanned> {

@@ -123,21 +123,6 @@ impl Opened {
     }
 }
 
-impl DecodeError {
-    /// The engine's error for bytes at `offset` of the file `path` that do not decode.
-    pub(crate) fn in_file(self, path: &Path, offset: u64) -> Error {
-        let at = Location::new(path, offset);
-        match self {
-            DecodeError::NewerVersion(found) => {
-                Error::NewerFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
-            }
-            DecodeError::Feature(what) => Error::UnsupportedFeature { path: path.to_owned(), what },
-            DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
-            other => Error::corrupt(at, other.to_string()),
-        }
-    }
-}
-
 /// Reads a segment's header from its file.
 pub(crate) fn read_header(file: &dyn DiskFile, path: &Path) -> Result<DecodedHeader> {
     let io = |error| Error::io("read", path)(error);

@@ -317,6 +317,8 @@ impl NewSegment {
         let context = &shard.context;
         let path: Arc<Path> = shard.dir.join(segment_file_name(next.ordinal, next.first_seq)).into();
         let temporary: Arc<Path> = path.with_extension("tmp").into();
+        let used_up = || Error::TooMany { what: "sequence numbers", limit: u64::MAX };
+        let limit_seq = next.first_seq.checked_add(RESERVED_SEQS).ok_or_else(used_up)?;
         let header = SegmentHeader {
             suite: plan.suite,
             features: Features::default(),
@@ -327,7 +329,7 @@ impl NewSegment {
             generation: plan.generation,
             ordinal: next.ordinal,
             first_seq: next.first_seq,
-            limit_seq: next.first_seq + RESERVED_SEQS,
+            limit_seq,
             created_us: context.clock.wall_us().max(next.last_time_us),
             key_source: plan.key_source,
             salt: draw(shard, &path)?,

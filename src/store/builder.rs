@@ -146,6 +146,7 @@ struct StoreBody {
 struct Identity {
     store: StoreId,
     keyring: KeyringId,
+    features: Features,
 }
 
 pub(super) fn identity_path(dir: &Path) -> PathBuf {
@@ -248,15 +249,19 @@ impl StoreBuilder {
     /// Opens a store for reading and writing. Calls no KMS, and reads no data.
     ///
     /// # Errors
-    /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::Locked`] when another process writes it;
+    /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::UnsupportedFeature`], also when the store can
+    /// be read but not written; [`Error::Locked`] when another process writes it;
     /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
     pub fn open(self) -> Result<Store> {
         self.options.check()?;
         let identity = self.identity()?;
+        check_writing(&identity.features, &identity_path(&self.dir))?;
         let lock_file = self.lock()?;
         let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
+        check_writing(keyring.features(), &self.keyring)?;
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
+        check_writing(&catalogue.features, &catalogue::path(&self.dir))?;
         let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file))?;
         store.shared.finish_deletions()?;
         Ok(store)
@@ -295,6 +300,7 @@ impl StoreBuilder {
     pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
         self.options.check()?;
         let identity = self.identity()?;
+        check_writing(&identity.features, &identity_path(&self.dir))?;
         let lock_file = self.lock()?;
         let (disk, dir) = (Arc::clone(&self.disk), self.dir.clone());
         let now_us = self.clock.wall_us();
@@ -352,7 +358,7 @@ impl StoreBuilder {
         }
         let body: StoreBody = serde_json::from_slice(&claimed.a)
             .map_err(|error| Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}")))?;
-        Ok(Identity { store: claimed.store, keyring: body.keyring })
+        Ok(Identity { store: claimed.store, keyring: body.keyring, features: claimed.features })
     }
 
     /// Takes the advisory lock and writes this process' number into it.
@@ -434,6 +440,10 @@ impl StoreBuilder {
         }
         Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })
     }
+}
+
+fn check_writing(features: &Features, path: &Path) -> Result<()> {
+    features.check_writing().map_err(|error| error.in_file(path, 0))
 }
 
 /// Authenticates the `STORE` file.

@@ -39,6 +39,9 @@ pub(crate) struct Catalogue {
     /// Counts the times it was written; kept in the frame.
     #[serde(skip)]
     pub(crate) generation: u64,
+    /// Its feature bits as it was read; kept in the frame.
+    #[serde(skip)]
+    pub(crate) features: Features,
     /// How far the key audit log was.
     pub(crate) audit: AuditHead,
     pub(crate) logstores: BTreeMap<LogstoreName, Entry>,
@@ -68,6 +71,7 @@ impl Catalogue {
             Error::corrupt(Location::new(&path, 80), format!("the catalogue does not parse: {error}"))
         })?;
         catalogue.generation = document.generation;
+        catalogue.features = document.features;
         Ok(catalogue)
     }
 

@@ -36,7 +36,7 @@ use crate::{
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
-    logstore::{Logstore, LogstoreShared, Meta, write_plan},
+    logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
@@ -280,6 +280,7 @@ impl StoreShared {
         }
         let entry = admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
         let meta = self.load_meta(name, &entry)?;
+        meta.features.check_writing().map_err(|error| error.in_file(&meta_path(&self.logstore_dir(entry.id)), 0))?;
         if meta.generation > entry.generation {
             // A crash came between the metadata and the catalogue.
             let mut changed = entry.clone();

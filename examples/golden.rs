@@ -1,0 +1,23 @@
+//! Makes the golden stores: small stores of every kind, to be kept, so that a later build can be held against them.
+//!
+//! `cargo run --example golden -- DIR` makes those of this format version in `DIR` (in the repository: `tests/golden/v1`). Clock and
+//! randomness are made up, so every run gives the same bytes; what is in `compressed` depends on the versions of lz4 and zstd too.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+#[path = "../tests/common/golden.rs"]
+mod golden;
+
+use std::{env, path::Path, process::ExitCode};
+
+fn main() -> ExitCode {
+    let args: Vec<_> = env::args_os().skip(1).collect();
+    let [dir] = args.as_slice() else {
+        eprintln!("Usage: cargo run --example golden -- DIR");
+        return ExitCode::from(2);
+    };
+    for name in golden::NAMES {
+        golden::make(name, &Path::new(dir).join(name));
+    }
+    ExitCode::SUCCESS
+}

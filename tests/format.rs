@@ -1,0 +1,800 @@
+//! The format: the worked examples of `docs/format.md` held against the code, and golden stores of every kind held against this build.
+//!
+//! The golden stores in `tests/golden/v1` are what earlier builds of this format version wrote. `cargo run --example golden -- DIR`
+//! makes them anew; they are replaced only when the format is meant to change.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "common/golden.rs"]
+mod golden;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use envelog::{
+    AppendOptions, Background, Checkpoint, Compression, Error, FORMAT_VERSION, LogGroup, Payload, Record, ShardChoice,
+    Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyReport,
+    crypto::{
+        AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
+    },
+    group,
+    kms::LocalKms,
+    segment::{
+        BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource, Predecessor,
+        SegmentHeader,
+    },
+};
+use hmac::{Hmac, KeyInit, Mac};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use common::{QuickDisk, copy_dir, files, fix_crc, group as log_group, name, record, records, segments, synced};
+
+const DOCUMENT: &str = include_str!("../docs/format.md");
+
+fn golden_dir(which: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(which)
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    assert!(text.len().is_multiple_of(2), "odd number of digits in {text}");
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+}
+
+// ---- the examples of the document ----
+
+/// The lines of the one fenced block of the document that begins with this information string.
+fn fenced(info: &str) -> Vec<&'static str> {
+    let mut blocks = DOCUMENT.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
+    let (_, body) = blocks.find(|(found, _)| *found == info).unwrap_or_else(|| panic!("no block {info:?}"));
+    assert!(blocks.all(|(found, _)| found != info), "two blocks {info:?}");
+    body.lines().collect()
+}
+
+/// The bytes of a block of hexadecimal digits, each line of which may end in a remark.
+fn example(which: &str) -> Vec<u8> {
+    let lines = fenced(&format!("hex {which}"));
+    lines.iter().flat_map(|line| unhex(line.split_once("  ").map_or(*line, |(digits, _)| digits))).collect()
+}
+
+/// Named values.
+struct Values(BTreeMap<&'static str, Vec<u8>>);
+
+impl Values {
+    fn of(which: &str) -> Self {
+        let pairs = fenced(&format!("values {which}")).into_iter().map(|line| line.split_once(" = ").unwrap());
+        Self(pairs.map(|(name, digits)| (name, unhex(digits))).collect())
+    }
+
+    fn get(&self, name: &str) -> &[u8] {
+        &self.0[name]
+    }
+
+    /// Checks that the document has this value.
+    #[track_caller]
+    fn check(&self, name: &str, expected: impl AsRef<[u8]>) {
+        assert_eq!(golden::hex(self.get(name)), golden::hex(expected.as_ref()), "{name}");
+    }
+}
+
+fn expand(alg: HashAlg, salt: &[u8], key: &SecretKey, info: &[&[u8]], len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    hkdf(alg, salt, key.expose(), info, &mut out);
+    out
+}
+
+fn derived(root: &SecretKey, salt: &[u8], label: &str) -> SecretKey {
+    SecretKey::from_bytes(&mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap())
+}
+
+/// HKDF-Extract, from the hash alone.
+fn extract(alg: HashAlg, salt: &[u8], key: &SecretKey) -> Vec<u8> {
+    match alg {
+        HashAlg::Sha256 => Hmac::<sha2::Sha256>::new_from_slice(salt)
+            .unwrap()
+            .chain_update(key.expose())
+            .finalize()
+            .into_bytes()
+            .to_vec(),
+        HashAlg::Sm3 => {
+            Hmac::<sm3::Sm3>::new_from_slice(salt).unwrap().chain_update(key.expose()).finalize().into_bytes().to_vec()
+        }
+    }
+}
+
+/// A document, taken apart as the document says.
+struct Frame {
+    bytes: Vec<u8>,
+}
+
+impl Frame {
+    fn read(path: &Path) -> Self {
+        let bytes = fs::read(path).unwrap();
+        assert_eq!(&bytes[..10], b"ENVLDOC\0\x01\0");
+        Self { bytes }
+    }
+
+    fn u32(&self, at: usize) -> usize {
+        u32::from_le_bytes(self.bytes[at..at + 4].try_into().unwrap()) as usize
+    }
+
+    fn a(&self) -> Value {
+        serde_json::from_slice(&self.bytes[80..80 + self.u32(72)]).unwrap()
+    }
+
+    fn b(&self) -> Value {
+        let begin = 80 + self.u32(72);
+        serde_json::from_slice(&self.bytes[begin..begin + self.u32(76)]).unwrap()
+    }
+
+    /// Makes tag A and CRC right again.
+    fn sign(&mut self, root: &SecretKey) {
+        let end = 80 + self.u32(72) + self.u32(76);
+        let tag = hmac_sha256(&derived(root, &[], "envelog v1 document"), &[&self.bytes[..end]]);
+        self.bytes[end..end + 32].copy_from_slice(&tag);
+        fix_crc(&mut self.bytes);
+    }
+}
+
+/// The root of a version of a keyring.
+fn root(keyring: &Path, version: u64) -> SecretKey {
+    let body = Frame::read(keyring).a();
+    let versions = body["versions"].as_array().unwrap();
+    let entry = versions.iter().find(|entry| entry["version"] == version).unwrap();
+    SecretKey::from_bytes(&mut unhex(entry["root"].as_str().unwrap()).try_into().unwrap())
+}
+
+/// The directory of the only Logstore of a store.
+fn only_logstore(store: &Path) -> PathBuf {
+    let mut entries = fs::read_dir(store.join("logstores")).unwrap();
+    let dir = entries.next().unwrap().unwrap().path();
+    assert!(entries.next().is_none());
+    dir
+}
+
+/// Unwraps a data key as the document says, checking the steps against its values if it has them.
+fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
+    let dir = only_logstore(&golden.join("store"));
+    let meta = Frame::read(&dir.join("meta"));
+    let keys = meta.b();
+    let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap().clone();
+    let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
+    let keyring_version = entry["keyring_version"].as_u64().unwrap();
+    let root = root(&golden.join("keyring"), keyring_version);
+    let envelope = unhex(entry["wrapped"].as_str().unwrap());
+    assert_eq!(envelope.len(), 80);
+    let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
+    let code = suite.code().to_le_bytes();
+    let wrapping = expand(suite.hash(), salt, &root, &[b"envelog v1 envelope", &code], suite.cipher().key_len());
+    let (version, keyring_version) = ((version as u32).to_le_bytes(), (keyring_version as u32).to_le_bytes());
+    let aad = [&meta.bytes[24..56], &version, &code, &keyring_version].concat();
+    let mut key = [0; 32];
+    AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
+    let key = SecretKey::from_bytes(&mut key);
+    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v1 fingerprint"], 32)[..16];
+    assert_eq!(golden::hex(fingerprint), entry["fingerprint"].as_str().unwrap());
+    if let Some(values) = values {
+        values.check("root", root.expose());
+        values.check("keyring version", keyring_version);
+        values.check("document key", derived(&root, &[], "envelog v1 document").expose());
+        values.check("audit key", derived(&root, &[], "envelog v1 audit").expose());
+        values.check("integrity key", derived(&root, &meta.bytes[40..56], "envelog v1 integrity").expose());
+        values.check("envelope", &envelope);
+        values.check("wrapping key", wrapping);
+        values.check("envelope associated data", aad);
+        values.check("data key", key.expose());
+        values.check("fingerprint", fingerprint);
+    }
+    key
+}
+
+/// Holds the values of an example, its first block and its footer against the segment in `file`.
+fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (DecodedHeader, SegmentCipher) {
+    let values = Values::of(which);
+    let key = data_key(golden, 1, Some(&values));
+    let decoded = SegmentHeader::decode(file).unwrap();
+    assert_eq!((decoded.header.suite, decoded.header.key_source), (suite, KeySource::DataKey(1)));
+    let encoded = decoded.header.encode();
+    assert_eq!(encoded, file[..256]);
+    assert_eq!(SegmentHeader::finish(encoded.clone(), &decoded.commitment), file[..decoded.body_start as usize]);
+    values.check("header hash", hash(suite.hash(), &[&encoded]));
+    values.check("header hash", decoded.header_hash);
+    assert_eq!(decoded.segment_tag(), decoded.header_hash[..8]);
+
+    let (salt, code) = (&decoded.header.salt, suite.code().to_le_bytes());
+    values.check("PRK", extract(suite.hash(), salt, &key));
+    let info = |label: &'static [u8]| [label, &code, &decoded.header_hash].concat();
+    let segment_key = expand(suite.hash(), salt, &key, &[&info(b"envelog v1 segment seal")], suite.cipher().key_len());
+    values.check("segment key", &segment_key);
+    values.check("commitment", expand(suite.hash(), salt, &key, &[&info(b"envelog v1 segment commit")], 32));
+    values.check("commitment", decoded.commitment);
+    let cipher = SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
+    values.check("commitment", cipher.commitment());
+
+    // Block 0, by the cipher itself and by the engine's form of it.
+    let block = example(&format!("{which}-block"));
+    let begin = decoded.body_start as usize;
+    assert_eq!(block, file[begin..begin + block.len()]);
+    let header = BlockHeader::decode(&block).unwrap();
+    assert_eq!(header.block_len(), block.len() as u64);
+    assert_eq!(header.encode(), block[..96]);
+    let (covered, crc) = block.split_at(block.len() - 4);
+    assert_eq!(crc, crc32fast::hash(covered).to_le_bytes());
+    let (payload, tag) = (&covered[96..covered.len() - 16], covered[covered.len() - 16..].try_into().unwrap());
+    values.check("nonce of block 0", header.nonce());
+    values.check("tag of block 0", tag);
+    let mut plain = vec![0; payload.len()];
+    let aad = [&decoded.header_hash, &block[..96]].concat();
+    let aead = AwsLc::new().aead(suite.cipher(), &segment_key).unwrap();
+    aead.open(values.get("nonce of block 0").try_into().unwrap(), &aad, payload, &tag, &mut plain).unwrap();
+    assert_eq!(plain, example(&format!("{which}-payload")));
+    let mut again = vec![0; payload.len()];
+    cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut again).unwrap();
+    assert_eq!(again, plain);
+    let list = &plain[..header.list_len as usize];
+    let groups: Vec<_> = group::frames(list).map(|frame| LogGroup::decode(&list[frame.unwrap()]).unwrap()).collect();
+    assert_eq!(groups.len(), header.group_count as usize);
+    assert_eq!(plain.len() - list.len(), 4 * groups.len());
+
+    // The footer, found from the end of the file.
+    let len = u32::from_le_bytes(file[file.len() - 16..file.len() - 12].try_into().unwrap()) as usize;
+    let footer = Footer::decode(&file[file.len() - len..]).unwrap();
+    assert_eq!(footer.footer.offset as usize, file.len() - len);
+    values.check("nonce of the footer", footer.footer.nonce());
+    let authenticated = footer.footer.encode();
+    assert_eq!(authenticated, file[file.len() - len..][..footer.footer.authenticated_len()]);
+    cipher.verify_tag_only(&footer.footer.nonce(), &authenticated, &footer.tag).unwrap();
+    values.check("digest", footer.footer.digest);
+    values.check("digest", digest(&decoded, &file[begin..footer.footer.offset as usize]));
+    (decoded, cipher)
+}
+
+/// The digest over a header and the blocks in `body`.
+fn digest(header: &DecodedHeader, mut body: &[u8]) -> [u8; 32] {
+    let mut covered = header.header_hash.to_vec();
+    while !body.is_empty() {
+        let len = BlockHeader::decode(body).unwrap().block_len() as usize;
+        covered.extend_from_slice(&body[..96]);
+        covered.extend_from_slice(&body[len - 20..len - 4]);
+        body = &body[len..];
+    }
+    hash(header.header.suite.hash(), &[&covered])
+}
+
+#[test]
+fn the_aes_example_holds() {
+    let golden = golden_dir("service-aes");
+    let path = segments(&only_logstore(&golden.join("store")), 1).remove(0);
+    assert!(DOCUMENT.contains(path.strip_prefix(golden_dir("")).unwrap().to_str().unwrap()));
+    let file = fs::read(path).unwrap();
+    let parts = ["aes-header", "aes-block", "aes-mark", "aes-footer"].map(example);
+    assert_eq!(parts.concat(), file);
+    let (header, cipher) = check_example("aes", &golden, &file, Suite::Aes256Gcm);
+    assert_eq!(parts[0].len() as u64, header.body_start);
+    assert_eq!(header.header.predecessor, Predecessor::None);
+
+    let mark = BlockHeader::decode(&parts[2]).unwrap();
+    assert_eq!((mark.kind, mark.block_len()), (BlockKind::Mark, 116));
+    assert_eq!(mark.durable_mark, header.body_start + parts[1].len() as u64);
+    cipher.open_block(&mark.nonce(), &parts[2][..96], &[], &parts[2][96..112].try_into().unwrap(), &mut []).unwrap();
+
+    let footer = Footer::decode(&parts[3]).unwrap().footer;
+    let first = BlockHeader::decode(&parts[1]).unwrap();
+    let entry = IndexEntry { offset: 292, first_seq: first.first_seq, first_time_us: first.first_time_us, block: 0 };
+    assert_eq!((footer.block_count, footer.group_count, &footer.index[..]), (2, 1, &[entry][..]));
+}
+
+#[test]
+fn the_sm4_example_holds() {
+    let golden = golden_dir("service-sm4");
+    let path = segments(&only_logstore(&golden.join("store")), 0).remove(0);
+    assert!(DOCUMENT.contains(path.strip_prefix(golden_dir("")).unwrap().to_str().unwrap()));
+    check_example("sm4", &golden, &fs::read(path).unwrap(), Suite::Sm4Gcm);
+}
+
+#[test]
+fn what_the_document_lists_is_what_there_is() {
+    assert_eq!(FORMAT_VERSION, 1);
+    assert!(DOCUMENT.contains("format version 1"));
+    for suite in Suite::ALL {
+        let (cipher, hash) = match suite.cipher() {
+            Cipher::Aes256Gcm => ("AES-256-GCM", "SHA-256"),
+            Cipher::Sm4Gcm => ("SM4-GCM", "SM3"),
+        };
+        let blocks = if suite.encrypts() { "encrypted" } else { "authenticated only" };
+        let (code, len) = (suite.code(), suite.cipher().key_len());
+        let row = format!("| {code} | {} | {cipher} | {len} bytes | {hash} | {blocks} |", suite.name());
+        assert!(DOCUMENT.contains(&row), "{row}");
+    }
+    for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {
+        assert!(DOCUMENT.contains(&format!("`{}`", compression.name())));
+    }
+    assert_eq!(crc32fast::hash(b"123456789"), 0xCBF4_3926);
+    assert!(DOCUMENT.contains("0xCBF43926"));
+    let mib = |bytes: u64| bytes >> 20;
+    for (what, limit) in [
+        ("log group, encoded; opaque record", format!("{} MiB", mib(group::GROUP_BYTES_MAX as u64))),
+        ("logs of a group", "1,000,000".to_owned()),
+        ("list of a block", format!("{} MiB", mib(envelog::segment::BLOCK_LIST_BYTES_MAX.into()))),
+        ("groups of a block", "65,536".to_owned()),
+        ("value of a log or tag", format!("{} MiB", mib(group::VALUE_BYTES_MAX as u64))),
+        ("index entries", "65,536".to_owned()),
+    ] {
+        assert!(DOCUMENT.contains(&format!("| {what} | {limit} |")), "{what}: {limit}");
+    }
+    assert_eq!(group::LOGS_PER_GROUP_MAX, 1_000_000);
+    assert_eq!(envelog::segment::BLOCK_GROUPS_MAX, 65_536);
+    assert_eq!(envelog::segment::INDEX_ENTRIES_MAX, 65_536);
+}
+
+// ---- golden stores ----
+
+/// A copy of a golden store.
+struct Copy {
+    dir: TempDir,
+}
+
+impl Copy {
+    fn of(which: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(&golden_dir(which), dir.path());
+        // Git keeps no empty directory.
+        fs::create_dir_all(dir.path().join("store/probes")).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, part: &str) -> PathBuf {
+        self.dir.path().join(part)
+    }
+
+    fn store(&self) -> PathBuf {
+        self.path("store")
+    }
+
+    fn logstore_dir(&self) -> PathBuf {
+        only_logstore(&self.store())
+    }
+
+    fn builder(&self) -> StoreBuilder {
+        self.builder_with(AwsLc::new())
+    }
+
+    fn builder_with(&self, provider: impl CryptoProvider + 'static) -> StoreBuilder {
+        let mut options = StoreOptions::default();
+        options.background = Background::Manual;
+        let builder =
+            Store::builder(self.store(), self.path("keyring"), provider).disk(Arc::new(QuickDisk)).options(options);
+        let kms = self.path("kms");
+        if kms.exists() { builder.kms(Arc::new(LocalKms::open(kms).unwrap())) } else { builder }
+    }
+
+    fn expected(&self) -> Value {
+        serde_json::from_slice(&fs::read(self.path("expected.json")).unwrap()).unwrap()
+    }
+
+    /// Changes the bytes of a file.
+    fn change(&self, path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = fs::read(path).unwrap();
+        change(&mut bytes);
+        fs::write(path, bytes).unwrap();
+    }
+}
+
+fn listed(record: &Record) -> Value {
+    let kind = match record.kind {
+        BlockKind::Groups => "groups",
+        BlockKind::Opaque => "opaque",
+        BlockKind::Mark => panic!("a mark is no record"),
+    };
+    let hex = golden::hex(&record.bytes);
+    json!({ "seq": record.seq, "receive_time_us": record.receive_time_us, "kind": kind, "hex": hex })
+}
+
+/// Everything in a store, in the form of `expected.json`.
+fn listing(store: &Store) -> Value {
+    let mut all = json!({});
+    for name in store.list().unwrap() {
+        let logstore = store.logstore(&name).unwrap();
+        for shard in 0..logstore.config().shard_count {
+            let found: Vec<Value> = records(&logstore, shard).unwrap().iter().map(listed).collect();
+            all[name.to_string()][shard.to_string()] = found.into();
+        }
+    }
+    all
+}
+
+#[track_caller]
+fn assert_clean(which: &str, store: &Store, keyless: bool) -> VerifyReport {
+    let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+    let report = store.verify(&options, &mut |_| {}).unwrap();
+    assert!(report.is_clean() && report.refused.is_empty(), "{which} (keyless: {keyless}): {report:?}");
+    report
+}
+
+fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let relative = |path: PathBuf| path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
+    files(dir).into_iter().map(|(path, bytes)| (relative(path), bytes)).collect()
+}
+
+/// What the golden stores prove, they prove of every form that a segment can have.
+#[test]
+fn the_golden_stores_have_every_form() {
+    let mut forms = BTreeSet::new();
+    for which in golden::NAMES {
+        for (path, file) in files(&golden_dir(which)) {
+            if path.extension().is_none_or(|extension| extension != "seg") {
+                continue;
+            }
+            let decoded = SegmentHeader::decode(&file).unwrap();
+            forms.insert(decoded.header.suite.name());
+            forms.insert(match decoded.header.key_source {
+                KeySource::DataKey(1) => "data key 1",
+                KeySource::DataKey(_) => "later data key",
+                KeySource::Keyring(_) => "keyring",
+            });
+            forms.insert(match decoded.header.predecessor {
+                Predecessor::None => "first",
+                Predecessor::Sealed(_) => "after a sealed one",
+                Predecessor::Cut(_) => "after a cut one",
+            });
+            let mut rest = &file[decoded.body_start as usize..];
+            while let Ok(block) = BlockHeader::decode(rest) {
+                forms.insert(block.compression.name());
+                forms.insert(match block.kind {
+                    BlockKind::Groups => "groups",
+                    BlockKind::Opaque => "opaque",
+                    BlockKind::Mark => "mark",
+                });
+                rest = rest.get(block.block_len() as usize..).unwrap_or_default();
+            }
+            forms.insert(match Footer::decode(rest) {
+                Ok(footer) if footer.footer.recovered => "recovered",
+                Ok(_) => "sealed",
+                Err(_) => "not sealed",
+            });
+        }
+    }
+    let mut all: BTreeSet<_> = Suite::ALL.iter().map(|suite| suite.name()).collect();
+    all.extend(["data key 1", "later data key", "keyring", "first", "after a sealed one", "after a cut one"]);
+    all.extend(["none", "lz4", "zstd", "groups", "opaque", "mark", "recovered", "sealed", "not sealed"]);
+    assert_eq!(forms, all);
+}
+
+/// Whoever changes a byte that is written changes the format: that needs a new version or a feature bit, and new golden stores.
+#[test]
+fn this_build_writes_the_golden_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    for which in golden::NAMES {
+        let made = dir.path().join(which);
+        golden::make(which, &made);
+        let (made, golden) = (contents(&made), contents(&golden_dir(which)));
+        assert_eq!(made.keys().collect::<Vec<_>>(), golden.keys().collect::<Vec<_>>(), "{which}");
+        for (path, bytes) in golden {
+            // How well a library compresses is not part of the format, and may change with its version.
+            if which != golden::COMPRESSED || path == "expected.json" || path == "keyring" {
+                assert_eq!(golden::hex(&made[&path]), golden::hex(&bytes), "{which}/{path}");
+            }
+        }
+    }
+}
+
+#[test]
+fn golden_stores_are_read_and_verified() {
+    for which in golden::NAMES {
+        let copy = Copy::of(which);
+        let before = contents(copy.dir.path());
+        let store = copy.builder().open_read_only().unwrap();
+        assert_eq!(listing(&store), copy.expected(), "{which}");
+        let groups: usize = copy
+            .expected()
+            .as_object()
+            .unwrap()
+            .values()
+            .flat_map(|shards| shards.as_object().unwrap().values())
+            .map(|records| records.as_array().unwrap().len())
+            .sum();
+        for keyless in [false, true] {
+            let report = assert_clean(which, &store, keyless);
+            assert_eq!(report.groups, groups as u64, "{which}");
+            assert_eq!(report.notes.len(), usize::from(which == "unclean"), "{which}: {:?}", report.notes);
+        }
+        assert!(!store.audit_records().unwrap().is_empty(), "{which}");
+        store.close().unwrap();
+        let store = copy.builder_with(RustCrypto::new()).open_read_only().unwrap();
+        assert_eq!(listing(&store), copy.expected(), "{which}");
+        store.close().unwrap();
+        assert_eq!(contents(copy.dir.path()), before, "reading {which} has changed it");
+    }
+}
+
+#[test]
+fn golden_stores_are_written_on() {
+    for which in golden::NAMES {
+        let copy = Copy::of(which);
+        let mut expected = copy.expected();
+        let store = copy.builder().open().unwrap();
+        assert_eq!(listing(&store), expected, "{which}");
+        assert_clean(which, &store, false);
+        for name in store.list().unwrap() {
+            let logstore = store.logstore(&name).unwrap();
+            for shard in 0..logstore.config().shard_count {
+                let options = AppendOptions { shard: ShardChoice::Shard(shard), ..synced() };
+                let added = [record("by this build"), Payload::try_from(&log_group("by this build", 2)).unwrap()];
+                for payload in added {
+                    let appended = logstore.append(payload, &options).unwrap();
+                    let all = records(&logstore, shard).unwrap();
+                    assert_eq!(all.last().unwrap().seq, appended.seq);
+                    let before = expected[name.to_string()][shard.to_string()].as_array_mut().unwrap();
+                    before.push(listed(all.last().unwrap()));
+                }
+            }
+            let notices = logstore.status().unwrap().recovery;
+            assert_eq!(notices.len(), usize::from(which == "unclean"), "{which}: {notices:?}");
+        }
+        assert_eq!(listing(&store), expected, "{which}");
+        store.close().unwrap();
+
+        let store = copy.builder().open_read_only().unwrap();
+        assert_eq!(listing(&store), expected, "{which}");
+        assert_clean(which, &store, false);
+        assert_clean(which, &store, true);
+    }
+}
+
+#[test]
+fn the_golden_checkpoint_holds() {
+    let copy = Copy::of("service-sm4");
+    let store = copy.builder().open_read_only().unwrap();
+    let checkpoint = fs::read(copy.path("checkpoint")).unwrap();
+    let against = |bytes: &[u8]| VerifyOptions { against: Some(Checkpoint::from_bytes(bytes)), ..Default::default() };
+    let report = store.verify(&against(&checkpoint), &mut |_| {}).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    let mut newer = checkpoint;
+    newer[8] = 2;
+    fix_crc(&mut newer);
+    assert_newer(store.verify(&against(&newer), &mut |_| {}).map(|_| ()), 2);
+}
+
+// ---- what a newer build may have written ----
+
+#[track_caller]
+fn assert_newer(result: envelog::Result<()>, version: u16) {
+    match result {
+        Err(error @ Error::NewerFormat { found, supported, .. }) => {
+            assert_eq!((found, supported), (version, FORMAT_VERSION));
+            assert!(error.to_string().contains(&format!("format version {version}")), "{error}");
+        }
+        other => panic!("expected a refusal of version {version}, got {other:?}"),
+    }
+}
+
+#[track_caller]
+fn assert_unsupported<T: std::fmt::Debug>(result: envelog::Result<T>) {
+    assert!(matches!(&result, Err(Error::UnsupportedFeature { .. })), "{result:?}");
+}
+
+/// Opens the store, its Logstore and its records, for writing or not.
+fn use_all(copy: &Copy, read_only: bool) -> envelog::Result<()> {
+    let store = if read_only { copy.builder().open_read_only()? } else { copy.builder().open()? };
+    for name in store.list()? {
+        let logstore = store.logstore(&name)?;
+        if !read_only {
+            logstore.append(record("by this build"), &synced())?;
+        }
+        for shard in 0..logstore.config().shard_count {
+            records(&logstore, shard)?;
+        }
+    }
+    Ok(())
+}
+
+/// The documents of a store that are read when its Logstore is opened.
+fn documents(copy: &Copy) -> Vec<PathBuf> {
+    let probe = files(&copy.store().join("probes")).into_keys().next().unwrap();
+    vec![
+        copy.store().join("STORE"),
+        copy.path("keyring"),
+        copy.store().join("catalogue"),
+        copy.logstore_dir().join("meta"),
+        probe,
+    ]
+}
+
+#[test]
+fn a_newer_version_of_any_file_is_refused_by_its_number() {
+    for (index, version) in (0..7).zip([2, 3, 7, 255, 256, 0x1234, u16::MAX]) {
+        let copy = Copy::of("byok-aes");
+        let segment = segments(&copy.logstore_dir(), 0).pop().unwrap();
+        match index {
+            5 => copy.change(&segment, |bytes| {
+                bytes[8..10].copy_from_slice(&version.to_le_bytes());
+                fix_crc(&mut bytes[..292]);
+            }),
+            6 => copy.change(&segment, |bytes| {
+                let len = u32::from_le_bytes(bytes[bytes.len() - 16..bytes.len() - 12].try_into().unwrap()) as usize;
+                let (at, end) = (bytes.len() - len, bytes.len() - 16);
+                assert_eq!(bytes[at..at + 6], *b"EFTR\x01\0");
+                bytes[at + 4..at + 6].copy_from_slice(&version.to_le_bytes());
+                fix_crc(&mut bytes[at..end]);
+            }),
+            document => copy.change(&documents(&copy)[document], |bytes| {
+                bytes[8..10].copy_from_slice(&version.to_le_bytes());
+                fix_crc(bytes);
+            }),
+        }
+        for read_only in [true, false] {
+            assert_newer(use_all(&copy, read_only), version);
+        }
+    }
+}
+
+#[test]
+fn an_unknown_incompatible_feature_of_any_file_is_refused() {
+    for index in 0..6 {
+        let copy = Copy::of("byok-aes");
+        let (path, features, end) = match documents(&copy).get(index) {
+            Some(document) => (document.clone(), 12, fs::metadata(document).unwrap().len() as usize),
+            None => (segments(&copy.logstore_dir(), 0).pop().unwrap(), 16, 292),
+        };
+        copy.change(&path, |bytes| {
+            bytes[features + 11] = 0x80;
+            fix_crc(&mut bytes[..end]);
+        });
+        for read_only in [true, false] {
+            assert_unsupported(use_all(&copy, read_only));
+        }
+    }
+}
+
+/// The bits are authenticated, so they are set as a newer build would set them: with the key.
+#[test]
+fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
+    for document in ["store/STORE", "keyring", "store/catalogue", "meta"] {
+        for (at, writable) in [(12, true), (16, false)] {
+            let copy = Copy::of("service-aes");
+            let path = if document == "meta" { copy.logstore_dir().join("meta") } else { copy.path(document) };
+            let mut frame = Frame::read(&path);
+            frame.bytes[at] = 0x10;
+            frame.sign(&root(&copy.path("keyring"), 1));
+            fs::write(&path, &frame.bytes).unwrap();
+            use_all(&copy, true).unwrap();
+            if writable {
+                use_all(&copy, false).unwrap();
+            } else {
+                assert_unsupported(use_all(&copy, false));
+                assert_eq!(fs::read(&path).unwrap(), frame.bytes, "{document}");
+            }
+        }
+    }
+}
+
+/// Seals the blocks of an open segment anew under a header that was changed.
+fn reseal(copy: &Copy, path: &Path, change: impl FnOnce(&mut SegmentHeader)) {
+    let file = fs::read(path).unwrap();
+    let old = SegmentHeader::decode(&file).unwrap();
+    let key = data_key(copy.dir.path(), 1, None);
+    let cipher = |decoded: &DecodedHeader| {
+        let (suite, salt) = (decoded.header.suite, &decoded.header.salt);
+        SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap()
+    };
+    let mut header = old.header.clone();
+    change(&mut header);
+    header.salt[0] ^= 1;
+    let encoded = header.encode();
+    let draft = SegmentHeader::decode(&SegmentHeader::finish(encoded.clone(), &[0; 32])).unwrap();
+    let (opening, sealing) = (cipher(&old), cipher(&draft));
+    let mut out = SegmentHeader::finish(encoded, sealing.commitment());
+    let mut rest = &file[old.body_start as usize..];
+    while let Ok(mut block) = BlockHeader::decode(rest) {
+        let Some(bytes) = rest.get(..block.block_len() as usize) else { break };
+        let (payload, tag) =
+            (&bytes[96..bytes.len() - 20], bytes[bytes.len() - 20..bytes.len() - 4].try_into().unwrap());
+        let mut plain = vec![0; payload.len()];
+        opening.open_block(&block.nonce(), &bytes[..96], payload, &tag, &mut plain).unwrap();
+        block.segment_tag = draft.segment_tag();
+        block.durable_mark = block.durable_mark + draft.body_start - old.body_start;
+        let mut sealed = [&draft.header_hash[..], &block.encode(), &plain].concat();
+        let tag = sealing.seal_block(&block.nonce(), &mut sealed, 128).unwrap();
+        sealed.extend_from_slice(&tag);
+        sealed.extend_from_slice(&crc32fast::hash(&sealed[32..]).to_le_bytes());
+        out.extend_from_slice(&sealed[32..]);
+        rest = &rest[bytes.len()..];
+    }
+    fs::write(path, out).unwrap();
+}
+
+#[test]
+fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
+    let reads = |copy: &Copy| assert_eq!(listing(&copy.builder().open_read_only().unwrap()), copy.expected());
+    let features = [
+        (Features::default(), true),
+        (Features { compatible: 0x10, ..Features::default() }, true),
+        (Features { read_only_compatible: 0x10, ..Features::default() }, false),
+    ];
+    for (features, writable) in features {
+        let copy = Copy::of("unclean");
+        let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+        reseal(&copy, &path, |header| header.features = features);
+        reads(&copy);
+        let store = copy.builder().open().unwrap();
+        assert_eq!(listing(&store), copy.expected());
+        let appended = store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
+        if writable {
+            appended.unwrap();
+        } else {
+            assert_unsupported(appended);
+        }
+    }
+
+    // Padding may be called critical: this build knows it. What it does not know it passes over, unless that is critical.
+    let extension = |kind, critical| Extension { kind, critical, data: vec![7; 9] };
+    let copy = Copy::of("unclean");
+    let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+    let extensions = vec![extension(Extension::PADDING, true), extension(0x4000, false)];
+    reseal(&copy, &path, |header| header.extensions = extensions);
+    reads(&copy);
+    use_all(&copy, false).unwrap();
+    copy.change(&path, |bytes| {
+        let mut header = SegmentHeader::decode(bytes).unwrap().header;
+        header.extensions = vec![extension(Extension::DICTIONARY, true)];
+        *bytes = SegmentHeader::finish(header.encode(), &[0; 32]);
+    });
+    for read_only in [true, false] {
+        assert_unsupported(use_all(&copy, read_only));
+    }
+}
+
+// ---- recovery ----
+
+/// The store of a crash whose recovery crashed too, after the kept groups were rewritten and before the next segment began.
+fn recovered_by_half() -> (Copy, u64) {
+    let first = Copy::of("unclean");
+    let store = first.builder().open().unwrap();
+    let appended = store.logstore(&name("shop/orders")).unwrap().append(record("lost"), &synced()).unwrap();
+    let second = Copy::of("unclean");
+    copy_dir(&first.store(), &second.store());
+    let all = segments(&second.logstore_dir(), 0);
+    assert_eq!(all.len(), 4);
+    fs::remove_file(&all[3]).unwrap();
+    (second, appended.seq)
+}
+
+/// The torn group had a number, which a reader may have seen.
+#[test]
+fn a_recovery_that_was_cut_off_gives_no_number_out_again() {
+    let (copy, goes_on_at) = recovered_by_half();
+    let expected = copy.expected();
+    let torn = 1 + expected["shop/orders"]["0"].as_array().unwrap().last().unwrap()["seq"].as_u64().unwrap();
+    let store = copy.builder().open().unwrap();
+    assert_eq!(listing(&store), expected);
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    let appended = logstore.append(record("more"), &synced()).unwrap();
+    assert!(appended.seq >= goes_on_at && appended.seq > torn, "{appended:?} after {torn}");
+    assert_eq!(records(&logstore, 0).unwrap().len(), 4);
+    store.close().unwrap();
+    assert_clean("recovered by half", &copy.builder().open_read_only().unwrap(), false);
+}
+
+/// A writer goes by the header of a segment that was never sealed: by its limit, and by which blocks are its own.
+#[test]
+fn a_writer_goes_by_no_header_that_does_not_authenticate() {
+    for (at, bytes) in [(112, [1; 8]), (104, [0xff; 8]), (104, [0xff, 0xff, 0, 0, 0, 0, 0, 0])] {
+        let copy = Copy::of("unclean");
+        let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+        copy.change(&path, |file| {
+            file[at..at + 8].copy_from_slice(&bytes);
+            fix_crc(&mut file[..292]);
+        });
+        let before = files(&copy.logstore_dir());
+        let store = copy.builder().open().unwrap();
+        let appended = store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
+        assert!(matches!(appended, Err(Error::WrongKey { .. })), "{at}: {appended:?}");
+        drop(store);
+        assert_eq!(files(&copy.logstore_dir()), before);
+    }
+}
