@@ -382,6 +382,30 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
 // ---- S5 ----
 
 #[test]
+fn s4_what_was_encrypted_stays_encrypted_when_it_is_recovered_after_switching_off() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "shop/orders");
+    logstore.append(record("confidential-confidential"), &written()).unwrap();
+    let crashed = world.path().join("crashed");
+    copy_dir(&world.store_dir(), &crashed);
+    let dir = world.logstore_dir(&logstore);
+    drop((logstore, store));
+    copy_dir(&crashed, &world.store_dir());
+
+    let store = world.open();
+    let logstore = store.logstore(&name("shop/orders")).unwrap();
+    update(&store, &logstore, Some(EncryptConf { encrypt_type: Some(EncryptType::Default), ..off() })).unwrap();
+    logstore.append(record("public-public-public"), &synced()).unwrap();
+    assert_eq!(logstore.status().unwrap().recovery[0].groups_rewritten, 1);
+    assert_eq!(texts(&logstore), ["confidential-confidential", "public-public-public"]);
+    store.close().unwrap();
+    let holds = |text: &str| files(&dir).values().any(|bytes| bytes.windows(text.len()).any(|w| w == text.as_bytes()));
+    assert!(!holds("confidential"));
+    assert!(holds("public"));
+}
+
+#[test]
 fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     let world = World::manual();
     let store = world.create();

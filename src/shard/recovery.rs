@@ -212,7 +212,11 @@ impl Shard {
 
     /// Writes `blocks` of a segment into a new one, sealed under its own key, and gives it its name when it is durable.
     fn rewrite<'a>(&self, opened: &Opened, blocks: impl Iterator<Item = &'a ScannedBlock>, next: Next) -> Result<Next> {
-        let plan = *read(&self.context.plan);
+        let mut plan = *read(&self.context.plan);
+        if opened.header.header.suite.encrypts() {
+            // What was encrypted stays encrypted, also if encryption has been turned off since.
+            plan.suite = plan.suite.encrypting();
+        }
         let new = NewSegment::create(self, &next, &plan)?;
         let written = self.rewrite_into(opened, blocks, &new);
         self.context.gate.end_segment(new.header.header.segment);
