@@ -1,6 +1,11 @@
 //! From what went wrong to an exit status and one sentence.
 
-use std::{fmt, io, path::Path, process::ExitCode};
+use std::{
+    fmt,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
 
 use envelog::{Error, ErrorKind, kms::LocalKmsError};
 use serde::Serialize;
@@ -85,6 +90,11 @@ impl Failure {
         }
     }
 
+    /// A pipe that was closed before all was done: nothing is said, but the status is not that of success.
+    pub(crate) fn cut_short() -> Self {
+        Self::new(Status::Other, "broken_pipe", String::new())
+    }
+
     pub(crate) fn status(&self) -> Status {
         self.status
     }
@@ -100,15 +110,17 @@ impl Failure {
             kind: &'a str,
             message: &'a str,
         }
-        if self.status == Status::Done {
+        if self.message.is_empty() {
             return;
         }
-        if json {
+        let text = if json {
             let report = Report { error: Body { kind: self.code, message: &self.message } };
-            eprintln!("{}", serde_json::to_string(&report).unwrap_or_default());
+            serde_json::to_string(&report).unwrap_or_default()
         } else {
-            eprintln!("envelog: {self}");
-        }
+            format!("envelog: {self}")
+        };
+        // Where nobody listens there is nothing left to say.
+        let _ = writeln!(io::stderr(), "{text}");
     }
 }
 
@@ -120,6 +132,9 @@ impl fmt::Display for Failure {
 
 /// The status that an error of the engine ends the process with.
 pub(crate) fn status_of(error: &Error) -> Status {
+    if matches!(error, Error::InvalidArgument(_)) {
+        return Status::Usage;
+    }
     match error.kind() {
         ErrorKind::Revoked => Status::Revoked,
         ErrorKind::KmsUnreachable => Status::KmsUnreachable,
