@@ -18,9 +18,8 @@ Exit status:
   5 corruption, tampering or rollback found   6 configuration refused
   7 store locked or missing, keyring missing or not the store's";
 
-/// Encrypted, append-only log storage.
 #[derive(Debug, Parser)]
-#[command(name = "envelog", version, about, after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
+#[command(name = "envelog", version, about = "Encrypted, append-only log storage", after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -140,9 +139,11 @@ Example:
 Example:
   envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000.seg")]
     Inspect(InspectArgs),
-    /// Cut a shard with corruption below its durable mark down to what is sound
+    /// Give up what is damaged at the end of a shard, so that it can be written again
     #[command(after_help = "\
-`verify` says what is damaged, and where. What can be read behind the damage is kept.
+`verify` says what is damaged, and where. This is for a shard that refuses to be appended to because the segment that was
+being written is damaged; all of it that can be read is kept. A sealed segment is left as it is: `read --from SEQ` goes on
+behind the damage, and a backup has the rest.
 
 Example:
   envelog repair shop/orders --shard 0 --yes")]

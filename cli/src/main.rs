@@ -50,7 +50,9 @@ fn forbid_core_dumps() {
 fn report_panics(json: bool) {
     set_hook(Box::new(move |panic| {
         let place = panic.location().map_or_else(String::new, |at| format!(" at {at}"));
-        let what = panic.payload_as_str().unwrap_or("it panicked");
+        let payload = panic.payload();
+        let what = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+        let what = what.unwrap_or("it panicked");
         let message = format!("this is a bug in envelog{place}, please report it: {what}");
         Failure::new(Status::Other, "bug", message).report(json);
     }));

@@ -78,9 +78,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
         (Status::Done, ..) => Ok(()),
         (Status::Integrity, Some(first), _) => {
             let more = others(report.faults.len(), "fault");
-            // Only damage can be cut away; what was altered or put back needs another copy.
-            let advice =
-                if first.kind == "corrupt" { "see `envelog repair --help`" } else { "restore it from a backup" };
+            let advice = "restore it from a backup, or see `envelog repair --help` if it is the end of a shard";
             Err(Failure::new(status, first.kind, format!("{}{more}; {advice}", first.message)))
         }
         (_, _, Some((_, error))) => {
@@ -125,7 +123,7 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
         return output::json(&report);
     }
     match &report.segment {
-        None => output::line(format_args!("shard {} of {name} needs no repair: nothing was changed", args.shard)),
+        None => output::line(format_args!("the end of shard {} of {name} is sound: nothing was changed", args.shard)),
         Some(segment) => output::line(format_args!(
             "repaired {}: {} behind the damage kept, {} given up",
             segment.display(),
