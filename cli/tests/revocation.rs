@@ -99,19 +99,15 @@ fn a_disabled_key_refuses_its_logstore_alone_and_comes_back_whole() {
 fn every_way_to_withdraw_a_key_has_its_words_and_its_way_back() {
     let text = made_lines(100);
     let (world, key) = two_logstores(&text);
-    let ways: [(&[&str], &str, &[&[&str]]); 3] = [
-        (&["kms", "ungrant", &key, ROLE], "not permitted for the role", &[&["kms", "grant", &key, ROLE]]),
-        (
-            &["kms", "schedule-deletion", &key, "--days", "9"],
-            "pending deletion",
-            &[&["kms", "cancel-deletion", &key], &["kms", "enable", &key]],
-        ),
-        (&["kms", "disable", &key], "disabled", &[&["kms", "enable", &key]]),
+    let ways = [
+        (vec!["ungrant", &key, ROLE], "not permitted for the role", vec!["grant", &key, ROLE]),
+        (vec!["schedule-deletion", &key, "--days", "9"], "pending deletion", vec!["cancel-deletion", &key]),
+        (vec!["disable", &key], "disabled", vec!["enable", &key]),
     ];
     for (away, words, back) in ways {
-        world.ok(away);
+        world.ok(&[&["kms"], &away[..]].concat());
         assert!(world.refused(3, &["read", "p/customer"]).contains(words), "{words}");
-        back.iter().for_each(|step| drop(world.run(step)));
+        world.ok(&[&["kms"], &back[..]].concat());
         assert_eq!(world.read("p/customer"), text, "after {words}");
     }
     assert!(world.refused(2, &["kms", "delete", &key]).contains("--yes"));

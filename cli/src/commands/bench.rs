@@ -35,7 +35,7 @@ const ROUNDS: usize = 9;
 /// A run appends no more than this, so that it does not fill the disk.
 const RUN_BYTES_MAX: u64 = 1 << 30;
 /// What a Logstore to be read holds.
-const READ_BYTES: u64 = 64 << 20;
+const READ_BYTES: u64 = 16 << 20;
 
 pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
     interrupt::defer()?;
