@@ -95,6 +95,11 @@ impl Failure {
         Self::new(Status::Other, "broken_pipe", String::new())
     }
 
+    /// Of two failures, the one whose status counts; the first where neither outranks the other.
+    pub(crate) fn or_worse(self, other: Self) -> Self {
+        if self.status.worse(other.status) == self.status { self } else { other }
+    }
+
     pub(crate) fn status(&self) -> Status {
         self.status
     }
@@ -171,5 +176,24 @@ impl From<LocalKmsError> for Failure {
             _ => (Status::Other, "kms"),
         };
         Self::new(status, code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integrity_outranks_revocation_and_that_an_outage_and_that_the_rest() {
+        let order = [Status::Integrity, Status::Revoked, Status::KmsUnreachable, Status::Unavailable, Status::Done];
+        for (rank, better) in order.into_iter().enumerate() {
+            for worse in &order[..rank] {
+                assert_eq!((better.worse(*worse), worse.worse(better)), (*worse, *worse));
+            }
+        }
+        let failure = |status, code| Failure::new(status, code, "");
+        let first = failure(Status::Other, "first").or_worse(failure(Status::Other, "second"));
+        assert_eq!(first.code, "first");
+        assert_eq!(first.or_worse(failure(Status::Revoked, "revoked")).code, "revoked");
     }
 }

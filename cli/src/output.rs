@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -40,13 +40,36 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     if std::env::var_os("NO_COLOR").is_some() {
         table.force_no_tty();
     }
-    table.set_header(header.iter().map(Cell::new));
+    if !header.is_empty() {
+        table.set_header(header.iter().map(Cell::new));
+    }
     for &index in numbers {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     table
+}
+
+/// Writes a table to standard output; where the terminal is too narrow for it, a table a row, with a line a column.
+pub(crate) fn print_table(table: &Table) -> Result {
+    let needed = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
+    let (Some(width), Some(header)) = (table.width(), table.header()) else { return line(table) };
+    if needed <= usize::from(width) {
+        return line(table);
+    }
+    table.row_iter().try_for_each(|row| {
+        let mut upright = self::table(&[], &[]);
+        for (name, cell) in header.cell_iter().zip(row.cell_iter()) {
+            upright.add_row([Cell::new(name.content()), cell.clone()]);
+        }
+        line(upright)
+    })
+}
+
+/// A word that is good news or bad, in the colour that says so where there are colours.
+pub(crate) fn verdict(text: impl ToString, good: bool) -> Cell {
+    Cell::new(text).fg(if good { Color::Green } else { Color::Red })
 }
 
 /// A size for people: `17.3 MiB`.

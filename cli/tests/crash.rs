@@ -15,6 +15,7 @@ use common::{Running, World, byok, service};
 
 /// How many lines a cycle has to give: more than are appended before the kill, most of the time.
 const LINES: usize = 4000;
+const CYCLES_PER_LOGSTORE: usize = 15;
 
 fn number_from(variable: &str) -> Option<u64> {
     std::env::var(variable)
@@ -106,9 +107,15 @@ fn cycles(durability: &str, conf: impl FnOnce(&World) -> serde_json::Value) {
     let seed = number_from("ENVELOG_KILL_SEED").unwrap_or_else(now);
     let cycles = number_from("ENVELOG_KILL_CYCLES").unwrap_or(30).div_ceil(2);
     println!("ENVELOG_KILL_SEED={seed}");
+    let mut dice = Dice(seed);
     let world = World::new();
-    world.create("p/a", &conf(&world));
-    kill_and_look(&world, "p/a", durability, cycles, &mut Dice(seed));
+    let conf = conf(&world);
+    // Not all into one Logstore: each cycle reads all that the cycles before it left.
+    for first in (0..cycles).step_by(CYCLES_PER_LOGSTORE) {
+        let name = format!("p/from-{first}");
+        world.create(&name, &conf);
+        kill_and_look(&world, &name, durability, (cycles - first).min(CYCLES_PER_LOGSTORE as u64), &mut dice);
+    }
 }
 
 #[test]

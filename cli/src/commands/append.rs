@@ -51,8 +51,7 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     };
     let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
     // Also after a failure: what was acknowledged is sealed, and the lock released.
-    let closed = store.close().map_err(Failure::from);
-    let summary = outcome.and_then(|summary| closed.map(|()| summary))?;
+    let summary = both(outcome, store.close().map_err(Failure::from))?;
     summary.print(setup.json, args.ack)?;
     interrupt::check()
 }
@@ -86,7 +85,15 @@ fn append(
     let submitted = feed.run(inputs, Lines::new(group_bytes), &failed, &progress);
     // What was submitted comes before what was not, and so does its failure.
     let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
-    settled.and_then(|summary| submitted.map(|()| summary))
+    both(settled, submitted)
+}
+
+/// What came of the first, if the second succeeded too.
+fn both<T>(first: Result<T>, second: Result) -> Result<T> {
+    match (first, second) {
+        (Err(first), Err(second)) => Err(first.or_worse(second)),
+        (first, second) => first.and_then(|done| second.map(|()| done)),
+    }
 }
 
 /// Brings groups into the store. The sender is dropped with it, which lets the settling thread end.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use comfy_table::Cell;
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName, LogstoreSpec, ReadOptions,
     Store, StoreOptions, VerifyOptions,
@@ -306,8 +307,8 @@ impl Demo {
         }
         let mut table = output::table(&["step", "held", "what happened"], &[]);
         for check in &self.checks {
-            let held = if check.held { "yes" } else { "NO" };
-            table.add_row([&check.what, held, &check.detail]);
+            let held = output::verdict(if check.held { "yes" } else { "NO" }, check.held);
+            table.add_row([Cell::new(&check.what), held, Cell::new(&check.detail)]);
         }
         output::line(table)?;
         let mut table = output::table(&["rate", "size", "time", "MB/s"], &[1, 2, 3]);
