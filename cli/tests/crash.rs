@@ -14,7 +14,7 @@ use std::{
 use common::{Running, World, byok, service};
 
 /// How many lines a cycle has to give: more than are appended before the kill, most of the time.
-const LINES: usize = 4000;
+const LINES: usize = 40_000;
 const CYCLES_PER_LOGSTORE: usize = 15;
 
 fn number_from(variable: &str) -> Option<u64> {
@@ -33,18 +33,17 @@ impl Dice {
     }
 }
 
-/// Lines of very different lengths that say which cycle they are from, and which they are.
-fn lines(cycle: u64, dice: &mut Dice) -> Vec<String> {
-    (0..LINES).map(|line| format!("{cycle}.{line} {}", "=".repeat(dice.below(200) as usize))).collect()
+/// A line that says which cycle it is from and which it is. The lengths differ a lot.
+fn line(cycle: u64, number: usize) -> String {
+    format!("{cycle}.{number} {}", "=".repeat((number * 7919 + cycle as usize * 10_007) % 200))
 }
 
-/// Appends under these conditions, kills, and looks, `cycles` times.
-fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice: &mut Dice) {
+/// Appends with this durability, kills, and looks, `cycles` times. Returns how often there was more to append.
+fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice: &mut Dice) -> u64 {
     // What must be there: of each cycle so far, so many lines from its first.
     let mut kept: Vec<String> = Vec::new();
     let mut killed_at_work = 0;
     for cycle in 0..cycles {
-        let lines = lines(cycle, dice);
         let group_bytes = (512 + dice.below(8192)).to_string();
         let mut append = Running::start(world.command(&[
             "append",
@@ -58,11 +57,15 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
         ]));
         let acks = append.lines();
         let mut stdin = append.stdin.take().unwrap();
-        let text = lines.join("\n") + "\n";
         let feeding = std::thread::spawn(move || {
-            let fed = stdin.write_all(text.as_bytes());
+            for first in (0..LINES).step_by(100) {
+                let text: String = (first..first + 100).map(|number| line(cycle, number) + "\n").collect();
+                if stdin.write_all(text.as_bytes()).is_err() {
+                    return None;
+                }
+            }
             // It stays open until the kill: no end of the input that would let the process end by itself.
-            fed.map(|()| stdin)
+            Some(stdin)
         });
         let mut acknowledged = 0;
         for _ in 0..dice.below(40) {
@@ -93,12 +96,12 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
         );
         assert!(read[..known] == kept[..], "cycle {cycle}: what earlier cycles left has changed");
         let new = &read[known..];
-        let first_wrong = new.iter().zip(&lines).position(|(read, line)| read != line);
+        let first_wrong = new.iter().enumerate().position(|(number, read)| *read != line(cycle, number));
         assert_eq!(first_wrong, None, "cycle {cycle}: a line is half there, or not in its place");
         kept.extend(new.iter().map(|&line| line.to_owned()));
     }
-    assert!(killed_at_work * 2 >= cycles, "only {killed_at_work} of {cycles} kills met work");
     world.ok(&["verify"]);
+    killed_at_work
 }
 
 /// Runs half of the cycles with one durability; both promise to survive a kill.
@@ -106,16 +109,20 @@ fn cycles(durability: &str, conf: impl FnOnce(&World) -> serde_json::Value) {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = number_from("ENVELOG_KILL_SEED").unwrap_or_else(now);
     let cycles = number_from("ENVELOG_KILL_CYCLES").unwrap_or(30).div_ceil(2);
+    // Shown when it fails.
     println!("ENVELOG_KILL_SEED={seed}");
     let mut dice = Dice(seed);
     let world = World::new();
     let conf = conf(&world);
     // Not all into one Logstore: each cycle reads all that the cycles before it left.
+    let mut killed_at_work = 0;
     for first in (0..cycles).step_by(CYCLES_PER_LOGSTORE) {
         let name = format!("p/from-{first}");
         world.create(&name, &conf);
-        kill_and_look(&world, &name, durability, (cycles - first).min(CYCLES_PER_LOGSTORE as u64), &mut dice);
+        let cycles = (cycles - first).min(CYCLES_PER_LOGSTORE as u64);
+        killed_at_work += kill_and_look(&world, &name, durability, cycles, &mut dice);
     }
+    assert!(killed_at_work * 2 >= cycles, "only {killed_at_work} of {cycles} kills met work");
 }
 
 #[test]
