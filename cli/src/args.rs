@@ -18,9 +18,8 @@ Exit status:
   5 corruption, tampering or rollback found   6 configuration refused
   7 store locked or missing, keyring missing or not the store's";
 
-/// Encrypted, append-only log storage.
 #[derive(Debug, Parser)]
-#[command(name = "envelog", version, about, after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
+#[command(name = "envelog", version, about = "Encrypted, append-only log storage", after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -63,6 +62,10 @@ pub(crate) enum Command {
     /// Makes a store with two Logstores: one under the service key with AES, one under a customer's key with SM4. Appends, reads
     /// back and compares, searches the store for plaintext, verifies; disables the customer's key, and shows that everything
     /// is refused while the other Logstore works; enables it, and reads again.
+    #[command(after_help = "\
+Examples:
+  envelog demo
+  envelog demo --dir /tmp/look-inside access.log error.log")]
     Demo(DemoArgs),
     /// Create a Logstore, and the store and its keyring if there are none yet
     #[command(after_help = "\
@@ -73,15 +76,23 @@ Examples:
     \"user_cmk_info\": {\"cmk_key_id\": \"key-…\", \"arn\": \"acs:ram::1:role/log\", \"region_id\": \"cn-hangzhou\"}}'")]
     Create(CreateArgs),
     /// Print the whole configuration of a Logstore as JSON
+    #[command(after_help = "\
+Example:
+  envelog get shop/orders > orders.json")]
     Get(NameArgs),
     /// Replace the configuration of a Logstore by one that `get` printed and you changed
     #[command(after_help = "\
 Example:
-  envelog get shop/orders | jq '.ttl_days = 7' | envelog update shop/orders --config -")]
+  envelog get shop/orders | jq '.ttl_days = 7' | envelog update shop/orders --config -
+
+An update that was built on an older revision is refused: get it again, and change that.")]
     Update(UpdateArgs),
     /// List the Logstores
     List,
     /// Delete a Logstore and its data
+    #[command(after_help = "\
+Example:
+  envelog delete shop/orders --yes")]
     Delete(ConfirmedArgs),
     /// Append lines of files, or of standard input, one log a line
     #[command(after_help = "\
@@ -98,26 +109,71 @@ Examples:
   envelog read shop/orders --shard 0 --from 17 --limit 10 --format json")]
     Read(ReadArgs),
     /// Print the last logs, and with -f what comes
+    #[command(after_help = "\
+Examples:
+  envelog tail shop/orders -n 100
+  envelog tail shop/orders -f | grep ERROR")]
     Tail(TailArgs),
     /// Show keys, leases, segments and sizes
+    #[command(after_help = "\
+Examples:
+  envelog status
+  envelog status shop/orders --json | jq '.logstores[].key.state'")]
     Status(OptionalNameArgs),
     /// Check every block of the store, or of one Logstore
+    #[command(after_help = "\
+Examples:
+  envelog verify
+  envelog verify shop/orders --keyless
+  envelog verify --against /backup/checkpoint")]
     Verify(VerifyArgs),
     /// Write down how far every shard is, to verify against later
     #[command(after_help = "\
-Keep the file away from the store: with it, `verify --against FILE` notices when the store was put back to an older state.")]
+Keep the file away from the store: with it, `verify --against FILE` notices when the store was put back to an older state.
+
+Example:
+  envelog checkpoint --out /backup/checkpoint")]
     Checkpoint(OutArgs),
     /// Show header, blocks and footer of one segment file, without any key
+    #[command(after_help = "\
+Example:
+  envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000.seg")]
     Inspect(InspectArgs),
-    /// Cut a shard with corruption below its durable mark down to what is sound
+    /// Give up what is damaged at the end of a shard, so that it can be written again
+    #[command(after_help = "\
+`verify` says what is damaged, and where. This is for a shard that refuses to be appended to because the segment that was
+being written is damaged; all of it that can be read is kept. A sealed segment is left as it is: `read --from SEQ` goes on
+behind the damage, and a backup has the rest.
+
+Example:
+  envelog repair shop/orders --shard 0 --yes")]
     Repair(RepairArgs),
     /// Rotate, re-wrap, replace, shred, back up and recover keys
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  envelog keys rotate-data shop/orders
+  envelog keys rotate-service && envelog keys backup --out /safe/keyring
+  envelog keys audit --json | jq '.records[].event'
+  envelog keys recover --without-keyring"
+    )]
     Keys(KeysCommand),
     /// The embedded KMS: a directory that plays the customer's KMS
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  envelog kms create-key --region cn-hangzhou --grant acs:ram::13234:role/logsource
+  envelog kms list
+  envelog kms disable key-0123456789abcdef"
+    )]
     Kms(KmsCommand),
     /// Measure this machine
+    #[command(after_help = "\
+Examples:
+  envelog bench /var/log/syslog --dir /mnt/data
+  envelog bench --seconds 1 --json | jq '.rows[] | select(.what == \"append\")'")]
     Bench(BenchArgs),
     /// Print the completions of a shell
     #[command(after_help = "\
@@ -175,8 +231,8 @@ pub(crate) struct CreateArgs {
     /// Drop whole segments after so many days [default: keep them]
     #[arg(long, value_name = "DAYS")]
     pub(crate) ttl: Option<u32>,
-    /// Drop the oldest segments of a shard that holds more than so many bytes [default: no limit]
-    #[arg(long, value_name = "BYTES")]
+    /// Drop the oldest segments of a shard that holds more than so many bytes, such as 10GiB [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) retention_bytes: Option<u64>,
     /// How blocks are compressed
     #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
@@ -210,8 +266,8 @@ pub(crate) struct AppendArgs {
     /// What must be true of a group before it counts as appended
     #[arg(long, value_enum, default_value_t = DurabilityArg::Synced)]
     pub(crate) durability: DurabilityArg,
-    /// Close a group when it would have more bytes than this; a longer line is a group of its own
-    #[arg(long, value_name = "N", default_value_t = 64 * 1024)]
+    /// Close a group when it would have more bytes than this, such as 65536 or 64KiB; a longer line is a group of its own
+    #[arg(long, value_name = "N", default_value = "64KiB", value_parser = bytes)]
     pub(crate) group_bytes: u64,
     /// Print, for each group that is appended, the number of its last line, counted from 1 over all input
     #[arg(long)]
@@ -476,6 +532,30 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// A number of bytes, or of units of bytes: `65536`, `64KiB`, `3 GiB`, `10MB`.
+fn bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 10] = [
+        ("", 1),
+        ("B", 1),
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+        ("TIB", 1 << 40),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+    ];
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = text[digits.len()..].trim().to_ascii_uppercase();
+    let number = digits.parse::<u64>().ok();
+    let factor = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor);
+    match (number, factor) {
+        (Some(number), Some(factor)) => number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned()),
+        _ => Err("give a number of bytes, such as 65536, 64KiB, 10GiB".to_owned()),
+    }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.05..=3600.0).contains(&seconds) => Ok(seconds),
@@ -523,6 +603,16 @@ mod tests {
         assert!(matches!(position("1970-01-01T01:00:01.5+01:00"), Ok(Position::Time(1_500_000))));
         for bad in ["", "-1", "yesterday", "1969-12-31T23:59:59Z", "2026-01-31"] {
             assert!(position(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_numbers_with_or_without_a_unit() {
+        for (text, value) in [("0", 0), ("65536", 65536), ("64KiB", 65536), ("3 GiB", 3 << 30), ("10mb", 10_000_000)] {
+            assert_eq!(bytes(text), Ok(value), "{text}");
+        }
+        for bad in ["", "KiB", "-1", "1.5MiB", "1 parsec", "99999999999TiB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
         }
     }
 

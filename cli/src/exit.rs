@@ -1,6 +1,11 @@
 //! From what went wrong to an exit status and one sentence.
 
-use std::{fmt, io, path::Path, process::ExitCode};
+use std::{
+    fmt,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
 
 use envelog::{Error, ErrorKind, kms::LocalKmsError};
 use serde::Serialize;
@@ -85,6 +90,16 @@ impl Failure {
         }
     }
 
+    /// A pipe that was closed before all was done: nothing is said, but the status is not that of success.
+    pub(crate) fn cut_short() -> Self {
+        Self::new(Status::Other, "broken_pipe", String::new())
+    }
+
+    /// Of two failures, the one whose status counts; the first where neither outranks the other.
+    pub(crate) fn or_worse(self, other: Self) -> Self {
+        if self.status.worse(other.status) == self.status { self } else { other }
+    }
+
     pub(crate) fn status(&self) -> Status {
         self.status
     }
@@ -100,15 +115,17 @@ impl Failure {
             kind: &'a str,
             message: &'a str,
         }
-        if self.status == Status::Done {
+        if self.message.is_empty() {
             return;
         }
-        if json {
+        let text = if json {
             let report = Report { error: Body { kind: self.code, message: &self.message } };
-            eprintln!("{}", serde_json::to_string(&report).unwrap_or_default());
+            serde_json::to_string(&report).unwrap_or_default()
         } else {
-            eprintln!("envelog: {self}");
-        }
+            format!("envelog: {self}")
+        };
+        // Where nobody listens there is nothing left to say.
+        let _ = writeln!(io::stderr(), "{text}");
     }
 }
 
@@ -120,6 +137,9 @@ impl fmt::Display for Failure {
 
 /// The status that an error of the engine ends the process with.
 pub(crate) fn status_of(error: &Error) -> Status {
+    if matches!(error, Error::InvalidArgument(_)) {
+        return Status::Usage;
+    }
     match error.kind() {
         ErrorKind::Revoked => Status::Revoked,
         ErrorKind::KmsUnreachable => Status::KmsUnreachable,
@@ -156,5 +176,24 @@ impl From<LocalKmsError> for Failure {
             _ => (Status::Other, "kms"),
         };
         Self::new(status, code, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integrity_outranks_revocation_and_that_an_outage_and_that_the_rest() {
+        let order = [Status::Integrity, Status::Revoked, Status::KmsUnreachable, Status::Unavailable, Status::Done];
+        for (rank, better) in order.into_iter().enumerate() {
+            for worse in &order[..rank] {
+                assert_eq!((better.worse(*worse), worse.worse(better)), (*worse, *worse));
+            }
+        }
+        let failure = |status, code| Failure::new(status, code, "");
+        let first = failure(Status::Other, "first").or_worse(failure(Status::Other, "second"));
+        assert_eq!(first.code, "first");
+        assert_eq!(first.or_worse(failure(Status::Revoked, "revoked")).code, "revoked");
     }
 }

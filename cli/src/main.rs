@@ -10,7 +10,10 @@ mod output;
 mod record;
 mod setup;
 
-use std::process::ExitCode;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind, set_hook},
+    process::ExitCode,
+};
 
 use clap::{Parser, error::ErrorKind};
 
@@ -24,9 +27,12 @@ fn main() -> ExitCode {
         Err(error) => return refuse_arguments(&error),
     };
     let json = cli.global.json;
-    match commands::run(cli) {
-        Ok(()) => Status::Done.into(),
-        Err(failure) => {
+    report_panics(json);
+    match catch_unwind(AssertUnwindSafe(|| commands::run(cli))) {
+        Ok(Ok(())) => Status::Done.into(),
+        // The hook has said it already.
+        Err(_) => Status::Other.into(),
+        Ok(Err(failure)) => {
             failure.report(json);
             failure.status().into()
         }
@@ -40,6 +46,18 @@ fn forbid_core_dumps() {
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
 }
 
+/// A bug ends in one sentence too, not in a backtrace.
+fn report_panics(json: bool) {
+    set_hook(Box::new(move |panic| {
+        let place = panic.location().map_or_else(String::new, |at| format!(" at {at}"));
+        let payload = panic.payload();
+        let what = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+        let what = what.unwrap_or("it panicked");
+        let message = format!("this is a bug in envelog{place}, please report it: {what}");
+        Failure::new(Status::Other, "bug", message).report(json);
+    }));
+}
+
 /// Help and version go to standard output; anything else is a usage error, which `--json` wants as JSON.
 fn refuse_arguments(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
@@ -48,8 +66,9 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
     }
     if std::env::args_os().any(|arg| arg == "--json") {
         let text = error.to_string();
-        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        Failure::usage(first).report(true);
+        // The usage and the hint that follow are for people.
+        let said: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        Failure::usage(said.join(" ").trim_start_matches("error: ")).report(true);
     } else {
         let _ = error.print();
     }

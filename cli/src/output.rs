@@ -1,19 +1,24 @@
 //! Tables, JSON, sizes, rates and progress.
 
 use std::{
+    borrow::Cow,
     fmt::Display,
     io::{self, IsTerminal, Write},
-    time::{Duration, Instant},
+    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    thread::{self, JoinHandle},
+    time::Duration,
 };
 
-use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
+use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use crate::exit::{Failure, Result};
 
 /// Work that is done sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
+/// How often a bar is drawn, also while nothing is done.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Writes a line to standard output.
 pub(crate) fn line(text: impl Display) -> Result {
@@ -35,13 +40,36 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     if std::env::var_os("NO_COLOR").is_some() {
         table.force_no_tty();
     }
-    table.set_header(header.iter().map(Cell::new));
+    if !header.is_empty() {
+        table.set_header(header.iter().map(Cell::new));
+    }
     for &index in numbers {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     table
+}
+
+/// Writes a table to standard output; where the terminal is too narrow for it, a table a row, with a line a column.
+pub(crate) fn print_table(table: &Table) -> Result {
+    let needed = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
+    let (Some(width), Some(header)) = (table.width(), table.header()) else { return line(table) };
+    if needed <= usize::from(width) {
+        return line(table);
+    }
+    table.row_iter().try_for_each(|row| {
+        let mut upright = self::table(&[], &[]);
+        for (name, cell) in header.cell_iter().zip(row.cell_iter()) {
+            upright.add_row([Cell::new(name.content()), cell.clone()]);
+        }
+        line(upright)
+    })
+}
+
+/// A word that is good news or bad, in the colour that says so where there are colours.
+pub(crate) fn verdict(text: impl ToString, good: bool) -> Cell {
+    Cell::new(text).fg(if good { Color::Green } else { Color::Red })
 }
 
 /// A size for people: `17.3 MiB`.
@@ -87,12 +115,9 @@ pub(crate) fn moment(unix_us: u64) -> String {
 
 /// How far a long piece of work is: a bar on standard error, if that is a terminal and the work takes longer than a second.
 pub(crate) struct Progress {
-    total: Option<u64>,
-    template: &'static str,
-    done: u64,
-    started: Instant,
-    show: bool,
-    bar: Option<ProgressBar>,
+    bar: ProgressBar,
+    /// Shows the bar when the time has come; to drop the sender ends the wait.
+    showing: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
@@ -102,43 +127,62 @@ impl Progress {
             Some(_) => "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
             None => "{spinner} {bytes} {bytes_per_sec}",
         };
-        Self::new(total, template)
+        Self::new(total, template, io::stderr().is_terminal())
     }
 
-    /// Of so many steps.
+    /// Of so many bytes while logs or acknowledgements go to standard output; they would mix with a bar on one terminal.
+    pub(crate) fn beside_output(total: Option<u64>) -> Self {
+        if io::stdout().is_terminal() { Self::none() } else { Self::bytes(total) }
+    }
+
+    /// Of so many steps, the current one named.
     pub(crate) fn steps(total: u64) -> Self {
-        Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed}")
+        Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed} {msg}", io::stderr().is_terminal())
     }
 
-    fn new(total: Option<u64>, template: &'static str) -> Self {
-        let show = io::stderr().is_terminal();
-        Self { total, template, done: 0, started: Instant::now(), show, bar: None }
+    /// Nothing to be seen.
+    pub(crate) fn none() -> Self {
+        Self::new(None, "", false)
     }
 
-    pub(crate) fn add(&mut self, more: u64) {
-        self.set(self.done + more);
+    fn new(total: Option<u64>, template: &str, show: bool) -> Self {
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden());
+        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = bar.with_style(style);
+        let showing = show.then(|| {
+            let (sender, ended) = channel();
+            let bar = bar.clone();
+            let wait = move || {
+                if ended.recv_timeout(PROGRESS_AFTER) == Err(RecvTimeoutError::Timeout) {
+                    bar.set_draw_target(ProgressDrawTarget::stderr());
+                    bar.enable_steady_tick(PROGRESS_EVERY);
+                }
+            };
+            (sender, thread::spawn(wait))
+        });
+        Self { bar, showing }
     }
 
-    pub(crate) fn set(&mut self, done: u64) {
-        self.done = done;
-        if !self.show {
-            return;
-        }
-        if self.bar.is_none() && self.started.elapsed() > PROGRESS_AFTER {
-            let bar = self.total.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
-            let style = ProgressStyle::with_template(self.template).unwrap_or_else(|_| ProgressStyle::default_bar());
-            self.bar = Some(bar.with_style(style));
-        }
-        if let Some(bar) = &self.bar {
-            bar.set_position(done);
-        }
+    /// What is being done now.
+    pub(crate) fn say(&self, what: impl Into<Cow<'static, str>>) {
+        self.bar.set_message(what);
+    }
+
+    pub(crate) fn add(&self, more: u64) {
+        self.bar.inc(more);
+    }
+
+    pub(crate) fn set(&self, done: u64) {
+        self.bar.set_position(done);
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some((sender, thread)) = self.showing.take() {
+            drop(sender);
+            let _ = thread.join();
         }
+        self.bar.finish_and_clear();
     }
 }

@@ -38,8 +38,10 @@ impl Setup {
             }
         }
         let mut options = StoreOptions::default();
-        options.revalidate_every = revalidate_every.unwrap_or(options.revalidate_every);
         options.outage_grace = outage_grace.unwrap_or(options.outage_grace);
+        // A short grace alone means that the KMS is to be asked as often.
+        options.revalidate_every =
+            revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
         Ok(Self { store, keyring, kms_dirs, options, json })
     }

@@ -2,14 +2,14 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use envelog::{AppendOptions, Logstore, ShardChoice, Ticket, group::GROUP_BYTES_MAX};
@@ -32,10 +32,15 @@ const TICKETS_WAITING: usize = 1024;
 
 pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let name = name(&args.name)?;
-    let group_bytes =
-        usize::try_from(args.group_bytes).ok().filter(|bytes| (1..=GROUP_BYTES_MAX).contains(bytes)).ok_or_else(
-            || Failure::usage(format!("--group-bytes is {}, it must be 1 to {GROUP_BYTES_MAX}", args.group_bytes)),
-        )?;
+    let group_bytes = usize::try_from(args.group_bytes)
+        .ok()
+        .filter(|bytes| (1..=GROUP_BYTES_MAX).contains(bytes))
+        .ok_or_else(|| {
+            Failure::usage(format!(
+                "--group-bytes is {} bytes, a log group may have 1 to {GROUP_BYTES_MAX} bytes (16 MiB)",
+                args.group_bytes
+            ))
+        })?;
     let inputs = input::open(&args.files)?;
     let store = setup.open()?;
     let logstore = store.logstore(&name)?;
@@ -46,8 +51,7 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     };
     let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
     // Also after a failure: what was acknowledged is sealed, and the lock released.
-    let closed = store.close().map_err(Failure::from);
-    let summary = outcome.and_then(|summary| closed.map(|()| summary))?;
+    let summary = both(outcome, store.close().map_err(Failure::from))?;
     summary.print(setup.json, args.ack)?;
     interrupt::check()
 }
@@ -69,10 +73,27 @@ fn append(
         .name("settle".to_owned())
         .spawn(settle)
         .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
-    let submitted = Feed { logstore, options, sender }.run(inputs, Lines::new(group_bytes), &failed);
+    // Whoever types the lines sees them already, and acknowledgements would mix with a bar.
+    let progress = if io::stdin().is_terminal() && inputs.total.is_none() {
+        Progress::none()
+    } else if ack {
+        Progress::beside_output(inputs.total)
+    } else {
+        Progress::bytes(inputs.total)
+    };
+    let feed = Feed { logstore, options, sender, last_check: Instant::now() };
+    let submitted = feed.run(inputs, Lines::new(group_bytes), &failed, &progress);
     // What was submitted comes before what was not, and so does its failure.
     let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
-    settled.and_then(|summary| submitted.map(|()| summary))
+    both(settled, submitted)
+}
+
+/// What came of the first, if the second succeeded too.
+fn both<T>(first: Result<T>, second: Result) -> Result<T> {
+    match (first, second) {
+        (Err(first), Err(second)) => Err(first.or_worse(second)),
+        (first, second) => first.and_then(|done| second.map(|()| done)),
+    }
 }
 
 /// Brings groups into the store. The sender is dropped with it, which lets the settling thread end.
@@ -80,11 +101,12 @@ struct Feed<'a> {
     logstore: &'a Logstore,
     options: &'a AppendOptions,
     sender: SyncSender<Pending>,
+    /// When the key was last known to be usable: at the last submission, or when it was asked about.
+    last_check: Instant,
 }
 
 impl Feed<'_> {
-    fn run(self, inputs: &Inputs, mut lines: Lines, failed: &AtomicBool) -> Result {
-        let mut progress = Progress::bytes(inputs.total);
+    fn run(mut self, inputs: &Inputs, mut lines: Lines, failed: &AtomicBool, progress: &Progress) -> Result {
         while !failed.load(Ordering::Relaxed) && !interrupt::asked() {
             let mut full = Vec::new();
             let patience = lines.waiting_since().map_or(LINGER, |since| LINGER.saturating_sub(since.elapsed()));
@@ -102,8 +124,7 @@ impl Feed<'_> {
                     Ok(())
                 }
                 Ok(Input::Failed(failure)) => Err(failure),
-                // An idle input must not hide that the key was revoked.
-                Err(RecvTimeoutError::Timeout) => check_access(self.logstore),
+                Err(RecvTimeoutError::Timeout) => Ok(()),
                 Err(RecvTimeoutError::Disconnected) => break,
             };
             if taken.is_err() || lines.waiting_since().is_some_and(|since| since.elapsed() >= LINGER) {
@@ -111,12 +132,18 @@ impl Feed<'_> {
             }
             full.into_iter().try_for_each(|group| self.submit(group))?;
             taken?;
+            // Neither an idle input nor a line that does not end must hide that the key was revoked.
+            if self.last_check.elapsed() >= LINGER {
+                check_access(self.logstore)?;
+                self.last_check = Instant::now();
+            }
         }
         lines.cut().into_iter().try_for_each(|group| self.submit(group))
     }
 
-    fn submit(&self, group: LineGroup) -> Result {
+    fn submit(&mut self, group: LineGroup) -> Result {
         let ticket = self.logstore.submit(&group.group, self.options)?;
+        self.last_check = Instant::now();
         let pending = Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
         // It is gone only after a failure, which it reports itself.
         let _ = self.sender.send(pending);
@@ -143,9 +170,10 @@ fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
         summary.shards.entry(appended.shard).or_insert((appended.seq, appended.seq)).1 = appended.seq;
         if ack {
             let mut out = io::stdout().lock();
-            writeln!(out, "{last_line}")
-                .and_then(|()| out.flush())
-                .map_err(|error| Failure::other(format!("cannot print an acknowledgement: {error}")))?;
+            writeln!(out, "{last_line}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+                io::ErrorKind::BrokenPipe => Failure::cut_short(),
+                _ => Failure::other(format!("cannot print an acknowledgement: {error}")),
+            })?;
         }
     }
     Ok(summary)

@@ -1,5 +1,7 @@
 //! `bench`: the rates of this machine.
 
+mod open_store;
+
 use std::{
     fs::{self, File},
     io::Write,
@@ -10,14 +12,15 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec, Payload, Position,
-    ReadOptions, Store, StoreBuilder,
-    crypto::{AwsLc, Cipher, CryptoProvider},
+    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec, Payload, ReadOptions,
+    Store, StoreBuilder,
+    crypto::{AeadKey, AwsLc, Cipher, CryptoProvider},
     segment::Compression,
 };
 use serde::Serialize;
 use serde_json::json;
 
+use self::open_store::Opening;
 use crate::{
     args::BenchArgs,
     exit::{Failure, Result},
@@ -28,13 +31,11 @@ use crate::{
 
 const GROUP_BYTES: usize = 64 * 1024;
 /// Runs of each cell, the cells of a comparison taking turns. The median counts.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 /// A run appends no more than this, so that it does not fill the disk.
 const RUN_BYTES_MAX: u64 = 1 << 30;
 /// What a Logstore to be read holds.
-const READ_BYTES: u64 = 64 << 20;
-/// How many sealed segments the store has that is opened.
-const SEGMENTS: usize = 2000;
+const READ_BYTES: u64 = 16 << 20;
 
 pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
     interrupt::defer()?;
@@ -126,6 +127,15 @@ impl Suite {
             Self::Sm4 => Some(EncryptConf::service_key(EncryptType::Sm4)),
         }
     }
+
+    /// A key of its cipher. What is not encrypted is authenticated with AES.
+    fn key(self) -> Result<Box<dyn AeadKey>> {
+        let cipher = match self {
+            Self::None | Self::Aes => Cipher::Aes256Gcm,
+            Self::Sm4 => Cipher::Sm4Gcm,
+        };
+        AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)
+    }
 }
 
 /// One line of the result.
@@ -140,9 +150,9 @@ struct Row {
     mb_per_s: Option<f64>,
     /// To suite none with the same settings, round by round.
     ratio: Option<f64>,
-    /// What opening took.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ms: Option<f64>,
+    /// What opening took, and what it touched.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    opening: Option<Opening>,
 }
 
 impl Row {
@@ -156,7 +166,7 @@ impl Row {
             callers: 1,
             mb_per_s: None,
             ratio: None,
-            ms: None,
+            opening: None,
         }
     }
 }
@@ -184,24 +194,29 @@ struct Bench {
 
 impl Bench {
     fn rows(&self) -> Result<Vec<Row>> {
-        let mut progress = Progress::steps(9);
+        let progress = Progress::steps(9);
         let mut rows = Vec::new();
         let (lz4, none) = (Compression::Lz4, Compression::None);
         let (buffered, synced) = (Durability::Buffered, Durability::Synced);
         for (compression, durability, callers) in
             [(lz4, buffered, 1), (none, buffered, 1), (lz4, synced, 1), (lz4, synced, 4)]
         {
+            progress.say("append");
             rows.extend(self.appends(Appending { compression, durability, callers })?);
             progress.add(1);
         }
         for compression in [lz4, none] {
+            progress.say("read");
             rows.extend(self.reads(compression)?);
             progress.add(1);
         }
+        progress.say("seal");
         rows.extend(self.seals()?);
         progress.add(1);
+        progress.say("open");
         rows.extend(self.opens()?);
         progress.add(1);
+        progress.say("open a store");
         rows.push(self.open_store()?);
         Ok(rows)
     }
@@ -218,12 +233,14 @@ impl Bench {
         let with_plain = how.durability == Durability::Buffered && how.compression == Compression::Lz4;
         let mut plain = Vec::new();
         let mut rates = vec![Vec::new(); Suite::ALL.len()];
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             if with_plain {
                 plain.push(self.plain_write_run(bytes)?.mb_per_s());
             }
-            for (suite, rates) in Suite::ALL.into_iter().zip(&mut rates) {
-                rates.push(self.append_run(&store, suite, how, bytes)?.mb_per_s());
+            // Each suite begins as often as the others: what runs before leaves its traces in the disk's queue.
+            for turn in 0..Suite::ALL.len() {
+                let index = (round + turn) % Suite::ALL.len();
+                rates[index].push(self.append_run(&store, Suite::ALL[index], how, bytes)?.mb_per_s());
             }
         }
         store.close()?;
@@ -249,7 +266,8 @@ impl Bench {
         Ok(rows)
     }
 
-    /// A fresh Logstore, filled for the time of a run or with `bytes_max` bytes, then synced, then deleted.
+    /// A fresh Logstore, filled for the time of a run or with `bytes_max` bytes, then synced, then deleted. The time ends when all
+    /// of it has been handed to the system, and is on the disk if that was asked for.
     fn append_run(&self, store: &Store, suite: Suite, how: Appending, bytes_max: u64) -> Result<Run> {
         interrupt::check()?;
         let name = LogstoreName::new("bench", "append")?;
@@ -275,8 +293,9 @@ impl Bench {
                 })
             })?
         };
-        logstore.sync()?;
         let run = Run { bytes, elapsed: started.elapsed() };
+        // Whatever runs next must not wait for what this has left to be written.
+        logstore.sync()?;
         drop(logstore);
         store.delete_logstore(&name)?;
         Ok(run)
@@ -297,6 +316,12 @@ impl Bench {
             if bytes >= bytes_max || started.elapsed() >= self.budget {
                 break;
             }
+        }
+        if options.durability == Durability::Buffered {
+            // The last one counts when it is written, and with it all before it.
+            let last = &self.groups[0];
+            logstore.append(last.payload.clone(), &AppendOptions::durability(Durability::Written))?;
+            bytes += last.bytes.len() as u64;
         }
         Ok(bytes)
     }
@@ -385,31 +410,39 @@ impl Bench {
         Ok(Run { bytes, elapsed: started.elapsed() })
     }
 
-    /// Sealing alone, without anything around it.
+    /// Sealing alone, without anything around it. Without encryption a block is authenticated all the same.
     fn seals(&self) -> Result<Vec<Row>> {
-        self.cipher_rows("seal", |cipher| {
-            let key = AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)?;
+        self.cipher_rows("seal", |suite| {
+            let key = suite.key()?;
             let mut block = vec![0; GROUP_BYTES];
-            Ok(Box::new(move |nonce| key.seal(nonce, &[], &mut block).map(drop).map_err(crypto_failure)))
+            Ok(match suite {
+                Suite::None => {
+                    Box::new(move |nonce| key.seal(nonce, &block, &mut []).map(drop).map_err(crypto_failure))
+                }
+                _ => Box::new(move |nonce| key.seal(nonce, &[], &mut block).map(drop).map_err(crypto_failure)),
+            })
         })
     }
 
     /// Opening alone.
     fn opens(&self) -> Result<Vec<Row>> {
-        self.cipher_rows("open", |cipher| {
-            let key = AwsLc::new().aead(cipher, &vec![7; cipher.key_len()]).map_err(crypto_failure)?;
-            let mut sealed = vec![0; GROUP_BYTES];
-            let sealed_with = [0; 12];
-            let tag = key.seal(&sealed_with, &[], &mut sealed).map_err(crypto_failure)?;
+        self.cipher_rows("open", |suite| {
+            let key = suite.key()?;
+            let mut block = vec![0; GROUP_BYTES];
+            let nonce = [0; 12];
+            if suite == Suite::None {
+                let tag = key.seal(&nonce, &block, &mut []).map_err(crypto_failure)?;
+                return Ok(Box::new(move |_| key.open(&nonce, &block, &[], &tag, &mut []).map_err(crypto_failure)));
+            }
+            let tag = key.seal(&nonce, &[], &mut block).map_err(crypto_failure)?;
             let mut out = vec![0; GROUP_BYTES];
-            Ok(Box::new(move |_| key.open(&sealed_with, &[], &sealed, &tag, &mut out).map_err(crypto_failure)))
+            Ok(Box::new(move |_| key.open(&nonce, &[], &block, &tag, &mut out).map_err(crypto_failure)))
         })
     }
 
-    fn cipher_rows(&self, what: &'static str, make: impl Fn(Cipher) -> Result<Work>) -> Result<Vec<Row>> {
-        let ciphers = [(Suite::Aes, Cipher::Aes256Gcm), (Suite::Sm4, Cipher::Sm4Gcm)];
-        let mut works = ciphers.into_iter().map(|(_, cipher)| make(cipher)).collect::<Result<Vec<_>>>()?;
-        let mut rates = vec![Vec::new(); ciphers.len()];
+    fn cipher_rows(&self, what: &'static str, make: impl Fn(Suite) -> Result<Work>) -> Result<Vec<Row>> {
+        let mut works = Suite::ALL.into_iter().map(make).collect::<Result<Vec<_>>>()?;
+        let mut rates = vec![Vec::new(); works.len()];
         for round in 0..=ROUNDS {
             for (work, rates) in works.iter_mut().zip(&mut rates) {
                 interrupt::check()?;
@@ -420,10 +453,10 @@ impl Bench {
                 }
             }
         }
-        Ok(ciphers
+        Ok(Suite::ALL
             .into_iter()
             .zip(&rates)
-            .map(|((suite, _), rates)| rated(Row::new(what, suite), rates, None))
+            .map(|(suite, of_suite)| rated(Row::new(what, suite), of_suite, rates.first()))
             .collect())
     }
 
@@ -437,35 +470,6 @@ impl Bench {
             blocks += 1;
         }
         Ok(Run { bytes: blocks * GROUP_BYTES as u64, elapsed: started.elapsed() })
-    }
-
-    /// Opening a store with many sealed segments, up to the point where the shard knows where it ends.
-    fn open_store(&self) -> Result<Row> {
-        let name = LogstoreName::new("bench", "segments")?;
-        let store = self.store("segments")?;
-        let logstore = store.create_logstore(&name, spec(Suite::Aes, Compression::None))?;
-        let written = AppendOptions::durability(Durability::Written);
-        for _ in 0..SEGMENTS {
-            interrupt::check()?;
-            logstore.append(Payload::opaque("a segment of its own")?, &written)?;
-            logstore.roll()?;
-        }
-        drop(logstore);
-        store.close()?;
-
-        let mut times = Vec::new();
-        for round in 0..=ROUNDS {
-            let builder = self.builder("segments");
-            let started = Instant::now();
-            let store = builder.open()?;
-            store.logstore(&name)?.read(0, &ReadOptions::from(Position::End))?;
-            if round > 0 {
-                times.push(started.elapsed().as_secs_f64() * 1e3);
-            }
-            store.close()?;
-        }
-        self.clear("segments")?;
-        Ok(Row { ms: Some(rounded(median(&times), 100.0)), ..Row::new("open_store", Suite::Aes) })
     }
 
     fn builder(&self, name: &str) -> StoreBuilder {
@@ -538,9 +542,9 @@ fn print(rows: &[Row]) -> Result {
         &[3, 5, 6, 7],
     );
     for row in rows {
-        let rate = match (row.mb_per_s, row.ms) {
+        let rate = match (row.mb_per_s, &row.opening) {
             (Some(rate), _) => format!("{rate:.0}"),
-            (None, Some(ms)) => format!("{ms:.2} ms"),
+            (None, Some(opening)) => format!("{:.2} ms", opening.ms),
             (None, None) => String::new(),
         };
         table.add_row([
@@ -556,9 +560,10 @@ fn print(rows: &[Row]) -> Result {
     }
     output::line(table)?;
     output::line(format_args!(
-        "Medians of {ROUNDS} interleaved runs. Buffered appends and plain_write end with one sync; open_store opens {SEGMENTS} \
-         sealed segments."
-    ))
+        "Medians of {ROUNDS} interleaved runs. The time of buffered appends ends when all has been handed to the system, that of \
+         plain_write with one fdatasync."
+    ))?;
+    rows.iter().filter_map(|row| row.opening.as_ref()).try_for_each(output::line)
 }
 
 #[cfg(test)]

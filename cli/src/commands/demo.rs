@@ -8,11 +8,13 @@ use std::{
 };
 
 use bytes::Bytes;
+use comfy_table::Cell;
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName, LogstoreSpec, ReadOptions,
     Store, StoreOptions, VerifyOptions,
     group::LogGroup,
     kms::{Cmk, LocalKms},
+    segment::Compression,
 };
 use memchr::memmem;
 use serde_json::json;
@@ -22,7 +24,7 @@ use crate::{
     exit::{Failure, Result, Status},
     input, interrupt,
     lines::{self, CONTENT},
-    output,
+    output::{self, Progress},
     setup::{Setup, builder},
 };
 
@@ -32,6 +34,8 @@ const ROLE: &str = "acs:ram::13234:role/logsource";
 /// How many pieces of the logs are searched for in the files of the store, and how long they are at least, in bytes.
 const SAMPLES: usize = 100;
 const SAMPLE_BYTES_MIN: usize = 16;
+/// How many things have to hold.
+const CHECKS: u64 = 18;
 
 /// What there is to show when no files are given.
 const TEXTS: [(&str, &str); 4] = [
@@ -46,7 +50,9 @@ pub(crate) fn run(setup: &Setup, args: &DemoArgs) -> Result {
     let texts = texts(&args.files)?;
     let (dir, _temporary) = directory(args.dir.as_deref())?;
     let mut demo = Demo::new(&dir, texts)?;
-    demo.run()?;
+    let outcome = demo.run();
+    demo.progress = None;
+    outcome?;
     demo.report(setup.json)?;
     if let (true, Some(dir)) = (!setup.json, &args.dir) {
         output::line(format_args!("the store is in {}", dir.join("store").display()))?;
@@ -101,6 +107,8 @@ struct Demo {
     samples: Vec<Vec<u8>>,
     checks: Vec<Check>,
     rates: Vec<Rate>,
+    /// Until there is a result to print.
+    progress: Option<Progress>,
 }
 
 impl Demo {
@@ -118,7 +126,17 @@ impl Demo {
         let cmk =
             Cmk { cmk_key_id: kms.create_key(REGION, &[ROLE])?, arn: ROLE.to_owned(), region_id: REGION.to_owned() };
         let samples = samples(&expected);
-        Ok(Self { dir: dir.to_owned(), kms, cmk, groups, expected, samples, checks: Vec::new(), rates: Vec::new() })
+        Ok(Self {
+            dir: dir.to_owned(),
+            kms,
+            cmk,
+            groups,
+            expected,
+            samples,
+            checks: Vec::new(),
+            rates: Vec::new(),
+            progress: Some(Progress::steps(CHECKS)),
+        })
     }
 
     fn open(&self) -> Result<Store> {
@@ -137,6 +155,7 @@ impl Demo {
         let customer_conf = EncryptConf::byok(EncryptType::Sm4, self.cmk.clone());
         let customer = store.create_logstore(&customer_name, LogstoreSpec::default().encrypted(customer_conf))?;
 
+        self.control()?;
         self.append("append, AES, service key", &service)?;
         self.append("append, SM4, customer's key", &customer)?;
         self.read("read, AES, service key", &service)?;
@@ -196,11 +215,30 @@ impl Demo {
         Ok(())
     }
 
-    /// Looks for pieces of the logs in every file of the store.
-    fn search(&mut self) -> Result {
+    /// Shows that the search finds what is there: the same logs, neither encrypted nor compressed, in a store of their own.
+    fn control(&mut self) -> Result {
+        let dir = self.dir.join("control");
+        let store = builder(&dir, &self.dir.join("control.keyring")).create()?;
+        let plain = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+        let logstore = store.create_logstore(&LogstoreName::new("demo", "plain")?, plain)?;
+        self.groups.iter().try_for_each(|group| append(&logstore, group))?;
+        drop(logstore);
+        store.close()?;
+        let (found, _) = self.files_with_plaintext(&dir)?;
+        let (held, detail) = match (found.len(), self.samples.len()) {
+            (_, 0) => (true, "no line of these files is long enough to look for"),
+            (0, _) => (false, "it finds nothing"),
+            _ => (true, "pieces of the logs are found"),
+        };
+        self.check("a search of an unencrypted store", held, detail);
+        fs::remove_dir_all(&dir).map_err(|error| Failure::file("remove", &dir, &error))
+    }
+
+    /// The files under a directory in which pieces of the logs are found, and how many files there are.
+    fn files_with_plaintext(&self, dir: &Path) -> Result<(Vec<String>, usize)> {
         let mut files = 0;
         let mut found = Vec::new();
-        each_file(&self.dir.join("store"), &mut |path| {
+        each_file(dir, &mut |path| {
             let bytes = input::read_file(path)?;
             files += 1;
             if self.samples.iter().any(|sample| memmem::find(&bytes, sample).is_some()) {
@@ -208,6 +246,12 @@ impl Demo {
             }
             Ok(())
         })?;
+        Ok((found, files))
+    }
+
+    /// Looks for pieces of the logs in every file of the store.
+    fn search(&mut self) -> Result {
+        let (found, files) = self.files_with_plaintext(&self.dir.join("store"))?;
         let detail = format!("{} pieces of the logs looked for in {files} files: none is there", self.samples.len());
         let detail = if found.is_empty() { detail } else { format!("found in {}", found.join(", ")) };
         self.check("no plaintext in the store", found.is_empty(), &detail);
@@ -238,6 +282,10 @@ impl Demo {
     }
 
     fn check(&mut self, what: &str, held: bool, detail: &str) {
+        if let Some(progress) = &self.progress {
+            progress.say(what.to_owned());
+            progress.add(1);
+        }
         self.checks.push(Check { what: what.to_owned(), held, detail: detail.to_owned() });
     }
 
@@ -259,8 +307,8 @@ impl Demo {
         }
         let mut table = output::table(&["step", "held", "what happened"], &[]);
         for check in &self.checks {
-            let held = if check.held { "yes" } else { "NO" };
-            table.add_row([&check.what, held, &check.detail]);
+            let held = output::verdict(if check.held { "yes" } else { "NO" }, check.held);
+            table.add_row([Cell::new(&check.what), held, Cell::new(&check.detail)]);
         }
         output::line(table)?;
         let mut table = output::table(&["rate", "size", "time", "MB/s"], &[1, 2, 3]);

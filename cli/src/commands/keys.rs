@@ -115,7 +115,16 @@ fn backup(setup: &Setup, out: &Path) -> Result {
 fn recover(setup: &Setup) -> Result {
     let (store, report) = setup.builder().recover_without_keyring()?;
     store.close()?;
-    output::json(&report)
+    if setup.json {
+        return output::json(&report);
+    }
+    for name in &report.recovered {
+        output::line(format_args!("{name}: recovered"))?;
+    }
+    for (id, why) in &report.lost {
+        output::line(format_args!("Logstore {id}: not recovered: {why}"))?;
+    }
+    output::line(format_args!("made a new service keyring {}: back it up", setup.keyring.display()))
 }
 
 fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key: bool) -> Result {
@@ -128,6 +137,19 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
         ));
     };
     let store = setup.open()?;
+    // Only the key is replaced. Settings that ask for something else too were meant for another Logstore, or for `update`.
+    let old = store.config(&name)?.encrypt_conf.ok_or(ConfigError::NotByok)?;
+    if let (Some(fixed), Some(asked)) = (old.encrypt_type, conf.encrypt_type)
+        && fixed != asked
+    {
+        return Err(ConfigError::AlgorithmFixed { fixed }.into());
+    }
+    if conf.enable != old.enable {
+        return Err(Failure::refused(
+            "enable_differs",
+            format!("{name} has enable {}: to switch it is for `update`, not for replace-cmk", old.enable),
+        ));
+    }
     let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };
     store.replace_cmk(&name, cmk, how)?;
     let config = store.config(&name)?;

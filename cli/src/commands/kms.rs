@@ -95,7 +95,7 @@ fn list(setup: &Setup, keys: &[KeyInfo]) -> Result {
             output::moment(key.created_us),
         ]);
     }
-    output::line(table)
+    output::print_table(&table)
 }
 
 fn state_word(state: KeyState) -> &'static str {

@@ -7,6 +7,7 @@ use envelog::{Logstore, Position, ReadOptions, Reader};
 use crate::{
     args::{Format, ReadArgs, TailArgs},
     exit::Result,
+    output::Progress,
     record::{self, OneLog, Printer},
     setup::{Setup, check_access, name},
 };
@@ -19,16 +20,20 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     let logstore = store.logstore(&name(&args.name)?)?;
     let mut printer = Printer::new(Format::choose(args.format, setup.json), args.limit);
     // What was read before an error is worth printing.
+    let progress = Progress::beside_output(None);
     let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
         let options = ReadOptions { from: args.from, to: args.to, ..ReadOptions::default() };
         for record in logstore.read(shard, &options)? {
-            printer.record(shard, &record?)?;
+            let record = record?;
+            progress.add(record.bytes.len() as u64);
+            printer.record(shard, &record)?;
             if printer.is_full() {
                 break;
             }
         }
         Ok(())
     });
+    drop(progress);
     printer.flush()?;
     outcome
 }

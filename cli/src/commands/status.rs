@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use comfy_table::Cell;
 use envelog::{KeyState, LogstoreStatus};
 use serde_json::{Value, json};
 
@@ -53,24 +54,27 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
             })
             .collect();
         table.add_row([
-            status.name.to_string(),
-            key_text(&status.key.state),
-            status.method.to_owned(),
-            match (algorithm(status), status.encrypting) {
+            Cell::new(&status.name),
+            output::verdict(
+                key_text(&status.key.state),
+                !matches!(status.key.state, KeyState::Outage { .. } | KeyState::Revoked { .. }),
+            ),
+            Cell::new(status.method),
+            Cell::new(match (algorithm(status), status.encrypting) {
                 (None, _) => "none".to_owned(),
                 (Some(algorithm), true) => algorithm.to_owned(),
                 (Some(algorithm), false) => format!("{algorithm}, off"),
-            },
-            status.key.lease_left.map_or_else(|| "-".to_owned(), lease_left),
-            versions.join("\n"),
-            output::count(status.segments),
-            output::count(status.logs),
-            output::size(status.bytes_raw),
-            output::size(status.bytes_compressed),
-            output::size(status.bytes_stored),
+            }),
+            Cell::new(status.key.lease_left.map_or_else(|| "-".to_owned(), lease_left)),
+            Cell::new(versions.join("\n")),
+            Cell::new(output::count(status.segments)),
+            Cell::new(output::count(status.logs)),
+            Cell::new(output::size(status.bytes_raw)),
+            Cell::new(output::size(status.bytes_compressed)),
+            Cell::new(output::size(status.bytes_stored)),
         ]);
     }
-    output::line(table)?;
+    output::print_table(&table)?;
     for status in &all {
         if let Some(cause) = &status.latched {
             output::line(format_args!("{}: a shard has stopped writing: {cause}", status.name))?;

@@ -23,7 +23,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let logstore = args.name.as_deref().map(name).transpose()?;
     let store = setup.open_read_only()?;
     let options = VerifyOptions { logstore, keyless: args.keyless, against };
-    let mut progress = None;
+    let mut progress: Option<Progress> = None;
     let report = store.verify(&options, &mut |at| {
         progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes);
     })?;
@@ -46,6 +46,9 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
             output::line(format_args!("REFUSED {error}"))?;
         }
     }
+    if !setup.json {
+        report.notes.iter().try_for_each(|note| output::line(format_args!("note: {note}")))?;
+    }
     if setup.json {
         output::json(&json!({
             "ok": status == Status::Done,
@@ -60,7 +63,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
         }))?;
     } else {
         output::line(format_args!(
-            "checked {} segments, {} blocks, {} groups, {}{}: {} faults",
+            "checked {} segments, {} blocks, {} groups, {}{}; faults: {}",
             output::count(report.segments),
             output::count(report.blocks),
             output::count(report.groups),
@@ -69,18 +72,29 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
             report.faults.len()
         ))?;
     }
-    match status {
-        Status::Done => Ok(()),
-        Status::Integrity => Err(Failure::new(
-            status,
-            "faults_found",
-            format!("the store has {} faults, listed above; see `envelog repair --help`", report.faults.len()),
-        )),
-        status => Err(Failure::new(
-            status,
-            report.refused.first().map_or("refused", |(_, error)| error.code()),
-            format!("{} Logstores could not be verified with their keys; try --keyless", report.refused.len()),
-        )),
+    // The worst of it as a sentence; all of it has been printed above.
+    let refusal = report.refused.iter().find(|(_, error)| status_of(error) == status);
+    match (status, report.faults.first(), refusal) {
+        (Status::Done, ..) => Ok(()),
+        (Status::Integrity, Some(first), _) => {
+            let more = others(report.faults.len(), "fault");
+            let advice = "restore it from a backup, or see `envelog repair --help` if it is the end of a shard";
+            Err(Failure::new(status, first.kind, format!("{}{more}; {advice}", first.message)))
+        }
+        (_, _, Some((_, error))) => {
+            let more = others(report.refused.len(), "Logstore");
+            Err(Failure::new(status, error.code(), format!("{error}{more}; without keys, --keyless verifies")))
+        }
+        (status, ..) => Err(Failure::new(status, "failed", "the verification failed")),
+    }
+}
+
+/// How many more there are than the one that was named.
+fn others(all: usize, what: &str) -> String {
+    match all {
+        0 | 1 => String::new(),
+        2 => format!(", and 1 more {what}"),
+        _ => format!(", and {} more {what}s", all - 1),
     }
 }
 
@@ -105,5 +119,16 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     let store = setup.open()?;
     let report = store.repair(&name, args.shard)?;
     store.close()?;
-    output::json(&report)
+    if setup.json {
+        return output::json(&report);
+    }
+    match &report.segment {
+        None => output::line(format_args!("the end of shard {} of {name} is sound: nothing was changed", args.shard)),
+        Some(segment) => output::line(format_args!(
+            "repaired {}: {} behind the damage kept, {} given up",
+            segment.display(),
+            format_args!("{} groups", output::count(report.groups_salvaged)),
+            output::size(report.bytes_lost)
+        )),
+    }
 }

@@ -1,0 +1,281 @@
+//! What the tests of the command line share: a directory of their own for each, and the real binary, run to its end or beside
+//! the test.
+//!
+//! Plain std: most of what is tested is processes that run beside each other and are stopped from outside, which the crates that
+//! assert on commands do not help with.
+
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+pub(crate) const REGION: &str = "cn-hangzhou";
+pub(crate) const ROLE: &str = "acs:ram::13234:role/logsource";
+/// No process that is tested needs nearly as long; one that does is stuck.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A directory with a store, its keyring and its KMS, or room for them.
+pub(crate) struct World {
+    dir: TempDir,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes a file and returns its path as an argument.
+    pub(crate) fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
+        let path = self.path(name);
+        fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    /// The binary with these arguments, in the directory, with nothing set from outside.
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_envelog"));
+        for variable in ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR"] {
+            command.env_remove(variable);
+        }
+        // Whoever runs the tests may have asked for backtraces; the program must not print any all the same.
+        command.env("RUST_BACKTRACE", "1").current_dir(self.dir.path()).args(args);
+        command
+    }
+
+    pub(crate) fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Out {
+        Running::start(self.command(args)).finish()
+    }
+
+    /// Runs with these bytes on standard input.
+    pub(crate) fn run_with<S: AsRef<OsStr>>(&self, args: &[S], input: &[u8]) -> Out {
+        let mut running = Running::start(self.command(args));
+        let mut stdin = running.stdin.take().unwrap();
+        let input = input.to_vec();
+        // A process that fails early does not read it all.
+        let feeding = thread::spawn(move || drop(stdin.write_all(&input)));
+        let out = running.finish();
+        feeding.join().unwrap();
+        out
+    }
+
+    /// Runs what has to succeed and have nothing to say on standard error.
+    pub(crate) fn ok<S: AsRef<OsStr>>(&self, args: &[S]) -> Vec<u8> {
+        let out = self.run(args);
+        out.assert(0);
+        assert_eq!(out.stderr, "", "{}", out.what);
+        out.stdout
+    }
+
+    /// Runs what has to print one JSON document.
+    pub(crate) fn json<S: AsRef<OsStr>>(&self, args: &[S]) -> Value {
+        let stdout = self.ok(args);
+        serde_json::from_slice(&stdout).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&stdout)))
+    }
+
+    /// Runs what has to fail with this status and one sentence, and returns the sentence.
+    pub(crate) fn refused<S: AsRef<OsStr>>(&self, status: i32, args: &[S]) -> String {
+        self.run(args).sentence(status)
+    }
+
+    /// Makes a key in the embedded KMS.
+    pub(crate) fn create_key(&self) -> String {
+        let stdout = self.ok(&["kms", "create-key", "--region", REGION, "--grant", ROLE]);
+        String::from_utf8(stdout).unwrap().trim_end().to_owned()
+    }
+
+    /// Makes a Logstore; `conf` is null for one without encryption.
+    pub(crate) fn create(&self, name: &str, conf: &Value) {
+        if conf.is_null() {
+            self.ok(&["create", name]);
+        } else {
+            self.ok(&["create", name, "--encrypt-conf", &conf.to_string()]);
+        }
+    }
+
+    /// All logs of a Logstore, each with its newline.
+    pub(crate) fn read(&self, name: &str) -> Vec<u8> {
+        self.ok(&["read", name, "--format", "raw"])
+    }
+
+    /// The files of the store with this extension, the largest first.
+    pub(crate) fn segments(&self, store: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        find(&self.path(store), "seg", &mut found);
+        found.sort_by_key(|path| std::cmp::Reverse(fs::metadata(path).unwrap().len()));
+        found
+    }
+}
+
+fn find(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            find(&path, extension, found);
+        } else if path.extension().is_some_and(|it| it == extension) {
+            found.push(path);
+        }
+    }
+}
+
+/// Copies a directory with all that is in it.
+pub(crate) fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_dir(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+/// Encryption under the service key.
+pub(crate) fn service(encrypt_type: &str) -> Value {
+    json!({ "enable": true, "encrypt_type": encrypt_type })
+}
+
+/// Encryption under a customer's key.
+pub(crate) fn byok(encrypt_type: &str, key: &str) -> Value {
+    let cmk = json!({ "cmk_key_id": key, "arn": ROLE, "region_id": REGION });
+    json!({ "enable": true, "encrypt_type": encrypt_type, "user_cmk_info": cmk })
+}
+
+/// So many numbered lines.
+pub(crate) fn made_lines(count: usize) -> Vec<u8> {
+    let line = |n| format!("2026-01-31 12:00:{:02} INFO request {n} served in {} ms\n", n % 60, n * 7 % 997);
+    (0..count).map(line).collect::<String>().into_bytes()
+}
+
+/// How a process ended.
+pub(crate) struct Out {
+    /// The exit status; none when a signal ended it.
+    pub(crate) status: Option<i32>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
+    what: String,
+}
+
+impl Out {
+    pub(crate) fn assert(&self, status: i32) {
+        assert_eq!(self.status, Some(status), "{}\n{}{}", self.what, self.text(), self.stderr);
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Fails unless it ended with this status and one sentence on standard error, which it returns.
+    pub(crate) fn sentence(&self, status: i32) -> String {
+        self.assert(status);
+        let said = self.stderr.trim_end();
+        assert!(said.starts_with("envelog: ") && said.lines().count() == 1, "{}: not one sentence: {said}", self.what);
+        said["envelog: ".len()..].to_owned()
+    }
+
+    /// The same with `--json`: the kind and the sentence.
+    pub(crate) fn json_error(&self, status: i32) -> (String, String) {
+        self.assert(status);
+        let said: Value = serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {}", self.stderr));
+        assert_eq!(said.as_object().unwrap().len(), 1, "{said}");
+        let text = |field: &str| said["error"][field].as_str().unwrap().to_owned();
+        (text("kind"), text("message"))
+    }
+}
+
+/// A process that runs beside the test. It is killed when it takes far too long, which shows as an end by a signal.
+pub(crate) struct Running {
+    pub(crate) stdin: Option<ChildStdin>,
+    pub(crate) stdout: Option<ChildStdout>,
+    child: Child,
+    stderr: JoinHandle<String>,
+    /// Ends the watch when it is dropped.
+    watched: Sender<()>,
+    what: String,
+}
+
+impl Running {
+    pub(crate) fn start(mut command: Command) -> Self {
+        let what = format!("{:?}", command.get_args().collect::<Vec<_>>());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stderr = child.stderr.take().unwrap();
+        let stderr = thread::spawn(move || {
+            let mut text = Vec::new();
+            stderr.read_to_end(&mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        });
+        let (watched, ended) = channel();
+        let pid = Pid::from_child(&child);
+        thread::spawn(move || {
+            if ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        });
+        Self { stdin: child.stdin.take(), stdout: child.stdout.take(), child, stderr, watched, what }
+    }
+
+    /// The lines of standard output as they come. They end with the process.
+    pub(crate) fn lines(&mut self) -> Receiver<String> {
+        let stdout = BufReader::new(self.stdout.take().unwrap());
+        let (sender, receiver) = channel();
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        receiver
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        drop(self.stdin.take());
+        self.wait();
+    }
+
+    /// A signal that asks to stop.
+    pub(crate) fn interrupt(&self) {
+        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+    }
+
+    /// Closes standard input, takes what is left on standard output, and waits for the end.
+    pub(crate) fn finish(mut self) -> Out {
+        drop(self.stdin.take());
+        self.wait()
+    }
+
+    /// As [`Running::finish`], but standard input stays open: the process has to end by itself.
+    pub(crate) fn wait(mut self) -> Out {
+        let mut stdout = Vec::new();
+        if let Some(mut pipe) = self.stdout.take() {
+            pipe.read_to_end(&mut stdout).unwrap();
+        }
+        let status = self.child.wait().unwrap().code();
+        drop(self.watched);
+        Out { status, stdout, stderr: self.stderr.join().unwrap(), what: self.what }
+    }
+}

@@ -1,0 +1,351 @@
+//! What is refused: configurations, names, sizes, stores and keyrings that are not what they should be. Each has its exit status
+//! and its sentence, and changes nothing.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    fs,
+    io::{ErrorKind, Write},
+    thread,
+};
+
+use common::{ROLE, Running, World, byok, made_lines, service};
+use serde_json::{Value, json};
+
+/// The longest line that is taken.
+const LINE_BYTES_MAX: usize = 10 << 20;
+/// Where the format version is in the file STORE: behind the magic of eight bytes.
+const VERSION_AT: usize = 8;
+
+/// An update that is refused with this kind, and changes nothing.
+fn update_is_refused(world: &World, name: &str, kind: &str, change: impl FnOnce(&mut Value)) -> String {
+    let before = world.json(&["get", name]);
+    let mut config = before.clone();
+    change(&mut config);
+    let command = ["update", name, "--config", &config.to_string()];
+    let sentence = world.refused(6, &command);
+    let (said, message) = world.run(&[&command[..], &["--json"]].concat()).json_error(6);
+    assert_eq!((said.as_str(), &message), (kind, &sentence));
+    assert_eq!(world.json(&["get", name]), before, "{kind} has changed something");
+    sentence
+}
+
+#[test]
+fn an_update_cannot_change_what_is_fixed() {
+    let world = World::new();
+    let (key, another) = (world.create_key(), world.create_key());
+    let text = made_lines(10);
+    let file = world.file("lines", &text);
+    for (name, conf) in [("p/service", service("default")), ("p/byok", byok("sm4", &key))] {
+        world.create(name, &conf);
+        world.ok(&["append", name, &file]);
+    }
+    let refuse = |name, kind, change: &dyn Fn(&mut Value)| update_is_refused(&world, name, kind, change);
+    let cmk = byok("sm4", &key)["user_cmk_info"].clone();
+
+    // The method, in both directions.
+    assert!(
+        refuse("p/service", "method_fixed", &|it| it["encrypt_conf"]["user_cmk_info"] = cmk.clone()).contains("fixed")
+    );
+    refuse("p/byok", "method_fixed", &|it| {
+        it["encrypt_conf"].as_object_mut().unwrap().remove("user_cmk_info");
+    });
+    // The algorithm.
+    assert!(
+        refuse("p/service", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] = "sm4".into())
+            .contains("default")
+    );
+    refuse("p/byok", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] = "default".into());
+    // The customer's key, each of its three parts.
+    let replaced = refuse("p/byok", "cmk_fixed", &|it| {
+        it["encrypt_conf"]["user_cmk_info"]["cmk_key_id"] = another.as_str().into()
+    });
+    assert!(replaced.contains(&key), "{replaced}");
+    refuse("p/byok", "cmk_fixed", &|it| it["encrypt_conf"]["user_cmk_info"]["arn"] = "acs:ram::1:role/other".into());
+    refuse("p/byok", "cmk_fixed", &|it| it["encrypt_conf"]["user_cmk_info"]["region_id"] = "cn-beijing".into());
+    // Leaving encrypt_conf out.
+    for name in ["p/service", "p/byok"] {
+        let sentence = refuse(name, "encrypt_conf_required", &|it| {
+            it.as_object_mut().unwrap().remove("encrypt_conf");
+        });
+        assert!(sentence.contains("encrypt_conf"), "{sentence}");
+        refuse(name, "encrypt_conf_required", &|it| it["encrypt_conf"] = Value::Null);
+    }
+    refuse("p/service", "encrypt_type_required", &|it| {
+        it["encrypt_conf"].as_object_mut().unwrap().remove("encrypt_type");
+    });
+    assert!(
+        refuse("p/service", "configuration_invalid", &|it| it["encrypt_conf"]["encrypt_type"] = "des".into())
+            .contains("\"des\"")
+    );
+    // Fields and values that there are not, named.
+    assert!(refuse("p/service", "configuration_invalid", &|it| it["ttl"] = 7.into()).contains("`ttl`"));
+    assert!(
+        refuse("p/byok", "configuration_invalid", &|it| it["encrypt_conf"]["user_cmk_info"]["role"] = 7.into())
+            .contains("`role`")
+    );
+    assert!(refuse("p/service", "out_of_range", &|it| it["ttl_days"] = 4000.into()).contains("ttl_days"));
+    assert!(refuse("p/service", "field_fixed", &|it| it["shard_count"] = 2.into()).contains("shard"));
+
+    for name in ["p/service", "p/byok"] {
+        assert_eq!(world.read(name), text);
+    }
+}
+
+#[test]
+fn an_update_replaces_what_was_got_and_changed() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    let got = world.json(&["get", "p/a"]);
+    assert_eq!((&got["name"], &got["revision"]), (&"p/a".into(), &1.into()));
+
+    // As text, as a file, and through standard input.
+    let mut config = got.clone();
+    config["ttl_days"] = 7.into();
+    let updated = world.json(&["update", "p/a", "--config", &config.to_string()]);
+    assert_eq!((&updated["ttl_days"], &updated["revision"]), (&7.into(), &2.into()));
+    assert_eq!(world.json(&["get", "p/a"]), updated, "`update` prints what `get` prints");
+    let mut config = updated.clone();
+    config["encrypt_conf"] = service("sm4");
+    world.ok(&["update", "p/a", "--config", &format!("@{}", world.file("config", config.to_string()))]);
+    let mut config = world.json(&["get", "p/a"]);
+    assert_eq!(config["encrypt_conf"], service("sm4"));
+    config["encrypt_conf"] = json!({ "enable": false });
+    world.run_with(&["update", "p/a", "--config", "-"], config.to_string().as_bytes()).assert(0);
+    assert_eq!(world.json(&["get", "p/a"])["encrypt_conf"]["enable"], false);
+
+    // One that was built on an older revision is refused.
+    let sentence = world.refused(6, &["update", "p/a", "--config", &updated.to_string()]);
+    assert!(sentence.contains("revision 2") && sentence.contains("revision 4"), "{sentence}");
+    assert!(world.refused(6, &["update", "p/a", "--config", "{"]).contains("not valid"));
+    assert!(world.refused(1, &["update", "p/a", "--config", "@/nowhere"]).contains("/nowhere"));
+}
+
+#[test]
+fn create_needs_a_kms_that_serves_the_region_and_grants_the_role() {
+    let world = World::new();
+    let key = world.create_key();
+    let mut elsewhere = byok("default", &key);
+    elsewhere["user_cmk_info"]["region_id"] = "cn-elsewhere".into();
+    let mut not_granted = byok("default", &key);
+    not_granted["user_cmk_info"]["arn"] = "acs:ram::1:role/other".into();
+    let no_such_key = byok("default", "key-0000000000000000");
+    let mut half = byok("default", &key);
+    half["user_cmk_info"].as_object_mut().unwrap().remove("arn");
+    let mut empty = byok("default", &key);
+    empty["user_cmk_info"]["arn"] = "".into();
+    let cases = [
+        (&elsewhere, "no_kms_for_region", "cn-elsewhere"),
+        (&not_granted, "cmk_refused", &key),
+        (&no_such_key, "cmk_refused", "key-0000000000000000"),
+        (&half, "configuration_invalid", "`arn`"),
+        (&empty, "cmk_field_refused", "user_cmk_info.arn"),
+        (&json!({ "enable": true }), "encrypt_type_required", "encrypt_type"),
+        (&json!({ "enable": true, "encrypt_type": "rot13" }), "configuration_invalid", "\"rot13\""),
+        (&json!({ "enable": true, "encrypt_type": "sm4", "mode": 1 }), "configuration_invalid", "`mode`"),
+    ];
+    for (conf, kind, word) in cases {
+        let command = ["create", "p/a", "--encrypt-conf", &conf.to_string()];
+        let sentence = world.refused(6, &command);
+        assert!(sentence.contains(word), "{word}: {sentence}");
+        assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(6).0, kind);
+    }
+    world.ok(&["kms", "disable", &key]);
+    world.refused(6, &["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()]);
+    assert_eq!(world.json(&["list", "--json"])["logstores"], json!([]), "none of them was made");
+
+    // The other KMS that is named serves it, and one of a kind that does not exist is said so.
+    let url = format!("local:{}", world.path("second-kms").display());
+    let second = ["kms", "create-key", "--region", "cn-elsewhere", "--grant", ROLE, "--kms-dir"];
+    let made = world.ok(&[&second[..], &[world.path("second-kms").to_str().unwrap()]].concat());
+    elsewhere["user_cmk_info"]["cmk_key_id"] = String::from_utf8(made).unwrap().trim_end().into();
+    world.ok(&["create", "p/a", "--encrypt-conf", &elsewhere.to_string(), "--kms", &url]);
+    let sentence = world.refused(6, &["list", "--kms", "gopher://kms.example"]);
+    assert!(sentence.contains("gopher://kms.example"), "{sentence}");
+}
+
+#[test]
+fn names_are_refused_before_anything_is_made() {
+    let world = World::new();
+    let long = format!("p/{}", "x".repeat(300));
+    for name in
+        ["p", "/", "p/", "/a", "p/a/b", "../a", "p/..", "p/.hidden", "p/a b", "p/ä", "p/a\n", "_p/a", "-/a", &long]
+    {
+        let command = ["create", "--", name];
+        let sentence = world.refused(6, &command);
+        assert!(sentence.contains("name") && sentence.len() < 400, "{name}: {sentence}");
+        assert_eq!(world.run(&["--json", "create", "--", name]).json_error(6).0, "name_refused", "{name}");
+    }
+    // The system itself does not pass a NUL on.
+    let error = world.command(&["create", "p/a\0b"]).spawn().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    assert!(!world.path("envelog-data").exists() && !world.path("envelog-data.keyring").exists());
+    world.create("p/a", &Value::Null);
+    assert!(world.refused(1, &["create", "p/a"]).contains("exists already"));
+    assert!(world.refused(1, &["read", "p/b"]).contains("no Logstore p/b"));
+}
+
+#[test]
+fn what_is_too_large_is_refused_and_what_came_before_is_kept() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    for size in ["3GiB", "3221225472", "16777217", "0"] {
+        let sentence = world.refused(2, &["append", "p/a", "-", "--group-bytes", size]);
+        assert!(sentence.contains("--group-bytes"), "{sentence}");
+    }
+    world.run(&["append", "p/a", "-", "--group-bytes", "many"]).assert(2);
+    for (what, args) in
+        [("shard_count", ["--shards", "257"]), ("shard_count", ["--shards", "0"]), ("ttl_days", ["--ttl", "0"])]
+    {
+        let sentence = world.refused(6, &[&["create", "p/b"][..], &args].concat());
+        assert!(sentence.contains(what), "{sentence}");
+    }
+
+    // A line of 3 GiB, as far as anybody reads it.
+    let mut append = Running::start(world.command(&["append", "p/a", "-", "--ack"]));
+    let mut stdin = append.stdin.take().unwrap();
+    let feeding = thread::spawn(move || {
+        stdin.write_all(b"before\n").unwrap();
+        let piece = vec![b'x'; 1 << 20];
+        (0..3 * 1024).take_while(|_| stdin.write_all(&piece).is_ok()).count()
+    });
+    let out = append.wait();
+    let sentence = out.sentence(1);
+    assert!(sentence.contains("line 2") && sentence.contains("too long"), "{sentence}");
+    assert_eq!(out.text(), "1\n");
+    let fed = feeding.join().unwrap();
+    assert!(fed < 64, "{fed} MiB were taken in before the line was refused");
+    assert_eq!(world.read("p/a"), b"before\n");
+
+    // A line of just the limit goes in.
+    let line = [vec![b'y'; LINE_BYTES_MAX], b"\n".to_vec()].concat();
+    world.run_with(&["append", "p/a"], &line).assert(0);
+    assert!(world.read("p/a") == [&b"before\n"[..], &line].concat());
+}
+
+#[test]
+fn a_missing_or_foreign_store_or_keyring_is_told_apart() {
+    let world = World::new();
+    let refused = |kind: &str, words: &str, args: &[&str]| {
+        let sentence = world.refused(7, args);
+        assert!(sentence.contains(words), "{kind}: {sentence}");
+        assert_eq!(world.run(&[args, &["--json"]].concat()).json_error(7), (kind.to_owned(), sentence));
+    };
+    for command in [&["read", "p/a"][..], &["list"], &["verify"], &["append", "p/a"], &["status"], &["keys", "audit"]] {
+        refused("store_missing", "no store at ./envelog-data", command);
+    }
+    fs::create_dir(world.path("photos")).unwrap();
+    fs::write(world.path("photos/cat.jpg"), "meow").unwrap();
+    for command in [&["list"][..], &["create", "p/a"], &["keys", "recover", "--without-keyring"]] {
+        refused("not_a_store", "photos is not", &[command, &["--store", "photos"]].concat());
+    }
+    let file = world.file("file", "no store");
+    refused("not_a_store", "file is not", &["list", "--store", &file]);
+
+    let text = made_lines(10);
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", &text)]);
+    let keyring = world.path("envelog-data.keyring");
+    let aside = world.path("aside");
+    fs::rename(&keyring, &aside).unwrap();
+    for command in [&["read", "p/a"][..], &["append", "p/a"], &["create", "p/b"], &["verify"], &["status"]] {
+        refused("keyring_missing", "envelog-data.keyring is missing", command);
+    }
+    assert!(!keyring.exists(), "a lost keyring is never made again by accident");
+    world.ok(&["create", "p/a", "--store", "other"]);
+    refused("keyring_foreign", "another store", &["read", "p/a", "--keyring", "other.keyring"]);
+    assert_eq!(world.ok(&["read", "p/a", "--keyring", "aside"]), text);
+
+    // The same by the environment, which an option outranks.
+    let mut command = world.command(&["read", "p/a"]);
+    command.env("ENVELOG_STORE", world.path("envelog-data")).env("ENVELOG_KEYRING", &aside);
+    assert_eq!(Running::start(command).finish().stdout, text);
+    let mut command = world.command(&["list", "--store", "other"]);
+    command.env("ENVELOG_STORE", world.path("nowhere"));
+    assert_eq!(Running::start(command).finish().text(), "p/a\n");
+    fs::rename(&aside, &keyring).unwrap();
+
+    // A keyring with a byte changed is neither missing nor another's.
+    let mut bytes = fs::read(&keyring).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&keyring, bytes).unwrap();
+    let sentence = world.refused(5, &["read", "p/a"]);
+    assert!(sentence.contains("envelog-data.keyring"), "{sentence}");
+}
+
+#[test]
+fn a_newer_format_asks_for_a_newer_program() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    let path = world.path("envelog-data/STORE");
+    let mut bytes = fs::read(&path).unwrap();
+    let version = u16::from_le_bytes([bytes[VERSION_AT], bytes[VERSION_AT + 1]]);
+    assert_eq!(version, 1, "the version is elsewhere");
+    bytes[VERSION_AT] = 2;
+    fs::write(&path, bytes).unwrap();
+    for command in [&["list"][..], &["read", "p/a"], &["create", "p/b"], &["append", "p/a"]] {
+        let sentence = world.refused(7, command);
+        assert!(sentence.contains("format version 2") && sentence.contains("newer envelog"), "{sentence}");
+        assert_eq!(world.run(&[command, &["--json"]].concat()).json_error(7).0, "newer_format");
+    }
+}
+
+#[test]
+fn a_second_writer_is_told_who_the_first_is() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    let mut first = Running::start(world.command(&["append", "p/a", "-", "--ack"]));
+    let acks = first.lines();
+    first.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "1");
+    let who = format!("process {}", first.id());
+    let config = world.json(&["get", "p/a"]).to_string();
+    for command in [
+        &["append", "p/a"][..],
+        &["create", "p/b"],
+        &["update", "p/a", "--config", &config],
+        &["delete", "p/a", "--yes"],
+        &["checkpoint", "--out", "checkpoint"],
+        &["keys", "rotate-service"],
+        &["repair", "p/a", "--shard", "0", "--yes"],
+    ] {
+        let sentence = world.refused(7, command);
+        assert!(sentence.contains(&who), "{command:?}: {sentence}");
+        assert_eq!(world.run(&[command, &["--json"]].concat()).json_error(7).0, "locked");
+    }
+    assert!(!world.path("checkpoint").exists());
+    // Readers do not mind, nor does the writer.
+    assert_eq!(world.read("p/a"), b"one\n");
+    world.ok(&["verify"]);
+    first.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "2");
+    first.finish().assert(0);
+    assert_eq!(world.read("p/a"), b"one\ntwo\n");
+}
+
+#[test]
+fn what_cannot_be_undone_needs_a_yes_and_files_are_not_overwritten() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    for command in
+        [&["delete", "p/a"][..], &["repair", "p/a", "--shard", "0"], &["keys", "shred", "p/a", "--version", "1"]]
+    {
+        assert!(world.refused(2, command).contains("--yes"), "{command:?}");
+    }
+    assert_eq!(world.ok(&["list"]), b"p/a\n");
+    let taken = world.file("taken", "precious");
+    for command in [&["checkpoint", "--out", &taken][..], &["keys", "backup", "--out", &taken]] {
+        assert!(world.refused(1, command).contains("taken"), "{command:?}");
+    }
+    assert_eq!(fs::read(&taken).unwrap(), b"precious");
+    let sentence = world.refused(2, &["list", "--revalidate-every", "10s", "--outage-grace", "5s"]);
+    assert!(sentence.contains("outage_grace"), "{sentence}");
+    for directory in [world.path("envelog-data").to_str().unwrap(), "/nowhere/at-all"] {
+        assert!(world.refused(1, &["append", "p/a", directory]).contains(directory), "{directory}");
+    }
+    world.ok(&["delete", "p/a", "--yes"]);
+    assert_eq!(world.ok(&["list"]), b"");
+}
