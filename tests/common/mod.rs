@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod failing;
+
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -529,4 +531,24 @@ pub(crate) fn fix_crc(bytes: &mut [u8]) {
     let at = bytes.len() - 4;
     let crc = crc32fast::hash(&bytes[..at]);
     bytes[at..].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The two parts of an authenticated document, both JSON: what the keyring alone vouches for, and what the data key does too.
+pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Value) {
+    const FIXED_LEN: usize = 80;
+    let len = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let (a, b) = (len(FIXED_LEN - 8), len(FIXED_LEN - 4));
+    let json =
+        |bytes: &[u8]| if bytes.is_empty() { serde_json::Value::Null } else { serde_json::from_slice(bytes).unwrap() };
+    (json(&bytes[FIXED_LEN..FIXED_LEN + a]), json(&bytes[FIXED_LEN + a..FIXED_LEN + a + b]))
+}
+
+/// The envelopes of a Logstore as its metadata has them: version, keyring version, wrapped key (hex) unless it was shredded.
+pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<u64>, Option<String>)> {
+    let (_, keys) = document_parts(&fs::read(world.logstore_dir(logstore).join("meta")).unwrap());
+    let envelope = |version: &serde_json::Value| {
+        let wrapped = version["wrapped"].as_str().map(str::to_owned);
+        (version["version"].as_u64().unwrap(), version["keyring_version"].as_u64(), wrapped)
+    };
+    keys["versions"].as_array().unwrap().iter().map(envelope).collect()
 }
