@@ -306,10 +306,13 @@ impl Lease {
         }
         state.last_attempt = Some(sent);
         state.due = sent.uptime + self.jittered(self.terms.revalidate_every);
-        state.refusal = answer.err();
-        if state.refusal.is_none() {
-            state.last_success = Some(sent);
+        match &answer {
+            Ok(()) => state.last_success = Some(sent),
+            // The customer's refusal ends the lease: an outage that follows has nothing left to ride.
+            Err(Refusal::Revoked(_)) => state.last_success = None,
+            Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
+        state.refusal = answer.err();
         self.publish(state);
     }
 
