@@ -97,6 +97,8 @@ pub(crate) trait LeaseListener: Send + Sync {
     fn depends_on(&self, cmk: &Cmk) -> bool;
     /// Access is lost: seal what was acknowledged, then wipe.
     fn lost(&self, refusal: &Refusal);
+    /// Access is lost, and everybody has dealt with it: put it on record.
+    fn note_lost(&self, refusal: &Refusal);
     /// Access is back.
     fn recovered(&self);
 }
@@ -400,10 +402,13 @@ impl Lease {
             }
             standing
         };
-        for listener in self.dependents() {
-            match &standing {
-                Ok(()) => listener.recovered(),
-                Err(refusal) => listener.lost(refusal),
+        let dependents = self.dependents();
+        match &standing {
+            Ok(()) => dependents.iter().for_each(|listener| listener.recovered()),
+            // Every key is wiped before the first record is written: however long that takes, or whether it fails, delays none.
+            Err(refusal) => {
+                dependents.iter().for_each(|listener| listener.lost(refusal));
+                dependents.iter().for_each(|listener| listener.note_lost(refusal));
             }
         }
     }
