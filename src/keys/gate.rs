@@ -180,8 +180,11 @@ impl Gate {
         loop {
             {
                 let held = read(&self.held);
+                // A key serves the header that it was derived for: ids of segments are not trusted to be unique.
+                let its_own = |cipher: &&SegmentCipher| *cipher.header_hash() == segment.header_hash;
                 let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
-                if let Some(cipher) = held.writing.get(&segment.header.segment).or(reading) {
+                let writing = held.writing.get(&segment.header.segment);
+                if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {
                     return use_it(cipher);
                 }
             }
@@ -238,7 +241,14 @@ impl Gate {
         match header.key_source {
             KeySource::Keyring(version) => {
                 write(&self.held).enter(epoch);
-                derive(&read(&self.context.keyring).integrity_key(version, self.id)?)
+                let key = || read(&self.context.keyring).integrity_key(version, self.id);
+                match (key(), self.reload.get()) {
+                    (Err(Error::KeyringTooOld { .. }), Some(reload)) => {
+                        reload()?;
+                        derive(&key()?)
+                    }
+                    (key, _) => derive(&key?),
+                }
             }
             KeySource::DataKey(version) => loop {
                 {

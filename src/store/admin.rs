@@ -211,11 +211,11 @@ impl StoreShared {
             None => None,
         };
         let config = meta.config.clone();
-        let created = first_enable.then(|| describe(&meta));
-        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
-        if let Some(detail) = created {
-            self.audit.record(AuditEvent::Created, Some((name, logstore.id)), detail)?;
+        if first_enable {
+            // Before the envelope is in place, so that none ever is without a record.
+            self.audit.record(AuditEvent::Created, Some((name, logstore.id)), describe(&meta))?;
         }
+        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
         Ok(config)
     }
 

@@ -102,6 +102,8 @@ pub(crate) struct TestKms {
     answer: Mutex<Answer>,
     /// Answers for calls about data keys; those about the lease's probe are left to `answer`.
     data_key_answer: Mutex<Option<Answer>>,
+    /// Answers for calls about one master key.
+    master_key_answer: Mutex<Option<(String, Answer)>>,
     changed: Condvar,
     wraps: AtomicU64,
     unwraps: AtomicU64,
@@ -115,6 +117,7 @@ impl TestKms {
             local: LocalKms::create_or_open(dir).unwrap(),
             answer: Mutex::new(Answer::Real),
             data_key_answer: Mutex::new(None),
+            master_key_answer: Mutex::new(None),
             changed: Condvar::new(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
@@ -131,12 +134,19 @@ impl TestKms {
     pub(crate) fn answer(&self, answer: Answer) {
         *self.answer.lock().unwrap() = answer;
         *self.data_key_answer.lock().unwrap() = None;
+        *self.master_key_answer.lock().unwrap() = None;
         self.changed.notify_all();
     }
 
     /// From now on calls about data keys are answered like this; those that renew the lease as before.
     pub(crate) fn answer_for_data_keys(&self, answer: Answer) {
         *self.data_key_answer.lock().unwrap() = Some(answer);
+        self.changed.notify_all();
+    }
+
+    /// From now on calls about this master key are answered like this, and others as before.
+    pub(crate) fn answer_for_master_key(&self, cmk_key_id: &str, answer: Answer) {
+        *self.master_key_answer.lock().unwrap() = Some((cmk_key_id.to_owned(), answer));
         self.changed.notify_all();
     }
 
@@ -156,6 +166,11 @@ impl TestKms {
     }
 
     fn told(&self, call: &KmsCall<'_>) -> Answer {
+        if let Some((cmk_key_id, answer)) = &*self.master_key_answer.lock().unwrap()
+            && *cmk_key_id == call.cmk.cmk_key_id
+        {
+            return *answer;
+        }
         if !is_probe(call)
             && let Some(answer) = *self.data_key_answer.lock().unwrap()
         {
