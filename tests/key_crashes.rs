@@ -62,7 +62,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let world = World::manual();
+        let world = World::manual_in_memory();
         let (old, new) = (world.cmk(), world.cmk());
         let store = world.create();
         let service = world.service(&store, SERVICE);

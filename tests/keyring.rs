@@ -405,7 +405,7 @@ struct Lost {
 
 impl Lost {
     fn new() -> (Self, [Logstore; 3]) {
-        let world = World::manual();
+        let world = World::manual_in_memory();
         let cmk = world.cmk();
         let store = world.create();
         let logstores =

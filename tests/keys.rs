@@ -396,9 +396,9 @@ fn deleting_a_logstore_destroys_its_envelopes_also_while_its_key_is_revoked() {
 
 // ---- the end of a key in memory ----
 
-/// Whether `needle` is anywhere in the memory of this process. It is given inverted, so that the search does not find itself.
+/// Whether a secret is anywhere in the memory of this process. It is given inverted, so that the search does not find itself.
 #[cfg(target_os = "linux")]
-fn in_memory(inverted: &[u8; 32]) -> bool {
+fn in_memory(inverted: &[u8]) -> bool {
     use std::os::unix::fs::FileExt;
 
     let memory = fs::File::open("/proc/self/mem").unwrap();
@@ -414,10 +414,10 @@ fn in_memory(inverted: &[u8; 32]) -> bool {
         while from < to {
             let len = buffer.len().min((to - from) as usize);
             let read = memory.read_at(&mut buffer[..len], from).unwrap_or(0);
-            if read < 32 {
+            if read < inverted.len() {
                 break;
             }
-            let found = buffer[..read].windows(32).any(|window| {
+            let found = buffer[..read].windows(inverted.len()).any(|window| {
                 window[0] == !inverted[0] && window.iter().zip(inverted).all(|(byte, inverted)| *byte == !*inverted)
             });
             // What was read here is a copy of its own, which must not be found next.
@@ -425,11 +425,15 @@ fn in_memory(inverted: &[u8; 32]) -> bool {
             if found {
                 return true;
             }
-            from += (read - 31).max(1) as u64;
+            from += (read + 1 - inverted.len()) as u64;
         }
     }
     false
 }
+
+/// Held by a test that searches the memory: what it reads there is a copy that another one would find.
+#[cfg(target_os = "linux")]
+static SEARCH: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// The operating system's randomness, the draws of 32 bytes remembered inverted.
 #[cfg(target_os = "linux")]
@@ -455,6 +459,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
 
     use envelog::{crypto::AwsLc, kms::LocalKms};
 
+    let _alone = SEARCH.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     type End = fn(&Store, &LocalKms, &str, &Logstore);
     let ends: [(&str, End); 4] = [
         ("revoked", |_, kms, key, logstore| {
@@ -487,11 +492,72 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
         let drawn = random.0.lock().unwrap().clone();
         put(&logstore, "one");
         assert_eq!(texts(&logstore), ["one"]);
-        let held: Vec<&[u8; 32]> = drawn.iter().filter(|drawn| in_memory(drawn)).collect();
+        let held: Vec<&[u8; 32]> = drawn.iter().filter(|drawn| in_memory(&drawn[..])).collect();
         let [data_key] = held[..] else {
             panic!("{how}: expected one of {} keys in memory, got {}", drawn.len(), held.len())
         };
         end(&store, &kms, &key, &logstore);
         assert!(!in_memory(data_key), "{how}");
     }
+}
+
+/// The same of the service keyring, as bytes and as the text that its file holds: once the store is closed, and when the keyring turns
+/// out to be another store's.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
+    use std::sync::Arc;
+
+    use envelog::crypto::AwsLc;
+
+    let _alone = SEARCH.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let random = Arc::new(InvertingRandom::default());
+    let builder = |store: &str, keyring: &str| {
+        Store::builder(dir.path().join(store), dir.path().join(keyring), AwsLc::new())
+            .disk(Arc::new(QuickDisk))
+            .insecure_random_for_tests(random.clone())
+    };
+    let store = builder("store", "keyring").create().unwrap();
+    // Whatever else may be drawn, the roots are the draws that stay while the store is open.
+    let roots = |store: &Store| {
+        store.rotate_service_key().unwrap();
+        let drawn = random.0.lock().unwrap().clone();
+        drawn.into_iter().filter(|drawn| in_memory(&drawn[..])).collect::<Vec<_>>()
+    };
+    let roots = roots(&store);
+    assert_eq!(roots.len(), 2);
+    store.close().unwrap();
+    drop(builder("other", "other-keyring").create().unwrap());
+    let text = |root: &[u8; 32]| -> Vec<u8> {
+        let digit = |nibble: u8| !b"0123456789abcdef"[usize::from(nibble)];
+        // Half of the text would be half of the key.
+        root.iter().take(16).flat_map(|byte| [digit(!byte >> 4), digit(!byte & 15)]).collect()
+    };
+    let gone = |when: &str| {
+        for root in &roots {
+            assert!(!in_memory(root), "{when}");
+            assert!(!in_memory(&text(root)), "{when}, as text");
+        }
+    };
+    gone("closed");
+    let store = builder("store", "keyring").open().unwrap();
+    assert!(roots.iter().all(|root| in_memory(root)));
+    store.close().unwrap();
+    gone("opened and closed");
+    // The other store's keyring is looked into, and found to be another's.
+    let foreign = builder("other", "keyring").open();
+    assert!(matches!(foreign, Err(Error::KeyringForeign { .. })), "{foreign:?}");
+    gone("as another's");
+    // One that was altered, so that its tag does not hold.
+    let path = dir.path().join("keyring");
+    let mut bytes = fs::read(&path).unwrap();
+    let tag = bytes.len() - 4 - 64;
+    bytes[tag] ^= 1;
+    fix_crc(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    bytes.fill(0);
+    let altered = builder("store", "keyring").open();
+    assert!(matches!(altered, Err(Error::Tampered { .. })), "{altered:?}");
+    gone("altered");
 }

@@ -357,3 +357,31 @@ impl Gate {
         *write(&self.held) = Held::default();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        crypto::RustCrypto,
+        io::{OsRandom, RealDisk},
+    };
+
+    /// What a child process finds in its copy of the memory is the process id of its parent.
+    #[test]
+    fn a_gate_that_came_through_fork_admits_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StoreId::from_bytes([1; 16]);
+        let keyring = Keyring::create(&RealDisk, &OsRandom, &dir.path().join("keyring"), store, 1).unwrap();
+        let keyring = Arc::new(RwLock::new(keyring));
+        let gate = |pid| {
+            let context =
+                KeyContext { store, provider: Arc::new(RustCrypto::new()), keyring: Arc::clone(&keyring), pid };
+            let id = LogstoreId::from_bytes([2; 16]);
+            Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default())
+        };
+        assert_eq!(gate(std::process::id()).admit().unwrap(), 0);
+        let forked = gate(std::process::id().wrapping_add(1));
+        assert!(matches!(forked.admit(), Err(Error::Forked)));
+        assert!(matches!(forked.context().check_process(), Err(Error::Forked)));
+    }
+}

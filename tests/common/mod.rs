@@ -334,16 +334,21 @@ pub(crate) struct World {
 impl World {
     /// Nothing happens by itself here: the test moves the clock and ticks the store.
     pub(crate) fn manual() -> Self {
-        Self::with(Background::Manual)
+        Self::with(Background::Manual, tempfile::tempdir().unwrap())
+    }
+
+    /// As [`World::manual`], in a file system in memory where the machine has one: for tests that make many thousands of files.
+    pub(crate) fn manual_in_memory() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        Self::with(Background::Manual, dir)
     }
 
     /// The store has threads, and the time is real.
     pub(crate) fn threads() -> Self {
-        Self::with(Background::Threads)
+        Self::with(Background::Threads, tempfile::tempdir().unwrap())
     }
 
-    fn with(background: Background) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+    fn with(background: Background, dir: TempDir) -> Self {
         let kms = TestKms::new(&dir.path().join("kms"));
         let mut options = StoreOptions::default();
         options.background = background;
