@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use bytes::BufMut;
+use zeroize::Zeroize;
 
 use crate::{
     Error,
@@ -207,7 +208,20 @@ impl<'a> UnverifiedDocument<'a> {
     /// # Errors
     /// It does not hold.
     pub(crate) fn verify(self, key_a: &SecretKey) -> Result<Document, TagMismatch> {
-        if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed])) { Ok(self.document) } else { Err(TagMismatch) }
+        self.check(key_a).map(|()| self.document)
+    }
+
+    /// As [`UnverifiedDocument::verify`]; the document stays here, to be wiped.
+    ///
+    /// # Errors
+    /// It does not hold.
+    pub(crate) fn check(&self, key_a: &SecretKey) -> Result<(), TagMismatch> {
+        if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed])) { Ok(()) } else { Err(TagMismatch) }
+    }
+
+    /// Wipes part A, where that holds secrets.
+    pub(crate) fn wipe(&mut self) {
+        self.document.a.zeroize();
     }
 
     /// Verifies tag B alone: kind, store, subject and part B of [`UnverifiedDocument::unverified`] are then authentic, and nothing

@@ -113,7 +113,12 @@ pub(crate) fn hex_decode(text: &str) -> Option<Vec<u8>> {
     if !rest.is_empty() {
         return None;
     }
-    pairs.iter().map(|&[high, low]| Some(nibble(high)? << 4 | nibble(low)?)).collect()
+    // Of its full length from the start: one that grows would leave copies of a key behind.
+    let mut bytes = Vec::with_capacity(pairs.len());
+    for &[high, low] in pairs {
+        bytes.push(nibble(high)? << 4 | nibble(low)?);
+    }
+    Some(bytes)
 }
 
 /// For `#[serde(with = "crate::ids::hex")]`: a `Vec<u8>` or a byte array as a string of lower-case hexadecimal digits.

@@ -101,6 +101,8 @@ struct Tail {
     file_number: u32,
     file: Option<Arc<dyn DiskFile>>,
     len: u64,
+    /// Whether the log goes on from what the catalogue knew of it when the store was opened.
+    follows: bool,
 }
 
 /// The audit log of an open store.
@@ -123,38 +125,72 @@ impl std::fmt::Debug for AuditLog {
 }
 
 impl AuditLog {
-    /// Opens the log in `dir`, reading its last file only.
-    pub(crate) fn open(
+    /// The log in `dir`, whose end is not known yet.
+    pub(crate) fn new(
         disk: Arc<dyn Disk>,
         clock: Arc<dyn Clock>,
         keyring: Arc<RwLock<Keyring>>,
         dir: PathBuf,
         file_bytes_max: u64,
-    ) -> Result<Self> {
-        let log = Self {
-            disk,
-            clock,
-            keyring,
-            dir,
-            file_bytes_max,
-            tail: Mutex::new(Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0 }),
-        };
-        let numbers = log.files()?;
-        if let Some(&last) = numbers.last() {
-            let mut tail = lock(&log.tail);
-            tail.file_number = last;
-            let lines = log.lines(last)?;
-            tail.len = lines.valid_len;
-            if let Some(line) = lines.lines.last() {
-                tail.head = AuditHead { number: line.record.number, tag: line.tag.clone() };
-            } else if last > 1 {
-                let before = log.lines(last - 1)?;
-                if let Some(line) = before.lines.last() {
-                    tail.head = AuditHead { number: line.record.number, tag: line.tag.clone() };
+    ) -> Self {
+        let tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
+        Self { disk, clock, keyring, dir, file_bytes_max, tail: Mutex::new(tail) }
+    }
+
+    /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the last file, and back to the one that has
+    /// `known` in it. A damaged file is no reason not to open a store: the log goes on behind it, and [`AuditLog::verified`] tells.
+    pub(crate) fn find_end(&self, known: &AuditHead) -> Result<()> {
+        let numbers = self.files()?;
+        let mut tail = lock(&self.tail);
+        tail.file_number = numbers.last().copied().unwrap_or(1);
+        tail.follows = known.number == 0;
+        for (index, &number) in numbers.iter().enumerate().rev() {
+            let is_last = index + 1 == numbers.len();
+            let lines = match self.lines(number) {
+                Err(Error::Corrupt { .. }) => {
+                    if is_last {
+                        (tail.file_number, tail.head) = (number.saturating_add(1), known.clone());
+                    }
+                    tail.follows = false;
+                    break;
                 }
+                lines => lines?,
+            };
+            if is_last {
+                tail.len = lines.valid_len;
+            }
+            if let (0, Some(line)) = (tail.head.number, lines.lines.last()) {
+                tail.head = line.head();
+            }
+            tail.follows |= lines.lines.iter().any(|line| line.head() == *known);
+            if lines.lines.first().is_some_and(|first| first.record.number <= known.number.max(1)) {
+                break;
+            }
+            if tail.follows && tail.head.number > 0 {
+                break;
             }
         }
-        Ok(log)
+        Ok(())
+    }
+
+    /// What the catalogue is to remember: how far the log is, unless it does not go on from what is remembered already. Then that
+    /// stays, so that what was taken away is found missing for good.
+    pub(crate) fn head_after(&self, known: &AuditHead) -> AuditHead {
+        let tail = lock(&self.tail);
+        if tail.follows { tail.head.clone() } else { known.clone() }
+    }
+
+    /// Keeps what is there under another name, since the keyring that it was tagged under is lost, and begins anew.
+    pub(crate) fn set_aside(&self, why: &str) -> Result<()> {
+        let mut tail = lock(&self.tail);
+        for number in self.files()? {
+            let from = self.path(number);
+            let to = self.dir.join(format!("{why}-{number:06}.log"));
+            self.disk.rename(&from, &to).map_err(Error::io("rename", &from))?;
+        }
+        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
+        *tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
+        Ok(())
     }
 
     fn path(&self, number: u32) -> PathBuf {
@@ -238,6 +274,10 @@ impl AuditLog {
             let file = self.disk.open(path, OpenMode::ReadWrite)?;
             if file.len()? > len {
                 file.set_len(len)?;
+            }
+            if len == 0 {
+                // Whoever made it may not have got round to this.
+                self.disk.sync_dir(&self.dir)?;
             }
             Ok(file)
         };
@@ -329,6 +369,12 @@ struct Line {
     tag: String,
 }
 
+impl Line {
+    fn head(&self) -> AuditHead {
+        AuditHead { number: self.record.number, tag: self.tag.clone() }
+    }
+}
+
 fn parse_line(line: &[u8], offset: u64) -> Option<Line> {
     if line.len() > LINE_BYTES_MAX {
         return None;
@@ -361,7 +407,9 @@ mod tests {
     }
 
     fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
-        AuditLog::open(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max).unwrap()
+        let log = AuditLog::new(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max);
+        log.find_end(&AuditHead::default()).unwrap();
+        log
     }
 
     #[test]

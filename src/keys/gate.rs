@@ -180,8 +180,11 @@ impl Gate {
         loop {
             {
                 let held = read(&self.held);
+                // A key serves the header that it was derived for: ids of segments are not trusted to be unique.
+                let its_own = |cipher: &&SegmentCipher| *cipher.header_hash() == segment.header_hash;
                 let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
-                if let Some(cipher) = held.writing.get(&segment.header.segment).or(reading) {
+                let writing = held.writing.get(&segment.header.segment);
+                if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {
                     return use_it(cipher);
                 }
             }
@@ -238,7 +241,14 @@ impl Gate {
         match header.key_source {
             KeySource::Keyring(version) => {
                 write(&self.held).enter(epoch);
-                derive(&read(&self.context.keyring).integrity_key(version, self.id)?)
+                let key = || read(&self.context.keyring).integrity_key(version, self.id);
+                match (key(), self.reload.get()) {
+                    (Err(Error::KeyringTooOld { .. }), Some(reload)) => {
+                        reload()?;
+                        derive(&key()?)
+                    }
+                    (key, _) => derive(&key?),
+                }
             }
             KeySource::DataKey(version) => loop {
                 {
@@ -345,5 +355,33 @@ impl Gate {
     /// Wipes every key of the Logstore from memory, once the uses under way are done.
     pub(crate) fn wipe(&self) {
         *write(&self.held) = Held::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        crypto::RustCrypto,
+        io::{OsRandom, RealDisk},
+    };
+
+    /// What a child process finds in its copy of the memory is the process id of its parent.
+    #[test]
+    fn a_gate_that_came_through_fork_admits_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StoreId::from_bytes([1; 16]);
+        let keyring = Keyring::create(&RealDisk, &OsRandom, &dir.path().join("keyring"), store, 1).unwrap();
+        let keyring = Arc::new(RwLock::new(keyring));
+        let gate = |pid| {
+            let context =
+                KeyContext { store, provider: Arc::new(RustCrypto::new()), keyring: Arc::clone(&keyring), pid };
+            let id = LogstoreId::from_bytes([2; 16]);
+            Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default())
+        };
+        assert_eq!(gate(std::process::id()).admit().unwrap(), 0);
+        let forked = gate(std::process::id().wrapping_add(1));
+        assert!(matches!(forked.admit(), Err(Error::Forked)));
+        assert!(matches!(forked.context().check_process(), Err(Error::Forked)));
     }
 }

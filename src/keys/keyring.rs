@@ -45,6 +45,15 @@ struct Version {
     root: SecretKey,
 }
 
+/// A document with keys in it, which are wiped whatever comes of it: another store's keyring holds that store's keys.
+struct Wiped<'a>(UnverifiedDocument<'a>);
+
+impl Drop for Wiped<'_> {
+    fn drop(&mut self) {
+        self.0.wipe();
+    }
+}
+
 /// The service keyring in memory.
 pub(crate) struct Keyring {
     path: PathBuf,
@@ -96,8 +105,8 @@ impl Keyring {
             Err(error) => return Err(Error::io("read the service keyring", path)(error)),
         };
         let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
-        let claimed = parsed.unverified();
+        let parsed = Wiped(UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?);
+        let claimed = parsed.0.unverified();
         if claimed.kind != DocumentKind::Keyring {
             return Err(bad("it is no service keyring"));
         }
@@ -120,8 +129,7 @@ impl Keyring {
             return Err(bad("the service keyring contradicts itself"));
         }
         let tampered = |_| Error::Tampered { at: Location::new(path, 0), what: "the service keyring" };
-        let mut verified = parsed.verify(&keyring.document_key(newest)?).map_err(tampered)?;
-        verified.a.zeroize();
+        parsed.0.check(&keyring.document_key(newest)?).map_err(tampered)?;
         Ok(keyring)
     }
 

@@ -97,6 +97,8 @@ pub(crate) trait LeaseListener: Send + Sync {
     fn depends_on(&self, cmk: &Cmk) -> bool;
     /// Access is lost: seal what was acknowledged, then wipe.
     fn lost(&self, refusal: &Refusal);
+    /// Access is lost, and everybody has dealt with it: put it on record.
+    fn note_lost(&self, refusal: &Refusal);
     /// Access is back.
     fn recovered(&self);
 }
@@ -306,10 +308,13 @@ impl Lease {
         }
         state.last_attempt = Some(sent);
         state.due = sent.uptime + self.jittered(self.terms.revalidate_every);
-        state.refusal = answer.err();
-        if state.refusal.is_none() {
-            state.last_success = Some(sent);
+        match &answer {
+            Ok(()) => state.last_success = Some(sent),
+            // The customer's refusal ends the lease: an outage that follows has nothing left to ride.
+            Err(Refusal::Revoked(_)) => state.last_success = None,
+            Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
+        state.refusal = answer.err();
         self.publish(state);
     }
 
@@ -397,10 +402,13 @@ impl Lease {
             }
             standing
         };
-        for listener in self.dependents() {
-            match &standing {
-                Ok(()) => listener.recovered(),
-                Err(refusal) => listener.lost(refusal),
+        let dependents = self.dependents();
+        match &standing {
+            Ok(()) => dependents.iter().for_each(|listener| listener.recovered()),
+            // Every key is wiped before the first record is written: however long that takes, or whether it fails, delays none.
+            Err(refusal) => {
+                dependents.iter().for_each(|listener| listener.lost(refusal));
+                dependents.iter().for_each(|listener| listener.note_lost(refusal));
             }
         }
     }

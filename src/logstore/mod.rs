@@ -284,9 +284,12 @@ impl LeaseListener for LogstoreShared {
                 shard.lose_key(&error);
             }
             self.gate.wipe();
-            if let Some(observer) = self.observer.upgrade() {
-                observer.key_lost(self, refusal);
-            }
+        }
+    }
+
+    fn note_lost(&self, refusal: &Refusal) {
+        if let Some(observer) = self.observer.upgrade() {
+            observer.key_lost(self, refusal);
         }
     }
 

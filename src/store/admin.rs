@@ -65,6 +65,9 @@ impl StoreShared {
     fn create(&self, name: &LogstoreName, spec: LogstoreSpec) -> Result<Arc<LogstoreShared>> {
         self.check_writable()?;
         let mut admin = lock(&self.admin);
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
         if admin.catalogue.logstores.contains_key(name) {
             return Err(Error::LogstoreExists(name.clone()));
         }
@@ -82,25 +85,21 @@ impl StoreShared {
             _ => None,
         };
         let dir = self.logstore_dir(id);
-        let made = self.make_files(&mut meta, id, &dir, data_key.as_ref()).and_then(|()| {
-            if meta.keys.is_some() {
-                self.audit.record(AuditEvent::Created, Some((name, id)), describe(&meta))?;
-            }
-            let shards = vec![ShardRecord::default(); meta.config.shards.len()];
-            let entry = Entry { id, generation: meta.generation, shards };
-            self.commit(&mut admin, |catalogue| {
-                catalogue.logstores.insert(name.clone(), entry.clone());
-            })?;
-            Ok(entry)
+        let made = self.make_files(&mut meta, id, &dir, data_key.as_ref()).and_then(|()| match &meta.keys {
+            Some(_) => self.audit.record(AuditEvent::Created, Some((name, id)), describe(&meta)),
+            None => Ok(()),
         });
-        let entry = match made {
-            Ok(entry) => entry,
-            Err(error) => {
-                // Without an entry in the catalogue it is nothing; what is left is cleaned up at the next opening, if not now.
-                let _ = self.remove_files(&dir);
-                return Err(error);
-            }
-        };
+        if let Err(error) = made {
+            // Without an entry in the catalogue it is nothing; what is left is cleaned up at the next opening, if not now.
+            let _ = self.remove_files(&dir);
+            return Err(error);
+        }
+        let shards = vec![ShardRecord::default(); meta.config.shards.len()];
+        let entry = Entry { id, generation: meta.generation, shards };
+        // Should this fail, the catalogue may know it or not: the files stay until an opening finds out.
+        self.commit(&mut admin, |catalogue| {
+            catalogue.logstores.insert(name.clone(), entry.clone());
+        })?;
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
         Ok(shared)
@@ -210,11 +209,11 @@ impl StoreShared {
             None => None,
         };
         let config = meta.config.clone();
-        let created = first_enable.then(|| describe(&meta));
-        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
-        if let Some(detail) = created {
-            self.audit.record(AuditEvent::Created, Some((name, logstore.id)), detail)?;
+        if first_enable {
+            // Before the envelope is in place, so that none ever is without a record.
+            self.audit.record(AuditEvent::Created, Some((name, logstore.id)), describe(&meta))?;
         }
+        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
         Ok(config)
     }
 

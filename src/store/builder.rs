@@ -142,6 +142,14 @@ struct StoreBody {
     keyring: KeyringId,
 }
 
+/// Whose audit log is there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Audit {
+    Ours,
+    /// That of a lost keyring.
+    Lost,
+}
+
 /// What the `STORE` file says.
 struct Identity {
     store: StoreId,
@@ -241,7 +249,7 @@ impl StoreBuilder {
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
         }
-        let store = self.assemble(store, keyring, catalogue, Some(lock_file))?;
+        let store = self.assemble(store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
         Ok(store)
     }
@@ -262,7 +270,7 @@ impl StoreBuilder {
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
         check_writing(&catalogue.features, &catalogue::path(&self.dir))?;
-        let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file))?;
+        let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
         store.shared.finish_deletions()?;
         Ok(store)
     }
@@ -277,7 +285,7 @@ impl StoreBuilder {
         let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
-        self.assemble(identity.store, keyring, catalogue, None)
+        self.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
     }
 
     /// Opens the store, or makes it where there is none.
@@ -293,10 +301,12 @@ impl StoreBuilder {
 
     /// Opens a store whose keyring is lost, with a new keyring, as far as customer master keys reach: the Logstores under them keep
     /// everything that was encrypted. Logstores under the lost service key, and what was written before encryption was turned on,
-    /// cannot be authenticated any more. The configuration of the recovered Logstores is taken as it is found.
+    /// cannot be authenticated any more. The configuration of the recovered Logstores is taken as it is found, but for `encrypt_conf`:
+    /// it follows their envelopes, which the data key vouches for, and is on.
     ///
     /// # Errors
-    /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; otherwise as [`StoreBuilder::open`].
+    /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; [`Error::KmsUnreachable`] when a KMS does not
+    /// answer, with nothing changed; otherwise as [`StoreBuilder::open`].
     pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
         self.options.check()?;
         let identity = self.identity()?;
@@ -308,8 +318,7 @@ impl StoreBuilder {
         let keyring_path = self.keyring.clone();
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
-            self.set_audit_aside(now_us)?;
-            let store = self.assemble(identity.store, keyring, Catalogue::default(), Some(lock_file))?;
+            let store = self.assemble(identity.store, keyring, Catalogue::default(), Some(lock_file), Audit::Lost)?;
             let report = store.shared.recover_logstores()?;
             let keyring = read(&store.shared.keyring);
             write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
@@ -322,18 +331,6 @@ impl StoreBuilder {
             let _ = disk.remove_file(&keyring_path);
         }
         recovered
-    }
-
-    /// The audit log of the lost keyring cannot be verified any more: it is kept under another name, and a new one begun.
-    fn set_audit_aside(&self, now_us: u64) -> Result<()> {
-        let dir = self.dir.join("audit");
-        for entry in self.disk.list_dir(&dir).map_err(Error::io("list", &dir))? {
-            if entry.name.starts_with("audit-") {
-                let (from, to) = (dir.join(&entry.name), dir.join(format!("lost-keyring-{now_us}-{}", entry.name)));
-                self.disk.rename(&from, &to).map_err(Error::io("rename", &from))?;
-            }
-        }
-        self.disk.sync_dir(&dir).map_err(Error::io("sync", &dir))
     }
 
     /// Reads the `STORE` file, which is authenticated once the keyring is there.
@@ -393,15 +390,19 @@ impl StoreBuilder {
         keyring: Keyring,
         catalogue: Catalogue,
         lock_file: Option<Arc<dyn io::DiskFile>>,
+        found: Audit,
     ) -> Result<Store> {
         let keyring = Arc::new(RwLock::new(keyring));
-        let audit = AuditLog::open(
+        let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
             Arc::clone(&keyring),
             self.dir.join("audit"),
             self.options.audit_file_bytes,
-        )?;
+        );
+        if found == Audit::Ours {
+            audit.find_end(&catalogue.audit)?;
+        }
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
         let read_only = lock_file.is_none();
         if self.options.background == Background::Threads && !read_only {

@@ -112,8 +112,8 @@ impl Store {
     /// Logstore under the service key anew. No data is rewritten. Returns the new version. The keyring must be backed up again.
     ///
     /// # Errors
-    /// [`Error::Io`]. The new version stands once it is in the keyring; a Logstore that was not re-wrapped is readable all the same,
-    /// and [`Store::rewrap`] does it later.
+    /// [`Error::Io`], and what kept a Logstore from being re-wrapped; the others are re-wrapped all the same. The new version stands
+    /// once it is in the keyring; a Logstore that was not re-wrapped is readable on, and [`Store::rewrap`] does it later.
     pub fn rotate_service_key(&self) -> Result<u32> {
         let shared = &self.shared;
         shared.check_writable()?;
@@ -126,16 +126,21 @@ impl Store {
             shared.commit(&mut admin, |_| {})?;
             admin.catalogue.logstores.keys().cloned().collect::<Vec<_>>()
         };
+        let mut result = Ok(());
         for name in names {
-            let logstore = shared.logstore(&name)?;
-            match logstore.keys_section() {
-                Some(section) if section.cmk.is_none() => {
-                    self.rewrap(&name)?;
+            let rewrapped = shared.logstore(&name).and_then(|logstore| match logstore.keys_section() {
+                Some(section) if section.cmk.is_none() => self.rewrap(&name).map(|_| ()),
+                _ => {
+                    shared.refresh_plan(&logstore);
+                    Ok(())
                 }
-                _ => shared.refresh_plan(&logstore),
+            });
+            // One that was deleted meanwhile has nothing to re-wrap.
+            if !matches!(rewrapped, Err(Error::LogstoreMissing(_))) {
+                result = result.and(rewrapped);
             }
         }
-        Ok(read(&shared.keyring).newest())
+        result.map(|()| read(&shared.keyring).newest())
     }
 }
 

@@ -39,7 +39,7 @@ use crate::{
     logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
-    sync::{lock, read},
+    sync::{lock, read, write},
 };
 
 pub use builder::{Background, StoreBuilder, StoreOptions};
@@ -203,8 +203,12 @@ impl Store {
     /// # Errors
     /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
     pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
-        let head = lock(&self.shared.admin).catalogue.audit.clone();
-        self.shared.audit.verified(&[&head])
+        let head = {
+            let mut admin = lock(&self.shared.admin);
+            self.shared.reload_catalogue(&mut admin)?;
+            admin.catalogue.audit.clone()
+        };
+        self.shared.with_keyring(|_| self.shared.audit.verified(&[&head]))
     }
 
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
@@ -251,9 +255,33 @@ impl StoreShared {
     /// A reader has the catalogue as the writer last left it.
     fn reload_catalogue(&self, admin: &mut AdminState) -> Result<()> {
         if self.read_only {
-            admin.catalogue = Catalogue::load(&*self.disk, &self.dir, self.id, &read(&self.keyring))?;
+            admin.catalogue = self.load_catalogue()?;
         }
         Ok(())
+    }
+
+    fn load_catalogue(&self) -> Result<Catalogue> {
+        self.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
+    }
+
+    /// Does something with the keyring. A reader may have it from before the writer made a new version: then it reads it again.
+    fn with_keyring<T>(&self, use_it: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
+        let done = use_it(&read(&self.keyring));
+        if !self.read_only || !matches!(done, Err(Error::KeyringTooOld { .. })) {
+            return done;
+        }
+        let (path, id) = {
+            let keyring = read(&self.keyring);
+            (keyring.path().to_owned(), keyring.id())
+        };
+        let newer = Keyring::load(&*self.disk, &path, self.id, id)?;
+        {
+            let mut keyring = write(&self.keyring);
+            if newer.newest() > keyring.newest() {
+                *keyring = newer;
+            }
+        }
+        use_it(&read(&self.keyring))
     }
 
     fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
@@ -324,7 +352,7 @@ impl StoreShared {
 
     fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
         let dir = self.logstore_dir(entry.id);
-        let meta = Meta::load(&*self.disk, &dir, self.id, entry.id, &read(&self.keyring))?;
+        let meta = self.with_keyring(|keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring))?;
         let (found, known) = (meta.generation, entry.generation);
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
             return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
@@ -381,7 +409,7 @@ impl StoreShared {
         let this = self.this.clone();
         Box::new(move |shard| {
             let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let catalogue = Catalogue::load(&*this.disk, &this.dir, this.id, &read(&this.keyring))?;
+            let catalogue = this.load_catalogue()?;
             let entry = catalogue.logstores.get(&name).ok_or(Error::Closed("the Logstore"))?;
             entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
         })
@@ -392,7 +420,10 @@ impl StoreShared {
         let (this, id) = (self.this.clone(), gate.id());
         gate.reload_with(Box::new(move || {
             let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let meta = Meta::load(&*this.disk, &this.logstore_dir(id), this.id, id, &read(&this.keyring))?;
+            // The catalogue is the first to be under a new service key, and so brings the keyring up to date.
+            this.load_catalogue()?;
+            let dir = this.logstore_dir(id);
+            let meta = this.with_keyring(|keyring| Meta::load(&*this.disk, &dir, this.id, id, keyring))?;
             if meta.config.name != name {
                 return Err(Error::Closed("the Logstore"));
             }
@@ -417,7 +448,7 @@ impl StoreShared {
         }
         let mut catalogue = admin.catalogue.clone();
         change(&mut catalogue);
-        catalogue.audit = self.audit.head();
+        catalogue.audit = self.audit.head_after(&admin.catalogue.audit);
         match catalogue.save(&*self.disk, &self.dir, self.id, &read(&self.keyring)) {
             Ok(()) => {
                 admin.catalogue = catalogue;
@@ -468,16 +499,19 @@ impl StoreShared {
             // The probe is a convenience: an envelope of the Logstore itself proves as much.
             None => self.envelope_probe(section, id)?,
         };
-        let none = || Arc::new(NoKms { region: cmk.region_id.clone() }) as _;
-        let kms = self.bounded(self.kms_for(&cmk.region_id).map_or_else(none, Arc::clone));
-        let lease =
-            Lease::new(cmk.clone(), kms, probe, self.terms(), Arc::clone(&self.clock), Arc::clone(&self.random));
+        let lease = self.new_lease(cmk, probe);
         let thread = match self.options.background {
             Background::Threads => Some(Lease::spawn(&lease).map_err(Error::io("start a thread for", &self.dir))?),
             Background::Manual => None,
         };
         lock(&self.leases).insert(cmk.clone(), LeaseEntry { lease: Arc::clone(&lease), thread });
         Ok(lease)
+    }
+
+    fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
+        let none = || Arc::new(NoKms { region: cmk.region_id.clone() }) as _;
+        let kms = self.bounded(self.kms_for(&cmk.region_id).map_or_else(none, Arc::clone));
+        Lease::new(cmk.clone(), kms, probe, self.terms(), Arc::clone(&self.clock), Arc::clone(&self.random))
     }
 
     fn probe_path(&self, cmk: &Cmk) -> (PathBuf, [u8; 16]) {
@@ -504,8 +538,9 @@ impl StoreShared {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bytes => bytes.map_err(Error::io("read", &path))?,
         };
-        let keyring = read(&self.keyring);
-        let document = document::open(&bytes, DocumentKind::Probe, &path, |version| keyring.document_key(version))?;
+        let document = self.with_keyring(|keyring| {
+            document::open(&bytes, DocumentKind::Probe, &path, |version| keyring.document_key(version))
+        })?;
         let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
         let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
         if document.store != self.id || document.subject != id || body.cmk != *cmk {
@@ -583,7 +618,7 @@ impl StoreShared {
                     }
                 }
             }
-            let audit_moved = self.audit.head() != admin.catalogue.audit;
+            let audit_moved = self.audit.head_after(&admin.catalogue.audit) != admin.catalogue.audit;
             if admin.latched.is_none() && (!heads.is_empty() || audit_moved) {
                 let noted = self.commit(&mut admin, |catalogue| {
                     for (name, shard, head) in heads {

@@ -1,13 +1,20 @@
 //! Getting Logstores under customer master keys back when the service keyring is lost.
 
+use std::{collections::BTreeMap, sync::Arc};
+
 use serde::Serialize;
 
 use super::{Entry, StoreShared, catalogue::Catalogue};
 use crate::{
     Error, Result,
-    config::LogstoreName,
+    config::{EncryptConf, LogstoreName, SHARDS_MAX},
+    error::Location,
     ids::LogstoreId,
-    keys::{AuditEvent, gate::Gate},
+    keys::{
+        AuditEvent,
+        envelope::KeysSection,
+        gate::{Gate, GateKeys},
+    },
     logstore::Meta,
     segment::parse_segment_file_name,
     shard::ShardRecord,
@@ -24,29 +31,34 @@ pub struct RecoverReport {
     pub lost: Vec<(LogstoreId, String)>,
 }
 
+/// A Logstore that can be recovered.
+struct Found {
+    /// When its first data key was made.
+    created_us: u64,
+    meta: Meta,
+    entry: Entry,
+}
+
 impl StoreShared {
     /// Recovers every Logstore whose data key a KMS unwraps, and writes a new catalogue of them.
     pub(super) fn recover_logstores(&self) -> Result<RecoverReport> {
         let mut report = RecoverReport::default();
-        let parent = self.dir.join("logstores");
+        // Nothing is changed until every KMS has answered: should one be out of reach, all stays as it is.
+        let found = self.find_logstores(&mut report)?;
         let mut catalogue = Catalogue::default();
+        self.audit.set_aside(&format!("lost-keyring-{}-audit", self.clock.wall_us()))?;
         // The probes were authenticated under the lost keyring; the Logstores' own envelopes serve instead.
         let probes = self.dir.join("probes");
         for entry in self.disk.list_dir(&probes).map_err(Error::io("list", &probes))? {
             let path = probes.join(&entry.name);
             self.disk.remove_file(&path).map_err(Error::io("remove", &path))?;
         }
-        for entry in self.disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
-            let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
-            match self.recover_logstore(id) {
-                Ok((name, recovered)) => {
-                    self.audit.record(AuditEvent::Recovered, Some((&name, id)), "without the keyring")?;
-                    catalogue.logstores.insert(name.clone(), recovered);
-                    report.recovered.push(name);
-                }
-                Err(error @ (Error::Io { .. } | Error::KmsUnreachable { .. })) => return Err(error),
-                Err(error) => report.lost.push((id, error.to_string())),
-            }
+        for (name, mut found) in found {
+            let id = found.entry.id;
+            found.meta.save(&*self.disk, &self.logstore_dir(id), self.id, id, &read(&self.keyring), None)?;
+            self.audit.record(AuditEvent::Recovered, Some((&name, id)), "without the keyring")?;
+            catalogue.logstores.insert(name.clone(), found.entry);
+            report.recovered.push(name);
         }
         let mut admin = lock(&self.admin);
         // Later than anything that the lost catalogue may have reached.
@@ -55,24 +67,68 @@ impl StoreShared {
         Ok(report)
     }
 
-    fn recover_logstore(&self, id: LogstoreId) -> Result<(LogstoreName, Entry)> {
+    /// Every Logstore whose metadata its own data key vouches for.
+    fn find_logstores(&self, report: &mut RecoverReport) -> Result<BTreeMap<LogstoreName, Found>> {
+        let parent = self.dir.join("logstores");
+        let mut all: BTreeMap<LogstoreName, Found> = BTreeMap::new();
+        for entry in self.disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
+            let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
+            let (name, found) = match self.find_logstore(id) {
+                Ok(found) => found,
+                Err(error @ (Error::Io { .. } | Error::KmsUnreachable { .. })) => return Err(error),
+                Err(error) => {
+                    report.lost.push((id, error.to_string()));
+                    continue;
+                }
+            };
+            // One that was deleted may not be all gone: the one that was made later has the name.
+            let older = match all.remove(&name) {
+                Some(other) if other.created_us > found.created_us => {
+                    all.insert(name.clone(), other);
+                    Some(id)
+                }
+                other => {
+                    all.insert(name.clone(), found);
+                    other.map(|other| other.entry.id)
+                }
+            };
+            if let Some(older) = older {
+                report.lost.push((older, format!("there is a newer Logstore of the name {name}")));
+            }
+        }
+        Ok(all)
+    }
+
+    fn find_logstore(&self, id: LogstoreId) -> Result<(LogstoreName, Found)> {
         let dir = self.logstore_dir(id);
-        let unwrap = |keys: &crate::keys::envelope::KeysSection| {
-            if keys.cmk.is_none() {
+        let unwrap = |keys: &KeysSection| {
+            let Some(cmk) = &keys.cmk else {
                 let path = read(&self.keyring).path().to_owned();
                 return Err(Error::KeyringForeign { path });
-            }
-            let gate_keys = self.gate_keys(Some(keys), id)?;
-            let gate = Gate::new(std::sync::Arc::clone(&self.keys), keys.name.clone(), id, gate_keys);
-            gate.admit()?;
-            gate.unwrap(keys.current)
+            };
+            // A lease of its own: those of the store rest on probes that the lost keyring authenticated.
+            let lease = self.new_lease(cmk, self.envelope_probe(keys, id)?);
+            let gate_keys = GateKeys { section: Some(Arc::new(keys.clone())), lease: Some(lease) };
+            Gate::new(Arc::clone(&self.keys), keys.name.clone(), id, gate_keys).unwrap(keys.current)
         };
         let mut meta = Meta::load_without_keyring(&*self.disk, &dir, self.id, id, unwrap)?;
-        let name = meta.keys.as_ref().map_or_else(|| meta.config.name.clone(), |keys| keys.name.clone());
+        let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
+        let keys = meta.keys.as_ref().ok_or_else(tampered)?;
+        let (name, created_us) = (keys.name.clone(), keys.versions.first().map_or(0, |version| version.created_us));
+        // Nothing vouches for the configuration: what the keys section says as well counts, and encryption is on, whatever it says.
         meta.config.name = name.clone();
+        meta.config.encrypt_conf =
+            Some(EncryptConf { enable: true, encrypt_type: Some(keys.encrypt_type), user_cmk_info: keys.cmk.clone() });
+        let numbered = (0..SHARDS_MAX).zip(&meta.config.shards).all(|(id, info)| id == info.id);
+        if !numbered || meta.config.shards.is_empty() || meta.config.shards.len() > SHARDS_MAX as usize {
+            return Err(tampered());
+        }
         let mut shards = Vec::new();
         for info in &meta.config.shards {
             let shard = crate::logstore::shard_dir(&dir, info.id);
+            if self.disk.stat(&shard).map_err(Error::io("look for", &shard))?.is_none() {
+                return Err(Error::truncated(Location::new(&shard, 0), "the directory of a shard is missing"));
+            }
             let mut first: Option<(u64, u64)> = None;
             for entry in self.disk.list_dir(&shard).map_err(Error::io("list", &shard))? {
                 let found = parse_segment_file_name(&entry.name);
@@ -86,7 +142,7 @@ impl StoreShared {
                 None => ShardRecord::default(),
             });
         }
-        meta.save(&*self.disk, &dir, self.id, id, &read(&self.keyring), None)?;
-        Ok((name, Entry { id, generation: meta.generation, shards }))
+        let entry = Entry { id, generation: meta.generation, shards };
+        Ok((name, Found { created_us, meta, entry }))
     }
 }

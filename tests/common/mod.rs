@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod failing;
+
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -100,6 +102,8 @@ pub(crate) struct TestKms {
     answer: Mutex<Answer>,
     /// Answers for calls about data keys; those about the lease's probe are left to `answer`.
     data_key_answer: Mutex<Option<Answer>>,
+    /// Answers for calls about one master key.
+    master_key_answer: Mutex<Option<(String, Answer)>>,
     changed: Condvar,
     wraps: AtomicU64,
     unwraps: AtomicU64,
@@ -113,6 +117,7 @@ impl TestKms {
             local: LocalKms::create_or_open(dir).unwrap(),
             answer: Mutex::new(Answer::Real),
             data_key_answer: Mutex::new(None),
+            master_key_answer: Mutex::new(None),
             changed: Condvar::new(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
@@ -129,12 +134,19 @@ impl TestKms {
     pub(crate) fn answer(&self, answer: Answer) {
         *self.answer.lock().unwrap() = answer;
         *self.data_key_answer.lock().unwrap() = None;
+        *self.master_key_answer.lock().unwrap() = None;
         self.changed.notify_all();
     }
 
     /// From now on calls about data keys are answered like this; those that renew the lease as before.
     pub(crate) fn answer_for_data_keys(&self, answer: Answer) {
         *self.data_key_answer.lock().unwrap() = Some(answer);
+        self.changed.notify_all();
+    }
+
+    /// From now on calls about this master key are answered like this, and others as before.
+    pub(crate) fn answer_for_master_key(&self, cmk_key_id: &str, answer: Answer) {
+        *self.master_key_answer.lock().unwrap() = Some((cmk_key_id.to_owned(), answer));
         self.changed.notify_all();
     }
 
@@ -154,6 +166,11 @@ impl TestKms {
     }
 
     fn told(&self, call: &KmsCall<'_>) -> Answer {
+        if let Some((cmk_key_id, answer)) = &*self.master_key_answer.lock().unwrap()
+            && *cmk_key_id == call.cmk.cmk_key_id
+        {
+            return *answer;
+        }
         if !is_probe(call)
             && let Some(answer) = *self.data_key_answer.lock().unwrap()
         {
@@ -317,16 +334,21 @@ pub(crate) struct World {
 impl World {
     /// Nothing happens by itself here: the test moves the clock and ticks the store.
     pub(crate) fn manual() -> Self {
-        Self::with(Background::Manual)
+        Self::with(Background::Manual, tempfile::tempdir().unwrap())
+    }
+
+    /// As [`World::manual`], in a file system in memory where the machine has one: for tests that make many thousands of files.
+    pub(crate) fn manual_in_memory() -> Self {
+        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        Self::with(Background::Manual, dir)
     }
 
     /// The store has threads, and the time is real.
     pub(crate) fn threads() -> Self {
-        Self::with(Background::Threads)
+        Self::with(Background::Threads, tempfile::tempdir().unwrap())
     }
 
-    fn with(background: Background) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+    fn with(background: Background, dir: TempDir) -> Self {
         let kms = TestKms::new(&dir.path().join("kms"));
         let mut options = StoreOptions::default();
         options.background = background;
@@ -529,4 +551,24 @@ pub(crate) fn fix_crc(bytes: &mut [u8]) {
     let at = bytes.len() - 4;
     let crc = crc32fast::hash(&bytes[..at]);
     bytes[at..].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// The two parts of an authenticated document, both JSON: what the keyring alone vouches for, and what the data key does too.
+pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Value) {
+    const FIXED_LEN: usize = 80;
+    let len = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let (a, b) = (len(FIXED_LEN - 8), len(FIXED_LEN - 4));
+    let json =
+        |bytes: &[u8]| if bytes.is_empty() { serde_json::Value::Null } else { serde_json::from_slice(bytes).unwrap() };
+    (json(&bytes[FIXED_LEN..FIXED_LEN + a]), json(&bytes[FIXED_LEN + a..FIXED_LEN + a + b]))
+}
+
+/// The envelopes of a Logstore as its metadata has them: version, keyring version, wrapped key (hex) unless it was shredded.
+pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<u64>, Option<String>)> {
+    let (_, keys) = document_parts(&fs::read(world.logstore_dir(logstore).join("meta")).unwrap());
+    let envelope = |version: &serde_json::Value| {
+        let wrapped = version["wrapped"].as_str().map(str::to_owned);
+        (version["version"].as_u64().unwrap(), version["keyring_version"].as_u64(), wrapped)
+    };
+    keys["versions"].as_array().unwrap().iter().map(envelope).collect()
 }

@@ -1,0 +1,278 @@
+//! The files of an embedded KMS: the marker, the lock, and one file per key.
+
+use std::{collections::BTreeSet, fmt, io, path::PathBuf, sync::Arc, thread, time::Duration};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use zeroize::Zeroizing;
+
+use super::{
+    LocalKms,
+    admin::{KeyInfo, KeyState, LocalKmsError, io_error},
+};
+use crate::{
+    crypto::SecretKey,
+    io::{Disk, DiskFile, OpenMode, RealDisk, read_file, replace_file},
+};
+
+/// The largest key file, in bytes: some thousand key versions and grants.
+pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
+/// How often, and how far apart, the lock is tried: 10 seconds in all.
+const LOCK_TRIES: u32 = 2000;
+pub(super) const LOCK_PAUSE: Duration = Duration::from_millis(5);
+
+/// All of `kms.json`.
+pub(super) const MARKER: &[u8] = b"{\"format\":\"envelog local kms\",\"version\":1}\n";
+
+impl LocalKms {
+    pub(super) fn marker_path(&self) -> PathBuf {
+        self.dir.join("kms.json")
+    }
+
+    pub(super) fn lock_path(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    pub(super) fn keys_dir(&self) -> PathBuf {
+        self.dir.join("keys")
+    }
+
+    pub(super) fn key_path(&self, key_id: &str) -> PathBuf {
+        self.keys_dir().join(format!("{key_id}.json"))
+    }
+
+    pub(super) fn new_material(&self) -> Result<Material, LocalKmsError> {
+        SecretKey::generate(&*self.random).map(Material).map_err(io_error(&self.dir))
+    }
+
+    /// Checks that the directory is an embedded KMS, so that a key that is not found is known not to exist.
+    pub(super) fn check(&self) -> Result<(), LocalKmsError> {
+        let marker = self.marker_path();
+        let damaged = |what| LocalKmsError::Damaged { file: marker.clone(), what };
+        match read_file(&RealDisk, &marker, MARKER.len() as u64) {
+            Ok(bytes) if bytes == MARKER => {}
+            Ok(_) => return Err(damaged("it does not name this format")),
+            Err(error) => {
+                return Err(match error.kind() {
+                    io::ErrorKind::NotFound => LocalKmsError::Missing { dir: self.dir.clone() },
+                    io::ErrorKind::FileTooLarge => damaged("it is too long"),
+                    _ => io_error(&marker)(error),
+                });
+            }
+        }
+        let keys = self.keys_dir();
+        match RealDisk.stat(&keys).map_err(io_error(&keys))? {
+            Some(_) => Ok(()),
+            None => Err(LocalKmsError::Missing { dir: keys }),
+        }
+    }
+
+    /// Takes the lock of those who change something; it lasts as long as what is returned.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "no condition can signal that another process has let go of a file's lock"
+    )]
+    pub(super) fn lock(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
+        let path = self.lock_path();
+        let file = RealDisk.open(&path, OpenMode::ReadWrite).map_err(io_error(&path))?;
+        for _ in 0..LOCK_TRIES {
+            if file.try_lock().map_err(io_error(&path))? {
+                return Ok(file);
+            }
+            thread::sleep(LOCK_PAUSE);
+        }
+        Err(LocalKmsError::Busy { dir: self.dir.clone() })
+    }
+
+    /// Takes the lock, and destroys the material of the keys whose day has come.
+    pub(super) fn lock_and_sweep(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
+        self.check()?;
+        let lock = self.lock()?;
+        let today = self.today();
+        for key_id in self.key_ids()? {
+            let mut key = match self.load(&key_id) {
+                // One damaged key must not keep the others from being administered.
+                Err(LocalKmsError::Damaged { .. }) => continue,
+                loaded => loaded?,
+            };
+            if key.state(today) == KeyState::Deleted && !key.material.is_empty() {
+                key.material.clear();
+                self.save(&key)?;
+            }
+        }
+        Ok(lock)
+    }
+
+    /// The identifiers of all keys, in order.
+    pub(super) fn key_ids(&self) -> Result<Vec<String>, LocalKmsError> {
+        self.check()?;
+        let keys = self.keys_dir();
+        let entries = RealDisk.list_dir(&keys).map_err(io_error(&keys))?;
+        let mut ids: Vec<String> = entries
+            .iter()
+            .filter_map(|entry| entry.name.strip_suffix(".json").filter(|id| is_key_id(id)).map(str::to_owned))
+            .collect();
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    pub(super) fn load(&self, key_id: &str) -> Result<StoredKey, LocalKmsError> {
+        let not_found = || LocalKmsError::NotFound { key_id: key_id.to_owned() };
+        if !is_key_id(key_id) {
+            self.check()?;
+            return Err(not_found());
+        }
+        let path = self.key_path(key_id);
+        let read = read_file(&RealDisk, &path, KEY_FILE_BYTES_MAX as u64).map(Zeroizing::new);
+        // Only after the attempt: a directory that vanishes in between must not look like a key that is gone.
+        self.check()?;
+        let damaged = |what| LocalKmsError::Damaged { file: path.clone(), what };
+        let bytes = read.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => not_found(),
+            io::ErrorKind::FileTooLarge => damaged("it is too long"),
+            _ => io_error(&path)(error),
+        })?;
+        let key = StoredKey::decode(&bytes).map_err(damaged)?;
+        if key.key_id != key_id {
+            return Err(damaged("it holds another key"));
+        }
+        Ok(key)
+    }
+
+    pub(super) fn save(&self, key: &StoredKey) -> Result<(), LocalKmsError> {
+        let path = self.key_path(&key.key_id);
+        let bytes = key.encode().ok_or_else(|| LocalKmsError::TooLarge { key_id: key.key_id.clone() })?;
+        replace_file(&RealDisk, &path, &bytes, OpenMode::CreateNewPrivate).map_err(io_error(&path))
+    }
+}
+
+/// Whether it is an identifier as this KMS makes them, and so safe as part of a file name.
+fn is_key_id(id: &str) -> bool {
+    id.strip_prefix("key-")
+        .is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
+}
+
+/// A key as its file holds it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoredKey {
+    pub(super) key_id: String,
+    pub(super) region_id: String,
+    pub(super) created_us: u64,
+    pub(super) disabled: bool,
+    pub(super) deletion_day: Option<u32>,
+    pub(super) grants: BTreeSet<String>,
+    /// The versions, from 1. Empty once destroyed.
+    pub(super) material: Vec<Material>,
+}
+
+impl StoredKey {
+    pub(super) fn state(&self, today: u32) -> KeyState {
+        match self.deletion_day {
+            _ if self.material.is_empty() => KeyState::Deleted,
+            Some(day) if day <= today => KeyState::Deleted,
+            Some(day) => KeyState::PendingDeletion { day },
+            None if self.disabled => KeyState::Disabled,
+            None => KeyState::Enabled,
+        }
+    }
+
+    pub(super) fn info(self, today: u32) -> KeyInfo {
+        KeyInfo {
+            state: self.state(today),
+            versions: self.versions(),
+            key_id: self.key_id,
+            region_id: self.region_id,
+            grants: self.grants.into_iter().collect(),
+            created_us: self.created_us,
+            deletion_day: self.deletion_day,
+        }
+    }
+
+    /// The number of versions, which is the number of the newest one.
+    pub(super) fn versions(&self) -> u32 {
+        u32::try_from(self.material.len()).expect("the file size limits the number of versions")
+    }
+
+    pub(super) fn version(&self, version: u32) -> Option<&SecretKey> {
+        let index = usize::try_from(version.checked_sub(1)?).ok()?;
+        self.material.get(index).map(|material| &material.0)
+    }
+
+    /// The bytes of its file; `None` if they would be too many. Written into one buffer of the greatest size, because one
+    /// that grows would leave copies of the material behind.
+    fn encode(&self) -> Option<Zeroizing<Vec<u8>>> {
+        let mut file = Zeroizing::new(vec![0; KEY_FILE_BYTES_MAX]);
+        let (head, body) = file.split_at_mut(file_head(0).len());
+        let room = body.len();
+        let mut rest = &mut *body;
+        serde_json::to_writer(&mut rest, self).ok()?;
+        let len = room - rest.len();
+        rest.get_mut(..FILE_END.len())?.copy_from_slice(FILE_END);
+        head.copy_from_slice(file_head(crc32fast::hash(&body[..len])).as_bytes());
+        let total = head.len() + len + FILE_END.len();
+        file.truncate(total);
+        Some(file)
+    }
+
+    pub(super) fn decode(file: &[u8]) -> Result<Self, &'static str> {
+        let (head, rest) = file.split_at_checked(file_head(0).len()).ok_or("it is cut short")?;
+        let body = rest.strip_suffix(FILE_END).ok_or("it is cut short")?;
+        if head != file_head(crc32fast::hash(body)).as_bytes() {
+            return Err("its checksum does not match");
+        }
+        // What serde_json has to say might quote the file, and so the material.
+        serde_json::from_slice(body).map_err(|_| "it does not describe a key")
+    }
+}
+
+pub(super) fn file_head(crc: u32) -> String {
+    format!("{{\"crc32\":\"{crc:08x}\",\"key\":")
+}
+
+const FILE_END: &[u8] = b"}\n";
+
+/// The material of one key version; in the file 64 hexadecimal digits. Neither way leaves a copy behind.
+#[derive(Debug)]
+pub(super) struct Material(SecretKey);
+
+impl Serialize for Material {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut hex = Zeroizing::new([0; 64]);
+        for (pair, byte) in hex.chunks_exact_mut(2).zip(self.0.expose()) {
+            pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        }
+        serializer.serialize_str(std::str::from_utf8(&*hex).expect("the digits are ASCII"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Material {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Material;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("64 hexadecimal digits")
+            }
+
+            // Borrowed only: a string with escapes would be copied on its way here.
+            fn visit_borrowed_str<E: de::Error>(self, hex: &'de str) -> Result<Material, E> {
+                let wrong = || E::custom("not 64 hexadecimal digits");
+                let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+                if hex.len() != 64 {
+                    return Err(wrong());
+                }
+                let mut bytes = Zeroizing::new([0; 32]);
+                for (byte, pair) in bytes.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
+                    let &[high, low] = pair else { return Err(wrong()) };
+                    *byte = digit(high).zip(digit(low)).map(|(high, low)| high << 4 | low).ok_or_else(wrong)?;
+                }
+                Ok(Material(SecretKey::from_bytes(&mut bytes)))
+            }
+        }
+
+        deserializer.deserialize_str(Visitor)
+    }
+}

@@ -1,0 +1,238 @@
+//! A directory that plays the customer's KMS.
+//!
+//! ```text
+//! kms.json               what the directory is, and its format version; made last
+//! lock                   the advisory lock of those who change something
+//! keys/key-….json        one file per key (mode 0600): {"crc32":"8 hex digits","key":{…}}, the CRC being that of the inner object
+//! ```
+//!
+//! A key's file is replaced atomically and durably, so calls read without a lock. A deleted key keeps its file, without material.
+//!
+//! A wrapped key is, all little-endian:
+//!
+//! ```text
+//! 0    4  magic "ELKW"
+//! 4    2  version = 1
+//! 6    2  length of the key id, n
+//! 8    n  key id
+//! 8+n  4  key version, from 1
+//! then    salt 32, sealed key 32, tag 16
+//! ```
+//!
+//! Sealed with AES-256-GCM under HKDF-SHA-256(salt, material of that key version, "envelog local kms wrap" || the bytes before the
+//! salt), used this once and so with a nonce of zeros. Associated data: the bytes before the salt, then the context as a count u32
+//! and for each name and value, in the order of the names, length u32 and bytes.
+
+mod admin;
+mod files;
+#[cfg(test)]
+mod tests;
+mod wrapped;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use aes_gcm::{Nonce, Tag, aead::AeadInOut};
+use zeroize::Zeroizing;
+
+use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason};
+use crate::{
+    crypto::SecretKey,
+    io::{Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock, replace_file},
+};
+
+use admin::io_error;
+pub use admin::{DELETION_DAYS, KeyInfo, KeyState, LocalKmsError};
+use files::{MARKER, StoredKey};
+use wrapped::{Blob, NONCE, associated_data, blob_head, wrap_cipher};
+
+const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
+
+/// The embedded KMS: a directory that plays the customer's KMS, with keys, key versions, states and grants of its own.
+///
+/// It is a stand-in for development, for tests, and for use on a single machine: **whoever can read the directory has the
+/// keys**, and a backup of it brings deleted keys back. Deleting a key removes its material from the directory; what the file system
+/// keeps in freed blocks and snapshots is out of reach. To put a data key out of the reach of whoever runs the machine, use a
+/// real KMS.
+///
+/// Several processes can use one directory at once. Each call reads the state afresh, so what one process changes counts for every
+/// other at its next call. Changes happen one at a time, under an advisory lock, and are durable when the method returns.
+///
+/// As a [`Kms`] it answers:
+///
+/// - [`KmsError::Revoked`], in this order: `Deleted` when the region has no such key (a key of another region included) or
+///   the key is deleted; `NotPermitted` when the role has no grant; `PendingDeletion`; `Disabled`.
+/// - [`KmsError::Unreachable`] when the directory is absent or cannot be read.
+/// - [`KmsError::Invalid`] when a file in it is damaged, or the wrapped key is damaged, or was made under another key or for another
+///   context.
+///
+/// Calls read two small local files and wait for no lock; against a file system that hangs, the timeout of a call has no power.
+///
+/// The deletion of a key that was scheduled happens by the clock: once the day has come, the key counts as deleted, and the next
+/// change of anything in the directory destroys its material.
+#[derive(Clone, Debug)]
+pub struct LocalKms {
+    dir: PathBuf,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+}
+
+impl LocalKms {
+    /// The embedded KMS in `dir`, without looking: whether it is there, and well, shows at each call.
+    ///
+    /// This is what to hand to a store, which opens whether its KMS is there or not.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into(), clock: Arc::new(SystemClock), random: Arc::new(OsRandom) }
+    }
+
+    /// Opens the embedded KMS in `dir`.
+    ///
+    /// # Errors
+    /// [`LocalKmsError::Missing`] when there is none, `Damaged` or `Io` when it cannot be used.
+    pub fn open(dir: impl Into<PathBuf>) -> Result<Self, LocalKmsError> {
+        let kms = Self::at(dir);
+        kms.check()?;
+        Ok(kms)
+    }
+
+    /// Opens the embedded KMS in `dir`, or creates an empty one. Its parent directory must exist.
+    ///
+    /// # Errors
+    /// `Damaged`, `Busy` or `Io`; also [`LocalKmsError::Missing`] when part of an existing one has been lost.
+    pub fn create_or_open(dir: impl Into<PathBuf>) -> Result<Self, LocalKmsError> {
+        let kms = Self::at(dir);
+        let exists_is_fine = |result: io::Result<()>| match result {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => Ok(()),
+        };
+        if RealDisk.stat(&kms.marker_path()).map_err(io_error(&kms.dir))?.is_none() {
+            exists_is_fine(RealDisk.create_dir(&kms.dir)).map_err(io_error(&kms.dir))?;
+            let parent = kms.dir.parent().unwrap_or(Path::new("."));
+            RealDisk.sync_dir(parent).map_err(io_error(parent))?;
+            let lock = kms.lock_path();
+            exists_is_fine(RealDisk.open(&lock, OpenMode::CreateNewPrivate).map(drop)).map_err(io_error(&lock))?;
+            let _lock = kms.lock()?;
+            let marker = kms.marker_path();
+            if RealDisk.stat(&marker).map_err(io_error(&marker))?.is_none() {
+                let keys = kms.keys_dir();
+                exists_is_fine(RealDisk.create_dir(&keys)).map_err(io_error(&keys))?;
+                replace_file(&RealDisk, &marker, MARKER, OpenMode::CreateNewPrivate).map_err(io_error(&marker))?;
+            }
+        }
+        kms.check()?;
+        Ok(kms)
+    }
+
+    /// The same KMS with another clock, by which keys are created and deleted.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// The same KMS with another source of randomness. Key material and salts come from it: whoever can predict it, or makes it
+    /// repeat, has every key.
+    #[must_use]
+    pub fn insecure_random_for_tests(mut self, random: Arc<dyn Random>) -> Self {
+        self.random = random;
+        self
+    }
+
+    fn today(&self) -> u32 {
+        u32::try_from(self.clock.wall_us() / DAY_US).unwrap_or(u32::MAX)
+    }
+
+    /// The key of a call, if it may be used.
+    fn usable(&self, cmk: &Cmk) -> Result<StoredKey, KmsError> {
+        let revoked = |reason, detail| Err(KmsError::Revoked { reason, detail });
+        let Cmk { cmk_key_id, arn, region_id } = cmk;
+        let key = match self.load(cmk_key_id) {
+            Ok(key) if key.region_id == *region_id => key,
+            Ok(_) | Err(LocalKmsError::NotFound { .. }) => {
+                return revoked(RevokedReason::Deleted, format!("no key {cmk_key_id} in region {region_id}"));
+            }
+            Err(error @ LocalKmsError::Damaged { .. }) => return Err(KmsError::Invalid { detail: error.to_string() }),
+            Err(error) => return Err(KmsError::Unreachable { detail: error.to_string() }),
+        };
+        let state = key.state(self.today());
+        let reason = match state {
+            KeyState::Deleted => RevokedReason::Deleted,
+            _ if !key.grants.contains(arn) => {
+                return revoked(RevokedReason::NotPermitted, format!("key {cmk_key_id} is not granted to {arn}"));
+            }
+            KeyState::PendingDeletion { .. } => RevokedReason::PendingDeletion,
+            KeyState::Disabled => RevokedReason::Disabled,
+            KeyState::Enabled => return Ok(key),
+        };
+        revoked(reason, format!("key {cmk_key_id} in region {region_id}"))
+    }
+}
+
+impl Kms for LocalKms {
+    fn name(&self) -> &str {
+        "local"
+    }
+
+    /// Whether the region has a key, be it a deleted one. While the keys cannot be read the answer is yes, so that the call itself
+    /// says what is wrong; where there is no embedded KMS at all it is no.
+    fn serves(&self, region_id: &str) -> bool {
+        match self.list() {
+            Ok(keys) => keys.iter().any(|key| key.region_id == region_id),
+            Err(LocalKmsError::Missing { .. }) => false,
+            Err(_) => true,
+        }
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        let cmk = self.usable(call.cmk)?;
+        let version = cmk.versions();
+        let Some(material) = cmk.version(version) else {
+            return Err(invalid("the key has no version"));
+        };
+        let mut salt = [0; 32];
+        self.random
+            .fill(&mut salt)
+            .map_err(|error| KmsError::Unreachable { detail: format!("no randomness: {error}") })?;
+        let mut blob = blob_head(&cmk.key_id, version);
+        let mut sealed = Zeroizing::new(*key.expose());
+        let tag = wrap_cipher(material, &salt, &blob)
+            .encrypt_inout_detached(
+                &Nonce::from(NONCE),
+                &associated_data(&blob, call.context),
+                sealed.as_mut_slice().into(),
+            )
+            .map_err(|_| invalid("the key could not be sealed"))?;
+        blob.extend_from_slice(&salt);
+        blob.extend_from_slice(&*sealed);
+        blob.extend_from_slice(&tag);
+        Ok(blob)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        let cmk = self.usable(call.cmk)?;
+        let blob = Blob::parse(wrapped).map_err(invalid)?;
+        if blob.key_id != cmk.key_id.as_bytes() {
+            return Err(invalid("the wrapped key was made under another key"));
+        }
+        let material = cmk
+            .version(blob.version)
+            .ok_or_else(|| invalid("the wrapped key names a key version that does not exist"))?;
+        let mut key = Zeroizing::new(*blob.sealed);
+        wrap_cipher(material, blob.salt, blob.head)
+            .decrypt_inout_detached(
+                &Nonce::from(NONCE),
+                &associated_data(blob.head, call.context),
+                key.as_mut_slice().into(),
+                &Tag::from(*blob.tag),
+            )
+            .map_err(|_| invalid("the wrapped key is damaged or was made for another context"))?;
+        Ok(SecretKey::from_bytes(&mut key))
+    }
+}
+
+fn invalid(detail: &str) -> KmsError {
+    KmsError::Invalid { detail: detail.to_owned() }
+}

@@ -1,0 +1,538 @@
+//! The key audit log: what is in it, that nobody can change it unnoticed, and that it stands in nobody's way.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    fs,
+    path::PathBuf,
+    sync::{Arc, Condvar, Mutex},
+    thread,
+};
+
+use common::{
+    failing::{FailingDisk, Failure},
+    *,
+};
+use envelog::{
+    AuditEvent::{self, *},
+    AuditRecord, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store,
+    VerifyOptions,
+    io::{DirEntry, Disk, DiskFile, FileStat, OpenMode},
+    kms::RevokedReason,
+};
+
+fn audit_dir(world: &World) -> PathBuf {
+    world.store_dir().join("audit")
+}
+
+fn audit_files(world: &World) -> Vec<PathBuf> {
+    files(&audit_dir(world)).into_keys().collect()
+}
+
+fn events(store: &Store) -> Vec<AuditEvent> {
+    store.audit_records().unwrap().into_iter().map(|record| record.event).collect()
+}
+
+fn since(store: &Store, count: usize) -> Vec<AuditRecord> {
+    store.audit_records().unwrap().split_off(count)
+}
+
+/// What a verification of the whole store finds.
+fn fault_kinds(store: &Store) -> Vec<&'static str> {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    report.faults.iter().map(|fault| fault.kind).collect()
+}
+
+// ---- what is in it ----
+
+#[test]
+fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
+    let world = World::manual();
+    let store = world.create();
+    let (old, new) = (world.cmk(), world.cmk());
+    let byok = world.byok(&store, "p/byok", &old);
+    let service = world.service(&store, "p/service");
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    for logstore in [&byok, &service, &plain] {
+        put(logstore, "one");
+        texts(logstore);
+    }
+    // A Logstore without a key has no transitions; its first `enable: true` is one.
+    assert_eq!(events(&store), [StoreCreated, Created, Created]);
+    let config = store.config(plain.name()).unwrap();
+    let conf = EncryptConf::service_key(EncryptType::Sm4);
+    let config =
+        store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config }).unwrap();
+    // Switching, syncing, checkpoints and closing are none.
+    let off = EncryptConf { enable: false, ..conf };
+    store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
+    store.checkpoint().unwrap();
+    world.clock.advance(secs(40));
+    store.tick();
+    texts(&byok);
+    let begin = events(&store).len();
+    assert_eq!(begin, 4);
+
+    for (reason, word) in [
+        (RevokedReason::Disabled, "disabled"),
+        (RevokedReason::PendingDeletion, "pending deletion"),
+        (RevokedReason::Deleted, "deleted"),
+        (RevokedReason::NotPermitted, "not permitted"),
+    ] {
+        let before = events(&store).len();
+        world.kms.answer(Answer::Revoked(reason));
+        // However often it is asked, it is one transition.
+        for _ in 0..3 {
+            byok.revalidate_now().unwrap_err();
+            try_put(&byok, "refused").unwrap_err();
+        }
+        world.kms.answer(Answer::Real);
+        byok.revalidate_now().unwrap();
+        let records = since(&store, before);
+        assert_eq!(records.iter().map(|record| record.event).collect::<Vec<_>>(), [Revoked, Recovered]);
+        assert!(records[0].detail.contains(word), "{:?}", records[0].detail);
+        assert!(records.iter().all(|record| record.logstore.as_ref() == Some(byok.name())));
+        assert!(records.iter().all(|record| record.logstore_id == Some(byok.id())));
+    }
+    for (answer, word) in [(Answer::Unreachable, "unreachable"), (Answer::Invalid, "invalid")] {
+        let before = events(&store).len();
+        world.kms.answer(answer);
+        world.clock.advance(secs(301));
+        store.tick();
+        world.kms.answer(Answer::Real);
+        byok.revalidate_now().unwrap();
+        let records = since(&store, before);
+        assert_eq!(records.iter().map(|record| record.event).collect::<Vec<_>>(), [LeaseEnded, Recovered]);
+        assert!(records[0].detail.contains(word), "{:?}", records[0].detail);
+    }
+
+    let before = events(&store).len();
+    store.rotate_data_key(byok.name()).unwrap();
+    store.rewrap(service.name()).unwrap();
+    store.replace_cmk(byok.name(), new, ReplaceCmk::default()).unwrap();
+    store.shred_data_keys(byok.name(), &[1]).unwrap();
+    store.delete_logstore(plain.name()).unwrap();
+    store.rotate_service_key().unwrap();
+    let records = since(&store, before);
+    let happened: Vec<_> = records.iter().map(|record| (record.event, record.logstore.clone())).collect();
+    let (b, s, p) = (Some(byok.name().clone()), Some(service.name().clone()), Some(plain.name().clone()));
+    let expected = [
+        (RotateIntended, &b),
+        (Rotated, &b),
+        (RotateIntended, &s),
+        (Rewrapped, &s),
+        (ReplaceIntended, &b),
+        (Replaced, &b),
+        (ShredIntended, &b),
+        (Shredded, &b),
+        (DeleteIntended, &p),
+        (Deleted, &p),
+        (ServiceRotateIntended, &None),
+        (ServiceRotated, &None),
+        (RotateIntended, &s),
+        (Rewrapped, &s),
+    ];
+    let expected: Vec<_> = expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
+    assert_eq!(happened, expected);
+    // What follows the new service key is tagged under it.
+    let versions: Vec<u32> = records.iter().map(|record| record.keyring_version).collect();
+    assert_eq!(versions, [vec![1; 11], vec![2; 3]].concat());
+    // Numbered without a gap, never backwards in time, and the same after opening anew.
+    let all = store.audit_records().unwrap();
+    assert!(all.iter().zip(1..).all(|(record, number)| record.number == number));
+    assert!(all.windows(2).all(|pair| pair[0].time_us <= pair[1].time_us));
+    store.close().unwrap();
+    assert_eq!(world.open().audit_records().unwrap(), all);
+}
+
+#[test]
+fn no_key_is_ever_in_it() {
+    let world = World::manual();
+    let random = Arc::new(RecordingRandom::default());
+    let store = world.builder().insecure_random_for_tests(random.clone()).create().unwrap();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    store.rotate_data_key(logstore.name()).unwrap();
+    store.replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap();
+    store.rotate_service_key().unwrap();
+    let log: Vec<u8> = files(&audit_dir(&world)).into_values().flatten().collect();
+    let text = String::from_utf8(log).unwrap();
+    let keys = [random.draws(), world.kms.wrapped_keys()].concat();
+    assert!(keys.len() > 6);
+    for key in keys {
+        let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert!(!text.contains(&hex));
+    }
+}
+
+// ---- intent first ----
+
+/// An operation that cannot be put on record is not done, and what was intended is on record when the operation itself fails.
+#[test]
+fn intent_is_on_record_before_anything_changes() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let (service, byok) = (world.service(&store, "p/service"), world.byok(&store, "p/byok", &world.cmk()));
+    for logstore in [&service, &byok] {
+        put(logstore, "one");
+        store.rotate_data_key(logstore.name()).unwrap();
+        put(logstore, "two");
+    }
+    type Operation<'a> = (AuditEvent, Box<dyn Fn() -> Result<()> + 'a>);
+    let operations: [Operation<'_>; 6] = [
+        (RotateIntended, Box::new(|| store.rotate_data_key(service.name()).map(|_| ()))),
+        (RotateIntended, Box::new(|| store.rewrap(byok.name()).map(|_| ()))),
+        (ReplaceIntended, Box::new(|| store.replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default()).map(|_| ()))),
+        (ShredIntended, Box::new(|| store.shred_data_keys(byok.name(), &[1]))),
+        (DeleteIntended, Box::new(|| store.delete_logstore(service.name()))),
+        (ServiceRotateIntended, Box::new(|| store.rotate_service_key().map(|_| ()))),
+    ];
+    let state = || {
+        let mut files = files(&world.store_dir());
+        files.retain(|path, _| !path.starts_with(audit_dir(&world)));
+        files.insert(world.keyring(), fs::read(world.keyring()).unwrap());
+        files
+    };
+    let (before, recorded) = (state(), events(&store));
+    for (intent, operation) in &operations {
+        disk.break_paths(Some("/audit/"));
+        assert!(matches!(operation(), Err(Error::Io { .. })), "{intent:?}");
+        disk.break_paths(None);
+        assert!(state() == before, "{intent:?} changed something without being on record");
+    }
+    assert_eq!(events(&store), recorded);
+    // The intent stays on record when what follows it fails.
+    world.kms.answer_for_data_keys(Answer::Unreachable);
+    store.rewrap(byok.name()).unwrap_err();
+    assert_eq!(events(&store)[recorded.len()..], [RotateIntended]);
+}
+
+// ---- it cannot be changed unnoticed ----
+
+/// A store with some history in several audit files, closed.
+fn with_history(options: impl FnOnce(&mut World)) -> World {
+    let mut world = World::manual();
+    options(&mut world);
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    for _ in 0..10 {
+        store.rotate_data_key(logstore.name()).unwrap();
+    }
+    store.close().unwrap();
+    world
+}
+
+#[test]
+fn it_goes_on_in_a_new_file_when_one_is_full() {
+    let world = with_history(|world| world.options.audit_file_bytes = 4096);
+    let sizes: Vec<u64> = audit_files(&world).iter().map(|path| fs::metadata(path).unwrap().len()).collect();
+    assert!(sizes.len() >= 2, "{sizes:?}");
+    // One record more than the limit at most.
+    assert!(sizes.iter().all(|size| *size < 4096 + 512), "{sizes:?}");
+    let store = world.open();
+    assert_eq!(events(&store).len(), 22);
+    store.rotate_data_key(&name("p/l")).unwrap();
+    assert_eq!(events(&store)[22..], [RotateIntended, Rotated]);
+    assert!(fault_kinds(&store).is_empty());
+}
+
+#[test]
+fn removal_alteration_reordering_and_truncation_are_found() {
+    let world = with_history(|world| world.options.audit_file_bytes = 4096);
+    let good = files(&audit_dir(&world));
+    let paths: Vec<_> = good.keys().cloned().collect();
+    let lines = |path: &PathBuf| -> Vec<Vec<u8>> {
+        good[path].split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect()
+    };
+    let (first, last) = (&paths[0], paths.last().unwrap());
+    let with = |change: &dyn Fn(&mut Vec<Vec<u8>>)| {
+        let mut lines = lines(first);
+        change(&mut lines);
+        lines.concat()
+    };
+    // The CRC of an altered line is put right: whoever alters it can do that.
+    let altered = |line: &[u8]| {
+        let text = std::str::from_utf8(line).unwrap().trim_end();
+        let (body, _) = text.rsplit_once('\t').unwrap();
+        let body = body.replacen("\"rotated\"", "\"created\"", 1);
+        format!("{body}\t{:08x}\n", crc32fast::hash(body.as_bytes())).into_bytes()
+    };
+    type Change<'a> = (&'static str, &'static str, Box<dyn Fn() + 'a>);
+    let changes: Vec<Change<'_>> = vec![
+        ("a record removed", "tampered", Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(4)))).unwrap())),
+        ("the first removed", "tampered", Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(0)))).unwrap())),
+        ("two swapped", "tampered", Box::new(|| fs::write(first, with(&|lines| lines.swap(2, 3))).unwrap())),
+        (
+            "one twice",
+            "tampered",
+            Box::new(|| fs::write(first, with(&|lines| lines.insert(3, lines[3].clone()))).unwrap()),
+        ),
+        (
+            "one altered",
+            "tampered",
+            Box::new(|| fs::write(first, with(&|lines| lines[3] = altered(&lines[3]))).unwrap()),
+        ),
+        (
+            "a bit flipped at the end",
+            "corrupt",
+            Box::new(|| {
+                let mut bytes = good[last].clone();
+                bytes[30] ^= 1;
+                fs::write(last, bytes).unwrap();
+            }),
+        ),
+        ("a bit flipped", "corrupt", Box::new(|| fs::write(first, with(&|lines| lines[3][30] ^= 1)).unwrap())),
+        (
+            "the last records cut off",
+            "truncated",
+            Box::new(|| {
+                let lines = lines(last);
+                fs::write(last, lines[..lines.len() - 1].concat()).unwrap();
+            }),
+        ),
+        ("the end torn off", "truncated", Box::new(|| fs::write(last, &good[last][..good[last].len() - 9]).unwrap())),
+        ("the last file removed", "truncated", Box::new(|| fs::remove_file(last).unwrap())),
+        ("the first file removed", "truncated", Box::new(|| fs::remove_file(first).unwrap())),
+        ("all files removed", "truncated", Box::new(|| paths.iter().for_each(|path| fs::remove_file(path).unwrap()))),
+        (
+            "two files swapped",
+            "tampered",
+            Box::new(|| {
+                fs::write(first, &good[&paths[1]]).unwrap();
+                fs::write(&paths[1], &good[first]).unwrap();
+            }),
+        ),
+    ];
+    let template = world.path().join("template");
+    copy_dir(&world.store_dir(), &template);
+    for (what, expected, change) in &changes {
+        copy_dir(&template, &world.store_dir());
+        change();
+        // Nothing that is wrong with the log keeps the data from being read.
+        let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one"], "{what}");
+        let found = store.audit_records().unwrap_err();
+        assert_eq!(found.code(), *expected, "{what}: {found}");
+        assert_eq!(fault_kinds(&store), [*expected], "{what}");
+        // The store goes on, and so does the log; but what was done to it stays to be seen, also after closing and opening.
+        store.rotate_data_key(&name("p/l")).unwrap();
+        store.rotate_data_key(&name("p/l")).unwrap();
+        store.close().unwrap();
+        let store = world.open();
+        store.rotate_data_key(&name("p/l")).unwrap();
+        let error = store.audit_records().expect_err(what);
+        assert!(matches!(error.code(), "tampered" | "corrupt" | "truncated" | "rolled_back"), "{what}: {error}");
+        assert!(!fault_kinds(&store).is_empty(), "{what}");
+    }
+    copy_dir(&template, &world.store_dir());
+    assert_eq!(events(&world.open()).len(), 22);
+}
+
+#[test]
+fn a_checkpoint_finds_an_older_log_together_with_an_older_catalogue() {
+    let world = with_history(|_| {});
+    let old = world.path().join("old");
+    copy_dir(&world.store_dir(), &old);
+    let store = world.open();
+    store.rotate_data_key(&name("p/l")).unwrap();
+    let checkpoint = store.checkpoint().unwrap();
+    store.close().unwrap();
+    copy_dir(&old, &world.store_dir());
+    let store = world.open();
+    // By itself the old state is whole.
+    assert!(fault_kinds(&store).is_empty());
+    let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
+    let report = store.verify(&options, &mut |_| {}).unwrap();
+    let kinds: Vec<_> = report.faults.iter().map(|fault| fault.kind).collect();
+    assert!(kinds.contains(&"truncated") && kinds.contains(&"rolled_back"), "{kinds:?}");
+}
+
+#[test]
+fn a_record_that_a_crash_tore_was_never_there() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    world.service(&store, "p/l");
+    disk.fail_after(0, Failure::Death);
+    store.rotate_data_key(&name("p/l")).unwrap_err();
+    drop(store);
+    assert!(!fs::read(&audit_files(&world)[0]).unwrap().ends_with(b"\n"), "it was torn");
+    let store = world.open();
+    assert_eq!(events(&store), [StoreCreated, Created]);
+    assert!(fault_kinds(&store).is_empty());
+    store.rotate_data_key(&name("p/l")).unwrap();
+    assert_eq!(events(&store), [StoreCreated, Created, RotateIntended, Rotated]);
+}
+
+// ---- it stands in nobody's way ----
+
+#[test]
+fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let cmk = world.cmk();
+    let logstores = [world.byok(&store, "p/a", &cmk), world.byok(&store, "p/b", &cmk)];
+    for logstore in &logstores {
+        put(logstore, "synced");
+        logstore.append(record("buffered"), &buffered()).unwrap();
+    }
+    let before = events(&store).len();
+    disk.break_paths(Some("/audit/"));
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    assert_revoked(logstores[0].revalidate_now(), RevokedReason::Disabled);
+    for logstore in &logstores {
+        assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
+        assert_revoked(try_texts(logstore), RevokedReason::Disabled);
+    }
+    // Nor a recovery; what was acknowledged was sealed before the wipe.
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstores[0].revalidate_now().unwrap();
+    for logstore in &logstores {
+        assert_eq!(texts(logstore), ["synced", "buffered"]);
+        put(logstore, "after");
+    }
+    disk.break_paths(None);
+    assert_eq!(events(&store).len(), before);
+    // Once the disk is well, the log goes on where it was.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    logstores[0].revalidate_now().unwrap_err();
+    assert_eq!(events(&store)[before..], [Revoked, Revoked]);
+    store.close().unwrap();
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    let store = world.open();
+    for text in ["p/a", "p/b"] {
+        assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["synced", "buffered", "after"]);
+    }
+    assert!(fault_kinds(&store).is_empty());
+}
+
+/// A disk whose audit files hang while they are told to.
+#[derive(Clone, Debug, Default)]
+struct HangingAudit(Arc<(Mutex<(bool, u64)>, Condvar)>);
+
+impl HangingAudit {
+    fn hang(&self, hang: bool) {
+        self.0.0.lock().unwrap().0 = hang;
+        self.0.1.notify_all();
+    }
+
+    /// How many operations hang.
+    fn hanging(&self) -> u64 {
+        self.0.0.lock().unwrap().1
+    }
+
+    fn pass(&self) {
+        let mut state = self.0.0.lock().unwrap();
+        state.1 += 1;
+        while state.0 {
+            state = self.0.1.wait(state).unwrap();
+        }
+        state.1 -= 1;
+    }
+}
+
+#[derive(Debug)]
+struct HangingFile(Arc<dyn DiskFile>, HangingAudit);
+
+impl Disk for HangingAudit {
+    fn open(&self, path: &std::path::Path, mode: OpenMode) -> std::io::Result<Arc<dyn DiskFile>> {
+        let file = QuickDisk.open(path, mode)?;
+        let is_audit = path.extension().is_some_and(|ext| ext == "log");
+        Ok(if is_audit { Arc::new(HangingFile(file, self.clone())) } else { file })
+    }
+
+    fn rename(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.rename(from, to)
+    }
+
+    fn remove_file(&self, path: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.remove_file(path)
+    }
+
+    fn create_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.create_dir(path)
+    }
+
+    fn remove_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.sync_dir(path)
+    }
+
+    fn list_dir(&self, path: &std::path::Path) -> std::io::Result<Vec<DirEntry>> {
+        QuickDisk.list_dir(path)
+    }
+
+    fn stat(&self, path: &std::path::Path) -> std::io::Result<Option<FileStat>> {
+        QuickDisk.stat(path)
+    }
+}
+
+impl DiskFile for HangingFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        self.0.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+        self.1.pass();
+        self.0.write_at(buf, offset)
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.0.sync_data()
+    }
+
+    fn len(&self) -> std::io::Result<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn try_lock(&self) -> std::io::Result<bool> {
+        self.0.try_lock()
+    }
+
+    fn map(&self) -> std::io::Result<envelog::io::Map> {
+        self.0.map()
+    }
+}
+
+/// Every Logstore under the master key has dealt with the loss before the first record is written, so one that hangs holds up none.
+#[test]
+fn a_hanging_audit_disk_holds_up_no_logstore() {
+    let world = World::threads();
+    let disk = HangingAudit::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let cmk = world.cmk();
+    let logstores: Vec<Logstore> = (0..5).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
+    logstores.iter().for_each(|logstore| put(logstore, "one"));
+    let sealed = |logstore: &Logstore| {
+        let path = &segments(&world.logstore_dir(logstore), 0)[0];
+        fs::read(path).unwrap().ends_with(b"SEAL")
+    };
+    assert!(!logstores.iter().any(sealed));
+    disk.hang(true);
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    thread::scope(|scope| {
+        let asking = scope.spawn(|| logstores[0].revalidate_now());
+        eventually("the audit log hangs", || disk.hanging() > 0);
+        // Sealed, which comes right before the wipe, though no record could be written.
+        assert!(logstores.iter().all(sealed));
+        for logstore in &logstores {
+            assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
+            assert_revoked(try_texts(logstore), RevokedReason::Disabled);
+        }
+        disk.hang(false);
+        assert_revoked(asking.join().unwrap(), RevokedReason::Disabled);
+    });
+    eventually("all is on record", || events(&store).iter().filter(|event| **event == Revoked).count() == 5);
+    store.close().unwrap();
+}

@@ -1,0 +1,205 @@
+//! A disk that fails: at an operation that is counted out, or at the files that a test names.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use envelog::io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode};
+
+use super::QuickDisk;
+
+/// How an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failure {
+    /// It does nothing and says so; what comes later works.
+    Once,
+    /// It is done, and reported as failed: a sync or a rename of which nobody knows what became of it.
+    Unsaid,
+    /// Half of a write is done, and nothing works from then on: the process or the machine has died.
+    Death,
+}
+
+impl Failure {
+    pub(crate) const ALL: [Self; 3] = [Self::Once, Self::Unsaid, Self::Death];
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    /// How many operations still work.
+    countdown: Option<(u64, Option<Failure>)>,
+    dead: bool,
+    /// Operations on paths that contain this fail.
+    broken: Option<String>,
+    /// Renames (by the new name) and syncs of directories that were done, in order.
+    published: Vec<(Published, PathBuf)>,
+}
+
+/// What makes a file known under its name, and what makes that durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Published {
+    Renamed,
+    Synced,
+}
+
+/// The disk of tests, which fails as it is told.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FailingDisk {
+    plan: Arc<Mutex<Plan>>,
+    fired: Arc<AtomicBool>,
+}
+
+/// What becomes of an operation.
+enum Fate {
+    Works,
+    Fails { done: bool, torn: bool },
+}
+
+fn failed() -> io::Error {
+    io::Error::other("the disk was told to fail")
+}
+
+impl FailingDisk {
+    /// The operation after `count` others fails.
+    pub(crate) fn fail_after(&self, count: u64, failure: Failure) {
+        self.fired.store(false, Ordering::SeqCst);
+        self.plan.lock().unwrap().countdown = Some((count, Some(failure)));
+    }
+
+    /// Everything works again, but for the dead.
+    pub(crate) fn disarm(&self) {
+        self.plan.lock().unwrap().countdown = None;
+    }
+
+    /// Whether an operation has failed since [`FailingDisk::fail_after`].
+    pub(crate) fn has_failed(&self) -> bool {
+        self.fired.load(Ordering::SeqCst)
+    }
+
+    /// From now on every operation on a path that contains `part` fails; none does with `None`.
+    pub(crate) fn break_paths(&self, part: Option<&str>) {
+        self.plan.lock().unwrap().broken = part.map(str::to_owned);
+    }
+
+    /// Every rename (by the new name) and every sync of a directory so far.
+    pub(crate) fn published(&self) -> Vec<(Published, PathBuf)> {
+        self.plan.lock().unwrap().published.clone()
+    }
+
+    fn publish(&self, how: Published, path: &Path) {
+        self.plan.lock().unwrap().published.push((how, path.to_owned()));
+    }
+
+    fn fate(&self, path: &Path) -> Fate {
+        let mut plan = self.plan.lock().unwrap();
+        let broken = plan.broken.as_ref().is_some_and(|part| path.to_string_lossy().contains(part.as_str()));
+        if plan.dead || broken {
+            return Fate::Fails { done: false, torn: false };
+        }
+        let Some((left, failure)) = &mut plan.countdown else { return Fate::Works };
+        if *left > 0 {
+            *left -= 1;
+            return Fate::Works;
+        }
+        let Some(failure) = failure.take() else { return Fate::Works };
+        plan.countdown = None;
+        plan.dead = failure == Failure::Death;
+        self.fired.store(true, Ordering::SeqCst);
+        Fate::Fails { done: failure == Failure::Unsaid, torn: failure == Failure::Death }
+    }
+
+    fn run<T>(&self, path: &Path, operation: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        match self.fate(path) {
+            Fate::Works => operation(),
+            Fate::Fails { done, .. } => {
+                if done {
+                    operation()?;
+                }
+                Err(failed())
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct FailingFile {
+    file: Arc<dyn DiskFile>,
+    path: PathBuf,
+    disk: FailingDisk,
+}
+
+impl Disk for FailingDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let file = self.run(path, || QuickDisk.open(path, mode))?;
+        Ok(Arc::new(FailingFile { file, path: path.to_owned(), disk: self.clone() }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.run(to, || QuickDisk.rename(from, to)).inspect(|()| self.publish(Published::Renamed, to))
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.run(path, || QuickDisk.remove_file(path))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.run(path, || QuickDisk.create_dir(path))
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.run(path, || QuickDisk.remove_dir(path))
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.run(path, || QuickDisk.sync_dir(path)).inspect(|()| self.publish(Published::Synced, path))
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        self.run(path, || QuickDisk.list_dir(path))
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        self.run(path, || QuickDisk.stat(path))
+    }
+}
+
+impl DiskFile for FailingFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.disk.run(&self.path, || self.file.read_at(buf, offset))
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        match self.disk.fate(&self.path) {
+            Fate::Works => self.file.write_at(buf, offset),
+            Fate::Fails { done, torn } => {
+                let written = if done { buf.len() } else { buf.len() / 2 * usize::from(torn) };
+                self.file.write_at(&buf[..written], offset)?;
+                Err(failed())
+            }
+        }
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.disk.run(&self.path, || self.file.sync_data())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.disk.run(&self.path, || self.file.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.disk.run(&self.path, || self.file.set_len(len))
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        self.file.try_lock()
+    }
+
+    fn map(&self) -> io::Result<Map> {
+        self.disk.run(&self.path, || self.file.map())
+    }
+}

@@ -1,0 +1,327 @@
+//! Crashes during key operations: whatever fails, and wherever, the store is as it was or as it should be, and no key is lost.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{collections::BTreeMap, fs, path::PathBuf, sync::Arc};
+
+use common::{
+    failing::{FailingDisk, Failure},
+    *,
+};
+use envelog::{
+    EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store, UserCmkInfo,
+    VerifyOptions,
+};
+
+const SERVICE: &str = "p/service";
+const BYOK: &str = "p/byok";
+const PLAIN: &str = "p/plain";
+
+/// What there is to know of a Logstore from outside: configuration, data-key versions.
+#[derive(Clone, Debug, PartialEq)]
+struct View {
+    config: LogstoreConfig,
+    method: &'static str,
+    versions: Vec<(u32, bool)>,
+    texts: Vec<String>,
+}
+
+impl View {
+    /// Without the times, which move with the clock.
+    fn of(store: &Store, text: &str) -> Result<Self> {
+        let logstore = store.logstore(&name(text))?;
+        let status = logstore.status()?;
+        Ok(Self {
+            config: LogstoreConfig { last_modify_time: 0, create_time: 0, ..logstore.config() },
+            method: status.method,
+            versions: status
+                .data_keys
+                .iter()
+                .filter(|key| key.version > 0)
+                .map(|key| (key.version, key.shredded))
+                .collect(),
+            texts: try_texts(&logstore)?,
+        })
+    }
+
+    fn all(store: &Store) -> BTreeMap<String, Self> {
+        let names = store.list().unwrap();
+        names.iter().map(|name| (name.to_string(), Self::of(store, &name.to_string()).unwrap())).collect()
+    }
+}
+
+/// A world with a store that every attempt begins with again.
+struct Scene {
+    world: World,
+    template: PathBuf,
+    old: UserCmkInfo,
+    new: UserCmkInfo,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let world = World::manual_in_memory();
+        let (old, new) = (world.cmk(), world.cmk());
+        let store = world.create();
+        let service = world.service(&store, SERVICE);
+        let byok = world.byok(&store, BYOK, &old);
+        let plain = store.create_logstore(&name(PLAIN), LogstoreSpec::default()).unwrap();
+        for logstore in [&service, &byok, &plain] {
+            put(logstore, "first");
+        }
+        store.rotate_data_key(&name(SERVICE)).unwrap();
+        store.rotate_data_key(&name(BYOK)).unwrap();
+        for logstore in [&service, &byok, &plain] {
+            put(logstore, "second");
+        }
+        store.close().unwrap();
+        let template = world.path().join("template");
+        copy_dir(&world.store_dir(), &template.join("store"));
+        fs::copy(world.keyring(), template.join("keyring")).unwrap();
+        Self { world, template, old, new }
+    }
+
+    fn reset(&self) {
+        copy_dir(&self.template.join("store"), &self.world.store_dir());
+        fs::copy(self.template.join("keyring"), self.world.keyring()).unwrap();
+    }
+
+    /// Lets `operation` fail at its first file operation, its second, and so on until it runs through, in each way; and looks at
+    /// the store after each.
+    fn campaign(&self, operation: impl Fn(&Self, &Store) -> Result<()>, changed: &[&str]) {
+        let (before, after) = {
+            self.reset();
+            let store = self.world.open();
+            let before = View::all(&store);
+            operation(self, &store).unwrap();
+            let store = self.reopened(store);
+            (before, View::all(&store))
+        };
+        let mut attempts = 0;
+        for failure in Failure::ALL {
+            for count in 0.. {
+                let at = format!("{failure:?} after {count}");
+                self.reset();
+                let disk = FailingDisk::default();
+                let store = self.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+                // Everything is open, and has a segment under way.
+                for text in [SERVICE, BYOK, PLAIN] {
+                    let logstore = store.logstore(&name(text)).unwrap();
+                    assert_eq!(texts(&logstore), ["first", "second"]);
+                    put(&logstore, "third");
+                }
+                disk.fail_after(count, failure);
+                let outcome = operation(self, &store);
+                let ran_through = !disk.has_failed();
+                disk.disarm();
+                drop(store);
+                if ran_through {
+                    outcome.unwrap();
+                    break;
+                }
+                if let Err(error) = &outcome {
+                    assert!(matches!(error, Error::Io { .. } | Error::Latched { .. }), "{at}: {error:?}");
+                }
+                attempts += 1;
+                self.check(&at, &before, &after, outcome.is_ok(), changed);
+            }
+        }
+        assert!(attempts > 10, "{attempts}");
+    }
+
+    fn reopened(&self, store: Store) -> Store {
+        store.close().unwrap();
+        self.world.open()
+    }
+
+    /// The store after a failure: each Logstore as before or as after, nothing lost, everything in order, and usable.
+    fn check(
+        &self,
+        at: &str,
+        before: &BTreeMap<String, View>,
+        after: &BTreeMap<String, View>,
+        succeeded: bool,
+        changed: &[&str],
+    ) {
+        let store = self.world.open();
+        for listed in store.list().unwrap() {
+            let text = listed.to_string();
+            let mut view = View::of(&store, &text).unwrap_or_else(|error| panic!("{at}: {text}: {error}"));
+            if view.texts.len() == 3 {
+                assert_eq!(view.texts.pop().unwrap(), "third", "{at}: {text}");
+            } else {
+                assert!(!before.contains_key(&text), "{at}: {text} lost what was synced");
+            }
+            let (old, new) = (before.get(&text), after.get(&text));
+            assert!(Some(&view) == old || Some(&view) == new, "{at}: {text} is mixed: {view:?}");
+            // What was said to be done is done.
+            assert!(!succeeded || Some(&view) == new, "{at}: {text} has gone back: {view:?}");
+        }
+        for text in before.keys().chain(after.keys()) {
+            let exists = store.list().unwrap().contains(&name(text));
+            let (old, new) = (before.contains_key(text), after.contains_key(text));
+            assert!(exists == old || exists == new, "{at}: {text}");
+            assert!(!succeeded || exists == new, "{at}: {text}");
+            assert!(old == new || changed.contains(&text.as_str()), "{at}: {text}");
+        }
+        // Every envelope opens, every tag holds, and so does the audit log.
+        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
+        store.audit_records().unwrap();
+        store.checkpoint().unwrap_or_else(|error| panic!("{at}: {error}"));
+        // And the store goes on, the interrupted operation included.
+        for listed in store.list().unwrap() {
+            put(&store.logstore(&listed).unwrap(), "fourth");
+        }
+        store.close().unwrap_or_else(|error| panic!("{at}: {error}"));
+        let store = self.world.open();
+        for listed in store.list().unwrap() {
+            assert_eq!(texts(&store.logstore(&listed).unwrap()).last().unwrap(), "fourth", "{at}");
+        }
+        store.close().unwrap();
+    }
+}
+
+fn conf(encrypt_conf: EncryptConf) -> LogstoreSpec {
+    LogstoreSpec::default().encrypted(encrypt_conf)
+}
+
+fn enable(store: &Store, encrypt_conf: EncryptConf) -> Result<()> {
+    let config = store.config(&name(PLAIN))?;
+    store.update_logstore(&name(PLAIN), LogstoreConfig { encrypt_conf: Some(encrypt_conf), ..config }).map(|_| ())
+}
+
+#[test]
+fn creating_a_logstore() {
+    let scene = Scene::new();
+    let create = |store: &Store, encrypt_conf| store.create_logstore(&name("p/new"), conf(encrypt_conf)).map(|_| ());
+    scene.campaign(|_, store| create(store, EncryptConf::service_key(EncryptType::Sm4)), &["p/new"]);
+    // Under a master key that the store has no probe of yet.
+    scene
+        .campaign(|scene, store| create(store, EncryptConf::byok(EncryptType::Default, scene.new.clone())), &["p/new"]);
+}
+
+#[test]
+fn turning_encryption_on() {
+    let scene = Scene::new();
+    scene.campaign(|_, store| enable(store, EncryptConf::service_key(EncryptType::Default)), &[PLAIN]);
+    scene.campaign(|scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())), &[PLAIN]);
+}
+
+#[test]
+fn rotating_a_data_key() {
+    let scene = Scene::new();
+    scene.campaign(|_, store| store.rotate_data_key(&name(SERVICE)).map(|_| ()), &[SERVICE]);
+    scene.campaign(|_, store| store.rotate_data_key(&name(BYOK)).map(|_| ()), &[BYOK]);
+}
+
+#[test]
+fn rewrapping() {
+    let scene = Scene::new();
+    scene.campaign(|_, store| store.rewrap(&name(SERVICE)).map(|_| ()), &[SERVICE]);
+    scene.campaign(|_, store| store.rewrap(&name(BYOK)).map(|_| ()), &[BYOK]);
+}
+
+#[test]
+fn rotating_the_service_key() {
+    Scene::new().campaign(|_, store| store.rotate_service_key().map(|_| ()), &[SERVICE]);
+}
+
+#[test]
+fn replacing_a_master_key() {
+    let scene = Scene::new();
+    let replace =
+        |scene: &Scene, store: &Store, how| store.replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ());
+    scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::default()), &[BYOK]);
+    scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::keep_data_key()), &[BYOK]);
+}
+
+/// The master key of an interrupted replacement is needed on, whichever it is, and the other one is not.
+#[test]
+fn after_an_interrupted_replacement_one_of_the_two_master_keys_is_enough() {
+    let scene = Scene::new();
+    for failure in Failure::ALL {
+        for count in 0.. {
+            scene.reset();
+            let disk = FailingDisk::default();
+            let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+            texts(&store.logstore(&name(BYOK)).unwrap());
+            disk.fail_after(count, failure);
+            let _ = store.replace_cmk(&name(BYOK), scene.new.clone(), ReplaceCmk::default());
+            let ran_through = !disk.has_failed();
+            disk.disarm();
+            drop(store);
+            if ran_through {
+                break;
+            }
+            let store = scene.world.open();
+            let fixed = store.config(&name(BYOK)).unwrap().encrypt_conf.unwrap().user_cmk_info.unwrap();
+            assert!(fixed == scene.old || fixed == scene.new);
+            let other = if fixed == scene.old { &scene.new } else { &scene.old };
+            scene.world.local().disable(&other.cmk_key_id).unwrap();
+            let logstore = store.logstore(&name(BYOK)).unwrap();
+            assert_eq!(texts(&logstore), ["first", "second"], "{failure:?} after {count}");
+            put(&logstore, "third");
+            store.close().unwrap();
+            scene.world.local().enable(&other.cmk_key_id).unwrap();
+        }
+    }
+}
+
+#[test]
+fn deleting_a_logstore() {
+    let scene = Scene::new();
+    for text in [SERVICE, BYOK, PLAIN] {
+        scene.campaign(|_, store| store.delete_logstore(&name(text)), &[text]);
+    }
+}
+
+#[test]
+fn taking_a_checkpoint() {
+    Scene::new().campaign(|_, store| store.checkpoint().map(|_| ()), &[]);
+}
+
+#[test]
+fn closing() {
+    Scene::new().campaign(|_, store| store.clone().close(), &[]);
+}
+
+/// Destroyed is destroyed: after a failure the versions are there with everything under them, or gone with it.
+#[test]
+fn shredding() {
+    let scene = Scene::new();
+    for text in [SERVICE, BYOK] {
+        for failure in Failure::ALL {
+            for count in 0.. {
+                scene.reset();
+                let disk = FailingDisk::default();
+                let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+                texts(&store.logstore(&name(text)).unwrap());
+                disk.fail_after(count, failure);
+                let outcome = store.shred_data_keys(&name(text), &[1]);
+                let ran_through = !disk.has_failed();
+                disk.disarm();
+                drop(store);
+                if ran_through {
+                    outcome.unwrap();
+                    break;
+                }
+                let store = scene.world.open();
+                let logstore = store.logstore(&name(text)).unwrap();
+                let shredded = logstore.status().unwrap().data_keys[0].shredded;
+                assert!(shredded || outcome.is_err(), "{text}: {failure:?} after {count}");
+                match try_texts(&logstore) {
+                    Ok(texts) => assert!(!shredded && texts == ["first", "second"]),
+                    Err(error) => {
+                        assert!(shredded && matches!(error, Error::Shredded { version: 1, .. }), "{error:?}");
+                    }
+                }
+                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                assert!(report.is_clean(), "{text}: {failure:?} after {count}: {report:?}");
+                store.close().unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! No key and nonce ever meet twice: over reopenings, crashes, rotations, copies, and randomness that repeats.
+//!
+//! A segment's key is what its commitment stands for: both come from the data key, the salt and the hash of the header.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use common::{
+    failing::{FailingDisk, Failure},
+    *,
+};
+use envelog::{
+    Store,
+    io::Random,
+    segment::{BlockHeader, DecodedFooter, SegmentHeader},
+};
+
+/// What was sealed: with which key, and which nonces.
+#[derive(Debug)]
+struct Sealed {
+    file: PathBuf,
+    salt: [u8; 32],
+    commitment: [u8; 32],
+    /// Each with what was sealed under it, to tell the same block from another.
+    nonces: Vec<([u8; 12], Vec<u8>)>,
+}
+
+/// Takes apart every segment below `dir`, those without a footer included.
+fn sealed(dir: &Path) -> Vec<Sealed> {
+    let segments = files(dir).into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg"));
+    segments
+        .map(|(file, bytes)| {
+            let header = SegmentHeader::decode(&bytes).unwrap();
+            let (mut at, mut nonces) = (header.body_start as usize, Vec::new());
+            while let Ok(block) = BlockHeader::decode(&bytes[at..]) {
+                let end = at + block.block_len() as usize;
+                let Some(sealed) = bytes.get(at..end) else { break };
+                nonces.push((block.nonce(), sealed.to_vec()));
+                at = end;
+            }
+            if let Ok(DecodedFooter { footer, .. }) = envelog::segment::Footer::decode(&bytes[at..]) {
+                nonces.push((footer.nonce(), bytes[at..].to_vec()));
+            }
+            Sealed { file, salt: header.header.salt, commitment: header.commitment, nonces }
+        })
+        .collect()
+}
+
+/// Everything that was ever seen sealed.
+#[derive(Default)]
+struct Ledger {
+    by_key: HashMap<([u8; 32], [u8; 12]), Vec<u8>>,
+    by_salt: HashMap<([u8; 32], [u8; 12]), Vec<u8>>,
+    /// Whether salts are expected to be random.
+    salts_repeat: bool,
+}
+
+impl Ledger {
+    /// Takes in what is on disk now. The same sealed bytes may be seen again, other ones under the same key and nonce may not.
+    #[track_caller]
+    fn take(&mut self, dir: &Path) {
+        for segment in sealed(dir) {
+            for (nonce, bytes) in segment.nonces {
+                let once = self.by_key.entry((segment.commitment, nonce)).or_insert_with(|| bytes.clone());
+                assert!(*once == bytes, "key and nonce met twice in {}", segment.file.display());
+                if !self.salts_repeat {
+                    let once = self.by_salt.entry((segment.salt, nonce)).or_insert_with(|| bytes.clone());
+                    assert!(*once == bytes, "salt and nonce met twice in {}", segment.file.display());
+                }
+            }
+        }
+    }
+
+    fn keys(&self) -> usize {
+        self.by_key.keys().map(|(key, _)| key).collect::<HashSet<_>>().len()
+    }
+
+    /// How many blocks and footers.
+    fn sealed(&self) -> usize {
+        self.by_key.len()
+    }
+}
+
+/// Randomness that can be foreseen: a counter, spread over the bytes.
+#[derive(Debug)]
+struct Foreseeable(AtomicU64);
+
+impl Foreseeable {
+    fn seeded(seed: u64) -> Arc<Self> {
+        Arc::new(Self(AtomicU64::new(seed)))
+    }
+}
+
+impl Random for Foreseeable {
+    fn fill(&self, buf: &mut [u8]) -> io::Result<()> {
+        for chunk in buf.chunks_mut(8) {
+            let n = self.0.fetch_add(1, Ordering::SeqCst);
+            let spread = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            chunk.copy_from_slice(&spread.to_le_bytes()[..chunk.len()]);
+        }
+        Ok(())
+    }
+}
+
+/// One cycle after another over a store: appends, a clean or an unclean end, and rotations in between. `random` is what each
+/// opening draws from.
+fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option<Arc<dyn Random>>, cycles: u64) {
+    world.options.segment_bytes = 4096;
+    let open = |disk: &FailingDisk, cycle: u64, create: bool| -> Store {
+        let builder = world.builder().disk(Arc::new(disk.clone()));
+        let builder = match random(cycle) {
+            Some(random) => builder.insecure_random_for_tests(random),
+            None => builder,
+        };
+        if create { builder.create().unwrap() } else { builder.open().unwrap() }
+    };
+    let store = open(&FailingDisk::default(), 0, true);
+    world.byok(&store, "p/l", &world.cmk());
+    store.close().unwrap();
+    for cycle in 1..=cycles {
+        let disk = FailingDisk::default();
+        let store = open(&disk, cycle, false);
+        let logstore = store.logstore(&name("p/l")).unwrap();
+        for n in 0..4 {
+            put(&logstore, &format!("synced {cycle} {n}"));
+            // No two hashes are alike, nor is there anything to compress.
+            let long: String =
+                (0..40).map(|k| format!("{:x}", (cycle * 1_000 + n * 100 + k).wrapping_mul(0x9e37_79b9))).collect();
+            logstore.append(record(&long), &written()).unwrap();
+            ledger.take(&world.store_dir());
+        }
+        match cycle % 5 {
+            0 => drop(store.rotate_data_key(&name("p/l")).unwrap()),
+            1 => drop(store.rewrap(&name("p/l")).unwrap()),
+            2 => logstore.roll().unwrap(),
+            _ => {}
+        }
+        world.clock.advance(secs(2));
+        store.tick();
+        // Every second end is unclean: the process dies in the middle of a write.
+        if cycle % 2 == 0 {
+            disk.fail_after(cycle % 7, Failure::Death);
+            for n in 0..8 {
+                let _ = try_put(&logstore, &format!("lost {cycle} {n}"));
+            }
+            ledger.take(&world.store_dir());
+        }
+        drop((logstore, store));
+        ledger.take(&world.store_dir());
+    }
+}
+
+#[test]
+fn over_reopenings_crashes_and_rotations() {
+    let (mut world, mut ledger) = (World::manual(), Ledger::default());
+    cycles(&mut world, &mut ledger, |_| None, 40);
+    assert!(ledger.keys() > 40 && ledger.sealed() > 300, "{} keys, {} sealed", ledger.keys(), ledger.sealed());
+    let store = world.open();
+    let texts = texts(&store.logstore(&name("p/l")).unwrap());
+    assert_eq!(texts.iter().filter(|text| text.starts_with("synced")).count(), 40 * 4);
+}
+
+#[test]
+fn with_randomness_that_is_known_beforehand() {
+    let (mut world, mut ledger) = (World::manual(), Ledger::default());
+    let source = Foreseeable::seeded(1);
+    cycles(&mut world, &mut ledger, |_| Some(source.clone()), 20);
+    assert!(ledger.keys() > 20, "{}", ledger.keys());
+}
+
+/// Each opening begins with the same randomness again, as a machine whose generator was restored along with its memory would. Salts
+/// and the random half of the nonces repeat; the header's place in the shard still makes every key another.
+#[test]
+fn with_randomness_that_repeats_at_each_opening() {
+    let (mut world, mut ledger) = (World::manual(), Ledger { salts_repeat: true, ..Ledger::default() });
+    cycles(&mut world, &mut ledger, |_| Some(Foreseeable::seeded(7)), 20);
+    assert!(ledger.keys() > 20, "{}", ledger.keys());
+    let salts: Vec<_> = sealed(&world.store_dir()).into_iter().map(|segment| segment.salt).collect();
+    let distinct: HashSet<_> = salts.iter().collect();
+    assert!(distinct.len() < salts.len(), "the randomness did not repeat");
+}
+
+/// A machine is resumed twice from one snapshot, and both go on writing what was the same store.
+#[test]
+fn in_two_copies_that_go_on_from_the_same_state() {
+    // After a clean end, and in the middle of a segment.
+    for clean in [true, false] {
+        let world = World::manual();
+        let store = world.create();
+        let logstore = world.byok(&store, "p/l", &world.cmk());
+        let service = world.service(&store, "p/s");
+        for logstore in [&logstore, &service] {
+            put(logstore, "common");
+            logstore.append(record("above the mark"), &written()).unwrap();
+        }
+        if clean {
+            drop((logstore, service));
+            store.close().unwrap();
+        }
+        let copies = ["a", "b"].map(|copy| world.path().join(copy));
+        copies.iter().for_each(|copy| copy_dir(&world.store_dir(), copy));
+        let mut ledger = Ledger::default();
+        for copy in &copies {
+            // The same moment, the same calls, the same data but for one byte.
+            let builder = Store::builder(copy, world.keyring(), envelog::crypto::AwsLc::new());
+            let builder = builder.kms(Arc::clone(&world.kms) as _).disk(Arc::new(QuickDisk)).options(world.options);
+            let store = builder.clock(Arc::clone(&world.clock) as _).open().unwrap();
+            for text in ["p/l", "p/s"] {
+                let logstore = store.logstore(&name(text)).unwrap();
+                for n in 0..5 {
+                    put(&logstore, &format!("{} {n}", copy.display()));
+                }
+                assert_eq!(texts(&logstore).len(), 7);
+            }
+            store.close().unwrap();
+            ledger.take(copy);
+        }
+        // The same numbers were given out in both, under other keys.
+        let last =
+            |copy: &Path| sealed(copy).into_iter().map(|segment| segment.file.file_name().unwrap().to_owned()).max();
+        assert_eq!(last(&copies[0]), last(&copies[1]));
+        assert!(ledger.keys() >= 6, "{}", ledger.keys());
+    }
+}
+
+#[test]
+fn a_copied_store_is_locked_for_itself_and_read_as_the_original() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    let copy = world.path().join("copy");
+    copy_dir(&world.store_dir(), &copy);
+    assert!(matches!(world.builder().open(), Err(envelog::Error::Locked { .. })));
+    let copied = Store::builder(&copy, world.keyring(), envelog::crypto::AwsLc::new()).open().unwrap();
+    let in_copy = copied.logstore(&name("p/l")).unwrap();
+    put(&in_copy, "two");
+    put(&logstore, "three");
+    assert_eq!(
+        (texts(&in_copy), texts(&logstore)),
+        (vec!["one".to_owned(), "two".to_owned()], vec!["one".to_owned(), "three".to_owned()])
+    );
+    drop((in_copy, logstore));
+    copied.close().unwrap();
+    store.close().unwrap();
+    // The segments of one are no use in the other: the chain says which belongs where.
+    let name_of = |dir: &Path| {
+        files(dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).max().unwrap()
+    };
+    let (from, to) = (name_of(&copy), name_of(&world.store_dir()));
+    fs::copy(from, to).unwrap();
+    let store = world.open();
+    let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
+    assert_eq!(error.kind(), envelog::ErrorKind::Integrity, "{error:?}");
+}
+
+/// Envelopes are sealed under a fresh key each, so that their one nonce never repeats: no two salts are alike.
+#[test]
+fn envelopes_never_share_a_salt() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    let salts = Mutex::new(Vec::new());
+    let take = || {
+        for (_, _, wrapped) in envelopes(&world, &logstore) {
+            salts.lock().unwrap().push(wrapped.unwrap()[..64].to_owned());
+        }
+    };
+    take();
+    for _ in 0..3 {
+        store.rotate_data_key(logstore.name()).unwrap();
+        store.rewrap(logstore.name()).unwrap();
+        take();
+        store.rotate_service_key().unwrap();
+        take();
+    }
+    let salts = salts.into_inner().unwrap();
+    assert_eq!(salts.iter().collect::<HashSet<_>>().len(), salts.len());
+}

@@ -1,0 +1,642 @@
+//! The service keyring: made once, rotated, told apart when it is not the right one; what it authenticates; and life without it.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{fs, os::unix::fs::PermissionsExt, sync::Arc};
+
+use common::{
+    failing::{FailingDisk, Failure, Published},
+    *,
+};
+use envelog::{
+    ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store, UserCmkInfo,
+    VerifyOptions,
+    crypto::AwsLc,
+    segment::{KeySource, SegmentHeader},
+};
+
+fn segment_headers(world: &World, logstore: &Logstore) -> Vec<SegmentHeader> {
+    let paths = segments(&world.logstore_dir(logstore), 0);
+    paths.iter().map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header).collect()
+}
+
+fn mode(world: &World) -> u32 {
+    fs::metadata(world.keyring()).unwrap().permissions().mode() & 0o777
+}
+
+fn plain(store: &Store, text: &str) -> Logstore {
+    store.create_logstore(&name(text), LogstoreSpec::default()).unwrap()
+}
+
+#[track_caller]
+fn assert_clean(store: &Store) {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
+}
+
+// ---- made once ----
+
+#[test]
+fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    assert_eq!(store.keyring_path(), world.keyring());
+    assert!(!world.keyring().starts_with(store.path()));
+    assert_eq!(mode(&world), 0o600);
+    store.rotate_service_key().unwrap();
+    assert_eq!(mode(&world), 0o600);
+    store.close().unwrap();
+
+    let kept = fs::read(world.keyring()).unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    for opened in [world.builder().open(), world.builder().open_read_only(), world.builder().open_or_create()] {
+        assert!(matches!(opened, Err(Error::KeyringMissing { .. })), "{opened:?}");
+        assert!(!world.keyring().exists(), "it was made again");
+    }
+    assert!(matches!(world.builder().create(), Err(Error::StoreExists { .. })));
+    assert!(!world.keyring().exists());
+    // Nor is one that is there overwritten, by another store or by a recovery.
+    fs::write(world.keyring(), &kept).unwrap();
+    let other = Store::builder(world.path().join("other"), world.keyring(), AwsLc::new()).create();
+    assert!(matches!(other, Err(Error::KeyringExists { .. })), "{other:?}");
+    assert!(matches!(world.builder().recover_without_keyring(), Err(Error::KeyringExists { .. })));
+    assert_eq!(fs::read(world.keyring()).unwrap(), kept);
+    assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one"]);
+}
+
+#[test]
+fn absent_anothers_and_too_old_are_three_errors() {
+    let world = World::manual();
+    let store = world.create();
+    put(&world.service(&store, "p/l"), "one");
+    let old = fs::read(world.keyring()).unwrap();
+    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    store.close().unwrap();
+    let newest = fs::read(world.keyring()).unwrap();
+    let other = World::manual();
+    drop(other.create());
+
+    let openings: [fn(&World) -> Result<Store>; 2] =
+        [|world| world.builder().open(), |world| world.builder().open_read_only()];
+    for open in openings {
+        fs::remove_file(world.keyring()).unwrap();
+        let path = world.keyring();
+        assert!(matches!(open(&world), Err(Error::KeyringMissing { path: found }) if found == path));
+        fs::copy(other.keyring(), world.keyring()).unwrap();
+        assert!(matches!(open(&world), Err(Error::KeyringForeign { path: found }) if found == path));
+        fs::write(world.keyring(), &old).unwrap();
+        let error = open(&world).unwrap_err();
+        assert!(matches!(error, Error::KeyringTooOld { needed: 2, newest: 1, .. }), "{error:?}");
+        // Each says which file and what to do.
+        assert!(error.to_string().contains(&world.keyring().display().to_string()));
+        fs::write(world.keyring(), &newest).unwrap();
+        assert_eq!(texts(&open(&world).unwrap().logstore(&name("p/l")).unwrap()), ["one"]);
+    }
+}
+
+// ---- rotation ----
+
+#[test]
+fn a_new_version_is_durable_before_anything_is_under_it() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    put(&world.service(&store, "p/service"), "one");
+    let before = disk.published().len();
+    store.rotate_service_key().unwrap();
+    let published = disk.published().split_off(before);
+    let parent = world.keyring().parent().unwrap().to_owned();
+    let expected = [(Published::Renamed, world.keyring()), (Published::Synced, parent)];
+    assert_eq!(published[..2], expected, "{published:?}");
+    assert!(published[2..].iter().any(|(how, path)| *how == Published::Renamed && path.ends_with("meta")));
+    assert!(published[2..].iter().all(|(_, path)| *path != world.keyring()));
+}
+
+#[test]
+fn a_keyring_that_cannot_be_written_leaves_everything_under_the_old_version() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    let (keyring, wrapped) = (fs::read(world.keyring()).unwrap(), envelopes(&world, &logstore));
+    disk.break_paths(Some("/keyring"));
+    assert!(matches!(store.rotate_service_key(), Err(Error::Io { .. })));
+    assert_eq!(fs::read(world.keyring()).unwrap(), keyring);
+    assert_eq!(envelopes(&world, &logstore), wrapped);
+    put(&logstore, "two");
+    store.rotate_data_key(logstore.name()).unwrap();
+    assert!(envelopes(&world, &logstore).iter().all(|(_, version, _)| *version == Some(1)));
+    disk.break_paths(None);
+    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    put(&logstore, "three");
+    store.close().unwrap();
+    assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one", "two", "three"]);
+}
+
+#[test]
+fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let (service, byok, plain) = (world.service(&store, "p/s"), world.byok(&store, "p/b", &cmk), plain(&store, "p/p"));
+    let logstores = [&service, &byok, &plain];
+    logstores.iter().for_each(|logstore| put(logstore, "one"));
+    store.rotate_data_key(service.name()).unwrap();
+    put(&service, "two");
+    let data = || -> Vec<_> {
+        files(&world.store_dir())
+            .into_iter()
+            .filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg"))
+            .collect()
+    };
+    let (before, byok_before) = (data(), envelopes(&world, &byok));
+    let versions = |logstore| envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>();
+    assert_eq!(versions(&service), [Some(1), Some(1)]);
+    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(versions(&service), [Some(2), Some(2)]);
+    // A customer's envelopes are none of the service key's business.
+    assert_eq!(envelopes(&world, &byok), byok_before);
+    assert_eq!(data(), before);
+    // What is new is under the new version: envelopes, and the blocks of a Logstore that has none.
+    store.rotate_data_key(service.name()).unwrap();
+    assert_eq!(versions(&service), [Some(2); 3]);
+    put(&plain, "two");
+    let sources: Vec<_> = segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
+    assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2)]);
+    // Re-wrapping by hand gives another envelope for the same key.
+    let wrapped = envelopes(&world, &service);
+    assert_eq!(store.rewrap(service.name()).unwrap(), 3);
+    assert!(
+        envelopes(&world, &service)
+            .iter()
+            .zip(&wrapped)
+            .all(|(after, before)| after.1 == before.1 && after.2 != before.2)
+    );
+    store.close().unwrap();
+    let store = world.open();
+    let text = |logstore: &str| texts(&store.logstore(&name(logstore)).unwrap());
+    assert_eq!(
+        (text("p/s"), text("p/b"), text("p/p")),
+        (vec!["one".into(), "two".into()], vec!["one".into()], vec!["one".into(), "two".into()])
+    );
+    assert_clean(&store);
+}
+
+#[test]
+fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
+    let world = World::manual();
+    let store = world.create();
+    let (a, b, c) = (world.service(&store, "p/a"), world.service(&store, "p/b"), world.service(&store, "p/c"));
+    for logstore in [&a, &b, &c] {
+        put(logstore, "one");
+    }
+    store.close().unwrap();
+    let broken = world.logstore_dir(&b).join("meta");
+    let good = fs::read(&broken).unwrap();
+    fs::write(&broken, &good[1..]).unwrap();
+    let store = world.open();
+    let error = store.rotate_service_key().unwrap_err();
+    assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
+    for logstore in [&a, &c] {
+        assert_eq!(envelopes(&world, logstore)[0].1, Some(2), "{}", logstore.name());
+    }
+    // Once it is put right it is re-wrapped on its own.
+    fs::write(&broken, &good).unwrap();
+    assert_eq!(texts(&store.logstore(b.name()).unwrap()), ["one"]);
+    assert_eq!(envelopes(&world, &b)[0].1, Some(1));
+    store.rewrap(b.name()).unwrap();
+    assert_eq!(envelopes(&world, &b)[0].1, Some(2));
+}
+
+/// A process that only reads was there before the rotation: it takes the new keyring from its file.
+#[test]
+fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
+    let world = World::manual();
+    let store = world.create();
+    let (service, plain) = (world.service(&store, "p/s"), plain(&store, "p/p"));
+    put(&service, "one");
+    put(&plain, "one");
+    let reader = world.builder().open_read_only().unwrap();
+    let (tail_service, tail_plain) = (reader.logstore(service.name()).unwrap(), reader.logstore(plain.name()).unwrap());
+    assert_eq!((texts(&tail_service), texts(&tail_plain)), (vec!["one".to_owned()], vec!["one".to_owned()]));
+    store.rotate_service_key().unwrap();
+    store.rotate_data_key(service.name()).unwrap();
+    put(&service, "two");
+    put(&plain, "two");
+    let expected = ["one", "two"].map(str::to_owned).to_vec();
+    // Through handles from before, and through new ones.
+    assert_eq!((texts(&tail_service), texts(&tail_plain)), (expected.clone(), expected.clone()));
+    assert_eq!(reader.list().unwrap(), [plain.name().clone(), service.name().clone()]);
+    for logstore in [&service, &plain] {
+        assert_eq!(texts(&reader.logstore(logstore.name()).unwrap()), expected);
+    }
+    assert_clean(&reader);
+}
+
+// ---- what the keyring authenticates ----
+
+/// Two Logstores, and another store altogether.
+struct Neighbours {
+    world: World,
+    other: World,
+}
+
+impl Neighbours {
+    fn new() -> (Self, [Logstore; 2], Logstore) {
+        let (world, other) = (World::manual(), World::manual());
+        let (store, other_store) = (world.create(), other.create());
+        let (a, b) = (world.service(&store, "p/a"), world.service(&store, "p/b"));
+        let foreign = other.service(&other_store, "p/a");
+        for logstore in [&a, &b, &foreign] {
+            put(logstore, "secret");
+        }
+        store.close().unwrap();
+        other_store.close().unwrap();
+        (Self { world, other }, [a, b], foreign)
+    }
+
+    /// Neither reading nor writing goes on, the error is this one, and what is on disk stays as it is.
+    #[track_caller]
+    fn assert_refused(&self, text: &str, expected: impl Fn(&Error) -> bool) {
+        let before = files(&self.world.store_dir().join("logstores"));
+        let store = self.world.open();
+        let error = store.logstore(&name(text)).unwrap_err();
+        assert!(expected(&error), "{error:?}");
+        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.faults.iter().any(|fault| fault.kind == error.code()), "{report:?}");
+        drop(store);
+        assert!(files(&self.world.store_dir().join("logstores")) == before, "a file was changed");
+    }
+}
+
+#[test]
+fn metadata_is_bound_to_store_logstore_and_name() {
+    let (scene, [a, b], foreign) = Neighbours::new();
+    let meta = |logstore| scene.world.logstore_dir(logstore).join("meta");
+    let (of_a, of_b) = (fs::read(meta(&a)).unwrap(), fs::read(meta(&b)).unwrap());
+    let tampered = |error: &Error| matches!(error, Error::Tampered { .. });
+    // One Logstore's in the place of another's.
+    fs::write(meta(&a), &of_b).unwrap();
+    scene.assert_refused("p/a", tampered);
+    // That of a Logstore of another store, which is under another keyring too.
+    fs::copy(scene.other.logstore_dir(&foreign).join("meta"), meta(&a)).unwrap();
+    scene.assert_refused("p/a", tampered);
+    // None at all, and half of it.
+    fs::remove_file(meta(&a)).unwrap();
+    scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
+    fs::write(meta(&a), &of_a[..of_a.len() / 2]).unwrap();
+    scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
+    // A bit of it flipped, and then the CRC put right.
+    let mut forged = of_a.clone();
+    forged[100] ^= 1;
+    fs::write(meta(&a), &forged).unwrap();
+    scene.assert_refused("p/a", |error| matches!(error, Error::Corrupt { .. }));
+    fix_crc(&mut forged);
+    fs::write(meta(&a), &forged).unwrap();
+    scene.assert_refused("p/a", tampered);
+    // The other one is undisturbed all along, and all is well when it is put back.
+    fs::write(meta(&a), &of_a).unwrap();
+    let store = scene.world.open();
+    for text in ["p/a", "p/b"] {
+        assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["secret"]);
+    }
+    assert_clean(&store);
+}
+
+#[test]
+fn a_directory_under_another_logstores_id_is_refused() {
+    let (scene, [a, b], _) = Neighbours::new();
+    let (dir_a, dir_b, aside) =
+        (scene.world.logstore_dir(&a), scene.world.logstore_dir(&b), scene.world.path().join("aside"));
+    fs::rename(&dir_a, &aside).unwrap();
+    fs::rename(&dir_b, &dir_a).unwrap();
+    fs::rename(&aside, &dir_b).unwrap();
+    for text in ["p/a", "p/b"] {
+        scene.assert_refused(text, |error| matches!(error, Error::Tampered { .. }));
+    }
+}
+
+#[test]
+fn documents_of_the_store_itself_are_bound_to_it() {
+    let (scene, _, _) = Neighbours::new();
+    for (file, kind) in [("catalogue", "catalogue"), ("STORE", "store")] {
+        let path = scene.world.store_dir().join(file);
+        let good = fs::read(&path).unwrap();
+        fs::copy(scene.other.store_dir().join(file), &path).unwrap();
+        let error = scene.world.builder().open().unwrap_err();
+        let expected = if kind == "store" {
+            matches!(error, Error::KeyringForeign { .. })
+        } else {
+            matches!(error, Error::Tampered { .. })
+        };
+        assert!(expected, "{kind}: {error:?}");
+        fs::write(&path, good).unwrap();
+    }
+    // One kind of document in the place of another.
+    let (store_file, catalogue) = (scene.world.store_dir().join("STORE"), scene.world.store_dir().join("catalogue"));
+    fs::copy(&store_file, &catalogue).unwrap();
+    assert!(matches!(scene.world.builder().open(), Err(Error::Tampered { .. })));
+}
+
+#[test]
+fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    store.close().unwrap();
+    let (meta, catalogue) = (world.logstore_dir(&logstore).join("meta"), world.store_dir().join("catalogue"));
+    let old = (fs::read(&meta).unwrap(), fs::read(&catalogue).unwrap());
+    let store = world.open();
+    store.rotate_data_key(&name("p/l")).unwrap();
+    store.rotate_data_key(&name("p/l")).unwrap();
+    put(&store.logstore(&name("p/l")).unwrap(), "two");
+    store.close().unwrap();
+    let new = (fs::read(&meta).unwrap(), fs::read(&catalogue).unwrap());
+    for (put_back, path) in [(&old.0, &meta), (&old.1, &catalogue)] {
+        fs::write(path, put_back).unwrap();
+        let store = world.open();
+        let error = store.logstore(&name("p/l")).unwrap_err();
+        assert!(matches!(error, Error::RolledBack { .. }), "{}: {error:?}", path.display());
+        drop(store);
+        fs::write(&meta, &new.0).unwrap();
+        fs::write(&catalogue, &new.1).unwrap();
+    }
+    // Both together: the segments know of a later generation of the metadata.
+    fs::write(&meta, &old.0).unwrap();
+    fs::write(&catalogue, &old.1).unwrap();
+    let store = world.open();
+    let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
+    assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
+    drop(store);
+    fs::write(&meta, &new.0).unwrap();
+    fs::write(&catalogue, &new.1).unwrap();
+    assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one", "two"]);
+}
+
+#[test]
+fn a_shredded_envelope_that_is_put_back_is_refused() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "one");
+    store.rotate_data_key(logstore.name()).unwrap();
+    let meta = world.logstore_dir(&logstore).join("meta");
+    let old = fs::read(&meta).unwrap();
+    store.shred_data_keys(logstore.name(), &[1]).unwrap();
+    store.close().unwrap();
+    fs::write(&meta, old).unwrap();
+    let error = world.open().logstore(&name("p/l")).unwrap_err();
+    assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
+}
+
+// ---- without the keyring ----
+
+/// A store with Logstores of every kind, closed; its keyring is put aside.
+struct Lost {
+    world: World,
+    cmk: UserCmkInfo,
+}
+
+impl Lost {
+    fn new() -> (Self, [Logstore; 3]) {
+        let world = World::manual_in_memory();
+        let cmk = world.cmk();
+        let store = world.create();
+        let logstores =
+            [world.byok(&store, "p/byok", &cmk), world.service(&store, "p/service"), plain(&store, "p/plain")];
+        for logstore in &logstores {
+            put(logstore, "one");
+        }
+        store.rotate_data_key(&name("p/byok")).unwrap();
+        put(&logstores[0], "two");
+        store.close().unwrap();
+        fs::rename(world.keyring(), world.path().join("keyring.lost")).unwrap();
+        (Self { world, cmk }, logstores)
+    }
+
+    fn byok_meta(&self, logstore: &Logstore, change: impl FnOnce(&mut Vec<u8>)) {
+        let path = self.world.logstore_dir(logstore).join("meta");
+        let mut bytes = fs::read(&path).unwrap();
+        change(&mut bytes);
+        fix_crc(&mut bytes);
+        fs::write(path, bytes).unwrap();
+    }
+}
+
+#[test]
+fn a_byok_logstore_comes_back_by_the_kms_alone() {
+    let (scene, [byok, service, plain]) = Lost::new();
+    let world = &scene.world;
+    let untouched = [files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))];
+    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered, [name("p/byok")]);
+    let mut lost: Vec<_> = report.lost.iter().map(|(id, _)| *id).collect();
+    lost.sort_unstable_by_key(ToString::to_string);
+    let mut expected = [service.id(), plain.id()];
+    expected.sort_unstable_by_key(ToString::to_string);
+    assert_eq!(lost, expected);
+    assert!(report.lost.iter().all(|(_, why)| !why.is_empty()));
+    assert_eq!([files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))], untouched);
+    let logstore = store.logstore(&name("p/byok")).unwrap();
+    assert_eq!(logstore.id(), byok.id());
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    put(&logstore, "three");
+    store.rotate_data_key(&name("p/byok")).unwrap();
+    put(&logstore, "four");
+    store.close().unwrap();
+    // A store as any other from now on, under its new keyring, which is private as well.
+    assert_eq!(mode(world), 0o600);
+    let store = world.open();
+    assert_eq!(store.list().unwrap(), [name("p/byok")]);
+    let logstore = store.logstore(&name("p/byok")).unwrap();
+    assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
+    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    assert_eq!(events[..2], [envelog::AuditEvent::Recovered, envelog::AuditEvent::KeyringReplaced]);
+    // The master key decides on, as before.
+    world.local().disable(&scene.cmk.cmk_key_id).unwrap();
+    assert_revoked(logstore.revalidate_now(), envelog::kms::RevokedReason::Disabled);
+    drop((store, logstore));
+    // The keyring that was lost is another's now.
+    fs::copy(world.path().join("keyring.lost"), world.keyring()).unwrap();
+    assert!(matches!(world.builder().open(), Err(Error::KeyringForeign { .. })));
+}
+
+#[test]
+fn a_recovery_without_the_kms_recovers_nothing_of_it() {
+    let (scene, [byok, ..]) = Lost::new();
+    let world = &scene.world;
+    world.local().disable(&scene.cmk.cmk_key_id).unwrap();
+    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered, []);
+    let why = report.lost.iter().find(|(id, _)| *id == byok.id()).unwrap();
+    assert!(why.1.contains("disabled"), "{}", why.1);
+    store.close().unwrap();
+    // Nothing of it was touched: once the key is back, another recovery finds it.
+    world.local().enable(&scene.cmk.cmk_key_id).unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered, [name("p/byok")]);
+    assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"]);
+}
+
+/// The one thing that may be out of reach for a moment must not cost the store: a recovery that stops there has changed nothing, and
+/// should the keyring turn up after all, everything is as it was.
+#[test]
+fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let (near, far) = (world.cmk(), world.cmk());
+    for n in 0..8 {
+        put(&world.byok(&store, &format!("p/near-{n}"), &near), "one");
+    }
+    put(&world.byok(&store, "p/far", &far), "one");
+    put(&world.service(&store, "p/service"), "one");
+    store.close().unwrap();
+    // All but the file of the lock, which says who had it.
+    let contents = || {
+        let mut files = files(&world.store_dir());
+        files.remove(&world.store_dir().join("LOCK"));
+        files
+    };
+    let before = contents();
+    let kept = fs::read(world.keyring()).unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    world.kms.answer_for_master_key(&far.cmk_key_id, Answer::Unreachable);
+    let error = world.builder().recover_without_keyring().unwrap_err();
+    assert!(matches!(error, Error::KmsUnreachable { .. }), "{error:?}");
+    assert!(!world.keyring().exists());
+    assert!(contents() == before, "the store was changed");
+    fs::write(world.keyring(), kept).unwrap();
+    let store = world.open();
+    assert_eq!(texts(&store.logstore(&name("p/near-0")).unwrap()), ["one"]);
+    assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
+    store.audit_records().unwrap();
+    store.close().unwrap();
+    // And once the KMS answers, a recovery does it all.
+    world.kms.answer(Answer::Real);
+    fs::remove_file(world.keyring()).unwrap();
+    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered.len(), 9);
+    assert_eq!(texts(&store.logstore(&name("p/far")).unwrap()), ["one"]);
+}
+
+#[test]
+fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
+    let at = |bytes: &[u8], part: &str| {
+        let found: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(part.as_bytes())).collect();
+        *found.last().unwrap_or_else(|| panic!("no {part}"))
+    };
+    type Forgery = (&'static str, fn(&mut Vec<u8>, usize));
+    let forgeries: [Forgery; 4] = [
+        // The algorithm, the current version, the name, an envelope.
+        ("\"encrypt_type\":\"default\"", |bytes, at| bytes[at + 15..at + 24].copy_from_slice(b"\"sm4\"    ")),
+        ("\"current\":2", |bytes, at| bytes[at + 10] = b'1'),
+        ("\"name\":\"p/byok\"", |bytes, at| bytes[at + 10] = b'x'),
+        ("\"wrapped\":\"", |bytes, at| bytes[at + 11] = if bytes[at + 11] == b'0' { b'1' } else { b'0' }),
+    ];
+    for (part, forge) in forgeries {
+        let (scene, [byok, ..]) = Lost::new();
+        scene.byok_meta(&byok, |bytes| {
+            let at = at(bytes, part);
+            forge(bytes, at);
+        });
+        let (store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        assert_eq!(report.recovered, [], "{part}");
+        assert!(report.lost.iter().any(|(id, _)| *id == byok.id()), "{part}");
+        assert!(store.list().unwrap().is_empty());
+    }
+    // The tag itself, and metadata that has none (as a Logstore under the service key).
+    let tag_at = |bytes: &Vec<u8>| bytes.len() - 4 - 32;
+    let changes: [fn(&mut [u8]); 2] = [|tag| tag[0] ^= 1, |tag| tag.fill(0)];
+    for change in changes {
+        let (scene, [byok, ..]) = Lost::new();
+        scene.byok_meta(&byok, |bytes| {
+            let at = tag_at(bytes);
+            change(&mut bytes[at..at + 32]);
+        });
+        let (_store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        assert_eq!(report.recovered, []);
+    }
+}
+
+/// The configuration is not authenticated without the keyring: what is written after a recovery is encrypted whatever it says, as
+/// the keys section has it.
+#[test]
+fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
+    let (scene, [byok, ..]) = Lost::new();
+    scene.byok_meta(&byok, |bytes| {
+        let on = b"\"encrypt_conf\":{\"enable\":true";
+        let at = (0..bytes.len()).find(|at| bytes[*at..].starts_with(on)).unwrap();
+        bytes.splice(at..at + on.len(), b"\"encrypt_conf\":{\"enable\":false".iter().copied());
+        let a = u32::from_le_bytes(bytes[72..76].try_into().unwrap());
+        bytes[72..76].copy_from_slice(&(a + 1).to_le_bytes());
+    });
+    let (store, report) = scene.world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered, [name("p/byok")]);
+    let config = store.config(&name("p/byok")).unwrap();
+    let expected = EncryptConf::byok(EncryptType::Default, scene.cmk.clone());
+    assert_eq!(config.encrypt_conf, Some(expected));
+    let logstore = store.logstore(&name("p/byok")).unwrap();
+    put(&logstore, "three");
+    assert!(segment_headers(&scene.world, &logstore).last().unwrap().suite.encrypts());
+    // The owner may switch it off, as ever.
+    let off = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
+    store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
+}
+
+#[test]
+fn a_recovery_that_fails_anywhere_can_be_done_again() {
+    let (scene, _) = Lost::new();
+    let world = &scene.world;
+    let template = world.path().join("template");
+    copy_dir(&world.store_dir(), &template);
+    for failure in Failure::ALL {
+        for count in 0.. {
+            copy_dir(&template, &world.store_dir());
+            let _ = fs::remove_file(world.keyring());
+            let disk = FailingDisk::default();
+            disk.fail_after(count, failure);
+            let outcome = world.builder().disk(Arc::new(disk.clone())).recover_without_keyring();
+            let ran_through = !disk.has_failed();
+            disk.disarm();
+            if outcome.is_ok() {
+                drop(outcome);
+                assert_eq!(texts(&world.open().logstore(&name("p/byok")).unwrap()), ["one", "two"]);
+            }
+            if ran_through {
+                break;
+            }
+            // A process that died leaves its keyring, which nobody needs unless the store names it.
+            if world.keyring().exists() && world.builder().open().is_err() {
+                fs::remove_file(world.keyring()).unwrap();
+            }
+            let store = if world.keyring().exists() {
+                world.open()
+            } else {
+                let (store, report) = world.builder().recover_without_keyring().unwrap();
+                assert_eq!(report.recovered, [name("p/byok")], "{failure:?} after {count}");
+                store
+            };
+            assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"], "{failure:?} after {count}");
+            store.audit_records().unwrap();
+            store.close().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_recovered_logstore_obeys_the_rules_of_its_method() {
+    let (scene, _) = Lost::new();
+    let (store, _) = scene.world.builder().recover_without_keyring().unwrap();
+    let config = store.config(&name("p/byok")).unwrap();
+    let conf = EncryptConf::service_key(EncryptType::Default);
+    let error =
+        store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap_err();
+    assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");
+}

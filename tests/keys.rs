@@ -1,0 +1,563 @@
+//! The life of a data key: rotation, re-wrapping, replacement, shredding, and its end in memory.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{fs, path::PathBuf};
+
+use common::*;
+use envelog::{
+    AuditEvent, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position,
+    ReplaceCmk, Result, Store, UserCmkInfo, VerifyOptions,
+    kms::RevokedReason,
+    segment::{KeySource, SegmentHeader},
+};
+
+/// Whose key each segment of shard 0 says it is sealed with.
+fn key_sources(world: &World, logstore: &Logstore) -> Vec<KeySource> {
+    let header = |path: &PathBuf| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header;
+    segments(&world.logstore_dir(logstore), 0).iter().map(|path| header(path).key_source).collect()
+}
+
+/// The segments, with what they hold.
+fn data(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
+    let files = files(&world.logstore_dir(logstore));
+    files.into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg")).collect()
+}
+
+fn meta(world: &World, logstore: &Logstore) -> Vec<u8> {
+    fs::read(world.logstore_dir(logstore).join("meta")).unwrap()
+}
+
+/// Version of the data key, segments and bytes under it, whether it was shredded.
+fn under_each(logstore: &Logstore) -> Vec<(u32, u64, u64, bool)> {
+    let keys = logstore.status().unwrap().data_keys;
+    keys.iter().map(|key| (key.version, key.segments, key.bytes_stored, key.shredded)).collect()
+}
+
+#[track_caller]
+fn assert_shredded<T: std::fmt::Debug>(result: Result<T>, expected: u32) {
+    assert!(matches!(&result, Err(Error::Shredded { version, .. }) if *version == expected), "{result:?}");
+}
+
+#[track_caller]
+fn assert_clean(store: &Store) {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
+}
+
+/// A service-key and a BYOK Logstore, each with a record under its first data key.
+fn both(world: &World, store: &Store) -> [Logstore; 2] {
+    let logstores = [world.service(store, "p/service"), world.byok(store, "p/byok", &world.cmk())];
+    logstores.iter().for_each(|logstore| put(logstore, "one"));
+    logstores
+}
+
+// ---- rotation ----
+
+#[test]
+fn after_a_rotation_new_segments_take_the_new_version_and_old_ones_stay_readable() {
+    let world = World::manual();
+    let store = world.create();
+    for logstore in both(&world, &store) {
+        let before = data(&world, &logstore);
+        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
+        // The rotation itself writes no data; the segment under way goes on until something is appended.
+        assert_eq!(data(&world, &logstore), before);
+        put(&logstore, "two");
+        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 3);
+        put(&logstore, "three");
+        put(&logstore, "four");
+        let expected = [1, 2, 3].map(KeySource::DataKey);
+        assert_eq!(key_sources(&world, &logstore), expected);
+        assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
+        // Each version with its segments and their bytes.
+        let sizes: Vec<u64> = data(&world, &logstore).iter().map(|(_, bytes)| bytes.len() as u64).collect();
+        let expected: Vec<_> = (1..).zip(&sizes).map(|(version, size)| (version, 1, *size, false)).collect();
+        assert_eq!(under_each(&logstore), expected);
+    }
+    store.close().unwrap();
+    let store = world.open();
+    for text in ["p/service", "p/byok"] {
+        let logstore = store.logstore(&name(text)).unwrap();
+        assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
+        put(&logstore, "five");
+        assert_eq!(key_sources(&world, &logstore).last(), Some(&KeySource::DataKey(3)));
+    }
+    assert_clean(&store);
+}
+
+#[test]
+fn a_rotation_is_refused_where_there_is_no_key_or_it_may_not_be_used() {
+    let world = World::manual();
+    let store = world.create();
+    let [_, byok] = both(&world, &store);
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    let before = meta(&world, &byok);
+    assert!(matches!(store.rotate_data_key(plain.name()), Err(Error::Config(ConfigError::NotEncrypted))));
+    assert!(matches!(store.rotate_data_key(&name("p/none")), Err(Error::LogstoreMissing(_))));
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    world.clock.advance(secs(31));
+    assert_revoked(store.rotate_data_key(byok.name()), RevokedReason::Disabled);
+    world.kms.answer(Answer::Unreachable);
+    byok.revalidate_now().unwrap_err();
+    assert!(matches!(store.rotate_data_key(byok.name()), Err(Error::KmsUnreachable { .. })));
+    assert_eq!(meta(&world, &byok), before);
+    world.kms.answer(Answer::Real);
+    byok.revalidate_now().unwrap();
+    assert_eq!(store.rotate_data_key(byok.name()).unwrap(), 2);
+}
+
+#[test]
+fn a_reader_that_is_open_reads_on_over_rotations() {
+    let world = World::manual();
+    let store = world.create();
+    for logstore in both(&world, &store) {
+        let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+        for n in 0..5 {
+            assert_eq!(strings(&[reader.next().unwrap().unwrap()]), [if n == 0 { "one" } else { "more" }]);
+            store.rotate_data_key(logstore.name()).unwrap();
+            put(&logstore, "more");
+        }
+    }
+}
+
+/// What is sealed with the service keyring in a Logstore that got its master key later would need no answer of the KMS.
+#[test]
+fn an_outage_after_a_refusal_brings_nothing_back() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
+    put(&logstore, "before");
+    let config = store.config(logstore.name()).unwrap();
+    let conf = EncryptConf::byok(EncryptType::Default, world.cmk());
+    store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+    assert_eq!(texts(&logstore), ["before"]);
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
+    let recoveries = || {
+        let records = store.audit_records().unwrap();
+        records.iter().filter(|record| record.event == AuditEvent::Recovered).count()
+    };
+    for answer in [Answer::Unreachable, Answer::Invalid] {
+        world.kms.answer(answer);
+        for _ in 0..3 {
+            let error = logstore.revalidate_now().unwrap_err();
+            assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{error:?}");
+            for refused in [try_texts(&logstore).map(|_| ()), try_put(&logstore, "no")] {
+                let error = refused.unwrap_err();
+                assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{error:?}");
+            }
+            assert_eq!(logstore.key_status().lease_left, Some(std::time::Duration::ZERO));
+            world.clock.advance(secs(31));
+            store.tick();
+        }
+    }
+    assert_eq!(recoveries(), 0);
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    assert_eq!(texts(&logstore), ["before"]);
+    assert_eq!(recoveries(), 1);
+}
+
+// ---- re-wrapping ----
+
+/// The version of the master key that wrapped a data key, as the embedded KMS notes it in what it wraps.
+fn cmk_version(wrapped: &str) -> u32 {
+    let byte = |at: usize| u8::from_str_radix(&wrapped[2 * at..2 * at + 2], 16).unwrap();
+    u32::from_le_bytes([28, 29, 30, 31].map(byte))
+}
+
+#[test]
+fn rewrapping_after_the_customer_rotated_the_master_key_rewrites_no_data() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    put(&logstore, "one");
+    store.rotate_data_key(logstore.name()).unwrap();
+    put(&logstore, "two");
+    world.local().rotate(&cmk.cmk_key_id).unwrap();
+    // What was wrapped under the old version of the master key still unwraps.
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    let (before, envelopes_before) = (data(&world, &logstore), envelopes(&world, &logstore));
+    assert!(envelopes_before.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 1));
+    assert_eq!(store.rewrap(logstore.name()).unwrap(), 2);
+    let after = envelopes(&world, &logstore);
+    assert!(after.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 2));
+    assert_eq!(after.iter().map(|(version, ..)| *version).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(data(&world, &logstore), before);
+    put(&logstore, "three");
+    // The data key is the same one: the segment under way goes on.
+    assert_eq!(key_sources(&world, &logstore), [1, 2].map(KeySource::DataKey));
+    store.close().unwrap();
+    let store = world.open();
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one", "two", "three"]);
+    assert_clean(&store);
+}
+
+#[test]
+fn rewrapping_that_fails_half_way_changes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let [_, byok] = both(&world, &store);
+    store.rotate_data_key(byok.name()).unwrap();
+    put(&byok, "two");
+    let before = meta(&world, &byok);
+    for answer in [Answer::Revoked(RevokedReason::NotPermitted), Answer::Unreachable, Answer::Invalid, Answer::WrongKey]
+    {
+        world.kms.answer_for_data_keys(answer);
+        let error = store.rewrap(byok.name()).unwrap_err();
+        let expected = match answer {
+            Answer::Revoked(_) => matches!(error, Error::Revoked { .. }),
+            Answer::Unreachable => matches!(error, Error::KmsUnreachable { .. }),
+            _ => matches!(error, Error::KmsInvalid { .. }),
+        };
+        assert!(expected, "{answer:?}: {error:?}");
+        assert_eq!(meta(&world, &byok), before);
+        world.kms.answer(Answer::Real);
+        byok.revalidate_now().unwrap();
+        assert_eq!(texts(&byok), ["one", "two"]);
+    }
+}
+
+// ---- replacing the master key ----
+
+#[test]
+fn a_replacement_rewrites_no_data_and_leaves_nothing_under_the_old_master_key() {
+    let world = World::manual();
+    let store = world.create();
+    let (old, new, newer) = (world.cmk(), world.cmk(), world.cmk());
+    let logstore = world.byok(&store, "p/l", &old);
+    put(&logstore, "one");
+    store.rotate_data_key(logstore.name()).unwrap();
+    put(&logstore, "two");
+    let before = data(&world, &logstore);
+    let under = |cmk: &UserCmkInfo| {
+        let id: String = cmk.cmk_key_id.bytes().map(|byte| format!("{byte:02x}")).collect();
+        envelopes(&world, &logstore).iter().filter(|(_, _, wrapped)| wrapped.as_ref().unwrap().contains(&id)).count()
+    };
+    assert_eq!((under(&old), under(&new)), (2, 0));
+    assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 3);
+    assert_eq!((under(&old), under(&new)), (0, 3));
+    assert_eq!(data(&world, &logstore), before);
+    // The fresh data key is for what follows.
+    put(&logstore, "three");
+    assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
+    // Told otherwise, the data key stays, and so does the segment under way.
+    assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 3);
+    put(&logstore, "four");
+    assert_eq!((under(&new), under(&newer)), (0, 3));
+    assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
+    assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
+    assert_clean(&store);
+}
+
+#[test]
+fn a_replacement_during_an_outage_or_with_wrong_answers_changes_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    put(&logstore, "one");
+    let before = meta(&world, &logstore);
+    for answer in [Answer::Unreachable, Answer::Invalid, Answer::WrongKey] {
+        world.kms.answer_for_data_keys(answer);
+        let error = store.replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap_err();
+        assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{answer:?}: {error:?}");
+        assert_eq!(meta(&world, &logstore), before);
+    }
+    world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    assert_eq!(envelopes(&world, &logstore).len(), 1);
+}
+
+// ---- crypto-shredding ----
+
+#[test]
+fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
+    let world = World::manual();
+    let store = world.create();
+    let logstores = both(&world, &store);
+    for logstore in &logstores {
+        for text in ["two", "three"] {
+            store.rotate_data_key(logstore.name()).unwrap();
+            put(logstore, text);
+        }
+        let wrapped = envelopes(&world, logstore)[1].2.clone().unwrap();
+        store.shred_data_keys(logstore.name(), &[2]).unwrap();
+        // The envelope is in no file of the store any more.
+        for (path, bytes) in files(&world.store_dir()) {
+            assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
+        }
+        assert_eq!(envelopes(&world, logstore)[1].2, None);
+        let shredded: Vec<bool> = under_each(logstore).into_iter().map(|(.., shredded)| shredded).collect();
+        assert_eq!(shredded, [false, true, false]);
+        // What lies before it is read, then it says what happened; behind it reading goes on.
+        let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+        assert_eq!(strings(&[reader.next().unwrap().unwrap()]), ["one"]);
+        assert_shredded(reader.next().unwrap(), 2);
+        let behind = logstore.end_seq(0).unwrap() - 1;
+        assert_eq!(strings(&records_from(logstore, 0, Position::Seq(behind)).unwrap()), ["three"]);
+        put(logstore, "four");
+    }
+    // The other versions, other Logstores, and the whole store are in order.
+    assert_clean(&store);
+    store.close().unwrap();
+    let store = world.open();
+    for text in ["p/service", "p/byok"] {
+        let logstore = store.logstore(&name(text)).unwrap();
+        assert_shredded(try_texts(&logstore), 2);
+        put(&logstore, "five");
+    }
+    // A shredded version never comes back: not by re-wrapping, not by rotating, and its number is not used again.
+    for logstore in &logstores {
+        assert_eq!(store.rewrap(logstore.name()).unwrap(), 2);
+        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 4);
+        let logstore = store.logstore(logstore.name()).unwrap();
+        assert_shredded(try_texts(&logstore), 2);
+    }
+}
+
+#[test]
+fn a_version_that_is_being_written_is_ended_before_it_is_shredded() {
+    let world = World::manual();
+    let store = world.create();
+    for logstore in both(&world, &store) {
+        // The segment under way is still sealed with the first version.
+        store.rotate_data_key(logstore.name()).unwrap();
+        store.shred_data_keys(logstore.name(), &[1]).unwrap();
+        assert_shredded(try_texts(&logstore), 1);
+        put(&logstore, "two");
+        assert_eq!(key_sources(&world, &logstore), [1, 2].map(KeySource::DataKey));
+        let last = logstore.end_seq(0).unwrap() - 1;
+        assert_eq!(strings(&records_from(&logstore, 0, Position::Seq(last)).unwrap()), ["two"]);
+    }
+}
+
+#[test]
+fn a_refused_shredding_destroys_nothing() {
+    let world = World::manual();
+    let store = world.create();
+    let [service, byok] = both(&world, &store);
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    let refused = |logstore: &Logstore, versions: &[u32]| store.shred_data_keys(logstore.name(), versions).unwrap_err();
+    for logstore in [&service, &byok] {
+        store.rotate_data_key(logstore.name()).unwrap();
+        put(logstore, "two");
+        let before = meta(&world, logstore);
+        // The current one, one that never was, and either together with one that might go.
+        for (versions, culprit) in [(&[2][..], 2), (&[3], 3), (&[0], 0), (&[1, 2], 2), (&[1, 9], 9)] {
+            let error = refused(logstore, versions);
+            assert!(
+                matches!(error, Error::Config(ConfigError::CannotShred { version, .. }) if version == culprit),
+                "{error:?}"
+            );
+        }
+        assert_eq!(meta(&world, logstore), before);
+    }
+    assert!(matches!(refused(&plain, &[1]), Error::Config(ConfigError::NotEncrypted)));
+    // The second tag of BYOK metadata is made with the data key, so its master key must be usable.
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    assert!(matches!(refused(&byok, &[1]), Error::Revoked { .. }));
+    world.kms.answer(Answer::Real);
+    byok.revalidate_now().unwrap();
+    for logstore in [&service, &byok] {
+        assert_eq!(texts(logstore), ["one", "two"]);
+    }
+}
+
+#[test]
+fn deleting_a_logstore_destroys_its_envelopes_also_while_its_key_is_revoked() {
+    let world = World::manual();
+    let store = world.create();
+    let [service, byok] = both(&world, &store);
+    let kept = world.service(&store, "p/kept");
+    put(&kept, "kept");
+    world.kms.answer(Answer::Revoked(RevokedReason::Deleted));
+    byok.revalidate_now().unwrap_err();
+    for logstore in [service, byok] {
+        let wrapped = envelopes(&world, &logstore)[0].2.clone().unwrap();
+        let dir = world.logstore_dir(&logstore);
+        store.delete_logstore(logstore.name()).unwrap();
+        assert!(!dir.exists());
+        for (path, bytes) in files(&world.store_dir()) {
+            assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
+        }
+        // A handle that is still there uses no key that is still in memory.
+        assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))));
+        assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
+    }
+    assert_eq!(texts(&kept), ["kept"]);
+    assert_clean(&store);
+}
+
+// ---- the end of a key in memory ----
+
+/// Whether a secret is anywhere in the memory of this process. It is given inverted, so that the search does not find itself.
+#[cfg(target_os = "linux")]
+fn in_memory(inverted: &[u8]) -> bool {
+    use std::os::unix::fs::FileExt;
+
+    let memory = fs::File::open("/proc/self/mem").unwrap();
+    let mut buffer = vec![0; 1 << 20];
+    for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
+        let mut words = line.split(' ');
+        let range = words.next().unwrap().split_once('-').unwrap();
+        if !words.next().unwrap().starts_with("rw") {
+            continue;
+        }
+        let at = |text| u64::from_str_radix(text, 16).unwrap();
+        let (mut from, to) = (at(range.0), at(range.1));
+        while from < to {
+            let len = buffer.len().min((to - from) as usize);
+            let read = memory.read_at(&mut buffer[..len], from).unwrap_or(0);
+            if read < inverted.len() {
+                break;
+            }
+            let found = buffer[..read].windows(inverted.len()).any(|window| {
+                window[0] == !inverted[0] && window.iter().zip(inverted).all(|(byte, inverted)| *byte == !*inverted)
+            });
+            // What was read here is a copy of its own, which must not be found next.
+            buffer[..read].fill(0);
+            if found {
+                return true;
+            }
+            from += (read + 1 - inverted.len()) as u64;
+        }
+    }
+    false
+}
+
+/// Held by a test that searches the memory: what it reads there is a copy that another one would find.
+#[cfg(target_os = "linux")]
+static SEARCH: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+/// The operating system's randomness, the draws of 32 bytes remembered inverted.
+#[cfg(target_os = "linux")]
+#[derive(Debug, Default)]
+struct InvertingRandom(std::sync::Mutex<Vec<[u8; 32]>>);
+
+#[cfg(target_os = "linux")]
+impl envelog::io::Random for InvertingRandom {
+    fn fill(&self, buf: &mut [u8]) -> std::io::Result<()> {
+        envelog::io::OsRandom.fill(buf)?;
+        if buf.len() == 32 {
+            self.0.lock().unwrap().push(std::array::from_fn(|at| !buf[at]));
+        }
+        Ok(())
+    }
+}
+
+/// A data key is nowhere in memory once its key is revoked, shredded, deleted or closed, though it was there before.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
+    use std::sync::Arc;
+
+    use envelog::{crypto::AwsLc, kms::LocalKms};
+
+    let _alone = SEARCH.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    type End = fn(&Store, &LocalKms, &str, &Logstore);
+    let ends: [(&str, End); 4] = [
+        ("revoked", |_, kms, key, logstore| {
+            kms.disable(key).unwrap();
+            assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
+        }),
+        ("shredded", |store, _, _, logstore| {
+            store.rotate_data_key(logstore.name()).unwrap();
+            store.shred_data_keys(logstore.name(), &[1]).unwrap();
+        }),
+        ("deleted", |store, _, _, logstore| store.delete_logstore(logstore.name()).unwrap()),
+        ("closed", |store, _, _, _| store.clone().close().unwrap()),
+    ];
+    for (how, end) in ends {
+        let dir = tempfile::tempdir().unwrap();
+        let kms = LocalKms::create_or_open(dir.path().join("kms")).unwrap();
+        let key = kms.create_key(REGION, &[ROLE]).unwrap();
+        let cmk = UserCmkInfo { cmk_key_id: key.clone(), arn: ROLE.into(), region_id: REGION.into() };
+        let random = Arc::new(InvertingRandom::default());
+        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+            .kms(Arc::new(kms.clone()))
+            .disk(Arc::new(QuickDisk))
+            .insecure_random_for_tests(random.clone())
+            .create()
+            .unwrap();
+        random.0.lock().unwrap().clear();
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk));
+        let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+        // The data key and the secret of the probe; the data key is the one that stays.
+        let drawn = random.0.lock().unwrap().clone();
+        put(&logstore, "one");
+        assert_eq!(texts(&logstore), ["one"]);
+        let held: Vec<&[u8; 32]> = drawn.iter().filter(|drawn| in_memory(&drawn[..])).collect();
+        let [data_key] = held[..] else {
+            panic!("{how}: expected one of {} keys in memory, got {}", drawn.len(), held.len())
+        };
+        end(&store, &kms, &key, &logstore);
+        assert!(!in_memory(data_key), "{how}");
+    }
+}
+
+/// The same of the service keyring, as bytes and as the text that its file holds: once the store is closed, and when the keyring turns
+/// out to be another store's.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
+    use std::sync::Arc;
+
+    use envelog::crypto::AwsLc;
+
+    let _alone = SEARCH.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let random = Arc::new(InvertingRandom::default());
+    let builder = |store: &str, keyring: &str| {
+        Store::builder(dir.path().join(store), dir.path().join(keyring), AwsLc::new())
+            .disk(Arc::new(QuickDisk))
+            .insecure_random_for_tests(random.clone())
+    };
+    let store = builder("store", "keyring").create().unwrap();
+    // Whatever else may be drawn, the roots are the draws that stay while the store is open.
+    let roots = |store: &Store| {
+        store.rotate_service_key().unwrap();
+        let drawn = random.0.lock().unwrap().clone();
+        drawn.into_iter().filter(|drawn| in_memory(&drawn[..])).collect::<Vec<_>>()
+    };
+    let roots = roots(&store);
+    assert_eq!(roots.len(), 2);
+    store.close().unwrap();
+    drop(builder("other", "other-keyring").create().unwrap());
+    let text = |root: &[u8; 32]| -> Vec<u8> {
+        let digit = |nibble: u8| !b"0123456789abcdef"[usize::from(nibble)];
+        // Half of the text would be half of the key.
+        root.iter().take(16).flat_map(|byte| [digit(!byte >> 4), digit(!byte & 15)]).collect()
+    };
+    let gone = |when: &str| {
+        for root in &roots {
+            assert!(!in_memory(root), "{when}");
+            assert!(!in_memory(&text(root)), "{when}, as text");
+        }
+    };
+    gone("closed");
+    let store = builder("store", "keyring").open().unwrap();
+    assert!(roots.iter().all(|root| in_memory(root)));
+    store.close().unwrap();
+    gone("opened and closed");
+    // The other store's keyring is looked into, and found to be another's.
+    let foreign = builder("other", "keyring").open();
+    assert!(matches!(foreign, Err(Error::KeyringForeign { .. })), "{foreign:?}");
+    gone("as another's");
+    // One that was altered, so that its tag does not hold.
+    let path = dir.path().join("keyring");
+    let mut bytes = fs::read(&path).unwrap();
+    let tag = bytes.len() - 4 - 64;
+    bytes[tag] ^= 1;
+    fix_crc(&mut bytes);
+    fs::write(&path, &bytes).unwrap();
+    bytes.fill(0);
+    let altered = builder("store", "keyring").open();
+    assert!(matches!(altered, Err(Error::Tampered { .. })), "{altered:?}");
+    gone("altered");
+}
