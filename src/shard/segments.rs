@@ -259,6 +259,11 @@ impl Shard {
         }
     }
 
+    /// Lists the directory anew when the segments are asked for next.
+    pub(super) fn forget_segments(&self) {
+        *write(&self.segments) = None;
+    }
+
     /// Forgets the segments below `ordinal`: retention drops them.
     pub(crate) fn drop_before(&self, ordinal: u64) {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
@@ -292,10 +297,12 @@ impl Shard {
         })?;
         let header = Arc::new(read_header(&*file, path)?);
         self.check_identity(name, &header.header)?;
+        // Asked first: once there is a successor, the segment does not grow any more under a read-only opener.
+        let expected = self.expected_end(name)?;
         let len = file.len().map_err(Error::io("get the length of", path))?;
         let footer = read_footer(&*file, path, &header, len);
         let opened = |end| Ok(Opened { name: name.clone(), file, header: Arc::clone(&header), end });
-        match (footer, self.expected_end(name)?) {
+        match (footer, expected) {
             (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
             (_, Expected::Cut(end)) => {
                 self.check_link(name, &header.header, &end)?;

@@ -539,17 +539,17 @@ impl Shard {
                 return Ok(());
             }
         }
-        let began = writer.active.is_none();
-        let prepared = if began { self.begin(&mut writer) } else { Ok(()) };
+        let prepared = if writer.active.is_none() { self.begin(&mut writer) } else { Ok(()) };
         match prepared {
             Ok(()) => {
                 let Some(active) = &writer.active else { return Ok(()) };
                 let header = &active.header.header;
                 let mut state = lock(&self.state);
-                if began && state.queue.is_empty() {
-                    state.next_seq = header.first_seq;
-                    state.written = header.first_seq;
-                    state.synced = header.first_seq;
+                if state.queue.is_empty() {
+                    // Whether it was begun here or by a repair.
+                    state.next_seq = state.next_seq.max(header.first_seq);
+                    state.written = state.written.max(header.first_seq);
+                    state.synced = state.synced.max(header.first_seq);
                 }
                 state.limit_seq = header.limit_seq;
                 state.last_time_us = state.last_time_us.max(active.last_time_us);
@@ -638,7 +638,7 @@ impl Shard {
             let sealed = self
                 .seal(&mut writer, KeyUse::Admitted)
                 .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) });
-            sealed.map(|()| writer.head())
+            sealed.map(|()| self.head(&writer))
         };
         let mut state = self.end_driving();
         let closed = Error::Closed("the Logstore");
@@ -655,6 +655,13 @@ impl Shard {
             Err(error) if given_up || !is_refusal(&error) => Err(error),
             _ => Ok(head),
         }
+    }
+
+    /// Where the shard stands. Numbers that were given to groups which never came to be written stay used.
+    fn head(&self, writer: &Writer) -> Option<Head> {
+        let head = writer.head()?;
+        let next_seq = head.next_seq.max(lock(&self.state).next_seq);
+        Some(Head { next_seq, ..head })
     }
 
     /// Takes no more appends, and forgets what is queued: the Logstore is being deleted.
@@ -684,7 +691,7 @@ impl Shard {
                     Err(error) if is_refusal(&error) => {}
                     Err(error) => self.latch(&mut writer, error),
                 }
-                writer.head()
+                self.head(&writer)
             };
             drop(self.end_driving());
             if head.is_some() {
@@ -756,7 +763,8 @@ impl Shard {
         let _writer = lock(&self.writer);
         let mut state = lock(&self.state);
         if !state.closed && state.latched.take().is_some() {
-            self.set_segments(|segments| segments.iter_mut().for_each(|segment| segment.active = None));
+            // What failed half-way may have left a segment that is not in the list.
+            self.forget_segments();
         }
     }
 
