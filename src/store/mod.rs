@@ -202,8 +202,10 @@ impl Store {
     /// # Errors
     /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
     pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
-        let head = lock(&self.shared.admin).catalogue.audit.clone();
-        self.shared.audit.verified(&[&head])
+        let mut admin = lock(&self.shared.admin);
+        // A reader, which may need the newest service key for it too, looks how far the log is now.
+        self.shared.reload_catalogue(&mut admin)?;
+        self.shared.audit.verified(&[&admin.catalogue.audit])
     }
 
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
@@ -247,10 +249,14 @@ impl StoreShared {
         Ok(())
     }
 
+    fn load_catalogue(&self) -> Result<Catalogue> {
+        self.keys.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
+    }
+
     /// A reader has the catalogue as the writer last left it.
     fn reload_catalogue(&self, admin: &mut AdminState) -> Result<()> {
         if self.read_only {
-            admin.catalogue = Catalogue::load(&*self.disk, &self.dir, self.id, &read(&self.keyring))?;
+            admin.catalogue = self.load_catalogue()?;
         }
         Ok(())
     }
@@ -322,7 +328,7 @@ impl StoreShared {
 
     fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
         let dir = self.logstore_dir(entry.id);
-        let meta = Meta::load(&*self.disk, &dir, self.id, entry.id, &read(&self.keyring))?;
+        let meta = self.keys.with_keyring(|keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring))?;
         let (found, known) = (meta.generation, entry.generation);
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
             return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
@@ -379,7 +385,7 @@ impl StoreShared {
         let this = self.this.clone();
         Box::new(move |shard| {
             let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let catalogue = Catalogue::load(&*this.disk, &this.dir, this.id, &read(&this.keyring))?;
+            let catalogue = this.load_catalogue()?;
             let entry = catalogue.logstores.get(&name).ok_or(Error::Closed("the Logstore"))?;
             entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
         })
@@ -390,7 +396,8 @@ impl StoreShared {
         let (this, id) = (self.this.clone(), gate.id());
         gate.reload_with(Box::new(move || {
             let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let meta = Meta::load(&*this.disk, &this.logstore_dir(id), this.id, id, &read(&this.keyring))?;
+            let dir = this.logstore_dir(id);
+            let meta = this.keys.with_keyring(|keyring| Meta::load(&*this.disk, &dir, this.id, id, keyring))?;
             if meta.config.name != name {
                 return Err(Error::Closed("the Logstore"));
             }
@@ -502,8 +509,8 @@ impl StoreShared {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bytes => bytes.map_err(Error::io("read", &path))?,
         };
-        let keyring = read(&self.keyring);
-        let document = document::open(&bytes, DocumentKind::Probe, &path, |version| keyring.document_key(version))?;
+        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
+        let document = document::open(&bytes, DocumentKind::Probe, &path, key)?;
         let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
         let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
         if document.store != self.id || document.subject != id || body.cmk != *cmk {
