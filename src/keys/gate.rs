@@ -21,6 +21,7 @@ use crate::{
     crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
+    io::Disk,
     kms::{Cmk, KmsError},
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{lock, read, write},
@@ -36,12 +37,28 @@ pub(crate) struct KeyContext {
     pub(crate) keyring: Arc<RwLock<Keyring>>,
     /// The process that opened the store.
     pub(crate) pid: u32,
+    /// For a read-only opener, whose keyring the writer may rotate: where to read it anew.
+    pub(crate) reload_from: Option<Arc<dyn Disk>>,
 }
 
 impl KeyContext {
     /// Refuses a handle that came through `fork`: parent and child would draw from the same sequence numbers.
     pub(crate) fn check_process(&self) -> Result<()> {
         if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
+    }
+
+    /// Does something with the service keyring. A read-only opener that finds its copy too old takes the one that the writer has
+    /// rotated meanwhile.
+    pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
+        let done = act(&read(&self.keyring));
+        let (Err(Error::KeyringTooOld { .. }), Some(disk)) = (&done, &self.reload_from) else { return done };
+        let rotated = {
+            let keyring = read(&self.keyring);
+            Keyring::load(&**disk, keyring.path(), self.store, keyring.id())?
+        };
+        let done = act(&rotated);
+        *write(&self.keyring) = rotated;
+        done
     }
 }
 
@@ -241,14 +258,7 @@ impl Gate {
         match header.key_source {
             KeySource::Keyring(version) => {
                 write(&self.held).enter(epoch);
-                let key = || read(&self.context.keyring).integrity_key(version, self.id);
-                match (key(), self.reload.get()) {
-                    (Err(Error::KeyringTooOld { .. }), Some(reload)) => {
-                        reload()?;
-                        derive(&key()?)
-                    }
-                    (key, _) => derive(&key?),
-                }
+                derive(&self.context.with_keyring(|keyring| keyring.integrity_key(version, self.id))?)
             }
             KeySource::DataKey(version) => loop {
                 {
@@ -305,8 +315,9 @@ impl Gate {
         let wrapped = hex_decode(wrapped).ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
         let identity = self.identity(&section, version);
         let key = match (entry.keyring_version, &keys.lease) {
-            (Some(keyring_version), _) => read(&self.context.keyring)
-                .unwrap(&*self.context.provider, keyring_version, &identity, &wrapped)?
+            (Some(keyring_version), _) => self
+                .context
+                .with_keyring(|keyring| keyring.unwrap(&*self.context.provider, keyring_version, &identity, &wrapped))?
                 .ok_or_else(|| Error::WrongKey {
                     at: Location::new(format!("envelope {version} of {}", self.name), 0),
                 })?,
@@ -374,8 +385,13 @@ mod tests {
         let keyring = Keyring::create(&RealDisk, &OsRandom, &dir.path().join("keyring"), store, 1).unwrap();
         let keyring = Arc::new(RwLock::new(keyring));
         let gate = |pid| {
-            let context =
-                KeyContext { store, provider: Arc::new(RustCrypto::new()), keyring: Arc::clone(&keyring), pid };
+            let context = KeyContext {
+                store,
+                provider: Arc::new(RustCrypto::new()),
+                keyring: Arc::clone(&keyring),
+                pid,
+                reload_from: None,
+            };
             let id = LogstoreId::from_bytes([2; 16]);
             Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default())
         };

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Durability, Head, Job, Payload, Shard, Task, Ticket,
+    Durability, End, Head, Job, Payload, Shard, Task, Ticket,
     queue::{Pending, State},
     writer::{KeyUse, Next, RESERVED_SEQS, Writer},
 };
@@ -229,6 +229,31 @@ impl Shard {
         synced
     }
 
+    /// Makes everything durable that there is, also what was left by a process that was killed, or by a failed sync.
+    pub(crate) fn make_durable(&self) -> Result<()> {
+        self.sync()?;
+        let mut writer = lock(&self.writer);
+        if self.context.read_only || writer.active.is_some() || writer.next.is_some() {
+            return Ok(());
+        }
+        let unsynced = match self.segments(false)?.last() {
+            Some(last) => matches!(self.open_segment(last)?.end, End::Unknown),
+            None => false,
+        };
+        if unsynced {
+            self.context.gate.admit()?;
+            writer.next = Some(self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?);
+        }
+        Ok(())
+    }
+
+    /// A failed operation stops the writer, a finding or a refusal does not.
+    fn latch_if_failed(&self, writer: &mut Writer, error: &Error) {
+        if matches!(error, Error::Io { .. }) {
+            self.latch(writer, error.clone());
+        }
+    }
+
     fn end_driving(&self) -> MutexGuard<'_, State> {
         let mut state = lock(&self.state);
         state.driving = false;
@@ -384,9 +409,9 @@ impl Shard {
                 let Some(active) = &writer.active else { return Ok(()) };
                 let mut state = lock(&self.state);
                 if state.queue.is_empty() {
-                    state.next_seq = active.end_seq;
-                    state.written = active.end_seq;
-                    state.synced = active.end_seq;
+                    state.next_seq = state.next_seq.max(active.end_seq);
+                    state.written = state.written.max(active.end_seq);
+                    state.synced = state.synced.max(active.end_seq);
                 }
                 state.limit_seq = active.header.header.limit_seq;
                 state.last_time_us = state.last_time_us.max(active.last_time_us);
@@ -394,9 +419,7 @@ impl Shard {
                 Ok(())
             }
             Err(error) => {
-                if matches!(error, Error::Io { .. }) {
-                    self.latch(&mut writer, error.clone());
-                }
+                self.latch_if_failed(&mut writer, &error);
                 Err(error)
             }
         }
@@ -475,7 +498,7 @@ impl Shard {
             let sealed = self
                 .seal(&mut writer, KeyUse::Admitted)
                 .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) });
-            sealed.map(|()| writer.head())
+            sealed.map(|()| self.head(&writer))
         };
         let mut state = self.end_driving();
         let closed = Error::Closed("the Logstore");
@@ -491,6 +514,13 @@ impl Shard {
             Err(error) if given_up || !is_refusal(&error) => Err(error),
             _ => Ok(head),
         }
+    }
+
+    /// Where the shard stands. Numbers that were given to groups which never came to be written stay used.
+    fn head(&self, writer: &Writer) -> Option<Head> {
+        let head = writer.head()?;
+        let next_seq = head.next_seq.max(lock(&self.state).next_seq);
+        Some(Head { next_seq, ..head })
     }
 
     /// Takes no more appends, and forgets what is queued: the Logstore is being deleted.
@@ -520,7 +550,7 @@ impl Shard {
                     Err(error) if is_refusal(&error) => {}
                     Err(error) => self.latch(&mut writer, error),
                 }
-                writer.head()
+                self.head(&writer)
             };
             drop(self.end_driving());
             if head.is_some() {
@@ -592,7 +622,8 @@ impl Shard {
         let _writer = lock(&self.writer);
         let mut state = lock(&self.state);
         if !state.closed && state.latched.take().is_some() {
-            self.set_segments(|segments| segments.iter_mut().for_each(|segment| segment.active = None));
+            // What failed half-way may have left a segment that is not in the list.
+            self.forget_segments();
         }
     }
 

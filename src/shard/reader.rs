@@ -299,11 +299,12 @@ impl Reader {
                     };
                     self.enter(next)?;
                 }
-                Load::NotYet => {
-                    if !cursor.refresh(&shard)? {
-                        return Ok(false);
-                    }
-                }
+                Load::NotYet => match cursor.refresh(&shard)? {
+                    Refresh::Same => return Ok(false),
+                    Refresh::Changed => {}
+                    // What follows is in its successors.
+                    Refresh::Dropped => self.cursor = None,
+                },
             }
         }
     }
@@ -314,11 +315,12 @@ impl Reader {
         let position = if self.seek_time {
             let mut low = 0;
             let mut high = segments.len();
-            // The last segment that begins before the time, found by looking into O(log n) of them.
+            // The last segment that begins before the time, found by looking into O(log n) of them. One that begins at that very time
+            // is not it: the one in front of it may end with groups of the same time.
             while low < high {
                 let middle = low.midpoint(high);
                 let Some(segment) = segments.get(middle) else { break };
-                if self.shard.open_segment(segment)?.begins_us() <= self.from_us {
+                if self.shard.open_segment(segment)?.begins_us() < self.from_us {
                     low = middle + 1;
                 } else {
                     high = middle;
@@ -395,6 +397,16 @@ pub(crate) enum Load {
     End,
     /// Nothing more, so far.
     NotYet,
+}
+
+/// What has become of a segment that a reader stands at the end of.
+enum Refresh {
+    /// Nothing.
+    Same,
+    /// It has been ended, or goes on.
+    Changed,
+    /// Retention has dropped it.
+    Dropped,
 }
 
 /// Reads the blocks of one segment in order.
@@ -630,12 +642,11 @@ impl SegmentReader {
         block.and_then(BlockView::parse).map(|view| view.tag).map_err(|error| Error::corrupt(at, error.to_string()))
     }
 
-    /// Looks whether the segment has been ended meanwhile. `false` when nothing has changed.
-    fn refresh(&mut self, shard: &Shard) -> Result<bool> {
+    /// Looks whether the segment has been ended meanwhile.
+    fn refresh(&mut self, shard: &Shard) -> Result<Refresh> {
         let segments = shard.segments(true)?;
         let Some(name) = segments.iter().find(|segment| segment.ordinal == self.opened.name.ordinal) else {
-            // Retention has dropped it: what follows is in its successors.
-            return Ok(false);
+            return Ok(Refresh::Dropped);
         };
         let changed = match (&self.opened.end, &name.active) {
             (End::Active(view), Some(active)) => !Arc::ptr_eq(view, active),
@@ -646,14 +657,15 @@ impl SegmentReader {
                 let ended = !matches!(opened.end, End::Unknown);
                 shard.verify_footer(&opened)?;
                 self.opened.end = opened.end;
-                return Ok(ended || self.end()? > before);
+                return Ok(if ended || self.end()? > before { Refresh::Changed } else { Refresh::Same });
             }
         };
-        if changed {
-            self.opened = shard.open_segment(name)?;
-            shard.verify_footer(&self.opened)?;
+        if !changed {
+            return Ok(Refresh::Same);
         }
-        Ok(changed)
+        self.opened = shard.open_segment(name)?;
+        shard.verify_footer(&self.opened)?;
+        Ok(Refresh::Changed)
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
     io::{OpenMode, read_exact_at},
     segment::{
         BlockKind, BlockView, Footer, FooterBuilder, Predecessor, ScanReport, ScanVerdict, ScannedBlock, SealBuffer,
-        scan,
+        SegmentHeader, scan,
     },
     sync::{lock, read},
 };
@@ -58,6 +58,14 @@ struct Scanned {
     report: ScanReport,
 }
 
+impl Scanned {
+    /// How many bytes belong to no block that can be read.
+    fn bytes_lost(&self, opened: &Opened) -> u64 {
+        let found: u64 = self.blocks.iter().map(|block| block.header.block_len()).sum();
+        self.report.file_len.saturating_sub(opened.header.body_start + found)
+    }
+}
+
 impl Shard {
     /// Finds out where the shard ends and deals with an unclean end. Called by the writer, with its lock held.
     pub(super) fn recover(&self) -> Result<Next> {
@@ -92,12 +100,10 @@ impl Shard {
         match &opened.end {
             End::Sealed(footer) => {
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
-                let head = Head::sealed(&opened.header.header, &footer.footer, len);
-                // Numbers that the catalogue knows to be used stay used.
-                let known = record.head.filter(|known| known.ordinal == head.ordinal).map_or(0, |known| known.next_seq);
+                let head = self.last_head(&opened.header.header, &footer.footer, len);
                 Ok(Next {
                     ordinal: head.ordinal + 1,
-                    first_seq: head.next_seq.max(known),
+                    first_seq: head.next_seq,
                     last_time_us: footer.footer.last_time_us.max(opened.header.header.created_us),
                     predecessor: Predecessor::Sealed(head.into_end()),
                 })
@@ -106,7 +112,7 @@ impl Shard {
                 let scanned = self.scan(&opened)?;
                 let mark = self.check_durable_part(&opened, &scanned)?;
                 let (next, groups_rewritten) = self.cut(&opened, &scanned, mark)?;
-                let bytes_dropped = scanned.report.file_len - scanned.report.end;
+                let bytes_dropped = scanned.bytes_lost(&opened);
                 if groups_rewritten > 0 || bytes_dropped > 0 {
                     let segment = last.path.to_path_buf();
                     lock(&self.notices).push(RecoveryNotice {
@@ -125,6 +131,16 @@ impl Shard {
     fn verify_ends(&self, opened: &Opened) -> Result<()> {
         self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()))?;
         self.verify_footer(opened)
+    }
+
+    /// The head of the shard when its last segment is sealed. Numbers behind its end may have been given to groups that were still
+    /// queued when it was sealed, or are above the mark of what it was recovered from: only a head that the catalogue has noted says
+    /// where the next segment may begin before the reserved limit.
+    pub(crate) fn last_head(&self, header: &SegmentHeader, footer: &Footer, file_len: u64) -> Head {
+        let head = Head::sealed(header, footer, file_len);
+        let noted = self.record().head.filter(|noted| noted.sealed && noted.ordinal == head.ordinal);
+        let next_seq = noted.map_or(header.limit_seq, |noted| noted.next_seq.max(head.next_seq));
+        Head { next_seq, ..head }
     }
 
     fn scan(&self, opened: &Opened) -> Result<Scanned> {
@@ -290,7 +306,7 @@ impl Shard {
         match &opened.end {
             End::Sealed(footer) => {
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
-                Ok(Some(Head::sealed(header, &footer.footer, len)))
+                Ok(Some(self.last_head(header, &footer.footer, len)))
             }
             End::Active(view) => Ok(Some(view.head())),
             End::Cut(_) | End::Unknown => {
@@ -343,7 +359,6 @@ impl Shard {
         let header = Arc::new(read_header(&*file, path)?);
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
         let scanned = self.scan(&opened)?;
-        let found: u64 = scanned.blocks.iter().map(|block| block.header.block_len()).sum();
         let (next, groups_salvaged) = self.cut(&opened, &scanned, scanned.report.end)?;
         writer.next = Some(next);
         writer.begin_segment(self)?;
@@ -351,7 +366,7 @@ impl Shard {
             shard: self.id,
             segment: Some(path.to_path_buf()),
             groups_salvaged,
-            bytes_lost: scanned.report.file_len.saturating_sub(opened.header.body_start + found),
+            bytes_lost: scanned.bytes_lost(&opened),
         })
     }
 

@@ -244,6 +244,11 @@ impl Shard {
         }
     }
 
+    /// Lists the directory anew when the segments are asked for next.
+    pub(super) fn forget_segments(&self) {
+        *write(&self.segments) = None;
+    }
+
     /// Forgets the segments below `ordinal`: retention drops them.
     pub(crate) fn drop_before(&self, ordinal: u64) {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
@@ -277,10 +282,12 @@ impl Shard {
         })?;
         let header = Arc::new(read_header(&*file, path)?);
         self.check_identity(name, &header.header)?;
+        // Asked first: once there is a successor, the segment does not grow any more under a read-only opener.
+        let expected = self.expected_end(name)?;
         let len = file.len().map_err(Error::io("get the length of", path))?;
         let footer = read_footer(&*file, path, &header, len);
         let opened = |end| Ok(Opened { name: name.clone(), file, header: Arc::clone(&header), end });
-        match (footer, self.expected_end(name)?) {
+        match (footer, expected) {
             (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
             (_, Expected::Cut(end)) => {
                 self.check_link(name, &header.header, &end)?;
@@ -406,8 +413,7 @@ impl Head {
         }
     }
 
-    /// The head of a sealed segment. One that recovery wrote stands in for a segment that was cut off, whose numbers may have been
-    /// handed out and read up to its limit; those of the new one, with the same first number or a later one, end no earlier.
+    /// The head of a sealed segment.
     pub(crate) fn sealed(header: &SegmentHeader, footer: &Footer, file_len: u64) -> Self {
         Self {
             ordinal: header.ordinal,
@@ -416,7 +422,7 @@ impl Head {
             blocks: footer.block_count,
             bytes: file_len,
             end_seq: footer.end_seq,
-            next_seq: if footer.recovered { header.limit_seq } else { footer.end_seq },
+            next_seq: footer.end_seq,
             digest: footer.digest,
         }
     }

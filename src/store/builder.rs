@@ -215,13 +215,16 @@ impl StoreBuilder {
         self.options.check()?;
         let (disk, dir) = (&*self.disk, &self.dir);
         if disk.stat(dir).map_err(Error::io("look for", dir))?.is_some() {
-            if disk.stat(&identity_path(dir)).map_err(Error::io("look for", dir))?.is_some() {
+            let refused = |op: &'static str| {
+                move |error: std::io::Error| match error.kind() {
+                    std::io::ErrorKind::NotADirectory => Error::NotAStore { path: dir.clone() },
+                    _ => Error::io(op, dir)(error),
+                }
+            };
+            if disk.stat(&identity_path(dir)).map_err(refused("look for"))?.is_some() {
                 return Err(Error::StoreExists { path: dir.clone() });
             }
-            let entries = disk.list_dir(dir).map_err(|error| match error.kind() {
-                std::io::ErrorKind::NotADirectory => Error::NotAStore { path: dir.clone() },
-                _ => Error::io("list", dir)(error),
-            })?;
+            let entries = disk.list_dir(dir).map_err(refused("list"))?;
             // What an interrupted creation left behind is taken over; anything else is not ours to touch.
             let ours = |name: &str| {
                 matches!(name, "LOCK" | "audit" | "logstores" | "probes" | "catalogue") || name.ends_with(".tmp")
@@ -415,6 +418,7 @@ impl StoreBuilder {
                 provider: Arc::clone(&self.provider),
                 keyring: Arc::clone(&keyring),
                 pid: std::process::id(),
+                reload_from: read_only.then(|| Arc::clone(&self.disk)),
             }),
             budget: Budget::new(self.options.pending_bytes_max),
             permits: ReaderPermits::new(self.options.readers_max),

@@ -39,7 +39,7 @@ use crate::{
     logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
-    sync::{lock, read, write},
+    sync::{lock, read},
 };
 
 pub use builder::{Background, StoreBuilder, StoreOptions};
@@ -203,12 +203,10 @@ impl Store {
     /// # Errors
     /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
     pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
-        let head = {
-            let mut admin = lock(&self.shared.admin);
-            self.shared.reload_catalogue(&mut admin)?;
-            admin.catalogue.audit.clone()
-        };
-        self.shared.with_keyring(|_| self.shared.audit.verified(&[&head]))
+        let mut admin = lock(&self.shared.admin);
+        // A reader, which may need the newest service key for it too, looks how far the log is now.
+        self.shared.reload_catalogue(&mut admin)?;
+        self.shared.audit.verified(&[&admin.catalogue.audit])
     }
 
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
@@ -252,36 +250,16 @@ impl StoreShared {
         Ok(())
     }
 
+    fn load_catalogue(&self) -> Result<Catalogue> {
+        self.keys.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
+    }
+
     /// A reader has the catalogue as the writer last left it.
     fn reload_catalogue(&self, admin: &mut AdminState) -> Result<()> {
         if self.read_only {
             admin.catalogue = self.load_catalogue()?;
         }
         Ok(())
-    }
-
-    fn load_catalogue(&self) -> Result<Catalogue> {
-        self.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
-    }
-
-    /// Does something with the keyring. A reader may have it from before the writer made a new version: then it reads it again.
-    fn with_keyring<T>(&self, use_it: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
-        let done = use_it(&read(&self.keyring));
-        if !self.read_only || !matches!(done, Err(Error::KeyringTooOld { .. })) {
-            return done;
-        }
-        let (path, id) = {
-            let keyring = read(&self.keyring);
-            (keyring.path().to_owned(), keyring.id())
-        };
-        let newer = Keyring::load(&*self.disk, &path, self.id, id)?;
-        {
-            let mut keyring = write(&self.keyring);
-            if newer.newest() > keyring.newest() {
-                *keyring = newer;
-            }
-        }
-        use_it(&read(&self.keyring))
     }
 
     fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
@@ -352,7 +330,7 @@ impl StoreShared {
 
     fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
         let dir = self.logstore_dir(entry.id);
-        let meta = self.with_keyring(|keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring))?;
+        let meta = self.keys.with_keyring(|keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring))?;
         let (found, known) = (meta.generation, entry.generation);
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
             return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
@@ -420,10 +398,8 @@ impl StoreShared {
         let (this, id) = (self.this.clone(), gate.id());
         gate.reload_with(Box::new(move || {
             let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            // The catalogue is the first to be under a new service key, and so brings the keyring up to date.
-            this.load_catalogue()?;
             let dir = this.logstore_dir(id);
-            let meta = this.with_keyring(|keyring| Meta::load(&*this.disk, &dir, this.id, id, keyring))?;
+            let meta = this.keys.with_keyring(|keyring| Meta::load(&*this.disk, &dir, this.id, id, keyring))?;
             if meta.config.name != name {
                 return Err(Error::Closed("the Logstore"));
             }
@@ -538,9 +514,8 @@ impl StoreShared {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bytes => bytes.map_err(Error::io("read", &path))?,
         };
-        let document = self.with_keyring(|keyring| {
-            document::open(&bytes, DocumentKind::Probe, &path, |version| keyring.document_key(version))
-        })?;
+        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
+        let document = document::open(&bytes, DocumentKind::Probe, &path, key)?;
         let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
         let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
         if document.store != self.id || document.subject != id || body.cmk != *cmk {

@@ -10,7 +10,7 @@ use crate::{
     config::LogstoreName,
     io::Clock,
     logstore::LogstoreShared,
-    shard::{End, Head, Job, Shard, Task, Wake},
+    shard::{End, Job, Shard, Task, Wake},
     sync::lock,
 };
 
@@ -158,10 +158,7 @@ impl StoreShared {
             };
             if let (None, End::Sealed(footer)) = (segments.get(index + 1), &opened.end) {
                 // The last one goes: what follows will name it as its predecessor all the same.
-                let known = record.head.as_ref().map_or(0, |head| head.next_seq);
-                let mut head = Head::sealed(&opened.header.header, &footer.footer, *size);
-                head.next_seq = head.next_seq.max(known);
-                record.head = Some(head);
+                record.head = Some(shard.last_head(&opened.header.header, &footer.footer, *size));
             }
             left -= size;
             dropped.push((segment.clone(), *size));

@@ -1,0 +1,680 @@
+//! A file system in memory that knows what would survive: what programs see is kept apart from what was made durable, every
+//! operation can be counted and made to fail, and the power can be cut.
+
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    path::{Component, Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use envelog::{
+    Logstore, Store, StoreBuilder,
+    io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, RealDisk},
+};
+
+use super::World;
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Create,
+    Write,
+    Sync,
+    SetLen,
+    Rename,
+    Remove,
+    CreateDir,
+    RemoveDir,
+    SyncDir,
+    /// An existing file.
+    Open,
+    Read,
+}
+
+impl Op {
+    /// Whether it changes what is on the disk, or when it is durable. Only these are numbered.
+    pub(crate) fn changes(self) -> bool {
+        !matches!(self, Op::Open | Op::Read)
+    }
+}
+
+/// An operation about to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) op: Op,
+    pub(crate) path: PathBuf,
+    /// Which change it is, from 1 on.
+    pub(crate) number: u64,
+}
+
+impl Call {
+    /// Whether it concerns a file or directory of that name, a temporary file for it included.
+    pub(crate) fn is_about(&self, part: &str) -> bool {
+        self.path.to_string_lossy().contains(part)
+    }
+}
+
+/// What becomes of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Go,
+    /// It fails. Half of what was to be written has been; what was to be synced never will be, although it can still be read.
+    Fail(io::ErrorKind),
+    /// It is done all the same, and fails.
+    DoneAndFail,
+}
+
+/// What is found after a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Survives {
+    /// The process was killed: everything.
+    Everything,
+    /// The power failed, and nothing had been written back by itself.
+    Synced,
+    /// The power failed in the middle of writing back: some of what was not synced is there, in any order, some of it torn.
+    Some { seed: u64 },
+}
+
+type Hook = Box<dyn FnMut(&Call) -> Verdict + Send>;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Node {
+    Dir(u64),
+    File(u64),
+}
+
+type Entries = BTreeMap<String, Node>;
+
+/// A change of a directory.
+#[derive(Clone)]
+enum Entry {
+    Put(String, Node),
+    Gone(String),
+    Moved(String, String, Node),
+}
+
+#[derive(Default)]
+struct Dir {
+    live: Entries,
+    durable: Entries,
+    unsynced: Vec<Entry>,
+}
+
+#[derive(Clone)]
+enum Change {
+    Write(u64, Vec<u8>),
+    Len(u64),
+}
+
+#[derive(Default)]
+struct File {
+    /// What it is called now.
+    path: PathBuf,
+    live: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: Vec<Change>,
+    locked_by: Option<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    dirs: BTreeMap<u64, Dir>,
+    files: BTreeMap<u64, File>,
+    next_id: u64,
+    changes: u64,
+    calls: Vec<Call>,
+    hook: Option<Hook>,
+    /// Which process may use it: the one before was killed.
+    process: u64,
+}
+
+/// The file system; clones are the same one.
+#[derive(Clone)]
+pub(crate) struct SimDisk {
+    state: Arc<Mutex<State>>,
+    process: u64,
+}
+
+struct SimFile {
+    disk: SimDisk,
+    file: u64,
+    handle: u64,
+    writable: bool,
+}
+
+fn apply_entry(entries: &mut Entries, entry: &Entry) {
+    match entry {
+        Entry::Put(name, node) => {
+            entries.insert(name.clone(), *node);
+        }
+        Entry::Gone(name) => {
+            entries.remove(name);
+        }
+        Entry::Moved(from, to, node) => {
+            entries.remove(from);
+            entries.insert(to.clone(), *node);
+        }
+    }
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Change) {
+    match change {
+        Change::Len(len) => bytes.resize(*len as usize, 0),
+        Change::Write(offset, data) => {
+            let (from, to) = (*offset as usize, *offset as usize + data.len());
+            if bytes.len() < to {
+                bytes.resize(to, 0);
+            }
+            bytes[from..to].copy_from_slice(data);
+        }
+    }
+}
+
+/// Numbers that look random and depend on the seed, and on what they are for, alone.
+struct Dice(u64);
+
+impl Dice {
+    fn new(seed: u64, id: u64) -> Self {
+        let mut dice = Self(seed ^ id.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        dice.roll(1);
+        dice
+    }
+
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+impl State {
+    fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn look_up(&self, path: &Path) -> io::Result<Node> {
+        let mut node = Node::Dir(0);
+        for part in path.components() {
+            let Component::Normal(name) = part else { continue };
+            let Node::Dir(dir) = node else { return Err(io::ErrorKind::NotADirectory.into()) };
+            node = *self.dirs[&dir].live.get(&*name.to_string_lossy()).ok_or(io::ErrorKind::NotFound)?;
+        }
+        Ok(node)
+    }
+
+    fn dir(&self, path: &Path) -> io::Result<u64> {
+        match self.look_up(path)? {
+            Node::Dir(dir) => Ok(dir),
+            Node::File(_) => Err(io::ErrorKind::NotADirectory.into()),
+        }
+    }
+
+    /// The directory that a path is in, and its name there.
+    fn parent(&self, path: &Path) -> io::Result<(u64, String)> {
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
+        Ok((self.dir(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?, name))
+    }
+
+    fn change_dir(&mut self, dir: u64, entry: Entry) {
+        let dir = self.dirs.get_mut(&dir).unwrap();
+        apply_entry(&mut dir.live, &entry);
+        dir.unsynced.push(entry);
+    }
+
+    /// Copies what survives of a directory and what is in it.
+    fn survivors(&self, dir: u64, survives: Survives, seed: u64, into: &mut State) -> u64 {
+        let found = &self.dirs[&dir];
+        let dice = &mut Dice::new(seed, dir);
+        let mut entries = match survives {
+            Survives::Everything => found.live.clone(),
+            Survives::Synced | Survives::Some { .. } => found.durable.clone(),
+        };
+        if let Survives::Some { .. } = survives {
+            let kept = dice.roll(found.unsynced.len() as u64 + 1) as usize;
+            found.unsynced[..kept].iter().for_each(|entry| apply_entry(&mut entries, entry));
+        }
+        for node in entries.values_mut() {
+            *node = match *node {
+                Node::Dir(dir) => Node::Dir(self.survivors(dir, survives, seed, into)),
+                Node::File(file) => {
+                    let found = &self.files[&file];
+                    let dice = &mut Dice::new(seed, file);
+                    let mut bytes = match survives {
+                        Survives::Everything => found.live.clone(),
+                        Survives::Synced | Survives::Some { .. } => found.durable.clone(),
+                    };
+                    if let Survives::Some { .. } = survives {
+                        for change in &found.unsynced {
+                            match (change, dice.roll(4)) {
+                                (_, 0) => {}
+                                (Change::Write(offset, data), 1) => {
+                                    let torn = data[..dice.roll(data.len() as u64 + 1) as usize].to_vec();
+                                    apply(&mut bytes, &Change::Write(*offset, torn));
+                                }
+                                _ => apply(&mut bytes, change),
+                            }
+                        }
+                    }
+                    let (id, path) = (into.new_id(), found.path.clone());
+                    into.files.insert(id, File { path, live: bytes.clone(), durable: bytes, ..File::default() });
+                    Node::File(id)
+                }
+            };
+        }
+        let id = if dir == 0 { 0 } else { into.new_id() };
+        into.dirs.insert(id, Dir { live: entries.clone(), durable: entries, unsynced: Vec::new() });
+        id
+    }
+}
+
+impl SimDisk {
+    /// An empty file system with `dir` in it.
+    pub(crate) fn new(dir: &Path) -> Self {
+        let disk = Self { state: Arc::default(), process: 0 };
+        disk.lock().dirs.insert(0, Dir::default());
+        let mut made = PathBuf::new();
+        for part in dir.components() {
+            made.push(part);
+            if let Component::Normal(_) = part {
+                disk.create_dir(&made).unwrap();
+            }
+        }
+        let mut state = disk.lock();
+        for dir in state.dirs.values_mut() {
+            dir.durable = dir.live.clone();
+            dir.unsynced.clear();
+        }
+        (state.changes, state.calls) = (0, Vec::new());
+        drop(state);
+        disk
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// What a crash at this moment leaves behind, as a file system of its own. This one goes on as if nothing had happened.
+    pub(crate) fn crash(&self, survives: Survives) -> Self {
+        let state = self.lock();
+        let seed = if let Survives::Some { seed } = survives { seed } else { 0 };
+        let mut after = State::default();
+        state.survivors(0, survives, seed, &mut after);
+        Self { state: Arc::new(Mutex::new(after)), process: 0 }
+    }
+
+    /// Kills the process that uses the file system, and gives it to the next one. Nothing is lost by that, nothing is made durable.
+    pub(crate) fn kill(&self) -> Self {
+        let mut state = self.lock();
+        state.process += 1;
+        state.files.values_mut().for_each(|file| file.locked_by = None);
+        Self { state: Arc::clone(&self.state), process: state.process }
+    }
+
+    /// How many changes were asked for so far.
+    pub(crate) fn changes(&self) -> u64 {
+        self.lock().changes
+    }
+
+    /// The calls since this was asked last.
+    pub(crate) fn take_calls(&self) -> Vec<Call> {
+        std::mem::take(&mut self.lock().calls)
+    }
+
+    /// From now on every operation is put before `hook` first.
+    pub(crate) fn on_call(&self, hook: impl FnMut(&Call) -> Verdict + Send + 'static) {
+        self.lock().hook = Some(Box::new(hook));
+    }
+
+    /// Nothing fails any more.
+    pub(crate) fn heal(&self) {
+        self.lock().hook = None;
+    }
+
+    /// The `nth` change from now on fails, once.
+    pub(crate) fn fail_nth(&self, nth: u64) {
+        let at = self.changes() + nth;
+        self.on_call(move |call| match call.op.changes() && call.number == at {
+            true => Verdict::Fail(io::ErrorKind::Other),
+            false => Verdict::Go,
+        });
+    }
+
+    /// The `nth` change from now on fails, and with it everything that follows: the world ends there.
+    pub(crate) fn end_at(&self, nth: u64) {
+        let at = self.changes() + nth;
+        self.on_call(move |call| match call.number >= at && call.op.changes() {
+            true => Verdict::Fail(io::ErrorKind::Other),
+            false => Verdict::Go,
+        });
+    }
+
+    /// The next operation `op` on something whose path contains `part` fails with `kind`, once.
+    pub(crate) fn fail_next(&self, op: Op, part: &'static str, kind: io::ErrorKind) {
+        let mut armed = true;
+        self.on_call(move |call| match call.op == op && call.is_about(part) && std::mem::take(&mut armed) {
+            true => Verdict::Fail(kind),
+            false => Verdict::Go,
+        });
+    }
+
+    /// The contents of a file, as programs see them.
+    pub(crate) fn bytes(&self, path: &Path) -> Vec<u8> {
+        let state = self.lock();
+        match state.look_up(path) {
+            Ok(Node::File(file)) => state.files[&file].live.clone(),
+            _ => panic!("there is no file {}", path.display()),
+        }
+    }
+
+    /// Changes the contents of a file behind everybody's back, durably.
+    pub(crate) fn edit(&self, path: &Path, edit: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.lock();
+        let Ok(Node::File(file)) = state.look_up(path) else { panic!("there is no file {}", path.display()) };
+        let file = state.files.get_mut(&file).unwrap();
+        edit(&mut file.live);
+        file.durable = file.live.clone();
+        file.unsynced.clear();
+    }
+
+    /// All files below a directory, as programs see them.
+    pub(crate) fn files(&self, dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+        let mut found = BTreeMap::new();
+        for entry in self.list_dir(dir).unwrap() {
+            let path = dir.join(entry.name);
+            if entry.is_dir {
+                found.append(&mut self.files(&path));
+            } else {
+                found.insert(path.clone(), self.bytes(&path));
+            }
+        }
+        found
+    }
+
+    /// The segment files of a shard, oldest first.
+    pub(crate) fn segments(&self, logstore_dir: &Path, shard: u32) -> Vec<PathBuf> {
+        let dir = logstore_dir.join(format!("shard-{shard:04}"));
+        self.files(&dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).collect()
+    }
+
+    /// Counts a call and asks the hook about it. `Err` when it fails without being done.
+    fn enter(&self, op: Op, path: &Path) -> io::Result<Verdict> {
+        let mut state = self.lock();
+        if state.process != self.process {
+            return Err(io::Error::other("the process was killed"));
+        }
+        state.changes += u64::from(op.changes());
+        let call = Call { op, path: path.to_owned(), number: state.changes };
+        let verdict = state.hook.as_mut().map_or(Verdict::Go, |hook| hook(&call));
+        state.calls.push(call);
+        match verdict {
+            // These fail having done something.
+            Verdict::Fail(kind) if !matches!(op, Op::Write | Op::Sync) => Err(injected(kind)),
+            verdict => Ok(verdict),
+        }
+    }
+
+    fn change(&self, op: Op, path: &Path, change: impl FnOnce(&mut State) -> io::Result<()>) -> io::Result<()> {
+        let verdict = self.enter(op, path)?;
+        let done = change(&mut self.lock());
+        if verdict == Verdict::DoneAndFail { Err(injected(io::ErrorKind::Other)) } else { done }
+    }
+}
+
+fn injected(kind: io::ErrorKind) -> io::Error {
+    io::Error::new(kind, "injected")
+}
+
+impl fmt::Debug for SimDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SimDisk")
+    }
+}
+
+impl Disk for SimDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let create = matches!(mode, OpenMode::CreateNew | OpenMode::CreateNewPrivate);
+        let verdict = self.enter(if create { Op::Create } else { Op::Open }, path)?;
+        let mut state = self.lock();
+        let file = match (state.look_up(path), create) {
+            (Ok(Node::Dir(_)), _) => return Err(io::ErrorKind::IsADirectory.into()),
+            (Ok(_), true) => return Err(io::ErrorKind::AlreadyExists.into()),
+            (Ok(Node::File(file)), false) => file,
+            (Err(error), true) if error.kind() == io::ErrorKind::NotFound => {
+                let (dir, name) = state.parent(path)?;
+                let id = state.new_id();
+                state.files.insert(id, File { path: path.to_owned(), ..File::default() });
+                state.change_dir(dir, Entry::Put(name, Node::File(id)));
+                id
+            }
+            (Err(error), _) => return Err(error),
+        };
+        if verdict == Verdict::DoneAndFail {
+            return Err(injected(io::ErrorKind::Other));
+        }
+        let handle = state.new_id();
+        drop(state);
+        Ok(Arc::new(SimFile { disk: self.clone(), file, handle, writable: mode != OpenMode::Read }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.change(Op::Rename, from, |state| {
+            let node = state.look_up(from)?;
+            if let Node::File(file) = node {
+                state.files.get_mut(&file).unwrap().path = to.to_owned();
+            }
+            let ((dir, from), (target, to)) = (state.parent(from)?, state.parent(to)?);
+            assert_eq!(dir, target, "nobody moves files between directories here");
+            state.change_dir(dir, Entry::Moved(from, to, node));
+            Ok(())
+        })
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.change(Op::Remove, path, |state| {
+            let Node::File(_) = state.look_up(path)? else { return Err(io::ErrorKind::IsADirectory.into()) };
+            let (dir, name) = state.parent(path)?;
+            state.change_dir(dir, Entry::Gone(name));
+            Ok(())
+        })
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.change(Op::CreateDir, path, |state| {
+            if state.look_up(path).is_ok() {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            let (parent, name) = state.parent(path)?;
+            let id = state.new_id();
+            state.dirs.insert(id, Dir::default());
+            state.change_dir(parent, Entry::Put(name, Node::Dir(id)));
+            Ok(())
+        })
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.change(Op::RemoveDir, path, |state| {
+            let dir = state.dir(path)?;
+            if !state.dirs[&dir].live.is_empty() {
+                return Err(io::ErrorKind::DirectoryNotEmpty.into());
+            }
+            let (parent, name) = state.parent(path)?;
+            state.change_dir(parent, Entry::Gone(name));
+            Ok(())
+        })
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.change(Op::SyncDir, path, |state| {
+            let dir = state.dir(path)?;
+            let dir = state.dirs.get_mut(&dir).unwrap();
+            dir.durable = dir.live.clone();
+            dir.unsynced.clear();
+            Ok(())
+        })
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        let state = self.lock();
+        let dir = state.dir(path)?;
+        let entry =
+            |(name, node): (&String, &Node)| DirEntry { name: name.clone(), is_dir: matches!(node, Node::Dir(_)) };
+        Ok(state.dirs[&dir].live.iter().map(entry).collect())
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        let state = self.lock();
+        match state.look_up(path) {
+            Ok(Node::File(file)) => Ok(Some(FileStat { len: state.files[&file].live.len() as u64, identity: file })),
+            Ok(Node::Dir(dir)) => Ok(Some(FileStat { len: 0, identity: dir })),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl SimFile {
+    fn path(&self) -> PathBuf {
+        self.disk.lock().files[&self.file].path.clone()
+    }
+
+    fn change(&self, op: Op, change: Change) -> io::Result<()> {
+        if !self.writable {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let verdict = self.disk.enter(op, &self.path())?;
+        let change = match (change, verdict) {
+            (Change::Write(offset, mut data), Verdict::Fail(_)) => {
+                data.truncate(data.len() / 2);
+                Change::Write(offset, data)
+            }
+            (change, _) => change,
+        };
+        let mut state = self.disk.lock();
+        let file = state.files.get_mut(&self.file).unwrap();
+        apply(&mut file.live, &change);
+        file.unsynced.push(change);
+        match verdict {
+            Verdict::Go => Ok(()),
+            Verdict::Fail(kind) => Err(injected(kind)),
+            Verdict::DoneAndFail => Err(injected(io::ErrorKind::Other)),
+        }
+    }
+}
+
+impl fmt::Debug for SimFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SimFile({})", self.path().display())
+    }
+}
+
+impl Drop for SimFile {
+    fn drop(&mut self) {
+        let mut state = self.disk.lock();
+        let file = state.files.get_mut(&self.file).unwrap();
+        if file.locked_by == Some(self.handle) {
+            file.locked_by = None;
+        }
+    }
+}
+
+impl DiskFile for SimFile {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.disk.enter(Op::Read, &self.path())?;
+        let state = self.disk.lock();
+        let bytes = state.files[&self.file].live.get(offset as usize..).unwrap_or_default();
+        let len = bytes.len().min(buf.len());
+        buf[..len].copy_from_slice(&bytes[..len]);
+        Ok(len)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.change(Op::Write, Change::Write(offset, buf.to_vec()))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let verdict = self.disk.enter(Op::Sync, &self.path())?;
+        let mut state = self.disk.lock();
+        let file = state.files.get_mut(&self.file).unwrap();
+        let unsynced = std::mem::take(&mut file.unsynced);
+        if let Verdict::Fail(kind) = verdict {
+            // Gone from what the system will ever write back, and still there to be read.
+            return Err(injected(kind));
+        }
+        unsynced.iter().for_each(|change| apply(&mut file.durable, change));
+        if verdict == Verdict::DoneAndFail { Err(injected(io::ErrorKind::Other)) } else { Ok(()) }
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.disk.lock().files[&self.file].live.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(Op::SetLen, Change::Len(len))
+    }
+
+    fn try_lock(&self) -> io::Result<bool> {
+        let mut state = self.disk.lock();
+        let file = state.files.get_mut(&self.file).unwrap();
+        let free = file.locked_by.is_none_or(|holder| holder == self.handle);
+        if free {
+            file.locked_by = Some(self.handle);
+        }
+        Ok(free)
+    }
+
+    /// Maps a copy: what was sealed does not change any more.
+    fn map(&self) -> io::Result<Map> {
+        let copy = tempfile::NamedTempFile::new()?;
+        std::fs::write(copy.path(), &self.disk.lock().files[&self.file].live)?;
+        RealDisk.open(copy.path(), OpenMode::Read)?.map()
+    }
+}
+
+/// A world on a [`SimDisk`].
+pub(crate) struct Sim {
+    pub(crate) world: World,
+    pub(crate) disk: SimDisk,
+    customize: Box<dyn Fn(StoreBuilder) -> StoreBuilder>,
+}
+
+impl Sim {
+    pub(crate) fn new() -> Self {
+        let world = World::manual();
+        let disk = SimDisk::new(world.path());
+        Self::of(world, disk)
+    }
+
+    pub(crate) fn of(world: World, disk: SimDisk) -> Self {
+        Self { world, disk, customize: Box::new(|builder| builder) }
+    }
+
+    /// How every store is to be made and opened from now on.
+    pub(crate) fn customize(&mut self, how: impl Fn(StoreBuilder) -> StoreBuilder + 'static) {
+        self.customize = Box::new(how);
+    }
+
+    pub(crate) fn builder(&self) -> StoreBuilder {
+        (self.customize)(self.world.builder().disk(Arc::new(self.disk.clone())))
+    }
+
+    pub(crate) fn create(&self) -> Store {
+        self.builder().create().unwrap()
+    }
+
+    pub(crate) fn open(&self) -> Store {
+        self.builder().open().unwrap()
+    }
+
+    /// Goes on with what a crash leaves behind. Handles from before go on with what was before.
+    pub(crate) fn crash(&mut self, survives: Survives) {
+        self.disk = self.disk.crash(survives);
+    }
+
+    /// The segments of a shard, oldest first.
+    pub(crate) fn segments(&self, logstore: &Logstore, shard: u32) -> Vec<PathBuf> {
+        self.disk.segments(&self.world.logstore_dir(logstore), shard)
+    }
+}

@@ -1,0 +1,617 @@
+//! Writing: group commit, lingering, bounded memory, tickets, rolling, retention, shards.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Barrier, Condvar, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
+    thread,
+    time::Duration,
+};
+
+use common::{
+    disk::{Op, Sim, SimDisk, Verdict},
+    *,
+};
+use envelog::{
+    AppendOptions, Appended, Background, Durability, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload,
+    ShardChoice, Ticket, io::Clock,
+};
+
+/// How many blocks, and syncs, segments have seen since this was asked last.
+fn writes_and_syncs(disk: &SimDisk) -> (usize, usize) {
+    let calls = disk.take_calls();
+    let count = |op: Op| calls.iter().filter(|call| call.op == op && call.is_about(".seg")).count();
+    (count(Op::Write), count(Op::Sync))
+}
+
+fn opaque(bytes: usize) -> Payload {
+    Payload::opaque(vec![b'x'; bytes]).unwrap()
+}
+
+// ---- group commit ----
+
+/// Tells how often the wall clock was read: every group that is queued reads it once, and is in the queue before anybody takes from it.
+#[derive(Debug)]
+struct CountingClock {
+    clock: Arc<TestClock>,
+    reads: Arc<AtomicU64>,
+}
+
+impl Clock for CountingClock {
+    fn wall_us(&self) -> u64 {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        self.clock.wall_us()
+    }
+
+    fn uptime(&self) -> Duration {
+        self.clock.uptime()
+    }
+}
+
+#[test]
+fn callers_that_wait_at_once_share_a_block_and_a_sync() {
+    const CALLERS: u64 = 8;
+    let sim = Sim::new();
+    let reads = Arc::new(AtomicU64::new(0));
+    let clock = CountingClock { clock: sim.world.clock.clone(), reads: reads.clone() };
+    let store = sim.builder().clock(Arc::new(clock)).create().unwrap();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "the segment is there");
+    writes_and_syncs(&sim.disk);
+    // The first caller's block is on its way for as long as it takes all others to have queued theirs.
+    let (began, queued) = (reads.load(Ordering::SeqCst), reads.clone());
+    let mut first = true;
+    sim.disk.on_call(move |call| {
+        if call.op == Op::Write && std::mem::take(&mut first) {
+            while queued.load(Ordering::SeqCst) < began + CALLERS {
+                thread::yield_now();
+            }
+        }
+        Verdict::Go
+    });
+    let mut seqs: Vec<u64> = thread::scope(|scope| {
+        let append = |n: u64| logstore.append(record(&n.to_string()), &synced()).unwrap().seq;
+        let callers: Vec<_> = (0..CALLERS).map(|n| scope.spawn(move || append(n))).collect();
+        callers.into_iter().map(|caller| caller.join().unwrap()).collect()
+    });
+    seqs.sort_unstable();
+    assert_eq!(seqs, (1..=CALLERS).collect::<Vec<_>>());
+    assert_eq!(writes_and_syncs(&sim.disk), (2, 2), "one block and sync of the first, one of the other seven");
+    assert_eq!(texts(&logstore).len(), 9);
+}
+
+#[test]
+fn tickets_of_many_threads_become_one_block() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "the segment is there");
+    writes_and_syncs(&sim.disk);
+    let barrier = Barrier::new(16);
+    thread::scope(|scope| {
+        for n in 0..16 {
+            let (logstore, barrier) = (&logstore, &barrier);
+            scope.spawn(move || {
+                let ticket = logstore.submit(record(&n.to_string()), &synced()).unwrap();
+                barrier.wait();
+                ticket.wait().unwrap()
+            });
+        }
+    });
+    assert_eq!(writes_and_syncs(&sim.disk), (1, 1));
+    // Groups and opaque records do not share a block; neither do more bytes than a block takes.
+    let tickets: Vec<Ticket> = vec![
+        logstore.submit(record("opaque"), &synced()).unwrap(),
+        logstore.submit(&group("g", 2), &synced()).unwrap(),
+        logstore.submit(&group("h", 2), &synced()).unwrap(),
+        logstore.submit(opaque(200 << 10), &synced()).unwrap(),
+        logstore.submit(opaque(100 << 10), &synced()).unwrap(),
+        logstore.submit(opaque(3 << 20), &synced()).unwrap(),
+    ];
+    for ticket in tickets.into_iter().rev() {
+        ticket.wait().unwrap();
+    }
+    assert_eq!(writes_and_syncs(&sim.disk), (5, 1));
+}
+
+// ---- lingering ----
+
+#[test]
+fn a_partial_batch_goes_out_after_its_linger_and_a_full_one_at_once() {
+    let sim = Sim::new();
+    let store = sim.create();
+    assert_eq!(store.options().linger, millis(100));
+    let logstore = sim.world.service(&store, "p/l");
+    let tick = |by: u64| {
+        sim.world.clock.advance(millis(by));
+        store.tick();
+        texts(&logstore).len()
+    };
+    logstore.append(record("a"), &buffered()).unwrap();
+    assert_eq!(tick(60), 0);
+    logstore.append(record("b"), &buffered()).unwrap();
+    // 100 ms after the first of the batch, not after the last.
+    assert_eq!(tick(39), 0);
+    assert_eq!(tick(1), 2);
+    assert_eq!(tick(1000), 2);
+    logstore.append(record("c"), &buffered()).unwrap();
+    assert_eq!(tick(99), 2);
+    assert_eq!(tick(1), 3);
+    // A block's worth does not linger, and neither does what somebody waits for.
+    logstore.append(opaque(store.options().block_bytes), &buffered()).unwrap();
+    assert_eq!(tick(0), 4);
+    let ticket = logstore.submit(record("d"), &written()).unwrap();
+    assert!(!ticket.is_done());
+    assert_eq!(tick(0), 5);
+    assert!(ticket.is_done());
+    // An append that waits takes along what was before it.
+    logstore.append(record("e"), &buffered()).unwrap();
+    logstore.append(record("f"), &written()).unwrap();
+    assert_eq!(tick(0), 7);
+}
+
+#[test]
+fn threads_write_a_partial_batch_by_themselves() {
+    let world = World::threads();
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    logstore.append(record("a"), &buffered()).unwrap();
+    eventually("it is written", || texts(&logstore) == ["a"]);
+    let ticket = logstore.submit(record("b"), &synced()).unwrap();
+    eventually("the ticket is done", || ticket.is_done());
+}
+
+// ---- bounded memory ----
+
+#[test]
+fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
+    let mut sim = Sim::new();
+    sim.world.options.pending_bytes_max = 1 << 20;
+    let store = sim.create();
+    let (a, b) = (sim.world.service(&store, "p/a"), sim.world.service(&store, "p/b"));
+    for _ in 0..4 {
+        drop(a.try_submit(opaque(256 << 10), &buffered()).unwrap());
+    }
+    // The bound is the store's, not the Logstore's, and what is refused is not there.
+    for logstore in [&a, &b] {
+        for durability in [Durability::Buffered, Durability::Synced] {
+            match logstore.try_submit(record("x"), &AppendOptions::durability(durability)) {
+                Err(Error::Full { pending }) => assert_eq!(pending, 1 << 20),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(records(&b, 0).unwrap().len() + records(&a, 0).unwrap().len(), 0);
+    // The blocking form waits until there is room, and goes on.
+    drop(b.submit(record("y"), &buffered()).unwrap());
+    assert_eq!(records(&a, 0).unwrap().len(), 4);
+    drop(a.try_submit(opaque(512 << 10), &buffered()).unwrap());
+    a.sync().unwrap();
+    b.sync().unwrap();
+    // One that is larger than the bound is let in alone.
+    drop(a.try_submit(opaque(3 << 20), &buffered()).unwrap());
+    assert!(matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending == 3 << 20));
+    a.sync().unwrap();
+    b.append(record("z"), &synced()).unwrap();
+    assert_eq!((records(&a, 0).unwrap().len(), texts(&b)), (6, vec!["y".into(), "z".into()]));
+}
+
+/// A gate that operations of a disk wait at.
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn set(&self, open: bool) {
+        *self.open.lock().unwrap() = open;
+        self.changed.notify_all();
+    }
+
+    fn pass(&self) {
+        drop(self.changed.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
+    }
+}
+
+#[test]
+fn appends_wait_while_the_disk_does_not_keep_up() {
+    let mut sim = Sim::new();
+    sim.world.options.background = Background::Threads;
+    sim.world.options.pending_bytes_max = 1 << 20;
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "the segment is there");
+    let gate = Arc::new(Gate::default());
+    let passing = gate.clone();
+    sim.disk.on_call(move |call| {
+        if call.op == Op::Write {
+            passing.pass();
+        }
+        Verdict::Go
+    });
+    for _ in 0..4 {
+        drop(logstore.try_submit(opaque(256 << 10), &buffered()).unwrap());
+    }
+    let returned = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let appended = logstore.append(record("waited"), &buffered()).unwrap();
+            returned.store(true, Ordering::SeqCst);
+            appended
+        });
+        assert!(matches!(logstore.try_submit(record("x"), &buffered()), Err(Error::Full { .. })));
+        assert!(!returned.load(Ordering::SeqCst), "nothing can have made room for it");
+        gate.set(true);
+        assert_eq!(waiting.join().unwrap().seq, 5);
+    });
+    logstore.sync().unwrap();
+    assert_eq!(records(&logstore, 0).unwrap().len(), 6);
+}
+
+// ---- tickets ----
+
+#[derive(Default)]
+struct CountingWaker(AtomicU64);
+
+impl Wake for CountingWaker {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn poll(ticket: &mut Ticket, waker: &Arc<CountingWaker>) -> Poll<Result<Appended, Error>> {
+    Pin::new(ticket).poll(&mut Context::from_waker(&Waker::from(waker.clone())))
+}
+
+#[test]
+fn tickets_are_futures() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let wakers: Vec<Arc<CountingWaker>> = (0..3).map(|_| Arc::default()).collect();
+    let mut tickets: Vec<Ticket> =
+        (0..3).map(|n| logstore.submit(record(&n.to_string()), &synced()).unwrap()).collect();
+    for (ticket, waker) in tickets.iter_mut().zip(&wakers) {
+        assert!(poll(ticket, waker).is_pending());
+        assert!(poll(ticket, waker).is_pending());
+    }
+    // Only a dropped one does not get an answer; it is written all the same.
+    let dropped = tickets.pop().unwrap().appended();
+    store.tick();
+    for (n, (ticket, waker)) in (0..).zip(tickets.iter_mut().zip(&wakers)) {
+        assert!(waker.0.load(Ordering::SeqCst) > 0, "it is woken");
+        assert!(ticket.is_done());
+        match poll(ticket, waker) {
+            Poll::Ready(Ok(appended)) => assert_eq!((appended.shard, appended.seq), (0, n)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(dropped.seq, 2);
+    assert_eq!(texts(&logstore), ["0", "1", "2"]);
+    // One that is buffered is done at once.
+    let mut ticket = logstore.submit(record("3"), &buffered()).unwrap();
+    assert!(matches!(poll(&mut ticket, &wakers[0]), Poll::Ready(Ok(Appended { seq: 3, .. }))));
+    // A failure wakes too, and is given to each that it concerns.
+    let mut failing: Vec<Ticket> =
+        [written(), synced()].iter().map(|options| logstore.submit(record("lost"), options).unwrap()).collect();
+    let waker = Arc::new(CountingWaker::default());
+    for ticket in &mut failing {
+        assert!(poll(ticket, &waker).is_pending());
+    }
+    sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::StorageFull);
+    store.tick();
+    assert!(waker.0.load(Ordering::SeqCst) > 0);
+    for ticket in &mut failing {
+        match poll(ticket, &waker) {
+            Poll::Ready(Err(error)) => assert_eq!(error.code(), "disk_full", "{error}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(texts(&logstore), ["0", "1", "2"]);
+}
+
+#[test]
+fn a_failed_sync_fails_those_who_asked_for_it_and_not_what_was_only_to_be_written() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "before");
+    let was_written = logstore.submit(record("written"), &written()).unwrap();
+    let was_synced = logstore.submit(record("synced"), &synced()).unwrap();
+    sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
+    store.tick();
+    was_written.wait().unwrap();
+    let error = was_synced.wait().unwrap_err();
+    assert!(matches!(&error, Error::Latched { .. }), "{error}");
+    // Nothing that comes later makes it true after all.
+    logstore.reopen_shard(0).unwrap();
+    put(&logstore, "after");
+    assert_eq!(texts(&logstore), ["before", "written", "synced", "after"]);
+}
+
+#[test]
+fn handles_refuse_once_the_store_is_closed() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let ticket = logstore.submit(record("in time"), &synced()).unwrap();
+    let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+    store.clone().close().unwrap();
+    // It was on its way, and closing has written it.
+    assert_eq!(ticket.wait().unwrap().seq, 0);
+    assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))));
+    assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
+    assert!(matches!(reader.next(), Some(Err(Error::Closed(_)))));
+    assert!(matches!(store.create_logstore(&name("p/n"), LogstoreSpec::default()), Err(Error::Closed(_))));
+    assert!(matches!(store.logstore(logstore.name()), Err(Error::Closed(_))));
+    assert_eq!(texts(&sim.open().logstore(&name("p/l")).unwrap()), ["in time"]);
+}
+
+/// The last handle that goes closes the store, cleanly.
+#[test]
+fn dropping_every_handle_closes_the_store() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    logstore.append(record("buffered"), &buffered()).unwrap();
+    drop(store);
+    assert!(matches!(sim.builder().open(), Err(Error::Locked { .. })), "the Logstore keeps it open");
+    drop(logstore);
+    let logstore = sim.open().logstore(&name("p/l")).unwrap();
+    assert_eq!(logstore.append(record("next"), &synced()).unwrap().seq, 1);
+    assert_eq!(texts(&logstore), ["buffered", "next"]);
+}
+
+// ---- rolling ----
+
+#[test]
+fn segments_roll_by_bytes_and_by_age() {
+    let mut sim = Sim::new();
+    sim.world.options.segment_bytes = 64 << 10;
+    let store = sim.create();
+    let spec = LogstoreSpec { compression: envelog::Compression::None, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    let segments = || sim.segments(&logstore, 0).len();
+    for n in 1..=5usize {
+        // Full with the second of these, which the next append finds.
+        logstore.append(opaque(40 << 10), &written()).unwrap();
+        assert_eq!(segments(), n.div_ceil(2));
+    }
+    // By age: sealed when it is time, and only if there is something in it.
+    let sealed = |logstore: &Logstore| sim.builder().open_read_only().unwrap().logstore(logstore.name()).unwrap();
+    let count = segments();
+    let age = store.options().segment_age;
+    for (step, passed) in [(age - secs(1), false), (secs(1), true), (age, true), (age, true)] {
+        let last = sim.segments(&logstore, 0).pop().unwrap();
+        let before = sim.disk.bytes(&last).len();
+        sim.world.clock.advance(step);
+        store.tick();
+        assert_eq!(segments(), count);
+        let grown = sim.disk.bytes(&last).len() > before;
+        assert_eq!(grown, step == secs(1), "it gets its footer then, and only then ({passed})");
+    }
+    put(&logstore, "in the next");
+    assert_eq!(segments(), count + 1);
+    assert_eq!(records(&sealed(&logstore), 0).unwrap().len(), 6);
+    // Without a tick, the append that finds it too old rolls.
+    sim.world.clock.advance(age);
+    put(&logstore, "in the one after");
+    assert_eq!(segments(), count + 2);
+    // Asked for, and nothing to be sealed.
+    logstore.roll().unwrap();
+    logstore.roll().unwrap();
+    assert_eq!(segments(), count + 2);
+}
+
+// ---- retention ----
+
+fn seqs(logstore: &Logstore) -> Vec<u64> {
+    records(logstore, 0).unwrap().iter().map(|record| record.seq).collect()
+}
+
+fn with_retention(logstore: &Logstore, ttl_days: Option<u32>, retention_bytes: Option<u64>) -> LogstoreConfig {
+    LogstoreConfig { ttl_days, retention_bytes, ..logstore.config() }
+}
+
+#[test]
+fn retention_by_time_drops_whole_segments_that_are_wholly_too_old() {
+    let mut sim = Sim::new();
+    // Not by themselves: each has its day.
+    sim.world.options.segment_age = 1000 * DAY;
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    // Segment n: one record at the beginning of day n, one at the end of it. The last one is not sealed.
+    for day in 0..4 {
+        put(&logstore, "morning");
+        sim.world.clock.advance(23 * secs(3600));
+        put(&logstore, "evening");
+        if day < 3 {
+            logstore.roll().unwrap();
+        }
+        sim.world.clock.advance(secs(3600));
+    }
+    assert_eq!(store.apply_retention().unwrap().segments, 0, "kept for ever");
+    store.update_logstore(logstore.name(), with_retention(&logstore, Some(3), None)).unwrap();
+    // The newest record of the first day is three days and an hour old; that of the second is younger than three days.
+    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(seqs(&logstore), [2, 3, 4, 5, 6, 7]);
+    sim.world.clock.advance(23 * secs(3600) - millis(1));
+    assert_eq!(store.apply_retention().unwrap().segments, 0);
+    sim.world.clock.advance(millis(2));
+    // By itself, when its time comes.
+    sim.world.clock.advance(store.options().retention_every);
+    store.tick();
+    assert_eq!(seqs(&logstore), [4, 5, 6, 7]);
+    assert_eq!(sim.segments(&logstore, 0).len(), 2);
+    // However old: what is still written to is not dropped.
+    sim.world.clock.advance(2 * DAY);
+    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(seqs(&logstore), [6, 7]);
+    // Nothing of it comes back, and the numbers go on, also when the last one has gone.
+    logstore.roll().unwrap();
+    sim.world.clock.advance(10 * DAY);
+    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    store.close().unwrap();
+    let store = sim.open();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    assert_eq!(seqs(&logstore), [0; 0]);
+    put(&logstore, "later");
+    assert_eq!(seqs(&logstore), [8]);
+}
+
+#[test]
+fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let spec = LogstoreSpec { shard_count: 2, compression: envelog::Compression::None, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    for n in 0..8 {
+        let options = AppendOptions { shard: ShardChoice::Shard(u32::from(n >= 5)), ..written() };
+        logstore.append(opaque(10_000), &options).unwrap();
+        logstore.roll().unwrap();
+    }
+    let sizes = |shard| -> Vec<u64> {
+        sim.segments(&logstore, shard).iter().map(|path| sim.disk.bytes(path).len() as u64).collect()
+    };
+    let (first, second) = (sizes(0), sizes(1));
+    assert_eq!((first.len(), second.len()), (5, 3));
+    let keep: u64 = first[1..].iter().sum();
+    store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep))).unwrap();
+    let report = store.apply_retention().unwrap();
+    assert_eq!((report.segments, report.bytes, report.suspended), (1, first[0], false));
+    assert_eq!((sizes(0), sizes(1)), (first[1..].to_vec(), second.clone()));
+    // A byte less is a segment less.
+    store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep - 1))).unwrap();
+    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(1))).unwrap();
+    put(&logstore, "being written");
+    assert_eq!(store.apply_retention().unwrap().segments, 6);
+    assert_eq!(sizes(0).len() + sizes(1).len(), 1);
+}
+
+#[test]
+fn a_jump_of_the_clock_suspends_retention_by_time_until_it_is_right_again() {
+    for forward in [true, false] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let logstore = sim.world.service(&store, "p/l");
+        store.update_logstore(logstore.name(), with_retention(&logstore, Some(1), None)).unwrap();
+        put(&logstore, "old");
+        logstore.roll().unwrap();
+        let clock = &sim.world.clock;
+        let jump = |by: Duration, forward: bool| {
+            if forward { clock.jump_wall(by) } else { clock.jump_wall_back(by) }
+        };
+        // An hour is tolerated.
+        jump(secs(3600), forward);
+        assert!(!store.apply_retention().unwrap().suspended);
+        jump(secs(1), forward);
+        for _ in 0..3 {
+            clock.advance(2 * DAY);
+            store.tick();
+            let report = store.apply_retention().unwrap();
+            assert_eq!((report.suspended, report.segments), (true, 0));
+            assert_eq!(texts(&logstore), ["old"]);
+        }
+        // Bytes are bytes, whatever the time is.
+        let other = sim.world.service(&store, "p/other");
+        put(&other, "too much");
+        other.roll().unwrap();
+        store.update_logstore(other.name(), with_retention(&other, None, Some(1))).unwrap();
+        assert_eq!(store.apply_retention().unwrap().segments, 1);
+        // The clock is right again: it goes on.
+        jump(secs(3601), !forward);
+        let report = store.apply_retention().unwrap();
+        assert_eq!((report.suspended, report.segments), (false, 1));
+        // And a store that is opened later takes the time as it finds it.
+        jump(3 * DAY, forward);
+        store.close().unwrap();
+        let store = sim.open();
+        assert!(!store.apply_retention().unwrap().suspended);
+    }
+}
+
+// ---- deleting ----
+
+#[test]
+fn deleting_leaves_no_file_and_the_name_is_free() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let kept = sim.world.service(&store, "p/kept");
+    put(&kept, "kept");
+    let before = sim.disk.files(&sim.world.store_dir().join("logstores"));
+    let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+    let doomed = store.create_logstore(&name("p/l"), spec.clone()).unwrap();
+    for _ in 0..6 {
+        put(&doomed, "doomed");
+    }
+    doomed.append(record("queued"), &buffered()).unwrap();
+    let mut reader = doomed.read(0, &envelog::ReadOptions::default()).unwrap();
+    store.delete_logstore(doomed.name()).unwrap();
+    assert_eq!(sim.disk.files(&sim.world.store_dir().join("logstores")), before);
+    assert!(matches!(try_put(&doomed, "late"), Err(Error::Closed(_))));
+    assert!(matches!(reader.next(), Some(Err(Error::Closed(_)))));
+    assert!(matches!(store.delete_logstore(doomed.name()), Err(Error::LogstoreMissing(_))));
+    // Another one of that name begins anew.
+    let again = store.create_logstore(&name("p/l"), spec).unwrap();
+    assert_ne!(again.id(), doomed.id());
+    assert_eq!(again.append(record("new"), &synced()).unwrap().seq, 0);
+    assert_eq!((texts(&again), texts(&kept)), (vec!["new".into()], vec!["kept".into()]));
+    store.close().unwrap();
+    assert_eq!(sim.open().list().unwrap(), [name("p/kept"), name("p/l")]);
+}
+
+// ---- shards ----
+
+#[test]
+fn hash_keys_choose_the_shard_that_owns_them() {
+    let sim = Sim::new();
+    let store = sim.create();
+    for count in [1, 3, 8] {
+        let spec = LogstoreSpec { shard_count: count, ..LogstoreSpec::default() };
+        let logstore = store.create_logstore(&name(&format!("p/l{count}")), spec).unwrap();
+        let shards = logstore.config().shards;
+        let mut expected = BTreeMap::new();
+        let edges = shards.iter().map(|shard| u128::from_str_radix(&shard.begin_key, 16).unwrap());
+        let keys = edges.flat_map(|edge| [edge.saturating_sub(1), edge, edge + 1]).chain([0, u128::MAX - 1, u128::MAX]);
+        for key in keys {
+            let owner = shards.iter().find(|shard| shard.owns(key)).unwrap().id;
+            let options = AppendOptions { shard: ShardChoice::HashKey(key), ..written() };
+            let appended = logstore.append(record(&format!("{key:x}")), &options).unwrap();
+            assert_eq!(appended.shard, owner, "{key:x} of {count}");
+            expected.entry(owner).or_insert_with(Vec::new).push(format!("{key:x}"));
+        }
+        assert_eq!(expected.len(), count as usize, "every shard has had some");
+        for (shard, expected) in expected {
+            assert_eq!(strings(&records(&logstore, shard).unwrap()), expected);
+        }
+    }
+}
+
+#[test]
+fn round_robin_spreads_evenly_and_numbers_are_the_shards_own() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let spec = LogstoreSpec { shard_count: 4, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    let appended: Vec<(u32, u64)> = (0..12)
+        .map(|n| logstore.append(record(&n.to_string()), &written()).unwrap())
+        .map(|appended| (appended.shard, appended.seq))
+        .collect();
+    let expected: Vec<(u32, u64)> = (0..12).map(|n| (n % 4, u64::from(n / 4))).collect();
+    assert_eq!(appended, expected);
+    let options = AppendOptions { shard: ShardChoice::Shard(4), ..written() };
+    let error = logstore.append(record("x"), &options).unwrap_err();
+    assert!(matches!(error, Error::ShardMissing { shard: 4, .. }));
+}

@@ -1,0 +1,529 @@
+//! Reading: where it begins and ends, beside a writer, over many segments, and from files that break under the reader.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use common::{
+    disk::{Op, Sim, Survives, Verdict},
+    *,
+};
+use envelog::{
+    AppendOptions, Compression, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Position, ReadMode,
+    ReadOptions, Reader, Record, ShardChoice, Store,
+};
+
+const MODES: [ReadMode; 2] = [ReadMode::Pread, ReadMode::Map];
+
+/// `segments` segments of `blocks` blocks of `groups` groups, each group a millisecond after the one before.
+fn fill(sim: &Sim, logstore: &Logstore, segments: u32, blocks: u32, groups: u32) {
+    for segment in 0..segments {
+        for block in 0..blocks {
+            for group in 0..groups {
+                logstore.append(record(&format!("{segment}.{block}.{group}")), &buffered()).unwrap();
+                sim.world.clock.advance(millis(1));
+            }
+            logstore.sync().unwrap();
+        }
+        if segment + 1 < segments {
+            logstore.roll().unwrap();
+        }
+    }
+}
+
+fn read(logstore: &Logstore, options: ReadOptions) -> Vec<Record> {
+    logstore.read(0, &options).unwrap().collect::<Result<_, _>>().unwrap()
+}
+
+/// Every way to say where to begin and end, against the same done by hand on a list.
+fn check_every_position(logstore: &Logstore, all: &[Record]) {
+    let seqs: Vec<u64> = all.iter().map(|record| record.seq).collect();
+    let times: Vec<u64> = all.iter().map(|record| record.receive_time_us).collect();
+    let around = |values: &[u64]| -> Vec<u64> {
+        let near = values.iter().flat_map(|value| [value.saturating_sub(1), *value, value + 1]);
+        near.chain([0, u64::MAX]).collect::<BTreeSet<_>>().into_iter().collect()
+    };
+    let positions: Vec<Position> = [Position::Begin, Position::End]
+        .into_iter()
+        .chain(around(&seqs).into_iter().map(Position::Seq))
+        .chain(around(&times).into_iter().map(Position::Time))
+        .collect();
+    let index = |position: Position| match position {
+        Position::Begin => 0,
+        Position::End => all.len(),
+        Position::Seq(seq) => seqs.partition_point(|have| *have < seq),
+        Position::Time(time) => times.partition_point(|have| *have < time),
+    };
+    for mode in MODES {
+        // Mapping is dear here, and differs only in how the bytes are fetched.
+        let step = if mode == ReadMode::Map { 11 } else { 1 };
+        for (n, from) in positions.iter().enumerate().step_by(step) {
+            let options = ReadOptions { from: *from, mode, ..ReadOptions::default() };
+            assert_eq!(read(logstore, options), all[index(*from)..], "{options:?}");
+            // Not every pair, but each position both ways.
+            let to = positions[(n * 7 + 3) % positions.len()];
+            let options = ReadOptions { to: Some(to), ..options };
+            let end = index(to).max(index(*from));
+            assert_eq!(read(logstore, options), all[index(*from)..end], "{options:?}");
+        }
+    }
+}
+
+#[test]
+fn every_position_is_found_in_sealed_active_cut_and_unfinished_segments() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    assert!(read(&logstore, ReadOptions::default()).is_empty());
+    check_every_position(&logstore, &[]);
+    fill(&sim, &logstore, 4, 3, 3);
+    let all = records(&logstore, 0).unwrap();
+    assert_eq!(all.len(), 36);
+    assert_eq!(sim.segments(&logstore, 0).len(), 4);
+    // The last segment is being written; for the other opener it is unfinished.
+    check_every_position(&logstore, &all);
+    let other = sim.builder().open_read_only().unwrap();
+    check_every_position(&other.logstore(logstore.name()).unwrap(), &all);
+    // Cut off by a crash, and recovered.
+    sim.crash(Survives::Everything);
+    let store = sim.open();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    check_every_position(&logstore, &all);
+    fill(&sim, &logstore, 2, 2, 2);
+    let more = records(&logstore, 0).unwrap();
+    assert_eq!(more[..36], all);
+    check_every_position(&logstore, &more);
+    // All sealed.
+    store.close().unwrap();
+    check_every_position(&sim.open().logstore(&name("p/l")).unwrap(), &more);
+}
+
+/// A clock that stands still, or many groups within its resolution: a time is not in one segment alone.
+#[test]
+fn a_time_that_several_segments_share_is_found_from_its_first_group_on() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    for n in 0..12 {
+        put(&logstore, &n.to_string());
+        if n % 2 == 1 {
+            logstore.roll().unwrap();
+        }
+        if n == 3 || n == 8 {
+            sim.world.clock.advance(millis(1));
+        }
+    }
+    check_every_position(&logstore, &records(&logstore, 0).unwrap());
+    // The newest segment has nothing in it yet.
+    logstore.append(record("queued"), &buffered()).unwrap();
+    check_every_position(&logstore, &records(&logstore, 0).unwrap());
+}
+
+#[test]
+fn limits_by_count_and_bytes_end_a_read_and_the_next_one_goes_on() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    fill(&sim, &logstore, 3, 2, 4);
+    let all = records(&logstore, 0).unwrap();
+    for mode in MODES {
+        for step in 1..=9u64 {
+            for by_bytes in [false, true] {
+                let (mut from, mut found) = (0, Vec::new());
+                loop {
+                    let limit = Some(if by_bytes { step * 3 } else { step });
+                    let (max_groups, max_bytes) = if by_bytes { (None, limit) } else { (limit, None) };
+                    let options = ReadOptions { from: Position::Seq(from), to: None, max_groups, max_bytes, mode };
+                    let mut reader = logstore.read(0, &options).unwrap();
+                    let part: Vec<Record> = reader.by_ref().collect::<Result<_, _>>().unwrap();
+                    if part.is_empty() {
+                        break;
+                    }
+                    let bytes: usize = part.iter().map(|record| record.bytes.len()).sum();
+                    let but_last = bytes - part.last().unwrap().bytes.len();
+                    match by_bytes {
+                        // The group that reaches the limit is still given, so that every read makes progress.
+                        true => assert!((but_last as u64) < step * 3),
+                        false => assert!(part.len() as u64 <= step),
+                    }
+                    from = reader.next_seq();
+                    found.extend(part);
+                }
+                assert_eq!(found, all, "{step} {by_bytes} {mode:?}");
+            }
+        }
+    }
+    let nothing = ReadOptions { max_groups: Some(0), ..ReadOptions::default() };
+    assert!(read(&logstore, nothing).is_empty());
+    let nothing = ReadOptions { max_bytes: Some(0), ..ReadOptions::default() };
+    assert!(read(&logstore, nothing).is_empty());
+}
+
+/// A block is handed on as a `LogGroupList` without being looked into, also a part of it.
+#[test]
+fn blocks_are_valid_lists_of_what_was_appended() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let payloads: Vec<Payload> =
+        (0..10).map(|n| Payload::try_from(&group(&format!("g{n}"), 1 + n % 3)).unwrap()).collect();
+    for payload in &payloads {
+        logstore.append(payload.clone(), &buffered()).unwrap();
+    }
+    logstore.append(record("opaque"), &buffered()).unwrap();
+    logstore.sync().unwrap();
+    let expected: Vec<Vec<u8>> =
+        (0..10).map(|n| group(&format!("g{n}"), 1 + n % 3).encode_to_bytes().to_vec()).collect();
+    let frame = |bytes: &[u8]| {
+        let (mut framed, mut len) = (vec![0x0a], bytes.len());
+        while len >= 0x80 {
+            framed.push(len as u8 | 0x80);
+            len >>= 7;
+        }
+        framed.push(len as u8);
+        [framed, bytes.to_vec()].concat()
+    };
+    for (from, limit) in [(0, None), (3, None), (2, Some(4)), (9, Some(1))] {
+        let options = ReadOptions { from: Position::Seq(from), max_groups: limit, ..ReadOptions::default() };
+        let block = logstore.read(0, &options).unwrap().next_block().unwrap().unwrap();
+        let end = limit.map_or(10, |limit| from + limit) as usize;
+        let groups = &expected[from as usize..end];
+        assert_eq!(block.list, groups.iter().flat_map(|bytes| frame(bytes)).collect::<Vec<u8>>());
+        assert_eq!(block.records.iter().map(|record| record.bytes.to_vec()).collect::<Vec<_>>(), groups);
+        for (n, record) in (from as u32..).zip(&block.records) {
+            assert_eq!(record.group().unwrap(), group(&format!("g{n}"), 1 + n % 3));
+        }
+    }
+    let all = records(&logstore, 0).unwrap();
+    assert!(matches!(all[10].group(), Err(Error::InvalidGroup(_))));
+    let status = logstore.status().unwrap();
+    assert_eq!((status.groups, status.logs), (11, (0..10).map(|n| 1 + n % 3).sum()));
+}
+
+// ---- what it costs ----
+
+#[test]
+fn opening_reads_no_segment_and_seeking_looks_into_few() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    fill(&sim, &logstore, 64, 1, 1);
+    let all = records(&logstore, 0).unwrap();
+    store.close().unwrap();
+
+    sim.disk.take_calls();
+    let store = sim.open();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    let segments_in = |sim: &Sim| -> BTreeSet<_> {
+        let calls = sim.disk.take_calls().into_iter();
+        calls.filter(|call| call.is_about(".seg")).map(|call| call.path).collect()
+    };
+    assert_eq!(segments_in(&sim), BTreeSet::new());
+    for record in [&all[0], &all[17], &all[40], &all[63]] {
+        let one = ReadOptions { max_groups: Some(1), ..ReadOptions::from(Position::Time(record.receive_time_us)) };
+        assert_eq!(read(&logstore, one), [record.clone()]);
+        // A binary search, in which opening a segment looks at the header of its successor too.
+        let looked_at = segments_in(&sim).len();
+        assert!(looked_at <= 2 * 6 + 4, "{looked_at} of 64 segments");
+        let one = ReadOptions { from: Position::Seq(record.seq), ..one };
+        assert_eq!(read(&logstore, one), [record.clone()]);
+        let looked_at = segments_in(&sim).len();
+        assert!(looked_at <= 2, "{looked_at} of 64 segments");
+    }
+}
+
+#[test]
+fn readers_are_counted() {
+    let mut sim = Sim::new();
+    sim.world.options.readers_max = 3;
+    let store = sim.create();
+    let (a, b) = (sim.world.service(&store, "p/a"), sim.world.service(&store, "p/b"));
+    let open = |logstore: &Logstore| logstore.read(0, &ReadOptions::default());
+    let mut readers: Vec<Reader> = [&a, &b, &a].into_iter().map(|logstore| open(logstore).unwrap()).collect();
+    for logstore in [&a, &b] {
+        assert!(matches!(open(logstore), Err(Error::TooMany { what: "open readers", limit: 3 })));
+    }
+    readers.pop();
+    readers.push(open(&b).unwrap());
+    // A reader that could not be opened takes no place.
+    readers.clear();
+    for _ in 0..10 {
+        assert!(matches!(a.read(7, &ReadOptions::default()), Err(Error::ShardMissing { shard: 7, .. })));
+    }
+    assert_eq!((0..3).map(|_| open(&a).unwrap()).count(), 3);
+}
+
+// ---- following ----
+
+fn take_texts(reader: &mut Reader) -> Vec<String> {
+    strings(&reader.by_ref().collect::<Result<Vec<_>, _>>().unwrap())
+}
+
+/// Whatever becomes of the segment that a reader stands at the end of, it goes on behind it.
+#[test]
+fn a_reader_follows_over_rolls_recovery_and_retention() {
+    for read_only in [false, true] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let logstore = sim.world.service(&store, "p/l");
+        put(&logstore, "1");
+        let reading = if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
+        let reading = reading.logstore(logstore.name()).unwrap();
+        let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
+        let mut from_end = reading.read(0, &ReadOptions::from(Position::End)).unwrap();
+        assert_eq!(take_texts(&mut reader), ["1"]);
+        let mut next = |texts: &[&str]| {
+            assert_eq!(take_texts(&mut reader), texts);
+            assert_eq!(take_texts(&mut from_end), texts);
+            assert_eq!(take_texts(&mut reader), [""; 0]);
+        };
+        next(&[]);
+        put(&logstore, "2");
+        next(&["2"]);
+        logstore.roll().unwrap();
+        next(&[]);
+        put(&logstore, "3");
+        next(&["3"]);
+        put(&logstore, "4");
+        logstore.roll().unwrap();
+        put(&logstore, "5");
+        next(&["4", "5"]);
+        // The writer fails, and recovers.
+        sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
+        try_put(&logstore, "refused").unwrap_err();
+        next(&[]);
+        logstore.reopen_shard(0).unwrap();
+        next(&[]);
+        put(&logstore, "6");
+        next(&["6"]);
+        logstore.append(record("7"), &written()).unwrap();
+        next(&["7"]);
+        // A failed sync: what was written can be read, and stays where it is in the order.
+        sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
+        try_put(&logstore, "8").unwrap_err();
+        next(&["8"]);
+        logstore.reopen_shard(0).unwrap();
+        put(&logstore, "9");
+        next(&["9"]);
+        // Retention takes away the very segment.
+        logstore.roll().unwrap();
+        let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+        store.update_logstore(logstore.name(), config).unwrap();
+        assert!(store.apply_retention().unwrap().segments > 0);
+        assert!(sim.segments(&logstore, 0).is_empty());
+        next(&[]);
+        put(&logstore, "10");
+        next(&["10"]);
+    }
+}
+
+/// A reader stands in the middle of a segment that retention drops.
+#[test]
+fn a_reader_that_is_overtaken_by_retention_goes_on_with_what_is_kept() {
+    for read_only in [false, true] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let logstore = sim.world.service(&store, "p/l");
+        fill(&sim, &logstore, 4, 2, 1);
+        let reading = if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
+        let reading = reading.logstore(logstore.name()).unwrap();
+        let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
+        let mut late = reading.read(0, &ReadOptions::from(Position::Seq(1))).unwrap();
+        assert_eq!(reader.next().unwrap().unwrap().seq, 0);
+        let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+        store.update_logstore(logstore.name(), config).unwrap();
+        assert_eq!(store.apply_retention().unwrap().segments, 3);
+        // The first goes on in the file that it holds open, the other begins with the first that is kept.
+        let seqs = |reader: &mut Reader| reader.map(|record| record.unwrap().seq).collect::<Vec<_>>();
+        assert_eq!(seqs(&mut reader), [1, 6, 7]);
+        assert_eq!(seqs(&mut late), [6, 7]);
+    }
+}
+
+/// What has been written in part, or only handed in, is not there yet; for a reader in another process too.
+#[test]
+fn readers_see_what_is_written_and_never_part_of_a_block() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "1");
+    let other = sim.builder().open_read_only().unwrap();
+    assert!(other.is_read_only());
+    let beside = other.logstore(logstore.name()).unwrap();
+    assert!(matches!(try_put(&beside, "x"), Err(Error::ReadOnly)));
+    let seen = |expected: &[&str]| {
+        for logstore in [&logstore, &beside] {
+            assert_eq!(texts(logstore), expected);
+            assert_eq!(logstore.end_seq(0).unwrap(), expected.len() as u64);
+        }
+    };
+    seen(&["1"]);
+    logstore.append(record("2"), &buffered()).unwrap();
+    seen(&["1"]);
+    logstore.append(record("3"), &written()).unwrap();
+    seen(&["1", "2", "3"]);
+    let mut following = beside.read(0, &ReadOptions::from(Position::End)).unwrap();
+    // While the block is being written, half of it is in the file.
+    let (dir, files) = (sim.world.logstore_dir(&logstore), sim.disk.clone());
+    let before = files.files(&dir);
+    sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
+    try_put(&logstore, "4").unwrap_err();
+    assert_ne!(sim.disk.files(&dir), before, "a part of the block is there");
+    seen(&["1", "2", "3"]);
+    assert!(following.next().is_none());
+    logstore.reopen_shard(0).unwrap();
+    let seq = logstore.append(record("5"), &written()).unwrap().seq;
+    assert_eq!(following.next().unwrap().unwrap().seq, seq);
+    assert_eq!(texts(&beside), ["1", "2", "3", "5"]);
+}
+
+/// Whatever keys the writer makes, a reader that was opened before has them when it needs them.
+#[test]
+fn a_reader_in_another_process_follows_over_rotations_of_all_keys() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let reading = sim.builder().open_read_only().unwrap();
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    let encrypted = sim.world.service(&store, "p/encrypted");
+    let mut expected = Vec::new();
+    let open = |logstore: &Logstore| reading.logstore(logstore.name()).unwrap();
+    let beside = [open(&plain), open(&encrypted)];
+    let mut following: Vec<Reader> =
+        beside.iter().map(|logstore| logstore.read(0, &ReadOptions::default()).unwrap()).collect();
+    for round in 0..4 {
+        if round % 2 == 0 {
+            store.rotate_service_key().unwrap();
+        }
+        store.rotate_data_key(encrypted.name()).unwrap();
+        let text = round.to_string();
+        for logstore in [&plain, &encrypted] {
+            put(logstore, &text);
+            // Those that are handles already, and those that are asked for now.
+            assert_eq!(texts(&open(logstore)).last(), Some(&text));
+        }
+        expected.push(text);
+        for (logstore, reader) in beside.iter().zip(&mut following) {
+            assert_eq!(texts(logstore), expected);
+            assert_eq!(take_texts(reader), expected[round..]);
+        }
+        assert_eq!(reading.audit_records().unwrap(), store.audit_records().unwrap());
+    }
+}
+
+#[test]
+fn many_readers_follow_one_writer() {
+    const COUNT: u64 = 600;
+    let mut world = World::threads();
+    world.options.segment_bytes = 8 << 10;
+    world.options.linger = millis(5);
+    let store = world.create();
+    let logstore = world.service(&store, "p/l");
+    let beside: Store = world.builder().open_read_only().unwrap();
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let mut readers = Vec::new();
+        for n in 0..6 {
+            let reading = if n % 2 == 0 { logstore.clone() } else { beside.logstore(logstore.name()).unwrap() };
+            let mode = MODES[n / 2 % 2];
+            let stop = &stop;
+            readers.push(scope.spawn(move || {
+                let mut reader = reading.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let mut seen = 0;
+                while seen < COUNT {
+                    match reader.next() {
+                        Some(record) => {
+                            let record = record.unwrap();
+                            assert_eq!(
+                                record.bytes,
+                                format!("{} {seen}", "x".repeat(seen as usize % 200)),
+                                "reader {n}"
+                            );
+                            assert_eq!(record.seq, seen);
+                            seen += 1;
+                        }
+                        None if stop.load(Ordering::SeqCst) && seen == 0 => panic!("nothing to read"),
+                        None => thread::yield_now(),
+                    }
+                }
+            }));
+        }
+        let durabilities = [buffered(), written(), buffered(), synced()];
+        for n in 0..COUNT {
+            let text = format!("{} {n}", "x".repeat(n as usize % 200));
+            logstore.append(record(&text), &durabilities[n as usize % 4]).unwrap();
+        }
+        logstore.sync().unwrap();
+        stop.store(true, Ordering::SeqCst);
+        for reader in readers {
+            reader.join().unwrap();
+        }
+    });
+    assert!(logstore.status().unwrap().segments > 1);
+}
+
+// ---- broken files ----
+
+/// A file that is cut short, or unreadable, under a reader is an error of the reader, which has then ended; others are undisturbed.
+#[test]
+fn a_file_that_breaks_under_a_reader_is_an_error() {
+    for truncated in [true, false] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+        let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+        // Enough not to be read ahead as a whole.
+        let noise = |n: u32| -> Vec<u8> {
+            (0..200_000u32).map(|i| ((i ^ n).wrapping_mul(2_654_435_761) >> 23) as u8).collect()
+        };
+        for n in 0..6 {
+            logstore.append(Payload::opaque(noise(n)).unwrap(), &written()).unwrap();
+        }
+        logstore.roll().unwrap();
+        put(&logstore, "in the next segment");
+        let segment = sim.segments(&logstore, 0).remove(0);
+        let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+        assert_eq!(reader.next().unwrap().unwrap().bytes, noise(0));
+        if truncated {
+            sim.disk.edit(&segment, |bytes| bytes.truncate(700_000));
+        } else {
+            sim.disk.on_call(move |call| match call.op == Op::Read && call.path == segment {
+                true => Verdict::Fail(io::ErrorKind::Other),
+                false => Verdict::Go,
+            });
+        }
+        let rest: Vec<_> = reader.by_ref().collect();
+        let error = rest.last().unwrap().as_ref().unwrap_err();
+        match truncated {
+            true => assert!(matches!(error, Error::Corrupt { .. } | Error::Truncated { .. }), "{error}"),
+            false => assert!(matches!(error, Error::Io { op: "read", .. }), "{error}"),
+        }
+        assert!(rest[..rest.len() - 1].iter().zip(1..).all(|(record, n)| record.as_ref().unwrap().bytes == noise(n)));
+        assert!(reader.next().is_none() && reader.next_block().unwrap().is_none());
+        // What is behind it can be read all the same.
+        assert_eq!(strings(&records_from(&logstore, 0, Position::Seq(6)).unwrap()), ["in the next segment"]);
+        put(&logstore, "more");
+    }
+}
+
+#[test]
+fn shards_are_read_each_by_itself() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    for n in 0..9u32 {
+        let options = AppendOptions { shard: ShardChoice::Shard(n % 3), ..written() };
+        assert_eq!(logstore.append(record(&n.to_string()), &options).unwrap().seq, u64::from(n / 3));
+    }
+    for shard in 0..3 {
+        let expected: Vec<String> = (0..3).map(|n| (n * 3 + shard).to_string()).collect();
+        assert_eq!(strings(&records(&logstore, shard).unwrap()), expected);
+    }
+}

@@ -1,0 +1,661 @@
+//! Failing disks, crashes and power cuts: what is latched, what survives, and how a shard recovers.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{Arc, Mutex},
+};
+
+use common::{
+    disk::{Op, Sim, Survives, Verdict},
+    *,
+};
+use envelog::{
+    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, Record, Result,
+    ShardChoice, Store, VerifyOptions,
+    io::Disk as _,
+    segment::{BlockHeader, SegmentHeader},
+};
+
+/// How many sequence numbers a segment reserves.
+const RESERVED: u64 = 1 << 32;
+
+const SURVIVALS: [Survives; 4] =
+    [Survives::Everything, Survives::Synced, Survives::Some { seed: 1 }, Survives::Some { seed: 2 }];
+
+fn to_shard(shard: u32, durability: Durability) -> AppendOptions {
+    AppendOptions { shard: ShardChoice::Shard(shard), durability }
+}
+
+/// An append that was asked for, and what came of it.
+#[derive(Clone)]
+struct Asked {
+    text: String,
+    durability: Durability,
+    result: Result<u64>,
+}
+
+impl std::fmt::Debug for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.16} ({:?}): {:?}", self.text, self.durability, self.result.as_ref().map_err(Error::code))
+    }
+}
+
+impl Asked {
+    fn done(&self, at_least: Durability) -> bool {
+        self.result.is_ok() && self.durability >= at_least
+    }
+}
+
+fn ask(logstore: &Logstore, text: String, durability: Durability, asked: &mut Vec<Asked>) {
+    let result = logstore.append(record(&text), &to_shard(0, durability)).map(|appended| appended.seq);
+    asked.push(Asked { text, durability, result });
+}
+
+/// What was found is what was asked for, in order, each once; everything acknowledged that should have survived is there, under
+/// the number that it was given.
+#[track_caller]
+fn assert_kept(found: &[Record], asked: &[Asked], survives: Durability, context: &str) {
+    let texts = strings(found);
+    let short: Vec<&str> = texts.iter().map(|text| &text[..text.len().min(16)]).collect();
+    let mut rest = asked.iter();
+    for (record, text) in found.iter().zip(&texts) {
+        let Some(origin) = rest.find(|asked| asked.text == *text) else {
+            panic!("{context}: {text:.16?} is out of order, twice there, or was never asked for; found {short:?}")
+        };
+        if let Ok(seq) = origin.result {
+            assert_eq!(record.seq, seq, "{context}: {text:.16}");
+        }
+    }
+    for asked in asked.iter().filter(|asked| asked.done(survives)) {
+        assert!(texts.contains(&asked.text), "{context}: {asked:?} was acknowledged and is lost; found {short:?}");
+    }
+    assert!(found.is_sorted_by(|a, b| a.seq < b.seq), "{context}: the numbers do not increase; found {short:?}");
+}
+
+#[track_caller]
+fn assert_clean(store: &Store, context: &str) {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.faults);
+}
+
+// ---- a failing operation ----
+
+const MIXED: [Durability; 4] = [Durability::Synced, Durability::Written, Durability::Buffered, Durability::Written];
+
+fn small_segments(sim: &mut Sim) {
+    sim.world.options.segment_bytes = 4 << 10;
+}
+
+/// Appends of all kinds, over several segments, with time passing.
+fn work(sim: &Sim, store: &Store, logstore: &Logstore, asked: &mut Vec<Asked>) {
+    for n in 0..8 {
+        // Not to be compressed.
+        let text =
+            format!("{n} {}", (0..300).map(|i| format!("{:x}", (i * 7919 + n * 104_729) % 65_521)).collect::<String>());
+        ask(logstore, text, MIXED[n % MIXED.len()], asked);
+        if n % 3 == 2 {
+            sim.world.clock.advance(millis(1500));
+            store.tick();
+        }
+    }
+}
+
+/// Whatever operation on a shard's files fails, that shard alone stops, says so, still reads, and goes on once it is reopened.
+#[test]
+fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
+    for done_first in [false, true] {
+        let mut hit = BTreeSet::new();
+        for nth in 1.. {
+            let mut sim = Sim::new();
+            small_segments(&mut sim);
+            let store = sim.create();
+            let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
+            let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+            let mut asked = Vec::new();
+            ask(&logstore, "first".into(), Durability::Synced, &mut asked);
+            let mut count = 0;
+            let failed = Arc::new(Mutex::new(None));
+            let failed_op = failed.clone();
+            sim.disk.on_call(move |call| {
+                count += u64::from(call.op.changes() && call.is_about("shard-0000"));
+                if count == nth && call.op.changes() && call.is_about("shard-0000") {
+                    *failed_op.lock().unwrap() = Some(call.op);
+                    return if done_first { Verdict::DoneAndFail } else { Verdict::Fail(io::ErrorKind::Other) };
+                }
+                Verdict::Go
+            });
+            work(&sim, &store, &logstore, &mut asked);
+            let Some(op) = *failed.lock().unwrap() else {
+                assert!(asked.iter().all(|asked| asked.result.is_ok()));
+                assert!(logstore.status().unwrap().segments >= 3);
+                break;
+            };
+            hit.insert(format!("{op:?}"));
+            let context = format!("operation {nth} ({op:?}, done first: {done_first})");
+
+            // It is latched, also where nobody was waiting, and keeps saying so.
+            assert!(logstore.status().unwrap().latched.is_some(), "{context}");
+            for _ in 0..2 {
+                let error = logstore.append(record("refused"), &to_shard(0, Durability::Written)).unwrap_err();
+                assert!(matches!(&error, Error::Latched { shard: 0, .. }), "{context}: {error}");
+                assert_eq!(error.kind(), ErrorKind::Io);
+                assert!(matches!(logstore.sync(), Err(Error::Latched { .. })), "{context}");
+            }
+            for asked in &asked {
+                let expected = |error: &Error| matches!(error, Error::Io { .. } | Error::Latched { shard: 0, .. });
+                assert!(asked.result.as_ref().err().is_none_or(expected), "{context}: {asked:?}");
+            }
+            // Reads go on, and so does the other shard.
+            assert_kept(&records(&logstore, 0).unwrap(), &asked, Durability::Written, &context);
+            logstore.append(record("elsewhere"), &to_shard(1, Durability::Synced)).unwrap();
+
+            // Should the power fail now, what was synced is there.
+            let after_a_cut = Arc::new(sim.disk.crash(Survives::Synced));
+            let reopened = sim.world.builder().disk(after_a_cut).open().unwrap();
+            assert_kept(&records(&find(&reopened), 0).unwrap(), &asked, Durability::Synced, &context);
+            reopened.close().unwrap();
+
+            // Reopened, it goes on where it was.
+            sim.disk.heal();
+            logstore.reopen_shard(0).unwrap();
+            ask(&logstore, "after".into(), Durability::Synced, &mut asked);
+            assert!(asked.last().unwrap().result.is_ok(), "{context}: {asked:?}");
+            assert_eq!(logstore.status().unwrap().latched, None);
+            work(&sim, &store, &logstore, &mut asked);
+            let found = records(&logstore, 0).unwrap();
+            assert_kept(&found, &asked, Durability::Written, &context);
+            assert_clean(&store, &context);
+            store.close().unwrap();
+            let store = sim.open();
+            let logstore = store.logstore(&name("p/l")).unwrap();
+            assert_eq!(records(&logstore, 0).unwrap(), found, "{context}");
+            assert_clean(&store, &context);
+        }
+        let expected = ["Create", "Remove", "Rename", "Sync", "SyncDir", "Write"].map(str::to_owned);
+        assert_eq!(hit, BTreeSet::from(expected));
+    }
+}
+
+// ---- a crash ----
+
+/// A store's life in short, on a Logstore `p/l` that is there already. What fails, fails.
+fn live(sim: &Sim, store: Store, asked: &mut Vec<Asked>) {
+    let Ok(logstore) = store.logstore(&name("p/l")) else { return };
+    let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    ask(&logstore, "life 1".into(), Durability::Synced, asked);
+    work(sim, &store, &logstore, asked);
+    if let Ok(doomed) = store.create_logstore(&name("p/doomed"), spec()) {
+        let _ = try_put(&doomed, "doomed");
+    }
+    let _ = store.rotate_data_key(logstore.name());
+    ask(&logstore, "life 2".into(), Durability::Buffered, asked);
+    ask(&logstore, "life 3".into(), Durability::Written, asked);
+    let _ = store.checkpoint();
+    let _ = logstore.roll();
+    ask(&logstore, "life 4".into(), Durability::Synced, asked);
+    let _ = store.delete_logstore(&name("p/doomed"));
+    let _ = store.rotate_service_key();
+    ask(&logstore, "life 5".into(), Durability::Written, asked);
+    let _ = store.close();
+}
+
+/// The world ends at every single operation in turn, in each way that it may.
+#[test]
+fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
+    let mut prepared = Sim::new();
+    small_segments(&mut prepared);
+    let store = prepared.create();
+    let logstore = prepared.world.service(&store, "p/l");
+    let mut before = Vec::new();
+    ask(&logstore, "before".into(), Durability::Synced, &mut before);
+    store.close().unwrap();
+    for nth in 1.. {
+        let mut sim = Sim::of(prepared.world, prepared.disk.crash(Survives::Everything));
+        let mut asked = before.clone();
+        let store = sim.open();
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        live(&sim, store, &mut asked);
+        let whole = sim.disk.changes() - began < nth;
+        let ended = sim.disk;
+        for survives in SURVIVALS {
+            let context = format!("operation {nth}, {survives:?}");
+            sim.disk = ended.crash(survives);
+            let store = sim.builder().open().unwrap_or_else(|error| panic!("{context}: {error}"));
+            let logstore = store.logstore(&name("p/l")).unwrap_or_else(|error| panic!("{context}: {error}"));
+            let kept = if survives == Survives::Everything || whole { Durability::Written } else { Durability::Synced };
+            assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
+            // The first append recovers; its number is that of nothing that anybody was told of.
+            let mut asked = asked.clone();
+            ask(&logstore, "after".into(), Durability::Synced, &mut asked);
+            let given: Vec<u64> = asked.iter().filter_map(|asked| asked.result.clone().ok()).collect();
+            assert!(given.is_sorted_by(|a, b| a < b), "{context}: a number was given twice: {asked:?}");
+            assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
+            assert!(asked.last().unwrap().result.is_ok(), "{context}: {asked:?}");
+            assert_clean(&store, &context);
+            // The other one is there or not; nothing in between.
+            match store.logstore(&name("p/doomed")) {
+                Ok(doomed) => put(&doomed, "still usable"),
+                Err(error) => {
+                    assert!(matches!(error, Error::LogstoreMissing(_)), "{context}: {error}");
+                    assert_only_listed_logstores_have_files(&sim, &store, &context);
+                }
+            }
+            store.close().unwrap();
+        }
+        prepared.world = sim.world;
+        if whole {
+            assert!(nth > 60, "only {nth} operations");
+            return;
+        }
+    }
+}
+
+#[track_caller]
+fn assert_only_listed_logstores_have_files(sim: &Sim, store: &Store, context: &str) {
+    let dirs = sim.disk.list_dir(&sim.world.store_dir().join("logstores")).unwrap().len();
+    assert_eq!(dirs, store.list().unwrap().len(), "{context}");
+}
+
+/// Making a store is interrupted at every operation: then there is a store, or it can be made.
+#[test]
+fn a_creation_that_was_interrupted_can_be_done_again() {
+    for nth in 1.. {
+        let mut sim = Sim::new();
+        sim.disk.end_at(nth);
+        let created = sim.builder().create();
+        let whole = created.is_ok() && sim.disk.changes() < nth;
+        drop(created);
+        let ended = sim.disk;
+        for survives in SURVIVALS {
+            sim.disk = ended.crash(survives);
+            let store = match sim.builder().open() {
+                Err(Error::StoreMissing { .. } | Error::NotAStore { .. }) => {
+                    assert!(!whole, "{survives:?}");
+                    // The keyring is never overwritten: whoever knows that nothing depends on it removes it.
+                    match sim.builder().create() {
+                        Err(Error::KeyringExists { path }) => {
+                            sim.disk.remove_file(&path).unwrap();
+                            sim.create()
+                        }
+                        created => created.unwrap_or_else(|error| panic!("operation {nth}, {survives:?}: {error}")),
+                    }
+                }
+                opened => opened.unwrap_or_else(|error| panic!("operation {nth}, {survives:?}: {error}")),
+            };
+            put(&sim.world.service(&store, "p/l"), "works");
+        }
+        if whole {
+            assert!(nth > 10);
+            return;
+        }
+    }
+}
+
+/// A Logstore as a crash leaves it: two records below the durable mark, three above it, the last of them torn.
+fn crashed() -> (Sim, Vec<Asked>) {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let mut asked = Vec::new();
+    for (text, durability) in [
+        ("a", Durability::Synced),
+        ("b", Durability::Synced),
+        ("c", Durability::Written),
+        ("d", Durability::Written),
+        ("torn", Durability::Written),
+    ] {
+        ask(&logstore, text.into(), durability, &mut asked);
+    }
+    sim.crash(Survives::Everything);
+    let segment = sim.segments(&logstore, 0).remove(0);
+    sim.disk.edit(&segment, |bytes| bytes.truncate(bytes.len() - 5));
+    let torn = asked.pop().unwrap();
+    asked.push(Asked { durability: Durability::Buffered, ..torn });
+    (sim, asked)
+}
+
+fn find(store: &Store) -> Logstore {
+    store.logstore(&name("p/l")).unwrap()
+}
+
+#[test]
+fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewritten() {
+    let (sim, _) = crashed();
+    let store = sim.open();
+    let logstore = find(&store);
+    let old = sim.segments(&logstore, 0);
+    let before = sim.disk.bytes(&old[0]);
+    // Reading changes nothing.
+    assert_eq!(texts(&logstore), ["a", "b", "c", "d"]);
+    assert_eq!(logstore.status().unwrap().recovery, []);
+    assert_eq!(sim.segments(&logstore, 0), old);
+    // The first append recovers, and starts at the reserved limit.
+    let appended = logstore.append(record("e"), &synced()).unwrap();
+    assert!(appended.seq >= RESERVED);
+    let found = records(&logstore, 0).unwrap();
+    assert_eq!(strings(&found), ["a", "b", "c", "d", "e"]);
+    assert_eq!(found.iter().map(|record| record.seq).collect::<Vec<_>>(), [0, 1, 2, 3, appended.seq]);
+    let notices = logstore.status().unwrap().recovery;
+    assert_eq!(notices.len(), 1);
+    assert_eq!((notices[0].shard, &notices[0].segment, notices[0].groups_rewritten), (0, &old[0], 2));
+    assert!(notices[0].bytes_dropped > 0);
+    // The old segment was never touched.
+    assert_eq!(sim.disk.bytes(&old[0]), before);
+    assert_eq!(sim.segments(&logstore, 0).len(), 3);
+    assert_clean(&store, "recovered");
+    // What was rewritten is durable, whatever was the matter with the page cache.
+    let after = Sim::of(sim.world, sim.disk.crash(Survives::Synced));
+    let logstore = find(&after.open());
+    assert_eq!(texts(&logstore), ["a", "b", "c", "d", "e"]);
+}
+
+/// Un-synced blocks reach the disk in any order: a hole above the mark is a torn tail too, and costs only what is in it.
+#[test]
+fn a_hole_above_the_mark_costs_only_what_is_in_it() {
+    let (sim, _) = crashed();
+    let segment = sim.segments(&find(&sim.open()), 0).remove(0);
+    let blocks = block_offsets(&sim.disk.bytes(&segment));
+    sim.disk.edit(&segment, |bytes| bytes[blocks[2].start..blocks[2].end].fill(0));
+    let store = sim.open();
+    let logstore = find(&store);
+    assert_eq!(texts(&logstore), ["a", "b"]);
+    put(&logstore, "e");
+    assert_eq!(texts(&logstore), ["a", "b", "d", "e"]);
+    let torn = sim.disk.bytes(&segment).len() - blocks[3].end;
+    let notices = logstore.status().unwrap().recovery;
+    assert_eq!(notices[0].groups_rewritten, 1);
+    assert_eq!(notices[0].bytes_dropped, (blocks[2].len() + torn) as u64, "the hole and the torn block, no more");
+    assert_clean(&store, "recovered");
+}
+
+/// Where the whole blocks of a segment without a footer are.
+fn block_offsets(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
+    let header = SegmentHeader::decode(bytes).unwrap();
+    let mut found = Vec::new();
+    let mut at = header.body_start as usize;
+    while let Ok(block) = BlockHeader::decode(&bytes[at..]) {
+        let end = at + block.block_len() as usize;
+        if end > bytes.len() {
+            break;
+        }
+        found.push(at..end);
+        at = end;
+    }
+    found
+}
+
+#[test]
+fn damage_below_the_mark_is_corruption_and_nothing_is_touched_until_it_is_repaired() {
+    for (broken, kept) in [(0, ["b", "c", "d"]), (1, ["a", "c", "d"])] {
+        let (sim, _) = crashed();
+        let store = sim.open();
+        let other = sim.world.service(&store, "p/other");
+        let logstore = find(&store);
+        let segment = sim.segments(&logstore, 0).remove(0);
+        let range = block_offsets(&sim.disk.bytes(&segment))[broken].clone();
+        sim.disk.edit(&segment, |bytes| bytes[range.end - 30] ^= 1);
+        let before = sim.disk.files(&sim.world.logstore_dir(&logstore));
+        for _ in 0..2 {
+            let error = try_put(&logstore, "refused").unwrap_err();
+            match &error {
+                Error::Corrupt { at, .. } => {
+                    assert_eq!((&at.file, at.offset, at.block), (&segment, range.start as u64, Some(broken as u32)));
+                }
+                other => panic!("{other}"),
+            }
+            assert!(matches!(try_texts(&logstore), Err(Error::Corrupt { .. })));
+        }
+        assert_eq!(sim.disk.files(&sim.world.logstore_dir(&logstore)), before);
+        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{:?}", report.faults);
+        put(&other, "undisturbed");
+
+        // Repair keeps what can be read, says what it gave up, and the numbers go on.
+        let report = store.repair(logstore.name(), 0).unwrap();
+        let lost = range.len() as u64;
+        assert_eq!((report.shard, report.segment.as_ref()), (0, Some(&segment)));
+        assert!(report.bytes_lost > lost, "the broken block and the torn tail: {report:?}");
+        let appended = logstore.append(record("e"), &synced()).unwrap();
+        assert!(appended.seq >= RESERVED, "{appended:?}");
+        let found = records(&logstore, 0).unwrap();
+        assert_eq!(strings(&found), [kept[0], kept[1], kept[2], "e"]);
+        assert!(found.is_sorted_by(|a, b| a.seq < b.seq));
+        store.close().unwrap();
+        let store = sim.open();
+        assert_eq!(records(&find(&store), 0).unwrap(), found);
+        assert_clean(&store, "repaired");
+        // Nothing is left to be repaired.
+        assert_eq!(store.repair(&name("p/l"), 0).unwrap().segment, None);
+        put(&find(&store), "f");
+    }
+}
+
+/// Recovery fails, or is cut off, at each of its operations: the next one comes to the same.
+#[test]
+fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
+    let (prepared, asked) = crashed();
+    let image = prepared.disk;
+    let mut world = prepared.world;
+    for nth in 1.. {
+        let mut sim = Sim::of(world, image.crash(Survives::Everything));
+        let mut asked = asked.clone();
+        let store = sim.open();
+        let logstore = find(&store);
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        // The number is known, if it comes so far that there is one.
+        let during = logstore.submit(record("during"), &synced());
+        let seq = during.as_ref().ok().map(|ticket| ticket.appended().seq);
+        let result = during.and_then(|ticket| ticket.wait()).map(|appended| appended.seq);
+        asked.push(Asked { text: "during".into(), durability: Durability::Synced, result });
+        let whole = sim.disk.changes() - began < nth;
+        assert_eq!(asked.last().unwrap().result.is_ok(), whole);
+        let ended = sim.disk;
+        for survives in SURVIVALS {
+            let context = format!("operation {nth}, {survives:?}");
+            sim.disk = ended.crash(survives);
+            let store = sim.open();
+            let logstore = find(&store);
+            let mut asked = asked.clone();
+            ask(&logstore, "after".into(), Durability::Synced, &mut asked);
+            let found = records(&logstore, 0).unwrap();
+            assert_kept(&found, &asked, Durability::Synced, &context);
+            if survives == Survives::Everything {
+                assert_eq!(strings(&found)[..4], ["a", "b", "c", "d"], "{context}");
+            }
+            let after = *asked.last().unwrap().result.as_ref().unwrap_or_else(|error| panic!("{context}: {error}"));
+            assert!(after >= RESERVED, "{context}: {after} may have been used before the crash");
+            assert!(seq.is_none_or(|seq| after > seq), "{context}: {after} was given before");
+            assert_clean(&store, &context);
+            // And again, from where that one has come to.
+            sim.crash(Survives::Synced);
+            assert_eq!(records(&find(&sim.open()), 0).unwrap(), found, "{context}");
+        }
+        world = sim.world;
+        if whole {
+            assert!(nth > 10);
+            return;
+        }
+    }
+}
+
+/// The same with the process living on: an operation of recovery fails, the shard is reopened, recovery is done anew.
+#[test]
+fn a_recovery_that_failed_is_done_anew_once_the_shard_is_reopened() {
+    let (prepared, asked) = crashed();
+    let image = prepared.disk;
+    let mut world = prepared.world;
+    for nth in 1.. {
+        for done_first in [false, true] {
+            let sim = Sim::of(world, image.crash(Survives::Everything));
+            let context = format!("operation {nth}, done first: {done_first}");
+            let mut asked = asked.clone();
+            let store = sim.open();
+            let logstore = find(&store);
+            let at = sim.disk.changes() + nth;
+            sim.disk.on_call(move |call| match (call.op.changes() && call.number == at, done_first) {
+                (false, _) => Verdict::Go,
+                (true, true) => Verdict::DoneAndFail,
+                (true, false) => Verdict::Fail(io::ErrorKind::Other),
+            });
+            ask(&logstore, "during".into(), Durability::Synced, &mut asked);
+            let whole = sim.disk.changes() < at;
+            assert_eq!(asked.last().unwrap().result.is_ok(), whole, "{context}");
+            assert_eq!(texts(&logstore)[..4], ["a", "b", "c", "d"], "{context}");
+            sim.disk.heal();
+            logstore.reopen_shard(0).unwrap();
+            ask(&logstore, "after".into(), Durability::Synced, &mut asked);
+            let found = records(&logstore, 0).unwrap();
+            assert_kept(&found, &asked, Durability::Synced, &context);
+            assert!(*asked.last().unwrap().result.as_ref().unwrap() >= RESERVED, "{context}");
+            store.close().unwrap();
+            let store = sim.open();
+            assert_eq!(records(&find(&store), 0).unwrap(), found, "{context}");
+            assert_clean(&store, &context);
+            world = sim.world;
+            if whole {
+                return;
+            }
+        }
+    }
+}
+
+/// A second after the last sync a mark block says how far the segment is durable, so that damage there is told from a torn tail.
+#[test]
+fn a_second_of_idleness_after_a_sync_is_marked() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "only");
+    let segment = sim.segments(&logstore, 0).remove(0);
+    let tick = |by: u64| {
+        sim.world.clock.advance(millis(by));
+        store.tick();
+        block_offsets(&sim.disk.bytes(&segment)).len()
+    };
+    assert_eq!(tick(999), 1);
+    assert_eq!(tick(2), 2);
+    // Once is enough.
+    assert_eq!((tick(2000), tick(5000)), (2, 2));
+    assert_eq!(texts(&logstore), ["only"]);
+
+    // Without the mark, damage to the only block would pass for a torn tail; with it, it is corruption.
+    for marked in [false, true] {
+        let disk = sim.disk.crash(Survives::Everything);
+        let block = block_offsets(&disk.bytes(&segment))[0].clone();
+        disk.edit(&segment, |bytes| {
+            bytes[block.end - 30] ^= 1;
+            if !marked {
+                bytes.truncate(block.end);
+            }
+        });
+        let store = sim.world.builder().disk(Arc::new(disk)).open().unwrap();
+        let logstore = find(&store);
+        match try_put(&logstore, "next") {
+            Err(Error::Corrupt { .. }) => assert!(marked),
+            put => {
+                put.unwrap();
+                assert!(!marked);
+                assert_eq!(texts(&logstore), ["next"]);
+            }
+        }
+    }
+}
+
+// ---- what each durability survives ----
+
+#[test]
+fn what_each_durability_survives() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "synced");
+    logstore.append(record("written"), &written()).unwrap();
+    logstore.append(record("buffered"), &buffered()).unwrap();
+    let running = sim.disk.clone();
+    let survivors = |sim: &Sim| {
+        let logstore = find(&sim.open());
+        let read = texts(&logstore);
+        put(&logstore, "next");
+        assert_eq!(texts(&logstore), [read.clone(), vec!["next".into()]].concat());
+        read
+    };
+    sim.crash(Survives::Everything);
+    assert_eq!(survivors(&sim), ["synced", "written"]);
+    sim.disk = running.crash(Survives::Synced);
+    assert_eq!(survivors(&sim), ["synced"]);
+    // The clean close keeps all, whatever happens next.
+    store.close().unwrap();
+    sim.disk = running.crash(Survives::Synced);
+    assert_eq!(survivors(&sim), ["synced", "written", "buffered"]);
+}
+
+/// A sync that the disk does not do loses what it was told to sync: this shows that the simulated disk can lose anything at all.
+#[test]
+fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "kept");
+    store.checkpoint().unwrap();
+    sim.crash(Survives::Synced);
+    assert_eq!(texts(&find(&sim.open())), ["kept"]);
+    let segment = sim.segments(&logstore, 0).remove(0);
+    let len = sim.disk.bytes(&segment).len();
+    sim.disk.edit(&segment, |bytes| bytes.truncate(len - 1));
+    assert!(matches!(try_put(&find(&sim.open()), "next"), Err(Error::Truncated { .. } | Error::Corrupt { .. })));
+}
+
+// ---- numbers ----
+
+#[test]
+fn numbers_go_on_after_a_clean_end_and_skip_the_reserve_after_an_unclean_one() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let next = |store: &Store| find(store).append(record("x"), &synced()).unwrap().seq;
+    assert_eq!((next(&store), next(&store)), (0, 1));
+    logstore.roll().unwrap();
+    assert_eq!(next(&store), 2);
+    store.close().unwrap();
+    let mut store = sim.open();
+    assert_eq!(next(&store), 3);
+    for unclean in 1..4 {
+        sim.crash(Survives::Synced);
+        store = sim.open();
+        let seq = next(&store);
+        assert!(seq >= unclean * RESERVED, "{seq}");
+        assert_eq!(records(&find(&sim.builder().open_read_only().unwrap()), 0).unwrap().len(), 4 + unclean as usize);
+    }
+}
+
+/// Numbers of groups that are still queued when their segment is sealed are not given again, should the crash come in between.
+#[test]
+fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_segments() {
+    let mut sim = Sim::new();
+    small_segments(&mut sim);
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    let filler: String = (0..6000u32).map(|n| char::from(b'!' + (n * n % 89) as u8)).collect();
+    let big: Vec<u8> =
+        filler.bytes().zip(0u32..).map(|(byte, n)| byte ^ (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    logstore.append(envelog::Payload::opaque(big).unwrap(), &synced()).unwrap();
+    let queued = logstore.append(record("buffered"), &buffered()).unwrap();
+    // The old segment is sealed, the new one cannot be made.
+    sim.disk.on_call(|call| match call.op == Op::Create && call.is_about(".tmp") {
+        true => Verdict::Fail(io::ErrorKind::StorageFull),
+        false => Verdict::Go,
+    });
+    sim.world.clock.advance(millis(100));
+    store.tick();
+    assert!(logstore.status().unwrap().latched.is_some());
+    sim.crash(Survives::Everything);
+    let appended = find(&sim.open()).append(record("after"), &synced()).unwrap();
+    assert!(appended.seq > queued.seq, "{} was given before", appended.seq);
+}
