@@ -65,7 +65,7 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   envelog demo
-  envelog demo --dir /tmp/look-inside access.log error.log")]
+  envelog demo --dir ./look-inside access.log error.log")]
     Demo(DemoArgs),
     /// Create a Logstore, and the store and its keyring if there are none yet
     #[command(after_help = "\

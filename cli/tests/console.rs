@@ -176,12 +176,22 @@ fn a_pipe_that_closes_ends_it_quietly() {
     let mut command = world.command(&["read", "p/nothing"]);
     let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(1));
-    // A full disk is an error with its sentence.
-    let mut command = world.command(&["read", "p/a"]);
-    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let out = command.stdin(Stdio::null()).stdout(full).output().unwrap();
-    assert_eq!(out.status.code(), Some(1));
-    assert!(String::from_utf8(out.stderr).unwrap().starts_with("envelog: cannot write to standard output"));
+}
+
+/// The device that is always full is a Linux one.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error_with_its_sentence() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
+    for command in [&["read", "p/a"][..], &["list"], &["status", "--json"], &["completions", "bash"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let out = world.command(command).stdin(Stdio::null()).stdout(full).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{command:?}");
+        let said = String::from_utf8(out.stderr).unwrap();
+        assert!(said.contains("cannot write to standard output"), "{command:?}: {said}");
+    }
 }
 
 #[test]

@@ -226,7 +226,14 @@ fn running_processes_end_when_the_key_is_withdrawn() {
 #[test]
 fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     let text = made_lines(1000);
-    let (world, _) = two_logstores(&text);
+    let (world, key) = two_logstores(&text);
+    // Another store under the same key, and a process there with the grace that is usual.
+    let patient = ["--store", "patient", "--kms-dir", "envelog-data.kms", "--revalidate-every", "1s"];
+    world.ok(&[&["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()][..], &patient].concat());
+    let mut rides = Running::start(world.command(&[&["append", "p/a", "-", "--ack"][..], &patient].concat()));
+    let rides_acks = rides.lines();
+    rides.stdin.as_mut().unwrap().write_all(b"before\n").unwrap();
+    assert_eq!(rides_acks.recv().unwrap(), "1");
     let (kms, away) = (world.path("envelog-data.kms"), world.path("away"));
     let short = ["--revalidate-every", "1s", "--outage-grace", "2s"];
     let mut append = Running::start(world.command(&[&["append", "p/customer", "-", "--ack"][..], &short].concat()));
@@ -241,6 +248,8 @@ fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
         let sentence = process.wait().sentence(4);
         assert!(sentence.contains("p/customer"), "{sentence}");
     }
+    rides.stdin.as_mut().unwrap().write_all(b"during\n").unwrap();
+    assert_eq!(rides_acks.recv().unwrap(), "2", "the last good answer still counts");
     // A process that begins now has no lease to ride.
     let file = world.file("more", "more\n");
     for command in [&["append", "p/customer", &file][..], &["read", "p/customer"], &["verify"]] {
@@ -254,6 +263,8 @@ fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     assert_eq!(world.read("p/service"), text);
 
     fs::rename(&away, &kms).unwrap();
+    rides.finish().assert(0);
+    assert_eq!(world.ok(&[&["read", "p/a"][..], &patient].concat()), b"before\nduring\n");
     assert_eq!(world.read("p/customer"), [&text[..], b"before\n"].concat());
     world.ok(&["verify"]);
 }

@@ -14,5 +14,6 @@ pub(crate) fn run(shell: Shell) -> Result {
     // Generated into memory first: the generator would panic on a broken pipe.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "envelog", &mut script);
-    io::stdout().write_all(&script).map_err(|error| Failure::output(&error))
+    let mut out = io::stdout().lock();
+    out.write_all(&script).and_then(|()| out.flush()).map_err(|error| Failure::output(&error))
 }

@@ -200,11 +200,21 @@ impl Out {
     }
 }
 
+/// A process that does not outlive its test, also when that fails.
+struct Ending(Child);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A process that runs beside the test. It is killed when it takes far too long, which shows as an end by a signal.
 pub(crate) struct Running {
     pub(crate) stdin: Option<ChildStdin>,
     pub(crate) stdout: Option<ChildStdout>,
-    child: Child,
+    child: Ending,
     stderr: JoinHandle<String>,
     /// Ends the watch when it is dropped.
     watched: Sender<()>,
@@ -229,7 +239,7 @@ impl Running {
                 let _ = kill_process(pid, Signal::KILL);
             }
         });
-        Self { stdin: child.stdin.take(), stdout: child.stdout.take(), child, stderr, watched, what }
+        Self { stdin: child.stdin.take(), stdout: child.stdout.take(), child: Ending(child), stderr, watched, what }
     }
 
     /// The lines of standard output as they come. They end with the process.
@@ -247,19 +257,19 @@ impl Running {
     }
 
     pub(crate) fn id(&self) -> u32 {
-        self.child.id()
+        self.child.0.id()
     }
 
     /// SIGKILL.
     pub(crate) fn kill(mut self) {
-        self.child.kill().unwrap();
+        self.child.0.kill().unwrap();
         drop(self.stdin.take());
         self.wait();
     }
 
     /// A signal that asks to stop.
     pub(crate) fn interrupt(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
+        kill_process(Pid::from_child(&self.child.0), Signal::INT).unwrap();
     }
 
     /// Closes standard input, takes what is left on standard output, and waits for the end.
@@ -274,7 +284,7 @@ impl Running {
         if let Some(mut pipe) = self.stdout.take() {
             pipe.read_to_end(&mut stdout).unwrap();
         }
-        let status = self.child.wait().unwrap().code();
+        let status = self.child.0.wait().unwrap().code();
         drop(self.watched);
         Out { status, stdout, stderr: self.stderr.join().unwrap(), what: self.what }
     }
