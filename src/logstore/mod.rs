@@ -474,13 +474,14 @@ impl Logstore {
         Ok((shard, seq))
     }
 
-    /// Makes everything durable that was appended before the call.
+    /// Makes everything durable that was appended before the call. What a process wrote that was killed, or was written before a sync
+    /// failed, is not synced as it is: recovery rewrites it.
     ///
     /// # Errors
     /// What kept it from being written.
     pub fn sync(&self) -> Result<()> {
         self.shared.settle();
-        self.shared.shards.iter().try_for_each(|shard| shard.sync())
+        self.shared.shards.iter().try_for_each(|shard| shard.make_durable())
     }
 
     /// Begins to read a shard.

@@ -8,7 +8,9 @@ use std::{collections::VecDeque, path::Path, sync::Arc, task::Waker, time::Durat
 
 use bytes::Bytes;
 
-use super::{ActiveView, BLOCK_GROUPS, Durability, Head, Job, Payload, SegmentRef, Shard, Task, Ticket, WritePlan};
+use super::{
+    ActiveView, BLOCK_GROUPS, Durability, End, Head, Job, Payload, SegmentRef, Shard, Task, Ticket, WritePlan,
+};
 use crate::{
     Error, Result,
     crypto::CryptoError,
@@ -377,6 +379,31 @@ impl Shard {
         self.wait_for(last, Durability::Synced)
     }
 
+    /// Makes everything durable that there is, also what was left by a process that was killed, or by a failed sync.
+    pub(crate) fn make_durable(&self) -> Result<()> {
+        self.sync()?;
+        let mut writer = lock(&self.writer);
+        if self.context.read_only || writer.active.is_some() || writer.next.is_some() {
+            return Ok(());
+        }
+        let unsynced = match self.segments(false)?.last() {
+            Some(last) => matches!(self.open_segment(last)?.end, End::Unknown),
+            None => false,
+        };
+        if unsynced {
+            self.context.gate.admit()?;
+            writer.next = Some(self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?);
+        }
+        Ok(())
+    }
+
+    /// A failed operation stops the writer, a finding or a refusal does not.
+    fn latch_if_failed(&self, writer: &mut Writer, error: &Error) {
+        if matches!(error, Error::Io { .. }) {
+            self.latch(writer, error.clone());
+        }
+    }
+
     fn end_driving(&self) -> std::sync::MutexGuard<'_, State> {
         let mut state = lock(&self.state);
         state.driving = false;
@@ -557,9 +584,7 @@ impl Shard {
                 Ok(())
             }
             Err(error) => {
-                if matches!(error, Error::Io { .. }) {
-                    self.latch(&mut writer, error.clone());
-                }
+                self.latch_if_failed(&mut writer, &error);
                 Err(error)
             }
         }
