@@ -646,7 +646,7 @@ impl Life {
 fn config() -> ProptestConfig {
     let mut config = ProptestConfig::default();
     if std::env::var_os("PROPTEST_CASES").is_none() {
-        config.cases = 96;
+        config.cases = 160;
     }
     config.max_shrink_iters = 2000;
     config.failure_persistence = Some(Box::new(FileFailurePersistence::WithSource("regressions")));

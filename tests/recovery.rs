@@ -595,6 +595,53 @@ fn what_retention_dropped_and_a_power_cut_brought_back_is_not_read_and_goes_away
     assert_clean(&store, "after recovery");
 }
 
+/// Wherever it is cut off, retention has dropped from the front, whole segments, and the shard goes on.
+#[test]
+fn retention_can_be_interrupted_anywhere() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    for text in ["a", "b", "c", "d"] {
+        put(&logstore, text);
+        logstore.roll().unwrap();
+    }
+    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+    drop(logstore);
+    store.close().unwrap();
+    let (image, mut world) = (sim.disk, sim.world);
+    for nth in 1.. {
+        let mut sim = Sim::of(world, image.crash(Survives::Everything));
+        let store = sim.open();
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        let done = store.apply_retention();
+        let whole = sim.disk.changes() - began < nth;
+        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        let ended = sim.disk;
+        for survives in SURVIVALS {
+            let context = format!("operation {nth}, {survives:?}");
+            sim.disk = ended.crash(survives);
+            let store = sim.open();
+            let logstore = find(&store);
+            let kept = texts(&logstore);
+            assert!(["a", "b", "c", "d"].map(str::to_owned).ends_with(&kept), "{context}: {kept:?}");
+            let appended = logstore.append(record("e"), &synced()).unwrap();
+            assert!(appended.seq >= 4, "{context}: {appended:?}");
+            assert_eq!(texts(&logstore), [kept, vec!["e".into()]].concat(), "{context}");
+            assert_clean(&store, &context);
+            store.apply_retention().unwrap();
+            assert_eq!(texts(&logstore), ["e"], "{context}");
+            assert_clean(&store, &context);
+        }
+        world = sim.world;
+        if whole {
+            assert_eq!(done.unwrap().segments, 4);
+            return;
+        }
+    }
+}
+
 // ---- what each durability survives ----
 
 #[test]
