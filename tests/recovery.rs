@@ -15,8 +15,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, Record, Result,
-    ShardChoice, Store, VerifyOptions,
+    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec,
+    Record, Result, ShardChoice, Store, VerifyOptions,
     io::Disk as _,
     segment::{BlockHeader, SegmentHeader},
 };
@@ -568,6 +568,80 @@ fn a_second_of_idleness_after_a_sync_is_marked() {
     }
 }
 
+/// Removing a file is durable some time later: should the power fail before, it is back, and nothing more.
+#[test]
+fn what_retention_dropped_and_a_power_cut_brought_back_is_not_read_and_goes_away() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    for text in ["a", "b", "c"] {
+        put(&logstore, text);
+        logstore.roll().unwrap();
+    }
+    let dropped = sim.segments(&logstore, 0);
+    put(&logstore, "d");
+    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+    assert_eq!(store.apply_retention().unwrap().segments, 3);
+    sim.crash(Survives::Synced);
+    assert_eq!(sim.segments(&logstore, 0)[..3], dropped, "they are back");
+    let store = sim.open();
+    let logstore = find(&store);
+    assert_eq!(texts(&logstore), ["d"]);
+    assert_clean(&store, "before recovery");
+    put(&logstore, "e");
+    assert_eq!(texts(&logstore), ["d", "e"]);
+    assert!(!sim.segments(&logstore, 0).iter().any(|path| dropped.contains(path)));
+    assert_clean(&store, "after recovery");
+}
+
+/// Wherever it is cut off, retention has dropped from the front, whole segments, and the shard goes on.
+#[test]
+fn retention_can_be_interrupted_anywhere() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    for text in ["a", "b", "c", "d"] {
+        put(&logstore, text);
+        logstore.roll().unwrap();
+    }
+    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+    drop(logstore);
+    store.close().unwrap();
+    let (image, mut world) = (sim.disk, sim.world);
+    for nth in 1.. {
+        let mut sim = Sim::of(world, image.crash(Survives::Everything));
+        let store = sim.open();
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        let done = store.apply_retention();
+        let whole = sim.disk.changes() - began < nth;
+        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        let ended = sim.disk;
+        for survives in SURVIVALS {
+            let context = format!("operation {nth}, {survives:?}");
+            sim.disk = ended.crash(survives);
+            let store = sim.open();
+            let logstore = find(&store);
+            let kept = texts(&logstore);
+            assert!(["a", "b", "c", "d"].map(str::to_owned).ends_with(&kept), "{context}: {kept:?}");
+            let appended = logstore.append(record("e"), &synced()).unwrap();
+            assert!(appended.seq >= 4, "{context}: {appended:?}");
+            assert_eq!(texts(&logstore), [kept, vec!["e".into()]].concat(), "{context}");
+            assert_clean(&store, &context);
+            store.apply_retention().unwrap();
+            assert_eq!(texts(&logstore), ["e"], "{context}");
+            assert_clean(&store, &context);
+        }
+        world = sim.world;
+        if whole {
+            assert_eq!(done.unwrap().segments, 4);
+            return;
+        }
+    }
+}
+
 // ---- what each durability survives ----
 
 #[test]
@@ -594,6 +668,47 @@ fn what_each_durability_survives() {
     store.close().unwrap();
     sim.disk = running.crash(Survives::Synced);
     assert_eq!(survivors(&sim), ["synced", "written", "buffered"]);
+}
+
+/// A sync says that everything is durable: also what was written by a process that was killed, or before a sync that failed.
+#[test]
+fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    put(&logstore, "synced");
+    logstore.append(record("written"), &written()).unwrap();
+    sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
+    logstore.sync().unwrap_err();
+    logstore.reopen_shard(0).unwrap();
+    logstore.sync().unwrap();
+    let after_a_cut = |sim: &Sim| {
+        let disk = sim.disk.crash(Survives::Synced);
+        texts(&find(&sim.world.builder().disk(Arc::new(disk)).open().unwrap()))
+    };
+    assert_eq!(after_a_cut(&sim), ["synced", "written"]);
+    logstore.append(record("more"), &written()).unwrap();
+    sim.disk = sim.disk.kill();
+    let store = sim.open();
+    assert_eq!(after_a_cut(&sim), ["synced", "written"]);
+    let logstore = find(&store);
+    // It fails if recovery fails, and then not any more.
+    sim.disk.fail_next(Op::Sync, ".tmp", io::ErrorKind::Other);
+    assert!(matches!(logstore.sync(), Err(Error::Io { op: "sync", .. })));
+    assert!(matches!(logstore.sync(), Err(Error::Latched { .. })));
+    logstore.reopen_shard(0).unwrap();
+    logstore.sync().unwrap();
+    assert_eq!(after_a_cut(&sim), ["synced", "written", "more"]);
+    // Nothing is made where there is nothing to be done.
+    let segments = sim.segments(&logstore, 0);
+    logstore.sync().unwrap();
+    store.close().unwrap();
+    find(&sim.open()).sync().unwrap();
+    assert_eq!(sim.segments(&logstore, 0), segments);
+    let store = sim.open();
+    put(&find(&store), "last");
+    assert_eq!(texts(&find(&store)), ["synced", "written", "more", "last"]);
+    assert_clean(&store, "synced");
 }
 
 /// A sync that the disk does not do loses what it was told to sync: this shows that the simulated disk can lose anything at all.
