@@ -133,6 +133,14 @@ impl LocalKms {
         self
     }
 
+    /// The same KMS with another source of randomness. Key material and salts come from it: whoever can predict it, or makes it
+    /// repeat, has every key.
+    #[must_use]
+    pub fn insecure_random_for_tests(mut self, random: Arc<dyn Random>) -> Self {
+        self.random = random;
+        self
+    }
+
     fn today(&self) -> u32 {
         u32::try_from(self.clock.wall_us() / DAY_US).unwrap_or(u32::MAX)
     }
