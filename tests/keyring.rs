@@ -565,6 +565,34 @@ fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
     }
 }
 
+/// The first tag does not cover the second, which is noticed all the same before it is needed: by whoever verifies with the keys.
+#[test]
+fn a_touched_second_tag_is_found_by_a_verification() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    put(&logstore, "one");
+    store.rotate_data_key(logstore.name()).unwrap();
+    store.close().unwrap();
+    let meta = world.logstore_dir(&logstore).join("meta");
+    let mut bytes = fs::read(&meta).unwrap();
+    let tag = bytes.len() - 4 - 32;
+    bytes[tag] ^= 1;
+    fix_crc(&mut bytes);
+    fs::write(&meta, bytes).unwrap();
+    let store = world.open();
+    let verify = |keyless| {
+        let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+        let report = store.verify(&options, &mut |_| {}).unwrap();
+        report.faults.iter().map(|fault| fault.kind).collect::<Vec<_>>()
+    };
+    assert_eq!((verify(false), verify(true)), (vec!["tampered"], vec![]));
+    // It is made anew with the next change of the keys.
+    store.rotate_data_key(&name("p/l")).unwrap();
+    assert_eq!(verify(false), Vec::<&str>::new());
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one"]);
+}
+
 /// The configuration is not authenticated without the keyring: what is written after a recovery is encrypted whatever it says, as
 /// the keys section has it.
 #[test]

@@ -297,7 +297,14 @@ impl StoreShared {
             && let Some(section) = logstore.keys_section()
         {
             for version in section.versions.iter().filter(|version| version.wrapped.is_some()) {
-                if let Err(error) = logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version)) {
+                let checked =
+                    logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version)).and_then(|key| {
+                        if section.cmk.is_none() || version.version != section.current {
+                            return Ok(());
+                        }
+                        Meta::check_keys_tag(&*self.disk, &logstore.dir, self.id, logstore.id, &section, &key)
+                    });
+                if let Err(error) = checked {
                     verification.note(Some(name), error)?;
                 }
             }
