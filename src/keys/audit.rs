@@ -123,13 +123,15 @@ impl std::fmt::Debug for AuditLog {
 }
 
 impl AuditLog {
-    /// Opens the log in `dir`, reading its last file only.
+    /// Opens the log in `dir`, reading its last file only. Should it end before `known`, which the catalogue remembers, the next record
+    /// follows on that one all the same: the gap then stays in the log for [`AuditLog::verified`] to find.
     pub(crate) fn open(
         disk: Arc<dyn Disk>,
         clock: Arc<dyn Clock>,
         keyring: Arc<RwLock<Keyring>>,
         dir: PathBuf,
         file_bytes_max: u64,
+        known: &AuditHead,
     ) -> Result<Self> {
         let log = Self {
             disk,
@@ -152,6 +154,12 @@ impl AuditLog {
                 if let Some(line) = before.lines.last() {
                     tail.head = AuditHead { number: line.record.number, tag: line.tag.clone() };
                 }
+            }
+        }
+        {
+            let mut tail = lock(&log.tail);
+            if tail.head.number <= known.number {
+                tail.head = known.clone();
             }
         }
         Ok(log)
@@ -361,7 +369,8 @@ mod tests {
     }
 
     fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
-        AuditLog::open(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max).unwrap()
+        let (disk, clock) = (Arc::new(RealDisk), Arc::new(SystemClock));
+        AuditLog::open(disk, clock, keyring, dir.to_owned(), file_bytes_max, &AuditHead::default()).unwrap()
     }
 
     #[test]

@@ -395,6 +395,7 @@ impl StoreBuilder {
             Arc::clone(&keyring),
             self.dir.join("audit"),
             self.options.audit_file_bytes,
+            &catalogue.audit,
         )?;
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
         let read_only = lock_file.is_none();
