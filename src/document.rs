@@ -1,7 +1,8 @@
 //! The frame of an authenticated document: store, catalogue, Logstore metadata, probe, keyring, checkpoint.
 //!
-//! A document has two parts. Tag A, under a key of the service keyring, authenticates everything. Tag B, under a key derived from a
-//! Logstore's data key, authenticates what the document is about and part B alone, so that part B can be trusted without the keyring.
+//! A document has two parts. Tag A, under a key of the service keyring, authenticates everything but tag B. Tag B, under a key
+//! derived from a Logstore's data key, authenticates what the document is about and part B alone, so that part B can be trusted
+//! without the keyring.
 
 use std::path::Path;
 
@@ -202,11 +203,14 @@ impl<'a> UnverifiedDocument<'a> {
         &self.document
     }
 
-    /// Verifies tag A.
+    /// Verifies tag A, and that there is no tag B where none belongs.
     ///
     /// # Errors
     /// It does not hold.
     pub(crate) fn verify(self, key_a: &SecretKey) -> Result<Document, TagMismatch> {
+        if self.document.tag_b.is_some() && self.document.kind != DocumentKind::Logstore {
+            return Err(TagMismatch);
+        }
         if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed])) { Ok(self.document) } else { Err(TagMismatch) }
     }
 
@@ -352,6 +356,15 @@ mod tests {
         assert_eq!(refused(68, 1), DecodeError::Field("reserved bytes of the document"));
     }
 
+    #[test]
+    fn tag_b_is_refused_where_none_belongs() {
+        let catalogue = Document { kind: DocumentKind::Catalogue, ..sample() };
+        let bytes = catalogue.seal(&key(1));
+        UnverifiedDocument::parse(&bytes).unwrap().verify(&key(1)).unwrap_err();
+        let bytes = Document { tag_b: None, ..catalogue }.seal(&key(1));
+        UnverifiedDocument::parse(&bytes).unwrap().verify(&key(1)).unwrap();
+    }
+
     proptest! {
         #[test]
         fn round_trip(
@@ -363,6 +376,7 @@ mod tests {
             let features = Features { compatible, read_only_compatible, incompatible: 0 };
             let store = StoreId::from_bytes(store);
             let mut document = Document { kind, features, store, subject, generation, keyring_version, a, b, tag_b: None };
+            let signed = signed && kind == DocumentKind::Logstore;
             if signed {
                 document.sign_b(&key(2));
             }

@@ -47,7 +47,13 @@ impl Meta {
         let path = path(logstore_dir);
         let bytes = read(disk, &path)?;
         let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
-        Self::from_document(&document, store, id, &path)
+        let meta = Self::from_document(&document, store, id, &path)?;
+        // The second tag is not under the first one: whether it is right, [`Meta::load_without_keyring`] says with the data key.
+        if meta.keys_tag.is_some() == meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()) {
+            Ok(meta)
+        } else {
+            Err(Error::Tampered { at: Location::new(&path, 0), what: "the second tag of the metadata" })
+        }
     }
 
     /// Reads the metadata of a BYOK Logstore without the keyring. `data_key` finds the current data key by the keys section; with it
