@@ -182,7 +182,10 @@ impl Gate {
                 let held = read(&self.held);
                 let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
                 if let Some(cipher) = held.writing.get(&segment.header.segment).or(reading) {
-                    return use_it(cipher);
+                    // The key is kept by the segment's id, and belongs to the header that it was derived with.
+                    let same = *cipher.header_hash() == segment.header_hash
+                        && tags_equal(cipher.commitment(), &segment.commitment);
+                    return if same { use_it(cipher) } else { Err(Error::WrongKey { at: Location::new(path, 0) }) };
                 }
             }
             let cipher = self.derive(epoch, &segment.header, &segment.header_hash)?;

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
-    keys::{AuditEvent, keyring::Keyring},
+    keys::{AuditEvent, envelope::KeysSection, keyring::Keyring},
     logstore::{LogstoreName, LogstoreShared, Meta},
     segment::FooterBuilder,
     shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
@@ -300,10 +300,14 @@ impl StoreShared {
                     verification.note(Some(name), error)?;
                 }
             }
-            if let Some(cmk) = &section.cmk
-                && let Err(error) = self.load_probe(cmk)
-            {
-                verification.note(Some(name), error)?;
+            if let Some(cmk) = &section.cmk {
+                // What a recovery without the keyring would rest on.
+                let current =
+                    |keys: &KeysSection| logstore.gate.admit().and_then(|_| logstore.gate.unwrap(keys.current));
+                let proved = Meta::load_without_keyring(&*self.disk, &logstore.dir, self.id, logstore.id, current);
+                for error in [proved.err(), self.load_probe(cmk).err()].into_iter().flatten() {
+                    verification.note(Some(name), error)?;
+                }
             }
         }
         for (index, shard) in logstore.shards.iter().enumerate() {
@@ -390,7 +394,7 @@ impl StoreShared {
                 !reached
             });
             let loaded = match reader.load(shard) {
-                Err(error @ Error::Corrupt { .. }) => {
+                Err(error @ (Error::Corrupt { .. } | Error::Tampered { .. })) => {
                     damaged = true;
                     heads.clear();
                     verification.note(Some(name), error)?;
