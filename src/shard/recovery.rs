@@ -359,6 +359,7 @@ impl Shard {
         let file = self.context.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
         let header = Arc::new(read_header(&*file, path)?);
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
+        self.authenticate(&opened)?;
         let scanned = self.scan(&opened)?;
         let found: u64 = scanned.blocks.iter().map(|block| block.header.block_len()).sum();
         let (next, groups_salvaged) = self.cut(&opened, &scanned, scanned.report.end)?;

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod memory;
+
 use std::{
     collections::BTreeMap,
     fs, io,
