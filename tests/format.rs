@@ -135,7 +135,8 @@ impl Frame {
     /// Makes tag A and CRC right again.
     fn sign(&mut self, root: &SecretKey) {
         let end = 80 + self.u32(72) + self.u32(76);
-        let tag = hmac_sha256(&derived(root, &[], "envelog v1 document"), &[&self.bytes[..end]]);
+        let tag_b = &self.bytes[end + 32..end + 64];
+        let tag = hmac_sha256(&derived(root, &[], "envelog v1 document"), &[&self.bytes[..end], tag_b]);
         self.bytes[end..end + 32].copy_from_slice(&tag);
         fix_crc(&mut self.bytes);
     }

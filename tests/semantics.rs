@@ -902,3 +902,18 @@ fn s9_without_any_kms_the_service_key_works_and_byok_is_refused_also_in_an_updat
     put(&plain, "still here");
     assert_eq!(store.list().unwrap(), [name("p/plain"), name("p/service")]);
 }
+
+// ---- reading ----
+
+#[test]
+fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/a");
+    put(&logstore, "end of a segment");
+    logstore.roll().unwrap();
+    put(&logstore, "beginning of the next");
+    let time = records(&logstore, 0).unwrap()[0].receive_time_us;
+    let read = records_from(&logstore, 0, envelog::Position::Time(time)).unwrap();
+    assert_eq!(strings(&read), ["end of a segment", "beginning of the next"]);
+}

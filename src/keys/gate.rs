@@ -198,7 +198,9 @@ impl Gate {
             {
                 let held = read(&self.held);
                 // A key serves the header that it was derived for: ids of segments are not trusted to be unique.
-                let its_own = |cipher: &&SegmentCipher| *cipher.header_hash() == segment.header_hash;
+                let its_own = |cipher: &&SegmentCipher| {
+                    *cipher.header_hash() == segment.header_hash && tags_equal(cipher.commitment(), &segment.commitment)
+                };
                 let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
                 let writing = held.writing.get(&segment.header.segment);
                 if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {

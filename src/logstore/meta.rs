@@ -71,26 +71,6 @@ impl Meta {
         Ok(meta)
     }
 
-    /// Checks the second tag of a BYOK Logstore, which the first does not cover, as long as the keys section on disk is still `keys`.
-    pub(crate) fn check_keys_tag(
-        disk: &dyn Disk,
-        logstore_dir: &Path,
-        store: StoreId,
-        id: LogstoreId,
-        keys: &KeysSection,
-        data_key: &SecretKey,
-    ) -> Result<()> {
-        let path = path(logstore_dir);
-        let bytes = read(disk, &path)?;
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
-        let found = Self::from_document(parsed.unverified(), store, id, &path)?;
-        if found.keys.as_ref() != Some(keys) {
-            return Ok(());
-        }
-        let tampered = |_| Error::Tampered { at: Location::new(&path, 0), what: "the second tag of the metadata" };
-        parsed.verify_b(&metadata_key(data_key)).map_err(tampered)
-    }
-
     fn from_document(document: &Document, store: StoreId, id: LogstoreId, path: &Path) -> Result<Self> {
         if document.kind != DocumentKind::Logstore || document.store != store || document.subject != *id.as_bytes() {
             return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata of another Logstore" });

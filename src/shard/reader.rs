@@ -141,7 +141,6 @@ impl Drop for ReaderPermit {
 /// `None` (of the iterator or of [`Reader::next_block`]) means that there is nothing more *yet*: asking again later goes on with
 /// what has been written since, which is how to follow a shard. After an error the reader has ended, and only gives `None`.
 /// A reader sees what is at least `Written`. The lease of the key is asked for every group, also for those read ahead.
-#[derive(Debug)]
 pub struct Reader {
     shard: Arc<Shard>,
     _permit: ReaderPermit,
@@ -159,6 +158,17 @@ pub struct Reader {
     block: VecDeque<Record>,
     list: Bytes,
     ended: bool,
+}
+
+impl std::fmt::Debug for Reader {
+    /// Without the groups that were read ahead.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader")
+            .field("shard", &self.shard.id)
+            .field("next_seq", &self.next_seq)
+            .field("ended", &self.ended)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Reader {
@@ -183,7 +193,7 @@ impl Reader {
         };
         match options.from {
             Position::Begin => {}
-            Position::End => reader.next_seq = shard.end_seq()?,
+            Position::End => reader.next_seq = shard.proven_end_seq()?,
             Position::Seq(seq) => reader.next_seq = seq,
             Position::Time(time_us) => {
                 reader.from_us = time_us;
@@ -193,7 +203,7 @@ impl Reader {
         match options.to {
             None => {}
             Some(Position::Begin) => reader.end_seq = 0,
-            Some(Position::End) => reader.end_seq = shard.end_seq()?,
+            Some(Position::End) => reader.end_seq = shard.proven_end_seq()?,
             Some(Position::Seq(seq)) => reader.end_seq = seq,
             Some(Position::Time(time_us)) => reader.end_us = time_us,
         }
@@ -281,17 +291,21 @@ impl Reader {
                     let wanted = header.kind != BlockKind::Mark
                         && header.end_seq() > self.next_seq
                         && header.last_time_us >= self.from_us;
-                    if wanted && (header.first_seq >= self.end_seq || header.first_time_us >= self.end_us) {
+                    if !wanted {
+                        cursor.pass();
+                        continue;
+                    }
+                    // Whatever follows from the block's header, follows only once it is authenticated.
+                    cursor.prove_passed(gate)?;
+                    let raw = Bytes::from(cursor.open(gate)?);
+                    if header.first_seq >= self.end_seq || header.first_time_us >= self.end_us {
+                        self.ended = true;
                         return Ok(false);
                     }
-                    if wanted {
-                        let raw = Bytes::from(cursor.open(gate)?);
-                        self.unpack(&header, &raw)?;
-                    } else {
-                        cursor.skip();
-                    }
+                    self.unpack(&header, &raw)?;
                 }
                 Load::End => {
+                    cursor.prove_passed(gate)?;
                     let ordinal = cursor.opened.name.ordinal;
                     let segments = shard.segments(true)?;
                     let Some(next) = segments.iter().find(|segment| segment.ordinal > ordinal) else {
@@ -299,12 +313,15 @@ impl Reader {
                     };
                     self.enter(next)?;
                 }
-                Load::NotYet => match cursor.refresh(&shard)? {
-                    Refresh::Same => return Ok(false),
-                    Refresh::Changed => {}
-                    // What follows is in its successors.
-                    Refresh::Dropped => self.cursor = None,
-                },
+                Load::NotYet => {
+                    cursor.prove_passed(gate)?;
+                    match cursor.refresh(&shard)? {
+                        Refresh::Same => return Ok(false),
+                        Refresh::Changed => {}
+                        // What follows is in its successors.
+                        Refresh::Dropped => self.cursor = None,
+                    }
+                }
             }
         }
     }
@@ -339,7 +356,7 @@ impl Reader {
     /// Opens a segment and goes to where the wanted groups may begin.
     fn enter(&mut self, segment: &SegmentRef) -> Result<()> {
         let opened = self.shard.open_segment(segment)?;
-        self.shard.verify_footer(&opened)?;
+        self.shard.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
         cursor.seek(self.next_seq, self.from_us);
         self.cursor = Some(cursor);
@@ -423,6 +440,8 @@ pub(crate) struct SegmentReader {
     loaded: Option<BlockHeader>,
     /// The length of the file at which what follows the last block was found to be no corruption.
     excused: Option<u64>,
+    /// The last block that was passed over for what its header says, and is not authenticated yet; and its offset.
+    passed: Option<(u64, BlockHeader)>,
     scratch: Scratch,
 }
 
@@ -453,6 +472,7 @@ impl SegmentReader {
             bytes_at: 0,
             loaded: None,
             excused: None,
+            passed: None,
             scratch: Scratch::default(),
         })
     }
@@ -522,9 +542,12 @@ impl SegmentReader {
                     }
                     return Ok(Load::NotYet);
                 }
-                let what =
-                    other.err().map_or_else(|| "a block is not in its place".to_owned(), |e| format!("a block: {e}"));
-                Err(Error::corrupt(self.opened.at(offset).block(number), what))
+                let at = self.opened.at(offset).block(number);
+                Err(match other {
+                    // A block that is whole, and was made for another place.
+                    Ok(_) => Error::Tampered { at, what: "the place of a block" },
+                    Err(error) => Error::corrupt(at, format!("a block: {error}")),
+                })
             }
         }
     }
@@ -563,6 +586,25 @@ impl SegmentReader {
             return Ok(self.bytes.get(..len).ok_or(short((kept + read) as u64)));
         }
         Ok(self.bytes.get(begin..begin + len).ok_or(short(0)))
+    }
+
+    /// Passes the loaded block over because its header says that nothing in it is wanted. That is only believed once
+    /// [`SegmentReader::prove_passed`] has succeeded, which must come before anything rests on it.
+    pub(super) fn pass(&mut self) {
+        self.passed = self.loaded.map(|header| (self.offset, header));
+        self.skip();
+    }
+
+    /// Authenticates the block that was passed over last, if one was. Sequence numbers and receive times never run backwards, so
+    /// what it says holds for those in front of it as well.
+    pub(super) fn prove_passed(&mut self, gate: &Gate) -> Result<()> {
+        let Some((offset, header)) = self.passed.take() else { return Ok(()) };
+        let loaded = self.loaded.replace(header);
+        (self.offset, self.number) = (offset, header.number);
+        // This ends where the block ends, which is where the reader was.
+        self.open(gate)?;
+        self.loaded = loaded;
+        Ok(())
     }
 
     /// Passes the loaded block over.
@@ -617,9 +659,10 @@ impl SegmentReader {
         let target = if direct { &mut raw } else { &mut scratch.stored };
         target.resize(view.payload.len(), 0);
         let tampered = || Error::Tampered { at: at.clone(), what: "a block" };
+        // The header that was acted upon is the one that is authenticated, even if the file changes meanwhile.
         gate.with_cipher(&opened_header, &path, |cipher| {
             cipher
-                .open_block(&header.nonce(), view.header_bytes, view.payload, &view.tag, target)
+                .open_block(&header.nonce(), &header.encode(), view.payload, &view.tag, target)
                 .map_err(|_| tampered())
         })?;
         if !direct {
@@ -655,7 +698,7 @@ impl SegmentReader {
                 let before = self.end()?;
                 let opened = shard.open_segment(name)?;
                 let ended = !matches!(opened.end, End::Unknown);
-                shard.verify_footer(&opened)?;
+                shard.authenticate(&opened)?;
                 self.opened.end = opened.end;
                 return Ok(if ended || self.end()? > before { Refresh::Changed } else { Refresh::Same });
             }
@@ -664,7 +707,7 @@ impl SegmentReader {
             return Ok(Refresh::Same);
         }
         self.opened = shard.open_segment(name)?;
-        shard.verify_footer(&self.opened)?;
+        shard.authenticate(&self.opened)?;
         Ok(Refresh::Changed)
     }
 }

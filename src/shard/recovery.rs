@@ -4,12 +4,15 @@
 //! above the mark are rewritten into a new segment, because after a failed sync the page cache may show what the disk does not
 //! have; what follows them is a torn tail, dropped and reported. Damage below the mark is corruption: reported, nothing touched.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::Serialize;
 
 use super::{
-    Head, Shard,
+    Head, Load, ReadMode, SegmentReader, Shard,
     segments::{End, Opened, SegmentRef, read_header},
     writer::{NewSegment, Next},
 };
@@ -18,8 +21,8 @@ use crate::{
     error::Location,
     io::{OpenMode, read_exact_at},
     segment::{
-        BlockKind, BlockView, Footer, FooterBuilder, Predecessor, ScanReport, ScanVerdict, ScannedBlock, SealBuffer,
-        SegmentHeader, scan,
+        BlockKind, BlockView, DecodedHeader, Footer, FooterBuilder, Predecessor, ScanReport, ScanVerdict, ScannedBlock,
+        SealBuffer, SegmentHeader, scan,
     },
     sync::{lock, read},
 };
@@ -92,7 +95,7 @@ impl Shard {
         };
         let opened = self.open_segment(last)?;
         opened.header.header.features.check_writing().map_err(|error| error.in_file(&last.path, 0))?;
-        match self.verify_ends(&opened) {
+        match self.authenticate(&opened) {
             // Its key was destroyed on purpose: there is nothing left to authenticate, and the shard goes on behind it.
             Err(Error::Shredded { .. }) => {}
             verified => verified?,
@@ -125,12 +128,6 @@ impl Shard {
                 Ok(next)
             }
         }
-    }
-
-    /// Authenticates what the writer goes by when it goes on behind a segment: its header, by the commitment, and its footer.
-    fn verify_ends(&self, opened: &Opened) -> Result<()> {
-        self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()))?;
-        self.verify_footer(opened)
     }
 
     /// The head of the shard when its last segment is sealed. Numbers behind its end may have been given to groups that were still
@@ -328,6 +325,29 @@ impl Shard {
         }
     }
 
+    /// One past the last sequence number that a reader can see, authenticated: a reader begins or ends there.
+    pub(super) fn proven_end_seq(&self) -> Result<u64> {
+        let segments = self.segments(true)?;
+        let Some(last) = segments.last() else { return self.end_seq() };
+        let opened = self.open_segment(last)?;
+        self.authenticate(&opened)?;
+        Ok(match &opened.end {
+            End::Sealed(footer) => footer.footer.end_seq,
+            End::Cut(end) => end.end_seq,
+            End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
+            End::Unknown => {
+                let mut end_seq = opened.header.header.first_seq;
+                let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+                while let Load::Block(header) = reader.load(self)? {
+                    end_seq = header.end_seq();
+                    reader.pass();
+                }
+                reader.prove_passed(&self.context.gate)?;
+                end_seq
+            }
+        })
+    }
+
     /// One past the last sequence number that a reader can see.
     pub(crate) fn end_seq(&self) -> Result<u64> {
         let segments = self.segments(true)?;
@@ -358,6 +378,7 @@ impl Shard {
         let file = self.context.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
         let header = Arc::new(read_header(&*file, path)?);
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
+        self.authenticate(&opened)?;
         let scanned = self.scan(&opened)?;
         let (next, groups_salvaged) = self.cut(&opened, &scanned, scanned.report.end)?;
         writer.next = Some(next);
@@ -392,6 +413,28 @@ impl Shard {
         let scanned = self.scan(opened)?;
         let within = |block: &&ScannedBlock| block.contiguous && block.offset < end;
         Ok(self.build(opened, scanned.blocks.iter().take_while(within)).so_far().clone())
+    }
+
+    /// Authenticates what reading a segment, or going on behind it, rests on before its first block: its header, and what says where
+    /// it ends.
+    pub(super) fn authenticate(&self, opened: &Opened) -> Result<()> {
+        // Where a key was destroyed on purpose there is nothing left to authenticate, nor to read.
+        let prove = |header: &DecodedHeader, path: &Path| match self.context.gate.with_cipher(header, path, |_| Ok(()))
+        {
+            Err(Error::Shredded { .. }) => Ok(()),
+            proved => proved,
+        };
+        match &opened.end {
+            End::Active(_) => Ok(()),
+            End::Sealed(_) => self.verify_footer(opened),
+            End::Cut(_) | End::Unknown => {
+                prove(&opened.header, &opened.name.path)?;
+                match self.successor(&opened.name)? {
+                    Some((header, path)) => prove(&header, &path),
+                    None => Ok(()),
+                }
+            }
+        }
     }
 
     /// Authenticates the footer of a sealed segment.

@@ -9,7 +9,7 @@ use super::{Head, Shard};
 use crate::{
     Error, Result,
     error::Location,
-    io::{DiskFile, OpenMode},
+    io::{DiskFile, OpenMode, read_exact_at},
     segment::{
         DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, Predecessor, PredecessorEnd, SegmentHeader,
         Trailer, parse_segment_file_name,
@@ -176,6 +176,20 @@ pub(crate) fn read_footer(
     Ok(Some(decoded))
 }
 
+/// Whether a file of `len` bytes ends in a whole footer, of whatever segment.
+fn has_whole_footer(file: &dyn DiskFile, len: u64) -> bool {
+    let read = |len: usize, at: u64| {
+        let mut bytes = vec![0; len];
+        read_exact_at(file, &mut bytes, at).ok().map(|()| bytes)
+    };
+    let footer = || {
+        let trailer = read(Trailer::LEN, len.checked_sub(Trailer::LEN as u64)?)?;
+        let footer_len = Trailer::decode(trailer.first_chunk()?).ok()?.footer_len;
+        Footer::decode(&read(footer_len as usize, len.checked_sub(footer_len.into())?)?).ok()
+    };
+    footer().is_some()
+}
+
 impl Shard {
     /// The segments by ordinal, from the first retained one. Listed once by the process that writes, which then keeps the list
     /// itself; `refresh` lists again, which is how a read-only opener learns of new ones.
@@ -286,7 +300,7 @@ impl Shard {
         let expected = self.expected_end(name)?;
         let len = file.len().map_err(Error::io("get the length of", path))?;
         let footer = read_footer(&*file, path, &header, len);
-        let opened = |end| Ok(Opened { name: name.clone(), file, header: Arc::clone(&header), end });
+        let opened = |end| Ok(Opened { name: name.clone(), file: Arc::clone(&file), header: Arc::clone(&header), end });
         match (footer, expected) {
             (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
             (_, Expected::Cut(end)) => {
@@ -314,38 +328,34 @@ impl Shard {
                 let what = format!("the segment has {len} bytes, it was sealed with {}", end.bytes);
                 Err(Error::truncated(Location::new(path, len), what))
             }
-            (Err(error), _) => Err(error),
             (Ok(None), Expected::Sealed(_)) => {
                 let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
-                Err(Error::corrupt(at, "the footer of the sealed segment is damaged"))
+                Err(match has_whole_footer(&*file, len) {
+                    // Both are as somebody wrote them, and were not made for each other.
+                    true => Error::Tampered { at, what: "the footer, or the header, of a sealed segment" },
+                    false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
+                })
             }
-            (Ok(None), Expected::Open { at_least }) => {
+            // Nobody vouches for the footer, and a crash may have torn it: the blocks tell how far the segment counts.
+            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
                 if len < at_least {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
                     return Err(Error::truncated(Location::new(path, len), what));
                 }
                 opened(End::Unknown)
             }
+            (Err(error), _) => Err(error),
         }
     }
 
     /// What others say about how a segment ends: its successor, or the catalogue.
     fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
-        let next = self.segments(false)?.into_iter().find(|segment| segment.ordinal == name.ordinal + 1);
-        if let Some(next) = next {
-            let header = match &next.active {
-                Some(active) => Arc::clone(&active.header),
-                None => {
-                    let file =
-                        self.context.disk.open(&next.path, OpenMode::Read).map_err(Error::io("open", &*next.path))?;
-                    Arc::new(read_header(&*file, &next.path)?)
-                }
-            };
+        if let Some((header, path)) = self.successor(name)? {
             return match &header.header.predecessor {
                 Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
                 Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
                 Predecessor::None => Err(Error::Tampered {
-                    at: Location::new(&*next.path, 160),
+                    at: Location::new(&*path, 160),
                     what: "a segment that denies its predecessor",
                 }),
             };
@@ -355,6 +365,21 @@ impl Shard {
             Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
             _ => Ok(Expected::Open { at_least: 0 }),
         }
+    }
+
+    /// The header of the segment after this one, not authenticated, and its path; `None` when this is the last.
+    pub(super) fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
+        let next = self.segments(false)?.into_iter().find(|segment| segment.ordinal == name.ordinal + 1);
+        let Some(next) = next else { return Ok(None) };
+        let header = match &next.active {
+            Some(active) => Arc::clone(&active.header),
+            None => {
+                let file =
+                    self.context.disk.open(&next.path, OpenMode::Read).map_err(Error::io("open", &*next.path))?;
+                Arc::new(read_header(&*file, &next.path)?)
+            }
+        };
+        Ok(Some((header, next.path)))
     }
 
     fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {

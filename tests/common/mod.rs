@@ -4,6 +4,7 @@
 
 pub(crate) mod disk;
 pub(crate) mod failing;
+pub(crate) mod memory;
 
 use std::{
     collections::BTreeMap,

@@ -1,0 +1,436 @@
+//! Whatever is done to the files of a store is found out, and told apart: damage, tampering, a wrong key, truncation, rollback.
+//!
+//! The stores live in memory, so that every byte of them can be tried. Every single-byte change and every truncation of every file
+//! is: nothing is sampled.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "tamper/moved.rs"]
+mod moved;
+#[path = "tamper/structures.rs"]
+mod structures;
+#[path = "tamper/unclean.rs"]
+mod unclean;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use common::{
+    memory::{Image, MemoryDisk},
+    *,
+};
+use envelog::{
+    AppendOptions, Checkpoint, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec, ReadOptions, Result,
+    ShardChoice, Store, StoreBuilder, VerifyOptions,
+    crypto::{AwsLc, SecretKey},
+    kms::{Kms, KmsCall, KmsError},
+};
+use structures::{FileKind, Part, fix_crc, parts};
+
+/// Remembers what the KMS behind it has unwrapped, so that hundred thousand openings do not read its files each time. What it has
+/// not seen succeed goes through.
+#[derive(Debug)]
+struct MemoKms {
+    inner: Arc<TestKms>,
+    unwrapped: Mutex<HashMap<String, [u8; 32]>>,
+}
+
+impl Kms for MemoKms {
+    fn name(&self) -> &str {
+        "memo"
+    }
+
+    fn serves(&self, region_id: &str) -> bool {
+        self.inner.serves(region_id)
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        self.inner.wrap(call, key)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        let question = format!("{:?} {:?} {wrapped:?}", call.cmk, call.context);
+        if let Some(key) = self.unwrapped.lock().unwrap().get(&question) {
+            return Ok(SecretKey::from_bytes(&mut key.clone()));
+        }
+        let key = self.inner.unwrap(call, wrapped)?;
+        self.unwrapped.lock().unwrap().insert(question, *key.expose());
+        Ok(key)
+    }
+}
+
+const AES: &str = "app/aes";
+const SM4: &str = "app/sm4";
+const PLAIN: &str = "app/plain";
+
+/// A store in memory, and what was written to it.
+struct Fixture {
+    world: World,
+    kms: Arc<MemoKms>,
+    disk: Arc<MemoryDisk>,
+    /// What each shard of each Logstore got, in order.
+    written: BTreeMap<(LogstoreName, u32), Vec<String>>,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let world = World::manual();
+        let kms = Arc::new(MemoKms { inner: Arc::clone(&world.kms), unwrapped: Mutex::default() });
+        Self { world, kms, disk: MemoryDisk::of(&Image::default()), written: BTreeMap::new() }
+    }
+
+    fn builder(&self, disk: Arc<MemoryDisk>) -> StoreBuilder {
+        Store::builder(self.world.store_dir(), self.world.keyring(), AwsLc::new())
+            .kms(Arc::clone(&self.kms) as _)
+            .disk(disk)
+            .clock(Arc::clone(&self.world.clock) as _)
+            .options(self.world.options)
+    }
+
+    /// A store with a Logstore under the service key with AES, one under a master key with SM4, and one without encryption.
+    fn create(&self) -> Store {
+        let store = self.builder(Arc::clone(&self.disk)).create().unwrap();
+        for (text, conf) in [
+            (AES, Some(EncryptConf::service_key(EncryptType::Default))),
+            (SM4, Some(EncryptConf::byok(EncryptType::Sm4, self.world.cmk()))),
+            (PLAIN, None),
+        ] {
+            let spec = LogstoreSpec { shard_count: 2, encrypt_conf: conf, ..LogstoreSpec::default() };
+            store.create_logstore(&name(text), spec).unwrap();
+        }
+        store
+    }
+
+    /// Appends a record and remembers it.
+    fn put(&mut self, store: &Store, logstore: &str, shard: u32) {
+        let logstore = name(logstore);
+        let written = self.written.entry((logstore.clone(), shard)).or_default();
+        let text = format!("{logstore} {shard} {}", written.len());
+        let options = AppendOptions { shard: ShardChoice::Shard(shard), ..synced() };
+        store.logstore(&logstore).unwrap().append(record(&text), &options).unwrap();
+        written.push(text);
+    }
+
+    /// A cleanly closed store: each Logstore has two segments in its first shard, the one with AES three, and one in its second.
+    fn closed() -> Self {
+        let mut fixture = Self::new();
+        let store = fixture.create();
+        for logstore in [AES, SM4, PLAIN] {
+            fixture.put(&store, logstore, 0);
+            fixture.put(&store, logstore, 0);
+            store.logstore(&name(logstore)).unwrap().roll().unwrap();
+            fixture.put(&store, logstore, 0);
+            fixture.put(&store, logstore, 1);
+        }
+        store.logstore(&name(AES)).unwrap().roll().unwrap();
+        fixture.put(&store, AES, 0);
+        store.close().unwrap();
+        fixture
+    }
+
+    /// Opens the fixture's own store again, lets `change` do something to it, and closes it.
+    fn reopened(&mut self, change: impl FnOnce(&mut Self, &Store)) {
+        let store = self.builder(Arc::clone(&self.disk)).open().unwrap();
+        change(self, &store);
+        store.close().unwrap();
+    }
+
+    /// The Logstore that a file belongs to.
+    fn logstore_of(&self, store: &Store, path: &Path) -> Option<LogstoreName> {
+        let inside = path.strip_prefix(self.world.store_dir().join("logstores")).ok()?;
+        let id = inside.iter().next()?.to_str()?.to_owned();
+        store.list().unwrap().into_iter().find(|name| store.logstore(name).unwrap().id().to_string() == id)
+    }
+
+    /// What to look at when this file was damaged: its Logstore, or everything.
+    fn concerned(&self, store: &Store, path: &Path) -> Option<LogstoreName> {
+        if FileKind::of(path) == FileKind::Segment { self.logstore_of(store, path) } else { None }
+    }
+
+    /// What `verify` finds in what is on `image`, against a checkpoint.
+    fn verify_against(&self, image: &Image, checkpoint: &Checkpoint) -> Vec<&'static str> {
+        let store = self.builder(MemoryDisk::of(image)).open_read_only().unwrap();
+        let options = VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
+        store.verify(&options, &mut |_| {}).unwrap().faults.iter().map(|fault| fault.kind).collect()
+    }
+
+    /// Opens what is on `image` for reading, and looks at everything there is to look at, or at one Logstore alone.
+    fn examine(&self, image: &Image, only: Option<&LogstoreName>) -> Verdict {
+        let mut verdict = Verdict::default();
+        let store = match self.builder(MemoryDisk::of(image)).open_read_only() {
+            Ok(store) => store,
+            Err(error) => {
+                verdict.open = Some(error);
+                return verdict;
+            }
+        };
+        match store.list() {
+            Ok(names) => {
+                let expected: BTreeSet<_> = self.written.keys().map(|(name, _)| name.clone()).collect();
+                assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), expected);
+            }
+            Err(error) => verdict.used.push(error),
+        }
+        for ((logstore, shard), written) in &self.written {
+            if only.is_none_or(|only| only == logstore) {
+                verdict.used.extend(read_prefix(&store, logstore, *shard, written).err());
+            }
+        }
+        if only.is_none() {
+            verdict.used.extend(store.audit_records().err());
+        }
+        for keyless in [false, true] {
+            let options = VerifyOptions { logstore: only.cloned(), keyless, against: None };
+            let report = store.verify(&options, &mut |_| {}).unwrap();
+            assert!(report.refused.is_empty(), "{:?}", report.refused);
+            let kinds = report.faults.iter().map(|fault| fault.kind).collect();
+            if keyless { verdict.keyless = kinds } else { verdict.verified = kinds }
+        }
+        verdict
+    }
+}
+
+/// Reads a shard: all that was written and nothing else, or the beginning of it and then an error.
+fn read_prefix(store: &Store, logstore: &LogstoreName, shard: u32, written: &[String]) -> Result<()> {
+    let mut expected = written.iter();
+    for record in store.logstore(logstore)?.read(shard, &ReadOptions::default())? {
+        let record = record?;
+        assert_eq!(Some(&*record.bytes), expected.next().map(|text| text.as_bytes()), "{logstore} {shard}");
+    }
+    assert_eq!(expected.len(), 0, "records of {logstore} {shard} are missing, and nothing said so");
+    Ok(())
+}
+
+/// What was found out about a store.
+#[derive(Debug, Default)]
+struct Verdict {
+    /// Why it could not be opened.
+    open: Option<Error>,
+    /// What went wrong in using it: listing, opening Logstores, reading them, reading the audit log.
+    used: Vec<Error>,
+    /// What `verify` found, with keys and without.
+    verified: Vec<&'static str>,
+    keyless: Vec<&'static str>,
+}
+
+impl Verdict {
+    fn is_clean(&self) -> bool {
+        self.open.is_none() && self.used.is_empty() && self.verified.is_empty() && self.keyless.is_empty()
+    }
+
+    /// Whoever opens and uses the store is told one of `codes`, and nothing else.
+    fn shows(&self, codes: &[&str]) -> bool {
+        let mut seen = self.open.iter().chain(&self.used).map(Error::code).peekable();
+        seen.peek().is_some() && seen.all(|code| codes.contains(&code))
+    }
+
+    /// `verify` finds it, and calls it by one of `codes` first; what follows from it may be reported too.
+    fn is_verified(&self, codes: &[&str]) -> bool {
+        self.open.is_some() || self.verified.first().is_some_and(|code| codes.contains(code))
+    }
+
+    fn is_found_without_keys(&self) -> bool {
+        self.open.is_some() || !self.keyless.is_empty()
+    }
+}
+
+/// Does `work` for each of `items`, in as many threads as there are processors.
+fn in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    work(item);
+                }
+            });
+        }
+    });
+}
+
+/// Every part of every file in the image that can be damaged.
+fn all_parts(image: &Image) -> Vec<(PathBuf, FileKind, Part)> {
+    let of_file = |(path, bytes): (&PathBuf, &Vec<u8>)| {
+        let kind = FileKind::of(path);
+        parts(kind, bytes).into_iter().map(|part| (path.clone(), kind, part)).collect::<Vec<_>>()
+    };
+    image.files.iter().flat_map(of_file).collect()
+}
+
+/// What a change of a part shows as, while its CRC does not fit.
+fn damaged(part: &Part) -> &'static [&'static str] {
+    match part.name {
+        // The CRC of a later version may be elsewhere: the version is looked at first.
+        "version" | "footer version" => &["corrupt", "newer_format"],
+        // A length that points beyond the end of the file looks like a file that was cut.
+        "lengths" | "header length" => &["corrupt", "truncated"],
+        // Without it the line looks as if a crash had cut it off; the catalogue knows better.
+        "last newline" => &["truncated"],
+        _ => &["corrupt"],
+    }
+}
+
+/// What a change of a part shows as when somebody has put its CRC right again.
+fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
+    match (kind, part.name) {
+        // Bytes that mean nothing to this build are not authenticated: there is nothing to authenticate.
+        (_, "version" | "footer version") => &["corrupt", "newer_format"],
+        (_, "incompatible features") => &["unsupported_feature"],
+        (_, "lengths" | "header length" | "footer index length") => &["corrupt", "truncated"],
+        (_, "magic" | "reserved") => &["corrupt"],
+        (_, "block magic" | "block kind" | "block lengths" | "block reserved") => &["corrupt"],
+        (_, "footer magic" | "footer reserved" | "footer segment tag" | "footer offset") => &["corrupt"],
+        (FileKind::Segment, "footer blocks" | "footer counts" | "footer index" | "footer flags") => {
+            &["corrupt", "tampered"]
+        }
+        (FileKind::Segment, "suite") => &["tampered", "unsupported_feature"],
+        (FileKind::Segment, "key source" | "predecessor kind") => &["corrupt", "tampered"],
+        (FileKind::Segment, "first seq" | "limit seq") => &["corrupt", "tampered"],
+        (FileKind::Segment, "block seq" | "block times") => &["corrupt", "tampered"],
+        (FileKind::Audit, "record") => &["corrupt", "keyring_too_old", "tampered"],
+        (FileKind::Audit, "record tag") => &["corrupt", "tampered"],
+        // The keyring's own key is in the keyring: its contents are read before they are authenticated.
+        (FileKind::Keyring, "kind" | "keyring version") => &["corrupt"],
+        (FileKind::Keyring, "part A") => &["corrupt", "tampered"],
+        // Which key authenticates a document is looked up by what it says.
+        (_, "keyring version") => &["keyring_too_old"],
+        // Which keyring belongs to the store is looked up by what the store says, and the other way round.
+        (FileKind::Store, "store") | (FileKind::Keyring, "store" | "subject") => &["keyring_foreign"],
+        (FileKind::Store, "part A") => &["corrupt", "keyring_foreign", "tampered"],
+        (FileKind::Store, "kind") => &["corrupt", "not_a_store", "tampered"],
+        (_, "kind") => &["corrupt", "tampered"],
+        // What others know of the segment is looked at before its key.
+        (FileKind::Segment, "footer digest") => &["rolled_back"],
+        (FileKind::Segment, "predecessor") => &["corrupt", "rolled_back", "tampered"],
+        (FileKind::Segment, "commitment") => &["wrong_key"],
+        _ => &["tampered"],
+    }
+}
+
+/// What only the key of a segment proves.
+const KEY_NEEDED: [&str; 5] = ["block payload", "commitment", "footer flags", "footer nonce", "footer tag"];
+
+#[test]
+fn an_intact_store_is_found_intact() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let verdict = fixture.examine(&image, None);
+    assert!(verdict.is_clean(), "{verdict:?}");
+    let kinds: BTreeSet<FileKind> = image.files.keys().map(|path| FileKind::of(path)).collect();
+    assert_eq!(kinds.len(), 8, "each kind of file there is, is in the store: {kinds:?}");
+}
+
+/// Every byte of every file, and of the keyring.
+#[test]
+fn every_changed_byte_of_a_closed_store_is_found() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
+    in_parallel(&all_parts(&image), |(path, _, part)| {
+        let only = fixture.concerned(&store, path);
+        // Which bit makes no difference to a CRC, and over all bytes each is tried.
+        for (at, flip) in part.bytes.clone().map(|at| (at, 1u8 << (at % 8))) {
+            let mut bytes = image.files[path].clone();
+            bytes[at] ^= flip;
+            let verdict = fixture.examine(&image.with(path, bytes), only.as_ref());
+            let codes = damaged(part);
+            let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+            assert!(found, "{}, byte {at} ({}) by {flip:#x}: {verdict:?}", path.display(), part.name);
+        }
+    });
+}
+
+/// A bad sector reads as zeros: each part of each file, and each file as a whole.
+#[test]
+fn every_zeroed_part_of_a_closed_store_is_found() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
+    for (path, kind, part) in all_parts(&image) {
+        let bytes = &image.files[&path];
+        let mut zeroed = bytes.clone();
+        zeroed[part.bytes.clone()].fill(0);
+        if zeroed == *bytes {
+            continue;
+        }
+        let only = fixture.concerned(&store, &path);
+        // A log without an end of line is the beginning of a record, and the catalogue knows of more.
+        let emptied: &[&str] = if kind == FileKind::Audit { &["truncated"] } else { &["corrupt"] };
+        for (what, zeroed, codes) in [(part.name, zeroed, damaged(&part)), ("all", vec![0; bytes.len()], emptied)] {
+            let verdict = fixture.examine(&image.with(&path, zeroed), only.as_ref());
+            let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+            assert!(found, "{what} of {}: {verdict:?}", path.display());
+        }
+    }
+}
+
+/// The same by somebody who knows the format, and makes the CRC fit again.
+#[test]
+fn every_forged_byte_of_a_closed_store_is_found() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
+    in_parallel(&all_parts(&image), |(path, kind, part)| {
+        let only = fixture.concerned(&store, path);
+        let bytes = part.bytes.clone().filter(|_| part.covered.is_some());
+        for (at, flip) in bytes.flat_map(|at| [(at, 0x01), (at, 0x80)]) {
+            let mut bytes = image.files[path].clone();
+            bytes[at] ^= flip;
+            fix_crc(*kind, part, &mut bytes);
+            let verdict = fixture.examine(&image.with(path, bytes), only.as_ref());
+            let codes = forged(*kind, part);
+            let without_keys = verdict.is_found_without_keys() || KEY_NEEDED.contains(&part.name);
+            let found = verdict.shows(codes) && verdict.is_verified(codes) && without_keys;
+            assert!(found, "{}, byte {at} ({}) by {flip:#x}: {verdict:?}", path.display(), part.name);
+        }
+    });
+}
+
+/// Every file, cut to every length.
+#[test]
+fn every_truncation_of_a_closed_store_is_found() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
+    let cuts: Vec<(&PathBuf, usize)> =
+        image.files.iter().flat_map(|(path, bytes)| (0..bytes.len()).map(move |len| (path, len))).collect();
+    in_parallel(&cuts, |&(path, len)| {
+        let only = fixture.concerned(&store, path);
+        let verdict = fixture.examine(&image.with(path, image.files[path][..len].to_vec()), only.as_ref());
+        let codes = &["truncated"];
+        let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+        assert!(found, "{} cut to {len}: {verdict:?}", path.display());
+    });
+}
+
+/// What is harmless by design, file by file.
+#[test]
+fn what_may_be_lost_is_known_by_name() {
+    let fixture = Fixture::closed();
+    let image = fixture.disk.image();
+    let of_kind = |kind| image.files.keys().find(|path| FileKind::of(path) == kind).unwrap().clone();
+    let lock = of_kind(FileKind::Lock);
+    let audit = of_kind(FileKind::Audit);
+    let stray = audit.with_file_name("stray");
+    for (what, image) in [
+        // It is there to be locked; what is in it only says by whom.
+        ("no lock file", image.without(&lock)),
+        ("a lock file with something in it", image.with(&lock, b"4711\n".to_vec())),
+        // The envelopes of the Logstores themselves can renew a lease as well.
+        ("no probe", image.without(&of_kind(FileKind::Probe))),
+        // Files with names of no meaning are nobody's.
+        ("a stray file", image.with(&stray, b"stray".to_vec())),
+        // A line that a crash cut off was never acknowledged; the next record takes its place.
+        ("the beginning of an audit record", image.with(&audit, [&image.files[&audit][..], b"{\"num"].concat())),
+    ] {
+        let verdict = fixture.examine(&image, None);
+        assert!(verdict.is_clean(), "{what}: {verdict:?}");
+    }
+}
