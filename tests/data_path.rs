@@ -180,30 +180,30 @@ fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
     let store = sim.create();
     let (a, b) = (sim.world.service(&store, "p/a"), sim.world.service(&store, "p/b"));
     for _ in 0..4 {
-        drop(a.try_submit(opaque(256 << 10), &buffered()).unwrap());
+        drop(a.try_submit(opaque(255 << 10), &buffered()).unwrap());
     }
     // The bound is the store's, not the Logstore's, and what is refused is not there.
     for logstore in [&a, &b] {
         for durability in [Durability::Buffered, Durability::Synced] {
-            match logstore.try_submit(record("x"), &AppendOptions::durability(durability)) {
-                Err(Error::Full { pending }) => assert_eq!(pending, 1 << 20),
+            match logstore.try_submit(opaque(8 << 10), &AppendOptions::durability(durability)) {
+                Err(Error::Full { pending }) => assert!((4 * (255 << 10)..=1 << 20).contains(&pending), "{pending}"),
                 other => panic!("{other:?}"),
             }
         }
     }
     assert_eq!(records(&b, 0).unwrap().len() + records(&a, 0).unwrap().len(), 0);
     // The blocking form waits until there is room, and goes on.
-    drop(b.submit(record("y"), &buffered()).unwrap());
+    drop(b.submit(opaque(8 << 10), &buffered()).unwrap());
     assert_eq!(records(&a, 0).unwrap().len(), 4);
     drop(a.try_submit(opaque(512 << 10), &buffered()).unwrap());
     a.sync().unwrap();
     b.sync().unwrap();
     // One that is larger than the bound is let in alone.
     drop(a.try_submit(opaque(3 << 20), &buffered()).unwrap());
-    assert!(matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending == 3 << 20));
+    assert!(matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending >= 3 << 20));
     a.sync().unwrap();
     b.append(record("z"), &synced()).unwrap();
-    assert_eq!((records(&a, 0).unwrap().len(), texts(&b)), (6, vec!["y".into(), "z".into()]));
+    assert_eq!((records(&a, 0).unwrap().len(), records(&b, 0).unwrap().len()), (6, 2));
 }
 
 /// A gate that operations of a disk wait at.
@@ -224,6 +224,15 @@ impl Gate {
     }
 }
 
+/// Opens the gate when the test ends, also by a panic: those who wait at it would keep the store from closing.
+struct OpenAtLast(Arc<Gate>);
+
+impl Drop for OpenAtLast {
+    fn drop(&mut self) {
+        self.0.set(true);
+    }
+}
+
 #[test]
 fn appends_wait_while_the_disk_does_not_keep_up() {
     let mut sim = Sim::new();
@@ -232,8 +241,8 @@ fn appends_wait_while_the_disk_does_not_keep_up() {
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
     put(&logstore, "the segment is there");
-    let gate = Arc::new(Gate::default());
-    let passing = gate.clone();
+    let gate = OpenAtLast(Arc::new(Gate::default()));
+    let passing = gate.0.clone();
     sim.disk.on_call(move |call| {
         if call.op == Op::Write {
             passing.pass();
@@ -241,18 +250,18 @@ fn appends_wait_while_the_disk_does_not_keep_up() {
         Verdict::Go
     });
     for _ in 0..4 {
-        drop(logstore.try_submit(opaque(256 << 10), &buffered()).unwrap());
+        drop(logstore.try_submit(opaque(255 << 10), &buffered()).unwrap());
     }
     let returned = AtomicBool::new(false);
     thread::scope(|scope| {
         let waiting = scope.spawn(|| {
-            let appended = logstore.append(record("waited"), &buffered()).unwrap();
+            let appended = logstore.append(opaque(8 << 10), &buffered()).unwrap();
             returned.store(true, Ordering::SeqCst);
             appended
         });
-        assert!(matches!(logstore.try_submit(record("x"), &buffered()), Err(Error::Full { .. })));
+        assert!(matches!(logstore.try_submit(opaque(8 << 10), &buffered()), Err(Error::Full { .. })));
         assert!(!returned.load(Ordering::SeqCst), "nothing can have made room for it");
-        gate.set(true);
+        gate.0.set(true);
         assert_eq!(waiting.join().unwrap().seq, 5);
     });
     logstore.sync().unwrap();
