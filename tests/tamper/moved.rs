@@ -278,7 +278,8 @@ fn an_older_keyring_is_too_old() {
     assert_found(&fixture, "an old keyring", &damaged, "keyring_too_old");
 }
 
-/// A store that is opened and written to does not make good for what was taken from its audit log.
+/// A store that is opened and written to does not make good for what was taken from its audit log. While there are fewer records than
+/// the catalogue knows of they are missing; then another stands in the place of the last one that it knows.
 #[test]
 fn what_was_taken_from_the_audit_log_stays_missed() {
     let fixture = Fixture::closed();
@@ -292,7 +293,9 @@ fn what_was_taken_from_the_audit_log_stays_missed() {
         let store = fixture.builder(Arc::clone(&disk)).open().unwrap();
         store.rotate_data_key(&name(AES)).unwrap();
         store.close().unwrap();
-        assert_found(&fixture, "with new records", &disk.image(), "tampered");
+        // The rotation is recorded twice: as intended and as done.
+        let expected = if left + 2 < lines.len() { "truncated" } else { "rolled_back" };
+        assert_found(&fixture, "with new records", &disk.image(), expected);
     }
 }
 
