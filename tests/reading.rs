@@ -528,3 +528,16 @@ fn shards_are_read_each_by_itself() {
         assert_eq!(strings(&records(&logstore, shard).unwrap()), expected);
     }
 }
+
+#[test]
+fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/a");
+    put(&logstore, "end of a segment");
+    logstore.roll().unwrap();
+    put(&logstore, "beginning of the next");
+    let time = records(&logstore, 0).unwrap()[0].receive_time_us;
+    let read = records_from(&logstore, 0, Position::Time(time)).unwrap();
+    assert_eq!(strings(&read), ["end of a segment", "beginning of the next"]);
+}

@@ -47,8 +47,6 @@ fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
     paths.into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
 }
 
-// ---- S1 ----
-
 #[test]
 fn s1_the_service_key_needs_nothing_of_the_user_and_each_logstore_has_its_own_data_key() {
     let world = World::manual();
@@ -125,8 +123,6 @@ fn s1_byok_the_customer_creates_rotates_disables_deletes_and_replaces_the_master
     assert_eq!(logstore.config().encrypt_conf.unwrap().user_cmk_info, Some(other));
 }
 
-// ---- S2 ----
-
 #[test]
 fn s2_aes_and_sm4_with_either_method() {
     let world = World::manual();
@@ -166,8 +162,6 @@ fn s2_aes_is_the_default() {
     let conf = EncryptConf::from_json(r#"{"enable": true, "encrypt_type": "sm4"}"#).unwrap();
     assert_eq!(conf.encrypt_type.unwrap().suite(), Suite::Sm4Gcm);
 }
-
-// ---- S3 ----
 
 #[test]
 fn s3_json_has_exactly_these_names() {
@@ -290,8 +284,6 @@ fn s3_a_whole_configuration_round_trips_through_json_and_unknown_fields_are_name
     assert!(LogstoreConfig::from_json(&missing).unwrap_err().to_string().contains("revision"));
 }
 
-// ---- S4 ----
-
 #[test]
 fn s4_encryption_may_come_later_and_what_was_written_before_stays_readable() {
     for (encrypt_type, byok) in [(EncryptType::Default, false), (EncryptType::Sm4, true)] {
@@ -378,8 +370,6 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["secret one", "plain", "secret two"]);
     assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
-
-// ---- S5 ----
 
 #[test]
 fn s4_what_was_encrypted_stays_encrypted_when_it_is_recovered_after_switching_off() {
@@ -531,8 +521,6 @@ fn s5_enable_may_be_switched_and_the_algorithm_left_out_while_it_is_off() {
     }
 }
 
-// ---- S6 ----
-
 #[test]
 fn s6_an_update_replaces_the_whole_and_must_be_built_on_the_newest_revision() {
     let world = World::manual();
@@ -592,8 +580,6 @@ fn s6_key_operations_do_not_touch_the_revision() {
     // A caller that got the configuration before the operations can still update with it.
     store.update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() }).unwrap();
 }
-
-// ---- S7 ----
 
 struct Revocation {
     reason: RevokedReason,
@@ -770,8 +756,6 @@ fn s7_enabling_again_brings_it_back_without_restart_and_nothing_is_lost() {
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), expected);
 }
 
-// ---- S8 ----
-
 #[test]
 fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     let world = World::manual();
@@ -842,8 +826,6 @@ fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
     assert_eq!(texts(&logstore), ["one", "two"]);
 }
 
-// ---- S9 ----
-
 #[test]
 fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is_made() {
     let world = World::manual();
@@ -901,19 +883,4 @@ fn s9_without_any_kms_the_service_key_works_and_byok_is_refused_also_in_an_updat
     assert_eq!(plain.config().revision, 1);
     put(&plain, "still here");
     assert_eq!(store.list().unwrap(), [name("p/plain"), name("p/service")]);
-}
-
-// ---- reading ----
-
-#[test]
-fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
-    let world = World::manual();
-    let store = world.create();
-    let logstore = world.service(&store, "p/a");
-    put(&logstore, "end of a segment");
-    logstore.roll().unwrap();
-    put(&logstore, "beginning of the next");
-    let time = records(&logstore, 0).unwrap()[0].receive_time_us;
-    let read = records_from(&logstore, 0, envelog::Position::Time(time)).unwrap();
-    assert_eq!(strings(&read), ["end of a segment", "beginning of the next"]);
 }
