@@ -847,3 +847,40 @@ fn nobody_waits_for_a_revocation_to_be_dealt_with_for_ever() {
     }
     store.close().unwrap();
 }
+
+/// However many master keys there are, few threads renew them; one whose KMS has refused goes alone.
+#[test]
+fn many_master_keys_are_renewed_by_few_threads() {
+    const KEYS: usize = 80;
+    let mut world = World::threads();
+    world.options.revalidate_every = millis(200);
+    let store = world.create();
+    let logstores: Vec<_> = (0..KEYS).map(|n| (n, world.cmk())).collect();
+    let logstores: Vec<_> =
+        logstores.iter().map(|(n, cmk)| (world.byok(&store, &format!("p/l{n}"), cmk), cmk.clone())).collect();
+    for (logstore, _) in &logstores {
+        put(logstore, "first");
+    }
+    let began = world.kms.probes();
+    let deadline = Instant::now() + secs(60);
+    while world.kms.probes() < began + 3 * KEYS as u64 {
+        assert!(Instant::now() < deadline, "{} renewals", world.kms.probes() - began);
+        thread::sleep(millis(10));
+    }
+    #[cfg(target_os = "linux")]
+    {
+        let named = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| named(task.unwrap()));
+        // Those of the other tests in this process are among them.
+        let count = tasks.filter(|name| name.trim() == "envelog-lease").count();
+        assert!((1..=64).contains(&count), "{count} threads");
+    }
+    let (refused, others) = logstores.split_first().unwrap();
+    world.local().disable(&refused.1.cmk_key_id).unwrap();
+    while refused.0.key_status().state != (KeyState::Revoked { reason: Disabled }) {
+        assert!(Instant::now() < deadline);
+        thread::sleep(millis(10));
+    }
+    assert_revoked(try_put(&refused.0, "refused"), Disabled);
+    others.iter().for_each(|(logstore, _)| put(logstore, "second"));
+}

@@ -9,20 +9,19 @@ use std::{
     fmt,
     sync::{
         Arc, Condvar, Mutex, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
-    thread::JoinHandle,
     time::Duration,
 };
 
 use serde::Serialize;
 
-use super::envelope::fingerprint;
+use super::{envelope::fingerprint, pool::LeasePool};
 use crate::{
     crypto::SecretKey,
     io::{Clock, Random},
     kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
-    sync::{lock, wait, wait_timeout},
+    sync::{lock, wait},
 };
 
 /// How often and how long; see [`crate::StoreOptions`].
@@ -149,7 +148,10 @@ pub(crate) struct Lease {
     /// Counts the losses: keys loaded before a loss are never used after it.
     epoch: AtomicU64,
     calls: AtomicU64,
-    stop: AtomicBool,
+    /// Who tends it, and as what; nobody in a store without threads.
+    pool: Option<(Arc<LeasePool>, u64)>,
+    /// For the pool, which does not keep it alive.
+    this: Weak<Lease>,
     listeners: Mutex<Vec<Weak<dyn LeaseListener>>>,
     /// Serializes the telling of listeners, so that a loss and a recovery are heard in order.
     telling: Mutex<()>,
@@ -169,8 +171,9 @@ impl Lease {
         terms: LeaseTerms,
         clock: Arc<dyn Clock>,
         random: Arc<dyn Random>,
+        pool: Option<Arc<LeasePool>>,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new_cyclic(|this| Self {
             cmk,
             kms,
             probe,
@@ -183,7 +186,8 @@ impl Lease {
             wall_until: AtomicU64::new(0),
             epoch: AtomicU64::new(1),
             calls: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
+            pool: pool.map(|pool| (Arc::clone(&pool), pool.enter())),
+            this: Weak::clone(this),
             listeners: Mutex::default(),
             telling: Mutex::default(),
         })
@@ -200,8 +204,39 @@ impl Lease {
             listeners.push(listener);
         }
         // Renewal may have been put off for as long as nobody listened.
-        drop(lock(&self.state));
+        self.wake();
+    }
+
+    /// Has it tended now, in another thread.
+    fn wake(&self) {
+        if let Some((pool, id)) = &self.pool {
+            // The first waking, in `start`, has a thread; no later one can fail.
+            let _ = pool.wake(*id, Weak::clone(&self.this));
+        }
+    }
+
+    /// Has it tended from now on.
+    ///
+    /// # Errors
+    /// When there is no thread for it.
+    pub(crate) fn start(&self) -> std::io::Result<()> {
+        self.pool.as_ref().map_or(Ok(()), |(pool, id)| pool.wake(*id, Weak::clone(&self.this)))
+    }
+
+    /// Takes in an answer, wakes who waited for it, and has a loss or a recovery that comes of it told at once.
+    fn answered(&self, sent: Moment, answer: Result<(), Refusal>) {
+        let untold = {
+            let mut state = lock(&self.state);
+            if state.calling == Some(sent) {
+                state.calling = None;
+            }
+            self.settle(&mut state, sent, answer);
+            state.last_attempt.is_some() && self.standing(&state).is_err() != state.told_lost
+        };
         self.changed.notify_all();
+        if untold {
+            self.wake();
+        }
     }
 
     /// Those that depend on it now.
@@ -279,11 +314,7 @@ impl Lease {
         drop(state);
         self.calls.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask();
-        let mut state = lock(&self.state);
-        state.calling = None;
-        self.settle(&mut state, sent, answer);
-        drop(state);
-        self.changed.notify_all();
+        self.answered(sent, answer);
     }
 
     fn ask(&self) -> Result<(), Refusal> {
@@ -347,11 +378,7 @@ impl Lease {
     /// A refusal that another call under the same master key was given (the unwrap of a Logstore's own envelope).
     pub(crate) fn report(&self, refusal: Refusal) {
         if matches!(refusal, Refusal::Revoked(_)) {
-            let now = self.now();
-            let mut state = lock(&self.state);
-            self.settle(&mut state, now, Err(refusal));
-            drop(state);
-            self.changed.notify_all();
+            self.answered(self.now(), Err(refusal));
         }
     }
 
@@ -436,31 +463,6 @@ impl Lease {
     /// How many calls were made for renewal.
     pub(crate) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
-    }
-
-    /// Runs the renewals of `lease` in a thread until it is stopped or nobody else holds it.
-    pub(crate) fn spawn(lease: &Arc<Self>) -> std::io::Result<JoinHandle<()>> {
-        let lease = Arc::clone(lease);
-        std::thread::Builder::new().name("envelog-lease".to_owned()).spawn(move || {
-            loop {
-                let pause = lease.tend().max(Duration::from_millis(1));
-                let state = lock(&lease.state);
-                if lease.stop.load(Ordering::Acquire) {
-                    return;
-                }
-                // Every answer wakes this thread, so that a loss which an operation noticed is told at once.
-                let untold = state.last_attempt.is_some() && lease.standing(&state).is_err() != state.told_lost;
-                if !untold {
-                    drop(wait_timeout(&lease.changed, state, pause));
-                }
-            }
-        })
-    }
-
-    pub(crate) fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
-        let _held = lock(&self.state);
-        self.changed.notify_all();
     }
 }
 

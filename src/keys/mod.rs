@@ -5,6 +5,7 @@ pub(crate) mod envelope;
 pub(crate) mod gate;
 pub(crate) mod keyring;
 pub(crate) mod lease;
+pub(crate) mod pool;
 
 pub use audit::{AuditEvent, AuditRecord};
 pub use lease::{KeyState, KeyStatus};

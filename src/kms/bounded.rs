@@ -23,6 +23,10 @@ impl BoundedKms {
         Self { kms, timeout, inline }
     }
 
+    pub(crate) fn name(&self) -> &str {
+        self.kms.name()
+    }
+
     pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
         let key = key.duplicate();
         self.call(cmk, context, move |kms, call| kms.wrap(call, &key))

@@ -92,7 +92,8 @@ pub struct KmsCall<'a> {
 
 /// A key management service. The [module documentation](self) says what a backend must keep to.
 pub trait Kms: Send + Sync + fmt::Debug {
-    /// A short name of the backend for error messages and status, such as `local`.
+    /// A short name of the backend for error messages and status, such as `local`. It is stored with what was wrapped to renew
+    /// leases, which only a backend of the same name is asked to unwrap.
     fn name(&self) -> &str;
 
     /// Whether this KMS is the one to ask about the CMKs of a region. The engine asks the first one that says yes.

@@ -20,7 +20,7 @@ use crate::{
     error::Location,
     ids::{KeyringId, StoreId},
     io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
-    keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring},
+    keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring, pool::LeasePool},
     kms::Kms,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, ReaderPermits},
@@ -411,6 +411,10 @@ impl StoreBuilder {
         if self.options.background == Background::Threads && !read_only {
             scheduler.spawn(self.options.workers).map_err(Error::io("start threads for", &self.dir))?;
         }
+        let lease_pool = match self.options.background {
+            Background::Threads => Some(LeasePool::new(Arc::clone(&self.clock))),
+            Background::Manual => None,
+        };
         let shared = Arc::new_cyclic(|this| StoreShared {
             this: this.clone(),
             keys: Arc::new(KeyContext {
@@ -425,6 +429,7 @@ impl StoreBuilder {
             admin: Mutex::new(AdminState { catalogue, latched: None }),
             logstores: Mutex::default(),
             leases: Mutex::default(),
+            lease_pool,
             retention: Mutex::new(super::retention::ClockWatch::new(&*self.clock)),
             lock_file: Mutex::new(lock_file),
             id,

@@ -14,7 +14,6 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock, Weak},
-    thread::JoinHandle,
 };
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +33,7 @@ use crate::{
         gate::{Gate, GateKeys, KeyContext},
         keyring::Keyring,
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
+        pool::LeasePool,
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
     logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
@@ -95,11 +95,6 @@ struct AdminState {
     latched: Option<Error>,
 }
 
-struct LeaseEntry {
-    lease: Arc<Lease>,
-    thread: Option<JoinHandle<()>>,
-}
-
 /// An open store.
 pub(crate) struct StoreShared {
     this: Weak<StoreShared>,
@@ -120,7 +115,9 @@ pub(crate) struct StoreShared {
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
     logstores: Mutex<HashMap<LogstoreName, Arc<LogstoreShared>>>,
-    leases: Mutex<HashMap<Cmk, LeaseEntry>>,
+    leases: Mutex<HashMap<Cmk, Arc<Lease>>>,
+    /// Who renews them; nobody in a store without threads.
+    lease_pool: Option<Arc<LeasePool>>,
     retention: Mutex<ClockWatch>,
     /// Held while the store is open for writing.
     lock_file: Mutex<Option<Arc<dyn DiskFile>>>,
@@ -212,7 +209,7 @@ impl Store {
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
     /// [`Background::Manual`]; otherwise threads do it.
     pub fn tick(&self) {
-        let leases: Vec<_> = lock(&self.shared.leases).values().map(|entry| Arc::clone(&entry.lease)).collect();
+        let leases: Vec<_> = lock(&self.shared.leases).values().cloned().collect();
         for lease in leases {
             lease.tend();
         }
@@ -221,7 +218,7 @@ impl Store {
 
     /// How many calls were made to KMSs to renew leases since the store was opened.
     pub fn renewal_calls(&self) -> u64 {
-        lock(&self.shared.leases).values().map(|entry| entry.lease.calls()).sum()
+        lock(&self.shared.leases).values().map(|lease| lease.calls()).sum()
     }
 
     /// Writes everything, seals what is being written, notes in the catalogue how far each shard is, and lets go of the lock. Other
@@ -467,38 +464,53 @@ impl StoreShared {
 
     /// The one lease for a master key. Makes no call.
     fn lease(&self, cmk: &Cmk, section: &KeysSection, id: LogstoreId) -> Result<Arc<Lease>> {
-        if let Some(entry) = lock(&self.leases).get(cmk) {
-            return Ok(Arc::clone(&entry.lease));
+        if let Some(lease) = lock(&self.leases).get(cmk) {
+            return Ok(Arc::clone(lease));
         }
-        let probe = match self.load_probe(cmk)? {
+        let kms = self.kms_for(&cmk.region_id);
+        let probe = match kms.map(|kms| self.load_probe(kms.name(), cmk)).transpose()?.flatten() {
             Some(probe) => probe,
             // The probe is a convenience: an envelope of the Logstore itself proves as much.
             None => self.envelope_probe(section, id)?,
         };
         let lease = self.new_lease(cmk, probe);
-        let thread = match self.options.background {
-            Background::Threads => Some(Lease::spawn(&lease).map_err(Error::io("start a thread for", &self.dir))?),
-            Background::Manual => None,
-        };
-        lock(&self.leases).insert(cmk.clone(), LeaseEntry { lease: Arc::clone(&lease), thread });
+        lease.start().map_err(Error::io("start a thread for", &self.dir))?;
+        lock(&self.leases).insert(cmk.clone(), Arc::clone(&lease));
         Ok(lease)
     }
 
     fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
         let none = || Arc::new(NoKms { region: cmk.region_id.clone() }) as _;
         let kms = self.bounded(self.kms_for(&cmk.region_id).map_or_else(none, Arc::clone));
-        Lease::new(cmk.clone(), kms, probe, self.terms(), Arc::clone(&self.clock), Arc::clone(&self.random))
+        Lease::new(
+            cmk.clone(),
+            kms,
+            probe,
+            self.terms(),
+            Arc::clone(&self.clock),
+            Arc::clone(&self.random),
+            self.lease_pool.clone(),
+        )
     }
 
-    fn probe_path(&self, cmk: &Cmk) -> (PathBuf, [u8; 16]) {
+    fn probe_path(&self, id: [u8; 16]) -> PathBuf {
+        self.probes_dir().join(hex_encode(&id))
+    }
+
+    fn probes_dir(&self) -> PathBuf {
+        self.dir.join("probes")
+    }
+
+    /// What the probe of a master key at a KMS is called.
+    fn probe_id(&self, kms: &str, cmk: &Cmk) -> [u8; 16] {
         let mut id = [0; 16];
         let field = |text: &str| [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
         let digest = hash(
             HashAlg::Sha256,
-            &[self.id.as_bytes(), &field(&cmk.region_id), &field(&cmk.arn), &field(&cmk.cmk_key_id)],
+            &[self.id.as_bytes(), &field(kms), &field(&cmk.region_id), &field(&cmk.arn), &field(&cmk.cmk_key_id)],
         );
         id.copy_from_slice(&digest[..16]);
-        (self.dir.join("probes").join(hex_encode(&id)), id)
+        id
     }
 
     fn probe_context(&self) -> EncryptionContext {
@@ -508,8 +520,9 @@ impl StoreShared {
         ])
     }
 
-    fn load_probe(&self, cmk: &Cmk) -> Result<Option<Probe>> {
-        let (path, id) = self.probe_path(cmk);
+    fn load_probe(&self, kms: &str, cmk: &Cmk) -> Result<Option<Probe>> {
+        let id = self.probe_id(kms, cmk);
+        let path = self.probe_path(id);
         let bytes = match io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             bytes => bytes.map_err(Error::io("read", &path))?,
@@ -518,7 +531,7 @@ impl StoreShared {
         let document = document::open(&bytes, DocumentKind::Probe, &path, key)?;
         let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
         let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
-        if document.store != self.id || document.subject != id || body.cmk != *cmk {
+        if document.store != self.id || document.subject != id || body.kms != kms || body.cmk != *cmk {
             return Err(Error::Tampered { at: Location::new(&path, 0), what: "the probe of another master key" });
         }
         let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
@@ -527,13 +540,19 @@ impl StoreShared {
 
     /// Makes the probe envelope of a master key, if there is none yet.
     fn ensure_probe(&self, kms: &BoundedKms, cmk: &Cmk) -> std::result::Result<(), KmsOrEngine> {
-        let (path, id) = self.probe_path(cmk);
-        if self.load_probe(cmk)?.is_some() {
+        if self.load_probe(kms.name(), cmk)?.is_some() {
             return Ok(());
         }
+        let id = self.probe_id(kms.name(), cmk);
+        let path = self.probe_path(id);
         let secret = SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", &path))?;
         let wrapped = kms.wrap(cmk, self.probe_context(), &secret).map_err(KmsOrEngine::Kms)?;
-        let body = ProbeBody { cmk: cmk.clone(), wrapped: hex_encode(&wrapped), fingerprint: fingerprint(&secret) };
+        let body = ProbeBody {
+            kms: kms.name().to_owned(),
+            cmk: cmk.clone(),
+            wrapped: hex_encode(&wrapped),
+            fingerprint: fingerprint(&secret),
+        };
         let keyring = read(&self.keyring);
         let document = Document {
             kind: DocumentKind::Probe,
@@ -610,16 +629,9 @@ impl StoreShared {
         for logstore in self.open_logstores() {
             logstore.gate.close("the store");
         }
-        let leases: Vec<_> = lock(&self.leases).drain().map(|(_, entry)| entry).collect();
-        for entry in &leases {
-            entry.lease.stop();
-        }
-        for entry in leases {
-            if let Some(thread) = entry.thread
-                && thread.thread().id() != std::thread::current().id()
-            {
-                let _ = thread.join();
-            }
+        lock(&self.leases).clear();
+        if let Some(pool) = &self.lease_pool {
+            pool.stop();
         }
         self.scheduler.stop();
         lock(&self.logstores).clear();
@@ -655,6 +667,7 @@ impl StoreShared {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ProbeBody {
+    kms: String,
     cmk: Cmk,
     wrapped: String,
     fingerprint: String,

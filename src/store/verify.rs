@@ -302,7 +302,8 @@ impl StoreShared {
                 }
             }
             if let Some(cmk) = &section.cmk
-                && let Err(error) = self.load_probe(cmk)
+                && let Some(kms) = self.kms_for(&cmk.region_id)
+                && let Err(error) = self.load_probe(kms.name(), cmk)
             {
                 verification.note(Some(name), error)?;
             }

@@ -204,7 +204,7 @@ fn is_probe(call: &KmsCall<'_>) -> bool {
 
 impl Kms for TestKms {
     fn name(&self) -> &str {
-        "test"
+        self.local.name()
     }
 
     fn serves(&self, region_id: &str) -> bool {

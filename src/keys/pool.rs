@@ -1,0 +1,136 @@
+//! The threads that renew leases: a few for all of a store's master keys, each lease tended when it is due.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    io,
+    sync::{Arc, Condvar, Mutex, Weak},
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use super::lease::Lease;
+use crate::{
+    io::Clock,
+    sync::{lock, wait, wait_timeout},
+};
+
+/// The most calls that are made at once to renew leases. A KMS that does not answer holds each of them for the time that a call may
+/// take; what is not renewed in time meanwhile is renewed by the operation that finds it so, which no such queue can delay.
+const THREADS_MAX: usize = 32;
+
+#[derive(Default)]
+struct Queue {
+    /// When each lease is due, in order; one under way is not in it.
+    order: BTreeSet<(Duration, u64)>,
+    leases: HashMap<u64, (Duration, Weak<Lease>)>,
+    next_id: u64,
+    /// Threads that wait for something to do.
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    stopped: bool,
+}
+
+impl Queue {
+    /// Makes a lease due at `due`, or when it is due already if that is earlier.
+    fn schedule(&mut self, id: u64, due: Duration, lease: Weak<Lease>) {
+        if let Some((earlier, _)) = self.leases.get(&id) {
+            if *earlier <= due {
+                return;
+            }
+            self.order.remove(&(*earlier, id));
+        }
+        self.order.insert((due, id));
+        self.leases.insert(id, (due, lease));
+    }
+}
+
+pub(crate) struct LeasePool {
+    clock: Arc<dyn Clock>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+}
+
+impl LeasePool {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
+        Arc::new(Self { clock, queue: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// A number for a lease to be known by.
+    pub(crate) fn enter(&self) -> u64 {
+        let mut queue = lock(&self.queue);
+        queue.next_id += 1;
+        queue.next_id
+    }
+
+    /// Has a lease tended now. Starts a thread for it if all are busy and there may be more.
+    ///
+    /// # Errors
+    /// When the first thread cannot be started: then nobody would ever tend it.
+    pub(crate) fn wake(self: &Arc<Self>, id: u64, lease: Weak<Lease>) -> io::Result<()> {
+        let mut queue = lock(&self.queue);
+        if queue.stopped {
+            return Ok(());
+        }
+        queue.schedule(id, self.clock.uptime(), lease);
+        let started = self.help(&mut queue);
+        let nobody = queue.threads.is_empty();
+        drop(queue);
+        self.changed.notify_one();
+        if nobody { started } else { Ok(()) }
+    }
+
+    /// Starts another thread if something is due and none is free for it.
+    fn help(self: &Arc<Self>, queue: &mut Queue) -> io::Result<()> {
+        let now = self.clock.uptime();
+        let due = queue.order.first().is_some_and(|(due, _)| *due <= now);
+        if due && queue.idle == 0 && queue.threads.len() < THREADS_MAX && !queue.stopped {
+            let this = Arc::clone(self);
+            queue.threads.push(thread::Builder::new().name("envelog-lease".to_owned()).spawn(move || this.work())?);
+        }
+        Ok(())
+    }
+
+    fn work(self: Arc<Self>) {
+        let mut queue = lock(&self.queue);
+        while !queue.stopped {
+            let Some((due, id)) = queue.order.first().copied() else {
+                queue.idle += 1;
+                queue = wait(&self.changed, queue);
+                queue.idle -= 1;
+                continue;
+            };
+            let left = due.saturating_sub(self.clock.uptime());
+            if !left.is_zero() {
+                queue.idle += 1;
+                queue = wait_timeout(&self.changed, queue, left);
+                queue.idle -= 1;
+                continue;
+            }
+            queue.order.remove(&(due, id));
+            let Some((_, weak)) = queue.leases.remove(&id) else { continue };
+            let Some(lease) = weak.upgrade() else { continue };
+            // Fewer threads are slower, no more.
+            let _ = self.help(&mut queue);
+            drop(queue);
+            let pause = lease.tend().max(Duration::from_millis(1));
+            drop(lease);
+            queue = lock(&self.queue);
+            queue.schedule(id, self.clock.uptime() + pause, weak);
+        }
+    }
+
+    /// Ends the threads, and waits for them unless this is one of them.
+    pub(crate) fn stop(&self) {
+        let threads = {
+            let mut queue = lock(&self.queue);
+            queue.stopped = true;
+            std::mem::take(&mut queue.threads)
+        };
+        self.changed.notify_all();
+        for handle in threads {
+            if handle.thread().id() != thread::current().id() {
+                let _ = handle.join();
+            }
+        }
+    }
+}
