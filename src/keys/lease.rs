@@ -223,20 +223,18 @@ impl Lease {
         self.pool.as_ref().map_or(Ok(()), |(pool, id)| pool.wake(*id, Weak::clone(&self.this)))
     }
 
-    /// Takes in an answer, wakes who waited for it, and has a loss or a recovery that comes of it told at once.
+    /// Takes in an answer and wakes who waited for it. It is tended next: a loss or a recovery is told at once, and the next renewal
+    /// is due anew.
     fn answered(&self, sent: Moment, answer: Result<(), Refusal>) {
-        let untold = {
+        {
             let mut state = lock(&self.state);
             if state.calling == Some(sent) {
                 state.calling = None;
             }
             self.settle(&mut state, sent, answer);
-            state.last_attempt.is_some() && self.standing(&state).is_err() != state.told_lost
-        };
-        self.changed.notify_all();
-        if untold {
-            self.wake();
         }
+        self.changed.notify_all();
+        self.wake();
     }
 
     /// Those that depend on it now.
