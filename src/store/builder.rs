@@ -410,6 +410,9 @@ impl StoreBuilder {
         );
         if found == Audit::Ours {
             audit.find_end(&catalogue.audit)?;
+            if lock_file.is_some() {
+                audit.make_durable(&catalogue.audit)?;
+            }
         }
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
         let read_only = lock_file.is_none();
