@@ -173,6 +173,14 @@ pub(crate) fn replace_file(disk: &dyn Disk, path: &Path, bytes: &[u8], mode: Ope
     file.write_at(bytes, 0)?;
     file.sync_data()?;
     disk.rename(temporary, path)?;
+    sync_parent(disk, path)
+}
+
+/// Makes the name of `path` durable.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn sync_parent(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
 

@@ -173,6 +173,24 @@ impl AuditLog {
         Ok(())
     }
 
+    /// What a process wrote last that was killed may be in memory alone, or not even be on its way to the disk: unless the catalogue
+    /// knows it, it is written once more and synced, before anything rests on it.
+    pub(crate) fn make_durable(&self, known: &AuditHead) -> Result<()> {
+        let mut tail = lock(&self.tail);
+        if tail.head == *known || tail.len == 0 {
+            return Ok(());
+        }
+        let path = self.path(tail.file_number);
+        let lines = self.lines(tail.file_number)?;
+        let Some(last) = lines.lines.last() else { return Ok(()) };
+        let file = self.open_file(&path, tail.len)?;
+        file.write_at(encode_line(&last.json, &last.tag).as_bytes(), last.offset)
+            .and_then(|()| file.sync_data())
+            .map_err(Error::io("sync the audit log", &path))?;
+        tail.file = Some(file);
+        Ok(())
+    }
+
     /// What the catalogue is to remember: how far the log is, unless it does not go on from what is remembered already. Then that
     /// stays, so that what was taken away is found missing for good.
     pub(crate) fn head_after(&self, known: &AuditHead) -> AuditHead {
@@ -236,8 +254,7 @@ impl AuditLog {
         };
         let json = serde_json::to_string(&record).expect("plain data always serializes");
         let tag = hex_encode(&hmac_sha256(&key, &[tail.head.tag.as_bytes(), json.as_bytes()]));
-        let mut line = format!("{json}\t{tag}");
-        line.push_str(&format!("\t{:08x}\n", crc32fast::hash(line.as_bytes())));
+        let line = encode_line(&json, &tag);
         if tail.len >= self.file_bytes_max {
             tail.file_number += 1;
             tail.file = None;
@@ -347,6 +364,11 @@ impl AuditLog {
             let (line, after) = (&rest[..end], &rest[end + 1..]);
             match parse_line(line, offset) {
                 Some(line) => lines.lines.push(line),
+                // A record is one write, and synced before the next one: a crash may have lost any part of the last one.
+                None if !after.split(|&byte| byte == b'\n').any(|line| parse_line(line, 0).is_some()) => {
+                    lines.torn = true;
+                    break;
+                }
                 None => return Err(Error::corrupt(Location::new(&path, offset), "an audit record is damaged")),
             }
             rest = after;
@@ -373,6 +395,12 @@ impl Line {
     fn head(&self) -> AuditHead {
         AuditHead { number: self.record.number, tag: self.tag.clone() }
     }
+}
+
+fn encode_line(json: &str, tag: &str) -> String {
+    let body = format!("{json}\t{tag}");
+    let crc = crc32fast::hash(body.as_bytes());
+    format!("{body}\t{crc:08x}\n")
 }
 
 fn parse_line(line: &[u8], offset: u64) -> Option<Line> {

@@ -350,6 +350,8 @@ impl Shard {
     fn latch(&self, writer: &mut Writer, error: Error) {
         if let Some(active) = writer.active.take() {
             self.context.gate.end_segment(active.header.header.segment);
+            // What was written and not synced has no standing any more, although it can be read.
+            self.set_segments(|segments| segments.iter_mut().for_each(|segment| segment.active = None));
         }
         writer.next = None;
         let mut state = lock(&self.state);

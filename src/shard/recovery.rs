@@ -142,7 +142,7 @@ impl Shard {
 
     fn scan(&self, opened: &Opened) -> Result<Scanned> {
         let path = &*opened.name.path;
-        let len = opened.file.len().map_err(Error::io("get the length of", path))?;
+        let len = self.blocks_end(opened)?;
         let mut blocks = Vec::new();
         let report =
             scan(&opened.header, len, |offset, buf| opened.file.read_at(buf, offset), |block| blocks.push(block))
@@ -234,10 +234,15 @@ impl Shard {
         let written = self.rewrite_into(opened, blocks, &new);
         self.context.gate.end_segment(new.header.header.segment);
         let (builder, len) = written?;
-        let name =
-            SegmentRef { ordinal: next.ordinal, first_seq: next.first_seq, path: Arc::clone(&new.path), active: None };
-        self.set_segments(|segments| segments.push(name));
         let head = Head::sealed(&new.header.header, &builder.build(0, [0; 8], true), len);
+        let name = SegmentRef {
+            ordinal: next.ordinal,
+            first_seq: next.first_seq,
+            path: Arc::clone(&new.path),
+            active: None,
+            sealed: Some(head.clone().into_end()),
+        };
+        self.set_segments(|segments| segments.push(name));
         Ok(Next {
             ordinal: head.ordinal + 1,
             first_seq: head.next_seq,

@@ -25,6 +25,8 @@ pub(crate) struct SegmentRef {
     pub(crate) path: Arc<Path>,
     /// Set while this process writes it.
     pub(crate) active: Option<Arc<ActiveView>>,
+    /// How it ends, once this process has sealed it. Nobody else may know yet.
+    pub(crate) sealed: Option<PredecessorEnd>,
 }
 
 /// What readers see of the segment that this process writes.
@@ -230,7 +232,13 @@ impl Shard {
             .iter()
             .filter_map(|entry| {
                 let (ordinal, first_seq) = parse_segment_file_name(&entry.name)?;
-                Some(SegmentRef { ordinal, first_seq, path: self.dir.join(&entry.name).into(), active: None })
+                Some(SegmentRef {
+                    ordinal,
+                    first_seq,
+                    path: self.dir.join(&entry.name).into(),
+                    active: None,
+                    sealed: None,
+                })
             })
             .filter(|segment| segment.ordinal >= record.first_ordinal)
             .collect();
@@ -321,7 +329,10 @@ impl Shard {
                 }
                 opened(End::Sealed(Arc::new(footer)))
             }
-            (Ok(Some(footer)), Expected::Open { .. }) => opened(End::Sealed(Arc::new(footer))),
+            // Recovery syncs a segment before it gives it its name.
+            (Ok(Some(footer)), Expected::Open { .. }) if footer.footer.recovered => {
+                opened(End::Sealed(Arc::new(footer)))
+            }
             (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Sealed(end))
                 if len < end.bytes =>
             {
@@ -336,8 +347,9 @@ impl Shard {
                     false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
                 })
             }
-            // Nobody vouches for the footer, and a crash may have torn it: the blocks tell how far the segment counts.
-            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
+            // Nobody vouches for the footer, if there is one: it may have reached the disk before its blocks have, and it may not have
+            // reached it yet. The blocks tell how far the segment counts.
+            (Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
                 if len < at_least {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
                     return Err(Error::truncated(Location::new(path, len), what));
@@ -348,7 +360,7 @@ impl Shard {
         }
     }
 
-    /// What others say about how a segment ends: its successor, or the catalogue.
+    /// What others say about how a segment ends: its successor, the catalogue, or whoever sealed it in this process.
     fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
         if let Some((header, path)) = self.successor(name)? {
             return match &header.header.predecessor {
@@ -360,10 +372,24 @@ impl Shard {
                 }),
             };
         }
+        if let Some(end) = name.sealed {
+            return Ok(Expected::Sealed(end));
+        }
         match self.record().head {
             Some(head) if head.ordinal == name.ordinal && head.sealed => Ok(Expected::Sealed(head.into_end())),
             Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
             _ => Ok(Expected::Open { at_least: 0 }),
+        }
+    }
+
+    /// Where the blocks of a segment end that nobody vouches for: where its footer begins, or the file ends.
+    pub(crate) fn blocks_end(&self, opened: &Opened) -> Result<u64> {
+        let path = &*opened.name.path;
+        let len = opened.file.len().map_err(Error::io("get the length of", path))?;
+        match read_footer(&*opened.file, path, &opened.header, len) {
+            Ok(Some(footer)) => Ok(footer.footer.offset),
+            Err(error @ Error::Io { .. }) => Err(error),
+            _ => Ok(len),
         }
     }
 

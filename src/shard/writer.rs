@@ -168,6 +168,7 @@ impl Writer {
             first_seq: next.first_seq,
             path: Arc::clone(&new.path),
             active: Some(ActiveView::new(Arc::clone(&new.file), Arc::clone(&new.header))),
+            sealed: None,
         };
         if let Err(error) = new.publish(shard) {
             shard.context.gate.end_segment(new.header.header.segment);
@@ -202,17 +203,15 @@ impl Writer {
             write_footer(shard, &*active.file, &active.path, &active.header, &end, active.offset, false, keys)?;
         let header = Arc::clone(&active.header);
         let head = Head::sealed(&header.header, &end.build(active.offset, [0; 8], false), file_len);
-        self.next = Some(Next {
-            ordinal: head.ordinal + 1,
-            first_seq: head.next_seq,
-            last_time_us: active.last_time_us,
-            predecessor: Predecessor::Sealed(head.into_end()),
-        });
+        let (ordinal, first_seq, end) = (head.ordinal + 1, head.next_seq, head.into_end());
+        let (last_time_us, predecessor) = (active.last_time_us, Predecessor::Sealed(end));
+        self.next = Some(Next { ordinal, first_seq, last_time_us, predecessor });
         self.active = None;
         shard.context.gate.end_segment(header.header.segment);
         shard.set_segments(|segments| {
             if let Some(last) = segments.last_mut() {
                 last.active = None;
+                last.sealed = Some(end);
             }
         });
         Ok(())

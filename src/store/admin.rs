@@ -343,8 +343,10 @@ impl StoreShared {
                 _ => Ok(()),
             }
         };
+        let parent = self.dir.join("logstores");
         if disk.stat(dir).map_err(Error::io("look for", dir))?.is_none() {
-            return Ok(());
+            // That it is gone may not be durable.
+            return disk.sync_dir(&parent).map_err(Error::io("sync", &parent));
         }
         remove(&meta_path(dir), false)?;
         disk.sync_dir(dir).map_err(Error::io("sync", dir))?;
@@ -358,7 +360,6 @@ impl StoreShared {
             remove(&path, entry.is_dir)?;
         }
         remove(dir, true)?;
-        let parent = self.dir.join("logstores");
         disk.sync_dir(&parent).map_err(Error::io("sync", &parent))
     }
 }

@@ -248,10 +248,10 @@ impl StoreBuilder {
         let keyring = Keyring::create(disk, &*self.random, &self.keyring, store, now_us)?;
         let mut catalogue = Catalogue::default();
         catalogue.save(disk, dir, store, &keyring)?;
-        write_identity(disk, dir, store, &keyring, now_us)?;
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
         }
+        write_identity(disk, dir, store, &keyring, now_us)?;
         let store = self.assemble(store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
         Ok(store)
@@ -268,11 +268,16 @@ impl StoreBuilder {
         let identity = self.identity()?;
         check_writing(&identity.features, &identity_path(&self.dir))?;
         let lock_file = self.lock()?;
+        // The names that are found here may be those that a process gave which was killed before it could sync them.
+        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
         check_writing(keyring.features(), &self.keyring)?;
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
         check_writing(&catalogue.features, &catalogue::path(&self.dir))?;
+        if keyring.newest() > catalogue.keyring_version {
+            io::sync_parent(&*self.disk, &self.keyring).map_err(Error::io("sync", &self.keyring))?;
+        }
         let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
         store.shared.finish_deletions()?;
         Ok(store)
@@ -405,6 +410,9 @@ impl StoreBuilder {
         );
         if found == Audit::Ours {
             audit.find_end(&catalogue.audit)?;
+            if lock_file.is_some() {
+                audit.make_durable(&catalogue.audit)?;
+            }
         }
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
         let read_only = lock_file.is_none();

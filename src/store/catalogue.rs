@@ -42,6 +42,9 @@ pub(crate) struct Catalogue {
     /// Its feature bits as it was read; kept in the frame.
     #[serde(skip)]
     pub(crate) features: Features,
+    /// The version of the service keyring that it was authenticated under; kept in the frame.
+    #[serde(skip)]
+    pub(crate) keyring_version: u32,
     /// How far the key audit log was.
     pub(crate) audit: AuditHead,
     pub(crate) logstores: BTreeMap<LogstoreName, Entry>,
@@ -72,6 +75,7 @@ impl Catalogue {
         })?;
         catalogue.generation = document.generation;
         catalogue.features = document.features;
+        catalogue.keyring_version = document.keyring_version;
         Ok(catalogue)
     }
 
@@ -92,6 +96,7 @@ impl Catalogue {
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
         io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))?;
         self.generation += 1;
+        self.keyring_version = keyring.newest();
         Ok(())
     }
 }

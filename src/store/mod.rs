@@ -285,7 +285,9 @@ impl StoreShared {
         let meta = self.load_meta(name, &entry)?;
         meta.features.check_writing().map_err(|error| error.in_file(&meta_path(&self.logstore_dir(entry.id)), 0))?;
         if meta.generation > entry.generation {
-            // A crash came between the metadata and the catalogue.
+            // A crash came between the metadata and the catalogue, or before the metadata's name was durable.
+            let path = meta_path(&self.logstore_dir(entry.id));
+            io::sync_parent(&*self.disk, &path).map_err(Error::io("sync", &path))?;
             let mut changed = entry.clone();
             changed.generation = meta.generation;
             self.commit(admin, |catalogue| {

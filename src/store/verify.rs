@@ -422,11 +422,7 @@ impl StoreShared {
                 Load::End => break,
                 Load::NotYet => {
                     if matches!(end, End::Unknown) {
-                        let left = reader
-                            .opened
-                            .file
-                            .len()
-                            .map_err(Error::io("get the length of", &*reader.opened.name.path))?;
+                        let left = shard.blocks_end(&reader.opened)?;
                         if left > reader.offset {
                             let note = format!(
                                 "{} ends in {} bytes that are no block, above the durable mark: the next append drops them",

@@ -1,5 +1,8 @@
 //! A file system in memory that knows what would survive: what programs see is kept apart from what was made durable, every
 //! operation can be counted and made to fail, and the power can be cut.
+//!
+//! What it takes for granted of a disk is what `docs/testing.md` says: a sector is written whole or not at all, a sync that returned
+//! has made everything durable, and a rename puts one name in place of another at once. Nothing else.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -32,12 +35,21 @@ pub(crate) enum Op {
     /// An existing file.
     Open,
     Read,
+    Len,
+    Lock,
+    List,
+    Stat,
 }
 
 impl Op {
     /// Whether it changes what is on the disk, or when it is durable. Only these are numbered.
     pub(crate) fn changes(self) -> bool {
-        !matches!(self, Op::Open | Op::Read)
+        !matches!(self, Op::Open | Op::Read | Op::Len | Op::Lock | Op::List | Op::Stat)
+    }
+
+    /// Whether it may need room.
+    fn fills(self) -> bool {
+        matches!(self, Op::Create | Op::Write | Op::Sync | Op::SetLen | Op::Rename | Op::CreateDir | Op::SyncDir)
     }
 }
 
@@ -46,8 +58,10 @@ impl Op {
 pub(crate) struct Call {
     pub(crate) op: Op,
     pub(crate) path: PathBuf,
-    /// Which change it is, from 1 on.
+    /// Which change it is, from 1 on; for what changes nothing, the change before it.
     pub(crate) number: u64,
+    /// Which operation of any kind it is, from 1 on.
+    pub(crate) nth: u64,
 }
 
 impl Call {
@@ -63,8 +77,50 @@ pub(crate) enum Verdict {
     Go,
     /// It fails. Half of what was to be written has been; what was to be synced never will be, although it can still be read.
     Fail(io::ErrorKind),
+    /// It fails, and nothing was done or lost.
+    Refuse(io::ErrorKind),
     /// It is done all the same, and fails.
     DoneAndFail,
+}
+
+/// The ways in which operations fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// EIO: half of a write is done; what a failed sync was to write counts as clean, and will never be written.
+    Failing,
+    /// ENOSPC, the same way, where room is needed: a short write.
+    Full,
+    /// EINTR: nothing is done.
+    Interrupted,
+    /// EACCES: nothing is done.
+    Denied,
+    /// It is done, and the answer is EIO: nobody knows what became of it.
+    Unsaid,
+}
+
+impl Fault {
+    pub(crate) const ALL: [Self; 5] = [Self::Failing, Self::Full, Self::Interrupted, Self::Denied, Self::Unsaid];
+
+    /// Whether an operation can fail in this way.
+    pub(crate) fn befalls(self, op: Op) -> bool {
+        match self {
+            Self::Failing => true,
+            Self::Full => op.fills(),
+            Self::Interrupted => matches!(op, Op::Open | Op::Create | Op::Read | Op::Write | Op::Sync | Op::SyncDir),
+            Self::Denied => !matches!(op, Op::Read | Op::Write | Op::Sync | Op::Len | Op::SetLen | Op::Lock),
+            Self::Unsaid => op.changes(),
+        }
+    }
+
+    fn verdict(self) -> Verdict {
+        match self {
+            Self::Failing => Verdict::Fail(io::ErrorKind::Other),
+            Self::Full => Verdict::Fail(io::ErrorKind::StorageFull),
+            Self::Interrupted => Verdict::Refuse(io::ErrorKind::Interrupted),
+            Self::Denied => Verdict::Refuse(io::ErrorKind::PermissionDenied),
+            Self::Unsaid => Verdict::DoneAndFail,
+        }
+    }
 }
 
 /// What is found after a crash.
@@ -74,11 +130,14 @@ pub(crate) enum Survives {
     Everything,
     /// The power failed, and nothing had been written back by itself.
     Synced,
-    /// The power failed in the middle of writing back: some of what was not synced is there, in any order, some of it torn.
+    /// The power failed in the middle of writing back: any part of what was not synced is there, in any order, torn at sectors.
     Some { seed: u64 },
 }
 
-type Hook = Box<dyn FnMut(&Call) -> Verdict + Send>;
+type Hook = Arc<Mutex<dyn FnMut(&Call) -> Verdict + Send>>;
+
+/// What a drive writes whole or not at all, in bytes.
+const SECTOR: u64 = 512;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Node {
@@ -96,7 +155,7 @@ enum Entry {
     Moved(String, String, Node),
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Dir {
     live: Entries,
     durable: Entries,
@@ -109,7 +168,7 @@ enum Change {
     Len(u64),
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct File {
     /// What it is called now.
     path: PathBuf,
@@ -125,6 +184,7 @@ struct State {
     files: BTreeMap<u64, File>,
     next_id: u64,
     changes: u64,
+    operations: u64,
     calls: Vec<Call>,
     hook: Option<Hook>,
     /// Which process may use it: the one before was killed.
@@ -174,19 +234,73 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 /// Numbers that look random and depend on the seed, and on what they are for, alone.
-struct Dice(u64);
+#[derive(Clone, Debug)]
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    fn new(seed: u64, id: u64) -> Self {
-        let mut dice = Self(seed ^ id.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        dice.roll(1);
+    pub(crate) fn new(seed: u64, id: u64) -> Self {
+        let mut dice = Self(seed.wrapping_mul(0xd134_2543_de82_ef95) ^ id);
+        dice.next();
         dice
     }
 
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % sides
+    /// Any number (SplitMix64).
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
     }
+
+    /// One of the numbers below `sides`.
+    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
+        self.next() % sides
+    }
+}
+
+impl File {
+    /// What is found of it when some of what was not synced had been written back: nothing; all; of each change nothing, all, or its
+    /// beginning; or of each change any of its sectors. The length may have been written back, and not what is in it.
+    fn written_back(&self, dice: &mut Dice) -> Vec<u8> {
+        let mut bytes = self.durable.clone();
+        let style = dice.roll(4);
+        for change in &self.unsynced {
+            match change {
+                Change::Len(_) if style == 0 || (style > 1 && dice.roll(2) == 0) => {}
+                Change::Len(_) => apply(&mut bytes, change),
+                Change::Write(offset, data) => {
+                    let sectors = sectors(*offset, data);
+                    let count = sectors.len() as u64;
+                    let whole = match style {
+                        0 => 0,
+                        1 => count,
+                        2 => [0, count, count, dice.roll(count + 1)][dice.roll(4) as usize],
+                        _ => count,
+                    };
+                    for (at, part) in sectors.into_iter().take(whole as usize) {
+                        if style < 3 || dice.roll(2) == 0 {
+                            apply(&mut bytes, &Change::Write(at, part.to_vec()));
+                        }
+                    }
+                }
+            }
+        }
+        if style > 1 && dice.roll(3) == 0 && bytes.len() < self.live.len() {
+            bytes.resize(self.live.len(), 0);
+        }
+        bytes
+    }
+}
+
+/// Cuts what is written at an offset where sectors begin.
+fn sectors(offset: u64, data: &[u8]) -> Vec<(u64, &[u8])> {
+    let (mut at, mut rest, mut parts) = (offset, data, Vec::new());
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at(rest.len().min((SECTOR - at % SECTOR) as usize));
+        parts.push((at, part));
+        (at, rest) = (at + part.len() as u64, after);
+    }
+    parts
 }
 
 impl State {
@@ -233,8 +347,14 @@ impl State {
             Survives::Synced | Survives::Some { .. } => found.durable.clone(),
         };
         if let Survives::Some { .. } = survives {
-            let kept = dice.roll(found.unsynced.len() as u64 + 1) as usize;
-            found.unsynced[..kept].iter().for_each(|entry| apply_entry(&mut entries, entry));
+            // In order up to some moment, or any of them.
+            let in_order = dice.roll(2) == 0;
+            let until = dice.roll(found.unsynced.len() as u64 + 1) as usize;
+            for (index, entry) in found.unsynced.iter().enumerate() {
+                if if in_order { index < until } else { dice.roll(2) == 0 } {
+                    apply_entry(&mut entries, entry);
+                }
+            }
         }
         for node in entries.values_mut() {
             *node = match *node {
@@ -242,22 +362,11 @@ impl State {
                 Node::File(file) => {
                     let found = &self.files[&file];
                     let dice = &mut Dice::new(seed, file);
-                    let mut bytes = match survives {
+                    let bytes = match survives {
                         Survives::Everything => found.live.clone(),
-                        Survives::Synced | Survives::Some { .. } => found.durable.clone(),
+                        Survives::Synced => found.durable.clone(),
+                        Survives::Some { .. } => found.written_back(dice),
                     };
-                    if let Survives::Some { .. } = survives {
-                        for change in &found.unsynced {
-                            match (change, dice.roll(4)) {
-                                (_, 0) => {}
-                                (Change::Write(offset, data), 1) => {
-                                    let torn = data[..dice.roll(data.len() as u64 + 1) as usize].to_vec();
-                                    apply(&mut bytes, &Change::Write(*offset, torn));
-                                }
-                                _ => apply(&mut bytes, change),
-                            }
-                        }
-                    }
                     let (id, path) = (into.new_id(), found.path.clone());
                     into.files.insert(id, File { path, live: bytes.clone(), durable: bytes, ..File::default() });
                     Node::File(id)
@@ -287,7 +396,7 @@ impl SimDisk {
             dir.durable = dir.live.clone();
             dir.unsynced.clear();
         }
-        (state.changes, state.calls) = (0, Vec::new());
+        (state.changes, state.operations, state.calls) = (0, 0, Vec::new());
         drop(state);
         disk
     }
@@ -313,9 +422,22 @@ impl SimDisk {
         Self { state: Arc::clone(&self.state), process: state.process }
     }
 
+    /// As [`SimDisk::kill`], of a copy of the file system: this one goes on as if nothing had happened.
+    pub(crate) fn fork(&self) -> Self {
+        let state = self.lock();
+        let files = state.files.iter().map(|(id, file)| (*id, File { locked_by: None, ..file.clone() })).collect();
+        let copy = State { dirs: state.dirs.clone(), files, next_id: state.next_id, ..State::default() };
+        Self { state: Arc::new(Mutex::new(copy)), process: 0 }
+    }
+
     /// How many changes were asked for so far.
     pub(crate) fn changes(&self) -> u64 {
         self.lock().changes
+    }
+
+    /// How many operations of any kind were asked for so far.
+    pub(crate) fn operations(&self) -> u64 {
+        self.lock().operations
     }
 
     /// The calls since this was asked last.
@@ -325,7 +447,7 @@ impl SimDisk {
 
     /// From now on every operation is put before `hook` first.
     pub(crate) fn on_call(&self, hook: impl FnMut(&Call) -> Verdict + Send + 'static) {
-        self.lock().hook = Some(Box::new(hook));
+        self.lock().hook = Some(Arc::new(Mutex::new(hook)));
     }
 
     /// Nothing fails any more.
@@ -349,6 +471,22 @@ impl SimDisk {
             true => Verdict::Fail(io::ErrorKind::Other),
             false => Verdict::Go,
         });
+    }
+
+    /// The `nth` operation from now on fails, if it can fail in this way; with `lasting`, and whatever follows that can. Returns
+    /// where to find what has failed first.
+    pub(crate) fn fail_with(&self, nth: u64, fault: Fault, lasting: bool) -> Arc<Mutex<Option<Call>>> {
+        let at = self.operations() + nth;
+        let failed = Arc::new(Mutex::new(None));
+        let first = Arc::clone(&failed);
+        self.on_call(move |call| {
+            if call.nth < at || (call.nth > at && !lasting) || !fault.befalls(call.op) {
+                return Verdict::Go;
+            }
+            first.lock().unwrap().get_or_insert_with(|| call.clone());
+            fault.verdict()
+        });
+        failed
     }
 
     /// The next operation `op` on something whose path contains `part` fails with `kind`, once.
@@ -379,15 +517,54 @@ impl SimDisk {
         file.unsynced.clear();
     }
 
+    /// Something happens to what was written and synced, in a file below `dir`: a bit flips, a sector is lost, or a sector that was
+    /// meant for another place is written over it. Says what.
+    pub(crate) fn rot(&self, dir: &Path, dice: &mut Dice) -> String {
+        let mut files: Vec<(PathBuf, Vec<u8>)> = self.files(dir).into_iter().collect();
+        files.retain(|(_, bytes)| !bytes.is_empty());
+        let (path, bytes) = &files[dice.roll(files.len() as u64) as usize];
+        let (stray, other) = &files[dice.roll(files.len() as u64) as usize];
+        let sector = |bytes: &[u8], n: u64| bytes.chunks(SECTOR as usize).nth(n as usize).unwrap_or_default().to_vec();
+        let n = dice.roll((bytes.len() as u64).div_ceil(SECTOR));
+        let old = sector(bytes, n);
+        let mut new = old.clone();
+        let what = match dice.roll(4) {
+            0 => {
+                new.fill(0);
+                "is zeroed".to_owned()
+            }
+            1 => {
+                let from = dice.roll((other.len() as u64).div_ceil(SECTOR));
+                let strayed = sector(other, from);
+                let len = new.len().min(strayed.len());
+                new[..len].copy_from_slice(&strayed[..len]);
+                format!("has sector {from} of {} written over it", stray.display())
+            }
+            _ => {
+                let bit = dice.roll(8 * new.len() as u64) as usize;
+                new[bit / 8] ^= 1 << (bit % 8);
+                format!("has bit {bit} flipped")
+            }
+        };
+        if new == old {
+            new[0] ^= 1;
+        }
+        self.edit(path, |bytes| bytes[(n * SECTOR) as usize..][..new.len()].copy_from_slice(&new));
+        format!("sector {n} of {} {what}", path.display())
+    }
+
     /// All files below a directory, as programs see them.
     pub(crate) fn files(&self, dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut found = BTreeMap::new();
-        for entry in self.list_dir(dir).unwrap() {
-            let path = dir.join(entry.name);
-            if entry.is_dir {
-                found.append(&mut self.files(&path));
-            } else {
-                found.insert(path.clone(), self.bytes(&path));
+        let entries = {
+            let state = self.lock();
+            state.dirs[&state.dir(dir).unwrap()].live.clone()
+        };
+        for (name, node) in entries {
+            let path = dir.join(name);
+            match node {
+                Node::Dir(_) => found.append(&mut self.files(&path)),
+                Node::File(_) => drop(found.insert(path.clone(), self.bytes(&path))),
             }
         }
         found
@@ -401,15 +578,20 @@ impl SimDisk {
 
     /// Counts a call and asks the hook about it. `Err` when it fails without being done.
     fn enter(&self, op: Op, path: &Path) -> io::Result<Verdict> {
-        let mut state = self.lock();
-        if state.process != self.process {
-            return Err(io::Error::other("the process was killed"));
-        }
-        state.changes += u64::from(op.changes());
-        let call = Call { op, path: path.to_owned(), number: state.changes };
-        let verdict = state.hook.as_mut().map_or(Verdict::Go, |hook| hook(&call));
-        state.calls.push(call);
-        match verdict {
+        let (call, hook) = {
+            let mut state = self.lock();
+            if state.process != self.process {
+                return Err(io::Error::other("the process was killed"));
+            }
+            state.changes += u64::from(op.changes());
+            state.operations += 1;
+            let call = Call { op, path: path.to_owned(), number: state.changes, nth: state.operations };
+            state.calls.push(call.clone());
+            (call, state.hook.clone())
+        };
+        // The hook may look at the file system.
+        match hook.map_or(Verdict::Go, |hook| (*hook.lock().unwrap())(&call)) {
+            Verdict::Refuse(kind) => Err(injected(kind)),
             // These fail having done something.
             Verdict::Fail(kind) if !matches!(op, Op::Write | Op::Sync) => Err(injected(kind)),
             verdict => Ok(verdict),
@@ -517,6 +699,7 @@ impl Disk for SimDisk {
     }
 
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        self.enter(Op::List, path)?;
         let state = self.lock();
         let dir = state.dir(path)?;
         let entry =
@@ -525,6 +708,7 @@ impl Disk for SimDisk {
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        self.enter(Op::Stat, path)?;
         let state = self.lock();
         match state.look_up(path) {
             Ok(Node::File(file)) => Ok(Some(FileStat { len: state.files[&file].live.len() as u64, identity: file })),
@@ -558,7 +742,7 @@ impl SimFile {
         file.unsynced.push(change);
         match verdict {
             Verdict::Go => Ok(()),
-            Verdict::Fail(kind) => Err(injected(kind)),
+            Verdict::Fail(kind) | Verdict::Refuse(kind) => Err(injected(kind)),
             Verdict::DoneAndFail => Err(injected(io::ErrorKind::Other)),
         }
     }
@@ -608,6 +792,7 @@ impl DiskFile for SimFile {
     }
 
     fn len(&self) -> io::Result<u64> {
+        self.disk.enter(Op::Len, &self.path())?;
         Ok(self.disk.lock().files[&self.file].live.len() as u64)
     }
 
@@ -616,6 +801,7 @@ impl DiskFile for SimFile {
     }
 
     fn try_lock(&self) -> io::Result<bool> {
+        self.disk.enter(Op::Lock, &self.path())?;
         let mut state = self.disk.lock();
         let file = state.files.get_mut(&self.file).unwrap();
         let free = file.locked_by.is_none_or(|holder| holder == self.handle);

@@ -5,6 +5,7 @@
 pub(crate) mod disk;
 pub(crate) mod failing;
 pub(crate) mod memory;
+pub(crate) mod sim;
 
 use std::{
     collections::BTreeMap,
@@ -52,6 +53,12 @@ pub(crate) struct TestClock {
 impl TestClock {
     pub(crate) fn new() -> Arc<Self> {
         Arc::new(Self { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000_000) })
+    }
+
+    /// Another one that shows the same time.
+    pub(crate) fn fork(&self) -> Arc<Self> {
+        let copy = |time: &AtomicU64| AtomicU64::new(time.load(Ordering::SeqCst));
+        Arc::new(Self { wall_us: copy(&self.wall_us), uptime_us: copy(&self.uptime_us) })
     }
 
     /// Lets time pass, by both clocks.

@@ -1,0 +1,249 @@
+//! What a process that was killed, or whose disk failed, left without a sync: nothing rests on it until it is durable.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{io, sync::Arc};
+
+use common::{
+    disk::{Op, Sim, SimDisk, Survives, Verdict},
+    *,
+};
+use envelog::{
+    EncryptConf, EncryptType, Logstore, LogstoreConfig, LogstoreSpec, Result, Store, VerifyOptions,
+    segment::{BlockHeader, SegmentHeader},
+};
+
+const NAME: &str = "p/l";
+
+fn find(store: &Store) -> Logstore {
+    store.logstore(&name(NAME)).unwrap()
+}
+
+#[track_caller]
+fn assert_clean(store: &Store, context: &str) {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.faults);
+}
+
+/// Kills the process at every operation of `operation` in turn. The next one takes what it finds, goes on with it, and what it
+/// was told to sync is there when the power fails: with everything that it rests on.
+fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Store) -> Result<()>) {
+    let sim = Sim::new();
+    let store = sim.create();
+    put(&sim.world.service(&store, NAME), "before");
+    prepare(&sim, &store);
+    store.close().unwrap();
+    let (image, mut world) = (sim.disk, sim.world);
+    for nth in 1.. {
+        let mut sim = Sim::of(world, image.fork());
+        let store = sim.open();
+        put(&find(&store), "there");
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        let done = operation(&sim, &store);
+        let whole = sim.disk.changes() - began < nth;
+        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        sim.disk.heal();
+        sim.disk = sim.disk.kill();
+        drop(store);
+        let context = format!("killed at operation {nth}");
+        let store = sim.builder().open().unwrap_or_else(|error| panic!("{context}: {error}"));
+        let listed = store.list().unwrap();
+        for text in &listed {
+            put(&store.logstore(text).unwrap(), "after");
+        }
+        assert_clean(&store, &context);
+        sim.crash(Survives::Synced);
+        let store = sim.builder().open().unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert_eq!(store.list().unwrap(), listed, "{context}");
+        for text in &listed {
+            let logstore = store.logstore(text).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
+            let texts = try_texts(&logstore).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
+            assert_eq!(texts.last().map(String::as_str), Some("after"), "{context}: {text}");
+        }
+        assert!(texts(&find(&store)).starts_with(&["before".into(), "there".into()]), "{context}");
+        assert_clean(&store, &context);
+        world = sim.world;
+        if whole {
+            assert!(nth > 5, "{nth} operations");
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_new_store() {
+    let mut world = World::manual();
+    for nth in 1.. {
+        let mut sim = Sim::of(world, SimDisk::new(tempfile::tempdir().unwrap().path()));
+        sim.disk = SimDisk::new(sim.world.path());
+        sim.disk.end_at(nth);
+        let created = sim.builder().create().is_ok();
+        let whole = created && sim.disk.changes() < nth;
+        sim.disk.heal();
+        sim.disk = sim.disk.kill();
+        if let Ok(store) = sim.builder().open() {
+            put(&sim.world.service(&store, NAME), "there");
+            sim.crash(Survives::Synced);
+            let store = sim.builder().open().unwrap_or_else(|error| panic!("killed at operation {nth}: {error}"));
+            assert_eq!(texts(&find(&store)), ["there"]);
+            assert_clean(&store, &format!("killed at operation {nth}"));
+        }
+        world = sim.world;
+        if whole {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_new_logstore() {
+    let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    killed_anywhere(|_, _| {}, |_, store| store.create_logstore(&name("p/new"), spec()).map(|_| ()));
+}
+
+#[test]
+fn a_changed_logstore() {
+    killed_anywhere(
+        |_, _| {},
+        |_, store| {
+            let config = store.config(&name(NAME))?;
+            store.update_logstore(&name(NAME), LogstoreConfig { ttl_days: Some(7), ..config }).map(|_| ())
+        },
+    );
+}
+
+#[test]
+fn a_new_data_key() {
+    killed_anywhere(|_, _| {}, |_, store| store.rotate_data_key(&name(NAME)).map(|_| ()));
+}
+
+#[test]
+fn a_new_service_key() {
+    killed_anywhere(|_, _| {}, |_, store| store.rotate_service_key().map(|_| ()));
+}
+
+#[test]
+fn a_deleted_logstore() {
+    killed_anywhere(
+        |sim, store| put(&sim.world.service(store, "p/doomed"), "doomed"),
+        |_, store| store.delete_logstore(&name("p/doomed")),
+    );
+}
+
+#[test]
+fn a_sealed_segment() {
+    killed_anywhere(
+        |_, _| {},
+        |_, store| {
+            find(store).append(record("written"), &written())?;
+            find(store).roll()?;
+            find(store).append(record("written"), &written())?;
+            find(store).roll()
+        },
+    );
+}
+
+#[test]
+fn a_checkpoint() {
+    killed_anywhere(|_, _| {}, |_, store| store.checkpoint().map(|_| ()));
+}
+
+/// A power cut in the middle of sealing leaves the footer, and not all blocks in front of it: that is a torn tail like any other.
+#[test]
+fn a_footer_says_nothing_about_blocks_that_were_never_synced() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "synced");
+    logstore.append(record("lost"), &written()).unwrap();
+    logstore.append(record("written"), &written()).unwrap();
+    logstore.roll().unwrap();
+    sim.crash(Survives::Everything);
+    let segment = sim.segments(&logstore, 0).remove(0);
+    let bytes = sim.disk.bytes(&segment);
+    let first = SegmentHeader::decode(&bytes).unwrap().body_start as usize;
+    let second = first + BlockHeader::decode(&bytes[first..]).unwrap().block_len() as usize;
+    let len = BlockHeader::decode(&bytes[second..]).unwrap().block_len() as usize;
+    sim.disk.edit(&segment, |bytes| bytes[second..second + len].fill(0));
+    let store = sim.open();
+    let logstore = find(&store);
+    assert_eq!(texts(&logstore), ["synced"]);
+    put(&logstore, "after");
+    assert_eq!(texts(&logstore), ["synced", "written", "after"]);
+    let notice = logstore.status().unwrap().recovery.remove(0);
+    assert_eq!(
+        (notice.groups_rewritten, notice.bytes_dropped),
+        (1, len as u64),
+        "the footer is not part of what was lost"
+    );
+    assert_clean(&store, "recovered");
+}
+
+/// A seal whose sync fails is not taken for durable by the process itself either, once it goes on.
+#[test]
+fn a_segment_whose_sealing_failed_is_recovered_when_the_shard_is_reopened() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "synced");
+    logstore.append(record("written"), &written()).unwrap();
+    sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
+    logstore.roll().unwrap_err();
+    sim.disk.heal();
+    logstore.reopen_shard(0).unwrap();
+    put(&logstore, "after");
+    assert_eq!(texts(&logstore), ["synced", "written", "after"]);
+    sim.crash(Survives::Synced);
+    assert_eq!(texts(&find(&sim.open())), ["synced", "written", "after"]);
+}
+
+/// The head of a shard whose writer has stopped is what is durable of it, not what it had written.
+#[test]
+fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "synced");
+    logstore.append(record("written"), &written()).unwrap();
+    sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
+    logstore.sync().unwrap_err();
+    sim.disk.heal();
+    assert_eq!(texts(&logstore), ["synced", "written"], "it can still be read");
+    store.checkpoint().unwrap();
+    sim.crash(Survives::Synced);
+    let logstore = find(&sim.open());
+    put(&logstore, "after");
+    assert_eq!(texts(&logstore), ["synced", "after"]);
+}
+
+/// An audit record that was not synced may have lost its beginning, and have its end.
+#[test]
+fn the_last_audit_record_may_be_torn_anywhere() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    store.checkpoint().unwrap();
+    let audit = sim.world.store_dir().join("audit/audit-000001.log");
+    let known = sim.disk.bytes(&audit).len();
+    // The process dies before anything says that the record is there.
+    sim.disk.on_call(|call| match call.op == Op::Sync && call.is_about("audit") {
+        true => Verdict::DoneAndFail,
+        false => Verdict::Go,
+    });
+    store.rotate_data_key(logstore.name()).unwrap_err();
+    let len = sim.disk.bytes(&audit).len();
+    for lost in [1, 10, len - known - 1, len - known] {
+        let disk = sim.disk.fork();
+        disk.edit(&audit, |bytes| bytes[known..known + lost].fill(0));
+        let store = sim.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+        let before = store.audit_records().unwrap().len();
+        assert_clean(&store, "torn");
+        store.rotate_data_key(&name(NAME)).unwrap();
+        assert_eq!(store.audit_records().unwrap().len(), before + 2);
+        store.close().unwrap();
+        assert_clean(&sim.world.builder().disk(Arc::new(disk)).open().unwrap(), "gone on");
+    }
+}
