@@ -11,7 +11,7 @@ mod scheduler;
 mod verify;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock, Weak},
     thread::JoinHandle,
@@ -119,8 +119,9 @@ pub(crate) struct StoreShared {
     budget: Arc<Budget>,
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
-    logstores: Mutex<HashMap<LogstoreName, Arc<LogstoreShared>>>,
-    leases: Mutex<HashMap<Cmk, LeaseEntry>>,
+    /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
+    logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
+    leases: Mutex<BTreeMap<Cmk, LeaseEntry>>,
     retention: Mutex<ClockWatch>,
     /// Held while the store is open for writing.
     lock_file: Mutex<Option<Arc<dyn DiskFile>>>,
@@ -612,7 +613,7 @@ impl StoreShared {
         for logstore in self.open_logstores() {
             logstore.gate.close("the store");
         }
-        let leases: Vec<_> = lock(&self.leases).drain().map(|(_, entry)| entry).collect();
+        let leases: Vec<_> = std::mem::take(&mut *lock(&self.leases)).into_values().collect();
         for entry in &leases {
             entry.lease.stop();
         }
