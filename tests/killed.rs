@@ -219,6 +219,30 @@ fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
     assert_eq!(texts(&logstore), ["synced", "after"]);
 }
 
+/// What a checkpoint found durable stays part of the shard, also when the catalogue that says so could not be synced: it may be there.
+#[test]
+fn what_a_checkpoint_that_failed_has_found_durable_is_not_cut_off() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "synced");
+    let dir = sim.world.store_dir();
+    sim.disk.on_call(move |call| match call.op == Op::SyncDir && call.path == dir {
+        true => Verdict::DoneAndFail,
+        false => Verdict::Go,
+    });
+    store.checkpoint().unwrap_err();
+    sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
+    try_put(&logstore, "fails").unwrap_err();
+    sim.disk.heal();
+    logstore.reopen_shard(0).unwrap();
+    put(&logstore, "after");
+    sim.crash(Survives::Everything);
+    let store = sim.open();
+    assert_eq!(texts(&find(&store)), ["synced", "after"]);
+    assert_clean(&store, "gone on");
+}
+
 /// An audit record that was not synced may have lost its beginning, and have its end.
 #[test]
 fn the_last_audit_record_may_be_torn_anywhere() {

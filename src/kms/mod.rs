@@ -65,7 +65,7 @@ use crate::crypto::SecretKey;
 /// A customer master key: which one, in which role to use it, and where its KMS is.
 ///
 /// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these three fields, all required.
-#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmk {
     /// The identifier that the KMS gave to the key.

@@ -78,7 +78,12 @@ impl StoreShared {
             let mut shards = Vec::new();
             for shard in &logstore.shards {
                 let head: Option<Head> = shard.checkpoint()?;
-                shards.push(ShardRecord { head, ..shard.record() });
+                let record = ShardRecord { head, ..shard.record() };
+                if !self.read_only {
+                    // It is durable, whatever becomes of the catalogue, which may be found to say so.
+                    shard.set_record(record.clone());
+                }
+                shards.push(record);
             }
             let generation = lock(&logstore.meta).generation;
             logstores.insert(name, CheckpointEntry { id: logstore.id, generation, shards });
@@ -91,13 +96,6 @@ impl StoreShared {
                     }
                 }
             })?;
-            for (name, entry) in &logstores {
-                if let Some(open) = lock(&self.logstores).get(name) {
-                    for (shard, record) in open.shards.iter().zip(&entry.shards) {
-                        shard.set_record(record.clone());
-                    }
-                }
-            }
         }
         let body = CheckpointBody {
             taken_us: self.clock.wall_us(),

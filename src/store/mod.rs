@@ -11,7 +11,7 @@ mod scheduler;
 mod verify;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, RwLock, Weak},
 };
@@ -114,8 +114,9 @@ pub(crate) struct StoreShared {
     budget: Arc<Budget>,
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
-    logstores: Mutex<HashMap<LogstoreName, Arc<LogstoreShared>>>,
-    leases: Mutex<HashMap<Cmk, Arc<Lease>>>,
+    /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
+    logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
+    leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
     /// Who renews them; nobody in a store without threads.
     lease_pool: Option<Arc<LeasePool>>,
     retention: Mutex<ClockWatch>,
