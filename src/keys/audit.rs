@@ -146,7 +146,12 @@ impl AuditLog {
         tail.follows = known.number == 0;
         for (index, &number) in numbers.iter().enumerate().rev() {
             let is_last = index + 1 == numbers.len();
-            let lines = match self.lines(number) {
+            let lines = self.lines(number).and_then(|lines| {
+                // Which record is damaged in a file that has no other is known when the files before it have been read.
+                let before = if index == 0 { 0 } else { known.number };
+                lines.up_to(known, before, &self.path(number))
+            });
+            let lines = match lines {
                 Err(Error::Corrupt { .. }) => {
                     if is_last {
                         (tail.file_number, tail.head) = (number.saturating_add(1), known.clone());
@@ -315,7 +320,12 @@ impl AuditLog {
                 ));
             }
             let is_last = index + 1 == numbers.len();
-            let lines = self.lines(number)?;
+            let mut lines = self.lines(number)?;
+            if is_last {
+                for head in heads {
+                    lines = lines.up_to(head, records.len() as u64, &self.path(number))?;
+                }
+            }
             if !is_last && lines.torn {
                 return Err(Error::truncated(
                     Location::new(self.path(number), lines.valid_len),
@@ -352,7 +362,7 @@ impl AuditLog {
         let path = self.path(number);
         let bytes =
             io::read_file(&*self.disk, &path, FILE_BYTES_MAX).map_err(Error::io("read the audit log", &path))?;
-        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false };
+        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false };
         let mut rest = &bytes[..];
         while !rest.is_empty() {
             let offset = lines.valid_len;
@@ -366,7 +376,7 @@ impl AuditLog {
                 Some(line) => lines.lines.push(line),
                 // A record is one write, and synced before the next one: a crash may have lost any part of the last one.
                 None if !after.split(|&byte| byte == b'\n').any(|line| parse_line(line, 0).is_some()) => {
-                    lines.torn = true;
+                    (lines.torn, lines.damaged) = (true, true);
                     break;
                 }
                 None => return Err(Error::corrupt(Location::new(&path, offset), "an audit record is damaged")),
@@ -381,7 +391,21 @@ impl AuditLog {
 struct Lines {
     lines: Vec<Line>,
     valid_len: u64,
+    /// What follows the last record is none.
     torn: bool,
+    /// And it is not just cut off: it ends as a record does.
+    damaged: bool,
+}
+
+impl Lines {
+    /// The same, unless what is damaged was durable once, as whoever remembers a later record knows: then no crash has torn it.
+    /// `before` is the number of the last record in the files before this one.
+    fn up_to(self, known: &AuditHead, before: u64, path: &Path) -> Result<Self> {
+        if self.damaged && self.lines.last().map_or(before, |line| line.record.number) < known.number {
+            return Err(Error::corrupt(Location::new(path, self.valid_len), "an audit record is damaged"));
+        }
+        Ok(self)
+    }
 }
 
 struct Line {
