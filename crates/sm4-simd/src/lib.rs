@@ -14,6 +14,8 @@ mod ghash;
 mod portable;
 #[cfg(any(target_arch = "x86_64", test))]
 mod simd;
+#[cfg(all(test, feature = "gcm"))]
+mod soft;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
