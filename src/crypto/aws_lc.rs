@@ -2,9 +2,9 @@
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
-use super::{AeadKey, Cipher, CryptoError, CryptoProvider, RustCrypto, check_len, open_into};
+use super::{AeadKey, Cipher, CryptoError, CryptoProvider, Sm4Simd, check_len, open_into};
 
-/// AES of AWS-LC (the crate `aws-lc-rs`), the fastest; SM4, which AWS-LC does not have, is that of [`RustCrypto`].
+/// AES of AWS-LC (the crate `aws-lc-rs`), the fastest; SM4, which AWS-LC does not have, is that of [`Sm4Simd`].
 ///
 /// # How expanded keys are wiped
 /// `aws-lc-rs` holds a key as an `EVP_AEAD_CTX` of its own, which it allocates with `OPENSSL_malloc` and frees with
@@ -37,7 +37,7 @@ impl CryptoProvider for AwsLc {
                     .map_err(|_| CryptoError::Provider("AWS-LC could not expand the key"))?;
                 Ok(Box::new(AesKey(LessSafeKey::new(key))))
             }
-            Cipher::Sm4Gcm => RustCrypto.aead(cipher, key),
+            Cipher::Sm4Gcm => Sm4Simd.aead(cipher, key),
         }
     }
 }

@@ -1,12 +1,13 @@
 //! Suites, authenticated encryption, key derivation and the memory that keys live in.
 //!
-//! The engine is handed a [`CryptoProvider`] explicitly: [`AwsLc`] (feature `aws-lc`) or [`RustCrypto`]. Both produce and accept
-//! the same bytes. What belongs together on disk (cipher, hash, whether blocks are encrypted) is numbered as a [`Suite`], and
+//! The engine is handed a [`CryptoProvider`] explicitly: [`AwsLc`] (feature `aws-lc`), [`Sm4Simd`], or [`RustCrypto`],
+//! which the others are tested against. All produce and accept the same bytes. What belongs together on disk (cipher, hash, whether blocks are encrypted) is numbered as a [`Suite`], and
 //! one segment's key, commitment and binding to its header are a [`SegmentCipher`].
 //!
 //! # Which secrets are wiped, and which cannot be
 //! Keys are [`SecretKey`]s: in locked memory, wiped on drop. Expanded keys (round keys, GHASH tables) live on the heap of their
-//! library, which wipes them when they are dropped; how we know is written at [`AwsLc`] and [`RustCrypto`]. They are not
+//! library, which wipes them when they are dropped; how we know is written at [`AwsLc`], [`Sm4Simd`] and
+//! [`RustCrypto`]. They are not
 //! page-locked. Beyond our reach are short-lived copies in registers and on the stack while a library hashes a key, expands it
 //! or moves it into its box.
 
@@ -16,6 +17,7 @@ mod cipher;
 mod kdf;
 mod rustcrypto;
 mod secret;
+mod sm4_simd;
 mod suite;
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,7 @@ pub use cipher::SegmentCipher;
 pub use kdf::{HashAlg, Hasher, derive, hash, hkdf, hmac_sha256, tags_equal};
 pub use rustcrypto::RustCrypto;
 pub use secret::{LockStatus, SecretKey, memory_lock_status};
+pub use sm4_simd::Sm4Simd;
 pub use suite::Suite;
 
 /// The most bytes that GCM seals under one nonce: 2^36 - 32 (NIST SP 800-38D, section 5.2.1.1).

@@ -12,7 +12,8 @@ use zeroize::ZeroizeOnDrop;
 
 use super::{AeadKey, Cipher, CryptoError, CryptoProvider, check_len, open_into};
 
-/// AES and SM4 in pure Rust (the crates `aes-gcm`, `aes`, `sm4` and `ghash`). It runs everywhere.
+/// AES and SM4 in pure Rust (the crates `aes-gcm`, `aes`, `sm4` and `ghash`). It runs everywhere, SM4 slowly, and
+/// its SM4 looks tables up at addresses that depend on the key and the data: prefer [`Sm4Simd`](super::Sm4Simd).
 ///
 /// # How expanded keys are wiped
 /// Round keys: `aes` and `sm4` overwrite theirs in `Drop` when built with their feature `zeroize`, and only then do `Aes256` and
@@ -47,7 +48,8 @@ impl CryptoProvider for RustCrypto {
     }
 }
 
-fn expand<G>(key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError>
+/// Expands a key for a GCM with the traits of RustCrypto.
+pub(super) fn expand<G>(key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError>
 where
     G: KeyInit,
     GcmKey<G>: AeadKey + 'static,
@@ -56,7 +58,7 @@ where
     Ok(Box::new(GcmKey(key)))
 }
 
-struct GcmKey<G>(G);
+pub(super) struct GcmKey<G>(G);
 
 impl<G> AeadKey for GcmKey<G>
 where

@@ -22,6 +22,7 @@ pub(super) fn hex(digits: &str) -> Vec<u8> {
 pub(super) fn providers() -> Vec<Box<dyn CryptoProvider>> {
     vec![
         Box::new(RustCrypto::new()),
+        Box::new(Sm4Simd::new()),
         #[cfg(feature = "aws-lc")]
         Box::new(AwsLc::new()),
     ]
@@ -280,6 +281,8 @@ fn names_and_errors() {
     fn shared<T: Send + Sync + Copy + Default>(_: T) {}
     shared(RustCrypto::new());
     assert_eq!(RustCrypto.name(), "rustcrypto");
+    shared(Sm4Simd::new());
+    assert_eq!(Sm4Simd.name(), "sm4-simd");
     #[cfg(feature = "aws-lc")]
     {
         shared(AwsLc::new());
