@@ -181,7 +181,7 @@ pub(crate) fn cmk(n: u64) -> UserCmkInfo {
 
 impl SeededKms {
     pub(crate) fn new(seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
-        let mut dice = Dice::new(seed, 0x6b6d_73);
+        let mut dice = Dice::new(seed, 0x6b_6d73);
         let mut master = |n| (cmk(n).cmk_key_id, std::array::from_fn(|_| dice.next() as u8));
         let masters = (0..2).map(&mut master).collect();
         let state = Mutex::new(KmsState { dice, one_fails_in: 0 });
@@ -190,7 +190,7 @@ impl SeededKms {
 
     /// The same for a copy of the world, in good health. Its answers are its own.
     pub(crate) fn fork(&self, seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
-        let state = Mutex::new(KmsState { dice: Dice::new(seed, 0x6b6d_73), one_fails_in: 0 });
+        let state = Mutex::new(KmsState { dice: Dice::new(seed, 0x6b_6d73), one_fails_in: 0 });
         let disabled = Mutex::new(self.disabled.lock().unwrap().clone());
         Arc::new(Self { masters: self.masters.clone(), disabled, state, ledger: Arc::clone(ledger) })
     }

@@ -7,6 +7,8 @@
 //! All are measured in turn, again and again, and the fastest round of each counts, so that other load on the machine and changes of
 //! its clock touch all alike. The ratios say more than the rates.
 
+#![allow(clippy::unwrap_used, clippy::type_complexity)]
+
 use std::{
     hint::black_box,
     time::{Duration, Instant},
