@@ -69,7 +69,7 @@ pub(crate) fn crypt(round_keys: impl Iterator<Item = u32>, blocks: &mut [Block])
         let round_key = spread(round_key);
         let mut t = [0; 8];
         for (b, t) in t.iter_mut().enumerate() {
-            *t = x[1][b] ^ x[2][b] ^ x[3][b] ^ (round_key >> b & LANES) * 0xffff;
+            *t = x[1][b] ^ x[2][b] ^ x[3][b] ^ ((round_key >> b & LANES) * 0xffff);
         }
         let inverse = sub_bytes(t);
         let near = map::<{ NEAR.matrix_after_aes().gfni() }>(inverse);

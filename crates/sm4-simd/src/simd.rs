@@ -50,10 +50,10 @@ pub(crate) trait Vector: Copy {
     unsafe fn transpose(rows: [Self; 4]) -> [Self; 4];
 
     /// [`field::TO_FIELD`](crate::field::TO_FIELD) on each byte.
-    unsafe fn to_field(self) -> Self;
+    unsafe fn enter_field(self) -> Self;
 
     /// [`field::FROM_FIELD`](crate::field::FROM_FIELD) on each byte.
-    unsafe fn from_field(self) -> Self;
+    unsafe fn leave_field(self) -> Self;
 
     /// [`field::NEAR`](crate::field::NEAR) and [`field::FAR`](crate::field::FAR) of the inverse of each byte, in an order of bytes
     /// that [`Vector::turn`] undoes.
@@ -114,7 +114,7 @@ unsafe fn t<V: Vector>(x: V) -> V {
 #[inline(always)]
 unsafe fn output<V: Vector>([x0, x1, x2, x3]: [V; 4]) -> [V; 4] {
     // SAFETY: the caller vouches for the instructions.
-    unsafe { V::transpose([x3.from_field(), x2.from_field(), x1.from_field(), x0.from_field()]) }
+    unsafe { V::transpose([x3.leave_field(), x2.leave_field(), x1.leave_field(), x0.leave_field()]) }
 }
 
 /// `K` groups of blocks.
@@ -136,7 +136,7 @@ unsafe fn crypt_groups<V: Vector, const K: usize, const DECRYPT: bool>(
                 *x = V::load(input.add(row(g, i)));
             }
             let [x0, x1, x2, x3] = V::transpose(*x);
-            *x = [x0.to_field(), x1.to_field(), x2.to_field(), x3.to_field()];
+            *x = [x0.enter_field(), x1.enter_field(), x2.enter_field(), x3.enter_field()];
         }
         rounds::<V, K, DECRYPT>(round_keys, &mut x);
         for (g, x) in x.into_iter().enumerate() {
@@ -198,7 +198,7 @@ unsafe fn ctr_groups<V: Vector, const K: usize>(
         let mut x: State<V, K> = [[n0, n1, n2, n0]; K];
         for (g, x) in x.iter_mut().enumerate() {
             let counters = V::splat(counter.wrapping_add((g * V::BLOCKS) as u32)).add(V::indices());
-            x[3] = counters.swap_bytes().to_field();
+            x[3] = counters.swap_bytes().enter_field();
         }
         rounds::<V, K, false>(round_keys, &mut x);
         for (g, x) in x.into_iter().enumerate() {
@@ -228,7 +228,7 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
     // holds `K` groups.
     unsafe {
         let [n0, n1, n2] = [0, 4, 8].map(|i| u32::from_le_bytes([nonce[i], nonce[i + 1], nonce[i + 2], nonce[i + 3]]));
-        let nonce = [V::splat(n0).to_field(), V::splat(n1).to_field(), V::splat(n2).to_field()];
+        let nonce = [V::splat(n0).enter_field(), V::splat(n1).enter_field(), V::splat(n2).enter_field()];
         while len >= K * group {
             ctr_groups::<V, K>(round_keys, nonce, counter, input, output);
             (input, output) = (input.add(K * group), output.add(K * group));

@@ -37,7 +37,7 @@ impl<const LANES: usize, const AES: bool> Soft<LANES, AES> {
         let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
         let (lanes, rest) = bytes.as_chunks();
         assert!(rest.is_empty());
-        Self(lanes.try_into().unwrap())
+        Self(lanes.try_into().expect("as many lanes as there are"))
     }
 
     fn bytes(self, f: impl Fn(u8) -> u8) -> Self {
@@ -83,11 +83,11 @@ impl<const LANES: usize, const AES: bool> Vector for Soft<LANES, AES> {
         core::array::from_fn(|i| Self::from_words((0..4 * LANES).map(|j| rows[j % 4][j / 4 * 4 + i])))
     }
 
-    unsafe fn to_field(self) -> Self {
+    unsafe fn enter_field(self) -> Self {
         self.bytes(|x| affine(TO_FIELD.matrix, 0, x))
     }
 
-    unsafe fn from_field(self) -> Self {
+    unsafe fn leave_field(self) -> Self {
         self.bytes(|x| affine(FROM_FIELD.matrix, 0, x))
     }
 
@@ -113,7 +113,7 @@ impl<const LANES: usize, const AES: bool> Vector for Soft<LANES, AES> {
 
 /// `PCLMULQDQ`.
 fn clmul(a: u64, b: u64) -> u128 {
-    (0..64).fold(0, |product, i| product ^ u128::from(b >> i & 1) * (u128::from(a) << i))
+    (0..64).fold(0, |product, i| product ^ (u128::from(b >> i & 1) * (u128::from(a) << i)))
 }
 
 fn low(lane: Lane) -> u64 {

@@ -16,8 +16,8 @@ pub(super) trait Substitution: Copy {
     /// For [`Vector::turn`].
     const TURNS: &[Lane; 4];
 
-    unsafe fn to_field(x: __m256i) -> __m256i;
-    unsafe fn from_field(x: __m256i) -> __m256i;
+    unsafe fn enter_field(x: __m256i) -> __m256i;
+    unsafe fn leave_field(x: __m256i) -> __m256i;
     unsafe fn near_and_far(x: __m256i) -> [__m256i; 2];
 }
 
@@ -67,12 +67,12 @@ impl Substitution for Gfni {
     const TURNS: &[Lane; 4] = &tables::TURNS;
 
     #[inline(always)]
-    unsafe fn to_field(x: __m256i) -> __m256i {
+    unsafe fn enter_field(x: __m256i) -> __m256i {
         arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix(TO_FIELD.matrix)) }
     }
 
     #[inline(always)]
-    unsafe fn from_field(x: __m256i) -> __m256i {
+    unsafe fn leave_field(x: __m256i) -> __m256i {
         arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix(FROM_FIELD.matrix)) }
     }
 
@@ -97,12 +97,12 @@ macro_rules! aes {
             const TURNS: &[Lane; 4] = &tables::TURNS_AFTER_AES;
 
             #[inline(always)]
-            unsafe fn to_field(x: __m256i) -> __m256i {
+            unsafe fn enter_field(x: __m256i) -> __m256i {
                 arch! { look_up(&tables::TO_FIELD_NIBBLES, nibbles(x)) }
             }
 
             #[inline(always)]
-            unsafe fn from_field(x: __m256i) -> __m256i {
+            unsafe fn leave_field(x: __m256i) -> __m256i {
                 arch! { look_up(&tables::FROM_FIELD_NIBBLES, nibbles(x)) }
             }
 
@@ -187,13 +187,13 @@ impl<S: Substitution> Vector for Ymm<S> {
     }
 
     #[inline(always)]
-    unsafe fn to_field(self) -> Self {
-        arch! { Self::new(S::to_field(self.0)) }
+    unsafe fn enter_field(self) -> Self {
+        arch! { Self::new(S::enter_field(self.0)) }
     }
 
     #[inline(always)]
-    unsafe fn from_field(self) -> Self {
-        arch! { Self::new(S::from_field(self.0)) }
+    unsafe fn leave_field(self) -> Self {
+        arch! { Self::new(S::leave_field(self.0)) }
     }
 
     #[inline(always)]

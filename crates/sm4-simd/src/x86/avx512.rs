@@ -74,12 +74,12 @@ impl Vector for Zmm {
     }
 
     #[inline(always)]
-    unsafe fn to_field(self) -> Self {
+    unsafe fn enter_field(self) -> Self {
         arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix(TO_FIELD.matrix))) }
     }
 
     #[inline(always)]
-    unsafe fn from_field(self) -> Self {
+    unsafe fn leave_field(self) -> Self {
         arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix(FROM_FIELD.matrix))) }
     }
 

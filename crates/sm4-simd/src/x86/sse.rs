@@ -85,12 +85,12 @@ impl Vector for Xmm {
     }
 
     #[inline(always)]
-    unsafe fn to_field(self) -> Self {
+    unsafe fn enter_field(self) -> Self {
         arch! { Self(look_up(&tables::TO_FIELD_NIBBLES, nibbles(self.0))) }
     }
 
     #[inline(always)]
-    unsafe fn from_field(self) -> Self {
+    unsafe fn leave_field(self) -> Self {
         arch! { Self(look_up(&tables::FROM_FIELD_NIBBLES, nibbles(self.0))) }
     }
 
