@@ -28,10 +28,13 @@ const LEN: usize = 64 << 10;
 const KEY: [u8; 16] = [7; 16];
 const ROUNDS: usize = 60;
 
-/// One thing to measure: what it does to `LEN` bytes, in place.
+/// What a contender does to `LEN` bytes.
+type Run<'a> = dyn FnMut(&mut [u8]) + 'a;
+
+/// One thing to measure.
 struct Contender<'a> {
     name: String,
-    run: Box<dyn FnMut(&mut [u8]) + 'a>,
+    run: Box<Run<'a>>,
     best: Duration,
 }
 

@@ -1,5 +1,7 @@
 //! The block cipher against the standard and against the RustCrypto crate `sm4`, on every backend that this machine has.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::backends;

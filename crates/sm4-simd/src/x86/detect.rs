@@ -25,7 +25,7 @@ fn has_avx2_and(extension: Leaf7) -> bool {
     if !avx2::get() || cfg!(miri) {
         return false;
     }
-    #[expect(unused_unsafe, reason = "unsafe before Rust 1.92")]
+    #[allow(unused_unsafe, reason = "unsafe in the Rust versions that this crate begins with")]
     // SAFETY: all processors of x86-64 have CPUID, and where a program may not use it (SGX), `avx2` says no.
     let leaf = unsafe { core::arch::x86_64::__cpuid_count(7, 0) };
     leaf.ecx & extension as u32 != 0
