@@ -234,7 +234,7 @@ impl LogstoreShared {
                     End::Sealed(footer) => (Some(footer.footer.clone()), footer.footer.offset),
                     End::Active(view) => (Some(view.with_builder(|builder| builder.so_far().clone())), stored),
                     End::Cut(end) => (None, end.bytes),
-                    End::Unknown => (None, shard.blocks_end(&opened)?),
+                    End::Unknown => (None, shard.blocks_end(&opened)?.0),
                 };
                 let so_far = match so_far {
                     Some(footer) => footer,

@@ -142,11 +142,17 @@ impl Shard {
 
     fn scan(&self, opened: &Opened) -> Result<Scanned> {
         let path = &*opened.name.path;
-        let len = self.blocks_end(opened)?;
+        let (len, mark) = self.blocks_end(opened)?;
         let mut blocks = Vec::new();
-        let report =
+        let mut report =
             scan(&opened.header, len, |offset, buf| opened.file.read_at(buf, offset), |block| blocks.push(block))
                 .map_err(Error::io("read", path))?;
+        if let Some(mark) = mark {
+            report.mark = mark;
+            if report.end < mark {
+                report.verdict = ScanVerdict::Damaged { at: report.end, mark };
+            }
+        }
         Ok(Scanned { blocks, report })
     }
 

@@ -347,8 +347,8 @@ impl Shard {
                     false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
                 })
             }
-            // Nobody vouches for the footer, if there is one: it may have reached the disk before its blocks have, and it may not have
-            // reached it yet. The blocks tell how far the segment counts.
+            // Nobody vouches for the footer, if there is one: it may not have reached the disk yet, and a crash may have torn it. The
+            // blocks tell how far the segment counts.
             (Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
                 if len < at_least {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
@@ -382,14 +382,15 @@ impl Shard {
         }
     }
 
-    /// Where the blocks of a segment end that nobody vouches for: where its footer begins, or the file ends.
-    pub(crate) fn blocks_end(&self, opened: &Opened) -> Result<u64> {
+    /// Where the blocks of a segment that nobody sealed end: where the file does, or where a footer begins that nobody vouches for.
+    /// Then everything in front of that has been durable, for it was synced before the footer was written.
+    pub(crate) fn blocks_end(&self, opened: &Opened) -> Result<(u64, Option<u64>)> {
         let path = &*opened.name.path;
         let len = opened.file.len().map_err(Error::io("get the length of", path))?;
         match read_footer(&*opened.file, path, &opened.header, len) {
-            Ok(Some(footer)) => Ok(footer.footer.offset),
+            Ok(Some(footer)) => Ok((footer.footer.offset, Some(footer.footer.offset))),
             Err(error @ Error::Io { .. }) => Err(error),
-            _ => Ok(len),
+            _ => Ok((len, None)),
         }
     }
 

@@ -195,9 +195,14 @@ impl Writer {
         Ok(())
     }
 
-    /// Seals the active segment: footer, sync. Nothing of it is written any more.
+    /// Seals the active segment: footer, sync. Nothing of it is written any more. The blocks are synced first, so that a footer which
+    /// a crash lets through proves that they were there.
     pub(super) fn seal_active(&mut self, shard: &Shard, keys: KeyUse) -> Result<()> {
         let Some(active) = &mut self.active else { return Ok(()) };
+        if active.durable < active.offset {
+            active.file.sync_data().map_err(Error::io("sync", &*active.path))?;
+            active.durable = active.offset;
+        }
         let end = active.view.with_builder(Clone::clone);
         let file_len =
             write_footer(shard, &*active.file, &active.path, &active.header, &end, active.offset, false, keys)?;

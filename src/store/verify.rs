@@ -422,7 +422,7 @@ impl StoreShared {
                 Load::End => break,
                 Load::NotYet => {
                     if matches!(end, End::Unknown) {
-                        let left = shard.blocks_end(&reader.opened)?;
+                        let (left, _) = shard.blocks_end(&reader.opened)?;
                         if left > reader.offset {
                             let note = format!(
                                 "{} ends in {} bytes that are no block, above the durable mark: the next append drops them",
