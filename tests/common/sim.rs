@@ -31,9 +31,9 @@ impl SeededRandom {
         Arc::new(Self { dice: Mutex::new(Dice::new(seed, stream)), fails: AtomicBool::new(false) })
     }
 
-    /// The next draw fails.
-    pub(crate) fn fail_next(&self) {
-        self.fails.store(true, Ordering::SeqCst);
+    /// Whether the next draw fails.
+    pub(crate) fn fail_next(&self, fails: bool) {
+        self.fails.store(fails, Ordering::SeqCst);
     }
 }
 

@@ -1,0 +1,821 @@
+//! A store that lives in a simulated world: what can be done with it, what can happen to it, and what is checked each time.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use envelog::{
+    AppendOptions, Background, Compression, ConfigError, Durability, EncryptConf, EncryptType, Error, ErrorKind,
+    Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ReplaceCmk, ShardChoice, Store, StoreBuilder,
+    StoreOptions, VerifyOptions,
+    segment::{BlockKind, SegmentHeader},
+};
+use memchr::memmem;
+
+use super::{
+    common::{
+        TestClock,
+        disk::{Dice, Fault, SimDisk, Survives},
+        group, millis, name, records, secs,
+        sim::{Ledger, Recorded, SeededKms, SeededRandom, cmk},
+    },
+    model::{Item, Outcome, Shelf, View, ensure},
+};
+
+/// The Logstores: AES under the service key in two shards; SM4 under a master key; none at first; one that comes and goes.
+pub(crate) const NAMES: [&str; 4] = ["p/aes", "p/sm4", "p/plain", "p/brief"];
+const DIR: &str = "/world/store";
+const KEYRING: &str = "/world/keys/keyring";
+
+/// What can be done, and what can happen.
+#[derive(Clone, Debug)]
+pub(crate) enum Step {
+    Open,
+    Create(usize),
+    /// One after the other put into the queue, then waited for: those that wait for each other share a block.
+    Append {
+        to: usize,
+        shard: usize,
+        as_durable: Vec<Durability>,
+        size: usize,
+    },
+    Read(usize),
+    Sync(usize),
+    Roll(usize),
+    RotateDataKey(usize),
+    Rewrap(usize),
+    RotateServiceKey,
+    /// Switches encryption on or off; the first time, where there was none, it makes the first envelope.
+    Toggle(usize),
+    ReplaceCmk(usize),
+    /// Keeps as little as it can, once.
+    Retain(usize),
+    TimeToLive(usize),
+    Delete(usize),
+    Checkpoint,
+    /// Lets so many milliseconds pass, and does what is due.
+    Pass(u64),
+    JumpWall(i64),
+    Disable,
+    Enable,
+    KmsFails(u64),
+    RandomFails,
+    /// The operation of the disk that many from now on fails, and what follows if it is to last.
+    Fail(u64, Fault, bool),
+    /// Nothing fails any more, and what has stopped is started again.
+    Heal,
+    Shut,
+    /// Shuts the store and opens it again.
+    Close,
+    Kill,
+    CutPower(Survives),
+}
+
+/// What one opening of the store has been through.
+#[derive(Clone, Copy, Debug, Default)]
+struct Trouble {
+    disk: bool,
+    kms: bool,
+}
+
+pub(crate) type Shelves = BTreeMap<&'static str, Shelf>;
+
+pub(crate) struct Life {
+    pub(crate) disk: SimDisk,
+    pub(crate) clock: Arc<TestClock>,
+    pub(crate) ledger: Arc<Ledger>,
+    kms: Arc<SeededKms>,
+    random: Arc<SeededRandom>,
+    seed: u64,
+    openings: u64,
+    store: Option<Store>,
+    shelves: Arc<Mutex<Shelves>>,
+    appended: u64,
+    trouble: Trouble,
+}
+
+/// A moment in a life from which others can go on.
+pub(crate) struct Moment {
+    clock: Arc<TestClock>,
+    ledger: Arc<Ledger>,
+    kms: Arc<SeededKms>,
+    shelves: Arc<Mutex<Shelves>>,
+    appended: u64,
+}
+
+impl Moment {
+    /// What is known when this is called, on a disk of its own, for the next process. All randomness comes from `seed`.
+    pub(crate) fn branch(&self, disk: SimDisk, seed: u64) -> Life {
+        let ledger = self.ledger.fork();
+        Life {
+            disk,
+            clock: self.clock.fork(),
+            kms: self.kms.fork(seed, &ledger),
+            random: SeededRandom::new(seed, 0),
+            ledger,
+            seed,
+            openings: 0,
+            store: None,
+            shelves: Arc::new(Mutex::new(self.shelves.lock().unwrap().clone())),
+            appended: self.appended + 1_000_000,
+            trouble: Trouble::default(),
+        }
+    }
+
+    /// As it is now, to be branched from later.
+    pub(crate) fn freeze(&self) -> Self {
+        Self {
+            clock: self.clock.fork(),
+            ledger: Arc::clone(&self.ledger),
+            kms: Arc::clone(&self.kms),
+            shelves: Arc::new(Mutex::new(self.shelves.lock().unwrap().clone())),
+            appended: self.appended,
+        }
+    }
+}
+
+fn conf(n: usize) -> Option<EncryptConf> {
+    match n {
+        0 => Some(EncryptConf::service_key(EncryptType::Default)),
+        1 => Some(EncryptConf::byok(EncryptType::Sm4, cmk(0))),
+        2 => None,
+        _ => Some(EncryptConf::service_key(EncryptType::Sm4)),
+    }
+}
+
+fn shards(n: usize) -> usize {
+    if n == 0 { 2 } else { 1 }
+}
+
+fn options() -> StoreOptions {
+    let mut options = StoreOptions::default();
+    options.background = Background::Manual;
+    options.block_bytes = 4 << 10;
+    options.segment_bytes = 4 << 10;
+    options.audit_file_bytes = 4 << 10;
+    options
+}
+
+impl Life {
+    /// A new store, with nothing in it.
+    pub(crate) fn new(seed: u64) -> Self {
+        let disk = SimDisk::new(Path::new(KEYRING).parent().unwrap());
+        let ledger = Arc::<Ledger>::default();
+        let mut life = Self {
+            disk,
+            clock: TestClock::new(),
+            kms: SeededKms::new(seed, &ledger),
+            random: SeededRandom::new(seed, 0),
+            ledger,
+            seed,
+            openings: 0,
+            store: None,
+            shelves: Arc::default(),
+            appended: 0,
+            trouble: Trouble::default(),
+        };
+        life.store = Some(life.builder().create().unwrap());
+        let view = |n| View {
+            encrypt_conf: conf(n),
+            ttl_days: None,
+            retention_bytes: None,
+            key_versions: conf(n).iter().count(),
+        };
+        *life.shelves() = (0..NAMES.len()).map(|n| (NAMES[n], Shelf::absent(view(n), shards(n)))).collect();
+        life
+    }
+
+    pub(crate) fn moment(&self) -> Moment {
+        Moment {
+            clock: Arc::clone(&self.clock),
+            ledger: Arc::clone(&self.ledger),
+            kms: Arc::clone(&self.kms),
+            shelves: Arc::clone(&self.shelves),
+            appended: self.appended,
+        }
+    }
+
+    fn shelves(&self) -> MutexGuard<'_, Shelves> {
+        self.shelves.lock().unwrap()
+    }
+
+    fn builder(&mut self) -> StoreBuilder {
+        self.openings += 1;
+        self.random = SeededRandom::new(self.seed, self.openings);
+        Store::builder(DIR, KEYRING, Recorded(Arc::clone(&self.ledger)))
+            .kms(Arc::clone(&self.kms) as _)
+            .disk(Arc::new(self.disk.clone()))
+            .clock(Arc::clone(&self.clock) as _)
+            .insecure_random_for_tests(Arc::clone(&self.random) as _)
+            .options(options())
+    }
+
+    /// An error is one that the trouble there was accounts for; a failing disk is never taken for damage.
+    fn excused(&self, what: &str, error: &Error) -> Outcome {
+        let excused = match error.kind() {
+            ErrorKind::Io | ErrorKind::Full => self.trouble.disk,
+            ErrorKind::Revoked | ErrorKind::KmsUnreachable => self.trouble.kms,
+            ErrorKind::Configuration => {
+                self.trouble.kms && matches!(error, Error::Config(ConfigError::CmkRefused { .. }))
+            }
+            _ => false,
+        };
+        ensure!(excused, "{what}: {error}");
+        Ok(())
+    }
+
+    /// The Logstore, if there is one now.
+    fn handle(&mut self, n: usize) -> Outcome<Option<Logstore>> {
+        let Some(store) = &self.store else { return Ok(None) };
+        match store.logstore(&name(NAMES[n])) {
+            Ok(logstore) => Ok(Some(logstore)),
+            Err(Error::LogstoreMissing(_)) => {
+                ensure!(self.shelves()[NAMES[n]].may_be[1], "{} is not there any more", NAMES[n]);
+                Ok(None)
+            }
+            Err(error) => self.excused("to find a Logstore", &error).map(|()| None),
+        }
+    }
+
+    fn payload(&mut self, n: usize, durability: Durability, size: usize) -> (Payload, BlockKind, Bytes) {
+        self.appended += 1;
+        let mut dice = Dice::new(self.seed, self.appended);
+        let filler: String = (0..size).map(|_| char::from(b'a' + dice.roll(26) as u8)).collect();
+        // What is still buffered when encryption is switched off is written as it is then.
+        let secret = self.shelves()[NAMES[n]].encrypts() && durability > Durability::Buffered;
+        let text = format!("{} {} {filler}", self.appended, if secret { CANARY } else { "plain" });
+        if self.appended % 4 == 0 {
+            let bytes = group(&text, 2).encode_to_bytes();
+            return (Payload::encoded(bytes.clone()).unwrap(), BlockKind::Groups, bytes);
+        }
+        let bytes = Bytes::from(text);
+        (Payload::opaque(bytes.clone()).unwrap(), BlockKind::Opaque, bytes)
+    }
+
+    fn append(&mut self, n: usize, shard: usize, as_durable: &[Durability], size: usize) -> Outcome {
+        let Some(logstore) = self.handle(n)? else { return Ok(()) };
+        let mut tickets = Vec::new();
+        for &durability in as_durable {
+            let (payload, kind, bytes) = self.payload(n, durability, size);
+            let options = AppendOptions { shard: ShardChoice::Shard(shard as u32), durability };
+            let index = {
+                let mut shelves = self.shelves();
+                let items = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard].items;
+                items.push(Item { bytes, kind, seq: None, acked: None });
+                items.len() - 1
+            };
+            match logstore.submit(payload, &options) {
+                Ok(ticket) => {
+                    let mut shelves = self.shelves();
+                    let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
+                    let seq = ticket.appended().seq;
+                    place.use_seq(seq)?;
+                    place.items[index].seq = Some(seq);
+                    place.items[index].acked =
+                        Some(durability).filter(|durability| *durability == Durability::Buffered);
+                    tickets.push((index, durability, ticket));
+                }
+                Err(error) => self.failed(n, shard, &error)?,
+            }
+        }
+        for (index, durability, ticket) in tickets {
+            match ticket.wait() {
+                Ok(_) => {
+                    let mut shelves = self.shelves();
+                    let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
+                    place.items[index].acked = Some(durability);
+                    // What came before it went the same way.
+                    place.items[..index].iter_mut().for_each(|item| item.acked = item.acked.map(|a| a.max(durability)));
+                }
+                Err(error) => self.failed(n, shard, &error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// An append has failed: if the writer has stopped, what was only buffered is lost.
+    fn failed(&mut self, n: usize, shard: usize, error: &Error) -> Outcome {
+        self.excused("to append", error)?;
+        if matches!(error.kind(), ErrorKind::Io | ErrorKind::Full) {
+            self.shelves().get_mut(NAMES[n]).unwrap().shards[shard].give_up_buffered();
+        }
+        Ok(())
+    }
+
+    /// Everything that was acknowledged in a Logstore is durable now.
+    fn durable(&self, n: usize) {
+        for shard in &mut self.shelves().get_mut(NAMES[n]).unwrap().shards {
+            shard.raise(Durability::Synced);
+        }
+    }
+
+    /// Changes what a Logstore is: it is then the old or the new.
+    fn change<T>(
+        &mut self,
+        n: usize,
+        change: impl Fn(&mut View),
+        operation: impl FnOnce(&Store) -> envelog::Result<T>,
+    ) -> Outcome {
+        if self.handle(n)?.is_none() {
+            return Ok(());
+        }
+        let changed = |view: &View| {
+            let mut view = view.clone();
+            change(&mut view);
+            view
+        };
+        let old = self.shelves()[NAMES[n]].views.clone();
+        let new: Vec<View> = old.iter().map(changed).collect();
+        self.shelves().get_mut(NAMES[n]).unwrap().views.extend(new.clone());
+        let done = operation(self.store.as_ref().unwrap());
+        let mut shelves = self.shelves();
+        let shelf = shelves.get_mut(NAMES[n]).unwrap();
+        match done {
+            Ok(_) => {
+                shelf.current = changed(&shelf.current);
+                shelf.views = new;
+                Ok(())
+            }
+            Err(error) => {
+                if !matches!(error.kind(), ErrorKind::Io | ErrorKind::Full) {
+                    // What was refused has not been done.
+                    shelf.views = old;
+                }
+                drop(shelves);
+                self.excused("to change a Logstore", &error)
+            }
+        }
+    }
+
+    fn update(&mut self, n: usize, change: impl Fn(&mut View)) -> Outcome {
+        let applied = |store: &Store| {
+            let config = store.config(&name(NAMES[n]))?;
+            let mut view = View {
+                encrypt_conf: config.encrypt_conf.clone(),
+                ttl_days: config.ttl_days,
+                retention_bytes: config.retention_bytes,
+                key_versions: 0,
+            };
+            change(&mut view);
+            let View { encrypt_conf, ttl_days, retention_bytes, .. } = view;
+            store.update_logstore(&name(NAMES[n]), LogstoreConfig { encrypt_conf, ttl_days, retention_bytes, ..config })
+        };
+        self.change(
+            n,
+            |view| {
+                change(view);
+                if view.encrypts() {
+                    view.key_versions = view.key_versions.max(1);
+                }
+            },
+            applied,
+        )
+    }
+
+    fn retain(&mut self, n: usize) -> Outcome {
+        if self.handle(n)?.is_none() {
+            return Ok(());
+        }
+        self.shelves().get_mut(NAMES[n]).unwrap().allow_dropping();
+        self.update(n, |view| view.retention_bytes = Some(1))?;
+        if let Some(Err(error)) = self.store.as_ref().map(Store::apply_retention) {
+            self.excused("retention", &error)?;
+        }
+        self.update(n, |view| view.retention_bytes = None)
+    }
+
+    fn create(&mut self, n: usize) -> Outcome {
+        let Some(store) = self.store.clone() else { return Ok(()) };
+        match store.logstore(&name(NAMES[n])) {
+            Err(Error::LogstoreMissing(_)) => {}
+            found => return found.map(drop).or_else(|error| self.excused("to find a Logstore", &error)),
+        }
+        let conf = conf(n);
+        let view = View {
+            key_versions: conf.iter().count(),
+            encrypt_conf: conf.clone(),
+            ttl_days: None,
+            retention_bytes: None,
+        };
+        self.shelves().insert(NAMES[n], Shelf { may_be: [true, true], ..Shelf::absent(view, shards(n)) });
+        let compression = if n == 1 { Compression::None } else { Compression::Lz4 };
+        let spec =
+            LogstoreSpec { shard_count: shards(n) as u32, compression, encrypt_conf: conf, ..LogstoreSpec::default() };
+        match store.create_logstore(&name(NAMES[n]), spec) {
+            Ok(_) => {
+                self.shelves().get_mut(NAMES[n]).unwrap().may_be = [true, false];
+                Ok(())
+            }
+            Err(error) => self.excused("to create a Logstore", &error),
+        }
+    }
+
+    fn delete(&mut self, n: usize) -> Outcome {
+        if self.handle(n)?.is_none() {
+            return Ok(());
+        }
+        self.shelves().get_mut(NAMES[n]).unwrap().may_be[1] = true;
+        match self.store.as_ref().unwrap().delete_logstore(&name(NAMES[n])) {
+            Ok(()) => {
+                self.shelves().get_mut(NAMES[n]).unwrap().may_be = [false, true];
+                Ok(())
+            }
+            Err(error) => self.excused("to delete a Logstore", &error),
+        }
+    }
+
+    fn read(&mut self, n: usize) -> Outcome {
+        let Some(logstore) = self.handle(n)? else { return Ok(()) };
+        for shard in 0..shards(n) {
+            match records(&logstore, shard as u32) {
+                Ok(found) => self.settle(n, shard, &found, Durability::Written, Durability::Written)?,
+                Err(error) => self.excused("to read", &error)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn settle(
+        &self,
+        n: usize,
+        shard: usize,
+        found: &[Record],
+        survived: Durability,
+        seen_stays: Durability,
+    ) -> Outcome {
+        let mut shelves = self.shelves();
+        let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
+        // While the process goes on, what is buffered is only not there yet.
+        let buffered: Vec<bool> = place.items.iter().map(|item| item.acked == Some(Durability::Buffered)).collect();
+        place.settle(found, survived, seen_stays).map_err(|what| format!("{} shard {shard}: {what}", NAMES[n]))?;
+        if self.store.is_some() && survived == Durability::Written {
+            for (item, buffered) in place.items.iter_mut().zip(buffered) {
+                item.acked = item.acked.or(Some(Durability::Buffered).filter(|_| buffered));
+            }
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self) {
+        if let Some(store) = &self.store {
+            store.tick();
+        }
+    }
+
+    /// A step of a life. What fails, fails; `Err` is what must not be.
+    pub(crate) fn run(&mut self, step: &Step) -> Outcome {
+        for shelf in self.shelves().values_mut() {
+            if shelf.views.iter().any(View::drops) {
+                shelf.allow_dropping();
+            }
+        }
+        match step.clone() {
+            Step::Open => {
+                if self.store.is_none() {
+                    match self.builder().open() {
+                        Ok(store) => self.store = Some(store),
+                        Err(error) => self.excused("to open", &error)?,
+                    }
+                }
+            }
+            Step::Create(n) => self.create(n)?,
+            Step::Append { to, shard, as_durable, size } => self.append(to, shard % shards(to), &as_durable, size)?,
+            Step::Read(n) => self.read(n)?,
+            Step::Sync(n) => {
+                let Some(logstore) = self.handle(n)? else { return Ok(()) };
+                match logstore.sync() {
+                    Ok(()) => self.durable(n),
+                    Err(error) => self.excused("to sync", &error)?,
+                }
+            }
+            Step::Roll(n) => {
+                let Some(logstore) = self.handle(n)? else { return Ok(()) };
+                match logstore.roll() {
+                    Ok(()) if !self.trouble.disk => self.durable(n),
+                    Ok(()) => {}
+                    Err(error) => self.excused("to roll", &error)?,
+                }
+            }
+            Step::RotateDataKey(n) | Step::Rewrap(n) if self.shelves()[NAMES[n]].current.key_versions == 0 => {}
+            Step::RotateDataKey(n) => {
+                self.change(n, |view| view.key_versions += 1, |store| store.rotate_data_key(&name(NAMES[n])))?;
+            }
+            Step::Rewrap(n) => self.change(n, |_| {}, |store| store.rewrap(&name(NAMES[n])))?,
+            Step::RotateServiceKey => {
+                if let Some(Err(error)) = self.store.as_ref().map(Store::rotate_service_key) {
+                    self.excused("to rotate the service key", &error)?;
+                }
+            }
+            Step::Toggle(n) => {
+                let first = if n == 2 {
+                    EncryptConf::byok(EncryptType::Default, cmk(1))
+                } else {
+                    EncryptConf::service_key(EncryptType::Default)
+                };
+                self.update(n, |view| {
+                    view.encrypt_conf = Some(match view.encrypt_conf.clone() {
+                        Some(conf) => EncryptConf { enable: !conf.enable, ..conf },
+                        None => first.clone(),
+                    });
+                })?;
+            }
+            Step::ReplaceCmk(n) => {
+                let conf = self.shelves()[NAMES[n]].current.encrypt_conf.clone();
+                let Some(old) = conf.and_then(|conf| conf.user_cmk_info) else { return Ok(()) };
+                let new = if old == cmk(0) { cmk(1) } else { cmk(0) };
+                let replace = |store: &Store| store.replace_cmk(&name(NAMES[n]), new.clone(), ReplaceCmk::default());
+                let change = |view: &mut View| {
+                    view.key_versions += 1;
+                    view.encrypt_conf =
+                        view.encrypt_conf.take().map(|conf| EncryptConf { user_cmk_info: Some(new.clone()), ..conf });
+                };
+                self.change(n, change, replace)?;
+            }
+            Step::Retain(n) => self.retain(n)?,
+            Step::TimeToLive(n) => {
+                if self.handle(n)?.is_some() {
+                    self.shelves().get_mut(NAMES[n]).unwrap().allow_dropping();
+                    self.update(n, |view| view.ttl_days = Some(1))?;
+                }
+            }
+            Step::Delete(n) => self.delete(n)?,
+            Step::Checkpoint => match self.store.as_ref().map(Store::checkpoint) {
+                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms => {
+                    (0..NAMES.len()).for_each(|n| self.durable(n))
+                }
+                Some(Err(error)) => self.excused("to take a checkpoint", &error)?,
+                _ => {}
+            },
+            Step::Pass(ms) => {
+                self.clock.advance(millis(ms));
+                self.tick();
+            }
+            Step::JumpWall(by) => match u64::try_from(by) {
+                Ok(by) => self.clock.jump_wall(secs(by)),
+                Err(_) => self.clock.jump_wall_back(secs(by.unsigned_abs())),
+            },
+            Step::Disable => {
+                self.trouble.kms = true;
+                self.kms.disable(&cmk(0));
+                self.clock.advance(secs(32));
+                self.tick();
+            }
+            Step::Enable => {
+                self.kms.enable_all();
+                self.kms.fail_one_in(0);
+                self.clock.advance(secs(32));
+                self.tick();
+            }
+            Step::KmsFails(one_in) => {
+                self.trouble.kms = true;
+                self.kms.fail_one_in(one_in);
+            }
+            Step::RandomFails => {
+                self.trouble.disk = true;
+                self.random.fail_next(true);
+            }
+            Step::Fail(nth, fault, lasting) => {
+                self.trouble.disk = true;
+                drop(self.disk.fail_with(nth, fault, lasting));
+            }
+            Step::Heal => self.heal()?,
+            Step::Shut => self.shut()?,
+            Step::Close => {
+                self.shut()?;
+                if self.trouble.disk {
+                    self.disk.heal();
+                }
+                self.reopen(Durability::Written)?;
+            }
+            Step::Kill => {
+                let disk = self.disk.fork();
+                self.crash(disk, Durability::Written)?;
+            }
+            Step::CutPower(survives) => {
+                let disk = self.disk.crash(survives);
+                self.crash(disk, Durability::Synced)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn shut(&mut self) -> Outcome {
+        match self.store.take().map(Store::close) {
+            None => Ok(()),
+            Some(Ok(())) => {
+                (0..NAMES.len()).for_each(|n| self.durable(n));
+                Ok(())
+            }
+            Some(Err(error)) => {
+                self.end();
+                self.excused("to close", &error)
+            }
+        }
+    }
+
+    /// The process has ended: what was only buffered is gone.
+    fn end(&self) {
+        for shelf in self.shelves().values_mut() {
+            shelf.shards.iter_mut().for_each(|shard| shard.give_up_buffered());
+        }
+    }
+
+    /// The next process finds `disk`; what the one before does from now on concerns nobody.
+    pub(crate) fn crash(&mut self, disk: SimDisk, survived: Durability) -> Outcome {
+        self.disk.heal();
+        let before = self.store.take();
+        self.disk = disk;
+        let checked = self.reopen(survived);
+        drop(before);
+        checked
+    }
+
+    /// Everything that has stopped is started again by the process itself, and goes on where it was.
+    fn heal(&mut self) -> Outcome {
+        self.disk.heal();
+        self.random.fail_next(false);
+        for n in 0..NAMES.len() {
+            let Some(logstore) = self.handle(n)? else { continue };
+            for shard in 0..shards(n) {
+                let status = logstore.status().map_err(|error| format!("{} has no status: {error}", NAMES[n]))?;
+                if status.latched.is_some() {
+                    self.shelves().get_mut(NAMES[n]).unwrap().shards.iter_mut().for_each(|s| s.give_up_buffered());
+                }
+                logstore.reopen_shard(shard as u32).unwrap();
+                if self.trouble.kms {
+                    continue;
+                }
+                self.append_one(n, shard, &logstore)?;
+                let found = records(&logstore, shard as u32).map_err(|error| format!("{}: {error}", NAMES[n]))?;
+                self.settle(n, shard, &found, Durability::Written, Durability::Written)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// An append for which nothing is in the way.
+    fn append_one(&mut self, n: usize, shard: usize, logstore: &Logstore) -> Outcome {
+        let before = self.shelves()[NAMES[n]].shards[shard].items.len();
+        let trouble = std::mem::take(&mut self.trouble);
+        let appended = self.append(n, shard, &[Durability::Synced], 10);
+        self.trouble = trouble;
+        appended.map_err(|what| format!("{} shard {shard} does not go on: {what}", NAMES[n]))?;
+        let shelves = self.shelves();
+        let item = &shelves[NAMES[n]].shards[shard].items[before];
+        ensure!(item.acked == Some(Durability::Synced), "{} does not go on: {item:?}", logstore.name());
+        Ok(())
+    }
+
+    /// Opens the store again in a healthy world, and looks at everything: that it is what it was, that it goes on, and that this
+    /// lasts.
+    pub(crate) fn reopen(&mut self, survived: Durability) -> Outcome {
+        self.end();
+        self.trouble = Trouble::default();
+        self.kms.enable_all();
+        self.kms.fail_one_in(0);
+        let store = self.builder().open().map_err(|error| format!("the store does not open: {error}"))?;
+        let listed = store.list().map_err(|error| format!("the store has no list: {error}"))?;
+        for text in &listed {
+            ensure!(NAMES.contains(&text.to_string().as_str()), "nobody made {text}");
+        }
+        self.store = Some(store.clone());
+        for n in 0..NAMES.len() {
+            let there = listed.contains(&name(NAMES[n]));
+            let may_be = self.shelves()[NAMES[n]].may_be;
+            ensure!(may_be[usize::from(!there)], "{} is {}there", NAMES[n], if there { "" } else { "not " });
+            self.shelves().get_mut(NAMES[n]).unwrap().may_be = [there, !there];
+            if there {
+                self.look_at(n, &store, survived)?;
+            }
+        }
+        let report =
+            store.verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+        ensure!(report.is_clean() && report.refused.is_empty(), "verify finds {report:?}");
+        self.look_for_secrets()
+    }
+
+    fn look_at(&mut self, n: usize, store: &Store, survived: Durability) -> Outcome {
+        let failed = |what: &str, error: Error| format!("{} {what}: {error}", NAMES[n]);
+        let logstore = store.logstore(&name(NAMES[n])).map_err(|error| failed("does not open", error))?;
+        let status = logstore.status().map_err(|error| failed("has no status", error))?;
+        let config = logstore.config();
+        let found = View {
+            encrypt_conf: config.encrypt_conf,
+            ttl_days: config.ttl_days,
+            retention_bytes: config.retention_bytes,
+            key_versions: status.data_keys.iter().filter(|key| key.version > 0).count(),
+        };
+        {
+            let mut shelves = self.shelves();
+            let shelf = shelves.get_mut(NAMES[n]).unwrap();
+            ensure!(shelf.views.contains(&found), "{} is mixed up: {found:?}, not one of {:?}", NAMES[n], shelf.views);
+            (shelf.current, shelf.views) = (found.clone(), vec![found]);
+        }
+        // After a cut, what is there is on the disk.
+        let seen_stays = if survived == Durability::Synced { Durability::Synced } else { Durability::Written };
+        for shard in 0..shards(n) {
+            let found = records(&logstore, shard as u32).map_err(|error| failed("cannot be read", error))?;
+            self.settle(n, shard, &found, survived, seen_stays)?;
+            self.append_one(n, shard, &logstore)?;
+            let found = records(&logstore, shard as u32).map_err(|error| failed("cannot be read on", error))?;
+            self.settle(n, shard, &found, Durability::Synced, Durability::Synced)?;
+            self.shelves().get_mut(NAMES[n]).unwrap().shards[shard].recovered(&found);
+        }
+        Ok(())
+    }
+
+    /// No key and nonce have met twice, no two segments share a salt, and nothing that is secret is on the disk.
+    fn look_for_secrets(&self) -> Outcome {
+        if let Some(what) = self.ledger.repeated() {
+            return Err(what);
+        }
+        let files = self.disk.files(Path::new(DIR));
+        let mut salts = HashSet::new();
+        let canary = memmem::Finder::new(CANARY);
+        for (path, bytes) in &files {
+            ensure!(canary.find(bytes).is_none(), "plaintext in {}", path.display());
+            if path.extension().is_some_and(|extension| extension == "seg") {
+                let header = SegmentHeader::decode(bytes).map_err(|error| format!("{}: {error}", path.display()))?;
+                ensure!(salts.insert(header.header.salt), "{} has the salt of another", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// No key is in any file of the store, as it is or in hex.
+    pub(crate) fn look_for_keys(&self) -> Outcome {
+        let files = self.disk.files(Path::new(DIR));
+        for key in self.ledger.keys() {
+            let hex: String = key[..12].iter().map(|byte| format!("{byte:02x}")).collect();
+            for (path, bytes) in &files {
+                let found = memmem::find(bytes, &key[..12]).or_else(|| memmem::find(bytes, hex.as_bytes()));
+                ensure!(found.is_none(), "a key is in {}", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    /// Something in a store that was closed has rotted: it is reported, and never taken for anything that was appended.
+    pub(crate) fn rot(&mut self, dice: &mut Dice) -> Outcome {
+        let what = self.disk.rot(Path::new("/world"), dice);
+        let context = |violation: String| format!("{what}: {violation}");
+        self.look_at_rotten().map_err(context)
+    }
+
+    fn look_at_rotten(&mut self) -> Outcome {
+        let rotten = |error: &Error| matches!(error.kind(), ErrorKind::Integrity | ErrorKind::Unavailable);
+        let store = match self.builder().open() {
+            Ok(store) => store,
+            Err(error) => {
+                ensure!(rotten(&error), "the store does not open for another reason: {error}");
+                return Ok(());
+            }
+        };
+        let mut reported = 0;
+        for n in 0..NAMES.len() {
+            let shelf = self.shelves()[NAMES[n]].clone();
+            let logstore = match store.logstore(&name(NAMES[n])) {
+                Ok(logstore) => logstore,
+                Err(Error::LogstoreMissing(_)) if shelf.may_be[1] => continue,
+                Err(error) => {
+                    ensure!(rotten(&error), "{} does not open for another reason: {error}", NAMES[n]);
+                    reported += 1;
+                    continue;
+                }
+            };
+            for (shard, model) in shelf.shards.iter().enumerate() {
+                let mut found = Vec::new();
+                let mut failed = false;
+                match logstore.read(shard as u32, &envelog::ReadOptions::default()) {
+                    Ok(reader) => {
+                        for record in reader {
+                            match record {
+                                Ok(record) => found.push(record),
+                                Err(error) => {
+                                    ensure!(rotten(&error), "{} is not read for another reason: {error}", NAMES[n]);
+                                    failed = true;
+                                }
+                            }
+                        }
+                    }
+                    Err(error) => {
+                        ensure!(rotten(&error), "{} is not read for another reason: {error}", NAMES[n]);
+                        failed = true;
+                    }
+                }
+                reported += usize::from(failed);
+                model.settle_rotten(&found, failed)?;
+            }
+        }
+        let report =
+            store.verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+        ensure!(reported == 0 || !report.is_clean(), "reading found damage, verify did not");
+        Ok(())
+    }
+}
+
+/// Not in any name, key or number; short enough not to be cut by compression.
+const CANARY: &str = "SECRET-canary-4711";
