@@ -5,7 +5,8 @@
 //! keys are old or new; no number that anybody was told of or has read is given again; no key and nonce meet twice; neither plaintext
 //! nor a key is on the disk; and the store opens and goes on. `docs/testing.md` says more.
 //!
-//! `ENVELOG_SWEEP_SEEDS` is how many random lives there are. `ENVELOG_SWEEP_SEED` runs the one that a violation names, alone.
+//! `ENVELOG_SWEEP_SEEDS` is how many random lives there are. `ENVELOG_SWEEP_SEED` runs the one that a violation names, alone. With
+//! `ENVELOG_SWEEP_ALL` every recovery is cut off at each of its operations, not one in so many: that takes most of an hour.
 
 #![allow(clippy::unwrap_used, clippy::all)]
 
@@ -31,7 +32,7 @@ use model::Outcome;
 
 /// Cases are shared out among so many threads.
 const THREADS: u64 = 2;
-/// Which part of the crashes is followed by cuts at every operation of their recovery: one in so many.
+/// Which part of the crashes is followed by cuts at every operation of their recovery, unless all are to be: one in so many.
 const SECOND_CUTS: u64 = 24;
 /// After so many violations the rest is not tried.
 const ENOUGH: usize = 10;
@@ -40,12 +41,20 @@ const SEEDS: u64 = 400;
 
 // ---- what was tried ----
 
-#[derive(Default)]
 struct Report {
+    second_cuts: u64,
     tried: AtomicU64,
     again: AtomicU64,
     seals: AtomicU64,
     violations: Mutex<Vec<String>>,
+}
+
+impl Default for Report {
+    fn default() -> Self {
+        let second_cuts = if env::var_os("ENVELOG_SWEEP_ALL").is_some() { 1 } else { SECOND_CUTS };
+        let [tried, again, seals] = Default::default();
+        Self { second_cuts, tried, again, seals, violations: Mutex::default() }
+    }
 }
 
 impl Report {
@@ -271,7 +280,7 @@ fn crash(report: &Arc<Report>, moment: &Moment, disk: &SimDisk, call: &Call, way
     let (disk, survived) = end.of(disk);
     let mut life = moment.branch(disk, seed_of(&[call.number, way]));
     let what = format!("before change {} ({:?} {}), {end:?}", call.number, call.op, call.path.display());
-    if (call.number * 5 + way) % SECOND_CUTS == 0 {
+    if (call.number * 5 + way).is_multiple_of(report.second_cuts) {
         let (shared, what) = (Arc::clone(report), what.clone());
         before_changes(
             &life,
@@ -357,7 +366,7 @@ fn every_operation_fails_once_and_from_then_on_in_each_way_that_it_can() {
 fn fails(life: &mut Life, steps: &[Step], n: u64, nth: u64, fault: Fault, lasting: bool) -> Outcome {
     life.run(&Step::Fail(nth, fault, lasting))?;
     steps.iter().try_for_each(|step| life.run(step))?;
-    if n % 3 != 0 {
+    if !n.is_multiple_of(3) {
         // The process goes on, once the disk works again.
         life.run(&Step::Heal)?;
     }

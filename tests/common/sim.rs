@@ -153,6 +153,9 @@ impl AeadKey for RecordedKey {
 
 // ---- the KMS ----
 
+/// What the KMS draws from a seed is drawn by nobody else.
+const KMS_STREAM: u64 = u64::MAX;
+
 /// A KMS in memory with two master keys. It can be told to refuse one, and to fail one call in so many.
 pub(crate) struct SeededKms {
     masters: BTreeMap<String, [u8; 32]>,
@@ -181,7 +184,7 @@ pub(crate) fn cmk(n: u64) -> UserCmkInfo {
 
 impl SeededKms {
     pub(crate) fn new(seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
-        let mut dice = Dice::new(seed, 0x6b_6d73);
+        let mut dice = Dice::new(seed, KMS_STREAM);
         let mut master = |n| (cmk(n).cmk_key_id, std::array::from_fn(|_| dice.next() as u8));
         let masters = (0..2).map(&mut master).collect();
         let state = Mutex::new(KmsState { dice, one_fails_in: 0 });
@@ -190,7 +193,7 @@ impl SeededKms {
 
     /// The same for a copy of the world, in good health. Its answers are its own.
     pub(crate) fn fork(&self, seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
-        let state = Mutex::new(KmsState { dice: Dice::new(seed, 0x6b_6d73), one_fails_in: 0 });
+        let state = Mutex::new(KmsState { dice: Dice::new(seed, KMS_STREAM), one_fails_in: 0 });
         let disabled = Mutex::new(self.disabled.lock().unwrap().clone());
         Arc::new(Self { masters: self.masters.clone(), disabled, state, ledger: Arc::clone(ledger) })
     }

@@ -247,7 +247,7 @@ impl Life {
         // What is still buffered when encryption is switched off is written as it is then.
         let secret = self.shelves()[NAMES[n]].encrypts() && durability > Durability::Buffered;
         let text = format!("{} {} {filler}", self.appended, if secret { CANARY } else { "plain" });
-        if self.appended % 4 == 0 {
+        if self.appended.is_multiple_of(4) {
             let bytes = group(&text, 2).encode_to_bytes();
             return (Payload::encoded(bytes.clone()).unwrap(), BlockKind::Groups, bytes);
         }
@@ -637,19 +637,19 @@ impl Life {
     fn heal(&mut self) -> Outcome {
         self.disk.heal();
         self.random.fail_next(false);
-        for n in 0..NAMES.len() {
+        for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
             for shard in 0..shards(n) {
-                let status = logstore.status().map_err(|error| format!("{} has no status: {error}", NAMES[n]))?;
+                let status = logstore.status().map_err(|error| format!("{} has no status: {error}", text))?;
                 if status.latched.is_some() {
-                    self.shelves().get_mut(NAMES[n]).unwrap().shards.iter_mut().for_each(|s| s.give_up_buffered());
+                    self.shelves().get_mut(text).unwrap().shards.iter_mut().for_each(|s| s.give_up_buffered());
                 }
                 logstore.reopen_shard(shard as u32).unwrap();
                 if self.trouble.kms {
                     continue;
                 }
                 self.append_one(n, shard, &logstore)?;
-                let found = records(&logstore, shard as u32).map_err(|error| format!("{}: {error}", NAMES[n]))?;
+                let found = records(&logstore, shard as u32).map_err(|error| format!("{}: {error}", text))?;
                 self.settle(n, shard, &found, Durability::Written, Durability::Written)?;
             }
         }
@@ -682,11 +682,11 @@ impl Life {
             ensure!(NAMES.contains(&text.to_string().as_str()), "nobody made {text}");
         }
         self.store = Some(store.clone());
-        for n in 0..NAMES.len() {
-            let there = listed.contains(&name(NAMES[n]));
-            let may_be = self.shelves()[NAMES[n]].may_be;
-            ensure!(may_be[usize::from(!there)], "{} is {}there", NAMES[n], if there { "" } else { "not " });
-            self.shelves().get_mut(NAMES[n]).unwrap().may_be = [there, !there];
+        for (n, text) in NAMES.into_iter().enumerate() {
+            let there = listed.contains(&name(text));
+            let may_be = self.shelves()[text].may_be;
+            ensure!(may_be[usize::from(!there)], "{} is {}there", text, if there { "" } else { "not " });
+            self.shelves().get_mut(text).unwrap().may_be = [there, !there];
             if there {
                 self.look_at(n, &store, survived)?;
             }
@@ -775,13 +775,13 @@ impl Life {
             }
         };
         let mut reported = 0;
-        for n in 0..NAMES.len() {
-            let shelf = self.shelves()[NAMES[n]].clone();
-            let logstore = match store.logstore(&name(NAMES[n])) {
+        for text in NAMES {
+            let shelf = self.shelves()[text].clone();
+            let logstore = match store.logstore(&name(text)) {
                 Ok(logstore) => logstore,
                 Err(Error::LogstoreMissing(_)) if shelf.may_be[1] => continue,
                 Err(error) => {
-                    ensure!(rotten(&error), "{} does not open for another reason: {error}", NAMES[n]);
+                    ensure!(rotten(&error), "{} does not open for another reason: {error}", text);
                     reported += 1;
                     continue;
                 }
@@ -795,14 +795,14 @@ impl Life {
                             match record {
                                 Ok(record) => found.push(record),
                                 Err(error) => {
-                                    ensure!(rotten(&error), "{} is not read for another reason: {error}", NAMES[n]);
+                                    ensure!(rotten(&error), "{} is not read for another reason: {error}", text);
                                     failed = true;
                                 }
                             }
                         }
                     }
                     Err(error) => {
-                        ensure!(rotten(&error), "{} is not read for another reason: {error}", NAMES[n]);
+                        ensure!(rotten(&error), "{} is not read for another reason: {error}", text);
                         failed = true;
                     }
                 }

@@ -1,5 +1,7 @@
 //! The project's tasks: `cargo xtask TASK`.
 
+mod planted;
+
 use std::{
     env,
     ffi::OsStr,
@@ -14,6 +16,8 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
+  planted [NAME]    plants each bug of tests/planted (or those named) in a copy of the tree, and fails unless the test
+                    that the patch names finds it
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
 ";
 
@@ -25,6 +29,7 @@ fn main() -> ExitCode {
     let done = match task.as_deref() {
         Some("test") => test(&rest),
         Some("ci") if rest.is_empty() => ci(),
+        Some("planted") => planted::planted(&rest),
         Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -47,7 +52,7 @@ fn main() -> ExitCode {
     }
 }
 
-type Done = Result<(), String>;
+pub(crate) type Done = Result<(), String>;
 
 /// The tests need no set-up beyond what cargo builds: the command-line tests run the binary that cargo builds for them, and
 /// everything else lives in temporary directories.
@@ -100,7 +105,7 @@ fn deny(offline: bool) -> Done {
     }
 }
 
-fn cargo_program() -> std::ffi::OsString {
+pub(crate) fn cargo_program() -> std::ffi::OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
