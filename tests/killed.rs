@@ -10,11 +10,11 @@ use std::{
 };
 
 use common::{
-    disk::{Op, Sim, SimDisk, Survives, Verdict},
+    disk::{Dice, Op, Sim, SimDisk, Survives, Verdict},
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store, VerifyOptions,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Result, Store, VerifyOptions,
     segment::SegmentHeader,
 };
 
@@ -247,6 +247,44 @@ fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
     let logstore = find(&sim.open());
     put(&logstore, "after");
     assert_eq!(texts(&logstore), ["synced", "after"]);
+}
+
+/// A segment whose name a killed process could not make durable: the catalogue does not rest on it before it is.
+#[test]
+fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
+    for by_retention in [false, true] {
+        let mut sim = Sim::new();
+        sim.world.options.segment_bytes = 4 << 10;
+        let store = sim.create();
+        let logstore = sim.world.service(&store, NAME);
+        let mut dice = Dice::new(1, 1);
+        let incompressible: Vec<u8> = (0..6000).map(|_| dice.next() as u8).collect();
+        logstore.append(Payload::opaque(incompressible).unwrap(), &synced()).unwrap();
+        let told = logstore.append(record("queued"), &buffered()).unwrap();
+        // The next segment gets its name, and the process is killed before that is durable.
+        sim.disk.on_call(|call| match call.op == Op::SyncDir && call.is_about("shard-0000") {
+            true => Verdict::Fail(io::ErrorKind::Other),
+            false => Verdict::Go,
+        });
+        sim.world.clock.advance(millis(100));
+        store.tick();
+        assert_eq!(sim.segments(&logstore, 0).len(), 2);
+        sim.disk.heal();
+        sim.disk = sim.disk.kill();
+        let store = sim.open();
+        if by_retention {
+            let config = LogstoreConfig { retention_bytes: Some(1), ..find(&store).config() };
+            store.update_logstore(&name(NAME), config).unwrap();
+            assert_eq!(store.apply_retention().unwrap().segments, 1);
+        } else {
+            store.checkpoint().unwrap();
+        }
+        sim.crash(Survives::Synced);
+        let store = sim.open();
+        let appended = find(&store).append(record("after"), &synced()).unwrap();
+        assert!(appended.seq > told.seq, "number {} was given out before", appended.seq);
+        assert_clean(&store, "gone on");
+    }
 }
 
 /// What a checkpoint found durable stays part of the shard, also when the catalogue that says so could not be synced: it may be there.

@@ -6,8 +6,8 @@ mod common;
 use std::fs;
 
 use common::{
-    Answer, World, assert_revoked, buffered, copy_dir, name, record, records, secs, segments, strings, synced, texts,
-    written,
+    Answer, World, assert_revoked, buffered, copy_dir, millis, name, record, records, secs, segments, strings, synced,
+    texts, written,
 };
 use envelog::{Error, kms::RevokedReason::Disabled};
 
@@ -49,6 +49,34 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
     let appended = logstore.append(record("again"), &written()).unwrap();
     assert!(appended.seq > last, "{} was read before the crash", appended.seq);
     assert_eq!(texts(&logstore), [&texts_written[..5], &["again".to_owned()]].concat());
+}
+
+/// A segment has been sealed, and the key for the next one is out of reach: what a checkpoint notes of the shard then leaves no room for
+/// numbers that are given out later without a segment that reserves them.
+#[test]
+fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
+    let mut world = World::manual();
+    world.options.block_bytes = 4 << 10;
+    let store = world.create();
+    let logstore = world.byok(&store, "shop/orders", &world.cmk());
+    logstore.append(record("first"), &synced()).unwrap();
+    store.rotate_data_key(logstore.name()).unwrap();
+    world.kms.answer_for_data_keys(Answer::Unreachable);
+    let mut given = vec![logstore.append(record("waits"), &buffered()).unwrap().seq];
+    world.clock.advance(millis(100));
+    store.tick();
+    store.checkpoint().unwrap();
+    given
+        .extend((0..3).filter_map(|_| logstore.append(record("later"), &buffered()).ok()).map(|appended| appended.seq));
+    // The process dies with all that in memory.
+    let crashed = world.path().join("crashed");
+    copy_dir(&world.store_dir(), &crashed);
+    drop((logstore, store));
+    copy_dir(&crashed, &world.store_dir());
+    world.kms.answer(Answer::Real);
+    let store = world.open();
+    let appended = store.logstore(&name("shop/orders")).unwrap().append(record("after"), &synced()).unwrap();
+    assert!(given.iter().all(|seq| appended.seq > *seq), "{} was given out before: {given:?}", appended.seq);
 }
 
 /// A repair ends what is damaged; the handle that asked for it appends behind it.
