@@ -322,6 +322,10 @@ impl Shard {
             }
             Err(error) if keys == KeyUse::Admitted && is_refusal(&error) => {
                 self.refuse(batch, &error);
+                if writer.active.is_none() {
+                    // The old segment is sealed and the new one could not be begun: nothing reserves numbers any more.
+                    lock(&self.state).ready = false;
+                }
                 Turn::Refused(error)
             }
             Err(error) => {
