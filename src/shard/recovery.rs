@@ -307,6 +307,9 @@ impl Shard {
 
     /// Where the shard stands by what is on disk, for a checkpoint of a shard that this process does not write.
     pub(super) fn head_on_disk(&self) -> Result<Option<Head>> {
+        if !self.context.read_only {
+            self.make_names_durable()?;
+        }
         let segments = self.segments(true)?;
         let Some(last) = segments.last() else { return Ok(self.record().head) };
         let opened = self.open_segment(last)?;

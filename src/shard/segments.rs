@@ -271,6 +271,12 @@ impl Shard {
         *write(&self.segments) = None;
     }
 
+    /// Makes the names of the segments durable that a process may have given which was killed, or failed, before it could: before the
+    /// catalogue rests on them.
+    pub(crate) fn make_names_durable(&self) -> Result<()> {
+        self.context.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))
+    }
+
     /// Forgets the segments below `ordinal`: retention drops them.
     pub(crate) fn drop_before(&self, ordinal: u64) {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));

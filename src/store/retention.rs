@@ -166,7 +166,8 @@ impl StoreShared {
         if dropped.is_empty() {
             return Ok(());
         }
-        // First the catalogue says that they may be missing, then they go.
+        // First the catalogue says that they may be missing, and that the shard goes on in the next one; then they go.
+        shard.make_names_durable()?;
         self.commit(admin, |catalogue| {
             if let Some(entry) = catalogue.logstores.get_mut(&logstore.name)
                 && let Some(place) = entry.shards.get_mut(shard.id() as usize)
