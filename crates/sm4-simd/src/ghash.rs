@@ -294,3 +294,23 @@ unsafe fn add<V: Elements>(a: [V; 3], b: [V; 3]) -> [V; 3] {
     // SAFETY: the caller vouches for the instructions.
     unsafe { [a[0].xor(b[0]), a[1].xor(b[1]), a[2].xor(b[2])] }
 }
+
+#[cfg(test)]
+mod tests {
+    use core::mem::MaybeUninit;
+
+    use super::*;
+
+    #[test]
+    fn powers_are_overwritten_on_drop() {
+        let mut powers = MaybeUninit::new(Powers([[7; BLOCK]; STRIDE]));
+        // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
+        // whose memory is still there.
+        let after = unsafe {
+            let array = &raw const (*powers.as_ptr()).0;
+            powers.assume_init_drop();
+            array.read()
+        };
+        assert_eq!(after, [[0; BLOCK]; STRIDE]);
+    }
+}

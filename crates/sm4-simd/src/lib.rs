@@ -260,3 +260,25 @@ impl Drop for Sm4 {
 }
 
 impl ZeroizeOnDrop for Sm4 {}
+
+#[cfg(test)]
+mod tests {
+    use core::mem::MaybeUninit;
+
+    use super::*;
+
+    #[test]
+    fn round_keys_are_overwritten_on_drop() {
+        let mut key = MaybeUninit::new(Sm4::new(&[7; 16].into()));
+        // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
+        // whose memory is still there.
+        let (before, after) = unsafe {
+            let round_keys = &raw const (*key.as_ptr()).round_keys;
+            let before = round_keys.read();
+            key.assume_init_drop();
+            (before, round_keys.read())
+        };
+        assert_ne!(before, [0; 32]);
+        assert_eq!(after, [0; 32]);
+    }
+}
