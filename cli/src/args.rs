@@ -41,7 +41,7 @@ pub(crate) struct Global {
     /// The directory of the embedded KMS [default: the store's path + ".kms"]
     #[arg(long, global = true, env = "ENVELOG_KMS_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) kms_dir: Option<PathBuf>,
-    /// A KMS, as local:DIR; may be given several times
+    /// A KMS, such as local:DIR; may be given several times: the first that serves a key's region is asked
     #[arg(long, global = true, value_name = "URL")]
     pub(crate) kms: Vec<String>,
     /// Print results and errors as JSON

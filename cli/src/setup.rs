@@ -6,7 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use envelog::{Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions, crypto::AwsLc, kms::LocalKms};
+use envelog::{
+    Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
+    crypto::AwsLc,
+    kms::{self, Kms, LocalKms},
+};
 
 use crate::{
     args::Global,
@@ -17,7 +21,10 @@ use crate::{
 pub(crate) struct Setup {
     pub(crate) store: PathBuf,
     pub(crate) keyring: PathBuf,
-    pub(crate) kms_dirs: Vec<PathBuf>,
+    /// The directory of the embedded KMS, which the `kms` commands are about.
+    pub(crate) kms_dir: PathBuf,
+    /// Those given by URL. They are asked first: the embedded one serves whatever region it has a key of.
+    pub(crate) kms: Vec<Arc<dyn Kms>>,
     pub(crate) options: StoreOptions,
     pub(crate) json: bool,
 }
@@ -25,30 +32,24 @@ pub(crate) struct Setup {
 impl Setup {
     pub(crate) fn new(global: Global) -> Result<Self> {
         let Global { store, keyring, kms_dir, kms, json, revalidate_every, outage_grace } = global;
-        let mut kms_dirs = vec![kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"))];
-        for url in kms {
-            match url.strip_prefix("local:") {
-                Some(dir) if !dir.is_empty() => kms_dirs.push(PathBuf::from(dir)),
-                _ => {
-                    return Err(Failure::refused(
-                        "kms_unsupported",
-                        format!("no KMS backend for \"{url}\" is built in: give local:DIR, or --kms-dir DIR"),
-                    ));
-                }
-            }
-        }
+        let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
+        let kms = kms
+            .iter()
+            .map(|url| kms::from_url(url).map_err(|error| Failure::refused("kms_unsupported", error.to_string())))
+            .collect::<Result<_>>()?;
         let mut options = StoreOptions::default();
         options.outage_grace = outage_grace.unwrap_or(options.outage_grace);
         // A short grace alone means that the KMS is to be asked as often.
         options.revalidate_every =
             revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
-        Ok(Self { store, keyring, kms_dirs, options, json })
+        Ok(Self { store, keyring, kms_dir, kms, options, json })
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
         let builder = builder(&self.store, &self.keyring).options(self.options);
-        self.kms_dirs.iter().fold(builder, |builder, dir| builder.kms(Arc::new(LocalKms::at(dir))))
+        let builder = self.kms.iter().fold(builder, |builder, kms| builder.kms(Arc::clone(kms)));
+        builder.kms(Arc::new(LocalKms::at(&self.kms_dir)))
     }
 
     /// The store, for writing.
@@ -59,11 +60,6 @@ impl Setup {
     /// The store, beside whoever writes.
     pub(crate) fn open_read_only(&self) -> Result<Store> {
         Ok(self.builder().open_read_only()?)
-    }
-
-    /// The directory of the embedded KMS that the `kms` commands are about.
-    pub(crate) fn kms_dir(&self) -> &Path {
-        &self.kms_dirs[0]
     }
 }
 

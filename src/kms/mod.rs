@@ -51,6 +51,7 @@
 mod bounded;
 #[cfg(feature = "kms-local")]
 mod local;
+mod url;
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -59,6 +60,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use bounded::BoundedKms;
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
+pub use url::{KmsUrlError, from_url};
 
 use crate::crypto::SecretKey;
 

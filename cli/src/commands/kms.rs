@@ -13,7 +13,7 @@ use crate::{
 };
 
 pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
-    let dir = setup.kms_dir();
+    let dir = &setup.kms_dir;
     let open = || LocalKms::open(dir);
     let (key, done) = match command {
         KmsCommand::CreateKey { region, grant } => {
