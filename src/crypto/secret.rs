@@ -84,6 +84,12 @@ impl fmt::Debug for SecretKey {
     }
 }
 
+/// Overwrites plaintext that is needed no longer, at the speed of `memset`.
+pub(crate) fn wipe(bytes: &mut [u8]) {
+    bytes.fill(0);
+    zeroize::optimization_barrier(bytes);
+}
+
 /// How much of the memory for secrets the system has let us lock, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockStatus {

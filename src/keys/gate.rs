@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, Mutex, OnceLock, RwLock},
+    sync::{Arc, Mutex, OnceLock, RwLock, Weak},
 };
 
 use super::{
@@ -29,6 +29,12 @@ use crate::{
 
 /// The most segment keys kept expanded per Logstore; more are derived again when needed.
 const CIPHERS_MAX: usize = 512;
+
+/// Plaintext that somebody keeps for later: it goes when the keys go.
+pub(crate) trait KeptPlaintext: Send + Sync {
+    /// Overwrites it.
+    fn wipe(&self);
+}
 
 /// What the gates of a store share.
 pub(crate) struct KeyContext {
@@ -100,6 +106,8 @@ pub(crate) struct Gate {
     held: RwLock<Held>,
     /// Taken while unwrapping, so that it happens once.
     loading: Mutex<()>,
+    /// What open readers have read ahead.
+    kept: Mutex<Vec<Weak<dyn KeptPlaintext>>>,
     /// What was closed, or deleted, once that has happened.
     closed: OnceLock<&'static str>,
     /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
@@ -123,6 +131,7 @@ impl Gate {
             keys: RwLock::new(keys),
             held: RwLock::default(),
             loading: Mutex::default(),
+            kept: Mutex::default(),
             closed: OnceLock::new(),
             reload: OnceLock::new(),
         }
@@ -323,7 +332,7 @@ impl Gate {
                 .ok_or_else(|| Error::WrongKey {
                     at: Location::new(format!("envelope {version} of {}", self.name), 0),
                 })?,
-            (None, Some(lease)) => lease.unwrap(identity.context(), &wrapped).map_err(|error| {
+            (None, Some(lease)) => lease.unwrap_envelope(identity.context(), &wrapped).map_err(|error| {
                 let refusal = Refusal::from(&error);
                 if matches!(error, KmsError::Revoked { .. }) {
                     lease.report(refusal.clone());
@@ -365,9 +374,19 @@ impl Gate {
         self.closed.get().is_some()
     }
 
-    /// Wipes every key of the Logstore from memory, once the uses under way are done.
+    /// Wipes every key of the Logstore from memory, once the uses under way are done, and what open readers have read ahead.
     pub(crate) fn wipe(&self) {
         *write(&self.held) = Held::default();
+        let kept: Vec<_> = lock(&self.kept).iter().filter_map(Weak::upgrade).collect();
+        kept.iter().for_each(|plaintext| plaintext.wipe());
+    }
+
+    /// Has plaintext wiped together with the keys, for as long as it is there. Whoever adds to it has to ask [`Gate::admit`]
+    /// afterwards, and to wipe it when refused: the wipe may have come just before.
+    pub(crate) fn keep(&self, plaintext: Weak<dyn KeptPlaintext>) {
+        let mut kept = lock(&self.kept);
+        kept.retain(|other| other.strong_count() > 0);
+        kept.push(plaintext);
     }
 }
 

@@ -16,7 +16,11 @@ use std::{
 
 use serde::Serialize;
 
-use super::{envelope::fingerprint, pool::LeasePool};
+use super::{
+    circuit::{Circuit, PERIODS_SPARED},
+    envelope::fingerprint,
+    pool::LeasePool,
+};
 use crate::{
     crypto::SecretKey,
     io::{Clock, Random},
@@ -104,14 +108,14 @@ pub(crate) trait LeaseListener: Send + Sync {
 
 /// A moment, by both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Moment {
+pub(super) struct Moment {
     uptime: Duration,
     wall_us: u64,
 }
 
 impl Moment {
     /// Whether at least `duration` has passed since, by either clock.
-    fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
+    pub(super) fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
         clock.uptime() >= self.uptime + duration || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
     }
 }
@@ -120,8 +124,10 @@ impl Moment {
 struct State {
     /// When the last successful call was sent.
     last_success: Option<Moment>,
-    /// When the last call, whatever its answer, was sent.
+    /// When the call was sent whose answer counts now.
     last_attempt: Option<Moment>,
+    /// When it last made a call of its own.
+    last_call: Option<Moment>,
     /// When the next renewal is due.
     due: Duration,
     /// What the last call answered, if not success.
@@ -135,6 +141,7 @@ struct State {
 pub(crate) struct Lease {
     cmk: Cmk,
     kms: BoundedKms,
+    circuit: Arc<Circuit>,
     probe: Probe,
     terms: LeaseTerms,
     clock: Arc<dyn Clock>,
@@ -167,6 +174,7 @@ impl Lease {
     pub(crate) fn new(
         cmk: Cmk,
         kms: BoundedKms,
+        circuit: Arc<Circuit>,
         probe: Probe,
         terms: LeaseTerms,
         clock: Arc<dyn Clock>,
@@ -176,6 +184,7 @@ impl Lease {
         Arc::new_cyclic(|this| Self {
             cmk,
             kms,
+            circuit,
             probe,
             terms,
             clock,
@@ -256,7 +265,7 @@ impl Lease {
 
     fn admit_slowly(&self) -> Result<u64, Refusal> {
         if self.needs_call() {
-            self.renew();
+            self.renew_unless_spared();
         }
         let state = lock(&self.state);
         match self.standing(&state) {
@@ -309,10 +318,40 @@ impl Lease {
         }
         let sent = self.now();
         state.calling = Some(sent);
+        state.last_call = Some(sent);
         drop(state);
         self.calls.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask();
+        let spared = self.circuit.note(sent, &answer);
         self.answered(sent, answer);
+        spared.iter().for_each(|lease| lease.ask_soon());
+    }
+
+    /// Asks the KMS, unless the lease has ended and another one's call has just found that the KMS does not answer.
+    fn renew_unless_spared(&self) {
+        let outage = {
+            let state = lock(&self.state);
+            let every = self.terms.revalidate_every;
+            let unreachable = matches!(state.refusal, Some(Refusal::Unreachable(_)));
+            let long_ago = state.last_call.is_none_or(|sent| sent.is_past(every * PERIODS_SPARED, &*self.clock));
+            if state.calling.is_some() || !unreachable || !self.ended(&state) || long_ago {
+                None
+            } else {
+                // Earlier than the next renewal of whoever asked, so that it goes round.
+                self.circuit.spare(Weak::clone(&self.this), self.now(), every * 4 / 5, &*self.clock)
+            }
+        };
+        match outage {
+            Some((asked, detail)) => self.answered(asked, Err(Refusal::Unreachable(detail))),
+            None => self.renew(),
+        }
+    }
+
+    /// The KMS answers again: asks within a fifth of a period.
+    fn ask_soon(&self) {
+        let every = self.terms.revalidate_every;
+        lock(&self.state).due = self.clock.uptime() + (every - self.jittered(every));
+        self.wake();
     }
 
     fn ask(&self) -> Result<(), Refusal> {
@@ -325,8 +364,24 @@ impl Lease {
         }
     }
 
+    /// Unwraps the envelope of a Logstore, which is first used. In an outage that is known it does not wait for the KMS to
+    /// fail to answer once more.
+    pub(crate) fn unwrap_envelope(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        let outage = match &lock(&self.state) {
+            state if self.clock.uptime() < state.due && self.circuit.is_open() => match &state.refusal {
+                Some(Refusal::Unreachable(detail)) => Some(detail.clone()),
+                _ => None,
+            },
+            _ => None,
+        };
+        match outage {
+            Some(detail) => Err(KmsError::Unreachable { detail }),
+            None => self.unwrap(context, wrapped),
+        }
+    }
+
     /// Unwraps at the KMS, in the time that a call may take.
-    pub(crate) fn unwrap(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+    fn unwrap(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         self.kms.unwrap(&self.cmk, context, wrapped)
     }
 
@@ -395,7 +450,7 @@ impl Lease {
             state.last_attempt.is_some_and(|sent| self.clock.uptime() >= state.due || stale(sent))
         };
         if due {
-            self.renew();
+            self.renew_unless_spared();
         }
         self.tell();
         let now = self.clock.uptime();

@@ -1,13 +1,20 @@
 //! Calls that end in time, whatever the backend does.
 
 use std::{
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
 
 use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
 use crate::crypto::SecretKey;
+
+/// The most calls to one KMS that may be under way at once, those included that were given up and never came back.
+const CALLS_MAX: usize = 256;
 
 /// A KMS whose calls are given up after their time limit: the bound on revocation does not rest on a backend keeping its word.
 #[derive(Clone, Debug)]
@@ -16,15 +23,30 @@ pub(crate) struct BoundedKms {
     timeout: Duration,
     /// Whether calls are made in the caller's thread, for a store without threads.
     inline: bool,
+    /// Calls under way, each in a thread of its own.
+    calls: Arc<AtomicUsize>,
+}
+
+/// One of the calls under way, until its thread ends.
+struct Underway(Arc<AtomicUsize>);
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl BoundedKms {
     pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool) -> Self {
-        Self { kms, timeout, inline }
+        Self { kms, timeout, inline, calls: Arc::default() }
     }
 
     pub(crate) fn name(&self) -> &str {
         self.kms.name()
+    }
+
+    pub(crate) fn serves(&self, region_id: &str) -> bool {
+        self.kms.serves(region_id)
     }
 
     pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
@@ -50,10 +72,17 @@ impl BoundedKms {
         if self.inline {
             return call();
         }
-        let (sender, receiver) = mpsc::sync_channel(1);
-        // Nobody may be waiting for the answer any more.
-        let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(move || drop(sender.send(call())));
         let unreachable = |detail: String| KmsError::Unreachable { detail };
+        let underway = Underway(Arc::clone(&self.calls));
+        if self.calls.fetch_add(1, Ordering::Relaxed) >= CALLS_MAX {
+            return Err(unreachable(format!("{CALLS_MAX} calls have not come back")));
+        }
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(move || {
+            let _underway = underway;
+            // Nobody may be waiting for the answer any more.
+            let _ = sender.send(call());
+        });
         spawned.map_err(|error| unreachable(error.to_string()))?;
         receiver.recv_timeout(timeout).unwrap_or_else(|_| Err(unreachable(format!("no answer within {timeout:?}"))))
     }

@@ -49,6 +49,8 @@
 //! - **Do not panic** on whatever the network returns; limit what is read of it.
 
 mod bounded;
+#[cfg(feature = "kms-faulty")]
+mod faulty;
 #[cfg(feature = "kms-local")]
 mod local;
 mod url;
@@ -58,6 +60,8 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use bounded::BoundedKms;
+#[cfg(feature = "kms-faulty")]
+pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
 pub use url::{KmsUrlError, from_url};

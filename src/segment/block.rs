@@ -1,6 +1,7 @@
 //! Blocks: the unit that is compressed, sealed and written.
 
 use bytes::BufMut;
+use zeroize::Zeroize;
 
 use super::{
     BLOCK_GROUPS_MAX, BLOCK_LIST_BYTES_MAX, CRC_LEN, Compression, Cursor, DecodeError, HASH_LEN, SEGMENT_TAG_LEN,
@@ -225,6 +226,11 @@ pub(crate) struct SealBuffer(Vec<u8>);
 impl SealBuffer {
     /// Where the payload begins.
     pub(crate) const PAYLOAD_AT: usize = HASH_LEN + BlockHeader::LEN;
+
+    /// Overwrites all of it. What could not be sealed is still in plaintext.
+    pub(crate) fn wipe(&mut self) {
+        self.0.zeroize();
+    }
 
     /// Begins a block. The payload is to be appended to what is returned.
     pub(crate) fn begin(&mut self) -> &mut Vec<u8> {

@@ -481,6 +481,7 @@ impl Shard {
             }
             // A failure latches the shard, which then says so; there is nobody here to tell.
             let _ = self.seal(&mut writer, KeyUse::Held);
+            writer.wipe();
         }
         drop(self.end_driving());
     }

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -16,10 +16,12 @@ use super::{
 };
 use crate::{
     Error, Result,
+    crypto::wipe,
     group::{self, LogGroup},
     io::Map,
-    keys::gate::Gate,
+    keys::gate::{Gate, KeptPlaintext},
     segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor},
+    sync::lock,
 };
 
 /// How much is read at once, in bytes, unless a block is longer.
@@ -155,9 +157,33 @@ pub struct Reader {
     groups_left: u64,
     bytes_left: u64,
     cursor: Option<SegmentReader>,
-    block: VecDeque<Record>,
-    list: Bytes,
+    ahead: Arc<ReadAhead>,
     ended: bool,
+}
+
+/// What was decrypted and not handed out yet. It goes with the keys, also while nobody asks the reader for more.
+#[derive(Default)]
+struct ReadAhead(Mutex<Ahead>);
+
+#[derive(Default)]
+struct Ahead {
+    records: VecDeque<Record>,
+    /// The list that they are parts of.
+    list: Bytes,
+    /// Whether records were taken away: the reader has to find them again.
+    wiped: bool,
+}
+
+impl KeptPlaintext for ReadAhead {
+    fn wipe(&self) {
+        let mut ahead = lock(&self.0);
+        ahead.wiped |= !ahead.records.is_empty();
+        ahead.records.clear();
+        // Memory that records share which were handed out is the caller's.
+        if let Ok(mut list) = std::mem::take(&mut ahead.list).try_into_mut() {
+            wipe(&mut list);
+        }
+    }
 }
 
 impl std::fmt::Debug for Reader {
@@ -175,6 +201,8 @@ impl Reader {
     pub(crate) fn open(shard: &Arc<Shard>, options: &ReadOptions) -> Result<Self> {
         let permit = shard.context.permits.take()?;
         shard.context.gate.admit()?;
+        let ahead = Arc::new(ReadAhead::default());
+        shard.context.gate.keep(Arc::downgrade(&(Arc::clone(&ahead) as Arc<dyn KeptPlaintext>)));
         let mut reader = Self {
             shard: Arc::clone(shard),
             _permit: permit,
@@ -187,8 +215,7 @@ impl Reader {
             groups_left: options.max_groups.unwrap_or(u64::MAX),
             bytes_left: options.max_bytes.unwrap_or(u64::MAX),
             cursor: None,
-            block: VecDeque::new(),
-            list: Bytes::new(),
+            ahead,
             ended: false,
         };
         match options.from {
@@ -220,29 +247,26 @@ impl Reader {
     /// # Errors
     /// Whatever keeps it from being read; the reader has then ended.
     pub fn next_block(&mut self) -> Result<Option<RecordBlock>> {
-        if !self.ready()? {
-            return Ok(None);
-        }
-        let mut records = Vec::with_capacity(self.block.len());
-        while let Some(record) = self.take() {
-            records.push(record);
-            if self.groups_left == 0 || self.bytes_left == 0 {
-                break;
+        loop {
+            if !self.ready()? {
+                return Ok(None);
+            }
+            let mut records = Vec::new();
+            let ahead = Arc::clone(&self.ahead);
+            let mut ahead = lock(&ahead.0);
+            while self.groups_left > 0
+                && self.bytes_left > 0
+                && let Some(record) = ahead.records.pop_front()
+            {
+                self.took(&record);
+                records.push(record);
+            }
+            // The key may have been lost just now.
+            if let (Some(first), Some(last)) = (records.first(), records.last()) {
+                let list = framed(&ahead.list, &first.bytes, &last.bytes);
+                return Ok(Some(RecordBlock { list, records }));
             }
         }
-        let list = match (records.first(), records.last()) {
-            (Some(first), Some(last)) => self.framed(&first.bytes, &last.bytes),
-            _ => Bytes::new(),
-        };
-        Ok(Some(RecordBlock { list, records }))
-    }
-
-    /// The part of the list that holds the records from `first` to `last`, frames included.
-    fn framed(&self, first: &Bytes, last: &Bytes) -> Bytes {
-        let base = self.list.as_ptr() as usize;
-        let begin = first.as_ptr() as usize - base - (group::frame_len(first.len()) - first.len());
-        let end = last.as_ptr() as usize - base + last.len();
-        self.list.slice(begin..end)
     }
 
     /// Whether there is a record to give now.
@@ -253,29 +277,34 @@ impl Reader {
         let ready = self.fill();
         if ready.is_err() {
             self.ended = true;
-            self.block.clear();
-            self.list = Bytes::new();
+            self.ahead.wipe();
             self.cursor = None;
         }
         ready
     }
 
-    fn take(&mut self) -> Option<Record> {
-        let record = self.block.pop_front()?;
+    /// Counts a record that is handed out.
+    fn took(&mut self, record: &Record) {
         self.next_seq = record.seq + 1;
         self.groups_left -= 1;
         self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
-        Some(record)
     }
 
-    /// Sees to it that there is a record in `block`, if there is any.
+    /// Sees to it that a record is read ahead, if there is any.
     fn fill(&mut self) -> Result<bool> {
         let shard = Arc::clone(&self.shard);
         let gate = &shard.context.gate;
         loop {
             gate.admit()?;
-            if !self.block.is_empty() {
-                return Ok(true);
+            {
+                let mut ahead = lock(&self.ahead.0);
+                if !ahead.records.is_empty() {
+                    return Ok(true);
+                }
+                if std::mem::take(&mut ahead.wiped) {
+                    self.cursor = None;
+                    self.seek_time = self.next_seq == 0 && self.from_us > 0;
+                }
             }
             if self.next_seq >= self.end_seq {
                 return Ok(false);
@@ -375,6 +404,8 @@ impl Reader {
             return Err(malformed());
         }
         let list = raw.slice(..list_len);
+        let ahead = Arc::clone(&self.ahead);
+        let mut ahead = lock(&ahead.0);
         let mut times = raw.get(list_len..).unwrap_or_default().chunks_exact(4);
         for (seq, frame) in (header.first_seq..).zip(group::frames(&list)) {
             let frame = frame.map_err(|_| malformed())?;
@@ -386,10 +417,10 @@ impl Reader {
                 break;
             }
             if seq >= self.next_seq && receive_time_us >= self.from_us {
-                self.block.push_back(Record { seq, receive_time_us, kind: header.kind, bytes: list.slice(frame) });
+                ahead.records.push_back(Record { seq, receive_time_us, kind: header.kind, bytes: list.slice(frame) });
             }
         }
-        self.list = list;
+        ahead.list = list;
         Ok(())
     }
 }
@@ -398,12 +429,28 @@ impl Iterator for Reader {
     type Item = Result<Record>;
 
     fn next(&mut self) -> Option<Result<Record>> {
-        match self.ready() {
-            Ok(true) => self.take().map(Ok),
-            Ok(false) => None,
-            Err(error) => Some(Err(error)),
+        loop {
+            match self.ready() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => return Some(Err(error)),
+            }
+            // None if the key was lost just now.
+            let record = lock(&self.ahead.0).records.pop_front();
+            if let Some(record) = record {
+                self.took(&record);
+                return Some(Ok(record));
+            }
         }
     }
+}
+
+/// The part of a list that holds the records from `first` to `last`, frames included.
+fn framed(list: &Bytes, first: &Bytes, last: &Bytes) -> Bytes {
+    let base = list.as_ptr() as usize;
+    let begin = first.as_ptr() as usize - base - (group::frame_len(first.len()) - first.len());
+    let end = last.as_ptr() as usize - base + last.len();
+    list.slice(begin..end)
 }
 
 /// What [`SegmentReader::load`] came to.
@@ -449,6 +496,12 @@ pub(crate) struct SegmentReader {
 struct Scratch {
     stored: Vec<u8>,
     decompressor: Decompressor,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        wipe(&mut self.stored);
+    }
 }
 
 impl std::fmt::Debug for Scratch {
@@ -670,6 +723,7 @@ impl SegmentReader {
                 .decompressor
                 .decompress(header.compression, &scratch.stored, header.raw_len, &mut raw)
                 .map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
+            wipe(&mut scratch.stored);
         }
         self.scratch = scratch;
         self.skip();

@@ -2,6 +2,8 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
+use zeroize::Zeroize;
+
 use super::{ActiveView, Head, Job, SegmentRef, Shard, WritePlan, queue::Pending};
 use crate::{
     Error, Result,
@@ -220,6 +222,12 @@ impl Writer {
             }
         });
         Ok(())
+    }
+
+    /// Overwrites the plaintext of the last block.
+    pub(super) fn wipe(&mut self) {
+        self.raw.zeroize();
+        self.buffer.wipe();
     }
 
     /// Where the shard stands, as far as this writer knows.

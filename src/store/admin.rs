@@ -12,7 +12,7 @@ use crate::{
         AuditEvent,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
     },
-    kms::{BoundedKms, Cmk, Kms},
+    kms::{BoundedKms, Cmk},
     logstore::{Logstore, LogstoreShared, Meta, meta_path, shard_dir},
     shard::ShardRecord,
     sync::{lock, read},
@@ -158,9 +158,9 @@ impl StoreShared {
                 (Some(version), wrapped)
             }
             Some(cmk) => {
-                let kms = self.bounded(self.serving(cmk)?);
+                let kms = self.serving(cmk)?;
                 let wrapped =
-                    self.wrap_at(&kms, cmk, &identity, key).map_err(|error| error.refusing(&section.name, cmk))?;
+                    self.wrap_at(kms, cmk, &identity, key).map_err(|error| error.refusing(&section.name, cmk))?;
                 (None, wrapped)
             }
         };
@@ -173,9 +173,9 @@ impl StoreShared {
         })
     }
 
-    fn serving(&self, cmk: &Cmk) -> Result<Arc<dyn Kms>> {
+    fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
         let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
-        Ok(self.kms_for(&cmk.region_id).map(Arc::clone).ok_or_else(none)?)
+        Ok(self.kms_for(&cmk.region_id).ok_or_else(none)?)
     }
 
     /// Wraps at the KMS, and proves that what comes back unwraps to the same key: an envelope that does not is worth nothing.

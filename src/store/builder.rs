@@ -21,7 +21,7 @@ use crate::{
     ids::{KeyringId, StoreId},
     io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
     keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring, pool::LeasePool},
-    kms::Kms,
+    kms::{BoundedKms, Kms},
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, ReaderPermits},
     sync::{lock, read},
@@ -423,6 +423,8 @@ impl StoreBuilder {
             Background::Threads => Some(LeasePool::new(Arc::clone(&self.clock))),
             Background::Manual => None,
         };
+        let inline = self.options.background == Background::Manual;
+        let bounded = |kms| BoundedKms::new(kms, self.options.kms_timeout, inline);
         let shared = Arc::new_cyclic(|this| StoreShared {
             this: this.clone(),
             keys: Arc::new(KeyContext {
@@ -437,6 +439,7 @@ impl StoreBuilder {
             admin: Mutex::new(AdminState { catalogue, latched: None }),
             logstores: Mutex::default(),
             leases: Mutex::default(),
+            circuits: Mutex::default(),
             lease_pool,
             retention: Mutex::new(super::retention::ClockWatch::new(&*self.clock)),
             lock_file: Mutex::new(lock_file),
@@ -447,7 +450,7 @@ impl StoreBuilder {
             keyring,
             dir: self.dir,
             provider: self.provider,
-            kms: self.kms,
+            kms: self.kms.into_iter().map(bounded).collect(),
             disk: self.disk,
             clock: self.clock,
             random: self.random,

@@ -29,6 +29,7 @@ use crate::{
     keys::{
         AuditEvent, AuditRecord,
         audit::AuditLog,
+        circuit::Circuit,
         envelope::{EnvelopeIdentity, KeysSection, fingerprint},
         gate::{Gate, GateKeys, KeyContext},
         keyring::Keyring,
@@ -106,7 +107,7 @@ pub(crate) struct StoreShared {
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     provider: Arc<dyn CryptoProvider>,
-    kms: Vec<Arc<dyn Kms>>,
+    kms: Vec<BoundedKms>,
     keyring: Arc<RwLock<Keyring>>,
     keys: Arc<KeyContext>,
     audit: AuditLog,
@@ -117,6 +118,8 @@ pub(crate) struct StoreShared {
     /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
     logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
+    /// By region, as that decides which KMS is asked.
+    circuits: Mutex<BTreeMap<String, Arc<Circuit>>>,
     /// Who renews them; nobody in a store without threads.
     lease_pool: Option<Arc<LeasePool>>,
     retention: Mutex<ClockWatch>,
@@ -439,12 +442,8 @@ impl StoreShared {
 
     // ---- leases ----
 
-    fn kms_for(&self, region: &str) -> Option<&Arc<dyn Kms>> {
+    fn kms_for(&self, region: &str) -> Option<&BoundedKms> {
         self.kms.iter().find(|kms| kms.serves(region))
-    }
-
-    fn bounded(&self, kms: Arc<dyn Kms>) -> BoundedKms {
-        BoundedKms::new(kms, self.options.kms_timeout, self.options.background == Background::Manual)
     }
 
     fn terms(&self) -> LeaseTerms {
@@ -483,11 +482,14 @@ impl StoreShared {
     }
 
     fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
-        let none = || Arc::new(NoKms { region: cmk.region_id.clone() }) as _;
-        let kms = self.bounded(self.kms_for(&cmk.region_id).map_or_else(none, Arc::clone));
+        // It answers at once: no thread is needed to give it up.
+        let none =
+            || BoundedKms::new(Arc::new(NoKms { region: cmk.region_id.clone() }), self.options.kms_timeout, true);
+        let circuit = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
         Lease::new(
             cmk.clone(),
-            kms,
+            self.kms_for(&cmk.region_id).cloned().unwrap_or_else(none),
+            circuit,
             probe,
             self.terms(),
             Arc::clone(&self.clock),

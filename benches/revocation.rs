@@ -1,0 +1,196 @@
+//! What revocation costs those whose key is in order: `cargo bench --bench revocation`.
+//!
+//! 1. The 99th percentile of an append with leases that are renewed ten times a second, beside that with one renewal an hour.
+//! 2. That of one Logstore while another's master key is disabled and enabled, beside that while nothing happens.
+//! 3. The calls that 10,000 Logstores under one master key cost.
+//!
+//! Runs are interleaved, and medians of seven are compared. The KMS is the embedded one, each of whose calls takes 5 ms longer. With
+//! `--test`, as `cargo test --benches` runs it, all of it is tried on a small scale, and the figures mean nothing.
+
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    env,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use envelog::{
+    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload, Store, StoreOptions,
+    UserCmkInfo,
+    crypto::AwsLc,
+    kms::{Fault, FaultyKms, LocalKms},
+};
+use tempfile::TempDir;
+
+const ROLE: &str = "acs:ram::1:role/log";
+const REGION: &str = "cn-hangzhou";
+const RUNS: usize = 7;
+
+struct World {
+    store: Store,
+    kms: Arc<LocalKms>,
+    _dir: TempDir,
+}
+
+impl World {
+    fn new(revalidate_every: Duration) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let kms = Arc::new(LocalKms::create_or_open(&dir.path().join("kms")).unwrap());
+        let slow = FaultyKms::new(Arc::clone(&kms) as _);
+        slow.plan(|_, _| Fault::delay(Duration::from_millis(5), Duration::ZERO));
+        let mut options = StoreOptions::default();
+        options.revalidate_every = revalidate_every;
+        options.outage_grace = revalidate_every.max(options.outage_grace);
+        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+            .kms(Arc::new(slow))
+            .options(options)
+            .create()
+            .unwrap();
+        Self { store, kms, _dir: dir }
+    }
+
+    fn cmk(&self) -> UserCmkInfo {
+        let cmk_key_id = self.kms.create_key(REGION, &[ROLE]).unwrap();
+        UserCmkInfo { cmk_key_id, arn: ROLE.into(), region_id: REGION.into() }
+    }
+
+    fn logstore(&self, name: &str, cmk: &UserCmkInfo) -> Logstore {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+        self.store.create_logstore(&name.parse().unwrap(), spec).unwrap()
+    }
+}
+
+/// The 99th percentile of appends of 4 KiB for that long, in microseconds.
+fn p99(logstore: &Logstore, long: Duration) -> f64 {
+    let payload = Bytes::from(vec![b'x'; 4 << 10]);
+    let options = AppendOptions::durability(Durability::Written);
+    let mut took = Vec::new();
+    let began = Instant::now();
+    while began.elapsed() < long {
+        let one = Instant::now();
+        logstore.append(Payload::opaque(payload.clone()).unwrap(), &options).unwrap();
+        took.push(one.elapsed());
+    }
+    took.sort_unstable();
+    took[took.len() * 99 / 100].as_secs_f64() * 1e6
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Compares two ways to run, in turn; prints both and their ratio.
+fn compare(what: &str, names: [&str; 2], runs: usize, mut run: impl FnMut(bool) -> f64) {
+    let (mut plain, mut tried, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for turn in 0..runs {
+        // Who goes first alternates.
+        let (a, b) = if turn % 2 == 0 {
+            let a = run(false);
+            (a, run(true))
+        } else {
+            let b = run(true);
+            (run(false), b)
+        };
+        plain.push(a);
+        tried.push(b);
+        ratios.push(b / a);
+    }
+    println!(
+        "{what}: p99 {:.1} us {}, {:.1} us {}; ratio {:.3} (medians of {runs} interleaved runs)",
+        median(plain),
+        names[0],
+        median(tried),
+        names[1],
+        median(ratios)
+    );
+}
+
+fn renewal(runs: usize, long: Duration) {
+    let [seldom, often] = [Duration::from_secs(3600), Duration::from_millis(100)].map(|every| {
+        let world = World::new(every);
+        let logstore = world.logstore("p/l", &world.cmk());
+        (world, logstore)
+    });
+    compare("an append", ["renewing once an hour", "renewing ten times a second"], runs, |renewing| {
+        p99(if renewing { &often.1 } else { &seldom.1 }, long)
+    });
+    println!("  renewals: {} and {}", seldom.0.store.renewal_calls(), often.0.store.renewal_calls());
+}
+
+fn neighbour(runs: usize, long: Duration) {
+    let world = World::new(Duration::from_millis(100));
+    let (victim, other) = (world.cmk(), world.cmk());
+    let (revoked, measured) = (world.logstore("p/revoked", &victim), world.logstore("p/measured", &other));
+    let refused = AtomicBool::new(false);
+    compare(
+        "an append beside another Logstore",
+        ["whose key is in order", "whose key is disabled and enabled"],
+        runs,
+        |revoking| {
+            let stop = AtomicBool::new(false);
+            thread::scope(|scope| {
+                // Both ways it appends, so that it is no less of a neighbour.
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
+                        if revoked.append(payload, &AppendOptions::durability(Durability::Written)).is_err() {
+                            refused.store(true, Ordering::Relaxed);
+                        }
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+                scope.spawn(|| {
+                    while revoking && !stop.load(Ordering::Relaxed) {
+                        world.kms.disable(&victim.cmk_key_id).unwrap();
+                        thread::sleep(long / 4);
+                        world.kms.enable(&victim.cmk_key_id).unwrap();
+                        thread::sleep(long / 4);
+                    }
+                });
+                let p99 = p99(&measured, long);
+                stop.store(true, Ordering::Relaxed);
+                p99
+            })
+        },
+    );
+    assert!(refused.load(Ordering::Relaxed), "nothing was ever revoked");
+}
+
+fn crowd(logstores: usize, long: Duration) {
+    let every = Duration::from_secs(1);
+    let world = World::new(every);
+    let cmk = world.cmk();
+    let all: Vec<_> = (0..logstores).map(|n| world.logstore(&format!("p/l{n}"), &cmk)).collect();
+    for logstore in &all {
+        // Each is in use.
+        logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+    }
+    let (before, began) = (world.store.renewal_calls(), Instant::now());
+    thread::sleep(long);
+    let calls = world.store.renewal_calls() - before;
+    println!(
+        "{logstores} Logstores under one master key, renewed every {every:?}: {calls} calls in {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
+    assert!(calls as f64 <= 2.0 * began.elapsed().as_secs_f64() + 1.0);
+}
+
+fn main() {
+    if env::args().any(|arg| arg == "--test") {
+        let long = Duration::from_millis(200);
+        renewal(1, long);
+        neighbour(1, long * 4);
+        crowd(50, long);
+        return;
+    }
+    renewal(RUNS, Duration::from_secs(3));
+    neighbour(RUNS, Duration::from_secs(3));
+    crowd(10_000, Duration::from_secs(60));
+}

@@ -1,0 +1,79 @@
+//! What the leases at one KMS know of its health together.
+//!
+//! A KMS that is down is asked by every lease once a period, and each call takes all the time that it may. With many master
+//! keys that is a crowd, which also delays the first good answer. So once several calls in a row got no answer, leases that have
+//! *ended* are spared calls of their own: one call a period finds out for all of them, and at the first answer of any kind each asks for itself
+//! again. A lease that is still alive is never spared: what happens to other keys must not cost it its renewal.
+
+use std::{
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
+
+use super::lease::{Lease, Moment, Refusal};
+use crate::{io::Clock, sync::lock};
+
+/// After how many calls in a row without an answer leases are spared.
+const OPENS_AFTER: u32 = 3;
+/// For at most how many periods of renewal a lease goes without a call of its own: the keys of others may be what is out of order.
+pub(super) const PERIODS_SPARED: u32 = 8;
+
+#[derive(Default)]
+struct State {
+    /// Calls in a row that got no answer.
+    failures: u32,
+    /// When the KMS was last asked, for all that are spared, and what came of it so far.
+    asked: Option<(Moment, String)>,
+    spared: Vec<Weak<Lease>>,
+}
+
+/// The circuit breaker of one KMS and region.
+#[derive(Default)]
+pub(crate) struct Circuit(Mutex<State>);
+
+impl Circuit {
+    /// Takes in what a call came to. Returns the leases that were spared when it is the first one to get an answer again: they are to
+    /// ask for themselves now.
+    pub(super) fn note(&self, sent: Moment, answer: &Result<(), Refusal>) -> Vec<Arc<Lease>> {
+        let mut state = lock(&self.0);
+        if let Err(Refusal::Unreachable(detail)) = answer {
+            state.failures = state.failures.saturating_add(1);
+            state.asked = Some((sent, detail.clone()));
+            return Vec::new();
+        }
+        state.failures = 0;
+        state.asked = None;
+        std::mem::take(&mut state.spared).iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether several calls in a row got no answer.
+    pub(super) fn is_open(&self) -> bool {
+        lock(&self.0).failures >= OPENS_AFTER
+    }
+
+    /// What a lease that has ended can do without a call of its own for: the outage that a call of at most `age` ago has found. `None`
+    /// when it has to call; the others are then spared on its behalf.
+    pub(super) fn spare(
+        &self,
+        lease: Weak<Lease>,
+        now: Moment,
+        age: Duration,
+        clock: &dyn Clock,
+    ) -> Option<(Moment, String)> {
+        let mut state = lock(&self.0);
+        if state.failures < OPENS_AFTER {
+            return None;
+        }
+        let asked = state.asked.as_mut()?;
+        if asked.0.is_past(age, clock) {
+            asked.0 = now;
+            return None;
+        }
+        let asked = asked.clone();
+        if !state.spared.iter().any(|other| other.ptr_eq(&lease)) {
+            state.spared.retain(|other| other.strong_count() > 0);
+            state.spared.push(lease);
+        }
+        Some(asked)
+    }
+}

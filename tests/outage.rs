@@ -1,0 +1,191 @@
+//! A KMS that does not answer, and many master keys that wait for it; and what is left in memory when a key is lost.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::*;
+use envelog::{Error, Logstore, ReadOptions, Store, UserCmkInfo, kms::RevokedReason::Disabled};
+
+/// A store with `count` Logstores, each under a master key of its own, each in use.
+fn crowd(world: &World, count: usize) -> (Store, Vec<(UserCmkInfo, Logstore)>) {
+    let store = world.create();
+    let logstores = (0..count)
+        .map(|n| {
+            let cmk = world.cmk();
+            let logstore = world.byok(&store, &format!("p/l{n}"), &cmk);
+            put(&logstore, "first");
+            (cmk, logstore)
+        })
+        .collect();
+    (store, logstores)
+}
+
+fn tick_for(world: &World, store: &Store, seconds: u64) {
+    for _ in 0..seconds {
+        world.clock.advance(secs(1));
+        store.tick();
+    }
+}
+
+#[test]
+fn leases_that_have_ended_ask_together_and_come_back_together() {
+    let world = World::manual_in_memory();
+    let (store, logstores) = crowd(&world, 40);
+    world.kms.answer(Answer::Unreachable);
+    tick_for(&world, &store, 310);
+    assert!(logstores.iter().all(|(_, logstore)| matches!(try_put(logstore, "x"), Err(Error::KmsUnreachable { .. }))));
+
+    // Eight periods: each lease asks at most once by itself, and one of them a little more than once a period for all.
+    let before = world.kms.calls();
+    tick_for(&world, &store, 8 * 30);
+    let asked = world.kms.calls() - before;
+    assert!((8..=40 + 16).contains(&asked), "{asked} calls of 40 leases in 8 periods");
+
+    world.kms.answer(Answer::Real);
+    tick_for(&world, &store, 30 + 6);
+    for (_, logstore) in &logstores {
+        assert_eq!(logstore.key_status().state, envelog::KeyState::Active);
+        put(logstore, "second");
+        assert_eq!(texts(logstore), ["first", "second"]);
+    }
+}
+
+/// Operations ask for themselves when something is due. They must not do so more often than the leases.
+#[test]
+fn operations_that_are_refused_ask_no_more_often() {
+    let world = World::manual_in_memory();
+    let (_store, logstores) = crowd(&world, 20);
+    world.kms.answer(Answer::Unreachable);
+    let mut asked = 0;
+    for second in 0..310 + 8 * 30 {
+        world.clock.advance(secs(1));
+        if second == 310 {
+            asked = world.kms.calls();
+        }
+        logstores.iter().for_each(|(_, logstore)| drop(try_put(logstore, "x")));
+    }
+    let asked = world.kms.calls() - asked;
+    assert!(asked <= 20 + 16, "{asked} calls");
+}
+
+/// Most master keys of a KMS are out of order, and this one is not: it never feels it.
+#[test]
+fn a_lease_that_is_alive_is_never_spared_a_call() {
+    let world = World::manual_in_memory();
+    let (store, logstores) = crowd(&world, 10);
+    let (healthy, others) = logstores.split_first().unwrap();
+    world.kms.answer(Answer::Unreachable);
+    world.kms.answer_for_master_key(&healthy.0.cmk_key_id, Answer::Real);
+    for _ in 0..900 {
+        tick_for(&world, &store, 1);
+        put(&healthy.1, "x");
+    }
+    assert!(others.iter().all(|(_, logstore)| matches!(try_put(logstore, "x"), Err(Error::KmsUnreachable { .. }))));
+}
+
+#[test]
+fn a_lease_that_has_ended_asks_for_itself_in_time_however_many_others_fail() {
+    let world = World::manual_in_memory();
+    let (store, logstores) = crowd(&world, 10);
+    world.kms.answer(Answer::Unreachable);
+    tick_for(&world, &store, 400);
+    let (cmk, logstore) = &logstores[3];
+    world.kms.answer_for_master_key(&cmk.cmk_key_id, Answer::Real);
+    tick_for(&world, &store, 9 * 30);
+    put(logstore, "back");
+}
+
+#[test]
+fn a_first_use_does_not_wait_for_an_outage_that_is_known() {
+    let world = World::manual_in_memory();
+    let store = world.create();
+    let cmk = world.cmk();
+    let [used, unused] = ["p/used", "p/unused"].map(|name| world.byok(&store, name, &cmk));
+    put(&used, "first");
+    put(&unused, "first");
+    store.close().unwrap();
+    let store = world.open();
+    let [used, unused] = ["p/used", "p/unused"].map(|text| store.logstore(&name(text)).unwrap());
+    put(&used, "second");
+    world.kms.answer(Answer::Unreachable);
+    tick_for(&world, &store, 100);
+    put(&used, "third");
+    let before = world.kms.calls();
+    for _ in 0..10 {
+        assert!(matches!(try_texts(&unused), Err(Error::KmsUnreachable { .. })));
+    }
+    assert_eq!(world.kms.calls(), before);
+    world.kms.answer(Answer::Real);
+    tick_for(&world, &store, 30);
+    assert_eq!(texts(&unused), ["first"]);
+}
+
+/// A backend that never comes back costs threads, and only so many.
+#[test]
+fn calls_that_never_come_back_do_not_pile_up() {
+    let mut world = World::threads();
+    world.options.kms_timeout = millis(300);
+    let (store, logstores) = crowd(&world, 1);
+    drop(logstores);
+    store.close().unwrap();
+    // From now on calls are given up sooner than they could be answered.
+    world.options.kms_timeout = millis(10);
+    let store = world.open();
+    let logstore = store.logstore(&name("p/l0")).unwrap();
+    let threads = || std::fs::read_dir("/proc/self/task").unwrap().count();
+    world.kms.answer(Answer::Hang);
+    let mut most = 0;
+    for _ in 0..300 {
+        let _ = logstore.revalidate_now();
+        most = most.max(threads());
+    }
+    match logstore.key_status().state {
+        envelog::KeyState::Outage { detail } => assert!(detail.contains("256 calls have not come back"), "{detail}"),
+        other => panic!("{other:?}"),
+    }
+    assert!(most < 256 + 60, "{most} threads");
+    world.kms.answer(Answer::Real);
+    eventually("the calls come back", || threads() < 60 && logstore.revalidate_now().is_ok());
+}
+
+/// What an open reader had read ahead goes when the key goes, and is read again when the key is back: nothing is passed over.
+#[test]
+fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
+    let world = World::manual_in_memory();
+    let (store, logstores) = crowd(&world, 1);
+    let (_, logstore) = &logstores[0];
+    let all: Vec<String> = (0..10).map(|n| format!("record {n}")).collect();
+    for text in &all {
+        logstore.append(record(text), &buffered()).unwrap();
+    }
+    logstore.sync().unwrap();
+    let from_us = records(logstore, 0).unwrap()[1].receive_time_us;
+    for from in [envelog::Position::Seq(1), envelog::Position::Time(from_us)] {
+        for taken in [0, 1, 4] {
+            let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
+            let mut got: Vec<_> = reader.by_ref().take(taken).map(Result::unwrap).collect();
+            world.kms.answer(Answer::Revoked(Disabled));
+            let _ = logstore.revalidate_now();
+            world.kms.answer(Answer::Real);
+            logstore.revalidate_now().unwrap();
+            got.extend(reader.by_ref().map(Result::unwrap));
+            let got: Vec<String> = strings(&got).into_iter().filter(|text| text != "first").collect();
+            assert_eq!(got, all, "{from:?}, {taken} taken before");
+
+            // And block by block.
+            let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
+            let mut got: Vec<_> = reader.by_ref().take(taken).map(Result::unwrap).collect();
+            world.kms.answer(Answer::Revoked(Disabled));
+            let _ = logstore.revalidate_now();
+            world.kms.answer(Answer::Real);
+            logstore.revalidate_now().unwrap();
+            while let Some(block) = reader.next_block().unwrap() {
+                got.extend(block.records);
+            }
+            let got: Vec<String> = strings(&got).into_iter().filter(|text| text != "first").collect();
+            assert_eq!(got, all);
+        }
+    }
+    store.close().unwrap();
+}
