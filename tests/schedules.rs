@@ -311,7 +311,8 @@ impl Schedule {
                     "{what} succeeded at {began:?}, although the KMS has refused for {bound:?}"
                 );
                 let from = [self.opened, known.refused.unwrap_or_default(), since(self.options.outage_grace)];
-                let from = from.into_iter().filter(|from| *from <= began).max().unwrap_or_default();
+                // One at the very moment may have come after.
+                let from = from.into_iter().filter(|from| *from < began).max().unwrap_or_default();
                 assert!(
                     keys[which].any(from, end, |fate| fate == Fate::Good),
                     "{what} succeeded at {began:?}, although nothing has vouched for the key since {from:?}"
