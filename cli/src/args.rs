@@ -360,7 +360,13 @@ pub(crate) enum KeysCommand {
     /// Seal what comes from now on under a new data-key version
     RotateData(NameArgs),
     /// Wrap the data keys again, under the newest version of the service key or of the customer's key
-    Rewrap(OptionalNameArgs),
+    #[command(after_help = "\
+Without a name, Logstores whose data keys are under the newest version already are passed over, and a run that was
+interrupted, or failed for some, is continued by the next one like it within a day. While a service has the store open for
+writing, it is for the service to do this (`Store::rewrap_all`).")]
+    Rewrap(RewrapArgs),
+    /// Tell what every key is still needed for, and whether it may be destroyed
+    Usage,
     /// Make a new version of the service key; back the keyring up again afterwards
     RotateService,
     /// Print the audit log of keys
@@ -399,6 +405,22 @@ Whoever held the old key and a copy of an old envelope can still read the old da
         #[arg(long)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RewrapArgs {
+    /// The Logstore [default: all of them]
+    #[arg(value_name = "PROJECT/LOGSTORE", conflicts_with_all = ["cmk", "region", "restart"])]
+    pub(crate) name: Option<String>,
+    /// Only Logstores under this customer's key
+    #[arg(long, value_name = "KEY-ID")]
+    pub(crate) cmk: Option<String>,
+    /// Only Logstores whose key is in this region
+    #[arg(long, value_name = "REGION")]
+    pub(crate) region: Option<String>,
+    /// Begin anew, also where an interrupted run could be continued
+    #[arg(long)]
+    pub(crate) restart: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -43,6 +43,10 @@ pub enum AuditEvent {
     Rotated,
     /// The envelopes were wrapped anew under the current wrapping key.
     Rewrapped,
+    /// The envelopes of many Logstores are being wrapped anew; the detail says of which.
+    RewrapBegun,
+    /// They have all been wrapped anew.
+    RewrapEnded,
     /// A new service-key version is about to be made.
     ServiceRotateIntended,
     /// A new service-key version is in use.

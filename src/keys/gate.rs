@@ -104,6 +104,26 @@ pub(crate) struct Gate {
     closed: OnceLock<&'static str>,
     /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
     reload: OnceLock<ReloadKeys>,
+    /// How many readers are in a segment under each key, be it one that retention has dropped.
+    readers: Mutex<BTreeMap<KeySource, usize>>,
+}
+
+/// Says for as long as it lives that a reader is in a segment under this key.
+pub(crate) struct InUse {
+    gate: Arc<Gate>,
+    source: KeySource,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut readers = lock(&self.gate.readers);
+        if let Some(count) = readers.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                readers.remove(&self.source);
+            }
+        }
+    }
 }
 
 pub(crate) type ReloadKeys = Box<dyn Fn() -> Result<GateKeys> + Send + Sync>;
@@ -125,7 +145,19 @@ impl Gate {
             loading: Mutex::default(),
             closed: OnceLock::new(),
             reload: OnceLock::new(),
+            readers: Mutex::default(),
         }
+    }
+
+    /// Notes that a reader is in a segment under this key.
+    pub(crate) fn in_use(self: &Arc<Self>, source: KeySource) -> InUse {
+        *lock(&self.readers).entry(source).or_default() += 1;
+        InUse { gate: Arc::clone(self), source }
+    }
+
+    /// How many readers of this process are in segments under this key.
+    pub(crate) fn readers(&self, source: KeySource) -> usize {
+        lock(&self.readers).get(&source).copied().unwrap_or(0)
     }
 
     pub(crate) fn context(&self) -> &Arc<KeyContext> {

@@ -135,7 +135,7 @@ struct State {
 pub(crate) struct Lease {
     cmk: Cmk,
     kms: BoundedKms,
-    probe: Probe,
+    probe: Mutex<Arc<Probe>>,
     terms: LeaseTerms,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
@@ -176,7 +176,7 @@ impl Lease {
         Arc::new_cyclic(|this| Self {
             cmk,
             kms,
-            probe,
+            probe: Mutex::new(Arc::new(probe)),
             terms,
             clock,
             random,
@@ -195,6 +195,11 @@ impl Lease {
 
     pub(crate) fn cmk(&self) -> &Cmk {
         &self.cmk
+    }
+
+    /// Renews with this probe from now on: the same key, wrapped again.
+    pub(crate) fn set_probe(&self, probe: Probe) {
+        *lock(&self.probe) = Arc::new(probe);
     }
 
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
@@ -316,9 +321,9 @@ impl Lease {
     }
 
     fn ask(&self) -> Result<(), Refusal> {
-        let key =
-            self.unwrap(self.probe.context.clone(), &self.probe.wrapped).map_err(|error| Refusal::from(&error))?;
-        if fingerprint(&key) == self.probe.fingerprint {
+        let probe = Arc::clone(&lock(&self.probe));
+        let key = self.unwrap(probe.context.clone(), &probe.wrapped).map_err(|error| Refusal::from(&error))?;
+        if fingerprint(&key) == probe.fingerprint {
             Ok(())
         } else {
             Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))

@@ -18,7 +18,7 @@ use crate::{
     Error, Result,
     group::{self, LogGroup},
     io::Map,
-    keys::gate::Gate,
+    keys::gate::{Gate, InUse},
     segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor},
 };
 
@@ -155,6 +155,8 @@ pub struct Reader {
     groups_left: u64,
     bytes_left: u64,
     cursor: Option<SegmentReader>,
+    /// Keeps the key of the segment it is in from being destroyed as unused.
+    in_use: Option<InUse>,
     block: VecDeque<Record>,
     list: Bytes,
     ended: bool,
@@ -187,6 +189,7 @@ impl Reader {
             groups_left: options.max_groups.unwrap_or(u64::MAX),
             bytes_left: options.max_bytes.unwrap_or(u64::MAX),
             cursor: None,
+            in_use: None,
             block: VecDeque::new(),
             list: Bytes::new(),
             ended: false,
@@ -255,7 +258,7 @@ impl Reader {
             self.ended = true;
             self.block.clear();
             self.list = Bytes::new();
-            self.cursor = None;
+            (self.cursor, self.in_use) = (None, None);
         }
         ready
     }
@@ -356,6 +359,7 @@ impl Reader {
     /// Opens a segment and goes to where the wanted groups may begin.
     fn enter(&mut self, segment: &SegmentRef) -> Result<()> {
         let opened = self.shard.open_segment(segment)?;
+        self.in_use = Some(self.shard.context.gate.in_use(opened.header.header.key_source));
         self.shard.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
         cursor.seek(self.next_seq, self.from_us);

@@ -7,7 +7,9 @@ mod checkpoint;
 mod keyops;
 mod recover;
 mod retention;
+mod rewrap;
 mod scheduler;
+mod usage;
 mod verify;
 
 use std::{
@@ -29,14 +31,14 @@ use crate::{
     keys::{
         AuditEvent, AuditRecord,
         audit::AuditLog,
-        envelope::{EnvelopeIdentity, KeysSection, fingerprint},
+        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
         gate::{Gate, GateKeys, KeyContext},
         keyring::Keyring,
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
         pool::LeasePool,
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
-    logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
+    logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
@@ -50,7 +52,9 @@ pub use keyops::ReplaceCmk;
 pub use recover::RecoverReport;
 use retention::ClockWatch;
 pub use retention::RetentionReport;
+pub use rewrap::{RewrapOptions, RewrapProgress, RewrapReport};
 use scheduler::Scheduler;
+pub use usage::{CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage};
 pub use verify::{Fault, VerifyOptions, VerifyProgress, VerifyReport};
 
 /// A store: cheap to clone, usable from any thread.
@@ -369,7 +373,7 @@ impl StoreShared {
             permits: Arc::clone(&self.permits),
             reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
         });
-        let observer: Weak<dyn crate::logstore::KeyObserver> = self.this.clone();
+        let observer: Weak<dyn KeyObserver> = self.this.clone();
         let dir = self.logstore_dir(entry.id);
         if self.read_only {
             self.keep_current(&context.gate, meta.config.name.clone());
@@ -524,21 +528,31 @@ impl StoreShared {
     }
 
     fn load_probe(&self, kms: &str, cmk: &Cmk) -> Result<Option<Probe>> {
-        let id = self.probe_id(kms, cmk);
-        let path = self.probe_path(id);
-        let bytes = match io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            bytes => bytes.map_err(Error::io("read", &path))?,
+        let path = self.probe_path(self.probe_id(kms, cmk));
+        let found = match self.read_probe(&path) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            found => found?,
         };
-        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
-        let document = document::open(&bytes, DocumentKind::Probe, &path, key)?;
-        let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
-        let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
-        if document.store != self.id || document.subject != id || body.kms != kms || body.cmk != *cmk {
+        if found.kms != kms || found.cmk != *cmk {
             return Err(Error::Tampered { at: Location::new(&path, 0), what: "the probe of another master key" });
         }
-        let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
-        Ok(Some(Probe { wrapped, context: self.probe_context(), fingerprint: body.fingerprint }))
+        Ok(Some(Probe { wrapped: found.wrapped, context: self.probe_context(), fingerprint: found.fingerprint }))
+    }
+
+    /// Reads the probe in a file, which must be the one that belongs there.
+    fn read_probe(&self, path: &Path) -> Result<FoundProbe> {
+        let bytes = io::read_file(&*self.disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))?;
+        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
+        let document = document::open(&bytes, DocumentKind::Probe, path, key)?;
+        let malformed = || Error::corrupt(Location::new(path, 80), "the probe does not parse");
+        let ProbeBody { kms, cmk, wrapped, fingerprint } =
+            serde_json::from_slice(&document.a).map_err(|_| malformed())?;
+        let id = self.probe_id(&kms, &cmk);
+        if document.store != self.id || document.subject != id || self.probe_path(id) != path {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "the probe of another master key" });
+        }
+        let wrapped = hex_decode(&wrapped).ok_or_else(malformed)?;
+        Ok(FoundProbe { kms, cmk, wrapped, fingerprint, generation: document.generation })
     }
 
     /// Makes the probe envelope of a master key, if there is none yet.
@@ -546,31 +560,33 @@ impl StoreShared {
         if self.load_probe(kms.name(), cmk)?.is_some() {
             return Ok(());
         }
-        let id = self.probe_id(kms.name(), cmk);
-        let path = self.probe_path(id);
-        let secret = SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", &path))?;
+        let secret =
+            SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", self.probes_dir()))?;
         let wrapped = kms.wrap(cmk, self.probe_context(), &secret).map_err(KmsOrEngine::Kms)?;
-        let body = ProbeBody {
-            kms: kms.name().to_owned(),
-            cmk: cmk.clone(),
-            wrapped: hex_encode(&wrapped),
-            fingerprint: fingerprint(&secret),
-        };
+        let (kms, fingerprint) = (kms.name().to_owned(), fingerprint(&secret));
+        self.write_probe(FoundProbe { kms, cmk: cmk.clone(), wrapped, fingerprint, generation: 1 })?;
+        Ok(())
+    }
+
+    fn write_probe(&self, probe: FoundProbe) -> Result<()> {
+        let id = self.probe_id(&probe.kms, &probe.cmk);
+        let path = self.probe_path(id);
+        let FoundProbe { kms, cmk, wrapped, fingerprint, generation } = probe;
+        let body = ProbeBody { kms, cmk, wrapped: hex_encode(&wrapped), fingerprint };
         let keyring = read(&self.keyring);
         let document = Document {
             kind: DocumentKind::Probe,
             features: Features::default(),
             store: self.id,
             subject: id,
-            generation: 1,
+            generation,
             keyring_version: keyring.newest(),
             a: serde_json::to_vec(&body).expect("plain data always serializes"),
             b: Vec::new(),
             tag_b: None,
         };
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))?;
-        Ok(())
+        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))
     }
 
     fn envelope_probe(&self, section: &KeysSection, id: LogstoreId) -> Result<Probe> {
@@ -643,7 +659,7 @@ impl StoreShared {
     }
 }
 
-impl crate::logstore::KeyObserver for StoreShared {
+impl KeyObserver for StoreShared {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal) {
         let (event, detail) = match refusal {
             Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
@@ -655,6 +671,10 @@ impl crate::logstore::KeyObserver for StoreShared {
 
     fn key_recovered(&self, logstore: &LogstoreShared) {
         self.note(AuditEvent::Recovered, logstore, String::new());
+    }
+
+    fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String> {
+        self.cmk_version(cmk, &hex_decode(version.wrapped.as_deref()?)?)
     }
 }
 
@@ -674,6 +694,15 @@ struct ProbeBody {
     cmk: Cmk,
     wrapped: String,
     fingerprint: String,
+}
+
+/// A probe as its file has it.
+struct FoundProbe {
+    kms: String,
+    cmk: Cmk,
+    wrapped: Vec<u8>,
+    fingerprint: String,
+    generation: u64,
 }
 
 /// An error on either side of a call to the KMS.

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -118,6 +118,8 @@ pub(crate) struct TestKms {
     unwraps: AtomicU64,
     probes: AtomicU64,
     wrapped_keys: Mutex<Vec<[u8; 32]>>,
+    /// Whether it is one that does not tell which version of a master key has wrapped what.
+    pub(crate) hides_versions: AtomicBool,
 }
 
 impl TestKms {
@@ -132,6 +134,7 @@ impl TestKms {
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
             wrapped_keys: Mutex::default(),
+            hides_versions: AtomicBool::new(false),
         })
     }
 
@@ -234,6 +237,10 @@ impl Kms for TestKms {
             Answer::WrongKey => Ok(SecretKey::from_bytes(&mut [0x5a; 32])),
             _ => self.local.unwrap(call, wrapped),
         }
+    }
+
+    fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
+        if self.hides_versions.load(Ordering::SeqCst) { None } else { self.local.cmk_version(wrapped) }
     }
 }
 
