@@ -25,6 +25,7 @@ pub mod io;
 mod keys;
 pub mod kms;
 mod logstore;
+pub mod metrics;
 pub mod segment;
 mod shard;
 mod store;

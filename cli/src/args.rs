@@ -2,8 +2,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, segment::Compression};
+use tracing_subscriber::filter::Targets;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +48,12 @@ pub(crate) struct Global {
     /// Print results and errors as JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// Say on standard error what the engine does; twice for more of it, three times for all
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// What of it to say, such as info, or warn,envelog::keys=debug; in place of --verbose
+    #[arg(long, global = true, env = "ENVELOG_LOG", value_name = "FILTER")]
+    pub(crate) log: Option<Targets>,
     /// How often the KMS is asked whether a key may still be used, such as 500ms, 30s, 5m [default: 30s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) revalidate_every: Option<Duration>,

@@ -6,10 +6,11 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, RwLock, atomic::Ordering},
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::{error, info};
 
 use super::keyring::Keyring;
 use crate::{
@@ -19,6 +20,7 @@ use crate::{
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode},
+    metrics::Counters,
     sync::{lock, read},
 };
 
@@ -116,6 +118,7 @@ pub(crate) struct AuditLog {
     keyring: Arc<RwLock<Keyring>>,
     dir: PathBuf,
     file_bytes_max: u64,
+    counters: Arc<Counters>,
     tail: Mutex<Tail>,
 }
 
@@ -136,9 +139,10 @@ impl AuditLog {
         keyring: Arc<RwLock<Keyring>>,
         dir: PathBuf,
         file_bytes_max: u64,
+        counters: Arc<Counters>,
     ) -> Self {
         let tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
-        Self { disk, clock, keyring, dir, file_bytes_max, tail: Mutex::new(tail) }
+        Self { disk, clock, keyring, dir, file_bytes_max, counters, tail: Mutex::new(tail) }
     }
 
     /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the last file, and back to the one that has
@@ -247,6 +251,23 @@ impl AuditLog {
         logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: impl Into<String>,
     ) -> Result<()> {
+        let detail = detail.into();
+        let name = logstore.map(|(name, _)| name.to_string());
+        match self.append(event, logstore, detail.clone()) {
+            Ok(number) => {
+                self.counters.audit_records.fetch_add(1, Ordering::Relaxed);
+                info!(number, ?event, logstore = name, detail, "on the key audit log");
+                Ok(())
+            }
+            Err(cause) => {
+                self.counters.audit_failures.fetch_add(1, Ordering::Relaxed);
+                error!(?event, logstore = name, detail, error = %cause, "the key audit log could not be written");
+                Err(cause)
+            }
+        }
+    }
+
+    fn append(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: String) -> Result<u64> {
         let (keyring_version, key) = {
             let keyring = read(&self.keyring);
             (keyring.newest(), keyring.audit_key(keyring.newest())?)
@@ -258,7 +279,7 @@ impl AuditLog {
             event,
             logstore: logstore.map(|(name, _)| name.clone()),
             logstore_id: logstore.map(|(_, id)| id),
-            detail: detail.into(),
+            detail,
             keyring_version,
         };
         let json = serde_json::to_string(&record).expect("plain data always serializes");
@@ -287,7 +308,7 @@ impl AuditLog {
         tail.len += line.len() as u64;
         tail.file = Some(file);
         tail.head = AuditHead { number: record.number, tag };
-        Ok(())
+        Ok(record.number)
     }
 
     fn open_file(&self, path: &Path, len: u64) -> Result<Arc<dyn DiskFile>> {
@@ -463,7 +484,8 @@ mod tests {
     }
 
     fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
-        let log = AuditLog::new(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max);
+        let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
+        let log = AuditLog::new(disk, clock, keyring, dir.to_owned(), file_bytes_max, counters);
         log.find_end(&AuditHead::default()).unwrap();
         log
     }

@@ -23,6 +23,7 @@ use crate::{
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
     io::Disk,
     kms::{Cmk, KmsError},
+    metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{lock, read, write},
 };
@@ -37,6 +38,7 @@ pub(crate) struct KeyContext {
     pub(crate) keyring: Arc<RwLock<Keyring>>,
     /// The process that opened the store.
     pub(crate) pid: u32,
+    pub(crate) counters: Arc<Counters>,
     /// For a read-only opener, whose keyring the writer may rotate: where to read it anew.
     pub(crate) reload_from: Option<Arc<dyn Disk>>,
 }
@@ -193,7 +195,10 @@ impl Gate {
         let lease = read(&self.keys).lease.clone();
         match lease {
             None => Ok(0),
-            Some(lease) => lease.admit().map_err(|refusal| self.refused(&refusal, lease.cmk())),
+            Some(lease) => lease.admit().map_err(|refusal| {
+                self.context.counters.refused(&refusal);
+                self.refused(&refusal, lease.cmk())
+            }),
         }
     }
 
@@ -424,6 +429,7 @@ mod tests {
                 provider: Arc::new(RustCrypto::new()),
                 keyring: Arc::clone(&keyring),
                 pid,
+                counters: Arc::default(),
                 reload_from: None,
             };
             let id = LogstoreId::from_bytes([2; 16]);

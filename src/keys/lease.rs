@@ -15,12 +15,14 @@ use std::{
 };
 
 use serde::Serialize;
+use tracing::{debug, info, warn};
 
 use super::{envelope::fingerprint, pool::LeasePool};
 use crate::{
     crypto::SecretKey,
     io::{Clock, Random},
     kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
+    metrics::LeaseMetrics,
     sync::{lock, wait},
 };
 
@@ -348,8 +350,26 @@ impl Lease {
             Err(Refusal::Revoked(_)) => state.last_success = None,
             Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
+        self.trace(state.refusal.as_ref(), &answer);
         state.refusal = answer.err();
         self.publish(state);
+    }
+
+    /// Says what an answer changes.
+    fn trace(&self, before: Option<&Refusal>, answer: &Result<(), Refusal>) {
+        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
+        match (before, answer) {
+            (None, Ok(())) => debug!(key, region, "a lease was renewed"),
+            (Some(_), Ok(())) => info!(key, region, "the KMS answers again: a lease was renewed"),
+            (_, Err(Refusal::Revoked(reason))) => warn!(key, region, %reason, "the KMS refuses a master key"),
+            (Some(Refusal::Unreachable(_) | Refusal::Invalid(_)), Err(_)) => debug!(key, region, "an outage goes on"),
+            (_, Err(Refusal::Unreachable(detail))) => {
+                warn!(key, region, detail, "an outage begins: the KMS cannot be reached, and the lease runs on");
+            }
+            (_, Err(Refusal::Invalid(detail))) => {
+                warn!(key, region, detail, "an outage begins: the KMS gives no valid answer, and the lease runs on");
+            }
+        }
     }
 
     /// Updates what the quick path looks at.
@@ -433,6 +453,13 @@ impl Lease {
             standing
         };
         let dependents = self.dependents();
+        let (key, region, logstores) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id, dependents.len());
+        match &standing {
+            Ok(()) => info!(key, region, logstores, "a master key can be used again"),
+            Err(refusal) => {
+                warn!(key, region, logstores, ?refusal, "a master key cannot be used: its data keys are wiped")
+            }
+        }
         match &standing {
             Ok(()) => dependents.iter().for_each(|listener| listener.recovered()),
             // Every key is wiped before the first record is written: however long that takes, or whether it fails, delays none.
@@ -461,6 +488,16 @@ impl Lease {
             (None, _) => KeyState::Active,
         };
         KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+    }
+
+    pub(crate) fn metrics(&self) -> LeaseMetrics {
+        let last_success = lock(&self.state).last_success;
+        LeaseMetrics {
+            cmk: self.cmk.clone(),
+            status: self.status(),
+            age: last_success.map(|sent| self.clock.uptime().saturating_sub(sent.uptime)),
+            calls: self.calls(),
+        }
     }
 
     /// How many calls were made for renewal.

@@ -6,8 +6,14 @@ use std::{
     time::Duration,
 };
 
+use tracing::{debug, warn};
+
 use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
-use crate::crypto::SecretKey;
+use crate::{
+    crypto::SecretKey,
+    io::Clock,
+    metrics::{Counters, Outcome},
+};
 
 /// A KMS whose calls are given up after their time limit: the bound on revocation does not rest on a backend keeping its word.
 #[derive(Clone, Debug)]
@@ -16,11 +22,45 @@ pub(crate) struct BoundedKms {
     timeout: Duration,
     /// Whether calls are made in the caller's thread, for a store without threads.
     inline: bool,
+    watch: Watch,
+}
+
+/// What measures the calls and counts them.
+#[derive(Clone, Debug)]
+pub(crate) struct Watch {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Watch {
+    /// Makes a call, and notes what it came to and how long it took.
+    fn call<T>(
+        &self,
+        kms: &str,
+        operation: &'static str,
+        cmk: &Cmk,
+        make: impl FnOnce() -> Result<T, KmsError>,
+    ) -> Result<T, KmsError> {
+        let began = self.clock.uptime();
+        let answer = make();
+        let took = self.clock.uptime().saturating_sub(began);
+        let outcome = Outcome::of(&answer);
+        self.counters.kms_call(outcome, took);
+        let (key, region, latency_us) = (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
+        let outcome = outcome.word();
+        match &answer {
+            Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "a KMS has answered"),
+            Err(error) => {
+                warn!(kms, operation, key, region, outcome, latency_us, %error, "a KMS has not done what it was asked")
+            }
+        }
+        answer
+    }
 }
 
 impl BoundedKms {
-    pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool) -> Self {
-        Self { kms, timeout, inline }
+    pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool, watch: Watch) -> Self {
+        Self { kms, timeout, inline, watch }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -29,12 +69,13 @@ impl BoundedKms {
 
     pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
         let key = key.duplicate();
-        self.call(cmk, context, move |kms, call| kms.wrap(call, &key))
+        self.watch.call(self.name(), "wrap", cmk, || self.call(cmk, context, move |kms, call| kms.wrap(call, &key)))
     }
 
     pub(crate) fn unwrap(&self, cmk: &Cmk, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         let wrapped = wrapped.to_vec();
-        self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
+        self.watch
+            .call(self.name(), "unwrap", cmk, || self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped)))
     }
 
     /// Makes a call in a thread of its own and waits for it no longer than it may take. One that has not come back by then counts

@@ -57,7 +57,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use bounded::BoundedKms;
+pub(crate) use bounded::{BoundedKms, Watch};
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
 pub use url::{KmsUrlError, from_url};

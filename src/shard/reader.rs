@@ -301,6 +301,7 @@ impl Reader {
                     // Whatever follows from the block's header, follows only once it is authenticated.
                     cursor.prove_passed(gate)?;
                     let raw = Bytes::from(cursor.open(gate)?);
+                    shard.counters().read(cursor.opened.header.header.suite, header.list_len.into());
                     if header.first_seq >= self.end_seq || header.first_time_us >= self.end_us {
                         self.ended = true;
                         return Ok(false);

@@ -19,6 +19,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
 
 use crate::{
     Error, Result,
@@ -37,8 +38,9 @@ use crate::{
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
         pool::LeasePool,
     },
-    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
+    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, Watch},
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
+    metrics::StoreMetrics,
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
@@ -224,6 +226,13 @@ impl Store {
     /// How many calls were made to KMSs to renew leases since the store was opened.
     pub fn renewal_calls(&self) -> u64 {
         lock(&self.shared.leases).values().map(|lease| lease.calls()).sum()
+    }
+
+    /// What has been counted since the store was opened: calls to KMSs and what they came to, leases, refusals, bytes by suite,
+    /// syncs, failures. Cheap, and calls nobody.
+    pub fn metrics(&self) -> StoreMetrics {
+        let leases: Vec<_> = lock(&self.shared.leases).values().cloned().collect();
+        self.shared.keys.counters.snapshot(leases.iter().map(|lease| lease.metrics()).collect())
     }
 
     /// Writes everything, seals what is being written, notes in the catalogue how far each shard is, and lets go of the lock. Other
@@ -448,7 +457,8 @@ impl StoreShared {
     }
 
     fn bounded(&self, kms: Arc<dyn Kms>) -> BoundedKms {
-        BoundedKms::new(kms, self.options.kms_timeout, self.options.background == Background::Manual)
+        let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&self.keys.counters) };
+        BoundedKms::new(kms, self.options.kms_timeout, self.options.background == Background::Manual, watch)
     }
 
     fn terms(&self) -> LeaseTerms {
@@ -655,6 +665,10 @@ impl StoreShared {
         self.scheduler.stop();
         lock(&self.logstores).clear();
         self.unlock();
+        match &result {
+            Ok(()) => info!(store = %self.id, "a store is closed"),
+            Err(error) => warn!(store = %self.id, %error, "a store is closed, and not all of it cleanly"),
+        }
         result
     }
 }

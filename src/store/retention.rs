@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, sync::Weak, time::Duration};
 
 use serde::Serialize;
+use tracing::{info, warn};
 
 use super::{AdminState, Store, StoreShared, keyops::KeyChange};
 use crate::{
@@ -79,8 +80,10 @@ impl Store {
 impl Task for StoreShared {
     fn run(&self, job: Job) {
         if job == Job::Retention {
-            // What fails now is tried again next time; `apply_retention` and `verify` tell what it was.
-            let _ = self.apply_retention();
+            // What fails now is tried again next time.
+            if let Err(error) = self.apply_retention() {
+                warn!(store = %self.id, %error, "retention has failed");
+            }
             self.schedule_retention();
         }
     }
@@ -163,7 +166,10 @@ impl StoreShared {
         if unused.is_empty() {
             return Ok(());
         }
-        if section.cmk.is_some() && self.admit(logstore).is_err() {
+        if section.cmk.is_some()
+            && let Err(error) = self.admit(logstore)
+        {
+            info!(logstore = %logstore.name, %error, "unused data keys are destroyed when the master key can be used");
             report.data_keys_postponed += 1;
             return Ok(());
         }
@@ -252,6 +258,13 @@ impl StoreShared {
         })?;
         shard.set_record(record.clone());
         shard.drop_before(record.first_ordinal);
+        info!(
+            logstore = %logstore.name,
+            shard = shard.id(),
+            segments = dropped.len(),
+            first_ordinal = record.first_ordinal,
+            "retention drops segments"
+        );
         for (segment, size) in dropped {
             self.disk.remove_file(&segment.path).map_err(Error::io("remove", &*segment.path))?;
             report.segments += 1;

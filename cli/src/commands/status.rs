@@ -26,7 +26,13 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
         .collect::<Result<Vec<_>>>()?;
     if setup.json {
         let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
-        return output::json(&json!({ "store": setup.store, "store_id": store.id(), "logstores": logstores }));
+        return output::json(&json!({
+            "store": setup.store,
+            "store_id": store.id(),
+            "logstores": logstores,
+            // What asking for the states has come to.
+            "kms": store.metrics().kms,
+        }));
     }
     let mut table = output::table(
         &[
