@@ -47,9 +47,9 @@ pub use shard::{
     RepairReport, Ticket,
 };
 pub use store::{
-    Background, Checkpoint, CmkVersionUsage, DataKeyUsage, Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage,
-    RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport, ServiceKeyUsage, Store,
-    StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
+    AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, Fault, KeyNeed,
+    KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress,
+    RewrapReport, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
 };
 
 /// The version of the format that this build writes, and the newest that it reads.

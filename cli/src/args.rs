@@ -376,8 +376,12 @@ writing, it is for the service to do this (`Store::rewrap_all`).")]
     Usage,
     /// Make a new version of the service key; back the keyring up again afterwards
     RotateService,
-    /// Print the audit log of keys
-    Audit,
+    /// Print the audit log of keys, verify it, or write it to a file
+    #[command(after_help = "\
+Examples:
+  envelog keys audit --out audit.jsonl
+  envelog keys audit --verify --against audit.jsonl")]
+    Audit(AuditArgs),
     /// Copy the service keyring to a file
     Backup(OutArgs),
     /// Recover a store whose keyring is lost, as far as customers' keys go
@@ -412,6 +416,19 @@ Whoever held the old key and a copy of an old envelope can still read the old da
         #[arg(long)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// Verify it, and print no more than how far it is sound
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// An earlier file of --out, whose records must still be there as they were
+    #[arg(long, value_name = "FILE", requires = "verify", value_hint = ValueHint::FilePath)]
+    pub(crate) against: Option<PathBuf>,
+    /// Write it to this new file, as lines of JSON that can be checked without any key
+    #[arg(long, value_name = "FILE", conflicts_with = "verify", value_hint = ValueHint::FilePath)]
+    pub(crate) out: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -130,8 +130,9 @@ struct State {
     refusal: Option<Refusal>,
     /// When the call under way was sent.
     calling: Option<Moment>,
-    /// Whether the listeners were last told of a loss.
-    told_lost: bool,
+    /// Whether the listeners were last told of a loss; `None` before the first answer, which they are told in any case: they may
+    /// depend on what an earlier process has left on record.
+    told_lost: Option<bool>,
 }
 
 pub(crate) struct Lease {
@@ -427,7 +428,7 @@ impl Lease {
         let state = lock(&self.state);
         match (state.last_attempt, state.last_success) {
             (None, _) => IDLE,
-            (Some(_), Some(sent)) if !state.told_lost => {
+            (Some(_), Some(sent)) if state.told_lost != Some(true) => {
                 state.due.min(sent.uptime + self.terms.outage_grace).saturating_sub(now)
             }
             _ => state.due.saturating_sub(now),
@@ -443,10 +444,10 @@ impl Lease {
                 return;
             }
             let standing = self.standing(&state);
-            if standing.is_err() == state.told_lost {
+            if Some(standing.is_err()) == state.told_lost {
                 return;
             }
-            state.told_lost = standing.is_err();
+            state.told_lost = Some(standing.is_err());
             if standing.is_err() {
                 self.publish(&state);
             }
@@ -455,7 +456,7 @@ impl Lease {
         let dependents = self.dependents();
         let (key, region, logstores) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id, dependents.len());
         match &standing {
-            Ok(()) => info!(key, region, logstores, "a master key can be used again"),
+            Ok(()) => info!(key, region, logstores, "a master key can be used"),
             Err(refusal) => {
                 warn!(key, region, logstores, ?refusal, "a master key cannot be used: its data keys are wiped")
             }
@@ -488,6 +489,12 @@ impl Lease {
             (None, _) => KeyState::Active,
         };
         KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+    }
+
+    /// What the listeners were told last, if anything.
+    pub(crate) fn told(&self) -> Option<Result<(), Refusal>> {
+        let state = lock(&self.state);
+        state.told_lost.map(|_| self.standing(&state))
     }
 
     pub(crate) fn metrics(&self) -> LeaseMetrics {

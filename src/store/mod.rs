@@ -1,6 +1,7 @@
 //! A store: a directory of Logstores under one service keyring, opened by one writer and any number of readers.
 
 mod admin;
+mod audit;
 mod builder;
 mod catalogue;
 mod checkpoint;
@@ -30,7 +31,7 @@ use crate::{
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode, Random},
     keys::{
-        AuditEvent, AuditRecord,
+        AuditEvent,
         audit::AuditLog,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
         gate::{Gate, GateKeys, KeyContext},
@@ -46,6 +47,7 @@ use crate::{
     sync::{lock, read},
 };
 
+pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};
 pub use catalogue::LOGSTORES_MAX;
 use catalogue::{Catalogue, Entry};
@@ -200,17 +202,6 @@ impl Store {
     /// As [`Store::logstore`].
     pub fn config(&self, name: &LogstoreName) -> Result<LogstoreConfig> {
         Ok(lock(&self.shared.logstore(name)?.meta).config.clone())
-    }
-
-    /// The key audit log, its chain verified from the first record to the last.
-    ///
-    /// # Errors
-    /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
-    pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
-        let mut admin = lock(&self.shared.admin);
-        // A reader, which may need the newest service key for it too, looks how far the log is now.
-        self.shared.reload_catalogue(&mut admin)?;
-        self.shared.audit.verified(&[&admin.catalogue.audit])
     }
 
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
@@ -391,6 +382,12 @@ impl StoreShared {
         if let Some(lease) = lease {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
             lease.listen(listener);
+            // The others have heard of how it stands already.
+            match lease.told() {
+                Some(Ok(())) => shared.recovered(),
+                Some(Err(refusal)) => shared.note_lost(&refusal),
+                None => {}
+            }
         }
         Ok(shared)
     }
@@ -628,6 +625,9 @@ impl StoreShared {
             return Ok(());
         }
         let was_open = lock(&self.lock_file).is_some();
+        // What the KMS has answered is dealt with and on record, whether or not the pool has come to it.
+        let leases: Vec<_> = lock(&self.leases).values().cloned().collect();
+        leases.iter().for_each(|lease| lease.tell());
         let mut result = Ok(());
         if was_open {
             let mut admin = lock(&self.admin);
@@ -696,7 +696,7 @@ impl StoreShared {
     /// Records what has happened already. The transition stands whether or not it can be recorded.
     fn note(&self, event: AuditEvent, logstore: &LogstoreShared, detail: String) {
         if !self.read_only {
-            let _ = self.audit.record(event, Some((&logstore.name, logstore.id)), detail);
+            let _ = self.audit.transition(event, (&logstore.name, logstore.id), detail);
         }
     }
 }

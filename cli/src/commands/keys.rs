@@ -4,14 +4,14 @@ use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
 use comfy_table::Cell;
 use envelog::{
-    AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk, RewrapOptions,
+    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk, RewrapOptions,
 };
 use serde_json::json;
 
 use super::confirm;
 use crate::{
     args::{KeysCommand, RewrapArgs},
-    exit::{Failure, Result},
+    exit::{Failure, Result, status_of},
     input,
     output::{self, Progress},
     setup::{Setup, name},
@@ -26,7 +26,11 @@ pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
         },
         KeysCommand::Usage => usage(setup),
         KeysCommand::RotateService => rotate_service(setup),
-        KeysCommand::Audit => audit(setup),
+        KeysCommand::Audit(args) if args.verify => verify_audit(setup, args.against.as_deref()),
+        KeysCommand::Audit(args) => match &args.out {
+            Some(out) => export_audit(setup, out),
+            None => audit(setup),
+        },
         KeysCommand::Backup(args) => backup(setup, &args.out),
         KeysCommand::Recover { without_keyring: _ } => recover(setup),
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
@@ -220,6 +224,40 @@ fn audit(setup: &Setup) -> Result {
         ]);
     }
     output::line(table)
+}
+
+fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
+    let against = match against {
+        Some(path) => Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?),
+        None => None,
+    };
+    let found = setup.open_read_only()?.verify_audit(against.as_ref())?;
+    if setup.json {
+        let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
+        output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))?;
+    }
+    match found.fault {
+        None if setup.json => Ok(()),
+        None => output::line(format_args!("{} audit records, all as they were written", found.head.number)),
+        Some(error) => {
+            let message =
+                format!("the audit log is sound up to record {}, and not behind it: {error}", found.head.number);
+            Err(Failure::new(status_of(&error), error.code(), message))
+        }
+    }
+}
+
+fn export_audit(setup: &Setup, out: &Path) -> Result {
+    let export = setup.open_read_only()?.export_audit()?;
+    write_new(out, export.text.as_bytes())?;
+    if setup.json {
+        return output::json(&json!({ "audit": out, "head": export.head }));
+    }
+    output::line(format_args!(
+        "wrote {} records to {}: kept away from the store, it tells a later `keys audit --verify --against` what was there",
+        export.head.number,
+        out.display()
+    ))
 }
 
 /// The event, as it is written in JSON.
