@@ -33,7 +33,7 @@ mod sync;
 
 pub use config::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
-    NAME_BYTES_MAX, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
 };
 pub use error::{Error, ErrorKind, Location, Result};
 pub use group::{GroupError, LogGroup};

@@ -11,8 +11,9 @@ use std::{
 
 use common::{failing::FailingDisk, *};
 use envelog::{
-    AuditEvent, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig, LogstoreSpec, MasterKeyUsage,
-    ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport, Store, UserCmkInfo, VerifyOptions, kms::RevokedReason,
+    AuditEvent, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig, LogstoreSpec,
+    MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport, RotateDataKey, Store, UserCmkInfo,
+    VerifyOptions, kms::RevokedReason,
 };
 
 fn data_key<'a>(usage: &'a KeyUsage, text: &str, version: u32) -> &'a DataKeyUsage {
@@ -406,4 +407,141 @@ fn a_run_that_is_killed_is_continued() {
         store.close().unwrap();
     }
     assert!(continued > 5, "{continued} runs have passed over what was done");
+}
+
+// ---- rotating by itself ----
+
+fn policy(max_age_days: Option<u32>, max_bytes: Option<u64>) -> Option<RotateDataKey> {
+    Some(RotateDataKey { max_age_days, max_bytes })
+}
+
+fn set_policy(store: &Store, logstore: &Logstore, rotate_data_key: Option<RotateDataKey>) {
+    let config = LogstoreConfig { rotate_data_key, ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+}
+
+fn versions(logstore: &Logstore) -> usize {
+    logstore.status().unwrap().data_keys.len()
+}
+
+#[test]
+fn a_data_key_rotates_when_it_is_old_enough() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let (byok, service) = (world.byok(&store, "p/byok", &cmk), world.service(&store, "p/service"));
+    for logstore in [&byok, &service] {
+        put(logstore, "first");
+    }
+    set_policy(&store, &byok, policy(Some(3), None));
+    let json = serde_json::to_value(byok.config()).unwrap();
+    assert_eq!(json["rotate_data_key"], serde_json::json!({ "max_age_days": 3 }));
+    assert_eq!(LogstoreConfig::from_json(&json.to_string()).unwrap(), byok.config());
+    assert!(serde_json::to_value(service.config()).unwrap().get("rotate_data_key").is_none());
+    world.clock.advance(3 * DAY - secs(1));
+    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    world.clock.advance(secs(1));
+    // It is part of what is done in the background.
+    store.tick();
+    assert_eq!((versions(&byok), versions(&service)), (2, 1));
+    let about = events(&store, AuditEvent::Rotated);
+    assert!(about.len() == 1 && about[0].starts_with("2, by policy") && about[0].contains("3 days"), "{about:?}");
+    put(&byok, "second");
+    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    store.close().unwrap();
+    let store = world.open();
+    assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["first", "second"]);
+    // A clock that somebody has set tells no age.
+    world.clock.jump_wall(10 * DAY);
+    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    world.clock.jump_wall_back(10 * DAY);
+    world.clock.advance(3 * DAY);
+    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/byok")]);
+}
+
+#[test]
+fn a_data_key_rotates_when_it_has_sealed_enough() {
+    let mut world = World::manual();
+    world.options.segment_bytes = 128 << 10;
+    let store = world.create();
+    let spec = LogstoreSpec { shard_count: 2, rotate_data_key: policy(None, Some(1 << 20)), ..LogstoreSpec::default() };
+    let spec = LogstoreSpec { compression: envelog::Compression::None, ..spec };
+    let conf = envelog::EncryptConf::service_key(envelog::EncryptType::Sm4);
+    let logstore = store.create_logstore(&name("p/a"), spec.encrypted(conf)).unwrap();
+    let piece = "x".repeat(64 << 10);
+    for version in 1..4 {
+        for n in 0..16 {
+            assert!(store.rotate_due_data_keys().unwrap().is_empty(), "after {n} pieces under version {version}");
+            put(&logstore, &piece);
+        }
+        assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/a")], "1 MiB and what frames it");
+        assert_eq!(versions(&logstore), version + 1);
+        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    }
+    let about = events(&store, AuditEvent::Rotated);
+    assert!(about.iter().all(|about| about.contains("by policy") && about.contains("bytes")), "{about:?}");
+    // What was sealed before a restart counts.
+    for _ in 0..16 {
+        put(&logstore, &piece);
+    }
+    store.close().unwrap();
+    let store = world.open();
+    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/a")]);
+    // Nothing is sealed by a Logstore whose encryption is off.
+    let logstore = store.logstore(&name("p/a")).unwrap();
+    let conf = logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
+    store.update_logstore(&name("p/a"), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();
+    for _ in 0..40 {
+        put(&logstore, &piece);
+    }
+    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+}
+
+#[test]
+fn a_rotation_that_the_kms_does_not_let_happen_is_tried_again_later() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/byok", &cmk);
+    put(&logstore, "first");
+    set_policy(&store, &logstore, policy(Some(1), None));
+    world.clock.advance(DAY);
+    for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled)] {
+        world.kms.answer(answer);
+        world.clock.advance(secs(601));
+        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+        let calls = world.kms.calls();
+        world.clock.advance(secs(60));
+        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+        assert_eq!(world.kms.calls(), calls, "not so soon");
+    }
+    assert!(events(&store, AuditEvent::RotateIntended).is_empty(), "no intent that cannot come about");
+    world.kms.answer(Answer::Real);
+    world.clock.advance(secs(601));
+    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/byok")]);
+    put(&logstore, "second");
+    assert_eq!(texts(&logstore), ["first", "second"]);
+}
+
+#[test]
+fn a_policy_has_its_ranges() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/a");
+    for (refused, field) in [
+        (policy(Some(0), None), "rotate_data_key.max_age_days"),
+        (policy(Some(3651), None), "rotate_data_key.max_age_days"),
+        (policy(None, Some((1 << 20) - 1)), "rotate_data_key.max_bytes"),
+    ] {
+        let out_of_range = |error: Error| {
+            assert!(
+                matches!(&error, Error::Config(ConfigError::OutOfRange { field: of, .. }) if *of == field),
+                "{error}"
+            );
+        };
+        let config = LogstoreConfig { rotate_data_key: refused, ..logstore.config() };
+        out_of_range(store.update_logstore(logstore.name(), config).unwrap_err());
+        let spec = LogstoreSpec { rotate_data_key: refused, ..LogstoreSpec::default() };
+        out_of_range(store.create_logstore(&name("p/new"), spec).unwrap_err());
+    }
 }

@@ -241,6 +241,12 @@ pub(crate) struct CreateArgs {
     /// Drop the oldest segments of a shard that holds more than so many bytes, such as 10GiB [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) retention_bytes: Option<u64>,
+    /// Make a new data-key version by itself once the current one is so many days old [default: never]
+    #[arg(long, value_name = "DAYS")]
+    pub(crate) rotate_key_days: Option<u32>,
+    /// Make a new data-key version by itself once so many bytes are sealed under the current one [default: never]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) rotate_key_bytes: Option<u64>,
     /// How blocks are compressed
     #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
     pub(crate) compression: CompressionArg,

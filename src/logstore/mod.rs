@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -69,6 +70,16 @@ pub(crate) trait KeyObserver: Send + Sync {
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
 }
 
+/// How much was sealed under the current data key, counted on from one look to the next.
+#[derive(Debug, Default)]
+pub(crate) struct SealedBytes {
+    pub(crate) version: u32,
+    /// By shard: the first ordinal that was not counted for good, and the bytes of those before it.
+    pub(crate) shards: Vec<(u64, u64)>,
+    /// When a rotation that did not come about is tried again, by the uptime.
+    pub(crate) retry_at: Duration,
+}
+
 /// An open Logstore, as the store and its handles share it.
 pub(crate) struct LogstoreShared {
     pub(crate) name: LogstoreName,
@@ -77,6 +88,8 @@ pub(crate) struct LogstoreShared {
     pub(crate) gate: Arc<Gate>,
     pub(crate) meta: Mutex<Meta>,
     pub(crate) shards: Vec<Arc<Shard>>,
+    /// For the policy by which its data key rotates.
+    pub(crate) sealed: Mutex<SealedBytes>,
     plan: Arc<RwLock<WritePlan>>,
     next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
@@ -124,6 +137,7 @@ impl LogstoreShared {
             gate: Arc::clone(&context.gate),
             shards: meta.config.shards.iter().map(|info| shard(info.id)).collect(),
             meta: Mutex::new(meta),
+            sealed: Mutex::default(),
             plan,
             next_shard: AtomicUsize::new(0),
             observer,

@@ -153,12 +153,16 @@ pub(super) struct KeyChange {
 }
 
 impl KeyChange {
-    pub(super) const ROTATE: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rotated);
+    const ROTATE: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rotated);
     const REWRAP: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rewrapped);
     const REPLACE: Self = Self::new(AuditEvent::ReplaceIntended, AuditEvent::Replaced);
 
     const fn new(intent: AuditEvent, done: AuditEvent) -> Self {
         Self { intent, done, about: String::new() }
+    }
+
+    pub(super) fn rotate_by_policy(why: &str) -> Self {
+        Self { about: format!("by policy: {why}"), ..Self::ROTATE }
     }
 
     pub(super) fn shred(versions: &[u32], why: &str) -> Self {
@@ -201,7 +205,11 @@ impl StoreShared {
         self.follow(&mut meta, &section);
         meta.keys = Some(section);
         self.replace_meta(admin, logstore, meta, data_key.as_ref())?;
-        let outcome = if how.about.is_empty() { result.to_string() } else { how.about.clone() };
+        let outcome = match (how.done, how.about.is_empty()) {
+            (_, true) => result.to_string(),
+            (AuditEvent::Rotated, false) => format!("{result}, {}", how.about),
+            (_, false) => how.about.clone(),
+        };
         self.audit.record(how.done, Some((&logstore.name, logstore.id)), outcome)?;
         Ok(result)
     }

@@ -6,6 +6,7 @@ mod builder;
 mod catalogue;
 mod checkpoint;
 mod keyops;
+mod policy;
 mod recover;
 mod retention;
 mod rewrap;

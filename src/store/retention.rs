@@ -39,7 +39,7 @@ impl ClockWatch {
         Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
     }
 
-    fn has_jumped(&self, clock: &dyn Clock) -> bool {
+    pub(super) fn has_jumped(&self, clock: &dyn Clock) -> bool {
         let passed = u64::try_from(clock.uptime().saturating_sub(self.uptime).as_micros()).unwrap_or(u64::MAX);
         clock.wall_us().abs_diff(self.wall_us.saturating_add(passed)) > JUMP_MAX.as_micros() as u64
     }
@@ -83,6 +83,9 @@ impl Task for StoreShared {
             // What fails now is tried again next time.
             if let Err(error) = self.apply_retention() {
                 warn!(store = %self.id, %error, "retention has failed");
+            }
+            if let Err(error) = self.rotate_due_data_keys() {
+                warn!(store = %self.id, %error, "a data key could not be rotated by its policy");
             }
             self.schedule_retention();
         }
