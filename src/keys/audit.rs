@@ -224,6 +224,8 @@ impl AuditLog {
         }
         self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         *tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
+        drop(tail);
+        *lock(&self.losses) = None;
         Ok(())
     }
 
@@ -255,8 +257,17 @@ impl AuditLog {
         detail: impl Into<String>,
     ) -> Result<()> {
         let detail = detail.into();
+        self.put(event, logstore, &detail)?;
+        if let Some(losses) = &mut *lock(&self.losses) {
+            follow(losses, event, logstore.map(|(_, id)| id), &detail);
+        }
+        Ok(())
+    }
+
+    /// Appends a record, and says so or that it failed.
+    fn put(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: &str) -> Result<()> {
         let name = logstore.map(|(name, _)| name.to_string());
-        match self.append(event, logstore, detail.clone()) {
+        match self.append(event, logstore, detail.to_owned()) {
             Ok(number) => {
                 self.counters.audit_records.fetch_add(1, Ordering::Relaxed);
                 info!(number, ?event, logstore = name, detail, "on the key audit log");
@@ -352,7 +363,7 @@ impl AuditLog {
             (_, None) => true,
         };
         if news {
-            self.record(event, Some(logstore), detail.clone())?;
+            self.put(event, Some(logstore), &detail)?;
             follow(losses, event, Some(logstore.1), &detail);
         }
         Ok(())

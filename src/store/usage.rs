@@ -14,6 +14,7 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     document::{DOCUMENT_BYTES_MAX, UnverifiedDocument},
+    ids::LogstoreId,
     io,
     kms::Cmk,
     logstore::{KeyObserver as _, LogstoreShared},
@@ -253,18 +254,29 @@ impl MasterKeyUsage {
 impl StoreShared {
     fn key_usage(&self) -> Result<KeyUsage> {
         self.keys.check_process()?;
-        let mut admin = lock(&self.admin);
-        self.reload_catalogue(&mut admin)?;
         let mut tally = Tally::default();
-        self.tally_store(&admin, &mut tally)?;
-        let names: Vec<LogstoreName> = admin.catalogue.logstores.keys().cloned().collect();
-        for name in names {
-            match self.logstore_locked(&mut admin, &name) {
-                Ok(logstore) => self.tally_logstore(&logstore, &mut tally),
-                Err(error) => tally.unknown.push(format!("Logstore {name}: {error}")),
+        let mut seen = BTreeSet::new();
+        // Other administration goes on meanwhile; what is made while this looks is looked at too.
+        loop {
+            let mut admin = lock(&self.admin);
+            self.reload_catalogue(&mut admin)?;
+            let entries = admin.catalogue.logstores.iter().map(|(name, entry)| (name.clone(), entry.id));
+            let new: Vec<(LogstoreName, LogstoreId)> = entries.filter(|entry| !seen.contains(entry)).collect();
+            if new.is_empty() {
+                // Last, so that the probes and records of what is new are among them.
+                self.tally_store(&admin, &mut tally)?;
+                break;
+            }
+            drop(admin);
+            for (name, id) in new {
+                match self.logstore(&name) {
+                    Ok(logstore) => self.tally_logstore(&logstore, &mut tally),
+                    Err(Error::LogstoreMissing(_)) => {}
+                    Err(error) => tally.unknown.push(format!("Logstore {name}: {error}")),
+                }
+                seen.insert((name, id));
             }
         }
-        drop(admin);
         Ok(self.judge(tally))
     }
 
