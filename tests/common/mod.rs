@@ -599,6 +599,10 @@ impl Traced {
     /// Traces at every level while `act` runs, in this thread.
     pub(crate) fn while_running<T>(&self, act: impl FnOnce() -> T) -> T {
         use tracing_subscriber::layer::SubscriberExt;
+
+        // As long as there is a subscriber for everything, no place is switched off because another test had none just then.
+        static ON: std::sync::Once = std::sync::Once::new();
+        ON.call_once(|| tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap());
         let traced = self.clone();
         let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || traced.clone());
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), act)
