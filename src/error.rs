@@ -431,6 +431,11 @@ impl Error {
         move |source| Error::Io { op, path, source: Arc::new(source) }
     }
 
+    /// Whether it is that a file is not there.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     pub(crate) fn corrupt(at: Location, what: impl Into<String>) -> Error {
         Error::Corrupt { at, what: what.into() }
     }

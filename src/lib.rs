@@ -25,6 +25,7 @@ pub mod io;
 mod keys;
 pub mod kms;
 mod logstore;
+pub mod metrics;
 pub mod segment;
 mod shard;
 mod store;
@@ -32,7 +33,7 @@ mod sync;
 
 pub use config::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
-    NAME_BYTES_MAX, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
 };
 pub use error::{Error, ErrorKind, Location, Result};
 pub use group::{GroupError, LogGroup};
@@ -46,8 +47,9 @@ pub use shard::{
     RepairReport, Ticket,
 };
 pub use store::{
-    Background, Checkpoint, Fault, LOGSTORES_MAX, RecoverReport, ReplaceCmk, RetentionReport, Store, StoreBuilder,
-    StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
+    AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, Fault, KeyNeed,
+    KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress,
+    RewrapReport, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
 };
 
 /// The version of the format that this build writes, and the newest that it reads.

@@ -17,8 +17,8 @@ use common::{
 };
 use envelog::{
     AuditEvent::{self, *},
-    AuditRecord, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store,
-    VerifyOptions,
+    AuditMark, AuditRecord, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, ReplaceCmk,
+    Result, Store, VerifyOptions,
     io::{DirEntry, Disk, DiskFile, FileStat, OpenMode},
     kms::RevokedReason,
 };
@@ -535,4 +535,169 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
     });
     eventually("all is on record", || events(&store).iter().filter(|event| **event == Revoked).count() == 5);
     store.close().unwrap();
+}
+
+// ---- over several processes ----
+
+#[test]
+fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    for text in ["p/a", "p/b"] {
+        put(&world.byok(&store, text, &cmk), "one");
+    }
+    let begin = events(&store).len();
+    store.close().unwrap();
+    // Three processes find the key revoked; the second opens one Logstore alone.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    for opened in [&["p/a", "p/b"][..], &["p/b"], &["p/a", "p/b"]] {
+        let store = world.open();
+        for text in opened {
+            assert!(try_put(&store.logstore(&name(text)).unwrap(), "refused").is_err());
+        }
+        store.close().unwrap();
+    }
+    let store = world.open();
+    assert_eq!(events(&store)[begin..], [Revoked, Revoked]);
+    store.close().unwrap();
+    // Another reason is news, and so is another way of being lost.
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    world.local().schedule_deletion(&cmk.cmk_key_id, 7).unwrap();
+    for _ in 0..2 {
+        let store = world.open();
+        assert!(try_put(&store.logstore(&name("p/a")).unwrap(), "refused").is_err());
+        store.close().unwrap();
+    }
+    let store = world.open();
+    let records = since(&store, begin + 2);
+    assert_eq!(records.iter().map(|it| (it.event, &*it.detail)).collect::<Vec<_>>(), [(Revoked, "pending deletion")]);
+    store.close().unwrap();
+    world.local().cancel_deletion(&cmk.cmk_key_id).unwrap();
+    // The key is back, which a process notices that has never seen it lost; the Logstore that it opens later as well.
+    for _ in 0..2 {
+        let store = world.open();
+        put(&store.logstore(&name("p/a")).unwrap(), "two");
+        store.tick();
+        put(&store.logstore(&name("p/b")).unwrap(), "two");
+        store.close().unwrap();
+    }
+    let store = world.open();
+    let records = since(&store, begin + 3);
+    let told: Vec<_> = records.iter().map(|it| (it.event, it.logstore.clone().unwrap().to_string())).collect();
+    assert_eq!(told, [(Recovered, "p/a".to_owned()), (Recovered, "p/b".to_owned())]);
+    // And a loss after that is one again.
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    let logstore = store.logstore(&name("p/a")).unwrap();
+    assert!(logstore.revalidate_now().is_err());
+    assert_eq!(events(&store).last(), Some(&Revoked));
+}
+
+#[test]
+fn an_outage_that_goes_on_is_one_loss() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    put(&world.byok(&store, "p/a", &cmk), "one");
+    let begin = events(&store).len();
+    store.close().unwrap();
+    for answer in [Answer::Unreachable, Answer::Unreachable, Answer::Invalid, Answer::Real, Answer::Real] {
+        world.kms.answer(answer);
+        let store = world.open();
+        let put = try_put(&store.logstore(&name("p/a")).unwrap(), "more");
+        assert_eq!(put.is_ok(), answer == Answer::Real);
+        store.close().unwrap();
+    }
+    assert_eq!(events(&world.open())[begin..], [LeaseEnded, LeaseEnded, Recovered]);
+}
+
+// ---- for somebody else ----
+
+/// Checks an export as somebody would who has no key, from what `docs/format.md` says alone. Returns the hash of each record.
+fn checked_by_a_third_party(text: &str) -> Vec<String> {
+    use sha2::{Digest, Sha256};
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let mut lines: Vec<&str> = text.lines().collect();
+    let last: serde_json::Value = serde_json::from_str(lines.pop().unwrap()).unwrap();
+    let mut hashes: Vec<String> = Vec::new();
+    for (index, line) in lines.iter().enumerate() {
+        let value: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(value["record"]["number"], index as u64 + 1);
+        let (record, _) = line.strip_prefix("{\"record\":").unwrap().rsplit_once(",\"tag\":").unwrap();
+        let before = hashes.last().cloned().unwrap_or_default();
+        let hash = hex(&Sha256::digest(format!("{before}{record}\t{}", value["tag"].as_str().unwrap())));
+        assert_eq!(value["hash"], *hash, "record {}", index + 1);
+        hashes.push(hash);
+    }
+    assert_eq!(last["head"]["number"], hashes.len() as u64);
+    assert_eq!(last["head"]["hash"], *hashes.last().unwrap().as_str());
+    hashes
+}
+
+#[test]
+fn an_export_is_checked_without_a_key_and_compared_with_what_is_there_later() {
+    let mut world = World::manual();
+    world.options.audit_file_bytes = 4 << 10;
+    let store = world.create();
+    let logstore = world.service(&store, "p/a");
+    for _ in 0..20 {
+        store.rotate_data_key(logstore.name()).unwrap();
+    }
+    let first = store.export_audit().unwrap();
+    let hashes = checked_by_a_third_party(&first.text);
+    assert_eq!((first.head.number, &first.head.hash), (42, hashes.last().unwrap()));
+    assert_eq!(AuditMark::of_export(&first.text).unwrap(), first.head);
+    assert!(AuditMark::of_export(first.text.lines().next().unwrap()).is_err(), "the end is missing");
+    store.rotate_service_key().unwrap();
+    let second = store.export_audit().unwrap();
+    assert_eq!(checked_by_a_third_party(&second.text)[..hashes.len()], hashes);
+    for mark in [None, Some(&first.head), Some(&second.head)] {
+        let found = store.verify_audit(mark).unwrap();
+        assert!(found.fault.is_none() && found.head == second.head, "{found:?}");
+    }
+    // An older state of the log, and one that went another way.
+    let (earlier, keyring) = (world.path().join("earlier"), fs::read(world.keyring()).unwrap());
+    store.close().unwrap();
+    copy_dir(&world.store_dir(), &earlier);
+    let store = world.open();
+    store.rotate_data_key(&name("p/a")).unwrap();
+    let third = store.export_audit().unwrap();
+    store.close().unwrap();
+    copy_dir(&earlier, &world.store_dir());
+    fs::write(world.keyring(), keyring).unwrap();
+    let store = world.open();
+    assert!(store.verify_audit(None).unwrap().fault.is_none(), "in itself it is sound");
+    let gone = store.verify_audit(Some(&third.head)).unwrap().fault;
+    assert!(matches!(gone, Some(Error::RolledBack { .. })), "{gone:?}");
+    world.clock.advance(secs(1));
+    store.rotate_data_key(&name("p/a")).unwrap();
+    let other = store.verify_audit(Some(&third.head)).unwrap().fault;
+    assert!(matches!(other, Some(Error::RolledBack { .. })), "{other:?}");
+}
+
+#[test]
+fn verification_says_up_to_which_record_the_log_is_sound() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/a");
+    store.rotate_data_key(logstore.name()).unwrap();
+    store.close().unwrap();
+    let file = audit_files(&world).remove(0);
+    let good = fs::read_to_string(&file).unwrap();
+    let lines: Vec<&str> = good.split_inclusive('\n').collect();
+    assert_eq!(lines.len(), 4);
+    // Record 3 with another detail, and a CRC that fits.
+    let (body, _) = lines[2].trim_end().rsplit_once('\t').unwrap();
+    let body = body.replace("rotate_intended", "rotated");
+    let forged = format!("{body}\t{:08x}\n", crc32fast::hash(body.as_bytes()));
+    fs::write(&file, [lines[0], lines[1], &forged, lines[3]].concat()).unwrap();
+    let store = world.builder().open_read_only().unwrap();
+    let found = store.verify_audit(None).unwrap();
+    assert_eq!(found.head.number, 2);
+    assert!(matches!(found.fault, Some(Error::Tampered { .. })), "{found:?}");
+    assert!(matches!(store.export_audit(), Err(Error::Tampered { .. })));
+    fs::write(&file, [lines[0], lines[1], lines[2]].concat()).unwrap();
+    let found = store.verify_audit(None).unwrap();
+    assert_eq!(found.head.number, 3);
+    assert!(matches!(found.fault, Some(Error::Truncated { .. })), "{found:?}");
 }

@@ -180,6 +180,14 @@ impl Watched {
         self.says(&logstore.status().unwrap());
         self.json(&logstore.status().unwrap());
         self.says(&logstore.key_status());
+        self.says(&store.metrics());
+        self.json(&store.metrics());
+        self.says(&store.key_usage().unwrap());
+        self.json(&store.key_usage().unwrap());
+        let export = store.export_audit().unwrap();
+        self.says(&export);
+        self.said.push(("an export of the audit log".to_owned(), export.text));
+        self.says(&store.verify_audit(None).unwrap());
         for record in store.audit_records().unwrap() {
             self.says(&record);
             self.json(&record);
@@ -251,9 +259,15 @@ fn the_search_finds_what_is_not_encrypted() {
     }
 }
 
-/// The whole life of a store: appends of every kind, every operation on keys, refusals, damage, a restart.
+/// The whole life of a store: appends of every kind, every operation on keys, refusals, damage, a restart. All that it traces on the
+/// way, at every level, is looked through as well.
 #[test]
 fn nothing_secret_is_written_or_said() {
+    let traced = Traced::default();
+    traced.while_running(|| whole_life(&traced));
+}
+
+fn whole_life(traced: &Traced) {
     let mut watched = Watched::new();
     let mut roots = Secrets::default();
     let store = watched.builder().create().unwrap();
@@ -366,5 +380,12 @@ fn nothing_secret_is_written_or_said() {
     }
     assert!(watched.world.kms.wrapped_keys().len() >= 5, "two probes, and each data key at least once");
     watched.says(&SecretKey::from_bytes(&mut data_key.clone()));
+    let text = traced.text();
+    for said in
+        ["a store is open", "a KMS has answered", "on the key audit log", "the KMS refuses", "a segment is sealed"]
+    {
+        assert!(text.contains(said), "{said}: everything was traced: {text}");
+    }
+    watched.said.push(("what is traced".to_owned(), text));
     watched.assert_nothing_leaked(&roots);
 }

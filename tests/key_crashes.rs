@@ -325,3 +325,53 @@ fn shredding() {
         }
     }
 }
+
+/// A data key that goes with the last segment under it: cut off at any step, the store reads what is left, and the next run of
+/// retention finishes it.
+#[test]
+fn retention_that_destroys_data_keys() {
+    let scene = Scene::new();
+    for text in [SERVICE, BYOK] {
+        for failure in Failure::ALL {
+            let mut attempts = 0;
+            for count in 0.. {
+                let at = format!("{text}: {failure:?} after {count}");
+                scene.reset();
+                let disk = FailingDisk::default();
+                let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+                let logstore = store.logstore(&name(text)).unwrap();
+                let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+                store.update_logstore(&name(text), config).unwrap();
+                put(&logstore, "third");
+                disk.fail_after(count, failure);
+                let outcome = store.apply_retention();
+                let ran_through = !disk.has_failed();
+                disk.disarm();
+                drop((logstore, store));
+                if ran_through {
+                    assert_eq!(outcome.unwrap().data_keys, 1, "{at}");
+                    break;
+                }
+                attempts += 1;
+                let store = scene.world.open();
+                let logstore = store.logstore(&name(text)).unwrap();
+                let left = texts(&logstore);
+                assert_eq!(left.last().unwrap(), "third", "{at}: {left:?}");
+                let shredded = logstore.status().unwrap().data_keys[0].shredded;
+                assert!(!shredded || !left.contains(&"first".to_owned()), "{at}: a key went before what it sealed");
+                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
+                put(&logstore, "fourth");
+                logstore.roll().unwrap();
+                put(&logstore, "fifth");
+                store.apply_retention().unwrap();
+                let keys = logstore.status().unwrap().data_keys;
+                assert!(keys[0].shredded && !keys[1].shredded, "{at}: {keys:?}");
+                let intended = |record: &envelog::AuditRecord| record.event == envelog::AuditEvent::ShredIntended;
+                assert!(store.audit_records().unwrap().iter().any(intended), "{at}: it is on record");
+                store.close().unwrap();
+            }
+            assert!(attempts > 10, "{attempts}");
+        }
+    }
+}

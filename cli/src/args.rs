@@ -2,8 +2,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, segment::Compression};
+use tracing_subscriber::filter::Targets;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +48,12 @@ pub(crate) struct Global {
     /// Print results and errors as JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
+    /// Say on standard error what the engine does; twice for more of it, three times for all
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// What of it to say, such as info, or warn,envelog::keys=debug; in place of --verbose
+    #[arg(long, global = true, env = "ENVELOG_LOG", value_name = "FILTER")]
+    pub(crate) log: Option<Targets>,
     /// How often the KMS is asked whether a key may still be used, such as 500ms, 30s, 5m [default: 30s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) revalidate_every: Option<Duration>,
@@ -234,6 +241,12 @@ pub(crate) struct CreateArgs {
     /// Drop the oldest segments of a shard that holds more than so many bytes, such as 10GiB [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) retention_bytes: Option<u64>,
+    /// Make a new data-key version by itself once the current one is so many days old [default: never]
+    #[arg(long, value_name = "DAYS")]
+    pub(crate) rotate_key_days: Option<u32>,
+    /// Make a new data-key version by itself once so many bytes are sealed under the current one [default: never]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) rotate_key_bytes: Option<u64>,
     /// How blocks are compressed
     #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
     pub(crate) compression: CompressionArg,
@@ -360,11 +373,21 @@ pub(crate) enum KeysCommand {
     /// Seal what comes from now on under a new data-key version
     RotateData(NameArgs),
     /// Wrap the data keys again, under the newest version of the service key or of the customer's key
-    Rewrap(OptionalNameArgs),
+    #[command(after_help = "\
+Without a name, Logstores whose data keys are under the newest version already are passed over, and a run that was
+interrupted, or failed for some, is continued by the next one like it within a day. While a service has the store open for
+writing, it is for the service to do this (`Store::rewrap_all`).")]
+    Rewrap(RewrapArgs),
+    /// Tell what every key is still needed for, and whether it may be destroyed
+    Usage,
     /// Make a new version of the service key; back the keyring up again afterwards
     RotateService,
-    /// Print the audit log of keys
-    Audit,
+    /// Print the audit log of keys, verify it, or write it to a file
+    #[command(after_help = "\
+Examples:
+  envelog keys audit --out audit.jsonl
+  envelog keys audit --verify --against audit.jsonl")]
+    Audit(AuditArgs),
     /// Copy the service keyring to a file
     Backup(OutArgs),
     /// Recover a store whose keyring is lost, as far as customers' keys go
@@ -399,6 +422,35 @@ Whoever held the old key and a copy of an old envelope can still read the old da
         #[arg(long)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AuditArgs {
+    /// Verify it, and print no more than how far it is sound
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// An earlier file of --out, whose records must still be there as they were
+    #[arg(long, value_name = "FILE", requires = "verify", value_hint = ValueHint::FilePath)]
+    pub(crate) against: Option<PathBuf>,
+    /// Write it to this new file, as lines of JSON that can be checked without any key
+    #[arg(long, value_name = "FILE", conflicts_with = "verify", value_hint = ValueHint::FilePath)]
+    pub(crate) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RewrapArgs {
+    /// The Logstore [default: all of them]
+    #[arg(value_name = "PROJECT/LOGSTORE", conflicts_with_all = ["cmk", "region", "restart"])]
+    pub(crate) name: Option<String>,
+    /// Only Logstores under this customer's key
+    #[arg(long, value_name = "KEY-ID")]
+    pub(crate) cmk: Option<String>,
+    /// Only Logstores whose key is in this region
+    #[arg(long, value_name = "REGION")]
+    pub(crate) region: Option<String>,
+    /// Begin anew, also where an interrupted run could be continued
+    #[arg(long)]
+    pub(crate) restart: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -16,6 +16,11 @@ use std::{
 };
 
 use clap::{Parser, error::ErrorKind};
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 use args::Cli;
 use exit::{Failure, Status};
@@ -28,6 +33,7 @@ fn main() -> ExitCode {
     };
     let json = cli.global.json;
     report_panics(json);
+    show_events(cli.global.verbose, cli.global.log.clone());
     match catch_unwind(AssertUnwindSafe(|| commands::run(cli))) {
         Ok(Ok(())) => Status::Done.into(),
         // The hook has said it already.
@@ -37,6 +43,19 @@ fn main() -> ExitCode {
             failure.status().into()
         }
     }
+}
+
+/// Writes what the engine does to standard error, where that was asked for.
+fn show_events(verbose: u8, filter: Option<Targets>) {
+    let level = match verbose {
+        0 => LevelFilter::OFF,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    let filter = filter.unwrap_or_else(|| Targets::new().with_default(level));
+    let events = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(filter).with(events).init();
 }
 
 /// Keys in memory must not land in a file when the process crashes. Where the system refuses, the engine's own protection of

@@ -31,7 +31,7 @@ pub(crate) struct Setup {
 
 impl Setup {
     pub(crate) fn new(global: Global) -> Result<Self> {
-        let Global { store, keyring, kms_dir, kms, json, revalidate_every, outage_grace } = global;
+        let Global { store, keyring, kms_dir, kms, json, revalidate_every, outage_grace, verbose: _, log: _ } = global;
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
         let kms = kms
             .iter()

@@ -318,6 +318,105 @@ fn a_shard_with_a_damaged_end_is_written_again_after_a_repair() {
 }
 
 #[test]
+fn usage_tells_what_may_be_destroyed() {
+    let world = World::new();
+    let (old, new) = (world.create_key(), world.create_key());
+    world.create("p/a", &byok("sm4", &old));
+    append(&world, "p/a", "one\n");
+    world.ok(&["kms", "rotate", &old]);
+    world.ok(&["keys", "rotate-data", "p/a"]);
+    append(&world, "p/a", "two\n");
+    let usage = || world.json(&["keys", "usage", "--json"]);
+    let keys = usage()["data_keys"].clone();
+    assert_eq!((&keys[0]["cmk_version"], &keys[1]["cmk_version"]), (&"1".into(), &"2".into()), "{keys}");
+    assert_eq!((&keys[0]["safe_to_destroy"], &keys[1]["current"]), (&false.into(), &true.into()), "{keys}");
+    let replace = ["keys", "replace-cmk", "p/a", "--encrypt-conf", &byok("sm4", &new).to_string()].map(str::to_owned);
+    world.ok(&replace);
+    let masters = usage()["master_keys"].clone();
+    let safe = |key: &str| {
+        let of_key = masters.as_array().unwrap().iter().find(|it| it["cmk"]["cmk_key_id"] == key).unwrap();
+        of_key["safe_to_destroy"].as_bool().unwrap()
+    };
+    assert!(safe(&old) && !safe(&new), "{masters}");
+    let table = String::from_utf8(world.ok(&["keys", "usage"])).unwrap();
+    for word in ["data key of p/a", &new, "safe", "no: ", "service key"] {
+        assert!(table.contains(word), "{word} is missing: {table}");
+    }
+    let status = status(&world, "p/a");
+    assert_eq!((&status["cmk"]["cmk_key_id"], &status["data_keys"][2]["current"]), (&new.into(), &true.into()));
+}
+
+#[test]
+fn the_keys_under_one_master_key_are_wrapped_again_in_one_go() {
+    let world = World::new();
+    let (key, gone) = (world.create_key(), world.create_key());
+    for (name, key) in [("p/a", &key), ("p/b", &key), ("p/c", &gone)] {
+        world.create(name, &byok("default", key));
+        append(&world, name, "one\n");
+    }
+    world.create("p/d", &service("default"));
+    world.ok(&["kms", "rotate", &key]);
+    world.ok(&["kms", "disable", &gone]);
+    let report = world.json(&["keys", "rewrap", "--cmk", &key, "--json"]);
+    let names: Vec<_> = report["rewrapped"].as_array().unwrap().iter().map(|it| it["logstore"].clone()).collect();
+    assert_eq!(names, ["p/a", "p/b"], "{report}");
+    // One that fails is told at the end, and has stopped no other.
+    let out = world.run(&["keys", "rewrap", "--json"]);
+    let report: Value = serde_json::from_str(&out.text()).unwrap();
+    assert_eq!(report["current"], json!(["p/a", "p/b", "p/d"]), "{report}");
+    assert!(report["failed"].as_array().unwrap().iter().any(|it| it["what"] == "p/c"), "{report}");
+    assert!(world.refused(3, &["keys", "rewrap"]).contains("p/c"));
+    assert_eq!(world.json(&["keys", "rewrap", "--cmk", &key, "--region", "nowhere", "--json"])["rewrapped"], json!([]));
+    world.run(&["keys", "rewrap", "p/a", "--cmk", &key]).assert(2);
+    assert_eq!(world.read("p/a"), b"one\n");
+}
+
+#[test]
+fn the_audit_log_is_verified_and_exported() {
+    let world = World::new();
+    let key = world.create_key();
+    world.create("p/a", &byok("sm4", &key));
+    append(&world, "p/a", "one\n");
+    world.ok(&["keys", "audit", "--out", "export"]);
+    // A loss is on record once, whoever finds it, and so is its end.
+    world.ok(&["kms", "disable", &key]);
+    let piece = world.file("piece", "two\n");
+    for _ in 0..3 {
+        world.refused(3, &["append", "p/a", &piece]);
+    }
+    world.ok(&["kms", "enable", &key]);
+    for _ in 0..2 {
+        world.ok(&["append", "p/a", &piece]);
+    }
+    assert_eq!(events(&world), ["store_created", "created", "revoked", "recovered"]);
+    let report = world.json(&["keys", "audit", "--verify", "--against", "export", "--json"]);
+    assert_eq!((&report["ok"], &report["head"]["number"]), (&true.into(), &4.into()), "{report}");
+    let export = fs::read_to_string(world.path("export")).unwrap();
+    assert_eq!(export.lines().count(), 3);
+    let last: Value = serde_json::from_str(export.lines().last().unwrap()).unwrap();
+    assert_eq!(last["head"]["number"], 2);
+    assert!(world.refused(2, &["keys", "audit", "--verify", "--against", "piece"]).contains("export"));
+    let log = world.path("envelog-data/audit/audit-000001.log");
+    let mut bytes = fs::read(&log).unwrap();
+    bytes[20] ^= 1;
+    fs::write(&log, bytes).unwrap();
+    let sentence = world.refused(5, &["keys", "audit", "--verify"]);
+    assert!(sentence.contains("up to record 0"), "{sentence}");
+}
+
+#[test]
+fn what_the_engine_does_is_said_where_that_is_asked_for() {
+    let world = World::new();
+    world.create("p/a", &service("sm4"));
+    let text = |args: &[&str]| String::from_utf8(world.command(args).output().unwrap().stderr).unwrap();
+    assert_eq!(text(&["keys", "rotate-data", "p/a"]), "");
+    let said = text(&["-v", "keys", "rotate-data", "p/a"]);
+    assert!(said.contains("a store is open") && said.contains("Rotated") && !said.contains('\x1b'), "{said}");
+    let said = text(&["--log", "envelog::keys=info", "keys", "rotate-data", "p/a"]);
+    assert!(!said.contains("a store is open") && said.contains("Rotated"), "{said}");
+}
+
+#[test]
 fn inspect_needs_no_key() {
     let world = World::new();
     let key = world.create_key();

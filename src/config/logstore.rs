@@ -15,6 +15,8 @@ use crate::{
 pub const SHARDS_MAX: u32 = 256;
 /// The longest time to live, in days (ten years).
 pub const TTL_DAYS_MAX: u32 = 3650;
+/// The smallest [`RotateDataKey::max_bytes`].
+pub const ROTATE_BYTES_MIN: u64 = 1 << 20;
 /// The longest `cmk_key_id`, `arn` or `region_id`, in bytes.
 pub const CMK_FIELD_BYTES_MAX: usize = 1024;
 
@@ -283,6 +285,33 @@ fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, ConfigError> {
     serde_json::from_str(json).map_err(|error| ConfigError::Json(error.to_string()))
 }
 
+/// When a Logstore gets a new data-key version by itself; whichever comes first. It takes effect while encryption is on.
+///
+/// A Logstore can have 10,000 versions in all, those included that are destroyed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RotateDataKey {
+    /// Once the current version is so many days old, 1 to [`TTL_DAYS_MAX`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_age_days: Option<u32>,
+    /// Once the segments under the current version that are kept, or were when the store was opened, have so many bytes on disk; at
+    /// least [`ROTATE_BYTES_MIN`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
+}
+
+impl RotateDataKey {
+    fn check(&self) -> Result<(), ConfigError> {
+        if let Some(days) = self.max_age_days {
+            range("rotate_data_key.max_age_days", days.into(), 1, TTL_DAYS_MAX.into())?;
+        }
+        if let Some(bytes) = self.max_bytes {
+            range("rotate_data_key.max_bytes", bytes, ROTATE_BYTES_MIN, u64::MAX)?;
+        }
+        Ok(())
+    }
+}
+
 /// What [`crate::Store::create_logstore`] is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogstoreSpec {
@@ -292,6 +321,8 @@ pub struct LogstoreSpec {
     pub ttl_days: Option<u32>,
     /// How many bytes of segments a shard may keep before the oldest are dropped; `None` is no limit.
     pub retention_bytes: Option<u64>,
+    /// When the data key rotates by itself; `None` is never.
+    pub rotate_data_key: Option<RotateDataKey>,
     /// How blocks are compressed.
     pub compression: Compression,
     /// Encryption; may also come with a later update.
@@ -305,6 +336,7 @@ impl Default for LogstoreSpec {
             shard_count: 1,
             ttl_days: None,
             retention_bytes: None,
+            rotate_data_key: None,
             compression: Compression::Lz4,
             encrypt_conf: None,
         }
@@ -322,6 +354,7 @@ impl LogstoreSpec {
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
         check_retention(self.ttl_days, self.retention_bytes)?;
+        self.rotate_data_key.map_or(Ok(()), |policy| policy.check())?;
         self.encrypt_conf.as_ref().map_or(Ok(()), EncryptConf::check)
     }
 }
@@ -408,6 +441,9 @@ pub struct LogstoreConfig {
     /// See [`LogstoreSpec::retention_bytes`].
     #[serde(default)]
     pub retention_bytes: Option<u64>,
+    /// See [`LogstoreSpec::rotate_data_key`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate_data_key: Option<RotateDataKey>,
     /// How new blocks are compressed.
     pub compression: Compression,
     /// Encryption, if it was ever configured.
@@ -438,6 +474,7 @@ impl LogstoreConfig {
             shard_count: spec.shard_count,
             ttl_days: spec.ttl_days,
             retention_bytes: spec.retention_bytes,
+            rotate_data_key: spec.rotate_data_key,
             compression: spec.compression,
             encrypt_conf: spec.encrypt_conf,
             create_time: now_s,
@@ -471,6 +508,7 @@ impl LogstoreConfig {
             }
         }
         check_retention(update.ttl_days, update.retention_bytes)?;
+        update.rotate_data_key.map_or(Ok(()), |policy| policy.check())?;
         let encrypt_conf = match (&self.encrypt_conf, update.encrypt_conf) {
             (Some(_), None) => return Err(ConfigError::EncryptConfRequired),
             (_, None) => None,

@@ -5,11 +5,13 @@
 //! dropped from the middle or moved. The catalogue remembers how far the log was when it was last written.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, RwLock, atomic::Ordering},
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::{error, info};
 
 use super::keyring::Keyring;
 use crate::{
@@ -19,6 +21,7 @@ use crate::{
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode},
+    metrics::Counters,
     sync::{lock, read},
 };
 
@@ -43,6 +46,10 @@ pub enum AuditEvent {
     Rotated,
     /// The envelopes were wrapped anew under the current wrapping key.
     Rewrapped,
+    /// The envelopes of many Logstores are being wrapped anew; the detail says of which.
+    RewrapBegun,
+    /// They have all been wrapped anew.
+    RewrapEnded,
     /// A new service-key version is about to be made.
     ServiceRotateIntended,
     /// A new service-key version is in use.
@@ -112,6 +119,9 @@ pub(crate) struct AuditLog {
     keyring: Arc<RwLock<Keyring>>,
     dir: PathBuf,
     file_bytes_max: u64,
+    counters: Arc<Counters>,
+    /// `None` until the log was read for them, when the first transition is to be recorded.
+    losses: Mutex<Option<Losses>>,
     tail: Mutex<Tail>,
 }
 
@@ -132,9 +142,10 @@ impl AuditLog {
         keyring: Arc<RwLock<Keyring>>,
         dir: PathBuf,
         file_bytes_max: u64,
+        counters: Arc<Counters>,
     ) -> Self {
         let tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
-        Self { disk, clock, keyring, dir, file_bytes_max, tail: Mutex::new(tail) }
+        Self { disk, clock, keyring, dir, file_bytes_max, counters, losses: Mutex::default(), tail: Mutex::new(tail) }
     }
 
     /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the last file, and back to the one that has
@@ -213,6 +224,8 @@ impl AuditLog {
         }
         self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         *tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
+        drop(tail);
+        *lock(&self.losses) = None;
         Ok(())
     }
 
@@ -243,6 +256,32 @@ impl AuditLog {
         logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: impl Into<String>,
     ) -> Result<()> {
+        let detail = detail.into();
+        self.put(event, logstore, &detail)?;
+        if let Some(losses) = &mut *lock(&self.losses) {
+            follow(losses, event, logstore.map(|(_, id)| id), &detail);
+        }
+        Ok(())
+    }
+
+    /// Appends a record, and says so or that it failed.
+    fn put(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: &str) -> Result<()> {
+        let name = logstore.map(|(name, _)| name.to_string());
+        match self.append(event, logstore, detail.to_owned()) {
+            Ok(number) => {
+                self.counters.audit_records.fetch_add(1, Ordering::Relaxed);
+                info!(number, ?event, logstore = name, detail, "on the key audit log");
+                Ok(())
+            }
+            Err(cause) => {
+                self.counters.audit_failures.fetch_add(1, Ordering::Relaxed);
+                error!(?event, logstore = name, detail, error = %cause, "the key audit log could not be written");
+                Err(cause)
+            }
+        }
+    }
+
+    fn append(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: String) -> Result<u64> {
         let (keyring_version, key) = {
             let keyring = read(&self.keyring);
             (keyring.newest(), keyring.audit_key(keyring.newest())?)
@@ -254,7 +293,7 @@ impl AuditLog {
             event,
             logstore: logstore.map(|(name, _)| name.clone()),
             logstore_id: logstore.map(|(_, id)| id),
-            detail: detail.into(),
+            detail,
             keyring_version,
         };
         let json = serde_json::to_string(&record).expect("plain data always serializes");
@@ -283,7 +322,7 @@ impl AuditLog {
         tail.len += line.len() as u64;
         tail.file = Some(file);
         tail.head = AuditHead { number: record.number, tag };
-        Ok(())
+        Ok(record.number)
     }
 
     fn open_file(&self, path: &Path, len: u64) -> Result<Arc<dyn DiskFile>> {
@@ -306,10 +345,54 @@ impl AuditLog {
         open().map_err(Error::io("open the audit log", path))
     }
 
+    /// Records that access to a key was lost or is back, unless the log says so already, be it by another process.
+    pub(crate) fn transition(
+        &self,
+        event: AuditEvent,
+        logstore: (&LogstoreName, LogstoreId),
+        detail: String,
+    ) -> Result<()> {
+        let mut losses = lock(&self.losses);
+        let losses = losses.get_or_insert_with(|| self.read_losses());
+        let known = losses.get(&logstore.1);
+        let news = match (event, known) {
+            (AuditEvent::Recovered, known) => known.is_some(),
+            // How the KMS could not be reached may be said in many ways; it is one loss.
+            (AuditEvent::LeaseEnded, Some((AuditEvent::LeaseEnded, before))) => kind(before) != kind(&detail),
+            (event, Some((before, reason))) => event != *before || detail != *reason,
+            (_, None) => true,
+        };
+        if news {
+            self.put(event, Some(logstore), &detail)?;
+            follow(losses, event, Some(logstore.1), &detail);
+        }
+        Ok(())
+    }
+
+    /// The Logstores whose last transition on record is a loss, and which. As far as the log can be read: a damaged one is for
+    /// [`AuditLog::walk`] to tell of.
+    fn read_losses(&self) -> Losses {
+        let mut losses = Losses::new();
+        for number in self.files().unwrap_or_default() {
+            for line in self.lines(number).map(|lines| lines.lines).unwrap_or_default() {
+                follow(&mut losses, line.record.event, line.record.logstore_id, &line.record.detail);
+            }
+        }
+        losses
+    }
+
     /// All records, the chain verified from the first to the last, and against `heads` that were noted earlier.
     pub(crate) fn verified(&self, heads: &[&AuditHead]) -> Result<Vec<AuditRecord>> {
-        let numbers = self.files()?;
         let mut records = Vec::new();
+        self.walk(heads, &mut |line| records.push(line.record))?;
+        Ok(records)
+    }
+
+    /// Goes through the records, the chain verified from the first to the last, and against `heads` that were noted earlier. Stops
+    /// at the first one that is not as it was written; those before it have been handed out.
+    pub(crate) fn walk(&self, heads: &[&AuditHead], each: &mut dyn FnMut(Line)) -> Result<()> {
+        let numbers = self.files()?;
+        let mut count = 0;
         let mut previous = String::new();
         let mut seen = vec![false; heads.len()];
         for (index, &number) in numbers.iter().enumerate() {
@@ -323,7 +406,7 @@ impl AuditLog {
             let mut lines = self.lines(number)?;
             if is_last {
                 for head in heads {
-                    lines = lines.up_to(head, records.len() as u64, &self.path(number))?;
+                    lines = lines.up_to(head, count, &self.path(number))?;
                 }
             }
             if !is_last && lines.torn {
@@ -337,25 +420,26 @@ impl AuditLog {
                 let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
                 let expected = hmac_sha256(&key, &[previous.as_bytes(), line.json.as_bytes()]);
                 let right = hex_decode(&line.tag).is_some_and(|tag| tags_equal(&tag, &expected));
-                if !right || line.record.number != records.len() as u64 + 1 {
+                if !right || line.record.number != count + 1 {
                     return Err(Error::Tampered { at: at(), what: "an audit record" });
                 }
                 for (seen, head) in seen.iter_mut().zip(heads) {
                     *seen |= head.number == line.record.number && head.tag == line.tag;
                 }
-                previous = line.tag;
-                records.push(line.record);
+                previous.clone_from(&line.tag);
+                count += 1;
+                each(line);
             }
         }
         if let Some((head, _)) = heads.iter().zip(&seen).find(|(head, seen)| head.number > 0 && !**seen) {
-            return Err(if head.number > records.len() as u64 {
+            return Err(if head.number > count {
                 let at = Location::new(self.path(numbers.last().copied().unwrap_or(1)), 0);
-                Error::truncated(at, format!("the audit log ends at record {}, it had {}", records.len(), head.number))
+                Error::truncated(at, format!("the audit log ends at record {count}, it had {}", head.number))
             } else {
                 Error::RolledBack { what: format!("audit record {} is another than it was", head.number) }
             });
         }
-        Ok(records)
+        Ok(())
     }
 
     fn lines(&self, number: u32) -> Result<Lines> {
@@ -408,11 +492,35 @@ impl Lines {
     }
 }
 
-struct Line {
+/// The last loss of each Logstore whose key has not come back since: the event and its detail.
+type Losses = BTreeMap<LogstoreId, (AuditEvent, String)>;
+
+/// What a record says of losses.
+fn follow(losses: &mut Losses, event: AuditEvent, logstore: Option<LogstoreId>, detail: &str) {
+    let Some(logstore) = logstore else { return };
+    match event {
+        AuditEvent::Revoked | AuditEvent::LeaseEnded => {
+            losses.insert(logstore, (event, detail.to_owned()));
+        }
+        // Nobody replaces a key that cannot be used.
+        AuditEvent::Recovered | AuditEvent::Replaced | AuditEvent::Deleted => {
+            losses.remove(&logstore);
+        }
+        _ => {}
+    }
+}
+
+/// The word that the detail of an ended lease begins with.
+fn kind(detail: &str) -> &str {
+    detail.split(':').next().unwrap_or_default()
+}
+
+/// A record as it stands in the log.
+pub(crate) struct Line {
     offset: u64,
-    json: String,
-    record: AuditRecord,
-    tag: String,
+    pub(crate) json: String,
+    pub(crate) record: AuditRecord,
+    pub(crate) tag: String,
 }
 
 impl Line {
@@ -459,7 +567,8 @@ mod tests {
     }
 
     fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
-        let log = AuditLog::new(Arc::new(RealDisk), Arc::new(SystemClock), keyring, dir.to_owned(), file_bytes_max);
+        let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
+        let log = AuditLog::new(disk, clock, keyring, dir.to_owned(), file_bytes_max, counters);
         log.find_end(&AuditHead::default()).unwrap();
         log
     }

@@ -32,6 +32,9 @@ pub(crate) struct KeysSection {
 pub(crate) struct DataKeyVersion {
     pub(crate) version: u32,
     pub(crate) created_us: u64,
+    /// When it was wrapped last, if that was later.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) wrapped_us: Option<u64>,
     /// The keyring version that wraps it; `None` under a customer master key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) keyring_version: Option<u32>,
@@ -49,6 +52,11 @@ impl KeysSection {
 
     pub(crate) fn version(&self, version: u32) -> Option<&DataKeyVersion> {
         self.versions.iter().find(|v| v.version == version)
+    }
+
+    /// The versions that can be unwrapped, and what they are wrapped as.
+    pub(crate) fn envelopes(&self) -> impl Iterator<Item = (&DataKeyVersion, &str)> {
+        self.versions.iter().filter_map(|version| Some((version, version.wrapped.as_deref()?)))
     }
 }
 

@@ -23,6 +23,7 @@ use crate::{
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
     io::Disk,
     kms::{Cmk, KmsError},
+    metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{lock, read, write},
 };
@@ -43,6 +44,7 @@ pub(crate) struct KeyContext {
     pub(crate) keyring: Arc<RwLock<Keyring>>,
     /// The process that opened the store.
     pub(crate) pid: u32,
+    pub(crate) counters: Arc<Counters>,
     /// For a read-only opener, whose keyring the writer may rotate: where to read it anew.
     pub(crate) reload_from: Option<Arc<dyn Disk>>,
 }
@@ -112,6 +114,26 @@ pub(crate) struct Gate {
     closed: OnceLock<&'static str>,
     /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
     reload: OnceLock<ReloadKeys>,
+    /// How many readers are in a segment under each key, be it one that retention has dropped.
+    readers: Mutex<BTreeMap<KeySource, usize>>,
+}
+
+/// Says for as long as it lives that a reader is in a segment under this key.
+pub(crate) struct InUse {
+    gate: Arc<Gate>,
+    source: KeySource,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut readers = lock(&self.gate.readers);
+        if let Some(count) = readers.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                readers.remove(&self.source);
+            }
+        }
+    }
 }
 
 pub(crate) type ReloadKeys = Box<dyn Fn() -> Result<GateKeys> + Send + Sync>;
@@ -134,7 +156,19 @@ impl Gate {
             kept: Mutex::default(),
             closed: OnceLock::new(),
             reload: OnceLock::new(),
+            readers: Mutex::default(),
         }
+    }
+
+    /// Notes that a reader is in a segment under this key.
+    pub(crate) fn in_use(self: &Arc<Self>, source: KeySource) -> InUse {
+        *lock(&self.readers).entry(source).or_default() += 1;
+        InUse { gate: Arc::clone(self), source }
+    }
+
+    /// How many readers of this process are in segments under this key.
+    pub(crate) fn readers(&self, source: KeySource) -> usize {
+        lock(&self.readers).get(&source).copied().unwrap_or(0)
     }
 
     pub(crate) fn context(&self) -> &Arc<KeyContext> {
@@ -170,7 +204,10 @@ impl Gate {
         let lease = read(&self.keys).lease.clone();
         match lease {
             None => Ok(0),
-            Some(lease) => lease.admit().map_err(|refusal| self.refused(&refusal, lease.cmk())),
+            Some(lease) => lease.admit().map_err(|refusal| {
+                self.context.counters.refused(&refusal);
+                self.refused(&refusal, lease.cmk())
+            }),
         }
     }
 
@@ -411,6 +448,7 @@ mod tests {
                 provider: Arc::new(RustCrypto::new()),
                 keyring: Arc::clone(&keyring),
                 pid,
+                counters: Arc::default(),
                 reload_from: None,
             };
             let id = LogstoreId::from_bytes([2; 16]);

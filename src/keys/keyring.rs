@@ -182,6 +182,11 @@ impl Keyring {
         self.versions.keys().next_back().copied().unwrap_or(0)
     }
 
+    /// All versions, and when each was made, in microseconds since the Unix epoch.
+    pub(crate) fn versions(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.versions.iter().map(|(&version, made)| (version, made.created_us))
+    }
+
     /// Adds a version; it is durable when this returns. On an error the keyring in memory is as it was.
     pub(crate) fn rotate(&mut self, disk: &dyn Disk, random: &dyn Random, now_us: u64) -> Result<u32> {
         if self.versions.len() >= VERSIONS_MAX {

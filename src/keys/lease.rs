@@ -15,6 +15,7 @@ use std::{
 };
 
 use serde::Serialize;
+use tracing::{debug, info, warn};
 
 use super::{
     circuit::{Circuit, PERIODS_SPARED},
@@ -25,6 +26,7 @@ use crate::{
     crypto::SecretKey,
     io::{Clock, Random},
     kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
+    metrics::LeaseMetrics,
     sync::{lock, wait},
 };
 
@@ -134,15 +136,16 @@ struct State {
     refusal: Option<Refusal>,
     /// When the call under way was sent.
     calling: Option<Moment>,
-    /// Whether the listeners were last told of a loss.
-    told_lost: bool,
+    /// Whether the listeners were last told of a loss; `None` before the first answer, which they are told in any case: they may
+    /// depend on what an earlier process has left on record.
+    told_lost: Option<bool>,
 }
 
 pub(crate) struct Lease {
     cmk: Cmk,
     kms: BoundedKms,
     circuit: Arc<Circuit>,
-    probe: Probe,
+    probe: Mutex<Arc<Probe>>,
     terms: LeaseTerms,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
@@ -185,7 +188,7 @@ impl Lease {
             cmk,
             kms,
             circuit,
-            probe,
+            probe: Mutex::new(Arc::new(probe)),
             terms,
             clock,
             random,
@@ -204,6 +207,11 @@ impl Lease {
 
     pub(crate) fn cmk(&self) -> &Cmk {
         &self.cmk
+    }
+
+    /// Renews with this probe from now on: the same key, wrapped again.
+    pub(crate) fn set_probe(&self, probe: Probe) {
+        *lock(&self.probe) = Arc::new(probe);
     }
 
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
@@ -355,9 +363,9 @@ impl Lease {
     }
 
     fn ask(&self) -> Result<(), Refusal> {
-        let key =
-            self.unwrap(self.probe.context.clone(), &self.probe.wrapped).map_err(|error| Refusal::from(&error))?;
-        if fingerprint(&key) == self.probe.fingerprint {
+        let probe = Arc::clone(&lock(&self.probe));
+        let key = self.unwrap(probe.context.clone(), &probe.wrapped).map_err(|error| Refusal::from(&error))?;
+        if fingerprint(&key) == probe.fingerprint {
             Ok(())
         } else {
             Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))
@@ -398,8 +406,26 @@ impl Lease {
             Err(Refusal::Revoked(_)) => state.last_success = None,
             Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
+        self.trace(state.refusal.as_ref(), &answer);
         state.refusal = answer.err();
         self.publish(state);
+    }
+
+    /// Says what an answer changes.
+    fn trace(&self, before: Option<&Refusal>, answer: &Result<(), Refusal>) {
+        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
+        match (before, answer) {
+            (None, Ok(())) => debug!(key, region, "a lease was renewed"),
+            (Some(_), Ok(())) => info!(key, region, "the KMS answers again: a lease was renewed"),
+            (_, Err(Refusal::Revoked(reason))) => warn!(key, region, %reason, "the KMS refuses a master key"),
+            (Some(Refusal::Unreachable(_) | Refusal::Invalid(_)), Err(_)) => debug!(key, region, "an outage goes on"),
+            (_, Err(Refusal::Unreachable(detail))) => {
+                warn!(key, region, detail, "an outage begins: the KMS cannot be reached, and the lease runs on");
+            }
+            (_, Err(Refusal::Invalid(detail))) => {
+                warn!(key, region, detail, "an outage begins: the KMS gives no valid answer, and the lease runs on");
+            }
+        }
     }
 
     /// Updates what the quick path looks at.
@@ -457,7 +483,7 @@ impl Lease {
         let state = lock(&self.state);
         match (state.last_attempt, state.last_success) {
             (None, _) => IDLE,
-            (Some(_), Some(sent)) if !state.told_lost => {
+            (Some(_), Some(sent)) if state.told_lost != Some(true) => {
                 state.due.min(sent.uptime + self.terms.outage_grace).saturating_sub(now)
             }
             _ => state.due.saturating_sub(now),
@@ -473,16 +499,23 @@ impl Lease {
                 return;
             }
             let standing = self.standing(&state);
-            if standing.is_err() == state.told_lost {
+            if Some(standing.is_err()) == state.told_lost {
                 return;
             }
-            state.told_lost = standing.is_err();
+            state.told_lost = Some(standing.is_err());
             if standing.is_err() {
                 self.publish(&state);
             }
             standing
         };
         let dependents = self.dependents();
+        let (key, region, logstores) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id, dependents.len());
+        match &standing {
+            Ok(()) => info!(key, region, logstores, "a master key can be used"),
+            Err(refusal) => {
+                warn!(key, region, logstores, ?refusal, "a master key cannot be used: its data keys are wiped")
+            }
+        }
         match &standing {
             Ok(()) => dependents.iter().for_each(|listener| listener.recovered()),
             // Every key is wiped before the first record is written: however long that takes, or whether it fails, delays none.
@@ -511,6 +544,22 @@ impl Lease {
             (None, _) => KeyState::Active,
         };
         KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+    }
+
+    /// What the listeners were told last, if anything.
+    pub(crate) fn told(&self) -> Option<Result<(), Refusal>> {
+        let state = lock(&self.state);
+        state.told_lost.map(|_| self.standing(&state))
+    }
+
+    pub(crate) fn metrics(&self) -> LeaseMetrics {
+        let last_success = lock(&self.state).last_success;
+        LeaseMetrics {
+            cmk: self.cmk.clone(),
+            status: self.status(),
+            age: last_success.map(|sent| self.clock.uptime().saturating_sub(sent.uptime)),
+            calls: self.calls(),
+        }
     }
 
     /// How many calls were made for renewal.

@@ -10,8 +10,14 @@ use std::{
     time::Duration,
 };
 
+use tracing::{debug, warn};
+
 use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
-use crate::crypto::SecretKey;
+use crate::{
+    crypto::SecretKey,
+    io::Clock,
+    metrics::{Counters, Outcome},
+};
 
 /// The most calls to one KMS that may be under way at once, those included that were given up and never came back.
 const CALLS_MAX: usize = 256;
@@ -25,6 +31,7 @@ pub(crate) struct BoundedKms {
     inline: bool,
     /// Calls under way, each in a thread of its own.
     calls: Arc<AtomicUsize>,
+    watch: Watch,
 }
 
 /// One of the calls under way, until its thread ends.
@@ -36,13 +43,50 @@ impl Drop for Underway {
     }
 }
 
+/// What measures the calls and counts them.
+#[derive(Clone, Debug)]
+pub(crate) struct Watch {
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) counters: Arc<Counters>,
+}
+
+impl Watch {
+    /// Makes a call, and notes what it came to and how long it took.
+    fn call<T>(
+        &self,
+        kms: &str,
+        operation: &'static str,
+        cmk: &Cmk,
+        make: impl FnOnce() -> Result<T, KmsError>,
+    ) -> Result<T, KmsError> {
+        let began = self.clock.uptime();
+        let answer = make();
+        let took = self.clock.uptime().saturating_sub(began);
+        let outcome = Outcome::of(&answer);
+        self.counters.kms_call(outcome, took);
+        let (key, region, latency_us) = (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
+        let outcome = outcome.word();
+        match &answer {
+            Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "a KMS has answered"),
+            Err(error) => {
+                warn!(kms, operation, key, region, outcome, latency_us, %error, "a KMS has not done what it was asked")
+            }
+        }
+        answer
+    }
+}
+
 impl BoundedKms {
-    pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool) -> Self {
-        Self { kms, timeout, inline, calls: Arc::default() }
+    pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool, watch: Watch) -> Self {
+        Self { kms, timeout, inline, calls: Arc::default(), watch }
     }
 
     pub(crate) fn name(&self) -> &str {
         self.kms.name()
+    }
+
+    pub(crate) fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
+        self.kms.cmk_version(wrapped)
     }
 
     pub(crate) fn serves(&self, region_id: &str) -> bool {
@@ -51,12 +95,13 @@ impl BoundedKms {
 
     pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
         let key = key.duplicate();
-        self.call(cmk, context, move |kms, call| kms.wrap(call, &key))
+        self.watch.call(self.name(), "wrap", cmk, || self.call(cmk, context, move |kms, call| kms.wrap(call, &key)))
     }
 
     pub(crate) fn unwrap(&self, cmk: &Cmk, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         let wrapped = wrapped.to_vec();
-        self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
+        self.watch
+            .call(self.name(), "unwrap", cmk, || self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped)))
     }
 
     /// Makes a call in a thread of its own and waits for it no longer than it may take. One that has not come back by then counts

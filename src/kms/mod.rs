@@ -59,7 +59,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use bounded::BoundedKms;
+pub(crate) use bounded::{BoundedKms, Watch};
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
@@ -121,6 +121,12 @@ pub trait Kms: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`KmsError`], sorted as the [module documentation](self) says.
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError>;
+
+    /// Which version of the CMK has wrapped `wrapped`, in the words of the KMS; `None` where what it returns does not tell. Asks
+    /// nobody: it looks at the bytes alone, which come from a disk and may hold anything.
+    fn cmk_version(&self, _wrapped: &[u8]) -> Option<String> {
+        None
+    }
 }
 
 /// Why a KMS has not done what it was asked for. The [module documentation](self) says which is which.

@@ -24,6 +24,8 @@ pub(crate) struct Meta {
     pub(crate) generation: u64,
     /// Its feature bits as it was read; kept in the frame.
     pub(crate) features: Features,
+    /// The version of the service keyring that it is authenticated under; kept in the frame.
+    pub(crate) keyring_version: u32,
     pub(crate) config: LogstoreConfig,
     pub(crate) keys: Option<KeysSection>,
     /// The tag over the keys section under a key derived from the data key (BYOK only).
@@ -36,7 +38,7 @@ pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
 
 impl Meta {
     pub(crate) fn new(config: LogstoreConfig) -> Self {
-        Self { generation: 1, features: Features::default(), config, keys: None, keys_tag: None }
+        Self { generation: 1, features: Features::default(), keyring_version: 0, config, keys: None, keys_tag: None }
     }
 
     pub(crate) fn load(
@@ -83,8 +85,14 @@ impl Meta {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
-        let (generation, features, keys_tag) = (document.generation, document.features, document.tag_b);
-        Ok(Self { generation, features, config, keys, keys_tag })
+        Ok(Self {
+            generation: document.generation,
+            features: document.features,
+            keyring_version: document.keyring_version,
+            config,
+            keys,
+            keys_tag: document.tag_b,
+        })
     }
 
     /// Writes it as the generation that it says. `data_key` is the current data key, given when the keys section of a BYOK Logstore
@@ -116,7 +124,9 @@ impl Meta {
             self.keys_tag = document.tag_b;
         }
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))
+        io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))?;
+        self.keyring_version = keyring.newest();
+        Ok(())
     }
 }
 

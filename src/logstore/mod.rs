@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use serde::Serialize;
@@ -18,7 +19,7 @@ use crate::{
     ids::LogstoreId,
     keys::{
         KeyStatus,
-        envelope::KeysSection,
+        envelope::{DataKeyVersion, KeysSection},
         gate::Gate,
         lease::{Lease, LeaseListener, Refusal},
     },
@@ -61,10 +62,22 @@ impl AppendOptions {
     }
 }
 
-/// Something told about the loss and the return of a key, after the engine has dealt with it.
+/// The store, to its Logstores: told about the loss and the return of a key, after the engine has dealt with it.
 pub(crate) trait KeyObserver: Send + Sync {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal);
     fn key_recovered(&self, logstore: &LogstoreShared);
+    /// Under which version of the master key an envelope is, where the KMS tells.
+    fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
+}
+
+/// How much was sealed under the current data key, counted on from one look to the next.
+#[derive(Debug, Default)]
+pub(crate) struct SealedBytes {
+    pub(crate) version: u32,
+    /// By shard: the first ordinal that was not counted for good, and the bytes of those before it.
+    pub(crate) shards: Vec<(u64, u64)>,
+    /// When a rotation that did not come about is tried again, by the uptime.
+    pub(crate) retry_at: Duration,
 }
 
 /// An open Logstore, as the store and its handles share it.
@@ -75,6 +88,8 @@ pub(crate) struct LogstoreShared {
     pub(crate) gate: Arc<Gate>,
     pub(crate) meta: Mutex<Meta>,
     pub(crate) shards: Vec<Arc<Shard>>,
+    /// For the policy by which its data key rotates.
+    pub(crate) sealed: Mutex<SealedBytes>,
     plan: Arc<RwLock<WritePlan>>,
     next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
@@ -122,6 +137,7 @@ impl LogstoreShared {
             gate: Arc::clone(&context.gate),
             shards: meta.config.shards.iter().map(|info| shard(info.id)).collect(),
             meta: Mutex::new(meta),
+            sealed: Mutex::default(),
             plan,
             next_shard: AtomicUsize::new(0),
             observer,
@@ -190,6 +206,18 @@ impl LogstoreShared {
         self.shard(id)
     }
 
+    fn data_key_status(&self, keys: &KeysSection, key: &DataKeyVersion) -> DataKeyStatus {
+        let observer = self.observer.upgrade();
+        DataKeyStatus {
+            version: key.version,
+            current: key.version == keys.current,
+            shredded: key.wrapped.is_none(),
+            service_key_version: key.keyring_version,
+            cmk_version: keys.cmk.as_ref().zip(observer).and_then(|(cmk, store)| store.envelope_version(cmk, key)),
+            ..DataKeyStatus::default()
+        }
+    }
+
     /// Everything counted over its segments.
     fn status(&self) -> Result<LogstoreStatus> {
         let (config, generation) = {
@@ -207,12 +235,12 @@ impl LogstoreShared {
                 Some(_) => "service_key",
             },
             encrypt_type: keys.as_ref().map(|keys| keys.encrypt_type),
+            cmk: keys.as_ref().and_then(|keys| keys.cmk.clone()),
             encrypting: config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable),
             key: self.gate.status(),
             data_keys: keys
                 .iter()
-                .flat_map(|keys| &keys.versions)
-                .map(|key| DataKeyStatus::of(key.version, key.wrapped.is_none()))
+                .flat_map(|keys| keys.versions.iter().map(|key| self.data_key_status(keys, key)))
                 .collect(),
             segments: 0,
             groups: 0,
@@ -254,7 +282,7 @@ impl LogstoreShared {
                 let entry = match status.data_keys.iter_mut().find(|key| key.version == version) {
                     Some(entry) => entry,
                     None => {
-                        status.data_keys.push(DataKeyStatus::of(version, false));
+                        status.data_keys.push(DataKeyStatus { version, ..DataKeyStatus::default() });
                         let Some(entry) = status.data_keys.last_mut() else { continue };
                         entry
                     }
@@ -301,23 +329,23 @@ impl LeaseListener for LogstoreShared {
 }
 
 /// One data-key version and what is stored under it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DataKeyStatus {
     /// The version; 0 for segments from before the Logstore had a data key.
     pub version: u32,
+    /// Whether new segments are sealed with it.
+    pub current: bool,
     /// Whether it was destroyed on purpose.
     pub shredded: bool,
+    /// The version of the service key that wraps it, under the service key.
+    pub service_key_version: Option<u32>,
+    /// The version of the master key that wraps it, where the KMS tells.
+    pub cmk_version: Option<String>,
     /// Segments under it.
     pub segments: u64,
     /// Bytes of those segments on disk.
     pub bytes_stored: u64,
-}
-
-impl DataKeyStatus {
-    fn of(version: u32, shredded: bool) -> Self {
-        Self { version, shredded, segments: 0, bytes_stored: 0 }
-    }
 }
 
 /// Figures of a Logstore.
@@ -334,6 +362,8 @@ pub struct LogstoreStatus {
     pub method: &'static str,
     /// The algorithm, once fixed.
     pub encrypt_type: Option<EncryptType>,
+    /// The customer master key that its data keys are wrapped under.
+    pub cmk: Option<Cmk>,
     /// Whether new data is encrypted.
     pub encrypting: bool,
     /// The state of the key.

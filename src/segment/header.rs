@@ -54,7 +54,7 @@ pub struct SegmentHeader {
 }
 
 /// The key that a segment's key is derived from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KeySource {
     /// This version of the Logstore's data key.
     DataKey(u32),

@@ -5,9 +5,11 @@
 //! is the next batch (group commit). What nobody waits for is driven by the scheduler, after `linger` at the latest.
 
 use std::{
-    sync::{Arc, MutexGuard, Weak},
+    sync::{Arc, MutexGuard, Weak, atomic::Ordering},
     time::Duration,
 };
+
+use tracing::error;
 
 use super::{
     Durability, End, Head, Job, Payload, Shard, Task, Ticket,
@@ -358,6 +360,10 @@ impl Shard {
             self.set_segments(|segments| segments.iter_mut().for_each(|segment| segment.active = None));
         }
         writer.next = None;
+        if !matches!(error, Error::Closed(_)) {
+            self.counters().writers_latched.fetch_add(1, Ordering::Relaxed);
+            error!(logstore = %self.name(), shard = self.id, %error, "a failure has stopped the writer of a shard");
+        }
         let mut state = lock(&self.state);
         let (synced, written, next) = (state.synced, state.written, state.next_seq);
         let reported = self.latched(&Arc::new(error.clone()));
@@ -381,7 +387,7 @@ impl Shard {
             return;
         };
         let offset = active.offset;
-        match active.file.sync_data().map_err(Error::io("sync", &*active.path)) {
+        match self.sync_file(&*active.file, &active.path) {
             Ok(()) => {
                 active.durable = offset;
                 let mut state = lock(&self.state);

@@ -9,13 +9,14 @@ mod ticket;
 mod writer;
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, Condvar, Mutex, RwLock, Weak},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, RwLock, Weak, atomic::Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use tracing::error;
 
 use crate::{
     Error, Result,
@@ -23,8 +24,9 @@ use crate::{
     crypto::Suite,
     group::{self, GROUP_BYTES_MAX, LogGroup},
     ids::SegmentId,
-    io::{Clock, Disk, Random},
+    io::{Clock, Disk, DiskFile, Random},
     keys::gate::Gate,
+    metrics::Counters,
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{lock, wait},
 };
@@ -310,6 +312,20 @@ impl Shard {
 
     pub(crate) fn set_record(&self, record: ShardRecord) {
         *crate::sync::write(&self.record) = record;
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.context.gate.context().counters
+    }
+
+    /// Syncs the file of a segment, and counts it.
+    fn sync_file(&self, file: &dyn DiskFile, path: &Path) -> Result<()> {
+        self.counters().syncs.fetch_add(1, Ordering::Relaxed);
+        file.sync_data().map_err(|cause| {
+            self.counters().sync_failures.fetch_add(1, Ordering::Relaxed);
+            error!(logstore = %self.name(), shard = self.id, path = %path.display(), error = %cause, "a sync has failed");
+            Error::io("sync", path)(cause)
+        })
     }
 
     /// What recovery had to report since the shard was opened.

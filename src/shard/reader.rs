@@ -19,7 +19,7 @@ use crate::{
     crypto::wipe,
     group::{self, LogGroup},
     io::Map,
-    keys::gate::{Gate, KeptPlaintext},
+    keys::gate::{Gate, InUse, KeptPlaintext},
     segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor},
     sync::lock,
 };
@@ -158,6 +158,8 @@ pub struct Reader {
     bytes_left: u64,
     cursor: Option<SegmentReader>,
     ahead: Arc<ReadAhead>,
+    /// Keeps the key of the segment it is in from being destroyed as unused.
+    in_use: Option<InUse>,
     ended: bool,
 }
 
@@ -216,6 +218,7 @@ impl Reader {
             bytes_left: options.max_bytes.unwrap_or(u64::MAX),
             cursor: None,
             ahead,
+            in_use: None,
             ended: false,
         };
         match options.from {
@@ -278,7 +281,7 @@ impl Reader {
         if ready.is_err() {
             self.ended = true;
             self.ahead.wipe();
-            self.cursor = None;
+            (self.cursor, self.in_use) = (None, None);
         }
         ready
     }
@@ -327,6 +330,7 @@ impl Reader {
                     // Whatever follows from the block's header, follows only once it is authenticated.
                     cursor.prove_passed(gate)?;
                     let raw = Bytes::from(cursor.open(gate)?);
+                    shard.counters().read(cursor.opened.header.header.suite, header.list_len.into());
                     if header.first_seq >= self.end_seq || header.first_time_us >= self.end_us {
                         self.ended = true;
                         return Ok(false);
@@ -385,6 +389,7 @@ impl Reader {
     /// Opens a segment and goes to where the wanted groups may begin.
     fn enter(&mut self, segment: &SegmentRef) -> Result<()> {
         let opened = self.shard.open_segment(segment)?;
+        self.in_use = Some(self.shard.context.gate.in_use(opened.header.header.key_source));
         self.shard.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
         cursor.seek(self.next_seq, self.from_us);

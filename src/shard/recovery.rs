@@ -10,6 +10,7 @@ use std::{
 };
 
 use serde::Serialize;
+use tracing::warn;
 
 use super::{
     Head, Load, ReadMode, SegmentReader, Shard,
@@ -118,6 +119,14 @@ impl Shard {
                 let bytes_dropped = scanned.bytes_lost(&opened);
                 if groups_rewritten > 0 || bytes_dropped > 0 {
                     let segment = last.path.to_path_buf();
+                    warn!(
+                        logstore = %self.name(),
+                        shard = self.id,
+                        segment = %segment.display(),
+                        groups_rewritten,
+                        bytes_dropped,
+                        "a shard was recovered"
+                    );
                     lock(&self.notices).push(RecoveryNotice {
                         shard: self.id,
                         segment,

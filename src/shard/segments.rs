@@ -11,8 +11,8 @@ use crate::{
     error::Location,
     io::{DiskFile, OpenMode, read_exact_at},
     segment::{
-        DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, Predecessor, PredecessorEnd, SegmentHeader,
-        Trailer, parse_segment_file_name,
+        DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
+        SegmentHeader, Trailer, parse_segment_file_name,
     },
     sync::{lock, read, write},
 };
@@ -404,15 +404,34 @@ impl Shard {
     pub(super) fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
         let next = self.segments(false)?.into_iter().find(|segment| segment.ordinal == name.ordinal + 1);
         let Some(next) = next else { return Ok(None) };
-        let header = match &next.active {
-            Some(active) => Arc::clone(&active.header),
-            None => {
-                let file =
-                    self.context.disk.open(&next.path, OpenMode::Read).map_err(Error::io("open", &*next.path))?;
-                Arc::new(read_header(&*file, &next.path)?)
-            }
-        };
-        Ok(Some((header, next.path)))
+        Ok(Some((self.header(&next)?, next.path)))
+    }
+
+    /// The header of a segment, not authenticated.
+    fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
+        if let Some(active) = &name.active {
+            return Ok(Arc::clone(&active.header));
+        }
+        let file = self.context.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
+        Ok(Arc::new(read_header(&*file, &name.path)?))
+    }
+
+    /// What the key of a segment is derived from, by its header, which is not authenticated.
+    pub(crate) fn key_source(&self, name: &SegmentRef) -> Result<KeySource> {
+        let header = self.header(name)?;
+        self.check_identity(name, &header.header)?;
+        Ok(header.header.key_source)
+    }
+
+    /// Whether a segment has an end that cannot change any more.
+    pub(crate) fn is_sealed(&self, name: &SegmentRef) -> Result<bool> {
+        Ok(matches!(self.open_segment(name)?.end, End::Sealed(_) | End::Cut(_)))
+    }
+
+    /// The segments, those included that somebody was about to begin under keys that have been replaced since.
+    pub(crate) fn settled_segments(&self) -> Result<Vec<SegmentRef>> {
+        drop(lock(&self.writer));
+        self.segments(true)
     }
 
     fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {

@@ -1,6 +1,12 @@
 //! The files of a shard that is written: segments begun, blocks sealed and written, segments sealed.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tracing::debug;
 
 use zeroize::Zeroize;
 
@@ -177,6 +183,8 @@ impl Writer {
             return Err(error);
         }
         let Some(view) = name.active.clone() else { return Ok(()) };
+        shard.counters().segments_begun.fetch_add(1, Ordering::Relaxed);
+        debug!(logstore = %shard.name(), shard = shard.id, ordinal = next.ordinal, suite = plan.suite.name(), "a segment is begun");
         shard.set_segments(|segments| segments.push(name));
         let body_start = new.header.body_start;
         self.active = Some(Active {
@@ -202,7 +210,7 @@ impl Writer {
     pub(super) fn seal_active(&mut self, shard: &Shard, keys: KeyUse) -> Result<()> {
         let Some(active) = &mut self.active else { return Ok(()) };
         if active.durable < active.offset {
-            active.file.sync_data().map_err(Error::io("sync", &*active.path))?;
+            shard.sync_file(&*active.file, &active.path)?;
             active.durable = active.offset;
         }
         let end = active.view.with_builder(Clone::clone);
@@ -212,6 +220,8 @@ impl Writer {
         let head = Head::sealed(&header.header, &end.build(active.offset, [0; 8], false), file_len);
         let (ordinal, first_seq, end) = (head.ordinal + 1, head.next_seq, head.into_end());
         let (last_time_us, predecessor) = (active.last_time_us, Predecessor::Sealed(end));
+        shard.counters().segments_sealed.fetch_add(1, Ordering::Relaxed);
+        debug!(logstore = %shard.name(), shard = shard.id, ordinal = end.ordinal, bytes = end.bytes, "a segment is sealed");
         self.next = Some(Next { ordinal, first_seq, last_time_us, predecessor });
         self.active = None;
         shard.context.gate.end_segment(header.header.segment);
@@ -268,6 +278,7 @@ impl Active {
         let end = self.offset + bytes.len() as u64;
         self.file.write_at(bytes, self.offset).map_err(Error::io("write a block to", &*self.path))?;
         self.view.add(self.offset, header, &tag, end);
+        shard.counters().appended(self.header.header.suite, header.list_len.into());
         self.offset = end;
         self.blocks += 1;
         self.marked = header.durable_mark;
@@ -311,7 +322,7 @@ fn write_footer(
     };
     let bytes = footer.finish(encoded, &tag);
     file.write_at(&bytes, offset).map_err(Error::io("write the footer of", path))?;
-    file.sync_data().map_err(Error::io("sync", path))?;
+    shard.sync_file(file, path)?;
     Ok(offset + bytes.len() as u64)
 }
 
@@ -369,7 +380,7 @@ impl NewSegment {
     /// Makes the file durable and gives it its name. Only then has it authority.
     pub(super) fn publish(&self, shard: &Shard) -> Result<()> {
         let disk = &shard.context.disk;
-        self.file.sync_data().map_err(Error::io("sync", &*self.temporary))?;
+        shard.sync_file(&*self.file, &self.temporary)?;
         disk.rename(&self.temporary, &self.path).map_err(Error::io("rename", &*self.temporary))?;
         disk.sync_dir(&shard.dir).map_err(Error::io("sync", &shard.dir))
     }

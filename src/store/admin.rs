@@ -136,19 +136,20 @@ impl StoreShared {
     /// Draws a data key and adds it to the section, wrapped.
     pub(super) fn new_data_key(&self, section: &mut KeysSection, id: LogstoreId, version: u32) -> Result<SecretKey> {
         let key = SecretKey::generate(&*self.random).map_err(Error::io("draw a data key for", &self.dir))?;
-        let entry = self.wrap_data_key(section, id, version, self.clock.wall_us(), &key)?;
+        let entry = self.wrap_data_key(section, id, version, None, &key)?;
         section.versions.push(entry);
         section.current = version;
         Ok(key)
     }
 
-    /// Wraps a data key under what the section names: its master key, or the newest service key.
+    /// Wraps a data key under what the section names: its master key, or the newest service key. `created_us` is when the key was
+    /// made; `None` is now.
     pub(super) fn wrap_data_key(
         &self,
         section: &KeysSection,
         id: LogstoreId,
         version: u32,
-        created_us: u64,
+        created_us: Option<u64>,
         key: &SecretKey,
     ) -> Result<DataKeyVersion> {
         let identity = EnvelopeIdentity { store: self.id, logstore: id, version, suite: section.encrypt_type.suite() };
@@ -164,21 +165,24 @@ impl StoreShared {
                 (None, wrapped)
             }
         };
+        let now_us = self.clock.wall_us();
+        let created_us = created_us.unwrap_or(now_us);
         Ok(DataKeyVersion {
             version,
             created_us,
+            wrapped_us: (now_us != created_us).then_some(now_us),
             keyring_version,
             wrapped: Some(hex_encode(&wrapped)),
             fingerprint: fingerprint(key),
         })
     }
 
-    fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
+    pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
         let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
         Ok(self.kms_for(&cmk.region_id).ok_or_else(none)?)
     }
 
-    /// Wraps at the KMS, and proves that what comes back unwraps to the same key: an envelope that does not is worth nothing.
+    /// Wraps a data key at the KMS, and sees to it that there is a probe.
     fn wrap_at(
         &self,
         kms: &BoundedKms,
@@ -187,13 +191,7 @@ impl StoreShared {
         key: &SecretKey,
     ) -> std::result::Result<Vec<u8>, KmsOrEngine> {
         self.ensure_probe(kms, cmk)?;
-        let wrapped = kms.wrap(cmk, identity.context(), key).map_err(KmsOrEngine::Kms)?;
-        let unwrapped = kms.unwrap(cmk, identity.context(), &wrapped).map_err(KmsOrEngine::Kms)?;
-        if fingerprint(&unwrapped) != fingerprint(key) {
-            let detail = "it does not unwrap what it wrapped".to_owned();
-            return Err(KmsOrEngine::Kms(crate::kms::KmsError::Invalid { detail }));
-        }
-        Ok(wrapped)
+        self.wrap_proved(kms, cmk, identity.context(), key)
     }
 
     fn update(&self, name: &LogstoreName, update: LogstoreConfig) -> Result<LogstoreConfig> {

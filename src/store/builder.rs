@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::info;
 
 use super::{
     AdminState, Open, RecoverReport, Store, StoreShared,
@@ -21,7 +22,8 @@ use crate::{
     ids::{KeyringId, StoreId},
     io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
     keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring, pool::LeasePool},
-    kms::{BoundedKms, Kms},
+    kms::{BoundedKms, Kms, Watch},
+    metrics::Counters,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, ReaderPermits},
     sync::{lock, read},
@@ -401,12 +403,14 @@ impl StoreBuilder {
         found: Audit,
     ) -> Result<Store> {
         let keyring = Arc::new(RwLock::new(keyring));
+        let counters: Arc<Counters> = Arc::default();
         let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
             Arc::clone(&keyring),
             self.dir.join("audit"),
             self.options.audit_file_bytes,
+            Arc::clone(&counters),
         );
         if found == Audit::Ours {
             audit.find_end(&catalogue.audit)?;
@@ -424,7 +428,8 @@ impl StoreBuilder {
             Background::Manual => None,
         };
         let inline = self.options.background == Background::Manual;
-        let bounded = |kms| BoundedKms::new(kms, self.options.kms_timeout, inline);
+        let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&counters) };
+        let bounded = |kms| BoundedKms::new(kms, self.options.kms_timeout, inline, watch.clone());
         let shared = Arc::new_cyclic(|this| StoreShared {
             this: this.clone(),
             keys: Arc::new(KeyContext {
@@ -432,6 +437,7 @@ impl StoreBuilder {
                 provider: Arc::clone(&self.provider),
                 keyring: Arc::clone(&keyring),
                 pid: std::process::id(),
+                counters,
                 reload_from: read_only.then(|| Arc::clone(&self.disk)),
             }),
             budget: Budget::new(self.options.pending_bytes_max),
@@ -459,6 +465,7 @@ impl StoreBuilder {
         if !read_only {
             shared.schedule_retention();
         }
+        info!(store = %id, dir = %shared.dir.display(), read_only, "a store is open");
         Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })
     }
 }

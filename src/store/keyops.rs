@@ -1,6 +1,6 @@
 //! Operations on keys: rotation, re-wrapping, replacing a master key, shredding. The intent is on record before anything changes.
 
-use super::{Store, StoreShared};
+use super::{AdminState, Store, StoreShared};
 use crate::{
     Error, Result,
     config::{ConfigError, EncryptConf, LogstoreName, check_cmk},
@@ -42,7 +42,7 @@ impl Store {
     /// # Errors
     /// [`ConfigError::NotEncrypted`]; the errors of the KMS.
     pub fn rotate_data_key(&self, name: &LogstoreName) -> Result<u32> {
-        self.shared.change_keys(name, AuditEvent::RotateIntended, AuditEvent::Rotated, |shared, logstore, section| {
+        self.shared.change_keys(name, &KeyChange::ROTATE, |shared, logstore, section| {
             shared.admit(logstore)?;
             shared.add_version(logstore, section)
         })
@@ -54,7 +54,7 @@ impl Store {
     /// # Errors
     /// [`ConfigError::NotEncrypted`]; the errors of the KMS. Nothing has changed then.
     pub fn rewrap(&self, name: &LogstoreName) -> Result<u32> {
-        self.shared.change_keys(name, AuditEvent::RotateIntended, AuditEvent::Rewrapped, |shared, logstore, section| {
+        self.shared.change_keys(name, &KeyChange::REWRAP, |shared, logstore, section| {
             let cmk = section.cmk.clone();
             shared.rewrap_all(logstore, section, cmk)
         })
@@ -70,7 +70,7 @@ impl Store {
     /// [`ConfigError::CmkRefused`] for the new one. Nothing has changed then.
     pub fn replace_cmk(&self, name: &LogstoreName, new: Cmk, how: ReplaceCmk) -> Result<u32> {
         check_cmk(&new)?;
-        self.shared.change_keys(name, AuditEvent::ReplaceIntended, AuditEvent::Replaced, |shared, logstore, section| {
+        self.shared.change_keys(name, &KeyChange::REPLACE, |shared, logstore, section| {
             if section.cmk.is_none() {
                 return Err(ConfigError::NotByok.into());
             }
@@ -105,7 +105,7 @@ impl Store {
             shared.end_segments_under(logstore, versions)?;
             Ok(versions.len() as u32)
         };
-        self.shared.change_keys(name, AuditEvent::ShredIntended, AuditEvent::Shredded, shred).map(|_| ())
+        self.shared.change_keys(name, &KeyChange::shred(versions, ""), shred).map(|_| ())
     }
 
     /// Makes a new service-key version, durable in the keyring before anything is wrapped under it, and wraps the envelopes of every
@@ -144,31 +144,73 @@ impl Store {
     }
 }
 
+/// How a change of keys is put on record.
+pub(super) struct KeyChange {
+    intent: AuditEvent,
+    done: AuditEvent,
+    /// What it is about; where there is nothing to say, the outcome is.
+    about: String,
+}
+
+impl KeyChange {
+    const ROTATE: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rotated);
+    const REWRAP: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rewrapped);
+    const REPLACE: Self = Self::new(AuditEvent::ReplaceIntended, AuditEvent::Replaced);
+
+    const fn new(intent: AuditEvent, done: AuditEvent) -> Self {
+        Self { intent, done, about: String::new() }
+    }
+
+    pub(super) fn rotate_by_policy(why: &str) -> Self {
+        Self { about: format!("by policy: {why}"), ..Self::ROTATE }
+    }
+
+    pub(super) fn shred(versions: &[u32], why: &str) -> Self {
+        let numbers: Vec<_> = versions.iter().map(u32::to_string).collect();
+        let about = format!("data-key version {}{why}", numbers.join(", "));
+        Self { about, ..Self::new(AuditEvent::ShredIntended, AuditEvent::Shredded) }
+    }
+}
+
 impl StoreShared {
     /// Changes the keys of a Logstore by `change`, whole or not at all.
     fn change_keys(
         &self,
         name: &LogstoreName,
-        intent: AuditEvent,
-        done: AuditEvent,
+        how: &KeyChange,
         change: impl FnOnce(&Self, &LogstoreShared, &mut KeysSection) -> Result<u32>,
     ) -> Result<u32> {
         self.check_writable()?;
         let mut admin = lock(&self.admin);
         let logstore = self.logstore_locked(&mut admin, name)?;
+        self.change_keys_locked(&mut admin, &logstore, how, change)
+    }
+
+    pub(super) fn change_keys_locked(
+        &self,
+        admin: &mut AdminState,
+        logstore: &LogstoreShared,
+        how: &KeyChange,
+        change: impl FnOnce(&Self, &LogstoreShared, &mut KeysSection) -> Result<u32>,
+    ) -> Result<u32> {
         let mut meta = lock(&logstore.meta).clone();
         let mut section = meta.keys.clone().ok_or(ConfigError::NotEncrypted)?;
-        self.audit.record(intent, Some((name, logstore.id)), "")?;
-        let result = change(self, &logstore, &mut section)?;
+        self.audit.record(how.intent, Some((&logstore.name, logstore.id)), &*how.about)?;
+        let result = change(self, logstore, &mut section)?;
         let data_key = match &section.cmk {
             // The second tag is made with the current data key.
-            Some(_) => Some(self.unwrap_in(&logstore, &section)?),
+            Some(_) => Some(self.unwrap_in(logstore, &section)?),
             None => None,
         };
         self.follow(&mut meta, &section);
         meta.keys = Some(section);
-        self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
-        self.audit.record(done, Some((name, logstore.id)), format!("{result}"))?;
+        self.replace_meta(admin, logstore, meta, data_key.as_ref())?;
+        let outcome = match (how.done, how.about.is_empty()) {
+            (_, true) => result.to_string(),
+            (AuditEvent::Rotated, false) => format!("{result}, {}", how.about),
+            (_, false) => how.about.clone(),
+        };
+        self.audit.record(how.done, Some((&logstore.name, logstore.id)), outcome)?;
         Ok(result)
     }
 
@@ -179,11 +221,11 @@ impl StoreShared {
         }
     }
 
-    fn admit(&self, logstore: &LogstoreShared) -> Result<()> {
+    pub(super) fn admit(&self, logstore: &LogstoreShared) -> Result<()> {
         logstore.gate.admit().map(|_| ())
     }
 
-    fn add_version(&self, logstore: &LogstoreShared, section: &mut KeysSection) -> Result<u32> {
+    pub(super) fn add_version(&self, logstore: &LogstoreShared, section: &mut KeysSection) -> Result<u32> {
         if section.versions.len() >= DATA_KEYS_MAX {
             return Err(Error::TooMany { what: "data-key versions", limit: DATA_KEYS_MAX as u64 });
         }
@@ -202,7 +244,7 @@ impl StoreShared {
                 continue;
             };
             let key = logstore.gate.unwrap(entry.version)?;
-            let rewrapped = self.wrap_data_key(section, logstore.id, entry.version, entry.created_us, &key)?;
+            let rewrapped = self.wrap_data_key(section, logstore.id, entry.version, Some(entry.created_us), &key)?;
             if let Some(place) = section.versions.get_mut(index) {
                 *place = rewrapped;
                 count += 1;
@@ -222,7 +264,7 @@ impl StoreShared {
     /// Ends segments that are being written under one of `versions`.
     fn end_segments_under(&self, logstore: &LogstoreShared, versions: &[u32]) -> Result<()> {
         for shard in &logstore.shards {
-            let segments = shard.segments(false)?;
+            let segments = shard.settled_segments()?;
             let Some(last) = segments.last() else { continue };
             let opened = shard.open_segment(last)?;
             if let (KeySource::DataKey(version), End::Active(_)) = (opened.header.header.key_source, &opened.end)

@@ -1,13 +1,17 @@
 //! A store: a directory of Logstores under one service keyring, opened by one writer and any number of readers.
 
 mod admin;
+mod audit;
 mod builder;
 mod catalogue;
 mod checkpoint;
 mod keyops;
+mod policy;
 mod recover;
 mod retention;
+mod rewrap;
 mod scheduler;
+mod usage;
 mod verify;
 
 use std::{
@@ -17,6 +21,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
 
 use crate::{
     Error, Result,
@@ -27,22 +32,24 @@ use crate::{
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode, Random},
     keys::{
-        AuditEvent, AuditRecord,
+        AuditEvent,
         audit::AuditLog,
         circuit::Circuit,
-        envelope::{EnvelopeIdentity, KeysSection, fingerprint},
+        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
         gate::{Gate, GateKeys, KeyContext},
         keyring::Keyring,
         lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
         pool::LeasePool,
     },
-    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError},
-    logstore::{Logstore, LogstoreShared, Meta, meta_path, write_plan},
+    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, Watch},
+    logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
+    metrics::StoreMetrics,
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{lock, read},
 };
 
+pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};
 pub use catalogue::LOGSTORES_MAX;
 use catalogue::{Catalogue, Entry};
@@ -51,7 +58,9 @@ pub use keyops::ReplaceCmk;
 pub use recover::RecoverReport;
 use retention::ClockWatch;
 pub use retention::RetentionReport;
+pub use rewrap::{RewrapOptions, RewrapProgress, RewrapReport};
 use scheduler::Scheduler;
+pub use usage::{CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage};
 pub use verify::{Fault, VerifyOptions, VerifyProgress, VerifyReport};
 
 /// A store: cheap to clone, usable from any thread.
@@ -199,17 +208,6 @@ impl Store {
         Ok(lock(&self.shared.logstore(name)?.meta).config.clone())
     }
 
-    /// The key audit log, its chain verified from the first record to the last.
-    ///
-    /// # Errors
-    /// [`Error::Tampered`], [`Error::Corrupt`], [`Error::Truncated`] when the chain does not hold.
-    pub fn audit_records(&self) -> Result<Vec<AuditRecord>> {
-        let mut admin = lock(&self.shared.admin);
-        // A reader, which may need the newest service key for it too, looks how far the log is now.
-        self.shared.reload_catalogue(&mut admin)?;
-        self.shared.audit.verified(&[&admin.catalogue.audit])
-    }
-
     /// Does what is due: partial batches, marks, rolling by age, retention, leases. For a store that is opened with
     /// [`Background::Manual`]; otherwise threads do it.
     pub fn tick(&self) {
@@ -223,6 +221,13 @@ impl Store {
     /// How many calls were made to KMSs to renew leases since the store was opened.
     pub fn renewal_calls(&self) -> u64 {
         lock(&self.shared.leases).values().map(|lease| lease.calls()).sum()
+    }
+
+    /// What has been counted since the store was opened: calls to KMSs and what they came to, leases, refusals, bytes by suite,
+    /// syncs, failures. Cheap, and calls nobody.
+    pub fn metrics(&self) -> StoreMetrics {
+        let leases: Vec<_> = lock(&self.shared.leases).values().cloned().collect();
+        self.shared.keys.counters.snapshot(leases.iter().map(|lease| lease.metrics()).collect())
     }
 
     /// Writes everything, seals what is being written, notes in the catalogue how far each shard is, and lets go of the lock. Other
@@ -372,7 +377,7 @@ impl StoreShared {
             permits: Arc::clone(&self.permits),
             reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
         });
-        let observer: Weak<dyn crate::logstore::KeyObserver> = self.this.clone();
+        let observer: Weak<dyn KeyObserver> = self.this.clone();
         let dir = self.logstore_dir(entry.id);
         if self.read_only {
             self.keep_current(&context.gate, meta.config.name.clone());
@@ -381,6 +386,12 @@ impl StoreShared {
         if let Some(lease) = lease {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
             lease.listen(listener);
+            // The others have heard of how it stands already.
+            match lease.told() {
+                Some(Ok(())) => shared.recovered(),
+                Some(Err(refusal)) => shared.note_lost(&refusal),
+                None => {}
+            }
         }
         Ok(shared)
     }
@@ -482,9 +493,11 @@ impl StoreShared {
     }
 
     fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
-        // It answers at once: no thread is needed to give it up.
-        let none =
-            || BoundedKms::new(Arc::new(NoKms { region: cmk.region_id.clone() }), self.options.kms_timeout, true);
+        let none = || {
+            let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&self.keys.counters) };
+            // It answers at once: no thread is needed to give it up.
+            BoundedKms::new(Arc::new(NoKms { region: cmk.region_id.clone() }), self.options.kms_timeout, true, watch)
+        };
         let circuit = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
         Lease::new(
             cmk.clone(),
@@ -526,21 +539,31 @@ impl StoreShared {
     }
 
     fn load_probe(&self, kms: &str, cmk: &Cmk) -> Result<Option<Probe>> {
-        let id = self.probe_id(kms, cmk);
-        let path = self.probe_path(id);
-        let bytes = match io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            bytes => bytes.map_err(Error::io("read", &path))?,
+        let path = self.probe_path(self.probe_id(kms, cmk));
+        let found = match self.read_probe(&path) {
+            Err(error) if error.is_not_found() => return Ok(None),
+            found => found?,
         };
-        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
-        let document = document::open(&bytes, DocumentKind::Probe, &path, key)?;
-        let malformed = || Error::corrupt(Location::new(&path, 80), "the probe does not parse");
-        let body: ProbeBody = serde_json::from_slice(&document.a).map_err(|_| malformed())?;
-        if document.store != self.id || document.subject != id || body.kms != kms || body.cmk != *cmk {
+        if found.kms != kms || found.cmk != *cmk {
             return Err(Error::Tampered { at: Location::new(&path, 0), what: "the probe of another master key" });
         }
-        let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
-        Ok(Some(Probe { wrapped, context: self.probe_context(), fingerprint: body.fingerprint }))
+        Ok(Some(Probe { wrapped: found.wrapped, context: self.probe_context(), fingerprint: found.fingerprint }))
+    }
+
+    /// Reads the probe in a file, which must be the one that belongs there.
+    fn read_probe(&self, path: &Path) -> Result<FoundProbe> {
+        let bytes = io::read_file(&*self.disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))?;
+        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
+        let document = document::open(&bytes, DocumentKind::Probe, path, key)?;
+        let malformed = || Error::corrupt(Location::new(path, 80), "the probe does not parse");
+        let ProbeBody { kms, cmk, wrapped, fingerprint } =
+            serde_json::from_slice(&document.a).map_err(|_| malformed())?;
+        let id = self.probe_id(&kms, &cmk);
+        if document.store != self.id || document.subject != id || self.probe_path(id) != path {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "the probe of another master key" });
+        }
+        let wrapped = hex_decode(&wrapped).ok_or_else(malformed)?;
+        Ok(FoundProbe { kms, cmk, wrapped, fingerprint, generation: document.generation })
     }
 
     /// Makes the probe envelope of a master key, if there is none yet.
@@ -548,31 +571,33 @@ impl StoreShared {
         if self.load_probe(kms.name(), cmk)?.is_some() {
             return Ok(());
         }
-        let id = self.probe_id(kms.name(), cmk);
-        let path = self.probe_path(id);
-        let secret = SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", &path))?;
+        let secret =
+            SecretKey::generate(&*self.random).map_err(Error::io("draw a random key for", self.probes_dir()))?;
         let wrapped = kms.wrap(cmk, self.probe_context(), &secret).map_err(KmsOrEngine::Kms)?;
-        let body = ProbeBody {
-            kms: kms.name().to_owned(),
-            cmk: cmk.clone(),
-            wrapped: hex_encode(&wrapped),
-            fingerprint: fingerprint(&secret),
-        };
+        let (kms, fingerprint) = (kms.name().to_owned(), fingerprint(&secret));
+        self.write_probe(FoundProbe { kms, cmk: cmk.clone(), wrapped, fingerprint, generation: 1 })?;
+        Ok(())
+    }
+
+    fn write_probe(&self, probe: FoundProbe) -> Result<()> {
+        let id = self.probe_id(&probe.kms, &probe.cmk);
+        let path = self.probe_path(id);
+        let FoundProbe { kms, cmk, wrapped, fingerprint, generation } = probe;
+        let body = ProbeBody { kms, cmk, wrapped: hex_encode(&wrapped), fingerprint };
         let keyring = read(&self.keyring);
         let document = Document {
             kind: DocumentKind::Probe,
             features: Features::default(),
             store: self.id,
             subject: id,
-            generation: 1,
+            generation,
             keyring_version: keyring.newest(),
             a: serde_json::to_vec(&body).expect("plain data always serializes"),
             b: Vec::new(),
             tag_b: None,
         };
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))?;
-        Ok(())
+        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))
     }
 
     fn envelope_probe(&self, section: &KeysSection, id: LogstoreId) -> Result<Probe> {
@@ -604,6 +629,9 @@ impl StoreShared {
             return Ok(());
         }
         let was_open = lock(&self.lock_file).is_some();
+        // What the KMS has answered is dealt with and on record, whether or not the pool has come to it.
+        let leases: Vec<_> = lock(&self.leases).values().cloned().collect();
+        leases.iter().for_each(|lease| lease.tell());
         let mut result = Ok(());
         if was_open {
             let mut admin = lock(&self.admin);
@@ -641,11 +669,15 @@ impl StoreShared {
         self.scheduler.stop();
         lock(&self.logstores).clear();
         self.unlock();
+        match &result {
+            Ok(()) => info!(store = %self.id, "a store is closed"),
+            Err(error) => warn!(store = %self.id, %error, "a store is closed, and not all of it cleanly"),
+        }
         result
     }
 }
 
-impl crate::logstore::KeyObserver for StoreShared {
+impl KeyObserver for StoreShared {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal) {
         let (event, detail) = match refusal {
             Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
@@ -658,13 +690,17 @@ impl crate::logstore::KeyObserver for StoreShared {
     fn key_recovered(&self, logstore: &LogstoreShared) {
         self.note(AuditEvent::Recovered, logstore, String::new());
     }
+
+    fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String> {
+        self.cmk_version(cmk, &hex_decode(version.wrapped.as_deref()?)?)
+    }
 }
 
 impl StoreShared {
     /// Records what has happened already. The transition stands whether or not it can be recorded.
     fn note(&self, event: AuditEvent, logstore: &LogstoreShared, detail: String) {
         if !self.read_only {
-            let _ = self.audit.record(event, Some((&logstore.name, logstore.id)), detail);
+            let _ = self.audit.transition(event, (&logstore.name, logstore.id), detail);
         }
     }
 }
@@ -676,6 +712,15 @@ struct ProbeBody {
     cmk: Cmk,
     wrapped: String,
     fingerprint: String,
+}
+
+/// A probe as its file has it.
+struct FoundProbe {
+    kms: String,
+    cmk: Cmk,
+    wrapped: Vec<u8>,
+    fingerprint: String,
+    generation: u64,
 }
 
 /// An error on either side of a call to the KMS.

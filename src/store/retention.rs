@@ -1,15 +1,17 @@
 //! Retention: whole segments go when they are older than the Logstore keeps them, or more than it keeps.
 
-use std::{sync::Weak, time::Duration};
+use std::{collections::BTreeSet, sync::Weak, time::Duration};
 
 use serde::Serialize;
+use tracing::{info, warn};
 
-use super::{AdminState, Store, StoreShared};
+use super::{AdminState, Store, StoreShared, keyops::KeyChange};
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     config::LogstoreName,
     io::Clock,
     logstore::LogstoreShared,
+    segment::KeySource,
     shard::{End, Job, Shard, Task, Wake},
     sync::lock,
 };
@@ -17,6 +19,14 @@ use crate::{
 /// A wall clock that runs away from the uptime by more than this is not trusted with deleting.
 const JUMP_MAX: Duration = Duration::from_secs(3600);
 const DAY_US: u64 = 86_400_000_000;
+
+/// The data-key version of a segment; 0 for one that is older than the first of them.
+fn data_key_version(source: KeySource) -> u32 {
+    match source {
+        KeySource::DataKey(version) => version,
+        KeySource::Keyring(_) => 0,
+    }
+}
 
 /// Watches the wall clock for jumps since the store was opened.
 pub(super) struct ClockWatch {
@@ -29,7 +39,7 @@ impl ClockWatch {
         Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
     }
 
-    fn has_jumped(&self, clock: &dyn Clock) -> bool {
+    pub(super) fn has_jumped(&self, clock: &dyn Clock) -> bool {
         let passed = u64::try_from(clock.uptime().saturating_sub(self.uptime).as_micros()).unwrap_or(u64::MAX);
         clock.wall_us().abs_diff(self.wall_us.saturating_add(passed)) > JUMP_MAX.as_micros() as u64
     }
@@ -43,13 +53,22 @@ pub struct RetentionReport {
     pub segments: u64,
     /// Bytes freed.
     pub bytes: u64,
+    /// Data-key versions that were destroyed, since nothing is left under them.
+    pub data_keys: u64,
+    /// Logstores with data-key versions that nothing is left under, and whose master key cannot be used now: they are destroyed
+    /// when it can be again.
+    pub data_keys_postponed: u64,
     /// Whether retention by time is suspended, because the wall clock has jumped by more than an hour since the store was opened.
     pub suspended: bool,
 }
 
 impl Store {
     /// Drops the segments that no Logstore keeps any more. Done by itself every [`crate::StoreOptions::retention_every`]. Needs no
-    /// key and calls no KMS.
+    /// key.
+    ///
+    /// Where it has dropped the last segment of a data-key version that is not the current one, it destroys that version too. The
+    /// metadata of a Logstore under a customer master key is tagged with the data key as well, so there this waits until the master
+    /// key can be used. It is the one reason to call a KMS.
     ///
     /// # Errors
     /// [`Error::Io`], and what keeps a segment from being looked at; other Logstores are done all the same.
@@ -61,8 +80,13 @@ impl Store {
 impl Task for StoreShared {
     fn run(&self, job: Job) {
         if job == Job::Retention {
-            // What fails now is tried again next time; `apply_retention` and `verify` tell what it was.
-            let _ = self.apply_retention();
+            // What fails now is tried again next time.
+            if let Err(error) = self.apply_retention() {
+                warn!(store = %self.id, %error, "retention has failed");
+            }
+            if let Err(error) = self.rotate_due_data_keys() {
+                warn!(store = %self.id, %error, "a data key could not be rotated by its policy");
+            }
             self.schedule_retention();
         }
     }
@@ -102,10 +126,70 @@ impl StoreShared {
         let oldest_us = ttl_days
             .filter(|_| !report.suspended)
             .map(|days| self.clock.wall_us().saturating_sub(u64::from(days) * DAY_US));
-        logstore
-            .shards
-            .iter()
-            .try_for_each(|shard| self.retain_shard(&mut admin, &logstore, shard, oldest_us, retention_bytes, report))
+        logstore.shards.iter().try_for_each(|shard| {
+            self.retain_shard(&mut admin, &logstore, shard, oldest_us, retention_bytes, report)
+        })?;
+        self.shred_unused(&mut admin, &logstore, report)
+    }
+
+    /// Destroys the data-key versions that nothing is left under. Whatever interrupts it, the next run finds them again.
+    fn shred_unused(
+        &self,
+        admin: &mut AdminState,
+        logstore: &LogstoreShared,
+        report: &mut RetentionReport,
+    ) -> Result<()> {
+        let Some(section) = logstore.keys_section() else { return Ok(()) };
+        let older: Vec<u32> = section
+            .envelopes()
+            .map(|(version, _)| version.version)
+            .filter(|version| *version != section.current)
+            .collect();
+        if older.is_empty() {
+            return Ok(());
+        }
+        // Versions only grow along a shard: one look at its oldest segment tells that there is nothing to do, as there mostly is.
+        let mut oldest = u32::MAX;
+        for shard in &logstore.shards {
+            if let Some(first) = shard.settled_segments()?.first() {
+                oldest = oldest.min(data_key_version(shard.key_source(first)?));
+            }
+        }
+        let mut unused: BTreeSet<u32> = older.into_iter().filter(|version| *version < oldest).collect();
+        if unused.is_empty() {
+            return Ok(());
+        }
+        // What is destroyed for good is made sure of segment by segment.
+        for shard in &logstore.shards {
+            for segment in shard.settled_segments()? {
+                unused.remove(&data_key_version(shard.key_source(&segment)?));
+            }
+        }
+        unused.retain(|version| logstore.gate.readers(KeySource::DataKey(*version)) == 0);
+        if unused.is_empty() {
+            return Ok(());
+        }
+        if section.cmk.is_some()
+            && let Err(error) = self.admit(logstore)
+        {
+            info!(logstore = %logstore.name, %error, "unused data keys are destroyed when the master key can be used");
+            report.data_keys_postponed += 1;
+            return Ok(());
+        }
+        let versions: Vec<u32> = unused.iter().copied().collect();
+        let how = KeyChange::shred(&versions, ", since retention has dropped what it sealed");
+        let shredded = self.change_keys_locked(admin, logstore, &how, |_, _, section| {
+            for version in section.versions.iter_mut().filter(|version| unused.contains(&version.version)) {
+                version.wrapped = None;
+            }
+            Ok(unused.len() as u32)
+        });
+        match shredded.map_err(|error| (error.kind(), error)) {
+            Ok(count) => report.data_keys += u64::from(count),
+            Err((ErrorKind::Revoked | ErrorKind::KmsUnreachable, _)) => report.data_keys_postponed += 1,
+            Err((_, error)) => return Err(error),
+        }
+        Ok(())
     }
 
     /// Drops from the oldest segment on, as long as it is sealed or cut, and too old or too much.
@@ -177,6 +261,13 @@ impl StoreShared {
         })?;
         shard.set_record(record.clone());
         shard.drop_before(record.first_ordinal);
+        info!(
+            logstore = %logstore.name,
+            shard = shard.id(),
+            segments = dropped.len(),
+            first_ordinal = record.first_ordinal,
+            "retention drops segments"
+        );
         for (segment, size) in dropped {
             self.disk.remove_file(&segment.path).map_err(Error::io("remove", &*segment.path))?;
             report.segments += 1;

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -118,6 +118,8 @@ pub(crate) struct TestKms {
     unwraps: AtomicU64,
     probes: AtomicU64,
     wrapped_keys: Mutex<Vec<[u8; 32]>>,
+    /// Whether it is one that does not tell which version of a master key has wrapped what.
+    pub(crate) hides_versions: AtomicBool,
 }
 
 impl TestKms {
@@ -132,6 +134,7 @@ impl TestKms {
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
             wrapped_keys: Mutex::default(),
+            hides_versions: AtomicBool::new(false),
         })
     }
 
@@ -234,6 +237,10 @@ impl Kms for TestKms {
             Answer::WrongKey => Ok(SecretKey::from_bytes(&mut [0x5a; 32])),
             _ => self.local.unwrap(call, wrapped),
         }
+    }
+
+    fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
+        if self.hides_versions.load(Ordering::SeqCst) { None } else { self.local.cmk_version(wrapped) }
     }
 }
 
@@ -580,4 +587,39 @@ pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<
         (version["version"].as_u64().unwrap(), version["keyring_version"].as_u64(), wrapped)
     };
     keys["versions"].as_array().unwrap().iter().map(envelope).collect()
+}
+
+// ---- what the engine says ----
+
+/// Everything that is traced, as text.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Traced(Arc<Mutex<Vec<u8>>>);
+
+impl Traced {
+    /// Traces at every level while `act` runs, in this thread.
+    pub(crate) fn while_running<T>(&self, act: impl FnOnce() -> T) -> T {
+        use tracing_subscriber::layer::SubscriberExt;
+
+        // As long as there is a subscriber for everything, no place is switched off because another test had none just then.
+        static ON: std::sync::Once = std::sync::Once::new();
+        ON.call_once(|| tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap());
+        let traced = self.clone();
+        let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || traced.clone());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), act)
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
+
+impl io::Write for Traced {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

@@ -2,23 +2,35 @@
 
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
-use envelog::{AuditRecord, ConfigError, EncryptConf, ReplaceCmk};
+use comfy_table::Cell;
+use envelog::{
+    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk, RewrapOptions,
+};
 use serde_json::json;
 
 use super::confirm;
 use crate::{
-    args::KeysCommand,
-    exit::{Failure, Result},
-    input, output,
-    setup::{Setup, name, names},
+    args::{KeysCommand, RewrapArgs},
+    exit::{Failure, Result, status_of},
+    input,
+    output::{self, Progress},
+    setup::{Setup, name},
 };
 
 pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
     match command {
         KeysCommand::RotateData(args) => rotate_data(setup, &args.name),
-        KeysCommand::Rewrap(args) => rewrap(setup, args.name.as_deref()),
+        KeysCommand::Rewrap(args) => match &args.name {
+            Some(name) => rewrap_one(setup, name),
+            None => rewrap_all(setup, args),
+        },
+        KeysCommand::Usage => usage(setup),
         KeysCommand::RotateService => rotate_service(setup),
-        KeysCommand::Audit => audit(setup),
+        KeysCommand::Audit(args) if args.verify => verify_audit(setup, args.against.as_deref()),
+        KeysCommand::Audit(args) => match &args.out {
+            Some(out) => export_audit(setup, out),
+            None => audit(setup),
+        },
         KeysCommand::Backup(args) => backup(setup, &args.out),
         KeysCommand::Recover { without_keyring: _ } => recover(setup),
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
@@ -39,23 +51,148 @@ fn rotate_data(setup: &Setup, argument: &str) -> Result {
     output::line(format_args!("{name}: what comes from now on is sealed under data-key version {version}"))
 }
 
-fn rewrap(setup: &Setup, argument: Option<&str>) -> Result {
+fn rewrap_one(setup: &Setup, argument: &str) -> Result {
+    let name = name(argument)?;
     let store = setup.open()?;
-    let mut all = Vec::new();
-    for name in names(&store, argument)? {
-        let envelopes = match store.rewrap(&name) {
-            Ok(envelopes) => envelopes,
-            // A Logstore that was never encrypted has nothing to wrap; only the one asked for by name has to have.
-            Err(envelog::Error::Config(ConfigError::NotEncrypted)) if argument.is_none() => 0,
-            Err(error) => return Err(error.into()),
-        };
-        if !setup.json {
-            output::line(format_args!("{name}: wrapped {envelopes} data keys again"))?;
-        }
-        all.push(json!({ "logstore": name, "envelopes": envelopes }));
-    }
+    let envelopes = store.rewrap(&name)?;
     store.close()?;
-    if setup.json { output::json(&json!({ "rewrapped": all })) } else { Ok(()) }
+    if setup.json {
+        return output::json(&json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }));
+    }
+    output::line(rewrapped_line(&name, envelopes))
+}
+
+fn rewrapped_line(name: &LogstoreName, envelopes: u32) -> String {
+    format!("{name}: wrapped {envelopes} data key{} again", if envelopes == 1 { "" } else { "s" })
+}
+
+fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
+    let mut options = RewrapOptions::default();
+    options.cmk_key_id = args.cmk;
+    options.region_id = args.region;
+    options.restart = args.restart;
+    let store = setup.open()?;
+    let mut progress: Option<Progress> = None;
+    let report = store.rewrap_all(&options, &mut |at| {
+        let bar = progress.get_or_insert_with(|| Progress::steps(at.total as u64));
+        bar.set(at.done as u64);
+        bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
+    })?;
+    drop(progress);
+    store.close()?;
+    if setup.json {
+        let rewrapped: Vec<_> = report
+            .rewrapped
+            .iter()
+            .map(|(name, envelopes)| json!({ "logstore": name, "envelopes": envelopes }))
+            .collect();
+        let failed: Vec<_> = report
+            .failed
+            .iter()
+            .map(|(what, error)| json!({ "what": what, "kind": error.code(), "message": error.to_string() }))
+            .collect();
+        output::json(&json!({
+            "rewrapped": rewrapped,
+            "current": report.current,
+            "failed": failed,
+            "continues_us": report.continues_us,
+        }))?;
+    } else {
+        if let Some(began_us) = report.continues_us {
+            let began = output::moment(began_us);
+            output::line(format_args!("continues the run that began at {began}; --restart begins anew"))?;
+        }
+        for (name, envelopes) in &report.rewrapped {
+            output::line(rewrapped_line(name, *envelopes))?;
+        }
+        for (what, error) in &report.failed {
+            output::line(format_args!("{what}: not wrapped again: {error}"))?;
+        }
+        output::line(format_args!(
+            "Logstores wrapped again: {}; needed nothing: {}; failed: {}",
+            report.rewrapped.len(),
+            report.current.len(),
+            report.failed.len()
+        ))?;
+    }
+    // The worst of them as a sentence; all have been printed above.
+    let failures = report.failed.into_iter().map(|(_, error)| Failure::from(error));
+    failures.reduce(Failure::or_worse).map_or(Ok(()), Err)
+}
+
+fn usage(setup: &Setup) -> Result {
+    let usage = setup.open_read_only()?.key_usage()?;
+    if setup.json {
+        return output::json(&usage);
+    }
+    let mut table =
+        output::table(&["key", "version", "segments", "stored", "wrapped by", "since", "destroy?"], &[2, 3]);
+    for key in &usage.data_keys {
+        let wrapped_by = match (&key.service_key_version, &key.cmk_version) {
+            _ if key.shredded => "shredded".to_owned(),
+            (Some(version), _) => format!("service key v{version}"),
+            (None, Some(version)) => format!("master key, version {version}"),
+            (None, None) => "master key".to_owned(),
+        };
+        table.add_row([
+            Cell::new(format!("data key of {}", key.logstore)),
+            Cell::new(key.version),
+            Cell::new(output::count(key.segments)),
+            Cell::new(output::size(key.bytes)),
+            Cell::new(wrapped_by),
+            Cell::new(output::moment(key.wrapped_us)),
+            destroy(key.safe_to_destroy, &key.needed_for),
+        ]);
+    }
+    for key in &usage.master_keys {
+        let versions: Vec<_> = key.versions.iter().map(cmk_version).collect();
+        table.add_row([
+            Cell::new(format!("master key {} in {}", key.cmk.cmk_key_id, key.cmk.region_id)),
+            Cell::new(versions.join("\n")),
+            Cell::new(output::count(key.segments)),
+            Cell::new(output::size(key.bytes)),
+            Cell::new("the KMS"),
+            Cell::new("-"),
+            destroy(key.safe_to_destroy, &key.needed_for),
+        ]);
+    }
+    for key in &usage.service_keys {
+        table.add_row([
+            Cell::new("service key"),
+            Cell::new(key.version),
+            Cell::new("-"),
+            Cell::new("-"),
+            Cell::new("-"),
+            Cell::new(output::moment(key.created_us)),
+            destroy(key.safe_to_destroy, &key.needed_for),
+        ]);
+    }
+    output::print_table(&table)?;
+    output::line("Backups, snapshots and checkpoints of the store, and readers in other processes, may need more.")
+}
+
+/// What is under a version of a master key.
+fn cmk_version(version: &CmkVersionUsage) -> String {
+    let name = version.version.as_deref().unwrap_or("not told");
+    let mut under = Vec::new();
+    if version.envelopes > 0 {
+        let plural = if version.envelopes == 1 { "" } else { "s" };
+        under.push(format!("{} data key{plural}", output::count(version.envelopes)));
+    }
+    if version.probe {
+        under.push("the probe".to_owned());
+    }
+    let since =
+        version.oldest_wrapped_us.map_or_else(String::new, |us| format!(", wrapped since {}", output::moment(us)));
+    format!("{name}: {}{since}", under.join(" and "))
+}
+
+fn destroy(safe: bool, needed_for: &[KeyNeed]) -> Cell {
+    if safe {
+        return output::verdict("safe", true);
+    }
+    let needs: Vec<_> = needed_for.iter().map(ToString::to_string).collect();
+    output::verdict(format!("no: {}", needs.join(", ")), false)
 }
 
 fn rotate_service(setup: &Setup) -> Result {
@@ -87,6 +224,40 @@ fn audit(setup: &Setup) -> Result {
         ]);
     }
     output::line(table)
+}
+
+fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
+    let against = match against {
+        Some(path) => Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?),
+        None => None,
+    };
+    let found = setup.open_read_only()?.verify_audit(against.as_ref())?;
+    if setup.json {
+        let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
+        output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))?;
+    }
+    match found.fault {
+        None if setup.json => Ok(()),
+        None => output::line(format_args!("{} audit records, all as they were written", found.head.number)),
+        Some(error) => {
+            let message =
+                format!("the audit log is sound up to record {}, and not behind it: {error}", found.head.number);
+            Err(Failure::new(status_of(&error), error.code(), message))
+        }
+    }
+}
+
+fn export_audit(setup: &Setup, out: &Path) -> Result {
+    let export = setup.open_read_only()?.export_audit()?;
+    write_new(out, export.text.as_bytes())?;
+    if setup.json {
+        return output::json(&json!({ "audit": out, "head": export.head }));
+    }
+    output::line(format_args!(
+        "wrote {} records to {}: kept away from the store, it tells a later `keys audit --verify --against` what was there",
+        export.head.number,
+        out.display()
+    ))
 }
 
 /// The event, as it is written in JSON.

@@ -1,6 +1,6 @@
 //! `create`, `get`, `update`, `list`, `delete`.
 
-use envelog::{EncryptConf, LogstoreConfig, LogstoreSpec};
+use envelog::{EncryptConf, LogstoreConfig, LogstoreSpec, RotateDataKey};
 use serde_json::json;
 
 use super::confirm;
@@ -18,10 +18,12 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         Some(argument) => Some(EncryptConf::from_json(&input::text_argument(argument)?)?),
         None => None,
     };
+    let policy = RotateDataKey { max_age_days: args.rotate_key_days, max_bytes: args.rotate_key_bytes };
     let spec = LogstoreSpec {
         shard_count: args.shards,
         ttl_days: args.ttl,
         retention_bytes: args.retention_bytes,
+        rotate_data_key: (policy != RotateDataKey::default()).then_some(policy),
         compression: args.compression.into(),
         encrypt_conf,
     };

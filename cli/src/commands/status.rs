@@ -26,7 +26,13 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
         .collect::<Result<Vec<_>>>()?;
     if setup.json {
         let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
-        return output::json(&json!({ "store": setup.store, "store_id": store.id(), "logstores": logstores }));
+        return output::json(&json!({
+            "store": setup.store,
+            "store_id": store.id(),
+            "logstores": logstores,
+            // What asking for the states has come to.
+            "kms": store.metrics().kms,
+        }));
     }
     let mut table = output::table(
         &[
@@ -49,8 +55,17 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
             .data_keys
             .iter()
             .map(|version| {
-                let shredded = if version.shredded { " (shredded)" } else { "" };
-                format!("v{}: {}{shredded}", version.version, output::size(version.bytes_stored))
+                let mark = match (version.shredded, version.current) {
+                    (true, _) => " (shredded)",
+                    (false, true) => " (current)",
+                    (false, false) => "",
+                };
+                let by = match (&version.service_key_version, &version.cmk_version) {
+                    (Some(by), _) => format!(", by service key v{by}"),
+                    (None, Some(by)) => format!(", by master key version {by}"),
+                    (None, None) => String::new(),
+                };
+                format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
             })
             .collect();
         table.add_row([
@@ -59,7 +74,10 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
                 key_text(&status.key.state),
                 !matches!(status.key.state, KeyState::Outage { .. } | KeyState::Revoked { .. }),
             ),
-            Cell::new(status.method),
+            Cell::new(match &status.cmk {
+                Some(cmk) => format!("{}\n{}", status.method, cmk.cmk_key_id),
+                None => status.method.to_owned(),
+            }),
             Cell::new(match (algorithm(status), status.encrypting) {
                 (None, _) => "none".to_owned(),
                 (Some(algorithm), true) => algorithm.to_owned(),

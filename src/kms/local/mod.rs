@@ -231,6 +231,10 @@ impl Kms for LocalKms {
             .map_err(|_| invalid("the wrapped key is damaged or was made for another context"))?;
         Ok(SecretKey::from_bytes(&mut key))
     }
+
+    fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
+        Blob::parse(wrapped).ok().map(|blob| blob.version.to_string())
+    }
 }
 
 fn invalid(detail: &str) -> KmsError {

@@ -1,0 +1,275 @@
+//! Counters of an open store, for whoever watches over it.
+//!
+//! They cost a relaxed addition where something is counted, which is once a block at the most, and are read as they are: a snapshot
+//! is no point in time, each number by itself is right.
+
+use std::{
+    array,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use crate::{
+    crypto::Suite,
+    keys::{KeyStatus, lease::Refusal},
+    kms::{Cmk, KmsError, RevokedReason},
+};
+
+/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds; the last bucket is for all that took longer.
+pub const KMS_LATENCY_BUCKETS_MS: [u64; 8] = [1, 5, 10, 50, 100, 500, 1000, 5000];
+
+const BUCKETS: usize = KMS_LATENCY_BUCKETS_MS.len() + 1;
+
+/// What a KMS answered: one of the four that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Success,
+    Revoked,
+    Unreachable,
+    Invalid,
+}
+
+impl Outcome {
+    pub(crate) fn of<T>(answer: &Result<T, KmsError>) -> Self {
+        match answer {
+            Ok(_) => Outcome::Success,
+            Err(KmsError::Revoked { .. }) => Outcome::Revoked,
+            Err(KmsError::Invalid { .. }) => Outcome::Invalid,
+            Err(_) => Outcome::Unreachable,
+        }
+    }
+
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Outcome::Success => "success",
+            Outcome::Revoked => "revoked",
+            Outcome::Unreachable => "unreachable",
+            Outcome::Invalid => "invalid",
+        }
+    }
+}
+
+#[derive(Default)]
+struct Calls {
+    count: AtomicU64,
+    sum_us: AtomicU64,
+    max_us: AtomicU64,
+    histogram: [AtomicU64; BUCKETS],
+}
+
+impl Calls {
+    fn note(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.count.fetch_add(1, Relaxed);
+        self.sum_us.fetch_add(us, Relaxed);
+        self.max_us.fetch_max(us, Relaxed);
+        let bucket = KMS_LATENCY_BUCKETS_MS.iter().position(|bound| us <= bound * 1000);
+        if let Some(bucket) = self.histogram.get(bucket.unwrap_or(BUCKETS - 1)) {
+            bucket.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn read(&self) -> KmsCalls {
+        KmsCalls {
+            count: self.count.load(Relaxed),
+            sum_us: self.sum_us.load(Relaxed),
+            max_us: self.max_us.load(Relaxed),
+            histogram: array::from_fn(|bucket| self.histogram[bucket].load(Relaxed)),
+        }
+    }
+}
+
+/// The counters of one open store.
+#[derive(Default)]
+pub(crate) struct Counters {
+    kms: [Calls; 4],
+    revoked: [AtomicU64; 5],
+    unreachable: AtomicU64,
+    invalid: AtomicU64,
+    appended: [AtomicU64; Suite::ALL.len()],
+    read: [AtomicU64; Suite::ALL.len()],
+    pub(crate) segments_begun: AtomicU64,
+    pub(crate) segments_sealed: AtomicU64,
+    pub(crate) syncs: AtomicU64,
+    pub(crate) sync_failures: AtomicU64,
+    pub(crate) writers_latched: AtomicU64,
+    pub(crate) audit_records: AtomicU64,
+    pub(crate) audit_failures: AtomicU64,
+}
+
+impl std::fmt::Debug for Counters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counters")
+    }
+}
+
+/// The reasons in the order in which they are counted; the last place is for any that are not known here.
+const REASONS: [RevokedReason; 4] =
+    [RevokedReason::Disabled, RevokedReason::PendingDeletion, RevokedReason::Deleted, RevokedReason::NotPermitted];
+
+impl Counters {
+    pub(crate) fn kms_call(&self, outcome: Outcome, took: Duration) {
+        self.kms[outcome as usize].note(took);
+    }
+
+    pub(crate) fn refused(&self, refusal: &Refusal) {
+        let counter = match refusal {
+            Refusal::Revoked(reason) => {
+                let place = REASONS.iter().position(|known| known == reason).unwrap_or(REASONS.len());
+                &self.revoked[place]
+            }
+            Refusal::Unreachable(_) => &self.unreachable,
+            Refusal::Invalid(_) => &self.invalid,
+        };
+        counter.fetch_add(1, Relaxed);
+    }
+
+    pub(crate) fn appended(&self, suite: Suite, bytes: u64) {
+        self.appended[place(suite)].fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn read(&self, suite: Suite, bytes: u64) {
+        self.read[place(suite)].fetch_add(bytes, Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self, leases: Vec<LeaseMetrics>) -> StoreMetrics {
+        let at = |counter: &AtomicU64| counter.load(Relaxed);
+        let revoked = |place: usize| at(&self.revoked[place]);
+        let [success, refused, unreachable, invalid] = array::from_fn(|outcome| self.kms[outcome].read());
+        StoreMetrics {
+            kms: KmsMetrics { success, revoked: refused, unreachable, invalid },
+            leases,
+            refusals: RefusalMetrics {
+                disabled: revoked(0),
+                pending_deletion: revoked(1),
+                deleted: revoked(2),
+                not_permitted: revoked(3) + revoked(4),
+                unreachable: at(&self.unreachable),
+                invalid: at(&self.invalid),
+            },
+            bytes: Suite::ALL
+                .iter()
+                .map(|&suite| SuiteMetrics {
+                    suite: suite.name(),
+                    appended: at(&self.appended[place(suite)]),
+                    read: at(&self.read[place(suite)]),
+                })
+                .collect(),
+            segments_begun: at(&self.segments_begun),
+            segments_sealed: at(&self.segments_sealed),
+            syncs: at(&self.syncs),
+            sync_failures: at(&self.sync_failures),
+            writers_latched: at(&self.writers_latched),
+            audit_records: at(&self.audit_records),
+            audit_failures: at(&self.audit_failures),
+        }
+    }
+}
+
+fn place(suite: Suite) -> usize {
+    Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
+}
+
+/// Calls to KMSs that had one outcome.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KmsCalls {
+    /// How many.
+    pub count: u64,
+    /// How long all of them took together, in microseconds.
+    pub sum_us: u64,
+    /// How long the longest took, in microseconds.
+    pub max_us: u64,
+    /// How many took no longer than each of [`KMS_LATENCY_BUCKETS_MS`], those in the buckets before not counted again; at last, how
+    /// many took longer than all of them.
+    pub histogram: [u64; BUCKETS],
+}
+
+/// Calls to KMSs, by what they came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct KmsMetrics {
+    /// It was done.
+    pub success: KmsCalls,
+    /// The KMS refused the use of the master key.
+    pub revoked: KmsCalls,
+    /// There was no answer in time, or none about the key.
+    pub unreachable: KmsCalls,
+    /// The answer made no sense.
+    pub invalid: KmsCalls,
+}
+
+/// The lease of one master key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LeaseMetrics {
+    /// The master key.
+    pub cmk: Cmk,
+    /// Its state, and for how long the lease still lasts.
+    pub status: KeyStatus,
+    /// How long ago the last successful call was sent; `None` if there was none since the store was opened, or since the key was
+    /// refused.
+    pub age: Option<Duration>,
+    /// Calls made to renew it.
+    pub calls: u64,
+}
+
+/// How often the use of a key was refused, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct RefusalMetrics {
+    /// The master key is disabled.
+    pub disabled: u64,
+    /// It is going to be deleted.
+    pub pending_deletion: u64,
+    /// It is gone.
+    pub deleted: u64,
+    /// The role may not use it.
+    pub not_permitted: u64,
+    /// The lease has ended, and the KMS cannot be reached.
+    pub unreachable: u64,
+    /// The lease has ended, and what the KMS answers makes no sense.
+    pub invalid: u64,
+}
+
+/// What was written and read under one suite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct SuiteMetrics {
+    /// The suite.
+    pub suite: &'static str,
+    /// Bytes of groups written, framing included, before compression.
+    pub appended: u64,
+    /// Bytes of groups opened to be read, framing included, after decompression.
+    pub read: u64,
+}
+
+/// What an open store has counted since it was opened; from [`crate::Store::metrics`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct StoreMetrics {
+    /// Calls to KMSs.
+    pub kms: KmsMetrics,
+    /// The leases of master keys.
+    pub leases: Vec<LeaseMetrics>,
+    /// Uses of keys that were refused.
+    pub refusals: RefusalMetrics,
+    /// What was written and read, by suite.
+    pub bytes: Vec<SuiteMetrics>,
+    /// Segments begun.
+    pub segments_begun: u64,
+    /// Segments sealed.
+    pub segments_sealed: u64,
+    /// Syncs of segments, the failed ones included.
+    pub syncs: u64,
+    /// Syncs of segments that failed.
+    pub sync_failures: u64,
+    /// How often a failure has stopped the writer of a shard.
+    pub writers_latched: u64,
+    /// Records written to the key audit log.
+    pub audit_records: u64,
+    /// Records that could not be written to it.
+    pub audit_failures: u64,
+}

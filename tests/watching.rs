@@ -1,0 +1,142 @@
+//! What whoever watches over a store learns: its counters, and what it says of itself.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{
+    failing::{FailingDisk, Failure},
+    *,
+};
+use envelog::{KeyState, LogstoreSpec, kms::RevokedReason, metrics::StoreMetrics};
+
+fn appended(metrics: &StoreMetrics, suite: &str) -> (u64, u64) {
+    let of_suite = metrics.bytes.iter().find(|bytes| bytes.suite == suite).unwrap();
+    (of_suite.appended, of_suite.read)
+}
+
+#[test]
+fn the_four_answers_of_a_kms_are_counted_apart() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/byok", &cmk);
+    put(&logstore, "first");
+    let before = store.metrics();
+    assert!(before.kms.success.count >= 3 && before.kms.revoked.count == 0, "{before:?}");
+    assert_eq!(before.leases.len(), 1);
+    assert_eq!((&before.leases[0].cmk, &before.leases[0].status.state), (&cmk, &KeyState::Active));
+    assert_eq!(before.leases[0].age, Some(secs(0)));
+    world.clock.advance(secs(7));
+    assert_eq!(store.metrics().leases[0].age, Some(secs(7)));
+
+    world.kms.answer(Answer::Invalid);
+    logstore.revalidate_now().unwrap();
+    world.kms.answer(Answer::Unreachable);
+    logstore.revalidate_now().unwrap();
+    logstore.revalidate_now().unwrap();
+    world.kms.answer(Answer::Revoked(RevokedReason::PendingDeletion));
+    assert!(logstore.revalidate_now().is_err());
+    assert!(try_put(&logstore, "refused").is_err());
+    let after = store.metrics();
+    let calls = |metrics: &StoreMetrics| {
+        let kms = metrics.kms;
+        [kms.success, kms.revoked, kms.unreachable, kms.invalid].map(|calls| calls.count)
+    };
+    assert_eq!(calls(&after), [calls(&before)[0], 1, 2, 1]);
+    for calls in [after.kms.success, after.kms.revoked, after.kms.unreachable, after.kms.invalid] {
+        assert_eq!(calls.histogram.iter().sum::<u64>(), calls.count);
+        assert!(calls.max_us <= calls.sum_us || calls.count == 0);
+    }
+    assert!(after.refusals.pending_deletion >= 2, "{after:?}");
+    assert_eq!((after.refusals.disabled, after.refusals.unreachable, after.leases[0].age), (0, 0, None));
+    let json = serde_json::to_value(&after).unwrap();
+    assert_eq!(json["kms"]["unreachable"]["count"], 2);
+}
+
+#[test]
+fn bytes_syncs_and_failures_are_counted() {
+    let world = World::manual();
+    let disk = FailingDisk::default();
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let service = world.service(&store, "p/service");
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    for logstore in [&service, &plain] {
+        put(logstore, "0123456789");
+    }
+    let metrics = store.metrics();
+    // A record is framed by its tag and length.
+    assert_eq!((appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")), ((12, 0), (12, 0)));
+    assert_eq!(appended(&metrics, "SM4-GCM"), (0, 0));
+    assert_eq!(texts(&service), ["0123456789"]);
+    let metrics = store.metrics();
+    assert_eq!((appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")), ((12, 12), (12, 0)));
+    assert_eq!((metrics.segments_begun, metrics.segments_sealed, metrics.sync_failures), (2, 0, 0));
+    assert!(metrics.syncs >= 2 && metrics.audit_records == 2, "{metrics:?}");
+    service.roll().unwrap();
+    assert_eq!(store.metrics().segments_sealed, 1);
+
+    // The write of a block works, its sync does not.
+    let traced = Traced::default();
+    disk.fail_after(1, Failure::Once);
+    assert!(traced.while_running(|| try_put(&plain, "lost")).is_err());
+    disk.disarm();
+    let metrics = store.metrics();
+    assert_eq!((metrics.sync_failures, metrics.writers_latched), (1, 1));
+    assert!(traced.text().contains("ERROR") && traced.text().contains("a sync has failed"), "{}", traced.text());
+    assert!(traced.text().contains("stopped the writer"), "{}", traced.text());
+    disk.fail_after(0, Failure::Once);
+    assert!(store.rotate_data_key(service.name()).is_err());
+    disk.disarm();
+    assert_eq!(store.metrics().audit_failures, 1);
+}
+
+/// The whole story of a key, in order, and nothing for a single append or read.
+#[test]
+fn what_happens_to_keys_is_said_and_appends_are_silent() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let traced = Traced::default();
+    traced.while_running(|| {
+        let store = world.create();
+        let logstore = world.byok(&store, "p/byok", &cmk);
+        put(&logstore, "first");
+        let lines = traced.text().lines().count();
+        for n in 0..100 {
+            put(&logstore, &format!("number {n}"));
+        }
+        assert_eq!(texts(&logstore).len(), 101);
+        let text = traced.text();
+        assert!(text.lines().count() <= lines + 2, "appends and reads are traced: {text}");
+        store.rotate_data_key(logstore.name()).unwrap();
+        for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled), Answer::Real] {
+            world.kms.answer(answer);
+            world.clock.advance(secs(40));
+            store.tick();
+        }
+        put(&logstore, "last");
+        store.close().unwrap();
+    });
+    let text = traced.text();
+    let mut rest = &text[..];
+    for said in [
+        "a store is open",
+        "a KMS has answered",
+        "a segment is begun",
+        "RotateIntended",
+        "Rotated",
+        "an outage begins",
+        "the KMS refuses a master key",
+        "a segment is sealed",
+        "Revoked",
+        "the KMS answers again",
+        "Recovered",
+        "a store is closed",
+    ] {
+        let at = rest.find(said).unwrap_or_else(|| panic!("\"{said}\" is not said, or too early: {text}"));
+        rest = &rest[at..];
+    }
+    assert!(text.contains("outcome=\"unreachable\"") && text.contains("outcome=\"revoked\""), "{text}");
+}
