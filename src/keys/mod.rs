@@ -1,6 +1,7 @@
 //! Keys and their life: the service keyring, envelopes, leases, the gate in front of every read and write, and the audit log.
 
 pub(crate) mod audit;
+pub(crate) mod custody;
 pub(crate) mod envelope;
 pub(crate) mod gate;
 pub(crate) mod keyring;
