@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     config::{ConfigError, LogstoreName},
-    kms::RevokedReason,
+    kms::{KmsError, RevokedReason},
     segment::DecodeError,
 };
 
@@ -230,6 +230,18 @@ pub enum Error {
         /// The newest version it holds.
         newest: u32,
     },
+    /// The service keyring is under a master key, and its KMS does not wrap or unwrap it. The store cannot be opened without it.
+    #[error("the service keyring {} cannot be used: it is under master key {cmk} of region {region}, and {cause}", path.display())]
+    ServiceKey {
+        /// The keyring file.
+        path: PathBuf,
+        /// The `cmk_key_id`.
+        cmk: String,
+        /// The `region_id`.
+        region: String,
+        /// What the KMS said.
+        cause: KmsError,
+    },
     /// No Logstore of that name exists.
     #[error("there is no Logstore {0}")]
     LogstoreMissing(LogstoreName),
@@ -349,8 +361,10 @@ impl Error {
     /// The coarse kind, for deciding what to do.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Revoked { .. } => ErrorKind::Revoked,
-            Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } => ErrorKind::KmsUnreachable,
+            Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => ErrorKind::Revoked,
+            Error::ServiceKey { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } => {
+                ErrorKind::KmsUnreachable
+            }
             Error::WrongKey { .. }
             | Error::Tampered { .. }
             | Error::Corrupt { .. }
@@ -406,6 +420,9 @@ impl Error {
             Error::KeyringExists { .. } => "keyring_exists",
             Error::KeyringForeign { .. } => "keyring_foreign",
             Error::KeyringTooOld { .. } => "keyring_too_old",
+            Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",
+            Error::ServiceKey { cause: KmsError::Invalid { .. }, .. } => "service_key_invalid",
+            Error::ServiceKey { .. } => "service_key_unreachable",
             Error::LogstoreMissing(_) => "logstore_missing",
             Error::LogstoreExists(_) => "logstore_exists",
             Error::ShardMissing { .. } => "shard_missing",

@@ -23,7 +23,7 @@ use envelog::{
         AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
     },
     group,
-    kms::LocalKms,
+    kms::{Kms, KmsCall, LocalKms},
     segment::{
         BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource, Predecessor,
         SegmentHeader,
@@ -33,7 +33,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{QuickDisk, copy_dir, files, fix_crc, group as log_group, name, record, records, segments, synced};
+use common::{QuickDisk, copy_dir, files, fix_crc, group as log_group, name, record, records, secs, segments, synced};
 
 const DOCUMENT: &str = include_str!("../docs/format.md");
 
@@ -420,6 +420,40 @@ fn assert_clean(which: &str, store: &Store, keyless: bool) -> VerifyReport {
 fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let relative = |path: PathBuf| path.strip_prefix(dir).unwrap().to_str().unwrap().to_owned();
     files(dir).into_iter().map(|(path, bytes)| (relative(path), bytes)).collect()
+}
+
+/// A keyring under a master key, opened as the document says.
+#[test]
+fn a_sealed_keyring_is_as_the_document_says() {
+    let golden = golden_dir("sealed-keyring");
+    let frame = Frame::read(&golden.join("keyring"));
+    let body = frame.a();
+    let (cmk, newest) = (serde_json::from_value(body["cmk"].clone()).unwrap(), frame.u32(64));
+    assert_eq!(newest, 2);
+    let context = envelog::kms::EncryptionContext::from([
+        ("envelog:key-version".to_owned(), newest.to_string()),
+        ("envelog:keyring".to_owned(), golden::hex(&frame.bytes[40..56])),
+        ("envelog:purpose".to_owned(), "service-keyring".to_owned()),
+        ("envelog:store".to_owned(), golden::hex(&frame.bytes[24..40])),
+    ]);
+    let call = KmsCall { cmk: &cmk, context: &context, timeout: secs(1) };
+    let kms = LocalKms::open(golden.join("kms")).unwrap();
+    let key = kms.unwrap(&call, &unhex(body["wrapped"].as_str().unwrap())).unwrap();
+    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v1 fingerprint"], 32)[..16];
+    assert_eq!(golden::hex(fingerprint), body["fingerprint"].as_str().unwrap());
+    let sealed = unhex(body["sealed"].as_str().unwrap());
+    let (sealed, tag) = sealed.split_last_chunk().unwrap();
+    let aad = [&frame.bytes[24..56], &(newest as u32).to_le_bytes()].concat();
+    let mut plain = vec![0; sealed.len()];
+    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, derived(&key, &[], "envelog v1 keyring").expose()).unwrap();
+    aead.open(&[0; 12], &aad, sealed, tag, &mut plain).unwrap();
+    let open: Value = serde_json::from_slice(&plain).unwrap();
+    let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
+    assert_eq!(versions, [Some(1), Some(2)]);
+    let root = unhex(open["versions"][1]["root"].as_str().unwrap());
+    let mut signed = Frame { bytes: frame.bytes.clone() };
+    signed.sign(&SecretKey::from_bytes(&mut root.try_into().unwrap()));
+    assert_eq!(golden::hex(&signed.bytes), golden::hex(&frame.bytes), "tag A is that of an open keyring");
 }
 
 /// What the golden stores prove, they prove of every form that a segment can have.

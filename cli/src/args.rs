@@ -253,6 +253,9 @@ pub(crate) struct CreateArgs {
     /// Encryption, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
     pub(crate) encrypt_conf: Option<String>,
+    /// Put the keyring of a new store under this master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
+    #[arg(long, value_name = "JSON")]
+    pub(crate) service_cmk: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -395,6 +398,21 @@ Examples:
         /// Yes, the keyring is lost: make a new one
         #[arg(long, required = true)]
         without_keyring: bool,
+        /// Put the new one under this master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
+        #[arg(long, value_name = "JSON")]
+        service_cmk: Option<String>,
+    },
+    /// Put the service keyring under another master key, or under none
+    #[command(after_help = "\
+The roots in the keyring stay the same: whoever has a copy of the old file, and may use what that was under, has them.
+Make a new version with `keys rotate-service`, back the keyring up again, and destroy old copies.")]
+    RewrapKeyring {
+        /// The master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
+        #[arg(long, value_name = "JSON", required_unless_present = "plain")]
+        service_cmk: Option<String>,
+        /// Put the roots themselves into the file, under no master key
+        #[arg(long, conflicts_with = "service_cmk")]
+        plain: bool,
     },
     /// Move a Logstore from one customer's key to another
     #[command(after_help = "\

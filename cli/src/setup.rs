@@ -7,7 +7,7 @@ use std::{
 };
 
 use envelog::{
-    Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
+    ConfigError, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions, UserCmkInfo,
     crypto::AwsLc,
     kms::{self, Kms, LocalKms},
 };
@@ -15,6 +15,7 @@ use envelog::{
 use crate::{
     args::Global,
     exit::{Failure, Result},
+    input,
 };
 
 /// Where everything is, and how it is asked for.
@@ -72,6 +73,11 @@ pub(crate) fn builder(store: &Path, keyring: &Path) -> StoreBuilder {
 pub(crate) fn check_access(logstore: &Logstore) -> Result {
     let shard = logstore.config().shards.first().map_or(0, |shard| shard.id);
     Ok(logstore.read(shard, &ReadOptions::default()).map(drop)?)
+}
+
+/// The master key that an argument describes.
+pub(crate) fn cmk(argument: &str) -> Result<UserCmkInfo> {
+    serde_json::from_str(&input::text_argument(argument)?).map_err(|error| ConfigError::Json(error.to_string()).into())
 }
 
 /// The Logstore that an argument names.

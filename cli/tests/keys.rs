@@ -472,3 +472,43 @@ fn the_embedded_kms_tells_its_keys_and_says_what_it_cannot_do() {
     assert!(world.refused(2, &["kms", "schedule-deletion", other, "--days", "0"]).contains("days"));
     assert!(String::from_utf8(world.ok(&["kms", "list"])).unwrap().contains(&key));
 }
+
+#[test]
+fn the_keyring_can_be_under_a_master_key() {
+    let world = World::new();
+    let key = world.create_key();
+    let cmk = byok("default", &key)["user_cmk_info"].to_string();
+    let file = world.file("lines", "one\ntwo\n");
+    let create = ["create", "p/l", "--encrypt-conf", &service("sm4").to_string(), "--service-cmk", &cmk];
+    world.ok(&create);
+    world.ok(&["append", "p/l", &file]);
+    assert_eq!(world.read("p/l"), b"one\ntwo\n");
+    let other = cmk.replace(&key, &world.create_key());
+    let sentence = world.refused(6, &["create", "p/other", "--service-cmk", &other]);
+    assert!(sentence.contains("rewrap-keyring"), "{sentence}");
+    assert!(world.refused(6, &["create", "p/other", "--service-cmk", "{}"]).contains("cmk_key_id"));
+
+    world.ok(&["kms", "disable", &key]);
+    for command in [&["read", "p/l"][..], &["append", "p/l", &file], &["list"], &["keys", "rotate-service"]] {
+        let sentence = world.refused(3, command);
+        assert!(sentence.contains(&key) && sentence.contains("disabled"), "{sentence}");
+    }
+    fs::rename(world.path("envelog-data.kms"), world.path("away")).unwrap();
+    assert!(world.refused(4, &["read", "p/l"]).contains(&key));
+    fs::rename(world.path("away"), world.path("envelog-data.kms")).unwrap();
+    world.ok(&["kms", "enable", &key]);
+
+    world.ok(&["keys", "rotate-service"]);
+    let backup = world.path("backup");
+    let said = world.ok(&["keys", "backup", "--out", backup.to_str().unwrap()]);
+    assert!(String::from_utf8(said).unwrap().contains(&key));
+    assert_eq!(fs::read(&backup).unwrap(), fs::read(world.path("envelog-data.keyring")).unwrap());
+
+    world.ok(&["keys", "rewrap-keyring", "--service-cmk", &other]);
+    world.ok(&["kms", "delete", &key, "--yes"]);
+    assert_eq!(world.read("p/l"), b"one\ntwo\n");
+    world.refused(2, &["keys", "rewrap-keyring"]);
+    world.ok(&["keys", "rewrap-keyring", "--plain"]);
+    fs::remove_dir_all(world.path("envelog-data.kms")).unwrap();
+    assert_eq!(world.read("p/l"), b"one\ntwo\n");
+}

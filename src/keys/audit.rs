@@ -68,6 +68,10 @@ pub enum AuditEvent {
     Deleted,
     /// The store was recovered with a new keyring.
     KeyringReplaced,
+    /// The keyring is about to be put under another master key, or under none; the detail says which.
+    KeyringRewrapIntended,
+    /// The keyring was put under another master key, or under none.
+    KeyringRewrapped,
 }
 
 /// One record of the key audit log.
@@ -561,8 +565,7 @@ mod tests {
     };
 
     fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
-        let keyring =
-            Keyring::create(&RealDisk, &OsRandom, &dir.join("keyring"), StoreId::from_bytes([1; 16]), 1).unwrap();
+        let keyring = Keyring::for_tests(&dir.join("keyring"), StoreId::from_bytes([1; 16]));
         open(dir, Arc::new(RwLock::new(keyring)), file_bytes_max)
     }
 

@@ -62,7 +62,7 @@ impl KeyContext {
         let (Err(Error::KeyringTooOld { .. }), Some(disk)) = (&done, &self.reload_from) else { return done };
         let rotated = {
             let keyring = read(&self.keyring);
-            Keyring::load(&**disk, keyring.path(), self.store, keyring.id())?
+            keyring.reload(&**disk)?
         };
         let done = act(&rotated);
         *write(&self.keyring) = rotated;
@@ -440,7 +440,7 @@ mod tests {
     fn a_gate_that_came_through_fork_admits_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let store = StoreId::from_bytes([1; 16]);
-        let keyring = Keyring::create(&RealDisk, &OsRandom, &dir.path().join("keyring"), store, 1).unwrap();
+        let keyring = Keyring::for_tests(&dir.path().join("keyring"), store);
         let keyring = Arc::new(RwLock::new(keyring));
         let gate = |pid| {
             let context = KeyContext {

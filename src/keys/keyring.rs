@@ -11,7 +11,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::envelope::{self, EnvelopeIdentity};
+use super::{
+    custody::{Custody, KeyringIdentity, SealedBody},
+    envelope::{self, EnvelopeIdentity},
+};
 use crate::{
     Error, Result,
     crypto::{CryptoProvider, HashAlg, SecretKey, derive},
@@ -19,6 +22,7 @@ use crate::{
     error::Location,
     ids::{KeyringId, LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Disk, OpenMode, Random},
+    kms::Cmk,
     segment::Features,
 };
 
@@ -62,6 +66,9 @@ pub(crate) struct Keyring {
     /// As they were read.
     features: Features,
     versions: BTreeMap<u32, Version>,
+    /// The master key that the file is under; `None` for a file that holds the roots themselves.
+    cmk: Option<Cmk>,
+    custody: Custody,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -70,18 +77,34 @@ impl std::fmt::Debug for Keyring {
     }
 }
 
+/// A keyring that is not written yet, and what its file is to hold.
+pub(crate) struct NewKeyring {
+    keyring: Keyring,
+    bytes: Zeroizing<Vec<u8>>,
+}
+
+impl NewKeyring {
+    /// Writes it durably, before anything depends on it.
+    pub(crate) fn write(self, disk: &dyn Disk) -> Result<Keyring> {
+        let path = &self.keyring.path;
+        if disk.stat(path).map_err(Error::io("look for", path))?.is_some() {
+            return Err(Error::KeyringExists { path: path.clone() });
+        }
+        self.keyring.replace(disk, &self.bytes)?;
+        Ok(self.keyring)
+    }
+}
+
 impl Keyring {
-    /// Makes a new keyring with one version and writes it durably, before anything depends on it.
-    pub(crate) fn create(
-        disk: &dyn Disk,
+    /// Makes a new keyring with one version, under a master key if one is given. Nothing is written yet.
+    pub(crate) fn new(
         random: &dyn Random,
         path: &Path,
         store: StoreId,
         now_us: u64,
-    ) -> Result<Self> {
-        if disk.stat(path).map_err(Error::io("look for", path))?.is_some() {
-            return Err(Error::KeyringExists { path: path.to_owned() });
-        }
+        custody: Custody,
+        cmk: Option<Cmk>,
+    ) -> Result<NewKeyring> {
         let draw = |error| Error::io("draw a random key for", path)(error);
         let root = SecretKey::generate(random).map_err(draw)?;
         let keyring = Self {
@@ -90,31 +113,33 @@ impl Keyring {
             id: KeyringId::random(random).map_err(draw)?,
             features: Features::default(),
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
+            cmk,
+            custody,
         };
-        keyring.write(disk)?;
-        Ok(keyring)
+        let bytes = keyring.encode(random)?;
+        Ok(NewKeyring { keyring, bytes })
     }
 
-    /// Reads the keyring of `store`.
-    pub(crate) fn load(disk: &dyn Disk, path: &Path, store: StoreId, id: KeyringId) -> Result<Self> {
-        let bytes = match io::read_file(disk, path, KEYRING_BYTES_MAX) {
-            Ok(bytes) => Zeroizing::new(bytes),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::KeyringMissing { path: path.to_owned() });
-            }
-            Err(error) => return Err(Error::io("read the service keyring", path)(error)),
-        };
-        let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
-        let parsed = Wiped(UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?);
+    pub(crate) fn custody(&self) -> &Custody {
+        &self.custody
+    }
+
+    /// Reads the keyring of `store`, and asks the KMS for it if it is under a master key.
+    pub(crate) fn load(disk: &dyn Disk, path: &Path, store: StoreId, id: KeyringId, custody: &Custody) -> Result<Self> {
+        let bytes = read(disk, path)?;
+        let parsed = parse(&bytes, path, store, id)?;
         let claimed = parsed.0.unverified();
-        if claimed.kind != DocumentKind::Keyring {
-            return Err(bad("it is no service keyring"));
-        }
-        if claimed.store != store || claimed.subject != *id.as_bytes() {
-            return Err(Error::KeyringForeign { path: path.to_owned() });
-        }
+        let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
         let (newest, features) = (claimed.keyring_version, claimed.features);
-        let body: Body = serde_json::from_slice(&claimed.a).map_err(|_| bad("the service keyring does not parse"))?;
+        let (body, cmk) = match serde_json::from_slice::<SealedBody>(&claimed.a) {
+            Ok(sealed) => {
+                let plain = custody.open(path, KeyringIdentity { store, id, newest }, &sealed)?;
+                (serde_json::from_slice(&plain), Some(sealed.cmk))
+            }
+            // Nothing of an open one was looked at but the name of its first field.
+            Err(_) => (serde_json::from_slice(&claimed.a), None),
+        };
+        let body: Body = body.map_err(|_| bad("the service keyring does not parse"))?;
         if body.versions.len() > VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
@@ -124,16 +149,36 @@ impl Keyring {
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
-        let keyring = Self { path: path.to_owned(), store, id, features, versions };
+        let keyring = Self { path: path.to_owned(), store, id, features, versions, cmk, custody: custody.clone() };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
         }
-        let tampered = |_| Error::Tampered { at: Location::new(path, 0), what: "the service keyring" };
-        parsed.0.check(&keyring.document_key(newest)?).map_err(tampered)?;
+        keyring.check(&parsed, newest)?;
         Ok(keyring)
     }
 
-    fn write(&self, disk: &dyn Disk) -> Result<()> {
+    /// Reads it anew from its file, which another process may have written meanwhile.
+    pub(crate) fn reload(&self, disk: &dyn Disk) -> Result<Self> {
+        Self::load(disk, &self.path, self.store, self.id, &self.custody)
+    }
+
+    /// Verifies the file. Asks no KMS: what is sealed in it is authenticated by the roots in memory.
+    pub(crate) fn verify_file(&self, disk: &dyn Disk) -> Result<()> {
+        if self.cmk.is_none() {
+            return self.reload(disk).map(|_| ());
+        }
+        let bytes = read(disk, &self.path)?;
+        let parsed = parse(&bytes, &self.path, self.store, self.id)?;
+        self.check(&parsed, parsed.0.unverified().keyring_version)
+    }
+
+    fn check(&self, parsed: &Wiped<'_>, version: u32) -> Result<()> {
+        let tampered = |_| Error::Tampered { at: Location::new(&self.path, 0), what: "the service keyring" };
+        parsed.0.check(&self.document_key(version)?).map_err(tampered)
+    }
+
+    /// The bytes of its file. Asks the KMS if it is under a master key.
+    fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
         let body = Body {
             versions: self
                 .versions
@@ -148,6 +193,11 @@ impl Keyring {
         // Sized up front, so that no reallocation leaves a copy of the roots behind.
         let mut json = Zeroizing::new(Vec::with_capacity(256 + 192 * body.versions.len()));
         serde_json::to_writer(&mut *json, &body).expect("plain data always serializes");
+        let identity = KeyringIdentity { store: self.store, id: self.id, newest: self.newest() };
+        let a = match &self.cmk {
+            None => std::mem::take(&mut *json),
+            Some(cmk) => self.custody.seal(random, &self.path, cmk, identity, json)?,
+        };
         let mut document = Document {
             kind: DocumentKind::Keyring,
             features: Features::default(),
@@ -155,14 +205,33 @@ impl Keyring {
             subject: *self.id.as_bytes(),
             generation: u64::from(self.newest()),
             keyring_version: self.newest(),
-            a: std::mem::take(&mut *json),
+            a,
             b: Vec::new(),
             tag_b: None,
         };
         let bytes = Zeroizing::new(document.seal(&self.document_key(self.newest())?));
         document.a.zeroize();
-        io::replace_file(disk, &self.path, &bytes, OpenMode::CreateNewPrivate)
+        Ok(bytes)
+    }
+
+    fn replace(&self, disk: &dyn Disk, bytes: &[u8]) -> Result<()> {
+        io::replace_file(disk, &self.path, bytes, OpenMode::CreateNewPrivate)
             .map_err(Error::io("write the service keyring", &self.path))
+    }
+
+    /// The master key that its file is under.
+    pub(crate) fn cmk(&self) -> Option<&Cmk> {
+        self.cmk.as_ref()
+    }
+
+    /// Puts the file under another master key, or under none; it is durable when this returns. On an error all is as it was.
+    pub(crate) fn rewrap(&mut self, disk: &dyn Disk, random: &dyn Random, cmk: Option<Cmk>) -> Result<()> {
+        let before = std::mem::replace(&mut self.cmk, cmk);
+        let done = self.encode(random).and_then(|bytes| self.replace(disk, &bytes));
+        if done.is_err() {
+            self.cmk = before;
+        }
+        done
     }
 
     pub(crate) fn id(&self) -> KeyringId {
@@ -195,7 +264,7 @@ impl Keyring {
         let version = self.newest() + 1;
         let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", &self.path))?;
         self.versions.insert(version, Version { created_us: now_us, root });
-        if let Err(error) = self.write(disk) {
+        if let Err(error) = self.encode(random).and_then(|bytes| self.replace(disk, &bytes)) {
             self.versions.remove(&version);
             return Err(error);
         }
@@ -250,6 +319,29 @@ impl Keyring {
     }
 }
 
+fn read(disk: &dyn Disk, path: &Path) -> Result<Zeroizing<Vec<u8>>> {
+    match io::read_file(disk, path, KEYRING_BYTES_MAX) {
+        Ok(bytes) => Ok(Zeroizing::new(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(Error::KeyringMissing { path: path.to_owned() })
+        }
+        Err(error) => Err(Error::io("read the service keyring", path)(error)),
+    }
+}
+
+/// Takes the file apart, and makes sure that it is what it should be by its own account.
+fn parse<'a>(bytes: &'a [u8], path: &Path, store: StoreId, id: KeyringId) -> Result<Wiped<'a>> {
+    let parsed = Wiped(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?);
+    let claimed = parsed.0.unverified();
+    if claimed.kind != DocumentKind::Keyring {
+        return Err(Error::corrupt(Location::new(path, 0), "it is no service keyring"));
+    }
+    if claimed.store != store || claimed.subject != *id.as_bytes() {
+        return Err(Error::KeyringForeign { path: path.to_owned() });
+    }
+    Ok(parsed)
+}
+
 fn secret_from_hex(hex: &str) -> Option<SecretKey> {
     let bytes = Zeroizing::new(hex_decode(hex)?);
     let mut key = Zeroizing::new([0; 32]);
@@ -261,24 +353,38 @@ fn secret_from_hex(hex: &str) -> Option<SecretKey> {
 }
 
 #[cfg(test)]
+impl Keyring {
+    /// A new one in a real file, under no master key.
+    pub(crate) fn for_tests(path: &Path, store: StoreId) -> Self {
+        let custody = Custody {
+            provider: std::sync::Arc::new(crate::crypto::RustCrypto::new()),
+            kms: Vec::new(),
+            counters: std::sync::Arc::default(),
+        };
+        let new = Self::new(&io::OsRandom, path, store, 1, custody, None).unwrap();
+        new.write(&io::RealDisk).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::io::{OsRandom, RealDisk};
 
     fn made(dir: &Path) -> (Keyring, StoreId) {
         let store = StoreId::from_bytes([5; 16]);
-        (Keyring::create(&RealDisk, &OsRandom, &dir.join("keyring"), store, 1).unwrap(), store)
+        (Keyring::for_tests(&dir.join("keyring"), store), store)
     }
 
     #[test]
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let (mut keyring, store) = made(dir.path());
-        let again = Keyring::create(&RealDisk, &OsRandom, keyring.path(), store, 1);
-        assert!(matches!(again, Err(Error::KeyringExists { .. })));
+        let again = Keyring::new(&OsRandom, keyring.path(), store, 1, keyring.custody.clone(), None).unwrap();
+        assert!(matches!(again.write(&RealDisk), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
         assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap(), 2);
-        let loaded = Keyring::load(&RealDisk, keyring.path(), store, keyring.id()).unwrap();
+        let loaded = keyring.reload(&RealDisk).unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
         assert_ne!(*loaded.document_key(2).unwrap().expose(), first);
@@ -300,11 +406,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
         let path = keyring.path();
-        let load = |store, id| Keyring::load(&RealDisk, path, store, id).map(|_| ());
+        let load = |store, id| Keyring::load(&RealDisk, path, store, id, &keyring.custody).map(|_| ());
         assert!(matches!(load(StoreId::from_bytes([6; 16]), keyring.id()), Err(Error::KeyringForeign { .. })));
         let other = KeyringId::from_bytes([6; 16]);
         assert!(matches!(load(store, other), Err(Error::KeyringForeign { .. })));
-        let missing = Keyring::load(&RealDisk, &dir.path().join("none"), store, keyring.id());
+        let missing = Keyring::load(&RealDisk, &dir.path().join("none"), store, keyring.id(), &keyring.custody);
         assert!(matches!(missing, Err(Error::KeyringMissing { .. })));
     }
 

@@ -2,6 +2,7 @@
 
 pub(crate) mod audit;
 pub(crate) mod circuit;
+pub(crate) mod custody;
 pub(crate) mod envelope;
 pub(crate) mod gate;
 pub(crate) mod keyring;

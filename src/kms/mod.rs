@@ -49,10 +49,14 @@
 //! - **Do not panic** on whatever the network returns; limit what is read of it.
 
 mod bounded;
+#[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
+mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
 #[cfg(feature = "kms-local")]
 mod local;
+#[cfg(feature = "kms-pkcs11")]
+pub mod pkcs11;
 mod url;
 
 use std::{collections::BTreeMap, fmt, time::Duration};

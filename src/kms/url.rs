@@ -26,6 +26,7 @@ pub enum KmsUrlError {
 /// | URL | backend | feature |
 /// |---|---|---|
 /// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
+/// | `pkcs11:…?region=…` | `Pkcs11Kms`, in a token that the rest of the URL chooses (RFC 7512) | `kms-pkcs11` |
 ///
 /// ```
 /// # #[cfg(feature = "kms-local")] {
@@ -44,9 +45,14 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         "local" if rest.is_empty() => Err(KmsUrlError::Malformed("local: names no directory".to_owned())),
         #[cfg(feature = "kms-local")]
         "local" => Ok(Arc::new(super::LocalKms::at(rest))),
+        #[cfg(feature = "kms-pkcs11")]
+        "pkcs11" => Ok(Arc::new(super::pkcs11::Pkcs11Kms::from_uri(url)?)),
         _ => {
             let _ = rest;
-            let built_in = [cfg!(feature = "kms-local").then_some("local:DIR")];
+            let built_in = [
+                cfg!(feature = "kms-local").then_some("local:DIR"),
+                cfg!(feature = "kms-pkcs11").then_some("pkcs11:…?region=…"),
+            ];
             let built_in: Vec<_> = built_in.into_iter().flatten().collect();
             let built_in = if built_in.is_empty() { "none".to_owned() } else { built_in.join(", ") };
             Err(KmsUrlError::Unsupported { scheme: scheme.to_owned(), built_in })

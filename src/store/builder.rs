@@ -16,13 +16,21 @@ use super::{
 };
 use crate::{
     Error, Result,
+    config::check_cmk,
     crypto::CryptoProvider,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{KeyringId, StoreId},
     io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
-    keys::{AuditEvent, audit::AuditLog, gate::KeyContext, keyring::Keyring, pool::LeasePool},
-    kms::{BoundedKms, Kms, Watch},
+    keys::{
+        AuditEvent,
+        audit::AuditLog,
+        custody::Custody,
+        gate::KeyContext,
+        keyring::{Keyring, NewKeyring},
+        pool::LeasePool,
+    },
+    kms::{BoundedKms, Cmk, Kms, Watch},
     metrics::Counters,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, ReaderPermits},
@@ -131,6 +139,7 @@ pub struct StoreBuilder {
     keyring: PathBuf,
     provider: Arc<dyn CryptoProvider>,
     kms: Vec<Arc<dyn Kms>>,
+    service_cmk: Option<Cmk>,
     disk: Arc<dyn Disk>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
@@ -170,6 +179,7 @@ impl StoreBuilder {
             keyring,
             provider,
             kms: Vec::new(),
+            service_cmk: None,
             disk: Arc::new(RealDisk),
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
@@ -180,6 +190,17 @@ impl StoreBuilder {
     /// Adds a KMS. The first one that serves a region is used for it.
     pub fn kms(mut self, kms: Arc<dyn Kms>) -> Self {
         self.kms.push(kms);
+        self
+    }
+
+    /// Puts the service keyring that is about to be made under a master key, in the KMS that serves its region: the file then
+    /// holds the roots only sealed, and whoever opens the store asks that KMS for them, once. Counts where a keyring is made
+    /// ([`StoreBuilder::create`], [`StoreBuilder::recover_without_keyring`]); an existing one says itself what it is under, and
+    /// [`Store::rewrap_keyring`] changes that.
+    ///
+    /// There is no lease on the service key: a store that is open stays so whatever becomes of the master key.
+    pub fn service_cmk(mut self, cmk: Cmk) -> Self {
+        self.service_cmk = Some(cmk);
         self
     }
 
@@ -212,11 +233,13 @@ impl StoreBuilder {
     ///
     /// # Errors
     /// [`Error::StoreExists`], [`Error::NotAStore`] when the directory has something else in it, [`Error::KeyringExists`],
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::ServiceKey`] and [`ConfigError::NoKmsForRegion`](crate::ConfigError::NoKmsForRegion) when the keyring
+    /// is to be under a master key and cannot, with nothing made.
     pub fn create(self) -> Result<Store> {
         self.options.check()?;
         let (disk, dir) = (&*self.disk, &self.dir);
-        if disk.stat(dir).map_err(Error::io("look for", dir))?.is_some() {
+        let there = disk.stat(dir).map_err(Error::io("look for", dir))?.is_some();
+        if there {
             let refused = |op: &'static str| {
                 move |error: std::io::Error| match error.kind() {
                     std::io::ErrorKind::NotADirectory => Error::NotAStore { path: dir.clone() },
@@ -234,12 +257,15 @@ impl StoreBuilder {
             if entries.iter().any(|entry| !ours(&entry.name)) {
                 return Err(Error::NotAStore { path: dir.clone() });
             }
-        } else {
+        }
+        let now_us = self.clock.wall_us();
+        let store = StoreId::random(&*self.random).map_err(Error::io("draw an id for", dir))?;
+        // A KMS may refuse it: before anything is made.
+        let keyring = self.new_keyring(store, now_us)?;
+        if !there {
             disk.create_dir(dir).map_err(Error::io("create", dir))?;
         }
         let lock_file = self.lock()?;
-        let now_us = self.clock.wall_us();
-        let store = StoreId::random(&*self.random).map_err(Error::io("draw an id for", dir))?;
         for part in ["audit", "logstores", "probes"] {
             let part = dir.join(part);
             if disk.stat(&part).map_err(Error::io("look for", &part))?.is_none() {
@@ -247,7 +273,7 @@ impl StoreBuilder {
             }
         }
         // The keyring is durable before anything depends on it, and the STORE file, which makes it a store, comes last.
-        let keyring = Keyring::create(disk, &*self.random, &self.keyring, store, now_us)?;
+        let keyring = keyring.write(disk)?;
         let mut catalogue = Catalogue::default();
         catalogue.save(disk, dir, store, &keyring)?;
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -259,9 +285,10 @@ impl StoreBuilder {
         Ok(store)
     }
 
-    /// Opens a store for reading and writing. Calls no KMS, and reads no data.
+    /// Opens a store for reading and writing. Calls no KMS, unless the service keyring is under a master key, and reads no data.
     ///
     /// # Errors
+    /// [`Error::ServiceKey`] when the service keyring is under a master key that cannot be used;
     /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::UnsupportedFeature`], also when the store can
     /// be read but not written; [`Error::Locked`] when another process writes it;
     /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
@@ -272,7 +299,7 @@ impl StoreBuilder {
         let lock_file = self.lock()?;
         // The names that are found here may be those that a process gave which was killed before it could sync them.
         self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
-        let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
+        let keyring = self.load_keyring(&identity)?;
         check_writing(keyring.features(), &self.keyring)?;
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
@@ -292,7 +319,7 @@ impl StoreBuilder {
     pub fn open_read_only(self) -> Result<Store> {
         self.options.check()?;
         let identity = self.identity()?;
-        let keyring = Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring)?;
+        let keyring = self.load_keyring(&identity)?;
         verify_identity(&*self.disk, &self.dir, &keyring)?;
         let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
         self.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
@@ -315,7 +342,8 @@ impl StoreBuilder {
     /// it follows their envelopes, which the data key vouches for, and is on.
     ///
     /// # Errors
-    /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; [`Error::KmsUnreachable`] when a KMS does not
+    /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; [`Error::ServiceKey`] when that one is to be under
+    /// a master key and cannot; [`Error::KmsUnreachable`] when a KMS does not
     /// answer, with nothing changed; otherwise as [`StoreBuilder::open`].
     pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
         self.options.check()?;
@@ -324,7 +352,7 @@ impl StoreBuilder {
         let lock_file = self.lock()?;
         let (disk, dir) = (Arc::clone(&self.disk), self.dir.clone());
         let now_us = self.clock.wall_us();
-        let keyring = Keyring::create(&*disk, &*self.random, &self.keyring, identity.store, now_us)?;
+        let keyring = self.new_keyring(identity.store, now_us)?.write(&*disk)?;
         let keyring_path = self.keyring.clone();
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
@@ -341,6 +369,25 @@ impl StoreBuilder {
             let _ = disk.remove_file(&keyring_path);
         }
         recovered
+    }
+
+    fn custody(&self) -> Custody {
+        let counters: Arc<Counters> = Arc::default();
+        let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&counters) };
+        let (timeout, inline) = (self.options.kms_timeout, self.options.background == Background::Manual);
+        let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
+        Custody { provider: Arc::clone(&self.provider), kms: self.kms.iter().map(bounded).collect(), counters }
+    }
+
+    fn new_keyring(&self, store: StoreId, now_us: u64) -> Result<NewKeyring> {
+        if let Some(cmk) = &self.service_cmk {
+            check_cmk(cmk)?;
+        }
+        Keyring::new(&*self.random, &self.keyring, store, now_us, self.custody(), self.service_cmk.clone())
+    }
+
+    fn load_keyring(&self, identity: &Identity) -> Result<Keyring> {
+        Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring, &self.custody())
     }
 
     /// Reads the `STORE` file, which is authenticated once the keyring is there.
@@ -402,8 +449,8 @@ impl StoreBuilder {
         lock_file: Option<Arc<dyn io::DiskFile>>,
         found: Audit,
     ) -> Result<Store> {
+        let Custody { kms, counters, .. } = keyring.custody().clone();
         let keyring = Arc::new(RwLock::new(keyring));
-        let counters: Arc<Counters> = Arc::default();
         let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
@@ -427,9 +474,6 @@ impl StoreBuilder {
             Background::Threads => Some(LeasePool::new(Arc::clone(&self.clock))),
             Background::Manual => None,
         };
-        let inline = self.options.background == Background::Manual;
-        let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&counters) };
-        let bounded = |kms| BoundedKms::new(kms, self.options.kms_timeout, inline, watch.clone());
         let shared = Arc::new_cyclic(|this| StoreShared {
             this: this.clone(),
             keys: Arc::new(KeyContext {
@@ -456,7 +500,7 @@ impl StoreBuilder {
             keyring,
             dir: self.dir,
             provider: self.provider,
-            kms: self.kms.into_iter().map(bounded).collect(),
+            kms,
             disk: self.disk,
             clock: self.clock,
             random: self.random,

@@ -142,6 +142,25 @@ impl Store {
         }
         result.map(|()| read(&shared.keyring).newest())
     }
+
+    /// Puts the service keyring under another master key, or with `None` under none. Its roots stay the same, so nothing else is
+    /// written anew; to be done with the old ones, [`Store::rotate_service_key`] too.
+    ///
+    /// It cannot undo a leak: whoever has a copy of the old file, and may use what that was under, has the roots.
+    ///
+    /// # Errors
+    /// [`ConfigError::NoKmsForRegion`]; [`Error::ServiceKey`] when the new master key cannot be used. Nothing has changed then.
+    pub fn rewrap_keyring(&self, cmk: Option<Cmk>) -> Result<()> {
+        cmk.as_ref().map_or(Ok(()), check_cmk)?;
+        let shared = &self.shared;
+        shared.check_writable()?;
+        let _one_at_a_time = lock(&shared.admin);
+        let detail =
+            cmk.as_ref().map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
+        shared.audit.record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
+        write(&shared.keyring).rewrap(&*shared.disk, &*shared.random, cmk)?;
+        shared.audit.record(AuditEvent::KeyringRewrapped, None, detail)
+    }
 }
 
 /// How a change of keys is put on record.

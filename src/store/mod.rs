@@ -167,6 +167,11 @@ impl Store {
         read(&self.shared.keyring).path().to_owned()
     }
 
+    /// The master key that its service keyring is under; `None` for one that holds its roots in its file.
+    pub fn service_cmk(&self) -> Option<Cmk> {
+        read(&self.shared.keyring).cmk().cloned()
+    }
+
     /// Whether it was opened read-only.
     pub fn is_read_only(&self) -> bool {
         self.shared.read_only

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
-    keys::{AuditEvent, keyring::Keyring},
+    keys::AuditEvent,
     logstore::{LogstoreShared, Meta},
     segment::FooterBuilder,
     shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
@@ -262,11 +262,7 @@ impl StoreShared {
                 what: format!("the catalogue is of generation {found}, it was written as {known}"),
             })
         });
-        [
-            verify_identity(&*self.disk, &self.dir, &keyring),
-            Keyring::load(&*self.disk, keyring.path(), self.id, keyring.id()).map(|_| ()),
-            catalogue,
-        ]
+        [verify_identity(&*self.disk, &self.dir, &keyring), keyring.verify_file(&*self.disk), catalogue]
     }
 
     fn verify_logstore(

@@ -21,8 +21,17 @@ use serde_json::{Value, json};
 use crate::common::{QuickDisk, REGION, ROLE, TestClock, copy_dir, group, millis, name, secs, segments};
 
 /// Every golden store.
-pub(crate) const NAMES: [&str; 8] =
-    ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean", "compressed"];
+pub(crate) const NAMES: [&str; 9] = [
+    "service-aes",
+    "service-sm4",
+    "byok-aes",
+    "sealed-keyring",
+    "plain",
+    "switched-off",
+    "recovered",
+    "unclean",
+    "compressed",
+];
 
 /// The one whose bytes depend on the versions of the compression libraries.
 pub(crate) const COMPRESSED: &str = "compressed";
@@ -59,6 +68,7 @@ pub(crate) fn make(which: &str, dir: &Path) {
         "service-aes" => maker.service_aes(),
         "service-sm4" => maker.service_sm4(),
         "byok-aes" => maker.byok_aes(),
+        "sealed-keyring" => maker.sealed_keyring(),
         "plain" => maker.plain(),
         "switched-off" => maker.switched_off(),
         "recovered" => maker.recovered(),
@@ -175,13 +185,32 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// A customer's key in the embedded KMS, and AES; the customer's key was rotated once.
-    fn byok_aes(&mut self) {
+    /// An embedded KMS with one key.
+    fn kms(&self) -> (LocalKms, UserCmkInfo) {
         let kms = LocalKms::create_or_open(self.dir.join("kms")).unwrap();
         let kms = kms.with_clock(Arc::clone(&self.clock) as _);
         let kms = kms.insecure_random_for_tests(Arc::clone(&self.random) as _);
         let cmk_key_id = kms.create_key(REGION, &[ROLE]).unwrap();
-        let cmk = UserCmkInfo { cmk_key_id: cmk_key_id.clone(), arn: ROLE.into(), region_id: REGION.into() };
+        let cmk = UserCmkInfo { cmk_key_id, arn: ROLE.into(), region_id: REGION.into() };
+        (kms, cmk)
+    }
+
+    /// The service keyring under a master key in the embedded KMS, rotated once, and AES.
+    fn sealed_keyring(&mut self) {
+        let (kms, cmk) = self.kms();
+        let store = self.builder(&self.store_dir()).kms(Arc::new(kms)).service_cmk(cmk).create().unwrap();
+        let conf = EncryptConf::service_key(EncryptType::Default);
+        let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
+        self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
+        store.rotate_service_key().unwrap();
+        self.put(&logstore, 0, What::Opaque("an opaque record"), Durability::Synced);
+        store.close().unwrap();
+    }
+
+    /// A customer's key in the embedded KMS, and AES; the customer's key was rotated once.
+    fn byok_aes(&mut self) {
+        let (kms, cmk) = self.kms();
+        let cmk_key_id = cmk.cmk_key_id.clone();
         let store = self.builder(&self.store_dir()).kms(Arc::new(kms.clone())).create().unwrap();
         let conf = EncryptConf::byok(EncryptType::Default, cmk);
         let logstore = store.create_logstore(&name("shop/payments"), spec(Some(conf), 1)).unwrap();

@@ -14,7 +14,7 @@ use crate::{
     exit::{Failure, Result, status_of},
     input,
     output::{self, Progress},
-    setup::{Setup, name},
+    setup::{self, Setup, name},
 };
 
 pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
@@ -32,7 +32,8 @@ pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
             None => audit(setup),
         },
         KeysCommand::Backup(args) => backup(setup, &args.out),
-        KeysCommand::Recover { without_keyring: _ } => recover(setup),
+        KeysCommand::Recover { without_keyring: _, service_cmk } => recover(setup, service_cmk.as_deref()),
+        KeysCommand::RewrapKeyring { service_cmk, plain: _ } => rewrap_keyring(setup, service_cmk.as_deref()),
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
             replace_cmk(setup, &name, &encrypt_conf, keep_data_key)
         }
@@ -280,11 +281,37 @@ fn backup(setup: &Setup, out: &Path) -> Result {
          copy it again after `keys rotate-service`",
         out.display(),
         setup.store.display()
+    ))?;
+    match store.service_cmk() {
+        Some(cmk) => {
+            output::line(format_args!("it opens with master key {} alone, which needs a backup too", cmk.cmk_key_id))
+        }
+        None => Ok(()),
+    }
+}
+
+fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
+    let cmk = service_cmk.map(setup::cmk).transpose()?;
+    let store = setup.open()?;
+    store.rewrap_keyring(cmk.clone())?;
+    store.close()?;
+    if setup.json {
+        return output::json(&json!({ "service_cmk": cmk }));
+    }
+    let under = cmk.map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
+    output::line(format_args!(
+        "the service keyring {} is under {under} now, with the same roots: back it up again, and rotate the service key to be done \
+         with old copies",
+        setup.keyring.display()
     ))
 }
 
-fn recover(setup: &Setup) -> Result {
-    let (store, report) = setup.builder().recover_without_keyring()?;
+fn recover(setup: &Setup, service_cmk: Option<&str>) -> Result {
+    let mut builder = setup.builder();
+    if let Some(argument) = service_cmk {
+        builder = builder.service_cmk(setup::cmk(argument)?);
+    }
+    let (store, report) = builder.recover_without_keyring()?;
     store.close()?;
     if setup.json {
         return output::json(&report);

@@ -6,9 +6,9 @@ use serde_json::json;
 use super::confirm;
 use crate::{
     args::{ConfirmedArgs, CreateArgs, NameArgs, UpdateArgs},
-    exit::Result,
+    exit::{Failure, Result},
     input, output,
-    setup::{Setup, name},
+    setup::{self, Setup, name},
 };
 
 pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
@@ -27,8 +27,19 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         compression: args.compression.into(),
         encrypt_conf,
     };
+    let service_cmk = args.service_cmk.as_deref().map(setup::cmk).transpose()?;
     let new_store = !setup.store.exists();
-    let store = setup.builder().open_or_create()?;
+    let mut builder = setup.builder();
+    if let Some(cmk) = &service_cmk {
+        builder = builder.service_cmk(cmk.clone());
+    }
+    let store = builder.open_or_create()?;
+    if service_cmk.is_some() && store.service_cmk() != service_cmk {
+        return Err(Failure::refused(
+            "service_key_differs",
+            "the store is there already, and its service keyring is not under that master key: see `keys rewrap-keyring`",
+        ));
+    }
     store.create_logstore(&name, spec)?;
     let config = store.config(&name)?;
     store.close()?;

@@ -38,7 +38,7 @@ use std::{
 use aes_gcm::{Nonce, Tag, aead::AeadInOut};
 use zeroize::Zeroizing;
 
-use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason};
+use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason, context::associated_data};
 use crate::{
     crypto::SecretKey,
     io::{Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock, replace_file},
@@ -47,7 +47,7 @@ use crate::{
 use admin::io_error;
 pub use admin::{DELETION_DAYS, KeyInfo, KeyState, LocalKmsError};
 use files::{MARKER, StoredKey};
-use wrapped::{Blob, NONCE, associated_data, blob_head, wrap_cipher};
+use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
 
 const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
 

@@ -5,7 +5,7 @@ use hkdf::Hkdf;
 use sha2::Sha256;
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::{crypto::SecretKey, kms::EncryptionContext};
+use crate::crypto::SecretKey;
 
 const BLOB_MAGIC: &[u8; 4] = b"ELKW";
 const BLOB_VERSION: u16 = 1;
@@ -61,18 +61,4 @@ pub(super) fn wrap_cipher(material: &SecretKey, salt: &[u8; 32], head: &[u8]) ->
     let mut key = Zeroizing::new([0; 32]);
     hkdf.expand_multi_info(&[WRAP_LABEL, head], key.as_mut_slice()).expect("32 bytes is a length that HKDF can make");
     Aes256Gcm::new_from_slice(key.as_slice()).expect("the key has 32 bytes")
-}
-
-/// The head of the blob, then the context in its one encoding.
-pub(super) fn associated_data(head: &[u8], context: &EncryptionContext) -> Vec<u8> {
-    fn put(out: &mut Vec<u8>, len: usize, bytes: &str) {
-        out.extend_from_slice(&u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes());
-        out.extend_from_slice(bytes.as_bytes());
-    }
-    let mut out = head.to_vec();
-    put(&mut out, context.len(), "");
-    for text in context.iter().flat_map(|(name, value)| [name, value]) {
-        put(&mut out, text.len(), text);
-    }
-    out
 }
