@@ -52,7 +52,8 @@ impl World {
     }
 
     fn wrap(&self) -> Result<Vec<u8>, KmsError> {
-        self.kms.wrap(&self.call(), &SecretKey::from_bytes(&mut KEY.clone()))
+        let mut key = KEY;
+        self.kms.wrap(&self.call(), &SecretKey::from_bytes(&mut key))
     }
 
     fn unwrap(&self, wrapped: &[u8]) -> Result<[u8; 32], KmsError> {

@@ -230,14 +230,12 @@ fn tls_in_front(cloud: &Cloud, ca: &str) -> u16 {
         for stream in listener.incoming() {
             let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream.unwrap());
             // A client that does not like the certificate goes away.
-            thread::spawn(move || {
+            thread::spawn(move || -> io::Result<()> {
                 let mut plain = TcpStream::connect(("127.0.0.1", behind))?;
                 loop {
                     pass_on(&mut tls, &mut plain)?;
                     pass_on(&mut plain, &mut tls)?;
                 }
-                #[expect(unreachable_code, reason = "it ends by an error")]
-                io::Result::Ok(())
             });
         }
     });
