@@ -138,11 +138,11 @@ fn a_logstore_is_made_only_with_a_key_that_can_be_used() {
         let conf = byok("default", key).to_string();
         cloud.run(&["create", "p/customer", "--encrypt-conf", &conf])
     };
-    assert!(create("key-nobody-has").sentence(3).contains("deleted"));
-    assert!(create("alias/logs").sentence(1).contains("alias"));
+    assert!(create("key-nobody-has").sentence(6).contains("deleted"));
+    assert!(create("alias/logs").sentence(4).contains("alias"));
     let key = cloud.aliyun.create_key();
     cloud.aliyun.set_state(&key, "Disabled");
-    assert!(create(&key).sentence(3).contains("disabled"));
+    assert!(create(&key).sentence(6).contains("disabled"));
     cloud.aliyun.set_state(&key, "Enabled");
     assert_eq!(cloud.ok(&["list"]), b"");
     create(&key).assert(0);
