@@ -48,6 +48,8 @@
 //!   are independent: a slow one must not delay the others.
 //! - **Do not panic** on whatever the network returns; limit what is read of it.
 
+#[cfg(feature = "kms-aliyun")]
+mod aliyun;
 mod bounded;
 #[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
 mod context;
@@ -63,6 +65,8 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "kms-aliyun")]
+pub use aliyun::AliyunKms;
 pub(crate) use bounded::{BoundedKms, Watch};
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};

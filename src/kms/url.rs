@@ -25,6 +25,7 @@ pub enum KmsUrlError {
 ///
 /// | URL | backend | feature |
 /// |---|---|---|
+/// | `aliyun-kms://REGION` | [`AliyunKms`](super::AliyunKms) in that region, such as `cn-hangzhou`; `?endpoint=URL&sts-endpoint=URL` for other endpoints than the public ones | `kms-aliyun` |
 /// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
 /// | `pkcs11:…?region=…` | `Pkcs11Kms`, in a token that the rest of the URL chooses (RFC 7512) | `kms-pkcs11` |
 ///
@@ -41,6 +42,8 @@ pub enum KmsUrlError {
 pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
     let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
     match scheme {
+        #[cfg(feature = "kms-aliyun")]
+        "aliyun-kms" => Ok(Arc::new(super::AliyunKms::from_url(rest)?)),
         #[cfg(feature = "kms-local")]
         "local" if rest.is_empty() => Err(KmsUrlError::Malformed("local: names no directory".to_owned())),
         #[cfg(feature = "kms-local")]
@@ -50,6 +53,7 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         _ => {
             let _ = rest;
             let built_in = [
+                cfg!(feature = "kms-aliyun").then_some("aliyun-kms://REGION"),
                 cfg!(feature = "kms-local").then_some("local:DIR"),
                 cfg!(feature = "kms-pkcs11").then_some("pkcs11:…?region=…"),
             ];
@@ -68,6 +72,31 @@ mod tests {
     fn a_scheme_picks_the_backend() {
         let error = from_url("ftp://host").unwrap_err();
         assert!(matches!(&error, KmsUrlError::Unsupported { scheme, .. } if scheme == "ftp"), "{error}");
+        #[cfg(feature = "kms-aliyun")]
+        {
+            let name = |url| from_url(url).map(|kms| (kms.name().to_owned(), kms.serves("cn-hangzhou")));
+            let served = Ok(("aliyun".to_owned(), true));
+            assert_eq!(name("aliyun-kms://cn-hangzhou"), served);
+            assert_eq!(name("aliyun-kms://cn-hangzhou?endpoint=https://kms-vpc.cn-hangzhou.aliyuncs.com"), served);
+            assert_eq!(
+                name("aliyun-kms://cn-hangzhou/?sts-endpoint=http%3A%2F%2F127.0.0.1%3A1&endpoint=http://[::1]:2"),
+                served
+            );
+            assert_eq!(name("aliyun-kms://eu-central-1"), Ok(("aliyun".to_owned(), false)));
+            for url in [
+                "aliyun-kms:",
+                "aliyun-kms:cn-hangzhou",
+                "aliyun-kms://",
+                "aliyun-kms://evil.example/",
+                "aliyun-kms://cn-hangzhou?endpoint=",
+                "aliyun-kms://cn-hangzhou?endpoint=http://kms.cn-hangzhou.aliyuncs.com",
+                "aliyun-kms://cn-hangzhou?access-key-secret=hidden",
+            ] {
+                let error = from_url(url).unwrap_err();
+                assert!(matches!(error, KmsUrlError::Malformed(_)), "{url}: {error}");
+                assert!(!error.to_string().contains("hidden"), "{error}");
+            }
+        }
         #[cfg(feature = "kms-local")]
         {
             assert_eq!(from_url("local:/some/where").map(|kms| kms.name().to_owned()), Ok("local".to_owned()));

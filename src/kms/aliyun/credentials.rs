@@ -1,0 +1,297 @@
+//! The identity of the service itself, in which it assumes the customers' roles.
+
+use std::{
+    env, fmt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{
+    http::{Answer, Deadline, Endpoint, Http},
+    sign,
+};
+use crate::{
+    io::{Clock, RealDisk, SystemClock, read_file},
+    sync::lock,
+};
+
+/// How long fetched credentials are kept: the shortest that a server hands out last for 15 minutes.
+const KEPT: Duration = Duration::from_secs(5 * 60);
+/// The longest that a profile or token file may be.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// How long a token of the metadata service is valid, in seconds; each is used at once, and twice at most.
+const METADATA_TOKEN_SECONDS: &str = "60";
+
+/// An access key, with a security token where it is a temporary one.
+pub(super) struct Credentials {
+    pub(super) id: String,
+    pub(super) secret: Zeroizing<String>,
+    pub(super) token: Option<Zeroizing<String>>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(..)")
+    }
+}
+
+/// Temporary credentials as STS and the metadata service hand them out.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Issued {
+    access_key_id: String,
+    access_key_secret: Zeroizing<String>,
+    security_token: Zeroizing<String>,
+}
+
+impl From<Issued> for Credentials {
+    fn from(issued: Issued) -> Self {
+        Self { id: issued.access_key_id, secret: issued.access_key_secret, token: Some(issued.security_token) }
+    }
+}
+
+/// What `AssumeRole` and `AssumeRoleWithOIDC` answer.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Assumed {
+    pub(super) credentials: Issued,
+}
+
+/// Where the service's credentials come from.
+#[derive(Clone)]
+pub(super) enum Source {
+    /// Given by the embedder.
+    Fixed(Arc<Credentials>),
+    /// Wherever the official SDKs look for them, in their order.
+    Default(Arc<Mutex<Option<Kept>>>),
+}
+
+/// Credentials that were fetched from a server, and when.
+pub(super) struct Kept {
+    credentials: Arc<Credentials>,
+    since: Duration,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fixed(_) => "Fixed(..)",
+            Self::Default(_) => "Default(..)",
+        })
+    }
+}
+
+impl Source {
+    /// The credentials to use now, or one clause on why there are none.
+    pub(super) fn get(&self, http: &Http, sts: &Endpoint, deadline: Deadline) -> Result<Arc<Credentials>, String> {
+        let kept = match self {
+            Self::Fixed(credentials) => return Ok(Arc::clone(credentials)),
+            Self::Default(kept) => kept,
+        };
+        // These are read anew each time, so a key that was exchanged there counts at once.
+        if let Some(credentials) = from_environment()? {
+            return Ok(Arc::new(credentials));
+        }
+        if let Some(kept) = &*lock(kept)
+            && SystemClock.uptime() < kept.since + KEPT
+        {
+            return Ok(Arc::clone(&kept.credentials));
+        }
+        let since = SystemClock.uptime();
+        let fetched = if let Some(credentials) = from_oidc(http, sts, deadline)? {
+            credentials
+        } else {
+            let role = match from_cli_profile()? {
+                Some(Profile::Key(credentials)) => return Ok(Arc::new(credentials)),
+                Some(Profile::InstanceRole(role)) => role,
+                None if variable("ALIBABA_CLOUD_ECS_METADATA_DISABLED").is_some_and(|it| it == "true") => {
+                    return Err("there are no credentials in the environment nor in ~/.aliyun/config.json".to_owned());
+                }
+                None => variable("ALIBABA_CLOUD_ECS_METADATA"),
+            };
+            // Where this is no ECS instance nothing answers there, and what is wrong must be said before the call is given up.
+            from_instance(http, &Endpoint::instance_metadata(), role.as_deref(), deadline.halfway())
+                .map_err(|why| format!("no credentials in the environment, and none of the ECS instance: {why}"))?
+        };
+        let credentials = Arc::new(fetched);
+        *lock(kept) = Some(Kept { credentials: Arc::clone(&credentials), since });
+        Ok(credentials)
+    }
+
+    /// Forgets what was fetched: a server has refused it.
+    pub(super) fn forget(&self) {
+        if let Self::Default(kept) = self {
+            *lock(kept) = None;
+        }
+    }
+}
+
+/// A variable of the environment that is set to something.
+fn variable(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn from_environment() -> Result<Option<Credentials>, String> {
+    let id = variable("ALIBABA_CLOUD_ACCESS_KEY_ID");
+    let secret = variable("ALIBABA_CLOUD_ACCESS_KEY_SECRET").map(Zeroizing::new);
+    match (id, secret) {
+        (Some(id), Some(secret)) => {
+            let token = variable("ALIBABA_CLOUD_SECURITY_TOKEN").map(Zeroizing::new);
+            Ok(Some(Credentials { id, secret, token }))
+        }
+        (None, None) => Ok(None),
+        _ => Err("of ALIBABA_CLOUD_ACCESS_KEY_ID and ALIBABA_CLOUD_ACCESS_KEY_SECRET only one is set".to_owned()),
+    }
+}
+
+/// Exchanges the OpenID Connect token that a cluster gives to its pods (RRSA of ACK).
+fn from_oidc(http: &Http, sts: &Endpoint, deadline: Deadline) -> Result<Option<Credentials>, String> {
+    let (Some(role), Some(provider), Some(file)) = (
+        variable("ALIBABA_CLOUD_ROLE_ARN"),
+        variable("ALIBABA_CLOUD_OIDC_PROVIDER_ARN"),
+        variable("ALIBABA_CLOUD_OIDC_TOKEN_FILE"),
+    ) else {
+        return Ok(None);
+    };
+    let token = Zeroizing::new(read(Path::new(&file)).map_err(|why| format!("the OIDC token file: {why}"))?);
+    let token = std::str::from_utf8(&token).map_err(|_| "the OIDC token file is not text")?;
+    let session = variable("ALIBABA_CLOUD_ROLE_SESSION_NAME");
+    let form = sign::Pairs::from([
+        ("DurationSeconds", "3600"),
+        ("OIDCProviderArn", &provider),
+        ("OIDCToken", token.trim()),
+        ("RoleArn", &role),
+        ("RoleSessionName", session.as_deref().unwrap_or(super::SESSION)),
+    ]);
+    let body = Zeroizing::new(sign::encode(&form));
+    let target = format!(
+        "/?{}",
+        sign::encode(&sign::Pairs::from([
+            ("Action", "AssumeRoleWithOIDC"),
+            ("Format", "JSON"),
+            ("Timestamp", &super::timestamp()),
+            ("Version", super::STS_VERSION),
+        ]))
+    );
+    let headers = [("content-type", "application/x-www-form-urlencoded")];
+    let answer = http
+        .exchange("POST", sts, &target, &headers, body.as_bytes(), deadline)
+        .map_err(|no_answer| format!("AssumeRoleWithOIDC: {}", no_answer.why))?;
+    let assumed: Assumed = parse(&answer).map_err(|why| format!("AssumeRoleWithOIDC {why}"))?;
+    Ok(Some(assumed.credentials.into()))
+}
+
+/// What a profile of the official command line says.
+#[derive(Debug)]
+pub(super) enum Profile {
+    Key(Credentials),
+    /// The role of the ECS instance; its name where the profile has one.
+    InstanceRole(Option<String>),
+}
+
+/// The current profile of `~/.aliyun/config.json`, or the one that `ALIBABA_CLOUD_PROFILE` names; `None` without that file.
+fn from_cli_profile() -> Result<Option<Profile>, String> {
+    if variable("ALIBABA_CLOUD_CLI_PROFILE_DISABLED").is_some_and(|it| it == "true") {
+        return Ok(None);
+    }
+    let Some(home) = variable("HOME") else { return Ok(None) };
+    let bytes = match read(&PathBuf::from(home).join(".aliyun/config.json")) {
+        Ok(bytes) => Zeroizing::new(bytes),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("~/.aliyun/config.json: {error}")),
+    };
+    profile_of(&bytes, variable("ALIBABA_CLOUD_PROFILE").as_deref())
+        .map(Some)
+        .map_err(|why| format!("~/.aliyun/config.json {why}"))
+}
+
+pub(super) fn profile_of(bytes: &[u8], name: Option<&str>) -> Result<Profile, &'static str> {
+    #[derive(Deserialize)]
+    struct Config {
+        #[serde(default)]
+        current: String,
+        profiles: Vec<Entry>,
+    }
+    #[derive(Deserialize)]
+    struct Entry {
+        name: String,
+        #[serde(default)]
+        mode: String,
+        #[serde(default)]
+        access_key_id: String,
+        #[serde(default)]
+        access_key_secret: Zeroizing<String>,
+        #[serde(default)]
+        sts_token: Zeroizing<String>,
+        #[serde(default)]
+        ram_role_name: String,
+    }
+    // The words of the parser may quote a value.
+    let config: Config = serde_json::from_slice(bytes).map_err(|_| "is not what `aliyun configure` writes")?;
+    let name = name.unwrap_or(&config.current);
+    let entry = config.profiles.into_iter().find(|it| it.name == name).ok_or("has no profile of that name")?;
+    let key = |token| {
+        if entry.access_key_id.is_empty() || entry.access_key_secret.is_empty() {
+            return Err("has a profile without an access key");
+        }
+        Ok(Profile::Key(Credentials { id: entry.access_key_id, secret: entry.access_key_secret, token }))
+    };
+    match entry.mode.as_str() {
+        "AK" => key(None),
+        "StsToken" if entry.sts_token.is_empty() => Err("has a profile without its security token"),
+        "StsToken" => key(Some(entry.sts_token)),
+        "EcsRamRole" => Ok(Profile::InstanceRole(Some(entry.ram_role_name).filter(|role| !role.is_empty()))),
+        _ => Err("has a profile of another mode than AK, StsToken and EcsRamRole"),
+    }
+}
+
+/// The credentials of the role that an ECS instance has, from its metadata service in hardened mode (with a token).
+pub(super) fn from_instance(
+    http: &Http,
+    metadata: &Endpoint,
+    role: Option<&str>,
+    deadline: Deadline,
+) -> Result<Credentials, String> {
+    const ROLES: &str = "/latest/meta-data/ram/security-credentials/";
+    let ask = |method, target: &str, headers: &[(&str, &str)]| {
+        let answer = http.exchange(method, metadata, target, headers, &[], deadline).map_err(|it| it.why)?;
+        match answer.status {
+            200 => Ok(answer),
+            status => Err(format!("the metadata service answered with status {status}")),
+        }
+    };
+    let word = |answer: &Answer| {
+        let word = std::str::from_utf8(&answer.body).unwrap_or_default().trim();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.=+/".contains(c);
+        let fits = !word.is_empty() && word.chars().all(plain);
+        fits.then(|| word.to_owned()).ok_or_else(|| "the metadata service answered nonsense".to_owned())
+    };
+    let ttl = [("x-aliyun-ecs-metadata-token-ttl-seconds", METADATA_TOKEN_SECONDS)];
+    let token = Zeroizing::new(word(&ask("PUT", "/latest/api/token", &ttl)?)?);
+    let token = [("x-aliyun-ecs-metadata-token", token.as_str())];
+    let role = match role {
+        Some(role) => role.to_owned(),
+        None => word(&ask("GET", ROLES, &token)?)?,
+    };
+    let issued: Issued =
+        parse(&ask("GET", &format!("{ROLES}{role}"), &token)?).map_err(|why| format!("the metadata service {why}"))?;
+    Ok(issued.into())
+}
+
+fn parse<T: for<'a> Deserialize<'a>>(answer: &Answer) -> Result<T, String> {
+    if answer.status != 200 {
+        let error: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
+        return Err(format!("answered {}", super::outcome::code_of(&error, answer.status)));
+    }
+    // The words of the parser may quote a value.
+    serde_json::from_slice(&answer.body).map_err(|_| "answered no credentials".to_owned())
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    read_file(&RealDisk, path, FILE_BYTES_MAX)
+}

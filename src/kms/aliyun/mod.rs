@@ -1,0 +1,394 @@
+//! Alibaba Cloud KMS, over HTTPS.
+
+mod credentials;
+mod http;
+mod outcome;
+mod sign;
+#[cfg(test)]
+mod tests;
+mod wrapped;
+
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::Deserialize;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason};
+use crate::{
+    crypto::SecretKey,
+    ids::hex_encode,
+    io::{Clock, OsRandom, Random, SystemClock},
+};
+use credentials::{Assumed, Credentials, Source};
+use http::{Answer, Deadline, Endpoint, Http};
+use outcome::Meaning;
+
+const KMS_VERSION: &str = "2016-01-20";
+const STS_VERSION: &str = "2015-04-01";
+/// The name of the sessions in which roles are assumed, as the customer's ActionTrail shows it.
+const SESSION: &str = "envelog";
+/// How long the credentials of an assumed role are valid, in seconds: the shortest that STS allows. They are used for one call.
+const SESSION_SECONDS: &str = "900";
+
+/// Alibaba Cloud KMS in one region, through the API of 2016-01-20.
+///
+/// Each call of the engine first assumes the role of the customer that [`Cmk::arn`] names (STS `AssumeRole`, API of 2015-04-01), and in
+/// that role asks KMS. Nothing is kept from one call to the next but connections and, for at most 5 minutes, the service's
+/// *own* credentials where they had to be fetched. All of it happens within [`KmsCall::timeout`].
+///
+/// # How a key is wrapped
+///
+/// The data key never goes to KMS. `GenerateDataKey` has KMS make a key of 256 bits, bound to the encryption context, and that key seals
+/// the data key here (AES-256-GCM) and is wiped; KMS's ciphertext of it is kept beside the sealed key. To unwrap, `Decrypt` gives it
+/// back. `Encrypt` would do with one step less, but takes its plaintext in the URL, where proxies and logs would get to see data keys.
+///
+/// | bytes | content |
+/// |---|---|
+/// | 0–3 | magic `EAKW` |
+/// | 4 | version = 1 |
+/// | 5–36 | the data key, sealed under the key that KMS made, used this once and so with a nonce of zeros. Associated data: bytes 0–4, then the context as the JSON that KMS gets |
+/// | 37–52 | tag |
+/// | 53– | KMS's `CiphertextBlob`, base64 as it came, at most 4,096 bytes |
+///
+/// The key that KMS made is wiped here after use, but the buffers of the HTTP and TLS libraries, through which it came, are not.
+///
+/// `Decrypt` is not told which CMK to use; it says which one it was, and an answer of another CMK than the one that was asked for is
+/// [`KmsError::Invalid`]. An alias may not take the place of `cmk_key_id`: what it points at can change under the data.
+///
+/// # The service's credentials
+///
+/// Looked for where the official SDKs look, in their order:
+///
+/// 1. `ALIBABA_CLOUD_ACCESS_KEY_ID`, `ALIBABA_CLOUD_ACCESS_KEY_SECRET`, and `ALIBABA_CLOUD_SECURITY_TOKEN` for temporary ones.
+/// 2. The token that `ALIBABA_CLOUD_OIDC_TOKEN_FILE` holds, with `ALIBABA_CLOUD_ROLE_ARN` and `ALIBABA_CLOUD_OIDC_PROVIDER_ARN` (pods of ACK).
+/// 3. `~/.aliyun/config.json`, the profile that `ALIBABA_CLOUD_PROFILE` names or the current one, of mode `AK`, `StsToken` or
+///    `EcsRamRole`; not if `ALIBABA_CLOUD_CLI_PROFILE_DISABLED` is `true`.
+/// 4. The RAM role of the ECS instance (named by `ALIBABA_CLOUD_ECS_METADATA`, or asked for) from the metadata service in hardened mode,
+///    which has to be asked with a token; not if `ALIBABA_CLOUD_ECS_METADATA_DISABLED` is `true`.
+///
+/// The first place that has something decides: what is wrong there is an error, and no other identity is tried. Not
+/// supported: `~/.alibabacloud/credentials`, `ALIBABA_CLOUD_CREDENTIALS_URI`, and profiles of other modes.
+/// [`AliyunKms::with_access_key`] takes the place of all of it.
+///
+/// # What an error code means
+///
+/// From KMS, where the customer's role is logged in:
+///
+/// | status | code | becomes | source |
+/// |---|---|---|---|
+/// | 404 | `Forbidden.KeyNotFound`, `Forbidden.AliasNotFound` | revoked: deleted | 1, 2 |
+/// | 403 | `Forbidden.NoPermission` | revoked: not permitted | 1, 3 |
+/// | 403 | `Forbidden.RAM`, `NoPermission`, `NotAuthorized` | revoked: not permitted | 4 |
+/// | 409 | `Rejected.Disabled` | revoked: disabled | 1, 2 |
+/// | 409 | `Rejected.PendingImport`: the customer has taken the key material away, and may import it again | revoked: disabled | 1, 3 |
+/// | 409 | `Rejected.PendingDeletion` | revoked: pending deletion | 1, 2 |
+/// | 409 | `Rejected.Unavailable`: the key, not said why | as its state says, else unreachable | 2 |
+/// | 400 | `InvalidParameter` (a damaged ciphertext or another context, too), `MissingParameter`, `ParseRequestParameterException`, `UnsupportedOperation` (a key of another kind) | invalid | 1, 2 |
+/// | 400 | `Throttling`, `Throttling.*` | unreachable | 5 |
+/// | 4xx | `InvalidAccessKeyId.*`, `InvalidSecurityToken.*`, `MissingSecurityToken`, `SignatureDoesNotMatch`, `IncompleteSignature`, `SignatureNonceUsed`, `IllegalTimestamp`, `InvalidTimeStamp.*`, `RequestTimeTooSkewed`, `Forbidden.AccessKey` | unreachable | 1, 3, 5 |
+/// | 403 | `Forbidden.InDebt`, `Forbidden.InDebtOverdue`, `Forbidden.KmsServiceNotEnabled`, `Forbidden.ProhibitedByRiskControl`, `Forbidden.UbsmsInvalid*`: the account, not the key | unreachable | 1 |
+/// | 4xx | any other code | as the key's state says, else unreachable | |
+/// | 500, 503 | `InternalFailure`, `ServiceUnavailableTemporary`, `ServiceUnavailable`; any other status, or none of these | unreachable | 1, 3 |
+///
+/// "As the key's state says": `DescribeKey`, which works in every state (source 6), is asked as well. `Disabled` and `PendingImport` are
+/// revoked: disabled; `PendingDeletion` is revoked: pending deletion; its code `Forbidden.KeyNotFound` is revoked: deleted.
+///
+/// From STS, where the service itself is logged in:
+///
+/// | status | code | becomes | source |
+/// |---|---|---|---|
+/// | 404 | `EntityNotExist.Role` | revoked: not permitted | 7 |
+/// | 403 | `NoPermission` | revoked: not permitted, but as in the next row | 8 |
+/// | 403 | `NoPermission` where `AccessDeniedDetail.PolicyType` names a policy of the caller (`AccountLevelIdentityBasedPolicy`, `ResourceGroupLevelIdentityBasedPolicy`, `SessionPolicy`), or because the caller is a root account | unreachable | 8, 9 |
+/// | 400 | `InvalidParameter`, `InvalidParameter.*`: an ARN that is none | invalid | 8 |
+/// | 4xx | any other code: `InvalidAccessKeyId.*`, `InvalidSecurityToken.*`, `SignatureDoesNotMatch`, `Throttling.*`, … | unreachable | 5, 8 |
+/// | 5xx | `InternalError`; any other status | unreachable | 8 |
+///
+/// Also unreachable: a time limit that has passed, no connection, no TLS, no credentials of the service, an answer that is no HTTP or longer
+/// than 64 KiB, an error without a code. Also invalid: status 200 with a body that is not what was asked for.
+///
+/// Sources, in Alibaba Cloud's documentation: 1 "Sample responses, common error codes" of KMS (doc-detail 69008); 2 `Decrypt` and
+/// `GenerateDataKey` of the KMS API reference; 3 "Common error codes" of KMS; 4 "How do I troubleshoot an access denied error?" of RAM; 5 the common
+/// error codes of OpenAPI; 6 "Impact of the CMK status on API calls" of KMS; 7 what STS answers to the tests of the official PHP SDK;
+/// 8 `AssumeRole` of the STS API reference, and doc-detail 42775; 9 `DecodeDiagnosticMessage` of the RAM API reference.
+#[derive(Clone, Debug)]
+pub struct AliyunKms {
+    region_id: String,
+    kms: Endpoint,
+    sts: Endpoint,
+    http: Http,
+    source: Source,
+}
+
+impl AliyunKms {
+    /// KMS in a region such as `cn-hangzhou`, at its public endpoints (`https://kms.REGION.aliyuncs.com` and `https://sts.REGION.aliyuncs.com`). Calls
+    /// nobody.
+    ///
+    /// # Errors
+    /// [`KmsUrlError::Malformed`] when that is no name of a region: 1 to 63 lower-case letters, digits and hyphens.
+    pub fn new(region_id: &str) -> Result<Self, KmsUrlError> {
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if !(1..=63).contains(&region_id.len()) || !region_id.bytes().all(plain) {
+            return Err(KmsUrlError::Malformed("aliyun-kms: names no region, such as cn-hangzhou".to_owned()));
+        }
+        Ok(Self {
+            region_id: region_id.to_owned(),
+            kms: Endpoint::regional("kms", region_id),
+            sts: Endpoint::regional("sts", region_id),
+            http: Http::new(),
+            source: Source::Default(Arc::new(Mutex::new(None))),
+        })
+    }
+
+    /// What follows `aliyun-kms:` in a URL.
+    pub(super) fn from_url(rest: &str) -> Result<Self, KmsUrlError> {
+        let malformed = |why: &str| KmsUrlError::Malformed(format!("aliyun-kms: {why}"));
+        let rest = rest.strip_prefix("//").ok_or_else(|| malformed("is to be followed by //REGION"))?;
+        let (region_id, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let mut kms = Self::new(region_id.trim_end_matches('/'))?;
+        for parameter in query.split('&').filter(|it| !it.is_empty()) {
+            let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            let value = percent_encoding::percent_decode_str(value).decode_utf8_lossy();
+            kms = match name {
+                "endpoint" => kms.with_endpoint(&value)?,
+                "sts-endpoint" => kms.with_sts_endpoint(&value)?,
+                _ => return Err(malformed("has a parameter that is neither endpoint nor sts-endpoint")),
+            };
+        }
+        Ok(kms)
+    }
+
+    /// The same with KMS at another endpoint, such as one in a VPC (`https://kms-vpc.cn-hangzhou.aliyuncs.com`). Plain `http:` is refused but
+    /// on this machine (`http://127.0.0.1:PORT`).
+    ///
+    /// # Errors
+    /// [`KmsUrlError::Malformed`].
+    pub fn with_endpoint(mut self, url: &str) -> Result<Self, KmsUrlError> {
+        self.kms = Endpoint::parse(url).map_err(|why| KmsUrlError::Malformed(why.to_owned()))?;
+        Ok(self)
+    }
+
+    /// The same with STS at another endpoint.
+    ///
+    /// # Errors
+    /// [`KmsUrlError::Malformed`].
+    pub fn with_sts_endpoint(mut self, url: &str) -> Result<Self, KmsUrlError> {
+        self.sts = Endpoint::parse(url).map_err(|why| KmsUrlError::Malformed(why.to_owned()))?;
+        Ok(self)
+    }
+
+    /// The same with an access key of the service itself, instead of the credentials that are found.
+    #[must_use]
+    pub fn with_access_key(mut self, id: &str, secret: &str) -> Self {
+        let secret = Zeroizing::new(secret.to_owned());
+        self.source = Source::Fixed(Arc::new(Credentials { id: id.to_owned(), secret, token: None }));
+        self
+    }
+
+    /// Temporary credentials of the customer's role, for this call.
+    fn assume_role(&self, cmk: &Cmk, deadline: Deadline) -> Result<Credentials, KmsError> {
+        let own = self.source.get(&self.http, &self.sts, deadline).map_err(unreachable)?;
+        let parameters = sign::Pairs::from([
+            ("DurationSeconds", SESSION_SECONDS),
+            ("RoleArn", &cmk.arn),
+            ("RoleSessionName", SESSION),
+        ]);
+        let answer = self.call(&self.sts, STS_VERSION, "AssumeRole", &parameters, &own, deadline)?;
+        if answer.status == 200 {
+            return Ok(parse::<Assumed>("AssumeRole", &answer)?.credentials.into());
+        }
+        let error = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+        let meaning = outcome::of_assume_role(answer.status, &error);
+        if meaning == Meaning::Unreachable {
+            self.source.forget();
+        }
+        Err(error_of(meaning, "AssumeRole", &error, answer.status))
+    }
+
+    /// Asks KMS in the role, for what is parsed as `T`.
+    fn ask<T: for<'a> Deserialize<'a>>(
+        &self,
+        cmk: &Cmk,
+        action: &str,
+        parameters: &sign::Pairs<'_>,
+        deadline: Deadline,
+    ) -> Result<T, KmsError> {
+        if cmk.cmk_key_id.starts_with("alias/") || cmk.cmk_key_id.contains(":alias/") {
+            return Err(invalid(
+                "cmk_key_id is an alias, which may point at another key tomorrow: give the key's own id",
+            ));
+        }
+        let role = self.assume_role(cmk, deadline)?;
+        let answer = self.call(&self.kms, KMS_VERSION, action, parameters, &role, deadline)?;
+        if answer.status == 200 {
+            return parse(action, &answer);
+        }
+        let error = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+        let meaning = match outcome::of_kms(answer.status, &error) {
+            Meaning::AskState => {
+                self.refused_by_state(cmk, &role, deadline).map_or(Meaning::Unreachable, Meaning::Revoked)
+            }
+            meaning => meaning,
+        };
+        Err(error_of(meaning, action, &error, answer.status))
+    }
+
+    /// Why the key cannot be used, if that is for its state.
+    fn refused_by_state(&self, cmk: &Cmk, role: &Credentials, deadline: Deadline) -> Option<RevokedReason> {
+        let parameters = sign::Pairs::from([("KeyId", cmk.cmk_key_id.as_str())]);
+        let answer = self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline).ok()?;
+        let body: Value = serde_json::from_slice(&answer.body).ok()?;
+        if answer.status == 200 {
+            return outcome::of_state(body.pointer("/KeyMetadata/KeyState")?.as_str()?);
+        }
+        match outcome::of_kms(answer.status, &body) {
+            // That this call is not permitted says nothing about the other one.
+            Meaning::Revoked(reason) if reason != RevokedReason::NotPermitted => Some(reason),
+            _ => None,
+        }
+    }
+
+    /// One call of the API, signed; twice if the connection breaks, as one that was kept may have been given up by the server.
+    fn call(
+        &self,
+        endpoint: &Endpoint,
+        version: &str,
+        action: &str,
+        parameters: &sign::Pairs<'_>,
+        credentials: &Credentials,
+        deadline: Deadline,
+    ) -> Result<Answer, KmsError> {
+        let query = sign::encode(parameters);
+        let target = format!("/?{query}");
+        let body_hash = sign::body_hash(&[]);
+        let mut again = true;
+        loop {
+            let mut nonce = [0; 16];
+            OsRandom.fill(&mut nonce).map_err(|error| unreachable(format!("no random nonce: {error}")))?;
+            let (date, nonce) = (timestamp(), hex_encode(&nonce));
+            let mut headers = sign::Pairs::from([
+                ("host", endpoint.authority.as_str()),
+                ("x-acs-action", action),
+                ("x-acs-content-sha256", &body_hash),
+                ("x-acs-date", &date),
+                ("x-acs-signature-nonce", &nonce),
+                ("x-acs-version", version),
+            ]);
+            if let Some(token) = &credentials.token {
+                headers.insert("x-acs-security-token", token);
+            }
+            let authorization = sign::authorization(&query, &headers, &body_hash, credentials);
+            headers.insert("authorization", &authorization);
+            let headers: Vec<_> = headers.into_iter().collect();
+            match self.http.exchange("POST", endpoint, &target, &headers, &[], deadline) {
+                Err(no_answer) if no_answer.broken && again => again = false,
+                answer => return answer.map_err(|it| unreachable(format!("{action}: {}", it.why))),
+            }
+        }
+    }
+}
+
+impl Kms for AliyunKms {
+    fn name(&self) -> &str {
+        "aliyun"
+    }
+
+    fn serves(&self, region_id: &str) -> bool {
+        region_id == self.region_id
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Generated {
+            key_id: String,
+            ciphertext_blob: String,
+            plaintext: Zeroizing<String>,
+        }
+        let deadline = Deadline::within(call.timeout);
+        let context = context_json(call)?;
+        let parameters = sign::Pairs::from([
+            ("EncryptionContext", context.as_str()),
+            ("KeyId", &call.cmk.cmk_key_id),
+            ("KeySpec", "AES_256"),
+        ]);
+        let generated: Generated = self.ask(call.cmk, "GenerateDataKey", &parameters, deadline)?;
+        check_key(call.cmk, &generated.key_id)?;
+        let wrapping = key_of(&generated.plaintext)?;
+        wrapped::seal(&wrapping, &generated.ciphertext_blob, &context, key).map_err(invalid)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Decrypted {
+            key_id: String,
+            plaintext: Zeroizing<String>,
+        }
+        let deadline = Deadline::within(call.timeout);
+        let wrapped = wrapped::Wrapped::parse(wrapped).map_err(invalid)?;
+        let context = context_json(call)?;
+        let parameters =
+            sign::Pairs::from([("CiphertextBlob", wrapped.ciphertext), ("EncryptionContext", context.as_str())]);
+        let decrypted: Decrypted = self.ask(call.cmk, "Decrypt", &parameters, deadline)?;
+        check_key(call.cmk, &decrypted.key_id)?;
+        wrapped.open(&key_of(&decrypted.plaintext)?, &context).map_err(invalid)
+    }
+}
+
+/// The encryption context as KMS takes it.
+fn context_json(call: &KmsCall<'_>) -> Result<String, KmsError> {
+    serde_json::to_string(call.context).map_err(|_| invalid("the encryption context is no JSON"))
+}
+
+/// Fails unless KMS has used the key that it was asked to.
+fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
+    let asked = cmk.cmk_key_id.as_str();
+    // An ARN is `acs:kms:REGION:ACCOUNT:key/ID`.
+    let asked = asked.strip_prefix("acs:kms:").and_then(|arn| arn.split_once(":key/")).map_or(asked, |(_, id)| id);
+    if asked == used { Ok(()) } else { Err(invalid("KMS used another key than the one that was asked for")) }
+}
+
+/// The key in a base64 text.
+fn key_of(text: &str) -> Result<SecretKey, KmsError> {
+    // What decodes to 32 bytes has 44 characters, which the decoder takes for up to 33 bytes.
+    let mut bytes = Zeroizing::new([0; 33]);
+    let len = STANDARD.decode_slice(text, bytes.as_mut_slice()).unwrap_or(0);
+    match bytes[..len].first_chunk() {
+        Some(key) if len == 32 => Ok(SecretKey::from_bytes(&mut Zeroizing::new(*key))),
+        _ => Err(invalid("KMS gave no key of 256 bits")),
+    }
+}
+
+fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {
+    // The words of the parser may quote a value.
+    serde_json::from_slice(&answer.body).map_err(|_| invalid(&format!("{action} answered something else")))
+}
+
+fn error_of(meaning: Meaning, action: &str, error: &Value, status: u16) -> KmsError {
+    let detail = format!("{action} answered {}", outcome::code_of(error, status));
+    match meaning {
+        Meaning::Revoked(reason) => KmsError::Revoked { reason, detail },
+        Meaning::Invalid => KmsError::Invalid { detail },
+        Meaning::Unreachable | Meaning::AskState => KmsError::Unreachable { detail },
+    }
+}
+
+fn unreachable(detail: String) -> KmsError {
+    KmsError::Unreachable { detail }
+}
+
+fn invalid(detail: &str) -> KmsError {
+    KmsError::Invalid { detail: detail.to_owned() }
+}
+
+/// The time as the API takes it, such as `2026-01-31T12:00:00Z`.
+fn timestamp() -> String {
+    let seconds = Duration::from_micros(SystemClock.wall_us()).as_secs();
+    jiff::Timestamp::from_second(i64::try_from(seconds).unwrap_or(0)).unwrap_or_default().to_string()
+}

@@ -1,0 +1,119 @@
+//! What an error code means to the engine. The table is in the documentation of [`AliyunKms`](super::AliyunKms).
+
+use serde_json::Value;
+
+use super::super::RevokedReason;
+
+/// What an answer that is no success amounts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Meaning {
+    Revoked(RevokedReason),
+    Unreachable,
+    Invalid,
+    /// The code says nothing about the key that we know: its state, which `DescribeKey` tells, may.
+    AskState,
+}
+
+/// What an error of KMS means, where the role of the customer is logged in.
+pub(super) fn of_kms(status: u16, error: &Value) -> Meaning {
+    if !(400..500).contains(&status) {
+        return Meaning::Unreachable;
+    }
+    match text(error, "Code") {
+        "Forbidden.KeyNotFound" | "Forbidden.AliasNotFound" => Meaning::Revoked(RevokedReason::Deleted),
+        "Forbidden.NoPermission" | "Forbidden.RAM" | "NoPermission" | "NotAuthorized" => {
+            Meaning::Revoked(RevokedReason::NotPermitted)
+        }
+        "Rejected.Disabled" | "Rejected.PendingImport" => Meaning::Revoked(RevokedReason::Disabled),
+        "Rejected.PendingDeletion" => Meaning::Revoked(RevokedReason::PendingDeletion),
+        "InvalidParameter" | "MissingParameter" | "ParseRequestParameterException" | "UnsupportedOperation" => {
+            Meaning::Invalid
+        }
+        "" => Meaning::Unreachable,
+        code if code.starts_with("Throttling") || is_about_login(code) || is_about_account(code) => {
+            Meaning::Unreachable
+        }
+        _ => Meaning::AskState,
+    }
+}
+
+/// What an error of `AssumeRole` means, where the service itself is logged in.
+pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
+    if !(400..500).contains(&status) {
+        return Meaning::Unreachable;
+    }
+    match text(error, "Code") {
+        "EntityNotExist.Role" => Meaning::Revoked(RevokedReason::NotPermitted),
+        "NoPermission" if !is_own_lack(error) => Meaning::Revoked(RevokedReason::NotPermitted),
+        code if code == "InvalidParameter" || code.starts_with("InvalidParameter.") => Meaning::Invalid,
+        _ => Meaning::Unreachable,
+    }
+}
+
+/// What the state of a key means that `DescribeKey` tells.
+pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
+    match state {
+        "Disabled" | "PendingImport" => Some(RevokedReason::Disabled),
+        "PendingDeletion" => Some(RevokedReason::PendingDeletion),
+        _ => None,
+    }
+}
+
+/// Whether `AssumeRole` was refused for what the service's identity lacks, and not by the trust policy of the role. The answer says so
+/// in its details, or in its words where the identity is of a kind that may never assume a role.
+fn is_own_lack(error: &Value) -> bool {
+    let detail = error.get("AccessDeniedDetail").unwrap_or(&Value::Null);
+    match text(detail, "PolicyType") {
+        "AccountLevelIdentityBasedPolicy" | "ResourceGroupLevelIdentityBasedPolicy" | "SessionPolicy" => true,
+        "" => text(error, "Message").contains("may not be assumed by root accounts"),
+        _ => false,
+    }
+}
+
+/// Codes about who calls, when, and how it is signed.
+fn is_about_login(code: &str) -> bool {
+    let root = code.split('.').next().unwrap_or_default();
+    matches!(
+        root,
+        "IllegalTimestamp"
+            | "IncompleteSignature"
+            | "InvalidAccessKeyId"
+            | "InvalidSecurityToken"
+            | "InvalidTimeStamp"
+            | "MissingSecurityToken"
+            | "RequestTimeTooSkewed"
+            | "SignatureDoesNotMatch"
+            | "SignatureNonceUsed"
+    ) || code == "Forbidden.AccessKey"
+}
+
+/// Codes about the customer's account as a whole, which is not what revokes a key.
+fn is_about_account(code: &str) -> bool {
+    matches!(
+        code,
+        "Forbidden.InDebt"
+            | "Forbidden.InDebtOverdue"
+            | "Forbidden.KmsServiceNotEnabled"
+            | "Forbidden.ProhibitedByRiskControl"
+            | "Forbidden.UbsmsInvalidBid"
+            | "Forbidden.UbsmsInvalidUserid"
+    )
+}
+
+fn text<'a>(object: &'a Value, name: &str) -> &'a str {
+    object.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The code of an error and the request's id, which support asks for, where both look like such; nothing else of an answer is quoted.
+pub(super) fn code_of(error: &Value, status: u16) -> String {
+    let word = |name| {
+        let word = text(error, name);
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        Some(word).filter(|word| (1..=64).contains(&word.len()) && word.chars().all(plain))
+    };
+    let code = word("Code").map_or_else(|| format!("status {status} without an error code"), str::to_owned);
+    match word("RequestId") {
+        Some(id) => format!("{code} (request {id})"),
+        None => code,
+    }
+}
