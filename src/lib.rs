@@ -19,6 +19,9 @@ mod config;
 pub mod crypto;
 mod document;
 pub mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 mod ids;
 pub mod io;

@@ -9,6 +9,7 @@ mod lines;
 mod output;
 mod record;
 mod setup;
+mod values;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, set_hook},

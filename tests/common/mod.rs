@@ -19,10 +19,15 @@ use std::{
 };
 
 use bytes::Bytes;
+#[cfg(feature = "aws-lc")]
+pub(crate) use envelog::crypto::AwsLc as Provider;
+/// The fast provider. The fuzz targets, which share this file, are built without it, as its C takes minutes.
+#[cfg(not(feature = "aws-lc"))]
+pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
     LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store, StoreBuilder, StoreOptions, UserCmkInfo,
-    crypto::{AwsLc, SecretKey},
+    crypto::SecretKey,
     group::{Content, Log, LogTag},
     io::{Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Random, RealDisk},
     kms::{Kms, KmsCall, KmsError, LocalKms, RevokedReason},
@@ -388,7 +393,7 @@ impl World {
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
-        let builder = Store::builder(self.store_dir(), self.keyring(), AwsLc::new())
+        let builder = Store::builder(self.store_dir(), self.keyring(), Provider::new())
             .kms(Arc::clone(&self.kms) as _)
             .disk(Arc::new(QuickDisk))
             .options(self.options);

@@ -12,12 +12,12 @@ use std::{
 
 use envelog::{
     UserCmkInfo,
-    crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider, SecretKey},
+    crypto::{AeadKey, Cipher, CryptoError, CryptoProvider, SecretKey},
     io::Random,
     kms::{Kms, KmsCall, KmsError, RevokedReason},
 };
 
-use super::{REGION, ROLE, disk::Dice};
+use super::{Provider, REGION, ROLE, disk::Dice};
 
 /// Randomness from a seed.
 #[derive(Debug)]
@@ -125,7 +125,7 @@ impl CryptoProvider for Recorded {
         let mut bytes = [0; 32];
         bytes[..key.len()].copy_from_slice(key);
         self.0.add_key(key);
-        Ok(Box::new(RecordedKey { key: AwsLc.aead(cipher, key)?, bytes, ledger: Arc::clone(&self.0) }))
+        Ok(Box::new(RecordedKey { key: Provider.aead(cipher, key)?, bytes, ledger: Arc::clone(&self.0) }))
     }
 }
 
@@ -244,7 +244,8 @@ impl Kms for SeededKms {
         nonce[..8].copy_from_slice(&self.state.lock().unwrap().dice.next().to_le_bytes());
         let mut sealed = *key.expose();
         let context = format!("{:?}", call.context);
-        let tag = AwsLc.aead(Cipher::Aes256Gcm, master).unwrap().seal(&nonce, context.as_bytes(), &mut sealed).unwrap();
+        let tag =
+            Provider.aead(Cipher::Aes256Gcm, master).unwrap().seal(&nonce, context.as_bytes(), &mut sealed).unwrap();
         Ok([&nonce[..], &sealed, &tag].concat())
     }
 
@@ -255,7 +256,7 @@ impl Kms for SeededKms {
         let (sealed, tag) = rest.split_last_chunk().ok_or_else(malformed)?;
         let context = format!("{:?}", call.context);
         let mut key = [0; 32];
-        let opening = AwsLc.aead(Cipher::Aes256Gcm, master).unwrap();
+        let opening = Provider.aead(Cipher::Aes256Gcm, master).unwrap();
         opening.open(nonce, context.as_bytes(), sealed, tag, &mut key).map_err(|_| malformed())?;
         Ok(SecretKey::from_bytes(&mut key))
     }

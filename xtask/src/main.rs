@@ -1,10 +1,12 @@
 //! The project's tasks: `cargo xtask TASK`.
 
+mod fuzz;
 mod planted;
 
 use std::{
     env,
     ffi::OsStr,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
     time::Instant,
 };
@@ -18,6 +20,9 @@ Tasks:
   ci                formatting, lints and documentation with warnings denied, then `test`
   planted [NAME]    plants each bug of tests/planted (or those named) in a copy of the tree, and fails unless the test
                     that the patch names finds it
+  fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
+  fuzz --minutes N [--jobs J] [TARGET…]
+                    shares N minutes among the targets, or among those named; --jobs is how many run at once
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
 ";
 
@@ -30,6 +35,7 @@ fn main() -> ExitCode {
         Some("test") => test(&rest),
         Some("ci") if rest.is_empty() => ci(),
         Some("planted") => planted::planted(&rest),
+        Some("fuzz") => fuzz::fuzz(&rest),
         Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -105,6 +111,17 @@ fn deny(offline: bool) -> Done {
     }
 }
 
+/// The workspace's root.
+pub(crate) fn root() -> PathBuf {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    dir.parent().unwrap_or(dir).to_owned()
+}
+
+/// Where cargo builds, for a task to have a place of its own in.
+pub(crate) fn target_dir() -> PathBuf {
+    root().join(env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from))
+}
+
 pub(crate) fn cargo_program() -> std::ffi::OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
@@ -117,7 +134,7 @@ fn cargo<A: AsRef<OsStr>>(args: &[A], environment: &[(&str, &str)]) -> Done {
     let status = Command::new(cargo_program())
         .args(args)
         .envs(environment.iter().copied())
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .current_dir(root())
         .status()
         .map_err(|error| format!("cannot run `{line}`: {error}"))?;
     if status.success() { Ok(()) } else { Err(format!("`{line}` failed ({status})")) }

@@ -71,11 +71,36 @@ impl Sm4Gcm {
     }
 
     /// The key stream of a message of `len` bytes if it is short, after the block that masks the tag: GCM numbers it 1.
-    fn stream(&self, nonce: &[u8; 12], len: usize) -> [u8; 16 + SHORT_MAX] {
-        let mut stream = [0; 16 + SHORT_MAX];
+    fn stream(&self, nonce: &[u8; 12], len: usize) -> Stream {
         let len = 16 + if len <= SHORT_MAX { len } else { 0 };
-        self.cipher.ctr32(nonce, 1, (&mut stream[..len]).into());
+        let mut stream = Stream { bytes: [0; 16 + SHORT_MAX], len };
+        self.cipher.ctr32(nonce, 1, (&mut stream.bytes[..len]).into());
         stream
+    }
+}
+
+/// The beginning of a key stream, which is overwritten on drop: with it and the ciphertext one has the message.
+struct Stream {
+    bytes: [u8; 16 + SHORT_MAX],
+    /// How much of it there is.
+    len: usize,
+}
+
+impl Stream {
+    /// What masks the tag.
+    fn mask(&self) -> &[u8] {
+        &self.bytes[..16]
+    }
+
+    /// What encrypts the message, if that is short.
+    fn message(&self) -> &[u8] {
+        &self.bytes[16..self.len]
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.bytes[..self.len].zeroize();
     }
 }
 
@@ -124,7 +149,7 @@ impl AeadInOut for Sm4Gcm {
         let mut hash = self.ghash.hasher();
         hash.update_padded(associated_data);
         if len <= SHORT_MAX {
-            buffer.xor_in2out(&stream[16..16 + len]);
+            buffer.xor_in2out(stream.message());
             hash.update_padded(buffer.get_out());
         } else {
             let mut counter = 2;
@@ -138,7 +163,7 @@ impl AeadInOut for Sm4Gcm {
             }
         }
         hash.update_padded(&lengths(associated_data.len(), len));
-        Ok(mask(hash.finalize(), &stream).into())
+        Ok(mask(hash.finalize(), stream.mask()).into())
     }
 
     fn decrypt_inout_detached(
@@ -155,11 +180,11 @@ impl AeadInOut for Sm4Gcm {
         hash.update_padded(associated_data);
         hash.update_padded(buffer.get_in());
         hash.update_padded(&lengths(associated_data.len(), len));
-        if !bool::from(mask(hash.finalize(), &stream).ct_eq(tag.as_ref())) {
+        if !bool::from(mask(hash.finalize(), stream.mask()).ct_eq(tag.as_ref())) {
             return Err(Error);
         }
         if len <= SHORT_MAX {
-            buffer.xor_in2out(&stream[16..16 + len]);
+            buffer.xor_in2out(stream.message());
         } else {
             self.cipher.ctr32(nonce, 2, buffer);
         }

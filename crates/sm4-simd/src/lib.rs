@@ -133,12 +133,16 @@ impl Sm4 {
             _ => {
                 let (groups, mut tail) = data.into_chunks::<U256>();
                 for mut group in groups {
-                    group.xor_in2out(&self.portable_stream(nonce, counter).into());
+                    let mut stream = self.portable_stream(nonce, counter);
+                    group.xor_in2out((&stream).into());
+                    stream[..].zeroize();
                     counter = counter.wrapping_add(portable::BLOCKS as u32);
                 }
                 if !tail.is_empty() {
                     let len = tail.len();
-                    tail.xor_in2out(&self.portable_stream(nonce, counter)[..len]);
+                    let mut stream = self.portable_stream(nonce, counter);
+                    tail.xor_in2out(&stream[..len]);
+                    stream[..].zeroize();
                 }
             }
         }

@@ -5,7 +5,9 @@
 //! (`field`). Everything here is inlined into the functions in which an instruction set is enabled (`x86`); so a vector in software
 //! runs the very same code in the tests.
 
-use core::ptr;
+use core::{ptr, slice};
+
+use cipher::zeroize::Zeroize;
 
 use crate::portable::RoundKeys;
 
@@ -237,7 +239,7 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
         }
         if len > 0 {
             let mut buffer = [[0; GROUP_MAX * BLOCK]; K];
-            let whole = buffer.as_mut_ptr().cast();
+            let whole: *mut u8 = buffer.as_mut_ptr().cast();
             ptr::copy_nonoverlapping(input, whole, len);
             if len > group {
                 ctr_groups::<V, K>(round_keys, nonce, counter, whole, whole);
@@ -245,6 +247,8 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
                 ctr_groups::<V, 1>(round_keys, nonce, counter, whole, whole);
             }
             ptr::copy_nonoverlapping(whole, output, len);
+            // Where the input was zeros it is the key stream.
+            slice::from_raw_parts_mut(whole, len).zeroize();
         }
     }
 }

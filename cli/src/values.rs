@@ -1,0 +1,100 @@
+//! The values of options: what a user writes for a time, a size or a place. The fuzzer reads them with this file too.
+
+use std::time::Duration;
+
+use envelog::Position;
+
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("it must be longer than nothing".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(format!("{error}; give a number and a unit, such as 500ms, 30s, 5m")),
+    }
+}
+
+/// A number of bytes, or of units of bytes: `65536`, `64KiB`, `3 GiB`, `10MB`.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 10] = [
+        ("", 1),
+        ("B", 1),
+        ("KIB", 1 << 10),
+        ("MIB", 1 << 20),
+        ("GIB", 1 << 30),
+        ("TIB", 1 << 40),
+        ("KB", 1000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+    ];
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit = text[digits.len()..].trim().to_ascii_uppercase();
+    let number = digits.parse::<u64>().ok();
+    let factor = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor);
+    match (number, factor) {
+        (Some(number), Some(factor)) => number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned()),
+        _ => Err("give a number of bytes, such as 65536, 64KiB, 10GiB".to_owned()),
+    }
+}
+
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.05..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give a number of seconds from 0.05 to 3600".to_owned()),
+    }
+}
+
+pub(crate) fn position(text: &str) -> Result<Position, String> {
+    match text {
+        "begin" => return Ok(Position::Begin),
+        "end" => return Ok(Position::End),
+        _ => {}
+    }
+    if let Ok(seq) = text.parse() {
+        return Ok(Position::Seq(seq));
+    }
+    match text.parse::<jiff::Timestamp>() {
+        Ok(timestamp) => match u64::try_from(timestamp.as_microsecond()) {
+            Ok(us) => Ok(Position::Time(us)),
+            Err(_) => Err("a time before 1970".to_owned()),
+        },
+        Err(_) => Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn positions_are_words_numbers_and_times() {
+        assert!(matches!(position("begin"), Ok(Position::Begin)));
+        assert!(matches!(position("end"), Ok(Position::End)));
+        assert!(matches!(position("17"), Ok(Position::Seq(17))));
+        assert!(matches!(position("1970-01-01T00:00:01Z"), Ok(Position::Time(1_000_000))));
+        assert!(matches!(position("1970-01-01T01:00:01.5+01:00"), Ok(Position::Time(1_500_000))));
+        for bad in ["", "-1", "yesterday", "1969-12-31T23:59:59Z", "2026-01-31"] {
+            assert!(position(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_numbers_with_or_without_a_unit() {
+        for (text, value) in [("0", 0), ("65536", 65536), ("64KiB", 65536), ("3 GiB", 3 << 30), ("10mb", 10_000_000)] {
+            assert_eq!(bytes(text), Ok(value), "{text}");
+        }
+        for bad in ["", "KiB", "-1", "1.5MiB", "1 parsec", "99999999999TiB"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit_and_a_value() {
+        assert_eq!(duration("500ms").unwrap(), Duration::from_millis(500));
+        assert_eq!(duration("5m").unwrap(), Duration::from_secs(300));
+        for bad in ["0s", "5", "five", ""] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+}

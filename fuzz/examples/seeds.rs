@@ -1,0 +1,174 @@
+//! Makes the seeds anew, out of the golden stores and a few texts:
+//!
+//! ```sh
+//! RUSTFLAGS='--cfg fuzzing' cargo run --manifest-path fuzz/Cargo.toml --example seeds
+//! ```
+
+// For the hooks of the instrumentation, should this be built with it.
+use libfuzzer_sys as _;
+use std::{collections::BTreeSet, fs, path::Path};
+
+use envelog::{
+    Compression, fuzzing,
+    segment::{BlockHeader, SegmentHeader},
+};
+use envelog_fuzz::{BODIES_END, GOLDEN, bodies, golden, scanned_header};
+
+/// Writes the seeds of a target, the same only once.
+fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
+    if dir.exists() {
+        fs::remove_dir_all(&dir).expect("the seeds that were there");
+    }
+    fs::create_dir_all(&dir).expect("a directory for seeds");
+    for (n, seed) in seeds.into_iter().collect::<BTreeSet<_>>().into_iter().enumerate() {
+        fs::write(dir.join(format!("{n:02}")), seed).expect("a seed");
+    }
+}
+
+fn main() {
+    let stores: Vec<_> = (0..).zip(GOLDEN).map(|(n, name)| (n, golden(name))).collect();
+    let segments: Vec<Vec<u8>> =
+        stores.iter().flat_map(|(_, store)| store.files(".seg").map(|(_, bytes)| bytes.to_vec())).collect();
+    segment_parts(&segments);
+    documents();
+
+    let groups = segments.iter().filter_map(|file| {
+        let rest = &file[SegmentHeader::decode(file).ok()?.body_start as usize..];
+        let header = BlockHeader::decode(rest).ok()?;
+        let list = rest.get(BlockHeader::LEN..BlockHeader::LEN + header.list_len as usize)?;
+        (header.compression == Compression::None).then(|| list.to_vec())
+    });
+    // Those of stores that are not encrypted; and a group alone.
+    let lists: Vec<Vec<u8>> = groups.filter(|list| envelog::group::frames(list).all(|frame| frame.is_ok())).collect();
+    let alone = lists.iter().filter_map(|list| Some(list[envelog::group::frames(list).next()?.ok()?].to_vec()));
+    write("group", lists.iter().cloned().chain(alone));
+
+    let text = "time=1700000000 level=info message=\"paid\" order=4711\n".repeat(6).into_bytes();
+    let compressed =
+        [Compression::Lz4, Compression::Zstd, Compression::None].into_iter().zip(0u8..).map(|(method, n)| {
+            let len = (text.len() as u32).to_le_bytes();
+            let mut seed = vec![n, len[0], len[1], len[2]];
+            fuzzing::compress(method, &text, &mut seed);
+            seed
+        });
+    write("compression", compressed);
+
+    let texts = |all: &[&str]| all.iter().map(|text| text.as_bytes().to_vec()).collect::<Vec<_>>();
+    let shards = r#"[{"id":0,"status":"readwrite","begin_key":"00000000000000000000000000000000","end_key":"ffffffffffffffffffffffffffffffff"}]"#;
+    let whole = format!(
+        r#"{{"name":"project/logstore","revision":1,"shard_count":1,"ttl_days":30,"retention_bytes":null,"compression":"zstd","encrypt_conf":{{"enable":true,"encrypt_type":"sm4"}},"create_time":1700000000,"last_modify_time":1700000000,"shards":{shards}}}"#
+    );
+    write(
+        "config",
+        texts(&[
+            r#"{"enable":true,"encrypt_type":"default"}"#,
+            r#"{"enable":false}"#,
+            r#"{"enable":true,"encrypt_type":"sm4","user_cmk_info":{"cmk_key_id":"key-1","arn":"acs:ram::1:role/r","region_id":"cn-hangzhou"}}"#,
+            &whole,
+            "project/logstore",
+            "4f6c803719ecb363492ab715f002e326",
+            "local:/var/lib/kms",
+        ]),
+    );
+    let values = ["begin", "end", "17", "2026-01-31T12:00:00.5+08:00", "64KiB", "3 GiB", "500ms", "1h 30m", "2.5"];
+    write("values", texts(&values));
+    // What these mean is up to `arbitrary`: bytes that are far apart, of a few lengths.
+    for (target, lens) in [("store", [20, 60, 150, 300]), ("model", [40, 120, 300, 600]), ("sm4", [45, 60, 90, 200])] {
+        write(target, (1u64..).zip(lens).map(|(seed, len)| noise(seed, len)));
+    }
+}
+
+fn segment_parts(segments: &[Vec<u8>]) {
+    let parts = |take: &dyn Fn(&[u8], usize) -> Option<Vec<u8>>| -> Vec<Vec<u8>> {
+        let body_start = |file: &[u8]| SegmentHeader::decode(file).map(|header| header.body_start as usize);
+        segments.iter().filter_map(|file| take(file, body_start(file).ok()?)).collect()
+    };
+    write("segment_header", parts(&|file, body| Some(file[..body].to_vec())));
+    write("block", parts(&|file, body| Some(file.get(body..body + BlockHeader::LEN)?.to_vec())));
+    let footer = |file: &[u8], _| {
+        let (rest, trailer) = file.split_last_chunk::<16>()?;
+        let len = u32::from_le_bytes(*trailer.first_chunk()?) as usize;
+        (trailer.ends_with(b"SEAL") && len <= rest.len()).then(|| file[file.len() - len..].to_vec())
+    };
+    write("footer", parts(&footer));
+    // Only blocks of the one segment whose header the target has are blocks to it; the others are noise of the right form.
+    let (header, _) = scanned_header();
+    let bodies = parts(&|file, body| Some(file[body..].to_vec()).filter(|_| file.starts_with(header)));
+    let torn = bodies.iter().map(|body| body[..body.len() / 2].to_vec());
+    let hole = bodies.iter().map(|body| [&vec![0; 40], &body[..]].concat());
+    write("scan", bodies.iter().cloned().chain(torn).chain(hole));
+}
+
+/// Files of the golden stores as they are, and by their bodies.
+fn documents() {
+    let file = |store: &str, is_it: &dyn Fn(&Path) -> bool| {
+        golden(store).files("").find(|(path, _)| is_it(path)).map(|(_, bytes)| bytes.to_vec())
+    };
+    let as_is = |which: u8, bytes: &[u8]| [&[0, which], bytes].concat();
+    let by_bodies = |which: u8, document: &[u8]| {
+        let (a, b) = bodies(document).expect("a golden document");
+        [&[3, which], a, &[BODIES_END], b].concat()
+    };
+    let both = |is_it: &dyn Fn(&Path) -> bool| -> Vec<Vec<u8>> {
+        let found = (0..).zip(GOLDEN).filter_map(|(which, store)| Some((which, file(store, is_it)?)));
+        found.flat_map(|(which, bytes)| [as_is(which, &bytes), by_bodies(which, &bytes)]).collect()
+    };
+    write("metadata", both(&|path| path.ends_with("meta")));
+    write(
+        "keyring",
+        both(&|path| path.ends_with("keyring")).into_iter().take(4).map(|mut seed| {
+            // No second body.
+            if seed[0] == 3 {
+                seed.pop();
+            }
+            seed
+        }),
+    );
+    let kinds: [&dyn Fn(&Path) -> bool; 3] =
+        [&|path| path.ends_with("catalogue"), &|path| path.ends_with("STORE"), &|path| {
+            path.parent().is_some_and(|dir| dir.ends_with("probes"))
+        }];
+    let kinds = (0u8..).zip(kinds);
+    write(
+        "catalogue",
+        kinds.flat_map(|(n, is_it)| both(is_it).into_iter().take(4).map(move |seed| [&[n], &seed[..]].concat())),
+    );
+
+    let logs = (0u8..).zip(GOLDEN).filter_map(|(which, store)| {
+        Some((which, file(store, &|path| path.extension().is_some_and(|end| end == "log"))?))
+    });
+    write(
+        "audit",
+        logs.flat_map(|(which, log)| {
+            let records: Vec<&[u8]> =
+                log.split(|&byte| byte == b'\n').filter_map(|line| line.split(|&b| b == b'\t').next()).collect();
+            [as_is(which, &log), [&[3, which], &records.join(&b'\n')[..]].concat()]
+        }),
+    );
+    let wrapped = ["service-aes", "service-sm4", "byok-aes", "switched-off"].into_iter().zip(0u8..);
+    write(
+        "envelope",
+        wrapped.map(|(store, n)| {
+            let meta = file(store, &|path| path.ends_with("meta")).expect("a golden store has a Logstore");
+            let keys: serde_json::Value =
+                serde_json::from_slice(bodies(&meta).expect("golden metadata").1).expect("keys");
+            let hex = keys["versions"][0]["wrapped"].as_str().expect("a wrapped key").to_owned();
+            let bytes =
+                (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"));
+            [n].into_iter().chain(bytes).collect::<Vec<u8>>()
+        }),
+    );
+    let kms = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1/byok-aes/kms");
+    let key = fs::read_dir(kms.join("keys")).expect("keys").next().expect("a key").expect("an entry").path();
+    let files = [(0u8, key), (1, kms.join("kms.json"))];
+    write("kms_files", files.map(|(n, path)| [&[n], &fs::read(path).expect("a golden KMS")[..]].concat()));
+}
+
+fn noise(mut seed: u64, len: usize) -> Vec<u8> {
+    let next = || {
+        seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        (seed >> 56) as u8
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}

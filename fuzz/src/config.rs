@@ -1,0 +1,89 @@
+//! What comes from whoever configures: JSON, names, identifiers, URLs, and what is typed on a command line.
+
+use envelog::{
+    EncryptConf, EncryptType, KeyringId, LogstoreConfig, LogstoreId, LogstoreName, LogstoreSpec, Store, StoreId,
+    crypto::Sm4Simd, kms,
+};
+
+use crate::golden::{DIR, KEYRING, clock, manual};
+
+/// Text as each of the things that the API takes as text.
+pub fn config(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(name) = text.parse::<LogstoreName>() {
+        assert_eq!(name.to_string().parse(), Ok(name));
+    }
+    for id in [
+        text.parse::<StoreId>().map(|id| id.to_string()),
+        text.parse::<LogstoreId>().map(|id| id.to_string()),
+        text.parse::<KeyringId>().map(|id| id.to_string()),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        assert_eq!(id, text);
+    }
+    if let Err(error) = kms::from_url(text) {
+        drop(error.to_string());
+    }
+    if let Ok(conf) = EncryptConf::from_json(text) {
+        let json = serde_json::to_string(&conf).expect("a configuration serializes");
+        assert_eq!(EncryptConf::from_json(&json), Ok(conf.clone()));
+        if conf.user_cmk_info.is_none() {
+            create_with(conf);
+        }
+    }
+    if let Ok(config) = LogstoreConfig::from_json(text) {
+        let json = serde_json::to_string(&config).expect("a configuration serializes");
+        assert_eq!(LogstoreConfig::from_json(&json), Ok(config.clone()));
+        update_with(&config);
+    }
+}
+
+fn store() -> Store {
+    let disk = crate::common::memory::MemoryDisk::of(&Default::default());
+    let builder = Store::builder(DIR, KEYRING, Sm4Simd::new()).disk(disk).clock(clock()).options(manual());
+    builder.create().expect("a new store in memory")
+}
+
+fn create_with(conf: EncryptConf) {
+    let name = "project/logstore".parse().expect("a name");
+    let spec = LogstoreSpec { encrypt_conf: Some(conf), ..LogstoreSpec::default() };
+    store().create_logstore(&name, spec).expect("a configuration that was checked");
+}
+
+/// Any configuration is taken as it is, or refused and nothing has changed.
+fn update_with(config: &LogstoreConfig) {
+    let store = store();
+    let name = "project/logstore".parse().expect("a name");
+    let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    let before = store.create_logstore(&name, spec).expect("a new Logstore").config();
+    // A configuration of another revision or another name would always be refused for that alone.
+    let config = LogstoreConfig { name: name.clone(), revision: before.revision, ..config.clone() };
+    match store.update_logstore(&name, config) {
+        Ok(after) => assert_eq!(after.revision, before.revision + 1),
+        Err(error) => {
+            drop(error.to_string());
+            assert_eq!(store.config(&name).expect("it is there"), before);
+        }
+    }
+    store.close().expect("nothing was appended");
+}
+
+// The parsers of the command line, which is a program and no library.
+#[allow(unreachable_pub)]
+#[path = "../../cli/src/values.rs"]
+mod command_line;
+
+/// Text as each of the values of the command line.
+pub fn values(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let _ = command_line::position(text);
+    let _ = command_line::bytes(text);
+    if let Ok(duration) = command_line::duration(text) {
+        assert!(!duration.is_zero());
+    }
+    if let Ok(seconds) = command_line::seconds(text) {
+        assert!((0.05..=3600.0).contains(&seconds));
+    }
+}

@@ -1,0 +1,233 @@
+//! The authenticated files of a store: hostile bytes in the place of one of them, and the store in use.
+//!
+//! The first byte says how the rest is made a file of. As it is; with its CRC32 made right, as by somebody who knows the format; with
+//! its tag made right too, as by somebody who has the service keyring; or as the bodies of such a file, the frame around them right in
+//! all respects. The last two say that nothing panics, not that all is found: whoever has the keyring is believed.
+
+use std::{path::Path, time::Duration};
+
+use envelog::{
+    UserCmkInfo,
+    crypto::{HashAlg, SecretKey, derive, hmac_sha256},
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
+};
+use serde_json::Value;
+
+use crate::{
+    crc,
+    golden::{Golden, KEYRING, golden, picked, shown},
+};
+
+const FRAME_LEN: usize = 80;
+const LENGTHS_AT: usize = 72;
+const SUFFIX_LEN: usize = 32 + 32 + 4;
+
+/// Ends part A where a file is given by its bodies: no JSON has it.
+pub const BODIES_END: u8 = 0xff;
+
+/// How a file is made of bytes.
+enum Making {
+    AsIs,
+    Crc,
+    Tagged,
+    Bodies,
+}
+
+impl Making {
+    fn of(byte: u8) -> Self {
+        match byte % 4 {
+            0 => Self::AsIs,
+            1 => Self::Crc,
+            2 => Self::Tagged,
+            _ => Self::Bodies,
+        }
+    }
+
+    /// The file, which is to take the place of `original`.
+    fn make(&self, bytes: &[u8], original: &[u8], key: &SecretKey) -> Vec<u8> {
+        match self {
+            Self::AsIs => bytes.to_vec(),
+            Self::Crc => {
+                let mut file = bytes.to_vec();
+                crc::document(&mut file);
+                file
+            }
+            Self::Tagged => tagged(bytes.to_vec(), key),
+            Self::Bodies => {
+                let mut bodies = bytes.splitn(2, |&byte| byte == BODIES_END);
+                let (a, b) = (bodies.next().unwrap_or_default(), bodies.next().unwrap_or_default());
+                framed(original, a, b, key)
+            }
+        }
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<usize> {
+    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?) as usize)
+}
+
+/// The bodies of a document.
+pub fn bodies(document: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len_a, len_b) = (u32_at(document, LENGTHS_AT)?, u32_at(document, LENGTHS_AT + 4)?);
+    Some(document.get(FRAME_LEN..)?.split_at_checked(len_a)?).and_then(|(a, rest)| Some((a, rest.get(..len_b)?)))
+}
+
+/// The document with tag A and CRC32 made right.
+fn tagged(mut document: Vec<u8>, key: &SecretKey) -> Vec<u8> {
+    let Some((a, b)) = bodies(&document) else { return document };
+    let signed = FRAME_LEN + a.len() + b.len();
+    if document.len() == signed + SUFFIX_LEN {
+        let tag = hmac_sha256(key, &[&document[..signed], &document[signed + 32..signed + 64]]);
+        document[signed..signed + 32].copy_from_slice(&tag);
+        crc::document(&mut document);
+    }
+    document
+}
+
+/// The document with other bodies.
+fn framed(original: &[u8], a: &[u8], b: &[u8], key: &SecretKey) -> Vec<u8> {
+    let mut document = original[..LENGTHS_AT].to_vec();
+    for part in [a, b] {
+        document.extend_from_slice(&(part.len() as u32).to_le_bytes());
+    }
+    document.extend_from_slice(a);
+    document.extend_from_slice(b);
+    document.extend_from_slice(&original[original.len() - SUFFIX_LEN..]);
+    tagged(document, key)
+}
+
+/// The newest root in part A of a keyring.
+fn newest_root(a: &[u8]) -> Option<SecretKey> {
+    let body: Value = serde_json::from_slice(a).ok()?;
+    let hex = body["versions"].as_array()?.last()?["root"].as_str()?;
+    let mut root = [0; 32];
+    for (byte, at) in root.iter_mut().zip((0..).step_by(2)) {
+        *byte = u8::from_str_radix(hex.get(at..at + 2)?, 16).ok()?;
+    }
+    Some(SecretKey::from_bytes(&mut root))
+}
+
+fn derived(root: &SecretKey, label: &str) -> SecretKey {
+    derive(HashAlg::Sha256, &[], root, &[label.as_bytes()])
+}
+
+fn root_of(golden: &Golden) -> SecretKey {
+    let keyring = &golden.image.files[Path::new(KEYRING)];
+    bodies(keyring).and_then(|(a, _)| newest_root(a)).expect("a golden keyring has a root")
+}
+
+/// Uses a golden store, which the second byte picks, with the bytes behind that in the place of one of its files.
+fn examine_and_recover(data: &[u8], is_it: impl Fn(&Path) -> bool) {
+    let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
+    let golden = picked(which);
+    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_it(path)) else { return };
+    let key = derived(&root_of(golden), "envelog v1 document");
+    let image = golden.image.with(path, Making::of(making).make(bytes, original, &key));
+    golden.examine(&image);
+    golden.recover(&image);
+}
+
+/// The metadata of a Logstore.
+pub fn metadata(data: &[u8]) {
+    examine_and_recover(data, |path| path.ends_with("meta"));
+}
+
+/// `STORE`, the catalogue, or a probe.
+pub fn catalogue(data: &[u8]) {
+    let Some((&which, rest)) = data.split_first() else { return };
+    match which % 3 {
+        0 => examine_and_recover(rest, |path| path.ends_with("catalogue")),
+        1 => examine_and_recover(rest, |path| path.ends_with("STORE")),
+        _ => examine_and_recover(rest, |path| path.parent().is_some_and(|dir| dir.ends_with("probes"))),
+    }
+}
+
+/// The service keyring. Its tag is made with what is in it, so anybody can make it.
+pub fn keyring(data: &[u8]) {
+    let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
+    let golden = picked(which);
+    let path = Path::new(KEYRING);
+    let making = Making::of(making);
+    let a = match making {
+        Making::Bodies => Some(bytes),
+        _ => bodies(bytes).map(|(a, _)| a),
+    };
+    let root = a.and_then(newest_root).unwrap_or_else(|| root_of(golden));
+    let key = derived(&root, "envelog v1 document");
+    golden.examine(&golden.image.with(path, making.make(bytes, &golden.image.files[path], &key)));
+}
+
+/// A wrapped data key, in metadata that is right in all other respects: under the service key, or at the embedded KMS.
+pub fn envelope(data: &[u8]) {
+    let Some((&which, wrapped)) = data.split_first() else { return };
+    let golden = golden(["service-aes", "service-sm4", "byok-aes", "switched-off"][usize::from(which % 4)]);
+    let (path, original) = golden.files("/meta").next().expect("it has a Logstore");
+    let (a, b) = bodies(original).expect("golden metadata");
+    let mut keys: Value = serde_json::from_slice(b).expect("a golden keys section");
+    let newest = keys["versions"].as_array_mut().and_then(|all| all.last_mut()).expect("it has a data key");
+    let hex: String = wrapped.iter().map(|byte| format!("{byte:02x}")).collect();
+    let intact = newest["wrapped"] == Value::String(hex.clone());
+    newest["wrapped"] = Value::String(hex);
+    let key = derived(&root_of(golden), "envelog v1 document");
+    let file = framed(original, a, keys.to_string().as_bytes(), &key);
+    golden.examine(&golden.image.with(path, file));
+    if which % 4 == 2 {
+        let cmk: UserCmkInfo = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
+        let context = EncryptionContext::new();
+        let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
+        let kms = LocalKms::at(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1/byok-aes/kms"));
+        assert!(kms.unwrap(&call, wrapped).is_err(), "unwrapped under another context, intact: {intact}");
+    }
+}
+
+/// The key audit log: as it is, with CRC32s made right, or as records whose chain is right.
+pub fn audit(data: &[u8]) {
+    let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
+    let golden = picked(which);
+    let (path, _) = golden.files(".log").next().expect("every store has an audit log");
+    let mut log = bytes.to_vec();
+    match Making::of(making) {
+        Making::AsIs => {}
+        Making::Crc | Making::Tagged => crc::fix("audit-000001.log", &mut log),
+        Making::Bodies => {
+            let key = derived(&root_of(golden), "envelog v1 audit");
+            let mut tag = String::new();
+            log.clear();
+            for record in bytes.split(|&byte| byte == b'\n').filter(|record| !record.is_empty()) {
+                let bytes = hmac_sha256(&key, &[tag.as_bytes(), record]);
+                tag = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                log.extend_from_slice(record);
+                log.extend_from_slice(format!("\t{tag}\t\n").as_bytes());
+            }
+            crc::fix("audit-000001.log", &mut log);
+        }
+    }
+    golden.examine(&golden.image.with(path, log));
+}
+
+/// A key file of the embedded KMS: the first byte says which of its files the rest is.
+pub fn kms_files(data: &[u8]) {
+    let Some((&which, bytes)) = data.split_first() else { return };
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");
+    let kms = LocalKms::create_or_open(dir.path().join("kms")).expect("a new KMS");
+    let id = kms.create_key("cn-hangzhou", &["role"]).expect("a new key");
+    let cmk = UserCmkInfo { cmk_key_id: id.clone(), arn: "role".into(), region_id: "cn-hangzhou".into() };
+    let context = EncryptionContext::new();
+    let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
+    let mut secret = [7; 32];
+    let wrapped = kms.wrap(&call, &SecretKey::from_bytes(&mut secret)).expect("a key that is enabled");
+    let file = if which % 2 == 0 { format!("keys/{id}.json") } else { "kms.json".into() };
+    std::fs::write(dir.path().join("kms").join(file), bytes).expect("a temporary file");
+    let kms = LocalKms::at(dir.path().join("kms"));
+    if let Some(key) = shown(kms.unwrap(&call, &wrapped)) {
+        assert_eq!(key.expose(), &[7; 32]);
+    }
+    shown(kms.list());
+    let _ = kms.serves("cn-hangzhou");
+    shown(kms.rotate(&id));
+    shown(kms.disable(&id));
+    shown(kms.enable(&id));
+    shown(kms.schedule_deletion(&id, 7));
+    shown(kms.cancel_deletion(&id));
+    shown(kms.wrap(&call, &SecretKey::from_bytes(&mut [7; 32])));
+}

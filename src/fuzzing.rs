@@ -1,0 +1,50 @@
+//! What the fuzz targets in `fuzz/` need and nobody else may have. It is there only under `--cfg fuzzing`, which fuzzers set.
+
+#![allow(missing_docs)]
+
+use crate::segment::{
+    Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, parse_segment_file_name, scan,
+    segment_file_name,
+};
+
+/// Scans the segment that `header` begins and `bytes` are, and checks that what is reported holds together. Returns how many blocks
+/// follow each other from the beginning, and where they end.
+pub fn scan_segment(header: &DecodedHeader, bytes: &[u8]) -> (u32, u64) {
+    let mut blocks = Vec::new();
+    let read_at = |offset: u64, buf: &mut [u8]| {
+        let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
+        let len = rest.len().min(buf.len());
+        buf[..len].copy_from_slice(&rest[..len]);
+        Ok(len)
+    };
+    let report = scan(header, bytes.len() as u64, read_at, |block| blocks.push(block)).expect("memory can be read");
+    let in_place = blocks.iter().take_while(|block| block.contiguous).count();
+    assert_eq!(in_place, report.blocks as usize);
+    assert!(blocks[in_place..].iter().all(|block| !block.contiguous), "{blocks:?}");
+    assert!(blocks.is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number), "{blocks:?}");
+    assert!((header.body_start.min(report.file_len)..=report.file_len).contains(&report.end.min(report.file_len)));
+    for block in &blocks {
+        assert_eq!(block.header.segment_tag, header.segment_tag());
+        assert!(block.offset + block.header.block_len() <= report.file_len);
+    }
+    match report.verdict {
+        ScanVerdict::Clean => assert!(report.end >= report.file_len && blocks.len() == in_place),
+        ScanVerdict::Incomplete => assert!(report.end < report.file_len && blocks.len() == in_place),
+        ScanVerdict::TornTail { at } => assert!(at == report.end && report.mark <= at),
+        ScanVerdict::Damaged { at, mark } => assert!(at == report.end && mark == report.mark && at < mark),
+    }
+    (report.blocks, report.end)
+}
+
+pub fn decompress(compression: Compression, stored: &[u8], raw_len: u32, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+    Decompressor::default().decompress(compression, stored, raw_len, out)
+}
+
+pub fn compress(compression: Compression, raw: &[u8], out: &mut Vec<u8>) -> Compression {
+    Compressor::default().compress(compression, raw, out)
+}
+
+/// The name that a segment's file has by what was read from `name`; `None` when that is no such name.
+pub fn segment_name(name: &str) -> Option<String> {
+    parse_segment_file_name(name).map(|(ordinal, first_seq)| segment_file_name(ordinal, first_seq))
+}
