@@ -3,11 +3,7 @@
 //! They cost a relaxed addition where something is counted, which is once a block at the most, and are read as they are: a snapshot
 //! is no point in time, each number by itself is right.
 
-use std::{
-    array,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-    time::Duration,
-};
+use std::{array, time::Duration};
 
 use serde::Serialize;
 
@@ -15,6 +11,7 @@ use crate::{
     crypto::Suite,
     keys::{KeyStatus, lease::Refusal},
     kms::{Cmk, KmsError, RevokedReason},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 /// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds; the last bucket is for all that took longer.

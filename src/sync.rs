@@ -1,12 +1,16 @@
-//! Locks without poisoning.
+//! Locks and atomics; the locks without poisoning.
 //!
 //! A panic in the engine is a bug, and every invariant that a lock protects is restored or latched before anything can fail; so a
 //! poisoned lock is taken as it is rather than turned into a second panic.
 
-use std::{
-    sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
-    time::Duration,
-};
+use std::{sync::PoisonError, time::Duration};
+
+#[cfg(not(shuttle))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
+
+// The scheduler of `tests/shuttle` decides who goes on at each of these.
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
 
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock, atomic::Ordering},
+    sync::Arc,
 };
 
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,7 @@ use crate::{
     ids::{LogstoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, OpenMode},
     metrics::Counters,
-    sync::{lock, read},
+    sync::{Mutex, RwLock, atomic::Ordering, lock, read},
 };
 
 /// What happened to a key.

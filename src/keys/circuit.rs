@@ -6,12 +6,15 @@
 //! again. A lease that is still alive is never spared: what happens to other keys must not cost it its renewal.
 
 use std::{
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 use super::lease::{Lease, Moment, Refusal};
-use crate::{io::Clock, sync::lock};
+use crate::{
+    io::Clock,
+    sync::{Mutex, lock},
+};
 
 /// After how many calls in a row without an answer leases are spared.
 const OPENS_AFTER: u32 = 3;

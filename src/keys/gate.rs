@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
-    sync::{Arc, Mutex, OnceLock, RwLock, Weak},
+    sync::{Arc, OnceLock, Weak},
 };
 
 use super::{
@@ -25,7 +25,7 @@ use crate::{
     kms::{Cmk, KmsError},
     metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
-    sync::{lock, read, write},
+    sync::{Mutex, RwLock, lock, read, write},
 };
 
 /// The most segment keys kept expanded per Logstore; more are derived again when needed.

@@ -7,10 +7,7 @@
 
 use std::{
     fmt,
-    sync::{
-        Arc, Condvar, Mutex, Weak,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -27,7 +24,11 @@ use crate::{
     io::{Clock, Random},
     kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
     metrics::LeaseMetrics,
-    sync::{lock, wait},
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+        lock, wait,
+    },
 };
 
 /// How often and how long; see [`crate::StoreOptions`].

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     io,
-    sync::{Arc, Condvar, Mutex, Weak},
+    sync::{Arc, Weak},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -11,7 +11,7 @@ use std::{
 use super::lease::Lease;
 use crate::{
     io::Clock,
-    sync::{lock, wait, wait_timeout},
+    sync::{Condvar, Mutex, lock, wait, wait_timeout},
 };
 
 /// The most calls that are made at once to renew leases. A KMS that does not answer holds each of them for the time that a call may

@@ -1,11 +1,7 @@
 //! Calls that end in time, whatever the backend does.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
+    sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
@@ -17,6 +13,7 @@ use crate::{
     crypto::SecretKey,
     io::Clock,
     metrics::{Counters, Outcome},
+    sync::atomic::{AtomicUsize, Ordering},
 };
 
 /// The most calls to one KMS that may be under way at once, those included that were given up and never came back.

@@ -1,18 +1,16 @@
 //! A KMS that fails as it is told, for tests.
 
-use std::{
-    collections::VecDeque,
-    fmt,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
-    },
-    thread,
-    time::Duration,
-};
+use std::{collections::VecDeque, fmt, sync::Arc, thread, time::Duration};
 
 use super::{Kms, KmsCall, KmsError};
-use crate::{crypto::SecretKey, sync::lock};
+use crate::{
+    crypto::SecretKey,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+        lock,
+    },
+};
 
 /// What a KMS is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

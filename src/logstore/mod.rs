@@ -4,10 +4,7 @@ mod meta;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, RwLock,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,7 +26,11 @@ use crate::{
         Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardRecord,
         Ticket, WritePlan,
     },
-    sync::{lock, write},
+    sync::{
+        Mutex, RwLock,
+        atomic::{AtomicUsize, Ordering},
+        lock, write,
+    },
 };
 
 pub(crate) use meta::{Meta, path as meta_path};

@@ -5,7 +5,7 @@
 //! is the next batch (group commit). What nobody waits for is driven by the scheduler, after `linger` at the latest.
 
 use std::{
-    sync::{Arc, MutexGuard, Weak, atomic::Ordering},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    sync::{lock, wait},
+    sync::{MutexGuard, atomic::Ordering, lock, wait},
 };
 
 /// How long after a sync without further blocks a mark block records it.

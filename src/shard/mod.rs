@@ -10,7 +10,7 @@ mod writer;
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, RwLock, Weak, atomic::Ordering},
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -28,7 +28,7 @@ use crate::{
     keys::gate::Gate,
     metrics::Counters,
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
-    sync::{lock, wait},
+    sync::{Condvar, Mutex, RwLock, atomic::Ordering, lock, wait},
 };
 
 use queue::State;

@@ -1,12 +1,6 @@
 //! The read path: from a position to groups.
 
-use std::{
-    collections::VecDeque,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 
@@ -21,7 +15,11 @@ use crate::{
     io::Map,
     keys::gate::{Gate, InUse, KeptPlaintext},
     segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor},
-    sync::lock,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+        lock,
+    },
 };
 
 /// How much is read at once, in bytes, unless a block is longer.

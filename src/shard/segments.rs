@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use super::{Head, Shard};
@@ -14,7 +14,7 @@ use crate::{
         DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
         SegmentHeader, Trailer, parse_segment_file_name,
     },
-    sync::{lock, read, write},
+    sync::{Mutex, lock, read, write},
 };
 
 /// A segment, as its name tells it.

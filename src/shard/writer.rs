@@ -1,10 +1,6 @@
 //! The files of a shard that is written: segments begun, blocks sealed and written, segments sealed.
 
-use std::{
-    path::Path,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use tracing::debug;
 
@@ -21,7 +17,7 @@ use crate::{
         BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, Predecessor,
         SealBuffer, SegmentHeader, segment_file_name,
     },
-    sync::read,
+    sync::{atomic::Ordering, read},
 };
 
 /// How many sequence numbers a segment reserves: after an unclean end the next one starts behind them.

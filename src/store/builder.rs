@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock},
+    sync::Arc,
     time::Duration,
 };
 
@@ -34,7 +34,7 @@ use crate::{
     metrics::Counters,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, ReaderPermits},
-    sync::{lock, read},
+    sync::{Mutex, RwLock, lock, read},
 };
 
 /// Who does what is not done at once: partial batches, marks, rolling by age, retention, leases.

@@ -17,7 +17,7 @@ mod verify;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, RwLock, Weak},
+    sync::{Arc, Weak},
 };
 
 use serde::{Deserialize, Serialize};
@@ -46,7 +46,7 @@ use crate::{
     metrics::StoreMetrics,
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
-    sync::{lock, read},
+    sync::{Mutex, RwLock, lock, read},
 };
 
 pub use audit::{AuditExport, AuditMark, AuditVerification};

@@ -6,7 +6,7 @@
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
-    sync::{Arc, Condvar, Mutex, Weak},
+    sync::{Arc, Weak},
     thread::JoinHandle,
     time::Duration,
 };
@@ -14,7 +14,7 @@ use std::{
 use crate::{
     io::Clock,
     shard::{Job, Task, Wake},
-    sync::{lock, wait, wait_timeout},
+    sync::{Condvar, Mutex, lock, wait, wait_timeout},
 };
 
 struct Entry {

@@ -3,7 +3,7 @@
 use std::{
     env, fmt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     io::{Clock, RealDisk, SystemClock, read_file},
-    sync::lock,
+    sync::{Mutex, lock},
 };
 
 /// How long fetched credentials are kept: the shortest that a server hands out last for 15 minutes.

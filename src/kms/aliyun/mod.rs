@@ -8,10 +8,7 @@ mod sign;
 mod tests;
 mod wrapped;
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
@@ -23,6 +20,7 @@ use crate::{
     crypto::SecretKey,
     ids::hex_encode,
     io::{Clock, OsRandom, Random, SystemClock},
+    sync::Mutex,
 };
 use credentials::{Assumed, Credentials, Source};
 use http::{Answer, Deadline, Endpoint, Http};

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     mem,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,7 +15,7 @@ use super::outcome::{is_initialized_already, outcome, unreachable};
 use crate::{
     io::{Clock, SystemClock},
     kms::KmsError,
-    sync::{lock, wait_timeout},
+    sync::{Condvar, Mutex, lock, wait_timeout},
 };
 
 /// How many calls may be in one module at once. A call into a module cannot be interrupted; when this many have not come back, more

@@ -1,10 +1,6 @@
 //! Tokens: finding the one that is meant, logging in, and sessions.
 
-use std::{
-    mem,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{mem, path::Path, sync::Arc};
 
 use cryptoki::{
     session::{Session, SessionState, UserType},
@@ -21,7 +17,7 @@ use super::{
 use crate::{
     io::{RealDisk, read_file},
     kms::KmsError,
-    sync::lock,
+    sync::{Mutex, lock},
 };
 
 /// How many idle sessions are kept. More are opened when more calls come at once, and closed behind them.

@@ -1,0 +1,236 @@
+//! The gate under schedules that shuttle makes up: the lease, the wipe, appends, reads, and what changes keys.
+//!
+//! - A revocation that has returned happens before any later operation.
+//! - What an operation came to is one of the typed outcomes, and what was acknowledged is there at the end.
+//! - Nothing waits for ever: shuttle finds deadlocks.
+//!
+//! That no key is read after its wipe is the compiler's to see to: a wipe takes the keys out of the lock under which they are
+//! borrowed (`keys::gate`), and drops them.
+//!
+//! `ENVELOG_SHUTTLE` is how many schedules each test tries.
+
+#![allow(clippy::unwrap_used)]
+
+extern crate envelog_shuttle as envelog;
+
+#[path = "../../common/mod.rs"]
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    env,
+    sync::{Arc, Mutex},
+};
+
+use common::{
+    TestClock,
+    memory::MemoryDisk,
+    name, record, secs,
+    sim::{Ledger, SeededKms, SeededRandom, cmk},
+};
+use envelog::{
+    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, ReadOptions,
+    ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
+};
+use shuttle::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+fn schedules(usual: usize) -> usize {
+    env::var("ENVELOG_SHUTTLE").map_or(usual, |count| count.parse().expect("a number"))
+}
+
+struct World {
+    store: Store,
+    logstore: Logstore,
+    kms: Arc<SeededKms>,
+    clock: Arc<TestClock>,
+    /// What was acknowledged.
+    done: Mutex<BTreeSet<String>>,
+}
+
+impl World {
+    fn new() -> Arc<Self> {
+        let kms = SeededKms::new(1, &Arc::new(Ledger::default()));
+        let clock = TestClock::new();
+        let mut options = StoreOptions::default();
+        options.background = Background::Manual;
+        options.block_bytes = 4 << 10;
+        let store = Store::builder("/store", "/keyring", Sm4Simd::new())
+            .kms(Arc::clone(&kms) as _)
+            .disk(Arc::new(MemoryDisk::default()))
+            .clock(Arc::clone(&clock) as _)
+            .insecure_random_for_tests(SeededRandom::new(1, 2))
+            .options(options)
+            .create()
+            .unwrap();
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk(0)));
+        let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+        Arc::new(Self { store, logstore, kms, clock, done: Mutex::default() })
+    }
+
+    fn append(&self, text: &str, durability: Durability) -> Result<()> {
+        self.logstore.append(record(text), &AppendOptions::durability(durability))?;
+        self.done.lock().unwrap().insert(text.to_owned());
+        Ok(())
+    }
+
+    fn read(&self) -> Result<BTreeSet<String>> {
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        self.logstore.read(0, &ReadOptions::default())?.map(|record| record.map(|r| text(&r.bytes))).collect()
+    }
+
+    /// All is well again: everything that was acknowledged is there, and stays there.
+    fn check(&self) {
+        self.kms.enable_all();
+        self.logstore.revalidate_now().unwrap();
+        self.logstore.sync().unwrap();
+        let missing: Vec<_> = self.done.lock().unwrap().difference(&self.read().unwrap()).cloned().collect();
+        assert!(missing.is_empty(), "acknowledged, and lost: {missing:?}");
+    }
+}
+
+/// Fails unless the key was refused, or the operation succeeded.
+fn revoked_or<T>(result: Result<T>) -> Option<T> {
+    match result {
+        Ok(value) => Some(value),
+        Err(Error::Revoked { .. }) => None,
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_revocation_that_has_returned_happens_before_any_later_operation() {
+    let scenario = || {
+        let world = World::new();
+        let revoked = Arc::new(AtomicBool::new(false));
+        let spawn = |act: fn(&World, usize) -> Result<()>| {
+            let (world, revoked) = (Arc::clone(&world), Arc::clone(&revoked));
+            thread::spawn(move || {
+                for turn in 0..3 {
+                    let after = revoked.load(Ordering::SeqCst);
+                    let went_through = revoked_or(act(&world, turn)).is_some();
+                    assert!(!(after && went_through), "it began after the revocation, and went through");
+                }
+            })
+        };
+        let threads = [
+            spawn(|world, turn| world.append(&format!("a{turn}"), Durability::Written)),
+            spawn(|world, turn| world.append(&format!("b{turn}"), Durability::Synced)),
+            spawn(|world, _| world.read().map(drop)),
+        ];
+        world.kms.disable(&cmk(0));
+        assert!(world.logstore.revalidate_now().is_err());
+        revoked.store(true, Ordering::SeqCst);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        world.check();
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
+
+/// An open reader, with records read ahead, beside a revocation and a recovery: it ends with the error, or misses nothing.
+#[test]
+fn a_reader_misses_nothing_or_ends() {
+    let scenario = || {
+        let world = World::new();
+        let texts: Vec<_> = (0..4).map(|n| n.to_string()).collect();
+        texts.iter().for_each(|text| world.append(text, Durability::Buffered).unwrap());
+        world.logstore.sync().unwrap();
+        let mut reader = world.logstore.read(0, &ReadOptions::default()).unwrap();
+        let reading = thread::spawn(move || {
+            let mut read = Vec::new();
+            loop {
+                match reader.next() {
+                    Some(Ok(record)) => read.push(String::from_utf8(record.bytes.to_vec()).unwrap()),
+                    Some(Err(Error::Revoked { .. })) => return None,
+                    Some(Err(other)) => panic!("{other:?}"),
+                    None => return Some(read),
+                }
+            }
+        });
+        world.kms.disable(&cmk(0));
+        let _ = world.logstore.revalidate_now();
+        world.kms.enable_all();
+        world.logstore.revalidate_now().unwrap();
+        if let Some(read) = reading.join().unwrap() {
+            assert_eq!(read, texts);
+        }
+        world.check();
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
+
+/// Renewal, rotation, replacement, shredding and appends, all at once, while the key comes and goes.
+#[test]
+fn nothing_waits_for_ever_when_keys_change() {
+    let scenario = || {
+        let world = World::new();
+        let mut threads = Vec::new();
+        let mut spawn = |act: fn(&World)| {
+            let world = Arc::clone(&world);
+            threads.push(thread::spawn(move || act(&world)));
+        };
+        spawn(|world| {
+            for turn in 0..2 {
+                let _ = revoked_or(world.append(&turn.to_string(), Durability::Written));
+            }
+        });
+        spawn(|world| {
+            let name = name("p/l");
+            let Some(version) = revoked_or(world.store.rotate_data_key(&name)) else { return };
+            // Nothing is under it but what comes meanwhile: that is why a newer one comes first.
+            if revoked_or(world.store.rotate_data_key(&name)).is_some() {
+                assert!(version > 1);
+            }
+        });
+        spawn(|world| {
+            let _ = revoked_or(world.store.replace_cmk(&name("p/l"), cmk(1), ReplaceCmk::default()));
+        });
+        spawn(|world| {
+            world.clock.advance(secs(31));
+            world.store.tick();
+            let _ = revoked_or(world.read());
+        });
+        world.kms.disable(&cmk(0));
+        let _ = world.logstore.revalidate_now();
+        world.kms.enable_all();
+        let _ = world.logstore.revalidate_now();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        world.check();
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
+
+/// The store is closed in the middle of everything.
+#[test]
+fn nothing_waits_for_ever_when_the_store_is_closed() {
+    let scenario = || {
+        let world = World::new();
+        let mut threads = Vec::new();
+        let mut spawn = |act: fn(&World) -> Result<()>| {
+            let world = Arc::clone(&world);
+            threads.push(thread::spawn(move || match act(&world) {
+                Ok(()) | Err(Error::Revoked { .. } | Error::Closed(_)) => {}
+                Err(other) => panic!("{other:?}"),
+            }));
+        };
+        spawn(|world| world.append("a", Durability::Synced));
+        spawn(|world| world.append("b", Durability::Buffered));
+        spawn(|world| world.read().map(drop));
+        spawn(|world| {
+            world.kms.disable(&cmk(0));
+            world.logstore.revalidate_now()
+        });
+        match world.store.clone().close() {
+            Ok(()) | Err(Error::Revoked { .. }) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
