@@ -52,7 +52,7 @@ impl Endpoint {
         let (Some(scheme), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
             return Err("an endpoint has no scheme or no host");
         };
-        if uri.path().trim_start_matches('/') != "" || uri.query().is_some() || authority.as_str().contains('@') {
+        if !matches!(uri.path(), "" | "/") || uri.query().is_some() || authority.as_str().contains('@') {
             return Err("an endpoint has more than scheme, host and port");
         }
         let loopback = || authority.host().trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
