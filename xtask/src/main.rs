@@ -2,6 +2,7 @@
 
 mod fuzz;
 mod planted;
+mod sanitize;
 
 use std::{
     env,
@@ -23,6 +24,8 @@ Tasks:
   fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
   fuzz --minutes N [--jobs J] [TARGET…]
                     shares N minutes among the targets, or among those named; --jobs is how many run at once
+  sanitize [--no-miri]
+                    the unsafe code under AddressSanitizer, and under Miri, which needs a nightly toolchain
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
 ";
 
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Some("ci") if rest.is_empty() => ci(),
         Some("planted") => planted::planted(&rest),
         Some("fuzz") => fuzz::fuzz(&rest),
+        Some("sanitize") => sanitize::sanitize(&rest),
         Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
@@ -127,7 +131,7 @@ pub(crate) fn cargo_program() -> std::ffi::OsString {
 }
 
 /// Runs cargo in the workspace's root, and fails as it does.
-fn cargo<A: AsRef<OsStr>>(args: &[A], environment: &[(&str, &str)]) -> Done {
+pub(crate) fn cargo<A: AsRef<OsStr>>(args: &[A], environment: &[(&str, &str)]) -> Done {
     let words: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect();
     let line = format!("cargo {}", words.join(" "));
     eprintln!("xtask: {line}");
