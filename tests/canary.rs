@@ -389,3 +389,121 @@ fn whole_life(traced: &Traced) {
     watched.said.push(("what is traced".to_owned(), text));
     watched.assert_nothing_leaked(&roots);
 }
+
+// ---- what a core dump shows ----
+
+/// Set for the child of the test below, which is the same program: where its store is.
+#[cfg(target_os = "linux")]
+const CHILD: &str = "ENVELOG_CANARY_CHILD";
+
+/// A process with a store open and keys in use, until it is told to abort.
+#[cfg(target_os = "linux")]
+fn hold_keys(dir: &std::path::Path) -> ! {
+    use std::io::Write;
+
+    use envelog::kms::LocalKms;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let most = getrlimit(Resource::Core).maximum;
+    setrlimit(Resource::Core, Rlimit { current: most, maximum: most }).unwrap();
+    std::env::set_current_dir(dir.join("cores")).unwrap();
+    let store = Store::builder(dir.join("store"), dir.join("keyring"), AwsLc::new())
+        .kms(Arc::new(LocalKms::at(dir.join("kms"))))
+        .open()
+        .unwrap();
+    let logstores: Vec<_> = store.list().unwrap().iter().map(|name| store.logstore(name).unwrap()).collect();
+    for logstore in &logstores {
+        put(logstore, "one more");
+        assert_eq!(texts(logstore).len(), 2);
+    }
+    println!("ready {}", most.is_none_or(|most| most > 1 << 30));
+    std::io::stdout().flush().unwrap();
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    std::process::abort()
+}
+
+/// The memory of a process that a core dump of it holds, and that which is kept out of it.
+#[cfg(target_os = "linux")]
+fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    use std::os::unix::fs::FileExt;
+
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let (mut dumped, mut kept_out) = (Vec::new(), Vec::new());
+    let mut bytes = Vec::new();
+    for line in std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap().lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let place = if flags.split(' ').any(|flag| flag == "dd") { &mut kept_out } else { &mut dumped };
+            place.push(std::mem::take(&mut bytes));
+        } else if let Some((range, rest)) = line.split_once(' ')
+            && let Some((from, to)) = range.split_once('-')
+            && rest.starts_with('r')
+        {
+            let at = |text| u64::from_str_radix(text, 16).unwrap();
+            bytes = vec![0; (at(to) - at(from)) as usize];
+            // What cannot be read (the kernel's own pages) holds nothing of the process.
+            let read = memory.read_at(&mut bytes, at(from)).unwrap_or(0);
+            bytes.truncate(read);
+        }
+    }
+    (dumped, kept_out)
+}
+
+/// The keys of a process that uses them are in its memory, and in no part of it that would be dumped; and in no dump.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_key_is_in_a_core_dump() {
+    use std::{
+        fs,
+        io::{BufRead, BufReader, Write},
+        process::{Command, Stdio},
+    };
+
+    if let Some(dir) = std::env::var_os(CHILD) {
+        hold_keys(dir.as_ref());
+    }
+    let world = World::manual();
+    let random = Arc::new(RecordingRandom::default());
+    let store = world.builder().insecure_random_for_tests(Arc::clone(&random) as _).create().unwrap();
+    let mut keys = Secrets::default();
+    keys.key("root of the service keyring", &random.draws()[0]);
+    let before = random.draws().len();
+    put(&world.service(&store, "p/service"), "one");
+    keys.key("data key under the service key", &random.draws()[before]);
+    put(&world.byok(&store, "p/byok", &world.cmk()), "one");
+    store.close().unwrap();
+    for key in world.kms.wrapped_keys() {
+        keys.key("key that passed by the KMS", &key);
+    }
+    let cores = world.path().join("cores");
+    fs::create_dir(&cores).unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "no_key_is_in_a_core_dump", "--nocapture", "--test-threads", "1"])
+        .env(CHILD, world.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let ready = lines.find_map(|line| Some(line.split_once("ready ")?.1.to_owned())).unwrap();
+
+    let (dumped, kept_out) = memory_of(child.id());
+    let held: BTreeSet<&str> = kept_out.iter().flat_map(|bytes| keys.found_in(bytes)).collect();
+    assert_eq!(held.len(), 3, "the search finds the keys where they are kept: {held:?}");
+    assert!(dumped.iter().map(Vec::len).sum::<usize>() > 1 << 20, "the rest of the memory was looked through");
+    for bytes in &dumped {
+        keys.assert_none_in("memory that would be dumped", bytes);
+    }
+
+    child.stdin.take().unwrap().write_all(b"\n").unwrap();
+    assert!(!child.wait().unwrap().success());
+    let cores: Vec<_> = files(&cores).into_iter().collect();
+    let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
+    // Elsewhere the dump is handed to a program, or put where only the administrator looks; or there is none.
+    if ready == "true" && pattern.trim() == "core" {
+        assert_eq!(cores.len(), 1, "a core dump was written");
+    }
+    for (path, bytes) in cores {
+        assert!(bytes.starts_with(b"\x7fELF"));
+        keys.assert_none_in(&path.display().to_string(), &bytes);
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, open_into};
+use super::{AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, on_clean_stack, open_into};
 
 const SEAL_LABEL: &[u8] = b"envelog v1 segment seal";
 const COMMIT_LABEL: &[u8] = b"envelog v1 segment commit";
@@ -34,15 +34,17 @@ impl SegmentCipher {
         salt: &[u8; 32],
         header_hash: &[u8; 32],
     ) -> Result<Self, CryptoError> {
-        let code = suite.code().to_le_bytes();
-        let prk = Prk::extract(suite.hash(), salt, data_key.expose());
-        let mut commitment = [0; 32];
-        prk.expand(&[COMMIT_LABEL, &code, header_hash], &mut commitment);
-        let mut segment_key = SecretKey::zeroed();
-        let (segment_key, _) = segment_key.expose_mut().split_at_mut(suite.cipher().key_len());
-        prk.expand(&[SEAL_LABEL, &code, header_hash], segment_key);
-        let key = provider.aead(suite.cipher(), segment_key)?;
-        Ok(Self { suite, header_hash: *header_hash, commitment, key })
+        on_clean_stack(|| {
+            let code = suite.code().to_le_bytes();
+            let prk = Prk::extract(suite.hash(), salt, data_key.expose());
+            let mut commitment = [0; 32];
+            prk.expand(&[COMMIT_LABEL, &code, header_hash], &mut commitment);
+            let mut segment_key = SecretKey::zeroed();
+            let (segment_key, _) = segment_key.expose_mut().split_at_mut(suite.cipher().key_len());
+            prk.expand(&[SEAL_LABEL, &code, header_hash], segment_key);
+            let key = provider.aead(suite.cipher(), segment_key)?;
+            Ok(Self { suite, header_hash: *header_hash, commitment, key })
+        })
     }
 
     /// What the segment stores to commit to its key and header. Not a secret.

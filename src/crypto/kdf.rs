@@ -9,7 +9,7 @@ use sm3::Sm3;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroize;
 
-use super::SecretKey;
+use super::{SecretKey, on_clean_stack};
 
 /// A hash function with an output of 32 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -120,18 +120,20 @@ pub fn hkdf(alg: HashAlg, salt: &[u8], ikm: &[u8], info: &[&[u8]], out: &mut [u8
 #[must_use]
 pub fn derive(alg: HashAlg, salt: &[u8], ikm: &SecretKey, info: &[&[u8]]) -> SecretKey {
     let mut key = SecretKey::zeroed();
-    hkdf(alg, salt, ikm.expose(), info, key.expose_mut());
+    on_clean_stack(|| hkdf(alg, salt, ikm.expose(), info, key.expose_mut()));
     key
 }
 
 /// HMAC-SHA-256 (RFC 2104, FIPS 198-1) over the concatenation of `parts`.
 #[must_use]
 pub fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> [u8; 32] {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes keys of any length");
-    for part in parts {
-        mac.update(part);
-    }
-    mac.finalize().into_bytes().into()
+    on_clean_stack(|| {
+        let mut mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes keys of any length");
+        for part in parts {
+            mac.update(part);
+        }
+        mac.finalize().into_bytes().into()
+    })
 }
 
 /// Whether two tags are equal, in a time that depends on their lengths alone.

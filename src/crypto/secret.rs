@@ -90,6 +90,28 @@ pub(crate) fn wipe(bytes: &mut [u8]) {
     zeroize::optimization_barrier(bytes);
 }
 
+/// How much of the stack is overwritten, in bytes: more than key schedules, hashes and HKDF take below their caller.
+const STACK_BYTES: usize = 32 << 10;
+
+/// Does something with secrets, and then overwrites the stack that it used: values that wipe themselves when dropped leave copies
+/// behind where they were moved from.
+pub(crate) fn on_clean_stack<T>(act: impl FnOnce() -> T) -> T {
+    /// A frame of its own, so that the wipe begins above it.
+    #[inline(never)]
+    fn run<T>(act: impl FnOnce() -> T) -> T {
+        act()
+    }
+
+    #[inline(never)]
+    fn overwrite() {
+        wipe(&mut [0xff; STACK_BYTES]);
+    }
+
+    let done = run(act);
+    overwrite();
+    done
+}
+
 /// How much of the memory for secrets the system has let us lock, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockStatus {

@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 
 use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
 use crate::{
-    crypto::SecretKey,
+    crypto::{SecretKey, on_clean_stack},
     io::Clock,
     metrics::{Counters, Outcome},
     sync::atomic::{AtomicUsize, Ordering},
@@ -110,7 +110,8 @@ impl BoundedKms {
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
     ) -> Result<T, KmsError> {
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
-        let call = move || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
+        // The key passes through the backend's hands, and this thread may go on or its stack be used again.
+        let call = move || on_clean_stack(|| make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout }));
         if self.inline {
             return call();
         }
