@@ -48,6 +48,8 @@
 //!   are independent: a slow one must not delay the others.
 //! - **Do not panic** on whatever the network returns; limit what is read of it.
 
+#[cfg(feature = "kms-aws")]
+mod aws;
 mod bounded;
 #[cfg(feature = "kms-local")]
 mod local;
@@ -57,6 +59,8 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "kms-aws")]
+pub use aws::AwsKms;
 pub(crate) use bounded::BoundedKms;
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};

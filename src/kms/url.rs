@@ -26,6 +26,7 @@ pub enum KmsUrlError {
 /// | URL | backend | feature |
 /// |---|---|---|
 /// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
+/// | `aws-kms://REGION?…` | [`AwsKms`](super::AwsKms), which [takes parameters](super::AwsKms::from_url) | `kms-aws` |
 ///
 /// ```
 /// # #[cfg(feature = "kms-local")] {
@@ -44,9 +45,14 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         "local" if rest.is_empty() => Err(KmsUrlError::Malformed("local: names no directory".to_owned())),
         #[cfg(feature = "kms-local")]
         "local" => Ok(Arc::new(super::LocalKms::at(rest))),
+        #[cfg(feature = "kms-aws")]
+        "aws-kms" => Ok(Arc::new(super::AwsKms::from_url(url)?)),
         _ => {
             let _ = rest;
-            let built_in = [cfg!(feature = "kms-local").then_some("local:DIR")];
+            let built_in = [
+                cfg!(feature = "kms-local").then_some("local:DIR"),
+                cfg!(feature = "kms-aws").then_some("aws-kms://REGION"),
+            ];
             let built_in: Vec<_> = built_in.into_iter().flatten().collect();
             let built_in = if built_in.is_empty() { "none".to_owned() } else { built_in.join(", ") };
             Err(KmsUrlError::Unsupported { scheme: scheme.to_owned(), built_in })
@@ -66,6 +72,11 @@ mod tests {
         {
             assert_eq!(from_url("local:/some/where").map(|kms| kms.name().to_owned()), Ok("local".to_owned()));
             assert!(matches!(from_url("local:"), Err(KmsUrlError::Malformed(_))));
+        }
+        #[cfg(feature = "kms-aws")]
+        {
+            assert_eq!(from_url("aws-kms://eu-west-1").map(|kms| kms.name().to_owned()), Ok("aws-kms".to_owned()));
+            assert!(matches!(from_url("aws-kms:"), Err(KmsUrlError::Malformed(_))));
         }
     }
 }
