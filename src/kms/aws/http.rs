@@ -28,6 +28,8 @@ use crate::{
 pub(super) const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// A file of certificates is not larger; that of Debian has 220 KiB.
 const CA_BUNDLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// How long a connection is kept for the next request: for longer than leases take to be renewed, unless told otherwise.
+const IDLE_MAX: Duration = Duration::from_secs(50);
 /// Names a file of certificates to trust in place of the system's, as for the other AWS tools.
 const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 
@@ -152,6 +154,7 @@ impl Http {
             .max_redirects_will_error(false)
             .user_agent(concat!("envelog/", env!("CARGO_PKG_VERSION")))
             .accept("")
+            .max_idle_age(IDLE_MAX)
             .tls_config(tls)
             .build();
         Ok(self.agent.get_or_init(|| Agent::new_with_config(config)))

@@ -170,7 +170,7 @@ fn at_once<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error
     }
 }
 
-/// An environment, whose variables may be anything.
+/// An environment in which an empty variable counts as none, as for the other AWS tools.
 #[derive(Debug)]
 struct Environment(Arc<dyn Env>);
 
@@ -180,7 +180,7 @@ impl Env for Environment {
     }
 
     fn vars(&self) -> HashMap<String, String> {
-        self.0.vars()
+        self.0.vars().into_iter().filter(|(_, value)| !value.is_empty()).collect()
     }
 
     fn home_dir(&self) -> Option<PathBuf> {

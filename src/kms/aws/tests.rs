@@ -378,7 +378,7 @@ fn every_answer_of_kms_is_sorted() {
         let server = Server::kms(move |_| answer.clone());
         let said = assert_sorted(unwrap_at(&server), expected, &what);
         // The code at most, and where to look it up.
-        assert!(!said.contains("is pending") && !said.contains('<') && !said.contains("AQEB"), "{said}");
+        assert!(!said.contains("arn:aws:kms:") && !said.contains('<'), "{said}");
         if let Revoked(_) = expected {
             assert!(said.contains("key-1") && said.contains("Exception") && said.contains("request 0f5c-77"), "{said}");
             assert_eq!(server.asked(Asked::is_kms).len(), 1, "{what}: a refusal is asked for once");
