@@ -131,7 +131,7 @@ impl AwsKms {
             }
         }
         let endpoint = |given: Option<&str>, service: &str| match (given, domain(region)) {
-            (Some(given), _) => parse_endpoint(given).map_err(|why| malformed(why)),
+            (Some(given), _) => parse_endpoint(given).map_err(&malformed),
             (None, Some(domain)) => parse_endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed),
             (None, None) => Err(malformed("the endpoints of that region are not known; give them")),
         };
