@@ -50,6 +50,8 @@
 
 #[cfg(feature = "kms-aliyun")]
 mod aliyun;
+#[cfg(feature = "kms-aws")]
+mod aws;
 mod bounded;
 #[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
 mod context;
@@ -70,6 +72,8 @@ pub use aliyun::AliyunKms;
 pub(crate) use bounded::{BoundedKms, Watch};
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
+#[cfg(feature = "kms-aws")]
+pub use aws::AwsKms;
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
 pub use url::{KmsUrlError, from_url};

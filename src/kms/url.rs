@@ -27,6 +27,7 @@ pub enum KmsUrlError {
 /// |---|---|---|
 /// | `aliyun-kms://REGION` | [`AliyunKms`](super::AliyunKms) in that region, such as `cn-hangzhou`; `?endpoint=URL&sts-endpoint=URL` for other endpoints than the public ones | `kms-aliyun` |
 /// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
+/// | `aws-kms://REGION?…` | [`AwsKms`](super::AwsKms), which [takes parameters](super::AwsKms::from_url) | `kms-aws` |
 /// | `pkcs11:…?region=…` | `Pkcs11Kms`, in a token that the rest of the URL chooses (RFC 7512) | `kms-pkcs11` |
 ///
 /// ```
@@ -50,10 +51,13 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         "local" => Ok(Arc::new(super::LocalKms::at(rest))),
         #[cfg(feature = "kms-pkcs11")]
         "pkcs11" => Ok(Arc::new(super::pkcs11::Pkcs11Kms::from_uri(url)?)),
+        #[cfg(feature = "kms-aws")]
+        "aws-kms" => Ok(Arc::new(super::AwsKms::from_url(url)?)),
         _ => {
             let _ = rest;
             let built_in = [
                 cfg!(feature = "kms-aliyun").then_some("aliyun-kms://REGION"),
+                cfg!(feature = "kms-aws").then_some("aws-kms://REGION"),
                 cfg!(feature = "kms-local").then_some("local:DIR"),
                 cfg!(feature = "kms-pkcs11").then_some("pkcs11:…?region=…"),
             ];
@@ -101,6 +105,11 @@ mod tests {
         {
             assert_eq!(from_url("local:/some/where").map(|kms| kms.name().to_owned()), Ok("local".to_owned()));
             assert!(matches!(from_url("local:"), Err(KmsUrlError::Malformed(_))));
+        }
+        #[cfg(feature = "kms-aws")]
+        {
+            assert_eq!(from_url("aws-kms://eu-west-1").map(|kms| kms.name().to_owned()), Ok("aws-kms".to_owned()));
+            assert!(matches!(from_url("aws-kms:"), Err(KmsUrlError::Malformed(_))));
         }
     }
 }

@@ -1,0 +1,281 @@
+//! The service's own credentials, found as other AWS tools find them, and requests signed with credentials.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    future::Future,
+    io::Read,
+    path::PathBuf,
+    pin::pin,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, mpsc},
+    task::{Poll, Waker},
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Uri, request::Parts};
+use reqsign_aws_v4::{
+    AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider, EnvCredentialProvider,
+    IMDSv2CredentialProvider, ProcessCredentialProvider, ProfileCredentialProvider, RequestSigner,
+    SSOCredentialProvider,
+};
+use reqsign_core::{
+    CommandExecute, CommandOutput, Context, Env, Error, FileRead, HttpSend, OsEnv, ProvideCredentialDyn, SignRequest,
+    SigningCredential,
+};
+use sha2::{Digest, Sha256};
+
+use super::http::{ANSWER_BYTES_MAX, Deadline, Http, NoAnswer, unreachable};
+use crate::{
+    io::{RealDisk, read_file},
+    kms::KmsError,
+    sync::lock,
+};
+
+/// Credentials and tokens come in small files.
+const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// Between two looks at whether a process has ended that has closed its output.
+const EXIT_PAUSE: Duration = Duration::from_millis(5);
+
+type Provider = Arc<dyn ProvideCredentialDyn<Credential = Credential>>;
+
+/// Who the service is at AWS.
+#[derive(Clone)]
+pub(super) struct Identity {
+    /// Where credentials may come from, in the order in which they are tried.
+    providers: Vec<(&'static str, Provider)>,
+    env: Arc<dyn Env>,
+    http: Http,
+    /// The last ones, when they have an end. Those of the environment and of files are read anew: they may be replaced at any time.
+    cached: Arc<Mutex<Option<Credential>>>,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<_> = self.providers.iter().map(|(name, _)| name).collect();
+        f.debug_struct("Identity").field("providers", &names).finish_non_exhaustive()
+    }
+}
+
+impl Identity {
+    /// That of a profile, or else the one that is found first.
+    pub(super) fn new(region: &str, profile: Option<&str>, env: Arc<dyn Env>, http: Http) -> Self {
+        let of_profiles: [(&'static str, Provider); 3] = match profile {
+            Some(profile) => [
+                ("profile", Arc::new(ProfileCredentialProvider::new().with_profile(profile))),
+                ("profile with SSO", Arc::new(SSOCredentialProvider::new().with_profile(profile))),
+                ("profile with a process", Arc::new(ProcessCredentialProvider::new().with_profile(profile))),
+            ],
+            None => [
+                ("profile", Arc::new(ProfileCredentialProvider::new())),
+                ("profile with SSO", Arc::new(SSOCredentialProvider::new())),
+                ("profile with a process", Arc::new(ProcessCredentialProvider::new())),
+            ],
+        };
+        let mut providers: Vec<(&'static str, Provider)> = Vec::new();
+        if profile.is_none() {
+            let mut web_identity = AssumeRoleWithWebIdentityCredentialProvider::new()
+                .with_region(region.to_owned())
+                .with_regional_sts_endpoint();
+            if env.var("AWS_ROLE_SESSION_NAME").is_none() {
+                web_identity = web_identity.with_role_session_name(super::SESSION_NAME.to_owned());
+            }
+            providers.push(("environment", Arc::new(EnvCredentialProvider::new())));
+            providers.push(("web identity", Arc::new(web_identity)));
+        }
+        providers.extend(of_profiles);
+        if profile.is_none() {
+            providers.push(("container", Arc::new(ECSCredentialProvider::new())));
+            providers.push(("instance metadata", Arc::new(IMDSv2CredentialProvider::new())));
+        }
+        Self { providers, env, http, cached: Arc::default() }
+    }
+
+    /// The credentials, kept ones or new ones. Callers do not wait for each other.
+    ///
+    /// # Errors
+    /// `Unreachable` when there are none: it is not the customer who refuses then.
+    pub(super) fn credentials(&self, deadline: Deadline) -> Result<Credential, KmsError> {
+        // Valid means: for two minutes more.
+        if let Some(credential) = lock(&self.cached).as_ref().filter(|credential| credential.is_valid()) {
+            return Ok(credential.clone());
+        }
+        let context = Context::new()
+            .with_env(Environment(Arc::clone(&self.env)))
+            .with_file_read(Files)
+            .with_http_send(Sender { http: self.http.clone(), deadline })
+            .with_command_execute(Commands { deadline });
+        for (name, provider) in &self.providers {
+            let none = |why: &dyn fmt::Display| {
+                unreachable(format!("the service has no AWS credentials of its own: {name}: {why}"))
+            };
+            match at_once(provider.provide_credential_dyn(&context)) {
+                Ok(None) => {}
+                Ok(Some(credential)) if !credential.is_valid_at(reqsign_core::time::Timestamp::now()) => {
+                    return Err(none(&"they have expired"));
+                }
+                Ok(Some(credential)) => {
+                    *lock(&self.cached) = credential.expires_in.is_some().then(|| credential.clone());
+                    return Ok(credential);
+                }
+                // The next one might be somebody else. The error's text may quote an answer, so only its kind is told.
+                Err(_) if deadline.left().is_none() => return Err(none(&"no answer in time")),
+                Err(error) => return Err(none(&error.kind())),
+            }
+        }
+        Err(unreachable("the service has no AWS credentials of its own, in no place where they are looked for"))
+    }
+
+    /// Has credentials looked for anew.
+    pub(super) fn forget(&self) {
+        *lock(&self.cached) = None;
+    }
+}
+
+/// The head of a signed POST request.
+///
+/// # Errors
+/// `Unreachable` for credentials that cannot sign.
+pub(super) fn sign(
+    credential: &Credential,
+    (service, region): (&str, &str),
+    uri: &Uri,
+    headers: &[(&'static str, &str)],
+    body: &[u8],
+) -> Result<Parts, KmsError> {
+    let digest = Sha256::digest(body);
+    let mut request = Request::post(uri).header("x-amz-content-sha256", hex(&digest));
+    for &(name, value) in headers {
+        request = request.header(name, value);
+    }
+    let cannot = |error: &dyn fmt::Display| unreachable(format!("cannot sign a request: {error}"));
+    let (mut parts, ()) = request.body(()).map_err(|error| cannot(&error))?.into_parts();
+    let signer = RequestSigner::new(service, region).with_standard_session_token();
+    at_once(signer.sign_request(&Context::new(), &mut parts, Some(credential), None))
+        .map_err(|error| cannot(&error.kind()))?;
+    Ok(parts)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The outcome of a future that has nothing to wait for: all that it calls here blocks.
+fn at_once<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match pin!(future).poll(&mut std::task::Context::from_waker(Waker::noop())) {
+        Poll::Ready(outcome) => outcome,
+        Poll::Pending => Err(Error::unexpected("it waits")),
+    }
+}
+
+/// An environment in which an empty variable counts as none, as for the other AWS tools.
+#[derive(Debug)]
+struct Environment(Arc<dyn Env>);
+
+impl Env for Environment {
+    fn var(&self, key: &str) -> Option<String> {
+        self.0.var(key).filter(|value| !value.is_empty())
+    }
+
+    fn vars(&self) -> HashMap<String, String> {
+        self.0.vars().into_iter().filter(|(_, value)| !value.is_empty()).collect()
+    }
+
+    fn home_dir(&self) -> Option<PathBuf> {
+        self.0.home_dir()
+    }
+}
+
+/// The environment of the process. [`OsEnv`] panics at a variable that is not UTF-8, be it one that nobody asked for.
+#[derive(Debug)]
+pub(super) struct ProcessEnv;
+
+impl Env for ProcessEnv {
+    fn var(&self, key: &str) -> Option<String> {
+        OsEnv.var(key)
+    }
+
+    fn vars(&self) -> HashMap<String, String> {
+        std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect()
+    }
+
+    fn home_dir(&self) -> Option<PathBuf> {
+        OsEnv.home_dir()
+    }
+}
+
+#[derive(Debug)]
+struct Files;
+
+impl FileRead for Files {
+    async fn file_read(&self, path: &str) -> Result<Vec<u8>, Error> {
+        Ok(read_file(&RealDisk, path.as_ref(), FILE_BYTES_MAX)?)
+    }
+}
+
+#[derive(Debug)]
+struct Sender {
+    http: Http,
+    deadline: Deadline,
+}
+
+impl HttpSend for Sender {
+    async fn http_send(&self, request: Request<Bytes>) -> Result<http::Response<Bytes>, Error> {
+        let (parts, body) = request.into_parts();
+        let answer = self.http.send(Request::from_parts(parts, &body[..]), self.deadline).map_err(|why| match why {
+            NoAnswer::TimedOut => Error::unexpected("no answer in time"),
+            NoAnswer::Failed(why) => Error::unexpected(why),
+            NoAnswer::Oversized => Error::unexpected("the answer is too long"),
+        })?;
+        let mut response =
+            http::Response::builder().status(answer.status).body(Bytes::copy_from_slice(&answer.body))?;
+        *response.headers_mut() = answer.headers;
+        Ok(response)
+    }
+}
+
+/// Runs the program that a profile names as its `credential_process`.
+#[derive(Debug)]
+struct Commands {
+    deadline: Deadline,
+}
+
+/// A process that does not outlive the call it was started for.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl CommandExecute for Commands {
+    async fn command_execute<'a>(&'a self, program: &'a str, args: &'a [&'a str]) -> Result<CommandOutput, Error> {
+        let mut command = Command::new(program);
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = Running(command.spawn()?);
+        let stdout = child.0.stdout.take().ok_or_else(|| Error::unexpected("it has no output"))?;
+        let (sender, output) = mpsc::sync_channel(1);
+        thread::Builder::new().name("envelog-kms-pipe".to_owned()).spawn(move || {
+            let mut text = Vec::new();
+            // Nobody may be waiting for it any more.
+            let read = stdout.take(ANSWER_BYTES_MAX as u64).read_to_end(&mut text);
+            let _ = sender.send(read.map(|_| text));
+        })?;
+        let left = self.deadline.left().unwrap_or_default();
+        let stdout = output.recv_timeout(left).map_err(|_| Error::unexpected("no answer in time"))??;
+        let status = loop {
+            match child.0.try_wait()? {
+                Some(status) => break status,
+                None if self.deadline.pause(EXIT_PAUSE) => {}
+                None => return Err(Error::unexpected("no answer in time")),
+            }
+        };
+        Ok(CommandOutput { status: status.code().unwrap_or(-1), stdout, stderr: Vec::new() })
+    }
+}

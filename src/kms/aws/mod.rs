@@ -1,0 +1,315 @@
+//! AWS KMS.
+//!
+//! A lean client in place of the SDK: three operations (AssumeRole, Encrypt, Decrypt), credentials and signatures by `reqsign`, HTTP
+//! by `ureq`, TLS by `rustls` with AWS-LC. The SDK needs an async runtime, and leaves copies of the data key in memory that nobody
+//! wipes; `docs/kms.md` has the figures.
+
+mod answers;
+mod http;
+mod identity;
+#[cfg(test)]
+mod tests;
+
+use std::{sync::Arc, time::Duration};
+
+use ::http::{Request, Uri};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use reqsign_aws_v4::Credential;
+use reqsign_core::Env;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use self::{
+    answers::{CIPHERTEXT_BYTES_MAX, Failure, Session},
+    http::{Answer, Deadline, Http, NoAnswer, unreachable},
+    identity::{Identity, ProcessEnv, sign},
+};
+use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError};
+use crate::crypto::SecretKey;
+
+/// What CloudTrail shows as the name of the session in which a role is used.
+const SESSION_NAME: &str = "envelog";
+/// The session may do no more than this, whatever the role may. `PackedPolicySize` counts against a limit; this is small.
+const SESSION_POLICY: &str = r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":["kms:Encrypt","kms:Decrypt"],"Resource":"*"}]}"#;
+/// The shortest session that STS makes. It is forgotten right after the call.
+const SESSION_SECONDS: &str = "900";
+/// How often a request is sent at most, and how long to wait before it is sent again: twice as long each time.
+const TRIES: u32 = 3;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+
+/// AWS KMS in one region.
+///
+/// [`Cmk::cmk_key_id`] is a key id, key ARN or alias of a symmetric encryption key, [`Cmk::arn`] the IAM role that is assumed through
+/// AWS STS to use it, afresh at each call. Nothing is kept between calls but connections and the service's own credentials.
+///
+/// # The service's own credentials
+///
+/// Looked for in this order: environment (`AWS_ACCESS_KEY_ID`, …), web identity (`AWS_WEB_IDENTITY_TOKEN_FILE` and
+/// `AWS_ROLE_ARN`), the profile (`AWS_PROFILE`, or `default`) in `~/.aws/credentials` and `~/.aws/config` with its access key, SSO
+/// session or `credential_process`, container (`AWS_CONTAINER_CREDENTIALS_…`), instance metadata (IMDSv2). The first source that is
+/// set up counts: when it fails, the next one is not tried, as it may be another identity. A profile's `role_arn` is not followed;
+/// `credential_process = aws configure export-credentials --profile NAME` serves such a profile.
+///
+/// Credentials with an end are kept until two minutes before it, or until they are refused.
+///
+/// # What the answers mean
+///
+/// | who answers | what | answer of the backend |
+/// |---|---|---|
+/// | KMS | `DisabledException` | `Revoked`: disabled |
+/// | KMS | `KMSInvalidStateException`, "… is pending deletion", "… is pending replica deletion" | `Revoked`: pending deletion |
+/// | KMS | `KMSInvalidStateException`, "… is pending import": its imported material was deleted or has expired | `Revoked`: deleted |
+/// | KMS | any other `KMSInvalidStateException`: AWS calls it a general failure with many causes | `Unreachable` |
+/// | KMS | `NotFoundException` | `Revoked`: deleted |
+/// | KMS | `AccessDeniedException` | `Revoked`: not permitted |
+/// | STS | `AccessDenied`: also what AWS says of a role that does not exist | `Revoked`: not permitted |
+/// | KMS | `InvalidCiphertextException` (damaged, or another context), `IncorrectKeyException`, `InvalidKeyUsageException`, `InvalidGrantTokenException`, `InvalidArnException`, `UnsupportedOperationException`, `ValidationException`, `SerializationException` | `Invalid` |
+/// | STS | `ValidationError` (no ARN of a role), `MalformedPolicyDocument`, `PackedPolicyTooLarge` | `Invalid` |
+/// | STS | `InvalidClientTokenId`, `ExpiredToken`, `ExpiredTokenException`, `SignatureDoesNotMatch`, `UnrecognizedClientException`, `IncompleteSignature`: the service's own credentials are refused | `Unreachable`; they are looked for anew at the next call |
+/// | both | `ThrottlingException`, `Throttling`, `LimitExceededException`, `KMSInternalException`, `DependencyTimeoutException`, `KeyUnavailableException` | `Unreachable` |
+/// | both | a status of 500 or more, whatever the code; any other code; a status other than 200 without a code (a proxy, say) | `Unreachable` |
+/// | both | status 200 and not what was asked for: no document, another one, a plaintext that is not 32 bytes long | `Invalid` |
+/// | both | an answer of more than 64 KiB | `Invalid` |
+/// | nobody | no credentials of the service's own, no name resolved, no connection, no trusted certificate, no answer in time | `Unreachable` |
+///
+/// A code counts where the service puts it (`__type` in JSON, `ErrorResponse/Error/Code` in XML). Failed connections and
+/// transient failures are tried again, up to three times in all, within the time that the call has.
+///
+/// # Key material
+///
+/// Request and answer are wiped here. The buffers of `ureq` and `rustls`, in which both were, are not: they are reused for the next
+/// request, and freed with the connection.
+#[derive(Clone, Debug)]
+pub struct AwsKms {
+    region: String,
+    kms: Uri,
+    sts: Uri,
+    external_id: Option<String>,
+    http: Http,
+    identity: Identity,
+}
+
+impl AwsKms {
+    /// The KMS of the URL `aws-kms://REGION`, which these parameters may follow, each value percent-encoded where it has to be
+    /// (`?endpoint=https://kms.internal&profile=logs`):
+    ///
+    /// | parameter | value |
+    /// |---|---|
+    /// | `endpoint` | where KMS is, in place of `https://kms.REGION.amazonaws.com`; needed outside the partitions `aws`, `aws-us-gov`, `aws-cn` and `aws-eusc` |
+    /// | `sts-endpoint` | where STS is; where `endpoint` is, unless given |
+    /// | `profile` | the profile in `~/.aws` whose credentials are taken, and no others |
+    /// | `external-id` | the external id to assume roles with, which their trust policies may ask for |
+    ///
+    /// Without TLS (`http:`) an endpoint is accepted on this machine only, for tests.
+    ///
+    /// # Errors
+    /// [`KmsUrlError::Malformed`].
+    pub fn from_url(url: &str) -> Result<Self, KmsUrlError> {
+        Self::with_env(url, Arc::new(ProcessEnv))
+    }
+
+    fn with_env(url: &str, env: Arc<dyn Env>) -> Result<Self, KmsUrlError> {
+        let malformed = |what: &str| KmsUrlError::Malformed(format!("aws-kms: {what}"));
+        let rest = url.strip_prefix("aws-kms://").ok_or_else(|| malformed("it is written aws-kms://REGION"))?;
+        let (region, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let region = region.strip_suffix('/').unwrap_or(region);
+        let is_region = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if region.is_empty() || region.len() > 63 || !region.bytes().all(is_region) {
+            return Err(malformed("it names no region"));
+        }
+        let (mut kms, mut sts, mut profile, mut external_id) = (None, None, None, None);
+        for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+            let place = match &*name {
+                "endpoint" => &mut kms,
+                "sts-endpoint" => &mut sts,
+                "profile" => &mut profile,
+                "external-id" => &mut external_id,
+                _ => return Err(malformed("the parameters are endpoint, sts-endpoint, profile and external-id")),
+            };
+            if value.is_empty() || place.replace(value.into_owned()).is_some() {
+                return Err(malformed("a parameter is empty or given twice"));
+            }
+        }
+        let endpoint = |given: Option<&str>, service: &str| match (given, domain(region)) {
+            (Some(given), _) => parse_endpoint(given).map_err(&malformed),
+            (None, Some(domain)) => parse_endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed),
+            (None, None) => Err(malformed("the endpoints of that region are not known; give them")),
+        };
+        let http = Http::new();
+        Ok(Self {
+            region: region.to_owned(),
+            kms: endpoint(kms.as_deref(), "kms")?,
+            sts: endpoint(sts.as_deref().or(kms.as_deref()), "sts")?,
+            external_id,
+            identity: Identity::new(region, profile.as_deref(), env, http.clone()),
+            http,
+        })
+    }
+
+    /// Assumes the role of a master key.
+    fn assume(&self, arn: &str, deadline: Deadline) -> Result<Session, KmsError> {
+        let own = self.identity.credentials(deadline)?;
+        let mut form = form_urlencoded::Serializer::new(String::new());
+        form.append_pair("Action", "AssumeRole")
+            .append_pair("Version", "2011-06-15")
+            .append_pair("RoleArn", arn)
+            .append_pair("RoleSessionName", SESSION_NAME)
+            .append_pair("DurationSeconds", SESSION_SECONDS)
+            .append_pair("Policy", SESSION_POLICY);
+        if let Some(external_id) = &self.external_id {
+            form.append_pair("ExternalId", external_id);
+        }
+        let form = form.finish();
+        let headers = [("content-type", "application/x-www-form-urlencoded; charset=utf-8"), ("accept", "text/xml")];
+        let to = Address { service: "sts", uri: &self.sts };
+        let answer = self.ask(&to, &own, &headers, form.as_bytes(), Failure::of_sts, deadline)?;
+        if answer.status == 200 {
+            return Session::parse(&answer);
+        }
+        let failure = Failure::of_sts(&answer);
+        let error = failure.sort_sts(&format!("AssumeRole of {arn} at {}", to.host()));
+        if matches!(error, KmsError::Unreachable { .. }) && !failure.is_transient() {
+            self.identity.forget();
+        }
+        Err(error)
+    }
+
+    /// Asks KMS, in the role of the master key.
+    fn call(&self, call: &KmsCall<'_>, operation: &str, body: &[u8]) -> Result<Answer, KmsError> {
+        let deadline = Deadline::after(call.timeout);
+        let Cmk { cmk_key_id, arn, .. } = call.cmk;
+        let session = self.assume(arn, deadline)?;
+        let target = format!("TrentService.{operation}");
+        let headers = [("content-type", "application/x-amz-json-1.1"), ("x-amz-target", &target)];
+        let to = Address { service: "kms", uri: &self.kms };
+        let answer = self.ask(&to, session.credential(), &headers, body, Failure::of_kms, deadline)?;
+        if answer.status == 200 {
+            return Ok(answer);
+        }
+        Err(Failure::of_kms(&answer).sort_kms(&format!("{operation} with {cmk_key_id} at {}", to.host())))
+    }
+
+    /// Sends a request, again where that may help, and returns the last answer.
+    fn ask(
+        &self,
+        to: &Address<'_>,
+        credential: &Credential,
+        headers: &[(&'static str, &str)],
+        body: &[u8],
+        failure: fn(&Answer) -> Failure,
+        deadline: Deadline,
+    ) -> Result<Answer, KmsError> {
+        let mut pause = FIRST_PAUSE;
+        for last in (1..=TRIES).map(|number| number == TRIES) {
+            let parts = sign(credential, (to.service, &self.region), to.uri, headers, body)?;
+            let outcome = match self.http.send(Request::from_parts(parts, body), deadline) {
+                Ok(answer) if answer.status != 200 && !last && failure(&answer).is_transient() => Ok(answer),
+                Ok(answer) => return Ok(answer),
+                Err(NoAnswer::TimedOut) => return Err(deadline.passed()),
+                Err(NoAnswer::Oversized) => {
+                    return Err(KmsError::Invalid { detail: format!("{}: the answer is too long", to.host()) });
+                }
+                Err(NoAnswer::Failed(why)) => Err(unreachable(why)),
+            };
+            if last || !deadline.pause(pause) {
+                return outcome;
+            }
+            pause *= 2;
+        }
+        Err(deadline.passed())
+    }
+}
+
+/// Which service, and where.
+struct Address<'a> {
+    service: &'static str,
+    uri: &'a Uri,
+}
+
+impl Address<'_> {
+    fn host(&self) -> &str {
+        self.uri.authority().map_or("", |authority| authority.as_str())
+    }
+}
+
+/// The domain of a region's services.
+/// <https://docs.aws.amazon.com/general/latest/gr/rande.html>
+fn domain(region: &str) -> Option<&'static str> {
+    match region.split('-').next() {
+        Some("cn") => Some("amazonaws.com.cn"),
+        Some("eusc") => Some("amazonaws.eu"),
+        Some("us") if region.starts_with("us-iso") => None,
+        Some("eu") if region.starts_with("eu-iso") => None,
+        _ => Some("amazonaws.com"),
+    }
+}
+
+fn parse_endpoint(text: &str) -> Result<Uri, &'static str> {
+    let uri: Uri = text.parse().map_err(|_| "an endpoint is no URL")?;
+    let Some(authority) = uri.authority() else { return Err("an endpoint is no URL with a host") };
+    if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+        return Err("an endpoint is a scheme, a host and a port, and nothing more");
+    }
+    match uri.scheme_str() {
+        Some("https") => Ok(uri),
+        Some("http") if http::is_loopback(&uri) => Ok(uri),
+        Some("http") => Err("keys go to another machine by https alone"),
+        _ => Err("an endpoint is an https URL"),
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Encrypt<'a> {
+    key_id: &'a str,
+    plaintext: &'a str,
+    encryption_context: &'a EncryptionContext,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Decrypt<'a> {
+    key_id: &'a str,
+    ciphertext_blob: &'a str,
+    encryption_context: &'a EncryptionContext,
+}
+
+impl Kms for AwsKms {
+    fn name(&self) -> &str {
+        "aws-kms"
+    }
+
+    fn serves(&self, region_id: &str) -> bool {
+        region_id == self.region
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        let mut plaintext = Zeroizing::new([0; 44]);
+        let len = BASE64_STANDARD
+            .encode_slice(key.expose(), &mut *plaintext)
+            .map_err(|_| KmsError::Invalid { detail: "the key cannot be encoded".to_owned() })?;
+        let plaintext = str::from_utf8(&plaintext[..len]).unwrap_or_default();
+        let body = json(&Encrypt { key_id: &call.cmk.cmk_key_id, plaintext, encryption_context: call.context })?;
+        answers::ciphertext(&self.call(call, "Encrypt", &body)?)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        if wrapped.is_empty() || wrapped.len() > CIPHERTEXT_BYTES_MAX {
+            return Err(KmsError::Invalid { detail: "the wrapped key has an impossible length".to_owned() });
+        }
+        let ciphertext_blob = &BASE64_STANDARD.encode(wrapped);
+        let body = json(&Decrypt { key_id: &call.cmk.cmk_key_id, ciphertext_blob, encryption_context: call.context })?;
+        answers::plaintext(&self.call(call, "Decrypt", &body)?)
+    }
+}
+
+/// A request's body, which is wiped when it is dropped.
+fn json(request: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    /// Ids and contexts have a few hundred bytes, and a ciphertext in base64 has 8 KiB at most. Were there more, the buffer would grow
+    /// and leave a copy of its beginning behind.
+    const BODY_BYTES: usize = 32 * 1024;
+    let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
+    serde_json::to_writer(&mut *body, request)
+        .map_err(|_| KmsError::Invalid { detail: "the request cannot be encoded".to_owned() })?;
+    Ok(body)
+}

@@ -1,0 +1,142 @@
+//! A server of moto's, which plays AWS KMS and STS for a test: real HTTP, real states of keys.
+//!
+//! moto is installed once into a virtual environment under the target directory; without `python3` and `pip` a test fails.
+
+#![allow(dead_code)]
+
+use std::{
+    env, fs,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+#[path = "../common/python.rs"]
+mod python;
+
+pub(crate) const REGION: &str = "eu-west-1";
+/// moto assumes any role there is or not. Keys lie in the account of the role.
+pub(crate) const ROLE: &str = "arn:aws:iam::123456789012:role/logs";
+
+/// Python has much to import, and the machine may be busy.
+const START_PATIENCE: Duration = Duration::from_secs(120);
+
+pub(crate) struct Moto {
+    port: u16,
+    process: Option<Child>,
+}
+
+impl Moto {
+    pub(crate) fn start() -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut moto = Self { port, process: None };
+        moto.run();
+        moto
+    }
+
+    fn run(&mut self) {
+        let mut command = Command::new(python());
+        command.arg(tools().join("moto_kms.py")).args(["--port", &self.port.to_string()]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.process = Some(command.spawn().unwrap());
+        let began = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            if let Some(status) = self.process.as_mut().unwrap().try_wait().unwrap() {
+                panic!("moto did not start: {status}");
+            }
+            assert!(began.elapsed() < START_PATIENCE, "moto did not start");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// SIGKILL. What it held in memory is gone with it.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().unwrap();
+            process.wait().unwrap();
+        }
+    }
+
+    /// The URL of the backend that asks this server.
+    pub(crate) fn url(&self) -> String {
+        format!("aws-kms://{REGION}?endpoint=http://127.0.0.1:{}", self.port)
+    }
+
+    /// An operation of KMS, as its administrator.
+    #[track_caller]
+    pub(crate) fn kms(&self, operation: &str, input: &Value) -> Value {
+        let body = input.to_string();
+        let scope = format!("testing/20260101/{REGION}/kms/aws4_request");
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        write!(
+            stream,
+            "POST / HTTP/1.1\r\nhost: kms.{REGION}.amazonaws.com\r\nconnection: close\r\n\
+             content-type: application/x-amz-json-1.1\r\nx-amz-target: TrentService.{operation}\r\n\
+             authorization: AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200"), "{operation}: {answer}");
+        if body.is_empty() { Value::Null } else { serde_json::from_str(body).unwrap() }
+    }
+
+    pub(crate) fn create_key(&self) -> String {
+        self.kms("CreateKey", &json!({}))["KeyMetadata"]["KeyId"].as_str().unwrap().to_owned()
+    }
+
+    pub(crate) fn disable(&self, key: &str) {
+        self.kms("DisableKey", &json!({ "KeyId": key }));
+    }
+
+    pub(crate) fn enable(&self, key: &str) {
+        self.kms("EnableKey", &json!({ "KeyId": key }));
+    }
+
+    pub(crate) fn schedule_deletion(&self, key: &str) {
+        self.kms("ScheduleKeyDeletion", &json!({ "KeyId": key, "PendingWindowInDays": 7 }));
+    }
+
+    /// The key is disabled afterwards, as at AWS.
+    pub(crate) fn cancel_deletion(&self, key: &str) {
+        self.kms("CancelKeyDeletion", &json!({ "KeyId": key }));
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// What the backend needs in its environment to find credentials, which moto accepts whatever they are; and nothing else.
+pub(crate) fn credentials(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("AWS_")) {
+            command.env_remove(name);
+        }
+    }
+    command.env("AWS_ACCESS_KEY_ID", "testing").env("AWS_SECRET_ACCESS_KEY", "testing");
+}
+
+fn tools() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // The command line's tests use this file too.
+    let root = if root.ends_with("cli") { root.parent().unwrap() } else { root };
+    root.join("tests/tools")
+}
+
+/// The Python that has moto.
+fn python() -> PathBuf {
+    let requirements = fs::read_to_string(tools().join("moto-requirements.txt")).unwrap();
+    let pinned: Vec<&str> = requirements.lines().filter(|line| !line.starts_with('#')).collect();
+    python::with_packages("moto", &pinned)
+}
