@@ -29,8 +29,8 @@ pub use aws_lc::AwsLc;
 pub use cipher::SegmentCipher;
 pub use kdf::{HashAlg, Hasher, derive, hash, hkdf, hmac_sha256, tags_equal};
 pub use rustcrypto::RustCrypto;
-pub(crate) use secret::{on_clean_stack, wipe};
 pub use secret::{LockStatus, SecretKey, memory_lock_status};
+pub(crate) use secret::{on_clean_stack, wipe};
 pub use sm4_simd::Sm4Simd;
 pub use suite::Suite;
 

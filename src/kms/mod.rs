@@ -69,11 +69,11 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "kms-aliyun")]
 pub use aliyun::AliyunKms;
+#[cfg(feature = "kms-aws")]
+pub use aws::AwsKms;
 pub(crate) use bounded::{BoundedKms, Watch};
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
-#[cfg(feature = "kms-aws")]
-pub use aws::AwsKms;
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
 pub use url::{KmsUrlError, from_url};
