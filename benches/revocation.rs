@@ -41,7 +41,7 @@ struct World {
 impl World {
     fn new(revalidate_every: Duration) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let kms = Arc::new(LocalKms::create_or_open(&dir.path().join("kms")).unwrap());
+        let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
         let slow = FaultyKms::new(Arc::clone(&kms) as _);
         slow.plan(|_, _| Fault::delay(Duration::from_millis(5), Duration::ZERO));
         let mut options = StoreOptions::default();

@@ -561,7 +561,7 @@ mod tests {
     use super::*;
     use crate::{
         ids::StoreId,
-        io::{OsRandom, RealDisk, SystemClock},
+        io::{RealDisk, SystemClock},
     };
 
     fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {

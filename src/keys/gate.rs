@@ -430,10 +430,7 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        crypto::RustCrypto,
-        io::{OsRandom, RealDisk},
-    };
+    use crate::crypto::RustCrypto;
 
     /// What a child process finds in its copy of the memory is the process id of its parent.
     #[test]

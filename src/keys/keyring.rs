@@ -97,7 +97,7 @@ impl NewKeyring {
 
 impl Keyring {
     /// Makes a new keyring with one version, under a master key if one is given. Nothing is written yet.
-    pub(crate) fn new(
+    pub(crate) fn prepare(
         random: &dyn Random,
         path: &Path,
         store: StoreId,
@@ -361,7 +361,7 @@ impl Keyring {
             kms: Vec::new(),
             counters: std::sync::Arc::default(),
         };
-        let new = Self::new(&io::OsRandom, path, store, 1, custody, None).unwrap();
+        let new = Self::prepare(&io::OsRandom, path, store, 1, custody, None).unwrap();
         new.write(&io::RealDisk).unwrap()
     }
 }
@@ -380,7 +380,7 @@ mod tests {
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let (mut keyring, store) = made(dir.path());
-        let again = Keyring::new(&OsRandom, keyring.path(), store, 1, keyring.custody.clone(), None).unwrap();
+        let again = Keyring::prepare(&OsRandom, keyring.path(), store, 1, keyring.custody.clone(), None).unwrap();
         assert!(matches!(again.write(&RealDisk), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
         assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap(), 2);

@@ -175,6 +175,7 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
+    #[expect(clippy::too_many_arguments, reason = "what the store injects, in one place")]
     pub(crate) fn new(
         cmk: Cmk,
         kms: BoundedKms,

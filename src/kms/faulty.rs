@@ -117,6 +117,7 @@ impl fmt::Debug for FaultyKms {
 
 impl FaultyKms {
     /// In front of `kms`, without a fault so far.
+    #[expect(clippy::disallowed_methods, reason = "who has a clock of his own says so by `sleeping_by`")]
     pub fn new(kms: Arc<dyn Kms>) -> Self {
         Self {
             kms,

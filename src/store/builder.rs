@@ -383,7 +383,7 @@ impl StoreBuilder {
         if let Some(cmk) = &self.service_cmk {
             check_cmk(cmk)?;
         }
-        Keyring::new(&*self.random, &self.keyring, store, now_us, self.custody(), self.service_cmk.clone())
+        Keyring::prepare(&*self.random, &self.keyring, store, now_us, self.custody(), self.service_cmk.clone())
     }
 
     fn load_keyring(&self, identity: &Identity) -> Result<Keyring> {
