@@ -278,7 +278,7 @@ mod tests {
             if operation == Operation::Wrap { Fault::error(error) } else { Fault::none() }
         });
         assert!(kms.wrap(&call, &key).is_err() && unwrapped().is_ok());
-        assert_eq!(kms.calls(), 17);
+        assert_eq!(kms.calls(), 18);
         assert!(kms.serves("r") && kms.name() == "local");
     }
 }
