@@ -253,7 +253,9 @@ impl Gate {
                     return use_it(cipher);
                 }
             }
-            let cipher = self.derive(epoch, &segment.header, &segment.header_hash)?;
+            let Some(cipher) = self.derive(epoch, &segment.header, &segment.header_hash)? else {
+                return self.with_cipher(segment, path, use_it);
+            };
             if !tags_equal(cipher.commitment(), &segment.commitment) {
                 return Err(Error::WrongKey { at: Location::new(path, 0) });
             }
@@ -281,16 +283,19 @@ impl Gate {
 
     /// Derives the key of a new segment, whose header is about to be written, and keeps it. Returns the commitment.
     pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
-        let epoch = self.admit()?;
-        let cipher = self.derive(epoch, header, header_hash)?;
-        let commitment = *cipher.commitment();
-        write(&self.held).writing.insert(header.segment, cipher);
-        // A loss in between has wiped before this key came in: ask again, and take it out if so.
-        if self.admit().is_ok_and(|now| now == epoch) {
-            return Ok(commitment);
+        loop {
+            let epoch = self.admit()?;
+            let Some(cipher) = self.derive(epoch, header, header_hash)? else { continue };
+            let commitment = *cipher.commitment();
+            write(&self.held).writing.insert(header.segment, cipher);
+            // A loss in between has wiped before this key came in: ask again, and take it out if so.
+            let admitted = self.admit();
+            if matches!(admitted, Ok(now) if now == epoch) {
+                return Ok(commitment);
+            }
+            self.end_segment(header.segment);
+            admitted?;
         }
-        self.end_segment(header.segment);
-        Err(self.admit().err().unwrap_or(Error::Closed("the lease of the data key")))
     }
 
     /// Forgets the key of a segment that is written no more.
@@ -298,10 +303,12 @@ impl Gate {
         write(&self.held).writing.remove(&segment);
     }
 
-    fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<SegmentCipher> {
+    /// The key of a segment. `None` if the lease was lost and is back meanwhile: whoever asked begins again.
+    fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<Option<SegmentCipher>> {
         let provider = &*self.context.provider;
         let derive = |key: &SecretKey| {
-            SegmentCipher::derive(provider, header.suite, key, &header.salt, header_hash).map_err(Error::Crypto)
+            let cipher = SegmentCipher::derive(provider, header.suite, key, &header.salt, header_hash);
+            cipher.map(Some).map_err(Error::Crypto)
         };
         match header.key_source {
             KeySource::Keyring(version) => {
@@ -317,29 +324,31 @@ impl Gate {
                         return derive(key);
                     }
                 }
-                self.load(epoch, version)?;
+                if !self.load(epoch, version)? {
+                    return Ok(None);
+                }
             },
         }
     }
 
-    /// Unwraps a data key and keeps it under `epoch`.
-    fn load(&self, epoch: u64, version: u32) -> Result<()> {
+    /// Unwraps a data key and keeps it under `epoch`. `false` if another one has begun.
+    fn load(&self, epoch: u64, version: u32) -> Result<bool> {
         let _once = lock(&self.loading);
         {
             let held = read(&self.held);
             if held.epoch == epoch && held.data.contains_key(&version) {
-                return Ok(());
+                return Ok(true);
             }
         }
         let key = self.unwrap(version)?;
         // What the KMS gave before a revocation is not kept after it.
         if self.admit()? != epoch {
-            return Err(self.admit().err().unwrap_or(Error::Closed("the lease of the data key")));
+            return Ok(false);
         }
         let mut held = write(&self.held);
         held.enter(epoch);
         held.data.insert(version, key);
-        Ok(())
+        Ok(true)
     }
 
     /// Unwraps a data key from its envelope, at the keyring or at the KMS.

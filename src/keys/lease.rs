@@ -317,6 +317,17 @@ impl Lease {
         }
     }
 
+    /// Asks the KMS by a call that is sent from now on: one that is under way may have been answered before what the caller knows of.
+    pub(crate) fn renew_afresh(&self) {
+        let mut state = lock(&self.state);
+        let under_way = state.calling;
+        while under_way.is_some() && state.calling == under_way {
+            state = wait(&self.changed, state);
+        }
+        drop(state);
+        self.renew();
+    }
+
     /// Asks the KMS now, unless a call is under way: then waits for that one. Either takes no longer than a call may take.
     pub(crate) fn renew(&self) {
         let mut state = lock(&self.state);

@@ -528,7 +528,7 @@ impl Logstore {
     /// [`Error::Revoked`], [`Error::KmsUnreachable`] or [`Error::KmsInvalid`] when operations are refused from now on.
     pub fn revalidate_now(&self) -> Result<()> {
         let Some(lease) = self.shared.lease() else { return Ok(()) };
-        lease.renew();
+        lease.renew_afresh();
         lease.tell();
         self.shared.gate.admit().map(|_| ())
     }

@@ -648,12 +648,5 @@ impl Shard {
 
 /// Whether the error is the gate's: the key may not be used now, and nothing is wrong with the files.
 fn is_refusal(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::Revoked { .. }
-            | Error::KmsUnreachable { .. }
-            | Error::KmsInvalid { .. }
-            | Error::Forked
-            | Error::Closed("the lease of the data key")
-    )
+    matches!(error, Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } | Error::Forked)
 }

@@ -29,8 +29,8 @@ use common::{
     sim::{Ledger, SeededKms, SeededRandom, cmk},
 };
 use envelog::{
-    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, ReadOptions,
-    ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
+    AppendOptions, Background, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    ReadOptions, ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
 };
 use shuttle::{
     sync::atomic::{AtomicBool, Ordering},
@@ -91,11 +91,11 @@ impl World {
     }
 }
 
-/// Fails unless the key was refused, or the operation succeeded.
+/// Fails unless the key was refused, also to a new envelope, or the operation succeeded.
 fn revoked_or<T>(result: Result<T>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
-        Err(Error::Revoked { .. }) => None,
+        Err(Error::Revoked { .. } | Error::Config(ConfigError::CmkRefused { .. })) => None,
         Err(other) => panic!("{other:?}"),
     }
 }
