@@ -205,7 +205,7 @@ fn nothing_waits_for_ever_when_keys_change() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
-/// The store is closed in the middle of everything.
+/// The store is closed in the middle of everything, keys being destroyed included.
 #[test]
 fn nothing_waits_for_ever_when_the_store_is_closed() {
     let scenario = || {
@@ -214,13 +214,17 @@ fn nothing_waits_for_ever_when_the_store_is_closed() {
         let mut spawn = |act: fn(&World) -> Result<()>| {
             let world = Arc::clone(&world);
             threads.push(thread::spawn(move || match act(&world) {
-                Ok(()) | Err(Error::Revoked { .. } | Error::Closed(_)) => {}
+                Ok(()) | Err(Error::Revoked { .. } | Error::Closed(_) | Error::Config(_) | Error::Shredded { .. }) => {}
                 Err(other) => panic!("{other:?}"),
             }));
         };
         spawn(|world| world.append("a", Durability::Synced));
         spawn(|world| world.append("b", Durability::Buffered));
         spawn(|world| world.read().map(drop));
+        spawn(|world| {
+            world.store.rotate_data_key(&name("p/l"))?;
+            world.store.shred_data_keys(&name("p/l"), &[1])
+        });
         spawn(|world| {
             world.kms.disable(&cmk(0));
             world.logstore.revalidate_now()
