@@ -1,8 +1,10 @@
 #!/bin/sh
 # Runs the backends of sm4-simd on a processor with GFNI and AVX-512 that Bochs emulates. Exits with 0 if all passed.
 #
-# On Debian: apt-get install bochs binutils isolinux syslinux-common xorriso. To use a Bochs of your own, set BOCHS to it, and
-# BOCHS_DISPLAY to a display library of it that needs no screen ("nogui").
+# On Debian: apt-get install bochs binutils isolinux syslinux-common xorriso. Bochs has to be 2.8 or newer (Debian 12 has 2.7, which
+# computes GF2P8AFFINEQB wrongly; the program finds that out by itself). To use a Bochs of your own, built from
+# https://github.com/bochs-emu/Bochs with `./configure --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex --with-nogui`,
+# set BOCHS to it and BOCHS_BIOS to the BIOS-bochs-latest that came with it.
 set -eu
 cd "$(dirname "$0")"
 work=$(mktemp -d)
@@ -25,7 +27,7 @@ xorriso -as mkisofs -quiet -o "$work/disc.iso" -b isolinux/isolinux.bin -c isoli
 
 cat > "$work/bochsrc" <<END
 megs: 128
-romimage: file=/usr/share/bochs/BIOS-bochs-latest
+romimage: file=${BOCHS_BIOS:-/usr/share/bochs/BIOS-bochs-latest}
 vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
 cpu: model=tigerlake, count=1, ips=50000000, reset_on_triple_fault=0
 ata0-master: type=cdrom, path=$work/disc.iso, status=inserted
@@ -35,11 +37,18 @@ log: $work/log
 panic: action=fatal
 error: action=ignore
 info: action=ignore
-display_library: ${BOCHS_DISPLAY:-rfb, options="timeout=0"}
 clock: sync=none
+END
+# Debian's Bochs has sound, and no display that needs no screen.
+if [ -z "${BOCHS:-}" ]; then
+    cat >> "$work/bochsrc" <<END
+display_library: rfb, options="timeout=0"
 sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
 plugin_ctrl: speaker=0, sb16=0, es1370=0
 END
+else
+    echo 'display_library: nogui' >> "$work/bochsrc"
+fi
 # Debian's Bochs has the debugger built in, which waits for a command; others do not know -rc.
 set -- -q -f "$work/bochsrc"
 if "${BOCHS:-bochs}" --help 2>&1 | grep -q -e -rc; then

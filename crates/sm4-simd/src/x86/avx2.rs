@@ -4,7 +4,7 @@ use core::{arch::x86_64::*, marker::PhantomData};
 
 use super::tables::{self, Lane};
 use crate::{
-    field::{FAR, FROM_FIELD, Matrix, NEAR, TO_FIELD},
+    field::{FAR, FROM_FIELD, NEAR, TO_FIELD},
     simd::Vector,
 };
 
@@ -58,9 +58,11 @@ unsafe fn look_up(tables: &[Lane; 2], nibbles: [__m256i; 2]) -> __m256i {
 #[derive(Clone, Copy)]
 pub(super) struct Gfni;
 
+/// Each row of a matrix everywhere. It is a parameter of the type, as transposing it takes longer than a round: no compiler may be
+/// left to do that while encrypting.
 #[inline(always)]
-unsafe fn matrix(matrix: Matrix) -> __m256i {
-    arch! { _mm256_set1_epi64x(matrix.gfni() as i64) }
+unsafe fn matrix<const ROWS: u64>() -> __m256i {
+    arch! { _mm256_set1_epi64x(ROWS as i64) }
 }
 
 impl Substitution for Gfni {
@@ -68,20 +70,20 @@ impl Substitution for Gfni {
 
     #[inline(always)]
     unsafe fn enter_field(x: __m256i) -> __m256i {
-        arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix(TO_FIELD.matrix)) }
+        arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix::<{ TO_FIELD.matrix.gfni() }>()) }
     }
 
     #[inline(always)]
     unsafe fn leave_field(x: __m256i) -> __m256i {
-        arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix(FROM_FIELD.matrix)) }
+        arch! { _mm256_gf2p8affine_epi64_epi8::<0>(x, matrix::<{ FROM_FIELD.matrix.gfni() }>()) }
     }
 
     #[inline(always)]
     unsafe fn near_and_far(x: __m256i) -> [__m256i; 2] {
         arch! {
             [
-                _mm256_gf2p8affineinv_epi64_epi8::<0>(x, matrix(NEAR.matrix)),
-                _mm256_gf2p8affineinv_epi64_epi8::<{ FAR.constant as i32 }>(x, matrix(FAR.matrix)),
+                _mm256_gf2p8affineinv_epi64_epi8::<0>(x, matrix::<{ NEAR.matrix.gfni() }>()),
+                _mm256_gf2p8affineinv_epi64_epi8::<{ FAR.constant as i32 }>(x, matrix::<{ FAR.matrix.gfni() }>()),
             ]
         }
     }

@@ -4,7 +4,7 @@ use core::arch::x86_64::*;
 
 use super::tables::{self, Lane};
 use crate::{
-    field::{FAR, FROM_FIELD, Matrix, NEAR, TO_FIELD},
+    field::{FAR, FROM_FIELD, NEAR, TO_FIELD},
     simd::Vector,
 };
 
@@ -16,9 +16,11 @@ unsafe fn constant(lane: &Lane) -> __m512i {
     arch! { _mm512_broadcast_i32x4(_mm_loadu_si128(lane.as_ptr().cast())) }
 }
 
+/// Each row of a matrix everywhere. It is a parameter of the type, as transposing it takes longer than a round: no compiler may be
+/// left to do that while encrypting.
 #[inline(always)]
-unsafe fn matrix(matrix: Matrix) -> __m512i {
-    arch! { _mm512_set1_epi64(matrix.gfni() as i64) }
+unsafe fn matrix<const ROWS: u64>() -> __m512i {
+    arch! { _mm512_set1_epi64(ROWS as i64) }
 }
 
 impl Vector for Zmm {
@@ -75,20 +77,20 @@ impl Vector for Zmm {
 
     #[inline(always)]
     unsafe fn enter_field(self) -> Self {
-        arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix(TO_FIELD.matrix))) }
+        arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix::<{ TO_FIELD.matrix.gfni() }>())) }
     }
 
     #[inline(always)]
     unsafe fn leave_field(self) -> Self {
-        arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix(FROM_FIELD.matrix))) }
+        arch! { Self(_mm512_gf2p8affine_epi64_epi8::<0>(self.0, matrix::<{ FROM_FIELD.matrix.gfni() }>())) }
     }
 
     #[inline(always)]
     unsafe fn near_and_far(self) -> [Self; 2] {
         arch! {
             [
-                Self(_mm512_gf2p8affineinv_epi64_epi8::<0>(self.0, matrix(NEAR.matrix))),
-                Self(_mm512_gf2p8affineinv_epi64_epi8::<{ FAR.constant as i32 }>(self.0, matrix(FAR.matrix))),
+                Self(_mm512_gf2p8affineinv_epi64_epi8::<0>(self.0, matrix::<{ NEAR.matrix.gfni() }>())),
+                Self(_mm512_gf2p8affineinv_epi64_epi8::<{ FAR.constant as i32 }>(self.0, matrix::<{ FAR.matrix.gfni() }>())),
             ]
         }
     }
