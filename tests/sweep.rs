@@ -8,7 +8,7 @@
 //! `ENVELOG_SWEEP_SEEDS` is how many random lives there are. `ENVELOG_SWEEP_SEED` runs the one that a violation names, alone. With
 //! `ENVELOG_SWEEP_ALL` every recovery is cut off at each of its operations, not one in so many: that takes most of an hour.
 
-#![allow(clippy::unwrap_used, clippy::all)]
+#![allow(clippy::unwrap_used)]
 
 mod common;
 #[path = "sweep/life.rs"]
