@@ -1,0 +1,180 @@
+//! What a machine does to a process: no file descriptors left, a disk that is really full, a directory that cannot be written, a
+//! file that is cut short under a reader. The simulated disk has more of each; here they come from the kernel.
+
+// Mount tables and `ulimit -n` as Linux has them.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{Read, Write},
+    process::{Command, Output, Stdio},
+};
+
+use common::{Running, World, byok, made_lines, service};
+
+/// The command as the last arguments of another.
+fn through(wrapper: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(wrapper[0]);
+    outer.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
+    for (variable, value) in command.get_envs() {
+        match value {
+            Some(value) => outer.env(variable, value),
+            None => outer.env_remove(variable),
+        };
+    }
+    outer.current_dir(command.get_current_dir().unwrap());
+    outer
+}
+
+/// However few files a process may open: it does what it was told, or says why not; what it acknowledged is there, once.
+#[test]
+fn without_file_descriptors_it_says_so_and_loses_nothing() {
+    let world = World::new();
+    let names = ["p/service", "p/byok"];
+    world.ok(&["create", names[0], "--shards", "8", "--encrypt-conf", &service("default").to_string()]);
+    let conf = byok("sm4", &world.create_key()).to_string();
+    world.ok(&["create", names[1], "--shards", "8", "--encrypt-conf", &conf]);
+    let (mut sent, mut acknowledged) = (BTreeSet::new(), [BTreeSet::new(), BTreeSet::new()]);
+    let (mut done, mut refused) = (0, 0);
+    for descriptors in 4..=24 {
+        let limit = format!("ulimit -n {descriptors} && exec \"$0\" \"$@\"");
+        let mut limited = |args: &[&str]| {
+            let out = Running::start(through(&["sh", "-c", &limit], &world.command(args))).finish();
+            match out.status {
+                Some(0) => done += 1,
+                // A key that cannot be asked for, as its KMS is a directory here, is a KMS that is not reached.
+                Some(status @ (1 | 4)) => {
+                    let said = out.sentence(status);
+                    assert!(said.contains("Too many open files"), "{descriptors}, {args:?}: {said}");
+                    refused += 1;
+                }
+                // The loader has not found its libraries.
+                Some(127) => assert!(descriptors < 6, "{descriptors}, {args:?}: {}", out.stderr),
+                status => panic!("{descriptors}, {args:?}: {status:?}: {}", out.stderr),
+            }
+            out
+        };
+        // Each line is a group of its own, and they take turns among the shards, each of which has a file open.
+        let lines: Vec<String> = (0..16).map(|n| format!("{descriptors} {n}")).collect();
+        let file = world.file("lines", lines.join("\n"));
+        for (name, acknowledged) in names.into_iter().zip(&mut acknowledged) {
+            let out = limited(&["append", name, &file, "--group-bytes", "1", "--ack"]);
+            let count = out.text().lines().last().map_or(0, |line| line.parse().unwrap());
+            assert!(count == lines.len() || out.status != Some(0));
+            acknowledged.extend(lines[..count].iter().cloned());
+            let out = limited(&["read", name, "--format", "raw"]);
+            assert!(out.status != Some(0) || out.text().lines().count() >= acknowledged.len(), "{descriptors}");
+        }
+        sent.extend(lines);
+    }
+    assert!(refused > 10 && done > 10, "{refused} refused, {done} done");
+    world.ok(&["verify"]);
+    for (name, acknowledged) in names.into_iter().zip(acknowledged) {
+        let read = String::from_utf8(world.read(name)).unwrap();
+        let found: BTreeSet<String> = read.lines().map(str::to_owned).collect();
+        assert_eq!(found.len(), read.lines().count(), "a line is there twice");
+        assert!(found.is_superset(&acknowledged) && found.is_subset(&sent), "{found:?}");
+    }
+}
+
+/// Runs a script, in which `$0` is the binary, with a mount table of its own, in which it may mount. Says so, past the capture of the
+/// tests' output, where the system lets nobody have that, and returns nothing.
+fn with_own_mounts(world: &World, script: &str) -> Option<String> {
+    let run = |script: &str| -> Output {
+        let wrapper = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script];
+        through(&wrapper, &world.command::<&str>(&[])).stdin(Stdio::null()).output().unwrap()
+    };
+    fs::create_dir_all(world.path("mnt")).unwrap();
+    if !run("mount -t tmpfs -o size=64k none mnt").status.success() {
+        let note = "NOT RUN: this system lets nobody mount in a namespace of his own (unshare --user --mount)\n";
+        std::io::stderr().write_all(note.as_bytes()).unwrap();
+        return None;
+    }
+    let output = run(script);
+    let (said, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{said}{errors}");
+    Some(said)
+}
+
+/// The whole life of a store on a file system of 2 MiB that fills up, and has room again.
+#[test]
+fn on_a_disk_that_is_really_full_nothing_acknowledged_is_lost() {
+    let world = World::new();
+    let lines = made_lines(4000);
+    world.file("lines", &lines);
+    let script = r#"
+        mount -t tmpfs -o size=2m none mnt
+        cd mnt
+        "$0" create p/a --compression none --encrypt-conf '{"enable":true,"encrypt_type":"default"}'
+        head -c 600000 /dev/zero > ballast
+        done=0
+        while "$0" append p/a ../lines > acks 2> said; do done=$((done + 1)); done
+        echo "acknowledged $done"
+        cat said
+        "$0" create p/b 2>> said || cat said
+        "$0" read p/a --format raw > ../read
+        rm ballast
+        "$0" append p/a ../lines
+        "$0" verify > /dev/null
+        "$0" read p/a --format raw > ../read-later
+    "#;
+    let Some(said) = with_own_mounts(&world, script) else { return };
+    let done: usize = said.split("acknowledged ").nth(1).unwrap().split_whitespace().next().unwrap().parse().unwrap();
+    assert!(done >= 2 && said.contains("No space left on device"), "{said}");
+    let (read, later) = (fs::read(world.path("read")).unwrap(), fs::read(world.path("read-later")).unwrap());
+    let expected = lines.repeat(done);
+    assert!(read.starts_with(&expected), "{} of {} bytes", read.len(), expected.len());
+    assert!(later.starts_with(&read) && later.ends_with(&lines), "{} bytes, then {}", read.len(), later.len());
+    // What was refused is there up to a group or not at all.
+    let rest = &later[expected.len()..later.len() - lines.len()];
+    assert!(lines.starts_with(rest) && (rest.is_empty() || rest.ends_with(b"\n")), "{} bytes", rest.len());
+}
+
+#[test]
+fn what_is_mounted_read_only_can_be_read_and_is_not_written() {
+    let world = World::new();
+    world.create("p/a", &service("sm4"));
+    let lines = made_lines(100);
+    world.ok(&["append", "p/a", &world.file("lines", &lines)]);
+    let script = r#"
+        mount --bind . mnt
+        mount -o remount,ro,bind mnt
+        cd mnt
+        "$0" list
+        "$0" status p/a > /dev/null
+        "$0" read p/a --format raw | cmp - lines
+        "$0" verify > /dev/null
+        for command in "append p/a lines" "create p/b" "keys rotate-data p/a" "delete p/a --yes"; do
+            if "$0" $command 2> /dev/shm/said-$$; then echo "$command was done"; else echo "status $?"; fi
+            cat /dev/shm/said-$$
+        done
+        rm /dev/shm/said-$$
+    "#;
+    let Some(said) = with_own_mounts(&world, script) else { return };
+    assert_eq!(said.matches("status 1\n").count(), 4, "{said}");
+    assert_eq!(said.matches("Read-only file system").count(), 4, "{said}");
+    assert_eq!(world.read("p/a"), lines);
+}
+
+/// The reader is told, by an error and not by the end of its process, that the file ends too early.
+#[test]
+fn a_file_that_is_cut_short_under_a_reader_is_an_error() {
+    let world = World::new();
+    world.ok(&["create", "p/a", "--compression", "none"]);
+    let lines = made_lines(200_000);
+    world.ok(&["append", "p/a", &world.file("lines", &lines)]);
+    let segment = world.segments("envelog-data").remove(0);
+    let len = fs::metadata(&segment).unwrap().len();
+    let mut reading = Running::start(world.command(&["read", "p/a", "--format", "raw"]));
+    // It is in the middle of it, and waits for this pipe.
+    let (mut stdout, mut read) = (reading.stdout.take().unwrap(), vec![0; 1000]);
+    stdout.read_exact(&mut read).unwrap();
+    fs::OpenOptions::new().write(true).open(&segment).unwrap().set_len(len / 3).unwrap();
+    stdout.read_to_end(&mut read).unwrap();
+    reading.finish().sentence(5);
+    assert!(lines.starts_with(&read) && read.len() < lines.len() / 2, "{} of {} bytes", read.len(), lines.len());
+}
