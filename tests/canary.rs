@@ -7,6 +7,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/traced.rs"]
+mod traced;
 
 use std::{collections::BTreeSet, fmt::Debug, sync::Arc};
 
@@ -22,6 +24,7 @@ use envelog::{
     segment::{BlockHeader, SegmentHeader},
 };
 use memchr::memmem;
+use traced::Traced;
 
 /// How many bytes of a secret are enough to be found: a part that leaks is a leak.
 const PIECE: usize = 12;

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+#[path = "common/traced.rs"]
+mod traced;
 
 use std::sync::Arc;
 
@@ -11,6 +13,7 @@ use common::{
     *,
 };
 use envelog::{KeyState, LogstoreSpec, kms::RevokedReason, metrics::StoreMetrics};
+use traced::Traced;
 
 fn appended(metrics: &StoreMetrics, suite: &str) -> (u64, u64) {
     let of_suite = metrics.bytes.iter().find(|bytes| bytes.suite == suite).unwrap();

@@ -1,6 +1,7 @@
 //! The project's tasks: `cargo xtask TASK`.
 
 mod fuzz;
+mod mutants;
 mod planted;
 mod sanitize;
 
@@ -24,6 +25,8 @@ Tasks:
   fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
   fuzz --minutes N [--jobs J] [TARGET…]
                     shares N minutes among the targets, or among those named; --jobs is how many run at once
+  mutants [AREA…] [OPTIONS OF cargo-mutants]
+                    mutation testing of the areas format, keys and recovery, with cargo-mutants
   sanitize [--no-miri]
                     the unsafe code under AddressSanitizer, and under Miri, which needs a nightly toolchain
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Some("ci") if rest.is_empty() => ci(),
         Some("planted") => planted::planted(&rest),
         Some("fuzz") => fuzz::fuzz(&rest),
+        Some("mutants") => mutants::mutants(&rest),
         Some("sanitize") => sanitize::sanitize(&rest),
         Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
         Some("help" | "--help" | "-h") => {
