@@ -27,8 +27,9 @@ Tasks:
                     shares N minutes among the targets, or among those named; --jobs is how many run at once
   mutants [AREA…] [OPTIONS OF cargo-mutants]
                     mutation testing of the areas format, keys and recovery, with cargo-mutants
-  sanitize [--no-miri]
-                    the unsafe code under AddressSanitizer, and under Miri, which needs a nightly toolchain
+  sanitize [--stable-only]
+                    the unsafe code under AddressSanitizer; under Miri, and threads under ThreadSanitizer, which
+                    need a nightly toolchain
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
 ";
 

@@ -51,9 +51,11 @@ pub(crate) fn mutants(args: &[String]) -> Done {
         let mut words = vec!["mutants", "--package", "envelog", "--profile", "mutants", "--features", "kms-faulty"];
         words.extend(["--output", &output, "--timeout", "180"]);
         words.extend(area.files.iter().flat_map(|file| ["--file", file]));
+        // As arguments of every cargo, lest the tests that are not run be compiled for each mutant.
+        words.push("--cargo-arg=--lib");
+        let tests: Vec<String> = area.tests.iter().map(|test| format!("--cargo-arg=--test={test}")).collect();
+        words.extend(tests.iter().map(String::as_str));
         words.extend(rest.iter().map(String::as_str));
-        words.extend(["--", "--lib"]);
-        words.extend(area.tests.iter().flat_map(|test| ["--test", test]));
         if cargo(&words, &[]).is_err() {
             failed.push(format!("{} (see {output}/mutants.out)", area.name));
         }

@@ -1,4 +1,5 @@
-//! The unsafe code under AddressSanitizer, which the stable toolchain brings, and under Miri, which only a nightly one has.
+//! The unsafe code under AddressSanitizer, which the stable toolchain brings, and under Miri, which only a nightly one has; and threads
+//! under ThreadSanitizer, which has to see the standard library too, so that a nightly toolchain builds that anew.
 
 use std::process::{Command, Stdio};
 
@@ -14,11 +15,14 @@ const TESTS: [&[&str]; 2] = [
 /// backend, and the decoders.
 const MIRI: [&[&str]; 1] = [&["--package", "sm4-simd", "--features", "gcm", "--lib"]];
 
+/// Eight writers and eight readers, and schedules of a KMS that is asked by several threads.
+const THREADS: [&str; 6] = ["--package", "envelog", "--test", "threads", "--test", "revocation"];
+
 pub(crate) fn sanitize(args: &[String]) -> Done {
-    let no_miri = match args {
+    let stable_only = match args {
         [] => false,
-        [arg] if arg == "--no-miri" => true,
-        _ => return Err("sanitize takes nothing but --no-miri".to_owned()),
+        [arg] if arg == "--stable-only" => true,
+        _ => return Err("sanitize takes nothing but --stable-only".to_owned()),
     };
     let host = host()?;
     let target_dir = target_dir().join("sanitize");
@@ -38,37 +42,49 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
             ],
         )?;
     }
-    if no_miri {
-        eprintln!("xtask: Miri was NOT run, as --no-miri says");
+    if stable_only {
+        eprintln!("xtask: Miri and ThreadSanitizer were NOT run, as --stable-only says");
         return Ok(());
     }
     let installed = Command::new("cargo").args(["+nightly", "miri", "--version"]).stderr(Stdio::null()).output();
     if !installed.is_ok_and(|output| output.status.success()) {
         return Err(
             "AddressSanitizer found nothing. Miri is not installed: get it with `rustup toolchain install nightly \
-                    --component miri,rust-src`, or leave it out with --no-miri"
+                    --component miri,rust-src`, or leave it out with --stable-only"
                 .to_owned(),
         );
     }
     for tests in MIRI {
-        miri(tests, &target_dir)?;
+        nightly(
+            &[&["miri", "test", "--locked"], tests].concat(),
+            &[
+                ("MIRIFLAGS", "-Zmiri-strict-provenance -Zmiri-symbolic-alignment-check"),
+                ("CARGO_TARGET_DIR", &target_dir),
+            ],
+        )?;
     }
-    Ok(())
+    nightly(
+        &[&["test", "--locked", "-Zbuild-std", "--target", &host], &THREADS[..]].concat(),
+        &[
+            ("RUSTFLAGS", "-Zsanitizer=thread"),
+            ("TSAN_OPTIONS", "halt_on_error=1"),
+            ("CARGO_TARGET_DIR", &format!("{target_dir}/thread")),
+        ],
+    )
 }
 
-fn miri(tests: &[&str], target_dir: &str) -> Done {
-    eprintln!("xtask: cargo +nightly miri test {}", tests.join(" "));
+fn nightly(args: &[&str], environment: &[(&str, &str)]) -> Done {
+    eprintln!("xtask: cargo +nightly {}", args.join(" "));
     // By its name, not `CARGO`, which is that of the stable toolchain.
     let status = Command::new("cargo")
-        .args(["+nightly", "miri", "test", "--locked"])
-        .args(tests)
+        .arg("+nightly")
+        .args(args)
         .env_remove("CARGO")
         .env_remove("RUSTC")
         .env_remove("RUSTUP_TOOLCHAIN")
-        .env("CARGO_TARGET_DIR", target_dir)
-        .env("MIRIFLAGS", "-Zmiri-strict-provenance -Zmiri-symbolic-alignment-check")
+        .envs(environment.iter().copied())
         .current_dir(root())
         .status()
-        .map_err(|error| format!("cannot run Miri: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("Miri found something ({status})")) }
+        .map_err(|error| format!("cannot run cargo: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("`cargo +nightly {}` failed ({status})", args.join(" "))) }
 }

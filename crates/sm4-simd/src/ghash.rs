@@ -206,6 +206,9 @@ pub(crate) const REDUCTION: u64 = 0xc200_0000_0000_0000;
 
 /// The sum of the products of all lanes, reduced: Montgomery's reduction, 64 bits at a time (S. Gueron, A. Langley and Y. Lindell,
 /// "AES-GCM-SIV", section on POLYVAL; the same as in RFC 8452's reference code).
+///
+/// # Safety
+/// As [`Elements`] says.
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 unsafe fn reduce<V: Elements>([low, middle, high]: [V; 3]) -> V {
@@ -288,6 +291,8 @@ pub(crate) unsafe fn update<V: Elements>(powers: &Powers, sum: &mut [u8; BLOCK],
     }
 }
 
+/// # Safety
+/// As [`Elements`] says.
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 unsafe fn add<V: Elements>(a: [V; 3], b: [V; 3]) -> [V; 3] {
