@@ -386,3 +386,54 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         assert_eq!(texts(&store.logstore(&"p/other".parse().unwrap()).unwrap()).unwrap(), ["before", "meanwhile"]);
     });
 }
+
+#[test]
+fn the_service_key_lives_in_the_token_too() {
+    in_own_process("the_service_key_lives_in_the_token_too", |token| {
+        token.admin("generate service 0a");
+        token.admin("generate next 0b");
+        let name = "p/l".parse().unwrap();
+        let store = builder(token).service_cmk(cmk("service")).create().unwrap();
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+        put(&store.create_logstore(&name, spec).unwrap(), "before").unwrap();
+        store.close().unwrap();
+        let sealed = fs::read(token.path("keyring")).unwrap();
+
+        // Without the token nothing opens, and it says so as an outage; with a key that may not decrypt, as a refusal.
+        token.take_away();
+        let error = builder(token).open().unwrap_err();
+        assert!(matches!(&error, Error::ServiceKey { cause: KmsError::Unreachable { .. }, .. }), "{error:?}");
+        token.put_back();
+        token.admin("decrypt service false");
+        let error = builder(token).open().unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                Error::ServiceKey { cause: KmsError::Revoked { reason: RevokedReason::Disabled, .. }, .. }
+            ),
+            "{error:?}"
+        );
+        token.admin("decrypt service true");
+
+        // Rotation is another key object: what one has sealed, the other has no part in.
+        let store = builder(token).open().unwrap();
+        let logstore = store.logstore(&name).unwrap();
+        assert_eq!(texts(&logstore).unwrap(), ["before"]);
+        store.rewrap_keyring(Some(cmk("next"))).unwrap();
+        store.rotate_service_key().unwrap();
+        token.admin("destroy service");
+        put(&logstore, "after").unwrap();
+        drop(logstore);
+        store.close().unwrap();
+        assert_ne!(fs::read(token.path("keyring")).unwrap(), sealed);
+        let store = builder(token).open().unwrap();
+        assert_eq!(texts(&store.logstore(&name).unwrap()).unwrap(), ["before", "after"]);
+        drop(store);
+        token.admin("destroy next");
+        let error = builder(token).open().unwrap_err();
+        assert!(
+            matches!(&error, Error::ServiceKey { cause: KmsError::Revoked { reason: RevokedReason::Deleted, .. }, .. }),
+            "{error:?}"
+        );
+    });
+}
