@@ -191,7 +191,34 @@ fn with_randomness_that_repeats_at_each_opening() {
     assert!(distinct.len() < salts.len(), "the randomness did not repeat");
 }
 
-/// A machine is resumed twice from one snapshot, and both go on writing what was the same store.
+/// A machine is resumed twice from one snapshot of its memory, in the middle of a segment: the same key, the same numbers of blocks.
+/// The system's generator is another in each, as that of a virtual machine is; the random half of the nonce comes from it.
+#[test]
+fn in_a_process_that_is_resumed_twice_in_the_middle_of_a_segment() {
+    let resumed = [11, 12].map(|seed| {
+        let world = World::manual();
+        let random = Foreseeable::seeded(3);
+        let store = world.builder().insecure_random_for_tests(random.clone()).create().unwrap();
+        let logstore = world.service(&store, "p/l");
+        (0..5).for_each(|n| put(&logstore, &format!("common {n}")));
+        random.0.store(seed << 32, Ordering::SeqCst);
+        (0..5).for_each(|n| put(&logstore, &format!("resumed as {seed}: {n}")));
+        drop(logstore);
+        store.close().unwrap();
+        world
+    });
+    let mut ledger = Ledger::default();
+    resumed.iter().for_each(|world| ledger.take(&world.store_dir()));
+    let [one, other] = resumed.each_ref().map(|world| sealed(&world.store_dir()).remove(0));
+    assert_eq!((one.commitment, one.nonces.len()), (other.commitment, other.nonces.len()), "it was one process");
+    let number = |nonce: &[u8; 12]| nonce[..4].to_vec();
+    for (n, (one, other)) in one.nonces.iter().zip(&other.nonces).enumerate() {
+        assert_eq!(number(&one.0), number(&other.0));
+        assert_eq!((one == other, one.0 == other.0), (n < 5, n < 5), "block {n}");
+    }
+}
+
+/// A machine is resumed twice from one snapshot of its disk, and both go on writing what was the same store.
 #[test]
 fn in_two_copies_that_go_on_from_the_same_state() {
     // After a clean end, and in the middle of a segment.
