@@ -48,7 +48,7 @@ pub(crate) fn mutants(args: &[String]) -> Done {
         let output = root().join("target/mutants").join(area.name);
         std::fs::create_dir_all(&output).map_err(|error| format!("cannot make {}: {error}", output.display()))?;
         let output = output.to_string_lossy().into_owned();
-        let mut words = vec!["mutants", "--package", "envelog", "--profile", "mutants", "--features", "kms-faulty"];
+        let mut words = vec!["mutants", "--package", "envelog", "--features", "kms-faulty"];
         words.extend(["--output", &output, "--timeout", "180"]);
         words.extend(area.files.iter().flat_map(|file| ["--file", file]));
         // As arguments of every cargo, lest the tests that are not run be compiled for each mutant.
