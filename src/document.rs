@@ -123,6 +123,7 @@ impl Document {
         out.put_slice(&tag_a);
         out.put_slice(&tag_b);
         put_crc(&mut out, 0);
+        debug_assert_eq!(out.len(), len);
         out
     }
 }

@@ -57,6 +57,8 @@ mod bounded;
 mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+mod http;
 #[cfg(feature = "kms-local")]
 mod local;
 #[cfg(feature = "kms-pkcs11")]

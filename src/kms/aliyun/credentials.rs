@@ -9,14 +9,13 @@ use std::{
 
 use serde::Deserialize;
 use serde_json::Value;
+use ureq::http::Uri;
 use zeroize::Zeroizing;
 
-use super::{
-    http::{Answer, Deadline, Endpoint, Http},
-    sign,
-};
+use super::{exchange, sign};
 use crate::{
     io::{Clock, RealDisk, SystemClock, read_file},
+    kms::http::{Answer, Deadline, Http},
     sync::{Mutex, lock},
 };
 
@@ -24,6 +23,8 @@ use crate::{
 const KEPT: Duration = Duration::from_secs(5 * 60);
 /// The longest that a profile or token file may be.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
+/// The metadata service of an ECS instance, at a link-local address that only the instance itself can reach.
+const INSTANCE_METADATA: &str = "http://100.100.100.200";
 /// How long a token of the metadata service is valid, in seconds; each is used at once, and twice at most.
 const METADATA_TOKEN_SECONDS: &str = "60";
 
@@ -88,7 +89,7 @@ impl fmt::Debug for Source {
 
 impl Source {
     /// The credentials to use now, or one clause on why there are none.
-    pub(super) fn get(&self, http: &Http, sts: &Endpoint, deadline: Deadline) -> Result<Arc<Credentials>, String> {
+    pub(super) fn get(&self, http: &Http, sts: &Uri, deadline: Deadline) -> Result<Arc<Credentials>, String> {
         let kept = match self {
             Self::Fixed(credentials) => return Ok(Arc::clone(credentials)),
             Self::Default(kept) => kept,
@@ -115,7 +116,8 @@ impl Source {
                 None => variable("ALIBABA_CLOUD_ECS_METADATA"),
             };
             // Where this is no ECS instance nothing answers there, and what is wrong must be said before the call is given up.
-            from_instance(http, &Endpoint::instance_metadata(), role.as_deref(), deadline.halfway())
+            let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
+            from_instance(http, &Uri::from_static(INSTANCE_METADATA), role.as_deref(), halfway)
                 .map_err(|why| format!("no credentials in the environment, and none of the ECS instance: {why}"))?
         };
         let credentials = Arc::new(fetched);
@@ -150,7 +152,7 @@ fn from_environment() -> Result<Option<Credentials>, String> {
 }
 
 /// Exchanges the OpenID Connect token that a cluster gives to its pods (RRSA of ACK).
-fn from_oidc(http: &Http, sts: &Endpoint, deadline: Deadline) -> Result<Option<Credentials>, String> {
+fn from_oidc(http: &Http, sts: &Uri, deadline: Deadline) -> Result<Option<Credentials>, String> {
     let (Some(role), Some(provider), Some(file)) = (
         variable("ALIBABA_CLOUD_ROLE_ARN"),
         variable("ALIBABA_CLOUD_OIDC_PROVIDER_ARN"),
@@ -179,9 +181,8 @@ fn from_oidc(http: &Http, sts: &Endpoint, deadline: Deadline) -> Result<Option<C
         ]))
     );
     let headers = [("content-type", "application/x-www-form-urlencoded")];
-    let answer = http
-        .exchange("POST", sts, &target, &headers, body.as_bytes(), deadline)
-        .map_err(|no_answer| format!("AssumeRoleWithOIDC: {}", no_answer.why))?;
+    let answer = exchange(http, "POST", sts, &target, &headers, body.as_bytes(), deadline)
+        .map_err(|why| format!("AssumeRoleWithOIDC: {why}"))?;
     let assumed: Assumed = parse(&answer).map_err(|why| format!("AssumeRoleWithOIDC {why}"))?;
     Ok(Some(assumed.credentials.into()))
 }
@@ -253,13 +254,13 @@ pub(super) fn profile_of(bytes: &[u8], name: Option<&str>) -> Result<Profile, &'
 /// The credentials of the role that an ECS instance has, from its metadata service in hardened mode (with a token).
 pub(super) fn from_instance(
     http: &Http,
-    metadata: &Endpoint,
+    metadata: &Uri,
     role: Option<&str>,
     deadline: Deadline,
 ) -> Result<Credentials, String> {
     const ROLES: &str = "/latest/meta-data/ram/security-credentials/";
     let ask = |method, target: &str, headers: &[(&str, &str)]| {
-        let answer = http.exchange(method, metadata, target, headers, &[], deadline).map_err(|it| it.why)?;
+        let answer = exchange(http, method, metadata, target, headers, &[], deadline).map_err(|why| why.to_string())?;
         match answer.status {
             200 => Ok(answer),
             status => Err(format!("the metadata service answered with status {status}")),

@@ -1,7 +1,6 @@
 //! Alibaba Cloud KMS, over HTTPS.
 
 mod credentials;
-mod http;
 mod outcome;
 mod sign;
 #[cfg(test)]
@@ -13,9 +12,13 @@ use std::{sync::Arc, time::Duration};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use serde_json::Value;
+use ureq::http::{Request, Uri};
 use zeroize::Zeroizing;
 
-use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason};
+use super::{
+    Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason,
+    http::{self, Answer, Deadline, Http, NoAnswer, authority},
+};
 use crate::{
     crypto::SecretKey,
     ids::hex_encode,
@@ -23,7 +26,6 @@ use crate::{
     sync::Mutex,
 };
 use credentials::{Assumed, Credentials, Source};
-use http::{Answer, Deadline, Endpoint, Http};
 use outcome::Meaning;
 
 const KMS_VERSION: &str = "2016-01-20";
@@ -117,8 +119,8 @@ const SESSION_SECONDS: &str = "900";
 #[derive(Clone, Debug)]
 pub struct AliyunKms {
     region_id: String,
-    kms: Endpoint,
-    sts: Endpoint,
+    kms: Uri,
+    sts: Uri,
     http: Http,
     source: Source,
 }
@@ -134,11 +136,12 @@ impl AliyunKms {
         if !(1..=63).contains(&region_id.len()) || !region_id.bytes().all(plain) {
             return Err(KmsUrlError::Malformed("aliyun-kms: names no region, such as cn-hangzhou".to_owned()));
         }
+        let regional = |service| endpoint(&format!("https://{service}.{region_id}.aliyuncs.com"));
         Ok(Self {
             region_id: region_id.to_owned(),
-            kms: Endpoint::regional("kms", region_id),
-            sts: Endpoint::regional("sts", region_id),
-            http: Http::new(),
+            kms: regional("kms")?,
+            sts: regional("sts")?,
+            http: Http::new(None),
             source: Source::Default(Arc::new(Mutex::new(None))),
         })
     }
@@ -167,7 +170,7 @@ impl AliyunKms {
     /// # Errors
     /// [`KmsUrlError::Malformed`].
     pub fn with_endpoint(mut self, url: &str) -> Result<Self, KmsUrlError> {
-        self.kms = Endpoint::parse(url).map_err(|why| KmsUrlError::Malformed(why.to_owned()))?;
+        self.kms = endpoint(url)?;
         Ok(self)
     }
 
@@ -176,7 +179,7 @@ impl AliyunKms {
     /// # Errors
     /// [`KmsUrlError::Malformed`].
     pub fn with_sts_endpoint(mut self, url: &str) -> Result<Self, KmsUrlError> {
-        self.sts = Endpoint::parse(url).map_err(|why| KmsUrlError::Malformed(why.to_owned()))?;
+        self.sts = endpoint(url)?;
         Ok(self)
     }
 
@@ -254,7 +257,7 @@ impl AliyunKms {
     /// One call of the API, signed; twice if the connection breaks, as one that was kept may have been given up by the server.
     fn call(
         &self,
-        endpoint: &Endpoint,
+        endpoint: &Uri,
         version: &str,
         action: &str,
         parameters: &sign::Pairs<'_>,
@@ -270,7 +273,7 @@ impl AliyunKms {
             OsRandom.fill(&mut nonce).map_err(|error| unreachable(format!("no random nonce: {error}")))?;
             let (date, nonce) = (timestamp(), hex_encode(&nonce));
             let mut headers = sign::Pairs::from([
-                ("host", endpoint.authority.as_str()),
+                ("host", authority(endpoint)),
                 ("x-acs-action", action),
                 ("x-acs-content-sha256", &body_hash),
                 ("x-acs-date", &date),
@@ -283,9 +286,9 @@ impl AliyunKms {
             let authorization = sign::authorization(&query, &headers, &body_hash, credentials);
             headers.insert("authorization", &authorization);
             let headers: Vec<_> = headers.into_iter().collect();
-            match self.http.exchange("POST", endpoint, &target, &headers, &[], deadline) {
-                Err(no_answer) if no_answer.broken && again => again = false,
-                answer => return answer.map_err(|it| unreachable(format!("{action}: {}", it.why))),
+            match exchange(&self.http, "POST", endpoint, &target, &headers, &[], deadline) {
+                Err(NoAnswer::Broken(_)) if again => again = false,
+                answer => return answer.map_err(|why| unreachable(format!("{action}: {why}"))),
             }
         }
     }
@@ -308,7 +311,7 @@ impl Kms for AliyunKms {
             ciphertext_blob: String,
             plaintext: Zeroizing<String>,
         }
-        let deadline = Deadline::within(call.timeout);
+        let deadline = Deadline::after(call.timeout);
         let context = context_json(call)?;
         let parameters = sign::Pairs::from([
             ("EncryptionContext", context.as_str()),
@@ -328,7 +331,7 @@ impl Kms for AliyunKms {
             key_id: String,
             plaintext: Zeroizing<String>,
         }
-        let deadline = Deadline::within(call.timeout);
+        let deadline = Deadline::after(call.timeout);
         let wrapped = wrapped::Wrapped::parse(wrapped).map_err(invalid)?;
         let context = context_json(call)?;
         let parameters =
@@ -337,6 +340,30 @@ impl Kms for AliyunKms {
         check_key(call.cmk, &decrypted.key_id)?;
         wrapped.open(&key_of(&decrypted.plaintext)?, &context).map_err(invalid)
     }
+}
+
+fn endpoint(url: &str) -> Result<Uri, KmsUrlError> {
+    http::endpoint(url).map_err(|why| KmsUrlError::Malformed(format!("aliyun-kms: {why}")))
+}
+
+/// One exchange with an endpoint. `target` begins with a slash.
+fn exchange(
+    http: &Http,
+    method: &str,
+    endpoint: &Uri,
+    target: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+    deadline: Deadline,
+) -> Result<Answer, NoAnswer> {
+    let uri = format!("{}://{}{target}", endpoint.scheme_str().unwrap_or_default(), authority(endpoint));
+    let mut request = Request::builder().method(method).uri(uri).header("accept", "application/json");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(body);
+    let request = request.map_err(|_| NoAnswer::Failed("what is to be sent fits into no HTTP request".to_owned()))?;
+    http.send(request, deadline)
 }
 
 /// The encryption context as KMS takes it.

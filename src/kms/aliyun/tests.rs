@@ -10,18 +10,20 @@ use std::{
     time::Duration,
 };
 
+use ureq::http::Uri;
+
 use super::{
     credentials::{Profile, from_instance, profile_of},
-    http::{Deadline, Endpoint, Http},
+    http::{self, Deadline, Http},
     key_of, timestamp,
 };
 
 const SECONDS: Duration = Duration::from_secs(10);
 
 /// A metadata service that answers these bodies, one after the other, and tells what it was asked.
-fn metadata(answers: &'static [(u16, &'static str)]) -> (Endpoint, Receiver<String>) {
+fn metadata(answers: &'static [(u16, &'static str)]) -> (Uri, Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = Endpoint::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+    let endpoint = http::endpoint(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
     let (sender, receiver) = channel();
     thread::spawn(move || {
         for (status, body) in answers {
@@ -43,7 +45,7 @@ const ISSUED: &str = r#"{"AccessKeyId":"STS.1","AccessKeySecret":"hush","Securit
 #[test]
 fn an_instance_gets_the_credentials_of_its_role_with_a_token() {
     let (endpoint, asked) = metadata(&[(200, "the-token=="), (200, "log-service\n"), (200, ISSUED)]);
-    let credentials = from_instance(&Http::new(), &endpoint, None, Deadline::within(SECONDS)).unwrap();
+    let credentials = from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap();
     assert_eq!((credentials.id.as_str(), credentials.secret.as_str()), ("STS.1", "hush"));
     assert_eq!(credentials.token.as_deref().map(String::as_str), Some("token"));
     assert_eq!(format!("{credentials:?}"), "Credentials(..)");
@@ -58,7 +60,7 @@ fn an_instance_gets_the_credentials_of_its_role_with_a_token() {
     );
     // A role that is named is not asked for.
     let (endpoint, asked) = metadata(&[(200, "the-token=="), (200, ISSUED)]);
-    from_instance(&Http::new(), &endpoint, Some("named"), Deadline::within(SECONDS)).unwrap();
+    from_instance(&Http::new(None), &endpoint, Some("named"), Deadline::after(SECONDS)).unwrap();
     assert!(asked.iter().nth(1).unwrap().starts_with(&format!("GET {path}named ")));
 }
 
@@ -76,7 +78,7 @@ fn a_metadata_service_that_is_none_gives_no_credentials() {
         &[(200, "token"), (200, "role"), (200, r#"{"AccessKeyId":"hush"}"#)],
     ] {
         let (endpoint, _asked) = metadata(answers);
-        let why = from_instance(&Http::new(), &endpoint, None, Deadline::within(SECONDS)).unwrap_err();
+        let why = from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap_err();
         assert!(why.starts_with("the metadata service ") && !why.contains("hush"), "{answers:?}: {why}");
     }
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::{Zeroize, Zeroizing};
 
-use super::http::{Answer, unreachable};
+use super::{Answer, unreachable};
 use crate::{
     crypto::SecretKey,
     kms::{KmsError, RevokedReason},

@@ -15,7 +15,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Uri, request::Parts};
 use reqsign_aws_v4::{
     AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider, EnvCredentialProvider,
     IMDSv2CredentialProvider, ProcessCredentialProvider, ProfileCredentialProvider, RequestSigner,
@@ -26,11 +25,15 @@ use reqsign_core::{
     SigningCredential,
 };
 use sha2::{Digest, Sha256};
+use ureq::http::{self, Request, Uri, request::Parts};
 
-use super::http::{ANSWER_BYTES_MAX, Deadline, Http, NoAnswer, unreachable};
+use super::{paused, unreachable};
 use crate::{
     io::{RealDisk, read_file},
-    kms::KmsError,
+    kms::{
+        KmsError,
+        http::{ANSWER_BYTES_MAX, Deadline, Http},
+    },
     sync::lock,
 };
 
@@ -226,11 +229,8 @@ struct Sender {
 impl HttpSend for Sender {
     async fn http_send(&self, request: Request<Bytes>) -> Result<http::Response<Bytes>, Error> {
         let (parts, body) = request.into_parts();
-        let answer = self.http.send(Request::from_parts(parts, &body[..]), self.deadline).map_err(|why| match why {
-            NoAnswer::TimedOut => Error::unexpected("no answer in time"),
-            NoAnswer::Failed(why) => Error::unexpected(why),
-            NoAnswer::Oversized => Error::unexpected("the answer is too long"),
-        })?;
+        let answer = self.http.send(Request::from_parts(parts, &body[..]), self.deadline);
+        let answer = answer.map_err(|why| Error::unexpected(why.to_string()))?;
         let mut response =
             http::Response::builder().status(answer.status).body(Bytes::copy_from_slice(&answer.body))?;
         *response.headers_mut() = answer.headers;
@@ -272,7 +272,7 @@ impl CommandExecute for Commands {
         let status = loop {
             match child.0.try_wait()? {
                 Some(status) => break status,
-                None if self.deadline.pause(EXIT_PAUSE) => {}
+                None if paused(EXIT_PAUSE, self.deadline) => {}
                 None => return Err(Error::unexpected("no answer in time")),
             }
         };

@@ -5,26 +5,27 @@
 //! wipes; `docs/kms.md` has the figures.
 
 mod answers;
-mod http;
 mod identity;
 #[cfg(test)]
 mod tests;
 
-use std::{sync::Arc, time::Duration};
+use std::{sync::Arc, thread, time::Duration};
 
-use ::http::{Request, Uri};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use reqsign_aws_v4::Credential;
 use reqsign_core::Env;
 use serde::Serialize;
+use ureq::http::{Request, Uri};
 use zeroize::Zeroizing;
 
 use self::{
     answers::{CIPHERTEXT_BYTES_MAX, Failure, Session},
-    http::{Answer, Deadline, Http, NoAnswer, unreachable},
     identity::{Identity, ProcessEnv, sign},
 };
-use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError};
+use super::{
+    Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError,
+    http::{self, Answer, Deadline, Http, NoAnswer, authority},
+};
 use crate::crypto::SecretKey;
 
 /// What CloudTrail shows as the name of the session in which a role is used.
@@ -36,6 +37,8 @@ const SESSION_SECONDS: &str = "900";
 /// How often a request is sent at most, and how long to wait before it is sent again: twice as long each time.
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Names a file of certificates to trust in place of the system's, as for the other AWS tools.
+const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 
 /// AWS KMS in one region.
 ///
@@ -131,11 +134,11 @@ impl AwsKms {
             }
         }
         let endpoint = |given: Option<&str>, service: &str| match (given, domain(region)) {
-            (Some(given), _) => parse_endpoint(given).map_err(&malformed),
-            (None, Some(domain)) => parse_endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed),
+            (Some(given), _) => http::endpoint(given).map_err(&malformed),
+            (None, Some(domain)) => http::endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed),
             (None, None) => Err(malformed("the endpoints of that region are not known; give them")),
         };
-        let http = Http::new();
+        let http = Http::new(Some(CA_BUNDLE));
         Ok(Self {
             region: region.to_owned(),
             kms: endpoint(kms.as_deref(), "kms")?,
@@ -199,24 +202,23 @@ impl AwsKms {
         failure: fn(&Answer) -> Failure,
         deadline: Deadline,
     ) -> Result<Answer, KmsError> {
-        let mut pause = FIRST_PAUSE;
-        for last in (1..=TRIES).map(|number| number == TRIES) {
+        let (mut pause, mut tries) = (FIRST_PAUSE, 0);
+        loop {
+            tries += 1;
+            let last = tries == TRIES;
             let parts = sign(credential, (to.service, &self.region), to.uri, headers, body)?;
             let outcome = match self.http.send(Request::from_parts(parts, body), deadline) {
                 Ok(answer) if answer.status != 200 && !last && failure(&answer).is_transient() => Ok(answer),
                 Ok(answer) => return Ok(answer),
-                Err(NoAnswer::TimedOut) => return Err(deadline.passed()),
-                Err(NoAnswer::Oversized) => {
-                    return Err(KmsError::Invalid { detail: format!("{}: the answer is too long", to.host()) });
-                }
-                Err(NoAnswer::Failed(why)) => Err(unreachable(why)),
+                Err(why @ NoAnswer::TooLong(_)) => return Err(KmsError::Invalid { detail: why.to_string() }),
+                Err(why @ NoAnswer::TimedOut(_)) => return Err(unreachable(why.to_string())),
+                Err(why) => Err(unreachable(why.to_string())),
             };
-            if last || !deadline.pause(pause) {
+            if last || !paused(pause, deadline) {
                 return outcome;
             }
             pause *= 2;
         }
-        Err(deadline.passed())
     }
 }
 
@@ -228,7 +230,7 @@ struct Address<'a> {
 
 impl Address<'_> {
     fn host(&self) -> &str {
-        self.uri.authority().map_or("", |authority| authority.as_str())
+        authority(self.uri)
     }
 }
 
@@ -244,18 +246,18 @@ fn domain(region: &str) -> Option<&'static str> {
     }
 }
 
-fn parse_endpoint(text: &str) -> Result<Uri, &'static str> {
-    let uri: Uri = text.parse().map_err(|_| "an endpoint is no URL")?;
-    let Some(authority) = uri.authority() else { return Err("an endpoint is no URL with a host") };
-    if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-        return Err("an endpoint is a scheme, a host and a port, and nothing more");
+fn unreachable(detail: impl Into<String>) -> KmsError {
+    KmsError::Unreachable { detail: detail.into() }
+}
+
+/// Waits, unless there would be no time left after it. Returns whether it has.
+#[expect(clippy::disallowed_methods, reason = "a backend has no condition that a test could signal")]
+fn paused(pause: Duration, deadline: Deadline) -> bool {
+    let pauses = deadline.left().is_some_and(|left| left > pause);
+    if pauses {
+        thread::sleep(pause);
     }
-    match uri.scheme_str() {
-        Some("https") => Ok(uri),
-        Some("http") if http::is_loopback(&uri) => Ok(uri),
-        Some("http") => Err("keys go to another machine by https alone"),
-        _ => Err("an endpoint is an https URL"),
-    }
+    pauses
 }
 
 #[derive(Serialize)]

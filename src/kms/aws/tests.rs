@@ -512,7 +512,7 @@ fn a_call_ends_in_its_time_whatever_hangs() {
         // A busy machine may be late to wake it.
         assert!(took < timeout + Duration::from_secs(8), "{what}: {took:?}");
         // A try that would not end in time is not made; then the last answer is told.
-        assert!(said.contains("no answer within 700ms") || what == "slow blips", "{what}: {said}");
+        assert!(said.contains(" in time") || what == "slow blips", "{what}: {said}");
     }
     // Nobody there at all.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

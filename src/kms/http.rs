@@ -1,0 +1,247 @@
+//! Blocking HTTP requests that end in time, whose answers are of bounded length, for the KMSs of clouds.
+
+use std::{
+    fmt,
+    io::{self, Read},
+    net::IpAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use rustls::{
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, pem::PemObject},
+};
+use ureq::{
+    Agent, Error,
+    http::{HeaderMap, Request, Uri},
+    tls::{Certificate, RootCerts, TlsConfig},
+};
+use zeroize::Zeroizing;
+
+use crate::io::{Clock, RealDisk, SystemClock, read_file};
+
+/// The answers asked for have a few thousand bytes; one that is longer is not read to its end.
+pub(super) const ANSWER_BYTES_MAX: usize = 64 * 1024;
+const HEADER_BYTES_MAX: usize = 16 * 1024;
+/// A file of certificates is not larger; that of Debian has 220 KiB.
+const CA_BUNDLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
+/// How long a connection is kept for the next request: for longer than leases take to be renewed, unless told otherwise.
+const IDLE_MAX: Duration = Duration::from_secs(50);
+/// Connections kept, to each host and in all. More calls than that at once open connections of their own.
+const IDLE_CONNECTIONS_MAX: usize = 16;
+
+/// Until when a call has to be done with, by the clock that counts through suspend.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deadline(Duration);
+
+impl Deadline {
+    pub(super) fn after(timeout: Duration) -> Self {
+        Self(SystemClock.uptime().saturating_add(timeout))
+    }
+
+    /// How long there is left, if any.
+    pub(super) fn left(self) -> Option<Duration> {
+        self.0.checked_sub(SystemClock.uptime()).filter(|left| !left.is_zero())
+    }
+}
+
+/// The endpoint that a URL names: a scheme, a host and a port, and nothing more. Plain `http:` goes to this machine alone.
+pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
+    let uri: Uri = url.parse().map_err(|_| "an endpoint is no URL")?;
+    let Some(authority) = uri.authority() else { return Err("an endpoint is no URL with a host") };
+    if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+        return Err("an endpoint is a scheme, a host and a port, and nothing more");
+    }
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    // RFC 6761, section 6.3: the name is that of the loopback address.
+    let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    match uri.scheme_str() {
+        Some("https") => Ok(uri),
+        Some("http") if loopback => Ok(uri),
+        Some("http") => Err("keys go to another machine by https: alone"),
+        _ => Err("an endpoint is an https: URL"),
+    }
+}
+
+/// `host:port`, the port where it is not that of the scheme: what the header `Host` says.
+pub(super) fn authority(uri: &Uri) -> &str {
+    uri.authority().map_or("", |authority| authority.as_str())
+}
+
+/// An answer, read to its end, whatever its status. The body is wiped when it is dropped, as it may hold a key.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Zeroizing<Vec<u8>>,
+}
+
+/// Why there is no answer, of which host. Tells nothing of what was sent or received.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// There is no time left.
+    TimedOut(String),
+    /// The answer is longer than one can be.
+    TooLong(String),
+    /// The connection broke, as one that was kept does when the server has given it up: asking again may help.
+    Broken(String),
+    /// Anything else on the way.
+    Failed(String),
+}
+
+impl fmt::Display for NoAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TimedOut(host) => write!(f, "no answer of {host} in time"),
+            Self::TooLong(host) => write!(f, "{host} answered with more than {ANSWER_BYTES_MAX} bytes"),
+            Self::Broken(why) | Self::Failed(why) => f.write_str(why),
+        }
+    }
+}
+
+/// A client whose connections are kept for the next request.
+#[derive(Clone)]
+pub(super) struct Http {
+    /// Made at the first request: to name a KMS reads no certificates.
+    agent: Arc<OnceLock<Agent>>,
+    /// A variable and the file of certificates that it names, to trust in place of the system's.
+    ca_bundle: Option<(&'static str, String)>,
+}
+
+impl fmt::Debug for Http {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Http").field("ca_bundle", &self.ca_bundle).finish_non_exhaustive()
+    }
+}
+
+impl Http {
+    /// One that trusts whom the system trusts, or the certificates in the file that this variable of the environment names.
+    pub(super) fn new(ca_bundle: Option<&'static str>) -> Self {
+        let named = |variable| Some((variable, std::env::var(variable).ok().filter(|path| !path.is_empty())?));
+        Self { agent: Arc::default(), ca_bundle: ca_bundle.and_then(named) }
+    }
+
+    /// Sends a request and reads the answer. Follows no redirection.
+    pub(super) fn send(&self, request: Request<&[u8]>, deadline: Deadline) -> Result<Answer, NoAnswer> {
+        let agent = self.agent().map_err(NoAnswer::Failed)?;
+        let host = authority(request.uri()).to_owned();
+        let Some(left) = deadline.left() else { return Err(NoAnswer::TimedOut(host)) };
+        // Without TLS there are only this machine and its metadata service, which no proxy reaches.
+        let direct = request.uri().scheme_str() == Some("http");
+        let mut config = agent.configure_request(request).timeout_global(Some(left));
+        if direct {
+            config = config.proxy(None);
+        }
+        let mut response = agent.run(config.build()).map_err(|error| no_answer(&error, &host))?;
+        // All of it at once: a buffer that grows would leave copies of its content behind.
+        let mut body = Zeroizing::new(vec![0; ANSWER_BYTES_MAX + 1]);
+        let (mut reader, mut len) = (response.body_mut().as_reader(), 0);
+        while len < body.len() {
+            match reader.read(&mut body[len..]) {
+                Ok(0) => break,
+                Ok(read) => len += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(no_answer(&error.into(), &host)),
+            }
+        }
+        if len > ANSWER_BYTES_MAX {
+            return Err(NoAnswer::TooLong(host));
+        }
+        body.truncate(len);
+        let (parts, _) = response.into_parts();
+        Ok(Answer { status: parts.status.as_u16(), headers: parts.headers, body })
+    }
+
+    fn agent(&self) -> Result<&Agent, String> {
+        if let Some(agent) = self.agent.get() {
+            return Ok(agent);
+        }
+        let roots = match &self.ca_bundle {
+            Some((variable, path)) => RootCerts::Specific(Arc::new(certificates(variable, path)?)),
+            None => RootCerts::PlatformVerifier,
+        };
+        let tls = TlsConfig::builder()
+            .unversioned_rustls_crypto_provider(Arc::new(aws_lc_rs::default_provider()))
+            .root_certs(roots)
+            .build();
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .max_response_header_size(HEADER_BYTES_MAX)
+            .max_idle_age(IDLE_MAX)
+            .max_idle_connections(IDLE_CONNECTIONS_MAX)
+            .max_idle_connections_per_host(IDLE_CONNECTIONS_MAX)
+            .user_agent(concat!("envelog/", env!("CARGO_PKG_VERSION")))
+            .accept("")
+            .tls_config(tls)
+            .build();
+        Ok(self.agent.get_or_init(|| Agent::new_with_config(config)))
+    }
+}
+
+fn no_answer(error: &Error, host: &str) -> NoAnswer {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof};
+    match error {
+        Error::Timeout(_) => NoAnswer::TimedOut(host.to_owned()),
+        Error::Io(error) => match error.kind() {
+            TimedOut => NoAnswer::TimedOut(host.to_owned()),
+            BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof => {
+                NoAnswer::Broken(format!("{host}: {error}"))
+            }
+            _ => NoAnswer::Failed(format!("{host}: {error}")),
+        },
+        Error::HostNotFound => NoAnswer::Failed(format!("the name {host} does not resolve")),
+        Error::ConnectionFailed => NoAnswer::Failed(format!("no connection to {host}")),
+        Error::Rustls(error) => NoAnswer::Failed(format!("no TLS connection to {host}: {error}")),
+        Error::Tls(error) => NoAnswer::Failed(format!("no TLS connection to {host}: {error}")),
+        // The others may quote what was sent or received.
+        _ => NoAnswer::Failed(format!("the answer of {host} is not HTTP")),
+    }
+}
+
+fn certificates(variable: &str, path: &str) -> Result<Vec<Certificate<'static>>, String> {
+    let pem = read_file(&RealDisk, path.as_ref(), CA_BUNDLE_BYTES_MAX)
+        .map_err(|error| format!("cannot read {path}, which {variable} names: {error}"))?;
+    let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let ders = ders.map_err(|error| format!("{path}, which {variable} names, is no list of certificates: {error}"))?;
+    if ders.is_empty() {
+        return Err(format!("{path}, which {variable} names, has no certificate"));
+    }
+    Ok(ders.iter().map(|der| Certificate::from_der(der).to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_https_or_on_this_machine() {
+        for (url, wanted) in [
+            ("https://kms.cn-hangzhou.aliyuncs.com", "kms.cn-hangzhou.aliyuncs.com"),
+            ("https://kst-1.cryptoservice.kms.aliyuncs.com/", "kst-1.cryptoservice.kms.aliyuncs.com"),
+            ("http://127.0.0.1:8080", "127.0.0.1:8080"),
+            ("http://[::1]:8080", "[::1]:8080"),
+            ("http://localhost:1", "localhost:1"),
+        ] {
+            assert_eq!(authority(&endpoint(url).unwrap()), wanted);
+        }
+        for url in [
+            "http://kms.cn-hangzhou.aliyuncs.com",
+            "http://127.0.0.1.evil.example",
+            "http://localhost.evil.example",
+            "ftp://127.0.0.1",
+            "https://user:secret@host",
+            "https://host/path",
+            "https://host?query",
+            "kms.cn-hangzhou.aliyuncs.com",
+            "/",
+            "",
+        ] {
+            let refused = endpoint(url).unwrap_err();
+            assert!(!refused.contains("secret"), "{refused}");
+        }
+    }
+}
