@@ -2,11 +2,12 @@
 //!
 //! 1. The 99th percentile of an append with leases that are renewed ten times a second, beside that with one renewal an hour.
 //! 2. That of one Logstore while another's master key is disabled and enabled, beside that while nothing happens.
-//! 3. The calls that 10,000 Logstores under one master key cost.
+//! 3. With the feature `kms-aws`, the second again with moto in the place of AWS KMS, and a renewal a second.
+//! 4. The calls that 10,000 Logstores under one master key cost.
 //!
-//! Runs are interleaved, and medians of seven are compared. The KMS is the embedded one, each of whose calls takes 5 ms longer. The crowd lives
-//! in memory where the machine has a file system there, as making it takes 100,000 syncs. With
-//! `--test`, as `cargo test --benches` runs it, all of it is tried on a small scale, and the figures mean nothing.
+//! Runs are interleaved, and medians of seven are compared. Where nothing else is said, the KMS is the embedded one, each of whose calls takes
+//! 5 ms longer. The crowd lives in memory where the machine has a file system there, as making it takes 100,000 syncs. With `--test`, as `cargo
+//! test --benches` runs it, all of it but moto is tried on a small scale, and the figures mean nothing.
 
 #![allow(clippy::unwrap_used)]
 
@@ -25,43 +26,85 @@ use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload, Store, StoreOptions,
     UserCmkInfo,
     crypto::AwsLc,
-    kms::{Fault, FaultyKms, LocalKms},
+    kms::{Fault, FaultyKms, Kms, LocalKms},
 };
 use tempfile::TempDir;
+
+#[cfg(feature = "kms-aws")]
+#[path = "../tests/tools/moto.rs"]
+mod moto;
 
 const ROLE: &str = "acs:ram::1:role/log";
 const REGION: &str = "cn-hangzhou";
 const RUNS: usize = 7;
 
+/// Who holds the master keys.
+enum Master {
+    Local(Arc<LocalKms>),
+    #[cfg(feature = "kms-aws")]
+    Moto(moto::Moto),
+}
+
+impl Master {
+    fn local(dir: &TempDir) -> Self {
+        Self::Local(Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap()))
+    }
+
+    fn kms(&self) -> Arc<dyn Kms> {
+        match self {
+            Self::Local(kms) => {
+                let slow = FaultyKms::new(Arc::clone(kms) as _);
+                slow.plan(|_, _| Fault::delay(Duration::from_millis(5), Duration::ZERO));
+                Arc::new(slow)
+            }
+            #[cfg(feature = "kms-aws")]
+            Self::Moto(moto) => envelog::kms::from_url(&moto.url()).unwrap(),
+        }
+    }
+
+    fn create_key(&self) -> UserCmkInfo {
+        let (cmk_key_id, arn, region_id) = match self {
+            Self::Local(kms) => (kms.create_key(REGION, &[ROLE]).unwrap(), ROLE, REGION),
+            #[cfg(feature = "kms-aws")]
+            Self::Moto(moto) => (moto.create_key(), moto::ROLE, moto::REGION),
+        };
+        UserCmkInfo { cmk_key_id, arn: arn.into(), region_id: region_id.into() }
+    }
+
+    fn set_enabled(&self, key: &UserCmkInfo, enabled: bool) {
+        match (self, enabled) {
+            (Self::Local(kms), true) => kms.enable(&key.cmk_key_id).unwrap(),
+            (Self::Local(kms), false) => kms.disable(&key.cmk_key_id).unwrap(),
+            #[cfg(feature = "kms-aws")]
+            (Self::Moto(moto), true) => moto.enable(&key.cmk_key_id),
+            #[cfg(feature = "kms-aws")]
+            (Self::Moto(moto), false) => moto.disable(&key.cmk_key_id),
+        }
+    }
+}
+
 struct World {
     store: Store,
-    kms: Arc<LocalKms>,
+    master: Master,
     _dir: TempDir,
 }
 
 impl World {
-    fn new(revalidate_every: Duration) -> Self {
-        Self::within(tempfile::tempdir().unwrap(), revalidate_every)
-    }
-
-    fn within(dir: TempDir, revalidate_every: Duration) -> Self {
-        let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
-        let slow = FaultyKms::new(Arc::clone(&kms) as _);
-        slow.plan(|_, _| Fault::delay(Duration::from_millis(5), Duration::ZERO));
+    fn new(dir: TempDir, master: Master, revalidate_every: Duration) -> Self {
         let mut options = StoreOptions::default();
         options.revalidate_every = revalidate_every;
         options.outage_grace = revalidate_every.max(options.outage_grace);
         let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .kms(Arc::new(slow))
+            .kms(master.kms())
             .options(options)
             .create()
             .unwrap();
-        Self { store, kms, _dir: dir }
+        Self { store, master, _dir: dir }
     }
 
-    fn cmk(&self) -> UserCmkInfo {
-        let cmk_key_id = self.kms.create_key(REGION, &[ROLE]).unwrap();
-        UserCmkInfo { cmk_key_id, arn: ROLE.into(), region_id: REGION.into() }
+    fn local(dir: TempDir, revalidate_every: Duration) -> Self {
+        let master = Master::local(&dir);
+        Self::new(dir, master, revalidate_every)
     }
 
     fn logstore(&self, name: &str, cmk: &UserCmkInfo) -> Logstore {
@@ -118,8 +161,8 @@ fn compare(what: &str, names: [&str; 2], runs: usize, mut run: impl FnMut(bool) 
 
 fn renewal(runs: usize, long: Duration) {
     let [seldom, often] = [Duration::from_secs(3600), Duration::from_millis(100)].map(|every| {
-        let world = World::new(every);
-        let logstore = world.logstore("p/l", &world.cmk());
+        let world = World::local(tempfile::tempdir().unwrap(), every);
+        let logstore = world.logstore("p/l", &world.master.create_key());
         (world, logstore)
     });
     compare("an append", ["renewing once an hour", "renewing ten times a second"], runs, |renewing| {
@@ -128,50 +171,44 @@ fn renewal(runs: usize, long: Duration) {
     println!("  renewals: {} and {}", seldom.0.store.renewal_calls(), often.0.store.renewal_calls());
 }
 
-fn neighbour(runs: usize, long: Duration) {
-    let world = World::new(Duration::from_millis(100));
-    let (victim, other) = (world.cmk(), world.cmk());
+fn neighbour(what: &str, world: &World, runs: usize, long: Duration) {
+    let (victim, other) = (world.master.create_key(), world.master.create_key());
     let (revoked, measured) = (world.logstore("p/revoked", &victim), world.logstore("p/measured", &other));
     let refused = AtomicBool::new(false);
-    compare(
-        "an append beside another Logstore",
-        ["whose key is in order", "whose key is disabled and enabled"],
-        runs,
-        |revoking| {
-            let stop = AtomicBool::new(false);
-            thread::scope(|scope| {
-                // Both ways it appends, so that it is no less of a neighbour.
-                scope.spawn(|| {
-                    while !stop.load(Ordering::Relaxed) {
-                        let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
-                        if revoked.append(payload, &AppendOptions::durability(Durability::Written)).is_err() {
-                            refused.store(true, Ordering::Relaxed);
-                        }
-                        thread::sleep(Duration::from_millis(1));
+    compare(what, ["whose key is in order", "whose key is disabled and enabled"], runs, |revoking| {
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // Both ways it appends, so that it is no less of a neighbour.
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
+                    if revoked.append(payload, &AppendOptions::durability(Durability::Written)).is_err() {
+                        refused.store(true, Ordering::Relaxed);
                     }
-                });
-                scope.spawn(|| {
-                    while revoking && !stop.load(Ordering::Relaxed) {
-                        world.kms.disable(&victim.cmk_key_id).unwrap();
-                        thread::sleep(long / 4);
-                        world.kms.enable(&victim.cmk_key_id).unwrap();
+                    thread::sleep(Duration::from_millis(1));
+                }
+            });
+            scope.spawn(|| {
+                while revoking && !stop.load(Ordering::Relaxed) {
+                    for enabled in [false, true] {
+                        world.master.set_enabled(&victim, enabled);
                         thread::sleep(long / 4);
                     }
-                });
-                let p99 = p99(&measured, long);
-                stop.store(true, Ordering::Relaxed);
-                p99
-            })
-        },
-    );
+                }
+            });
+            let p99 = p99(&measured, long);
+            stop.store(true, Ordering::Relaxed);
+            p99
+        })
+    });
     assert!(refused.load(Ordering::Relaxed), "nothing was ever revoked");
 }
 
 fn crowd(logstores: usize, long: Duration) {
     let every = Duration::from_secs(1);
     let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    let world = World::within(dir, every);
-    let cmk = world.cmk();
+    let world = World::local(dir, every);
+    let cmk = world.master.create_key();
     let all: Vec<_> = (0..logstores).map(|n| world.logstore(&format!("p/l{n}"), &cmk)).collect();
     for logstore in &all {
         // Each is in use.
@@ -187,15 +224,39 @@ fn crowd(logstores: usize, long: Duration) {
     assert!(calls as f64 <= 2.0 * began.elapsed().as_secs_f64() + 1.0);
 }
 
+/// AWS credentials come from the environment, and a process has one: this one is started again, with some.
+#[cfg(feature = "kms-aws")]
+fn with_moto() {
+    const INSIDE: &str = "ENVELOG_BENCH_WITH_AWS_CREDENTIALS";
+    if env::var_os(INSIDE).is_none() {
+        let mut command = std::process::Command::new(env::current_exe().unwrap());
+        moto::credentials(&mut command);
+        assert!(command.env(INSIDE, "1").status().unwrap().success());
+        return;
+    }
+    let master = Master::Moto(moto::Moto::start());
+    let world = World::new(tempfile::tempdir().unwrap(), master, Duration::from_secs(1));
+    neighbour("an append beside another Logstore, both with moto", &world, RUNS, Duration::from_secs(8));
+    std::process::exit(0);
+}
+
+fn beside(runs: usize, long: Duration) {
+    let world = World::local(tempfile::tempdir().unwrap(), Duration::from_millis(100));
+    neighbour("an append beside another Logstore", &world, runs, long);
+}
+
 fn main() {
     if env::args().any(|arg| arg == "--test") {
         let long = Duration::from_millis(200);
         renewal(1, long);
-        neighbour(1, long * 4);
+        beside(1, long * 4);
         crowd(50, long);
         return;
     }
+    // First, as it goes no further in the process that is started for it.
+    #[cfg(feature = "kms-aws")]
+    with_moto();
     renewal(RUNS, Duration::from_secs(3));
-    neighbour(RUNS, Duration::from_secs(3));
+    beside(RUNS, Duration::from_secs(3));
     crowd(10_000, Duration::from_secs(60));
 }
