@@ -195,6 +195,11 @@ fn run(dir: &Path, binary: &Path, name: &str, share: Duration) -> Result<Outcome
     if let Some(dictionary) = dictionary(name) {
         command.arg(format!("-dict={}", dir.join("dictionaries").join(dictionary).display()));
     }
+    // What a target puts into files is thrown away, and need not be synced to a disk.
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() {
+        command.env("TMPDIR", memory);
+    }
     // What it learns goes to the first directory; the seeds are only read.
     command.arg(&corpus).arg(dir.join("seeds").join(name));
     let output = command.stdin(Stdio::null()).output().map_err(|error| failed("cannot run the target", error))?;
