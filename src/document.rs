@@ -289,6 +289,15 @@ mod tests {
     }
 
     #[test]
+    fn what_is_wiped_is_gone() {
+        let bytes = sample().seal(&key(1));
+        let mut unverified = UnverifiedDocument::parse(&bytes).unwrap();
+        // Its capacity too is overwritten (`zeroize`); what can be seen from here is that nothing is left in it.
+        unverified.wipe();
+        assert!(unverified.unverified().a.is_empty() && !unverified.unverified().b.is_empty());
+    }
+
+    #[test]
     fn another_key_is_noticed() {
         let bytes = sample().seal(&key(1));
         let unverified = UnverifiedDocument::parse(&bytes).unwrap();

@@ -330,6 +330,9 @@ fn what_the_document_lists_is_what_there_is() {
     }
     assert_eq!(group::LOGS_PER_GROUP_MAX, 1_000_000);
     assert_eq!(envelog::segment::BLOCK_GROUPS_MAX, 65_536);
+    // A list of 32 MiB, and four bytes for the time of each of so many groups.
+    assert_eq!(envelog::segment::BLOCK_RAW_BYTES_MAX, 33_816_576);
+    assert_eq!(envelog::segment::BLOCK_OVERHEAD_BYTES, 116);
     assert_eq!(envelog::segment::INDEX_ENTRIES_MAX, 65_536);
 }
 
