@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use comfy_table::Cell;
 use envelog::{KeyState, LogstoreStatus};
+use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use crate::{
@@ -136,5 +137,5 @@ fn key_text(state: &KeyState) -> String {
 }
 
 fn lease_left(left: Duration) -> String {
-    humantime::format_duration(Duration::from_secs(left.as_secs())).to_string()
+    format!("{:#}", SignedDuration::from_secs(left.as_secs().try_into().unwrap_or(i64::MAX)))
 }
