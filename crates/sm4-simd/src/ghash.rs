@@ -302,7 +302,7 @@ unsafe fn add<V: Elements>(a: [V; 3], b: [V; 3]) -> [V; 3] {
 
 #[cfg(test)]
 mod tests {
-    use core::mem::MaybeUninit;
+    use core::{mem::MaybeUninit, ptr};
 
     use super::*;
 
@@ -312,9 +312,9 @@ mod tests {
         // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
         // whose memory is still there.
         let after = unsafe {
-            let array = &raw const (*powers.as_ptr()).0;
-            powers.assume_init_drop();
-            array.read()
+            let powers = powers.as_mut_ptr();
+            ptr::drop_in_place(powers);
+            (&raw const (*powers).0).read()
         };
         assert_eq!(after, [[0; BLOCK]; STRIDE]);
     }

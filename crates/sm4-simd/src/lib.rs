@@ -267,7 +267,7 @@ impl ZeroizeOnDrop for Sm4 {}
 
 #[cfg(test)]
 mod tests {
-    use core::mem::MaybeUninit;
+    use core::{mem::MaybeUninit, ptr};
 
     use super::*;
 
@@ -277,9 +277,10 @@ mod tests {
         // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
         // whose memory is still there.
         let (before, after) = unsafe {
-            let round_keys = &raw const (*key.as_ptr()).round_keys;
+            let key = key.as_mut_ptr();
+            let round_keys = &raw const (*key).round_keys;
             let before = round_keys.read();
-            key.assume_init_drop();
+            ptr::drop_in_place(key);
             (before, round_keys.read())
         };
         assert_ne!(before, [0; 32]);
