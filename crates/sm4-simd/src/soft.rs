@@ -5,7 +5,7 @@
 use std::vec::Vec;
 
 use crate::{
-    field::{FAR, FROM_FIELD, Matrix, NEAR, TO_FIELD, aes_inverse, aes_sbox},
+    field::{FAR, FROM_FIELD, NEAR, TO_FIELD, aes_inverse, aes_sbox},
     ghash::{Elements, REDUCTION},
     simd::Vector,
 };
@@ -17,8 +17,8 @@ type Lane = [u8; 16];
 pub(crate) struct Soft<const LANES: usize, const AES: bool>([Lane; LANES]);
 
 /// `GF2P8AFFINEQB` on a byte: `affine_byte` of the manual.
-fn affine(matrix: Matrix, constant: u8, x: u8) -> u8 {
-    let rows = matrix.gfni().to_le_bytes();
+fn affine(matrix: u64, constant: u8, x: u8) -> u8 {
+    let rows = matrix.to_le_bytes();
     let parity = |i: usize| (rows[7 - i] & x).count_ones() as u8 & 1;
     (0..8).fold(0, |y, i| y | (parity(i) ^ (constant >> i & 1)) << i)
 }
@@ -84,20 +84,22 @@ impl<const LANES: usize, const AES: bool> Vector for Soft<LANES, AES> {
     }
 
     unsafe fn enter_field(self) -> Self {
-        self.bytes(|x| affine(TO_FIELD.matrix, 0, x))
+        self.bytes(|x| affine(const { TO_FIELD.matrix.gfni() }, 0, x))
     }
 
     unsafe fn leave_field(self) -> Self {
-        self.bytes(|x| affine(FROM_FIELD.matrix, 0, x))
+        self.bytes(|x| affine(const { FROM_FIELD.matrix.gfni() }, 0, x))
     }
 
     unsafe fn near_and_far(self) -> [Self; 2] {
         if AES {
             let sbox = Self(self.0.map(aes_last_round));
-            [sbox.bytes(|x| NEAR.after_aes().apply(x)), sbox.bytes(|x| FAR.after_aes().apply(x))]
+            let [near, far] = const { [NEAR.after_aes(), FAR.after_aes()] };
+            [sbox.bytes(|x| near.apply(x)), sbox.bytes(|x| far.apply(x))]
         } else {
             let inverse = self.bytes(aes_inverse);
-            [inverse.bytes(|x| affine(NEAR.matrix, 0, x)), inverse.bytes(|x| affine(FAR.matrix, FAR.constant, x))]
+            let [near, far] = const { [NEAR.matrix.gfni(), FAR.matrix.gfni()] };
+            [inverse.bytes(|x| affine(near, 0, x)), inverse.bytes(|x| affine(far, FAR.constant, x))]
         }
     }
 
