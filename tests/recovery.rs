@@ -355,6 +355,37 @@ fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewri
     assert_eq!(texts(&logstore), ["a", "b", "c", "d", "e"]);
 }
 
+/// What recovery did is told when it did either, and not when there was nothing to do.
+#[test]
+fn recovery_tells_what_it_rewrote_and_what_it_dropped_each_for_itself() {
+    let told = |sim: &Sim| -> Vec<(u64, u64)> {
+        let store = sim.open();
+        let logstore = find(&store);
+        put(&logstore, "e");
+        let notices = logstore.status().unwrap().recovery;
+        notices.iter().map(|notice| (notice.groups_rewritten, notice.bytes_dropped)).collect()
+    };
+    // Two whole blocks above the mark, and nothing behind them.
+    let (sim, _) = crashed();
+    let segment = sim.segments(&find(&sim.open()), 0).remove(0);
+    let end = block_offsets(&sim.disk.bytes(&segment))[3].end;
+    sim.disk.edit(&segment, |bytes| bytes.truncate(end));
+    assert_eq!(told(&sim), [(2, 0)]);
+    // A mark that says that all in front of it is durable; behind it ten bytes of a block, or nothing.
+    for torn in [10, 0] {
+        let mut sim = Sim::new();
+        let store = sim.create();
+        let logstore = sim.world.service(&store, "p/l");
+        put(&logstore, "a");
+        sim.world.clock.advance(secs(2));
+        store.tick();
+        sim.crash(Survives::Everything);
+        let segment = sim.segments(&find(&sim.open()), 0).remove(0);
+        sim.disk.edit(&segment, |bytes| bytes.extend([0x5a; 10].iter().take(torn)));
+        assert_eq!(told(&sim), if torn > 0 { vec![(0, 10)] } else { vec![] });
+    }
+}
+
 /// Un-synced blocks reach the disk in any order: a hole above the mark is a torn tail too, and costs only what is in it.
 #[test]
 fn a_hole_above_the_mark_costs_only_what_is_in_it() {
