@@ -88,7 +88,7 @@ fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
 
 #[test]
 fn eight_write_and_eight_read_while_everything_else_goes_on() {
-    let seconds = env::var("ENVELOG_THREADS_SECONDS").map_or(2, |seconds| seconds.parse().unwrap());
+    let seconds = env::var("ENVELOG_THREADS_SECONDS").map_or(1, |seconds| seconds.parse().unwrap());
     let mut world = World::threads();
     world.options.segment_bytes = 128 << 10;
     world.options.linger = millis(2);

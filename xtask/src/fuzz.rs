@@ -83,7 +83,7 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
         return Err(format!("there is no fuzz target {unknown}; there are {targets:?}"));
     }
     targets.retain(|name| options.only.is_empty() || options.only.contains(name));
-    let binaries = build(&dir, &targets)?;
+    let binaries = build(&dir, &targets, options.minutes.is_none())?;
 
     let jobs = options.jobs.min(targets.len());
     let share = match options.minutes {
@@ -132,8 +132,8 @@ fn targets(dir: &Path) -> Result<Vec<String>, String> {
     Ok(names)
 }
 
-/// Builds the targets and returns the directory that they are in.
-fn build(dir: &Path, targets: &[String]) -> Result<PathBuf, String> {
+/// Builds the targets and returns the directory that they are in. What runs for a few seconds is not worth optimizing much.
+fn build(dir: &Path, targets: &[String], quickly: bool) -> Result<PathBuf, String> {
     if !Command::new(env::var_os("CXX").unwrap_or_else(|| "c++".into()))
         .arg("--version")
         .stdout(Stdio::null())
@@ -150,6 +150,9 @@ fn build(dir: &Path, targets: &[String]) -> Result<PathBuf, String> {
     cargo.args(["build", "--locked", "--target", &host, "--manifest-path"]).arg(dir.join("Cargo.toml"));
     for name in targets {
         cargo.args(["--bin", name]);
+    }
+    if quickly {
+        cargo.args(["--config", "profile.dev.package.\"*\".opt-level=1", "--config", "profile.dev.debug=false"]);
     }
     cargo.env("CARGO_TARGET_DIR", &target_dir).env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\u{1f}"));
     eprintln!("xtask: building {} fuzz targets", targets.len());
