@@ -183,9 +183,6 @@ impl AuditLog {
                 tail.head = line.head();
             }
             tail.follows |= lines.lines.iter().any(|line| line.head() == *known);
-            if lines.lines.first().is_some_and(|first| first.record.number <= known.number.max(1)) {
-                break;
-            }
             if tail.follows && tail.head.number > 0 {
                 break;
             }
@@ -414,10 +411,12 @@ impl AuditLog {
                 }
             }
             if !is_last && lines.torn {
-                return Err(Error::truncated(
-                    Location::new(self.path(number), lines.valid_len),
-                    "the end of an audit file",
-                ));
+                let at = Location::new(self.path(number), lines.valid_len);
+                return Err(if lines.damaged {
+                    Error::corrupt(at, "an audit record is damaged")
+                } else {
+                    Error::truncated(at, "the end of an audit file")
+                });
             }
             for line in lines.lines {
                 let at = || Location::new(self.path(number), line.offset);
@@ -566,14 +565,20 @@ mod tests {
 
     fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
         let keyring = Keyring::for_tests(&dir.join("keyring"), StoreId::from_bytes([1; 16]));
-        open(dir, Arc::new(RwLock::new(keyring)), file_bytes_max)
+        let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
+        AuditLog::new(disk, clock, Arc::new(RwLock::new(keyring)), dir.to_owned(), file_bytes_max, counters)
     }
 
-    fn open(dir: &Path, keyring: Arc<RwLock<Keyring>>, file_bytes_max: u64) -> AuditLog {
-        let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
-        let log = AuditLog::new(disk, clock, keyring, dir.to_owned(), file_bytes_max, counters);
-        log.find_end(&AuditHead::default()).unwrap();
+    /// The log as the next opener finds it, whose catalogue remembers `known`.
+    fn reopened(log: &AuditLog, known: &AuditHead) -> AuditLog {
+        let (disk, clock, keyring) = (Arc::clone(&log.disk), Arc::clone(&log.clock), Arc::clone(&log.keyring));
+        let log = AuditLog::new(disk, clock, keyring, log.dir.clone(), log.file_bytes_max, Arc::default());
+        log.find_end(known).unwrap();
         log
+    }
+
+    fn details(records: &[AuditRecord]) -> Vec<&str> {
+        records.iter().map(|record| record.detail.as_str()).collect()
     }
 
     #[test]
@@ -582,7 +587,7 @@ mod tests {
         let mut audit = log(dir.path(), 700);
         for n in 0..20 {
             if n % 6 == 0 {
-                audit = open(dir.path(), Arc::clone(&audit.keyring), 700);
+                audit = reopened(&audit, &audit.head());
             }
             audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
         }
@@ -635,9 +640,54 @@ mod tests {
         let mut torn = fs::read(&path).unwrap();
         torn.extend_from_slice(b"{\"number\":2,\"time");
         fs::write(&path, torn).unwrap();
-        let audit = open(dir.path(), Arc::clone(&audit.keyring), 1 << 20);
+        let audit = reopened(&audit, &audit.head());
         audit.record(AuditEvent::Deleted, None, "after").unwrap();
-        let records = audit.verified(&[]).unwrap();
-        assert_eq!(records.iter().map(|record| record.detail.as_str()).collect::<Vec<_>>(), ["kept", "after"]);
+        assert_eq!(details(&audit.verified(&[]).unwrap()), ["kept", "after"]);
+    }
+
+    #[test]
+    fn what_is_known_of_it_is_found_in_whichever_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 700);
+        let mut heads = vec![AuditHead::default()];
+        for n in 0..16 {
+            audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
+            heads.push(audit.head());
+        }
+        let end = audit.head();
+        assert!(audit.files().unwrap().len() > 3);
+        for known in &heads {
+            let again = reopened(&audit, known);
+            assert_eq!((again.head(), again.head_after(known)), (end.clone(), end.clone()));
+        }
+        // What it does not have stays to be missed, while it goes on.
+        for number in [1, 8, 16, 17] {
+            let missing = AuditHead { number, tag: "5a".repeat(32) };
+            let again = reopened(&audit, &missing);
+            assert_eq!((again.head(), again.head_after(&missing)), (end.clone(), missing));
+        }
+    }
+
+    #[test]
+    fn whether_a_damaged_first_record_of_a_file_was_ever_there_is_known_by_what_came_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1);
+        audit.record(AuditEvent::Created, None, "kept").unwrap();
+        let known = audit.head();
+        // A crash lost a part of a record that nobody was told of.
+        fs::write(audit.path(2), b"{\"number\":2,\0\0\0\n").unwrap();
+        let again = reopened(&audit, &known);
+        assert_eq!((again.head(), again.head_after(&known)), (known.clone(), known.clone()));
+        again.record(AuditEvent::Deleted, None, "after").unwrap();
+        assert_eq!(details(&again.verified(&[&known]).unwrap()), ["kept", "after"]);
+        // This one was there: it is left as it is, for verification to find.
+        let damaged = b"{\"number\":1,\0\0\0\n";
+        fs::write(audit.path(1), damaged).unwrap();
+        fs::remove_file(audit.path(2)).unwrap();
+        let again = reopened(&audit, &known);
+        assert_eq!(again.head(), known);
+        again.record(AuditEvent::Deleted, None, "after").unwrap();
+        assert_eq!(fs::read(audit.path(1)).unwrap(), damaged);
+        assert!(matches!(again.verified(&[&known]), Err(Error::Corrupt { .. })));
     }
 }

@@ -26,7 +26,8 @@ Tasks:
   fuzz --minutes N [--jobs J] [TARGET…]
                     shares N minutes among the targets, or among those named; --jobs is how many run at once
   mutants [AREA…] [OPTIONS OF cargo-mutants]
-                    mutation testing of the areas format, keys and recovery, with cargo-mutants
+                    mutation testing of the areas format, recovery, audit, keys and leases, with
+                    cargo-mutants
   sanitize [--stable-only]
                     the unsafe code under AddressSanitizer; under Miri, and threads under ThreadSanitizer, which
                     need a nightly toolchain
