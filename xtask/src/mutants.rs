@@ -82,15 +82,8 @@ fn pass(area: &Area, name: &str, tests: &[&str], seconds: u32, options: &[String
     let output = root().join("target/mutants").join(area.name).join(name);
     std::fs::create_dir_all(&output).map_err(|error| format!("cannot make {}: {error}", output.display()))?;
     let mut command = Command::new("cargo");
-    command.current_dir(root()).args([
-        "mutants",
-        "--package",
-        "envelog",
-        "--features",
-        "kms-faulty",
-        "--timeout",
-        "180",
-    ]);
+    command.current_dir(root()).args(["mutants", "--package", "envelog", "--features", "kms-faulty"]);
+    command.args(["--timeout", &seconds.to_string()]);
     command.arg("--output").arg(&output);
     command.args(area.files.iter().flat_map(|file| ["--file", file]));
     // As arguments of every cargo, lest the tests that are not run be compiled for each mutant.
