@@ -506,8 +506,8 @@ pub(crate) enum KmsCommand {
     Delete {
         #[command(flatten)]
         key: KeyArgs,
-        /// Yes, this cannot be undone
-        #[arg(long)]
+        /// Asked for by no command about keys; taken for those who give it to whatever deletes
+        #[arg(long, hide = true)]
         yes: bool,
     },
     /// Let a role use a key

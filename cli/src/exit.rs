@@ -129,6 +129,15 @@ impl Failure {
     }
 }
 
+/// What came of the first, if the second succeeded too. Of two failures the one whose status counts: a reader of the output that has
+/// gone away, or a full disk under it, hides no verdict.
+pub(crate) fn both<T>(first: Result<T>, second: Result) -> Result<T> {
+    match (first, second) {
+        (Err(first), Err(second)) => Err(first.or_worse(second)),
+        (first, second) => first.and_then(|done| second.map(|()| done)),
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

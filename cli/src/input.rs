@@ -10,7 +10,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 
-use crate::exit::{Failure, Result};
+use crate::exit::{Failure, Result, Status};
 
 /// How much is read at once.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -103,10 +103,15 @@ pub(crate) fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// All of a file.
+/// All of a file, or of standard input where it is `-`.
 pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
     let mut bytes = Vec::new();
-    open_file(path)?.read_to_end(&mut bytes).map_err(|error| Failure::file("read", path, &error))?;
+    let read = if path.as_os_str() == "-" {
+        io::stdin().read_to_end(&mut bytes)
+    } else {
+        open_file(path)?.read_to_end(&mut bytes)
+    };
+    read.map_err(|error| Failure::file("read", path, &error))?;
     Ok(bytes.into())
 }
 
@@ -122,11 +127,15 @@ fn open_file(path: &Path) -> Result<File> {
 pub(crate) fn text_argument(argument: &str) -> Result<String> {
     let mut text = String::new();
     let read = match argument.strip_prefix('@') {
-        Some(path) => open_file(Path::new(path))?.take(TEXT_BYTES_MAX).read_to_string(&mut text),
-        None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX).read_to_string(&mut text),
+        Some(path) => open_file(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
+        None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
         None => return Ok(argument.to_owned()),
     };
     match read {
+        Ok(len) if len as u64 > TEXT_BYTES_MAX => {
+            let message = format!("{argument} is too large for a configuration, which may have {TEXT_BYTES_MAX} bytes");
+            Err(Failure::new(Status::Other, "too_large", message))
+        }
         Ok(_) => Ok(text),
         Err(error) => Err(Failure::other(format!("cannot read {argument}: {error}"))),
     }

@@ -11,6 +11,8 @@ use crate::exit::{Failure, Result, Status};
 pub(crate) const CONTENT: &[u8] = b"content";
 /// More than the bytes that a log takes beside its line: the time and all tags and lengths.
 const LOG_OVERHEAD: usize = 64;
+/// More than the bytes that a group takes beside its logs and the text of its source.
+const GROUP_OVERHEAD: usize = 16;
 
 /// Some whole lines as a group.
 pub(crate) struct LineGroup {
@@ -129,7 +131,8 @@ impl Lines {
 
     fn add(&mut self, line: Bytes, newline: u64, now: (u32, u32), full: &mut Vec<LineGroup>) {
         let encoded = line.len() + LOG_OVERHEAD;
-        if self.encoded + encoded > self.group_bytes || self.logs.len() >= LOGS_PER_GROUP_MAX {
+        let group = GROUP_OVERHEAD + self.source.len();
+        if group + self.encoded + encoded > self.group_bytes || self.logs.len() >= LOGS_PER_GROUP_MAX {
             full.extend(self.cut());
         }
         self.since.get_or_insert_with(Instant::now);

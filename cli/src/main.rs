@@ -88,7 +88,13 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
         let text = error.to_string();
         // The usage and the hint that follow are for people.
         let said: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-        Failure::usage(said.join(" ").trim_start_matches("error: ")).report(true);
+        let said = said.join(" ");
+        // What clap says of a command without its subcommand is the help alone.
+        let said = match error.kind() {
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing; --help lists them",
+            _ => said.trim_start_matches("error: "),
+        };
+        Failure::usage(said).report(true);
     } else {
         let _ = error.print();
     }

@@ -180,6 +180,52 @@ fn a_pipe_that_closes_ends_it_quietly() {
     assert_eq!(status.code(), Some(1));
 }
 
+/// Who only looks at the status has closed the pipe, and a full disk under the output hides nothing either.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_verdict_does_not_depend_on_where_it_is_printed() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", made_lines(1000))]);
+    let segment = world.segments("envelog-data")[0].clone();
+    let mut bytes = fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&segment, bytes).unwrap();
+    let audit = find_one(&world.path("envelog-data/audit"));
+    let mut text = fs::read(&audit).unwrap();
+    text[5] ^= 1;
+    fs::write(&audit, text).unwrap();
+    for command in [
+        &["verify"][..],
+        &["verify", "--json"],
+        &["inspect", segment.to_str().unwrap()],
+        &["keys", "audit", "--verify", "--json"],
+    ] {
+        let (reader, closed) = std::io::pipe().unwrap();
+        drop(reader);
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        for stdout in [Stdio::from(closed), Stdio::from(full)] {
+            let status =
+                world.command(command).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null()).status().unwrap();
+            assert_eq!(status.code(), Some(5), "{command:?}");
+        }
+    }
+    // And what was acknowledged was appended, whether or not the summary is heard.
+    world.create("p/b", &service("default"));
+    let (reader, closed) = std::io::pipe().unwrap();
+    drop(reader);
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for stderr in [Stdio::from(closed), Stdio::from(full)] {
+        let mut command = world.command(&["append", "p/b", "lines", "--ack"]);
+        assert_eq!(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).status().unwrap().code(), Some(0));
+    }
+}
+
+fn find_one(dir: &std::path::Path) -> std::path::PathBuf {
+    fs::read_dir(dir).unwrap().next().unwrap().unwrap().path()
+}
+
 /// The device that is always full is a Linux one.
 #[cfg(target_os = "linux")]
 #[test]

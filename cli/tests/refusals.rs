@@ -326,6 +326,39 @@ fn a_second_writer_is_told_who_the_first_is() {
     assert_eq!(world.read("p/a"), b"one\ntwo\n");
 }
 
+/// Nothing is left behind by a command that was refused, and what a store needs is said when it is made, whatever comes then.
+#[test]
+fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is() {
+    let world = World::new();
+    for options in [&["--shards", "0"][..], &["--ttl", "0"], &["--retention-bytes", "0"], &["--encrypt-conf", "{}"]] {
+        world.refused(6, &[&["create", "p/a"], options].concat());
+        assert!(!world.path("envelog-data").exists() && !world.path("envelog-data.keyring").exists(), "{options:?}");
+    }
+    let elsewhere = byok("sm4", "no-such-key").to_string();
+    let out = world.run(&["create", "p/a", "--encrypt-conf", &elsewhere]);
+    out.sentence(6);
+    assert!(out.text().contains("back up both"), "{}", out.text());
+    assert!(world.path("envelog-data.keyring").exists());
+    let again = world.run(&["create", "p/a"]);
+    again.assert(0);
+    assert!(!again.text().contains("back up"), "{}", again.text());
+}
+
+/// What a file says of its own length is not believed.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_segment_that_claims_to_be_huge_is_damaged_and_takes_no_memory() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
+    let segment = world.segments("envelog-data")[0].clone();
+    let bytes = fs::read(&segment).unwrap();
+    let footer = bytes.windows(4).rposition(|window| window == b"EFTR").unwrap();
+    let huge = world.file("huge.seg", &bytes[..footer + 4]);
+    fs::OpenOptions::new().write(true).open(&huge).unwrap().set_len(6 << 40).unwrap();
+    assert!(world.refused(5, &["inspect", &huge]).contains("footer"));
+}
+
 #[test]
 fn what_cannot_be_undone_needs_a_yes_and_files_are_not_overwritten() {
     let world = World::new();
@@ -336,6 +369,9 @@ fn what_cannot_be_undone_needs_a_yes_and_files_are_not_overwritten() {
         assert!(world.refused(2, command).contains("--yes"), "{command:?}");
     }
     assert_eq!(world.ok(&["list"]), b"p/a\n");
+    let huge = world.file("huge.json", vec![b' '; (1 << 20) + 1]);
+    assert!(world.refused(1, &["update", "p/a", "--config", &format!("@{huge}")]).contains("too large"));
+    assert_eq!(world.run(&["--json", "kms"]).json_error(2).1, "a command is missing; --help lists them");
     let taken = world.file("taken", "precious");
     for command in [&["checkpoint", "--out", &taken][..], &["keys", "backup", "--out", &taken]] {
         assert!(world.refused(1, command).contains("taken"), "{command:?}");

@@ -215,3 +215,28 @@ fn an_interrupted_append_keeps_what_was_whole() {
     assert_eq!(world.read("p/a"), b"one\ntwo\n");
     world.ok(&["verify"]);
 }
+
+/// The limit is on all shards together: those that come after it are not even opened.
+#[test]
+fn a_limit_ends_the_reading_and_not_only_of_one_shard() {
+    let world = World::new();
+    world.ok(&["create", "p/a", "--shards", "2"]);
+    for shard in ["0", "1"] {
+        world.ok(&["append", "p/a", &world.file("line", "one\n"), "--shard", shard]);
+    }
+    let second = world.segments("envelog-data").into_iter().find(|path| path.to_str().unwrap().contains("shard-0001"));
+    std::fs::write(second.unwrap(), "damaged").unwrap();
+    assert_eq!(world.ok(&["read", "p/a", "--limit", "1"]), b"one\n");
+    world.refused(5, &["read", "p/a"]);
+}
+
+/// The largest group has room for its source too.
+#[test]
+fn a_group_of_the_largest_size_fits_with_the_name_of_its_file() {
+    let world = World::new();
+    world.ok(&["create", "p/a", "--compression", "none"]);
+    let line = [vec![b'x'; (8 << 20) - 64], b"\n".to_vec()].concat();
+    let file = world.file(&"n".repeat(240), line.repeat(2));
+    world.ok(&["append", "p/a", &file, "--group-bytes", "16MiB"]);
+    assert_eq!(world.read("p/a"), line.repeat(2));
+}

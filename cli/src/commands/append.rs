@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::{
     args::AppendArgs,
-    exit::{Failure, Result},
+    exit::{Failure, Result, both},
     input::{self, Input, Inputs},
     interrupt,
     lines::{LineGroup, Lines},
@@ -86,14 +86,6 @@ fn append(
     // What was submitted comes before what was not, and so does its failure.
     let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
     both(settled, submitted)
-}
-
-/// What came of the first, if the second succeeded too.
-fn both<T>(first: Result<T>, second: Result) -> Result<T> {
-    match (first, second) {
-        (Err(first), Err(second)) => Err(first.or_worse(second)),
-        (first, second) => first.and_then(|done| second.map(|()| done)),
-    }
 }
 
 /// Brings groups into the store. The sender is dropped with it, which lets the settling thread end.
@@ -213,7 +205,8 @@ impl Summary {
             text
         };
         if ack {
-            eprintln!("{text}");
+            // Where nobody listens there is nothing left to say; what was appended is acknowledged already.
+            let _ = writeln!(io::stderr(), "{text}");
             return Ok(());
         }
         output::line(text)

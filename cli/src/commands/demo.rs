@@ -21,7 +21,7 @@ use serde_json::json;
 
 use crate::{
     args::DemoArgs,
-    exit::{Failure, Result, Status},
+    exit::{Failure, Result, Status, both},
     input, interrupt,
     lines::{self, CONTENT},
     output::{self, Progress},
@@ -53,11 +53,11 @@ pub(crate) fn run(setup: &Setup, args: &DemoArgs) -> Result {
     let outcome = demo.run();
     demo.progress = None;
     outcome?;
-    demo.report(setup.json)?;
-    if let (true, Some(dir)) = (!setup.json, &args.dir) {
-        output::line(format_args!("the store is in {}", dir.join("store").display()))?;
-    }
-    demo.verdict()
+    let printed = demo.report(setup.json).and_then(|()| match &args.dir {
+        Some(dir) if !setup.json => output::line(format_args!("the store is in {}", dir.join("store").display())),
+        _ => Ok(()),
+    });
+    both(printed, demo.verdict())
 }
 
 fn texts(files: &[PathBuf]) -> Result<Vec<(String, Bytes)>> {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::InspectArgs,
-    exit::{Failure, Result, Status},
+    exit::{Failure, Result, Status, both},
     output,
     setup::Setup,
 };
@@ -41,21 +41,22 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
         Part::Footer(footer) => Some(footer.as_ref()),
         _ => None,
     };
-    if setup.json {
+    let printed = if setup.json {
         output::json(&json!({
             "file": path,
             "bytes": len,
             "header": header_json(&decoded),
             "blocks": blocks.iter().map(|(at, block)| block_json(*at, block)).collect::<Vec<_>>(),
             "footer": footer.map(footer_json),
-        }))?;
+        }))
     } else {
-        print(&segment, &decoded, &blocks, footer)?;
-    }
-    match end {
-        Part::Damage(what) => Err(segment.damaged(at, "block", &what)),
+        print(&segment, &decoded, &blocks, footer)
+    };
+    let verdict = match &end {
+        Part::Damage(what) => Err(segment.damaged(at, "block", what)),
         _ => Ok(()),
-    }
+    };
+    both(printed, verdict)
 }
 
 struct Segment<'a> {
@@ -80,7 +81,11 @@ impl Segment<'_> {
             return Ok(Part::End);
         }
         if head.starts_with(FOOTER_MAGIC) {
-            return Ok(match Footer::decode(&self.read(at, self.len - at)?) {
+            let len = self.len - at;
+            if len > Footer::LEN_MAX {
+                return Ok(Part::Damage(format!("footer: {len} bytes are more than any has")));
+            }
+            return Ok(match Footer::decode(&self.read(at, len)?) {
                 Ok(decoded) => Part::Footer(Box::new(decoded.footer)),
                 Err(error) => Part::Damage(format!("footer: {error}")),
             });

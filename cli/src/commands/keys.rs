@@ -1,17 +1,23 @@
 //! `keys`.
 
-use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
 
 use comfy_table::Cell;
 use envelog::{
-    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk, RewrapOptions,
+    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk,
+    RewrapOptions, RewrapReport,
 };
 use serde_json::json;
 
 use super::confirm;
 use crate::{
     args::{KeysCommand, RewrapArgs},
-    exit::{Failure, Result, status_of},
+    exit::{Failure, Result, both, status_of},
     input,
     output::{self, Progress},
     setup::{self, Setup, name},
@@ -81,6 +87,13 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
     })?;
     drop(progress);
     store.close()?;
+    let printed = print_rewrapped(setup, &report);
+    // The worst of them as a sentence; all are printed.
+    let failures = report.failed.into_iter().map(|(_, error)| Failure::from(error));
+    both(printed, failures.reduce(Failure::or_worse).map_or(Ok(()), Err))
+}
+
+fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
     if setup.json {
         let rewrapped: Vec<_> = report
             .rewrapped
@@ -92,33 +105,29 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
             .iter()
             .map(|(what, error)| json!({ "what": what, "kind": error.code(), "message": error.to_string() }))
             .collect();
-        output::json(&json!({
+        return output::json(&json!({
             "rewrapped": rewrapped,
             "current": report.current,
             "failed": failed,
             "continues_us": report.continues_us,
-        }))?;
-    } else {
-        if let Some(began_us) = report.continues_us {
-            let began = output::moment(began_us);
-            output::line(format_args!("continues the run that began at {began}; --restart begins anew"))?;
-        }
-        for (name, envelopes) in &report.rewrapped {
-            output::line(rewrapped_line(name, *envelopes))?;
-        }
-        for (what, error) in &report.failed {
-            output::line(format_args!("{what}: not wrapped again: {error}"))?;
-        }
-        output::line(format_args!(
-            "Logstores wrapped again: {}; needed nothing: {}; failed: {}",
-            report.rewrapped.len(),
-            report.current.len(),
-            report.failed.len()
-        ))?;
+        }));
     }
-    // The worst of them as a sentence; all have been printed above.
-    let failures = report.failed.into_iter().map(|(_, error)| Failure::from(error));
-    failures.reduce(Failure::or_worse).map_or(Ok(()), Err)
+    if let Some(began_us) = report.continues_us {
+        let began = output::moment(began_us);
+        output::line(format_args!("continues the run that began at {began}; --restart begins anew"))?;
+    }
+    for (name, envelopes) in &report.rewrapped {
+        output::line(rewrapped_line(name, *envelopes))?;
+    }
+    for (what, error) in &report.failed {
+        output::line(format_args!("{what}: not wrapped again: {error}"))?;
+    }
+    output::line(format_args!(
+        "Logstores wrapped again: {}; needed nothing: {}; failed: {}",
+        report.rewrapped.len(),
+        report.current.len(),
+        report.failed.len()
+    ))
 }
 
 fn usage(setup: &Setup) -> Result {
@@ -233,19 +242,20 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
         None => None,
     };
     let found = setup.open_read_only()?.verify_audit(against.as_ref())?;
-    if setup.json {
+    let number = found.head.number;
+    let printed = if setup.json {
         let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
-        output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))?;
-    }
-    match found.fault {
-        None if setup.json => Ok(()),
-        None => output::line(format_args!("{} audit records, all as they were written", found.head.number)),
-        Some(error) => {
-            let message =
-                format!("the audit log is sound up to record {}, and not behind it: {error}", found.head.number);
-            Err(Failure::new(status_of(&error), error.code(), message))
-        }
-    }
+        output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))
+    } else if found.fault.is_none() {
+        output::line(format_args!("{number} audit records, all as they were written"))
+    } else {
+        Ok(())
+    };
+    let verdict = found.fault.map_or(Ok(()), |error| {
+        let message = format!("the audit log is sound up to record {number}, and not behind it: {error}");
+        Err(Failure::new(status_of(&error), error.code(), message))
+    });
+    both(printed, verdict)
 }
 
 fn export_audit(setup: &Setup, out: &Path) -> Result {
@@ -379,5 +389,11 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(path).map_err(|error| Failure::file("create", path, &error))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|error| Failure::file("write", path, &error))
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| File::open(dir)?.sync_all());
+    written.map_err(|error| {
+        // A part of it would keep the next try from its name.
+        let _ = fs::remove_file(path);
+        Failure::file("write", path, &error)
+    })
 }

@@ -4,7 +4,6 @@ use envelog::kms::{KeyInfo, KeyState, LocalKms};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
-use super::confirm;
 use crate::{
     args::{GrantArgs, KeyArgs, KmsCommand},
     exit::Result,
@@ -42,8 +41,7 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
             open()?.cancel_deletion(&key)?;
             (key, "kept".to_owned())
         }
-        KmsCommand::Delete { key: KeyArgs { key }, yes } => {
-            confirm(yes, &format!("deleting key {key}"))?;
+        KmsCommand::Delete { key: KeyArgs { key }, yes: _ } => {
             open()?.delete(&key)?;
             (key, "deleted".to_owned())
         }

@@ -27,8 +27,9 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         compression: args.compression.into(),
         encrypt_conf,
     };
+    spec.check()?;
     let service_cmk = args.service_cmk.as_deref().map(setup::cmk).transpose()?;
-    let new_store = !setup.store.exists();
+    let new_store = !setup.keyring.exists();
     let mut builder = setup.builder();
     if let Some(cmk) = &service_cmk {
         builder = builder.service_cmk(cmk.clone());
@@ -40,21 +41,18 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
             "the store is there already, and its service keyring is not under that master key: see `keys rewrap-keyring`",
         ));
     }
-    store.create_logstore(&name, spec)?;
-    let config = store.config(&name)?;
-    store.close()?;
-    if setup.json {
-        return output::json(&config);
-    }
-    output::line(format_args!("created {name}"))?;
-    if new_store {
+    // Said before anything else can go wrong: it is made, and nothing else would say so.
+    if new_store && !setup.json {
         output::line(format_args!(
             "made the store {} and its service keyring {}: back up both, and keep them apart",
             setup.store.display(),
             setup.keyring.display()
         ))?;
     }
-    Ok(())
+    store.create_logstore(&name, spec)?;
+    let config = store.config(&name)?;
+    store.close()?;
+    if setup.json { output::json(&config) } else { output::line(format_args!("created {name}")) }
 }
 
 pub(crate) fn get(setup: &Setup, args: &NameArgs) -> Result {

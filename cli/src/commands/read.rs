@@ -6,7 +6,7 @@ use envelog::{Logstore, Position, ReadOptions, Reader};
 
 use crate::{
     args::{Format, ReadArgs, TailArgs},
-    exit::Result,
+    exit::{Result, both},
     output::Progress,
     record::{self, OneLog, Printer},
     setup::{Setup, check_access, name},
@@ -22,6 +22,9 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     // What was read before an error is worth printing.
     let progress = Progress::beside_output(None);
     let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
+        if printer.is_full() {
+            return Ok(());
+        }
         let options = ReadOptions { from: args.from, to: args.to, ..ReadOptions::default() };
         for record in logstore.read(shard, &options)? {
             let record = record?;
@@ -34,8 +37,7 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
         Ok(())
     });
     drop(progress);
-    printer.flush()?;
-    outcome
+    both(outcome, printer.flush())
 }
 
 pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {

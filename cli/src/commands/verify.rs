@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use envelog::{Checkpoint, VerifyOptions};
+use envelog::{Checkpoint, VerifyOptions, VerifyReport};
 use serde_json::json;
 
 use super::confirm;
 use crate::{
     args::{OutArgs, RepairArgs, VerifyArgs},
     commands::keys::write_new,
-    exit::{Failure, Result, Status, status_of},
+    exit::{Failure, Result, Status, both, status_of},
     input,
     output::{self, Progress},
     setup::{Setup, name},
@@ -29,50 +29,48 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     })?;
     drop(progress);
 
-    let mut status = Status::Done;
-    let mut faults = Vec::new();
-    for fault in &report.faults {
-        status = status.worse(Status::Integrity);
-        faults.push(json!(fault));
-        if !setup.json {
-            output::line(format_args!("FAULT {}", fault.message))?;
-        }
-    }
-    let mut refused = Vec::new();
-    for (name, error) in &report.refused {
-        status = status.worse(status_of(error));
-        refused.push(json!({ "logstore": name, "kind": error.code(), "message": error.to_string() }));
-        if !setup.json {
-            output::line(format_args!("REFUSED {error}"))?;
-        }
-    }
-    if !setup.json {
-        report.notes.iter().try_for_each(|note| output::line(format_args!("note: {note}")))?;
-    }
-    if setup.json {
-        output::json(&json!({
-            "ok": status == Status::Done,
-            "keyless": args.keyless,
-            "faults": faults,
-            "refused": refused,
-            "notes": report.notes,
-            "segments": report.segments,
-            "blocks": report.blocks,
-            "groups": report.groups,
-            "bytes": report.bytes,
-        }))?;
-    } else {
-        output::line(format_args!(
-            "checked {} segments, {} blocks, {} groups, {}{}; faults: {}",
-            output::count(report.segments),
-            output::count(report.blocks),
-            output::count(report.groups),
-            output::size(report.bytes),
-            if args.keyless { " (without keys: CRCs and order only)" } else { "" },
-            report.faults.len()
-        ))?;
-    }
-    // The worst of it as a sentence; all of it has been printed above.
+    let printed = if setup.json { print_json(&report, args.keyless) } else { print(&report, args.keyless) };
+    both(printed, verdict(&report))
+}
+
+fn print_json(report: &VerifyReport, keyless: bool) -> Result {
+    let refused: Vec<_> = report
+        .refused
+        .iter()
+        .map(|(name, error)| json!({ "logstore": name, "kind": error.code(), "message": error.to_string() }))
+        .collect();
+    output::json(&json!({
+        "ok": report.faults.is_empty() && report.refused.is_empty(),
+        "keyless": keyless,
+        "faults": report.faults,
+        "refused": refused,
+        "notes": report.notes,
+        "segments": report.segments,
+        "blocks": report.blocks,
+        "groups": report.groups,
+        "bytes": report.bytes,
+    }))
+}
+
+fn print(report: &VerifyReport, keyless: bool) -> Result {
+    report.faults.iter().try_for_each(|fault| output::line(format_args!("FAULT {}", fault.message)))?;
+    report.refused.iter().try_for_each(|(_, error)| output::line(format_args!("REFUSED {error}")))?;
+    report.notes.iter().try_for_each(|note| output::line(format_args!("note: {note}")))?;
+    output::line(format_args!(
+        "checked {} segments, {} blocks, {} groups, {}{}; faults: {}",
+        output::count(report.segments),
+        output::count(report.blocks),
+        output::count(report.groups),
+        output::size(report.bytes),
+        if keyless { " (without keys: CRCs and order only)" } else { "" },
+        report.faults.len()
+    ))
+}
+
+/// The worst of it as a sentence; all of it is printed.
+fn verdict(report: &VerifyReport) -> Result {
+    let found = if report.faults.is_empty() { Status::Done } else { Status::Integrity };
+    let status = report.refused.iter().map(|(_, error)| status_of(error)).fold(found, Status::worse);
     let refusal = report.refused.iter().find(|(_, error)| status_of(error) == status);
     match (status, report.faults.first(), refusal) {
         (Status::Done, ..) => Ok(()),
