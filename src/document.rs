@@ -24,7 +24,7 @@ const TAG_LEN: usize = 32;
 const CRC_LEN: usize = 4;
 
 /// The longest document in bytes.
-pub(crate) const DOCUMENT_BYTES_MAX: u64 = 64 << 20;
+pub(crate) const DOCUMENT_BYTES_MAX: u64 = 128 << 20;
 
 /// What a document is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

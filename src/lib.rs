@@ -52,7 +52,8 @@ pub use shard::{
 pub use store::{
     AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, Fault, KeyNeed,
     KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress,
-    RewrapReport, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
+    RewrapReport, STORE_SHARDS_MAX, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress,
+    VerifyReport,
 };
 
 /// The version of the format that this build writes, and the newest that it reads.

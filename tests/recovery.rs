@@ -742,6 +742,30 @@ fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
     assert_clean(&store, "synced");
 }
 
+/// The segment that recovery has made is whole, but its name may not be durable yet: a sync says that it is.
+#[test]
+fn a_sync_makes_the_name_durable_that_a_failed_recovery_left() {
+    for killed in [false, true] {
+        let mut sim = Sim::new();
+        let store = sim.create();
+        put(&sim.world.service(&store, "p/l"), "synced");
+        find(&store).append(record("written"), &written()).unwrap();
+        sim.disk = sim.disk.kill();
+        let mut store = sim.open();
+        sim.disk.fail_next(Op::SyncDir, "shard-", io::ErrorKind::Other);
+        assert!(matches!(try_put(&find(&store), "next"), Err(Error::Io { op: "sync", .. } | Error::Latched { .. })));
+        if killed {
+            sim.disk = sim.disk.kill();
+            store = sim.open();
+        } else {
+            find(&store).reopen_shard(0).unwrap();
+        }
+        find(&store).sync().unwrap();
+        sim.crash(Survives::Synced);
+        assert_eq!(texts(&find(&sim.open())), ["synced", "written"], "killed: {killed}");
+    }
+}
+
 /// A sync that the disk does not do loses what it was told to sync: this shows that the simulated disk can lose anything at all.
 #[test]
 fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {

@@ -351,7 +351,12 @@ impl LogstoreSpec {
         self
     }
 
-    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+    /// Whether [`crate::Store::create_logstore`] would take it, as far as that depends on nothing else: the name may be taken, and the
+    /// KMS may refuse.
+    ///
+    /// # Errors
+    /// One variant a rule.
+    pub fn check(&self) -> Result<(), ConfigError> {
         range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
         check_retention(self.ttl_days, self.retention_bytes)?;
         self.rotate_data_key.map_or(Ok(()), |policy| policy.check())?;

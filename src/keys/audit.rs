@@ -130,6 +130,8 @@ pub(crate) struct AuditLog {
 }
 
 const LINE_BYTES_MAX: usize = 64 << 10;
+/// What of a detail goes on record, in bytes: in JSON each may become six, and the line holds it all the same.
+const DETAIL_BYTES_MAX: usize = 8 << 10;
 const FILE_BYTES_MAX: u64 = 1 << 30;
 
 impl std::fmt::Debug for AuditLog {
@@ -257,7 +259,7 @@ impl AuditLog {
         logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: impl Into<String>,
     ) -> Result<()> {
-        let detail = detail.into();
+        let detail = shortened(detail.into());
         self.put(event, logstore, &detail)?;
         if let Some(losses) = &mut *lock(&self.losses) {
             follow(losses, event, logstore.map(|(_, id)| id), &detail);
@@ -353,6 +355,7 @@ impl AuditLog {
         logstore: (&LogstoreName, LogstoreId),
         detail: String,
     ) -> Result<()> {
+        let detail = shortened(detail);
         let mut losses = lock(&self.losses);
         let losses = losses.get_or_insert_with(|| self.read_losses());
         let known = losses.get(&logstore.1);
@@ -404,20 +407,17 @@ impl AuditLog {
                 ));
             }
             let is_last = index + 1 == numbers.len();
-            let mut lines = self.lines(number)?;
-            if is_last {
-                for head in heads {
-                    lines = lines.up_to(head, count, &self.path(number))?;
-                }
-            }
-            if !is_last && lines.torn {
-                let at = Location::new(self.path(number), lines.valid_len);
-                return Err(if lines.damaged {
-                    Error::corrupt(at, "an audit record is damaged")
-                } else {
-                    Error::truncated(at, "the end of an audit file")
-                });
-            }
+            let lines = self.lines(number)?;
+            let path = self.path(number);
+            let fault = if is_last {
+                let missed = heads.iter().find_map(|head| lines.fault(head, count, &path));
+                missed.or_else(|| lines.within.then(|| lines.damage(&path)))
+            } else if lines.damaged {
+                Some(lines.damage(&path))
+            } else {
+                let at = Location::new(&path, lines.valid_len);
+                lines.torn.then(|| Error::truncated(at, "the end of an audit file"))
+            };
             for line in lines.lines {
                 let at = || Location::new(self.path(number), line.offset);
                 let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
@@ -432,6 +432,9 @@ impl AuditLog {
                 previous.clone_from(&line.tag);
                 count += 1;
                 each(line);
+            }
+            if let Some(fault) = fault {
+                return Err(fault);
             }
         }
         if let Some((head, _)) = heads.iter().zip(&seen).find(|(head, seen)| head.number > 0 && !**seen) {
@@ -449,7 +452,7 @@ impl AuditLog {
         let path = self.path(number);
         let bytes =
             io::read_file(&*self.disk, &path, FILE_BYTES_MAX).map_err(Error::io("read the audit log", &path))?;
-        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false };
+        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false, within: false };
         let mut rest = &bytes[..];
         while !rest.is_empty() {
             let offset = lines.valid_len;
@@ -461,12 +464,11 @@ impl AuditLog {
             let (line, after) = (&rest[..end], &rest[end + 1..]);
             match parse_line(line, offset) {
                 Some(line) => lines.lines.push(line),
-                // A record is one write, and synced before the next one: a crash may have lost any part of the last one.
-                None if !after.split(|&byte| byte == b'\n').any(|line| parse_line(line, 0).is_some()) => {
+                None => {
                     (lines.torn, lines.damaged) = (true, true);
+                    lines.within = after.split(|&byte| byte == b'\n').any(|line| parse_line(line, 0).is_some());
                     break;
                 }
-                None => return Err(Error::corrupt(Location::new(&path, offset), "an audit record is damaged")),
             }
             rest = after;
             lines.valid_len += end as u64 + 1;
@@ -482,16 +484,25 @@ struct Lines {
     torn: bool,
     /// And it is not just cut off: it ends as a record does.
     damaged: bool,
+    /// There are records behind what is damaged. A record is one write, and synced before the next one: a crash may have lost any
+    /// part of the last one, and of no other.
+    within: bool,
 }
 
 impl Lines {
     /// The same, unless what is damaged was durable once, as whoever remembers a later record knows: then no crash has torn it.
     /// `before` is the number of the last record in the files before this one.
     fn up_to(self, known: &AuditHead, before: u64, path: &Path) -> Result<Self> {
-        if self.damaged && self.lines.last().map_or(before, |line| line.record.number) < known.number {
-            return Err(Error::corrupt(Location::new(path, self.valid_len), "an audit record is damaged"));
-        }
-        Ok(self)
+        self.fault(known, before, path).map_or(Ok(self), Err)
+    }
+
+    fn fault(&self, known: &AuditHead, before: u64, path: &Path) -> Option<Error> {
+        let missed = self.lines.last().map_or(before, |line| line.record.number) < known.number;
+        (self.damaged && (self.within || missed)).then(|| self.damage(path))
+    }
+
+    fn damage(&self, path: &Path) -> Error {
+        Error::corrupt(Location::new(path, self.valid_len), "an audit record is damaged")
     }
 }
 
@@ -511,6 +522,16 @@ fn follow(losses: &mut Losses, event: AuditEvent, logstore: Option<LogstoreId>, 
         }
         _ => {}
     }
+}
+
+/// As much of a detail as goes on record.
+fn shortened(mut detail: String) -> String {
+    if detail.len() > DETAIL_BYTES_MAX {
+        let end = (0..=DETAIL_BYTES_MAX).rev().find(|&end| detail.is_char_boundary(end));
+        detail.truncate(end.unwrap_or(0));
+        detail.push('…');
+    }
+    detail
 }
 
 /// The word that the detail of an ended lease begins with.
@@ -628,6 +649,21 @@ mod tests {
         let forged = body.replace("created", "rotated");
         let forged = format!("{forged}\t{:08x}\n", crc32fast::hash(forged.as_bytes()));
         assert!(matches!(check(&[lines[0], lines[1], forged.as_bytes()].concat()), Err(Error::Tampered { .. })));
+        // The records in front of what is damaged are sound, and handed out as that.
+        for damaged in 0..3 {
+            let mut bad = good.clone();
+            bad[lines[..damaged].concat().len() + 5] ^= 1;
+            fs::write(&path, bad).unwrap();
+            for heads in [&[][..], &[&head]] {
+                let mut sound = 0;
+                let walked = audit.walk(heads, &mut |_| sound += 1);
+                assert!(
+                    matches!(walked, Err(Error::Corrupt { .. })) || (damaged == 2 && heads.is_empty()),
+                    "{walked:?}"
+                );
+                assert_eq!(sound, damaged);
+            }
+        }
         assert_eq!(check(&good).unwrap().len(), 3);
     }
 
@@ -646,6 +682,23 @@ mod tests {
     }
 
     #[test]
+    fn a_detail_of_any_length_leaves_a_log_that_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1 << 20);
+        // What JSON writes in six bytes, and a character that the limit falls into.
+        let long = ["\u{1}".repeat(100_000), format!("{}€", "x".repeat(DETAIL_BYTES_MAX - 1))];
+        for detail in &long {
+            audit.record(AuditEvent::Created, None, detail.clone()).unwrap();
+        }
+        let records = reopened(&audit, &audit.head()).verified(&[&audit.head()]).unwrap();
+        assert_eq!(records.len(), 2);
+        assert!(records.iter().zip(&long).all(|(record, detail)| {
+            let kept = record.detail.strip_suffix('…').unwrap();
+            detail.starts_with(kept) && kept.len() > DETAIL_BYTES_MAX - 4
+        }));
+    }
+
+    #[test]
     fn what_is_known_of_it_is_found_in_whichever_file() {
         let dir = tempfile::tempdir().unwrap();
         let audit = log(dir.path(), 700);
@@ -656,16 +709,25 @@ mod tests {
         }
         let end = audit.head();
         assert!(audit.files().unwrap().len() > 3);
-        for known in &heads {
+        let found = |known: &AuditHead| {
             let again = reopened(&audit, known);
             assert_eq!((again.head(), again.head_after(known)), (end.clone(), end.clone()));
-        }
+        };
+        heads.iter().for_each(found);
+        // A crash left a new file behind that has nothing in it yet.
+        fs::write(audit.path(audit.files().unwrap().len() as u32 + 1), b"").unwrap();
+        heads.iter().for_each(found);
         // What it does not have stays to be missed, while it goes on.
         for number in [1, 8, 16, 17] {
             let missing = AuditHead { number, tag: "5a".repeat(32) };
             let again = reopened(&audit, &missing);
             assert_eq!((again.head(), again.head_after(&missing)), (end.clone(), missing));
         }
+        // What is older than what is known is not looked at.
+        let mut damaged = fs::read(audit.path(1)).unwrap();
+        damaged[5] ^= 1;
+        fs::write(audit.path(1), damaged).unwrap();
+        found(&end);
     }
 
     #[test]

@@ -87,9 +87,14 @@ impl Held {
     fn enter(&mut self, epoch: u64) {
         if self.epoch != epoch {
             self.epoch = epoch;
-            self.data.clear();
-            self.reading.clear();
+            self.forget_loaded();
         }
+    }
+
+    /// Drops all that can be loaded again.
+    fn forget_loaded(&mut self) {
+        self.data.clear();
+        self.reading.clear();
     }
 }
 
@@ -112,8 +117,8 @@ pub(crate) struct Gate {
     kept: Mutex<Vec<Weak<dyn KeptPlaintext>>>,
     /// What was closed, or deleted, once that has happened.
     closed: OnceLock<&'static str>,
-    /// Reads the keys anew, for a reader whose metadata may be older than what the writer writes.
-    reload: OnceLock<ReloadKeys>,
+    /// For a reader, whose metadata may be older than what the writer writes.
+    follow: OnceLock<Follow>,
     /// How many readers are in a segment under each key, be it one that retention has dropped.
     readers: Mutex<BTreeMap<KeySource, usize>>,
 }
@@ -136,7 +141,8 @@ impl Drop for InUse {
     }
 }
 
-pub(crate) type ReloadKeys = Box<dyn Fn() -> Result<GateKeys> + Send + Sync>;
+/// Takes in what the writer has changed: at once, or if that was not done for a while.
+pub(crate) type Follow = Box<dyn Fn(bool) -> Result<()> + Send + Sync>;
 
 impl std::fmt::Debug for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -155,7 +161,7 @@ impl Gate {
             loading: Mutex::default(),
             kept: Mutex::default(),
             closed: OnceLock::new(),
-            reload: OnceLock::new(),
+            follow: OnceLock::new(),
             readers: Mutex::default(),
         }
     }
@@ -191,8 +197,7 @@ impl Gate {
     pub(crate) fn replace_keys(&self, keys: GateKeys) {
         let mut held = write(&self.held);
         *write(&self.keys) = keys;
-        held.data.clear();
-        held.reading.clear();
+        held.forget_loaded();
     }
 
     /// Admits an operation that starts now. Returns the epoch of the lease.
@@ -200,6 +205,9 @@ impl Gate {
         self.context.check_process()?;
         if let Some(what) = self.closed.get() {
             return Err(Error::Closed(what));
+        }
+        if let Some(follow) = self.follow.get() {
+            follow(false)?;
         }
         let lease = read(&self.keys).lease.clone();
         match lease {
@@ -268,8 +276,7 @@ impl Gate {
                     held.reading.insert(segment.header.segment, cipher);
                 }
             }
-            // Somebody may have wiped in between: the next turn asks the lease through the epoch it holds.
-            if self.admit()? != epoch {
+            if !self.may_stay(epoch)? {
                 return self.with_cipher(segment, path, use_it);
             }
         }
@@ -341,23 +348,36 @@ impl Gate {
             }
         }
         let key = self.unwrap(version)?;
+        {
+            let mut held = write(&self.held);
+            held.enter(epoch);
+            held.data.insert(version, key);
+        }
         // What the KMS gave before a revocation is not kept after it.
-        if self.admit()? != epoch {
-            return Ok(false);
+        self.may_stay(epoch)
+    }
+
+    /// Whether a key that was just put in under `epoch` may stay there. A loss in between has wiped before the key came in, and will
+    /// not wipe again: so it is asked for only now, and the key taken out if there was one.
+    fn may_stay(&self, epoch: u64) -> Result<bool> {
+        let admitted = self.admit();
+        if matches!(admitted, Ok(now) if now == epoch) {
+            return Ok(true);
         }
         let mut held = write(&self.held);
-        held.enter(epoch);
-        held.data.insert(version, key);
-        Ok(true)
+        if held.epoch == epoch {
+            held.forget_loaded();
+        }
+        admitted.map(|_| false)
     }
 
     /// Unwraps a data key from its envelope, at the keyring or at the KMS.
     pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
         let mut keys = self.keys();
         let known = |keys: &GateKeys| keys.section.as_ref().is_some_and(|section| section.version(version).is_some());
-        if let Some(reload) = self.reload.get().filter(|_| !known(&keys)) {
-            keys = reload()?;
-            self.replace_keys(keys.clone());
+        if let Some(follow) = self.follow.get().filter(|_| !known(&keys)) {
+            follow(true)?;
+            keys = self.keys();
         }
         let missing = || Error::RolledBack {
             what: format!("data-key version {version} of Logstore {} is not in its metadata", self.name),
@@ -403,10 +423,10 @@ impl Gate {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
     }
 
-    /// Says how to read the keys anew when a version is asked for that they do not have.
-    pub(crate) fn reload_with(&self, reload: ReloadKeys) {
+    /// Says how a reader follows the writer.
+    pub(crate) fn follow_with(&self, follow: Follow) {
         // Set once, where the gate is made.
-        let _ = self.reload.set(reload);
+        let _ = self.follow.set(follow);
     }
 
     /// Admits nothing from now on, and wipes: the store is closed, or the Logstore deleted. Readers that are open end too.
@@ -414,15 +434,18 @@ impl Gate {
         // Only the first to close it says what.
         let _ = self.closed.set(what);
         self.wipe();
+        write(&self.held).writing.clear();
     }
 
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.get().is_some()
     }
 
-    /// Wipes every key of the Logstore from memory, once the uses under way are done, and what open readers have read ahead.
+    /// Wipes the keys of the Logstore from memory, once the uses under way are done, and what open readers have read ahead. Not the
+    /// keys of segments being written: those go with the segments, and one that is there still was begun after the access that was
+    /// lost had come back.
     pub(crate) fn wipe(&self) {
-        *write(&self.held) = Held::default();
+        write(&self.held).forget_loaded();
         let kept: Vec<_> = lock(&self.kept).iter().filter_map(Weak::upgrade).collect();
         kept.iter().for_each(|plaintext| plaintext.wipe());
     }

@@ -225,13 +225,24 @@ impl Keyring {
     }
 
     /// Puts the file under another master key, or under none; it is durable when this returns. On an error all is as it was.
-    pub(crate) fn rewrap(&mut self, disk: &dyn Disk, random: &dyn Random, cmk: Option<Cmk>) -> Result<()> {
-        let before = std::mem::replace(&mut self.cmk, cmk);
-        let done = self.encode(random).and_then(|bytes| self.replace(disk, &bytes));
-        if done.is_err() {
-            self.cmk = before;
+    pub(crate) fn rewrap(&self, disk: &dyn Disk, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
+        let rewrapped = Self { cmk, ..self.duplicate() };
+        rewrapped.encode(random).and_then(|bytes| self.replace(disk, &bytes))?;
+        Ok(rewrapped)
+    }
+
+    /// What is changed is a copy: the KMS may be asked, and nobody is to wait for the keyring meanwhile.
+    fn duplicate(&self) -> Self {
+        let copy = |version: &Version| Version { created_us: version.created_us, root: version.root.duplicate() };
+        Self {
+            path: self.path.clone(),
+            store: self.store,
+            id: self.id,
+            features: self.features.clone(),
+            versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
+            cmk: self.cmk.clone(),
+            custody: self.custody.clone(),
         }
-        done
     }
 
     pub(crate) fn id(&self) -> KeyringId {
@@ -256,19 +267,17 @@ impl Keyring {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// Adds a version; it is durable when this returns. On an error the keyring in memory is as it was.
-    pub(crate) fn rotate(&mut self, disk: &dyn Disk, random: &dyn Random, now_us: u64) -> Result<u32> {
+    /// The keyring with one version more; it is durable when this returns.
+    pub(crate) fn rotate(&self, disk: &dyn Disk, random: &dyn Random, now_us: u64) -> Result<Self> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
         let version = self.newest() + 1;
         let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", &self.path))?;
-        self.versions.insert(version, Version { created_us: now_us, root });
-        if let Err(error) = self.encode(random).and_then(|bytes| self.replace(disk, &bytes)) {
-            self.versions.remove(&version);
-            return Err(error);
-        }
-        Ok(version)
+        let mut rotated = self.duplicate();
+        rotated.versions.insert(version, Version { created_us: now_us, root });
+        rotated.encode(random).and_then(|bytes| self.replace(disk, &bytes))?;
+        Ok(rotated)
     }
 
     fn root(&self, version: u32) -> Result<&SecretKey> {
@@ -379,11 +388,11 @@ mod tests {
     #[test]
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
-        let (mut keyring, store) = made(dir.path());
+        let (keyring, store) = made(dir.path());
         let again = Keyring::prepare(&OsRandom, keyring.path(), store, 1, keyring.custody.clone(), None).unwrap();
         assert!(matches!(again.write(&RealDisk), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
-        assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap(), 2);
+        assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap().newest(), 2);
         let loaded = keyring.reload(&RealDisk).unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);

@@ -219,7 +219,8 @@ impl Lease {
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
         {
             let mut listeners = lock(&self.listeners);
-            listeners.retain(|l| l.strong_count() > 0);
+            let same = |other: &Weak<dyn LeaseListener>| std::ptr::addr_eq(other.as_ptr(), listener.as_ptr());
+            listeners.retain(|other| other.strong_count() > 0 && !same(other));
             listeners.push(listener);
         }
         // Renewal may have been put off for as long as nobody listened.

@@ -254,7 +254,7 @@ impl LogstoreShared {
         };
         for shard in &self.shards {
             for name in shard.segments(true)? {
-                let opened = shard.open_segment(&name)?;
+                let Some(opened) = shard.open_listed(&name)? else { continue };
                 let stored = match &opened.end {
                     End::Active(view) => view.visible(),
                     _ => opened.file.len().map_err(Error::io("get the length of", &*name.path))?,

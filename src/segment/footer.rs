@@ -70,7 +70,7 @@ pub struct DecodedFooter {
 
 impl Footer {
     /// The longest footer in bytes, trailer included.
-    pub(crate) const LEN_MAX: u64 =
+    pub const LEN_MAX: u64 =
         (FIXED_LEN + INDEX_ENTRIES_MAX as usize * ENTRY_LEN + TAG_LEN + CRC_LEN + Trailer::LEN) as u64;
 
     /// Its bytes without tag, CRC32 and trailer: the part that the tag authenticates.

@@ -125,11 +125,13 @@ pub(crate) fn segment_file_name(ordinal: u64, first_seq: u64) -> String {
     format!("{ordinal:010}-{first_seq:020}.seg")
 }
 
-/// The ordinal and the first sequence number that [`segment_file_name`] made `name` of; `None` for any other name.
+/// The ordinal and the first sequence number that [`segment_file_name`] made `name` of; `None` for any other name, and for ordinals
+/// that no segment has: they begin with 1, and each has a next one.
 pub(crate) fn parse_segment_file_name(name: &str) -> Option<(u64, u64)> {
     let (ordinal, first_seq) = name.strip_suffix(".seg")?.split_once('-')?;
     let (ordinal, first_seq) = (ordinal.parse().ok()?, first_seq.parse().ok()?);
-    (segment_file_name(ordinal, first_seq) == name).then_some((ordinal, first_seq))
+    let is_one = (1..u64::MAX).contains(&ordinal) && segment_file_name(ordinal, first_seq) == name;
+    is_one.then_some((ordinal, first_seq))
 }
 
 /// Takes little-endian values off the front of a byte string.
@@ -250,7 +252,8 @@ pub(crate) mod tests {
     #[test]
     fn file_names() {
         assert_eq!(segment_file_name(7, 42), "0000000007-00000000000000000042.seg");
-        for (ordinal, first_seq) in [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX, u64::MAX)] {
+        for (ordinal, first_seq) in [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX - 1, u64::MAX)]
+        {
             assert_eq!(parse_segment_file_name(&segment_file_name(ordinal, first_seq)), Some((ordinal, first_seq)));
         }
         for wrong in [
@@ -266,6 +269,8 @@ pub(crate) mod tests {
             "0000000007_00000000000000000042.seg",
             "0000000007-99999999999999999999.seg",
             "0000000007-00000000000000000042-1.seg",
+            "0000000000-00000000000000000042.seg",
+            "18446744073709551615-00000000000000000042.seg",
         ] {
             assert_eq!(parse_segment_file_name(wrong), None, "{wrong}");
         }

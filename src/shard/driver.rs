@@ -238,15 +238,14 @@ impl Shard {
         if self.context.read_only || writer.active.is_some() || writer.next.is_some() {
             return Ok(());
         }
-        let unsynced = match self.segments(false)?.last() {
-            Some(last) => matches!(self.open_segment(last)?.end, End::Unknown),
-            None => false,
-        };
-        if unsynced {
+        let Some(last) = self.segments(false)?.pop() else { return Ok(()) };
+        if matches!(self.open_segment(&last)?.end, End::Unknown) {
             self.context.gate.admit()?;
             writer.next = Some(self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?);
+            return Ok(());
         }
-        Ok(())
+        // It is whole. Its name may be what a process gave it that was killed, or failed, before it could sync that.
+        self.make_names_durable()
     }
 
     /// A failed operation stops the writer, a finding or a refusal does not.
@@ -479,8 +478,9 @@ impl Shard {
         {
             let mut writer = lock(&self.writer);
             self.refuse(Vec::new(), error);
-            // Where no segment is open there is no key to seal with: what was acknowledged waits in memory until the key is back.
-            while writer.active.is_some() {
+            // Where no segment is open there is no key to seal with, and one that was begun under older settings is not the place for
+            // what came after them: encryption may be on since. What was acknowledged waits in memory until the key is back.
+            while writer.is_as_planned(self) {
                 let batch = lock(&self.state).take_batch(self.context.options.block_bytes);
                 let Some(batch) = batch else { break };
                 self.write_batch(&mut writer, batch, KeyUse::Held);
@@ -559,9 +559,8 @@ impl Shard {
                 let mut writer = lock(&self.writer);
                 let marked = writer.write_mark(self);
                 match marked {
-                    Ok(()) => self.sync_active(&mut writer),
-                    Err(error) if is_refusal(&error) => {}
-                    Err(error) => self.latch(&mut writer, error),
+                    Err(error) if !is_refusal(&error) => self.latch(&mut writer, error),
+                    _ => self.sync_active(&mut writer),
                 }
                 self.head(&writer)
             };
@@ -592,13 +591,14 @@ impl Shard {
 
     pub(super) fn roll_if_old(&self) {
         let age = self.context.options.segment_age;
+        lock(&self.state).roll_scheduled = false;
         let began = lock(&self.writer).active.as_ref().map(|active| active.began);
         let Some(began) = began else { return };
         let left = (began + age).saturating_sub(self.context.clock.uptime());
         if left.is_zero() {
             // A refusal or failure shows at the next append; a queue that is not empty rolls in time by itself.
             let _ = self.roll();
-        } else {
+        } else if !std::mem::replace(&mut lock(&self.state).roll_scheduled, true) {
             self.context.wake.after(left, self.task(), Job::RollByAge);
         }
     }

@@ -55,6 +55,8 @@ pub(super) struct State {
     /// Not to be tried before: the key could not be used.
     pub(super) retry_at: Duration,
     pub(super) mark_scheduled: bool,
+    /// Whether it will be looked whether the segment is old: one task a shard, however many segments begin.
+    pub(super) roll_scheduled: bool,
     pub(super) last_sync: Duration,
     /// Those who may still ask for an outcome: tickets, and callers that wait. What failed is remembered for them.
     askers: usize,

@@ -357,7 +357,8 @@ impl Reader {
         }
     }
 
-    /// Finds the segment and the block to begin with. `false` when there are none yet.
+    /// Finds the segment and the block to begin with. `false` when there are none yet. Without a cursor after that, retention was
+    /// quicker, and another turn finds what is left.
     fn begin(&mut self) -> Result<bool> {
         let segments = self.shard.segments(true)?;
         let position = if self.seek_time {
@@ -368,7 +369,8 @@ impl Reader {
             while low < high {
                 let middle = low.midpoint(high);
                 let Some(segment) = segments.get(middle) else { break };
-                if self.shard.open_segment(segment)?.begins_us() < self.from_us {
+                let Some(opened) = self.shard.open_listed(segment)? else { return Ok(true) };
+                if opened.begins_us() < self.from_us {
                     low = middle + 1;
                 } else {
                     high = middle;
@@ -380,13 +382,14 @@ impl Reader {
         };
         let Some(segment) = segments.get(position.saturating_sub(1)) else { return Ok(false) };
         self.enter(segment)?;
-        self.seek_time = false;
+        self.seek_time &= self.cursor.is_none();
         Ok(true)
     }
 
-    /// Opens a segment and goes to where the wanted groups may begin.
+    /// Opens a segment and goes to where the wanted groups may begin. Leaves no cursor when retention has dropped it.
     fn enter(&mut self, segment: &SegmentRef) -> Result<()> {
-        let opened = self.shard.open_segment(segment)?;
+        self.cursor = None;
+        let Some(opened) = self.shard.open_listed(segment)? else { return Ok(()) };
         self.in_use = Some(self.shard.context.gate.in_use(opened.header.header.key_source));
         self.shard.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
@@ -753,7 +756,7 @@ impl SegmentReader {
             (End::Active(_), None) => true,
             _ => {
                 let before = self.end()?;
-                let opened = shard.open_segment(name)?;
+                let Some(opened) = shard.open_listed(name)? else { return Ok(Refresh::Dropped) };
                 let ended = !matches!(opened.end, End::Unknown);
                 shard.authenticate(&opened)?;
                 self.opened.end = opened.end;
@@ -763,7 +766,8 @@ impl SegmentReader {
         if !changed {
             return Ok(Refresh::Same);
         }
-        self.opened = shard.open_segment(name)?;
+        let Some(opened) = shard.open_listed(name)? else { return Ok(Refresh::Dropped) };
+        self.opened = opened;
         shard.authenticate(&self.opened)?;
         Ok(Refresh::Changed)
     }

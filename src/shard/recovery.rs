@@ -77,6 +77,9 @@ impl Shard {
             self.context.disk.remove_file(&leftover).map_err(Error::io("remove", &leftover))?;
         }
         let segments = self.segments(false)?;
+        if !segments.is_empty() {
+            self.make_names_durable()?;
+        }
         let record = self.record();
         let Some(last) = segments.last() else {
             return Ok(match record.head {

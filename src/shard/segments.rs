@@ -297,6 +297,18 @@ impl Shard {
             .collect())
     }
 
+    /// Opens a segment that was listed; `None` when retention has dropped it since, be it in the process of the writer.
+    pub(crate) fn open_listed(&self, name: &SegmentRef) -> Result<Option<Opened>> {
+        let error = match self.open_segment(name) {
+            Ok(opened) => return Ok(Some(opened)),
+            Err(error) => error,
+        };
+        if let Some(reload) = &self.context.reload {
+            self.set_record(reload(self.id)?);
+        }
+        if name.ordinal < self.record().first_ordinal { Ok(None) } else { Err(error) }
+    }
+
     /// Opens a segment, checks that its header is the one that belongs there, and finds out how it ends.
     pub(crate) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
         if let Some(active) = &name.active {

@@ -17,7 +17,7 @@ use crate::{
         BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, Predecessor,
         SealBuffer, SegmentHeader, segment_file_name,
     },
-    sync::{atomic::Ordering, read},
+    sync::{atomic::Ordering, lock, read},
 };
 
 /// How many sequence numbers a segment reserves: after an unclean end the next one starts behind them.
@@ -73,6 +73,11 @@ pub(super) struct Active {
 }
 
 impl Writer {
+    /// Whether a segment is open, of the suite and under the key that new ones are to have.
+    pub(super) fn is_as_planned(&self, shard: &Shard) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_as(&read(&shard.context.plan)))
+    }
+
     /// Makes one block of `batch` and writes it, rolling first if need be.
     pub(super) fn write_block(&mut self, shard: &Shard, batch: &[Pending], keys: KeyUse) -> Result<()> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
@@ -146,8 +151,7 @@ impl Writer {
                 || active.end_seq - active.header.header.first_seq >= SEQS_PER_SEGMENT
                 || active.blocks >= u32::MAX - 2;
             let old = shard.context.clock.uptime() >= active.began + options.segment_age;
-            let changed = active.plan.suite != plan.suite || active.plan.key_source != plan.key_source;
-            if !full && !old && !changed {
+            if !full && !old && active.is_as(&plan) {
                 if let Some(active) = &mut self.active {
                     active.plan = plan;
                 }
@@ -197,7 +201,9 @@ impl Writer {
             began: shard.context.clock.uptime(),
             header: new.header,
         });
-        shard.context.wake.after(shard.context.options.segment_age, shard.task(), Job::RollByAge);
+        if !std::mem::replace(&mut lock(&shard.state).roll_scheduled, true) {
+            shard.context.wake.after(shard.context.options.segment_age, shard.task(), Job::RollByAge);
+        }
         Ok(())
     }
 
@@ -258,6 +264,10 @@ impl Writer {
 }
 
 impl Active {
+    fn is_as(&self, plan: &WritePlan) -> bool {
+        (self.plan.suite, self.plan.key_source) == (plan.suite, plan.key_source)
+    }
+
     /// Seals the block in `buffer` and writes it at the end. Nothing is changed unless all of it succeeded.
     fn append(&mut self, shard: &Shard, buffer: &mut SealBuffer, header: &BlockHeader, keys: KeyUse) -> Result<()> {
         let sealing = buffer.with_header(&self.header.header_hash, header);

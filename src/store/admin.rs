@@ -2,7 +2,10 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{AdminState, Entry, KmsOrEngine, Store, StoreShared, catalogue::LOGSTORES_MAX};
+use super::{
+    AdminState, Entry, KmsOrEngine, Store, StoreShared,
+    catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX},
+};
 use crate::{
     Error, Result,
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
@@ -63,8 +66,7 @@ impl Store {
 
 impl StoreShared {
     fn create(&self, name: &LogstoreName, spec: LogstoreSpec) -> Result<Arc<LogstoreShared>> {
-        self.check_writable()?;
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         if let Some(error) = &admin.latched {
             return Err(error.clone());
         }
@@ -73,6 +75,10 @@ impl StoreShared {
         }
         if admin.catalogue.logstores.len() >= LOGSTORES_MAX {
             return Err(Error::TooMany { what: "Logstores", limit: LOGSTORES_MAX as u64 });
+        }
+        let shards: usize = admin.catalogue.logstores.values().map(|entry| entry.shards.len()).sum();
+        if shards.saturating_add(spec.shard_count as usize) > STORE_SHARDS_MAX {
+            return Err(Error::TooMany { what: "shards of all Logstores", limit: STORE_SHARDS_MAX as u64 });
         }
         let now_us = self.clock.wall_us();
         let config = LogstoreConfig::new(name.clone(), spec, now_us / 1_000_000)?;
@@ -195,8 +201,7 @@ impl StoreShared {
     }
 
     fn update(&self, name: &LogstoreName, update: LogstoreConfig) -> Result<LogstoreConfig> {
-        self.check_writable()?;
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         let logstore = self.logstore_locked(&mut admin, name)?;
         let mut meta = lock(&logstore.meta).clone();
         let fixed = meta.keys.as_ref().map(KeysSection::fixed);
@@ -219,7 +224,7 @@ impl StoreShared {
     pub(super) fn replace_meta(
         &self,
         admin: &mut AdminState,
-        logstore: &LogstoreShared,
+        logstore: &Arc<LogstoreShared>,
         mut meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
@@ -245,27 +250,14 @@ impl StoreShared {
             }
         })?;
         if let Some(keys) = gate_keys {
-            self.watch(logstore, keys.lease.as_ref());
-            logstore.gate.replace_keys(keys);
+            super::use_keys(logstore, keys);
         }
         logstore.set_meta(meta, read(&self.keyring).newest());
         Ok(())
     }
 
-    /// Lets the Logstore hear of the loss of its key.
-    fn watch(&self, logstore: &LogstoreShared, lease: Option<&Arc<crate::keys::lease::Lease>>) {
-        if let Some(lease) = lease
-            && let Some(shared) = lock(&self.logstores).get(&logstore.name)
-        {
-            let listener: std::sync::Weak<dyn crate::keys::lease::LeaseListener> =
-                Arc::<LogstoreShared>::downgrade(shared);
-            lease.listen(listener);
-        }
-    }
-
     fn delete(&self, name: &LogstoreName) -> Result<()> {
-        self.check_writable()?;
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         let entry = admin.catalogue.logstores.get(name).ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
         let id = entry.id;
         self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;

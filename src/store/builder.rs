@@ -276,9 +276,7 @@ impl StoreBuilder {
         let keyring = keyring.write(disk)?;
         let mut catalogue = Catalogue::default();
         catalogue.save(disk, dir, store, &keyring)?;
-        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
-        }
+        io::sync_parent(disk, dir).map_err(Error::io("sync the directory of", dir))?;
         write_identity(disk, dir, store, &keyring, now_us)?;
         let store = self.assemble(store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
@@ -486,7 +484,7 @@ impl StoreBuilder {
             }),
             budget: Budget::new(self.options.pending_bytes_max),
             permits: ReaderPermits::new(self.options.readers_max),
-            admin: Mutex::new(AdminState { catalogue, latched: None }),
+            admin: Mutex::new(AdminState { catalogue, latched: None, closed: false }),
             logstores: Mutex::default(),
             leases: Mutex::default(),
             circuits: Mutex::default(),

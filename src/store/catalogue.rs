@@ -21,6 +21,8 @@ use crate::{
 
 /// The most Logstores in a store.
 pub const LOGSTORES_MAX: usize = 100_000;
+/// The most shards in a store, of all its Logstores together: the catalogue has to hold where each of them ends.
+pub const STORE_SHARDS_MAX: usize = 100_000;
 
 /// One Logstore in the catalogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,5 +100,35 @@ impl Catalogue {
         self.generation += 1;
         self.keyring_version = keyring.newest();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::{config::NAME_BYTES_MAX, ids::SegmentId, shard::Head};
+
+    /// Whatever the limits let a store become, it can be opened again.
+    #[test]
+    fn the_largest_catalogue_can_be_read() {
+        let head = Head {
+            ordinal: u64::MAX,
+            segment: SegmentId::from_bytes([0xff; 16]),
+            sealed: false,
+            blocks: u32::MAX,
+            bytes: u64::MAX,
+            end_seq: u64::MAX,
+            next_seq: u64::MAX,
+            digest: [0xff; 32],
+        };
+        let record = ShardRecord { first_ordinal: u64::MAX, first_seq: u64::MAX, head: Some(head) };
+        let shard = serde_json::to_vec(&record).unwrap().len() + 1;
+        let entry = Entry { id: LogstoreId::from_bytes([0xff; 16]), generation: u64::MAX, shards: Vec::new() };
+        let logstore = serde_json::to_vec(&entry).unwrap().len() + 2 * NAME_BYTES_MAX + 8;
+        let deleting = 40;
+        let all = STORE_SHARDS_MAX * shard + LOGSTORES_MAX * (logstore + deleting);
+        assert!((all as u64) < DOCUMENT_BYTES_MAX - (1 << 20), "{all} bytes");
     }
 }

@@ -1,5 +1,7 @@
 //! Operations on keys: rotation, re-wrapping, replacing a master key, shredding. The intent is on record before anything changes.
 
+use std::sync::Arc;
+
 use super::{AdminState, Store, StoreShared};
 use crate::{
     Error, Result,
@@ -116,11 +118,12 @@ impl Store {
     /// once it is in the keyring; a Logstore that was not re-wrapped is readable on, and [`Store::rewrap`] does it later.
     pub fn rotate_service_key(&self) -> Result<u32> {
         let shared = &self.shared;
-        shared.check_writable()?;
         let names = {
-            let mut admin = lock(&shared.admin);
+            let mut admin = shared.administer()?;
             shared.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;
-            let version = write(&shared.keyring).rotate(&*shared.disk, &*shared.random, shared.clock.wall_us())?;
+            let rotated = read(&shared.keyring).rotate(&*shared.disk, &*shared.random, shared.clock.wall_us())?;
+            let version = rotated.newest();
+            *write(&shared.keyring) = rotated;
             shared.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
             // Authenticated under the new version from now on: an older keyring is too old.
             shared.commit(&mut admin, |_| {})?;
@@ -153,12 +156,12 @@ impl Store {
     pub fn rewrap_keyring(&self, cmk: Option<Cmk>) -> Result<()> {
         cmk.as_ref().map_or(Ok(()), check_cmk)?;
         let shared = &self.shared;
-        shared.check_writable()?;
-        let _one_at_a_time = lock(&shared.admin);
+        let _one_at_a_time = shared.administer()?;
         let detail =
             cmk.as_ref().map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
         shared.audit.record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
-        write(&shared.keyring).rewrap(&*shared.disk, &*shared.random, cmk)?;
+        let rewrapped = read(&shared.keyring).rewrap(&*shared.disk, &*shared.random, cmk)?;
+        *write(&shared.keyring) = rewrapped;
         shared.audit.record(AuditEvent::KeyringRewrapped, None, detail)
     }
 }
@@ -199,8 +202,7 @@ impl StoreShared {
         how: &KeyChange,
         change: impl FnOnce(&Self, &LogstoreShared, &mut KeysSection) -> Result<u32>,
     ) -> Result<u32> {
-        self.check_writable()?;
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         let logstore = self.logstore_locked(&mut admin, name)?;
         self.change_keys_locked(&mut admin, &logstore, how, change)
     }
@@ -208,7 +210,7 @@ impl StoreShared {
     pub(super) fn change_keys_locked(
         &self,
         admin: &mut AdminState,
-        logstore: &LogstoreShared,
+        logstore: &Arc<LogstoreShared>,
         how: &KeyChange,
         change: impl FnOnce(&Self, &LogstoreShared, &mut KeysSection) -> Result<u32>,
     ) -> Result<u32> {
@@ -275,7 +277,7 @@ impl StoreShared {
     /// The current data key of a section that is not in place yet.
     fn unwrap_in(&self, logstore: &LogstoreShared, section: &KeysSection) -> Result<crate::crypto::SecretKey> {
         let keys = self.gate_keys(Some(section), logstore.id)?;
-        let context = std::sync::Arc::clone(logstore.gate.context());
+        let context = Arc::clone(logstore.gate.context());
         let gate = crate::keys::gate::Gate::new(context, logstore.name.clone(), logstore.id, keys);
         gate.unwrap(section.current)
     }
@@ -297,6 +299,8 @@ impl StoreShared {
 
     /// New segments of a Logstore without an envelope are keyed from the newest service key.
     fn refresh_plan(&self, logstore: &LogstoreShared) {
+        // Else what another operation changes between these lines would be changed back.
+        let _one_at_a_time = lock(&self.admin);
         let meta = lock(&logstore.meta).clone();
         let newest = read(&self.keyring).newest();
         logstore.set_meta(meta, newest);

@@ -21,7 +21,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     Error, Result,
@@ -46,13 +46,13 @@ use crate::{
     metrics::StoreMetrics,
     segment::Features,
     shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
-    sync::{Mutex, RwLock, lock, read},
+    sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
 pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};
-pub use catalogue::LOGSTORES_MAX;
 use catalogue::{Catalogue, Entry};
+pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use checkpoint::Checkpoint;
 pub use keyops::ReplaceCmk;
 pub use recover::RecoverReport;
@@ -103,6 +103,8 @@ struct AdminState {
     catalogue: Catalogue,
     /// Set when a write of metadata failed half-way: nothing more is changed until the store is opened anew.
     latched: Option<Error>,
+    /// Whether the store was closed. Whoever waited for this meanwhile finds it out here.
+    closed: bool,
 }
 
 /// An open store.
@@ -261,6 +263,13 @@ impl StoreShared {
         Ok(())
     }
 
+    /// The right to change what there is: one operation at a time, and none in a store that was closed.
+    fn administer(&self) -> Result<MutexGuard<'_, AdminState>> {
+        self.check_writable()?;
+        let admin = lock(&self.admin);
+        if admin.closed { Err(Error::Closed("the store")) } else { Ok(admin) }
+    }
+
     fn load_catalogue(&self) -> Result<Catalogue> {
         self.keys.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
     }
@@ -289,6 +298,9 @@ impl StoreShared {
     }
 
     fn logstore_locked(&self, admin: &mut AdminState, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        if admin.closed {
+            return Err(Error::Closed("the store"));
+        }
         if self.read_only {
             return self.read_only_logstore(admin, name);
         }
@@ -327,14 +339,17 @@ impl StoreShared {
                 Err(error) => return Err(error),
             }
         };
-        if let Some(open) = lock(&self.logstores).get(name)
-            && open.id == entry.id
-            && lock(&open.meta).generation == meta.generation
-        {
-            for (shard, record) in open.shards.iter().zip(&entry.shards) {
-                shard.set_record(record.clone());
+        let open = lock(&self.logstores).get(name).cloned();
+        if let Some(open) = &open {
+            if open.id == entry.id {
+                self.take_in(open, meta)?;
+                for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                    shard.set_record(record.clone());
+                }
+                return Ok(Arc::clone(open));
             }
-            return Ok(Arc::clone(open));
+            // It was deleted, and another one made of its name.
+            open.gate.close("the Logstore");
         }
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
@@ -384,10 +399,10 @@ impl StoreShared {
         });
         let observer: Weak<dyn KeyObserver> = self.this.clone();
         let dir = self.logstore_dir(entry.id);
-        if self.read_only {
-            self.keep_current(&context.gate, meta.config.name.clone());
-        }
         let shared = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
+        if self.read_only {
+            self.follow_writer(&shared);
+        }
         if let Some(lease) = lease {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
             lease.listen(listener);
@@ -412,18 +427,60 @@ impl StoreShared {
         })
     }
 
-    /// How a reader gets the keys that the writer has made since.
-    fn keep_current(&self, gate: &Gate, name: LogstoreName) {
-        let (this, id) = (self.this.clone(), gate.id());
-        gate.reload_with(Box::new(move || {
-            let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let dir = this.logstore_dir(id);
-            let meta = this.keys.with_keyring(|keyring| Meta::load(&*this.disk, &dir, this.id, id, keyring))?;
-            if meta.config.name != name {
-                return Err(Error::Closed("the Logstore"));
+    /// Has a reader's Logstore follow what the writer changes: another master key counts within `revalidate_every`, a version of the
+    /// data key as soon as it is met.
+    fn follow_writer(&self, logstore: &Arc<LogstoreShared>) {
+        let (this, follower) = (self.this.clone(), Arc::downgrade(logstore));
+        let looked = Mutex::new(self.clock.uptime());
+        logstore.gate.follow_with(Box::new(move |at_once| {
+            let (Some(this), Some(logstore)) = (this.upgrade(), follower.upgrade()) else {
+                return Err(Error::Closed("the store"));
+            };
+            let now = this.clock.uptime();
+            if !at_once && now < *lock(&looked) + this.options.revalidate_every {
+                return Ok(());
             }
-            this.gate_keys(meta.keys.as_ref(), id)
+            this.catch_up(&logstore)?;
+            *lock(&looked) = now;
+            Ok(())
         }));
+    }
+
+    /// Reads the metadata of a reader's Logstore anew.
+    fn catch_up(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+        let load = |keyring: &Keyring| Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, keyring);
+        match self.keys.with_keyring(load) {
+            Ok(meta) if meta.config.name == logstore.name => self.take_in(logstore, meta),
+            // The writer removes it first when it deletes a Logstore.
+            Err(error) if self.disk.stat(&meta_path(&logstore.dir)).is_ok_and(|stat| stat.is_none()) => {
+                debug!(logstore = %logstore.name, %error, "a Logstore was deleted by the writer");
+                logstore.gate.close("the Logstore");
+                Err(Error::Closed("the Logstore"))
+            }
+            Ok(_) => {
+                Err(Error::Tampered { at: Location::new(&logstore.dir, 0), what: "the metadata under another name" })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes in metadata that the writer may have changed.
+    fn take_in(&self, logstore: &Arc<LogstoreShared>, meta: Meta) -> Result<()> {
+        let known = lock(&logstore.meta).generation;
+        if meta.generation < known {
+            let (name, found) = (&logstore.name, meta.generation);
+            let what = format!("the metadata of Logstore {name} is of generation {found}, it was of {known}");
+            return Err(Error::RolledBack { what });
+        }
+        if meta.generation > known {
+            let keys = self.gate_keys(meta.keys.as_ref(), logstore.id)?;
+            let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
+            if changed {
+                use_keys(logstore, keys);
+            }
+            logstore.set_meta(meta, read(&self.keyring).newest());
+        }
+        Ok(())
     }
 
     fn shard_options(&self) -> ShardOptions {
@@ -500,8 +557,9 @@ impl StoreShared {
     fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
         let none = || {
             let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&self.keys.counters) };
-            // It answers at once: no thread is needed to give it up.
-            BoundedKms::new(Arc::new(NoKms { region: cmk.region_id.clone() }), self.options.kms_timeout, true, watch)
+            // It answers at once, or asks another that is given up in time: no thread is needed.
+            let none = NoKms { kms: self.kms.clone() };
+            BoundedKms::new(Arc::new(none), self.options.kms_timeout, true, watch)
         };
         let circuit = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
         Lease::new(
@@ -633,13 +691,12 @@ impl StoreShared {
             // A copy made by fork: the files belong to the parent.
             return Ok(());
         }
-        let was_open = lock(&self.lock_file).is_some();
         // What the KMS has answered is dealt with and on record, whether or not the pool has come to it.
         let leases: Vec<_> = lock(&self.leases).values().cloned().collect();
         leases.iter().for_each(|lease| lease.tell());
         let mut result = Ok(());
-        if was_open {
-            let mut admin = lock(&self.admin);
+        let mut admin = lock(&self.admin);
+        if lock(&self.lock_file).is_some() && !admin.closed {
             let mut heads = Vec::new();
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {
@@ -664,6 +721,8 @@ impl StoreShared {
                 result = result.and(noted);
             }
         }
+        admin.closed = true;
+        drop(admin);
         for logstore in self.open_logstores() {
             logstore.gate.close("the store");
         }
@@ -728,6 +787,20 @@ struct FoundProbe {
     generation: u64,
 }
 
+/// Puts changed keys in place, and has the Logstore hear of their loss.
+fn use_keys(logstore: &Arc<LogstoreShared>, keys: GateKeys) {
+    let lease = keys.lease.clone();
+    logstore.gate.replace_keys(keys);
+    let Some(lease) = lease else { return };
+    let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(logstore);
+    lease.listen(listener);
+    // The others may have heard of it between these lines.
+    if let Some(Err(refusal)) = lease.told() {
+        logstore.lost(&refusal);
+        logstore.note_lost(&refusal);
+    }
+}
+
 /// An error on either side of a call to the KMS.
 enum KmsOrEngine {
     Kms(KmsError),
@@ -757,15 +830,17 @@ impl KmsOrEngine {
     }
 }
 
-/// Stands in where no configured KMS serves a region that existing envelopes need: to them it is out of reach.
+/// Stands in where no configured KMS serves a region that existing envelopes need: to them it is out of reach, until one does.
 #[derive(Debug)]
 struct NoKms {
-    region: String,
+    kms: Vec<BoundedKms>,
 }
 
 impl NoKms {
-    fn answer<T>(&self) -> std::result::Result<T, KmsError> {
-        Err(KmsError::Unreachable { detail: format!("no KMS is configured that serves region {}", self.region) })
+    fn serving(&self, call: &KmsCall<'_>) -> std::result::Result<&BoundedKms, KmsError> {
+        let region = &call.cmk.region_id;
+        let none = || KmsError::Unreachable { detail: format!("no KMS is configured that serves region {region}") };
+        self.kms.iter().find(|kms| kms.serves(region)).ok_or_else(none)
     }
 }
 
@@ -778,11 +853,11 @@ impl Kms for NoKms {
         true
     }
 
-    fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> std::result::Result<Vec<u8>, KmsError> {
-        self.answer()
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> std::result::Result<Vec<u8>, KmsError> {
+        self.serving(call)?.wrap(call.cmk, call.context.clone(), key)
     }
 
-    fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
-        self.answer()
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
+        self.serving(call)?.unwrap(call.cmk, call.context.clone(), wrapped)
     }
 }

@@ -1,6 +1,6 @@
 //! Data keys that rotate by themselves: by age, and by how much was sealed under them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tracing::{info, warn};
 
@@ -47,7 +47,7 @@ impl StoreShared {
     }
 
     fn rotate_if_due(&self, name: &LogstoreName) -> Result<bool> {
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         let logstore = self.logstore_locked(&mut admin, name)?;
         let Some(section) = logstore.keys_section() else { return Ok(false) };
         let mut sealed = lock(&logstore.sealed);
@@ -69,7 +69,7 @@ impl StoreShared {
         }
     }
 
-    fn rotate_by_policy(&self, admin: &mut AdminState, logstore: &LogstoreShared, why: &str) -> Result<u32> {
+    fn rotate_by_policy(&self, admin: &mut AdminState, logstore: &Arc<LogstoreShared>, why: &str) -> Result<u32> {
         // Asked first, so that no intent is recorded that cannot come about.
         self.admit(logstore)?;
         self.change_keys_locked(admin, logstore, &KeyChange::rotate_by_policy(why), |shared, logstore, section| {

@@ -1,6 +1,10 @@
 //! Retention: whole segments go when they are older than the Logstore keeps them, or more than it keeps.
 
-use std::{collections::BTreeSet, sync::Weak, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use serde::Serialize;
 use tracing::{info, warn};
@@ -114,7 +118,7 @@ impl StoreShared {
     }
 
     fn retain(&self, name: &LogstoreName, report: &mut RetentionReport) -> Result<()> {
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         let logstore = self.logstore_locked(&mut admin, name)?;
         let (ttl_days, retention_bytes) = {
             let meta = lock(&logstore.meta);
@@ -136,7 +140,7 @@ impl StoreShared {
     fn shred_unused(
         &self,
         admin: &mut AdminState,
-        logstore: &LogstoreShared,
+        logstore: &Arc<LogstoreShared>,
         report: &mut RetentionReport,
     ) -> Result<()> {
         let Some(section) = logstore.keys_section() else { return Ok(()) };

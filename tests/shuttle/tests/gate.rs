@@ -163,6 +163,28 @@ fn a_reader_misses_nothing_or_ends() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
+/// The service key is rotated while encryption is turned on for a Logstore that was keyed from it: what was acknowledged stands.
+#[test]
+fn a_rotation_of_the_service_key_undoes_no_change_of_a_configuration() {
+    let scenario = || {
+        let world = World::new();
+        let plain = world.store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+        let rotating = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.store.rotate_service_key().unwrap())
+        };
+        let mut config = world.store.config(&name("p/plain")).unwrap();
+        config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
+        let updated = world.store.update_logstore(&name("p/plain"), config).unwrap();
+        rotating.join().unwrap();
+        assert_eq!(world.store.config(&name("p/plain")).unwrap(), updated);
+        plain.append(record("sealed"), &AppendOptions::default()).unwrap();
+        assert!(plain.status().unwrap().encrypting);
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
+
 /// Renewal, rotation, replacement, shredding and appends, all at once, while the key comes and goes.
 #[test]
 fn nothing_waits_for_ever_when_keys_change() {

@@ -1,0 +1,431 @@
+//! Operations that meet: what one of them changes while another is half-way.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    fs,
+    path::Path,
+    sync::{
+        Arc, Barrier, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use common::{
+    disk::{Op, Sim, SimDisk, Survives, Verdict},
+    *,
+};
+use envelog::{
+    AppendOptions, Background, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position,
+    ReadOptions, ReplaceCmk, ShardChoice, Store, VerifyOptions, VerifyReport,
+    crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
+    io::Clock,
+    kms::{LocalKms, RevokedReason},
+};
+
+fn to_shard(shard: u32, options: AppendOptions) -> AppendOptions {
+    AppendOptions { shard: ShardChoice::Shard(shard), ..options }
+}
+
+/// A provider that counts the keys it has in use.
+#[derive(Clone, Debug, Default)]
+struct Counting(Arc<AtomicUsize>);
+
+struct CountedKey(Box<dyn AeadKey>, Arc<AtomicUsize>);
+
+impl CryptoProvider for Counting {
+    fn name(&self) -> &'static str {
+        "counting"
+    }
+
+    fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError> {
+        let key = AwsLc::new().aead(cipher, key)?;
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(Box::new(CountedKey(key, Arc::clone(&self.0))))
+    }
+}
+
+impl Drop for CountedKey {
+    fn drop(&mut self) {
+        self.1.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl AeadKey for CountedKey {
+    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+        self.0.seal(nonce, aad, in_out)
+    }
+
+    fn open(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        sealed: &[u8],
+        tag: &[u8; 16],
+        out: &mut [u8],
+    ) -> Result<(), CryptoError> {
+        self.0.open(nonce, aad, sealed, tag, out)
+    }
+}
+
+/// A clock that does something when the time is asked for.
+struct Tripwire {
+    clock: Arc<TestClock>,
+    /// Says whether it has done it.
+    trip: Mutex<Option<Box<dyn FnMut() -> bool + Send>>>,
+}
+
+impl std::fmt::Debug for Tripwire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Tripwire")
+    }
+}
+
+impl Clock for Tripwire {
+    fn uptime(&self) -> Duration {
+        self.clock.uptime()
+    }
+
+    fn wall_us(&self) -> u64 {
+        let trip = self.trip.lock().unwrap().take();
+        if let Some(mut trip) = trip
+            && !trip()
+        {
+            *self.trip.lock().unwrap() = Some(trip);
+        }
+        self.clock.wall_us()
+    }
+}
+
+// ---- configuration, and what waits to be written ----
+
+/// What was acknowledged is sealed when its key is lost, but not into a segment that was begun before encryption went on.
+#[test]
+fn what_is_accepted_once_encryption_is_on_is_never_written_in_clear() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let off = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Sm4, cmk.clone()) };
+    for (text, conf) in [("p/none", None), ("p/off", Some(off))] {
+        let spec = LogstoreSpec { compression: Compression::None, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let logstore = store.create_logstore(&name(text), spec).unwrap();
+        put(&logstore, "before");
+        let mut config = store.config(&name(text)).unwrap();
+        config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone()));
+        store.update_logstore(&name(text), config).unwrap();
+        logstore.append(record("secret in the buffer"), &buffered()).unwrap();
+        world.local().disable(&cmk.cmk_key_id).unwrap();
+        assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
+        let in_clear = |what: &str| {
+            files(&world.store_dir()).into_values().any(|bytes| memchr::memmem::find(&bytes, what.as_bytes()).is_some())
+        };
+        assert!(in_clear("before"), "the search finds what is there");
+        assert!(!in_clear("secret in the buffer"), "{text}");
+        world.local().enable(&cmk.cmk_key_id).unwrap();
+        logstore.revalidate_now().unwrap();
+        logstore.sync().unwrap();
+        assert_eq!(texts(&logstore), ["before", "secret in the buffer"]);
+        assert!(!in_clear("secret in the buffer"), "{text}");
+    }
+}
+
+/// A reader in another process keeps to the master key that the writer has put in place, although it meets nothing new.
+#[test]
+fn a_master_key_that_the_writer_replaced_counts_for_a_reader_within_the_bound() {
+    for how in [ReplaceCmk::default(), ReplaceCmk::keep_data_key()] {
+        let world = World::manual();
+        let (old, new) = (world.cmk(), world.cmk());
+        let store = world.create();
+        put(&world.byok(&store, "p/l", &old), "one");
+        let reader = world.builder().open_read_only().unwrap();
+        let logstore = reader.logstore(&name("p/l")).unwrap();
+        assert_eq!(texts(&logstore), ["one"]);
+        store.replace_cmk(&name("p/l"), new.clone(), how).unwrap();
+        world.local().disable(&new.cmk_key_id).unwrap();
+        // Until it looks, it has the old one.
+        world.clock.advance(world.options.revalidate_every);
+        assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
+        // What is lost is told: an idle tail ends, and what it holds is wiped.
+        world.local().enable(&new.cmk_key_id).unwrap();
+        world.clock.advance(world.options.revalidate_every);
+        assert_eq!(texts(&logstore), ["one"]);
+        let mut open = logstore.read(0, &ReadOptions::default()).unwrap();
+        assert!(open.next().unwrap().is_ok());
+        world.local().disable(&new.cmk_key_id).unwrap();
+        world.clock.advance(world.options.revalidate_every);
+        reader.tick();
+        assert_revoked(open.next().unwrap(), RevokedReason::Disabled);
+        // The old one is of no use to it, nor of any hindrance.
+        world.local().enable(&new.cmk_key_id).unwrap();
+        world.local().disable(&old.cmk_key_id).unwrap();
+        world.clock.advance(world.options.revalidate_every);
+        assert_eq!(texts(&logstore), ["one"]);
+        // A deletion counts as soon, and so does closing, for every handle.
+        let other = reader.logstore(&name("p/l")).unwrap();
+        store.delete_logstore(&name("p/l")).unwrap();
+        world.clock.advance(world.options.revalidate_every);
+        assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
+        assert!(matches!(try_texts(&other), Err(Error::Closed(_))));
+    }
+}
+
+#[test]
+fn every_handle_of_a_reader_ends_when_it_is_closed() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    put(&world.byok(&store, "p/l", &cmk), "one");
+    let reader = world.builder().open_read_only().unwrap();
+    let first = reader.logstore(&name("p/l")).unwrap();
+    store.rotate_data_key(&name("p/l")).unwrap();
+    let second = reader.logstore(&name("p/l")).unwrap();
+    assert_eq!((texts(&first), texts(&second)), (vec!["one".to_owned()], vec!["one".to_owned()]));
+    let other = reader.clone();
+    reader.close().unwrap();
+    for logstore in [&first, &second] {
+        assert!(matches!(try_texts(logstore), Err(Error::Closed(_))));
+    }
+    assert!(matches!(other.logstore(&name("p/l")), Err(Error::Closed(_))));
+}
+
+// ---- closing ----
+
+/// Whoever waits while a store is being closed finds it closed, and not open for one more operation without its lock.
+#[test]
+fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
+    type Operation = fn(&Store) -> envelog::Result<Option<Logstore>>;
+    let operations: [Operation; 5] = [
+        |store| store.create_logstore(&name("p/new"), LogstoreSpec::default()).map(Some),
+        |store| store.logstore(&name("p/idle")).map(Some),
+        |store| store.rotate_data_key(&name("p/idle")).map(|_| None),
+        |store| store.delete_logstore(&name("p/idle")).map(|()| None),
+        |store| store.rotate_service_key().map(|_| None),
+    ];
+    for operation in operations {
+        let sim = Sim::new();
+        let store = sim.create();
+        put(&sim.world.service(&store, "p/idle"), "idle");
+        store.close().unwrap();
+        let store = sim.open();
+        put(&sim.world.service(&store, "p/busy"), "busy");
+        let (began, waiting) = (Arc::new(Barrier::new(2)), Arc::new(Barrier::new(2)));
+        let (disk, hooked) = (sim.disk.clone(), (Arc::clone(&began), Arc::clone(&waiting)));
+        sim.disk.on_call(move |call| {
+            if call.op == Op::Sync && call.is_about(".seg") {
+                disk.heal();
+                hooked.0.wait();
+                hooked.1.wait();
+                // It has nothing to do but wait: there is no moment to wait for.
+                thread::sleep(Duration::from_millis(50));
+            }
+            Verdict::Go
+        });
+        thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                began.wait();
+                waiting.wait();
+                operation(&store)
+            });
+            store.clone().close().unwrap();
+            match other.join().unwrap() {
+                Ok(Some(logstore)) => assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_)))),
+                done => assert!(matches!(done, Err(Error::Closed(_))), "{done:?}"),
+            }
+        });
+        let store = sim.open();
+        assert_eq!(store.list().unwrap().len(), 2);
+        assert_eq!(texts(&store.logstore(&name("p/idle")).unwrap()), ["idle"]);
+    }
+}
+
+// ---- a key that comes and goes ----
+
+/// While a loss is dealt with shard by shard the key comes back, and the first shard goes on: what it begins is not part of that
+/// loss, and the next loss finds its key.
+#[test]
+fn a_key_that_is_back_before_its_loss_was_dealt_with_is_not_missed_at_the_next() {
+    let mut world = World::threads();
+    world.options.revalidate_every = millis(200);
+    world.options.linger = secs(10);
+    let disk = SimDisk::new(world.path());
+    let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
+    let cmk = world.cmk();
+    let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
+    let logstore = store
+        .create_logstore(&name("p/l"), spec.encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone())))
+        .unwrap();
+    for shard in 0..2 {
+        logstore.append(record("one"), &to_shard(shard, synced())).unwrap();
+    }
+    let (lost, back) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let hooked =
+        (disk.clone(), world.local().clone(), logstore.clone(), cmk.clone(), Arc::clone(&lost), Arc::clone(&back));
+    disk.on_call(move |call| {
+        let (disk, local, logstore, cmk, lost, back) = &hooked;
+        if call.is_about("shard-0001") && lost.load(Ordering::SeqCst) {
+            disk.heal();
+            local.enable(&cmk.cmk_key_id).unwrap();
+            let append = || logstore.append(record("back"), &to_shard(0, written())).is_ok();
+            eventually("the key is back", append);
+            back.store(true, Ordering::SeqCst);
+        }
+        Verdict::Go
+    });
+    lost.store(true, Ordering::SeqCst);
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    let _ = logstore.revalidate_now();
+    eventually("the loss is dealt with", || back.load(Ordering::SeqCst) && logstore.revalidate_now().is_ok());
+    logstore.append(record("buffered"), &to_shard(0, buffered())).unwrap();
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    logstore.append(record("after"), &to_shard(0, synced())).unwrap();
+    assert_eq!(strings(&records(&logstore, 0).unwrap()), ["one", "back", "buffered", "after"]);
+}
+
+/// A key that is unwrapped just before it is lost, and put into memory just after that was wiped, does not stay there.
+#[test]
+fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
+    let world = World::manual();
+    let keys = Counting::default();
+    let clock = Arc::new(Tripwire { clock: Arc::clone(&world.clock), trip: Mutex::default() });
+    let builder = Store::builder(world.store_dir(), world.keyring(), keys.clone()).options(world.options);
+    let store = builder.kms(Arc::clone(&world.kms) as _).clock(Arc::clone(&clock) as _).create().unwrap();
+    let cmk = world.cmk();
+    let logstore = world.byok(&store, "p/l", &cmk);
+    let without = keys.0.load(Ordering::SeqCst);
+    put(&logstore, "one");
+    store.rotate_data_key(&name("p/l")).unwrap();
+    put(&logstore, "two");
+    // The first segment is under a version that is not in memory any more.
+    let calls = world.kms.calls();
+    let (kms, logstore_too, cmk_too) = (Arc::clone(&world.kms), logstore.clone(), cmk.clone());
+    *clock.trip.lock().unwrap() = Some(Box::new(move || {
+        if kms.calls() == calls {
+            return false;
+        }
+        kms.local().disable(&cmk_too.cmk_key_id).unwrap();
+        assert_revoked(logstore_too.revalidate_now(), RevokedReason::Disabled);
+        true
+    }));
+    assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
+    assert!(clock.trip.lock().unwrap().is_none(), "the key had to be unwrapped");
+    assert_eq!(keys.0.load(Ordering::SeqCst), without, "a key is left in memory");
+    world.local().enable(&cmk.cmk_key_id).unwrap();
+    logstore.revalidate_now().unwrap();
+    assert_eq!(texts(&logstore), ["one", "two"]);
+}
+
+/// A KMS that is not there when it is first needed is an outage, which ends.
+#[test]
+fn an_embedded_kms_that_was_away_at_first_is_found_when_it_is_there() {
+    let world = World::manual();
+    let dir = world.path().join("apart");
+    let kms = LocalKms::create_or_open(&dir).unwrap();
+    let id = kms.create_key("cn-shanghai", &["role"]).unwrap();
+    let cmk = envelog::UserCmkInfo { cmk_key_id: id, arn: "role".into(), region_id: "cn-shanghai".into() };
+    let builder = || world.builder().kms(Arc::new(LocalKms::at(&dir)));
+    let store = builder().create().unwrap();
+    put(&world.byok(&store, "p/l", &cmk), "one");
+    store.close().unwrap();
+    let away = world.path().join("away");
+    fs::rename(&dir, &away).unwrap();
+    let store = builder().open().unwrap();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    assert!(matches!(try_texts(&logstore), Err(Error::KmsUnreachable { .. })));
+    fs::rename(&away, &dir).unwrap();
+    world.clock.advance(world.options.revalidate_every * 2);
+    assert_eq!(texts(&logstore), ["one"]);
+    put(&logstore, "two");
+}
+
+// ---- what goes while somebody looks ----
+
+/// Segments of an hour each, in a store that drops what is older than a day.
+fn with_old_segments() -> (World, Store, Logstore) {
+    let mut world = World::manual();
+    world.options.segment_bytes = 4 << 10;
+    let store = world.create();
+    let conf = EncryptConf::service_key(EncryptType::Default);
+    let spec = LogstoreSpec { ttl_days: Some(1), compression: Compression::None, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf)).unwrap();
+    for n in 0..8 {
+        let text = n.to_string().repeat(5000);
+        put(&logstore, &text);
+        world.clock.advance(secs(3600));
+    }
+    assert!(segments(&world.logstore_dir(&logstore), 0).len() > 5);
+    (world, store, logstore)
+}
+
+/// Verifies, and does something else once when it is half-way.
+fn verify_beside(store: &Store, mut act: impl FnMut()) -> VerifyReport {
+    let mut begun = false;
+    store
+        .verify(&VerifyOptions::default(), &mut |_| {
+            if !std::mem::replace(&mut begun, true) {
+                act();
+            }
+        })
+        .unwrap()
+}
+
+#[test]
+fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
+    for reads_only in [false, true] {
+        let (world, store, logstore) = with_old_segments();
+        let reader = world.builder().open_read_only().unwrap();
+        let looking = if reads_only { &reader } else { &store };
+        let before = segments(&world.logstore_dir(&logstore), 0).len();
+        let report = verify_beside(looking, || {
+            world.clock.advance(secs(22 * 3600));
+            assert!(store.apply_retention().unwrap().segments > 2);
+        });
+        assert!(report.faults.is_empty(), "{:?}", report.faults);
+        assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);
+        let left = segments(&world.logstore_dir(&logstore), 0).len();
+        assert!(left < before);
+        // Whoever listed them before goes on with what is left.
+        let found = looking.logstore(&name("p/l")).unwrap();
+        let all = found.status().unwrap();
+        assert_eq!(all.segments as usize, left);
+        let from = ReadOptions::from(Position::Time(0));
+        let read: Vec<_> = found.read(0, &from).unwrap().collect::<envelog::Result<_>>().unwrap();
+        assert_eq!(read.len() as u64, all.groups);
+    }
+}
+
+#[test]
+fn a_logstore_that_is_deleted_meanwhile_is_no_fault() {
+    let (_world, store, logstore) = with_old_segments();
+    let report = verify_beside(&store, || store.delete_logstore(logstore.name()).unwrap());
+    assert!(report.faults.is_empty(), "{:?}", report.faults);
+    assert!(report.notes.iter().any(|note| note.contains("was deleted meanwhile")), "{:?}", report.notes);
+}
+
+// ---- where a store is made ----
+
+/// The directory of a store is an entry of its parent as well, also where a path does not name that.
+#[test]
+fn a_store_with_a_relative_path_is_there_after_the_power_fails() {
+    let world = World::manual();
+    // Its keyring is elsewhere: else making that durable would do as well.
+    let disk = SimDisk::new(Path::new("keys"));
+    let builder = |disk: &SimDisk| {
+        let options = world.options;
+        assert_eq!(options.background, Background::Manual);
+        let builder = Store::builder("data", "keys/keyring", AwsLc::new()).options(options);
+        builder.clock(Arc::clone(&world.clock) as _).disk(Arc::new(disk.clone()))
+    };
+    let store = builder(&disk).create().unwrap();
+    let logstore = world.service(&store, "p/l");
+    put(&logstore, "kept");
+    let after = disk.crash(Survives::Synced);
+    let store = builder(&after).open().unwrap();
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["kept"]);
+}
