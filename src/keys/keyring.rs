@@ -238,7 +238,7 @@ impl Keyring {
             path: self.path.clone(),
             store: self.store,
             id: self.id,
-            features: self.features.clone(),
+            features: self.features,
             versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
             cmk: self.cmk.clone(),
             custody: self.custody.clone(),
