@@ -241,6 +241,9 @@ mod tests {
             decompressor.decompress(compression, &stored[..stored.len() - 1], len, &mut raw).unwrap_err();
             let twice = [&stored[..], &stored].concat();
             decompressor.decompress(compression, &twice, len, &mut raw).unwrap_err();
+            // What zstd passes over (RFC 8878, section 3.1.2) is no part of what the engine writes either.
+            let skipped = [&stored[..], b"\x50\x2a\x4d\x18\0\0\0\0"].concat();
+            decompressor.decompress(compression, &skipped, len, &mut raw).unwrap_err();
             decompressor.decompress(compression, &twice, 2 * len, &mut raw).map_err(|_| ()).ok();
             decompressor.decompress(compression, &stored, len, &mut raw).unwrap();
             assert_eq!(raw, text);

@@ -436,6 +436,43 @@ mod tests {
         assert_eq!(Trailer::decode(&trailer), Err(DecodeError::Field("length of the footer")));
     }
 
+    #[test]
+    fn entries_out_of_order_or_out_of_the_segment_are_refused() {
+        let refused = |change: fn(&mut Footer)| {
+            let mut footer = sample();
+            assert_eq!(footer.check(), Ok(()));
+            change(&mut footer);
+            assert_eq!(footer.check(), Err(DecodeError::Field("index")), "{footer:?}");
+        };
+        refused(|footer| footer.index[1].offset = footer.index[0].offset);
+        refused(|footer| footer.index[1].first_seq = footer.index[0].first_seq);
+        refused(|footer| footer.index[1].first_time_us = footer.index[0].first_time_us - 1);
+        refused(|footer| footer.index[1].block = footer.index[0].block);
+        refused(|footer| footer.offset = footer.index[1].offset);
+        refused(|footer| footer.end_seq = footer.index[1].first_seq);
+        refused(|footer| footer.block_count = footer.index[1].block);
+    }
+
+    #[test]
+    fn the_longest_is_the_one_with_the_largest_index() {
+        let entry = |n: u32| IndexEntry { offset: n.into(), first_seq: n.into(), first_time_us: 1, block: n };
+        let mut footer = sample();
+        footer.index = (0..INDEX_ENTRIES_MAX).map(entry).collect();
+        footer.first_time_us = 1;
+        footer.offset = INDEX_ENTRIES_MAX.into();
+        footer.end_seq = u64::MAX;
+        footer.block_count = u32::MAX;
+        let bytes = encoded(&footer);
+        assert_eq!(bytes.len() as u64, Footer::LEN_MAX);
+        assert_eq!(Footer::decode(&bytes).unwrap().footer, footer);
+        assert!(Trailer::decode(bytes.last_chunk().unwrap()).is_ok());
+        footer.index.push(entry(INDEX_ENTRIES_MAX));
+        footer.offset += 1;
+        let bytes = encoded(&footer);
+        assert_eq!(Footer::decode(&bytes), Err(DecodeError::Field("length of the footer")));
+        assert!(Trailer::decode(bytes.last_chunk().unwrap()).is_err());
+    }
+
     fn block(number: u32, groups: u32, first_seq: u64, time: u64) -> BlockHeader {
         BlockHeader {
             kind: if groups == 0 { BlockKind::Mark } else { BlockKind::Groups },

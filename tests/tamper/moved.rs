@@ -1,7 +1,7 @@
 //! Authentic pieces in the wrong place or of the wrong time, pieces that are missing, and pieces that somebody made up.
 
 use envelog::{
-    Position,
+    Position, RewrapOptions,
     crypto::Suite,
     segment::{BlockHeader, BlockKind, Compression, Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
 };
@@ -280,6 +280,33 @@ fn an_older_keyring_is_too_old() {
     let keyring = fixture.world.keyring();
     let damaged = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
     assert_found(&fixture, "an old keyring", &damaged, "keyring_too_old");
+}
+
+/// The same key under another wrapping proves as much: an older probe is taken, and so is a keyring from before it was put under a
+/// master key, until the service key is rotated.
+#[test]
+fn what_was_only_wrapped_again_is_taken_as_it_was() {
+    let mut fixture = Fixture::closed();
+    let old = fixture.disk.image();
+    let probes = fixture.world.store_dir().join("probes");
+    let probe = old.files.keys().find(|path| path.starts_with(&probes)).unwrap().clone();
+    let keyring = fixture.world.keyring();
+    fixture.reopened(|fixture, store| {
+        let cmk = store.config(&name(SM4)).unwrap().encrypt_conf.unwrap().user_cmk_info.unwrap();
+        fixture.world.local().rotate(&cmk.cmk_key_id).unwrap();
+        store.rewrap_all(&RewrapOptions::default(), &mut |_| {}).unwrap();
+        store.rewrap_keyring(Some(fixture.world.cmk())).unwrap();
+    });
+    let image = fixture.disk.image();
+    for path in [&probe, &keyring] {
+        assert_ne!(image.files[path], old.files[path]);
+        let back = image.with(path, old.files[path].clone());
+        let verdict = fixture.examine(&back, None);
+        assert!(verdict.is_clean(), "{}: {verdict:?}", path.display());
+    }
+    fixture.reopened(|_, store| drop(store.rotate_service_key().unwrap()));
+    let back = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
+    assert_found(&fixture, "a keyring from before", &back, "keyring_too_old");
 }
 
 /// A store that is opened and written to does not make good for what was taken from its audit log. While there are fewer records than
