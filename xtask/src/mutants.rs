@@ -38,7 +38,7 @@ const AREAS: [Area; 5] = [
         name: "keys",
         files: &["src/keys/custody.rs", "src/keys/envelope.rs", "src/keys/keyring.rs", "src/logstore/meta.rs"],
         quick: &["keyring"],
-        thorough: &["key_crashes", "key_usage", "keys", "revocation", "service_cmk", "sweep", "tamper"],
+        thorough: &["format", "key_crashes", "key_usage", "keys", "revocation", "service_cmk", "sweep", "tamper"],
     },
     Area {
         name: "leases",
