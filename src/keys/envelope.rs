@@ -106,9 +106,9 @@ pub(super) fn wrap(
 ) -> Result<Vec<u8>> {
     let mut salt = [0; 32];
     random.fill(&mut salt).map_err(Error::io("draw a random salt", ""))?;
-    let mut wrapped = salt.to_vec();
-    // The plaintext is put where it is sealed, in a vector that never grows again.
-    wrapped.reserve_exact(WRAPPED_BYTES - wrapped.len());
+    // The plaintext is put where it is sealed, in a vector that never grows.
+    let mut wrapped = Vec::with_capacity(WRAPPED_BYTES);
+    wrapped.extend_from_slice(&salt);
     wrapped.extend_from_slice(key.expose());
     let (_, sealed) = wrapped.split_at_mut(32);
     let sealing = wrapping_key(provider, root, &salt, identity.suite)?;

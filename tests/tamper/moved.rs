@@ -304,7 +304,7 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
         let verdict = fixture.examine(&back, None);
         assert!(verdict.is_clean(), "{}: {verdict:?}", path.display());
     }
-    fixture.reopened(|_, store| drop(store.rotate_service_key().unwrap()));
+    fixture.reopened(|_, store| assert_eq!(store.rotate_service_key().unwrap(), 2));
     let back = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
     assert_found(&fixture, "a keyring from before", &back, "keyring_too_old");
 }
