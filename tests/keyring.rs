@@ -617,6 +617,94 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
     store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
 }
 
+/// Nothing vouches for the shards that a configuration names either.
+#[test]
+fn a_forged_list_of_shards_is_refused_by_a_recovery() {
+    type List = fn(&serde_json::Value) -> Vec<serde_json::Value>;
+    let possible: List = |shard| (0..envelog::SHARDS_MAX).map(|id| with_id(shard, id)).collect();
+    let lists: [List; 5] = [
+        possible,
+        |_| Vec::new(),
+        |shard| vec![with_id(shard, 1)],
+        |shard| vec![with_id(shard, 1), with_id(shard, 0)],
+        |shard| (0..=envelog::SHARDS_MAX).map(|id| with_id(shard, id)).collect(),
+    ];
+    for (index, list) in lists.into_iter().enumerate() {
+        let (scene, [byok, ..]) = Lost::new();
+        for shard in 1..=envelog::SHARDS_MAX {
+            fs::create_dir(scene.world.logstore_dir(&byok).join(format!("shard-{shard:04}"))).unwrap();
+        }
+        scene.byok_meta(&byok, |bytes| {
+            let end = 80 + u32::from_le_bytes(bytes[72..76].try_into().unwrap()) as usize;
+            let mut config: serde_json::Value = serde_json::from_slice(&bytes[80..end]).unwrap();
+            config["shards"] = list(&config["shards"][0]).into();
+            let forged = config.to_string().into_bytes();
+            bytes[72..76].copy_from_slice(&(forged.len() as u32).to_le_bytes());
+            bytes.splice(80..end, forged);
+        });
+        let (_store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        let lost = report.lost.iter().find(|(id, _)| *id == byok.id());
+        if index == 0 {
+            assert_eq!((report.recovered, lost), (vec![name("p/byok")], None));
+        } else {
+            assert_eq!(report.recovered, []);
+            assert!(lost.unwrap().1.contains("configuration"), "{lost:?}");
+        }
+    }
+}
+
+fn with_id(shard: &serde_json::Value, id: u32) -> serde_json::Value {
+    let mut shard = shard.clone();
+    shard["id"] = id.into();
+    shard
+}
+
+/// Of two Logstores of one name the one that was made later has it: the other was deleted, and not all of it is gone.
+#[test]
+fn a_recovery_takes_the_newer_of_two_logstores_of_a_name() {
+    for newer_is_greater in [false, true] {
+        let world = World::manual();
+        let cmk = world.cmk();
+        let store = world.create();
+        let older = world.byok(&store, "p/l", &cmk);
+        put(&older, "old");
+        let (dir, aside) = (world.logstore_dir(&older), world.path().join("aside"));
+        store.close().unwrap();
+        copy_dir(&dir, &aside);
+        let store = world.open();
+        store.delete_logstore(&name("p/l")).unwrap();
+        world.clock.advance(secs(1));
+        // The directories are looked at in the order of the ids.
+        let newer = loop {
+            let newer = world.byok(&store, "p/l", &cmk);
+            if (newer.id().to_string() > older.id().to_string()) == newer_is_greater {
+                break newer;
+            }
+            store.delete_logstore(&name("p/l")).unwrap();
+        };
+        put(&newer, "new");
+        store.close().unwrap();
+        copy_dir(&aside, &dir);
+        fs::remove_file(world.keyring()).unwrap();
+        let (store, report) = world.builder().recover_without_keyring().unwrap();
+        assert_eq!(report.recovered, [name("p/l")]);
+        assert_eq!(report.lost.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [older.id()]);
+        assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["new"]);
+    }
+}
+
+#[test]
+fn a_catalogue_that_the_system_does_not_read_is_not_missing() {
+    let world = World::manual();
+    world.create().close().unwrap();
+    let disk = FailingDisk::default();
+    disk.break_paths(Some("catalogue"));
+    let opened = world.builder().disk(Arc::new(disk)).open();
+    assert!(matches!(opened, Err(Error::Io { .. })), "{opened:?}");
+    fs::remove_file(world.store_dir().join("catalogue")).unwrap();
+    assert!(matches!(world.builder().open(), Err(Error::Truncated { .. })));
+}
+
 #[test]
 fn a_recovery_that_fails_anywhere_can_be_done_again() {
     let (scene, _) = Lost::new();
