@@ -275,6 +275,14 @@ mod tests {
         segment::tests::damage_each,
     };
 
+    #[test]
+    fn what_was_to_be_sealed_is_overwritten() {
+        let mut buffer = SealBuffer::default();
+        buffer.begin().extend_from_slice(b"plaintext");
+        buffer.wipe();
+        assert!(buffer.0.is_empty());
+    }
+
     fn sample() -> BlockHeader {
         BlockHeader {
             kind: BlockKind::Groups,

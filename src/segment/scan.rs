@@ -464,6 +464,17 @@ mod tests {
         assert_eq!((sample.verdict(), sample.behind()), (ScanVerdict::TornTail { at }, vec![1]));
     }
 
+    /// What is read at once may end anywhere in the header of the next block.
+    #[test]
+    fn a_block_is_whole_wherever_the_chunk_ends() {
+        let (chunk, overhead) = (CHUNK_BYTES as u32, BLOCK_LEN_MIN as u32);
+        for in_chunk in 1..=overhead + 8 {
+            let sample = Sample::unsynced(&[chunk - overhead - in_chunk, 20, 20]);
+            assert_eq!(sample.offsets[1] as u64 + u64::from(in_chunk), sample.body_start() + CHUNK_BYTES);
+            assert_eq!(sample.scan().0.blocks, 3, "{in_chunk} bytes of the second block");
+        }
+    }
+
     #[test]
     fn a_block_is_found_at_every_offset_of_a_chunk() {
         for shift in 0..200 {

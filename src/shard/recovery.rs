@@ -182,8 +182,8 @@ impl Shard {
             let what = format!("a block below what the catalogue knows to be durable ({}) is damaged", head.bytes);
             return Err(Error::corrupt(opened.at(report.end).block(report.blocks), what));
         }
-        let builder = self.build(opened, scanned.blocks.iter().take(head.blocks as usize));
-        if builder.digest() != head.digest || head.segment != opened.header.header.segment {
+        // The digest is over the hash of the header too, and so over the id of the segment.
+        if self.build(opened, scanned.blocks.iter().take(head.blocks as usize)).digest() != head.digest {
             let what = format!("{} is another segment than the catalogue knows", opened.name.path.display());
             return Err(Error::RolledBack { what });
         }
