@@ -351,11 +351,40 @@ fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewri
     assert_eq!(segments.len(), 3);
     // The one that was written by recovery begins with what is in it.
     assert!(segments[1].to_str().unwrap().ends_with("-00000000000000000002.seg"), "{segments:?}");
+    // What stands in two files now is counted once.
+    assert_eq!(logstore.status().unwrap().groups, 5);
     assert_clean(&store, "recovered");
     // What was rewritten is durable, whatever was the matter with the page cache.
     let after = Sim::of(sim.world, sim.disk.crash(Survives::Synced));
     let logstore = find(&after.open());
     assert_eq!(texts(&logstore), ["a", "b", "c", "d", "e"]);
+}
+
+/// A disk that does not read is no damage: nothing is given up for it.
+#[test]
+fn a_repair_that_cannot_read_repairs_nothing() {
+    let (sim, _) = crashed();
+    let store = sim.open();
+    let segments = sim.segments(&find(&store), 0);
+    let mut failed = 0;
+    for nth in 0..30 {
+        let mut reads = 0;
+        sim.disk.on_call(move |call| {
+            reads += u64::from(call.op == Op::Read && call.is_about(".seg"));
+            if call.op == Op::Read && reads == nth + 1 { Verdict::Fail(io::ErrorKind::Other) } else { Verdict::Go }
+        });
+        match store.repair(&name("p/l"), 0) {
+            Ok(report) => assert_eq!(report.segment, None),
+            Err(error) => {
+                assert!(matches!(error, Error::Io { .. }), "{error}");
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed > 2, "{failed} reads failed");
+    sim.disk.heal();
+    assert_eq!(sim.segments(&find(&store), 0), segments);
+    assert_eq!(texts(&find(&store)), ["a", "b", "c", "d"]);
 }
 
 /// What recovery did is told when it did either, and not when there was nothing to do.
