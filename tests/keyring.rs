@@ -662,9 +662,9 @@ fn with_id(shard: &serde_json::Value, id: u32) -> serde_json::Value {
 /// Of two Logstores of one name the one that was made later has it: the other was deleted, and not all of it is gone.
 #[test]
 fn a_recovery_takes_the_newer_of_two_logstores_of_a_name() {
-    // In which order the directories are found is drawn anew each time.
-    for _ in 0..16 {
-        let world = World::manual_in_memory();
+    // In which order directories are found depends on the file system, and in some on the names, which are drawn.
+    for turn in 0..16 {
+        let world = if turn < 4 { World::manual_in_memory() } else { World::manual() };
         let cmk = world.cmk();
         let store = world.create();
         let older = world.byok(&store, "p/l", &cmk);
