@@ -303,8 +303,9 @@ impl Shard {
             Ok(opened) => return Ok(Some(opened)),
             Err(error) => error,
         };
-        if let Some(reload) = &self.context.reload {
-            self.set_record(reload(self.id)?);
+        // What was found is what is told, should the catalogue not be there to ask.
+        if let Some(Ok(record)) = self.context.reload.as_ref().map(|reload| reload(self.id)) {
+            self.set_record(record);
         }
         if name.ordinal < self.record().first_ordinal { Ok(None) } else { Err(error) }
     }
