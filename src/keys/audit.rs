@@ -336,7 +336,7 @@ impl AuditLog {
                 return Ok(file);
             }
             let file = self.disk.open(path, OpenMode::ReadWrite)?;
-            if file.len()? > len {
+            if file.len()? != len {
                 file.set_len(len)?;
             }
             if len == 0 {
@@ -613,9 +613,16 @@ mod tests {
             audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
         }
         assert!(audit.files().unwrap().len() > 3);
-        let records = audit.verified(&[&audit.head()]).unwrap();
+        let records = audit.verified(&[&audit.head(), &AuditHead::default()]).unwrap();
         assert_eq!(records.len(), 20);
         assert!(records.iter().enumerate().all(|(n, record)| record.detail == n.to_string()));
+        // Another log that is as long or longer, and one that was longer.
+        for number in [1, 20] {
+            let other = AuditHead { number, tag: "5a".repeat(32) };
+            assert!(matches!(audit.verified(&[&other]), Err(Error::RolledBack { .. })), "{number}");
+        }
+        let longer = AuditHead { number: 21, tag: "5a".repeat(32) };
+        assert!(matches!(audit.verified(&[&longer]), Err(Error::Truncated { .. })));
     }
 
     #[test]
@@ -675,6 +682,8 @@ mod tests {
         let path = audit.path(1);
         let mut torn = fs::read(&path).unwrap();
         torn.extend_from_slice(b"{\"number\":2,\"time");
+        // It may be longer than the record that comes in its place.
+        torn.resize(4096, b' ');
         fs::write(&path, torn).unwrap();
         let audit = reopened(&audit, &audit.head());
         audit.record(AuditEvent::Deleted, None, "after").unwrap();
@@ -727,7 +736,7 @@ mod tests {
         let mut damaged = fs::read(audit.path(1)).unwrap();
         damaged[5] ^= 1;
         fs::write(audit.path(1), damaged).unwrap();
-        found(&end);
+        heads[15..].iter().for_each(found);
     }
 
     #[test]

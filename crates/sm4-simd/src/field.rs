@@ -206,7 +206,7 @@ pub(crate) const FAR: Affine = Affine {
 #[cfg(test)]
 pub(crate) fn aes_inverse(x: u8) -> u8 {
     /// The polynomial `x + 1` generates the field, so its powers `i` and `255 - i` are inverse to each other.
-    const INVERSES: [u8; 256] = {
+    static INVERSES: [u8; 256] = {
         let (mut powers, mut inverses, mut i) = ([1; 256], [0; 256], 1);
         while i < 256 {
             powers[i] = multiply(powers[i - 1], 3, AES_POLYNOMIAL);
