@@ -609,7 +609,11 @@ fn an_outage_that_goes_on_is_one_loss() {
         assert_eq!(put.is_ok(), answer == Answer::Real);
         store.close().unwrap();
     }
-    assert_eq!(events(&world.open())[begin..], [LeaseEnded, LeaseEnded, Recovered]);
+    let store = world.open();
+    assert_eq!(events(&store)[begin..], [LeaseEnded, LeaseEnded, Recovered]);
+    let records = since(&store, begin);
+    let kinds: Vec<_> = records[..2].iter().map(|record| record.detail.split(':').next().unwrap()).collect();
+    assert_eq!(kinds, ["unreachable", "invalid"]);
 }
 
 // ---- for somebody else ----

@@ -121,6 +121,26 @@ fn a_first_use_does_not_wait_for_an_outage_that_is_known() {
     assert_eq!(texts(&unused), ["first"]);
 }
 
+/// A call or two that failed are no outage that anybody need be spared: the KMS is asked.
+#[test]
+fn a_first_use_asks_although_a_call_has_failed() {
+    let world = World::manual_in_memory();
+    let store = world.create();
+    let cmk = world.cmk();
+    let [used, unused] = ["p/used", "p/unused"].map(|name| world.byok(&store, name, &cmk));
+    put(&used, "first");
+    put(&unused, "first");
+    store.close().unwrap();
+    let store = world.open();
+    let [used, unused] = ["p/used", "p/unused"].map(|text| store.logstore(&name(text)).unwrap());
+    put(&used, "second");
+    world.kms.answer(Answer::Unreachable);
+    assert!(used.revalidate_now().is_ok(), "the lease runs on");
+    world.kms.answer(Answer::Real);
+    assert!(matches!(unused.key_status().state, envelog::KeyState::Outage { .. }));
+    assert_eq!(texts(&unused), ["first"]);
+}
+
 /// A backend that never comes back costs threads, and only so many.
 #[test]
 fn calls_that_never_come_back_do_not_pile_up() {

@@ -705,6 +705,25 @@ mod tests {
             let kept = record.detail.strip_suffix('…').unwrap();
             detail.starts_with(kept) && kept.len() > DETAIL_BYTES_MAX - 4
         }));
+        let longest = "x".repeat(DETAIL_BYTES_MAX);
+        assert_eq!(shortened(longest.clone()), longest);
+    }
+
+    #[test]
+    fn a_line_is_read_up_to_the_limit_and_no_further() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1 << 20);
+        audit.record(AuditEvent::Created, None, "x").unwrap();
+        let json = audit.lines(1).unwrap().lines.remove(0).json;
+        let padded = |len: usize| {
+            let shorter = encode_line(&json, "").len() - 1;
+            encode_line(&json.replace("\"x\"", &format!("\"x{}\"", "y".repeat(len - shorter))), "")
+        };
+        for (len, read) in [(LINE_BYTES_MAX, true), (LINE_BYTES_MAX + 1, false), (LINE_BYTES_MAX + 2, false)] {
+            let line = padded(len);
+            let line = line.trim_end().as_bytes();
+            assert_eq!((line.len(), parse_line(line, 0).is_some()), (len, read));
+        }
     }
 
     #[test]

@@ -80,3 +80,27 @@ impl Circuit {
         Some(asked)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::SystemClock;
+
+    #[test]
+    fn it_opens_after_several_calls_in_a_row_and_lets_one_ask_now_and_then() {
+        const HOUR: Duration = Duration::from_secs(3600);
+        let (circuit, now) = (Circuit::default(), Moment::now(&SystemClock));
+        let spare = |age| circuit.spare(Weak::new(), now, age, &SystemClock);
+        let fails = |detail: &str| circuit.note(now, &Err(Refusal::Unreachable(detail.to_owned())));
+        for detail in ["first", "second", "third"] {
+            assert!(!circuit.is_open() && spare(HOUR).is_none(), "before the {detail}");
+            assert!(fails(detail).is_empty());
+        }
+        assert!(circuit.is_open());
+        assert_eq!(spare(HOUR), Some((now, "third".to_owned())));
+        assert_eq!(spare(Duration::ZERO), None, "it is to ask");
+        // A refusal is an answer.
+        circuit.note(now, &Err(Refusal::Invalid("none".to_owned())));
+        assert!(!circuit.is_open() && spare(HOUR).is_none());
+    }
+}

@@ -117,6 +117,10 @@ pub(super) struct Moment {
 }
 
 impl Moment {
+    pub(super) fn now(clock: &dyn Clock) -> Self {
+        Self { uptime: clock.uptime(), wall_us: clock.wall_us() }
+    }
+
     /// Whether at least `duration` has passed since, by either clock.
     pub(super) fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
         clock.uptime() >= self.uptime + duration || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
@@ -303,10 +307,6 @@ impl Lease {
         state.last_success.is_none_or(|sent| sent.is_past(self.terms.outage_grace, &*self.clock))
     }
 
-    fn now(&self) -> Moment {
-        Moment { uptime: self.clock.uptime(), wall_us: self.clock.wall_us() }
-    }
-
     /// What holds at this moment, without asking anybody.
     fn standing(&self, state: &State) -> Result<(), Refusal> {
         match &state.refusal {
@@ -338,7 +338,7 @@ impl Lease {
             }
             return;
         }
-        let sent = self.now();
+        let sent = Moment::now(&*self.clock);
         state.calling = Some(sent);
         state.last_call = Some(sent);
         drop(state);
@@ -360,7 +360,7 @@ impl Lease {
                 None
             } else {
                 // Earlier than the next renewal of whoever asked, so that it goes round.
-                self.circuit.spare(Weak::clone(&self.this), self.now(), every * 4 / 5, &*self.clock)
+                self.circuit.spare(Weak::clone(&self.this), Moment::now(&*self.clock), every * 4 / 5, &*self.clock)
             }
         };
         match outage {
@@ -471,7 +471,7 @@ impl Lease {
     /// A refusal that another call under the same master key was given (the unwrap of a Logstore's own envelope).
     pub(crate) fn report(&self, refusal: Refusal) {
         if matches!(refusal, Refusal::Revoked(_)) {
-            self.answered(self.now(), Err(refusal));
+            self.answered(Moment::now(&*self.clock), Err(refusal));
         }
     }
 
