@@ -91,6 +91,14 @@ impl Held {
         }
     }
 
+    /// Keeps the key of a segment being read.
+    fn keep(&mut self, segment: SegmentId, cipher: SegmentCipher) {
+        if self.reading.len() >= CIPHERS_MAX {
+            self.reading.clear();
+        }
+        self.reading.insert(segment, cipher);
+    }
+
     /// Drops all that can be loaded again.
     fn forget_loaded(&mut self) {
         self.data.clear();
@@ -270,10 +278,7 @@ impl Gate {
             {
                 let mut held = write(&self.held);
                 if held.epoch == epoch {
-                    if held.reading.len() >= CIPHERS_MAX {
-                        held.reading.clear();
-                    }
-                    held.reading.insert(segment.header.segment, cipher);
+                    held.keep(segment.header.segment, cipher);
                 }
             }
             if !self.may_stay(epoch)? {
@@ -462,30 +467,64 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crypto::RustCrypto;
+    use crate::crypto::{RustCrypto, Suite};
+
+    fn gate(pid: u32) -> Arc<Gate> {
+        let dir = tempfile::tempdir().unwrap();
+        let store = StoreId::from_bytes([1; 16]);
+        let keyring = Keyring::for_tests(&dir.path().join("keyring"), store);
+        let context = KeyContext {
+            store,
+            provider: Arc::new(RustCrypto::new()),
+            keyring: Arc::new(RwLock::new(keyring)),
+            pid,
+            counters: Arc::default(),
+            reload_from: None,
+        };
+        let id = LogstoreId::from_bytes([2; 16]);
+        Arc::new(Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default()))
+    }
 
     /// What a child process finds in its copy of the memory is the process id of its parent.
     #[test]
     fn a_gate_that_came_through_fork_admits_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = StoreId::from_bytes([1; 16]);
-        let keyring = Keyring::for_tests(&dir.path().join("keyring"), store);
-        let keyring = Arc::new(RwLock::new(keyring));
-        let gate = |pid| {
-            let context = KeyContext {
-                store,
-                provider: Arc::new(RustCrypto::new()),
-                keyring: Arc::clone(&keyring),
-                pid,
-                counters: Arc::default(),
-                reload_from: None,
-            };
-            let id = LogstoreId::from_bytes([2; 16]);
-            Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default())
-        };
         assert_eq!(gate(std::process::id()).admit().unwrap(), 0);
         let forked = gate(std::process::id().wrapping_add(1));
         assert!(matches!(forked.admit(), Err(Error::Forked)));
         assert!(matches!(forked.context().check_process(), Err(Error::Forked)));
+    }
+
+    #[test]
+    fn readers_are_counted_under_each_key() {
+        let gate = gate(std::process::id());
+        let [old, new] = [KeySource::DataKey(1), KeySource::DataKey(2)];
+        let counts = || [old, new].map(|source| gate.readers(source));
+        let (first, second, other) = (gate.in_use(old), gate.in_use(old), gate.in_use(new));
+        assert_eq!(counts(), [2, 1]);
+        drop(first);
+        assert_eq!(counts(), [1, 1]);
+        drop((second, other));
+        assert_eq!(counts(), [0, 0]);
+        assert!(lock(&gate.readers).is_empty());
+    }
+
+    #[test]
+    fn keys_that_were_loaded_are_held_so_many_and_under_one_epoch() {
+        let mut held = Held::default();
+        let key = SecretKey::from_bytes(&mut [3; 32]);
+        let keep = |held: &mut Held, n: u128| {
+            let cipher = SegmentCipher::derive(&RustCrypto::new(), Suite::Aes256Gcm, &key, &[4; 32], &[5; 32]);
+            held.keep(SegmentId::from_bytes(n.to_le_bytes()), cipher.unwrap());
+            held.reading.len()
+        };
+        for n in 1..=CIPHERS_MAX {
+            assert_eq!(keep(&mut held, n as u128), n);
+        }
+        assert_eq!(keep(&mut held, 0), 1);
+        held.data.insert(1, key.duplicate());
+        held.enter(0);
+        assert_eq!((held.data.len(), held.reading.len()), (1, 1));
+        held.enter(1);
+        assert_eq!((held.epoch, held.data.len(), held.reading.len()), (1, 0, 0));
     }
 }
