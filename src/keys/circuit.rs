@@ -83,7 +83,10 @@ impl Circuit {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::lease::tests::{World, away},
+        *,
+    };
     use crate::io::SystemClock;
 
     #[test]
@@ -102,5 +105,30 @@ mod tests {
         // A refusal is an answer.
         circuit.note(now, &Err(Refusal::Invalid("none".to_owned())));
         assert!(!circuit.is_open() && spare(HOUR).is_none());
+    }
+    #[test]
+    fn all_that_were_spared_are_told_of_the_first_answer() {
+        let world = World::new();
+        let leases = [(); 4].map(|()| world.lease());
+        world.kms_is(away());
+        leases.iter().for_each(|lease| lease.renew());
+        let spared = || lock(&world.circuit.0).spared.len();
+        let now = Moment::now(&*world.clock);
+        let spare = |lease: &Arc<Lease>| {
+            world.circuit.spare(Arc::downgrade(lease), now, Duration::from_secs(3600), &*world.clock)
+        };
+        for (lease, count) in [(0, 1), (0, 1), (1, 2), (0, 2), (2, 3)] {
+            assert!(spare(&leases[lease]).is_some());
+            assert_eq!(spared(), count, "{lease}");
+        }
+        // One that is gone is forgotten.
+        let [first, second, third, fourth] = leases;
+        drop(second);
+        assert!(spare(&fourth).is_some());
+        assert_eq!(spared(), 3);
+        let told = world.circuit.note(now, &Ok(()));
+        assert_eq!(told.len(), 3);
+        assert!([first, third, fourth].iter().zip(&told).all(|(lease, told)| Arc::ptr_eq(lease, told)));
+        assert_eq!(spared(), 0);
     }
 }

@@ -585,3 +585,6 @@ impl Lease {
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,326 @@
+use std::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering},
+};
+
+use super::*;
+use crate::{
+    io::OsRandom,
+    kms::{Kms, KmsCall, Watch},
+};
+
+const EVERY: Duration = Duration::from_secs(30);
+const GRACE: Duration = Duration::from_secs(310);
+const TIMEOUT: Duration = Duration::from_secs(5);
+const STEP: Duration = Duration::from_micros(1);
+
+#[derive(Debug)]
+pub(in crate::keys) struct TestClock {
+    wall_us: AtomicU64,
+    uptime_us: AtomicU64,
+}
+
+impl TestClock {
+    pub(in crate::keys) fn advance(&self, by: Duration) {
+        self.jump_wall(by);
+        self.uptime_us.fetch_add(micros(by), Ordering::Relaxed);
+    }
+
+    fn jump_wall(&self, by: Duration) {
+        self.wall_us.fetch_add(micros(by), Ordering::Relaxed);
+    }
+}
+
+impl Clock for TestClock {
+    fn wall_us(&self) -> u64 {
+        self.wall_us.load(Ordering::Relaxed)
+    }
+
+    fn uptime(&self) -> Duration {
+        Duration::from_micros(self.uptime_us.load(Ordering::Relaxed))
+    }
+}
+
+/// Fills with one byte, or fails.
+#[derive(Debug)]
+struct Constant(Option<u8>);
+
+impl Random for Constant {
+    fn fill(&self, buf: &mut [u8]) -> std::io::Result<()> {
+        buf.fill(self.0.ok_or(std::io::ErrorKind::Other)?);
+        Ok(())
+    }
+}
+
+/// Unwraps everything to one key, unless it is to fail.
+#[derive(Debug, Default)]
+struct TestKms(Mutex<Option<KmsError>>);
+
+impl Kms for TestKms {
+    fn name(&self) -> &str {
+        "test"
+    }
+
+    fn serves(&self, _region_id: &str) -> bool {
+        true
+    }
+
+    fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        unreachable!("a lease wraps nothing")
+    }
+
+    fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        lock(&self.0).clone().map_or_else(|| Ok(key()), Err)
+    }
+}
+
+fn key() -> SecretKey {
+    SecretKey::from_bytes(&mut [7; 32])
+}
+
+/// A KMS, a clock and a circuit, for leases that nobody tends.
+pub(in crate::keys) struct World {
+    pub(in crate::keys) clock: Arc<TestClock>,
+    pub(in crate::keys) circuit: Arc<Circuit>,
+    kms: Arc<TestKms>,
+}
+
+impl World {
+    pub(in crate::keys) fn new() -> Self {
+        let clock = TestClock { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000) };
+        Self { clock: Arc::new(clock), circuit: Arc::default(), kms: Arc::default() }
+    }
+
+    pub(in crate::keys) fn lease(&self) -> Arc<Lease> {
+        self.lease_with(Constant(Some(0)))
+    }
+
+    fn lease_with(&self, random: Constant) -> Arc<Lease> {
+        let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
+        let watch = Watch { clock: Arc::clone(&clock), counters: Arc::default() };
+        let kms = BoundedKms::new(Arc::clone(&self.kms) as Arc<dyn Kms>, TIMEOUT, true, watch);
+        let cmk = Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "region".to_owned() };
+        let probe = Probe { wrapped: Vec::new(), context: EncryptionContext::new(), fingerprint: fingerprint(&key()) };
+        let terms = LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
+        Lease::new(cmk, kms, Arc::clone(&self.circuit), probe, terms, clock, Arc::new(random), None)
+    }
+
+    pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
+        *lock(&self.kms.0) = error;
+    }
+}
+
+pub(in crate::keys) fn away() -> Option<KmsError> {
+    Some(KmsError::Unreachable { detail: "away".to_owned() })
+}
+
+/// What it was told, in order.
+#[derive(Default)]
+struct Ears(Mutex<Vec<&'static str>>);
+
+impl Ears {
+    fn listening_to(lease: &Lease) -> Arc<Self> {
+        let ears = Arc::new(Self::default());
+        let weak: Weak<Self> = Arc::downgrade(&ears);
+        lease.listen(weak);
+        ears
+    }
+
+    fn heard(&self) -> Vec<&'static str> {
+        std::mem::take(&mut lock(&self.0))
+    }
+}
+
+impl LeaseListener for Ears {
+    fn depends_on(&self, _cmk: &Cmk) -> bool {
+        true
+    }
+
+    fn lost(&self, _refusal: &Refusal) {
+        lock(&self.0).push("lost");
+    }
+
+    fn note_lost(&self, _refusal: &Refusal) {
+        lock(&self.0).push("noted");
+    }
+
+    fn recovered(&self) {
+        lock(&self.0).push("recovered");
+    }
+}
+
+#[test]
+fn an_answer_lasts_to_the_microsecond_by_either_clock() {
+    let lasts = EVERY + TIMEOUT;
+    for wall_alone in [false, true] {
+        let world = World::new();
+        let pass = |by| if wall_alone { world.clock.jump_wall(by) } else { world.clock.advance(by) };
+        let lease = world.lease();
+        assert_eq!(lease.status(), KeyStatus { state: KeyState::Idle, lease_left: Some(Duration::ZERO) });
+        let epoch = lease.admit().unwrap();
+        assert_eq!((lease.calls(), lease.status().lease_left), (1, Some(GRACE)));
+        pass(lasts - STEP);
+        assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 1));
+        pass(STEP);
+        assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 2));
+
+        // And so does the lease, when no other answer comes.
+        world.kms_is(away());
+        for _ in 0..8 {
+            pass(lasts);
+            assert_eq!(lease.admit(), Ok(epoch));
+        }
+        assert_eq!(lease.calls(), 10);
+        let outage = KeyState::Outage { detail: "the KMS cannot be reached: away".to_owned() };
+        let left = if wall_alone { GRACE } else { GRACE - lasts * 8 };
+        assert_eq!(lease.status(), KeyStatus { state: outage.clone(), lease_left: Some(left) });
+        pass(GRACE - lasts * 8 - STEP);
+        assert_eq!(lease.admit(), Ok(epoch));
+        pass(STEP);
+        assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))));
+        assert_eq!(lease.status(), KeyStatus { state: outage, lease_left: Some(Duration::ZERO) });
+        // What was loaded before a loss that was told is not used after it.
+        lease.tell();
+        world.kms_is(None);
+        lease.renew();
+        assert!(lease.admit().is_ok_and(|now| now != epoch));
+    }
+}
+
+#[test]
+fn it_is_tended_when_something_is_due_and_not_before() {
+    let world = World::new();
+    let lease = world.lease();
+    const NOTHING: Duration = Duration::from_secs(3600);
+    assert_eq!((lease.tend(), lease.calls()), (NOTHING, 0));
+    let ears = Ears::listening_to(&lease);
+    assert_eq!((lease.tend(), lease.calls()), (NOTHING, 0), "it is used by nobody yet");
+    assert_eq!(lease.told(), None);
+    lease.admit().unwrap();
+    assert_eq!((lease.tend(), lease.calls(), ears.heard()), (EVERY, 1, vec!["recovered"]));
+    world.clock.advance(EVERY - STEP);
+    assert_eq!((lease.tend(), lease.calls()), (STEP, 1));
+    world.clock.advance(STEP);
+    assert_eq!((lease.tend(), lease.calls(), ears.heard()), (EVERY, 2, vec![]));
+    // A machine that was suspended, as the wall clock says alone.
+    world.clock.jump_wall(EVERY + TIMEOUT - STEP);
+    assert_eq!((lease.tend(), lease.calls()), (EVERY, 2));
+    world.clock.jump_wall(STEP);
+    assert_eq!((lease.tend(), lease.calls()), (EVERY, 3));
+
+    // An outage: tended for the next renewal or when the lease ends, whichever comes first.
+    world.kms_is(away());
+    for n in 1..=10 {
+        world.clock.advance(EVERY);
+        let next = if n < 10 { EVERY } else { GRACE - EVERY * 10 };
+        assert_eq!((lease.tend(), lease.calls()), (next, 3 + n), "{n}");
+    }
+    world.clock.advance(GRACE - EVERY * 10 - STEP);
+    assert_eq!((lease.tend(), ears.heard()), (STEP, vec![]));
+    assert_eq!(lease.told(), Some(Ok(())));
+    world.clock.advance(STEP);
+    assert_eq!((lease.tend(), ears.heard()), (EVERY - (GRACE - EVERY * 10), vec!["lost", "noted"]));
+    assert!(matches!(lease.told(), Some(Err(Refusal::Unreachable(_)))));
+    assert_eq!((lease.tend(), ears.heard()), (EVERY - (GRACE - EVERY * 10), vec![]));
+    let calls = lease.calls();
+
+    // Whoever goes leaves nobody to renew for.
+    drop(ears);
+    world.clock.advance(EVERY);
+    assert_eq!((lease.tend(), lease.calls()), (NOTHING, calls));
+}
+
+#[test]
+fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
+    let world = World::new();
+    let lease = world.lease();
+    let ears = Ears::listening_to(&lease);
+    lease.admit().unwrap();
+    let earlier = Moment::now(&*world.clock);
+    world.clock.advance(STEP);
+    let disabled = Refusal::Revoked(RevokedReason::Disabled);
+    lease.report(Refusal::Unreachable("another call".to_owned()));
+    assert!(lease.admit().is_ok(), "only a refusal counts that another call was given");
+    lease.report(disabled.clone());
+    assert_eq!((lease.admit(), lease.calls()), (Err(disabled.clone()), 1));
+    assert_eq!(lease.status().lease_left, Some(Duration::ZERO));
+    assert_eq!(lease.status().state, KeyState::Revoked { reason: RevokedReason::Disabled });
+    lease.answered(earlier, Ok(()));
+    assert_eq!(lease.admit(), Err(disabled));
+    lease.tend();
+    assert_eq!(ears.heard(), ["lost", "noted"]);
+    // An outage that follows has nothing left to ride.
+    world.kms_is(away());
+    lease.renew();
+    assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))));
+    world.kms_is(None);
+    lease.renew_afresh();
+    assert!(lease.admit().is_ok());
+    lease.tend();
+    assert_eq!(ears.heard(), ["recovered"]);
+}
+
+#[test]
+fn renewals_are_spread_over_a_fifth_of_the_period() {
+    let world = World::new();
+    for (random, period) in
+        [(Some(0), EVERY), (None, EVERY), (Some(255), EVERY * 4 / 5), (Some(51), EVERY - EVERY / 25)]
+    {
+        assert_eq!(world.lease_with(Constant(random)).jittered(EVERY), period, "{random:?}");
+    }
+    let lease = world.lease_with(Constant(Some(255)));
+    let _ears = Ears::listening_to(&lease);
+    lease.admit().unwrap();
+    assert_eq!(lease.tend(), EVERY * 4 / 5);
+    // So are the calls of those that were spared, once the KMS answers.
+    lease.ask_soon();
+    assert_eq!(lease.tend(), EVERY / 5);
+}
+
+#[test]
+fn metrics_tell_its_age() {
+    let world = World::new();
+    let lease = world.lease();
+    assert_eq!(lease.metrics().age, None);
+    lease.admit().unwrap();
+    world.clock.advance(STEP * 5);
+    let metrics = lease.metrics();
+    assert_eq!((metrics.age, metrics.calls), (Some(STEP * 5), 1));
+    assert_eq!((metrics.status.lease_left, metrics.status), (Some(GRACE - STEP * 5), lease.status()));
+}
+
+/// A first use in an outage asks only when too few calls have failed to know it, or when a call is due anyway.
+#[test]
+fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
+    let world = World::new();
+    let lease = world.lease();
+    let unwrap = || lease.unwrap_envelope(EncryptionContext::new(), b"").map(|_| ());
+    lease.admit().unwrap();
+    world.kms_is(away());
+    for _ in 0..2 {
+        lease.renew();
+    }
+    world.kms_is(None);
+    assert_eq!(unwrap(), Ok(()));
+    world.kms_is(away());
+    lease.renew();
+    world.kms_is(None);
+    assert!(matches!(unwrap(), Err(KmsError::Unreachable { .. })));
+    world.clock.advance(EVERY);
+    assert_eq!(unwrap(), Ok(()));
+    // One that the KMS has refused is asked for, and so is one that it grants.
+    world.kms_is(away());
+    let other = world.lease();
+    assert!(world.circuit.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err());
+    world.kms_is(None);
+    assert!(other.unwrap_envelope(EncryptionContext::new(), b"").is_ok());
+}
+
+#[test]
+fn a_probe_must_come_out_as_the_key_that_it_was() {
+    let world = World::new();
+    let lease = world.lease();
+    let fingerprint = fingerprint(&SecretKey::generate(&OsRandom).unwrap());
+    lease.set_probe(Probe { wrapped: Vec::new(), context: EncryptionContext::new(), fingerprint });
+    assert!(matches!(lease.admit(), Err(Refusal::Invalid(_))));
+}
