@@ -424,6 +424,34 @@ mod tests {
     }
 
     #[test]
+    fn its_file_is_verified_as_it_is_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        keyring.verify_file(&RealDisk).unwrap();
+        assert!(keyring.versions().eq([(1, 1)]));
+        let mut bytes = read(&RealDisk, keyring.path()).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        keyring.replace(&RealDisk, &bytes).unwrap();
+        assert!(keyring.verify_file(&RealDisk).is_err());
+    }
+
+    #[test]
+    fn the_largest_one_can_be_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keyring, _) = made(dir.path());
+        for version in 2..VERSIONS_MAX as u32 {
+            let root = keyring.root(1).unwrap().duplicate();
+            keyring.versions.insert(version, Version { created_us: 1, root });
+        }
+        let largest = keyring.rotate(&RealDisk, &OsRandom, 2).unwrap();
+        assert!(matches!(largest.rotate(&RealDisk, &OsRandom, 3), Err(Error::TooMany { .. })));
+        let loaded = largest.reload(&RealDisk).unwrap();
+        assert_eq!(loaded.versions().count(), VERSIONS_MAX);
+        assert_eq!(loaded.versions().last(), Some((VERSIONS_MAX as u32, 2)));
+    }
+
+    #[test]
     fn debug_shows_no_key() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
