@@ -37,14 +37,14 @@ const AREAS: [Area; 5] = [
     Area {
         name: "keys",
         files: &["src/keys/custody.rs", "src/keys/envelope.rs", "src/keys/keyring.rs", "src/logstore/meta.rs"],
-        quick: &["keyring"],
-        thorough: &["format", "key_crashes", "key_usage", "keys", "revocation", "service_cmk", "sweep", "tamper"],
+        quick: &["format", "key_usage", "keyring", "keys", "service_cmk"],
+        thorough: &["key_crashes", "revocation", "sweep", "tamper"],
     },
     Area {
         name: "leases",
         files: &["src/keys/circuit.rs", "src/keys/gate.rs", "src/keys/lease.rs", "src/keys/pool.rs"],
-        quick: &["revocation"],
-        thorough: &["keys", "outage", "service_cmk", "sweep", "watching"],
+        quick: &["beside", "revocation"],
+        thorough: &["key_usage", "keys", "outage", "service_cmk", "sweep", "tamper", "watching"],
     },
 ];
 
