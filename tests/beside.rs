@@ -85,19 +85,25 @@ impl std::fmt::Debug for Tripwire {
     }
 }
 
-impl Clock for Tripwire {
-    fn uptime(&self) -> Duration {
-        self.clock.uptime()
-    }
-
-    fn wall_us(&self) -> u64 {
+impl Tripwire {
+    fn asked(&self) -> &TestClock {
         let trip = self.trip.lock().unwrap().take();
         if let Some(mut trip) = trip
             && !trip()
         {
             *self.trip.lock().unwrap() = Some(trip);
         }
-        self.clock.wall_us()
+        &self.clock
+    }
+}
+
+impl Clock for Tripwire {
+    fn uptime(&self) -> Duration {
+        self.asked().uptime()
+    }
+
+    fn wall_us(&self) -> u64 {
+        self.asked().wall_us()
     }
 }
 

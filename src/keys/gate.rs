@@ -467,7 +467,10 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::crypto::{RustCrypto, Suite};
+    use crate::{
+        crypto::{RustCrypto, Suite},
+        segment::{Features, Predecessor},
+    };
 
     fn gate(pid: u32) -> Arc<Gate> {
         let dir = tempfile::tempdir().unwrap();
@@ -526,5 +529,92 @@ mod tests {
         assert_eq!((held.data.len(), held.reading.len()), (1, 1));
         held.enter(1);
         assert_eq!((held.epoch, held.data.len(), held.reading.len()), (1, 0, 0));
+    }
+
+    /// A loss wipes before a key comes in that is on its way, and not again.
+    #[test]
+    fn a_key_stays_only_under_the_epoch_that_it_was_put_in_under() {
+        let gate = gate(std::process::id());
+        let put = |epoch| {
+            let mut held = write(&gate.held);
+            held.enter(epoch);
+            held.data.insert(1, SecretKey::from_bytes(&mut [3; 32]));
+        };
+        let left = || read(&gate.held).data.len();
+        put(0);
+        assert!(gate.may_stay(0).unwrap());
+        assert_eq!(left(), 1);
+        put(7);
+        // What another one has put in since is not this one's to take out.
+        assert!(!gate.may_stay(6).unwrap());
+        assert_eq!(left(), 1);
+        assert!(!gate.may_stay(7).unwrap());
+        assert_eq!(left(), 0);
+        put(0);
+        gate.closed.set("it").unwrap();
+        assert!(matches!(gate.may_stay(0), Err(Error::Closed("it"))));
+        assert_eq!(left(), 0);
+    }
+
+    #[test]
+    fn a_key_serves_no_header_but_its_own() {
+        let gate = gate(std::process::id());
+        let header = SegmentHeader {
+            suite: Suite::Aes256Gmac,
+            features: Features::default(),
+            shard: 0,
+            store: gate.context.store,
+            logstore: gate.id,
+            segment: SegmentId::from_bytes([3; 16]),
+            generation: 1,
+            ordinal: 1,
+            first_seq: 1,
+            limit_seq: 100,
+            created_us: 1,
+            key_source: KeySource::Keyring(1),
+            salt: [4; 32],
+            predecessor: Predecessor::None,
+            extensions: Vec::new(),
+        };
+        let commitment = gate.begin_segment(&header, &[5; 32]).unwrap();
+        let uses = |header_hash: u8, commitment: [u8; 32]| {
+            let segment =
+                DecodedHeader { header: header.clone(), header_hash: [header_hash; 32], commitment, body_start: 512 };
+            gate.with_cipher(&segment, Path::new("segment"), |cipher| Ok(*cipher.header_hash()))
+        };
+        // Of the key for writing, and, once that is gone, of the one for reading.
+        for held in [true, false] {
+            assert_eq!(uses(5, commitment).unwrap(), [5; 32]);
+            assert!(matches!(uses(6, commitment), Err(Error::WrongKey { .. })));
+            assert!(matches!(uses(5, [0; 32]), Err(Error::WrongKey { .. })));
+            assert_eq!(gate.with_held(header.segment, |_| ()).is_some(), held);
+            gate.end_segment(header.segment);
+        }
+    }
+
+    struct Kept(Mutex<u32>);
+
+    impl KeptPlaintext for Kept {
+        fn wipe(&self) {
+            *lock(&self.0) += 1;
+        }
+    }
+
+    #[test]
+    fn plaintext_that_is_kept_goes_with_the_keys() {
+        let gate = gate(std::process::id());
+        let kept = [(); 3].map(|()| Arc::new(Kept(Mutex::new(0))));
+        let keep = |kept: &Arc<Kept>| {
+            let weak: Weak<Kept> = Arc::downgrade(kept);
+            gate.keep(weak);
+        };
+        keep(&kept[0]);
+        keep(&kept[1]);
+        let [first, second, third] = kept;
+        drop(second);
+        keep(&third);
+        assert_eq!(lock(&gate.kept).len(), 2);
+        gate.wipe();
+        assert_eq!([first, third].map(|kept| *lock(&kept.0)), [1, 1]);
     }
 }

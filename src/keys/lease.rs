@@ -302,20 +302,17 @@ impl Lease {
         self.terms.revalidate_every + self.terms.call_timeout
     }
 
-    /// Whether the lease has run out, by either clock.
+    /// Whether the lease has run out, by either clock, or the customer's refusal has ended it.
     fn ended(&self, state: &State) -> bool {
         state.last_success.is_none_or(|sent| sent.is_past(self.terms.outage_grace, &*self.clock))
     }
 
     /// What holds at this moment, without asking anybody.
     fn standing(&self, state: &State) -> Result<(), Refusal> {
-        match &state.refusal {
-            Some(refusal @ Refusal::Revoked(_)) => Err(refusal.clone()),
-            refusal if self.ended(state) => {
-                Err(refusal.clone().unwrap_or_else(|| Refusal::Unreachable("the lease has ended".to_owned())))
-            }
-            _ => Ok(()),
+        if !self.ended(state) {
+            return Ok(());
         }
+        Err(state.refusal.clone().unwrap_or_else(|| Refusal::Unreachable("the lease has ended".to_owned())))
     }
 
     /// Asks the KMS by a call that is sent from now on: one that is under way may have been answered before what the caller knows of.

@@ -138,3 +138,36 @@ fn read(disk: &dyn Disk, path: &Path) -> Result<Vec<u8>> {
         bytes => bytes.map_err(Error::io("read", path)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LogstoreSpec;
+
+    #[test]
+    fn what_is_about_something_else_is_refused() {
+        let config = LogstoreConfig::new("p/l".parse().unwrap(), LogstoreSpec::default(), 1).unwrap();
+        let (store, id) = (StoreId::from_bytes([1; 16]), LogstoreId::from_bytes([2; 16]));
+        let read = |kind, of: u8, subject: u8| {
+            let document = Document {
+                kind,
+                features: Features::default(),
+                store: StoreId::from_bytes([of; 16]),
+                subject: [subject; 16],
+                generation: 3,
+                keyring_version: 4,
+                a: serde_json::to_vec(&config).unwrap(),
+                b: Vec::new(),
+                tag_b: None,
+            };
+            Meta::from_document(&document, store, id, Path::new("meta"))
+        };
+        let meta = read(DocumentKind::Logstore, 1, 2).unwrap();
+        assert_eq!((meta.generation, meta.keyring_version, meta.config.name), (3, 4, config.name.clone()));
+        for (kind, of, subject) in
+            [(DocumentKind::Probe, 1, 2), (DocumentKind::Logstore, 5, 2), (DocumentKind::Logstore, 1, 5)]
+        {
+            assert!(matches!(read(kind, of, subject), Err(Error::Tampered { .. })), "{kind:?} {of} {subject}");
+        }
+    }
+}

@@ -163,6 +163,8 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 1));
         pass(STEP);
         assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 2));
+        pass(lasts * 2);
+        assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 3));
 
         // And so does the lease, when no other answer comes.
         world.kms_is(away());
@@ -170,7 +172,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
             pass(lasts);
             assert_eq!(lease.admit(), Ok(epoch));
         }
-        assert_eq!(lease.calls(), 10);
+        assert_eq!(lease.calls(), 11);
         let outage = KeyState::Outage { detail: "the KMS cannot be reached: away".to_owned() };
         let left = if wall_alone { GRACE } else { GRACE - lasts * 8 };
         assert_eq!(lease.status(), KeyStatus { state: outage.clone(), lease_left: Some(left) });
@@ -228,6 +230,25 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     drop(ears);
     world.clock.advance(EVERY);
     assert_eq!((lease.tend(), lease.calls()), (NOTHING, calls));
+}
+
+#[test]
+fn each_listener_is_told_once() {
+    let world = World::new();
+    let lease = world.lease();
+    let ears = [(); 3].map(|()| Ears::listening_to(&lease));
+    let again: Weak<Ears> = Arc::downgrade(&ears[0]);
+    lease.listen(again);
+    lease.admit().unwrap();
+    lease.tend();
+    for ears in &ears {
+        assert_eq!(ears.heard(), ["recovered"]);
+    }
+    let [first, second, third] = ears;
+    drop((second, third));
+    let again: Weak<Ears> = Arc::downgrade(&first);
+    lease.listen(again);
+    assert_eq!(lock(&lease.listeners).len(), 1, "those that are gone are forgotten");
 }
 
 #[test]
