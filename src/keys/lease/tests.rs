@@ -310,6 +310,43 @@ fn metrics_tell_its_age() {
     assert_eq!((metrics.status.lease_left, metrics.status), (Some(GRACE - STEP * 5), lease.status()));
 }
 
+#[test]
+fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not() {
+    let world = World::new();
+    let [ended, alive, asks] = [(); 3].map(|()| world.lease());
+    for lease in [&ended, &asks] {
+        lease.admit().unwrap();
+    }
+    world.clock.advance(GRACE);
+    alive.admit().unwrap();
+    world.kms_is(away());
+    for _ in 0..3 {
+        asks.renew();
+    }
+    assert!(world.circuit.is_open());
+    assert!(ended.admit().is_err());
+    let of_its_own = ended.calls();
+    let asked = world.clock.uptime();
+    for period in 1..=7 {
+        world.clock.advance(EVERY);
+        asks.renew();
+        assert!(matches!(ended.admit(), Err(Refusal::Unreachable(_))));
+        let long_ago = world.clock.uptime() - asked >= EVERY * PERIODS_SPARED;
+        assert_eq!((ended.calls() - of_its_own, long_ago), (u64::from(period == 7), period == 7), "{period}");
+        let calls = alive.calls();
+        world.clock.advance(TIMEOUT);
+        assert!(alive.admit().is_ok());
+        assert_eq!(alive.calls(), calls + 1, "{period}");
+    }
+    // What the customer has refused is asked for.
+    ended.report(Refusal::Revoked(RevokedReason::Disabled));
+    world.clock.advance(EVERY);
+    asks.renew();
+    let calls = ended.calls();
+    assert!(ended.admit().is_err());
+    assert_eq!(ended.calls(), calls + 1);
+}
+
 /// A first use in an outage asks only when too few calls have failed to know it, or when a call is due anyway.
 #[test]
 fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
