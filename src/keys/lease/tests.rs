@@ -23,6 +23,11 @@ pub(in crate::keys) struct TestClock {
 impl TestClock {
     pub(in crate::keys) fn advance(&self, by: Duration) {
         self.jump_wall(by);
+        self.run(by);
+    }
+
+    /// While somebody keeps setting the wall clock back.
+    fn run(&self, by: Duration) {
         self.uptime_us.fetch_add(micros(by), Ordering::Relaxed);
     }
 
@@ -154,7 +159,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
     let lasts = EVERY + TIMEOUT;
     for wall_alone in [false, true] {
         let world = World::new();
-        let pass = |by| if wall_alone { world.clock.jump_wall(by) } else { world.clock.advance(by) };
+        let pass = |by| if wall_alone { world.clock.jump_wall(by) } else { world.clock.run(by) };
         let lease = world.lease();
         assert_eq!(lease.status(), KeyStatus { state: KeyState::Idle, lease_left: Some(Duration::ZERO) });
         let epoch = lease.admit().unwrap();
