@@ -37,6 +37,8 @@ struct Plan {
     broken: Option<String>,
     /// Renames (by the new name) and syncs of directories that were done, in order.
     published: Vec<(Published, PathBuf)>,
+    /// How directories are listed.
+    order: Option<fn(&DirEntry, &DirEntry) -> std::cmp::Ordering>,
 }
 
 /// What makes a file known under its name, and what makes that durable.
@@ -83,6 +85,11 @@ impl FailingDisk {
     /// From now on every operation on a path that contains `part` fails; none does with `None`.
     pub(crate) fn break_paths(&self, part: Option<&str>) {
         self.plan.lock().unwrap().broken = part.map(str::to_owned);
+    }
+
+    /// From now on directories are listed in this order, and in no other that a file system may have.
+    pub(crate) fn list_in_order(&self, order: fn(&DirEntry, &DirEntry) -> std::cmp::Ordering) {
+        self.plan.lock().unwrap().order = Some(order);
     }
 
     /// Every rename (by the new name) and every sync of a directory so far.
@@ -159,7 +166,11 @@ impl Disk for FailingDisk {
     }
 
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        self.run(path, || QuickDisk.list_dir(path))
+        let mut entries = self.run(path, || QuickDisk.list_dir(path))?;
+        if let Some(order) = self.plan.lock().unwrap().order {
+            entries.sort_by(order);
+        }
+        Ok(entries)
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {

@@ -59,7 +59,12 @@ impl Random for Constant {
 
 /// Unwraps everything to one key, unless it is to fail.
 #[derive(Debug, Default)]
-struct TestKms(Mutex<Option<KmsError>>);
+struct TestKms {
+    error: Mutex<Option<KmsError>>,
+    /// Held by a test: a call that has its answer comes back only when it lets go.
+    back: Mutex<()>,
+    calls: AtomicU64,
+}
 
 impl Kms for TestKms {
     fn name(&self) -> &str {
@@ -75,7 +80,10 @@ impl Kms for TestKms {
     }
 
     fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> Result<SecretKey, KmsError> {
-        lock(&self.0).clone().map_or_else(|| Ok(key()), Err)
+        let answer = lock(&self.error).clone().map_or_else(|| Ok(key()), Err);
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        let _back = lock(&self.back);
+        answer
     }
 }
 
@@ -111,7 +119,7 @@ impl World {
     }
 
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
-        *lock(&self.kms.0) = error;
+        *lock(&self.kms.error) = error;
     }
 }
 
@@ -235,6 +243,26 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     drop(ears);
     world.clock.advance(EVERY);
     assert_eq!((lease.tend(), lease.calls()), (NOTHING, calls));
+}
+
+/// Who knows of something that the call under way may not know of, asks by one of its own.
+#[test]
+fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
+    let world = World::new();
+    let lease = world.lease();
+    let back = lock(&world.kms.back);
+    std::thread::scope(|threads| {
+        threads.spawn(|| lease.renew());
+        while world.kms.calls.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        world.kms_is(Some(KmsError::Revoked { reason: RevokedReason::Disabled, detail: String::new() }));
+        threads.spawn(|| lease.renew_afresh());
+        // Should it begin only later, nothing is shown, and nothing fails.
+        std::thread::sleep(Duration::from_millis(50));
+        drop(back);
+    });
+    assert_eq!((lease.calls(), lease.admit()), (2, Err(Refusal::Revoked(RevokedReason::Disabled))));
 }
 
 #[test]
