@@ -134,3 +134,90 @@ impl LeasePool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::atomic::Ordering, time::Instant};
+
+    use super::{
+        super::lease::tests::{EVERY, Ears, World},
+        *,
+    };
+    use crate::io::SystemClock;
+
+    fn eventually(what: &str, holds: impl Fn() -> bool) {
+        let begin = Instant::now();
+        while !holds() {
+            assert!(begin.elapsed() < Duration::from_secs(20), "{what}");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn with_leases(world: &World, count: usize) -> (Arc<LeasePool>, Vec<(Arc<Lease>, Arc<Ears>)>) {
+        let pool = LeasePool::new(Arc::new(SystemClock));
+        let at_rest = || {
+            let queue = lock(&pool.queue);
+            queue.idle == queue.threads.len()
+        };
+        let lease = |_| {
+            let lease = world.lease_in(&pool);
+            let ears = Ears::listening_to(&lease);
+            eventually("it is tended", at_rest);
+            lease.admit().unwrap();
+            eventually("it is tended again", at_rest);
+            (lease, ears)
+        };
+        let leases = (0..count).map(lease).collect();
+        (Arc::clone(&pool), leases)
+    }
+
+    #[test]
+    fn calls_that_hang_hold_so_many_threads_and_all_leases_are_tended() {
+        let world = World::new();
+        let (pool, leases) = with_leases(&world, THREADS_MAX + 8);
+        let calls = || world.kms.calls.load(Ordering::SeqCst) as usize - leases.len();
+        assert_eq!(lock(&pool.queue).threads.len(), 1);
+        let back = lock(&world.kms.back);
+        world.clock.advance(EVERY);
+        leases.iter().for_each(|(lease, _)| lease.start().unwrap());
+        eventually("as many calls as there may be", || calls() == THREADS_MAX);
+        assert_eq!(lock(&pool.queue).threads.len(), THREADS_MAX);
+        drop(back);
+        eventually("the others", || calls() == leases.len());
+        eventually("all is done", || lock(&pool.queue).idle == THREADS_MAX);
+        let known = Arc::strong_count(&pool);
+        pool.stop();
+        assert_eq!(Arc::strong_count(&pool), known - THREADS_MAX, "each thread has one");
+        leases[0].0.start().unwrap();
+        assert!(lock(&pool.queue).threads.is_empty());
+    }
+
+    #[test]
+    fn a_thread_that_is_idle_is_used_before_another_one_is_started() {
+        let world = World::new();
+        let (pool, leases) = with_leases(&world, 2);
+        let [(first, ears), (second, _)] = &leases[..] else { unreachable!() };
+        let threads = || lock(&pool.queue).threads.len();
+        for _ in 0..8 {
+            let asked = ears.1.load(Ordering::SeqCst);
+            first.start().unwrap();
+            eventually("it is tended", || ears.1.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1);
+            assert_eq!(threads(), 1);
+        }
+        // Nothing is due: nobody looks.
+        let asked = ears.1.load(Ordering::SeqCst);
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(ears.1.load(Ordering::SeqCst), asked);
+        // Those that are held by a call are not idle.
+        let back = lock(&world.kms.back);
+        let calls = world.kms.calls.load(Ordering::SeqCst);
+        world.clock.advance(EVERY);
+        first.start().unwrap();
+        eventually("a call", || world.kms.calls.load(Ordering::SeqCst) == calls + 1);
+        second.start().unwrap();
+        eventually("another call", || world.kms.calls.load(Ordering::SeqCst) == calls + 2);
+        assert_eq!(threads(), 2);
+        drop(back);
+        pool.stop();
+    }
+}

@@ -9,7 +9,7 @@ use crate::{
     kms::{Kms, KmsCall, Watch},
 };
 
-const EVERY: Duration = Duration::from_secs(30);
+pub(in crate::keys) const EVERY: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(310);
 const TIMEOUT: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_micros(1);
@@ -59,11 +59,11 @@ impl Random for Constant {
 
 /// Unwraps everything to one key, unless it is to fail.
 #[derive(Debug, Default)]
-struct TestKms {
+pub(in crate::keys) struct TestKms {
     error: Mutex<Option<KmsError>>,
     /// Held by a test: a call that has its answer comes back only when it lets go.
-    back: Mutex<()>,
-    calls: AtomicU64,
+    pub(in crate::keys) back: Mutex<()>,
+    pub(in crate::keys) calls: AtomicU64,
 }
 
 impl Kms for TestKms {
@@ -95,7 +95,7 @@ fn key() -> SecretKey {
 pub(in crate::keys) struct World {
     pub(in crate::keys) clock: Arc<TestClock>,
     pub(in crate::keys) circuit: Arc<Circuit>,
-    kms: Arc<TestKms>,
+    pub(in crate::keys) kms: Arc<TestKms>,
 }
 
 impl World {
@@ -105,17 +105,22 @@ impl World {
     }
 
     pub(in crate::keys) fn lease(&self) -> Arc<Lease> {
-        self.lease_with(Constant(Some(0)))
+        self.lease_with(Constant(Some(0)), None)
     }
 
-    fn lease_with(&self, random: Constant) -> Arc<Lease> {
+    /// One that this pool tends.
+    pub(in crate::keys) fn lease_in(&self, pool: &Arc<LeasePool>) -> Arc<Lease> {
+        self.lease_with(Constant(Some(0)), Some(Arc::clone(pool)))
+    }
+
+    fn lease_with(&self, random: Constant, pool: Option<Arc<LeasePool>>) -> Arc<Lease> {
         let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
         let watch = Watch { clock: Arc::clone(&clock), counters: Arc::default() };
         let kms = BoundedKms::new(Arc::clone(&self.kms) as Arc<dyn Kms>, TIMEOUT, true, watch);
         let cmk = Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "region".to_owned() };
         let probe = Probe { wrapped: Vec::new(), context: EncryptionContext::new(), fingerprint: fingerprint(&key()) };
         let terms = LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
-        Lease::new(cmk, kms, Arc::clone(&self.circuit), probe, terms, clock, Arc::new(random), None)
+        Lease::new(cmk, kms, Arc::clone(&self.circuit), probe, terms, clock, Arc::new(random), pool)
     }
 
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
@@ -127,12 +132,12 @@ pub(in crate::keys) fn away() -> Option<KmsError> {
     Some(KmsError::Unreachable { detail: "away".to_owned() })
 }
 
-/// What it was told, in order.
+/// What it was told, in order, and how often it was asked whether it is concerned.
 #[derive(Default)]
-struct Ears(Mutex<Vec<&'static str>>);
+pub(in crate::keys) struct Ears(Mutex<Vec<&'static str>>, pub(in crate::keys) AtomicU64);
 
 impl Ears {
-    fn listening_to(lease: &Lease) -> Arc<Self> {
+    pub(in crate::keys) fn listening_to(lease: &Lease) -> Arc<Self> {
         let ears = Arc::new(Self::default());
         let weak: Weak<Self> = Arc::downgrade(&ears);
         lease.listen(weak);
@@ -146,6 +151,7 @@ impl Ears {
 
 impl LeaseListener for Ears {
     fn depends_on(&self, _cmk: &Cmk) -> bool {
+        self.1.fetch_add(1, Ordering::SeqCst);
         true
     }
 
@@ -320,9 +326,9 @@ fn renewals_are_spread_over_a_fifth_of_the_period() {
     for (random, period) in
         [(Some(0), EVERY), (None, EVERY), (Some(255), EVERY * 4 / 5), (Some(51), EVERY - EVERY / 25)]
     {
-        assert_eq!(world.lease_with(Constant(random)).jittered(EVERY), period, "{random:?}");
+        assert_eq!(world.lease_with(Constant(random), None).jittered(EVERY), period, "{random:?}");
     }
-    let lease = world.lease_with(Constant(Some(255)));
+    let lease = world.lease_with(Constant(Some(255)), None);
     let _ears = Ears::listening_to(&lease);
     lease.admit().unwrap();
     assert_eq!(lease.tend(), EVERY * 4 / 5);
