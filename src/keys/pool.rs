@@ -155,19 +155,20 @@ mod tests {
 
     fn with_leases(world: &World, count: usize) -> (Arc<LeasePool>, Vec<(Arc<Lease>, Arc<Ears>)>) {
         let pool = LeasePool::new(Arc::new(SystemClock));
-        let at_rest = || {
+        let at_rest = |leases: usize| {
             let queue = lock(&pool.queue);
-            queue.idle == queue.threads.len()
+            let due = queue.order.first().is_some_and(|(due, _)| *due <= SystemClock.uptime());
+            !due && queue.order.len() == leases && queue.idle == queue.threads.len()
         };
-        let lease = |_| {
+        let lease = |n| {
             let lease = world.lease_in(&pool);
             let ears = Ears::listening_to(&lease);
-            eventually("it is tended", at_rest);
+            eventually("it is tended", || at_rest(n));
             lease.admit().unwrap();
-            eventually("it is tended again", at_rest);
+            eventually("it is tended again", || at_rest(n));
             (lease, ears)
         };
-        let leases = (0..count).map(lease).collect();
+        let leases = (1..=count).map(lease).collect();
         (Arc::clone(&pool), leases)
     }
 
