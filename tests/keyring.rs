@@ -691,13 +691,15 @@ fn a_recovery_takes_the_newer_of_two_logstores_of_a_name() {
 }
 
 #[test]
-fn a_catalogue_that_the_system_does_not_read_is_not_missing() {
+fn what_the_system_does_not_read_is_not_missing() {
     let world = World::manual();
     world.create().close().unwrap();
     let disk = FailingDisk::default();
-    disk.break_paths(Some("catalogue"));
-    let opened = world.builder().disk(Arc::new(disk)).open();
-    assert!(matches!(opened, Err(Error::Io { .. })), "{opened:?}");
+    for part in ["catalogue", "keyring"] {
+        disk.break_paths(Some(part));
+        let opened = world.builder().disk(Arc::new(disk.clone())).open();
+        assert!(matches!(opened, Err(Error::Io { .. })), "{opened:?}");
+    }
     fs::remove_file(world.store_dir().join("catalogue")).unwrap();
     assert!(matches!(world.builder().open(), Err(Error::Truncated { .. })));
 }

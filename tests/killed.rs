@@ -249,6 +249,29 @@ fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
     assert_eq!(texts(&logstore), ["synced", "after"]);
 }
 
+/// The head of a shard that nobody has written since its writer was killed is that which the writer would have told.
+#[test]
+fn a_checkpoint_of_a_shard_that_was_left_unclean_counts_its_blocks() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    for text in ["one", "two", "three"] {
+        put(&logstore, text);
+    }
+    let head = |store: &Store| {
+        let checkpoint = store.checkpoint().unwrap();
+        // Behind the frame of a document.
+        let mut documents = serde_json::Deserializer::from_slice(&checkpoint.to_bytes()[80..]).into_iter();
+        let body: serde_json::Value = documents.next().unwrap().unwrap();
+        let head = &body["logstores"][NAME]["shards"][0]["head"];
+        ["segment", "blocks", "bytes", "end_seq", "digest"].map(|field| head[field].clone())
+    };
+    let told = head(&store);
+    assert_eq!(told[1], 4, "three of groups, and a mark");
+    sim.disk = sim.disk.kill();
+    assert_eq!(head(&sim.open()), told);
+}
+
 /// A segment whose name a killed process could not make durable: the catalogue does not rest on it before it is.
 #[test]
 fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
