@@ -584,4 +584,5 @@ fn micros(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a thread that waits for another one's call signals nothing")]
 pub(super) mod tests;

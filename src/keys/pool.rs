@@ -136,6 +136,7 @@ impl LeasePool {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "the tests watch threads, which signal nothing to them")]
 mod tests {
     use std::{sync::atomic::Ordering, time::Instant};
 
@@ -153,7 +154,10 @@ mod tests {
         }
     }
 
-    fn with_leases(world: &World, count: usize) -> (Arc<LeasePool>, Vec<(Arc<Lease>, Arc<Ears>)>) {
+    /// Leases that a pool has tended for their first answer, and who listens to each.
+    type Tended = (Arc<LeasePool>, Vec<(Arc<Lease>, Arc<Ears>)>);
+
+    fn with_leases(world: &World, count: usize) -> Tended {
         let pool = LeasePool::new(Arc::new(SystemClock));
         let at_rest = |leases: usize| {
             let queue = lock(&pool.queue);
@@ -210,15 +214,40 @@ mod tests {
         thread::sleep(Duration::from_millis(50));
         assert_eq!(ears.1.load(Ordering::SeqCst), asked);
         // Those that are held by a call are not idle.
-        let back = lock(&world.kms.back);
-        let calls = world.kms.calls.load(Ordering::SeqCst);
-        world.clock.advance(EVERY);
+        let both_are_held = |count: usize| {
+            let back = lock(&world.kms.back);
+            let calls = world.kms.calls.load(Ordering::SeqCst);
+            world.clock.advance(EVERY);
+            first.start().unwrap();
+            eventually("a call", || world.kms.calls.load(Ordering::SeqCst) == calls + 1);
+            second.start().unwrap();
+            eventually("another call", || world.kms.calls.load(Ordering::SeqCst) == calls + 2);
+            assert_eq!(threads(), count);
+            back
+        };
+        let back = both_are_held(2);
         first.start().unwrap();
-        eventually("a call", || world.kms.calls.load(Ordering::SeqCst) == calls + 1);
-        second.start().unwrap();
-        eventually("another call", || world.kms.calls.load(Ordering::SeqCst) == calls + 2);
-        assert_eq!(threads(), 2);
+        eventually("a third thread", || threads() == 3);
         drop(back);
+        // An answer wakes too, which may have started more.
+        let all_are_idle = || {
+            let queue = lock(&pool.queue);
+            queue.order.len() == 2 && queue.idle == queue.threads.len()
+        };
+        eventually("all are idle", all_are_idle);
+        let count = threads();
+        // One that finds nothing at all to wait for is idle, too.
+        let back = both_are_held(count);
+        let look = || {
+            pool.changed.notify_all();
+            thread::sleep(Duration::from_millis(50));
+        };
+        look();
+        eventually("the others are idle", || lock(&pool.queue).idle == count - 2);
+        drop(back);
+        eventually("both are tended", || lock(&pool.queue).order.len() == 2);
+        look();
+        eventually("all are idle again", all_are_idle);
         pool.stop();
     }
 }
