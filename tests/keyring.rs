@@ -434,8 +434,12 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     let (scene, [byok, service, plain]) = Lost::new();
     let world = &scene.world;
     let untouched = [files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))];
+    let audit = || files(&world.store_dir().join("audit"));
+    let audit_before = audit();
     let (store, report) = world.builder().recover_without_keyring().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
+    // The audit log of before is kept, though nobody can verify it any more.
+    assert!(!audit_before.is_empty() && audit_before.values().all(|old| audit().values().any(|kept| kept == old)));
     let mut lost: Vec<_> = report.lost.iter().map(|(id, _)| *id).collect();
     lost.sort_unstable_by_key(ToString::to_string);
     let mut expected = [service.id(), plain.id()];

@@ -362,3 +362,22 @@ fn the_last_audit_record_may_be_torn_anywhere() {
         assert_clean(&sim.world.builder().disk(Arc::new(disk)).open().unwrap(), "gone on");
     }
 }
+
+/// A process died between making the file of the audit log and making its name durable, in the middle of making the store.
+#[test]
+fn the_name_of_the_audit_log_is_durable_before_a_record_counts() {
+    let mut sim = Sim::new();
+    sim.disk.on_call(|call| match call.op == Op::SyncDir && call.is_about("audit") {
+        true => Verdict::Fail(io::ErrorKind::Other),
+        false => Verdict::Go,
+    });
+    sim.world.builder().disk(Arc::new(sim.disk.clone())).create().unwrap_err();
+    sim.disk.heal();
+    sim.disk = sim.disk.kill();
+    let store = sim.open();
+    sim.world.service(&store, NAME);
+    let told = store.audit_records().unwrap();
+    assert!(!told.is_empty());
+    sim.crash(Survives::Synced);
+    assert_eq!(sim.open().audit_records().unwrap()[..told.len()], told);
+}

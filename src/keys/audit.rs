@@ -688,6 +688,7 @@ mod tests {
         let audit = reopened(&audit, &audit.head());
         audit.record(AuditEvent::Deleted, None, "after").unwrap();
         assert_eq!(details(&audit.verified(&[]).unwrap()), ["kept", "after"]);
+        assert!(fs::read(&path).unwrap().ends_with(b"\n"), "nothing of it is left");
     }
 
     #[test]
