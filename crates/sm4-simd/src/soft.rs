@@ -199,7 +199,9 @@ mod tests {
 
     fn the_cipher<V: Vector>() {
         let mut rng = StdRng::seed_from_u64(6);
-        for len in (0..=2 * 2 * V::BLOCKS + 3).step_by(STEP.min(11)) {
+        // The most are whole groups and a rest.
+        let most = 2 * 2 * V::BLOCKS + 3;
+        for len in (0..=most).step_by(STEP.min(most)) {
             let key: [u8; 16] = rng.random();
             let oracle = sm4::Sm4::new(&key.into());
             let round_keys = portable::expand_key(&key);
