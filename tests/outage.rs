@@ -96,18 +96,25 @@ fn a_lease_that_has_ended_asks_for_itself_in_time_however_many_others_fail() {
     put(logstore, "back");
 }
 
+/// Two Logstores under one master key, of which this process has used one.
+fn used_and_unused(world: &World) -> (Store, [Logstore; 2]) {
+    let store = world.create();
+    let cmk = world.cmk();
+    let names = ["p/used", "p/unused"];
+    for text in names {
+        put(&world.byok(&store, text, &cmk), "first");
+    }
+    store.close().unwrap();
+    let store = world.open();
+    let [used, unused] = names.map(|text| store.logstore(&name(text)).unwrap());
+    put(&used, "second");
+    (store, [used, unused])
+}
+
 #[test]
 fn a_first_use_does_not_wait_for_an_outage_that_is_known() {
     let world = World::manual_in_memory();
-    let store = world.create();
-    let cmk = world.cmk();
-    let [used, unused] = ["p/used", "p/unused"].map(|name| world.byok(&store, name, &cmk));
-    put(&used, "first");
-    put(&unused, "first");
-    store.close().unwrap();
-    let store = world.open();
-    let [used, unused] = ["p/used", "p/unused"].map(|text| store.logstore(&name(text)).unwrap());
-    put(&used, "second");
+    let (store, [used, unused]) = used_and_unused(&world);
     world.kms.answer(Answer::Unreachable);
     tick_for(&world, &store, 100);
     put(&used, "third");
@@ -125,15 +132,7 @@ fn a_first_use_does_not_wait_for_an_outage_that_is_known() {
 #[test]
 fn a_first_use_asks_although_a_call_has_failed() {
     let world = World::manual_in_memory();
-    let store = world.create();
-    let cmk = world.cmk();
-    let [used, unused] = ["p/used", "p/unused"].map(|name| world.byok(&store, name, &cmk));
-    put(&used, "first");
-    put(&unused, "first");
-    store.close().unwrap();
-    let store = world.open();
-    let [used, unused] = ["p/used", "p/unused"].map(|text| store.logstore(&name(text)).unwrap());
-    put(&used, "second");
+    let (_store, [used, unused]) = used_and_unused(&world);
     world.kms.answer(Answer::Unreachable);
     assert!(used.revalidate_now().is_ok(), "the lease runs on");
     world.kms.answer(Answer::Real);
