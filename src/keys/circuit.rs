@@ -106,6 +106,7 @@ mod tests {
         circuit.note(now, &Err(Refusal::Invalid("none".to_owned())));
         assert!(!circuit.is_open() && spare(HOUR).is_none());
     }
+
     #[test]
     fn all_that_were_spared_are_told_of_the_first_answer() {
         let world = World::new();
