@@ -204,15 +204,15 @@ mod tests {
         let [(first, ears), (second, _)] = &leases[..] else { unreachable!() };
         let threads = || lock(&pool.queue).threads.len();
         for _ in 0..8 {
-            let asked = ears.1.load(Ordering::SeqCst);
+            let asked = ears.asked.load(Ordering::SeqCst);
             first.start().unwrap();
-            eventually("it is tended", || ears.1.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1);
+            eventually("it is tended", || ears.asked.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1);
             assert_eq!(threads(), 1);
         }
         // Nothing is due: nobody looks.
-        let asked = ears.1.load(Ordering::SeqCst);
+        let asked = ears.asked.load(Ordering::SeqCst);
         thread::sleep(Duration::from_millis(50));
-        assert_eq!(ears.1.load(Ordering::SeqCst), asked);
+        assert_eq!(ears.asked.load(Ordering::SeqCst), asked);
         // Those that are held by a call are not idle.
         let both_are_held = |count: usize| {
             let back = lock(&world.kms.back);

@@ -91,7 +91,7 @@ fn key() -> SecretKey {
     SecretKey::from_bytes(&mut [7; 32])
 }
 
-/// A KMS, a clock and a circuit, for leases that nobody tends.
+/// A KMS, a clock and a circuit, for leases that the test tends, or a pool.
 pub(in crate::keys) struct World {
     pub(in crate::keys) clock: Arc<TestClock>,
     pub(in crate::keys) circuit: Arc<Circuit>,
@@ -132,9 +132,13 @@ pub(in crate::keys) fn away() -> Option<KmsError> {
     Some(KmsError::Unreachable { detail: "away".to_owned() })
 }
 
-/// What it was told, in order, and how often it was asked whether it is concerned.
 #[derive(Default)]
-pub(in crate::keys) struct Ears(Mutex<Vec<&'static str>>, pub(in crate::keys) AtomicU64);
+pub(in crate::keys) struct Ears {
+    /// What it was told, in order.
+    told: Mutex<Vec<&'static str>>,
+    /// How often it was asked whether it is concerned.
+    pub(in crate::keys) asked: AtomicU64,
+}
 
 impl Ears {
     pub(in crate::keys) fn listening_to(lease: &Lease) -> Arc<Self> {
@@ -145,26 +149,26 @@ impl Ears {
     }
 
     fn heard(&self) -> Vec<&'static str> {
-        std::mem::take(&mut lock(&self.0))
+        std::mem::take(&mut lock(&self.told))
     }
 }
 
 impl LeaseListener for Ears {
     fn depends_on(&self, _cmk: &Cmk) -> bool {
-        self.1.fetch_add(1, Ordering::SeqCst);
+        self.asked.fetch_add(1, Ordering::SeqCst);
         true
     }
 
     fn lost(&self, _refusal: &Refusal) {
-        lock(&self.0).push("lost");
+        lock(&self.told).push("lost");
     }
 
     fn note_lost(&self, _refusal: &Refusal) {
-        lock(&self.0).push("noted");
+        lock(&self.told).push("noted");
     }
 
     fn recovered(&self) {
-        lock(&self.0).push("recovered");
+        lock(&self.told).push("recovered");
     }
 }
 
