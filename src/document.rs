@@ -35,10 +35,13 @@ pub(crate) enum DocumentKind {
     Probe,
     Keyring,
     Checkpoint,
+    /// The record of a creation that has not ended.
+    Creation,
 }
 
 impl DocumentKind {
-    const ALL: [Self; 6] = [Self::Store, Self::Catalogue, Self::Logstore, Self::Probe, Self::Keyring, Self::Checkpoint];
+    const ALL: [Self; 7] =
+        [Self::Store, Self::Catalogue, Self::Logstore, Self::Probe, Self::Keyring, Self::Checkpoint, Self::Creation];
 
     fn code(self) -> u16 {
         match self {
@@ -48,6 +51,7 @@ impl DocumentKind {
             Self::Probe => 4,
             Self::Keyring => 5,
             Self::Checkpoint => 6,
+            Self::Creation => 7,
         }
     }
 }
@@ -369,7 +373,7 @@ mod tests {
         assert_eq!(refused(0, 0), DecodeError::Magic);
         assert_eq!(refused(8, 2), DecodeError::NewerVersion(2));
         assert_eq!(refused(10, 0), DecodeError::Field("kind of the document"));
-        assert_eq!(refused(10, 7), DecodeError::Field("kind of the document"));
+        assert_eq!(refused(10, 8), DecodeError::Field("kind of the document"));
         assert_eq!(refused(20, 1), DecodeError::Feature("incompatible feature bits 0x1".to_owned()));
         assert_eq!(refused(68, 1), DecodeError::Field("reserved bytes of the document"));
     }

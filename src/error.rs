@@ -11,6 +11,7 @@ use std::{
 
 use crate::{
     config::{ConfigError, LogstoreName},
+    io::{FileKind, WrongFileType},
     kms::{KmsError, RevokedReason},
     segment::DecodeError,
 };
@@ -77,6 +78,51 @@ pub enum ErrorKind {
     Io,
     /// The handle can no longer be used.
     Closed,
+}
+
+/// Why a service keyring is refused, with what to do about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyringRisk {
+    /// Its group or others have a right to it.
+    Exposed {
+        /// Its permission bits.
+        mode: u32,
+        /// Whether the caller allows its group to read it.
+        group_may_read: bool,
+    },
+    /// It belongs to a user other than that of the process, root, or, for a process of root, the owner of the store.
+    ForeignOwner {
+        /// The user.
+        uid: u32,
+    },
+    /// It lies inside the store directory, so that every copy of the store would hold it.
+    InsideStore,
+}
+
+impl fmt::Display for KeyringRisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exposed { mode, group_may_read: false } => {
+                write!(
+                    f,
+                    "its mode is {mode:04o}, so users other than its owner have a right to it; run chmod 600 on it"
+                )
+            }
+            Self::Exposed { mode, group_may_read: true } => {
+                write!(
+                    f,
+                    "its mode is {mode:04o}, so its group has more than the right to read, or others have a right to it; run chmod 640 on it"
+                )
+            }
+            Self::ForeignOwner { uid } => {
+                write!(f, "it belongs to user {uid}, who is neither this process's user nor root; run chown on it")
+            }
+            Self::InsideStore => {
+                f.write_str("it lies inside the store directory; move it out of there, and name its new path")
+            }
+        }
+    }
 }
 
 /// Everything that can go wrong in the engine.
@@ -155,6 +201,17 @@ pub enum Error {
         /// What is older than it should be.
         what: String,
     },
+    /// A name in the store, or the keyring's, stands for something else than it should: a symlink, a named pipe, a socket, a device,
+    /// a directory in place of a file, or a file in place of a directory. It was neither followed nor changed.
+    #[error("{} is a {found}, where envelog keeps a {expected}; put the original back, or remove the {found}", path.display())]
+    WrongFileType {
+        /// The name.
+        path: PathBuf,
+        /// What it should be.
+        expected: FileKind,
+        /// What it is.
+        found: FileKind,
+    },
     /// A configuration was refused; nothing was changed.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -215,10 +272,22 @@ pub enum Error {
         path: PathBuf,
     },
     /// The service keyring belongs to another store.
-    #[error("the service keyring {} belongs to another store", path.display())]
+    #[error(
+        "the service keyring {} belongs to another store; name this store's own keyring, or, to create a store, a path where \
+         there is no keyring yet",
+        path.display()
+    )]
     KeyringForeign {
         /// The keyring file.
         path: PathBuf,
+    },
+    /// The service keyring is where, or is owned so, that others could read or replace it. It was not read.
+    #[error("the service keyring {} is not safe: {why}", path.display())]
+    KeyringUnsafe {
+        /// The keyring file.
+        path: PathBuf,
+        /// Why, and what to do.
+        why: KeyringRisk,
     },
     /// The service keyring is an old copy: a version that the store uses is not in it.
     #[error("the service keyring {} is too old: the store uses version {needed}, it ends at {newest}; restore the newest copy", path.display())]
@@ -369,7 +438,8 @@ impl Error {
             | Error::Tampered { .. }
             | Error::Corrupt { .. }
             | Error::Truncated { .. }
-            | Error::RolledBack { .. } => ErrorKind::Integrity,
+            | Error::RolledBack { .. }
+            | Error::WrongFileType { .. } => ErrorKind::Integrity,
             Error::Config(_) => ErrorKind::Configuration,
             Error::Locked { .. }
             | Error::StoreMissing { .. }
@@ -378,6 +448,7 @@ impl Error {
             | Error::UnsupportedFeature { .. }
             | Error::KeyringMissing { .. }
             | Error::KeyringForeign { .. }
+            | Error::KeyringUnsafe { .. }
             | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
             Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => ErrorKind::Invalid,
             Error::StoreExists { .. }
@@ -409,6 +480,7 @@ impl Error {
             Error::Corrupt { .. } => "corrupt",
             Error::Truncated { .. } => "truncated",
             Error::RolledBack { .. } => "rolled_back",
+            Error::WrongFileType { .. } => "wrong_file_type",
             Error::Config(config) => config.code(),
             Error::Locked { .. } => "locked",
             Error::StoreMissing { .. } => "store_missing",
@@ -419,6 +491,7 @@ impl Error {
             Error::KeyringMissing { .. } => "keyring_missing",
             Error::KeyringExists { .. } => "keyring_exists",
             Error::KeyringForeign { .. } => "keyring_foreign",
+            Error::KeyringUnsafe { .. } => "keyring_unsafe",
             Error::KeyringTooOld { .. } => "keyring_too_old",
             Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",
             Error::ServiceKey { cause: KmsError::Invalid { .. }, .. } => "service_key_invalid",
@@ -439,13 +512,19 @@ impl Error {
             Error::Closed(_) => "closed",
             Error::Crypto(_) => "crypto",
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => "disk_full",
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "permission_denied",
             Error::Io { .. } => "io",
         }
     }
 
     pub(crate) fn io(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
-        move |source| Error::Io { op, path, source: Arc::new(source) }
+        move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
+            Some(WrongFileType { path, expected, found }) => {
+                Error::WrongFileType { path: path.clone(), expected: *expected, found: *found }
+            }
+            None => Error::Io { op, path, source: Arc::new(source) },
+        }
     }
 
     /// Whether it is that a file is not there.

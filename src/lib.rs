@@ -38,7 +38,7 @@ pub use config::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
     NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
 };
-pub use error::{Error, ErrorKind, Location, Result};
+pub use error::{Error, ErrorKind, KeyringRisk, Location, Result};
 pub use group::{GroupError, LogGroup};
 pub use ids::{KeyringId, LogstoreId, ParseIdError, SegmentId, StoreId};
 pub use keys::{AuditEvent, AuditRecord, KeyState, KeyStatus};
@@ -50,10 +50,10 @@ pub use shard::{
     RepairReport, Ticket,
 };
 pub use store::{
-    AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, Fault, KeyNeed,
-    KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress,
-    RewrapReport, STORE_SHARDS_MAX, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress,
-    VerifyReport,
+    AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, DeleteReport,
+    Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, ReplaceCmk, RetentionReport, RewrapOptions,
+    RewrapProgress, RewrapReport, STORE_SHARDS_MAX, ServiceKeyUsage, Store, StoreBuilder, StoreOptions, VerifyOptions,
+    VerifyProgress, VerifyReport,
 };
 
 /// The version of the format that this build writes, and the newest that it reads.

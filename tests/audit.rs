@@ -19,7 +19,7 @@ use envelog::{
     AuditEvent::{self, *},
     AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
     ReplaceCmk, Result, Store, VerifyOptions,
-    io::{DirEntry, Disk, DiskFile, FileStat, OpenMode},
+    io::{Access, DirEntry, Disk, DiskFile, FileStat, OpenMode},
     kms::RevokedReason,
 };
 
@@ -186,7 +186,7 @@ fn intent_is_on_record_before_anything_changes() {
         (RotateIntended, Box::new(|| store.rewrap(byok.name()).map(|_| ()))),
         (ReplaceIntended, Box::new(|| store.replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default()).map(|_| ()))),
         (ShredIntended, Box::new(|| store.shred_data_keys(byok.name(), &[1]))),
-        (DeleteIntended, Box::new(|| store.delete_logstore(service.name()))),
+        (DeleteIntended, Box::new(|| store.delete_logstore(service.name()).map(drop))),
         (ServiceRotateIntended, Box::new(|| store.rotate_service_key().map(|_| ()))),
     ];
     let state = || {
@@ -440,6 +440,10 @@ impl HangingAudit {
 struct HangingFile(Arc<dyn DiskFile>, HangingAudit);
 
 impl Disk for HangingAudit {
+    fn beneath(&self, _dir: &std::path::Path, _access: Access) -> std::io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(self.clone()))
+    }
+
     fn open(&self, path: &std::path::Path, mode: OpenMode) -> std::io::Result<Arc<dyn DiskFile>> {
         let file = QuickDisk.open(path, mode)?;
         let is_audit = path.extension().is_some_and(|ext| ext == "log");
@@ -448,6 +452,10 @@ impl Disk for HangingAudit {
 
     fn rename(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
         QuickDisk.rename(from, to)
+    }
+
+    fn rename_new(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+        QuickDisk.rename_new(from, to)
     }
 
     fn remove_file(&self, path: &std::path::Path) -> std::io::Result<()> {
@@ -491,6 +499,10 @@ impl DiskFile for HangingFile {
 
     fn len(&self) -> std::io::Result<u64> {
         self.0.len()
+    }
+
+    fn stat(&self) -> std::io::Result<FileStat> {
+        self.0.stat()
     }
 
     fn set_len(&self, len: u64) -> std::io::Result<()> {

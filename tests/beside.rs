@@ -208,7 +208,7 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
         |store| store.create_logstore(&name("p/new"), LogstoreSpec::default()).map(Some),
         |store| store.logstore(&name("p/idle")).map(Some),
         |store| store.rotate_data_key(&name("p/idle")).map(|_| None),
-        |store| store.delete_logstore(&name("p/idle")).map(|()| None),
+        |store| store.delete_logstore(&name("p/idle")).map(|_| None),
         |store| store.rotate_service_key().map(|_| None),
     ];
     for operation in operations {
@@ -409,7 +409,7 @@ fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
 #[test]
 fn a_logstore_that_is_deleted_meanwhile_is_no_fault() {
     let (_world, store, logstore) = with_old_segments();
-    let report = verify_beside(&store, || store.delete_logstore(logstore.name()).unwrap());
+    let report = verify_beside(&store, || drop(store.delete_logstore(logstore.name()).unwrap()));
     assert!(report.faults.is_empty(), "{:?}", report.faults);
     assert!(report.notes.iter().any(|note| note.contains("was deleted meanwhile")), "{:?}", report.notes);
 }

@@ -60,7 +60,7 @@ fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
     assert!(matches!(world.builder().create(), Err(Error::StoreExists { .. })));
     assert!(!world.keyring().exists());
     // Nor is one that is there overwritten, by another store or by a recovery.
-    fs::write(world.keyring(), &kept).unwrap();
+    write_private(&world.keyring(), &kept);
     let other = Store::builder(world.path().join("other"), world.keyring(), AwsLc::new()).create();
     assert!(matches!(other, Err(Error::KeyringExists { .. })), "{other:?}");
     assert!(matches!(world.builder().recover_without_keyring(), Err(Error::KeyringExists { .. })));
@@ -88,12 +88,12 @@ fn absent_anothers_and_too_old_are_three_errors() {
         assert!(matches!(open(&world), Err(Error::KeyringMissing { path: found }) if found == path));
         fs::copy(other.keyring(), world.keyring()).unwrap();
         assert!(matches!(open(&world), Err(Error::KeyringForeign { path: found }) if found == path));
-        fs::write(world.keyring(), &old).unwrap();
+        write_private(&world.keyring(), &old);
         let error = open(&world).unwrap_err();
         assert!(matches!(error, Error::KeyringTooOld { needed: 2, newest: 1, .. }), "{error:?}");
         // Each says which file and what to do.
         assert!(error.to_string().contains(&world.keyring().display().to_string()));
-        fs::write(world.keyring(), &newest).unwrap();
+        write_private(&world.keyring(), &newest);
         assert_eq!(texts(&open(&world).unwrap().logstore(&name("p/l")).unwrap()), ["one"]);
     }
 }
@@ -516,7 +516,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     assert!(matches!(error, Error::KmsUnreachable { .. }), "{error:?}");
     assert!(!world.keyring().exists());
     assert!(contents() == before, "the store was changed");
-    fs::write(world.keyring(), kept).unwrap();
+    write_private(&world.keyring(), kept);
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/near-0")).unwrap()), ["one"]);
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);

@@ -470,7 +470,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
             store.rotate_data_key(logstore.name()).unwrap();
             store.shred_data_keys(logstore.name(), &[1]).unwrap();
         }),
-        ("deleted", |store, _, _, logstore| store.delete_logstore(logstore.name()).unwrap()),
+        ("deleted", |store, _, _, logstore| drop(store.delete_logstore(logstore.name()).unwrap())),
         ("closed", |store, _, _, _| store.clone().close().unwrap()),
     ];
     for (how, end) in ends {

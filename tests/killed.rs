@@ -132,7 +132,7 @@ fn a_new_service_key() {
 fn a_deleted_logstore() {
     killed_anywhere(
         |sim, store| put(&sim.world.service(store, "p/doomed"), "doomed"),
-        |_, store| store.delete_logstore(&name("p/doomed")),
+        |_, store| store.delete_logstore(&name("p/doomed")).map(drop),
     );
 }
 

@@ -41,6 +41,12 @@ pub(crate) struct Global {
     /// The service keyring [default: the store's path + ".keyring"]
     #[arg(long, global = true, env = "ENVELOG_KEYRING", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) keyring: Option<PathBuf>,
+    /// Accept a service keyring that its group may read, and make a new one so (mode 0640 in place of 0600)
+    #[arg(long, global = true)]
+    pub(crate) keyring_group: bool,
+    /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
+    #[arg(long, global = true)]
+    pub(crate) group_read: bool,
     /// The directory of the embedded KMS [default: the store's path + ".kms"]
     #[arg(long, global = true, env = "ENVELOG_KMS_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) kms_dir: Option<PathBuf>,

@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::Arc,
 };
 
@@ -32,7 +32,19 @@ pub(crate) struct Setup {
 
 impl Setup {
     pub(crate) fn new(global: Global) -> Result<Self> {
-        let Global { store, keyring, kms_dir, kms, json, revalidate_every, outage_grace, verbose: _, log: _ } = global;
+        let Global {
+            store,
+            keyring,
+            keyring_group,
+            group_read,
+            kms_dir,
+            kms,
+            json,
+            revalidate_every,
+            outage_grace,
+            verbose: _,
+            log: _,
+        } = global;
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
         let kms = kms
             .iter()
@@ -43,6 +55,8 @@ impl Setup {
         // A short grace alone means that the KMS is to be asked as often.
         options.revalidate_every =
             revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
+        options.keyring_group_read = keyring_group;
+        options.group_read = group_read;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
         Ok(Self { store, keyring, kms_dir, kms, options, json })
     }
@@ -93,8 +107,12 @@ pub(crate) fn names(store: &Store, argument: Option<&str>) -> Result<Vec<Logstor
     }
 }
 
-/// Adds to the last part of a path: `data` becomes `data.keyring`, and so does `data/`.
+/// Adds to the last part of a path: `data` becomes `data.keyring`, and so does `data/`. A path that ends in no name, such as `.`, is
+/// first made absolute, so that the result lies beside the directory and not in it.
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let named = matches!(path.components().next_back(), Some(Component::Normal(_)));
+    let absolute = (!named).then(|| path.canonicalize().ok()).flatten();
+    let path = absolute.as_deref().unwrap_or(path);
     let mut name: OsString = path.components().as_path().into();
     name.push(suffix);
     name.into()
@@ -108,5 +126,10 @@ mod tests {
     fn keyring_and_kms_lie_beside_the_store() {
         assert_eq!(with_suffix(Path::new("/var/data"), ".kms"), Path::new("/var/data.kms"));
         assert_eq!(with_suffix(Path::new("./data/"), ".keyring"), Path::new("./data.keyring"));
+        let here = std::env::current_dir().unwrap();
+        let beside = |dir: &Path| dir.with_file_name(format!("{}.keyring", dir.file_name().unwrap().to_string_lossy()));
+        assert_eq!(with_suffix(Path::new("."), ".keyring"), beside(&here));
+        assert_eq!(with_suffix(Path::new("src/.."), ".keyring"), beside(&here));
+        assert_eq!(with_suffix(Path::new(".."), ".keyring"), beside(here.parent().unwrap()));
     }
 }

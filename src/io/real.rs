@@ -1,81 +1,339 @@
 //! The real file system.
+//!
+//! Every operation takes one way to a file. [`Root::parent`] opens the directory that the last name of a path is in, without
+//! following a symlink below the root. The operation then acts on that name alone, and never follows it. So the rules about
+//! links and file types stand in one place.
+
+mod root;
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
-    path::Path,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use super::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode};
+use rustix::{
+    fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid},
+    io::Errno,
+};
+
+use super::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, Owner};
+use root::{Resolver, Root};
 
 /// The file system of the operating system.
+///
+/// Used directly, it reaches the directory of a path as the system does, symlinks included. [`Disk::beneath`] gives a disk that
+/// follows no symlink below a directory. Neither follows the last name of a path, waits for a FIFO or a device, or opens
+/// anything but a regular file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;
 
+/// The file system below one directory.
+#[derive(Debug)]
+struct RootedDisk {
+    root: Root,
+    access: Access,
+}
+
+impl RealDisk {
+    /// As [`Disk::beneath`], without the Linux system call `openat2`: every path is walked one directory handle at a time.
+    ///
+    /// [`Disk::beneath`] falls back to this where the kernel lacks `openat2` or a sandbox forbids it. Tests take this way
+    /// everywhere.
+    ///
+    /// # Errors
+    /// As [`Disk::beneath`].
+    #[doc(hidden)]
+    pub fn beneath_by_walking(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(RootedDisk { root: Root::open(dir, Resolver::Walk)?, access }))
+    }
+
+    /// The disk below the directory that holds the last name of `path`, and the path in its terms.
+    fn at(path: &Path) -> io::Result<(RootedDisk, PathBuf)> {
+        let (parent, name) = match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => (parent, Some(name)),
+            (Some(_), Some(name)) => (Path::new("."), Some(name)),
+            // `.`, `..` and `/` have no last name: the root is the directory itself.
+            _ => (path, None),
+        };
+        let root = Root::open(parent, Resolver::Kernel)?;
+        let path = name.map_or_else(|| parent.to_owned(), |name| parent.join(name));
+        Ok((RootedDisk { root, access: Access::Owner }, path))
+    }
+
+    fn directory(path: &Path) -> io::Result<RootedDisk> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        Ok(RootedDisk { root: Root::open(path, Resolver::Kernel)?, access: Access::Owner })
+    }
+}
+
 impl Disk for RealDisk {
+    fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(RootedDisk { root: Root::open(dir, Resolver::Kernel)?, access }))
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        root::resolve(path)
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        let mut options = OpenOptions::new();
-        options.read(true);
-        match mode {
-            OpenMode::Read => {}
-            OpenMode::ReadWrite => {
-                options.write(true);
-            }
-            OpenMode::CreateNew => {
-                options.write(true).create_new(true);
-            }
-            OpenMode::CreateNewPrivate => {
-                options.write(true).create_new(true).mode(0o600);
-            }
-        }
-        let file = options.open(path)?;
-        if file.metadata()?.is_dir() {
-            return Err(io::ErrorKind::IsADirectory.into());
-        }
-        Ok(Arc::new(RealFile(file)))
+        let (disk, path) = Self::at(path)?;
+        disk.open(&path, mode)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        let ((source, from), (target, to)) = (Self::at(from)?, Self::at(to)?);
+        rename(&source.root.parent(&from)?, &target.root.parent(&to)?)
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let ((source, from), (target, to)) = (Self::at(from)?, Self::at(to)?);
+        rename_new(&source.root.parent(&from)?, &target.root.parent(&to)?)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
+        let (disk, path) = Self::at(path)?;
+        disk.remove_file(&path)
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
+        let (disk, path) = Self::at(path)?;
+        disk.create_dir(&path)
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        fs::remove_dir(path)
+        let (disk, path) = Self::at(path)?;
+        disk.remove_dir(&path)
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        File::open(path)?.sync_all()
+        let disk = Self::directory(path)?;
+        disk.sync_dir(disk.root.path())
     }
 
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        fs::read_dir(path)?
-            .map(|entry| {
-                let entry = entry?;
-                Ok(DirEntry {
-                    name: entry.file_name().to_string_lossy().into_owned(),
-                    is_dir: entry.file_type()?.is_dir(),
-                })
-            })
-            .collect()
+        let disk = Self::directory(path)?;
+        disk.list_dir(disk.root.path())
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
-        match fs::metadata(path) {
-            Ok(metadata) => Ok(Some(FileStat { len: metadata.len(), identity: metadata.ino() })),
+        match Self::at(path) {
+            Ok((disk, path)) => disk.stat(&path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+impl Disk for RootedDisk {
+    fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(RootedDisk { root: self.root.below(dir)?, access }))
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let place = self.root.parent(path)?;
+        let (dir, name) = (place.dir(), place.name());
+        let common = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+        let flags = match mode {
+            OpenMode::Read => OFlags::RDONLY,
+            OpenMode::ReadWrite => OFlags::RDWR,
+            OpenMode::CreateNew => {
+                let flags = common | OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
+                let file = rustix::fs::openat(dir, name, flags, Access::Owner.file_mode())?;
+                if let Err(error) = adopt(file.as_fd(), dir, self.access.file_mode()) {
+                    // Best effort: nothing has been written to it.
+                    let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
+                    return Err(error);
+                }
+                return Ok(Arc::new(RealFile(file.into())));
+            }
+        };
+        // Looks before it opens, because opening a device or the end of a FIFO can have effects.
+        place.check(FileKind::File)?;
+        let file = match rustix::fs::openat(dir, name, flags | common, Mode::empty()) {
+            // The name was replaced between the two calls.
+            Err(error @ (Errno::LOOP | Errno::NXIO | Errno::ISDIR)) => {
+                place.check(FileKind::File)?;
+                return Err(error.into());
+            }
+            opened => opened?,
+        };
+        match kind_of(&rustix::fs::fstat(&file)?) {
+            FileKind::File => Ok(Arc::new(RealFile(file.into()))),
+            found => Err(place.wrong_type(FileKind::File, found)),
+        }
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        rename(&self.root.parent(from)?, &self.root.parent(to)?)
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        rename_new(&self.root.parent(from)?, &self.root.parent(to)?)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let place = self.root.parent(path)?;
+        match rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::empty()) {
+            // POSIX says EPERM for a directory, Linux EISDIR.
+            Err(error @ (Errno::PERM | Errno::ISDIR)) => {
+                place.check_not(FileKind::Directory, FileKind::File)?;
+                Err(error.into())
+            }
+            removed => Ok(removed?),
+        }
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let place = self.root.parent(path)?;
+        let mode = self.access.dir_mode();
+        rustix::fs::mkdirat(place.dir(), place.name(), Access::Owner.dir_mode())?;
+        let made = place.open_dir(OFlags::RDONLY).and_then(|made| adopt(made.as_fd(), place.dir(), mode));
+        if made.is_err() {
+            // Best effort: nothing is in it.
+            let _ = rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::REMOVEDIR);
+        }
+        made
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        let place = self.root.parent(path)?;
+        match rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::REMOVEDIR) {
+            Err(error @ Errno::NOTDIR) => {
+                place.check(FileKind::Directory)?;
+                Err(error.into())
+            }
+            removed => Ok(removed?),
+        }
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        Ok(rustix::fs::fsync(self.root.open_dir(path, OFlags::RDONLY)?)?)
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        let dir = self.root.open_dir(path, OFlags::RDONLY)?;
+        let mut entries = Vec::new();
+        for entry in Dir::read_from(&dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if matches!(name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            let kind = match entry.file_type() {
+                // Some file systems do not say.
+                FileType::Unknown => match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                    Err(Errno::NOENT) => continue,
+                    stat => kind_of(&stat?),
+                },
+                kind => kind.into(),
+            };
+            entries.push(DirEntry { name: name.to_string_lossy().into_owned(), kind });
+        }
+        Ok(entries)
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        let place = match self.root.parent(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            place => place?,
+        };
+        match rustix::fs::statat(place.dir(), place.name(), AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => Ok(None),
+            stat => Ok(Some(stat_of(&stat?))),
+        }
+    }
+}
+
+/// Gives a file or directory that this process has just made its permissions, whatever the umask. What root makes gets the owner
+/// and group of the directory that it is in, so that one command run as root does not lock the owner of a store out.
+fn adopt(made: BorrowedFd<'_>, dir: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
+    let is = rustix::fs::fstat(made)?;
+    if rustix::process::geteuid().is_root() {
+        let parent = rustix::fs::fstat(dir)?;
+        if (is.st_uid, is.st_gid) != (parent.st_uid, parent.st_gid) {
+            let (uid, gid) = (Uid::from_raw(parent.st_uid), Gid::from_raw(parent.st_gid));
+            rustix::fs::fchown(made, Some(uid), Some(gid))?;
+        }
+    }
+    if Mode::from_raw_mode(is.st_mode) != mode {
+        rustix::fs::fchmod(made, mode)?;
+    }
+    Ok(())
+}
+
+/// The user whose rights this process has.
+pub(crate) fn process_user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+fn rename(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
+    Ok(rustix::fs::renameat(from.dir(), from.name(), to.dir(), to.name())?)
+}
+
+/// Renames, unless the new name exists.
+fn rename_new(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
+    match rustix::fs::renameat_with(from.dir(), from.name(), to.dir(), to.name(), RenameFlags::NOREPLACE) {
+        // The kernel, the file system or a sandbox does not offer it. A hard link does not replace a name either.
+        Err(Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NOTSUP) => {
+            rustix::fs::linkat(from.dir(), from.name(), to.dir(), to.name(), AtFlags::empty())?;
+            Ok(rustix::fs::unlinkat(from.dir(), from.name(), AtFlags::empty())?)
+        }
+        renamed => Ok(renamed?),
+    }
+}
+
+fn kind_of(stat: &Stat) -> FileKind {
+    FileType::from_raw_mode(stat.st_mode).into()
+}
+
+#[expect(
+    clippy::unnecessary_cast,
+    clippy::useless_conversion,
+    reason = "the types of these fields differ between systems"
+)]
+fn stat_of(stat: &Stat) -> FileStat {
+    FileStat {
+        kind: kind_of(stat),
+        len: u64::try_from(stat.st_size).unwrap_or(0),
+        identity: stat.st_ino as u64,
+        links: u64::from(stat.st_nlink),
+        owner: Some(Owner { uid: stat.st_uid, gid: stat.st_gid, mode: u32::from(stat.st_mode) & 0o7777 }),
+    }
+}
+
+impl From<FileType> for FileKind {
+    fn from(kind: FileType) -> Self {
+        match kind {
+            FileType::RegularFile => Self::File,
+            FileType::Directory => Self::Directory,
+            FileType::Symlink => Self::Symlink,
+            FileType::Fifo => Self::Fifo,
+            FileType::Socket => Self::Socket,
+            FileType::CharacterDevice | FileType::BlockDevice => Self::Device,
+            FileType::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl Access {
+    fn file_mode(self) -> Mode {
+        Mode::from_raw_mode(match self {
+            Access::Owner => 0o600,
+            Access::GroupRead => 0o640,
+        })
+    }
+
+    fn dir_mode(self) -> Mode {
+        Mode::from_raw_mode(match self {
+            Access::Owner => 0o700,
+            Access::GroupRead => 0o750,
+        })
     }
 }
 
@@ -106,6 +364,18 @@ impl DiskFile for RealFile {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.len())
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        Ok(stat_of(&rustix::fs::fstat(&self.0)?))
+    }
+
+    fn set_owner(&self, owner: Owner) -> io::Result<()> {
+        let is = rustix::fs::fstat(&self.0)?;
+        if rustix::process::geteuid().is_root() && (is.st_uid, is.st_gid) != (owner.uid, owner.gid) {
+            rustix::fs::fchown(&self.0, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+        }
+        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

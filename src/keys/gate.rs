@@ -21,7 +21,6 @@ use crate::{
     crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
-    io::Disk,
     kms::{Cmk, KmsError},
     metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
@@ -45,8 +44,8 @@ pub(crate) struct KeyContext {
     /// The process that opened the store.
     pub(crate) pid: u32,
     pub(crate) counters: Arc<Counters>,
-    /// For a read-only opener, whose keyring the writer may rotate: where to read it anew.
-    pub(crate) reload_from: Option<Arc<dyn Disk>>,
+    /// Whether the keyring is read again when it is too old: a read-only opener's may be rotated by the writer.
+    pub(crate) reloads_keyring: bool,
 }
 
 impl KeyContext {
@@ -59,11 +58,8 @@ impl KeyContext {
     /// rotated meanwhile.
     pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
         let done = act(&read(&self.keyring));
-        let (Err(Error::KeyringTooOld { .. }), Some(disk)) = (&done, &self.reload_from) else { return done };
-        let rotated = {
-            let keyring = read(&self.keyring);
-            keyring.reload(&**disk)?
-        };
+        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.reloads_keyring) else { return done };
+        let rotated = read(&self.keyring).reload()?;
         let done = act(&rotated);
         *write(&self.keyring) = rotated;
         done
@@ -482,7 +478,7 @@ mod tests {
             keyring: Arc::new(RwLock::new(keyring)),
             pid,
             counters: Arc::default(),
-            reload_from: None,
+            reloads_keyring: false,
         };
         let id = LogstoreId::from_bytes([2; 16]);
         Arc::new(Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default()))

@@ -3,10 +3,7 @@
 //! It is made together with the store and never again by accident. It holds versions, each a random 256-bit root from which the
 //! keys for authenticating metadata, for wrapping data keys and for the integrity of what is not encrypted are derived.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
@@ -14,6 +11,7 @@ use zeroize::{Zeroize, Zeroizing};
 use super::{
     custody::{Custody, KeyringIdentity, SealedBody},
     envelope::{self, EnvelopeIdentity},
+    keyring_file::KeyringFile,
 };
 use crate::{
     Error, Result,
@@ -21,12 +19,11 @@ use crate::{
     document::{Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{KeyringId, LogstoreId, StoreId, hex_decode, hex_encode},
-    io::{self, Disk, OpenMode, Random},
+    io::Random,
     kms::Cmk,
     segment::Features,
 };
 
-const KEYRING_BYTES_MAX: u64 = 4 << 20;
 /// The most versions a keyring may hold.
 const VERSIONS_MAX: usize = 10_000;
 
@@ -60,7 +57,7 @@ impl Drop for Wiped<'_> {
 
 /// The service keyring in memory.
 pub(crate) struct Keyring {
-    path: PathBuf,
+    file: Arc<KeyringFile>,
     store: StoreId,
     id: KeyringId,
     /// As they were read.
@@ -84,13 +81,17 @@ pub(crate) struct NewKeyring {
 }
 
 impl NewKeyring {
+    /// The keyring in memory, whose file does not exist yet.
+    pub(crate) fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
     /// Writes it durably, before anything depends on it.
-    pub(crate) fn write(self, disk: &dyn Disk) -> Result<Keyring> {
-        let path = &self.keyring.path;
-        if disk.stat(path).map_err(Error::io("look for", path))?.is_some() {
-            return Err(Error::KeyringExists { path: path.clone() });
-        }
-        self.keyring.replace(disk, &self.bytes)?;
+    ///
+    /// # Errors
+    /// [`Error::KeyringExists`], [`Error::Io`].
+    pub(crate) fn write(self) -> Result<Keyring> {
+        self.keyring.file.create(&self.bytes)?;
         Ok(self.keyring)
     }
 }
@@ -99,18 +100,18 @@ impl Keyring {
     /// Makes a new keyring with one version, under a master key if one is given. Nothing is written yet.
     pub(crate) fn prepare(
         random: &dyn Random,
-        path: &Path,
+        file: Arc<KeyringFile>,
         store: StoreId,
         now_us: u64,
         custody: Custody,
         cmk: Option<Cmk>,
     ) -> Result<NewKeyring> {
-        let draw = |error| Error::io("draw a random key for", path)(error);
+        let draw = |error| Error::io("draw a random key for", file.path())(error);
         let root = SecretKey::generate(random).map_err(draw)?;
         let keyring = Self {
-            path: path.to_owned(),
             store,
             id: KeyringId::random(random).map_err(draw)?,
+            file,
             features: Features::default(),
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
             cmk,
@@ -125,8 +126,9 @@ impl Keyring {
     }
 
     /// Reads the keyring of `store`, and asks the KMS for it if it is under a master key.
-    pub(crate) fn load(disk: &dyn Disk, path: &Path, store: StoreId, id: KeyringId, custody: &Custody) -> Result<Self> {
-        let bytes = read(disk, path)?;
+    pub(crate) fn load(file: Arc<KeyringFile>, store: StoreId, id: KeyringId, custody: &Custody) -> Result<Self> {
+        let bytes = file.read()?;
+        let path = file.path();
         let parsed = parse(&bytes, path, store, id)?;
         let claimed = parsed.0.unverified();
         let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
@@ -149,7 +151,7 @@ impl Keyring {
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
-        let keyring = Self { path: path.to_owned(), store, id, features, versions, cmk, custody: custody.clone() };
+        let keyring = Self { file: Arc::clone(&file), store, id, features, versions, cmk, custody: custody.clone() };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
         }
@@ -158,22 +160,28 @@ impl Keyring {
     }
 
     /// Reads it anew from its file, which another process may have written meanwhile.
-    pub(crate) fn reload(&self, disk: &dyn Disk) -> Result<Self> {
-        Self::load(disk, &self.path, self.store, self.id, &self.custody)
+    pub(crate) fn reload(&self) -> Result<Self> {
+        Self::load(Arc::clone(&self.file), self.store, self.id, &self.custody)
+    }
+
+    /// Whether its file has another newest version than this copy: another process has rotated it.
+    pub(crate) fn is_outdated(&self) -> Result<bool> {
+        let bytes = self.file.read()?;
+        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().keyring_version != self.newest())
     }
 
     /// Verifies the file. Asks no KMS: what is sealed in it is authenticated by the roots in memory.
-    pub(crate) fn verify_file(&self, disk: &dyn Disk) -> Result<()> {
+    pub(crate) fn verify_file(&self) -> Result<()> {
         if self.cmk.is_none() {
-            return self.reload(disk).map(|_| ());
+            return self.reload().map(|_| ());
         }
-        let bytes = read(disk, &self.path)?;
-        let parsed = parse(&bytes, &self.path, self.store, self.id)?;
+        let bytes = self.file.read()?;
+        let parsed = parse(&bytes, self.path(), self.store, self.id)?;
         self.check(&parsed, parsed.0.unverified().keyring_version)
     }
 
     fn check(&self, parsed: &Wiped<'_>, version: u32) -> Result<()> {
-        let tampered = |_| Error::Tampered { at: Location::new(&self.path, 0), what: "the service keyring" };
+        let tampered = |_| Error::Tampered { at: Location::new(self.path(), 0), what: "the service keyring" };
         parsed.0.check(&self.document_key(version)?).map_err(tampered)
     }
 
@@ -196,7 +204,7 @@ impl Keyring {
         let identity = KeyringIdentity { store: self.store, id: self.id, newest: self.newest() };
         let a = match &self.cmk {
             None => std::mem::take(&mut *json),
-            Some(cmk) => self.custody.seal(random, &self.path, cmk, identity, json)?,
+            Some(cmk) => self.custody.seal(random, self.path(), cmk, identity, json)?,
         };
         let mut document = Document {
             kind: DocumentKind::Keyring,
@@ -214,20 +222,15 @@ impl Keyring {
         Ok(bytes)
     }
 
-    fn replace(&self, disk: &dyn Disk, bytes: &[u8]) -> Result<()> {
-        io::replace_file(disk, &self.path, bytes, OpenMode::CreateNewPrivate)
-            .map_err(Error::io("write the service keyring", &self.path))
-    }
-
     /// The master key that its file is under.
     pub(crate) fn cmk(&self) -> Option<&Cmk> {
         self.cmk.as_ref()
     }
 
     /// Puts the file under another master key, or under none; it is durable when this returns. On an error all is as it was.
-    pub(crate) fn rewrap(&self, disk: &dyn Disk, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
+    pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
         let rewrapped = Self { cmk, ..self.duplicate() };
-        rewrapped.encode(random).and_then(|bytes| self.replace(disk, &bytes))?;
+        rewrapped.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
         Ok(rewrapped)
     }
 
@@ -235,7 +238,7 @@ impl Keyring {
     fn duplicate(&self) -> Self {
         let copy = |version: &Version| Version { created_us: version.created_us, root: version.root.duplicate() };
         Self {
-            path: self.path.clone(),
+            file: Arc::clone(&self.file),
             store: self.store,
             id: self.id,
             features: self.features,
@@ -243,6 +246,10 @@ impl Keyring {
             cmk: self.cmk.clone(),
             custody: self.custody.clone(),
         }
+    }
+
+    pub(crate) fn store(&self) -> StoreId {
+        self.store
     }
 
     pub(crate) fn id(&self) -> KeyringId {
@@ -254,7 +261,11 @@ impl Keyring {
     }
 
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
+    }
+
+    pub(crate) fn file(&self) -> &KeyringFile {
+        &self.file
     }
 
     /// The newest version, which tags and wraps what is new.
@@ -268,21 +279,21 @@ impl Keyring {
     }
 
     /// The keyring with one version more; it is durable when this returns.
-    pub(crate) fn rotate(&self, disk: &dyn Disk, random: &dyn Random, now_us: u64) -> Result<Self> {
+    pub(crate) fn rotate(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
         let version = self.newest() + 1;
-        let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", &self.path))?;
+        let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
         let mut rotated = self.duplicate();
         rotated.versions.insert(version, Version { created_us: now_us, root });
-        rotated.encode(random).and_then(|bytes| self.replace(disk, &bytes))?;
+        rotated.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
         Ok(rotated)
     }
 
     fn root(&self, version: u32) -> Result<&SecretKey> {
         self.versions.get(&version).map(|v| &v.root).ok_or_else(|| Error::KeyringTooOld {
-            path: self.path.clone(),
+            path: self.path().to_owned(),
             needed: version,
             newest: self.newest(),
         })
@@ -328,16 +339,6 @@ impl Keyring {
     }
 }
 
-fn read(disk: &dyn Disk, path: &Path) -> Result<Zeroizing<Vec<u8>>> {
-    match io::read_file(disk, path, KEYRING_BYTES_MAX) {
-        Ok(bytes) => Ok(Zeroizing::new(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(Error::KeyringMissing { path: path.to_owned() })
-        }
-        Err(error) => Err(Error::io("read the service keyring", path)(error)),
-    }
-}
-
 /// Takes the file apart, and makes sure that it is what it should be by its own account.
 fn parse<'a>(bytes: &'a [u8], path: &Path, store: StoreId, id: KeyringId) -> Result<Wiped<'a>> {
     let parsed = Wiped(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?);
@@ -365,20 +366,17 @@ fn secret_from_hex(hex: &str) -> Option<SecretKey> {
 impl Keyring {
     /// A new one in a real file, under no master key.
     pub(crate) fn for_tests(path: &Path, store: StoreId) -> Self {
-        let custody = Custody {
-            provider: std::sync::Arc::new(crate::crypto::RustCrypto::new()),
-            kms: Vec::new(),
-            counters: std::sync::Arc::default(),
-        };
-        let new = Self::prepare(&io::OsRandom, path, store, 1, custody, None).unwrap();
-        new.write(&io::RealDisk).unwrap()
+        let custody =
+            Custody { provider: Arc::new(crate::crypto::RustCrypto::new()), kms: Vec::new(), counters: Arc::default() };
+        let new = Self::prepare(&crate::io::OsRandom, KeyringFile::for_tests(path), store, 1, custody, None).unwrap();
+        new.write().unwrap()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{OsRandom, RealDisk};
+    use crate::io::OsRandom;
 
     fn made(dir: &Path) -> (Keyring, StoreId) {
         let store = StoreId::from_bytes([5; 16]);
@@ -389,11 +387,12 @@ mod tests {
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
-        let again = Keyring::prepare(&OsRandom, keyring.path(), store, 1, keyring.custody.clone(), None).unwrap();
-        assert!(matches!(again.write(&RealDisk), Err(Error::KeyringExists { .. })));
+        let again =
+            Keyring::prepare(&OsRandom, Arc::clone(&keyring.file), store, 1, keyring.custody.clone(), None).unwrap();
+        assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
-        assert_eq!(keyring.rotate(&RealDisk, &OsRandom, 2).unwrap().newest(), 2);
-        let loaded = keyring.reload(&RealDisk).unwrap();
+        assert_eq!(keyring.rotate(&OsRandom, 2).unwrap().newest(), 2);
+        let loaded = keyring.reload().unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
         assert_ne!(*loaded.document_key(2).unwrap().expose(), first);
@@ -414,12 +413,12 @@ mod tests {
     fn absent_foreign_and_damaged_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
-        let path = keyring.path();
-        let load = |store, id| Keyring::load(&RealDisk, path, store, id, &keyring.custody).map(|_| ());
+        let load = |store, id| Keyring::load(Arc::clone(&keyring.file), store, id, &keyring.custody).map(|_| ());
         assert!(matches!(load(StoreId::from_bytes([6; 16]), keyring.id()), Err(Error::KeyringForeign { .. })));
         let other = KeyringId::from_bytes([6; 16]);
         assert!(matches!(load(store, other), Err(Error::KeyringForeign { .. })));
-        let missing = Keyring::load(&RealDisk, &dir.path().join("none"), store, keyring.id(), &keyring.custody);
+        let missing =
+            Keyring::load(KeyringFile::for_tests(&dir.path().join("none")), store, keyring.id(), &keyring.custody);
         assert!(matches!(missing, Err(Error::KeyringMissing { .. })));
     }
 
@@ -427,13 +426,13 @@ mod tests {
     fn its_file_is_verified_as_it_is_now() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
-        keyring.verify_file(&RealDisk).unwrap();
+        keyring.verify_file().unwrap();
         assert!(keyring.versions().eq([(1, 1)]));
-        let mut bytes = read(&RealDisk, keyring.path()).unwrap();
+        let mut bytes = keyring.file.read().unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
-        keyring.replace(&RealDisk, &bytes).unwrap();
-        assert!(keyring.verify_file(&RealDisk).is_err());
+        keyring.file.replace(&bytes).unwrap();
+        assert!(keyring.verify_file().is_err());
     }
 
     #[test]
@@ -444,9 +443,9 @@ mod tests {
             let root = keyring.root(1).unwrap().duplicate();
             keyring.versions.insert(version, Version { created_us: 1, root });
         }
-        let largest = keyring.rotate(&RealDisk, &OsRandom, 2).unwrap();
-        assert!(matches!(largest.rotate(&RealDisk, &OsRandom, 3), Err(Error::TooMany { .. })));
-        let loaded = largest.reload(&RealDisk).unwrap();
+        let largest = keyring.rotate(&OsRandom, 2).unwrap();
+        assert!(matches!(largest.rotate(&OsRandom, 3), Err(Error::TooMany { .. })));
+        let loaded = largest.reload().unwrap();
         assert_eq!(loaded.versions().count(), VERSIONS_MAX);
         assert_eq!(loaded.versions().last(), Some((VERSIONS_MAX as u32, 2)));
     }

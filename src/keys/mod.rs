@@ -6,6 +6,7 @@ pub(crate) mod custody;
 pub(crate) mod envelope;
 pub(crate) mod gate;
 pub(crate) mod keyring;
+pub(crate) mod keyring_file;
 pub(crate) mod lease;
 pub(crate) mod pool;
 

@@ -19,7 +19,7 @@ use ureq::{
 };
 use zeroize::Zeroizing;
 
-use crate::io::{Clock, RealDisk, SystemClock, read_file};
+use crate::io::{Clock, SystemClock, read_configured};
 
 /// The answers asked for have a few thousand bytes; one that is longer is not read to its end.
 pub(super) const ANSWER_BYTES_MAX: usize = 64 * 1024;
@@ -201,7 +201,7 @@ fn no_answer(error: &Error, host: &str) -> NoAnswer {
 }
 
 fn certificates(variable: &str, path: &str) -> Result<Vec<Certificate<'static>>, String> {
-    let pem = read_file(&RealDisk, path.as_ref(), CA_BUNDLE_BYTES_MAX)
+    let pem = read_configured(path.as_ref(), CA_BUNDLE_BYTES_MAX)
         .map_err(|error| format!("cannot read {path}, which {variable} names: {error}"))?;
     let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let ders = ders.map_err(|error| format!("{path}, which {variable} names, is no list of certificates: {error}"))?;

@@ -9,7 +9,7 @@ use crate::{
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{LogstoreId, StoreId},
-    io::{self, Disk, OpenMode},
+    io::{self, Disk, Existing},
     keys::{
         envelope::{KeysSection, metadata_key},
         keyring::Keyring,
@@ -32,8 +32,11 @@ pub(crate) struct Meta {
     keys_tag: Option<[u8; 32]>,
 }
 
+/// The name of the file in the directory of its Logstore.
+pub(crate) const META_FILE: &str = "meta";
+
 pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
-    logstore_dir.join("meta")
+    logstore_dir.join(META_FILE)
 }
 
 impl Meta {
@@ -124,7 +127,7 @@ impl Meta {
             self.keys_tag = document.tag_b;
         }
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))?;
+        io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("replace", &path))?;
         self.keyring_version = keyring.newest();
         Ok(())
     }

@@ -33,7 +33,7 @@ use crate::{
     },
 };
 
-pub(crate) use meta::{Meta, path as meta_path};
+pub(crate) use meta::{META_FILE, Meta, path as meta_path};
 
 /// Which shard an append goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -299,6 +299,12 @@ impl LogstoreShared {
 
 pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
     logstore_dir.join(format!("shard-{shard:04}"))
+}
+
+/// Whether a name is that of a shard's directory.
+pub(crate) fn is_shard_dir(name: &str) -> bool {
+    let shard = name.strip_prefix("shard-").and_then(|number| number.parse().ok());
+    shard.is_some_and(|shard| shard_dir(Path::new(""), shard) == Path::new(name))
 }
 
 impl LeaseListener for LogstoreShared {

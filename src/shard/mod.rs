@@ -28,14 +28,18 @@ use crate::{
     keys::gate::Gate,
     metrics::Counters,
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
-    sync::{Condvar, Mutex, RwLock, atomic::Ordering, lock, wait},
+    sync::{
+        Condvar, Mutex, RwLock,
+        atomic::{AtomicBool, Ordering},
+        lock, wait,
+    },
 };
 
 use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
-pub(crate) use segments::{ActiveView, End, Opened, SegmentRef};
+pub(crate) use segments::{ActiveView, End, Opened, SegmentRef, is_segment_temporary};
 pub use ticket::Ticket;
 use writer::Writer;
 
@@ -275,6 +279,8 @@ pub(crate) struct Shard {
     progress: Condvar,
     writer: Mutex<Writer>,
     notices: Mutex<Vec<RecoveryNotice>>,
+    /// Whether files that are not needed any more could not be removed.
+    leftovers: AtomicBool,
     this: Weak<Shard>,
 }
 
@@ -290,6 +296,7 @@ impl Shard {
             progress: Condvar::new(),
             writer: Mutex::default(),
             notices: Mutex::default(),
+            leftovers: AtomicBool::new(false),
             this: this.clone(),
         })
     }

@@ -73,9 +73,7 @@ impl Scanned {
 impl Shard {
     /// Finds out where the shard ends and deals with an unclean end. Called by the writer, with its lock held.
     pub(super) fn recover(&self) -> Result<Next> {
-        for leftover in self.leftovers()? {
-            self.context.disk.remove_file(&leftover).map_err(Error::io("remove", &leftover))?;
-        }
+        self.remove_leftovers()?;
         let segments = self.segments(false)?;
         if !segments.is_empty() {
             self.make_names_durable()?;

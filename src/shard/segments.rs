@@ -1,20 +1,19 @@
 //! The segments of a shard: listing them by name, opening one, and telling how it ends.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
+
+use tracing::warn;
 
 use super::{Head, Shard};
 use crate::{
     Error, Result,
     error::Location,
-    io::{DiskFile, OpenMode, read_exact_at},
+    io::{DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     segment::{
         DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
         SegmentHeader, Trailer, parse_segment_file_name,
     },
-    sync::{Mutex, lock, read, write},
+    sync::{Mutex, atomic::Ordering, lock, read, write},
 };
 
 /// A segment, as its name tells it.
@@ -282,19 +281,38 @@ impl Shard {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
     }
 
-    /// The files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer, who
-    /// knows that no temporary file is in use.
-    pub(crate) fn leftovers(&self) -> Result<Vec<PathBuf>> {
+    /// Removes the files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer,
+    /// because no temporary file is in use then. What cannot be removed stays, and is tried again later; returns the bytes that
+    /// were freed.
+    pub(crate) fn remove_leftovers(&self) -> Result<u64> {
         let first = self.record().first_ordinal;
-        let entries = self.context.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
-        Ok(entries
-            .iter()
-            .filter(|entry| match parse_segment_file_name(&entry.name) {
-                Some((ordinal, _)) => ordinal < first,
-                None => entry.name.ends_with(".tmp"),
-            })
-            .map(|entry| self.dir.join(&entry.name))
-            .collect())
+        let disk = &self.context.disk;
+        let (mut freed, mut left) = (0, false);
+        for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
+            let dropped = parse_segment_file_name(&entry.name).is_some_and(|(ordinal, _)| ordinal < first);
+            if !dropped && !is_segment_temporary(&entry.name) {
+                continue;
+            }
+            let path = self.dir.join(&entry.name);
+            let len =
+                disk.stat(&path).ok().flatten().filter(|stat| stat.kind == FileKind::File).map_or(0, |stat| stat.len);
+            match disk.remove_file(&path) {
+                Ok(()) => freed += len,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    left = true;
+                    warn!(logstore = %self.name(), shard = self.id, path = %path.display(), %error,
+                        "a file that is not needed any more cannot be removed; this is tried again later");
+                }
+            }
+        }
+        self.leftovers.store(left, Ordering::Relaxed);
+        Ok(freed)
+    }
+
+    /// Whether a file that is not needed any more could not be removed when it was last tried.
+    pub(crate) fn has_leftovers(&self) -> bool {
+        self.leftovers.load(Ordering::Relaxed)
     }
 
     /// Opens a segment that was listed; `None` when retention has dropped it since, be it in the process of the writer.
@@ -480,6 +498,12 @@ impl Shard {
             Err(Error::RolledBack { what })
         }
     }
+}
+
+/// Whether a name is that of a segment's temporary file.
+pub(crate) fn is_segment_temporary(name: &str) -> bool {
+    let stem = name.split('.').next().unwrap_or_default();
+    parse_segment_file_name(&format!("{stem}.seg")).is_some() && is_temporary(name, stem)
 }
 
 enum Expected {

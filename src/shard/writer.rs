@@ -12,7 +12,7 @@ use crate::{
     crypto::CryptoError,
     group,
     ids::SegmentId,
-    io::{DiskFile, OpenMode},
+    io::{DiskFile, Temporary},
     segment::{
         BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, Predecessor,
         SealBuffer, SegmentHeader, segment_file_name,
@@ -345,7 +345,6 @@ impl NewSegment {
     pub(super) fn create(shard: &Shard, next: &Next, plan: &WritePlan) -> Result<Self> {
         let context = &shard.context;
         let path: Arc<Path> = shard.dir.join(segment_file_name(next.ordinal, next.first_seq)).into();
-        let temporary: Arc<Path> = path.with_extension("tmp").into();
         let used_up = || Error::TooMany { what: "sequence numbers", limit: u64::MAX };
         let limit_seq = next.first_seq.checked_add(RESERVED_SEQS).ok_or_else(used_up)?;
         let header = SegmentHeader {
@@ -370,15 +369,11 @@ impl NewSegment {
         let commitment = context.gate.begin_segment(&header, &hash)?;
         let bytes = SegmentHeader::finish(encoded, &commitment);
         let create = || -> Result<Self> {
-            let io = |op| Error::io(op, &*temporary);
-            match context.disk.remove_file(&temporary) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io("remove")(error)),
-                _ => {}
-            }
-            let file = context.disk.open(&temporary, OpenMode::CreateNew).map_err(io("create"))?;
-            file.write_at(&bytes, 0).map_err(io("write the header of"))?;
+            let Temporary { file, path: temporary } = Temporary::create(&*context.disk, &path.with_extension(""))
+                .map_err(Error::io("create a temporary file for", &*path))?;
+            file.write_at(&bytes, 0).map_err(Error::io("write the header of", &*temporary))?;
             let header = SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
-            Ok(Self { file, path: Arc::clone(&path), header: Arc::new(header), temporary: Arc::clone(&temporary) })
+            Ok(Self { file, path: Arc::clone(&path), header: Arc::new(header), temporary: temporary.into() })
         };
         create().inspect_err(|_| context.gate.end_segment(header.segment))
     }

@@ -2,21 +2,25 @@
 
 use std::{path::Path, sync::Arc};
 
+use tracing::warn;
+
 use super::{
-    AdminState, Entry, KmsOrEngine, Store, StoreShared,
+    AdminState, DeleteReport, Entry, KmsOrEngine, Store, StoreShared,
     catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX},
+    removal,
 };
 use crate::{
     Error, Result,
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::{LogstoreId, hex_encode},
+    io::FileKind,
     keys::{
         AuditEvent,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
     },
     kms::{BoundedKms, Cmk},
-    logstore::{Logstore, LogstoreShared, Meta, meta_path, shard_dir},
+    logstore::{Logstore, LogstoreShared, Meta, shard_dir},
     shard::ShardRecord,
     sync::{lock, read},
 };
@@ -43,11 +47,13 @@ impl Store {
     }
 
     /// Deletes a Logstore: its envelopes first, so that what is left of its data on the disk cannot be read through this store, then
-    /// its files. Needs no key.
+    /// its files. Needs no key. Removes the names that envelog gives and follows no symlink; the report lists the entries that are
+    /// left.
     ///
     /// # Errors
-    /// [`Error::LogstoreMissing`], [`Error::Io`].
-    pub fn delete_logstore(&self, name: &LogstoreName) -> Result<()> {
+    /// [`Error::LogstoreMissing`]; [`Error::WrongFileType`] when a symlink, a directory or the like stands where a file of the Logstore
+    /// belongs, with nothing changed; [`Error::Io`].
+    pub fn delete_logstore(&self, name: &LogstoreName) -> Result<DeleteReport> {
         self.shared.delete(name)
     }
 
@@ -97,7 +103,7 @@ impl StoreShared {
         });
         if let Err(error) = made {
             // Without an entry in the catalogue it is nothing; what is left is cleaned up at the next opening, if not now.
-            let _ = self.remove_files(&dir);
+            let _ = removal::remove_logstore(&*self.disk, &dir);
             return Err(error);
         }
         let shards = vec![ShardRecord::default(); meta.config.shards.len()];
@@ -256,10 +262,11 @@ impl StoreShared {
         Ok(())
     }
 
-    fn delete(&self, name: &LogstoreName) -> Result<()> {
+    fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {
         let mut admin = self.administer()?;
         let entry = admin.catalogue.logstores.get(name).ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
         let id = entry.id;
+        removal::check_types(&*self.disk, &self.logstore_dir(id))?;
         self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
         self.commit(&mut admin, |catalogue| {
             catalogue.logstores.remove(name);
@@ -272,27 +279,44 @@ impl StoreShared {
         self.finish_deletion(&mut admin, id)
     }
 
-    fn finish_deletion(&self, admin: &mut AdminState, id: LogstoreId) -> Result<()> {
-        self.remove_files(&self.logstore_dir(id))?;
-        self.commit(admin, |catalogue| catalogue.deleting.retain(|deleting| *deleting != id))
+    /// Removes the files of a deleted Logstore. The catalogue forgets it when nothing is left.
+    fn finish_deletion(&self, admin: &mut AdminState, id: LogstoreId) -> Result<DeleteReport> {
+        let report = removal::remove_logstore(&*self.disk, &self.logstore_dir(id))?;
+        if report.left.is_empty() {
+            self.commit(admin, |catalogue| catalogue.deleting.retain(|deleting| *deleting != id))?;
+        }
+        Ok(report)
     }
 
-    /// Finishes what a crash interrupted: deletions, and creations that never reached the catalogue. A directory that the catalogue
-    /// does not know and that has segments in it is left alone: [`Store::verify`] reports it.
+    /// Goes on with the deletions that are not finished. One that cannot be finished keeps nothing else from being done.
     pub(super) fn finish_deletions(&self) -> Result<()> {
-        let mut admin = lock(&self.admin);
+        let mut admin = self.administer()?;
         for id in admin.catalogue.deleting.clone() {
-            self.finish_deletion(&mut admin, id)?;
-        }
-        for (dir, has_segments) in self.unlisted(&admin)? {
-            if !has_segments {
-                self.remove_files(&dir)?;
+            if let Err(error) = self.finish_deletion(&mut admin, id) {
+                if let Some(latched) = &admin.latched {
+                    return Err(latched.clone());
+                }
+                warn!(logstore = %id, %error, "the files of a deleted Logstore cannot be removed; this is tried again later");
             }
         }
         Ok(())
     }
 
-    /// The directories of Logstores that the catalogue does not know, and whether there are segments in them.
+    /// Finishes what a crash interrupted: deletions, and creations that never reached the catalogue. A directory that the catalogue
+    /// does not know and that has segments in it is left alone: [`Store::verify`] reports it.
+    pub(super) fn clean_up(&self) -> Result<()> {
+        self.finish_deletions()?;
+        let unlisted = self.unlisted(&lock(&self.admin))?;
+        for (dir, _) in unlisted.into_iter().filter(|(_, may_have_segments)| !may_have_segments) {
+            if let Err(error) = removal::remove_logstore(&*self.disk, &dir) {
+                warn!(dir = %dir.display(), %error, "the remains of an interrupted creation cannot be removed");
+            }
+        }
+        Ok(())
+    }
+
+    /// The directories of Logstores that the catalogue does not know, and whether there may be segments in them. A symlink or a file
+    /// of such a name is none.
     pub(super) fn unlisted(&self, admin: &AdminState) -> Result<Vec<(std::path::PathBuf, bool)>> {
         let disk = &*self.disk;
         let parent = self.dir.join("logstores");
@@ -306,51 +330,20 @@ impl StoreShared {
             .collect();
         let mut unlisted = Vec::new();
         for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
-            if known.contains(&entry.name) || entry.name.parse::<LogstoreId>().is_err() {
+            let is_dir = entry.kind == FileKind::Directory;
+            if !is_dir || known.contains(&entry.name) || entry.name.parse::<LogstoreId>().is_err() {
                 continue;
             }
             let dir = parent.join(&entry.name);
-            let mut has_segments = false;
-            for part in disk.list_dir(&dir).map_err(Error::io("list", &dir))? {
-                if part.is_dir {
-                    let shard = dir.join(&part.name);
-                    has_segments |= !disk.list_dir(&shard).map_err(Error::io("list", &shard))?.is_empty();
-                }
-            }
-            unlisted.push((dir, has_segments));
+            // A directory that cannot be looked into may have segments in it.
+            let holds_something = |shard: &Path| disk.list_dir(shard).map_or(true, |files| !files.is_empty());
+            let may_have_segments = disk.list_dir(&dir).map_or(true, |parts| {
+                let mut dirs = parts.iter().filter(|part| part.kind == FileKind::Directory);
+                dirs.any(|part| holds_something(&dir.join(&part.name)))
+            });
+            unlisted.push((dir, may_have_segments));
         }
         Ok(unlisted)
-    }
-
-    /// Removes a Logstore's directory, the envelopes first.
-    fn remove_files(&self, dir: &Path) -> Result<()> {
-        let disk = &*self.disk;
-        let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
-        let remove = |path: &Path, dir: bool| {
-            let removed = if dir { disk.remove_dir(path) } else { disk.remove_file(path) };
-            match removed {
-                Err(error) if !gone(&error) => Err(Error::io("remove", path)(error)),
-                _ => Ok(()),
-            }
-        };
-        let parent = self.dir.join("logstores");
-        if disk.stat(dir).map_err(Error::io("look for", dir))?.is_none() {
-            // That it is gone may not be durable.
-            return disk.sync_dir(&parent).map_err(Error::io("sync", &parent));
-        }
-        remove(&meta_path(dir), false)?;
-        disk.sync_dir(dir).map_err(Error::io("sync", dir))?;
-        for entry in disk.list_dir(dir).map_err(Error::io("list", dir))? {
-            let path = dir.join(&entry.name);
-            if entry.is_dir {
-                for file in disk.list_dir(&path).map_err(Error::io("list", &path))? {
-                    remove(&path.join(&file.name), false)?;
-                }
-            }
-            remove(&path, entry.is_dir)?;
-        }
-        remove(dir, true)?;
-        disk.sync_dir(&parent).map_err(Error::io("sync", &parent))
     }
 }
 

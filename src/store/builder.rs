@@ -12,6 +12,8 @@ use tracing::info;
 use super::{
     AdminState, Open, RecoverReport, Store, StoreShared,
     catalogue::{self, Catalogue},
+    creation,
+    lock::StoreLock,
     scheduler::Scheduler,
 };
 use crate::{
@@ -21,13 +23,14 @@ use crate::{
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{KeyringId, StoreId},
-    io::{self, Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock},
+    io::{self, Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock},
     keys::{
         AuditEvent,
         audit::AuditLog,
         custody::Custody,
         gate::KeyContext,
         keyring::{Keyring, NewKeyring},
+        keyring_file::KeyringFile,
         pool::LeasePool,
     },
     kms::{BoundedKms, Cmk, Kms, Watch},
@@ -81,6 +84,12 @@ pub struct StoreOptions {
     pub audit_file_bytes: u64,
     /// How often retention is applied. 60 s by default; at least 1 s.
     pub retention_every: Duration,
+    /// Whether the group may read the files and directories that the store creates: modes 0640 and 0750 in place of 0600 and 0700.
+    /// Off by default. What exists keeps its mode.
+    pub group_read: bool,
+    /// Whether the group may read the service keyring: one that it can read is accepted, and a new one gets mode 0640. Off by
+    /// default.
+    pub keyring_group_read: bool,
 }
 
 impl Default for StoreOptions {
@@ -99,12 +108,14 @@ impl Default for StoreOptions {
             readers_max: 1024,
             audit_file_bytes: 4 << 20,
             retention_every: Duration::from_secs(60),
+            group_read: false,
+            keyring_group_read: false,
         }
     }
 }
 
 impl StoreOptions {
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         let hour = Duration::from_secs(3600);
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
         let ranges = [
@@ -135,15 +146,15 @@ impl StoreOptions {
 #[derive(Clone, Debug)]
 #[must_use = "a builder does nothing until one of its opening methods is called"]
 pub struct StoreBuilder {
-    dir: PathBuf,
-    keyring: PathBuf,
+    pub(super) dir: PathBuf,
+    pub(super) keyring: PathBuf,
     provider: Arc<dyn CryptoProvider>,
     kms: Vec<Arc<dyn Kms>>,
     service_cmk: Option<Cmk>,
-    disk: Arc<dyn Disk>,
-    clock: Arc<dyn Clock>,
-    random: Arc<dyn Random>,
-    options: StoreOptions,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) random: Arc<dyn Random>,
+    pub(super) options: StoreOptions,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -155,7 +166,7 @@ struct StoreBody {
 
 /// Whose audit log is there.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Audit {
+pub(super) enum Audit {
     Ours,
     /// That of a lost keyring.
     Lost,
@@ -229,60 +240,6 @@ impl StoreBuilder {
         self
     }
 
-    /// Makes a new store and its service keyring, and opens it. The directory may exist if it is empty.
-    ///
-    /// # Errors
-    /// [`Error::StoreExists`], [`Error::NotAStore`] when the directory has something else in it, [`Error::KeyringExists`],
-    /// [`Error::Io`]; [`Error::ServiceKey`] and [`ConfigError::NoKmsForRegion`](crate::ConfigError::NoKmsForRegion) when the keyring
-    /// is to be under a master key and cannot, with nothing made.
-    pub fn create(self) -> Result<Store> {
-        self.options.check()?;
-        let (disk, dir) = (&*self.disk, &self.dir);
-        let there = disk.stat(dir).map_err(Error::io("look for", dir))?.is_some();
-        if there {
-            let refused = |op: &'static str| {
-                move |error: std::io::Error| match error.kind() {
-                    std::io::ErrorKind::NotADirectory => Error::NotAStore { path: dir.clone() },
-                    _ => Error::io(op, dir)(error),
-                }
-            };
-            if disk.stat(&identity_path(dir)).map_err(refused("look for"))?.is_some() {
-                return Err(Error::StoreExists { path: dir.clone() });
-            }
-            let entries = disk.list_dir(dir).map_err(refused("list"))?;
-            // What an interrupted creation left behind is taken over; anything else is not ours to touch.
-            let ours = |name: &str| {
-                matches!(name, "LOCK" | "audit" | "logstores" | "probes" | "catalogue") || name.ends_with(".tmp")
-            };
-            if entries.iter().any(|entry| !ours(&entry.name)) {
-                return Err(Error::NotAStore { path: dir.clone() });
-            }
-        }
-        let now_us = self.clock.wall_us();
-        let store = StoreId::random(&*self.random).map_err(Error::io("draw an id for", dir))?;
-        // A KMS may refuse it: before anything is made.
-        let keyring = self.new_keyring(store, now_us)?;
-        if !there {
-            disk.create_dir(dir).map_err(Error::io("create", dir))?;
-        }
-        let lock_file = self.lock()?;
-        for part in ["audit", "logstores", "probes"] {
-            let part = dir.join(part);
-            if disk.stat(&part).map_err(Error::io("look for", &part))?.is_none() {
-                disk.create_dir(&part).map_err(Error::io("create", &part))?;
-            }
-        }
-        // The keyring is durable before anything depends on it, and the STORE file, which makes it a store, comes last.
-        let keyring = keyring.write(disk)?;
-        let mut catalogue = Catalogue::default();
-        catalogue.save(disk, dir, store, &keyring)?;
-        io::sync_parent(disk, dir).map_err(Error::io("sync the directory of", dir))?;
-        write_identity(disk, dir, store, &keyring, now_us)?;
-        let store = self.assemble(store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
-        store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
-        Ok(store)
-    }
-
     /// Opens a store for reading and writing. Calls no KMS, unless the service keyring is under a master key, and reads no data.
     ///
     /// # Errors
@@ -292,21 +249,37 @@ impl StoreBuilder {
     /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
     pub fn open(self) -> Result<Store> {
         self.options.check()?;
-        let identity = self.identity()?;
-        check_writing(&identity.features, &identity_path(&self.dir))?;
-        let lock_file = self.lock()?;
-        // The names that are found here may be those that a process gave which was killed before it could sync them.
-        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
-        let keyring = self.load_keyring(&identity)?;
-        check_writing(keyring.features(), &self.keyring)?;
-        verify_identity(&*self.disk, &self.dir, &keyring)?;
-        let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
-        check_writing(&catalogue.features, &catalogue::path(&self.dir))?;
+        let outside = Arc::clone(&self.disk);
+        let this = self.rooted()?;
+        let identity = this.identity()?;
+        check_writing(&identity.features, &identity_path(&this.dir))?;
+        let held = StoreLock::take(&*this.disk, &this.dir)?;
+        let mut keyring = this.load_keyring(&*outside, &identity)?;
+        check_writing(keyring.features(), keyring.path())?;
+        verify_identity(&*this.disk, &this.dir, &keyring)?;
+        // The directory is an authentic store: only from here on is anything in it written.
+        let held = match held {
+            Some(held) => held,
+            None => {
+                let held = StoreLock::take_or_create(&*this.disk, &this.dir)?;
+                if keyring.is_outdated()? {
+                    keyring = keyring.reload()?;
+                }
+                verify_identity(&*this.disk, &this.dir, &keyring)?;
+                held
+            }
+        };
+        // Syncs the directory, because a previous process may have died between a rename and the sync of it.
+        this.disk.sync_dir(&this.dir).map_err(Error::io("sync", &this.dir))?;
+        let catalogue = Catalogue::load(&*this.disk, &this.dir, identity.store, &keyring)?;
+        check_writing(&catalogue.features, &catalogue::path(&this.dir))?;
         if keyring.newest() > catalogue.keyring_version {
-            io::sync_parent(&*self.disk, &self.keyring).map_err(Error::io("sync", &self.keyring))?;
+            keyring.file().sync_name()?;
         }
-        let store = self.assemble(identity.store, keyring, catalogue, Some(lock_file), Audit::Ours)?;
-        store.shared.finish_deletions()?;
+        keyring.file().remove_leftovers();
+        creation::forget(&*this.disk, &this.dir);
+        let store = this.assemble(identity.store, keyring, catalogue, Some(held), Audit::Ours)?;
+        store.shared.clean_up()?;
         Ok(store)
     }
 
@@ -316,11 +289,13 @@ impl StoreBuilder {
     /// As [`StoreBuilder::open`], but never [`Error::Locked`].
     pub fn open_read_only(self) -> Result<Store> {
         self.options.check()?;
-        let identity = self.identity()?;
-        let keyring = self.load_keyring(&identity)?;
-        verify_identity(&*self.disk, &self.dir, &keyring)?;
-        let catalogue = Catalogue::load(&*self.disk, &self.dir, identity.store, &keyring)?;
-        self.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
+        let outside = Arc::clone(&self.disk);
+        let this = self.rooted()?;
+        let identity = this.identity()?;
+        let keyring = this.load_keyring(&*outside, &identity)?;
+        verify_identity(&*this.disk, &this.dir, &keyring)?;
+        let catalogue = Catalogue::load(&*this.disk, &this.dir, identity.store, &keyring)?;
+        this.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
     }
 
     /// Opens the store, or makes it where there is none.
@@ -345,16 +320,18 @@ impl StoreBuilder {
     /// answer, with nothing changed; otherwise as [`StoreBuilder::open`].
     pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
         self.options.check()?;
-        let identity = self.identity()?;
-        check_writing(&identity.features, &identity_path(&self.dir))?;
-        let lock_file = self.lock()?;
-        let (disk, dir) = (Arc::clone(&self.disk), self.dir.clone());
-        let now_us = self.clock.wall_us();
-        let keyring = self.new_keyring(identity.store, now_us)?.write(&*disk)?;
-        let keyring_path = self.keyring.clone();
+        let outside = Arc::clone(&self.disk);
+        let this = self.rooted()?;
+        let identity = this.identity()?;
+        check_writing(&identity.features, &identity_path(&this.dir))?;
+        let held = StoreLock::take_or_create(&*this.disk, &this.dir)?;
+        let (disk, dir) = (Arc::clone(&this.disk), this.dir.clone());
+        let now_us = this.clock.wall_us();
+        let file = this.keyring_file(&*outside)?;
+        let keyring = this.new_keyring(&file, identity.store, now_us)?.write()?;
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
-            let store = self.assemble(identity.store, keyring, Catalogue::default(), Some(lock_file), Audit::Lost)?;
+            let store = this.assemble(identity.store, keyring, Catalogue::default(), Some(held), Audit::Lost)?;
             let report = store.shared.recover_logstores()?;
             let keyring = read(&store.shared.keyring);
             write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
@@ -364,12 +341,12 @@ impl StoreBuilder {
         })();
         if recovered.is_err() {
             // Nothing depends on the new keyring yet.
-            let _ = disk.remove_file(&keyring_path);
+            let _ = file.remove();
         }
         recovered
     }
 
-    fn custody(&self) -> Custody {
+    pub(super) fn custody(&self) -> Custody {
         let counters: Arc<Counters> = Arc::default();
         let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&counters) };
         let (timeout, inline) = (self.options.kms_timeout, self.options.background == Background::Manual);
@@ -377,29 +354,43 @@ impl StoreBuilder {
         Custody { provider: Arc::clone(&self.provider), kms: self.kms.iter().map(bounded).collect(), counters }
     }
 
-    fn new_keyring(&self, store: StoreId, now_us: u64) -> Result<NewKeyring> {
+    /// The same store on the disk below its directory, in which no symlink is followed.
+    pub(super) fn rooted(self) -> Result<Self> {
+        let access = if self.options.group_read { Access::GroupRead } else { Access::Owner };
+        let disk = self.disk.beneath(&self.dir, access).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::StoreMissing { path: self.dir.clone() },
+            std::io::ErrorKind::NotADirectory => Error::NotAStore { path: self.dir.clone() },
+            _ => Error::io("open", &self.dir)(error),
+        })?;
+        Ok(Self { disk, ..self })
+    }
+
+    /// The file of the keyring. It is outside the store, and so found on the whole disk.
+    pub(super) fn keyring_file(&self, outside: &dyn Disk) -> Result<Arc<KeyringFile>> {
+        let access = if self.options.keyring_group_read { Access::GroupRead } else { Access::Owner };
+        KeyringFile::locate(outside, &self.keyring, &self.dir, access).map(Arc::new)
+    }
+
+    pub(super) fn new_keyring(&self, file: &Arc<KeyringFile>, store: StoreId, now_us: u64) -> Result<NewKeyring> {
         if let Some(cmk) = &self.service_cmk {
             check_cmk(cmk)?;
         }
-        Keyring::prepare(&*self.random, &self.keyring, store, now_us, self.custody(), self.service_cmk.clone())
+        let file = Arc::clone(file);
+        Keyring::prepare(&*self.random, file, store, now_us, self.custody(), self.service_cmk.clone())
     }
 
-    fn load_keyring(&self, identity: &Identity) -> Result<Keyring> {
-        Keyring::load(&*self.disk, &self.keyring, identity.store, identity.keyring, &self.custody())
+    fn load_keyring(&self, outside: &dyn Disk, identity: &Identity) -> Result<Keyring> {
+        Keyring::load(self.keyring_file(outside)?, identity.store, identity.keyring, &self.custody())
     }
 
     /// Reads the `STORE` file, which is authenticated once the keyring is there.
     fn identity(&self) -> Result<Identity> {
         let path = identity_path(&self.dir);
         let missing = |error: std::io::Error| match error.kind() {
-            std::io::ErrorKind::NotFound => match self.disk.stat(&self.dir) {
-                Ok(Some(_)) if self.disk.list_dir(&self.dir).is_ok_and(|entries| entries.is_empty()) => {
-                    Error::StoreMissing { path: self.dir.clone() }
-                }
-                Ok(Some(_)) => Error::NotAStore { path: self.dir.clone() },
-                _ => Error::StoreMissing { path: self.dir.clone() },
+            std::io::ErrorKind::NotFound => match creation::Remains::look(&*self.disk, &self.dir) {
+                Ok(_) => Error::StoreMissing { path: self.dir.clone() },
+                Err(error) => error,
             },
-            std::io::ErrorKind::NotADirectory => Error::NotAStore { path: self.dir.clone() },
             _ => Error::io("read", &path)(error),
         };
         let bytes = io::read_file(&*self.disk, &path, DOCUMENT_BYTES_MAX).map_err(missing)?;
@@ -413,38 +404,12 @@ impl StoreBuilder {
         Ok(Identity { store: claimed.store, keyring: body.keyring, features: claimed.features })
     }
 
-    /// Takes the advisory lock and writes this process' number into it.
-    fn lock(&self) -> Result<Arc<dyn io::DiskFile>> {
-        let path = self.dir.join("LOCK");
-        let open = || match self.disk.open(&path, OpenMode::ReadWrite) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                match self.disk.open(&path, OpenMode::CreateNew) {
-                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                        self.disk.open(&path, OpenMode::ReadWrite)
-                    }
-                    opened => opened,
-                }
-            }
-            opened => opened,
-        };
-        let file = open().map_err(Error::io("open", &path))?;
-        if !file.try_lock().map_err(Error::io("lock", &path))? {
-            let mut bytes = [0; 16];
-            let read = file.read_at(&mut bytes, 0).unwrap_or(0);
-            let pid = bytes.get(..read).and_then(|text| std::str::from_utf8(text).ok()?.trim().parse().ok());
-            return Err(Error::Locked { path: self.dir.clone(), pid });
-        }
-        let pid = format!("{}\n", std::process::id());
-        file.set_len(0).and_then(|()| file.write_at(pid.as_bytes(), 0)).map_err(Error::io("write", &path))?;
-        Ok(file)
-    }
-
-    fn assemble(
+    pub(super) fn assemble(
         self,
         id: StoreId,
         keyring: Keyring,
         catalogue: Catalogue,
-        lock_file: Option<Arc<dyn io::DiskFile>>,
+        mut held: Option<StoreLock>,
         found: Audit,
     ) -> Result<Store> {
         let Custody { kms, counters, .. } = keyring.custody().clone();
@@ -459,12 +424,16 @@ impl StoreBuilder {
         );
         if found == Audit::Ours {
             audit.find_end(&catalogue.audit)?;
-            if lock_file.is_some() {
+            if held.is_some() {
                 audit.make_durable(&catalogue.audit)?;
             }
         }
+        // From here on nothing is refused any more.
+        if let Some(held) = &mut held {
+            held.note_process();
+        }
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
-        let read_only = lock_file.is_none();
+        let read_only = held.is_none();
         if self.options.background == Background::Threads && !read_only {
             scheduler.spawn(self.options.workers).map_err(Error::io("start threads for", &self.dir))?;
         }
@@ -480,7 +449,7 @@ impl StoreBuilder {
                 keyring: Arc::clone(&keyring),
                 pid: std::process::id(),
                 counters,
-                reload_from: read_only.then(|| Arc::clone(&self.disk)),
+                reloads_keyring: read_only,
             }),
             budget: Budget::new(self.options.pending_bytes_max),
             permits: ReaderPermits::new(self.options.readers_max),
@@ -490,7 +459,7 @@ impl StoreBuilder {
             circuits: Mutex::default(),
             lease_pool,
             retention: Mutex::new(super::retention::ClockWatch::new(&*self.clock)),
-            lock_file: Mutex::new(lock_file),
+            held: Mutex::new(held),
             id,
             read_only,
             scheduler,
@@ -523,7 +492,13 @@ pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) ->
     document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version)).map(|_| ())
 }
 
-fn write_identity(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring, now_us: u64) -> Result<()> {
+pub(super) fn write_identity(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+    now_us: u64,
+) -> Result<()> {
     let path = identity_path(dir);
     let body = StoreBody { created_us: now_us, keyring: keyring.id() };
     let document = Document {
@@ -538,7 +513,7 @@ fn write_identity(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring
         tag_b: None,
     };
     let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-    io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))
+    io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
 }
 
 impl StoreShared {
@@ -547,11 +522,10 @@ impl StoreShared {
         catalogue::path(&self.dir)
     }
 
-    /// Lets go of the advisory lock; the file is emptied, so that a clean store holds nothing unauthenticated.
+    /// Lets go of the advisory lock.
     pub(super) fn unlock(&self) {
-        if let Some(file) = lock(&self.lock_file).take() {
-            // Best effort: the lock itself goes with the handle.
-            let _ = file.set_len(0);
+        if let Some(held) = lock(&self.held).take() {
+            held.release();
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
     ids::{LogstoreId, StoreId},
-    io::{self, Disk, OpenMode},
+    io::{self, Disk, Existing},
     keys::{audit::AuditHead, keyring::Keyring},
     segment::Features,
     shard::ShardRecord,
@@ -96,7 +96,7 @@ impl Catalogue {
             tag_b: None,
         };
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("replace", &path))?;
+        io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("replace", &path))?;
         self.generation += 1;
         self.keyring_version = keyring.newest();
         Ok(())

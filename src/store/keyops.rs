@@ -121,7 +121,7 @@ impl Store {
         let names = {
             let mut admin = shared.administer()?;
             shared.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;
-            let rotated = read(&shared.keyring).rotate(&*shared.disk, &*shared.random, shared.clock.wall_us())?;
+            let rotated = read(&shared.keyring).rotate(&*shared.random, shared.clock.wall_us())?;
             let version = rotated.newest();
             *write(&shared.keyring) = rotated;
             shared.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
@@ -160,7 +160,7 @@ impl Store {
         let detail =
             cmk.as_ref().map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
         shared.audit.record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
-        let rewrapped = read(&shared.keyring).rewrap(&*shared.disk, &*shared.random, cmk)?;
+        let rewrapped = read(&shared.keyring).rewrap(&*shared.random, cmk)?;
         *write(&shared.keyring) = rewrapped;
         shared.audit.record(AuditEvent::KeyringRewrapped, None, detail)
     }

@@ -5,9 +5,12 @@ mod audit;
 mod builder;
 mod catalogue;
 mod checkpoint;
+mod creation;
 mod keyops;
+mod lock;
 mod policy;
 mod recover;
+mod removal;
 mod retention;
 mod rewrap;
 mod scheduler;
@@ -30,7 +33,7 @@ use crate::{
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
-    io::{self, Clock, Disk, DiskFile, OpenMode, Random},
+    io::{self, Clock, Disk, Existing, Random},
     keys::{
         AuditEvent,
         audit::AuditLog,
@@ -55,7 +58,9 @@ use catalogue::{Catalogue, Entry};
 pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use checkpoint::Checkpoint;
 pub use keyops::ReplaceCmk;
+use lock::StoreLock;
 pub use recover::RecoverReport;
+pub use removal::DeleteReport;
 use retention::ClockWatch;
 pub use retention::RetentionReport;
 pub use rewrap::{RewrapOptions, RewrapProgress, RewrapReport};
@@ -135,7 +140,7 @@ pub(crate) struct StoreShared {
     lease_pool: Option<Arc<LeasePool>>,
     retention: Mutex<ClockWatch>,
     /// Held while the store is open for writing.
-    lock_file: Mutex<Option<Arc<dyn DiskFile>>>,
+    held: Mutex<Option<StoreLock>>,
 }
 
 impl std::fmt::Debug for StoreShared {
@@ -257,7 +262,7 @@ impl StoreShared {
         if self.read_only {
             return Err(Error::ReadOnly);
         }
-        if lock(&self.lock_file).is_none() {
+        if lock(&self.held).is_none() {
             return Err(Error::Closed("the store"));
         }
         Ok(())
@@ -284,7 +289,7 @@ impl StoreShared {
 
     fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         self.keys.check_process()?;
-        if !self.read_only && lock(&self.lock_file).is_none() {
+        if !self.read_only && lock(&self.held).is_none() {
             return Err(Error::Closed("the store"));
         }
         // A Logstore that is open is found without waiting for an administrative operation on another.
@@ -660,7 +665,7 @@ impl StoreShared {
             tag_b: None,
         };
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::replace_file(&*self.disk, &path, &bytes, OpenMode::CreateNew).map_err(Error::io("write", &path))
+        io::write_file(&*self.disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
     }
 
     fn envelope_probe(&self, section: &KeysSection, id: LogstoreId) -> Result<Probe> {
@@ -696,7 +701,7 @@ impl StoreShared {
         leases.iter().for_each(|lease| lease.tell());
         let mut result = Ok(());
         let mut admin = lock(&self.admin);
-        if lock(&self.lock_file).is_some() && !admin.closed {
+        if lock(&self.held).is_some() && !admin.closed {
             let mut heads = Vec::new();
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {

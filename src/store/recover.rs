@@ -9,7 +9,8 @@ use crate::{
     Error, Result,
     config::{EncryptConf, LogstoreName, SHARDS_MAX},
     error::Location,
-    ids::LogstoreId,
+    ids::{LogstoreId, hex_decode},
+    io::{FileKind, is_temporary},
     keys::{
         AuditEvent,
         envelope::KeysSection,
@@ -50,6 +51,12 @@ impl StoreShared {
         // The probes were authenticated under the lost keyring; the Logstores' own envelopes serve instead.
         let probes = self.dir.join("probes");
         for entry in self.disk.list_dir(&probes).map_err(Error::io("list", &probes))? {
+            let is_probe = |name: &str| hex_decode(name).is_some_and(|id| id.len() == 16);
+            let stem = entry.name.split('.').next().unwrap_or_default();
+            let ours = is_probe(&entry.name) || (is_probe(stem) && is_temporary(&entry.name, stem));
+            if entry.kind != FileKind::File || !ours {
+                continue;
+            }
             let path = probes.join(&entry.name);
             self.disk.remove_file(&path).map_err(Error::io("remove", &path))?;
         }

@@ -107,7 +107,7 @@ impl StoreShared {
         let mut report =
             RetentionReport { suspended: lock(&self.retention).has_jumped(&*self.clock), ..Default::default() };
         let names: Vec<LogstoreName> = lock(&self.admin).catalogue.logstores.keys().cloned().collect();
-        let mut result = Ok(());
+        let mut result = self.finish_deletions();
         for name in names {
             let done = self.retain(&name, &mut report);
             if !matches!(done, Err(Error::LogstoreMissing(_))) {
@@ -214,7 +214,7 @@ impl StoreShared {
         }
         let mut left: u64 = sizes.iter().sum();
         let mut record = shard.record();
-        let mut dropped = Vec::new();
+        let mut dropped = 0;
         for (index, (segment, size)) in segments.iter().zip(&sizes).enumerate() {
             let too_much = bytes_max.is_some_and(|max| left > max);
             if !too_much && oldest_us.is_none() {
@@ -249,9 +249,12 @@ impl StoreShared {
                 record.head = Some(shard.last_head(&opened.header.header, &footer.footer, *size));
             }
             left -= size;
-            dropped.push((segment.clone(), *size));
+            dropped += 1;
         }
-        if dropped.is_empty() {
+        if dropped == 0 {
+            if shard.has_leftovers() {
+                report.bytes += shard.remove_leftovers()?;
+            }
             return Ok(());
         }
         // First the catalogue says that they may be missing, and that the shard goes on in the next one; then they go.
@@ -268,15 +271,12 @@ impl StoreShared {
         info!(
             logstore = %logstore.name,
             shard = shard.id(),
-            segments = dropped.len(),
+            segments = dropped,
             first_ordinal = record.first_ordinal,
             "retention drops segments"
         );
-        for (segment, size) in dropped {
-            self.disk.remove_file(&segment.path).map_err(Error::io("remove", &*segment.path))?;
-            report.segments += 1;
-            report.bytes += size;
-        }
+        report.segments += dropped;
+        report.bytes += shard.remove_leftovers()?;
         Ok(())
     }
 }

@@ -229,8 +229,15 @@ impl StoreShared {
                 Vec::new()
             }
         };
-        for (dir, has_segments) in self.unlisted(admin)? {
-            if has_segments {
+        for id in &admin.catalogue.deleting {
+            let dir = self.logstore_dir(*id);
+            verification
+                .report
+                .notes
+                .push(format!("the files of a deleted Logstore are not all gone: {}", dir.display()));
+        }
+        for (dir, may_have_segments) in self.unlisted(admin)? {
+            if may_have_segments {
                 let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
                 verification.note(None, Error::RolledBack { what })?;
             }
@@ -271,7 +278,7 @@ impl StoreShared {
                 what: format!("the catalogue is of generation {found}, it was written as {known}"),
             })
         });
-        [verify_identity(&*self.disk, &self.dir, &keyring), keyring.verify_file(&*self.disk), catalogue]
+        [verify_identity(&*self.disk, &self.dir, &keyring), keyring.verify_file(), catalogue]
     }
 
     fn verify_logstore(

@@ -15,7 +15,7 @@ use std::{
 
 use envelog::{
     Logstore, Store, StoreBuilder,
-    io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, RealDisk},
+    io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, RealDisk},
 };
 
 use super::World;
@@ -143,6 +143,15 @@ const SECTOR: u64 = 512;
 enum Node {
     Dir(u64),
     File(u64),
+}
+
+impl Node {
+    fn kind(self) -> FileKind {
+        match self {
+            Node::Dir(_) => FileKind::Directory,
+            Node::File(_) => FileKind::File,
+        }
+    }
 }
 
 type Entries = BTreeMap<String, Node>;
@@ -317,6 +326,14 @@ impl State {
             node = *self.dirs[&dir].live.get(&*name.to_string_lossy()).ok_or(io::ErrorKind::NotFound)?;
         }
         Ok(node)
+    }
+
+    fn stat(&self, node: Node) -> FileStat {
+        let (identity, len) = match node {
+            Node::Dir(dir) => (dir, 0),
+            Node::File(file) => (file, self.files[&file].live.len() as u64),
+        };
+        FileStat { kind: node.kind(), len, identity, links: 1, owner: None }
     }
 
     fn dir(&self, path: &Path) -> io::Result<u64> {
@@ -616,8 +633,14 @@ impl fmt::Debug for SimDisk {
 }
 
 impl Disk for SimDisk {
+    fn beneath(&self, dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
+        self.enter(Op::Stat, dir)?;
+        self.lock().dir(dir)?;
+        Ok(Arc::new(self.clone()))
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        let create = matches!(mode, OpenMode::CreateNew | OpenMode::CreateNewPrivate);
+        let create = mode == OpenMode::CreateNew;
         let verdict = self.enter(if create { Op::Create } else { Op::Open }, path)?;
         let mut state = self.lock();
         let file = match (state.look_up(path), create) {
@@ -652,6 +675,13 @@ impl Disk for SimDisk {
             state.change_dir(dir, Entry::Moved(from, to, node));
             Ok(())
         })
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        if self.lock().look_up(to).is_ok() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        self.rename(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
@@ -702,8 +732,7 @@ impl Disk for SimDisk {
         self.enter(Op::List, path)?;
         let state = self.lock();
         let dir = state.dir(path)?;
-        let entry =
-            |(name, node): (&String, &Node)| DirEntry { name: name.clone(), is_dir: matches!(node, Node::Dir(_)) };
+        let entry = |(name, node): (&String, &Node)| DirEntry { name: name.clone(), kind: node.kind() };
         Ok(state.dirs[&dir].live.iter().map(entry).collect())
     }
 
@@ -711,8 +740,7 @@ impl Disk for SimDisk {
         self.enter(Op::Stat, path)?;
         let state = self.lock();
         match state.look_up(path) {
-            Ok(Node::File(file)) => Ok(Some(FileStat { len: state.files[&file].live.len() as u64, identity: file })),
-            Ok(Node::Dir(dir)) => Ok(Some(FileStat { len: 0, identity: dir })),
+            Ok(node) => Ok(Some(state.stat(node))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
@@ -794,6 +822,11 @@ impl DiskFile for SimFile {
     fn len(&self) -> io::Result<u64> {
         self.disk.enter(Op::Len, &self.path())?;
         Ok(self.disk.lock().files[&self.file].live.len() as u64)
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        self.disk.enter(Op::Stat, &self.path())?;
+        Ok(self.disk.lock().stat(Node::File(self.file)))
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use envelog::io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode};
+use envelog::io::{Access, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode};
 
 use super::QuickDisk;
 
@@ -140,6 +140,11 @@ struct FailingFile {
 }
 
 impl Disk for FailingDisk {
+    fn beneath(&self, dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
+        self.run(dir, || QuickDisk.list_dir(dir))?;
+        Ok(Arc::new(self.clone()))
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
         let file = self.run(path, || QuickDisk.open(path, mode))?;
         Ok(Arc::new(FailingFile { file, path: path.to_owned(), disk: self.clone() }))
@@ -147,6 +152,10 @@ impl Disk for FailingDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.run(to, || QuickDisk.rename(from, to)).inspect(|()| self.publish(Published::Renamed, to))
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.run(to, || QuickDisk.rename_new(from, to)).inspect(|()| self.publish(Published::Renamed, to))
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
@@ -200,6 +209,10 @@ impl DiskFile for FailingFile {
 
     fn len(&self) -> io::Result<u64> {
         self.disk.run(&self.path, || self.file.len())
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        self.disk.run(&self.path, || self.file.stat())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

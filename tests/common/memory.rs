@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use envelog::io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode};
+use envelog::io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode};
 
 /// What is on a [`MemoryDisk`] at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,12 +70,17 @@ impl Contents {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Arc::new(Self { identity: NEXT.fetch_add(1, Ordering::Relaxed), bytes: Mutex::new(bytes) })
     }
+
+    fn stat(&self) -> FileStat {
+        let len = self.bytes.lock().unwrap().len() as u64;
+        FileStat { kind: FileKind::File, len, identity: self.identity, links: 1, owner: None }
+    }
 }
 
 /// A file system in memory. Any directory outside of what it holds counts as there.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct MemoryDisk {
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     /// Everything that was ever written, when that is asked for.
     written: Option<Arc<Mutex<Vec<Written>>>>,
 }
@@ -83,12 +88,13 @@ pub(crate) struct MemoryDisk {
 impl MemoryDisk {
     pub(crate) fn of(image: &Image) -> Arc<Self> {
         let files = image.files.iter().map(|(path, bytes)| (path.clone(), Contents::new(bytes.clone()))).collect();
-        Arc::new(Self { state: Mutex::new(State { files, dirs: image.dirs.clone() }), written: None })
+        let state = State { files, dirs: image.dirs.clone() };
+        Arc::new(Self { state: Arc::new(Mutex::new(state)), written: None })
     }
 
     /// An empty one that keeps every write, whatever becomes of the file.
     pub(crate) fn recording() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::default(), written: Some(Arc::default()) })
+        Arc::new(Self { state: Arc::default(), written: Some(Arc::default()) })
     }
 
     pub(crate) fn image(&self) -> Image {
@@ -112,6 +118,10 @@ fn not_found() -> io::Error {
 }
 
 impl Disk for MemoryDisk {
+    fn beneath(&self, _dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(self.clone()))
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
         let mut state = self.state.lock().unwrap();
         let contents = match (state.files.get(path), mode) {
@@ -132,6 +142,11 @@ impl Disk for MemoryDisk {
         let contents = state.files.remove(from).ok_or_else(not_found)?;
         state.files.insert(to.to_owned(), contents);
         Ok(())
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let taken = self.state.lock().unwrap().files.contains_key(to);
+        if taken { Err(io::ErrorKind::AlreadyExists.into()) } else { self.rename(from, to) }
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
@@ -162,21 +177,21 @@ impl Disk for MemoryDisk {
             return Err(not_found());
         }
         let inside = |entry: &&PathBuf| entry.parent() == Some(path);
-        let entry = |path: &PathBuf, is_dir| {
+        let entry = |path: &PathBuf, kind| {
             let name = path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
-            DirEntry { name, is_dir }
+            DirEntry { name, kind }
         };
-        let files = state.files.keys().filter(inside).map(|path| entry(path, false));
-        Ok(files.chain(state.dirs.iter().filter(inside).map(|path| entry(path, true))).collect())
+        let files = state.files.keys().filter(inside).map(|path| entry(path, FileKind::File));
+        Ok(files.chain(state.dirs.iter().filter(inside).map(|path| entry(path, FileKind::Directory))).collect())
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
         let state = self.state.lock().unwrap();
         if let Some(contents) = state.files.get(path) {
-            let len = contents.bytes.lock().unwrap().len() as u64;
-            return Ok(Some(FileStat { len, identity: contents.identity }));
+            return Ok(Some(contents.stat()));
         }
-        Ok(state.dirs.contains(path).then_some(FileStat { len: 0, identity: 0 }))
+        let dir = FileStat { kind: FileKind::Directory, len: 0, identity: 0, links: 1, owner: None };
+        Ok(state.dirs.contains(path).then_some(dir))
     }
 }
 
@@ -216,6 +231,10 @@ impl DiskFile for MemoryFile {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.contents.bytes.lock().unwrap().len() as u64)
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        Ok(self.contents.stat())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

@@ -10,6 +10,7 @@ pub(crate) mod sim;
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex,
@@ -29,7 +30,7 @@ use envelog::{
     LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store, StoreBuilder, StoreOptions, UserCmkInfo,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
-    io::{Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Random, RealDisk},
+    io::{Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random, RealDisk},
     kms::{Kms, KmsCall, KmsError, LocalKms, RevokedReason},
 };
 use tempfile::TempDir;
@@ -255,42 +256,66 @@ impl Kms for TestKms {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QuickDisk;
 
+/// The same below a directory.
+#[derive(Debug)]
+pub(crate) struct QuickRoot(pub(crate) Arc<dyn Disk>);
+
 #[derive(Debug)]
 struct QuickFile(Arc<dyn DiskFile>);
 
-impl Disk for QuickDisk {
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(QuickFile(RealDisk.open(path, mode)?)))
-    }
+/// Implements [`Disk`] without syncs by what `$inner` makes of `self`.
+macro_rules! quick_disk {
+    ($disk:ty, $inner:expr) => {
+        impl Disk for $disk {
+            fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+                Ok(Arc::new(QuickRoot($inner(self).beneath(dir, access)?)))
+            }
 
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        RealDisk.rename(from, to)
-    }
+            fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+                $inner(self).resolve(path)
+            }
 
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove_file(path)
-    }
+            fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+                Ok(Arc::new(QuickFile($inner(self).open(path, mode)?)))
+            }
 
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
-    }
+            fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+                $inner(self).rename(from, to)
+            }
 
-    fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.remove_dir(path)
-    }
+            fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+                $inner(self).rename_new(from, to)
+            }
 
-    fn sync_dir(&self, _path: &Path) -> io::Result<()> {
-        Ok(())
-    }
+            fn remove_file(&self, path: &Path) -> io::Result<()> {
+                $inner(self).remove_file(path)
+            }
 
-    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        RealDisk.list_dir(path)
-    }
+            fn create_dir(&self, path: &Path) -> io::Result<()> {
+                $inner(self).create_dir(path)
+            }
 
-    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
-        RealDisk.stat(path)
-    }
+            fn remove_dir(&self, path: &Path) -> io::Result<()> {
+                $inner(self).remove_dir(path)
+            }
+
+            fn sync_dir(&self, _path: &Path) -> io::Result<()> {
+                Ok(())
+            }
+
+            fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+                $inner(self).list_dir(path)
+            }
+
+            fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+                $inner(self).stat(path)
+            }
+        }
+    };
 }
+
+quick_disk!(QuickDisk, |_| RealDisk);
+quick_disk!(QuickRoot, |disk: &QuickRoot| Arc::clone(&disk.0));
 
 impl DiskFile for QuickFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -307,6 +332,14 @@ impl DiskFile for QuickFile {
 
     fn len(&self) -> io::Result<u64> {
         self.0.len()
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        self.0.stat()
+    }
+
+    fn set_owner(&self, owner: Owner) -> io::Result<()> {
+        self.0.set_owner(owner)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -515,6 +548,12 @@ pub(crate) fn assert_revoked<T: std::fmt::Debug>(result: Result<T>, expected: Re
     }
 }
 
+/// Writes a file that only its owner may read, as a keyring has to be.
+pub(crate) fn write_private(path: &Path, bytes: impl AsRef<[u8]>) {
+    fs::write(path, bytes).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+}
+
 /// Every file below `dir`, with its contents.
 pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = BTreeMap::new();
@@ -541,7 +580,7 @@ pub(crate) fn copy_dir(from: &Path, to: &Path) {
     for (path, bytes) in files(from) {
         let target = to.join(path.strip_prefix(from).unwrap());
         fs::create_dir_all(target.parent().unwrap()).unwrap();
-        fs::write(target, bytes).unwrap();
+        write_private(&target, &bytes);
     }
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();

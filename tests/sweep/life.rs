@@ -419,7 +419,7 @@ impl Life {
         }
         self.shelves().get_mut(NAMES[n]).unwrap().may_be[1] = true;
         match self.store.as_ref().unwrap().delete_logstore(&name(NAMES[n])) {
-            Ok(()) => {
+            Ok(_) => {
                 self.shelves().get_mut(NAMES[n]).unwrap().may_be = [false, true];
                 Ok(())
             }

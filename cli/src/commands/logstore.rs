@@ -81,7 +81,14 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     let name = name(&args.name)?;
     confirm(args.yes, &format!("deleting {name}"))?;
     let store = setup.open()?;
-    store.delete_logstore(&name)?;
+    let report = store.delete_logstore(&name)?;
     store.close()?;
-    if setup.json { output::json(&json!({ "deleted": name })) } else { output::line(format_args!("deleted {name}")) }
+    if setup.json {
+        return output::json(&json!({ "deleted": name, "left": report.left }));
+    }
+    output::line(format_args!("deleted {name}"))?;
+    if !report.left.is_empty() {
+        output::line("these entries could not be removed; envelog tries again at each opening and run of retention:")?;
+    }
+    report.left.iter().try_for_each(|path| output::line(path.display()))
 }

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{exchange, sign};
 use crate::{
-    io::{Clock, RealDisk, SystemClock, read_file},
+    io::{Clock, SystemClock, read_configured},
     kms::http::{Answer, Deadline, Http},
     sync::{Mutex, lock},
 };
@@ -294,5 +294,5 @@ fn parse<T: for<'a> Deserialize<'a>>(answer: &Answer) -> Result<T, String> {
 }
 
 fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    read_file(&RealDisk, path, FILE_BYTES_MAX)
+    read_configured(path, FILE_BYTES_MAX)
 }

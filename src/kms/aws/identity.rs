@@ -29,7 +29,7 @@ use ureq::http::{self, Request, Uri, request::Parts};
 
 use super::{paused, unreachable};
 use crate::{
-    io::{RealDisk, read_file},
+    io::read_configured,
     kms::{
         KmsError,
         http::{ANSWER_BYTES_MAX, Deadline, Http},
@@ -216,7 +216,7 @@ struct Files;
 
 impl FileRead for Files {
     async fn file_read(&self, path: &str) -> Result<Vec<u8>, Error> {
-        Ok(read_file(&RealDisk, path.as_ref(), FILE_BYTES_MAX)?)
+        Ok(read_configured(path.as_ref(), FILE_BYTES_MAX)?)
     }
 }
 

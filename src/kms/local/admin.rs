@@ -10,7 +10,6 @@ use super::{
     LocalKms,
     files::{KEY_FILE_BYTES_MAX, StoredKey},
 };
-use crate::io::{Disk, RealDisk};
 
 /// How many days ahead the deletion of a key can be scheduled.
 pub const DELETION_DAYS: RangeInclusive<u32> = 1..=366;
@@ -163,7 +162,7 @@ impl LocalKms {
             material: vec![self.new_material()?],
         };
         let path = self.key_path(&key.key_id);
-        if RealDisk.stat(&path).map_err(io_error(&path))?.is_some() {
+        if self.disk()?.stat(&path).map_err(io_error(&path))?.is_some() {
             return Err(io_error(&path)(io::ErrorKind::AlreadyExists.into()));
         }
         self.save(&key)?;

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     crypto::SecretKey,
-    io::{Disk, DiskFile, OpenMode, RealDisk, read_file, replace_file},
+    io::{Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, WrongFileType, read_file, write_file},
 };
 
 /// The largest key file, in bytes: some thousand key versions and grants.
@@ -44,11 +44,21 @@ impl LocalKms {
         SecretKey::generate(&*self.random).map(Material).map_err(io_error(&self.dir))
     }
 
-    /// Checks that the directory is an embedded KMS, so that a key that is not found is known not to exist.
-    pub(super) fn check(&self) -> Result<(), LocalKmsError> {
+    /// The disk below the directory, as it is now. No symlink in it is followed.
+    pub(super) fn disk(&self) -> Result<Arc<dyn Disk>, LocalKmsError> {
+        RealDisk.beneath(&self.dir, Access::Owner).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => LocalKmsError::Missing { dir: self.dir.clone() },
+            _ => io_error(&self.dir)(error),
+        })
+    }
+
+    /// Checks that the directory is an embedded KMS, so that a key that is not found is known not to exist. Returns the disk below
+    /// it.
+    pub(super) fn check(&self) -> Result<Arc<dyn Disk>, LocalKmsError> {
+        let disk = self.disk()?;
         let marker = self.marker_path();
         let damaged = |what| LocalKmsError::Damaged { file: marker.clone(), what };
-        match read_file(&RealDisk, &marker, MARKER.len() as u64) {
+        match read_file(&*disk, &marker, MARKER.len() as u64) {
             Ok(bytes) if bytes == MARKER => {}
             Ok(_) => return Err(damaged("it does not name this format")),
             Err(error) => {
@@ -60,8 +70,9 @@ impl LocalKms {
             }
         }
         let keys = self.keys_dir();
-        match RealDisk.stat(&keys).map_err(io_error(&keys))? {
-            Some(_) => Ok(()),
+        match disk.stat(&keys).map_err(io_error(&keys))? {
+            Some(stat) if stat.kind == FileKind::Directory => Ok(disk),
+            Some(_) => Err(LocalKmsError::Damaged { file: keys, what: "it is no directory" }),
             None => Err(LocalKmsError::Missing { dir: keys }),
         }
     }
@@ -73,7 +84,7 @@ impl LocalKms {
     )]
     pub(super) fn lock(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
         let path = self.lock_path();
-        let file = RealDisk.open(&path, OpenMode::ReadWrite).map_err(io_error(&path))?;
+        let file = self.disk()?.open(&path, OpenMode::ReadWrite).map_err(io_error(&path))?;
         for _ in 0..LOCK_TRIES {
             if file.try_lock().map_err(io_error(&path))? {
                 return Ok(file);
@@ -104,9 +115,8 @@ impl LocalKms {
 
     /// The identifiers of all keys, in order.
     pub(super) fn key_ids(&self) -> Result<Vec<String>, LocalKmsError> {
-        self.check()?;
         let keys = self.keys_dir();
-        let entries = RealDisk.list_dir(&keys).map_err(io_error(&keys))?;
+        let entries = self.check()?.list_dir(&keys).map_err(io_error(&keys))?;
         let mut ids: Vec<String> = entries
             .iter()
             .filter_map(|entry| entry.name.strip_suffix(".json").filter(|id| is_key_id(id)).map(str::to_owned))
@@ -122,13 +132,14 @@ impl LocalKms {
             return Err(not_found());
         }
         let path = self.key_path(key_id);
-        let read = read_file(&RealDisk, &path, KEY_FILE_BYTES_MAX as u64).map(Zeroizing::new);
+        let read = read_file(&*self.disk()?, &path, KEY_FILE_BYTES_MAX as u64).map(Zeroizing::new);
         // Only after the attempt: a directory that vanishes in between must not look like a key that is gone.
         self.check()?;
         let damaged = |what| LocalKmsError::Damaged { file: path.clone(), what };
         let bytes = read.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => not_found(),
             io::ErrorKind::FileTooLarge => damaged("it is too long"),
+            _ if error.get_ref().is_some_and(|inner| inner.is::<WrongFileType>()) => damaged("it is no regular file"),
             _ => io_error(&path)(error),
         })?;
         let key = StoredKey::decode(&bytes).map_err(damaged)?;
@@ -141,7 +152,7 @@ impl LocalKms {
     pub(super) fn save(&self, key: &StoredKey) -> Result<(), LocalKmsError> {
         let path = self.key_path(&key.key_id);
         let bytes = key.encode().ok_or_else(|| LocalKmsError::TooLarge { key_id: key.key_id.clone() })?;
-        replace_file(&RealDisk, &path, &bytes, OpenMode::CreateNewPrivate).map_err(io_error(&path))
+        write_file(&*self.disk()?, &path, &bytes, Existing::Replace).map_err(io_error(&path))
     }
 }
 

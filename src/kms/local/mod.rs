@@ -41,7 +41,7 @@ use zeroize::Zeroizing;
 use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason, context::associated_data};
 use crate::{
     crypto::SecretKey,
-    io::{Clock, Disk, OpenMode, OsRandom, Random, RealDisk, SystemClock, replace_file},
+    io::{Access, Clock, Disk, Existing, OpenMode, OsRandom, Random, RealDisk, SystemClock, write_file},
 };
 
 use admin::io_error;
@@ -108,18 +108,23 @@ impl LocalKms {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
             _ => Ok(()),
         };
-        if RealDisk.stat(&kms.marker_path()).map_err(io_error(&kms.dir))?.is_none() {
-            exists_is_fine(RealDisk.create_dir(&kms.dir)).map_err(io_error(&kms.dir))?;
-            let parent = kms.dir.parent().unwrap_or(Path::new("."));
-            RealDisk.sync_dir(parent).map_err(io_error(parent))?;
+        // A symlink may lead to the directory.
+        let dir = RealDisk.resolve(&kms.dir).map_err(io_error(&kms.dir))?;
+        if RealDisk.stat(&dir).map_err(io_error(&kms.dir))?.is_none() {
+            let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let beside = RealDisk.beneath(parent, Access::Owner).map_err(io_error(parent))?;
+            exists_is_fine(beside.create_dir(&dir)).map_err(io_error(&kms.dir))?;
+            beside.sync_dir(parent).map_err(io_error(parent))?;
+        }
+        let (disk, marker) = (kms.disk()?, kms.marker_path());
+        if disk.stat(&marker).map_err(io_error(&marker))?.is_none() {
             let lock = kms.lock_path();
-            exists_is_fine(RealDisk.open(&lock, OpenMode::CreateNewPrivate).map(drop)).map_err(io_error(&lock))?;
+            exists_is_fine(disk.open(&lock, OpenMode::CreateNew).map(drop)).map_err(io_error(&lock))?;
             let _lock = kms.lock()?;
-            let marker = kms.marker_path();
-            if RealDisk.stat(&marker).map_err(io_error(&marker))?.is_none() {
+            if disk.stat(&marker).map_err(io_error(&marker))?.is_none() {
                 let keys = kms.keys_dir();
-                exists_is_fine(RealDisk.create_dir(&keys)).map_err(io_error(&keys))?;
-                replace_file(&RealDisk, &marker, MARKER, OpenMode::CreateNewPrivate).map_err(io_error(&marker))?;
+                exists_is_fine(disk.create_dir(&keys)).map_err(io_error(&keys))?;
+                write_file(&*disk, &marker, MARKER, Existing::Replace).map_err(io_error(&marker))?;
             }
         }
         kms.check()?;
@@ -176,14 +181,11 @@ impl Kms for LocalKms {
         "local"
     }
 
-    /// Whether the region has a key, be it a deleted one. While the keys cannot be read the answer is yes, so that the call itself
-    /// says what is wrong; where there is no embedded KMS at all it is no.
+    /// Whether the region has a key that can be read, be it a deleted one. A damaged key file concerns its key alone: which region
+    /// that key is of cannot be told, and the other keys decide.
     fn serves(&self, region_id: &str) -> bool {
-        match self.list() {
-            Ok(keys) => keys.iter().any(|key| key.region_id == region_id),
-            Err(LocalKmsError::Missing { .. }) => false,
-            Err(_) => true,
-        }
+        let of_region = |key_id: &String| self.load(key_id).is_ok_and(|key| key.region_id == region_id);
+        self.key_ids().is_ok_and(|key_ids| key_ids.iter().any(of_region))
     }
 
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {

@@ -498,12 +498,14 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
         for error in [setup.kms.list().unwrap_err(), setup.kms.disable(setup.id()).unwrap_err()] {
             assert!(matches!(&error, LocalKmsError::Damaged { file, .. } if *file == path), "{error:?}");
         }
-        assert!(setup.kms.serves("anywhere"), "the call is to say what is wrong");
+        assert!(!setup.kms.serves("anywhere"), "a damaged key serves no region");
         assert_eq!(fs::read(&path).unwrap(), damaged, "a damaged file is left as it is");
     }
-    // Others stay usable.
+    // Others stay usable, and serve their region.
+    assert!(!setup.kms.serves(REGION));
     let other = setup.kms.create_key(REGION, &[]).unwrap();
     setup.kms.disable(&other).unwrap();
+    assert!(setup.kms.serves(REGION));
     fs::write(&path, &intact).unwrap();
     assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
 }
@@ -560,7 +562,7 @@ fn an_unreadable_directory_is_unreachable() {
     fs::rename(&setup.kms.dir, setup.temporary.path().join("away")).unwrap();
     fs::write(&setup.kms.dir, "a file").unwrap();
     assert_unreachable(setup.unwrap(&wrapped));
-    assert!(setup.kms.serves(REGION));
+    assert!(!setup.kms.serves(REGION), "it takes no region from another KMS");
     let result = setup.kms.disable(setup.id());
     assert!(matches!(result, Err(LocalKmsError::Io { .. })), "{result:?}");
     assert!(LocalKms::create_or_open(&setup.kms.dir).is_err());

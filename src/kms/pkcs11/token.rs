@@ -15,7 +15,7 @@ use super::{
     uri::{Pin, Uri},
 };
 use crate::{
-    io::{RealDisk, read_file},
+    io::read_configured,
     kms::KmsError,
     sync::{Mutex, lock},
 };
@@ -192,7 +192,7 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
 /// The first line of the file.
 fn read_pin(path: &Path) -> Result<Zeroizing<String>, KmsError> {
     let unreadable = |why: String| unreachable(format!("the PIN cannot be read from {}: {why}", path.display()));
-    let bytes = read_file(&RealDisk, path, PIN_FILE_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
+    let bytes = read_configured(path, PIN_FILE_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
     let bytes = Zeroizing::new(bytes);
     let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);

@@ -13,7 +13,7 @@ use std::{
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, LogstoreName, Payload,
     crypto::SecretKey,
-    io::{DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, RealDisk},
+    io::{Access, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, RealDisk},
     kms::{Cmk, Kms, KmsCall, KmsError, LocalKms},
     segment::Compression,
 };
@@ -141,14 +141,19 @@ impl Kms for CountedKms {
 }
 
 /// The real files; how many segments were opened is counted.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct CountedDisk {
-    segments_opened: AtomicU64,
+    segments_opened: Arc<AtomicU64>,
     /// To make the segments is not what is measured: without syncs it does not take minutes on a slow disk.
     unsynced: bool,
 }
 
 impl Disk for CountedDisk {
+    /// Counts below the directory too. No symlink is in the way of a benchmark.
+    fn beneath(&self, _dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(self.clone()))
+    }
+
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
         if path.extension().is_some_and(|extension| extension == "seg") {
             self.segments_opened.fetch_add(1, Ordering::Relaxed);
@@ -159,6 +164,10 @@ impl Disk for CountedDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         RealDisk.rename(from, to)
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename_new(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
@@ -204,6 +213,10 @@ impl DiskFile for Unsynced {
 
     fn len(&self) -> io::Result<u64> {
         self.0.len()
+    }
+
+    fn stat(&self) -> io::Result<FileStat> {
+        self.0.stat()
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

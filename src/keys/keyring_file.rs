@@ -1,0 +1,148 @@
+//! Where the service keyring is: its file, who may have a right to it, and how it is made and replaced.
+
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use zeroize::Zeroizing;
+
+use crate::{
+    Error, KeyringRisk, Result,
+    io::{self, Access, Disk, Existing, OpenMode, Owner},
+};
+
+/// The largest keyring file, in bytes.
+const KEYRING_BYTES_MAX: u64 = 4 << 20;
+/// The permission bits that others than the owner have, and the one that the group may have.
+const OTHERS: u32 = 0o077;
+const GROUP_READ: u32 = 0o040;
+
+/// The file of a service keyring. The path that the caller gave is resolved once, so that a symlink stays when its target is
+/// replaced.
+#[derive(Clone, Debug)]
+pub(crate) struct KeyringFile {
+    /// The disk below the directory that the file is in.
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    access: Access,
+    /// Who owns the store directory, if it exists and has an owner.
+    store_owner: Option<Owner>,
+}
+
+impl KeyringFile {
+    /// Finds the file of the keyring of the store in `store`. The file need not exist.
+    ///
+    /// # Errors
+    /// [`Error::KeyringUnsafe`] for a path inside the store directory; [`Error::KeyringMissing`] when not even its directory
+    /// exists; [`Error::Io`].
+    pub(crate) fn locate(disk: &dyn Disk, path: &Path, store: &Path, access: Access) -> Result<Self> {
+        let missing = |error: std::io::Error| match error.kind() {
+            ErrorKind::NotFound => Error::KeyringMissing { path: path.to_owned() },
+            _ => Error::io("find the service keyring", path)(error),
+        };
+        let path = disk.resolve(path).map_err(missing)?;
+        let dir = match path.parent() {
+            Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+            Some(dir) => dir,
+            None => return Err(Error::InvalidArgument(format!("{} cannot be a keyring", path.display()))),
+        };
+        let (store, store_owner) = match disk.resolve(store) {
+            Ok(store) => {
+                let stat = disk.stat(&store).map_err(Error::io("look for", &store))?;
+                (store, stat.and_then(|stat| stat.owner))
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => (store.to_owned(), None),
+            Err(error) => return Err(Error::io("find", store)(error)),
+        };
+        if path.starts_with(&store) {
+            return Err(Error::KeyringUnsafe { path, why: KeyringRisk::InsideStore });
+        }
+        let disk = disk.beneath(dir, access).map_err(missing)?;
+        Ok(Self { disk, path, access, store_owner })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether there is a file, of whatever type.
+    pub(crate) fn exists(&self) -> Result<bool> {
+        Ok(self.disk.stat(&self.path).map_err(Error::io("look for", &self.path))?.is_some())
+    }
+
+    /// Reads the file, if no one but its owner has a right to it.
+    ///
+    /// # Errors
+    /// [`Error::KeyringMissing`], [`Error::KeyringUnsafe`], [`Error::WrongFileType`], [`Error::Io`].
+    pub(crate) fn read(&self) -> Result<Zeroizing<Vec<u8>>> {
+        let failed = |error: std::io::Error| match error.kind() {
+            ErrorKind::NotFound => Error::KeyringMissing { path: self.path.clone() },
+            _ => Error::io("read the service keyring", &self.path)(error),
+        };
+        let file = self.disk.open(&self.path, OpenMode::Read).map_err(failed)?;
+        if let Some(owner) = file.stat().map_err(failed)?.owner {
+            self.check(owner)?;
+        }
+        io::read_open_file(&*file, KEYRING_BYTES_MAX).map(Zeroizing::new).map_err(failed)
+    }
+
+    fn check(&self, owner: Owner) -> Result<()> {
+        let refuse = |why| Err(Error::KeyringUnsafe { path: self.path.clone(), why });
+        let group_may_read = self.access == Access::GroupRead;
+        let refused = if group_may_read { OTHERS & !GROUP_READ } else { OTHERS };
+        if owner.mode & refused != 0 {
+            return refuse(KeyringRisk::Exposed { mode: owner.mode, group_may_read });
+        }
+        let process = io::process_user();
+        let of_store = process == 0 && self.store_owner.is_some_and(|store| store.uid == owner.uid);
+        if owner.uid == process || owner.uid == 0 || of_store {
+            return Ok(());
+        }
+        refuse(KeyringRisk::ForeignOwner { uid: owner.uid })
+    }
+
+    /// Makes the file, durably. A file that exists is never replaced, also not one that another process makes at the same time.
+    ///
+    /// # Errors
+    /// [`Error::KeyringExists`], [`Error::Io`].
+    pub(crate) fn create(&self, bytes: &[u8]) -> Result<()> {
+        io::write_file(&*self.disk, &self.path, bytes, Existing::Keep).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => Error::KeyringExists { path: self.path.clone() },
+            _ => Error::io("write the service keyring", &self.path)(error),
+        })
+    }
+
+    /// Replaces the file, durably.
+    pub(crate) fn replace(&self, bytes: &[u8]) -> Result<()> {
+        io::write_file(&*self.disk, &self.path, bytes, Existing::Replace)
+            .map_err(Error::io("write the service keyring", &self.path))
+    }
+
+    /// Removes the file.
+    pub(crate) fn remove(&self) -> Result<()> {
+        self.disk.remove_file(&self.path).map_err(Error::io("remove", &self.path))
+    }
+
+    /// Makes the name of the file durable.
+    pub(crate) fn sync_name(&self) -> Result<()> {
+        io::sync_parent(&*self.disk, &self.path).map_err(Error::io("sync", &self.path))
+    }
+
+    /// Removes the temporary files with keys that processes left which were killed. Where the directory cannot be listed, they stay.
+    pub(crate) fn remove_leftovers(&self) {
+        if let Err(error) = io::remove_temporaries(&*self.disk, &self.path) {
+            tracing::debug!(path = %self.path.display(), %error, "cannot look for temporary files of the service keyring");
+        }
+    }
+}
+
+#[cfg(test)]
+impl KeyringFile {
+    /// A file on the real disk, of a store that does not exist.
+    pub(crate) fn for_tests(path: &Path) -> Arc<Self> {
+        let store = path.with_extension("store");
+        Arc::new(Self::locate(&io::RealDisk, path, &store, Access::Owner).expect("its directory exists"))
+    }
+}

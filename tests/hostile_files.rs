@@ -1,0 +1,394 @@
+//! The disk is hostile in its file types too: every file and directory of a store is replaced by a symlink, a named pipe, a socket, a
+//! device, a directory or a file. The engine refuses it with an error that names it, follows nothing, changes nothing outside of
+//! the store, serves the other Logstores, and works again once the original is back.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+        net::UnixListener,
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread,
+};
+
+use envelog::{
+    Error, KeyringRisk, Logstore, Result, Store, StoreBuilder, VerifyOptions,
+    io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, OpenMode, RealDisk},
+};
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
+use common::{QuickRoot, World, name, put, secs, texts, try_put, try_texts};
+
+/// What a file or directory is replaced by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Hostile {
+    /// A symlink to something of the right type, outside of the store.
+    LinkOutside,
+    /// A symlink to the original, which has another name now.
+    LinkInside,
+    DanglingLink,
+    Fifo,
+    Socket,
+    Device,
+    /// A directory in place of a file, or a file in place of a directory.
+    OtherType,
+}
+
+impl Hostile {
+    const ALL: [Self; 7] = [
+        Self::LinkOutside,
+        Self::LinkInside,
+        Self::DanglingLink,
+        Self::Fifo,
+        Self::Socket,
+        Self::Device,
+        Self::OtherType,
+    ];
+
+    fn kind(self, was_dir: bool) -> FileKind {
+        match self {
+            Self::LinkOutside | Self::LinkInside | Self::DanglingLink => FileKind::Symlink,
+            Self::Fifo => FileKind::Fifo,
+            Self::Socket => FileKind::Socket,
+            Self::Device => FileKind::Device,
+            Self::OtherType if was_dir => FileKind::File,
+            Self::OtherType => FileKind::Directory,
+        }
+    }
+}
+
+/// How the engine reaches the disk.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Kernel,
+    Walk,
+}
+
+/// The real disk without syncs, whose roots are walked by directory handles alone.
+#[derive(Debug)]
+struct WalkingDisk;
+
+impl Disk for WalkingDisk {
+    fn beneath(&self, dir: &Path, access: Access) -> std::io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(QuickRoot(RealDisk.beneath_by_walking(dir, access)?)))
+    }
+
+    fn resolve(&self, path: &Path) -> std::io::Result<PathBuf> {
+        RealDisk.resolve(path)
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> std::io::Result<Arc<dyn DiskFile>> {
+        RealDisk.open(path, mode)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+        RealDisk.rename_new(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> std::io::Result<()> {
+        RealDisk.remove_file(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> std::io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> std::io::Result<()> {
+        RealDisk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, _path: &Path) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn list_dir(&self, path: &Path) -> std::io::Result<Vec<DirEntry>> {
+        RealDisk.list_dir(path)
+    }
+
+    fn stat(&self, path: &Path) -> std::io::Result<Option<FileStat>> {
+        RealDisk.stat(path)
+    }
+}
+
+/// Who depends on a file or directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Concerns {
+    /// Readers and writers of the whole store.
+    All,
+    /// Writers of the whole store.
+    Writers,
+    /// One of the Logstores.
+    Victim,
+    /// No operation: the store works without it.
+    None,
+}
+
+/// A store with two Logstores in a world, and a tree beside it that must stay as it is.
+struct Scene {
+    world: World,
+    way: Way,
+    victim: String,
+}
+
+const VICTIM: &str = "p/victim";
+const OTHER: &str = "p/other";
+
+impl Scene {
+    fn new(way: Way) -> Self {
+        let world = World::manual();
+        let mut scene = Self { world, way, victim: String::new() };
+        let canary = scene.world.path().join("canary");
+        fs::create_dir_all(canary.join("deep")).unwrap();
+        fs::write(canary.join("report"), "an audit report").unwrap();
+        fs::write(canary.join("deep/id_rsa"), "a key").unwrap();
+        let store = scene.builder().create().unwrap();
+        let (one, two) = (scene.world.cmk(), scene.world.cmk());
+        let victim = scene.world.byok(&store, VICTIM, &one);
+        scene.victim = victim.id().to_string();
+        put(&victim, "first");
+        victim.roll().unwrap();
+        put(&victim, "second");
+        let other = scene.world.byok(&store, OTHER, &two);
+        put(&other, "other");
+        store.close().unwrap();
+        scene
+    }
+
+    fn builder(&self) -> StoreBuilder {
+        match self.way {
+            Way::Kernel => self.world.builder(),
+            Way::Walk => self.world.builder().disk(Arc::new(WalkingDisk)),
+        }
+    }
+
+    /// Every file and directory of the store, and its keyring.
+    fn targets(&self) -> Vec<PathBuf> {
+        let mut found = vec![self.world.keyring()];
+        let mut dirs = vec![self.world.store_dir()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    dirs.push(path.clone());
+                }
+                found.push(path);
+            }
+        }
+        found.sort();
+        found
+    }
+
+    fn concerns(&self, target: &Path) -> Concerns {
+        let Ok(inside) = target.strip_prefix(self.world.store_dir()) else { return Concerns::All };
+        let text = inside.to_str().unwrap();
+        match text {
+            "STORE" | "catalogue" | "logstores" | "audit" => Concerns::All,
+            "LOCK" => Concerns::Writers,
+            _ if text.starts_with("audit/") => Concerns::None,
+            // The probes of both master keys are in one directory.
+            "probes" => Concerns::All,
+            // One of the two Logstores, or a probe that only one of them needs.
+            _ => Concerns::Victim,
+        }
+    }
+}
+
+/// Replaces `target`, and keeps the original at `aside`.
+fn replace(target: &Path, by: Hostile, canary: &Path, aside: &Path) {
+    let was_dir = target.is_dir();
+    fs::rename(target, aside).unwrap();
+    let node = |kind, device| mknodat(CWD, target, kind, Mode::from_raw_mode(0o600), device).unwrap();
+    match by {
+        Hostile::LinkOutside if was_dir => symlink(canary, target).unwrap(),
+        Hostile::LinkOutside => symlink(canary.join("report"), target).unwrap(),
+        Hostile::LinkInside => symlink(aside, target).unwrap(),
+        Hostile::DanglingLink => symlink("/nonexistent/nowhere", target).unwrap(),
+        Hostile::Fifo => node(FileType::Fifo, 0),
+        Hostile::Socket => drop(UnixListener::bind(target).unwrap()),
+        // /dev/null: harmless to this machine should it be opened all the same.
+        Hostile::Device => node(FileType::CharacterDevice, makedev(1, 3)),
+        Hostile::OtherType if was_dir => fs::write(target, "a file").unwrap(),
+        Hostile::OtherType => fs::create_dir(target).unwrap(),
+    }
+}
+
+fn put_back(target: &Path, aside: &Path) {
+    match fs::symlink_metadata(target) {
+        Ok(found) if found.is_dir() => fs::remove_dir(target).unwrap(),
+        Ok(_) => fs::remove_file(target).unwrap(),
+        Err(_) => {}
+    }
+    fs::rename(aside, target).unwrap();
+}
+
+/// Names, types, links and contents of everything below a directory.
+fn picture(dir: &Path) -> BTreeMap<PathBuf, (u32, u64, Vec<u8>)> {
+    let mut found = BTreeMap::new();
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            let stat = fs::symlink_metadata(&path).unwrap();
+            let bytes = if stat.is_file() { fs::read(&path).unwrap() } else { Vec::new() };
+            if stat.is_dir() {
+                dirs.push(path.clone());
+            }
+            found.insert(path, (stat.mode(), stat.ino(), bytes));
+        }
+    }
+    found
+}
+
+/// Does something that must not hang.
+fn at_once<T: Send>(what: &str, act: impl FnOnce() -> T + Send) -> T {
+    let (done, waiting) = mpsc::channel::<()>();
+    let what = what.to_owned();
+    let watchdog = thread::spawn(move || {
+        if let Err(mpsc::RecvTimeoutError::Timeout) = waiting.recv_timeout(secs(60)) {
+            eprintln!("{what} hangs");
+            std::process::abort();
+        }
+    });
+    let result = act();
+    drop(done);
+    watchdog.join().unwrap();
+    result
+}
+
+type Operation = (&'static str, bool, fn(&Store) -> Result<()>);
+
+/// What is done to the victim: a name, whether it writes, and how.
+const OPERATIONS: [Operation; 5] = [
+    ("read", false, |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)),
+    ("append", true, |store| try_put(&store.logstore(&name(VICTIM))?, "third")),
+    ("verify", false, |store| {
+        let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
+        let report = store.verify(&options, &mut |_| {})?;
+        match report.faults.first() {
+            Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {
+                path: fault.message.split(" is a ").next().unwrap().into(),
+                expected: FileKind::File,
+                found: FileKind::Unknown,
+            }),
+            Some(fault) => panic!("{fault:?}"),
+            None => Ok(()),
+        }
+    }),
+    ("rotate", true, |store| store.rotate_data_key(&name(VICTIM)).map(drop)),
+    ("delete", true, |store| store.delete_logstore(&name(VICTIM)).map(drop)),
+];
+
+/// The outcome that every operation may have: success, or the error that names the replaced thing.
+fn check(what: &str, target: &Path, result: Result<()>) -> bool {
+    match result {
+        Ok(()) => false,
+        Err(Error::WrongFileType { path, .. }) if path == target => true,
+        Err(error) => panic!("{what}: {error:?}"),
+    }
+}
+
+fn sweep(way: Way) {
+    let mut refused = BTreeMap::<&str, u32>::new();
+    let targets = Scene::new(way).targets().len();
+    assert!(targets > 15, "{targets}");
+    for index in 0..targets {
+        for by in Hostile::ALL {
+            // A store that every operation finds as it was.
+            for (operation, writes, act) in OPERATIONS {
+                let scene = Scene::new(way);
+                let target = scene.targets()[index].clone();
+                if target == scene.world.keyring() && by.kind(false) == FileKind::Symlink {
+                    // A symlink to a keyring is followed once.
+                    continue;
+                }
+                let was_dir = target.is_dir();
+                let what = format!("{way:?}: {} as {by:?}, {operation}", target.display());
+                let (canary, aside) = (scene.world.path().join("canary"), scene.world.path().join("aside"));
+                replace(&target, by, &canary, &aside);
+                let (outside, link) = (picture(&canary), fs::symlink_metadata(&target).unwrap().ino());
+                let kept = if aside.is_dir() { picture(&aside) } else { BTreeMap::new() };
+                let concerns = scene.concerns(&target);
+                let before = picture(&scene.world.store_dir());
+
+                let opened =
+                    at_once(&what, || if writes { scene.builder().open() } else { scene.builder().open_read_only() });
+                let shut = concerns == Concerns::All && !target.ends_with("logstores") && !target.ends_with("probes")
+                    || concerns == Concerns::Writers && writes;
+                match opened {
+                    Err(error) => {
+                        assert!(check(&what, &target, Err(error)));
+                        assert!(shut || target.ends_with("logstores"), "{what}: the store stays shut");
+                        assert!(
+                            picture(&scene.world.store_dir()) == before,
+                            "{what}: something in the store has changed"
+                        );
+                    }
+                    Ok(store) => {
+                        assert!(!shut, "{what}: the store opens");
+                        let result = at_once(&what, || act(&store));
+                        if check(&what, &target, result) {
+                            *refused.entry(operation).or_default() += 1;
+                            assert!(concerns != Concerns::None, "{what}");
+                        }
+                        if concerns != Concerns::All {
+                            let other = store.logstore(&name(OTHER)).unwrap();
+                            assert_eq!(texts(&other), ["other"], "{what}");
+                            if writes {
+                                put(&other, "more");
+                            }
+                        }
+                        at_once(&what, || drop(store.close()));
+                    }
+                }
+                assert!(picture(&canary) == outside, "{what}: something outside of the store has changed");
+                if aside.is_dir() {
+                    assert!(picture(&aside) == kept, "{what}: the original has changed through a link");
+                }
+                let left = fs::symlink_metadata(&target);
+                if let Ok(left) = &left {
+                    assert_eq!(left.ino(), link, "{what}: what was put in its place has been replaced");
+                }
+                if operation == "delete" && left.is_err() {
+                    // The victim is gone.
+                    continue;
+                }
+                put_back(&target, &aside);
+                assert_eq!(target.is_dir(), was_dir);
+                let store = scene.builder().open().unwrap_or_else(|error| panic!("{what}: {error:?}"));
+                if operation != "delete" {
+                    let victim = store.logstore(&name(VICTIM)).unwrap();
+                    let read = texts(&victim);
+                    assert_eq!(read[..2], ["first", "second"], "{what}");
+                    put(&victim, "last");
+                }
+                put(&store.logstore(&name(OTHER)).unwrap(), "last");
+                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                assert!(report.is_clean(), "{what}: {:?}", report.faults);
+            }
+        }
+    }
+    println!("{way:?}: {targets} files and directories, refused: {refused:?}");
+    let operations: BTreeSet<&str> = refused.keys().copied().collect();
+    assert_eq!(operations.len(), OPERATIONS.len(), "{operations:?}");
+}
+
+#[test]
+fn every_file_is_replaced_in_turn() {
+    sweep(Way::Kernel);
+}
+
+#[test]
+fn every_file_is_replaced_in_turn_where_the_kernel_has_no_openat2() {
+    sweep(Way::Walk);
+}
