@@ -176,7 +176,7 @@ fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
             assert_eq!(records(&logstore, 0).unwrap(), found, "{context}");
             assert_clean(&store, &context);
         }
-        let expected = ["Create", "Remove", "Rename", "Sync", "SyncDir", "Write"].map(str::to_owned);
+        let expected = ["Create", "Rename", "Sync", "SyncDir", "Write"].map(str::to_owned);
         assert_eq!(hit, BTreeSet::from(expected));
     }
 }
@@ -680,7 +680,9 @@ fn retention_can_be_interrupted_anywhere() {
         let began = sim.disk.changes();
         let done = store.apply_retention();
         let whole = sim.disk.changes() - began < nth;
-        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        // A file that cannot be removed is reported, and stays for the next run.
+        let complete = done.as_ref().is_ok_and(|report| report.left == 0);
+        assert_eq!(complete, whole, "operation {nth}: {done:?}");
         let ended = sim.disk;
         for survives in SURVIVALS {
             let context = format!("operation {nth}, {survives:?}");

@@ -282,12 +282,12 @@ impl Shard {
     }
 
     /// Removes the files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer,
-    /// because no temporary file is in use then. What cannot be removed stays, and is tried again later; returns the bytes that
-    /// were freed.
-    pub(crate) fn remove_leftovers(&self) -> Result<u64> {
+    /// because no temporary file is in use then. A file that cannot be removed stays, and is tried again later. Returns how many
+    /// bytes were freed, and how many files stay.
+    pub(crate) fn remove_leftovers(&self) -> Result<(u64, u64)> {
         let first = self.record().first_ordinal;
         let disk = &self.context.disk;
-        let (mut freed, mut left) = (0, false);
+        let (mut freed, mut left) = (0, 0);
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
             let dropped = parse_segment_file_name(&entry.name).is_some_and(|(ordinal, _)| ordinal < first);
             if !dropped && !is_segment_temporary(&entry.name) {
@@ -300,14 +300,14 @@ impl Shard {
                 Ok(()) => freed += len,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    left = true;
+                    left += 1;
                     warn!(logstore = %self.name(), shard = self.id, path = %path.display(), %error,
                         "a file that is not needed any more cannot be removed; this is tried again later");
                 }
             }
         }
-        self.leftovers.store(left, Ordering::Relaxed);
-        Ok(freed)
+        self.leftovers.store(left > 0, Ordering::Relaxed);
+        Ok((freed, left))
     }
 
     /// Whether a file that is not needed any more could not be removed when it was last tried.

@@ -57,6 +57,8 @@ pub struct RetentionReport {
     pub segments: u64,
     /// Bytes freed.
     pub bytes: u64,
+    /// Files of dropped segments that the system did not let go. The next run tries again.
+    pub left: u64,
     /// Data-key versions that were destroyed, since nothing is left under them.
     pub data_keys: u64,
     /// Logstores with data-key versions that nothing is left under, and whose master key cannot be used now: they are destroyed
@@ -64,6 +66,15 @@ pub struct RetentionReport {
     pub data_keys_postponed: u64,
     /// Whether retention by time is suspended, because the wall clock has jumped by more than an hour since the store was opened.
     pub suspended: bool,
+}
+
+impl RetentionReport {
+    fn remove_leftovers(&mut self, shard: &Shard) -> Result<()> {
+        let (freed, left) = shard.remove_leftovers()?;
+        self.bytes += freed;
+        self.left += left;
+        Ok(())
+    }
 }
 
 impl Store {
@@ -252,10 +263,7 @@ impl StoreShared {
             dropped += 1;
         }
         if dropped == 0 {
-            if shard.has_leftovers() {
-                report.bytes += shard.remove_leftovers()?;
-            }
-            return Ok(());
+            return if shard.has_leftovers() { report.remove_leftovers(shard) } else { Ok(()) };
         }
         // First the catalogue says that they may be missing, and that the shard goes on in the next one; then they go.
         shard.make_names_durable()?;
@@ -276,7 +284,6 @@ impl StoreShared {
             "retention drops segments"
         );
         report.segments += dropped;
-        report.bytes += shard.remove_leftovers()?;
-        Ok(())
+        report.remove_leftovers(shard)
     }
 }
