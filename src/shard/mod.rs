@@ -35,7 +35,7 @@ use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
-pub(crate) use segments::{ActiveView, End, Opened, SegmentRef};
+pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef};
 pub use ticket::Ticket;
 use writer::Writer;
 
