@@ -4,7 +4,7 @@
 mod common;
 
 use common::{
-    disk::{Sim, Survives},
+    disk::{Op, Sim, Survives, Verdict},
     *,
 };
 use envelog::{
@@ -329,6 +329,103 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
             assert_eq!(texts(&logstore), ["first", "second", "next"], "{context}");
             assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
             assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+        }
+    }
+}
+
+/// A mark that only somebody with write access to the file can have put there does not cut a block in two.
+#[test]
+fn a_forged_mark_cuts_no_block() {
+    for by in [By::LogLine, By::Disk] {
+        let (mut sim, logstore) = create(by);
+        put(&logstore, "first");
+        put(&logstore, "second");
+        sim.crash(Survives::Everything);
+        let segment = sim.segments(&logstore, 0).remove(0);
+        sim.disk.edit(&segment, |bytes| {
+            let (at, like) = blocks(bytes)[1];
+            let fields = BlockHeader { payload_len: 0, raw_len: 0, group_count: 0, list_len: 0, log_count: 0, ..like };
+            let (number, first_seq, durable_mark) = (2, like.end_seq(), at as u64 + 10);
+            let mark = BlockHeader { kind: BlockKind::Mark, number, first_seq, durable_mark, ..fields };
+            let mut fake = [&mark.encode()[..], &[0xfa; SUFFIX]].concat();
+            fix_crc(&mut fake);
+            bytes.extend_from_slice(&fake);
+        });
+        let store = sim.open();
+        put(&find(&store), "next");
+        assert_eq!(texts(&find(&store)), ["first", "second", "next"], "{by:?}");
+        assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{by:?}");
+    }
+}
+
+/// Recovery goes over a segment more than once. Where somebody changes it in between, recovery fails and has changed nothing, or
+/// comes to what it would have come to had the change been there before.
+#[test]
+fn a_segment_that_changes_during_recovery_is_never_taken_for_what_it_was() {
+    type Change = fn(&mut Vec<u8>, &[(usize, BlockHeader)]);
+    let changes: [Change; 4] = [
+        |bytes, blocks| bytes[blocks[2].0 + 100] ^= 1,
+        |bytes, blocks| bytes[blocks[3].0 + 100] ^= 1,
+        |bytes, blocks| bytes.truncate(blocks[2].0),
+        |bytes, blocks| bytes.truncate(blocks[3].0 + 7),
+    ];
+    for by in [By::LogLine, By::Disk] {
+        for (what, change) in changes.into_iter().enumerate() {
+            let (mut noticed, mut reads) = (0, 0);
+            for nth in 1.. {
+                let (mut sim, logstore) = create(by);
+                put(&logstore, "first");
+                put(&logstore, "second");
+                for text in ["third", "fourth"] {
+                    logstore.append(record(text), &written()).unwrap();
+                }
+                sim.crash(Survives::Everything);
+                let segment = sim.segments(&logstore, 0).remove(0);
+                let whole = sim.disk.bytes(&segment);
+                let store = sim.open();
+                let logstore = find(&store);
+                let (disk, path, found) = (sim.disk.clone(), segment.clone(), blocks(&whole));
+                let counted = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+                let count = counted.clone();
+                sim.disk.on_call(move |call| {
+                    if call.op == Op::Read && call.is_about(path.to_str().unwrap()) {
+                        let so_far = count.fetch_add(1, std::sync::atomic::Ordering::SeqCst) + 1;
+                        if so_far == nth {
+                            disk.edit(&path, |bytes| change(bytes, &found));
+                        }
+                    }
+                    Verdict::Go
+                });
+                let result = try_put(&logstore, "next");
+                sim.disk.heal();
+                reads = counted.load(std::sync::atomic::Ordering::SeqCst);
+                let context = format!("{by:?}, change {what} before read {nth}: {result:?}");
+                match result {
+                    Ok(()) => {
+                        let read = texts(&logstore);
+                        let possible = [&["third", "fourth"][..], &["third"], &["fourth"], &[]];
+                        let expected = possible.map(|kept| [&["first", "second"], kept, &["next"]].concat());
+                        assert!(expected.iter().any(|expected| *expected == read), "{context}: {read:?}");
+                        if nth > reads {
+                            assert_eq!(read, ["first", "second", "third", "fourth", "next"], "{context}");
+                        }
+                    }
+                    Err(
+                        Error::Corrupt { .. } | Error::Truncated { .. } | Error::Tampered { .. } | Error::Io { .. },
+                    ) => {
+                        noticed += 1;
+                        sim.disk.edit(&segment, |bytes| bytes.clone_from(&whole));
+                        let _ = logstore.reopen_shard(0);
+                        put(&logstore, "next");
+                        assert_eq!(texts(&logstore), ["first", "second", "third", "fourth", "next"], "{context}");
+                    }
+                    Err(_) => panic!("{context}"),
+                }
+                if nth > reads {
+                    break;
+                }
+            }
+            assert!(noticed > 0 && reads > 4, "{by:?}, change {what}: noticed {noticed} times in {reads} reads");
         }
     }
 }
