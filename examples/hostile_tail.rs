@@ -1,4 +1,4 @@
-//! Measures what it costs to go on behind 64 MiB that somebody has put at the end of a segment: time, and the most memory at once.
+//! Measures what it costs to go on behind 64 MiB of hostile bytes at the end of a segment: time, and the most memory at once.
 //!
 //! `cargo run --release --all-features --example hostile_tail [MIB]`
 

@@ -1,4 +1,4 @@
-//! What users log, and what anybody writes behind the end of a segment, never stops a shard, and never hides damage.
+//! What users log, and what a forger writes behind the end of a segment, never stops a shard, and never hides damage.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -293,8 +293,7 @@ fn fakes_do_not_hide_damage() {
     }
 }
 
-/// A block in its place that only somebody with write access to the file can have put there: append and read say that it is none of
-/// the writer's, and repair does not call the shard sound.
+/// A block in its place that a forger has written into the file: append and read report it, and repair does not call the shard sound.
 #[test]
 fn a_forged_block_in_its_place_is_reported_and_repaired() {
     for by in [By::LogLine, By::Disk] {
@@ -333,7 +332,7 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
     }
 }
 
-/// A mark that only somebody with write access to the file can have put there does not cut a block in two.
+/// A mark that a forger has written into the file does not cut a block in two.
 #[test]
 fn a_forged_mark_cuts_no_block() {
     for by in [By::LogLine, By::Disk] {
@@ -358,8 +357,8 @@ fn a_forged_mark_cuts_no_block() {
     }
 }
 
-/// Recovery goes over a segment more than once. Where somebody changes it in between, recovery fails and has changed nothing, or
-/// comes to what it would have come to had the change been there before.
+/// Recovery goes over a segment more than once. Where it is changed in between, recovery fails and has changed nothing, or comes
+/// to what it would have come to had the change been there before.
 #[test]
 fn a_segment_that_changes_during_recovery_is_never_taken_for_what_it_was() {
     type Change = fn(&mut Vec<u8>, &[(usize, BlockHeader)]);
@@ -469,7 +468,7 @@ fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     assert_eq!(texts(&logstore), ["first", "second", "next"]);
 }
 
-/// Figures are added up from headers and footers that nobody has authenticated: none of them can be such that this fails.
+/// Status adds up figures from headers and footers that are not authenticated. It does not fail for any of them.
 #[test]
 fn status_takes_any_figure_from_a_header_or_a_footer() {
     let (mut sim, logstore) = create(By::LogLine);

@@ -5,17 +5,17 @@
 //! is corruption; damage at or above it is the torn tail that a crash leaves.
 //!
 //! The search behind damage also meets bytes that are no blocks: payloads, which hold what the users of a Logstore log, and
-//! whatever else a file was made to hold. So nothing that it finds is believed for its CRC32 alone where there is a key. Its work is
-//! linear in the length of the file, whatever the bytes are:
+//! what a forger has written. Where there is a key, nothing that it finds is believed for its CRC32 alone. Its work is linear in the
+//! length of the file, for any bytes:
 //!
 //! - A candidate that its header rules out costs the decoding of that header.
-//! - The CRC32 of a candidate comes from [`Sums`]: two pieces of at most a page, whatever length the candidate claims.
+//! - The CRC32 of a candidate comes from [`Sums`]: two pieces of at most a page, for any length that the candidate claims.
 //! - A candidate that is believed is skipped whole, so those that are believed do not overlap.
 //! - A candidate whose tag does not hold is looked into, so that it hides no block. That may happen again inside of it, and is
 //!   limited: see [`REFUTED_BYTES`]. Beyond that limit such candidates are skipped whole too, so those do not overlap either.
 //!
 //! Every candidate that the search reaches is checked against its tag, also when the limit is reached. A fake that comes out of a log
-//! line ends within its carrier, because its CRC32 cannot cover bytes that nobody knew when the line was written: the header of
+//! line ends within its carrier, because its CRC32 cannot cover bytes that were not known when the line was written: the header of
 //! the next block has a random part. So skipping it never passes over a block behind its carrier, and that block still proves up to
 //! where the file was durable.
 
@@ -823,7 +823,7 @@ mod tests {
         assert!(most > REFUTED_BYTES, "the limit was not reached: {most}");
     }
 
-    /// However many headers there are, and whatever length they claim: what is read and proved is linear in the length of the file.
+    /// What is read and proved is linear in the length of the file, for any number of headers and any length that they claim.
     #[test]
     fn the_work_is_linear_in_the_length_of_the_file() {
         let read_for = |fill: &dyn Fn(&Sample, &mut Vec<u8>, usize), len: usize| {

@@ -493,7 +493,7 @@ pub(crate) struct SegmentReader {
     loaded: Option<BlockHeader>,
     /// The length of the file at which what follows the last block was found to be no corruption.
     excused: Option<u64>,
-    /// How damage at the end of a segment that nobody sealed is told from a torn tail.
+    /// How damage at the end of a segment that is not sealed is told from a torn tail.
     pub(crate) proof: Proof,
     /// The last block that was passed over for what its header says, and is not authenticated yet; and its offset.
     passed: Option<(u64, BlockHeader)>,

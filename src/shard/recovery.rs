@@ -450,7 +450,7 @@ impl Shard {
     /// are given up, and the segment ends in front of the first of them; without one they are an error, where they are rewritten.
     fn cut(&self, opened: &Opened, scanned: &Scanned, mark: u64, mut prover: Option<Prover<'_>>) -> Result<Cut> {
         let header = &opened.header.header;
-        // What is under a key that was destroyed on purpose can be read by nobody.
+        // What is under a key that was destroyed on purpose cannot be read any more.
         let key = self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()));
         let readable = !matches!(key, Err(Error::Shredded { .. }));
         let behind = |kept: &Kept<'_>| Next {

@@ -102,7 +102,7 @@ pub(crate) enum End {
     Unknown,
 }
 
-/// What decides whether that which is found behind damage, in a segment that nobody sealed, belongs to it.
+/// What decides whether the bytes found behind damage, in a segment that is not sealed, belong to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
     /// Its tag, under the key of the segment.
@@ -410,8 +410,8 @@ impl Shard {
         }
     }
 
-    /// Where the blocks of a segment that nobody sealed end: where the file does, or where a footer begins that nobody vouches for,
-    /// if its tag holds. Then everything in front of that has been durable, for it was synced before the footer was written.
+    /// Where the blocks of a segment end that is not known to be sealed: where the file does, or where its footer begins, if the tag
+    /// of that holds. Then everything in front of that has been durable, for it was synced before the footer was written.
     pub(crate) fn blocks_end(&self, opened: &Opened, proof: Proof) -> Result<(u64, Option<u64>)> {
         let path = &*opened.name.path;
         let len = opened.file.len().map_err(Error::io("get the length of", path))?;
