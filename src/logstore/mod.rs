@@ -260,22 +260,21 @@ impl LogstoreShared {
                     _ => opened.file.len().map_err(Error::io("get the length of", &*name.path))?,
                 };
                 let (so_far, body_end) = match &opened.end {
-                    End::Sealed(footer) => (Some(footer.footer.clone()), footer.footer.offset),
-                    End::Active(view) => (Some(view.with_builder(|builder| builder.so_far().clone())), stored),
-                    End::Cut(end) => (None, end.bytes),
-                    End::Unknown => (None, shard.blocks_end(&opened)?.0),
+                    End::Sealed(footer) => (footer.footer.clone(), footer.footer.offset),
+                    End::Active(view) => (view.with_builder(|builder| builder.so_far().clone()), stored),
+                    End::Cut(end) => shard.count(&opened, end.bytes)?,
+                    End::Unknown => shard.count(&opened, stored)?,
                 };
-                let so_far = match so_far {
-                    Some(footer) => footer,
-                    None => shard.count(&opened, body_end)?,
-                };
+                // Nothing of this is authenticated: a header or a footer may say anything.
+                let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
                 status.segments += 1;
-                status.groups += so_far.group_count;
-                status.logs += so_far.log_count;
-                status.bytes_raw += so_far.raw_bytes;
+                add(&mut status.groups, so_far.group_count);
+                add(&mut status.logs, so_far.log_count);
+                add(&mut status.bytes_raw, so_far.raw_bytes);
                 let overhead = u64::from(so_far.block_count) * crate::segment::BLOCK_OVERHEAD_BYTES;
-                status.bytes_compressed += (body_end - opened.header.body_start).saturating_sub(overhead);
-                status.bytes_stored += stored;
+                let body = body_end.saturating_sub(opened.header.body_start);
+                add(&mut status.bytes_compressed, body.saturating_sub(overhead));
+                add(&mut status.bytes_stored, stored);
                 let version = match opened.header.header.key_source {
                     KeySource::DataKey(version) => version,
                     KeySource::Keyring(_) => 0,
@@ -289,7 +288,7 @@ impl LogstoreShared {
                     }
                 };
                 entry.segments += 1;
-                entry.bytes_stored += stored;
+                add(&mut entry.bytes_stored, stored);
             }
         }
         status.data_keys.sort_unstable_by_key(|key| key.version);

@@ -1,15 +1,29 @@
-//! Finding the blocks of a segment that has no footer, without any key.
+//! Finding the blocks of a segment that has no footer.
 //!
 //! Blocks that were not synced may have reached the disk in any order when the system crashed, so a valid block behind a bad one
 //! proves nothing. What does is the durable mark that every block carries: up to there the file *was* durable, and damage below it
 //! is corruption; damage at or above it is the torn tail that a crash leaves.
+//!
+//! The search behind damage also meets bytes that are no blocks: payloads, which hold what the users of a Logstore log, and
+//! what a forger has written. Where there is a key, nothing that it finds is believed for its CRC32 alone. Its work is linear in the
+//! length of the file, for any bytes:
+//!
+//! - A candidate that its header rules out costs the decoding of that header.
+//! - The CRC32 of a candidate comes from [`Sums`]: two pieces of at most a page, for any length that the candidate claims.
+//! - A candidate that is believed is skipped whole, so those that are believed do not overlap.
+//! - A candidate whose tag does not hold is looked into, so that it hides no block. That may happen again inside of it, and is
+//!   limited: see [`REFUTED_BYTES`]. Beyond that limit such candidates are skipped whole too, so those do not overlap either.
+//!
+//! Every candidate that the search reaches is checked against its tag, also when the limit is reached. A fake that comes out of a log
+//! line ends within its carrier, because its CRC32 cannot cover bytes that were not known when the line was written: the header of
+//! the next block has a random part. So skipping it never passes over a block behind its carrier, and that block still proves up to
+//! where the file was durable.
 
-use std::io;
-
+use crc32fast::Hasher;
 use memchr::memmem::Finder;
 
 use super::{
-    BlockHeader, BlockView, DecodeError, DecodedHeader, SEGMENT_TAG_LEN, TAG_LEN,
+    BlockHeader, BlockView, CRC_LEN, DecodeError, DecodedHeader, SEGMENT_BYTES_MAX, SEGMENT_TAG_LEN, TAG_LEN,
     block::{MAGIC, SUFFIX_LEN},
 };
 
@@ -20,6 +34,13 @@ const BLOCK_LEN_MIN: usize = BlockHeader::LEN + SUFFIX_LEN;
 const TAG_AT: usize = 8;
 /// Where a block has its number.
 const NUMBER_AT: usize = TAG_AT + SEGMENT_TAG_LEN;
+/// How many bytes of candidates whose tag does not hold are looked into, besides [`REFUTED_PER_BYTE`] for each byte searched.
+const REFUTED_BYTES: u64 = 64 << 20;
+const REFUTED_PER_BYTE: u64 = 16;
+/// The file is summed up in pages of this many bytes.
+const PAGE: usize = 4 << 10;
+/// How many pages are read at once to be summed up.
+const PAGES_AT_ONCE: usize = 64;
 
 /// A block whose CRC32 holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,26 +75,32 @@ pub(crate) struct ScanReport {
     pub(crate) blocks: u32,
     /// One past the last sequence number that they use; the segment's first one if they use none.
     pub(crate) end_seq: u64,
-    /// The highest durable mark that any valid block of the segment carries, wherever it lies. The end of the header if none does.
+    /// The highest durable mark that any block carries which was given to `on_block`. The end of the header if there is none.
     pub(crate) mark: u64,
     /// How many bytes were scanned, from the beginning of the file.
     pub(crate) file_len: u64,
     pub(crate) verdict: ScanVerdict,
 }
 
+/// Says whether the candidate at this offset, with this header and a CRC32 that holds, is a block of the segment.
+pub(crate) type Prove<'a, E> = &'a mut dyn FnMut(u64, &BlockHeader) -> Result<bool, E>;
+
 /// Scans the blocks of the segment that `header` begins, up to offset `file_len`.
 ///
-/// `read_at` reads at an offset as much as there is, up to the length of the buffer. Each valid block is given to `on_block`, in the
-/// order of the file. Behind damage, blocks are looked for byte by byte, and given if they are in order, though not without gaps.
+/// `read_at` reads at an offset as much as there is, up to the length of the buffer. Each block is given to `on_block`, in the
+/// order of the file: first those that follow each other from the end of the header, then, if there is a `prove`, those that are
+/// found behind damage, byte by byte, and that it says are blocks. Their numbers and sequence numbers increase, though not without
+/// gaps.
 ///
 /// # Errors
-/// Only what `read_at` says.
-pub(crate) fn scan(
+/// Only what `read_at`, `on_block` and `prove` say.
+pub(crate) fn scan<E>(
     header: &DecodedHeader,
     file_len: u64,
-    read_at: impl FnMut(u64, &mut [u8]) -> io::Result<usize>,
-    mut on_block: impl FnMut(ScannedBlock),
-) -> io::Result<ScanReport> {
+    read_at: impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
+    mut on_block: impl FnMut(ScannedBlock) -> Result<(), E>,
+    prove: Option<Prove<'_, E>>,
+) -> Result<ScanReport, E> {
     let (body_start, limit_seq) = (header.body_start, header.header.limit_seq);
     let mut window =
         Window { read_at, file_len, start: body_start, bytes: Vec::new(), segment_tag: header.segment_tag() };
@@ -90,7 +117,7 @@ pub(crate) fn scan(
                 if !in_place {
                     break;
                 }
-                on_block(ScannedBlock { offset: end, header: found, tag, contiguous: true });
+                on_block(ScannedBlock { offset: end, header: found, tag, contiguous: true })?;
                 mark = mark.max(found.durable_mark);
                 end += found.block_len();
                 end_seq = found.end_seq();
@@ -104,20 +131,36 @@ pub(crate) fn scan(
         }
     }
 
-    let (mut next_number, mut next_seq) = (number, end_seq);
-    let mut at = end;
-    while let Some(candidate) = window.find(at)? {
-        at = candidate + 1;
-        if let Probe::Block(found, tag) = window.probe(candidate)? {
-            incomplete = false;
-            mark = mark.max(found.durable_mark);
-            at = candidate + found.block_len();
-            if found.number >= next_number
+    if let Some(prove) = prove {
+        let (mut next_number, mut next_seq) = (number, end_seq);
+        // No segment is longer.
+        window.file_len = file_len.min(SEGMENT_BYTES_MAX);
+        let mut sums = Sums::new(end, window.file_len);
+        let tag = window.segment_tag;
+        let finder = Finder::new(&tag);
+        let mut refuted: u64 = 0;
+        let mut at = end;
+        while let Some((candidate, found)) = window.find(&finder, at)? {
+            at = candidate + 1;
+            let len = found.block_len();
+            let plausible = found.number >= next_number
                 && (next_seq..=limit_seq).contains(&found.first_seq)
                 && found.end_seq() <= limit_seq
-            {
-                on_block(ScannedBlock { offset: candidate, header: found, tag, contiguous: false });
+                && (body_start..=candidate).contains(&found.durable_mark);
+            if !plausible {
+                continue;
+            }
+            let Some(tag) = sums.tag_of(&mut window.read_at, candidate, len)? else { continue };
+            if prove(candidate, &found)? {
+                on_block(ScannedBlock { offset: candidate, header: found, tag, contiguous: false })?;
+                incomplete = false;
+                mark = mark.max(found.durable_mark);
+                at = candidate + len;
                 (next_number, next_seq) = (found.number + 1, found.end_seq());
+            } else if refuted + len <= REFUTED_BYTES + REFUTED_PER_BYTE * (candidate - end) {
+                refuted += len;
+            } else {
+                at = candidate + len;
             }
         }
     }
@@ -154,9 +197,9 @@ struct Window<F> {
     segment_tag: [u8; SEGMENT_TAG_LEN],
 }
 
-impl<F: FnMut(u64, &mut [u8]) -> io::Result<usize>> Window<F> {
+impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
     /// The bytes from `offset` on: at least `wanted` of them, unless the file ends before.
-    fn at(&mut self, offset: u64, wanted: u64) -> io::Result<&[u8]> {
+    fn at(&mut self, offset: u64, wanted: u64) -> Result<&[u8], E> {
         let left = self.file_len.saturating_sub(offset);
         let mut skip = offset.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok()).unwrap_or(usize::MAX);
         if (self.bytes.len().saturating_sub(skip) as u64) < wanted.min(left) {
@@ -173,7 +216,7 @@ impl<F: FnMut(u64, &mut [u8]) -> io::Result<usize>> Window<F> {
         Ok(self.bytes.get(skip..).unwrap_or_default())
     }
 
-    fn probe(&mut self, offset: u64) -> io::Result<Probe> {
+    fn probe(&mut self, offset: u64) -> Result<Probe, E> {
         let segment_tag = self.segment_tag;
         let left = self.file_len.saturating_sub(offset);
         let bytes = self.at(offset, BLOCK_LEN_MIN as u64)?;
@@ -201,31 +244,148 @@ impl<F: FnMut(u64, &mut [u8]) -> io::Result<usize>> Window<F> {
         })
     }
 
-    /// The first offset, from `at` on, that looks like the beginning of a block.
-    fn find(&mut self, mut at: u64) -> io::Result<Option<u64>> {
-        let segment_tag = self.segment_tag;
-        let finder = Finder::new(&segment_tag);
+    /// The first offset, from `at` on, at which there is the header of a block of the segment, and that header.
+    fn find(&mut self, finder: &Finder<'_>, mut at: u64) -> Result<Option<(u64, BlockHeader)>, E> {
         loop {
             let bytes = self.at(at, BLOCK_LEN_MIN as u64)?;
             if bytes.len() < BLOCK_LEN_MIN {
                 return Ok(None);
             }
-            let begins = |&tag_at: &usize| {
-                let before = tag_at.checked_sub(TAG_AT).and_then(|begin| bytes.get(begin..));
-                before.is_some_and(|block| block.starts_with(MAGIC))
-            };
-            if let Some(tag_at) = finder.find_iter(bytes).find(begins) {
-                return Ok(Some(at + (tag_at - TAG_AT) as u64));
+            let mut begins = finder.find_iter(bytes).filter_map(|tag_at| tag_at.checked_sub(TAG_AT));
+            let found = begins.find_map(|begin| {
+                let rest = bytes.get(begin..).filter(|rest| rest.starts_with(MAGIC))?;
+                match BlockHeader::decode(rest) {
+                    Ok(header) => Some((begin, Some(header))),
+                    // Not wholly in the window.
+                    Err(_) if begin > 0 && rest.len() < BLOCK_LEN_MIN => Some((begin, None)),
+                    Err(_) => None,
+                }
+            });
+            match found {
+                Some((begin, Some(header))) => return Ok(Some((at + begin as u64, header))),
+                Some((begin, None)) => at += begin as u64,
+                // A beginning of which the tag is not wholly in the window yet is looked at again.
+                None => at += (bytes.len() - (NUMBER_AT - 1)) as u64,
             }
-            // A beginning of which the tag is not wholly in the window yet is looked at again.
-            at += (bytes.len() - (NUMBER_AT - 1)) as u64;
         }
     }
+}
+
+/// Gives the CRC32 of any range of a file in constant time, after one pass over the file: the CRC32 of everything in front of each
+/// page is kept, and that of a range is the difference between those of what is in front of its two ends.
+struct Sums {
+    /// The offset of the first page.
+    base: u64,
+    /// Where the file ends.
+    file_len: u64,
+    /// The CRC32 of what lies between `base` and the page of that number. They are added when they are needed.
+    before: Vec<u32>,
+    /// The pages that the ends of the last range are in.
+    ends: [Page; 2],
+    /// What is summed up.
+    bytes: Vec<u8>,
+}
+
+/// A page, and as much behind it as the end of a block may reach.
+#[derive(Default)]
+struct Page {
+    number: Option<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Sums {
+    fn new(base: u64, file_len: u64) -> Self {
+        Self { base, file_len, before: vec![0], ends: Default::default(), bytes: Vec::new() }
+    }
+
+    /// The tag of the block of `len` bytes at `offset`; `None` if its CRC32 does not hold, or the file ends before it does.
+    fn tag_of<E>(
+        &mut self,
+        read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
+        offset: u64,
+        len: u64,
+    ) -> Result<Option<[u8; TAG_LEN]>, E> {
+        // What comes before the CRC32 is what it is over.
+        let covered = len - CRC_LEN as u64;
+        let suffix_at = len - SUFFIX_LEN as u64;
+        if len > self.file_len.saturating_sub(offset) || !self.sum_up_to(read_at, offset + suffix_at)? {
+            return Ok(None);
+        }
+        let in_front = {
+            let (sum, front, _) = self.around(read_at, 0, offset)?;
+            continued(sum, &[front])
+        };
+        let (sum, front, suffix) = self.around(read_at, 1, offset + suffix_at)?;
+        let Some((tag, crc)) = suffix.split_first_chunk().and_then(|(tag, crc)| Some((*tag, *crc.first_chunk()?)))
+        else {
+            return Ok(None);
+        };
+        let through = continued(sum, &[front, &tag]);
+        let mut shifted = Hasher::new_with_initial(in_front);
+        shifted.combine(&Hasher::new_with_initial_len(0, covered));
+        Ok((through ^ shifted.finalize() == u32::from_le_bytes(crc)).then_some(tag))
+    }
+
+    /// The CRC32 of all in front of the page that `offset` is in, the bytes of that page in front of `offset`, and those from it on.
+    fn around<E>(
+        &mut self,
+        read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
+        which: usize,
+        offset: u64,
+    ) -> Result<(u32, &[u8], &[u8]), E> {
+        let (number, within) = ((offset - self.base) / PAGE as u64, (offset - self.base) % PAGE as u64);
+        let page = &mut self.ends[which];
+        if page.number.replace(number) != Some(number) {
+            let at = self.base + number * PAGE as u64;
+            page.bytes.resize((PAGE + SUFFIX_LEN).min((self.file_len - at) as usize), 0);
+            let read = read_at(at, &mut page.bytes)?;
+            page.bytes.truncate(read);
+        }
+        let sum = self.before.get(number as usize).copied().unwrap_or_default();
+        let (front, rest) = page.bytes.split_at_checked(within as usize).unwrap_or_default();
+        Ok((sum, front, rest))
+    }
+
+    /// Sums up all pages in front of the one that `offset` is in. `false` if the file has become shorter than that.
+    fn sum_up_to<E>(
+        &mut self,
+        read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
+        offset: u64,
+    ) -> Result<bool, E> {
+        let wanted = ((offset - self.base) / PAGE as u64) as usize;
+        while self.before.len() <= wanted {
+            let at = self.base + (self.before.len() as u64 - 1) * PAGE as u64;
+            self.bytes.resize((PAGE * PAGES_AT_ONCE).min((self.file_len - at) as usize), 0);
+            let read = read_at(at, &mut self.bytes)?;
+            if read < self.bytes.len() {
+                self.file_len = at + read as u64;
+            }
+            let pages = self.bytes.get(..read).unwrap_or_default().chunks_exact(PAGE);
+            if pages.len() == 0 {
+                return Ok(false);
+            }
+            let mut sum = Hasher::new_with_initial(self.before.last().copied().unwrap_or_default());
+            for page in pages {
+                sum.update(page);
+                self.before.push(sum.clone().finalize());
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The CRC32 of what has this one, followed by `pieces`.
+fn continued(crc: u32, pieces: &[&[u8]]) -> u32 {
+    let mut hasher = Hasher::new_with_initial(crc);
+    pieces.iter().for_each(|piece| hasher.update(piece));
+    hasher.finalize()
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+
+    use std::convert::Infallible;
 
     use proptest::prelude::*;
 
@@ -233,8 +393,18 @@ mod tests {
     use crate::{
         crypto::Suite,
         ids::{LogstoreId, SegmentId, StoreId},
-        segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader},
+        segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader, put_crc},
     };
+
+    /// Reads a file of these bytes.
+    fn reading(bytes: &[u8]) -> impl FnMut(u64, &mut [u8]) -> Result<usize, Infallible> {
+        |offset, buf| {
+            let rest = bytes.get(offset as usize..).unwrap_or_default();
+            let len = rest.len().min(buf.len());
+            buf[..len].copy_from_slice(&rest[..len]);
+            Ok(len)
+        }
+    }
 
     /// A segment in the making.
     struct Sample {
@@ -319,15 +489,18 @@ mod tests {
             sample
         }
 
+        /// Scans it without a key: what is plausible and has a right CRC32 is believed.
         fn scan(&self) -> (ScanReport, Vec<ScannedBlock>) {
+            self.scan_with(Some(&mut |_, _| Ok(true)))
+        }
+
+        fn scan_with(&self, prove: Option<Prove<'_, Infallible>>) -> (ScanReport, Vec<ScannedBlock>) {
             let mut blocks = Vec::new();
-            let read_at = |offset: u64, buf: &mut [u8]| {
-                let rest = self.bytes.get(offset as usize..).unwrap_or_default();
-                let len = rest.len().min(buf.len());
-                buf[..len].copy_from_slice(&rest[..len]);
-                Ok(len)
+            let on_block = |block| {
+                blocks.push(block);
+                Ok(())
             };
-            let report = scan(&self.header, self.len(), read_at, |block| blocks.push(block)).unwrap();
+            let report = scan(&self.header, self.len(), reading(&self.bytes), on_block, prove).unwrap();
             assert_eq!(report.file_len, self.len());
             assert_eq!(blocks.iter().filter(|block| block.contiguous).count(), report.blocks as usize);
             assert!(blocks.is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number));
@@ -497,7 +670,9 @@ mod tests {
             (BlockHeader { number: 3, ..next }, vec![3]),
             (BlockHeader { first_seq: 105, ..next }, vec![3]),
             (BlockHeader { first_seq: 9_999_998, ..next }, vec![]),
-            (BlockHeader { durable_mark: start - 1, ..next }, vec![2, 3]),
+            (BlockHeader { durable_mark: start - 1, ..next }, vec![3]),
+            // A mark beyond itself is impossible.
+            (BlockHeader { durable_mark: at + 1, ..next }, vec![3]),
         ] {
             let mut sample = base();
             sample.put(&wrong);
@@ -506,10 +681,6 @@ mod tests {
             assert_eq!(sample.verdict(), ScanVerdict::TornTail { at }, "{wrong:?}");
             assert_eq!(sample.behind(), listed, "{wrong:?}");
         }
-        // A mark beyond itself is impossible, and taken for the worst.
-        let mut sample = base();
-        sample.put(&BlockHeader { durable_mark: at + 1, ..next });
-        assert_eq!(sample.verdict(), ScanVerdict::Damaged { at, mark: at + 1 });
         // Another segment's block, or none at all.
         let mut sample = base();
         let mut other = Sample::new();
@@ -528,17 +699,236 @@ mod tests {
     fn a_file_that_ends_early() {
         let sample = Sample::unsynced(&[50, 60]);
         let longer = |len: u64| {
-            let read_at = |offset: u64, buf: &mut [u8]| {
-                let rest = sample.bytes.get(offset as usize..).unwrap_or_default();
-                let len = rest.len().min(buf.len());
-                buf[..len].copy_from_slice(&rest[..len]);
-                Ok(len)
-            };
-            scan(&sample.header, len, read_at, |_| {}).unwrap().verdict
+            scan(&sample.header, len, reading(&sample.bytes), |_| Ok(()), Some(&mut |_, _| Ok(true))).unwrap().verdict
         };
         assert_eq!(longer(sample.len() + 1000), ScanVerdict::Incomplete);
-        let error = scan(&sample.header, sample.len(), |_, _| Err(io::ErrorKind::Other.into()), |_| {}).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::Other);
+        assert_eq!(scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_| Ok(()), None), Err("no disk"));
+    }
+
+    /// A whole block that no writer has written: its CRC32 holds, and nothing else speaks for it.
+    fn fake(header: &BlockHeader, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = [&header.encode()[..], payload, &[0xfa; TAG_LEN]].concat();
+        put_crc(&mut bytes, 0);
+        bytes
+    }
+
+    /// As many whole blocks within each other as fit into `len` bytes.
+    fn nested(template: &BlockHeader, len: usize) -> Vec<u8> {
+        let mut headers = Vec::new();
+        let (mut core, mut suffixes) = (vec![0x45; 13], Vec::new());
+        // The CRC32 of what is there so far, from the innermost block outwards.
+        let mut crc = Hasher::new();
+        crc.update(&core);
+        for raw_len in (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= len) {
+            let raw_len = raw_len as u32;
+            let fields =
+                BlockHeader { payload_len: raw_len, raw_len, group_count: 1, list_len: raw_len - 4, ..*template };
+            let header = fields.encode();
+            let mut covered = Hasher::new();
+            covered.update(&header);
+            covered.combine(&crc);
+            covered.update(&[0xfa; TAG_LEN]);
+            suffixes.extend_from_slice(&[0xfa; TAG_LEN]);
+            let suffix = covered.clone().finalize().to_le_bytes();
+            suffixes.extend_from_slice(&suffix);
+            covered.update(&suffix);
+            crc = covered;
+            headers.push(header);
+        }
+        let mut bytes: Vec<u8> = headers.iter().rev().flatten().copied().collect();
+        bytes.append(&mut core);
+        bytes.append(&mut suffixes);
+        assert!(BlockView::parse(&bytes).is_ok() && bytes.len() <= len);
+        bytes
+    }
+
+    /// A segment whose second block is torn, and holds `payload`. Behind it there is one more, which says that all up to `mark` was durable.
+    fn torn_around(payload: &[u8], mark: u64) -> Sample {
+        let mut sample = Sample::unsynced(&[50]);
+        let at = sample.bytes.len() + BlockHeader::LEN;
+        sample.push(payload.len() as u32, sample.body_start());
+        sample.bytes[at..at + payload.len()].copy_from_slice(payload);
+        sample.push(60, mark);
+        sample
+    }
+
+    /// A scan with the key: those that [`Sample`] made, by their payload, are the only blocks. Returns how many bytes it has proved in vain.
+    fn scan_with_key(sample: &Sample) -> (ScanReport, Vec<u32>, u64) {
+        let mut refuted = 0;
+        let mut prove = |offset: u64, header: &BlockHeader| {
+            let genuine = sample.offsets.contains(&(offset as usize));
+            refuted += if genuine { 0 } else { header.block_len() };
+            Ok(genuine)
+        };
+        let (report, blocks) = sample.scan_with(Some(&mut prove));
+        let behind = blocks.iter().filter(|block| !block.contiguous).map(|block| block.header.number).collect();
+        (report, behind, refuted)
+    }
+
+    /// A log line may hold the bytes of a block. What that one says about the file is nothing that the writer has said.
+    #[test]
+    fn a_block_in_a_payload_proves_nothing() {
+        let base = Sample::unsynced(&[50]);
+        let (start, at) = (base.body_start(), base.len());
+        let inside = at + BlockHeader::LEN as u64;
+        for (mark, plausible) in [(inside + 1, false), (u64::MAX, false), (inside, true), (at + 1, true)] {
+            let line = fake(&BlockHeader { number: 7, ..base.next(60, mark) }, &[0x45; 60]);
+            let sample = torn_around(&line, start);
+            let torn = ScanVerdict::TornTail { at };
+            // Without a key it counts, if its mark may be true; then the block behind it is out of order.
+            let expected = if plausible { ScanVerdict::Damaged { at, mark } } else { torn };
+            assert_eq!((sample.verdict(), sample.behind()), (expected, vec![if plausible { 7 } else { 2 }]), "{mark}");
+            let (report, behind, refuted) = scan_with_key(&sample);
+            assert_eq!((report.verdict, behind, refuted > 0), (torn, vec![2], plausible), "{mark}");
+            // Damage below what a block says is damage.
+            let sample = torn_around(&line, at + 1);
+            let (report, behind, _) = scan_with_key(&sample);
+            assert_eq!((report.verdict, behind), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]), "{mark}");
+            // Who does not look behind damage finds none.
+            assert_eq!(sample.scan_with(None).0.verdict, ScanVerdict::TornTail { at });
+        }
+    }
+
+    /// In a block that is whole nothing is looked for.
+    #[test]
+    fn what_is_in_a_whole_block_is_not_looked_at() {
+        let base = Sample::unsynced(&[50]);
+        let line = fake(&BlockHeader { number: 3, ..base.next(60, base.len() + 1) }, &[0x45; 60]);
+        let mut sample = torn_around(&line, base.body_start());
+        let carrier = sample.offsets[1];
+        let end = sample.offsets[2];
+        let crc = crc32fast::hash(&sample.bytes[carrier..end - CRC_LEN]);
+        sample.bytes[end - CRC_LEN..end].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!((sample.verdict(), sample.scan().0.blocks), (ScanVerdict::Clean, 3));
+        sample.bytes[sample.offsets[0] + 100] ^= 1;
+        assert_eq!(sample.behind(), [1, 2]);
+        assert_eq!(scan_with_key(&sample).2, 0);
+    }
+
+    /// Blocks within blocks, so many that what is proved in vain is limited: what lies behind them is found all the same.
+    #[test]
+    fn nested_blocks_hide_nothing_and_cost_no_more_than_they_may() {
+        let base = Sample::unsynced(&[50]);
+        let at = base.len();
+        let limit = |searched: u64| REFUTED_BYTES + (REFUTED_PER_BYTE + 1) * searched;
+        let mut most = 0;
+        for len in [300, 5_000, 2_000_000] {
+            let inner = nested(&BlockHeader { number: 1, ..base.next(60, at) }, len);
+            let sample = torn_around(&inner, at + 1);
+            let (report, behind, refuted) = scan_with_key(&sample);
+            assert_eq!((report.verdict, behind), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]), "{len}");
+            assert!(refuted >= 2 * 116 && refuted <= limit(inner.len() as u64 + 200), "{refuted} bytes for {len}");
+            most = refuted;
+        }
+        assert!(most > REFUTED_BYTES, "the limit was not reached: {most}");
+    }
+
+    /// What is read and proved is linear in the length of the file, for any number of headers and any length that they claim.
+    #[test]
+    fn the_work_is_linear_in_the_length_of_the_file() {
+        let read_for = |fill: &dyn Fn(&Sample, &mut Vec<u8>, usize), len: usize| {
+            let mut sample = Sample::unsynced(&[50]);
+            let mut tail = Vec::with_capacity(len);
+            fill(&sample, &mut tail, len);
+            sample.bytes.extend_from_slice(&tail);
+            let (mut read, mut calls) = (0, 0);
+            let mut inner = reading(&sample.bytes);
+            let counted = |offset, buf: &mut [u8]| {
+                let done = inner(offset, buf)?;
+                read += done as u64;
+                calls += 1;
+                Ok::<_, Infallible>(done)
+            };
+            let report = scan(&sample.header, sample.len(), counted, |_| Ok(()), Some(&mut |_, _| Ok(false))).unwrap();
+            assert_eq!(report.end, sample.offsets[0] as u64 + 50 + BLOCK_LEN_MIN as u64);
+            (read, calls)
+        };
+        let headers = |vary: bool| {
+            move |sample: &Sample, tail: &mut Vec<u8>, len: usize| {
+                while tail.len() + BlockHeader::LEN < len {
+                    let left = (len - tail.len() - BLOCK_LEN_MIN).min(30 << 20) as u32;
+                    // A length that is another page each time.
+                    let payload = if vary { left - (tail.len() as u32 / 96 * 7919) % (left / 2 + 1) } else { left };
+                    let header = sample.next(payload.max(40), sample.body_start());
+                    tail.extend_from_slice(&BlockHeader { number: 1, ..header }.encode());
+                    if len - tail.len() <= 2 * BLOCK_LEN_MIN + 96 {
+                        break;
+                    }
+                }
+                tail.resize(len, 0);
+            }
+        };
+        let zeros = |_: &Sample, tail: &mut Vec<u8>, len: usize| tail.resize(len, 0);
+        for (what, fill, most) in [
+            ("zeros", &zeros as &dyn Fn(&Sample, &mut Vec<u8>, usize), 2),
+            ("headers that claim all that follows", &headers(false), 4),
+            // Two pages for each header of 96 bytes.
+            ("headers that claim any length", &headers(true), 100),
+        ] {
+            for len in [1 << 20, 4 << 20] {
+                let (read, calls) = read_for(fill, len);
+                assert!(read <= most * len as u64 + CHUNK_BYTES, "{what}: {read} bytes read of {len}");
+                assert!(calls <= 2 * len / BlockHeader::LEN + 100, "{what}: {calls} reads of {len}");
+            }
+        }
+    }
+
+    /// The sums give what hashing gives, for each range of a file, and nothing where it ends.
+    #[test]
+    fn sums_are_those_of_the_bytes() {
+        let bytes: Vec<u8> = (0..40_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        for base in [0, 1, 4095, 5000] {
+            let mut sums = Sums::new(base, bytes.len() as u64);
+            for (offset, len) in
+                [(0, 20), (1, 5000), (4076, 40), (4095, 4097), (8192, 8192), (30_000, 4_999), (0, 34_000)]
+            {
+                let begin = base as usize + offset;
+                let mut file = bytes.clone();
+                let end = begin + len;
+                let wrong = sums.tag_of(&mut reading(&file), begin as u64, len as u64).unwrap();
+                assert_eq!(wrong, None, "{base} {offset} {len}");
+                let crc = crc32fast::hash(&file[begin..end - CRC_LEN]);
+                file[end - CRC_LEN..end].copy_from_slice(&crc.to_le_bytes());
+                let mut fresh = Sums::new(base, file.len() as u64);
+                let tag = fresh.tag_of(&mut reading(&file), begin as u64, len as u64).unwrap();
+                assert_eq!(tag.unwrap()[..], file[end - SUFFIX_LEN..end - CRC_LEN], "{base} {offset} {len}");
+                // The file has become shorter meanwhile.
+                let mut shorter = Sums::new(base, file.len() as u64);
+                assert_eq!(shorter.tag_of(&mut reading(&file[..end - 1]), begin as u64, len as u64).unwrap(), None);
+                // Or it was never so long.
+                assert_eq!(
+                    Sums::new(base, end as u64 - 1).tag_of(&mut reading(&file), begin as u64, len as u64).unwrap(),
+                    None
+                );
+            }
+        }
+    }
+
+    /// What lies behind the contiguous blocks, found byte by byte, each candidate hashed as a whole: the marks and offsets that count.
+    fn oracle(sample: &Sample, from: &ScanReport, genuine: Option<&[usize]>) -> (u64, Vec<usize>) {
+        let header = &sample.header;
+        let (mut number, mut seq, mut mark) = (from.blocks, from.end_seq, 0);
+        let (mut at, mut found) = (from.end as usize, Vec::new());
+        while at < sample.bytes.len() {
+            let block = BlockView::parse(&sample.bytes[at..]).ok().map(|view| view.header).filter(|block| {
+                block.segment_tag == header.segment_tag()
+                    && block.number >= number
+                    && block.first_seq >= seq
+                    && block.end_seq() <= header.header.limit_seq
+                    && (header.body_start..=at as u64).contains(&block.durable_mark)
+                    && genuine.is_none_or(|genuine| genuine.contains(&at))
+            });
+            match block {
+                Some(block) => {
+                    found.push(at);
+                    mark = mark.max(block.durable_mark);
+                    (number, seq) = (block.number + 1, block.end_seq());
+                    at += block.block_len() as usize;
+                }
+                None => at += 1,
+            }
+        }
+        (mark, found)
     }
 
     proptest! {
@@ -588,6 +978,54 @@ mod tests {
                 ScanVerdict::Damaged { at, mark: below } => prop_assert!(at == end && below == mark && at < mark),
                 ScanVerdict::TornTail { at } => prop_assert!(at == end && at >= mark && at < sample.len()),
                 ScanVerdict::Incomplete => prop_assert!(end >= mark && end < sample.len() && valid.len() == prefix),
+            }
+        }
+
+        /// With and without a key the scan finds what a search finds that looks at each byte and hashes each candidate as a whole.
+        #[test]
+        fn the_search_finds_what_the_simplest_search_finds(
+            blocks in prop::collection::vec((0..9000u32, any::<prop::sample::Index>()), 1..8),
+            lines in prop::collection::vec((any::<[prop::sample::Index; 3]>(), 0..300usize, 0..9u32), 0..8),
+            damage in prop::collection::vec((any::<prop::sample::Index>(), 1..400usize), 0..5),
+            cut in 0..200usize,
+        ) {
+            let mut sample = Sample::new();
+            for (len, mark) in blocks {
+                let start = sample.body_start();
+                let mark = start + mark.index((sample.len() - start + 1) as usize) as u64;
+                sample.push(if len < 30 { 0 } else { len }, mark);
+            }
+            let start = sample.body_start() as usize;
+            // Lines that hold blocks, anywhere; some within each other.
+            for ([at, mark, seq], len, number) in lines {
+                let at = start + at.index(sample.bytes.len() - start);
+                let mark = mark.index(2 * sample.bytes.len()) as u64;
+                let first_seq = 100 + seq.index(40) as u64;
+                let header = sample.next(30 + len as u32, mark);
+                let line = fake(&BlockHeader { number, first_seq, ..header }, &vec![0x45; 30 + len]);
+                let fits = line.len().min(sample.bytes.len() - at);
+                sample.bytes[at..at + fits].copy_from_slice(&line[..fits]);
+            }
+            for (at, len) in damage {
+                let at = start + at.index(sample.bytes.len() - start);
+                let end = (at + len).min(sample.bytes.len());
+                sample.bytes[at..end].fill(0);
+            }
+            sample.bytes.truncate((sample.bytes.len() - cut).max(start));
+            let genuine = sample.offsets.clone();
+            for genuine in [None, Some(&genuine[..])] {
+                let mut prove =
+                    |offset: u64, _: &BlockHeader| Ok(genuine.is_none_or(|genuine| genuine.contains(&(offset as usize))));
+                let (report, blocks) = sample.scan_with(Some(&mut prove));
+                let (mark, expected) = oracle(&sample, &report, genuine);
+                let behind = blocks.iter().filter(|block| !block.contiguous);
+                prop_assert_eq!(behind.map(|block| block.offset as usize).collect::<Vec<_>>(), expected);
+                let in_place = blocks.iter().filter(|block| block.contiguous).map(|block| block.header.durable_mark);
+                prop_assert_eq!(report.mark, in_place.fold(mark.max(start as u64), u64::max));
+                for block in &blocks {
+                    let end = (block.offset + block.header.block_len()) as usize;
+                    prop_assert_eq!(&block.tag[..], &sample.bytes[end - SUFFIX_LEN..end - CRC_LEN]);
+                }
             }
         }
 

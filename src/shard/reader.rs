@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 use bytes::Bytes;
 
 use super::{
-    Shard,
+    Proof, Shard,
     segments::{End, Opened, SegmentRef},
 };
 use crate::{
@@ -493,6 +493,8 @@ pub(crate) struct SegmentReader {
     loaded: Option<BlockHeader>,
     /// The length of the file at which what follows the last block was found to be no corruption.
     excused: Option<u64>,
+    /// How damage at the end of a segment that is not sealed is told from a torn tail.
+    pub(crate) proof: Proof,
     /// The last block that was passed over for what its header says, and is not authenticated yet; and its offset.
     passed: Option<(u64, BlockHeader)>,
     scratch: Scratch,
@@ -531,6 +533,7 @@ impl SegmentReader {
             bytes_at: 0,
             loaded: None,
             excused: None,
+            proof: Proof::Tag,
             passed: None,
             scratch: Scratch::default(),
         })
@@ -596,7 +599,7 @@ impl SegmentReader {
                 if matches!(self.opened.end, End::Unknown) {
                     // Incomplete, or torn: fine above the durable mark. Looked at once, however often a follower asks.
                     if self.excused != Some(end) {
-                        shard.damage_in_open_segment(&self.opened)?;
+                        shard.damage_in_open_segment(&self.opened, self.proof)?;
                         self.excused = Some(end);
                     }
                     return Ok(Load::NotYet);

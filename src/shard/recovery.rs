@@ -3,6 +3,8 @@
 //! Up to its durable mark it is kept where it is, and never changed: the header of its successor says where it ends. Valid blocks
 //! above the mark are rewritten into a new segment, because after a failed sync the page cache may show what the disk does not
 //! have; what follows them is a torn tail, dropped and reported. Damage below the mark is corruption: reported, nothing touched.
+//!
+//! A scan keeps no list of blocks. What needs them goes over the file again, and fails if it finds others than the scan did.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,17 +15,18 @@ use serde::Serialize;
 use tracing::warn;
 
 use super::{
-    Head, Load, ReadMode, SegmentReader, Shard,
+    Head, Load, Proof, ReadMode, SegmentReader, Shard,
     segments::{End, Opened, SegmentRef, read_header},
     writer::{NewSegment, Next},
 };
 use crate::{
     Error, Result,
+    crypto::wipe,
     error::Location,
     io::{OpenMode, read_exact_at},
     segment::{
-        BlockKind, BlockView, DecodedHeader, Footer, FooterBuilder, Predecessor, ScanReport, ScanVerdict, ScannedBlock,
-        SealBuffer, SegmentHeader, scan,
+        BlockHeader, BlockKind, BlockView, DecodedHeader, Footer, FooterBuilder, Predecessor, Prove, ScanReport,
+        ScanVerdict, ScannedBlock, SealBuffer, SegmentHeader, scan,
     },
     sync::{lock, read},
 };
@@ -56,18 +59,210 @@ pub struct RepairReport {
     pub bytes_lost: u64,
 }
 
-/// A scanned segment.
+/// A scanned segment. The blocks themselves are not kept: there may be as many as a file has room for.
 struct Scanned {
-    blocks: Vec<ScannedBlock>,
     report: ScanReport,
+    /// What decided about the blocks behind damage.
+    proof: Proof,
+    /// What all blocks that were found add up to.
+    all: FooterBuilder,
+    /// The bytes of those blocks.
+    found: u64,
+    /// Whether one of them lies behind damage.
+    behind: bool,
 }
 
 impl Scanned {
     /// How many bytes belong to no block that can be read.
     fn bytes_lost(&self, opened: &Opened) -> u64 {
-        let found: u64 = self.blocks.iter().map(|block| block.header.block_len()).sum();
-        self.report.file_len.saturating_sub(opened.header.body_start + found)
+        self.report.file_len.saturating_sub(opened.header.body_start + self.found)
     }
+}
+
+/// Checks the tags of blocks, one after the other.
+struct Prover<'a> {
+    shard: &'a Shard,
+    opened: &'a Opened,
+    bytes: Vec<u8>,
+    plain: Vec<u8>,
+}
+
+impl<'a> Prover<'a> {
+    fn new(shard: &'a Shard, opened: &'a Opened) -> Self {
+        Self { shard, opened, bytes: Vec::new(), plain: Vec::new() }
+    }
+
+    /// Whether there is a block with this header at `offset`, and its tag holds under the key of the segment. Where that key was
+    /// destroyed on purpose the CRC32 alone decides.
+    fn holds(&mut self, offset: u64, header: &BlockHeader) -> Result<bool> {
+        let (file, path) = (&self.opened.file, &*self.opened.name.path);
+        self.bytes.resize(header.block_len() as usize, 0);
+        let read = file.read_at(&mut self.bytes, offset).map_err(Error::io("read", path))?;
+        let view = match BlockView::parse(self.bytes.get(..read).unwrap_or_default()) {
+            Ok(view) if view.header == *header => view,
+            // It has been changed since it was found.
+            _ => return Ok(false),
+        };
+        self.plain.clear();
+        self.plain.resize(view.payload.len(), 0);
+        let plain = &mut self.plain;
+        let held = self.shard.context.gate.with_cipher(&self.opened.header, path, |cipher| {
+            Ok(cipher.open_block(&header.nonce(), view.header_bytes, view.payload, &view.tag, plain).is_ok())
+        });
+        wipe(plain);
+        match held {
+            Err(Error::Shredded { .. }) => Ok(true),
+            held => held,
+        }
+    }
+}
+
+/// The blocks from the front of a segment that stay where they are when it is cut off.
+struct Kept<'a> {
+    opened: &'a Opened,
+    /// Up to where blocks are kept.
+    mark: u64,
+    builder: FooterBuilder,
+    /// Where the last one ends.
+    end: u64,
+    complete: bool,
+}
+
+impl<'a> Kept<'a> {
+    fn new(opened: &'a Opened, mark: u64) -> Self {
+        let (builder, end) = (new_builder(&opened.header), opened.header.body_start);
+        Self { opened, mark, builder, end, complete: false }
+    }
+
+    /// Takes the next block of the segment, if it is to be kept. After the first that is not, none is.
+    fn takes(&mut self, block: &ScannedBlock) -> bool {
+        let end = block.offset + block.header.block_len();
+        self.complete |= !block.contiguous || end > self.mark;
+        if !self.complete {
+            self.builder.add(block.offset, &block.header, &block.tag);
+            self.end = end;
+        }
+        !self.complete
+    }
+
+    /// Where the segment stands if it ends behind them.
+    fn head(&self) -> Head {
+        let header = &self.opened.header.header;
+        Head {
+            ordinal: header.ordinal,
+            segment: header.segment,
+            sealed: false,
+            blocks: self.builder.so_far().block_count,
+            bytes: self.end,
+            end_seq: self.builder.so_far().end_seq,
+            next_seq: header.limit_seq,
+            digest: self.builder.digest(),
+        }
+    }
+}
+
+fn new_builder(header: &DecodedHeader) -> FooterBuilder {
+    FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq)
+}
+
+/// A segment in the making, out of blocks of another one.
+struct Rewriting<'a> {
+    shard: &'a Shard,
+    opened: &'a Opened,
+    /// Where it was begun.
+    next: Next,
+    new: NewSegment,
+    builder: FooterBuilder,
+    /// Where the next block goes.
+    offset: u64,
+    bytes: Vec<u8>,
+    buffer: SealBuffer,
+}
+
+impl Drop for Rewriting<'_> {
+    fn drop(&mut self) {
+        self.buffer.wipe();
+        self.shard.context.gate.end_segment(self.new.header.header.segment);
+    }
+}
+
+impl<'a> Rewriting<'a> {
+    fn begin(shard: &'a Shard, opened: &'a Opened, next: Next) -> Result<Self> {
+        let mut plan = *read(&shard.context.plan);
+        if opened.header.header.suite.encrypts() {
+            // What was encrypted stays encrypted, also if encryption has been turned off since.
+            plan.suite = plan.suite.encrypting();
+        }
+        let new = NewSegment::create(shard, &next, &plan)?;
+        let (builder, offset) = (new_builder(&new.header), new.header.body_start);
+        Ok(Self { shard, opened, next, new, builder, offset, bytes: Vec::new(), buffer: SealBuffer::default() })
+    }
+
+    /// Seals the groups of a block under the key of the new segment, and writes them into it.
+    fn add(&mut self, block: &ScannedBlock) -> Result<()> {
+        let (gate, opened) = (&self.shard.context.gate, self.opened);
+        let path = &*opened.name.path;
+        let (target, new_path) = (&self.new.header, &*self.new.path);
+        self.bytes.resize(block.header.block_len() as usize, 0);
+        read_exact_at(&*opened.file, &mut self.bytes, block.offset).map_err(Error::io("read", path))?;
+        let at = opened.at(block.offset).block(block.header.number);
+        let view = BlockView::parse(&self.bytes).map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
+        let payload = self.buffer.begin();
+        payload.resize(SealBuffer::PAYLOAD_AT + view.payload.len(), 0);
+        gate.with_cipher(&opened.header, path, |cipher| {
+            let (_, plain) = payload.split_at_mut(SealBuffer::PAYLOAD_AT);
+            cipher
+                .open_block(&view.header.nonce(), view.header_bytes, view.payload, &view.tag, plain)
+                .map_err(|_| Error::Tampered { at, what: "a block" })
+        })?;
+        let mut header = view.header;
+        header.segment_tag = target.segment_tag();
+        header.number = self.builder.so_far().block_count;
+        header.durable_mark = target.body_start;
+        let random = &self.shard.context.random;
+        random.fill(&mut header.nonce_random).map_err(Error::io("draw a random nonce for", new_path))?;
+        let sealing = self.buffer.with_header(&target.header_hash, &header);
+        let tag = gate.with_cipher(target, new_path, |cipher| {
+            cipher.seal_block(&header.nonce(), sealing, SealBuffer::PAYLOAD_AT).map_err(Error::Crypto)
+        })?;
+        let sealed = self.buffer.finish(&tag);
+        self.new.file.write_at(sealed, self.offset).map_err(Error::io("write a block to", new_path))?;
+        self.builder.add(self.offset, &header, &tag);
+        self.offset += sealed.len() as u64;
+        Ok(())
+    }
+
+    /// Seals the segment, and gives it its name when it is durable. Returns where the shard goes on.
+    fn finish(self) -> Result<Next> {
+        let (shard, new) = (self.shard, &self.new);
+        let len = new.seal(shard, &self.builder, self.offset)?;
+        new.publish(shard)?;
+        let head = Head::sealed(&new.header.header, &self.builder.build(0, [0; 8], true), len);
+        let name = SegmentRef {
+            ordinal: self.next.ordinal,
+            first_seq: self.next.first_seq,
+            path: Arc::clone(&new.path),
+            active: None,
+            sealed: Some(head.clone().into_end()),
+        };
+        shard.set_segments(|segments| segments.push(name));
+        Ok(Next {
+            ordinal: head.ordinal + 1,
+            first_seq: head.next_seq,
+            last_time_us: self.next.last_time_us,
+            predecessor: Predecessor::Sealed(head.into_end()),
+        })
+    }
+}
+
+/// What cutting off a segment came to.
+struct Cut {
+    /// Where the shard goes on.
+    next: Next,
+    /// How many groups were rewritten.
+    groups: u64,
+    /// The bytes of the blocks that were given up although they were found.
+    given_up: u64,
 }
 
 impl Shard {
@@ -114,9 +309,9 @@ impl Shard {
                 })
             }
             _ => {
-                let scanned = self.scan(&opened)?;
+                let scanned = self.scan(&opened, Proof::Tag)?;
                 let mark = self.check_durable_part(&opened, &scanned)?;
-                let (next, groups_rewritten) = self.cut(&opened, &scanned, mark)?;
+                let Cut { next, groups: groups_rewritten, .. } = self.cut(&opened, &scanned, mark, None)?;
                 let bytes_dropped = scanned.bytes_lost(&opened);
                 if groups_rewritten > 0 || bytes_dropped > 0 {
                     let segment = last.path.to_path_buf();
@@ -150,20 +345,75 @@ impl Shard {
         Head { next_seq, ..head }
     }
 
-    fn scan(&self, opened: &Opened) -> Result<Scanned> {
-        let path = &*opened.name.path;
-        let (len, mark) = self.blocks_end(opened)?;
-        let mut blocks = Vec::new();
-        let mut report =
-            scan(&opened.header, len, |offset, buf| opened.file.read_at(buf, offset), |block| blocks.push(block))
-                .map_err(Error::io("read", path))?;
-        if let Some(mark) = mark {
+    /// Goes over the blocks of a segment up to offset `len`: those in place, and with `behind` also those behind damage.
+    fn pass(
+        &self,
+        opened: &Opened,
+        len: u64,
+        behind: Option<Proof>,
+        on_block: impl FnMut(ScannedBlock) -> Result<()>,
+    ) -> Result<ScanReport> {
+        let read_at =
+            |offset, buf: &mut [u8]| opened.file.read_at(buf, offset).map_err(Error::io("read", &*opened.name.path));
+        let mut prover = Prover::new(self, opened);
+        let mut by_tag = |offset, header: &BlockHeader| prover.holds(offset, header);
+        let mut by_crc = |_, _: &BlockHeader| Ok(true);
+        let prove: Option<Prove<'_, Error>> = match behind {
+            None => None,
+            Some(Proof::Tag) => Some(&mut by_tag),
+            Some(Proof::Crc) => Some(&mut by_crc),
+        };
+        scan(&opened.header, len, read_at, on_block, prove)
+    }
+
+    fn scan(&self, opened: &Opened, proof: Proof) -> Result<Scanned> {
+        let (len, footer_at) = self.blocks_end(opened, proof)?;
+        let (mut all, mut found, mut behind) = (new_builder(&opened.header), 0, false);
+        let mut report = self.pass(opened, len, Some(proof), |block| {
+            all.add(block.offset, &block.header, &block.tag);
+            found += block.header.block_len();
+            behind |= !block.contiguous;
+            Ok(())
+        })?;
+        if let Some(mark) = footer_at {
             report.mark = mark;
             if report.end < mark {
                 report.verdict = ScanVerdict::Damaged { at: report.end, mark };
             }
         }
-        Ok(Scanned { blocks, report })
+        Ok(Scanned { report, proof, all, found, behind })
+    }
+
+    /// Goes over the blocks that a scan has found once more.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], at the end, if they are not the same any more.
+    fn again(
+        &self,
+        opened: &Opened,
+        scanned: &Scanned,
+        mut on_block: impl FnMut(ScannedBlock) -> Result<()>,
+    ) -> Result<()> {
+        let mut all = new_builder(&opened.header);
+        let behind = scanned.behind.then_some(scanned.proof);
+        let report = self.pass(opened, scanned.report.file_len, behind, |block| {
+            all.add(block.offset, &block.header, &block.tag);
+            on_block(block)
+        })?;
+        if all.digest() != scanned.all.digest() {
+            return Err(Error::corrupt(opened.at(report.end), "the segment was changed while it was being read"));
+        }
+        Ok(())
+    }
+
+    /// What the blocks in place in front of offset `end` add up to, and where the last of them ends.
+    fn in_place(&self, opened: &Opened, end: u64) -> Result<(FooterBuilder, u64)> {
+        let mut builder = new_builder(&opened.header);
+        let report = self.pass(opened, end, None, |block| {
+            builder.add(block.offset, &block.header, &block.tag);
+            Ok(())
+        })?;
+        Ok((builder, report.end))
     }
 
     /// Whether everything that is known to have been durable is there. Returns up to where that was.
@@ -181,138 +431,62 @@ impl Shard {
             return Err(Error::corrupt(opened.at(report.end).block(report.blocks), what));
         }
         // The digest is over the hash of the header too, and so over the id of the segment.
-        if self.build(opened, scanned.blocks.iter().take(head.blocks as usize)).digest() != head.digest {
+        if self.in_place(opened, head.bytes)?.0.digest() != head.digest {
             let what = format!("{} is another segment than the catalogue knows", opened.name.path.display());
             return Err(Error::RolledBack { what });
         }
         Ok(report.mark.max(head.bytes))
     }
 
-    fn build<'a>(&self, opened: &Opened, blocks: impl Iterator<Item = &'a ScannedBlock>) -> FooterBuilder {
-        let header = &opened.header;
-        let mut builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
-        for block in blocks {
-            builder.add(block.offset, &block.header, &block.tag);
-        }
-        builder
+    /// Up to where a scanned segment is known to have been durable.
+    fn durable_mark(&self, opened: &Opened, scanned: &Scanned) -> u64 {
+        let head = self.record().head.filter(|head| head.ordinal == opened.name.ordinal);
+        scanned.report.mark.max(head.map_or(0, |head| head.bytes))
     }
 
-    /// Ends a segment at `mark`, and rewrites the groups found above it into a new one. Returns where the shard goes on, and how many
-    /// groups were rewritten.
-    fn cut(&self, opened: &Opened, scanned: &Scanned, mark: u64) -> Result<(Next, u64)> {
-        let kept = |block: &&ScannedBlock| block.contiguous && block.offset + block.header.block_len() <= mark;
-        let below = self.build(opened, scanned.blocks.iter().take_while(kept));
+    /// Ends a segment at `mark`, and rewrites the groups found above it into a new one. With a `prover`, blocks whose tag does not hold
+    /// are given up, and the segment ends in front of the first of them; without one they are an error, where they are rewritten.
+    fn cut(&self, opened: &Opened, scanned: &Scanned, mark: u64, mut prover: Option<Prover<'_>>) -> Result<Cut> {
         let header = &opened.header.header;
-        let last_block = scanned.blocks.iter().map(|block| block.header.last_time_us).max();
-        let cut = Head {
-            ordinal: header.ordinal,
-            segment: header.segment,
-            sealed: false,
-            blocks: below.so_far().block_count,
-            bytes: mark,
-            end_seq: below.so_far().end_seq,
-            next_seq: header.limit_seq,
-            digest: below.digest(),
-        };
-        let mut next = Next {
+        // What is under a key that was destroyed on purpose cannot be read any more.
+        let key = self.context.gate.with_cipher(&opened.header, &opened.name.path, |_| Ok(()));
+        let readable = !matches!(key, Err(Error::Shredded { .. }));
+        let behind = |kept: &Kept<'_>| Next {
             ordinal: header.ordinal + 1,
             first_seq: header.limit_seq,
-            last_time_us: last_block.unwrap_or(0).max(header.created_us),
-            predecessor: Predecessor::Cut(cut.into_end()),
+            last_time_us: scanned.all.so_far().last_time_us.max(header.created_us),
+            predecessor: Predecessor::Cut(kept.head().into_end()),
         };
-        let above = || {
-            let data = |block: &&ScannedBlock| block.header.kind != BlockKind::Mark;
-            scanned.blocks.iter().skip_while(kept).filter(data)
-        };
-        let groups = above().map(|block| u64::from(block.header.group_count)).sum();
-        if let Some(first) = above().next() {
-            let limit_seq = next.first_seq;
-            match self.rewrite(opened, above(), Next { first_seq: first.header.first_seq, ..next.clone() }) {
-                // Nobody can read them any more.
-                Err(Error::Shredded { .. }) => return Ok((next, 0)),
-                rewritten => {
-                    let rewritten = rewritten?;
-                    next = Next { first_seq: rewritten.first_seq.max(limit_seq), ..rewritten };
-                }
+        let mut kept = Kept::new(opened, mark);
+        let mut rewriting: Option<Rewriting<'_>> = None;
+        let (mut groups, mut given_up) = (0, 0);
+        self.again(opened, scanned, |block| {
+            if let Some(prover) = &mut prover
+                && !prover.holds(block.offset, &block.header)?
+            {
+                kept.complete = true;
+                given_up += block.header.block_len();
+                return Ok(());
             }
+            if kept.takes(&block) || block.header.kind == BlockKind::Mark || !readable {
+                return Ok(());
+            }
+            let rewriting = match &mut rewriting {
+                Some(rewriting) => rewriting,
+                none => {
+                    let next = Next { first_seq: block.header.first_seq, ..behind(&kept) };
+                    none.insert(Rewriting::begin(self, opened, next)?)
+                }
+            };
+            groups += u64::from(block.header.group_count);
+            rewriting.add(&block)
+        })?;
+        let mut next = behind(&kept);
+        if let Some(rewriting) = rewriting {
+            let rewritten = rewriting.finish()?;
+            next = Next { first_seq: rewritten.first_seq.max(header.limit_seq), ..rewritten };
         }
-        Ok((next, groups))
-    }
-
-    /// Writes `blocks` of a segment into a new one, sealed under its own key, and gives it its name when it is durable.
-    fn rewrite<'a>(&self, opened: &Opened, blocks: impl Iterator<Item = &'a ScannedBlock>, next: Next) -> Result<Next> {
-        let mut plan = *read(&self.context.plan);
-        if opened.header.header.suite.encrypts() {
-            // What was encrypted stays encrypted, also if encryption has been turned off since.
-            plan.suite = plan.suite.encrypting();
-        }
-        let new = NewSegment::create(self, &next, &plan)?;
-        let written = self.rewrite_into(opened, blocks, &new);
-        self.context.gate.end_segment(new.header.header.segment);
-        let (builder, len) = written?;
-        let head = Head::sealed(&new.header.header, &builder.build(0, [0; 8], true), len);
-        let name = SegmentRef {
-            ordinal: next.ordinal,
-            first_seq: next.first_seq,
-            path: Arc::clone(&new.path),
-            active: None,
-            sealed: Some(head.clone().into_end()),
-        };
-        self.set_segments(|segments| segments.push(name));
-        Ok(Next {
-            ordinal: head.ordinal + 1,
-            first_seq: head.next_seq,
-            last_time_us: next.last_time_us,
-            predecessor: Predecessor::Sealed(head.into_end()),
-        })
-    }
-
-    fn rewrite_into<'a>(
-        &self,
-        opened: &Opened,
-        blocks: impl Iterator<Item = &'a ScannedBlock>,
-        new: &NewSegment,
-    ) -> Result<(FooterBuilder, u64)> {
-        let gate = &self.context.gate;
-        let path = &*opened.name.path;
-        let target = &new.header;
-        let mut builder = FooterBuilder::new(target.header.suite.hash(), &target.header_hash, target.header.first_seq);
-        let mut offset = target.body_start;
-        let mut bytes = Vec::new();
-        let mut buffer = SealBuffer::default();
-        for block in blocks {
-            bytes.resize(block.header.block_len() as usize, 0);
-            read_exact_at(&*opened.file, &mut bytes, block.offset).map_err(Error::io("read", path))?;
-            let at = opened.at(block.offset).block(block.header.number);
-            let view = BlockView::parse(&bytes).map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
-            let payload = buffer.begin();
-            payload.resize(SealBuffer::PAYLOAD_AT + view.payload.len(), 0);
-            gate.with_cipher(&opened.header, path, |cipher| {
-                let (_, plain) = payload.split_at_mut(SealBuffer::PAYLOAD_AT);
-                cipher
-                    .open_block(&view.header.nonce(), view.header_bytes, view.payload, &view.tag, plain)
-                    .map_err(|_| Error::Tampered { at, what: "a block" })
-            })?;
-            let mut header = view.header;
-            header.segment_tag = target.segment_tag();
-            header.number = builder.so_far().block_count;
-            header.durable_mark = target.body_start;
-            self.context
-                .random
-                .fill(&mut header.nonce_random)
-                .map_err(Error::io("draw a random nonce for", &*new.path))?;
-            let sealing = buffer.with_header(&target.header_hash, &header);
-            let tag = gate.with_cipher(target, &new.path, |cipher| {
-                cipher.seal_block(&header.nonce(), sealing, SealBuffer::PAYLOAD_AT).map_err(Error::Crypto)
-            })?;
-            let sealed = buffer.finish(&tag);
-            new.file.write_at(sealed, offset).map_err(Error::io("write a block to", &*new.path))?;
-            builder.add(offset, &header, &tag);
-            offset += sealed.len() as u64;
-        }
-        let len = new.seal(self, &builder, offset)?;
-        new.publish(self)?;
-        Ok((builder, len))
+        Ok(Cut { next, groups, given_up })
     }
 
     /// Where the shard stands by what is on disk, for a checkpoint of a shard that this process does not write.
@@ -331,20 +505,15 @@ impl Shard {
             }
             End::Active(view) => Ok(Some(view.head())),
             End::Cut(_) | End::Unknown => {
-                let scanned = self.scan(&opened)?;
-                let mark = self.check_durable_part(&opened, &scanned)?;
-                let kept = |block: &&ScannedBlock| block.offset + block.header.block_len() <= mark;
-                let builder = self.build(&opened, scanned.blocks.iter().take_while(kept));
-                Ok(Some(Head {
-                    ordinal: header.ordinal,
-                    segment: header.segment,
-                    sealed: false,
-                    blocks: builder.so_far().block_count,
-                    bytes: mark,
-                    end_seq: builder.so_far().end_seq,
-                    next_seq: header.limit_seq,
-                    digest: builder.digest(),
-                }))
+                // Under a customer's key no key is asked for: a checkpoint is also made while it is revoked.
+                let proof = if self.context.gate.keys().lease.is_none() { Proof::Tag } else { Proof::Crc };
+                let scanned = self.scan(&opened, proof)?;
+                let mut kept = Kept::new(&opened, self.check_durable_part(&opened, &scanned)?);
+                self.again(&opened, &scanned, |block| {
+                    kept.takes(&block);
+                    Ok(())
+                })?;
+                Ok(Some(kept.head()))
             }
         }
     }
@@ -384,7 +553,10 @@ impl Shard {
             End::Sealed(footer) => footer.footer.end_seq,
             End::Cut(end) => end.end_seq,
             End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
-            End::Unknown => self.scan(&opened)?.report.end_seq,
+            End::Unknown => {
+                let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
+                self.in_place(&opened, len)?.0.so_far().end_seq
+            }
         })
     }
 
@@ -403,40 +575,46 @@ impl Shard {
         let header = Arc::new(read_header(&*file, path)?);
         let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
         self.authenticate(&opened)?;
-        let scanned = self.scan(&opened)?;
-        let (next, groups_salvaged) = self.cut(&opened, &scanned, scanned.report.end)?;
+        let scanned = self.scan(&opened, Proof::Tag)?;
+        let mark = self.durable_mark(&opened, &scanned).min(scanned.report.end);
+        let prover = Prover::new(self, &opened);
+        let Cut { next, groups: groups_salvaged, given_up } = self.cut(&opened, &scanned, mark, Some(prover))?;
         writer.next = Some(next);
         writer.begin_segment(self)?;
         Ok(RepairReport {
             shard: self.id,
             segment: Some(path.to_path_buf()),
             groups_salvaged,
-            bytes_lost: scanned.bytes_lost(&opened),
+            bytes_lost: scanned.bytes_lost(&opened) + given_up,
         })
     }
 
-    /// Whether opening and recovering the last segment would succeed without a repair.
+    /// Whether the last segment can be opened, recovered and read without a repair.
     fn recover_is_possible(&self, last: &SegmentRef) -> Result<bool> {
         let damaged = |error: &Error| matches!(error, Error::Corrupt { .. } | Error::Truncated { .. });
         let checked = self.open_segment(last).and_then(|opened| match &opened.end {
             End::Unknown => {
-                let scanned = self.scan(&opened)?;
-                self.check_durable_part(&opened, &scanned).map(|_| ())
+                let scanned = self.scan(&opened, Proof::Tag)?;
+                self.check_durable_part(&opened, &scanned)?;
+                let (mut prover, mut hold) = (Prover::new(self, &opened), true);
+                self.again(&opened, &scanned, |block| {
+                    hold = hold && prover.holds(block.offset, &block.header)?;
+                    Ok(())
+                })?;
+                Ok(hold)
             }
-            _ => Ok(()),
+            _ => Ok(true),
         });
         match checked {
-            Ok(()) => Ok(true),
             Err(error) if damaged(&error) => Ok(false),
-            Err(error) => Err(error),
+            checked => checked,
         }
     }
 
-    /// Counts the blocks of a segment without a footer, up to `end`.
-    pub(crate) fn count(&self, opened: &Opened, end: u64) -> Result<Footer> {
-        let scanned = self.scan(opened)?;
-        let within = |block: &&ScannedBlock| block.contiguous && block.offset < end;
-        Ok(self.build(opened, scanned.blocks.iter().take_while(within)).so_far().clone())
+    /// Counts the blocks of a segment without a footer, up to `end`. Needs no key. Also returns where the last of them ends.
+    pub(crate) fn count(&self, opened: &Opened, end: u64) -> Result<(Footer, u64)> {
+        let (builder, end) = self.in_place(opened, end)?;
+        Ok((builder.so_far().clone(), end))
     }
 
     /// Authenticates what reading a segment, or going on behind it, rests on before its first block: its header, and what says where
@@ -475,8 +653,8 @@ impl Shard {
     }
 
     /// What a scan says about damage at the end of a segment that nobody sealed: an error below the durable mark, nothing above it.
-    pub(super) fn damage_in_open_segment(&self, opened: &Opened) -> Result<()> {
-        let scanned = self.scan(opened)?;
+    pub(super) fn damage_in_open_segment(&self, opened: &Opened, proof: Proof) -> Result<()> {
+        let scanned = self.scan(opened, proof)?;
         self.check_durable_part(opened, &scanned).map(|_| ())
     }
 }

@@ -101,6 +101,15 @@ pub(crate) enum End {
     Unknown,
 }
 
+/// What decides whether the bytes found behind damage, in a segment that is not sealed, belong to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// Its tag, under the key of the segment.
+    Tag,
+    /// Its CRC32, for those that may use no key. A footer then proves nothing.
+    Crc,
+}
+
 /// A segment with its file open and its header read. Nothing of it is authenticated yet.
 #[derive(Clone, Debug)]
 pub(crate) struct Opened {
@@ -419,15 +428,22 @@ impl Shard {
         }
     }
 
-    /// Where the blocks of a segment that nobody sealed end: where the file does, or where a footer begins that nobody vouches for.
-    /// Then everything in front of that has been durable, for it was synced before the footer was written.
-    pub(crate) fn blocks_end(&self, opened: &Opened) -> Result<(u64, Option<u64>)> {
+    /// Where the blocks of a segment end that is not known to be sealed: where the file does, or where its footer begins, if the tag
+    /// of that holds. Then everything in front of that has been durable, for it was synced before the footer was written.
+    pub(crate) fn blocks_end(&self, opened: &Opened, proof: Proof) -> Result<(u64, Option<u64>)> {
         let path = &*opened.name.path;
         let len = opened.file.len().map_err(Error::io("get the length of", path))?;
-        match read_footer(&*opened.file, path, &opened.header, len) {
-            Ok(Some(footer)) => Ok((footer.footer.offset, Some(footer.footer.offset))),
-            Err(error @ Error::Io { .. }) => Err(error),
-            _ => Ok((len, None)),
+        let footer = match read_footer(&*opened.file, path, &opened.header, len) {
+            Ok(Some(footer)) if proof == Proof::Tag => footer,
+            Err(error @ Error::Io { .. }) => return Err(error),
+            _ => return Ok((len, None)),
+        };
+        let at = footer.footer.offset;
+        let sealed = Opened { end: End::Sealed(Arc::new(footer)), ..opened.clone() };
+        match self.verify_footer(&sealed) {
+            Ok(()) => Ok((at, Some(at))),
+            Err(Error::Tampered { .. } | Error::Shredded { .. }) => Ok((len, None)),
+            Err(error) => Err(error),
         }
     }
 

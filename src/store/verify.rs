@@ -16,7 +16,7 @@ use crate::{
     keys::AuditEvent,
     logstore::{LogstoreShared, Meta},
     segment::FooterBuilder,
-    shard::{End, Head, Load, Opened, ReadMode, SegmentReader, Shard, ShardRecord},
+    shard::{End, Head, Load, Opened, Proof, ReadMode, SegmentReader, Shard, ShardRecord},
     sync::{lock, read},
 };
 
@@ -408,7 +408,13 @@ impl StoreShared {
                 }
                 !reached
             });
+            reader.proof = if keyless { Proof::Crc } else { Proof::Tag };
             let loaded = match reader.load(shard) {
+                Err(error) if !keyless && matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+                    verification.note(Some(name), error)?;
+                    keyless = true;
+                    continue;
+                }
                 Err(error @ (Error::Corrupt { .. } | Error::Tampered { .. })) => {
                     damaged = true;
                     heads.clear();
@@ -439,7 +445,7 @@ impl StoreShared {
                 Load::End => break,
                 Load::NotYet => {
                     if matches!(end, End::Unknown) {
-                        let (left, _) = shard.blocks_end(&reader.opened)?;
+                        let (left, _) = shard.blocks_end(&reader.opened, reader.proof)?;
                         if left > reader.offset {
                             let note = format!(
                                 "{} ends in {} bytes that are no block, above the durable mark: the next append drops them",
