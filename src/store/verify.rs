@@ -229,6 +229,10 @@ impl StoreShared {
                 Vec::new()
             }
         };
+        match self.audit.strangers() {
+            Ok(notes) => verification.report.notes.extend(notes),
+            Err(error) => verification.note(None, error)?,
+        }
         for (dir, has_segments) in self.unlisted(admin)? {
             if has_segments {
                 let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
