@@ -12,6 +12,8 @@ mod setup;
 mod values;
 
 use std::{
+    borrow::Cow,
+    io::{self, Write},
     panic::{AssertUnwindSafe, catch_unwind, set_hook},
     process::ExitCode,
 };
@@ -55,7 +57,7 @@ fn show_events(verbose: u8, filter: Option<Targets>) {
         _ => LevelFilter::TRACE,
     };
     let filter = filter.unwrap_or_else(|| Targets::new().with_default(level));
-    let events = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    let events = tracing_subscriber::fmt::layer().with_writer(|| output::Events).with_ansi(false);
     tracing_subscriber::registry().with(filter).with(events).init();
 }
 
@@ -64,6 +66,12 @@ fn show_events(verbose: u8, filter: Option<Targets>) {
 fn forbid_core_dumps() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    // The limit does not hold where the system pipes core dumps to a program; this does.
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
 }
 
 /// A bug ends in one sentence too, not in a backtrace.
@@ -96,7 +104,16 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
         };
         Failure::usage(said).report(true);
     } else {
-        let _ = error.print();
+        let text = error.to_string();
+        match output::for_stderr(text.as_bytes(), output::Kind::Cell) {
+            // An argument that would command the terminal is shown without the colours of the rest.
+            Cow::Owned(shown) if shown != text.as_bytes() => {
+                let _ = io::stderr().write_all(&shown);
+            }
+            _ => {
+                let _ = error.print();
+            }
+        }
     }
     Status::Usage.into()
 }
