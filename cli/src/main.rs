@@ -13,7 +13,9 @@ mod values;
 
 use std::{
     borrow::Cow,
+    ffi::OsString,
     io::{self, Write},
+    os::unix::ffi::OsStrExt,
     panic::{AssertUnwindSafe, catch_unwind, set_hook},
     process::ExitCode,
 };
@@ -27,6 +29,7 @@ use tracing_subscriber::{
 
 use args::Cli;
 use exit::{Failure, Status};
+use output::Kind;
 
 fn main() -> ExitCode {
     forbid_core_dumps();
@@ -104,15 +107,13 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
         };
         Failure::usage(said).report(true);
     } else {
-        let text = error.to_string();
-        match output::for_stderr(text.as_bytes(), output::Kind::Cell) {
-            // An argument that would command the terminal is shown without the colours of the rest.
-            Cow::Owned(shown) if shown != text.as_bytes() => {
-                let _ = io::stderr().write_all(&shown);
-            }
-            _ => {
-                let _ = error.print();
-            }
+        // The colours of the message are escape sequences too. It has them only where no argument can have put others into it.
+        let is_plain = |text: OsString| matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_));
+        let variables = std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
+        if std::env::args_os().chain(variables.map(|(_, value)| value)).all(is_plain) {
+            let _ = error.print();
+        } else {
+            let _ = io::stderr().write_all(&output::for_stderr(error.to_string().as_bytes(), Kind::Cell));
         }
     }
     Status::Usage.into()

@@ -68,7 +68,7 @@ pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
             let _ = write!(text, "\\x{byte:02x}");
         }
     }
-    Cow::Owned(text.into_bytes())
+    if text.as_bytes() == bytes { Cow::Borrowed(bytes) } else { Cow::Owned(text.into_bytes()) }
 }
 
 /// Whether standard output is a terminal. Only there is anything escaped: into a pipe or a file every byte goes as it is.
@@ -354,7 +354,9 @@ mod tests {
         ] {
             assert_eq!(shown(bytes, kind), expected);
         }
-        assert!(matches!(visible(b"plain text", Kind::Line), Cow::Borrowed(_)));
+        for plain in ["plain text", "日志 🙂"] {
+            assert!(matches!(visible(plain.as_bytes(), Kind::Line), Cow::Borrowed(_)), "{plain}");
+        }
     }
 
     #[test]
