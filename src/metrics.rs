@@ -94,6 +94,7 @@ pub(crate) struct Counters {
     pub(crate) writers_latched: AtomicU64,
     pub(crate) audit_records: AtomicU64,
     pub(crate) audit_failures: AtomicU64,
+    pub(crate) audit_left_out: AtomicU64,
 }
 
 impl std::fmt::Debug for Counters {
@@ -161,6 +162,7 @@ impl Counters {
             writers_latched: at(&self.writers_latched),
             audit_records: at(&self.audit_records),
             audit_failures: at(&self.audit_failures),
+            audit_left_out: at(&self.audit_left_out),
         }
     }
 }
@@ -269,4 +271,6 @@ pub struct StoreMetrics {
     pub audit_records: u64,
     /// Records that could not be written to it.
     pub audit_failures: u64,
+    /// Transitions of keys that were left out of it, since there are at most 10 for one key in an hour; the next record counts them.
+    pub audit_left_out: u64,
 }

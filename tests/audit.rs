@@ -96,6 +96,9 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         assert!(records.iter().all(|record| record.logstore.as_ref() == Some(byok.name())));
         assert!(records.iter().all(|record| record.logstore_id == Some(byok.id())));
     }
+    // Transitions of one key are recorded at most ten times an hour.
+    world.clock.advance(secs(3600));
+    byok.revalidate_now().unwrap();
     for (answer, word) in [(Answer::Unreachable, "unreachable"), (Answer::Invalid, "invalid")] {
         let before = events(&store).len();
         world.kms.answer(answer);
@@ -357,7 +360,8 @@ fn a_record_that_a_crash_tore_was_never_there() {
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     world.service(&store, "p/l");
-    disk.fail_after(0, Failure::Death);
+    // After a look at the file that it goes into.
+    disk.fail_after(1, Failure::Death);
     store.rotate_data_key(&name("p/l")).unwrap_err();
     drop(store);
     assert!(!fs::read(&audit_files(&world)[0]).unwrap().ends_with(b"\n"), "it was torn");
@@ -548,6 +552,295 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
     });
     eventually("all is on record", || events(&store).iter().filter(|event| **event == Revoked).count() == 5);
     store.close().unwrap();
+}
+
+// ---- files that are no part of it ----
+
+/// The notes of a verification of the whole store, which finds no fault.
+fn notes(store: &Store) -> Vec<String> {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.faults.is_empty(), "{:?}", report.faults);
+    report.notes
+}
+
+/// Something in the directory of the log: its name, what makes it, and whether a verification mentions it.
+type Planted<'a> = (&'static str, Box<dyn Fn(&std::path::Path) + 'a>, bool);
+
+#[test]
+fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
+    for file_bytes in [4096, 4 << 20] {
+        let world = with_history(|world| world.options.audit_file_bytes = file_bytes);
+        let paths = audit_files(&world);
+        let next = format!("audit-{:06}.log", paths.len() + 1);
+        let next = &*next.leak();
+        let (first, last) = (fs::read(&paths[0]).unwrap(), fs::read(paths.last().unwrap()).unwrap());
+        let write = |bytes: Vec<u8>| move |path: &std::path::Path| fs::write(path, &bytes).unwrap();
+        let sparse = |len: u64| move |path: &std::path::Path| fs::File::create(path).unwrap().set_len(len).unwrap();
+        let garbage: Vec<u8> = (0..3000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let cut = first[..first.len().min(40)].to_vec();
+        let damaged = [&b"x"[..], &first].concat();
+        let planted: Vec<Planted<'_>> = vec![
+            ("audit-7.log", Box::new(write(Vec::new())), false),
+            ("audit-1.log", Box::new(write(first.clone())), false),
+            ("audit-+2.log", Box::new(write(last.clone())), false),
+            ("audit-0000001.log", Box::new(write(first.clone())), false),
+            ("audit-000000.log", Box::new(write(first.clone())), false),
+            ("audit-4294967296.log", Box::new(write(last.clone())), false),
+            ("audit-000002.log.bak", Box::new(write(last.clone())), false),
+            (next, Box::new(write(garbage)), true),
+            (next, Box::new(write(vec![0; 5000])), true),
+            (next, Box::new(write(b"\n".to_vec())), true),
+            (next, Box::new(write(b"{}\n".to_vec())), true),
+            (next, Box::new(write(cut)), true),
+            (next, Box::new(write(damaged)), true),
+            (next, Box::new(write(vec![b'{'; 70_000])), true),
+            (next, Box::new(sparse(1126 << 20)), true),
+            (next, Box::new(sparse(60 << 20)), true),
+            (next, Box::new(|path: &std::path::Path| fs::create_dir(path).unwrap()), true),
+            (next, Box::new(|path: &std::path::Path| std::os::unix::fs::symlink("/nonexistent", path).unwrap()), true),
+            (next, Box::new(write(first.clone())), true),
+            (next, Box::new(write(last.clone())), true),
+            (next, Box::new(write(Vec::new())), false),
+            ("audit-999999999.log", Box::new(write(b"garbage\n".to_vec())), true),
+            ("audit-999999999.log", Box::new(write(first.clone())), true),
+            ("audit-4294967295.log", Box::new(write(b"garbage\n".to_vec())), true),
+            ("audit-4294967295.log", Box::new(write(last.clone())), true),
+            ("audit-4294967295.log", Box::new(write(Vec::new())), false),
+        ];
+        let template = world.path().join("template");
+        copy_dir(&world.store_dir(), &template);
+        for (index, (file, plant, is_noted)) in planted.iter().enumerate() {
+            let what = format!("{index}: {file}, files of {file_bytes} bytes");
+            copy_dir(&template, &world.store_dir());
+            let path = audit_dir(&world).join(file);
+            plant(&path);
+            let content = || {
+                let metadata = fs::symlink_metadata(&path).unwrap();
+                let bytes = (metadata.is_file() && metadata.len() < 1 << 20).then(|| fs::read(&path).unwrap());
+                (metadata.len(), bytes)
+            };
+            let before = content();
+            let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(store.audit_records().unwrap_or_else(|error| panic!("{what}: {error}")).len(), 22, "{what}");
+            assert_eq!(notes(&store).iter().any(|note| note.contains(file)), *is_noted, "{what}");
+            // It goes on, over more files than one and over a closing, and nothing is written to what is no part of it.
+            for _ in 0..12 {
+                store.rotate_data_key(&name("p/l")).unwrap();
+            }
+            store.close().unwrap();
+            let store = world.open();
+            store.rotate_data_key(&name("p/l")).unwrap();
+            let found = store.audit_records().unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_eq!(found.len(), 22 + 26, "{what}");
+            if before.0 > 0 {
+                assert!(content() == before, "{what} was changed");
+            }
+            assert_eq!(notes(&store).iter().any(|note| note.contains(file)), *is_noted, "{what}");
+            store.close().unwrap();
+            // Also when it goes away. The numbers of the files have a gap then, the records have none.
+            if *is_noted {
+                fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
+                let store = world.open();
+                store.rotate_data_key(&name("p/l")).unwrap();
+                assert_eq!(store.audit_records().unwrap().len(), 22 + 28, "{what}");
+                assert!(notes(&store).is_empty(), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_log_whose_last_name_is_taken_goes_on_all_the_same() {
+    let world = with_history(|world| world.options.audit_file_bytes = 4096);
+    let last = audit_files(&world).pop().unwrap();
+    fs::rename(&last, audit_dir(&world).join("audit-4294967295.log")).unwrap();
+    let store = world.open();
+    assert_eq!(events(&store).len(), 22, "the records are as they were written");
+    for _ in 0..24 {
+        store.rotate_data_key(&name("p/l")).unwrap();
+    }
+    store.close().unwrap();
+    let store = world.open();
+    store.rotate_data_key(&name("p/l")).unwrap();
+    // A file that was renamed shows, once there is no name behind its own.
+    assert_eq!(fault_kinds(&store), ["tampered"]);
+}
+
+#[test]
+fn where_records_are_missing_a_file_that_was_passed_over_is_to_blame() {
+    let world = with_history(|world| world.options.audit_file_bytes = 2 * 4096);
+    let store = world.open();
+    for _ in 0..60 {
+        store.rotate_data_key(&name("p/l")).unwrap();
+    }
+    store.close().unwrap();
+    let paths = audit_files(&world);
+    assert!(paths.len() > 3, "{paths:?}");
+    let template = world.path().join("template");
+    copy_dir(&world.store_dir(), &template);
+    for path in [&paths[0], &paths[1], paths.last().unwrap()] {
+        for garbage in [&b"garbage\n"[..], &[0; 9000], b"\xff"] {
+            copy_dir(&template, &world.store_dir());
+            fs::write(path, garbage).unwrap();
+            for _ in 0..2 {
+                let store = world.open();
+                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                let faults: Vec<_> = report.faults.iter().map(|it| (it.kind, it.file.as_ref().unwrap())).collect();
+                assert_eq!(faults, [("corrupt", path)], "{:?}", report.faults);
+                store.rotate_data_key(&name("p/l")).unwrap();
+                store.close().unwrap();
+                assert_eq!(fs::read(path).unwrap(), garbage);
+            }
+        }
+        // A file that is gone is no damage: it is missing.
+        copy_dir(&template, &world.store_dir());
+        fs::remove_file(path).unwrap();
+        assert_eq!(fault_kinds(&world.open()), ["truncated"], "{path:?}");
+    }
+}
+
+/// A log that went on elsewhere would be two.
+#[test]
+fn an_error_of_the_disk_keeps_the_store_shut() {
+    let world = with_history(|_| {});
+    let disk = FailingDisk::default();
+    disk.break_paths(Some("/audit/"));
+    let opened = world.builder().disk(Arc::new(disk.clone())).open().map(drop);
+    assert!(matches!(opened, Err(Error::Io { .. })), "{opened:?}");
+    disk.break_paths(None);
+    assert_eq!(audit_files(&world).len(), 1);
+    assert_eq!(events(&world.open()).len(), 22);
+}
+
+#[test]
+fn a_file_of_it_has_a_largest_size() {
+    let mut world = World::manual();
+    for (bytes, taken) in [(4095, false), (4096, true), (64 << 20, true), ((64 << 20) + 1, false), (u64::MAX, false)] {
+        world.options.audit_file_bytes = bytes;
+        let made = world.builder().create().map(|store| store.close().unwrap());
+        assert_eq!(made.is_ok() || matches!(made, Err(Error::StoreExists { .. })), taken, "{bytes}: {made:?}");
+    }
+}
+
+// ---- a key that is switched on and off ----
+
+/// The number of transitions that a record counts before its own.
+fn left_out(record: &AuditRecord) -> u64 {
+    let Some((_, count)) = record.detail.rsplit_once("; ") else { return 0 };
+    count.split(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
+    let world = World::manual();
+    let (toggled, other) = (world.cmk(), world.cmk());
+    let store = world.create();
+    let toggling = [world.byok(&store, "p/a", &toggled), world.byok(&store, "p/b", &toggled)];
+    let quiet = world.byok(&store, "p/c", &other);
+    let logstores = [&toggling[0], &toggling[1], &quiet];
+    logstores.iter().for_each(|logstore| put(logstore, "one"));
+    let begin = events(&store).len();
+    let bytes = || files(&audit_dir(&world)).values().map(Vec::len).sum::<usize>();
+    let size = bytes();
+    let toggle = || {
+        world.local().disable(&toggled.cmk_key_id).unwrap();
+        // However full the hour is, the loss itself is not delayed.
+        assert_revoked(toggling[0].revalidate_now(), RevokedReason::Disabled);
+        for logstore in &toggling {
+            assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
+        }
+        world.local().enable(&toggled.cmk_key_id).unwrap();
+        toggling[0].revalidate_now().unwrap();
+        toggling.iter().for_each(|logstore| put(logstore, "more"));
+    };
+    for n in 0..1000 {
+        toggle();
+        world.clock.advance(std::time::Duration::from_millis(3500));
+        if n == 500 {
+            // Another Logstore is on record as if nothing else happened.
+            world.local().disable(&other.cmk_key_id).unwrap();
+            assert_revoked(quiet.revalidate_now(), RevokedReason::Disabled);
+        }
+    }
+    let of = |records: &[AuditRecord], logstore: &Logstore| -> Vec<AuditRecord> {
+        records.iter().filter(|record| record.logstore_id == Some(logstore.id())).cloned().collect()
+    };
+    let records = since(&store, begin);
+    for logstore in &toggling {
+        assert_eq!(of(&records, logstore).len(), 10);
+    }
+    assert_eq!(of(&records, &quiet).iter().map(|record| record.event).collect::<Vec<_>>(), [Revoked]);
+    assert!(bytes() - size < 21 * 600, "{} bytes", bytes() - size);
+    assert_eq!(store.metrics().audit_left_out, 2 * (2000 - 10));
+    // The last change is a loss. Within the hour it goes on record by itself, and with it how many there were.
+    world.local().disable(&toggled.cmk_key_id).unwrap();
+    assert_revoked(toggling[0].revalidate_now(), RevokedReason::Disabled);
+    world.clock.advance(secs(3600));
+    store.tick();
+    let records = since(&store, begin);
+    for logstore in &toggling {
+        let records = of(&records, logstore);
+        assert_eq!(records.len(), 11);
+        let last = records.last().unwrap();
+        assert_eq!((last.event, left_out(last)), (Revoked, 2001 - 11));
+        assert!(last.detail.starts_with("disabled; "), "{}", last.detail);
+        assert_eq!(records.iter().map(|record| 1 + left_out(record)).sum::<u64>(), 2001);
+    }
+    // The count is no part of the reason: the same loss found by another process is no news.
+    store.close().unwrap();
+    let store = world.open();
+    let count = events(&store).len();
+    assert_revoked(try_put(&store.logstore(&name("p/a")).unwrap(), "refused"), RevokedReason::Disabled);
+    assert_eq!(events(&store).len(), count);
+    assert!(fault_kinds(&store).is_empty());
+}
+
+#[test]
+fn what_was_left_out_goes_on_record_when_the_store_closes_and_the_hour_is_remembered() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/a", &cmk);
+    put(&logstore, "one");
+    let begin = events(&store).len();
+    let toggle = |logstore: &Logstore| {
+        world.local().disable(&cmk.cmk_key_id).unwrap();
+        logstore.revalidate_now().unwrap_err();
+        world.local().enable(&cmk.cmk_key_id).unwrap();
+        logstore.revalidate_now().unwrap();
+    };
+    for _ in 0..8 {
+        toggle(&logstore);
+    }
+    assert_eq!(events(&store).len(), begin + 10);
+    store.close().unwrap();
+    let store = world.open();
+    let last = since(&store, begin).pop().unwrap();
+    assert_eq!((last.event, left_out(&last), events(&store).len()), (Recovered, 5, begin + 11));
+    // Another process goes on with what the log has of this hour, and a process more makes no record more for good.
+    let mut store = store;
+    for _ in 0..20 {
+        let logstore = store.logstore(&name("p/a")).unwrap();
+        put(&logstore, "more");
+        toggle(&logstore);
+        store.close().unwrap();
+        store = world.open();
+    }
+    assert_eq!(events(&store).len(), begin + 20);
+    // What is done to the key on purpose comes after what was left out.
+    let logstore = store.logstore(&name("p/a")).unwrap();
+    toggle(&logstore);
+    store.rotate_data_key(logstore.name()).unwrap();
+    let last = since(&store, begin + 20);
+    assert_eq!(last.iter().map(|it| it.event).collect::<Vec<_>>(), [Recovered, RotateIntended, Rotated]);
+    assert_eq!(left_out(&last[0]), 1);
+    // After an hour all is as ever.
+    world.clock.advance(secs(3600));
+    logstore.revalidate_now().unwrap();
+    toggle(&logstore);
+    let last = since(&store, begin + 23);
+    assert_eq!(last.iter().map(|it| (it.event, left_out(it))).collect::<Vec<_>>(), [(Revoked, 0), (Recovered, 0)]);
+    assert!(fault_kinds(&store).is_empty());
 }
 
 // ---- over several processes ----

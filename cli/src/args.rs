@@ -354,7 +354,7 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct OutArgs {
-    /// The file to write; it must not exist
+    /// The file to write; it must not exist. Only its owner may read it
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) out: PathBuf,
 }

@@ -10,6 +10,8 @@ use std::{
 use envelog::{Error, ErrorKind, kms::LocalKmsError};
 use serde::Serialize;
 
+use crate::output;
+
 /// The result of a command.
 pub(crate) type Result<T = ()> = std::result::Result<T, Failure>;
 
@@ -124,8 +126,10 @@ impl Failure {
         } else {
             format!("envelog: {self}")
         };
+        let kind = if json { output::Kind::Json } else { output::Kind::Line };
+        let text = [&output::for_stderr(text.as_bytes(), kind), &b"\n"[..]].concat();
         // Where nobody listens there is nothing left to say.
-        let _ = writeln!(io::stderr(), "{text}");
+        let _ = io::stderr().write_all(&text);
     }
 }
 

@@ -1,14 +1,16 @@
 //! Files and standard input.
 
 use std::{
-    fs::File,
+    fs::{self, File, Metadata},
     io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, sync_channel},
     thread,
 };
 
 use bytes::{Bytes, BytesMut};
+use rustix::fs::OFlags;
 
 use crate::exit::{Failure, Result, Status};
 
@@ -103,16 +105,36 @@ pub(crate) fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// All of a file, or of standard input where it is `-`.
+/// All of the logs in a file, or of standard input where it is `-`. A pipe may have the logs too.
+pub(crate) fn read_logs(path: &Path) -> Result<Bytes> {
+    if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_file(path)?) }
+}
+
+/// All of a regular file, or of standard input where it is `-`.
 pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
+    if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_regular(path)?) }
+}
+
+fn read_all(path: &Path, mut source: impl Read) -> Result<Bytes> {
     let mut bytes = Vec::new();
-    let read = if path.as_os_str() == "-" {
-        io::stdin().read_to_end(&mut bytes)
-    } else {
-        open_file(path)?.read_to_end(&mut bytes)
-    };
-    read.map_err(|error| Failure::file("read", path, &error))?;
+    source.read_to_end(&mut bytes).map_err(|error| Failure::file("read", path, &error))?;
     Ok(bytes.into())
+}
+
+/// Opens what must be a regular file: a pipe or a device might never answer.
+pub(crate) fn open_regular(path: &Path) -> Result<File> {
+    let check = |metadata: io::Result<Metadata>| match metadata {
+        Ok(metadata) if metadata.is_file() => Ok(()),
+        Ok(_) => Err(Failure::other(format!("{} is not a regular file", path.display()))),
+        Err(error) => Err(Failure::file("open", path, &error)),
+    };
+    check(fs::metadata(path))?;
+    // Something else may have the name by now: the file that is open is looked at too, and to open it waits for no writer.
+    let mut options = File::options();
+    options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
+    let file = options.open(path).map_err(|error| Failure::file("open", path, &error))?;
+    check(file.metadata())?;
+    Ok(file)
 }
 
 fn open_file(path: &Path) -> Result<File> {
@@ -127,7 +149,7 @@ fn open_file(path: &Path) -> Result<File> {
 pub(crate) fn text_argument(argument: &str) -> Result<String> {
     let mut text = String::new();
     let read = match argument.strip_prefix('@') {
-        Some(path) => open_file(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
+        Some(path) => open_regular(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
         None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
         None => return Ok(argument.to_owned()),
     };

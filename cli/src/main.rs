@@ -12,6 +12,10 @@ mod setup;
 mod values;
 
 use std::{
+    borrow::Cow,
+    ffi::OsString,
+    io::{self, Write},
+    os::unix::ffi::OsStrExt,
     panic::{AssertUnwindSafe, catch_unwind, set_hook},
     process::ExitCode,
 };
@@ -25,6 +29,7 @@ use tracing_subscriber::{
 
 use args::Cli;
 use exit::{Failure, Status};
+use output::Kind;
 
 fn main() -> ExitCode {
     forbid_core_dumps();
@@ -55,7 +60,7 @@ fn show_events(verbose: u8, filter: Option<Targets>) {
         _ => LevelFilter::TRACE,
     };
     let filter = filter.unwrap_or_else(|| Targets::new().with_default(level));
-    let events = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    let events = tracing_subscriber::fmt::layer().with_writer(|| output::Events).with_ansi(false);
     tracing_subscriber::registry().with(filter).with(events).init();
 }
 
@@ -64,6 +69,12 @@ fn show_events(verbose: u8, filter: Option<Targets>) {
 fn forbid_core_dumps() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    // The limit does not hold where the system pipes core dumps to a program; this does.
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
 }
 
 /// A bug ends in one sentence too, not in a backtrace.
@@ -96,7 +107,14 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
         };
         Failure::usage(said).report(true);
     } else {
-        let _ = error.print();
+        // The colours of the message are escape sequences too. It has them only where no argument can have put others into it.
+        let is_plain = |text: OsString| matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_));
+        let variables = std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
+        if std::env::args_os().chain(variables.map(|(_, value)| value)).all(is_plain) {
+            let _ = error.print();
+        } else {
+            let _ = io::stderr().write_all(&output::for_stderr(error.to_string().as_bytes(), Kind::Cell));
+        }
     }
     Status::Usage.into()
 }

@@ -2,14 +2,17 @@
 
 use std::{
     borrow::Cow,
-    fmt::Display,
+    fmt::{self, Display, Write as _},
     io::{self, IsTerminal, Write},
-    sync::mpsc::{RecvTimeoutError, Sender, channel},
+    sync::{
+        OnceLock,
+        mpsc::{RecvTimeoutError, Sender, channel},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Row, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -20,22 +23,133 @@ const PROGRESS_AFTER: Duration = Duration::from_secs(1);
 /// How often a bar is drawn, also while nothing is done.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// What a text is, and with that which control characters in it are layout and how the others are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One line: every control character comes from a name or a message.
+    Line,
+    /// A cell of a table: it may have several lines.
+    Cell,
+    /// The bytes of a log: newline and tab are its own.
+    Log,
+    /// JSON: whitespace outside of strings is layout, and strings have no control characters but DEL and C1.
+    Json,
+}
+
+/// Makes a text fit for a terminal: control characters (C0, DEL, C1), bytes that are not UTF-8, and characters that change the
+/// direction of text are shown as escape sequences of letters, so that no name and no log can command the terminal.
+pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
+    let is_plain = |byte: &u8| (b' '..=b'~').contains(byte) || (*byte == b'\n' && kind != Kind::Line);
+    if bytes.iter().all(is_plain) {
+        return Cow::Borrowed(bytes);
+    }
+    let mut text = String::with_capacity(bytes.len() + 16);
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            let layout = match c {
+                '\n' => kind != Kind::Line,
+                '\t' | '\r' if kind == Kind::Json => true,
+                '\t' => kind == Kind::Log,
+                _ => false,
+            };
+            let turns = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            // Writing to a string cannot fail.
+            let _ = match u32::from(c) {
+                _ if layout || !(c.is_control() || turns) => {
+                    text.push(c);
+                    Ok(())
+                }
+                code if kind == Kind::Json => write!(text, "\\u{code:04x}"),
+                code @ ..0x80 => write!(text, "\\x{code:02x}"),
+                code => write!(text, "\\u{{{code:x}}}"),
+            };
+        }
+        for byte in chunk.invalid() {
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    if text.as_bytes() == bytes { Cow::Borrowed(bytes) } else { Cow::Owned(text.into_bytes()) }
+}
+
+/// Whether standard output is a terminal. Only there is anything escaped: into a pipe or a file every byte goes as it is.
+pub(crate) fn is_shown() -> bool {
+    static SHOWN: OnceLock<bool> = OnceLock::new();
+    *SHOWN.get_or_init(|| io::stdout().is_terminal())
+}
+
+/// A text for standard output.
+pub(crate) fn for_stdout(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
+    if is_shown() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
+}
+
+/// A text for standard error.
+pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
+    if io::stderr().is_terminal() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
+}
+
 /// Writes a line to standard output.
 pub(crate) fn line(text: impl Display) -> Result {
-    let mut out = io::stdout().lock();
-    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| Failure::output(&error))
+    write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
 }
 
 /// Writes a value to standard output, as indented JSON.
 pub(crate) fn json(value: &impl Serialize) -> Result {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
-    line(text)
+    write_out(&for_stdout(text.as_bytes(), Kind::Json))
+}
+
+fn write_out(text: &[u8]) -> Result {
+    let mut out = io::stdout().lock();
+    out.write_all(text)
+        .and_then(|()| out.write_all(b"\n"))
+        .and_then(|()| out.flush())
+        .map_err(|error| Failure::output(&error))
+}
+
+/// Standard error for the events of the engine: each is one write of one line.
+pub(crate) struct Events;
+
+impl Write for Events {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let (line, end) = event.strip_suffix(b"\n").map_or((event, &b""[..]), |line| (line, &b"\n"[..]));
+        let text = [&for_stderr(line, Kind::Line), end].concat();
+        io::stderr().write_all(&text).map(|()| event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// A table whose cells are fit for a terminal where standard output is one.
+pub(crate) struct Table(comfy_table::Table);
+
+impl Table {
+    pub(crate) fn add_row(&mut self, row: impl Into<Row>) -> &mut Self {
+        let row: Row = row.into();
+        // A cell that needs escapes loses its colour.
+        let cells = row.cell_iter().map(|cell| {
+            let content = cell.content();
+            match for_stdout(content.as_bytes(), Kind::Cell) {
+                Cow::Borrowed(_) => cell.clone(),
+                Cow::Owned(text) => Cell::new(String::from_utf8_lossy(&text)),
+            }
+        });
+        self.0.add_row(cells.collect::<Vec<_>>());
+        self
+    }
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
 }
 
 /// An empty table. Columns in `numbers` (from 0) are set flush right.
 pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
-    let mut table = Table::new();
+    let mut table = comfy_table::Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
     if std::env::var_os("NO_COLOR").is_some() {
         table.force_no_tty();
@@ -48,22 +162,28 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    table
+    Table(table)
+}
+
+/// Writes a table to standard output, however wide it is.
+pub(crate) fn print_wide_table(table: &Table) -> Result {
+    write_out(table.to_string().as_bytes())
 }
 
 /// Writes a table to standard output; where the terminal is too narrow for it, a table a row, with a line a column.
 pub(crate) fn print_table(table: &Table) -> Result {
-    let needed = table.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
-    let (Some(width), Some(header)) = (table.width(), table.header()) else { return line(table) };
+    let Table(inner) = table;
+    let needed = inner.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
+    let (Some(width), Some(header)) = (inner.width(), inner.header()) else { return print_wide_table(table) };
     if needed <= usize::from(width) {
-        return line(table);
+        return print_wide_table(table);
     }
-    table.row_iter().try_for_each(|row| {
+    inner.row_iter().try_for_each(|row| {
         let mut upright = self::table(&[], &[]);
         for (name, cell) in header.cell_iter().zip(row.cell_iter()) {
             upright.add_row([Cell::new(name.content()), cell.clone()]);
         }
-        line(upright)
+        print_wide_table(&upright)
     })
 }
 
@@ -165,7 +285,8 @@ impl Progress {
 
     /// What is being done now.
     pub(crate) fn say(&self, what: impl Into<Cow<'static, str>>) {
-        self.bar.set_message(what);
+        let what = what.into();
+        self.bar.set_message(String::from_utf8_lossy(&visible(what.as_bytes(), Kind::Line)).into_owned());
     }
 
     pub(crate) fn add(&self, more: u64) {
@@ -184,5 +305,65 @@ impl Drop for Progress {
             let _ = thread.join();
         }
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(bytes: &[u8], kind: Kind) -> String {
+        String::from_utf8_lossy(&visible(bytes, kind)).into_owned()
+    }
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_is_left() {
+        for kind in [Kind::Line, Kind::Cell, Kind::Log, Kind::Json] {
+            // Every byte alone, every character of the first planes that matter, and sequences as they are used.
+            for byte in 0..=255_u8 {
+                let text = shown(&[b'a', byte, b'b'], kind);
+                let layout = |c: char| match c {
+                    '\n' => kind != Kind::Line,
+                    '\t' => matches!(kind, Kind::Log | Kind::Json),
+                    '\r' => kind == Kind::Json,
+                    _ => false,
+                };
+                assert!(text.chars().all(|c| !c.is_control() || layout(c)), "{byte:#x} as {kind:?}: {text:?}");
+                assert!(!text.contains('\u{fffd}'), "{byte:#x} as {kind:?}: {text:?}");
+            }
+            let turning = ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}');
+            for c in ('\u{80}'..='\u{9f}').chain(turning) {
+                let text = shown(format!("a{c}b").as_bytes(), kind);
+                assert!(text.is_ascii() && text.starts_with('a') && text.ends_with('b'), "{c:?} as {kind:?}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_escaped_can_be_read_and_the_rest_stays() {
+        for (bytes, kind, expected) in [
+            (&b"\x1b]0;title\x07\x1b[2J"[..], Kind::Line, "\\x1b]0;title\\x07\\x1b[2J"),
+            (b"two\nlines\tand\x7f", Kind::Line, "two\\x0alines\\x09and\\x7f"),
+            (b"two\nlines\tand\r", Kind::Log, "two\nlines\tand\\x0d"),
+            (b"two\nlines\t", Kind::Cell, "two\nlines\\x09"),
+            (b"\x9b31m and \xc2\x9b31m", Kind::Log, "\\x9b31m and \\u{9b}31m"),
+            (b"\xe2\x80", Kind::Log, "\\xe2\\x80"),
+            ("abc\u{202e}cba".as_bytes(), Kind::Line, "abc\\u{202e}cba"),
+            ("{\n \"a\": \"\u{9b}\u{202e}\u{7f}\"}".as_bytes(), Kind::Json, "{\n \"a\": \"\\u009b\\u202e\\u007f\"}"),
+            ("日志 ünïcödé 🙂 \\x1b".as_bytes(), Kind::Line, "日志 ünïcödé 🙂 \\x1b"),
+        ] {
+            assert_eq!(shown(bytes, kind), expected);
+        }
+        for plain in ["plain text", "日志 🙂"] {
+            assert!(matches!(visible(plain.as_bytes(), Kind::Line), Cow::Borrowed(_)), "{plain}");
+        }
+    }
+
+    #[test]
+    fn json_on_a_terminal_says_the_same() {
+        let value = "\u{0}\u{1b}\u{7f}\u{85}\u{9b}\u{202e}\u{2069}\n\t\r\"\\é";
+        let text = serde_json::to_string_pretty(&[value]).unwrap_or_default();
+        let parsed: Vec<String> = serde_json::from_slice(&visible(text.as_bytes(), Kind::Json)).unwrap_or_default();
+        assert_eq!(parsed, [value]);
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     args::Format,
     exit::{Failure, Result},
     lines::CONTENT,
-    output,
+    output::{self, Kind},
 };
 
 const BUFFER_BYTES: usize = 256 * 1024;
@@ -106,12 +106,16 @@ fn each_log(shard: u32, record: &Record, format: Format, mut take: impl FnMut(Wr
 }
 
 fn write_line(out: &mut dyn Write, line: &[u8]) -> io::Result<()> {
-    out.write_all(line)?;
+    out.write_all(&output::for_stdout(line, Kind::Log))?;
     out.write_all(b"\n")
 }
 
 fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, value)?;
+    if output::is_shown() {
+        out.write_all(&output::visible(&serde_json::to_vec(value)?, Kind::Json))?;
+    } else {
+        serde_json::to_writer(&mut *out, value)?;
+    }
     out.write_all(b"\n")
 }
 

@@ -5,7 +5,8 @@
 //! dropped from the middle or moved. The catalogue remembers how far the log was when it was last written.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -17,10 +18,10 @@ use super::keyring::Keyring;
 use crate::{
     Error, Result,
     config::LogstoreName,
-    crypto::{hmac_sha256, tags_equal},
+    crypto::{SecretKey, hmac_sha256, tags_equal},
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
-    io::{self, Clock, Disk, DiskFile, OpenMode},
+    io::{self, Clock, DirEntry, Disk, DiskFile, FileKind, OpenMode, WrongFileType},
     metrics::Counters,
     sync::{Mutex, RwLock, atomic::Ordering, lock, read},
 };
@@ -108,12 +109,29 @@ pub(crate) struct AuditHead {
 
 struct Tail {
     head: AuditHead,
-    /// The number of the current file.
-    file_number: u32,
+    /// The number of the file that takes the next record, if one is known to be part of the log.
+    current: Option<u32>,
+    /// Where there is no current file, the next one gets a number above this one.
+    after: u32,
     file: Option<Arc<dyn DiskFile>>,
+    /// Up to where the current file has records.
     len: u64,
     /// Whether the log goes on from what the catalogue knew of it when the store was opened.
     follows: bool,
+}
+
+impl Tail {
+    /// A log without a record.
+    fn empty() -> Self {
+        Self { head: AuditHead::default(), current: None, after: 0, file: None, len: 0, follows: true }
+    }
+
+    /// Ends the current file. The next record goes into another one.
+    fn leave(&mut self) {
+        self.after = self.after.max(self.current.take().unwrap_or(0));
+        self.file = None;
+        self.len = 0;
+    }
 }
 
 /// The audit log of an open store.
@@ -125,14 +143,24 @@ pub(crate) struct AuditLog {
     file_bytes_max: u64,
     counters: Arc<Counters>,
     /// `None` until the log was read for them, when the first transition is to be recorded.
-    losses: Mutex<Option<Losses>>,
+    transitions: Mutex<Option<Transitions>>,
     tail: Mutex<Tail>,
 }
 
 const LINE_BYTES_MAX: usize = 64 << 10;
+/// How much of a file is read at first to find its first record.
+const FIRST_READ_BYTES: usize = 4 << 10;
 /// What of a detail goes on record, in bytes: in JSON each may become six, and the line holds it all the same.
 const DETAIL_BYTES_MAX: usize = 8 << 10;
-const FILE_BYTES_MAX: u64 = 1 << 30;
+/// The largest size at which a file may be followed by the next.
+pub(crate) const FILE_BYTES_LIMIT: u64 = 64 << 20;
+/// The largest file that a reader takes: one record may begin right below the limit.
+const FILE_BYTES_MAX: u64 = FILE_BYTES_LIMIT + LINE_BYTES_MAX as u64 + 1;
+/// How many transitions of one Logstore's key are recorded within [`WINDOW_US`].
+const TRANSITIONS_MAX: usize = 10;
+/// The same when the store closes: the state in which the key is left goes on record unless there are as many as this.
+const TRANSITIONS_AT_CLOSE_MAX: usize = 20;
+const WINDOW_US: u64 = 3_600_000_000;
 
 impl std::fmt::Debug for AuditLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -150,63 +178,106 @@ impl AuditLog {
         file_bytes_max: u64,
         counters: Arc<Counters>,
     ) -> Self {
-        let tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
-        Self { disk, clock, keyring, dir, file_bytes_max, counters, losses: Mutex::default(), tail: Mutex::new(tail) }
+        let (transitions, tail) = (Mutex::default(), Mutex::new(Tail::empty()));
+        Self { disk, clock, keyring, dir, file_bytes_max, counters, transitions, tail }
     }
 
-    /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the last file, and back to the one that has
-    /// `known` in it. A damaged file is no reason not to open a store: the log goes on behind it, and [`AuditLog::verified`] tells.
+    /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the first record of every file, the file that has
+    /// `known` in it, and those behind it. Damage is no reason not to open a store: the log goes on behind it, and
+    /// [`AuditLog::verified`] reports it. An error of the disk is one, since to go on elsewhere would fork the chain.
     pub(crate) fn find_end(&self, known: &AuditHead) -> Result<()> {
-        let numbers = self.files()?;
-        let mut tail = lock(&self.tail);
-        tail.file_number = numbers.last().copied().unwrap_or(1);
-        tail.follows = known.number == 0;
-        for (index, &number) in numbers.iter().enumerate().rev() {
-            let is_last = index + 1 == numbers.len();
-            let lines = self.lines(number).and_then(|lines| {
-                // Which record is damaged in a file that has no other is known when the files before it have been read.
-                let before = if index == 0 { 0 } else { known.number };
-                lines.up_to(known, before, &self.path(number))
-            });
-            let lines = match lines {
-                Err(Error::Corrupt { .. }) => {
-                    if is_last {
-                        (tail.file_number, tail.head) = (number.saturating_add(1), known.clone());
-                    }
-                    tail.follows = false;
-                    break;
-                }
-                lines => lines?,
-            };
-            if is_last {
-                tail.len = lines.valid_len;
-            }
-            if let (0, Some(line)) = (tail.head.number, lines.lines.last()) {
-                tail.head = line.head();
-            }
-            tail.follows |= lines.lines.iter().any(|line| line.head() == *known);
-            if tail.follows && tail.head.number > 0 {
+        let Scan { parts, others, .. } = self.scan()?;
+        let mut end: Option<(u32, Lines)> = None;
+        for part in parts.iter().rev().filter(|part| part.first.record.number <= known.number) {
+            let lines = self.lines(part.number)?;
+            if lines.lines.iter().any(|line| line.head() == *known) {
+                end = Some((part.number, lines));
                 break;
             }
         }
+        let found = end.is_some() || known.number == 0;
+        let mut head = end.as_ref().and_then(|(_, lines)| lines.head()).unwrap_or_default();
+        if found {
+            let mut rest: Vec<&Part> = parts.iter().collect();
+            while let Some(next) = rest.iter().position(|part| self.goes_on(&part.first, &head)) {
+                let part = rest.remove(next);
+                let lines = self.lines(part.number)?;
+                head = lines.head().unwrap_or(head);
+                end = Some((part.number, lines));
+            }
+        } else if let Some(part) = parts.last() {
+            let lines = self.lines(part.number)?;
+            head = lines.head().unwrap_or_default();
+            end = Some((part.number, lines));
+        }
+        let mut tail = lock(&self.tail);
+        *tail = Tail::empty();
+        tail.follows = found;
+        tail.after = end.as_ref().map_or(0, |(number, _)| *number);
+        let damaged = end.as_ref().is_some_and(|(number, lines)| lines.fault(known, &self.path(*number)).is_some());
+        if damaged || (!found && head.number < known.number && others.iter().any(Other::may_have_records)) {
+            // What is there may hold the records that are missing, so it stays as it is.
+            tail.head = if head.number > known.number { head } else { known.clone() };
+            tail.follows &= !damaged;
+        } else {
+            tail.head = head;
+            tail.current = end.as_ref().map(|(number, _)| *number);
+            tail.len = end.map_or(0, |(_, lines)| lines.valid_len);
+        }
+        // Records behind a gap have their numbers already.
+        for part in &parts {
+            if !found || part.first.record.number <= tail.head.number {
+                continue;
+            }
+            let lines = self.lines(part.number)?;
+            let beyond = lines.head().filter(|head| head.number > tail.head.number);
+            if let Some(head) = beyond.filter(|_| self.is_ours(&lines)) {
+                tail.leave();
+                tail.after = tail.after.max(part.number);
+                tail.head = head;
+                tail.follows = false;
+            }
+        }
         Ok(())
+    }
+
+    /// Whether `line` is the record that follows `head`.
+    fn goes_on(&self, line: &Line, head: &AuditHead) -> bool {
+        Some(line.record.number) == head.number.checked_add(1) && self.is_tagged(line, &head.tag)
+    }
+
+    /// Whether the tag of `line` holds behind a record whose tag is `previous`.
+    fn is_tagged(&self, line: &Line, previous: &str) -> bool {
+        read(&self.keyring).audit_key(line.record.keyring_version).is_ok_and(|key| tag_holds(&key, line, previous))
+    }
+
+    /// Whether the records of a file are of this log, as far as they can show it without the record before them.
+    fn is_ours(&self, lines: &Lines) -> bool {
+        match &lines.lines[..] {
+            [first, second, ..] => self.is_tagged(second, &first.tag),
+            _ => true,
+        }
     }
 
     /// What a process wrote last that was killed may be in memory alone, or not even be on its way to the disk: unless the catalogue
     /// knows it, it is written once more and synced, before anything rests on it.
     pub(crate) fn make_durable(&self, known: &AuditHead) -> Result<()> {
         let mut tail = lock(&self.tail);
-        if tail.head == *known || tail.len == 0 {
-            return Ok(());
-        }
-        let path = self.path(tail.file_number);
-        let lines = self.lines(tail.file_number)?;
+        let Some(number) = tail.current.filter(|_| tail.head != *known) else { return Ok(()) };
+        let path = self.path(number);
+        let lines = self.lines(number)?;
         let Some(last) = lines.lines.last() else { return Ok(()) };
-        let file = self.open_file(&path, tail.len)?;
-        file.write_at(encode_line(&last.json, &last.tag).as_bytes(), last.offset)
-            .and_then(|()| file.sync_data())
-            .map_err(Error::io("sync the audit log", &path))?;
-        tail.file = Some(file);
+        let write = || -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+            if !self.may_continue(&path)? {
+                self.disk.open(&path, OpenMode::Read)?.sync_data()?;
+                return Ok(None);
+            }
+            let Some(file) = self.reopen(&path, tail.len)? else { return Ok(None) };
+            file.write_at(encode_line(&last.json, &last.tag).as_bytes(), last.offset)?;
+            file.sync_data()?;
+            Ok(Some(file))
+        };
+        tail.file = write().map_err(Error::io("sync the audit log", &path))?;
         Ok(())
     }
 
@@ -220,15 +291,19 @@ impl AuditLog {
     /// Keeps what is there under another name, since the keyring that it was tagged under is lost, and begins anew.
     pub(crate) fn set_aside(&self, why: &str) -> Result<()> {
         let mut tail = lock(&self.tail);
-        for number in self.files()? {
+        for (number, is_plain) in self.names()? {
+            // Only files can be part of a log.
+            if !is_plain {
+                continue;
+            }
             let from = self.path(number);
             let to = self.dir.join(format!("{why}-{number:06}.log"));
             self.disk.rename(&from, &to).map_err(Error::io("rename", &from))?;
         }
         self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
-        *tail = Tail { head: AuditHead::default(), file_number: 1, file: None, len: 0, follows: true };
+        *tail = Tail::empty();
         drop(tail);
-        *lock(&self.losses) = None;
+        *lock(&self.transitions) = None;
         Ok(())
     }
 
@@ -236,16 +311,86 @@ impl AuditLog {
         self.dir.join(format!("audit-{number:06}.log"))
     }
 
-    fn files(&self) -> Result<Vec<u32>> {
-        let mut numbers: Vec<u32> = self
-            .disk
-            .list_dir(&self.dir)
-            .map_err(Error::io("list", &self.dir))?
-            .iter()
-            .filter_map(|entry| entry.name.strip_prefix("audit-")?.strip_suffix(".log")?.parse().ok())
-            .collect();
-        numbers.sort_unstable();
-        Ok(numbers)
+    /// The numbers of all names that a file of the log may have, and whether what has the name is a plain file.
+    fn names(&self) -> Result<BTreeMap<u32, bool>> {
+        let entries = self.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
+        Ok(entries.iter().filter_map(|entry| Some((number_of(&entry.name)?, is_plain(entry)))).collect())
+    }
+
+    /// Looks at the beginning of every file, to tell which of them are part of the log.
+    fn scan(&self) -> Result<Scan> {
+        let mut scan = Scan::default();
+        let mut parts = Vec::new();
+        for (number, is_plain) in self.names()? {
+            scan.names.insert(number);
+            let begin = if is_plain { self.beginning(number)? } else { Beginning::Other(Why::NoFile) };
+            match begin {
+                Beginning::Empty => {}
+                Beginning::Record(first) => parts.push(Part { number, first: *first }),
+                Beginning::Other(why) => scan.others.push(Other { number, why }),
+            }
+        }
+        parts.sort_by_key(|part| (part.first.record.number, part.number));
+        for part in parts {
+            let same = |other: &Part| other.first.head() == part.first.head();
+            let Some(at) = scan.parts.iter().rposition(same) else {
+                scan.parts.push(part);
+                continue;
+            };
+            // A copy has the same records. Of two files that do, the one with more of them is part of the log.
+            let (here, there) = (self.lines(part.number)?, self.lines(scan.parts[at].number)?);
+            if here.lines.len() > there.lines.len() && here.goes_on_from(&there) {
+                let other = std::mem::replace(&mut scan.parts[at], part);
+                let why = Why::Copy(scan.parts[at].number);
+                scan.others.push(Other { number: other.number, why });
+            } else if there.goes_on_from(&here) {
+                let why = Why::Copy(scan.parts[at].number);
+                scan.others.push(Other { number: part.number, why });
+            } else {
+                scan.parts.push(part);
+            }
+        }
+        Ok(scan)
+    }
+
+    /// What a file begins with. Reads no more of it than a record may have.
+    fn beginning(&self, number: u32) -> Result<Beginning> {
+        let read = || -> std::io::Result<Beginning> {
+            let file = match self.disk.open(&self.path(number), OpenMode::Read) {
+                Err(error) if is_no_file(&error) => return Ok(Beginning::Other(Why::NoFile)),
+                file => file?,
+            };
+            let len = file.len()?;
+            if len > FILE_BYTES_MAX {
+                return Ok(Beginning::Other(Why::TooLarge));
+            }
+            let mut bytes = Vec::new();
+            for limit in [FIRST_READ_BYTES, LINE_BYTES_MAX + 1] {
+                bytes = vec![0; limit.min(len as usize)];
+                let read = file.read_at(&mut bytes, 0)?;
+                bytes.truncate(read);
+                if let Some(end) = memchr::memchr(b'\n', &bytes) {
+                    let line = bytes.get(..end).and_then(|line| parse_line(line, 0));
+                    return Ok(line.map_or(Beginning::Other(Why::NoRecord), |line| Beginning::Record(Box::new(line))));
+                }
+            }
+            Ok(match bytes.first() {
+                None => Beginning::Empty,
+                Some(b'{') => Beginning::Other(Why::CutShort),
+                Some(_) => Beginning::Other(Why::NoRecord),
+            })
+        };
+        read().map_err(Error::io("read the audit log", self.path(number)))
+    }
+
+    /// The files whose names are those of the log and which are no part of it, and why.
+    pub(crate) fn strangers(&self) -> Result<Vec<String>> {
+        let mut others = self.scan()?.others;
+        others.sort_by_key(|other| other.number);
+        let note = |other: &Other| {
+            format!("{} is no part of the key audit log: {}", self.path(other.number).display(), other.why)
+        };
+        Ok(others.iter().map(note).collect())
     }
 
     pub(crate) fn head(&self) -> AuditHead {
@@ -260,9 +405,16 @@ impl AuditLog {
         detail: impl Into<String>,
     ) -> Result<()> {
         let detail = shortened(detail.into());
+        let mut transitions = lock(&self.transitions);
+        if let (Some(all), Some((_, id))) = (&mut *transitions, logstore)
+            && let Some(state) = all.get_mut(&id)
+        {
+            // What was left out comes before this. Whether it can be recorded does not decide about this record.
+            let _ = self.catch_up(id, state);
+        }
         self.put(event, logstore, &detail)?;
-        if let Some(losses) = &mut *lock(&self.losses) {
-            follow(losses, event, logstore.map(|(_, id)| id), &detail);
+        if let (Some(all), Some((_, id))) = (&mut *transitions, logstore) {
+            follow(all, event, id, &detail, self.clock.wall_us());
         }
         Ok(())
     }
@@ -291,7 +443,7 @@ impl AuditLog {
         };
         let mut tail = lock(&self.tail);
         let record = AuditRecord {
-            number: tail.head.number + 1,
+            number: tail.head.number.saturating_add(1),
             time_us: self.clock.wall_us(),
             event,
             logstore: logstore.map(|(name, _)| name.clone()),
@@ -303,15 +455,10 @@ impl AuditLog {
         let tag = hex_encode(&hmac_sha256(&key, &[tail.head.tag.as_bytes(), json.as_bytes()]));
         let line = encode_line(&json, &tag);
         if tail.len >= self.file_bytes_max {
-            tail.file_number += 1;
-            tail.file = None;
-            tail.len = 0;
+            tail.leave();
         }
-        let path = self.path(tail.file_number);
-        let file = match tail.file.clone() {
-            Some(file) => file,
-            None => self.open_file(&path, tail.len)?,
-        };
+        let file = self.file_to_append_to(&mut tail)?;
+        let path = self.path(tail.current.unwrap_or(1));
         // A record is one write; should it tear, its line is cut off before the next one is written.
         let len = tail.len;
         let written = file
@@ -328,27 +475,92 @@ impl AuditLog {
         Ok(record.number)
     }
 
-    fn open_file(&self, path: &Path, len: u64) -> Result<Arc<dyn DiskFile>> {
-        let open = || -> std::io::Result<Arc<dyn DiskFile>> {
-            if self.disk.stat(path)?.is_none() {
-                let file = self.disk.open(path, OpenMode::CreateNew)?;
-                self.disk.sync_dir(&self.dir)?;
-                return Ok(file);
+    /// The current file, or the next one where it may not be continued.
+    fn file_to_append_to(&self, tail: &mut Tail) -> Result<Arc<dyn DiskFile>> {
+        if let Some(number) = tail.current {
+            let path = self.path(number);
+            let open = || -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+                if !self.may_continue(&path)? {
+                    return Ok(None);
+                }
+                match tail.file.clone() {
+                    Some(file) => Ok(Some(file)),
+                    None => self.reopen(&path, tail.len),
+                }
+            };
+            match open() {
+                Ok(Some(file)) => return Ok(file),
+                Err(error) if !is_no_file(&error) => return Err(Error::io("open the audit log", &path)(error)),
+                _ => tail.leave(),
             }
-            let file = self.disk.open(path, OpenMode::ReadWrite)?;
-            if file.len()? != len {
-                file.set_len(len)?;
-            }
-            if len == 0 {
-                // Whoever made it may not have got round to this.
-                self.disk.sync_dir(&self.dir)?;
-            }
-            Ok(file)
-        };
-        open().map_err(Error::io("open the audit log", path))
+        }
+        self.next_file(tail)
     }
 
-    /// Records that access to a key was lost or is back, unless the log says so already, be it by another process.
+    /// Whether a file that is part of the log may take more records, and what a crash tore at its end may be cut off.
+    fn may_continue(&self, path: &Path) -> std::io::Result<bool> {
+        // A second name means that a copy was made by linking: what is added here would change the copy.
+        Ok(self.disk.stat(path)?.is_some_and(|stat| stat.kind == FileKind::File && stat.links == 1))
+    }
+
+    /// Opens a file of the log to write behind its `len` bytes of records. `None` if it has become shorter.
+    fn reopen(&self, path: &Path, len: u64) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+        let file = self.disk.open(path, OpenMode::ReadWrite)?;
+        let found = file.len()?;
+        if found < len {
+            return Ok(None);
+        }
+        if found > len {
+            file.set_len(len)?;
+        }
+        Ok(Some(file))
+    }
+
+    /// Begins the next file, under the first name above the files so far that is free or has an empty file. Should no name above them
+    /// be free, it is one below them.
+    fn next_file(&self, tail: &mut Tail) -> Result<Arc<dyn DiskFile>> {
+        let names = self.names()?;
+        let above = tail.after.saturating_add(1);
+        for number in (above..=u32::MAX).chain(1..above) {
+            let path = self.path(number);
+            let usable = match names.get(&number) {
+                None => self.create(&path),
+                Some(true) => self.reuse(&path),
+                Some(false) => Ok(None),
+            };
+            let Some(file) = usable.map_err(Error::io("open the audit log", &path))? else { continue };
+            // The process that made an empty file may have died before this.
+            self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
+            tail.current = Some(number);
+            tail.file = Some(Arc::clone(&file));
+            tail.len = 0;
+            return Ok(file);
+        }
+        Err(Error::TooMany { what: "files in the audit log", limit: u64::from(u32::MAX) })
+    }
+
+    /// Makes a file of the log. `None` if the name is taken by now.
+    fn create(&self, path: &Path) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+        match self.disk.open(path, OpenMode::CreateNew) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
+            file => file.map(Some),
+        }
+    }
+
+    /// Opens a file that a crash left empty. `None` if it is not such a file.
+    fn reuse(&self, path: &Path) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+        if self.disk.stat(path)?.is_none_or(|stat| stat.len > 0) || !self.may_continue(path)? {
+            return Ok(None);
+        }
+        let file = match self.disk.open(path, OpenMode::ReadWrite) {
+            Err(error) if is_no_file(&error) => return Ok(None),
+            file => file?,
+        };
+        Ok((file.len()? == 0).then_some(file))
+    }
+
+    /// Records that access to a key was lost or is back, unless the log says so already, be it by another process. Of one key at most
+    /// [`TRANSITIONS_MAX`] are recorded in an hour; the others are counted, and the next record has their count.
     pub(crate) fn transition(
         &self,
         event: AuditEvent,
@@ -356,33 +568,80 @@ impl AuditLog {
         detail: String,
     ) -> Result<()> {
         let detail = shortened(detail);
-        let mut losses = lock(&self.losses);
-        let losses = losses.get_or_insert_with(|| self.read_losses());
-        let known = losses.get(&logstore.1);
-        let news = match (event, known) {
+        let mut transitions = lock(&self.transitions);
+        let transitions = transitions.get_or_insert_with(|| self.read_transitions());
+        let (name, id) = logstore;
+        let state = transitions.entry(id).or_default();
+        let news = match (event, state.loss()) {
             (AuditEvent::Recovered, known) => known.is_some(),
             // How the KMS could not be reached may be said in many ways; it is one loss.
             (AuditEvent::LeaseEnded, Some((AuditEvent::LeaseEnded, before))) => kind(before) != kind(&detail),
-            (event, Some((before, reason))) => event != *before || detail != *reason,
+            (event, Some((before, reason))) => event != before || detail != *reason,
             (_, None) => true,
         };
-        if news {
-            self.put(event, Some(logstore), &detail)?;
-            follow(losses, event, Some(logstore.1), &detail);
+        if !news {
+            return Ok(());
         }
+        let now_us = self.clock.wall_us();
+        if state.recent(now_us) < TRANSITIONS_MAX {
+            let recorded = self.put(event, Some(logstore), &with_count(&detail, state.left_out));
+            if recorded.is_ok() {
+                state.recorded(event, detail, now_us);
+                return Ok(());
+            }
+            if state.left_out == 0 {
+                return recorded;
+            }
+        }
+        if state.left_out == 0 {
+            info!(logstore = %name, "the key changes its state so often that not every transition goes on record");
+        }
+        state.left_out += 1;
+        state.latest = Some((event, detail, name.clone()));
+        self.counters.audit_left_out.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
-    /// The Logstores whose last transition on record is a loss, and which. As far as the log can be read: a damaged one is for
-    /// [`AuditLog::walk`] to tell of.
-    fn read_losses(&self) -> Losses {
-        let mut losses = Losses::new();
-        for number in self.files().unwrap_or_default() {
-            for line in self.lines(number).map(|lines| lines.lines).unwrap_or_default() {
-                follow(&mut losses, line.record.event, line.record.logstore_id, &line.record.detail);
+    /// Records in which state keys are whose last transition was left out, where the hour allows it.
+    pub(crate) fn settle(&self) {
+        self.settle_up_to(TRANSITIONS_MAX);
+    }
+
+    /// The same when the store closes: nothing in memory will know of it later.
+    pub(crate) fn settle_at_close(&self) {
+        self.settle_up_to(TRANSITIONS_AT_CLOSE_MAX);
+    }
+
+    fn settle_up_to(&self, count: usize) {
+        let now_us = self.clock.wall_us();
+        for (id, state) in lock(&self.transitions).iter_mut().flatten() {
+            if state.latest.is_some() && state.recent(now_us) < count {
+                // What cannot be recorded now stays to be recorded.
+                let _ = self.catch_up(*id, state);
             }
         }
-        losses
+    }
+
+    /// Records the last transition that was left out, and how many were before it.
+    fn catch_up(&self, id: LogstoreId, state: &mut KeyState) -> Result<()> {
+        let Some((event, detail, name)) = state.latest.clone() else { return Ok(()) };
+        self.put(event, Some((&name, id)), &with_count(&detail, state.left_out.saturating_sub(1)))?;
+        state.recorded(event, detail, self.clock.wall_us());
+        Ok(())
+    }
+
+    /// The state of every key as the log has it. As far as the log can be read: a damaged one is for [`AuditLog::walk`] to report.
+    fn read_transitions(&self) -> Transitions {
+        let mut transitions = Transitions::new();
+        for part in self.scan().map(|scan| scan.parts).unwrap_or_default() {
+            for line in self.lines(part.number).map(|lines| lines.lines).unwrap_or_default() {
+                if let Some(id) = line.record.logstore_id {
+                    let detail = without_count(&line.record.detail);
+                    follow(&mut transitions, line.record.event, id, detail, line.record.time_us);
+                }
+            }
+        }
+        transitions
     }
 
     /// All records, the chain verified from the first to the last, and against `heads` that were noted earlier.
@@ -395,36 +654,40 @@ impl AuditLog {
     /// Goes through the records, the chain verified from the first to the last, and against `heads` that were noted earlier. Stops
     /// at the first one that is not as it was written; those before it have been handed out.
     pub(crate) fn walk(&self, heads: &[&AuditHead], each: &mut dyn FnMut(Line)) -> Result<()> {
-        let numbers = self.files()?;
+        let scan = self.scan()?;
         let mut count = 0;
         let mut previous = String::new();
         let mut seen = vec![false; heads.len()];
-        for (index, &number) in numbers.iter().enumerate() {
-            if number as usize != index + 1 {
-                return Err(Error::truncated(
-                    Location::new(self.path(number), 0),
-                    "an audit file before this one is missing",
-                ));
+        let mut last_file = 0;
+        // What follows the last record of the file before: no fault if the next file goes on behind that record.
+        let mut torn = None;
+        for (index, part) in scan.parts.iter().enumerate() {
+            let path = self.path(part.number);
+            let tampered = |offset| Error::Tampered { at: Location::new(&path, offset), what: "an audit record" };
+            if part.first.record.number > count + 1 {
+                return Err(torn.unwrap_or_else(|| self.gap(&scan, last_file, part, count)));
             }
-            let is_last = index + 1 == numbers.len();
-            let lines = self.lines(number)?;
-            let path = self.path(number);
-            let fault = if is_last {
-                let missed = heads.iter().find_map(|head| lines.fault(head, count, &path));
-                missed.or_else(|| lines.within.then(|| lines.damage(&path)))
-            } else if lines.damaged {
+            if part.number < last_file {
+                return Err(tampered(0));
+            }
+            let lines = self.lines(part.number)?;
+            let fault = if lines.within > 0 {
+                Some(lines.damage(&path))
+            } else if index + 1 == scan.parts.len() {
+                heads.iter().find_map(|head| lines.fault(head, &path))
+            } else {
+                None
+            };
+            let at = Location::new(&path, lines.valid_len);
+            torn = if lines.damaged {
                 Some(lines.damage(&path))
             } else {
-                let at = Location::new(&path, lines.valid_len);
                 lines.torn.then(|| Error::truncated(at, "the end of an audit file"))
             };
             for line in lines.lines {
-                let at = || Location::new(self.path(number), line.offset);
                 let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
-                let expected = hmac_sha256(&key, &[previous.as_bytes(), line.json.as_bytes()]);
-                let right = hex_decode(&line.tag).is_some_and(|tag| tags_equal(&tag, &expected));
-                if !right || line.record.number != count + 1 {
-                    return Err(Error::Tampered { at: at(), what: "an audit record" });
+                if !tag_holds(&key, &line, &previous) || line.record.number != count + 1 {
+                    return Err(tampered(line.offset));
                 }
                 for (seen, head) in seen.iter_mut().zip(heads) {
                     *seen |= head.number == line.record.number && head.tag == line.tag;
@@ -436,23 +699,62 @@ impl AuditLog {
             if let Some(fault) = fault {
                 return Err(fault);
             }
+            last_file = part.number;
         }
-        if let Some((head, _)) = heads.iter().zip(&seen).find(|(head, seen)| head.number > 0 && !**seen) {
-            return Err(if head.number > count {
-                let at = Location::new(self.path(numbers.last().copied().unwrap_or(1)), 0);
-                Error::truncated(at, format!("the audit log ends at record {count}, it had {}", head.number))
-            } else {
-                Error::RolledBack { what: format!("audit record {} is another than it was", head.number) }
-            });
+        let missing = heads.iter().zip(&seen).filter(|(head, seen)| head.number > 0 && !**seen).map(|(head, _)| head);
+        let beyond = missing.clone().map(|head| head.number).max().filter(|number| *number > count);
+        if let Some(number) = beyond {
+            return Err(self.passed_over(&scan, last_file, u32::MAX, count + 1, number).unwrap_or_else(|| {
+                let at = Location::new(self.path(last_file.max(1)), 0);
+                Error::truncated(at, format!("the audit log ends at record {count}, it had {number}"))
+            }));
+        }
+        if let Some(head) = missing.clone().next() {
+            return Err(Error::RolledBack { what: format!("audit record {} is another than it was", head.number) });
+        }
+        // A file whose beginning is damaged may have records that are in no other.
+        for other in scan.others.iter().filter(|other| matches!(other.why, Why::NoRecord)) {
+            let lines = self.lines(other.number)?;
+            if lines.within > count {
+                return Err(lines.damage(&self.path(other.number)));
+            }
         }
         Ok(())
+    }
+
+    /// What is wrong where `part` begins later than with the record after number `count`, which was the last one of file `last`.
+    fn gap(&self, scan: &Scan, last: u32, part: &Part, count: u64) -> Error {
+        if let Some(error) = self.passed_over(scan, last, part.number, count + 1, part.first.record.number - 1) {
+            return error;
+        }
+        let path = self.path(part.number);
+        let between = part.number.saturating_sub(last).saturating_sub(1);
+        let has_names =
+            last < part.number && scan.names.range(last + 1..part.number).count() as u64 == u64::from(between);
+        if has_names || part.number < last {
+            Error::Tampered { at: Location::new(path, 0), what: "an audit record" }
+        } else {
+            Error::truncated(Location::new(path, 0), "an audit file before this one is missing")
+        }
+    }
+
+    /// Blames a file that is no part of the log for the records `first` to `last` that are missing, if there is one, rather than
+    /// a removal: best one between the files `after` and `before`.
+    fn passed_over(&self, scan: &Scan, after: u32, before: u32, first: u64, last: u64) -> Option<Error> {
+        let mut others = scan.others.iter().filter(|other| other.may_have_records());
+        let between = others.clone().find(|other| (after..=before).contains(&other.number));
+        let other = between.or_else(|| others.next())?;
+        let at = Location::new(self.path(other.number), 0);
+        let what =
+            format!("audit records {first} to {last} are missing, and a file of the log cannot be read: {}", other.why);
+        Some(if matches!(other.why, Why::CutShort) { Error::truncated(at, what) } else { Error::corrupt(at, what) })
     }
 
     fn lines(&self, number: u32) -> Result<Lines> {
         let path = self.path(number);
         let bytes =
             io::read_file(&*self.disk, &path, FILE_BYTES_MAX).map_err(Error::io("read the audit log", &path))?;
-        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false, within: false };
+        let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false, within: 0 };
         let mut rest = &bytes[..];
         while !rest.is_empty() {
             let offset = lines.valid_len;
@@ -466,7 +768,8 @@ impl AuditLog {
                 Some(line) => lines.lines.push(line),
                 None => {
                     (lines.torn, lines.damaged) = (true, true);
-                    lines.within = after.split(|&byte| byte == b'\n').any(|line| parse_line(line, 0).is_some());
+                    let behind = after.split(|&byte| byte == b'\n').filter_map(|line| parse_line(line, 0));
+                    lines.within = behind.map(|line| line.record.number).max().unwrap_or(0);
                     break;
                 }
             }
@@ -477,6 +780,87 @@ impl AuditLog {
     }
 }
 
+/// Which files of the directory are part of the log.
+#[derive(Default)]
+struct Scan {
+    /// The numbers of all names that a file of the log may have.
+    names: BTreeSet<u32>,
+    /// The files of the log, in the order of the records that they begin with.
+    parts: Vec<Part>,
+    /// The files with such a name that are no part of the log. Empty ones are not among them.
+    others: Vec<Other>,
+}
+
+/// A file of the log: it begins with a record.
+struct Part {
+    number: u32,
+    first: Line,
+}
+
+/// A file that is no part of the log.
+struct Other {
+    number: u32,
+    why: Why,
+}
+
+impl Other {
+    /// Whether it may have been a file of the log with records that no other file has.
+    fn may_have_records(&self) -> bool {
+        !matches!(self.why, Why::Copy(_))
+    }
+}
+
+/// Why a file is no part of the log.
+enum Why {
+    NoFile,
+    TooLarge,
+    NoRecord,
+    /// It has the beginning of a record and nothing else.
+    CutShort,
+    /// It has the same records as the file of this number.
+    Copy(u32),
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::NoFile => f.write_str("it is not a regular file"),
+            Why::TooLarge => write!(f, "it has more than {FILE_BYTES_MAX} bytes"),
+            Why::NoRecord => f.write_str("it does not begin with a record"),
+            Why::CutShort => f.write_str("it ends within its first record"),
+            Why::Copy(number) => write!(f, "it is a copy of audit-{number:06}.log"),
+        }
+    }
+}
+
+/// What a file begins with.
+enum Beginning {
+    Empty,
+    Record(Box<Line>),
+    Other(Why),
+}
+
+/// The number in the name of a file of the log: the name is exactly the one that this number has.
+fn number_of(name: &str) -> Option<u32> {
+    let number = name.strip_prefix("audit-")?.strip_suffix(".log")?.parse().ok().filter(|number| *number > 0)?;
+    (name == format!("audit-{number:06}.log")).then_some(number)
+}
+
+fn is_plain(entry: &DirEntry) -> bool {
+    entry.kind == FileKind::File
+}
+
+/// Whether an error of opening a name that is there means that it is not a regular file, rather than that the disk has failed.
+fn is_no_file(error: &std::io::Error) -> bool {
+    let wrong_type = error.get_ref().is_some_and(|inner| inner.is::<WrongFileType>());
+    wrong_type || matches!(error.kind(), std::io::ErrorKind::IsADirectory | std::io::ErrorKind::NotFound)
+}
+
+fn tag_holds(key: &SecretKey, line: &Line, previous: &str) -> bool {
+    let expected = hmac_sha256(key, &[previous.as_bytes(), line.json.as_bytes()]);
+    hex_decode(&line.tag).is_some_and(|tag| tags_equal(&tag, &expected))
+}
+
 struct Lines {
     lines: Vec<Line>,
     valid_len: u64,
@@ -484,21 +868,28 @@ struct Lines {
     torn: bool,
     /// And it is not just cut off: it ends as a record does.
     damaged: bool,
-    /// There are records behind what is damaged. A record is one write, and synced before the next one: a crash may have lost any
-    /// part of the last one, and of no other.
-    within: bool,
+    /// The highest number of the records behind what is damaged; 0 if there are none. A record is one write, and synced before the
+    /// next one: a crash may have lost any part of the last one, and of no other.
+    within: u64,
 }
 
 impl Lines {
-    /// The same, unless what is damaged was durable once, as whoever remembers a later record knows: then no crash has torn it.
-    /// `before` is the number of the last record in the files before this one.
-    fn up_to(self, known: &AuditHead, before: u64, path: &Path) -> Result<Self> {
-        self.fault(known, before, path).map_or(Ok(self), Err)
+    /// The last record.
+    fn head(&self) -> Option<AuditHead> {
+        self.lines.last().map(Line::head)
     }
 
-    fn fault(&self, known: &AuditHead, before: u64, path: &Path) -> Option<Error> {
-        let missed = self.lines.last().map_or(before, |line| line.record.number) < known.number;
-        (self.damaged && (self.within || missed)).then(|| self.damage(path))
+    /// Whether the records of `other` are the first ones of these.
+    fn goes_on_from(&self, other: &Self) -> bool {
+        let Some(last) = other.lines.last() else { return true };
+        self.lines.get(other.lines.len() - 1).is_some_and(|line| line.head() == last.head())
+    }
+
+    /// What is damaged in the last file of the log, unless a crash may have done it: it has not where a later record follows or is
+    /// known, since a record is durable before the next one is written.
+    fn fault(&self, known: &AuditHead, path: &Path) -> Option<Error> {
+        let missed = self.lines.last().map_or(0, |line| line.record.number) < known.number;
+        (self.damaged && (self.within > 0 || missed)).then(|| self.damage(path))
     }
 
     fn damage(&self, path: &Path) -> Error {
@@ -506,30 +897,97 @@ impl Lines {
     }
 }
 
-/// The last loss of each Logstore whose key has not come back since: the event and its detail.
-type Losses = BTreeMap<LogstoreId, (AuditEvent, String)>;
+/// The state of the keys of Logstores, as far as transitions tell of it.
+type Transitions = BTreeMap<LogstoreId, KeyState>;
 
-/// What a record says of losses.
-fn follow(losses: &mut Losses, event: AuditEvent, logstore: Option<LogstoreId>, detail: &str) {
-    let Some(logstore) = logstore else { return };
-    match event {
-        AuditEvent::Revoked | AuditEvent::LeaseEnded => {
-            losses.insert(logstore, (event, detail.to_owned()));
+#[derive(Default)]
+struct KeyState {
+    /// The last loss on record, if the key has not come back since: the event and its detail.
+    on_record: Option<(AuditEvent, String)>,
+    /// When the last transitions on record happened, the oldest first. There are at most [`TRANSITIONS_AT_CLOSE_MAX`].
+    times: VecDeque<u64>,
+    /// How many transitions were left out since the last one on record.
+    left_out: u64,
+    /// The last one of them.
+    latest: Option<(AuditEvent, String, LogstoreName)>,
+}
+
+impl KeyState {
+    /// The loss that the key suffers from now, on record or not.
+    fn loss(&self) -> Option<(AuditEvent, &String)> {
+        match &self.latest {
+            Some((AuditEvent::Recovered, ..)) => None,
+            Some((event, detail, _)) => Some((*event, detail)),
+            None => self.on_record.as_ref().map(|(event, detail)| (*event, detail)),
         }
-        // Nobody replaces a key that cannot be used.
-        AuditEvent::Recovered | AuditEvent::Replaced | AuditEvent::Deleted => {
-            losses.remove(&logstore);
+    }
+
+    /// How many transitions on record are less than an hour old. A wall clock that was set back lets none of them stay for longer.
+    fn recent(&self, now_us: u64) -> usize {
+        self.times.iter().filter(|time_us| now_us.abs_diff(**time_us) < WINDOW_US).count()
+    }
+
+    /// A transition went on record, and with it the count of those before it.
+    fn recorded(&mut self, event: AuditEvent, detail: String, time_us: u64) {
+        self.on_record = (event != AuditEvent::Recovered).then_some((event, detail));
+        self.left_out = 0;
+        self.latest = None;
+        self.times.push_back(time_us);
+        if self.times.len() > TRANSITIONS_AT_CLOSE_MAX {
+            self.times.pop_front();
+        }
+    }
+}
+
+/// What a record says of the key of a Logstore. The detail is without a count.
+fn follow(transitions: &mut Transitions, event: AuditEvent, logstore: LogstoreId, detail: &str, time_us: u64) {
+    match event {
+        AuditEvent::Revoked | AuditEvent::LeaseEnded | AuditEvent::Recovered => {
+            transitions.entry(logstore).or_default().recorded(event, detail.to_owned(), time_us);
+        }
+        // A key is replaced only while it can be used.
+        AuditEvent::Replaced => {
+            if let Some(state) = transitions.get_mut(&logstore) {
+                state.on_record = None;
+            }
+        }
+        AuditEvent::Deleted => {
+            transitions.remove(&logstore);
         }
         _ => {}
     }
 }
 
-/// As much of a detail as goes on record.
+/// A detail with the number of transitions that were left out before its own.
+fn with_count(detail: &str, left_out: u64) -> String {
+    match left_out {
+        0 => detail.to_owned(),
+        1 => format!("{detail}; 1 transition before this one is not on record"),
+        count => format!("{detail}; {count} transitions before this one are not on record"),
+    }
+}
+
+/// The detail that [`with_count`] was given.
+fn without_count(detail: &str) -> &str {
+    let counted = |(before, count): (&'_ str, &str)| -> Option<usize> {
+        let count = count
+            .strip_suffix(" transitions before this one are not on record")
+            .or_else(|| count.strip_suffix(" transition before this one is not on record"))?;
+        (!count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit())).then_some(before.len())
+    };
+    let len = detail.rsplit_once("; ").and_then(counted);
+    len.and_then(|len| detail.get(..len)).unwrap_or(detail)
+}
+
+/// As much of a detail as goes on record. A count at its end is not one of ours: it must not be taken for one.
 fn shortened(mut detail: String) -> String {
     if detail.len() > DETAIL_BYTES_MAX {
         let end = (0..=DETAIL_BYTES_MAX).rev().find(|&end| detail.is_char_boundary(end));
         detail.truncate(end.unwrap_or(0));
         detail.push('…');
+    }
+    if without_count(&detail).len() < detail.len() {
+        detail.push('.');
     }
     detail
 }
@@ -612,7 +1070,7 @@ mod tests {
             }
             audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
         }
-        assert!(audit.files().unwrap().len() > 3);
+        assert!(audit.names().unwrap().len() > 3);
         let records = audit.verified(&[&audit.head(), &AuditHead::default()]).unwrap();
         assert_eq!(records.len(), 20);
         assert!(records.iter().enumerate().all(|(n, record)| record.detail == n.to_string()));
@@ -737,14 +1195,14 @@ mod tests {
             heads.push(audit.head());
         }
         let end = audit.head();
-        assert!(audit.files().unwrap().len() > 3);
+        assert!(audit.names().unwrap().len() > 3);
         let found = |known: &AuditHead| {
             let again = reopened(&audit, known);
             assert_eq!((again.head(), again.head_after(known)), (end.clone(), end.clone()));
         };
         heads.iter().for_each(found);
         // A crash left a new file behind that has nothing in it yet.
-        fs::write(audit.path(audit.files().unwrap().len() as u32 + 1), b"").unwrap();
+        fs::write(audit.path(audit.names().unwrap().len() as u32 + 1), b"").unwrap();
         heads.iter().for_each(found);
         // What it does not have stays to be missed, while it goes on.
         for number in [1, 8, 16, 17] {
@@ -771,14 +1229,111 @@ mod tests {
         assert_eq!((again.head(), again.head_after(&known)), (known.clone(), known.clone()));
         again.record(AuditEvent::Deleted, None, "after").unwrap();
         assert_eq!(details(&again.verified(&[&known]).unwrap()), ["kept", "after"]);
+        assert_eq!(fs::read(audit.path(2)).unwrap(), b"{\"number\":2,\0\0\0\n", "it is no file of the log");
         // This one was there: it is left as it is, for verification to find.
         let damaged = b"{\"number\":1,\0\0\0\n";
         fs::write(audit.path(1), damaged).unwrap();
         fs::remove_file(audit.path(2)).unwrap();
+        fs::remove_file(audit.path(3)).unwrap();
         let again = reopened(&audit, &known);
         assert_eq!(again.head(), known);
         again.record(AuditEvent::Deleted, None, "after").unwrap();
         assert_eq!(fs::read(audit.path(1)).unwrap(), damaged);
         assert!(matches!(again.verified(&[&known]), Err(Error::Corrupt { .. })));
+    }
+
+    #[test]
+    fn a_name_is_that_of_one_number() {
+        for (name, number) in [
+            ("audit-000001.log", Some(1)),
+            ("audit-999999.log", Some(999_999)),
+            ("audit-1000000.log", Some(1_000_000)),
+            ("audit-4294967295.log", Some(u32::MAX)),
+            ("audit-000000.log", None),
+            ("audit-1.log", None),
+            ("audit-00001.log", None),
+            ("audit-0000001.log", None),
+            ("audit-+00001.log", None),
+            ("audit-+2.log", None),
+            ("audit--00001.log", None),
+            ("audit-4294967296.log", None),
+            ("audit-000001.LOG", None),
+            ("audit-000001.log.tmp", None),
+            ("audit-００００01.log", None),
+            ("audit-.log", None),
+        ] {
+            assert_eq!(number_of(name), number, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_count_is_told_from_the_detail_before_it() {
+        for detail in ["", "disabled", "unreachable: no answer; try again", "a; 3 transitions"] {
+            for left_out in [0, 1, 2, 12, u64::MAX] {
+                assert_eq!(without_count(&with_count(detail, left_out)), detail);
+            }
+        }
+        // A detail that the KMS made up is no count.
+        let forged = shortened(with_count("unreachable: x", 7));
+        assert_eq!(without_count(&forged), forged);
+        assert_eq!(without_count(&with_count(&forged, 2)), forged);
+    }
+
+    /// The end of a file that may not be cut, as other names of it show, stays torn; the log goes on in the next file.
+    #[test]
+    fn a_torn_end_is_no_fault_where_the_next_file_goes_on_behind_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = log(dir.path(), 1 << 20);
+        for detail in ["one", "two"] {
+            audit.record(AuditEvent::Created, None, detail).unwrap();
+        }
+        let good = fs::read(audit.path(1)).unwrap();
+        for torn in [&b"{\"number\":3,\"time"[..], b"{\"number\":3,\0\0\0\n"] {
+            fs::write(audit.path(1), [&good[..], torn].concat()).unwrap();
+            let again = reopened(&audit, &audit.head());
+            lock(&again.tail).leave();
+            again.record(AuditEvent::Deleted, None, "three").unwrap();
+            assert_eq!(fs::read(audit.path(1)).unwrap(), [&good[..], torn].concat());
+            let records = reopened(&again, &audit.head()).verified(&[&again.head()]).unwrap();
+            assert_eq!(details(&records), ["one", "two", "three"]);
+            // Without the next file the record is missing, and without the end of the second one too.
+            fs::remove_file(audit.path(2)).unwrap();
+            assert!(audit.verified(&[&again.head()]).is_err());
+        }
+        // A record that is missing between two files is one that the first of them had.
+        let again = reopened(&audit, &audit.head());
+        lock(&again.tail).leave();
+        again.record(AuditEvent::Deleted, None, "three").unwrap();
+        let first = good.iter().position(|&byte| byte == b'\n').unwrap() + 1;
+        for (end, is_right) in [
+            (first + 9, (|error| matches!(error, Error::Truncated { .. })) as fn(&Error) -> bool),
+            (first, |error| matches!(error, Error::Tampered { .. })),
+        ] {
+            fs::write(audit.path(1), &good[..end]).unwrap();
+            let error = audit.verified(&[]).unwrap_err();
+            assert!(is_right(&error), "{error}");
+        }
+    }
+
+    /// Records of any number, which nobody with the key has written, make no opening fail and no number overflow.
+    #[test]
+    fn forged_numbers_end_in_no_overflow() {
+        for number in [0, 2, 3, u64::MAX - 1, u64::MAX] {
+            let dir = tempfile::tempdir().unwrap();
+            let audit = log(dir.path(), 1 << 20);
+            audit.record(AuditEvent::Created, None, "one").unwrap();
+            let known = audit.head();
+            let json = audit.lines(1).unwrap().lines.remove(0).json;
+            let json = json.replace("\"number\":1,", &format!("\"number\":{number},"));
+            let forged = encode_line(&json, &"5a".repeat(32));
+            for path in [audit.path(2), audit.path(1)] {
+                fs::write(path, forged.repeat(2)).unwrap();
+                for known in [known.clone(), AuditHead::default(), AuditHead { number: 5, ..known.clone() }] {
+                    let again = reopened(&audit, &known);
+                    again.record(AuditEvent::Deleted, None, "after").unwrap();
+                    assert!(again.verified(&[&known]).is_err(), "{number}");
+                }
+            }
+        }
     }
 }

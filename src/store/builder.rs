@@ -26,7 +26,7 @@ use crate::{
     io::{self, Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock},
     keys::{
         AuditEvent,
-        audit::AuditLog,
+        audit::{AuditLog, FILE_BYTES_LIMIT},
         custody::Custody,
         gate::KeyContext,
         keyring::{Keyring, NewKeyring},
@@ -80,7 +80,7 @@ pub struct StoreOptions {
     pub pending_bytes_max: usize,
     /// How many readers may be open at once. 1,024 by default; at least 1.
     pub readers_max: usize,
-    /// At what size a file of the key audit log is followed by the next, in bytes. 4 MiB by default; at least 4 KiB.
+    /// At what size a file of the key audit log is followed by the next, in bytes. 4 MiB by default; 4 KiB to 64 MiB.
     pub audit_file_bytes: u64,
     /// How often retention is applied. 60 s by default; at least 1 s.
     pub retention_every: Duration,
@@ -132,7 +132,7 @@ impl StoreOptions {
             ("segment_age (at least 1 s)", self.segment_age >= s(1)),
             ("pending_bytes_max (at least 1 MiB)", self.pending_bytes_max >= 1 << 20),
             ("readers_max (at least 1)", self.readers_max >= 1),
-            ("audit_file_bytes (at least 4 KiB)", self.audit_file_bytes >= 4 << 10),
+            ("audit_file_bytes (4 KiB to 64 MiB)", (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes)),
             ("retention_every (at least 1 s)", self.retention_every >= s(1)),
         ];
         match ranges.iter().find(|(_, within)| !within) {

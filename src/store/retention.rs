@@ -102,6 +102,9 @@ impl Task for StoreShared {
             if let Err(error) = self.rotate_due_data_keys() {
                 warn!(store = %self.id, %error, "a data key could not be rotated by its policy");
             }
+            if !self.read_only {
+                self.audit.settle();
+            }
             self.schedule_retention();
         }
     }

@@ -229,6 +229,10 @@ impl StoreShared {
                 Vec::new()
             }
         };
+        match self.audit.strangers() {
+            Ok(notes) => verification.report.notes.extend(notes),
+            Err(error) => verification.note(None, error)?,
+        }
         for id in &admin.catalogue.deleting {
             let dir = self.logstore_dir(*id);
             verification

@@ -209,6 +209,6 @@ impl Summary {
             let _ = writeln!(io::stderr(), "{text}");
             return Ok(());
         }
-        output::line(text)
+        text.lines().try_for_each(output::line)
     }
 }

@@ -63,7 +63,7 @@ fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
         groups.extend(lines::groups("made", made_lines(), GROUP_BYTES)?);
     }
     for path in files {
-        groups.extend(lines::groups(&input::base_name(path), input::read_file(path)?, GROUP_BYTES)?);
+        groups.extend(lines::groups(&input::base_name(path), input::read_logs(path)?, GROUP_BYTES)?);
     }
     if groups.is_empty() {
         return Err(Failure::other("there is nothing in these files to measure with"));
@@ -558,7 +558,7 @@ fn print(rows: &[Row]) -> Result {
             row.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
         ]);
     }
-    output::line(table)?;
+    output::print_wide_table(&table)?;
     output::line(format_args!(
         "Medians of {ROUNDS} interleaved runs. The time of buffered appends ends when all has been handed to the system, that of \
          plain_write with one fdatasync."

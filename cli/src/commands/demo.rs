@@ -64,7 +64,7 @@ fn texts(files: &[PathBuf]) -> Result<Vec<(String, Bytes)>> {
     if files.is_empty() {
         return Ok(TEXTS.iter().map(|(name, text)| ((*name).to_owned(), Bytes::from(*text))).collect());
     }
-    files.iter().map(|path| Ok((input::base_name(path), input::read_file(path)?))).collect()
+    files.iter().map(|path| Ok((input::base_name(path), input::read_logs(path)?))).collect()
 }
 
 /// The directory asked for, or a temporary one that goes when the second part is dropped.
@@ -310,7 +310,7 @@ impl Demo {
             let held = output::verdict(if check.held { "yes" } else { "NO" }, check.held);
             table.add_row([Cell::new(&check.what), held, Cell::new(&check.detail)]);
         }
-        output::line(table)?;
+        output::print_wide_table(&table)?;
         let mut table = output::table(&["rate", "size", "time", "MB/s"], &[1, 2, 3]);
         for rate in &self.rates {
             table.add_row([
@@ -320,7 +320,7 @@ impl Demo {
                 format!("{:.0}", output::mb_per_s(rate.bytes, rate.elapsed)),
             ]);
         }
-        output::line(table)
+        output::print_wide_table(&table)
     }
 
     fn verdict(&self) -> Result {

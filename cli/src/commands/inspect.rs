@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{
     args::InspectArgs,
     exit::{Failure, Result, Status, both},
-    output,
+    input, output,
     setup::Setup,
 };
 
@@ -20,7 +20,7 @@ const CRC_LEN: usize = 4;
 
 pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
     let path = &args.file;
-    let file = File::open(path).map_err(|error| Failure::file("open", path, &error))?;
+    let file = input::open_regular(path)?;
     let len = file.metadata().map_err(|error| Failure::file("read", path, &error))?.len();
     let segment = Segment { file, path, len };
     let decoded = SegmentHeader::decode(&segment.read(0, len.min(HEADER_BYTES_MAX))?)
@@ -147,7 +147,7 @@ fn print(
         .add_row(["commitment", &hex(&decoded.commitment)])
         .add_row(["predecessor", &predecessor(&header.predecessor)])
         .add_row(["extensions", &header.extensions.len().to_string()]);
-    output::line(table)?;
+    output::print_wide_table(&table)?;
 
     let mut table = output::table(
         &[
@@ -180,7 +180,7 @@ fn print(
             block.durable_mark.to_string(),
         ]);
     }
-    output::line(table)?;
+    output::print_wide_table(&table)?;
 
     let Some(footer) = footer else { return output::line("no footer: the segment has not been sealed") };
     let mut table = output::table(&["footer", ""], &[]);
@@ -196,7 +196,7 @@ fn print(
         .add_row(["rewritten by recovery", if footer.recovered { "yes" } else { "no" }])
         .add_row(["digest", &hex(&footer.digest)])
         .add_row(["index entries", &footer.index.len().to_string()]);
-    output::line(table)
+    output::print_wide_table(&table)
 }
 
 fn header_json(decoded: &DecodedHeader) -> Value {

@@ -1,9 +1,9 @@
 //! `keys`.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
     io::Write,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::Path,
 };
 
@@ -233,7 +233,7 @@ fn audit(setup: &Setup) -> Result {
             record.detail.clone(),
         ]);
     }
-    output::line(table)
+    output::print_wide_table(&table)
 }
 
 fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
@@ -384,13 +384,19 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     ))
 }
 
-/// Writes a new file that only its owner may read, durably.
+/// Writes a new file that only its owner may read and write, durably. The name must be free: nothing is written through a link, to a
+/// pipe or to a device.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(path).map_err(|error| Failure::file("create", path, &error))?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| File::open(dir)?.sync_all());
+    // The umask may have taken the owner's rights too.
+    let written = file
+        .set_permissions(Permissions::from_mode(0o600))
+        .and_then(|()| file.write_all(bytes))
+        .and_then(|()| file.sync_all())
+        .and_then(|()| File::open(dir)?.sync_all());
     written.map_err(|error| {
         // A part of it would keep the next try from its name.
         let _ = fs::remove_file(path);

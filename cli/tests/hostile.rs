@@ -1,0 +1,317 @@
+//! Names, logs and files that mean harm: what a terminal would obey, links and pipes in place of files, and core dumps.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{Read, Write},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{PermissionsExt, symlink},
+    },
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+};
+
+use common::{Running, World, byok, made_lines, service};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+
+/// What a terminal obeys, as names and logs may have it: C0, DEL, C1 as a character, and a change of direction.
+const EVIL: &str = "e\x1b]0;x\x07\x1b[2Jv\x7f\u{9b}31mi\u{202e}\u{2066}l";
+/// The same as it is shown.
+const SHOWN: &str = r"e\x1b]0;x\x07\x1b[2Jv\x7f\u{9b}31mi\u{202e}\u{2066}l";
+
+/// A pseudo terminal: the side of the program, and the side of the user.
+fn terminal() -> (File, File) {
+    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&user).unwrap();
+    unlockpt(&user).unwrap();
+    let name = ptsname(&user, Vec::new()).unwrap();
+    let program =
+        OpenOptions::new().read(true).write(true).open(Path::new(std::ffi::OsStr::from_bytes(name.to_bytes())));
+    (program.unwrap(), user.into())
+}
+
+/// Which streams of a program are a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shown {
+    Both,
+    Out,
+    Err,
+}
+
+/// Runs a command on a terminal, and returns its status, what the terminal got, and what the other stream got.
+fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
+    let (program, mut user) = terminal();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let stream = |is_shown| {
+        if is_shown { Stdio::from(program.try_clone().unwrap()) } else { Stdio::from(writer.try_clone().unwrap()) }
+    };
+    command.stdin(Stdio::null()).stdout(stream(shown != Shown::Err)).stderr(stream(shown != Shown::Out));
+    let mut child = command.spawn().unwrap();
+    // The ends of the program must be its own alone, so that there is an end.
+    drop((command, program, writer));
+    let reading = thread::spawn(move || {
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        // A terminal that nobody has open ends with an error on Linux.
+        while let Ok(read @ 1..) = user.read(&mut chunk) {
+            text.extend_from_slice(&chunk[..read]);
+        }
+        text
+    });
+    let mut piped = Vec::new();
+    reader.read_to_end(&mut piped).unwrap();
+    let status = child.wait().unwrap().code().unwrap();
+    (status, reading.join().unwrap(), piped)
+}
+
+/// Fails if there is anything in it that a terminal obeys, but for the ends of lines and tabs.
+fn assert_harmless(text: &[u8], what: &str) {
+    let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("{what}: {error}: {text:?}"));
+    let harmful = |c: char| {
+        (c.is_control() && !matches!(c, '\n' | '\r' | '\t'))
+            || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    assert!(!text.contains(harmful), "{what}: {text:?}");
+}
+
+#[test]
+fn no_name_and_no_log_commands_the_terminal() {
+    let world = World::new();
+    let store = format!("store {EVIL}");
+    // Lines that end in the middle of a character, and C1 as a raw byte.
+    let logs = [EVIL.as_bytes(), b"\nraw \x9b2J\x9d0;x\x9c \xe2\x80\nwith\ttab\r\n"].concat();
+    let file = world.file(EVIL, &logs);
+    let out = |name: &str| format!("{name} {EVIL}");
+    let base =
+        |args: &[&str]| [args, &["--store", &*store]].concat().iter().map(ToString::to_string).collect::<Vec<_>>();
+    world.ok(&base(&["create", "p/a", "--encrypt-conf", &service("sm4").to_string()]));
+    world.ok(&base(&["append", "p/a", &file]));
+    let key =
+        String::from_utf8(world.ok(&base(&["kms", "create-key", "--region", "cn-hangzhou", "--grant", EVIL]))).unwrap();
+    fs::create_dir(world.path(&store).join("audit/audit-000002.log")).unwrap();
+    let segment = world.segments(&store)[0].clone();
+    let named = world.path(&out("segment"));
+    fs::copy(segment, &named).unwrap();
+    let missing = out("nowhere");
+    let mut conf = byok("sm4", EVIL);
+    conf["user_cmk_info"]["arn"] = EVIL.into();
+    let conf = conf.to_string();
+    let (checkpoint, backup, audit) = (out("checkpoint"), out("backup"), out("audit"));
+    let commands: Vec<(Vec<&str>, i32, bool)> = vec![
+        (vec!["read", "p/a"], 0, true),
+        (vec!["read", "p/a", "--json"], 0, false),
+        (vec!["tail", "p/a"], 0, true),
+        (vec!["tail", "p/a", "--json"], 0, false),
+        (vec!["kms", "list"], 0, true),
+        (vec!["kms", "list", "--json"], 0, false),
+        (vec!["verify"], 0, true),
+        (vec!["verify", "--json"], 0, false),
+        (vec!["inspect", named.to_str().unwrap()], 0, true),
+        (vec!["inspect", named.to_str().unwrap(), "--json"], 0, false),
+        (vec!["checkpoint", "--out", &*checkpoint], 0, true),
+        (vec!["checkpoint", "--out", &*checkpoint], 1, true),
+        (vec!["checkpoint", "--out", &*checkpoint, "--json"], 1, false),
+        (vec!["keys", "backup", "--out", &*backup], 0, true),
+        (vec!["keys", "audit", "--out", &*audit], 0, true),
+        (vec!["keys", "audit"], 0, false),
+        (vec!["keys", "rotate-service"], 0, true),
+        (vec!["status"], 0, false),
+        (vec!["-v", "verify"], 0, true),
+        (vec!["create", "p/b", "--encrypt-conf", &*conf], 6, false),
+        (vec!["get", EVIL], 6, false),
+        (vec!["append", "p/a", &*missing], 1, true),
+        (vec!["inspect", &*missing], 1, true),
+        (vec!["verify", "--against", &*missing], 1, true),
+        (vec!["read", "p/a", "--from", EVIL], 2, false),
+        (vec!["read", "p/a", "--from", "\x1b[2J\x1b]0;x\x07"], 2, false),
+        (vec!["kms", "grant", key.trim(), EVIL], 0, false),
+        (vec!["kms", "disable", EVIL], 1, false),
+        (vec!["list", EVIL], 2, false),
+    ];
+    for (args, status, is_shown) in commands {
+        let mut command = world.command(&base(&args));
+        command.env("NO_COLOR", "1");
+        let (ended, text, _) = on_terminal(command, Shown::Both);
+        let what = format!("{args:?}: {}", String::from_utf8_lossy(&text));
+        assert_eq!(ended, status, "{what}");
+        assert_harmless(&text, &what);
+        assert!(!text.is_empty(), "{what}");
+        // Shown, not hidden. A table may break it.
+        assert!(!is_shown || String::from_utf8_lossy(&text).contains(r"\x1b]0;x"), "{what}");
+    }
+    // Where colours are, they are our own.
+    for args in
+        [&["kms", "list"][..], &["status"], &["verify", "--keyless"], &["list", EVIL], &["list", "\x1b[2J\x1b]0;x\x07"]]
+    {
+        let (_, text, _) = on_terminal(world.command(&base(args)), Shown::Both);
+        let text = String::from_utf8_lossy(&text);
+        assert!(!text.contains("\x1b]") && !text.contains("\x1b[2J"), "{args:?}: {text:?}");
+    }
+}
+
+#[test]
+fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
+    let world = World::new();
+    let logs = [EVIL.as_bytes(), b"\nraw \x9b2J \xc3\xa9 \xe2\x80\nwith\ttab\r\n"].concat();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", &logs)]);
+    assert_eq!(world.read("p/a"), logs);
+    // Each stream by itself.
+    let (_, _, piped) = on_terminal(world.command(&["read", "p/a", "--format", "raw"]), Shown::Err);
+    assert_eq!(piped, logs);
+    for command in ["read", "tail"] {
+        let (_, text, _) = on_terminal(world.command(&[command, "p/a", "--format", "raw"]), Shown::Out);
+        let expected = format!("{SHOWN}\r\nraw \\x9b2J é \\xe2\\x80\r\nwith\ttab\\x0d\r\n");
+        assert_eq!(String::from_utf8_lossy(&text), expected, "{command}");
+    }
+    let (_, text, _) = on_terminal(world.command(&["read", "p/a", "--json"]), Shown::Out);
+    let first: serde_json::Value = serde_json::from_slice(text.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
+    assert_eq!(first["contents"]["content"], EVIL);
+    let missing = format!("nowhere {EVIL}");
+    let command = |args: &[&str]| world.command(&[&["inspect", &*missing], args].concat());
+    let (_, text, _) = on_terminal(command(&[]), Shown::Err);
+    assert!(String::from_utf8_lossy(&text).contains(SHOWN), "{text:?}");
+    let (_, shown, raw) = on_terminal(command(&[]), Shown::Out);
+    assert!(shown.is_empty() && String::from_utf8(raw).unwrap().contains(EVIL));
+    let (_, text, _) = on_terminal(command(&["--json"]), Shown::Err);
+    let error: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    assert!(error["error"]["message"].as_str().unwrap().contains(EVIL), "{error}");
+}
+
+/// Runs the program from a shell that prepares something first.
+fn after(world: &World, first: &str, args: &[&str]) -> common::Out {
+    let program = env!("CARGO_BIN_EXE_envelog");
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{first}; exec \"$0\" \"$@\""), program]).args(args).current_dir(world.path(""));
+    Running::start(command).finish()
+}
+
+#[test]
+fn files_for_the_user_are_new_files_of_the_user_alone() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
+    let commands: [&[&str]; 3] = [&["checkpoint", "--out"], &["keys", "backup", "--out"], &["keys", "audit", "--out"]];
+    for command in commands {
+        for umask in ["000", "077", "277", "377"] {
+            // A checkpoint writes to the store too.
+            if command[0] == "checkpoint" && umask != "000" && umask != "077" {
+                continue;
+            }
+            after(&world, &format!("umask {umask}"), &[command, &["new"]].concat()).assert(0);
+            let metadata = fs::metadata(world.path("new")).unwrap();
+            assert_eq!(metadata.permissions().mode() & 0o7777, 0o600, "{command:?} under {umask}");
+            assert!(metadata.len() > 0);
+            fs::remove_file(world.path("new")).unwrap();
+        }
+        // Nothing is written over anything, or through it.
+        fs::write(world.path("victim"), "precious").unwrap();
+        symlink("victim", world.path("link")).unwrap();
+        symlink("nowhere", world.path("dangling")).unwrap();
+        fs::create_dir(world.path("directory")).unwrap();
+        assert!(Command::new("mkfifo").arg(world.path("fifo")).status().unwrap().success());
+        for there in ["victim", "link", "dangling", "directory", "fifo", "/dev/null", "/dev/full"] {
+            let sentence = world.refused(1, &[command, &[there]].concat());
+            assert!(sentence.contains("cannot create") && sentence.contains(there), "{sentence}");
+        }
+        assert_eq!(fs::read(world.path("victim")).unwrap(), b"precious");
+        assert!(!world.path("nowhere").exists());
+        // A file that could not be written whole is removed.
+        if command[0] == "keys" {
+            let out = after(&world, "trap '' XFSZ; ulimit -f 0", &[command, &["partial"]].concat());
+            assert!(out.sentence(1).contains("cannot write"), "{}", out.stderr);
+            assert!(!world.path("partial").exists());
+        }
+        for name in ["victim", "link", "dangling", "fifo"] {
+            fs::remove_file(world.path(name)).unwrap();
+        }
+        fs::remove_dir(world.path("directory")).unwrap();
+    }
+}
+
+#[test]
+fn what_must_be_a_file_is_one_and_logs_may_come_through_a_pipe() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
+    let fifo = world.path("fifo");
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    fs::create_dir(world.path("directory")).unwrap();
+    symlink("fifo", world.path("link")).unwrap();
+    let socket = std::os::unix::net::UnixListener::bind(world.path("socket")).unwrap();
+    for there in ["fifo", "link", "directory", "socket", "/dev/zero", "/dev/null"] {
+        let at = &*format!("@{there}");
+        let all = [
+            vec!["inspect", there],
+            vec!["verify", "--against", there],
+            vec!["keys", "audit", "--verify", "--against", there],
+            vec!["update", "p/a", "--config", at],
+            vec!["create", "p/b", "--encrypt-conf", at],
+            vec!["keys", "rewrap-keyring", "--service-cmk", at],
+        ];
+        for command in all {
+            let sentence = world.refused(1, &command);
+            assert!(sentence.contains(&format!("{there} is not a regular file")), "{command:?}: {sentence}");
+        }
+    }
+    drop(socket);
+    // A link to a regular file is one as ever.
+    world.ok(&["checkpoint", "--out", "checkpoint"]);
+    symlink("checkpoint", world.path("linked")).unwrap();
+    world.ok(&["verify", "--against", "linked"]);
+    let lines = made_lines(5);
+    let writing = {
+        let (fifo, lines) = (fifo.clone(), lines.clone());
+        thread::spawn(move || File::options().write(true).open(fifo).unwrap().write_all(&lines).unwrap())
+    };
+    world.ok(&["append", "p/a", fifo.to_str().unwrap()]);
+    writing.join().unwrap();
+    assert_eq!(world.read("p/a"), [made_lines(10), lines].concat());
+}
+
+/// A limit of zero does not hold where core dumps go into a program. A process that may not be dumped at all shows it by the owner of
+/// its files in /proc, which is root then.
+#[cfg(target_os = "linux")]
+#[test]
+fn the_system_may_not_dump_its_memory() {
+    use std::{
+        os::unix::{fs::MetadataExt, process::CommandExt},
+        time::{Duration, Instant},
+    };
+    let world = World::new();
+    // Root's own processes show nothing: there another user runs it.
+    let program = world.path("envelog");
+    fs::copy(env!("CARGO_BIN_EXE_envelog"), &program).unwrap();
+    fs::set_permissions(world.path(""), fs::Permissions::from_mode(0o755)).unwrap();
+    let is_root = rustix::process::getuid().is_root();
+    let user = if is_root { 65_534 } else { rustix::process::getuid().as_raw() };
+    let start = |program: &Path, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args).current_dir("/");
+        if is_root {
+            command.uid(user).gid(user);
+        }
+        Running::start(command)
+    };
+    let owner = |running: &Running| fs::metadata(format!("/proc/{}/stat", running.id())).unwrap().uid();
+    // Waits for its configuration on standard input.
+    let running = start(&program, &["create", "p/a", "--store", "/nonexistent/store", "--encrypt-conf", "-"]);
+    let begun = Instant::now();
+    while owner(&running) != 0 && begun.elapsed() < Duration::from_secs(20) {
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(owner(&running), 0);
+    let limits = fs::read_to_string(format!("/proc/{}/limits", running.id())).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+    running.kill();
+    // A process that may be dumped shows that too.
+    let other = start(Path::new("/bin/cat"), &[]);
+    assert_eq!(owner(&other), user);
+    other.kill();
+}
