@@ -15,6 +15,8 @@ use common::{
     failing::{FailingDisk, Failure},
     *,
 };
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
 use envelog::{
     AuditEvent::{self, *},
     AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
@@ -598,6 +600,26 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             (next, Box::new(sparse(60 << 20)), true),
             (next, Box::new(|path: &std::path::Path| fs::create_dir(path).unwrap()), true),
             (next, Box::new(|path: &std::path::Path| std::os::unix::fs::symlink("/nonexistent", path).unwrap()), true),
+            (
+                next,
+                Box::new(|path: &std::path::Path| std::os::unix::fs::symlink("audit-000001.log", path).unwrap()),
+                true,
+            ),
+            (
+                next,
+                Box::new(|path: &std::path::Path| {
+                    mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+                }),
+                true,
+            ),
+            // A second name of a file of the log.
+            (
+                next,
+                Box::new(|path: &std::path::Path| {
+                    fs::hard_link(path.with_file_name("audit-000001.log"), path).unwrap();
+                }),
+                true,
+            ),
             (next, Box::new(write(first.clone())), true),
             (next, Box::new(write(last.clone())), true),
             (next, Box::new(write(Vec::new())), false),

@@ -9,22 +9,21 @@ mod common;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    os::unix::{
-        fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
-        net::UnixListener,
-    },
+    os::unix::fs::{MetadataExt, symlink},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
 };
 
 use envelog::{
-    Error, KeyringRisk, Logstore, Result, Store, StoreBuilder, VerifyOptions,
+    Error, Result, Store, StoreBuilder, VerifyOptions,
     io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, OpenMode, RealDisk},
 };
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
-use common::{QuickRoot, World, name, put, secs, texts, try_put, try_texts};
+use tempfile::TempDir;
+
+use common::{QuickRoot, World, copy_dir, name, put, secs, texts, try_put, try_texts};
 
 /// What a file or directory is replaced by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,8 +127,12 @@ enum Concerns {
     All,
     /// Writers of the whole store.
     Writers,
-    /// One of the Logstores.
+    /// The victim alone.
     Victim,
+    /// The other Logstore alone.
+    Other,
+    /// One of the two.
+    EitherOne,
     /// No operation: the store works without it.
     None,
 }
@@ -139,6 +142,8 @@ struct Scene {
     world: World,
     way: Way,
     victim: String,
+    /// A copy of all of it.
+    template: TempDir,
 }
 
 const VICTIM: &str = "p/victim";
@@ -146,8 +151,8 @@ const OTHER: &str = "p/other";
 
 impl Scene {
     fn new(way: Way) -> Self {
-        let world = World::manual();
-        let mut scene = Self { world, way, victim: String::new() };
+        let world = World::manual_in_memory();
+        let mut scene = Self { world, way, victim: String::new(), template: tempfile::tempdir().unwrap() };
         let canary = scene.world.path().join("canary");
         fs::create_dir_all(canary.join("deep")).unwrap();
         fs::write(canary.join("report"), "an audit report").unwrap();
@@ -162,7 +167,13 @@ impl Scene {
         let other = scene.world.byok(&store, OTHER, &two);
         put(&other, "other");
         store.close().unwrap();
+        copy_dir(scene.world.path(), scene.template.path());
         scene
+    }
+
+    /// Puts everything back as it was.
+    fn reset(&self) {
+        copy_dir(self.template.path(), self.world.path());
     }
 
     fn builder(&self) -> StoreBuilder {
@@ -193,13 +204,16 @@ impl Scene {
         let Ok(inside) = target.strip_prefix(self.world.store_dir()) else { return Concerns::All };
         let text = inside.to_str().unwrap();
         match text {
+            // Every opening looks where the audit log ends.
             "STORE" | "catalogue" | "logstores" | "audit" => Concerns::All,
             "LOCK" => Concerns::Writers,
             _ if text.starts_with("audit/") => Concerns::None,
             // The probes of both master keys are in one directory.
             "probes" => Concerns::All,
-            // One of the two Logstores, or a probe that only one of them needs.
-            _ => Concerns::Victim,
+            // A master key of one of the two.
+            _ if text.starts_with("probes/") => Concerns::EitherOne,
+            _ if text.contains(&self.victim) => Concerns::Victim,
+            _ => Concerns::Other,
         }
     }
 }
@@ -215,7 +229,7 @@ fn replace(target: &Path, by: Hostile, canary: &Path, aside: &Path) {
         Hostile::LinkInside => symlink(aside, target).unwrap(),
         Hostile::DanglingLink => symlink("/nonexistent/nowhere", target).unwrap(),
         Hostile::Fifo => node(FileType::Fifo, 0),
-        Hostile::Socket => drop(UnixListener::bind(target).unwrap()),
+        Hostile::Socket => node(FileType::Socket, 0),
         // /dev/null: harmless to this machine should it be opened all the same.
         Hostile::Device => node(FileType::CharacterDevice, makedev(1, 3)),
         Hostile::OtherType if was_dir => fs::write(target, "a file").unwrap(),
@@ -266,28 +280,35 @@ fn at_once<T: Send>(what: &str, act: impl FnOnce() -> T + Send) -> T {
     result
 }
 
-type Operation = (&'static str, bool, fn(&Store) -> Result<()>);
+type Operation = (&'static str, fn(&Store) -> Result<()>);
 
-/// What is done to the victim: a name, whether it writes, and how.
-const OPERATIONS: [Operation; 5] = [
-    ("read", false, |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)),
-    ("append", true, |store| try_put(&store.logstore(&name(VICTIM))?, "third")),
-    ("verify", false, |store| {
-        let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
-        let report = store.verify(&options, &mut |_| {})?;
-        match report.faults.first() {
-            Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {
-                path: fault.message.split(" is a ").next().unwrap().into(),
-                expected: FileKind::File,
-                found: FileKind::Unknown,
-            }),
-            Some(fault) => panic!("{fault:?}"),
-            None => Ok(()),
-        }
-    }),
-    ("rotate", true, |store| store.rotate_data_key(&name(VICTIM)).map(drop)),
-    ("delete", true, |store| store.delete_logstore(&name(VICTIM)).map(drop)),
+/// What is done to the victim in one opening: by a reader, by a writer, and by one that deletes it.
+const OPENINGS: [(bool, &[Operation]); 3] = [
+    (false, &[("read", |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)), ("verify", verify)]),
+    (
+        true,
+        &[
+            ("append", |store| try_put(&store.logstore(&name(VICTIM))?, "third")),
+            ("rotate", |store| store.rotate_data_key(&name(VICTIM)).map(drop)),
+        ],
+    ),
+    (true, &[("delete", |store| store.delete_logstore(&name(VICTIM)).map(drop))]),
 ];
+
+/// Verifies the victim. The first fault becomes the error that it reports.
+fn verify(store: &Store) -> Result<()> {
+    let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
+    let report = store.verify(&options, &mut |_| {})?;
+    match report.faults.first() {
+        Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {
+            path: fault.message.split(" is a ").next().unwrap().into(),
+            expected: FileKind::File,
+            found: FileKind::Unknown,
+        }),
+        Some(fault) => panic!("{fault:?}"),
+        None => Ok(()),
+    }
+}
 
 /// The outcome that every operation may have: success, or the error that names the replaced thing.
 fn check(what: &str, target: &Path, result: Result<()>) -> bool {
@@ -300,25 +321,26 @@ fn check(what: &str, target: &Path, result: Result<()>) -> bool {
 
 fn sweep(way: Way) {
     let mut refused = BTreeMap::<&str, u32>::new();
-    let targets = Scene::new(way).targets().len();
-    assert!(targets > 15, "{targets}");
-    for index in 0..targets {
+    let scene = Scene::new(way);
+    let targets = scene.targets();
+    assert!(targets.len() > 15, "{targets:?}");
+    for target in &targets {
         for by in Hostile::ALL {
             // A store that every operation finds as it was.
-            for (operation, writes, act) in OPERATIONS {
-                let scene = Scene::new(way);
-                let target = scene.targets()[index].clone();
-                if target == scene.world.keyring() && by.kind(false) == FileKind::Symlink {
+            for (writes, operations) in OPENINGS {
+                scene.reset();
+                if *target == scene.world.keyring() && by.kind(false) == FileKind::Symlink {
                     // A symlink to a keyring is followed once.
                     continue;
                 }
                 let was_dir = target.is_dir();
-                let what = format!("{way:?}: {} as {by:?}, {operation}", target.display());
+                let deletes = operations.iter().any(|(operation, _)| *operation == "delete");
+                let what = format!("{way:?}: {} as {by:?}, {}", target.display(), operations[0].0);
                 let (canary, aside) = (scene.world.path().join("canary"), scene.world.path().join("aside"));
-                replace(&target, by, &canary, &aside);
-                let (outside, link) = (picture(&canary), fs::symlink_metadata(&target).unwrap().ino());
+                replace(target, by, &canary, &aside);
+                let (outside, link) = (picture(&canary), fs::symlink_metadata(target).unwrap().ino());
                 let kept = if aside.is_dir() { picture(&aside) } else { BTreeMap::new() };
-                let concerns = scene.concerns(&target);
+                let concerns = scene.concerns(target);
                 let before = picture(&scene.world.store_dir());
 
                 let opened =
@@ -327,7 +349,7 @@ fn sweep(way: Way) {
                     || concerns == Concerns::Writers && writes;
                 match opened {
                     Err(error) => {
-                        assert!(check(&what, &target, Err(error)));
+                        assert!(check(&what, target, Err(error)));
                         assert!(shut || target.ends_with("logstores"), "{what}: the store stays shut");
                         assert!(
                             picture(&scene.world.store_dir()) == before,
@@ -336,17 +358,21 @@ fn sweep(way: Way) {
                     }
                     Ok(store) => {
                         assert!(!shut, "{what}: the store opens");
-                        let result = at_once(&what, || act(&store));
-                        if check(&what, &target, result) {
-                            *refused.entry(operation).or_default() += 1;
-                            assert!(concerns != Concerns::None, "{what}");
-                        }
-                        if concerns != Concerns::All {
-                            let other = store.logstore(&name(OTHER)).unwrap();
-                            assert_eq!(texts(&other), ["other"], "{what}");
-                            if writes {
-                                put(&other, "more");
+                        for (operation, act) in operations {
+                            let result = at_once(&what, || act(&store));
+                            if check(&what, target, result) {
+                                *refused.entry(*operation).or_default() += 1;
+                                assert!(!matches!(concerns, Concerns::None | Concerns::Other), "{what}");
                             }
+                        }
+                        // The other Logstore is served unless the thing is its own, or shared.
+                        let served = at_once(&what, || {
+                            let other = store.logstore(&name(OTHER))?;
+                            assert_eq!(try_texts(&other)?, ["other"], "{what}");
+                            if writes { try_put(&other, "more") } else { Ok(()) }
+                        });
+                        if check(&what, target, served) {
+                            assert!(!matches!(concerns, Concerns::None | Concerns::Victim), "{what}");
                         }
                         at_once(&what, || drop(store.close()));
                     }
@@ -355,18 +381,18 @@ fn sweep(way: Way) {
                 if aside.is_dir() {
                     assert!(picture(&aside) == kept, "{what}: the original has changed through a link");
                 }
-                let left = fs::symlink_metadata(&target);
+                let left = fs::symlink_metadata(target);
                 if let Ok(left) = &left {
                     assert_eq!(left.ino(), link, "{what}: what was put in its place has been replaced");
                 }
-                if operation == "delete" && left.is_err() {
+                if deletes && left.is_err() {
                     // The victim is gone.
                     continue;
                 }
-                put_back(&target, &aside);
+                put_back(target, &aside);
                 assert_eq!(target.is_dir(), was_dir);
                 let store = scene.builder().open().unwrap_or_else(|error| panic!("{what}: {error:?}"));
-                if operation != "delete" {
+                if !deletes {
                     let victim = store.logstore(&name(VICTIM)).unwrap();
                     let read = texts(&victim);
                     assert_eq!(read[..2], ["first", "second"], "{what}");
@@ -378,9 +404,10 @@ fn sweep(way: Way) {
             }
         }
     }
-    println!("{way:?}: {targets} files and directories, refused: {refused:?}");
+    println!("{way:?}: {} files and directories, refused: {refused:?}", targets.len());
     let operations: BTreeSet<&str> = refused.keys().copied().collect();
-    assert_eq!(operations.len(), OPERATIONS.len(), "{operations:?}");
+    let all = OPENINGS.iter().flat_map(|(_, operations)| operations.iter().map(|(operation, _)| *operation));
+    assert_eq!(operations, all.collect(), "each of them met one");
 }
 
 #[test]
