@@ -419,3 +419,84 @@ fn every_file_is_replaced_in_turn() {
 fn every_file_is_replaced_in_turn_where_the_kernel_has_no_openat2() {
     sweep(Way::Walk);
 }
+
+/// Deleting removes the names that the format defines. Everything else stays, is reported, and keeps nothing shut.
+#[test]
+fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
+    let scene = Scene::new(Way::Kernel);
+    let logstores = scene.world.store_dir().join("logstores");
+    let victim = logstores.join(&scene.victim);
+    let canary = scene.world.path().join("canary");
+    let outside = picture(&canary);
+    let strays = [
+        victim.join("notes"),
+        victim.join("shard-7"),
+        victim.join("shard-0000/snapshot"),
+        victim.join("shard-0000/.nfs0001"),
+        victim.join("shard-0000/0000000001-1.seg"),
+        victim.join("shard-0000/link"),
+    ];
+    for stray in &strays {
+        match stray.extension() {
+            None if stray.ends_with("link") => symlink(&canary, stray).unwrap(),
+            None if stray.ends_with("snapshot") || stray.ends_with("shard-7") => fs::create_dir(stray).unwrap(),
+            _ => fs::write(stray, "not ours").unwrap(),
+        }
+    }
+    // Links with names that a Logstore could have.
+    let links = ["1", "2"].map(|digit| logstores.join(digit.repeat(32)));
+    symlink(&canary, &links[0]).unwrap();
+    symlink(canary.join("report"), &links[1]).unwrap();
+
+    let store = scene.builder().open().unwrap();
+    let report = store.delete_logstore(&name(VICTIM)).unwrap();
+    assert_eq!(report.left.iter().collect::<BTreeSet<_>>(), strays.iter().collect());
+    assert!(!victim.join("meta").exists(), "the envelopes are gone");
+    assert!(strays.iter().all(|stray| fs::symlink_metadata(stray).is_ok()));
+    assert_eq!(fs::read_dir(victim.join("shard-0000")).unwrap().count(), 4, "no segment is left");
+    let noted = |store: &Store| {
+        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.is_clean(), "{:?}", report.faults);
+        report.notes.iter().any(|note| note.contains(&scene.victim))
+    };
+    assert!(noted(&store));
+    store.close().unwrap();
+
+    // It is tried again at each opening, and by retention. Other Logstores are served meanwhile, and made.
+    let store = scene.builder().open().unwrap();
+    assert_eq!(texts(&store.logstore(&name(OTHER)).unwrap()), ["other"]);
+    put(&scene.world.service(&store, VICTIM), "another of the name");
+    assert!(noted(&store));
+    for stray in &strays {
+        fs::remove_file(stray).or_else(|_| fs::remove_dir(stray)).unwrap();
+    }
+    store.apply_retention().unwrap();
+    assert!(!victim.exists() && !noted(&store));
+    store.close().unwrap();
+    assert!(links.iter().all(|link| fs::symlink_metadata(link).unwrap().is_symlink()), "a link is no remains of ours");
+    assert!(picture(&canary) == outside, "something outside of the store has changed");
+}
+
+/// A file of a dropped segment, or a temporary one, that cannot be removed keeps its shard from nothing.
+#[test]
+fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
+    let scene = Scene::new(Way::Kernel);
+    let shard = scene.world.store_dir().join("logstores").join(&scene.victim).join("shard-0000");
+    // A directory of a temporary file's name cannot be removed as a file. The next segment has ordinal 3 and begins at 2.
+    for temporary in ["0000000003-00000000000000000002.tmp", "0000000003-00000000000000000002.1.tmp"] {
+        fs::create_dir(shard.join(temporary)).unwrap();
+    }
+    fs::create_dir(scene.world.store_dir().join("catalogue.tmp")).unwrap();
+    fs::create_dir(shard.with_file_name("meta.tmp")).unwrap();
+    fs::create_dir(scene.world.path().join("keyring.tmp")).unwrap();
+    let store = scene.builder().open().unwrap();
+    let victim = store.logstore(&name(VICTIM)).unwrap();
+    put(&victim, "third");
+    store.rotate_service_key().unwrap();
+    store.rotate_data_key(&name(VICTIM)).unwrap();
+    assert_eq!(texts(&victim), ["first", "second", "third"]);
+    store.close().unwrap();
+    let store = scene.builder().open().unwrap();
+    put(&store.logstore(&name(VICTIM)).unwrap(), "fourth");
+    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+}
