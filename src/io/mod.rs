@@ -9,6 +9,8 @@ mod clock;
 mod map;
 mod random;
 mod real;
+#[cfg(test)]
+mod tests;
 
 use std::{
     error, fmt, io,

@@ -280,12 +280,21 @@ fn rename(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
 fn rename_new(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
     match rustix::fs::renameat_with(from.dir(), from.name(), to.dir(), to.name(), RenameFlags::NOREPLACE) {
         // The kernel, the file system or a sandbox does not offer it. A hard link does not replace a name either.
-        Err(Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NOTSUP) => {
-            rustix::fs::linkat(from.dir(), from.name(), to.dir(), to.name(), AtFlags::empty())?;
-            Ok(rustix::fs::unlinkat(from.dir(), from.name(), AtFlags::empty())?)
-        }
+        Err(Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NOTSUP) => link_and_unlink(from, to),
         renamed => Ok(renamed?),
     }
+}
+
+fn link_and_unlink(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
+    rustix::fs::linkat(from.dir(), from.name(), to.dir(), to.name(), AtFlags::empty())?;
+    Ok(rustix::fs::unlinkat(from.dir(), from.name(), AtFlags::empty())?)
+}
+
+/// As [`Disk::rename_new`] where the system cannot rename without replacing.
+#[cfg(test)]
+pub(super) fn rename_by_link(from: &Path, to: &Path) -> io::Result<()> {
+    let ((source, from), (target, to)) = (RealDisk::at(from)?, RealDisk::at(to)?);
+    link_and_unlink(&source.root.parent(&from)?, &target.root.parent(&to)?)
 }
 
 fn kind_of(stat: &Stat) -> FileKind {

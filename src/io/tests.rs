@@ -1,0 +1,225 @@
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+use super::*;
+
+/// The disk beneath a new directory, by each way to it.
+fn disks() -> Vec<(tempfile::TempDir, Arc<dyn Disk>)> {
+    let rooted = |beneath: fn(&Path) -> io::Result<Arc<dyn Disk>>| {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = beneath(dir.path()).unwrap();
+        (dir, disk)
+    };
+    vec![
+        rooted(|dir| RealDisk.beneath(dir, Access::Owner)),
+        rooted(|dir| RealDisk.beneath_by_walking(dir, Access::Owner)),
+    ]
+}
+
+fn wrong_type(error: &io::Error) -> Option<(&Path, FileKind, FileKind)> {
+    let wrong: &WrongFileType = error.get_ref()?.downcast_ref()?;
+    Some((&wrong.path, wrong.expected, wrong.found))
+}
+
+fn fifo(path: &Path) {
+    mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+}
+
+#[test]
+fn temporary_names() {
+    for number in [0, 1, 9, 63] {
+        let path = temporary_path(Path::new("dir/x"), number);
+        assert!(is_temporary(path.file_name().unwrap().to_str().unwrap(), "x"), "{path:?}");
+    }
+    for name in [
+        "x",
+        "xtmp",
+        "x.tm",
+        "x.0.tmp",
+        "x.01.tmp",
+        "x.64.tmp",
+        "x.+1.tmp",
+        "x.-1.tmp",
+        "x..tmp",
+        "y.tmp",
+        "x.a.tmp",
+        "x.tmp.tmp",
+    ] {
+        assert!(!is_temporary(name, "x"), "{name}");
+    }
+}
+
+#[test]
+fn no_symlink_below_the_root_is_followed() {
+    for (dir, disk) in disks() {
+        let dir = dir.path();
+        fs::create_dir_all(dir.join("real/deep")).unwrap();
+        fs::write(dir.join("real/deep/file"), "contents").unwrap();
+        symlink("real", dir.join("link")).unwrap();
+        symlink("file", dir.join("real/deep/link")).unwrap();
+        fifo(&dir.join("real/fifo"));
+
+        assert_eq!(read_file(&*disk, &dir.join("real/deep/file"), 100).unwrap(), b"contents");
+        let through = dir.join("link/deep/file");
+        for error in [
+            disk.open(&through, OpenMode::Read).map(drop).unwrap_err(),
+            disk.open(&dir.join("link/deep/new"), OpenMode::CreateNew).map(drop).unwrap_err(),
+            disk.remove_file(&through).unwrap_err(),
+            disk.rename(&through, &dir.join("real/other")).unwrap_err(),
+            disk.rename_new(&dir.join("real/deep/file"), &dir.join("link/other")).unwrap_err(),
+            disk.create_dir(&dir.join("link/new")).unwrap_err(),
+            disk.remove_dir(&dir.join("link/deep")).unwrap_err(),
+            disk.sync_dir(&dir.join("link/deep")).unwrap_err(),
+            disk.list_dir(&dir.join("link")).unwrap_err(),
+            disk.stat(&through).unwrap_err(),
+            disk.beneath(&dir.join("link"), Access::Owner).map(drop).unwrap_err(),
+        ] {
+            let link = dir.join("link");
+            assert_eq!(wrong_type(&error), Some((&*link, FileKind::Directory, FileKind::Symlink)), "{error}");
+        }
+        for mode in [OpenMode::Read, OpenMode::ReadWrite] {
+            for (name, found) in [
+                ("real/deep/link", FileKind::Symlink),
+                ("real/fifo", FileKind::Fifo),
+                ("real/deep", FileKind::Directory),
+            ] {
+                let path = dir.join(name);
+                let error = disk.open(&path, mode).map(drop).unwrap_err();
+                assert_eq!(wrong_type(&error), Some((&*path, FileKind::File, found)), "{error}");
+            }
+        }
+        let file = dir.join("real/deep/file");
+        let error = disk.list_dir(&file).unwrap_err();
+        assert_eq!(wrong_type(&error), Some((&*file, FileKind::Directory, FileKind::File)), "{error}");
+        assert_eq!(disk.stat(&dir.join("real/deep/link")).unwrap().unwrap().kind, FileKind::Symlink);
+        assert_eq!(disk.stat(&dir.join("real/none/none")).unwrap(), None);
+        for outside in [dir.join("../x"), dir.join("real/../x"), "/etc/passwd".into(), "x".into()] {
+            let error = disk.open(&outside, OpenMode::Read).map(drop).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{outside:?}");
+        }
+        let kinds = disk.list_dir(&dir.join("real")).unwrap();
+        let kind = |name: &str| kinds.iter().find(|entry| entry.name == name).unwrap().kind;
+        assert_eq!((kind("deep"), kind("fifo")), (FileKind::Directory, FileKind::Fifo));
+    }
+}
+
+#[test]
+fn a_root_stays_the_directory_that_it_was() {
+    for (dir, disk) in disks() {
+        let parent = tempfile::tempdir().unwrap();
+        let (root, link) = (dir.path(), parent.path().join("link"));
+        fs::write(root.join("file"), "kept").unwrap();
+        symlink(root, &link).unwrap();
+        let through = RealDisk.beneath(&link, Access::Owner).unwrap();
+        fs::remove_file(&link).unwrap();
+        symlink("/", &link).unwrap();
+        assert_eq!(read_file(&*through, &link.join("file"), 100).unwrap(), b"kept");
+        assert_eq!(read_file(&*disk, &root.join("file"), 100).unwrap(), b"kept");
+    }
+}
+
+#[test]
+fn modes_are_as_asked_for() {
+    for (access, file_mode, dir_mode) in [(Access::Owner, 0o600, 0o700), (Access::GroupRead, 0o640, 0o750)] {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RealDisk.beneath(dir.path(), access).unwrap();
+        let (file, sub) = (dir.path().join("file"), dir.path().join("sub"));
+        disk.open(&file, OpenMode::CreateNew).unwrap();
+        disk.create_dir(&sub).unwrap();
+        write_file(&*disk, &sub.join("document"), b"x", Existing::Replace).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        assert_eq!((mode(&file), mode(&sub), mode(&sub.join("document"))), (file_mode, dir_mode, file_mode));
+    }
+}
+
+#[test]
+fn a_file_is_replaced_or_kept_whole() {
+    for (dir, disk) in disks() {
+        let path = dir.path().join("x");
+        write_file(&*disk, &path, b"one", Existing::Keep).unwrap();
+        let error = write_file(&*disk, &path, b"two", Existing::Keep).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+        write_file(&*disk, &path, b"three", Existing::Replace).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"three");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+        // A directory in its place.
+        let taken = dir.path().join("taken");
+        fs::create_dir(&taken).unwrap();
+        assert!(write_file(&*disk, &taken, b"four", Existing::Replace).is_err());
+        assert!(write_file(&*disk, &taken, b"four", Existing::Keep).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "no temporary file is left");
+    }
+}
+
+#[test]
+fn the_name_of_a_temporary_file_may_be_taken() {
+    for (dir, disk) in disks() {
+        let path = dir.path().join("x");
+        let temporary = |number| temporary_path(&path, number);
+        fs::create_dir(temporary(0)).unwrap();
+        symlink("/etc/passwd", temporary(1)).unwrap();
+        fifo(&temporary(2));
+        fs::write(temporary(3), "of a process that is gone").unwrap();
+        fs::write(temporary(4), "of a process that is alive").unwrap();
+        let alive = disk.open(&temporary(4), OpenMode::ReadWrite).unwrap();
+        assert!(alive.try_lock().unwrap());
+
+        let made = Temporary::create(&*disk, &path).unwrap();
+        assert_eq!(made.path, temporary(3));
+        assert_eq!(Temporary::create(&*disk, &path).unwrap().path, temporary(5), "the third is in use now");
+        drop(made);
+        remove_temporaries(&*disk, &path).unwrap();
+        let left = |number| fs::symlink_metadata(temporary(number)).is_ok();
+        assert_eq!([0, 1, 2, 3, 4, 5].map(left), [true, true, true, false, true, false]);
+        drop(alive);
+        remove_temporaries(&*disk, &path).unwrap();
+        assert!(!left(4));
+        write_file(&*disk, &path, b"one", Existing::Replace).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"one");
+    }
+}
+
+#[test]
+fn a_path_is_resolved_to_where_it_leads() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = fs::canonicalize(dir.path()).unwrap();
+    fs::create_dir_all(root.join("a/b")).unwrap();
+    symlink("b/target", root.join("a/one")).unwrap();
+    symlink("a/one", root.join("two")).unwrap();
+    symlink("a", root.join("dir")).unwrap();
+    symlink("loop", root.join("loop")).unwrap();
+    let resolve = |name: &str| RealDisk.resolve(&root.join(name));
+    let target = root.join("a/b/target");
+    // Whether or not there is something.
+    for _ in 0..2 {
+        for name in ["a/b/target", "a/one", "two", "dir/one", "a/../two"] {
+            assert_eq!(resolve(name).unwrap(), target, "{name}");
+        }
+        fs::write(&target, "x").unwrap();
+    }
+    assert_eq!(resolve("dir").unwrap(), root.join("a"));
+    assert_eq!(resolve("dir/.").unwrap(), root.join("a"));
+    assert_eq!(resolve("dir/b/..").unwrap(), root.join("a"));
+    assert!(resolve("loop").is_err());
+    assert_eq!(resolve("none/x").unwrap_err().kind(), io::ErrorKind::NotFound);
+}
+
+#[test]
+fn a_rename_without_replacing_works_by_a_link_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    fs::write(&from, "x").unwrap();
+    real::rename_by_link(&from, &to).unwrap();
+    assert_eq!((fs::read(&to).unwrap(), from.exists()), (b"x".to_vec(), false));
+    assert_eq!(fs::metadata(&to).unwrap().nlink(), 1);
+    fs::write(&from, "y").unwrap();
+    assert_eq!(real::rename_by_link(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+    assert_eq!(fs::read(&to).unwrap(), b"x");
+}
