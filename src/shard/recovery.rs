@@ -365,6 +365,7 @@ impl Shard {
                 let mut end_seq = opened.header.header.first_seq;
                 let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
                 while let Load::Block(header) = reader.load(self)? {
+                    reader.check_place(&header)?;
                     end_seq = header.end_seq();
                     reader.pass();
                 }
@@ -403,7 +404,7 @@ impl Shard {
         let path = &*last.path;
         let file = self.context.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
         let header = Arc::new(read_header(&*file, path)?);
-        let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
+        let opened = Opened { name: last.clone(), file, header, end: End::Unknown, vouched: None };
         self.authenticate(&opened)?;
         let scanned = self.scan(&opened)?;
         let (next, groups_salvaged) = self.cut(&opened, &scanned, scanned.report.end)?;
@@ -451,16 +452,16 @@ impl Shard {
             proved => proved,
         };
         match &opened.end {
-            End::Active(_) => Ok(()),
-            End::Sealed(_) => self.verify_footer(opened),
+            End::Active(_) => return Ok(()),
+            End::Sealed(_) => self.verify_footer(opened)?,
             End::Cut(_) | End::Unknown => {
                 prove(&opened.header, &opened.name.path)?;
-                match self.successor(&opened.name)? {
-                    Some((header, path)) => prove(&header, &path),
-                    None => Ok(()),
+                if let Some((header, path)) = self.successor(&opened.name)? {
+                    prove(&header, &path)?;
                 }
             }
         }
+        self.check_rules(opened)
     }
 
     /// Authenticates the footer of a sealed segment.
