@@ -18,6 +18,7 @@ use envelog::{
         CONTENTS_PER_LOG_MAX, Content, GROUP_BYTES_MAX, KEY_BYTES_MAX, LOGS_PER_GROUP_MAX, Log, LogTag,
         TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
     },
+    io::{Disk as _, OpenMode},
 };
 
 // ---- groups ----

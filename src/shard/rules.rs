@@ -3,15 +3,20 @@
 //! Each of these parts is authenticated by itself. What breaks a rule here was sealed so by a process that has the key, and is
 //! reported as corruption: the engine never writes it.
 
+use std::path::Path;
+
 use super::{End, Opened, Shard};
 use crate::{
     Error, Result,
     crypto::Suite,
+    error::Location,
     segment::{Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
 };
 
 /// Where a header has its suite.
 const SUITE_AT: u64 = 10;
+/// Where a header has the kind of its predecessor.
+const PREDECESSOR_AT: u64 = 160;
 /// Where a header has the number of its predecessor's end.
 const PREDECESSOR_END_AT: u64 = 176;
 /// Where a header has its predecessor's ordinal.
@@ -28,6 +33,9 @@ impl Shard {
             self.check_generation(path, header)?;
         }
         let broken = |at, rule: &str| Err(Error::corrupt(opened.at(at), rule));
+        if header.ordinal != 1 && header.predecessor == Predecessor::None {
+            return Err(denies_predecessor(path));
+        }
         if let Some((at, rule)) = chain_rule(header) {
             return broken(at, rule);
         }
@@ -53,12 +61,14 @@ impl Shard {
     }
 }
 
+/// The error where the header in `path` names no predecessor, and is not the first of its shard.
+pub(super) fn denies_predecessor(path: &Path) -> Error {
+    Error::Tampered { at: Location::new(path, PREDECESSOR_AT), what: "a segment that denies its predecessor" }
+}
+
 /// The rule that a header breaks in what it says of its predecessor, and where.
 pub(super) fn chain_rule(header: &SegmentHeader) -> Option<(u64, &'static str)> {
-    let (Predecessor::Sealed(end) | Predecessor::Cut(end)) = &header.predecessor else {
-        let rule = "a segment names no predecessor and is not the first of its shard";
-        return (header.ordinal != 1).then_some((PREDECESSOR_ORDINAL_AT, rule));
-    };
+    let (Predecessor::Sealed(end) | Predecessor::Cut(end)) = &header.predecessor else { return None };
     if end.ordinal.checked_add(1) != Some(header.ordinal) {
         return Some((PREDECESSOR_ORDINAL_AT, "the predecessor of a segment is not the one before it"));
     }

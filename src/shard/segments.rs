@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Head, Shard, rules::chain_rule};
+use super::{
+    Head, Shard,
+    rules::{chain_rule, denies_predecessor},
+};
 use crate::{
     Error, Result,
     error::Location,
@@ -406,7 +409,6 @@ impl Shard {
         if let Some((header, path)) = self.successor(name)? {
             // The link is broken, and neither of its segments is read. A header with another ordinal is not the successor's.
             if header.header.ordinal == name.ordinal + 1
-                && !matches!(header.header.predecessor, Predecessor::None)
                 && let Some((at, rule)) = chain_rule(&header.header)
             {
                 return Err(Error::corrupt(Location::new(&*path, at), rule));
@@ -414,10 +416,7 @@ impl Shard {
             return match &header.header.predecessor {
                 Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
                 Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
-                Predecessor::None => Err(Error::Tampered {
-                    at: Location::new(&*path, 160),
-                    what: "a segment that denies its predecessor",
-                }),
+                Predecessor::None => Err(denies_predecessor(&path)),
             };
         }
         if let Some(end) = name.sealed {
