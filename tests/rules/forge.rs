@@ -77,23 +77,19 @@ impl Copy {
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
-        self.builder_with(AwsLc::new())
-    }
-
-    pub(crate) fn builder_with(&self, provider: impl CryptoProvider + 'static) -> StoreBuilder {
         let mut options = StoreOptions::default();
         options.background = Background::Manual;
-        let builder = Store::builder(self.path("store"), self.path("keyring"), provider);
+        let builder = Store::builder(self.path("store"), self.path("keyring"), AwsLc::new());
         let builder = builder.disk(Arc::new(QuickDisk)).options(options);
         let kms = self.path("kms");
         if kms.exists() { builder.kms(Arc::new(LocalKms::open(kms).unwrap())) } else { builder }
     }
 
-    /// The root of a version of the keyring.
+    /// The root of a version of the keyring, the newest where there is no such version.
     pub(crate) fn root(&self, version: u32) -> SecretKey {
         let keyring = Document::read(&self.path("keyring")).json();
         let versions = keyring["versions"].as_array().unwrap();
-        let entry = versions.iter().find(|entry| entry["version"] == version).unwrap();
+        let entry = versions.iter().find(|entry| entry["version"] == version).or(versions.last()).unwrap();
         SecretKey::from_bytes(&mut unhex(entry["root"].as_str().unwrap()).try_into().unwrap())
     }
 
