@@ -12,9 +12,9 @@ mod forge;
 
 use common::{records, segments, synced};
 use envelog::{
-    Compression, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
+    Compression, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
     crypto::Suite,
-    segment::{BlockKind, Extension, IndexEntry, KeySource, Predecessor},
+    segment::{BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX},
 };
 use forge::{Chain, Copy, Patch};
 
@@ -470,7 +470,7 @@ const FOOTERS: &[Row] = &[
         patch(&mut chain.segments[0].footer_patch, 72, u64(100_000));
     }),
     footer("digest of a footer", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 96, vec![7; 32])),
-    footer("recovery alone writes a recovered footer, of marks too", "time", |chain| {
+    footer("a footer without groups has no times", "time", |chain| {
         // A segment without groups that has times.
         let segment = &mut chain.segments[2];
         segment.blocks.clear();
@@ -550,10 +550,11 @@ fn verify(store: &Store, keyless: bool) -> VerifyReport {
     store.verify(&options, &mut |_| {}).unwrap()
 }
 
-/// Everything in a shard, as a reader gets it in one mode.
-fn read(store: &Store, shard: u32, mode: ReadMode) -> Result<Vec<Record>> {
+/// The sequence numbers in a shard from `from` on, as a reader gets them in one mode.
+fn read(store: &Store, shard: u32, from: u64, mode: ReadMode) -> Result<Vec<u64>> {
     let name = store.list()?.remove(0);
-    store.logstore(&name)?.read(shard, &ReadOptions { mode, ..ReadOptions::default() })?.collect()
+    let options = ReadOptions { mode, from: Position::Seq(from), ..ReadOptions::default() };
+    store.logstore(&name)?.read(shard, &options)?.map(|record| Ok(record?.seq)).collect()
 }
 
 #[test]
@@ -585,14 +586,20 @@ fn all(copy: &Copy) -> Vec<Vec<Record>> {
 fn check(row: &Row) {
     let Row { rule, store, shard, change, read: expected, verify: code, says, keyless } = *row;
     let copy = Copy::of(store);
+    let written: Vec<u64> = all(&copy)[shard as usize].iter().map(|record| record.seq).collect();
     let mut chain = Chain::load(&copy, shard);
     change(&mut chain);
     chain.save();
     let store = copy.builder().open_read_only().unwrap();
     for mode in [ReadMode::Pread, ReadMode::Map] {
-        match (read(&store, shard, mode), expected) {
+        match (read(&store, shard, 0, mode), expected) {
             (Err(error), Some(code)) => assert_eq!(error.code(), code, "{rule}: {error}"),
-            (Ok(_), None) => {}
+            (Ok(seqs), None) => {
+                assert_eq!(seqs, written, "{rule}");
+                for (index, &seq) in written.iter().enumerate() {
+                    assert_eq!(read(&store, shard, seq, mode).unwrap(), written[index..], "{rule}, from {seq}");
+                }
+            }
             (result, _) => panic!("{rule}: expected {expected:?}, got {result:?}"),
         }
     }
@@ -633,6 +640,21 @@ fn check_all(rows: &[Row]) {
 #[test]
 fn the_rules_of_headers_and_chains() {
     check_all(SEGMENTS);
+}
+
+/// A file of more than 4 GiB is no segment, whatever it holds.
+#[test]
+fn the_longest_segment() {
+    let copy = Copy::of("unclean");
+    let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(SEGMENT_BYTES_MAX + 1).unwrap();
+    let store = copy.builder().open_read_only().unwrap();
+    assert_eq!(read(&store, 0, 0, ReadMode::Pread).unwrap_err().code(), "corrupt");
+    for keyless in [false, true] {
+        let report = verify(&store, keyless);
+        let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+        assert_eq!(found, [("corrupt", Some(path.clone()))], "{report:?}");
+    }
 }
 
 #[test]
