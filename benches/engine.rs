@@ -9,7 +9,7 @@ use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use envelog::{
     AppendOptions, Compression, Durability, EncryptConf, EncryptType, LogGroup, Logstore, LogstoreSpec, Payload,
-    ReadOptions, Store,
+    ReadMode, ReadOptions, Store,
     crypto::{Cipher, CryptoProvider, RustCrypto},
     group::{Content, Log},
 };
@@ -134,6 +134,35 @@ fn read(criterion: &mut Criterion) {
     }
 }
 
+/// The two ways to fetch sealed segments, from the page cache.
+fn read_modes(criterion: &mut Criterion) {
+    let groups = groups();
+    let bytes: usize = groups.iter().map(Payload::len).sum();
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for compression in [Compression::None, Compression::Lz4] {
+        let mut group = criterion.benchmark_group(format!("read-mode-{compression}"));
+        group.throughput(Throughput::Bytes(bytes as u64)).sample_size(20);
+        for (suite, encrypt) in SUITES {
+            let logstore = logstore(&store, suite, encrypt, compression);
+            for payload in &groups {
+                logstore.append(payload.clone(), &AppendOptions::durability(Durability::Buffered)).unwrap();
+            }
+            logstore.roll().unwrap();
+            for (name, mode) in [("pread", ReadMode::Pread), ("map", ReadMode::Map)] {
+                group.bench_function(BenchmarkId::new(suite, name), |bencher| {
+                    bencher.iter(|| {
+                        let options = ReadOptions { mode, ..ReadOptions::default() };
+                        let reader = logstore.read(0, &options).unwrap();
+                        let read: usize = reader.map(|record| record.unwrap().bytes.len()).sum();
+                        assert_eq!(read, bytes);
+                    });
+                });
+            }
+        }
+    }
+}
+
 fn ciphers(criterion: &mut Criterion) {
     let providers: [(&str, &dyn CryptoProvider); 2] = [("fast", &Fast::new()), ("rustcrypto", &RustCrypto::new())];
     for cipher in [Cipher::Aes256Gcm, Cipher::Sm4Gcm] {
@@ -160,5 +189,5 @@ fn ciphers(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, append, read, ciphers);
+criterion_group!(benches, append, read, read_modes, ciphers);
 criterion_main!(benches);

@@ -455,7 +455,7 @@ const FOOTERS: &[Row] = &[
     open("end of the sequence numbers, beyond the limit", "not within those of the segment", |chain| {
         patch(&mut chain.segments[2].footer_patch, 48, u64(1 << 60));
     }),
-    footer("first receive time of a footer", DISAGREES, |chain| {
+    open("first receive time of a footer", DISAGREES, |chain| {
         let time_us = chain.segments[0].blocks[0].header.first_time_us;
         patch(&mut chain.segments[0].footer_patch, 56, u64(time_us - 1));
     }),
@@ -478,7 +478,7 @@ const FOOTERS: &[Row] = &[
     })
     .with("times or sequence numbers of groups, and counts none", Some("corrupt")),
     // The index.
-    footer("an index names the first block of groups", DISAGREES, |chain| {
+    open("an index names the first block of groups", DISAGREES, |chain| {
         chain.segments[0].index = |index| {
             let second = second_block(index[0]);
             *index = vec![second];
@@ -660,6 +660,38 @@ fn the_longest_segment() {
 #[test]
 fn the_rules_of_blocks() {
     check_all(BLOCKS);
+}
+
+/// A reader up to the end of a shard does not end before it.
+#[test]
+fn the_end_of_a_shard_is_the_end_of_its_blocks() {
+    let copy = Copy::of("service-aes");
+    let mut chain = Chain::load(&copy, 0);
+    let last = chain.segments.last_mut().unwrap();
+    last.blocks[0].put_opaque(&[b"one", b"two"], &[0, 0]);
+    patch(&mut last.footer_patch, 48, u64(6));
+    patch(&mut last.footer_patch, 24, u64(1));
+    chain.save();
+    let store = copy.builder().open_read_only().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    for options in [ReadOptions { to: Some(Position::End), ..ReadOptions::default() }, ReadOptions::from(Position::End)]
+    {
+        assert_eq!(logstore.read(0, &options).unwrap_err().code(), "corrupt");
+    }
+}
+
+/// A reader that begins at a time does not go by a footer that says that its segment begins earlier.
+#[test]
+fn a_segment_begins_when_its_first_group_was_received() {
+    let copy = Copy::of("service-aes");
+    let mut chain = Chain::load(&copy, 0);
+    let before_us = chain.segments[0].blocks[0].header.first_time_us;
+    patch(&mut chain.segments[1].footer_patch, 56, u64(before_us));
+    chain.save();
+    let store = copy.builder().open_read_only().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    let mut reader = logstore.read(0, &ReadOptions::from(Position::Time(before_us + 1))).unwrap();
+    assert_eq!(reader.next().unwrap().unwrap_err().code(), "corrupt");
 }
 
 #[test]

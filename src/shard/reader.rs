@@ -321,11 +321,7 @@ impl Reader {
             };
             match cursor.load(&shard)? {
                 Load::Block(header) => {
-                    if let Err(broken) = cursor.check_place(&header) {
-                        cursor.prove_passed(gate)?;
-                        cursor.open(gate)?;
-                        return Err(broken);
-                    }
+                    cursor.prove_place(&header, gate)?;
                     let wanted = header.kind != BlockKind::Mark
                         && header.end_seq() > self.next_seq
                         && header.last_time_us >= self.from_us;
@@ -575,8 +571,18 @@ impl SegmentReader {
         self.opened.at(self.offset).block(self.number)
     }
 
+    /// Reads on to the end, from where it is, and authenticates that.
+    pub(crate) fn prove_end(&mut self, shard: &Shard, gate: &Gate) -> Result<()> {
+        while let Load::Block(header) = self.load(shard)? {
+            self.prove_place(&header, gate)?;
+            self.pass();
+        }
+        self.prove_passed(gate)?;
+        self.check_end()
+    }
+
     /// Goes to where the first group with at least this number and receive time may be.
-    fn seek(&mut self, seq: u64, time_us: u64) {
+    pub(crate) fn seek(&mut self, seq: u64, time_us: u64) {
         // What lies before the first block that an index names is looked for from the first block of the segment on.
         let entry = |footer: &Footer| {
             let by_seq = footer.seek_seq(seq).filter(|entry| entry.first_seq <= seq);
@@ -672,7 +678,7 @@ impl SegmentReader {
     }
 
     /// Checks the loaded block against those before it, and against the index that led to it. Neither it nor the block before it is
-    /// authenticated yet. A caller that has the key opens both before it reports a broken rule: a forged block is *tampered*.
+    /// authenticated yet: [`SegmentReader::prove_place`] is for those who have the key.
     pub(crate) fn check_place(&self, header: &BlockHeader) -> Result<()> {
         let is_sought =
             |entry: IndexEntry| (entry.first_seq, entry.first_time_us) == (header.first_seq, header.first_time_us);
@@ -682,10 +688,27 @@ impl SegmentReader {
             "it was received before the block before it, or before the end of the segment before"
         } else if !self.sought.is_none_or(is_sought) {
             "it is not the block that the index names"
+        } else if !self.begins_as_footer_says(header) {
+            "it is the first one with groups, and the footer names another first receive time"
         } else {
             return Ok(());
         };
         Err(Error::corrupt(self.here(), format!("a block: {broken}")))
+    }
+
+    /// As [`SegmentReader::check_place`]. Where a rule is broken, both blocks are authenticated first: a forged one is *tampered*.
+    pub(crate) fn prove_place(&mut self, header: &BlockHeader, gate: &Gate) -> Result<()> {
+        let Err(broken) = self.check_place(header) else { return Ok(()) };
+        self.prove_passed(gate)?;
+        self.open(gate)?;
+        Err(broken)
+    }
+
+    /// Whether the loaded block has the first receive time that the footer names, if it is the first block with groups.
+    fn begins_as_footer_says(&self, header: &BlockHeader) -> bool {
+        let End::Sealed(footer) = &self.opened.end else { return true };
+        let is_first = self.sought.is_none() && self.groups_end.is_none() && header.kind != BlockKind::Mark;
+        !is_first || header.first_time_us == footer.footer.first_time_us
     }
 
     /// Checks what was read against what the footer, or the successor of a cut segment, says of the end. All of it is authenticated.
@@ -777,6 +800,8 @@ impl SegmentReader {
         let footer = Arc::clone(footer);
         let (end, tag, number) = (footer.footer.offset, self.opened.header.segment_tag(), self.number);
         self.loaded = None;
+        // What is passed over may have been the first groups.
+        self.groups_end.get_or_insert(self.end_seq);
         let damaged = self.offset;
         if let Ok(head) = self.window(BlockHeader::LEN, end)?
             && let Ok(header) = BlockHeader::decode(head)

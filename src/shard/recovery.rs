@@ -358,14 +358,21 @@ impl Shard {
         let opened = self.open_segment(last)?;
         self.authenticate(&opened)?;
         Ok(match &opened.end {
-            End::Sealed(footer) => footer.footer.end_seq,
+            End::Sealed(footer) => {
+                let end_seq = footer.footer.end_seq;
+                // The last blocks have to end there too, or a reader would end before them.
+                let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+                reader.seek(end_seq.saturating_sub(1), 0);
+                reader.prove_end(self, &self.context.gate)?;
+                end_seq
+            }
             End::Cut(end) => end.end_seq,
             End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
             End::Unknown => {
                 let mut end_seq = opened.header.header.first_seq;
                 let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
                 while let Load::Block(header) = reader.load(self)? {
-                    reader.check_place(&header)?;
+                    reader.prove_place(&header, &self.context.gate)?;
                     end_seq = header.end_seq();
                     reader.pass();
                 }

@@ -88,8 +88,11 @@ fn footer_rule(header: &SegmentHeader, body_start: u64, footer: &Footer) -> Opti
     if footer.group_count == 0 && (footer.first_time_us, footer.last_time_us, footer.end_seq) != none {
         return Some("the footer has times or sequence numbers of groups, and counts none");
     }
-    let first = footer.index.first();
-    (first.is_some_and(|entry| entry.offset < body_start)).then_some("the index names a place in front of the blocks")
+    let first = footer.index.first()?;
+    if first.offset < body_start {
+        return Some("the index names a place in front of the blocks");
+    }
+    (first.first_time_us != footer.first_time_us).then_some("the index does not begin with the first receive time")
 }
 
 /// The rule that a footer breaks beside what the successor, or the catalogue, says of the segment's end.
