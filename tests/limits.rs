@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{io, time::Duration};
 
 use bytes::Bytes;
 use common::{

@@ -551,18 +551,20 @@ fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
 
 // ---- a file that changes under a map ----
 
+/// A file, and the offsets at which it is overwritten.
+type Target = Arc<Mutex<Option<(PathBuf, Range<u64>)>>>;
+
 /// A provider that reads the ciphertext twice, as the trait allows: once to check the tag, and once to decrypt. In between, another
 /// process writes to the file.
 #[derive(Debug)]
 struct ReadsTwice {
     inner: AwsLc,
-    /// The file whose block at these offsets is overwritten.
-    file: Arc<Mutex<Option<(PathBuf, Range<u64>)>>>,
+    file: Target,
 }
 
 struct TwiceKey {
     inner: Box<dyn AeadKey>,
-    file: Arc<Mutex<Option<(PathBuf, Range<u64>)>>>,
+    file: Target,
 }
 
 impl CryptoProvider for ReadsTwice {
