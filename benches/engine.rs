@@ -3,13 +3,13 @@
 //! `cargo bench --bench engine` makes its own log lines; `ENVELOG_BENCH_LOGS=DIR` takes the files of a directory instead.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::{fs, hint::black_box, path::Path};
+use std::{fs, hint::black_box, path::Path, time::Instant};
 
 use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use envelog::{
     AppendOptions, Compression, Durability, EncryptConf, EncryptType, LogGroup, Logstore, LogstoreSpec, Payload,
-    ReadOptions, Store,
+    ReadMode, ReadOptions, Store,
     crypto::{Cipher, CryptoProvider, RustCrypto},
     group::{Content, Log},
 };
@@ -134,6 +134,53 @@ fn read(criterion: &mut Criterion) {
     }
 }
 
+/// The two ways to fetch sealed segments, out of the page cache. They take turns, and the best round of each counts, so that other work
+/// on the machine weighs on neither: it prints what a map reads for each byte that positional reads do.
+fn read_modes(criterion: &mut Criterion) {
+    let groups = groups();
+    let bytes = 8 * groups.iter().map(Payload::len).sum::<usize>();
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(dir.path());
+    for compression in [Compression::None, Compression::Lz4] {
+        for (suite, encrypt) in SUITES {
+            let logstore = logstore(&store, suite, encrypt, compression);
+            for payload in (0..8).flat_map(|_| &groups) {
+                logstore.append(payload.clone(), &AppendOptions::durability(Durability::Buffered)).unwrap();
+            }
+            logstore.roll().unwrap();
+            let round = |mode| {
+                let began = Instant::now();
+                let reader = logstore.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let read: usize = reader.map(|record| record.unwrap().bytes.len()).sum();
+                assert_eq!(read, bytes);
+                began.elapsed().as_secs_f64()
+            };
+            let mut best = [f64::MAX; 2];
+            let mut group = criterion.benchmark_group(format!("read-mode-{compression}"));
+            group.sample_size(10).bench_function(BenchmarkId::from_parameter(suite), |bencher| {
+                bencher.iter_custom(|rounds| {
+                    let began = Instant::now();
+                    for _ in 0..rounds {
+                        for (best, mode) in best.iter_mut().zip([ReadMode::Pread, ReadMode::Map]) {
+                            *best = best.min(round(mode));
+                        }
+                    }
+                    began.elapsed()
+                });
+            });
+            group.finish();
+            if best[0] < f64::MAX {
+                let speed = best.map(|seconds| bytes as f64 / seconds / (1 << 20) as f64);
+                let [pread, map] = speed;
+                println!(
+                    "{suite}, {compression}: pread {pread:.0} MiB/s, map {map:.0} MiB/s, map/pread {:.2}",
+                    map / pread
+                );
+            }
+        }
+    }
+}
+
 fn ciphers(criterion: &mut Criterion) {
     let providers: [(&str, &dyn CryptoProvider); 2] = [("fast", &Fast::new()), ("rustcrypto", &RustCrypto::new())];
     for cipher in [Cipher::Aes256Gcm, Cipher::Sm4Gcm] {
@@ -160,5 +207,5 @@ fn ciphers(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, append, read, ciphers);
+criterion_group!(benches, append, read, read_modes, ciphers);
 criterion_main!(benches);

@@ -83,6 +83,23 @@ pub(crate) struct Document {
 }
 
 impl Document {
+    /// Checks what the frame says by itself.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], with the rule of the format that it breaks.
+    pub(crate) fn check_frame(&self, path: &Path) -> Result<(), Error> {
+        let broken = |at: usize, rule: &str| Err(Error::corrupt(Location::new(path, at as u64), rule));
+        // There is always a next generation.
+        if !(1..u64::MAX).contains(&self.generation) {
+            return broken(56, "the generation of a document is out of range");
+        }
+        let has_b = self.kind == DocumentKind::Logstore && !self.b.is_empty();
+        if !has_b && (!self.b.is_empty() || self.tag_b.is_some()) {
+            return broken(FIXED_LEN + self.a.len(), "a document has a second part or tag that its kind has not");
+        }
+        Ok(())
+    }
+
     /// Makes tag B.
     pub(crate) fn sign_b(&mut self, key_b: &SecretKey) {
         self.tag_b = Some(self.make_tag_b(key_b));
@@ -148,7 +165,12 @@ pub(crate) fn open(
     let key = key(parsed.unverified().keyring_version)?;
     let tampered = || Error::Tampered { at: Location::new(path, 0), what: "a document" };
     let document = parsed.verify(&key).map_err(|_| tampered())?;
-    if document.kind == kind { Ok(document) } else { Err(tampered()) }
+    let has_no_subject = matches!(kind, DocumentKind::Store | DocumentKind::Catalogue | DocumentKind::Checkpoint);
+    if document.kind != kind || (has_no_subject && document.subject != [0; 16]) {
+        return Err(tampered());
+    }
+    document.check_frame(path)?;
+    Ok(document)
 }
 
 /// The store that the document in `bytes` claims to be of.

@@ -625,7 +625,8 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
 #[test]
 fn a_forged_list_of_shards_is_refused_by_a_recovery() {
     type List = fn(&serde_json::Value) -> Vec<serde_json::Value>;
-    let possible: List = |shard| (0..envelog::SHARDS_MAX).map(|id| with_id(shard, id)).collect();
+    // Shards that divide the hash range: each has those keys that begin with its id.
+    let possible: List = |shard| (0..envelog::SHARDS_MAX).map(|id| with_range(shard, id)).collect();
     let lists: [List; 5] = [
         possible,
         |_| Vec::new(),
@@ -642,6 +643,7 @@ fn a_forged_list_of_shards_is_refused_by_a_recovery() {
             let end = 80 + u32::from_le_bytes(bytes[72..76].try_into().unwrap()) as usize;
             let mut config: serde_json::Value = serde_json::from_slice(&bytes[80..end]).unwrap();
             config["shards"] = list(&config["shards"][0]).into();
+            config["shard_count"] = config["shards"].as_array().unwrap().len().into();
             let forged = config.to_string().into_bytes();
             bytes[72..76].copy_from_slice(&(forged.len() as u32).to_le_bytes());
             bytes.splice(80..end, forged);
@@ -655,6 +657,13 @@ fn a_forged_list_of_shards_is_refused_by_a_recovery() {
             assert!(lost.unwrap().1.contains("configuration"), "{lost:?}");
         }
     }
+}
+
+fn with_range(shard: &serde_json::Value, id: u32) -> serde_json::Value {
+    let mut shard = with_id(shard, id);
+    let key = |id: u32| if id == 256 { "f".repeat(32) } else { format!("{id:02x}{}", "0".repeat(30)) };
+    (shard["begin_key"], shard["end_key"]) = (key(id).into(), key(id + 1).into());
+    shard
 }
 
 fn with_id(shard: &serde_json::Value, id: u32) -> serde_json::Value {

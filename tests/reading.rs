@@ -7,7 +7,12 @@ mod common;
 use std::{
     collections::BTreeSet,
     io,
-    sync::atomic::{AtomicBool, Ordering},
+    ops::Range,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
 };
 
@@ -16,8 +21,10 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Compression, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Position, ReadMode,
-    ReadOptions, Reader, Record, ShardChoice, Store,
+    AppendOptions, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload,
+    Position, ReadMode, ReadOptions, Reader, Record, ShardChoice, Store,
+    crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
+    io::{Disk as _, OpenMode, RealDisk},
 };
 
 const MODES: [ReadMode; 2] = [ReadMode::Pread, ReadMode::Map];
@@ -540,4 +547,111 @@ fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
     let time = records(&logstore, 0).unwrap()[0].receive_time_us;
     let read = records_from(&logstore, 0, Position::Time(time)).unwrap();
     assert_eq!(strings(&read), ["end of a segment", "beginning of the next"]);
+}
+
+// ---- a file that changes under a map ----
+
+/// A file, and the offsets at which it is overwritten.
+type Target = Arc<Mutex<Option<(PathBuf, Range<u64>)>>>;
+
+/// A provider that reads the ciphertext twice, as the trait allows: once to check the tag, and once to decrypt. In between, another
+/// process writes to the file.
+#[derive(Debug)]
+struct ReadsTwice {
+    inner: AwsLc,
+    file: Target,
+}
+
+struct TwiceKey {
+    inner: Box<dyn AeadKey>,
+    file: Target,
+}
+
+impl CryptoProvider for ReadsTwice {
+    fn name(&self) -> &'static str {
+        "reads twice"
+    }
+
+    fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError> {
+        Ok(Box::new(TwiceKey { inner: self.inner.aead(cipher, key)?, file: Arc::clone(&self.file) }))
+    }
+}
+
+impl AeadKey for TwiceKey {
+    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+        self.inner.seal(nonce, aad, in_out)
+    }
+
+    fn open(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        ciphertext: &[u8],
+        tag: &[u8; 16],
+        out: &mut [u8],
+    ) -> Result<(), CryptoError> {
+        let first: Vec<u8> = ciphertext.to_vec();
+        self.inner.open(nonce, aad, &first, tag, out)?;
+        // Not for a footer: only a block comes out of the map.
+        let is_block = aad.get(32..36) == Some(b"EBLK");
+        if let Some((path, range)) = self.file.lock().unwrap().as_ref().filter(|_| is_block) {
+            let file = RealDisk.open(path, OpenMode::ReadWrite).unwrap();
+            let mut bytes = vec![0; (range.end - range.start) as usize];
+            file.read_at(&mut bytes, range.start).unwrap();
+            bytes.iter_mut().for_each(|byte| *byte ^= 1);
+            file.write_at(&bytes, range.start).unwrap();
+        }
+        for (out, (before, now)) in out.iter_mut().zip(first.iter().zip(std::hint::black_box(ciphertext))) {
+            *out ^= before ^ now;
+        }
+        Ok(())
+    }
+}
+
+/// What is opened is the copy that was checked.
+#[test]
+fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
+    for (encrypt_type, enable) in [
+        (EncryptType::Default, true),
+        (EncryptType::Sm4, true),
+        (EncryptType::Default, false),
+        (EncryptType::Sm4, false),
+    ] {
+        let world = World::manual();
+        let provider = || ReadsTwice { inner: AwsLc::new(), file: Arc::default() };
+        let builder = |provider: ReadsTwice| {
+            Store::builder(world.store_dir(), world.keyring(), provider)
+                .disk(Arc::new(QuickDisk))
+                .clock(Arc::clone(&world.clock) as _)
+                .options(world.options)
+        };
+        let store = builder(provider()).create().unwrap();
+        let conf = EncryptConf::service_key(encrypt_type);
+        let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+        let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf.clone())).unwrap();
+        if !enable {
+            let off = LogstoreConfig { encrypt_conf: Some(EncryptConf { enable, ..conf }), ..logstore.config() };
+            store.update_logstore(logstore.name(), off).unwrap();
+        }
+        put(&logstore, "what was written");
+        let dir = world.logstore_dir(&logstore);
+        drop(logstore);
+        store.close().unwrap();
+
+        let provider = provider();
+        let armed = Arc::clone(&provider.file);
+        let store = builder(provider).open_read_only().unwrap();
+        let logstore = store.logstore(&name("p/l")).unwrap();
+        let options = ReadOptions { mode: ReadMode::Map, ..ReadOptions::default() };
+        let mut reader = logstore.read(0, &options).unwrap();
+        // The payload of the only block, which begins behind the two headers.
+        let payload = 292 + 96..292 + 96 + 18;
+        *armed.lock().unwrap() = Some((segments(&dir, 0).remove(0), payload));
+        let record = reader.next().unwrap().unwrap();
+        *armed.lock().unwrap() = None;
+        assert_eq!(record.bytes, "what was written", "{encrypt_type} {enable}");
+        // Who reads it now finds it changed.
+        let error = logstore.read(0, &options).unwrap().next().unwrap().unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{encrypt_type} {enable}: {error}");
+    }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::LogstoreName;
 use crate::{
     crypto::{Cipher, Suite},
+    ids::hex_decode,
     kms::Cmk,
     segment::Compression,
 };
@@ -430,6 +431,11 @@ impl ShardInfo {
     }
 }
 
+/// A hash key of exactly 32 lower-case hexadecimal digits.
+fn hash_key(text: &str) -> Option<u128> {
+    Some(u128::from_be_bytes(hex_decode(text)?.try_into().ok()?))
+}
+
 /// The whole configuration of a Logstore, as *get* returns it and *update* takes it back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -469,6 +475,51 @@ impl LogstoreConfig {
     /// [`ConfigError::Json`], naming an unknown field or value, or what is missing.
     pub fn from_json(json: &str) -> Result<Self, ConfigError> {
         parse_json(json)
+    }
+
+    /// Checks what it says by itself, as it was read from metadata.
+    ///
+    /// # Errors
+    /// The rule of the format that it breaks.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let broken = |rule: &str| Err(rule.to_owned());
+        let settings = || {
+            range("revision", self.revision, 1, u64::MAX)?;
+            range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
+            check_retention(self.ttl_days, self.retention_bytes)?;
+            self.rotate_data_key.map_or(Ok(()), |policy| policy.check())?;
+            self.encrypt_conf.as_ref().map_or(Ok(()), EncryptConf::check)
+        };
+        settings().map_err(|error| error.to_string())?;
+        if self.shards.len() != self.shard_count as usize {
+            return broken("there is not one shard for each of shard_count");
+        }
+        let mut writable = Vec::new();
+        for (id, shard) in (0..).zip(&self.shards) {
+            if shard.id != id {
+                return broken("the id of a shard is not its place");
+            }
+            if shard.parents.iter().any(|&parent| parent == id || parent >= self.shard_count) {
+                return broken("a parent of a shard is not another shard");
+            }
+            match (hash_key(&shard.begin_key), hash_key(&shard.end_key)) {
+                (Some(begin), Some(end)) if begin < end => {
+                    if shard.status == ShardStatus::ReadWrite {
+                        writable.push((begin, end));
+                    }
+                }
+                _ => return broken("the range of a shard is not one"),
+            }
+        }
+        writable.sort_unstable();
+        let mut end = Some(0);
+        for range in writable {
+            end = (end == Some(range.0)).then_some(range.1);
+        }
+        match end == Some(u128::MAX) {
+            true => Ok(()),
+            false => broken("the ranges of the shards that take writes leave a gap or overlap"),
+        }
     }
 
     pub(crate) fn new(name: LogstoreName, spec: LogstoreSpec, now_s: u64) -> Result<Self, ConfigError> {

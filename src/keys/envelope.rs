@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    config::{EncryptType, FixedEncryption, LogstoreName},
+    config::{EncryptType, FixedEncryption, LogstoreName, check_cmk},
     crypto::{CryptoError, CryptoProvider, HashAlg, SecretKey, Suite, derive},
-    ids::{LogstoreId, StoreId, hex_encode},
+    ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::Random,
     kms::{Cmk, EncryptionContext},
 };
@@ -52,6 +52,42 @@ impl KeysSection {
 
     pub(crate) fn version(&self, version: u32) -> Option<&DataKeyVersion> {
         self.versions.iter().find(|v| v.version == version)
+    }
+
+    /// Checks what it says by itself.
+    ///
+    /// # Errors
+    /// The rule of the format that it breaks.
+    pub(crate) fn check(&self) -> std::result::Result<(), String> {
+        let broken = |rule: &str| Err(rule.to_owned());
+        if let Some(cmk) = &self.cmk {
+            check_cmk(cmk).map_err(|error| error.to_string())?;
+        }
+        if self.versions.len() > DATA_KEYS_MAX {
+            return broken("there are too many data-key versions");
+        }
+        if !(1..).zip(&self.versions).all(|(number, version): (u32, _)| version.version == number) {
+            return broken("the data-key versions do not ascend from 1 without a gap");
+        }
+        match self.versions.last() {
+            Some(newest) if newest.version == self.current && newest.wrapped.is_some() => {}
+            _ => return broken("the current data-key version is not the newest, or has no envelope"),
+        }
+        for version in &self.versions {
+            if version.keyring_version.is_some() == self.cmk.is_some() {
+                return broken("a data-key version names a service key beside a customer's key, or neither");
+            }
+            if hex_decode(&version.fingerprint).is_none_or(|bytes| bytes.len() != 16) {
+                return broken("the fingerprint of a data-key version is not one");
+            }
+            let wrapped = version.wrapped.as_deref().map(hex_decode);
+            let fits =
+                |bytes: &Vec<u8>| if self.cmk.is_some() { !bytes.is_empty() } else { bytes.len() == WRAPPED_BYTES };
+            if wrapped.is_some_and(|bytes| !bytes.as_ref().is_some_and(fits)) {
+                return broken("the envelope of a data-key version is not one");
+            }
+        }
+        Ok(())
     }
 
     /// The versions that can be unwrapped, and what they are wrapped as.

@@ -424,6 +424,11 @@ impl Gate {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
     }
 
+    /// Has a reader read anew what the writer may have changed.
+    pub(crate) fn catch_up(&self) -> Result<()> {
+        self.follow.get().map_or(Ok(()), |follow| follow(true))
+    }
+
     /// Says how a reader follows the writer.
     pub(crate) fn follow_with(&self, follow: Follow) {
         // Set once, where the gate is made.

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    config::check_cmk,
     crypto::{CryptoProvider, HashAlg, SecretKey, derive},
     document::{Document, DocumentKind, UnverifiedDocument},
     error::Location,
@@ -145,8 +146,16 @@ impl Keyring {
         if body.versions.len() > VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
+        if let Some(cmk) = &cmk
+            && check_cmk(cmk).is_err()
+        {
+            return Err(bad("the master key of the service keyring has an impossible name"));
+        }
         let mut versions = BTreeMap::new();
-        for version in body.versions {
+        for (number, version) in (1..).zip(body.versions) {
+            if version.version != number {
+                return Err(bad("the versions of the service keyring do not ascend from 1 without a gap"));
+            }
             let root =
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
@@ -182,7 +191,16 @@ impl Keyring {
 
     fn check(&self, parsed: &Wiped<'_>, version: u32) -> Result<()> {
         let tampered = |_| Error::Tampered { at: Location::new(self.path(), 0), what: "the service keyring" };
-        parsed.0.check(&self.document_key(version)?).map_err(tampered)
+        parsed.0.check(&self.document_key(version)?).map_err(tampered)?;
+        let document = parsed.0.unverified();
+        document.check_frame(self.path())?;
+        match document.generation == u64::from(version) {
+            true => Ok(()),
+            false => Err(Error::corrupt(
+                Location::new(self.path(), 56),
+                "the generation of the keyring is not its newest version",
+            )),
+        }
     }
 
     /// The bytes of its file. Asks the KMS if it is under a master key.

@@ -54,7 +54,54 @@ impl Meta {
         let path = path(logstore_dir);
         let bytes = read(disk, &path)?;
         let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
-        Self::from_document(&document, store, id, &path)
+        let meta = Self::from_document(&document, store, id, &path)?;
+        meta.check(&path)?;
+        Ok(meta)
+    }
+
+    /// Checks what the document says by itself.
+    fn check(&self, path: &Path) -> Result<()> {
+        let broken = |rule: String| Err(Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")));
+        if let Err(rule) = self.config.check() {
+            return broken(rule);
+        }
+        let Some(keys) = &self.keys else {
+            let encrypts = self.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+            return match (encrypts, self.keys_tag) {
+                (true, _) => broken("encryption is on and there is no envelope".to_owned()),
+                (false, Some(_)) => broken("there is a second tag and no envelope".to_owned()),
+                (false, None) => Ok(()),
+            };
+        };
+        if let Err(rule) = keys.check() {
+            return broken(rule);
+        }
+        if keys.name != self.config.name {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata under another name" });
+        }
+        match keys.cmk.is_some() == self.keys_tag.is_some() {
+            true => Ok(()),
+            false => broken("there is a second tag without a customer's key, or none with one".to_owned()),
+        }
+    }
+
+    /// Verifies the tag that the current data key makes over the keys section, if the file is of `generation`.
+    pub(crate) fn verify_keys_tag(
+        disk: &dyn Disk,
+        logstore_dir: &Path,
+        generation: u64,
+        data_key: &SecretKey,
+    ) -> Result<()> {
+        let path = path(logstore_dir);
+        let bytes = read(disk, &path)?;
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
+        let document = parsed.unverified();
+        if document.generation != generation {
+            return Ok(());
+        }
+        let at = Location::new(&path, 80 + document.a.len() as u64);
+        let tampered = |_| Error::Tampered { at, what: "the keys section of the metadata" };
+        parsed.verify_b(&metadata_key(data_key)).map_err(tampered)
     }
 
     /// Reads the metadata of a BYOK Logstore without the keyring. `data_key` finds the current data key by the keys section; with it
@@ -73,6 +120,7 @@ impl Meta {
         let tampered = || Error::Tampered { at: Location::new(&path, 0), what: "the keys section of the metadata" };
         let keys = meta.keys.as_ref().ok_or_else(tampered)?;
         parsed.verify_b(&metadata_key(&data_key(keys)?)).map_err(|_| tampered())?;
+        keys.check().map_err(|rule| Error::corrupt(Location::new(&path, 80), format!("the metadata: {rule}")))?;
         Ok(meta)
     }
 

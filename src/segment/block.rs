@@ -148,6 +148,7 @@ impl BlockHeader {
             BlockKind::Mark => {
                 require(self.group_count == 0 && self.list_len == 0, "contents of a mark")?;
                 require(self.compression == Compression::None, "compression of a mark")?;
+                require(self.first_time_us == self.last_time_us, "receive times of a mark")?;
             }
             // A group takes at least the two bytes of its frame.
             BlockKind::Groups | BlockKind::Opaque => {
@@ -351,6 +352,7 @@ mod tests {
             group_count: 0,
             log_count: 0,
             list_len: 0,
+            last_time_us: sample().first_time_us,
             ..sample()
         };
         let plain = BlockHeader { compression: Compression::None, payload_len: 108, ..sample() };
@@ -378,6 +380,7 @@ mod tests {
             (BlockHeader { list_len: 2, raw_len: 2, ..mark }, "contents of a mark"),
             (BlockHeader { compression: Compression::Zstd, ..mark }, "compression of a mark"),
             (BlockHeader { payload_len: 1, ..mark }, "payload length"),
+            (BlockHeader { last_time_us: mark.first_time_us + 1, ..mark }, "receive times of a mark"),
             (BlockHeader { payload_len: 107, ..plain }, "payload length"),
             (BlockHeader { payload_len: 108, ..sample() }, "payload length"),
             (BlockHeader { payload_len: 0, ..sample() }, "payload length"),

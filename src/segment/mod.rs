@@ -5,6 +5,7 @@
 
 mod block;
 mod codec;
+mod contents;
 mod footer;
 mod header;
 mod scan;
@@ -13,6 +14,7 @@ pub use block::{BlockHeader, BlockKind};
 pub(crate) use block::{BlockView, SealBuffer};
 pub use codec::{Compression, UnknownCompression};
 pub(crate) use codec::{Compressor, Decompressor};
+pub(crate) use contents::{check_groups, entries};
 pub use footer::{DecodedFooter, Footer, IndexEntry};
 pub(crate) use footer::{FooterBuilder, Trailer};
 pub use header::{DecodedHeader, Extension, KeySource, Predecessor, PredecessorEnd, SegmentHeader};

@@ -4,6 +4,7 @@ mod driver;
 mod queue;
 mod reader;
 mod recovery;
+mod rules;
 mod segments;
 mod ticket;
 mod writer;

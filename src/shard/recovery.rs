@@ -525,13 +525,21 @@ impl Shard {
         let opened = self.open_segment(last)?;
         self.authenticate(&opened)?;
         Ok(match &opened.end {
-            End::Sealed(footer) => footer.footer.end_seq,
+            End::Sealed(footer) => {
+                let end_seq = footer.footer.end_seq;
+                // The last blocks have to end there too, or a reader would end before them.
+                let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+                reader.seek(end_seq.saturating_sub(1), 0);
+                reader.prove_end(self, &self.context.gate)?;
+                end_seq
+            }
             End::Cut(end) => end.end_seq,
             End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
             End::Unknown => {
                 let mut end_seq = opened.header.header.first_seq;
                 let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
                 while let Load::Block(header) = reader.load(self)? {
+                    reader.prove_place(&header, &self.context.gate)?;
                     end_seq = header.end_seq();
                     reader.pass();
                 }
@@ -573,7 +581,7 @@ impl Shard {
         let path = &*last.path;
         let file = self.context.disk.open(path, OpenMode::Read).map_err(Error::io("open", path))?;
         let header = Arc::new(read_header(&*file, path)?);
-        let opened = Opened { name: last.clone(), file, header, end: End::Unknown };
+        let opened = Opened { name: last.clone(), file, header, end: End::Unknown, vouched: None };
         self.authenticate(&opened)?;
         let scanned = self.scan(&opened, Proof::Tag)?;
         let mark = self.durable_mark(&opened, &scanned).min(scanned.report.end);
@@ -627,16 +635,16 @@ impl Shard {
             proved => proved,
         };
         match &opened.end {
-            End::Active(_) => Ok(()),
-            End::Sealed(_) => self.verify_footer(opened),
+            End::Active(_) => return Ok(()),
+            End::Sealed(_) => self.verify_footer(opened)?,
             End::Cut(_) | End::Unknown => {
                 prove(&opened.header, &opened.name.path)?;
-                match self.successor(&opened.name)? {
-                    Some((header, path)) => prove(&header, &path),
-                    None => Ok(()),
+                if let Some((header, path)) = self.successor(&opened.name)? {
+                    prove(&header, &path)?;
                 }
             }
         }
+        self.check_rules(opened)
     }
 
     /// Authenticates the footer of a sealed segment.

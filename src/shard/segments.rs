@@ -4,14 +4,17 @@ use std::{path::Path, sync::Arc};
 
 use tracing::warn;
 
-use super::{Head, Shard};
+use super::{
+    Head, Shard,
+    rules::{chain_rule, denies_predecessor},
+};
 use crate::{
     Error, Result,
     error::Location,
     io::{DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     segment::{
         DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
-        SegmentHeader, Trailer, parse_segment_file_name,
+        SEGMENT_BYTES_MAX, SegmentHeader, Trailer, parse_segment_file_name,
     },
     sync::{Mutex, atomic::Ordering, lock, read, write},
 };
@@ -117,6 +120,8 @@ pub(crate) struct Opened {
     pub(crate) file: Arc<dyn DiskFile>,
     pub(crate) header: Arc<DecodedHeader>,
     pub(crate) end: End,
+    /// What its successor, or the catalogue, says of the end of a sealed segment.
+    pub(crate) vouched: Option<PredecessorEnd>,
 }
 
 impl Opened {
@@ -251,13 +256,17 @@ impl Shard {
             .filter(|segment| segment.ordinal >= record.first_ordinal)
             .collect();
         segments.sort_unstable_by_key(|segment| segment.ordinal);
-        let mut expected = record.first_ordinal;
+        let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
         for segment in &segments {
             if segment.ordinal != expected {
                 let missing = format!("segment {expected} of the shard is missing");
                 return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
             }
-            expected += 1;
+            if segment.first_seq < first_seq {
+                let what = format!("the segment begins at sequence number {}, below {first_seq}", segment.first_seq);
+                return Err(Error::corrupt(Location::new(&*segment.path, 96), what));
+            }
+            (expected, first_seq) = (expected + 1, segment.first_seq);
         }
         match &record.head {
             Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
@@ -341,7 +350,13 @@ impl Shard {
     pub(crate) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
         if let Some(active) = &name.active {
             let (file, header) = (Arc::clone(&active.file), Arc::clone(&active.header));
-            return Ok(Opened { name: name.clone(), file, header, end: End::Active(Arc::clone(active)) });
+            return Ok(Opened {
+                name: name.clone(),
+                file,
+                header,
+                end: End::Active(Arc::clone(active)),
+                vouched: None,
+            });
         }
         let path = &*name.path;
         let file = self.context.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
@@ -353,8 +368,15 @@ impl Shard {
         // Asked first: once there is a successor, the segment does not grow any more under a read-only opener.
         let expected = self.expected_end(name)?;
         let len = file.len().map_err(Error::io("get the length of", path))?;
+        if len > SEGMENT_BYTES_MAX {
+            let what = format!("the segment has {len} bytes, and may have {SEGMENT_BYTES_MAX}");
+            return Err(Error::corrupt(Location::new(path, SEGMENT_BYTES_MAX), what));
+        }
         let footer = read_footer(&*file, path, &header, len);
-        let opened = |end| Ok(Opened { name: name.clone(), file: Arc::clone(&file), header: Arc::clone(&header), end });
+        let opened = |end| {
+            let (name, file, header) = (name.clone(), Arc::clone(&file), Arc::clone(&header));
+            Ok(Opened { name, file, header, end, vouched: None })
+        };
         match (footer, expected) {
             (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
             (_, Expected::Cut(end)) => {
@@ -362,6 +384,9 @@ impl Shard {
                 if len < end.bytes {
                     let what = format!("the segment has {len} bytes, its successor says {}", end.bytes);
                     return Err(Error::truncated(Location::new(path, len), what));
+                }
+                if end.bytes < header.body_start {
+                    return Err(Error::corrupt(Location::new(path, end.bytes), "the segment is cut within its header"));
                 }
                 opened(End::Cut(end))
             }
@@ -373,7 +398,7 @@ impl Shard {
                         format!("{} is another segment than its successor or the catalogue says", path.display());
                     return Err(Error::RolledBack { what });
                 }
-                opened(End::Sealed(Arc::new(footer)))
+                Ok(Opened { vouched: Some(end), ..opened(End::Sealed(Arc::new(footer)))? })
             }
             // Recovery syncs a segment before it gives it its name.
             (Ok(Some(footer)), Expected::Open { .. }) if footer.footer.recovered => {
@@ -409,13 +434,16 @@ impl Shard {
     /// What others say about how a segment ends: its successor, the catalogue, or whoever sealed it in this process.
     fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
         if let Some((header, path)) = self.successor(name)? {
+            // The link is broken, and neither of its segments is read. A header with another ordinal is not the successor's.
+            if header.header.ordinal == name.ordinal + 1
+                && let Some((at, rule)) = chain_rule(&header.header)
+            {
+                return Err(Error::corrupt(Location::new(&*path, at), rule));
+            }
             return match &header.header.predecessor {
                 Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
                 Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
-                Predecessor::None => Err(Error::Tampered {
-                    at: Location::new(&*path, 160),
-                    what: "a segment that denies its predecessor",
-                }),
+                Predecessor::None => Err(denies_predecessor(&path)),
             };
         }
         if let Some(end) = name.sealed {
@@ -492,8 +520,14 @@ impl Shard {
         if !belongs {
             return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
         }
-        // A read-only opener may have metadata that is older than what is being written.
-        if !self.context.read_only && header.generation > read(&self.context.plan).generation {
+        // A read-only opener may have metadata that is older than what is being written: it looks again, once the header is
+        // authenticated.
+        if self.context.read_only { Ok(()) } else { self.check_generation(path, header) }
+    }
+
+    /// Whether the metadata is at least as new as the header.
+    pub(super) fn check_generation(&self, path: &Path, header: &SegmentHeader) -> Result<()> {
+        if header.generation > read(&self.context.plan).generation {
             let what = format!(
                 "the metadata of Logstore {} (generation {}) is older than {} (generation {})",
                 self.name(),

@@ -489,7 +489,16 @@ fn check_writing(features: &Features, path: &Path) -> Result<()> {
 pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
     let path = identity_path(dir);
     let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
-    document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version)).map(|_| ())
+    let document = document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version))?;
+    let body: StoreBody = serde_json::from_slice(&document.a)
+        .map_err(|error| Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}")))?;
+    if document.store != keyring.store() || body.keyring != keyring.id() {
+        return Err(Error::Tampered { at: Location::new(&path, 24), what: "the identity of another store" });
+    }
+    match document.generation {
+        1 => Ok(()),
+        _ => Err(Error::corrupt(Location::new(&path, 56), "the generation of the identity of a store is not 1")),
+    }
 }
 
 pub(super) fn write_identity(

@@ -1,18 +1,23 @@
 //! The catalogue: which Logstore lives under which name, and how far each shard is known to reach.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    marker::PhantomData,
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess, Visitor},
+};
 
 use crate::{
     Error, Result,
-    config::LogstoreName,
+    config::{LogstoreName, SHARDS_MAX},
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
-    ids::{LogstoreId, StoreId},
+    ids::{LogstoreId, StoreId, hex_decode},
     io::{self, Disk, Existing},
     keys::{audit::AuditHead, keyring::Keyring},
     segment::Features,
@@ -49,6 +54,7 @@ pub(crate) struct Catalogue {
     pub(crate) keyring_version: u32,
     /// How far the key audit log was.
     pub(crate) audit: AuditHead,
+    #[serde(deserialize_with = "unique")]
     pub(crate) logstores: BTreeMap<LogstoreName, Entry>,
     /// Logstores that were deleted and whose files may not all be gone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -75,10 +81,27 @@ impl Catalogue {
         let mut catalogue: Self = serde_json::from_slice(&document.a).map_err(|error| {
             Error::corrupt(Location::new(&path, 80), format!("the catalogue does not parse: {error}"))
         })?;
+        catalogue.check().map_err(|rule| Error::corrupt(Location::new(&path, 80), format!("the catalogue: {rule}")))?;
         catalogue.generation = document.generation;
         catalogue.features = document.features;
         catalogue.keyring_version = document.keyring_version;
         Ok(catalogue)
+    }
+
+    /// Checks what it says by itself.
+    fn check(&self) -> Result<(), &'static str> {
+        check_audit_head(&self.audit)?;
+        if self.logstores.len() > LOGSTORES_MAX {
+            return Err("there are too many Logstores");
+        }
+        if self.logstores.values().map(|entry| entry.shards.len()).sum::<usize>() > STORE_SHARDS_MAX {
+            return Err("there are too many shards");
+        }
+        let mut ids = BTreeSet::new();
+        if !self.logstores.values().map(|entry| &entry.id).chain(&self.deleting).all(|id| ids.insert(*id)) {
+            return Err("a Logstore is there twice");
+        }
+        self.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards))
     }
 
     /// Writes the catalogue as its next generation. `self` is changed only when that has succeeded.
@@ -101,6 +124,71 @@ impl Catalogue {
         self.keyring_version = keyring.newest();
         Ok(())
     }
+}
+
+/// Checks what a catalogue or a checkpoint says of one Logstore.
+///
+/// # Errors
+/// The rule of the format that it breaks.
+pub(super) fn check_entry(generation: u64, shards: &[ShardRecord]) -> Result<(), &'static str> {
+    // There is always a next one.
+    let ordinals = 1..u64::MAX;
+    if !ordinals.contains(&generation) {
+        return Err("the generation of a Logstore is out of range");
+    }
+    if !(1..=SHARDS_MAX as usize).contains(&shards.len()) {
+        return Err("the number of shards of a Logstore is out of range");
+    }
+    for shard in shards {
+        let head = shard.head.as_ref();
+        if !ordinals.contains(&shard.first_ordinal) || !head.is_none_or(|head| ordinals.contains(&head.ordinal)) {
+            return Err("the ordinal of a segment is out of range");
+        }
+        if head.is_some_and(|head| head.next_seq < head.end_seq) {
+            return Err("the next sequence number of a shard lies below its end");
+        }
+    }
+    Ok(())
+}
+
+/// Checks how far a catalogue or a checkpoint says that the audit log was.
+///
+/// # Errors
+/// The rule of the format that it breaks.
+pub(super) fn check_audit_head(head: &AuditHead) -> Result<(), &'static str> {
+    let fits = match head.number {
+        0 => head.tag.is_empty(),
+        _ => hex_decode(&head.tag).is_some_and(|tag| tag.len() == 32),
+    };
+    if fits { Ok(()) } else { Err("the tag of the audit record is not one") }
+}
+
+/// Deserializes a map, and refuses a key that is there twice.
+pub(super) fn unique<'de, D, K, V>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+where
+    D: Deserializer<'de>,
+    K: Deserialize<'de> + Ord,
+    V: Deserialize<'de>,
+{
+    struct Unique<K, V>(PhantomData<(K, V)>);
+    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>> Visitor<'de> for Unique<K, V> {
+        type Value = BTreeMap<K, V>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map without doubled keys")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((key, value)) = entries.next_entry()? {
+                if map.insert(key, value).is_some() {
+                    return Err(de::Error::custom("a key is there twice"));
+                }
+            }
+            Ok(map)
+        }
+    }
+    deserializer.deserialize_map(Unique(PhantomData))
 }
 
 #[cfg(test)]

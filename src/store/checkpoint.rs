@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Entry, Store, StoreShared};
+use super::{
+    Entry, Store, StoreShared,
+    catalogue::{check_audit_head, check_entry, unique},
+};
 use crate::{
     Error, Result,
     config::LogstoreName,
@@ -44,6 +47,7 @@ pub(super) struct CheckpointBody {
     pub(super) taken_us: u64,
     pub(super) catalogue_generation: u64,
     pub(super) audit: AuditHead,
+    #[serde(deserialize_with = "unique")]
     pub(super) logstores: BTreeMap<LogstoreName, CheckpointEntry>,
 }
 
@@ -128,7 +132,14 @@ impl StoreShared {
         }
         let document =
             document::open(&checkpoint.bytes, DocumentKind::Checkpoint, path, |version| keyring.document_key(version))?;
-        serde_json::from_slice(&document.a)
-            .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))
+        let body: CheckpointBody = serde_json::from_slice(&document.a)
+            .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))?;
+        if document.generation != body.catalogue_generation {
+            return Err(Error::corrupt(Location::new(path, 56), "its generation is not that of the catalogue"));
+        }
+        check_audit_head(&body.audit)
+            .and_then(|()| body.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards)))
+            .map_err(|rule| Error::corrupt(Location::new(path, 80), rule))?;
+        Ok(body)
     }
 }

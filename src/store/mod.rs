@@ -28,7 +28,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     Error, Result,
-    config::{ConfigError, LogstoreConfig, LogstoreName},
+    config::{ConfigError, LogstoreConfig, LogstoreName, check_cmk},
     crypto::{CryptoProvider, HashAlg, SecretKey, hash},
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
     error::Location,
@@ -373,7 +373,12 @@ impl StoreShared {
             let what = format!("the metadata of Logstore {name} is of generation {found}, the catalogue knows {known}");
             return Err(Error::RolledBack { what });
         }
-        if found > known + 1 {
+        let (shards, recorded) = (meta.config.shards.len(), entry.shards.len());
+        if shards != recorded {
+            let what = format!("the catalogue has {recorded} shards of Logstore {name}, its metadata {shards}");
+            return Err(Error::corrupt(Location::new(self.catalogue_path(), 80), what));
+        }
+        if found > known.saturating_add(1) {
             let path = self.catalogue_path();
             let what = format!(
                 "the catalogue {} knows Logstore {name} at generation {known}, it is at {found}",
@@ -630,7 +635,10 @@ impl StoreShared {
         if document.store != self.id || document.subject != id || self.probe_path(id) != path {
             return Err(Error::Tampered { at: Location::new(path, 0), what: "the probe of another master key" });
         }
-        let wrapped = hex_decode(&wrapped).ok_or_else(malformed)?;
+        let wrapped = hex_decode(&wrapped).filter(|wrapped| !wrapped.is_empty()).ok_or_else(malformed)?;
+        if check_cmk(&cmk).is_err() || hex_decode(&fingerprint).is_none_or(|bytes| bytes.len() != 16) {
+            return Err(malformed());
+        }
         Ok(FoundProbe { kms, cmk, wrapped, fingerprint, generation: document.generation })
     }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{Entry, StoreShared, catalogue::Catalogue};
 use crate::{
     Error, Result,
-    config::{EncryptConf, LogstoreName, SHARDS_MAX},
+    config::{EncryptConf, LogstoreName},
     error::Location,
     ids::{LogstoreId, hex_decode},
     io::{FileKind, is_temporary},
@@ -126,10 +126,11 @@ impl StoreShared {
         meta.config.name = name.clone();
         meta.config.encrypt_conf =
             Some(EncryptConf { enable: true, encrypt_type: Some(keys.encrypt_type), user_cmk_info: keys.cmk.clone() });
-        let numbered = (0..SHARDS_MAX).zip(&meta.config.shards).all(|(id, info)| id == info.id);
-        if !numbered || meta.config.shards.is_empty() || meta.config.shards.len() > SHARDS_MAX as usize {
+        if meta.config.check().is_err() {
             return Err(tampered());
         }
+        // Nor for the generation, which has to be one.
+        meta.generation = meta.generation.clamp(1, u64::MAX - 1);
         let mut shards = Vec::new();
         for info in &meta.config.shards {
             let shard = crate::logstore::shard_dir(&dir, info.id);

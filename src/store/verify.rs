@@ -13,9 +13,11 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
+    crypto::wipe,
+    error::Location,
     keys::AuditEvent,
     logstore::{LogstoreShared, Meta},
-    segment::FooterBuilder,
+    segment::{BlockHeader, BlockKind, FooterBuilder, check_groups, entries},
     shard::{End, Head, Load, Opened, Proof, ReadMode, SegmentReader, Shard, ShardRecord},
     sync::{lock, read},
 };
@@ -317,6 +319,11 @@ impl StoreShared {
                     verification.note(Some(name), error)?;
                 }
             }
+            if section.cmk.is_some()
+                && let Err(error) = self.verify_keys_tag(logstore, generation)
+            {
+                verification.note(Some(name), error)?;
+            }
             if let Some(cmk) = &section.cmk
                 && let Some(kms) = self.kms_for(&cmk.region_id)
                 && let Err(error) = self.load_probe(kms.name(), cmk)
@@ -329,6 +336,13 @@ impl StoreShared {
             self.verify_shard(name, shard, record, verification)?;
         }
         Ok(())
+    }
+
+    /// Verifies the tag that the current data key makes over the keys section, unless the metadata is of another generation by now.
+    fn verify_keys_tag(&self, logstore: &LogstoreShared, generation: u64) -> Result<()> {
+        let Some(section) = logstore.keys_section() else { return Ok(()) };
+        let key = logstore.gate.unwrap(section.current)?;
+        Meta::verify_keys_tag(&*self.disk, &logstore.dir, generation, &key)
     }
 
     fn verify_shard(
@@ -353,13 +367,15 @@ impl StoreShared {
                 verification.report.notes.push(format!("retention dropped segment {} of {name}", head.ordinal));
             }
         }
+        // When the last group before the next segment was received.
+        let mut last_time_us = 0;
         for segment in &segments {
             let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
             let len = stat.map_or(0, |stat| stat.len);
             let heads: Vec<&Head> =
                 record.head.iter().chain(checkpoint).filter(|head| head.ordinal == segment.ordinal).collect();
             let checked = match shard.open_listed(segment) {
-                Ok(Some(opened)) => self.verify_segment(name, shard, opened, &heads, verification),
+                Ok(Some(opened)) => self.verify_segment(name, shard, opened, &heads, &mut last_time_us, verification),
                 Ok(None) => {
                     verification.report.notes.push(format!("retention dropped segment {} of {name}", segment.ordinal));
                     continue;
@@ -382,6 +398,7 @@ impl StoreShared {
         shard: &Shard,
         opened: Opened,
         heads: &[&Head],
+        last_time_us: &mut u64,
         verification: &mut Verification<'_>,
     ) -> Result<()> {
         let gate = shard.gate();
@@ -396,19 +413,32 @@ impl StoreShared {
                 keyless = true;
             }
         }
+        if let Err(error) = shard.check_rules(&opened) {
+            verification.note(Some(name), error)?;
+        }
         let header = std::sync::Arc::clone(&opened.header);
         let end = opened.end.clone();
+        let file_len = opened.file.len().map_err(Error::io("get the length of", &*opened.name.path))?;
         let mut builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
         let mut heads: Vec<&&Head> = heads.iter().collect();
         let mut damaged = false;
         let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+        if let Err(error) = reader.follow(*last_time_us) {
+            verification.note(Some(name), error)?;
+        }
         loop {
             heads.retain(|head| {
                 let reached = builder.so_far().block_count == head.blocks;
                 let same = head.segment == header.header.segment && builder.digest() == head.digest;
+                let bytes = if head.sealed { file_len } else { reader.offset };
+                let ends = (builder.so_far().end_seq, bytes) == (head.end_seq, head.bytes);
                 if reached && !same {
                     let what = format!("segment {} of shard {} is not what it was", head.ordinal, shard.id());
                     verification.report.faults.push(Fault::of(Some(name), &Error::RolledBack { what }));
+                } else if reached && !ends {
+                    let what =
+                        format!("the catalogue or the checkpoint says that {} blocks end elsewhere", head.blocks);
+                    verification.report.faults.push(Fault::of(Some(name), &Error::corrupt(reader.here(), what)));
                 }
                 !reached
             });
@@ -436,14 +466,31 @@ impl StoreShared {
                     verification.report.groups += u64::from(block.group_count);
                     let tag = reader.loaded_tag()?;
                     builder.add(reader.offset, &block, &tag);
-                    if keyless {
-                        reader.skip();
-                    } else if let Err(error) = reader.open(gate) {
-                        if error.kind() != ErrorKind::Integrity {
-                            keyless = true;
+                    let (place, at) = (reader.check_place(&block), reader.here());
+                    let raw = match (keyless, header.header.suite.encrypts()) {
+                        (false, _) => reader.open(gate).map(Some),
+                        // What is only authenticated can be looked into without the key.
+                        (true, false) => reader.open_unproved().map(Some),
+                        (true, true) => Ok(None),
+                    };
+                    reader.skip();
+                    match raw {
+                        Ok(raw) => {
+                            let contents = raw.map_or(Ok(()), |mut raw| {
+                                let checked = check_contents(&block, &raw, at);
+                                wipe(&mut raw);
+                                checked
+                            });
+                            for checked in [place, contents] {
+                                if let Err(error) = checked {
+                                    verification.note(Some(name), error)?;
+                                }
+                            }
                         }
-                        verification.note(Some(name), error)?;
-                        reader.skip();
+                        Err(error) => {
+                            keyless |= error.kind() != ErrorKind::Integrity;
+                            verification.note(Some(name), error)?;
+                        }
                     }
                 }
                 Load::End => break,
@@ -463,6 +510,7 @@ impl StoreShared {
                 }
             }
         }
+        *last_time_us = (*last_time_us).max(reader.last_time_us());
         for head in heads {
             let what = format!("segment {} has fewer blocks than the {} it had", head.ordinal, head.blocks);
             verification.note(Some(name), Error::RolledBack { what })?;
@@ -481,8 +529,22 @@ impl StoreShared {
             End::Cut(cut) if cut.digest != builder.digest() => {
                 return Err(Error::corrupt(at(), "the blocks are not those that the successor names"));
             }
+            End::Cut(cut) if cut.end_seq != builder.so_far().end_seq => {
+                return Err(Error::corrupt(at(), "the blocks end at another sequence number than the successor says"));
+            }
             _ => {}
         }
         Ok(())
     }
+}
+
+/// Checks the raw bytes of a block: its list and its receive times, and the groups in it.
+fn check_contents(block: &BlockHeader, raw: &[u8], at: Location) -> Result<()> {
+    let mut frames = Vec::new();
+    let broken = |rule: &dyn std::fmt::Display| Error::corrupt(at.clone(), format!("a block: {rule}"));
+    entries(block, raw, |entry| frames.push(entry.bytes)).map_err(|rule| broken(&rule))?;
+    if block.kind == BlockKind::Groups {
+        check_groups(block, raw, &frames).map_err(|rule| broken(&rule))?;
+    }
+    Ok(())
 }

@@ -1,0 +1,103 @@
+//! The rules of the format that hold between a segment's header, its footer and what stands around it.
+//!
+//! Each of these parts is authenticated by itself. What breaks a rule here was sealed so by a process that has the key, and is
+//! reported as corruption: the engine never writes it.
+
+use std::path::Path;
+
+use super::{End, Opened, Shard};
+use crate::{
+    Error, Result,
+    crypto::Suite,
+    error::Location,
+    segment::{Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
+};
+
+/// Where a header has its suite.
+const SUITE_AT: u64 = 10;
+/// Where a header has the kind of its predecessor.
+const PREDECESSOR_AT: u64 = 160;
+/// Where a header has the number of its predecessor's end.
+const PREDECESSOR_END_AT: u64 = 176;
+/// Where a header has its predecessor's ordinal.
+const PREDECESSOR_ORDINAL_AT: u64 = 232;
+
+impl Shard {
+    /// Checks what the header and the footer of a segment say against each other and against the keys of the Logstore.
+    pub(crate) fn check_rules(&self, opened: &Opened) -> Result<()> {
+        let header = &opened.header.header;
+        let path = &opened.name.path;
+        if self.context.read_only && self.check_generation(path, header).is_err() {
+            // The writer may have changed the metadata since it was read.
+            self.context.gate.catch_up()?;
+            self.check_generation(path, header)?;
+        }
+        let broken = |at, rule: &str| Err(Error::corrupt(opened.at(at), rule));
+        if header.ordinal != 1 && header.predecessor == Predecessor::None {
+            return Err(denies_predecessor(path));
+        }
+        if let Some((at, rule)) = chain_rule(header) {
+            return broken(at, rule);
+        }
+        let allowed = match header.key_source {
+            KeySource::Keyring(_) => header.suite == Suite::Aes256Gmac,
+            KeySource::DataKey(_) => {
+                let section = self.context.gate.keys().section;
+                section.is_none_or(|section| section.encrypt_type.cipher() == header.suite.cipher())
+            }
+        };
+        if !allowed {
+            return broken(SUITE_AT, "the suite of the segment does not go with its key");
+        }
+        match &opened.end {
+            End::Sealed(footer) => {
+                let footer = &footer.footer;
+                let rule = footer_rule(header, opened.header.body_start, footer);
+                let rule = rule.or_else(|| vouched_rule(opened.vouched.as_ref(), footer));
+                rule.map_or(Ok(()), |rule| broken(footer.offset, rule))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error where the header in `path` names no predecessor, and is not the first of its shard.
+pub(super) fn denies_predecessor(path: &Path) -> Error {
+    Error::Tampered { at: Location::new(path, PREDECESSOR_AT), what: "a segment that denies its predecessor" }
+}
+
+/// The rule that a header breaks in what it says of its predecessor, and where.
+pub(super) fn chain_rule(header: &SegmentHeader) -> Option<(u64, &'static str)> {
+    let (Predecessor::Sealed(end) | Predecessor::Cut(end)) = &header.predecessor else { return None };
+    if end.ordinal.checked_add(1) != Some(header.ordinal) {
+        return Some((PREDECESSOR_ORDINAL_AT, "the predecessor of a segment is not the one before it"));
+    }
+    let rule = "the first sequence number of a segment lies below the end of the one before it";
+    (end.end_seq > header.first_seq).then_some((PREDECESSOR_END_AT, rule))
+}
+
+/// The rule that a footer breaks beside the header of its segment, whose blocks begin at `body_start`.
+fn footer_rule(header: &SegmentHeader, body_start: u64, footer: &Footer) -> Option<&'static str> {
+    if !(header.first_seq..=header.limit_seq).contains(&footer.end_seq) {
+        return Some("the end of the sequence numbers is not within those of the segment");
+    }
+    if footer.group_count > footer.end_seq - header.first_seq {
+        return Some("the footer counts more groups than it has sequence numbers");
+    }
+    let none = (0, 0, header.first_seq);
+    if footer.group_count == 0 && (footer.first_time_us, footer.last_time_us, footer.end_seq) != none {
+        return Some("the footer has times or sequence numbers of groups, and counts none");
+    }
+    let first = footer.index.first()?;
+    if first.offset < body_start {
+        return Some("the index names a place in front of the blocks");
+    }
+    (first.first_time_us != footer.first_time_us).then_some("the index does not begin with the first receive time")
+}
+
+/// The rule that a footer breaks beside what the successor, or the catalogue, says of the segment's end.
+fn vouched_rule(vouched: Option<&PredecessorEnd>, footer: &Footer) -> Option<&'static str> {
+    let agrees = vouched.is_none_or(|end| (footer.block_count, footer.end_seq) == (end.blocks, end.end_seq));
+    (!agrees)
+        .then_some("the successor, or the catalogue, names another number of blocks or another end than the footer")
+}

@@ -1,0 +1,700 @@
+//! Every rule of `docs/format.md` is enforced: for each there is a store that breaks it and nothing else.
+//!
+//! The stores are golden ones. A holder of the keys changes them and seals them again: CRCs, tags, digests, links and heads all hold.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+#[path = "rules/documents.rs"]
+mod documents;
+#[path = "rules/forge.rs"]
+mod forge;
+
+use common::{records, segments, synced};
+use envelog::{
+    Compression, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
+    crypto::Suite,
+    segment::{BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX},
+};
+use forge::{Chain, Copy, Patch};
+
+/// What happens to one shard of a golden store, and what has to come of it.
+struct Row {
+    rule: &'static str,
+    store: &'static str,
+    shard: u32,
+    change: fn(&mut Chain<'_>),
+    /// The code of the error that a reader gets. A rule that only `verify` looks at leaves the reader everything there is.
+    read: Option<&'static str>,
+    /// The code of every fault that `verify` reports.
+    verify: &'static str,
+    /// What one of the faults says.
+    says: &'static str,
+    /// Whether `verify` finds it without the key.
+    keyless: bool,
+}
+
+/// A rule of what is in the clear: header, block headers, footer.
+const fn open(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
+    Row { rule, store: "service-aes", shard: 0, change, read: Some("corrupt"), verify: "corrupt", says, keyless: true }
+}
+
+/// A rule of what is encrypted.
+const fn sealed(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
+    Row { keyless: false, ..open(rule, says, change) }
+}
+
+/// A rule that only `verify` looks at.
+const fn verified(row: Row) -> Row {
+    Row { read: None, ..row }
+}
+
+const fn of(store: &'static str, row: Row) -> Row {
+    Row { store, ..row }
+}
+
+const fn found(code: &'static str, row: Row) -> Row {
+    Row { read: Some(code), verify: code, ..row }
+}
+
+fn u16(value: u16) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+fn u32(value: u32) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+fn u64(value: u64) -> Vec<u8> {
+    value.to_le_bytes().to_vec()
+}
+
+fn patch(patch: &mut Patch, at: usize, bytes: Vec<u8>) {
+    patch.push((at, bytes));
+}
+
+// ---- headers, and what stands around a segment ----
+
+const SEGMENTS: &[Row] = &[
+    found(
+        "newer_format",
+        open("version of a header", "format version 2", |chain| {
+            patch(&mut chain.segments[0].header_patch, 8, u16(2));
+        }),
+    ),
+    open("version 0 of a header", "version", |chain| patch(&mut chain.segments[0].header_patch, 8, u16(0))),
+    found(
+        "unsupported_feature",
+        open("incompatible feature of a header", "0x10", |chain| {
+            patch(&mut chain.segments[0].header_patch, 24, u32(0x10));
+        }),
+    ),
+    found(
+        "unsupported_feature",
+        open("suite of a header", "cipher suite 9", |chain| {
+            patch(&mut chain.segments[0].header_patch, 10, u16(9));
+        }),
+    ),
+    open("key source of a header", "key source", |chain| patch(&mut chain.segments[0].header_patch, 120, u32(2))),
+    open("reserved bytes of a header", "reserved", |chain| patch(&mut chain.segments[0].header_patch, 255, vec![1])),
+    open("kind of the predecessor", "predecessor", |chain| patch(&mut chain.segments[1].header_patch, 160, u32(3))),
+    open("no predecessor is all zeros", "predecessor", |chain| {
+        patch(&mut chain.segments[0].header_patch, 232, u64(1));
+    }),
+    open("limit not below the first", "limit", |chain| chain.segments[1].header.limit_seq = 3),
+    found(
+        "unsupported_feature",
+        open("critical header extension", "critical header extension 1", |chain| {
+            let extension = Extension { kind: Extension::DICTIONARY, critical: true, data: vec![1] };
+            chain.segments[0].header.extensions.push(extension);
+        }),
+    ),
+    open("flags of a header extension", "header extension", |chain| {
+        chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
+        patch(&mut chain.segments[0].header_patch, 258, u16(2));
+    }),
+    open("extensions fill their room", "header extension", |chain| {
+        chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
+        patch(&mut chain.segments[0].header_patch, 260, u32(7));
+    }),
+    found("tampered", open("shard of a segment", "belongs elsewhere", |chain| chain.segments[0].header.shard = 1)),
+    found(
+        "tampered",
+        open("store of a segment", "belongs elsewhere", |chain| {
+            patch(&mut chain.segments[0].header_patch, 32, vec![7; 16]);
+        }),
+    ),
+    found(
+        "tampered",
+        open("Logstore of a segment", "belongs elsewhere", |chain| {
+            patch(&mut chain.segments[0].header_patch, 48, vec![7; 16]);
+        }),
+    ),
+    found(
+        "tampered",
+        open("ordinal of a segment", "belongs elsewhere", |chain| {
+            patch(&mut chain.segments[2].header_patch, 88, u64(9));
+        }),
+    ),
+    found(
+        "tampered",
+        open("first sequence number of a segment and its name", "belongs elsewhere", |chain| {
+            patch(&mut chain.segments[2].header_patch, 96, u64(6));
+        }),
+    ),
+    found(
+        "rolled_back",
+        open("generation of a segment", "is older than", |chain| {
+            chain.segments[1].header.generation = 3;
+        }),
+    ),
+    open("suite and key source: the keyring's key encrypts nothing", "does not go with its key", |chain| {
+        let segment = &mut chain.segments[0];
+        (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gcm, KeySource::Keyring(1));
+    }),
+    of(
+        "service-sm4",
+        open("suite and data key: one cipher", "does not go with its key", |chain| {
+            chain.segments[0].header.suite = Suite::Aes256Gmac;
+        }),
+    ),
+    found(
+        "rolled_back",
+        sealed("data-key version of a segment", "data-key version 3", |chain| {
+            patch(&mut chain.segments[2].header_patch, 124, u32(3));
+        }),
+    ),
+    // The predecessor.
+    found(
+        "tampered",
+        open("a predecessor is named", "denies its predecessor", |chain| {
+            chain.segments[1].header.predecessor = Predecessor::None;
+        }),
+    ),
+    open("the predecessor is the one before", "not the one before it", |chain| {
+        chain.segments[2].link = |end| end.ordinal = 1;
+    }),
+    open("a segment begins behind its predecessor's end", "lies below the end of the one before", |chain| {
+        let segment = &mut chain.segments[1];
+        segment.header.first_seq = 2;
+        segment.blocks[0].header.first_seq = 2;
+    }),
+    open("the same, the end of the predecessor denied", "another end than the footer", |chain| {
+        let segment = &mut chain.segments[1];
+        segment.header.first_seq = 2;
+        segment.blocks[0].header.first_seq = 2;
+        segment.link = |end| end.end_seq = 2;
+    }),
+    open("names of segments ascend by their first sequence numbers", "begins at sequence number 0, below 4", |chain| {
+        let segment = &mut chain.segments[2];
+        segment.header.first_seq = 0;
+        segment.blocks[0].header.first_seq = 0;
+    }),
+    open("blocks of a sealed predecessor", "another number of blocks", |chain| {
+        chain.segments[1].link = |end| end.blocks -= 1;
+    }),
+    open("end of a sealed predecessor", "another end", |chain| chain.segments[1].link = |end| end.end_seq -= 1),
+    found(
+        "rolled_back",
+        open("bytes of a sealed predecessor", "another segment than", |chain| {
+            chain.segments[1].link = |end| end.bytes += 1;
+        }),
+    ),
+    found(
+        "rolled_back",
+        open("digest of a sealed predecessor", "another segment", |chain| {
+            chain.segments[1].link = |end| end.digest[0] ^= 1;
+        }),
+    ),
+    open("a segment is made after the last receive time before it", "made before the last receive time", |chain| {
+        chain.segments[1].header.created_us = chain.segments[0].blocks[0].header.first_time_us;
+    }),
+    of(
+        "recovered",
+        open("end of a cut predecessor", "end", |chain| {
+            chain.segments[2].link = |end| end.end_seq -= 1;
+        }),
+    ),
+    of(
+        "recovered",
+        found(
+            "truncated",
+            open("blocks of a cut predecessor", "it should have 2", |chain| {
+                chain.segments[2].link = |end| end.blocks += 1;
+            }),
+        ),
+    ),
+    of(
+        "recovered",
+        open("bytes of a cut predecessor", "block", |chain| {
+            chain.segments[2].link = |end| end.bytes -= 1;
+        }),
+    ),
+    of(
+        "recovered",
+        open("a cut predecessor keeps its header", "cut within its header", |chain| {
+            chain.segments[2].link = |end| (end.bytes, end.blocks, end.end_seq) = (100, 0, 1);
+        }),
+    ),
+    verified(of(
+        "recovered",
+        open("digest of a cut predecessor", "not those that the successor names", |chain| {
+            chain.segments[2].link = |end| end.digest[0] ^= 1;
+        }),
+    )),
+];
+
+// ---- blocks ----
+
+const BLOCKS: &[Row] = &[
+    open("kind of a block", "kind of the block", |chain| patch(&mut chain.segments[0].blocks[0].patch, 4, vec![4])),
+    open("compression of a block", "compression", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 5, vec![3]);
+    }),
+    open("flags of a block", "flags", |chain| patch(&mut chain.segments[0].blocks[0].patch, 6, vec![1])),
+    open("reserved bytes of a block", "reserved", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 80, vec![1]);
+    }),
+    found(
+        "tampered",
+        open("segment tag of a block", "the place of a block", |chain| {
+            patch(&mut chain.segments[0].blocks[0].patch, 8, vec![0; 8]);
+        }),
+    ),
+    found(
+        "tampered",
+        open("number of a block", "the place of a block", |chain| {
+            patch(&mut chain.segments[0].blocks[1].patch, 16, u32(7));
+        }),
+    ),
+    open("raw length of a block", "raw length", |chain| chain.segments[0].blocks[0].header.raw_len -= 1),
+    open("count of a block of groups", "number of groups", |chain| {
+        chain.segments[0].blocks[0].put(BlockKind::Groups, 0, &[], &[]);
+    }),
+    open("logs of opaque records", "number of logs", |chain| {
+        let block = chain.segments[0].blocks.iter_mut().find(|block| block.header.kind == BlockKind::Opaque);
+        block.unwrap().header.log_count = 1;
+    }),
+    open("length of a list", "length of the list", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 36, u32((32 << 20) + 1));
+    }),
+    open("times of a block", "receive times", |chain| {
+        let header = &mut chain.segments[0].blocks[0].header;
+        header.last_time_us = header.first_time_us - 1;
+    }),
+    open("sequence numbers end below 2^64", "first sequence number", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 40, u64(u64::MAX));
+    }),
+    open("sequence numbers of a block begin within the segment", "below those of the block before", |chain| {
+        chain.segments[1].blocks[0].header.first_seq = 3;
+    }),
+    open("sequence numbers of blocks do not run backwards", "below those of the block before", |chain| {
+        let blocks = &mut chain.segments[0].blocks;
+        blocks.last_mut().unwrap().header.first_seq = 1;
+    }),
+    open("sequence numbers of a block end within the segment", "beyond the limit", |chain| {
+        chain.segments[0].header.limit_seq = 3;
+    }),
+    open("receive times of blocks do not run backwards", "received before the block before it", |chain| {
+        let blocks = &mut chain.segments[0].blocks;
+        let time_us = blocks[0].header.first_time_us;
+        blocks.last_mut().unwrap().set_time(time_us - 1);
+    }),
+    open("receive times of segments do not run backwards", "received before the block before it", |chain| {
+        let time_us = chain.segments[0].blocks[0].header.first_time_us;
+        chain.segments[1].blocks[0].set_time(time_us);
+    }),
+    of(
+        "unclean",
+        open("the same in an open segment", "received before the block before it", |chain| {
+            let open = chain.segments.last_mut().unwrap();
+            let time_us = open.blocks[0].header.first_time_us;
+            open.blocks.last_mut().unwrap().set_time(time_us - 1);
+        }),
+    ),
+    open("a durable mark lies at most at its own block", "durable mark", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(293));
+    }),
+    open("a durable mark lies at least at the end of the header", "durable mark", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(291));
+    }),
+    open("a mark has no payload", "contents of a mark", |chain| {
+        chain.segments[0].blocks[0].header.kind = BlockKind::Mark;
+        chain.segments[0].blocks[0].header.log_count = 0;
+    }),
+    open("the times of a mark are equal", "receive times of a mark", |chain| {
+        let mut mark = chain.segments[0].blocks.last().unwrap().mark();
+        mark.header.first_time_us -= 1;
+        chain.segments[0].blocks.push(mark);
+    }),
+    open("a mark lies behind the groups before it", "below those of the block before", |chain| {
+        let mut mark = chain.segments[0].blocks.last().unwrap().mark();
+        mark.header.first_seq -= 1;
+        chain.segments[0].blocks.push(mark);
+    }),
+    // The payload.
+    sealed("a list has as many records as the count says, not fewer", "fewer records", |chain| {
+        let header = &mut chain.segments[0].blocks[0].header;
+        header.group_count += 1;
+        header.raw_len += 4;
+        header.payload_len += 4;
+        let last = chain.segments[0].blocks[0].payload.last_chunk::<4>().unwrap().to_vec();
+        chain.segments[0].blocks[0].payload.extend(last);
+        chain.segments[0].blocks.truncate(1);
+    }),
+    sealed("and not more", "more records", |chain| {
+        let block = chain.segments[0].blocks.iter_mut().rfind(|block| block.header.kind == BlockKind::Opaque).unwrap();
+        block.put_opaque(&[b"one", b"two"], &[0, 0]);
+        block.header.group_count = 1;
+        block.header.raw_len -= 4;
+        block.header.payload_len -= 4;
+        block.payload.truncate(block.payload.len() - 4);
+    }),
+    sealed("a list is one of frames", "does not parse", |chain| chain.segments[0].blocks[0].list_mut()[0] = 0x12),
+    sealed("a frame is written in the shortest way", "shortest", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        block.put(BlockKind::Opaque, 0, &[b"one"], &[0]);
+        let payload = [&[0x0a, 0x83, 0x00][..], &block.payload[2..]].concat();
+        block.header.list_len += 1;
+        block.store(Compression::None, payload.len(), payload);
+    }),
+    sealed("an opaque record has 16 MiB at most", "beyond the limit", |chain| {
+        chain.segments[1].blocks[0].put_opaque(&[&vec![0; (16 << 20) + 1]], &[0]);
+    }),
+    sealed("the table begins with the first receive time", "first receive time", |chain| {
+        chain.segments[1].blocks[0].put_opaque(&[b"one"], &[1]);
+    }),
+    sealed("the table does not run backwards", "run backwards within its table", |chain| {
+        chain.segments[2].blocks[0].put_opaque(&[b"one", b"two", b"three"], &[0, 5, 3]);
+    }),
+    sealed("the table ends with the last receive time", "last receive time", |chain| {
+        chain.segments[2].blocks[0].put_opaque(&[b"one", b"two"], &[0, 5]);
+        chain.segments[2].blocks[0].header.last_time_us += 1;
+    }),
+    verified(sealed("a group is a valid log group", "group 0 of it", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        // The field number of the first log.
+        block.list_mut()[2] = 0x0b;
+    })),
+    verified(sealed("the groups have as many logs as the header says", "have 1 logs, its header says 2", |chain| {
+        chain.segments[1].blocks[0].header.log_count = 2;
+    })),
+    verified(of(
+        "plain",
+        open("the same, without the key where nothing is encrypted", "its header says", |chain| {
+            chain.segments[0].blocks[0].header.log_count += 1;
+        }),
+    )),
+    sealed("lz4 decompresses to the raw length", "compressed payload", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        block.put_opaque(&[&[7; 500]], &[0]);
+        let (raw_len, short) = (block.payload.len(), lz4_flex::block::compress(&block.payload[..500]));
+        block.store(Compression::Lz4, raw_len, short);
+    }),
+    sealed("zstd states the raw length", "compressed payload", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        block.put_opaque(&[&[7; 500]], &[0]);
+        let (raw_len, short) = (block.payload.len(), zstd::bulk::compress(&block.payload[..500], 1).unwrap());
+        block.store(Compression::Zstd, raw_len, short);
+    }),
+    sealed("zstd is one frame", "compressed payload", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        block.put_opaque(&[&[7; 500]], &[0]);
+        let (raw_len, mut frames) = (block.payload.len(), zstd::bulk::compress(&block.payload, 1).unwrap());
+        frames.extend(zstd::bulk::compress(b"", 1).unwrap());
+        block.store(Compression::Zstd, raw_len, frames);
+    }),
+    open("what is compressed is shorter", "payload length", |chain| {
+        let block = &mut chain.segments[1].blocks[0];
+        block.header.compression = Compression::Lz4;
+    }),
+];
+
+// ---- footers ----
+
+const fn footer(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
+    verified(open(rule, says, change))
+}
+
+const DISAGREES: &str = "does not agree with the blocks";
+
+const FOOTERS: &[Row] = &[
+    found(
+        "newer_format",
+        open("version of a footer", "format version 2", |chain| {
+            patch(&mut chain.segments[0].footer_patch, 4, u16(2));
+        }),
+    ),
+    open("reserved bytes of a footer", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 6, vec![1])),
+    open("the other reserved bytes", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 92, vec![1])),
+    open("flags of a footer", "flags", |chain| patch(&mut chain.segments[0].footer_patch, 88, vec![2])),
+    open("number of index entries", "index entries", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 20, u32(65_537));
+    }),
+    found(
+        "truncated",
+        open("blocks that a footer counts", "it should have", |chain| {
+            let blocks = chain.segments[0].blocks.len() as u32;
+            patch(&mut chain.segments[0].footer_patch, 16, u32(blocks + 1));
+        }),
+    ),
+    footer("groups that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[1].footer_patch, 24, u64(0x0)))
+        .with("number of index entries", Some("corrupt")),
+    footer("groups fit into the sequence numbers", "more groups", |chain| {
+        patch(&mut chain.segments[1].footer_patch, 24, u64(2));
+    })
+    .with("more groups", Some("corrupt")),
+    footer("groups are counted right", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 24, u64(3))),
+    footer("logs that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 32, u64(99))),
+    footer("bytes that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 40, u64(9))),
+    open("end of the sequence numbers, too low", "do not end as", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 48, u64(3));
+        patch(&mut chain.segments[0].footer_patch, 24, u64(3));
+    })
+    .with(DISAGREES, Some("corrupt")),
+    open("end of the sequence numbers, beyond the limit", "not within those of the segment", |chain| {
+        patch(&mut chain.segments[2].footer_patch, 48, u64(1 << 60));
+    }),
+    open("first receive time of a footer", DISAGREES, |chain| {
+        let time_us = chain.segments[0].blocks[0].header.first_time_us;
+        patch(&mut chain.segments[0].footer_patch, 56, u64(time_us - 1));
+    }),
+    open("last receive time of a footer", DISAGREES, |chain| {
+        let time_us = chain.segments[0].blocks.last().unwrap().header.last_time_us;
+        patch(&mut chain.segments[0].footer_patch, 64, u64(time_us + 1));
+    }),
+    open("times of a footer", "receive times of the footer", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 56, u64(u64::MAX));
+    }),
+    open("offset of a footer", "not where it says", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 72, u64(100_000));
+    }),
+    footer("digest of a footer", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 96, vec![7; 32])),
+    footer("a footer without groups has no times", "time", |chain| {
+        // A segment without groups that has times.
+        let segment = &mut chain.segments[2];
+        segment.blocks.clear();
+        patch(&mut segment.footer_patch, 64, u64(1));
+    })
+    .with("times or sequence numbers of groups, and counts none", Some("corrupt")),
+    // The index.
+    open("an index names the first block of groups", DISAGREES, |chain| {
+        chain.segments[0].index = |index| {
+            let second = second_block(index[0]);
+            *index = vec![second];
+        };
+    }),
+    footer("an index names no block within 64 KiB of another", DISAGREES, |chain| {
+        chain.segments[0].index = |index| index.push(second_block(index[0]));
+    }),
+    open("offsets of an index ascend", "index", |chain| {
+        chain.segments[0].index = |index| index.push(second_block(index[0]));
+        patch(&mut chain.segments[0].footer_patch, 128 + 32, u64(292));
+    }),
+    open("an index lies within the segment", "index", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 128 + 24, u32(50));
+    }),
+    open("reserved bytes of an index", "reserved bytes of the index", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 128 + 28, u32(1));
+    }),
+    open("an index names places behind the header", "in front of the blocks", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 128, u64(291));
+    }),
+    found(
+        "tampered",
+        open("number in an index", "the place of a block", |chain| {
+            patch(&mut chain.segments[0].footer_patch, 128 + 24, u32(1));
+        }),
+    )
+    .with_verify("corrupt", DISAGREES),
+    open("sequence number in an index", "not the block that the index names", |chain| {
+        let segment = &mut chain.segments[1];
+        segment.header.first_seq = 4;
+        patch(&mut segment.header_patch, 96, u64(4));
+        segment.blocks[0].header.first_seq = 5;
+        chain.segments[2].header.first_seq = 6;
+        chain.segments[2].blocks[0].header.first_seq = 6;
+        patch(&mut chain.segments[1].footer_patch, 128 + 8, u64(4));
+    })
+    .with(DISAGREES, Some("corrupt")),
+    open("time in an index", "not the block that the index names", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 128 + 16, u64(1));
+    })
+    .with(DISAGREES, Some("corrupt")),
+];
+
+/// The entry of the second block of the first segment of `service-aes`, by that of the first.
+fn second_block(first: IndexEntry) -> IndexEntry {
+    let copy = Copy::of("service-aes");
+    let chain = Chain::load(&copy, 0);
+    let blocks = &chain.segments[0].blocks;
+    let number = 1 + blocks[1..].iter().position(|block| block.header.kind != BlockKind::Mark).unwrap();
+    let offset = first.offset + blocks[..number].iter().map(|block| block.header.block_len()).sum::<u64>();
+    let (header, number) = (&blocks[number].header, number as u32);
+    IndexEntry { offset, first_seq: header.first_seq, first_time_us: header.first_time_us, block: number }
+}
+
+impl Row {
+    /// The same, where `verify` says something else than the reader.
+    const fn with(self, says: &'static str, read: Option<&'static str>) -> Self {
+        Self { says, read, ..self }
+    }
+
+    const fn with_verify(self, verify: &'static str, says: &'static str) -> Self {
+        Self { verify, says, ..self }
+    }
+}
+
+fn verify(store: &Store, keyless: bool) -> VerifyReport {
+    let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+    store.verify(&options, &mut |_| {}).unwrap()
+}
+
+/// The sequence numbers in a shard from `from` on, as a reader gets them in one mode.
+fn read(store: &Store, shard: u32, from: u64, mode: ReadMode) -> Result<Vec<u64>> {
+    let name = store.list()?.remove(0);
+    let options = ReadOptions { mode, from: Position::Seq(from), ..ReadOptions::default() };
+    store.logstore(&name)?.read(shard, &options)?.map(|record| Ok(record?.seq)).collect()
+}
+
+#[test]
+fn what_is_sealed_again_unchanged_is_as_it_was() {
+    for which in ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean"] {
+        let copy = Copy::of(which);
+        let expected = all(&copy);
+        for shard in 0..expected.len() as u32 {
+            let mut chain = Chain::load(&copy, shard);
+            chain.segments.iter_mut().for_each(|segment| segment.header.salt[0] ^= 1);
+            chain.save();
+        }
+        assert_eq!(all(&copy), expected, "{which}");
+        let store = copy.builder().open_read_only().unwrap();
+        for keyless in [false, true] {
+            let report = verify(&store, keyless);
+            assert!(report.is_clean() && report.refused.is_empty(), "{which}: {report:?}");
+        }
+    }
+}
+
+/// Everything in the shards of the only Logstore.
+fn all(copy: &Copy) -> Vec<Vec<Record>> {
+    let store = copy.builder().open_read_only().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    (0..logstore.config().shard_count).map(|shard| records(&logstore, shard).unwrap()).collect()
+}
+
+fn check(row: &Row) {
+    let Row { rule, store, shard, change, read: expected, verify: code, says, keyless } = *row;
+    let copy = Copy::of(store);
+    let written: Vec<u64> = all(&copy)[shard as usize].iter().map(|record| record.seq).collect();
+    let mut chain = Chain::load(&copy, shard);
+    change(&mut chain);
+    chain.save();
+    let store = copy.builder().open_read_only().unwrap();
+    for mode in [ReadMode::Pread, ReadMode::Map] {
+        match (read(&store, shard, 0, mode), expected) {
+            (Err(error), Some(code)) => assert_eq!(error.code(), code, "{rule}: {error}"),
+            (Ok(seqs), None) => {
+                assert_eq!(seqs, written, "{rule}");
+                for (index, &seq) in written.iter().enumerate() {
+                    assert_eq!(read(&store, shard, seq, mode).unwrap(), written[index..], "{rule}, from {seq}");
+                }
+            }
+            (result, _) => panic!("{rule}: expected {expected:?}, got {result:?}"),
+        }
+    }
+    for without in [false, true] {
+        let report = verify(&store, without);
+        let faults = &report.faults;
+        if without && !keyless {
+            assert!(faults.is_empty(), "{rule}: {faults:?}");
+            continue;
+        }
+        assert!(faults.iter().any(|fault| fault.message.contains(says)), "{rule} (keyless: {without}): {faults:?}");
+        for fault in faults {
+            assert_eq!(fault.kind, code, "{rule}: {faults:?}");
+            let placed = fault.file.as_ref().is_some_and(|file| file.extension().is_some_and(|ext| ext == "seg"));
+            let no_place = ["rolled_back", "newer_format", "unsupported_feature"].contains(&code);
+            assert!(no_place || (placed && fault.offset.is_some()), "{rule}: {fault:?}");
+        }
+    }
+    drop(store);
+    // A writer may refuse it or go on behind it. It neither panics nor loses what it cannot read.
+    let before = segments(&copy.logstore_dir(), shard);
+    if let Ok(store) = copy.builder().open() {
+        for name in store.list().unwrap() {
+            let logstore = store.logstore(&name).unwrap();
+            let _ = logstore.append(common::record("more"), &synced());
+        }
+    }
+    assert!(before.iter().all(|path| path.exists()), "{rule}");
+}
+
+/// Checks every row, and names all that fail.
+fn check_all(rows: &[Row]) {
+    let fails = |row: &&Row| std::panic::catch_unwind(|| check(row)).is_err();
+    let failed: Vec<_> = rows.iter().filter(fails).map(|row| row.rule).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[test]
+fn the_rules_of_headers_and_chains() {
+    check_all(SEGMENTS);
+}
+
+/// A file of more than 4 GiB is no segment, whatever it holds.
+#[test]
+fn the_longest_segment() {
+    let copy = Copy::of("unclean");
+    let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(SEGMENT_BYTES_MAX + 1).unwrap();
+    let store = copy.builder().open_read_only().unwrap();
+    assert_eq!(read(&store, 0, 0, ReadMode::Pread).unwrap_err().code(), "corrupt");
+    for keyless in [false, true] {
+        let report = verify(&store, keyless);
+        let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+        assert_eq!(found, [("corrupt", Some(path.clone()))], "{report:?}");
+    }
+}
+
+#[test]
+fn the_rules_of_blocks() {
+    check_all(BLOCKS);
+}
+
+/// A reader up to the end of a shard does not end before it.
+#[test]
+fn the_end_of_a_shard_is_the_end_of_its_blocks() {
+    let copy = Copy::of("service-aes");
+    let mut chain = Chain::load(&copy, 0);
+    let last = chain.segments.last_mut().unwrap();
+    last.blocks[0].put_opaque(&[b"one", b"two"], &[0, 0]);
+    patch(&mut last.footer_patch, 48, u64(6));
+    patch(&mut last.footer_patch, 24, u64(1));
+    chain.save();
+    let store = copy.builder().open_read_only().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    for options in [ReadOptions { to: Some(Position::End), ..ReadOptions::default() }, ReadOptions::from(Position::End)]
+    {
+        assert_eq!(logstore.read(0, &options).unwrap_err().code(), "corrupt");
+    }
+}
+
+/// A reader that begins at a time does not go by a footer that says that its segment begins earlier.
+#[test]
+fn a_segment_begins_when_its_first_group_was_received() {
+    let copy = Copy::of("service-aes");
+    let mut chain = Chain::load(&copy, 0);
+    let before_us = chain.segments[0].blocks[0].header.first_time_us;
+    patch(&mut chain.segments[1].footer_patch, 56, u64(before_us));
+    chain.save();
+    let store = copy.builder().open_read_only().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    let mut reader = logstore.read(0, &ReadOptions::from(Position::Time(before_us + 1))).unwrap();
+    assert_eq!(reader.next().unwrap().unwrap_err().code(), "corrupt");
+}
+
+#[test]
+fn the_rules_of_footers() {
+    check_all(FOOTERS);
+}

@@ -1,0 +1,443 @@
+//! The rules of documents, of the keyring and of the audit log.
+
+use std::{fs, path::PathBuf};
+
+use envelog::{Checkpoint, Result, VerifyOptions, crypto::hmac_sha256};
+use serde_json::{Value, json};
+
+use crate::{
+    common::{files, records},
+    forge::{Copy, Document, derived, hex},
+};
+
+/// A document of a golden store.
+#[derive(Clone, Copy)]
+enum Which {
+    Store,
+    Catalogue,
+    Meta,
+    Keyring,
+    Probe,
+}
+
+/// How a document is changed, and with which code the store is then refused.
+struct Row {
+    rule: &'static str,
+    store: &'static str,
+    which: Which,
+    change: fn(&mut Document),
+    code: &'static str,
+    says: &'static str,
+}
+
+const fn row(which: Which, rule: &'static str, says: &'static str, change: fn(&mut Document)) -> Row {
+    Row { rule, store: "service-aes", which, change, code: "corrupt", says }
+}
+
+const fn byok(row: Row) -> Row {
+    Row { store: "byok-aes", ..row }
+}
+
+const fn code(code: &'static str, row: Row) -> Row {
+    Row { code, ..row }
+}
+
+fn subject(document: &mut Document) {
+    document.head[40] ^= 1;
+}
+
+/// The only Logstore in a catalogue.
+fn entry(catalogue: &mut Value) -> &mut Value {
+    catalogue["logstores"].as_object_mut().unwrap().values_mut().next().unwrap()
+}
+
+const RANGE: &str = "is out of range";
+const PARSE: &str = "does not parse";
+
+const FRAMES: &[Row] = &[
+    code("tampered", row(Which::Store, "subject of STORE", "a document", subject)),
+    row(Which::Store, "generation of STORE", "not 1", |document| document.set_generation(2)),
+    row(Which::Store, "second part of STORE", "second part", |document| document.b = "{}".into()),
+    row(Which::Store, "unknown field of STORE", PARSE, |document| document.edit(|json| json["more"] = 1.into())),
+    code("tampered", row(Which::Catalogue, "subject of the catalogue", "a document", subject)),
+    code(
+        "tampered",
+        row(Which::Catalogue, "store of the catalogue", "another store", |document| {
+            document.head[24] ^= 1;
+        }),
+    ),
+    code("tampered", row(Which::Catalogue, "kind of the catalogue", "a document", |document| document.head[10] = 4)),
+    row(Which::Catalogue, "reserved bytes of a document", "reserved", |document| document.head[68] = 1),
+    row(Which::Catalogue, "generation of the catalogue", RANGE, |document| document.set_generation(0)),
+    row(Which::Catalogue, "second part of the catalogue", "second part", |document| document.b = "{}".into()),
+    row(Which::Catalogue, "second tag of the catalogue", "second part", |document| {
+        (document.tag_b, document.tag_b_follows) = ([7; 32], false);
+    }),
+    code(
+        "keyring_too_old",
+        row(Which::Catalogue, "keyring version of a document", "version 2", |document| {
+            document.head[64] = 2;
+        }),
+    ),
+    code("tampered", row(Which::Meta, "subject of metadata", "another Logstore", subject)),
+    row(Which::Meta, "generation of metadata", RANGE, |document| document.set_generation(0)),
+    code(
+        "rolled_back",
+        row(Which::Meta, "generation of metadata below the catalogue's", "the catalogue knows 2", |document| {
+            document.set_generation(1);
+        }),
+    ),
+    code(
+        "rolled_back",
+        row(Which::Meta, "generation of metadata two above the catalogue's", "it is at 4", |document| {
+            document.set_generation(4);
+        }),
+    ),
+    row(Which::Meta, "second tag under the service key", "second tag", |document| {
+        (document.tag_b, document.tag_b_follows) = ([7; 32], false);
+    }),
+    byok(row(Which::Meta, "second tag under a customer's key", "second tag", |document| {
+        (document.tag_b, document.tag_b_follows) = ([0; 32], false);
+    })),
+    code("keyring_foreign", row(Which::Keyring, "subject of the keyring", "another store", subject)),
+    row(Which::Keyring, "kind of the keyring", "no service keyring", |document| document.head[10] = 4),
+    row(Which::Keyring, "generation of the keyring", "not its newest version", |document| document.set_generation(2)),
+    byok(code("tampered", row(Which::Probe, "subject of a probe", "another master key", subject))),
+    byok(row(Which::Probe, "generation of a probe", RANGE, |document| document.set_generation(0))),
+];
+
+const BODIES: &[Row] = &[
+    // The catalogue.
+    row(Which::Catalogue, "doubled Logstore", "twice", |document| {
+        let entry = document.json()["logstores"]["shop/orders"].to_string();
+        document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
+    }),
+    row(Which::Catalogue, "doubled field", PARSE, |document| {
+        document.a = document.a.replace("\"logstores\":", "\"logstores\":{},\"logstores\":");
+    }),
+    row(Which::Catalogue, "upper-case digits", PARSE, |document| {
+        document.edit(|json| {
+            let entry = entry(json);
+            entry["id"] = entry["id"].as_str().unwrap().to_uppercase().into();
+        });
+    }),
+    row(Which::Catalogue, "a Logstore that is being deleted", "there twice", |document| {
+        document.edit(|json| json["deleting"] = json!([entry(json)["id"].clone()]));
+    }),
+    row(Which::Catalogue, "tag of the audit log", "tag of the audit record", |document| {
+        document.edit(|json| json["audit"]["tag"] = "00".into());
+    }),
+    row(Which::Catalogue, "shards of a Logstore and its metadata", "has 1 shards", |document| {
+        document.edit(|json| {
+            entry(json)["shards"].as_array_mut().unwrap().pop();
+        });
+    }),
+    row(Which::Catalogue, "number of shards", RANGE, |document| {
+        document.edit(|json| entry(json)["shards"] = json!([]));
+    }),
+    row(Which::Catalogue, "generation of a Logstore", RANGE, |document| {
+        document.edit(|json| entry(json)["generation"] = 0.into());
+    }),
+    row(Which::Catalogue, "first ordinal of a shard", RANGE, |document| {
+        document.edit(|json| entry(json)["shards"][0]["first_ordinal"] = 0.into());
+    }),
+    row(Which::Catalogue, "ordinal of a head", RANGE, |document| {
+        document.edit(|json| entry(json)["shards"][0]["head"]["ordinal"] = u64::MAX.into());
+    }),
+    row(Which::Catalogue, "next sequence number of a head", "lies below its end", |document| {
+        document.edit(|json| entry(json)["shards"][0]["head"]["next_seq"] = 5.into());
+    }),
+    row(Which::Catalogue, "first sequence number of a shard", "below 1", |document| {
+        document.edit(|json| entry(json)["shards"][0]["first_seq"] = 1.into());
+    }),
+    code(
+        "truncated",
+        row(Which::Catalogue, "a segment that the head knows", "the catalogue knows of it", |document| {
+            document.edit(|json| entry(json)["shards"][0]["head"]["ordinal"] = 4.into());
+        }),
+    ),
+    row(Which::Catalogue, "end of a sealed head", "another end", |document| {
+        document.edit(|json| {
+            let head = &mut entry(json)["shards"][0]["head"];
+            (head["end_seq"], head["next_seq"]) = (7.into(), 7.into());
+        });
+    }),
+    row(Which::Catalogue, "blocks of a sealed head", "another number of blocks", |document| {
+        document.edit(|json| entry(json)["shards"][0]["head"]["blocks"] = 9.into());
+    }),
+    code(
+        "rolled_back",
+        row(Which::Catalogue, "digest of a sealed head", "another segment", |document| {
+            document.edit(|json| entry(json)["shards"][0]["head"]["digest"] = "00".repeat(32).into());
+        }),
+    ),
+    // The configuration.
+    row(Which::Meta, "revision", "revision is 0", |document| document.edit(|json| json["revision"] = 0.into())),
+    row(Which::Meta, "shard_count", "shard_count is 257", |document| {
+        document.edit(|json| json["shard_count"] = 257.into());
+    }),
+    row(Which::Meta, "shard_count and shards", "one shard for each", |document| {
+        document.edit(|json| json["shard_count"] = 3.into());
+    }),
+    row(Which::Meta, "ttl_days too small", "ttl_days is 0", |document| {
+        document.edit(|json| json["ttl_days"] = 0.into());
+    }),
+    row(Which::Meta, "ttl_days too large", "ttl_days is 3651", |document| {
+        document.edit(|json| json["ttl_days"] = 3651.into());
+    }),
+    row(Which::Meta, "retention_bytes", "retention_bytes is 0", |document| {
+        document.edit(|json| json["retention_bytes"] = 0.into());
+    }),
+    row(Which::Meta, "rotate_data_key by age", "max_age_days is 0", |document| {
+        document.edit(|json| json["rotate_data_key"] = json!({"max_age_days": 0}));
+    }),
+    row(Which::Meta, "rotate_data_key by bytes", "max_bytes is 1000", |document| {
+        document.edit(|json| json["rotate_data_key"] = json!({"max_bytes": 1000}));
+    }),
+    row(Which::Meta, "compression of new blocks", PARSE, |document| {
+        document.edit(|json| json["compression"] = "gzip".into());
+    }),
+    row(Which::Meta, "name", PARSE, |document| document.edit(|json| json["name"] = "shop/../etc".into())),
+    row(Which::Meta, "encrypt_type while encryption is on", "encrypt_type is required", |document| {
+        document.edit(|json| json["encrypt_conf"] = json!({"enable": true}));
+    }),
+    row(Which::Meta, "a field of the customer's key in the configuration", "user_cmk_info.arn", |document| {
+        document.edit(|json| {
+            json["encrypt_conf"]["user_cmk_info"] = json!({"cmk_key_id": "k", "arn": "", "region_id": "r"});
+        });
+    }),
+    Row {
+        store: "plain",
+        ..row(Which::Meta, "encryption that is on has an envelope", "there is no envelope", |document| {
+            document.edit(|json| json["encrypt_conf"] = json!({"enable": true, "encrypt_type": "default"}));
+        })
+    },
+    row(Which::Meta, "id of a shard", "not its place", |document| {
+        document.edit(|json| json["shards"][1]["id"] = 0.into());
+    }),
+    row(Which::Meta, "status of a shard", PARSE, |document| {
+        document.edit(|json| json["shards"][1]["status"] = "closed".into());
+    }),
+    row(Which::Meta, "parents of a shard", "not another shard", |document| {
+        document.edit(|json| json["shards"][1]["parents"] = json!([1]));
+    }),
+    row(Which::Meta, "range of a shard that ends before it begins", "range of a shard", |document| {
+        document.edit(|json| json["shards"][1]["begin_key"] = "f".repeat(32).into());
+    }),
+    row(Which::Meta, "digits of a range", "range of a shard", |document| {
+        document.edit(|json| json["shards"][1]["end_key"] = "F".repeat(32).into());
+    }),
+    row(Which::Meta, "gap between ranges", "leave a gap or overlap", |document| {
+        document.edit(|json| json["shards"][1]["begin_key"] = format!("9{}", "0".repeat(31)).into());
+    }),
+    row(Which::Meta, "ranges that overlap", "leave a gap or overlap", |document| {
+        document.edit(|json| json["shards"][1]["begin_key"] = format!("7{}", "0".repeat(31)).into());
+    }),
+    // The keys section.
+    code(
+        "tampered",
+        row(Which::Meta, "name in the keys section", "under another name", |document| {
+            document.edit_keys(|json| json["name"] = "shop/other".into());
+        }),
+    ),
+    row(Which::Meta, "current version", "current data-key version", |document| {
+        document.edit_keys(|json| json["current"] = 1.into());
+    }),
+    row(Which::Meta, "envelope of the current version", "current data-key version", |document| {
+        document.edit_keys(|json| {
+            json["versions"][1].as_object_mut().unwrap().remove("wrapped");
+        });
+    }),
+    row(Which::Meta, "order of versions", "do not ascend", |document| {
+        document.edit_keys(|json| json["versions"].as_array_mut().unwrap().swap(0, 1));
+    }),
+    row(Which::Meta, "gap in versions", "do not ascend", |document| {
+        document.edit_keys(|json| (json["versions"][1]["version"], json["current"]) = (3.into(), 3.into()));
+    }),
+    row(Which::Meta, "keyring version of an envelope", "names a service key", |document| {
+        document.edit_keys(|json| {
+            json["versions"][1].as_object_mut().unwrap().remove("keyring_version");
+        });
+    }),
+    byok(row(Which::Meta, "no keyring version under a customer's key", "names a service key", |document| {
+        document.edit_keys(|json| json["versions"][0]["keyring_version"] = 1.into());
+    })),
+    row(Which::Meta, "length of an envelope", "the envelope of a data-key version", |document| {
+        document.edit_keys(|json| json["versions"][1]["wrapped"] = "00".into());
+    }),
+    row(Which::Meta, "fingerprint", "the fingerprint of a data-key version", |document| {
+        document.edit_keys(|json| json["versions"][1]["fingerprint"] = "00".into());
+    }),
+    byok(row(Which::Meta, "a field of the customer's key", "user_cmk_info.region_id", |document| {
+        document.tag_b_follows = false;
+        document.edit_keys(|json| json["cmk"]["region_id"] = "r".repeat(1025).into());
+    })),
+    // The keyring.
+    row(Which::Keyring, "versions ascend from 1", "do not ascend", |document| {
+        document.edit(|json| {
+            let first = json["versions"][0].clone();
+            json["versions"].as_array_mut().unwrap().push(first);
+        });
+    }),
+    row(Which::Keyring, "length of a root", PARSE, |document| {
+        document.edit(|json| {
+            let longer = format!("{}00", json["versions"][0]["root"].as_str().unwrap());
+            json["versions"][0]["root"] = longer.into();
+        });
+    }),
+    // Probes.
+    byok(code(
+        "tampered",
+        row(Which::Probe, "master key of a probe", "another master key", |document| {
+            document.edit(|json| json["cmk"]["arn"] = "another".into());
+        }),
+    )),
+    byok(row(Which::Probe, "envelope of a probe", PARSE, |document| {
+        document.edit(|json| json["wrapped"] = "".into());
+    })),
+    byok(row(Which::Probe, "fingerprint of a probe", PARSE, |document| {
+        document.edit(|json| json["fingerprint"] = "00".into());
+    })),
+];
+
+fn path(copy: &Copy, which: Which) -> PathBuf {
+    match which {
+        Which::Store => copy.path("store/STORE"),
+        Which::Catalogue => copy.path("store/catalogue"),
+        Which::Meta => copy.logstore_dir().join("meta"),
+        Which::Keyring => copy.path("keyring"),
+        Which::Probe => files(&copy.path("store/probes")).into_keys().next().unwrap(),
+    }
+}
+
+/// Opens and reads everything.
+fn use_all(copy: &Copy, read_only: bool) -> Result<()> {
+    let store = if read_only { copy.builder().open_read_only()? } else { copy.builder().open()? };
+    for name in store.list()? {
+        let logstore = store.logstore(&name)?;
+        for shard in 0..logstore.config().shard_count {
+            records(&logstore, shard)?;
+        }
+    }
+    Ok(())
+}
+
+fn check(row: &Row) {
+    let copy = Copy::of(row.store);
+    copy.change_document(&path(&copy, row.which), |_| {});
+    use_all(&copy, true).unwrap();
+    copy.change_document(&path(&copy, row.which), row.change);
+    for read_only in [true, false] {
+        let error = use_all(&copy, read_only).expect_err(row.rule);
+        assert_eq!(error.code(), row.code, "{}: {error}", row.rule);
+        assert!(error.to_string().contains(row.says), "{}: {error}", row.rule);
+    }
+    let Ok(store) = copy.builder().open_read_only() else { return };
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.faults.iter().any(|fault| fault.kind == row.code), "{}: {report:?}", row.rule);
+}
+
+fn check_all(rows: &[Row]) {
+    let fails = |row: &&Row| std::panic::catch_unwind(|| check(row)).is_err();
+    let failed: Vec<_> = rows.iter().filter(fails).map(|row| row.rule).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[test]
+fn the_rules_of_frames() {
+    check_all(FRAMES);
+}
+
+#[test]
+fn the_rules_of_bodies() {
+    check_all(BODIES);
+}
+
+/// Under a customer's key the metadata has a second tag, which the keyring does not make.
+#[test]
+fn the_second_tag_is_verified_where_the_data_key_is_at_hand() {
+    let copy = Copy::of("byok-aes");
+    copy.change_document(&path(&copy, Which::Meta), |document| {
+        (document.tag_b[0], document.tag_b_follows) = (document.tag_b[0] ^ 1, false);
+    });
+    let store = copy.builder().open_read_only().unwrap();
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+    assert_eq!(found, [("tampered", Some(path(&copy, Which::Meta)))], "{report:?}");
+}
+
+#[test]
+fn the_rules_of_checkpoints() {
+    for (rule, code, change) in [
+        ("none", None, (|_| {}) as fn(&mut Document)),
+        ("subject", Some("tampered"), subject),
+        ("generation", Some("corrupt"), |document| document.set_generation(1)),
+        ("unknown field", Some("corrupt"), |document| document.edit(|json| json["more"] = 1.into())),
+        ("tag of the audit log", Some("corrupt"), |document| document.edit(|json| json["audit"]["tag"] = "".into())),
+        ("shards", Some("corrupt"), |document| document.edit(|json| entry(json)["shards"] = json!([]))),
+        ("doubled Logstore", Some("corrupt"), |document| {
+            let entry = document.json()["logstores"]["shop/orders"].to_string();
+            document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
+        }),
+    ] {
+        let copy = Copy::of("service-sm4");
+        copy.change_document(&copy.path("checkpoint"), change);
+        let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
+        let store = copy.builder().open_read_only().unwrap();
+        let verified = store.verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
+        assert_eq!(verified.as_ref().err().map(|error| error.code()), code, "{rule}: {verified:?}");
+    }
+}
+
+/// What a checkpoint says of a head is compared in all its parts.
+#[test]
+fn the_rules_of_heads_in_a_checkpoint() {
+    for (field, value) in [("end_seq", 1), ("bytes", 1), ("blocks", 1)] {
+        let copy = Copy::of("service-sm4");
+        copy.change_document(&copy.path("checkpoint"), |document| {
+            document.edit(|json| entry(json)["shards"][0]["head"][field] = value.into());
+        });
+        let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
+        let store = copy.builder().open_read_only().unwrap();
+        let report = store.verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        assert!(!report.is_clean(), "{field}: {report:?}");
+    }
+}
+
+/// Lines of the audit log, tagged and chained anew.
+#[test]
+fn the_rules_of_the_audit_log() {
+    type Change = fn(&mut Vec<Value>);
+    let rows: [(&str, &str, Change); 5] = [
+        ("none", "", |_| {}),
+        ("a gap in the numbers", "tampered", |records| records[2]["number"] = 9.into()),
+        ("the first number", "tampered", |records| records[0]["number"] = 0.into()),
+        ("keyring version", "keyring_too_old", |records| records[1]["keyring_version"] = 2.into()),
+        ("unknown event", "corrupt", |records| records[1]["event"] = "forgotten".into()),
+    ];
+    for (rule, code, change) in rows {
+        let copy = Copy::of("service-aes");
+        let log = copy.path("store/audit/audit-000001.log");
+        let text = fs::read_to_string(&log).unwrap();
+        let mut records: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line.split('\t').next().unwrap()).unwrap()).collect();
+        change(&mut records);
+        let key = derived(&copy.root(1), &[], "envelog v1 audit");
+        let (mut tag, mut lines) = (String::new(), String::new());
+        for record in &records {
+            let json = record.to_string();
+            tag = hex(&hmac_sha256(&key, &[tag.as_bytes(), json.as_bytes()]));
+            let line = format!("{json}\t{tag}");
+            lines += &format!("{line}\t{:08x}\n", crc32fast::hash(line.as_bytes()));
+        }
+        fs::write(&log, lines).unwrap();
+        copy.change_document(&copy.path("store/catalogue"), |document| {
+            document.edit(|json| json["audit"] = json!({"number": records.len(), "tag": tag}));
+        });
+        let store = copy.builder().open_read_only().unwrap();
+        let found = store.audit_records().err().map_or("", |error| error.code());
+        assert_eq!(found, code, "{rule}");
+        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert_eq!(report.faults.first().map_or("", |fault| fault.kind), code, "{rule}: {report:?}");
+    }
+}

@@ -1,0 +1,450 @@
+//! Seals changed stores the way a holder of the keys can: headers, blocks, footers and documents whose CRCs, tags and links all hold.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use envelog::{
+    Background, Compression, Store, StoreBuilder, StoreOptions,
+    crypto::{AwsLc, CryptoProvider, HashAlg, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256},
+    group::put_frame,
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
+    segment::{BlockHeader, BlockKind, Footer, IndexEntry, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::common::{QuickDisk, copy_dir, fix_crc, secs, segments};
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+pub(crate) fn unhex(text: &str) -> Vec<u8> {
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+}
+
+fn expand(alg: HashAlg, salt: &[u8], key: &SecretKey, info: &[&[u8]], len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    hkdf(alg, salt, key.expose(), info, &mut out);
+    out
+}
+
+pub(crate) fn derived(root: &SecretKey, salt: &[u8], label: &str) -> SecretKey {
+    SecretKey::from_bytes(&mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap())
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+/// Bytes to be put at offsets of an encoded structure, before it is sealed.
+pub(crate) type Patch = Vec<(usize, Vec<u8>)>;
+
+fn patched(mut bytes: Vec<u8>, patch: &Patch) -> Vec<u8> {
+    for (at, with) in patch {
+        bytes[*at..at + with.len()].copy_from_slice(with);
+    }
+    bytes
+}
+
+/// A copy of a golden store.
+pub(crate) struct Copy {
+    dir: TempDir,
+}
+
+impl Copy {
+    pub(crate) fn of(which: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(which), dir.path());
+        // Git keeps no empty directory.
+        fs::create_dir_all(dir.path().join("store/probes")).unwrap();
+        Self { dir }
+    }
+
+    pub(crate) fn path(&self, part: &str) -> PathBuf {
+        self.dir.path().join(part)
+    }
+
+    pub(crate) fn logstore_dir(&self) -> PathBuf {
+        fs::read_dir(self.path("store/logstores")).unwrap().next().unwrap().unwrap().path()
+    }
+
+    pub(crate) fn builder(&self) -> StoreBuilder {
+        let mut options = StoreOptions::default();
+        options.background = Background::Manual;
+        let builder = Store::builder(self.path("store"), self.path("keyring"), AwsLc::new());
+        let builder = builder.disk(Arc::new(QuickDisk)).options(options);
+        let kms = self.path("kms");
+        if kms.exists() { builder.kms(Arc::new(LocalKms::open(kms).unwrap())) } else { builder }
+    }
+
+    /// The root of a version of the keyring, the newest where there is no such version.
+    pub(crate) fn root(&self, version: u32) -> SecretKey {
+        let keyring = Document::read(&self.path("keyring")).json();
+        let versions = keyring["versions"].as_array().unwrap();
+        let entry = versions.iter().find(|entry| entry["version"] == version).or(versions.last()).unwrap();
+        SecretKey::from_bytes(&mut unhex(entry["root"].as_str().unwrap()).try_into().unwrap())
+    }
+
+    /// A data key, unwrapped by the keyring or by the embedded KMS.
+    fn data_key(&self, version: u32) -> SecretKey {
+        let meta = Document::read(&self.logstore_dir().join("meta"));
+        let keys: Value = serde_json::from_str(&meta.b).unwrap();
+        let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap();
+        let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
+        let envelope = unhex(entry["wrapped"].as_str().unwrap());
+        let Some(keyring_version) = entry["keyring_version"].as_u64().map(|version| version as u32) else {
+            let cmk = serde_json::from_value(keys["cmk"].clone()).unwrap();
+            let context = EncryptionContext::from([
+                ("envelog:key-version".to_owned(), version.to_string()),
+                ("envelog:logstore".to_owned(), hex(&meta.head[40..56])),
+                ("envelog:store".to_owned(), hex(&meta.head[24..40])),
+                ("envelog:suite".to_owned(), suite.name().to_owned()),
+            ]);
+            let call = KmsCall { cmk: &cmk, context: &context, timeout: secs(1) };
+            return LocalKms::open(self.path("kms")).unwrap().unwrap(&call, &envelope).unwrap();
+        };
+        let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
+        let code = suite.code().to_le_bytes();
+        let info: [&[u8]; 2] = [b"envelog v1 envelope", &code];
+        let wrapping = expand(suite.hash(), salt, &self.root(keyring_version), &info, suite.cipher().key_len());
+        let aad = [&meta.head[24..56], &version.to_le_bytes(), &code, &keyring_version.to_le_bytes()].concat();
+        let mut key = [0; 32];
+        AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
+        SecretKey::from_bytes(&mut key)
+    }
+
+    /// Changes a document, and makes lengths, tags and CRC right again.
+    pub(crate) fn change_document(&self, path: &Path, change: impl FnOnce(&mut Document)) {
+        let mut document = Document::read(path);
+        change(&mut document);
+        let mut bytes = document.head.clone();
+        bytes[72..76].copy_from_slice(&(document.a.len() as u32).to_le_bytes());
+        bytes[76..80].copy_from_slice(&(document.b.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(document.a.as_bytes());
+        bytes.extend_from_slice(document.b.as_bytes());
+        if document.tag_b != [0; 32] && document.tag_b_follows {
+            let keys: Value = serde_json::from_str(&document.b).unwrap();
+            let key = derived(&self.data_key(keys["current"].as_u64().unwrap() as u32), &[], "envelog v1 metadata");
+            let covered: [&[u8]; 3] = [&document.head[8..12], &document.head[24..56], document.b.as_bytes()];
+            document.tag_b = hmac_sha256(&key, &covered);
+        }
+        let key = derived(&self.root(u32_at(&bytes, 64)), &[], "envelog v1 document");
+        let tag = hmac_sha256(&key, &[&bytes, &document.tag_b]);
+        bytes.extend_from_slice(&tag);
+        bytes.extend_from_slice(&document.tag_b);
+        bytes.extend_from_slice(&[0; 4]);
+        fix_crc(&mut bytes);
+        fs::write(path, bytes).unwrap();
+    }
+}
+
+/// A document, taken apart.
+pub(crate) struct Document {
+    /// What stands before part A.
+    pub(crate) head: Vec<u8>,
+    pub(crate) a: String,
+    pub(crate) b: String,
+    pub(crate) tag_b: [u8; 32],
+    /// Whether a second tag is made again, if there is one.
+    pub(crate) tag_b_follows: bool,
+}
+
+impl Document {
+    fn read(path: &Path) -> Self {
+        let bytes = fs::read(path).unwrap();
+        let (a, b) = (u32_at(&bytes, 72) as usize, u32_at(&bytes, 76) as usize);
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        Self {
+            a: text(&bytes[80..80 + a]),
+            b: text(&bytes[80 + a..80 + a + b]),
+            tag_b: bytes[112 + a + b..144 + a + b].try_into().unwrap(),
+            head: bytes[..80].to_vec(),
+            tag_b_follows: true,
+        }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.a).unwrap()
+    }
+
+    /// Changes part A as JSON.
+    pub(crate) fn edit(&mut self, change: impl FnOnce(&mut Value)) {
+        let mut json = self.json();
+        change(&mut json);
+        self.a = json.to_string();
+    }
+
+    /// Changes part B as JSON.
+    pub(crate) fn edit_keys(&mut self, change: impl FnOnce(&mut Value)) {
+        let mut json = serde_json::from_str(&self.b).unwrap();
+        change(&mut json);
+        self.b = json.to_string();
+    }
+
+    pub(crate) fn set_generation(&mut self, generation: u64) {
+        self.head[56..64].copy_from_slice(&generation.to_le_bytes());
+    }
+}
+
+/// A block before it is sealed. Number, segment tag and offset are those of its place.
+#[derive(Clone)]
+pub(crate) struct Block {
+    pub(crate) header: BlockHeader,
+    /// What is sealed: the list and the table, compressed if the header says so.
+    pub(crate) payload: Vec<u8>,
+    pub(crate) patch: Patch,
+}
+
+impl Block {
+    /// Puts opaque records into it, with these times in its table.
+    pub(crate) fn put_opaque(&mut self, records: &[&[u8]], table: &[u32]) {
+        self.put(BlockKind::Opaque, 0, records, table);
+    }
+
+    pub(crate) fn put(&mut self, kind: BlockKind, logs: u32, records: &[&[u8]], table: &[u32]) {
+        let mut list = Vec::new();
+        records.iter().for_each(|record| put_frame(&mut list, record));
+        let last = table.last().copied().unwrap_or(0);
+        self.header.kind = kind;
+        self.header.log_count = logs;
+        self.header.group_count = records.len() as u32;
+        self.header.list_len = list.len() as u32;
+        self.header.last_time_us = self.header.first_time_us + u64::from(last);
+        table.iter().for_each(|time| list.extend_from_slice(&time.to_le_bytes()));
+        self.store(Compression::None, list.len(), list);
+    }
+
+    /// Stores `payload` as the compressed form of `raw_len` bytes.
+    pub(crate) fn store(&mut self, compression: Compression, raw_len: usize, payload: Vec<u8>) {
+        self.header.compression = compression;
+        self.header.raw_len = raw_len as u32;
+        self.header.payload_len = payload.len() as u32;
+        self.payload = payload;
+    }
+
+    /// The list without compression.
+    pub(crate) fn list_mut(&mut self) -> &mut [u8] {
+        &mut self.payload[..self.header.list_len as usize]
+    }
+
+    /// Moves the whole block in time.
+    pub(crate) fn set_time(&mut self, time_us: u64) {
+        let length = self.header.last_time_us - self.header.first_time_us;
+        (self.header.first_time_us, self.header.last_time_us) = (time_us, time_us + length);
+    }
+
+    /// A mark that could stand behind it.
+    pub(crate) fn mark(&self) -> Self {
+        let mut mark = self.clone();
+        mark.put(BlockKind::Mark, 0, &[], &[]);
+        mark.header.first_seq = self.header.end_seq();
+        (mark.header.first_time_us, mark.header.last_time_us) = (self.header.last_time_us, self.header.last_time_us);
+        mark
+    }
+}
+
+/// A segment before it is sealed.
+pub(crate) struct Segment {
+    path: PathBuf,
+    pub(crate) header: SegmentHeader,
+    pub(crate) header_patch: Patch,
+    pub(crate) blocks: Vec<Block>,
+    /// Whether it has a footer, with this flag.
+    pub(crate) footer: Option<bool>,
+    pub(crate) footer_patch: Patch,
+    /// More entries of the index.
+    pub(crate) index: fn(&mut Vec<IndexEntry>),
+    /// What stands behind the last block of a segment that was cut.
+    tail: Vec<u8>,
+    /// How many of its blocks the successor keeps.
+    kept: usize,
+    /// What it says of its predecessor, after that was made right.
+    pub(crate) link: fn(&mut PredecessorEnd),
+}
+
+/// The segments of a shard.
+pub(crate) struct Chain<'a> {
+    copy: &'a Copy,
+    shard: u32,
+    pub(crate) segments: Vec<Segment>,
+}
+
+impl<'a> Chain<'a> {
+    fn cipher(copy: &Copy, header: &SegmentHeader, header_hash: &[u8; 32]) -> SegmentCipher {
+        let key = match header.key_source {
+            KeySource::DataKey(version) => copy.data_key(version),
+            KeySource::Keyring(version) => {
+                derived(&copy.root(version), header.logstore.as_bytes(), "envelog v1 integrity")
+            }
+        };
+        SegmentCipher::derive(&AwsLc::new(), header.suite, &key, &header.salt, header_hash).unwrap()
+    }
+
+    /// Opens every block of a shard. None of them is compressed but those of the store `compressed`.
+    pub(crate) fn load(copy: &'a Copy, shard: u32) -> Self {
+        let mut chain = Self { copy, shard, segments: Vec::new() };
+        for path in segments(&copy.logstore_dir(), shard) {
+            let file = fs::read(&path).unwrap();
+            let decoded = SegmentHeader::decode(&file).unwrap();
+            let cipher = Self::cipher(copy, &decoded.header, &decoded.header_hash);
+            let mut rest = &file[decoded.body_start as usize..];
+            let mut blocks = Vec::new();
+            while let Ok(header) = BlockHeader::decode(rest) {
+                let Some(bytes) = rest.get(..header.block_len() as usize) else { break };
+                let (covered, tag) = bytes[..bytes.len() - 4].split_last_chunk().unwrap();
+                let mut payload = vec![0; header.payload_len as usize];
+                cipher.open_block(&header.nonce(), &bytes[..96], &covered[96..], tag, &mut payload).unwrap();
+                blocks.push(Block { header, payload, patch: Patch::new() });
+                rest = &rest[bytes.len()..];
+            }
+            let footer = Footer::decode(rest).ok().map(|footer| footer.footer.recovered);
+            if let Some(before) = chain.segments.last_mut()
+                && let Predecessor::Cut(end) = decoded.header.predecessor
+            {
+                before.kept = end.blocks as usize;
+            }
+            chain.segments.push(Segment {
+                path,
+                header: decoded.header,
+                header_patch: Patch::new(),
+                kept: blocks.len(),
+                blocks,
+                tail: if footer.is_none() { rest.to_vec() } else { Vec::new() },
+                footer,
+                footer_patch: Patch::new(),
+                index: |_| {},
+                link: |_| {},
+            });
+        }
+        chain
+    }
+
+    /// Seals everything again, each segment linked to the one before it, and the catalogue to the last one.
+    pub(crate) fn save(mut self) {
+        let mut before: Option<PredecessorEnd> = None;
+        for segment in &mut self.segments {
+            if let (Some(end), Predecessor::Sealed(place) | Predecessor::Cut(place)) =
+                (before, &mut segment.header.predecessor)
+            {
+                *place = end;
+                (segment.link)(place);
+            }
+            fs::remove_file(&segment.path).unwrap();
+            let name = format!("{:010}-{:020}.seg", segment.header.ordinal, segment.header.first_seq);
+            segment.path.set_file_name(name);
+            let (file, end) = segment.seal(self.copy);
+            fs::write(&segment.path, file).unwrap();
+            before = Some(end);
+        }
+        let (Some(end), shard) = (before, self.shard as usize) else { return };
+        self.copy.change_document(&self.copy.path("store/catalogue"), |catalogue| {
+            catalogue.edit(|json| {
+                let logstore = json["logstores"].as_object_mut().unwrap().values_mut().next().unwrap();
+                let head = &mut logstore["shards"][shard]["head"];
+                if head["ordinal"] == end.ordinal {
+                    (head["blocks"], head["bytes"]) = (end.blocks.into(), end.bytes.into());
+                    (head["end_seq"], head["digest"]) = (end.end_seq.into(), hex(&end.digest).into());
+                    head["next_seq"] = end.end_seq.max(head["next_seq"].as_u64().unwrap()).into();
+                }
+            });
+        });
+    }
+}
+
+impl Segment {
+    /// Its bytes, and how a successor names its end.
+    fn seal(&self, copy: &Copy) -> (Vec<u8>, PredecessorEnd) {
+        let (suite, encoded) = (self.header.suite, patched(self.header.encode(), &self.header_patch));
+        let header_hash = hash(suite.hash(), &[&encoded]);
+        let cipher = Chain::cipher(copy, &self.header, &header_hash);
+        let mut file = SegmentHeader::finish(encoded, cipher.commitment());
+        let mut digested = header_hash.to_vec();
+        let mut footer = Footer {
+            segment_tag: header_hash[..8].try_into().unwrap(),
+            block_count: 0,
+            group_count: 0,
+            log_count: 0,
+            raw_bytes: 0,
+            end_seq: self.header.first_seq,
+            first_time_us: 0,
+            last_time_us: 0,
+            offset: 0,
+            nonce_random: *b"a footer",
+            recovered: self.footer == Some(true),
+            digest: [0; 32],
+            index: Vec::new(),
+        };
+        let mut end = PredecessorEnd {
+            ordinal: self.header.ordinal,
+            segment: self.header.segment,
+            blocks: 0,
+            bytes: file.len() as u64,
+            end_seq: footer.end_seq,
+            digest: hash(suite.hash(), &[&digested]),
+        };
+        for (number, block) in self.blocks.iter().enumerate() {
+            let mut header = block.header;
+            header.segment_tag = footer.segment_tag;
+            header.number = number as u32;
+            header.durable_mark = header.durable_mark.min(file.len() as u64);
+            let head = patched(header.encode().to_vec(), &block.patch);
+            let nonce = [&u32_at(&head, 16).to_be_bytes()[..], &head[72..80]].concat().try_into().unwrap();
+            let mut sealed = [&header_hash[..], &head, &block.payload].concat();
+            let tag = cipher.seal_block(&nonce, &mut sealed, 128).unwrap();
+            let offset = file.len();
+            file.extend_from_slice(&sealed[32..]);
+            file.extend_from_slice(&tag);
+            file.extend_from_slice(&[0; 4]);
+            fix_crc(&mut file[offset..]);
+            digested.extend_from_slice(&head);
+            digested.extend_from_slice(&tag);
+            footer.block_count += 1;
+            footer.digest = hash(suite.hash(), &[&digested]);
+            if header.kind != BlockKind::Mark {
+                if footer.group_count == 0 {
+                    footer.first_time_us = header.first_time_us;
+                }
+                if footer.index.last().is_none_or(|last| offset as u64 - last.offset >= 64 << 10) {
+                    let (first_seq, first_time_us) = (header.first_seq, header.first_time_us.max(footer.last_time_us));
+                    footer.index.push(IndexEntry {
+                        offset: offset as u64,
+                        first_seq,
+                        first_time_us,
+                        block: header.number,
+                    });
+                }
+                footer.group_count += u64::from(header.group_count);
+                footer.log_count += u64::from(header.log_count);
+                footer.raw_bytes += u64::from(header.list_len);
+                footer.end_seq = header.end_seq();
+                footer.last_time_us = footer.last_time_us.max(header.last_time_us);
+            }
+            if number < self.kept {
+                end.blocks += 1;
+                (end.bytes, end.end_seq, end.digest) = (file.len() as u64, footer.end_seq, footer.digest);
+            }
+        }
+        if self.footer.is_none() {
+            file.extend_from_slice(&self.tail);
+            return (file, end);
+        }
+        (footer.digest, footer.offset) = (hash(suite.hash(), &[&digested]), file.len() as u64);
+        (self.index)(&mut footer.index);
+        let encoded = patched(footer.encode(), &self.footer_patch);
+        let tag = cipher.tag_only(&footer.nonce(), &encoded).unwrap();
+        end.blocks = u32_at(&encoded, 16);
+        end.end_seq = u64_at(&encoded, 48);
+        end.digest = encoded[96..128].try_into().unwrap();
+        file.extend(footer.finish(encoded, &tag));
+        end.bytes = file.len() as u64;
+        (file, end)
+    }
+}
