@@ -9,6 +9,7 @@ mod common;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::Write as _,
     os::unix::fs::{MetadataExt, symlink},
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
@@ -270,7 +271,8 @@ fn at_once<T: Send>(what: &str, act: impl FnOnce() -> T + Send) -> T {
     let what = what.to_owned();
     let watchdog = thread::spawn(move || {
         if let Err(mpsc::RecvTimeoutError::Timeout) = waiting.recv_timeout(secs(60)) {
-            eprintln!("{what} hangs");
+            // The thread that hangs cannot be ended by itself, nor captured output be shown.
+            let _ = writeln!(std::io::stdout(), "{what}: hangs, ended by the watchdog");
             std::process::abort();
         }
     });

@@ -90,7 +90,8 @@ impl Copy {
         let said = String::from_utf8_lossy(&tested.stdout).into_owned();
         let sweep = bug.caught_by.iter().any(|arg| arg == "sweep");
         let caught = !tested.status.success()
-            && said.contains("test result: FAILED")
+            // A test that would hang is ended by its watchdog, with the whole process.
+            && (said.contains("test result: FAILED") || said.contains("ended by the watchdog"))
             && (!sweep || said.contains(" violations: ["));
         if caught { Ok(()) } else { Err(format!("NOT CAUGHT by `cargo test {}`", bug.caught_by.join(" "))) }
     }
