@@ -10,7 +10,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     path::{Path, PathBuf},
@@ -193,7 +193,7 @@ impl Disk for RootedDisk {
         let place = self.root.parent(path)?;
         let mode = self.access.dir_mode();
         rustix::fs::mkdirat(place.dir(), place.name(), Access::Owner.dir_mode())?;
-        let made = place.open_dir(OFlags::RDONLY).and_then(|made| adopt(made.as_fd(), place.dir(), mode));
+        let made = open_made(&place).and_then(|made| adopt(made.as_fd(), place.dir(), mode));
         if made.is_err() {
             // Best effort: nothing is in it.
             let _ = rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::REMOVEDIR);
@@ -247,6 +247,21 @@ impl Disk for RootedDisk {
             Err(Errno::NOENT) => Ok(None),
             stat => Ok(Some(stat_of(&stat?))),
         }
+    }
+}
+
+/// Opens a directory that this process has just made. The umask may have left its owner no right to it.
+fn open_made(place: &root::Place<'_>) -> io::Result<OwnedFd> {
+    match place.open_dir(OFlags::RDONLY) {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            // A handle that only names the directory needs no right to it, and cannot be led elsewhere by a symlink.
+            let handle = place.open_dir(OFlags::PATH)?;
+            let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
+            rustix::fs::chmod(path, Access::Owner.dir_mode())?;
+            place.open_dir(OFlags::RDONLY)
+        }
+        opened => opened,
     }
 }
 

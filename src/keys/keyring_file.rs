@@ -38,7 +38,10 @@ impl KeyringFile {
     /// [`Error::KeyringUnsafe`] for a path inside the store directory; [`Error::KeyringMissing`] when not even its directory
     /// exists; [`Error::Io`].
     pub(crate) fn locate(disk: &dyn Disk, path: &Path, store: &Path, access: Access) -> Result<Self> {
+        let inside = |path: &Path| Error::KeyringUnsafe { path: path.to_owned(), why: KeyringRisk::InsideStore };
         let missing = |error: std::io::Error| match error.kind() {
+            // The directory of a store that does not exist yet.
+            ErrorKind::NotFound if path.starts_with(store) => inside(path),
             ErrorKind::NotFound => Error::KeyringMissing { path: path.to_owned() },
             _ => Error::io("find the service keyring", path)(error),
         };
@@ -57,7 +60,7 @@ impl KeyringFile {
             Err(error) => return Err(Error::io("find", store)(error)),
         };
         if path.starts_with(&store) {
-            return Err(Error::KeyringUnsafe { path, why: KeyringRisk::InsideStore });
+            return Err(inside(&path));
         }
         let disk = disk.beneath(dir, access).map_err(missing)?;
         Ok(Self { disk, path, access, store_owner })
