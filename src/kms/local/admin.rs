@@ -10,6 +10,7 @@ use super::{
     LocalKms,
     files::{KEY_FILE_BYTES_MAX, StoredKey},
 };
+use crate::io::{FileKind, WrongFileType};
 
 /// How many days ahead the deletion of a key can be scheduled.
 pub const DELETION_DAYS: RangeInclusive<u32> = 1..=366;
@@ -138,7 +139,16 @@ pub enum LocalKmsError {
 }
 
 pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {
-    move |source| LocalKmsError::Io { path: path.to_owned(), source }
+    move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
+        Some(wrong) => {
+            let what = match wrong.expected {
+                FileKind::Directory => "it is no directory",
+                _ => "it is no regular file",
+            };
+            LocalKmsError::Damaged { file: wrong.path.clone(), what }
+        }
+        None => LocalKmsError::Io { path: path.to_owned(), source },
+    }
 }
 
 impl LocalKms {

@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     crypto::SecretKey,
-    io::{Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, WrongFileType, read_file, write_file},
+    io::{
+        Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, is_temporary, read_file, remove_temporary,
+        write_file,
+    },
 };
 
 /// The largest key file, in bytes: some thousand key versions and grants.
@@ -84,7 +87,16 @@ impl LocalKms {
     )]
     pub(super) fn lock(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
         let path = self.lock_path();
-        let file = self.disk()?.open(&path, OpenMode::ReadWrite).map_err(io_error(&path))?;
+        let disk = self.disk()?;
+        let file = match disk.open(&path, OpenMode::ReadWrite) {
+            // It holds nothing, so it is made again where it was removed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match disk.open(&path, OpenMode::CreateNew) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io_error(&path)(error)),
+                _ => disk.open(&path, OpenMode::ReadWrite),
+            },
+            opened => opened,
+        };
+        let file = file.map_err(io_error(&path))?;
         for _ in 0..LOCK_TRIES {
             if file.try_lock().map_err(io_error(&path))? {
                 return Ok(file);
@@ -94,10 +106,11 @@ impl LocalKms {
         Err(LocalKmsError::Busy { dir: self.dir.clone() })
     }
 
-    /// Takes the lock, and destroys the material of the keys whose day has come.
+    /// Takes the lock, removes temporary files that hold material, and destroys the material of the keys whose day has come.
     pub(super) fn lock_and_sweep(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
-        self.check()?;
+        let disk = self.check()?;
         let lock = self.lock()?;
+        self.remove_leftovers(&*disk)?;
         let today = self.today();
         for key_id in self.key_ids()? {
             let mut key = match self.load(&key_id) {
@@ -111,6 +124,19 @@ impl LocalKms {
             }
         }
         Ok(lock)
+    }
+
+    /// Removes the temporary files of keys that killed processes left. A file that cannot be removed stays.
+    fn remove_leftovers(&self, disk: &dyn Disk) -> Result<(), LocalKmsError> {
+        let keys = self.keys_dir();
+        for entry in disk.list_dir(&keys).map_err(io_error(&keys))? {
+            let key_id = entry.name.split('.').next().filter(|id| is_key_id(id));
+            let is_leftover = key_id.is_some_and(|id| is_temporary(&entry.name, &format!("{id}.json")));
+            if is_leftover && entry.kind == FileKind::File {
+                remove_temporary(disk, &keys.join(&entry.name));
+            }
+        }
+        Ok(())
     }
 
     /// The identifiers of all keys, in order.
@@ -139,7 +165,6 @@ impl LocalKms {
         let bytes = read.map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => not_found(),
             io::ErrorKind::FileTooLarge => damaged("it is too long"),
-            _ if error.get_ref().is_some_and(|inner| inner.is::<WrongFileType>()) => damaged("it is no regular file"),
             _ => io_error(&path)(error),
         })?;
         let key = StoredKey::decode(&bytes).map_err(damaged)?;

@@ -41,7 +41,7 @@ use zeroize::Zeroizing;
 use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason, context::associated_data};
 use crate::{
     crypto::SecretKey,
-    io::{Access, Clock, Disk, Existing, OpenMode, OsRandom, Random, RealDisk, SystemClock, write_file},
+    io::{Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock, write_file},
 };
 
 use admin::io_error;
@@ -118,8 +118,6 @@ impl LocalKms {
         }
         let (disk, marker) = (kms.disk()?, kms.marker_path());
         if disk.stat(&marker).map_err(io_error(&marker))?.is_none() {
-            let lock = kms.lock_path();
-            exists_is_fine(disk.open(&lock, OpenMode::CreateNew).map(drop)).map_err(io_error(&lock))?;
             let _lock = kms.lock()?;
             if disk.stat(&marker).map_err(io_error(&marker))?.is_none() {
                 let keys = kms.keys_dir();
