@@ -274,7 +274,7 @@ pub enum Error {
     /// The service keyring belongs to another store.
     #[error(
         "the service keyring {} belongs to another store; name this store's own keyring, or, to create a store, a path where \
-         there is no keyring yet",
+         there is no keyring yet; a keyring that no store needs can be deleted",
         path.display()
     )]
     KeyringForeign {

@@ -130,6 +130,15 @@ pub struct Owner {
     pub mode: u32,
 }
 
+impl Owner {
+    /// Whether root gives the file that replaces one of this owner to the same owner and group. A file of root that no other group
+    /// reads shows no intention: its replacement `new` keeps the owner and group of the directory.
+    fn stays(self, new: Self) -> bool {
+        const GROUP_READ: u32 = 0o040;
+        self.uid != 0 || (self.gid != 0 && self.mode & new.mode & GROUP_READ != 0)
+    }
+}
+
 /// What a file is. A symlink is not followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStat {
@@ -309,13 +318,13 @@ pub(crate) enum Existing {
 /// What the system says. The file under `path` is then the old one or the new one, never a mixture, and no temporary file is left
 /// unless it cannot be removed.
 pub(crate) fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
+    let old = disk.stat(path)?;
     let temporary = Temporary::create(disk, path)?;
-    let owned = match (existing, disk.stat(path)?.and_then(|old| old.owner)) {
-        // Root keeps the owner of the file that it replaces, unless that is root.
-        (Existing::Replace, Some(owner)) if owner.uid != 0 => temporary.file.set_owner(owner),
+    let owned = || match (existing, old.and_then(|old| old.owner), temporary.file.stat()?.owner) {
+        (Existing::Replace, Some(old), Some(new)) if old.stays(new) => temporary.file.set_owner(old),
         _ => Ok(()),
     };
-    let written = owned.and_then(|()| temporary.file.write_at(bytes, 0)).and_then(|()| temporary.file.sync_data());
+    let written = owned().and_then(|()| temporary.file.write_at(bytes, 0)).and_then(|()| temporary.file.sync_data());
     let named = written.and_then(|()| match existing {
         Existing::Replace => disk.rename(&temporary.path, path),
         Existing::Keep => disk.rename_new(&temporary.path, path),
@@ -343,7 +352,6 @@ impl Temporary {
     /// # Errors
     /// What the system says.
     pub(crate) fn create(disk: &dyn Disk, path: &Path) -> io::Result<Self> {
-        let mut last = io::ErrorKind::AlreadyExists.into();
         for number in 0..TEMPORARIES_MAX {
             let name = temporary_path(path, number);
             // A leftover is removed once, and then the name is tried again.
@@ -353,7 +361,6 @@ impl Temporary {
                     // Another process took it for a leftover before it was locked.
                     Ok(_) => {}
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        last = error;
                         if !remove_temporary(disk, &name) {
                             break;
                         }
@@ -362,7 +369,8 @@ impl Temporary {
                 }
             }
         }
-        Err(last)
+        // Not `AlreadyExists`: to the caller that would be about `path` itself.
+        Err(io::Error::new(io::ErrorKind::ResourceBusy, "all names of its temporary file are taken; remove them"))
     }
 }
 
@@ -393,7 +401,7 @@ fn owns(disk: &dyn Disk, file: &dyn DiskFile, path: &Path) -> io::Result<bool> {
 }
 
 /// Removes a temporary file that a process left which is gone. `false` when it is in use or cannot be removed.
-fn remove_temporary(disk: &dyn Disk, path: &Path) -> bool {
+pub(crate) fn remove_temporary(disk: &dyn Disk, path: &Path) -> bool {
     let removed = disk.open(path, OpenMode::ReadWrite).and_then(|file| match owns(disk, &*file, path)? {
         true => disk.remove_file(path),
         false => Err(io::ErrorKind::ResourceBusy.into()),

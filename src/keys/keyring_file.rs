@@ -27,7 +27,7 @@ pub(crate) struct KeyringFile {
     disk: Arc<dyn Disk>,
     path: PathBuf,
     access: Access,
-    /// Who owns the store directory, if it exists and has an owner.
+    /// Who owns the store directory, or is going to once it is made; `None` on a disk without users.
     store_owner: Option<Owner>,
 }
 
@@ -40,24 +40,33 @@ impl KeyringFile {
     pub(crate) fn locate(disk: &dyn Disk, path: &Path, store: &Path, access: Access) -> Result<Self> {
         let inside = |path: &Path| Error::KeyringUnsafe { path: path.to_owned(), why: KeyringRisk::InsideStore };
         let missing = |error: std::io::Error| match error.kind() {
-            // The directory of a store that does not exist yet.
-            ErrorKind::NotFound if path.starts_with(store) => inside(path),
             ErrorKind::NotFound => Error::KeyringMissing { path: path.to_owned() },
             _ => Error::io("find the service keyring", path)(error),
         };
-        let path = disk.resolve(path).map_err(missing)?;
-        let dir = match path.parent() {
-            Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
-            Some(dir) => dir,
-            None => return Err(Error::InvalidArgument(format!("{} cannot be a keyring", path.display()))),
-        };
         let (store, store_owner) = match disk.resolve(store) {
             Ok(store) => {
-                let stat = disk.stat(&store).map_err(Error::io("look for", &store))?;
+                let look = |path: &Path| disk.stat(path).map_err(Error::io("look for", path));
+                let stat = match look(&store)? {
+                    // What root makes belongs to the owner of the directory that it is in.
+                    None => look(store.parent().unwrap_or(Path::new(".")))?,
+                    found => found,
+                };
                 (store, stat.and_then(|stat| stat.owner))
             }
             Err(error) if error.kind() == ErrorKind::NotFound => (store.to_owned(), None),
             Err(error) => return Err(Error::io("find", store)(error)),
+        };
+        let path = match disk.resolve(path) {
+            // Its directory does not exist. A directory above it may be that of the store, made or still to be made.
+            Err(error) if error.kind() == ErrorKind::NotFound && leads_into(disk, path, &store) => {
+                return Err(inside(path));
+            }
+            resolved => resolved.map_err(missing)?,
+        };
+        let dir = match path.parent() {
+            Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
+            Some(dir) => dir,
+            None => return Err(Error::InvalidArgument(format!("{} cannot be a keyring", path.display()))),
         };
         if path.starts_with(&store) {
             return Err(inside(&path));
@@ -139,6 +148,12 @@ impl KeyringFile {
             tracing::debug!(path = %self.path.display(), %error, "cannot look for temporary files of the service keyring");
         }
     }
+}
+
+/// Whether `path`, whose directory does not exist, would lie in the store directory.
+fn leads_into(disk: &dyn Disk, path: &Path, store: &Path) -> bool {
+    let nearest = path.ancestors().skip(1).find_map(|dir| disk.resolve(dir).ok());
+    nearest.is_some_and(|dir| dir.starts_with(store))
 }
 
 #[cfg(test)]
