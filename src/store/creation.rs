@@ -4,7 +4,10 @@
 //! process die, the next creation in the directory goes on only with the keyring that the record names. The `STORE` file, which
 //! makes the directory a store, comes last, and the record goes.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use tracing::info;
@@ -46,7 +49,8 @@ impl Remains {
     /// Looks what is in a directory.
     ///
     /// # Errors
-    /// [`Error::StoreMissing`] when there is no directory; [`Error::StoreExists`]; [`Error::NotAStore`] when something is in it that no creation leaves behind; [`Error::Io`].
+    /// [`Error::StoreMissing`] when there is no directory; [`Error::StoreExists`]; [`Error::NotAStore`] when something is in it that no creation leaves behind;
+    /// [`Error::WrongFileType`] when the name of something of ours stands for something else; [`Error::Io`].
     pub(super) fn look(disk: &dyn Disk, dir: &Path) -> Result<Self> {
         let entries = disk.list_dir(dir).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Error::StoreMissing { path: dir.to_owned() },
@@ -55,10 +59,7 @@ impl Remains {
         if let Some(store) = entries.iter().find(|entry| entry.name == "STORE") {
             return Err(match store.kind {
                 FileKind::File => Error::StoreExists { path: dir.to_owned() },
-                found => {
-                    let (path, expected) = (identity_path(dir), FileKind::File);
-                    Error::io("look for", dir)(WrongFileType { path, expected, found }.into())
-                }
+                found => wrong_type(identity_path(dir), FileKind::File, found),
             });
         }
         let begun = entries.iter().any(|entry| entry.name == RECORD);
@@ -78,11 +79,25 @@ impl Remains {
                 _ => false,
             };
             if !ours {
-                return Err(Error::NotAStore { path: dir.to_owned() });
+                let expected = match name {
+                    "LOCK" | RECORD => Some(FileKind::File),
+                    "catalogue" if begun => Some(FileKind::File),
+                    _ if begun && PARTS.contains(&name) => Some(FileKind::Directory),
+                    _ => None,
+                };
+                return Err(match expected.filter(|expected| *expected != entry.kind) {
+                    Some(expected) => wrong_type(dir.join(name), expected, entry.kind),
+                    None => Error::NotAStore { path: dir.to_owned() },
+                });
             }
         }
         Ok(if entries.is_empty() { Self::Nothing } else { Self::Unfinished })
     }
+}
+
+fn wrong_type(path: PathBuf, expected: FileKind, found: FileKind) -> Error {
+    let wrong = WrongFileType { path: path.clone(), expected, found };
+    Error::io("look for", path)(wrong.into())
 }
 
 #[derive(Serialize, Deserialize)]
