@@ -6,6 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::io::Errno;
+
 use super::{
     LocalKms,
     files::{KEY_FILE_BYTES_MAX, StoredKey},
@@ -136,6 +138,14 @@ pub enum LocalKmsError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+impl LocalKmsError {
+    /// Whether the process, or the system, has nothing left to look at a file with.
+    pub(super) fn is_exhaustion(&self) -> bool {
+        let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
+        matches!(self, Self::Io { source, .. } if source.raw_os_error().is_some_and(|code| exhausted.contains(&code)))
+    }
 }
 
 pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {

@@ -180,10 +180,17 @@ impl Kms for LocalKms {
     }
 
     /// Whether the region has a key that can be read, be it a deleted one. A damaged key file concerns its key alone: which region
-    /// that key is of cannot be told, and the other keys decide.
+    /// that key is of cannot be told, and the other keys decide. Where the process has no file descriptor or memory left to look, the
+    /// answer is yes, so that the call itself says so.
     fn serves(&self, region_id: &str) -> bool {
-        let of_region = |key_id: &String| self.load(key_id).is_ok_and(|key| key.region_id == region_id);
-        self.key_ids().is_ok_and(|key_ids| key_ids.iter().any(of_region))
+        let of_region = |key_id: &String| match self.load(key_id) {
+            Ok(key) => key.region_id == region_id,
+            Err(error) => error.is_exhaustion(),
+        };
+        match self.key_ids() {
+            Ok(key_ids) => key_ids.iter().any(of_region),
+            Err(error) => error.is_exhaustion(),
+        }
     }
 
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
