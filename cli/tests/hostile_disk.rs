@@ -1185,6 +1185,43 @@ fn a_keyring_of_another_owner_is_refused() {
     home.ok(USER, &["append", "p/b"]);
 }
 
+#[test]
+fn a_file_of_another_owner_is_read_if_it_can_be() {
+    let Some(home) = Home::new("files of root in the store of another user") else { return };
+    let key = home.fill(USER);
+    home.use_store(USER, &key);
+    let mut refused = 0;
+    for path in picture(&home.path("s")).into_keys() {
+        let mode = self::mode(&path);
+        let readable = if path.is_dir() { 0o755 } else { 0o644 };
+        chown(&path, Some(0), Some(0)).unwrap();
+        for args in [["read", "p/a"], ["append", "p/a"], ["verify", "p/a"]] {
+            chmod(&path, mode);
+            let out = home.run(USER, &args);
+            if out.status != Some(0) {
+                let sentence = out.sentence(1);
+                assert!(
+                    sentence.contains("ermission denied") && sentence.contains(" s/"),
+                    "{}: {sentence}",
+                    path.display()
+                );
+                refused += 1;
+            }
+            // What can be read is enough for readers.
+            chmod(&path, readable);
+            if args[0] != "append" {
+                home.ok(USER, &args);
+            }
+        }
+        home.give(&path, USER);
+        chmod(&path, mode);
+        home.ok(USER, &["append", "p/a"]);
+    }
+    home.use_store(USER, &key);
+    home.assert_owned("in the end");
+    assert!(refused > 20, "{refused}");
+}
+
 /// The sweep over file types, on the store of another user, with commands of root in between.
 #[test]
 fn root_follows_nothing_in_the_store_of_a_user() {
