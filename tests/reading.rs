@@ -655,3 +655,21 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         assert!(matches!(error, Error::Corrupt { .. }), "{encrypt_type} {enable}: {error}");
     }
 }
+
+/// A reader in another process than the writer lists the directory of a shard a few times, however many segments it reads.
+#[test]
+fn reading_many_segments_lists_their_directory_a_few_times() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, "p/l");
+    fill(&sim, &logstore, 40, 1, 1);
+    store.close().unwrap();
+    let reading = sim.builder().open_read_only().unwrap();
+    let logstore = reading.logstore(&name("p/l")).unwrap();
+    sim.disk.take_calls();
+    assert_eq!(read(&logstore, ReadOptions::default()).len(), 40);
+    let calls = sim.disk.take_calls();
+    let count = |op: Op| calls.iter().filter(|call| call.op == op && call.is_about("shard-0000")).count();
+    assert!(count(Op::List) <= 3, "{} lists", count(Op::List));
+    assert!(count(Op::Open) <= 2 * 40 + 2, "{} files opened", count(Op::Open));
+}

@@ -253,8 +253,8 @@ impl LogstoreShared {
             latched: self.shards.iter().find_map(|shard| shard.latch_cause()).map(|cause| cause.to_string()),
         };
         for shard in &self.shards {
-            for name in shard.segments(true)? {
-                let Some(opened) = shard.open_listed(&name)? else { continue };
+            for name in shard.segments(true)?.iter() {
+                let Some(opened) = shard.open_listed(name)? else { continue };
                 let stored = match &opened.end {
                     End::Active(view) => view.visible(),
                     _ => opened.file.len().map_err(Error::io("get the length of", &*name.path))?,

@@ -238,7 +238,7 @@ impl Shard {
         if self.context.read_only || writer.active.is_some() || writer.next.is_some() {
             return Ok(());
         }
-        let Some(last) = self.segments(false)?.pop() else { return Ok(()) };
+        let Some(last) = self.segments(false)?.last().cloned() else { return Ok(()) };
         if matches!(self.open_segment(&last)?.end, End::Unknown) {
             self.context.gate.admit()?;
             writer.next = Some(self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?);

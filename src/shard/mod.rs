@@ -275,7 +275,7 @@ pub(crate) struct Shard {
     dir: PathBuf,
     record: RwLock<ShardRecord>,
     /// The segments by ordinal; `None` until they were listed.
-    segments: RwLock<Option<Vec<SegmentRef>>>,
+    segments: RwLock<Option<Arc<Vec<SegmentRef>>>>,
     state: Mutex<State>,
     progress: Condvar,
     writer: Mutex<Writer>,

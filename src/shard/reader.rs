@@ -350,12 +350,17 @@ impl Reader {
                     cursor.prove_passed(gate)?;
                     cursor.check_end()?;
                     let (ordinal, last_time_us) = (cursor.opened.name.ordinal, cursor.last_time_us());
-                    let segments = shard.segments(true)?;
-                    let Some(next) = segments.iter().find(|segment| segment.ordinal > ordinal) else {
-                        return Ok(false);
-                    };
+                    let mut segments = shard.segments(false)?;
+                    // Lists the directory again only when no successor is known, so that reading a shard from end to end does
+                    // not list it once for each segment.
+                    if segments.last().is_none_or(|last| last.ordinal <= ordinal) {
+                        segments = shard.segments(true)?;
+                    }
+                    let position = segments.partition_point(|segment| segment.ordinal <= ordinal);
+                    let Some(next) = segments.get(position) else { return Ok(false) };
                     // Once retention has dropped a segment, the writer may have forgotten when its last group was received.
-                    let is_there = segments.iter().any(|segment| segment.ordinal == ordinal);
+                    let before = position.checked_sub(1).and_then(|position| segments.get(position));
+                    let is_there = before.is_some_and(|segment| segment.ordinal == ordinal);
                     let follows = is_there && next.ordinal == ordinal + 1;
                     self.enter(next, if follows { last_time_us } else { 0 })?;
                 }

@@ -208,17 +208,17 @@ fn has_whole_footer(file: &dyn DiskFile, len: u64) -> bool {
 impl Shard {
     /// The segments by ordinal, from the first retained one. Listed once by the process that writes, which then keeps the list
     /// itself; `refresh` lists again, which is how a read-only opener learns of new ones.
-    pub(crate) fn segments(&self, refresh: bool) -> Result<Vec<SegmentRef>> {
+    pub(crate) fn segments(&self, refresh: bool) -> Result<Arc<Vec<SegmentRef>>> {
         if let Some(segments) = &*read(&self.segments)
             && !(refresh && self.context.read_only)
         {
-            return Ok(segments.clone());
+            return Ok(Arc::clone(segments));
         }
         let mut segments = write(&self.segments);
         if let Some(segments) = &*segments
             && !(refresh && self.context.read_only)
         {
-            return Ok(segments.clone());
+            return Ok(Arc::clone(segments));
         }
         let listed = match (self.list(), &self.context.reload) {
             (Err(Error::Truncated { .. }), Some(reload)) => {
@@ -228,8 +228,7 @@ impl Shard {
             }
             (listed, _) => listed?,
         };
-        *segments = Some(listed.clone());
-        Ok(listed)
+        Ok(Arc::clone(segments.insert(Arc::new(listed))))
     }
 
     /// Lists the directory. The ordinals must be without a gap from the first retained one to the last.
@@ -279,7 +278,7 @@ impl Shard {
 
     pub(super) fn set_segments(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
         if let Some(segments) = &mut *write(&self.segments) {
-            change(segments);
+            change(Arc::make_mut(segments));
         }
     }
 
@@ -477,9 +476,10 @@ impl Shard {
 
     /// The header of the segment after this one, not authenticated, and its path; `None` when this is the last.
     pub(super) fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
-        let next = self.segments(false)?.into_iter().find(|segment| segment.ordinal == name.ordinal + 1);
-        let Some(next) = next else { return Ok(None) };
-        Ok(Some((self.header(&next)?, next.path)))
+        let segments = self.segments(false)?;
+        let at = segments.partition_point(|segment| segment.ordinal <= name.ordinal);
+        let Some(next) = segments.get(at).filter(|next| next.ordinal == name.ordinal + 1) else { return Ok(None) };
+        Ok(Some((self.header(next)?, Arc::clone(&next.path))))
     }
 
     /// The header of a segment, not authenticated.
@@ -504,7 +504,7 @@ impl Shard {
     }
 
     /// The segments, those included that somebody was about to begin under keys that have been replaced since.
-    pub(crate) fn settled_segments(&self) -> Result<Vec<SegmentRef>> {
+    pub(crate) fn settled_segments(&self) -> Result<Arc<Vec<SegmentRef>>> {
         drop(lock(&self.writer));
         self.segments(true)
     }

@@ -179,8 +179,8 @@ impl StoreShared {
         }
         // What is destroyed for good is made sure of segment by segment.
         for shard in &logstore.shards {
-            for segment in shard.settled_segments()? {
-                unused.remove(&data_key_version(shard.key_source(&segment)?));
+            for segment in shard.settled_segments()?.iter() {
+                unused.remove(&data_key_version(shard.key_source(segment)?));
             }
         }
         unused.retain(|version| logstore.gate.readers(KeySource::DataKey(*version)) == 0);
@@ -222,7 +222,7 @@ impl StoreShared {
     ) -> Result<()> {
         let segments = shard.segments(false)?;
         let mut sizes = Vec::with_capacity(segments.len());
-        for segment in &segments {
+        for segment in segments.iter() {
             let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
             sizes.push(stat.map_or(0, |stat| stat.len));
         }

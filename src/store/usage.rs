@@ -409,7 +409,7 @@ impl StoreShared {
         for shard in &logstore.shards {
             let counted = shard.settled_segments().and_then(|segments| {
                 let last = segments.last().map(|last| last.ordinal);
-                for segment in &segments {
+                for segment in segments.iter() {
                     let source = shard.key_source(segment)?;
                     let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
                     let under = all.entry(source).or_default();

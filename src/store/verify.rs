@@ -188,7 +188,7 @@ impl StoreShared {
         }
         for logstore in &logstores {
             for shard in &logstore.shards {
-                for segment in shard.segments(true).unwrap_or_default() {
+                for segment in shard.segments(true).unwrap_or_default().iter() {
                     let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
                     verification.state.bytes_total += stat.map_or(0, |stat| stat.len);
                 }
@@ -369,7 +369,7 @@ impl StoreShared {
         }
         // When the last group before the next segment was received.
         let mut last_time_us = 0;
-        for segment in &segments {
+        for segment in segments.iter() {
             let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
             let len = stat.map_or(0, |stat| stat.len);
             let heads: Vec<&Head> =
