@@ -65,6 +65,9 @@ pub(crate) struct Global {
     /// How often the KMS is asked whether a key may still be used, such as 500ms, 30s, 5m [default: 30s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) revalidate_every: Option<Duration>,
+    /// How long one call to the KMS may take; a refusal counts after --revalidate-every and this [default: 1s]
+    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
+    pub(crate) kms_timeout: Option<Duration>,
     /// How long the last good answer counts while the KMS cannot be reached [default: 5m]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) outage_grace: Option<Duration>,

@@ -14,6 +14,10 @@ use std::{
 
 use comfy_table::{Cell, CellAlignment, Color, ContentArrangement, Row, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use serde::Serialize;
 
 use crate::exit::{Failure, Result};
@@ -90,6 +94,23 @@ pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
 /// Writes a line to standard output.
 pub(crate) fn line(text: impl Display) -> Result {
     write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
+}
+
+/// Waits for so long, or until the reader of standard output is gone: then there is nothing left to do.
+pub(crate) fn wait_while_read(time: Duration) -> Result {
+    let out = io::stdout();
+    // No event is asked for: the system reports an error or a hang-up all the same.
+    let mut fds = [PollFd::new(&out, PollFlags::empty())];
+    let timeout = Timespec::try_from(time).ok();
+    match poll(&mut fds, timeout.as_ref()) {
+        // A signal ends the wait; the caller looks again.
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => return Err(Failure::output(&error.into())),
+    }
+    if fds.iter().any(|fd| fd.revents().intersects(PollFlags::ERR | PollFlags::HUP)) {
+        return Err(Failure::output(&io::ErrorKind::BrokenPipe.into()));
+    }
+    Ok(())
 }
 
 /// Writes a value to standard output, as indented JSON.

@@ -41,6 +41,7 @@ impl Setup {
             kms,
             json,
             revalidate_every,
+            kms_timeout,
             outage_grace,
             verbose: _,
             log: _,
@@ -55,6 +56,7 @@ impl Setup {
         // A short grace alone means that the KMS is to be asked as often.
         options.revalidate_every =
             revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
+        options.kms_timeout = kms_timeout.unwrap_or(options.kms_timeout);
         options.keyring_group_read = keyring_group;
         options.group_read = group_read;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));

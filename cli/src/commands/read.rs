@@ -1,13 +1,13 @@
 //! `read` and `tail`.
 
-use std::{collections::VecDeque, thread, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 use envelog::{Logstore, Position, ReadOptions, Reader};
 
 use crate::{
     args::{Format, ReadArgs, TailArgs},
     exit::{Result, both},
-    output::Progress,
+    output::{self, Progress},
     record::{self, OneLog, Printer},
     setup::{Setup, check_access, name},
 };
@@ -71,7 +71,7 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
         if idle {
             // When nothing arrives, nothing else would notice that the key was revoked.
             check_access(&logstore)?;
-            thread::sleep(LOOK_EVERY);
+            output::wait_while_read(LOOK_EVERY)?;
         }
     }
 }
