@@ -174,8 +174,9 @@ fn is_root() -> bool {
 /// Whether this process is root's. If not, says which part is not run.
 fn root_for(part: &str) -> bool {
     if !is_root() {
-        // Written past the capture of the test harness.
-        writeln!(std::io::stderr(), "NOT RUN, because the tests do not run as root: {part}").unwrap();
+        let text = format!("NOT RUN, because the tests do not run as root: {part}\n");
+        // The test harness would capture what `eprintln!` prints.
+        std::io::stderr().write_all(text.as_bytes()).unwrap();
     }
     is_root()
 }
@@ -405,13 +406,12 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
     let targets: Vec<PathBuf> = picture(&store).into_keys().filter(|path| *path != store).collect();
     let before = picture(&scene.precious());
     let aside = scene.world.path("aside");
-    // Of which Logstore a directory is shows when it is gone.
     let mut refused = 0;
     for (index, target) in targets.iter().enumerate() {
         let inside = target.strip_prefix(&store).unwrap().to_str().unwrap();
         let was_dir = target.is_dir();
         let things = if was_dir { Thing::NO_DIRECTORY } else { Thing::NO_FILE };
-        // Each thing has its turn with some of the targets; a FIFO with all of them.
+        // A FIFO takes the place of every target, each other thing the place of some.
         for thing in [Thing::Fifo, things[index % 4], things[4 + index % 4]] {
             let what = format!("{inside} as {thing:?}");
             fs::rename(target, &aside).unwrap();
@@ -421,7 +421,7 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
             for name in ["p/a", "p/b", "p/c"] {
                 for args in [&["read", name][..], &["append", name], &["verify", name], &["status", name]] {
                     let out = scene.run_with(args, b"more\n");
-                    // A file of another KMS or an unreadable probe says that the key cannot be asked for.
+                    // Success, or an error that names the type.
                     assert!(matches!(out.status, Some(0 | 5)), "{what}: {args:?}: {:?}: {}", out.status, out.stderr);
                     if out.status == Some(5) {
                         let said = out.stderr.clone() + &out.text();
@@ -484,7 +484,7 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     assert_eq!(mode(at("secret/new")), 0o600);
     assert!(fs::symlink_metadata(at("data/dangling")).unwrap().is_symlink());
     scene.world.run(&["--store", "data/t", "--keyring", "secret/new", "read", "p/a"]).assert(0);
-    // Links that lead nowhere or round and round, and things that are no keyring.
+    // A loop of links, a dangling link, and things that are no keyring.
     symlink("loop", at("loop")).unwrap();
     symlink("nowhere/k", at("lost")).unwrap();
     fifo(&at("fifo"));
@@ -500,7 +500,7 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     scene.works("the keyring is as it was");
 }
 
-/// disk-12: the path of the keyring is one, the stores are two.
+/// disk-12: two stores are made at the same time with one path of a keyring.
 #[test]
 fn of_two_stores_made_at_once_with_one_keyring_one_is_made() {
     let world = World::new();
@@ -614,7 +614,7 @@ fn a_key_file_that_is_none_concerns_no_other_kms() {
                 let out = base(args, input);
                 assert_eq!(out.status, Some(0), "{what}: {args:?}: {}", out.stderr);
             }
-            // Its own Logstore is refused, and the administration says which file it is.
+            // The Logstore under that key is refused. The commands of the KMS name the file.
             assert!(matches!(base(&["read", "p/a"], b"").status, Some(4 | 5)), "{what}");
             for args in [&["list"][..], &["disable", &keys[0].1]] {
                 let out = world.run(&[&["--kms-dir", "k1", "kms"], args].concat());
@@ -646,7 +646,7 @@ fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
         let known = scene.logstores();
         scene.append("p/gone", "x").assert(0);
         let before = picture(&scene.precious());
-        // Only the deletion tells which directory it is: so each gets the strays.
+        // The names do not tell which directory is p/gone's, so each gets the strays.
         for dir in &known {
             thing.put(&dir.join("stray"), &scene.precious());
             thing.put(&dir.join("shard-0000/snapshot"), &scene.precious());
@@ -720,7 +720,7 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
         }
         scene.works(&what);
         for (inode, path) in planted {
-            // The one kind that may go: what has the name of a temporary segment in a shard is removed there.
+            // The program removes names of temporary segments from a shard, and nothing else.
             let is_segment =
                 path.parent().unwrap().ends_with("shard-0000") && path.extension().is_some_and(|it| it == "tmp");
             match fs::symlink_metadata(&path) {
@@ -779,7 +779,7 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
 fn a_keyring_does_not_lie_inside_the_store() {
     let scene = Scene::new();
     let world = &scene.world;
-    // Beside it, however the store is named.
+    // The default keyring lies beside the store, whatever path names the store.
     fs::create_dir(world.path("here")).unwrap();
     let inside = |store: &str, args: &[&str]| {
         let mut command = world.command(&[args, &["--store", store]].concat());
@@ -804,7 +804,7 @@ fn a_keyring_does_not_lie_inside_the_store() {
     world.run(&["--store", "new/", "create", "p/a"]).assert(0);
     assert!(world.path("new.keyring").is_file() && !world.path("new/.keyring").exists());
 
-    // A path that leads into it.
+    // Paths that lead into the store.
     fs::create_dir(world.path("data/s/sub")).unwrap();
     fs::copy(scene.keyring(), scene.store("k")).unwrap();
     chmod(scene.store("k"), 0o600);
@@ -839,7 +839,7 @@ fn a_keyring_does_not_lie_inside_the_store() {
         }
     }
     assert!(before == picture(&world.path("data")), "something in the store has changed");
-    // Before a store is there.
+    // The store does not exist yet.
     fs::create_dir(world.path("empty")).unwrap();
     symlink("empty", world.path("to-empty")).unwrap();
     for (store, keyring) in [
@@ -857,7 +857,7 @@ fn a_keyring_does_not_lie_inside_the_store() {
     let mut here = world.command(&["--store", ".", "--keyring", "k", "create", "p/a"]);
     here.current_dir(world.path("empty"));
     assert!(feed(here, b"").sentence(7).contains("inside the store directory"));
-    // Beside a store whose name is the beginning of its own.
+    // A keyring beside the store may have a name that begins with the store's.
     world.run(&["--store", "empty", "--keyring", "empty-k", "create", "p/a"]).assert(0);
 }
 
@@ -1049,12 +1049,12 @@ fn a_command_run_as_root_in_between_locks_no_owner_out() {
             home.ok(USER, &["read", "p/a"]);
         }
     }
-    // What a command of root removes and makes again.
+    // Root makes the lock files again.
     for name in ["s/LOCK", "s.kms/lock"] {
         remove(&home.path(name));
     }
     home.ok(0, &["append", "p/a"]);
-    // A disabled key is found revoked, which goes on record.
+    // Root records that the key is revoked.
     home.ok(0, &["kms", "disable", &key]);
     home.run(0, &["append", "p/a"]).sentence(3);
     home.ok(USER, &["kms", "enable", &key]);
@@ -1109,7 +1109,7 @@ fn a_keyring_in_a_directory_of_root_keeps_its_owner() {
     }
     home.assert_owned("the store");
     assert_eq!(fs::read_dir(&secret).unwrap().count(), 1);
-    // The user cannot replace the file there, and leaves nothing behind; the store goes on.
+    // The user cannot replace a file there. The failure leaves no temporary file, and the store works.
     let args = with(&["keys", "rotate-service"]);
     let out = home.run(USER, &args.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(out.sentence(1).contains("keyring"), "{}", out.stderr);
@@ -1135,7 +1135,7 @@ fn a_keyring_of_root_keeps_the_group_that_reads_it() {
     chown(&keyring, Some(0), Some(USER)).unwrap();
     ok(USER, &["append", "p/a"]);
     home.assert_owned("the store");
-    // A file of root alone in the directory of the user goes to the user.
+    // Root replaces its own file in the user's directory by one of the user's.
     chown(home.path("s/catalogue"), Some(0), Some(0)).unwrap();
     ok(0, &["create", "p/b"]);
     home.assert_owned("the catalogue of root");
@@ -1157,13 +1157,13 @@ fn a_keyring_of_another_owner_is_refused() {
         }
     };
     let group = &["--keyring-group"][..];
-    // Of a stranger: for the owner of the store, and for root.
+    // A keyring of a stranger is refused to the owner of the store and to root.
     own(STRANGER, USER, 0o640);
     refused(USER, group);
     refused(0, group);
     own(STRANGER, STRANGER, 0o600);
     refused(0, &[]);
-    // Of root: a file that only root can read is no use to the owner of the store, one that the group may read is.
+    // A keyring of root is accepted where the process can read it.
     own(0, 0, 0o600);
     home.ok(0, &["append", "p/b"]);
     let sentence = home.run(USER, &["read", "p/b"]).sentence(1);
@@ -1173,7 +1173,7 @@ fn a_keyring_of_another_owner_is_refused() {
     );
     own(0, USER, 0o640);
     home.ok(USER, &[group, &["append", "p/b"]].concat());
-    // Of the owner of the store, who is not the process: only root may.
+    // Root accepts a keyring of another user if that user owns the store.
     own(USER, USER, 0o600);
     home.ok(0, &["append", "p/b"]);
     home.ok(USER, &["append", "p/b"]);
@@ -1240,7 +1240,6 @@ fn root_follows_nothing_in_the_store_of_a_user() {
     let (aside, mut refused) = (world.path("aside"), 0);
     for (index, target) in targets.iter().enumerate() {
         let things = if target.is_dir() { Thing::NO_DIRECTORY } else { Thing::NO_FILE };
-        // A hard link to a file of root would be the user's way to it; the system forbids them or not.
         let things = [things[index % 3], things[3 + index % 3]];
         for thing in things {
             let what = format!("{} as {thing:?}", target.display());
@@ -1272,7 +1271,7 @@ fn root_follows_nothing_in_the_store_of_a_user() {
     home.use_store(USER, &key);
     println!("{} files and directories, {refused} refusals", targets.len());
     assert!(targets.len() > 15 && refused > 50, "{} {refused}", targets.len());
-    // At the names of temporary files, of the keyring too.
+    // Things at the names of temporary files.
     for name in ["s.keyring", "s/catalogue", "s/STORE", &format!("s.kms/keys/{key}.json")] {
         for (end, thing) in [(".tmp", Thing::LinkToFile), (".1.tmp", Thing::Fifo), (".2.tmp", Thing::LinkToDirectory)] {
             thing.put(&beside(&home.path(name), end), &world.path("precious"));
@@ -1312,7 +1311,7 @@ fn a_failed_write_leaves_no_temporary_file_with_keys() {
         command.args(["--store", "data/s", "--keyring", "secret/keyring", "keys", "rotate-service"]);
         command.current_dir(scene.world.path(""));
         let sentence = feed(command, b"").sentence(1);
-        // At the highest limit it is the keyring that does not fit.
+        // At the highest limit only the keyring does not fit.
         assert!(limit < limits || sentence.contains("cannot write the service keyring"), "{limit}: {sentence}");
         assert_eq!(fs::read(scene.keyring()).unwrap(), before, "{limit}");
         assert_eq!(fs::read_dir(scene.world.path("secret")).unwrap().count(), 1, "{limit}: {sentence}");
@@ -1372,7 +1371,7 @@ fn the_next_opening_removes_the_keys_that_a_killed_process_left() {
         assert!(others.iter().all(|path| path.exists()), "{args:?}: {:?}", temporaries(&secret));
         others.iter().for_each(|path| remove(path));
     }
-    // One that a live process holds is left alone, and another name is used.
+    // A temporary file that a live process has locked stays, and another name is used.
     let held = ["keyring.tmp", "keyring.2.tmp"].map(|name| {
         let path = leave(name);
         let file = File::options().read(true).write(true).open(&path).unwrap();
@@ -1528,7 +1527,7 @@ fn an_interrupted_creation_is_continued() {
     for stage in Stage::ALL {
         let scene = interrupted(stage);
         let keyring = fs::read(scene.keyring()).ok();
-        // An opening does not take it for a store.
+        // No command opens it as a store.
         if stage < Stage::Store {
             scene.append("p/a", "x").sentence(7);
             scene.run(&["read", "p/a"]).sentence(7);
@@ -1641,7 +1640,7 @@ fn a_finished_store_without_its_identity_is_never_overwritten() {
     let identity = fs::read(early.store("STORE")).unwrap();
     let keyring = fs::read(early.keyring()).unwrap();
     remove(&early.store("STORE"));
-    // With the record of its own creation beside it, without its keyring, without the audit log, with other options.
+    // With and without the record of its own creation, its keyring, its lock file and its audit log.
     for record in [None, Some(&record)] {
         for with_keyring in [true, false] {
             for without in [&[][..], &["LOCK"], &["audit"]] {
@@ -1663,7 +1662,7 @@ fn a_finished_store_without_its_identity_is_never_overwritten() {
                 }
                 assert!(before == picture(&scene.store("")), "something has changed");
                 assert_eq!(fs::read(scene.keyring()).ok(), with_keyring.then(|| keyring.clone()));
-                // Nothing is lost: with its identity it is the store that it was.
+                // With `STORE` put back, the store works.
                 if with_keyring && without != ["audit"] {
                     fs::write(scene.store("STORE"), &identity).unwrap();
                     scene.works("put back");
@@ -1684,7 +1683,7 @@ fn a_creation_that_is_killed_at_any_time_can_be_continued() {
         thread::sleep(Duration::from_micros(u64::from(round) * 700));
         running.kill();
         let again = world.run(&base(CREATE));
-        // A name may exist already. Then all was done.
+        // Status 1: the killed process had made the Logstore.
         assert!(matches!(again.status, Some(0 | 1)), "round {round}: {}", again.stderr);
         world.run_with(&base(&["append", "p/a"]), b"x\n").assert(0);
         world.run(&base(&["verify"])).assert(0);
