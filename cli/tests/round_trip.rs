@@ -6,7 +6,10 @@
 
 mod common;
 
-use std::{fs, io::Write};
+use std::{
+    fs,
+    io::{Read, Write},
+};
 
 use common::{Running, World, byok, made_lines, service};
 use serde_json::Value;
@@ -197,6 +200,21 @@ fn tail_gives_the_last_and_follows() {
     world.run_with(&["append", "p/a"], b"and more\n").assert(0);
     assert_eq!(lines.recv().unwrap(), "and more");
     tail.kill();
+}
+
+/// Nothing arrives that `tail -f` could write, and so find out by that its reader is gone.
+#[test]
+fn tail_ends_with_its_reader() {
+    let world = World::new();
+    world.create("p/a", &service("sm4"));
+    world.run_with(&["append", "p/a"], b"one\n").assert(0);
+    let mut tail = Running::start(world.command(&["tail", "p/a", "-f"]));
+    let mut line = [0; 4];
+    tail.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+    drop(tail.stdout.take());
+    let out = tail.wait();
+    out.assert(0);
+    assert_eq!(out.stderr, "");
 }
 
 #[test]
