@@ -310,11 +310,11 @@ pub(crate) enum Existing {
 /// unless it cannot be removed.
 pub(crate) fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
     let temporary = Temporary::create(disk, path)?;
-    let owned = match (existing, disk.stat(path)?.and_then(|old| old.owner)) {
+    let owned = disk.stat(path).and_then(|old| match (existing, old.and_then(|old| old.owner)) {
         // Root keeps the owner of the file that it replaces, unless that is root.
         (Existing::Replace, Some(owner)) if owner.uid != 0 => temporary.file.set_owner(owner),
         _ => Ok(()),
-    };
+    });
     let written = owned.and_then(|()| temporary.file.write_at(bytes, 0)).and_then(|()| temporary.file.sync_data());
     let named = written.and_then(|()| match existing {
         Existing::Replace => disk.rename(&temporary.path, path),

@@ -27,7 +27,7 @@ pub(crate) struct KeyringFile {
     disk: Arc<dyn Disk>,
     path: PathBuf,
     access: Access,
-    /// Who owns the store directory, if it exists and has an owner.
+    /// Who owns the store directory, or the directory that it is to be made in, if these have owners.
     store_owner: Option<Owner>,
 }
 
@@ -53,7 +53,12 @@ impl KeyringFile {
         };
         let (store, store_owner) = match disk.resolve(store) {
             Ok(store) => {
-                let stat = disk.stat(&store).map_err(Error::io("look for", &store))?;
+                let mut stat = disk.stat(&store).map_err(Error::io("look for", &store))?;
+                if stat.is_none() {
+                    // The store is still to be made. Root gives it the owner of the directory that it will be in.
+                    let parent = store.parent().filter(|parent| !parent.as_os_str().is_empty());
+                    stat = disk.stat(parent.unwrap_or(Path::new("."))).map_err(Error::io("look for", &store))?;
+                }
                 (store, stat.and_then(|stat| stat.owner))
             }
             Err(error) if error.kind() == ErrorKind::NotFound => (store.to_owned(), None),
