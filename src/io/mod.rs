@@ -343,7 +343,6 @@ impl Temporary {
     /// # Errors
     /// What the system says.
     pub(crate) fn create(disk: &dyn Disk, path: &Path) -> io::Result<Self> {
-        let mut last = io::ErrorKind::AlreadyExists.into();
         for number in 0..TEMPORARIES_MAX {
             let name = temporary_path(path, number);
             // A leftover is removed once, and then the name is tried again.
@@ -353,7 +352,6 @@ impl Temporary {
                     // Another process took it for a leftover before it was locked.
                     Ok(_) => {}
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                        last = error;
                         if !remove_temporary(disk, &name) {
                             break;
                         }
@@ -362,7 +360,8 @@ impl Temporary {
                 }
             }
         }
-        Err(last)
+        // Not `AlreadyExists`: that says that `path` itself exists.
+        Err(io::Error::new(io::ErrorKind::ResourceBusy, "every name that its temporary file may have is taken"))
     }
 }
 
