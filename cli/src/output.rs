@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     fmt::{self, Display, Write as _},
     io::{self, IsTerminal, Write},
+    path::Path,
     sync::{
         OnceLock,
         mpsc::{RecvTimeoutError, Sender, channel},
@@ -90,6 +91,11 @@ pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
 /// Writes a line to standard output.
 pub(crate) fn line(text: impl Display) -> Result {
     write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
+}
+
+/// A path as JSON has it: text. What is not UTF-8 in it is replaced.
+pub(crate) fn path(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Writes a value to standard output, as indented JSON.

@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     crypto::SecretKey,
-    io::{Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, WrongFileType, read_file, write_file},
+    io::{
+        Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, WrongFileType, is_temporary, read_file,
+        write_file,
+    },
 };
 
 /// The largest key file, in bytes: some thousand key versions and grants.
@@ -98,6 +101,7 @@ impl LocalKms {
     pub(super) fn lock_and_sweep(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
         self.check()?;
         let lock = self.lock()?;
+        self.remove_leftovers()?;
         let today = self.today();
         for key_id in self.key_ids()? {
             let mut key = match self.load(&key_id) {
@@ -111,6 +115,20 @@ impl LocalKms {
             }
         }
         Ok(lock)
+    }
+
+    /// Removes the temporary files with key material that processes left which were killed. Best effort: one that cannot be removed
+    /// keeps no key from being administered.
+    fn remove_leftovers(&self) -> Result<(), LocalKmsError> {
+        let (disk, keys) = (self.disk()?, self.keys_dir());
+        for entry in disk.list_dir(&keys).map_err(io_error(&keys))? {
+            let key_file = entry.name.split_inclusive(".json").next().unwrap_or_default();
+            let is_key_file = key_file.strip_suffix(".json").is_some_and(is_key_id);
+            if entry.kind == FileKind::File && is_key_file && is_temporary(&entry.name, key_file) {
+                let _ = disk.remove_file(&keys.join(&entry.name));
+            }
+        }
+        Ok(())
     }
 
     /// The identifiers of all keys, in order.
