@@ -9,6 +9,8 @@ use std::{
     sync::Arc,
 };
 
+use serde::{Serialize, Serializer};
+
 use crate::{
     config::{ConfigError, LogstoreName},
     io::{FileKind, WrongFileType},
@@ -538,5 +540,52 @@ impl Error {
 
     pub(crate) fn truncated(at: Location, what: impl Into<String>) -> Error {
         Error::Truncated { at, what: what.into() }
+    }
+}
+
+/// A path as text, for reports: a name that is not UTF-8 must not keep a report from being written.
+struct PathText<'a>(&'a Path);
+
+impl Serialize for PathText<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0.display())
+    }
+}
+
+pub(crate) fn path_as_text<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    PathText(path).serialize(serializer)
+}
+
+pub(crate) fn path_if_any_as_text<S: Serializer>(
+    path: &Option<PathBuf>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    path.as_deref().map(PathText).serialize(serializer)
+}
+
+pub(crate) fn paths_as_text<S: Serializer>(paths: &[PathBuf], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| PathText(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
+    use super::*;
+
+    #[test]
+    fn a_report_takes_any_path() {
+        let path = PathBuf::from(OsStr::from_bytes(b"a\xffb"));
+        let notice = crate::RecoveryNotice { shard: 0, segment: path.clone(), groups_rewritten: 0, bytes_dropped: 0 };
+        let repair = crate::RepairReport { shard: 0, segment: Some(path.clone()), groups_salvaged: 0, bytes_lost: 0 };
+        let none = crate::RepairReport { segment: None, ..repair.clone() };
+        let delete = crate::DeleteReport { left: vec![path] };
+        let shown = "a\u{fffd}b";
+        assert_eq!(serde_json::to_value(notice).unwrap()["segment"], shown);
+        assert_eq!(serde_json::to_value(repair).unwrap()["segment"], shown);
+        assert_eq!(serde_json::to_value(none).unwrap()["segment"], serde_json::Value::Null);
+        assert_eq!(serde_json::to_value(delete).unwrap()["left"][0], shown);
     }
 }

@@ -530,6 +530,40 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     assert_eq!(texts(&store.logstore(&name("p/far")).unwrap()), ["one"]);
 }
 
+/// A recovery that fails half-way discards its keyring. The catalogue must not be under that one, or the lost keyring would be of no
+/// use when it is found.
+#[test]
+fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let logstores = [world.byok(&store, "p/a", &cmk), world.byok(&store, "p/b", &cmk)];
+    put(&world.service(&store, "p/service"), "one");
+    store.close().unwrap();
+    let kept = fs::read(world.keyring()).unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    // The second metadata cannot be replaced: every name of its temporary file is taken.
+    let taken: Vec<_> = std::iter::once("meta.tmp".to_owned())
+        .chain((1..64).map(|number| format!("meta.{number}.tmp")))
+        .map(|name| world.logstore_dir(&logstores[1]).join(name))
+        .collect();
+    taken.iter().for_each(|path| fs::create_dir(path).unwrap());
+    let catalogue = fs::read(world.store_dir().join("catalogue")).unwrap();
+    let error = world.builder().recover_without_keyring().unwrap_err();
+    assert!(matches!(error, Error::Io { .. }), "{error:?}");
+    assert!(!world.keyring().exists());
+    assert!(fs::read(world.store_dir().join("catalogue")).unwrap() == catalogue, "the catalogue was replaced");
+    write_private(&world.keyring(), kept);
+    let store = world.open();
+    assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
+    store.close().unwrap();
+    // The recovery can be done again.
+    fs::remove_file(world.keyring()).unwrap();
+    taken.iter().for_each(|path| fs::remove_dir(path).unwrap());
+    let (_store, report) = world.builder().recover_without_keyring().unwrap();
+    assert_eq!(report.recovered, [name("p/a"), name("p/b")]);
+}
+
 #[test]
 fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
     let at = |bytes: &[u8], part: &str| {

@@ -4,6 +4,7 @@ use std::{
     borrow::Cow,
     fmt::{self, Display, Write as _},
     io::{self, IsTerminal, Write},
+    path::Path,
     sync::{
         OnceLock,
         mpsc::{RecvTimeoutError, Sender, channel},
@@ -111,6 +112,11 @@ pub(crate) fn wait_while_read(time: Duration) -> Result {
         return Err(Failure::output(&io::ErrorKind::BrokenPipe.into()));
     }
     Ok(())
+}
+
+/// A path as JSON has it: text. What is not UTF-8 in it is replaced.
+pub(crate) fn path(path: &Path) -> String {
+    path.display().to_string()
 }
 
 /// Writes a value to standard output, as indented JSON.

@@ -315,3 +315,75 @@ fn the_system_may_not_dump_its_memory() {
     assert_eq!(owner(&other), user);
     other.kill();
 }
+
+/// A path need not be UTF-8. In JSON it is text, and nothing fails for it.
+#[test]
+fn json_takes_any_path() {
+    let world = World::new();
+    let store = world.path("").join(std::ffi::OsStr::from_bytes(b"s\xff"));
+    let out = |name: &str| world.path("").join(std::ffi::OsStr::from_bytes(&[name.as_bytes(), b"\xff"].concat()));
+    let run = |args: &[&std::ffi::OsStr]| {
+        let mut command = world.command(&["--json"]);
+        let output = command.arg("--store").arg(&store).args(args).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let text = |text| std::ffi::OsStr::new(text);
+    run(&[text("create"), text("p/a")]);
+    let lines = world.file("lines", "one\n");
+    run(&[text("append"), text("p/a"), text(&lines)]);
+    assert!(run(&[text("status")])["store"].as_str().unwrap().ends_with("s\u{fffd}"));
+    for (command, key) in
+        [(&["keys", "backup"][..], "keyring"), (&["keys", "audit"], "audit"), (&["checkpoint"], "checkpoint")]
+    {
+        let out = out(&command.join("-"));
+        let args: Vec<_> = command.iter().map(|word| text(word)).chain([text("--out"), out.as_os_str()]).collect();
+        assert!(run(&args)[key].as_str().unwrap().ends_with('\u{fffd}'), "{command:?}");
+        assert!(out.exists());
+    }
+    let mut logstores = fs::read_dir(store.join("logstores")).unwrap();
+    let shard = logstores.next().unwrap().unwrap().path().join("shard-0000");
+    let segment = fs::read_dir(&shard).unwrap().next().unwrap().unwrap().path();
+    assert!(run(&[text("inspect"), segment.as_os_str()])["file"].as_str().unwrap().contains("s\u{fffd}"));
+    fs::create_dir(shard.join(std::ffi::OsStr::from_bytes(b"stray\xff"))).unwrap();
+    let left = &run(&[text("delete"), text("p/a"), text("--yes")])["left"];
+    assert!(left[0].as_str().unwrap().ends_with("stray\u{fffd}"), "{left}");
+}
+
+/// The memory that it takes to inspect a file does not grow with the number of its blocks.
+#[test]
+fn a_file_of_many_blocks_is_inspected_in_little_memory() {
+    use envelog::segment::{BlockHeader, BlockKind, Compression, SegmentHeader};
+    const BLOCKS: u32 = 150_000;
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    world.ok(&["append", "p/a", &world.file("lines", "one\n")]);
+    let bytes = fs::read(&world.segments("envelog-data")[0]).unwrap();
+    let body_start = SegmentHeader::decode(&bytes).unwrap().body_start as usize;
+    let first = BlockHeader::decode(&bytes[body_start..]).unwrap();
+    let mut file = bytes[..body_start].to_vec();
+    for number in 0..BLOCKS {
+        let header = BlockHeader {
+            kind: BlockKind::Opaque,
+            compression: Compression::None,
+            number,
+            payload_len: 8,
+            raw_len: 8,
+            group_count: 1,
+            log_count: 0,
+            list_len: 4,
+            ..first
+        };
+        let block = [&header.encode()[..], &[0; 8], &[0; 16]].concat();
+        file.extend_from_slice(&block);
+        file.extend_from_slice(&crc32fast::hash(&block).to_le_bytes());
+    }
+    let path = world.file("many", file);
+    let mut limited = Command::new("sh");
+    // In KiB of address space, of which a table of all blocks would take several times as much.
+    limited.args(["-c", "ulimit -v 200000; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_envelog"), "inspect", &path]);
+    let output = limited.stdin(Stdio::null()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(text.matches(" opaque ").count(), BLOCKS as usize);
+}

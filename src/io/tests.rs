@@ -223,3 +223,16 @@ fn a_rename_without_replacing_works_by_a_link_too() {
     assert_eq!(real::rename_by_link(&from, &to).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
     assert_eq!(fs::read(&to).unwrap(), b"x");
 }
+
+#[test]
+fn where_no_name_is_left_for_a_temporary_file_the_file_does_not_count_as_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    for number in 0..TEMPORARIES_MAX {
+        RealDisk.create_dir(&temporary_path(&path, number)).unwrap();
+    }
+    for existing in [Existing::Keep, Existing::Replace] {
+        let error = write_file(&RealDisk, &path, b"bytes", existing).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{error}");
+    }
+}

@@ -189,8 +189,9 @@ impl AuditLog {
         let Scan { parts, others, .. } = self.scan()?;
         let mut end: Option<(u32, Lines)> = None;
         for part in parts.iter().rev().filter(|part| part.first.record.number <= known.number) {
-            let lines = self.lines(part.number)?;
-            if lines.lines.iter().any(|line| line.head() == *known) {
+            if self.front(part.number)?.lines.iter().any(|line| line.head() == *known) {
+                let mut lines = self.lines(part.number)?;
+                self.distrust(&mut lines, known);
                 end = Some((part.number, lines));
                 break;
             }
@@ -201,7 +202,8 @@ impl AuditLog {
             let mut rest: Vec<&Part> = parts.iter().collect();
             while let Some(next) = rest.iter().position(|part| self.goes_on(&part.first, &head)) {
                 let part = rest.remove(next);
-                let lines = self.lines(part.number)?;
+                let mut lines = self.lines(part.number)?;
+                self.distrust(&mut lines, &head);
                 head = lines.head().unwrap_or(head);
                 end = Some((part.number, lines));
             }
@@ -229,7 +231,7 @@ impl AuditLog {
             if !found || part.first.record.number <= tail.head.number {
                 continue;
             }
-            let lines = self.lines(part.number)?;
+            let lines = self.front(part.number)?;
             let beyond = lines.head().filter(|head| head.number > tail.head.number);
             if let Some(head) = beyond.filter(|_| self.is_ours(&lines)) {
                 tail.leave();
@@ -251,11 +253,33 @@ impl AuditLog {
         read(&self.keyring).audit_key(line.record.keyring_version).is_ok_and(|key| tag_holds(&key, line, previous))
     }
 
-    /// Whether the records of a file are of this log, as far as they can show it without the record before them.
+    /// Whether the records of a file are of this log, as far as they can show it without the record before them. One record alone
+    /// shows nothing: anyone can write it, and records that follow it could be verified never again.
     fn is_ours(&self, lines: &Lines) -> bool {
-        match &lines.lines[..] {
-            [first, second, ..] => self.is_tagged(second, &first.tag),
-            _ => true,
+        matches!(&lines.lines[..], [.., before, last] if self.is_tagged(last, &before.tag))
+    }
+
+    /// Takes the records behind `head` for damage from the first one on whose tag does not hold. Anyone can write such a record, and
+    /// those that follow it could be verified never again.
+    fn distrust(&self, lines: &mut Lines, head: &AuditHead) {
+        // Records up to `head` are vouched for by its tag.
+        let (mut previous, begin) = match lines.lines.iter().position(|line| line.head() == *head) {
+            Some(at) => (head.tag.as_str(), at + 1),
+            None => (head.tag.as_str(), 0),
+        };
+        let mut forged = None;
+        for (index, line) in lines.lines.iter().enumerate().skip(begin) {
+            if !self.is_tagged(line, previous) {
+                forged = Some(index);
+                break;
+            }
+            previous = &line.tag;
+        }
+        if let Some(forged) = forged {
+            let behind = lines.lines.split_off(forged);
+            lines.valid_len = behind.first().map_or(lines.valid_len, |line| line.offset);
+            lines.within = behind.iter().map(|line| line.record.number).fold(lines.within, u64::max).max(1);
+            (lines.torn, lines.damaged) = (true, true);
         }
     }
 
@@ -326,20 +350,34 @@ impl AuditLog {
             let begin = if is_plain { self.beginning(number)? } else { Beginning::Other(Why::NoFile) };
             match begin {
                 Beginning::Empty => {}
-                Beginning::Record(first) => parts.push(Part { number, first: *first }),
+                Beginning::Record(first, identity) => parts.push(Part { number, first: *first, identity }),
                 Beginning::Other(why) => scan.others.push(Other { number, why }),
             }
         }
         parts.sort_by_key(|part| (part.first.record.number, part.number));
+        // The records of the file that was compared last: there may be many copies of it.
+        let mut compared: Option<(u32, Lines)> = None;
         for part in parts {
             let same = |other: &Part| other.first.head() == part.first.head();
             let Some(at) = scan.parts.iter().rposition(same) else {
                 scan.parts.push(part);
                 continue;
             };
+            let number = scan.parts[at].number;
+            if part.identity == scan.parts[at].identity {
+                // Another name of the same file.
+                scan.others.push(Other { number: part.number, why: Why::Copy(number) });
+                continue;
+            }
             // A copy has the same records. Of two files that do, the one with more of them is part of the log.
-            let (here, there) = (self.lines(part.number)?, self.lines(scan.parts[at].number)?);
-            if here.lines.len() > there.lines.len() && here.goes_on_from(&there) {
+            let here = self.front(part.number)?;
+            let there = match compared.take() {
+                Some((of, lines)) if of == number => lines,
+                _ => self.front(number)?,
+            };
+            let there = &compared.insert((number, there)).1;
+            if here.lines.len() > there.lines.len() && here.goes_on_from(there) {
+                compared = Some((part.number, here));
                 let other = std::mem::replace(&mut scan.parts[at], part);
                 let why = Why::Copy(scan.parts[at].number);
                 scan.others.push(Other { number: other.number, why });
@@ -371,7 +409,8 @@ impl AuditLog {
                 bytes.truncate(read);
                 if let Some(end) = memchr::memchr(b'\n', &bytes) {
                     let line = bytes.get(..end).and_then(|line| parse_line(line, 0));
-                    return Ok(line.map_or(Beginning::Other(Why::NoRecord), |line| Beginning::Record(Box::new(line))));
+                    let Some(line) = line else { return Ok(Beginning::Other(Why::NoRecord)) };
+                    return Ok(Beginning::Record(Box::new(line), file.stat()?.identity));
                 }
             }
             Ok(match bytes.first() {
@@ -634,7 +673,7 @@ impl AuditLog {
     fn read_transitions(&self) -> Transitions {
         let mut transitions = Transitions::new();
         for part in self.scan().map(|scan| scan.parts).unwrap_or_default() {
-            for line in self.lines(part.number).map(|lines| lines.lines).unwrap_or_default() {
+            for line in self.front(part.number).map(|lines| lines.lines).unwrap_or_default() {
                 if let Some(id) = line.record.logstore_id {
                     let detail = without_count(&line.record.detail);
                     follow(&mut transitions, line.record.event, id, detail, line.record.time_us);
@@ -750,6 +789,38 @@ impl AuditLog {
         Some(if matches!(other.why, Why::CutShort) { Error::truncated(at, what) } else { Error::corrupt(at, what) })
     }
 
+    /// The records that a file begins with. Reads no further than to the first bytes that are none, so that a file costs little which
+    /// is large and holds little.
+    fn front(&self, number: u32) -> Result<Lines> {
+        let path = self.path(number);
+        let read = || -> std::io::Result<Lines> {
+            let file = self.disk.open(&path, OpenMode::Read)?;
+            let mut lines = Lines { lines: Vec::new(), valid_len: 0, torn: false, damaged: false, within: 0 };
+            let mut bytes = vec![0; LINE_BYTES_MAX + 1];
+            while lines.valid_len <= FILE_BYTES_MAX {
+                let read = file.read_at(&mut bytes, lines.valid_len)?;
+                let mut rest = bytes.get(..read).unwrap_or_default();
+                while let Some(end) = memchr::memchr(b'\n', rest) {
+                    let Some(line) = rest.get(..end).and_then(|line| parse_line(line, lines.valid_len)) else {
+                        (lines.torn, lines.damaged) = (true, true);
+                        return Ok(lines);
+                    };
+                    lines.lines.push(line);
+                    lines.valid_len += end as u64 + 1;
+                    rest = rest.get(end + 1..).unwrap_or_default();
+                }
+                // No record is as long as what has been read without an end.
+                if read < bytes.len() || rest.len() == read {
+                    lines.torn = !rest.is_empty();
+                    break;
+                }
+            }
+            Ok(lines)
+        };
+        read().map_err(Error::io("read the audit log", &path))
+    }
+
+    /// The records of a file, up to the first bytes that are none, and what is behind those.
     fn lines(&self, number: u32) -> Result<Lines> {
         let path = self.path(number);
         let bytes =
@@ -795,6 +866,7 @@ struct Scan {
 struct Part {
     number: u32,
     first: Line,
+    identity: u64,
 }
 
 /// A file that is no part of the log.
@@ -836,7 +908,8 @@ impl fmt::Display for Why {
 /// What a file begins with.
 enum Beginning {
     Empty,
-    Record(Box<Line>),
+    /// A record, and the identity of the file.
+    Record(Box<Line>, u64),
     Other(Why),
 }
 
@@ -1032,7 +1105,7 @@ fn parse_line(line: &[u8], offset: u64) -> Option<Line> {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "the tests damage files")]
+#[expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "the tests damage files")]
 mod tests {
     use std::fs;
 
@@ -1335,5 +1408,164 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A record as someone without the key can write it: another number, a tag that does not hold.
+    fn forged(audit: &AuditLog, number: u64) -> String {
+        let json = audit.lines(1).unwrap().lines.remove(0).json;
+        encode_line(&json.replace("\"number\":1,", &format!("\"number\":{number},")), &"5a".repeat(32))
+    }
+
+    /// Nothing goes on behind a forged record: the log is sound again when the record is gone.
+    #[test]
+    fn what_was_forged_leaves_no_trace_when_it_is_removed() {
+        for (number, appended) in [(2, false), (7, false), (u64::MAX, false), (2, true), (3, true), (7, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let audit = log(dir.path(), 1 << 20);
+            audit.record(AuditEvent::Created, None, "one").unwrap();
+            let known = audit.head();
+            let good = fs::read(audit.path(1)).unwrap();
+            let line = forged(&audit, number).into_bytes();
+            if appended {
+                fs::write(audit.path(1), [&good[..], &line].concat()).unwrap();
+            } else {
+                fs::write(audit.path(2), &line).unwrap();
+            }
+            let again = reopened(&audit, &known);
+            again.record(AuditEvent::Deleted, None, "two").unwrap();
+            assert_eq!(again.head().number, 2, "{number} {appended}");
+            assert!(again.verified(&[&known]).is_err(), "{number} {appended}");
+            if appended {
+                fs::write(audit.path(1), &good).unwrap();
+            } else {
+                fs::remove_file(audit.path(2)).unwrap();
+            }
+            let again = reopened(&audit, &known);
+            again.record(AuditEvent::Deleted, None, "three").unwrap();
+            let records = again.verified(&[&known, &again.head()]).unwrap();
+            assert_eq!(details(&records), ["one", "two", "three"], "{number} {appended}");
+        }
+    }
+
+    /// A disk that counts the bytes that are read from it.
+    #[derive(Debug)]
+    struct Counting(Arc<std::sync::atomic::AtomicU64>);
+
+    #[derive(Debug)]
+    struct CountingFile(Arc<dyn DiskFile>, Arc<std::sync::atomic::AtomicU64>);
+
+    impl Disk for Counting {
+        fn beneath(&self, dir: &Path, access: io::Access) -> std::io::Result<Arc<dyn Disk>> {
+            RealDisk.beneath(dir, access)
+        }
+
+        fn open(&self, path: &Path, mode: OpenMode) -> std::io::Result<Arc<dyn DiskFile>> {
+            Ok(Arc::new(CountingFile(RealDisk.open(path, mode)?, Arc::clone(&self.0))))
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+            RealDisk.rename(from, to)
+        }
+
+        fn rename_new(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+            RealDisk.rename_new(from, to)
+        }
+
+        fn remove_file(&self, path: &Path) -> std::io::Result<()> {
+            RealDisk.remove_file(path)
+        }
+
+        fn create_dir(&self, path: &Path) -> std::io::Result<()> {
+            RealDisk.create_dir(path)
+        }
+
+        fn remove_dir(&self, path: &Path) -> std::io::Result<()> {
+            RealDisk.remove_dir(path)
+        }
+
+        fn sync_dir(&self, path: &Path) -> std::io::Result<()> {
+            RealDisk.sync_dir(path)
+        }
+
+        fn list_dir(&self, path: &Path) -> std::io::Result<Vec<DirEntry>> {
+            RealDisk.list_dir(path)
+        }
+
+        fn stat(&self, path: &Path) -> std::io::Result<Option<io::FileStat>> {
+            RealDisk.stat(path)
+        }
+    }
+
+    impl DiskFile for CountingFile {
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            let read = self.0.read_at(buf, offset)?;
+            self.1.fetch_add(read as u64, Ordering::Relaxed);
+            Ok(read)
+        }
+
+        fn write_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
+            self.0.write_at(buf, offset)
+        }
+
+        fn sync_data(&self) -> std::io::Result<()> {
+            self.0.sync_data()
+        }
+
+        fn len(&self) -> std::io::Result<u64> {
+            self.0.len()
+        }
+
+        fn stat(&self) -> std::io::Result<io::FileStat> {
+            self.0.stat()
+        }
+
+        fn set_len(&self, len: u64) -> std::io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn try_lock(&self) -> std::io::Result<bool> {
+            self.0.try_lock()
+        }
+
+        fn map(&self) -> std::io::Result<io::Map> {
+            self.0.map()
+        }
+    }
+
+    /// Large files that cost an attacker nothing, as sparse files and hard links do, cost the opening little.
+    #[test]
+    fn an_opening_reads_little_of_files_that_hold_little() {
+        const FILES: u32 = 16;
+        let dir = tempfile::tempdir().unwrap();
+        let bytes_read = Arc::default();
+        let audit = AuditLog { disk: Arc::new(Counting(Arc::clone(&bytes_read))), ..log(dir.path(), 1 << 20) };
+        audit.record(AuditEvent::Created, None, "one").unwrap();
+        let first = fs::read(audit.path(1)).unwrap();
+        while fs::metadata(audit.path(1)).unwrap().len() < 256 << 10 {
+            audit.record(AuditEvent::Deleted, None, "x".repeat(DETAIL_BYTES_MAX)).unwrap();
+        }
+        let known = audit.head();
+        for number in 0..FILES {
+            fs::hard_link(audit.path(1), audit.path(100 + number)).unwrap();
+            let forged = forged(&audit, known.number).replace("5a5a", &format!("{number:04x}"));
+            let forged = parse_forged(&forged);
+            for (at, begin) in [(200, &first), (300, &forged)] {
+                fs::write(audit.path(at + number), begin).unwrap();
+                fs::File::options().write(true).open(audit.path(at + number)).unwrap().set_len(FILE_BYTES_MAX).unwrap();
+            }
+        }
+        bytes_read.store(0, Ordering::Relaxed);
+        let again = reopened(&audit, &known);
+        assert_eq!(again.head(), known);
+        let read = bytes_read.load(Ordering::Relaxed);
+        let (genuine, each) = (fs::metadata(audit.path(1)).unwrap().len(), 4 * LINE_BYTES_MAX as u64);
+        assert!(read <= 4 * genuine + u64::from(3 * FILES) * each, "{read} bytes were read");
+        again.record(AuditEvent::Deleted, None, "after").unwrap();
+    }
+
+    /// A forged line whose tag was changed, with the CRC32 that it must have.
+    fn parse_forged(line: &str) -> Vec<u8> {
+        let mut parts = line.split('\t');
+        encode_line(parts.next().unwrap(), parts.next().unwrap()).into_bytes()
     }
 }

@@ -164,3 +164,23 @@ impl KeyringFile {
         Arc::new(Self::locate(&io::RealDisk, path, &store, Access::Owner).expect("its directory exists"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::io::RealDisk;
+
+    /// The store that root makes belongs to the owner of the directory around it, and so does the keyring in that directory.
+    #[test]
+    fn who_will_own_the_store_is_known_before_it_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let owner = RealDisk.stat(dir.path()).unwrap().unwrap().owner;
+        let store = dir.path().join("store");
+        let located = || KeyringFile::locate(&RealDisk, &dir.path().join("keyring"), &store, Access::Owner).unwrap();
+        assert_eq!(located().store_owner.map(|owner| owner.uid), owner.map(|owner| owner.uid));
+        RealDisk.create_dir(&store).unwrap();
+        assert_eq!(located().store_owner.map(|owner| owner.uid), owner.map(|owner| owner.uid));
+    }
+}

@@ -38,6 +38,7 @@ pub struct RecoveryNotice {
     /// The shard.
     pub shard: u32,
     /// The segment that was cut off.
+    #[serde(serialize_with = "crate::error::path_as_text")]
     pub segment: PathBuf,
     /// Groups above the durable mark that were there and were rewritten into a new segment.
     pub groups_rewritten: u64,
@@ -52,6 +53,7 @@ pub struct RepairReport {
     /// The shard.
     pub shard: u32,
     /// The segment that was repaired; `None` when nothing needed it.
+    #[serde(serialize_with = "crate::error::path_if_any_as_text")]
     pub segment: Option<PathBuf>,
     /// Groups behind the damage that could be read and were rewritten.
     pub groups_salvaged: u64,

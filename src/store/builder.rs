@@ -332,7 +332,10 @@ impl StoreBuilder {
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
             let store = this.assemble(identity.store, keyring, Catalogue::default(), Some(held), Audit::Lost)?;
-            let report = store.shared.recover_logstores()?;
+            let report = store.shared.recover_logstores().inspect_err(|error| {
+                // The catalogue stays under the old keyring, which may be found yet: the new one is discarded.
+                lock(&store.shared.admin).latched = Some(error.clone());
+            })?;
             let keyring = read(&store.shared.keyring);
             write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
             drop(keyring);

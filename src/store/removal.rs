@@ -20,6 +20,7 @@ pub struct DeleteReport {
     /// Entries under the Logstore's directory that are still there: names that envelog did not give, entries of the wrong type, and
     /// files that the system did not let go. The Logstore is gone all the same. Its removal is tried again at each opening and
     /// with each run of retention.
+    #[serde(serialize_with = "crate::error::paths_as_text")]
     pub left: Vec<PathBuf>,
 }
 

@@ -51,6 +51,7 @@ pub struct Fault {
     /// The Logstore it concerns, if one.
     pub logstore: Option<LogstoreName>,
     /// The file.
+    #[serde(serialize_with = "crate::error::path_if_any_as_text")]
     pub file: Option<PathBuf>,
     /// The block in it, if it is one.
     pub block: Option<u32>,

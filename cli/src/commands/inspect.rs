@@ -3,6 +3,10 @@
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 use envelog::segment::{BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader};
+use serde::{
+    Serialize, Serializer,
+    ser::{Error as _, SerializeSeq as _},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -17,6 +21,8 @@ const HEADER_BYTES_MAX: u64 = 256 + (64 << 10) + 36;
 const FOOTER_MAGIC: &[u8] = b"EFTR";
 /// The bytes of a CRC32, with which a block ends.
 const CRC_LEN: usize = 4;
+/// How many blocks are in one table: a table is in memory as a whole.
+const TABLE_ROWS_MAX: usize = 1 << 12;
 
 pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
     let path = &args.file;
@@ -26,37 +32,65 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
     let decoded = SegmentHeader::decode(&segment.read(0, len.min(HEADER_BYTES_MAX))?)
         .map_err(|error| segment.damaged(0, "header", &error))?;
 
-    let mut at = decoded.body_start;
-    let mut blocks = Vec::new();
-    let end = loop {
-        match segment.part(at)? {
-            Part::Block(header) => {
-                blocks.push((at, header));
-                at += header.block_len();
-            }
-            end => break end,
-        }
-    };
+    // The blocks are read once more to be printed, since a file may have more of them than there is memory for.
+    let (at, end) = segment.walk(decoded.body_start, len, |_, _| Ok(()))?;
+    let blocks = Blocks { segment: &segment, start: decoded.body_start, end: at };
     let footer = match &end {
         Part::Footer(footer) => Some(footer.as_ref()),
         _ => None,
     };
     let printed = if setup.json {
-        output::json(&json!({
-            "file": path,
-            "bytes": len,
-            "header": header_json(&decoded),
-            "blocks": blocks.iter().map(|(at, block)| block_json(*at, block)).collect::<Vec<_>>(),
-            "footer": footer.map(footer_json),
-        }))
+        let (header, footer) = (header_json(&decoded), footer.map(footer_json));
+        output::json(&Report { file: output::path(path), bytes: len, header, blocks, footer })
     } else {
-        print(&segment, &decoded, &blocks, footer)
+        print(&segment, &decoded, blocks, footer)
     };
     let verdict = match &end {
         Part::Damage(what) => Err(segment.damaged(at, "block", what)),
         _ => Ok(()),
     };
     both(printed, verdict)
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    blocks: Blocks<'a>,
+    bytes: u64,
+    file: String,
+    footer: Option<Value>,
+    header: Value,
+}
+
+/// The blocks between two offsets of a segment, which are read when they are asked for.
+#[derive(Clone, Copy)]
+struct Blocks<'a> {
+    segment: &'a Segment<'a>,
+    start: u64,
+    end: u64,
+}
+
+impl Blocks<'_> {
+    fn each(&self, each: impl FnMut(u64, &BlockHeader) -> Result) -> Result {
+        self.segment.walk(self.start, self.end, each).map(drop)
+    }
+}
+
+impl Serialize for Blocks<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut seq = serializer.serialize_seq(None)?;
+        let mut failed = None;
+        let walked = self.each(|at, block| {
+            if failed.is_none() {
+                failed = seq.serialize_element(&block_json(at, block)).err();
+            }
+            Ok(())
+        });
+        match (failed, walked) {
+            (Some(error), _) => Err(error),
+            (None, Err(_)) => Err(S::Error::custom("the file cannot be read any more")),
+            (None, Ok(())) => seq.end(),
+        }
+    }
 }
 
 struct Segment<'a> {
@@ -75,6 +109,20 @@ enum Part {
 }
 
 impl Segment<'_> {
+    /// Goes over the blocks from one offset to another. Returns where they end, and what is there.
+    fn walk(&self, mut at: u64, end: u64, mut each: impl FnMut(u64, &BlockHeader) -> Result) -> Result<(u64, Part)> {
+        while at < end {
+            match self.part(at)? {
+                Part::Block(header) => {
+                    each(at, &header)?;
+                    at += header.block_len();
+                }
+                other => return Ok((at, other)),
+            }
+        }
+        Ok((at, Part::End))
+    }
+
     fn part(&self, at: u64) -> Result<Part> {
         let head = self.read(at, (self.len - at).min(BlockHeader::LEN as u64))?;
         if head.is_empty() {
@@ -122,12 +170,7 @@ impl Segment<'_> {
     }
 }
 
-fn print(
-    segment: &Segment<'_>,
-    decoded: &DecodedHeader,
-    blocks: &[(u64, BlockHeader)],
-    footer: Option<&Footer>,
-) -> Result {
+fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, footer: Option<&Footer>) -> Result {
     let header = &decoded.header;
     let mut table = output::table(&["header", ""], &[]);
     table
@@ -149,23 +192,14 @@ fn print(
         .add_row(["extensions", &header.extensions.len().to_string()]);
     output::print_wide_table(&table)?;
 
-    let mut table = output::table(
-        &[
-            "block",
-            "offset",
-            "kind",
-            "compression",
-            "stored",
-            "raw",
-            "groups",
-            "logs",
-            "first seq",
-            "received",
-            "durable to",
-        ],
-        &[0, 1, 4, 5, 6, 7, 8, 10],
-    );
-    for (at, block) in blocks {
+    let mut table = block_table();
+    let mut rows = 0;
+    blocks.each(|at, block| {
+        if rows == TABLE_ROWS_MAX {
+            output::print_wide_table(&table)?;
+            (table, rows) = (block_table(), 0);
+        }
+        rows += 1;
         table.add_row([
             block.number.to_string(),
             at.to_string(),
@@ -179,7 +213,8 @@ fn print(
             output::moment(block.first_time_us),
             block.durable_mark.to_string(),
         ]);
-    }
+        Ok(())
+    })?;
     output::print_wide_table(&table)?;
 
     let Some(footer) = footer else { return output::line("no footer: the segment has not been sealed") };
@@ -197,6 +232,25 @@ fn print(
         .add_row(["digest", &hex(&footer.digest)])
         .add_row(["index entries", &footer.index.len().to_string()]);
     output::print_wide_table(&table)
+}
+
+fn block_table() -> output::Table {
+    output::table(
+        &[
+            "block",
+            "offset",
+            "kind",
+            "compression",
+            "stored",
+            "raw",
+            "groups",
+            "logs",
+            "first seq",
+            "received",
+            "durable to",
+        ],
+        &[0, 1, 4, 5, 6, 7, 8, 10],
+    )
 }
 
 fn header_json(decoded: &DecodedHeader) -> Value {

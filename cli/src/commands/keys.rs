@@ -262,7 +262,7 @@ fn export_audit(setup: &Setup, out: &Path) -> Result {
     let export = setup.open_read_only()?.export_audit()?;
     write_new(out, export.text.as_bytes())?;
     if setup.json {
-        return output::json(&json!({ "audit": out, "head": export.head }));
+        return output::json(&json!({ "audit": output::path(out), "head": export.head }));
     }
     output::line(format_args!(
         "wrote {} records to {}: kept away from the store, it tells a later `keys audit --verify --against` what was there",
@@ -284,7 +284,7 @@ fn backup(setup: &Setup, out: &Path) -> Result {
     let store = setup.open_read_only()?;
     write_new(out, &input::read_file(&setup.keyring)?)?;
     if setup.json {
-        return output::json(&json!({ "keyring": out, "store_id": store.id() }));
+        return output::json(&json!({ "keyring": output::path(out), "store_id": store.id() }));
     }
     output::line(format_args!(
         "copied the service keyring to {}: keep it secret, and apart from the store, of which {} needs a backup too; \

@@ -84,7 +84,9 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     let report = store.delete_logstore(&name)?;
     store.close()?;
     if setup.json {
-        return output::json(&json!({ "deleted": name, "left": report.left }));
+        return output::json(
+            &json!({ "deleted": name, "left": report.left.iter().map(|left| output::path(left)).collect::<Vec<_>>() }),
+        );
     }
     output::line(format_args!("deleted {name}"))?;
     if !report.left.is_empty() {

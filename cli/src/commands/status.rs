@@ -28,7 +28,7 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
     if setup.json {
         let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
         return output::json(&json!({
-            "store": setup.store,
+            "store": output::path(&setup.store),
             "store_id": store.id(),
             "logstores": logstores,
             // What asking for the states has come to.

@@ -106,7 +106,7 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     store.close()?;
     write_new(&args.out, checkpoint.to_bytes())?;
     if setup.json {
-        return output::json(&json!({ "checkpoint": args.out }));
+        return output::json(&json!({ "checkpoint": output::path(&args.out) }));
     }
     output::line(format_args!("wrote {}: keep it away from the store", args.out.display()))
 }

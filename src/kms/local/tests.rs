@@ -621,6 +621,27 @@ fn an_interrupted_change_leaves_the_key_and_no_material() {
 }
 
 #[test]
+fn the_next_change_removes_what_a_killed_process_left() {
+    let setup = Setup::new();
+    let path = setup.kms.key_path(setup.id());
+    let beside = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let leftovers =
+        [beside(".tmp"), beside(".7.tmp"), setup.kms.key_path("key-0123456789abcdef").with_extension("json.tmp")];
+    let others = [beside(".64.tmp"), beside(".old"), setup.kms.keys_dir().join("notes.json.tmp")];
+    for path in leftovers.iter().chain(&others) {
+        fs::write(path, "key material").unwrap();
+    }
+    let other = setup.kms.create_key(REGION, &[]).unwrap();
+    setup.kms.rotate(&other).unwrap();
+    for path in &leftovers {
+        assert!(!path.exists(), "{}", path.display());
+    }
+    for path in &others {
+        assert!(path.exists(), "{}", path.display());
+    }
+}
+
+#[test]
 fn a_random_identifier_never_replaces_a_key() {
     let setup = Setup::with(|kms| LocalKms { random: Arc::new(Counting::default()), ..kms });
     let again = LocalKms { random: Arc::new(Counting::default()), ..setup.kms.clone() };
