@@ -357,9 +357,16 @@ impl Temporary {
             // A leftover is removed once, and then the name is tried again.
             for _ in 0..2 {
                 match disk.open(&name, OpenMode::CreateNew) {
-                    Ok(file) if owns(disk, &*file, &name)? => return Ok(Self { file, path: name }),
-                    // Another process took it for a leftover before it was locked.
-                    Ok(_) => {}
+                    Ok(file) => match owns(disk, &*file, &name) {
+                        Ok(true) => return Ok(Self { file, path: name }),
+                        // Another process took it for a leftover before it was locked.
+                        Ok(false) => {}
+                        // Without locks no process can take it for a leftover.
+                        Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                            return Ok(Self { file, path: name });
+                        }
+                        Err(error) => return Err(error),
+                    },
                     Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                         if !remove_temporary(disk, &name) {
                             break;

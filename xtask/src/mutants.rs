@@ -30,7 +30,7 @@ const AREAS: [Area; 5] = [
     },
     Area {
         name: "audit",
-        files: &["src/keys/audit.rs"],
+        files: &["src/keys/audit.rs", "src/keys/audit/*.rs"],
         quick: &["audit", "keyring", "killed"],
         thorough: &["key_crashes", "outage", "revocation", "sweep", "tamper"],
     },
