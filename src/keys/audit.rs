@@ -1551,7 +1551,8 @@ mod tests {
             let forged = parse_forged(&forged);
             for (at, begin) in [(200, &first), (300, &forged)] {
                 fs::write(audit.path(at + number), begin).unwrap();
-                fs::File::options().write(true).open(audit.path(at + number)).unwrap().set_len(FILE_BYTES_MAX).unwrap();
+                let file = RealDisk.open(&audit.path(at + number), OpenMode::ReadWrite).unwrap();
+                file.set_len(FILE_BYTES_MAX).unwrap();
             }
         }
         bytes_read.store(0, Ordering::Relaxed);
