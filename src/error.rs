@@ -525,6 +525,10 @@ impl Error {
             Some(WrongFileType { path, expected, found }) => {
                 Error::WrongFileType { path: path.clone(), expected: *expected, found: *found }
             }
+            // The engine's own limit, not the system's.
+            None if source.kind() == io::ErrorKind::FileTooLarge && source.raw_os_error().is_none() => {
+                Error::corrupt(Location::new(path, 0), "it is larger than any file that envelog writes there")
+            }
             None => Error::Io { op, path, source: Arc::new(source) },
         }
     }

@@ -502,3 +502,21 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     put(&store.logstore(&name(VICTIM)).unwrap(), "fourth");
     assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
+
+/// A document that is larger than the format allows is damage, and is not read into memory.
+#[test]
+fn a_document_beyond_its_limit_is_corrupt() {
+    let scene = Scene::new(Way::Kernel);
+    let meta = scene.world.store_dir().join("logstores").join(&scene.victim).join("meta");
+    for path in
+        [scene.world.keyring(), scene.world.store_dir().join("STORE"), scene.world.store_dir().join("catalogue"), meta]
+    {
+        scene.reset();
+        fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
+        let error = match scene.builder().open_read_only() {
+            Ok(store) => store.logstore(&name(VICTIM)).map(drop).unwrap_err(),
+            Err(error) => error,
+        };
+        assert!(matches!(&error, Error::Corrupt { at, .. } if at.file == path), "{error:?}");
+    }
+}

@@ -512,3 +512,19 @@ fn the_keyring_can_be_under_a_master_key() {
     fs::remove_dir_all(world.path("envelog-data.kms")).unwrap();
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
 }
+
+/// A copy of the keyring in the store would be in every copy of the store.
+#[test]
+fn no_backup_of_the_keyring_goes_into_the_store() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    std::os::unix::fs::symlink("envelog-data", world.path("link")).unwrap();
+    for out in
+        ["envelog-data/keyring", "envelog-data/audit/keyring", "link/keyring", "./envelog-data/../envelog-data/k"]
+    {
+        let sentence = world.refused(7, &["keys", "backup", "--out", out]);
+        assert!(sentence.contains("inside the store directory"), "{out}: {sentence}");
+        assert!(!world.path(out).exists(), "{out}");
+    }
+    world.ok(&["keys", "backup", "--out", "keyring"]);
+}

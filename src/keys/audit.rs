@@ -23,10 +23,7 @@ pub(crate) use files::FILE_BYTES_LIMIT;
 use files::{Beginning, FILE_BYTES_MAX, FIRST_READ_BYTES, Other, Part, Scan, Why, is_no_file, is_plain, number_of};
 pub(crate) use line::Line;
 use line::{LINE_BYTES_MAX, Lines, encode_line, parse_line};
-use transitions::{
-    KeyState, TRANSITIONS_AT_CLOSE_MAX, TRANSITIONS_MAX, Transitions, follow, kind, shortened, with_count,
-    without_count,
-};
+use transitions::{KeyState, TRANSITIONS_MAX, Transitions, follow, kind, shortened, with_count, without_count};
 
 use super::keyring::Keyring;
 use crate::{
@@ -642,18 +639,9 @@ impl AuditLog {
 
     /// Records in which state keys are whose last transition was left out, where the hour allows it.
     pub(crate) fn settle(&self) {
-        self.settle_up_to(TRANSITIONS_MAX);
-    }
-
-    /// The same when the store closes: nothing in memory will know of it later.
-    pub(crate) fn settle_at_close(&self) {
-        self.settle_up_to(TRANSITIONS_AT_CLOSE_MAX);
-    }
-
-    fn settle_up_to(&self, count: usize) {
         let now_us = self.clock.wall_us();
         for (id, state) in lock(&self.transitions).iter_mut().flatten() {
-            if state.latest.is_some() && state.recent(now_us) < count {
+            if state.latest.is_some() && state.recent(now_us) < TRANSITIONS_MAX {
                 // What cannot be recorded now stays to be recorded.
                 let _ = self.catch_up(*id, state);
             }

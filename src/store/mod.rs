@@ -710,7 +710,7 @@ impl StoreShared {
         let mut result = Ok(());
         let mut admin = lock(&self.admin);
         if lock(&self.held).is_some() && !admin.closed {
-            self.audit.settle_at_close();
+            self.audit.settle();
             let mut heads = Vec::new();
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {

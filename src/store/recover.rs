@@ -47,7 +47,6 @@ impl StoreShared {
         // Nothing is changed until every KMS has answered: should one be out of reach, all stays as it is.
         let found = self.find_logstores(&mut report)?;
         let mut catalogue = Catalogue::default();
-        self.audit.set_aside(&format!("lost-keyring-{}-audit", self.clock.wall_us()))?;
         // The probes were authenticated under the lost keyring; the Logstores' own envelopes serve instead.
         let probes = self.dir.join("probes");
         for entry in self.disk.list_dir(&probes).map_err(Error::io("list", &probes))? {
@@ -60,6 +59,7 @@ impl StoreShared {
             let path = probes.join(&entry.name);
             self.disk.remove_file(&path).map_err(Error::io("remove", &path))?;
         }
+        self.audit.set_aside(&format!("lost-keyring-{}-audit", self.clock.wall_us()))?;
         for (name, mut found) in found {
             let id = found.entry.id;
             found.meta.save(&*self.disk, &self.logstore_dir(id), self.id, id, &read(&self.keyring), None)?;

@@ -17,7 +17,7 @@ use serde_json::json;
 use super::confirm;
 use crate::{
     args::{KeysCommand, RewrapArgs},
-    exit::{Failure, Result, both, status_of},
+    exit::{Failure, Result, Status, both, status_of},
     input,
     output::{self, Progress},
     setup::{self, Setup, name},
@@ -282,6 +282,7 @@ fn event_word(record: &AuditRecord) -> String {
 fn backup(setup: &Setup, out: &Path) -> Result {
     // Opening the store proves that it is the right keyring, whole and new enough.
     let store = setup.open_read_only()?;
+    refuse_inside(&setup.store, out)?;
     write_new(out, &input::read_file(&setup.keyring)?)?;
     if setup.json {
         return output::json(&json!({ "keyring": output::path(out), "store_id": store.id() }));
@@ -298,6 +299,24 @@ fn backup(setup: &Setup, out: &Path) -> Result {
         }
         None => Ok(()),
     }
+}
+
+/// Refuses a copy of the keyring in the store directory: every copy of the store would hold it.
+fn refuse_inside(store: &Path, out: &Path) -> Result {
+    let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let inside =
+        dir.canonicalize().ok().zip(store.canonicalize().ok()).is_some_and(|(dir, store)| dir.starts_with(store));
+    if !inside {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Status::Unavailable,
+        "keyring_unsafe",
+        format!(
+            "{} lies inside the store directory, apart from which a keyring has to be kept; name another path",
+            out.display()
+        ),
+    ))
 }
 
 fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {

@@ -12,8 +12,6 @@ use crate::{config::LogstoreName, ids::LogstoreId};
 pub(super) const DETAIL_BYTES_MAX: usize = 8 << 10;
 /// How many transitions of one Logstore's key are recorded within [`WINDOW_US`].
 pub(super) const TRANSITIONS_MAX: usize = 10;
-/// The same when the store closes: the state in which the key is left goes on record unless there are as many as this.
-pub(super) const TRANSITIONS_AT_CLOSE_MAX: usize = 20;
 pub(super) const WINDOW_US: u64 = 3_600_000_000;
 
 /// The state of the keys of Logstores, as far as transitions tell of it.
@@ -23,7 +21,7 @@ pub(super) type Transitions = BTreeMap<LogstoreId, KeyState>;
 pub(super) struct KeyState {
     /// The last loss on record, if the key has not come back since: the event and its detail.
     pub(super) on_record: Option<(AuditEvent, String)>,
-    /// When the last transitions on record happened, the oldest first. There are at most [`TRANSITIONS_AT_CLOSE_MAX`].
+    /// When the last transitions on record happened, the oldest first. There are at most [`TRANSITIONS_MAX`].
     pub(super) times: VecDeque<u64>,
     /// How many transitions were left out since the last one on record.
     pub(super) left_out: u64,
@@ -52,7 +50,7 @@ impl KeyState {
         self.left_out = 0;
         self.latest = None;
         self.times.push_back(time_us);
-        if self.times.len() > TRANSITIONS_AT_CLOSE_MAX {
+        if self.times.len() > TRANSITIONS_MAX {
             self.times.pop_front();
         }
     }
