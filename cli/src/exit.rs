@@ -7,8 +7,8 @@ use std::{
     process::ExitCode,
 };
 
-use envelog::{Error, ErrorKind, kms::LocalKmsError};
-use serde::Serialize;
+use envelog::{Error, ErrorKind, LogstoreName, kms::LocalKmsError};
+use serde_json::{Value, json};
 
 use crate::output;
 
@@ -106,26 +106,26 @@ impl Failure {
         self.status
     }
 
+    /// The same failure, whose message names the Logstore.
+    pub(crate) fn about(mut self, name: &LogstoreName) -> Self {
+        let name = name.to_string();
+        if !self.message.contains(&name) {
+            self.message = format!("{name}: {}", self.message);
+        }
+        self
+    }
+
+    /// What `--json` prints of it.
+    pub(crate) fn as_json(&self) -> Value {
+        json!({ "kind": self.code, "message": self.message })
+    }
+
     /// Says it on standard error, unless there is nothing to say.
     pub(crate) fn report(&self, json: bool) {
-        #[derive(Serialize)]
-        struct Report<'a> {
-            error: Body<'a>,
-        }
-        #[derive(Serialize)]
-        struct Body<'a> {
-            kind: &'a str,
-            message: &'a str,
-        }
         if self.message.is_empty() {
             return;
         }
-        let text = if json {
-            let report = Report { error: Body { kind: self.code, message: &self.message } };
-            serde_json::to_string(&report).unwrap_or_default()
-        } else {
-            format!("envelog: {self}")
-        };
+        let text = if json { json!({ "error": self.as_json() }).to_string() } else { format!("envelog: {self}") };
         let kind = if json { output::Kind::Json } else { output::Kind::Line };
         let text = [&output::for_stderr(text.as_bytes(), kind), &b"\n"[..]].concat();
         // Where nobody listens there is nothing left to say.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::Cell;
-use envelog::{KeyState, LogstoreStatus};
+use envelog::{KeyState, LogstoreName, LogstoreStatus, Store};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -16,21 +16,34 @@ use crate::{
 
 pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
     let store = setup.open_read_only()?;
-    let all = names(&store, args.name.as_deref())?
-        .iter()
-        .map(|name| {
-            let logstore = store.logstore(name)?;
-            // So that the state is that of this moment. What the KMS refuses is in the status.
-            let _ = logstore.revalidate_now();
-            Ok(logstore.status()?)
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let (mut all, mut failed) = (Vec::new(), Vec::new());
+    for name in names(&store, args.name.as_deref())? {
+        match status(&store, &name) {
+            Ok(status) => all.push(status),
+            // One damaged Logstore hides no other.
+            Err(failure) => failed.push((name, failure)),
+        }
+    }
+    print(setup, &store, &all, &failed)?;
+    let failures = failed.into_iter().map(|(name, failure)| failure.about(&name));
+    failures.reduce(Failure::or_worse).map_or(Ok(()), Err)
+}
+
+fn status(store: &Store, name: &LogstoreName) -> Result<LogstoreStatus> {
+    let logstore = store.logstore(name)?;
+    // So that the state is that of this moment. A refusal of the KMS is in the status.
+    let _ = logstore.revalidate_now();
+    Ok(logstore.status()?)
+}
+
+fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(LogstoreName, Failure)]) -> Result {
     if setup.json {
         let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
         return output::json(&json!({
             "store": output::path(&setup.store),
             "store_id": store.id(),
             "logstores": logstores,
+            "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // What asking for the states has come to.
             "kms": store.metrics().kms,
         }));
@@ -51,7 +64,7 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
         ],
         &[4, 6, 7, 8, 9, 10],
     );
-    for status in &all {
+    for status in all {
         let versions: Vec<_> = status
             .data_keys
             .iter()
@@ -93,8 +106,10 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
             Cell::new(output::size(status.bytes_stored)),
         ]);
     }
-    output::print_table(&table)?;
-    for status in &all {
+    if !all.is_empty() || failed.is_empty() {
+        output::print_table(&table)?;
+    }
+    for status in all {
         if let Some(cause) = &status.latched {
             output::line(format_args!("{}: a shard has stopped writing: {cause}", status.name))?;
         }

@@ -476,3 +476,32 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
         );
     }
 }
+
+/// `status` shows the Logstores that can be looked at, and then says what keeps it from the others.
+#[test]
+fn one_logstore_that_cannot_be_looked_at_hides_no_other_in_status() {
+    let scene = Scene::new();
+    let segment = scene.world.segments("data/s").into_iter().find(|path| {
+        let dir = path.parent().unwrap().parent().unwrap();
+        fs::read(dir.join("meta")).unwrap().windows(3).any(|part| part == b"p/a")
+    });
+    let segment = segment.unwrap();
+    let aside = scene.world.path("aside");
+    fs::rename(&segment, &aside).unwrap();
+    fifo(&segment);
+    let out = scene.run(&["status"]);
+    out.assert(5);
+    assert!(out.text().contains("p/b") && !out.text().contains("p/a"), "{}", out.text());
+    assert!(out.stderr.contains("p/a") && out.stderr.contains("named pipe"), "{}", out.stderr);
+    let out = scene.run(&["--json", "status"]);
+    out.assert(5);
+    let shown: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(shown["logstores"][0]["name"], "p/b");
+    assert_eq!(
+        (&shown["failed"][0]["name"], &shown["failed"][0]["error"]["kind"]),
+        (&"p/a".into(), &"wrong_file_type".into())
+    );
+    remove(&segment);
+    fs::rename(&aside, &segment).unwrap();
+    assert!(scene.run(&["status"]).text().contains("p/a"));
+}
