@@ -114,7 +114,7 @@ pub(crate) fn wait_while_read(time: Duration) -> Result {
     Ok(())
 }
 
-/// A path as JSON has it: text. What is not UTF-8 in it is replaced.
+/// A path as JSON has it: text. Bytes of it that are not UTF-8 are replaced.
 pub(crate) fn path(path: &Path) -> String {
     path.display().to_string()
 }

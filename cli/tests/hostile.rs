@@ -1,4 +1,4 @@
-//! Names, logs and files that mean harm: what a terminal would obey, links and pipes in place of files, and core dumps.
+//! Names, logs and files that mean harm: escape sequences, links and pipes in place of files, and core dumps.
 
 #![allow(clippy::unwrap_used)]
 
@@ -43,7 +43,7 @@ enum Shown {
     Err,
 }
 
-/// Runs a command on a terminal, and returns its status, what the terminal got, and what the other stream got.
+/// Runs a command on a terminal. Returns its status, the output on the terminal, and the output on the other stream.
 fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     let (program, mut user) = terminal();
     let (mut reader, writer) = std::io::pipe().unwrap();
@@ -57,7 +57,7 @@ fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     let reading = thread::spawn(move || {
         let mut text = Vec::new();
         let mut chunk = [0; 4096];
-        // A terminal that nobody has open ends with an error on Linux.
+        // Linux ends the reading of a terminal with an error when no process has its other end open.
         while let Ok(read @ 1..) = user.read(&mut chunk) {
             text.extend_from_slice(&chunk[..read]);
         }

@@ -22,10 +22,10 @@ impl Map {
             return 0;
         };
         let len = left.min(buf.len());
+        // No Rust reference to the mapped bytes exists here or anywhere else, so no code assumes that they stay the same. A process
+        // that writes to the file during the copy makes the copied bytes any mixture of old and new; a `u8` has no invalid value.
         // SAFETY: `offset + len` is at most the length of the map, which stays mapped while `self` lives, and `buf` has room for
-        // `len` bytes. `buf` is the caller's alone, so the two do not overlap. No Rust reference to the mapped bytes exists here or
-        // anywhere else, so no code assumes that they stay the same. A process that writes to the file during the copy makes the
-        // copied bytes any mixture of old and new, and that is all: a `u8` has no invalid value.
+        // `len` bytes. `buf` is the caller's alone, so the two do not overlap.
         unsafe { ptr::copy_nonoverlapping(self.0.as_ptr().add(offset as usize), buf.as_mut_ptr(), len) };
         len
     }

@@ -265,8 +265,8 @@ fn open_made(place: &root::Place<'_>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a file or directory that this process has just made its permissions, whatever the umask. What root makes gets the owner
-/// and group of the directory that it is in, so that one command run as root does not lock the owner of a store out.
+/// Gives a file or directory that this process has just made its permissions, independent of the umask. A file that root makes
+/// gets the owner and group of the directory that it is in, so that one command run as root does not lock the owner of a store out.
 fn adopt(made: BorrowedFd<'_>, dir: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
     let is = rustix::fs::fstat(made)?;
     if rustix::process::geteuid().is_root() {

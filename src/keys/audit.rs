@@ -534,7 +534,7 @@ impl AuditLog {
 
     /// Whether a file that is part of the log may take more records, and what a crash tore at its end may be cut off.
     fn may_continue(&self, path: &Path) -> std::io::Result<bool> {
-        // A second name means that a copy was made by linking: what is added here would change the copy.
+        // A second name means that a copy was made by linking: a record added here would change the copy.
         Ok(self.disk.stat(path)?.is_some_and(|stat| stat.kind == FileKind::File && stat.links == 1))
     }
 
