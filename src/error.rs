@@ -14,7 +14,7 @@ use serde::{Serialize, Serializer};
 use crate::{
     config::{ConfigError, LogstoreName},
     io::{FileKind, WrongFileType},
-    kms::{KmsError, RevokedReason},
+    kms::{Cmk, KmsError, RevokedReason},
     segment::DecodeError,
 };
 
@@ -283,6 +283,14 @@ pub enum Error {
         /// The keyring file.
         path: PathBuf,
     },
+    /// The metadata of a Logstore names a master key or a role that the caller of a recovery does not expect. No KMS was asked.
+    #[error("Logstore {logstore} names master key {} in {} with role {}, which is not expected", cmk.cmk_key_id, cmk.region_id, cmk.arn)]
+    UnexpectedCmk {
+        /// The Logstore, by its metadata.
+        logstore: LogstoreName,
+        /// The master key and the role that its metadata names.
+        cmk: Cmk,
+    },
     /// The service keyring is where, or is owned so, that others could read or replace it. It was not read.
     #[error("the service keyring {} is not safe: {why}", path.display())]
     KeyringUnsafe {
@@ -442,7 +450,7 @@ impl Error {
             | Error::Truncated { .. }
             | Error::RolledBack { .. }
             | Error::WrongFileType { .. } => ErrorKind::Integrity,
-            Error::Config(_) => ErrorKind::Configuration,
+            Error::Config(_) | Error::UnexpectedCmk { .. } => ErrorKind::Configuration,
             Error::Locked { .. }
             | Error::StoreMissing { .. }
             | Error::NotAStore { .. }
@@ -493,6 +501,7 @@ impl Error {
             Error::KeyringMissing { .. } => "keyring_missing",
             Error::KeyringExists { .. } => "keyring_exists",
             Error::KeyringForeign { .. } => "keyring_foreign",
+            Error::UnexpectedCmk { .. } => "unexpected_cmk",
             Error::KeyringUnsafe { .. } => "keyring_unsafe",
             Error::KeyringTooOld { .. } => "keyring_too_old",
             Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",

@@ -203,7 +203,7 @@ fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     // The second tag of the metadata still holds: without the keyring, the data key vouches for it.
     store.close().unwrap();
     fs::remove_file(world.keyring()).unwrap();
-    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["third", "fourth"]);
 }

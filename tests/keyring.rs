@@ -4,15 +4,15 @@
 
 mod common;
 
-use std::{fs, os::unix::fs::PermissionsExt, sync::Arc};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, sync::Arc};
 
 use common::{
     failing::{FailingDisk, Failure, Published},
     *,
 };
 use envelog::{
-    ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store, UserCmkInfo,
-    VerifyOptions,
+    ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result, Store,
+    UserCmkInfo, VerifyOptions,
     crypto::AwsLc,
     segment::{KeySource, SegmentHeader},
 };
@@ -63,7 +63,7 @@ fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
     write_private(&world.keyring(), &kept);
     let other = Store::builder(world.path().join("other"), world.keyring(), AwsLc::new()).create();
     assert!(matches!(other, Err(Error::KeyringExists { .. })), "{other:?}");
-    assert!(matches!(world.builder().recover_without_keyring(), Err(Error::KeyringExists { .. })));
+    assert!(matches!(world.builder().recover_all(), Err(Error::KeyringExists { .. })));
     assert_eq!(fs::read(world.keyring()).unwrap(), kept);
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one"]);
 }
@@ -436,7 +436,7 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     let untouched = [files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))];
     let audit = || files(&world.store_dir().join("audit"));
     let audit_before = audit();
-    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     // The audit log of before is kept, though nobody can verify it any more.
     assert!(!audit_before.is_empty() && audit_before.values().all(|old| audit().values().any(|kept| kept == old)));
@@ -476,7 +476,7 @@ fn a_recovery_without_the_kms_recovers_nothing_of_it() {
     let (scene, [byok, ..]) = Lost::new();
     let world = &scene.world;
     world.local().disable(&scene.cmk.cmk_key_id).unwrap();
-    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, []);
     let why = report.lost.iter().find(|(id, _)| *id == byok.id()).unwrap();
     assert!(why.1.contains("disabled"), "{}", why.1);
@@ -484,7 +484,7 @@ fn a_recovery_without_the_kms_recovers_nothing_of_it() {
     // Nothing of it was touched: once the key is back, another recovery finds it.
     world.local().enable(&scene.cmk.cmk_key_id).unwrap();
     fs::remove_file(world.keyring()).unwrap();
-    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"]);
 }
@@ -512,7 +512,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     let kept = fs::read(world.keyring()).unwrap();
     fs::remove_file(world.keyring()).unwrap();
     world.kms.answer_for_master_key(&far.cmk_key_id, Answer::Unreachable);
-    let error = world.builder().recover_without_keyring().unwrap_err();
+    let error = world.builder().recover_all().unwrap_err();
     assert!(matches!(error, Error::KmsUnreachable { .. }), "{error:?}");
     assert!(!world.keyring().exists());
     assert!(contents() == before, "the store was changed");
@@ -525,7 +525,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     // And once the KMS answers, a recovery does it all.
     world.kms.answer(Answer::Real);
     fs::remove_file(world.keyring()).unwrap();
-    let (store, report) = world.builder().recover_without_keyring().unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered.len(), 9);
     assert_eq!(texts(&store.logstore(&name("p/far")).unwrap()), ["one"]);
 }
@@ -549,7 +549,7 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
         .collect();
     taken.iter().for_each(|path| fs::create_dir(path).unwrap());
     let catalogue = fs::read(world.store_dir().join("catalogue")).unwrap();
-    let error = world.builder().recover_without_keyring().unwrap_err();
+    let error = world.builder().recover_all().unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error:?}");
     assert!(!world.keyring().exists());
     assert!(fs::read(world.store_dir().join("catalogue")).unwrap() == catalogue, "the catalogue was replaced");
@@ -560,7 +560,7 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
     // The recovery can be done again.
     fs::remove_file(world.keyring()).unwrap();
     taken.iter().for_each(|path| fs::remove_dir(path).unwrap());
-    let (_store, report) = world.builder().recover_without_keyring().unwrap();
+    let (_store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/a"), name("p/b")]);
 }
 
@@ -584,7 +584,7 @@ fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
             let at = at(bytes, part);
             forge(bytes, at);
         });
-        let (store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        let (store, report) = scene.world.builder().recover_all().unwrap();
         assert_eq!(report.recovered, [], "{part}");
         assert!(report.lost.iter().any(|(id, _)| *id == byok.id()), "{part}");
         assert!(store.list().unwrap().is_empty());
@@ -598,7 +598,7 @@ fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
             let at = tag_at(bytes);
             change(&mut bytes[at..at + 32]);
         });
-        let (_store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        let (_store, report) = scene.world.builder().recover_all().unwrap();
         assert_eq!(report.recovered, []);
     }
 }
@@ -642,7 +642,7 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
         let a = u32::from_le_bytes(bytes[72..76].try_into().unwrap());
         bytes[72..76].copy_from_slice(&(a + 1).to_le_bytes());
     });
-    let (store, report) = scene.world.builder().recover_without_keyring().unwrap();
+    let (store, report) = scene.world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     let config = store.config(&name("p/byok")).unwrap();
     let expected = EncryptConf::byok(EncryptType::Default, scene.cmk.clone());
@@ -682,7 +682,7 @@ fn a_forged_list_of_shards_is_refused_by_a_recovery() {
             bytes[72..76].copy_from_slice(&(forged.len() as u32).to_le_bytes());
             bytes.splice(80..end, forged);
         });
-        let (_store, report) = scene.world.builder().recover_without_keyring().unwrap();
+        let (_store, report) = scene.world.builder().recover_all().unwrap();
         let lost = report.lost.iter().find(|(id, _)| *id == byok.id());
         if index == 0 {
             assert_eq!((report.recovered, lost), (vec![name("p/byok")], None));
@@ -706,35 +706,95 @@ fn with_id(shard: &serde_json::Value, id: u32) -> serde_json::Value {
     shard
 }
 
-/// Of two Logstores of one name the one that was made later has it: the other was deleted, and not all of it is gone.
+/// Nothing in the store says which of two Logstores of one name is the customer's, so a recovery takes neither.
 #[test]
-fn a_recovery_takes_the_newer_of_two_logstores_of_a_name() {
-    for older_first in [true, false] {
-        let world = World::manual();
-        let cmk = world.cmk();
-        let store = world.create();
-        let older = world.byok(&store, "p/l", &cmk);
-        put(&older, "old");
-        let (dir, aside) = (world.logstore_dir(&older), world.path().join("aside"));
-        store.close().unwrap();
-        copy_dir(&dir, &aside);
-        let store = world.open();
-        store.delete_logstore(&name("p/l")).unwrap();
-        world.clock.advance(secs(1));
-        let newer = world.byok(&store, "p/l", &cmk);
-        put(&newer, "new");
-        store.close().unwrap();
-        copy_dir(&aside, &dir);
+fn a_recovery_refuses_two_logstores_of_one_name() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let older = world.byok(&store, "p/l", &cmk);
+    put(&older, "old");
+    let (dir, aside) = (world.logstore_dir(&older), world.path().join("aside"));
+    store.close().unwrap();
+    copy_dir(&dir, &aside);
+    let store = world.open();
+    store.delete_logstore(&name("p/l")).unwrap();
+    let newer = world.byok(&store, "p/l", &cmk);
+    put(&newer, "new");
+    store.close().unwrap();
+    copy_dir(&aside, &dir);
+    fs::remove_file(world.keyring()).unwrap();
+    let contents = || {
+        let mut files = files(&world.store_dir());
+        files.remove(&world.store_dir().join("LOCK"));
+        files
+    };
+    let before = contents();
+    let error = world.builder().recover_all().unwrap_err();
+    assert!(matches!(error, Error::Corrupt { .. }) && error.to_string().contains("p/l"), "{error}");
+    assert!(contents() == before && !world.keyring().exists(), "the refused recovery changed something");
+    fs::remove_dir_all(&dir).unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
+    assert_eq!(report.recovered, [name("p/l")]);
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["new"]);
+}
+
+/// An attacker who can write the disk makes a Logstore of the customer's name under a master key of their own.
+#[test]
+fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
+    let world = World::manual();
+    let (customer, attacker) = (world.cmk(), world.cmk());
+    let store = world.create();
+    put(&world.byok(&store, "p/l", &customer), "genuine");
+    put(&world.byok(&store, "p/other", &customer), "other");
+    store.close().unwrap();
+    let expected = BTreeMap::from([(name("p/l"), customer.clone()), (name("p/gone"), customer.clone())]);
+    let role = UserCmkInfo { arn: "acs:ram::13234:role/other".to_owned(), ..customer.clone() };
+    let region = UserCmkInfo { region_id: "cn-beijing".to_owned(), ..customer.clone() };
+    for forged in [attacker, role, region] {
+        let theirs = BTreeMap::from([(name("p/l"), forged.clone()), (name("p/gone"), customer.clone())]);
         fs::remove_file(world.keyring()).unwrap();
-        // The names of directories are ids.
-        let disk = FailingDisk::default();
-        let ascending = (older.id().to_string() < newer.id().to_string()) == older_first;
-        disk.list_in_order(if ascending { |a, b| a.name.cmp(&b.name) } else { |a, b| b.name.cmp(&a.name) });
-        let (store, report) = world.builder().disk(Arc::new(disk)).recover_without_keyring().unwrap();
-        assert_eq!(report.recovered, [name("p/l")]);
-        assert_eq!(report.lost.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [older.id()]);
-        assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["new"]);
+        let asked = world.kms.calls();
+        let (store, report) = world.builder().recover_without_keyring(&theirs).unwrap();
+        assert_eq!(world.kms.calls(), asked, "a KMS was asked about {forged:?}");
+        assert_eq!((report.recovered.len(), report.lost.len()), (0, 2), "{report:?}");
+        assert!(report.lost.iter().all(|(_, why)| why.contains(&customer.cmk_key_id)), "{report:?}");
+        assert_eq!(report.missing, [name("p/gone"), name("p/l")]);
+        drop(store);
     }
+    fs::remove_file(world.keyring()).unwrap();
+    let found = world.builder().recoverable().unwrap();
+    assert_eq!(found.iter().map(|one| one.name.to_string()).collect::<Vec<_>>(), ["p/l", "p/other"]);
+    assert!(found.iter().all(|one| one.cmk.as_ref() == Some(&customer)));
+    assert!(!world.keyring().exists());
+    let (store, report) = world.builder().recover_without_keyring(&expected).unwrap();
+    assert_eq!((report.recovered, report.missing), (vec![name("p/l")], vec![name("p/gone")]));
+    assert!(report.lost[0].1.contains("not expected"), "{:?}", report.lost);
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["genuine"]);
+}
+
+/// What was written before encryption was on rests on the lost service key.
+#[test]
+fn a_recovery_names_the_segments_that_it_cannot_authenticate() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
+    put(&logstore, "plain");
+    let mut config = store.config(&name("p/l")).unwrap();
+    config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, cmk));
+    store.update_logstore(&name("p/l"), config).unwrap();
+    put(&logstore, "sealed");
+    let plain = segments(&world.logstore_dir(&logstore), 0)[0].clone();
+    store.close().unwrap();
+    drop(logstore);
+    fs::remove_file(world.keyring()).unwrap();
+    let (store, report) = world.builder().recover_all().unwrap();
+    assert_eq!((report.recovered, report.unauthenticated), (vec![name("p/l")], vec![plain]));
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    records(&logstore, 0).unwrap_err();
+    let rest = records_from(&logstore, 0, Position::Seq(1)).unwrap();
+    assert_eq!(strings(&rest), ["sealed"]);
 }
 
 #[test]
@@ -763,7 +823,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
             let _ = fs::remove_file(world.keyring());
             let disk = FailingDisk::default();
             disk.fail_after(count, failure);
-            let outcome = world.builder().disk(Arc::new(disk.clone())).recover_without_keyring();
+            let outcome = world.builder().disk(Arc::new(disk.clone())).recover_all();
             let ran_through = !disk.has_failed();
             disk.disarm();
             if outcome.is_ok() {
@@ -780,7 +840,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
             let store = if world.keyring().exists() {
                 world.open()
             } else {
-                let (store, report) = world.builder().recover_without_keyring().unwrap();
+                let (store, report) = world.builder().recover_all().unwrap();
                 assert_eq!(report.recovered, [name("p/byok")], "{failure:?} after {count}");
                 store
             };
@@ -794,7 +854,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
 #[test]
 fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     let (scene, _) = Lost::new();
-    let (store, _) = scene.world.builder().recover_without_keyring().unwrap();
+    let (store, _) = scene.world.builder().recover_all().unwrap();
     let config = store.config(&name("p/byok")).unwrap();
     let conf = EncryptConf::service_key(EncryptType::Default);
     let error =

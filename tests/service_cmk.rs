@@ -206,7 +206,7 @@ fn a_new_keyring_of_a_recovered_store_can_be_under_one_too() {
     put(&world.byok(&store, "p/customer", &cmk), "kept");
     store.close().unwrap();
     fs::remove_file(world.keyring()).unwrap();
-    let (store, report) = world.builder().service_cmk(cmk.clone()).recover_without_keyring().unwrap();
+    let (store, report) = world.builder().service_cmk(cmk.clone()).recover_all().unwrap();
     assert_eq!((report.recovered, report.lost.len()), (vec![name("p/customer")], 1));
     store.close().unwrap();
     let store = world.open();

@@ -174,7 +174,7 @@ Examples:
   envelog keys rotate-data shop/orders
   envelog keys rotate-service && envelog keys backup --out /safe/keyring
   envelog keys audit --json | jq '.records[].event'
-  envelog keys recover --without-keyring"
+  envelog keys recover --without-keyring --expect keys.json"
     )]
     Keys(KeysCommand),
     /// The embedded KMS: a directory that plays the customer's KMS
@@ -405,10 +405,19 @@ Examples:
     /// Copy the service keyring to a file
     Backup(OutArgs),
     /// Recover a store whose keyring is lost, as far as customers' keys go
+    #[command(after_help = "\
+Without --expect, the command prints the master keys and roles that the store names, changes nothing and ends with status 6. Nothing in
+the store authenticates them, so compare them with your own records before you put them into the file.
+
+Example of the file:
+  {\"shop/orders\": {\"cmk_key_id\": \"key-1f2e\", \"arn\": \"acs:ram::13234:role/logsource\", \"region_id\": \"cn-hangzhou\"}}")]
     Recover {
         /// Yes, the keyring is lost: make a new one
         #[arg(long, required = true)]
         without_keyring: bool,
+        /// The Logstores to recover: JSON of names and the user_cmk_info of each, from your own records
+        #[arg(long, value_name = "FILE")]
+        expect: Option<PathBuf>,
         /// Put the new one under this master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
         #[arg(long, value_name = "JSON")]
         service_cmk: Option<String>,

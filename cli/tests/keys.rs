@@ -159,12 +159,31 @@ fn a_lost_keyring_costs_what_only_it_could_open() {
     world.create("p/service", &service("default"));
     append(&world, "p/byok", &text);
     append(&world, "p/service", &text);
-    assert!(world.refused(1, &["keys", "recover", "--without-keyring"]).contains("never overwritten"));
+    let expect = world.path("expect.json");
+    let cmk = byok("sm4", &key)["user_cmk_info"].clone();
+    fs::write(&expect, json!({ "p/byok": cmk }).to_string()).unwrap();
+    let recover = ["keys", "recover", "--without-keyring", "--expect", expect.to_str().unwrap()];
+    assert!(world.refused(1, &recover).contains("never overwritten"));
     world.run(&["keys", "recover"]).assert(2);
     fs::remove_file(world.path("envelog-data.keyring")).unwrap();
     world.refused(7, &["read", "p/byok"]);
 
-    let report = world.json(&["keys", "recover", "--without-keyring", "--json"]);
+    // Without a word of the caller's, nothing is recovered, and what a recovery would use is shown.
+    let shown = world.run(&["keys", "recover", "--without-keyring"]);
+    shown.assert(6);
+    let found = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(found.contains(&key) && found.contains("p/service"), "{found}");
+    assert!(!world.path("envelog-data.keyring").exists());
+    // A file that names another role recovers nothing of it.
+    let other = world.path("other.json");
+    let mut role = cmk.clone();
+    role["arn"] = "acs:ram::1:role/other".into();
+    fs::write(&other, json!({ "p/byok": role }).to_string()).unwrap();
+    let kept = ["keys", "recover", "--without-keyring", "--expect", other.to_str().unwrap()];
+    assert!(world.refused(1, &kept).contains("p/byok"));
+    fs::remove_file(world.path("envelog-data.keyring")).unwrap();
+
+    let report = world.json(&[&recover[..], &["--json"]].concat());
     assert_eq!(report["recovered"], json!(["p/byok"]));
     assert_eq!(report["lost"].as_array().unwrap().len(), 1, "{report}");
     assert_eq!(world.read("p/byok"), text);

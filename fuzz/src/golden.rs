@@ -156,7 +156,10 @@ impl Golden {
         } else {
             image.clone()
         };
-        if let Some((store, _)) = shown(self.builder(&MemoryDisk::of(&image)).recover_without_keyring()) {
+        let disk = MemoryDisk::of(&image);
+        let Some(found) = shown(self.builder(&disk).recoverable()) else { return };
+        let expected = found.into_iter().filter_map(|one| Some((one.name, one.cmk?))).collect();
+        if let Some((store, _)) = shown(self.builder(&disk).recover_without_keyring(&expected)) {
             self.look(&store, &HashSet::new());
             shown(store.close());
         }

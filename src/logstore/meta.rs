@@ -124,6 +124,19 @@ impl Meta {
         Ok(meta)
     }
 
+    /// Reads metadata and authenticates nothing of it.
+    pub(crate) fn load_unverified(
+        disk: &dyn Disk,
+        logstore_dir: &Path,
+        store: StoreId,
+        id: LogstoreId,
+    ) -> Result<Self> {
+        let path = path(logstore_dir);
+        let bytes = read(disk, &path)?;
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
+        Self::from_document(parsed.unverified(), store, id, &path)
+    }
+
     fn from_document(document: &Document, store: StoreId, id: LogstoreId, path: &Path) -> Result<Self> {
         if document.kind != DocumentKind::Logstore || document.store != store || document.subject != *id.as_bytes() {
             return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata of another Logstore" });

@@ -1,6 +1,7 @@
 //! Making and opening stores.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -10,15 +11,16 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::{
-    AdminState, Open, RecoverReport, Store, StoreShared,
+    AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
     catalogue::{self, Catalogue},
     creation,
     lock::StoreLock,
+    recover,
     scheduler::Scheduler,
 };
 use crate::{
     Error, Result,
-    config::check_cmk,
+    config::{LogstoreName, check_cmk},
     crypto::CryptoProvider,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
@@ -309,16 +311,36 @@ impl StoreBuilder {
         }
     }
 
+    /// The Logstores that [`StoreBuilder::recover_without_keyring`] may recover, by name, with the master key and the role that it would
+    /// use for each. Nothing authenticates this list, so compare it with a source outside the store. Calls no KMS and changes nothing.
+    ///
+    /// # Errors
+    /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`], [`Error::KeyringExists`], [`Error::Io`].
+    pub fn recoverable(self) -> Result<Vec<Recoverable>> {
+        let outside = Arc::clone(&self.disk);
+        let this = self.rooted()?;
+        let identity = this.identity()?;
+        let keyring = this.keyring_file(&*outside)?;
+        if keyring.exists()? {
+            return Err(Error::KeyringExists { path: keyring.path().to_owned() });
+        }
+        recover::recoverable(&*this.disk, &this.dir, identity.store)
+    }
+
     /// Opens a store whose keyring is lost, with a new keyring, as far as customer master keys reach: the Logstores under them keep
     /// everything that was encrypted. Logstores under the lost service key, and what was written before encryption was turned on,
     /// cannot be authenticated any more. The configuration of the recovered Logstores is taken as it is found, but for `encrypt_conf`:
     /// it follows their envelopes, which the data key vouches for, and is on.
     ///
+    /// `expected` has the master key, its region and the role of each Logstore that is to be recovered, from a source that an attacker
+    /// on the disk cannot write. A Logstore that names another key or role, or that is not in it, is not recovered, and no KMS is asked:
+    /// an attacker who owns a master key of their own could otherwise put their Logstore in place of the customer's.
+    ///
     /// # Errors
     /// [`Error::KeyringExists`] when there is a file where the new keyring is to be; [`Error::ServiceKey`] when that one is to be under
-    /// a master key and cannot; [`Error::KmsUnreachable`] when a KMS does not
-    /// answer, with nothing changed; otherwise as [`StoreBuilder::open`].
-    pub fn recover_without_keyring(self) -> Result<(Store, RecoverReport)> {
+    /// a master key and cannot; [`Error::KmsUnreachable`] when a KMS does not answer, and [`Error::Corrupt`] when two Logstores of one
+    /// name prove themselves, both with nothing changed; otherwise as [`StoreBuilder::open`].
+    pub fn recover_without_keyring(self, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<(Store, RecoverReport)> {
         self.options.check()?;
         let outside = Arc::clone(&self.disk);
         let this = self.rooted()?;
@@ -332,7 +354,7 @@ impl StoreBuilder {
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
             let store = this.assemble(identity.store, keyring, Catalogue::default(), Some(held), Audit::Lost)?;
-            let report = store.shared.recover_logstores().inspect_err(|error| {
+            let report = store.shared.recover_logstores(expected).inspect_err(|error| {
                 // The catalogue stays under the old keyring, which may be found yet: the new one is discarded.
                 lock(&store.shared.admin).latched = Some(error.clone());
             })?;

@@ -59,7 +59,7 @@ pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use checkpoint::Checkpoint;
 pub use keyops::ReplaceCmk;
 use lock::StoreLock;
-pub use recover::RecoverReport;
+pub use recover::{RecoverReport, Recoverable};
 pub use removal::DeleteReport;
 use retention::ClockWatch;
 pub use retention::RetentionReport;

@@ -1,24 +1,30 @@
 //! Getting Logstores under customer master keys back when the service keyring is lost.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::Serialize;
+use tracing::warn;
 
 use super::{Entry, StoreShared, catalogue::Catalogue};
 use crate::{
     Error, Result,
     config::{EncryptConf, LogstoreName},
     error::Location,
-    ids::{LogstoreId, hex_decode},
-    io::{FileKind, is_temporary},
+    ids::{LogstoreId, StoreId, hex_decode},
+    io::{Disk, FileKind, OpenMode, is_temporary},
     keys::{
         AuditEvent,
         envelope::KeysSection,
         gate::{Gate, GateKeys},
     },
+    kms::Cmk,
     logstore::Meta,
-    segment::parse_segment_file_name,
-    shard::ShardRecord,
+    segment::{KeySource, parse_segment_file_name},
+    shard::{ShardRecord, read_header},
     sync::{lock, read},
 };
 
@@ -30,22 +36,58 @@ pub struct RecoverReport {
     pub recovered: Vec<LogstoreName>,
     /// Directories of Logstores that are not, and why. Nothing of them was touched.
     pub lost: Vec<(LogstoreId, String)>,
+    /// Logstores that the caller expected and that are not back.
+    pub missing: Vec<LogstoreName>,
+    /// Segments of recovered Logstores from before encryption was turned on. They were authenticated under the lost service key, so
+    /// reading them fails. Reading from the first sequence number behind them works.
+    #[serde(serialize_with = "crate::error::paths_as_text")]
+    pub unauthenticated: Vec<PathBuf>,
+}
+
+/// A Logstore as its metadata describes it. Nothing authenticates this: an attacker who can write the disk chooses all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Recoverable {
+    /// The id, from the name of its directory.
+    pub id: LogstoreId,
+    /// The name.
+    pub name: LogstoreName,
+    /// The master key and the role that a recovery would use; `None` under the service key, where no recovery is possible.
+    pub cmk: Option<Cmk>,
 }
 
 /// A Logstore that can be recovered.
 struct Found {
-    /// When its first data key was made.
-    created_us: u64,
     meta: Meta,
     entry: Entry,
+    unauthenticated: Vec<PathBuf>,
+}
+
+/// Lists the Logstores of a store by their metadata, which is not authenticated. Damaged metadata is left out.
+pub(super) fn recoverable(disk: &dyn Disk, dir: &Path, store: StoreId) -> Result<Vec<Recoverable>> {
+    let parent = dir.join("logstores");
+    let mut found = Vec::new();
+    for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
+        let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
+        match Meta::load_unverified(disk, &parent.join(&entry.name), store, id) {
+            Ok(Meta { config, keys, .. }) => {
+                let name = keys.as_ref().map_or(config.name, |keys| keys.name.clone());
+                found.push(Recoverable { id, name, cmk: keys.and_then(|keys| keys.cmk) });
+            }
+            Err(error @ Error::Io { .. }) => return Err(error),
+            Err(error) => warn!(logstore = %id, %error, "the metadata of a Logstore cannot be read"),
+        }
+    }
+    found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+    Ok(found)
 }
 
 impl StoreShared {
-    /// Recovers every Logstore whose data key a KMS unwraps, and writes a new catalogue of them.
-    pub(super) fn recover_logstores(&self) -> Result<RecoverReport> {
+    /// Recovers every expected Logstore whose data key a KMS unwraps, and writes a new catalogue of them.
+    pub(super) fn recover_logstores(&self, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<RecoverReport> {
         let mut report = RecoverReport::default();
         // Nothing is changed until every KMS has answered: should one be out of reach, all stays as it is.
-        let found = self.find_logstores(&mut report)?;
+        let found = self.find_logstores(expected, &mut report)?;
         let mut catalogue = Catalogue::default();
         // The probes were authenticated under the lost keyring; the Logstores' own envelopes serve instead.
         let probes = self.dir.join("probes");
@@ -65,8 +107,10 @@ impl StoreShared {
             found.meta.save(&*self.disk, &self.logstore_dir(id), self.id, id, &read(&self.keyring), None)?;
             self.audit.record(AuditEvent::Recovered, Some((&name, id)), "without the keyring")?;
             catalogue.logstores.insert(name.clone(), found.entry);
+            report.unauthenticated.append(&mut found.unauthenticated);
             report.recovered.push(name);
         }
+        report.missing = expected.keys().filter(|name| !report.recovered.contains(name)).cloned().collect();
         let mut admin = lock(&self.admin);
         // Later than anything that the lost catalogue may have reached.
         catalogue.generation = admin.catalogue.generation.max(self.clock.wall_us());
@@ -74,13 +118,17 @@ impl StoreShared {
         Ok(report)
     }
 
-    /// Every Logstore whose metadata its own data key vouches for.
-    fn find_logstores(&self, report: &mut RecoverReport) -> Result<BTreeMap<LogstoreName, Found>> {
+    /// Every expected Logstore whose keys section its own data key authenticates.
+    fn find_logstores(
+        &self,
+        expected: &BTreeMap<LogstoreName, Cmk>,
+        report: &mut RecoverReport,
+    ) -> Result<BTreeMap<LogstoreName, Found>> {
         let parent = self.dir.join("logstores");
         let mut all: BTreeMap<LogstoreName, Found> = BTreeMap::new();
         for entry in self.disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
             let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
-            let (name, found) = match self.find_logstore(id) {
+            let (name, found) = match self.find_logstore(id, expected) {
                 Ok(found) => found,
                 Err(error @ (Error::Io { .. } | Error::KmsUnreachable { .. })) => return Err(error),
                 Err(error) => {
@@ -88,31 +136,30 @@ impl StoreShared {
                     continue;
                 }
             };
-            // One that was deleted may not be all gone: the one that was made later has the name.
-            let older = match all.remove(&name) {
-                Some(other) if other.created_us > found.created_us => {
-                    all.insert(name.clone(), other);
-                    Some(id)
-                }
-                other => {
-                    all.insert(name.clone(), found);
-                    other.map(|other| other.entry.id)
-                }
-            };
-            if let Some(older) = older {
-                report.lost.push((older, format!("there is a newer Logstore of the name {name}")));
+            if let Some(other) = all.insert(name.clone(), found) {
+                let (here, other) = (self.logstore_dir(id), self.logstore_dir(other.entry.id));
+                let what = format!(
+                    "there are two Logstores of the name {name}, the other is in {}; move one of the directories away and recover \
+                     again",
+                    other.display()
+                );
+                return Err(Error::corrupt(Location::new(here, 0), what));
             }
         }
         Ok(all)
     }
 
-    fn find_logstore(&self, id: LogstoreId) -> Result<(LogstoreName, Found)> {
+    fn find_logstore(&self, id: LogstoreId, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<(LogstoreName, Found)> {
         let dir = self.logstore_dir(id);
         let unwrap = |keys: &KeysSection| {
             let Some(cmk) = &keys.cmk else {
                 let path = read(&self.keyring).path().to_owned();
                 return Err(Error::KeyringForeign { path });
             };
+            // Asked before the KMS is: it would assume any role that an attacker wrote into the metadata.
+            if expected.get(&keys.name) != Some(cmk) {
+                return Err(Error::UnexpectedCmk { logstore: keys.name.clone(), cmk: cmk.clone() });
+            }
             // A lease of its own: those of the store rest on probes that the lost keyring authenticated.
             let lease = self.new_lease(cmk, self.envelope_probe(keys, id)?);
             let gate_keys = GateKeys { section: Some(Arc::new(keys.clone())), lease: Some(lease) };
@@ -121,7 +168,7 @@ impl StoreShared {
         let mut meta = Meta::load_without_keyring(&*self.disk, &dir, self.id, id, unwrap)?;
         let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
         let keys = meta.keys.as_ref().ok_or_else(tampered)?;
-        let (name, created_us) = (keys.name.clone(), keys.versions.first().map_or(0, |version| version.created_us));
+        let name = keys.name.clone();
         // Nothing vouches for the configuration: what the keys section says as well counts, and encryption is on, whatever it says.
         meta.config.name = name.clone();
         meta.config.encrypt_conf =
@@ -131,7 +178,7 @@ impl StoreShared {
         }
         // Nor for the generation, which has to be one.
         meta.generation = meta.generation.clamp(1, u64::MAX - 1);
-        let mut shards = Vec::new();
+        let (mut shards, mut unauthenticated) = (Vec::new(), Vec::new());
         for info in &meta.config.shards {
             let shard = crate::logstore::shard_dir(&dir, info.id);
             if self.disk.stat(&shard).map_err(Error::io("look for", &shard))?.is_none() {
@@ -140,6 +187,9 @@ impl StoreShared {
             let mut first: Option<(u64, u64)> = None;
             for entry in self.disk.list_dir(&shard).map_err(Error::io("list", &shard))? {
                 let found = parse_segment_file_name(&entry.name);
+                if found.is_some() && self.is_under_the_keyring(&shard.join(&entry.name)) {
+                    unauthenticated.push(shard.join(&entry.name));
+                }
                 first = match (first, found) {
                     (Some(first), Some(found)) => Some(first.min(found)),
                     (first, found) => first.or(found),
@@ -150,7 +200,15 @@ impl StoreShared {
                 None => ShardRecord::default(),
             });
         }
+        unauthenticated.sort();
         let entry = Entry { id, generation: meta.generation, shards };
-        Ok((name, Found { created_us, meta, entry }))
+        Ok((name, Found { meta, entry, unauthenticated }))
+    }
+
+    /// Whether the header of a segment says that its key comes from the service keyring. A segment that cannot be looked at does not
+    /// count: reading it says why.
+    fn is_under_the_keyring(&self, path: &Path) -> bool {
+        let header = self.disk.open(path, OpenMode::Read).ok().and_then(|file| read_header(&*file, path).ok());
+        header.is_some_and(|header| matches!(header.header.key_source, KeySource::Keyring(_)))
     }
 }

@@ -27,7 +27,8 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
-    LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store, StoreBuilder, StoreOptions, UserCmkInfo,
+    LogstoreSpec, Payload, Position, ReadOptions, Record, RecoverReport, Result, Store, StoreBuilder, StoreOptions,
+    UserCmkInfo,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
     io::{Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random, RealDisk},
@@ -465,6 +466,18 @@ impl World {
     /// The directory of a Logstore.
     pub(crate) fn logstore_dir(&self, logstore: &Logstore) -> PathBuf {
         self.store_dir().join("logstores").join(logstore.id().to_string())
+    }
+}
+
+/// Recovers a store without its keyring, and expects every key that its metadata names.
+pub(crate) trait RecoverAll {
+    fn recover_all(self) -> Result<(Store, RecoverReport)>;
+}
+
+impl RecoverAll for StoreBuilder {
+    fn recover_all(self) -> Result<(Store, RecoverReport)> {
+        let found = self.clone().recoverable()?;
+        self.recover_without_keyring(&found.into_iter().filter_map(|one| Some((one.name, one.cmk?))).collect())
     }
 }
 

@@ -1,6 +1,7 @@
 //! `keys`.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions, Permissions},
     io::Write,
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
@@ -9,8 +10,8 @@ use std::{
 
 use comfy_table::Cell;
 use envelog::{
-    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, ReplaceCmk,
-    RewrapOptions, RewrapReport,
+    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, Recoverable, ReplaceCmk,
+    RewrapOptions, RewrapReport, kms::Cmk,
 };
 use serde_json::json;
 
@@ -38,7 +39,9 @@ pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
             None => audit(setup),
         },
         KeysCommand::Backup(args) => backup(setup, &args.out),
-        KeysCommand::Recover { without_keyring: _, service_cmk } => recover(setup, service_cmk.as_deref()),
+        KeysCommand::Recover { without_keyring: _, expect, service_cmk } => {
+            recover(setup, expect.as_deref(), service_cmk.as_deref())
+        }
         KeysCommand::RewrapKeyring { service_cmk, plain: _ } => rewrap_keyring(setup, service_cmk.as_deref()),
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
             replace_cmk(setup, &name, &encrypt_conf, keep_data_key)
@@ -335,23 +338,69 @@ fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
     ))
 }
 
-fn recover(setup: &Setup, service_cmk: Option<&str>) -> Result {
+fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> Result {
     let mut builder = setup.builder();
     if let Some(argument) = service_cmk {
         builder = builder.service_cmk(setup::cmk(argument)?);
     }
-    let (store, report) = builder.recover_without_keyring()?;
+    let found = builder.clone().recoverable()?;
+    let Some(expect) = expect else {
+        if setup.json {
+            output::json(&json!({ "found": found }))?;
+        } else {
+            found.iter().try_for_each(|one| output::line(found_line(one)))?;
+        }
+        return Err(Failure::refused(
+            "nothing_expected",
+            "nothing is recovered without --expect FILE: compare these keys and roles with your own records, and write them there",
+        ));
+    };
+    let expected = expected_keys(expect)?;
+    if !setup.json {
+        // Shown before any role is assumed and before anything is written.
+        found.iter().try_for_each(|one| output::line(found_line(one)))?;
+    }
+    let (store, report) = builder.recover_without_keyring(&expected)?;
     store.close()?;
     if setup.json {
-        return output::json(&report);
+        output::json(&report)?;
+    } else {
+        for name in &report.recovered {
+            output::line(format_args!("{name}: recovered"))?;
+        }
+        for (id, why) in &report.lost {
+            output::line(format_args!("Logstore {id}: not recovered: {why}"))?;
+        }
+        for path in &report.unauthenticated {
+            let path = path.display();
+            output::line(format_args!("{path}: from before encryption was on, and cannot be authenticated any more"))?;
+        }
+        output::line(format_args!("made a new service keyring {}: back it up", setup.keyring.display()))?;
     }
-    for name in &report.recovered {
-        output::line(format_args!("{name}: recovered"))?;
+    if report.missing.is_empty() {
+        return Ok(());
     }
-    for (id, why) in &report.lost {
-        output::line(format_args!("Logstore {id}: not recovered: {why}"))?;
+    let names: Vec<_> = report.missing.iter().map(ToString::to_string).collect();
+    Err(Failure::other(format!("not every expected Logstore is back: {}", names.join(", "))))
+}
+
+fn found_line(found: &Recoverable) -> String {
+    let Recoverable { id, name, cmk, .. } = found;
+    match cmk {
+        Some(Cmk { cmk_key_id, arn, region_id }) => {
+            format!("{name}: Logstore {id} names master key {cmk_key_id} in {region_id} with role {arn}")
+        }
+        None => format!("{name}: Logstore {id} was under the lost service key"),
     }
-    output::line(format_args!("made a new service keyring {}: back it up", setup.keyring.display()))
+}
+
+/// Reads the master keys that a recovery may use, by the name of the Logstore.
+fn expected_keys(path: &Path) -> Result<BTreeMap<LogstoreName, Cmk>> {
+    let text = fs::read(path).map_err(|error| Failure::file("read", path, &error))?;
+    serde_json::from_slice(&text).map_err(|error| {
+        let what = format!("{} is no map of Logstores to their user_cmk_info: {error}", path.display());
+        Failure::refused("invalid_expectation", what)
+    })
 }
 
 fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key: bool) -> Result {
