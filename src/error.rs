@@ -283,6 +283,14 @@ pub enum Error {
         /// The keyring file.
         path: PathBuf,
     },
+    /// The store is on a network file system, where the lock of the writer may not reach other machines, and its options do not allow that.
+    #[error("{} is on a network file system ({kind}), whose locks may not keep out a writer on another machine", path.display())]
+    NetworkFileSystem {
+        /// The directory of the store.
+        path: PathBuf,
+        /// What the file system is called.
+        kind: &'static str,
+    },
     /// The metadata of a Logstore names a master key or a role that the caller of a recovery does not expect. No KMS was asked.
     #[error("Logstore {logstore} names master key {} in {} with role {}, which is not expected", cmk.cmk_key_id, cmk.region_id, cmk.arn)]
     UnexpectedCmk {
@@ -459,6 +467,7 @@ impl Error {
             | Error::KeyringMissing { .. }
             | Error::KeyringForeign { .. }
             | Error::KeyringUnsafe { .. }
+            | Error::NetworkFileSystem { .. }
             | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
             Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => ErrorKind::Invalid,
             Error::StoreExists { .. }
@@ -502,6 +511,7 @@ impl Error {
             Error::KeyringExists { .. } => "keyring_exists",
             Error::KeyringForeign { .. } => "keyring_foreign",
             Error::UnexpectedCmk { .. } => "unexpected_cmk",
+            Error::NetworkFileSystem { .. } => "network_file_system",
             Error::KeyringUnsafe { .. } => "keyring_unsafe",
             Error::KeyringTooOld { .. } => "keyring_too_old",
             Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",

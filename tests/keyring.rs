@@ -861,3 +861,38 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
         store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");
 }
+
+/// A lock may not reach a writer on another machine, so the caller has to say that it does.
+#[test]
+fn a_store_on_a_network_file_system_is_written_only_if_that_is_allowed() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    put(&world.byok(&store, "p/l", &cmk), "one");
+    store.close().unwrap();
+    let disk = FailingDisk::default();
+    disk.be_on("NFS");
+    let remote = || world.builder().disk(Arc::new(disk.clone()));
+    let refused = |error: &Error| matches!(error, Error::NetworkFileSystem { kind: "NFS", .. });
+    assert!(refused(&remote().open().unwrap_err()));
+    assert!(refused(&remote().open_or_create().unwrap_err()));
+    let store = remote().open_read_only().unwrap();
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one"]);
+    store.close().unwrap();
+    let allowed = || {
+        let mut options = world.options;
+        options.allow_network_fs = true;
+        remote().options(options)
+    };
+    let store = allowed().open().unwrap();
+    put(&store.logstore(&name("p/l")).unwrap(), "two");
+    store.close().unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    assert!(refused(&remote().recover_all().unwrap_err()));
+    assert!(!world.keyring().exists());
+    assert_eq!(allowed().recover_all().unwrap().1.recovered, [name("p/l")]);
+    fs::remove_dir_all(world.store_dir()).unwrap();
+    fs::remove_file(world.keyring()).unwrap();
+    assert!(refused(&remote().create().unwrap_err()));
+    assert!(!world.keyring().exists());
+}

@@ -44,6 +44,9 @@ pub(crate) struct Global {
     /// Accept a service keyring that its group may read, and make a new one so (mode 0640 in place of 0600)
     #[arg(long, global = true)]
     pub(crate) keyring_group: bool,
+    /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
+    #[arg(long, global = true)]
+    pub(crate) allow_network_fs: bool,
     /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
     #[arg(long, global = true)]
     pub(crate) group_read: bool,

@@ -37,6 +37,7 @@ impl Setup {
             keyring,
             keyring_group,
             group_read,
+            allow_network_fs,
             kms_dir,
             kms,
             json,
@@ -59,6 +60,7 @@ impl Setup {
         options.kms_timeout = kms_timeout.unwrap_or(options.kms_timeout);
         options.keyring_group_read = keyring_group;
         options.group_read = group_read;
+        options.allow_network_fs = allow_network_fs;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
         Ok(Self { store, keyring, kms_dir, kms, options, json })
     }

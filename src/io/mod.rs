@@ -168,6 +168,16 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// What the system says, `NotFound` and `NotADirectory` among it.
     fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>>;
 
+    /// What the file system that `dir` is on is called, if it is a network file system, whose locks may not reach other machines. By
+    /// default `None`.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        let _ = dir;
+        Ok(None)
+    }
+
     /// Where a path really leads: its directory without symlinks, and the name at the end of the symlinks that its last name leads
     /// through. That name need not exist. By default the path itself, as on a disk without symlinks.
     ///

@@ -77,6 +77,10 @@ impl Disk for RealDisk {
         Ok(Arc::new(RootedDisk { root: Root::open(dir, Resolver::Kernel)?, access }))
     }
 
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        Self::directory(dir)?.network_file_system(dir)
+    }
+
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         root::resolve(path)
     }
@@ -133,6 +137,13 @@ impl Disk for RealDisk {
 impl Disk for RootedDisk {
     fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
         Ok(Arc::new(RootedDisk { root: self.root.below(dir)?, access }))
+    }
+
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        #[cfg(target_os = "linux")]
+        return Ok(network_file_system(rustix::fs::fstatfs(&self.root.open_dir(dir, OFlags::RDONLY)?)?.f_type as u32));
+        #[cfg(not(target_os = "linux"))]
+        return self.root.open_dir(dir, OFlags::RDONLY).map(|_| None);
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
@@ -306,6 +317,28 @@ fn link_and_unlink(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<(
 }
 
 /// As [`Disk::rename_new`] where the system cannot rename without replacing.
+
+/// The name of a network file system by the magic number that `statfs(2)` gives. The numbers are those of `linux/magic.h` and of the
+/// manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are from their sources. FUSE is not among them: what is behind it
+/// cannot be told, and much of it is local.
+#[cfg(target_os = "linux")]
+pub(super) fn network_file_system(magic: u32) -> Option<&'static str> {
+    Some(match magic {
+        0x6969 => "NFS",
+        0x517b | 0xff53_4d42 | 0xfe53_4d42 => "SMB",
+        0x0102_1997 => "9P",
+        0x00c3_6400 => "Ceph",
+        0x5346_414f | 0x6b41_4653 => "AFS",
+        0x7375_7245 => "Coda",
+        0x0116_1970 => "GFS2",
+        0x7461_636f => "OCFS2",
+        0x4750_4653 => "GPFS",
+        0x0bd0_0bd0 => "Lustre",
+        0x1983_0326 => "BeeGFS",
+        _ => return None,
+    })
+}
+
 #[cfg(test)]
 pub(super) fn rename_by_link(from: &Path, to: &Path) -> io::Result<()> {
     let ((source, from), (target, to)) = (RealDisk::at(from)?, RealDisk::at(to)?);

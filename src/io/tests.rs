@@ -22,6 +22,22 @@ fn disks() -> Vec<(tempfile::TempDir, Arc<dyn Disk>)> {
     ]
 }
 
+/// Three of the numbers, as the manual page of `statfs(2)` has them.
+#[cfg(target_os = "linux")]
+#[test]
+fn network_file_systems_are_known_by_their_numbers() {
+    let names = [0x6969, 0xff53_4d42, 0x0102_1997].map(real::network_file_system);
+    assert_eq!(names, [Some("NFS"), Some("SMB"), Some("9P")]);
+    // proc, tmpfs, ext4, btrfs, xfs, overlayfs, FUSE.
+    for local in [0x9fa0, 0x0102_1994, 0xef53, 0x9123_683e, 0x5846_5342, 0x794c_7630, 0x6573_5546] {
+        assert_eq!(real::network_file_system(local), None, "{local:#x}");
+    }
+    let proc = Path::new("/proc");
+    assert_eq!(RealDisk.network_file_system(proc).unwrap(), None);
+    assert_eq!(RealDisk.beneath(proc, Access::Owner).unwrap().network_file_system(proc).unwrap(), None);
+    RealDisk.network_file_system(Path::new("/missing")).unwrap_err();
+}
+
 fn wrong_type(error: &io::Error) -> Option<(&Path, FileKind, FileKind)> {
     let wrong: &WrongFileType = error.get_ref()?.downcast_ref()?;
     Some((&wrong.path, wrong.expected, wrong.found))

@@ -92,6 +92,10 @@ pub struct StoreOptions {
     /// Whether the group may read the service keyring: one that it can read is accepted, and a new one gets mode 0640. Off by
     /// default.
     pub keyring_group_read: bool,
+    /// Whether the store may be written on a network file system. Off by default: two writers on two machines lose what they have
+    /// acknowledged, unless the file system keeps `flock` locks across machines and its caches coherent. Known by `statfs(2)` on
+    /// Linux alone; file systems behind FUSE are not recognised.
+    pub allow_network_fs: bool,
 }
 
 impl Default for StoreOptions {
@@ -112,6 +116,7 @@ impl Default for StoreOptions {
             retention_every: Duration::from_secs(60),
             group_read: false,
             keyring_group_read: false,
+            allow_network_fs: false,
         }
     }
 }
@@ -247,7 +252,7 @@ impl StoreBuilder {
     /// # Errors
     /// [`Error::ServiceKey`] when the service keyring is under a master key that cannot be used;
     /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::UnsupportedFeature`], also when the store can
-    /// be read but not written; [`Error::Locked`] when another process writes it;
+    /// be read but not written; [`Error::Locked`] when another process writes it; [`Error::NetworkFileSystem`];
     /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
     pub fn open(self) -> Result<Store> {
         self.options.check()?;
@@ -255,6 +260,7 @@ impl StoreBuilder {
         let this = self.rooted()?;
         let identity = this.identity()?;
         check_writing(&identity.features, &identity_path(&this.dir))?;
+        this.check_file_system()?;
         let held = StoreLock::take(&*this.disk, &this.dir)?;
         let mut keyring = this.load_keyring(&*outside, &identity)?;
         check_writing(keyring.features(), keyring.path())?;
@@ -346,6 +352,7 @@ impl StoreBuilder {
         let this = self.rooted()?;
         let identity = this.identity()?;
         check_writing(&identity.features, &identity_path(&this.dir))?;
+        this.check_file_system()?;
         let held = StoreLock::take_or_create(&*this.disk, &this.dir)?;
         let (disk, dir) = (Arc::clone(&this.disk), this.dir.clone());
         let now_us = this.clock.wall_us();
@@ -377,6 +384,16 @@ impl StoreBuilder {
         let (timeout, inline) = (self.options.kms_timeout, self.options.background == Background::Manual);
         let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
         Custody { provider: Arc::clone(&self.provider), kms: self.kms.iter().map(bounded).collect(), counters }
+    }
+
+    /// Refuses to write a store on a network file system, unless the options allow it.
+    pub(super) fn check_file_system(&self) -> Result<()> {
+        let found =
+            self.disk.network_file_system(&self.dir).map_err(Error::io("look at the file system of", &self.dir))?;
+        match found.filter(|_| !self.options.allow_network_fs) {
+            Some(kind) => Err(Error::NetworkFileSystem { path: self.dir.clone(), kind }),
+            None => Ok(()),
+        }
     }
 
     /// The same store on the disk below its directory, in which no symlink is followed.

@@ -140,7 +140,7 @@ impl StoreBuilder {
     ///
     /// # Errors
     /// [`Error::StoreExists`]; [`Error::NotAStore`] when the directory has something else in it; [`Error::KeyringExists`];
-    /// [`Error::KeyringForeign`] when the keyring that is found is not that of the interrupted creation; [`Error::KeyringUnsafe`];
+    /// [`Error::KeyringForeign`] when the keyring that is found is not that of the interrupted creation; [`Error::KeyringUnsafe`]; [`Error::NetworkFileSystem`];
     /// [`Error::Locked`] when another process makes the store; [`Error::Io`]; [`Error::ServiceKey`] and
     /// [`ConfigError::NoKmsForRegion`](crate::ConfigError::NoKmsForRegion) when the keyring is to be under a master key and
     /// cannot, with nothing made.
@@ -202,6 +202,7 @@ impl StoreBuilder {
     /// Makes the store in its directory, which exists.
     fn create_in(self, outside: &dyn Disk, file: &Arc<KeyringFile>, new: Option<NewKeyring>) -> Result<Store> {
         let (disk, dir) = (Arc::clone(&self.disk), self.dir.clone());
+        self.check_file_system()?;
         let held = StoreLock::take_or_create(&*disk, &dir)?;
         // Another process may have made the store before this one had the lock.
         Remains::look(&*disk, &dir)?;

@@ -30,6 +30,8 @@ impl Failure {
 
 #[derive(Debug, Default)]
 struct Plan {
+    /// What the file system says that it is.
+    network: Option<&'static str>,
     /// How many operations still work.
     countdown: Option<(u64, Option<Failure>)>,
     dead: bool,
@@ -88,6 +90,11 @@ impl FailingDisk {
     }
 
     /// From now on directories are listed in this order, and in no other that a file system may have.
+    pub(crate) fn be_on(&self, network: &'static str) {
+        self.plan.lock().unwrap().network = Some(network);
+    }
+
+    /// Directories are listed in this order from now on.
     pub(crate) fn list_in_order(&self, order: fn(&DirEntry, &DirEntry) -> std::cmp::Ordering) {
         self.plan.lock().unwrap().order = Some(order);
     }
@@ -143,6 +150,10 @@ impl Disk for FailingDisk {
     fn beneath(&self, dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
         self.run(dir, || QuickDisk.list_dir(dir))?;
         Ok(Arc::new(self.clone()))
+    }
+
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        self.run(dir, || Ok(self.plan.lock().unwrap().network))
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
