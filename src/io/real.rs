@@ -316,8 +316,6 @@ fn link_and_unlink(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<(
     Ok(rustix::fs::unlinkat(from.dir(), from.name(), AtFlags::empty())?)
 }
 
-/// As [`Disk::rename_new`] where the system cannot rename without replacing.
-
 /// The name of a network file system by the magic number that `statfs(2)` gives. The numbers are those of `linux/magic.h` and of the
 /// manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are from their sources. FUSE is not among them: what is behind it
 /// cannot be told, and much of it is local.
@@ -339,6 +337,7 @@ pub(super) fn network_file_system(magic: u32) -> Option<&'static str> {
     })
 }
 
+/// As [`Disk::rename_new`] where the system cannot rename without replacing.
 #[cfg(test)]
 pub(super) fn rename_by_link(from: &Path, to: &Path) -> io::Result<()> {
     let ((source, from), (target, to)) = (RealDisk::at(from)?, RealDisk::at(to)?);
