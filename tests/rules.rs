@@ -152,6 +152,23 @@ const SEGMENTS: &[Row] = &[
         let segment = &mut chain.segments[0];
         (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gcm, KeySource::Keyring(1));
     }),
+    // The service keyring alone, against a Logstore with an envelope; the second one stands behind another forged one.
+    open("key source: not behind a data key", "follows one under a data key", |chain| {
+        let header = &mut chain.segments[2].header;
+        (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+    }),
+    open("key source: nothing behind a data key", "follows one under a data key", |chain| {
+        for segment in &mut chain.segments[1..] {
+            (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        }
+    }),
+    of(
+        "byok-aes",
+        open("key source: the service keyring against a customer's key", "follows one under a data key", |chain| {
+            let header = &mut chain.segments.last_mut().unwrap().header;
+            (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        }),
+    ),
     of(
         "service-sm4",
         open("suite and data key: one cipher", "does not go with its key", |chain| {

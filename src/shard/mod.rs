@@ -31,7 +31,7 @@ use crate::{
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{
         Condvar, Mutex, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         lock, wait,
     },
 };
@@ -282,6 +282,8 @@ pub(crate) struct Shard {
     notices: Mutex<Vec<RecoveryNotice>>,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
+    /// The segments below this ordinal are under the service keyring, as far as their headers were looked at.
+    under_keyring: AtomicU64,
     this: Weak<Shard>,
 }
 
@@ -298,6 +300,7 @@ impl Shard {
             writer: Mutex::default(),
             notices: Mutex::default(),
             leftovers: AtomicBool::new(false),
+            under_keyring: AtomicU64::new(0),
             this: this.clone(),
         })
     }

@@ -5,16 +5,19 @@
 
 use std::path::Path;
 
-use super::{End, Opened, Shard};
+use super::{End, Opened, SegmentRef, Shard};
 use crate::{
     Error, Result,
     crypto::Suite,
     error::Location,
     segment::{Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
+    sync::atomic::Ordering,
 };
 
 /// Where a header has its suite.
 const SUITE_AT: u64 = 10;
+/// Where a header has its key source.
+const KEY_SOURCE_AT: u64 = 120;
 /// Where a header has the kind of its predecessor.
 const PREDECESSOR_AT: u64 = 160;
 /// Where a header has the number of its predecessor's end.
@@ -49,6 +52,9 @@ impl Shard {
         if !allowed {
             return broken(SUITE_AT, "the suite of the segment does not go with its key");
         }
+        if self.follows_a_data_key(&opened.name, header.key_source)? {
+            return broken(KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key");
+        }
         match &opened.end {
             End::Sealed(footer) => {
                 let footer = &footer.footer;
@@ -58,6 +64,25 @@ impl Shard {
             }
             _ => Ok(()),
         }
+    }
+}
+
+impl Shard {
+    /// Whether a segment under the service keyring has one under a data key before it. Once a Logstore has an envelope, all its segments
+    /// are under data keys. Without this rule the service keyring alone could add a segment to a Logstore under a customer's key.
+    fn follows_a_data_key(&self, name: &SegmentRef, source: KeySource) -> Result<bool> {
+        if matches!(source, KeySource::DataKey(_)) || self.context.gate.keys().section.is_none() {
+            return Ok(false);
+        }
+        // Each header is looked at once: what stands before `known` is known to be under the keyring.
+        let known = self.under_keyring.load(Ordering::Relaxed);
+        for before in self.segments(false)?.iter().filter(|before| (known..name.ordinal).contains(&before.ordinal)) {
+            if matches!(self.key_source(before)?, KeySource::DataKey(_)) {
+                return Ok(true);
+            }
+        }
+        self.under_keyring.fetch_max(name.ordinal, Ordering::Relaxed);
+        Ok(false)
     }
 }
 
