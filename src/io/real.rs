@@ -317,8 +317,8 @@ fn link_and_unlink(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<(
 }
 
 /// The name of a network file system by the magic number that `statfs(2)` gives. The numbers are those of `linux/magic.h` and of the
-/// manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are from their sources. FUSE is not among them: what is behind it
-/// cannot be told, and much of it is local.
+/// manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are from their sources. FUSE is not among them, because
+/// its number does not tell local file systems from remote ones.
 #[cfg(target_os = "linux")]
 pub(super) fn network_file_system(magic: u32) -> Option<&'static str> {
     Some(match magic {

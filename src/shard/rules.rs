@@ -74,7 +74,7 @@ impl Shard {
         if matches!(source, KeySource::DataKey(_)) || self.context.gate.keys().section.is_none() {
             return Ok(false);
         }
-        // Each header is looked at once: what stands before `known` is known to be under the keyring.
+        // Reads each header once: all segments below the ordinal `known` are under the keyring.
         let known = self.under_keyring.load(Ordering::Relaxed);
         for before in self.segments(false)?.iter().filter(|before| (known..name.ordinal).contains(&before.ordinal)) {
             if matches!(self.key_source(before)?, KeySource::DataKey(_)) {
