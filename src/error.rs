@@ -283,7 +283,8 @@ pub enum Error {
         /// The keyring file.
         path: PathBuf,
     },
-    /// The store is on a network file system, where the lock of the writer may not reach other machines, and its options do not allow that.
+    /// The store is on a network file system, where the lock of the writer may not reach other machines, and
+    /// [`StoreOptions::allow_network_fs`](crate::StoreOptions::allow_network_fs) is off.
     #[error("{} is on a network file system ({kind}), whose locks may not keep out a writer on another machine", path.display())]
     NetworkFileSystem {
         /// The directory of the store.

@@ -369,6 +369,34 @@ fn with_old_segments() -> (World, Store, Logstore) {
     (world, store, logstore)
 }
 
+/// The rule about key sources looks at earlier segments, which retention may have dropped since they were listed.
+#[test]
+fn segments_from_before_encryption_that_retention_drops_meanwhile_are_no_fault() {
+    let mut world = World::manual();
+    world.options.segment_bytes = 4 << 10;
+    let store = world.create();
+    let spec = LogstoreSpec { ttl_days: Some(1), compression: Compression::None, ..LogstoreSpec::default() };
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    for n in 0..8 {
+        put(&logstore, &n.to_string().repeat(5000));
+        world.clock.advance(secs(3600));
+    }
+    let mut config = store.config(&name("p/l")).unwrap();
+    config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
+    store.update_logstore(&name("p/l"), config).unwrap();
+    put(&logstore, "sealed");
+    let reader = world.builder().open_read_only().unwrap();
+    let report = verify_beside(&reader, || {
+        world.clock.advance(secs(20 * 3600));
+        let dropped = store.apply_retention().unwrap().segments;
+        assert!((2..7).contains(&dropped), "{dropped}");
+    });
+    assert!(report.faults.is_empty(), "{:?}", report.faults);
+    assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);
+    let read = records_from(&reader.logstore(&name("p/l")).unwrap(), 0, Position::Begin).unwrap();
+    assert_eq!(strings(&read).last().unwrap(), "sealed");
+}
+
 /// Verifies, and does something else once when it is half-way.
 fn verify_beside(store: &Store, mut act: impl FnMut()) -> VerifyReport {
     let mut begun = false;

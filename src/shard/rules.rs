@@ -76,9 +76,14 @@ impl Shard {
         }
         // Reads each header once: all segments below the ordinal `known` are under the keyring.
         let known = self.under_keyring.load(Ordering::Relaxed);
-        for before in self.segments(false)?.iter().filter(|before| (known..name.ordinal).contains(&before.ordinal)) {
-            if matches!(self.key_source(before)?, KeySource::DataKey(_)) {
-                return Ok(true);
+        let segments = self.segments(false)?;
+        let below = |ordinal| segments.partition_point(|segment| segment.ordinal < ordinal);
+        for before in segments.get(below(known)..below(name.ordinal)).unwrap_or_default() {
+            match self.key_source(before) {
+                Ok(KeySource::DataKey(_)) => return Ok(true),
+                Ok(KeySource::Keyring(_)) => {}
+                Err(_) if self.is_dropped(before) => {}
+                Err(error) => return Err(error),
             }
         }
         self.under_keyring.fetch_max(name.ordinal, Ordering::Relaxed);

@@ -338,11 +338,16 @@ impl Shard {
             Ok(opened) => return Ok(Some(opened)),
             Err(error) => error,
         };
-        // What was found is what is told, should the catalogue not be there to ask.
+        if self.is_dropped(name) { Ok(None) } else { Err(error) }
+    }
+
+    /// Whether retention has dropped a segment since it was listed. A reader reads the catalogue again, and goes by its last copy if it
+    /// cannot.
+    pub(super) fn is_dropped(&self, name: &SegmentRef) -> bool {
         if let Some(Ok(record)) = self.context.reload.as_ref().map(|reload| reload(self.id)) {
             self.set_record(record);
         }
-        if name.ordinal < self.record().first_ordinal { Ok(None) } else { Err(error) }
+        name.ordinal < self.record().first_ordinal
     }
 
     /// Opens a segment, checks that its header is the one that belongs there, and finds out how it ends.

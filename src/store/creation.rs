@@ -140,7 +140,8 @@ impl StoreBuilder {
     ///
     /// # Errors
     /// [`Error::StoreExists`]; [`Error::NotAStore`] when the directory has something else in it; [`Error::KeyringExists`];
-    /// [`Error::KeyringForeign`] when the keyring that is found is not that of the interrupted creation; [`Error::KeyringUnsafe`]; [`Error::NetworkFileSystem`];
+    /// [`Error::KeyringForeign`] when the keyring that is found is not that of the interrupted creation; [`Error::KeyringUnsafe`];
+    /// [`Error::NetworkFileSystem`];
     /// [`Error::Locked`] when another process makes the store; [`Error::Io`]; [`Error::ServiceKey`] and
     /// [`ConfigError::NoKmsForRegion`](crate::ConfigError::NoKmsForRegion) when the keyring is to be under a master key and
     /// cannot, with nothing made.

@@ -110,7 +110,9 @@ impl StoreShared {
             report.unauthenticated.append(&mut found.unauthenticated);
             report.recovered.push(name);
         }
-        report.missing = expected.keys().filter(|name| !report.recovered.contains(name)).cloned().collect();
+        // In the order of the names, as the map was.
+        report.missing =
+            expected.keys().filter(|name| report.recovered.binary_search(name).is_err()).cloned().collect();
         let mut admin = lock(&self.admin);
         // Later than anything that the lost catalogue may have reached.
         catalogue.generation = admin.catalogue.generation.max(self.clock.wall_us());

@@ -45,7 +45,7 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
 fn a_keyring_does_not_lie_inside_the_store() {
     let scene = Scene::new();
     let world = &scene.world;
-    // The default keyring lies beside the store, whatever path names the store.
+    // The default keyring lies beside the directory of the store, for each path that leads there.
     fs::create_dir(world.path("here")).unwrap();
     let inside = |store: &str, args: &[&str]| {
         let mut command = world.command(&[args, &["--store", store]].concat());
