@@ -1,6 +1,6 @@
 //! Makes the golden stores: small stores of every kind, to be kept, so that a later build can be held against them.
 //!
-//! `cargo run --example golden -- DIR` makes those of this format version in `DIR` (in the repository: `tests/golden/v1`). Clock and
+//! `cargo run --example golden -- DIR` makes those of this format version in `DIR` (in the repository: `tests/golden/v2`). Clock and
 //! randomness are made up, so every run gives the same bytes; what is in `compressed` depends on the versions of lz4 and zstd too.
 
 #[path = "../tests/common/mod.rs"]

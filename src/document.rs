@@ -18,7 +18,7 @@ use crate::{
 };
 
 const MAGIC: &[u8; 8] = b"ENVLDOC\0";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const FIXED_LEN: usize = 80;
 const TAG_LEN: usize = 32;
 const CRC_LEN: usize = 4;
@@ -393,7 +393,7 @@ mod tests {
             UnverifiedDocument::parse(&bytes).unwrap_err()
         };
         assert_eq!(refused(0, 0), DecodeError::Magic);
-        assert_eq!(refused(8, 2), DecodeError::NewerVersion(2));
+        assert_eq!(refused(8, 3), DecodeError::NewerVersion(3));
         assert_eq!(refused(10, 0), DecodeError::Field("kind of the document"));
         assert_eq!(refused(10, 8), DecodeError::Field("kind of the document"));
         assert_eq!(refused(20, 1), DecodeError::Feature("incompatible feature bits 0x1".to_owned()));
@@ -423,7 +423,7 @@ mod tests {
         #[test]
         fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
             let _ = UnverifiedDocument::parse(&bytes);
-            let _ = UnverifiedDocument::parse(&[&MAGIC[..], &[1, 0], &bytes].concat());
+            let _ = UnverifiedDocument::parse(&[&MAGIC[..], &[2, 0], &bytes].concat());
         }
     }
 }

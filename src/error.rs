@@ -244,13 +244,23 @@ pub enum Error {
         path: PathBuf,
     },
     /// The file was written by a newer envelog.
-    #[error("{} has format version {found}, this build reads up to {supported}; use a newer envelog", path.display())]
+    #[error("{} has format version {found}, this build reads {supported}; use a newer envelog", path.display())]
     NewerFormat {
         /// The file.
         path: PathBuf,
         /// Its format version.
         found: u16,
         /// The newest that this build knows.
+        supported: u16,
+    },
+    /// An envelog from before its first release wrote the file.
+    #[error("{} has format version {found}, this build reads version {supported} alone", path.display())]
+    OlderFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its format version.
+        found: u16,
+        /// The version that this build reads.
         supported: u16,
     },
     /// The file uses a feature that this build does not have.
@@ -432,6 +442,9 @@ impl DecodeError {
             DecodeError::NewerVersion(found) => {
                 Error::NewerFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
             }
+            DecodeError::OlderVersion(found) => {
+                Error::OlderFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
+            }
             DecodeError::Feature(what) => Error::UnsupportedFeature { path: path.to_owned(), what },
             DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
             other => Error::corrupt(at, other.to_string()),
@@ -464,6 +477,7 @@ impl Error {
             | Error::StoreMissing { .. }
             | Error::NotAStore { .. }
             | Error::NewerFormat { .. }
+            | Error::OlderFormat { .. }
             | Error::UnsupportedFeature { .. }
             | Error::KeyringMissing { .. }
             | Error::KeyringForeign { .. }
@@ -507,6 +521,7 @@ impl Error {
             Error::NotAStore { .. } => "not_a_store",
             Error::StoreExists { .. } => "store_exists",
             Error::NewerFormat { .. } => "newer_format",
+            Error::OlderFormat { .. } => "older_format",
             Error::UnsupportedFeature { .. } => "unsupported_feature",
             Error::KeyringMissing { .. } => "keyring_missing",
             Error::KeyringExists { .. } => "keyring_exists",

@@ -56,8 +56,8 @@ pub use store::{
     VerifyOptions, VerifyProgress, VerifyReport,
 };
 
-/// The version of the format that this build writes, and the newest that it reads.
-pub const FORMAT_VERSION: u16 = 1;
+/// The version of the format that this build reads and writes.
+pub const FORMAT_VERSION: u16 = 2;
 
 #[cfg(all(doctest, feature = "aws-lc"))]
 #[doc = include_str!("../README.md")]

@@ -223,7 +223,7 @@ fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
 
 /// Whether `key` is the data key whose fingerprint stands in the metadata of a Logstore.
 fn is_data_key(watched: &Watched, logstore: &Logstore, key: &[u8; 32]) -> bool {
-    let derived = derive(HashAlg::Sha256, &[], &SecretKey::from_bytes(&mut key.clone()), &[b"envelog v1 fingerprint"]);
+    let derived = derive(HashAlg::Sha256, &[], &SecretKey::from_bytes(&mut key.clone()), &[b"envelog v2 fingerprint"]);
     let fingerprint: String = derived.expose()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
     let meta = watched.disk.image().files[&watched.world.logstore_dir(logstore).join("meta")].clone();
     memmem::find(&meta, fingerprint.as_bytes()).is_some()

@@ -1,6 +1,6 @@
 //! The format: the worked examples of `docs/format.md` held against the code, and golden stores of every kind held against this build.
 //!
-//! The golden stores in `tests/golden/v1` are what earlier builds of this format version wrote. `cargo run --example golden -- DIR`
+//! The golden stores in `tests/golden/v2` are what earlier builds of this format version wrote. `cargo run --example golden -- DIR`
 //! makes them anew; they are replaced only when the format is meant to change.
 
 #![allow(clippy::unwrap_used)]
@@ -38,7 +38,7 @@ use common::{QuickDisk, copy_dir, files, fix_crc, group as log_group, name, reco
 const DOCUMENT: &str = include_str!("../docs/format.md");
 
 fn golden_dir(which: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(which)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(which)
 }
 
 fn unhex(text: &str) -> Vec<u8> {
@@ -136,7 +136,7 @@ impl Frame {
     fn sign(&mut self, root: &SecretKey) {
         let end = 80 + self.u32(72) + self.u32(76);
         let tag_b = &self.bytes[end + 32..end + 64];
-        let tag = hmac_sha256(&derived(root, &[], "envelog v1 document"), &[&self.bytes[..end], tag_b]);
+        let tag = hmac_sha256(&derived(root, &[], "envelog v2 document"), &[&self.bytes[..end], tag_b]);
         self.bytes[end..end + 32].copy_from_slice(&tag);
         fix_crc(&mut self.bytes);
     }
@@ -171,20 +171,20 @@ fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
     assert_eq!(envelope.len(), 80);
     let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
     let code = suite.code().to_le_bytes();
-    let wrapping = expand(suite.hash(), salt, &root, &[b"envelog v1 envelope", &code], suite.cipher().key_len());
+    let wrapping = expand(suite.hash(), salt, &root, &[b"envelog v2 envelope", &code], suite.cipher().key_len());
     let (version, keyring_version) = ((version as u32).to_le_bytes(), (keyring_version as u32).to_le_bytes());
     let aad = [&meta.bytes[24..56], &version, &code, &keyring_version].concat();
     let mut key = [0; 32];
     AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
     let key = SecretKey::from_bytes(&mut key);
-    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v1 fingerprint"], 32)[..16];
+    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v2 fingerprint"], 32)[..16];
     assert_eq!(golden::hex(fingerprint), entry["fingerprint"].as_str().unwrap());
     if let Some(values) = values {
         values.check("root", root.expose());
         values.check("keyring version", keyring_version);
-        values.check("document key", derived(&root, &[], "envelog v1 document").expose());
-        values.check("audit key", derived(&root, &[], "envelog v1 audit").expose());
-        values.check("integrity key", derived(&root, &meta.bytes[40..56], "envelog v1 integrity").expose());
+        values.check("document key", derived(&root, &[], "envelog v2 document").expose());
+        values.check("audit key", derived(&root, &[], "envelog v2 audit").expose());
+        values.check("integrity key", derived(&root, &meta.bytes[40..56], "envelog v2 integrity").expose());
         values.check("envelope", &envelope);
         values.check("wrapping key", wrapping);
         values.check("envelope associated data", aad);
@@ -210,9 +210,9 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     let (salt, code) = (&decoded.header.salt, suite.code().to_le_bytes());
     values.check("PRK", extract(suite.hash(), salt, &key));
     let info = |label: &'static [u8]| [label, &code, &decoded.header_hash].concat();
-    let segment_key = expand(suite.hash(), salt, &key, &[&info(b"envelog v1 segment seal")], suite.cipher().key_len());
+    let segment_key = expand(suite.hash(), salt, &key, &[&info(b"envelog v2 segment seal")], suite.cipher().key_len());
     values.check("segment key", &segment_key);
-    values.check("commitment", expand(suite.hash(), salt, &key, &[&info(b"envelog v1 segment commit")], 32));
+    values.check("commitment", expand(suite.hash(), salt, &key, &[&info(b"envelog v2 segment commit")], 32));
     values.check("commitment", decoded.commitment);
     let cipher = SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
     values.check("commitment", cipher.commitment());
@@ -442,13 +442,13 @@ fn a_sealed_keyring_is_as_the_document_says() {
     let call = KmsCall { cmk: &cmk, context: &context, timeout: secs(1) };
     let kms = LocalKms::open(golden.join("kms")).unwrap();
     let key = kms.unwrap(&call, &unhex(body["wrapped"].as_str().unwrap())).unwrap();
-    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v1 fingerprint"], 32)[..16];
+    let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v2 fingerprint"], 32)[..16];
     assert_eq!(golden::hex(fingerprint), body["fingerprint"].as_str().unwrap());
     let sealed = unhex(body["sealed"].as_str().unwrap());
     let (sealed, tag) = sealed.split_last_chunk().unwrap();
     let aad = [&frame.bytes[24..56], &(newest as u32).to_le_bytes()].concat();
     let mut plain = vec![0; sealed.len()];
-    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, derived(&key, &[], "envelog v1 keyring").expose()).unwrap();
+    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, derived(&key, &[], "envelog v2 keyring").expose()).unwrap();
     aead.open(&[0; 12], &aad, sealed, tag, &mut plain).unwrap();
     let open: Value = serde_json::from_slice(&plain).unwrap();
     let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
@@ -593,9 +593,9 @@ fn the_golden_checkpoint_holds() {
     let report = store.verify(&against(&checkpoint), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     let mut newer = checkpoint;
-    newer[8] = 2;
+    newer[8] = 3;
     fix_crc(&mut newer);
-    assert_newer(store.verify(&against(&newer), &mut |_| {}).map(|_| ()), 2);
+    assert_newer(store.verify(&against(&newer), &mut |_| {}).map(|_| ()), 3);
 }
 
 // ---- what a newer build may have written ----
@@ -645,7 +645,7 @@ fn documents(copy: &Copy) -> Vec<PathBuf> {
 
 #[test]
 fn a_newer_version_of_any_file_is_refused_by_its_number() {
-    for (index, version) in (0..7).zip([2, 3, 7, 255, 256, 0x1234, u16::MAX]) {
+    for (index, version) in (0..7).zip([3, 4, 7, 255, 256, 0x1234, u16::MAX]) {
         let copy = Copy::of("byok-aes");
         let segment = segments(&copy.logstore_dir(), 0).pop().unwrap();
         match index {
@@ -656,7 +656,7 @@ fn a_newer_version_of_any_file_is_refused_by_its_number() {
             6 => copy.change(&segment, |bytes| {
                 let len = u32::from_le_bytes(bytes[bytes.len() - 16..bytes.len() - 12].try_into().unwrap()) as usize;
                 let (at, end) = (bytes.len() - len, bytes.len() - 16);
-                assert_eq!(bytes[at..at + 6], *b"EFTR\x01\0");
+                assert_eq!(bytes[at..at + 6], *b"EFTR\x02\0");
                 bytes[at + 4..at + 6].copy_from_slice(&version.to_le_bytes());
                 fix_crc(&mut bytes[at..end]);
             }),
@@ -669,6 +669,20 @@ fn a_newer_version_of_any_file_is_refused_by_its_number() {
             assert_newer(use_all(&copy, read_only), version);
         }
     }
+}
+
+#[test]
+fn a_store_of_version_1_is_refused_by_its_number() {
+    let dir = tempfile::tempdir().unwrap();
+    copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/plain"), dir.path());
+    let before = files(dir.path());
+    let builder = || Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new());
+    for opened in [builder().open(), builder().open_read_only()] {
+        let error = opened.unwrap_err();
+        assert!(matches!(error, Error::OlderFormat { found: 1, supported: 2, .. }), "{error:?}");
+        assert!(error.to_string().contains("format version 1"), "{error}");
+    }
+    assert_eq!(files(dir.path()), before);
 }
 
 #[test]

@@ -319,7 +319,7 @@ fn a_keyring_that_is_missing_foreign_too_old_or_broken_is_told_apart() {
         let expected = matches!(
             &error,
             Error::Corrupt { at, .. } | Error::Tampered { at, .. } | Error::Truncated { at, .. } if at.file == keyring
-        ) || matches!(&error, Error::NewerFormat { path, .. } if *path == keyring);
+        ) || matches!(&error, Error::NewerFormat { path, .. } | Error::OlderFormat { path, .. } if *path == keyring);
         assert!(expected, "{error:?}");
     }
     put_back(&[]);

@@ -190,6 +190,7 @@ fn every_forged_byte_is_found() {
                     | Error::Truncated { .. }
                     | Error::KeyringForeign { .. }
                     | Error::NewerFormat { .. }
+                    | Error::OlderFormat { .. }
                     | Error::UnsupportedFeature { .. }
                     | Error::ServiceKey { .. }
             ),

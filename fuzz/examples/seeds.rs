@@ -159,7 +159,7 @@ fn documents() {
             [n].into_iter().chain(bytes).collect::<Vec<u8>>()
         }),
     );
-    let kms = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1/byok-aes/kms");
+    let kms = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms");
     let key = fs::read_dir(kms.join("keys")).expect("keys").next().expect("a key").expect("an entry").path();
     let files = [(0u8, key), (1, kms.join("kms.json"))];
     write("kms_files", files.map(|(n, path)| [&[n], &fs::read(path).expect("a golden KMS")[..]].concat()));

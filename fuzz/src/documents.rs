@@ -121,7 +121,7 @@ fn examine_and_recover(data: &[u8], is_it: impl Fn(&Path) -> bool) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
     let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_it(path)) else { return };
-    let key = derived(&root_of(golden), "envelog v1 document");
+    let key = derived(&root_of(golden), "envelog v2 document");
     let image = golden.image.with(path, Making::of(making).make(bytes, original, &key));
     golden.examine(&image);
     golden.recover(&image);
@@ -153,7 +153,7 @@ pub fn keyring(data: &[u8]) {
         _ => bodies(bytes).map(|(a, _)| a),
     };
     let root = a.and_then(newest_root).unwrap_or_else(|| root_of(golden));
-    let key = derived(&root, "envelog v1 document");
+    let key = derived(&root, "envelog v2 document");
     golden.examine(&golden.image.with(path, making.make(bytes, &golden.image.files[path], &key)));
 }
 
@@ -168,14 +168,14 @@ pub fn envelope(data: &[u8]) {
     let hex: String = wrapped.iter().map(|byte| format!("{byte:02x}")).collect();
     let intact = newest["wrapped"] == Value::String(hex.clone());
     newest["wrapped"] = Value::String(hex);
-    let key = derived(&root_of(golden), "envelog v1 document");
+    let key = derived(&root_of(golden), "envelog v2 document");
     let file = framed(original, a, keys.to_string().as_bytes(), &key);
     golden.examine(&golden.image.with(path, file));
     if which % 4 == 2 {
         let cmk: UserCmkInfo = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
         let context = EncryptionContext::new();
         let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
-        let kms = LocalKms::at(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1/byok-aes/kms"));
+        let kms = LocalKms::at(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms"));
         assert!(kms.unwrap(&call, wrapped).is_err(), "unwrapped under another context, intact: {intact}");
     }
 }
@@ -190,7 +190,7 @@ pub fn audit(data: &[u8]) {
         Making::AsIs => {}
         Making::Crc | Making::Tagged => crc::fix("audit-000001.log", &mut log),
         Making::Bodies => {
-            let key = derived(&root_of(golden), "envelog v1 audit");
+            let key = derived(&root_of(golden), "envelog v2 audit");
             let mut tag = String::new();
             log.clear();
             for record in bytes.split(|&byte| byte == b'\n').filter(|record| !record.is_empty()) {

@@ -59,7 +59,7 @@ pub(crate) fn clock() -> Arc<TestClock> {
 
 impl Golden {
     fn load(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1").join(name);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2").join(name);
         let mut image = Image::default();
         image.files.insert(KEYRING.into(), fs::read(dir.join("keyring")).expect("a golden keyring"));
         copy_into(&mut image, &dir.join("store"), Path::new(DIR));

@@ -4,13 +4,13 @@ use std::fmt;
 
 use super::{AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, on_clean_stack, open_into};
 
-const SEAL_LABEL: &[u8] = b"envelog v1 segment seal";
-const COMMIT_LABEL: &[u8] = b"envelog v1 segment commit";
+const SEAL_LABEL: &[u8] = b"envelog v2 segment seal";
+const COMMIT_LABEL: &[u8] = b"envelog v2 segment commit";
 
 /// The key of one segment, expanded, and what binds it to that segment.
 ///
-/// PRK = HKDF-Extract(salt, data key); segment key = HKDF-Expand(PRK, `"envelog v1 segment seal"` || info) of the cipher's key
-/// length; commitment = HKDF-Expand(PRK, `"envelog v1 segment commit"` || info) of 32 bytes, where info is the number of the suite
+/// PRK = HKDF-Extract(salt, data key); segment key = HKDF-Expand(PRK, `"envelog v2 segment seal"` || info) of the cipher's key
+/// length; commitment = HKDF-Expand(PRK, `"envelog v2 segment commit"` || info) of 32 bytes, where info is the number of the suite
 /// (u16, little-endian) and the hash of the segment's header (32 bytes), and HKDF (RFC 5869) runs over the hash of the suite.
 ///
 /// The commitment is stored behind the header. It is compared, with [`tags_equal`](super::tags_equal), before anything is opened:

@@ -76,7 +76,7 @@ impl Custody {
     }
 
     fn cipher(&self, key: &SecretKey) -> Result<Box<dyn AeadKey>> {
-        let key = derive(HashAlg::Sha256, &[], key, &[b"envelog v1 keyring"]);
+        let key = derive(HashAlg::Sha256, &[], key, &[b"envelog v2 keyring"]);
         self.provider.aead(Cipher::Aes256Gcm, key.expose()).map_err(Error::Crypto)
     }
 

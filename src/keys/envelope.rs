@@ -181,20 +181,20 @@ fn wrapping_key(
     salt: &[u8; 32],
     suite: Suite,
 ) -> Result<Box<dyn crate::crypto::AeadKey>> {
-    let key = derive(suite.hash(), salt, root, &[b"envelog v1 envelope", &suite.code().to_le_bytes()]);
+    let key = derive(suite.hash(), salt, root, &[b"envelog v2 envelope", &suite.code().to_le_bytes()]);
     let cipher = suite.cipher();
     provider.aead(cipher, &key.expose()[..cipher.key_len()]).map_err(Error::Crypto)
 }
 
 /// The fingerprint of a key: 16 bytes derived one-way, in hex.
 pub(crate) fn fingerprint(key: &SecretKey) -> String {
-    let derived = derive(HashAlg::Sha256, &[], key, &[b"envelog v1 fingerprint"]);
+    let derived = derive(HashAlg::Sha256, &[], key, &[b"envelog v2 fingerprint"]);
     hex_encode(&derived.expose()[..16])
 }
 
 /// The key that makes the second tag of BYOK metadata, derived from the current data key.
 pub(crate) fn metadata_key(data_key: &SecretKey) -> SecretKey {
-    derive(HashAlg::Sha256, &[], data_key, &[b"envelog v1 metadata"])
+    derive(HashAlg::Sha256, &[], data_key, &[b"envelog v2 metadata"])
 }
 
 #[cfg(test)]

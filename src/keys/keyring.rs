@@ -319,17 +319,17 @@ impl Keyring {
 
     /// The key that authenticates metadata under `version`.
     pub(crate) fn document_key(&self, version: u32) -> Result<SecretKey> {
-        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v1 document"]))
+        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 document"]))
     }
 
     /// The key that tags audit records under `version`.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
-        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v1 audit"]))
+        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 audit"]))
     }
 
     /// What stands in for a data key in segments of a Logstore that has no envelope.
     pub(crate) fn integrity_key(&self, version: u32, logstore: LogstoreId) -> Result<SecretKey> {
-        Ok(derive(HashAlg::Sha256, logstore.as_bytes(), self.root(version)?, &[b"envelog v1 integrity"]))
+        Ok(derive(HashAlg::Sha256, logstore.as_bytes(), self.root(version)?, &[b"envelog v2 integrity"]))
     }
 
     /// Wraps a data key under the newest version.

@@ -10,7 +10,7 @@ use crate::crypto::{HashAlg, Hasher};
 
 const MAGIC: &[u8; 4] = b"EFTR";
 const TRAILER_MAGIC: &[u8; 4] = b"SEAL";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const FIXED_LEN: usize = 128;
 const ENTRY_LEN: usize = 32;
 const RECOVERED: u32 = 1;
@@ -417,7 +417,7 @@ mod tests {
 
     #[test]
     fn impossible_fields_are_refused() {
-        assert_eq!(altered(4, &[2]), DecodeError::NewerVersion(2));
+        assert_eq!(altered(4, &[3]), DecodeError::NewerVersion(3));
         assert_eq!(altered(6, &[1]), DecodeError::Field("reserved bytes of the footer"));
         assert_eq!(altered(8, &[1]), DecodeError::Field("segment of the footer"));
         assert_eq!(altered(16, &[1]), DecodeError::Field("index"));
@@ -582,8 +582,8 @@ mod tests {
         #[test]
         fn arbitrary_bytes_do_not_panic(bytes: Vec<u8>) {
             let _ = Footer::decode(&bytes);
-            let _ = Footer::decode(&[&MAGIC[..], &[1, 0], &bytes].concat());
-            let _ = Footer::decode(&[&MAGIC[..], &[1, 0], &bytes, &[200, 0, 0, 0], &[7; 8], TRAILER_MAGIC].concat());
+            let _ = Footer::decode(&[&MAGIC[..], &[2, 0], &bytes].concat());
+            let _ = Footer::decode(&[&MAGIC[..], &[2, 0], &bytes, &[200, 0, 0, 0], &[7; 8], TRAILER_MAGIC].concat());
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 const MAGIC: &[u8; 8] = b"ENVLSEG\0";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const FIXED_LEN: u32 = 256;
 const COMMITMENT_LEN: usize = 32;
 /// What follows the hashed part: commitment and CRC32.
@@ -407,7 +407,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_refused() {
         let refused = |at, with: &[u8]| altered(&sample(), at, with).unwrap_err();
-        assert_eq!(refused(8, &[2, 0]), DecodeError::NewerVersion(2));
+        assert_eq!(refused(8, &[3, 0]), DecodeError::NewerVersion(3));
         assert_eq!(refused(8, &[0, 0]), DecodeError::Field("version"));
         assert_eq!(refused(10, &[9, 0]), DecodeError::Feature("cipher suite 9".to_owned()));
         assert_eq!(refused(24, &[4]), DecodeError::Feature("incompatible feature bits 0x4".to_owned()));

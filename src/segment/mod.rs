@@ -67,6 +67,9 @@ pub enum DecodeError {
     /// A newer envelog wrote them, in this version of the format.
     #[error("format version {0} is newer than this build")]
     NewerVersion(u16),
+    /// An older envelog wrote them, in this version of the format, which this build does not read.
+    #[error("format version {0} is older than this build reads")]
+    OlderVersion(u16),
     /// They use a feature that this build does not have.
     #[error("unknown feature: {0}")]
     Feature(String),
@@ -194,11 +197,13 @@ impl<'a> Cursor<'a> {
         if self.bytes(magic.len())? == magic { Ok(()) } else { Err(DecodeError::Magic) }
     }
 
-    /// Takes a format version, which must not be beyond the one that this build writes.
-    pub(crate) fn version(&mut self, newest: u16) -> Result<(), DecodeError> {
+    /// Takes a format version, which must be `known`, the one that this build reads and writes.
+    pub(crate) fn version(&mut self, known: u16) -> Result<(), DecodeError> {
         match self.u16()? {
-            version if version > newest => Err(DecodeError::NewerVersion(version)),
-            version => require(version != 0, "version"),
+            version if version == known => Ok(()),
+            0 => Err(DecodeError::Field("version")),
+            version if version > known => Err(DecodeError::NewerVersion(version)),
+            version => Err(DecodeError::OlderVersion(version)),
         }
     }
 }

@@ -382,7 +382,14 @@ impl Shard {
             Ok(Opened { name, file, header, end, vouched: None })
         };
         match (footer, expected) {
-            (Err(error @ (Error::NewerFormat { .. } | Error::UnsupportedFeature { .. })), _) => Err(error),
+            (
+                Err(
+                    error @ (Error::NewerFormat { .. }
+                    | Error::OlderFormat { .. }
+                    | Error::UnsupportedFeature { .. }),
+                ),
+                _,
+            ) => Err(error),
             (_, Expected::Cut(end)) => {
                 self.check_link(name, &header.header, &end)?;
                 if len < end.bytes {

@@ -141,7 +141,10 @@ impl Verification<'_> {
             _ if matches!(error, Error::Shredded { .. }) => self.report.notes.push(error.to_string()),
             _ if matches!(
                 error,
-                Error::KeyringTooOld { .. } | Error::NewerFormat { .. } | Error::UnsupportedFeature { .. }
+                Error::KeyringTooOld { .. }
+                    | Error::NewerFormat { .. }
+                    | Error::OlderFormat { .. }
+                    | Error::UnsupportedFeature { .. }
             ) =>
             {
                 self.report.faults.push(Fault::of(logstore, &error));

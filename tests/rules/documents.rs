@@ -422,7 +422,7 @@ fn the_rules_of_the_audit_log() {
         let mut records: Vec<Value> =
             text.lines().map(|line| serde_json::from_str(line.split('\t').next().unwrap()).unwrap()).collect();
         change(&mut records);
-        let key = derived(&copy.root(1), &[], "envelog v1 audit");
+        let key = derived(&copy.root(1), &[], "envelog v2 audit");
         let (mut tag, mut lines) = (String::new(), String::new());
         for record in &records {
             let json = record.to_string();

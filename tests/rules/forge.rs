@@ -62,7 +62,7 @@ pub(crate) struct Copy {
 impl Copy {
     pub(crate) fn of(which: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(which), dir.path());
+        copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(which), dir.path());
         // Git keeps no empty directory.
         fs::create_dir_all(dir.path().join("store/probes")).unwrap();
         Self { dir }
@@ -113,7 +113,7 @@ impl Copy {
         };
         let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
         let code = suite.code().to_le_bytes();
-        let info: [&[u8]; 2] = [b"envelog v1 envelope", &code];
+        let info: [&[u8]; 2] = [b"envelog v2 envelope", &code];
         let wrapping = expand(suite.hash(), salt, &self.root(keyring_version), &info, suite.cipher().key_len());
         let aad = [&meta.head[24..56], &version.to_le_bytes(), &code, &keyring_version.to_le_bytes()].concat();
         let mut key = [0; 32];
@@ -132,11 +132,11 @@ impl Copy {
         bytes.extend_from_slice(document.b.as_bytes());
         if document.tag_b != [0; 32] && document.tag_b_follows {
             let keys: Value = serde_json::from_str(&document.b).unwrap();
-            let key = derived(&self.data_key(keys["current"].as_u64().unwrap() as u32), &[], "envelog v1 metadata");
+            let key = derived(&self.data_key(keys["current"].as_u64().unwrap() as u32), &[], "envelog v2 metadata");
             let covered: [&[u8]; 3] = [&document.head[8..12], &document.head[24..56], document.b.as_bytes()];
             document.tag_b = hmac_sha256(&key, &covered);
         }
-        let key = derived(&self.root(u32_at(&bytes, 64)), &[], "envelog v1 document");
+        let key = derived(&self.root(u32_at(&bytes, 64)), &[], "envelog v2 document");
         let tag = hmac_sha256(&key, &[&bytes, &document.tag_b]);
         bytes.extend_from_slice(&tag);
         bytes.extend_from_slice(&document.tag_b);
@@ -282,7 +282,7 @@ impl<'a> Chain<'a> {
         let key = match header.key_source {
             KeySource::DataKey(version) => copy.data_key(version),
             KeySource::Keyring(version) => {
-                derived(&copy.root(version), header.logstore.as_bytes(), "envelog v1 integrity")
+                derived(&copy.root(version), header.logstore.as_bytes(), "envelog v2 integrity")
             }
         };
         SegmentCipher::derive(&AwsLc::new(), header.suite, &key, &header.salt, header_hash).unwrap()
