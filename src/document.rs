@@ -20,6 +20,8 @@ use crate::{
 const MAGIC: &[u8; 8] = b"ENVLDOC\0";
 const VERSION: u16 = 2;
 const FIXED_LEN: usize = 80;
+/// Where the lengths of the two parts are.
+const LENGTHS_AT: usize = 72;
 const TAG_LEN: usize = 32;
 const CRC_LEN: usize = 4;
 
@@ -179,6 +181,25 @@ pub(crate) fn open(
 /// As [`open`], but for authentication.
 pub(crate) fn claimed_store(bytes: &[u8], path: &Path) -> Result<StoreId, Error> {
     Ok(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?.unverified().store)
+}
+
+/// The length of the document at the beginning of `bytes`, behind which there may be more.
+///
+/// # Errors
+/// [`DecodeError`]: it is not a document of this version, or too few bytes.
+pub(crate) fn framed_len(bytes: &[u8]) -> Result<usize, DecodeError> {
+    let mut cursor = Cursor::new(bytes);
+    cursor.magic(MAGIC)?;
+    cursor.version(VERSION)?;
+    cursor.bytes(LENGTHS_AT - MAGIC.len() - size_of_val(&VERSION))?;
+    let (len_a, len_b) = (cursor.u32()? as usize, cursor.u32()? as usize);
+    Ok(FIXED_LEN + len_a + len_b + 2 * TAG_LEN + CRC_LEN)
+}
+
+/// Tag A of the document whose bytes these are. Zeros, should they be too few.
+pub(crate) fn tag_a(bytes: &[u8]) -> [u8; TAG_LEN] {
+    let at = bytes.len().saturating_sub(2 * TAG_LEN + CRC_LEN);
+    Cursor::new(bytes.get(at..).unwrap_or_default()).array().unwrap_or_default()
 }
 
 /// A document whose CRC32 holds. Nothing of it is authenticated yet.

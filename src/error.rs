@@ -225,6 +225,16 @@ pub enum Error {
         /// The process that holds the lock, when it said so.
         pid: Option<u32>,
     },
+    /// Another process has opened the store for writing since this one did, although this one has it open. What was acknowledged
+    /// before is safe; what was under way is not acknowledged. Close the store, and find out why its `LOCK` did not hold: it was removed
+    /// or replaced, or the file system does not share locks.
+    #[error("store {} was opened by another writer since this one took it (epoch {epoch}); this one stops", path.display())]
+    Fenced {
+        /// The store.
+        path: PathBuf,
+        /// The epoch of this writer.
+        epoch: u64,
+    },
     /// There is no store at the path.
     #[error("there is no store at {}; create one first", path.display())]
     StoreMissing {
@@ -474,6 +484,7 @@ impl Error {
             | Error::WrongFileType { .. } => ErrorKind::Integrity,
             Error::Config(_) | Error::UnexpectedCmk { .. } => ErrorKind::Configuration,
             Error::Locked { .. }
+            | Error::Fenced { .. }
             | Error::StoreMissing { .. }
             | Error::NotAStore { .. }
             | Error::NewerFormat { .. }
@@ -517,6 +528,7 @@ impl Error {
             Error::WrongFileType { .. } => "wrong_file_type",
             Error::Config(config) => config.code(),
             Error::Locked { .. } => "locked",
+            Error::Fenced { .. } => "fenced",
             Error::StoreMissing { .. } => "store_missing",
             Error::NotAStore { .. } => "not_a_store",
             Error::StoreExists { .. } => "store_exists",

@@ -18,6 +18,7 @@
 mod config;
 pub mod crypto;
 mod document;
+mod epoch;
 pub mod error;
 #[cfg(fuzzing)]
 #[doc(hidden)]

@@ -23,8 +23,9 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     crypto::Suite,
+    epoch::Fence,
     group::{self, GROUP_BYTES_MAX, LogGroup},
-    ids::SegmentId,
+    ids::{LogstoreId, SegmentId},
     io::{Clock, Disk, DiskFile, Random},
     keys::gate::Gate,
     metrics::Counters,
@@ -131,6 +132,8 @@ pub(crate) enum Job {
     Mark,
     /// Roll the active segment, if it is old enough.
     RollByAge,
+    /// Note how far the shards are.
+    Heads,
     /// Drop what retention allows to drop.
     Retention,
 }
@@ -146,6 +149,15 @@ pub(crate) trait Wake: Send + Sync {
 
     /// Writes everything that is queued anywhere, in this thread: for a store without threads whose memory is used up.
     fn relieve(&self);
+}
+
+/// Notes durably, outside the shard, how far it is.
+pub(crate) trait RecordHead: Send + Sync {
+    /// Returns when `head` is durable on record.
+    ///
+    /// # Errors
+    /// What kept it from being recorded. The shard must not go on.
+    fn record_head(&self, logstore: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()>;
 }
 
 /// The settings that concern a shard.
@@ -257,6 +269,10 @@ pub(crate) struct ShardContext {
     pub(crate) gate: Arc<Gate>,
     pub(crate) options: ShardOptions,
     pub(crate) read_only: bool,
+    /// Takes the head of each segment that is sealed when the shard rolls.
+    pub(crate) heads: Arc<dyn RecordHead>,
+    /// Looked at before a write or a sync is acknowledged; `None` for a read-only opener.
+    pub(crate) fence: Option<Arc<Fence>>,
     /// Kept current by the Logstore.
     pub(crate) plan: Arc<RwLock<WritePlan>>,
     /// How many readers there may be.
@@ -358,7 +374,7 @@ impl Task for Shard {
             Job::FlushAll => self.flush_queued(true),
             Job::Mark => self.mark_if_idle(),
             Job::RollByAge => self.roll_if_old(),
-            Job::Retention => {}
+            Job::Retention | Job::Heads => {}
         }
     }
 }

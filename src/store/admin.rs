@@ -6,7 +6,7 @@ use tracing::warn;
 
 use super::{
     AdminState, DeleteReport, Entry, KmsOrEngine, Store, StoreShared,
-    catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX},
+    catalogue::{Change, LOGSTORES_MAX, STORE_SHARDS_MAX},
     removal,
 };
 use crate::{
@@ -76,15 +76,18 @@ impl StoreShared {
         if let Some(error) = &admin.latched {
             return Err(error.clone());
         }
-        if admin.catalogue.logstores.contains_key(name) {
-            return Err(Error::LogstoreExists(name.clone()));
-        }
-        if admin.catalogue.logstores.len() >= LOGSTORES_MAX {
-            return Err(Error::TooMany { what: "Logstores", limit: LOGSTORES_MAX as u64 });
-        }
-        let shards: usize = admin.catalogue.logstores.values().map(|entry| entry.shards.len()).sum();
-        if shards.saturating_add(spec.shard_count as usize) > STORE_SHARDS_MAX {
-            return Err(Error::TooMany { what: "shards of all Logstores", limit: STORE_SHARDS_MAX as u64 });
+        {
+            let catalogue = self.catalogue.now();
+            if catalogue.logstores.contains_key(name) {
+                return Err(Error::LogstoreExists(name.clone()));
+            }
+            if catalogue.logstores.len() >= LOGSTORES_MAX {
+                return Err(Error::TooMany { what: "Logstores", limit: LOGSTORES_MAX as u64 });
+            }
+            let shards: usize = catalogue.logstores.values().map(|entry| entry.shards.len()).sum();
+            if shards.saturating_add(spec.shard_count as usize) > STORE_SHARDS_MAX {
+                return Err(Error::TooMany { what: "shards of all Logstores", limit: STORE_SHARDS_MAX as u64 });
+            }
         }
         let now_us = self.clock.wall_us();
         let config = LogstoreConfig::new(name.clone(), spec, now_us / 1_000_000)?;
@@ -107,11 +110,10 @@ impl StoreShared {
             return Err(error);
         }
         let shards = vec![ShardRecord::default(); meta.config.shards.len()];
-        let entry = Entry { id, generation: meta.generation, shards };
+        let entry = Entry { id, generation: meta.generation, shards: shards.clone() };
         // Should this fail, the catalogue may know it or not: the files stay until an opening finds out.
-        self.commit(&mut admin, |catalogue| {
-            catalogue.logstores.insert(name.clone(), entry.clone());
-        })?;
+        let created = Change::Created { name: name.clone(), id, generation: meta.generation, shards };
+        self.commit(&mut admin, vec![created])?;
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
         Ok(shared)
@@ -248,13 +250,8 @@ impl StoreShared {
             admin.latched = Some(error.clone());
             return Err(error);
         }
-        let generation = meta.generation;
-        let name = logstore.name.clone();
-        self.commit(admin, |catalogue| {
-            if let Some(entry) = catalogue.logstores.get_mut(&name) {
-                entry.generation = generation;
-            }
-        })?;
+        let (name, id, generation) = (logstore.name.clone(), logstore.id, meta.generation);
+        self.commit(admin, vec![Change::Replaced { name, id, generation }])?;
         if let Some(keys) = gate_keys {
             super::use_keys(logstore, keys);
         }
@@ -264,14 +261,10 @@ impl StoreShared {
 
     fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {
         let mut admin = self.administer()?;
-        let entry = admin.catalogue.logstores.get(name).ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
-        let id = entry.id;
+        let id = self.entry(name)?.id;
         removal::check_types(&*self.disk, &self.logstore_dir(id))?;
         self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
-        self.commit(&mut admin, |catalogue| {
-            catalogue.logstores.remove(name);
-            catalogue.deleting.push(id);
-        })?;
+        self.commit(&mut admin, vec![Change::Deleted { name: name.clone(), id }])?;
         if let Some(open) = lock(&self.logstores).remove(name) {
             open.delete();
         }
@@ -283,7 +276,7 @@ impl StoreShared {
     fn finish_deletion(&self, admin: &mut AdminState, id: LogstoreId) -> Result<DeleteReport> {
         let report = removal::remove_logstore(&*self.disk, &self.logstore_dir(id))?;
         if report.left.is_empty() {
-            self.commit(admin, |catalogue| catalogue.deleting.retain(|deleting| *deleting != id))?;
+            self.commit(admin, vec![Change::Removed { id }])?;
         }
         Ok(report)
     }
@@ -291,7 +284,8 @@ impl StoreShared {
     /// Goes on with the deletions that are not finished. One that cannot be finished keeps nothing else from being done.
     pub(super) fn finish_deletions(&self) -> Result<()> {
         let mut admin = self.administer()?;
-        for id in admin.catalogue.deleting.clone() {
+        let deleting = self.catalogue.now().deleting.clone();
+        for id in deleting {
             if let Err(error) = self.finish_deletion(&mut admin, id) {
                 if let Some(latched) = &admin.latched {
                     return Err(latched.clone());
@@ -306,7 +300,10 @@ impl StoreShared {
     /// does not know and that has segments in it is left alone: [`Store::verify`] reports it.
     pub(super) fn clean_up(&self) -> Result<()> {
         self.finish_deletions()?;
-        let unlisted = self.unlisted(&lock(&self.admin))?;
+        let unlisted = {
+            let _admin = lock(&self.admin);
+            self.unlisted()?
+        };
         for (dir, _) in unlisted.into_iter().filter(|(_, may_have_segments)| !may_have_segments) {
             if let Err(error) = removal::remove_logstore(&*self.disk, &dir) {
                 warn!(dir = %dir.display(), %error, "the remains of an interrupted creation cannot be removed");
@@ -317,17 +314,14 @@ impl StoreShared {
 
     /// The directories of Logstores that the catalogue does not know, and whether there may be segments in them. A symlink or a file
     /// of such a name is none.
-    pub(super) fn unlisted(&self, admin: &AdminState) -> Result<Vec<(std::path::PathBuf, bool)>> {
+    pub(super) fn unlisted(&self) -> Result<Vec<(std::path::PathBuf, bool)>> {
         let disk = &*self.disk;
         let parent = self.dir.join("logstores");
-        let known: std::collections::HashSet<String> = admin
-            .catalogue
-            .logstores
-            .values()
-            .map(|entry| entry.id)
-            .chain(admin.catalogue.deleting.iter().copied())
-            .map(|id| id.to_string())
-            .collect();
+        let known: std::collections::HashSet<String> = {
+            let catalogue = self.catalogue.now();
+            let ids = catalogue.logstores.values().map(|entry| entry.id).chain(catalogue.deleting.iter().copied());
+            ids.map(|id| id.to_string()).collect()
+        };
         let mut unlisted = Vec::new();
         for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
             let is_dir = entry.kind == FileKind::Directory;

@@ -12,7 +12,7 @@ use tracing::info;
 
 use super::{
     AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
-    catalogue::{self, Catalogue},
+    catalogue::{self, Catalogue, Journal, Loaded, load_newest},
     creation,
     lock::StoreLock,
     recover,
@@ -23,6 +23,7 @@ use crate::{
     config::{LogstoreName, check_cmk},
     crypto::CryptoProvider,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    epoch::Fence,
     error::Location,
     ids::{KeyringId, StoreId},
     io::{self, Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock},
@@ -279,14 +280,14 @@ impl StoreBuilder {
         };
         // Syncs the directory, because a previous process may have died between a rename and the sync of it.
         this.disk.sync_dir(&this.dir).map_err(Error::io("sync", &this.dir))?;
-        let catalogue = Catalogue::load(&*this.disk, &this.dir, identity.store, &keyring)?;
-        check_writing(&catalogue.features, &catalogue::path(&this.dir))?;
-        if keyring.newest() > catalogue.keyring_version {
+        let (fence, found) = this.take_over(identity.store, &keyring)?;
+        check_writing(&found.features, &found.path)?;
+        if keyring.newest() > found.keyring_version {
             keyring.file().sync_name()?;
         }
         keyring.file().remove_leftovers();
         creation::forget(&*this.disk, &this.dir);
-        let store = this.assemble(identity.store, keyring, catalogue, Some(held), Audit::Ours)?;
+        let store = this.assemble(identity.store, keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
         store.shared.clean_up()?;
         Ok(store)
     }
@@ -302,8 +303,8 @@ impl StoreBuilder {
         let identity = this.identity()?;
         let keyring = this.load_keyring(&*outside, &identity)?;
         verify_identity(&*this.disk, &this.dir, &keyring)?;
-        let catalogue = Catalogue::load(&*this.disk, &this.dir, identity.store, &keyring)?;
-        this.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
+        let found = load_newest(&*this.disk, &this.dir, identity.store, &keyring)?;
+        this.assemble(identity.store, keyring, found.catalogue, None, Audit::Ours)
     }
 
     /// Opens the store, or makes it where there is none.
@@ -360,7 +361,10 @@ impl StoreBuilder {
         let keyring = this.new_keyring(&file, identity.store, now_us)?.write()?;
         // Until the new STORE file is in place, the old one still names the old keyring: an interrupted recovery is done anew.
         let recovered = (|| {
-            let store = this.assemble(identity.store, keyring, Catalogue::default(), Some(held), Audit::Lost)?;
+            let above = catalogue::newest_epoch(&*disk, &dir)?;
+            let fence = Fence::raise(&*disk, &dir, identity.store, above, &*this.random)?;
+            let lost = Catalogue { generation: 1, ..Catalogue::default() };
+            let store = this.assemble(identity.store, keyring, lost, Some((held, fence)), Audit::Lost)?;
             let report = store.shared.recover_logstores(expected).inspect_err(|error| {
                 // The catalogue stays under the old keyring, which may be found yet: the new one is discarded.
                 lock(&store.shared.admin).latched = Some(error.clone());
@@ -446,12 +450,26 @@ impl StoreBuilder {
         Ok(Identity { store: claimed.store, keyring: body.keyring, features: claimed.features })
     }
 
+    /// Raises the writer epoch above that of every earlier writer, and reads the catalogue that the last of them left.
+    pub(super) fn take_over(&self, store: StoreId, keyring: &Keyring) -> Result<(Fence, Loaded)> {
+        let mut above = 0;
+        loop {
+            let fence = Fence::raise(&*self.disk, &self.dir, store, above, &*self.random)?;
+            let found = load_newest(&*self.disk, &self.dir, store, keyring)?;
+            if found.place.epoch < fence.epoch() {
+                return Ok((fence, found));
+            }
+            // The epoch file was lost, or put back.
+            above = found.place.epoch;
+        }
+    }
+
     pub(super) fn assemble(
         self,
         id: StoreId,
         keyring: Keyring,
         catalogue: Catalogue,
-        mut held: Option<StoreLock>,
+        held: Option<(StoreLock, Fence)>,
         found: Audit,
     ) -> Result<Store> {
         let Custody { kms, counters, .. } = keyring.custody().clone();
@@ -464,11 +482,22 @@ impl StoreBuilder {
             self.options.audit_file_bytes,
             Arc::clone(&counters),
         );
+        let known = catalogue.audit.clone();
+        let disk = Arc::clone(&self.disk);
+        let (mut held, fence) = held.map(|(held, fence)| (held, Arc::new(fence))).unzip();
         if found == Audit::Ours {
-            audit.find_end(&catalogue.audit)?;
+            audit.find_end(&known)?;
             if held.is_some() {
-                audit.make_durable(&catalogue.audit)?;
+                audit.make_durable(&known)?;
             }
+        }
+        let catalogue = match &fence {
+            Some(fence) => Journal::for_writing(disk, &self.dir, id, Arc::clone(&keyring), catalogue, Arc::clone(fence)),
+            None => Journal::for_reading(disk, &self.dir, id, Arc::clone(&keyring), catalogue),
+        };
+        if held.is_some() && found == Audit::Ours {
+            // Before it looks at any shard: an earlier catalogue must not count any more.
+            catalogue.write_anew()?;
         }
         // From here on nothing is refused any more.
         if let Some(held) = &mut held {
@@ -495,7 +524,9 @@ impl StoreBuilder {
             }),
             budget: Budget::new(self.options.pending_bytes_max),
             permits: ReaderPermits::new(self.options.readers_max),
-            admin: Mutex::new(AdminState { catalogue, latched: None, closed: false }),
+            admin: Mutex::new(AdminState { latched: None, closed: false }),
+            catalogue: Arc::new(catalogue),
+            fence,
             logstores: Mutex::default(),
             leases: Mutex::default(),
             circuits: Mutex::default(),
@@ -570,7 +601,7 @@ pub(super) fn write_identity(
 impl StoreShared {
     /// The path of the catalogue, for messages.
     pub(super) fn catalogue_path(&self) -> PathBuf {
-        catalogue::path(&self.dir)
+        self.catalogue.path()
     }
 
     /// Lets go of the advisory lock.

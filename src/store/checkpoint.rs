@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Entry, Store, StoreShared,
+    Change, Store, StoreShared,
     catalogue::{check_audit_head, check_entry, unique},
 };
 use crate::{
@@ -74,14 +74,14 @@ impl StoreShared {
     fn checkpoint(&self) -> Result<Checkpoint> {
         self.keys.check_process()?;
         let mut admin = lock(&self.admin);
-        self.reload_catalogue(&mut admin)?;
-        let names: Vec<LogstoreName> = admin.catalogue.logstores.keys().cloned().collect();
-        let mut logstores = BTreeMap::new();
-        for name in names {
+        self.reload_catalogue()?;
+        let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());
+        for name in self.names() {
             let logstore = self.logstore_locked(&mut admin, &name)?;
             let mut shards = Vec::new();
             for shard in &logstore.shards {
                 let head: Option<Head> = shard.checkpoint()?;
+                reached.extend(head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)));
                 let record = ShardRecord { head, ..shard.record() };
                 if !self.read_only {
                     // It is durable, whatever becomes of the catalogue, which may be found to say so.
@@ -93,17 +93,13 @@ impl StoreShared {
             logstores.insert(name, CheckpointEntry { id: logstore.id, generation, shards });
         }
         if !self.read_only {
-            self.commit(&mut admin, |catalogue| {
-                for (name, entry) in &logstores {
-                    if let Some(place) = catalogue.logstores.get_mut(name) {
-                        *place = Entry { shards: entry.shards.clone(), ..place.clone() };
-                    }
-                }
-            })?;
+            self.commit(&mut admin, reached)?;
+            self.catalogue.settle()?;
         }
+        let catalogue_generation = self.catalogue.now().generation;
         let body = CheckpointBody {
             taken_us: self.clock.wall_us(),
-            catalogue_generation: admin.catalogue.generation,
+            catalogue_generation,
             audit: self.audit.head(),
             logstores,
         };
@@ -113,7 +109,7 @@ impl StoreShared {
             features: Features::default(),
             store: self.id,
             subject: [0; 16],
-            generation: admin.catalogue.generation,
+            generation: catalogue_generation,
             keyring_version: keyring.newest(),
             a: serde_json::to_vec(&body).expect("plain data always serializes"),
             b: Vec::new(),

@@ -15,15 +15,16 @@ use tracing::info;
 use super::{
     Store, StoreBuilder,
     builder::{Audit, identity_path, verify_identity, write_identity},
-    catalogue::{self, Catalogue},
+    catalogue,
     lock::StoreLock,
 };
 use crate::{
     Error, Result,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    epoch,
     error::Location,
     ids::{KeyringId, StoreId},
-    io::{self, Access, Disk, Existing, FileKind, WrongFileType, is_temporary},
+    io::{self, Access, DirEntry, Disk, Existing, FileKind, WrongFileType, is_temporary},
     keys::{
         AuditEvent,
         keyring::{Keyring, NewKeyring},
@@ -33,8 +34,9 @@ use crate::{
 };
 
 /// The directories of a store.
-const PARTS: [&str; 3] = ["audit", "logstores", "probes"];
+const PARTS: [&str; 4] = ["audit", "catalogue", "logstores", "probes"];
 const RECORD: &str = "CREATING";
+const EPOCH: &str = epoch::NAME;
 
 /// What is in a directory that is no store yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,19 +71,20 @@ impl Remains {
                 FileKind::File => {
                     matches!(name, "LOCK" | RECORD)
                         || is_temporary(name, RECORD)
-                        || (begun && name == "catalogue")
-                        || (begun && (is_temporary(name, "catalogue") || is_temporary(name, "STORE")))
+                        || (begun && (name == EPOCH || is_temporary(name, EPOCH) || is_temporary(name, "STORE")))
                 }
                 FileKind::Directory if PARTS.contains(&name) => {
                     let part = dir.join(name);
-                    disk.list_dir(&part).map_err(Error::io("list", &part))?.is_empty()
+                    let entries = disk.list_dir(&part).map_err(Error::io("list", &part))?;
+                    let is_catalogue = |entry: &DirEntry| catalogue::is_catalogue_file_or_temporary(&entry.name);
+                    entries.is_empty() || (begun && name == "catalogue" && entries.iter().all(is_catalogue))
                 }
                 _ => false,
             };
             if !ours {
                 let expected = match name {
                     "LOCK" | RECORD => Some(FileKind::File),
-                    "catalogue" if begun => Some(FileKind::File),
+                    EPOCH if begun => Some(FileKind::File),
                     _ if begun && PARTS.contains(&name) => Some(FileKind::Directory),
                     _ => None,
                 };
@@ -237,20 +240,18 @@ impl StoreBuilder {
                 made => made.map_err(Error::io("create", &part))?,
             }
         }
-        let path = catalogue::path(&dir);
-        let mut catalogue = Catalogue::default();
-        if disk.stat(&path).map_err(Error::io("look for", &path))?.is_some() {
-            catalogue = Catalogue::load(&*disk, &dir, keyring.store(), &keyring)?;
-        } else {
-            catalogue.save(&*disk, &dir, keyring.store(), &keyring)?;
+        if !catalogue::exists(&*disk, &dir)? {
+            catalogue::write_first(&*disk, &dir, keyring.store(), &keyring)?;
         }
+        let (fence, found) = self.take_over(keyring.store(), &keyring)?;
         sync_parent()?;
         write_identity(&*disk, &dir, keyring.store(), &keyring, self.clock.wall_us())?;
         forget(&*disk, &dir);
         // The creation has succeeded if the store opens again.
         keyring.verify_file()?;
         verify_identity(&*disk, &dir, &keyring)?;
-        let store = self.assemble(keyring.store(), keyring, catalogue, Some(held), Audit::Ours)?;
+        let store =
+            self.assemble(keyring.store(), keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
         Ok(store)
     }
@@ -270,11 +271,10 @@ impl StoreBuilder {
             bytes => bytes.map_err(Error::io("read", &path))?,
         };
         if !file.exists()? {
-            let path = catalogue::path(dir);
-            return match disk.stat(&path).map_err(Error::io("look for", &path))? {
+            return match catalogue::exists(disk, dir)? {
                 // The keyring was there before the catalogue was.
-                Some(_) => Err(Error::KeyringMissing { path: file.path().to_owned() }),
-                None => Ok(None),
+                true => Err(Error::KeyringMissing { path: file.path().to_owned() }),
+                false => Ok(None),
             };
         }
         let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;

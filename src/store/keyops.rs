@@ -126,8 +126,9 @@ impl Store {
             *write(&shared.keyring) = rotated;
             shared.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
             // Authenticated under the new version from now on: an older keyring is too old.
-            shared.commit(&mut admin, |_| {})?;
-            admin.catalogue.logstores.keys().cloned().collect::<Vec<_>>()
+            shared.commit(&mut admin, Vec::new())?;
+            shared.catalogue.write_anew()?;
+            shared.names()
         };
         let mut result = Ok(());
         for name in names {

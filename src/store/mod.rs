@@ -31,6 +31,7 @@ use crate::{
     config::{ConfigError, LogstoreConfig, LogstoreName, check_cmk},
     crypto::{CryptoProvider, HashAlg, SecretKey, hash},
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
+    epoch::Fence,
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, Existing, Random},
@@ -54,7 +55,7 @@ use crate::{
 
 pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};
-use catalogue::{Catalogue, Entry};
+use catalogue::{Catalogue, Change, Entry, Journal, load_newest};
 pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use checkpoint::Checkpoint;
 pub use keyops::ReplaceCmk;
@@ -105,7 +106,6 @@ impl Drop for Open {
 
 /// What changes when the store is administrated; one administrative operation at a time.
 struct AdminState {
-    catalogue: Catalogue,
     /// Set when a write of metadata failed half-way: nothing more is changed until the store is opened anew.
     latched: Option<Error>,
     /// Whether the store was closed. Whoever waited for this meanwhile finds it out here.
@@ -131,6 +131,9 @@ pub(crate) struct StoreShared {
     budget: Arc<Budget>,
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
+    catalogue: Arc<Journal>,
+    /// Tells a writer that another one has taken over; `None` in a store that is open for reading.
+    fence: Option<Arc<Fence>>,
     /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
     logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
@@ -194,9 +197,9 @@ impl Store {
     /// # Errors
     /// For a store that is open read-only, what keeps the catalogue from being read again.
     pub fn list(&self) -> Result<Vec<LogstoreName>> {
-        let mut admin = lock(&self.shared.admin);
-        self.shared.reload_catalogue(&mut admin)?;
-        Ok(admin.catalogue.logstores.keys().cloned().collect())
+        let _admin = lock(&self.shared.admin);
+        self.shared.reload_catalogue()?;
+        Ok(self.shared.names())
     }
 
     /// A handle to a Logstore. Calls no KMS: the key is asked for at first use.
@@ -276,15 +279,31 @@ impl StoreShared {
     }
 
     fn load_catalogue(&self) -> Result<Catalogue> {
-        self.keys.with_keyring(|keyring| Catalogue::load(&*self.disk, &self.dir, self.id, keyring))
+        self.keys
+            .with_keyring(|keyring| load_newest(&*self.disk, &self.dir, self.id, keyring))
+            .map(|loaded| loaded.catalogue)
     }
 
     /// A reader has the catalogue as the writer last left it.
-    fn reload_catalogue(&self, admin: &mut AdminState) -> Result<()> {
+    fn reload_catalogue(&self) -> Result<()> {
         if self.read_only {
-            admin.catalogue = self.load_catalogue()?;
+            self.catalogue.reload(self.load_catalogue()?);
         }
         Ok(())
+    }
+
+    /// The names of all Logstores that the catalogue knows.
+    fn names(&self) -> Vec<LogstoreName> {
+        self.catalogue.now().logstores.keys().cloned().collect()
+    }
+
+    /// What the catalogue knows of a Logstore.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`].
+    fn entry(&self, name: &LogstoreName) -> Result<Entry> {
+        let entry = self.catalogue.now().logstores.get(name).cloned();
+        entry.ok_or_else(|| Error::LogstoreMissing(name.clone()))
     }
 
     fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
@@ -307,23 +326,20 @@ impl StoreShared {
             return Err(Error::Closed("the store"));
         }
         if self.read_only {
-            return self.read_only_logstore(admin, name);
+            return self.read_only_logstore(name);
         }
         if let Some(open) = lock(&self.logstores).get(name) {
             return Ok(Arc::clone(open));
         }
-        let entry = admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
+        let entry = self.entry(name)?;
         let meta = self.load_meta(name, &entry)?;
         meta.features.check_writing().map_err(|error| error.in_file(&meta_path(&self.logstore_dir(entry.id)), 0))?;
         if meta.generation > entry.generation {
             // A crash came between the metadata and the catalogue, or before the metadata's name was durable.
             let path = meta_path(&self.logstore_dir(entry.id));
             io::sync_parent(&*self.disk, &path).map_err(Error::io("sync", &path))?;
-            let mut changed = entry.clone();
-            changed.generation = meta.generation;
-            self.commit(admin, |catalogue| {
-                catalogue.logstores.insert(name.clone(), changed);
-            })?;
+            let changed = Change::Replaced { name: name.clone(), id: entry.id, generation: meta.generation };
+            self.commit(admin, vec![changed])?;
         }
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
@@ -331,13 +347,12 @@ impl StoreShared {
     }
 
     /// A reader looks at the metadata anew each time it is asked for a Logstore, and keeps what it has while nothing changed.
-    fn read_only_logstore(&self, admin: &mut AdminState, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+    fn read_only_logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         // The writer may be between the metadata and the catalogue.
         let mut attempts = 0;
         let (entry, meta) = loop {
-            self.reload_catalogue(admin)?;
-            let entry =
-                admin.catalogue.logstores.get(name).cloned().ok_or_else(|| Error::LogstoreMissing(name.clone()))?;
+            self.reload_catalogue()?;
+            let entry = self.entry(name)?;
             match self.load_meta(name, &entry) {
                 Ok(meta) => break (entry, meta),
                 Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
@@ -403,6 +418,8 @@ impl StoreShared {
             gate,
             options: self.shard_options(),
             read_only: self.read_only,
+            heads: Arc::clone(&self.catalogue) as _,
+            fence: self.fence.clone(),
             plan: Arc::clone(&plan),
             permits: Arc::clone(&self.permits),
             reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
@@ -503,24 +520,20 @@ impl StoreShared {
         }
     }
 
-    /// Writes the changed catalogue; the one in memory changes only with it.
-    fn commit(&self, admin: &mut AdminState, change: impl FnOnce(&mut Catalogue)) -> Result<()> {
+    /// Changes the catalogue durably; the one in memory changes only with it. Notes too how far the audit log is.
+    fn commit(&self, admin: &mut AdminState, mut changes: Vec<Change>) -> Result<()> {
         if let Some(error) = &admin.latched {
             return Err(error.clone());
         }
-        let mut catalogue = admin.catalogue.clone();
-        change(&mut catalogue);
-        catalogue.audit = self.audit.head_after(&admin.catalogue.audit);
-        match catalogue.save(&*self.disk, &self.dir, self.id, &read(&self.keyring)) {
-            Ok(()) => {
-                admin.catalogue = catalogue;
-                Ok(())
-            }
-            Err(error) => {
-                admin.latched = Some(error.clone());
-                Err(error)
-            }
+        let known = self.catalogue.now().audit.clone();
+        let audit = self.audit.head_after(&known);
+        if audit != known {
+            changes.push(Change::Audited(audit));
         }
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.catalogue.commit(changes).inspect_err(|error| admin.latched = Some(error.clone()))
     }
 
     // ---- leases ----
@@ -715,23 +728,14 @@ impl StoreShared {
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {
                     match shard.close() {
-                        Ok(Some(head)) => heads.push((logstore.name.clone(), shard.id(), head)),
+                        Ok(Some(head)) => heads.push(Change::reached(&logstore.name, logstore.id, shard.id(), head)),
                         Ok(None) => {}
                         Err(error) => result = Err(error),
                     }
                 }
             }
-            let audit_moved = self.audit.head_after(&admin.catalogue.audit) != admin.catalogue.audit;
-            if admin.latched.is_none() && (!heads.is_empty() || audit_moved) {
-                let noted = self.commit(&mut admin, |catalogue| {
-                    for (name, shard, head) in heads {
-                        if let Some(entry) = catalogue.logstores.get_mut(&name)
-                            && let Some(record) = entry.shards.get_mut(shard as usize)
-                        {
-                            record.head = Some(head);
-                        }
-                    }
-                });
+            if admin.latched.is_none() {
+                let noted = self.commit(&mut admin, heads).and_then(|()| self.catalogue.settle());
                 result = result.and(noted);
             }
         }

@@ -33,7 +33,7 @@ impl Store {
 impl StoreShared {
     pub(super) fn rotate_due_data_keys(&self) -> Result<Vec<LogstoreName>> {
         self.check_writable()?;
-        let names: Vec<LogstoreName> = lock(&self.admin).catalogue.logstores.keys().cloned().collect();
+        let names = self.names();
         let mut rotated = Vec::new();
         let mut result = Ok(());
         for name in names {

@@ -115,8 +115,9 @@ impl StoreShared {
             expected.keys().filter(|name| report.recovered.binary_search(name).is_err()).cloned().collect();
         let mut admin = lock(&self.admin);
         // Later than anything that the lost catalogue may have reached.
-        catalogue.generation = admin.catalogue.generation.max(self.clock.wall_us());
-        self.commit(&mut admin, |place| *place = catalogue)?;
+        catalogue.generation = self.catalogue.now().generation.max(self.clock.wall_us());
+        catalogue.audit = self.audit.head_after(&catalogue.audit);
+        self.catalogue.replace(catalogue).inspect_err(|error| admin.latched = Some(error.clone()))?;
         Ok(report)
     }
 

@@ -9,7 +9,7 @@ use std::{
 use serde::Serialize;
 use tracing::{info, warn};
 
-use super::{AdminState, Store, StoreShared, keyops::KeyChange};
+use super::{AdminState, Change, Store, StoreShared, keyops::KeyChange};
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
@@ -120,7 +120,7 @@ impl StoreShared {
         self.check_writable()?;
         let mut report =
             RetentionReport { suspended: lock(&self.retention).has_jumped(&*self.clock), ..Default::default() };
-        let names: Vec<LogstoreName> = lock(&self.admin).catalogue.logstores.keys().cloned().collect();
+        let names = self.names();
         let mut result = self.finish_deletions();
         for name in names {
             let done = self.retain(&name, &mut report);
@@ -270,13 +270,15 @@ impl StoreShared {
         }
         // First the catalogue says that they may be missing, and that the shard goes on in the next one; then they go.
         shard.make_names_durable()?;
-        self.commit(admin, |catalogue| {
-            if let Some(entry) = catalogue.logstores.get_mut(&logstore.name)
-                && let Some(place) = entry.shards.get_mut(shard.id() as usize)
-            {
-                *place = record.clone();
-            }
-        })?;
+        let dropped_to = Change::Dropped {
+            name: logstore.name.clone(),
+            id: logstore.id,
+            shard: shard.id(),
+            first_ordinal: record.first_ordinal,
+            first_seq: record.first_seq,
+        };
+        let reached = record.head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head));
+        self.commit(admin, reached.into_iter().chain([dropped_to]).collect())?;
         shard.set_record(record.clone());
         shard.drop_before(record.first_ordinal);
         info!(

@@ -171,7 +171,7 @@ impl StoreShared {
     /// The last run of this scope, if it began not long ago and has not ended. A log that cannot be trusted tells of none.
     fn interrupted_run(&self, scope: &str) -> Earlier {
         let mut run = Earlier::default();
-        let known = lock(&self.admin).catalogue.audit.clone();
+        let known = self.catalogue.now().audit.clone();
         for record in self.audit.verified(&[&known]).unwrap_or_default() {
             match (record.event, record.logstore_id) {
                 (AuditEvent::RewrapBegun, _) if record.detail == scope => {

@@ -9,7 +9,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{AdminState, Store, StoreShared, builder::identity_path};
+use super::{Store, StoreShared, builder::identity_path, catalogue::load_newest};
 use crate::{
     Error, Result,
     config::LogstoreName,
@@ -258,13 +258,16 @@ impl StoreShared {
         let mut seen = BTreeSet::new();
         // Other administration goes on meanwhile; what is made while this looks is looked at too.
         loop {
-            let mut admin = lock(&self.admin);
-            self.reload_catalogue(&mut admin)?;
-            let entries = admin.catalogue.logstores.iter().map(|(name, entry)| (name.clone(), entry.id));
-            let new: Vec<(LogstoreName, LogstoreId)> = entries.filter(|entry| !seen.contains(entry)).collect();
+            let admin = lock(&self.admin);
+            self.reload_catalogue()?;
+            let new: Vec<(LogstoreName, LogstoreId)> = {
+                let catalogue = self.catalogue.now();
+                let entries = catalogue.logstores.iter().map(|(name, entry)| (name.clone(), entry.id));
+                entries.filter(|entry| !seen.contains(entry)).collect()
+            };
             if new.is_empty() {
                 // Last, so that the probes and records of what is new are among them.
-                self.tally_store(&admin, &mut tally)?;
+                self.tally_store(&mut tally)?;
                 break;
             }
             drop(admin);
@@ -281,13 +284,16 @@ impl StoreShared {
     }
 
     /// What belongs to no single Logstore: documents, probes, the audit log, directories that nobody knows.
-    fn tally_store(&self, admin: &AdminState, tally: &mut Tally) -> Result<()> {
+    fn tally_store(&self, tally: &mut Tally) -> Result<()> {
         let document = |path: &std::path::Path, tally: &mut Tally| match self.keyring_version_of(path) {
             Ok(version) => tally.services.entry(version).or_default().documents += 1,
             Err(error) => tally.unknown.push(error.to_string()),
         };
         document(&identity_path(&self.dir), tally);
-        document(&self.catalogue_path(), tally);
+        match self.keys.with_keyring(|keyring| load_newest(&*self.disk, &self.dir, self.id, keyring)) {
+            Ok(found) => tally.services.entry(found.keyring_version).or_default().documents += 1,
+            Err(error) => tally.unknown.push(error.to_string()),
+        }
         let probes = self.probes_dir();
         for entry in self.disk.list_dir(&probes).map_err(Error::io("list", &probes))? {
             if entry.name.ends_with(".tmp") {
@@ -304,7 +310,8 @@ impl StoreShared {
                 Err(error) => tally.unknown.push(error.to_string()),
             }
         }
-        match self.audit.verified(&[&admin.catalogue.audit]) {
+        let known = self.catalogue.now().audit.clone();
+        match self.audit.verified(&[&known]) {
             Ok(records) => {
                 for record in records {
                     tally.services.entry(record.keyring_version).or_default().records += 1;
@@ -312,7 +319,7 @@ impl StoreShared {
             }
             Err(error) => tally.unknown.push(format!("the audit log: {error}")),
         }
-        for (dir, has_segments) in self.unlisted(admin)? {
+        for (dir, has_segments) in self.unlisted()? {
             if has_segments {
                 tally.unknown.push(format!("{} has segments in it, and the catalogue does not know it", dir.display()));
             }

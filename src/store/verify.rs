@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::{
-    AdminState, Checkpoint, Store, StoreShared,
+    Checkpoint, Store, StoreShared,
     builder::verify_identity,
-    catalogue::Catalogue,
+    catalogue::load_newest,
     checkpoint::{CheckpointBody, CheckpointEntry},
 };
 use crate::{
@@ -171,17 +171,13 @@ impl StoreShared {
             progress,
         };
         let names = {
-            let mut admin = lock(&self.admin);
-            self.reload_catalogue(&mut admin)?;
-            if let Some(name) = &options.logstore
-                && !admin.catalogue.logstores.contains_key(name)
-            {
-                return Err(Error::LogstoreMissing(name.clone()));
+            let _admin = lock(&self.admin);
+            self.reload_catalogue()?;
+            match &options.logstore {
+                Some(name) => drop(self.entry(name)?),
+                None => self.verify_store(against.as_ref(), &mut verification)?,
             }
-            if options.logstore.is_none() {
-                self.verify_store(&admin, against.as_ref(), &mut verification)?;
-            }
-            admin.catalogue.logstores.keys().cloned().collect::<Vec<_>>()
+            self.names()
         };
         let mut logstores = Vec::new();
         for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
@@ -217,16 +213,16 @@ impl StoreShared {
     /// What belongs to no single Logstore: the audit log, directories that nobody knows, what the checkpoint knows of all.
     fn verify_store(
         &self,
-        admin: &AdminState,
         against: Option<&CheckpointBody>,
         verification: &mut Verification<'_>,
     ) -> Result<()> {
-        for checked in self.verify_documents(admin) {
+        for checked in self.verify_documents() {
             if let Err(error) = checked {
                 verification.note(None, error)?;
             }
         }
-        let mut heads = vec![&admin.catalogue.audit];
+        let catalogue = self.catalogue.now().clone();
+        let mut heads = vec![&catalogue.audit];
         heads.extend(against.map(|against| &against.audit));
         let records = match self.audit.verified(&heads) {
             Ok(records) => records,
@@ -239,29 +235,29 @@ impl StoreShared {
             Ok(notes) => verification.report.notes.extend(notes),
             Err(error) => verification.note(None, error)?,
         }
-        for id in &admin.catalogue.deleting {
+        for id in &catalogue.deleting {
             let dir = self.logstore_dir(*id);
             verification
                 .report
                 .notes
                 .push(format!("the files of a deleted Logstore are not all gone: {}", dir.display()));
         }
-        for (dir, may_have_segments) in self.unlisted(admin)? {
+        for (dir, may_have_segments) in self.unlisted()? {
             if may_have_segments {
                 let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
                 verification.note(None, Error::RolledBack { what })?;
             }
         }
         let Some(against) = against else { return Ok(()) };
-        if admin.catalogue.generation < against.catalogue_generation {
+        if catalogue.generation < against.catalogue_generation {
             let what = format!(
                 "the catalogue is of generation {}, it was {} at the checkpoint",
-                admin.catalogue.generation, against.catalogue_generation
+                catalogue.generation, against.catalogue_generation
             );
             verification.note(None, Error::RolledBack { what })?;
         }
         for (name, expected) in &against.logstores {
-            let same = admin.catalogue.logstores.get(name).is_some_and(|entry| entry.id == expected.id);
+            let same = catalogue.logstores.get(name).is_some_and(|entry| entry.id == expected.id);
             let deleted = records.iter().skip(against.audit.number as usize).any(|record| {
                 record.logstore_id == Some(expected.id)
                     && matches!(record.event, AuditEvent::DeleteIntended | AuditEvent::Deleted)
@@ -277,13 +273,15 @@ impl StoreShared {
     }
 
     /// The store's own documents, as they are on disk now.
-    fn verify_documents(&self, admin: &AdminState) -> [Result<()>; 3] {
+    fn verify_documents(&self) -> [Result<()>; 3] {
         let keyring = read(&self.keyring);
-        let catalogue = Catalogue::load(&*self.disk, &self.dir, self.id, &keyring).and_then(|found| {
-            if self.read_only || found.generation == admin.catalogue.generation {
+        // Rolling shards add records meanwhile.
+        let known = self.catalogue.now().generation;
+        let catalogue = load_newest(&*self.disk, &self.dir, self.id, &keyring).and_then(|found| {
+            let found = found.catalogue.generation;
+            if self.read_only || found >= known {
                 return Ok(());
             }
-            let (found, known) = (found.generation, admin.catalogue.generation);
             Err(Error::RolledBack {
                 what: format!("the catalogue is of generation {found}, it was written as {known}"),
             })

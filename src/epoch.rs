@@ -1,0 +1,200 @@
+//! The writer epoch: which process writes a store, when the advisory lock does not say.
+//!
+//! The file `EPOCH` has two slots. Each opening for writing raises the epoch durably, before it looks at anything else that a writer
+//! changes. A writer compares the file with what it wrote there, after each write and sync and before it acknowledges them. Another
+//! writer that has raised the epoch since may not see these bytes, so they are not acknowledged.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::BufMut;
+
+use crate::{
+    Error, Result,
+    ids::StoreId,
+    io::{Disk, DiskFile, Existing, OpenMode, Random, read_exact_at, write_file},
+    segment::{Cursor, DecodeError, put_crc, require, strip_crc},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+/// The name of the file.
+pub(crate) const NAME: &str = "EPOCH";
+const MAGIC: &[u8; 8] = b"ENVLEPO\0";
+const VERSION: u16 = 2;
+const WRITER_LEN: usize = 16;
+/// What a slot holds; the rest of it is zeros.
+const USED_LEN: usize = 8 + 2 + 6 + 8 + WRITER_LEN + 16 + 4;
+/// One sector: the disk writes it whole or not at all.
+const SLOT_LEN: usize = 512;
+const FILE_LEN: usize = 2 * SLOT_LEN;
+/// The highest epoch. A slot that names a higher one does not count.
+const EPOCH_MAX: u64 = 1 << 48;
+/// How often an opening that meets another one tries again.
+const ATTEMPTS: u32 = 32;
+
+/// One slot of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Slot {
+    epoch: u64,
+    writer: [u8; WRITER_LEN],
+    store: StoreId,
+}
+
+impl Slot {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(SLOT_LEN);
+        out.put_slice(MAGIC);
+        out.put_u16_le(VERSION);
+        out.put_bytes(0, 6);
+        out.put_u64_le(self.epoch);
+        out.put_slice(&self.writer);
+        out.put_slice(self.store.as_bytes());
+        put_crc(&mut out, 0);
+        out.resize(SLOT_LEN, 0);
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> std::result::Result<Self, DecodeError> {
+        let mut cursor = Cursor::new(bytes);
+        cursor.magic(MAGIC)?;
+        cursor.version(VERSION)?;
+        cursor.zeros(6, "reserved bytes of the epoch")?;
+        let slot = Self {
+            epoch: cursor.u64()?,
+            writer: cursor.array()?,
+            store: StoreId::from_bytes(cursor.array()?),
+        };
+        strip_crc(Cursor::new(bytes).bytes(USED_LEN)?)?;
+        require((1..=EPOCH_MAX).contains(&slot.epoch), "epoch")?;
+        Ok(slot)
+    }
+}
+
+/// The whole file, as a writer wrote it or found it.
+type Image = [u8; FILE_LEN];
+
+/// The slot with the highest epoch of the store, and its place.
+///
+/// A slot that is not whole does not count: a crash has torn it, and the catalogue knows an epoch too.
+///
+/// # Errors
+/// [`DecodeError::NewerVersion`]: a newer envelog wrote a slot.
+fn highest(image: &Image, store: StoreId) -> std::result::Result<Option<(usize, Slot)>, DecodeError> {
+    let mut found: Option<(usize, Slot)> = None;
+    for (place, bytes) in image.chunks_exact(SLOT_LEN).enumerate() {
+        match Slot::decode(bytes) {
+            Ok(slot) if slot.store == store && found.is_none_or(|(_, other)| other.epoch < slot.epoch) => {
+                found = Some((place, slot));
+            }
+            Err(newer @ DecodeError::NewerVersion(_)) => return Err(newer),
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// What tells a writer that another one has taken over the store.
+#[derive(Debug)]
+pub(crate) struct Fence {
+    file: Arc<dyn DiskFile>,
+    path: PathBuf,
+    epoch: u64,
+    image: Image,
+    /// Whether another writer has been seen. It stays so.
+    lost: AtomicBool,
+}
+
+impl Fence {
+    /// Raises the epoch of the store in `dir` above all that the file and the caller (`above`) know, durably. From then on every
+    /// earlier writer finds out that it is one.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] when there is no higher epoch; [`Error::Fenced`] when others keep
+    /// opening the store at the same time.
+    pub(crate) fn raise(
+        disk: &dyn Disk,
+        dir: &Path,
+        store: StoreId,
+        above: u64,
+        random: &dyn Random,
+    ) -> Result<Self> {
+        let path = dir.join(NAME);
+        let io = |op| Error::io(op, &path);
+        let mut writer = [0; WRITER_LEN];
+        random.fill(&mut writer).map_err(io("draw an id for the writer of"))?;
+        let mut found = 0;
+        for _ in 0..ATTEMPTS {
+            let file = open(disk, &path)?;
+            if file.len().map_err(io("look at"))? < FILE_LEN as u64 {
+                file.set_len(FILE_LEN as u64).map_err(io("extend"))?;
+            }
+            let mut image = [0; FILE_LEN];
+            read_exact_at(&*file, &mut image, 0).map_err(io("read"))?;
+            let newest = highest(&image, store).map_err(|error| error.in_file(&path, 0))?;
+            let (place, known) = newest.map_or((1, 0), |(place, slot)| (place, slot.epoch));
+            let epoch = known.max(above).saturating_add(1);
+            if epoch > EPOCH_MAX {
+                return Err(Error::TooMany { what: "openings of the store", limit: EPOCH_MAX });
+            }
+            // The older slot is overwritten: should the write be torn, the newer one still counts.
+            let at = (1 - place) * SLOT_LEN;
+            let slot = Slot { epoch, writer, store }.encode();
+            file.write_at(&slot, at as u64).map_err(io("write"))?;
+            file.sync_data().map_err(io("sync"))?;
+            if let Some(place) = image.get_mut(at..at + SLOT_LEN) {
+                place.copy_from_slice(&slot);
+            }
+            let fence = Self { file, path: path.clone(), epoch, image, lost: AtomicBool::new(false) };
+            if fence.is_held().map_err(io("read"))? {
+                return Ok(fence);
+            }
+            found = epoch;
+        }
+        Err(Error::Fenced { path: dir.to_owned(), epoch: found })
+    }
+
+    /// The epoch of this writer.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Makes sure that no other writer has opened the store since this one did. What was written and synced before is then seen by
+    /// every later writer. Costs one read of 1 KiB from the page cache and one `fstat`.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`], from the first time on that another writer was seen; [`Error::Io`].
+    pub(crate) fn check(&self) -> Result<()> {
+        let held =
+            !self.lost.load(Ordering::Relaxed) && self.is_held().map_err(Error::io("read", &self.path))?;
+        if held {
+            return Ok(());
+        }
+        self.lost.store(true, Ordering::Relaxed);
+        let dir = self.path.parent().unwrap_or(Path::new("."));
+        Err(Error::Fenced { path: dir.to_owned(), epoch: self.epoch })
+    }
+
+    fn is_held(&self) -> std::io::Result<bool> {
+        let mut now = [0; FILE_LEN];
+        let read = self.file.read_at(&mut now, 0)?;
+        // A file that was replaced says nothing about what other writers wrote into the new one.
+        Ok(read == FILE_LEN && now == self.image && self.file.stat()?.links > 0)
+    }
+}
+
+/// Opens the file, and makes it first where there is none.
+fn open(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn DiskFile>> {
+    for _ in 0..ATTEMPTS {
+        match disk.open(path, OpenMode::ReadWrite) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            opened => return opened.map_err(Error::io("open", path)),
+        }
+        match write_file(disk, path, &[0; FILE_LEN], Existing::Keep) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(Error::io("create", path))?,
+        }
+    }
+    Err(Error::io("open", path)(std::io::ErrorKind::NotFound.into()))
+}

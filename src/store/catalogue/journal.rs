@@ -1,0 +1,291 @@
+//! The writer of the catalogue: appends changes to the journal, and begins a new file when the journal has grown long.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    Catalogue, Change,
+    file::{self, CHANGES_MAX, Place, Tip},
+};
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    epoch::Fence,
+    ids::{LogstoreId, StoreId},
+    io::{self, Disk, DiskFile, Existing, OpenMode},
+    keys::keyring::Keyring,
+    shard::{Head, RecordHead},
+    sync::{Condvar, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
+};
+
+/// A journal shorter than this never leads to a new snapshot.
+const JOURNAL_BYTES_MIN: u64 = 1 << 20;
+
+/// The catalogue of an open store, and its file.
+///
+/// Changes that come in while a sync is under way share the next one (group commit): the first caller that finds no leader writes and
+/// syncs one record for all that wait, and the others follow.
+pub(crate) struct Journal {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    store: StoreId,
+    keyring: Arc<RwLock<Keyring>>,
+    /// What is durable.
+    catalogue: RwLock<Catalogue>,
+    queue: Mutex<Queue>,
+    done: Condvar,
+    /// `None` in a store that is open for reading.
+    fence: Option<Arc<Fence>>,
+    /// The file that takes the records, once there is one. Only the leader takes this lock.
+    writer: Mutex<Option<Writer>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<Change>,
+    /// How many calls have put changes into the queue, and up to which of them the changes are durable.
+    calls: u64,
+    durable: u64,
+    leading: bool,
+    failed: Option<Error>,
+}
+
+/// The file that takes the records.
+struct Writer {
+    fence: Arc<Fence>,
+    file: Arc<dyn DiskFile>,
+    path: PathBuf,
+    serial: u64,
+    /// The length of the snapshot with its tips.
+    snapshot_len: u64,
+    /// Where the next record goes.
+    end: u64,
+    /// The last record.
+    last: Tip,
+}
+
+impl RecordHead for Journal {
+    fn record_head(&self, name: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()> {
+        self.commit(vec![Change::reached(name, id, shard, head)])
+    }
+}
+
+impl Journal {
+    /// The catalogue of a store that is open for reading.
+    pub(crate) fn for_reading(
+        disk: Arc<dyn Disk>,
+        store_dir: &Path,
+        store: StoreId,
+        keyring: Arc<RwLock<Keyring>>,
+        catalogue: Catalogue,
+    ) -> Self {
+        Self {
+            disk,
+            dir: super::dir(store_dir),
+            store,
+            keyring,
+            catalogue: RwLock::new(catalogue),
+            queue: Mutex::default(),
+            done: Condvar::new(),
+            fence: None,
+            writer: Mutex::new(None),
+        }
+    }
+
+    /// The catalogue of a store that this process has opened for writing. Nothing can be committed before the first
+    /// [`Journal::replace`] or [`Journal::write_anew`].
+    pub(crate) fn for_writing(
+        disk: Arc<dyn Disk>,
+        store_dir: &Path,
+        store: StoreId,
+        keyring: Arc<RwLock<Keyring>>,
+        catalogue: Catalogue,
+        fence: Arc<Fence>,
+    ) -> Self {
+        let reading = Self::for_reading(disk, store_dir, store, keyring, catalogue);
+        Self { fence: Some(fence), ..reading }
+    }
+
+    /// Writes a first or another file, and removes the other ones.
+    fn begin(&self, catalogue: &Catalogue, serial: u64, fence: Arc<Fence>) -> Result<Writer> {
+        let disk = &*self.disk;
+        let place = Place { epoch: fence.epoch(), serial };
+        let path = place.path(&self.dir);
+        let (bytes, tag) = file::encode_snapshot(catalogue, place, self.store, &read(&self.keyring))?;
+        io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
+        fence.check()?;
+        for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
+            let other = self.dir.join(&entry.name);
+            if other != path && file::is_catalogue_file(&entry.name) {
+                disk.remove_file(&other).map_err(Error::io("remove", &other))?;
+            }
+        }
+        // Should an earlier file come back after a crash, the newer one still counts.
+        disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
+        let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
+        let len = bytes.len() as u64;
+        let last = Tip { number: catalogue.generation, tag };
+        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last })
+    }
+
+    /// The catalogue, as far as it is durable. A caller must not commit while it holds this.
+    pub(crate) fn now(&self) -> RwLockReadGuard<'_, Catalogue> {
+        read(&self.catalogue)
+    }
+
+    /// Takes in what the writer of the store has changed since, in a store that is open for reading.
+    pub(crate) fn reload(&self, catalogue: Catalogue) {
+        *write(&self.catalogue) = catalogue;
+    }
+
+    /// The file that takes the records, for messages.
+    pub(crate) fn path(&self) -> PathBuf {
+        lock(&self.writer).as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
+    }
+
+    /// Makes changes, durably. Blocks for one write and one sync, and for the ones under way.
+    ///
+    /// # Errors
+    /// What kept them from being durable: they may be or not, and nothing is changed any more until the store is opened again.
+    pub(crate) fn commit(&self, changes: Vec<Change>) -> Result<()> {
+        let mut queue = lock(&self.queue);
+        queue.waiting.extend(changes);
+        queue.calls += 1;
+        let call = queue.calls;
+        loop {
+            if queue.durable >= call {
+                return Ok(());
+            }
+            if let Some(error) = &queue.failed {
+                return Err(error.clone());
+            }
+            if queue.leading {
+                queue = wait(&self.done, queue);
+                continue;
+            }
+            queue.leading = true;
+            let (batch, calls) = (std::mem::take(&mut queue.waiting), queue.calls);
+            drop(queue);
+            let written = self.write(&batch);
+            queue = lock(&self.queue);
+            queue.leading = false;
+            match written {
+                Ok(()) => queue.durable = calls,
+                Err(error) => queue.failed = Some(error),
+            }
+            self.done.notify_all();
+        }
+    }
+
+    /// Why nothing can be changed any more, if a write has failed.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        lock(&self.queue).failed.clone()
+    }
+
+    /// Syncs the last tip, so that the last record cannot be cut off without a key.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn settle(&self) -> Result<()> {
+        let Some((file, path)) = lock(&self.writer).as_ref().map(|writer| (Arc::clone(&writer.file), writer.path.clone()))
+        else {
+            return Ok(());
+        };
+        file.sync_data().map_err(Error::io("sync", path))
+    }
+
+    /// Replaces the whole catalogue, in a new file.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub(crate) fn replace(&self, catalogue: Catalogue) -> Result<()> {
+        let mut queue = lock(&self.queue);
+        while queue.leading {
+            queue = wait(&self.done, queue);
+        }
+        if let Some(error) = &queue.failed {
+            return Err(error.clone());
+        }
+        queue.leading = true;
+        drop(queue);
+        let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
+        let mut queue = lock(&self.queue);
+        queue.leading = false;
+        if let Err(error) = &written {
+            queue.failed = Some(error.clone());
+        }
+        self.done.notify_all();
+        written
+    }
+
+    /// Writes the catalogue in a new file, under the newest version of the service key.
+    ///
+    /// # Errors
+    /// As [`Journal::commit`].
+    pub(crate) fn write_anew(&self) -> Result<()> {
+        let catalogue = self.now().clone();
+        self.replace(catalogue)
+    }
+
+    fn write_snapshot(&self, catalogue: &Catalogue) -> Result<()> {
+        let mut writer = lock(&self.writer);
+        let fence = self.fence.clone().ok_or(Error::ReadOnly)?;
+        let serial = writer.as_ref().map_or(1, |old| old.serial + 1);
+        *writer = Some(self.begin(catalogue, serial, fence)?);
+        Ok(())
+    }
+
+    /// Writes records of these changes. The caller leads.
+    fn write(&self, changes: &[Change]) -> Result<()> {
+        let changes: Vec<&Change> = {
+            let catalogue = self.now();
+            let changes: Vec<_> = changes.iter().filter(|change| !change.is_moot(&catalogue)).collect();
+            for change in &changes {
+                catalogue.check_change(change).map_err(|rule| Error::InvalidArgument(rule.to_owned()))?;
+            }
+            changes
+        };
+        let grown = lock(&self.writer)
+            .as_ref()
+            .is_some_and(|writer| writer.end - writer.snapshot_len > JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
+        if grown {
+            let catalogue = self.now().clone();
+            self.write_snapshot(&catalogue)?;
+        }
+        for changes in changes.chunks(CHANGES_MAX) {
+            self.append(changes)?;
+        }
+        Ok(())
+    }
+
+    /// Appends one record.
+    fn append(&self, changes: &[&Change]) -> Result<()> {
+        let mut writer = lock(&self.writer);
+        let Some(writer) = &mut *writer else { return Err(Error::ReadOnly) };
+        let (version, key) = {
+            let keyring = read(&self.keyring);
+            (keyring.newest(), keyring.document_key(keyring.newest())?)
+        };
+        let number = writer.last.number + 1;
+        let (bytes, tag) = file::encode_record(number, changes, &writer.last.tag, version, &key);
+        writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
+        writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
+        // A writer that has taken over may not have seen the record.
+        writer.fence.check()?;
+        let last = Tip { number, tag };
+        let (offset, sector) = last.encode_at(writer.snapshot_len, version, &key);
+        // The next sync makes it durable. Until then the record counts all the same.
+        writer.file.write_at(&sector, offset).map_err(Error::io("write", &writer.path))?;
+        writer.end += bytes.len() as u64;
+        writer.last = last;
+        let mut catalogue = write(&self.catalogue);
+        for change in changes {
+            let applied = catalogue.apply(change);
+            debug_assert_eq!(applied, Ok(()), "it was checked before it was written");
+        }
+        catalogue.generation = number;
+        Ok(())
+    }
+}

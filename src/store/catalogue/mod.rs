@@ -1,0 +1,316 @@
+//! The catalogue: which Logstore lives under which name, and how far each shard is known to reach.
+//!
+//! On disk it is a snapshot with a journal of changes behind it ([`file`]); [`Journal`] writes it.
+
+mod file;
+mod journal;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    marker::PhantomData,
+    path::{Path, PathBuf},
+};
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, MapAccess, Visitor},
+};
+
+use crate::{
+    config::{LogstoreName, SHARDS_MAX},
+    ids::{LogstoreId, hex_decode},
+    keys::audit::AuditHead,
+    shard::{Head, ShardRecord},
+};
+
+pub(super) use file::{Loaded, exists, is_catalogue_file_or_temporary, load_newest, newest_epoch, write_first};
+pub(super) use journal::Journal;
+
+/// The most Logstores in a store.
+pub const LOGSTORES_MAX: usize = 100_000;
+/// The most shards in a store, of all its Logstores together: the catalogue has to hold where each of them ends.
+pub const STORE_SHARDS_MAX: usize = 100_000;
+
+/// One Logstore in the catalogue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Entry {
+    pub(crate) id: LogstoreId,
+    /// The generation of its metadata.
+    pub(crate) generation: u64,
+    pub(crate) shards: Vec<ShardRecord>,
+}
+
+/// The contents of the catalogue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Catalogue {
+    /// Counts the records of its journal; kept in the frame.
+    #[serde(skip)]
+    pub(crate) generation: u64,
+    /// How far the key audit log was.
+    pub(crate) audit: AuditHead,
+    #[serde(deserialize_with = "unique")]
+    pub(crate) logstores: BTreeMap<LogstoreName, Entry>,
+    /// Logstores that were deleted and whose files may not all be gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) deleting: Vec<LogstoreId>,
+}
+
+/// The directory of the catalogue's files.
+pub(crate) fn dir(store: &Path) -> PathBuf {
+    store.join("catalogue")
+}
+
+/// One change of the catalogue. A record of the journal holds those that one sync made durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum Change {
+    /// A Logstore was made.
+    Created {
+        name: LogstoreName,
+        id: LogstoreId,
+        generation: u64,
+        shards: Vec<ShardRecord>,
+    },
+    /// The metadata of a Logstore was replaced.
+    Replaced { name: LogstoreName, id: LogstoreId, generation: u64 },
+    /// A Logstore was deleted. Its files may be there yet.
+    Deleted { name: LogstoreName, id: LogstoreId },
+    /// The files of a deleted Logstore are gone.
+    Removed { id: LogstoreId },
+    /// A shard has reached this point.
+    Reached { name: LogstoreName, id: LogstoreId, shard: u32, head: Head },
+    /// Retention drops the segments in front of this ordinal, and the sequence numbers in front of this one.
+    Dropped { name: LogstoreName, id: LogstoreId, shard: u32, first_ordinal: u64, first_seq: u64 },
+    /// The key audit log has reached this point.
+    Audited(AuditHead),
+}
+
+impl Change {
+    pub(crate) fn reached(name: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Self {
+        Self::Reached { name: name.clone(), id, shard, head }
+    }
+
+    /// Whether the change says nothing any more, because its Logstore was deleted since.
+    fn is_moot(&self, catalogue: &Catalogue) -> bool {
+        match self {
+            Self::Reached { name, id, .. } => catalogue.logstores.get(name).is_none_or(|entry| entry.id != *id),
+            _ => false,
+        }
+    }
+}
+
+impl Catalogue {
+    /// Checks that a change can be made.
+    ///
+    /// # Errors
+    /// The rule of the format that it breaks.
+    pub(crate) fn check_change(&self, change: &Change) -> std::result::Result<(), &'static str> {
+        match change {
+            Change::Created { name, generation, shards, .. } => {
+                if self.logstores.contains_key(name) {
+                    return Err("a change makes a Logstore that is there");
+                }
+                if self.logstores.len() >= LOGSTORES_MAX {
+                    return Err("there are too many Logstores");
+                }
+                check_entry(*generation, shards)
+            }
+            Change::Replaced { name, id, generation } => {
+                let entry = self.entry(name, *id)?;
+                if *generation <= entry.generation {
+                    return Err("a change takes the metadata of a Logstore back");
+                }
+                check_entry(*generation, &entry.shards)
+            }
+            Change::Deleted { name, id } => self.entry(name, *id).map(drop),
+            Change::Removed { .. } => Ok(()),
+            Change::Reached { name, id, shard, head } => {
+                let record = self.shard(name, *id, *shard)?;
+                check_shard(&ShardRecord { head: Some(head.clone()), ..record.clone() })
+            }
+            Change::Dropped { name, id, shard, first_ordinal, first_seq } => {
+                let record = self.shard(name, *id, *shard)?;
+                if *first_ordinal < record.first_ordinal || *first_seq < record.first_seq {
+                    return Err("a change takes retention back");
+                }
+                check_shard(&ShardRecord { first_ordinal: *first_ordinal, ..record.clone() })
+            }
+            Change::Audited(head) => check_audit_head(head),
+        }
+    }
+
+    /// Makes a change.
+    ///
+    /// # Errors
+    /// The rule of the format that it breaks. Nothing has changed then.
+    pub(crate) fn apply(&mut self, change: &Change) -> std::result::Result<(), &'static str> {
+        self.check_change(change)?;
+        match change {
+            Change::Created { name, id, generation, shards } => {
+                let entry = Entry { id: *id, generation: *generation, shards: shards.clone() };
+                self.logstores.insert(name.clone(), entry);
+            }
+            Change::Replaced { name, generation, .. } => {
+                if let Some(entry) = self.logstores.get_mut(name) {
+                    entry.generation = *generation;
+                }
+            }
+            Change::Deleted { name, id } => {
+                self.logstores.remove(name);
+                self.deleting.push(*id);
+            }
+            Change::Removed { id } => self.deleting.retain(|deleting| deleting != id),
+            Change::Reached { name, shard, head, .. } => {
+                // Two threads may record points of one shard in the other order.
+                let reaches = |head: &Head| (head.ordinal, head.sealed, head.blocks, head.next_seq);
+                if let Some(record) = self.shard_mut(name, *shard)
+                    && record.head.as_ref().is_none_or(|known| reaches(known) <= reaches(head))
+                {
+                    record.head = Some(head.clone());
+                }
+            }
+            Change::Dropped { name, shard, first_ordinal, first_seq, .. } => {
+                if let Some(record) = self.shard_mut(name, *shard) {
+                    (record.first_ordinal, record.first_seq) = (*first_ordinal, *first_seq);
+                }
+            }
+            Change::Audited(head) => self.audit = head.clone(),
+        }
+        Ok(())
+    }
+
+    fn entry(&self, name: &LogstoreName, id: LogstoreId) -> std::result::Result<&Entry, &'static str> {
+        let entry = self.logstores.get(name).filter(|entry| entry.id == id);
+        entry.ok_or("a change is about a Logstore that is not there")
+    }
+
+    fn shard(
+        &self,
+        name: &LogstoreName,
+        id: LogstoreId,
+        shard: u32,
+    ) -> std::result::Result<&ShardRecord, &'static str> {
+        let record = self.entry(name, id)?.shards.get(shard as usize);
+        record.ok_or("a change is about a shard that is not there")
+    }
+
+    fn shard_mut(&mut self, name: &LogstoreName, shard: u32) -> Option<&mut ShardRecord> {
+        self.logstores.get_mut(name)?.shards.get_mut(shard as usize)
+    }
+
+    /// Checks what it says by itself.
+    fn check(&self) -> Result<(), &'static str> {
+        check_audit_head(&self.audit)?;
+        if self.logstores.len() > LOGSTORES_MAX {
+            return Err("there are too many Logstores");
+        }
+        if self.logstores.values().map(|entry| entry.shards.len()).sum::<usize>() > STORE_SHARDS_MAX {
+            return Err("there are too many shards");
+        }
+        let mut ids = BTreeSet::new();
+        if !self.logstores.values().map(|entry| &entry.id).chain(&self.deleting).all(|id| ids.insert(*id)) {
+            return Err("a Logstore is there twice");
+        }
+        self.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards))
+    }
+}
+
+/// Checks what a catalogue or a checkpoint says of one Logstore.
+///
+/// # Errors
+/// The rule of the format that it breaks.
+pub(super) fn check_entry(generation: u64, shards: &[ShardRecord]) -> Result<(), &'static str> {
+    // There is always a next one.
+    let ordinals = 1..u64::MAX;
+    if !ordinals.contains(&generation) {
+        return Err("the generation of a Logstore is out of range");
+    }
+    if !(1..=SHARDS_MAX as usize).contains(&shards.len()) {
+        return Err("the number of shards of a Logstore is out of range");
+    }
+    shards.iter().try_for_each(check_shard)
+}
+
+fn check_shard(shard: &ShardRecord) -> Result<(), &'static str> {
+    let (ordinals, head) = (1..u64::MAX, shard.head.as_ref());
+    if !ordinals.contains(&shard.first_ordinal) || !head.is_none_or(|head| ordinals.contains(&head.ordinal)) {
+        return Err("the ordinal of a segment is out of range");
+    }
+    if head.is_some_and(|head| head.next_seq < head.end_seq) {
+        return Err("the next sequence number of a shard lies below its end");
+    }
+    Ok(())
+}
+
+/// Checks how far a catalogue or a checkpoint says that the audit log was.
+///
+/// # Errors
+/// The rule of the format that it breaks.
+pub(super) fn check_audit_head(head: &AuditHead) -> Result<(), &'static str> {
+    let fits = match head.number {
+        0 => head.tag.is_empty(),
+        _ => hex_decode(&head.tag).is_some_and(|tag| tag.len() == 32),
+    };
+    if fits { Ok(()) } else { Err("the tag of the audit record is not one") }
+}
+
+/// Deserializes a map, and refuses a key that is there twice.
+pub(super) fn unique<'de, D, K, V>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
+where
+    D: Deserializer<'de>,
+    K: Deserialize<'de> + Ord,
+    V: Deserialize<'de>,
+{
+    struct Unique<K, V>(PhantomData<(K, V)>);
+    impl<'de, K: Deserialize<'de> + Ord, V: Deserialize<'de>> Visitor<'de> for Unique<K, V> {
+        type Value = BTreeMap<K, V>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a map without doubled keys")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut map = BTreeMap::new();
+            while let Some((key, value)) = entries.next_entry()? {
+                if map.insert(key, value).is_some() {
+                    return Err(de::Error::custom("a key is there twice"));
+                }
+            }
+            Ok(map)
+        }
+    }
+    deserializer.deserialize_map(Unique(PhantomData))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::{config::NAME_BYTES_MAX, ids::SegmentId, shard::Head};
+
+    /// Whatever the limits let a store become, it can be opened again.
+    #[test]
+    fn the_largest_catalogue_can_be_read() {
+        let head = Head {
+            ordinal: u64::MAX,
+            segment: SegmentId::from_bytes([0xff; 16]),
+            sealed: false,
+            blocks: u32::MAX,
+            bytes: u64::MAX,
+            end_seq: u64::MAX,
+            next_seq: u64::MAX,
+            digest: [0xff; 32],
+        };
+        let record = ShardRecord { first_ordinal: u64::MAX, first_seq: u64::MAX, head: Some(head) };
+        let shard = serde_json::to_vec(&record).unwrap().len() + 1;
+        let entry = Entry { id: LogstoreId::from_bytes([0xff; 16]), generation: u64::MAX, shards: Vec::new() };
+        let logstore = serde_json::to_vec(&entry).unwrap().len() + 2 * NAME_BYTES_MAX + 8;
+        let deleting = 40;
+        let all = STORE_SHARDS_MAX * shard + LOGSTORES_MAX * (logstore + deleting);
+        assert!((all as u64) < DOCUMENT_BYTES_MAX - (1 << 20), "{all} bytes");
+    }
+}
