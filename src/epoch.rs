@@ -61,11 +61,7 @@ impl Slot {
         cursor.magic(MAGIC)?;
         cursor.version(VERSION)?;
         cursor.zeros(6, "reserved bytes of the epoch")?;
-        let slot = Self {
-            epoch: cursor.u64()?,
-            writer: cursor.array()?,
-            store: StoreId::from_bytes(cursor.array()?),
-        };
+        let slot = Self { epoch: cursor.u64()?, writer: cursor.array()?, store: StoreId::from_bytes(cursor.array()?) };
         strip_crc(Cursor::new(bytes).bytes(USED_LEN)?)?;
         require((1..=EPOCH_MAX).contains(&slot.epoch), "epoch")?;
         Ok(slot)
@@ -113,13 +109,7 @@ impl Fence {
     /// # Errors
     /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] when there is no higher epoch; [`Error::Fenced`] when others keep
     /// opening the store at the same time.
-    pub(crate) fn raise(
-        disk: &dyn Disk,
-        dir: &Path,
-        store: StoreId,
-        above: u64,
-        random: &dyn Random,
-    ) -> Result<Self> {
+    pub(crate) fn raise(disk: &dyn Disk, dir: &Path, store: StoreId, above: u64, random: &dyn Random) -> Result<Self> {
         let path = dir.join(NAME);
         let io = |op| Error::io(op, &path);
         let mut writer = [0; WRITER_LEN];
@@ -166,8 +156,7 @@ impl Fence {
     /// # Errors
     /// [`Error::Fenced`], from the first time on that another writer was seen; [`Error::Io`].
     pub(crate) fn check(&self) -> Result<()> {
-        let held =
-            !self.lost.load(Ordering::Relaxed) && self.is_held().map_err(Error::io("read", &self.path))?;
+        let held = !self.lost.load(Ordering::Relaxed) && self.is_held().map_err(Error::io("read", &self.path))?;
         if held {
             return Ok(());
         }

@@ -3,8 +3,7 @@
 #![allow(missing_docs)]
 
 use crate::segment::{
-    Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, parse_segment_file_name, scan,
-    segment_file_name,
+    Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan,
 };
 
 /// Scans the segment that `header` begins and `bytes` are, and checks that what is reported holds together. Returns how many blocks
@@ -50,5 +49,5 @@ pub fn compress(compression: Compression, raw: &[u8], out: &mut Vec<u8>) -> Comp
 
 /// The name that a segment's file has by what was read from `name`; `None` when that is no such name.
 pub fn segment_name(name: &str) -> Option<String> {
-    parse_segment_file_name(name).map(|(ordinal, first_seq)| segment_file_name(ordinal, first_seq))
+    SegmentName::parse(name).map(|parsed| parsed.to_string())
 }

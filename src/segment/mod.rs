@@ -10,6 +10,8 @@ mod footer;
 mod header;
 mod scan;
 
+use std::fmt;
+
 pub use block::{BlockHeader, BlockKind};
 pub(crate) use block::{BlockView, SealBuffer};
 pub use codec::{Compression, UnknownCompression};
@@ -125,18 +127,31 @@ impl Features {
     }
 }
 
-/// The name of a segment's file: `{ordinal:010}-{first_seq:020}.seg`.
-pub(crate) fn segment_file_name(ordinal: u64, first_seq: u64) -> String {
-    format!("{ordinal:010}-{first_seq:020}.seg")
+/// What the name of a segment's file says: `{ordinal:010}-{first_seq:020}-{epoch:010}.seg`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct SegmentName {
+    pub(crate) ordinal: u64,
+    /// The epoch of the writer that made it: two writers never give the same name.
+    pub(crate) epoch: u64,
+    pub(crate) first_seq: u64,
 }
 
-/// The ordinal and the first sequence number that [`segment_file_name`] made `name` of; `None` for any other name, and for ordinals
-/// that no segment has: they begin with 1, and each has a next one.
-pub(crate) fn parse_segment_file_name(name: &str) -> Option<(u64, u64)> {
-    let (ordinal, first_seq) = name.strip_suffix(".seg")?.split_once('-')?;
-    let (ordinal, first_seq) = (ordinal.parse().ok()?, first_seq.parse().ok()?);
-    let is_one = (1..u64::MAX).contains(&ordinal) && segment_file_name(ordinal, first_seq) == name;
-    is_one.then_some((ordinal, first_seq))
+impl SegmentName {
+    /// Takes the name of a file apart; `None` for any other name, and for ordinals that no segment has: they begin with 1, and each
+    /// has a next one.
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let mut parts = name.strip_suffix(".seg")?.split('-');
+        let mut number = || parts.next()?.parse().ok();
+        let (ordinal, first_seq, epoch) = (number()?, number()?, number()?);
+        let parsed = Self { ordinal, epoch, first_seq };
+        ((1..u64::MAX).contains(&ordinal) && parsed.to_string() == name).then_some(parsed)
+    }
+}
+
+impl fmt::Display for SegmentName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:010}-{:020}-{:010}.seg", self.ordinal, self.first_seq, self.epoch)
+    }
 }
 
 /// Takes little-endian values off the front of a byte string.
@@ -258,28 +273,34 @@ pub(crate) mod tests {
 
     #[test]
     fn file_names() {
-        assert_eq!(segment_file_name(7, 42), "0000000007-00000000000000000042.seg");
+        let name = SegmentName { ordinal: 7, epoch: 3, first_seq: 42 };
+        assert_eq!(name.to_string(), "0000000007-00000000000000000042-0000000003.seg");
         for (ordinal, first_seq) in [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX - 1, u64::MAX)]
         {
-            assert_eq!(parse_segment_file_name(&segment_file_name(ordinal, first_seq)), Some((ordinal, first_seq)));
+            for epoch in [1, 9_999_999_999, u64::MAX] {
+                let name = SegmentName { ordinal, epoch, first_seq };
+                assert_eq!(SegmentName::parse(&name.to_string()), Some(name));
+            }
         }
         for wrong in [
             "",
             ".seg",
             "-.seg",
-            "7-42.seg",
-            "0000000007-00000000000000000042.seg.tmp",
-            "0000000007-00000000000000000042.SEG",
-            "00000000007-00000000000000000042.seg",
-            "+000000007-00000000000000000042.seg",
-            "0000000007-+0000000000000000042.seg",
-            "0000000007_00000000000000000042.seg",
-            "0000000007-99999999999999999999.seg",
+            "7-42-1.seg",
+            "0000000007-00000000000000000042.seg",
+            "0000000007-00000000000000000042-0000000001.seg.tmp",
+            "0000000007-00000000000000000042-0000000001.SEG",
+            "00000000007-00000000000000000042-0000000001.seg",
+            "+000000007-00000000000000000042-0000000001.seg",
+            "0000000007-+0000000000000000042-0000000001.seg",
+            "0000000007_00000000000000000042_0000000001.seg",
+            "0000000007-99999999999999999999-0000000001.seg",
             "0000000007-00000000000000000042-1.seg",
-            "0000000000-00000000000000000042.seg",
-            "18446744073709551615-00000000000000000042.seg",
+            "0000000007-00000000000000000042-0000000001-0000000001.seg",
+            "0000000000-00000000000000000042-0000000001.seg",
+            "18446744073709551615-00000000000000000042-0000000001.seg",
         ] {
-            assert_eq!(parse_segment_file_name(wrong), None, "{wrong}");
+            assert_eq!(SegmentName::parse(wrong), None, "{wrong}");
         }
     }
 
@@ -295,9 +316,9 @@ pub(crate) mod tests {
 
     proptest! {
         #[test]
-        fn file_names_are_canonical(name in "[0-9]{9,11}-[0-9]{19,21}\\.seg") {
-            if let Some((ordinal, first_seq)) = parse_segment_file_name(&name) {
-                prop_assert_eq!(segment_file_name(ordinal, first_seq), name);
+        fn file_names_are_canonical(name in "[0-9]{9,11}-[0-9]{19,21}-[0-9]{9,11}\\.seg") {
+            if let Some(parsed) = SegmentName::parse(&name) {
+                prop_assert_eq!(parsed.to_string(), name);
             }
         }
     }

@@ -245,12 +245,18 @@ impl Shard {
             return Ok(());
         }
         // It is whole. Its name may be what a process gave it that was killed, or failed, before it could sync that.
-        self.make_names_durable()
+        self.make_names_durable()?;
+        self.check_fence()
+    }
+
+    /// Makes sure, before a write or a sync is acknowledged, that no other writer has taken over the store.
+    fn check_fence(&self) -> Result<()> {
+        self.context.fence.as_ref().map_or(Ok(()), |fence| fence.check())
     }
 
     /// A failed operation stops the writer, a finding or a refusal does not.
     fn latch_if_failed(&self, writer: &mut Writer, error: &Error) {
-        if matches!(error, Error::Io { .. }) {
+        if matches!(error, Error::Io { .. } | Error::Fenced { .. }) {
             self.latch(writer, error.clone());
         }
     }
@@ -308,7 +314,7 @@ impl Shard {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Turn::Done };
         let (from, to) = (first.seq, last.seq + 1);
         let charged: usize = batch.iter().map(|pending| pending.charged).sum();
-        match writer.write_block(self, &batch, keys) {
+        match writer.write_block(self, &batch, keys).and_then(|()| self.check_fence()) {
             Ok(()) => {
                 drop(batch);
                 writer.blocks_unsynced += 1;
@@ -386,9 +392,10 @@ impl Shard {
             return;
         };
         let offset = active.offset;
-        match self.sync_file(&*active.file, &active.path) {
+        match self.sync_file(&*active.file, &active.path).and_then(|()| self.check_fence()) {
             Ok(()) => {
                 active.durable = offset;
+                self.reach(active.view.head());
                 let mut state = lock(&self.state);
                 state.synced = state.written;
                 state.last_sync = now;
@@ -450,12 +457,19 @@ impl Shard {
         writer.begin_segment(self)
     }
 
+    /// Notes in the catalogue how far the shard is, so that its segments cannot be removed unnoticed.
+    pub(super) fn record_head(&self) -> Result<()> {
+        let Some(head) = self.take_reached() else { return Ok(()) };
+        let gate = &self.context.gate;
+        self.context.heads.record_head(gate.name(), gate.id(), self.id, head)
+    }
+
     /// Seals the active segment, so that a new one begins with the next append.
     fn seal(&self, writer: &mut Writer, keys: KeyUse) -> Result<()> {
         if writer.active.is_none() {
             return Ok(());
         }
-        match writer.seal_active(self, keys) {
+        match writer.seal_active(self, keys).and_then(|()| self.check_fence()) {
             Ok(()) => {
                 let mut state = lock(&self.state);
                 state.synced = state.written;
@@ -581,7 +595,9 @@ impl Shard {
         let rolled = {
             let mut writer = lock(&self.writer);
             match &writer.active {
-                Some(active) if active.blocks > 0 => self.seal(&mut writer, KeyUse::Admitted),
+                Some(active) if active.blocks > 0 => self
+                    .seal(&mut writer, KeyUse::Admitted)
+                    .and_then(|()| self.record_head().inspect_err(|error| self.latch(&mut writer, error.clone()))),
                 _ => Ok(()),
             }
         };

@@ -296,6 +296,8 @@ pub(crate) struct Shard {
     progress: Condvar,
     writer: Mutex<Writer>,
     notices: Mutex<Vec<RecoveryNotice>>,
+    /// How far it is synced, until the catalogue has noted that.
+    reached: Mutex<Option<Head>>,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
     /// The segments below this ordinal are under the service keyring, as far as their headers were looked at.
@@ -315,6 +317,7 @@ impl Shard {
             progress: Condvar::new(),
             writer: Mutex::default(),
             notices: Mutex::default(),
+            reached: Mutex::default(),
             leftovers: AtomicBool::new(false),
             under_keyring: AtomicU64::new(0),
             this: this.clone(),
@@ -339,6 +342,16 @@ impl Shard {
 
     pub(crate) fn set_record(&self, record: ShardRecord) {
         *crate::sync::write(&self.record) = record;
+    }
+
+    /// Keeps a point up to which everything is synced, to be noted in the catalogue.
+    fn reach(&self, head: Head) {
+        *lock(&self.reached) = Some(head);
+    }
+
+    /// The last point up to which everything is synced, unless it was asked for before.
+    pub(crate) fn take_reached(&self) -> Option<Head> {
+        lock(&self.reached).take()
     }
 
     fn counters(&self) -> &Counters {

@@ -243,6 +243,7 @@ impl<'a> Rewriting<'a> {
         let name = SegmentRef {
             ordinal: self.next.ordinal,
             first_seq: self.next.first_seq,
+            epoch: new.epoch,
             path: Arc::clone(&new.path),
             active: None,
             sealed: Some(head.clone().into_end()),

@@ -14,7 +14,7 @@ use crate::{
     io::{DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     segment::{
         DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
-        SEGMENT_BYTES_MAX, SegmentHeader, Trailer, parse_segment_file_name,
+        SEGMENT_BYTES_MAX, SegmentHeader, SegmentName, Trailer,
     },
     sync::{Mutex, atomic::Ordering, lock, read, write},
 };
@@ -24,6 +24,7 @@ use crate::{
 pub(crate) struct SegmentRef {
     pub(crate) ordinal: u64,
     pub(crate) first_seq: u64,
+    pub(crate) epoch: u64,
     pub(crate) path: Arc<Path>,
     /// Set while this process writes it.
     pub(crate) active: Option<Arc<ActiveView>>,
@@ -240,21 +241,22 @@ impl Shard {
             }
             _ => Error::io("list", &self.dir)(error),
         })?;
-        let mut segments: Vec<SegmentRef> = entries
+        let mut names: Vec<SegmentName> = entries
             .iter()
-            .filter_map(|entry| {
-                let (ordinal, first_seq) = parse_segment_file_name(&entry.name)?;
-                Some(SegmentRef {
-                    ordinal,
-                    first_seq,
-                    path: self.dir.join(&entry.name).into(),
-                    active: None,
-                    sealed: None,
-                })
-            })
-            .filter(|segment| segment.ordinal >= record.first_ordinal)
+            .filter_map(|entry| SegmentName::parse(&entry.name))
+            .filter(|name| name.ordinal >= record.first_ordinal)
             .collect();
-        segments.sort_unstable_by_key(|segment| segment.ordinal);
+        let segments: Vec<SegmentRef> = in_force(&mut names)
+            .into_iter()
+            .map(|name| SegmentRef {
+                ordinal: name.ordinal,
+                first_seq: name.first_seq,
+                epoch: name.epoch,
+                path: self.dir.join(name.to_string()).into(),
+                active: None,
+                sealed: None,
+            })
+            .collect();
         let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
         for segment in &segments {
             if segment.ordinal != expected {
@@ -306,7 +308,7 @@ impl Shard {
         let disk = &self.context.disk;
         let (mut freed, mut left) = (0, 0);
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
-            let dropped = parse_segment_file_name(&entry.name).is_some_and(|(ordinal, _)| ordinal < first);
+            let dropped = SegmentName::parse(&entry.name).is_some_and(|name| name.ordinal < first);
             if !dropped && !is_segment_temporary(&entry.name) {
                 continue;
             }
@@ -383,11 +385,7 @@ impl Shard {
         };
         match (footer, expected) {
             (
-                Err(
-                    error @ (Error::NewerFormat { .. }
-                    | Error::OlderFormat { .. }
-                    | Error::UnsupportedFeature { .. }),
-                ),
+                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
                 _,
             ) => Err(error),
             (_, Expected::Cut(end)) => {
@@ -562,10 +560,26 @@ impl Shard {
     }
 }
 
+/// The segments that count, in order. A writer that another one has taken over from may have begun segments that the other did not
+/// see, before it found out. Nothing in them was acknowledged. They have an older epoch than the segment of the same ordinal, or than
+/// one before them.
+fn in_force(names: &mut [SegmentName]) -> Vec<SegmentName> {
+    names.sort_unstable();
+    let mut segments: Vec<SegmentName> = Vec::with_capacity(names.len());
+    for name in names.iter() {
+        match segments.last_mut() {
+            Some(last) if last.ordinal == name.ordinal && last.epoch < name.epoch => *last = *name,
+            Some(last) if last.epoch > name.epoch => {}
+            _ => segments.push(*name),
+        }
+    }
+    segments
+}
+
 /// Whether a name is that of a segment's temporary file.
 pub(crate) fn is_segment_temporary(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or_default();
-    parse_segment_file_name(&format!("{stem}.seg")).is_some() && is_temporary(name, stem)
+    SegmentName::parse(&format!("{stem}.seg")).is_some() && is_temporary(name, stem)
 }
 
 enum Expected {

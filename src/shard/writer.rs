@@ -15,7 +15,7 @@ use crate::{
     io::{DiskFile, Temporary},
     segment::{
         BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, Predecessor,
-        SealBuffer, SegmentHeader, segment_file_name,
+        SealBuffer, SegmentHeader, SegmentName,
     },
     sync::{atomic::Ordering, lock, read},
 };
@@ -59,7 +59,7 @@ pub(super) struct Active {
     pub(super) file: Arc<dyn DiskFile>,
     pub(super) path: Arc<Path>,
     pub(super) header: Arc<DecodedHeader>,
-    view: Arc<ActiveView>,
+    pub(super) view: Arc<ActiveView>,
     plan: WritePlan,
     pub(super) offset: u64,
     pub(super) blocks: u32,
@@ -158,6 +158,7 @@ impl Writer {
                 return Ok(());
             }
             self.seal_active(shard, KeyUse::Admitted)?;
+            shard.record_head()?;
         }
         match &mut self.next {
             Some(next) => next.first_seq = next_seq,
@@ -174,6 +175,7 @@ impl Writer {
         let name = SegmentRef {
             ordinal: next.ordinal,
             first_seq: next.first_seq,
+            epoch: new.epoch,
             path: Arc::clone(&new.path),
             active: Some(ActiveView::new(Arc::clone(&new.file), Arc::clone(&new.header))),
             sealed: None,
@@ -220,6 +222,8 @@ impl Writer {
             write_footer(shard, &*active.file, &active.path, &active.header, &end, active.offset, false, keys)?;
         let header = Arc::clone(&active.header);
         let head = Head::sealed(&header.header, &end.build(active.offset, [0; 8], false), file_len);
+        // Should the next segment not come to be, the one after this begins at its limit: queued groups have numbers behind its end.
+        shard.reach(Head { next_seq: header.header.limit_seq, ..head.clone() });
         let (ordinal, first_seq, end) = (head.ordinal + 1, head.next_seq, head.into_end());
         let (last_time_us, predecessor) = (active.last_time_us, Predecessor::Sealed(end));
         shard.counters().segments_sealed.fetch_add(1, Ordering::Relaxed);
@@ -336,6 +340,7 @@ fn write_footer(
 pub(super) struct NewSegment {
     pub(super) file: Arc<dyn DiskFile>,
     pub(super) path: Arc<Path>,
+    pub(super) epoch: u64,
     pub(super) header: Arc<DecodedHeader>,
     temporary: Arc<Path>,
 }
@@ -344,7 +349,9 @@ impl NewSegment {
     /// Draws a salt, derives the key, and writes the header to a temporary file.
     pub(super) fn create(shard: &Shard, next: &Next, plan: &WritePlan) -> Result<Self> {
         let context = &shard.context;
-        let path: Arc<Path> = shard.dir.join(segment_file_name(next.ordinal, next.first_seq)).into();
+        let epoch = context.fence.as_ref().map_or(0, |fence| fence.epoch());
+        let name = SegmentName { ordinal: next.ordinal, epoch, first_seq: next.first_seq };
+        let path: Arc<Path> = shard.dir.join(name.to_string()).into();
         let used_up = || Error::TooMany { what: "sequence numbers", limit: u64::MAX };
         let limit_seq = next.first_seq.checked_add(RESERVED_SEQS).ok_or_else(used_up)?;
         let header = SegmentHeader {
@@ -373,7 +380,7 @@ impl NewSegment {
                 .map_err(Error::io("create a temporary file for", &*path))?;
             file.write_at(&bytes, 0).map_err(Error::io("write the header of", &*temporary))?;
             let header = SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
-            Ok(Self { file, path: Arc::clone(&path), header: Arc::new(header), temporary: temporary.into() })
+            Ok(Self { file, path: Arc::clone(&path), epoch, header: Arc::new(header), temporary: temporary.into() })
         };
         create().inspect_err(|_| context.gate.end_segment(header.segment))
     }
@@ -382,7 +389,7 @@ impl NewSegment {
     pub(super) fn publish(&self, shard: &Shard) -> Result<()> {
         let disk = &shard.context.disk;
         shard.sync_file(&*self.file, &self.temporary)?;
-        disk.rename(&self.temporary, &self.path).map_err(Error::io("rename", &*self.temporary))?;
+        disk.rename_new(&self.temporary, &self.path).map_err(Error::io("rename", &*self.temporary))?;
         disk.sync_dir(&shard.dir).map_err(Error::io("sync", &shard.dir))
     }
 

@@ -87,6 +87,9 @@ pub struct StoreOptions {
     pub audit_file_bytes: u64,
     /// How often retention is applied. 60 s by default; at least 1 s.
     pub retention_every: Duration,
+    /// How often the catalogue notes how far the synced part of each open segment reaches. Without a key, no more than what was synced
+    /// since can be cut off unnoticed. 10 s by default; 100 ms to 1 h.
+    pub head_every: Duration,
     /// Whether the group may read the files and directories that the store creates: modes 0640 and 0750 in place of 0600 and 0700.
     /// Off by default. What exists keeps its mode.
     pub group_read: bool,
@@ -115,6 +118,7 @@ impl Default for StoreOptions {
             readers_max: 1024,
             audit_file_bytes: 4 << 20,
             retention_every: Duration::from_secs(60),
+            head_every: Duration::from_secs(10),
             group_read: false,
             keyring_group_read: false,
             allow_network_fs: false,
@@ -142,6 +146,7 @@ impl StoreOptions {
             ("readers_max (at least 1)", self.readers_max >= 1),
             ("audit_file_bytes (4 KiB to 64 MiB)", (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes)),
             ("retention_every (at least 1 s)", self.retention_every >= s(1)),
+            ("head_every (100 ms to 1 h)", (ms(100)..=s(3600)).contains(&self.head_every)),
         ];
         match ranges.iter().find(|(_, within)| !within) {
             Some((what, _)) => Err(Error::InvalidArgument(format!("{what} is out of its range"))),
@@ -492,7 +497,9 @@ impl StoreBuilder {
             }
         }
         let catalogue = match &fence {
-            Some(fence) => Journal::for_writing(disk, &self.dir, id, Arc::clone(&keyring), catalogue, Arc::clone(fence)),
+            Some(fence) => {
+                Journal::for_writing(disk, &self.dir, id, Arc::clone(&keyring), catalogue, Arc::clone(fence))
+            }
             None => Journal::for_reading(disk, &self.dir, id, Arc::clone(&keyring), catalogue),
         };
         if held.is_some() && found == Audit::Ours {
@@ -548,6 +555,7 @@ impl StoreBuilder {
         });
         if !read_only {
             shared.schedule_retention();
+            shared.schedule_heads();
         }
         info!(store = %id, dir = %shared.dir.display(), read_only, "a store is open");
         Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })

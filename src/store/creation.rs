@@ -250,8 +250,7 @@ impl StoreBuilder {
         // The creation has succeeded if the store opens again.
         keyring.verify_file()?;
         verify_identity(&*disk, &dir, &keyring)?;
-        let store =
-            self.assemble(keyring.store(), keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
+        let store = self.assemble(keyring.store(), keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
         Ok(store)
     }

@@ -23,7 +23,7 @@ use crate::{
     },
     kms::Cmk,
     logstore::Meta,
-    segment::{KeySource, parse_segment_file_name},
+    segment::{KeySource, SegmentName},
     shard::{ShardRecord, read_header},
     sync::{lock, read},
 };
@@ -187,9 +187,9 @@ impl StoreShared {
             if self.disk.stat(&shard).map_err(Error::io("look for", &shard))?.is_none() {
                 return Err(Error::truncated(Location::new(&shard, 0), "the directory of a shard is missing"));
             }
-            let mut first: Option<(u64, u64)> = None;
+            let mut first: Option<SegmentName> = None;
             for entry in self.disk.list_dir(&shard).map_err(Error::io("list", &shard))? {
-                let found = parse_segment_file_name(&entry.name);
+                let found = SegmentName::parse(&entry.name);
                 if found.is_some() && self.is_under_the_keyring(&shard.join(&entry.name)) {
                     unauthenticated.push(shard.join(&entry.name));
                 }
@@ -199,7 +199,9 @@ impl StoreShared {
                 };
             }
             shards.push(match first {
-                Some((first_ordinal, first_seq)) => ShardRecord { first_ordinal, first_seq, head: None },
+                Some(SegmentName { ordinal: first_ordinal, first_seq, .. }) => {
+                    ShardRecord { first_ordinal, first_seq, head: None }
+                }
                 None => ShardRecord::default(),
             });
         }

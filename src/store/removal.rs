@@ -9,7 +9,7 @@ use crate::{
     Error, Result,
     io::{Disk, FileKind, WrongFileType, is_temporary},
     logstore::{META_FILE, is_shard_dir},
-    segment::parse_segment_file_name,
+    segment::SegmentName,
     shard::is_segment_temporary,
 };
 
@@ -62,7 +62,7 @@ pub(super) fn check_types(disk: &dyn Disk, dir: &Path) -> Result<()> {
         } else if is_shard_dir(&entry.name) {
             check(&path, FileKind::Directory, entry.kind)?;
             for file in disk.list_dir(&path).map_err(Error::io("list", &path))? {
-                if parse_segment_file_name(&file.name).is_some() {
+                if SegmentName::parse(&file.name).is_some() {
                     check(&path.join(&file.name), FileKind::File, file.kind)?;
                 }
             }
@@ -90,7 +90,7 @@ impl Removal<'_> {
         for shard in entries.iter().filter(shards) {
             let path = dir.join(&shard.name);
             for file in list(&path)? {
-                if parse_segment_file_name(&file.name).is_some() || is_segment_temporary(&file.name) {
+                if SegmentName::parse(&file.name).is_some() || is_segment_temporary(&file.name) {
                     self.file(&path.join(&file.name), file.kind);
                 }
             }

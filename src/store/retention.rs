@@ -107,10 +107,37 @@ impl Task for StoreShared {
             }
             self.schedule_retention();
         }
+        if job == Job::Heads {
+            if let Err(error) = self.note_heads() {
+                warn!(store = %self.id, %error, "the catalogue could not note how far the shards are");
+            }
+            self.schedule_heads();
+        }
     }
 }
 
 impl StoreShared {
+    pub(super) fn schedule_heads(&self) {
+        let task: Weak<dyn Task> = self.this.clone();
+        self.scheduler.after(self.options.head_every, task, Job::Heads);
+    }
+
+    /// Notes in the catalogue how far the synced part of each open segment reaches, so that no more than the last few seconds of it can
+    /// be cut off unnoticed.
+    fn note_heads(&self) -> Result<()> {
+        let mut heads = Vec::new();
+        for logstore in self.open_logstores() {
+            for shard in &logstore.shards {
+                let head = shard.take_reached();
+                heads.extend(head.map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)));
+            }
+        }
+        if !heads.is_empty() {
+            self.catalogue.commit(heads)?;
+        }
+        self.catalogue.settle()
+    }
+
     pub(super) fn schedule_retention(&self) {
         let task: Weak<dyn Task> = self.this.clone();
         self.scheduler.after(self.options.retention_every, task, Job::Retention);

@@ -211,11 +211,7 @@ impl StoreShared {
     }
 
     /// What belongs to no single Logstore: the audit log, directories that nobody knows, what the checkpoint knows of all.
-    fn verify_store(
-        &self,
-        against: Option<&CheckpointBody>,
-        verification: &mut Verification<'_>,
-    ) -> Result<()> {
+    fn verify_store(&self, against: Option<&CheckpointBody>, verification: &mut Verification<'_>) -> Result<()> {
         for checked in self.verify_documents() {
             if let Err(error) = checked {
                 verification.note(None, error)?;

@@ -216,7 +216,13 @@ struct Parser<'a> {
 
 /// What stands where a record may be.
 enum Next {
-    Record { end: usize, number: u64, version: u32, tag: Tag, changes: Vec<Change> },
+    Record {
+        end: usize,
+        number: u64,
+        version: u32,
+        tag: Tag,
+        changes: Vec<Change>,
+    },
     /// Nothing that is whole.
     Nothing,
 }
@@ -364,11 +370,7 @@ impl Parser<'_> {
         let missing = |number: u64| {
             let nothing = self.bytes.get(end..).is_none_or(|rest| rest.iter().all(|&byte| byte == 0));
             let what = format!("the catalogue ends with record {}, record {number} was synced", last.number);
-            if nothing {
-                Err(Error::truncated(self.at(end), what))
-            } else {
-                Err(Error::corrupt(self.at(end), what))
-            }
+            if nothing { Err(Error::truncated(self.at(end), what)) } else { Err(Error::corrupt(self.at(end), what)) }
         };
         if let Some(tip) = tips.iter().flatten().find(|tip| tip.number > last.number) {
             return missing(tip.number);

@@ -64,6 +64,8 @@ struct Writer {
     end: u64,
     /// The last record.
     last: Tip,
+    /// Whether the tip that names it is synced.
+    settled: bool,
 }
 
 impl RecordHead for Journal {
@@ -127,7 +129,7 @@ impl Journal {
         let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
         let len = bytes.len() as u64;
         let last = Tip { number: catalogue.generation, tag };
-        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last })
+        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true })
     }
 
     /// The catalogue, as far as it is durable. A caller must not commit while it holds this.
@@ -179,19 +181,17 @@ impl Journal {
         }
     }
 
-    /// Why nothing can be changed any more, if a write has failed.
-    pub(crate) fn failure(&self) -> Option<Error> {
-        lock(&self.queue).failed.clone()
-    }
-
     /// Syncs the last tip, so that the last record cannot be cut off without a key.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub(crate) fn settle(&self) -> Result<()> {
-        let Some((file, path)) = lock(&self.writer).as_ref().map(|writer| (Arc::clone(&writer.file), writer.path.clone()))
-        else {
-            return Ok(());
+        let (file, path) = match &mut *lock(&self.writer) {
+            Some(writer) if !writer.settled => {
+                writer.settled = true;
+                (Arc::clone(&writer.file), writer.path.clone())
+            }
+            _ => return Ok(()),
         };
         file.sync_data().map_err(Error::io("sync", path))
     }
@@ -280,6 +280,7 @@ impl Journal {
         writer.file.write_at(&sector, offset).map_err(Error::io("write", &writer.path))?;
         writer.end += bytes.len() as u64;
         writer.last = last;
+        writer.settled = false;
         let mut catalogue = write(&self.catalogue);
         for change in changes {
             let applied = catalogue.apply(change);
