@@ -7,6 +7,7 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use serde::{Serialize, Serializer};
@@ -234,6 +235,23 @@ pub enum Error {
         path: PathBuf,
         /// The epoch of this writer.
         epoch: u64,
+    },
+    /// The store has an anchor, and the anchor cannot be used. Give the anchor, mend it, or open the store without it on purpose.
+    #[error("the anchor of store {} cannot be used: {why}", path.display())]
+    Anchor {
+        /// The store.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// The anchor does not know what was appended for longer than [`StoreOptions::anchor_required`](crate::StoreOptions::anchor_required)
+    /// allows. Nothing was appended. Appends go on when the anchor has caught up.
+    #[error("the anchor is behind by {} s, {} s are allowed", behind.as_secs(), limit.as_secs())]
+    AnchorBehind {
+        /// For how long.
+        behind: Duration,
+        /// For how long it may be.
+        limit: Duration,
     },
     /// There is no store at the path.
     #[error("there is no store at {}; create one first", path.display())]
@@ -485,6 +503,8 @@ impl Error {
             Error::Config(_) | Error::UnexpectedCmk { .. } => ErrorKind::Configuration,
             Error::Locked { .. }
             | Error::Fenced { .. }
+            | Error::Anchor { .. }
+            | Error::AnchorBehind { .. }
             | Error::StoreMissing { .. }
             | Error::NotAStore { .. }
             | Error::NewerFormat { .. }
@@ -529,6 +549,8 @@ impl Error {
             Error::Config(config) => config.code(),
             Error::Locked { .. } => "locked",
             Error::Fenced { .. } => "fenced",
+            Error::Anchor { .. } => "anchor",
+            Error::AnchorBehind { .. } => "anchor_behind",
             Error::StoreMissing { .. } => "store_missing",
             Error::NotAStore { .. } => "not_a_store",
             Error::StoreExists { .. } => "store_exists",

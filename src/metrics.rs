@@ -92,6 +92,7 @@ pub(crate) struct Counters {
     pub(crate) syncs: AtomicU64,
     pub(crate) sync_failures: AtomicU64,
     pub(crate) writers_latched: AtomicU64,
+    pub(crate) anchor_failures: AtomicU64,
     pub(crate) audit_records: AtomicU64,
     pub(crate) audit_failures: AtomicU64,
     pub(crate) audit_left_out: AtomicU64,
@@ -160,6 +161,7 @@ impl Counters {
             syncs: at(&self.syncs),
             sync_failures: at(&self.sync_failures),
             writers_latched: at(&self.writers_latched),
+            anchor_failures: at(&self.anchor_failures),
             audit_records: at(&self.audit_records),
             audit_failures: at(&self.audit_failures),
             audit_left_out: at(&self.audit_left_out),
@@ -267,6 +269,8 @@ pub struct StoreMetrics {
     pub sync_failures: u64,
     /// How often a failure has stopped the writer of a shard.
     pub writers_latched: u64,
+    /// How often the anchor could not be fed.
+    pub anchor_failures: u64,
     /// Records written to the key audit log.
     pub audit_records: u64,
     /// Records that could not be written to it.

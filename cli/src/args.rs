@@ -47,6 +47,12 @@ pub(crate) struct Global {
     /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
     #[arg(long, global = true)]
     pub(crate) allow_network_fs: bool,
+    /// A directory on another volume that keeps how far the store is; once a store has had one, it is not written without it
+    #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) anchor: Option<PathBuf>,
+    /// Write a store that has an anchor without it; the audit log records that
+    #[arg(long, global = true, conflicts_with = "anchor")]
+    pub(crate) without_anchor: bool,
     /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
     #[arg(long, global = true)]
     pub(crate) group_read: bool,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use envelog::{
-    ConfigError, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions, UserCmkInfo,
+    ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions, UserCmkInfo,
     crypto::AwsLc,
     kms::{self, Kms, LocalKms},
 };
@@ -27,6 +27,8 @@ pub(crate) struct Setup {
     /// Those given by URL. They are asked first: the embedded one serves whatever region it has a key of.
     pub(crate) kms: Vec<Arc<dyn Kms>>,
     pub(crate) options: StoreOptions,
+    anchor: Option<PathBuf>,
+    without_anchor: bool,
     pub(crate) json: bool,
 }
 
@@ -38,6 +40,8 @@ impl Setup {
             keyring_group,
             group_read,
             allow_network_fs,
+            anchor,
+            without_anchor,
             kms_dir,
             kms,
             json,
@@ -62,12 +66,17 @@ impl Setup {
         options.group_read = group_read;
         options.allow_network_fs = allow_network_fs;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
-        Ok(Self { store, keyring, kms_dir, kms, options, json })
+        Ok(Self { store, keyring, kms_dir, kms, options, anchor, without_anchor, json })
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
         let builder = builder(&self.store, &self.keyring).options(self.options);
         let builder = self.kms.iter().fold(builder, |builder, kms| builder.kms(Arc::clone(kms)));
+        let builder = match &self.anchor {
+            Some(dir) => builder.anchor(Arc::new(DirAnchor::new(dir))),
+            None => builder,
+        };
+        let builder = if self.without_anchor { builder.without_anchor() } else { builder };
         builder.kms(Arc::new(LocalKms::at(&self.kms_dir)))
     }
 

@@ -84,6 +84,10 @@ pub enum AuditEvent {
     KeyringRewrapIntended,
     /// The keyring was put under another master key, or under none.
     KeyringRewrapped,
+    /// The store has an anchor from now on.
+    Anchored,
+    /// A store that has an anchor was opened for writing without it.
+    OpenedWithoutAnchor,
 }
 
 /// One record of the key audit log.

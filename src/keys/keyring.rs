@@ -31,6 +31,9 @@ const VERSIONS_MAX: usize = 10_000;
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Body {
+    /// Left out while there is none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    anchored: bool,
     versions: Vec<VersionBody>,
 }
 
@@ -63,6 +66,8 @@ pub(crate) struct Keyring {
     id: KeyringId,
     /// As they were read.
     features: Features,
+    /// Whether the store has an anchor: it is not opened for writing without it.
+    anchored: bool,
     versions: BTreeMap<u32, Version>,
     /// The master key that the file is under; `None` for a file that holds the roots themselves.
     cmk: Option<Cmk>,
@@ -114,6 +119,7 @@ impl Keyring {
             id: KeyringId::random(random).map_err(draw)?,
             file,
             features: Features::default(),
+            anchored: false,
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
             cmk,
             custody,
@@ -160,7 +166,9 @@ impl Keyring {
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
-        let keyring = Self { file: Arc::clone(&file), store, id, features, versions, cmk, custody: custody.clone() };
+        let anchored = body.anchored;
+        let keyring =
+            Self { file: Arc::clone(&file), store, id, features, anchored, versions, cmk, custody: custody.clone() };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
         }
@@ -206,6 +214,7 @@ impl Keyring {
     /// The bytes of its file. Asks the KMS if it is under a master key.
     fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
         let body = Body {
+            anchored: self.anchored,
             versions: self
                 .versions
                 .iter()
@@ -253,13 +262,14 @@ impl Keyring {
     }
 
     /// What is changed is a copy: the KMS may be asked, and nobody is to wait for the keyring meanwhile.
-    fn duplicate(&self) -> Self {
+    pub(crate) fn duplicate(&self) -> Self {
         let copy = |version: &Version| Version { created_us: version.created_us, root: version.root.duplicate() };
         Self {
             file: Arc::clone(&self.file),
             store: self.store,
             id: self.id,
             features: self.features,
+            anchored: self.anchored,
             versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
             cmk: self.cmk.clone(),
             custody: self.custody.clone(),
@@ -307,6 +317,19 @@ impl Keyring {
         rotated.versions.insert(version, Version { created_us: now_us, root });
         rotated.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
         Ok(rotated)
+    }
+
+    /// Whether the store has an anchor.
+    pub(crate) fn is_anchored(&self) -> bool {
+        self.anchored
+    }
+
+    /// The keyring that says that the store has an anchor; it is durable when this returns.
+    pub(crate) fn anchor(&self, random: &dyn Random) -> Result<Self> {
+        let mut anchored = self.duplicate();
+        anchored.anchored = true;
+        anchored.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
+        Ok(anchored)
     }
 
     fn root(&self, version: u32) -> Result<&SecretKey> {

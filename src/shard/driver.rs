@@ -49,6 +49,9 @@ impl Shard {
             return Err(Error::ReadOnly);
         }
         self.context.gate.admit()?;
+        if let Some(limit) = &self.context.limit {
+            limit.admit_append()?;
+        }
         let charge = payload.bytes.len() + PENDING_BYTES;
         let budget = &self.context.budget;
         if !budget.try_take(charge) {

@@ -160,6 +160,15 @@ pub(crate) trait RecordHead: Send + Sync {
     fn record_head(&self, logstore: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()>;
 }
 
+/// Says whether groups may be appended at all.
+pub(crate) trait AdmitAppend: Send + Sync {
+    /// Called for each append.
+    ///
+    /// # Errors
+    /// Why they may not.
+    fn admit_append(&self) -> Result<()>;
+}
+
 /// The settings that concern a shard.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardOptions {
@@ -273,6 +282,8 @@ pub(crate) struct ShardContext {
     pub(crate) heads: Arc<dyn RecordHead>,
     /// Looked at before a write or a sync is acknowledged; `None` for a read-only opener.
     pub(crate) fence: Option<Arc<Fence>>,
+    /// Asked before each append; `None` where nothing limits them.
+    pub(crate) limit: Option<Arc<dyn AdmitAppend>>,
     /// Kept current by the Logstore.
     pub(crate) plan: Arc<RwLock<WritePlan>>,
     /// How many readers there may be.

@@ -484,6 +484,22 @@ impl Shard {
         }
     }
 
+    /// Whether a segment is the one that had this head, by what its header says and its successor says of it.
+    pub(crate) fn agrees_with(&self, head: &Head) -> Result<bool> {
+        let segments = self.segments(false)?;
+        let at = segments.partition_point(|segment| segment.ordinal < head.ordinal);
+        let Some(name) = segments.get(at).filter(|name| name.ordinal == head.ordinal) else { return Ok(false) };
+        if self.header(name)?.header.segment != head.segment {
+            return Ok(false);
+        }
+        Ok(match self.successor(name)?.map(|(header, _)| header.header.predecessor) {
+            Some(Predecessor::Sealed(end)) => end.digest == head.digest || (!head.sealed && end.blocks > head.blocks),
+            Some(Predecessor::Cut(end)) => !head.sealed && end.blocks >= head.blocks,
+            Some(Predecessor::None) => false,
+            None => true,
+        })
+    }
+
     /// The header of the segment after this one, not authenticated, and its path; `None` when this is the last.
     pub(super) fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
         let segments = self.segments(false)?;

@@ -12,6 +12,7 @@ use tracing::info;
 
 use super::{
     AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
+    anchor::{Anchor, Feeder},
     catalogue::{self, Catalogue, Journal, Loaded, load_newest},
     creation,
     lock::StoreLock,
@@ -90,6 +91,9 @@ pub struct StoreOptions {
     /// How often the catalogue notes how far the synced part of each open segment reaches. Without a key, no more than what was synced
     /// since can be cut off unnoticed. 10 s by default; 100 ms to 1 h.
     pub head_every: Duration,
+    /// For how long the anchor may be behind before appends are refused with [`Error::AnchorBehind`]. `None` by default: an anchor that
+    /// fails stops nothing. At least 1 s.
+    pub anchor_required: Option<Duration>,
     /// Whether the group may read the files and directories that the store creates: modes 0640 and 0750 in place of 0600 and 0700.
     /// Off by default. What exists keeps its mode.
     pub group_read: bool,
@@ -119,6 +123,7 @@ impl Default for StoreOptions {
             audit_file_bytes: 4 << 20,
             retention_every: Duration::from_secs(60),
             head_every: Duration::from_secs(10),
+            anchor_required: None,
             group_read: false,
             keyring_group_read: false,
             allow_network_fs: false,
@@ -146,6 +151,7 @@ impl StoreOptions {
             ("readers_max (at least 1)", self.readers_max >= 1),
             ("audit_file_bytes (4 KiB to 64 MiB)", (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes)),
             ("retention_every (at least 1 s)", self.retention_every >= s(1)),
+            ("anchor_required (at least 1 s)", self.anchor_required.is_none_or(|limit| limit >= s(1))),
             ("head_every (100 ms to 1 h)", (ms(100)..=s(3600)).contains(&self.head_every)),
         ];
         match ranges.iter().find(|(_, within)| !within) {
@@ -164,6 +170,8 @@ pub struct StoreBuilder {
     provider: Arc<dyn CryptoProvider>,
     kms: Vec<Arc<dyn Kms>>,
     service_cmk: Option<Cmk>,
+    anchor: Option<Arc<dyn Anchor>>,
+    without_anchor: bool,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) random: Arc<dyn Random>,
@@ -204,6 +212,8 @@ impl StoreBuilder {
             provider,
             kms: Vec::new(),
             service_cmk: None,
+            anchor: None,
+            without_anchor: false,
             disk: Arc::new(RealDisk),
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
@@ -225,6 +235,20 @@ impl StoreBuilder {
     /// There is no lease on the service key: a store that is open stays so whatever becomes of the master key.
     pub fn service_cmk(mut self, cmk: Cmk) -> Self {
         self.service_cmk = Some(cmk);
+        self
+    }
+
+    /// Keeps how far the store is in an anchor, too, and compares the store with it at each opening. From the first opening for writing
+    /// with an anchor on, the keyring says that there is one, and the store is not opened for writing without it.
+    pub fn anchor(mut self, anchor: Arc<dyn Anchor>) -> Self {
+        self.anchor = Some(anchor);
+        self
+    }
+
+    /// Opens a store for writing that has an anchor, without it: an older store in its place is not found out. The audit log records
+    /// that.
+    pub fn without_anchor(mut self) -> Self {
+        self.without_anchor = true;
         self
     }
 
@@ -277,7 +301,7 @@ impl StoreBuilder {
             None => {
                 let held = StoreLock::take_or_create(&*this.disk, &this.dir)?;
                 if keyring.is_outdated()? {
-                    keyring = keyring.reload()?;
+                    keyring = keyring.duplicate();
                 }
                 verify_identity(&*this.disk, &this.dir, &keyring)?;
                 held
@@ -287,12 +311,14 @@ impl StoreBuilder {
         this.disk.sync_dir(&this.dir).map_err(Error::io("sync", &this.dir))?;
         let (fence, found) = this.take_over(identity.store, &keyring)?;
         check_writing(&found.features, &found.path)?;
+        this.compare_with_anchor(&keyring, &found.catalogue)?;
         if keyring.newest() > found.keyring_version {
             keyring.file().sync_name()?;
         }
         keyring.file().remove_leftovers();
         creation::forget(&*this.disk, &this.dir);
         let store = this.assemble(identity.store, keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
+        store.shared.begin_anchoring()?;
         store.shared.clean_up()?;
         Ok(store)
     }
@@ -309,7 +335,39 @@ impl StoreBuilder {
         let keyring = this.load_keyring(&*outside, &identity)?;
         verify_identity(&*this.disk, &this.dir, &keyring)?;
         let found = load_newest(&*this.disk, &this.dir, identity.store, &keyring)?;
-        this.assemble(identity.store, keyring, found.catalogue, None, Audit::Ours)
+        let kept = match &this.anchor {
+            Some(_) => this.compare_with_anchor(&keyring, &found.catalogue)?,
+            None => None,
+        };
+        let reached = found.catalogue.generation;
+        let mut store = this.assemble(identity.store, keyring, found.catalogue, None, Audit::Ours)?;
+        store.anchor_lacks = kept.map(|kept| reached.saturating_sub(kept));
+        Ok(store)
+    }
+
+    /// Compares the store with what its anchor keeps of it, before anything in it is changed. Returns the number of the last record that
+    /// the anchor knows.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`]; [`Error::Anchor`] when there is none, and there should be; the integrity errors of what it keeps.
+    fn compare_with_anchor(&self, keyring: &Keyring, catalogue: &Catalogue) -> Result<Option<u64>> {
+        let unusable = |why: String| Error::Anchor { path: self.dir.clone(), why };
+        let Some(anchor) = &self.anchor else {
+            return match keyring.is_anchored() && !self.without_anchor {
+                true => Err(unusable("none is configured".to_owned())),
+                false => Ok(None),
+            };
+        };
+        let kept = match anchor.load(keyring.store()) {
+            Err(error) => return Err(unusable(format!("it cannot be read: {error}"))),
+            Ok(None) if keyring.is_anchored() => return Err(unusable("it keeps nothing of this store".to_owned())),
+            Ok(None) => return Ok(None),
+            Ok(Some(kept)) => catalogue::load_mirror(&kept, keyring.store(), keyring)?,
+        };
+        let reader = Self { anchor: None, ..self.clone() };
+        let reader = reader.assemble(keyring.store(), keyring.reload()?, catalogue.clone(), None, Audit::Ours)?;
+        reader.shared.check_against_anchor(&kept)?;
+        Ok(Some(kept.generation))
     }
 
     /// Opens the store, or makes it where there is none.
@@ -506,6 +564,13 @@ impl StoreBuilder {
             // Before it looks at any shard: an earlier catalogue must not count any more.
             catalogue.write_anew()?;
         }
+        let anchor = match (&self.anchor, held.is_some()) {
+            (Some(anchor), true) => {
+                let (clock, counters) = (Arc::clone(&self.clock), Arc::clone(&counters));
+                Some(Feeder::new(Arc::clone(anchor), id, clock, counters))
+            }
+            _ => None,
+        };
         // From here on nothing is refused any more.
         if let Some(held) = &mut held {
             held.note_process();
@@ -534,6 +599,7 @@ impl StoreBuilder {
             admin: Mutex::new(AdminState { latched: None, closed: false }),
             catalogue: Arc::new(catalogue),
             fence,
+            anchor,
             logstores: Mutex::default(),
             leases: Mutex::default(),
             circuits: Mutex::default(),
@@ -558,7 +624,7 @@ impl StoreBuilder {
             shared.schedule_heads();
         }
         info!(store = %id, dir = %shared.dir.display(), read_only, "a store is open");
-        Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared })
+        Ok(Store { open: Arc::new(Open { shared: Arc::clone(&shared) }), shared, anchor_lacks: None })
     }
 }
 

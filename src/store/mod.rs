@@ -1,6 +1,7 @@
 //! A store: a directory of Logstores under one service keyring, opened by one writer and any number of readers.
 
 mod admin;
+mod anchor;
 mod audit;
 mod builder;
 mod catalogue;
@@ -49,10 +50,12 @@ use crate::{
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
     metrics::StoreMetrics,
     segment::Features,
-    shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
+    shard::{AdmitAppend, Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
+pub use anchor::{Anchor, AnchorStatus, DirAnchor};
+use anchor::{AnchorLimit, Feeder};
 pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};
 use catalogue::{Catalogue, Change, Entry, Journal, load_newest};
@@ -88,6 +91,8 @@ pub use verify::{Fault, VerifyOptions, VerifyProgress, VerifyReport};
 #[derive(Clone, Debug)]
 pub struct Store {
     shared: Arc<StoreShared>,
+    /// How many records of the catalogue the anchor lacked when the store was opened for reading.
+    anchor_lacks: Option<u64>,
     open: Arc<Open>,
 }
 
@@ -134,6 +139,7 @@ pub(crate) struct StoreShared {
     catalogue: Arc<Journal>,
     /// Tells a writer that another one has taken over; `None` in a store that is open for reading.
     fence: Option<Arc<Fence>>,
+    anchor: Option<Arc<Feeder>>,
     /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
     logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
@@ -231,6 +237,9 @@ impl Store {
             lease.tend();
         }
         self.shared.scheduler.run_due();
+        if let Some(anchor) = &self.shared.anchor {
+            anchor.tend();
+        }
     }
 
     /// How many calls were made to KMSs to renew leases since the store was opened.
@@ -243,6 +252,16 @@ impl Store {
     pub fn metrics(&self) -> StoreMetrics {
         let leases: Vec<_> = lock(&self.shared.leases).values().cloned().collect();
         self.shared.keys.counters.snapshot(leases.iter().map(|lease| lease.metrics()).collect())
+    }
+
+    /// How far the anchor is, if the store was opened with one.
+    pub fn anchor_status(&self) -> AnchorStatus {
+        let lacks = AnchorStatus {
+            configured: self.anchor_lacks.is_some(),
+            records_behind: self.anchor_lacks,
+            ..AnchorStatus::default()
+        };
+        self.shared.anchor.as_ref().map_or(lacks, |anchor| anchor.status())
     }
 
     /// Writes everything, seals what is being written, notes in the catalogue how far each shard is, and lets go of the lock. Other
@@ -420,6 +439,7 @@ impl StoreShared {
             read_only: self.read_only,
             heads: Arc::clone(&self.catalogue) as _,
             fence: self.fence.clone(),
+            limit: self.append_limit(),
             plan: Arc::clone(&plan),
             permits: Arc::clone(&self.permits),
             reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
@@ -508,6 +528,12 @@ impl StoreShared {
             logstore.set_meta(meta, read(&self.keyring).newest());
         }
         Ok(())
+    }
+
+    /// Refuses appends while the anchor is too far behind, if that is asked for.
+    fn append_limit(&self) -> Option<Arc<dyn AdmitAppend>> {
+        let (feeder, limit) = (Arc::clone(self.anchor.as_ref()?), self.options.anchor_required?);
+        Some(Arc::new(AnchorLimit { feeder, limit }))
     }
 
     fn shard_options(&self) -> ShardOptions {
@@ -749,6 +775,9 @@ impl StoreShared {
             pool.stop();
         }
         self.scheduler.stop();
+        if let Some(anchor) = &self.anchor {
+            anchor.stop();
+        }
         lock(&self.logstores).clear();
         self.unlock();
         match &result {

@@ -43,6 +43,7 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
             "store": output::path(&setup.store),
             "store_id": store.id(),
             "logstores": logstores,
+            "anchor": store.anchor_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // What asking for the states has come to.
             "kms": store.metrics().kms,
@@ -108,6 +109,9 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
     }
     if !all.is_empty() || failed.is_empty() {
         output::print_table(&table)?;
+    }
+    if let Some(records @ 1..) = store.anchor_status().records_behind {
+        output::line(format_args!("the anchor does not know the last {records} records of the catalogue"))?;
     }
     for status in all {
         if let Some(cause) = &status.latched {

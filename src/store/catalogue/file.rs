@@ -212,6 +212,7 @@ struct Parser<'a> {
     keyring: &'a Keyring,
     /// The key of the version that was used last.
     key: Option<(u32, SecretKey)>,
+    is_mirror: bool,
 }
 
 /// What stands where a record may be.
@@ -305,7 +306,7 @@ impl Parser<'_> {
         }
     }
 
-    fn parse(&mut self, place: Place, store: StoreId) -> Result<Loaded> {
+    fn parse(&mut self, expected: Option<Place>, store: StoreId) -> Result<Loaded> {
         let len = document::framed_len(self.bytes).map_err(|error| error.in_file(self.path, 0))?;
         let whole = Cursor::new(self.bytes).bytes(len).map_err(|error| error.in_file(self.path, 0))?;
         let keyring = self.keyring;
@@ -318,7 +319,8 @@ impl Parser<'_> {
             Ok(body) => body,
             Err(error) => return self.corrupt(80, format!("it does not parse: {error}")),
         };
-        if (Place { epoch: body.epoch, serial: body.serial }) != place {
+        let place = Place { epoch: body.epoch, serial: body.serial };
+        if expected.is_some_and(|expected| expected != place) {
             return self.tampered(80, "the catalogue under another name");
         }
         let mut catalogue = body.catalogue;
@@ -331,8 +333,11 @@ impl Parser<'_> {
         if self.bytes.get(len..tips_at).is_none_or(|between| between.iter().any(|&byte| byte != 0)) {
             return self.corrupt(len, "it does not go on with zeros");
         }
-        let tips = [self.tip(tips_at, 0)?, self.tip(tips_at, 1)?];
         let snapshot = Tip { number: document.generation, tag: document::tag_a(whole) };
+        let tips = match self.is_mirror {
+            true => [Some(snapshot); 2],
+            false => [self.tip(tips_at, 0)?, self.tip(tips_at, 1)?],
+        };
         let (mut last, mut version, mut at) = (snapshot, document.keyring_version, tips_at + TIPS_LEN);
         let mut confirmed = tips.map(|tip| tip.is_none_or(|tip| tip == snapshot));
         while let Next::Record { end, number, version: under, tag, changes } = self.record(at, &last.tag)? {
@@ -411,6 +416,16 @@ pub(crate) fn newest_epoch(disk: &dyn Disk, dir: &Path) -> Result<u64> {
     Ok(epochs.max().unwrap_or(0))
 }
 
+/// Reads a copy of a catalogue file, which an anchor has kept. Its tips do not count: they may name later records than were copied.
+///
+/// # Errors
+/// The integrity errors of the catalogue.
+pub(crate) fn load_mirror(bytes: &[u8], store: StoreId, keyring: &Keyring) -> Result<Catalogue> {
+    let path = Path::new("anchor");
+    let loaded = Parser { bytes, path, keyring, key: None, is_mirror: true }.parse(None, store)?;
+    Ok(loaded.catalogue)
+}
+
 /// Reads the newest catalogue file of the store in `dir`.
 ///
 /// # Errors
@@ -436,7 +451,8 @@ pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => found = Some(path),
             bytes => {
                 let bytes = bytes.map_err(Error::io("read", &path))?;
-                return Parser { bytes: &bytes, path: &path, keyring, key: None }.parse(place, store);
+                return Parser { bytes: &bytes, path: &path, keyring, key: None, is_mirror: false }
+                    .parse(Some(place), store);
             }
         }
     }

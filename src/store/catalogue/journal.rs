@@ -6,6 +6,7 @@ use std::{
 };
 
 use super::{
+    super::anchor::Feeder,
     Catalogue, Change,
     file::{self, CHANGES_MAX, Place, Tip},
 };
@@ -14,7 +15,7 @@ use crate::{
     config::LogstoreName,
     epoch::Fence,
     ids::{LogstoreId, StoreId},
-    io::{self, Disk, DiskFile, Existing, OpenMode},
+    io::{self, Disk, DiskFile, Existing, OpenMode, read_exact_at},
     keys::keyring::Keyring,
     shard::{Head, RecordHead},
     sync::{Condvar, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
@@ -38,6 +39,8 @@ pub(crate) struct Journal {
     done: Condvar,
     /// `None` in a store that is open for reading.
     fence: Option<Arc<Fence>>,
+    /// Keeps a copy of the file outside the store.
+    feeder: RwLock<Option<Arc<Feeder>>>,
     /// The file that takes the records, once there is one. Only the leader takes this lock.
     writer: Mutex<Option<Writer>>,
 }
@@ -68,6 +71,31 @@ struct Writer {
     settled: bool,
 }
 
+/// The part of a catalogue file that is synced, to be copied.
+#[derive(Clone, Debug)]
+pub(crate) struct Mirror {
+    file: Arc<dyn DiskFile>,
+    /// Which of the files of this writer it is.
+    pub(crate) serial: u64,
+    /// Its length in bytes.
+    pub(crate) len: u64,
+}
+
+impl Mirror {
+    /// Its bytes from an offset on.
+    pub(crate) fn read_from(&self, offset: u64) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.len.saturating_sub(offset) as usize];
+        read_exact_at(&*self.file, &mut bytes, offset)?;
+        Ok(bytes)
+    }
+}
+
+impl Writer {
+    fn mirror(&self) -> Mirror {
+        Mirror { file: Arc::clone(&self.file), serial: self.serial, len: self.end }
+    }
+}
+
 impl RecordHead for Journal {
     fn record_head(&self, name: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()> {
         self.commit(vec![Change::reached(name, id, shard, head)])
@@ -92,6 +120,7 @@ impl Journal {
             queue: Mutex::default(),
             done: Condvar::new(),
             fence: None,
+            feeder: RwLock::new(None),
             writer: Mutex::new(None),
         }
     }
@@ -142,6 +171,15 @@ impl Journal {
         *write(&self.catalogue) = catalogue;
     }
 
+    /// Has a feeder keep a copy of the file, from now on and after each change.
+    pub(crate) fn feed(&self, feeder: Arc<Feeder>) {
+        let writer = lock(&self.writer);
+        if let Some(writer) = &*writer {
+            feeder.want(writer.mirror());
+        }
+        *write(&self.feeder) = Some(feeder);
+    }
+
     /// The file that takes the records, for messages.
     pub(crate) fn path(&self) -> PathBuf {
         lock(&self.writer).as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
@@ -171,6 +209,7 @@ impl Journal {
             let (batch, calls) = (std::mem::take(&mut queue.waiting), queue.calls);
             drop(queue);
             let written = self.write(&batch);
+            self.feed_anchor();
             queue = lock(&self.queue);
             queue.leading = false;
             match written {
@@ -211,6 +250,7 @@ impl Journal {
         queue.leading = true;
         drop(queue);
         let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
+        self.feed_anchor();
         let mut queue = lock(&self.queue);
         queue.leading = false;
         if let Err(error) = &written {
@@ -227,6 +267,14 @@ impl Journal {
     pub(crate) fn write_anew(&self) -> Result<()> {
         let catalogue = self.now().clone();
         self.replace(catalogue)
+    }
+
+    fn feed_anchor(&self) {
+        let feeder = read(&self.feeder).clone();
+        let mirror = lock(&self.writer).as_ref().map(Writer::mirror);
+        if let (Some(feeder), Some(mirror)) = (feeder, mirror) {
+            feeder.want(mirror);
+        }
     }
 
     fn write_snapshot(&self, catalogue: &Catalogue) -> Result<()> {

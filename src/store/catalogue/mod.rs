@@ -24,8 +24,10 @@ use crate::{
     shard::{Head, ShardRecord},
 };
 
-pub(super) use file::{Loaded, exists, is_catalogue_file_or_temporary, load_newest, newest_epoch, write_first};
-pub(super) use journal::Journal;
+pub(super) use file::{
+    Loaded, exists, is_catalogue_file_or_temporary, load_mirror, load_newest, newest_epoch, write_first,
+};
+pub(super) use journal::{Journal, Mirror};
 
 /// The most Logstores in a store.
 pub const LOGSTORES_MAX: usize = 100_000;
