@@ -362,6 +362,8 @@ impl Shard {
     /// Stops the writer after a failure: nothing is retried as if it had worked. What is queued fails; what is written and not
     /// synced fails for those who wait for the sync.
     fn latch(&self, writer: &mut Writer, error: Error) {
+        // A writer that has taken over removes files that this one has not finished: that is why their names are gone.
+        let error = if matches!(error, Error::Io { .. }) { self.check_fence().err().unwrap_or(error) } else { error };
         if let Some(active) = writer.active.take() {
             self.context.gate.end_segment(active.header.header.segment);
             // What was written and not synced has no standing any more, although it can be read.

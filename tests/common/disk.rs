@@ -333,7 +333,23 @@ impl State {
             Node::Dir(dir) => (dir, 0),
             Node::File(file) => (file, self.files[&file].live.len() as u64),
         };
-        FileStat { kind: node.kind(), len, identity, links: 1, owner: None }
+        let is_it = |other: &Node| matches!((other, node), (Node::File(one), Node::File(other)) if *one == other);
+        let links = match node {
+            Node::Dir(_) => 1,
+            Node::File(_) => self.dirs.values().flat_map(|dir| dir.live.values()).filter(|one| is_it(one)).count() as u64,
+        };
+        FileStat { kind: node.kind(), len, identity, links, owner: None }
+    }
+
+    fn rename(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        let node = self.look_up(from)?;
+        if let Node::File(file) = node {
+            self.files.get_mut(&file).unwrap().path = to.to_owned();
+        }
+        let ((dir, from), (target, to)) = (self.parent(from)?, self.parent(to)?);
+        assert_eq!(dir, target, "nobody moves files between directories here");
+        self.change_dir(dir, Entry::Moved(from, to, node));
+        Ok(())
     }
 
     fn dir(&self, path: &Path) -> io::Result<u64> {
@@ -665,23 +681,14 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.change(Op::Rename, from, |state| {
-            let node = state.look_up(from)?;
-            if let Node::File(file) = node {
-                state.files.get_mut(&file).unwrap().path = to.to_owned();
-            }
-            let ((dir, from), (target, to)) = (state.parent(from)?, state.parent(to)?);
-            assert_eq!(dir, target, "nobody moves files between directories here");
-            state.change_dir(dir, Entry::Moved(from, to, node));
-            Ok(())
-        })
+        self.change(Op::Rename, from, |state| state.rename(from, to))
     }
 
     fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
-        if self.lock().look_up(to).is_ok() {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        self.rename(from, to)
+        self.change(Op::Rename, from, |state| match state.look_up(to) {
+            Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            Err(_) => state.rename(from, to),
+        })
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {

@@ -1,0 +1,180 @@
+//! Two writers of one store: `LOCK` was removed, or the file system does not share locks. Neither loses what it acknowledged.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use common::{
+    disk::{Sim, Survives, Verdict},
+    *,
+};
+use envelog::{Error, ErrorKind, Logstore, LogstoreSpec, Result, Store, VerifyOptions};
+
+const NAMES: [&str; 2] = ["p/l", "p/m"];
+
+fn find(store: &Store, text: &str) -> Logstore {
+    store.logstore(&name(text)).unwrap()
+}
+
+/// What was acknowledged, by Logstore.
+type Acked = BTreeMap<&'static str, Vec<String>>;
+
+/// Appends, synced, and notes what was acknowledged.
+fn put_acked(store: &Store, text: &'static str, what: &str, acked: &mut Acked) -> Result<()> {
+    let content = format!("{what} {}", "x".repeat(1500));
+    try_put(&store.logstore(&name(text))?, &content)?;
+    acked.entry(text).or_default().push(content);
+    Ok(())
+}
+
+#[track_caller]
+fn assert_all_there(store: &Store, acked: &Acked, context: &str) {
+    for (text, expected) in acked {
+        let found = texts(&find(store, text));
+        for one in expected {
+            let times = found.iter().filter(|found| *found == one).count();
+            let head: String = one.chars().take(20).collect();
+            assert_eq!(times, 1, "{context}: {text} has {head:?} {times} times");
+        }
+    }
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.faults);
+}
+
+fn merge(into: &mut Acked, from: Acked) {
+    for (text, mut more) in from {
+        into.entry(text).or_default().append(&mut more);
+    }
+}
+
+/// Another writer takes over the store of the first one: before each of its operations on the disk in turn.
+fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Result<()>) {
+    let mut sim = Sim::new();
+    sim.world.options.segment_bytes = 4096;
+    let store = sim.create();
+    for text in NAMES {
+        sim.world.service(&store, text);
+    }
+    let mut before = Acked::new();
+    for number in 0..4 {
+        NAMES.iter().for_each(|text| put_acked(&store, text, &format!("before {number}"), &mut before).unwrap());
+    }
+    store.close().unwrap();
+    let (image, mut world) = (sim.disk, sim.world);
+    for nth in 1.. {
+        let sim = Sim::of(world, image.fork());
+        let context = format!("{what}, taken over before operation {nth}");
+        let mut acked = before.clone();
+        let first = sim.open();
+        put_acked(&first, NAMES[0], "first", &mut acked).unwrap();
+
+        let second: Arc<Mutex<Option<(Store, Acked)>>> = Arc::default();
+        let (lock, disk, builder) = (sim.world.store_dir().join("LOCK"), sim.disk.clone(), sim.builder());
+        let (at, taken, said) = (sim.disk.operations() + nth, Arc::clone(&second), context.clone());
+        sim.disk.on_call(move |call| {
+            if call.nth == at {
+                disk.heal();
+                envelog::io::Disk::remove_file(&disk, &lock).unwrap();
+                let store = builder.clone().open().unwrap_or_else(|error| panic!("{said}: {error}"));
+                let mut acked = Acked::new();
+                for text in NAMES {
+                    put_acked(&store, text, "second", &mut acked).unwrap_or_else(|error| panic!("{said}: {error}"));
+                }
+                *taken.lock().unwrap() = Some((store, acked));
+            }
+            Verdict::Go
+        });
+        let done = operation(&first, &mut acked);
+        sim.disk.heal();
+        let Some((second, by_second)) = second.lock().unwrap().take() else {
+            done.unwrap();
+            break;
+        };
+        merge(&mut acked, by_second);
+        if let Err(error) = &done {
+            // The second writer removes what the first one has not finished.
+            let expected = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Io);
+            assert!(expected, "{context}: {error:?}");
+        }
+        // From now on the first one does nothing more.
+        let late = put_acked(&first, NAMES[0], "late", &mut acked).unwrap_err();
+        assert!(["fenced", "closed"].contains(&late.code_of_cause()), "{context}: {late:?}");
+        assert!(first.create_logstore(&name("p/late"), LogstoreSpec::default()).is_err(), "{context}");
+        let _ = first.close();
+        for text in NAMES {
+            put_acked(&second, text, "second again", &mut acked).unwrap_or_else(|error| panic!("{context}: {error}"));
+        }
+        assert_all_there(&second, &acked, &context);
+        // The power fails, or not.
+        let crashed = sim.disk.crash(Survives::Synced);
+        second.close().unwrap();
+        assert_all_there(&sim.open(), &acked, &context);
+        world = sim.world;
+        let store = world.builder().disk(Arc::new(crashed)).open().unwrap();
+        assert_all_there(&store, &acked, &format!("{context}, after a crash"));
+        assert!(nth < 2000, "{what} never ends");
+    }
+}
+
+/// The code of an error, or of the one that has stopped a shard.
+trait CodeOfCause {
+    fn code_of_cause(&self) -> &'static str;
+}
+
+impl CodeOfCause for Error {
+    fn code_of_cause(&self) -> &'static str {
+        match self {
+            Error::Latched { cause, .. } => cause.code(),
+            other => other.code(),
+        }
+    }
+}
+
+#[test]
+fn appends_that_roll() {
+    taken_over_anywhere("appends", |store, acked| {
+        (0..5).try_for_each(|number| put_acked(store, NAMES[0], &format!("during {number}"), acked))
+    });
+}
+
+#[test]
+fn the_first_append_of_a_shard() {
+    taken_over_anywhere("a first append", |store, acked| put_acked(store, NAMES[1], "during", acked));
+}
+
+#[test]
+fn a_checkpoint_and_a_close() {
+    taken_over_anywhere("a checkpoint", |store, acked| {
+        put_acked(store, NAMES[1], "during", acked)?;
+        store.checkpoint().map(drop)?;
+        store.clone().close()
+    });
+}
+
+#[test]
+fn administration() {
+    taken_over_anywhere("administration", |store, acked| {
+        store.create_logstore(&name("p/new"), LogstoreSpec::default())?;
+        let mut config = store.config(&name(NAMES[0]))?;
+        config.ttl_days = Some(9);
+        store.update_logstore(&name(NAMES[0]), config)?;
+        store.rotate_data_key(&name(NAMES[0]))?;
+        put_acked(store, NAMES[0], "during", acked)
+    });
+}
+
+#[test]
+fn retention() {
+    taken_over_anywhere("retention", |store, acked| {
+        let mut config = store.config(&name(NAMES[0]))?;
+        config.retention_bytes = Some(1);
+        store.update_logstore(&name(NAMES[0]), config)?;
+        let _ = acked.remove(NAMES[0]);
+        store.apply_retention().map(drop)
+    });
+}
