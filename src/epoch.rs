@@ -5,6 +5,7 @@
 //! writer that has raised the epoch since may not see these bytes, so they are not acknowledged.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -14,7 +15,7 @@ use bytes::BufMut;
 use crate::{
     Error, Result,
     ids::StoreId,
-    io::{Disk, DiskFile, Existing, OpenMode, Random, read_exact_at, write_file},
+    io::{Access, DirEntry, Disk, DiskFile, Existing, FileStat, OpenMode, Random, read_exact_at, write_file},
     segment::{Cursor, DecodeError, put_crc, require, strip_crc},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -111,17 +112,17 @@ impl Fence {
     /// opening the store at the same time.
     pub(crate) fn raise(disk: &dyn Disk, dir: &Path, store: StoreId, above: u64, random: &dyn Random) -> Result<Self> {
         let path = dir.join(NAME);
-        let io = |op| Error::io(op, &path);
+        let failed = |op| Error::io(op, &path);
         let mut writer = [0; WRITER_LEN];
-        random.fill(&mut writer).map_err(io("draw an id for the writer of"))?;
+        random.fill(&mut writer).map_err(failed("draw an id for the writer of"))?;
         let mut found = 0;
         for _ in 0..ATTEMPTS {
             let file = open(disk, &path)?;
-            if file.len().map_err(io("look at"))? < FILE_LEN as u64 {
-                file.set_len(FILE_LEN as u64).map_err(io("extend"))?;
+            if file.len().map_err(failed("look at"))? < FILE_LEN as u64 {
+                file.set_len(FILE_LEN as u64).map_err(failed("extend"))?;
             }
             let mut image = [0; FILE_LEN];
-            read_exact_at(&*file, &mut image, 0).map_err(io("read"))?;
+            read_exact_at(&*file, &mut image, 0).map_err(failed("read"))?;
             let newest = highest(&image, store).map_err(|error| error.in_file(&path, 0))?;
             let (place, known) = newest.map_or((1, 0), |(place, slot)| (place, slot.epoch));
             let epoch = known.max(above).saturating_add(1);
@@ -131,13 +132,13 @@ impl Fence {
             // The older slot is overwritten: should the write be torn, the newer one still counts.
             let at = (1 - place) * SLOT_LEN;
             let slot = Slot { epoch, writer, store }.encode();
-            file.write_at(&slot, at as u64).map_err(io("write"))?;
-            file.sync_data().map_err(io("sync"))?;
+            file.write_at(&slot, at as u64).map_err(failed("write"))?;
+            file.sync_data().map_err(failed("sync"))?;
             if let Some(place) = image.get_mut(at..at + SLOT_LEN) {
                 place.copy_from_slice(&slot);
             }
             let fence = Self { file, path: path.clone(), epoch, image, lost: AtomicBool::new(false) };
-            if fence.is_held().map_err(io("read"))? {
+            if fence.is_held().map_err(failed("read"))? {
                 return Ok(fence);
             }
             found = epoch;
@@ -165,7 +166,7 @@ impl Fence {
         Err(Error::Fenced { path: dir.to_owned(), epoch: self.epoch })
     }
 
-    fn is_held(&self) -> std::io::Result<bool> {
+    fn is_held(&self) -> io::Result<bool> {
         let mut now = [0; FILE_LEN];
         let read = self.file.read_at(&mut now, 0)?;
         // A file that was replaced says nothing about what other writers wrote into the new one.
@@ -173,17 +174,100 @@ impl Fence {
     }
 }
 
+/// The disk of a writer: looks at the epoch before each rename.
+///
+/// A writer that was paused may go on when another one has taken over. It made its temporary file before that, and the other writer
+/// removes such files before it reads what they were to replace. Or it made the file afterwards, and is stopped here.
+#[derive(Debug)]
+pub(crate) struct FencedDisk {
+    disk: Arc<dyn Disk>,
+    fence: Arc<Fence>,
+}
+
+impl FencedDisk {
+    pub(crate) fn new(disk: Arc<dyn Disk>, fence: Arc<Fence>) -> Self {
+        Self { disk, fence }
+    }
+
+    fn check(&self) -> io::Result<()> {
+        self.fence.check().map_err(|error| match error {
+            Error::Fenced { path, epoch } => io::Error::other(TakenOver { path, epoch }),
+            other => io::Error::other(other),
+        })
+    }
+}
+
+/// Another writer has taken over. Comes as the inner error of an [`io::Error`], and as [`Error::Fenced`] from the engine.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("another writer has opened the store")]
+pub(crate) struct TakenOver {
+    pub(crate) path: PathBuf,
+    pub(crate) epoch: u64,
+}
+
+impl Disk for FencedDisk {
+    fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>> {
+        Ok(Arc::new(Self::new(self.disk.beneath(dir, access)?, Arc::clone(&self.fence))))
+    }
+
+    fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
+        self.disk.network_file_system(dir)
+    }
+
+    fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        self.disk.resolve(path)
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        self.disk.open(path, mode)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.check()?;
+        self.disk.rename(from, to)
+    }
+
+    fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.check()?;
+        self.disk.rename_new(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove_file(path)
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.create_dir(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove_dir(path)
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.disk.sync_dir(path)
+    }
+
+    fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        self.disk.list_dir(path)
+    }
+
+    fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        self.disk.stat(path)
+    }
+}
+
 /// Opens the file, and makes it first where there is none.
 fn open(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn DiskFile>> {
     for _ in 0..ATTEMPTS {
         match disk.open(path, OpenMode::ReadWrite) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             opened => return opened.map_err(Error::io("open", path)),
         }
         match write_file(disk, path, &[0; FILE_LEN], Existing::Keep) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.map_err(Error::io("create", path))?,
         }
     }
-    Err(Error::io("open", path)(std::io::ErrorKind::NotFound.into()))
+    Err(Error::io("open", path)(io::ErrorKind::NotFound.into()))
 }

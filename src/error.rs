@@ -14,6 +14,7 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     config::{ConfigError, LogstoreName},
+    epoch::TakenOver,
     io::{FileKind, WrongFileType},
     kms::{Cmk, KmsError, RevokedReason},
     segment::DecodeError,
@@ -590,7 +591,14 @@ impl Error {
 
     pub(crate) fn io(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
-        move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
+        move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<TakenOver>()) {
+            Some(TakenOver { path, epoch }) => Error::Fenced { path: path.clone(), epoch: *epoch },
+            None => Error::of_file(op, path, source),
+        }
+    }
+
+    fn of_file(op: &'static str, path: PathBuf, source: io::Error) -> Error {
+        match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
             Some(WrongFileType { path, expected, found }) => {
                 Error::WrongFileType { path: path.clone(), expected: *expected, found: *found }
             }

@@ -26,7 +26,7 @@ type Acked = BTreeMap<&'static str, Vec<String>>;
 
 /// Appends, synced, and notes what was acknowledged.
 fn put_acked(store: &Store, text: &'static str, what: &str, acked: &mut Acked) -> Result<()> {
-    let content = format!("{what} {}", "x".repeat(1500));
+    let content = format!("{what} {}", noise(what.len() as u64, 1500));
     try_put(&store.logstore(&name(text))?, &content)?;
     acked.entry(text).or_default().push(content);
     Ok(())

@@ -24,7 +24,7 @@ use crate::{
     config::{LogstoreName, check_cmk},
     crypto::CryptoProvider,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
-    epoch::Fence,
+    epoch::{Fence, FencedDisk},
     error::Location,
     ids::{KeyringId, StoreId},
     io::{self, Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock},
@@ -436,6 +436,7 @@ impl StoreBuilder {
             write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
             drop(keyring);
             store.shared.audit.record(AuditEvent::KeyringReplaced, None, "")?;
+            store.shared.begin_anchoring()?;
             Ok((store, report))
         })();
         if recovered.is_err() {
@@ -554,11 +555,16 @@ impl StoreBuilder {
                 audit.make_durable(&known)?;
             }
         }
-        let catalogue = match &fence {
+        let (disk, catalogue): (Arc<dyn Disk>, _) = match &fence {
             Some(fence) => {
-                Journal::for_writing(disk, &self.dir, id, Arc::clone(&keyring), catalogue, Arc::clone(fence))
+                let disk = Arc::new(FencedDisk::new(disk, Arc::clone(fence)));
+                let (on, keyring, fence) = (Arc::clone(&disk) as _, Arc::clone(&keyring), Arc::clone(fence));
+                (disk, Journal::for_writing(on, &self.dir, id, keyring, catalogue, fence))
             }
-            None => Journal::for_reading(disk, &self.dir, id, Arc::clone(&keyring), catalogue),
+            None => {
+                let catalogue = Journal::for_reading(Arc::clone(&disk), &self.dir, id, Arc::clone(&keyring), catalogue);
+                (disk, catalogue)
+            }
         };
         if held.is_some() && found == Audit::Ours {
             // Before it looks at any shard: an earlier catalogue must not count any more.
@@ -614,7 +620,7 @@ impl StoreBuilder {
             dir: self.dir,
             provider: self.provider,
             kms,
-            disk: self.disk,
+            disk,
             clock: self.clock,
             random: self.random,
             options: self.options,

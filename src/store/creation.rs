@@ -252,6 +252,7 @@ impl StoreBuilder {
         verify_identity(&*disk, &dir, &keyring)?;
         let store = self.assemble(keyring.store(), keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
+        store.shared.begin_anchoring()?;
         Ok(store)
     }
 

@@ -336,7 +336,9 @@ impl State {
         let is_it = |other: &Node| matches!((other, node), (Node::File(one), Node::File(other)) if *one == other);
         let links = match node {
             Node::Dir(_) => 1,
-            Node::File(_) => self.dirs.values().flat_map(|dir| dir.live.values()).filter(|one| is_it(one)).count() as u64,
+            Node::File(_) => {
+                self.dirs.values().flat_map(|dir| dir.live.values()).filter(|one| is_it(one)).count() as u64
+            }
         };
         FileStat { kind: node.kind(), len, identity, links, owner: None }
     }

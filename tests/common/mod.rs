@@ -501,6 +501,16 @@ pub(crate) fn record(text: &str) -> Payload {
     Payload::opaque(Bytes::copy_from_slice(text.as_bytes())).unwrap()
 }
 
+/// Text that does not shrink, the same for the same seed.
+pub(crate) fn noise(seed: u64, len: usize) -> String {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut letter = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        char::from(b'0' + (state >> 57) as u8 % 75)
+    };
+    (0..len).map(|_| letter()).collect()
+}
+
 /// Appends a record, synced.
 pub(crate) fn put(logstore: &Logstore, text: &str) {
     try_put(logstore, text).unwrap();
