@@ -48,7 +48,7 @@ use crate::{
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
     metrics::StoreMetrics,
     segment::Features,
-    shard::{Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
+    shard::{Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
@@ -129,6 +129,7 @@ pub(crate) struct StoreShared {
     audit: AuditLog,
     scheduler: Arc<Scheduler>,
     budget: Arc<Budget>,
+    hasher: Arc<PayloadHasher>,
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
     /// In order, as whatever is walked through is, so that a simulation takes the same way twice.
@@ -400,6 +401,7 @@ impl StoreShared {
             random: Arc::clone(&self.random),
             wake: Arc::clone(&self.scheduler) as _,
             budget: Arc::clone(&self.budget),
+            hasher: Arc::clone(&self.hasher),
             gate,
             options: self.shard_options(),
             read_only: self.read_only,
@@ -745,6 +747,7 @@ impl StoreShared {
             pool.stop();
         }
         self.scheduler.stop();
+        self.hasher.stop();
         lock(&self.logstores).clear();
         self.unlock();
         match &result {
