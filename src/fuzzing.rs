@@ -16,7 +16,7 @@ pub fn scan_segment(header: &DecodedHeader, bytes: &[u8]) -> (u32, u64) {
         buf[..len].copy_from_slice(&rest[..len]);
         Ok(len)
     };
-    let on_block = |block| {
+    let on_block = |block, _: &[u8]| {
         blocks.push(block);
         Ok::<_, std::convert::Infallible>(())
     };
@@ -25,14 +25,14 @@ pub fn scan_segment(header: &DecodedHeader, bytes: &[u8]) -> (u32, u64) {
     assert_eq!(in_place, report.blocks as usize);
     assert!(blocks[in_place..].iter().all(|block| !block.contiguous), "{blocks:?}");
     assert!(blocks.is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number), "{blocks:?}");
-    assert!((header.body_start.min(report.file_len)..=report.file_len).contains(&report.end.min(report.file_len)));
+    assert!(report.data_end <= bytes.len().max(header.body_start as usize) as u64 && report.data_end >= report.end);
     for block in &blocks {
         assert_eq!(block.header.segment_tag, header.segment_tag());
-        assert!(block.offset + block.header.block_len() <= report.file_len);
+        assert!(block.offset + block.header.block_len() <= report.data_end);
     }
     match report.verdict {
-        ScanVerdict::Clean => assert!(report.end >= report.file_len && blocks.len() == in_place),
-        ScanVerdict::Incomplete => assert!(report.end < report.file_len && blocks.len() == in_place),
+        ScanVerdict::Clean => assert!(report.end == report.data_end && blocks.len() == in_place),
+        ScanVerdict::Incomplete => assert!(report.end < report.data_end && blocks.len() == in_place),
         ScanVerdict::TornTail { at } => assert!(at == report.end && report.mark <= at),
         ScanVerdict::Damaged { at, mark } => assert!(at == report.end && mark == report.mark && at < mark),
     }

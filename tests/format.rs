@@ -250,21 +250,26 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     let authenticated = footer.footer.encode();
     assert_eq!(authenticated, file[file.len() - len..][..footer.footer.authenticated_len()]);
     cipher.verify_tag_only(&footer.footer.nonce(), &authenticated, &footer.tag).unwrap();
-    values.check("digest", footer.footer.digest);
-    values.check("digest", digest(&decoded, &file[begin..footer.footer.offset as usize]));
+    values.check("body", footer.footer.body);
+    values.check("body", body(&decoded, &file[begin..footer.footer.offset as usize]));
+    values.check("digest", footer.footer.digest(decoded.header.payload_hash, &decoded.header_hash));
+    let blocks = footer.footer.block_count.to_le_bytes();
+    values.check("digest", hash(HashAlg::Sha256, &[&decoded.header_hash, &blocks, values.get("body")]));
     (decoded, cipher)
 }
 
-/// The digest over a header and the blocks in `body`.
-fn digest(header: &DecodedHeader, mut body: &[u8]) -> [u8; 32] {
-    let mut covered = header.header_hash.to_vec();
-    while !body.is_empty() {
-        let len = BlockHeader::decode(body).unwrap().block_len() as usize;
-        covered.extend_from_slice(&body[..96]);
-        covered.extend_from_slice(&body[len - 20..len - 4]);
-        body = &body[len..];
+/// The hash over `blocks`.
+fn body(header: &DecodedHeader, mut blocks: &[u8]) -> [u8; 32] {
+    assert_eq!(header.header.payload_hash, HashAlg::Sha256);
+    let mut covered = Vec::new();
+    while !blocks.is_empty() {
+        let len = BlockHeader::decode(blocks).unwrap().block_len() as usize;
+        covered.extend_from_slice(&blocks[..96]);
+        covered.extend_from_slice(&hash(HashAlg::Sha256, &[&blocks[96..len - 20]]));
+        covered.extend_from_slice(&blocks[len - 20..len - 4]);
+        blocks = &blocks[len..];
     }
-    hash(header.header.suite.hash(), &[&covered])
+    hash(HashAlg::Sha256, &[&covered])
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn fake_footer(like: &BlockHeader, offset: u64) -> Vec<u8> {
         offset,
         nonce_random: [7; 8],
         recovered: false,
-        digest: [8; 32],
+        body: [8; 32],
         index: Vec::new(),
     };
     footer.finish(footer.encode(), &[0xfa; 16])

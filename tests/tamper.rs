@@ -290,7 +290,7 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         (FileKind::Segment, "footer blocks" | "footer counts" | "footer index" | "footer flags") => {
             &["corrupt", "tampered"]
         }
-        (FileKind::Segment, "suite") => &["tampered", "unsupported_feature"],
+        (FileKind::Segment, "suite" | "payload hash") => &["tampered", "unsupported_feature"],
         (FileKind::Segment, "key source" | "predecessor kind") => &["corrupt", "tampered"],
         (FileKind::Segment, "first seq" | "limit seq") => &["corrupt", "tampered"],
         (FileKind::Segment, "block seq" | "block times") => &["corrupt", "tampered"],
@@ -307,7 +307,7 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         (FileKind::Store, "kind") => &["corrupt", "not_a_store", "tampered"],
         (_, "kind") => &["corrupt", "tampered"],
         // What others know of the segment is looked at before its key.
-        (FileKind::Segment, "footer digest") => &["rolled_back"],
+        (FileKind::Segment, "footer body") => &["rolled_back"],
         (FileKind::Segment, "predecessor") => &["corrupt", "rolled_back", "tampered"],
         (FileKind::Segment, "commitment") => &["wrong_key"],
         _ => &["tampered"],

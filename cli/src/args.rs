@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use envelog::{Durability, Position, segment::Compression};
+use envelog::{Durability, Position, crypto::HashAlg, segment::Compression};
 use tracing_subscriber::filter::Targets;
 
 use crate::values::{bytes, duration, position, seconds};
@@ -270,6 +270,9 @@ pub(crate) struct CreateArgs {
     /// How blocks are compressed
     #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
     pub(crate) compression: CompressionArg,
+    /// The hash by which the digest of a segment commits to what is stored in it
+    #[arg(long, value_enum, default_value_t = HashArg::Sha256)]
+    pub(crate) payload_hash: HashArg,
     /// Encryption, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
     pub(crate) encrypt_conf: Option<String>,
@@ -571,6 +574,9 @@ pub(crate) struct BenchArgs {
     /// How many seconds each row may take
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = seconds)]
     pub(crate) seconds: f64,
+    /// Measure only what hashing the payloads costs appends
+    #[arg(long)]
+    pub(crate) payload_hash: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -586,6 +592,21 @@ impl From<CompressionArg> for Compression {
             CompressionArg::Lz4 => Compression::Lz4,
             CompressionArg::Zstd => Compression::Zstd,
             CompressionArg::None => Compression::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HashArg {
+    Sha256,
+    Sm3,
+}
+
+impl From<HashArg> for HashAlg {
+    fn from(arg: HashArg) -> Self {
+        match arg {
+            HashArg::Sha256 => HashAlg::Sha256,
+            HashArg::Sm3 => HashAlg::Sm3,
         }
     }
 }

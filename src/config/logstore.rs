@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::LogstoreName;
 use crate::{
-    crypto::{Cipher, Suite},
+    crypto::{Cipher, HashAlg, Suite},
     ids::hex_decode,
     kms::Cmk,
     segment::Compression,
@@ -326,12 +326,14 @@ pub struct LogstoreSpec {
     pub rotate_data_key: Option<RotateDataKey>,
     /// How blocks are compressed.
     pub compression: Compression,
+    /// The hash by which the digest of a segment commits to what is stored in it.
+    pub payload_hash: HashAlg,
     /// Encryption; may also come with a later update.
     pub encrypt_conf: Option<EncryptConf>,
 }
 
 impl Default for LogstoreSpec {
-    /// One shard, kept for ever, lz4, no `encrypt_conf`.
+    /// One shard, kept for ever, lz4, SHA-256, no `encrypt_conf`.
     fn default() -> Self {
         Self {
             shard_count: 1,
@@ -339,6 +341,7 @@ impl Default for LogstoreSpec {
             retention_bytes: None,
             rotate_data_key: None,
             compression: Compression::Lz4,
+            payload_hash: HashAlg::Sha256,
             encrypt_conf: None,
         }
     }
@@ -431,6 +434,10 @@ impl ShardInfo {
     }
 }
 
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// A hash key of exactly 32 lower-case hexadecimal digits.
 fn hash_key(text: &str) -> Option<u128> {
     Some(u128::from_be_bytes(hex_decode(text)?.try_into().ok()?))
@@ -457,6 +464,9 @@ pub struct LogstoreConfig {
     pub rotate_data_key: Option<RotateDataKey>,
     /// How new blocks are compressed.
     pub compression: Compression,
+    /// See [`LogstoreSpec::payload_hash`]; of new segments.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub payload_hash: HashAlg,
     /// Encryption, if it was ever configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encrypt_conf: Option<EncryptConf>,
@@ -532,6 +542,7 @@ impl LogstoreConfig {
             retention_bytes: spec.retention_bytes,
             rotate_data_key: spec.rotate_data_key,
             compression: spec.compression,
+            payload_hash: spec.payload_hash,
             encrypt_conf: spec.encrypt_conf,
             create_time: now_s,
             last_modify_time: now_s,

@@ -1,9 +1,10 @@
 //! Hashes, key derivation and message authentication.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 use ::hkdf::Hkdf;
 use hmac::{Hmac, KeyInit, Mac};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use sm3::Sm3;
 use subtle::ConstantTimeEq;
@@ -12,12 +13,59 @@ use zeroize::Zeroize;
 use super::{SecretKey, on_clean_stack};
 
 /// A hash function with an output of 32 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum HashAlg {
     /// SHA-256 (FIPS 180-4).
+    #[default]
     Sha256,
     /// SM3 (GB/T 32905-2016).
     Sm3,
+}
+
+impl HashAlg {
+    const ALL: [Self; 2] = [Self::Sha256, Self::Sm3];
+
+    /// Its name, as in a configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Sm3 => "sm3",
+        }
+    }
+
+    /// Its number in a segment header.
+    pub(crate) fn code(self) -> u16 {
+        match self {
+            Self::Sha256 => 1,
+            Self::Sm3 => 2,
+        }
+    }
+
+    /// The one with that number, if there is one.
+    pub(crate) fn from_code(code: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| one.code() == code)
+    }
+}
+
+impl fmt::Display for HashAlg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A string does not name a [`HashAlg`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown hash {0:?}: it is sha256 or sm3")]
+pub struct UnknownHash(pub String);
+
+impl FromStr for HashAlg {
+    type Err = UnknownHash;
+
+    fn from_str(name: &str) -> Result<Self, UnknownHash> {
+        Self::ALL.into_iter().find(|one| one.name() == name).ok_or_else(|| UnknownHash(name.to_owned()))
+    }
 }
 
 /// A running hash. Its state is wiped when it is dropped.

@@ -27,7 +27,7 @@ use std::fmt;
 #[cfg(feature = "aws-lc")]
 pub use aws_lc::AwsLc;
 pub use cipher::SegmentCipher;
-pub use kdf::{HashAlg, Hasher, derive, hash, hkdf, hmac_sha256, tags_equal};
+pub use kdf::{HashAlg, Hasher, UnknownHash, derive, hash, hkdf, hmac_sha256, tags_equal};
 pub use rustcrypto::RustCrypto;
 pub use secret::{LockStatus, SecretKey, memory_lock_status};
 pub(crate) use secret::{on_clean_stack, wipe};

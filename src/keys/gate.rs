@@ -469,7 +469,7 @@ impl Gate {
 mod tests {
     use super::*;
     use crate::{
-        crypto::{RustCrypto, Suite},
+        crypto::{HashAlg, RustCrypto, Suite},
         segment::{Features, Predecessor},
     };
 
@@ -575,6 +575,7 @@ mod tests {
             key_source: KeySource::Keyring(1),
             salt: [4; 32],
             predecessor: Predecessor::None,
+            payload_hash: HashAlg::Sha256,
             extensions: Vec::new(),
         };
         let commitment = gate.begin_segment(&header, &[5; 32]).unwrap();

@@ -114,6 +114,7 @@ pub(crate) fn write_plan(meta: &Meta, keyring_version: u32) -> WritePlan {
         suite: if enabled && meta.keys.is_some() { suite } else { suite.integrity_only() },
         key_source,
         compression: meta.config.compression,
+        payload_hash: meta.config.payload_hash,
         generation: meta.generation,
     }
 }
@@ -261,7 +262,7 @@ impl LogstoreShared {
                 };
                 let (so_far, body_end) = match &opened.end {
                     End::Sealed(footer) => (footer.footer.clone(), footer.footer.offset),
-                    End::Active(view) => (view.with_builder(|builder| builder.so_far().clone()), stored),
+                    End::Active(view) => (view.with_counts(Clone::clone), stored),
                     End::Cut(end) => shard.count(&opened, end.bytes)?,
                     End::Unknown => shard.count(&opened, stored)?,
                 };

@@ -262,6 +262,11 @@ impl SealBuffer {
         put_crc(&mut self.0, HASH_LEN);
         &self.0[HASH_LEN..]
     }
+
+    /// The payload of a completed block, as it is stored.
+    pub(crate) fn stored_payload(&self) -> &[u8] {
+        &self.0[Self::PAYLOAD_AT..self.0.len() - SUFFIX_LEN]
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,9 @@ use bytes::BufMut;
 
 use super::{
     BlockHeader, CRC_LEN, Cursor, DecodeError, HASH_LEN, INDEX_ENTRIES_MAX, INDEX_STRIDE_BYTES, SEGMENT_TAG_LEN,
-    TAG_LEN, block::nonce, put_crc, require, strip_crc,
+    TAG_LEN, block::nonce, header::DecodedHeader, put_crc, require, strip_crc,
 };
-use crate::crypto::{HashAlg, Hasher};
+use crate::crypto::{self, HashAlg, Hasher};
 
 const MAGIC: &[u8; 4] = b"EFTR";
 const TRAILER_MAGIC: &[u8; 4] = b"SEAL";
@@ -40,8 +40,8 @@ pub struct Footer {
     pub nonce_random: [u8; 8],
     /// Whether recovery wrote the segment, out of blocks of one that a crash had cut off.
     pub recovered: bool,
-    /// The digest over the segment's header and blocks.
-    pub digest: [u8; 32],
+    /// The hash over the segment's blocks, of which [`Footer::digest`] makes the digest.
+    pub body: [u8; 32],
     /// Where some of the blocks begin, in order.
     pub index: Vec<IndexEntry>,
 }
@@ -94,7 +94,7 @@ impl Footer {
         out.put_slice(&self.nonce_random);
         out.put_u32_le(if self.recovered { RECOVERED } else { 0 });
         out.put_u32_le(0);
-        out.put_slice(&self.digest);
+        out.put_slice(&self.body);
         for entry in &self.index {
             out.put_u64_le(entry.offset);
             out.put_u64_le(entry.first_seq);
@@ -156,7 +156,7 @@ impl Footer {
                 RECOVERED => true,
                 _ => return Err(DecodeError::Field("flags of the footer")),
             },
-            digest: {
+            body: {
                 cursor.zeros(4, "reserved bytes of the footer")?;
                 cursor.array()?
             },
@@ -188,6 +188,13 @@ impl Footer {
             last.offset < self.offset && last.first_seq < self.end_seq && last.block < self.block_count
         });
         require(ordered && within, "index")
+    }
+
+    /// The digest of the segment: what its successor, the catalogue and checkpoints name it by. `algorithm` is the payload hash that
+    /// the header names, `header_hash` the hash over the header.
+    #[must_use]
+    pub fn digest(&self, algorithm: HashAlg, header_hash: &[u8; 32]) -> [u8; 32] {
+        digest(algorithm, header_hash, self.block_count, &self.body)
     }
 
     /// The nonce that its tag is made with.
@@ -247,39 +254,28 @@ impl Trailer {
     }
 }
 
-/// The running digest over a segment: the hash of its header, then the header and the tag of each block.
-#[derive(Clone)]
-pub(crate) struct SegmentDigest(Hasher);
-
-impl SegmentDigest {
-    pub(crate) fn new(algorithm: HashAlg, header_hash: &[u8; HASH_LEN]) -> Self {
-        let mut hasher = Hasher::new(algorithm);
-        hasher.update(header_hash);
-        Self(hasher)
-    }
-
-    /// Adds the next block.
-    pub(crate) fn add(&mut self, header: &BlockHeader, tag: &[u8; TAG_LEN]) {
-        self.0.update(&header.encode());
-        self.0.update(tag);
-    }
-
-    /// The digest over what was added so far.
-    pub(crate) fn value(&self) -> [u8; HASH_LEN] {
-        self.0.clone().finish()
-    }
+/// The digest of a segment up to one of its blocks.
+fn digest(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], blocks: u32, body: &[u8; HASH_LEN]) -> [u8; HASH_LEN] {
+    crypto::hash(algorithm, &[header_hash, &blocks.to_le_bytes(), body])
 }
 
 /// Collects, block by block, what the footer says about a segment.
 #[derive(Clone)]
 pub(crate) struct FooterBuilder {
     footer: Footer,
-    digest: SegmentDigest,
+    algorithm: HashAlg,
+    header_hash: [u8; HASH_LEN],
+    /// Over the blocks added so far: the header, the hash of the stored payload, and the tag of each.
+    body: Hasher,
 }
 
 impl FooterBuilder {
     /// Begins with a segment that has no blocks yet.
-    pub(crate) fn new(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], first_seq: u64) -> Self {
+    pub(crate) fn of(header: &DecodedHeader) -> Self {
+        Self::new(header.header.payload_hash, &header.header_hash, header.header.first_seq)
+    }
+
+    fn new(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], first_seq: u64) -> Self {
         Self {
             footer: Footer {
                 segment_tag: super::segment_tag(header_hash),
@@ -293,16 +289,41 @@ impl FooterBuilder {
                 offset: 0,
                 nonce_random: [0; 8],
                 recovered: false,
-                digest: [0; HASH_LEN],
+                body: [0; HASH_LEN],
                 index: Vec::new(),
             },
-            digest: SegmentDigest::new(algorithm, header_hash),
+            algorithm,
+            header_hash: *header_hash,
+            body: Hasher::new(algorithm),
         }
     }
 
+    /// The hash of a payload, as it is stored.
+    pub(crate) fn hash_payload(&self, payload: &[u8]) -> [u8; HASH_LEN] {
+        crypto::hash(self.algorithm, &[payload])
+    }
+
     /// Adds the next block, which begins at `offset`.
-    pub(crate) fn add(&mut self, offset: u64, header: &BlockHeader, tag: &[u8; TAG_LEN]) {
-        self.digest.add(header, tag);
+    pub(crate) fn add(
+        &mut self,
+        offset: u64,
+        header: &BlockHeader,
+        payload_hash: &[u8; HASH_LEN],
+        tag: &[u8; TAG_LEN],
+    ) {
+        self.add_to_digest(header, payload_hash, tag);
+        self.count(offset, header);
+    }
+
+    /// Adds the next block to the digest alone.
+    pub(crate) fn add_to_digest(&mut self, header: &BlockHeader, payload_hash: &[u8; HASH_LEN], tag: &[u8; TAG_LEN]) {
+        self.body.update(&header.encode());
+        self.body.update(payload_hash);
+        self.body.update(tag);
+    }
+
+    /// Adds the next block to all but the digest.
+    pub(crate) fn count(&mut self, offset: u64, header: &BlockHeader) {
         let footer = &mut self.footer;
         footer.block_count += 1;
         if header.group_count == 0 {
@@ -326,17 +347,21 @@ impl FooterBuilder {
 
     /// The digest over the blocks added so far.
     pub(crate) fn digest(&self) -> [u8; HASH_LEN] {
-        self.digest.value()
+        digest(self.algorithm, &self.header_hash, self.footer.block_count, &self.body())
     }
 
-    /// What was added so far. Offset, nonce, digest and `recovered` are not set.
+    fn body(&self) -> [u8; HASH_LEN] {
+        self.body.clone().finish()
+    }
+
+    /// What was added so far. Offset, nonce, hash over the blocks and `recovered` are not set.
     pub(crate) fn so_far(&self) -> &Footer {
         &self.footer
     }
 
     /// The footer, to be written at `offset`, where the blocks end.
     pub(crate) fn build(&self, offset: u64, nonce_random: [u8; 8], recovered: bool) -> Footer {
-        Footer { offset, nonce_random, recovered, digest: self.digest(), ..self.footer.clone() }
+        Footer { offset, nonce_random, recovered, body: self.body(), ..self.footer.clone() }
     }
 }
 
@@ -372,7 +397,7 @@ mod tests {
             offset: 150_000,
             nonce_random: *b"nonce-08",
             recovered: true,
-            digest: [0x88; 32],
+            body: [0x88; 32],
             index: vec![entry(0), entry(1)],
         }
     }
@@ -498,11 +523,11 @@ mod tests {
         let mut builder = FooterBuilder::new(HashAlg::Sm3, &hash, 6);
         let empty = builder.build(292, [1; 8], false);
         assert_eq!((empty.block_count, empty.end_seq, empty.index.len(), empty.recovered), (0, 6, 0, false));
-        assert_eq!(empty.digest, crypto::hash(HashAlg::Sm3, &[&hash]));
+        assert_eq!(empty.body, crypto::hash(HashAlg::Sm3, &[]));
         assert_eq!(Footer::decode(&encoded(&empty)).unwrap().footer, empty);
 
         let stride = INDEX_STRIDE_BYTES;
-        let mut hashed = hash.to_vec();
+        let mut hashed = Vec::new();
         for (offset, header) in [
             (292, block(0, 0, 6, 1)),
             (408, block(1, 2, 6, 100)),
@@ -510,10 +535,16 @@ mod tests {
             (408 + stride, block(3, 1, 20, 90)),
             (500 + stride, block(4, 0, 21, 1)),
         ] {
-            builder.add(offset, &header, &[header.number as u8; 16]);
+            let payload_hash = builder.hash_payload(&[header.number as u8; 7]);
+            builder.add(offset, &header, &payload_hash, &[header.number as u8; 16]);
             hashed.extend_from_slice(&header.encode());
+            hashed.extend_from_slice(&crypto::hash(HashAlg::Sm3, &[&[header.number as u8; 7]]));
             hashed.extend_from_slice(&[header.number as u8; 16]);
-            assert_eq!(builder.digest(), crypto::hash(HashAlg::Sm3, &[&hashed]));
+            let body = crypto::hash(HashAlg::Sm3, &[&hashed]);
+            let digest = crypto::hash(HashAlg::Sm3, &[&hash, &(header.number + 1).to_le_bytes(), &body]);
+            assert_eq!(builder.digest(), digest);
+            // The footer and the hash over the header are enough to find it.
+            assert_eq!(builder.build(offset + 1, [1; 8], false).digest(HashAlg::Sm3, &hash), digest);
         }
         let footer = builder.build(700 + stride, [1; 8], true);
         let expected = Footer {
@@ -528,7 +559,7 @@ mod tests {
             offset: 700 + stride,
             nonce_random: [1; 8],
             recovered: true,
-            digest: crypto::hash(HashAlg::Sm3, &[&hashed]),
+            body: crypto::hash(HashAlg::Sm3, &[&hashed]),
             index: vec![
                 IndexEntry { offset: 408, first_seq: 6, first_time_us: 100, block: 1 },
                 IndexEntry { offset: 408 + stride, first_seq: 20, first_time_us: 115, block: 3 },
@@ -559,7 +590,7 @@ mod tests {
             let (mut offset, mut seq) = (292, 0);
             for (number, (groups, len, time, tag)) in blocks.iter().enumerate() {
                 let header = block(number as u32, *groups, seq, u64::from(*time));
-                builder.add(offset, &header, tag);
+                builder.add(offset, &header, &[8; 32], tag);
                 offset += len;
                 seq += u64::from(*groups);
             }

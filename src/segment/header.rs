@@ -3,10 +3,11 @@
 use bytes::BufMut;
 
 use super::{
-    CRC_LEN, Cursor, DecodeError, EXTENSIONS_BYTES_MAX, Features, HASH_LEN, put_crc, require, segment_tag, strip_crc,
+    CRC_LEN, Cursor, DecodeError, EXTENSIONS_BYTES_MAX, Features, Footer, HASH_LEN, put_crc, require, segment_tag,
+    strip_crc,
 };
 use crate::{
-    crypto::{self, Suite},
+    crypto::{self, HashAlg, Suite},
     ids::{LogstoreId, SegmentId, StoreId},
 };
 
@@ -49,6 +50,8 @@ pub struct SegmentHeader {
     pub salt: [u8; 32],
     /// The segment before it.
     pub predecessor: Predecessor,
+    /// The hash of its stored payloads, and of the digest over them.
+    pub payload_hash: HashAlg,
     /// Optional parts, at most [`EXTENSIONS_BYTES_MAX`] bytes of them.
     pub extensions: Vec<Extension>,
 }
@@ -88,6 +91,9 @@ pub struct PredecessorEnd {
     pub end_seq: u64,
     /// The digest over its header and kept blocks.
     pub digest: [u8; 32],
+    /// When the last group was received up to its end, in microseconds since the Unix epoch: the last one that it keeps. If it keeps
+    /// none, what its own header says of the segment before it; 0 if there was none.
+    pub last_time_us: u64,
 }
 
 /// An optional part of a header.
@@ -176,6 +182,7 @@ impl SegmentHeader {
             bytes: 0,
             end_seq: 0,
             digest: [0; 32],
+            last_time_us: 0,
         };
         let (kind, end) = match &self.predecessor {
             Predecessor::None => (0, &none),
@@ -189,7 +196,9 @@ impl SegmentHeader {
         out.put_slice(end.segment.as_bytes());
         out.put_slice(&end.digest);
         out.put_u64_le(end.ordinal);
-        out.put_bytes(0, 16);
+        out.put_u64_le(end.last_time_us);
+        out.put_u16_le(self.payload_hash.code());
+        out.put_bytes(0, 6);
         for extension in &self.extensions {
             out.put_u16_le(extension.kind);
             out.put_u16_le(if extension.critical { CRITICAL } else { 0 });
@@ -197,6 +206,17 @@ impl SegmentHeader {
             out.put_slice(&extension.data);
         }
         out
+    }
+
+    /// When the last group was received up to a point of the segment, in microseconds since the Unix epoch; 0 if there was none.
+    /// `footer` counts the blocks up to there.
+    #[must_use]
+    pub fn last_time_us(&self, footer: &Footer) -> u64 {
+        match &self.predecessor {
+            _ if footer.group_count > 0 => footer.last_time_us,
+            Predecessor::None => 0,
+            Predecessor::Sealed(end) | Predecessor::Cut(end) => end.last_time_us,
+        }
     }
 
     /// The hash of what [`SegmentHeader::encode`] gave.
@@ -250,8 +270,12 @@ impl SegmentHeader {
             },
             salt: cursor.array()?,
             predecessor: decode_predecessor(&mut cursor)?,
+            payload_hash: {
+                let code = cursor.u16()?;
+                HashAlg::from_code(code).ok_or_else(|| DecodeError::Feature(format!("payload hash {code}")))?
+            },
             extensions: {
-                cursor.zeros(16, "reserved bytes of the header")?;
+                cursor.zeros(6, "reserved bytes of the header")?;
                 decode_extensions(cursor.bytes(extensions_len as usize)?)?
             },
         };
@@ -267,7 +291,7 @@ impl SegmentHeader {
 
 fn decode_predecessor(cursor: &mut Cursor<'_>) -> Result<Predecessor, DecodeError> {
     let kind = cursor.u32()?;
-    let bytes = cursor.bytes(76)?;
+    let bytes = cursor.bytes(84)?;
     let mut cursor = Cursor::new(bytes);
     let end = PredecessorEnd {
         blocks: cursor.u32()?,
@@ -276,6 +300,7 @@ fn decode_predecessor(cursor: &mut Cursor<'_>) -> Result<Predecessor, DecodeErro
         segment: SegmentId::from_bytes(cursor.array()?),
         digest: cursor.array()?,
         ordinal: cursor.u64()?,
+        last_time_us: cursor.u64()?,
     };
     match kind {
         0 if bytes.iter().all(|&byte| byte == 0) => Ok(Predecessor::None),
@@ -340,7 +365,9 @@ mod tests {
                 bytes: 4096,
                 end_seq: 6,
                 digest: [0x66; 32],
+                last_time_us: 1_699_999_999_999_999,
             }),
+            payload_hash: HashAlg::Sm3,
             extensions: vec![Extension { kind: Extension::PADDING, critical: true, data: vec![0; 3] }],
         }
     }
@@ -433,12 +460,12 @@ mod tests {
             seqs in any::<(u64, u64)>(),
             (keyring, version, salt) in any::<(bool, u32, [u8; 32])>(),
             predecessor in 0..3usize,
-            end in any::<(u64, [u8; 16], u32, u64, u64, [u8; 32])>(),
+            (end, last_time_us, sm3) in any::<((u64, [u8; 16], u32, u64, u64, [u8; 32]), u64, bool)>(),
             extensions in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..50)), 0..4),
         ) -> SegmentHeader {
             let (ordinal_before, segment, blocks, bytes, end_seq, digest) = end;
             let segment = SegmentId::from_bytes(segment);
-            let end = PredecessorEnd { ordinal: ordinal_before, segment, blocks, bytes, end_seq, digest };
+            let end = PredecessorEnd { ordinal: ordinal_before, segment, blocks, bytes, end_seq, digest, last_time_us };
             SegmentHeader {
                 suite: Suite::from_code(suite).unwrap(),
                 features: Features { compatible, read_only_compatible, incompatible: 0 },
@@ -454,6 +481,7 @@ mod tests {
                 key_source: if keyring { KeySource::Keyring(version) } else { KeySource::DataKey(version) },
                 salt,
                 predecessor: [Predecessor::None, Predecessor::Sealed(end), Predecessor::Cut(end)][predecessor],
+                payload_hash: if sm3 { HashAlg::Sm3 } else { HashAlg::Sha256 },
                 extensions: extensions.into_iter().map(|(kind, data)| Extension { kind, critical: false, data }).collect(),
             }
         }

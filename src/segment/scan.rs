@@ -53,7 +53,7 @@ pub(crate) struct ScannedBlock {
     pub(crate) contiguous: bool,
 }
 
-/// How the scanned part of a file ends.
+/// How the scanned part of a file ends. Zeros at the end of the file are no part of it: nothing has been written there yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ScanVerdict {
     /// With a block.
@@ -77,8 +77,8 @@ pub(crate) struct ScanReport {
     pub(crate) end_seq: u64,
     /// The highest durable mark that any block carries which was given to `on_block`. The end of the header if there is none.
     pub(crate) mark: u64,
-    /// How many bytes were scanned, from the beginning of the file.
-    pub(crate) file_len: u64,
+    /// Where the data of the file ends. Behind that there are only zeros, if anything.
+    pub(crate) data_end: u64,
     pub(crate) verdict: ScanVerdict,
 }
 
@@ -87,8 +87,8 @@ pub(crate) type Prove<'a, E> = &'a mut dyn FnMut(u64, &BlockHeader) -> Result<bo
 
 /// Scans the blocks of the segment that `header` begins, up to offset `file_len`.
 ///
-/// `read_at` reads at an offset as much as there is, up to the length of the buffer. Each block is given to `on_block`, in the
-/// order of the file: first those that follow each other from the end of the header, then, if there is a `prove`, those that are
+/// `read_at` reads at an offset as much as there is, up to the length of the buffer. Each block is given to `on_block`, with its
+/// payload as it is stored, in the order of the file: first those that follow each other from the end of the header, then, if there is a `prove`, those that are
 /// found behind damage, byte by byte, and that it says are blocks. Their numbers and sequence numbers increase, though not without
 /// gaps.
 ///
@@ -98,7 +98,7 @@ pub(crate) fn scan<E>(
     header: &DecodedHeader,
     file_len: u64,
     read_at: impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
-    mut on_block: impl FnMut(ScannedBlock) -> Result<(), E>,
+    mut on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<(), E>,
     prove: Option<Prove<'_, E>>,
 ) -> Result<ScanReport, E> {
     let (body_start, limit_seq) = (header.body_start, header.header.limit_seq);
@@ -106,7 +106,7 @@ pub(crate) fn scan<E>(
         Window { read_at, file_len, start: body_start, bytes: Vec::new(), segment_tag: header.segment_tag() };
     let (mut end, mut number, mut end_seq) = (body_start, 0, header.header.first_seq);
     let mut mark = body_start;
-    let mut incomplete = false;
+    let (mut incomplete, mut data_end) = (false, body_start);
     while end < file_len {
         match window.probe(end)? {
             Probe::Block(found, tag) => {
@@ -117,7 +117,8 @@ pub(crate) fn scan<E>(
                 if !in_place {
                     break;
                 }
-                on_block(ScannedBlock { offset: end, header: found, tag, contiguous: true })?;
+                let block = ScannedBlock { offset: end, header: found, tag, contiguous: true };
+                on_block(block, window.payload(end, &found)?)?;
                 mark = mark.max(found.durable_mark);
                 end += found.block_len();
                 end_seq = found.end_seq();
@@ -131,6 +132,7 @@ pub(crate) fn scan<E>(
         }
     }
 
+    data_end = data_end.max(end);
     if let Some(prove) = prove {
         let (mut next_number, mut next_seq) = (number, end_seq);
         // No segment is longer.
@@ -152,10 +154,12 @@ pub(crate) fn scan<E>(
             }
             let Some(tag) = sums.tag_of(&mut window.read_at, candidate, len)? else { continue };
             if prove(candidate, &found)? {
-                on_block(ScannedBlock { offset: candidate, header: found, tag, contiguous: false })?;
+                let block = ScannedBlock { offset: candidate, header: found, tag, contiguous: false };
+                on_block(block, window.payload(candidate, &found)?)?;
                 incomplete = false;
                 mark = mark.max(found.durable_mark);
                 at = candidate + len;
+                data_end = at;
                 (next_number, next_seq) = (found.number + 1, found.end_seq());
             } else if refuted + len <= REFUTED_BYTES + REFUTED_PER_BYTE * (candidate - end) {
                 refuted += len;
@@ -165,7 +169,8 @@ pub(crate) fn scan<E>(
         }
     }
 
-    let verdict = if end >= file_len {
+    data_end = end_of_data(&mut window.read_at, data_end, file_len)?;
+    let verdict = if end >= data_end {
         ScanVerdict::Clean
     } else if end < mark {
         ScanVerdict::Damaged { at: end, mark }
@@ -174,7 +179,31 @@ pub(crate) fn scan<E>(
     } else {
         ScanVerdict::TornTail { at: end }
     };
-    Ok(ScanReport { end, blocks: number, end_seq, mark, file_len, verdict })
+    Ok(ScanReport { end, blocks: number, end_seq, mark, data_end, verdict })
+}
+
+/// Where the data between two offsets of a file ends: behind the last byte that is not zero. Reads from the end.
+pub(crate) fn end_of_data<E>(
+    mut read_at: impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
+    from: u64,
+    to: u64,
+) -> Result<u64, E> {
+    let mut end = to;
+    let mut bytes = Vec::new();
+    while end > from {
+        let start = from.max(end.saturating_sub(CHUNK_BYTES));
+        bytes.resize((end - start) as usize, 0);
+        let read = read_at(start, &mut bytes)?;
+        if read < bytes.len() {
+            // The file has become shorter.
+            return Ok(end);
+        }
+        if let Some(last) = bytes.iter().rposition(|&byte| byte != 0) {
+            return Ok(start + last as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(from)
 }
 
 /// What lies at an offset.
@@ -242,6 +271,12 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
             Err(DecodeError::Short { .. }) => Probe::Beyond(Some(header.number)),
             Err(_) => Probe::Nothing,
         })
+    }
+
+    /// The payload of the block at `offset`, as it is stored; nothing if the file has become shorter.
+    fn payload(&mut self, offset: u64, header: &BlockHeader) -> Result<&[u8], E> {
+        let block = self.at(offset, header.block_len())?;
+        Ok(block.get(BlockHeader::LEN..).and_then(|rest| rest.get(..header.payload_len as usize)).unwrap_or_default())
     }
 
     /// The first offset, from `at` on, at which there is the header of a block of the segment, and that header.
@@ -391,7 +426,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        crypto::Suite,
+        crypto::{HashAlg, Suite},
         ids::{LogstoreId, SegmentId, StoreId},
         segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader, put_crc},
     };
@@ -432,6 +467,7 @@ mod tests {
                 key_source: KeySource::Keyring(1),
                 salt: [4; 32],
                 predecessor: Predecessor::None,
+                payload_hash: HashAlg::Sha256,
                 extensions: Vec::new(),
             };
             let bytes = SegmentHeader::finish(header.encode(), &[5; 32]);
@@ -496,12 +532,15 @@ mod tests {
 
         fn scan_with(&self, prove: Option<Prove<'_, Infallible>>) -> (ScanReport, Vec<ScannedBlock>) {
             let mut blocks = Vec::new();
-            let on_block = |block| {
+            let on_block = |block: ScannedBlock, payload: &[u8]| {
+                let begin = block.offset as usize + BlockHeader::LEN;
+                assert_eq!(payload, &self.bytes[begin..begin + block.header.payload_len as usize]);
                 blocks.push(block);
                 Ok(())
             };
             let report = scan(&self.header, self.len(), reading(&self.bytes), on_block, prove).unwrap();
-            assert_eq!(report.file_len, self.len());
+            assert!((report.end..=self.len()).contains(&report.data_end));
+            assert!(self.bytes[report.data_end as usize..].iter().all(|&byte| byte == 0));
             assert_eq!(blocks.iter().filter(|block| block.contiguous).count(), report.blocks as usize);
             assert!(blocks.is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number));
             (report, blocks)
@@ -523,7 +562,7 @@ mod tests {
         let (report, blocks) = sample.scan();
         let end = sample.body_start();
         let expected =
-            ScanReport { end, blocks: 0, end_seq: 100, mark: end, file_len: end, verdict: ScanVerdict::Clean };
+            ScanReport { end, blocks: 0, end_seq: 100, mark: end, data_end: end, verdict: ScanVerdict::Clean };
         assert_eq!((report, blocks.len()), (expected, 0));
     }
 
@@ -614,11 +653,19 @@ mod tests {
 
     #[test]
     fn holes_and_garbage() {
-        // The file was extended, but nothing was written.
+        // The file was extended, but nothing was written: the segment ends before that.
         let mut sample = Sample::unsynced(&[50]);
         let at = sample.len();
-        sample.bytes.resize(sample.bytes.len() + 5000, 0);
-        assert_eq!(sample.verdict(), ScanVerdict::TornTail { at });
+        for zeros in [1, 95, 5000] {
+            sample.bytes.resize(at as usize + zeros, 0);
+            let (report, _) = sample.scan();
+            assert_eq!((report.verdict, report.end, report.data_end), (ScanVerdict::Clean, at, at), "{zeros}");
+        }
+        // A torn block in front of zeros ends with its last byte that is not zero.
+        sample.bytes[at as usize + 17] = 1;
+        let (report, _) = sample.scan();
+        assert_eq!((report.verdict, report.data_end), (ScanVerdict::TornTail { at }, at + 18));
+        sample.bytes[at as usize + 17] = 0;
         // A later block arrived, more than a chunk behind.
         sample.bytes.resize(sample.bytes.len() + 2_000_001, 0);
         let durable = sample.body_start();
@@ -699,10 +746,12 @@ mod tests {
     fn a_file_that_ends_early() {
         let sample = Sample::unsynced(&[50, 60]);
         let longer = |len: u64| {
-            scan(&sample.header, len, reading(&sample.bytes), |_| Ok(()), Some(&mut |_, _| Ok(true))).unwrap().verdict
+            scan(&sample.header, len, reading(&sample.bytes), |_, _| Ok(()), Some(&mut |_, _| Ok(true)))
+                .unwrap()
+                .verdict
         };
         assert_eq!(longer(sample.len() + 1000), ScanVerdict::Incomplete);
-        assert_eq!(scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_| Ok(()), None), Err("no disk"));
+        assert_eq!(scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_, _| Ok(()), None), Err("no disk"));
     }
 
     /// A whole block that no writer has written: its CRC32 holds, and nothing else speaks for it.
@@ -839,7 +888,8 @@ mod tests {
                 calls += 1;
                 Ok::<_, Infallible>(done)
             };
-            let report = scan(&sample.header, sample.len(), counted, |_| Ok(()), Some(&mut |_, _| Ok(false))).unwrap();
+            let report =
+                scan(&sample.header, sample.len(), counted, |_, _| Ok(()), Some(&mut |_, _| Ok(false))).unwrap();
             assert_eq!(report.end, sample.offsets[0] as u64 + 50 + BLOCK_LEN_MIN as u64);
             (read, calls)
         };
@@ -974,7 +1024,7 @@ mod tests {
             let end = sample.offsets.get(prefix).copied().unwrap_or(whole.len()) as u64;
             prop_assert_eq!(report.end, end);
             match report.verdict {
-                ScanVerdict::Clean => prop_assert_eq!(end, sample.len()),
+                ScanVerdict::Clean => prop_assert_eq!(end, report.data_end),
                 ScanVerdict::Damaged { at, mark: below } => prop_assert!(at == end && below == mark && at < mark),
                 ScanVerdict::TornTail { at } => prop_assert!(at == end && at >= mark && at < sample.len()),
                 ScanVerdict::Incomplete => prop_assert!(end >= mark && end < sample.len() && valid.len() == prefix),

@@ -1,6 +1,7 @@
 //! One shard: an ordered run of segments, its writer, its readers, and its recovery.
 
 mod driver;
+mod hashing;
 mod queue;
 mod reader;
 mod recovery;
@@ -22,7 +23,7 @@ use tracing::error;
 use crate::{
     Error, Result,
     config::LogstoreName,
-    crypto::Suite,
+    crypto::{HashAlg, Suite},
     epoch::Fence,
     group::{self, GROUP_BYTES_MAX, LogGroup},
     ids::{LogstoreId, SegmentId},
@@ -37,6 +38,7 @@ use crate::{
     },
 };
 
+pub(crate) use hashing::PayloadHasher;
 use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
@@ -186,6 +188,7 @@ pub(crate) struct WritePlan {
     pub(crate) suite: Suite,
     pub(crate) key_source: KeySource,
     pub(crate) compression: Compression,
+    pub(crate) payload_hash: HashAlg,
     pub(crate) generation: u64,
 }
 
@@ -222,6 +225,8 @@ pub(crate) struct Head {
     pub(crate) end_seq: u64,
     /// The first sequence number that the next segment may use.
     pub(crate) next_seq: u64,
+    /// When the last group was received up to there: see [`crate::segment::PredecessorEnd::last_time_us`].
+    pub(crate) last_time_us: u64,
     #[serde(with = "crate::ids::hex")]
     pub(crate) digest: [u8; 32],
 }
@@ -275,6 +280,7 @@ pub(crate) struct ShardContext {
     pub(crate) random: Arc<dyn Random>,
     pub(crate) wake: Arc<dyn Wake>,
     pub(crate) budget: Arc<Budget>,
+    pub(crate) hasher: Arc<PayloadHasher>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) options: ShardOptions,
     pub(crate) read_only: bool,

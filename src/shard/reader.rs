@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    crypto::wipe,
+    crypto::{hash, wipe},
     error::Location,
     group::{self, LogGroup},
     io::Map,
@@ -499,8 +499,8 @@ pub(crate) struct SegmentReader {
     bytes_at: u64,
     /// The block that was loaded last.
     loaded: Option<BlockHeader>,
-    /// The length of the file at which what follows the last block was found to be no corruption.
-    excused: Option<u64>,
+    /// The end of the last block, and the length of the file, at which what follows was found to be no corruption.
+    excused: Option<(u64, u64)>,
     /// How damage at the end of a segment that is not sealed is told from a torn tail.
     pub(crate) proof: Proof,
     /// The last block that was passed over for what its header says, and is not authenticated yet; and its offset.
@@ -605,7 +605,7 @@ impl SegmentReader {
         };
         self.sought = match &self.opened.end {
             End::Sealed(footer) => entry(&footer.footer),
-            End::Active(view) => view.with_builder(|builder| entry(builder.so_far())),
+            End::Active(view) => view.with_counts(entry),
             End::Cut(_) | End::Unknown => None,
         };
         if let Some(entry) = self.sought {
@@ -662,11 +662,13 @@ impl SegmentReader {
             }
             other => {
                 if matches!(self.opened.end, End::Unknown) {
-                    // Incomplete, or torn: fine above the durable mark. Looked at once, however often a follower asks.
-                    if self.excused != Some(end) {
+                    // Not written yet, incomplete, or torn: fine above the durable mark. Looked at once, however often a follower asks.
+                    if self.excused != Some((offset, end)) {
                         shard.damage_in_open_segment(&self.opened, self.proof)?;
-                        self.excused = Some(end);
+                        self.excused = Some((offset, end));
                     }
+                    // A block may be written over what was read.
+                    self.bytes.clear();
                     return Ok(Load::NotYet);
                 }
                 let at = self.opened.at(offset).block(number);
@@ -732,7 +734,10 @@ impl SegmentReader {
             (End::Sealed(footer), Some(end)) => {
                 (end, self.last_time_us) == (footer.footer.end_seq, footer.footer.last_time_us)
             }
-            (End::Cut(cut), end) if self.offset == cut.bytes => end.unwrap_or(first_seq) == cut.end_seq,
+            (End::Cut(cut), Some(end)) if self.offset == cut.bytes => {
+                (end, self.last_time_us) == (cut.end_seq, cut.last_time_us)
+            }
+            (End::Cut(cut), None) if self.offset == cut.bytes => cut.end_seq == first_seq,
             _ => true,
         };
         if agrees {
@@ -883,13 +888,15 @@ impl SegmentReader {
         Ok(raw)
     }
 
-    /// The parts of the loaded block that its segment's digest covers.
-    pub(crate) fn loaded_tag(&mut self) -> Result<[u8; 16]> {
+    /// What the digest of the segment covers of the loaded block besides its header: the hash of its stored payload, and its tag.
+    pub(crate) fn loaded_digest_parts(&mut self) -> Result<([u8; 32], [u8; 16])> {
         let header = self.loaded.ok_or(Error::Closed("the block"))?;
+        let algorithm = self.opened.header.header.payload_hash;
         let end = self.offset + header.block_len();
         let at = self.opened.at(self.offset);
         let block = self.window(header.block_len() as usize, end)?;
-        block.and_then(BlockView::parse).map(|view| view.tag).map_err(|error| Error::corrupt(at, error.to_string()))
+        let view = block.and_then(BlockView::parse).map_err(|error| Error::corrupt(at, error.to_string()))?;
+        Ok((hash(algorithm, &[view.payload]), view.tag))
     }
 
     /// Looks whether the segment has been ended meanwhile.

@@ -26,7 +26,7 @@ use crate::{
     io::{OpenMode, read_exact_at},
     segment::{
         BlockHeader, BlockKind, BlockView, DecodedHeader, Footer, FooterBuilder, Predecessor, Prove, ScanReport,
-        ScanVerdict, ScannedBlock, SealBuffer, SegmentHeader, scan,
+        ScanVerdict, ScannedBlock, SealBuffer, scan,
     },
     sync::{lock, read},
 };
@@ -77,7 +77,7 @@ struct Scanned {
 impl Scanned {
     /// How many bytes belong to no block that can be read.
     fn bytes_lost(&self, opened: &Opened) -> u64 {
-        self.report.file_len.saturating_sub(opened.header.body_start + self.found)
+        self.report.data_end.saturating_sub(opened.header.body_start + self.found)
     }
 }
 
@@ -132,16 +132,16 @@ struct Kept<'a> {
 
 impl<'a> Kept<'a> {
     fn new(opened: &'a Opened, mark: u64) -> Self {
-        let (builder, end) = (new_builder(&opened.header), opened.header.body_start);
+        let (builder, end) = (FooterBuilder::of(&opened.header), opened.header.body_start);
         Self { opened, mark, builder, end, complete: false }
     }
 
     /// Takes the next block of the segment, if it is to be kept. After the first that is not, none is.
-    fn takes(&mut self, block: &ScannedBlock) -> bool {
+    fn takes(&mut self, block: &ScannedBlock, payload: &[u8]) -> bool {
         let end = block.offset + block.header.block_len();
         self.complete |= !block.contiguous || end > self.mark;
         if !self.complete {
-            self.builder.add(block.offset, &block.header, &block.tag);
+            add(&mut self.builder, block, payload);
             self.end = end;
         }
         !self.complete
@@ -149,22 +149,14 @@ impl<'a> Kept<'a> {
 
     /// Where the segment stands if it ends behind them.
     fn head(&self) -> Head {
-        let header = &self.opened.header.header;
-        Head {
-            ordinal: header.ordinal,
-            segment: header.segment,
-            sealed: false,
-            blocks: self.builder.so_far().block_count,
-            bytes: self.end,
-            end_seq: self.builder.so_far().end_seq,
-            next_seq: header.limit_seq,
-            digest: self.builder.digest(),
-        }
+        Head::open(&self.opened.header.header, &self.builder, self.end)
     }
 }
 
-fn new_builder(header: &DecodedHeader) -> FooterBuilder {
-    FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq)
+/// Adds a block that was found to what a footer says.
+fn add(builder: &mut FooterBuilder, block: &ScannedBlock, payload: &[u8]) {
+    let payload_hash = builder.hash_payload(payload);
+    builder.add(block.offset, &block.header, &payload_hash, &block.tag);
 }
 
 /// A segment in the making, out of blocks of another one.
@@ -196,7 +188,7 @@ impl<'a> Rewriting<'a> {
             plan.suite = plan.suite.encrypting();
         }
         let new = NewSegment::create(shard, &next, &plan)?;
-        let (builder, offset) = (new_builder(&new.header), new.header.body_start);
+        let (builder, offset) = (FooterBuilder::of(&new.header), new.header.body_start);
         Ok(Self { shard, opened, next, new, builder, offset, bytes: Vec::new(), buffer: SealBuffer::default() })
     }
 
@@ -229,8 +221,9 @@ impl<'a> Rewriting<'a> {
         })?;
         let sealed = self.buffer.finish(&tag);
         self.new.file.write_at(sealed, self.offset).map_err(Error::io("write a block to", new_path))?;
-        self.builder.add(self.offset, &header, &tag);
-        self.offset += sealed.len() as u64;
+        let payload_hash = self.builder.hash_payload(self.buffer.stored_payload());
+        self.builder.add(self.offset, &header, &payload_hash, &tag);
+        self.offset += header.block_len();
         Ok(())
     }
 
@@ -239,7 +232,7 @@ impl<'a> Rewriting<'a> {
         let (shard, new) = (self.shard, &self.new);
         let len = new.seal(shard, &self.builder, self.offset)?;
         new.publish(shard)?;
-        let head = Head::sealed(&new.header.header, &self.builder.build(0, [0; 8], true), len);
+        let head = Head::sealed(&new.header, &self.builder.build(0, [0; 8], true), len);
         let name = SegmentRef {
             ordinal: self.next.ordinal,
             first_seq: self.next.first_seq,
@@ -282,7 +275,7 @@ impl Shard {
                 Some(head) => Next {
                     ordinal: head.ordinal + 1,
                     first_seq: head.next_seq.max(record.first_seq),
-                    last_time_us: 0,
+                    last_time_us: head.last_time_us,
                     predecessor: Predecessor::Sealed(head.into_end()),
                 },
                 None => Next {
@@ -303,7 +296,7 @@ impl Shard {
         match &opened.end {
             End::Sealed(footer) => {
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
-                let head = self.last_head(&opened.header.header, &footer.footer, len);
+                let head = self.last_head(&opened.header, &footer.footer, len);
                 Ok(Next {
                     ordinal: head.ordinal + 1,
                     first_seq: head.next_seq,
@@ -341,10 +334,10 @@ impl Shard {
     /// The head of the shard when its last segment is sealed. Numbers behind its end may have been given to groups that were still
     /// queued when it was sealed, or are above the mark of what it was recovered from: only a head that the catalogue has noted says
     /// where the next segment may begin before the reserved limit.
-    pub(crate) fn last_head(&self, header: &SegmentHeader, footer: &Footer, file_len: u64) -> Head {
+    pub(crate) fn last_head(&self, header: &DecodedHeader, footer: &Footer, file_len: u64) -> Head {
         let head = Head::sealed(header, footer, file_len);
         let noted = self.record().head.filter(|noted| noted.sealed && noted.ordinal == head.ordinal);
-        let next_seq = noted.map_or(header.limit_seq, |noted| noted.next_seq.max(head.next_seq));
+        let next_seq = noted.map_or(header.header.limit_seq, |noted| noted.next_seq.max(head.next_seq));
         Head { next_seq, ..head }
     }
 
@@ -354,7 +347,7 @@ impl Shard {
         opened: &Opened,
         len: u64,
         behind: Option<Proof>,
-        on_block: impl FnMut(ScannedBlock) -> Result<()>,
+        on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<()>,
     ) -> Result<ScanReport> {
         let read_at =
             |offset, buf: &mut [u8]| opened.file.read_at(buf, offset).map_err(Error::io("read", &*opened.name.path));
@@ -371,9 +364,9 @@ impl Shard {
 
     fn scan(&self, opened: &Opened, proof: Proof) -> Result<Scanned> {
         let (len, footer_at) = self.blocks_end(opened, proof)?;
-        let (mut all, mut found, mut behind) = (new_builder(&opened.header), 0, false);
-        let mut report = self.pass(opened, len, Some(proof), |block| {
-            all.add(block.offset, &block.header, &block.tag);
+        let (mut all, mut found, mut behind) = (FooterBuilder::of(&opened.header), 0, false);
+        let mut report = self.pass(opened, len, Some(proof), |block, payload| {
+            add(&mut all, &block, payload);
             found += block.header.block_len();
             behind |= !block.contiguous;
             Ok(())
@@ -395,13 +388,13 @@ impl Shard {
         &self,
         opened: &Opened,
         scanned: &Scanned,
-        mut on_block: impl FnMut(ScannedBlock) -> Result<()>,
+        mut on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let mut all = new_builder(&opened.header);
+        let mut all = FooterBuilder::of(&opened.header);
         let behind = scanned.behind.then_some(scanned.proof);
-        let report = self.pass(opened, scanned.report.file_len, behind, |block| {
-            all.add(block.offset, &block.header, &block.tag);
-            on_block(block)
+        let report = self.pass(opened, scanned.report.data_end, behind, |block, payload| {
+            add(&mut all, &block, payload);
+            on_block(block, payload)
         })?;
         if all.digest() != scanned.all.digest() {
             return Err(Error::corrupt(opened.at(report.end), "the segment was changed while it was being read"));
@@ -409,14 +402,14 @@ impl Shard {
         Ok(())
     }
 
-    /// What the blocks in place in front of offset `end` add up to, and where the last of them ends.
-    fn in_place(&self, opened: &Opened, end: u64) -> Result<(FooterBuilder, u64)> {
-        let mut builder = new_builder(&opened.header);
-        let report = self.pass(opened, end, None, |block| {
-            builder.add(block.offset, &block.header, &block.tag);
+    /// The digest over the blocks in place in front of offset `end`.
+    fn digest_up_to(&self, opened: &Opened, end: u64) -> Result<[u8; 32]> {
+        let mut builder = FooterBuilder::of(&opened.header);
+        self.pass(opened, end, None, |block, payload| {
+            add(&mut builder, &block, payload);
             Ok(())
         })?;
-        Ok((builder, report.end))
+        Ok(builder.digest())
     }
 
     /// Whether everything that is known to have been durable is there. Returns up to where that was.
@@ -434,7 +427,7 @@ impl Shard {
             return Err(Error::corrupt(opened.at(report.end).block(report.blocks), what));
         }
         // The digest is over the hash of the header too, and so over the id of the segment.
-        if self.in_place(opened, head.bytes)?.0.digest() != head.digest {
+        if self.digest_up_to(opened, head.bytes)? != head.digest {
             let what = format!("{} is another segment than the catalogue knows", opened.name.path.display());
             return Err(Error::RolledBack { what });
         }
@@ -463,7 +456,7 @@ impl Shard {
         let mut kept = Kept::new(opened, mark);
         let mut rewriting: Option<Rewriting<'_>> = None;
         let (mut groups, mut given_up) = (0, 0);
-        self.again(opened, scanned, |block| {
+        self.again(opened, scanned, |block, payload| {
             if let Some(prover) = &mut prover
                 && !prover.holds(block.offset, &block.header)?
             {
@@ -471,7 +464,7 @@ impl Shard {
                 given_up += block.header.block_len();
                 return Ok(());
             }
-            if kept.takes(&block) || block.header.kind == BlockKind::Mark || !readable {
+            if kept.takes(&block, payload) || block.header.kind == BlockKind::Mark || !readable {
                 return Ok(());
             }
             let rewriting = match &mut rewriting {
@@ -500,11 +493,10 @@ impl Shard {
         let segments = self.segments(true)?;
         let Some(last) = segments.last() else { return Ok(self.record().head) };
         let opened = self.open_segment(last)?;
-        let header = &opened.header.header;
         match &opened.end {
             End::Sealed(footer) => {
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
-                Ok(Some(self.last_head(header, &footer.footer, len)))
+                Ok(Some(self.last_head(&opened.header, &footer.footer, len)))
             }
             End::Active(view) => Ok(Some(view.head())),
             End::Cut(_) | End::Unknown => {
@@ -512,8 +504,8 @@ impl Shard {
                 let proof = if self.context.gate.keys().lease.is_none() { Proof::Tag } else { Proof::Crc };
                 let scanned = self.scan(&opened, proof)?;
                 let mut kept = Kept::new(&opened, self.check_durable_part(&opened, &scanned)?);
-                self.again(&opened, &scanned, |block| {
-                    kept.takes(&block);
+                self.again(&opened, &scanned, |block, payload| {
+                    kept.takes(&block, payload);
                     Ok(())
                 })?;
                 Ok(Some(kept.head()))
@@ -537,7 +529,7 @@ impl Shard {
                 end_seq
             }
             End::Cut(end) => end.end_seq,
-            End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
+            End::Active(view) => view.with_counts(|counts| counts.end_seq),
             End::Unknown => {
                 let mut end_seq = opened.header.header.first_seq;
                 let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
@@ -563,10 +555,10 @@ impl Shard {
         Ok(match &opened.end {
             End::Sealed(footer) => footer.footer.end_seq,
             End::Cut(end) => end.end_seq,
-            End::Active(view) => view.with_builder(|builder| builder.so_far().end_seq),
+            End::Active(view) => view.with_counts(|counts| counts.end_seq),
             End::Unknown => {
                 let len = opened.file.len().map_err(Error::io("get the length of", &*last.path))?;
-                self.in_place(&opened, len)?.0.so_far().end_seq
+                self.count(&opened, len)?.0.end_seq
             }
         })
     }
@@ -608,7 +600,7 @@ impl Shard {
                 let scanned = self.scan(&opened, Proof::Tag)?;
                 self.check_durable_part(&opened, &scanned)?;
                 let (mut prover, mut hold) = (Prover::new(self, &opened), true);
-                self.again(&opened, &scanned, |block| {
+                self.again(&opened, &scanned, |block, _| {
                     hold = hold && prover.holds(block.offset, &block.header)?;
                     Ok(())
                 })?;
@@ -622,10 +614,14 @@ impl Shard {
         }
     }
 
-    /// Counts the blocks of a segment without a footer, up to `end`. Needs no key. Also returns where the last of them ends.
+    /// Counts the blocks in place of a segment without a footer, up to `end`. Needs no key. Also returns where the last of them ends.
     pub(crate) fn count(&self, opened: &Opened, end: u64) -> Result<(Footer, u64)> {
-        let (builder, end) = self.in_place(opened, end)?;
-        Ok((builder.so_far().clone(), end))
+        let mut builder = FooterBuilder::of(&opened.header);
+        let report = self.pass(opened, end, None, |block, _| {
+            builder.count(block.offset, &block.header);
+            Ok(())
+        })?;
+        Ok((builder.so_far().clone(), report.end))
     }
 
     /// Authenticates what reading a segment, or going on behind it, rests on before its first block: its header, and what says where

@@ -59,7 +59,7 @@ impl Shard {
             End::Sealed(footer) => {
                 let footer = &footer.footer;
                 let rule = footer_rule(header, opened.header.body_start, footer);
-                let rule = rule.or_else(|| vouched_rule(opened.vouched.as_ref(), footer));
+                let rule = rule.or_else(|| vouched_rule(opened.vouched.as_ref(), header, footer));
                 rule.map_or(Ok(()), |rule| broken(footer.offset, rule))
             }
             _ => Ok(()),
@@ -126,8 +126,11 @@ fn footer_rule(header: &SegmentHeader, body_start: u64, footer: &Footer) -> Opti
 }
 
 /// The rule that a footer breaks beside what the successor, or the catalogue, says of the segment's end.
-fn vouched_rule(vouched: Option<&PredecessorEnd>, footer: &Footer) -> Option<&'static str> {
-    let agrees = vouched.is_none_or(|end| (footer.block_count, footer.end_seq) == (end.blocks, end.end_seq));
-    (!agrees)
-        .then_some("the successor, or the catalogue, names another number of blocks or another end than the footer")
+fn vouched_rule(vouched: Option<&PredecessorEnd>, header: &SegmentHeader, footer: &Footer) -> Option<&'static str> {
+    let end = vouched?;
+    if (footer.block_count, footer.end_seq) != (end.blocks, end.end_seq) {
+        return Some("the successor, or the catalogue, names another number of blocks or another end than the footer");
+    }
+    (header.last_time_us(footer) != end.last_time_us)
+        .then_some("the successor, or the catalogue, names another last receive time than the footer")
 }

@@ -6,6 +6,7 @@ use tracing::warn;
 
 use super::{
     Head, Shard,
+    hashing::PayloadHash,
     rules::{chain_rule, denies_predecessor},
 };
 use crate::{
@@ -13,8 +14,8 @@ use crate::{
     error::Location,
     io::{DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     segment::{
-        DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor, PredecessorEnd,
-        SEGMENT_BYTES_MAX, SegmentHeader, SegmentName, Trailer,
+        BlockHeader, DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor,
+        PredecessorEnd, SEGMENT_BYTES_MAX, SealBuffer, SegmentHeader, SegmentName, Trailer, end_of_data,
     },
     sync::{Mutex, atomic::Ordering, lock, read, write},
 };
@@ -42,7 +43,30 @@ pub(crate) struct ActiveView {
 
 struct Progress {
     visible: u64,
+    /// Has counted all blocks. Its digest lacks the last one while that is pending.
     builder: FooterBuilder,
+    pending: Option<PendingBlock>,
+    /// For the next block.
+    spare: SealBuffer,
+}
+
+/// A block that the digest does not cover yet.
+struct PendingBlock {
+    header: BlockHeader,
+    payload_hash: PayloadHash,
+    tag: [u8; 16],
+}
+
+impl Progress {
+    /// Adds the last block to the digest.
+    fn settle(&mut self) -> &FooterBuilder {
+        if let Some(PendingBlock { header, payload_hash, tag }) = self.pending.take() {
+            let (payload_hash, buffer) = payload_hash.settle();
+            self.builder.add_to_digest(&header, &payload_hash, &tag);
+            self.spare = buffer;
+        }
+        &self.builder
+    }
 }
 
 impl std::fmt::Debug for Progress {
@@ -53,16 +77,25 @@ impl std::fmt::Debug for Progress {
 
 impl ActiveView {
     pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
-        let builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
-        let visible = header.body_start;
-        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder }) })
+        let (builder, visible, spare) = (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
+        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder, pending: None, spare }) })
     }
 
-    /// Adds a block that has been written and ends at `end`.
-    pub(super) fn add(&self, offset: u64, header: &crate::segment::BlockHeader, tag: &[u8; 16], end: u64) {
+    /// Adds a block that has been written and ends at `end`. Returns a buffer for the next block.
+    pub(super) fn add(
+        &self,
+        offset: u64,
+        header: &BlockHeader,
+        payload_hash: PayloadHash,
+        tag: &[u8; 16],
+        end: u64,
+    ) -> SealBuffer {
         let mut progress = lock(&self.progress);
-        progress.builder.add(offset, header, tag);
+        progress.settle();
+        progress.builder.count(offset, header);
+        progress.pending = Some(PendingBlock { header: *header, payload_hash, tag: *tag });
         progress.visible = end;
+        std::mem::take(&mut progress.spare)
     }
 
     /// How far the file may be read.
@@ -70,25 +103,21 @@ impl ActiveView {
         lock(&self.progress).visible
     }
 
-    /// What the blocks so far add up to.
-    pub(crate) fn with_builder<R>(&self, look: impl FnOnce(&FooterBuilder) -> R) -> R {
-        look(&lock(&self.progress).builder)
+    /// What the blocks so far add up to, digest included.
+    pub(super) fn builder(&self) -> FooterBuilder {
+        lock(&self.progress).settle().clone()
+    }
+
+    /// What the blocks so far add up to, but for the digest.
+    pub(crate) fn with_counts<R>(&self, look: impl FnOnce(&Footer) -> R) -> R {
+        look(lock(&self.progress).builder.so_far())
     }
 
     /// Where it stands.
     pub(crate) fn head(&self) -> Head {
-        let progress = lock(&self.progress);
-        let so_far = progress.builder.so_far();
-        Head {
-            ordinal: self.header.header.ordinal,
-            segment: self.header.header.segment,
-            sealed: false,
-            blocks: so_far.block_count,
-            bytes: progress.visible,
-            end_seq: so_far.end_seq,
-            next_seq: self.header.header.limit_seq,
-            digest: progress.builder.digest(),
-        }
+        let mut progress = lock(&self.progress);
+        let visible = progress.visible;
+        Head::open(&self.header.header, progress.settle(), visible)
     }
 }
 
@@ -401,7 +430,8 @@ impl Shard {
             }
             (Ok(Some(footer)), Expected::Sealed(end)) => {
                 self.check_link(name, &header.header, &end)?;
-                let same = footer.footer.digest == end.digest && len == end.bytes;
+                let digest = footer.footer.digest(header.header.payload_hash, &header.header_hash);
+                let same = digest == end.digest && len == end.bytes;
                 if !same {
                     let what =
                         format!("{} is another segment than its successor or the catalogue says", path.display());
@@ -498,6 +528,15 @@ impl Shard {
             Some(Predecessor::None) => false,
             None => true,
         })
+    }
+
+    /// Where the data ends of a segment that is not known to be sealed, whose blocks in place end at `from`. Zeros at the end of the file
+    /// are no data: nothing has been written there yet.
+    pub(crate) fn data_end(&self, opened: &Opened, from: u64, proof: Proof) -> Result<u64> {
+        let (end, _) = self.blocks_end(opened, proof)?;
+        let read_at =
+            |offset, buf: &mut [u8]| opened.file.read_at(buf, offset).map_err(Error::io("read", &*opened.name.path));
+        end_of_data(read_at, from, end)
     }
 
     /// The header of the segment after this one, not authenticated, and its path; `None` when this is the last.
@@ -616,11 +655,29 @@ impl Head {
             bytes: self.bytes,
             end_seq: self.end_seq,
             digest: self.digest,
+            last_time_us: self.last_time_us,
+        }
+    }
+
+    /// The head of a segment that is not sealed, behind the blocks that `builder` has counted, which end at `bytes`.
+    pub(crate) fn open(header: &SegmentHeader, builder: &FooterBuilder, bytes: u64) -> Self {
+        let so_far = builder.so_far();
+        Self {
+            ordinal: header.ordinal,
+            segment: header.segment,
+            sealed: false,
+            blocks: so_far.block_count,
+            bytes,
+            end_seq: so_far.end_seq,
+            next_seq: header.limit_seq,
+            last_time_us: header.last_time_us(so_far),
+            digest: builder.digest(),
         }
     }
 
     /// The head of a sealed segment.
-    pub(crate) fn sealed(header: &SegmentHeader, footer: &Footer, file_len: u64) -> Self {
+    pub(crate) fn sealed(decoded: &DecodedHeader, footer: &Footer, file_len: u64) -> Self {
+        let header = &decoded.header;
         Self {
             ordinal: header.ordinal,
             segment: header.segment,
@@ -629,7 +686,8 @@ impl Head {
             bytes: file_len,
             end_seq: footer.end_seq,
             next_seq: footer.end_seq,
-            digest: footer.digest,
+            last_time_us: header.last_time_us(footer),
+            digest: footer.digest(header.payload_hash, &decoded.header_hash),
         }
     }
 }

@@ -73,7 +73,7 @@ pub(super) struct Active {
 }
 
 impl Writer {
-    /// Whether a segment is open, of the suite and under the key that new ones are to have.
+    /// Whether a segment is open, of the suite and the payload hash and under the key that new ones are to have.
     pub(super) fn is_as_planned(&self, shard: &Shard) -> bool {
         self.active.as_ref().is_some_and(|active| active.is_as(&read(&shard.context.plan)))
     }
@@ -217,11 +217,11 @@ impl Writer {
             shard.sync_file(&*active.file, &active.path)?;
             active.durable = active.offset;
         }
-        let end = active.view.with_builder(Clone::clone);
+        let end = active.view.builder();
         let file_len =
             write_footer(shard, &*active.file, &active.path, &active.header, &end, active.offset, false, keys)?;
         let header = Arc::clone(&active.header);
-        let head = Head::sealed(&header.header, &end.build(active.offset, [0; 8], false), file_len);
+        let head = Head::sealed(&header, &end.build(active.offset, [0; 8], false), file_len);
         // Should the next segment not come to be, the one after this begins at its limit: queued groups have numbers behind its end.
         shard.reach(Head { next_seq: header.header.limit_seq, ..head.clone() });
         let (ordinal, first_seq, end) = (head.ordinal + 1, head.next_seq, head.into_end());
@@ -260,6 +260,7 @@ impl Writer {
                 bytes: end.bytes,
                 end_seq: end.end_seq,
                 next_seq: *first_seq,
+                last_time_us: end.last_time_us,
                 digest: end.digest,
             }),
             _ => None,
@@ -269,7 +270,8 @@ impl Writer {
 
 impl Active {
     fn is_as(&self, plan: &WritePlan) -> bool {
-        (self.plan.suite, self.plan.key_source) == (plan.suite, plan.key_source)
+        let of = |plan: &WritePlan| (plan.suite, plan.key_source, plan.payload_hash);
+        of(&self.plan) == of(plan)
     }
 
     /// Seals the block in `buffer` and writes it at the end. Nothing is changed unless all of it succeeded.
@@ -287,7 +289,8 @@ impl Active {
         let bytes = buffer.finish(&tag);
         let end = self.offset + bytes.len() as u64;
         self.file.write_at(bytes, self.offset).map_err(Error::io("write a block to", &*self.path))?;
-        self.view.add(self.offset, header, &tag, end);
+        let payload_hash = shard.context.hasher.hash(self.header.header.payload_hash, std::mem::take(buffer));
+        *buffer = self.view.add(self.offset, header, payload_hash, &tag, end);
         shard.counters().appended(self.header.header.suite, header.list_len.into());
         self.offset = end;
         self.blocks += 1;
@@ -331,6 +334,10 @@ fn write_footer(
         KeyUse::Held => held(gate.with_held(header.header.segment, |cipher| cipher.tag_only(&nonce, &encoded)))?,
     };
     let bytes = footer.finish(encoded, &tag);
+    // A sealed segment ends with its footer.
+    if file.len().map_err(Error::io("get the length of", path))? > offset {
+        file.set_len(offset).map_err(Error::io("cut", path))?;
+    }
     file.write_at(&bytes, offset).map_err(Error::io("write the footer of", path))?;
     shard.sync_file(file, path)?;
     Ok(offset + bytes.len() as u64)
@@ -369,6 +376,7 @@ impl NewSegment {
             key_source: plan.key_source,
             salt: draw(shard, &path)?,
             predecessor: next.predecessor,
+            payload_hash: plan.payload_hash,
             extensions: Vec::new(),
         };
         let encoded = header.encode();

@@ -40,7 +40,7 @@ use crate::{
     kms::{BoundedKms, Cmk, Kms, Watch},
     metrics::Counters,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
-    shard::{Budget, ReaderPermits},
+    shard::{Budget, PayloadHasher, ReaderPermits},
     sync::{Mutex, RwLock, lock, read},
 };
 
@@ -104,6 +104,7 @@ pub struct StoreOptions {
     /// acknowledged, unless the file system keeps `flock` locks across machines and its caches coherent. Known by `statfs(2)` on
     /// Linux alone; file systems behind FUSE are not recognised.
     pub allow_network_fs: bool,
+    pub(super) hash_payloads: bool,
 }
 
 impl Default for StoreOptions {
@@ -127,11 +128,20 @@ impl Default for StoreOptions {
             group_read: false,
             keyring_group_read: false,
             allow_network_fs: false,
+            hash_payloads: true,
         }
     }
 }
 
 impl StoreOptions {
+    /// Leaves the hashes of the payloads out of the digests of segments. Verification finds such a store corrupt: a benchmark measures
+    /// with it what the hashes cost, and throws it away.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without_payload_hashes_for_benchmarks(self) -> Self {
+        Self { hash_payloads: false, ..self }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         let hour = Duration::from_secs(3600);
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
@@ -582,9 +592,11 @@ impl StoreBuilder {
             held.note_process();
         }
         let scheduler = Scheduler::new(Arc::clone(&self.clock));
+        let hasher = PayloadHasher::new(self.options.hash_payloads);
         let read_only = held.is_none();
         if self.options.background == Background::Threads && !read_only {
-            scheduler.spawn(self.options.workers).map_err(Error::io("start threads for", &self.dir))?;
+            let spawned = scheduler.spawn(self.options.workers).and_then(|()| hasher.spawn());
+            spawned.map_err(Error::io("start threads for", &self.dir))?;
         }
         let lease_pool = match self.options.background {
             Background::Threads => Some(LeasePool::new(Arc::clone(&self.clock))),
@@ -601,6 +613,7 @@ impl StoreBuilder {
                 reloads_keyring: read_only,
             }),
             budget: Budget::new(self.options.pending_bytes_max),
+            hasher,
             permits: ReaderPermits::new(self.options.readers_max),
             admin: Mutex::new(AdminState { latched: None, closed: false }),
             catalogue: Arc::new(catalogue),

@@ -50,7 +50,7 @@ use crate::{
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
     metrics::StoreMetrics,
     segment::Features,
-    shard::{AdmitAppend, Budget, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
+    shard::{AdmitAppend, Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
     sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
@@ -134,6 +134,7 @@ pub(crate) struct StoreShared {
     audit: AuditLog,
     scheduler: Arc<Scheduler>,
     budget: Arc<Budget>,
+    hasher: Arc<PayloadHasher>,
     permits: Arc<ReaderPermits>,
     admin: Mutex<AdminState>,
     catalogue: Arc<Journal>,
@@ -434,6 +435,7 @@ impl StoreShared {
             random: Arc::clone(&self.random),
             wake: Arc::clone(&self.scheduler) as _,
             budget: Arc::clone(&self.budget),
+            hasher: Arc::clone(&self.hasher),
             gate,
             options: self.shard_options(),
             read_only: self.read_only,
@@ -778,6 +780,7 @@ impl StoreShared {
         if let Some(anchor) = &self.anchor {
             anchor.stop();
         }
+        self.hasher.stop();
         lock(&self.logstores).clear();
         self.unlock();
         match &result {

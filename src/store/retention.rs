@@ -287,7 +287,7 @@ impl StoreShared {
             };
             if let (None, End::Sealed(footer)) = (segments.get(index + 1), &opened.end) {
                 // The last one goes: what follows will name it as its predecessor all the same.
-                record.head = Some(shard.last_head(&opened.header.header, &footer.footer, *size));
+                record.head = Some(shard.last_head(&opened.header, &footer.footer, *size));
             }
             left -= size;
             dropped += 1;

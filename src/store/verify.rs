@@ -417,7 +417,7 @@ impl StoreShared {
         let header = std::sync::Arc::clone(&opened.header);
         let end = opened.end.clone();
         let file_len = opened.file.len().map_err(Error::io("get the length of", &*opened.name.path))?;
-        let mut builder = FooterBuilder::new(header.header.suite.hash(), &header.header_hash, header.header.first_seq);
+        let mut builder = FooterBuilder::of(&header);
         let mut heads: Vec<&&Head> = heads.iter().collect();
         let mut damaged = false;
         let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
@@ -429,7 +429,9 @@ impl StoreShared {
                 let reached = builder.so_far().block_count == head.blocks;
                 let same = head.segment == header.header.segment && builder.digest() == head.digest;
                 let bytes = if head.sealed { file_len } else { reader.offset };
-                let ends = (builder.so_far().end_seq, bytes) == (head.end_seq, head.bytes);
+                let last_time_us = header.header.last_time_us(builder.so_far());
+                let ends =
+                    (builder.so_far().end_seq, bytes, last_time_us) == (head.end_seq, head.bytes, head.last_time_us);
                 if reached && !same {
                     let what = format!("segment {} of shard {} is not what it was", head.ordinal, shard.id());
                     verification.report.faults.push(Fault::of(Some(name), &Error::RolledBack { what }));
@@ -462,8 +464,8 @@ impl StoreShared {
                 Load::Block(block) => {
                     verification.report.blocks += 1;
                     verification.report.groups += u64::from(block.group_count);
-                    let tag = reader.loaded_tag()?;
-                    builder.add(reader.offset, &block, &tag);
+                    let (payload_hash, tag) = reader.loaded_digest_parts()?;
+                    builder.add(reader.offset, &block, &payload_hash, &tag);
                     let (place, at) = (reader.check_place(&block), reader.here());
                     let raw = match (keyless, header.header.suite.encrypts()) {
                         (false, _) => reader.open(gate).map(Some),
@@ -494,7 +496,7 @@ impl StoreShared {
                 Load::End => break,
                 Load::NotYet => {
                     if matches!(end, End::Unknown) {
-                        let (left, _) = shard.blocks_end(&reader.opened, reader.proof)?;
+                        let left = shard.data_end(&reader.opened, reader.offset, reader.proof)?;
                         if left > reader.offset {
                             let note = format!(
                                 "{} ends in {} bytes that are no block, above the durable mark: the next append drops them",
@@ -529,6 +531,12 @@ impl StoreShared {
             }
             End::Cut(cut) if cut.end_seq != builder.so_far().end_seq => {
                 return Err(Error::corrupt(at(), "the blocks end at another sequence number than the successor says"));
+            }
+            End::Cut(cut) if cut.last_time_us != header.header.last_time_us(builder.so_far()) => {
+                return Err(Error::corrupt(
+                    at(),
+                    "the last receive time of the blocks is another than the successor says",
+                ));
             }
             _ => {}
         }

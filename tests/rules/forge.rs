@@ -352,6 +352,7 @@ impl<'a> Chain<'a> {
                 if head["ordinal"] == end.ordinal {
                     (head["blocks"], head["bytes"]) = (end.blocks.into(), end.bytes.into());
                     (head["end_seq"], head["digest"]) = (end.end_seq.into(), hex(&end.digest).into());
+                    head["last_time_us"] = end.last_time_us.into();
                     head["next_seq"] = end.end_seq.max(head["next_seq"].as_u64().unwrap()).into();
                 }
             });
@@ -366,7 +367,9 @@ impl Segment {
         let header_hash = hash(suite.hash(), &[&encoded]);
         let cipher = Chain::cipher(copy, &self.header, &header_hash);
         let mut file = SegmentHeader::finish(encoded, cipher.commitment());
-        let mut digested = header_hash.to_vec();
+        let algorithm = self.header.payload_hash;
+        // What the digest covers of the blocks.
+        let mut digested = Vec::new();
         let mut footer = Footer {
             segment_tag: header_hash[..8].try_into().unwrap(),
             block_count: 0,
@@ -379,8 +382,12 @@ impl Segment {
             offset: 0,
             nonce_random: *b"a footer",
             recovered: self.footer == Some(true),
-            digest: [0; 32],
+            body: hash(algorithm, &[]),
             index: Vec::new(),
+        };
+        let time_before_us = match self.header.predecessor {
+            Predecessor::None => 0,
+            Predecessor::Sealed(end) | Predecessor::Cut(end) => end.last_time_us,
         };
         let mut end = PredecessorEnd {
             ordinal: self.header.ordinal,
@@ -388,7 +395,8 @@ impl Segment {
             blocks: 0,
             bytes: file.len() as u64,
             end_seq: footer.end_seq,
-            digest: hash(suite.hash(), &[&digested]),
+            digest: footer.digest(algorithm, &header_hash),
+            last_time_us: time_before_us,
         };
         for (number, block) in self.blocks.iter().enumerate() {
             let mut header = block.header;
@@ -405,9 +413,10 @@ impl Segment {
             file.extend_from_slice(&[0; 4]);
             fix_crc(&mut file[offset..]);
             digested.extend_from_slice(&head);
+            digested.extend_from_slice(&hash(algorithm, &[&sealed[128..]]));
             digested.extend_from_slice(&tag);
             footer.block_count += 1;
-            footer.digest = hash(suite.hash(), &[&digested]);
+            footer.body = hash(algorithm, &[&digested]);
             if header.kind != BlockKind::Mark {
                 if footer.group_count == 0 {
                     footer.first_time_us = header.first_time_us;
@@ -429,20 +438,24 @@ impl Segment {
             }
             if number < self.kept {
                 end.blocks += 1;
-                (end.bytes, end.end_seq, end.digest) = (file.len() as u64, footer.end_seq, footer.digest);
+                (end.bytes, end.end_seq) = (file.len() as u64, footer.end_seq);
+                end.digest = footer.digest(algorithm, &header_hash);
+                end.last_time_us = if footer.group_count > 0 { footer.last_time_us } else { time_before_us };
             }
         }
         if self.footer.is_none() {
             file.extend_from_slice(&self.tail);
             return (file, end);
         }
-        (footer.digest, footer.offset) = (hash(suite.hash(), &[&digested]), file.len() as u64);
+        footer.offset = file.len() as u64;
         (self.index)(&mut footer.index);
         let encoded = patched(footer.encode(), &self.footer_patch);
         let tag = cipher.tag_only(&footer.nonce(), &encoded).unwrap();
         end.blocks = u32_at(&encoded, 16);
         end.end_seq = u64_at(&encoded, 48);
-        end.digest = encoded[96..128].try_into().unwrap();
+        let patched: [&[u8]; 3] = [&header_hash, &encoded[16..20], &encoded[96..128]];
+        end.digest = hash(algorithm, &patched);
+        end.last_time_us = if u64_at(&encoded, 24) > 0 { u64_at(&encoded, 64) } else { time_before_us };
         file.extend(footer.finish(encoded, &tag));
         end.bytes = file.len() as u64;
         (file, end)

@@ -354,7 +354,8 @@ fn forged_segment(image: &Image, last: &Path, suite: Suite, key_source: KeySourc
             blocks: footer.block_count,
             bytes: bytes.len() as u64,
             end_seq: footer.end_seq,
-            digest: footer.digest,
+            digest: footer.digest(before.header.payload_hash, &before.header_hash),
+            last_time_us: footer.last_time_us,
         }),
         ..before.header
     };

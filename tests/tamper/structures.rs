@@ -142,8 +142,9 @@ fn segment(bytes: &[u8]) -> Vec<Part> {
         ("key version", 4),
         ("salt", 32),
         ("predecessor kind", 4),
-        ("predecessor", 76),
-        ("reserved", 16),
+        ("predecessor", 84),
+        ("payload hash", 2),
+        ("reserved", 6),
         ("commitment", 32),
     ];
     under_crc(&mut parts, 0, &header);
@@ -179,7 +180,7 @@ fn segment(bytes: &[u8]) -> Vec<Part> {
         ("footer offset", 8),
         ("footer nonce", 8),
         ("footer flags", 8),
-        ("footer digest", 32),
+        ("footer body", 32),
         ("footer index", bytes.len() - end - 128 - 16 - 4 - 16),
         ("footer tag", 16),
     ];

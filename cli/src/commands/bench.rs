@@ -1,6 +1,7 @@
 //! `bench`: the rates of this machine.
 
 mod open_store;
+mod payload_hash;
 
 use std::{
     fs::{self, File},
@@ -49,11 +50,11 @@ pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
         groups: groups(&args.files)?,
         budget: Duration::from_secs_f64(args.seconds / ROUNDS as f64),
     };
-    let rows = bench.rows()?;
+    let (rows, base) = if args.payload_hash { (bench.payload_hash()?, "not hashed") } else { (bench.rows()?, "none") };
     if setup.json {
         return output::json(&json!({ "rows": rows }));
     }
-    print(&rows)
+    print(&rows, base)
 }
 
 /// The lines of the files, or made ones, in groups of 64 KiB.
@@ -148,7 +149,7 @@ struct Row {
     durability: Option<&'static str>,
     callers: usize,
     mb_per_s: Option<f64>,
-    /// To suite none with the same settings, round by round.
+    /// To suite none with the same settings, or to the same without payload hashes, round by round.
     ratio: Option<f64>,
     /// What opening took, and what it touched.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
@@ -536,9 +537,11 @@ fn rounded(value: f64, steps: f64) -> f64 {
     (value * steps).round() / steps
 }
 
-fn print(rows: &[Row]) -> Result {
+/// `base` is what the ratios are to.
+fn print(rows: &[Row], base: &str) -> Result {
+    let ratio = format!("ratio to {base}");
     let mut table = output::table(
-        &["what", "suite", "compression", "group", "durability", "callers", "MB/s", "ratio to none"],
+        &["what", "suite", "compression", "group", "durability", "callers", "MB/s", &ratio],
         &[3, 5, 6, 7],
     );
     for row in rows {

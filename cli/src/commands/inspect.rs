@@ -21,6 +21,8 @@ const HEADER_BYTES_MAX: u64 = 256 + (64 << 10) + 36;
 const FOOTER_MAGIC: &[u8] = b"EFTR";
 /// The bytes of a CRC32, with which a block ends.
 const CRC_LEN: usize = 4;
+/// How much is read at once in the search for the end of zeros.
+const READ_BYTES: u64 = 1 << 20;
 /// How many blocks are in one table: a table is in memory as a whole.
 const TABLE_ROWS_MAX: usize = 1 << 12;
 
@@ -40,7 +42,7 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
         _ => None,
     };
     let printed = if setup.json {
-        let (header, footer) = (header_json(&decoded), footer.map(footer_json));
+        let (header, footer) = (header_json(&decoded), footer.map(|footer| footer_json(&decoded, footer)));
         output::json(&Report { file: output::path(path), bytes: len, header, blocks, footer })
     } else {
         print(&segment, &decoded, blocks, footer)
@@ -125,7 +127,7 @@ impl Segment<'_> {
 
     fn part(&self, at: u64) -> Result<Part> {
         let head = self.read(at, (self.len - at).min(BlockHeader::LEN as u64))?;
-        if head.is_empty() {
+        if head.iter().all(|&byte| byte == 0) && self.only_zeros(at)? {
             return Ok(Part::End);
         }
         if head.starts_with(FOOTER_MAGIC) {
@@ -150,6 +152,18 @@ impl Segment<'_> {
             .split_last_chunk::<CRC_LEN>()
             .is_some_and(|(covered, crc)| crc32fast::hash(covered) == u32::from_le_bytes(*crc));
         Ok(if crc_holds { Part::Block(header) } else { Part::Damage("the CRC32 does not hold".to_owned()) })
+    }
+
+    /// Whether nothing has been written from an offset on.
+    fn only_zeros(&self, mut at: u64) -> Result<bool> {
+        while at < self.len {
+            let bytes = self.read(at, (self.len - at).min(READ_BYTES))?;
+            if bytes.iter().any(|&byte| byte != 0) {
+                return Ok(false);
+            }
+            at += bytes.len() as u64;
+        }
+        Ok(true)
     }
 
     fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
@@ -189,6 +203,7 @@ fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, foo
         .add_row(["salt", &hex(&header.salt)])
         .add_row(["commitment", &hex(&decoded.commitment)])
         .add_row(["predecessor", &predecessor(&header.predecessor)])
+        .add_row(["payload hash", header.payload_hash.name()])
         .add_row(["extensions", &header.extensions.len().to_string()]);
     output::print_wide_table(&table)?;
 
@@ -229,7 +244,8 @@ fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, foo
         .add_row(["received from", &output::moment(footer.first_time_us)])
         .add_row(["received to", &output::moment(footer.last_time_us)])
         .add_row(["rewritten by recovery", if footer.recovered { "yes" } else { "no" }])
-        .add_row(["digest", &hex(&footer.digest)])
+        .add_row(["body", &hex(&footer.body)])
+        .add_row(["digest", &hex(&footer.digest(header.payload_hash, &decoded.header_hash))])
         .add_row(["index entries", &footer.index.len().to_string()]);
     output::print_wide_table(&table)
 }
@@ -270,6 +286,7 @@ fn header_json(decoded: &DecodedHeader) -> Value {
         "salt": hex(&header.salt),
         "commitment": hex(&decoded.commitment),
         "predecessor": predecessor(&header.predecessor),
+        "payload_hash": header.payload_hash,
         "extensions": header.extensions.iter().map(|extension| extension.kind).collect::<Vec<_>>(),
         "body_start": decoded.body_start,
     })
@@ -292,7 +309,7 @@ fn block_json(at: u64, block: &BlockHeader) -> Value {
     })
 }
 
-fn footer_json(footer: &Footer) -> Value {
+fn footer_json(decoded: &DecodedHeader, footer: &Footer) -> Value {
     json!({
         "offset": footer.offset,
         "blocks": footer.block_count,
@@ -303,7 +320,8 @@ fn footer_json(footer: &Footer) -> Value {
         "first_receive_time": output::moment(footer.first_time_us),
         "last_receive_time": output::moment(footer.last_time_us),
         "recovered": footer.recovered,
-        "digest": hex(&footer.digest),
+        "body": hex(&footer.body),
+        "digest": hex(&footer.digest(decoded.header.payload_hash, &decoded.header_hash)),
         "index_entries": footer.index.len(),
     })
 }
@@ -330,12 +348,13 @@ fn predecessor(predecessor: &Predecessor) -> String {
         Predecessor::Cut(end) => ("cut off by a crash", end),
     };
     format!(
-        "{how}: ordinal {}, segment {}, {} blocks, {} bytes, to sequence {}, digest {}",
+        "{how}: ordinal {}, segment {}, {} blocks, {} bytes, to sequence {}, received to {}, digest {}",
         end.ordinal,
         end.segment,
         end.blocks,
         end.bytes,
         end.end_seq,
+        output::moment(end.last_time_us),
         hex(&end.digest)
     )
 }

@@ -25,6 +25,7 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         retention_bytes: args.retention_bytes,
         rotate_data_key: (policy != RotateDataKey::default()).then_some(policy),
         compression: args.compression.into(),
+        payload_hash: args.payload_hash.into(),
         encrypt_conf,
     };
     spec.check()?;

@@ -300,6 +300,7 @@ mod tests {
             bytes: u64::MAX,
             end_seq: u64::MAX,
             next_seq: u64::MAX,
+            last_time_us: u64::MAX,
             digest: [0xff; 32],
         };
         let record = ShardRecord { first_ordinal: u64::MAX, first_seq: u64::MAX, head: Some(head) };
