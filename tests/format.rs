@@ -201,7 +201,7 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     let decoded = SegmentHeader::decode(file).unwrap();
     assert_eq!((decoded.header.suite, decoded.header.key_source), (suite, KeySource::DataKey(1)));
     let encoded = decoded.header.encode();
-    assert_eq!(encoded, file[..256]);
+    assert_eq!(encoded, file[..272]);
     assert_eq!(SegmentHeader::finish(encoded.clone(), &decoded.commitment), file[..decoded.body_start as usize]);
     values.check("header hash", hash(suite.hash(), &[&encoded]));
     values.check("header hash", decoded.header_hash);
@@ -291,7 +291,7 @@ fn the_aes_example_holds() {
 
     let footer = Footer::decode(&parts[3]).unwrap().footer;
     let first = BlockHeader::decode(&parts[1]).unwrap();
-    let entry = IndexEntry { offset: 292, first_seq: first.first_seq, first_time_us: first.first_time_us, block: 0 };
+    let entry = IndexEntry { offset: 308, first_seq: first.first_seq, first_time_us: first.first_time_us, block: 0 };
     assert_eq!((footer.block_count, footer.group_count, &footer.index[..]), (2, 1, &[entry][..]));
 }
 
@@ -656,7 +656,7 @@ fn a_newer_version_of_any_file_is_refused_by_its_number() {
         match index {
             5 => copy.change(&segment, |bytes| {
                 bytes[8..10].copy_from_slice(&version.to_le_bytes());
-                fix_crc(&mut bytes[..292]);
+                fix_crc(&mut bytes[..308]);
             }),
             6 => copy.change(&segment, |bytes| {
                 let len = u32::from_le_bytes(bytes[bytes.len() - 16..bytes.len() - 12].try_into().unwrap()) as usize;
@@ -696,7 +696,7 @@ fn an_unknown_incompatible_feature_of_any_file_is_refused() {
         let copy = Copy::of("byok-aes");
         let (path, features, end) = match documents(&copy).get(index) {
             Some(document) => (document.clone(), 12, fs::metadata(document).unwrap().len() as usize),
-            None => (segments(&copy.logstore_dir(), 0).pop().unwrap(), 16, 292),
+            None => (segments(&copy.logstore_dir(), 0).pop().unwrap(), 16, 308),
         };
         copy.change(&path, |bytes| {
             bytes[features + 11] = 0x80;
@@ -845,7 +845,7 @@ fn a_writer_goes_by_no_header_that_does_not_authenticate() {
         let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
         copy.change(&path, |file| {
             file[at..at + 8].copy_from_slice(&bytes);
-            fix_crc(&mut file[..292]);
+            fix_crc(&mut file[..308]);
         });
         let before = files(&copy.logstore_dir());
         let store = copy.builder().open().unwrap();

@@ -645,7 +645,7 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         let options = ReadOptions { mode: ReadMode::Map, ..ReadOptions::default() };
         let mut reader = logstore.read(0, &options).unwrap();
         // The payload of the only block, which begins behind the two headers.
-        let payload = 292 + 96..292 + 96 + 18;
+        let payload = 308 + 96..308 + 96 + 18;
         *armed.lock().unwrap() = Some((segments(&dir, 0).remove(0), payload));
         let record = reader.next().unwrap().unwrap();
         *armed.lock().unwrap() = None;

@@ -506,7 +506,7 @@ const FOOTERS: &[Row] = &[
     }),
     open("offsets of an index ascend", "index", |chain| {
         chain.segments[0].index = |index| index.push(second_block(index[0]));
-        patch(&mut chain.segments[0].footer_patch, 128 + 32, u64(292));
+        patch(&mut chain.segments[0].footer_patch, 128 + 32, u64(308));
     }),
     open("an index lies within the segment", "index", |chain| {
         patch(&mut chain.segments[0].footer_patch, 128 + 24, u32(50));

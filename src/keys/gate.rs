@@ -576,6 +576,7 @@ mod tests {
             salt: [4; 32],
             predecessor: Predecessor::None,
             payload_hash: HashAlg::Sha256,
+            epoch: 1,
             extensions: Vec::new(),
         };
         let commitment = gate.begin_segment(&header, &[5; 32]).unwrap();

@@ -380,7 +380,7 @@ mod tests {
 
     fn sample() -> Footer {
         let entry = |n: u64| IndexEntry {
-            offset: 292 + n * 70_000,
+            offset: 308 + n * 70_000,
             first_seq: 6 + n,
             first_time_us: 1_700_000_000_000_000 + n / 2,
             block: n as u32,
@@ -521,7 +521,7 @@ mod tests {
     fn built_from_blocks() {
         let hash = [0x77; 32];
         let mut builder = FooterBuilder::new(HashAlg::Sm3, &hash, 6);
-        let empty = builder.build(292, [1; 8], false);
+        let empty = builder.build(308, [1; 8], false);
         assert_eq!((empty.block_count, empty.end_seq, empty.index.len(), empty.recovered), (0, 6, 0, false));
         assert_eq!(empty.body, crypto::hash(HashAlg::Sm3, &[]));
         assert_eq!(Footer::decode(&encoded(&empty)).unwrap().footer, empty);
@@ -529,7 +529,7 @@ mod tests {
         let stride = INDEX_STRIDE_BYTES;
         let mut hashed = Vec::new();
         for (offset, header) in [
-            (292, block(0, 0, 6, 1)),
+            (308, block(0, 0, 6, 1)),
             (408, block(1, 2, 6, 100)),
             (407 + stride, block(2, 3, 8, 110)),
             (408 + stride, block(3, 1, 20, 90)),
@@ -587,7 +587,7 @@ mod tests {
         #[test]
         fn round_trip(blocks in prop::collection::vec((0..5u32, 1..100_000u64, any::<u32>(), any::<[u8; 16]>()), 0..40)) {
             let mut builder = FooterBuilder::new(HashAlg::Sha256, &[9; 32], 0);
-            let (mut offset, mut seq) = (292, 0);
+            let (mut offset, mut seq) = (308, 0);
             for (number, (groups, len, time, tag)) in blocks.iter().enumerate() {
                 let header = block(number as u32, *groups, seq, u64::from(*time));
                 builder.add(offset, &header, &[8; 32], tag);

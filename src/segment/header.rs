@@ -13,7 +13,7 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"ENVLSEG\0";
 const VERSION: u16 = 2;
-const FIXED_LEN: u32 = 256;
+const FIXED_LEN: u32 = 272;
 const COMMITMENT_LEN: usize = 32;
 /// What follows the hashed part: commitment and CRC32.
 const SUFFIX_LEN: usize = COMMITMENT_LEN + CRC_LEN;
@@ -52,6 +52,8 @@ pub struct SegmentHeader {
     pub predecessor: Predecessor,
     /// The hash of its stored payloads, and of the digest over them.
     pub payload_hash: HashAlg,
+    /// The epoch of the writer that made it.
+    pub epoch: u64,
     /// Optional parts, at most [`EXTENSIONS_BYTES_MAX`] bytes of them.
     pub extensions: Vec<Extension>,
 }
@@ -199,6 +201,8 @@ impl SegmentHeader {
         out.put_u64_le(end.last_time_us);
         out.put_u16_le(self.payload_hash.code());
         out.put_bytes(0, 6);
+        out.put_u64_le(self.epoch);
+        out.put_bytes(0, 8);
         for extension in &self.extensions {
             out.put_u16_le(extension.kind);
             out.put_u16_le(if extension.critical { CRITICAL } else { 0 });
@@ -274,8 +278,12 @@ impl SegmentHeader {
                 let code = cursor.u16()?;
                 HashAlg::from_code(code).ok_or_else(|| DecodeError::Feature(format!("payload hash {code}")))?
             },
-            extensions: {
+            epoch: {
                 cursor.zeros(6, "reserved bytes of the header")?;
+                cursor.u64()?
+            },
+            extensions: {
+                cursor.zeros(8, "reserved bytes of the header")?;
                 decode_extensions(cursor.bytes(extensions_len as usize)?)?
             },
         };
@@ -368,6 +376,7 @@ mod tests {
                 last_time_us: 1_699_999_999_999_999,
             }),
             payload_hash: HashAlg::Sm3,
+            epoch: 11,
             extensions: vec![Extension { kind: Extension::PADDING, critical: true, data: vec![0; 3] }],
         }
     }
@@ -400,7 +409,7 @@ mod tests {
         assert_eq!(decoded.header, sample());
         assert_eq!(decoded.commitment, COMMITMENT);
         assert_eq!(decoded.body_start, bytes.len() as u64);
-        assert_eq!(decoded.header_hash, crypto::hash(crate::crypto::HashAlg::Sha256, &[&bytes[..256 + 11]]));
+        assert_eq!(decoded.header_hash, crypto::hash(crate::crypto::HashAlg::Sha256, &[&bytes[..272 + 11]]));
         assert_eq!(decoded.segment_tag()[..], decoded.header_hash[..8]);
         assert_eq!(decoded.header.features.unknown_read_only(), 2);
     }
@@ -443,11 +452,11 @@ mod tests {
         assert_eq!(refused(160, &[3]), DecodeError::Field("predecessor"));
         assert_eq!(refused(255, &[1]), DecodeError::Field("reserved bytes of the header"));
         assert_eq!(refused(96, &[0xff, 0xff]), DecodeError::Field("limit of the sequence numbers"));
-        assert_eq!(refused(256, &[9]), DecodeError::Feature("critical header extension 9".to_owned()));
-        assert_eq!(refused(256, &[1]), DecodeError::Feature("critical header extension 1".to_owned()));
-        assert_eq!(refused(258, &[2]), DecodeError::Field("header extension"));
-        assert_eq!(refused(260, &[4]), DecodeError::Field("header extension"));
-        let optional = altered(&sample(), 256, &[9, 0, 0, 0]).unwrap();
+        assert_eq!(refused(272, &[9]), DecodeError::Feature("critical header extension 9".to_owned()));
+        assert_eq!(refused(272, &[1]), DecodeError::Feature("critical header extension 1".to_owned()));
+        assert_eq!(refused(274, &[2]), DecodeError::Field("header extension"));
+        assert_eq!(refused(276, &[4]), DecodeError::Field("header extension"));
+        let optional = altered(&sample(), 272, &[9, 0, 0, 0]).unwrap();
         assert_eq!(optional.header.extensions, [Extension { kind: 9, critical: false, data: vec![0; 3] }]);
     }
 
@@ -460,7 +469,7 @@ mod tests {
             seqs in any::<(u64, u64)>(),
             (keyring, version, salt) in any::<(bool, u32, [u8; 32])>(),
             predecessor in 0..3usize,
-            (end, last_time_us, sm3) in any::<((u64, [u8; 16], u32, u64, u64, [u8; 32]), u64, bool)>(),
+            (end, last_time_us, sm3, epoch) in any::<((u64, [u8; 16], u32, u64, u64, [u8; 32]), u64, bool, u64)>(),
             extensions in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..50)), 0..4),
         ) -> SegmentHeader {
             let (ordinal_before, segment, blocks, bytes, end_seq, digest) = end;
@@ -482,6 +491,7 @@ mod tests {
                 salt,
                 predecessor: [Predecessor::None, Predecessor::Sealed(end), Predecessor::Cut(end)][predecessor],
                 payload_hash: if sm3 { HashAlg::Sm3 } else { HashAlg::Sha256 },
+                epoch,
                 extensions: extensions.into_iter().map(|(kind, data)| Extension { kind, critical: false, data }).collect(),
             }
         }

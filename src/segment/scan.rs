@@ -468,6 +468,7 @@ mod tests {
                 salt: [4; 32],
                 predecessor: Predecessor::None,
                 payload_hash: HashAlg::Sha256,
+                epoch: 1,
                 extensions: Vec::new(),
             };
             let bytes = SegmentHeader::finish(header.encode(), &[5; 32]);

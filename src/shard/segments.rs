@@ -581,7 +581,8 @@ impl Shard {
             && header.logstore == gate.id()
             && header.shard == self.id
             && header.ordinal == name.ordinal
-            && header.first_seq == name.first_seq;
+            && header.first_seq == name.first_seq
+            && header.epoch == name.epoch;
         if !belongs {
             return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
         }

@@ -377,6 +377,7 @@ impl NewSegment {
             salt: draw(shard, &path)?,
             predecessor: next.predecessor,
             payload_hash: plan.payload_hash,
+            epoch,
             extensions: Vec::new(),
         };
         let encoded = header.encode();

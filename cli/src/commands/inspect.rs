@@ -16,7 +16,7 @@ use crate::{
     setup::Setup,
 };
 
-/// No header is longer: 256 bytes, 64 KiB of extensions, commitment and CRC.
+/// No header is longer: 272 bytes, 64 KiB of extensions, commitment and CRC.
 const HEADER_BYTES_MAX: u64 = 256 + (64 << 10) + 36;
 const FOOTER_MAGIC: &[u8] = b"EFTR";
 /// The bytes of a CRC32, with which a block ends.
