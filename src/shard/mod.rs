@@ -1,5 +1,6 @@
 //! One shard: an ordered run of segments, its writer, its readers, and its recovery.
 
+mod chain;
 mod driver;
 mod hashing;
 mod queue;
@@ -231,6 +232,13 @@ pub(crate) struct Head {
     pub(crate) digest: [u8; 32],
 }
 
+impl Head {
+    /// How far it is, to be compared with another head of the shard.
+    pub(crate) fn reach(&self) -> (u64, bool, u32) {
+        (self.ordinal, self.sealed, self.blocks)
+    }
+}
+
 /// The memory that groups waiting to be written may take in the whole store.
 pub(crate) struct Budget {
     limit: usize,
@@ -313,6 +321,8 @@ pub(crate) struct Shard {
     progress: Condvar,
     writer: Mutex<Writer>,
     notices: Mutex<Vec<RecoveryNotice>>,
+    /// What is proved of its segments without a key.
+    chain: chain::Chain,
     /// How far it is synced, until the catalogue has noted that.
     reached: Mutex<Option<Head>>,
     /// Whether files that are not needed any more could not be removed.
@@ -334,6 +344,7 @@ impl Shard {
             progress: Condvar::new(),
             writer: Mutex::default(),
             notices: Mutex::default(),
+            chain: chain::Chain::default(),
             reached: Mutex::default(),
             leftovers: AtomicBool::new(false),
             under_keyring: AtomicU64::new(0),

@@ -403,7 +403,7 @@ impl Shard {
     }
 
     /// The digest over the blocks in place in front of offset `end`.
-    fn digest_up_to(&self, opened: &Opened, end: u64) -> Result<[u8; 32]> {
+    pub(super) fn digest_up_to(&self, opened: &Opened, end: u64) -> Result<[u8; 32]> {
         let mut builder = FooterBuilder::of(&opened.header);
         self.pass(opened, end, None, |block, payload| {
             add(&mut builder, &block, payload);

@@ -327,6 +327,7 @@ impl Shard {
     /// Forgets the segments below `ordinal`: retention drops them.
     pub(crate) fn drop_before(&self, ordinal: u64) {
         self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
+        self.forget_proved(ordinal);
     }
 
     /// Removes the files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer,

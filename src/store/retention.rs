@@ -16,7 +16,7 @@ use crate::{
     io::Clock,
     logstore::LogstoreShared,
     segment::KeySource,
-    shard::{End, Job, Shard, Task, Wake},
+    shard::{Head, Job, Shard, Task, Wake},
     sync::lock,
 };
 
@@ -128,12 +128,15 @@ impl StoreShared {
         let mut heads = Vec::new();
         for logstore in self.open_logstores() {
             for shard in &logstore.shards {
-                let head = shard.take_reached();
-                heads.extend(head.map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)));
+                heads.extend(shard.take_reached().map(|head| (Arc::clone(&logstore), Arc::clone(shard), head)));
             }
         }
         if !heads.is_empty() {
-            self.catalogue.commit(heads)?;
+            let change = |(logstore, shard, head): &(Arc<LogstoreShared>, Arc<Shard>, Head)| {
+                Change::reached(&logstore.name, logstore.id, shard.id(), head.clone())
+            };
+            self.catalogue.commit(heads.iter().map(change).collect())?;
+            heads.iter().for_each(|(_, shard, head)| shard.note_head(head));
         }
         self.catalogue.settle()
     }
@@ -197,7 +200,9 @@ impl StoreShared {
         let mut oldest = u32::MAX;
         for shard in &logstore.shards {
             if let Some(first) = shard.settled_segments()?.first() {
-                oldest = oldest.min(data_key_version(shard.key_source(first)?));
+                // A segment that the catalogue does not know yet may be under any key.
+                let Some(source) = shard.proved_key_source(first)? else { return Ok(()) };
+                oldest = oldest.min(data_key_version(source));
             }
         }
         let mut unused: BTreeSet<u32> = older.into_iter().filter(|version| *version < oldest).collect();
@@ -207,7 +212,8 @@ impl StoreShared {
         // What is destroyed for good is made sure of segment by segment.
         for shard in &logstore.shards {
             for segment in shard.settled_segments()?.iter() {
-                unused.remove(&data_key_version(shard.key_source(segment)?));
+                let Some(source) = shard.proved_key_source(segment)? else { return Ok(()) };
+                unused.remove(&data_key_version(source));
             }
         }
         unused.retain(|version| logstore.gate.readers(KeySource::DataKey(*version)) == 0);
@@ -237,7 +243,8 @@ impl StoreShared {
         Ok(())
     }
 
-    /// Drops from the oldest segment on, as long as it is sealed or cut, and too old or too much.
+    /// Drops from the oldest segment on, as long as it is too old or too much. What a segment is, how long and how old, says the catalogue,
+    /// by the chain of digests from the head that it knows. Segments behind that head are never dropped.
     fn retain_shard(
         &self,
         admin: &mut AdminState,
@@ -248,48 +255,27 @@ impl StoreShared {
         report: &mut RetentionReport,
     ) -> Result<()> {
         let segments = shard.segments(false)?;
-        let mut sizes = Vec::with_capacity(segments.len());
-        for segment in segments.iter() {
-            let stat = self.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
-            sizes.push(stat.map_or(0, |stat| stat.len));
+        let mut proved = Vec::with_capacity(segments.len());
+        for segment in segments.iter().filter(|segment| segment.active.is_none()) {
+            let Some(found) = shard.proved(segment.ordinal)? else { break };
+            proved.push(found);
         }
-        let mut left: u64 = sizes.iter().sum();
+        let behind = segments.get(proved.len()..).unwrap_or_default();
+        let written: u64 = behind.iter().filter_map(|segment| Some(segment.active.as_ref()?.visible())).sum();
+        let mut left: u64 = proved.iter().map(|proved| proved.end.bytes).sum::<u64>() + written;
         let mut record = shard.record();
         let mut dropped = 0;
-        for (index, (segment, size)) in segments.iter().zip(&sizes).enumerate() {
+        for (index, segment) in proved.iter().enumerate() {
             let too_much = bytes_max.is_some_and(|max| left > max);
-            if !too_much && oldest_us.is_none() {
+            let too_old = oldest_us.is_some_and(|oldest| segment.end.last_time_us < oldest);
+            // The head of the shard goes on, unless it is sealed.
+            let ended = record.head.as_ref().is_some_and(|head| head.sealed || head.ordinal > segment.end.ordinal);
+            if !(too_much || too_old) || !ended {
                 break;
             }
-            if segment.active.is_some() {
-                break;
-            }
-            let opened = shard.open_segment(segment)?;
-            let ended = match &opened.end {
-                End::Sealed(_) | End::Cut(_) => true,
-                End::Active(_) | End::Unknown => false,
-            };
-            // What ends a cut segment is its successor's header, which was made when the shard went on.
-            let newest_us = match (&opened.end, segments.get(index + 1)) {
-                (End::Sealed(footer), _) if footer.footer.group_count > 0 => footer.footer.last_time_us,
-                (_, Some(next)) => shard.open_segment(next)?.header.header.created_us,
-                _ => opened.header.header.created_us,
-            };
-            let too_old = oldest_us.is_some_and(|oldest| newest_us < oldest);
-            if !ended || !(too_much || too_old) {
-                break;
-            }
-            record.first_ordinal = segment.ordinal + 1;
-            record.first_seq = match (segments.get(index + 1), &opened.end) {
-                (Some(next), _) => next.first_seq,
-                (None, End::Sealed(footer)) => footer.footer.end_seq,
-                (None, _) => opened.header.header.limit_seq,
-            };
-            if let (None, End::Sealed(footer)) = (segments.get(index + 1), &opened.end) {
-                // The last one goes: what follows will name it as its predecessor all the same.
-                record.head = Some(shard.last_head(&opened.header, &footer.footer, *size));
-            }
-            left -= size;
+            record.first_ordinal = segment.end.ordinal + 1;
+            record.first_seq = proved.get(index + 1).map_or(segment.end.end_seq, |next| next.header.header.first_seq);
+            left -= segment.end.bytes;
             dropped += 1;
         }
         if dropped == 0 {
@@ -304,8 +290,7 @@ impl StoreShared {
             first_ordinal: record.first_ordinal,
             first_seq: record.first_seq,
         };
-        let reached = record.head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head));
-        self.commit(admin, reached.into_iter().chain([dropped_to]).collect())?;
+        self.commit(admin, vec![dropped_to])?;
         shard.set_record(record.clone());
         shard.drop_before(record.first_ordinal);
         info!(

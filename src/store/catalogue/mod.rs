@@ -162,9 +162,8 @@ impl Catalogue {
             Change::Removed { id } => self.deleting.retain(|deleting| deleting != id),
             Change::Reached { name, shard, head, .. } => {
                 // Two threads may record points of one shard in the other order.
-                let reaches = |head: &Head| (head.ordinal, head.sealed, head.blocks);
                 if let Some(record) = self.shard_mut(name, *shard)
-                    && record.head.as_ref().is_none_or(|known| reaches(known) <= reaches(head))
+                    && record.head.as_ref().is_none_or(|known| known.reach() <= head.reach())
                 {
                     record.head = Some(head.clone());
                 }

@@ -1,0 +1,120 @@
+//! What can be believed of a shard's segments without a key.
+//!
+//! The catalogue, which is authenticated, has the digest of the shard's head. That digest is over the header of the head's segment; the
+//! header has the digest of the segment before it, and so on. Headers and ends of segments are proved along this chain, from the head
+//! downward. Retention and the destruction of keys rest on nothing else.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use super::{End, Head, Opened, SegmentRef, Shard};
+use crate::{
+    Error, Result,
+    segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd},
+    sync::{Mutex, lock},
+};
+
+/// A segment whose header and end are proved.
+#[derive(Clone, Debug)]
+pub(crate) struct Proved {
+    pub(crate) header: Arc<DecodedHeader>,
+    pub(crate) end: PredecessorEnd,
+}
+
+/// The segments of a shard that are proved, by ordinal.
+#[derive(Default)]
+pub(super) struct Chain(Mutex<BTreeMap<u64, Proved>>);
+
+impl Shard {
+    /// A segment as the catalogue proves it, without a key; `None` when it is behind the head that the catalogue knows. Reads header and
+    /// footer of each segment from the head down to this one, once, and the blocks of those that were cut or are open.
+    ///
+    /// # Errors
+    /// A segment on the way is not the one that the catalogue, or its successor, knows; [`Error::Io`].
+    pub(crate) fn proved(&self, ordinal: u64) -> Result<Option<Proved>> {
+        let Some(head) = self.record().head.filter(|head| head.ordinal >= ordinal) else { return Ok(None) };
+        let segments = self.segments(false)?;
+        // Begins with the lowest segment from this one on that is proved already. The head's own may have grown since.
+        let known = {
+            let chain = lock(&self.chain.0);
+            let mut known = chain.range(ordinal..=head.ordinal);
+            known.find(|(at, proved)| **at < head.ordinal || proved.end.digest == head.digest).map(|(_, one)| one.clone())
+        };
+        let mut next = match known {
+            Some(proved) if proved.end.ordinal == ordinal => return Ok(Some(proved)),
+            Some(proved) => predecessor(&proved.header),
+            None => Some((head.sealed, head.into_end())),
+        };
+        while let Some((sealed, end)) = next {
+            let at = segments.partition_point(|segment| segment.ordinal < end.ordinal);
+            let Some(name) = segments.get(at).filter(|name| name.ordinal == end.ordinal) else { return Ok(None) };
+            let proved = self.prove(name, sealed, end)?;
+            lock(&self.chain.0).insert(end.ordinal, proved.clone());
+            if end.ordinal == ordinal {
+                return Ok(Some(proved));
+            }
+            next = predecessor(&proved.header);
+        }
+        Ok(None)
+    }
+
+    /// What the key of a segment is derived from, as the catalogue proves it or this process made it; `None` when it is not known.
+    pub(crate) fn proved_key_source(&self, name: &SegmentRef) -> Result<Option<KeySource>> {
+        if let Some(active) = &name.active {
+            return Ok(Some(active.header.header.key_source));
+        }
+        Ok(self.proved(name.ordinal)?.map(|proved| proved.header.header.key_source))
+    }
+
+    /// Proves one segment by its end, which is authenticated.
+    fn prove(&self, name: &SegmentRef, sealed: bool, end: PredecessorEnd) -> Result<Proved> {
+        let opened = self.open_segment(name)?;
+        let header = &opened.header;
+        let same = match &opened.end {
+            End::Sealed(footer) if sealed => {
+                let footer = &footer.footer;
+                footer.block_count == end.blocks
+                    && footer.digest(header.header.payload_hash, &header.header_hash) == end.digest
+            }
+            // This process made its header.
+            End::Active(_) => true,
+            _ => self.has_contents(&opened, &end)?,
+        };
+        if !same || header.header.segment != end.segment {
+            let what = format!("{} is not the segment that the catalogue knows", name.path.display());
+            return Err(Error::RolledBack { what });
+        }
+        Ok(Proved { header: Arc::clone(header), end })
+    }
+
+    /// Whether the blocks of a segment, up to an end, are those of its digest. Reads all of them.
+    pub(super) fn has_contents(&self, opened: &Opened, end: &PredecessorEnd) -> Result<bool> {
+        let blocks_end = match &opened.end {
+            End::Sealed(footer) => footer.footer.offset,
+            _ => end.bytes,
+        };
+        Ok(self.digest_up_to(opened, blocks_end)? == end.digest)
+    }
+
+    /// Forgets the segments below `ordinal`: retention has dropped them.
+    pub(super) fn forget_proved(&self, ordinal: u64) {
+        let mut proved = lock(&self.chain.0);
+        *proved = proved.split_off(&ordinal);
+    }
+
+    /// Notes that the catalogue knows this head.
+    pub(crate) fn note_head(&self, head: &Head) {
+        let mut record = crate::sync::write(&self.record);
+        if record.head.as_ref().is_none_or(|known| known.reach() <= head.reach()) {
+            record.head = Some(head.clone());
+        }
+    }
+}
+
+/// What a header says of the end of the segment before.
+fn predecessor(header: &DecodedHeader) -> Option<(bool, PredecessorEnd)> {
+    match header.header.predecessor {
+        Predecessor::None => None,
+        Predecessor::Sealed(end) => Some((true, end)),
+        Predecessor::Cut(end) => Some((false, end)),
+    }
+}
