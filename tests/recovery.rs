@@ -16,7 +16,8 @@ use common::{
 };
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec,
-    Record, Result, ShardChoice, Store, VerifyOptions,
+    Position, ReadOptions, Record, Result, ShardChoice, Store, VerifyOptions,
+    crypto::HashAlg,
     io::Disk as _,
     segment::{BlockHeader, SegmentHeader},
 };
@@ -862,4 +863,176 @@ fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_s
     sim.crash(Survives::Everything);
     let appended = find(&sim.open()).append(record("after"), &synced()).unwrap();
     assert!(appended.seq > queued.seq, "{} was given before", appended.seq);
+}
+
+// ---- zeros behind the last block ----
+
+/// A store with and without encryption, as a process leaves it that is killed; each with one segment that is open.
+fn killed_world() -> (World, [std::path::PathBuf; 2]) {
+    let world = World::manual();
+    let store = world.create();
+    let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
+    let logstores = [world.service(&store, "p/aes"), plain];
+    for logstore in &logstores {
+        put(logstore, "first");
+        put(logstore, "second");
+    }
+    let killed = world.path().join("killed");
+    copy_dir(&world.store_dir(), &killed);
+    let open = logstores.each_ref().map(|logstore| segments(&world.logstore_dir(logstore), 0).remove(0));
+    drop((logstores, store));
+    copy_dir(&killed, &world.store_dir());
+    (world, open)
+}
+
+fn extend(path: &std::path::Path, zeros: u64) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() + zeros).unwrap();
+}
+
+#[track_caller]
+fn assert_spotless(store: &Store, context: &str) {
+    for keyless in [false, true] {
+        let report = store.verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        assert!(report.is_clean() && report.notes.is_empty(), "{context}: {report:?}");
+    }
+}
+
+/// Zeros behind the last block of an open segment are where nothing has been written yet.
+#[test]
+fn an_open_segment_ends_before_its_zeros() {
+    for zeros in [1, 95, 4096, (1 << 20) + 3, 5 << 20] {
+        let (world, open) = killed_world();
+        let lens = open.each_ref().map(|path| std::fs::metadata(path).unwrap().len());
+        open.iter().for_each(|path| extend(path, zeros));
+        let context = format!("{zeros} zeros");
+        let read_only = world.builder().open_read_only().unwrap();
+        for text in ["p/aes", "p/plain"] {
+            let logstore = read_only.logstore(&name(text)).unwrap();
+            assert_eq!(texts(&logstore), ["first", "second"], "{context}");
+            assert_eq!(records_from(&logstore, 0, Position::End).unwrap(), [], "{context}");
+        }
+        assert_spotless(&read_only, &context);
+        let checkpoint = read_only.checkpoint().unwrap();
+        drop(read_only);
+
+        let store = world.open();
+        assert_spotless(&store, &context);
+        for text in ["p/aes", "p/plain"] {
+            let logstore = store.logstore(&name(text)).unwrap();
+            put(&logstore, "third");
+            assert_eq!(texts(&logstore), ["first", "second", "third"], "{context}");
+            assert_eq!(logstore.status().unwrap().recovery, [], "{context}");
+        }
+        assert_spotless(&store, &context);
+        store.close().unwrap();
+        // What recovery has cut stays as it was.
+        for (path, len) in open.iter().zip(lens) {
+            assert_eq!(std::fs::metadata(path).unwrap().len(), len + zeros, "{context}");
+        }
+        let store = world.builder().open_read_only().unwrap();
+        let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
+        let report = store.verify(&options, &mut |_| {}).unwrap();
+        assert!(report.is_clean(), "{context}: {report:?}");
+    }
+}
+
+/// Damage in front of zeros is still told from what was not written.
+#[test]
+fn zeros_hide_no_damage() {
+    let (world, open) = killed_world();
+    for path in &open {
+        let mut bytes = std::fs::read(path).unwrap();
+        let first = SegmentHeader::decode(&bytes).unwrap().body_start as usize;
+        let len = BlockHeader::decode(&bytes[first..]).unwrap().block_len() as usize;
+        bytes[first..first + len].fill(0);
+        write_private(path, bytes);
+        extend(path, 2 << 20);
+    }
+    let store = world.builder().open_read_only().unwrap();
+    for (keyless, text) in [(false, "p/aes"), (true, "p/aes"), (false, "p/plain"), (true, "p/plain")] {
+        let options = VerifyOptions { keyless, logstore: Some(name(text)), ..VerifyOptions::default() };
+        let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+        assert_eq!(faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["corrupt"], "{text}: {faults:?}");
+        assert!(try_texts(&store.logstore(&name(text)).unwrap()).is_err(), "{text}");
+    }
+}
+
+/// A file that was extended ahead of the blocks: a reader in another process follows it, and a sealed segment ends with its footer.
+#[test]
+fn a_file_that_is_longer_than_its_blocks_is_followed_and_sealed() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = world.service(&store, "p/aes");
+    put(&logstore, "first");
+    let path = segments(&world.logstore_dir(&logstore), 0).remove(0);
+    extend(&path, 3 << 20);
+    let other = world.builder().open_read_only().unwrap();
+    let followed = other.logstore(&name("p/aes")).unwrap();
+    let mut reader = followed.read(0, &ReadOptions::default()).unwrap();
+    let mut next = || reader.next().map(|record| strings(&[record.unwrap()]).remove(0));
+    assert_eq!((next(), next()), (Some("first".to_owned()), None));
+    for text in ["second", "third"] {
+        put(&logstore, text);
+        assert_eq!((next(), next()), (Some(text.to_owned()), None));
+    }
+    assert_spotless(&other, "while it is written");
+    let long = std::fs::metadata(&path).unwrap().len();
+    logstore.roll().unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    assert!((bytes.len() as u64) < long && bytes.ends_with(b"SEAL"));
+    put(&logstore, "fourth");
+    assert_eq!((next(), next()), (Some("fourth".to_owned()), None));
+    store.close().unwrap();
+    assert_eq!(texts(&followed), ["first", "second", "third", "fourth"]);
+    assert_spotless(&other, "when it is closed");
+}
+
+// ---- the hash of payloads ----
+
+/// A Logstore keeps its payload hash. A changed one begins a new segment, also after a crash; each segment is verified by its own.
+#[test]
+fn a_changed_payload_hash_is_that_of_new_segments() {
+    let world = World::manual();
+    let store = world.create();
+    let spec = LogstoreSpec { payload_hash: HashAlg::Sm3, ..LogstoreSpec::default() };
+    let logstore =
+        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Default))).unwrap();
+    put(&logstore, "first");
+    let update = |payload_hash| {
+        let config = LogstoreConfig { payload_hash, ..store.config(&name("p/l")).unwrap() };
+        store.update_logstore(&name("p/l"), config).unwrap();
+    };
+    // Something else changes: the segment goes on.
+    let config = LogstoreConfig { ttl_days: Some(9), ..store.config(&name("p/l")).unwrap() };
+    store.update_logstore(&name("p/l"), config).unwrap();
+    put(&logstore, "second");
+    update(HashAlg::Sha256);
+    put(&logstore, "third");
+    let dir = world.logstore_dir(&logstore);
+    let hashes = || {
+        let header = |path: &std::path::PathBuf| SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header;
+        segments(&dir, 0).iter().map(|path| header(path).payload_hash).collect::<Vec<_>>()
+    };
+    assert_eq!(hashes(), [HashAlg::Sm3, HashAlg::Sha256]);
+    let kept = |payload_hash| {
+        let json = serde_json::to_value(store.config(&name("p/l")).unwrap()).unwrap();
+        assert_eq!(json.get("payload_hash"), payload_hash);
+    };
+    kept(None);
+    // The block is only written when the process is killed: recovery rewrites it under the new hash.
+    logstore.append(record("fourth"), &written()).unwrap();
+    update(HashAlg::Sm3);
+    kept(Some(&"sm3".into()));
+    let killed = world.path().join("killed");
+    copy_dir(&world.store_dir(), &killed);
+    drop((logstore, store));
+    copy_dir(&killed, &world.store_dir());
+    let store = world.open();
+    let logstore = store.logstore(&name("p/l")).unwrap();
+    put(&logstore, "fifth");
+    assert_eq!(texts(&logstore), ["first", "second", "third", "fourth", "fifth"]);
+    assert_eq!(hashes(), [HashAlg::Sm3, HashAlg::Sha256, HashAlg::Sm3, HashAlg::Sm3]);
+    store.close().unwrap();
+    assert_spotless(&world.builder().open_read_only().unwrap(), "when it is closed");
 }

@@ -14,7 +14,9 @@ use common::{records, segments, synced};
 use envelog::{
     Compression, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
     crypto::Suite,
-    segment::{BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX},
+    segment::{
+        BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX, SegmentHeader,
+    },
 };
 use forge::{Chain, Copy, Patch};
 
@@ -78,8 +80,8 @@ fn patch(patch: &mut Patch, at: usize, bytes: Vec<u8>) {
 const SEGMENTS: &[Row] = &[
     found(
         "newer_format",
-        open("version of a header", "format version 2", |chain| {
-            patch(&mut chain.segments[0].header_patch, 8, u16(2));
+        open("version of a header", "format version 3", |chain| {
+            patch(&mut chain.segments[0].header_patch, 8, u16(3));
         }),
     ),
     open("version 0 of a header", "version", |chain| patch(&mut chain.segments[0].header_patch, 8, u16(0))),
@@ -95,11 +97,20 @@ const SEGMENTS: &[Row] = &[
             patch(&mut chain.segments[0].header_patch, 10, u16(9));
         }),
     ),
+    found(
+        "unsupported_feature",
+        open("payload hash of a header", "payload hash 3", |chain| {
+            patch(&mut chain.segments[0].header_patch, 248, u16(3));
+        }),
+    ),
     open("key source of a header", "key source", |chain| patch(&mut chain.segments[0].header_patch, 120, u32(2))),
     open("reserved bytes of a header", "reserved", |chain| patch(&mut chain.segments[0].header_patch, 255, vec![1])),
     open("kind of the predecessor", "predecessor", |chain| patch(&mut chain.segments[1].header_patch, 160, u32(3))),
     open("no predecessor is all zeros", "predecessor", |chain| {
         patch(&mut chain.segments[0].header_patch, 232, u64(1));
+    }),
+    open("no predecessor has no last receive time", "predecessor", |chain| {
+        patch(&mut chain.segments[0].header_patch, 240, u64(1));
     }),
     open("limit not below the first", "limit", |chain| chain.segments[1].header.limit_seq = 3),
     found(
@@ -211,6 +222,9 @@ const SEGMENTS: &[Row] = &[
         chain.segments[1].link = |end| end.blocks -= 1;
     }),
     open("end of a sealed predecessor", "another end", |chain| chain.segments[1].link = |end| end.end_seq -= 1),
+    open("last receive time of a sealed predecessor", "another last receive time", |chain| {
+        chain.segments[1].link = |end| end.last_time_us -= 1;
+    }),
     found(
         "rolled_back",
         open("bytes of a sealed predecessor", "another segment than", |chain| {
@@ -231,6 +245,13 @@ const SEGMENTS: &[Row] = &[
         open("end of a cut predecessor", "end", |chain| {
             chain.segments[2].link = |end| end.end_seq -= 1;
         }),
+    ),
+    of(
+        "recovered",
+        open("last receive time of a cut predecessor", "do not end as it was ended", |chain| {
+            chain.segments[2].link = |end| end.last_time_us += 1;
+        })
+        .with("last receive time of the blocks", Some("corrupt")),
     ),
     of(
         "recovered",
@@ -438,8 +459,8 @@ const DISAGREES: &str = "does not agree with the blocks";
 const FOOTERS: &[Row] = &[
     found(
         "newer_format",
-        open("version of a footer", "format version 2", |chain| {
-            patch(&mut chain.segments[0].footer_patch, 4, u16(2));
+        open("version of a footer", "format version 3", |chain| {
+            patch(&mut chain.segments[0].footer_patch, 4, u16(3));
         }),
     ),
     open("reserved bytes of a footer", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 6, vec![1])),
@@ -486,7 +507,9 @@ const FOOTERS: &[Row] = &[
     open("offset of a footer", "not where it says", |chain| {
         patch(&mut chain.segments[0].footer_patch, 72, u64(100_000));
     }),
-    footer("digest of a footer", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 96, vec![7; 32])),
+    footer("hash over the blocks in a footer", DISAGREES, |chain| {
+        patch(&mut chain.segments[0].footer_patch, 96, vec![7; 32])
+    }),
     footer("a footer without groups has no times", "time", |chain| {
         // A segment without groups that has times.
         let segment = &mut chain.segments[2];
@@ -677,6 +700,63 @@ fn the_longest_segment() {
 #[test]
 fn the_rules_of_blocks() {
     check_all(BLOCKS);
+}
+
+/// The holder of a segment's key can change a payload so that its tag still holds. The digest commits to the payload, so whoever
+/// verifies finds that, without the keys too; and whoever has kept a checkpoint finds it when all else was made to fit.
+#[test]
+fn a_payload_forged_under_its_tag_is_found() {
+    for which in ["service-aes", "service-sm4", "plain", "switched-off"] {
+        let copy = Copy::of(which);
+        let mut chain = Chain::load(&copy, 0);
+        let last = chain.segments.last_mut().unwrap();
+        let groups = last.blocks[0].header.group_count as usize;
+        last.blocks[0].put_opaque(&vec![&[7; 100][..]; groups], &vec![0; groups]);
+        chain.save();
+        let written = all(&copy);
+        let store = copy.builder().open_read_only().unwrap();
+        let checkpoint = store.checkpoint().unwrap();
+        let verify = |keyless, against| {
+            let store = copy.builder().open_read_only().unwrap();
+            let options = VerifyOptions { keyless, against, ..VerifyOptions::default() };
+            let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+            faults.into_iter().map(|fault| (fault.kind, fault.message)).collect::<Vec<_>>()
+        };
+        let says = |faults: &[(&str, String)], code, text: &str| {
+            faults.iter().any(|(kind, message)| *kind == code && message.contains(text))
+        };
+        for keyless in [false, true] {
+            assert_eq!(verify(keyless, Some(checkpoint.clone())), [], "{which}");
+        }
+
+        let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
+        let before = std::fs::read(&path).unwrap();
+        copy.forge_payload(&path);
+        let forged = std::fs::read(&path).unwrap();
+        // A reader is told nothing: the tag holds.
+        assert_ne!(all(&copy), written, "{which}");
+        for keyless in [false, true] {
+            for against in [None, Some(checkpoint.clone())] {
+                let faults = verify(keyless, against.clone());
+                assert!(says(&faults, "corrupt", DISAGREES), "{which}: {faults:?}");
+                let found = says(&faults, "rolled_back", "is not what it was");
+                assert!(found || against.is_none(), "{which}: {faults:?}");
+            }
+        }
+
+        // The footer and the catalogue are made to fit. The block is as it was forged.
+        Chain::load(&copy, 0).save();
+        let fitted = std::fs::read(&path).unwrap();
+        let body_start = SegmentHeader::decode(&before).unwrap().body_start as usize;
+        let end = body_start + BlockHeader::decode(&before[body_start..]).unwrap().block_len() as usize;
+        assert_eq!(fitted[..end], forged[..end], "{which}");
+        assert_eq!(fitted[end - 20..end - 4], before[end - 20..end - 4], "{which}: the tag has changed");
+        for keyless in [false, true] {
+            assert_eq!(verify(keyless, None), [], "{which}");
+            let faults = verify(keyless, Some(checkpoint.clone()));
+            assert!(says(&faults, "rolled_back", "is not what it was"), "{which}: {faults:?}");
+        }
+    }
 }
 
 /// A reader up to the end of a shard does not end before it.

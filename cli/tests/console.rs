@@ -110,9 +110,11 @@ fn every_command_answers_in_json() {
     let key = key.as_str().unwrap();
     let conf = byok("sm4", key).to_string();
     assert_eq!(json(&["create", "p/a", "--encrypt-conf", &conf])["name"], "p/a");
-    assert_eq!(json(&["create", "p/b", "--shards", "4", "--ttl", "30", "--compression", "zstd"])["ttl_days"], 30);
+    let create = ["create", "p/b", "--shards", "4", "--ttl", "30", "--compression", "zstd", "--payload-hash", "sm3"];
+    assert_eq!(json(&create)["ttl_days"], 30);
     let config = json(&["get", "p/b"]);
     assert_eq!((&config["shard_count"], &config["compression"]), (&4.into(), &"zstd".into()));
+    assert_eq!(config["payload_hash"], "sm3");
     assert_eq!(json(&["update", "p/b", "--config", &config.to_string()])["revision"], 2);
     assert_eq!(json(&["list"])["logstores"], serde_json::json!(["p/a", "p/b"]));
     let file = world.file("lines", made_lines(10));
@@ -296,4 +298,21 @@ fn the_bench_measures_what_it_says() {
     let left: Vec<_> = fs::read_dir(world.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["app.log"]);
     world.run(&["bench", "--seconds", "0"]).assert(2);
+
+    let rows =
+        world.json(&["bench", &file, "--dir", ".", "--seconds", "0.1", "--payload-hash", "--json"])["rows"].clone();
+    let rows = rows.as_array().unwrap();
+    for what in ["append", "append_unhashed"] {
+        for suite in ["none", "aes", "sm4"] {
+            for compression in ["lz4", "none"] {
+                let is_it = |row: &&serde_json::Value| {
+                    row["what"] == what && row["suite"] == suite && row["compression"] == compression
+                };
+                let row = rows.iter().find(is_it).unwrap();
+                assert!(row["ratio"].as_f64().unwrap() > 0.0, "{row}");
+                assert!(what == "append" || row["ratio"] == 1.0, "{row}");
+            }
+        }
+    }
+    assert_eq!(rows.len(), 12);
 }

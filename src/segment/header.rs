@@ -346,7 +346,7 @@ mod tests {
     use super::*;
     use crate::{
         ids::{hex_decode, hex_encode},
-        segment::tests::damage_each,
+        segment::{FooterBuilder, tests::damage_each},
     };
 
     const COMMITMENT: [u8; 32] = [0xcc; 32];
@@ -395,13 +395,13 @@ mod tests {
     #[test]
     fn golden() {
         let golden = concat!(
-            "454e564c53454700010001000b0100000100000002000000000000000300000011111111111111111111111111111111",
+            "454e564c53454700020001000b0100000100000002000000000000000300000011111111111111111111111111111111",
             "222222222222222222222222222222223333333333333333333333333333333304000000000000000500000000000000",
             "0600000000000000e80300000000000000401e18240a0600000000000700000044444444444444444444444444444444",
             "444444444444444444444444444444440200000008000000001000000000000006000000000000005555555555555555",
             "555555555555555566666666666666666666666666666666666666666666666666666666666666660400000000000000",
-            "000000000000000000000000000000000200010003000000000000cccccccccccccccccccccccccccccccccccccccccc",
-            "cccccccccccccccccccccc429873fc",
+            "ff3f1e18240a060002000000000000000200010003000000000000cccccccccccccccccccccccccccccccccccccccccc",
+            "cccccccccccccccccccccc7e3698ce",
         );
         let bytes = encoded(&sample());
         assert_eq!(hex_encode(&bytes), golden);
@@ -419,6 +419,16 @@ mod tests {
         let header = SegmentHeader { suite: Suite::Sm4Gmac, ..sample() };
         let decoded = SegmentHeader::decode(&encoded(&header)).unwrap();
         assert_eq!(decoded.header_hash, crypto::hash(crate::crypto::HashAlg::Sm3, &[&header.encode()]));
+    }
+
+    #[test]
+    fn the_last_receive_time_is_that_of_the_last_group() {
+        let header = sample();
+        let builder = FooterBuilder::of(&SegmentHeader::decode(&encoded(&header)).unwrap());
+        let none = builder.so_far().clone();
+        assert_eq!(header.last_time_us(&none), 1_699_999_999_999_999);
+        assert_eq!(header.last_time_us(&Footer { group_count: 1, last_time_us: 5, ..none.clone() }), 5);
+        assert_eq!(SegmentHeader { predecessor: Predecessor::None, ..header }.last_time_us(&none), 0);
     }
 
     #[test]
@@ -450,7 +460,14 @@ mod tests {
         assert_eq!(refused(120, &[2]), DecodeError::Field("key source"));
         assert_eq!(refused(160, &[0]), DecodeError::Field("predecessor"));
         assert_eq!(refused(160, &[3]), DecodeError::Field("predecessor"));
-        assert_eq!(refused(255, &[1]), DecodeError::Field("reserved bytes of the header"));
+        for at in [250, 255] {
+            assert_eq!(refused(at, &[1]), DecodeError::Field("reserved bytes of the header"));
+        }
+        for code in [0, 3] {
+            assert_eq!(refused(248, &[code]), DecodeError::Feature(format!("payload hash {code}")));
+        }
+        let first = SegmentHeader { predecessor: Predecessor::None, ..sample() };
+        assert_eq!(altered(&first, 240, &[1]), Err(DecodeError::Field("predecessor")));
         assert_eq!(refused(96, &[0xff, 0xff]), DecodeError::Field("limit of the sequence numbers"));
         assert_eq!(refused(272, &[9]), DecodeError::Feature("critical header extension 9".to_owned()));
         assert_eq!(refused(272, &[1]), DecodeError::Feature("critical header extension 1".to_owned()));

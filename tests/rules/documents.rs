@@ -162,6 +162,9 @@ const BODIES: &[Row] = &[
             (head["end_seq"], head["next_seq"]) = (7.into(), 7.into());
         });
     }),
+    row(Which::Catalogue, "last receive time of a sealed head", "another last receive time", |document| {
+        document.edit(|json| entry(json)["shards"][0]["head"]["last_time_us"] = 1.into());
+    }),
     row(Which::Catalogue, "blocks of a sealed head", "another number of blocks", |document| {
         document.edit(|json| entry(json)["shards"][0]["head"]["blocks"] = 9.into());
     }),
@@ -179,6 +182,7 @@ const BODIES: &[Row] = &[
     row(Which::Meta, "shard_count and shards", "one shard for each", |document| {
         document.edit(|json| json["shard_count"] = 3.into());
     }),
+    row(Which::Meta, "payload_hash", "md5", |document| document.edit(|json| json["payload_hash"] = "md5".into())),
     row(Which::Meta, "ttl_days too small", "ttl_days is 0", |document| {
         document.edit(|json| json["ttl_days"] = 0.into());
     }),

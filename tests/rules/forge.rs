@@ -44,6 +44,16 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
+/// The product in the field of GHASH (NIST SP 800-38D, section 6.3); the first bit of a block is its highest.
+fn gf128_mul(x: u128, y: u128) -> u128 {
+    let (mut product, mut multiple) = (0, y);
+    for bit in (0..128).rev() {
+        product ^= if x >> bit & 1 == 1 { multiple } else { 0 };
+        multiple = (multiple >> 1) ^ if multiple & 1 == 1 { 0xe1 << 120 } else { 0 };
+    }
+    product
+}
+
 /// Bytes to be put at offsets of an encoded structure, before it is sealed.
 pub(crate) type Patch = Vec<(usize, Vec<u8>)>;
 
@@ -119,6 +129,29 @@ impl Copy {
         let mut key = [0; 32];
         AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
         SecretKey::from_bytes(&mut key)
+    }
+
+    /// Changes the payload of the first block of a segment under an unchanged tag. GHASH is a sum of blocks of 16 bytes, each multiplied by a power
+    /// of the key's H: a change of one block is made up for by H times that change in the next block.
+    pub(crate) fn forge_payload(&self, path: &Path) {
+        let mut file = fs::read(path).unwrap();
+        let decoded = SegmentHeader::decode(&file).unwrap();
+        let cipher = Chain::cipher(self, &decoded.header, &decoded.header_hash);
+        // The tags of two messages that differ by 1 in their last block differ by the square of H.
+        let tag = |last: u128| u128::from_be_bytes(cipher.tag_only(&[0; 12], &last.to_be_bytes()).unwrap());
+        let mut h = tag(0) ^ tag(1 << 127);
+        // The square root is the 127th square: 128 of them lead back.
+        (0..127).for_each(|_| h = gf128_mul(h, h));
+
+        let start = decoded.body_start as usize;
+        let end = start + BlockHeader::decode(&file[start..]).unwrap().block_len() as usize;
+        let payload = start + BlockHeader::LEN;
+        let change = 0x55 << 64;
+        for (at, change) in [(payload + 16, change), (payload + 32, gf128_mul(change, h))] {
+            file[at..at + 16].iter_mut().zip(change.to_be_bytes()).for_each(|(byte, change)| *byte ^= change);
+        }
+        fix_crc(&mut file[start..end]);
+        fs::write(path, file).unwrap();
     }
 
     /// Changes a document, and makes lengths, tags and CRC right again.
