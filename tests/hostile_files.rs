@@ -24,7 +24,7 @@ use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 use tempfile::TempDir;
 
-use common::{QuickRoot, World, copy_dir, name, put, secs, texts, try_put, try_texts};
+use common::{QuickRoot, World, catalogue::catalogue_file, copy_dir, name, put, secs, texts, try_put, try_texts};
 
 /// What a file or directory is replaced by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -496,7 +496,9 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     let scene = Scene::new(Way::Kernel);
     let shard = scene.world.store_dir().join("logstores").join(&scene.victim).join("shard-0000");
     // A directory of a temporary file's name cannot be removed as a file. The next segment has ordinal 3 and begins at 2.
-    for temporary in ["0000000003-00000000000000000002.tmp", "0000000003-00000000000000000002.1.tmp"] {
+    for temporary in
+        ["0000000003-00000000000000000002-0000000003.tmp", "0000000003-00000000000000000002-0000000003.1.tmp"]
+    {
         fs::create_dir(shard.join(temporary)).unwrap();
     }
     fs::create_dir(scene.world.store_dir().join("catalogue.tmp")).unwrap();
@@ -520,7 +522,7 @@ fn a_document_beyond_its_limit_is_corrupt() {
     let scene = Scene::new(Way::Kernel);
     let meta = scene.world.store_dir().join("logstores").join(&scene.victim).join("meta");
     for path in
-        [scene.world.keyring(), scene.world.store_dir().join("STORE"), scene.world.store_dir().join("catalogue"), meta]
+        [scene.world.keyring(), scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()), meta]
     {
         scene.reset();
         fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();

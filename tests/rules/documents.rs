@@ -46,8 +46,9 @@ fn subject(document: &mut Document) {
     document.head[40] ^= 1;
 }
 
-/// The only Logstore in a catalogue.
-fn entry(catalogue: &mut Value) -> &mut Value {
+/// The only Logstore in a catalogue or in a checkpoint.
+fn entry(body: &mut Value) -> &mut Value {
+    let catalogue = if body["catalogue"].is_null() { body } else { &mut body["catalogue"] };
     catalogue["logstores"].as_object_mut().unwrap().values_mut().next().unwrap()
 }
 
@@ -109,7 +110,7 @@ const FRAMES: &[Row] = &[
 const BODIES: &[Row] = &[
     // The catalogue.
     row(Which::Catalogue, "doubled Logstore", "twice", |document| {
-        let entry = document.json()["logstores"]["shop/orders"].to_string();
+        let entry = document.json()["catalogue"]["logstores"]["shop/orders"].to_string();
         document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
     }),
     row(Which::Catalogue, "doubled field", PARSE, |document| {
@@ -122,10 +123,10 @@ const BODIES: &[Row] = &[
         });
     }),
     row(Which::Catalogue, "a Logstore that is being deleted", "there twice", |document| {
-        document.edit(|json| json["deleting"] = json!([entry(json)["id"].clone()]));
+        document.edit(|json| json["catalogue"]["deleting"] = json!([entry(json)["id"].clone()]));
     }),
     row(Which::Catalogue, "tag of the audit log", "tag of the audit record", |document| {
-        document.edit(|json| json["audit"]["tag"] = "00".into());
+        document.edit(|json| json["catalogue"]["audit"]["tag"] = "00".into());
     }),
     row(Which::Catalogue, "shards of a Logstore and its metadata", "has 1 shards", |document| {
         document.edit(|json| {
@@ -303,7 +304,7 @@ const BODIES: &[Row] = &[
 fn path(copy: &Copy, which: Which) -> PathBuf {
     match which {
         Which::Store => copy.path("store/STORE"),
-        Which::Catalogue => copy.path("store/catalogue"),
+        Which::Catalogue => copy.catalogue(),
         Which::Meta => copy.logstore_dir().join("meta"),
         Which::Keyring => copy.path("keyring"),
         Which::Probe => files(&copy.path("store/probes")).into_keys().next().unwrap(),
@@ -322,11 +323,18 @@ fn use_all(copy: &Copy, read_only: bool) -> Result<()> {
     Ok(())
 }
 
+fn change(copy: &Copy, which: Which, change: impl FnOnce(&mut Document)) {
+    match which {
+        Which::Catalogue => copy.change_catalogue(change),
+        _ => copy.change_document(&path(copy, which), change),
+    }
+}
+
 fn check(row: &Row) {
     let copy = Copy::of(row.store);
-    copy.change_document(&path(&copy, row.which), |_| {});
+    change(&copy, row.which, |_| {});
     use_all(&copy, true).unwrap();
-    copy.change_document(&path(&copy, row.which), row.change);
+    change(&copy, row.which, row.change);
     for read_only in [true, false] {
         let error = use_all(&copy, read_only).expect_err(row.rule);
         assert_eq!(error.code(), row.code, "{}: {error}", row.rule);
@@ -431,8 +439,8 @@ fn the_rules_of_the_audit_log() {
             lines += &format!("{line}\t{:08x}\n", crc32fast::hash(line.as_bytes()));
         }
         fs::write(&log, lines).unwrap();
-        copy.change_document(&copy.path("store/catalogue"), |document| {
-            document.edit(|json| json["audit"] = json!({"number": records.len(), "tag": tag}));
+        copy.change_catalogue(|document| {
+            document.edit(|json| json["catalogue"]["audit"] = json!({"number": records.len(), "tag": tag}));
         });
         let store = copy.builder().open_read_only().unwrap();
         let found = store.audit_records().err().map_or("", |error| error.code());
