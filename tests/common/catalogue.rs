@@ -89,11 +89,10 @@ fn with_crc(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// A record of these changes behind what has the tag `before`.
-pub(crate) fn record(number: u64, version: u32, changes: &Value, before: &[u8; 32], key: &SecretKey) -> Vec<u8> {
-    let changes = changes.to_string();
+pub(crate) fn record(number: u64, version: u32, changes: &[u8], before: &[u8; 32], key: &SecretKey) -> Vec<u8> {
     let len = changes.len() as u32;
     let head = [b"ECHG", &len.to_le_bytes(), &number.to_le_bytes()[..], &version.to_le_bytes(), &[0; 4]].concat();
-    let signed = [&head, changes.as_bytes()].concat();
+    let signed = [&head, changes].concat();
     let tag = hmac_sha256(key, &[&signed, before]);
     with_crc([&signed[..], &tag].concat())
 }
