@@ -488,11 +488,10 @@ impl<'a> Journal<'a> {
 
     fn save(&self) {
         let path = self.copy.catalogue();
-        let [first, second] = &self.tips;
-        let file =
-            [&self.document, &self.padding, first, second, &self.records.concat(), &self.rest].map(|part| &part[..]);
+        let (tips, records) = (self.tips.concat(), self.records.concat());
+        let file = [&self.document[..], &self.padding, &tips, &records, &self.rest].concat();
         fs::remove_file(&path).unwrap();
-        fs::write(path.with_file_name(&self.name), file.concat()).unwrap();
+        fs::write(path.with_file_name(&self.name), file).unwrap();
     }
 
     /// The number and the tag of the last record.
