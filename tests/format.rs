@@ -33,7 +33,9 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{QuickDisk, copy_dir, files, fix_crc, group as log_group, name, record, records, secs, segments, synced};
+use common::{
+    QuickDisk, catalogue, copy_dir, files, fix_crc, group as log_group, name, record, records, secs, segments, synced,
+};
 
 const DOCUMENT: &str = include_str!("../docs/format.md");
 
@@ -115,7 +117,7 @@ struct Frame {
 impl Frame {
     fn read(path: &Path) -> Self {
         let bytes = fs::read(path).unwrap();
-        assert_eq!(&bytes[..10], b"ENVLDOC\0\x01\0");
+        assert_eq!(&bytes[..10], b"ENVLDOC\0\x02\0");
         Self { bytes }
     }
 
@@ -139,6 +141,20 @@ impl Frame {
         let tag = hmac_sha256(&derived(root, &[], "envelog v2 document"), &[&self.bytes[..end], tag_b]);
         self.bytes[end..end + 32].copy_from_slice(&tag);
         fix_crc(&mut self.bytes);
+    }
+
+    /// Makes a snapshot of a catalogue file: with the changes of its records, and without records.
+    fn fold(&mut self, root: &SecretKey) {
+        let (body, number) = catalogue::folded(&self.bytes);
+        let body = body.to_string();
+        let mut document = self.bytes[..80].to_vec();
+        document[56..64].copy_from_slice(&number.to_le_bytes());
+        document[72..76].copy_from_slice(&(body.len() as u32).to_le_bytes());
+        document.extend_from_slice(body.as_bytes());
+        document.extend_from_slice(&[0; 68]);
+        self.bytes = document;
+        self.sign(root);
+        self.bytes = catalogue::snapshot(&self.bytes, &derived(root, &[], "envelog v2 document"));
     }
 }
 
@@ -636,13 +652,19 @@ fn use_all(copy: &Copy, read_only: bool) -> envelog::Result<()> {
     Ok(())
 }
 
+/// The length of the document at the beginning of a file.
+fn document_len(bytes: &[u8]) -> usize {
+    let len = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    80 + len(72) + len(76) + 68
+}
+
 /// The documents of a store that are read when its Logstore is opened.
 fn documents(copy: &Copy) -> Vec<PathBuf> {
     let probe = files(&copy.store().join("probes")).into_keys().next().unwrap();
     vec![
         copy.store().join("STORE"),
         copy.path("keyring"),
-        copy.store().join("catalogue"),
+        catalogue::catalogue_file(&copy.store()),
         copy.logstore_dir().join("meta"),
         probe,
     ]
@@ -667,7 +689,8 @@ fn a_newer_version_of_any_file_is_refused_by_its_number() {
             }),
             document => copy.change(&documents(&copy)[document], |bytes| {
                 bytes[8..10].copy_from_slice(&version.to_le_bytes());
-                fix_crc(bytes);
+                let end = document_len(bytes);
+                fix_crc(&mut bytes[..end]);
             }),
         }
         for read_only in [true, false] {
@@ -695,7 +718,7 @@ fn an_unknown_incompatible_feature_of_any_file_is_refused() {
     for index in 0..6 {
         let copy = Copy::of("byok-aes");
         let (path, features, end) = match documents(&copy).get(index) {
-            Some(document) => (document.clone(), 12, fs::metadata(document).unwrap().len() as usize),
+            Some(document) => (document.clone(), 12, document_len(&fs::read(document).unwrap())),
             None => (segments(&copy.logstore_dir(), 0).pop().unwrap(), 16, 308),
         };
         copy.change(&path, |bytes| {
@@ -711,13 +734,22 @@ fn an_unknown_incompatible_feature_of_any_file_is_refused() {
 /// The bits are authenticated, so they are set as a newer build would set them: with the key.
 #[test]
 fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
-    for document in ["store/STORE", "keyring", "store/catalogue", "meta"] {
+    for document in ["store/STORE", "keyring", "catalogue", "meta"] {
         for (at, writable) in [(12, true), (16, false)] {
             let copy = Copy::of("service-aes");
-            let path = if document == "meta" { copy.logstore_dir().join("meta") } else { copy.path(document) };
+            let path = match document {
+                "meta" => copy.logstore_dir().join("meta"),
+                "catalogue" => catalogue::catalogue_file(&copy.store()),
+                other => copy.path(other),
+            };
+            let root = root(&copy.path("keyring"), 1);
             let mut frame = Frame::read(&path);
             frame.bytes[at] = 0x10;
-            frame.sign(&root(&copy.path("keyring"), 1));
+            if document == "catalogue" {
+                frame.fold(&root);
+            } else {
+                frame.sign(&root);
+            }
             fs::write(&path, &frame.bytes).unwrap();
             use_all(&copy, true).unwrap();
             if writable {

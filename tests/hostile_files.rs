@@ -24,7 +24,11 @@ use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 use tempfile::TempDir;
 
-use common::{QuickRoot, World, copy_dir, name, put, secs, texts, try_put, try_texts};
+use common::{
+    QuickRoot, World,
+    catalogue::{catalogue_dir, catalogue_file},
+    copy_dir, name, put, secs, texts, try_put, try_texts,
+};
 
 /// What a file or directory is replaced by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,8 +210,9 @@ impl Scene {
         let text = inside.to_str().unwrap();
         match text {
             // Every opening looks where the audit log ends.
-            "STORE" | "catalogue" | "logstores" | "audit" => Concerns::All,
-            "LOCK" => Concerns::Writers,
+            "STORE" | "logstores" | "audit" => Concerns::All,
+            _ if text.starts_with("catalogue") => Concerns::All,
+            "LOCK" | "EPOCH" => Concerns::Writers,
             _ if text.starts_with("audit/") => Concerns::None,
             // The probes of both master keys are in one directory.
             "probes" => Concerns::All,
@@ -496,10 +501,15 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     let scene = Scene::new(Way::Kernel);
     let shard = scene.world.store_dir().join("logstores").join(&scene.victim).join("shard-0000");
     // A directory of a temporary file's name cannot be removed as a file. The next segment has ordinal 3 and begins at 2.
-    for temporary in ["0000000003-00000000000000000002.tmp", "0000000003-00000000000000000002.1.tmp"] {
-        fs::create_dir(shard.join(temporary)).unwrap();
+    for epoch in 1..10 {
+        for end in ["tmp", "1.tmp"] {
+            let segment = format!("0000000003-00000000000000000002-{epoch:010}.{end}");
+            fs::create_dir(shard.join(segment)).unwrap();
+            let catalogue = format!("{epoch:010}-0000000001.{end}");
+            fs::create_dir(catalogue_dir(&scene.world.store_dir()).join(catalogue)).unwrap();
+        }
     }
-    fs::create_dir(scene.world.store_dir().join("catalogue.tmp")).unwrap();
+    fs::create_dir(scene.world.store_dir().join("EPOCH.tmp")).unwrap();
     fs::create_dir(shard.with_file_name("meta.tmp")).unwrap();
     fs::create_dir(scene.world.path().join("keyring.tmp")).unwrap();
     let store = scene.builder().open().unwrap();
@@ -520,7 +530,7 @@ fn a_document_beyond_its_limit_is_corrupt() {
     let scene = Scene::new(Way::Kernel);
     let meta = scene.world.store_dir().join("logstores").join(&scene.victim).join("meta");
     for path in
-        [scene.world.keyring(), scene.world.store_dir().join("STORE"), scene.world.store_dir().join("catalogue"), meta]
+        [scene.world.keyring(), scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()), meta]
     {
         scene.reset();
         fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();

@@ -4,9 +4,16 @@
 
 mod common;
 
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use common::{
+    catalogue::{catalogue_dir, catalogue_file},
     failing::{FailingDisk, Failure, Published},
     *,
 };
@@ -324,10 +331,12 @@ fn a_directory_under_another_logstores_id_is_refused() {
 #[test]
 fn documents_of_the_store_itself_are_bound_to_it() {
     let (scene, _, _) = Neighbours::new();
-    for (file, kind) in [("catalogue", "catalogue"), ("STORE", "store")] {
-        let path = scene.world.store_dir().join(file);
+    let documents: [(fn(&World) -> PathBuf, &str); 2] =
+        [(|world| catalogue_file(&world.store_dir()), "catalogue"), (|world| world.store_dir().join("STORE"), "store")];
+    for (file, kind) in documents {
+        let path = file(&scene.world);
         let good = fs::read(&path).unwrap();
-        fs::copy(scene.other.store_dir().join(file), &path).unwrap();
+        fs::copy(file(&scene.other), &path).unwrap();
         let error = scene.world.builder().open().unwrap_err();
         let expected = if kind == "store" {
             matches!(error, Error::KeyringForeign { .. })
@@ -338,7 +347,7 @@ fn documents_of_the_store_itself_are_bound_to_it() {
         fs::write(&path, good).unwrap();
     }
     // One kind of document in the place of another.
-    let (store_file, catalogue) = (scene.world.store_dir().join("STORE"), scene.world.store_dir().join("catalogue"));
+    let (store_file, catalogue) = (scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()));
     fs::copy(&store_file, &catalogue).unwrap();
     assert!(matches!(scene.world.builder().open(), Err(Error::Tampered { .. })));
 }
@@ -350,32 +359,37 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
     store.close().unwrap();
-    let (meta, catalogue) = (world.logstore_dir(&logstore).join("meta"), world.store_dir().join("catalogue"));
-    let old = (fs::read(&meta).unwrap(), fs::read(&catalogue).unwrap());
+    let (meta, catalogue) = (world.logstore_dir(&logstore).join("meta"), catalogue_dir(&world.store_dir()));
+    let keep = |name: &str| {
+        let kept = world.path().join(name);
+        copy_dir(&catalogue, &kept);
+        (fs::read(&meta).unwrap(), kept)
+    };
+    let put_back = |meta_bytes: &[u8], catalogue_files: &Path| {
+        fs::write(&meta, meta_bytes).unwrap();
+        copy_dir(catalogue_files, &catalogue);
+    };
+    let old = keep("old");
     let store = world.open();
     store.rotate_data_key(&name("p/l")).unwrap();
     store.rotate_data_key(&name("p/l")).unwrap();
     put(&store.logstore(&name("p/l")).unwrap(), "two");
     store.close().unwrap();
-    let new = (fs::read(&meta).unwrap(), fs::read(&catalogue).unwrap());
-    for (put_back, path) in [(&old.0, &meta), (&old.1, &catalogue)] {
-        fs::write(path, put_back).unwrap();
+    let new = keep("new");
+    for (what, meta, catalogue) in [("metadata", &old.0, &new.1), ("catalogue", &new.0, &old.1)] {
+        put_back(meta, catalogue);
         let store = world.open();
         let error = store.logstore(&name("p/l")).unwrap_err();
-        assert!(matches!(error, Error::RolledBack { .. }), "{}: {error:?}", path.display());
+        assert!(matches!(error, Error::RolledBack { .. }), "{what}: {error:?}");
         drop(store);
-        fs::write(&meta, &new.0).unwrap();
-        fs::write(&catalogue, &new.1).unwrap();
     }
     // Both together: the segments know of a later generation of the metadata.
-    fs::write(&meta, &old.0).unwrap();
-    fs::write(&catalogue, &old.1).unwrap();
+    put_back(&old.0, &old.1);
     let store = world.open();
     let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
     assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
     drop(store);
-    fs::write(&meta, &new.0).unwrap();
-    fs::write(&catalogue, &new.1).unwrap();
+    put_back(&new.0, &new.1);
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one", "two"]);
 }
 
@@ -548,11 +562,11 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
         .map(|name| world.logstore_dir(&logstores[1]).join(name))
         .collect();
     taken.iter().for_each(|path| fs::create_dir(path).unwrap());
-    let catalogue = fs::read(world.store_dir().join("catalogue")).unwrap();
+    let catalogue = files(&catalogue_dir(&world.store_dir()));
     let error = world.builder().recover_all().unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error:?}");
     assert!(!world.keyring().exists());
-    assert!(fs::read(world.store_dir().join("catalogue")).unwrap() == catalogue, "the catalogue was replaced");
+    assert!(files(&catalogue_dir(&world.store_dir())) == catalogue, "the catalogue was replaced");
     write_private(&world.keyring(), kept);
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
@@ -807,7 +821,7 @@ fn what_the_system_does_not_read_is_not_missing() {
         let opened = world.builder().disk(Arc::new(disk.clone())).open();
         assert!(matches!(opened, Err(Error::Io { .. })), "{opened:?}");
     }
-    fs::remove_file(world.store_dir().join("catalogue")).unwrap();
+    fs::remove_dir_all(catalogue_dir(&world.store_dir())).unwrap();
     assert!(matches!(world.builder().open(), Err(Error::Truncated { .. })));
 }
 

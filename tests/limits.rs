@@ -341,7 +341,7 @@ fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
     let logstore = store.logstore(&name("p/l")).unwrap();
     let paths = [
         sim.world.store_dir().join("STORE"),
-        sim.world.store_dir().join("catalogue"),
+        sim.disk.catalogue_file(&sim.world.store_dir()),
         sim.world.keyring(),
         sim.world.logstore_dir(&logstore).join("meta"),
         sim.segments(&logstore, 0).remove(0),

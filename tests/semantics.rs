@@ -6,7 +6,7 @@ mod common;
 
 use std::{fs, path::PathBuf};
 
-use common::*;
+use common::{catalogue::catalogue_file, *};
 use envelog::{
     AuditEvent, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec,
     ReplaceCmk, Store, UserCmkInfo, VerifyOptions,
@@ -40,7 +40,7 @@ fn update(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> Resu
 fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
     let paths = [
         world.store_dir().join("STORE"),
-        world.store_dir().join("catalogue"),
+        catalogue_file(&world.store_dir()),
         world.logstore_dir(logstore).join("meta"),
         world.keyring(),
     ];

@@ -164,7 +164,7 @@ Example:
     /// Show header, blocks and footer of one segment file, without any key
     #[command(after_help = "\
 Example:
-  envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000.seg")]
+  envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000-0000000001.seg")]
     Inspect(InspectArgs),
     /// Give up what is damaged at the end of a shard, so that it can be written again
     #[command(after_help = "\

@@ -271,6 +271,19 @@ impl Scene {
     }
 }
 
+/// The newest file of the catalogue of a store.
+fn catalogue_file(store: &Path) -> PathBuf {
+    let files = fs::read_dir(store.join("catalogue")).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|path| path.extension().is_none()).max().unwrap()
+}
+
+/// The epochs of the next openings of a store for writing.
+fn next_epochs(store: &Path) -> impl Iterator<Item = u64> + use<> {
+    let newest = catalogue_file(store);
+    let epoch: u64 = newest.file_name().unwrap().to_str().unwrap()[..10].parse().unwrap();
+    epoch + 1..epoch + 30
+}
+
 /// The modes of everything below a directory, and of the directory.
 fn assert_modes(dir: &Path, file: u32, directory: u32, what: &str) {
     for (path, (found, ..)) in picture(dir) {

@@ -12,7 +12,7 @@ use envelog::{
     Compression, fuzzing,
     segment::{BlockHeader, SegmentHeader},
 };
-use envelog_fuzz::{BODIES_END, GOLDEN, bodies, golden, scanned_header};
+use envelog_fuzz::{BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, scanned_header};
 
 /// Writes the seeds of a target, the same only once.
 fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
@@ -125,14 +125,20 @@ fn documents() {
             seed
         }),
     );
-    let kinds: [&dyn Fn(&Path) -> bool; 3] =
-        [&|path| path.ends_with("catalogue"), &|path| path.ends_with("STORE"), &|path| {
-            path.parent().is_some_and(|dir| dir.ends_with("probes"))
-        }];
-    let kinds = (0u8..).zip(kinds);
+    let kinds: [&dyn Fn(&Path) -> bool; 2] = [&|path| path.ends_with("STORE"), &|path| {
+        path.parent().is_some_and(|dir| dir.ends_with("probes"))
+    }];
+    let kinds = (1u8..).zip(kinds);
+    let catalogues = (0u8..).zip(GOLDEN).take(2).flat_map(|(which, store)| {
+        let bytes = file(store, &is_catalogue_file).expect("a golden store has a catalogue");
+        let by_bodies = [&[3, which], &catalogue_bodies(&bytes).expect("a golden catalogue")[..]].concat();
+        [as_is(which, &bytes), by_bodies].map(|seed| [&[0], &seed[..]].concat())
+    });
     write(
         "catalogue",
-        kinds.flat_map(|(n, is_it)| both(is_it).into_iter().take(4).map(move |seed| [&[n], &seed[..]].concat())),
+        kinds
+            .flat_map(|(n, is_it)| both(is_it).into_iter().take(4).map(move |seed| [&[n], &seed[..]].concat()))
+            .chain(catalogues),
     );
 
     let logs = (0u8..).zip(GOLDEN).filter_map(|(which, store)| {

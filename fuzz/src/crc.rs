@@ -1,5 +1,7 @@
 //! Making the CRC32s of damaged files right again, as somebody would who knows the format: else the fuzzer would hardly get past them.
 
+use std::ops::Range;
+
 use envelog::segment::{BlockHeader, SegmentHeader};
 
 const CRC_LEN: usize = 4;
@@ -7,15 +9,66 @@ const DOCUMENT_LEN_MIN: usize = 80 + 64 + CRC_LEN;
 const BLOCK_SUFFIX_LEN: usize = 16 + CRC_LEN;
 const TRAILER_LEN: usize = 16;
 
+/// Where the CRC32 of a slot of `EPOCH` is.
+const EPOCH_CRC_AT: usize = 56;
+const SECTOR: usize = 512;
+
 /// Puts right every CRC32 that there is in a file, by what its name says that it is.
 pub(crate) fn fix(name: &str, bytes: &mut Vec<u8>) {
     if name.ends_with(".seg") {
         segment(bytes);
     } else if name.starts_with("audit-") {
         *bytes = audit(bytes);
+    } else if name == "EPOCH" {
+        for slot in [0, SECTOR] {
+            put(bytes, slot, slot + EPOCH_CRC_AT);
+        }
+    } else if name.contains('-') {
+        catalogue(bytes);
     } else {
         document(bytes);
     }
+}
+
+/// Over the document, both tips and every record of a file of the catalogue.
+pub(crate) fn catalogue(bytes: &mut [u8]) {
+    let layout = catalogue_layout(bytes);
+    if let Some(document_of) = bytes.get_mut(layout.document.clone()) {
+        document(document_of);
+    }
+    for part in layout.tips.into_iter().chain(layout.records) {
+        put(bytes, part.start, part.end - CRC_LEN);
+    }
+}
+
+/// Where the document, the tips and the records of a file of the catalogue are, as it says: all within the file.
+pub(crate) struct CatalogueLayout {
+    pub(crate) document: Range<usize>,
+    /// Without the zeros behind their CRC32.
+    pub(crate) tips: Vec<Range<usize>>,
+    pub(crate) records: Vec<Range<usize>>,
+}
+
+pub(crate) fn catalogue_layout(bytes: &[u8]) -> CatalogueLayout {
+    const TIP_LEN: usize = 92;
+    const RECORD_FIXED_LEN: usize = 24;
+    const RECORD_SUFFIX_LEN: usize = 32 + CRC_LEN;
+    let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?) as usize);
+    let document = 0..80 + u32_at(72).unwrap_or(0) + u32_at(76).unwrap_or(0) + 64 + CRC_LEN;
+    let at = document.end.next_multiple_of(SECTOR);
+    let tips = [at, at + SECTOR].map(|tip| tip..tip + TIP_LEN);
+    let mut records = Vec::new();
+    let mut at = at + 2 * SECTOR;
+    while let Some(len) = u32_at(at + 4)
+        && bytes.get(at..at + 4) == Some(b"ECHG")
+        && at + RECORD_FIXED_LEN + len + RECORD_SUFFIX_LEN <= bytes.len()
+    {
+        let end = at + RECORD_FIXED_LEN + len + RECORD_SUFFIX_LEN;
+        records.push(at..end);
+        at = end;
+    }
+    let within = |part: &Range<usize>| part.end <= bytes.len();
+    CatalogueLayout { tips: tips.into_iter().filter(within).collect(), document, records }
 }
 
 /// Over all but the last four bytes of a document.

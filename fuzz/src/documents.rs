@@ -14,6 +14,7 @@ use envelog::{
 use serde_json::Value;
 
 use crate::{
+    common::catalogue as common,
     crc,
     golden::{Golden, KEYRING, golden, picked, shown},
 };
@@ -136,10 +137,81 @@ pub fn metadata(data: &[u8]) {
 pub fn catalogue(data: &[u8]) {
     let Some((&which, rest)) = data.split_first() else { return };
     match which % 3 {
-        0 => examine_and_recover(rest, |path| path.ends_with("catalogue")),
+        0 => catalogue_file(rest),
         1 => examine_and_recover(rest, |path| path.ends_with("STORE")),
         _ => examine_and_recover(rest, |path| path.parent().is_some_and(|dir| dir.ends_with("probes"))),
     }
+}
+
+/// A file of the catalogue. Its bodies are those of the snapshot and of each record.
+fn catalogue_file(data: &[u8]) {
+    let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
+    let golden = picked(which);
+    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_catalogue_file(path)) else { return };
+    let key = derived(&root_of(golden), "envelog v2 document");
+    let file = match Making::of(making) {
+        Making::AsIs => bytes.to_vec(),
+        Making::Crc => {
+            let mut file = bytes.to_vec();
+            crc::catalogue(&mut file);
+            file
+        }
+        Making::Tagged => tagged_catalogue(bytes.to_vec(), &key),
+        Making::Bodies => {
+            let mut bodies = bytes.split(|&byte| byte == BODIES_END);
+            let original = &original[crc::catalogue_layout(original).document];
+            let document = framed(original, bodies.next().unwrap_or_default(), b"", &key);
+            let number = u64::from_le_bytes(*document[56..].first_chunk().expect("a frame"));
+            let version = u32::from_le_bytes(*document[64..].first_chunk().expect("a frame"));
+            let mut before = common::tag_a(&document);
+            let mut file = common::snapshot(&document, &key);
+            for (number, changes) in (number + 1..).zip(bodies) {
+                let record = common::record(number, version, changes, &before, &key);
+                before = common::record_tag(&record);
+                file.extend(record);
+            }
+            file
+        }
+    };
+    let image = golden.image.with(path, file);
+    golden.examine(&image);
+    golden.recover(&image);
+}
+
+/// The file with every tag made right, each on those before it.
+fn tagged_catalogue(mut file: Vec<u8>, key: &SecretKey) -> Vec<u8> {
+    let layout = crc::catalogue_layout(&file);
+    let Some(document) = file.get(layout.document.clone()) else { return file };
+    let document = tagged(document.to_vec(), key);
+    let mut before = common::tag_a(&document);
+    file[layout.document].copy_from_slice(&document);
+    for tip in layout.tips {
+        let tag = hmac_sha256(key, &[&file[tip.start..tip.end - 36]]);
+        file[tip.end - 36..tip.end - 4].copy_from_slice(&tag);
+    }
+    for record in layout.records {
+        before = hmac_sha256(key, &[&file[record.start..record.end - 36], &before]);
+        file[record.end - 36..record.end - 4].copy_from_slice(&before);
+    }
+    crc::catalogue(&mut file);
+    file
+}
+
+/// The bodies of a file of the catalogue: the snapshot's, and the changes of each record.
+#[must_use]
+pub fn catalogue_bodies(file: &[u8]) -> Option<Vec<u8>> {
+    let mut found = bodies(file)?.0.to_vec();
+    for record in crc::catalogue_layout(file).records {
+        found.push(BODIES_END);
+        found.extend_from_slice(&file[record.start + common::RECORD_HEAD_LEN..record.end - common::RECORD_SUFFIX_LEN]);
+    }
+    Some(found)
+}
+
+/// Whether a path is that of a file of the catalogue.
+#[must_use]
+pub fn is_catalogue_file(path: &Path) -> bool {
+    common::is_catalogue_file(path)
 }
 
 /// The service keyring. Its tag is made with what is in it, so anybody can make it.

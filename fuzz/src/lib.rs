@@ -20,7 +20,9 @@ mod common;
 mod life;
 
 pub use config::{config, values};
-pub use documents::{BODIES_END, audit, bodies, catalogue, envelope, keyring, kms_files, metadata};
+pub use documents::{
+    BODIES_END, audit, bodies, catalogue, catalogue_bodies, envelope, is_catalogue_file, keyring, kms_files, metadata,
+};
 pub use formats::{block, compression, footer, group, scan, scanned_header, segment_header};
 pub use golden::{GOLDEN, Golden, golden};
 pub use lives::model;

@@ -65,6 +65,7 @@ enum Edit {
         file: u8,
         ordinal: u8,
         first_seq: u16,
+        epoch: u8,
     },
     /// A file that was made up, or left over.
     Add {
@@ -148,8 +149,8 @@ fn apply(image: &mut Image, edit: Edit) {
                 image.files.insert(to, other.files[&from].clone());
             }
         }
-        Edit::Rename { file, ordinal, first_seq } => {
-            let name = format!("{ordinal:010}-{first_seq:020}.seg");
+        Edit::Rename { file, ordinal, first_seq, epoch } => {
+            let name = format!("{ordinal:010}-{first_seq:020}-{epoch:010}.seg");
             if let Some(path) = path_of(image, file).filter(|path| path.extension().is_some_and(|end| end == "seg"))
                 && let Some(bytes) = image.files.remove(&path)
             {
@@ -159,14 +160,16 @@ fn apply(image: &mut Image, edit: Edit) {
         Edit::Add { dir, name, contents } => {
             let dirs: Vec<&PathBuf> = image.dirs.iter().collect();
             let dir = dirs.get(usize::from(dir) % dirs.len().max(1)).map_or(Path::new(DIR), |dir| dir.as_path());
-            let name = match name % 8 {
+            let name = match name % 10 {
                 0 => "meta",
-                1 => "catalogue",
-                2 => "catalogue.tmp",
+                1 => "0000000009-0000000001",
+                2 => "0000000009-0000000001.tmp",
                 3 => "audit-000002.log",
-                4 => "0000000001-00000000000000000000.seg",
-                5 => "0000000009-00000000000000000900.seg",
-                6 => "0000000009-00000000000000000900.tmp",
+                4 => "0000000001-00000000000000000000-0000000001.seg",
+                5 => "0000000009-00000000000000000900-0000000001.seg",
+                6 => "0000000009-00000000000000000900-0000000001.tmp",
+                7 => "0000000001-00000000000000000000-0000000009.seg",
+                8 => "EPOCH",
                 _ => "stray",
             };
             let path = dir.join(name);

@@ -257,10 +257,10 @@ mod tests {
     #[test]
     fn golden() {
         let key = SecretKey::from_bytes(&mut std::array::from_fn(|n| n as u8));
-        assert_eq!(fingerprint(&key), "f15bdc699b5f238acb041d9bbf699801");
+        assert_eq!(fingerprint(&key), "ee58b9e738c395cc5a959214bb8b5caa");
         assert_eq!(
             hex_encode(metadata_key(&key).expose()),
-            "58103fc1c99855d0c5a370d8d733bc0cb694032bfd2c2232425dda79c5da69fc"
+            "dcc5807dfa5049aff1cdbcca7e2e18e36e2f3bf83ddced1c7eeefca749504ed8"
         );
     }
 }

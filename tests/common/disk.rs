@@ -18,7 +18,10 @@ use envelog::{
     io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, RealDisk},
 };
 
-use super::World;
+use super::{
+    World,
+    catalogue::{catalogue_dir, newest},
+};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -603,6 +606,11 @@ impl SimDisk {
             }
         }
         found
+    }
+
+    /// The newest file of the catalogue.
+    pub(crate) fn catalogue_file(&self, store_dir: &Path) -> PathBuf {
+        newest(store_dir, self.files(&catalogue_dir(store_dir)).into_keys()).expect("a store has a catalogue")
     }
 
     /// The segment files of a shard, oldest first.

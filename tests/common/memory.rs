@@ -10,6 +10,7 @@ use std::{
     },
 };
 
+use super::catalogue::newest;
 use envelog::io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode};
 
 /// What is on a [`MemoryDisk`] at one moment.
@@ -32,6 +33,11 @@ impl Image {
         let mut image = self.clone();
         image.files.remove(path).expect("there is such a file");
         image
+    }
+
+    /// The newest file of the catalogue.
+    pub(crate) fn catalogue_file(&self, store_dir: &Path) -> PathBuf {
+        newest(store_dir, self.files.keys().cloned()).expect("a store has a catalogue")
     }
 
     /// The same with everything below `dir` as it is in `other`.

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod catalogue;
 pub(crate) mod disk;
 pub(crate) mod failing;
 pub(crate) mod memory;

@@ -1,12 +1,15 @@
 //! The rules of documents, of the keyring and of the audit log.
 
-use std::{fs, path::PathBuf};
+use std::{fs, ops::Range, path::PathBuf};
 
 use envelog::{Checkpoint, Result, VerifyOptions, crypto::hmac_sha256};
 use serde_json::{Value, json};
 
 use crate::{
-    common::{files, records},
+    common::{
+        catalogue::{self, Layout},
+        files, fix_crc, records,
+    },
     forge::{Copy, Document, derived, hex},
 };
 
@@ -46,8 +49,9 @@ fn subject(document: &mut Document) {
     document.head[40] ^= 1;
 }
 
-/// The only Logstore in a catalogue.
-fn entry(catalogue: &mut Value) -> &mut Value {
+/// The only Logstore in a catalogue or in a checkpoint.
+fn entry(body: &mut Value) -> &mut Value {
+    let catalogue = if body["catalogue"].is_null() { body } else { &mut body["catalogue"] };
     catalogue["logstores"].as_object_mut().unwrap().values_mut().next().unwrap()
 }
 
@@ -109,7 +113,7 @@ const FRAMES: &[Row] = &[
 const BODIES: &[Row] = &[
     // The catalogue.
     row(Which::Catalogue, "doubled Logstore", "twice", |document| {
-        let entry = document.json()["logstores"]["shop/orders"].to_string();
+        let entry = document.json()["catalogue"]["logstores"]["shop/orders"].to_string();
         document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
     }),
     row(Which::Catalogue, "doubled field", PARSE, |document| {
@@ -122,10 +126,10 @@ const BODIES: &[Row] = &[
         });
     }),
     row(Which::Catalogue, "a Logstore that is being deleted", "there twice", |document| {
-        document.edit(|json| json["deleting"] = json!([entry(json)["id"].clone()]));
+        document.edit(|json| json["catalogue"]["deleting"] = json!([entry(json)["id"].clone()]));
     }),
     row(Which::Catalogue, "tag of the audit log", "tag of the audit record", |document| {
-        document.edit(|json| json["audit"]["tag"] = "00".into());
+        document.edit(|json| json["catalogue"]["audit"]["tag"] = "00".into());
     }),
     row(Which::Catalogue, "shards of a Logstore and its metadata", "has 1 shards", |document| {
         document.edit(|json| {
@@ -307,7 +311,7 @@ const BODIES: &[Row] = &[
 fn path(copy: &Copy, which: Which) -> PathBuf {
     match which {
         Which::Store => copy.path("store/STORE"),
-        Which::Catalogue => copy.path("store/catalogue"),
+        Which::Catalogue => copy.catalogue(),
         Which::Meta => copy.logstore_dir().join("meta"),
         Which::Keyring => copy.path("keyring"),
         Which::Probe => files(&copy.path("store/probes")).into_keys().next().unwrap(),
@@ -326,11 +330,18 @@ fn use_all(copy: &Copy, read_only: bool) -> Result<()> {
     Ok(())
 }
 
+fn change(copy: &Copy, which: Which, change: impl FnOnce(&mut Document)) {
+    match which {
+        Which::Catalogue => copy.change_catalogue(change),
+        _ => copy.change_document(&path(copy, which), change),
+    }
+}
+
 fn check(row: &Row) {
     let copy = Copy::of(row.store);
-    copy.change_document(&path(&copy, row.which), |_| {});
+    change(&copy, row.which, |_| {});
     use_all(&copy, true).unwrap();
-    copy.change_document(&path(&copy, row.which), row.change);
+    change(&copy, row.which, row.change);
     for read_only in [true, false] {
         let error = use_all(&copy, read_only).expect_err(row.rule);
         assert_eq!(error.code(), row.code, "{}: {error}", row.rule);
@@ -435,8 +446,8 @@ fn the_rules_of_the_audit_log() {
             lines += &format!("{line}\t{:08x}\n", crc32fast::hash(line.as_bytes()));
         }
         fs::write(&log, lines).unwrap();
-        copy.change_document(&copy.path("store/catalogue"), |document| {
-            document.edit(|json| json["audit"] = json!({"number": records.len(), "tag": tag}));
+        copy.change_catalogue(|document| {
+            document.edit(|json| json["catalogue"]["audit"] = json!({"number": records.len(), "tag": tag}));
         });
         let store = copy.builder().open_read_only().unwrap();
         let found = store.audit_records().err().map_or("", |error| error.code());
@@ -444,4 +455,326 @@ fn the_rules_of_the_audit_log() {
         let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert_eq!(report.faults.first().map_or("", |fault| fault.kind), code, "{rule}: {report:?}");
     }
+}
+
+// ---- the journal of the catalogue ----
+
+/// A file of the catalogue, taken apart.
+struct Journal<'a> {
+    copy: &'a Copy,
+    document: Vec<u8>,
+    /// What stands between the document and the tips.
+    padding: Vec<u8>,
+    tips: [Vec<u8>; 2],
+    records: Vec<Vec<u8>>,
+    /// What stands behind the last record.
+    rest: Vec<u8>,
+    /// The name of the file.
+    name: String,
+}
+
+impl<'a> Journal<'a> {
+    fn of(copy: &'a Copy) -> Self {
+        let path = copy.catalogue();
+        let file = fs::read(&path).unwrap();
+        let layout = Layout::of(&file);
+        let take = |range: &Range<usize>| file[range.clone()].to_vec();
+        Self {
+            copy,
+            document: take(&layout.document),
+            padding: take(&(layout.document.end..layout.tips[0].start)),
+            tips: layout.tips.each_ref().map(take),
+            records: layout.records.iter().map(take).collect(),
+            rest: Vec::new(),
+            name: path.file_name().unwrap().to_str().unwrap().to_owned(),
+        }
+    }
+
+    fn save(&self) {
+        let path = self.copy.catalogue();
+        let (tips, records) = (self.tips.concat(), self.records.concat());
+        let file = [&self.document[..], &self.padding, &tips, &records, &self.rest].concat();
+        fs::remove_file(&path).unwrap();
+        fs::write(path.with_file_name(&self.name), file).unwrap();
+    }
+
+    /// The number and the tag of the last record.
+    fn last(&self) -> (u64, [u8; 32]) {
+        let record = self.records.last().expect("the golden store has records");
+        (u64::from_le_bytes(record[8..16].try_into().unwrap()), catalogue::record_tag(record))
+    }
+
+    /// The slot of the tip that names the last record.
+    fn newest(&mut self) -> &mut Vec<u8> {
+        let slot = self.last().0 % 2;
+        &mut self.tips[slot as usize]
+    }
+
+    fn older(&mut self) -> &mut Vec<u8> {
+        let slot = (self.last().0 + 1) % 2;
+        &mut self.tips[slot as usize]
+    }
+
+    /// Makes the newest tip name this.
+    fn name(&mut self, number: u64, tag: [u8; 32]) {
+        let slot = number % 2;
+        self.tips[slot as usize] = catalogue::tip(slot as u32, 1, number, &tag, &self.copy.document_key(1));
+    }
+
+    /// Appends a record as a writer does.
+    fn append(&mut self, changes: Value) {
+        self.append_as(self.last().0 + 1, 1, changes);
+    }
+
+    fn append_as(&mut self, number: u64, version: u32, changes: Value) {
+        let key = self.copy.document_key(version);
+        let changes = changes.to_string();
+        let record = catalogue::record(number, version, changes.as_bytes(), &self.last().1, &key);
+        self.records.push(record);
+        let (number, tag) = self.last();
+        self.name(number, tag);
+    }
+
+    /// Some Logstore's name and id, in a change.
+    fn logstore(&self) -> Value {
+        let mut logstores = self.body()["catalogue"]["logstores"].take();
+        let (name, entry) = logstores.as_object_mut().unwrap().iter_mut().next().unwrap();
+        json!({"name": name, "id": entry["id"]})
+    }
+
+    fn body(&self) -> Value {
+        let file = fs::read(self.copy.catalogue()).unwrap();
+        catalogue::folded(&file).0
+    }
+}
+
+/// The fields of a change of the only Logstore, and more.
+fn about(journal: &Journal<'_>, more: Value) -> Value {
+    let mut change = journal.logstore();
+    change.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    change
+}
+
+/// How a file of the catalogue is changed, and with which code the store is then refused, if it is.
+type JournalRow = (&'static str, Option<(&'static str, &'static str)>, fn(&mut Journal<'_>));
+
+const JOURNALS: &[JournalRow] = &[
+    ("nothing changed", None, |_| {}),
+    ("a change", None, |journal| {
+        let change = about(journal, json!({"shard": 0, "first_ordinal": 1, "first_seq": 0}));
+        journal.append(json!([{"dropped": change}]));
+    }),
+    ("a record without changes", None, |journal| journal.append(json!([]))),
+    // The snapshot.
+    ("another name", Some(("tampered", "under another name")), |journal| {
+        journal.name = journal.name.replace("-0000000001", "-0000000002");
+    }),
+    ("another epoch", Some(("tampered", "under another name")), |journal| {
+        journal.name = journal.name.replace("0000000001-", "0000000002-");
+    }),
+    ("bytes between the snapshot and the tips", Some(("corrupt", "does not go on with zeros")), |journal| {
+        journal.padding[0] = 1;
+    }),
+    // Tips.
+    ("a tip of another catalogue", Some(("tampered", "a tip of another catalogue")), |journal| {
+        let (number, _) = journal.last();
+        journal.name(number, [7; 32]);
+    }),
+    ("a tip that names an earlier record wrongly", Some(("tampered", "a tip of another catalogue")), |journal| {
+        let (number, _) = journal.last();
+        journal.name(number - 1, [7; 32]);
+    }),
+    ("a tip in the other slot", Some(("tampered", "a tip of the catalogue")), |journal| {
+        journal.tips.swap(0, 1);
+    }),
+    ("tag of a tip", Some(("tampered", "a tip of the catalogue")), |journal| {
+        let tip = journal.newest();
+        tip[60] ^= 1;
+        fix_crc(&mut tip[..92]);
+    }),
+    ("magic of a tip", Some(("corrupt", "magic")), |journal| {
+        let tip = journal.newest();
+        tip[0] ^= 1;
+        fix_crc(&mut tip[..92]);
+    }),
+    ("reserved bytes of a tip", Some(("corrupt", "reserved bytes of a tip")), |journal| {
+        let tip = journal.newest();
+        tip[12] = 1;
+        fix_crc(&mut tip[..92]);
+    }),
+    ("keyring version of a tip", Some(("keyring_too_old", "version 9")), |journal| {
+        let tip = journal.newest();
+        tip[8] = 9;
+        fix_crc(&mut tip[..92]);
+    }),
+    ("both tips damaged", Some(("corrupt", "neither of its tips")), |journal| {
+        journal.tips.iter_mut().for_each(|tip| tip[20] ^= 1);
+    }),
+    ("bytes behind both tips", Some(("corrupt", "neither of its tips")), |journal| {
+        journal.tips.iter_mut().for_each(|tip| tip[511] = 1);
+    }),
+    ("one tip torn, and the record that it was to name is there", None, |journal| journal.newest().fill(0)),
+    ("one tip torn, and the record that it was to name is not there", Some(("truncated", "was synced")), |journal| {
+        journal.older().fill(0);
+    }),
+    ("a tip that was not written", None, |journal| {
+        let tips = journal.tips.clone();
+        journal.append(json!([]));
+        journal.tips = tips;
+    }),
+    // Records.
+    ("tag of a record", Some(("tampered", "a record of the catalogue")), |journal| {
+        let record = &mut journal.records[0];
+        let at = record.len() - 30;
+        record[at] ^= 1;
+        fix_crc(record);
+    }),
+    ("changes of a record", Some(("tampered", "a record of the catalogue")), |journal| {
+        let record = &mut journal.records[0];
+        record[30] ^= 1;
+        fix_crc(record);
+    }),
+    ("a record that follows another", Some(("tampered", "a record of the catalogue")), |journal| {
+        journal.records.remove(0);
+    }),
+    ("the last record cut", Some(("truncated", "was synced")), |journal| {
+        let record = journal.records.last_mut().unwrap();
+        record.truncate(record.len() - 1);
+    }),
+    ("the last record cut to a part of its magic", Some(("truncated", "was synced")), |journal| {
+        journal.records.last_mut().unwrap().truncate(3);
+    }),
+    ("the last record missing", Some(("truncated", "was synced")), |journal| drop(journal.records.pop())),
+    ("the last record zeroed", Some(("truncated", "was synced")), |journal| {
+        journal.records.last_mut().unwrap().fill(0);
+    }),
+    ("the last record damaged", Some(("corrupt", "was synced")), |journal| {
+        journal.records.last_mut().unwrap()[30] ^= 1;
+    }),
+    ("a record in front of the last damaged", Some(("corrupt", "was synced")), |journal| journal.records[0][30] ^= 1),
+    ("number of a record", Some(("corrupt", "not the next one")), |journal| {
+        journal.append_as(journal.last().0 + 2, 1, json!([]));
+    }),
+    ("number of a record, again", Some(("corrupt", "not the next one")), |journal| {
+        journal.append_as(journal.last().0, 1, json!([]));
+    }),
+    ("reserved bytes of a record", Some(("corrupt", "reserved bytes of a record")), |journal| {
+        let before = journal.last().1;
+        journal.append(json!([]));
+        let key = journal.copy.document_key(1);
+        let record = journal.records.last_mut().unwrap();
+        record[20] = 1;
+        let end = record.len() - 36;
+        let tag = hmac_sha256(&key, &[&record[..end], &before]);
+        record[end..end + 32].copy_from_slice(&tag);
+        fix_crc(record);
+        let (number, tag) = journal.last();
+        journal.name(number, tag);
+    }),
+    ("keyring version of a record", Some(("keyring_too_old", "version 9")), |journal| {
+        journal.append_as(journal.last().0 + 1, 9, json!([]));
+    }),
+    ("zeros behind the last record", None, |journal| journal.rest = vec![0; 5000]),
+    ("a torn record behind the last one", None, |journal| {
+        journal.rest = journal.records[0][..40].to_vec();
+    }),
+    // Changes.
+    ("unknown change", Some(("corrupt", PARSE)), |journal| journal.append(json!([{"forgotten": {}}]))),
+    ("unknown field of a change", Some(("corrupt", PARSE)), |journal| {
+        let change = about(journal, json!({"more": 1}));
+        journal.append(json!([{"deleted": change}]));
+    }),
+    ("no list of changes", Some(("corrupt", PARSE)), |journal| journal.append(json!({}))),
+    ("a Logstore that is not there", Some(("corrupt", "a Logstore that is not there")), |journal| {
+        journal.append(json!([{"deleted": {"name": "shop/other", "id": "0".repeat(32)}}]));
+    }),
+    ("another Logstore of the name", Some(("corrupt", "a Logstore that is not there")), |journal| {
+        let change = about(journal, json!({"id": "0".repeat(32)}));
+        journal.append(json!([{"deleted": change}]));
+    }),
+    ("a shard that is not there", Some(("corrupt", "a shard that is not there")), |journal| {
+        let change = about(journal, json!({"shard": 2, "first_ordinal": 1, "first_seq": 0}));
+        journal.append(json!([{"dropped": change}]));
+    }),
+    ("a Logstore that is there", Some(("corrupt", "makes a Logstore that is there")), |journal| {
+        let shards = journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"].clone();
+        let change = about(journal, json!({"id": "0".repeat(32), "generation": 1, "shards": shards}));
+        journal.append(json!([{"created": change}]));
+    }),
+    ("the generation of metadata", Some(("corrupt", "takes the metadata of a Logstore back")), |journal| {
+        let change = about(journal, json!({"generation": 1}));
+        journal.append(json!([{"replaced": change}]));
+    }),
+    ("the first ordinal", Some(("corrupt", RANGE)), |journal| {
+        let change = about(journal, json!({"shard": 0, "first_ordinal": u64::MAX, "first_seq": 0}));
+        journal.append(json!([{"dropped": change}]));
+    }),
+    ("retention", Some(("corrupt", "takes retention back")), |journal| {
+        let change = about(journal, json!({"shard": 0, "first_ordinal": 0, "first_seq": 0}));
+        journal.append(json!([{"dropped": change}]));
+    }),
+    ("the head of a shard", Some(("corrupt", "lies below its end")), |journal| {
+        let mut head = journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"][0]["head"].clone();
+        head["next_seq"] = 0.into();
+        let change = about(journal, json!({"shard": 0, "head": head}));
+        journal.append(json!([{"reached": change}]));
+    }),
+    ("the tag of the audit log", Some(("corrupt", "tag of the audit record")), |journal| {
+        journal.append(json!([{"audited": {"number": 3, "tag": "00"}}]));
+    }),
+];
+
+fn check_journal(&(rule, expected, change): &JournalRow) {
+    let copy = Copy::of("service-aes");
+    let mut journal = Journal::of(&copy);
+    assert!(journal.records.len() > 2, "{rule}: there is something to change");
+    change(&mut journal);
+    journal.save();
+    for read_only in [true, false] {
+        let found = use_all(&copy, read_only).map_err(|error| (error.code(), error.to_string()));
+        match (found, expected) {
+            (Ok(()), None) => {}
+            (Err((code, message)), Some((expected, says))) => {
+                assert!(code == expected && message.contains(says), "{rule}: {message}");
+            }
+            (found, _) => panic!("{rule}: {found:?}"),
+        }
+    }
+    if expected.is_none() {
+        let report = copy.builder().open_read_only().unwrap().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        assert!(report.is_clean(), "{rule}: {report:?}");
+    }
+}
+
+#[test]
+fn the_rules_of_the_catalogues_journal() {
+    let fails = |row: &&JournalRow| std::panic::catch_unwind(|| check_journal(row)).is_err();
+    let failed: Vec<_> = JOURNALS.iter().filter(fails).map(|row| row.0).collect();
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// What the service key's older version signs is not taken behind what its newer one has.
+#[test]
+fn a_record_under_an_older_service_key_is_tampering() {
+    let copy = Copy::of("service-sm4");
+    let mut journal = Journal::of(&copy);
+    let version = |record: &[u8]| u32::from_le_bytes(record[16..20].try_into().unwrap());
+    assert_eq!(version(journal.records.last().expect("a record behind the rotation")), 2);
+    journal.append(json!([]));
+    journal.save();
+    for read_only in [true, false] {
+        let error = use_all(&copy, read_only).unwrap_err();
+        assert!(error.code() == "tampered" && error.to_string().contains("older service key"), "{error}");
+    }
+}
+
+/// A file of an earlier writer that came back after a crash does not count.
+#[test]
+fn an_older_file_of_the_catalogue_does_not_count() {
+    let copy = Copy::of("service-aes");
+    let older = copy.catalogue().with_file_name("0000000000-0000000009");
+    fs::write(&older, "not even a document").unwrap();
+    use_all(&copy, true).unwrap();
+    use_all(&copy, false).unwrap();
+    assert!(!older.exists(), "a writer removes it");
 }

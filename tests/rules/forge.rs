@@ -16,7 +16,7 @@ use envelog::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::common::{QuickDisk, copy_dir, fix_crc, secs, segments};
+use crate::common::{QuickDisk, catalogue, copy_dir, fix_crc, secs, segments};
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -97,7 +97,7 @@ impl Copy {
 
     /// The root of a version of the keyring, the newest where there is no such version.
     pub(crate) fn root(&self, version: u32) -> SecretKey {
-        let keyring = Document::read(&self.path("keyring")).json();
+        let keyring = Document::read(&fs::read(self.path("keyring")).unwrap()).json();
         let versions = keyring["versions"].as_array().unwrap();
         let entry = versions.iter().find(|entry| entry["version"] == version).or(versions.last()).unwrap();
         SecretKey::from_bytes(&mut unhex(entry["root"].as_str().unwrap()).try_into().unwrap())
@@ -105,7 +105,7 @@ impl Copy {
 
     /// A data key, unwrapped by the keyring or by the embedded KMS.
     fn data_key(&self, version: u32) -> SecretKey {
-        let meta = Document::read(&self.logstore_dir().join("meta"));
+        let meta = Document::read(&fs::read(self.logstore_dir().join("meta")).unwrap());
         let keys: Value = serde_json::from_str(&meta.b).unwrap();
         let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap();
         let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
@@ -154,10 +154,38 @@ impl Copy {
         fs::write(path, file).unwrap();
     }
 
+    /// The newest file of the catalogue.
+    pub(crate) fn catalogue(&self) -> PathBuf {
+        catalogue::catalogue_file(&self.path("store"))
+    }
+
     /// Changes a document, and makes lengths, tags and CRC right again.
     pub(crate) fn change_document(&self, path: &Path, change: impl FnOnce(&mut Document)) {
-        let mut document = Document::read(path);
+        let mut document = Document::read(&fs::read(path).unwrap());
         change(&mut document);
+        fs::write(path, self.seal(document)).unwrap();
+    }
+
+    /// Changes the snapshot of the catalogue, in which the changes of its records have been made. There are no records behind it then.
+    pub(crate) fn change_catalogue(&self, change: impl FnOnce(&mut Document)) {
+        let path = self.catalogue();
+        let file = fs::read(&path).unwrap();
+        let (body, number) = catalogue::folded(&file);
+        let mut document = Document::read(&file);
+        document.edit(|json| *json = body);
+        document.set_generation(number);
+        change(&mut document);
+        let key = self.document_key(u32_at(&document.head, 64));
+        fs::write(path, catalogue::snapshot(&self.seal(document), &key)).unwrap();
+    }
+
+    /// The key that authenticates documents under a version of the keyring.
+    pub(crate) fn document_key(&self, version: u32) -> SecretKey {
+        derived(&self.root(version), &[], "envelog v2 document")
+    }
+
+    /// The bytes of a document.
+    fn seal(&self, mut document: Document) -> Vec<u8> {
         let mut bytes = document.head.clone();
         bytes[72..76].copy_from_slice(&(document.a.len() as u32).to_le_bytes());
         bytes[76..80].copy_from_slice(&(document.b.len() as u32).to_le_bytes());
@@ -169,13 +197,13 @@ impl Copy {
             let covered: [&[u8]; 3] = [&document.head[8..12], &document.head[24..56], document.b.as_bytes()];
             document.tag_b = hmac_sha256(&key, &covered);
         }
-        let key = derived(&self.root(u32_at(&bytes, 64)), &[], "envelog v2 document");
+        let key = self.document_key(u32_at(&bytes, 64));
         let tag = hmac_sha256(&key, &[&bytes, &document.tag_b]);
         bytes.extend_from_slice(&tag);
         bytes.extend_from_slice(&document.tag_b);
         bytes.extend_from_slice(&[0; 4]);
         fix_crc(&mut bytes);
-        fs::write(path, bytes).unwrap();
+        bytes
     }
 }
 
@@ -191,8 +219,8 @@ pub(crate) struct Document {
 }
 
 impl Document {
-    fn read(path: &Path) -> Self {
-        let bytes = fs::read(path).unwrap();
+    /// That at the beginning of `bytes`.
+    fn read(bytes: &[u8]) -> Self {
         let (a, b) = (u32_at(&bytes, 72) as usize, u32_at(&bytes, 76) as usize);
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         Self {
@@ -371,16 +399,17 @@ impl<'a> Chain<'a> {
                 (segment.link)(place);
             }
             fs::remove_file(&segment.path).unwrap();
-            let name = format!("{:010}-{:020}.seg", segment.header.ordinal, segment.header.first_seq);
+            let epoch = segment.path.file_stem().unwrap().to_str().unwrap()[31..].to_owned();
+            let name = format!("{:010}-{:020}{epoch}.seg", segment.header.ordinal, segment.header.first_seq);
             segment.path.set_file_name(name);
             let (file, end) = segment.seal(self.copy);
             fs::write(&segment.path, file).unwrap();
             before = Some(end);
         }
         let (Some(end), shard) = (before, self.shard as usize) else { return };
-        self.copy.change_document(&self.copy.path("store/catalogue"), |catalogue| {
+        self.copy.change_catalogue(|catalogue| {
             catalogue.edit(|json| {
-                let logstore = json["logstores"].as_object_mut().unwrap().values_mut().next().unwrap();
+                let logstore = json["catalogue"]["logstores"].as_object_mut().unwrap().values_mut().next().unwrap();
                 let head = &mut logstore["shards"][shard]["head"];
                 if head["ordinal"] == end.ordinal {
                     (head["blocks"], head["bytes"]) = (end.blocks.into(), end.bytes.into());

@@ -6,7 +6,11 @@ use envelog::{
     segment::{BlockHeader, BlockKind, Compression, Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
 };
 
-use super::{structures::blocks, *};
+use super::{
+    common::catalogue::{Layout, catalogue_dir},
+    structures::blocks,
+    *,
+};
 
 /// The segments of a shard on an image, oldest first.
 fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shard: u32) -> Vec<PathBuf> {
@@ -113,7 +117,7 @@ fn a_segment_in_another_place_is_tampering() {
         assert_found(&fixture, what, &image.with(&first[1], spliced), "tampered");
     }
     // A copy at the end, under the name that comes next: as a successor it names another predecessor.
-    let next = first[2].with_file_name("0000000004-00000000000000000004.seg");
+    let next = first[2].with_file_name("0000000004-00000000000000000004-0000000001.seg");
     assert_found(&fixture, "a copy behind the last", &image.with(&next, image.files[&first[2]].clone()), "rolled_back");
 }
 
@@ -126,8 +130,9 @@ fn a_document_in_another_place_is_tampering_or_foreign() {
         foreign.files[&other.world.path().join(inside)].clone()
     };
     let store_file = |file: &str| fixture.world.store_dir().join(file);
-    let (identity, catalogue, audit) =
-        (store_file("STORE"), store_file("catalogue"), store_file("audit/audit-000001.log"));
+    let (identity, audit) = (store_file("STORE"), store_file("audit/audit-000001.log"));
+    let catalogue = image.catalogue_file(&fixture.world.store_dir());
+    let snapshot = image.files[&catalogue][Layout::of(&image.files[&catalogue]).document].to_vec();
     let (aes, sm4) = (meta_of(&fixture, &image, AES), meta_of(&fixture, &image, SM4));
     let others = foreign.files[&meta_of(&other, &foreign, AES)].clone();
     let keyring = fixture.world.keyring();
@@ -138,7 +143,7 @@ fn a_document_in_another_place_is_tampering_or_foreign() {
         ("metadata exchanged", exchanged(&image, &aes, &sm4), "tampered"),
         ("the metadata of another store", image.with(&aes, others), "tampered"),
         ("the catalogue of another store", image.with(&catalogue, from_other(&catalogue)), "tampered"),
-        ("a catalogue in the place of metadata", image.with(&aes, image.files[&catalogue].clone()), "tampered"),
+        ("a catalogue in the place of metadata", image.with(&aes, snapshot), "tampered"),
         ("metadata in the place of the catalogue", image.with(&catalogue, image.files[&aes].clone()), "tampered"),
         ("the probe of another store", image.with(&probe, foreign.files[&probe_of(&foreign)].clone()), "tampered"),
         ("the audit log of another store", image.with(&audit, from_other(&audit)), "tampered"),
@@ -171,7 +176,8 @@ fn whatever_is_missing_is_missed() {
         ("a shard", image.with_dir_of(shard, &nothing), "truncated"),
         ("a Logstore", image.with_dir_of(logstore, &nothing), "truncated"),
         ("the metadata", image.without(&logstore.join("meta")), "truncated"),
-        ("the catalogue", image.without(&store_file("catalogue")), "truncated"),
+        ("the catalogue", image.without(&image.catalogue_file(&fixture.world.store_dir())), "truncated"),
+        ("the directory of the catalogue", image.with_dir_of(&store_file("catalogue"), &nothing), "truncated"),
         ("the audit log", image.without(&store_file("audit/audit-000001.log")), "truncated"),
         ("the identity", image.without(&store_file("STORE")), "not_a_store"),
         ("the keyring", image.without(&fixture.world.keyring()), "keyring_missing"),
@@ -190,8 +196,8 @@ fn whatever_is_longer_than_it_was_is_corrupt() {
         }
         for (what, more) in [("zeros", [0; 700]), ("garbage", std::array::from_fn(|n| (n * 31 % 251) as u8))] {
             let longer = image.with(path, [&bytes[..], &more, b"\n"].concat());
-            if FileKind::of(path) == FileKind::Audit {
-                // A record that a crash has torn: nobody knows of it.
+            if [FileKind::Audit, FileKind::Catalogue, FileKind::Epoch].contains(&FileKind::of(path)) {
+                // A record that a crash has torn: nobody knows of it. Nobody looks behind the slots of the epoch.
                 assert!(fixture.examine(&longer, None).is_clean(), "{what} behind {}", path.display());
             } else {
                 assert_found(&fixture, &format!("{what} behind {}", path.display()), &longer, "corrupt");
@@ -223,14 +229,14 @@ fn what_is_older_than_it_was_is_rolled_back() {
     assert_eq!(fixture.verify_against(&image, &checkpoint), [""; 0]);
 
     let put_back = |path: &Path, from: &Image| image.with(path, from.files[path].clone());
-    let catalogue = fixture.world.store_dir().join("catalogue");
+    let catalogue = catalogue_dir(&fixture.world.store_dir());
     let audit = fixture.world.store_dir().join("audit/audit-000001.log");
     let (aes, sm4) = (meta_of(&fixture, &image, AES), meta_of(&fixture, &image, SM4));
     let last = segments_of(&fixture, &image, AES, 0).pop().unwrap();
     for (what, damaged, code) in [
         ("the metadata", put_back(&aes, &old), "rolled_back"),
         ("the metadata, before a rotation", put_back(&sm4, &old), "rolled_back"),
-        ("the catalogue", put_back(&catalogue, &old), "rolled_back"),
+        ("the catalogue", image.with_dir_of(&catalogue, &old), "rolled_back"),
         ("the audit log", put_back(&audit, &old), "truncated"),
         ("a segment from before it was sealed", put_back(&last, &open), "truncated"),
     ] {
@@ -258,8 +264,7 @@ fn an_older_catalogue_that_contradicts_nothing_is_found_by_a_checkpoint() {
         checkpoint = Some(store.checkpoint().unwrap());
     });
     let (image, checkpoint) = (fixture.disk.image(), checkpoint.unwrap());
-    let catalogue = fixture.world.store_dir().join("catalogue");
-    let damaged = image.with(&catalogue, old.files[&catalogue].clone());
+    let damaged = image.with_dir_of(&catalogue_dir(&fixture.world.store_dir()), &old);
     // Nothing is lost by it: all records are read.
     assert!(fixture.examine(&damaged, None).is_clean());
     assert_eq!(fixture.verify_against(&damaged, &checkpoint), ["rolled_back"]);
@@ -380,7 +385,7 @@ fn forged_segment(image: &Image, last: &Path, suite: Suite, key_source: KeySourc
         nonce_random: [0; 8],
     };
     forged.extend(forged_block(&block, list));
-    let name = format!("{:010}-{:020}.seg", header.ordinal, header.first_seq);
+    let name = format!("{:010}-{:020}-0000000001.seg", header.ordinal, header.first_seq);
     (last.with_file_name(name), forged)
 }
 

@@ -4,6 +4,8 @@ use std::{ops::Range, path::Path};
 
 use envelog::segment::{BlockHeader, SegmentHeader};
 
+use crate::common::catalogue::{Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file};
+
 /// What a file is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum FileKind {
@@ -15,6 +17,7 @@ pub(crate) enum FileKind {
     Audit,
     Segment,
     Lock,
+    Epoch,
 }
 
 impl FileKind {
@@ -22,10 +25,11 @@ impl FileKind {
         let name = path.file_name().unwrap().to_str().unwrap();
         match name {
             "STORE" => Self::Store,
-            "catalogue" => Self::Catalogue,
+            _ if is_catalogue_file(path) => Self::Catalogue,
             "meta" => Self::Meta,
             "keyring" => Self::Keyring,
             "LOCK" => Self::Lock,
+            "EPOCH" => Self::Epoch,
             _ if path.parent().unwrap().ends_with("probes") => Self::Probe,
             _ if name.starts_with("audit-") && name.ends_with(".log") => Self::Audit,
             _ if name.ends_with(".seg") => Self::Segment,
@@ -41,6 +45,18 @@ pub(crate) struct Part {
     pub(crate) bytes: Range<usize>,
     /// The bytes that its CRC covers; the CRC follows right behind them. `None` for what no CRC covers, or is one itself.
     pub(crate) covered: Option<Range<usize>>,
+    /// Whether the store is none the worse for its loss.
+    pub(crate) may_be_lost: bool,
+}
+
+impl Part {
+    fn new(name: &'static str, bytes: Range<usize>, covered: Option<Range<usize>>) -> Self {
+        Self { name, bytes, covered, may_be_lost: false }
+    }
+
+    fn that_may_be_lost(self) -> Self {
+        Self { may_be_lost: true, ..self }
+    }
 }
 
 /// The parts of a file, in order and without gaps.
@@ -48,7 +64,10 @@ pub(crate) fn parts(kind: FileKind, bytes: &[u8]) -> Vec<Part> {
     let parts = match kind {
         FileKind::Segment => segment(bytes),
         FileKind::Audit => audit(bytes),
-        FileKind::Lock => vec![Part { name: "process", bytes: 0..bytes.len(), covered: None }],
+        FileKind::Lock => vec![Part::new("process", 0..bytes.len(), None).that_may_be_lost()],
+        // The next writer writes it. Who writes is all that it says, and the catalogue knows an epoch too.
+        FileKind::Epoch => vec![Part::new("epoch", 0..bytes.len(), None).that_may_be_lost()],
+        FileKind::Catalogue => catalogue(bytes),
         _ => document(bytes),
     };
     let end = parts.iter().fold(0, |at, part| {
@@ -76,10 +95,10 @@ fn under_crc(parts: &mut Vec<Part>, start: usize, lens: &[(&'static str, usize)]
     let end = start + lens.iter().map(|(_, len)| len).sum::<usize>();
     let mut at = start;
     for &(name, len) in lens {
-        parts.push(Part { name, bytes: at..at + len, covered: Some(start..end) });
+        parts.push(Part::new(name, at..at + len, Some(start..end)));
         at += len;
     }
-    parts.push(Part { name: "crc", bytes: end..end + 4, covered: None });
+    parts.push(Part::new("crc", end..end + 4, None));
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> usize {
@@ -106,6 +125,46 @@ fn document(bytes: &[u8]) -> Vec<Part> {
         ("tag B", 32),
     ];
     under_crc(&mut parts, 0, &fields);
+    parts
+}
+
+/// The snapshot, the tips, and the records behind them.
+fn catalogue(bytes: &[u8]) -> Vec<Part> {
+    let layout = Layout::of(bytes);
+    let mut parts = document(&bytes[layout.document.clone()]);
+    parts.push(Part::new("padding", layout.document.end..layout.tips[0].start, None));
+    let number = |tip: &Range<usize>| u64::from_le_bytes(bytes[tip.start + 16..tip.start + 24].try_into().unwrap());
+    let [first, second] = layout.tips.each_ref().map(number);
+    for (tip, is_newest) in layout.tips.iter().zip([first > second, first < second]) {
+        let fields = [
+            ("tip magic", 4),
+            ("tip slot", 4),
+            ("tip keyring version", 4),
+            ("tip reserved", 4),
+            ("tip number", 8),
+            ("tip names", 32),
+            ("tip tag", 32),
+        ];
+        let mut of_tip = Vec::new();
+        under_crc(&mut of_tip, tip.start, &fields);
+        of_tip.last_mut().unwrap().name = "tip crc";
+        of_tip.push(Part::new("tip padding", tip.start + 92..tip.end, None));
+        // The record that it names was synced before it was written: a crash may tear it.
+        of_tip.iter_mut().for_each(|part| part.may_be_lost = is_newest);
+        parts.extend(of_tip);
+    }
+    for record in layout.records {
+        let fields = [
+            ("change magic", 4),
+            ("change length", 4),
+            ("change number", 8),
+            ("change keyring version", 4),
+            ("change reserved", 4),
+            ("changes", record.len() - RECORD_HEAD_LEN - RECORD_SUFFIX_LEN),
+            ("change tag", 32),
+        ];
+        under_crc(&mut parts, record.start, &fields);
+    }
     parts
 }
 
@@ -185,7 +244,7 @@ fn segment(bytes: &[u8]) -> Vec<Part> {
         ("footer tag", 16),
     ];
     under_crc(&mut parts, end, &fields);
-    parts.push(Part { name: "trailer", bytes: bytes.len() - 16..bytes.len(), covered: None });
+    parts.push(Part::new("trailer", bytes.len() - 16..bytes.len(), None));
     parts
 }
 
@@ -197,11 +256,11 @@ fn audit(bytes: &[u8]) -> Vec<Part> {
         // JSON, tab, 64 digits of the tag, tab, 8 digits of the CRC, newline.
         let (tag, crc) = (end - 74, end - 9);
         let covered = Some(start..crc - 1);
-        parts.push(Part { name: "record", bytes: start..tag - 1, covered: covered.clone() });
-        parts.push(Part { name: "record tag", bytes: tag - 1..crc - 1, covered });
-        parts.push(Part { name: "record crc", bytes: crc - 1..end - 1, covered: None });
+        parts.push(Part::new("record", start..tag - 1, covered.clone()));
+        parts.push(Part::new("record tag", tag - 1..crc - 1, covered));
+        parts.push(Part::new("record crc", crc - 1..end - 1, None));
         let newline = if end == bytes.len() { "last newline" } else { "newline" };
-        parts.push(Part { name: newline, bytes: end - 1..end, covered: None });
+        parts.push(Part::new(newline, end - 1..end, None));
         start = end;
     }
     parts

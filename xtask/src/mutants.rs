@@ -24,7 +24,13 @@ const AREAS: [Area; 5] = [
     },
     Area {
         name: "recovery",
-        files: &["src/shard/recovery.rs", "src/store/recover.rs", "src/store/catalogue.rs", "src/store/checkpoint.rs"],
+        files: &[
+            "src/epoch.rs",
+            "src/shard/recovery.rs",
+            "src/store/recover.rs",
+            "src/store/catalogue/*.rs",
+            "src/store/checkpoint.rs",
+        ],
         quick: &["data_path", "keyring", "killed", "numbers", "recovery", "sweep"],
         thorough: &["audit", "canary", "reading", "tamper"],
     },

@@ -52,6 +52,8 @@ impl Stage {
     ];
 }
 
+/// The first file of the catalogue. The first opening replaces it.
+const FIRST: &str = "catalogue/0000000000-0000000001";
 const CREATE: &[&str] = &["create", "p/a"];
 
 /// A creation that failed at a stage, with the program's own files.
@@ -75,12 +77,17 @@ fn interrupted(stage: Stage) -> Scene {
         return scene;
     }
     // The next creation starts over, because no keyring was written.
-    let held = occupy(&scene.store("catalogue"));
+    fs::create_dir(scene.store("catalogue")).unwrap();
+    chmod(scene.store("catalogue"), 0o700);
+    let first = scene.store(FIRST);
+    let held = occupy(&first);
     scene.run(CREATE).sentence(1);
     release(held);
-    assert!(scene.keyring().is_file() && !scene.store("catalogue").exists());
+    assert!(scene.keyring().is_file() && !first.exists());
     match stage {
-        Stage::Keyring => ["audit", "logstores", "probes"].iter().for_each(|name| remove(&scene.store(name))),
+        Stage::Keyring => {
+            ["audit", "catalogue", "logstores", "probes"].iter().for_each(|name| remove(&scene.store(name)))
+        }
         Stage::SomeDirectories => ["logstores", "probes"].iter().for_each(|name| remove(&scene.store(name))),
         _ => {}
     }
@@ -90,7 +97,7 @@ fn interrupted(stage: Stage) -> Scene {
     let held = occupy(&scene.store("STORE"));
     scene.run(CREATE).sentence(1);
     release(held);
-    assert!(scene.store("catalogue").is_file() && !scene.store("STORE").exists());
+    assert!(first.is_file() && scene.store("EPOCH").is_file() && !scene.store("STORE").exists());
     if stage == Stage::Store {
         let record = fs::read(scene.store("CREATING")).unwrap();
         scene.run(CREATE).assert(0);
@@ -188,18 +195,29 @@ fn an_interrupted_creation_leads_nowhere() {
         (Stage::Record, "LOCK"),
         (Stage::Directories, "audit"),
         (Stage::Directories, "logstores"),
+        (Stage::Directories, "catalogue"),
         (Stage::Catalogue, "catalogue"),
+        (Stage::Catalogue, FIRST),
+        (Stage::Catalogue, "EPOCH"),
     ];
+    // A creation raises the epoch before it reads the catalogue.
+    let everything = |scene: &Scene, name: &str| {
+        let mut found = picture(&scene.world.path(""));
+        if name == FIRST {
+            found.remove(&scene.store("EPOCH"));
+        }
+        found
+    };
     for (stage, name) in targets {
         let scene = interrupted(stage);
         let (target, aside) = (scene.store(name), scene.world.path("aside"));
         for thing in if target.is_dir() { Thing::NO_DIRECTORY } else { Thing::NO_FILE } {
             fs::rename(&target, &aside).unwrap();
             thing.put(&target, &scene.precious());
-            let before = picture(&scene.world.path(""));
+            let before = everything(&scene, name);
             let sentence = scene.run(CREATE).sentence(5);
             assert!(sentence.contains(&format!("{name} is a ")), "{stage:?}: {name} as {thing:?}: {sentence}");
-            assert!(before == picture(&scene.world.path("")), "{stage:?}: {name} as {thing:?}");
+            assert!(before == everything(&scene, name), "{stage:?}: {name} as {thing:?}");
             remove(&target);
             fs::rename(&aside, &target).unwrap();
         }

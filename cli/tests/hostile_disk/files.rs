@@ -173,7 +173,8 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
                     }
                 }
             }
-            let is_shared = matches!(inside, "STORE" | "catalogue" | "audit" | "logstores" | "probes");
+            let is_shared =
+                matches!(inside, "STORE" | "audit" | "logstores" | "probes") || inside.starts_with("catalogue");
             assert!(is_shared || served >= 2, "{what}: {served} Logstores are served");
             for args in [&["keys", "rotate-service"][..], &["list"], &["keys", "audit"], &["create", "p/a"]] {
                 let out = scene.run(args);
@@ -303,7 +304,11 @@ fn clean_up_follows_no_symlink_in_place_of_a_logstore() {
         // The same one level below, in what looks like the rest of an interrupted creation.
         fs::create_dir_all(at(4).join("shard-0001")).unwrap();
         symlink(scene.precious(), at(4).join("shard-0000")).unwrap();
-        symlink(scene.precious().join("report"), at(4).join("shard-0001/00000000000000000001.seg")).unwrap();
+        symlink(
+            scene.precious().join("report"),
+            at(4).join("shard-0001/0000000001-00000000000000000000-0000000001.seg"),
+        )
+        .unwrap();
         symlink(scene.precious(), at(4).join("meta")).unwrap();
         fs::create_dir(at(5)).unwrap();
         thing.put(&at(5).join("shard-0000"), &scene.precious());
@@ -435,11 +440,14 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
         // A file of such a name is a leftover, and its name is used.
         if !matches!(thing, Thing::File | Thing::HardLink) {
             let mut of = vec![scene.keyring()];
-            of.extend(["catalogue", "STORE", "CREATING"].map(|name| scene.store(name)));
-            for logstore in &logstores {
-                of.push(logstore.join("meta"));
-                of.extend((0..6).map(|number| logstore.join(format!("shard-0000/{number:020}"))));
+            of.extend(["EPOCH", "STORE", "CREATING"].map(|name| scene.store(name)));
+            for epoch in next_epochs(&scene.store("")) {
+                of.push(scene.store(&format!("catalogue/{epoch:010}-0000000001")));
+                // Each opening begins a segment of one record.
+                let segment = |seq: u64| format!("shard-0000/{:010}-{seq:020}-{epoch:010}", seq + 1);
+                of.extend(logstores.iter().flat_map(|logstore| (0..6).map(|seq| logstore.join(segment(seq)))));
             }
+            of.extend(logstores.iter().map(|logstore| logstore.join("meta")));
             for path in of {
                 put(beside(&path, ".tmp"));
                 put(beside(&path, ".1.tmp"));

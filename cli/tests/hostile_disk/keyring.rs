@@ -38,7 +38,8 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
     assert_eq!(mode(scene.keyring()), 0o640);
     scene.world.run(&["--keyring-group", "--store", "t", "create", "p/a"]).assert(0);
     assert_eq!(mode(scene.world.path("t.keyring")), 0o640);
-    assert_eq!((mode(scene.world.path("t")), mode(scene.world.path("t/catalogue"))), (0o700, 0o600));
+    assert_eq!((mode(scene.world.path("t")), mode(scene.world.path("t/catalogue"))), (0o700, 0o700));
+    assert_eq!(mode(catalogue_file(&scene.world.path("t"))), 0o600);
 }
 
 #[test]

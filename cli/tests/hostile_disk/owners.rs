@@ -179,7 +179,7 @@ fn a_keyring_of_root_keeps_the_group_that_reads_it() {
     ok(USER, &["append", "p/a"]);
     home.assert_owned("the store");
     // Root replaces its own file in the user's directory by one of the user's.
-    chown(home.path("s/catalogue"), Some(0), Some(0)).unwrap();
+    chown(catalogue_file(&home.path("s")), Some(0), Some(0)).unwrap();
     ok(0, &["create", "p/b"]);
     home.assert_owned("the catalogue of root");
 }
@@ -315,9 +315,11 @@ fn root_follows_nothing_in_the_store_of_a_user() {
     println!("{} files and directories, {refused} refusals", targets.len());
     assert!(targets.len() > 15 && refused > 50, "{} {refused}", targets.len());
     // Things at the names of temporary files.
-    for name in ["s.keyring", "s/catalogue", "s/STORE", &format!("s.kms/keys/{key}.json")] {
+    let files = next_epochs(&home.path("s")).map(|epoch| format!("s/catalogue/{epoch:010}-0000000001"));
+    let names = ["s.keyring", "s/EPOCH", "s/STORE", &format!("s.kms/keys/{key}.json")].map(str::to_owned);
+    for name in files.chain(names) {
         for (end, thing) in [(".tmp", Thing::LinkToFile), (".1.tmp", Thing::Fifo), (".2.tmp", Thing::LinkToDirectory)] {
-            thing.put(&beside(&home.path(name), end), &world.path("precious"));
+            thing.put(&beside(&home.path(&name), end), &world.path("precious"));
         }
     }
     home.use_store(0, &key);

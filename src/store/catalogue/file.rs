@@ -330,8 +330,12 @@ impl Parser<'_> {
         catalogue.generation = document.generation;
 
         let tips_at = len.next_multiple_of(SECTOR);
-        if self.bytes.get(len..tips_at).is_none_or(|between| between.iter().any(|&byte| byte != 0)) {
+        let between = self.bytes.get(len..).unwrap_or_default();
+        if between.iter().take(tips_at - len).any(|&byte| byte != 0) {
             return self.corrupt(len, "it does not go on with zeros");
+        }
+        if self.bytes.len() < tips_at + TIPS_LEN {
+            return Err(Error::truncated(self.at(self.bytes.len()), "the catalogue ends before its tips do"));
         }
         let snapshot = Tip { number: document.generation, tag: document::tag_a(whole) };
         let tips = match self.is_mirror {
@@ -373,9 +377,13 @@ impl Parser<'_> {
         end: usize,
     ) -> Result<()> {
         let missing = |number: u64| {
-            let nothing = self.bytes.get(end..).is_none_or(|rest| rest.iter().all(|&byte| byte == 0));
+            let rest = self.bytes.get(end..).unwrap_or_default();
             let what = format!("the catalogue ends with record {}, record {number} was synced", last.number);
-            if nothing { Err(Error::truncated(self.at(end), what)) } else { Err(Error::corrupt(self.at(end), what)) }
+            if rest.iter().all(|&byte| byte == 0) || is_cut_record(rest) {
+                Err(Error::truncated(self.at(end), what))
+            } else {
+                Err(Error::corrupt(self.at(end), what))
+            }
         };
         if let Some(tip) = tips.iter().flatten().find(|tip| tip.number > last.number) {
             return missing(tip.number);
@@ -391,6 +399,16 @@ impl Parser<'_> {
             [None, None] => self.corrupt(tips_at, "neither of its tips is whole"),
         }
     }
+}
+
+/// Whether the bytes are the beginning of a record, by its magic and by the length that it claims.
+fn is_cut_record(bytes: &[u8]) -> bool {
+    let mut cursor = Cursor::new(bytes);
+    if cursor.magic(RECORD_MAGIC).is_err() {
+        return RECORD_MAGIC.starts_with(bytes);
+    }
+    let len = cursor.u32().map_or(usize::MAX, |len| RECORD_FIXED_LEN + len as usize + TAG_LEN + CRC_LEN);
+    bytes.len() < len
 }
 
 /// Writes the catalogue of a new store, whose first writer has this epoch. That writer replaces it when it opens the store.

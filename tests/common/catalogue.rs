@@ -1,0 +1,173 @@
+//! The files of the catalogue: which of them counts, and how one is taken apart and put together by a holder of the keys.
+
+use std::{
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use envelog::crypto::{SecretKey, hmac_sha256};
+use serde_json::Value;
+
+const SECTOR: usize = 512;
+/// The length of both tips.
+pub(crate) const TIPS_LEN: usize = 2 * SECTOR;
+/// What stands in front of the changes of a record.
+pub(crate) const RECORD_HEAD_LEN: usize = 24;
+/// Tag and CRC, behind the changes.
+pub(crate) const RECORD_SUFFIX_LEN: usize = 36;
+
+/// The directory of the catalogue's files.
+pub(crate) fn catalogue_dir(store_dir: &Path) -> PathBuf {
+    store_dir.join("catalogue")
+}
+
+/// The newest file of the catalogue, the one that counts.
+pub(crate) fn catalogue_file(store_dir: &Path) -> PathBuf {
+    let entries = fs::read_dir(catalogue_dir(store_dir)).unwrap().map(|entry| entry.unwrap().path());
+    newest(store_dir, entries).expect("a store has a catalogue")
+}
+
+/// The newest file of the catalogue among these paths.
+pub(crate) fn newest(store_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+    let dir = catalogue_dir(store_dir);
+    paths.into_iter().filter(|path| path.parent() == Some(&dir) && is_catalogue_file(path)).max()
+}
+
+/// Whether a path is that of a file of the catalogue.
+pub(crate) fn is_catalogue_file(path: &Path) -> bool {
+    let digits = |text: &str| text.len() == 10 && text.bytes().all(|byte| byte.is_ascii_digit());
+    path.parent().is_some_and(|dir| dir.ends_with("catalogue"))
+        && path
+            .file_name()
+            .and_then(|name| name.to_str()?.split_once('-'))
+            .is_some_and(|(epoch, serial)| digits(epoch) && digits(serial))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+/// Where the parts of a file are.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    pub(crate) document: Range<usize>,
+    pub(crate) tips: [Range<usize>; 2],
+    pub(crate) records: Vec<Range<usize>>,
+}
+
+impl Layout {
+    pub(crate) fn of(bytes: &[u8]) -> Self {
+        let document = 0..80 + u32_at(bytes, 72) as usize + u32_at(bytes, 76) as usize + 68;
+        let at = document.end.next_multiple_of(SECTOR);
+        let tips = [at..at + SECTOR, at + SECTOR..at + TIPS_LEN];
+        let mut records = Vec::new();
+        let mut at = at + TIPS_LEN;
+        while bytes.get(at..at + 4) == Some(b"ECHG") {
+            let end = at + RECORD_HEAD_LEN + u32_at(bytes, at + 4) as usize + RECORD_SUFFIX_LEN;
+            records.push(at..end);
+            at = end;
+        }
+        Self { document, tips, records }
+    }
+}
+
+/// Tag A of a document.
+pub(crate) fn tag_a(document: &[u8]) -> [u8; 32] {
+    document[document.len() - 68..][..32].try_into().unwrap()
+}
+
+/// Tag of a record.
+pub(crate) fn record_tag(record: &[u8]) -> [u8; 32] {
+    record[record.len() - RECORD_SUFFIX_LEN..][..32].try_into().unwrap()
+}
+
+fn with_crc(mut bytes: Vec<u8>) -> Vec<u8> {
+    let crc = crc32fast::hash(&bytes);
+    bytes.extend_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// A record of these changes behind what has the tag `before`.
+pub(crate) fn record(number: u64, version: u32, changes: &[u8], before: &[u8; 32], key: &SecretKey) -> Vec<u8> {
+    let len = changes.len() as u32;
+    let head = [b"ECHG", &len.to_le_bytes(), &number.to_le_bytes()[..], &version.to_le_bytes(), &[0; 4]].concat();
+    let signed = [&head, changes].concat();
+    let tag = hmac_sha256(key, &[&signed, before]);
+    with_crc([&signed[..], &tag].concat())
+}
+
+/// A tip in this slot.
+pub(crate) fn tip(slot: u32, version: u32, number: u64, tag: &[u8; 32], key: &SecretKey) -> Vec<u8> {
+    let signed =
+        [b"ETIP", &slot.to_le_bytes(), &version.to_le_bytes(), &[0; 4], &number.to_le_bytes()[..], tag].concat();
+    let mut sector = with_crc([&signed[..], &hmac_sha256(key, &[&signed])].concat());
+    sector.resize(SECTOR, 0);
+    sector
+}
+
+/// A file of this document, without records.
+pub(crate) fn snapshot(document: &[u8], key: &SecretKey) -> Vec<u8> {
+    let (version, number, tag) =
+        (u32_at(document, 64), u64::from_le_bytes(document[56..64].try_into().unwrap()), tag_a(document));
+    let mut file = document.to_vec();
+    file.resize(file.len().next_multiple_of(SECTOR), 0);
+    for slot in 0..2 {
+        file.extend(tip(slot, version, number, &tag, key));
+    }
+    file
+}
+
+/// Part A of the snapshot with the changes of all records made, and the number of the last record.
+pub(crate) fn folded(file: &[u8]) -> (Value, u64) {
+    let layout = Layout::of(file);
+    let mut body: Value = serde_json::from_slice(&file[80..80 + u32_at(file, 72) as usize]).unwrap();
+    let mut number = u64::from_le_bytes(file[56..64].try_into().unwrap());
+    for record in layout.records {
+        let record = &file[record];
+        number = u64::from_le_bytes(record[8..16].try_into().unwrap());
+        let changes: Value =
+            serde_json::from_slice(&record[RECORD_HEAD_LEN..record.len() - RECORD_SUFFIX_LEN]).unwrap();
+        changes.as_array().unwrap().iter().for_each(|change| apply(&mut body["catalogue"], change));
+    }
+    (body, number)
+}
+
+fn apply(catalogue: &mut Value, change: &Value) {
+    let (kind, change) = change.as_object().unwrap().iter().next().unwrap();
+    let name = change["name"].as_str().unwrap_or_default();
+    let deleting = |catalogue: &Value| catalogue["deleting"].as_array().cloned().unwrap_or_default();
+    match kind.as_str() {
+        "created" => {
+            let entry = ["id", "generation", "shards"].map(|field| (field.to_owned(), change[field].clone()));
+            catalogue["logstores"][name] = entry.into_iter().collect();
+        }
+        "replaced" => catalogue["logstores"][name]["generation"] = change["generation"].clone(),
+        "deleted" => {
+            catalogue["logstores"].as_object_mut().unwrap().remove(name);
+            let mut ids = deleting(catalogue);
+            ids.push(change["id"].clone());
+            catalogue["deleting"] = ids.into();
+        }
+        "removed" => {
+            let mut ids = deleting(catalogue);
+            ids.retain(|id| *id != change["id"]);
+            catalogue["deleting"] = ids.into();
+        }
+        "reached" => {
+            let known = &mut catalogue["logstores"][name]["shards"][change["shard"].as_u64().unwrap() as usize]["head"];
+            let reaches = |head: &Value| (head["ordinal"].as_u64(), head["sealed"].as_bool(), head["blocks"].as_u64());
+            if reaches(known) <= reaches(&change["head"]) {
+                *known = change["head"].clone();
+            }
+        }
+        "dropped" => {
+            let shard = &mut catalogue["logstores"][name]["shards"][change["shard"].as_u64().unwrap() as usize];
+            for field in ["first_ordinal", "first_seq"] {
+                shard[field] = change[field].clone();
+            }
+        }
+        "audited" => catalogue["audit"] = change.clone(),
+        other => panic!("a change that no test knows: {other}"),
+    }
+}
