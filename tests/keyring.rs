@@ -652,7 +652,15 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
     assert!(segment_headers(&scene.world, &logstore).last().unwrap().suite.encrypts());
     // The owner may switch it off, as ever.
     let off = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
-    store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
+    let off = LogstoreConfig { encrypt_conf: Some(off), ttl_days: Some(8), ..config };
+    store.update_logstore(&name("p/byok"), off.clone()).unwrap();
+    // The data key has authenticated that, so it stays so.
+    store.close().unwrap();
+    drop(logstore);
+    fs::remove_file(scene.world.keyring()).unwrap();
+    let (store, _) = scene.world.builder().recover_all().unwrap();
+    let config = store.config(&name("p/byok")).unwrap();
+    assert_eq!((config.encrypt_conf, config.ttl_days), (off.encrypt_conf, Some(8)));
 }
 
 /// Nothing vouches for the shards that a configuration names either.

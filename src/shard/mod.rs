@@ -31,16 +31,17 @@ use crate::{
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{
         Condvar, Mutex, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
         lock, wait,
     },
 };
 
+pub(crate) use driver::Paused;
 use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
-pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary, read_header};
+pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary};
 pub use ticket::Ticket;
 use writer::Writer;
 
@@ -282,8 +283,6 @@ pub(crate) struct Shard {
     notices: Mutex<Vec<RecoveryNotice>>,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
-    /// The segments below this ordinal are under the service keyring, as far as their headers were looked at.
-    under_keyring: AtomicU64,
     this: Weak<Shard>,
 }
 
@@ -300,7 +299,6 @@ impl Shard {
             writer: Mutex::default(),
             notices: Mutex::default(),
             leftovers: AtomicBool::new(false),
-            under_keyring: AtomicU64::new(0),
             this: this.clone(),
         })
     }

@@ -232,7 +232,7 @@ impl Shard {
     }
 
     /// Lists the directory. The ordinals must be without a gap from the first retained one to the last.
-    fn list(&self) -> Result<Vec<SegmentRef>> {
+    pub(super) fn list(&self) -> Result<Vec<SegmentRef>> {
         let record = self.record();
         let entries = self.context.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => {
@@ -383,11 +383,7 @@ impl Shard {
         };
         match (footer, expected) {
             (
-                Err(
-                    error @ (Error::NewerFormat { .. }
-                    | Error::OlderFormat { .. }
-                    | Error::UnsupportedFeature { .. }),
-                ),
+                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
                 _,
             ) => Err(error),
             (_, Expected::Cut(end)) => {
