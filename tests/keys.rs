@@ -580,8 +580,10 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
             let copy = world.path().join("copy");
             copy_dir(&world.store_dir(), &copy);
             store.close().unwrap();
+            let empty = world.logstore_dir(&logstore).join("shard-0002");
             drop(logstore);
             copy_dir(&copy, &world.store_dir());
+            fs::create_dir_all(empty).unwrap();
             let store = world.open();
             let logstore = store.logstore(&name("p/l")).unwrap();
             (store, logstore)

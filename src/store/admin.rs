@@ -259,11 +259,6 @@ impl StoreShared {
         }
         let (before, generation) = (logstore.keys_section(), meta.generation + 1);
         meta.generation = generation;
-        // What can fail without having changed anything is done first.
-        let gate_keys = match before.as_deref() == meta.keys.as_ref() {
-            false => Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?),
-            true => None,
-        };
         // With the first envelope no segment may be begun between the ordinals that it names and the keys that they go with.
         let mut paused = Vec::new();
         if let (None, Some(section)) = (&before, &mut meta.keys) {
@@ -273,6 +268,11 @@ impl StoreShared {
             let ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
             section.since = Since { generation, ordinals };
         }
+        // What can fail without having changed anything is done first.
+        let gate_keys = match before.as_deref() == meta.keys.as_ref() {
+            false => Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?),
+            true => None,
+        };
         self.write_meta(admin, logstore, &mut meta, data_key).inspect_err(|error| {
             if !paused.is_empty() {
                 // On disk there is an envelope or there is none. A segment would have to be under other keys in either case.
