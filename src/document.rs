@@ -107,7 +107,7 @@ impl Document {
         self.tag_b = Some(self.make_tag_b(key_b));
     }
 
-    /// Verifies tag B.
+    /// Verifies tag B: kind, store, subject and part B are then authentic, and nothing else is.
     ///
     /// # Errors
     /// It does not hold, or there is none.
@@ -274,15 +274,6 @@ impl<'a> UnverifiedDocument<'a> {
     pub(crate) fn wipe(&mut self) {
         self.document.a.zeroize();
     }
-
-    /// Verifies tag B alone: kind, store, subject and part B of [`UnverifiedDocument::unverified`] are then authentic, and nothing
-    /// else is.
-    ///
-    /// # Errors
-    /// It does not hold, or there is none.
-    pub(crate) fn verify_b(&self, key_b: &SecretKey) -> Result<(), TagMismatch> {
-        self.document.verify_b(key_b)
-    }
 }
 
 #[cfg(test)]
@@ -329,7 +320,7 @@ mod tests {
         let bytes = hex_decode(golden).unwrap();
         let unverified = UnverifiedDocument::parse(&bytes).unwrap();
         assert_eq!(unverified.unverified().keyring_version, 3);
-        unverified.verify_b(&key(2)).unwrap();
+        unverified.unverified().verify_b(&key(2)).unwrap();
         let document = unverified.verify(&key(1)).unwrap();
         assert_eq!(document, sample());
         document.verify_b(&key(2)).unwrap();
@@ -348,7 +339,7 @@ mod tests {
     fn another_key_is_noticed() {
         let bytes = sample().seal(&key(1));
         let unverified = UnverifiedDocument::parse(&bytes).unwrap();
-        unverified.verify_b(&key(1)).unwrap_err();
+        unverified.unverified().verify_b(&key(1)).unwrap_err();
         unverified.verify(&key(2)).unwrap_err();
         let none = Document { tag_b: None, ..sample() };
         none.verify_b(&key(2)).unwrap_err();

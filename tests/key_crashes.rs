@@ -210,6 +210,47 @@ fn turning_encryption_on() {
     scene.campaign(|scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())), &[PLAIN]);
 }
 
+/// A process that does not know which metadata is on the disk begins no segment: it would be under the wrong key, in one case or the
+/// other.
+#[test]
+fn after_an_interrupted_first_envelope_a_process_leaves_nothing_that_cannot_be_read() {
+    let scene = Scene::new();
+    for failure in Failure::ALL {
+        for count in 0.. {
+            let at = format!("{failure:?} after {count}");
+            scene.reset();
+            let disk = FailingDisk::default();
+            let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+            let logstore = store.logstore(&name(PLAIN)).unwrap();
+            put(&logstore, "third");
+            disk.fail_after(count, failure);
+            let _ = enable(&store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone()));
+            let ran_through = !disk.has_failed();
+            disk.disarm();
+            let mut expected = vec!["first", "second", "third"];
+            // Also in a process that has the shard opened again.
+            let appended = [false, true].map(|again| {
+                if again {
+                    logstore.reopen_shard(0).unwrap();
+                }
+                try_put(&logstore, "fourth").is_ok()
+            });
+            expected.extend(appended.iter().filter(|done| **done).map(|_| "fourth"));
+            drop((store, logstore));
+            let store = scene.world.open();
+            let found = texts(&store.logstore(&name(PLAIN)).unwrap());
+            assert_eq!(found, expected, "{at}");
+            let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
+            put(&store.logstore(&name(PLAIN)).unwrap(), "fifth");
+            store.close().unwrap();
+            if ran_through {
+                break;
+            }
+        }
+    }
+}
+
 #[test]
 fn rotating_a_data_key() {
     let scene = Scene::new();

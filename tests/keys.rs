@@ -8,8 +8,8 @@ use std::{fs, path::PathBuf};
 
 use common::*;
 use envelog::{
-    AuditEvent, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position,
-    ReplaceCmk, Result, Store, UserCmkInfo, VerifyOptions,
+    AppendOptions, AuditEvent, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store, UserCmkInfo, VerifyOptions,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
 };
@@ -560,4 +560,60 @@ fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
     let altered = builder("store", "keyring").open();
     assert!(matches!(altered, Err(Error::Tampered { .. })), "{altered:?}");
     gone("altered");
+}
+
+/// What a crash left in plain is recovered under the data key, where the Logstore has got its first envelope before that; and a shard
+/// that was never opened goes on under it.
+#[test]
+fn what_a_crash_left_is_recovered_under_a_first_data_key() {
+    for crash_again in [false, true] {
+        let world = World::manual();
+        let (mut store, cmk) = (world.create(), world.cmk());
+        let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+        let mut logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+        let to = |shard, durability| AppendOptions { shard: ShardChoice::Shard(shard), durability };
+        for shard in [0, 1] {
+            logstore.append(record("durable"), &to(shard, Durability::Synced)).unwrap();
+        }
+        logstore.append(record("above the mark"), &to(0, Durability::Written)).unwrap();
+        let crash = |store: Store, logstore: Logstore| {
+            let copy = world.path().join("copy");
+            copy_dir(&world.store_dir(), &copy);
+            store.close().unwrap();
+            let empty = world.logstore_dir(&logstore).join("shard-0002");
+            drop(logstore);
+            copy_dir(&copy, &world.store_dir());
+            fs::create_dir_all(empty).unwrap();
+            let store = world.open();
+            let logstore = store.logstore(&name("p/l")).unwrap();
+            (store, logstore)
+        };
+        (store, logstore) = crash(store, logstore);
+        let conf = Some(EncryptConf::byok(EncryptType::Default, cmk));
+        store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();
+        if crash_again {
+            (store, logstore) = crash(store, logstore);
+        }
+        for shard in 0..3 {
+            logstore.append(record("after"), &to(shard, Durability::Synced)).unwrap();
+        }
+        for _ in 0..2 {
+            let found = [0, 1, 2].map(|shard| strings(&records(&logstore, shard).unwrap()));
+            assert_eq!(found[0], ["durable", "above the mark", "after"]);
+            assert_eq!(
+                (&found[1][..], &found[2][..]),
+                (&["durable".into(), "after".into()][..], &["after".into()][..])
+            );
+            assert_clean(&store);
+            store.close().unwrap();
+            store = world.open();
+            logstore = store.logstore(&name("p/l")).unwrap();
+        }
+        let sources = [0, 1, 2].map(|shard| {
+            let source = |path: PathBuf| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header.key_source;
+            segments(&world.logstore_dir(&logstore), shard).into_iter().map(source).collect::<Vec<_>>()
+        });
+        let (plain, sealed) = (KeySource::Keyring(1), KeySource::DataKey(1));
+        assert_eq!(sources, [vec![plain, sealed, sealed], vec![plain, sealed], vec![sealed]]);
+    }
 }

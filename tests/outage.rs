@@ -5,7 +5,10 @@
 mod common;
 
 use common::*;
-use envelog::{Error, Logstore, ReadOptions, Store, UserCmkInfo, kms::RevokedReason::Disabled};
+use envelog::{
+    Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store, UserCmkInfo,
+    kms::RevokedReason::Disabled,
+};
 
 /// A store with `count` Logstores, each under a master key of its own, each in use.
 fn crowd(world: &World, count: usize) -> (Store, Vec<(UserCmkInfo, Logstore)>) {
@@ -207,4 +210,37 @@ fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
         }
     }
     store.close().unwrap();
+}
+
+/// What the data key authenticates cannot be changed while its KMS does not answer: neither when the lease has ended nor before.
+#[test]
+fn settings_that_the_data_key_binds_wait_for_the_end_of_an_outage() {
+    let world = World::manual_in_memory();
+    let (store, logstores) = crowd(&world, 1);
+    let (_, logstore) = &logstores[0];
+    let meta = || std::fs::read(world.logstore_dir(logstore).join("meta")).unwrap();
+    for (seconds, revision) in [(0, 1), (310, 2)] {
+        world.kms.answer(Answer::Unreachable);
+        tick_for(&world, &store, seconds);
+        let (config, before) = (logstore.config(), meta());
+        let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
+        for bound in [
+            LogstoreConfig { encrypt_conf: Some(conf), ..config.clone() },
+            LogstoreConfig { ttl_days: Some(2), ..config.clone() },
+            LogstoreConfig { retention_bytes: Some(1 << 40), ..config.clone() },
+        ] {
+            let refused = store.update_logstore(logstore.name(), bound);
+            assert!(matches!(refused, Err(Error::KmsUnreachable { .. })), "{refused:?}");
+            assert_eq!((logstore.config(), meta()), (config.clone(), before.clone()));
+        }
+        let compression = if revision == 1 { Compression::None } else { Compression::Zstd };
+        store.update_logstore(logstore.name(), LogstoreConfig { compression, ..config }).unwrap();
+        world.kms.answer(Answer::Real);
+    }
+    tick_for(&world, &store, 36);
+    let config = logstore.config();
+    assert_eq!((config.revision, config.compression), (3, Compression::Zstd));
+    store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    put(logstore, "second");
+    assert_eq!(texts(logstore), ["first", "second"]);
 }

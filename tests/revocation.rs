@@ -542,7 +542,7 @@ fn revalidate_now_makes_it_immediate_both_ways() {
 }
 
 #[test]
-fn switching_enable_asks_for_no_key_and_frees_nothing() {
+fn switching_enable_needs_the_key_and_frees_nothing() {
     let world = World::manual();
     let (store, logstore) = opened(&world);
     disable(&world);
@@ -550,7 +550,9 @@ fn switching_enable_asks_for_no_key_and_frees_nothing() {
     store.tick();
     let config = logstore.config();
     let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
-    store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+    let off = LogstoreConfig { encrypt_conf: Some(conf), ..config.clone() };
+    assert_revoked(store.update_logstore(logstore.name(), off), Disabled);
+    assert_eq!(logstore.config(), config);
     assert_revoked(try_put(&logstore, "never in plaintext"), Disabled);
     assert_revoked(try_texts(&logstore), Disabled);
     let all: Vec<u8> = files(&world.store_dir()).into_values().flatten().collect();

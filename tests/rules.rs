@@ -163,21 +163,34 @@ const SEGMENTS: &[Row] = &[
         let segment = &mut chain.segments[0];
         (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gcm, KeySource::Keyring(1));
     }),
-    // The service keyring alone, against a Logstore with an envelope; the second one stands behind another forged one.
+    // The service keyring alone, against a Logstore with an envelope.
     open("key source: not behind a data key", "follows one under a data key", |chain| {
         let header = &mut chain.segments[2].header;
         (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
     }),
-    open("key source: nothing behind a data key", "follows one under a data key", |chain| {
-        for segment in &mut chain.segments[1..] {
-            (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
-        }
+    open("key source: not in front of a data key either", "follows one under a data key", |chain| {
+        let header = &mut chain.segments[0].header;
+        (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
     }),
     of(
         "byok-aes",
-        open("key source: the service keyring against a customer's key", "follows one under a data key", |chain| {
+        open("key source: the last segment of a Logstore under a customer's key", "follows one under", |chain| {
             let header = &mut chain.segments.last_mut().unwrap().header;
             (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        }),
+    ),
+    of(
+        "byok-aes",
+        open("key source: every segment of a Logstore under a customer's key", "follows one under", |chain| {
+            for segment in &mut chain.segments {
+                (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+            }
+        }),
+    ),
+    of(
+        "byok-aes",
+        open("key source: one more segment behind those under a customer's key", "follows one under", |chain| {
+            chain.append_under_the_keyring();
         }),
     ),
     of(

@@ -8,8 +8,8 @@ use std::{fs, path::PathBuf};
 
 use common::{catalogue::catalogue_file, *};
 use envelog::{
-    AuditEvent, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec,
-    ReplaceCmk, Store, UserCmkInfo, VerifyOptions,
+    AuditEvent, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
+    LogstoreSpec, ReplaceCmk, RotateDataKey, Store, UserCmkInfo, VerifyOptions,
     crypto::Suite,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
@@ -696,13 +696,24 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
     assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
 
     let calls = world.kms.calls();
-    // Configuration: the time to live, and switching encryption off and on, which needs no unwrap.
-    let config = store.config(logstore.name()).unwrap();
-    let config = store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    // Configuration, but for what the data key authenticates: whether encryption is on, and how long segments are kept.
+    let meta = || fs::read(world.logstore_dir(&logstore).join("meta")).unwrap();
+    let (config, before) = (store.config(logstore.name()).unwrap(), meta());
     let conf = config.encrypt_conf.clone().unwrap();
-    let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf.clone() })).unwrap();
-    assert_eq!((config.revision, config.ttl_days), (3, Some(2)));
-    update(&store, &logstore, Some(conf)).unwrap();
+    let off = Some(EncryptConf { enable: false, ..conf.clone() });
+    for bound in [
+        LogstoreConfig { encrypt_conf: off, ..config.clone() },
+        LogstoreConfig { ttl_days: Some(2), ..config.clone() },
+        LogstoreConfig { ttl_days: None, ..config.clone() },
+        LogstoreConfig { retention_bytes: Some(1), compression: Compression::None, ..config.clone() },
+    ] {
+        assert_revoked(store.update_logstore(logstore.name(), bound), RevokedReason::Disabled);
+        assert_eq!((store.config(logstore.name()).unwrap(), meta()), (config.clone(), before.clone()));
+    }
+    let rotate_data_key = Some(RotateDataKey { max_age_days: Some(9), max_bytes: None });
+    let free = LogstoreConfig { rotate_data_key, compression: Compression::None, ..config };
+    let config = store.update_logstore(logstore.name(), free).unwrap();
+    assert_eq!((config.revision, config.compression, config.ttl_days), (2, Compression::None, Some(1)));
     // Retention.
     world.clock.advance(3 * DAY);
     let report = store.apply_retention().unwrap();
@@ -723,6 +734,34 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
     let appended = logstore.append(record("after"), &synced()).unwrap();
     assert!(appended.seq >= 2);
     assert_eq!(texts(&logstore), ["after"]);
+    // What was changed without the key has left the second tag as it was, and the rest can be changed now.
+    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf })).unwrap();
+    store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    store.close().unwrap();
+    let store = world.open();
+    let config = store.config(&name("p/l")).unwrap();
+    assert_eq!((config.ttl_days, config.encrypt_conf.unwrap().enable), (Some(2), false));
+    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["after"]);
+}
+
+/// In a process that has not used the key yet, retention goes by what the metadata says while the key is revoked.
+#[test]
+fn s7_retention_works_in_a_process_that_starts_while_revoked() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
+        .encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+    let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
+    put(&logstore, "old");
+    store.close().unwrap();
+    drop(logstore);
+    world.local().disable(&cmk.cmk_key_id).unwrap();
+    world.clock.advance(2 * DAY);
+    let store = world.open();
+    assert_eq!(store.apply_retention().unwrap().segments, 1);
 }
 
 #[test]

@@ -1,11 +1,15 @@
 //! Envelopes: how a data key is kept, and what it is bound to.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    config::{EncryptType, FixedEncryption, LogstoreName, check_cmk},
+    config::{EncryptConf, EncryptType, FixedEncryption, LogstoreConfig, LogstoreName, check_cmk},
     crypto::{CryptoError, CryptoProvider, HashAlg, SecretKey, Suite, derive},
+    document::Document,
+    error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::Random,
     kms::{Cmk, EncryptionContext},
@@ -14,7 +18,11 @@ use crate::{
 /// The most data-key versions that a Logstore keeps.
 pub(crate) const DATA_KEYS_MAX: usize = 10_000;
 
-/// The keys section of a Logstore's metadata: everything needed to get its data keys back.
+/// The only value of `probe`: the lease of the Logstore is renewed with a probe that it shares with others under its master key.
+pub(crate) const PROBE_SHARED: &str = "shared";
+
+/// The keys section of a Logstore's metadata: everything needed to get its data keys back, and the settings that a holder of the
+/// service keyring alone must not change. Under a customer's key the data key authenticates all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KeysSection {
@@ -22,8 +30,66 @@ pub(crate) struct KeysSection {
     pub(crate) encrypt_type: EncryptType,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cmk: Option<Cmk>,
+    /// From where on the segments are under data keys.
+    pub(crate) since: Since,
+    /// Whether new data is encrypted.
+    pub(crate) enable: bool,
+    #[serde(default)]
+    pub(crate) ttl_days: Option<u32>,
+    #[serde(default)]
+    pub(crate) retention_bytes: Option<u64>,
+    pub(crate) probe: String,
     pub(crate) current: u32,
     pub(crate) versions: Vec<DataKeyVersion>,
+}
+
+/// From where on the segments of a Logstore are under data keys. Those before it are under the service keyring.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Since {
+    /// The generation of the metadata that has the first envelope.
+    pub(crate) generation: u64,
+    /// By shard: the first ordinal.
+    pub(crate) ordinals: Vec<u64>,
+}
+
+impl Since {
+    /// The first ordinal of a shard whose segment is under a data key.
+    pub(crate) fn ordinal(&self, shard: u32) -> u64 {
+        self.ordinals.get(shard as usize).copied().unwrap_or(1)
+    }
+}
+
+/// The keys section of a Logstore under a customer's key, as its file has it, with the tag that a data key made. Nothing of it is
+/// proved until the current data key has verified that tag.
+#[derive(Debug)]
+pub(crate) struct TaggedKeys {
+    /// Without part A.
+    document: Document,
+    at: Location,
+}
+
+impl TaggedKeys {
+    /// The second part of the document in `path`; `None` if it has no second tag.
+    pub(crate) fn of(document: &Document, path: &Path) -> Option<Self> {
+        document.tag_b?;
+        let at = Location::new(path, 80 + document.a.len() as u64);
+        Some(Self { document: Document { a: Vec::new(), ..document.clone() }, at })
+    }
+
+    /// The bytes of the section, and their tag.
+    pub(crate) fn parts(&self) -> (Vec<u8>, Option<[u8; 32]>) {
+        (self.document.b.clone(), self.document.tag_b)
+    }
+
+    /// Verifies the tag with the current data key.
+    ///
+    /// # Errors
+    /// [`Error::Tampered`].
+    pub(crate) fn prove(&self, data_key: &SecretKey) -> Result<()> {
+        let tampered = |_| Error::Tampered { at: self.at.clone(), what: "the keys section of the metadata" };
+        self.document.verify_b(&metadata_key(data_key)).map_err(tampered)
+    }
 }
 
 /// One version of a data key.
@@ -50,6 +116,24 @@ impl KeysSection {
         FixedEncryption { encrypt_type: self.encrypt_type, cmk: self.cmk.clone() }
     }
 
+    /// `encrypt_conf`, as the section says it.
+    pub(crate) fn encrypt_conf(&self) -> EncryptConf {
+        EncryptConf { enable: self.enable, encrypt_type: Some(self.encrypt_type), user_cmk_info: self.cmk.clone() }
+    }
+
+    /// Takes over the settings of `config` that the section holds too, but for those that are fixed.
+    pub(crate) fn follow(&mut self, config: &LogstoreConfig) {
+        self.enable = config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+        (self.ttl_days, self.retention_bytes) = (config.ttl_days, config.retention_bytes);
+    }
+
+    /// Gives `config` the settings that the section holds too.
+    pub(crate) fn lead(&self, config: &mut LogstoreConfig) {
+        config.name = self.name.clone();
+        config.encrypt_conf = Some(self.encrypt_conf());
+        (config.ttl_days, config.retention_bytes) = (self.ttl_days, self.retention_bytes);
+    }
+
     pub(crate) fn version(&self, version: u32) -> Option<&DataKeyVersion> {
         self.versions.iter().find(|v| v.version == version)
     }
@@ -62,6 +146,11 @@ impl KeysSection {
         let broken = |rule: &str| Err(rule.to_owned());
         if let Some(cmk) = &self.cmk {
             check_cmk(cmk).map_err(|error| error.to_string())?;
+        }
+        // There is always a next one.
+        let counted = 1..u64::MAX;
+        if !counted.contains(&self.since.generation) || !self.since.ordinals.iter().all(|at| counted.contains(at)) {
+            return broken("a generation or an ordinal of since is out of range");
         }
         if self.versions.len() > DATA_KEYS_MAX {
             return broken("there are too many data-key versions");

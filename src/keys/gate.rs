@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    envelope::{EnvelopeIdentity, KeysSection, fingerprint},
+    envelope::{EnvelopeIdentity, KeysSection, TaggedKeys, fingerprint},
     keyring::Keyring,
     lease::{KeyState, KeyStatus, Lease, Refusal},
 };
@@ -107,6 +107,8 @@ impl Held {
 pub(crate) struct GateKeys {
     pub(crate) section: Option<Arc<KeysSection>>,
     pub(crate) lease: Option<Arc<Lease>>,
+    /// The section as it was read, under a customer's key, until the current data key has proved it. No key is used before.
+    pub(crate) unproved: Option<Arc<TaggedKeys>>,
 }
 
 pub(crate) struct Gate {
@@ -121,6 +123,8 @@ pub(crate) struct Gate {
     kept: Mutex<Vec<Weak<dyn KeptPlaintext>>>,
     /// What was closed, or deleted, once that has happened.
     closed: OnceLock<&'static str>,
+    /// Why no segment may be begun any more: which keys it would have to be under is not known.
+    halted: OnceLock<Error>,
     /// For a reader, whose metadata may be older than what the writer writes.
     follow: OnceLock<Follow>,
     /// How many readers are in a segment under each key, be it one that retention has dropped.
@@ -165,6 +169,7 @@ impl Gate {
             loading: Mutex::default(),
             kept: Mutex::default(),
             closed: OnceLock::new(),
+            halted: OnceLock::new(),
             follow: OnceLock::new(),
             readers: Mutex::default(),
         }
@@ -291,6 +296,9 @@ impl Gate {
 
     /// Derives the key of a new segment, whose header is about to be written, and keeps it. Returns the commitment.
     pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
+        if let Some(error) = self.halted.get() {
+            return Err(error.clone());
+        }
         loop {
             let epoch = self.admit()?;
             let Some(cipher) = self.derive(epoch, header, header_hash)? else { continue };
@@ -311,6 +319,31 @@ impl Gate {
         write(&self.held).writing.remove(&segment);
     }
 
+    /// Has no segment begun any more, until the Logstore is opened again.
+    pub(crate) fn halt(&self, error: &Error) {
+        // The first error is the cause.
+        let _ = self.halted.set(error.clone());
+    }
+
+    /// Whether the current data key has still to prove the keys section.
+    pub(crate) fn is_unproved(&self) -> bool {
+        read(&self.keys).unproved.is_some()
+    }
+
+    /// Has the current data key prove the keys section, where that was not done yet. The caller has asked [`Gate::admit`].
+    pub(crate) fn prove(&self) -> Result<()> {
+        match self.unproved_version() {
+            Some(current) => self.unwrap(current).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    /// The current version of a keys section that is not proved yet.
+    fn unproved_version(&self) -> Option<u32> {
+        let keys = read(&self.keys);
+        keys.section.as_ref().filter(|_| keys.unproved.is_some()).map(|section| section.current)
+    }
+
     /// The key of a segment. `None` if the lease was lost and is back meanwhile: whoever asked begins again.
     fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<Option<SegmentCipher>> {
         let provider = &*self.context.provider;
@@ -320,6 +353,12 @@ impl Gate {
         };
         match header.key_source {
             KeySource::Keyring(version) => {
+                // Which segments of a Logstore under a customer's key may be under the keyring is for that key to say.
+                if let Some(current) = self.unproved_version()
+                    && !self.load(epoch, current)?
+                {
+                    return Ok(None);
+                }
                 write(&self.held).enter(epoch);
                 derive(&self.context.with_keyring(|keyring| keyring.integrity_key(version, self.id))?)
             }
@@ -327,6 +366,7 @@ impl Gate {
                 {
                     let held = read(&self.held);
                     if held.epoch == epoch
+                        && !self.is_unproved()
                         && let Some(key) = held.data.get(&version)
                     {
                         return derive(key);
@@ -344,7 +384,7 @@ impl Gate {
         let _once = lock(&self.loading);
         {
             let held = read(&self.held);
-            if held.epoch == epoch && held.data.contains_key(&version) {
+            if held.epoch == epoch && held.data.contains_key(&version) && !self.is_unproved() {
                 return Ok(true);
             }
         }
@@ -372,7 +412,8 @@ impl Gate {
         admitted.map(|_| false)
     }
 
-    /// Unwraps a data key from its envelope, at the keyring or at the KMS.
+    /// Unwraps a data key from its envelope, at the keyring or at the KMS. Under a customer's key the current one has to prove the
+    /// keys section first.
     pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
         let mut keys = self.keys();
         let known = |keys: &GateKeys| keys.section.as_ref().is_some_and(|section| section.version(version).is_some());
@@ -380,10 +421,23 @@ impl Gate {
             follow(true)?;
             keys = self.keys();
         }
+        if let (Some(tagged), Some(section)) = (&keys.unproved, &keys.section) {
+            let current = self.unwrap_from(&keys, section.current)?;
+            tagged.prove(&current)?;
+            // Unless another one has come in meanwhile.
+            drop(write(&self.keys).unproved.take_if(|unproved| Arc::ptr_eq(unproved, tagged)));
+            if version == section.current {
+                return Ok(current);
+            }
+        }
+        self.unwrap_from(&keys, version)
+    }
+
+    fn unwrap_from(&self, keys: &GateKeys, version: u32) -> Result<SecretKey> {
         let missing = || Error::RolledBack {
             what: format!("data-key version {version} of Logstore {} is not in its metadata", self.name),
         };
-        let section = keys.section.ok_or_else(missing)?;
+        let section = keys.section.as_ref().ok_or_else(missing)?;
         let entry = section.version(version).ok_or_else(missing)?;
         let Some(wrapped) = &entry.wrapped else {
             return Err(Error::Shredded { logstore: self.name.clone(), version });
@@ -391,7 +445,7 @@ impl Gate {
         let damaged =
             |what: &str| Error::Corrupt { at: Location::new("", 0), what: format!("{what} of {}", self.name) };
         let wrapped = hex_decode(wrapped).ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
-        let identity = self.identity(&section, version);
+        let identity = self.identity(section, version);
         let key = match (entry.keyring_version, &keys.lease) {
             (Some(keyring_version), _) => self
                 .context

@@ -1,6 +1,9 @@
 //! The metadata of a Logstore on disk: its configuration and its envelopes.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::{
     Error, Result,
@@ -11,7 +14,7 @@ use crate::{
     ids::{LogstoreId, StoreId},
     io::{self, Disk, Existing},
     keys::{
-        envelope::{KeysSection, metadata_key},
+        envelope::{KeysSection, PROBE_SHARED, TaggedKeys, metadata_key},
         keyring::Keyring,
     },
     segment::Features,
@@ -28,8 +31,8 @@ pub(crate) struct Meta {
     pub(crate) keyring_version: u32,
     pub(crate) config: LogstoreConfig,
     pub(crate) keys: Option<KeysSection>,
-    /// The tag over the keys section under a key derived from the data key (BYOK only).
-    keys_tag: Option<[u8; 32]>,
+    /// The keys section as the file has it, with the tag of the data key (BYOK only).
+    pub(crate) tagged: Option<Arc<TaggedKeys>>,
 }
 
 /// The name of the file in the directory of its Logstore.
@@ -41,7 +44,7 @@ pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
 
 impl Meta {
     pub(crate) fn new(config: LogstoreConfig) -> Self {
-        Self { generation: 1, features: Features::default(), keyring_version: 0, config, keys: None, keys_tag: None }
+        Self { generation: 1, features: Features::default(), keyring_version: 0, config, keys: None, tagged: None }
     }
 
     pub(crate) fn load(
@@ -67,7 +70,7 @@ impl Meta {
         }
         let Some(keys) = &self.keys else {
             let encrypts = self.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
-            return match (encrypts, self.keys_tag) {
+            return match (encrypts, &self.tagged) {
                 (true, _) => broken("encryption is on and there is no envelope".to_owned()),
                 (false, Some(_)) => broken("there is a second tag and no envelope".to_owned()),
                 (false, None) => Ok(()),
@@ -76,32 +79,25 @@ impl Meta {
         if let Err(rule) = keys.check() {
             return broken(rule);
         }
-        if keys.name != self.config.name {
-            return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata under another name" });
+        if keys.since.ordinals.len() != self.config.shards.len() {
+            return broken("there is not one ordinal in since for each shard".to_owned());
         }
-        match keys.cmk.is_some() == self.keys_tag.is_some() {
+        if keys.since.generation > self.generation {
+            return broken("it is older than the first envelope".to_owned());
+        }
+        let tampered = |what| Err(Error::Tampered { at: Location::new(path, 0), what });
+        if keys.name != self.config.name {
+            return tampered("the metadata under another name");
+        }
+        let mut config = self.config.clone();
+        keys.lead(&mut config);
+        if config != self.config {
+            return tampered("the configuration beside the keys section of the metadata");
+        }
+        match keys.cmk.is_some() == self.tagged.is_some() {
             true => Ok(()),
             false => broken("there is a second tag without a customer's key, or none with one".to_owned()),
         }
-    }
-
-    /// Verifies the tag that the current data key makes over the keys section, if the file is of `generation`.
-    pub(crate) fn verify_keys_tag(
-        disk: &dyn Disk,
-        logstore_dir: &Path,
-        generation: u64,
-        data_key: &SecretKey,
-    ) -> Result<()> {
-        let path = path(logstore_dir);
-        let bytes = read(disk, &path)?;
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
-        let document = parsed.unverified();
-        if document.generation != generation {
-            return Ok(());
-        }
-        let at = Location::new(&path, 80 + document.a.len() as u64);
-        let tampered = |_| Error::Tampered { at, what: "the keys section of the metadata" };
-        parsed.verify_b(&metadata_key(data_key)).map_err(tampered)
     }
 
     /// Reads the metadata of a BYOK Logstore without the keyring. `data_key` finds the current data key by the keys section; with it
@@ -118,8 +114,8 @@ impl Meta {
         let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
         let meta = Self::from_document(parsed.unverified(), store, id, &path)?;
         let tampered = || Error::Tampered { at: Location::new(&path, 0), what: "the keys section of the metadata" };
-        let keys = meta.keys.as_ref().ok_or_else(tampered)?;
-        parsed.verify_b(&metadata_key(&data_key(keys)?)).map_err(|_| tampered())?;
+        let (Some(keys), Some(tagged)) = (&meta.keys, &meta.tagged) else { return Err(tampered()) };
+        tagged.prove(&data_key(keys)?)?;
         keys.check().map_err(|rule| Error::corrupt(Location::new(&path, 80), format!("the metadata: {rule}")))?;
         Ok(meta)
     }
@@ -145,22 +141,25 @@ impl Meta {
             Error::corrupt(Location::new(path, 80), format!("the metadata does not parse: {error}"))
         };
         let config = serde_json::from_slice(&document.a).map_err(malformed)?;
-        let keys = match document.b.is_empty() {
+        let keys: Option<KeysSection> = match document.b.is_empty() {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
+        if let Some(probe) = keys.as_ref().map(|keys| &keys.probe).filter(|probe| *probe != PROBE_SHARED) {
+            return Err(Error::UnsupportedFeature { path: path.to_owned(), what: format!("probe {probe:?}") });
+        }
         Ok(Self {
             generation: document.generation,
             features: document.features,
             keyring_version: document.keyring_version,
             config,
             keys,
-            keys_tag: document.tag_b,
+            tagged: TaggedKeys::of(document, path).map(Arc::new),
         })
     }
 
     /// Writes it as the generation that it says. `data_key` is the current data key, given when the keys section of a BYOK Logstore
-    /// has changed; otherwise its tag stays.
+    /// has changed; otherwise the section stays as it is, byte by byte, and so does its tag.
     pub(crate) fn save(
         &mut self,
         disk: &dyn Disk,
@@ -172,6 +171,11 @@ impl Meta {
     ) -> Result<()> {
         let path = path(logstore_dir);
         let json = "plain data always serializes";
+        let serialized = || self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json));
+        let (b, tag_b) = match (&self.tagged, data_key) {
+            (Some(tagged), None) => tagged.parts(),
+            _ => (serialized(), None),
+        };
         let mut document = Document {
             kind: DocumentKind::Logstore,
             features: Features::default(),
@@ -180,12 +184,12 @@ impl Meta {
             generation: self.generation,
             keyring_version: keyring.newest(),
             a: serde_json::to_vec(&self.config).expect(json),
-            b: self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json)),
-            tag_b: self.keys_tag,
+            b,
+            tag_b,
         };
         if let Some(data_key) = data_key {
             document.sign_b(&metadata_key(data_key));
-            self.keys_tag = document.tag_b;
+            self.tagged = TaggedKeys::of(&document, &path).map(Arc::new);
         }
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
         io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("replace", &path))?;

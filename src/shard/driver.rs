@@ -593,6 +593,16 @@ impl Shard {
         self.head_on_disk()
     }
 
+    /// Seals the active segment, and has no other one begun for as long as what is returned lives.
+    pub(crate) fn pause(&self) -> Result<Paused<'_>> {
+        self.start_driving();
+        let mut paused = Paused { shard: self, writer: Some(lock(&self.writer)) };
+        if let Some(writer) = &mut paused.writer {
+            self.seal(writer, KeyUse::Admitted)?;
+        }
+        Ok(paused)
+    }
+
     /// Rolls the active segment, if it has blocks. What was appended before is in it.
     pub(crate) fn roll(&self) -> Result<()> {
         if !lock(&self.state).queue.is_empty() {
@@ -666,6 +676,29 @@ impl Shard {
     /// Why the writer has stopped, if it has.
     pub(crate) fn latch_cause(&self) -> Option<Arc<Error>> {
         lock(&self.state).latched.clone()
+    }
+}
+
+/// A shard whose writer stands still: no segment of it is open, and none is begun.
+pub(crate) struct Paused<'a> {
+    shard: &'a Shard,
+    writer: Option<MutexGuard<'a, Writer>>,
+}
+
+impl Paused<'_> {
+    /// The ordinal of the next segment, whatever comes before it: a crash, or a recovery, which may make that segment itself.
+    pub(crate) fn next_ordinal(&self) -> Result<u64> {
+        if let Some(next) = self.writer.as_ref().and_then(|writer| writer.next.as_ref()) {
+            return Ok(next.ordinal);
+        }
+        self.shard.next_ordinal_on_disk()
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.writer = None;
+        drop(self.shard.end_driving());
     }
 }
 

@@ -34,17 +34,18 @@ use crate::{
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{
         Condvar, Mutex, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
         lock, wait,
     },
 };
 
+pub(crate) use driver::Paused;
 pub(crate) use hashing::PayloadHasher;
 use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
-pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary, read_header};
+pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary};
 pub use ticket::Ticket;
 use writer::Writer;
 
@@ -327,8 +328,6 @@ pub(crate) struct Shard {
     reached: Mutex<Option<Head>>,
     /// Whether files that are not needed any more could not be removed.
     leftovers: AtomicBool,
-    /// The segments below this ordinal are under the service keyring, as far as their headers were looked at.
-    under_keyring: AtomicU64,
     this: Weak<Shard>,
 }
 
@@ -347,7 +346,6 @@ impl Shard {
             chain: chain::Chain::default(),
             reached: Mutex::default(),
             leftovers: AtomicBool::new(false),
-            under_keyring: AtomicU64::new(0),
             this: this.clone(),
         })
     }

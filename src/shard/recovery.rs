@@ -331,6 +331,16 @@ impl Shard {
         }
     }
 
+    /// The ordinal of the next segment of a shard that nobody writes, by the directory: a writer that has failed may have begun one that
+    /// is not in the list. The names are made durable, so that the last of them is not used again.
+    pub(super) fn next_ordinal_on_disk(&self) -> Result<u64> {
+        self.make_names_durable()?;
+        let record = self.record();
+        let listed = self.list()?.last().map_or(0, |last| last.ordinal);
+        let noted = record.head.map_or(0, |head| head.ordinal);
+        Ok((listed.max(noted) + 1).max(record.first_ordinal))
+    }
+
     /// The head of the shard when its last segment is sealed. Numbers behind its end may have been given to groups that were still
     /// queued when it was sealed, or are above the mark of what it was recovered from: only a head that the catalogue has noted says
     /// where the next segment may begin before the reserved limit.

@@ -5,17 +5,19 @@
 
 use std::path::Path;
 
-use super::{End, Opened, SegmentRef, Shard};
+use super::{End, Opened, Shard};
 use crate::{
     Error, Result,
     crypto::Suite,
     error::Location,
+    keys::envelope::Since,
     segment::{Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
-    sync::atomic::Ordering,
 };
 
 /// Where a header has its suite.
 const SUITE_AT: u64 = 10;
+/// Where a header has the generation of the metadata.
+const GENERATION_AT: u64 = 80;
 /// Where a header has its key source.
 const KEY_SOURCE_AT: u64 = 120;
 /// Where a header has the kind of its predecessor.
@@ -52,8 +54,10 @@ impl Shard {
         if !allowed {
             return broken(SUITE_AT, "the suite of the segment does not go with its key");
         }
-        if self.follows_a_data_key(&opened.name, header.key_source)? {
-            return broken(KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key");
+        if let Some(section) = self.context.gate.keys().section
+            && let Some((at, rule)) = since_rule(&section.since, header)
+        {
+            return broken(at, rule);
         }
         match &opened.end {
             End::Sealed(footer) => {
@@ -67,27 +71,17 @@ impl Shard {
     }
 }
 
-impl Shard {
-    /// Whether a segment under the service keyring has one under a data key before it. Once a Logstore has an envelope, all its segments
-    /// are under data keys. Without this rule the service keyring alone could add a segment to a Logstore under a customer's key.
-    fn follows_a_data_key(&self, name: &SegmentRef, source: KeySource) -> Result<bool> {
-        if matches!(source, KeySource::DataKey(_)) || self.context.gate.keys().section.is_none() {
-            return Ok(false);
+/// The rule that a header breaks beside what the keys section says of where data keys begin, and where. Without it the service keyring
+/// alone could add a segment to a Logstore under a customer's key.
+fn since_rule(since: &Since, header: &SegmentHeader) -> Option<(u64, &'static str)> {
+    let under_data_key = matches!(header.key_source, KeySource::DataKey(_));
+    match (under_data_key, header.ordinal >= since.ordinal(header.shard)) {
+        (false, true) => Some((KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key")),
+        (true, false) => Some((KEY_SOURCE_AT, "a segment under a data key lies before the first of them")),
+        _ if under_data_key != (header.generation >= since.generation) => {
+            Some((GENERATION_AT, "the generation of the segment does not go with its key"))
         }
-        // Reads each header once: all segments below the ordinal `known` are under the keyring.
-        let known = self.under_keyring.load(Ordering::Relaxed);
-        let segments = self.segments(false)?;
-        let below = |ordinal| segments.partition_point(|segment| segment.ordinal < ordinal);
-        for before in segments.get(below(known)..below(name.ordinal)).unwrap_or_default() {
-            match self.key_source(before) {
-                Ok(KeySource::DataKey(_)) => return Ok(true),
-                Ok(KeySource::Keyring(_)) => {}
-                Err(_) if self.is_dropped(before) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        self.under_keyring.fetch_max(name.ordinal, Ordering::Relaxed);
-        Ok(false)
+        _ => None,
     }
 }
 

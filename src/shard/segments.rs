@@ -262,7 +262,7 @@ impl Shard {
     }
 
     /// Lists the directory. The ordinals must be without a gap from the first retained one to the last.
-    fn list(&self) -> Result<Vec<SegmentRef>> {
+    pub(super) fn list(&self) -> Result<Vec<SegmentRef>> {
         let record = self.record();
         let entries = self.context.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
             std::io::ErrorKind::NotFound => {

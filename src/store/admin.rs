@@ -17,11 +17,11 @@ use crate::{
     io::FileKind,
     keys::{
         AuditEvent,
-        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
+        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, PROBE_SHARED, Since, fingerprint},
     },
     kms::{BoundedKms, Cmk},
     logstore::{Logstore, LogstoreShared, Meta, shard_dir},
-    shard::ShardRecord,
+    shard::{Paused, ShardRecord},
     sync::{lock, read},
 };
 
@@ -41,7 +41,8 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Config`], one variant a rule; nothing has changed then. [`Error::KmsUnreachable`] when the first `enable: true` needs
-    /// an envelope.
+    /// an envelope. Under a customer master key `enable`, `ttl_days` and `retention_bytes` change only while that key can be used:
+    /// [`Error::Revoked`] and [`Error::KmsUnreachable`] otherwise, and nothing has changed.
     pub fn update_logstore(&self, name: &LogstoreName, config: LogstoreConfig) -> Result<LogstoreConfig> {
         self.shared.update(name, config)
     }
@@ -132,13 +133,19 @@ impl StoreShared {
         disk.sync_dir(&parent).map_err(Error::io("sync", &parent))
     }
 
-    /// Makes the first envelope of a Logstore and fixes method, algorithm and master key. Returns the data key.
+    /// Makes the first envelope of a Logstore and fixes method, algorithm and master key: for all its segments, as there are none yet.
+    /// Returns the data key.
     fn make_envelope(&self, meta: &mut Meta, id: LogstoreId, conf: &EncryptConf) -> Result<SecretKey> {
         let encrypt_type = conf.encrypt_type.ok_or(ConfigError::EncryptTypeRequired)?;
         let mut section = KeysSection {
             name: meta.config.name.clone(),
             encrypt_type,
             cmk: conf.user_cmk_info.clone(),
+            since: Since { generation: 1, ordinals: vec![1; meta.config.shards.len()] },
+            enable: conf.enable,
+            ttl_days: meta.config.ttl_days,
+            retention_bytes: meta.config.retention_bytes,
+            probe: PROBE_SHARED.to_owned(),
             current: 1,
             versions: Vec::new(),
         };
@@ -217,7 +224,7 @@ impl StoreShared {
         let first_enable = meta.keys.is_none() && meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
         let data_key = match meta.config.encrypt_conf.clone().filter(|_| first_enable) {
             Some(conf) => Some(self.make_envelope(&mut meta, logstore.id, &conf)?),
-            None => None,
+            None => self.bind(&logstore, &mut meta)?,
         };
         let config = meta.config.clone();
         if first_enable {
@@ -226,6 +233,19 @@ impl StoreShared {
         }
         self.replace_meta(&mut admin, &logstore, meta, data_key.as_ref())?;
         Ok(config)
+    }
+
+    /// Takes over into the keys section what the configuration has changed and the section holds too. Returns the data key that a
+    /// customer's key gives to authenticate the change.
+    fn bind(&self, logstore: &LogstoreShared, meta: &mut Meta) -> Result<Option<SecretKey>> {
+        let Some(section) = &mut meta.keys else { return Ok(None) };
+        let before = section.clone();
+        section.follow(&meta.config);
+        if *section == before || section.cmk.is_none() {
+            return Ok(None);
+        }
+        self.admit(logstore)?;
+        logstore.gate.unwrap(section.current).map(Some)
     }
 
     /// Puts changed metadata in place: its file, then the catalogue, then memory. `data_key` is given when the keys have changed.
@@ -239,11 +259,44 @@ impl StoreShared {
         if let Some(error) = &admin.latched {
             return Err(error.clone());
         }
-        let keys_changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
-        meta.generation += 1;
-        let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
+        let (before, generation) = (logstore.keys_section(), meta.generation + 1);
+        meta.generation = generation;
+        // With the first envelope no segment may be begun between the ordinals that it names and the keys that they go with.
+        let mut paused = Vec::new();
+        if let (None, Some(section)) = (&before, &mut meta.keys) {
+            for shard in &logstore.shards {
+                paused.push(shard.pause()?);
+            }
+            let ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
+            section.since = Since { generation, ordinals };
+        }
         // What can fail without having changed anything is done first.
-        let gate_keys = if keys_changed { Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?) } else { None };
+        let gate_keys = match before.as_deref() == meta.keys.as_ref() {
+            false => Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?),
+            true => None,
+        };
+        self.write_meta(admin, logstore, &mut meta, data_key).inspect_err(|error| {
+            if !paused.is_empty() {
+                // On disk there is an envelope or there is none. A segment would have to be under other keys in either case.
+                logstore.gate.halt(error);
+            }
+        })?;
+        let lease = gate_keys.and_then(|keys| super::use_keys(logstore, keys));
+        logstore.set_meta(meta, read(&self.keyring).newest());
+        drop(paused);
+        super::hear_of_loss(logstore, lease);
+        Ok(())
+    }
+
+    /// Writes changed metadata: its file, then the catalogue.
+    fn write_meta(
+        &self,
+        admin: &mut AdminState,
+        logstore: &LogstoreShared,
+        meta: &mut Meta,
+        data_key: Option<&SecretKey>,
+    ) -> Result<()> {
+        let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
         let saved = meta.save(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), byok);
         if let Err(error) = saved {
             // Which of the two is in place is not known now; opening finds out.
@@ -251,12 +304,7 @@ impl StoreShared {
             return Err(error);
         }
         let (name, id, generation) = (logstore.name.clone(), logstore.id, meta.generation);
-        self.commit(admin, vec![Change::Replaced { name, id, generation }])?;
-        if let Some(keys) = gate_keys {
-            super::use_keys(logstore, keys);
-        }
-        logstore.set_meta(meta, read(&self.keyring).newest());
-        Ok(())
+        self.commit(admin, vec![Change::Replaced { name, id, generation }])
     }
 
     fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {

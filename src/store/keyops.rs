@@ -220,8 +220,11 @@ impl StoreShared {
         self.audit.record(how.intent, Some((&logstore.name, logstore.id)), &*how.about)?;
         let result = change(self, logstore, &mut section)?;
         let data_key = match &section.cmk {
-            // The second tag is made with the current data key.
-            Some(_) => Some(self.unwrap_in(logstore, &section)?),
+            // The second tag is made with the current data key, over what the one before has proved.
+            Some(_) => {
+                logstore.gate.prove()?;
+                Some(self.unwrap_in(logstore, &section)?)
+            }
             None => None,
         };
         self.follow(&mut meta, &section);

@@ -425,7 +425,7 @@ impl StoreShared {
     }
 
     fn open_logstore(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
-        let keys = self.gate_keys(meta.keys.as_ref(), entry.id)?;
+        let keys = self.loaded_keys(&meta, entry.id)?;
         let lease = keys.lease.clone();
         let gate = Arc::new(Gate::new(Arc::clone(&self.keys), meta.config.name.clone(), entry.id, keys));
         let plan = Arc::new(RwLock::new(write_plan(&meta, read(&self.keyring).newest())));
@@ -522,12 +522,11 @@ impl StoreShared {
             return Err(Error::RolledBack { what });
         }
         if meta.generation > known {
-            let keys = self.gate_keys(meta.keys.as_ref(), logstore.id)?;
+            let keys = self.loaded_keys(&meta, logstore.id)?;
             let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
-            if changed {
-                use_keys(logstore, keys);
-            }
+            let lease = if changed { use_keys(logstore, keys) } else { None };
             logstore.set_meta(meta, read(&self.keyring).newest());
+            hear_of_loss(logstore, lease);
         }
         Ok(())
     }
@@ -578,14 +577,19 @@ impl StoreShared {
         }
     }
 
-    /// The keys section and the lease that belongs to it.
+    /// The keys of metadata that was read, not proved yet.
+    fn loaded_keys(&self, meta: &Meta, id: LogstoreId) -> Result<GateKeys> {
+        Ok(GateKeys { unproved: meta.tagged.clone(), ..self.gate_keys(meta.keys.as_ref(), id)? })
+    }
+
+    /// A keys section that this process made, and the lease that belongs to it.
     fn gate_keys(&self, section: Option<&KeysSection>, id: LogstoreId) -> Result<GateKeys> {
         let Some(section) = section else { return Ok(GateKeys::default()) };
         let lease = match &section.cmk {
             Some(cmk) => Some(self.lease(cmk, section, id)?),
             None => None,
         };
-        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease })
+        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease, unproved: None })
     }
 
     /// The one lease for a master key. Makes no call.
@@ -837,10 +841,15 @@ struct FoundProbe {
     generation: u64,
 }
 
-/// Puts changed keys in place, and has the Logstore hear of their loss.
-fn use_keys(logstore: &Arc<LogstoreShared>, keys: GateKeys) {
+/// Puts changed keys in place. The caller has the Logstore hear of their loss, once what is written follows them.
+fn use_keys(logstore: &Arc<LogstoreShared>, keys: GateKeys) -> Option<Arc<Lease>> {
     let lease = keys.lease.clone();
     logstore.gate.replace_keys(keys);
+    lease
+}
+
+/// Has a Logstore hear of the loss of its keys.
+fn hear_of_loss(logstore: &Arc<LogstoreShared>, lease: Option<Arc<Lease>>) {
     let Some(lease) = lease else { return };
     let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(logstore);
     lease.listen(listener);

@@ -12,10 +12,10 @@ use tracing::warn;
 use super::{Entry, StoreShared, catalogue::Catalogue};
 use crate::{
     Error, Result,
-    config::{EncryptConf, LogstoreName},
+    config::LogstoreName,
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode},
-    io::{Disk, FileKind, OpenMode, is_temporary},
+    io::{Disk, FileKind, is_temporary},
     keys::{
         AuditEvent,
         envelope::KeysSection,
@@ -23,8 +23,8 @@ use crate::{
     },
     kms::Cmk,
     logstore::Meta,
-    segment::{KeySource, SegmentName},
-    shard::{ShardRecord, read_header},
+    segment::SegmentName,
+    shard::ShardRecord,
     sync::{lock, read},
 };
 
@@ -165,22 +165,20 @@ impl StoreShared {
             }
             // A lease of its own: those of the store rest on probes that the lost keyring authenticated.
             let lease = self.new_lease(cmk, self.envelope_probe(keys, id)?);
-            let gate_keys = GateKeys { section: Some(Arc::new(keys.clone())), lease: Some(lease) };
+            let gate_keys = GateKeys { section: Some(Arc::new(keys.clone())), lease: Some(lease), unproved: None };
             Gate::new(Arc::clone(&self.keys), keys.name.clone(), id, gate_keys).unwrap(keys.current)
         };
         let mut meta = Meta::load_without_keyring(&*self.disk, &dir, self.id, id, unwrap)?;
         let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
         let keys = meta.keys.as_ref().ok_or_else(tampered)?;
-        let name = keys.name.clone();
-        // Nothing vouches for the configuration: what the keys section says as well counts, and encryption is on, whatever it says.
-        meta.config.name = name.clone();
-        meta.config.encrypt_conf =
-            Some(EncryptConf { enable: true, encrypt_type: Some(keys.encrypt_type), user_cmk_info: keys.cmk.clone() });
-        if meta.config.check().is_err() {
+        let (name, since) = (keys.name.clone(), keys.since.clone());
+        // Nothing vouches for the configuration: what the keys section says as well counts.
+        keys.lead(&mut meta.config);
+        if meta.config.check().is_err() || meta.config.shards.len() != since.ordinals.len() {
             return Err(tampered());
         }
         // Nor for the generation, which has to be one.
-        meta.generation = meta.generation.clamp(1, u64::MAX - 1);
+        meta.generation = meta.generation.clamp(since.generation, u64::MAX - 1);
         let (mut shards, mut unauthenticated) = (Vec::new(), Vec::new());
         for info in &meta.config.shards {
             let shard = crate::logstore::shard_dir(&dir, info.id);
@@ -190,7 +188,7 @@ impl StoreShared {
             let mut first: Option<SegmentName> = None;
             for entry in self.disk.list_dir(&shard).map_err(Error::io("list", &shard))? {
                 let found = SegmentName::parse(&entry.name);
-                if found.is_some() && self.is_under_the_keyring(&shard.join(&entry.name)) {
+                if found.is_some_and(|name| name.ordinal < since.ordinal(info.id)) {
                     unauthenticated.push(shard.join(&entry.name));
                 }
                 first = match (first, found) {
@@ -208,12 +206,5 @@ impl StoreShared {
         unauthenticated.sort();
         let entry = Entry { id, generation: meta.generation, shards };
         Ok((name, Found { meta, entry, unauthenticated }))
-    }
-
-    /// Whether the header of a segment says that its key comes from the service keyring. A segment that cannot be looked at does not
-    /// count: reading it says why.
-    fn is_under_the_keyring(&self, path: &Path) -> bool {
-        let header = self.disk.open(path, OpenMode::Read).ok().and_then(|file| read_header(&*file, path).ok());
-        header.is_some_and(|header| matches!(header.header.key_source, KeySource::Keyring(_)))
     }
 }

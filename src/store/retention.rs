@@ -83,7 +83,11 @@ impl Store {
     ///
     /// Where it has dropped the last segment of a data-key version that is not the current one, it destroys that version too. The
     /// metadata of a Logstore under a customer master key is tagged with the data key as well, so there this waits until the master
-    /// key can be used. It is the one reason to call a KMS.
+    /// key can be used.
+    ///
+    /// A KMS is called for this, and once after the opening of a Logstore under a customer master key before the first segment is
+    /// dropped: the data key proves how long the Logstore keeps its segments. Where the master key cannot be used then, they are dropped
+    /// all the same.
     ///
     /// # Errors
     /// [`Error::Io`], and what keeps a segment from being looked at; other Logstores are done all the same.
@@ -243,6 +247,21 @@ impl StoreShared {
         Ok(())
     }
 
+    /// Has the data key prove how long the Logstore keeps its segments, where that was not done since it was opened. While the key may
+    /// not be used, what the metadata says counts.
+    fn prove_retention(&self, logstore: &LogstoreShared) -> Result<()> {
+        if !logstore.gate.is_unproved() {
+            return Ok(());
+        }
+        match self.admit(logstore).and_then(|()| logstore.gate.prove()) {
+            Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+                info!(logstore = %logstore.name, %error, "retention goes by settings that the data key has not proved");
+                Ok(())
+            }
+            proved => proved,
+        }
+    }
+
     /// Drops from the oldest segment on, as long as it is too old or too much. What a segment is, how long and how old, says the catalogue,
     /// by the chain of digests from the head that it knows. Segments behind that head are never dropped.
     fn retain_shard(
@@ -281,6 +300,7 @@ impl StoreShared {
         if dropped == 0 {
             return if shard.has_leftovers() { report.remove_leftovers(shard) } else { Ok(()) };
         }
+        self.prove_retention(logstore)?;
         // First the catalogue says that they may be missing, and that the shard goes on in the next one; then they go.
         shard.make_names_durable()?;
         let dropped_to = Change::Dropped {

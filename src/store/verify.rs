@@ -295,13 +295,14 @@ impl StoreShared {
         let name = &logstore.name;
         let expected = expected.filter(|expected| expected.id == logstore.id);
         let generation = lock(&logstore.meta).generation;
+        let mut on_disk = None;
         match Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring)) {
             Ok(found) if found.generation < generation => {
                 let found = found.generation;
                 let what = format!("the metadata is of generation {found}, it was written as {generation}");
                 verification.note(Some(name), Error::RolledBack { what })?;
             }
-            Ok(_) => {}
+            Ok(found) => on_disk = found.tagged.filter(|_| found.generation == generation),
             Err(error) => verification.note(Some(name), error)?,
         }
         if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
@@ -309,19 +310,28 @@ impl StoreShared {
                 format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
             verification.note(Some(name), Error::RolledBack { what })?;
         }
+        let keyless = verification.keyless;
+        if !keyless
+            && logstore.gate.is_unproved()
+            && let Err(error) = logstore.gate.admit().and_then(|_| logstore.gate.prove())
+        {
+            // No data key is used then, and what needs none is verified all the same.
+            verification.note(Some(name), error)?;
+            verification.keyless = true;
+        }
         // The segments' keys prove themselves by their commitments; the envelopes of versions without segments are proved here.
         if !verification.keyless
             && let Some(section) = logstore.keys_section()
         {
             for version in section.versions.iter().filter(|version| version.wrapped.is_some()) {
-                if let Err(error) = logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version)) {
+                let unwrapped = logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version));
+                let checked = unwrapped.and_then(|key| match &on_disk {
+                    Some(tagged) if version.version == section.current => tagged.prove(&key),
+                    _ => Ok(()),
+                });
+                if let Err(error) = checked {
                     verification.note(Some(name), error)?;
                 }
-            }
-            if section.cmk.is_some()
-                && let Err(error) = self.verify_keys_tag(logstore, generation)
-            {
-                verification.note(Some(name), error)?;
             }
             if let Some(cmk) = &section.cmk
                 && let Some(kms) = self.kms_for(&cmk.region_id)
@@ -334,14 +344,8 @@ impl StoreShared {
             let record = expected.and_then(|expected| expected.shards.get(index));
             self.verify_shard(name, shard, record, verification)?;
         }
+        verification.keyless = keyless;
         Ok(())
-    }
-
-    /// Verifies the tag that the current data key makes over the keys section, unless the metadata is of another generation by now.
-    fn verify_keys_tag(&self, logstore: &LogstoreShared, generation: u64) -> Result<()> {
-        let Some(section) = logstore.keys_section() else { return Ok(()) };
-        let key = logstore.gate.unwrap(section.current)?;
-        Meta::verify_keys_tag(&*self.disk, &logstore.dir, generation, &key)
     }
 
     fn verify_shard(

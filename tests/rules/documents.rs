@@ -2,13 +2,14 @@
 
 use std::{fs, ops::Range, path::PathBuf};
 
-use envelog::{Checkpoint, Result, VerifyOptions, crypto::hmac_sha256};
+use envelog::{Checkpoint, LogstoreConfig, Result, VerifyOptions, crypto::hmac_sha256};
 use serde_json::{Value, json};
 
 use crate::{
     common::{
+        buffered,
         catalogue::{self, Layout},
-        files, fix_crc, records,
+        files, fix_crc, record, records, segments, synced,
     },
     forge::{Copy, Document, derived, hex},
 };
@@ -308,6 +309,139 @@ const BODIES: &[Row] = &[
     })),
 ];
 
+const BESIDE: &str = "the configuration beside the keys section";
+const SECTION: &str = "the keys section of the metadata";
+
+/// Changes the same in the configuration and in the keys section, and leaves the second tag as it was: all that the service keyring
+/// alone can do.
+fn in_both(document: &mut Document, change: fn(&mut Value)) {
+    document.tag_b_follows = false;
+    document.edit(change);
+    document.edit_keys(change);
+}
+
+fn off(document: &mut Document) {
+    in_both(document, |json| {
+        let place =
+            if json["encrypt_conf"].is_object() { &mut json["encrypt_conf"]["enable"] } else { &mut json["enable"] };
+        *place = false.into();
+    });
+}
+
+fn another_master_key(document: &mut Document) {
+    in_both(document, |json| {
+        let place = if json["encrypt_conf"].is_object() {
+            &mut json["encrypt_conf"]["user_cmk_info"]
+        } else {
+            &mut json["cmk"]
+        };
+        place["cmk_key_id"] = "key-0123456789abcdef".into();
+    });
+}
+
+fn no_envelope(document: &mut Document) {
+    (document.b, document.tag_b) = (String::new(), [0; 32]);
+    document.edit(|json| drop(json.as_object_mut().unwrap().remove("encrypt_conf")));
+}
+
+/// What the keys section binds.
+const BOUND: &[Row] = &[
+    byok(code(
+        "tampered",
+        row(Which::Meta, "enable in the configuration alone", BESIDE, |document| {
+            document.edit(|json| json["encrypt_conf"]["enable"] = false.into());
+        }),
+    )),
+    byok(code("tampered", row(Which::Meta, "enable", SECTION, off))),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "encrypt_conf beside an envelope", BESIDE, |document| {
+            document.edit(|json| drop(json.as_object_mut().unwrap().remove("encrypt_conf")));
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "ttl_days in the configuration alone", BESIDE, |document| {
+            document.edit(|json| json["ttl_days"] = 1.into());
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "ttl_days in the keys section alone", BESIDE, |document| {
+            document.tag_b_follows = false;
+            document.edit_keys(|json| json["ttl_days"] = 1.into());
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "ttl_days", SECTION, |document| in_both(document, |json| json["ttl_days"] = 1.into())),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "retention_bytes in the configuration alone", BESIDE, |document| {
+            document.edit(|json| json["retention_bytes"] = 1.into());
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "retention_bytes", SECTION, |document| {
+            in_both(document, |json| json["retention_bytes"] = 1.into());
+        }),
+    )),
+    code(
+        "tampered",
+        row(Which::Meta, "retention_bytes under the service key", BESIDE, |document| {
+            document.edit_keys(|json| json["retention_bytes"] = 1.into());
+        }),
+    ),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "ordinals of since", SECTION, |document| {
+            document.tag_b_follows = false;
+            document.edit_keys(|json| json["since"]["ordinals"] = json!([3]));
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "generation of since", SECTION, |document| {
+            document.tag_b_follows = false;
+            document.edit_keys(|json| json["since"]["generation"] = 2.into());
+        }),
+    )),
+    byok(code(
+        "tampered",
+        row(Which::Meta, "master key in the keys section alone", BESIDE, |document| {
+            document.tag_b_follows = false;
+            document.edit_keys(|json| json["cmk"]["cmk_key_id"] = "key-0123456789abcdef".into());
+        }),
+    )),
+    // By a holder of the data key.
+    byok(row(Which::Meta, "one ordinal of since for each shard", "one ordinal in since", |document| {
+        document.edit_keys(|json| json["since"]["ordinals"] = json!([1, 1]));
+    })),
+    byok(row(Which::Meta, "an ordinal of since", RANGE, |document| {
+        document.edit_keys(|json| json["since"]["ordinals"] = json!([0]));
+    })),
+    byok(row(Which::Meta, "since and the generation", "older than the first envelope", |document| {
+        document.edit_keys(|json| json["since"]["generation"] = 3.into());
+    })),
+    byok(row(Which::Meta, "segments under data keys before the first", "before the first of them", |document| {
+        document.edit_keys(|json| json["since"]["ordinals"] = json!([2]));
+    })),
+    byok(row(Which::Meta, "segments of older metadata under data keys", "does not go with its key", |document| {
+        document.edit_keys(|json| json["since"]["generation"] = 2.into());
+    })),
+    byok(row(Which::Meta, "since is there", PARSE, |document| {
+        document.edit_keys(|json| drop(json.as_object_mut().unwrap().remove("since")));
+    })),
+    code(
+        "unsupported_feature",
+        row(Which::Meta, "another kind of probe", "probe \"own\"", |document| {
+            document.edit_keys(|json| json["probe"] = "own".into());
+        }),
+    ),
+];
+
 fn path(copy: &Copy, which: Which) -> PathBuf {
     match which {
         Which::Store => copy.path("store/STORE"),
@@ -366,6 +500,99 @@ fn the_rules_of_frames() {
 #[test]
 fn the_rules_of_bodies() {
     check_all(BODIES);
+}
+
+#[test]
+fn the_rules_of_what_the_data_key_binds() {
+    check_all(BOUND);
+}
+
+/// The service keyring alone can have encryption switched off in the metadata, or leave the customer's key out of it. No append
+/// follows it into the clear.
+#[test]
+fn no_forged_metadata_leads_to_an_append_in_the_clear() {
+    const CANARY: &str = "never in plaintext";
+    let in_the_configuration: fn(&mut Document) = |document| {
+        document.edit(|json| json["encrypt_conf"]["enable"] = false.into());
+    };
+    let without_a_tag: fn(&mut Document) = |document| {
+        off(document);
+        document.tag_b = [0; 32];
+    };
+    let forgeries: [(&str, &[&str], fn(&mut Document)); 5] = [
+        ("off in the configuration", &["tampered"], in_the_configuration),
+        ("off in both parts", &["tampered"], off),
+        ("off, and no second tag", &["corrupt"], without_a_tag),
+        ("no envelope", &["rolled_back"], no_envelope),
+        ("another master key", &["revoked", "kms_invalid"], another_master_key),
+    ];
+    for (rule, codes, change) in forgeries {
+        let copy = Copy::of("byok-aes");
+        copy.change_document(&path(&copy, Which::Meta), change);
+        let append = || -> Result<()> {
+            let store = copy.builder().open()?;
+            let logstore = store.logstore(&store.list()?[0])?;
+            let _ = logstore.append(record(CANARY), &buffered());
+            logstore.append(record(CANARY), &synced())?;
+            Ok(())
+        };
+        let error = append().expect_err(rule);
+        assert!(codes.contains(&error.code()), "{rule}: {error}");
+        let all: Vec<u8> = files(&copy.path("store")).into_values().flatten().collect();
+        assert!(memchr::memmem::find(&all, CANARY.as_bytes()).is_none(), "{rule}");
+    }
+}
+
+/// Retention drops nothing by a time to live that the service keyring alone has put there.
+#[test]
+fn a_forged_time_to_live_drops_nothing() {
+    let copy = Copy::of("byok-aes");
+    copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
+    let before = segments(&copy.logstore_dir(), 0);
+    let store = copy.builder().open().unwrap();
+    assert_eq!(store.apply_retention().unwrap_err().code(), "tampered");
+    assert_eq!(segments(&copy.logstore_dir(), 0), before);
+}
+
+/// Metadata that nothing has proved is not made authentic by a change that the owner makes.
+#[test]
+fn no_change_of_keys_or_settings_signs_what_was_forged() {
+    let copy = Copy::of("byok-aes");
+    copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
+    let store = copy.builder().open().unwrap();
+    let name = store.list().unwrap().remove(0);
+    let longer = LogstoreConfig { ttl_days: Some(9), ..store.config(&name).unwrap() };
+    for refused in [
+        store.rotate_data_key(&name).map(drop),
+        store.rewrap(&name).map(drop),
+        store.shred_data_keys(&name, &[1]),
+        store.update_logstore(&name, longer).map(drop),
+    ] {
+        assert_eq!(refused.unwrap_err().code(), "tampered");
+    }
+    store.close().unwrap();
+    assert_eq!(use_all(&copy, true).unwrap_err().code(), "tampered");
+}
+
+/// The generation of the metadata is not bound. An older keys section comes back with the tag that it had, and segments under newer
+/// data keys tell.
+#[test]
+fn an_older_keys_section_is_found_out_by_segments_under_newer_keys() {
+    let copy = Copy::of("byok-aes");
+    let older = Document::read(&fs::read(path(&copy, Which::Meta)).unwrap());
+    let store = copy.builder().open().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    store.rotate_data_key(logstore.name()).unwrap();
+    logstore.append(record("under the third version"), &synced()).unwrap();
+    store.close().unwrap();
+    drop(logstore);
+    use_all(&copy, true).unwrap();
+    copy.change_document(&path(&copy, Which::Meta), |document| {
+        (document.b, document.tag_b, document.tag_b_follows) = (older.b, older.tag_b, false);
+    });
+    for read_only in [true, false] {
+        assert_eq!(use_all(&copy, read_only).unwrap_err().code(), "rolled_back");
+    }
 }
 
 /// Under a customer's key the metadata has a second tag, which the keyring does not make.

@@ -220,7 +220,7 @@ pub(crate) struct Document {
 
 impl Document {
     /// That at the beginning of `bytes`.
-    fn read(bytes: &[u8]) -> Self {
+    pub(crate) fn read(bytes: &[u8]) -> Self {
         let (a, b) = (u32_at(&bytes, 72) as usize, u32_at(&bytes, 76) as usize);
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         Self {
@@ -313,6 +313,7 @@ impl Block {
 }
 
 /// A segment before it is sealed.
+#[derive(Clone)]
 pub(crate) struct Segment {
     path: PathBuf,
     pub(crate) header: SegmentHeader,
@@ -386,6 +387,24 @@ impl<'a> Chain<'a> {
             });
         }
         chain
+    }
+
+    /// Appends a segment under the service keyring, with the blocks of the last one.
+    pub(crate) fn append_under_the_keyring(&mut self) {
+        let last = self.segments.last().unwrap();
+        let (mut segment, end) = (last.clone(), last.blocks.last().unwrap().header);
+        let moved = end.end_seq() - last.header.first_seq;
+        (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        segment.header.ordinal += 1;
+        segment.header.first_seq += moved;
+        segment.header.created_us = end.last_time_us;
+        for block in &mut segment.blocks {
+            block.header.first_seq += moved;
+            block.set_time(end.last_time_us);
+        }
+        segment.path.set_extension("forged");
+        fs::write(&segment.path, b"").unwrap();
+        self.segments.push(segment);
     }
 
     /// Seals everything again, each segment linked to the one before it, and the catalogue to the last one.
