@@ -52,8 +52,8 @@ pub use shard::{
 pub use store::{
     AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage, DataKeyUsage, DeleteReport,
     Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, Recoverable, ReplaceCmk, RetentionReport,
-    RewrapOptions, RewrapProgress, RewrapReport, STORE_SHARDS_MAX, ServiceKeyUsage, Store, StoreBuilder, StoreOptions,
-    VerifyOptions, VerifyProgress, VerifyReport,
+    RewrapOptions, RewrapProgress, RewrapReport, STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store,
+    StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
 };
 
 /// The version of the format that this build reads and writes.

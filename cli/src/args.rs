@@ -47,6 +47,9 @@ pub(crate) struct Global {
     /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
     #[arg(long, global = true)]
     pub(crate) allow_network_fs: bool,
+    /// Read a backup from before a rotation of the service key that is known to be good: accept what a retired version authenticates
+    #[arg(long, global = true)]
+    pub(crate) accept_retired: bool,
     /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
     #[arg(long, global = true)]
     pub(crate) group_read: bool,

@@ -27,6 +27,8 @@ pub(crate) struct Setup {
     /// Those given by URL. They are asked first: the embedded one serves whatever region it has a key of.
     pub(crate) kms: Vec<Arc<dyn Kms>>,
     pub(crate) options: StoreOptions,
+    /// Whether retired versions of the service key are accepted.
+    pub(crate) accept_retired: bool,
     pub(crate) json: bool,
 }
 
@@ -38,6 +40,7 @@ impl Setup {
             keyring_group,
             group_read,
             allow_network_fs,
+            accept_retired,
             kms_dir,
             kms,
             json,
@@ -62,11 +65,12 @@ impl Setup {
         options.group_read = group_read;
         options.allow_network_fs = allow_network_fs;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
-        Ok(Self { store, keyring, kms_dir, kms, options, json })
+        Ok(Self { store, keyring, kms_dir, kms, options, accept_retired, json })
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
         let builder = builder(&self.store, &self.keyring).options(self.options);
+        let builder = builder.accept_retired_versions(self.accept_retired);
         let builder = self.kms.iter().fold(builder, |builder, kms| builder.kms(Arc::clone(kms)));
         builder.kms(Arc::new(LocalKms::at(&self.kms_dir)))
     }

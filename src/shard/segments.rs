@@ -383,11 +383,7 @@ impl Shard {
         };
         match (footer, expected) {
             (
-                Err(
-                    error @ (Error::NewerFormat { .. }
-                    | Error::OlderFormat { .. }
-                    | Error::UnsupportedFeature { .. }),
-                ),
+                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
                 _,
             ) => Err(error),
             (_, Expected::Cut(end)) => {

@@ -6,7 +6,7 @@ use tracing::warn;
 
 use super::{
     AdminState, DeleteReport, Entry, KmsOrEngine, Store, StoreShared,
-    catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX},
+    catalogue::{Catalogue, LOGSTORES_MAX, STORE_SHARDS_MAX},
     removal,
 };
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     keys::{
         AuditEvent,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
+        gate::GateKeys,
     },
     kms::{BoundedKms, Cmk},
     logstore::{Logstore, LogstoreShared, Meta, shard_dir},
@@ -231,9 +232,23 @@ impl StoreShared {
         &self,
         admin: &mut AdminState,
         logstore: &Arc<LogstoreShared>,
-        mut meta: Meta,
+        meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
+        let saved = self.save_meta(admin, logstore, meta, data_key)?;
+        self.commit(admin, |catalogue| saved.note(catalogue))?;
+        saved.take_effect(read(&self.keyring).newest());
+        Ok(())
+    }
+
+    /// Writes changed metadata into its file, as the first part of [`StoreShared::replace_meta`].
+    pub(super) fn save_meta(
+        &self,
+        admin: &mut AdminState,
+        logstore: &Arc<LogstoreShared>,
+        mut meta: Meta,
+        data_key: Option<&SecretKey>,
+    ) -> Result<SavedMeta> {
         if let Some(error) = &admin.latched {
             return Err(error.clone());
         }
@@ -248,18 +263,7 @@ impl StoreShared {
             admin.latched = Some(error.clone());
             return Err(error);
         }
-        let generation = meta.generation;
-        let name = logstore.name.clone();
-        self.commit(admin, |catalogue| {
-            if let Some(entry) = catalogue.logstores.get_mut(&name) {
-                entry.generation = generation;
-            }
-        })?;
-        if let Some(keys) = gate_keys {
-            super::use_keys(logstore, keys);
-        }
-        logstore.set_meta(meta, read(&self.keyring).newest());
-        Ok(())
+        Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
     }
 
     fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {
@@ -344,6 +348,31 @@ impl StoreShared {
             unlisted.push((dir, may_have_segments));
         }
         Ok(unlisted)
+    }
+}
+
+/// Metadata that is in its file, and neither in the catalogue nor in memory yet.
+pub(super) struct SavedMeta {
+    logstore: Arc<LogstoreShared>,
+    meta: Meta,
+    /// The keys, where they have changed.
+    gate_keys: Option<GateKeys>,
+}
+
+impl SavedMeta {
+    /// Notes its generation in the catalogue.
+    pub(super) fn note(&self, catalogue: &mut Catalogue) {
+        if let Some(entry) = catalogue.logstores.get_mut(&self.logstore.name) {
+            entry.generation = self.meta.generation;
+        }
+    }
+
+    /// Puts it in place in memory, once the catalogue knows of it.
+    pub(super) fn take_effect(self, keyring_version: u32) {
+        if let Some(keys) = self.gate_keys {
+            super::use_keys(&self.logstore, keys);
+        }
+        self.logstore.set_meta(self.meta, keyring_version);
     }
 }
 

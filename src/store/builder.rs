@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
@@ -158,6 +158,7 @@ pub struct StoreBuilder {
     provider: Arc<dyn CryptoProvider>,
     kms: Vec<Arc<dyn Kms>>,
     service_cmk: Option<Cmk>,
+    accept_retired: bool,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) random: Arc<dyn Random>,
@@ -198,6 +199,7 @@ impl StoreBuilder {
             provider,
             kms: Vec::new(),
             service_cmk: None,
+            accept_retired: false,
             disk: Arc::new(RealDisk),
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
@@ -219,6 +221,14 @@ impl StoreBuilder {
     /// There is no lease on the service key: a store that is open stays so whatever becomes of the master key.
     pub fn service_cmk(mut self, cmk: Cmk) -> Self {
         self.service_cmk = Some(cmk);
+        self
+    }
+
+    /// Accepts documents, audit records and checkpoints under versions of the service key that a rotation has retired: for restoring a
+    /// backup from before the rotation that is known to be good. Whoever holds a retired version can forge all of them. Counts for
+    /// [`StoreBuilder::open_read_only`]; a store is not opened for writing so.
+    pub fn accept_retired_versions(mut self, accept: bool) -> Self {
+        self.accept_retired = accept;
         self
     }
 
@@ -253,9 +263,14 @@ impl StoreBuilder {
     /// [`Error::ServiceKey`] when the service keyring is under a master key that cannot be used;
     /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::UnsupportedFeature`], also when the store can
     /// be read but not written; [`Error::Locked`] when another process writes it; [`Error::NetworkFileSystem`];
-    /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
+    /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; [`Error::RetiredKeyVersion`] for a store from before
+    /// a rotation of the service key; the integrity errors of the catalogue.
     pub fn open(self) -> Result<Store> {
         self.options.check()?;
+        if self.accept_retired {
+            let what = "a store that accepts retired versions of the service key is opened read-only alone";
+            return Err(Error::InvalidArgument(what.to_owned()));
+        }
         let outside = Arc::clone(&self.disk);
         let this = self.rooted()?;
         let identity = this.identity()?;
@@ -300,7 +315,10 @@ impl StoreBuilder {
         let outside = Arc::clone(&self.disk);
         let this = self.rooted()?;
         let identity = this.identity()?;
-        let keyring = this.load_keyring(&*outside, &identity)?;
+        let mut keyring = this.load_keyring(&*outside, &identity)?;
+        if this.accept_retired {
+            keyring.accept_retired();
+        }
         verify_identity(&*this.disk, &this.dir, &keyring)?;
         let catalogue = Catalogue::load(&*this.disk, &this.dir, identity.store, &keyring)?;
         this.assemble(identity.store, keyring, catalogue, None, Audit::Ours)
@@ -470,6 +488,13 @@ impl StoreBuilder {
                 audit.make_durable(&catalogue.audit)?;
             }
         }
+        {
+            let keyring = read(&keyring);
+            if keyring.is_rotating() {
+                let (accepts, newest) = (keyring.accepts(), keyring.newest());
+                warn!(store = %id, accepts, newest, "a rotation of the service key is unfinished: `rotate_service_key` continues it");
+            }
+        }
         // From here on nothing is refused any more.
         if let Some(held) = &mut held {
             held.note_process();
@@ -529,6 +554,11 @@ fn check_writing(features: &Features, path: &Path) -> Result<()> {
 
 /// Authenticates the `STORE` file.
 pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    load_identity(disk, dir, keyring).map(drop)
+}
+
+/// Reads the `STORE` file, which must be that of the keyring's store.
+fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Document> {
     let path = identity_path(dir);
     let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
     let document = document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version))?;
@@ -538,9 +568,15 @@ pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) ->
         return Err(Error::Tampered { at: Location::new(&path, 24), what: "the identity of another store" });
     }
     match document.generation {
-        1 => Ok(()),
+        1 => Ok(document),
         _ => Err(Error::corrupt(Location::new(&path, 56), "the generation of the identity of a store is not 1")),
     }
+}
+
+/// Authenticates the `STORE` file under the newest version of the service key, as it is otherwise.
+pub(super) fn rewrite_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    let document = load_identity(disk, dir, keyring)?;
+    put_identity(disk, dir, keyring, Document { features: Features::default(), ..document })
 }
 
 pub(super) fn write_identity(
@@ -550,7 +586,6 @@ pub(super) fn write_identity(
     keyring: &Keyring,
     now_us: u64,
 ) -> Result<()> {
-    let path = identity_path(dir);
     let body = StoreBody { created_us: now_us, keyring: keyring.id() };
     let document = Document {
         kind: DocumentKind::Store,
@@ -563,6 +598,12 @@ pub(super) fn write_identity(
         b: Vec::new(),
         tag_b: None,
     };
+    put_identity(disk, dir, keyring, document)
+}
+
+fn put_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring, document: Document) -> Result<()> {
+    let path = identity_path(dir);
+    let document = Document { keyring_version: keyring.newest(), ..document };
     let bytes = document.seal(&keyring.document_key(keyring.newest())?);
     io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
 }
