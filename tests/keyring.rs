@@ -167,9 +167,8 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     // Marks are added, and the segment that was being written without an envelope is ended.
     let after = data();
     assert!(before.iter().zip(&after).all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1)));
-    let ended: Vec<_> =
-        after.iter().filter(|(_, bytes)| bytes.ends_with(b"SEAL")).map(|(path, _)| path.clone()).collect();
-    assert_eq!(ended, segments(&world.logstore_dir(&plain), 0));
+    let open = segments(&world.logstore_dir(&plain), 0);
+    assert!(after.iter().filter(|(path, _)| open.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
     // What is new is under the new version: envelopes, and the blocks of a Logstore that has none.
     store.rotate_data_key(service.name()).unwrap();
     assert_eq!(versions(&service), [Some(2); 3]);

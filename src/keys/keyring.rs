@@ -391,7 +391,7 @@ impl Keyring {
     /// [`Error::RetiredKeyVersion`], about `what` in `path`.
     pub(crate) fn check_accepted(&self, version: u32, path: &Path, what: &'static str) -> Result<()> {
         let accepts = self.accepts();
-        match version < accepts {
+        match (1..accepts).contains(&version) {
             true => Err(Error::RetiredKeyVersion { path: path.to_owned(), what, version, accepts }),
             false => Ok(()),
         }
