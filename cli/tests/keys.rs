@@ -87,8 +87,8 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     let sentence = world.refused(5, &backup);
     assert!(sentence.contains("retired"), "{sentence}");
     assert_eq!(world.ok(&[&backup[..], &["--accept-retired"]].concat()), b"one\n");
-    let append = ["append", "p/a", "--accept-retired"];
-    assert!(world.refused(2, &append).contains("read-only"));
+    let writing = ["append", "p/a", "--accept-retired"];
+    assert!(world.refused(2, &writing).contains("read-only"));
     assert_eq!(world.read("p/a"), b"one\n");
     append(&world, "p/a", "two\n");
     let sentence = world.refused(7, &["read", "p/a", "--keyring", "old"]);
