@@ -56,6 +56,19 @@ impl DocumentKind {
             Self::Creation => 7,
         }
     }
+
+    /// What it is called in an error.
+    fn what(self) -> &'static str {
+        match self {
+            Self::Store => "the identity of the store",
+            Self::Catalogue => "the catalogue",
+            Self::Logstore => "the metadata of a Logstore",
+            Self::Probe => "the probe of a master key",
+            Self::Keyring => "the service keyring",
+            Self::Checkpoint => "the checkpoint",
+            Self::Creation => "the record of a creation",
+        }
+    }
 }
 
 /// A tag does not hold: another key made it, or the document was altered on purpose.
@@ -155,8 +168,8 @@ impl Document {
 /// that it claims, and authenticates it.
 ///
 /// # Errors
-/// [`Error::Truncated`], [`Error::Corrupt`], [`Error::NewerFormat`], [`Error::UnsupportedFeature`], [`Error::Tampered`], and what `key`
-/// says.
+/// [`Error::Truncated`], [`Error::Corrupt`], [`Error::NewerFormat`], [`Error::UnsupportedFeature`], [`Error::RetiredKeyVersion`],
+/// [`Error::Tampered`], and what else `key` says.
 pub(crate) fn open(
     bytes: &[u8],
     kind: DocumentKind,
@@ -164,7 +177,7 @@ pub(crate) fn open(
     key: impl FnOnce(u32) -> Result<SecretKey, Error>,
 ) -> Result<Document, Error> {
     let parsed = UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?;
-    let key = key(parsed.unverified().keyring_version)?;
+    let key = key(parsed.unverified().keyring_version).map_err(|error| error.retired_in(path, kind.what()))?;
     let tampered = || Error::Tampered { at: Location::new(path, 0), what: "a document" };
     let document = parsed.verify(&key).map_err(|_| tampered())?;
     let has_no_subject = matches!(kind, DocumentKind::Store | DocumentKind::Catalogue | DocumentKind::Checkpoint);

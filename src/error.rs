@@ -205,6 +205,22 @@ pub enum Error {
         /// What is older than it should be.
         what: String,
     },
+    /// A version of the service key that a rotation has retired has authenticated it: it is from before the rotation, or a holder of the
+    /// old key has made it.
+    #[error(
+        "{}: {what} is authenticated by version {version} of the service key, which a rotation has retired: the keyring accepts versions from \
+         {accepts} on", path.display()
+    )]
+    RetiredKeyVersion {
+        /// The file, or what stands for one.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+        /// The version.
+        version: u32,
+        /// The oldest version that is accepted.
+        accepts: u32,
+    },
     /// A name in the store, or the keyring's, stands for something else than it should: a symlink, a named pipe, a socket, a device,
     /// a directory in place of a file, or a file in place of a directory. It was neither followed nor changed.
     #[error("{} is a {found}, where envelog keeps a {expected}; put the original back, or remove the {found}", path.display())]
@@ -500,6 +516,7 @@ impl Error {
             | Error::Corrupt { .. }
             | Error::Truncated { .. }
             | Error::RolledBack { .. }
+            | Error::RetiredKeyVersion { .. }
             | Error::WrongFileType { .. } => ErrorKind::Integrity,
             Error::Config(_) | Error::UnexpectedCmk { .. } => ErrorKind::Configuration,
             Error::Locked { .. }
@@ -546,6 +563,7 @@ impl Error {
             Error::Corrupt { .. } => "corrupt",
             Error::Truncated { .. } => "truncated",
             Error::RolledBack { .. } => "rolled_back",
+            Error::RetiredKeyVersion { .. } => "retired_key_version",
             Error::WrongFileType { .. } => "wrong_file_type",
             Error::Config(config) => config.code(),
             Error::Locked { .. } => "locked",
@@ -607,6 +625,16 @@ impl Error {
                 Error::corrupt(Location::new(path, 0), "it is larger than any file that envelog writes there")
             }
             None => Error::Io { op, path, source: Arc::new(source) },
+        }
+    }
+
+    /// The same about `what` in `path`, where it is about a retired version of the service key.
+    pub(crate) fn retired_in(self, path: &Path, what: &'static str) -> Error {
+        match self {
+            Error::RetiredKeyVersion { version, accepts, .. } => {
+                Error::RetiredKeyVersion { path: path.to_owned(), what, version, accepts }
+            }
+            other => other,
         }
     }
 

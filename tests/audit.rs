@@ -135,9 +135,9 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         (DeleteIntended, &p),
         (Deleted, &p),
         (ServiceRotateIntended, &None),
-        (ServiceRotated, &None),
         (RotateIntended, &s),
         (Rewrapped, &s),
+        (ServiceRotated, &None),
     ];
     let expected: Vec<_> = expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
     assert_eq!(happened, expected);

@@ -474,6 +474,8 @@ fn a_sealed_keyring_is_as_the_document_says() {
     let open: Value = serde_json::from_slice(&plain).unwrap();
     let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
     assert_eq!(versions, [Some(1), Some(2)]);
+    // The rotation is finished: its end is the third step of the keyring.
+    assert_eq!((open["accepts"].as_u64(), &frame.bytes[56..64]), (Some(2), &3_u64.to_le_bytes()[..]));
     let root = unhex(open["versions"][1]["root"].as_str().unwrap());
     let mut signed = Frame { bytes: frame.bytes.clone() };
     signed.sign(&SecretKey::from_bytes(&mut root.try_into().unwrap()));

@@ -120,7 +120,10 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
     let expected = [(Published::Renamed, world.keyring()), (Published::Synced, parent)];
     assert_eq!(published[..2], expected, "{published:?}");
     assert!(published[2..].iter().any(|(how, path)| *how == Published::Renamed && path.ends_with("meta")));
-    assert!(published[2..].iter().all(|(_, path)| *path != world.keyring()));
+    // And last, when everything is under it, the older ones are retired.
+    let renamed = published.iter().filter(|(how, _)| *how == Published::Renamed);
+    assert_eq!(renamed.clone().filter(|(_, path)| *path == world.keyring()).count(), 2);
+    assert_eq!(renamed.last().unwrap().1, world.keyring());
 }
 
 #[test]
@@ -168,7 +171,11 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     assert_eq!(versions(&service), [Some(2), Some(2)]);
     // A customer's envelopes are none of the service key's business.
     assert_eq!(envelopes(&world, &byok), byok_before);
-    assert_eq!(data(), before);
+    // Marks are added, and the segment that was being written without an envelope is ended.
+    let after = data();
+    assert!(before.iter().zip(&after).all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1)));
+    let open = segments(&world.logstore_dir(&plain), 0);
+    assert!(after.iter().filter(|(path, _)| open.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
     // What is new is under the new version: envelopes, and the blocks of a Logstore that has none.
     store.rotate_data_key(service.name()).unwrap();
     assert_eq!(versions(&service), [Some(2); 3]);
@@ -212,11 +219,11 @@ fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
     for logstore in [&a, &c] {
         assert_eq!(envelopes(&world, logstore)[0].1, Some(2), "{}", logstore.name());
     }
-    // Once it is put right it is re-wrapped on its own.
+    // Once it is put right the rotation is continued.
     fs::write(&broken, &good).unwrap();
     assert_eq!(texts(&store.logstore(b.name()).unwrap()), ["one"]);
     assert_eq!(envelopes(&world, &b)[0].1, Some(1));
-    store.rewrap(b.name()).unwrap();
+    assert_eq!(store.rotate_service_key().unwrap(), 2);
     assert_eq!(envelopes(&world, &b)[0].1, Some(2));
 }
 

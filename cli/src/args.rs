@@ -50,9 +50,12 @@ pub(crate) struct Global {
     /// A directory on another volume that keeps how far the store is; once a store has had one, it is not written without it
     #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) anchor: Option<PathBuf>,
-    /// Write a store that has an anchor without it; the audit log records that
-    #[arg(long, global = true, conflicts_with = "anchor")]
+    /// Write a store that has an anchor without comparing it with that; with --anchor, the anchor begins again with the store as it is
+    #[arg(long, global = true)]
     pub(crate) without_anchor: bool,
+    /// Read a backup from before a rotation of the service key that is known to be good: accept what a retired version authenticates
+    #[arg(long, global = true)]
+    pub(crate) accept_retired: bool,
     /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
     #[arg(long, global = true)]
     pub(crate) group_read: bool,

@@ -29,6 +29,8 @@ pub(crate) struct Setup {
     pub(crate) options: StoreOptions,
     anchor: Option<PathBuf>,
     without_anchor: bool,
+    /// Whether retired versions of the service key are accepted.
+    pub(crate) accept_retired: bool,
     pub(crate) json: bool,
 }
 
@@ -42,6 +44,7 @@ impl Setup {
             allow_network_fs,
             anchor,
             without_anchor,
+            accept_retired,
             kms_dir,
             kms,
             json,
@@ -66,11 +69,12 @@ impl Setup {
         options.group_read = group_read;
         options.allow_network_fs = allow_network_fs;
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
-        Ok(Self { store, keyring, kms_dir, kms, options, anchor, without_anchor, json })
+        Ok(Self { store, keyring, kms_dir, kms, options, anchor, without_anchor, accept_retired, json })
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
         let builder = builder(&self.store, &self.keyring).options(self.options);
+        let builder = builder.accept_retired_versions(self.accept_retired);
         let builder = self.kms.iter().fold(builder, |builder, kms| builder.kms(Arc::clone(kms)));
         let builder = match &self.anchor {
             Some(dir) => builder.anchor(Arc::new(DirAnchor::new(dir))),

@@ -75,7 +75,20 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert_eq!(fs::read(world.path("old")).unwrap(), fs::read(world.path("envelog-data.keyring")).unwrap());
     assert_eq!(world.ok(&["read", "p/a", "--keyring", "old"]), b"one\n", "the copy serves");
 
-    assert_eq!(world.json(&["keys", "rotate-service", "--json"]), json!({ "service_key_version": 2 }));
+    fs::create_dir(world.path("backup")).unwrap();
+    let mut copy = std::process::Command::new("cp");
+    copy.arg("-r").args(["envelog-data", "backup"].map(|name| world.path(name)));
+    assert!(copy.status().unwrap().success());
+    let done = world.json(&["keys", "rotate-service", "--json"]);
+    assert_eq!((&done["service_key_version"], &done["continued"]), (&json!(2), &json!(false)));
+    assert_eq!((&done["logstores"], &done["envelopes"], &done["left_open"]), (&json!(1), &json!(1), &json!([])));
+    // A copy of the store from before is read on request alone.
+    let backup = ["read", "p/a", "--store", "backup/envelog-data", "--keyring", "envelog-data.keyring"];
+    let sentence = world.refused(5, &backup);
+    assert!(sentence.contains("retired"), "{sentence}");
+    assert_eq!(world.ok(&[&backup[..], &["--accept-retired"]].concat()), b"one\n");
+    let writing = ["append", "p/a", "--accept-retired"];
+    assert!(world.refused(2, &writing).contains("read-only"));
     assert_eq!(world.read("p/a"), b"one\n");
     append(&world, "p/a", "two\n");
     let sentence = world.refused(7, &["read", "p/a", "--keyring", "old"]);

@@ -3,6 +3,9 @@
 //! A record is a line: the JSON of it, a tab, its tag in hex, a tab, the CRC-32 of what precedes the last tab in hex, a newline. The
 //! tag is HMAC-SHA-256 under a key from the service keyring over the tag before it and the JSON; so a record cannot be altered,
 //! dropped from the middle or moved. The catalogue remembers how far the log was when it was last written.
+//!
+//! The version of the service key never decreases from one record to the next, and that of the last one is accepted by the keyring:
+//! records under a retired version count in front of such a one alone. So the old key appends nothing to the log.
 
 mod files;
 mod line;
@@ -64,7 +67,7 @@ pub enum AuditEvent {
     RewrapEnded,
     /// A new service-key version is about to be made.
     ServiceRotateIntended,
-    /// A new service-key version is in use.
+    /// Everything that is authenticated by itself is under the new service-key version. The older ones are retired next.
     ServiceRotated,
     /// The master key is about to be replaced.
     ReplaceIntended,
@@ -191,7 +194,7 @@ impl AuditLog {
         for part in parts.iter().rev().filter(|part| part.first.record.number <= known.number) {
             if self.front(part.number)?.lines.iter().any(|line| line.head() == *known) {
                 let mut lines = self.lines(part.number)?;
-                self.distrust(&mut lines, known);
+                self.distrust(&mut lines, known, 0);
                 end = Some((part.number, lines));
                 break;
             }
@@ -203,7 +206,8 @@ impl AuditLog {
             while let Some(next) = rest.iter().position(|part| self.goes_on(&part.first, &head)) {
                 let part = rest.remove(next);
                 let mut lines = self.lines(part.number)?;
-                self.distrust(&mut lines, &head);
+                let before = end.as_ref().and_then(|(_, lines)| lines.lines.last());
+                self.distrust(&mut lines, &head, before.map_or(0, |line| line.record.keyring_version));
                 head = lines.head().unwrap_or(head);
                 end = Some((part.number, lines));
             }
@@ -256,24 +260,31 @@ impl AuditLog {
     /// Whether the records of a file are of this log, as far as they can show it without the record before them. One record alone
     /// shows nothing: anyone can write it, and records that follow it could be verified never again.
     fn is_ours(&self, lines: &Lines) -> bool {
-        matches!(&lines.lines[..], [.., before, last] if self.is_tagged(last, &before.tag))
+        let accepted = |line: &Line| line.record.keyring_version >= read(&self.keyring).accepts();
+        matches!(&lines.lines[..], [.., before, last] if accepted(last) && self.is_tagged(last, &before.tag))
     }
 
-    /// Takes the records behind `head` for damage from the first one on whose tag does not hold. Anyone can write such a record, and
-    /// those that follow it could be verified never again.
-    fn distrust(&self, lines: &mut Lines, head: &AuditHead) {
+    /// Takes the records behind `head` for damage from the first one on whose tag does not hold, or whose version of the service key is
+    /// retired or below that of the record before it. Others can write such a record, and those that follow it could be verified never
+    /// again. A rotation retires a version only when the catalogue knows of a record under a newer one. `version` is that of the record
+    /// before these, where that is in another file.
+    fn distrust(&self, lines: &mut Lines, head: &AuditHead, version: u32) {
         // Records up to `head` are vouched for by its tag.
         let (mut previous, begin) = match lines.lines.iter().position(|line| line.head() == *head) {
             Some(at) => (head.tag.as_str(), at + 1),
             None => (head.tag.as_str(), 0),
         };
+        let before = begin.checked_sub(1).and_then(|index| lines.lines.get(index));
+        let version = before.map_or(version, |line| line.record.keyring_version);
+        let mut version = version.max(read(&self.keyring).accepts());
         let mut forged = None;
         for (index, line) in lines.lines.iter().enumerate().skip(begin) {
-            if !self.is_tagged(line, previous) {
+            if !self.is_tagged(line, previous) || line.record.keyring_version < version {
                 forged = Some(index);
                 break;
             }
             previous = &line.tag;
+            version = line.record.keyring_version;
         }
         if let Some(forged) = forged {
             let behind = lines.lines.split_off(forged);
@@ -476,11 +487,12 @@ impl AuditLog {
     }
 
     fn append(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: String) -> Result<u64> {
+        let mut tail = lock(&self.tail);
+        // Asked for behind the lock, so that no record under an older version follows one under a newer.
         let (keyring_version, key) = {
             let keyring = read(&self.keyring);
             (keyring.newest(), keyring.audit_key(keyring.newest())?)
         };
-        let mut tail = lock(&self.tail);
         let record = AuditRecord {
             number: tail.head.number.saturating_add(1),
             time_us: self.clock.wall_us(),
@@ -687,6 +699,7 @@ impl AuditLog {
         let scan = self.scan()?;
         let mut count = 0;
         let mut previous = String::new();
+        let mut version = 0;
         let mut seen = vec![false; heads.len()];
         let mut last_file = 0;
         // What follows the last record of the file before: no fault if the next file goes on behind that record.
@@ -716,9 +729,11 @@ impl AuditLog {
             };
             for line in lines.lines {
                 let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
-                if !tag_holds(&key, &line, &previous) || line.record.number != count + 1 {
+                let follows = line.record.number == count + 1 && line.record.keyring_version >= version;
+                if !tag_holds(&key, &line, &previous) || !follows {
                     return Err(tampered(line.offset));
                 }
+                version = line.record.keyring_version;
                 for (seen, head) in seen.iter_mut().zip(heads) {
                     *seen |= head.number == line.record.number && head.tag == line.tag;
                 }
@@ -749,7 +764,14 @@ impl AuditLog {
                 return Err(lines.damage(&self.path(other.number)));
             }
         }
-        Ok(())
+        match count {
+            0 => Ok(()),
+            _ => read(&self.keyring).check_accepted(
+                version,
+                &self.path(last_file),
+                "the last record of the key audit log",
+            ),
+        }
     }
 
     /// What is wrong where `part` begins later than with the record after number `count`, which was the last one of file `last`.

@@ -2,6 +2,9 @@
 //!
 //! It is made together with the store and never again by accident. It holds versions, each a random 256-bit root from which the
 //! keys for authenticating metadata, for wrapping data keys and for the integrity of what is not encrypted are derived.
+//!
+//! A rotation adds a version. When everything that the store authenticates by itself is under it, the rotation retires the older
+//! ones: they stay, since older envelopes and segments need them, and authenticate no document any more.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -31,6 +34,7 @@ const VERSIONS_MAX: usize = 10_000;
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Body {
+    accepts: u32,
     /// Left out while there is none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     anchored: bool,
@@ -68,6 +72,10 @@ pub(crate) struct Keyring {
     features: Features,
     /// Whether the store has an anchor: it is not opened for writing without it.
     anchored: bool,
+    /// The oldest version that still authenticates documents; below the newest one only while a rotation is unfinished.
+    accepts: u32,
+    /// Whether retired versions authenticate documents all the same: for a backup that is known to be good.
+    accepts_retired: bool,
     versions: BTreeMap<u32, Version>,
     /// The master key that the file is under; `None` for a file that holds the roots themselves.
     cmk: Option<Cmk>,
@@ -76,7 +84,11 @@ pub(crate) struct Keyring {
 
 impl std::fmt::Debug for Keyring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keyring").field("id", &self.id).field("newest", &self.newest()).finish_non_exhaustive()
+        f.debug_struct("Keyring")
+            .field("id", &self.id)
+            .field("newest", &self.newest())
+            .field("accepts", &self.accepts)
+            .finish_non_exhaustive()
     }
 }
 
@@ -120,6 +132,8 @@ impl Keyring {
             file,
             features: Features::default(),
             anchored: false,
+            accepts: 1,
+            accepts_retired: false,
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
             cmk,
             custody,
@@ -166,11 +180,23 @@ impl Keyring {
                 secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
-        let anchored = body.anchored;
-        let keyring =
-            Self { file: Arc::clone(&file), store, id, features, anchored, versions, cmk, custody: custody.clone() };
+        let keyring = Self {
+            file: Arc::clone(&file),
+            store,
+            id,
+            features,
+            anchored: body.anchored,
+            accepts: body.accepts,
+            accepts_retired: false,
+            versions,
+            cmk,
+            custody: custody.clone(),
+        };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
+        }
+        if !(1..=newest).contains(&keyring.accepts) {
+            return Err(bad("the oldest accepted version of the service keyring is none of its versions"));
         }
         keyring.check(&parsed, newest)?;
         Ok(keyring)
@@ -178,13 +204,19 @@ impl Keyring {
 
     /// Reads it anew from its file, which another process may have written meanwhile.
     pub(crate) fn reload(&self) -> Result<Self> {
-        Self::load(Arc::clone(&self.file), self.store, self.id, &self.custody)
+        let loaded = Self::load(Arc::clone(&self.file), self.store, self.id, &self.custody)?;
+        Ok(Self { accepts_retired: self.accepts_retired, ..loaded })
     }
 
-    /// Whether its file has another newest version than this copy: another process has rotated it.
+    /// Whether its file has a higher generation than this copy: another process has begun or finished a rotation.
     pub(crate) fn is_outdated(&self) -> Result<bool> {
         let bytes = self.file.read()?;
-        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().keyring_version != self.newest())
+        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation > self.generation())
+    }
+
+    /// Counts the steps of rotations, each of which adds a version and then retires the older ones, and the first anchor.
+    fn generation(&self) -> u64 {
+        u64::from(self.newest()) + u64::from(self.accepts) - 1 + u64::from(self.anchored)
     }
 
     /// Verifies the file. Asks no KMS: what is sealed in it is authenticated by the roots in memory.
@@ -199,14 +231,15 @@ impl Keyring {
 
     fn check(&self, parsed: &Wiped<'_>, version: u32) -> Result<()> {
         let tampered = |_| Error::Tampered { at: Location::new(self.path(), 0), what: "the service keyring" };
-        parsed.0.check(&self.document_key(version)?).map_err(tampered)?;
+        let key = self.document_key(version).map_err(|error| error.retired_in(self.path(), "the service keyring"))?;
+        parsed.0.check(&key).map_err(tampered)?;
         let document = parsed.0.unverified();
         document.check_frame(self.path())?;
-        match document.generation == u64::from(version) {
+        match document.generation == self.generation() {
             true => Ok(()),
             false => Err(Error::corrupt(
                 Location::new(self.path(), 56),
-                "the generation of the keyring is not its newest version",
+                "the generation of the keyring does not go with its versions",
             )),
         }
     }
@@ -215,6 +248,7 @@ impl Keyring {
     fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
         let body = Body {
             anchored: self.anchored,
+            accepts: self.accepts,
             versions: self
                 .versions
                 .iter()
@@ -238,7 +272,7 @@ impl Keyring {
             features: Features::default(),
             store: self.store,
             subject: *self.id.as_bytes(),
-            generation: u64::from(self.newest()),
+            generation: self.generation(),
             keyring_version: self.newest(),
             a,
             b: Vec::new(),
@@ -270,6 +304,8 @@ impl Keyring {
             id: self.id,
             features: self.features,
             anchored: self.anchored,
+            accepts: self.accepts,
+            accepts_retired: self.accepts_retired,
             versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
             cmk: self.cmk.clone(),
             custody: self.custody.clone(),
@@ -301,13 +337,28 @@ impl Keyring {
         self.versions.keys().next_back().copied().unwrap_or(0)
     }
 
+    /// The oldest version that authenticates documents.
+    pub(crate) fn accepts(&self) -> u32 {
+        if self.accepts_retired { 1 } else { self.accepts }
+    }
+
+    /// Whether a rotation has added the newest version and has not retired the older ones yet.
+    pub(crate) fn is_rotating(&self) -> bool {
+        self.accepts < self.newest()
+    }
+
+    /// Lets retired versions authenticate documents all the same, in this copy.
+    pub(crate) fn accept_retired(&mut self) {
+        self.accepts_retired = true;
+    }
+
     /// All versions, and when each was made, in microseconds since the Unix epoch.
     pub(crate) fn versions(&self) -> impl Iterator<Item = (u32, u64)> {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// The keyring with one version more; it is durable when this returns.
-    pub(crate) fn rotate(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
+    /// The keyring with one version more, which authenticates beside the older ones; it is durable when this returns.
+    pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
@@ -332,6 +383,13 @@ impl Keyring {
         Ok(anchored)
     }
 
+    /// The keyring whose newest version alone authenticates documents; it is durable when this returns.
+    pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<Self> {
+        let retired = Self { accepts: self.newest(), ..self.duplicate() };
+        retired.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
+        Ok(retired)
+    }
+
     fn root(&self, version: u32) -> Result<&SecretKey> {
         self.versions.get(&version).map(|v| &v.root).ok_or_else(|| Error::KeyringTooOld {
             path: self.path().to_owned(),
@@ -340,12 +398,29 @@ impl Keyring {
         })
     }
 
-    /// The key that authenticates metadata under `version`.
+    /// The key that authenticates documents under `version`.
+    ///
+    /// # Errors
+    /// [`Error::RetiredKeyVersion`], [`Error::KeyringTooOld`].
     pub(crate) fn document_key(&self, version: u32) -> Result<SecretKey> {
+        self.check_accepted(version, self.path(), "a document")?;
         Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 document"]))
     }
 
-    /// The key that tags audit records under `version`.
+    /// Refuses what is authenticated under a retired version.
+    ///
+    /// # Errors
+    /// [`Error::RetiredKeyVersion`], about `what` in `path`.
+    pub(crate) fn check_accepted(&self, version: u32, path: &Path, what: &'static str) -> Result<()> {
+        let accepts = self.accepts();
+        match (1..accepts).contains(&version) {
+            true => Err(Error::RetiredKeyVersion { path: path.to_owned(), what, version, accepts }),
+            false => Ok(()),
+        }
+    }
+
+    /// The key that tags audit records under `version`. A record under a retired version shows nothing by itself: it counts in front
+    /// of one under an accepted version.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
         Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 audit"]))
     }
@@ -432,12 +507,42 @@ mod tests {
             Keyring::prepare(&OsRandom, Arc::clone(&keyring.file), store, 1, keyring.custody.clone(), None).unwrap();
         assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
-        assert_eq!(keyring.rotate(&OsRandom, 2).unwrap().newest(), 2);
+        assert_eq!(keyring.add_version(&OsRandom, 2).unwrap().newest(), 2);
         let loaded = keyring.reload().unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
         assert_ne!(*loaded.document_key(2).unwrap().expose(), first);
         assert!(matches!(loaded.document_key(3), Err(Error::KeyringTooOld { needed: 3, newest: 2, .. })));
+    }
+
+    #[test]
+    fn a_retired_version_authenticates_no_document_and_keeps_its_other_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        assert!(!keyring.is_rotating());
+        let rotating = keyring.add_version(&OsRandom, 2).unwrap();
+        assert!(rotating.is_rotating() && keyring.is_outdated().unwrap() && !rotating.is_outdated().unwrap());
+        for keyring in [&rotating, &rotating.reload().unwrap()] {
+            assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (1, 2, 2));
+            assert!((1..=2).all(|version| keyring.document_key(version).is_ok()));
+        }
+        let retired = rotating.retire_older(&OsRandom).unwrap();
+        assert!(rotating.is_outdated().unwrap() && !retired.is_outdated().unwrap());
+        let mut tolerant = retired.reload().unwrap();
+        for keyring in [&retired, &tolerant] {
+            assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (2, 2, 3));
+            let refused = keyring.document_key(1).map(|_| ());
+            assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
+            keyring.document_key(2).unwrap();
+            keyring.audit_key(1).unwrap();
+            keyring.integrity_key(1, LogstoreId::from_bytes([1; 16])).unwrap();
+        }
+        tolerant.accept_retired();
+        for keyring in [&tolerant, &tolerant.reload().unwrap()] {
+            keyring.document_key(1).unwrap();
+            assert!(!keyring.is_rotating());
+        }
+        retired.verify_file().unwrap();
     }
 
     #[test]
@@ -484,8 +589,8 @@ mod tests {
             let root = keyring.root(1).unwrap().duplicate();
             keyring.versions.insert(version, Version { created_us: 1, root });
         }
-        let largest = keyring.rotate(&OsRandom, 2).unwrap();
-        assert!(matches!(largest.rotate(&OsRandom, 3), Err(Error::TooMany { .. })));
+        let largest = keyring.add_version(&OsRandom, 2).unwrap();
+        assert!(matches!(largest.add_version(&OsRandom, 3), Err(Error::TooMany { .. })));
         let loaded = largest.reload().unwrap();
         assert_eq!(loaded.versions().count(), VERSIONS_MAX);
         assert_eq!(loaded.versions().last(), Some((VERSIONS_MAX as u32, 2)));

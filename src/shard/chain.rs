@@ -37,7 +37,9 @@ impl Shard {
         let known = {
             let chain = lock(&self.chain.0);
             let mut known = chain.range(ordinal..=head.ordinal);
-            known.find(|(at, proved)| **at < head.ordinal || proved.end.digest == head.digest).map(|(_, one)| one.clone())
+            known
+                .find(|(at, proved)| **at < head.ordinal || proved.end.digest == head.digest)
+                .map(|(_, one)| one.clone())
         };
         let mut next = match known {
             Some(proved) if proved.end.ordinal == ordinal => return Ok(Some(proved)),

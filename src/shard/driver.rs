@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    segment::KeySource,
     sync::{MutexGuard, atomic::Ordering, lock, wait},
 };
 
@@ -620,6 +621,37 @@ impl Shard {
         };
         drop(self.end_driving());
         rolled
+    }
+
+    /// Ends the last segment, where it is under a version of the service keyring below `newest` and nothing has ended it yet: no block
+    /// can be added to it from then on. One that another process left is recovered first, and the shard goes on in a new segment.
+    /// Returns whether there was such a segment.
+    pub(crate) fn end_under_older_key(&self, newest: u32) -> Result<bool> {
+        let is_older = |source| matches!(source, KeySource::Keyring(version) if version < newest);
+        self.start_driving();
+        let sealed = {
+            let mut writer = lock(&self.writer);
+            let active = writer.active.as_ref().map(|active| active.header.header.key_source);
+            match active {
+                // What is queued goes into the next segment. An access that was lost took no key of a segment that is being written.
+                Some(source) if is_older(source) => self
+                    .seal(&mut writer, KeyUse::Admitted)
+                    .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) })
+                    .map(|()| Some(true)),
+                Some(_) => Ok(Some(false)),
+                None => Ok(None),
+            }
+        };
+        drop(self.end_driving());
+        if let Some(sealed) = sealed? {
+            return Ok(sealed);
+        }
+        let Some(last) = self.settled_segments()?.last().cloned() else { return Ok(false) };
+        let left_open = is_older(self.key_source(&last)?) && matches!(self.open_segment(&last)?.end, End::Unknown);
+        if left_open {
+            self.prepare()?;
+        }
+        Ok(left_open)
     }
 
     pub(super) fn roll_if_old(&self) {

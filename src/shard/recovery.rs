@@ -429,7 +429,9 @@ impl Shard {
             let what = format!("a block below the durable mark ({mark}) is damaged");
             return Err(Error::corrupt(opened.at(at).block(report.blocks), what));
         }
-        let Some(head) = self.record().head.filter(|head| head.ordinal == opened.name.ordinal) else {
+        let noted = self.record().head.filter(|head| head.ordinal == opened.name.ordinal);
+        // A reader may have opened it before the writer sealed it. The head of a sealed segment does not say where its blocks end.
+        let Some(head) = noted.filter(|head| !(head.sealed && matches!(opened.end, End::Unknown))) else {
             return Ok(report.mark);
         };
         if report.end < head.bytes {

@@ -18,6 +18,8 @@ use crate::{
     keys::{
         AuditEvent,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, PROBE_SHARED, Since, fingerprint},
+        gate::GateKeys,
+        lease::Lease,
     },
     kms::{BoundedKms, Cmk},
     logstore::{Logstore, LogstoreShared, Meta, shard_dir},
@@ -256,46 +258,52 @@ impl StoreShared {
         mut meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
-        let (before, generation) = (logstore.keys_section(), meta.generation + 1);
-        meta.generation = generation;
         // With the first envelope no segment may be begun between the ordinals that it names and the keys that they go with.
         let mut paused = Vec::new();
-        if let (None, Some(section)) = (&before, &mut meta.keys) {
+        let generation = meta.generation + 1;
+        if let (None, Some(section)) = (logstore.keys_section(), &mut meta.keys) {
+            if let Some(error) = &admin.latched {
+                return Err(error.clone());
+            }
             for shard in &logstore.shards {
                 paused.push(shard.pause()?);
             }
             let ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
             section.since = Since { generation, ordinals };
         }
-        // What can fail without having changed anything is done first.
-        let gate_keys = match before.as_deref() == meta.keys.as_ref() {
-            false => Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?),
-            true => None,
-        };
-        self.write_meta(admin, logstore, &mut meta, data_key).inspect_err(|error| {
+        let saved = self.save_meta(admin, logstore, meta, data_key).and_then(|saved| {
+            self.commit(admin, vec![saved.change()])?;
+            Ok(saved)
+        });
+        let saved = saved.inspect_err(|error| {
             if !paused.is_empty() {
                 // On disk there is an envelope or there is none. A segment would have to be under other keys in either case.
                 logstore.gate.halt(error);
             }
         })?;
-        let lease = gate_keys.and_then(|keys| super::use_keys(logstore, keys));
-        logstore.set_meta(meta, read(&self.keyring).newest());
+        let lease = saved.take_effect(read(&self.keyring).newest());
         drop(paused);
         super::hear_of_loss(logstore, lease);
         Ok(())
     }
 
-    /// Writes changed metadata: its file, then the catalogue.
-    fn write_meta(
+    /// Writes changed metadata into its file, as the first part of [`StoreShared::replace_meta`].
+    pub(super) fn save_meta(
         &self,
         admin: &mut AdminState,
-        logstore: &LogstoreShared,
-        meta: &mut Meta,
+        logstore: &Arc<LogstoreShared>,
+        mut meta: Meta,
         data_key: Option<&SecretKey>,
-    ) -> Result<()> {
+    ) -> Result<SavedMeta> {
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
+        meta.generation += 1;
+        // What can fail without having changed anything is done first.
+        let gate_keys = match logstore.keys_section().as_deref() == meta.keys.as_ref() {
+            false => Some(self.gate_keys(meta.keys.as_ref(), logstore.id)?),
+            true => None,
+        };
         let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
         let saved = meta.save(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), byok);
         if let Err(error) = saved {
@@ -303,8 +311,7 @@ impl StoreShared {
             admin.latched = Some(error.clone());
             return Err(error);
         }
-        let (name, id, generation) = (logstore.name.clone(), logstore.id, meta.generation);
-        self.commit(admin, vec![Change::Replaced { name, id, generation }])
+        Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
     }
 
     fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {
@@ -386,6 +393,30 @@ impl StoreShared {
             unlisted.push((dir, may_have_segments));
         }
         Ok(unlisted)
+    }
+}
+
+/// Metadata that is in its file, and neither in the catalogue nor in memory yet.
+pub(super) struct SavedMeta {
+    logstore: Arc<LogstoreShared>,
+    meta: Meta,
+    /// The keys, where they have changed.
+    gate_keys: Option<GateKeys>,
+}
+
+impl SavedMeta {
+    /// What the catalogue is to note.
+    pub(super) fn change(&self) -> Change {
+        let (name, id) = (self.logstore.name.clone(), self.logstore.id);
+        Change::Replaced { name, id, generation: self.meta.generation }
+    }
+
+    /// Puts it in place in memory, once the catalogue knows of it. The caller has the Logstore hear of the loss of the lease, if there
+    /// is one.
+    pub(super) fn take_effect(self, keyring_version: u32) -> Option<Arc<Lease>> {
+        let lease = self.gate_keys.and_then(|keys| super::use_keys(&self.logstore, keys));
+        self.logstore.set_meta(self.meta, keyring_version);
+        lease
     }
 }
 

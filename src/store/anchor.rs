@@ -288,6 +288,33 @@ impl Feeder {
         }
     }
 
+    /// Waits, for a few seconds at most, until the anchor keeps all of it.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub(super) fn catch_up(&self) -> std::result::Result<(), String> {
+        let until = self.clock.uptime() + CLOSE_AFTER;
+        let mut state = lock(&self.state);
+        if state.thread.is_none() && !state.is_up_to_date() {
+            drop(state);
+            self.feed();
+            state = lock(&self.state);
+        }
+        state.retry_at = Duration::ZERO;
+        self.changed.notify_all();
+        while !state.is_up_to_date() && state.thread.is_some() {
+            let left = until.saturating_sub(self.clock.uptime());
+            if left.is_zero() {
+                break;
+            }
+            state = wait_timeout(&self.changed, state, left);
+        }
+        match state.is_up_to_date() {
+            true => Ok(()),
+            false => Err(state.error.clone().unwrap_or_else(|| "it does not answer".to_owned())),
+        }
+    }
+
     /// Feeds what is left, for a few seconds at most, and ends the thread. A thread that hangs in the anchor is left behind.
     pub(super) fn stop(&self) {
         let until = self.clock.uptime() + CLOSE_AFTER;
@@ -375,16 +402,15 @@ impl StoreShared {
     }
 
     /// Feeds the anchor for the first time since the store was opened, and from then on after each change of the catalogue.
+    /// `without_anchor` tells that the store was not compared with it.
     ///
     /// # Errors
     /// [`Error::Anchor`] when it cannot be fed; [`Error::Io`].
-    pub(super) fn begin_anchoring(&self) -> Result<()> {
-        let Some(feeder) = &self.anchor else {
-            if read(&self.keyring).is_anchored() {
-                self.audit.record(AuditEvent::OpenedWithoutAnchor, None, "")?;
-            }
-            return Ok(());
-        };
+    pub(super) fn begin_anchoring(&self, without_anchor: bool) -> Result<()> {
+        if without_anchor && read(&self.keyring).is_anchored() {
+            self.audit.record(AuditEvent::OpenedWithoutAnchor, None, "")?;
+        }
+        let Some(feeder) = &self.anchor else { return Ok(()) };
         self.catalogue.feed(Arc::clone(feeder));
         if let Some(why) = feeder.status().error {
             return Err(Error::Anchor { path: self.dir.clone(), why: format!("it cannot be written: {why}") });

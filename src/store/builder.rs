@@ -8,7 +8,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
@@ -182,6 +182,7 @@ pub struct StoreBuilder {
     service_cmk: Option<Cmk>,
     anchor: Option<Arc<dyn Anchor>>,
     without_anchor: bool,
+    accept_retired: bool,
     pub(super) disk: Arc<dyn Disk>,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) random: Arc<dyn Random>,
@@ -224,6 +225,7 @@ impl StoreBuilder {
             service_cmk: None,
             anchor: None,
             without_anchor: false,
+            accept_retired: false,
             disk: Arc::new(RealDisk),
             clock: Arc::new(SystemClock),
             random: Arc::new(OsRandom),
@@ -255,10 +257,18 @@ impl StoreBuilder {
         self
     }
 
-    /// Opens a store for writing that has an anchor, without it: an older store in its place is not found out. The audit log records
-    /// that.
+    /// Opens a store for writing that has an anchor, without comparing it with that: an older store in its place is not found out. The
+    /// audit log records that. If there is an anchor, it keeps the store as it is from then on.
     pub fn without_anchor(mut self) -> Self {
         self.without_anchor = true;
+        self
+    }
+
+    /// Accepts documents, audit records and checkpoints under versions of the service key that a rotation has retired: for restoring a
+    /// backup from before the rotation that is known to be good. Whoever holds a retired version can forge all of them. Counts for
+    /// [`StoreBuilder::open_read_only`]; a store is not opened for writing so.
+    pub fn accept_retired_versions(mut self, accept: bool) -> Self {
+        self.accept_retired = accept;
         self
     }
 
@@ -293,9 +303,14 @@ impl StoreBuilder {
     /// [`Error::ServiceKey`] when the service keyring is under a master key that cannot be used;
     /// [`Error::StoreMissing`], [`Error::NotAStore`], [`Error::NewerFormat`]; [`Error::UnsupportedFeature`], also when the store can
     /// be read but not written; [`Error::Locked`] when another process writes it; [`Error::NetworkFileSystem`];
-    /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; the integrity errors of the catalogue.
+    /// [`Error::KeyringMissing`], [`Error::KeyringForeign`], [`Error::KeyringTooOld`]; [`Error::RetiredKeyVersion`] for a store from before
+    /// a rotation of the service key; the integrity errors of the catalogue.
     pub fn open(self) -> Result<Store> {
         self.options.check()?;
+        if self.accept_retired {
+            let what = "a store that accepts retired versions of the service key is opened read-only alone";
+            return Err(Error::InvalidArgument(what.to_owned()));
+        }
         let outside = Arc::clone(&self.disk);
         let this = self.rooted()?;
         let identity = this.identity()?;
@@ -311,7 +326,7 @@ impl StoreBuilder {
             None => {
                 let held = StoreLock::take_or_create(&*this.disk, &this.dir)?;
                 if keyring.is_outdated()? {
-                    keyring = keyring.duplicate();
+                    keyring = keyring.reload()?;
                 }
                 verify_identity(&*this.disk, &this.dir, &keyring)?;
                 held
@@ -327,8 +342,9 @@ impl StoreBuilder {
         }
         keyring.file().remove_leftovers();
         creation::forget(&*this.disk, &this.dir);
+        let without_anchor = this.without_anchor;
         let store = this.assemble(identity.store, keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
-        store.shared.begin_anchoring()?;
+        store.shared.begin_anchoring(without_anchor)?;
         store.shared.clean_up()?;
         Ok(store)
     }
@@ -342,7 +358,10 @@ impl StoreBuilder {
         let outside = Arc::clone(&self.disk);
         let this = self.rooted()?;
         let identity = this.identity()?;
-        let keyring = this.load_keyring(&*outside, &identity)?;
+        let mut keyring = this.load_keyring(&*outside, &identity)?;
+        if this.accept_retired {
+            keyring.accept_retired();
+        }
         verify_identity(&*this.disk, &this.dir, &keyring)?;
         let found = load_newest(&*this.disk, &this.dir, identity.store, &keyring)?;
         let kept = match &this.anchor {
@@ -362,8 +381,11 @@ impl StoreBuilder {
     /// [`Error::RolledBack`]; [`Error::Anchor`] when there is none, and there should be; the integrity errors of what it keeps.
     fn compare_with_anchor(&self, keyring: &Keyring, catalogue: &Catalogue) -> Result<Option<u64>> {
         let unusable = |why: String| Error::Anchor { path: self.dir.clone(), why };
+        if self.without_anchor {
+            return Ok(None);
+        }
         let Some(anchor) = &self.anchor else {
-            return match keyring.is_anchored() && !self.without_anchor {
+            return match keyring.is_anchored() {
                 true => Err(unusable("none is configured".to_owned())),
                 false => Ok(None),
             };
@@ -375,7 +397,7 @@ impl StoreBuilder {
             Ok(Some(kept)) => catalogue::load_mirror(&kept, keyring.store(), keyring)?,
         };
         let reader = Self { anchor: None, ..self.clone() };
-        let reader = reader.assemble(keyring.store(), keyring.reload()?, catalogue.clone(), None, Audit::Ours)?;
+        let reader = reader.assemble(keyring.store(), keyring.duplicate(), catalogue.clone(), None, Audit::Ours)?;
         reader.shared.check_against_anchor(&kept)?;
         Ok(Some(kept.generation))
     }
@@ -446,7 +468,7 @@ impl StoreBuilder {
             write_identity(&*disk, &dir, identity.store, &keyring, now_us)?;
             drop(keyring);
             store.shared.audit.record(AuditEvent::KeyringReplaced, None, "")?;
-            store.shared.begin_anchoring()?;
+            store.shared.begin_anchoring(false)?;
             Ok((store, report))
         })();
         if recovered.is_err() {
@@ -587,6 +609,13 @@ impl StoreBuilder {
             }
             _ => None,
         };
+        {
+            let keyring = read(&keyring);
+            if keyring.is_rotating() {
+                let (accepts, newest) = (keyring.accepts(), keyring.newest());
+                warn!(store = %id, accepts, newest, "a rotation of the service key is unfinished: `rotate_service_key` continues it");
+            }
+        }
         // From here on nothing is refused any more.
         if let Some(held) = &mut held {
             held.note_process();
@@ -653,6 +682,11 @@ fn check_writing(features: &Features, path: &Path) -> Result<()> {
 
 /// Authenticates the `STORE` file.
 pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    load_identity(disk, dir, keyring).map(drop)
+}
+
+/// Reads the `STORE` file, which must be that of the keyring's store.
+fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Document> {
     let path = identity_path(dir);
     let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
     let document = document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version))?;
@@ -662,9 +696,15 @@ pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) ->
         return Err(Error::Tampered { at: Location::new(&path, 24), what: "the identity of another store" });
     }
     match document.generation {
-        1 => Ok(()),
+        1 => Ok(document),
         _ => Err(Error::corrupt(Location::new(&path, 56), "the generation of the identity of a store is not 1")),
     }
+}
+
+/// Authenticates the `STORE` file under the newest version of the service key, as it is otherwise.
+pub(super) fn rewrite_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    let document = load_identity(disk, dir, keyring)?;
+    put_identity(disk, dir, keyring, Document { features: Features::default(), ..document })
 }
 
 pub(super) fn write_identity(
@@ -674,7 +714,6 @@ pub(super) fn write_identity(
     keyring: &Keyring,
     now_us: u64,
 ) -> Result<()> {
-    let path = identity_path(dir);
     let body = StoreBody { created_us: now_us, keyring: keyring.id() };
     let document = Document {
         kind: DocumentKind::Store,
@@ -687,6 +726,12 @@ pub(super) fn write_identity(
         b: Vec::new(),
         tag_b: None,
     };
+    put_identity(disk, dir, keyring, document)
+}
+
+fn put_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring, document: Document) -> Result<()> {
+    let path = identity_path(dir);
+    let document = Document { keyring_version: keyring.newest(), ..document };
     let bytes = document.seal(&keyring.document_key(keyring.newest())?);
     io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
 }

@@ -252,7 +252,7 @@ impl StoreBuilder {
         verify_identity(&*disk, &dir, &keyring)?;
         let store = self.assemble(keyring.store(), keyring, found.catalogue, Some((held, fence)), Audit::Ours)?;
         store.shared.audit.record(AuditEvent::StoreCreated, None, "")?;
-        store.shared.begin_anchoring()?;
+        store.shared.begin_anchoring(false)?;
         Ok(store)
     }
 

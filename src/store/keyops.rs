@@ -110,43 +110,6 @@ impl Store {
         self.shared.change_keys(name, &KeyChange::shred(versions, ""), shred).map(|_| ())
     }
 
-    /// Makes a new service-key version, durable in the keyring before anything is wrapped under it, and wraps the envelopes of every
-    /// Logstore under the service key anew. No data is rewritten. Returns the new version. The keyring must be backed up again.
-    ///
-    /// # Errors
-    /// [`Error::Io`], and what kept a Logstore from being re-wrapped; the others are re-wrapped all the same. The new version stands
-    /// once it is in the keyring; a Logstore that was not re-wrapped is readable on, and [`Store::rewrap`] does it later.
-    pub fn rotate_service_key(&self) -> Result<u32> {
-        let shared = &self.shared;
-        let names = {
-            let mut admin = shared.administer()?;
-            shared.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;
-            let rotated = read(&shared.keyring).rotate(&*shared.random, shared.clock.wall_us())?;
-            let version = rotated.newest();
-            *write(&shared.keyring) = rotated;
-            shared.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
-            // Authenticated under the new version from now on: an older keyring is too old.
-            shared.commit(&mut admin, Vec::new())?;
-            shared.catalogue.write_anew()?;
-            shared.names()
-        };
-        let mut result = Ok(());
-        for name in names {
-            let rewrapped = shared.logstore(&name).and_then(|logstore| match logstore.keys_section() {
-                Some(section) if section.cmk.is_none() => self.rewrap(&name).map(|_| ()),
-                _ => {
-                    shared.refresh_plan(&logstore);
-                    Ok(())
-                }
-            });
-            // One that was deleted meanwhile has nothing to re-wrap.
-            if !matches!(rewrapped, Err(Error::LogstoreMissing(_))) {
-                result = result.and(rewrapped);
-            }
-        }
-        result.map(|()| read(&shared.keyring).newest())
-    }
-
     /// Puts the service keyring under another master key, or with `None` under none. Its roots stay the same, so nothing else is
     /// written anew; to be done with the old ones, [`Store::rotate_service_key`] too.
     ///
@@ -260,7 +223,12 @@ impl StoreShared {
     }
 
     /// Wraps every version that is left under `cmk`, or under the service key.
-    fn rewrap_all(&self, logstore: &LogstoreShared, section: &mut KeysSection, cmk: Option<Cmk>) -> Result<u32> {
+    pub(super) fn rewrap_all(
+        &self,
+        logstore: &LogstoreShared,
+        section: &mut KeysSection,
+        cmk: Option<Cmk>,
+    ) -> Result<u32> {
         self.admit(logstore)?;
         section.cmk = cmk;
         let mut count = 0;
@@ -299,14 +267,5 @@ impl StoreShared {
             }
         }
         Ok(())
-    }
-
-    /// New segments of a Logstore without an envelope are keyed from the newest service key.
-    fn refresh_plan(&self, logstore: &LogstoreShared) {
-        // Else what another operation changes between these lines would be changed back.
-        let _one_at_a_time = lock(&self.admin);
-        let meta = lock(&logstore.meta).clone();
-        let newest = read(&self.keyring).newest();
-        logstore.set_meta(meta, newest);
     }
 }

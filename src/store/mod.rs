@@ -14,6 +14,7 @@ mod recover;
 mod removal;
 mod retention;
 mod rewrap;
+mod rotation;
 mod scheduler;
 mod usage;
 mod verify;
@@ -68,6 +69,7 @@ pub use removal::DeleteReport;
 use retention::ClockWatch;
 pub use retention::RetentionReport;
 pub use rewrap::{RewrapOptions, RewrapProgress, RewrapReport};
+pub use rotation::ServiceRotation;
 use scheduler::Scheduler;
 pub use usage::{CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage};
 pub use verify::{Fault, VerifyOptions, VerifyProgress, VerifyReport};
@@ -299,6 +301,7 @@ impl StoreShared {
     }
 
     fn load_catalogue(&self) -> Result<Catalogue> {
+        self.keys.follow_keyring()?;
         self.keys
             .with_keyring(|keyring| load_newest(&*self.disk, &self.dir, self.id, keyring))
             .map(|loaded| loaded.catalogue)
@@ -497,6 +500,7 @@ impl StoreShared {
 
     /// Reads the metadata of a reader's Logstore anew.
     fn catch_up(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+        self.keys.follow_keyring()?;
         let load = |keyring: &Keyring| Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, keyring);
         match self.keys.with_keyring(load) {
             Ok(meta) if meta.config.name == logstore.name => self.take_in(logstore, meta),
@@ -670,9 +674,10 @@ impl StoreShared {
 
     /// Reads the probe in a file, which must be the one that belongs there.
     fn read_probe(&self, path: &Path) -> Result<FoundProbe> {
-        let bytes = io::read_file(&*self.disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))?;
-        let key = |version| self.keys.with_keyring(|keyring| keyring.document_key(version));
-        let document = document::open(&bytes, DocumentKind::Probe, path, key)?;
+        let document = self.keys.with_keyring(|keyring| {
+            let bytes = io::read_file(&*self.disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))?;
+            document::open(&bytes, DocumentKind::Probe, path, |version| keyring.document_key(version))
+        })?;
         let malformed = || Error::corrupt(Location::new(path, 80), "the probe does not parse");
         let ProbeBody { kms, cmk, wrapped, fingerprint } =
             serde_json::from_slice(&document.a).map_err(|_| malformed())?;

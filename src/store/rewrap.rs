@@ -192,7 +192,7 @@ impl StoreShared {
     }
 
     /// Whether every envelope is under the newest service key, or under the version of the master key that is known to be current.
-    fn is_current(&self, section: &KeysSection, newest_cmk: Option<&str>) -> bool {
+    pub(super) fn is_current(&self, section: &KeysSection, newest_cmk: Option<&str>) -> bool {
         let newest = read(&self.keyring).newest();
         section.envelopes().all(|(version, _)| match (&section.cmk, newest_cmk) {
             (None, _) => version.keyring_version == Some(newest),
@@ -231,6 +231,8 @@ impl StoreShared {
             return Ok(version);
         }
         let fingerprint = fingerprint(&secret);
+        // Else a rotation of the service key, which writes the probes too, would put the one that it has read in the place of this one.
+        let _one_at_a_time = self.administer()?;
         let probe = Probe { wrapped: wrapped.clone(), context: self.probe_context(), fingerprint: fingerprint.clone() };
         self.write_probe(FoundProbe {
             kms: kms.name().to_owned(),

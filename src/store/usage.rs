@@ -164,6 +164,8 @@ pub struct ServiceKeyUsage {
     pub version: u32,
     /// Whether it wraps and tags what is new.
     pub current: bool,
+    /// Whether documents under it are accepted. Where older versions than the current one are, a rotation is unfinished.
+    pub accepted: bool,
     /// When it was made, in microseconds since the Unix epoch.
     pub created_us: u64,
     /// What needs it.
@@ -182,6 +184,8 @@ pub struct KeyUsage {
     pub master_keys: Vec<MasterKeyUsage>,
     /// The versions of the service key.
     pub service_keys: Vec<ServiceKeyUsage>,
+    /// Whether a rotation of the service key is unfinished: [`Store::rotate_service_key`] continues it.
+    pub service_rotation_unfinished: bool,
 }
 
 impl Store {
@@ -485,12 +489,20 @@ impl StoreShared {
                 needed_for.push(KeyNeed::AuditRecords { records: used.records });
             }
             needed_for.extend_from_slice(&unknown);
-            ServiceKeyUsage { version, current, created_us, safe_to_destroy: needed_for.is_empty(), needed_for }
+            ServiceKeyUsage {
+                version,
+                current,
+                accepted: version >= keyring.accepts(),
+                created_us,
+                safe_to_destroy: needed_for.is_empty(),
+                needed_for,
+            }
         });
         KeyUsage {
             data_keys: tally.data_keys,
             master_keys: master_keys.collect(),
             service_keys: service_keys.collect(),
+            service_rotation_unfinished: keyring.is_rotating(),
         }
     }
 }

@@ -73,9 +73,13 @@ impl Fault {
             | Error::Truncated { at, .. } => Some(at),
             _ => None,
         };
+        let file = match error {
+            Error::RetiredKeyVersion { path, .. } => Some(path),
+            _ => at.map(|at| &at.file),
+        };
         Self {
             logstore: logstore.cloned(),
-            file: at.map(|at| at.file.clone()),
+            file: file.cloned(),
             block: at.and_then(|at| at.block),
             offset: at.map(|at| at.offset),
             kind: error.code(),
@@ -231,6 +235,10 @@ impl StoreShared {
         match self.audit.strangers() {
             Ok(notes) => verification.report.notes.extend(notes),
             Err(error) => verification.note(None, error)?,
+        }
+        if read(&self.keyring).is_rotating() {
+            let note = "the rotation of the service key is unfinished, and older versions are accepted";
+            verification.report.notes.push(note.to_owned());
         }
         for id in &catalogue.deleting {
             let dir = self.logstore_dir(*id);

@@ -106,7 +106,9 @@ const FRAMES: &[Row] = &[
     })),
     code("keyring_foreign", row(Which::Keyring, "subject of the keyring", "another store", subject)),
     row(Which::Keyring, "kind of the keyring", "no service keyring", |document| document.head[10] = 4),
-    row(Which::Keyring, "generation of the keyring", "not its newest version", |document| document.set_generation(2)),
+    row(Which::Keyring, "generation of the keyring", "does not go with its versions", |document| {
+        document.set_generation(2)
+    }),
     byok(code("tampered", row(Which::Probe, "subject of a probe", "another master key", subject))),
     byok(row(Which::Probe, "generation of a probe", RANGE, |document| document.set_generation(0))),
 ];
@@ -282,6 +284,15 @@ const BODIES: &[Row] = &[
         document.edit_keys(|json| json["cmk"]["region_id"] = "r".repeat(1025).into());
     })),
     // The keyring.
+    row(Which::Keyring, "oldest accepted version below 1", "none of its versions", |document| {
+        document.edit(|json| json["accepts"] = 0.into());
+    }),
+    row(Which::Keyring, "oldest accepted version above the newest", "none of its versions", |document| {
+        document.edit(|json| json["accepts"] = 2.into());
+    }),
+    row(Which::Keyring, "no oldest accepted version", PARSE, |document| {
+        document.edit(|json| drop(json.as_object_mut().unwrap().remove("accepts")));
+    }),
     row(Which::Keyring, "versions ascend from 1", "do not ascend", |document| {
         document.edit(|json| {
             let first = json["versions"][0].clone();

@@ -181,6 +181,11 @@ fn usage(setup: &Setup) -> Result {
         ]);
     }
     output::print_table(&table)?;
+    if usage.service_rotation_unfinished {
+        output::line(
+            "The rotation of the service key is unfinished, and older versions are accepted: run `keys rotate-service` again.",
+        )?;
+    }
     output::line("Backups, snapshots and checkpoints of the store, and readers in other processes, may need more.")
 }
 
@@ -210,13 +215,43 @@ fn destroy(safe: bool, needed_for: &[KeyNeed]) -> Cell {
 
 fn rotate_service(setup: &Setup) -> Result {
     let store = setup.open()?;
-    let version = store.rotate_service_key()?;
+    let mut progress: Option<Progress> = None;
+    let done = store.rotate_service_key_with(&mut |at| {
+        let bar = progress.get_or_insert_with(|| Progress::steps(at.total as u64));
+        bar.set(at.done as u64);
+        bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
+    })?;
+    drop(progress);
     store.close()?;
+    let version = done.version;
     if setup.json {
-        return output::json(&json!({ "service_key_version": version }));
+        return output::json(&json!({
+            "service_key_version": version,
+            "continued": done.continued,
+            "logstores": done.logstores,
+            "envelopes": done.envelopes,
+            "probes": done.probes,
+            "ended": done.ended,
+            "left_open": done.left_open,
+        }));
+    }
+    if done.continued {
+        output::line("this run has continued an unfinished rotation")?;
     }
     output::line(format_args!(
-        "the service key has version {version} now, and wraps all that it wrapped before: back up {} again",
+        "written under the new version: the metadata of {} Logstores, {} envelopes of data keys, {} probes; segments ended: {}",
+        output::count(done.logstores),
+        output::count(done.envelopes),
+        output::count(done.probes),
+        output::count(done.ended)
+    ))?;
+    for name in &done.left_open {
+        output::line(format_args!(
+            "{name}: a segment from before encryption stays open until the next append, since the master key cannot be used now"
+        ))?;
+    }
+    output::line(format_args!(
+        "the service key has version {version} now, and older versions authenticate nothing any more: back up {} again",
         setup.keyring.display()
     ))
 }

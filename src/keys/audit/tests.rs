@@ -456,3 +456,76 @@ fn parse_forged(line: &str) -> Vec<u8> {
     let mut parts = line.split('\t');
     encode_line(parts.next().unwrap(), parts.next().unwrap()).into_bytes()
 }
+
+/// Rotates the service key of a log, and retires the older version if so told.
+fn rotate(log: &AuditLog, retires: bool) {
+    let rotated = read(&log.keyring).add_version(&crate::io::OsRandom, 1).unwrap();
+    let rotated = if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
+    *crate::sync::write(&log.keyring) = rotated;
+}
+
+/// Appends a record to the first file as a holder of version 1 of the service key does. Returns where the log is then.
+fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
+    let record = AuditRecord {
+        number: behind.number + 1,
+        time_us: 1,
+        event: AuditEvent::Deleted,
+        logstore: None,
+        logstore_id: None,
+        detail: "forged".to_owned(),
+        keyring_version: 1,
+    };
+    let json = serde_json::to_string(&record).unwrap();
+    let key = read(&log.keyring).audit_key(1).unwrap();
+    let tag = hex_encode(&hmac_sha256(&key, &[behind.tag.as_bytes(), json.as_bytes()]));
+    let file = [&fs::read(log.path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();
+    fs::write(log.path(1), file).unwrap();
+    AuditHead { number: record.number, tag }
+}
+
+#[test]
+fn records_under_a_retired_version_count_in_front_of_one_under_an_accepted_version_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let audit = log(dir.path(), 1 << 20);
+    audit.record(AuditEvent::Created, None, "old").unwrap();
+    let known = audit.head();
+    rotate(&audit, true);
+    let refused = audit.verified(&[&known]);
+    assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
+    // One that is forged behind what the catalogue knows is not continued from.
+    let good = fs::read(audit.path(1)).unwrap();
+    let forged = forge(&audit, &known);
+    assert!(audit.verified(&[&known]).is_err());
+    let next = reopened(&audit, &known);
+    assert_eq!((next.head(), lock(&next.tail).follows), (known.clone(), false));
+    assert_ne!(next.head(), forged);
+    fs::write(audit.path(1), good).unwrap();
+    let audit = reopened(&audit, &known);
+    audit.record(AuditEvent::ServiceRotated, None, "new").unwrap();
+    assert_eq!(details(&audit.verified(&[&known, &audit.head()]).unwrap()), ["old", "new"]);
+}
+
+#[test]
+fn the_version_of_the_service_key_never_goes_back() {
+    for retires in [false, true] {
+        for new_file in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let audit = log(dir.path(), if new_file { 1 } else { 1 << 20 });
+            audit.record(AuditEvent::Created, None, "old").unwrap();
+            rotate(&audit, retires);
+            audit.record(AuditEvent::Rotated, None, "new").unwrap();
+            let head = audit.head();
+            let first = fs::read(audit.path(1)).unwrap();
+            forge(&audit, &head);
+            if new_file {
+                // Each record has a file of its own.
+                let all = fs::read(audit.path(1)).unwrap();
+                fs::write(audit.path(1), &first).unwrap();
+                fs::write(audit.path(3), &all[first.len()..]).unwrap();
+            }
+            let refused = audit.verified(&[&head]);
+            assert!(matches!(refused, Err(Error::Tampered { .. })), "{refused:?}");
+            assert_eq!(reopened(&audit, &head).head(), head, "retires: {retires}, new file: {new_file}");
+        }
+    }
+}

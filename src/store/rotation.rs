@@ -1,0 +1,269 @@
+//! The rotation of the service key: everything that the store authenticates by itself comes under a new version, and then the keyring
+//! retires the older ones. What interrupts it, the next call continues.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use tracing::{info, warn};
+
+use super::{
+    AdminState, Change, Store, StoreShared, admin::SavedMeta, builder::rewrite_identity, rewrap::RewrapProgress,
+};
+use crate::{
+    Error, ErrorKind, Result,
+    config::LogstoreName,
+    ids::hex_decode,
+    io::FileKind,
+    keys::AuditEvent,
+    logstore::LogstoreShared,
+    shard::{Head, Shard},
+    sync::{lock, read, write},
+};
+
+/// After how many Logstores the catalogue is written, and other administrative operations have their turn.
+const LOGSTORES_AT_ONCE: usize = 64;
+
+/// What a rotation of the service key did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ServiceRotation {
+    /// The newest version of the service key, which alone authenticates documents now.
+    pub version: u32,
+    /// Whether it continued a rotation that was interrupted, with the version that this one had made.
+    pub continued: bool,
+    /// Logstores whose metadata was written under the new version.
+    pub logstores: u64,
+    /// Envelopes of data keys that were wrapped under it.
+    pub envelopes: u64,
+    /// Probes of master keys that were written under it.
+    pub probes: u64,
+    /// Segments under older versions that were being written and have been ended.
+    pub ended: u64,
+    /// Logstores with a segment from before encryption was turned on that no process has ended. Their master keys cannot be used now, so
+    /// the next append ends it.
+    pub left_open: Vec<LogstoreName>,
+}
+
+/// What was done for one Logstore, and is neither in the catalogue nor on record yet.
+struct Authenticated {
+    logstore: Arc<LogstoreShared>,
+    heads: Vec<(Arc<Shard>, Head)>,
+    saved: Option<SavedMeta>,
+    /// How many envelopes were wrapped again.
+    envelopes: Option<u32>,
+}
+
+impl Authenticated {
+    /// What the catalogue is to note.
+    fn changes(&self) -> Vec<Change> {
+        let (name, id) = (&self.logstore.name, self.logstore.id);
+        let heads = self.heads.iter().map(|(shard, head)| Change::reached(name, id, shard.id(), head.clone()));
+        heads.chain(self.saved.as_ref().map(SavedMeta::change)).collect()
+    }
+}
+
+impl Store {
+    /// Makes a new version of the service key, brings everything under it, and retires the older versions. Returns the new one. The
+    /// keyring must be backed up again.
+    ///
+    /// Whoever has an older version authenticates nothing from then on: the store refuses documents, audit records and checkpoints under
+    /// it with [`Error::RetiredKeyVersion`]. The older versions stay in the keyring, since segments of Logstores without an envelope, and
+    /// envelopes in copies of the store, need them. No data is rewritten.
+    ///
+    /// The new version is durable in the keyring before anything is under it, and the older ones are retired last. A rotation that was
+    /// interrupted, or could not be finished, is continued by the next call, with the version that it has made. The store is open and
+    /// usable meanwhile, and older versions are accepted until then.
+    ///
+    /// No KMS is asked, unless the keyring is under a master key, or a Logstore under one has a segment that was being written without
+    /// encryption when a process was killed.
+    ///
+    /// A document costs one write to a temporary file, its rename, and two syncs: of the file and of its directory. For n Logstores with m
+    /// of them under the service key, and p probes, there are n + p + 3 documents (the metadata, the probes, `STORE`, and twice the
+    /// keyring), n / 64 + 2 writings of the catalogue, and 2m + 2 records of the audit log with one sync each. A shard costs one sync of
+    /// its directory, and three of files for a segment that has to be ended.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and what kept a Logstore, a probe or the `STORE` file from coming under the new version; the others do all the same.
+    /// The older versions are accepted on then. A Logstore that cannot be read keeps the rotation from its end until it is repaired or
+    /// deleted.
+    pub fn rotate_service_key(&self) -> Result<u32> {
+        self.rotate_service_key_with(&mut |_| {}).map(|done| done.version)
+    }
+
+    /// As [`Store::rotate_service_key`], tells how far it is, and returns what it did.
+    ///
+    /// # Errors
+    /// As [`Store::rotate_service_key`].
+    pub fn rotate_service_key_with(&self, progress: &mut dyn FnMut(&RewrapProgress)) -> Result<ServiceRotation> {
+        let shared = &self.shared;
+        let rotated = shared.rotate_service_key(progress);
+        if let Err(error) = &rotated
+            && read(&shared.keyring).is_rotating()
+        {
+            warn!(store = %shared.id, %error, "the rotation of the service key is unfinished, and older versions are accepted on");
+        }
+        rotated
+    }
+}
+
+impl StoreShared {
+    fn rotate_service_key(&self, progress: &mut dyn FnMut(&RewrapProgress)) -> Result<ServiceRotation> {
+        let (mut report, names) = self.begin_rotation()?;
+        let total = names.len();
+        let mut result = Ok(());
+        for (index, batch) in names.chunks(LOGSTORES_AT_ONCE).enumerate() {
+            progress(&RewrapProgress { done: index * LOGSTORES_AT_ONCE, total, logstore: batch.first().cloned() });
+            result = result.and(self.authenticate_logstores(batch, &mut report));
+        }
+        progress(&RewrapProgress { done: total, total, logstore: None });
+        result = result.and(self.authenticate_documents(&mut report));
+        result.and_then(|()| self.end_rotation(&report)).map(|()| report)
+    }
+
+    /// Adds a version to the keyring, unless an interrupted rotation has. What is new is under it from here on. Returns the Logstores that
+    /// may have something under an older one.
+    fn begin_rotation(&self) -> Result<(ServiceRotation, Vec<LogstoreName>)> {
+        let admin = self.administer()?;
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
+        let continued = read(&self.keyring).is_rotating();
+        if !continued {
+            self.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;
+            let rotated = read(&self.keyring).add_version(&*self.random, self.clock.wall_us())?;
+            *write(&self.keyring) = rotated;
+        }
+        let version = read(&self.keyring).newest();
+        for logstore in self.open_logstores() {
+            let meta = lock(&logstore.meta).clone();
+            logstore.set_meta(meta, version);
+        }
+        Ok((ServiceRotation { version, continued, ..ServiceRotation::default() }, self.names()))
+    }
+
+    /// Brings Logstores under the newest version. What fails for one does not keep it from the others.
+    fn authenticate_logstores(&self, names: &[LogstoreName], report: &mut ServiceRotation) -> Result<()> {
+        let mut admin = self.administer()?;
+        let mut result = Ok(());
+        let mut all = Vec::new();
+        for name in names {
+            match self.authenticate_logstore(&mut admin, name, report) {
+                Ok(done) => all.push(done),
+                // It was deleted meanwhile.
+                Err(Error::LogstoreMissing(_)) => {}
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        let changes = all.iter().flat_map(Authenticated::changes).collect();
+        self.commit(&mut admin, changes)?;
+        let newest = read(&self.keyring).newest();
+        for done in all {
+            for (shard, head) in &done.heads {
+                shard.note_head(head);
+            }
+            report.logstores += u64::from(done.saved.is_some());
+            if let Some(saved) = done.saved {
+                let lease = saved.take_effect(newest);
+                super::hear_of_loss(&done.logstore, lease);
+            }
+            if let Some(envelopes) = done.envelopes {
+                report.envelopes += u64::from(envelopes);
+                let about = (&done.logstore.name, done.logstore.id);
+                result = result.and(self.audit.record(AuditEvent::Rewrapped, Some(about), envelopes.to_string()));
+            }
+        }
+        result
+    }
+
+    fn authenticate_logstore(
+        &self,
+        admin: &mut AdminState,
+        name: &LogstoreName,
+        report: &mut ServiceRotation,
+    ) -> Result<Authenticated> {
+        let newest = read(&self.keyring).newest();
+        let logstore = self.logstore_locked(admin, name)?;
+        let mut heads = Vec::with_capacity(logstore.shards.len());
+        for shard in &logstore.shards {
+            match shard.end_under_older_key(newest) {
+                Ok(ended) => report.ended += u64::from(ended),
+                Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+                    warn!(logstore = %name, shard = shard.id(), %error, "a segment under an older service key is left open");
+                    if report.left_open.last() != Some(name) {
+                        report.left_open.push(name.clone());
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            heads.extend(reached(name, shard)?.map(|head| (Arc::clone(shard), head)));
+        }
+        let mut meta = lock(&logstore.meta).clone();
+        let mut envelopes = None;
+        if let Some(section) = meta.keys.as_mut().filter(|section| section.cmk.is_none())
+            && !self.is_current(section, None)
+        {
+            self.audit.record(AuditEvent::RotateIntended, Some((name, logstore.id)), "")?;
+            envelopes = Some(self.rewrap_all(&logstore, section, None)?);
+        }
+        let saved = match meta.keyring_version < newest || envelopes.is_some() {
+            // The second tag under a customer's key stays as it is: the keys are the same.
+            true => Some(self.save_meta(admin, &logstore, meta, None)?),
+            false => None,
+        };
+        Ok(Authenticated { logstore, heads, saved, envelopes })
+    }
+
+    /// Brings the probes and `STORE` under the newest version.
+    fn authenticate_documents(&self, report: &mut ServiceRotation) -> Result<()> {
+        let _one_at_a_time = self.administer()?;
+        let probes = self.probes_dir();
+        let mut result = Ok(());
+        for entry in self.disk.list_dir(&probes).map_err(Error::io("list", &probes))? {
+            if entry.kind != FileKind::File || hex_decode(&entry.name).is_none_or(|id| id.len() != 16) {
+                continue;
+            }
+            let rewritten = self.read_probe(&probes.join(&entry.name)).and_then(|mut probe| {
+                probe.generation = probe.generation.saturating_add(1);
+                self.write_probe(probe)
+            });
+            report.probes += u64::from(rewritten.is_ok());
+            result = result.and(rewritten);
+        }
+        result.and(rewrite_identity(&*self.disk, &self.dir, &read(&self.keyring)))
+    }
+
+    /// Retires the older versions, unless another call has.
+    fn end_rotation(&self, report: &ServiceRotation) -> Result<()> {
+        let mut admin = self.administer()?;
+        let version = report.version;
+        {
+            let keyring = read(&self.keyring);
+            if keyring.newest() != version || !keyring.is_rotating() {
+                return Ok(());
+            }
+        }
+        // The catalogue knows of a record under the new version before the audit log needs one.
+        self.audit.record(AuditEvent::ServiceRotated, None, format!("version {version}"))?;
+        self.commit(&mut admin, Vec::new())?;
+        self.catalogue.write_anew()?;
+        if let Some(anchor) = &self.anchor {
+            // What it keeps is under an older version until it has this catalogue.
+            anchor.catch_up().map_err(|why| Error::Anchor { path: self.dir.clone(), why })?;
+        }
+        let retired = read(&self.keyring).retire_older(&*self.random)?;
+        *write(&self.keyring) = retired;
+        info!(store = %self.id, version, "the older versions of the service key are retired");
+        Ok(())
+    }
+}
+
+/// How far a shard is. One that is damaged keeps what the catalogue knows of it.
+fn reached(name: &LogstoreName, shard: &Shard) -> Result<Option<Head>> {
+    match shard.checkpoint() {
+        Err(error) if error.kind() == ErrorKind::Integrity => {
+            warn!(logstore = %name, shard = shard.id(), %error, "a damaged shard is left as it is");
+            Ok(None)
+        }
+        head => head,
+    }
+}

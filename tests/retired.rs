@@ -1,0 +1,562 @@
+//! Versions of the service key that a rotation has retired: they authenticate nothing any more, and what interrupts a rotation leaves
+//! one that is continued.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use common::{
+    disk::{Sim, SimDisk, Survives},
+    failing::{FailingDisk, Failure},
+    *,
+};
+use envelog::{
+    Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, RewrapProgress, Store,
+    VerifyOptions,
+    crypto::{HashAlg, SecretKey, hkdf, hmac_sha256},
+    kms::RevokedReason,
+    segment::{KeySource, SegmentHeader},
+};
+
+const SERVICE: &str = "p/service";
+const BYOK: &str = "p/byok";
+const PLAIN: &str = "p/plain";
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+/// A key from a root in the bytes of an open keyring.
+fn key_of(keyring: &[u8], version: usize, label: &str) -> SecretKey {
+    let (body, _) = document_parts(keyring);
+    let root = body["versions"][version - 1]["root"].as_str().unwrap();
+    let root: Vec<u8> = (0..64).step_by(2).map(|at| u8::from_str_radix(&root[at..at + 2], 16).unwrap()).collect();
+    let mut key = [0; 32];
+    hkdf(HashAlg::Sha256, &[], &root, &[label.as_bytes()], &mut key);
+    SecretKey::from_bytes(&mut key)
+}
+
+fn accepts(keyring: &[u8]) -> u64 {
+    document_parts(keyring).0["accepts"].as_u64().unwrap()
+}
+
+/// The document as a holder of root 1 seals it.
+fn forged(document: &[u8], key: &SecretKey) -> Vec<u8> {
+    let mut bytes = document.to_vec();
+    bytes[64..68].copy_from_slice(&1_u32.to_le_bytes());
+    let signed = 80 + u32_at(&bytes, 72) as usize + u32_at(&bytes, 76) as usize;
+    let tag = hmac_sha256(key, &[&bytes[..signed], &bytes[signed + 32..signed + 64]]);
+    bytes[signed..signed + 32].copy_from_slice(&tag);
+    fix_crc(&mut bytes);
+    bytes
+}
+
+/// An audit record, tagged behind the last line of a log.
+fn forged_record(log: &[u8], key: &SecretKey, version: u32) -> String {
+    let last = std::str::from_utf8(log).unwrap().lines().last().unwrap();
+    let mut fields = last.split('\t');
+    let (json, previous) = (fields.next().unwrap(), fields.next().unwrap());
+    let number = serde_json::from_str::<serde_json::Value>(json).unwrap()["number"].as_u64().unwrap() + 1;
+    let json = format!(
+        "{{\"number\":{number},\"time_us\":1,\"event\":\"rotated\",\"detail\":\"forged\",\"keyring_version\":{version}}}"
+    );
+    let tag = hmac_sha256(key, &[previous.as_bytes(), json.as_bytes()]);
+    let tag: String = tag.iter().map(|byte| format!("{byte:02x}")).collect();
+    let body = format!("{json}\t{tag}");
+    format!("{body}\t{:08x}\n", crc32fast::hash(body.as_bytes()))
+}
+
+#[track_caller]
+fn assert_retired<T: std::fmt::Debug>(result: Result<T>, what: &str) {
+    match result {
+        Err(error @ Error::RetiredKeyVersion { version: 1, accepts: 2, .. }) => {
+            assert!(error.to_string().contains(what), "{error}");
+            assert_eq!((error.code(), error.kind()), ("retired_key_version", envelog::ErrorKind::Integrity));
+        }
+        other => panic!("{what}: {other:?}"),
+    }
+}
+
+fn fault_kinds(store: &Store, options: &VerifyOptions) -> Vec<&'static str> {
+    let report = store.verify(options, &mut |_| {}).unwrap();
+    report.faults.iter().map(|fault| fault.kind).collect()
+}
+
+#[track_caller]
+fn assert_clean(store: &Store, at: &str) {
+    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
+}
+
+fn plain(store: &Store) -> Logstore {
+    store.create_logstore(&name(PLAIN), LogstoreSpec::default()).unwrap()
+}
+
+/// A store with a Logstore of each kind, and a record in each.
+fn filled(world: &World) -> Store {
+    let store = world.create();
+    for logstore in [world.service(&store, SERVICE), world.byok(&store, BYOK, &world.cmk()), plain(&store)] {
+        put(&logstore, "one");
+    }
+    store
+}
+
+/// The documents in a store directory, and in the keyring.
+fn documents(world: &World) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = files(&world.store_dir());
+    found.retain(|_, bytes| bytes.starts_with(b"ENVLDOC\0"));
+    found
+}
+
+fn log_path(world: &World) -> PathBuf {
+    world.store_dir().join("audit/audit-000001.log")
+}
+
+// ---- what the old root is still good for ----
+
+#[test]
+fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
+    let world = World::manual();
+    let store = filled(&world);
+    let bytes = fs::read(world.keyring()).unwrap();
+    assert_eq!((accepts(&bytes), &bytes[56..64]), (1, &1_u64.to_le_bytes()[..]));
+    let mut steps = Vec::new();
+    let done = store.rotate_service_key_with(&mut |at: &RewrapProgress| steps.push((at.done, at.total))).unwrap();
+    assert_eq!((done.version, done.continued), (2, false));
+    assert_eq!((done.logstores, done.envelopes, done.probes, done.ended), (3, 1, 1, 1), "{done:?}");
+    assert!(done.left_open.is_empty());
+    assert_eq!(steps, [(0, 3), (3, 3)]);
+    let found = documents(&world);
+    assert_eq!(found.len(), 6);
+    assert!(found.iter().all(|(path, bytes)| u32_at(bytes, 64) == 2 || panic!("{path:?}")));
+    let bytes = fs::read(world.keyring()).unwrap();
+    assert_eq!((accepts(&bytes), &bytes[56..64]), (2, &3_u64.to_le_bytes()[..]));
+    // The fields stand in this order.
+    assert!(bytes[80..].starts_with(b"{\"accepts\":2,\"versions\":[{\"version\":1,"));
+    let usage = store.key_usage().unwrap();
+    assert!(!usage.service_rotation_unfinished);
+    let accepted: Vec<_> = usage.service_keys.iter().map(|key| (key.version, key.accepted)).collect();
+    assert_eq!(accepted, [(1, false), (2, true)]);
+    store.close().unwrap();
+    let store = world.open();
+    for logstore in [SERVICE, BYOK, PLAIN] {
+        let logstore = store.logstore(&name(logstore)).unwrap();
+        assert_eq!(texts(&logstore), ["one"]);
+        put(&logstore, "two");
+    }
+    assert_clean(&store, "opened again");
+    assert_eq!(store.rotate_service_key().unwrap(), 3);
+    store.rewrap_keyring(Some(world.cmk())).unwrap();
+    store.rewrap_keyring(None).unwrap();
+    let bytes = fs::read(world.keyring()).unwrap();
+    assert_eq!((accepts(&bytes), u32_at(&bytes, 64)), (3, 3), "what it is wrapped under changes neither");
+}
+
+#[test]
+fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
+    let world = World::manual();
+    let store = filled(&world);
+    let beside = world.builder().open_read_only().unwrap();
+    assert_eq!(texts(&beside.logstore(&name(SERVICE)).unwrap()), ["one"]);
+    store.rotate_service_key().unwrap();
+    let service = world.logstore_dir(&store.logstore(&name(SERVICE)).unwrap());
+    store.close().unwrap();
+    let key = key_of(&fs::read(world.keyring()).unwrap(), 1, "envelog v2 document");
+    let openings: [fn(&World) -> Result<Store>; 2] =
+        [|world| world.builder().open(), |world| world.builder().open_read_only()];
+    let probe = files(&world.store_dir().join("probes")).into_keys().next().unwrap();
+    for (path, what) in [
+        (world.store_dir().join("STORE"), "the identity of the store"),
+        (world.store_dir().join("catalogue"), "the catalogue"),
+        (service.join("meta"), "the metadata of a Logstore"),
+        (probe, "the probe of a master key"),
+    ] {
+        let verifying = world.builder().open_read_only().unwrap();
+        let good = fs::read(&path).unwrap();
+        write_private(&path, forged(&good, &key));
+        for open in openings {
+            let refused = open(&world).and_then(|store| {
+                store.logstore(&name(SERVICE))?;
+                store.logstore(&name(BYOK))
+            });
+            assert_retired(refused, what);
+        }
+        // Those that were open when it was put there, one of them since before the rotation.
+        if what == "the catalogue" {
+            assert_retired(verifying.list(), what);
+            assert_retired(beside.list(), what);
+        } else {
+            let kinds = fault_kinds(&verifying, &VerifyOptions::default());
+            assert!(!kinds.is_empty() && kinds.iter().all(|kind| *kind == "retired_key_version"), "{what}: {kinds:?}");
+        }
+        if what == "the metadata of a Logstore" {
+            assert_retired(beside.logstore(&name(SERVICE)), what);
+        }
+        write_private(&path, good);
+    }
+    // A writer finds them in a verification as well.
+    let store = world.open();
+    for path in ["STORE", "catalogue"].map(|file| world.store_dir().join(file)) {
+        let good = fs::read(&path).unwrap();
+        write_private(&path, forged(&good, &key));
+        assert_eq!(fault_kinds(&store, &VerifyOptions::default()), ["retired_key_version"]);
+        write_private(&path, good);
+    }
+    assert_clean(&store, "all put back");
+}
+
+#[test]
+fn a_checkpoint_from_before_a_rotation_is_refused_as_such() {
+    let world = World::manual();
+    let store = filled(&world);
+    let before = store.checkpoint().unwrap();
+    let against =
+        |checkpoint: &Checkpoint| VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
+    assert!(fault_kinds(&store, &against(&before)).is_empty());
+    store.rotate_service_key().unwrap();
+    assert_retired(store.verify(&against(&before), &mut |_| {}), "the checkpoint");
+    let after = store.checkpoint().unwrap();
+    assert!(fault_kinds(&store, &against(&after)).is_empty());
+    let key = key_of(&fs::read(world.keyring()).unwrap(), 1, "envelog v2 document");
+    let forged = Checkpoint::from_bytes(forged(after.to_bytes(), &key));
+    assert_retired(store.verify(&against(&forged), &mut |_| {}), "the checkpoint");
+}
+
+#[test]
+fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
+    let world = World::manual();
+    let store = filled(&world);
+    let before = fs::read(log_path(&world)).unwrap();
+    store.rotate_service_key().unwrap();
+    store.close().unwrap();
+    let keyring = fs::read(world.keyring()).unwrap();
+    let [old, new] = [1, 2].map(|version| key_of(&keyring, version, "envelog v2 audit"));
+    let good = fs::read(log_path(&world)).unwrap();
+    let last = good.split_inclusive(|&byte| byte == b'\n').next_back().unwrap();
+    assert!(std::str::from_utf8(last).unwrap().contains("service_rotated"));
+    let fault = |log: &[u8]| {
+        fs::write(log_path(&world), log).unwrap();
+        let store = world.builder().open_read_only().unwrap();
+        let fault = store.verify_audit(None).unwrap().fault;
+        assert_eq!(store.audit_records().is_err(), fault.is_some());
+        fault
+    };
+    assert!(fault(&good).is_none());
+    // A newer one does: that is what the log is written under.
+    let appended = [&good[..], forged_record(&good, &new, 2).as_bytes()].concat();
+    assert!(fault(&appended).is_none());
+    let appended = [&good[..], forged_record(&good, &old, 1).as_bytes()].concat();
+    assert!(matches!(fault(&appended), Some(Error::Tampered { .. })), "the version goes back");
+    // Nor does a writer continue from such a record.
+    let store = world.open();
+    store.rotate_data_key(&name(SERVICE)).unwrap();
+    store.close().unwrap();
+    let number_of_first = |log: &[u8]| {
+        let line = std::str::from_utf8(log).unwrap().lines().next().unwrap();
+        serde_json::from_str::<serde_json::Value>(line.split('\t').next().unwrap()).unwrap()["number"].as_u64().unwrap()
+    };
+    let next = fs::read(world.store_dir().join("audit/audit-000002.log")).unwrap();
+    assert_eq!(
+        number_of_first(&next),
+        number_of_first(&appended[good.len()..]),
+        "it takes the place of the forged one"
+    );
+    // A log that ends in front of the rotation is not one that ended there.
+    for path in files(&world.store_dir().join("audit")).into_keys() {
+        fs::remove_file(path).unwrap();
+    }
+    assert!(matches!(fault(&before), Some(Error::Truncated { .. })));
+}
+
+// ---- backups ----
+
+#[test]
+fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
+    let world = World::manual();
+    let store = filled(&world);
+    store.close().unwrap();
+    let backup = world.path().join("backup");
+    copy_dir(&world.store_dir(), &backup);
+    let store = world.open();
+    store.rotate_service_key().unwrap();
+    put(&store.logstore(&name(PLAIN)).unwrap(), "two");
+    store.close().unwrap();
+    copy_dir(&backup, &world.store_dir());
+    assert_retired(world.builder().open(), "the identity of the store");
+    assert_retired(world.builder().open_read_only(), "the identity of the store");
+    let builder = || world.builder().accept_retired_versions(true);
+    let before = files(&world.store_dir());
+    for refused in [builder().open(), builder().open_or_create()] {
+        assert!(matches!(refused, Err(Error::InvalidArgument(_))), "{refused:?}");
+    }
+    assert!(before == files(&world.store_dir()), "it was changed");
+    let store = builder().open_read_only().unwrap();
+    for logstore in [SERVICE, BYOK, PLAIN] {
+        assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one"]);
+    }
+    assert_clean(&store, "a backup");
+    assert_retired(world.builder().accept_retired_versions(false).open_read_only(), "the identity of the store");
+}
+
+// ---- interrupted ----
+
+/// The state after a rotation that was interrupted and continued.
+fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<PathBuf, Vec<u8>>, world: &World) {
+    let keyring = bytes(&world.keyring());
+    let newest = u32_at(&keyring, 64);
+    assert_eq!(accepts(&keyring), u64::from(newest), "{at}");
+    for (path, bytes) in files.iter().filter(|(_, bytes)| bytes.starts_with(b"ENVLDOC\0")) {
+        if !path.extension().is_some_and(|ext| ext == "tmp") {
+            assert_eq!(u32_at(bytes, 64), newest, "{at}: {}", path.display());
+        }
+    }
+    // A segment under an older version has a successor, or ends in a footer.
+    let shards = files.keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg"));
+    let last: BTreeMap<&Path, &PathBuf> = shards.map(|path| (path.parent().unwrap(), path)).collect();
+    for path in last.values() {
+        let header = SegmentHeader::decode(&files[*path]).unwrap().header;
+        if matches!(header.key_source, KeySource::Keyring(version) if version < newest) {
+            assert!(files[*path].ends_with(b"SEAL"), "{at}: {} is open", path.display());
+        }
+    }
+}
+
+#[test]
+fn a_rotation_that_is_killed_anywhere_is_continued() {
+    let sim = Sim::new();
+    let store = sim.create();
+    for logstore in [sim.world.service(&store, SERVICE), sim.world.byok(&store, BYOK, &sim.world.cmk()), plain(&store)]
+    {
+        put(&logstore, "one");
+    }
+    store.close().unwrap();
+    let (image, mut world) = (sim.disk, sim.world);
+    let mut continued = 0;
+    for nth in 1.. {
+        let mut sim = Sim::of(world, SimDisk::fork(&image));
+        let store = sim.open();
+        for logstore in [SERVICE, BYOK, PLAIN] {
+            put(&store.logstore(&name(logstore)).unwrap(), "two");
+        }
+        sim.disk.end_at(nth);
+        let began = sim.disk.changes();
+        let done = store.rotate_service_key();
+        let whole = sim.disk.changes() - began < nth;
+        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        sim.disk.heal();
+        // The process alone goes, or the power too.
+        sim.disk = if nth % 2 == 0 { sim.disk.kill() } else { sim.disk.crash(Survives::Synced) };
+        drop(store);
+        let at = format!("operation {nth}");
+        let store = sim.builder().open().unwrap_or_else(|error| panic!("{at}: {error}"));
+        let usage = store.key_usage().unwrap();
+        let newest = usage.service_keys.len() as u32;
+        let accepted = usage.service_keys.iter().filter(|key| key.accepted).count();
+        assert_eq!(usage.service_rotation_unfinished, accepted > 1, "{at}: {usage:?}");
+        for logstore in [SERVICE, BYOK, PLAIN] {
+            assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
+        }
+        let done = store.rotate_service_key_with(&mut |_| {}).unwrap_or_else(|error| panic!("{at}: {error}"));
+        assert_eq!(done.continued, usage.service_rotation_unfinished, "{at}");
+        assert_eq!(done.version, newest + u32::from(!done.continued), "{at}");
+        continued += u32::from(done.continued);
+        let (disk, found) = (&sim.disk, sim.disk.files(&sim.world.store_dir()));
+        check_continued(&at, |path| disk.bytes(path), &found, &sim.world);
+        assert_clean(&store, &at);
+        for logstore in [SERVICE, BYOK, PLAIN] {
+            let logstore = store.logstore(&name(logstore)).unwrap();
+            put(&logstore, "three");
+            assert_eq!(texts(&logstore), ["one", "two", "three"], "{at}");
+        }
+        store.close().unwrap();
+        sim.crash(Survives::Synced);
+        let store = sim.open();
+        assert_clean(&store, &at);
+        assert_eq!(texts(&store.logstore(&name(PLAIN)).unwrap()), ["one", "two", "three"], "{at}");
+        store.close().unwrap();
+        world = sim.world;
+        if whole {
+            assert!(continued > 10, "{continued} of {nth}");
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_rotation_that_fails_anywhere_is_continued() {
+    let world = World::manual_in_memory();
+    filled(&world).close().unwrap();
+    let template = world.path().join("template");
+    copy_dir(&world.store_dir(), &template);
+    let keyring = fs::read(world.keyring()).unwrap();
+    for failure in Failure::ALL {
+        for count in 0.. {
+            let at = format!("{failure:?} after {count}");
+            copy_dir(&template, &world.store_dir());
+            write_private(&world.keyring(), &keyring);
+            let disk = FailingDisk::default();
+            let store = world.builder().disk(Arc::new(disk.clone())).open().unwrap();
+            for logstore in [SERVICE, BYOK, PLAIN] {
+                put(&store.logstore(&name(logstore)).unwrap(), "two");
+            }
+            disk.fail_after(count, failure);
+            let outcome = store.rotate_service_key();
+            let ran_through = !disk.has_failed();
+            disk.disarm();
+            // Where nothing is stopped the same process goes on.
+            let store = match store.rotate_service_key() {
+                Ok(_) => store,
+                Err(_) => {
+                    drop(store);
+                    let store = world.open();
+                    store.rotate_service_key().unwrap_or_else(|error| panic!("{at}: {error}"));
+                    store
+                }
+            };
+            check_continued(&at, |path| fs::read(path).unwrap(), &files(&world.store_dir()), &world);
+            assert_clean(&store, &at);
+            for logstore in [SERVICE, BYOK, PLAIN] {
+                assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
+            }
+            // The shard that the failure has stopped says so.
+            let closed = store.close();
+            assert!(matches!(closed, Ok(()) | Err(Error::Latched { .. })), "{at}: {closed:?}");
+            assert_clean(&world.open(), &at);
+            if ran_through {
+                outcome.unwrap();
+                break;
+            }
+        }
+    }
+}
+
+/// What a process left open that was killed is ended, also where the rotation finds it.
+#[test]
+fn a_segment_that_a_killed_process_left_is_ended() {
+    let sim = Sim::new();
+    let store = sim.create();
+    put(&plain(&store), "one");
+    sim.disk.end_at(1);
+    drop(store);
+    sim.disk.heal();
+    let sim = Sim::of(sim.world, sim.disk.kill());
+    let store = sim.open();
+    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    assert_eq!(done.ended, 1);
+    let logstore = store.logstore(&name(PLAIN)).unwrap();
+    let sources: Vec<_> = sim
+        .segments(&logstore, 0)
+        .iter()
+        .map(|path| SegmentHeader::decode(&sim.disk.bytes(path)).unwrap().header.key_source)
+        .collect();
+    // What was above the durable mark is in a segment of its own.
+    assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2), KeySource::Keyring(2)]);
+    put(&logstore, "two");
+    assert_eq!(texts(&logstore), ["one", "two"]);
+    assert_clean(&store, "ended");
+}
+
+// ---- keys that cannot be used ----
+
+#[test]
+fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
+    let world = World::manual();
+    let store = filled(&world);
+    let byok = store.logstore(&name(BYOK)).unwrap();
+    let meta = world.logstore_dir(&byok).join("meta");
+    let tag_b = |bytes: &[u8]| bytes[bytes.len() - 36..].to_vec()[..32].to_vec();
+    let before = fs::read(&meta).unwrap();
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    byok.revalidate_now().unwrap_err();
+    let calls = world.kms.calls();
+    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    assert_eq!((done.logstores, done.left_open.len()), (3, 0));
+    assert_eq!(world.kms.calls(), calls);
+    store.close().unwrap();
+    // Also in a process that has never had the key.
+    let store = world.open();
+    assert_eq!(store.rotate_service_key().unwrap(), 3);
+    assert_eq!(world.kms.calls(), calls);
+    let after = fs::read(&meta).unwrap();
+    assert_eq!((u32_at(&before, 64), u32_at(&after, 64)), (1, 3));
+    assert_eq!(tag_b(&before), tag_b(&after));
+    assert_revoked(try_texts(&store.logstore(&name(BYOK)).unwrap()), RevokedReason::Disabled);
+    world.kms.answer(Answer::Real);
+    let byok = store.logstore(&name(BYOK)).unwrap();
+    byok.revalidate_now().unwrap();
+    assert_eq!(texts(&byok), ["one"]);
+    assert_clean(&store, "allowed again");
+}
+
+/// A segment from before a customer's key came is ended while the key is revoked, or left to the next append where no process has its key.
+#[test]
+fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
+    for killed in [false, true] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let logstore = plain(&store);
+        put(&logstore, "one");
+        let config = logstore.config();
+        let conf = EncryptConf::byok(EncryptType::Default, sim.world.cmk());
+        store.update_logstore(&name(PLAIN), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+        let (sim, store, logstore) = if killed {
+            sim.disk.end_at(1);
+            drop((logstore, store));
+            sim.disk.heal();
+            let sim = Sim::of(sim.world, sim.disk.kill());
+            let store = sim.open();
+            let logstore = store.logstore(&name(PLAIN)).unwrap();
+            (sim, store, logstore)
+        } else {
+            (sim, store, logstore)
+        };
+        sim.world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+        logstore.revalidate_now().unwrap_err();
+        let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+        assert_eq!(done.left_open, if killed { vec![name(PLAIN)] } else { Vec::new() });
+        sim.world.kms.answer(Answer::Real);
+        logstore.revalidate_now().unwrap();
+        put(&logstore, "two");
+        assert_eq!(texts(&logstore), ["one", "two"]);
+        assert_clean(&store, "allowed again");
+    }
+}
+
+/// A Logstore that cannot be read keeps older versions accepted until it can, or is deleted.
+#[test]
+fn a_damaged_logstore_leaves_the_rotation_unfinished() {
+    for deletes in [false, true] {
+        let world = World::manual();
+        filled(&world).close().unwrap();
+        let path = {
+            let store = world.builder().open_read_only().unwrap();
+            world.logstore_dir(&store.logstore(&name(SERVICE)).unwrap()).join("meta")
+        };
+        let good = fs::read(&path).unwrap();
+        fs::write(&path, &good[1..]).unwrap();
+        let store = world.open();
+        for _ in 0..2 {
+            assert!(matches!(store.rotate_service_key(), Err(Error::Corrupt { .. })));
+            assert!(store.key_usage().unwrap().service_rotation_unfinished);
+            let notes = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().notes;
+            assert!(notes.iter().any(|note| note.contains("unfinished")), "{notes:?}");
+            assert_eq!(accepts(&fs::read(world.keyring()).unwrap()), 1);
+        }
+        put(&store.logstore(&name(PLAIN)).unwrap(), "two");
+        if deletes {
+            store.delete_logstore(&name(SERVICE)).unwrap();
+        } else {
+            fs::write(&path, &good).unwrap();
+        }
+        let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+        assert_eq!((done.version, done.continued, done.logstores), (2, true, u64::from(!deletes)));
+        assert_clean(&store, "continued");
+    }
+}
