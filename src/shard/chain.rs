@@ -9,6 +9,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use super::{End, Head, Opened, SegmentRef, Shard};
 use crate::{
     Error, Result,
+    keys::keyring::Keyring,
     segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd},
     sync::{Mutex, lock},
 };
@@ -88,13 +89,39 @@ impl Shard {
         Ok(Proved { header: Arc::clone(header), end })
     }
 
-    /// Whether the blocks of a segment, up to an end, are those of its digest. Reads all of them.
-    pub(super) fn has_contents(&self, opened: &Opened, end: &PredecessorEnd) -> Result<bool> {
-        let blocks_end = match &opened.end {
-            End::Sealed(footer) => footer.footer.offset,
-            _ => end.bytes,
+    /// Whether the blocks of a segment, up to an end, are those of its digest, and its footer is what they add up to. Reads all of them.
+    fn has_contents(&self, opened: &Opened, end: &PredecessorEnd) -> Result<bool> {
+        let footer = match &opened.end {
+            End::Sealed(footer) => Some(&footer.footer),
+            _ => None,
         };
-        Ok(self.digest_up_to(opened, blocks_end)? == end.digest)
+        let contents = self.in_place(opened, footer.map_or(end.bytes, |footer| footer.offset))?;
+        let same = contents.digest() == end.digest;
+        Ok(same
+            && footer.is_none_or(|found| *found == contents.build(found.offset, found.nonce_random, found.recovered)))
+    }
+
+    /// Whether a segment may be read by its key. A holder of a retired version of the service keyring can make any segment under it, so
+    /// one under such a version counts only as the catalogue proves it. All its blocks are read for that.
+    ///
+    /// # Errors
+    /// [`Error::RetiredKeyVersion`]: the catalogue does not know the segment, or knows other contents.
+    pub(super) fn check_retired(&self, opened: &Opened) -> Result<()> {
+        let KeySource::Keyring(version) = opened.header.header.key_source else { return Ok(()) };
+        let path = &opened.name.path;
+        let accepted = || {
+            let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
+            self.context.gate.context().with_keyring(check)
+        };
+        let Err(retired) = accepted() else { return Ok(()) };
+        let ordinal = opened.name.ordinal;
+        let ended = self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
+        match self.proved(ordinal)?.filter(|_| ended) {
+            Some(proved) if proved.header.header_hash == opened.header.header_hash => {
+                if self.has_contents(opened, &proved.end)? { Ok(()) } else { Err(retired) }
+            }
+            _ => Err(retired),
+        }
     }
 
     /// Forgets the segments below `ordinal`: retention has dropped them.

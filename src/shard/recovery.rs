@@ -412,14 +412,14 @@ impl Shard {
         Ok(())
     }
 
-    /// The digest over the blocks in place in front of offset `end`.
-    pub(super) fn digest_up_to(&self, opened: &Opened, end: u64) -> Result<[u8; 32]> {
+    /// What the blocks in place in front of offset `end` add up to.
+    pub(super) fn in_place(&self, opened: &Opened, end: u64) -> Result<FooterBuilder> {
         let mut builder = FooterBuilder::of(&opened.header);
         self.pass(opened, end, None, |block, payload| {
             add(&mut builder, &block, payload);
             Ok(())
         })?;
-        Ok(builder.digest())
+        Ok(builder)
     }
 
     /// Whether everything that is known to have been durable is there. Returns up to where that was.
@@ -439,7 +439,7 @@ impl Shard {
             return Err(Error::corrupt(opened.at(report.end).block(report.blocks), what));
         }
         // The digest is over the hash of the header too, and so over the id of the segment.
-        if self.digest_up_to(opened, head.bytes)? != head.digest {
+        if self.in_place(opened, head.bytes)?.digest() != head.digest {
             let what = format!("{} is another segment than the catalogue knows", opened.name.path.display());
             return Err(Error::RolledBack { what });
         }

@@ -51,6 +51,7 @@ impl Shard {
                 section.is_none_or(|section| section.encrypt_type.cipher() == header.suite.cipher())
             }
         };
+        self.check_retired(opened)?;
         if !allowed {
             return broken(SUITE_AT, "the suite of the segment does not go with its key");
         }
