@@ -78,8 +78,8 @@ fn patch(patch: &mut Patch, at: usize, bytes: Vec<u8>) {
 const SEGMENTS: &[Row] = &[
     found(
         "newer_format",
-        open("version of a header", "format version 2", |chain| {
-            patch(&mut chain.segments[0].header_patch, 8, u16(2));
+        open("version of a header", "format version 3", |chain| {
+            patch(&mut chain.segments[0].header_patch, 8, u16(3));
         }),
     ),
     open("version 0 of a header", "version", |chain| patch(&mut chain.segments[0].header_patch, 8, u16(0))),
@@ -438,8 +438,8 @@ const DISAGREES: &str = "does not agree with the blocks";
 const FOOTERS: &[Row] = &[
     found(
         "newer_format",
-        open("version of a footer", "format version 2", |chain| {
-            patch(&mut chain.segments[0].footer_patch, 4, u16(2));
+        open("version of a footer", "format version 3", |chain| {
+            patch(&mut chain.segments[0].footer_patch, 4, u16(3));
         }),
     ),
     open("reserved bytes of a footer", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 6, vec![1])),
