@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::{io, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use common::{
@@ -339,15 +339,17 @@ fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
     let sim = closed();
     let store = sim.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
-    let paths = [
-        sim.world.store_dir().join("STORE"),
-        sim.disk.catalogue_file(&sim.world.store_dir()),
-        sim.world.keyring(),
-        sim.world.logstore_dir(&logstore).join("meta"),
-        sim.segments(&logstore, 0).remove(0),
-    ];
     store.close().unwrap();
+    // Each writer gives the file of the catalogue another name.
+    let paths: [&dyn Fn() -> PathBuf; 5] = [
+        &|| sim.world.store_dir().join("STORE"),
+        &|| sim.disk.catalogue_file(&sim.world.store_dir()),
+        &|| sim.world.keyring(),
+        &|| sim.world.logstore_dir(&logstore).join("meta"),
+        &|| sim.segments(&logstore, 0).remove(0),
+    ];
     for path in paths {
+        let path = path();
         let original = sim.disk.bytes(&path);
         sim.disk.edit(&path, |bytes| bytes[8..10].copy_from_slice(&7u16.to_le_bytes()));
         let before = sim.disk.bytes(&path);

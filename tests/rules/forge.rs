@@ -407,9 +407,10 @@ impl<'a> Chain<'a> {
         self.segments.push(segment);
     }
 
-    /// Seals everything again, each segment linked to the one before it, and the catalogue to the last one.
+    /// Seals everything again, each segment linked to the one before it, and the catalogue to the one that it knows.
     pub(crate) fn save(mut self) {
         let mut before: Option<PredecessorEnd> = None;
+        let mut ends = Vec::new();
         for segment in &mut self.segments {
             if let (Some(end), Predecessor::Sealed(place) | Predecessor::Cut(place)) =
                 (before, &mut segment.header.predecessor)
@@ -423,14 +424,15 @@ impl<'a> Chain<'a> {
             segment.path.set_file_name(name);
             let (file, end) = segment.seal(self.copy);
             fs::write(&segment.path, file).unwrap();
+            ends.push(end);
             before = Some(end);
         }
-        let (Some(end), shard) = (before, self.shard as usize) else { return };
+        let shard = self.shard as usize;
         self.copy.change_catalogue(|catalogue| {
             catalogue.edit(|json| {
                 let logstore = json["catalogue"]["logstores"].as_object_mut().unwrap().values_mut().next().unwrap();
                 let head = &mut logstore["shards"][shard]["head"];
-                if head["ordinal"] == end.ordinal {
+                if let Some(end) = ends.iter().rfind(|end| head["ordinal"] == end.ordinal) {
                     (head["blocks"], head["bytes"]) = (end.blocks.into(), end.bytes.into());
                     (head["end_seq"], head["digest"]) = (end.end_seq.into(), hex(&end.digest).into());
                     head["last_time_us"] = end.last_time_us.into();
