@@ -922,7 +922,10 @@ fn an_open_segment_ends_before_its_zeros() {
             let logstore = store.logstore(&name(text)).unwrap();
             put(&logstore, "third");
             assert_eq!(texts(&logstore), ["first", "second", "third"], "{context}");
-            assert_eq!(logstore.status().unwrap().recovery, [], "{context}");
+            // What was synced last carries no mark, and is rewritten. The zeros are nothing that could be dropped.
+            let recovery = logstore.status().unwrap().recovery;
+            let found: Vec<_> = recovery.iter().map(|notice| (notice.groups_rewritten, notice.bytes_dropped)).collect();
+            assert_eq!(found, [(1, 0)], "{context}");
         }
         assert_spotless(&store, &context);
         store.close().unwrap();

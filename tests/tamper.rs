@@ -297,9 +297,8 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         (_, "magic" | "reserved" | "tip magic" | "tip reserved" | "change magic") => &["corrupt"],
         (_, "block magic" | "block kind" | "block lengths" | "block reserved") => &["corrupt"],
         (_, "footer magic" | "footer reserved" | "footer segment tag" | "footer offset") => &["corrupt"],
-        (FileKind::Segment, "footer blocks" | "footer counts" | "footer index" | "footer flags") => {
-            &["corrupt", "tampered"]
-        }
+        (FileKind::Segment, "footer blocks") => &["corrupt", "rolled_back"],
+        (FileKind::Segment, "footer counts" | "footer index" | "footer flags") => &["corrupt", "tampered"],
         (FileKind::Segment, "suite" | "payload hash") => &["tampered", "unsupported_feature"],
         (FileKind::Segment, "key source" | "predecessor kind") => &["corrupt", "tampered"],
         (FileKind::Segment, "first seq" | "limit seq") => &["corrupt", "tampered"],
