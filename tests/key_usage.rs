@@ -217,17 +217,19 @@ fn a_data_key_under_a_revoked_master_key_goes_when_that_is_back() {
     put(&logstore, "first");
     store.rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
+    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
     for answer in [Answer::Revoked(RevokedReason::Disabled), Answer::Unreachable] {
         world.kms.answer(answer);
         world.clock.advance(secs(600));
-        let report = drop_sealed(&store, &logstore);
+        let report = store.apply_retention().unwrap();
         assert_eq!((report.data_keys, report.data_keys_postponed), (0, 1), "{answer:?}");
         assert!(shredded(&logstore).is_empty());
     }
     assert_eq!(events(&store, AuditEvent::ShredIntended).len(), 0, "nothing was begun");
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(60));
-    let report = drop_sealed(&store, &logstore);
+    let report = store.apply_retention().unwrap();
     assert_eq!((report.segments, report.data_keys, report.data_keys_postponed), (0, 1, 0));
     assert_eq!(shredded(&logstore), [1]);
     assert_eq!(texts(&logstore), ["second"]);

@@ -614,6 +614,6 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
             segments(&world.logstore_dir(&logstore), shard).into_iter().map(source).collect::<Vec<_>>()
         });
         let (plain, sealed) = (KeySource::Keyring(1), KeySource::DataKey(1));
-        assert_eq!(sources, [vec![plain, sealed, sealed], vec![plain, sealed], vec![sealed]]);
+        assert_eq!(sources, [vec![plain, sealed, sealed], vec![plain, sealed, sealed], vec![sealed]]);
     }
 }

@@ -203,6 +203,7 @@ impl StoreShared {
             let expected = against.as_ref().and_then(|against| against.logstores.get(&logstore.name));
             let faults = verification.report.faults.len();
             let verified = self.verify_logstore(logstore, expected, &mut verification);
+            verification.keyless = options.keyless;
             // Closing the store, which closes the gates too, is marked before it does.
             if logstore.gate.is_closed() && !lock(&self.admin).closed {
                 // What was found missing was being deleted.
@@ -318,8 +319,8 @@ impl StoreShared {
                 format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
             verification.note(Some(name), Error::RolledBack { what })?;
         }
-        let keyless = verification.keyless;
-        if !keyless
+        let section = logstore.keys_section().filter(|_| !verification.keyless);
+        if section.is_some()
             && logstore.gate.is_unproved()
             && let Err(error) = logstore.gate.admit().and_then(|_| logstore.gate.prove())
         {
@@ -328,10 +329,9 @@ impl StoreShared {
             verification.keyless = true;
         }
         // The segments' keys prove themselves by their commitments; the envelopes of versions without segments are proved here.
-        if !verification.keyless
-            && let Some(section) = logstore.keys_section()
-        {
-            for version in section.versions.iter().filter(|version| version.wrapped.is_some()) {
+        if let Some(section) = &section {
+            let with_keys = !verification.keyless;
+            for (version, _) in section.envelopes().filter(|_| with_keys) {
                 let unwrapped = logstore.gate.admit().and_then(|_| logstore.gate.unwrap(version.version));
                 let checked = unwrapped.and_then(|key| match &on_disk {
                     Some(tagged) if version.version == section.current => tagged.prove(&key),
@@ -352,7 +352,6 @@ impl StoreShared {
             let record = expected.and_then(|expected| expected.shards.get(index));
             self.verify_shard(name, shard, record, verification)?;
         }
-        verification.keyless = keyless;
         Ok(())
     }
 

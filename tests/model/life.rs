@@ -387,7 +387,13 @@ impl Life {
         let Some(shelf) = &self.shelves[n] else { return };
         let handle = shelf.handle.clone();
         let with = |ttl_days, retention_bytes| LogstoreConfig { ttl_days, retention_bytes, ..handle.config() };
-        self.store().update_logstore(handle.name(), with(ttl_days, retention_bytes)).unwrap();
+        let updated = self.store().update_logstore(handle.name(), with(ttl_days, retention_bytes));
+        if self.refused(n) && (ttl_days.is_some() || retention_bytes.is_some()) {
+            // The data key authenticates how long segments are kept.
+            assert_revoked(updated, RevokedReason::Disabled);
+            return;
+        }
+        updated.unwrap();
         let report = self.store().apply_retention().unwrap();
         assert!(!report.suspended);
         let dir = self.sim.world.logstore_dir(&handle);
@@ -521,7 +527,7 @@ impl Life {
                     Some(conf) => EncryptConf { enable: !conf.enable, ..conf },
                 };
                 let config = LogstoreConfig { encrypt_conf: Some(conf), ..config };
-                self.store().update_logstore(shelf.handle.name(), config).unwrap();
+                drop(self.gated(n, self.store().update_logstore(shelf.handle.name(), config)));
             }
             Step::Disable => {
                 if !self.disabled {

@@ -2,16 +2,16 @@
 
 use std::{fs, ops::Range, path::PathBuf};
 
-use envelog::{Checkpoint, LogstoreConfig, Result, VerifyOptions, crypto::hmac_sha256};
+use envelog::{Checkpoint, LogstoreConfig, Position, Result, VerifyOptions, crypto::hmac_sha256};
 use serde_json::{Value, json};
 
 use crate::{
     common::{
         buffered,
         catalogue::{self, Layout},
-        files, fix_crc, record, records, segments, synced,
+        files, fix_crc, record, records, records_from, segments, synced,
     },
-    forge::{Copy, Document, derived, hex},
+    forge::{Chain, Copy, Document, derived, hex},
 };
 
 /// A document of a golden store.
@@ -551,6 +551,30 @@ fn no_forged_metadata_leads_to_an_append_in_the_clear() {
         assert!(codes.contains(&error.code()), "{rule}: {error}");
         let all: Vec<u8> = files(&copy.path("store")).into_values().flatten().collect();
         assert!(memchr::memmem::find(&all, CANARY.as_bytes()).is_none(), "{rule}");
+    }
+}
+
+/// A segment under the keyring needs no data key to be read. One has to say first that there may be such a segment.
+#[test]
+fn a_segment_under_the_keyring_is_read_once_the_data_key_has_proved_where_its_own_begin() {
+    let copy = Copy::of("byok-aes");
+    let mut chain = Chain::load(&copy, 0);
+    chain.append_under_the_keyring();
+    let forged = &mut chain.segments.last_mut().unwrap().header;
+    forged.generation = 1;
+    let from = Position::Seq(forged.first_seq);
+    chain.save();
+    copy.change_document(&path(&copy, Which::Meta), |document| {
+        document.tag_b_follows = false;
+        document.edit_keys(|json| json["since"] = json!({"generation": 2, "ordinals": [4]}));
+    });
+    for read_only in [true, false] {
+        let store = if read_only { copy.builder().open_read_only() } else { copy.builder().open() }.unwrap();
+        let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+        assert_eq!(records_from(&logstore, 0, from).unwrap_err().code(), "tampered");
+        if !read_only {
+            assert_eq!(logstore.append(record("behind it"), &synced()).unwrap_err().code(), "tampered");
+        }
     }
 }
 
