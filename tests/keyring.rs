@@ -123,7 +123,7 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
     // And last, when everything is under it, the older ones are retired.
     let renamed = published.iter().filter(|(how, _)| *how == Published::Renamed);
     assert_eq!(renamed.clone().filter(|(_, path)| *path == world.keyring()).count(), 2);
-    assert_eq!(renamed.last().unwrap().1, world.keyring());
+    assert_eq!(renamed.clone().next_back().unwrap().1, world.keyring());
 }
 
 #[test]

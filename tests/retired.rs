@@ -313,7 +313,7 @@ fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<
     let newest = u32_at(&keyring, 64);
     assert_eq!(accepts(&keyring), u64::from(newest), "{at}");
     for (path, bytes) in files.iter().filter(|(_, bytes)| bytes.starts_with(b"ENVLDOC\0")) {
-        if !path.extension().is_some_and(|ext| ext == "tmp") {
+        if path.extension().is_none_or(|ext| ext != "tmp") {
             assert_eq!(u32_at(bytes, 64), newest, "{at}: {}", path.display());
         }
     }
@@ -437,7 +437,7 @@ fn a_rotation_that_fails_anywhere_is_continued() {
     }
 }
 
-/// What a process left open that was killed is ended, also where the rotation finds it.
+/// A rotation ends the segment that a killed process left open.
 #[test]
 fn a_segment_that_a_killed_process_left_is_ended() {
     let sim = Sim::new();
@@ -456,7 +456,7 @@ fn a_segment_that_a_killed_process_left_is_ended() {
         .iter()
         .map(|path| SegmentHeader::decode(&sim.disk.bytes(path)).unwrap().header.key_source)
         .collect();
-    // What was above the durable mark is in a segment of its own.
+    // The groups above the durable mark are in a segment of their own.
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2), KeySource::Keyring(2)]);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);

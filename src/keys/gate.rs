@@ -65,8 +65,8 @@ impl KeyContext {
         done
     }
 
-    /// Has a read-only opener take the keyring that the writer has rotated meanwhile: what a retired version authenticates is refused
-    /// from then on. Where the file cannot be read the opener goes on with its copy.
+    /// Has a read-only opener take the keyring that the writer has rotated meanwhile: the opener refuses documents under a retired
+    /// version from then on. Where the file cannot be read the opener goes on with its copy.
     pub(crate) fn follow_keyring(&self) -> Result<()> {
         if self.reloads_keyring && read(&self.keyring).is_outdated().unwrap_or(false) {
             let rotated = read(&self.keyring).reload()?;

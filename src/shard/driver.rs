@@ -633,7 +633,7 @@ impl Shard {
             let mut writer = lock(&self.writer);
             let active = writer.active.as_ref().map(|active| active.header.header.key_source);
             match active {
-                // What is queued goes into the next segment. An access that was lost took no key of a segment that is being written.
+                // The queue goes into the next segment. The loss of an access took no key of a segment that is being written.
                 Some(source) if is_older(source) => self
                     .seal(&mut writer, KeyUse::Admitted)
                     .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) })

@@ -265,7 +265,7 @@ impl StoreBuilder {
     }
 
     /// Accepts documents, audit records and checkpoints under versions of the service key that a rotation has retired: for restoring a
-    /// backup from before the rotation that is known to be good. Whoever holds a retired version can forge all of them. Counts for
+    /// backup from before the rotation that is known to be good. A holder of a retired version can forge all of them. Counts for
     /// [`StoreBuilder::open_read_only`]; a store is not opened for writing so.
     pub fn accept_retired_versions(mut self, accept: bool) -> Self {
         self.accept_retired = accept;

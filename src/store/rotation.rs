@@ -1,5 +1,5 @@
 //! The rotation of the service key: everything that the store authenticates by itself comes under a new version, and then the keyring
-//! retires the older ones. What interrupts it, the next call continues.
+//! retires the older ones. The next call continues a rotation that was interrupted.
 
 use std::sync::Arc;
 
@@ -44,7 +44,7 @@ pub struct ServiceRotation {
     pub left_open: Vec<LogstoreName>,
 }
 
-/// What was done for one Logstore, and is neither in the catalogue nor on record yet.
+/// A Logstore under the new version, of which neither the catalogue nor the audit log knows yet.
 struct Authenticated {
     logstore: Arc<LogstoreShared>,
     heads: Vec<(Arc<Shard>, Head)>,
@@ -66,7 +66,7 @@ impl Store {
     /// Makes a new version of the service key, brings everything under it, and retires the older versions. Returns the new one. The
     /// keyring must be backed up again.
     ///
-    /// Whoever has an older version authenticates nothing from then on: the store refuses documents, audit records and checkpoints under
+    /// A holder of an older version authenticates nothing from then on: the store refuses documents, audit records and checkpoints under
     /// it with [`Error::RetiredKeyVersion`]. The older versions stay in the keyring, since segments of Logstores without an envelope, and
     /// envelopes in copies of the store, need them. No data is rewritten.
     ///
@@ -120,7 +120,7 @@ impl StoreShared {
         result.and_then(|()| self.end_rotation(&report)).map(|()| report)
     }
 
-    /// Adds a version to the keyring, unless an interrupted rotation has. What is new is under it from here on. Returns the Logstores that
+    /// Adds a version to the keyring, unless an interrupted rotation has. New documents are under it from here on. Returns the Logstores that
     /// may have something under an older one.
     fn begin_rotation(&self) -> Result<(ServiceRotation, Vec<LogstoreName>)> {
         let admin = self.administer()?;
@@ -141,7 +141,7 @@ impl StoreShared {
         Ok((ServiceRotation { version, continued, ..ServiceRotation::default() }, self.names()))
     }
 
-    /// Brings Logstores under the newest version. What fails for one does not keep it from the others.
+    /// Brings Logstores under the newest version. A failure for one does not keep it from the others.
     fn authenticate_logstores(&self, names: &[LogstoreName], report: &mut ServiceRotation) -> Result<()> {
         let mut admin = self.administer()?;
         let mut result = Ok(());
