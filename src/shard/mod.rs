@@ -372,6 +372,8 @@ impl Shard {
 
     /// Keeps a point up to which everything is synced, to be noted in the catalogue.
     fn reach(&self, head: Head) {
+        // A recovery by this process keeps it, whether the catalogue says so yet or not.
+        crate::sync::write(&self.record).head = Some(head.clone());
         *lock(&self.reached) = Some(head);
     }
 
