@@ -33,6 +33,7 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     crypto::{SecretKey, hmac_sha256, tags_equal},
+    epoch::Fence,
     error::Location,
     ids::{LogstoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, DiskFile, FileKind, OpenMode},
@@ -160,6 +161,8 @@ pub(crate) struct AuditLog {
     dir: PathBuf,
     file_bytes_max: u64,
     counters: Arc<Counters>,
+    /// Looked at before and after a record is written; `None` for a log that is only read.
+    fence: Option<Arc<Fence>>,
     /// `None` until the log was read for them, when the first transition is to be recorded.
     transitions: Mutex<Option<Transitions>>,
     tail: Mutex<Tail>,
@@ -180,9 +183,10 @@ impl AuditLog {
         dir: PathBuf,
         file_bytes_max: u64,
         counters: Arc<Counters>,
+        fence: Option<Arc<Fence>>,
     ) -> Self {
         let (transitions, tail) = (Mutex::default(), Mutex::new(Tail::empty()));
-        Self { disk, clock, keyring, dir, file_bytes_max, counters, transitions, tail }
+        Self { disk, clock, keyring, dir, file_bytes_max, counters, fence, transitions, tail }
     }
 
     /// Finds where the log ends, to go on there, and whether `known` is in it. Reads the first record of every file, the file that has
@@ -195,6 +199,7 @@ impl AuditLog {
             if self.front(part.number)?.lines.iter().any(|line| line.head() == *known) {
                 let mut lines = self.lines(part.number)?;
                 self.distrust(&mut lines, known, 0);
+                self.cut_where_another_goes_on(&mut lines, part.number, &parts);
                 end = Some((part.number, lines));
                 break;
             }
@@ -208,6 +213,7 @@ impl AuditLog {
                 let mut lines = self.lines(part.number)?;
                 let before = end.as_ref().and_then(|(_, lines)| lines.lines.last());
                 self.distrust(&mut lines, &head, before.map_or(0, |line| line.record.keyring_version));
+                self.cut_where_another_goes_on(&mut lines, part.number, &parts);
                 head = lines.head().unwrap_or(head);
                 end = Some((part.number, lines));
             }
@@ -245,6 +251,26 @@ impl AuditLog {
             }
         }
         Ok(())
+    }
+
+    /// Drops the records from which on a later file has others. A writer begins a new file where it takes over from one that may still
+    /// run. What that one adds to the old file afterwards was never acknowledged.
+    fn cut_where_another_goes_on(&self, lines: &mut Lines, number: u32, parts: &[Part]) {
+        let later = parts.iter().filter(|part| part.number > number);
+        for first in later.map(|part| &part.first).filter(|first| first.record.number > 1) {
+            let before = lines.lines.iter().position(|line| line.record.number + 1 == first.record.number);
+            let Some(at) = before.filter(|at| at + 1 < lines.lines.len()) else { continue };
+            if lines.lines.get(at).is_some_and(|line| self.is_tagged(first, &line.tag)) {
+                let dropped = lines.lines.split_off(at + 1);
+                lines.valid_len = dropped.first().map_or(lines.valid_len, |line| line.offset);
+                lines.torn = true;
+            }
+        }
+    }
+
+    /// Has the next record go into a new file: another writer may still add records to the current one.
+    pub(crate) fn begin_new_file(&self) {
+        lock(&self.tail).leave();
     }
 
     /// Whether `line` is the record that follows `head`.
@@ -508,6 +534,7 @@ impl AuditLog {
         if tail.len >= self.file_bytes_max {
             tail.leave();
         }
+        self.check_fence()?;
         let file = self.file_to_append_to(&mut tail)?;
         let path = self.path(tail.current.unwrap_or(1));
         // A record is one write; should it tear, its line is cut off before the next one is written.
@@ -520,10 +547,15 @@ impl AuditLog {
             tail.file = None;
             return Err(error);
         }
+        self.check_fence()?;
         tail.len += line.len() as u64;
         tail.file = Some(file);
         tail.head = AuditHead { number: record.number, tag };
         Ok(record.number)
+    }
+
+    fn check_fence(&self) -> Result<()> {
+        self.fence.as_ref().map_or(Ok(()), |fence| fence.check())
     }
 
     /// The current file, or the next one where it may not be continued.
@@ -713,7 +745,10 @@ impl AuditLog {
             if part.number < last_file {
                 return Err(tampered(0));
             }
-            let lines = self.lines(part.number)?;
+            let mut lines = self.lines(part.number)?;
+            // A later file has these records, which another writer made: the tag of its first record tells.
+            let taken_over = scan.parts.get(index + 1).map_or(u64::MAX, |next| next.first.record.number);
+            lines.lines.retain(|line| line.record.number < taken_over);
             let fault = if lines.within > 0 {
                 Some(lines.damage(&path))
             } else if index + 1 == scan.parts.len() {

@@ -570,6 +570,10 @@ impl StoreBuilder {
     ) -> Result<Store> {
         let Custody { kms, counters, .. } = keyring.custody().clone();
         let keyring = Arc::new(RwLock::new(keyring));
+        let known = catalogue.audit.clone();
+        let disk = Arc::clone(&self.disk);
+        let (mut held, fence): (Option<StoreLock>, Option<Arc<Fence>>) =
+            held.map(|(held, fence)| (held, Arc::new(fence))).unzip();
         let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
@@ -577,14 +581,15 @@ impl StoreBuilder {
             self.dir.join("audit"),
             self.options.audit_file_bytes,
             Arc::clone(&counters),
+            fence.clone(),
         );
-        let known = catalogue.audit.clone();
-        let disk = Arc::clone(&self.disk);
-        let (mut held, fence) = held.map(|(held, fence)| (held, Arc::new(fence))).unzip();
         if found == Audit::Ours {
             audit.find_end(&known)?;
-            if held.is_some() {
+            if let Some(held) = &held {
                 audit.make_durable(&known)?;
+                if !held.is_clean() {
+                    audit.begin_new_file();
+                }
             }
         }
         let (disk, catalogue): (Arc<dyn Disk>, _) = match &fence {

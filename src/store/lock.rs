@@ -16,6 +16,8 @@ pub(super) struct StoreLock {
     file: Arc<dyn DiskFile>,
     /// Whether the file holds this process' number.
     noted: bool,
+    /// Whether the process before this one has closed the store, as far as the file tells.
+    clean: bool,
 }
 
 impl StoreLock {
@@ -33,7 +35,8 @@ impl StoreLock {
             let pid = contents(&*file).and_then(|text| text.trim_ascii_end().parse().ok());
             return Err(Error::Locked { path: dir.to_owned(), pid });
         }
-        Ok(Some(Self { file, noted: false }))
+        let clean = file.len().is_ok_and(|len| len == 0);
+        Ok(Some(Self { file, noted: false, clean }))
     }
 
     /// Takes the lock, and makes the `LOCK` file if there is none.
@@ -50,7 +53,15 @@ impl StoreLock {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             made => drop(made.map_err(Error::io("create", &path))?),
         }
-        Self::take(disk, dir)?.ok_or_else(|| Error::io("open", &path)(std::io::ErrorKind::NotFound.into()))
+        let lock =
+            Self::take(disk, dir)?.ok_or_else(|| Error::io("open", &path)(std::io::ErrorKind::NotFound.into()))?;
+        // The one that another process may hold was removed.
+        Ok(Self { clean: false, ..lock })
+    }
+
+    /// Whether the process before this one has closed the store. If not, it may still run.
+    pub(super) fn is_clean(&self) -> bool {
+        self.clean
     }
 
     /// Writes this process' number into the file, for people. A file with other contents, or with another name, is left alone.

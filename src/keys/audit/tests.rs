@@ -11,13 +11,13 @@ use crate::{
 fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
     let keyring = Keyring::for_tests(&dir.join("keyring"), StoreId::from_bytes([1; 16]));
     let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
-    AuditLog::new(disk, clock, Arc::new(RwLock::new(keyring)), dir.to_owned(), file_bytes_max, counters)
+    AuditLog::new(disk, clock, Arc::new(RwLock::new(keyring)), dir.to_owned(), file_bytes_max, counters, None)
 }
 
 /// The log as the next opener finds it, whose catalogue remembers `known`.
 fn reopened(log: &AuditLog, known: &AuditHead) -> AuditLog {
     let (disk, clock, keyring) = (Arc::clone(&log.disk), Arc::clone(&log.clock), Arc::clone(&log.keyring));
-    let log = AuditLog::new(disk, clock, keyring, log.dir.clone(), log.file_bytes_max, Arc::default());
+    let log = AuditLog::new(disk, clock, keyring, log.dir.clone(), log.file_bytes_max, Arc::default(), None);
     log.find_end(known).unwrap();
     log
 }
