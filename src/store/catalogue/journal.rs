@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    super::anchor::Feeder,
+    super::anchor::{AnchorPlace, Feeder},
     Catalogue, Change,
     file::{self, CHANGES_MAX, Place, Tip},
 };
@@ -83,8 +83,7 @@ struct Writer {
 #[derive(Clone, Debug)]
 pub(crate) struct Mirror {
     file: Arc<dyn DiskFile>,
-    /// Which of the files of this writer it is.
-    pub(crate) serial: u64,
+    pub(crate) place: AnchorPlace,
     /// Its length in bytes.
     pub(crate) len: u64,
 }
@@ -100,7 +99,8 @@ impl Mirror {
 
 impl Writer {
     fn mirror(&self) -> Mirror {
-        Mirror { file: Arc::clone(&self.file), serial: self.serial, len: self.end }
+        let place = AnchorPlace { epoch: self.fence.epoch(), serial: self.serial };
+        Mirror { file: Arc::clone(&self.file), place, len: self.end }
     }
 }
 
@@ -213,7 +213,9 @@ impl Journal {
             queue.outcome = Arc::default();
             drop(queue);
             let written = self.write(&batch);
-            self.feed_anchor();
+            if written.is_ok() {
+                self.feed_anchor();
+            }
             // Only the leader sets it.
             let _ = outcome.set(written);
             queue = lock(&self.queue);
@@ -249,7 +251,9 @@ impl Journal {
         queue.leading = true;
         drop(queue);
         let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
-        self.feed_anchor();
+        if written.is_ok() {
+            self.feed_anchor();
+        }
         lock(&self.queue).leading = false;
         self.done.notify_all();
         written
@@ -292,9 +296,10 @@ impl Journal {
             }
             changes
         };
-        let goes_on = lock(&self.files).current.as_ref().is_some_and(|writer| {
-            writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len)
-        });
+        let goes_on = lock(&self.files)
+            .current
+            .as_ref()
+            .is_some_and(|writer| writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
         if !goes_on {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;
