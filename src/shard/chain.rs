@@ -10,7 +10,7 @@ use super::{End, Head, Opened, SegmentRef, Shard};
 use crate::{
     Error, Result,
     keys::keyring::Keyring,
-    segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd},
+    segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
     sync::{Mutex, lock},
 };
 
@@ -119,13 +119,38 @@ impl Shard {
             self.set_record(reload(self.id)?);
         }
         let ordinal = opened.name.ordinal;
-        let ended = self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
+        let ended = matches!(opened.end, End::Cut(_))
+            || self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
         match self.proved(ordinal)?.filter(|_| ended) {
             Some(proved) if proved.header.header_hash == opened.header.header_hash => {
                 if self.has_contents(opened, &proved.end)? { Ok(()) } else { Err(retired) }
             }
             _ => Err(retired),
         }
+    }
+
+    /// Where an open segment under a retired version of the service keyring ends: where the rotation has recorded it. Any block behind that
+    /// may be forged.
+    pub(super) fn retired_end(&self, header: &SegmentHeader) -> Result<Option<PredecessorEnd>> {
+        let KeySource::Keyring(version) = header.key_source else { return Ok(None) };
+        let accepts = self.context.gate.context().with_keyring(|keyring| Ok(keyring.accepts()))?;
+        let head =
+            self.record().head.filter(|head| version < accepts && head.ordinal == header.ordinal && !head.sealed);
+        Ok(head.map(Head::into_end))
+    }
+
+    /// Where a shard ends whose last segment nothing has ended, and whose keys cannot be used: makes its blocks durable, and takes all
+    /// that follow each other by their CRC32.
+    pub(crate) fn head_left_open(&self) -> Result<Option<Head>> {
+        let segments = self.segments(true)?;
+        let Some(last) = segments.last() else { return Ok(None) };
+        let opened = self.open_segment(last)?;
+        if !matches!(opened.end, End::Unknown) {
+            return Ok(None);
+        }
+        self.sync_file(&*opened.file, &last.path)?;
+        self.make_names_durable()?;
+        self.head_in_place(&opened).map(Some)
     }
 
     /// Forgets the segments below `ordinal`: retention has dropped them.

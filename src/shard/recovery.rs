@@ -497,6 +497,17 @@ impl Shard {
         Ok(Cut { next, groups, given_up })
     }
 
+    /// The head over all blocks in place of a segment that nothing has ended.
+    pub(super) fn head_in_place(&self, opened: &Opened) -> Result<Head> {
+        let (len, _) = self.blocks_end(opened, Proof::Crc)?;
+        let mut kept = Kept::new(opened, len);
+        self.pass(opened, len, None, |block, payload| {
+            kept.takes(&block, payload);
+            Ok(())
+        })?;
+        Ok(kept.head())
+    }
+
     /// Where the shard stands by what is on disk, for a checkpoint of a shard that this process does not write.
     pub(super) fn head_on_disk(&self) -> Result<Option<Head>> {
         if !self.context.read_only {

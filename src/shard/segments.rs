@@ -465,7 +465,10 @@ impl Shard {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
                     return Err(Error::truncated(Location::new(path, len), what));
                 }
-                opened(End::Unknown)
+                match self.retired_end(&header.header)? {
+                    Some(end) => opened(End::Cut(end)),
+                    None => opened(End::Unknown),
+                }
             }
             (Err(error), _) => Err(error),
         }
@@ -500,6 +503,9 @@ impl Shard {
     /// of that holds. Then everything in front of that has been durable, for it was synced before the footer was written.
     pub(crate) fn blocks_end(&self, opened: &Opened, proof: Proof) -> Result<(u64, Option<u64>)> {
         let path = &*opened.name.path;
+        if let End::Cut(end) = &opened.end {
+            return Ok((end.bytes, Some(end.bytes)));
+        }
         let len = opened.file.len().map_err(Error::io("get the length of", path))?;
         let footer = match read_footer(&*opened.file, path, &opened.header, len) {
             Ok(Some(footer)) if proof == Proof::Tag => footer,

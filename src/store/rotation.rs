@@ -192,6 +192,9 @@ impl StoreShared {
                     if report.left_open.last() != Some(name) {
                         report.left_open.push(name.clone());
                     }
+                    // What is behind this head does not count any more when the version is retired.
+                    heads.extend(shard.head_left_open()?.map(|head| (Arc::clone(shard), head)));
+                    continue;
                 }
                 Err(error) => return Err(error),
             }

@@ -96,6 +96,8 @@ struct Trouble {
     kms: bool,
     anchor: bool,
     taken_over: bool,
+    /// Shards may end in what a process left that was not closed: only an append, or a sync of the Logstore, looks at that.
+    left_open: bool,
 }
 
 /// An anchor in memory.
@@ -581,7 +583,7 @@ impl Life {
             Step::Roll(n) => {
                 let Some(logstore) = self.handle(n)? else { return Ok(()) };
                 match logstore.roll() {
-                    Ok(()) if !self.trouble.disk => self.durable(n),
+                    Ok(()) if !self.trouble.disk && !self.trouble.left_open => self.durable(n),
                     Ok(()) => {}
                     Err(error) => self.excused("to roll", &error)?,
                 }
@@ -630,7 +632,7 @@ impl Life {
             }
             Step::Delete(n) => self.delete(n)?,
             Step::Checkpoint => match self.store.as_ref().map(Store::checkpoint) {
-                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms => {
+                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms && !self.trouble.left_open => {
                     (0..NAMES.len()).for_each(|n| self.durable(n))
                 }
                 Some(Err(error)) => self.excused("to take a checkpoint", &error)?,
@@ -738,6 +740,7 @@ impl Life {
         self.store = Some(opened.map_err(|error| format!("another writer cannot take over: {error}"))?);
         self.try_fenced()?;
         self.trouble.taken_over = false;
+        self.trouble.left_open = true;
         Ok(())
     }
 
@@ -792,7 +795,9 @@ impl Life {
         match self.store.take().map(Store::close) {
             None => Ok(()),
             Some(Ok(())) => {
-                (0..NAMES.len()).for_each(|n| self.durable(n));
+                if !self.trouble.left_open {
+                    (0..NAMES.len()).for_each(|n| self.durable(n));
+                }
                 Ok(())
             }
             Some(Err(error)) => {
