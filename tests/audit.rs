@@ -362,8 +362,8 @@ fn a_record_that_a_crash_tore_was_never_there() {
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     world.service(&store, "p/l");
-    // After a look at the file that it goes into.
-    disk.fail_after(1, Failure::Death);
+    // After two looks at the epoch, and one at the file that it goes into.
+    disk.fail_after(3, Failure::Death);
     store.rotate_data_key(&name("p/l")).unwrap_err();
     drop(store);
     assert!(!fs::read(&audit_files(&world)[0]).unwrap().ends_with(b"\n"), "it was torn");

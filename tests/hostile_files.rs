@@ -359,10 +359,16 @@ fn sweep(way: Way) {
                 let (outside, link) = (picture(&canary), fs::symlink_metadata(target).unwrap().ino());
                 let kept = if aside.is_dir() { picture(&aside) } else { BTreeMap::new() };
                 let concerns = scene.concerns(target);
-                // A writer raises the epoch before it looks at anything else.
+                // A writer raises the epoch before it looks at anything else, and then writes the catalogue in a new file.
+                let catalogue = catalogue_dir(&scene.world.store_dir());
+                let renewed = |path: &Path| path.ends_with("EPOCH") || path.starts_with(&catalogue);
                 let inside = || {
                     let mut found = picture(&scene.world.store_dir());
-                    found.retain(|path, _| !path.ends_with("EPOCH") || path == target);
+                    found.retain(|path, _| {
+                        path == target
+                            || !renewed(path)
+                            || path.starts_with(&catalogue) && target.starts_with(&catalogue)
+                    });
                     found
                 };
                 let before = inside();

@@ -335,6 +335,27 @@ fn what_a_checkpoint_that_failed_has_found_durable_is_not_cut_off() {
     assert_clean(&store, "gone on");
 }
 
+/// What the catalogue has noted of an open segment stays part of it when the same process recovers the shard.
+#[test]
+fn what_was_noted_of_an_open_segment_is_not_cut_off() {
+    let mut sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "synced");
+    sim.world.clock.advance(secs(11));
+    store.tick();
+    sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
+    try_put(&logstore, "fails").unwrap_err();
+    sim.disk.heal();
+    logstore.reopen_shard(0).unwrap();
+    put(&logstore, "after");
+    assert_clean(&store, "gone on");
+    sim.crash(Survives::Synced);
+    let store = sim.open();
+    assert_eq!(texts(&find(&store)), ["synced", "after"]);
+    assert_clean(&store, "opened again");
+}
+
 /// An audit record that was not synced may have lost its beginning, and have its end.
 #[test]
 fn the_last_audit_record_may_be_torn_anywhere() {

@@ -4,7 +4,11 @@
 
 mod common;
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use common::{
@@ -223,10 +227,11 @@ fn refused_untouched(sim: &Sim, expected: impl Fn(&Error) -> bool) {
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
     }
     let mut after = sim.disk.files(sim.world.path());
-    // The lock was taken and let go of.
-    after.retain(|path, _| !path.ends_with("LOCK"));
-    let unlocked = before.into_iter().filter(|(path, _)| !path.ends_with("LOCK")).collect();
-    assert_eq!(after, unlocked);
+    // The lock was taken and let go of, and the epoch raised.
+    let is_kept = |path: &Path| !path.ends_with("LOCK") && !path.ends_with("EPOCH");
+    after.retain(|path, _| is_kept(path));
+    let kept = before.into_iter().filter(|(path, _)| is_kept(path)).collect();
+    assert_eq!(after, kept);
 }
 
 #[track_caller]

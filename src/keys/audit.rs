@@ -745,10 +745,10 @@ impl AuditLog {
             if part.number < last_file {
                 return Err(tampered(0));
             }
-            let mut lines = self.lines(part.number)?;
-            // A later file has these records, which another writer made: the tag of its first record tells.
+            let lines = self.lines(part.number)?;
+            // From there on a later file has the records. Those in this one were added by a writer after another one took over.
             let taken_over = scan.parts.get(index + 1).map_or(u64::MAX, |next| next.first.record.number);
-            lines.lines.retain(|line| line.record.number < taken_over);
+            let mut fenced: Option<Line> = None;
             let fault = if lines.within > 0 {
                 Some(lines.damage(&path))
             } else if index + 1 == scan.parts.len() {
@@ -764,9 +764,17 @@ impl AuditLog {
             };
             for line in lines.lines {
                 let key = read(&self.keyring).audit_key(line.record.keyring_version)?;
-                let follows = line.record.number == count + 1 && line.record.keyring_version >= version;
-                if !tag_holds(&key, &line, &previous) || !follows {
+                let (before, tag) = match &fenced {
+                    Some(before) => (before.record.number, &before.tag),
+                    None => (count, &previous),
+                };
+                let follows = line.record.number == before + 1 && line.record.keyring_version >= version;
+                if !tag_holds(&key, &line, tag) || !follows {
                     return Err(tampered(line.offset));
+                }
+                if line.record.number >= taken_over {
+                    fenced = Some(line);
+                    continue;
                 }
                 version = line.record.keyring_version;
                 for (seen, head) in seen.iter_mut().zip(heads) {

@@ -115,6 +115,10 @@ impl Shard {
             self.context.gate.context().with_keyring(check)
         };
         let Err(retired) = accepted() else { return Ok(()) };
+        if let Some(reload) = &self.context.reload {
+            // The writer has recorded the head when it rotated the key.
+            self.set_record(reload(self.id)?);
+        }
         let ordinal = opened.name.ordinal;
         let ended = self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
         match self.proved(ordinal)?.filter(|_| ended) {
@@ -129,6 +133,12 @@ impl Shard {
     pub(super) fn forget_proved(&self, ordinal: u64) {
         let mut proved = lock(&self.chain.0);
         *proved = proved.split_off(&ordinal);
+    }
+
+    /// Notes from where on retention keeps the shard.
+    pub(crate) fn note_first(&self, first_ordinal: u64, first_seq: u64) {
+        let mut record = crate::sync::write(&self.record);
+        (record.first_ordinal, record.first_seq) = (first_ordinal, first_seq);
     }
 
     /// Notes that the catalogue knows this head.

@@ -311,7 +311,7 @@ impl StoreShared {
             first_seq: record.first_seq,
         };
         self.commit(admin, vec![dropped_to])?;
-        shard.set_record(record.clone());
+        shard.note_first(record.first_ordinal, record.first_seq);
         shard.drop_before(record.first_ordinal);
         info!(
             logstore = %logstore.name,

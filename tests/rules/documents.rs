@@ -530,7 +530,8 @@ fn no_forged_metadata_leads_to_an_append_in_the_clear() {
         off(document);
         document.tag_b = [0; 32];
     };
-    let forgeries: [(&str, &[&str], fn(&mut Document)); 5] = [
+    type Forgery = (&'static str, &'static [&'static str], fn(&mut Document));
+    let forgeries: [Forgery; 5] = [
         ("off in the configuration", &["tampered"], in_the_configuration),
         ("off in both parts", &["tampered"], off),
         ("off, and no second tag", &["corrupt"], without_a_tag),

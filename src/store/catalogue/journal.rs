@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use super::{
@@ -47,12 +47,11 @@ pub(crate) struct Journal {
 
 #[derive(Default)]
 struct Queue {
+    /// What the next leader writes.
     waiting: Vec<Change>,
-    /// How many calls have put changes into the queue, and up to which of them the changes are durable.
-    calls: u64,
-    durable: u64,
+    /// What that comes to.
+    outcome: Arc<OnceLock<Result<()>>>,
     leading: bool,
-    failed: Option<Error>,
 }
 
 /// The file that takes the records.
@@ -69,6 +68,8 @@ struct Writer {
     last: Tip,
     /// Whether the tip that names it is synced.
     settled: bool,
+    /// Whether a write has failed: what the file holds behind `end` is not known.
+    broken: bool,
 }
 
 /// The part of a catalogue file that is synced, to be copied.
@@ -158,7 +159,7 @@ impl Journal {
         let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
         let len = bytes.len() as u64;
         let last = Tip { number: catalogue.generation, tag };
-        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true })
+        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true, broken: false })
     }
 
     /// The catalogue, as far as it is durable. A caller must not commit while it holds this.
@@ -188,34 +189,29 @@ impl Journal {
     /// Makes changes, durably. Blocks for one write and one sync, and for the ones under way.
     ///
     /// # Errors
-    /// What kept them from being durable: they may be or not, and nothing is changed any more until the store is opened again.
+    /// What kept them from being durable. The next commit begins with a new file, in which they are not.
     pub(crate) fn commit(&self, changes: Vec<Change>) -> Result<()> {
         let mut queue = lock(&self.queue);
         queue.waiting.extend(changes);
-        queue.calls += 1;
-        let call = queue.calls;
+        let outcome = Arc::clone(&queue.outcome);
         loop {
-            if queue.durable >= call {
-                return Ok(());
-            }
-            if let Some(error) = &queue.failed {
-                return Err(error.clone());
+            if let Some(outcome) = outcome.get() {
+                return outcome.clone();
             }
             if queue.leading {
                 queue = wait(&self.done, queue);
                 continue;
             }
             queue.leading = true;
-            let (batch, calls) = (std::mem::take(&mut queue.waiting), queue.calls);
+            let batch = std::mem::take(&mut queue.waiting);
+            queue.outcome = Arc::default();
             drop(queue);
             let written = self.write(&batch);
             self.feed_anchor();
+            // Only the leader sets it.
+            let _ = outcome.set(written);
             queue = lock(&self.queue);
             queue.leading = false;
-            match written {
-                Ok(()) => queue.durable = calls,
-                Err(error) => queue.failed = Some(error),
-            }
             self.done.notify_all();
         }
     }
@@ -244,18 +240,11 @@ impl Journal {
         while queue.leading {
             queue = wait(&self.done, queue);
         }
-        if let Some(error) = &queue.failed {
-            return Err(error.clone());
-        }
         queue.leading = true;
         drop(queue);
         let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
         self.feed_anchor();
-        let mut queue = lock(&self.queue);
-        queue.leading = false;
-        if let Err(error) = &written {
-            queue.failed = Some(error.clone());
-        }
+        lock(&self.queue).leading = false;
         self.done.notify_all();
         written
     }
@@ -295,10 +284,10 @@ impl Journal {
             }
             changes
         };
-        let grown = lock(&self.writer)
-            .as_ref()
-            .is_some_and(|writer| writer.end - writer.snapshot_len > JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
-        if grown {
+        let renew = lock(&self.writer).as_ref().is_some_and(|writer| {
+            writer.broken || writer.end - writer.snapshot_len > JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len)
+        });
+        if renew {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;
         }
@@ -318,6 +307,7 @@ impl Journal {
         };
         let number = writer.last.number + 1;
         let (bytes, tag) = file::encode_record(number, changes, &writer.last.tag, version, &key);
+        writer.broken = true;
         writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
         // A writer that has taken over may not have seen the record.
@@ -329,6 +319,7 @@ impl Journal {
         writer.end += bytes.len() as u64;
         writer.last = last;
         writer.settled = false;
+        writer.broken = false;
         let mut catalogue = write(&self.catalogue);
         for change in changes {
             let applied = catalogue.apply(change);
