@@ -292,9 +292,10 @@ impl Journal {
             }
             changes
         };
-        let goes_on = lock(&self.files).current.as_ref().is_some_and(|writer| {
-            writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len)
-        });
+        let goes_on = lock(&self.files)
+            .current
+            .as_ref()
+            .is_some_and(|writer| writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
         if !goes_on {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;
