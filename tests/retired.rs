@@ -54,7 +54,8 @@ fn forged(document: &[u8], key: &SecretKey) -> Vec<u8> {
     let signed = 80 + u32_at(&bytes, 72) as usize + u32_at(&bytes, 76) as usize;
     let tag = hmac_sha256(key, &[&bytes[..signed], &bytes[signed + 32..signed + 64]]);
     bytes[signed..signed + 32].copy_from_slice(&tag);
-    fix_crc(&mut bytes);
+    // A catalogue goes on behind its document.
+    fix_crc(&mut bytes[..signed + 68]);
     bytes
 }
 
@@ -174,7 +175,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     let probe = files(&world.store_dir().join("probes")).into_keys().next().unwrap();
     for (path, what) in [
         (world.store_dir().join("STORE"), "the identity of the store"),
-        (world.store_dir().join("catalogue"), "the catalogue"),
+        (catalogue::catalogue_file(&world.store_dir()), "the catalogue"),
         (service.join("meta"), "the metadata of a Logstore"),
         (probe, "the probe of a master key"),
     ] {
@@ -203,7 +204,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     }
     // A writer finds them in a verification as well.
     let store = world.open();
-    for path in ["STORE", "catalogue"].map(|file| world.store_dir().join(file)) {
+    for path in [world.store_dir().join("STORE"), catalogue::catalogue_file(&world.store_dir())] {
         let good = fs::read(&path).unwrap();
         write_private(&path, forged(&good, &key));
         assert_eq!(fault_kinds(&store, &VerifyOptions::default()), ["retired_key_version"]);
@@ -303,6 +304,25 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
     }
     assert_clean(&store, "a backup");
     assert_retired(world.builder().accept_retired_versions(false).open_read_only(), "the identity of the store");
+}
+
+/// A reader beside a writer may know the head of a segment from before it was sealed.
+#[test]
+fn a_reader_proves_a_segment_from_a_head_that_the_writer_has_gone_on_from() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = plain(&store);
+    put(&logstore, "one");
+    store.rotate_service_key().unwrap();
+    put(&logstore, "two");
+    store.checkpoint().unwrap();
+    let reader = world.builder().open_read_only().unwrap();
+    let beside = reader.logstore(&name(PLAIN)).unwrap();
+    put(&logstore, "three");
+    logstore.roll().unwrap();
+    put(&logstore, "four");
+    assert_eq!(texts(&beside), ["one", "two", "three", "four"]);
+    assert_clean(&reader, "beside the writer");
 }
 
 // ---- interrupted ----
@@ -523,6 +543,7 @@ fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
         assert_eq!(done.left_open, if killed { vec![name(PLAIN)] } else { Vec::new() });
         sim.world.kms.answer(Answer::Real);
         logstore.revalidate_now().unwrap();
+        assert_eq!(texts(&sim.builder().open_read_only().unwrap().logstore(&name(PLAIN)).unwrap()), ["one"]);
         put(&logstore, "two");
         assert_eq!(texts(&logstore), ["one", "two"]);
         assert_clean(&store, "allowed again");

@@ -4,7 +4,7 @@
 //! header has the digest of the segment before it, and so on. Headers and ends of segments are proved along this chain, from the head
 //! downward. Retention and the destruction of keys rest on nothing else.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{End, Head, Opened, SegmentRef, Shard};
 use crate::{
@@ -80,7 +80,8 @@ impl Shard {
             }
             // This process made its header.
             End::Active(_) => true,
-            _ => self.has_contents(&opened, &end)?,
+            // Beside a writer, a head that is not sealed may be in a segment that has been sealed since.
+            _ => self.in_place(&opened, end.bytes)?.digest() == end.digest,
         };
         if !same || header.header.segment != end.segment {
             let what = format!("{} is not the segment that the catalogue knows", name.path.display());
@@ -107,21 +108,13 @@ impl Shard {
     /// # Errors
     /// [`Error::RetiredKeyVersion`]: the catalogue does not know the segment, or knows other contents.
     pub(super) fn check_retired(&self, opened: &Opened) -> Result<()> {
-        let KeySource::Keyring(version) = opened.header.header.key_source else { return Ok(()) };
-        let path = &opened.name.path;
-        let accepted = || {
-            let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
-            self.context.gate.context().with_keyring(check)
-        };
-        let Err(retired) = accepted() else { return Ok(()) };
-        if let Some(reload) = &self.context.reload {
-            // The writer has recorded the head when it rotated the key.
-            self.set_record(reload(self.id)?);
-        }
+        let Some(retired) = self.retired(&opened.header.header, &opened.name.path)? else { return Ok(()) };
         let ordinal = opened.name.ordinal;
-        let ended = matches!(opened.end, End::Cut(_))
-            || self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
-        match self.proved(ordinal)?.filter(|_| ended) {
+        let ended = |proved: &Proved| match &opened.end {
+            End::Cut(end) if *end == proved.end => true,
+            _ => self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal),
+        };
+        match self.proved(ordinal)?.filter(ended) {
             Some(proved) if proved.header.header_hash == opened.header.header_hash => {
                 if self.has_contents(opened, &proved.end)? { Ok(()) } else { Err(retired) }
             }
@@ -129,28 +122,25 @@ impl Shard {
         }
     }
 
-    /// Where an open segment under a retired version of the service keyring ends: where the rotation has recorded it. Any block behind that
-    /// may be forged.
-    pub(super) fn retired_end(&self, header: &SegmentHeader) -> Result<Option<PredecessorEnd>> {
-        let KeySource::Keyring(version) = header.key_source else { return Ok(None) };
-        let accepts = self.context.gate.context().with_keyring(|keyring| Ok(keyring.accepts()))?;
-        let head =
-            self.record().head.filter(|head| version < accepts && head.ordinal == header.ordinal && !head.sealed);
-        Ok(head.map(Head::into_end))
-    }
-
-    /// Where a shard ends whose last segment nothing has ended, and whose keys cannot be used: makes its blocks durable, and takes all
-    /// that follow each other by their CRC32.
-    pub(crate) fn head_left_open(&self) -> Result<Option<Head>> {
-        let segments = self.segments(true)?;
-        let Some(last) = segments.last() else { return Ok(None) };
-        let opened = self.open_segment(last)?;
-        if !matches!(opened.end, End::Unknown) {
+    /// Where a segment ends that is open and under a retired version of the service keyring: at the head that the rotation has recorded.
+    /// What is behind that may be by a holder of the old version.
+    pub(super) fn retired_end(&self, header: &SegmentHeader, path: &Path) -> Result<Option<PredecessorEnd>> {
+        if self.retired(header, path)?.is_none() {
             return Ok(None);
         }
-        self.sync_file(&*opened.file, &last.path)?;
-        self.make_names_durable()?;
-        self.head_in_place(&opened).map(Some)
+        Ok(self.record().head.filter(|head| !head.sealed && head.ordinal == header.ordinal).map(Head::into_end))
+    }
+
+    /// The error about a segment that is under a retired version of the service keyring; `None` for any other. A reader reads the catalogue
+    /// again: the writer has recorded the head when it rotated the key.
+    fn retired(&self, header: &SegmentHeader, path: &Path) -> Result<Option<Error>> {
+        let KeySource::Keyring(version) = header.key_source else { return Ok(None) };
+        let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
+        let Err(retired) = self.context.gate.context().with_keyring(check) else { return Ok(None) };
+        if let Some(reload) = &self.context.reload {
+            self.set_record(reload(self.id)?);
+        }
+        Ok(Some(retired))
     }
 
     /// Forgets the segments below `ordinal`: retention has dropped them.

@@ -126,7 +126,7 @@ impl ActiveView {
 pub(crate) enum End {
     /// With a footer.
     Sealed(Arc<DecodedFooter>),
-    /// Where its successor says: a crash cut it off.
+    /// Where its successor says: a crash cut it off. Or where the catalogue does, under a retired version of the service keyring.
     Cut(PredecessorEnd),
     /// This process is writing it.
     Active(Arc<ActiveView>),
@@ -465,8 +465,11 @@ impl Shard {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
                     return Err(Error::truncated(Location::new(path, len), what));
                 }
-                match self.retired_end(&header.header)? {
-                    Some(end) => opened(End::Cut(end)),
+                match self.retired_end(&header.header, path)? {
+                    Some(end) => {
+                        self.check_link(name, &header.header, &end)?;
+                        opened(End::Cut(end))
+                    }
                     None => opened(End::Unknown),
                 }
             }
@@ -503,9 +506,6 @@ impl Shard {
     /// of that holds. Then everything in front of that has been durable, for it was synced before the footer was written.
     pub(crate) fn blocks_end(&self, opened: &Opened, proof: Proof) -> Result<(u64, Option<u64>)> {
         let path = &*opened.name.path;
-        if let End::Cut(end) = &opened.end {
-            return Ok((end.bytes, Some(end.bytes)));
-        }
         let len = opened.file.len().map_err(Error::io("get the length of", path))?;
         let footer = match read_footer(&*opened.file, path, &opened.header, len) {
             Ok(Some(footer)) if proof == Proof::Tag => footer,
