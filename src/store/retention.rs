@@ -310,7 +310,9 @@ impl StoreShared {
             first_ordinal: record.first_ordinal,
             first_seq: record.first_seq,
         };
-        self.commit(admin, vec![dropped_to])?;
+        // The catalogue may not know the head yet that this process has proved the segments by, and the shard goes on behind it.
+        let reached = record.head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head));
+        self.commit(admin, reached.into_iter().chain([dropped_to]).collect())?;
         shard.note_first(record.first_ordinal, record.first_seq);
         shard.drop_before(record.first_ordinal);
         info!(
