@@ -122,11 +122,11 @@ const SEGMENTS: &[Row] = &[
     ),
     open("flags of a header extension", "header extension", |chain| {
         chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
-        patch(&mut chain.segments[0].header_patch, 258, u16(2));
+        patch(&mut chain.segments[0].header_patch, 274, u16(2));
     }),
     open("extensions fill their room", "header extension", |chain| {
         chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
-        patch(&mut chain.segments[0].header_patch, 260, u32(7));
+        patch(&mut chain.segments[0].header_patch, 276, u32(7));
     }),
     found("tampered", open("shard of a segment", "belongs elsewhere", |chain| chain.segments[0].header.shard = 1)),
     found(

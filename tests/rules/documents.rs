@@ -1016,18 +1016,27 @@ fn the_rules_of_the_catalogues_journal() {
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
-/// What the service key's older version signs is not taken behind what its newer one has.
+/// What the service key's older version signs is not taken behind what its newer one has, also while a rotation is unfinished.
 #[test]
-fn a_record_under_an_older_service_key_is_tampering() {
-    let copy = Copy::of("service-sm4");
-    let mut journal = Journal::of(&copy);
-    let version = |record: &[u8]| u32::from_le_bytes(record[16..20].try_into().unwrap());
-    assert_eq!(version(journal.records.last().expect("a record behind the rotation")), 2);
-    journal.append(json!([]));
-    journal.save();
-    for read_only in [true, false] {
-        let error = use_all(&copy, read_only).unwrap_err();
-        assert!(error.code() == "tampered" && error.to_string().contains("older service key"), "{error}");
+fn a_record_under_an_older_service_key_is_refused() {
+    for (accepts, code, says) in [
+        (1_u32, "tampered", "older service key"),
+        (2, "retired_key_version", "the catalogue is authenticated by version 1"),
+    ] {
+        let copy = Copy::of("service-sm4");
+        copy.change_document(&copy.path("keyring"), |document| {
+            document.edit(|json| json["accepts"] = accepts.into());
+            document.set_generation(1 + u64::from(accepts));
+        });
+        let mut journal = Journal::of(&copy);
+        let version = |record: &[u8]| u32::from_le_bytes(record[16..20].try_into().unwrap());
+        assert_eq!(version(journal.records.last().expect("a record behind the rotation")), 2);
+        journal.append(json!([]));
+        journal.save();
+        for read_only in [true, false] {
+            let error = use_all(&copy, read_only).unwrap_err();
+            assert!(error.code() == code && error.to_string().contains(says), "{error}");
+        }
     }
 }
 

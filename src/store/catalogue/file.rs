@@ -244,7 +244,10 @@ impl Parser<'_> {
     fn key(&mut self, version: u32) -> Result<&SecretKey> {
         let key = match self.key.take().filter(|(known, _)| *known == version) {
             Some(known) => known,
-            None => (version, self.keyring.document_key(version)?),
+            None => {
+                let key = self.keyring.document_key(version);
+                (version, key.map_err(|error| error.retired_in(self.path, "the catalogue"))?)
+            }
         };
         Ok(&self.key.insert(key).1)
     }
