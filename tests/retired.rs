@@ -54,7 +54,8 @@ fn forged(document: &[u8], key: &SecretKey) -> Vec<u8> {
     let signed = 80 + u32_at(&bytes, 72) as usize + u32_at(&bytes, 76) as usize;
     let tag = hmac_sha256(key, &[&bytes[..signed], &bytes[signed + 32..signed + 64]]);
     bytes[signed..signed + 32].copy_from_slice(&tag);
-    fix_crc(&mut bytes);
+    // A catalogue goes on behind its document.
+    fix_crc(&mut bytes[..signed + 68]);
     bytes
 }
 
@@ -174,7 +175,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     let probe = files(&world.store_dir().join("probes")).into_keys().next().unwrap();
     for (path, what) in [
         (world.store_dir().join("STORE"), "the identity of the store"),
-        (world.store_dir().join("catalogue"), "the catalogue"),
+        (catalogue::catalogue_file(&world.store_dir()), "the catalogue"),
         (service.join("meta"), "the metadata of a Logstore"),
         (probe, "the probe of a master key"),
     ] {
@@ -203,7 +204,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     }
     // A writer finds them in a verification as well.
     let store = world.open();
-    for path in ["STORE", "catalogue"].map(|file| world.store_dir().join(file)) {
+    for path in [world.store_dir().join("STORE"), catalogue::catalogue_file(&world.store_dir())] {
         let good = fs::read(&path).unwrap();
         write_private(&path, forged(&good, &key));
         assert_eq!(fault_kinds(&store, &VerifyOptions::default()), ["retired_key_version"]);
