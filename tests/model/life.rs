@@ -518,7 +518,11 @@ impl Life {
                     false => assert!(matches!(result, Err(Error::Config(ConfigError::NotEncrypted)))),
                 }
             }
-            Step::RotateServiceKey => drop(self.store().rotate_service_key().unwrap()),
+            Step::RotateServiceKey => {
+                self.store().rotate_service_key().unwrap();
+                // It is under a retired version now.
+                self.checkpoint = None;
+            }
             Step::Toggle(n) => {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let config = shelf.handle.config();
