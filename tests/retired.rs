@@ -306,6 +306,25 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
     assert_retired(world.builder().accept_retired_versions(false).open_read_only(), "the identity of the store");
 }
 
+/// A reader beside a writer may know the head of a segment from before it was sealed.
+#[test]
+fn a_reader_proves_a_segment_from_a_head_that_the_writer_has_gone_on_from() {
+    let world = World::manual();
+    let store = world.create();
+    let logstore = plain(&store);
+    put(&logstore, "one");
+    store.rotate_service_key().unwrap();
+    put(&logstore, "two");
+    store.checkpoint().unwrap();
+    let reader = world.builder().open_read_only().unwrap();
+    let beside = reader.logstore(&name(PLAIN)).unwrap();
+    put(&logstore, "three");
+    logstore.roll().unwrap();
+    put(&logstore, "four");
+    assert_eq!(texts(&beside), ["one", "two", "three", "four"]);
+    assert_clean(&reader, "beside the writer");
+}
+
 // ---- interrupted ----
 
 /// The state after a rotation that was interrupted and continued.
