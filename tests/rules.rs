@@ -12,7 +12,7 @@ mod forge;
 
 use common::{records, segments, synced};
 use envelog::{
-    Compression, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
+    Compression, ErrorKind, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
     crypto::Suite,
     segment::{
         BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX, SegmentHeader,
@@ -364,10 +364,10 @@ const BLOCKS: &[Row] = &[
         }),
     ),
     open("a durable mark lies at most at its own block", "durable mark", |chain| {
-        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(293));
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(309));
     }),
     open("a durable mark lies at least at the end of the header", "durable mark", |chain| {
-        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(291));
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(307));
     }),
     open("a mark has no payload", "contents of a mark", |chain| {
         chain.segments[0].blocks[0].header.kind = BlockKind::Mark;
@@ -551,7 +551,7 @@ const FOOTERS: &[Row] = &[
         patch(&mut chain.segments[0].footer_patch, 128 + 28, u32(1));
     }),
     open("an index names places behind the header", "in front of the blocks", |chain| {
-        patch(&mut chain.segments[0].footer_patch, 128, u64(291));
+        patch(&mut chain.segments[0].footer_patch, 128, u64(307));
     }),
     found(
         "tampered",
@@ -769,6 +769,70 @@ fn a_payload_forged_under_its_tag_is_found() {
             let faults = verify(keyless, Some(checkpoint.clone()));
             assert!(says(&faults, "rolled_back", "is not what it was"), "{which}: {faults:?}");
         }
+    }
+}
+
+/// How a holder of a retired version of the service key forges, which error a reader gets, and whether a writer is stopped as well: it looks
+/// at the last segment alone.
+type Forgery = (&'static str, &'static str, bool, fn(&Copy));
+
+const FORGERIES: &[Forgery] = &[
+    ("a segment appended", "retired_key_version", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.append_under_the_keyring();
+        chain.save_segments();
+    }),
+    ("the last segment with another payload", "rolled_back", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[1].blocks[0].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+    }),
+    ("the first segment with another payload, and the next one made to fit", "rolled_back", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+    }),
+    ("the first segment alone with another payload", "rolled_back", false, |copy| {
+        let second = segments(&copy.logstore_dir(), 0).remove(1);
+        let good = std::fs::read(&second).unwrap();
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+        std::fs::write(second, good).unwrap();
+    }),
+    ("another payload under the tag and the footer that were there", "retired_key_version", true, |copy| {
+        copy.forge_payload(&segments(&copy.logstore_dir(), 0)[1]);
+    }),
+];
+
+/// A holder of a retired version of the service key can seal any segment that is not encrypted. One counts only as the catalogue, which
+/// the newest version authenticates, proves it.
+#[test]
+fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
+    for &(what, code, stops_writer, forge) in FORGERIES {
+        let copy = Copy::of("plain");
+        let append = |store: &Store| {
+            let logstore = store.logstore(&store.list()?.remove(0))?;
+            logstore.append(common::record(&"appended ".repeat(20)), &synced()).map(drop)
+        };
+        let store = copy.builder().open().unwrap();
+        append(&store).unwrap();
+        assert_eq!(store.rotate_service_key().unwrap(), 2);
+        store.close().unwrap();
+        assert_eq!(all(&copy)[0].len(), 3);
+        forge(&copy);
+        let store = copy.builder().open_read_only().unwrap();
+        for mode in [ReadMode::Pread, ReadMode::Map] {
+            let error = read(&store, 0, 0, mode).expect_err(what);
+            assert_eq!((error.code(), error.kind()), (code, ErrorKind::Integrity), "{what}: {error}");
+        }
+        for keyless in [false, true] {
+            let faults = verify(&store, keyless).faults;
+            assert!(faults.iter().any(|fault| fault.kind == code), "{what} (keyless: {keyless}): {faults:?}");
+        }
+        let appended = copy.builder().open().and_then(|store| append(&store));
+        let appended = appended.map_err(|error| error.code());
+        assert_eq!(appended, if stops_writer { Err(code) } else { Ok(()) }, "{what}");
     }
 }
 
