@@ -520,8 +520,11 @@ impl Life {
             }
             Step::RotateServiceKey => {
                 self.store().rotate_service_key().unwrap();
-                // It is under a retired version now.
-                self.checkpoint = None;
+                if let Some(against) = self.checkpoint.take() {
+                    let options = VerifyOptions { against: Some(against), ..VerifyOptions::default() };
+                    let refused = self.store().verify(&options, &mut |_| {});
+                    assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
+                }
             }
             Step::Toggle(n) => {
                 let Some(shelf) = &self.shelves[n] else { return };
