@@ -51,10 +51,11 @@ pub use shard::{
     RepairReport, Ticket,
 };
 pub use store::{
-    Anchor, AnchorStatus, AuditExport, AuditMark, AuditVerification, Background, Checkpoint, CmkVersionUsage,
-    DataKeyUsage, DeleteReport, DirAnchor, Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage, RecoverReport,
-    Recoverable, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport, STORE_SHARDS_MAX,
-    ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyProgress, VerifyReport,
+    Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification, Background, Checkpoint,
+    CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage,
+    RecoverReport, Recoverable, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport,
+    STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyOptions,
+    VerifyProgress, VerifyReport,
 };
 
 /// The version of the format that this build reads and writes.

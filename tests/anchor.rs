@@ -18,14 +18,14 @@ use common::{
     disk::{Sim, Survives},
     *,
 };
-use envelog::{Anchor, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder, StoreId};
+use envelog::{Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder, StoreId};
 
 const NAME: &str = "p/l";
 
 /// An anchor in memory, which fails when it is told to.
 #[derive(Clone, Debug, Default)]
 struct MemoryAnchor {
-    kept: Arc<Mutex<BTreeMap<StoreId, Vec<u8>>>>,
+    kept: Arc<Mutex<BTreeMap<StoreId, (AnchorPlace, Vec<u8>)>>>,
     fails: Arc<AtomicBool>,
 }
 
@@ -42,27 +42,28 @@ impl MemoryAnchor {
     }
 
     fn bytes(&self) -> usize {
-        self.kept.lock().unwrap().values().map(Vec::len).sum()
+        self.kept.lock().unwrap().values().map(|(_, bytes)| bytes.len()).sum()
     }
 }
 
 impl Anchor for MemoryAnchor {
-    fn load(&self, store: StoreId) -> io::Result<Option<Vec<u8>>> {
+    fn load(&self, store: StoreId) -> io::Result<Option<(AnchorPlace, Vec<u8>)>> {
         self.reach()?;
         Ok(self.kept.lock().unwrap().get(&store).cloned())
     }
 
-    fn replace(&self, store: StoreId, bytes: &[u8]) -> io::Result<()> {
+    fn replace(&self, store: StoreId, place: AnchorPlace, bytes: &[u8]) -> io::Result<()> {
         self.reach()?;
-        self.kept.lock().unwrap().insert(store, bytes.to_vec());
+        let before = self.kept.lock().unwrap().insert(store, (place, bytes.to_vec()));
+        assert!(before.is_none_or(|(before, _)| before <= place));
         Ok(())
     }
 
-    fn append(&self, store: StoreId, len: u64, bytes: &[u8]) -> io::Result<()> {
+    fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> io::Result<()> {
         self.reach()?;
         let mut kept = self.kept.lock().unwrap();
-        let kept = kept.get_mut(&store).unwrap();
-        assert_eq!(kept.len() as u64, len);
+        let (kept_place, kept) = kept.get_mut(&store).unwrap();
+        assert_eq!((*kept_place, kept.len() as u64), (place, len));
         kept.extend_from_slice(bytes);
         Ok(())
     }

@@ -23,7 +23,7 @@ use envelog::{
         AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
     },
     group,
-    kms::{Kms, KmsCall, LocalKms},
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
     segment::{
         BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource, Predecessor,
         SegmentHeader,
@@ -62,6 +62,30 @@ fn fenced(info: &str) -> Vec<&'static str> {
 fn example(which: &str) -> Vec<u8> {
     let lines = fenced(&format!("hex {which}"));
     lines.iter().flat_map(|line| unhex(line.split_once("  ").map_or(*line, |(digits, _)| digits))).collect()
+}
+
+/// Checks that the document has these bytes in an example. Where it has others, the example is printed as it has to be.
+#[track_caller]
+fn check_hex(which: &str, expected: &[u8]) {
+    if example(which) == expected {
+        return;
+    }
+    let (mut right, mut rest) = (String::new(), expected);
+    for line in fenced(&format!("hex {which}")) {
+        let (digits, remark) = line.split_once("  ").unwrap_or((line, ""));
+        let (bytes, behind) = rest.split_at(rest.len().min(digits.len() / 2));
+        right += format!("{}  {remark}", golden::hex(bytes)).trim_end();
+        right.push('\n');
+        rest = behind;
+    }
+    rest.chunks(32).for_each(|bytes| right += &format!("{}\n", golden::hex(bytes)));
+    panic!("the example is to be:\n```hex {which}\n{right}```");
+}
+
+/// Checks that the document has this JSON, which it breaks into lines.
+#[track_caller]
+fn check_json(which: &str, expected: &[u8]) {
+    assert_eq!(fenced(&format!("json {which}")).concat(), str::from_utf8(expected).unwrap(), "{which}");
 }
 
 /// Named values.
@@ -125,13 +149,33 @@ impl Frame {
         u32::from_le_bytes(self.bytes[at..at + 4].try_into().unwrap()) as usize
     }
 
+    fn part_a(&self) -> &[u8] {
+        &self.bytes[80..80 + self.u32(72)]
+    }
+
+    fn part_b(&self) -> &[u8] {
+        &self.bytes[80 + self.u32(72)..][..self.u32(76)]
+    }
+
     fn a(&self) -> Value {
-        serde_json::from_slice(&self.bytes[80..80 + self.u32(72)]).unwrap()
+        serde_json::from_slice(self.part_a()).unwrap()
     }
 
     fn b(&self) -> Value {
-        let begin = 80 + self.u32(72);
-        serde_json::from_slice(&self.bytes[begin..begin + self.u32(76)]).unwrap()
+        serde_json::from_slice(self.part_b()).unwrap()
+    }
+
+    /// Tag A, tag B and CRC.
+    fn end(&self) -> &[u8] {
+        &self.bytes[80 + self.u32(72) + self.u32(76)..][..68]
+    }
+
+    /// Holds the examples of a document against it.
+    #[track_caller]
+    fn check_examples(&self, which: &str) {
+        check_hex(&format!("{which}-frame"), &self.bytes[..80]);
+        check_json(&format!("{which}-a"), self.part_a());
+        check_hex(&format!("{which}-end"), self.end());
     }
 
     /// Makes tag A and CRC right again.
@@ -177,7 +221,11 @@ fn only_logstore(store: &Path) -> PathBuf {
 /// Unwraps a data key as the document says, checking the steps against its values if it has them.
 fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
     let dir = only_logstore(&golden.join("store"));
-    let meta = Frame::read(&dir.join("meta"));
+    unwrapped(golden, &Frame::read(&dir.join("meta")), version, values)
+}
+
+/// As [`data_key`], of the Logstore with this metadata.
+fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>) -> SecretKey {
     let keys = meta.b();
     let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap().clone();
     let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
@@ -214,50 +262,8 @@ fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
 fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (DecodedHeader, SegmentCipher) {
     let values = Values::of(which);
     let key = data_key(golden, 1, Some(&values));
-    let decoded = SegmentHeader::decode(file).unwrap();
-    assert_eq!((decoded.header.suite, decoded.header.key_source), (suite, KeySource::DataKey(1)));
-    let encoded = decoded.header.encode();
-    assert_eq!(encoded, file[..272]);
-    assert_eq!(SegmentHeader::finish(encoded.clone(), &decoded.commitment), file[..decoded.body_start as usize]);
-    values.check("header hash", hash(suite.hash(), &[&encoded]));
-    values.check("header hash", decoded.header_hash);
-    assert_eq!(decoded.segment_tag(), decoded.header_hash[..8]);
-
-    let (salt, code) = (&decoded.header.salt, suite.code().to_le_bytes());
-    values.check("PRK", extract(suite.hash(), salt, &key));
-    let info = |label: &'static [u8]| [label, &code, &decoded.header_hash].concat();
-    let segment_key = expand(suite.hash(), salt, &key, &[&info(b"envelog v2 segment seal")], suite.cipher().key_len());
-    values.check("segment key", &segment_key);
-    values.check("commitment", expand(suite.hash(), salt, &key, &[&info(b"envelog v2 segment commit")], 32));
-    values.check("commitment", decoded.commitment);
-    let cipher = SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
-    values.check("commitment", cipher.commitment());
-
-    // Block 0, by the cipher itself and by the engine's form of it.
-    let block = example(&format!("{which}-block"));
-    let begin = decoded.body_start as usize;
-    assert_eq!(block, file[begin..begin + block.len()]);
-    let header = BlockHeader::decode(&block).unwrap();
-    assert_eq!(header.block_len(), block.len() as u64);
-    assert_eq!(header.encode(), block[..96]);
-    let (covered, crc) = block.split_at(block.len() - 4);
-    assert_eq!(crc, crc32fast::hash(covered).to_le_bytes());
-    let (payload, tag) = (&covered[96..covered.len() - 16], covered[covered.len() - 16..].try_into().unwrap());
-    values.check("nonce of block 0", header.nonce());
-    values.check("tag of block 0", tag);
-    let mut plain = vec![0; payload.len()];
-    let aad = [&decoded.header_hash, &block[..96]].concat();
-    let aead = AwsLc::new().aead(suite.cipher(), &segment_key).unwrap();
-    aead.open(values.get("nonce of block 0").try_into().unwrap(), &aad, payload, &tag, &mut plain).unwrap();
-    assert_eq!(plain, example(&format!("{which}-payload")));
-    let mut again = vec![0; payload.len()];
-    cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut again).unwrap();
-    assert_eq!(again, plain);
-    let list = &plain[..header.list_len as usize];
-    let groups: Vec<_> = group::frames(list).map(|frame| LogGroup::decode(&list[frame.unwrap()]).unwrap()).collect();
-    assert_eq!(groups.len(), header.group_count as usize);
-    assert_eq!(plain.len() - list.len(), 4 * groups.len());
-
+    let (decoded, cipher) = check_segment(which, &values, file, suite, &key);
+    assert_eq!(decoded.header.key_source, KeySource::DataKey(1));
     // The footer, found from the end of the file.
     let len = u32::from_le_bytes(file[file.len() - 16..file.len() - 12].try_into().unwrap()) as usize;
     let footer = Footer::decode(&file[file.len() - len..]).unwrap();
@@ -267,11 +273,92 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     assert_eq!(authenticated, file[file.len() - len..][..footer.footer.authenticated_len()]);
     cipher.verify_tag_only(&footer.footer.nonce(), &authenticated, &footer.tag).unwrap();
     values.check("body", footer.footer.body);
-    values.check("body", body(&decoded, &file[begin..footer.footer.offset as usize]));
+    values.check("body", body(&decoded, &file[decoded.body_start as usize..footer.footer.offset as usize]));
     values.check("digest", footer.footer.digest(decoded.header.payload_hash, &decoded.header_hash));
-    let blocks = footer.footer.block_count.to_le_bytes();
-    values.check("digest", hash(HashAlg::Sha256, &[&decoded.header_hash, &blocks, values.get("body")]));
+    values.check("digest", digest(&decoded, footer.footer.block_count, values.get("body")));
     (decoded, cipher)
+}
+
+/// Holds the keys of an example and its first block against the segment in `file`, whose input key this is.
+fn check_segment(
+    which: &str,
+    values: &Values,
+    file: &[u8],
+    suite: Suite,
+    key: &SecretKey,
+) -> (DecodedHeader, SegmentCipher) {
+    let decoded = SegmentHeader::decode(file).unwrap();
+    assert_eq!(decoded.header.suite, suite);
+    let encoded = decoded.header.encode();
+    assert_eq!(encoded, file[..272]);
+    assert_eq!(SegmentHeader::finish(encoded.clone(), &decoded.commitment), file[..decoded.body_start as usize]);
+    values.check("header hash", hash(suite.hash(), &[&encoded]));
+    values.check("header hash", decoded.header_hash);
+    assert_eq!(decoded.segment_tag(), decoded.header_hash[..8]);
+
+    let (salt, code) = (&decoded.header.salt, suite.code().to_le_bytes());
+    values.check("PRK", extract(suite.hash(), salt, key));
+    let info = |label: &'static [u8]| [label, &code, &decoded.header_hash].concat();
+    let segment_key = expand(suite.hash(), salt, key, &[&info(b"envelog v2 segment seal")], suite.cipher().key_len());
+    values.check("segment key", &segment_key);
+    values.check("commitment", expand(suite.hash(), salt, key, &[&info(b"envelog v2 segment commit")], 32));
+    values.check("commitment", decoded.commitment);
+    let cipher = SegmentCipher::derive(&AwsLc::new(), suite, key, salt, &decoded.header_hash).unwrap();
+    values.check("commitment", cipher.commitment());
+
+    // Block 0, by the cipher itself and by the engine's form of it.
+    let (header, block) = first_block(&decoded, file);
+    check_hex(&format!("{which}-block"), block);
+    assert_eq!(header.encode(), block[..96]);
+    let (covered, crc) = block.split_at(block.len() - 4);
+    assert_eq!(crc, crc32fast::hash(covered).to_le_bytes());
+    let (payload, tag) = (&covered[96..covered.len() - 16], covered[covered.len() - 16..].try_into().unwrap());
+    values.check("nonce of block 0", header.nonce());
+    values.check("hash of the payload of block 0", hash(HashAlg::Sha256, &[payload]));
+    values.check("tag of block 0", tag);
+    let (encrypted, open) = if suite.encrypts() { (payload, &[][..]) } else { (&[][..], payload) };
+    let mut plain = vec![0; encrypted.len()];
+    let aad = [&decoded.header_hash, &block[..96], open].concat();
+    let aead = AwsLc::new().aead(suite.cipher(), &segment_key).unwrap();
+    aead.open(values.get("nonce of block 0").try_into().unwrap(), &aad, encrypted, &tag, &mut plain).unwrap();
+    plain.extend_from_slice(open);
+    let mut again = vec![0; payload.len()];
+    cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut again).unwrap();
+    assert_eq!(again, plain);
+    if suite.encrypts() {
+        check_hex(&format!("{which}-payload"), &plain);
+    }
+    let list = &plain[..header.list_len as usize];
+    let groups: Vec<_> = group::frames(list).map(|frame| LogGroup::decode(&list[frame.unwrap()]).unwrap()).collect();
+    assert_eq!(groups.len(), header.group_count as usize);
+    assert_eq!(plain.len() - list.len(), 4 * groups.len());
+    (decoded, cipher)
+}
+
+/// The first block of a segment.
+fn first_block<'a>(header: &DecodedHeader, file: &'a [u8]) -> (BlockHeader, &'a [u8]) {
+    let bytes = &file[header.body_start as usize..];
+    let block = BlockHeader::decode(bytes).unwrap();
+    (block, &bytes[..block.block_len() as usize])
+}
+
+/// The digest over blocks with this body.
+fn digest(header: &DecodedHeader, blocks: u32, body: &[u8]) -> [u8; 32] {
+    hash(HashAlg::Sha256, &[&header.header_hash, &blocks.to_le_bytes(), body])
+}
+
+/// A segment that the document names.
+fn named_segment(golden: &Path, shard: u32, index: usize) -> Vec<u8> {
+    let path = segments(&only_logstore(&golden.join("store")), shard).remove(index);
+    assert_named(&path);
+    fs::read(path).unwrap()
+}
+
+/// Checks that the document names a file of a golden store.
+#[track_caller]
+fn assert_named(path: &Path) {
+    let path = path.strip_prefix(golden_dir("")).unwrap().to_str().unwrap();
+    assert!(DOCUMENT.contains(&format!("`{path}`")), "{path}");
 }
 
 /// The hash over `blocks`.
@@ -291,22 +378,26 @@ fn body(header: &DecodedHeader, mut blocks: &[u8]) -> [u8; 32] {
 #[test]
 fn the_aes_example_holds() {
     let golden = golden_dir("service-aes");
-    let path = segments(&only_logstore(&golden.join("store")), 1).remove(0);
-    assert!(DOCUMENT.contains(path.strip_prefix(golden_dir("")).unwrap().to_str().unwrap()));
-    let file = fs::read(path).unwrap();
-    let parts = ["aes-header", "aes-block", "aes-mark", "aes-footer"].map(example);
-    assert_eq!(parts.concat(), file);
+    let file = named_segment(&golden, 1, 0);
+    let mut rest = &file[..];
+    let parts = ["aes-header", "aes-block", "aes-mark", "aes-footer"].map(|which| {
+        let (part, behind) = rest.split_at(example(which).len().min(rest.len()));
+        check_hex(which, part);
+        rest = behind;
+        part
+    });
+    assert!(rest.is_empty());
     let (header, cipher) = check_example("aes", &golden, &file, Suite::Aes256Gcm);
     assert_eq!(parts[0].len() as u64, header.body_start);
     assert_eq!(header.header.predecessor, Predecessor::None);
 
-    let mark = BlockHeader::decode(&parts[2]).unwrap();
+    let mark = BlockHeader::decode(parts[2]).unwrap();
     assert_eq!((mark.kind, mark.block_len()), (BlockKind::Mark, 116));
     assert_eq!(mark.durable_mark, header.body_start + parts[1].len() as u64);
     cipher.open_block(&mark.nonce(), &parts[2][..96], &[], &parts[2][96..112].try_into().unwrap(), &mut []).unwrap();
 
-    let footer = Footer::decode(&parts[3]).unwrap().footer;
-    let first = BlockHeader::decode(&parts[1]).unwrap();
+    let footer = Footer::decode(parts[3]).unwrap().footer;
+    let first = BlockHeader::decode(parts[1]).unwrap();
     let entry = IndexEntry { offset: 308, first_seq: first.first_seq, first_time_us: first.first_time_us, block: 0 };
     assert_eq!((footer.block_count, footer.group_count, &footer.index[..]), (2, 1, &[entry][..]));
 }
@@ -314,15 +405,264 @@ fn the_aes_example_holds() {
 #[test]
 fn the_sm4_example_holds() {
     let golden = golden_dir("service-sm4");
-    let path = segments(&only_logstore(&golden.join("store")), 0).remove(0);
-    assert!(DOCUMENT.contains(path.strip_prefix(golden_dir("")).unwrap().to_str().unwrap()));
-    check_example("sm4", &golden, &fs::read(path).unwrap(), Suite::Sm4Gcm);
+    check_example("sm4", &golden, &named_segment(&golden, 0, 0), Suite::Sm4Gcm);
+}
+
+#[test]
+fn the_gmac_example_holds() {
+    let golden = golden_dir("plain");
+    let values = Values::of("gmac");
+    let root = root(&golden.join("keyring"), 1);
+    let meta = Frame::read(&only_logstore(&golden.join("store")).join("meta"));
+    let key = derived(&root, &meta.bytes[40..56], "envelog v2 integrity");
+    values.check("root", root.expose());
+    values.check("integrity key", key.expose());
+    let file = named_segment(&golden, 0, 0);
+    let (decoded, _) = check_segment("gmac", &values, &file, Suite::Aes256Gmac, &key);
+    assert_eq!(decoded.header.key_source, KeySource::Keyring(1));
+}
+
+#[test]
+fn the_compressed_examples_hold() {
+    let golden = golden_dir("compressed");
+    let expected: Value = serde_json::from_slice(&fs::read(golden.join("expected.json")).unwrap()).unwrap();
+    for (which, compression) in [("lz4", Compression::Lz4), ("zstd", Compression::Zstd)] {
+        let (dir, meta) = fs::read_dir(golden.join("store/logstores"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|dir| (dir.clone(), Frame::read(&dir.join("meta"))))
+            .find(|(_, meta)| meta.a()["name"] == format!("shop/{which}"))
+            .unwrap();
+        let path = segments(&dir, 0).remove(0);
+        assert_named(&path);
+        let file = fs::read(path).unwrap();
+        let decoded = SegmentHeader::decode(&file).unwrap();
+        let key = unwrapped(&golden, &meta, 1, None);
+        let (salt, suite) = (&decoded.header.salt, decoded.header.suite);
+        let cipher = SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
+        assert_eq!(*cipher.commitment(), decoded.commitment);
+        let (header, block) = first_block(&decoded, &file);
+        assert_eq!((header.compression, header.raw_len), (compression, 1104));
+        let (payload, tag) =
+            (&block[96..block.len() - 20], block[block.len() - 20..block.len() - 4].try_into().unwrap());
+        let mut stored = vec![0; payload.len()];
+        cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut stored).unwrap();
+        check_hex(&format!("{which}-stored"), &stored);
+        // The payload before compression is the one record, framed, and its time.
+        let group = unhex(expected[format!("shop/{which}")]["0"][0]["hex"].as_str().unwrap());
+        let len = group.len() as u16;
+        let raw = [&[0x0a, len as u8 | 0x80, (len >> 7) as u8][..], &group, &[0; 4]].concat();
+        assert_eq!(raw.len(), 1104);
+        if compression == Compression::Zstd {
+            assert_eq!(stored[..7], [0x28, 0xb5, 0x2f, 0xfd, 0x60, 0x50, 0x03]);
+            continue;
+        }
+        check_hex("lz4-block", block);
+        let values = Values::of("lz4");
+        let info = [b"envelog v2 segment seal", &suite.code().to_le_bytes()[..], &decoded.header_hash].concat();
+        values.check("data key", key.expose());
+        values.check("header hash", decoded.header_hash);
+        values.check("segment key", expand(suite.hash(), salt, &key, &[&info], 32));
+        values.check("nonce of block 0", header.nonce());
+        values.check("SHA-256 of the payload before compression", hash(HashAlg::Sha256, &[&raw]));
+    }
+}
+
+/// The rows of a table of the document.
+fn assert_rows(context: &EncryptionContext) {
+    let rows: Vec<_> = context.iter().map(|(name, value)| format!("| `{name}` | `{value}` |")).collect();
+    let rows = rows.join("\n");
+    assert!(DOCUMENT.contains(&rows), "{rows}");
+}
+
+fn context<const N: usize>(pairs: [(&str, String); N]) -> EncryptionContext {
+    pairs.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+/// A key that the embedded KMS has wrapped, unwrapped as the document says and by the KMS itself.
+fn locally_unwrapped(
+    golden: &Path,
+    cmk: &Value,
+    context: &EncryptionContext,
+    wrapped: &[u8],
+    values: &Values,
+) -> SecretKey {
+    assert_rows(context);
+    values.check("wrapped", wrapped);
+    let cmk = serde_json::from_value(cmk.clone()).unwrap();
+    let call = KmsCall { cmk: &cmk, context, timeout: secs(1) };
+    LocalKms::open(golden.join("kms")).unwrap().unwrap(&call, wrapped).unwrap()
+}
+
+#[test]
+fn the_example_of_a_document_with_both_tags_holds() {
+    let golden = golden_dir("byok-aes");
+    let path = only_logstore(&golden.join("store")).join("meta");
+    assert_named(&path);
+    let meta = Frame::read(&path);
+    meta.check_examples("byok");
+    check_json("byok-b", meta.part_b());
+
+    // The envelope at the embedded KMS.
+    let (keys, values) = (meta.b(), Values::of("kms"));
+    let entry = &keys["versions"][1];
+    assert_eq!((&entry["version"], &keys["current"]), (&json!(2), &json!(2)));
+    let context = context([
+        ("envelog:key-version", "2".to_owned()),
+        ("envelog:logstore", golden::hex(&meta.bytes[40..56])),
+        ("envelog:store", golden::hex(&meta.bytes[24..40])),
+        ("envelog:suite", "AES-256-GCM".to_owned()),
+    ]);
+    let wrapped = unhex(entry["wrapped"].as_str().unwrap());
+    let data_key = locally_unwrapped(&golden, &keys["cmk"], &context, &wrapped, &values);
+    values.check("data key", data_key.expose());
+    values.check("fingerprint", &expand(HashAlg::Sha256, &[], &data_key, &[b"envelog v2 fingerprint"], 32)[..16]);
+    values.check("fingerprint", unhex(entry["fingerprint"].as_str().unwrap()));
+    let key_id = keys["cmk"]["cmk_key_id"].as_str().unwrap();
+    let (head, sealed) = wrapped.split_at(12 + key_id.len());
+    let file: Value =
+        serde_json::from_slice(&fs::read(golden.join(format!("kms/keys/{key_id}.json"))).unwrap()).unwrap();
+    let material = unhex(file["key"]["material"][1].as_str().unwrap());
+    let mut aad = [head, &4_u32.to_le_bytes()].concat();
+    for text in context.iter().flat_map(|(name, value)| [name, value]) {
+        aad.extend_from_slice(&(text.len() as u32).to_le_bytes());
+        aad.extend_from_slice(text.as_bytes());
+    }
+    let material = SecretKey::from_bytes(&mut material.try_into().unwrap());
+    let wrapping = expand(HashAlg::Sha256, &sealed[..32], &material, &[b"envelog local kms wrap", head], 32);
+    values.check("head", head);
+    values.check("salt", &sealed[..32]);
+    values.check("key material", material.expose());
+    values.check("wrapping key", &wrapping);
+    values.check("associated data", &aad);
+    let mut plain = [0; 32];
+    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, &wrapping).unwrap();
+    aead.open(&[0; 12], &aad, &sealed[32..64], sealed[64..].try_into().unwrap(), &mut plain).unwrap();
+    assert_eq!(plain, *data_key.expose());
+
+    // Both tags.
+    let values = Values::of("byok");
+    let (tag_a, rest) = meta.end().split_at(32);
+    let tag_b = &rest[..32];
+    let root = root(&golden.join("keyring"), 1);
+    let (document_key, metadata_key) =
+        (derived(&root, &[], "envelog v2 document"), derived(&data_key, &[], "envelog v2 metadata"));
+    values.check("root", root.expose());
+    values.check("document key", document_key.expose());
+    values.check("data key", data_key.expose());
+    values.check("metadata key", metadata_key.expose());
+    values.check("tag B", hmac_sha256(&metadata_key, &[&meta.bytes[8..12], &meta.bytes[24..56], meta.part_b()]));
+    values.check("tag B", tag_b);
+    let signed = &meta.bytes[..meta.bytes.len() - 68];
+    values.check("tag A", hmac_sha256(&document_key, &[signed, tag_b]));
+    values.check("tag A", tag_a);
+}
+
+#[test]
+fn the_example_of_an_audit_record_holds() {
+    let golden = golden_dir("byok-aes");
+    let path = golden.join("store/audit/audit-000001.log");
+    assert_named(&path);
+    let log = fs::read_to_string(path).unwrap();
+    let lines: Vec<Vec<&str>> = log.lines().map(|line| line.split('\t').collect()).collect();
+    let [json, tag, crc] = lines[1][..] else { panic!("{:?}", lines[1]) };
+    check_json("audit", json.as_bytes());
+    let values = Values::of("audit");
+    let key = derived(&root(&golden.join("keyring"), 1), &[], "envelog v2 audit");
+    values.check("audit key", key.expose());
+    values.check("tag of record 1", unhex(lines[0][1]));
+    values.check("tag", hmac_sha256(&key, &[lines[0][1].as_bytes(), json.as_bytes()]));
+    values.check("tag", unhex(tag));
+    values.check("CRC32 as it is written", unhex(crc));
+    values.check("CRC32 as it is written", crc32fast::hash(format!("{json}\t{tag}").as_bytes()).to_be_bytes());
+}
+
+#[test]
+fn the_example_of_a_cut_segment_and_its_recovery_holds() {
+    let golden = golden_dir("recovered");
+    let [cut, recovered, successor] = [1, 2, 3].map(|index| named_segment(&golden, 0, index));
+    let [cut_header, header, next_header] =
+        [&cut, &recovered, &successor].map(|file| SegmentHeader::decode(file).unwrap());
+    check_hex("cut-tail", &cut[703..799]);
+    let torn = BlockHeader::decode(&cut[703..]).unwrap();
+    assert_eq!((torn.number, 703 + torn.block_len() as usize), (2, cut.len() + 25));
+    let above = BlockHeader::decode(&cut[502..]).unwrap();
+    assert_eq!((above.number, above.durable_mark, 502 + above.block_len()), (1, 502, 703));
+
+    check_hex("recovered-predecessor", &recovered[160..248]);
+    let (block, bytes) = first_block(&header, &recovered);
+    check_hex("recovered-block", bytes);
+    let same = BlockHeader { number: 1, segment_tag: above.segment_tag, nonce_random: above.nonce_random, ..block };
+    assert_eq!(BlockHeader { durable_mark: 502, ..same }, above);
+    let footer = &recovered[509..];
+    check_hex("recovered-footer", footer);
+    assert!(Footer::decode(footer).unwrap().footer.recovered);
+    check_hex("successor-predecessor", &successor[160..248]);
+    assert_eq!(next_header.header.first_seq, cut_header.header.limit_seq);
+
+    let values = Values::of("cut");
+    values.check("header hash of the cut segment", cut_header.header_hash);
+    values.check("body of its first block", body(&cut_header, &cut[308..502]));
+    let kept = digest(&cut_header, 1, values.get("body of its first block"));
+    values.check("digest of it up to there", kept);
+    let Predecessor::Cut(end) = header.header.predecessor else { panic!("{:?}", header.header.predecessor) };
+    assert_eq!((end.blocks, end.bytes, end.digest), (1, 502, kept));
+    values.check("header hash of the recovered segment", header.header_hash);
+    let whole = digest(&header, 1, &body(&header, bytes));
+    values.check("digest of the recovered segment", whole);
+    let Predecessor::Sealed(end) = next_header.header.predecessor else {
+        panic!("{:?}", next_header.header.predecessor)
+    };
+    assert_eq!((end.blocks, end.bytes as usize, end.digest), (1, recovered.len(), whole));
+}
+
+#[test]
+fn the_example_of_a_catalogue_holds() {
+    let golden = golden_dir("unclean");
+    let path = catalogue::catalogue_file(&golden.join("store"));
+    assert_named(&path);
+    let frame = Frame::read(&path);
+    frame.check_examples("catalogue");
+    let (root, values) = (root(&golden.join("keyring"), 1), Values::of("catalogue"));
+    let key = derived(&root, &[], "envelog v2 document");
+    values.check("root", root.expose());
+    values.check("document key", key.expose());
+    let file = &frame.bytes;
+    let catalogue::Layout { document, tips, records } = catalogue::Layout::of(file);
+    assert_eq!((document.end, tips[0].start, records[0].start, records[1].start), (229, 512, 1536, 1830));
+    assert_eq!((records.len(), records[1].end, file.len()), (2, 2221, 2221));
+    let mut tag = catalogue::tag_a(&file[document]);
+    for (index, record) in records.into_iter().enumerate() {
+        let (number, which) = (index as u64 + 2, format!("catalogue-record-{}", index + 1));
+        let bytes = &file[record];
+        let (head, rest) = bytes.split_at(catalogue::RECORD_HEAD_LEN);
+        let (changes, end) = rest.split_at(rest.len() - catalogue::RECORD_SUFFIX_LEN);
+        check_hex(&which, head);
+        check_json(&which, changes);
+        check_hex(&format!("{which}-end"), end);
+        assert_eq!(catalogue::record(number, 1, changes, &tag, &key), bytes);
+        tag = catalogue::record_tag(bytes);
+        let slot = (number % 2) as usize;
+        let tip = &file[tips[slot].clone()];
+        check_hex(&format!("catalogue-tip-{slot}"), &tip[..92]);
+        assert_eq!(catalogue::tip(slot as u32, 1, number, &tag, &key), tip);
+    }
+}
+
+#[test]
+fn the_example_of_an_epoch_holds() {
+    let file = fs::read(golden_dir("unclean").join("store/EPOCH")).unwrap();
+    check_hex("epoch", &file[..60]);
+    assert_eq!(file[56..60], crc32fast::hash(&file[..56]).to_le_bytes());
+    assert!(file.len() == 1024 && file[60..].iter().all(|&byte| byte == 0));
 }
 
 #[test]
 fn what_the_document_lists_is_what_there_is() {
-    assert_eq!(FORMAT_VERSION, 1);
-    assert!(DOCUMENT.contains("format version 1"));
+    assert_eq!(FORMAT_VERSION, 2);
+    assert!(DOCUMENT.contains("in format version 2."));
+    // Of a document, a segment header, a footer and an epoch.
+    assert_eq!(DOCUMENT.matches("| u16 | version: 2 |").count(), 4);
     for suite in Suite::ALL {
         let (cipher, hash) = match suite.cipher() {
             Cipher::Aes256Gcm => ("AES-256-GCM", "SHA-256"),
@@ -345,6 +685,7 @@ fn what_the_document_lists_is_what_there_is() {
         ("list of a block", format!("{} MiB", mib(envelog::segment::BLOCK_LIST_BYTES_MAX.into()))),
         ("groups of a block", "65,536".to_owned()),
         ("value of a log or tag", format!("{} MiB", mib(group::VALUE_BYTES_MAX as u64))),
+        ("window of a Zstandard frame", "128 MiB".to_owned()),
         ("index entries", "65,536".to_owned()),
     ] {
         assert!(DOCUMENT.contains(&format!("| {what} | {limit} |")), "{what}: {limit}");
@@ -452,33 +793,41 @@ fn a_sealed_keyring_is_as_the_document_says() {
     let golden = golden_dir("sealed-keyring");
     let frame = Frame::read(&golden.join("keyring"));
     let body = frame.a();
-    let (cmk, newest) = (serde_json::from_value(body["cmk"].clone()).unwrap(), frame.u32(64));
+    frame.check_examples("keyring");
+    let (values, newest) = (Values::of("keyring"), frame.u32(64));
     assert_eq!(newest, 2);
-    let context = envelog::kms::EncryptionContext::from([
-        ("envelog:key-version".to_owned(), newest.to_string()),
-        ("envelog:keyring".to_owned(), golden::hex(&frame.bytes[40..56])),
-        ("envelog:purpose".to_owned(), "service-keyring".to_owned()),
-        ("envelog:store".to_owned(), golden::hex(&frame.bytes[24..40])),
+    let context = context([
+        ("envelog:key-version", newest.to_string()),
+        ("envelog:keyring", golden::hex(&frame.bytes[40..56])),
+        ("envelog:purpose", "service-keyring".to_owned()),
+        ("envelog:store", golden::hex(&frame.bytes[24..40])),
     ]);
-    let call = KmsCall { cmk: &cmk, context: &context, timeout: secs(1) };
-    let kms = LocalKms::open(golden.join("kms")).unwrap();
-    let key = kms.unwrap(&call, &unhex(body["wrapped"].as_str().unwrap())).unwrap();
+    let wrapped = unhex(body["wrapped"].as_str().unwrap());
+    let key = locally_unwrapped(&golden, &body["cmk"], &context, &wrapped, &values);
+    values.check("own key", key.expose());
     let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v2 fingerprint"], 32)[..16];
     assert_eq!(golden::hex(fingerprint), body["fingerprint"].as_str().unwrap());
     let sealed = unhex(body["sealed"].as_str().unwrap());
     let (sealed, tag) = sealed.split_last_chunk().unwrap();
     let aad = [&frame.bytes[24..56], &(newest as u32).to_le_bytes()].concat();
     let mut plain = vec![0; sealed.len()];
-    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, derived(&key, &[], "envelog v2 keyring").expose()).unwrap();
+    let key = derived(&key, &[], "envelog v2 keyring");
+    values.check("encrypting key", key.expose());
+    values.check("associated data", &aad);
+    let aead = AwsLc::new().aead(Cipher::Aes256Gcm, key.expose()).unwrap();
     aead.open(&[0; 12], &aad, sealed, tag, &mut plain).unwrap();
+    check_json("keyring-open", &plain);
     let open: Value = serde_json::from_slice(&plain).unwrap();
     let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
     assert_eq!(versions, [Some(1), Some(2)]);
     // The rotation is finished: its end is the third step of the keyring.
     assert_eq!((open["accepts"].as_u64(), &frame.bytes[56..64]), (Some(2), &3_u64.to_le_bytes()[..]));
     let root = unhex(open["versions"][1]["root"].as_str().unwrap());
+    values.check("root", &root);
     let mut signed = Frame { bytes: frame.bytes.clone() };
-    signed.sign(&SecretKey::from_bytes(&mut root.try_into().unwrap()));
+    let root = SecretKey::from_bytes(&mut root.try_into().unwrap());
+    values.check("document key", derived(&root, &[], "envelog v2 document").expose());
+    signed.sign(&root);
     assert_eq!(golden::hex(&signed.bytes), golden::hex(&frame.bytes), "tag A is that of an open keyring");
 }
 

@@ -543,6 +543,7 @@ fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
         assert_eq!(done.left_open, if killed { vec![name(PLAIN)] } else { Vec::new() });
         sim.world.kms.answer(Answer::Real);
         logstore.revalidate_now().unwrap();
+        assert_eq!(texts(&sim.builder().open_read_only().unwrap().logstore(&name(PLAIN)).unwrap()), ["one"]);
         put(&logstore, "two");
         assert_eq!(texts(&logstore), ["one", "two"]);
         assert_clean(&store, "allowed again");

@@ -389,7 +389,7 @@ fn any_step(dice: &mut Dice) -> Step {
         let as_durable = (0..=dice.roll(3)).map(|_| [Buffered, Written, Synced][dice.roll(3) as usize]).collect();
         Step::Append { to: n, shard: dice.roll(2) as usize, as_durable, size: [20, 300, 1500][dice.roll(3) as usize] }
     };
-    match (appends(), dice.roll(60)) {
+    match (appends(), dice.roll(66)) {
         (append, 0..22) => append,
         (_, 22 | 23) => Step::Create(n),
         (_, 24..27) => Step::Read(n),
@@ -418,6 +418,10 @@ fn any_step(dice: &mut Dice) -> Step {
         (_, 54 | 55) => Step::Close,
         (_, 56) => Step::Kill,
         (_, 57) => Step::CutPower(Survives::Synced),
+        (_, 58..61) => Step::TakeOver { to: n, shard: dice.roll(2) as usize, nth: 1 + dice.roll(80) },
+        (_, 61) => Step::Fenced,
+        (_, 62) => Step::AnchorFails { half: dice.roll(2) == 0 },
+        (_, 63) => Step::PutBack,
         _ => Step::CutPower(Survives::Some { seed: dice.next() }),
     }
 }

@@ -10,6 +10,8 @@ use super::{BLOCK_RAW_BYTES_MAX, DecodeError, require};
 
 /// The level at which zstd compresses.
 const ZSTD_LEVEL: i32 = 1;
+/// The largest window of a Zstandard frame, in bytes: what decoders take that are told of no other limit.
+const ZSTD_WINDOW_MAX: u64 = 1 << 27;
 
 /// How the blocks of a Logstore are compressed. A block that does not shrink is stored as it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -151,7 +153,7 @@ impl Decompressor {
             Compression::Zstd => {
                 let one_frame = find_frame_compressed_size(stored) == Ok(stored.len())
                     && matches!(get_frame_content_size(stored), Ok(Some(len)) if len == raw_len as u64);
-                if !one_frame {
+                if !one_frame || zstd_window(stored).is_none_or(|window| window > ZSTD_WINDOW_MAX) {
                     return Err(WRONG);
                 }
                 let zstd = self.zstd.get_or_insert_default();
@@ -160,6 +162,18 @@ impl Decompressor {
         };
         if len == Some(raw_len) { Ok(()) } else { Err(WRONG) }
     }
+}
+
+/// The window that the header of a Zstandard frame names (RFC 8878, section 3.1.1.1); 0 where it is the content, which has a limit of its
+/// own. `None` for a frame that has no header.
+fn zstd_window(frame: &[u8]) -> Option<u64> {
+    const SINGLE_SEGMENT: u8 = 1 << 5;
+    let [_, _, _, _, descriptor, window, ..] = *frame else { return None };
+    if descriptor & SINGLE_SEGMENT != 0 {
+        return Some(0);
+    }
+    let base = 1 << (10 + (window >> 3));
+    Some(base + base / 8 * u64::from(window & 7))
 }
 
 #[cfg(test)]
@@ -247,6 +261,20 @@ mod tests {
             decompressor.decompress(compression, &twice, 2 * len, &mut raw).map_err(|_| ()).ok();
             decompressor.decompress(compression, &stored, len, &mut raw).unwrap();
             assert_eq!(raw, text);
+        }
+    }
+
+    #[test]
+    fn a_zstd_window_has_a_limit() {
+        let mut raw = Vec::new();
+        for (window, taken) in
+            [(9 << 3, true), (17 << 3, true), (17 << 3 | 1, false), (18 << 3, false), (31 << 3 | 7, false)]
+        {
+            // A frame with its content size in four bytes, and one block: a byte that is repeated 1000 times.
+            let frame = [&b"\x28\xb5\x2f\xfd\x80"[..], &[window], &1000_u32.to_le_bytes(), b"\x43\x1f\0a"].concat();
+            let back = Decompressor::default().decompress(Compression::Zstd, &frame, 1000, &mut raw);
+            assert_eq!(back.is_ok(), taken, "{window:#x}");
+            assert!(!taken || raw == [b'a'; 1000]);
         }
     }
 

@@ -4,13 +4,13 @@
 //! header has the digest of the segment before it, and so on. Headers and ends of segments are proved along this chain, from the head
 //! downward. Retention and the destruction of keys rest on nothing else.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{End, Head, Opened, SegmentRef, Shard};
 use crate::{
     Error, Result,
     keys::keyring::Keyring,
-    segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd},
+    segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
     sync::{Mutex, lock},
 };
 
@@ -108,25 +108,39 @@ impl Shard {
     /// # Errors
     /// [`Error::RetiredKeyVersion`]: the catalogue does not know the segment, or knows other contents.
     pub(super) fn check_retired(&self, opened: &Opened) -> Result<()> {
-        let KeySource::Keyring(version) = opened.header.header.key_source else { return Ok(()) };
-        let path = &opened.name.path;
-        let accepted = || {
-            let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
-            self.context.gate.context().with_keyring(check)
-        };
-        let Err(retired) = accepted() else { return Ok(()) };
-        if let Some(reload) = &self.context.reload {
-            // The writer has recorded the head when it rotated the key.
-            self.set_record(reload(self.id)?);
-        }
+        let Some(retired) = self.retired(&opened.header.header, &opened.name.path)? else { return Ok(()) };
         let ordinal = opened.name.ordinal;
-        let ended = self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal);
-        match self.proved(ordinal)?.filter(|_| ended) {
+        let ended = |proved: &Proved| match &opened.end {
+            End::Cut(end) if *end == proved.end => true,
+            _ => self.record().head.is_some_and(|head| head.sealed || head.ordinal > ordinal),
+        };
+        match self.proved(ordinal)?.filter(ended) {
             Some(proved) if proved.header.header_hash == opened.header.header_hash => {
                 if self.has_contents(opened, &proved.end)? { Ok(()) } else { Err(retired) }
             }
             _ => Err(retired),
         }
+    }
+
+    /// Where a segment ends that is open and under a retired version of the service keyring: at the head that the rotation has recorded.
+    /// What is behind that may be by a holder of the old version.
+    pub(super) fn retired_end(&self, header: &SegmentHeader, path: &Path) -> Result<Option<PredecessorEnd>> {
+        if self.retired(header, path)?.is_none() {
+            return Ok(None);
+        }
+        Ok(self.record().head.filter(|head| !head.sealed && head.ordinal == header.ordinal).map(Head::into_end))
+    }
+
+    /// The error about a segment that is under a retired version of the service keyring; `None` for any other. A reader reads the catalogue
+    /// again: the writer has recorded the head when it rotated the key.
+    fn retired(&self, header: &SegmentHeader, path: &Path) -> Result<Option<Error>> {
+        let KeySource::Keyring(version) = header.key_source else { return Ok(None) };
+        let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
+        let Err(retired) = self.context.gate.context().with_keyring(check) else { return Ok(None) };
+        if let Some(reload) = &self.context.reload {
+            self.set_record(reload(self.id)?);
+        }
+        Ok(Some(retired))
     }
 
     /// Forgets the segments below `ordinal`: retention has dropped them.

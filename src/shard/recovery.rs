@@ -304,6 +304,12 @@ impl Shard {
                     predecessor: Predecessor::Sealed(head.into_end()),
                 })
             }
+            End::Cut(end) => Ok(Next {
+                ordinal: end.ordinal + 1,
+                first_seq: opened.header.header.limit_seq,
+                last_time_us: end.last_time_us.max(opened.header.header.created_us),
+                predecessor: Predecessor::Cut(*end),
+            }),
             _ => {
                 let scanned = self.scan(&opened, Proof::Tag)?;
                 let mark = self.check_durable_part(&opened, &scanned)?;
@@ -511,7 +517,8 @@ impl Shard {
                 Ok(Some(self.last_head(&opened.header, &footer.footer, len)))
             }
             End::Active(view) => Ok(Some(view.head())),
-            End::Cut(_) | End::Unknown => {
+            End::Cut(_) => Ok(self.record().head),
+            End::Unknown => {
                 // Under a customer's key no key is asked for: a checkpoint is also made while it is revoked.
                 let proof = if self.context.gate.keys().lease.is_none() { Proof::Tag } else { Proof::Crc };
                 let scanned = self.scan(&opened, proof)?;
@@ -523,6 +530,23 @@ impl Shard {
                 Ok(Some(kept.head()))
             }
         }
+    }
+
+    /// Where the shard stands by the blocks in place of its last segment, which no process has ended and which cannot be ended now. They
+    /// are made durable. Asks for no key.
+    pub(crate) fn head_in_place(&self) -> Result<Option<Head>> {
+        let segments = self.settled_segments()?;
+        let Some(last) = segments.last() else { return self.head_on_disk() };
+        let opened = self.open_segment(last)?;
+        if !matches!(opened.end, End::Unknown) {
+            return self.head_on_disk();
+        }
+        self.make_names_durable()?;
+        self.sync_file(&*opened.file, &last.path)?;
+        let scanned = self.scan(&opened, Proof::Crc)?;
+        self.check_durable_part(&opened, &scanned)?;
+        let end = scanned.report.end;
+        Ok(Some(Head::open(&opened.header.header, &self.in_place(&opened, end)?, end)))
     }
 
     /// One past the last sequence number that a reader can see, authenticated: a reader begins or ends there.

@@ -126,7 +126,7 @@ impl ActiveView {
 pub(crate) enum End {
     /// With a footer.
     Sealed(Arc<DecodedFooter>),
-    /// Where its successor says: a crash cut it off.
+    /// Where its successor says: a crash cut it off. Or where the catalogue does, under a retired version of the service keyring.
     Cut(PredecessorEnd),
     /// This process is writing it.
     Active(Arc<ActiveView>),
@@ -465,7 +465,13 @@ impl Shard {
                     let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
                     return Err(Error::truncated(Location::new(path, len), what));
                 }
-                opened(End::Unknown)
+                match self.retired_end(&header.header, path)? {
+                    Some(end) => {
+                        self.check_link(name, &header.header, &end)?;
+                        opened(End::Cut(end))
+                    }
+                    None => opened(End::Unknown),
+                }
             }
             (Err(error), _) => Err(error),
         }

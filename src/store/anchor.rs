@@ -39,30 +39,41 @@ const KEPT_BYTES_MAX: u64 = 512 << 20;
 
 /// Keeps, outside the store, how far the store was: another volume, another machine, a write-once service.
 ///
-/// For each store it keeps one string of bytes, which it need not understand. What protects is that an attacker who can write the
-/// store cannot write the anchor. Methods are called from one thread at a time, and may block: the store does not wait for them, except
-/// when it is opened and, for at most 5 s, when it is closed.
+/// For each store it keeps one string of bytes, which it need not understand, and the place that the store names with it. What protects
+/// is that an attacker who can write the store cannot write the anchor. Methods are called from one thread at a time, and may block: the
+/// store does not wait for them, except when it is opened, at the end of a rotation of the service key, and when it is closed (the last
+/// two for at most 5 s).
 pub trait Anchor: Send + Sync + fmt::Debug {
-    /// What is kept of the store; `None` when nothing was ever kept.
+    /// What is kept of the store, under the highest place; `None` when nothing was ever kept.
     ///
     /// # Errors
     /// The anchor cannot be reached, or does not know.
-    fn load(&self, store: StoreId) -> std::io::Result<Option<Vec<u8>>>;
+    fn load(&self, store: StoreId) -> std::io::Result<Option<(AnchorPlace, Vec<u8>)>>;
 
-    /// Keeps `bytes` in place of what was kept, durably. Should it fail, the old bytes or the new ones are kept.
+    /// Keeps `bytes` under `place`, durably, in place of what was kept under lower ones. Should it fail, the old bytes or the new ones are
+    /// kept.
     ///
     /// # Errors
-    /// The anchor cannot be reached, or refuses.
-    fn replace(&self, store: StoreId, bytes: &[u8]) -> std::io::Result<()>;
+    /// Something is kept under a higher place: another writer has taken over. The anchor cannot be reached, or refuses.
+    fn replace(&self, store: StoreId, place: AnchorPlace, bytes: &[u8]) -> std::io::Result<()>;
 
-    /// Keeps `bytes` behind the first `len` bytes that are kept, durably.
+    /// Keeps `bytes` behind the first `len` bytes that are kept under `place`, durably.
     ///
     /// # Errors
-    /// Other than `len` bytes are kept, or the anchor cannot be reached.
-    fn append(&self, store: StoreId, len: u64, bytes: &[u8]) -> std::io::Result<()>;
+    /// Other than `len` bytes are kept under that place, or the anchor cannot be reached.
+    fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()>;
 }
 
-/// An anchor in a directory, which belongs on another volume, best of another machine: one file `ID.anchor` a store.
+/// Which string of bytes an anchor keeps: the higher, the newer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AnchorPlace {
+    /// The epoch of the writer.
+    pub epoch: u64,
+    /// Counts the strings of this writer.
+    pub serial: u64,
+}
+
+/// An anchor in a directory, which belongs on another volume, best of another machine. Each store has a file `ID-EPOCH-SERIAL.anchor`.
 #[derive(Debug)]
 pub struct DirAnchor {
     dir: PathBuf,
@@ -82,29 +93,49 @@ impl DirAnchor {
         self
     }
 
-    fn rooted(&self, store: StoreId) -> std::io::Result<(Arc<dyn Disk>, PathBuf)> {
-        let disk = self.disk.beneath(&self.dir, Access::Owner)?;
-        Ok((disk, self.dir.join(format!("{store}.anchor"))))
+    fn rooted(&self) -> std::io::Result<Arc<dyn Disk>> {
+        self.disk.beneath(&self.dir, Access::Owner)
+    }
+
+    fn path(&self, store: StoreId, place: AnchorPlace) -> PathBuf {
+        self.dir.join(format!("{store}-{:010}-{:010}.anchor", place.epoch, place.serial))
+    }
+
+    /// The places of what is kept of a store, in order.
+    fn places(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<Vec<AnchorPlace>> {
+        let parse = |name: &str| {
+            let (epoch, serial) = name.strip_prefix(&format!("{store}-"))?.strip_suffix(".anchor")?.split_once('-')?;
+            Some(AnchorPlace { epoch: epoch.parse().ok()?, serial: serial.parse().ok()? })
+        };
+        let mut places: Vec<_> = disk.list_dir(&self.dir)?.iter().filter_map(|entry| parse(&entry.name)).collect();
+        places.sort_unstable();
+        Ok(places)
     }
 }
 
 impl Anchor for DirAnchor {
-    fn load(&self, store: StoreId) -> std::io::Result<Option<Vec<u8>>> {
-        let (disk, path) = self.rooted(store)?;
-        match io::read_file(&*disk, &path, KEPT_BYTES_MAX) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            bytes => bytes.map(Some),
+    fn load(&self, store: StoreId) -> std::io::Result<Option<(AnchorPlace, Vec<u8>)>> {
+        let disk = self.rooted()?;
+        let Some(place) = self.places(&*disk, store)?.pop() else { return Ok(None) };
+        let bytes = io::read_file(&*disk, &self.path(store, place), KEPT_BYTES_MAX)?;
+        Ok(Some((place, bytes)))
+    }
+
+    fn replace(&self, store: StoreId, place: AnchorPlace, bytes: &[u8]) -> std::io::Result<()> {
+        let disk = self.rooted()?;
+        let places = self.places(&*disk, store)?;
+        if places.last().is_some_and(|last| *last > place) {
+            return Err(std::io::Error::other("another writer feeds the anchor"));
         }
+        io::write_file(&*disk, &self.path(store, place), bytes, Existing::Replace)?;
+        for other in places.into_iter().filter(|other| *other != place) {
+            disk.remove_file(&self.path(store, other))?;
+        }
+        Ok(())
     }
 
-    fn replace(&self, store: StoreId, bytes: &[u8]) -> std::io::Result<()> {
-        let (disk, path) = self.rooted(store)?;
-        io::write_file(&*disk, &path, bytes, Existing::Replace)
-    }
-
-    fn append(&self, store: StoreId, len: u64, bytes: &[u8]) -> std::io::Result<()> {
-        let (disk, path) = self.rooted(store)?;
-        let file = disk.open(&path, OpenMode::ReadWrite)?;
+    fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()> {
+        let file = self.rooted()?.open(&self.path(store, place), OpenMode::ReadWrite)?;
         if file.len()? != len {
             return Err(std::io::Error::other("the anchor was changed by another process"));
         }
@@ -144,7 +175,7 @@ struct State {
     /// What the anchor is to keep.
     wanted: Option<Mirror>,
     /// What it keeps: which catalogue file, and how many bytes of it. `None` when that is not known.
-    kept: Option<(u64, u64)>,
+    kept: Option<(AnchorPlace, u64)>,
     behind_since: Option<Duration>,
     failures: u32,
     error: Option<String>,
@@ -156,7 +187,7 @@ struct State {
 
 impl State {
     fn is_up_to_date(&self) -> bool {
-        self.wanted.as_ref().is_none_or(|wanted| self.kept == Some((wanted.serial, wanted.len)))
+        self.wanted.as_ref().is_none_or(|wanted| self.kept == Some((wanted.place, wanted.len)))
     }
 }
 
@@ -232,10 +263,13 @@ impl Feeder {
         // What is wanted later than now has not been waiting for longer.
         let wanted_since = self.clock.uptime();
         let fed = match kept {
-            Some((serial, len)) if serial == wanted.serial && len <= wanted.len => wanted
-                .read_from(len)
-                .and_then(|bytes| if bytes.is_empty() { Ok(()) } else { self.anchor.append(self.store, len, &bytes) }),
-            _ => wanted.read_from(0).and_then(|bytes| self.anchor.replace(self.store, &bytes)),
+            Some((place, len)) if place == wanted.place && len <= wanted.len => {
+                wanted.read_from(len).and_then(|bytes| match bytes.is_empty() {
+                    true => Ok(()),
+                    false => self.anchor.append(self.store, place, len, &bytes),
+                })
+            }
+            _ => wanted.read_from(0).and_then(|bytes| self.anchor.replace(self.store, wanted.place, &bytes)),
         };
         let mut state = lock(&self.state);
         state.feeding = false;
@@ -244,7 +278,7 @@ impl Feeder {
                 if state.failures > 0 {
                     info!(store = %self.store, "the anchor can be fed again");
                 }
-                state.kept = Some((wanted.serial, wanted.len));
+                state.kept = Some((wanted.place, wanted.len));
                 (state.failures, state.error) = (0, None);
                 state.behind_since = if state.is_up_to_date() { None } else { Some(wanted_since) };
                 let since_us = state.behind_since.map_or(UP_TO_DATE, |since| since.as_micros() as u64);

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     AdminState, Open, RecoverReport, Recoverable, Store, StoreShared,
-    anchor::{Anchor, Feeder},
+    anchor::{Anchor, AnchorPlace, Feeder},
     catalogue::{self, Catalogue, Journal, Loaded, load_newest},
     creation,
     lock::StoreLock,
@@ -334,9 +334,11 @@ impl StoreBuilder {
         };
         // Syncs the directory, because a previous process may have died between a rename and the sync of it.
         this.disk.sync_dir(&this.dir).map_err(Error::io("sync", &this.dir))?;
-        let (fence, found) = this.take_over(identity.store, &keyring)?;
+        let kept = this.load_anchor(&keyring)?;
+        let above = kept.as_ref().map_or(0, |(place, _)| place.epoch);
+        let (fence, found) = this.take_over(identity.store, &keyring, above)?;
         check_writing(&found.features, &found.path)?;
-        this.compare_with_anchor(&keyring, &found.catalogue)?;
+        this.compare_with_anchor(&keyring, &found.catalogue, kept.as_ref())?;
         if keyring.newest() > found.keyring_version {
             keyring.file().sync_name()?;
         }
@@ -363,39 +365,49 @@ impl StoreBuilder {
             keyring.accept_retired();
         }
         verify_identity(&*this.disk, &this.dir, &keyring)?;
-        let found = load_newest(&*this.disk, &this.dir, identity.store, &keyring)?;
+        // Before the catalogue, which a writer may change meanwhile: the anchor never knows more than the store had then.
         let kept = match &this.anchor {
-            Some(_) => this.compare_with_anchor(&keyring, &found.catalogue)?,
+            Some(_) => this.load_anchor(&keyring)?,
             None => None,
         };
+        let found = load_newest(&*this.disk, &this.dir, identity.store, &keyring)?;
+        let kept = this.compare_with_anchor(&keyring, &found.catalogue, kept.as_ref())?;
         let reached = found.catalogue.generation;
         let mut store = this.assemble(identity.store, keyring, found.catalogue, None, Audit::Ours)?;
         store.anchor_lacks = kept.map(|kept| reached.saturating_sub(kept));
         Ok(store)
     }
 
+    /// What the anchor keeps of the store. `None` when there is no anchor, or none that counts.
+    ///
+    /// # Errors
+    /// [`Error::Anchor`] when it cannot be read, or there should be one.
+    fn load_anchor(&self, keyring: &Keyring) -> Result<Option<(AnchorPlace, Vec<u8>)>> {
+        let unusable = |why: String| Error::Anchor { path: self.dir.clone(), why };
+        match self.anchor.as_ref().map(|anchor| anchor.load(keyring.store())) {
+            Some(Err(error)) => Err(unusable(format!("it cannot be read: {error}"))),
+            Some(Ok(None)) if keyring.is_anchored() && !self.without_anchor => {
+                Err(unusable("it keeps nothing of this store".to_owned()))
+            }
+            Some(Ok(kept)) => Ok(kept),
+            None if keyring.is_anchored() && !self.without_anchor => Err(unusable("none is configured".to_owned())),
+            None => Ok(None),
+        }
+    }
+
     /// Compares the store with what its anchor keeps of it, before anything in it is changed. Returns the number of the last record that
     /// the anchor knows.
     ///
     /// # Errors
-    /// [`Error::RolledBack`]; [`Error::Anchor`] when there is none, and there should be; the integrity errors of what it keeps.
-    fn compare_with_anchor(&self, keyring: &Keyring, catalogue: &Catalogue) -> Result<Option<u64>> {
-        let unusable = |why: String| Error::Anchor { path: self.dir.clone(), why };
-        if self.without_anchor {
-            return Ok(None);
-        }
-        let Some(anchor) = &self.anchor else {
-            return match keyring.is_anchored() {
-                true => Err(unusable("none is configured".to_owned())),
-                false => Ok(None),
-            };
-        };
-        let kept = match anchor.load(keyring.store()) {
-            Err(error) => return Err(unusable(format!("it cannot be read: {error}"))),
-            Ok(None) if keyring.is_anchored() => return Err(unusable("it keeps nothing of this store".to_owned())),
-            Ok(None) => return Ok(None),
-            Ok(Some(kept)) => catalogue::load_mirror(&kept, keyring.store(), keyring)?,
-        };
+    /// [`Error::RolledBack`]; the integrity errors of what the anchor keeps.
+    fn compare_with_anchor(
+        &self,
+        keyring: &Keyring,
+        catalogue: &Catalogue,
+        kept: Option<&(AnchorPlace, Vec<u8>)>,
+    ) -> Result<Option<u64>> {
+        let Some((_, kept)) = kept.filter(|_| !self.without_anchor) else { return Ok(None) };
+        let kept = catalogue::load_mirror(kept, keyring.store(), keyring)?;
         let reader = Self { anchor: None, ..self.clone() };
         let reader = reader.assemble(keyring.store(), keyring.duplicate(), catalogue.clone(), None, Audit::Ours)?;
         reader.shared.check_against_anchor(&kept)?;
@@ -546,9 +558,9 @@ impl StoreBuilder {
         Ok(Identity { store: claimed.store, keyring: body.keyring, features: claimed.features })
     }
 
-    /// Raises the writer epoch above that of every earlier writer, and reads the catalogue that the last of them left.
-    pub(super) fn take_over(&self, store: StoreId, keyring: &Keyring) -> Result<(Fence, Loaded)> {
-        let mut above = 0;
+    /// Raises the writer epoch above that of every earlier writer, and above `above`, and reads the catalogue that the last of them left.
+    pub(super) fn take_over(&self, store: StoreId, keyring: &Keyring, above: u64) -> Result<(Fence, Loaded)> {
+        let mut above = above;
         loop {
             let fence = Fence::raise(&*self.disk, &self.dir, store, above, &*self.random)?;
             let found = load_newest(&*self.disk, &self.dir, store, keyring)?;

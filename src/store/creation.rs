@@ -243,7 +243,7 @@ impl StoreBuilder {
         if !catalogue::exists(&*disk, &dir)? {
             catalogue::write_first(&*disk, &dir, keyring.store(), &keyring)?;
         }
-        let (fence, found) = self.take_over(keyring.store(), &keyring)?;
+        let (fence, found) = self.take_over(keyring.store(), &keyring, 0)?;
         sync_parent()?;
         write_identity(&*disk, &dir, keyring.store(), &keyring, self.clock.wall_us())?;
         forget(&*disk, &dir);

@@ -55,7 +55,7 @@ use crate::{
     sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
-pub use anchor::{Anchor, AnchorStatus, DirAnchor};
+pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
 use anchor::{AnchorLimit, Feeder};
 pub use audit::{AuditExport, AuditMark, AuditVerification};
 pub use builder::{Background, StoreBuilder, StoreOptions};

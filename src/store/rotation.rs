@@ -40,7 +40,7 @@ pub struct ServiceRotation {
     /// Segments under older versions that were being written and have been ended.
     pub ended: u64,
     /// Logstores with a segment from before encryption was turned on that no process has ended. Their master keys cannot be used now, so
-    /// the next append ends it.
+    /// the next append ends it. It counts as far as the rotation has found blocks in it.
     pub left_open: Vec<LogstoreName>,
 }
 
@@ -185,17 +185,21 @@ impl StoreShared {
         let logstore = self.logstore_locked(admin, name)?;
         let mut heads = Vec::with_capacity(logstore.shards.len());
         for shard in &logstore.shards {
+            let mut left_open = false;
             match shard.end_under_older_key(newest) {
                 Ok(ended) => report.ended += u64::from(ended),
                 Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
                     warn!(logstore = %name, shard = shard.id(), %error, "a segment under an older service key is left open");
+                    left_open = true;
                     if report.left_open.last() != Some(name) {
                         report.left_open.push(name.clone());
                     }
                 }
                 Err(error) => return Err(error),
             }
-            heads.extend(reached(name, shard)?.map(|head| (Arc::clone(shard), head)));
+            // What the catalogue knows of a segment that is left open is all that counts of it once its key is retired.
+            let head = if left_open { shard.head_in_place() } else { shard.checkpoint() };
+            heads.extend(reached(name, shard, head)?.map(|head| (Arc::clone(shard), head)));
         }
         let mut meta = lock(&logstore.meta).clone();
         let mut envelopes = None;
@@ -258,8 +262,8 @@ impl StoreShared {
 }
 
 /// How far a shard is. One that is damaged keeps what the catalogue knows of it.
-fn reached(name: &LogstoreName, shard: &Shard) -> Result<Option<Head>> {
-    match shard.checkpoint() {
+fn reached(name: &LogstoreName, shard: &Shard, head: Result<Option<Head>>) -> Result<Option<Head>> {
+    match head {
         Err(error) if error.kind() == ErrorKind::Integrity => {
             warn!(logstore = %name, shard = shard.id(), %error, "a damaged shard is left as it is");
             Ok(None)

@@ -2,15 +2,16 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    io,
     path::Path,
     sync::{Arc, Mutex, MutexGuard},
 };
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Background, Compression, ConfigError, Durability, EncryptConf, EncryptType, Error, ErrorKind,
-    Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ReplaceCmk, ShardChoice, Store, StoreBuilder,
-    StoreOptions, VerifyOptions,
+    Anchor, AnchorPlace, AppendOptions, Background, Compression, ConfigError, Durability, EncryptConf, EncryptType,
+    Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ReplaceCmk, ShardChoice, Store,
+    StoreBuilder, StoreId, StoreOptions, VerifyOptions,
     segment::{BlockKind, SegmentHeader},
 };
 use memchr::memmem;
@@ -18,7 +19,7 @@ use memchr::memmem;
 use super::{
     common::{
         TestClock,
-        disk::{Dice, Fault, SimDisk, Survives},
+        disk::{Dice, Fault, SimDisk, Survives, Verdict},
         group, millis, name, records, secs,
         sim::{Ledger, Recorded, SeededKms, SeededRandom, cmk},
     },
@@ -70,6 +71,20 @@ pub(crate) enum Step {
     Shut,
     /// Shuts the store and opens it again.
     Close,
+    /// Another writer takes over the store, whose `LOCK` is lost, before that operation of the disk of an append and a roll.
+    TakeOver {
+        to: usize,
+        shard: usize,
+        nth: u64,
+    },
+    /// The writer that was taken over tries to go on.
+    Fenced,
+    /// The anchor fails from now on: it refuses, or keeps a part of what it is given.
+    AnchorFails {
+        half: bool,
+    },
+    /// An older store is put in the place of this one, whose anchor knows more.
+    PutBack,
     Kill,
     CutPower(Survives),
 }
@@ -79,6 +94,65 @@ pub(crate) enum Step {
 struct Trouble {
     disk: bool,
     kms: bool,
+    anchor: bool,
+    taken_over: bool,
+    /// Shards may end in what a process left that was not closed: only an append, or a sync of the Logstore, looks at that.
+    left_open: bool,
+}
+
+/// An anchor in memory.
+#[derive(Clone, Debug, Default)]
+struct LifeAnchor(Arc<Mutex<Kept>>);
+
+#[derive(Clone, Debug, Default)]
+struct Kept {
+    bytes: Option<(AnchorPlace, Vec<u8>)>,
+    /// Whether it fails, and keeps half of what is appended.
+    fails: Option<bool>,
+}
+
+impl LifeAnchor {
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap()
+    }
+
+    fn fork(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.lock().clone())))
+    }
+}
+
+impl Anchor for LifeAnchor {
+    fn load(&self, _store: StoreId) -> io::Result<Option<(AnchorPlace, Vec<u8>)>> {
+        let kept = self.lock();
+        kept.fails.map_or_else(|| Ok(kept.bytes.clone()), |_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    fn replace(&self, _store: StoreId, place: AnchorPlace, bytes: &[u8]) -> io::Result<()> {
+        let mut kept = self.lock();
+        if kept.fails.is_some() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        if kept.bytes.as_ref().is_some_and(|(there, _)| *there > place) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        kept.bytes = Some((place, bytes.to_vec()));
+        Ok(())
+    }
+
+    fn append(&self, _store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> io::Result<()> {
+        let mut kept = self.lock();
+        let fails = kept.fails;
+        let there = kept.bytes.as_mut().filter(|(at, there)| *at == place && there.len() as u64 == len);
+        let (_, there) = there.ok_or(io::ErrorKind::InvalidInput)?;
+        match fails {
+            None => there.extend_from_slice(bytes),
+            Some(half) => {
+                there.extend_from_slice(&bytes[..if half { bytes.len() / 2 } else { 0 }]);
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
+    }
 }
 
 pub(crate) type Shelves = BTreeMap<&'static str, Shelf>;
@@ -92,6 +166,9 @@ pub(crate) struct Life {
     seed: u64,
     openings: u64,
     store: Option<Store>,
+    /// The writer that another one has taken over from, which does not know that it has ended.
+    fenced: Option<Store>,
+    anchor: LifeAnchor,
     shelves: Arc<Mutex<Shelves>>,
     appended: u64,
     trouble: Trouble,
@@ -102,6 +179,7 @@ pub(crate) struct Moment {
     clock: Arc<TestClock>,
     ledger: Arc<Ledger>,
     kms: Arc<SeededKms>,
+    anchor: LifeAnchor,
     shelves: Arc<Mutex<Shelves>>,
     appended: u64,
 }
@@ -119,6 +197,8 @@ impl Moment {
             seed,
             openings: 0,
             store: None,
+            fenced: None,
+            anchor: self.anchor.fork(),
             shelves: Arc::new(Mutex::new(self.shelves.lock().unwrap().clone())),
             appended: self.appended + 1_000_000,
             trouble: Trouble::default(),
@@ -131,6 +211,7 @@ impl Moment {
             clock: self.clock.fork(),
             ledger: Arc::clone(&self.ledger),
             kms: Arc::clone(&self.kms),
+            anchor: self.anchor.fork(),
             shelves: Arc::new(Mutex::new(self.shelves.lock().unwrap().clone())),
             appended: self.appended,
         }
@@ -173,6 +254,8 @@ impl Life {
             seed,
             openings: 0,
             store: None,
+            fenced: None,
+            anchor: LifeAnchor::default(),
             shelves: Arc::default(),
             appended: 0,
             trouble: Trouble::default(),
@@ -193,6 +276,7 @@ impl Life {
             clock: Arc::clone(&self.clock),
             ledger: Arc::clone(&self.ledger),
             kms: Arc::clone(&self.kms),
+            anchor: self.anchor.fork(),
             shelves: Arc::clone(&self.shelves),
             appended: self.appended,
         }
@@ -210,13 +294,18 @@ impl Life {
             .disk(Arc::new(self.disk.clone()))
             .clock(Arc::clone(&self.clock) as _)
             .insecure_random_for_tests(Arc::clone(&self.random) as _)
+            .anchor(Arc::new(self.anchor.clone()))
             .options(options())
     }
 
     /// An error is one that the trouble there was accounts for; a failing disk is never taken for damage.
     fn excused(&self, what: &str, error: &Error) -> Outcome {
         let excused = match error.kind() {
-            ErrorKind::Io | ErrorKind::Full => self.trouble.disk,
+            ErrorKind::Io | ErrorKind::Full => self.trouble.disk || self.trouble.taken_over,
+            ErrorKind::Unavailable => match error {
+                Error::Anchor { .. } => self.trouble.anchor,
+                _ => self.trouble.taken_over,
+            },
             ErrorKind::Revoked | ErrorKind::KmsUnreachable => self.trouble.kms,
             ErrorKind::Configuration => {
                 self.trouble.kms && matches!(error, Error::Config(ConfigError::CmkRefused { .. }))
@@ -299,7 +388,7 @@ impl Life {
     /// An append has failed: if the writer has stopped, what was only buffered is lost.
     fn failed(&mut self, n: usize, shard: usize, error: &Error) -> Outcome {
         self.excused("to append", error)?;
-        if matches!(error.kind(), ErrorKind::Io | ErrorKind::Full) {
+        if matches!(error.kind(), ErrorKind::Io | ErrorKind::Full | ErrorKind::Unavailable) {
             self.shelves().get_mut(NAMES[n]).unwrap().shards[shard].give_up_buffered();
         }
         Ok(())
@@ -494,7 +583,7 @@ impl Life {
             Step::Roll(n) => {
                 let Some(logstore) = self.handle(n)? else { return Ok(()) };
                 match logstore.roll() {
-                    Ok(()) if !self.trouble.disk => self.durable(n),
+                    Ok(()) if !self.trouble.disk && !self.trouble.left_open => self.durable(n),
                     Ok(()) => {}
                     Err(error) => self.excused("to roll", &error)?,
                 }
@@ -543,7 +632,7 @@ impl Life {
             }
             Step::Delete(n) => self.delete(n)?,
             Step::Checkpoint => match self.store.as_ref().map(Store::checkpoint) {
-                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms => {
+                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms && !self.trouble.left_open => {
                     (0..NAMES.len()).for_each(|n| self.durable(n))
                 }
                 Some(Err(error)) => self.excused("to take a checkpoint", &error)?,
@@ -590,6 +679,13 @@ impl Life {
                 }
                 self.reopen(Durability::Written)?;
             }
+            Step::TakeOver { to, shard, nth } => self.take_over(to, shard % shards(to), nth)?,
+            Step::Fenced => self.try_fenced()?,
+            Step::AnchorFails { half } => {
+                self.trouble.anchor = true;
+                self.anchor.lock().fails = Some(half);
+            }
+            Step::PutBack => self.put_back()?,
             Step::Kill => {
                 let disk = self.disk.fork();
                 self.crash(disk, Durability::Written)?;
@@ -602,11 +698,106 @@ impl Life {
         Ok(())
     }
 
+    /// The store is opened by another writer while this one appends and rolls.
+    fn take_over(&mut self, to: usize, shard: usize, nth: u64) -> Outcome {
+        let Some(first) = self.store.clone() else { return Ok(()) };
+        if self.trouble.disk || self.trouble.anchor {
+            return Ok(());
+        }
+        let lock = Path::new(DIR).join("LOCK");
+        let (builder, disk) = (self.builder(), self.disk.clone());
+        let second: Arc<Mutex<Option<envelog::Result<Store>>>> = Arc::default();
+        let open = {
+            let (disk, second) = (disk.clone(), Arc::clone(&second));
+            move || {
+                disk.heal();
+                // It may be gone already.
+                let _ = envelog::io::Disk::remove_file(&disk, &lock);
+                *second.lock().unwrap() = Some(builder.clone().open());
+            }
+        };
+        let (at, during) = (disk.operations() + nth, open.clone());
+        disk.on_call(move |call| {
+            if call.nth == at {
+                during();
+            }
+            Verdict::Go
+        });
+        self.trouble.taken_over = true;
+        self.append(to, shard, &[Durability::Synced, Durability::Written, Durability::Buffered], 300)?;
+        if let Some(logstore) = self.handle(to)?
+            && let Err(error) = logstore.roll()
+        {
+            self.excused("to roll", &error)?;
+        }
+        disk.heal();
+        if second.lock().unwrap().is_none() {
+            open();
+        }
+        let opened = second.lock().unwrap().take().unwrap();
+        self.fenced = Some(first);
+        self.end();
+        self.store = Some(opened.map_err(|error| format!("another writer cannot take over: {error}"))?);
+        self.try_fenced()?;
+        self.trouble.taken_over = false;
+        self.trouble.left_open = true;
+        Ok(())
+    }
+
+    /// The writer that was taken over does nothing any more.
+    fn try_fenced(&mut self) -> Outcome {
+        let Some(fenced) = self.fenced.clone() else { return Ok(()) };
+        for (n, text) in NAMES.into_iter().enumerate() {
+            let Ok(logstore) = fenced.logstore(&name(text)) else { continue };
+            for durability in [Durability::Written, Durability::Synced] {
+                let (payload, kind, bytes) = self.payload(n, durability, 20);
+                // The other writer may find it at the end of the shard.
+                let item = Item { bytes, kind, seq: None, acked: None };
+                self.shelves().get_mut(text).unwrap().shards[0].items.push(item);
+                let options = AppendOptions { shard: ShardChoice::Shard(0), durability };
+                ensure!(
+                    logstore.append(payload, &options).is_err(),
+                    "a writer that was taken over acknowledges an append"
+                );
+            }
+        }
+        let created = fenced.create_logstore(&name("p/fenced"), LogstoreSpec::default());
+        ensure!(created.is_err(), "a writer that was taken over makes a Logstore");
+        fenced.tick();
+        Ok(())
+    }
+
+    /// Goes on, closes, and puts the store back to where it was.
+    fn put_back(&mut self) -> Outcome {
+        if self.trouble.disk || self.trouble.anchor {
+            return Ok(());
+        }
+        self.shut()?;
+        let old = self.disk.fork();
+        self.reopen(Durability::Written)?;
+        let any = self.store.as_ref().is_some_and(|store| store.list().is_ok_and(|all| !all.is_empty()));
+        self.shut()?;
+        let disk = std::mem::replace(&mut self.disk, old);
+        let opened = self.builder().open();
+        let read = self.builder().open_read_only();
+        self.disk = disk;
+        for opened in [opened, read] {
+            match opened {
+                Err(Error::RolledBack { .. }) => {}
+                Ok(_) if !any => {}
+                other => return Err(format!("an older store was put back, and opening it says {other:?}")),
+            }
+        }
+        self.reopen(Durability::Written)
+    }
+
     fn shut(&mut self) -> Outcome {
         match self.store.take().map(Store::close) {
             None => Ok(()),
             Some(Ok(())) => {
-                (0..NAMES.len()).for_each(|n| self.durable(n));
+                if !self.trouble.left_open {
+                    (0..NAMES.len()).for_each(|n| self.durable(n));
+                }
                 Ok(())
             }
             Some(Err(error)) => {
@@ -626,7 +817,7 @@ impl Life {
     /// The next process finds `disk`; what the one before does from now on concerns nobody.
     pub(crate) fn crash(&mut self, disk: SimDisk, survived: Durability) -> Outcome {
         self.disk.heal();
-        let before = self.store.take();
+        let before = (self.store.take(), self.fenced.take());
         self.disk = disk;
         let checked = self.reopen(survived);
         drop(before);
@@ -636,6 +827,7 @@ impl Life {
     /// Everything that has stopped is started again by the process itself, and goes on where it was.
     fn heal(&mut self) -> Outcome {
         self.disk.heal();
+        self.anchor.lock().fails = None;
         self.random.fail_next(false);
         for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
@@ -680,6 +872,7 @@ impl Life {
     pub(crate) fn reopen(&mut self, survived: Durability) -> Outcome {
         self.end();
         self.trouble = Trouble::default();
+        self.anchor.lock().fails = None;
         self.kms.enable_all();
         self.kms.fail_one_in(0);
         let store = self.builder().open().map_err(|error| format!("the store does not open: {error}"))?;

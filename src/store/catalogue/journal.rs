@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    super::anchor::Feeder,
+    super::anchor::{AnchorPlace, Feeder},
     Catalogue, Change,
     file::{self, CHANGES_MAX, Place, Tip},
 };
@@ -41,8 +41,8 @@ pub(crate) struct Journal {
     fence: Option<Arc<Fence>>,
     /// Keeps a copy of the file outside the store.
     feeder: RwLock<Option<Arc<Feeder>>>,
-    /// The file that takes the records, once there is one. Only the leader takes this lock.
-    writer: Mutex<Option<Writer>>,
+    /// Only the leader takes this lock for longer than a moment.
+    files: Mutex<Files>,
 }
 
 #[derive(Default)]
@@ -52,6 +52,15 @@ struct Queue {
     /// What that comes to.
     outcome: Arc<OnceLock<Result<()>>>,
     leading: bool,
+}
+
+/// The files that this writer has begun.
+#[derive(Default)]
+struct Files {
+    /// How many there were, of which the last ones may not have come to be.
+    begun: u64,
+    /// The one that takes the records. `None` after a failure, when it is not known what it holds: the next change begins another.
+    current: Option<Writer>,
 }
 
 /// The file that takes the records.
@@ -68,16 +77,13 @@ struct Writer {
     last: Tip,
     /// Whether the tip that names it is synced.
     settled: bool,
-    /// Whether a write has failed: what the file holds behind `end` is not known.
-    broken: bool,
 }
 
 /// The part of a catalogue file that is synced, to be copied.
 #[derive(Clone, Debug)]
 pub(crate) struct Mirror {
     file: Arc<dyn DiskFile>,
-    /// Which of the files of this writer it is.
-    pub(crate) serial: u64,
+    pub(crate) place: AnchorPlace,
     /// Its length in bytes.
     pub(crate) len: u64,
 }
@@ -93,7 +99,8 @@ impl Mirror {
 
 impl Writer {
     fn mirror(&self) -> Mirror {
-        Mirror { file: Arc::clone(&self.file), serial: self.serial, len: self.end }
+        let place = AnchorPlace { epoch: self.fence.epoch(), serial: self.serial };
+        Mirror { file: Arc::clone(&self.file), place, len: self.end }
     }
 }
 
@@ -122,7 +129,7 @@ impl Journal {
             done: Condvar::new(),
             fence: None,
             feeder: RwLock::new(None),
-            writer: Mutex::new(None),
+            files: Mutex::default(),
         }
     }
 
@@ -159,7 +166,7 @@ impl Journal {
         let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
         let len = bytes.len() as u64;
         let last = Tip { number: catalogue.generation, tag };
-        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true, broken: false })
+        Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true })
     }
 
     /// The catalogue, as far as it is durable. A caller must not commit while it holds this.
@@ -174,8 +181,7 @@ impl Journal {
 
     /// Has a feeder keep a copy of the file, from now on and after each change.
     pub(crate) fn feed(&self, feeder: Arc<Feeder>) {
-        let writer = lock(&self.writer);
-        if let Some(writer) = &*writer {
+        if let Some(writer) = &lock(&self.files).current {
             feeder.want(writer.mirror());
         }
         *write(&self.feeder) = Some(feeder);
@@ -183,7 +189,7 @@ impl Journal {
 
     /// The file that takes the records, for messages.
     pub(crate) fn path(&self) -> PathBuf {
-        lock(&self.writer).as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
+        lock(&self.files).current.as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
     }
 
     /// Makes changes, durably. Blocks for one write and one sync, and for the ones under way.
@@ -207,7 +213,9 @@ impl Journal {
             queue.outcome = Arc::default();
             drop(queue);
             let written = self.write(&batch);
-            self.feed_anchor();
+            if written.is_ok() {
+                self.feed_anchor();
+            }
             // Only the leader sets it.
             let _ = outcome.set(written);
             queue = lock(&self.queue);
@@ -221,7 +229,7 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`].
     pub(crate) fn settle(&self) -> Result<()> {
-        let (file, path) = match &mut *lock(&self.writer) {
+        let (file, path) = match &mut lock(&self.files).current {
             Some(writer) if !writer.settled => {
                 writer.settled = true;
                 (Arc::clone(&writer.file), writer.path.clone())
@@ -243,7 +251,9 @@ impl Journal {
         queue.leading = true;
         drop(queue);
         let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
-        self.feed_anchor();
+        if written.is_ok() {
+            self.feed_anchor();
+        }
         lock(&self.queue).leading = false;
         self.done.notify_all();
         written
@@ -260,17 +270,19 @@ impl Journal {
 
     fn feed_anchor(&self) {
         let feeder = read(&self.feeder).clone();
-        let mirror = lock(&self.writer).as_ref().map(Writer::mirror);
+        let mirror = lock(&self.files).current.as_ref().map(Writer::mirror);
         if let (Some(feeder), Some(mirror)) = (feeder, mirror) {
             feeder.want(mirror);
         }
     }
 
     fn write_snapshot(&self, catalogue: &Catalogue) -> Result<()> {
-        let mut writer = lock(&self.writer);
         let fence = self.fence.clone().ok_or(Error::ReadOnly)?;
-        let serial = writer.as_ref().map_or(1, |old| old.serial + 1);
-        *writer = Some(self.begin(catalogue, serial, fence)?);
+        let mut files = lock(&self.files);
+        // Should this fail, the new file may be there all the same, and would count before the current one.
+        files.current = None;
+        files.begun += 1;
+        files.current = Some(self.begin(catalogue, files.begun, fence)?);
         Ok(())
     }
 
@@ -284,10 +296,11 @@ impl Journal {
             }
             changes
         };
-        let renew = lock(&self.writer).as_ref().is_some_and(|writer| {
-            writer.broken || writer.end - writer.snapshot_len > JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len)
-        });
-        if renew {
+        let goes_on = lock(&self.files)
+            .current
+            .as_ref()
+            .is_some_and(|writer| writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
+        if !goes_on {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;
         }
@@ -299,15 +312,14 @@ impl Journal {
 
     /// Appends one record.
     fn append(&self, changes: &[&Change]) -> Result<()> {
-        let mut writer = lock(&self.writer);
-        let Some(writer) = &mut *writer else { return Err(Error::ReadOnly) };
+        let mut files = lock(&self.files);
+        let Some(mut writer) = files.current.take() else { return Err(Error::ReadOnly) };
         let (version, key) = {
             let keyring = read(&self.keyring);
             (keyring.newest(), keyring.document_key(keyring.newest())?)
         };
         let number = writer.last.number + 1;
         let (bytes, tag) = file::encode_record(number, changes, &writer.last.tag, version, &key);
-        writer.broken = true;
         writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
         // A writer that has taken over may not have seen the record.
@@ -319,7 +331,7 @@ impl Journal {
         writer.end += bytes.len() as u64;
         writer.last = last;
         writer.settled = false;
-        writer.broken = false;
+        files.current = Some(writer);
         let mut catalogue = write(&self.catalogue);
         for change in changes {
             let applied = catalogue.apply(change);
