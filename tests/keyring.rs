@@ -798,6 +798,48 @@ fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["genuine"]);
 }
 
+/// The attacker's Logstore proves itself: its own data key vouches for all of it. It lies beside the customer's, or in its place.
+#[test]
+fn a_recovery_takes_no_logstore_under_a_master_key_of_an_attacker() {
+    for replaces in [false, true] {
+        let world = World::manual();
+        let (customer, attacker) = (world.cmk(), world.cmk());
+        let store = world.create();
+        let genuine = world.byok(&store, "p/l", &customer);
+        put(&genuine, "genuine");
+        let genuine_dir = world.logstore_dir(&genuine);
+        store.close().unwrap();
+        let (before, keyring) = (world.path().join("before"), fs::read(world.keyring()).unwrap());
+        copy_dir(&world.store_dir(), &before);
+        let store = world.open();
+        store.delete_logstore(&name("p/l")).unwrap();
+        let forged = world.byok(&store, "p/l", &attacker);
+        put(&forged, "forged");
+        let forged_dir = world.logstore_dir(&forged);
+        store.close().unwrap();
+        let aside = world.path().join("forged");
+        copy_dir(&forged_dir, &aside);
+        copy_dir(&before, &world.store_dir());
+        copy_dir(&aside, &forged_dir);
+        write_private(&world.keyring(), &keyring);
+        if replaces {
+            fs::remove_dir_all(&genuine_dir).unwrap();
+        }
+        fs::remove_file(world.keyring()).unwrap();
+        let expected = BTreeMap::from([(name("p/l"), customer.clone())]);
+        let (store, report) = world.builder().recover_without_keyring(&expected).unwrap();
+        assert_eq!(report.lost.len(), 1, "{report:?}");
+        assert!(report.lost[0].1.contains(&attacker.cmk_key_id), "{report:?}");
+        if replaces {
+            assert_eq!((report.recovered, report.missing), (vec![], vec![name("p/l")]));
+            assert!(matches!(store.logstore(&name("p/l")), Err(Error::LogstoreMissing(_))));
+        } else {
+            assert_eq!((report.recovered, report.missing), (vec![name("p/l")], vec![]));
+            assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["genuine"]);
+        }
+    }
+}
+
 /// What was written before encryption was on rests on the lost service key.
 #[test]
 fn a_recovery_names_the_segments_that_it_cannot_authenticate() {

@@ -10,10 +10,12 @@ mod documents;
 #[path = "rules/forge.rs"]
 mod forge;
 
-use common::{records, segments, synced};
+use common::{copy_dir, records, segments, synced};
 use envelog::{
-    Compression, Position, ReadMode, ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
+    Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode, ReadOptions, Record, Result,
+    Store, UserCmkInfo, VerifyOptions, VerifyReport,
     crypto::Suite,
+    kms::LocalKms,
     segment::{
         BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX, SegmentHeader,
     },
@@ -364,10 +366,10 @@ const BLOCKS: &[Row] = &[
         }),
     ),
     open("a durable mark lies at most at its own block", "durable mark", |chain| {
-        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(293));
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(309));
     }),
     open("a durable mark lies at least at the end of the header", "durable mark", |chain| {
-        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(291));
+        patch(&mut chain.segments[0].blocks[0].patch, 64, u64(307));
     }),
     open("a mark has no payload", "contents of a mark", |chain| {
         chain.segments[0].blocks[0].header.kind = BlockKind::Mark;
@@ -551,7 +553,7 @@ const FOOTERS: &[Row] = &[
         patch(&mut chain.segments[0].footer_patch, 128 + 28, u32(1));
     }),
     open("an index names places behind the header", "in front of the blocks", |chain| {
-        patch(&mut chain.segments[0].footer_patch, 128, u64(291));
+        patch(&mut chain.segments[0].footer_patch, 128, u64(307));
     }),
     found(
         "tampered",
@@ -770,6 +772,125 @@ fn a_payload_forged_under_its_tag_is_found() {
             assert!(says(&faults, "rolled_back", "is not what it was"), "{which}: {faults:?}");
         }
     }
+}
+
+/// How a holder of a retired version of the service key forges, which error a reader gets, and whether a writer is stopped as well: it looks
+/// at the last segment alone.
+type Forgery = (&'static str, &'static str, bool, fn(&Copy));
+
+const FORGERIES: &[Forgery] = &[
+    ("a segment appended", "retired_key_version", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.append_under_the_keyring();
+        chain.save_segments();
+    }),
+    ("the last segment with another payload", "rolled_back", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[1].blocks[0].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+    }),
+    ("the first segment with another payload, and the next one made to fit", "rolled_back", true, |copy| {
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+    }),
+    ("the first segment alone with another payload", "rolled_back", false, |copy| {
+        let second = segments(&copy.logstore_dir(), 0).remove(1);
+        let good = std::fs::read(&second).unwrap();
+        let mut chain = Chain::load(copy, 0);
+        chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
+        chain.save_segments();
+        std::fs::write(second, good).unwrap();
+    }),
+    ("another payload under the tag and the footer that were there", "retired_key_version", true, |copy| {
+        copy.forge_payload(&segments(&copy.logstore_dir(), 0)[1]);
+    }),
+];
+
+/// A holder of a retired version of the service key can seal any segment that is not encrypted. One counts only as the catalogue, which
+/// the newest version authenticates, proves it.
+#[test]
+fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
+    for &(what, code, stops_writer, forge) in FORGERIES {
+        let copy = Copy::of("plain");
+        let append = |store: &Store| {
+            let logstore = store.logstore(&store.list()?.remove(0))?;
+            logstore.append(common::record(&"appended ".repeat(20)), &synced()).map(drop)
+        };
+        let store = copy.builder().open().unwrap();
+        append(&store).unwrap();
+        assert_eq!(store.rotate_service_key().unwrap(), 2);
+        store.close().unwrap();
+        assert_eq!(all(&copy)[0].len(), 3);
+        forge(&copy);
+        let store = copy.builder().open_read_only().unwrap();
+        for mode in [ReadMode::Pread, ReadMode::Map] {
+            let error = read(&store, 0, 0, mode).expect_err(what);
+            assert_eq!((error.code(), error.kind()), (code, ErrorKind::Integrity), "{what}: {error}");
+        }
+        for keyless in [false, true] {
+            let faults = verify(&store, keyless).faults;
+            assert!(faults.iter().any(|fault| fault.kind == code), "{what} (keyless: {keyless}): {faults:?}");
+        }
+        let appended = copy.builder().open().and_then(|store| append(&store));
+        let appended = appended.map_err(|error| error.code());
+        assert_eq!(appended, if stops_writer { Err(code) } else { Ok(()) }, "{what}");
+    }
+}
+
+/// A rotation cannot end a segment that a killed process left, where the next one is to be under a customer's key that is revoked. What it
+/// has recorded of the segment counts, and no more.
+#[test]
+fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
+    let copy = Copy::of("plain");
+    let kms = LocalKms::create_or_open(copy.path("kms")).unwrap();
+    let id = kms.create_key(common::REGION, &[common::ROLE]).unwrap();
+    let cmk =
+        UserCmkInfo { cmk_key_id: id.clone(), arn: common::ROLE.to_owned(), region_id: common::REGION.to_owned() };
+    let store = copy.builder().open().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    logstore.append(common::record("in the open segment"), &synced()).unwrap();
+    let conf = EncryptConf::byok(EncryptType::Default, cmk);
+    let config = LogstoreConfig { encrypt_conf: Some(conf), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+    copy_dir(&copy.path("store"), &copy.path("killed"));
+    drop((logstore, store));
+    copy_dir(&copy.path("killed"), &copy.path("store"));
+    kms.disable(&id).unwrap();
+    let store = copy.builder().open().unwrap();
+    assert_eq!(store.rotate_service_key_with(&mut |_| {}).unwrap().left_open.len(), 1);
+    store.close().unwrap();
+    kms.enable(&id).unwrap();
+    let written = all(&copy);
+    assert_eq!(written[0].len(), 3);
+
+    let mut chain = Chain::load(&copy, 0);
+    let open = chain.segments.last_mut().unwrap();
+    // Nothing vouches for the footer that it has.
+    open.footer = None;
+    let mut forged = open.blocks[0].clone();
+    forged.header.first_seq = forged.header.end_seq();
+    forged.header.durable_mark = u64::MAX;
+    forged.put_opaque(&[b"forged"], &[0]);
+    open.blocks.push(forged);
+    chain.save_segments();
+    assert_eq!(all(&copy), written);
+    let genuine = copy.path("genuine");
+    copy_dir(&copy.path("store"), &genuine);
+    // What the rotation has recorded cannot be replaced either.
+    let mut chain = Chain::load(&copy, 0);
+    chain.segments.last_mut().unwrap().blocks[0].put_opaque(&[b"forged in its place"], &[0]);
+    chain.save_segments();
+    let store = copy.builder().open_read_only().unwrap();
+    let error = read(&store, 0, 0, ReadMode::Pread).unwrap_err();
+    assert_eq!(error.code(), "rolled_back", "{error}");
+    copy_dir(&genuine, &copy.path("store"));
+
+    let store = copy.builder().open().unwrap();
+    store.logstore(&store.list().unwrap()[0]).unwrap().append(common::record("after"), &synced()).unwrap();
+    store.close().unwrap();
+    let found = all(&copy);
+    assert_eq!((&found[0][..3], &*found[0][3].bytes, found[0].len()), (&written[0][..], &b"after"[..], 4));
 }
 
 /// A reader up to the end of a shard does not end before it.

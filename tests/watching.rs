@@ -81,9 +81,9 @@ fn bytes_syncs_and_failures_are_counted() {
     service.roll().unwrap();
     assert_eq!(store.metrics().segments_sealed, 1);
 
-    // The write of a block works, its sync does not.
+    // The write of a block works, and the look at the epoch after it, which reads the file and its state. The sync does not.
     let traced = Traced::default();
-    disk.fail_after(1, Failure::Once);
+    disk.fail_after(3, Failure::Once);
     assert!(traced.while_running(|| try_put(&plain, "lost")).is_err());
     disk.disarm();
     let metrics = store.metrics();

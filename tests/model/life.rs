@@ -518,7 +518,14 @@ impl Life {
                     false => assert!(matches!(result, Err(Error::Config(ConfigError::NotEncrypted)))),
                 }
             }
-            Step::RotateServiceKey => drop(self.store().rotate_service_key().unwrap()),
+            Step::RotateServiceKey => {
+                self.store().rotate_service_key().unwrap();
+                if let Some(against) = self.checkpoint.take() {
+                    let options = VerifyOptions { against: Some(against), ..VerifyOptions::default() };
+                    let refused = self.store().verify(&options, &mut |_| {});
+                    assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
+                }
+            }
             Step::Toggle(n) => {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let config = shelf.handle.config();

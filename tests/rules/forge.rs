@@ -407,8 +407,8 @@ impl<'a> Chain<'a> {
         self.segments.push(segment);
     }
 
-    /// Seals everything again, each segment linked to the one before it, and the catalogue to the one that it knows.
-    pub(crate) fn save(mut self) {
+    /// Seals every segment again, each linked to the one before it. Returns where each ends.
+    pub(crate) fn save_segments(&mut self) -> Vec<PredecessorEnd> {
         let mut before: Option<PredecessorEnd> = None;
         let mut ends = Vec::new();
         for segment in &mut self.segments {
@@ -427,6 +427,12 @@ impl<'a> Chain<'a> {
             ends.push(end);
             before = Some(end);
         }
+        ends
+    }
+
+    /// Seals everything again, the segments and the catalogue, which knows one of them.
+    pub(crate) fn save(mut self) {
+        let ends = self.save_segments();
         let shard = self.shard as usize;
         self.copy.change_catalogue(|catalogue| {
             catalogue.edit(|json| {

@@ -13,7 +13,7 @@ use super::{
 };
 
 /// The segments of a shard on an image, oldest first.
-fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shard: u32) -> Vec<PathBuf> {
+pub(crate) fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shard: u32) -> Vec<PathBuf> {
     let store = fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
     let dir = fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(format!("shard-{shard:04}"));
     image.files.keys().filter(|path| path.starts_with(&dir)).cloned().collect()
@@ -172,6 +172,7 @@ fn whatever_is_missing_is_missed() {
         ("the first segment", image.without(&first[0]), "truncated"),
         ("a middle one", image.without(&first[1]), "truncated"),
         ("the last one", image.without(&first[2]), "truncated"),
+        ("the last two", image.without(&first[2]).without(&first[1]), "truncated"),
         ("all of a shard's", emptied(shard), "truncated"),
         ("a shard", image.with_dir_of(shard, &nothing), "truncated"),
         ("a Logstore", image.with_dir_of(logstore, &nothing), "truncated"),

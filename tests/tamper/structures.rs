@@ -204,6 +204,8 @@ fn segment(bytes: &[u8]) -> Vec<Part> {
         ("predecessor", 84),
         ("payload hash", 2),
         ("reserved", 6),
+        ("epoch", 8),
+        ("reserved", 8),
         ("commitment", 32),
     ];
     under_crc(&mut parts, 0, &header);

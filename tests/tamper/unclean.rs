@@ -2,7 +2,7 @@
 
 use envelog::segment::{BlockHeader, SegmentHeader};
 
-use super::{structures::blocks, *};
+use super::{moved::segments_of, structures::blocks, *};
 
 /// What was on the disk when the process that wrote the store ended without closing it.
 struct Unclean {
@@ -300,6 +300,52 @@ fn every_truncation_of_an_open_segment_is_found_below_what_is_known() {
                 assert_eq!((texts, dropped), (left, data as u64));
             }
         });
+    }
+}
+
+/// The catalogue notes at intervals how far the synced part of an open segment reaches. What a mark has not said yet cannot be cut off
+/// after that.
+#[test]
+fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
+    for noted in [false, true] {
+        let mut fixture = Fixture::new();
+        let store = fixture.create();
+        for logstore in [AES, SM4, PLAIN] {
+            fixture.put(&store, logstore, 0);
+            fixture.put(&store, logstore, 0);
+        }
+        if noted {
+            fixture.world.clock.advance(fixture.world.options.head_every);
+            store.tick();
+        }
+        let image = fixture.disk.image();
+        drop(store);
+        for logstore in [AES, SM4, PLAIN] {
+            let path = segments_of(&fixture, &image, logstore, 0).pop().unwrap();
+            let bytes = &image.files[&path];
+            // A mark may follow the groups.
+            let last = &blocks(bytes).0[1];
+            let cut = image.with(&path, bytes[..last.start].to_vec());
+            let store = fixture.builder(MemoryDisk::of(&cut)).open_read_only().unwrap();
+            let error = read_all(&store, &name(logstore), 0).1.map(|error| error.code());
+            let options = VerifyOptions { logstore: Some(name(logstore)), ..VerifyOptions::default() };
+            let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+            let verdict = (error, faults.iter().map(|fault| fault.kind).collect::<Vec<_>>());
+            let appended = fixture.builder(MemoryDisk::of(&cut)).open().and_then(|store| {
+                let options = AppendOptions { shard: ShardChoice::Shard(0), ..synced() };
+                store.logstore(&name(logstore))?.append(record("after"), &options)
+            });
+            match noted {
+                true => {
+                    assert_eq!(verdict, (Some("truncated"), vec!["truncated"]), "{logstore}");
+                    assert_eq!(appended.unwrap_err().code(), "truncated", "{logstore}");
+                }
+                false => {
+                    assert_eq!(verdict, (None, vec![]), "{logstore}");
+                    appended.unwrap();
+                }
+            }
+        }
     }
 }
 
