@@ -19,7 +19,7 @@ Examples:
 Exit status:
   0 done   1 other error   2 usage   3 key revoked   4 KMS unreachable
   5 corruption, tampering or rollback found   6 configuration refused
-  7 store locked, missing or taken over by another writer; keyring or anchor missing or not the store's";
+  7 store locked, missing or taken over; keyring or anchor missing or not the store's";
 
 #[derive(Debug, Parser)]
 #[command(name = "envelog", version, about = "Encrypted, append-only log storage", after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
@@ -47,7 +47,7 @@ pub(crate) struct Global {
     /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
     #[arg(long, global = true)]
     pub(crate) allow_network_fs: bool,
-    /// Compare the store with its anchor, a directory on another volume that keeps how far the store is
+    /// The anchor: a directory on another volume that keeps how far the store is, and without which it is not written from then on
     #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) anchor: Option<PathBuf>,
     /// Do not compare a store with its anchor; when it is written with --anchor, the anchor begins again from the store as it is
