@@ -165,7 +165,9 @@ fn roll(shards: u32) -> (u64, u64) {
     let counts = Arc::<Counts>::default();
     let store = store(dir.path(), &counts);
     let per_logstore = shards.min(200);
-    (0..shards / per_logstore).for_each(|number| drop(create(&store, number, per_logstore)));
+    (0..shards / per_logstore).for_each(|number| {
+        create(&store, number, per_logstore);
+    });
     let logstore = store.logstore(&"bench/l00000".parse().unwrap()).unwrap();
     let append = || {
         let options = AppendOptions { shard: ShardChoice::Shard(0), ..AppendOptions::default() };

@@ -15,7 +15,7 @@ use std::{
 };
 
 use common::{
-    disk::{Sim, Survives},
+    disk::{Sim, Survives, Verdict},
     *,
 };
 use envelog::{Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder, StoreId};
@@ -263,8 +263,16 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
     for nth in 1.. {
         let sim = Sim::of(world, image.fork());
         let anchor = MemoryAnchor { kept: Arc::new(Mutex::new(kept.clone())), ..MemoryAnchor::default() };
-        sim.disk.end_at(nth);
         let began = sim.disk.changes();
+        // The power fails for what feeds the anchor, too.
+        let fed = anchor.clone();
+        sim.disk.on_call(move |call| match call.op.changes() && call.number >= began + nth {
+            true => {
+                fed.fail(true);
+                Verdict::Fail(io::ErrorKind::Other)
+            }
+            false => Verdict::Go,
+        });
         let run = || -> Result<()> {
             let store = sim.builder().anchor(Arc::new(anchor.clone())).open()?;
             let logstore = store.logstore(&name(NAME))?;
@@ -278,6 +286,7 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
         };
         let done = run();
         let ended = sim.disk.changes() - began >= nth;
+        anchor.fail(false);
         let after = sim.disk.crash(Survives::Synced);
         let builder = sim.world.builder().disk(Arc::new(after)).anchor(Arc::new(anchor.clone()));
         let store = builder.open().unwrap_or_else(|error| panic!("the power failed at operation {nth}: {error}"));

@@ -4,13 +4,7 @@
 
 mod common;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use common::{
     catalogue::{catalogue_dir, catalogue_file},
@@ -338,9 +332,11 @@ fn a_directory_under_another_logstores_id_is_refused() {
 #[test]
 fn documents_of_the_store_itself_are_bound_to_it() {
     let (scene, _, _) = Neighbours::new();
-    let documents: [(fn(&World) -> PathBuf, &str); 2] =
-        [(|world| catalogue_file(&world.store_dir()), "catalogue"), (|world| world.store_dir().join("STORE"), "store")];
-    for (file, kind) in documents {
+    for kind in ["catalogue", "store"] {
+        let file = |world: &World| match kind {
+            "store" => world.store_dir().join("STORE"),
+            _ => catalogue_file(&world.store_dir()),
+        };
         let path = file(&scene.world);
         let good = fs::read(&path).unwrap();
         fs::copy(file(&scene.other), &path).unwrap();

@@ -19,7 +19,7 @@ Examples:
 Exit status:
   0 done   1 other error   2 usage   3 key revoked   4 KMS unreachable
   5 corruption, tampering or rollback found   6 configuration refused
-  7 store locked or missing, keyring missing or not the store's";
+  7 store locked, missing or taken over; keyring or anchor missing or not the store's";
 
 #[derive(Debug, Parser)]
 #[command(name = "envelog", version, about = "Encrypted, append-only log storage", after_help = EXAMPLES, arg_required_else_help = true, max_term_width = 110)]
@@ -47,13 +47,13 @@ pub(crate) struct Global {
     /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
     #[arg(long, global = true)]
     pub(crate) allow_network_fs: bool,
-    /// A directory on another volume that keeps how far the store is; once a store has had one, it is not written without it
+    /// The anchor: a directory on another volume that keeps how far the store is, and without which it is not written from then on
     #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) anchor: Option<PathBuf>,
-    /// Write a store that has an anchor without comparing it with that; with --anchor, the anchor begins again with the store as it is
+    /// Do not compare a store with its anchor; when it is written with --anchor, the anchor begins again from the store as it is
     #[arg(long, global = true)]
     pub(crate) without_anchor: bool,
-    /// Read a backup from before a rotation of the service key that is known to be good: accept what a retired version authenticates
+    /// Accept what a retired version of the service key authenticates, to read a backup that is known to be good
     #[arg(long, global = true)]
     pub(crate) accept_retired: bool,
     /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
@@ -155,7 +155,8 @@ Examples:
 Examples:
   envelog verify
   envelog verify shop/orders --keyless
-  envelog verify --against /backup/checkpoint")]
+  envelog verify --against /backup/checkpoint
+  envelog verify --anchor /mnt/other/anchors")]
     Verify(VerifyArgs),
     /// Write down how far every shard is, to verify against later
     #[command(after_help = "\

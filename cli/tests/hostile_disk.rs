@@ -274,7 +274,20 @@ impl Scene {
 /// The newest file of the catalogue of a store.
 fn catalogue_file(store: &Path) -> PathBuf {
     let files = fs::read_dir(store.join("catalogue")).unwrap().map(|entry| entry.unwrap().path());
-    files.filter(|path| path.extension().is_none()).max().unwrap()
+    files.filter(|path| is_catalogue_file(path)).max().unwrap()
+}
+
+/// Whether a path is in `catalogue` and has a name such as `0000000001-0000000001`.
+fn is_catalogue_file(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let number = |text: &str| text.len() == 10 && text.bytes().all(|byte| byte.is_ascii_digit());
+    path.parent().is_some_and(|dir| dir.ends_with("catalogue"))
+        && name.split_once('-').is_some_and(|(epoch, serial)| number(epoch) && number(serial))
+}
+
+/// The path as it is now: each opening for writing begins another file of the catalogue.
+fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
+    if is_catalogue_file(path) { catalogue_file(store) } else { path.to_owned() }
 }
 
 /// The epochs of the next openings of a store for writing.

@@ -103,6 +103,42 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert!(events.contains(&"service_rotate_intended".to_owned()) && events.contains(&"service_rotated".to_owned()));
 }
 
+/// Each rotation retires what came before it, also when it was not the first.
+#[test]
+fn after_two_rotations_what_is_from_before_the_last_is_refused() {
+    let world = World::new();
+    world.create("p/a", &service("default"));
+    append(&world, "p/a", "one\n");
+    for (rotation, line) in [(1, "two\n"), (2, "three\n")] {
+        let (store, keyring) = (format!("store-{rotation}"), format!("keyring-{rotation}"));
+        copy_dir(&world.path("envelog-data"), &world.path(&store));
+        world.ok(&["keys", "backup", "--out", &keyring]);
+        world.ok(&["keys", "rotate-service"]);
+        append(&world, "p/a", line);
+    }
+    assert_eq!(world.read("p/a"), b"one\ntwo\nthree\n");
+    for (rotation, lines) in [(1, "one\n"), (2, "one\ntwo\n")] {
+        let (store, keyring) = (format!("store-{rotation}"), format!("keyring-{rotation}"));
+        // The old keyring has no key for the store of now.
+        let command = ["read", "p/a", "--keyring", &keyring];
+        assert!(world.refused(7, &command).contains("too old"));
+        assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(7).0, "keyring_too_old");
+        // The keyring of now accepts the old store on request alone, and for reading alone.
+        let copy = ["--store", &store, "--keyring", "envelog-data.keyring"];
+        for command in [&["read", "p/a"][..], &["verify"], &["list"], &["append", "p/a"]] {
+            let command = [command, &copy].concat();
+            assert!(world.refused(5, &command).contains("retired"), "{command:?}");
+            let (kind, _) = world.run(&[&command[..], &["--json"]].concat()).json_error(5);
+            assert_eq!(kind, "retired_key_version", "{command:?}");
+        }
+        let accepting = |command: &[&'static str]| [command, &["--accept-retired"], &copy].concat();
+        assert_eq!(String::from_utf8(world.ok(&accepting(&["read", "p/a"]))).unwrap(), lines);
+        world.ok(&accepting(&["verify"]));
+        world.refused(2, &accepting(&["append", "p/a"]));
+    }
+    world.ok(&["verify"]);
+}
+
 #[test]
 fn a_customers_key_is_replaced_by_its_own_operation_alone() {
     let world = World::new();

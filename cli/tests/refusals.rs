@@ -283,12 +283,12 @@ fn a_newer_format_asks_for_a_newer_program() {
     let path = world.path("envelog-data/STORE");
     let mut bytes = fs::read(&path).unwrap();
     let version = u16::from_le_bytes([bytes[VERSION_AT], bytes[VERSION_AT + 1]]);
-    assert_eq!(version, 1, "the version is elsewhere");
-    bytes[VERSION_AT] = 2;
+    assert_eq!(version, 2, "the version is elsewhere");
+    bytes[VERSION_AT] = 3;
     fs::write(&path, bytes).unwrap();
     for command in [&["list"][..], &["read", "p/a"], &["create", "p/b"], &["append", "p/a"]] {
         let sentence = world.refused(7, command);
-        assert!(sentence.contains("format version 2") && sentence.contains("newer envelog"), "{sentence}");
+        assert!(sentence.contains("format version 3") && sentence.contains("newer envelog"), "{sentence}");
         assert_eq!(world.run(&[command, &["--json"]].concat()).json_error(7).0, "newer_format");
     }
 }
@@ -324,6 +324,41 @@ fn a_second_writer_is_told_who_the_first_is() {
     assert_eq!(acks.recv().unwrap(), "2");
     first.finish().assert(0);
     assert_eq!(world.read("p/a"), b"one\ntwo\n");
+}
+
+/// `LOCK` was removed, so that a second writer takes over: the first one acknowledges nothing more, and ends.
+#[test]
+fn a_writer_that_another_one_has_taken_over_from_ends() {
+    // It finds out with the next line, or when it seals what it has.
+    for appends_more in [true, false] {
+        let world = World::new();
+        world.create("p/a", &service("default"));
+        let mut first = Running::start(world.command(&["append", "p/a", "-", "--ack", "--json"]));
+        let acks = first.lines();
+        first.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+        assert_eq!(acks.recv().unwrap(), "1");
+        let file = world.file("second", "by the second\n");
+        world.refused(7, &["append", "p/a", &file]);
+        fs::remove_file(world.path("envelog-data/LOCK")).unwrap();
+        world.ok(&["append", "p/a", &file]);
+        let out = if appends_more {
+            let mut stdin = first.stdin.take().unwrap();
+            stdin.write_all(b"never acknowledged\n").unwrap();
+            let out = first.wait();
+            drop(stdin);
+            out
+        } else {
+            first.finish()
+        };
+        let (kind, sentence) = out.json_error(7);
+        assert_eq!(kind, "fenced", "{sentence}");
+        assert!(sentence.contains("another writer"), "{sentence}");
+        assert_eq!(acks.iter().count(), 0);
+        assert_eq!(world.read("p/a"), b"one\nby the second\n");
+        world.ok(&["append", "p/a", &file]);
+        assert_eq!(world.read("p/a"), b"one\nby the second\nby the second\n");
+        world.ok(&["verify"]);
+    }
 }
 
 /// Nothing is left behind by a command that was refused, and what a store needs is said when it is made, whatever comes then.

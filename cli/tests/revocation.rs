@@ -75,11 +75,18 @@ fn a_disabled_key_refuses_its_logstore_alone_and_comes_back_whole() {
     world.ok(&["verify", "--keyless"]);
     world.ok(&["verify", "p/customer", "--keyless"]);
     let mut config = world.json(&["get", "p/customer"]);
-    config["ttl_days"] = 30.into();
+    config["compression"] = "zstd".into();
     world.ok(&["update", "p/customer", "--config", &config.to_string()]);
     world.ok(&["create", "p/another"]);
+    // The key authenticates how long logs are kept.
+    let mut config = world.json(&["get", "p/customer"]);
+    config["ttl_days"] = 30.into();
+    let update = ["update", "p/customer", "--config", &config.to_string()];
+    assert!(world.refused(3, &update).contains("disabled"));
+    assert!(world.json(&["get", "p/customer"])["ttl_days"].is_null());
 
     world.ok(&["kms", "enable", &key]);
+    world.ok(&update);
     assert_eq!(world.read("p/customer"), text);
     world.ok(&["append", "p/customer", &world.file("more", "more\n")]);
     assert_eq!(world.read("p/customer"), [&text[..], b"more\n"].concat());

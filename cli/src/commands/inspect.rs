@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// No header is longer: 272 bytes, 64 KiB of extensions, commitment and CRC.
-const HEADER_BYTES_MAX: u64 = 256 + (64 << 10) + 36;
+const HEADER_BYTES_MAX: u64 = 272 + (64 << 10) + 36;
 const FOOTER_MAGIC: &[u8] = b"EFTR";
 /// The bytes of a CRC32, with which a block ends.
 const CRC_LEN: usize = 4;
@@ -196,6 +196,7 @@ fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, foo
         .add_row(["segment", &header.segment.to_string()])
         .add_row(["shard", &header.shard.to_string()])
         .add_row(["ordinal", &header.ordinal.to_string()])
+        .add_row(["epoch", &header.epoch.to_string()])
         .add_row(["generation", &header.generation.to_string()])
         .add_row(["sequence numbers", &format!("{} to {}, not included", header.first_seq, header.limit_seq)])
         .add_row(["created", &output::moment(header.created_us)])
@@ -278,6 +279,7 @@ fn header_json(decoded: &DecodedHeader) -> Value {
         "segment": header.segment,
         "shard": header.shard,
         "ordinal": header.ordinal,
+        "epoch": header.epoch,
         "generation": header.generation,
         "first_seq": header.first_seq,
         "limit_seq": header.limit_seq,

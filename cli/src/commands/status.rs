@@ -110,8 +110,13 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
     if !all.is_empty() || failed.is_empty() {
         output::print_table(&table)?;
     }
-    if let Some(records @ 1..) = store.anchor_status().records_behind {
-        output::line(format_args!("the anchor does not know the last {records} records of the catalogue"))?;
+    match store.anchor_status().records_behind {
+        Some(0) => output::line("the anchor knows all of the catalogue")?,
+        Some(1) => output::line("the anchor does not know the last record of the catalogue")?,
+        Some(records) => {
+            output::line(format_args!("the anchor does not know the last {records} records of the catalogue"))?;
+        }
+        None => {}
     }
     for status in all {
         if let Some(cause) = &status.latched {

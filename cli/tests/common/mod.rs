@@ -50,7 +50,7 @@ impl World {
     /// The binary with these arguments, in the directory, with nothing set from outside.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envelog"));
-        for variable in ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_LOG"] {
+        for variable in ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_ANCHOR", "ENVELOG_LOG"] {
             command.env_remove(variable);
         }
         // Whoever runs the tests may have asked for backtraces; the program must not print any all the same.

@@ -154,6 +154,7 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
         let things = if was_dir { Thing::NO_DIRECTORY } else { Thing::NO_FILE };
         // A FIFO takes the place of every target, each other thing the place of some.
         for thing in [Thing::Fifo, things[index % 4], things[4 + index % 4]] {
+            let target = &as_it_is_now(target, &store);
             let what = format!("{inside} as {thing:?}");
             fs::rename(target, &aside).unwrap();
             thing.put(target, &scene.precious());

@@ -235,6 +235,7 @@ fn a_file_of_another_owner_is_read_if_it_can_be() {
     home.use_store(USER, &key);
     let mut refused = 0;
     for path in picture(&home.path("s")).into_keys() {
+        let path = as_it_is_now(&path, &home.path("s"));
         let mode = self::mode(&path);
         let readable = if path.is_dir() { 0o755 } else { 0o644 };
         chown(&path, Some(0), Some(0)).unwrap();
@@ -285,6 +286,7 @@ fn root_follows_nothing_in_the_store_of_a_user() {
         let things = if target.is_dir() { Thing::NO_DIRECTORY } else { Thing::NO_FILE };
         let things = [things[index % 3], things[3 + index % 3]];
         for thing in things {
+            let target = &as_it_is_now(target, &store);
             let what = format!("{} as {thing:?}", target.display());
             fs::rename(target, &aside).unwrap();
             thing.put(target, &world.path("precious"));

@@ -1,0 +1,197 @@
+//! An anchor: a directory elsewhere that keeps how far the store was, so that an older copy in its place is found out.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{fs, io::Write, path::Path};
+
+use common::{Running, World, copy_dir, made_lines, service};
+use serde_json::{Value, json};
+
+/// A store whose anchor is in `anchors`, with one Logstore.
+fn anchored() -> World {
+    let world = World::new();
+    fs::create_dir(world.path("anchors")).unwrap();
+    world.ok(&["create", "p/a", "--encrypt-conf", &service("default").to_string(), "--anchor", "anchors"]);
+    append(&world, "one\n");
+    world
+}
+
+fn append(world: &World, text: impl AsRef<[u8]>) {
+    world.ok(&["append", "p/a", &world.file("piece", text), "--anchor", "anchors"]);
+}
+
+fn events(world: &World) -> Vec<String> {
+    let records = world.json(&["keys", "audit", "--json"])["records"].clone();
+    records.as_array().unwrap().iter().map(|record| record["event"].as_str().unwrap().to_owned()).collect()
+}
+
+fn count(events: &[String], event: &str) -> usize {
+    events.iter().filter(|found| *found == event).count()
+}
+
+fn anchor_status(world: &World) -> Value {
+    world.json(&["status", "--json", "--anchor", "anchors"])["anchor"].clone()
+}
+
+fn put_back(world: &World, copy: &str) {
+    fs::remove_dir_all(world.path("envelog-data")).unwrap();
+    copy_dir(&world.path(copy), &world.path("envelog-data"));
+}
+
+fn files(dir: &Path) -> usize {
+    fs::read_dir(dir).unwrap().count()
+}
+
+#[test]
+fn an_older_store_in_its_place_is_found_out() {
+    let world = anchored();
+    copy_dir(&world.path("envelog-data"), &world.path("earlier"));
+    append(&world, "two\n");
+    copy_dir(&world.path("envelog-data"), &world.path("latest"));
+    world.ok(&["verify", "--anchor", "anchors"]);
+    put_back(&world, "earlier");
+    let piece = world.file("piece", "three\n");
+
+    // To be refused does not bring the older store nearer to its anchor.
+    for _ in 0..3 {
+        for command in
+            [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["verify", "--keyless"], &["status"]]
+        {
+            let command = [command, &["--anchor", "anchors"]].concat();
+            let sentence = world.refused(5, &command);
+            assert!(sentence.contains("rolled back") && sentence.contains("anchor"), "{command:?}: {sentence}");
+            let asked = [&command[..], &["--json"]].concat();
+            assert_eq!(world.run(&asked).json_error(5).0, "rolled_back", "{command:?}");
+        }
+    }
+    // In itself the copy is sound, and a reader without the anchor does not know better.
+    assert_eq!(world.read("p/a"), b"one\n");
+    world.ok(&["verify"]);
+
+    // No one writes it by forgetting the anchor.
+    let writing = ["append", "p/a", &piece];
+    assert!(world.refused(7, &writing).contains("anchor"));
+    assert_eq!(world.run(&[&writing[..], &["--json"]].concat()).json_error(7).0, "anchor");
+    assert_eq!(world.read("p/a"), b"one\n");
+    put_back(&world, "latest");
+    append(&world, "three\n");
+    assert_eq!(world.ok(&["read", "p/a", "--anchor", "anchors"]), b"one\ntwo\nthree\n");
+}
+
+#[test]
+fn a_store_is_written_without_its_anchor_on_request_alone() {
+    let world = anchored();
+    copy_dir(&world.path("envelog-data"), &world.path("earlier"));
+    append(&world, "two\n");
+    let found = events(&world);
+    assert_eq!((count(&found, "anchored"), count(&found, "opened_without_anchor")), (1, 0), "{found:?}");
+    put_back(&world, "earlier");
+    let piece = world.file("piece", "another two\n");
+    world.ok(&["append", "p/a", &piece, "--without-anchor"]);
+    assert_eq!(count(&events(&world), "opened_without_anchor"), 1);
+    // The anchor still knows better.
+    world.refused(5, &["append", "p/a", &piece, "--anchor", "anchors"]);
+    world.refused(7, &["append", "p/a", &piece]);
+
+    // It begins again with the store as it is.
+    world.ok(&["append", "p/a", &piece, "--anchor", "anchors", "--without-anchor"]);
+    assert_eq!(count(&events(&world), "opened_without_anchor"), 2);
+    append(&world, "three\n");
+    assert_eq!(world.ok(&["read", "p/a", "--anchor", "anchors"]), b"one\nanother two\nanother two\nthree\n");
+    world.ok(&["verify", "--anchor", "anchors"]);
+    put_back(&world, "earlier");
+    world.refused(5, &["read", "p/a", "--anchor", "anchors"]);
+}
+
+#[test]
+fn an_anchor_that_is_missing_or_empty_is_said_so() {
+    let world = anchored();
+    let piece = world.file("piece", "two\n");
+    let refused = |words: &str| {
+        for command in [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["status"]] {
+            let command = [command, &["--anchor", "anchors"]].concat();
+            let sentence = world.refused(7, &command);
+            assert!(sentence.contains("anchor") && sentence.contains(words), "{command:?}: {sentence}");
+            assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(7).0, "anchor", "{command:?}");
+        }
+    };
+    fs::rename(world.path("anchors"), world.path("away")).unwrap();
+    refused("cannot be read");
+    fs::create_dir(world.path("anchors")).unwrap();
+    refused("keeps nothing");
+    assert_eq!(files(&world.path("anchors")), 0, "what is refused is not kept");
+    fs::remove_dir(world.path("anchors")).unwrap();
+    fs::rename(world.path("away"), world.path("anchors")).unwrap();
+    // What it keeps is authenticated.
+    let kept = fs::read_dir(world.path("anchors")).unwrap().next().unwrap().unwrap().path();
+    let bytes = fs::read(&kept).unwrap();
+    let mut changed = bytes.clone();
+    let middle = changed.len() / 4;
+    changed[middle] ^= 1;
+    fs::write(&kept, changed).unwrap();
+    world.refused(5, &["append", "p/a", &piece, "--anchor", "anchors"]);
+    fs::write(&kept, bytes).unwrap();
+    world.ok(&["append", "p/a", &piece, "--anchor", "anchors"]);
+    assert_eq!(world.read("p/a"), b"one\ntwo\n");
+
+    // A store that has never had an anchor is not made to need one by a directory that is not there.
+    for command in [&["create", "p/a"][..], &["create", "p/b"]] {
+        let command = [command, &["--store", "other", "--anchor", "nowhere"]].concat();
+        world.run(&command).assert(7);
+        assert!(!world.path("nowhere").exists());
+    }
+    world.ok(&["create", "p/c", "--store", "other"]);
+}
+
+#[test]
+fn the_environment_names_the_anchor_too() {
+    let world = anchored();
+    copy_dir(&world.path("envelog-data"), &world.path("earlier"));
+    let run = |args: &[&str], anchor: &str| {
+        let mut command = world.command(args);
+        command.env("ENVELOG_ANCHOR", world.path(anchor));
+        Running::start(command).finish()
+    };
+    let piece = world.file("piece", "two\n");
+    run(&["append", "p/a", &piece], "anchors").assert(0);
+    run(&["append", "p/a", &piece], "nowhere").sentence(7);
+    // The option outranks it.
+    run(&["append", "p/a", &piece, "--anchor", "anchors"], "nowhere").assert(0);
+    put_back(&world, "earlier");
+    for command in [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"]] {
+        assert!(run(command, "anchors").sentence(5).contains("rolled back"), "{command:?}");
+    }
+}
+
+/// An anchor that is out of reach stops no writer, and is behind from then on, until the next one feeds it.
+#[test]
+fn status_tells_how_far_the_anchor_is() {
+    let world = anchored();
+    assert_eq!(world.json(&["status", "--json"])["anchor"]["configured"], json!(false));
+    let status = anchor_status(&world);
+    assert_eq!((&status["configured"], &status["records_behind"]), (&json!(true), &json!(0)), "{status}");
+    let text = |args: &[&str]| String::from_utf8(world.ok(args)).unwrap();
+    assert!(text(&["status", "--anchor", "anchors"]).contains("the anchor knows all of the catalogue"));
+    assert!(!text(&["status"]).contains("the anchor"));
+
+    let mut append_more = Running::start(world.command(&["append", "p/a", "-", "--ack", "--anchor", "anchors"]));
+    let acks = append_more.lines();
+    append_more.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "1");
+    fs::rename(world.path("anchors"), world.path("away")).unwrap();
+    append_more.stdin.as_mut().unwrap().write_all(&made_lines(100)).unwrap();
+    while acks.recv().unwrap() != "101" {}
+    append_more.finish().assert(0);
+    fs::rename(world.path("away"), world.path("anchors")).unwrap();
+
+    let behind = anchor_status(&world)["records_behind"].as_u64().unwrap();
+    assert!(behind > 0);
+    let said = text(&["status", "--anchor", "anchors"]);
+    let records = if behind == 1 { "record".to_owned() } else { format!("{behind} records") };
+    assert!(said.contains(&format!("the anchor does not know the last {records} of the catalogue")), "{said}");
+    world.ok(&["verify", "--anchor", "anchors"]);
+    append(&world, "last\n");
+    assert_eq!(anchor_status(&world)["records_behind"], json!(0));
+}
