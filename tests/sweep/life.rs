@@ -303,7 +303,8 @@ impl Life {
         let excused = match error.kind() {
             ErrorKind::Io | ErrorKind::Full => self.trouble.disk || self.trouble.taken_over,
             ErrorKind::Unavailable => match error {
-                Error::Anchor { .. } => self.trouble.anchor,
+                // The anchor is fed from the file of the catalogue.
+                Error::Anchor { .. } => self.trouble.anchor || self.trouble.disk,
                 _ => self.trouble.taken_over,
             },
             ErrorKind::Revoked | ErrorKind::KmsUnreachable => self.trouble.kms,
