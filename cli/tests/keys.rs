@@ -497,6 +497,9 @@ fn inspect_needs_no_key() {
     let path = segment.to_str().unwrap();
     let report = world.json(&["inspect", path, "--json"]);
     assert_eq!((&report["header"]["suite"], &report["header"]["shard"]), (&"SM4-GCM".into(), &0.into()));
+    // The name says the epoch too.
+    let named = segment.file_stem().unwrap().to_str().unwrap().rsplit('-').next().unwrap().parse::<u64>().unwrap();
+    assert_eq!(report["header"]["epoch"], named);
     let blocks = report["blocks"].as_array().unwrap();
     let sum = |field: &str| blocks.iter().map(|block| block[field].as_u64().unwrap()).sum::<u64>();
     assert_eq!(sum("logs"), 500);
