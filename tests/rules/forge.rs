@@ -221,7 +221,7 @@ pub(crate) struct Document {
 impl Document {
     /// That at the beginning of `bytes`.
     pub(crate) fn read(bytes: &[u8]) -> Self {
-        let (a, b) = (u32_at(&bytes, 72) as usize, u32_at(&bytes, 76) as usize);
+        let (a, b) = (u32_at(bytes, 72) as usize, u32_at(bytes, 76) as usize);
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         Self {
             a: text(&bytes[80..80 + a]),
