@@ -276,7 +276,7 @@ impl Life {
             clock: Arc::clone(&self.clock),
             ledger: Arc::clone(&self.ledger),
             kms: Arc::clone(&self.kms),
-            anchor: self.anchor.fork(),
+            anchor: self.anchor.clone(),
             shelves: Arc::clone(&self.shelves),
             appended: self.appended,
         }
