@@ -22,10 +22,12 @@ use envelog::{Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, R
 
 const NAME: &str = "p/l";
 
+type AllKept = BTreeMap<StoreId, (AnchorPlace, Vec<u8>)>;
+
 /// An anchor in memory, which fails when it is told to.
 #[derive(Clone, Debug, Default)]
 struct MemoryAnchor {
-    kept: Arc<Mutex<BTreeMap<StoreId, (AnchorPlace, Vec<u8>)>>>,
+    kept: Arc<Mutex<AllKept>>,
     fails: Arc<AtomicBool>,
 }
 
