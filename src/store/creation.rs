@@ -69,9 +69,9 @@ impl Remains {
             let name = &*entry.name;
             let ours = match entry.kind {
                 FileKind::File => {
-                    matches!(name, "LOCK" | RECORD)
+                    matches!(name, "LOCK" | RECORD | EPOCH)
                         || is_temporary(name, RECORD)
-                        || (begun && (name == EPOCH || is_temporary(name, EPOCH) || is_temporary(name, "STORE")))
+                        || (begun && (is_temporary(name, EPOCH) || is_temporary(name, "STORE")))
                 }
                 FileKind::Directory if PARTS.contains(&name) => {
                     let part = dir.join(name);
@@ -83,8 +83,7 @@ impl Remains {
             };
             if !ours {
                 let expected = match name {
-                    "LOCK" | RECORD => Some(FileKind::File),
-                    EPOCH if begun => Some(FileKind::File),
+                    "LOCK" | RECORD | EPOCH => Some(FileKind::File),
                     _ if begun && PARTS.contains(&name) => Some(FileKind::Directory),
                     _ => None,
                 };
