@@ -169,7 +169,7 @@ impl Shard {
                 return outcome;
             }
             Self::want(&mut state, seq, durability);
-            if state.driving {
+            if state.is_driven() {
                 state = wait(&self.progress, state);
                 continue;
             }
@@ -196,8 +196,8 @@ impl Shard {
             state.flush_to = state.next_seq;
         }
         loop {
-            if state.driving {
-                return; // who drives looks at the queue when done
+            if state.is_driven() {
+                return; // The driver looks at the queue when it ends.
             }
             if !state.wants_work(self.context.options.block_bytes) {
                 if !state.flush_scheduled {
@@ -281,9 +281,11 @@ impl Shard {
     /// Becomes the driver, waiting for the one at work.
     fn start_driving(&self) {
         let mut state = lock(&self.state);
+        state.claims += 1;
         while state.driving {
             state = wait(&self.progress, state);
         }
+        state.claims -= 1;
         state.driving = true;
     }
 

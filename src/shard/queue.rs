@@ -51,6 +51,9 @@ pub(super) struct State {
     /// One past the last group that was taken off the queue to be written.
     pub(super) taken: u64,
     pub(super) driving: bool,
+    /// How many threads are to drive before any caller does that waits for a group: they would never have their turn while callers drive
+    /// one after the other.
+    pub(super) claims: usize,
     pub(super) flush_scheduled: bool,
     /// Not to be tried before: the key could not be used.
     pub(super) retry_at: Duration,
@@ -130,6 +133,11 @@ impl State {
         }
         self.taken = batch.last().map_or(self.taken, |last| last.seq + 1);
         Some(batch)
+    }
+
+    /// Whether a thread drives, or has a claim to be the next.
+    pub(super) fn is_driven(&self) -> bool {
+        self.driving || self.claims > 0
     }
 
     pub(super) fn wants_work(&self, block_bytes: usize) -> bool {
