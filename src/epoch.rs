@@ -151,8 +151,8 @@ impl Fence {
         self.epoch
     }
 
-    /// Makes sure that no other writer has opened the store since this one did. What was written and synced before is then seen by
-    /// every later writer. Costs one read of 1 KiB from the page cache and one `fstat`.
+    /// Makes sure that no other writer has opened the store since this one did. Every later writer then sees the bytes that this one has
+    /// written and synced before. Costs one read of 1 KiB from the page cache and one `fstat`.
     ///
     /// # Errors
     /// [`Error::Fenced`], from the first time on that another writer was seen; [`Error::Io`].

@@ -243,9 +243,9 @@ pub enum Error {
         /// The process that holds the lock, when it said so.
         pid: Option<u32>,
     },
-    /// Another process has opened the store for writing since this one did, although this one has it open. What was acknowledged
-    /// before is safe; what was under way is not acknowledged. Close the store, and find out why its `LOCK` did not hold: it was removed
-    /// or replaced, or the file system does not share locks.
+    /// Another process has opened the store for writing since this one did, although this one has it open. Everything that this process
+    /// acknowledged is safe. Operations under way are not acknowledged. Close the store, and find out why its `LOCK` did not hold: it
+    /// was removed or replaced, or the file system does not share locks.
     #[error("store {} was opened by another writer since this one took it (epoch {epoch}); this one stops", path.display())]
     Fenced {
         /// The store.

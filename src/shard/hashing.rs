@@ -14,7 +14,7 @@ use crate::{
 
 /// A shorter payload is hashed at once, in bytes: to wake a thread takes longer.
 const BESIDE_BYTES_MIN: usize = 16 << 10;
-/// How many blocks may wait for the thread; what comes then is hashed at once.
+/// How many blocks may wait for the thread. The writer hashes any further block at once.
 const JOBS_MAX: usize = 16;
 
 /// Hashes the payloads of a store. Without its thread it hashes each at once.
