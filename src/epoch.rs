@@ -31,7 +31,10 @@ const USED_LEN: usize = 8 + 2 + 6 + 8 + WRITER_LEN + 16 + 4;
 const SLOT_LEN: usize = 512;
 const FILE_LEN: usize = 2 * SLOT_LEN;
 /// The highest epoch. A slot that names a higher one does not count.
-const EPOCH_MAX: u64 = 1 << 48;
+pub(crate) const EPOCH_MAX: u64 = 1 << 48;
+/// How far the file may be ahead of the catalogue. Only openings that were cut short before they wrote a catalogue account for that. A slot
+/// beyond does not count, so that a forged one does not use up all epochs.
+const AHEAD_MAX: u64 = 1 << 32;
 /// How often an opening that meets another one tries again.
 const ATTEMPTS: u32 = 32;
 
@@ -78,11 +81,12 @@ type Image = [u8; FILE_LEN];
 ///
 /// # Errors
 /// [`DecodeError::NewerVersion`]: a newer envelog wrote a slot.
-fn highest(image: &Image, store: StoreId) -> std::result::Result<Option<(usize, Slot)>, DecodeError> {
+fn highest(image: &Image, store: StoreId, above: u64) -> std::result::Result<Option<(usize, Slot)>, DecodeError> {
+    let counts = |slot: &Slot| slot.store == store && slot.epoch <= above.saturating_add(AHEAD_MAX);
     let mut found: Option<(usize, Slot)> = None;
     for (place, bytes) in image.chunks_exact(SLOT_LEN).enumerate() {
         match Slot::decode(bytes) {
-            Ok(slot) if slot.store == store && found.is_none_or(|(_, other)| other.epoch < slot.epoch) => {
+            Ok(slot) if counts(&slot) && found.is_none_or(|(_, other)| other.epoch < slot.epoch) => {
                 found = Some((place, slot));
             }
             Err(newer @ DecodeError::NewerVersion(_)) => return Err(newer),
@@ -104,8 +108,8 @@ pub(crate) struct Fence {
 }
 
 impl Fence {
-    /// Raises the epoch of the store in `dir` above all that the file and the caller (`above`) know, durably. From then on every
-    /// earlier writer finds out that it is one.
+    /// Raises the epoch of the store in `dir` above all that the file and the caller know, durably. From then on every earlier writer
+    /// finds out that it is one. `above` is the epoch of the catalogue, as its name tells it.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] when there is no higher epoch; [`Error::Fenced`] when others keep
@@ -123,7 +127,7 @@ impl Fence {
             }
             let mut image = [0; FILE_LEN];
             read_exact_at(&*file, &mut image, 0).map_err(failed("read"))?;
-            let newest = highest(&image, store).map_err(|error| error.in_file(&path, 0))?;
+            let newest = highest(&image, store, above).map_err(|error| error.in_file(&path, 0))?;
             let (place, known) = newest.map_or((1, 0), |(place, slot)| (place, slot.epoch));
             let epoch = known.max(above).saturating_add(1);
             if epoch > EPOCH_MAX {

@@ -254,7 +254,7 @@ pub enum Error {
         epoch: u64,
     },
     /// The store has an anchor, and the anchor cannot be used. Give the anchor, mend it, or open the store without it on purpose.
-    #[error("the anchor of store {} cannot be used: {why}", path.display())]
+    #[error("the anchor of store {} cannot be used: {why}; give the anchor (--anchor), or leave it out on purpose (--without-anchor)", path.display())]
     Anchor {
         /// The store.
         path: PathBuf,

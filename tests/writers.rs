@@ -178,3 +178,25 @@ fn retention() {
         store.apply_retention().map(drop)
     });
 }
+
+/// An epoch far beyond that of the catalogue was made up. Were it believed, no epoch would be left.
+#[test]
+fn an_epoch_that_no_writer_had_does_not_count() {
+    let world = World::manual();
+    let store = world.create();
+    let id = store.id();
+    store.close().unwrap();
+    for epoch in [u64::MAX, 1 << 48, (1 << 48) - 1, 1 << 40] {
+        let mut slot = [&b"ENVLEPO\0"[..], &2u16.to_le_bytes(), &[0; 6], &u64::to_le_bytes(epoch)].concat();
+        slot.extend_from_slice(&[7; 16]);
+        slot.extend_from_slice(id.as_bytes());
+        slot.extend_from_slice(&crc32fast::hash(&slot).to_le_bytes());
+        slot.resize(1024, 0);
+        std::fs::write(world.store_dir().join("EPOCH"), slot).unwrap();
+        for _ in 0..2 {
+            world.open().close().unwrap();
+        }
+        let names: Vec<_> = files(&world.store_dir().join("catalogue")).into_keys().collect();
+        assert!(names.iter().all(|name| name.to_str().unwrap().contains("/00000000")), "{epoch}: {names:?}");
+    }
+}

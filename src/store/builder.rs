@@ -24,7 +24,7 @@ use crate::{
     config::{LogstoreName, check_cmk},
     crypto::CryptoProvider,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
-    epoch::{Fence, FencedDisk},
+    epoch::{EPOCH_MAX, Fence, FencedDisk},
     error::Location,
     ids::{KeyringId, StoreId},
     io::{self, Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock},
@@ -389,6 +389,10 @@ impl StoreBuilder {
             Some(Ok(None)) if keyring.is_anchored() && !self.without_anchor => {
                 Err(unusable("it keeps nothing of this store".to_owned()))
             }
+            // No writer has such an epoch: the name was made up.
+            Some(Ok(Some((place, _)))) if place.epoch >= EPOCH_MAX => {
+                Err(unusable(format!("it keeps something under the epoch {}, which no writer has had", place.epoch)))
+            }
             Some(Ok(kept)) => Ok(kept),
             None if keyring.is_anchored() && !self.without_anchor => Err(unusable("none is configured".to_owned())),
             None => Ok(None),
@@ -560,7 +564,7 @@ impl StoreBuilder {
 
     /// Raises the writer epoch above that of every earlier writer, and above `above`, and reads the catalogue that the last of them left.
     pub(super) fn take_over(&self, store: StoreId, keyring: &Keyring, above: u64) -> Result<(Fence, Loaded)> {
-        let mut above = above;
+        let mut above = above.max(catalogue::newest_epoch(&*self.disk, &self.dir)?);
         loop {
             let fence = Fence::raise(&*self.disk, &self.dir, store, above, &*self.random)?;
             let found = load_newest(&*self.disk, &self.dir, store, keyring)?;
