@@ -720,7 +720,7 @@ pub(crate) struct Paused<'a> {
 }
 
 impl Paused<'_> {
-    /// The ordinal of the next segment, whatever comes before it: a crash, or a recovery, which may make that segment itself.
+    /// The ordinal of the next segment. A recovery may make that segment itself.
     pub(crate) fn next_ordinal(&self) -> Result<u64> {
         if let Some(next) = self.writer.as_ref().and_then(|writer| writer.next.as_ref()) {
             return Ok(next.ordinal);

@@ -172,7 +172,7 @@ impl StoreShared {
         let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
         let keys = meta.keys.as_ref().ok_or_else(tampered)?;
         let (name, since) = (keys.name.clone(), keys.since.clone());
-        // Nothing vouches for the configuration: what the keys section says as well counts.
+        // Nothing authenticates the configuration. Where the keys section has the same setting, that one counts.
         keys.lead(&mut meta.config);
         if meta.config.check().is_err() || meta.config.shards.len() != since.ordinals.len() {
             return Err(tampered());

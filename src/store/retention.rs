@@ -262,7 +262,7 @@ impl StoreShared {
         }
     }
 
-    /// Drops from the oldest segment on, as long as it is too old or too much. What a segment is, how long and how old, says the catalogue,
+    /// Drops from the oldest segment on, as long as it is too old or too much. The catalogue proves which segment it is, how long and how old,
     /// by the chain of digests from the head that it knows. Segments behind that head are never dropped.
     fn retain_shard(
         &self,

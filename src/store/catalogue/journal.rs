@@ -227,16 +227,15 @@ impl Journal {
     /// Syncs the last tip, so that the last record cannot be cut off without a key.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]. The next commit begins with a new file.
     pub(crate) fn settle(&self) -> Result<()> {
-        let (file, path) = match &mut lock(&self.files).current {
-            Some(writer) if !writer.settled => {
-                writer.settled = true;
-                (Arc::clone(&writer.file), writer.path.clone())
-            }
-            _ => return Ok(()),
-        };
-        file.sync_data().map_err(Error::io("sync", path))
+        // Keeps the lock during the sync: the system reports a failed write once, and the sync of a record must not miss it.
+        let mut files = lock(&self.files);
+        let Some(mut writer) = files.current.take_if(|writer| !writer.settled) else { return Ok(()) };
+        writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
+        writer.settled = true;
+        files.current = Some(writer);
+        Ok(())
     }
 
     /// Replaces the whole catalogue, in a new file.
@@ -244,19 +243,7 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub(crate) fn replace(&self, catalogue: Catalogue) -> Result<()> {
-        let mut queue = lock(&self.queue);
-        while queue.leading {
-            queue = wait(&self.done, queue);
-        }
-        queue.leading = true;
-        drop(queue);
-        let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
-        if written.is_ok() {
-            self.feed_anchor();
-        }
-        lock(&self.queue).leading = false;
-        self.done.notify_all();
-        written
+        self.renew(|| catalogue)
     }
 
     /// Writes the catalogue in a new file, under the newest version of the service key.
@@ -264,8 +251,25 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub(crate) fn write_anew(&self) -> Result<()> {
-        let catalogue = self.now().clone();
-        self.replace(catalogue)
+        self.renew(|| self.now().clone())
+    }
+
+    /// Becomes the leader, and writes a new file. Asks for its contents only then, because a record may be under way until then.
+    fn renew(&self, contents: impl FnOnce() -> Catalogue) -> Result<()> {
+        let mut queue = lock(&self.queue);
+        while queue.leading {
+            queue = wait(&self.done, queue);
+        }
+        queue.leading = true;
+        drop(queue);
+        let catalogue = contents();
+        let written = self.write_snapshot(&catalogue).map(|()| *write(&self.catalogue) = catalogue);
+        if written.is_ok() {
+            self.feed_anchor();
+        }
+        lock(&self.queue).leading = false;
+        self.done.notify_all();
+        written
     }
 
     fn feed_anchor(&self) {

@@ -288,7 +288,7 @@ mod tests {
     use super::*;
     use crate::{config::NAME_BYTES_MAX, ids::SegmentId, shard::Head};
 
-    /// Whatever the limits let a store become, it can be opened again.
+    /// A store of the greatest size that the limits allow can be opened again.
     #[test]
     fn the_largest_catalogue_can_be_read() {
         let head = Head {
