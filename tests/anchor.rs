@@ -300,3 +300,33 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
         }
     }
 }
+
+/// The catalogue could not note how far an idle shard is: it does so at the next run of the job.
+#[test]
+fn a_head_that_could_not_be_noted_is_noted_later() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstore = sim.world.service(&store, NAME);
+    put(&logstore, "first");
+    let noted = || {
+        let files = sim.disk.files(&sim.world.store_dir().join("catalogue"));
+        files.into_values().any(|bytes| contains(&bytes, b"\"reached\"") || contains(&bytes, b"\"head\""))
+    };
+    assert!(!noted());
+    sim.disk.on_call(|call| match call.op.changes() && call.is_about("catalogue") {
+        true => Verdict::Refuse(io::ErrorKind::StorageFull),
+        false => Verdict::Go,
+    });
+    sim.world.clock.advance(secs(11));
+    store.tick();
+    sim.disk.heal();
+    assert!(!noted());
+    sim.world.clock.advance(secs(11));
+    store.tick();
+    assert!(noted());
+    drop(store);
+}
+
+fn contains(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window == what)
+}

@@ -469,9 +469,16 @@ impl Shard {
     pub(super) fn record_head(&self) -> Result<()> {
         let Some(head) = self.take_reached() else { return Ok(()) };
         let gate = &self.context.gate;
-        self.context.heads.record_head(gate.name(), gate.id(), self.id, head.clone())?;
-        self.note_head(&head);
-        Ok(())
+        match self.context.heads.record_head(gate.name(), gate.id(), self.id, head.clone()) {
+            Ok(()) => {
+                self.note_head(&head);
+                Ok(())
+            }
+            Err(error) => {
+                self.give_back(head);
+                Err(error)
+            }
+        }
     }
 
     /// Seals the active segment, so that a new one begins with the next append.

@@ -377,6 +377,11 @@ impl Shard {
         *lock(&self.reached) = Some(head);
     }
 
+    /// Gives back a point that could not be noted in the catalogue, to be noted later, unless the shard is further by now.
+    pub(crate) fn give_back(&self, head: Head) {
+        lock(&self.reached).get_or_insert(head);
+    }
+
     /// The last point up to which everything is synced, unless it was asked for before.
     pub(crate) fn take_reached(&self) -> Option<Head> {
         lock(&self.reached).take()

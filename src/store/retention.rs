@@ -139,8 +139,14 @@ impl StoreShared {
             let change = |(logstore, shard, head): &(Arc<LogstoreShared>, Arc<Shard>, Head)| {
                 Change::reached(&logstore.name, logstore.id, shard.id(), head.clone())
             };
-            self.catalogue.commit(heads.iter().map(change).collect())?;
-            heads.iter().for_each(|(_, shard, head)| shard.note_head(head));
+            let noted = self.catalogue.commit(heads.iter().map(change).collect());
+            for (_, shard, head) in heads {
+                match noted {
+                    Ok(()) => shard.note_head(&head),
+                    Err(_) => shard.give_back(head),
+                }
+            }
+            noted?;
         }
         self.catalogue.settle()
     }
