@@ -717,8 +717,8 @@ fn the_rules_of_blocks() {
     check_all(BLOCKS);
 }
 
-/// The holder of a segment's key can change a payload so that its tag still holds. The digest commits to the payload, so whoever
-/// verifies finds that, without the keys too; and whoever has kept a checkpoint finds it when all else was made to fit.
+/// The holder of a segment's key can change a payload so that its tag still holds. The digest commits to the payload, so
+/// verification finds the change, with or without the keys. If the forger recomputed every later digest, a checkpoint finds it.
 #[test]
 fn a_payload_forged_under_its_tag_is_found() {
     for which in ["service-aes", "service-sm4", "plain", "switched-off"] {
@@ -866,7 +866,7 @@ fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
 
     let mut chain = Chain::load(&copy, 0);
     let open = chain.segments.last_mut().unwrap();
-    // Nothing vouches for the footer that it has.
+    // The old footer does not match the changed segment.
     open.footer = None;
     let mut forged = open.blocks[0].clone();
     forged.header.first_seq = forged.header.end_seq();

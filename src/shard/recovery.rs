@@ -337,8 +337,8 @@ impl Shard {
         }
     }
 
-    /// The ordinal of the next segment of a shard that nobody writes, by the directory: a writer that has failed may have begun one that
-    /// is not in the list. The names are made durable, so that the last of them is not used again.
+    /// The ordinal of the next segment of a shard that has no writer. It is taken from the directory, because a writer that failed may
+    /// have created a segment that is not in the list. Syncs the directory first, so that no ordinal is used twice.
     pub(super) fn next_ordinal_on_disk(&self) -> Result<u64> {
         self.make_names_durable()?;
         let record = self.record();

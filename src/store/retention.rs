@@ -254,7 +254,7 @@ impl StoreShared {
     }
 
     /// Has the data key prove how long the Logstore keeps its segments, where that was not done since it was opened. While the key may
-    /// not be used, what the metadata says counts.
+    /// not be used, the retention in the metadata applies unproved.
     fn prove_retention(&self, logstore: &LogstoreShared) -> Result<()> {
         if !logstore.gate.is_unproved() {
             return Ok(());
@@ -268,8 +268,8 @@ impl StoreShared {
         }
     }
 
-    /// Drops from the oldest segment on, as long as it is too old or too much. The catalogue proves which segment it is, how long and how old,
-    /// by the chain of digests from the head that it knows. Segments behind that head are never dropped.
+    /// Drops the oldest segment until the shard is within its age and size limits. The chain of digests from the head in the catalogue
+    /// proves each segment's identity, length and age. Segments behind that head are never dropped.
     fn retain_shard(
         &self,
         admin: &mut AdminState,

@@ -27,9 +27,9 @@ use crate::{
 pub struct VerifyOptions {
     /// Only this Logstore; `None` verifies all, and the key audit log.
     pub logstore: Option<LogstoreName>,
-    /// Without the Logstores' keys: CRCs, digests and the chain of segments, which find bit rot, missing pieces and changed payloads also
-    /// while a key is revoked, but behind the last head that the catalogue or a checkpoint knows not what somebody changed on purpose
-    /// along with its CRC and digest.
+    /// Verifies without the Logstores' keys, so it also works while a key is revoked. It checks CRCs, digests and the chain of segments.
+    /// They find bit rot, missing pieces and changed payloads. They do not find a payload behind the last head in the catalogue or a
+    /// checkpoint that an attacker changed along with its CRC and digest.
     pub keyless: bool,
     /// What must still be there.
     pub against: Option<Checkpoint>,
