@@ -209,7 +209,7 @@ pub enum Error {
     /// old key has made it.
     #[error(
         "{}: {what} is authenticated by version {version} of the service key, which a rotation has retired: the keyring accepts versions from \
-         {accepts} on", path.display()
+         {accepts} on; if it is part of a backup from before the rotation, read the backup with --accept-retired, or else move the file away", path.display()
     )]
     RetiredKeyVersion {
         /// The file, or what stands for one.

@@ -136,7 +136,7 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         (Deleted, &p),
         (ServiceRotateIntended, &None),
         (RotateIntended, &s),
-        (Rewrapped, &s),
+        (Rotated, &s),
         (ServiceRotated, &None),
     ];
     let expected: Vec<_> = expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
@@ -972,6 +972,7 @@ fn an_export_is_checked_without_a_key_and_compared_with_what_is_there_later() {
     world.options.audit_file_bytes = 4 << 10;
     let store = world.create();
     let logstore = world.service(&store, "p/a");
+    put(&logstore, "one");
     for _ in 0..20 {
         store.rotate_data_key(logstore.name()).unwrap();
     }

@@ -225,7 +225,9 @@ fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
 fn is_data_key(watched: &Watched, logstore: &Logstore, key: &[u8; 32]) -> bool {
     let derived = derive(HashAlg::Sha256, &[], &SecretKey::from_bytes(&mut key.clone()), &[b"envelog v2 fingerprint"]);
     let fingerprint: String = derived.expose()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    let meta = watched.disk.image().files[&watched.world.logstore_dir(logstore).join("meta")].clone();
+    let image = watched.disk.image();
+    let path = newest_meta(&watched.world.logstore_dir(logstore), image.files.keys().cloned()).unwrap();
+    let meta = image.files[&path].clone();
     memmem::find(&meta, fingerprint.as_bytes()).is_some()
 }
 

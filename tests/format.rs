@@ -34,7 +34,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use common::{
-    QuickDisk, catalogue, copy_dir, files, fix_crc, group as log_group, name, record, records, secs, segments, synced,
+    QuickDisk, catalogue, copy_dir, files, fix_crc, group as log_group, meta_path, name, record, records, secs,
+    segments, synced,
 };
 
 const DOCUMENT: &str = include_str!("../docs/format.md");
@@ -188,8 +189,9 @@ impl Frame {
     }
 
     /// Makes a snapshot of a catalogue file: with the changes of its records, and without records.
-    fn fold(&mut self, root: &SecretKey) {
-        let (body, number) = catalogue::folded(&self.bytes);
+    fn fold(&mut self, root: &SecretKey, change: impl FnOnce(&mut Value)) {
+        let (mut body, number) = catalogue::folded(&self.bytes);
+        change(&mut body);
         let body = body.to_string();
         let mut document = self.bytes[..80].to_vec();
         document[56..64].copy_from_slice(&number.to_le_bytes());
@@ -221,7 +223,7 @@ fn only_logstore(store: &Path) -> PathBuf {
 /// Unwraps a data key as the document says, checking the steps against its values if it has them.
 fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
     let dir = only_logstore(&golden.join("store"));
-    unwrapped(golden, &Frame::read(&dir.join("meta")), version, values)
+    unwrapped(golden, &Frame::read(&meta_path(&dir)), version, values)
 }
 
 /// As [`data_key`], of the Logstore with this metadata.
@@ -413,7 +415,7 @@ fn the_gmac_example_holds() {
     let golden = golden_dir("plain");
     let values = Values::of("gmac");
     let root = root(&golden.join("keyring"), 1);
-    let meta = Frame::read(&only_logstore(&golden.join("store")).join("meta"));
+    let meta = Frame::read(&meta_path(&only_logstore(&golden.join("store"))));
     let key = derived(&root, &meta.bytes[40..56], "envelog v2 integrity");
     values.check("root", root.expose());
     values.check("integrity key", key.expose());
@@ -430,7 +432,7 @@ fn the_compressed_examples_hold() {
         let (dir, meta) = fs::read_dir(golden.join("store/logstores"))
             .unwrap()
             .map(|entry| entry.unwrap().path())
-            .map(|dir| (dir.clone(), Frame::read(&dir.join("meta"))))
+            .map(|dir| (dir.clone(), Frame::read(&meta_path(&dir))))
             .find(|(_, meta)| meta.a()["name"] == format!("shop/{which}"))
             .unwrap();
         let path = segments(&dir, 0).remove(0);
@@ -497,7 +499,7 @@ fn locally_unwrapped(
 #[test]
 fn the_example_of_a_document_with_both_tags_holds() {
     let golden = golden_dir("byok-aes");
-    let path = only_logstore(&golden.join("store")).join("meta");
+    let path = meta_path(&only_logstore(&golden.join("store")));
     assert_named(&path);
     let meta = Frame::read(&path);
     meta.check_examples("byok");
@@ -1016,7 +1018,7 @@ fn documents(copy: &Copy) -> Vec<PathBuf> {
         copy.store().join("STORE"),
         copy.path("keyring"),
         catalogue::catalogue_file(&copy.store()),
-        copy.logstore_dir().join("meta"),
+        meta_path(&copy.logstore_dir()),
         probe,
     ]
 }
@@ -1082,6 +1084,20 @@ fn an_unknown_incompatible_feature_of_any_file_is_refused() {
     }
 }
 
+/// Has the catalogue name this metadata in place of that in `old`. Returns its path.
+fn replace_meta(copy: &Copy, old: &Path, bytes: &[u8], root: &SecretKey) -> PathBuf {
+    let generation = u64::from_le_bytes(bytes[56..64].try_into().unwrap());
+    let path = catalogue::catalogue_file(&copy.store());
+    let mut frame = Frame::read(&path);
+    frame.fold(root, |body| {
+        let entries = body["catalogue"]["logstores"].as_object_mut().unwrap();
+        entries.values_mut().next().unwrap()["tag"] = golden::hex(&catalogue::tag_a(bytes)).into();
+    });
+    fs::write(path, frame.bytes).unwrap();
+    fs::remove_file(old).unwrap();
+    old.with_file_name(catalogue::meta_name(generation, bytes))
+}
+
 /// The bits are authenticated, so they are set as a newer build would set them: with the key.
 #[test]
 fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
@@ -1089,7 +1105,7 @@ fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
         for (at, writable) in [(12, true), (16, false)] {
             let copy = Copy::of("service-aes");
             let path = match document {
-                "meta" => copy.logstore_dir().join("meta"),
+                "meta" => meta_path(&copy.logstore_dir()),
                 "catalogue" => catalogue::catalogue_file(&copy.store()),
                 other => copy.path(other),
             };
@@ -1097,10 +1113,11 @@ fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
             let mut frame = Frame::read(&path);
             frame.bytes[at] = 0x10;
             if document == "catalogue" {
-                frame.fold(&root);
+                frame.fold(&root, |_| {});
             } else {
                 frame.sign(&root);
             }
+            let path = if document == "meta" { replace_meta(&copy, &path, &frame.bytes, &root) } else { path };
             fs::write(&path, &frame.bytes).unwrap();
             use_all(&copy, true).unwrap();
             if writable {

@@ -27,7 +27,7 @@ use tempfile::TempDir;
 use common::{
     QuickRoot, World,
     catalogue::{catalogue_dir, catalogue_file},
-    copy_dir, name, put, secs, texts, try_put, try_texts,
+    copy_dir, files, is_meta, meta_path, name, put, secs, texts, try_put, try_texts,
 };
 
 /// What a file or directory is replaced by.
@@ -478,7 +478,7 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     let store = scene.builder().open().unwrap();
     let report = store.delete_logstore(&name(VICTIM)).unwrap();
     assert_eq!(report.left.iter().collect::<BTreeSet<_>>(), strays.iter().collect());
-    assert!(!victim.join("meta").exists(), "the envelopes are gone");
+    assert!(!files(&victim).into_keys().any(|path| is_meta(&path)), "the envelopes are gone");
     assert!(strays.iter().all(|stray| fs::symlink_metadata(stray).is_ok()));
     assert_eq!(fs::read_dir(victim.join("shard-0000")).unwrap().count(), 4, "no segment is left");
     let noted = |store: &Store| {
@@ -537,7 +537,7 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
 #[test]
 fn a_document_beyond_its_limit_is_corrupt() {
     let scene = Scene::new(Way::Kernel);
-    let meta = scene.world.store_dir().join("logstores").join(&scene.victim).join("meta");
+    let meta = meta_path(&scene.world.store_dir().join("logstores").join(&scene.victim));
     for path in
         [scene.world.keyring(), scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()), meta]
     {

@@ -97,7 +97,7 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     assert!(old.needed_for.iter().any(|need| matches!(need, KeyNeed::Segments { segments: 1, .. })), "{old:?}");
     assert!(!old.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { .. })), "{old:?}");
     let new = &usage.service_keys[1];
-    assert!(new.current && new.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 3 })));
+    assert!(new.current && new.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 4 })));
 
     // A master key that was replaced is not needed any more.
     store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();

@@ -113,7 +113,7 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
     let parent = world.keyring().parent().unwrap().to_owned();
     let expected = [(Published::Renamed, world.keyring()), (Published::Synced, parent)];
     assert_eq!(published[..2], expected, "{published:?}");
-    assert!(published[2..].iter().any(|(how, path)| *how == Published::Renamed && path.ends_with("meta")));
+    assert!(published[2..].iter().any(|(how, path)| *how == Published::Renamed && is_meta(path)));
     // And last, when everything is under it, the older ones are retired.
     let renamed = published.iter().filter(|(how, _)| *how == Published::Renamed);
     assert_eq!(renamed.clone().filter(|(_, path)| *path == world.keyring()).count(), 2);
@@ -162,23 +162,24 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     let versions = |logstore| envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>();
     assert_eq!(versions(&service), [Some(1), Some(1)]);
     assert_eq!(store.rotate_service_key().unwrap(), 2);
-    assert_eq!(versions(&service), [Some(2), Some(2)]);
+    // One of them is for what is appended from now on.
+    assert_eq!(versions(&service), [Some(2); 3]);
     // A customer's envelopes are none of the service key's business.
     assert_eq!(envelopes(&world, &byok), byok_before);
-    // Marks are added, and the segment that was being written without an envelope is ended.
+    // Marks are added, and the segments that were being written without an envelope and under the older data key are ended.
     let after = data();
     assert!(before.iter().zip(&after).all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1)));
-    let open = segments(&world.logstore_dir(&plain), 0);
-    assert!(after.iter().filter(|(path, _)| open.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
+    let ended = [&plain, &service].map(|logstore| segments(&world.logstore_dir(logstore), 0)).concat();
+    assert!(after.iter().filter(|(path, _)| ended.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
     // What is new is under the new version: envelopes, and the blocks of a Logstore that has none.
     store.rotate_data_key(service.name()).unwrap();
-    assert_eq!(versions(&service), [Some(2); 3]);
+    assert_eq!(versions(&service), [Some(2); 4]);
     put(&plain, "two");
     let sources: Vec<_> = segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2)]);
     // Re-wrapping by hand gives another envelope for the same key.
     let wrapped = envelopes(&world, &service);
-    assert_eq!(store.rewrap(service.name()).unwrap(), 3);
+    assert_eq!(store.rewrap(service.name()).unwrap(), 4);
     assert!(
         envelopes(&world, &service)
             .iter()
@@ -204,7 +205,7 @@ fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
         put(logstore, "one");
     }
     store.close().unwrap();
-    let broken = world.logstore_dir(&b).join("meta");
+    let broken = meta_path(&world.logstore_dir(&b));
     let good = fs::read(&broken).unwrap();
     fs::write(&broken, &good[1..]).unwrap();
     let store = world.open();
@@ -285,14 +286,14 @@ impl Neighbours {
 #[test]
 fn metadata_is_bound_to_store_logstore_and_name() {
     let (scene, [a, b], foreign) = Neighbours::new();
-    let meta = |logstore| scene.world.logstore_dir(logstore).join("meta");
+    let meta = |logstore| meta_path(&scene.world.logstore_dir(logstore));
     let (of_a, of_b) = (fs::read(meta(&a)).unwrap(), fs::read(meta(&b)).unwrap());
     let tampered = |error: &Error| matches!(error, Error::Tampered { .. });
     // One Logstore's in the place of another's.
     fs::write(meta(&a), &of_b).unwrap();
     scene.assert_refused("p/a", tampered);
     // That of a Logstore of another store, which is under another keyring too.
-    fs::copy(scene.other.logstore_dir(&foreign).join("meta"), meta(&a)).unwrap();
+    fs::copy(meta_path(&scene.other.logstore_dir(&foreign)), meta(&a)).unwrap();
     scene.assert_refused("p/a", tampered);
     // None at all, and half of it.
     fs::remove_file(meta(&a)).unwrap();
@@ -362,7 +363,7 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
     store.close().unwrap();
-    let (meta, catalogue) = (world.logstore_dir(&logstore).join("meta"), catalogue_dir(&world.store_dir()));
+    let (meta, catalogue) = (meta_path(&world.logstore_dir(&logstore)), catalogue_dir(&world.store_dir()));
     let keep = |name: &str| {
         let kept = world.path().join(name);
         copy_dir(&catalogue, &kept);
@@ -403,11 +404,17 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
     store.rotate_data_key(logstore.name()).unwrap();
-    let meta = world.logstore_dir(&logstore).join("meta");
+    let meta = meta_path(&world.logstore_dir(&logstore));
     let old = fs::read(&meta).unwrap();
     store.shred_data_keys(logstore.name(), &[1]).unwrap();
     store.close().unwrap();
-    fs::write(&meta, old).unwrap();
+    let newest = meta_path(&world.logstore_dir(&logstore));
+    assert_ne!(meta, newest);
+    // Beside the newest it is nothing.
+    fs::write(&meta, &old).unwrap();
+    let shredded = world.open().logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore)).unwrap_err();
+    assert!(matches!(shredded, Error::Shredded { .. }), "{shredded:?}");
+    fs::write(&newest, old).unwrap();
     let error = world.open().logstore(&name("p/l")).unwrap_err();
     assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
 }
@@ -438,7 +445,7 @@ impl Lost {
     }
 
     fn byok_meta(&self, logstore: &Logstore, change: impl FnOnce(&mut Vec<u8>)) {
-        let path = self.world.logstore_dir(logstore).join("meta");
+        let path = meta_path(&self.world.logstore_dir(logstore));
         let mut bytes = fs::read(&path).unwrap();
         change(&mut bytes);
         fix_crc(&mut bytes);
@@ -628,7 +635,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     let logstore = world.byok(&store, "p/l", &world.cmk());
     put(&logstore, "one");
     store.close().unwrap();
-    let meta = world.logstore_dir(&logstore).join("meta");
+    let meta = meta_path(&world.logstore_dir(&logstore));
     let good = fs::read(&meta).unwrap();
     let mut bytes = good.clone();
     let tag = bytes.len() - 4 - 32;

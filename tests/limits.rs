@@ -350,7 +350,13 @@ fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
         &|| sim.world.store_dir().join("STORE"),
         &|| sim.disk.catalogue_file(&sim.world.store_dir()),
         &|| sim.world.keyring(),
-        &|| sim.world.logstore_dir(&logstore).join("meta"),
+        &|| {
+            newest_meta(
+                &sim.world.logstore_dir(&logstore),
+                sim.disk.files(&sim.world.logstore_dir(&logstore)).into_keys(),
+            )
+            .unwrap()
+        },
         &|| sim.segments(&logstore, 0).remove(0),
     ];
     for path in paths {

@@ -6,8 +6,8 @@ mod common;
 use std::fs;
 
 use common::{
-    Answer, World, assert_revoked, buffered, copy_dir, millis, name, record, records, secs, segments, strings, synced,
-    texts, written,
+    Answer, World, assert_revoked, buffered, copy_dir, disk::Sim, millis, name, record, records, secs, segments,
+    strings, synced, texts, written,
 };
 use envelog::{Error, kms::RevokedReason::Disabled};
 
@@ -55,26 +55,25 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
 /// numbers that are given out later without a segment that reserves them.
 #[test]
 fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
-    let mut world = World::manual();
-    world.options.block_bytes = 4 << 10;
-    let store = world.create();
-    let logstore = world.byok(&store, "shop/orders", &world.cmk());
+    let mut sim = Sim::new();
+    sim.world.options.block_bytes = 4 << 10;
+    let store = sim.create();
+    let logstore = sim.world.byok(&store, "shop/orders", &sim.world.cmk());
     logstore.append(record("first"), &synced()).unwrap();
-    store.rotate_data_key(logstore.name()).unwrap();
-    world.kms.answer_for_data_keys(Answer::Unreachable);
+    sim.lose_key_at_the_next_roll(&store, &logstore, Answer::Unreachable);
     let mut given = vec![logstore.append(record("waits"), &buffered()).unwrap().seq];
-    world.clock.advance(millis(100));
+    sim.world.clock.advance(millis(100));
     store.tick();
+    assert_eq!(sim.segments(&logstore, 0).len(), 1);
     store.checkpoint().unwrap();
     given
         .extend((0..3).filter_map(|_| logstore.append(record("later"), &buffered()).ok()).map(|appended| appended.seq));
     // The process dies with all that in memory.
-    let crashed = world.path().join("crashed");
-    copy_dir(&world.store_dir(), &crashed);
+    let disk = sim.disk.kill();
     drop((logstore, store));
-    copy_dir(&crashed, &world.store_dir());
-    world.kms.answer(Answer::Real);
-    let store = world.open();
+    sim.disk = disk;
+    sim.world.kms.answer(Answer::Real);
+    let store = sim.open();
     let appended = store.logstore(&name("shop/orders")).unwrap().append(record("after"), &synced()).unwrap();
     assert!(given.iter().all(|seq| appended.seq > *seq), "{} was given out before: {given:?}", appended.seq);
 }
@@ -150,15 +149,15 @@ fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
 /// What a refused Logstore keeps in memory takes no room from the others.
 #[test]
 fn a_refused_logstore_holds_no_part_of_the_memory_that_others_wait_for() {
-    let mut world = World::manual();
-    world.options.pending_bytes_max = 1 << 20;
-    let store = world.create();
+    let mut sim = Sim::new();
+    sim.world.options.pending_bytes_max = 1 << 20;
+    let store = sim.create();
+    let world = &sim.world;
     let cmk = world.cmk();
     let (refused, other) = (world.byok(&store, "shop/orders", &cmk), world.service(&store, "shop/carts"));
-    refused.append(record("first"), &written()).unwrap();
-    // The next block needs a new segment under the new data key, which cannot be had: what is acknowledged now can only wait.
-    store.rotate_data_key(refused.name()).unwrap();
-    world.kms.answer_for_data_keys(Answer::Revoked(Disabled));
+    refused.append(record("first"), &synced()).unwrap();
+    // The next block needs a new segment, whose key cannot be had: what is acknowledged now can only wait.
+    sim.lose_key_at_the_next_roll(&store, &refused, Answer::Revoked(Disabled));
     let text = "x".repeat(300 << 10);
     let accepted = (0..100).take_while(|_| refused.append(record(&text), &buffered()).is_ok()).count();
     assert!(accepted >= 3);

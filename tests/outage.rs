@@ -218,7 +218,7 @@ fn settings_that_the_data_key_binds_wait_for_the_end_of_an_outage() {
     let world = World::manual_in_memory();
     let (store, logstores) = crowd(&world, 1);
     let (_, logstore) = &logstores[0];
-    let meta = || std::fs::read(world.logstore_dir(logstore).join("meta")).unwrap();
+    let meta = || std::fs::read(meta_path(&world.logstore_dir(logstore))).unwrap();
     for (seconds, revision) in [(0, 1), (310, 2)] {
         world.kms.answer(Answer::Unreachable);
         tick_for(&world, &store, seconds);

@@ -160,6 +160,49 @@ fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
     assert_eq!((accepts(&bytes), u32_at(&bytes, 64)), (3, 3), "what it is wrapped under changes neither");
 }
 
+/// The old root and a copy of the metadata give the older data key. What is appended from then on is under another one.
+#[test]
+fn a_rotation_gives_a_logstore_under_the_service_key_a_new_data_key() {
+    let world = World::manual();
+    let store = filled(&world);
+    let service = store.logstore(&name(SERVICE)).unwrap();
+    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    assert_eq!(done.data_keys, 1);
+    for logstore in [SERVICE, BYOK] {
+        put(&store.logstore(&name(logstore)).unwrap(), "two");
+    }
+    let dir = world.logstore_dir(&service);
+    let sources = |dir: &Path| -> Vec<_> {
+        let headers = segments(dir, 0).into_iter().map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap());
+        headers.map(|decoded| decoded.header.key_source).collect()
+    };
+    assert_eq!(sources(&dir), [KeySource::DataKey(1), KeySource::DataKey(2)]);
+    let keys = document_parts(&fs::read(meta_path(&dir)).unwrap()).1;
+    let versions = keys["versions"].as_array().unwrap();
+    let told: Vec<_> = versions.iter().map(|v| (&v["drawn_under"], &v["keyring_version"], &v["ordinals"])).collect();
+    assert_eq!(told, [(&1.into(), &2.into(), &[1].into()), (&2.into(), &2.into(), &[2].into())]);
+    let byok = world.logstore_dir(&store.logstore(&name(BYOK)).unwrap());
+    assert_eq!(sources(&byok), [KeySource::DataKey(1)], "the customer's key is not the service key's concern");
+    // An envelope that was wrapped again in the middle of a rotation holds a key from before it all the same.
+    let mut interrupted = false;
+    let at_the_logstores = std::panic::AssertUnwindSafe(|| {
+        store.rotate_service_key_with(&mut |_| {
+            interrupted = true;
+            panic!("interrupted");
+        })
+    });
+    assert!(std::panic::catch_unwind(at_the_logstores).is_err() && interrupted);
+    store.rewrap(&name(SERVICE)).unwrap();
+    assert!(store.is_service_rotation_unfinished());
+    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    assert_eq!((done.version, done.continued, done.data_keys), (3, true, 1));
+    assert!(!store.is_service_rotation_unfinished());
+    put(&service, "three");
+    assert_eq!(sources(&dir), [1, 2, 3].map(KeySource::DataKey));
+    assert_eq!(texts(&service), ["one", "two", "three"]);
+    assert_clean(&store, "rotated twice");
+}
+
 #[test]
 fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     let world = World::manual();
@@ -176,7 +219,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     for (path, what) in [
         (world.store_dir().join("STORE"), "the identity of the store"),
         (catalogue::catalogue_file(&world.store_dir()), "the catalogue"),
-        (service.join("meta"), "the metadata of a Logstore"),
+        (meta_path(&service), "the metadata of a Logstore"),
         (probe, "the probe of a master key"),
     ] {
         let verifying = world.builder().open_read_only().unwrap();
@@ -333,8 +376,21 @@ fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<
     let newest = u32_at(&keyring, 64);
     assert_eq!(accepts(&keyring), u64::from(newest), "{at}");
     for (path, bytes) in files.iter().filter(|(_, bytes)| bytes.starts_with(b"ENVLDOC\0")) {
-        if path.extension().is_none_or(|ext| ext != "tmp") {
+        // What a kill has kept from being removed does not count.
+        let older = is_meta(path) && newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() != Some(path);
+        if path.extension().is_none_or(|ext| ext != "tmp") && !older {
             assert_eq!(u32_at(bytes, 64), newest, "{at}: {}", path.display());
+        }
+    }
+    // The current data key under the service key was drawn under the newest version, or the old root would give it.
+    for (path, bytes) in files
+        .iter()
+        .filter(|(path, _)| newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() == Some(*path))
+    {
+        let b = document_parts(bytes).1;
+        if b["cmk"].is_null() && !b.is_null() {
+            let versions = b["versions"].as_array().unwrap();
+            assert_eq!(versions.last().unwrap()["drawn_under"], newest, "{at}: {}", path.display());
         }
     }
     // A segment under an older version has a successor, or ends in a footer.
@@ -490,7 +546,7 @@ fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
     let world = World::manual();
     let store = filled(&world);
     let byok = store.logstore(&name(BYOK)).unwrap();
-    let meta = world.logstore_dir(&byok).join("meta");
+    let meta = meta_path(&world.logstore_dir(&byok));
     let tag_b = |bytes: &[u8]| bytes[bytes.len() - 36..].to_vec()[..32].to_vec();
     let before = fs::read(&meta).unwrap();
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
@@ -523,9 +579,11 @@ fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
         let store = sim.create();
         let logstore = plain(&store);
         put(&logstore, "one");
-        let config = logstore.config();
-        let conf = EncryptConf::byok(EncryptType::Default, sim.world.cmk());
-        store.update_logstore(&name(PLAIN), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+        let encrypt = |sim: &Sim, store: &Store| {
+            let encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, sim.world.cmk()));
+            let config = LogstoreConfig { encrypt_conf, ..store.config(&name(PLAIN)).unwrap() };
+            store.update_logstore(&name(PLAIN), config).unwrap();
+        };
         let (sim, store, logstore) = if killed {
             sim.disk.end_at(1);
             drop((logstore, store));
@@ -537,6 +595,7 @@ fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
         } else {
             (sim, store, logstore)
         };
+        encrypt(&sim, &store);
         sim.world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
         logstore.revalidate_now().unwrap_err();
         let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
@@ -558,7 +617,7 @@ fn a_damaged_logstore_leaves_the_rotation_unfinished() {
         filled(&world).close().unwrap();
         let path = {
             let store = world.builder().open_read_only().unwrap();
-            world.logstore_dir(&store.logstore(&name(SERVICE)).unwrap()).join("meta")
+            meta_path(&world.logstore_dir(&store.logstore(&name(SERVICE)).unwrap()))
         };
         let good = fs::read(&path).unwrap();
         fs::write(&path, &good[1..]).unwrap();

@@ -428,13 +428,15 @@ fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key
     }
 }
 
-/// A fresh data key that cannot be fetched, with the lease still good: what was acknowledged waits, nothing spins, nothing is lost.
+/// The key for a new segment cannot be had: what was acknowledged waits, nothing spins, nothing is lost.
 #[test]
-fn acknowledged_groups_wait_while_a_fresh_data_key_is_out_of_reach() {
-    let world = World::manual();
-    let (store, logstore) = opened(&world);
-    store.rotate_data_key(logstore.name()).unwrap();
-    world.kms.answer_for_data_keys(Answer::Unreachable);
+fn acknowledged_groups_wait_while_the_key_of_the_next_segment_is_out_of_reach() {
+    let sim = disk::Sim::new();
+    let store = sim.create();
+    let world = &sim.world;
+    let logstore = world.byok(&store, "p/l", &world.cmk());
+    put(&logstore, "first");
+    sim.lose_key_at_the_next_roll(&store, &logstore, Answer::Unreachable);
     logstore.append(record("acknowledged"), &buffered()).unwrap();
     for _ in 0..50 {
         world.clock.advance(millis(100));
@@ -444,18 +446,18 @@ fn acknowledged_groups_wait_while_a_fresh_data_key_is_out_of_reach() {
     assert!(calls < 100, "{calls} calls");
     assert_unreachable(try_put(&logstore, "refused"));
     world.kms.answer(Answer::Real);
+    logstore.revalidate_now().unwrap();
     world.clock.advance(secs(5));
     store.tick();
     put(&logstore, "more");
     assert_eq!(texts(&logstore), ["first", "acknowledged", "more"]);
 
     // The same, and then the key is revoked: there is nothing to seal with, so it stays in memory until the key is back.
-    store.rotate_data_key(logstore.name()).unwrap();
-    world.kms.answer_for_data_keys(Answer::Unreachable);
+    sim.lose_key_at_the_next_roll(&store, &logstore, Answer::Unreachable);
     logstore.append(record("kept"), &buffered()).unwrap();
     world.clock.advance(secs(1));
     store.tick();
-    disable(&world);
+    disable(world);
     world.clock.advance(secs(31));
     store.tick();
     assert_revoked(try_put(&logstore, "refused"), Disabled);

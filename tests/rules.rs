@@ -22,6 +22,8 @@ use envelog::{
 };
 use forge::{Chain, Copy, Patch};
 
+const OTHER_VERSION: &str = "under another version of the data key";
+
 /// What happens to one shard of a golden store, and what has to come of it.
 struct Row {
     rule: &'static str,
@@ -195,6 +197,27 @@ const SEGMENTS: &[Row] = &[
             chain.append_under_the_keyring();
         }),
     ),
+    open("data key: one more segment under an older version", OTHER_VERSION, |chain| {
+        chain.append_under(Suite::Aes256Gcm, KeySource::DataKey(1));
+    }),
+    of(
+        "byok-aes",
+        open("data key: one more segment under an older version, under a customer's key", OTHER_VERSION, |chain| {
+            chain.append_under(Suite::Aes256Gcm, KeySource::DataKey(1));
+        }),
+    ),
+    of(
+        "byok-aes",
+        open("data key: the last segment under an older version", OTHER_VERSION, |chain| {
+            chain.segments.last_mut().unwrap().header.key_source = KeySource::DataKey(1);
+        }),
+    ),
+    of(
+        "byok-aes",
+        open("data key: the first segment under a newer version", OTHER_VERSION, |chain| {
+            chain.segments[0].header.key_source = KeySource::DataKey(2);
+        }),
+    ),
     of(
         "service-sm4",
         open("suite and data key: one cipher", "does not go with its key", |chain| {
@@ -203,7 +226,7 @@ const SEGMENTS: &[Row] = &[
     ),
     found(
         "rolled_back",
-        sealed("data-key version of a segment", "data-key version 3", |chain| {
+        open("data-key version of a segment", "data-key version 3", |chain| {
             patch(&mut chain.segments[2].header_patch, 124, u32(3));
         }),
     ),
@@ -850,12 +873,15 @@ fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
     logstore.append(common::record("in the open segment"), &synced()).unwrap();
-    let conf = EncryptConf::byok(EncryptType::Default, cmk);
-    let config = LogstoreConfig { encrypt_conf: Some(conf), ..logstore.config() };
-    store.update_logstore(logstore.name(), config).unwrap();
     copy_dir(&copy.path("store"), &copy.path("killed"));
     drop((logstore, store));
     copy_dir(&copy.path("killed"), &copy.path("store"));
+    let store = copy.builder().open().unwrap();
+    let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
+    let conf = EncryptConf::byok(EncryptType::Default, cmk);
+    let config = LogstoreConfig { encrypt_conf: Some(conf), ..logstore.config() };
+    store.update_logstore(logstore.name(), config).unwrap();
+    drop((logstore, store));
     kms.disable(&id).unwrap();
     let store = copy.builder().open().unwrap();
     assert_eq!(store.rotate_service_key_with(&mut |_| {}).unwrap().left_open.len(), 1);

@@ -41,7 +41,7 @@ fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
     let paths = [
         world.store_dir().join("STORE"),
         catalogue_file(&world.store_dir()),
-        world.logstore_dir(logstore).join("meta"),
+        meta_path(&world.logstore_dir(logstore)),
         world.keyring(),
     ];
     paths.into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
@@ -697,7 +697,7 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
 
     let calls = world.kms.calls();
     // Configuration, but for what the data key authenticates: whether encryption is on, and how long segments are kept.
-    let meta = || fs::read(world.logstore_dir(&logstore).join("meta")).unwrap();
+    let meta = || fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
     let (config, before) = (store.config(logstore.name()).unwrap(), meta());
     let conf = config.encrypt_conf.clone().unwrap();
     let off = Some(EncryptConf { enable: false, ..conf.clone() });
@@ -838,7 +838,7 @@ fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
     let service = world.service(&store, "p/service");
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
     put(&logstore, "one");
-    let before = fs::read(world.logstore_dir(&logstore).join("meta")).unwrap();
+    let before = fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
     let replace = |logstore: &Logstore, new: UserCmkInfo| {
         store.replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap_err()
     };
@@ -858,7 +858,7 @@ fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
     assert_revoked(store.replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
-    assert_eq!(fs::read(world.logstore_dir(&logstore).join("meta")).unwrap(), before);
+    assert_eq!(fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap(), before);
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
     put(&logstore, "two");

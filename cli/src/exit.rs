@@ -106,6 +106,12 @@ impl Failure {
         self.status
     }
 
+    /// The same failure, whose message goes on.
+    pub(crate) fn adding(mut self, more: &str) -> Self {
+        self.message = format!("{}; {more}", self.message);
+        self
+    }
+
     /// The same failure, whose message names the Logstore.
     pub(crate) fn about(mut self, name: &LogstoreName) -> Self {
         let name = name.to_string();

@@ -97,6 +97,13 @@ pub(crate) fn line(text: impl Display) -> Result {
     write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
 }
 
+/// Writes a line to standard error: no failure, and nothing that was asked for.
+pub(crate) fn notice(text: impl Display) {
+    let text = [&for_stderr(format!("envelog: note: {text}").as_bytes(), Kind::Line), &b"\n"[..]].concat();
+    // Where standard error is closed there is no other place for it.
+    let _ = io::stderr().write_all(&text);
+}
+
 /// Waits for so long, or until the reader of standard output is gone: then there is nothing left to do.
 pub(crate) fn wait_while_read(time: Duration) -> Result {
     let out = io::stdout();

@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsString,
+    fmt::Display,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -15,7 +16,7 @@ use envelog::{
 use crate::{
     args::Global,
     exit::{Failure, Result},
-    input,
+    input, output,
 };
 
 /// Where everything is, and how it is asked for.
@@ -89,9 +90,33 @@ impl Setup {
         Ok(self.builder().open()?)
     }
 
-    /// The store, beside whoever writes.
+    /// The store, beside a process that may be writing it. Says on standard error when the store is not compared with its anchor.
     pub(crate) fn open_read_only(&self) -> Result<Store> {
-        Ok(self.builder().open_read_only()?)
+        let store = self.builder().open_read_only()?;
+        let anchor = store.anchor_status();
+        if anchor.anchored && !anchor.configured && !self.without_anchor {
+            self.notice("the store has an anchor: without --anchor an older copy of the store is not noticed");
+        }
+        Ok(store)
+    }
+
+    /// Closes a store that was open for writing. Says on standard error when its anchor does not keep all of it.
+    pub(crate) fn close(&self, store: Store) -> Result {
+        let handle = store.clone();
+        store.close()?;
+        let anchor = handle.anchor_status();
+        if anchor.configured && anchor.behind.is_some() {
+            let why = anchor.error.unwrap_or_else(|| "it does not answer".to_owned());
+            self.notice(format_args!("the anchor does not know all of the store yet: {why}"));
+        }
+        Ok(())
+    }
+
+    /// Says something on standard error, unless a program reads the output.
+    fn notice(&self, text: impl Display) {
+        if !self.json {
+            output::notice(text);
+        }
     }
 }
 

@@ -22,6 +22,11 @@ fn append(world: &World, text: impl AsRef<[u8]>) {
     world.ok(&["append", "p/a", &world.file("piece", text), "--anchor", "anchors"]);
 }
 
+/// The records, read without the anchor.
+fn read_alone(world: &World) -> Vec<u8> {
+    world.ok(&["read", "p/a", "--without-anchor"])
+}
+
 fn events(world: &World) -> Vec<String> {
     let records = world.json(&["keys", "audit", "--json"])["records"].clone();
     records.as_array().unwrap().iter().map(|record| record["event"].as_str().unwrap().to_owned()).collect()
@@ -67,14 +72,14 @@ fn an_older_store_in_its_place_is_found_out() {
         }
     }
     // In itself the copy is sound, and a reader without the anchor does not know better.
-    assert_eq!(world.read("p/a"), b"one\n");
-    world.ok(&["verify"]);
+    assert_eq!(read_alone(&world), b"one\n");
+    world.ok(&["verify", "--without-anchor"]);
 
     // No one writes it by forgetting the anchor.
     let writing = ["append", "p/a", &piece];
     assert!(world.refused(7, &writing).contains("anchor"));
     assert_eq!(world.run(&[&writing[..], &["--json"]].concat()).json_error(7).0, "anchor");
-    assert_eq!(world.read("p/a"), b"one\n");
+    assert_eq!(read_alone(&world), b"one\n");
     put_back(&world, "latest");
     append(&world, "three\n");
     assert_eq!(world.ok(&["read", "p/a", "--anchor", "anchors"]), b"one\ntwo\nthree\n");
@@ -131,10 +136,11 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     let middle = changed.len() / 4;
     changed[middle] ^= 1;
     fs::write(&kept, changed).unwrap();
-    world.refused(5, &["append", "p/a", &piece, "--anchor", "anchors"]);
+    let sentence = world.refused(5, &["append", "p/a", &piece, "--anchor", "anchors"]);
+    assert!(sentence.contains(kept.file_name().unwrap().to_str().unwrap()), "{sentence}");
     fs::write(&kept, bytes).unwrap();
     world.ok(&["append", "p/a", &piece, "--anchor", "anchors"]);
-    assert_eq!(world.read("p/a"), b"one\ntwo\n");
+    assert_eq!(read_alone(&world), b"one\ntwo\n");
 
     // A store that has never had an anchor is not made to need one by a directory that is not there.
     for command in [&["create", "p/a"][..], &["create", "p/b"]] {
@@ -143,6 +149,56 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
         assert!(!world.path("nowhere").exists());
     }
     world.ok(&["create", "p/c", "--store", "other"]);
+}
+
+/// An anchor that cannot be used is left out on request, and is fed again once it can be used.
+#[test]
+fn an_anchor_that_cannot_be_used_is_left_out_on_request() {
+    let world = anchored();
+    let piece = world.file("piece", "two\n");
+    let append = ["append", "p/a", &piece, "--anchor", "anchors", "--without-anchor"];
+    fs::rename(world.path("anchors"), world.path("away")).unwrap();
+    world.refused(7, &append[..5]);
+    let said = world.run(&append).sentence(0);
+    assert!(said.contains("the anchor does not know all of the store yet"), "{said}");
+    fs::rename(world.path("away"), world.path("anchors")).unwrap();
+
+    // A directory in place of its file.
+    let kept = fs::read_dir(world.path("anchors")).unwrap().next().unwrap().unwrap().path();
+    fs::remove_file(&kept).unwrap();
+    fs::create_dir(&kept).unwrap();
+    assert!(world.refused(7, &append[..5]).contains("keeps nothing"));
+    world.ok(&append);
+    world.ok(&append[..5]);
+    assert_eq!(world.ok(&["read", "p/a", "--anchor", "anchors"]), b"one\ntwo\ntwo\ntwo\n");
+    assert_eq!(count(&events(&world), "opened_without_anchor"), 2);
+}
+
+#[test]
+fn a_reader_without_the_anchor_is_told_so() {
+    let world = anchored();
+    for command in [&["read", "p/a"][..], &["verify"], &["status"]] {
+        let told = |more: &[&str]| {
+            let out = world.run(&[command, more].concat());
+            out.assert(0);
+            out.stderr.contains("has an anchor")
+        };
+        assert!(told(&[]), "{command:?}");
+        assert!(!told(&["--anchor", "anchors"]) && !told(&["--without-anchor"]), "{command:?}");
+    }
+}
+
+#[test]
+fn what_a_killed_process_left_in_the_anchor_is_removed() {
+    let world = anchored();
+    let kept = fs::read_dir(world.path("anchors")).unwrap().next().unwrap().unwrap().path();
+    let left = kept.with_extension("anchor.tmp");
+    let foreign = world.path("anchors").join("notes.anchor.tmp");
+    for path in [&left, &foreign] {
+        fs::write(path, "half").unwrap();
+    }
+    append(&world, "two\n");
+    assert_eq!((left.exists(), foreign.exists()), (false, true));
 }
 
 #[test]
@@ -174,7 +230,7 @@ fn status_tells_how_far_the_anchor_is() {
     assert_eq!((&status["configured"], &status["records_behind"]), (&json!(true), &json!(0)), "{status}");
     let text = |args: &[&str]| String::from_utf8(world.ok(args)).unwrap();
     assert!(text(&["status", "--anchor", "anchors"]).contains("the anchor knows all of the catalogue"));
-    assert!(!text(&["status"]).contains("the anchor"));
+    assert!(!text(&["status", "--without-anchor"]).contains("the anchor"));
 
     let mut append_more = Running::start(world.command(&["append", "p/a", "-", "--ack", "--anchor", "anchors"]));
     let acks = append_more.lines();

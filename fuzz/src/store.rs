@@ -161,7 +161,7 @@ fn apply(image: &mut Image, edit: Edit) {
             let dirs: Vec<&PathBuf> = image.dirs.iter().collect();
             let dir = dirs.get(usize::from(dir) % dirs.len().max(1)).map_or(Path::new(DIR), |dir| dir.as_path());
             let name = match name % 10 {
-                0 => "meta",
+                0 => "meta-0000000009-0123456789abcdef",
                 1 => "0000000009-0000000001",
                 2 => "0000000009-0000000001.tmp",
                 3 => "audit-000002.log",

@@ -30,8 +30,8 @@ pub(crate) struct KeysSection {
     pub(crate) encrypt_type: EncryptType,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cmk: Option<Cmk>,
-    /// From where on the segments are under data keys.
-    pub(crate) since: Since,
+    /// The generation of the metadata that had the first envelope. Older segments are under the service keyring.
+    pub(crate) since: u64,
     /// Whether new data is encrypted.
     pub(crate) enable: bool,
     #[serde(default)]
@@ -41,23 +41,6 @@ pub(crate) struct KeysSection {
     pub(crate) probe: String,
     pub(crate) current: u32,
     pub(crate) versions: Vec<DataKeyVersion>,
-}
-
-/// From where on the segments of a Logstore are under data keys. Those before it are under the service keyring.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct Since {
-    /// The generation of the metadata that has the first envelope.
-    pub(crate) generation: u64,
-    /// By shard: the first ordinal.
-    pub(crate) ordinals: Vec<u64>,
-}
-
-impl Since {
-    /// The first ordinal of a shard whose segment is under a data key.
-    pub(crate) fn ordinal(&self, shard: u32) -> u64 {
-        self.ordinals.get(shard as usize).copied().unwrap_or(1)
-    }
 }
 
 /// The keys section of a Logstore under a customer's key, as its file has it, with the tag that a data key made. Nothing of it is
@@ -98,6 +81,13 @@ impl TaggedKeys {
 pub(crate) struct DataKeyVersion {
     pub(crate) version: u32,
     pub(crate) created_us: u64,
+    /// By shard: the first ordinal whose segment is under this version. The segments from there to the next version's first ordinal are
+    /// under no other key, so that a copy of an older data key makes no new segment.
+    pub(crate) ordinals: Vec<u64>,
+    /// The keyring version that wrapped the key when it was drawn; `None` under a customer master key. A rotation of the service key
+    /// replaces data keys that were drawn under an older version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) drawn_under: Option<u32>,
     /// When it was wrapped last, if that was later.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) wrapped_us: Option<u64>,
@@ -138,6 +128,18 @@ impl KeysSection {
         self.versions.iter().find(|v| v.version == version)
     }
 
+    /// The version that the segment of a shard with this ordinal is under; `None` for a segment from before the first envelope.
+    pub(crate) fn owner(&self, shard: u32, ordinal: u64) -> Option<u32> {
+        let begins =
+            |version: &&DataKeyVersion| version.ordinals.get(shard as usize).is_some_and(|&from| from <= ordinal);
+        self.versions.iter().rev().find(begins).map(|version| version.version)
+    }
+
+    /// Of how many shards it says where its versions begin.
+    pub(crate) fn shard_count(&self) -> usize {
+        self.versions.first().map_or(0, |version| version.ordinals.len())
+    }
+
     /// Checks what it says by itself.
     ///
     /// # Errors
@@ -149,8 +151,8 @@ impl KeysSection {
         }
         // There is always a next one.
         let counted = 1..u64::MAX;
-        if !counted.contains(&self.since.generation) || !self.since.ordinals.iter().all(|at| counted.contains(at)) {
-            return broken("a generation or an ordinal of since is out of range");
+        if !counted.contains(&self.since) {
+            return broken("the generation in since is out of range");
         }
         if self.versions.len() > DATA_KEYS_MAX {
             return broken("there are too many data-key versions");
@@ -162,9 +164,24 @@ impl KeysSection {
             Some(newest) if newest.version == self.current && newest.wrapped.is_some() => {}
             _ => return broken("the current data-key version is not the newest, or has no envelope"),
         }
+        let mut before: &[u64] = &[];
         for version in &self.versions {
-            if version.keyring_version.is_some() == self.cmk.is_some() {
+            if version.ordinals.len() != self.shard_count() {
+                return broken("the data-key versions have ordinals of different numbers of shards");
+            }
+            if !version.ordinals.iter().all(|ordinal| counted.contains(ordinal)) {
+                return broken("an ordinal of a data-key version is out of range");
+            }
+            if before.iter().zip(&version.ordinals).any(|(before, ordinal)| before > ordinal) {
+                return broken("a data-key version begins before the one that it replaces");
+            }
+            before = &version.ordinals;
+            if [version.keyring_version, version.drawn_under].iter().any(|under| under.is_some() == self.cmk.is_some())
+            {
                 return broken("a data-key version names a service key beside a customer's key, or neither");
+            }
+            if version.drawn_under > version.keyring_version {
+                return broken("a data key is wrapped under an older service key than it was drawn under");
             }
             if hex_decode(&version.fingerprint).is_none_or(|bytes| bytes.len() != 16) {
                 return broken("the fingerprint of a data-key version is not one");

@@ -443,10 +443,14 @@ impl Gate {
         self.unwrap_from(&keys, version)
     }
 
+    /// The error about a data-key version that the metadata does not have.
+    pub(crate) fn version_missing(&self, version: u32) -> Error {
+        let what = format!("data-key version {version} of Logstore {} is not in its metadata", self.name);
+        Error::RolledBack { what }
+    }
+
     fn unwrap_from(&self, keys: &GateKeys, version: u32) -> Result<SecretKey> {
-        let missing = || Error::RolledBack {
-            what: format!("data-key version {version} of Logstore {} is not in its metadata", self.name),
-        };
+        let missing = || self.version_missing(version);
         let section = keys.section.as_ref().ok_or_else(missing)?;
         let entry = section.version(version).ok_or_else(missing)?;
         let Some(wrapped) = &entry.wrapped else {

@@ -1,6 +1,7 @@
 //! The metadata of a Logstore on disk: its configuration and its envelopes.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -11,8 +12,8 @@ use crate::{
     crypto::SecretKey,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
-    ids::{LogstoreId, StoreId},
-    io::{self, Disk, Existing},
+    ids::{LogstoreId, StoreId, hex_decode, hex_encode},
+    io::{self, Disk, Existing, FileKind},
     keys::{
         envelope::{KeysSection, PROBE_SHARED, TaggedKeys, metadata_key},
         keyring::Keyring,
@@ -20,11 +21,106 @@ use crate::{
     segment::Features,
 };
 
+/// Which metadata of a Logstore is in force: the catalogue says it. Each change is written into a file of its own, and counts once the
+/// catalogue names it. So a writer that another one has taken over from replaces nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MetaRef {
+    /// Counts the changes, from 1.
+    pub(crate) generation: u64,
+    /// Tag A of the document.
+    pub(crate) tag: [u8; 32],
+}
+
+impl MetaRef {
+    /// Its file in the directory of the Logstore.
+    pub(crate) fn path(&self, logstore_dir: &Path) -> PathBuf {
+        let [a, b, c, d, e, f, g, h, ..] = self.tag;
+        let name = MetaName { generation: self.generation, tag: [a, b, c, d, e, f, g, h] };
+        logstore_dir.join(name.to_string())
+    }
+}
+
+/// The name of a metadata file: `meta-GENERATION-TAG`, with the first 8 bytes of tag A.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MetaName {
+    pub(crate) generation: u64,
+    tag: [u8; 8],
+}
+
+impl MetaName {
+    /// The name, if it is one.
+    pub(crate) fn parse(name: &str) -> Option<Self> {
+        let (generation, tag) = name.strip_prefix("meta-")?.split_once('-')?;
+        let parsed = Self { generation: generation.parse().ok()?, tag: hex_decode(tag)?.try_into().ok()? };
+        (parsed.to_string() == name).then_some(parsed)
+    }
+
+    /// Whether a file of this name is metadata, or was to become it.
+    pub(crate) fn is_file_or_temporary(name: &str) -> bool {
+        let stem = name.split('.').next().unwrap_or_default();
+        Self::parse(stem).is_some() && (stem == name || io::is_temporary(name, stem))
+    }
+
+    /// The metadata files in the directory of a Logstore, oldest first.
+    pub(crate) fn list(disk: &dyn Disk, logstore_dir: &Path) -> Result<Vec<Self>> {
+        let entries = match disk.list_dir(logstore_dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(Error::io("list", logstore_dir))?,
+        };
+        let mut names: Vec<_> = entries.iter().filter_map(|entry| Self::parse(&entry.name)).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+}
+
+impl fmt::Display for MetaName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "meta-{:010}-{}", self.generation, hex_encode(&self.tag))
+    }
+}
+
+/// Removes what older changes have left: their files, and temporary files of killed processes. A file of a newer generation may be that of
+/// a writer that has taken over.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn remove_older(disk: &dyn Disk, logstore_dir: &Path, current: &MetaRef) -> Result<()> {
+    let mut removed = false;
+    for entry in disk.list_dir(logstore_dir).map_err(Error::io("list", logstore_dir))? {
+        let path = logstore_dir.join(&entry.name);
+        match MetaName::parse(&entry.name) {
+            Some(name)
+                if entry.kind == FileKind::File
+                    && name.generation <= current.generation
+                    && path != current.path(logstore_dir) =>
+            {
+                removed = true;
+                match disk.remove_file(&path) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(Error::io("remove", path)(error));
+                    }
+                    _ => {}
+                }
+            }
+            None if entry.kind == FileKind::File && MetaName::is_file_or_temporary(&entry.name) => {
+                io::remove_temporary(disk, &path);
+            }
+            _ => {}
+        }
+    }
+    if removed {
+        disk.sync_dir(logstore_dir).map_err(Error::io("sync", logstore_dir))?;
+    }
+    Ok(())
+}
+
 /// The metadata of one Logstore.
 #[derive(Clone, Debug)]
 pub(crate) struct Meta {
-    /// Counts the times it was written; kept in the frame.
+    /// Counts the changes, from 1; kept in the frame.
     pub(crate) generation: u64,
+    /// Tag A of the document as it was read or written; kept in the frame.
+    pub(crate) tag: [u8; 32],
     /// Its feature bits as it was read; kept in the frame.
     pub(crate) features: Features,
     /// The version of the service keyring that it is authenticated under; kept in the frame.
@@ -35,29 +131,42 @@ pub(crate) struct Meta {
     pub(crate) tagged: Option<Arc<TaggedKeys>>,
 }
 
-/// The name of the file in the directory of its Logstore.
-pub(crate) const META_FILE: &str = "meta";
-
-pub(crate) fn path(logstore_dir: &Path) -> PathBuf {
-    logstore_dir.join(META_FILE)
-}
-
 impl Meta {
     pub(crate) fn new(config: LogstoreConfig) -> Self {
-        Self { generation: 1, features: Features::default(), keyring_version: 0, config, keys: None, tagged: None }
+        Self {
+            generation: 1,
+            tag: [0; 32],
+            features: Features::default(),
+            keyring_version: 0,
+            config,
+            keys: None,
+            tagged: None,
+        }
     }
 
+    /// How the catalogue refers to it.
+    pub(crate) fn reference(&self) -> MetaRef {
+        MetaRef { generation: self.generation, tag: self.tag }
+    }
+
+    /// Reads the metadata that the catalogue names.
     pub(crate) fn load(
         disk: &dyn Disk,
         logstore_dir: &Path,
         store: StoreId,
         id: LogstoreId,
         keyring: &Keyring,
+        named: &MetaRef,
     ) -> Result<Self> {
-        let path = path(logstore_dir);
+        let path = named.path(logstore_dir);
         let bytes = read(disk, &path)?;
         let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
         let meta = Self::from_document(&document, store, id, &path)?;
+        let meta = Self { tag: document::tag_a(&bytes), ..meta };
+        if meta.reference() != *named {
+            let what = format!("{} is not the metadata that the catalogue knows", path.display());
+            return Err(Error::RolledBack { what });
+        }
         meta.check(&path)?;
         Ok(meta)
     }
@@ -79,10 +188,10 @@ impl Meta {
         if let Err(rule) = keys.check() {
             return broken(rule);
         }
-        if keys.since.ordinals.len() != self.config.shards.len() {
-            return broken("there is not one ordinal in since for each shard".to_owned());
+        if keys.shard_count() != self.config.shards.len() {
+            return broken("a data-key version does not have one ordinal for each shard".to_owned());
         }
-        if keys.since.generation > self.generation {
+        if keys.since > self.generation {
             return broken("it is older than the first envelope".to_owned());
         }
         let tampered = |what| Err(Error::Tampered { at: Location::new(path, 0), what });
@@ -100,37 +209,28 @@ impl Meta {
         }
     }
 
-    /// Reads the metadata of a BYOK Logstore without the keyring. `data_key` finds the current data key by the keys section; with it
+    /// Reads the metadata of a BYOK Logstore from the file `path`, without the keyring. `data_key` finds the current data key by the keys section; with it
     /// that section is authenticated, which the configuration is not.
     pub(crate) fn load_without_keyring(
         disk: &dyn Disk,
-        logstore_dir: &Path,
+        path: &Path,
         store: StoreId,
         id: LogstoreId,
         data_key: impl FnOnce(&KeysSection) -> Result<SecretKey>,
     ) -> Result<Self> {
-        let path = path(logstore_dir);
-        let bytes = read(disk, &path)?;
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
-        let meta = Self::from_document(parsed.unverified(), store, id, &path)?;
-        let tampered = || Error::Tampered { at: Location::new(&path, 0), what: "the keys section of the metadata" };
+        let meta = Self::load_unverified(disk, path, store, id)?;
+        let tampered = || Error::Tampered { at: Location::new(path, 0), what: "the keys section of the metadata" };
         let (Some(keys), Some(tagged)) = (&meta.keys, &meta.tagged) else { return Err(tampered()) };
         tagged.prove(&data_key(keys)?)?;
-        keys.check().map_err(|rule| Error::corrupt(Location::new(&path, 80), format!("the metadata: {rule}")))?;
+        keys.check().map_err(|rule| Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")))?;
         Ok(meta)
     }
 
-    /// Reads metadata and authenticates nothing of it.
-    pub(crate) fn load_unverified(
-        disk: &dyn Disk,
-        logstore_dir: &Path,
-        store: StoreId,
-        id: LogstoreId,
-    ) -> Result<Self> {
-        let path = path(logstore_dir);
-        let bytes = read(disk, &path)?;
-        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
-        Self::from_document(parsed.unverified(), store, id, &path)
+    /// Reads metadata from the file `path` and authenticates nothing of it.
+    pub(crate) fn load_unverified(disk: &dyn Disk, path: &Path, store: StoreId, id: LogstoreId) -> Result<Self> {
+        let bytes = read(disk, path)?;
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
+        Self::from_document(parsed.unverified(), store, id, path)
     }
 
     fn from_document(document: &Document, store: StoreId, id: LogstoreId, path: &Path) -> Result<Self> {
@@ -150,6 +250,7 @@ impl Meta {
         }
         Ok(Self {
             generation: document.generation,
+            tag: [0; 32],
             features: document.features,
             keyring_version: document.keyring_version,
             config,
@@ -158,7 +259,7 @@ impl Meta {
         })
     }
 
-    /// Writes it as the generation that it says. `data_key` is the current data key, given when the keys section of a BYOK Logstore
+    /// Writes it as the generation that it says, into a file of its own, durably. It counts once the catalogue names it. `data_key` is the current data key, given when the keys section of a BYOK Logstore
     /// has changed; otherwise the section stays as it is, byte by byte, and so does its tag.
     pub(crate) fn save(
         &mut self,
@@ -169,7 +270,6 @@ impl Meta {
         keyring: &Keyring,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
-        let path = path(logstore_dir);
         let json = "plain data always serializes";
         let serialized = || self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json));
         let (b, tag_b) = match (&self.tagged, data_key) {
@@ -189,10 +289,14 @@ impl Meta {
         };
         if let Some(data_key) = data_key {
             document.sign_b(&metadata_key(data_key));
-            self.tagged = TaggedKeys::of(&document, &path).map(Arc::new);
         }
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("replace", &path))?;
+        self.tag = document::tag_a(&bytes);
+        let path = self.reference().path(logstore_dir);
+        if data_key.is_some() {
+            self.tagged = TaggedKeys::of(&document, &path).map(Arc::new);
+        }
+        io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))?;
         self.keyring_version = keyring.newest();
         Ok(())
     }

@@ -33,7 +33,7 @@ use crate::{
     },
 };
 
-pub(crate) use meta::{META_FILE, Meta, path as meta_path};
+pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta};
 
 /// Which shard an append goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

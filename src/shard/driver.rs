@@ -632,18 +632,16 @@ impl Shard {
         rolled
     }
 
-    /// Ends the last segment, where it is under a version of the service keyring below `newest` and nothing has ended it yet: no block
-    /// can be added to it from then on. One that another process left is recovered first, and the shard goes on in a new segment.
-    /// Returns whether there was such a segment.
-    pub(crate) fn end_under_older_key(&self, newest: u32) -> Result<bool> {
-        let is_older = |source| matches!(source, KeySource::Keyring(version) if version < newest);
+    /// Ends the last segment, where `ends` says so of its key and nothing has ended it yet: no block can be added to it from then on. One
+    /// that another process left is recovered first, and the shard goes on in a new segment. Returns whether there was such a segment.
+    pub(crate) fn end_segment_if(&self, ends: impl Fn(KeySource) -> bool) -> Result<bool> {
         self.start_driving();
         let sealed = {
             let mut writer = lock(&self.writer);
             let active = writer.active.as_ref().map(|active| active.header.header.key_source);
             match active {
                 // The queue goes into the next segment. The loss of an access took no key of a segment that is being written.
-                Some(source) if is_older(source) => self
+                Some(source) if ends(source) => self
                     .seal(&mut writer, KeyUse::Admitted)
                     .or_else(|error| if is_refusal(&error) { self.seal(&mut writer, KeyUse::Held) } else { Err(error) })
                     .map(|()| Some(true)),
@@ -656,7 +654,7 @@ impl Shard {
             return Ok(sealed);
         }
         let Some(last) = self.settled_segments()?.last().cloned() else { return Ok(false) };
-        let left_open = is_older(self.key_source(&last)?) && matches!(self.open_segment(&last)?.end, End::Unknown);
+        let left_open = ends(self.key_source(&last)?) && matches!(self.open_segment(&last)?.end, End::Unknown);
         if left_open {
             self.prepare()?;
         }
@@ -733,6 +731,22 @@ impl Paused<'_> {
             return Ok(next.ordinal);
         }
         self.shard.next_ordinal_on_disk()
+    }
+
+    pub(crate) fn shard_id(&self) -> u32 {
+        self.shard.id
+    }
+
+    /// Where the shard stands; `None` where its end has not been looked for yet.
+    pub(crate) fn head(&self) -> Option<Head> {
+        self.shard.head(self.writer.as_ref()?)
+    }
+
+    /// Notes that the catalogue knows where the shard stands.
+    pub(crate) fn note_head(&self) {
+        if let Some(head) = self.head() {
+            self.shard.note_head(&head);
+        }
     }
 }
 

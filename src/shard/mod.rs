@@ -45,7 +45,7 @@ use queue::State;
 pub(crate) use reader::{Load, ReaderPermits, SegmentReader};
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub use recovery::{RecoveryNotice, RepairReport};
-pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary};
+pub(crate) use segments::{ActiveView, End, Opened, Proof, SegmentRef, is_segment_temporary, read_header};
 pub use ticket::Ticket;
 use writer::Writer;
 

@@ -10,7 +10,7 @@ use crate::{
     Error, Result,
     crypto::Suite,
     error::Location,
-    keys::envelope::Since,
+    keys::envelope::KeysSection,
     segment::{Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
 };
 
@@ -44,19 +44,22 @@ impl Shard {
         if let Some((at, rule)) = chain_rule(header) {
             return broken(at, rule);
         }
+        let section = self.context.gate.keys().section;
         let allowed = match header.key_source {
             KeySource::Keyring(_) => header.suite == Suite::Aes256Gmac,
-            KeySource::DataKey(_) => {
-                let section = self.context.gate.keys().section;
-                section.is_none_or(|section| section.encrypt_type.cipher() == header.suite.cipher())
-            }
+            KeySource::DataKey(version) => match &section {
+                Some(section) if section.version(version).is_some() => {
+                    section.encrypt_type.cipher() == header.suite.cipher()
+                }
+                _ => return Err(self.context.gate.version_missing(version)),
+            },
         };
         self.check_retired(opened)?;
         if !allowed {
             return broken(SUITE_AT, "the suite of the segment does not go with its key");
         }
-        if let Some(section) = self.context.gate.keys().section
-            && let Some((at, rule)) = since_rule(&section.since, header)
+        if let Some(section) = &section
+            && let Some((at, rule)) = key_rule(section, header)
         {
             return broken(at, rule);
         }
@@ -72,18 +75,27 @@ impl Shard {
     }
 }
 
-/// The rule that a header breaks beside what the keys section says of where data keys begin, and where. Without it the service keyring
-/// alone could add a segment to a Logstore under a customer's key.
-fn since_rule(since: &Since, header: &SegmentHeader) -> Option<(u64, &'static str)> {
-    let under_data_key = matches!(header.key_source, KeySource::DataKey(_));
-    match (under_data_key, header.ordinal >= since.ordinal(header.shard)) {
-        (false, true) => Some((KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key")),
-        (true, false) => Some((KEY_SOURCE_AT, "a segment under a data key lies before the first of them")),
-        _ if under_data_key != (header.generation >= since.generation) => {
-            Some((GENERATION_AT, "the generation of the segment does not go with its key"))
+/// The rule that a header breaks beside what the keys section says of which key is for which segment, and where. Without it the service
+/// keyring alone could add a segment to a Logstore under a customer's key, and a copy of an old data key could add one to any Logstore.
+fn key_rule(section: &KeysSection, header: &SegmentHeader) -> Option<(u64, &'static str)> {
+    let under_data_key = match (header.key_source, section.owner(header.shard, header.ordinal)) {
+        (KeySource::Keyring(_), None) => false,
+        (KeySource::DataKey(version), Some(owner)) if version == owner => true,
+        (KeySource::DataKey(_), Some(_)) => {
+            return Some((
+                KEY_SOURCE_AT,
+                "a segment is under another version of the data key than the one at its ordinal",
+            ));
         }
-        _ => None,
-    }
+        (KeySource::Keyring(_), Some(_)) => {
+            return Some((KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key"));
+        }
+        (KeySource::DataKey(_), None) => {
+            return Some((KEY_SOURCE_AT, "a segment under a data key lies before the first of them"));
+        }
+    };
+    (under_data_key != (header.generation >= section.since))
+        .then_some((GENERATION_AT, "the generation of the segment does not go with its key"))
 }
 
 /// The error where the header in `path` names no predecessor, and is not the first of its shard.

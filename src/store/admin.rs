@@ -10,19 +10,19 @@ use super::{
     removal,
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::{LogstoreId, hex_encode},
-    io::FileKind,
+    io::{Disk, FileKind},
     keys::{
         AuditEvent,
-        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, PROBE_SHARED, Since, fingerprint},
+        envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, PROBE_SHARED, fingerprint},
         gate::GateKeys,
         lease::Lease,
     },
     kms::{BoundedKms, Cmk},
-    logstore::{Logstore, LogstoreShared, Meta, shard_dir},
+    logstore::{Logstore, LogstoreShared, Meta, remove_older_meta, shard_dir},
     shard::{Paused, ShardRecord},
     sync::{lock, read},
 };
@@ -113,9 +113,10 @@ impl StoreShared {
             return Err(error);
         }
         let shards = vec![ShardRecord::default(); meta.config.shards.len()];
-        let entry = Entry { id, generation: meta.generation, shards: shards.clone() };
+        let (generation, tag) = (meta.generation, meta.tag);
+        let entry = Entry { id, generation, tag, shards: shards.clone() };
         // Should this fail, the catalogue may know it or not: the files stay until an opening finds out.
-        let created = Change::Created { name: name.clone(), id, generation: meta.generation, shards };
+        let created = Change::Created { name: name.clone(), id, generation, tag, shards };
         self.commit(&mut admin, vec![created])?;
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
@@ -143,7 +144,7 @@ impl StoreShared {
             name: meta.config.name.clone(),
             encrypt_type,
             cmk: conf.user_cmk_info.clone(),
-            since: Since { generation: 1, ordinals: vec![1; meta.config.shards.len()] },
+            since: meta.generation,
             enable: conf.enable,
             ttl_days: meta.config.ttl_days,
             retention_bytes: meta.config.retention_bytes,
@@ -151,30 +152,44 @@ impl StoreShared {
             current: 1,
             versions: Vec::new(),
         };
-        let key = self.new_data_key(&mut section, id, 1)?;
+        let key = self.new_data_key(&mut section, id, 1, vec![1; meta.config.shards.len()])?;
         meta.keys = Some(section);
         Ok(key)
     }
 
-    /// Draws a data key and adds it to the section, wrapped.
-    pub(super) fn new_data_key(&self, section: &mut KeysSection, id: LogstoreId, version: u32) -> Result<SecretKey> {
+    /// Draws a data key and adds it to the section, wrapped. `ordinals` is where its segments begin, by shard.
+    pub(super) fn new_data_key(
+        &self,
+        section: &mut KeysSection,
+        id: LogstoreId,
+        version: u32,
+        ordinals: Vec<u64>,
+    ) -> Result<SecretKey> {
         let key = SecretKey::generate(&*self.random).map_err(Error::io("draw a data key for", &self.dir))?;
-        let entry = self.wrap_data_key(section, id, version, None, &key)?;
-        section.versions.push(entry);
+        let (keyring_version, wrapped) = self.wrap_data_key(section, id, version, &key)?;
+        section.versions.push(DataKeyVersion {
+            version,
+            created_us: self.clock.wall_us(),
+            ordinals,
+            drawn_under: keyring_version,
+            wrapped_us: None,
+            keyring_version,
+            wrapped: Some(wrapped),
+            fingerprint: fingerprint(&key),
+        });
         section.current = version;
         Ok(key)
     }
 
-    /// Wraps a data key under what the section names: its master key, or the newest service key. `created_us` is when the key was
-    /// made; `None` is now.
+    /// Wraps a data key under what the section names: its master key, or the newest service key, whose version is returned beside the
+    /// envelope.
     pub(super) fn wrap_data_key(
         &self,
         section: &KeysSection,
         id: LogstoreId,
         version: u32,
-        created_us: Option<u64>,
         key: &SecretKey,
-    ) -> Result<DataKeyVersion> {
+    ) -> Result<(Option<u32>, String)> {
         let identity = EnvelopeIdentity { store: self.id, logstore: id, version, suite: section.encrypt_type.suite() };
         let (keyring_version, wrapped) = match &section.cmk {
             None => {
@@ -188,16 +203,7 @@ impl StoreShared {
                 (None, wrapped)
             }
         };
-        let now_us = self.clock.wall_us();
-        let created_us = created_us.unwrap_or(now_us);
-        Ok(DataKeyVersion {
-            version,
-            created_us,
-            wrapped_us: (now_us != created_us).then_some(now_us),
-            keyring_version,
-            wrapped: Some(hex_encode(&wrapped)),
-            fingerprint: fingerprint(key),
-        })
+        Ok((keyring_version, hex_encode(&wrapped)))
     }
 
     pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
@@ -250,7 +256,7 @@ impl StoreShared {
         logstore.gate.unwrap(section.current).map(Some)
     }
 
-    /// Puts changed metadata in place: its file, then the catalogue, then memory. `data_key` is given when the keys have changed.
+    /// Puts changed metadata in place: a file of its own, then the catalogue, then memory. `data_key` is given when the keys have changed.
     pub(super) fn replace_meta(
         &self,
         admin: &mut AdminState,
@@ -258,36 +264,51 @@ impl StoreShared {
         mut meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
-        // With the first envelope no segment may be begun between the ordinals that it names and the keys that they go with.
-        let mut paused = Vec::new();
+        if let Some(error) = &admin.latched {
+            return Err(error.clone());
+        }
+        let before = logstore.keys_section();
         let generation = meta.generation + 1;
-        if let (None, Some(section)) = (logstore.keys_section(), &mut meta.keys) {
-            if let Some(error) = &admin.latched {
-                return Err(error.clone());
+        let mut paused = Vec::new();
+        let mut changes = Vec::new();
+        if let Some(section) = &mut meta.keys
+            && before.as_ref().is_none_or(|before| before.current != section.current)
+        {
+            // A new data key owns the segments from the next ordinals on: no shard may begin one before the key is in place.
+            if before.is_some() {
+                end_segments(logstore)?;
             }
             for shard in &logstore.shards {
                 paused.push(shard.pause()?);
             }
-            let ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
-            section.since = Since { generation, ordinals };
+            if before.is_none() {
+                section.since = generation;
+            }
+            if let Some(newest) = section.versions.last_mut() {
+                newest.ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
+            }
+            // The older key adds nothing to what the catalogue knows from here on.
+            let heads = paused.iter().filter_map(|paused| Some((paused.shard_id(), paused.head()?)));
+            changes.extend(heads.map(|(shard, head)| Change::reached(&logstore.name, logstore.id, shard, head)));
         }
-        let saved = self.save_meta(admin, logstore, meta, data_key).and_then(|saved| {
-            self.commit(admin, vec![saved.change()])?;
-            Ok(saved)
-        });
-        let saved = saved.inspect_err(|error| {
+        let saved = self.save_meta(admin, logstore, meta, data_key)?;
+        changes.push(saved.change());
+        self.commit(admin, changes).inspect_err(|error| {
             if !paused.is_empty() {
-                // On disk there is an envelope or there is none. A segment would have to be under other keys in either case.
+                // The catalogue names the new metadata or the old one. A segment would have to be under other keys in either case.
                 logstore.gate.halt(error);
             }
         })?;
-        let lease = saved.take_effect(read(&self.keyring).newest());
+        let lease = saved.take_effect(&*self.disk, read(&self.keyring).newest());
+        for paused in &paused {
+            paused.note_head();
+        }
         drop(paused);
         super::hear_of_loss(logstore, lease);
         Ok(())
     }
 
-    /// Writes changed metadata into its file, as the first part of [`StoreShared::replace_meta`].
+    /// Writes changed metadata into a file of its own, as the first part of [`StoreShared::replace_meta`].
     pub(super) fn save_meta(
         &self,
         admin: &mut AdminState,
@@ -305,12 +326,7 @@ impl StoreShared {
             true => None,
         };
         let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
-        let saved = meta.save(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), byok);
-        if let Err(error) = saved {
-            // Which of the two is in place is not known now; opening finds out.
-            admin.latched = Some(error.clone());
-            return Err(error);
-        }
+        meta.save(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), byok)?;
         Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
     }
 
@@ -396,7 +412,7 @@ impl StoreShared {
     }
 }
 
-/// Metadata that is in its file, and neither in the catalogue nor in memory yet.
+/// Metadata that has a file, and that neither the catalogue nor the memory knows yet.
 pub(super) struct SavedMeta {
     logstore: Arc<LogstoreShared>,
     meta: Meta,
@@ -408,16 +424,34 @@ impl SavedMeta {
     /// What the catalogue is to note.
     pub(super) fn change(&self) -> Change {
         let (name, id) = (self.logstore.name.clone(), self.logstore.id);
-        Change::Replaced { name, id, generation: self.meta.generation }
+        Change::Replaced { name, id, generation: self.meta.generation, tag: self.meta.tag }
     }
 
     /// Puts it in place in memory, once the catalogue knows of it. The caller has the Logstore hear of the loss of the lease, if there
     /// is one.
-    pub(super) fn take_effect(self, keyring_version: u32) -> Option<Arc<Lease>> {
+    pub(super) fn take_effect(self, disk: &dyn Disk, keyring_version: u32) -> Option<Arc<Lease>> {
         let lease = self.gate_keys.and_then(|keys| super::use_keys(&self.logstore, keys));
+        let current = self.meta.reference();
         self.logstore.set_meta(self.meta, keyring_version);
+        if let Err(error) = remove_older_meta(disk, &self.logstore.dir, &current) {
+            // Nothing reads it any more. The next change and the next opening try again.
+            warn!(logstore = %self.logstore.name, %error, "older metadata of a Logstore cannot be removed");
+        }
         lease
     }
+}
+
+/// Ends the last segment of each shard, also one that a killed process has left open. One that is damaged stays as it is.
+fn end_segments(logstore: &LogstoreShared) -> Result<()> {
+    for shard in &logstore.shards {
+        match shard.end_segment_if(|_| true) {
+            Err(error) if error.kind() == ErrorKind::Integrity => {
+                warn!(logstore = %logstore.name, shard = shard.id(), %error, "a damaged shard is left as it is");
+            }
+            ended => drop(ended?),
+        }
+    }
+    Ok(())
 }
 
 fn describe(meta: &Meta) -> String {

@@ -16,7 +16,7 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     ids::{LogstoreId, StoreId},
-    io::{self, Access, Clock, Disk, Existing, OpenMode, RealDisk},
+    io::{self, Access, Clock, Disk, Existing, FileKind, OpenMode, RealDisk},
     keys::AuditEvent,
     metrics::Counters,
     shard::{AdmitAppend, ShardRecord},
@@ -62,6 +62,12 @@ pub trait Anchor: Send + Sync + fmt::Debug {
     /// # Errors
     /// Other than `len` bytes are kept under that place, or the anchor cannot be reached.
     fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()>;
+
+    /// What an error calls the string of bytes under `place`: for a directory, the path of its file.
+    fn name_of(&self, store: StoreId, place: AnchorPlace) -> PathBuf {
+        let _ = (store, place);
+        PathBuf::from("the anchor")
+    }
 }
 
 /// Which string of bytes an anchor keeps: the higher, the newer.
@@ -107,40 +113,73 @@ impl DirAnchor {
             let (epoch, serial) = name.strip_prefix(&format!("{store}-"))?.strip_suffix(".anchor")?.split_once('-')?;
             Some(AnchorPlace { epoch: epoch.parse().ok()?, serial: serial.parse().ok()? })
         };
-        let mut places: Vec<_> = disk.list_dir(&self.dir)?.iter().filter_map(|entry| parse(&entry.name)).collect();
+        let entries = disk.list_dir(&self.dir)?;
+        // Another kind of file was put there by mistake: the anchor writes no such.
+        let files = entries.iter().filter(|entry| entry.kind == FileKind::File);
+        let mut places: Vec<_> = files.filter_map(|entry| parse(&entry.name)).collect();
         places.sort_unstable();
         Ok(places)
+    }
+
+    /// Removes the temporary files of a store that killed processes have left.
+    fn remove_temporaries(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<()> {
+        let prefix = format!("{store}-");
+        for entry in disk.list_dir(&self.dir)? {
+            if entry.kind == FileKind::File && entry.name.starts_with(&prefix) && entry.name.ends_with(".anchor.tmp") {
+                io::remove_temporary(disk, &self.dir.join(&entry.name));
+            }
+        }
+        Ok(())
+    }
+
+    /// An error that names the directory.
+    fn in_dir(&self, error: &std::io::Error) -> std::io::Error {
+        std::io::Error::new(error.kind(), format!("{}: {error}", self.dir.display()))
     }
 }
 
 impl Anchor for DirAnchor {
     fn load(&self, store: StoreId) -> std::io::Result<Option<(AnchorPlace, Vec<u8>)>> {
-        let disk = self.rooted()?;
-        let Some(place) = self.places(&*disk, store)?.pop() else { return Ok(None) };
-        let bytes = io::read_file(&*disk, &self.path(store, place), KEPT_BYTES_MAX)?;
-        Ok(Some((place, bytes)))
+        let load = || {
+            let disk = self.rooted()?;
+            let Some(place) = self.places(&*disk, store)?.pop() else { return Ok(None) };
+            let bytes = io::read_file(&*disk, &self.path(store, place), KEPT_BYTES_MAX)?;
+            Ok(Some((place, bytes)))
+        };
+        load().map_err(|error| self.in_dir(&error))
     }
 
     fn replace(&self, store: StoreId, place: AnchorPlace, bytes: &[u8]) -> std::io::Result<()> {
-        let disk = self.rooted()?;
-        let places = self.places(&*disk, store)?;
-        if places.last().is_some_and(|last| *last > place) {
-            return Err(std::io::Error::other("another writer feeds the anchor"));
-        }
-        io::write_file(&*disk, &self.path(store, place), bytes, Existing::Replace)?;
-        for other in places.into_iter().filter(|other| *other != place) {
-            disk.remove_file(&self.path(store, other))?;
-        }
-        Ok(())
+        let replace = || {
+            let disk = self.rooted()?;
+            let places = self.places(&*disk, store)?;
+            if places.last().is_some_and(|last| *last > place) {
+                return Err(std::io::Error::other("another writer feeds the anchor"));
+            }
+            self.remove_temporaries(&*disk, store)?;
+            io::write_file(&*disk, &self.path(store, place), bytes, Existing::Replace)?;
+            for other in places.into_iter().filter(|other| *other != place) {
+                disk.remove_file(&self.path(store, other))?;
+            }
+            Ok(())
+        };
+        replace().map_err(|error| self.in_dir(&error))
     }
 
     fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()> {
-        let file = self.rooted()?.open(&self.path(store, place), OpenMode::ReadWrite)?;
-        if file.len()? != len {
-            return Err(std::io::Error::other("the anchor was changed by another process"));
-        }
-        file.write_at(bytes, len)?;
-        file.sync_data()
+        let append = || {
+            let file = self.rooted()?.open(&self.path(store, place), OpenMode::ReadWrite)?;
+            if file.len()? != len {
+                return Err(std::io::Error::other("the anchor was changed by another process"));
+            }
+            file.write_at(bytes, len)?;
+            file.sync_data()
+        };
+        append().map_err(|error| self.in_dir(&error))
+    }
+
+    fn name_of(&self, store: StoreId, place: AnchorPlace) -> PathBuf {
+        self.path(store, place)
     }
 }
 
@@ -148,6 +187,8 @@ impl Anchor for DirAnchor {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct AnchorStatus {
+    /// Whether the keyring says that the store has an anchor.
+    pub anchored: bool,
     /// Whether the store was opened with an anchor.
     pub configured: bool,
     /// For how long the anchor has not kept what the catalogue says; `None` when it is up to date.
@@ -249,7 +290,7 @@ impl Feeder {
     pub(super) fn status(&self) -> AnchorStatus {
         let state = lock(&self.state);
         let behind = state.behind_since.map(|since| self.clock.uptime().saturating_sub(since));
-        AnchorStatus { configured: true, behind, records_behind: None, error: state.error.clone() }
+        AnchorStatus { anchored: true, configured: true, behind, records_behind: None, error: state.error.clone() }
     }
 
     /// Feeds once.
@@ -436,7 +477,7 @@ impl StoreShared {
     }
 
     /// Feeds the anchor for the first time since the store was opened, and from then on after each change of the catalogue.
-    /// `without_anchor` tells that the store was not compared with it.
+    /// `without_anchor` tells that the store was not compared with it; the store is then opened although it cannot be fed yet.
     ///
     /// # Errors
     /// [`Error::Anchor`] when it cannot be fed; [`Error::Io`].
@@ -446,11 +487,14 @@ impl StoreShared {
         }
         let Some(feeder) = &self.anchor else { return Ok(()) };
         self.catalogue.feed(Arc::clone(feeder));
-        if let Some(why) = feeder.status().error {
-            return Err(Error::Anchor { path: self.dir.clone(), why: format!("it cannot be written: {why}") });
-        }
+        let fed = match feeder.status().error {
+            Some(why) if !without_anchor => {
+                return Err(Error::Anchor { path: self.dir.clone(), why: format!("it cannot be written: {why}") });
+            }
+            error => error.is_none(),
+        };
         // Now that it keeps something of the store, no opening for writing may go without it.
-        if !read(&self.keyring).is_anchored() {
+        if fed && !read(&self.keyring).is_anchored() {
             let anchored = read(&self.keyring).anchor(&*self.random)?;
             *write(&self.keyring) = anchored;
             self.audit.record(AuditEvent::Anchored, None, "")?;

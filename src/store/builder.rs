@@ -385,6 +385,10 @@ impl StoreBuilder {
     fn load_anchor(&self, keyring: &Keyring) -> Result<Option<(AnchorPlace, Vec<u8>)>> {
         let unusable = |why: String| Error::Anchor { path: self.dir.clone(), why };
         match self.anchor.as_ref().map(|anchor| anchor.load(keyring.store())) {
+            Some(Err(error)) if self.without_anchor => {
+                warn!(store = %keyring.store(), %error, "the anchor cannot be read, and the store is opened without it");
+                Ok(None)
+            }
             Some(Err(error)) => Err(unusable(format!("it cannot be read: {error}"))),
             Some(Ok(None)) if keyring.is_anchored() && !self.without_anchor => {
                 Err(unusable("it keeps nothing of this store".to_owned()))
@@ -410,8 +414,11 @@ impl StoreBuilder {
         catalogue: &Catalogue,
         kept: Option<&(AnchorPlace, Vec<u8>)>,
     ) -> Result<Option<u64>> {
-        let Some((_, kept)) = kept.filter(|_| !self.without_anchor) else { return Ok(None) };
-        let kept = catalogue::load_mirror(kept, keyring.store(), keyring)?;
+        let (Some(anchor), Some((place, kept))) = (&self.anchor, kept.filter(|_| !self.without_anchor)) else {
+            return Ok(None);
+        };
+        let path = anchor.name_of(keyring.store(), *place);
+        let kept = catalogue::load_mirror(kept, &path, keyring.store(), keyring)?;
         let reader = Self { anchor: None, ..self.clone() };
         let reader = reader.assemble(keyring.store(), keyring.duplicate(), catalogue.clone(), None, Audit::Ours)?;
         reader.shared.check_against_anchor(&kept)?;

@@ -8,12 +8,10 @@ use crate::{
     config::{ConfigError, EncryptConf, LogstoreName, check_cmk},
     keys::{
         AuditEvent,
-        envelope::{DATA_KEYS_MAX, KeysSection},
+        envelope::{DATA_KEYS_MAX, DataKeyVersion, KeysSection},
     },
     kms::Cmk,
     logstore::{LogstoreShared, Meta},
-    segment::KeySource,
-    shard::End,
     sync::{lock, read, write},
 };
 
@@ -93,7 +91,7 @@ impl Store {
     /// [`ConfigError::CannotShred`], [`ConfigError::NotEncrypted`]; the errors of the KMS (the metadata's second tag is made with the
     /// data key).
     pub fn shred_data_keys(&self, name: &LogstoreName, versions: &[u32]) -> Result<()> {
-        let shred = |shared: &StoreShared, logstore: &LogstoreShared, section: &mut KeysSection| {
+        let shred = |_: &StoreShared, _: &LogstoreShared, section: &mut KeysSection| {
             for &version in versions {
                 let refuse = |why| Err(ConfigError::CannotShred { version, why }.into());
                 if version == section.current {
@@ -104,7 +102,6 @@ impl Store {
                     None => return refuse("there is no such version"),
                 }
             }
-            shared.end_segments_under(logstore, versions)?;
             Ok(versions.len() as u32)
         };
         self.shared.change_keys(name, &KeyChange::shred(versions, ""), shred).map(|_| ())
@@ -145,6 +142,11 @@ impl KeyChange {
 
     const fn new(intent: AuditEvent, done: AuditEvent) -> Self {
         Self { intent, done, about: String::new() }
+    }
+
+    /// A new data key, since the service key is rotated.
+    pub(super) fn rotate_with_service_key() -> Self {
+        Self { about: "with the service key".to_owned(), ..Self::ROTATE }
     }
 
     pub(super) fn rotate_by_policy(why: &str) -> Self {
@@ -218,7 +220,8 @@ impl StoreShared {
             return Err(Error::TooMany { what: "data-key versions", limit: DATA_KEYS_MAX as u64 });
         }
         let version = section.versions.iter().map(|entry| entry.version).max().unwrap_or(0) + 1;
-        self.new_data_key(section, logstore.id, version)?;
+        // Where it begins is found out when the shards stand still.
+        self.new_data_key(section, logstore.id, version, Vec::new())?;
         Ok(version)
     }
 
@@ -237,9 +240,10 @@ impl StoreShared {
                 continue;
             };
             let key = logstore.gate.unwrap(entry.version)?;
-            let rewrapped = self.wrap_data_key(section, logstore.id, entry.version, Some(entry.created_us), &key)?;
+            let (keyring_version, wrapped) = self.wrap_data_key(section, logstore.id, entry.version, &key)?;
             if let Some(place) = section.versions.get_mut(index) {
-                *place = rewrapped;
+                let (wrapped, wrapped_us) = (Some(wrapped), Some(self.clock.wall_us()));
+                *place = DataKeyVersion { keyring_version, wrapped, wrapped_us, ..entry };
                 count += 1;
             }
         }
@@ -252,20 +256,5 @@ impl StoreShared {
         let context = Arc::clone(logstore.gate.context());
         let gate = crate::keys::gate::Gate::new(context, logstore.name.clone(), logstore.id, keys);
         gate.unwrap(section.current)
-    }
-
-    /// Ends segments that are being written under one of `versions`.
-    fn end_segments_under(&self, logstore: &LogstoreShared, versions: &[u32]) -> Result<()> {
-        for shard in &logstore.shards {
-            let segments = shard.settled_segments()?;
-            let Some(last) = segments.last() else { continue };
-            let opened = shard.open_segment(last)?;
-            if let (KeySource::DataKey(version), End::Active(_)) = (opened.header.header.key_source, &opened.end)
-                && versions.contains(&version)
-            {
-                shard.roll()?;
-            }
-        }
-        Ok(())
     }
 }

@@ -48,7 +48,7 @@ use crate::{
         pool::LeasePool,
     },
     kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, Watch},
-    logstore::{KeyObserver, Logstore, LogstoreShared, Meta, meta_path, write_plan},
+    logstore::{KeyObserver, Logstore, LogstoreShared, Meta, MetaName, remove_older_meta, write_plan},
     metrics::StoreMetrics,
     segment::Features,
     shard::{AdmitAppend, Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
@@ -260,6 +260,7 @@ impl Store {
     /// How far the anchor is, if the store was opened with one.
     pub fn anchor_status(&self) -> AnchorStatus {
         let lacks = AnchorStatus {
+            anchored: read(&self.shared.keyring).is_anchored(),
             configured: self.anchor_lacks.is_some(),
             records_behind: self.anchor_lacks,
             ..AnchorStatus::default()
@@ -356,13 +357,10 @@ impl StoreShared {
         }
         let entry = self.entry(name)?;
         let meta = self.load_meta(name, &entry)?;
-        meta.features.check_writing().map_err(|error| error.in_file(&meta_path(&self.logstore_dir(entry.id)), 0))?;
-        if meta.generation > entry.generation {
-            // A crash came between the metadata and the catalogue, or before the metadata's name was durable.
-            let path = meta_path(&self.logstore_dir(entry.id));
-            io::sync_parent(&*self.disk, &path).map_err(Error::io("sync", &path))?;
-            let changed = Change::Replaced { name: name.clone(), id: entry.id, generation: meta.generation };
-            self.commit(admin, vec![changed])?;
+        let dir = self.logstore_dir(entry.id);
+        meta.features.check_writing().map_err(|error| error.in_file(&entry.meta().path(&dir), 0))?;
+        if let Err(error) = remove_older_meta(&*self.disk, &dir, &entry.meta()) {
+            warn!(logstore = %name, %error, "older metadata of a Logstore cannot be removed");
         }
         let shared = self.open_logstore(meta, &entry)?;
         lock(&self.logstores).insert(name.clone(), Arc::clone(&shared));
@@ -371,17 +369,7 @@ impl StoreShared {
 
     /// A reader looks at the metadata anew each time it is asked for a Logstore, and keeps what it has while nothing changed.
     fn read_only_logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
-        // The writer may be between the metadata and the catalogue.
-        let mut attempts = 0;
-        let (entry, meta) = loop {
-            self.reload_catalogue()?;
-            let entry = self.entry(name)?;
-            match self.load_meta(name, &entry) {
-                Ok(meta) => break (entry, meta),
-                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
-                Err(error) => return Err(error),
-            }
-        };
+        let (entry, meta) = self.read_meta(name)?;
         let open = lock(&self.logstores).get(name).cloned();
         if let Some(open) = &open {
             if open.id == entry.id {
@@ -399,30 +387,31 @@ impl StoreShared {
         Ok(shared)
     }
 
+    /// Reads the catalogue again, and the metadata that it names.
+    fn read_meta(&self, name: &LogstoreName) -> Result<(Entry, Meta)> {
+        // The writer may replace the metadata meanwhile, and remove the older file.
+        let mut attempts = 0;
+        loop {
+            self.reload_catalogue()?;
+            let entry = self.entry(name)?;
+            match self.load_meta(name, &entry) {
+                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
+                meta => return meta.map(|meta| (entry, meta)),
+            }
+        }
+    }
+
     fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
         let dir = self.logstore_dir(entry.id);
-        let meta = self.keys.with_keyring(|keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring))?;
-        let (found, known) = (meta.generation, entry.generation);
+        let load = |keyring: &Keyring| Meta::load(&*self.disk, &dir, self.id, entry.id, keyring, &entry.meta());
+        let meta = self.keys.with_keyring(load)?;
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
             return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
-        }
-        // The metadata is written first: it may be one ahead of the catalogue, and never behind it.
-        if found < known {
-            let what = format!("the metadata of Logstore {name} is of generation {found}, the catalogue knows {known}");
-            return Err(Error::RolledBack { what });
         }
         let (shards, recorded) = (meta.config.shards.len(), entry.shards.len());
         if shards != recorded {
             let what = format!("the catalogue has {recorded} shards of Logstore {name}, its metadata {shards}");
             return Err(Error::corrupt(Location::new(self.catalogue_path(), 80), what));
-        }
-        if found > known.saturating_add(1) {
-            let path = self.catalogue_path();
-            let what = format!(
-                "the catalogue {} knows Logstore {name} at generation {known}, it is at {found}",
-                path.display()
-            );
-            return Err(Error::RolledBack { what });
         }
         Ok(meta)
     }
@@ -498,23 +487,28 @@ impl StoreShared {
         }));
     }
 
-    /// Reads the metadata of a reader's Logstore anew.
+    /// Reads the metadata of a reader's Logstore again, if the writer has changed it.
     fn catch_up(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
         self.keys.follow_keyring()?;
-        let load = |keyring: &Keyring| Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, keyring);
-        match self.keys.with_keyring(load) {
-            Ok(meta) if meta.config.name == logstore.name => self.take_in(logstore, meta),
-            // The writer removes it first when it deletes a Logstore.
-            Err(error) if self.disk.stat(&meta_path(&logstore.dir)).is_ok_and(|stat| stat.is_none()) => {
-                debug!(logstore = %logstore.name, %error, "a Logstore was deleted by the writer");
-                logstore.gate.close("the Logstore");
-                Err(Error::Closed("the Logstore"))
-            }
-            Ok(_) => {
-                Err(Error::Tampered { at: Location::new(&logstore.dir, 0), what: "the metadata under another name" })
-            }
-            Err(error) => Err(error),
+        let current = lock(&logstore.meta).reference().path(&logstore.dir);
+        let files = MetaName::list(&*self.disk, &logstore.dir)?;
+        if let [only] = files.as_slice()
+            && logstore.dir.join(only.to_string()) == current
+        {
+            return Ok(());
         }
+        if files.is_empty() {
+            // The writer removes it first when it deletes a Logstore.
+            debug!(logstore = %logstore.name, "a Logstore was deleted by the writer");
+            logstore.gate.close("the Logstore");
+            return Err(Error::Closed("the Logstore"));
+        }
+        let (entry, meta) = self.read_meta(&logstore.name)?;
+        if entry.id != logstore.id {
+            logstore.gate.close("the Logstore");
+            return Err(Error::Closed("the Logstore"));
+        }
+        self.take_in(logstore, meta)
     }
 
     /// Takes in metadata that the writer may have changed.

@@ -15,16 +15,16 @@ use crate::{
     config::LogstoreName,
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode},
-    io::{Disk, FileKind, is_temporary},
+    io::{Disk, FileKind, OpenMode, is_temporary},
     keys::{
         AuditEvent,
         envelope::KeysSection,
         gate::{Gate, GateKeys},
     },
     kms::Cmk,
-    logstore::Meta,
-    segment::SegmentName,
-    shard::ShardRecord,
+    logstore::{Meta, MetaName},
+    segment::{KeySource, SegmentName},
+    shard::{ShardRecord, read_header},
     sync::{lock, read},
 };
 
@@ -69,7 +69,7 @@ pub(super) fn recoverable(disk: &dyn Disk, dir: &Path, store: StoreId) -> Result
     let mut found = Vec::new();
     for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
         let Ok(id) = entry.name.parse::<LogstoreId>() else { continue };
-        match Meta::load_unverified(disk, &parent.join(&entry.name), store, id) {
+        match newest_meta(disk, &parent.join(&entry.name), store, id).map(|(_, meta)| meta) {
             Ok(Meta { config, keys, .. }) => {
                 let name = keys.as_ref().map_or(config.name, |keys| keys.name.clone());
                 found.push(Recoverable { id, name, cmk: keys.and_then(|keys| keys.cmk) });
@@ -80,6 +80,49 @@ pub(super) fn recoverable(disk: &dyn Disk, dir: &Path, store: StoreId) -> Result
     }
     found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
     Ok(found)
+}
+
+/// The newest metadata of a Logstore, which is not authenticated, and its file. A process may have died between writing a newer one and
+/// noting it in the catalogue, and the Logstore gone on under the older one: the last segment of each shard tells that.
+fn newest_meta(disk: &dyn Disk, dir: &Path, store: StoreId, id: LogstoreId) -> Result<(PathBuf, Meta)> {
+    let mut found = Err(Error::truncated(Location::new(dir, 0), "the metadata of a Logstore is missing"));
+    for name in MetaName::list(disk, dir)?.iter().rev() {
+        let path = dir.join(name.to_string());
+        match Meta::load_unverified(disk, &path, store, id) {
+            Ok(meta) if segments_go_with(disk, dir, &meta)? => return Ok((path, meta)),
+            Ok(meta) if found.is_err() => found = Ok((path, meta)),
+            Err(error) if found.is_err() => found = Err(error),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Whether the last segment of each shard is under the data key that owns its ordinal. Nothing of it is authenticated.
+fn segments_go_with(disk: &dyn Disk, dir: &Path, meta: &Meta) -> Result<bool> {
+    let Some(keys) = &meta.keys else { return Ok(true) };
+    for shard in 0..keys.shard_count() as u32 {
+        let shard_dir = crate::logstore::shard_dir(dir, shard);
+        let names = match disk.list_dir(&shard_dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            entries => entries.map_err(Error::io("list", &shard_dir))?,
+        };
+        let last = names.iter().filter_map(|entry| Some((SegmentName::parse(&entry.name)?, &entry.name))).max();
+        let Some((name, file)) = last else { continue };
+        let path = shard_dir.join(file);
+        // A segment that cannot be read decides nothing.
+        let header = disk
+            .open(&path, OpenMode::Read)
+            .map_err(Error::io("open", &path))
+            .and_then(|file| read_header(&*file, &path));
+        if let Ok(header) = header
+            && let KeySource::DataKey(version) = header.header.key_source
+            && keys.owner(shard, name.ordinal) != Some(version)
+        {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 impl StoreShared {
@@ -105,6 +148,7 @@ impl StoreShared {
         for (name, mut found) in found {
             let id = found.entry.id;
             found.meta.save(&*self.disk, &self.logstore_dir(id), self.id, id, &read(&self.keyring), None)?;
+            found.entry.tag = found.meta.tag;
             self.audit.record(AuditEvent::Recovered, Some((&name, id)), "without the keyring")?;
             catalogue.logstores.insert(name.clone(), found.entry);
             report.unauthenticated.append(&mut found.unauthenticated);
@@ -168,17 +212,18 @@ impl StoreShared {
             let gate_keys = GateKeys { section: Some(Arc::new(keys.clone())), lease: Some(lease), unproved: None };
             Gate::new(Arc::clone(&self.keys), keys.name.clone(), id, gate_keys).unwrap(keys.current)
         };
-        let mut meta = Meta::load_without_keyring(&*self.disk, &dir, self.id, id, unwrap)?;
+        let (path, _) = newest_meta(&*self.disk, &dir, self.id, id)?;
+        let mut meta = Meta::load_without_keyring(&*self.disk, &path, self.id, id, unwrap)?;
         let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
         let keys = meta.keys.as_ref().ok_or_else(tampered)?;
-        let (name, since) = (keys.name.clone(), keys.since.clone());
+        let (name, keys) = (keys.name.clone(), keys.clone());
         // Nothing authenticates the configuration. Where the keys section has the same setting, that one counts.
         keys.lead(&mut meta.config);
-        if meta.config.check().is_err() || meta.config.shards.len() != since.ordinals.len() {
+        if meta.config.check().is_err() || meta.config.shards.len() != keys.shard_count() {
             return Err(tampered());
         }
         // Nor for the generation, which has to be one.
-        meta.generation = meta.generation.clamp(since.generation, u64::MAX - 1);
+        meta.generation = meta.generation.clamp(keys.since, u64::MAX - 1);
         let (mut shards, mut unauthenticated) = (Vec::new(), Vec::new());
         for info in &meta.config.shards {
             let shard = crate::logstore::shard_dir(&dir, info.id);
@@ -188,7 +233,7 @@ impl StoreShared {
             let mut first: Option<SegmentName> = None;
             for entry in self.disk.list_dir(&shard).map_err(Error::io("list", &shard))? {
                 let found = SegmentName::parse(&entry.name);
-                if found.is_some_and(|name| name.ordinal < since.ordinal(info.id)) {
+                if found.is_some_and(|name| keys.owner(info.id, name.ordinal).is_none()) {
                     unauthenticated.push(shard.join(&entry.name));
                 }
                 first = match (first, found) {
@@ -204,7 +249,7 @@ impl StoreShared {
             });
         }
         unauthenticated.sort();
-        let entry = Entry { id, generation: meta.generation, shards };
+        let entry = Entry { id, generation: meta.generation, tag: meta.tag, shards };
         Ok((name, Found { meta, entry, unauthenticated }))
     }
 }

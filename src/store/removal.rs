@@ -7,8 +7,8 @@ use tracing::warn;
 
 use crate::{
     Error, Result,
-    io::{Disk, FileKind, WrongFileType, is_temporary},
-    logstore::{META_FILE, is_shard_dir},
+    io::{Disk, FileKind, WrongFileType},
+    logstore::{MetaName, is_shard_dir},
     segment::SegmentName,
     shard::is_segment_temporary,
 };
@@ -57,7 +57,7 @@ pub(super) fn check_types(disk: &dyn Disk, dir: &Path) -> Result<()> {
     check(dir, FileKind::Directory, stat.kind)?;
     for entry in disk.list_dir(dir).map_err(Error::io("list", dir))? {
         let path = dir.join(&entry.name);
-        if entry.name == META_FILE {
+        if MetaName::parse(&entry.name).is_some() {
             check(&path, FileKind::File, entry.kind)?;
         } else if is_shard_dir(&entry.name) {
             check(&path, FileKind::Directory, entry.kind)?;
@@ -82,7 +82,7 @@ impl Removal<'_> {
         let list = |dir: &Path| disk.list_dir(dir).map_err(Error::io("list", dir));
         let entries = list(dir)?;
         // The envelopes go first, so that a deletion that ends here leaves nothing that can be read.
-        for entry in entries.iter().filter(|entry| entry.name == META_FILE || is_temporary(&entry.name, META_FILE)) {
+        for entry in entries.iter().filter(|entry| MetaName::is_file_or_temporary(&entry.name)) {
             self.file(&dir.join(&entry.name), entry.kind);
         }
         disk.sync_dir(dir).map_err(Error::io("sync", dir))?;

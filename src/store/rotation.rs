@@ -7,7 +7,8 @@ use serde::Serialize;
 use tracing::{info, warn};
 
 use super::{
-    AdminState, Change, Store, StoreShared, admin::SavedMeta, builder::rewrite_identity, rewrap::RewrapProgress,
+    AdminState, Change, Store, StoreShared, admin::SavedMeta, builder::rewrite_identity, keyops::KeyChange,
+    rewrap::RewrapProgress,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -16,6 +17,7 @@ use crate::{
     io::FileKind,
     keys::AuditEvent,
     logstore::LogstoreShared,
+    segment::KeySource,
     shard::{Head, Shard},
     sync::{lock, read, write},
 };
@@ -33,8 +35,10 @@ pub struct ServiceRotation {
     pub continued: bool,
     /// Logstores whose metadata was written under the new version.
     pub logstores: u64,
-    /// Envelopes of data keys that were wrapped under it.
+    /// Envelopes of data keys that were wrapped under it again.
     pub envelopes: u64,
+    /// Logstores under the service key that got a new data key: what is appended from now on is under it.
+    pub data_keys: u64,
     /// Probes of master keys that were written under it.
     pub probes: u64,
     /// Segments under older versions that were being written and have been ended.
@@ -49,8 +53,6 @@ struct Authenticated {
     logstore: Arc<LogstoreShared>,
     heads: Vec<(Arc<Shard>, Head)>,
     saved: Option<SavedMeta>,
-    /// How many envelopes were wrapped again.
-    envelopes: Option<u32>,
 }
 
 impl Authenticated {
@@ -68,7 +70,8 @@ impl Store {
     ///
     /// A holder of an older version authenticates nothing from then on: the store refuses documents, audit records and checkpoints under
     /// it with [`Error::RetiredKeyVersion`]. The older versions stay in the keyring, since segments of Logstores without an envelope, and
-    /// envelopes in copies of the store, need them. No data is rewritten.
+    /// envelopes in copies of the store, need them. No data is rewritten. Each Logstore under the service key gets a new data key for what is
+    /// appended from then on, as with [`Store::rotate_data_key`]: the older version and a copy of the metadata give the older data keys.
     ///
     /// The new version is durable in the keyring before anything is under it, and the older ones are retired last. A rotation that was
     /// interrupted, or could not be finished, is continued by the next call, with the version that it has made. The store is open and
@@ -79,8 +82,9 @@ impl Store {
     ///
     /// A document costs one write to a temporary file, its rename, and two syncs: of the file and of its directory. For n Logstores with m
     /// of them under the service key, and p probes, there are n + p + 3 documents (the metadata, the probes, `STORE`, and twice the
-    /// keyring), n / 64 + 2 writings of the catalogue, and 2m + 2 records of the audit log with one sync each. A shard costs one sync of
-    /// its directory, and three of files for a segment that has to be ended.
+    /// keyring), n / 64 + m + 2 writings of the catalogue, and 2m + 2 records of the audit log with one sync each. A shard costs one sync of
+    /// its directory, and three of files for a segment that has to be ended. Appends to a Logstore under the service key wait while its data
+    /// key is replaced.
     ///
     /// # Errors
     /// [`Error::Io`], and what kept a Logstore, a probe or the `STORE` file from coming under the new version; the others do all the same.
@@ -103,6 +107,11 @@ impl Store {
             warn!(store = %shared.id, %error, "the rotation of the service key is unfinished, and older versions are accepted on");
         }
         rotated
+    }
+
+    /// Whether a rotation of the service key is unfinished: older versions are accepted until [`Store::rotate_service_key`] ends it.
+    pub fn is_service_rotation_unfinished(&self) -> bool {
+        read(&self.shared.keyring).is_rotating()
     }
 }
 
@@ -163,13 +172,8 @@ impl StoreShared {
             }
             report.logstores += u64::from(done.saved.is_some());
             if let Some(saved) = done.saved {
-                let lease = saved.take_effect(newest);
+                let lease = saved.take_effect(&*self.disk, newest);
                 super::hear_of_loss(&done.logstore, lease);
-            }
-            if let Some(envelopes) = done.envelopes {
-                report.envelopes += u64::from(envelopes);
-                let about = (&done.logstore.name, done.logstore.id);
-                result = result.and(self.audit.record(AuditEvent::Rewrapped, Some(about), envelopes.to_string()));
             }
         }
         result
@@ -183,38 +187,67 @@ impl StoreShared {
     ) -> Result<Authenticated> {
         let newest = read(&self.keyring).newest();
         let logstore = self.logstore_locked(admin, name)?;
-        let mut heads = Vec::with_capacity(logstore.shards.len());
+        let mut left_open = Vec::new();
         for shard in &logstore.shards {
-            let mut left_open = false;
-            match shard.end_under_older_key(newest) {
+            match shard.end_segment_if(|source| matches!(source, KeySource::Keyring(version) if version < newest)) {
                 Ok(ended) => report.ended += u64::from(ended),
                 Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
                     warn!(logstore = %name, shard = shard.id(), %error, "a segment under an older service key is left open");
-                    left_open = true;
+                    left_open.push(shard.id());
                     if report.left_open.last() != Some(name) {
                         report.left_open.push(name.clone());
                     }
                 }
                 Err(error) => return Err(error),
             }
+        }
+        if logstore.keys_section().is_some_and(|section| section.cmk.is_none()) {
+            self.renew_data_key(admin, &logstore, newest, report)?;
+        }
+        let mut heads = Vec::with_capacity(logstore.shards.len());
+        for shard in &logstore.shards {
             // What the catalogue knows of a segment that is left open is all that counts of it once its key is retired.
-            let head = if left_open { shard.head_in_place() } else { shard.checkpoint() };
+            let head = if left_open.contains(&shard.id()) { shard.head_in_place() } else { shard.checkpoint() };
             heads.extend(reached(name, shard, head)?.map(|head| (Arc::clone(shard), head)));
         }
-        let mut meta = lock(&logstore.meta).clone();
-        let mut envelopes = None;
-        if let Some(section) = meta.keys.as_mut().filter(|section| section.cmk.is_none())
-            && !self.is_current(section, None)
-        {
-            self.audit.record(AuditEvent::RotateIntended, Some((name, logstore.id)), "")?;
-            envelopes = Some(self.rewrap_all(&logstore, section, None)?);
-        }
-        let saved = match meta.keyring_version < newest || envelopes.is_some() {
+        let meta = lock(&logstore.meta).clone();
+        let saved = match meta.keyring_version < newest {
             // The second tag under a customer's key stays as it is: the keys are the same.
             true => Some(self.save_meta(admin, &logstore, meta, None)?),
             false => None,
         };
-        Ok(Authenticated { logstore, heads, saved, envelopes })
+        Ok(Authenticated { logstore, heads, saved })
+    }
+
+    /// Brings the envelopes of a Logstore under the service key under its newest version, and gives the Logstore a new data key unless the
+    /// current one was drawn under that version. A holder of the old root and of a copy of the metadata has the older data keys: they
+    /// make no segment that counts from here on, and read nothing that is appended.
+    fn renew_data_key(
+        &self,
+        admin: &mut AdminState,
+        logstore: &Arc<LogstoreShared>,
+        newest: u32,
+        report: &mut ServiceRotation,
+    ) -> Result<()> {
+        let Some(section) = logstore.keys_section() else { return Ok(()) };
+        let drawn = section.version(section.current).and_then(|version| version.drawn_under);
+        if drawn == Some(newest) && self.is_current(&section, None) {
+            return Ok(());
+        }
+        let mut envelopes = 0;
+        self.change_keys_locked(
+            admin,
+            logstore,
+            &KeyChange::rotate_with_service_key(),
+            |shared, logstore, section| {
+                envelopes = shared.rewrap_all(logstore, section, None)?;
+                shared.add_version(logstore, section)
+            },
+        )?;
+        report.logstores += 1;
+        report.envelopes += u64::from(envelopes);
+        report.data_keys += 1;
+        Ok(())
     }
 
     /// Brings the probes and `STORE` under the newest version.

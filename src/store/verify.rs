@@ -1,6 +1,6 @@
 //! Verification: everything that can be checked, checked, and every fault named with its place.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use serde::Serialize;
 
@@ -233,6 +233,14 @@ impl StoreShared {
                 Vec::new()
             }
         };
+        let deleted = records.iter().filter(|record| record.event == AuditEvent::Deleted);
+        let deleted: BTreeSet<_> = deleted.filter_map(|record| record.logstore_id).collect();
+        for (name, entry) in &catalogue.logstores {
+            if deleted.contains(&entry.id) {
+                let what = format!("Logstore {name} is there, and the audit log says that it was deleted");
+                verification.note(Some(name), Error::RolledBack { what })?;
+            }
+        }
         match self.audit.strangers() {
             Ok(notes) => verification.report.notes.extend(notes),
             Err(error) => verification.note(None, error)?,
@@ -295,6 +303,24 @@ impl StoreShared {
         [verify_identity(&*self.disk, &self.dir, &keyring), keyring.verify_file(), catalogue]
     }
 
+    /// Reads the metadata that is in force from its file.
+    fn meta_on_disk(&self, logstore: &LogstoreShared) -> Result<Meta> {
+        loop {
+            let current = lock(&logstore.meta).reference();
+            let found = Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring), &current);
+            if found.is_ok() {
+                return found;
+            }
+            // It may have been replaced meanwhile, by this process or by the writer that a reader follows.
+            if self.read_only {
+                logstore.gate.catch_up()?;
+            }
+            if lock(&logstore.meta).reference() == current {
+                return found;
+            }
+        }
+    }
+
     fn verify_logstore(
         &self,
         logstore: &LogstoreShared,
@@ -305,13 +331,8 @@ impl StoreShared {
         let expected = expected.filter(|expected| expected.id == logstore.id);
         let generation = lock(&logstore.meta).generation;
         let mut on_disk = None;
-        match Meta::load(&*self.disk, &logstore.dir, self.id, logstore.id, &read(&self.keyring)) {
-            Ok(found) if found.generation < generation => {
-                let found = found.generation;
-                let what = format!("the metadata is of generation {found}, it was written as {generation}");
-                verification.note(Some(name), Error::RolledBack { what })?;
-            }
-            Ok(found) => on_disk = found.tagged.filter(|_| found.generation == generation),
+        match self.meta_on_disk(logstore) {
+            Ok(found) => on_disk = found.tagged,
             Err(error) => verification.note(Some(name), error)?,
         }
         if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
@@ -413,17 +434,20 @@ impl StoreShared {
     ) -> Result<()> {
         let gate = shard.gate();
         let mut keyless = verification.keyless;
+        let mut version_missing = false;
         if !keyless {
             // Derives the key, which checks the commitment; the footer is authenticated if there is one.
             let checked = gate
                 .with_cipher(&opened.header, &opened.name.path, |_| Ok(()))
                 .and_then(|()| shard.verify_footer(&opened));
             if let Err(error) = checked {
+                version_missing = matches!(error, Error::RolledBack { .. });
                 verification.note(Some(name), error)?;
                 keyless = true;
             }
         }
-        if let Err(error) = shard.check_rules(&opened) {
+        // The rules find a missing version too.
+        if !version_missing && let Err(error) = shard.check_rules(&opened) {
             verification.note(Some(name), error)?;
         }
         let header = std::sync::Arc::clone(&opened.header);

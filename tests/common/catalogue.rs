@@ -44,6 +44,29 @@ pub(crate) fn is_catalogue_file(path: &Path) -> bool {
             .is_some_and(|(epoch, serial)| digits(epoch) && digits(serial))
 }
 
+/// The newest metadata in the directory of a Logstore, the one that counts.
+pub(crate) fn meta_path(logstore_dir: &Path) -> PathBuf {
+    let entries = fs::read_dir(logstore_dir).unwrap().map(|entry| entry.unwrap().path());
+    newest_meta(logstore_dir, entries).expect("a Logstore has metadata")
+}
+
+/// The newest metadata of a Logstore among these paths.
+pub(crate) fn newest_meta(logstore_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+    paths.into_iter().filter(|path| path.parent() == Some(logstore_dir) && is_meta(path)).max()
+}
+
+/// Whether a path is that of metadata of a Logstore.
+pub(crate) fn is_meta(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    name.starts_with("meta-") && !name.ends_with(".tmp")
+}
+
+/// The name of metadata.
+pub(crate) fn meta_name(generation: u64, document: &[u8]) -> String {
+    let tag: String = tag_a(document)[..8].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("meta-{generation:010}-{tag}")
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
@@ -139,10 +162,14 @@ fn apply(catalogue: &mut Value, change: &Value) {
     let deleting = |catalogue: &Value| catalogue["deleting"].as_array().cloned().unwrap_or_default();
     match kind.as_str() {
         "created" => {
-            let entry = ["id", "generation", "shards"].map(|field| (field.to_owned(), change[field].clone()));
+            let entry = ["id", "generation", "tag", "shards"].map(|field| (field.to_owned(), change[field].clone()));
             catalogue["logstores"][name] = entry.into_iter().collect();
         }
-        "replaced" => catalogue["logstores"][name]["generation"] = change["generation"].clone(),
+        "replaced" => {
+            for field in ["generation", "tag"] {
+                catalogue["logstores"][name][field] = change[field].clone();
+            }
+        }
         "deleted" => {
             catalogue["logstores"].as_object_mut().unwrap().remove(name);
             let mut ids = deleting(catalogue);

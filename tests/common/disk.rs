@@ -14,12 +14,12 @@ use std::{
 };
 
 use envelog::{
-    Logstore, Store, StoreBuilder,
+    EncryptConf, Logstore, LogstoreConfig, Store, StoreBuilder,
     io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, RealDisk},
 };
 
 use super::{
-    World,
+    Answer, World,
     catalogue::{catalogue_dir, newest},
 };
 
@@ -907,6 +907,28 @@ impl Sim {
     /// Goes on with what a crash leaves behind. Handles from before go on with what was before.
     pub(crate) fn crash(&mut self, survives: Survives) {
         self.disk = self.disk.crash(survives);
+    }
+
+    /// Has the next roll of a Logstore under a customer's key seal its segment and find the key out of reach for the new one: the KMS gives
+    /// this answer from then on, and the lease ends while the footer is synced.
+    pub(crate) fn lose_key_at_the_next_roll(&self, store: &Store, logstore: &Logstore, answer: Answer) {
+        // A segment of another suite is begun with the next block.
+        let config = logstore.config();
+        let encrypt_conf = config.encrypt_conf.clone().map(|conf| EncryptConf { enable: !conf.enable, ..conf });
+        store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf, ..config }).unwrap();
+        let (clock, kms) = (Arc::clone(&self.world.clock), Arc::clone(&self.world.kms));
+        let lease = self.world.options.outage_grace + self.world.options.revalidate_every;
+        let mut answer = Some(answer);
+        self.disk.on_call(move |call| {
+            if call.op == Op::Sync
+                && call.is_about(".seg")
+                && let Some(answer) = answer.take()
+            {
+                kms.answer(answer);
+                clock.advance(lease);
+            }
+            Verdict::Go
+        });
     }
 
     /// The segments of a shard, oldest first.

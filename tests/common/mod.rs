@@ -8,6 +8,8 @@ pub(crate) mod failing;
 pub(crate) mod memory;
 pub(crate) mod sim;
 
+#[allow(unused_imports)]
+pub(crate) use catalogue::{is_meta, meta_path, newest_meta};
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -649,7 +651,7 @@ pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Va
 
 /// The envelopes of a Logstore as its metadata has them: version, keyring version, wrapped key (hex) unless it was shredded.
 pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<u64>, Option<String>)> {
-    let (_, keys) = document_parts(&fs::read(world.logstore_dir(logstore).join("meta")).unwrap());
+    let (_, keys) = document_parts(&fs::read(meta_path(&world.logstore_dir(logstore))).unwrap());
     let envelope = |version: &serde_json::Value| {
         let wrapped = version["wrapped"].as_str().map(str::to_owned);
         (version["version"].as_u64().unwrap(), version["keyring_version"].as_u64(), wrapped)

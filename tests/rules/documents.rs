@@ -407,16 +407,16 @@ const BOUND: &[Row] = &[
     ),
     byok(code(
         "tampered",
-        row(Which::Meta, "ordinals of since", SECTION, |document| {
+        row(Which::Meta, "ordinals of a data key", SECTION, |document| {
             document.tag_b_follows = false;
-            document.edit_keys(|json| json["since"]["ordinals"] = json!([3]));
+            document.edit_keys(|json| json["versions"][1]["ordinals"] = json!([100]));
         }),
     )),
     byok(code(
         "tampered",
-        row(Which::Meta, "generation of since", SECTION, |document| {
+        row(Which::Meta, "since", SECTION, |document| {
             document.tag_b_follows = false;
-            document.edit_keys(|json| json["since"]["generation"] = 2.into());
+            document.edit_keys(|json| json["since"] = 2.into());
         }),
     )),
     byok(code(
@@ -427,21 +427,56 @@ const BOUND: &[Row] = &[
         }),
     )),
     // By a holder of the data key.
-    byok(row(Which::Meta, "one ordinal of since for each shard", "one ordinal in since", |document| {
-        document.edit_keys(|json| json["since"]["ordinals"] = json!([1, 1]));
+    byok(row(Which::Meta, "one ordinal of a data key for each shard", "one ordinal for each shard", |document| {
+        document.edit_keys(|json| {
+            json["versions"].as_array_mut().unwrap().iter_mut().for_each(|version| version["ordinals"] = json!([1, 1]));
+        });
     })),
-    byok(row(Which::Meta, "an ordinal of since", RANGE, |document| {
-        document.edit_keys(|json| json["since"]["ordinals"] = json!([0]));
+    byok(row(Which::Meta, "the same shards in each data key", "different numbers of shards", |document| {
+        document.edit_keys(|json| json["versions"][1]["ordinals"] = json!([1, 1]));
+    })),
+    byok(row(Which::Meta, "an ordinal of a data key", RANGE, |document| {
+        document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([0]));
+    })),
+    byok(row(
+        Which::Meta,
+        "a data key before the one that it replaces",
+        "before the one that it replaces",
+        |document| {
+            document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([100]));
+        },
+    )),
+    byok(row(Which::Meta, "since in range", RANGE, |document| {
+        document.edit_keys(|json| json["since"] = 0.into());
     })),
     byok(row(Which::Meta, "since and the generation", "older than the first envelope", |document| {
-        document.edit_keys(|json| json["since"]["generation"] = 3.into());
+        document.edit_keys(|json| json["since"] = 3.into());
     })),
     byok(row(Which::Meta, "segments under data keys before the first", "before the first of them", |document| {
-        document.edit_keys(|json| json["since"]["ordinals"] = json!([2]));
+        document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([2]));
     })),
     byok(row(Which::Meta, "segments of older metadata under data keys", "does not go with its key", |document| {
-        document.edit_keys(|json| json["since"]["generation"] = 2.into());
+        document.edit_keys(|json| json["since"] = 2.into());
     })),
+    row(Which::Meta, "drawn under a service key", "names a service key beside", |document| {
+        document.edit_keys(|json| drop(json["versions"][0].as_object_mut().unwrap().remove("drawn_under")));
+    }),
+    byok(row(
+        Which::Meta,
+        "drawn under a service key beside a customer's key",
+        "names a service key beside",
+        |document| {
+            document.edit_keys(|json| json["versions"][0]["drawn_under"] = 1.into());
+        },
+    )),
+    row(
+        Which::Meta,
+        "drawn under a newer service key than wrapped",
+        "older service key than it was drawn",
+        |document| {
+            document.edit_keys(|json| json["versions"][0]["drawn_under"] = 2.into());
+        },
+    ),
     byok(row(Which::Meta, "since is there", PARSE, |document| {
         document.edit_keys(|json| drop(json.as_object_mut().unwrap().remove("since")));
     })),
@@ -457,7 +492,7 @@ fn path(copy: &Copy, which: Which) -> PathBuf {
     match which {
         Which::Store => copy.path("store/STORE"),
         Which::Catalogue => copy.catalogue(),
-        Which::Meta => copy.logstore_dir().join("meta"),
+        Which::Meta => catalogue::meta_path(&copy.logstore_dir()),
         Which::Keyring => copy.path("keyring"),
         Which::Probe => files(&copy.path("store/probes")).into_keys().next().unwrap(),
     }
@@ -567,7 +602,12 @@ fn a_segment_under_the_keyring_is_read_once_the_data_key_has_proved_where_its_ow
     chain.save();
     copy.change_document(&path(&copy, Which::Meta), |document| {
         document.tag_b_follows = false;
-        document.edit_keys(|json| json["since"] = json!({"generation": 2, "ordinals": [4]}));
+        document.edit_keys(|json| {
+            json["since"] = 2.into();
+            for version in json["versions"].as_array_mut().unwrap() {
+                version["ordinals"] = json!([4]);
+            }
+        });
     });
     for read_only in [true, false] {
         let store = if read_only { copy.builder().open_read_only() } else { copy.builder().open() }.unwrap();

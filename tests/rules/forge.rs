@@ -105,7 +105,7 @@ impl Copy {
 
     /// A data key, unwrapped by the keyring or by the embedded KMS.
     fn data_key(&self, version: u32) -> SecretKey {
-        let meta = Document::read(&fs::read(self.logstore_dir().join("meta")).unwrap());
+        let meta = Document::read(&fs::read(catalogue::meta_path(&self.logstore_dir())).unwrap());
         let keys: Value = serde_json::from_str(&meta.b).unwrap();
         let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap();
         let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
@@ -159,11 +159,30 @@ impl Copy {
         catalogue::catalogue_file(&self.path("store"))
     }
 
-    /// Changes a document, and makes lengths, tags and CRC right again.
+    /// Changes a document, and makes lengths, tags and CRC right again. The catalogue names changed metadata.
     pub(crate) fn change_document(&self, path: &Path, change: impl FnOnce(&mut Document)) {
         let mut document = Document::read(&fs::read(path).unwrap());
         change(&mut document);
-        fs::write(path, self.seal(document)).unwrap();
+        let bytes = self.seal(document);
+        if !catalogue::is_meta(path) {
+            return fs::write(path, bytes).unwrap();
+        }
+        let dir = path.parent().unwrap();
+        fs::remove_file(path).unwrap();
+        self.change_catalogue(|catalogue| {
+            catalogue.edit(|json| {
+                let entries = json["catalogue"]["logstores"].as_object_mut().unwrap();
+                let entry = entries.values_mut().find(|entry| dir.ends_with(entry["id"].as_str().unwrap())).unwrap();
+                // A generation that no document may have is left to the check of the document.
+                let generation = u64_at(&bytes, 56);
+                if (1..u64::MAX).contains(&generation) {
+                    entry["generation"] = generation.into();
+                }
+                entry["tag"] = hex(&catalogue::tag_a(&bytes)).into();
+                let name = catalogue::meta_name(entry["generation"].as_u64().unwrap(), &bytes);
+                fs::write(dir.join(name), &bytes).unwrap();
+            });
+        });
     }
 
     /// Changes the snapshot of the catalogue, in which the changes of its records have been made. There are no records behind it then.
@@ -391,10 +410,15 @@ impl<'a> Chain<'a> {
 
     /// Appends a segment under the service keyring, with the blocks of the last one.
     pub(crate) fn append_under_the_keyring(&mut self) {
+        self.append_under(Suite::Aes256Gmac, KeySource::Keyring(1));
+    }
+
+    /// Appends a segment under a key, with the blocks of the last one.
+    pub(crate) fn append_under(&mut self, suite: Suite, source: KeySource) {
         let last = self.segments.last().unwrap();
         let (mut segment, end) = (last.clone(), last.blocks.last().unwrap().header);
         let moved = end.end_seq() - last.header.first_seq;
-        (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+        (segment.header.suite, segment.header.key_source) = (suite, source);
         segment.header.ordinal += 1;
         segment.header.first_seq += moved;
         segment.header.created_us = end.last_time_us;

@@ -595,7 +595,12 @@ impl Life {
             }
             Step::Rewrap(n) => self.change(n, |_| {}, |store| store.rewrap(&name(NAMES[n])))?,
             Step::RotateServiceKey => {
-                if let Some(Err(error)) = self.store.as_ref().map(Store::rotate_service_key) {
+                let Some(store) = self.store.clone() else { return Ok(()) };
+                let done = store.rotate_service_key_with(&mut |_| {});
+                // A Logstore under the service key has a new data key, or has got it from the run that this one has continued.
+                let whole = done.as_ref().is_ok_and(|done| !done.continued);
+                self.shelves().values_mut().for_each(|shelf| shelf.renew_data_key(whole));
+                if let Err(error) = done {
                     self.excused("to rotate the service key", &error)?;
                 }
             }

@@ -33,6 +33,13 @@ impl View {
     pub(crate) fn encrypts(&self) -> bool {
         self.encrypt_conf.as_ref().is_some_and(|conf| conf.enable)
     }
+
+    /// The same after a rotation of the service key.
+    fn renewed(&self) -> Self {
+        let byok = self.encrypt_conf.as_ref().is_some_and(|conf| conf.user_cmk_info.is_some());
+        let more = usize::from(self.key_versions > 0 && !byok);
+        Self { key_versions: self.key_versions + more, ..self.clone() }
+    }
 }
 
 /// An append.
@@ -170,6 +177,17 @@ pub(crate) struct Shelf {
 }
 
 impl Shelf {
+    /// The service key was rotated, as a whole or in part.
+    pub(crate) fn renew_data_key(&mut self, whole: bool) {
+        let mut renewed: Vec<View> = self.views.iter().map(View::renewed).collect();
+        if whole {
+            self.current = self.current.renewed();
+            self.views = renewed;
+        } else {
+            self.views.append(&mut renewed);
+        }
+    }
+
     pub(crate) fn absent(view: View, shards: usize) -> Self {
         let shards = vec![ShardModel::default(); shards];
         Self { may_be: [false, true], views: vec![view.clone()], current: view, shards }

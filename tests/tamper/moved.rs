@@ -20,7 +20,8 @@ pub(crate) fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shar
 }
 
 fn meta_of(fixture: &Fixture, image: &Image, logstore: &str) -> PathBuf {
-    segments_of(fixture, image, logstore, 0)[0].parent().unwrap().with_file_name("meta")
+    let dir = segments_of(fixture, image, logstore, 0)[0].ancestors().nth(2).unwrap().to_owned();
+    newest_meta(&dir, image.files.keys().cloned()).unwrap()
 }
 
 /// Changes some bytes of a segment and makes the CRC of the part fit that begins at `part` and is `len` long, CRC included.
@@ -176,7 +177,7 @@ fn whatever_is_missing_is_missed() {
         ("all of a shard's", emptied(shard), "truncated"),
         ("a shard", image.with_dir_of(shard, &nothing), "truncated"),
         ("a Logstore", image.with_dir_of(logstore, &nothing), "truncated"),
-        ("the metadata", image.without(&logstore.join("meta")), "truncated"),
+        ("the metadata", image.without(&newest_meta(logstore, image.files.keys().cloned()).unwrap()), "truncated"),
         ("the catalogue", image.without(&image.catalogue_file(&fixture.world.store_dir())), "truncated"),
         ("the directory of the catalogue", image.with_dir_of(&store_file("catalogue"), &nothing), "truncated"),
         ("the audit log", image.without(&store_file("audit/audit-000001.log")), "truncated"),

@@ -4,7 +4,7 @@ use std::{ops::Range, path::Path};
 
 use envelog::segment::{BlockHeader, SegmentHeader};
 
-use crate::common::catalogue::{Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file};
+use crate::common::catalogue::{Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file, is_meta};
 
 /// What a file is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,7 +26,7 @@ impl FileKind {
         match name {
             "STORE" => Self::Store,
             _ if is_catalogue_file(path) => Self::Catalogue,
-            "meta" => Self::Meta,
+            _ if is_meta(path) => Self::Meta,
             "keyring" => Self::Keyring,
             "LOCK" => Self::Lock,
             "EPOCH" => Self::Epoch,

@@ -51,7 +51,7 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     };
     let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
     // Also after a failure: what was acknowledged is sealed, and the lock released.
-    let summary = both(outcome, store.close().map_err(Failure::from))?;
+    let summary = both(outcome, setup.close(store))?;
     summary.print(setup.json, args.ack)?;
     interrupt::check()
 }

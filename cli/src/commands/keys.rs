@@ -54,7 +54,7 @@ fn rotate_data(setup: &Setup, argument: &str) -> Result {
     let name = name(argument)?;
     let store = setup.open()?;
     let version = store.rotate_data_key(&name)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "logstore": name, "data_key_version": version }));
     }
@@ -65,7 +65,7 @@ fn rewrap_one(setup: &Setup, argument: &str) -> Result {
     let name = name(argument)?;
     let store = setup.open()?;
     let envelopes = store.rewrap(&name)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }));
     }
@@ -89,7 +89,7 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
         bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
     })?;
     drop(progress);
-    store.close()?;
+    setup.close(store)?;
     let printed = print_rewrapped(setup, &report);
     // The worst of them as a sentence; all are printed.
     let failures = report.failed.into_iter().map(|(_, error)| Failure::from(error));
@@ -220,9 +220,17 @@ fn rotate_service(setup: &Setup) -> Result {
         let bar = progress.get_or_insert_with(|| Progress::steps(at.total as u64));
         bar.set(at.done as u64);
         bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
-    })?;
+    });
     drop(progress);
-    store.close()?;
+    let done = done.map_err(|error| {
+        let unfinished = store.is_service_rotation_unfinished();
+        let failure = Failure::from(error);
+        match unfinished {
+            true => failure.adding("older versions of the service key are accepted until a run of `keys rotate-service` ends without an error"),
+            false => failure,
+        }
+    })?;
+    setup.close(store)?;
     let version = done.version;
     if setup.json {
         return output::json(&json!({
@@ -230,6 +238,7 @@ fn rotate_service(setup: &Setup) -> Result {
             "continued": done.continued,
             "logstores": done.logstores,
             "envelopes": done.envelopes,
+            "data_keys": done.data_keys,
             "probes": done.probes,
             "ended": done.ended,
             "left_open": done.left_open,
@@ -239,10 +248,12 @@ fn rotate_service(setup: &Setup) -> Result {
         output::line("this run has continued an unfinished rotation")?;
     }
     output::line(format_args!(
-        "written under the new version: the metadata of {} Logstores, {} envelopes of data keys, {} probes; segments ended: {}",
+        "written under the new version: the metadata of {} Logstores, {} envelopes of data keys, {} probes; new data keys: {}; \
+         segments ended: {}",
         output::count(done.logstores),
         output::count(done.envelopes),
         output::count(done.probes),
+        output::count(done.data_keys),
         output::count(done.ended)
     ))?;
     for name in &done.left_open {
@@ -361,7 +372,7 @@ fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
     let cmk = service_cmk.map(setup::cmk).transpose()?;
     let store = setup.open()?;
     store.rewrap_keyring(cmk.clone())?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "service_cmk": cmk }));
     }
@@ -396,7 +407,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
         found.iter().try_for_each(|one| output::line(found_line(one)))?;
     }
     let (store, report) = builder.recover_without_keyring(&expected)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         output::json(&report)?;
     } else {
@@ -464,7 +475,7 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };
     store.replace_cmk(&name, cmk, how)?;
     let config = store.config(&name)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&config);
     }
@@ -478,7 +489,7 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     confirm(yes, &format!("destroying data keys of {name}, and what they sealed,"))?;
     let store = setup.open()?;
     store.shred_data_keys(&name, versions)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "logstore": name, "shredded": versions }));
     }

@@ -52,7 +52,7 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
     }
     store.create_logstore(&name, spec)?;
     let config = store.config(&name)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json { output::json(&config) } else { output::line(format_args!("created {name}")) }
 }
 
@@ -66,7 +66,7 @@ pub(crate) fn update(setup: &Setup, args: &UpdateArgs) -> Result {
     let config = LogstoreConfig::from_json(&input::text_argument(&args.config)?)?;
     let store = setup.open()?;
     let config = store.update_logstore(&name, config)?;
-    store.close()?;
+    setup.close(store)?;
     output::json(&config)
 }
 
@@ -83,7 +83,7 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     confirm(args.yes, &format!("deleting {name}"))?;
     let store = setup.open()?;
     let report = store.delete_logstore(&name)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(
             &json!({ "deleted": name, "left": report.left.iter().map(|left| output::path(left)).collect::<Vec<_>>() }),

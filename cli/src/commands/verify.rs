@@ -103,7 +103,7 @@ fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
 pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     let store = setup.open()?;
     let checkpoint = store.checkpoint()?;
-    store.close()?;
+    setup.close(store)?;
     write_new(&args.out, checkpoint.to_bytes())?;
     if setup.json {
         return output::json(&json!({ "checkpoint": output::path(&args.out) }));
@@ -116,7 +116,7 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     confirm(args.yes, &format!("giving up what is damaged in shard {} of {name}", args.shard))?;
     let store = setup.open()?;
     let report = store.repair(&name, args.shard)?;
-    store.close()?;
+    setup.close(store)?;
     if setup.json {
         return output::json(&report);
     }

@@ -437,12 +437,11 @@ pub(crate) fn newest_epoch(disk: &dyn Disk, dir: &Path) -> Result<u64> {
     Ok(epochs.max().unwrap_or(0))
 }
 
-/// Reads a copy of a catalogue file, which an anchor has kept. Its tips do not count: they may name later records than were copied.
+/// Reads a copy of a catalogue file, which an anchor has kept and calls `path`. Its tips do not count: they may name later records than were copied.
 ///
 /// # Errors
 /// The integrity errors of the catalogue.
-pub(crate) fn load_mirror(bytes: &[u8], store: StoreId, keyring: &Keyring) -> Result<Catalogue> {
-    let path = Path::new("anchor");
+pub(crate) fn load_mirror(bytes: &[u8], path: &Path, store: StoreId, keyring: &Keyring) -> Result<Catalogue> {
     let loaded = Parser { bytes, path, keyring, key: None, is_mirror: true }.parse(None, store)?;
     Ok(loaded.catalogue)
 }

@@ -21,6 +21,7 @@ use crate::{
     config::{LogstoreName, SHARDS_MAX},
     ids::{LogstoreId, hex_decode},
     keys::audit::AuditHead,
+    logstore::MetaRef,
     shard::{Head, ShardRecord},
 };
 
@@ -41,7 +42,17 @@ pub(crate) struct Entry {
     pub(crate) id: LogstoreId,
     /// The generation of its metadata.
     pub(crate) generation: u64,
+    /// Tag A of its metadata.
+    #[serde(with = "crate::ids::hex")]
+    pub(crate) tag: [u8; 32],
     pub(crate) shards: Vec<ShardRecord>,
+}
+
+impl Entry {
+    /// Which metadata is in force.
+    pub(crate) fn meta(&self) -> MetaRef {
+        MetaRef { generation: self.generation, tag: self.tag }
+    }
 }
 
 /// The contents of the catalogue.
@@ -70,9 +81,22 @@ pub(crate) fn dir(store: &Path) -> PathBuf {
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Change {
     /// A Logstore was made.
-    Created { name: LogstoreName, id: LogstoreId, generation: u64, shards: Vec<ShardRecord> },
+    Created {
+        name: LogstoreName,
+        id: LogstoreId,
+        generation: u64,
+        #[serde(with = "crate::ids::hex")]
+        tag: [u8; 32],
+        shards: Vec<ShardRecord>,
+    },
     /// The metadata of a Logstore was replaced.
-    Replaced { name: LogstoreName, id: LogstoreId, generation: u64 },
+    Replaced {
+        name: LogstoreName,
+        id: LogstoreId,
+        generation: u64,
+        #[serde(with = "crate::ids::hex")]
+        tag: [u8; 32],
+    },
     /// A Logstore was deleted. Its files may be there yet.
     Deleted { name: LogstoreName, id: LogstoreId },
     /// The files of a deleted Logstore are gone.
@@ -115,7 +139,7 @@ impl Catalogue {
                 }
                 check_entry(*generation, shards)
             }
-            Change::Replaced { name, id, generation } => {
+            Change::Replaced { name, id, generation, .. } => {
                 let entry = self.entry(name, *id)?;
                 if *generation <= entry.generation {
                     return Err("a change takes the metadata of a Logstore back");
@@ -146,13 +170,13 @@ impl Catalogue {
     pub(crate) fn apply(&mut self, change: &Change) -> std::result::Result<(), &'static str> {
         self.check_change(change)?;
         match change {
-            Change::Created { name, id, generation, shards } => {
-                let entry = Entry { id: *id, generation: *generation, shards: shards.clone() };
+            Change::Created { name, id, generation, tag, shards } => {
+                let entry = Entry { id: *id, generation: *generation, tag: *tag, shards: shards.clone() };
                 self.logstores.insert(name.clone(), entry);
             }
-            Change::Replaced { name, generation, .. } => {
+            Change::Replaced { name, generation, tag, .. } => {
                 if let Some(entry) = self.logstores.get_mut(name) {
-                    entry.generation = *generation;
+                    (entry.generation, entry.tag) = (*generation, *tag);
                 }
             }
             Change::Deleted { name, id } => {
@@ -304,7 +328,8 @@ mod tests {
         };
         let record = ShardRecord { first_ordinal: u64::MAX, first_seq: u64::MAX, head: Some(head) };
         let shard = serde_json::to_vec(&record).unwrap().len() + 1;
-        let entry = Entry { id: LogstoreId::from_bytes([0xff; 16]), generation: u64::MAX, shards: Vec::new() };
+        let id = LogstoreId::from_bytes([0xff; 16]);
+        let entry = Entry { id, generation: u64::MAX, tag: [0xff; 32], shards: Vec::new() };
         let logstore = serde_json::to_vec(&entry).unwrap().len() + 2 * NAME_BYTES_MAX + 8;
         let deleting = 40;
         let all = STORE_SHARDS_MAX * shard + LOGSTORES_MAX * (logstore + deleting);
