@@ -4,7 +4,13 @@
 
 mod common;
 
-use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use common::{
     catalogue::{catalogue_dir, catalogue_file},
@@ -296,9 +302,10 @@ fn metadata_is_bound_to_store_logstore_and_name() {
     fs::copy(meta_path(&scene.other.logstore_dir(&foreign)), meta(&a)).unwrap();
     scene.assert_refused("p/a", tampered);
     // None at all, and half of it.
-    fs::remove_file(meta(&a)).unwrap();
+    let of_a_at = meta(&a);
+    fs::remove_file(&of_a_at).unwrap();
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
-    fs::write(meta(&a), &of_a[..of_a.len() / 2]).unwrap();
+    fs::write(of_a_at, &of_a[..of_a.len() / 2]).unwrap();
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
     // A bit of it flipped, and then the CRC put right.
     let mut forged = of_a.clone();
@@ -322,9 +329,16 @@ fn a_directory_under_another_logstores_id_is_refused() {
     let (scene, [a, b], _) = Neighbours::new();
     let (dir_a, dir_b, aside) =
         (scene.world.logstore_dir(&a), scene.world.logstore_dir(&b), scene.world.path().join("aside"));
+    let (of_a, of_b) = (meta_path(&dir_a), meta_path(&dir_b));
     fs::rename(&dir_a, &aside).unwrap();
     fs::rename(&dir_b, &dir_a).unwrap();
     fs::rename(&aside, &dir_b).unwrap();
+    for text in ["p/a", "p/b"] {
+        scene.assert_refused(text, |error| matches!(error, Error::RolledBack { .. }));
+    }
+    // Nor with the names of the metadata that was there.
+    fs::rename(meta_path(&dir_a), dir_a.join(of_a.file_name().unwrap())).unwrap();
+    fs::rename(meta_path(&dir_b), dir_b.join(of_b.file_name().unwrap())).unwrap();
     for text in ["p/a", "p/b"] {
         scene.assert_refused(text, |error| matches!(error, Error::Tampered { .. }));
     }
@@ -363,14 +377,15 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
     store.close().unwrap();
-    let (meta, catalogue) = (meta_path(&world.logstore_dir(&logstore)), catalogue_dir(&world.store_dir()));
+    let (dir, catalogue) = (world.logstore_dir(&logstore), catalogue_dir(&world.store_dir()));
     let keep = |name: &str| {
-        let kept = world.path().join(name);
+        let (kept, meta) = (world.path().join(name), meta_path(&dir));
         copy_dir(&catalogue, &kept);
-        (fs::read(&meta).unwrap(), kept)
+        ((meta.clone(), fs::read(meta).unwrap()), kept)
     };
-    let put_back = |meta_bytes: &[u8], catalogue_files: &Path| {
-        fs::write(&meta, meta_bytes).unwrap();
+    let put_back = |(path, bytes): &(PathBuf, Vec<u8>), catalogue_files: &Path| {
+        fs::remove_file(meta_path(&dir)).unwrap();
+        fs::write(path, bytes).unwrap();
         copy_dir(catalogue_files, &catalogue);
     };
     let old = keep("old");
@@ -566,14 +581,11 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
     store.close().unwrap();
     let kept = fs::read(world.keyring()).unwrap();
     fs::remove_file(world.keyring()).unwrap();
-    // The second metadata cannot be replaced: every name of its temporary file is taken.
-    let taken: Vec<_> = std::iter::once("meta.tmp".to_owned())
-        .chain((1..64).map(|number| format!("meta.{number}.tmp")))
-        .map(|name| world.logstore_dir(&logstores[1]).join(name))
-        .collect();
-    taken.iter().for_each(|path| fs::create_dir(path).unwrap());
     let catalogue = files(&catalogue_dir(&world.store_dir()));
-    let error = world.builder().recover_all().unwrap_err();
+    // The second metadata cannot be written.
+    let disk = FailingDisk::default();
+    disk.break_paths_with(&[&logstores[1].id().to_string(), ".tmp"]);
+    let error = world.builder().disk(Arc::new(disk)).recover_all().unwrap_err();
     assert!(matches!(error, Error::Io { .. }), "{error:?}");
     assert!(!world.keyring().exists());
     assert!(files(&catalogue_dir(&world.store_dir())) == catalogue, "the catalogue was replaced");
@@ -583,7 +595,6 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
     store.close().unwrap();
     // The recovery can be done again.
     fs::remove_file(world.keyring()).unwrap();
-    taken.iter().for_each(|path| fs::remove_dir(path).unwrap());
     let (_store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/a"), name("p/b")]);
 }

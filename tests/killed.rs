@@ -39,6 +39,7 @@ fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Sto
     prepare(&sim, &store);
     store.close().unwrap();
     let (image, mut world) = (sim.disk, sim.world);
+    let mut failed = 0;
     for nth in 1.. {
         let mut sim = Sim::of(world, image.fork());
         let store = sim.open();
@@ -47,7 +48,9 @@ fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Sto
         let began = sim.disk.changes();
         let done = operation(&sim, &store);
         let whole = sim.disk.changes() - began < nth;
-        assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
+        // The last operations may only remove older files, which the next opening does too.
+        assert!(done.is_ok() || !whole, "operation {nth}: {done:?}");
+        failed += u64::from(done.is_err());
         sim.disk.heal();
         sim.disk = sim.disk.kill();
         drop(store);
@@ -70,7 +73,7 @@ fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Sto
         assert_clean(&store, &context);
         world = sim.world;
         if whole {
-            assert!(nth > 5, "{nth} operations");
+            assert!(nth > 5 && failed + 4 > nth, "{failed} of {nth} operations");
             return;
         }
     }

@@ -114,6 +114,7 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         let text = traced.text();
         assert!(text.lines().count() <= lines + 2, "appends and reads are traced: {text}");
         store.rotate_data_key(logstore.name()).unwrap();
+        put(&logstore, "under the new key");
         for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled), Answer::Real] {
             world.kms.answer(answer);
             world.clock.advance(secs(40));

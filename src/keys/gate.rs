@@ -134,7 +134,7 @@ pub(crate) struct Gate {
     /// What was closed, or deleted, once that has happened.
     closed: OnceLock<&'static str>,
     /// Why no segment may be begun any more: which keys it would have to be under is not known.
-    halted: OnceLock<Error>,
+    halted: Mutex<Option<Error>>,
     /// For a reader, whose metadata may be older than what the writer writes.
     follow: OnceLock<Follow>,
     /// How many readers are in a segment under each key, be it one that retention has dropped.
@@ -179,7 +179,7 @@ impl Gate {
             loading: Mutex::default(),
             kept: Mutex::default(),
             closed: OnceLock::new(),
-            halted: OnceLock::new(),
+            halted: Mutex::default(),
             follow: OnceLock::new(),
             readers: Mutex::default(),
         }
@@ -306,7 +306,7 @@ impl Gate {
 
     /// Derives the key of a new segment, whose header is about to be written, and keeps it. Returns the commitment.
     pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
-        if let Some(error) = self.halted.get() {
+        if let Some(error) = &*lock(&self.halted) {
             return Err(error.clone());
         }
         loop {
@@ -329,10 +329,14 @@ impl Gate {
         write(&self.held).writing.remove(&segment);
     }
 
-    /// Has no segment begun any more, until the Logstore is opened again.
+    /// Has no segment begun until [`Gate::resume`]: the key for it is not known.
     pub(crate) fn halt(&self, error: &Error) {
-        // The first error is the cause.
-        let _ = self.halted.set(error.clone());
+        *lock(&self.halted) = Some(error.clone());
+    }
+
+    /// Lets segments be begun again.
+    pub(crate) fn resume(&self) {
+        *lock(&self.halted) = None;
     }
 
     /// Whether the current data key has still to prove the keys section.

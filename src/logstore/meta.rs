@@ -159,7 +159,15 @@ impl Meta {
         named: &MetaRef,
     ) -> Result<Self> {
         let path = named.path(logstore_dir);
-        let bytes = read(disk, &path)?;
+        let bytes = match read(disk, &path) {
+            // What stands beside it is older, or newer than the catalogue.
+            Err(Error::Truncated { .. }) if !MetaName::list(disk, logstore_dir)?.is_empty() => {
+                let what =
+                    format!("{}, which the catalogue names, is not there, and other metadata is", path.display());
+                return Err(Error::RolledBack { what });
+            }
+            bytes => bytes?,
+        };
         let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
         let meta = Self::from_document(&document, store, id, &path)?;
         let meta = Self { tag: document::tag_a(&bytes), ..meta };

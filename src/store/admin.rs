@@ -76,9 +76,7 @@ impl Store {
 impl StoreShared {
     fn create(&self, name: &LogstoreName, spec: LogstoreSpec) -> Result<Arc<LogstoreShared>> {
         let mut admin = self.administer()?;
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
+        self.unlatch(&mut admin)?;
         {
             let catalogue = self.catalogue.now();
             if catalogue.logstores.contains_key(name) {
@@ -264,9 +262,7 @@ impl StoreShared {
         mut meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
+        self.unlatch(admin)?;
         let before = logstore.keys_section();
         let generation = meta.generation + 1;
         let mut paused = Vec::new();
@@ -293,8 +289,9 @@ impl StoreShared {
         }
         let saved = self.save_meta(admin, logstore, meta, data_key)?;
         changes.push(saved.change());
-        self.commit(admin, changes).inspect_err(|error| {
-            if !paused.is_empty() {
+        let committed = self.commit(admin, changes);
+        committed.inspect_err(|error| {
+            if !paused.is_empty() && admin.latched.is_some() {
                 // The catalogue names the new metadata or the old one. A segment would have to be under other keys in either case.
                 logstore.gate.halt(error);
             }
@@ -316,9 +313,7 @@ impl StoreShared {
         mut meta: Meta,
         data_key: Option<&SecretKey>,
     ) -> Result<SavedMeta> {
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
+        self.unlatch(admin)?;
         meta.generation += 1;
         // What can fail without having changed anything is done first.
         let gate_keys = match logstore.keys_section().as_deref() == meta.keys.as_ref() {

@@ -113,7 +113,8 @@ impl Drop for Open {
 
 /// What changes when the store is administrated; one administrative operation at a time.
 struct AdminState {
-    /// Set when a write of metadata failed half-way: nothing more is changed until the store is opened anew.
+    /// Set when a change of the catalogue failed, and the catalogue could not be written again without it: the change may count after a
+    /// crash. Nothing more is changed until the catalogue can be written.
     latched: Option<Error>,
     /// Whether the store was closed. Whoever waited for this meanwhile finds it out here.
     closed: bool,
@@ -297,8 +298,27 @@ impl StoreShared {
     /// The right to change what there is: one operation at a time, and none in a store that was closed.
     fn administer(&self) -> Result<MutexGuard<'_, AdminState>> {
         self.check_writable()?;
-        let admin = lock(&self.admin);
-        if admin.closed { Err(Error::Closed("the store")) } else { Ok(admin) }
+        let mut admin = lock(&self.admin);
+        if admin.closed {
+            return Err(Error::Closed("the store"));
+        }
+        // What needs the catalogue tries again, and reports the error.
+        let _ = self.unlatch(&mut admin);
+        Ok(admin)
+    }
+
+    /// Writes the catalogue again, in a new file, after a change of it has failed. The change does not count from then on.
+    ///
+    /// # Errors
+    /// That of the change, where the catalogue cannot be written yet.
+    fn unlatch(&self, admin: &mut AdminState) -> Result<()> {
+        let Some(error) = &admin.latched else { return Ok(()) };
+        self.catalogue.write_anew().map_err(|_| error.clone())?;
+        admin.latched = None;
+        for logstore in self.open_logstores() {
+            logstore.gate.resume();
+        }
+        Ok(())
     }
 
     fn load_catalogue(&self) -> Result<Catalogue> {
@@ -547,9 +567,7 @@ impl StoreShared {
 
     /// Changes the catalogue durably; the one in memory changes only with it. Notes too how far the audit log is.
     fn commit(&self, admin: &mut AdminState, mut changes: Vec<Change>) -> Result<()> {
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
+        self.unlatch(admin)?;
         let known = self.catalogue.now().audit.clone();
         let audit = self.audit.head_after(&known);
         if audit != known {
@@ -558,7 +576,10 @@ impl StoreShared {
         if changes.is_empty() {
             return Ok(());
         }
-        self.catalogue.commit(changes).inspect_err(|error| admin.latched = Some(error.clone()))
+        self.catalogue.commit(changes).inspect_err(|error| {
+            admin.latched = Some(error.clone());
+            let _ = self.unlatch(admin);
+        })
     }
 
     // ---- leases ----

@@ -132,10 +132,8 @@ impl StoreShared {
     /// Adds a version to the keyring, unless an interrupted rotation has. New documents are under it from here on. Returns the Logstores that
     /// may have something under an older one.
     fn begin_rotation(&self) -> Result<(ServiceRotation, Vec<LogstoreName>)> {
-        let admin = self.administer()?;
-        if let Some(error) = &admin.latched {
-            return Err(error.clone());
-        }
+        let mut admin = self.administer()?;
+        self.unlatch(&mut admin)?;
         let continued = read(&self.keyring).is_rotating();
         if !continued {
             self.audit.record(AuditEvent::ServiceRotateIntended, None, "")?;

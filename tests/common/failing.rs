@@ -36,7 +36,7 @@ struct Plan {
     countdown: Option<(u64, Option<Failure>)>,
     dead: bool,
     /// Operations on paths that contain this fail.
-    broken: Option<String>,
+    broken: Option<Vec<String>>,
     /// Renames (by the new name) and syncs of directories that were done, in order.
     published: Vec<(Published, PathBuf)>,
     /// How directories are listed.
@@ -86,7 +86,12 @@ impl FailingDisk {
 
     /// From now on every operation on a path that contains `part` fails; none does with `None`.
     pub(crate) fn break_paths(&self, part: Option<&str>) {
-        self.plan.lock().unwrap().broken = part.map(str::to_owned);
+        self.plan.lock().unwrap().broken = part.map(|part| vec![part.to_owned()]);
+    }
+
+    /// From now on every operation on a path that contains all of these parts fails.
+    pub(crate) fn break_paths_with(&self, parts: &[&str]) {
+        self.plan.lock().unwrap().broken = Some(parts.iter().map(|part| (*part).to_owned()).collect());
     }
 
     /// From now on directories are listed in this order, and in no other that a file system may have.
@@ -110,7 +115,8 @@ impl FailingDisk {
 
     fn fate(&self, path: &Path) -> Fate {
         let mut plan = self.plan.lock().unwrap();
-        let broken = plan.broken.as_ref().is_some_and(|part| path.to_string_lossy().contains(part.as_str()));
+        let path = path.to_string_lossy();
+        let broken = plan.broken.as_ref().is_some_and(|parts| parts.iter().all(|part| path.contains(part.as_str())));
         if plan.dead || broken {
             return Fate::Fails { done: false, torn: false };
         }

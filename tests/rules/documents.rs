@@ -88,15 +88,24 @@ const FRAMES: &[Row] = &[
     row(Which::Meta, "generation of metadata", RANGE, |document| document.set_generation(0)),
     code(
         "rolled_back",
-        row(Which::Meta, "generation of metadata below the catalogue's", "the catalogue knows 2", |document| {
-            document.set_generation(1);
+        row(Which::Catalogue, "generation of metadata in the catalogue", "other metadata is", |document| {
+            document.edit(|json| json["catalogue"]["logstores"]["shop/orders"]["generation"] = 4.into());
         }),
     ),
     code(
         "rolled_back",
-        row(Which::Meta, "generation of metadata two above the catalogue's", "it is at 4", |document| {
-            document.set_generation(4);
-        }),
+        row(
+            Which::Catalogue,
+            "tag of metadata in the catalogue",
+            "not the metadata that the catalogue knows",
+            |document| {
+                document.edit(|json| {
+                    let tag = &mut json["catalogue"]["logstores"]["shop/orders"]["tag"];
+                    // The name of the file holds the other half of it.
+                    *tag = format!("{}{}", &tag.as_str().unwrap()[..32], "0".repeat(32)).into();
+                });
+            },
+        ),
     ),
     row(Which::Meta, "second tag under the service key", "second tag", |document| {
         (document.tag_b, document.tag_b_follows) = ([7; 32], false);
@@ -1001,11 +1010,12 @@ const JOURNALS: &[JournalRow] = &[
     }),
     ("a Logstore that is there", Some(("corrupt", "makes a Logstore that is there")), |journal| {
         let shards = journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"].clone();
-        let change = about(journal, json!({"id": "0".repeat(32), "generation": 1, "shards": shards}));
+        let change =
+            about(journal, json!({"id": "0".repeat(32), "generation": 1, "tag": "0".repeat(64), "shards": shards}));
         journal.append(json!([{"created": change}]));
     }),
     ("the generation of metadata", Some(("corrupt", "takes the metadata of a Logstore back")), |journal| {
-        let change = about(journal, json!({"generation": 1}));
+        let change = about(journal, json!({"generation": 1, "tag": "0".repeat(64)}));
         journal.append(json!([{"replaced": change}]));
     }),
     ("the first ordinal", Some(("corrupt", RANGE)), |journal| {

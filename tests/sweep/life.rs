@@ -596,10 +596,12 @@ impl Life {
             Step::Rewrap(n) => self.change(n, |_| {}, |store| store.rewrap(&name(NAMES[n])))?,
             Step::RotateServiceKey => {
                 let Some(store) = self.store.clone() else { return Ok(()) };
+                let before: Vec<_> = self.shelves().values_mut().map(Shelf::may_renew_data_key).collect();
                 let done = store.rotate_service_key_with(&mut |_| {});
-                // A Logstore under the service key has a new data key, or has got it from the run that this one has continued.
-                let whole = done.as_ref().is_ok_and(|done| !done.continued);
-                self.shelves().values_mut().for_each(|shelf| shelf.renew_data_key(whole));
+                // A Logstore under the service key has a new data key, or got it from the run that this one has continued.
+                if done.as_ref().is_ok_and(|done| !done.continued) {
+                    self.shelves().values_mut().zip(before).for_each(|(shelf, before)| shelf.renewed_data_key(&before));
+                }
                 if let Err(error) = done {
                     self.excused("to rotate the service key", &error)?;
                 }
@@ -835,14 +837,12 @@ impl Life {
         self.disk.heal();
         self.anchor.lock().fails = None;
         self.random.fail_next(false);
+        if let Some(store) = &self.store {
+            // As each run of retention does: a change of keys that the catalogue could not note is taken back.
+            store.rotate_due_data_keys().map_err(|error| format!("no key can be changed: {error}"))?;
+        }
         for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
-            let has_envelope = |view: &View| view.key_versions > 0;
-            let views = self.shelves()[text].views.clone();
-            if views.iter().any(has_envelope) && !views.iter().all(has_envelope) {
-                // Whether it has its first envelope is not known before the next process opens it: it takes no appends until then.
-                continue;
-            }
             for shard in 0..shards(n) {
                 let status = logstore.status().map_err(|error| format!("{} has no status: {error}", text))?;
                 if status.latched.is_some() {

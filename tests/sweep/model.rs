@@ -177,15 +177,17 @@ pub(crate) struct Shelf {
 }
 
 impl Shelf {
-    /// The service key was rotated, as a whole or in part.
-    pub(crate) fn renew_data_key(&mut self, whole: bool) {
-        let mut renewed: Vec<View> = self.views.iter().map(View::renewed).collect();
-        if whole {
-            self.current = self.current.renewed();
-            self.views = renewed;
-        } else {
-            self.views.append(&mut renewed);
-        }
+    /// The service key is being rotated: the Logstore may get a new data key. Returns its views from before.
+    pub(crate) fn may_renew_data_key(&mut self) -> Vec<View> {
+        let before = self.views.clone();
+        self.views.extend(before.iter().map(View::renewed));
+        before
+    }
+
+    /// The service key was rotated, and the Logstore has a new data key, if it is under that key.
+    pub(crate) fn renewed_data_key(&mut self, before: &[View]) {
+        self.current = self.current.renewed();
+        self.views = before.iter().map(View::renewed).collect();
     }
 
     pub(crate) fn absent(view: View, shards: usize) -> Self {

@@ -233,11 +233,15 @@ fn what_is_older_than_it_was_is_rolled_back() {
     let put_back = |path: &Path, from: &Image| image.with(path, from.files[path].clone());
     let catalogue = catalogue_dir(&fixture.world.store_dir());
     let audit = fixture.world.store_dir().join("audit/audit-000001.log");
-    let (aes, sm4) = (meta_of(&fixture, &image, AES), meta_of(&fixture, &image, SM4));
+    let older_meta = |logstore| {
+        let was = old.files[&meta_of(&fixture, &old, logstore)].clone();
+        image.with(&meta_of(&fixture, &image, logstore), was)
+    };
+    let aes = meta_of(&fixture, &image, AES);
     let last = segments_of(&fixture, &image, AES, 0).pop().unwrap();
     for (what, damaged, code) in [
-        ("the metadata", put_back(&aes, &old), "rolled_back"),
-        ("the metadata, before a rotation", put_back(&sm4, &old), "rolled_back"),
+        ("the metadata", older_meta(AES), "rolled_back"),
+        ("the metadata, before a rotation", older_meta(SM4), "rolled_back"),
         ("the catalogue", image.with_dir_of(&catalogue, &old), "rolled_back"),
         ("the audit log", put_back(&audit, &old), "truncated"),
         ("a segment from before it was sealed", put_back(&last, &open), "truncated"),
