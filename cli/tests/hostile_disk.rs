@@ -285,9 +285,26 @@ fn is_catalogue_file(path: &Path) -> bool {
         && name.split_once('-').is_some_and(|(epoch, serial)| number(epoch) && number(serial))
 }
 
-/// The path as it is now: each opening for writing begins another file of the catalogue.
+/// The path as it is now: each opening for writing begins another file of the catalogue, and each change of a Logstore another
+/// file of its metadata.
 fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
-    if is_catalogue_file(path) { catalogue_file(store) } else { path.to_owned() }
+    if is_catalogue_file(path) {
+        catalogue_file(store)
+    } else if is_metadata(path) {
+        metadata_of(path.parent().unwrap())
+    } else {
+        path.to_owned()
+    }
+}
+
+fn is_metadata(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("meta-"))
+}
+
+/// The newest metadata in the directory of a Logstore.
+fn metadata_of(logstore: &Path) -> PathBuf {
+    let entries = fs::read_dir(logstore).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| is_metadata(path)).max().unwrap()
 }
 
 /// The epochs of the next openings of a store for writing.
