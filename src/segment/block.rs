@@ -1,4 +1,4 @@
-//! Blocks: the unit that is compressed, sealed and written.
+//! Blocks: a block is the unit of compression, sealing and writing.
 
 use bytes::BufMut;
 use zeroize::Zeroize;
@@ -9,17 +9,17 @@ use super::{
 };
 
 pub(super) const MAGIC: &[u8; 4] = b"EBLK";
-/// What follows the payload: tag and CRC32.
+/// The bytes behind the payload: tag and CRC32.
 pub(super) const SUFFIX_LEN: usize = TAG_LEN + CRC_LEN;
 
-/// What a block holds.
+/// The contents of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BlockKind {
     /// Log groups.
     Groups,
     /// Opaque records.
     Opaque,
-    /// Nothing: it only carries a durable mark.
+    /// No data: the block only carries a durable mark.
     Mark,
 }
 
@@ -42,44 +42,46 @@ impl BlockKind {
     }
 }
 
-/// What a block says about itself. All of it is authenticated together with the payload.
+/// The header of a block. The block's tag authenticates all of it together with the payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockHeader {
-    /// What it holds.
+    /// The kind of its contents.
     pub kind: BlockKind,
-    /// How its payload is compressed.
+    /// The compression of its payload.
     pub compression: Compression,
-    /// The segment that it belongs to: the first eight bytes of the hash of the segment's header.
+    /// The tag of its segment: the first eight bytes of the hash of the segment's header.
     pub segment_tag: [u8; 8],
-    /// Its number within the segment, from 0, without gaps.
+    /// Its number within the segment: from 0, without gaps.
     pub number: u32,
-    /// Bytes of payload in the file.
+    /// The length of the stored payload in bytes.
     pub payload_len: u32,
-    /// Bytes of payload before compression: the list, then the table of receive times.
+    /// The length of the payload before compression, in bytes: the list, then the table of receive
+    /// times.
     pub raw_len: u32,
-    /// Groups, or opaque records.
+    /// The number of groups, or of opaque records.
     pub group_count: u32,
-    /// Logs in all groups; 0 for opaque records.
+    /// The number of logs in all groups. 0 for opaque records.
     pub log_count: u32,
-    /// Bytes of the list, a valid `LogGroupList` (of opaque records: framed in the same way), with which the raw payload begins.
+    /// The length of the list in bytes. The raw payload begins with the list. It is a valid
+    /// `LogGroupList`; opaque records are framed in the same way.
     pub list_len: u32,
-    /// The sequence number of the first group. A mark: of the next group to come.
+    /// The sequence number of the first group. In a mark, the sequence number of the next group.
     pub first_seq: u64,
-    /// When the first group was received, in microseconds since the Unix epoch.
+    /// The receive time of the first group, in microseconds since the Unix epoch.
     pub first_time_us: u64,
-    /// When the last one was; not before the first.
+    /// The receive time of the last group. It is not before that of the first.
     pub last_time_us: u64,
-    /// The offset in bytes up to which the file was durable when this block was sealed.
+    /// The offset in bytes up to which the file was durable when the writer sealed this block.
     pub durable_mark: u64,
     /// The random part of the nonce.
     pub nonce_random: [u8; 8],
 }
 
 impl BlockHeader {
-    /// Bytes of an encoded block header.
+    /// The length of an encoded block header in bytes.
     pub const LEN: usize = 96;
 
-    /// Its bytes in the file.
+    /// Encodes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
         let mut bytes = [0; Self::LEN];
@@ -103,10 +105,12 @@ impl BlockHeader {
         bytes
     }
 
-    /// Decodes the block header at the beginning of `bytes`. Its CRC32 stands behind the payload and is not checked here.
+    /// Decodes the block header at the beginning of `bytes`. The CRC32 stands behind the payload
+    /// and is not checked here.
     ///
     /// # Errors
-    /// Any field that cannot be right is one, so that its lengths may be relied on to be within the limits.
+    /// An impossible field is an error, so the caller may rely on its lengths being within the
+    /// limits.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(bytes);
         cursor.magic(MAGIC)?;
@@ -134,12 +138,13 @@ impl BlockHeader {
         Ok(header)
     }
 
-    /// Whether its fields agree with each other and with the limits. A writer checks this before it writes.
+    /// Checks that the fields agree with each other and with the limits. A writer calls this before
+    /// it writes.
     ///
     /// # Errors
-    /// Which field is wrong.
+    /// The field that is wrong.
     pub fn check(&self) -> Result<(), DecodeError> {
-        // The last number is the one in the nonce of the footer.
+        // The footer's nonce uses the last number.
         require(self.number != u32::MAX, "number of the block")?;
         require(self.list_len <= BLOCK_LIST_BYTES_MAX, "length of the list")?;
         require(self.group_count <= BLOCK_GROUPS_MAX, "number of groups")?;
@@ -166,13 +171,13 @@ impl BlockHeader {
         require(self.first_time_us <= self.last_time_us, "receive times")
     }
 
-    /// The nonce that the block is sealed with: its number, big-endian, and the random part.
+    /// The nonce of the block: its number, big-endian, and the random part.
     #[must_use]
     pub fn nonce(&self) -> [u8; 12] {
         nonce(self.number, &self.nonce_random)
     }
 
-    /// Bytes of the whole block in the file.
+    /// The length of the whole block in the file, in bytes.
     #[must_use]
     pub fn block_len(&self) -> u64 {
         Self::LEN as u64 + u64::from(self.payload_len) + SUFFIX_LEN as u64
@@ -185,7 +190,7 @@ impl BlockHeader {
     }
 }
 
-/// A nonce: four bytes of block number, big-endian, and eight random ones.
+/// A nonce: the block number in four bytes, big-endian, and eight random bytes.
 pub(super) fn nonce(number: u32, random: &[u8; 8]) -> [u8; 12] {
     let mut nonce = [0; 12];
     nonce[..4].copy_from_slice(&number.to_be_bytes());
@@ -193,7 +198,7 @@ pub(super) fn nonce(number: u32, random: &[u8; 8]) -> [u8; 12] {
     nonce
 }
 
-/// The parts of a block whose CRC32 holds. Nothing of it is authenticated yet.
+/// The parts of a block whose CRC32 matches. None of them is authenticated yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BlockView<'a> {
     pub(crate) header: BlockHeader,
@@ -205,10 +210,10 @@ pub(crate) struct BlockView<'a> {
 }
 
 impl<'a> BlockView<'a> {
-    /// Takes apart the block at the beginning of `bytes`; there may be more behind it.
+    /// Parses the block at the beginning of `bytes`. More bytes may follow it.
     ///
     /// # Errors
-    /// [`DecodeError::Short`] when the block is longer than `bytes`.
+    /// [`DecodeError::Short`] if the block is longer than `bytes`.
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let header = BlockHeader::decode(bytes)?;
         let block = Cursor::new(bytes).bytes(header.block_len() as usize)?;
@@ -219,33 +224,34 @@ impl<'a> BlockView<'a> {
     }
 }
 
-/// Where a block is put together: `[hash of the segment's header][block header][payload]`, the way it is authenticated, and
-/// then tag and CRC32. It is meant to be used again for the next block.
+/// The buffer in which a writer builds a block. It holds `[hash of the segment's header][block
+/// header][payload]`, the bytes that the tag authenticates, and then the tag and the CRC32. The
+/// writer reuses it for the next block.
 #[derive(Debug, Default)]
 pub(crate) struct SealBuffer(Vec<u8>);
 
 impl SealBuffer {
-    /// Where the payload begins.
+    /// The offset of the payload.
     pub(crate) const PAYLOAD_AT: usize = HASH_LEN + BlockHeader::LEN;
 
-    /// Overwrites all of it. What could not be sealed is still in plaintext.
+    /// Overwrites the whole buffer. After a failed seal it still holds plaintext.
     pub(crate) fn wipe(&mut self) {
         self.0.zeroize();
     }
 
-    /// Begins a block. The payload is to be appended to what is returned.
+    /// Begins a block. The caller appends the payload to the returned buffer.
     pub(crate) fn begin(&mut self) -> &mut Vec<u8> {
         self.0.clear();
         self.0.resize(Self::PAYLOAD_AT, 0);
         &mut self.0
     }
 
-    /// Bytes of payload appended so far.
+    /// The number of payload bytes appended so far.
     pub(crate) fn payload_len(&self) -> usize {
         self.0.len() - Self::PAYLOAD_AT
     }
 
-    /// Puts the header in front of the payload and returns what is to be sealed, with the payload at
+    /// Puts the header in front of the payload. Returns the bytes to seal, with the payload at
     /// [`SealBuffer::PAYLOAD_AT`].
     pub(crate) fn with_header(&mut self, header_hash: &[u8; HASH_LEN], header: &BlockHeader) -> &mut [u8] {
         debug_assert_eq!(header.check(), Ok(()));
@@ -256,14 +262,14 @@ impl SealBuffer {
         &mut self.0
     }
 
-    /// Completes the block and returns what goes into the file.
+    /// Completes the block and returns its bytes for the file.
     pub(crate) fn finish(&mut self, tag: &[u8; TAG_LEN]) -> &[u8] {
         self.0.extend_from_slice(tag);
         put_crc(&mut self.0, HASH_LEN);
         &self.0[HASH_LEN..]
     }
 
-    /// The payload of a completed block, as it is stored.
+    /// The payload of a completed block, as it is stored in the file.
     pub(crate) fn stored_payload(&self) -> &[u8] {
         &self.0[Self::PAYLOAD_AT..self.0.len() - SUFFIX_LEN]
     }

@@ -8,16 +8,18 @@ use zstd::zstd_safe::{compress_bound, find_frame_compressed_size, get_frame_cont
 
 use super::{BLOCK_RAW_BYTES_MAX, DecodeError, require};
 
-/// The level at which zstd compresses.
+/// The compression level for zstd.
 const ZSTD_LEVEL: i32 = 1;
-/// The largest window of a Zstandard frame, in bytes: what decoders take that are told of no other limit.
+/// The largest accepted window of a Zstandard frame, in bytes. Decoders accept this much by
+/// default.
 const ZSTD_WINDOW_MAX: u64 = 1 << 27;
 
-/// How the blocks of a Logstore are compressed. A block that does not shrink is stored as it is.
+/// How the blocks of a Logstore are compressed. A block that does not shrink is stored
+/// uncompressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// Not at all. The choice for those who do not want lengths to hint at contents.
+    /// No compression. Choose it if the length of a block must not hint at its contents.
     None,
     /// LZ4: fast.
     #[default]
@@ -29,7 +31,7 @@ pub enum Compression {
 impl Compression {
     const ALL: [Self; 3] = [Self::None, Self::Lz4, Self::Zstd];
 
-    /// Its name, as in a configuration.
+    /// The name in a configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -39,7 +41,7 @@ impl Compression {
         }
     }
 
-    /// Its number in a block header.
+    /// The number in a block header.
     pub(super) fn code(self) -> u8 {
         match self {
             Self::None => 0,
@@ -59,7 +61,7 @@ impl fmt::Display for Compression {
     }
 }
 
-/// A string does not name a [`Compression`].
+/// The error for a string that names no [`Compression`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown compression {0:?}: it is none, lz4 or zstd")]
 pub struct UnknownCompression(pub String);
@@ -72,7 +74,7 @@ impl FromStr for Compression {
     }
 }
 
-/// Compresses; keeps its tables from one block to the next.
+/// Compresses payloads. It reuses its tables for the next block.
 #[derive(Default)]
 pub(crate) struct Compressor {
     lz4: Option<CompressTable>,
@@ -80,7 +82,8 @@ pub(crate) struct Compressor {
 }
 
 impl Compressor {
-    /// Appends `raw`, compressed, to `out`, and says how it is stored: as asked, or not compressed if it would not shrink.
+    /// Appends the compressed `raw` to `out`. Returns the compression used: the requested one, or
+    /// `None` if `raw` would not shrink.
     pub(crate) fn compress(&mut self, compression: Compression, raw: &[u8], out: &mut Vec<u8>) -> Compression {
         let start = out.len();
         let bound = match compression {
@@ -119,18 +122,18 @@ impl Compressor {
     }
 }
 
-/// Decompresses; keeps its tables from one block to the next.
+/// Decompresses payloads. It reuses its tables for the next block.
 #[derive(Default)]
 pub(crate) struct Decompressor {
     zstd: Option<zstd::bulk::Decompressor<'static>>,
 }
 
 impl Decompressor {
-    /// Replaces the contents of `out` by the `raw_len` bytes that `stored` was made of.
+    /// Replaces the contents of `out` by the `raw_len` bytes from which `stored` was compressed.
     ///
     /// # Errors
-    /// `stored` is not what [`Compressor::compress`] makes of exactly `raw_len` bytes, or they are more than
-    /// [`BLOCK_RAW_BYTES_MAX`]. What `out` holds is then of no use.
+    /// `stored` is not the output of [`Compressor::compress`] for exactly `raw_len` bytes, or
+    /// `raw_len` is above [`BLOCK_RAW_BYTES_MAX`]. The contents of `out` are then undefined.
     pub(crate) fn decompress(
         &mut self,
         compression: Compression,
@@ -164,8 +167,9 @@ impl Decompressor {
     }
 }
 
-/// The window that the header of a Zstandard frame names (RFC 8878, section 3.1.1.1); 0 where it is the content, which has a limit of its
-/// own. `None` for a frame that has no header.
+/// The window size in the header of a Zstandard frame (RFC 8878, section 3.1.1.1). 0 if the frame
+/// is a single segment: its window is its content, which has its own limit. `None` if the frame has
+/// no header.
 fn zstd_window(frame: &[u8]) -> Option<u64> {
     const SINGLE_SEGMENT: u8 = 1 << 5;
     let [_, _, _, _, descriptor, window, ..] = *frame else { return None };
@@ -213,7 +217,7 @@ mod tests {
     fn logs_shrink_and_come_back() {
         let (mut compressor, mut decompressor) = (Compressor::default(), Decompressor::default());
         let mut raw = Vec::new();
-        // The tables are used again with inputs on both sides of 64 KiB.
+        // The tables are reused with inputs on both sides of 64 KiB.
         for lines in [10, 5000, 20, 3000] {
             let text = logs(lines);
             for compression in [Compression::Lz4, Compression::Zstd] {
@@ -255,7 +259,8 @@ mod tests {
             decompressor.decompress(compression, &stored[..stored.len() - 1], len, &mut raw).unwrap_err();
             let twice = [&stored[..], &stored].concat();
             decompressor.decompress(compression, &twice, len, &mut raw).unwrap_err();
-            // What zstd passes over (RFC 8878, section 3.1.2) is no part of what the engine writes either.
+            // A zstd decoder skips such a frame (RFC 8878, section 3.1.2). The engine never writes
+            // one.
             let skipped = [&stored[..], b"\x50\x2a\x4d\x18\0\0\0\0"].concat();
             decompressor.decompress(compression, &skipped, len, &mut raw).unwrap_err();
             decompressor.decompress(compression, &twice, 2 * len, &mut raw).map_err(|_| ()).ok();
@@ -270,7 +275,8 @@ mod tests {
         for (window, taken) in
             [(9 << 3, true), (17 << 3, true), (17 << 3 | 1, false), (18 << 3, false), (31 << 3 | 7, false)]
         {
-            // A frame with its content size in four bytes, and one block: a byte that is repeated 1000 times.
+            // A frame with its content size in four bytes, and one block that repeats one byte 1000
+            // times.
             let frame = [&b"\x28\xb5\x2f\xfd\x80"[..], &[window], &1000_u32.to_le_bytes(), b"\x43\x1f\0a"].concat();
             let back = Decompressor::default().decompress(Compression::Zstd, &frame, 1000, &mut raw);
             assert_eq!(back.is_ok(), taken, "{window:#x}");

@@ -5,22 +5,22 @@ use std::ops::Range;
 use super::BlockHeader;
 use crate::group::{self, GROUP_BYTES_MAX};
 
-/// One group, or opaque record, of a block.
+/// One group, or one opaque record, of a block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     /// Its sequence number.
     pub(crate) seq: u64,
-    /// When it was received, in microseconds since the Unix epoch.
+    /// Its receive time, in microseconds since the Unix epoch.
     pub(crate) time_us: u64,
-    /// Where its bytes are in the list.
+    /// The position of its bytes in the list.
     pub(crate) bytes: Range<usize>,
 }
 
-/// Gives each entry of a block to `each`, in order, and checks the list and the table against each other and against `header`. `raw`
-/// is the payload before compression. The groups are not parsed.
+/// Calls `each` with every entry of a block, in order. Checks the list and the table against each
+/// other and against `header`. `raw` is the payload before compression. The groups are not parsed.
 ///
 /// # Errors
-/// The rule of the format that the block breaks. Some entries may have been given to `each` by then.
+/// The rule of the format that the block breaks. `each` may have received some entries by then.
 pub(crate) fn entries(header: &BlockHeader, raw: &[u8], mut each: impl FnMut(Entry)) -> Result<(), &'static str> {
     let (list, table) = raw.split_at_checked(header.list_len as usize).ok_or("its list is longer than its payload")?;
     let mut table = table.chunks_exact(4);
@@ -49,14 +49,15 @@ pub(crate) fn entries(header: &BlockHeader, raw: &[u8], mut each: impl FnMut(Ent
     if count != u64::from(header.group_count) || table.next().is_some() {
         return Err("its list has fewer records than its header says");
     }
-    // A difference that is too large for the table stands there as the largest number.
+    // The table stores a difference that is too large for it as the largest number.
     if u64::from(last) != header.last_time_us.saturating_sub(header.first_time_us).min(u32::MAX.into()) {
         return Err("its last receive time is not the one in its header");
     }
     Ok(())
 }
 
-/// Checks that `list`, of a block of log groups, holds valid groups at `bytes`, and that they have as many logs as `header` says.
+/// Checks that `list`, from a block of log groups, holds valid groups at `bytes`. Checks that they
+/// have as many logs as `header` says.
 ///
 /// # Errors
 /// The rule of the format that the block breaks.

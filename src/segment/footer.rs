@@ -15,45 +15,47 @@ const FIXED_LEN: usize = 128;
 const ENTRY_LEN: usize = 32;
 const RECOVERED: u32 = 1;
 
-/// What a sealed segment says about itself at its end.
+/// The summary at the end of a sealed segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footer {
-    /// The segment that it belongs to: the first eight bytes of the hash of the segment's header.
+    /// The tag of its segment: the first eight bytes of the hash of the segment's header.
     pub segment_tag: [u8; 8],
-    /// Blocks, marks included.
+    /// The number of blocks, marks included.
     pub block_count: u32,
-    /// Groups and opaque records.
+    /// The number of groups and opaque records.
     pub group_count: u64,
-    /// Logs in all groups.
+    /// The number of logs in all groups.
     pub log_count: u64,
-    /// Bytes of all lists before compression.
+    /// The total length of all lists before compression, in bytes.
     pub raw_bytes: u64,
-    /// One past the last sequence number used; the segment's first one if none was.
+    /// One past the last sequence number used. The segment's first sequence number if none was
+    /// used.
     pub end_seq: u64,
-    /// When the first group was received, in microseconds since the Unix epoch; 0 if there is none.
+    /// The receive time of the first group, in microseconds since the Unix epoch. 0 if there is
+    /// none.
     pub first_time_us: u64,
-    /// When the last one was; 0 if there is none.
+    /// The receive time of the last group. 0 if there is none.
     pub last_time_us: u64,
-    /// The offset in bytes at which the footer begins and the blocks end.
+    /// The offset in bytes at which the blocks end and the footer begins.
     pub offset: u64,
     /// The random part of the nonce.
     pub nonce_random: [u8; 8],
-    /// Whether recovery wrote the segment, out of blocks of one that a crash had cut off.
+    /// Whether recovery wrote the segment, from the blocks of a segment that a crash had cut off.
     pub recovered: bool,
-    /// The hash over the segment's blocks, of which [`Footer::digest`] makes the digest.
+    /// The hash over the segment's blocks. [`Footer::digest`] computes the digest from it.
     pub body: [u8; 32],
-    /// Where some of the blocks begin, in order.
+    /// The positions of some of the blocks, in order.
     pub index: Vec<IndexEntry>,
 }
 
-/// Where a block begins.
+/// The position of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IndexEntry {
     /// The offset in bytes of the block.
     pub offset: u64,
     /// The sequence number of its first group.
     pub first_seq: u64,
-    /// When that group was received, in microseconds since the Unix epoch.
+    /// The receive time of that group, in microseconds since the Unix epoch.
     pub first_time_us: u64,
     /// The block's number.
     pub block: u32,
@@ -64,7 +66,7 @@ pub struct IndexEntry {
 pub struct DecodedFooter {
     /// The footer.
     pub footer: Footer,
-    /// What authenticates the encoded footer.
+    /// The tag that authenticates the encoded footer.
     pub tag: [u8; 16],
 }
 
@@ -73,7 +75,8 @@ impl Footer {
     pub const LEN_MAX: u64 =
         (FIXED_LEN + INDEX_ENTRIES_MAX as usize * ENTRY_LEN + TAG_LEN + CRC_LEN + Trailer::LEN) as u64;
 
-    /// Its bytes without tag, CRC32 and trailer: the part that the tag authenticates.
+    /// Encodes the part that the tag authenticates: everything but the tag, the CRC32 and the
+    /// trailer.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         debug_assert_eq!(self.check(), Ok(()));
@@ -105,7 +108,7 @@ impl Footer {
         out
     }
 
-    /// Completes what [`Footer::encode`] gave with the tag over it.
+    /// Completes the bytes that [`Footer::encode`] returned, with the tag over them.
     #[must_use]
     pub fn finish(&self, mut encoded: Vec<u8>, tag: &[u8; TAG_LEN]) -> Vec<u8> {
         encoded.put_slice(tag);
@@ -116,7 +119,7 @@ impl Footer {
         encoded
     }
 
-    /// Bytes of the whole footer in the file, trailer included.
+    /// The length of the whole footer in the file, trailer included, in bytes.
     fn total_len(&self) -> usize {
         FIXED_LEN + self.index.len() * ENTRY_LEN + TAG_LEN + CRC_LEN + Trailer::LEN
     }
@@ -124,7 +127,7 @@ impl Footer {
     /// Decodes a whole footer, from its first byte to the end of the file.
     ///
     /// # Errors
-    /// Anything that cannot be right is one.
+    /// Any impossible field is an error.
     pub fn decode(bytes: &[u8]) -> Result<DecodedFooter, DecodeError> {
         let mut cursor = Cursor::new(bytes);
         cursor.magic(MAGIC)?;
@@ -177,7 +180,7 @@ impl Footer {
         Ok(DecodedFooter { footer, tag: cursor.array()? })
     }
 
-    /// Whether its fields agree with each other.
+    /// Checks that the fields agree with each other.
     fn check(&self) -> Result<(), DecodeError> {
         require(self.first_time_us <= self.last_time_us, "receive times of the footer")?;
         require((self.group_count == 0) == self.index.is_empty(), "number of index entries")?;
@@ -190,34 +193,35 @@ impl Footer {
         require(ordered && within, "index")
     }
 
-    /// The digest of the segment: what its successor, the catalogue and checkpoints name it by. `algorithm` is the payload hash that
-    /// the header names, `header_hash` the hash over the header.
+    /// The digest of the segment. Its successor, the catalogue and checkpoints identify the segment
+    /// by it. `algorithm` is the payload hash that the header names, and `header_hash` the hash of
+    /// the header.
     #[must_use]
     pub fn digest(&self, algorithm: HashAlg, header_hash: &[u8; 32]) -> [u8; 32] {
         digest(algorithm, header_hash, self.block_count, &self.body)
     }
 
-    /// The nonce that its tag is made with.
+    /// The nonce of its tag.
     #[must_use]
     pub fn nonce(&self) -> [u8; 12] {
         nonce(u32::MAX, &self.nonce_random)
     }
 
-    /// How many bytes of the encoded footer its tag authenticates.
+    /// The number of bytes of the encoded footer that its tag authenticates.
     #[must_use]
     pub fn authenticated_len(&self) -> usize {
         FIXED_LEN + self.index.len() * ENTRY_LEN
     }
 
-    /// Where to begin looking for the group `seq`, or the first one behind it: no earlier block holds it. `None` when there are no
-    /// groups.
+    /// The block from which a reader searches for group `seq`, or for the first group after it: no
+    /// earlier block holds it. `None` if the segment has no groups.
     #[must_use]
     pub fn seek_seq(&self, seq: u64) -> Option<&IndexEntry> {
         self.before(self.index.partition_point(|entry| entry.first_seq <= seq))
     }
 
-    /// Where to begin looking for the first group received at `time_us` or later: no earlier block holds it. `None` when there are
-    /// no groups.
+    /// The block from which a reader searches for the first group received at `time_us` or later:
+    /// no earlier block holds it. `None` if the segment has no groups.
     #[must_use]
     pub fn seek_time(&self, time_us: u64) -> Option<&IndexEntry> {
         self.before(self.index.partition_point(|entry| entry.first_time_us < time_us))
@@ -228,17 +232,17 @@ impl Footer {
     }
 }
 
-/// The last bytes of a sealed segment, from which its footer is found.
+/// The last bytes of a sealed segment. A reader finds the footer from them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Trailer {
-    /// Bytes of the footer, this trailer included.
+    /// The length of the footer in bytes, this trailer included.
     pub(crate) footer_len: u32,
-    /// The segment that it belongs to.
+    /// The tag of its segment.
     pub(crate) segment_tag: [u8; SEGMENT_TAG_LEN],
 }
 
 impl Trailer {
-    /// Its bytes in the file.
+    /// The length of a trailer in bytes.
     pub(crate) const LEN: usize = 16;
 
     /// Decodes the last bytes of a file.
@@ -259,13 +263,14 @@ fn digest(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], blocks: u32, body: &
     crypto::hash(algorithm, &[header_hash, &blocks.to_le_bytes(), body])
 }
 
-/// Collects, block by block, what the footer says about a segment.
+/// Collects the contents of a footer, block by block.
 #[derive(Clone)]
 pub(crate) struct FooterBuilder {
     footer: Footer,
     algorithm: HashAlg,
     header_hash: [u8; HASH_LEN],
-    /// Over the blocks added so far: the header, the hash of the stored payload, and the tag of each.
+    /// The hash over the blocks added so far. Each block adds its header, the hash of its stored
+    /// payload, and its tag.
     body: Hasher,
 }
 
@@ -298,7 +303,7 @@ impl FooterBuilder {
         }
     }
 
-    /// The hash of a payload, as it is stored.
+    /// The hash of a stored payload.
     pub(crate) fn hash_payload(&self, payload: &[u8]) -> [u8; HASH_LEN] {
         crypto::hash(self.algorithm, &[payload])
     }
@@ -330,7 +335,8 @@ impl FooterBuilder {
             return;
         }
         if footer.index.last().is_none_or(|last| offset.saturating_sub(last.offset) >= INDEX_STRIDE_BYTES) {
-            // Should receive times ever run backwards, the index still must not: a seek by time then begins a little early.
+            // The index must not run backwards, even if receive times do. A seek by time then
+            // begins a little too early.
             let first_time_us = footer.last_time_us.max(header.first_time_us);
             let (first_seq, block) = (header.first_seq, header.number);
             footer.index.push(IndexEntry { offset, first_seq, first_time_us, block });
@@ -354,12 +360,12 @@ impl FooterBuilder {
         self.body.clone().finish()
     }
 
-    /// What was added so far. Offset, nonce, hash over the blocks and `recovered` are not set.
+    /// The contents so far. Offset, nonce, hash over the blocks and `recovered` are not set.
     pub(crate) fn so_far(&self) -> &Footer {
         &self.footer
     }
 
-    /// The footer, to be written at `offset`, where the blocks end.
+    /// The footer, to be written at `offset`, the end of the blocks.
     pub(crate) fn build(&self, offset: u64, nonce_random: [u8; 8], recovered: bool) -> Footer {
         Footer { offset, nonce_random, recovered, body: self.body(), ..self.footer.clone() }
     }
@@ -408,7 +414,7 @@ mod tests {
         footer.finish(bytes, &[0xaa; 16])
     }
 
-    /// Changes bytes of an encoded footer and puts the CRC right again.
+    /// Changes bytes of an encoded footer and corrects the CRC32.
     fn altered(at: usize, with: &[u8]) -> DecodeError {
         let mut bytes = sample().encode();
         bytes[at..at + with.len()].copy_from_slice(with);
@@ -543,7 +549,7 @@ mod tests {
             let body = crypto::hash(HashAlg::Sm3, &[&hashed]);
             let digest = crypto::hash(HashAlg::Sm3, &[&hash, &(header.number + 1).to_le_bytes(), &body]);
             assert_eq!(builder.digest(), digest);
-            // The footer and the hash over the header are enough to find it.
+            // The footer and the hash of the header are enough to compute the digest.
             assert_eq!(builder.build(offset + 1, [1; 8], false).digest(HashAlg::Sm3, &hash), digest);
         }
         let footer = builder.build(700 + stride, [1; 8], true);

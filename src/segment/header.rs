@@ -15,14 +15,15 @@ const MAGIC: &[u8; 8] = b"ENVLSEG\0";
 const VERSION: u16 = 2;
 const FIXED_LEN: u32 = 272;
 const COMMITMENT_LEN: usize = 32;
-/// What follows the hashed part: commitment and CRC32.
+/// The bytes behind the hashed part: commitment and CRC32.
 const SUFFIX_LEN: usize = COMMITMENT_LEN + CRC_LEN;
 const CRITICAL: u16 = 1;
 
-/// What a segment says about itself. All of it is hashed into the segment's key, and so authenticated by every block.
+/// The header of a segment. All of it is hashed into the segment's key, so every block
+/// authenticates it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentHeader {
-    /// How its blocks are sealed.
+    /// The cipher suite that seals its blocks.
     pub suite: Suite,
     /// Its feature bits.
     pub features: Features,
@@ -34,31 +35,31 @@ pub struct SegmentHeader {
     pub logstore: LogstoreId,
     /// Its own identifier.
     pub segment: SegmentId,
-    /// The generation of the Logstore's metadata when it was made.
+    /// The generation of the Logstore's metadata when the writer created the segment.
     pub generation: u64,
-    /// Its place within the shard, from 1, without gaps.
+    /// Its position within the shard: from 1, without gaps.
     pub ordinal: u64,
     /// The first sequence number that it may use.
     pub first_seq: u64,
     /// The first sequence number that it may not use.
     pub limit_seq: u64,
-    /// When it was made, in microseconds since the Unix epoch.
+    /// The creation time, in microseconds since the Unix epoch.
     pub created_us: u64,
-    /// The key that its own is derived from.
+    /// The key from which the segment's key is derived.
     pub key_source: KeySource,
-    /// The salt that its key is derived with; never used twice.
+    /// The salt for the derivation of its key. No two segments have the same salt.
     pub salt: [u8; 32],
     /// The segment before it.
     pub predecessor: Predecessor,
-    /// The hash of its stored payloads, and of the digest over them.
+    /// The hash algorithm for its stored payloads and for the digest over them.
     pub payload_hash: HashAlg,
-    /// The epoch of the writer that made it.
+    /// The epoch of the writer that created the segment.
     pub epoch: u64,
-    /// Optional parts, at most [`EXTENSIONS_BYTES_MAX`] bytes of them.
+    /// Optional parts, at most [`EXTENSIONS_BYTES_MAX`] bytes in total.
     pub extensions: Vec<Extension>,
 }
 
-/// The key that a segment's key is derived from.
+/// The key from which a segment's key is derived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum KeySource {
     /// This version of the Logstore's data key.
@@ -67,77 +68,81 @@ pub enum KeySource {
     Keyring(u32),
 }
 
-/// The segment before this one, as this one vouches for it.
+/// The segment before this one. This header authenticates its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
-    /// There is none: this is the first of its shard.
+    /// There is no predecessor: this is the first segment of its shard.
     None,
-    /// It was sealed.
+    /// The predecessor was sealed.
     Sealed(PredecessorEnd),
-    /// A crash cut it off: what lies behind its kept part does not count.
+    /// A crash cut the predecessor off. The bytes behind its kept part are not part of the log.
     Cut(PredecessorEnd),
 }
 
-/// Where a predecessor ends.
+/// The end of a predecessor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PredecessorEnd {
     /// Its ordinal.
     pub ordinal: u64,
     /// Its identifier.
     pub segment: SegmentId,
-    /// How many of its blocks are kept, marks included.
+    /// The number of its blocks that are kept, marks included.
     pub blocks: u32,
-    /// Sealed: the length of its file in bytes. Cut: the offset at which its kept part ends.
+    /// For a sealed predecessor, the length of its file in bytes. For a cut one, the offset at
+    /// which its kept part ends.
     pub bytes: u64,
-    /// One past the last sequence number that it keeps; its first one if it keeps none.
+    /// One past the last sequence number that it keeps. Its first sequence number if it keeps none.
     pub end_seq: u64,
     /// The digest over its header and kept blocks.
     pub digest: [u8; 32],
-    /// When the last group was received up to its end, in microseconds since the Unix epoch: the last one that it keeps. If it keeps
-    /// none, what its own header says of the segment before it; 0 if there was none.
+    /// The receive time of the last group that it keeps, in microseconds since the Unix epoch. If
+    /// it keeps no group, the value that its own header records for the segment before it, or 0 if
+    /// there was no segment before it.
     pub last_time_us: u64,
 }
 
 /// An optional part of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Extension {
-    /// What it is: [`Extension::DICTIONARY`], [`Extension::PADDING`], [`Extension::REPLACES`] or something newer.
+    /// The type: [`Extension::DICTIONARY`], [`Extension::PADDING`], [`Extension::REPLACES`] or a
+    /// newer one.
     pub kind: u16,
-    /// Whether a build that does not know it must refuse the segment.
+    /// Whether a build that does not know the type must refuse the segment.
     pub critical: bool,
     /// Its contents.
     pub data: Vec<u8>,
 }
 
 impl Extension {
-    /// The identifier of a compression dictionary. Reserved: this build does not know it.
+    /// The identifier of a compression dictionary. Reserved: this build does not support it.
     pub const DICTIONARY: u16 = 1;
-    /// Padding, to be ignored.
+    /// Padding. Readers ignore it.
     pub const PADDING: u16 = 2;
-    /// The segments that a compacted one stands for. Reserved: this build does not know it.
+    /// The segments that a compacted segment replaces. Reserved: this build does not support it.
     pub const REPLACES: u16 = 3;
 
-    /// Its bytes on disk: kind, flags, length, contents.
+    /// The encoded length in bytes: kind, flags, length and contents.
     fn encoded_len(&self) -> usize {
         8 + self.data.len()
     }
 }
 
-/// A decoded header, with what belongs to its encoded form.
+/// A decoded header, with the values that belong to its encoded form.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecodedHeader {
     /// The header.
     pub header: SegmentHeader,
-    /// The hash, by the suite's algorithm, over all of it.
+    /// The hash over the hashed part of the encoded header, by the suite's algorithm.
     pub header_hash: [u8; 32],
-    /// What commits to the segment's key. Only a key that reproduces it makes the header trustworthy.
+    /// The commitment to the segment's key. The header is trustworthy only if the key reproduces
+    /// the commitment.
     pub commitment: [u8; 32],
     /// The offset in bytes of the first block.
     pub body_start: u64,
 }
 
 impl DecodedHeader {
-    /// How blocks and footer name this segment.
+    /// The tag by which blocks and footer name this segment.
     #[must_use]
     pub fn segment_tag(&self) -> [u8; 8] {
         segment_tag(&self.header_hash)
@@ -145,12 +150,12 @@ impl DecodedHeader {
 }
 
 impl SegmentHeader {
-    /// How many bytes to read at first: enough unless there are long extensions.
+    /// How many bytes a first read should fetch: enough for a header without long extensions.
     pub(crate) const READ_HINT: usize = 4096;
     /// The longest encoded header in bytes.
     pub(crate) const LEN_MAX: usize = FIXED_LEN as usize + EXTENSIONS_BYTES_MAX as usize + SUFFIX_LEN;
 
-    /// The hashed part of its encoded form: all but commitment and CRC32.
+    /// Encodes the hashed part: everything but the commitment and the CRC32.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let extensions: usize = self.extensions.iter().map(Extension::encoded_len).sum();
@@ -212,8 +217,8 @@ impl SegmentHeader {
         out
     }
 
-    /// When the last group was received up to a point of the segment, in microseconds since the Unix epoch; 0 if there was none.
-    /// `footer` counts the blocks up to there.
+    /// The receive time of the last group up to some point of the segment, in microseconds since
+    /// the Unix epoch. 0 if there is none. `footer` summarizes the blocks up to that point.
     #[must_use]
     pub fn last_time_us(&self, footer: &Footer) -> u64 {
         match &self.predecessor {
@@ -223,13 +228,13 @@ impl SegmentHeader {
         }
     }
 
-    /// The hash of what [`SegmentHeader::encode`] gave.
+    /// The hash of the bytes that [`SegmentHeader::encode`] returned.
     #[must_use]
     pub fn hash(&self, encoded: &[u8]) -> [u8; HASH_LEN] {
         crypto::hash(self.suite.hash(), &[encoded])
     }
 
-    /// Completes what [`SegmentHeader::encode`] gave; blocks follow right behind.
+    /// Completes the bytes that [`SegmentHeader::encode`] returned. Blocks follow directly behind.
     #[must_use]
     pub fn finish(mut encoded: Vec<u8>, commitment: &[u8; COMMITMENT_LEN]) -> Vec<u8> {
         encoded.put_slice(commitment);
@@ -237,10 +242,11 @@ impl SegmentHeader {
         encoded
     }
 
-    /// Decodes the header at the beginning of `bytes`; there may be more behind it.
+    /// Decodes the header at the beginning of `bytes`. More bytes may follow it.
     ///
     /// # Errors
-    /// [`DecodeError::Short`] says how many bytes are needed: read that many and try again, unless there are no more.
+    /// [`DecodeError::Short`] gives the number of bytes that are needed. The caller reads that many
+    /// and tries again, unless the file has no more.
     pub fn decode(bytes: &[u8]) -> Result<DecodedHeader, DecodeError> {
         let mut cursor = Cursor::new(bytes);
         cursor.magic(MAGIC)?;
@@ -385,7 +391,7 @@ mod tests {
         SegmentHeader::finish(header.encode(), &COMMITMENT)
     }
 
-    /// Changes bytes of an encoded header and puts the CRC right again.
+    /// Changes bytes of an encoded header and corrects the CRC32.
     fn altered(header: &SegmentHeader, at: usize, with: &[u8]) -> Result<DecodedHeader, DecodeError> {
         let mut bytes = header.encode();
         bytes[at..at + with.len()].copy_from_slice(with);

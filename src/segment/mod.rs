@@ -1,7 +1,8 @@
 //! The bytes of a segment: header, blocks, footer.
 //!
-//! Nothing here does I/O or holds a key. What is decoded comes from disk and is hostile until its tag has been verified: no
-//! function panics on it, and none allocates more than the limits below allow. All numbers are little-endian.
+//! This module does no I/O and holds no key. The bytes that it decodes come from disk and are
+//! hostile until their tag has been verified. So no function here panics on them, and none
+//! allocates more than the limits below allow. All numbers are little-endian.
 
 mod block;
 mod codec;
@@ -28,18 +29,19 @@ pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;
 pub const BLOCK_LIST_BYTES_MAX: u32 = 32 << 20;
 /// The most groups (or opaque records) in one block.
 pub const BLOCK_GROUPS_MAX: u32 = 1 << 16;
-/// The most bytes that a block holds before compression: the list, and four bytes a group for the receive times.
+/// The most bytes that a block holds before compression: the list, and four bytes of receive time
+/// for each group.
 pub const BLOCK_RAW_BYTES_MAX: u32 = BLOCK_LIST_BYTES_MAX + 4 * BLOCK_GROUPS_MAX;
-/// What a block costs beyond its payload, in bytes: header, tag and CRC32.
+/// The size of a block beyond its payload, in bytes: header, tag and CRC32.
 pub const BLOCK_OVERHEAD_BYTES: u64 = (BlockHeader::LEN + block::SUFFIX_LEN) as u64;
 /// The most bytes of header extensions, their own headers included.
 pub const EXTENSIONS_BYTES_MAX: u32 = 64 << 10;
-/// The least distance, in bytes, between two blocks that a footer's index names.
+/// The least distance, in bytes, between two blocks in a footer's index.
 pub const INDEX_STRIDE_BYTES: u64 = 64 << 10;
 /// The most entries in a footer's index.
 pub const INDEX_ENTRIES_MAX: u32 = (SEGMENT_BYTES_MAX / INDEX_STRIDE_BYTES) as u32;
 
-/// How many bytes of a hash are its tag in blocks and footers.
+/// The length of a segment tag in bytes: the first bytes of the hash of the segment's header.
 const SEGMENT_TAG_LEN: usize = 8;
 /// The bytes of a hash.
 const HASH_LEN: usize = 32;
@@ -48,57 +50,58 @@ const TAG_LEN: usize = 16;
 /// The bytes of a CRC32.
 const CRC_LEN: usize = 4;
 
-/// Bytes cannot be what they should be.
+/// The reason why bytes cannot be decoded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// There are too few of them.
+    /// The input is too short.
     #[error("{needed} bytes are needed, there are {have}")]
     Short {
-        /// How many bytes are needed, as far as can be said yet.
+        /// How many bytes are needed. Once more of the input is known, the number may rise.
         needed: u64,
-        /// How many there are.
+        /// How many bytes the input has.
         have: u64,
     },
-    /// They do not begin (a trailer: end) as they should.
+    /// The input does not begin with the magic bytes. A trailer must end with them.
     #[error("the magic bytes are wrong")]
     Magic,
-    /// The CRC32 does not hold.
+    /// The CRC32 does not match the bytes that it covers.
     #[error("the CRC32 does not hold")]
     Crc,
-    /// A newer envelog wrote them, in this version of the format.
+    /// The input has this format version, which is newer than this build.
     #[error("format version {0} is newer than this build")]
     NewerVersion(u16),
-    /// An older envelog wrote them, in this version of the format, which this build does not read.
+    /// The input has this format version, which is older than the versions that this build reads.
     #[error("format version {0} is older than this build reads")]
     OlderVersion(u16),
-    /// They use a feature that this build does not have.
+    /// The input uses a feature that this build does not have.
     #[error("unknown feature: {0}")]
     Feature(String),
-    /// This field has a value that it cannot have.
+    /// This field has a value that the format does not allow.
     #[error("impossible value: {0}")]
     Field(&'static str),
 }
 
-/// The three sets of feature bits. This build knows none.
+/// The three sets of feature bits. This build knows no feature bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
-    /// A build that does not know one of these reads and writes all the same.
+    /// A build may read and write although it does not know one of these bits.
     pub compatible: u32,
-    /// A build that does not know one of these reads, but does not write.
+    /// A build that does not know one of these bits may read, but must not write.
     pub read_only_compatible: u32,
-    /// A build that does not know one of these refuses.
+    /// A build that does not know one of these bits must neither read nor write.
     pub incompatible: u32,
 }
 
 impl Features {
-    /// The bits of [`Features::read_only_compatible`] that this build does not know: if there are any, it must not write.
+    /// The bits of [`Features::read_only_compatible`] that this build does not know. If there are
+    /// any, this build must not write.
     #[must_use]
     pub fn unknown_read_only(&self) -> u32 {
         self.read_only_compatible
     }
 
-    /// Refuses writing beside features that a writer must know and this build does not.
+    /// Fails if `read_only_compatible` has bits that this build does not know.
     pub(crate) fn check_writing(&self) -> Result<(), DecodeError> {
         match self.unknown_read_only() {
             0 => Ok(()),
@@ -108,7 +111,7 @@ impl Features {
         }
     }
 
-    /// Refuses incompatible features that this build does not know.
+    /// Fails if `incompatible` has bits that this build does not know.
     pub(crate) fn check(&self) -> Result<(), DecodeError> {
         match self.incompatible {
             0 => Ok(()),
@@ -127,18 +130,19 @@ impl Features {
     }
 }
 
-/// What the name of a segment's file says: `{ordinal:010}-{first_seq:020}-{epoch:010}.seg`.
+/// The parts of a segment's file name: `{ordinal:010}-{first_seq:020}-{epoch:010}.seg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct SegmentName {
     pub(crate) ordinal: u64,
-    /// The epoch of the writer that made it: two writers never give the same name.
+    /// The epoch of the writer that created the segment. Because of it, two writers never use the
+    /// same name.
     pub(crate) epoch: u64,
     pub(crate) first_seq: u64,
 }
 
 impl SegmentName {
-    /// Takes the name of a file apart; `None` for any other name, and for ordinals that no segment has: they begin with 1, and each
-    /// has a next one.
+    /// Parses a file name. `None` for any other name, and for an ordinal that no segment has:
+    /// ordinals begin with 1, and each one has a successor.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let mut parts = name.strip_suffix(".seg")?.split('-');
         let mut number = || parts.next()?.parse().ok();
@@ -154,7 +158,7 @@ impl fmt::Display for SegmentName {
     }
 }
 
-/// Takes little-endian values off the front of a byte string.
+/// Reads little-endian values from the front of a byte string.
 pub(crate) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -202,17 +206,17 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    /// Takes `len` bytes that must be zero.
+    /// Reads `len` bytes, which must be zero.
     pub(crate) fn zeros(&mut self, len: usize, what: &'static str) -> Result<(), DecodeError> {
         require(self.bytes(len)?.iter().all(|&byte| byte == 0), what)
     }
 
-    /// Takes the eight bytes `magic`.
+    /// Reads the bytes of `magic`.
     pub(crate) fn magic(&mut self, magic: &[u8]) -> Result<(), DecodeError> {
         if self.bytes(magic.len())? == magic { Ok(()) } else { Err(DecodeError::Magic) }
     }
 
-    /// Takes a format version, which must be `known`, the one that this build reads and writes.
+    /// Reads a format version. It must be `known`, the version that this build reads and writes.
     pub(crate) fn version(&mut self, known: u16) -> Result<(), DecodeError> {
         match self.u16()? {
             version if version == known => Ok(()),
@@ -228,7 +232,7 @@ pub(crate) fn require(holds: bool, what: &'static str) -> Result<(), DecodeError
     if holds { Ok(()) } else { Err(DecodeError::Field(what)) }
 }
 
-/// Splits off the CRC32 that ends `bytes` and checks it over what stands before it, which is returned.
+/// Checks the CRC32 at the end of `bytes` and returns the bytes before it.
 pub(crate) fn strip_crc(bytes: &[u8]) -> Result<&[u8], DecodeError> {
     match bytes.split_last_chunk::<CRC_LEN>() {
         Some((covered, crc)) if crc32fast::hash(covered) == u32::from_le_bytes(*crc) => Ok(covered),
@@ -237,13 +241,14 @@ pub(crate) fn strip_crc(bytes: &[u8]) -> Result<&[u8], DecodeError> {
     }
 }
 
-/// Appends the CRC32 of all that `out` holds from `from` on.
+/// Appends the CRC32 of the bytes of `out` from `from` on.
 pub(crate) fn put_crc(out: &mut Vec<u8>, from: usize) {
     let crc = crc32fast::hash(&out[from..]);
     out.extend_from_slice(&crc.to_le_bytes());
 }
 
-/// How blocks and footers name their segment: the beginning of its header's hash.
+/// The tag by which blocks and footers name their segment: the first bytes of the hash of its
+/// header.
 pub(crate) fn segment_tag(header_hash: &[u8; HASH_LEN]) -> [u8; SEGMENT_TAG_LEN] {
     let mut tag = [0; SEGMENT_TAG_LEN];
     tag.copy_from_slice(&header_hash[..SEGMENT_TAG_LEN]);
@@ -258,7 +263,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// Calls `refused` with every truncation and every single bit flip of `bytes`.
+    /// Calls `refused` with every truncation and every single-bit flip of `bytes`.
     pub(crate) fn damage_each(bytes: &[u8], mut refused: impl FnMut(&[u8], String)) {
         for len in 0..bytes.len() {
             refused(&bytes[..len], format!("cut to {len}"));

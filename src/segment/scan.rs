@@ -1,23 +1,29 @@
 //! Finding the blocks of a segment that has no footer.
 //!
-//! Blocks that were not synced may have reached the disk in any order when the system crashed, so a valid block behind a bad one
-//! proves nothing. What does is the durable mark that every block carries: up to there the file *was* durable, and damage below it
-//! is corruption; damage at or above it is the torn tail that a crash leaves.
+//! After a crash, blocks that were not synced may have reached the disk in any order. So a valid
+//! block behind a bad one proves nothing by its presence. The durable mark that every block carries
+//! does: up to the mark the file *was* durable. Damage below the mark is corruption. Damage at or
+//! above it is the torn tail that a crash leaves.
 //!
-//! The search behind damage also meets bytes that are no blocks: payloads, which hold what the users of a Logstore log, and
-//! what a forger has written. Where there is a key, nothing that it finds is believed for its CRC32 alone. Its work is linear in the
-//! length of the file, for any bytes:
+//! The search behind damage also meets bytes that are not blocks: payloads, which hold the log
+//! lines of users, and bytes that an attacker has written. Where a key is available, the search
+//! never accepts a block for its CRC32 alone. Its work is linear in the length of the file, for any
+//! bytes:
 //!
-//! - A candidate that its header rules out costs the decoding of that header.
-//! - The CRC32 of a candidate comes from [`Sums`]: two pieces of at most a page, for any length that the candidate claims.
-//! - A candidate that is believed is skipped whole, so those that are believed do not overlap.
-//! - A candidate whose tag does not hold is looked into, so that it hides no block. That may happen again inside of it, and is
-//!   limited: see [`REFUTED_BYTES`]. Beyond that limit such candidates are skipped whole too, so those do not overlap either.
+//! - A candidate with an impossible header costs the decoding of that header.
+//! - [`Sums`] gives the CRC32 of a candidate from two pieces of at most a page, for any length that
+//!   the candidate claims.
+//! - The search skips an accepted candidate whole, so accepted candidates do not overlap.
+//! - The search looks inside a candidate whose tag does not verify, so that the candidate hides no
+//!   block. Candidates inside it may fail in the same way, so this work has a limit: see
+//!   [`REFUTED_BYTES`]. Beyond the limit the search skips such candidates whole too, so those do
+//!   not overlap either.
 //!
-//! Every candidate that the search reaches is checked against its tag, also when the limit is reached. A fake that comes out of a log
-//! line ends within its carrier, because its CRC32 cannot cover bytes that were not known when the line was written: the header of
-//! the next block has a random part. So skipping it never passes over a block behind its carrier, and that block still proves up to
-//! where the file was durable.
+//! The search checks every candidate that it reaches against its tag, even beyond the limit. A fake
+//! block in a log line ends within its carrier, the block that holds the line. The fake's CRC32
+//! cannot cover bytes that were unknown when the line was written, and the header of the next block
+//! has a random part. So skipping a fake never skips the block behind its carrier, and that block
+//! still proves how far the file was durable.
 
 use crc32fast::Hasher;
 use memchr::memmem::Finder;
@@ -27,73 +33,82 @@ use super::{
     block::{MAGIC, SUFFIX_LEN},
 };
 
-/// How much is read at once, in bytes, unless a block is longer.
+/// How much one read fetches, in bytes, unless a block is longer.
 const CHUNK_BYTES: u64 = 1 << 20;
 const BLOCK_LEN_MIN: usize = BlockHeader::LEN + SUFFIX_LEN;
-/// Where a block has its segment's tag.
+/// The offset of the segment's tag in a block.
 const TAG_AT: usize = 8;
-/// Where a block has its number.
+/// The offset of the number in a block.
 const NUMBER_AT: usize = TAG_AT + SEGMENT_TAG_LEN;
-/// How many bytes of candidates whose tag does not hold are looked into, besides [`REFUTED_PER_BYTE`] for each byte searched.
+/// How many bytes of candidates with a wrong tag the search looks into, in addition to
+/// [`REFUTED_PER_BYTE`] for each byte searched.
 const REFUTED_BYTES: u64 = 64 << 20;
 const REFUTED_PER_BYTE: u64 = 16;
-/// The file is summed up in pages of this many bytes.
+/// The page size of [`Sums`], in bytes.
 const PAGE: usize = 4 << 10;
-/// How many pages are read at once to be summed up.
+/// How many pages [`Sums`] reads at once.
 const PAGES_AT_ONCE: usize = 64;
 
-/// A block whose CRC32 holds.
+/// A block whose CRC32 matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ScannedBlock {
-    /// The offset in bytes at which it begins.
+    /// The offset in bytes at which the block begins.
     pub(crate) offset: u64,
     pub(crate) header: BlockHeader,
     pub(crate) tag: [u8; TAG_LEN],
-    /// Whether it and all blocks before it are there and in order. `false` for what was found behind damage.
+    /// Whether this block and all blocks before it are present and in order. `false` for a block
+    /// found behind damage.
     pub(crate) contiguous: bool,
 }
 
-/// How the scanned part of a file ends. Zeros at the end of the file are no part of it: nothing has been written there yet.
+/// How the scanned part of a file ends. Zeros at the end of the file are not part of it: nothing
+/// has been written there yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ScanVerdict {
-    /// With a block.
+    /// The scanned part ends with a block.
     Clean,
-    /// Inside what looks like the next block: it may still be being written.
+    /// The scanned part ends inside the next block, it seems: a writer may still be writing it.
     Incomplete,
-    /// With a torn tail: from offset `at` on, at or above the durable mark, the bytes are not the next block.
+    /// The scanned part ends with a torn tail: from offset `at` on, at or above the durable mark,
+    /// the bytes are not the next block.
     TornTail { at: u64 },
-    /// In corruption: at offset `at`, below the durable mark `mark`, the bytes are not the next block.
+    /// The scanned part ends in corruption: at offset `at`, below the durable mark `mark`, the
+    /// bytes are not the next block.
     Damaged { at: u64, mark: u64 },
 }
 
-/// What a scan found.
+/// The result of a scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ScanReport {
     /// The offset in bytes at which the contiguous blocks end.
     pub(crate) end: u64,
-    /// How many contiguous blocks there are: the number of the next one.
+    /// The number of contiguous blocks, which is the number of the next block.
     pub(crate) blocks: u32,
-    /// One past the last sequence number that they use; the segment's first one if they use none.
+    /// One past the last sequence number that they use. The segment's first sequence number if they
+    /// use none.
     pub(crate) end_seq: u64,
-    /// The highest durable mark that any block carries which was given to `on_block`. The end of the header if there is none.
+    /// The highest durable mark of all blocks that were given to `on_block`. The end of the header
+    /// if there is no block.
     pub(crate) mark: u64,
-    /// Where the data of the file ends. Behind that there are only zeros, if anything.
+    /// Where the data of the file ends. Only zeros follow, if anything.
     pub(crate) data_end: u64,
     pub(crate) verdict: ScanVerdict,
 }
 
-/// Says whether the candidate at this offset, with this header and a CRC32 that holds, is a block of the segment.
+/// Returns whether the candidate at this offset is a block of the segment. Its header is given, and
+/// its CRC32 matches.
 pub(crate) type Prove<'a, E> = &'a mut dyn FnMut(u64, &BlockHeader) -> Result<bool, E>;
 
-/// Scans the blocks of the segment that `header` begins, up to offset `file_len`.
+/// Scans the blocks behind `header`, up to offset `file_len`.
 ///
-/// `read_at` reads at an offset as much as there is, up to the length of the buffer. Each block is given to `on_block`, with its
-/// payload as it is stored, in the order of the file: first those that follow each other from the end of the header, then, if there is a `prove`, those that are
-/// found behind damage, byte by byte, and that it says are blocks. Their numbers and sequence numbers increase, though not without
-/// gaps.
+/// `read_at` reads at an offset and fills the buffer as far as the file reaches. `on_block`
+/// receives each block with its stored payload, in the order of the file. The contiguous blocks
+/// from the end of the header come first. If there is a `prove`, the scan then searches behind
+/// damage, byte by byte, and the blocks that `prove` accepts follow. Block numbers and sequence
+/// numbers increase, but may have gaps.
 ///
 /// # Errors
-/// Only what `read_at`, `on_block` and `prove` say.
+/// Only the errors of `read_at`, `on_block` and `prove`.
 pub(crate) fn scan<E>(
     header: &DecodedHeader,
     file_len: u64,
@@ -135,7 +150,7 @@ pub(crate) fn scan<E>(
     data_end = data_end.max(end);
     if let Some(prove) = prove {
         let (mut next_number, mut next_seq) = (number, end_seq);
-        // No segment is longer.
+        // A segment is never longer.
         window.file_len = file_len.min(SEGMENT_BYTES_MAX);
         let mut sums = Sums::new(end, window.file_len);
         let tag = window.segment_tag;
@@ -182,7 +197,8 @@ pub(crate) fn scan<E>(
     Ok(ScanReport { end, blocks: number, end_seq, mark, data_end, verdict })
 }
 
-/// Where the data between two offsets of a file ends: behind the last byte that is not zero. Reads from the end.
+/// The end of the data between two offsets of a file: behind the last byte that is not zero. Reads
+/// backwards from the end.
 pub(crate) fn end_of_data<E>(
     mut read_at: impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
     from: u64,
@@ -195,7 +211,7 @@ pub(crate) fn end_of_data<E>(
         bytes.resize((end - start) as usize, 0);
         let read = read_at(start, &mut bytes)?;
         if read < bytes.len() {
-            // The file has become shorter.
+            // Another process has truncated the file meanwhile.
             return Ok(end);
         }
         if let Some(last) = bytes.iter().rposition(|&byte| byte != 0) {
@@ -206,11 +222,12 @@ pub(crate) fn end_of_data<E>(
     Ok(from)
 }
 
-/// What lies at an offset.
+/// The result of looking for a block at an offset.
 enum Probe {
     /// A block of the segment.
     Block(BlockHeader, [u8; TAG_LEN]),
-    /// The beginning of one that goes on beyond the end of the file, with its number if so much of it is there.
+    /// The beginning of a block that extends beyond the end of the file. Holds its number, if that
+    /// part is present.
     Beyond(Option<u32>),
     /// Neither.
     Nothing,
@@ -220,7 +237,7 @@ enum Probe {
 struct Window<F> {
     read_at: F,
     file_len: u64,
-    /// The offset of `bytes`.
+    /// The file offset of `bytes`.
     start: u64,
     bytes: Vec<u8>,
     segment_tag: [u8; SEGMENT_TAG_LEN],
@@ -273,13 +290,14 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
         })
     }
 
-    /// The payload of the block at `offset`, as it is stored; nothing if the file has become shorter.
+    /// The stored payload of the block at `offset`. Empty if the file has been truncated meanwhile.
     fn payload(&mut self, offset: u64, header: &BlockHeader) -> Result<&[u8], E> {
         let block = self.at(offset, header.block_len())?;
         Ok(block.get(BlockHeader::LEN..).and_then(|rest| rest.get(..header.payload_len as usize)).unwrap_or_default())
     }
 
-    /// The first offset, from `at` on, at which there is the header of a block of the segment, and that header.
+    /// The first offset, from `at` on, that holds the header of a block of the segment, and that
+    /// header.
     fn find(&mut self, finder: &Finder<'_>, mut at: u64) -> Result<Option<(u64, BlockHeader)>, E> {
         loop {
             let bytes = self.at(at, BLOCK_LEN_MIN as u64)?;
@@ -291,7 +309,7 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
                 let rest = bytes.get(begin..).filter(|rest| rest.starts_with(MAGIC))?;
                 match BlockHeader::decode(rest) {
                     Ok(header) => Some((begin, Some(header))),
-                    // Not wholly in the window.
+                    // The window holds only a part of the header.
                     Err(_) if begin > 0 && rest.len() < BLOCK_LEN_MIN => Some((begin, None)),
                     Err(_) => None,
                 }
@@ -299,29 +317,31 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
             match found {
                 Some((begin, Some(header))) => return Ok(Some((at + begin as u64, header))),
                 Some((begin, None)) => at += begin as u64,
-                // A beginning of which the tag is not wholly in the window yet is looked at again.
+                // The window may end within a tag, so the search looks at such a beginning again.
                 None => at += (bytes.len() - (NUMBER_AT - 1)) as u64,
             }
         }
     }
 }
 
-/// Gives the CRC32 of any range of a file in constant time, after one pass over the file: the CRC32 of everything in front of each
-/// page is kept, and that of a range is the difference between those of what is in front of its two ends.
+/// Gives the CRC32 of any range of a file in constant time, after one pass over the file. It stores
+/// the CRC32 of everything in front of each page. The CRC32 of a range follows from the CRC32s of
+/// everything in front of its two ends.
 struct Sums {
     /// The offset of the first page.
     base: u64,
-    /// Where the file ends.
+    /// The end of the file.
     file_len: u64,
-    /// The CRC32 of what lies between `base` and the page of that number. They are added when they are needed.
+    /// By page number, the CRC32 of the bytes between `base` and that page. [`Sums::sum_up_to`]
+    /// adds entries on demand.
     before: Vec<u32>,
-    /// The pages that the ends of the last range are in.
+    /// The pages that hold the two ends of the last range.
     ends: [Page; 2],
-    /// What is summed up.
+    /// A read buffer for the pages to sum.
     bytes: Vec<u8>,
 }
 
-/// A page, and as much behind it as the end of a block may reach.
+/// A page, and as many bytes behind it as the end of a block may reach.
 #[derive(Default)]
 struct Page {
     number: Option<u64>,
@@ -333,14 +353,15 @@ impl Sums {
         Self { base, file_len, before: vec![0], ends: Default::default(), bytes: Vec::new() }
     }
 
-    /// The tag of the block of `len` bytes at `offset`; `None` if its CRC32 does not hold, or the file ends before it does.
+    /// The tag of the block of `len` bytes at `offset`. `None` if its CRC32 does not match, or the
+    /// file ends before the block does.
     fn tag_of<E>(
         &mut self,
         read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
         offset: u64,
         len: u64,
     ) -> Result<Option<[u8; TAG_LEN]>, E> {
-        // What comes before the CRC32 is what it is over.
+        // The CRC32 covers everything before it.
         let covered = len - CRC_LEN as u64;
         let suffix_at = len - SUFFIX_LEN as u64;
         if len > self.file_len.saturating_sub(offset) || !self.sum_up_to(read_at, offset + suffix_at)? {
@@ -361,7 +382,8 @@ impl Sums {
         Ok((through ^ shifted.finalize() == u32::from_le_bytes(crc)).then_some(tag))
     }
 
-    /// The CRC32 of all in front of the page that `offset` is in, the bytes of that page in front of `offset`, and those from it on.
+    /// The CRC32 of everything in front of the page that holds `offset`, the bytes of that page in
+    /// front of `offset`, and the bytes from `offset` on.
     fn around<E>(
         &mut self,
         read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
@@ -381,7 +403,8 @@ impl Sums {
         Ok((sum, front, rest))
     }
 
-    /// Sums up all pages in front of the one that `offset` is in. `false` if the file has become shorter than that.
+    /// Sums all pages in front of the page that holds `offset`. `false` if the file has been
+    /// truncated meanwhile and ends before.
     fn sum_up_to<E>(
         &mut self,
         read_at: &mut impl FnMut(u64, &mut [u8]) -> Result<usize, E>,
@@ -409,7 +432,7 @@ impl Sums {
     }
 }
 
-/// The CRC32 of what has this one, followed by `pieces`.
+/// Continues the CRC32 `crc` with `pieces`.
 fn continued(crc: u32, pieces: &[&[u8]]) -> u32 {
     let mut hasher = Hasher::new_with_initial(crc);
     pieces.iter().for_each(|piece| hasher.update(piece));
@@ -431,7 +454,7 @@ mod tests {
         segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader, put_crc},
     };
 
-    /// Reads a file of these bytes.
+    /// Reads from a file with these bytes.
     fn reading(bytes: &[u8]) -> impl FnMut(u64, &mut [u8]) -> Result<usize, Infallible> {
         |offset, buf| {
             let rest = bytes.get(offset as usize..).unwrap_or_default();
@@ -441,11 +464,11 @@ mod tests {
         }
     }
 
-    /// A segment in the making.
+    /// A segment under construction.
     struct Sample {
         header: DecodedHeader,
         bytes: Vec<u8>,
-        /// Where its blocks begin.
+        /// The offsets of its blocks.
         offsets: Vec<usize>,
         next_seq: u64,
     }
@@ -512,12 +535,12 @@ mod tests {
             self.next_seq = header.end_seq();
         }
 
-        /// Appends a block that says that everything up to `mark` is durable.
+        /// Appends a block with the durable mark `mark`.
         fn push(&mut self, payload_len: u32, mark: u64) {
             self.put(&self.next(payload_len, mark));
         }
 
-        /// Blocks of these lengths, none of which was ever synced.
+        /// A segment with blocks of these lengths, none of which was ever synced.
         fn unsynced(lens: &[u32]) -> Self {
             let mut sample = Self::new();
             for &len in lens {
@@ -526,7 +549,7 @@ mod tests {
             sample
         }
 
-        /// Scans it without a key: what is plausible and has a right CRC32 is believed.
+        /// Scans without a key: the scan accepts every plausible block with a matching CRC32.
         fn scan(&self) -> (ScanReport, Vec<ScannedBlock>) {
             self.scan_with(Some(&mut |_, _| Ok(true)))
         }
@@ -569,7 +592,7 @@ mod tests {
 
     #[test]
     fn whole_blocks() {
-        // One is longer than a chunk.
+        // One block is longer than a chunk.
         let mut sample = Sample::unsynced(&[50, 60, 3_000_000, 70]);
         let durable = sample.len();
         sample.push(0, durable);
@@ -600,7 +623,7 @@ mod tests {
     fn a_cut_that_cannot_be_the_next_block_is_torn() {
         let whole = Sample::unsynced(&[50, 60]);
         let at = whole.offsets[1];
-        // In the magic bytes, the segment's tag and the number.
+        // The wrong byte is in the magic bytes, in the segment's tag, or in the number.
         for (wrong, lens) in [(0, 1..96), (10, 11..96), (17, 20..170)] {
             for len in lens {
                 let mut sample = Sample::unsynced(&[50, 60]);
@@ -622,7 +645,7 @@ mod tests {
             let (report, _) = sample.scan();
             let at = sample.offsets[block] as u64;
             let expected = ScanVerdict::TornTail { at };
-            // The last block may seem to go on beyond the end.
+            // The last block may seem to extend beyond the end.
             let may_seem_longer = block == 3 && (20..24).contains(&(damaged - at as usize));
             assert!(report.verdict == expected || may_seem_longer, "{damaged} {report:?}");
             assert_eq!((report.end, report.blocks), (at, block as u32));
@@ -642,11 +665,11 @@ mod tests {
             assert_eq!(whole.verdict(), ScanVerdict::Damaged { at, mark }, "{damaged}");
             whole.bytes[damaged] ^= 0x10;
         }
-        // Above the mark, the last block is damaged, and the one before says how far it was durable.
+        // The damaged block is above the mark. The block before it carries the mark.
         let at = whole.offsets[2];
         whole.bytes[at + 100] ^= 1;
         assert_eq!(whole.verdict(), ScanVerdict::TornTail { at: at as u64 });
-        // At the mark, but a later block that is fine says that it was durable.
+        // The damage is at the mark, but the mark of a later, intact block is above it.
         whole.push(10 + 12, mark + 1);
         assert_eq!(whole.verdict(), ScanVerdict::Damaged { at: at as u64, mark: mark + 1 });
         assert_eq!(whole.behind(), [3, 4]);
@@ -654,7 +677,7 @@ mod tests {
 
     #[test]
     fn holes_and_garbage() {
-        // The file was extended, but nothing was written: the segment ends before that.
+        // The file was extended, but nothing was written there: the segment ends before the zeros.
         let mut sample = Sample::unsynced(&[50]);
         let at = sample.len();
         for zeros in [1, 95, 5000] {
@@ -667,7 +690,7 @@ mod tests {
         let (report, _) = sample.scan();
         assert_eq!((report.verdict, report.data_end), (ScanVerdict::TornTail { at }, at + 18));
         sample.bytes[at as usize + 17] = 0;
-        // A later block arrived, more than a chunk behind.
+        // A later block reached the disk, more than a chunk behind.
         sample.bytes.resize(sample.bytes.len() + 2_000_001, 0);
         let durable = sample.body_start();
         sample.offsets.push(0);
@@ -685,7 +708,7 @@ mod tests {
         assert_eq!((sample.verdict(), sample.behind()), (ScanVerdict::TornTail { at }, vec![1]));
     }
 
-    /// What is read at once may end anywhere in the header of the next block.
+    /// A chunk may end anywhere in the header of the next block.
     #[test]
     fn a_block_is_whole_wherever_the_chunk_ends() {
         let (chunk, overhead) = (CHUNK_BYTES as u32, BLOCK_LEN_MIN as u32);
@@ -719,7 +742,7 @@ mod tests {
             (BlockHeader { first_seq: 105, ..next }, vec![3]),
             (BlockHeader { first_seq: 9_999_998, ..next }, vec![]),
             (BlockHeader { durable_mark: start - 1, ..next }, vec![3]),
-            // A mark beyond itself is impossible.
+            // A mark beyond the block itself is impossible.
             (BlockHeader { durable_mark: at + 1, ..next }, vec![3]),
         ] {
             let mut sample = base();
@@ -729,7 +752,7 @@ mod tests {
             assert_eq!(sample.verdict(), ScanVerdict::TornTail { at }, "{wrong:?}");
             assert_eq!(sample.behind(), listed, "{wrong:?}");
         }
-        // Another segment's block, or none at all.
+        // A block of another segment is no block of this one.
         let mut sample = base();
         let mut other = Sample::new();
         other.header.header_hash = [9; 32];
@@ -755,18 +778,18 @@ mod tests {
         assert_eq!(scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_, _| Ok(()), None), Err("no disk"));
     }
 
-    /// A whole block that no writer has written: its CRC32 holds, and nothing else speaks for it.
+    /// A whole block that no writer has written. Its CRC32 matches, but its tag does not verify.
     fn fake(header: &BlockHeader, payload: &[u8]) -> Vec<u8> {
         let mut bytes = [&header.encode()[..], payload, &[0xfa; TAG_LEN]].concat();
         put_crc(&mut bytes, 0);
         bytes
     }
 
-    /// As many whole blocks within each other as fit into `len` bytes.
+    /// As many whole blocks, nested within each other, as fit into `len` bytes.
     fn nested(template: &BlockHeader, len: usize) -> Vec<u8> {
         let mut headers = Vec::new();
         let (mut core, mut suffixes) = (vec![0x45; 13], Vec::new());
-        // The CRC32 of what is there so far, from the innermost block outwards.
+        // The CRC32 of the bytes so far, from the innermost block outwards.
         let mut crc = Hasher::new();
         crc.update(&core);
         for raw_len in (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= len) {
@@ -792,7 +815,8 @@ mod tests {
         bytes
     }
 
-    /// A segment whose second block is torn, and holds `payload`. Behind it there is one more, which says that all up to `mark` was durable.
+    /// A segment whose second block is torn and holds `payload`. A block with the durable mark
+    /// `mark` follows it.
     fn torn_around(payload: &[u8], mark: u64) -> Sample {
         let mut sample = Sample::unsynced(&[50]);
         let at = sample.bytes.len() + BlockHeader::LEN;
@@ -802,7 +826,8 @@ mod tests {
         sample
     }
 
-    /// A scan with the key: those that [`Sample`] made, by their payload, are the only blocks. Returns how many bytes it has proved in vain.
+    /// Scans with the key: `prove` accepts only the blocks that [`Sample`] made. Returns how many
+    /// bytes it checked for fakes.
     fn scan_with_key(sample: &Sample) -> (ScanReport, Vec<u32>, u64) {
         let mut refuted = 0;
         let mut prove = |offset: u64, header: &BlockHeader| {
@@ -815,7 +840,7 @@ mod tests {
         (report, behind, refuted)
     }
 
-    /// A log line may hold the bytes of a block. What that one says about the file is nothing that the writer has said.
+    /// A log line may hold the bytes of a block. The mark in such a fake proves nothing.
     #[test]
     fn a_block_in_a_payload_proves_nothing() {
         let base = Sample::unsynced(&[50]);
@@ -825,21 +850,22 @@ mod tests {
             let line = fake(&BlockHeader { number: 7, ..base.next(60, mark) }, &[0x45; 60]);
             let sample = torn_around(&line, start);
             let torn = ScanVerdict::TornTail { at };
-            // Without a key it counts, if its mark may be true; then the block behind it is out of order.
+            // Without a key the scan accepts the fake if its mark is plausible. The block behind it
+            // is then out of order.
             let expected = if plausible { ScanVerdict::Damaged { at, mark } } else { torn };
             assert_eq!((sample.verdict(), sample.behind()), (expected, vec![if plausible { 7 } else { 2 }]), "{mark}");
             let (report, behind, refuted) = scan_with_key(&sample);
             assert_eq!((report.verdict, behind, refuted > 0), (torn, vec![2], plausible), "{mark}");
-            // Damage below what a block says is damage.
+            // Damage below a genuine mark is corruption.
             let sample = torn_around(&line, at + 1);
             let (report, behind, _) = scan_with_key(&sample);
             assert_eq!((report.verdict, behind), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]), "{mark}");
-            // Who does not look behind damage finds none.
+            // A scan without `prove` does not search behind damage, so it finds no block there.
             assert_eq!(sample.scan_with(None).0.verdict, ScanVerdict::TornTail { at });
         }
     }
 
-    /// In a block that is whole nothing is looked for.
+    /// The scan does not search inside an intact block.
     #[test]
     fn what_is_in_a_whole_block_is_not_looked_at() {
         let base = Sample::unsynced(&[50]);
@@ -855,7 +881,7 @@ mod tests {
         assert_eq!(scan_with_key(&sample).2, 0);
     }
 
-    /// Blocks within blocks, so many that what is proved in vain is limited: what lies behind them is found all the same.
+    /// Nested fakes reach the limit on refuted bytes. The search still finds the block behind them.
     #[test]
     fn nested_blocks_hide_nothing_and_cost_no_more_than_they_may() {
         let base = Sample::unsynced(&[50]);
@@ -873,7 +899,8 @@ mod tests {
         assert!(most > REFUTED_BYTES, "the limit was not reached: {most}");
     }
 
-    /// What is read and proved is linear in the length of the file, for any number of headers and any length that they claim.
+    /// Reading and proving are linear in the length of the file, for any number of headers and for
+    /// any lengths that they claim.
     #[test]
     fn the_work_is_linear_in_the_length_of_the_file() {
         let read_for = |fill: &dyn Fn(&Sample, &mut Vec<u8>, usize), len: usize| {
@@ -898,7 +925,7 @@ mod tests {
             move |sample: &Sample, tail: &mut Vec<u8>, len: usize| {
                 while tail.len() + BlockHeader::LEN < len {
                     let left = (len - tail.len() - BLOCK_LEN_MIN).min(30 << 20) as u32;
-                    // A length that is another page each time.
+                    // A length whose end is in another page each time.
                     let payload = if vary { left - (tail.len() as u32 / 96 * 7919) % (left / 2 + 1) } else { left };
                     let header = sample.next(payload.max(40), sample.body_start());
                     tail.extend_from_slice(&BlockHeader { number: 1, ..header }.encode());
@@ -924,7 +951,8 @@ mod tests {
         }
     }
 
-    /// The sums give what hashing gives, for each range of a file, and nothing where it ends.
+    /// The sums equal the CRC32 by direct hashing, for each range of a file, and are `None` beyond
+    /// its end.
     #[test]
     fn sums_are_those_of_the_bytes() {
         let bytes: Vec<u8> = (0..40_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -943,10 +971,10 @@ mod tests {
                 let mut fresh = Sums::new(base, file.len() as u64);
                 let tag = fresh.tag_of(&mut reading(&file), begin as u64, len as u64).unwrap();
                 assert_eq!(tag.unwrap()[..], file[end - SUFFIX_LEN..end - CRC_LEN], "{base} {offset} {len}");
-                // The file has become shorter meanwhile.
+                // The file has been truncated meanwhile.
                 let mut shorter = Sums::new(base, file.len() as u64);
                 assert_eq!(shorter.tag_of(&mut reading(&file[..end - 1]), begin as u64, len as u64).unwrap(), None);
-                // Or it was never so long.
+                // The file was shorter from the start.
                 assert_eq!(
                     Sums::new(base, end as u64 - 1).tag_of(&mut reading(&file), begin as u64, len as u64).unwrap(),
                     None
@@ -955,7 +983,8 @@ mod tests {
         }
     }
 
-    /// What lies behind the contiguous blocks, found byte by byte, each candidate hashed as a whole: the marks and offsets that count.
+    /// Searches behind the contiguous blocks byte by byte and hashes each candidate whole. Returns
+    /// the highest mark and the offsets of the blocks.
     fn oracle(sample: &Sample, from: &ScanReport, genuine: Option<&[usize]>) -> (u64, Vec<usize>) {
         let header = &sample.header;
         let (mut number, mut seq, mut mark) = (from.blocks, from.end_seq, 0);
@@ -983,7 +1012,8 @@ mod tests {
     }
 
     proptest! {
-        /// What is valid, and in which order, decides; the search finds every whole block.
+        /// The verdict depends on which blocks are valid and on their order. The search finds every
+        /// whole block.
         #[test]
         fn any_damage(
             blocks in prop::collection::vec((0..300u32, any::<bool>()), 1..12),
@@ -1032,7 +1062,8 @@ mod tests {
             }
         }
 
-        /// With and without a key the scan finds what a search finds that looks at each byte and hashes each candidate as a whole.
+        /// With and without a key, the scan finds the same blocks as a search that looks at each
+        /// byte and hashes each candidate whole.
         #[test]
         fn the_search_finds_what_the_simplest_search_finds(
             blocks in prop::collection::vec((0..9000u32, any::<prop::sample::Index>()), 1..8),
@@ -1047,7 +1078,7 @@ mod tests {
                 sample.push(if len < 30 { 0 } else { len }, mark);
             }
             let start = sample.body_start() as usize;
-            // Lines that hold blocks, anywhere; some within each other.
+            // Lines that hold blocks, at any position. Some overlap.
             for ([at, mark, seq], len, number) in lines {
                 let at = start + at.index(sample.bytes.len() - start);
                 let mark = mark.index(2 * sample.bytes.len()) as u64;
