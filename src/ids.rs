@@ -1,4 +1,4 @@
-//! Identifiers, and the hexadecimal form in which they and other short byte strings are printed and stored.
+//! Identifiers, and the hexadecimal form for them and other short byte strings.
 
 use std::{fmt, io, str::FromStr};
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::io::Random;
 
-/// A string is not an identifier.
+/// The error for a string that is not an identifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("an identifier is 32 lower-case hexadecimal digits")]
 pub struct ParseIdError;
@@ -30,10 +30,10 @@ macro_rules! id {
                 &self.0
             }
 
-            /// A fresh one.
+            /// A new random identifier.
             ///
             /// # Errors
-            /// What the source of randomness says.
+            /// The error of the source of randomness.
             pub fn random(random: &dyn Random) -> io::Result<Self> {
                 let mut bytes = [0; 16];
                 random.fill(&mut bytes)?;
@@ -82,12 +82,14 @@ id! {
 }
 
 id! {
-    /// Identifies a Logstore, across all stores and for ever: one that is deleted and made again under its old name has another.
+    /// Identifies a Logstore, across all stores and for ever. A Logstore that is deleted and
+    /// created again under its old name gets another identifier.
     LogstoreId
 }
 
 id! {
-    /// Identifies a service keyring: a store knows the one that was made with it.
+    /// Identifies a service keyring. A store records the identifier of the keyring that was created
+    /// with it.
     KeyringId
 }
 
@@ -96,13 +98,14 @@ id! {
     SegmentId
 }
 
-/// Lower-case hexadecimal digits, two a byte.
+/// Lower-case hexadecimal digits, two for each byte.
 pub(crate) fn hex_encode(bytes: &[u8]) -> String {
     let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or('0');
     bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
-/// The bytes that [`hex_encode`] made `text` of; `None` for any other text, upper-case digits among it.
+/// The bytes that [`hex_encode`] encoded as `text`. `None` for any other text, such as one with
+/// upper-case digits.
 pub(crate) fn hex_decode(text: &str) -> Option<Vec<u8>> {
     let nibble = |digit: u8| match digit {
         b'0'..=b'9' => Some(digit - b'0'),
@@ -113,7 +116,7 @@ pub(crate) fn hex_decode(text: &str) -> Option<Vec<u8>> {
     if !rest.is_empty() {
         return None;
     }
-    // Of its full length from the start: one that grows would leave copies of a key behind.
+    // Allocated at its full length: a vector that grows would leave copies of a key behind.
     let mut bytes = Vec::with_capacity(pairs.len());
     for &[high, low] in pairs {
         bytes.push(nibble(high)? << 4 | nibble(low)?);

@@ -1,14 +1,15 @@
 //! Locks and atomics; the locks without poisoning.
 //!
-//! A panic in the engine is a bug, and every invariant that a lock protects is restored or latched before anything can fail; so a
-//! poisoned lock is taken as it is rather than turned into a second panic.
+//! A panic in the engine is a bug. Every invariant that a lock protects is restored, or the writer
+//! is latched, before anything can fail. So a poisoned lock is used as it is instead of causing a
+//! second panic.
 
 use std::{sync::PoisonError, time::Duration};
 
 #[cfg(not(shuttle))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
 
-// The scheduler of `tests/shuttle` decides who goes on at each of these.
+// The scheduler of `tests/shuttle` decides at each of these which thread runs next.
 #[cfg(shuttle)]
 pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
 

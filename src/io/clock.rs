@@ -9,10 +9,11 @@ use rustix::time::{ClockId, clock_gettime};
 
 /// The two clocks that the engine reads.
 pub trait Clock: Send + Sync + fmt::Debug {
-    /// Microseconds since the Unix epoch, as the system believes. It may jump either way.
+    /// The wall-clock time in microseconds since the Unix epoch. It may jump in either direction.
     fn wall_us(&self) -> u64;
 
-    /// Time since some fixed moment, which never runs backwards and counts on while the machine is suspended.
+    /// The time since some fixed moment. It never runs backwards, and it continues while the
+    /// machine is suspended.
     fn uptime(&self) -> Duration;
 }
 

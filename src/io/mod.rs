@@ -1,7 +1,8 @@
-//! What the engine needs of the world: files, time and randomness, each behind a narrow trait.
+//! The traits through which the engine reaches files, time and randomness.
 //!
-//! The real ones are [`RealDisk`], [`SystemClock`] and [`OsRandom`]. Tests inject others that fail, tear, reorder, cut the power
-//! and replay from a seed; nothing else in the engine touches `std::fs`, a clock or a random number generator.
+//! [`RealDisk`], [`SystemClock`] and [`OsRandom`] are the real implementations. Tests inject
+//! implementations that fail, tear and reorder writes, lose power and replay from a seed. No other
+//! part of the engine uses `std::fs`, a clock or a random number generator.
 
 #![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "here is where the world is let in")]
 
@@ -31,21 +32,21 @@ pub enum OpenMode {
     Read,
     /// An existing file, for reading and writing.
     ReadWrite,
-    /// A new file, for reading and writing; it is an error if the name exists.
+    /// A new file, for reading and writing. It is an error if the name exists.
     CreateNew,
 }
 
-/// Who may use the files that a [`Disk`] creates, besides their owner.
+/// Who besides the owner may access the files that a [`Disk`] creates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
-    /// No one: files get mode 0600, directories 0700.
+    /// Only the owner: files get mode 0600, directories 0700.
     #[default]
     Owner,
     /// The group may read: files get mode 0640, directories 0750.
     GroupRead,
 }
 
-/// What a name stands for.
+/// The type of a directory entry or file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FileKind {
@@ -61,7 +62,7 @@ pub enum FileKind {
     Socket,
     /// A character or block device.
     Device,
-    /// The system does not say.
+    /// The system does not report the type.
     Unknown,
 }
 
@@ -79,15 +80,15 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// A name that stands for something else than it should. Comes as the inner error of an [`io::Error`], and as
-/// [`Error::WrongFileType`](crate::Error::WrongFileType) from the engine.
+/// A name has another file type than the operation needs. The error is the inner error of an
+/// [`io::Error`]; the engine returns it as [`Error::WrongFileType`](crate::Error::WrongFileType).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrongFileType {
     /// The name.
     pub path: PathBuf,
-    /// What it should be.
+    /// The type that the operation needs.
     pub expected: FileKind,
-    /// What it is.
+    /// The type that the name has.
     pub found: FileKind,
 }
 
@@ -110,12 +111,13 @@ impl From<WrongFileType> for io::Error {
     }
 }
 
-/// What a directory entry is.
+/// An entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirEntry {
-    /// The name, without the directory. A name that is not UTF-8 is converted with loss: the engine makes none such.
+    /// The name, without the directory. A name that is not UTF-8 is converted with loss. The engine
+    /// creates no such name.
     pub name: String,
-    /// What it stands for. A symlink is not followed.
+    /// The type. A symlink is not followed.
     pub kind: FileKind,
 }
 
@@ -131,58 +133,62 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// Whether root gives the file that replaces one of this owner to the same owner and group. A file of root that no other group
-    /// reads shows no intention: its replacement `new` keeps the owner and group of the directory.
+    /// Whether a replacement for a file of this owner, created by root, keeps the owner and group.
+    /// A file of root that no other group may read shows no intention, so its replacement `new`
+    /// keeps the owner and group of the directory.
     fn stays(self, new: Self) -> bool {
         const GROUP_READ: u32 = 0o040;
         self.uid != 0 || (self.gid != 0 && self.mode & new.mode & GROUP_READ != 0)
     }
 }
 
-/// What a file is. A symlink is not followed.
+/// The status of a file. A symlink is not followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileStat {
     /// Its type.
     pub kind: FileKind,
     /// Its length in bytes.
     pub len: u64,
-    /// Something that changes when another file takes the name (an inode number).
+    /// A number that changes when another file takes the name, such as an inode number.
     pub identity: u64,
-    /// How many names it has.
+    /// The number of its names (hard links).
     pub links: u64,
-    /// Whose it is; `None` on a disk without users.
+    /// Its owner and permissions. `None` on a disk without users.
     pub owner: Option<Owner>,
 }
 
 /// A file system, or a simulation of one.
 ///
-/// A change to a directory (create, rename, remove) is durable once [`Disk::sync_dir`] of it has returned; the contents of a
-/// file once [`DiskFile::sync_data`] has. Nothing else may be assumed, and the engine assumes nothing else.
+/// A change to a directory (create, rename, remove) is durable once [`Disk::sync_dir`] on that
+/// directory has returned. The contents of a file are durable once [`DiskFile::sync_data`] has
+/// returned. The engine assumes nothing else.
 ///
 /// No operation follows a symlink in the last name of a path, or waits for a FIFO or a device.
+///
+/// Every method returns the error of the operating system if it fails. A method has an `# Errors`
+/// section only where callers distinguish errors.
 pub trait Disk: Send + Sync + fmt::Debug {
-    /// The disk below the directory `dir`: paths that begin with `dir` lead to the directory that `dir` is now, and no symlink
-    /// below it is followed. Other paths are an error. `access` says who may use what is created.
+    /// The disk below the directory `dir`. Paths that begin with `dir` lead to the directory that
+    /// has this name now. No symlink below it is followed. Other paths are an error. `access` says
+    /// who may access the files that the engine creates there.
     ///
     /// # Errors
-    /// What the system says, `NotFound` and `NotADirectory` among it.
+    /// `NotFound` and `NotADirectory`, among others.
     fn beneath(&self, dir: &Path, access: Access) -> io::Result<Arc<dyn Disk>>;
 
-    /// What the file system that `dir` is on is called, if it is a network file system, whose locks may not reach other machines. By
-    /// default `None`.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// The name of the network file system that holds `dir`, if it is one. Locks on such a file
+    /// system may not reach other machines. By default `None`.
     fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
         let _ = dir;
         Ok(None)
     }
 
-    /// Where a path really leads: its directory without symlinks, and the name at the end of the symlinks that its last name leads
-    /// through. That name need not exist. By default the path itself, as on a disk without symlinks.
+    /// Resolves a path: its directory without symlinks, and the name at the end of the symlinks
+    /// that its last name leads through. That name need not exist. By default the path itself, as
+    /// on a disk without symlinks.
     ///
     /// # Errors
-    /// What the system says, `NotFound` for a missing directory among it.
+    /// `NotFound` for a missing directory, among others.
     fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
         Ok(path.to_owned())
     }
@@ -190,118 +196,88 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Opens a regular file.
     ///
     /// # Errors
-    /// What the system says, `NotFound` and `AlreadyExists` among it; [`WrongFileType`] for anything but a regular file.
+    /// `NotFound` and `AlreadyExists`, among others. [`WrongFileType`] for anything but a regular
+    /// file.
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>>;
 
-    /// Renames a file, replacing what has the new name.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Renames a file. It replaces a file that has the new name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Renames a file, unless the new name exists.
     ///
     /// # Errors
-    /// `AlreadyExists`, and what the system says.
+    /// `AlreadyExists`, among others.
     fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes a file.
-    ///
-    /// # Errors
-    /// What the system says.
     fn remove_file(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates a directory; its parent must exist. One that exists already is an error.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Creates a directory. Its parent must exist. It is an error if the directory exists already.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Removes an empty directory.
-    ///
-    /// # Errors
-    /// What the system says.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Makes the entries of a directory durable.
     ///
     /// # Errors
-    /// What the system says; the state of the entries is then unknown.
+    /// After an error the state of the entries is unknown.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
     /// The entries of a directory, in no order.
-    ///
-    /// # Errors
-    /// What the system says.
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>>;
 
-    /// What a file is; `None` when there is none.
-    ///
-    /// # Errors
-    /// What the system says, but for `NotFound`.
+    /// The status of a file. `None` if the name does not exist, so `NotFound` is not an error here.
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>>;
 }
 
-/// An open file, or a simulation of one. All methods may be called from several threads at once.
+/// An open file, or a simulation of one. Several threads may call its methods at once.
+///
+/// Every method returns the error of the operating system if it fails. A method has an `# Errors`
+/// section only where the error says something about the file.
 #[expect(clippy::len_without_is_empty, reason = "whether a file is empty is never the question")]
 pub trait DiskFile: Send + Sync + fmt::Debug {
-    /// Reads at `offset`, as much as there is, up to the length of `buf`. Less than that only at the end of the file.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Reads at `offset` and fills `buf` as far as the file reaches. Returns fewer bytes than `buf`
+    /// holds only at the end of the file.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// Writes all of `buf` at `offset`.
     ///
     /// # Errors
-    /// What the system says; how much has been written is then unknown.
+    /// After an error it is unknown how much has been written.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()>;
 
     /// Makes the contents and the length durable.
     ///
     /// # Errors
-    /// What the system says; the contents of the file are then unknown, and a second call that succeeds proves nothing.
+    /// After an error the contents of the file are unknown. A second call that succeeds proves
+    /// nothing.
     fn sync_data(&self) -> io::Result<()>;
 
     /// The length in bytes.
-    ///
-    /// # Errors
-    /// What the system says.
     fn len(&self) -> io::Result<u64>;
 
-    /// What the file is.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// The status of the file.
     fn stat(&self) -> io::Result<FileStat>;
 
-    /// Gives the file to another user and group, if this process is root's; otherwise does nothing. By default nothing, as on a
-    /// disk without users.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Gives the file to another user and group if this process runs as root. Otherwise it does
+    /// nothing. By default it does nothing, as on a disk without users.
     fn set_owner(&self, owner: Owner) -> io::Result<()> {
         let _ = owner;
         Ok(())
     }
 
-    /// Cuts or extends the file. The engine cuts nothing that anybody relies on.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Truncates or extends the file. The engine truncates no bytes that a reader may rely on.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
-    /// Takes the advisory lock of the file for this handle without waiting; `false` when somebody else has it. It is released
-    /// when the handle is dropped.
-    ///
-    /// # Errors
-    /// What the system says.
+    /// Takes the advisory lock of the file for this handle without waiting. `false` if another
+    /// handle has it. Dropping the handle releases the lock.
     fn try_lock(&self) -> io::Result<bool>;
 
-    /// Maps the file for reading, where that is possible.
+    /// Maps the file for reading.
     ///
     /// # Errors
-    /// What the system says; `Unsupported` where files cannot be mapped.
+    /// `Unsupported` where files cannot be mapped.
     fn map(&self) -> io::Result<Map>;
 }
 
@@ -322,11 +298,12 @@ pub(crate) enum Existing {
     Keep,
 }
 
-/// Writes the file `path` atomically and durably: a temporary file beside it, synced, renamed, the directory synced.
+/// Writes the file `path` atomically and durably: it writes a temporary file beside it, syncs it,
+/// renames it and syncs the directory.
 ///
 /// # Errors
-/// What the system says. The file under `path` is then the old one or the new one, never a mixture, and no temporary file is left
-/// unless it cannot be removed.
+/// The error of the file system. The file under `path` is then the old or the new one, never a
+/// mixture. No temporary file is left, unless it cannot be removed.
 pub(crate) fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
     let old = disk.stat(path)?;
     let temporary = Temporary::create(disk, path)?;
@@ -340,14 +317,15 @@ pub(crate) fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8], existing: E
         Existing::Keep => disk.rename_new(&temporary.path, path),
     });
     if let Err(error) = named {
-        // Best effort: the caller hears of the first error, and the next opening removes the file.
+        // Best effort: the caller gets the first error, and the next opening removes the file.
         let _ = disk.remove_file(&temporary.path);
         return Err(error);
     }
     sync_parent(disk, path)
 }
 
-/// How many names a temporary file may try. Each name that cannot be had is in use by another process, or is no file.
+/// How many names a temporary file may try. A name that cannot be used belongs to another process,
+/// or is not a regular file.
 const TEMPORARIES_MAX: u32 = 64;
 
 /// A temporary file, locked by the process that writes it.
@@ -357,21 +335,23 @@ pub(crate) struct Temporary {
 }
 
 impl Temporary {
-    /// Creates the temporary file of `path`, under the first name that is free or was left by a process that is gone.
+    /// Creates the temporary file of `path`, under the first name that is free or that a dead
+    /// process left behind.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the file system. `ResourceBusy` if no name can be used.
     pub(crate) fn create(disk: &dyn Disk, path: &Path) -> io::Result<Self> {
         for number in 0..TEMPORARIES_MAX {
             let name = temporary_path(path, number);
-            // A leftover is removed once, and then the name is tried again.
+            // A leftover is removed once, and then the same name is tried again.
             for _ in 0..2 {
                 match disk.open(&name, OpenMode::CreateNew) {
                     Ok(file) => match owns(disk, &*file, &name) {
                         Ok(true) => return Ok(Self { file, path: name }),
-                        // Another process took it for a leftover before it was locked.
+                        // Another process took the file for a leftover before this process locked
+                        // it.
                         Ok(false) => {}
-                        // Without locks no process can take it for a leftover.
+                        // Without locks, no process can take it for a leftover.
                         Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                             return Ok(Self { file, path: name });
                         }
@@ -386,7 +366,7 @@ impl Temporary {
                 }
             }
         }
-        // Not `AlreadyExists`: to the caller that would be about `path` itself.
+        // Not `AlreadyExists`: the caller would relate that to `path` itself.
         Err(io::Error::new(io::ErrorKind::ResourceBusy, "all names of its temporary file are taken; remove them"))
     }
 }
@@ -398,7 +378,7 @@ fn temporary_path(path: &Path, number: u32) -> PathBuf {
     name.into()
 }
 
-/// Whether `name` is that of a temporary file of a file called `of`.
+/// Whether `name` is the name of a temporary file of the file `of`.
 pub(crate) fn is_temporary(name: &str, of: &str) -> bool {
     let number =
         |text: &str| text.parse().is_ok_and(|n: u32| (1..TEMPORARIES_MAX).contains(&n) && n.to_string() == text);
@@ -408,7 +388,8 @@ pub(crate) fn is_temporary(name: &str, of: &str) -> bool {
     })
 }
 
-/// Locks a file, and makes sure that it still has its name: a process that removes leftovers locks them first.
+/// Locks a file and checks that it still has its name. A process that removes leftovers locks them
+/// first, so the file may have been removed.
 fn owns(disk: &dyn Disk, file: &dyn DiskFile, path: &Path) -> io::Result<bool> {
     if !file.try_lock()? {
         return Ok(false);
@@ -417,7 +398,8 @@ fn owns(disk: &dyn Disk, file: &dyn DiskFile, path: &Path) -> io::Result<bool> {
     Ok(named.is_some_and(|named| named.identity == opened.identity))
 }
 
-/// Removes a temporary file that a process left which is gone. `false` when it is in use or cannot be removed.
+/// Removes a temporary file that a dead process left behind. `false` if it is in use or cannot be
+/// removed.
 pub(crate) fn remove_temporary(disk: &dyn Disk, path: &Path) -> bool {
     let removed = disk.open(path, OpenMode::ReadWrite).and_then(|file| match owns(disk, &*file, path)? {
         true => disk.remove_file(path),
@@ -426,10 +408,10 @@ pub(crate) fn remove_temporary(disk: &dyn Disk, path: &Path) -> bool {
     removed.map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
 }
 
-/// Removes the temporary files of `path` that processes left which are gone.
+/// Removes the temporary files of `path` that dead processes left behind.
 ///
 /// # Errors
-/// What the system says of the directory. A temporary file that cannot be removed stays.
+/// The error of listing the directory. A temporary file that cannot be removed stays.
 pub(crate) fn remove_temporaries(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return Ok(()) };
     for entry in disk.list_dir(path.parent().unwrap_or(Path::new(".")))? {
@@ -440,10 +422,7 @@ pub(crate) fn remove_temporaries(disk: &dyn Disk, path: &Path) -> io::Result<()>
     Ok(())
 }
 
-/// Makes the name of `path` durable.
-///
-/// # Errors
-/// What the system says.
+/// Makes the name of `path` durable: syncs its directory.
 pub(crate) fn sync_parent(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
 }
@@ -451,12 +430,13 @@ pub(crate) fn sync_parent(disk: &dyn Disk, path: &Path) -> io::Result<()> {
 /// Reads a whole file of at most `limit` bytes.
 ///
 /// # Errors
-/// What the system says; `FileTooLarge` when it is longer than `limit`.
+/// `FileTooLarge` if it is longer than `limit`, or the error of the file system.
 pub(crate) fn read_file(disk: &dyn Disk, path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_open_file(&*disk.open(path, OpenMode::Read)?, limit)
 }
 
-/// Reads a whole file of the user's configuration, to which a symlink may lead: credentials, certificates, a PIN.
+/// Reads a whole file that the user has configured: credentials, certificates, a PIN. Unlike other
+/// files it may be reached through a symlink.
 ///
 /// # Errors
 /// As [`read_file`].

@@ -4,17 +4,17 @@ use std::{fmt, io};
 
 use rand::{TryRng, rngs::SysRng};
 
-/// Where keys, salts, nonces and identifiers come from.
+/// The source of keys, salts, nonces and identifiers.
 pub trait Random: Send + Sync + fmt::Debug {
-    /// Fills `buf` with bytes that nobody can predict and that never repeat.
+    /// Fills `buf` with unpredictable bytes. A value never repeats.
     ///
     /// # Errors
-    /// What the system says.
+    /// The error of the operating system.
     fn fill(&self, buf: &mut [u8]) -> io::Result<()>;
 }
 
-/// The operating system's generator, asked anew each time, so that neither `fork` nor a restored snapshot repeats a value that
-/// was buffered in the process.
+/// The operating system's generator. Each call asks the system, so neither `fork` nor a restored
+/// snapshot repeats a value that the process had buffered.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OsRandom;
 

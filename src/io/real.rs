@@ -1,8 +1,8 @@
 //! The real file system.
 //!
-//! Every operation takes one way to a file. [`Root::parent`] opens the directory that the last name of a path is in, without
-//! following a symlink below the root. The operation then acts on that name alone, and never follows it. So the rules about
-//! links and file types stand in one place.
+//! Every operation reaches a file in the same way. [`Root::parent`] opens the directory that holds
+//! the last name of a path, without following a symlink below the root. The operation then acts on
+//! that name alone and never follows it. So the rules about links and file types are in one place.
 
 mod root;
 
@@ -27,9 +27,10 @@ use root::{Resolver, Root};
 
 /// The file system of the operating system.
 ///
-/// Used directly, it reaches the directory of a path as the system does, symlinks included. [`Disk::beneath`] gives a disk that
-/// follows no symlink below a directory. Neither follows the last name of a path, waits for a FIFO or a device, or opens
-/// anything but a regular file.
+/// Used directly, it reaches the directory of a path as the system does, and follows symlinks on
+/// the way. [`Disk::beneath`] gives a disk that follows no symlink below a directory. Neither
+/// follows the last name of a path, waits for a FIFO or a device, or opens anything but a regular
+/// file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;
 
@@ -43,8 +44,8 @@ struct RootedDisk {
 impl RealDisk {
     /// As [`Disk::beneath`], without the Linux system call `openat2`: every path is walked one directory handle at a time.
     ///
-    /// [`Disk::beneath`] falls back to this where the kernel lacks `openat2` or a sandbox forbids it. Tests take this way
-    /// everywhere.
+    /// [`Disk::beneath`] falls back to this where the kernel lacks `openat2` or a sandbox forbids
+    /// it. Tests use it on every kernel.
     ///
     /// # Errors
     /// As [`Disk::beneath`].
@@ -53,7 +54,8 @@ impl RealDisk {
         Ok(Arc::new(RootedDisk { root: Root::open(dir, Resolver::Walk)?, access }))
     }
 
-    /// The disk below the directory that holds the last name of `path`, and the path in its terms.
+    /// The disk below the directory that holds the last name of `path`, and the path relative to
+    /// that disk.
     fn at(path: &Path) -> io::Result<(RootedDisk, PathBuf)> {
         let (parent, name) = match (path.parent(), path.file_name()) {
             (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => (parent, Some(name)),
@@ -157,17 +159,18 @@ impl Disk for RootedDisk {
                 let flags = common | OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
                 let file = rustix::fs::openat(dir, name, flags, Access::Owner.file_mode())?;
                 if let Err(error) = adopt(file.as_fd(), dir, self.access.file_mode()) {
-                    // Best effort: nothing has been written to it.
+                    // Best effort: nothing has been written to the file yet.
                     let _ = rustix::fs::unlinkat(dir, name, AtFlags::empty());
                     return Err(error);
                 }
                 return Ok(Arc::new(RealFile(file.into())));
             }
         };
-        // Looks before it opens, because opening a device or the end of a FIFO can have effects.
+        // Checks the type before opening, because opening a device or the end of a FIFO can have
+        // side effects.
         place.check(FileKind::File)?;
         let file = match rustix::fs::openat(dir, name, flags | common, Mode::empty()) {
-            // The name was replaced between the two calls.
+            // Another process replaced the name between the two calls.
             Err(error @ (Errno::LOOP | Errno::NXIO | Errno::ISDIR)) => {
                 place.check(FileKind::File)?;
                 return Err(error.into());
@@ -191,7 +194,7 @@ impl Disk for RootedDisk {
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         let place = self.root.parent(path)?;
         match rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::empty()) {
-            // POSIX says EPERM for a directory, Linux EISDIR.
+            // For a directory, POSIX specifies EPERM and Linux returns EISDIR.
             Err(error @ (Errno::PERM | Errno::ISDIR)) => {
                 place.check_not(FileKind::Directory, FileKind::File)?;
                 Err(error.into())
@@ -206,7 +209,7 @@ impl Disk for RootedDisk {
         rustix::fs::mkdirat(place.dir(), place.name(), Access::Owner.dir_mode())?;
         let made = open_made(&place).and_then(|made| adopt(made.as_fd(), place.dir(), mode));
         if made.is_err() {
-            // Best effort: nothing is in it.
+            // Best effort: the directory is empty.
             let _ = rustix::fs::unlinkat(place.dir(), place.name(), AtFlags::REMOVEDIR);
         }
         made
@@ -237,7 +240,7 @@ impl Disk for RootedDisk {
                 continue;
             }
             let kind = match entry.file_type() {
-                // Some file systems do not say.
+                // Some file systems do not report the type.
                 FileType::Unknown => match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
                     Err(Errno::NOENT) => continue,
                     stat => kind_of(&stat?),
@@ -261,12 +264,14 @@ impl Disk for RootedDisk {
     }
 }
 
-/// Opens a directory that this process has just made. The umask may have left its owner no right to it.
+/// Opens a directory that this process has just created. The umask may have left its owner without
+/// the right to read it.
 fn open_made(place: &root::Place<'_>) -> io::Result<OwnedFd> {
     match place.open_dir(OFlags::RDONLY) {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            // A handle that only names the directory needs no right to it, and cannot be led elsewhere by a symlink.
+            // A handle that only names the directory needs no right to it, and no symlink can
+            // redirect it.
             let handle = place.open_dir(OFlags::PATH)?;
             let path = format!("/proc/self/fd/{}", handle.as_raw_fd());
             rustix::fs::chmod(path, Access::Owner.dir_mode())?;
@@ -276,8 +281,9 @@ fn open_made(place: &root::Place<'_>) -> io::Result<OwnedFd> {
     }
 }
 
-/// Gives a file or directory that this process has just made its permissions, independent of the umask. A file that root makes
-/// gets the owner and group of the directory that it is in, so that one command run as root does not lock the owner of a store out.
+/// Gives a new file or directory its permissions, independent of the umask. If root creates it, it
+/// gets the owner and group of the directory that holds it. So one command run as root does not
+/// lock out the owner of a store.
 fn adopt(made: BorrowedFd<'_>, dir: BorrowedFd<'_>, mode: Mode) -> io::Result<()> {
     let is = rustix::fs::fstat(made)?;
     if rustix::process::geteuid().is_root() {
@@ -293,7 +299,7 @@ fn adopt(made: BorrowedFd<'_>, dir: BorrowedFd<'_>, mode: Mode) -> io::Result<()
     Ok(())
 }
 
-/// The user whose rights this process has.
+/// The effective user of this process.
 pub(crate) fn process_user() -> u32 {
     rustix::process::geteuid().as_raw()
 }
@@ -302,10 +308,11 @@ fn rename(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
     Ok(rustix::fs::renameat(from.dir(), from.name(), to.dir(), to.name())?)
 }
 
-/// Renames, unless the new name exists.
+/// Renames a file, unless the new name exists.
 fn rename_new(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
     match rustix::fs::renameat_with(from.dir(), from.name(), to.dir(), to.name(), RenameFlags::NOREPLACE) {
-        // The kernel, the file system or a sandbox does not offer it. A hard link does not replace a name either.
+        // The kernel, the file system or a sandbox does not offer this call. A hard link does not
+        // replace a name either.
         Err(Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NOTSUP) => link_and_unlink(from, to),
         renamed => Ok(renamed?),
     }
@@ -316,9 +323,10 @@ fn link_and_unlink(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<(
     Ok(rustix::fs::unlinkat(from.dir(), from.name(), AtFlags::empty())?)
 }
 
-/// The name of a network file system by the magic number that `statfs(2)` gives. The numbers are those of `linux/magic.h` and of the
-/// manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are from their sources. FUSE is not among them, because
-/// its number does not tell local file systems from remote ones.
+/// The name of a network file system, by the magic number from `statfs(2)`. The numbers are those
+/// of `linux/magic.h` and of the manual page of `statfs(2)`; those of BeeGFS, GPFS and Lustre are
+/// from their sources. FUSE is not in the list, because its number does not distinguish local from
+/// remote file systems.
 #[cfg(target_os = "linux")]
 pub(super) fn network_file_system(magic: u32) -> Option<&'static str> {
     Some(match magic {

@@ -9,7 +9,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use super::*;
 
-/// The disk beneath a new directory, by each way to it.
+/// The disk below a new directory, by each of the two ways to open it.
 fn disks() -> Vec<(tempfile::TempDir, Arc<dyn Disk>)> {
     let rooted = |beneath: fn(&Path) -> io::Result<Arc<dyn Disk>>| {
         let dir = tempfile::tempdir().unwrap();
@@ -22,7 +22,7 @@ fn disks() -> Vec<(tempfile::TempDir, Arc<dyn Disk>)> {
     ]
 }
 
-/// Three of the numbers, as the manual page of `statfs(2)` has them.
+/// Three of the numbers, from the manual page of `statfs(2)`.
 #[cfg(target_os = "linux")]
 #[test]
 fn network_file_systems_are_known_by_their_numbers() {
@@ -165,7 +165,7 @@ fn a_file_is_replaced_or_kept_whole() {
         write_file(&*disk, &path, b"three", Existing::Replace).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"three");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
-        // A directory in its place.
+        // A directory has the name already.
         let taken = dir.path().join("taken");
         fs::create_dir(&taken).unwrap();
         assert!(write_file(&*disk, &taken, b"four", Existing::Replace).is_err());
@@ -213,7 +213,7 @@ fn a_path_is_resolved_to_where_it_leads() {
     symlink("loop", root.join("loop")).unwrap();
     let resolve = |name: &str| RealDisk.resolve(&root.join(name));
     let target = root.join("a/b/target");
-    // Whether or not there is something.
+    // Once while the target does not exist, and once while it does.
     for _ in 0..2 {
         for name in ["a/b/target", "a/one", "two", "dir/one", "a/../two"] {
             assert_eq!(resolve(name).unwrap(), target, "{name}");

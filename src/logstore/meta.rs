@@ -21,18 +21,19 @@ use crate::{
     segment::Features,
 };
 
-/// Which metadata of a Logstore is in force: the catalogue says it. Each change is written into a file of its own, and counts once the
-/// catalogue names it. So a writer that another one has taken over from replaces nothing.
+/// The identity of the metadata that is in force for a Logstore. Each change writes a new file. The
+/// change takes effect once the catalogue names that file. So a writer that was fenced off replaces
+/// nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MetaRef {
-    /// Counts the changes, from 1.
+    /// The number of the change, from 1.
     pub(crate) generation: u64,
     /// Tag A of the document.
     pub(crate) tag: [u8; 32],
 }
 
 impl MetaRef {
-    /// Its file in the directory of the Logstore.
+    /// The path of its file in the directory of the Logstore.
     pub(crate) fn path(&self, logstore_dir: &Path) -> PathBuf {
         let [a, b, c, d, e, f, g, h, ..] = self.tag;
         let name = MetaName { generation: self.generation, tag: [a, b, c, d, e, f, g, h] };
@@ -48,14 +49,14 @@ pub(crate) struct MetaName {
 }
 
 impl MetaName {
-    /// The name, if it is one.
+    /// Parses a file name. `None` if it is not that of a metadata file.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let (generation, tag) = name.strip_prefix("meta-")?.split_once('-')?;
         let parsed = Self { generation: generation.parse().ok()?, tag: hex_decode(tag)?.try_into().ok()? };
         (parsed.to_string() == name).then_some(parsed)
     }
 
-    /// Whether a file of this name is metadata, or was to become it.
+    /// Whether this is the name of a metadata file or of a temporary file for one.
     pub(crate) fn is_file_or_temporary(name: &str) -> bool {
         let stem = name.split('.').next().unwrap_or_default();
         Self::parse(stem).is_some() && (stem == name || io::is_temporary(name, stem))
@@ -79,8 +80,8 @@ impl fmt::Display for MetaName {
     }
 }
 
-/// Removes what older changes have left: their files, and temporary files of killed processes. A file of a newer generation may be that of
-/// a writer that has taken over.
+/// Removes the metadata files of older changes, and temporary files of killed processes. It keeps
+/// files of newer generations: a writer that has taken over may have written them.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -117,17 +118,17 @@ pub(crate) fn remove_older(disk: &dyn Disk, logstore_dir: &Path, current: &MetaR
 /// The metadata of one Logstore.
 #[derive(Clone, Debug)]
 pub(crate) struct Meta {
-    /// Counts the changes, from 1; kept in the frame.
+    /// The number of the change, from 1. Stored in the frame.
     pub(crate) generation: u64,
-    /// Tag A of the document as it was read or written; kept in the frame.
+    /// Tag A of the document as it was read or written. Stored in the frame.
     pub(crate) tag: [u8; 32],
-    /// Its feature bits as it was read; kept in the frame.
+    /// The feature bits of the file that was read. Stored in the frame.
     pub(crate) features: Features,
-    /// The version of the service keyring that it is authenticated under; kept in the frame.
+    /// The version of the service keyring that authenticates it. Stored in the frame.
     pub(crate) keyring_version: u32,
     pub(crate) config: LogstoreConfig,
     pub(crate) keys: Option<KeysSection>,
-    /// The keys section as the file has it, with the tag of the data key (BYOK only).
+    /// The keys section as the file has it, with its tag under the data key (BYOK only).
     pub(crate) tagged: Option<Arc<TaggedKeys>>,
 }
 
@@ -144,7 +145,7 @@ impl Meta {
         }
     }
 
-    /// How the catalogue refers to it.
+    /// The reference by which the catalogue names it.
     pub(crate) fn reference(&self) -> MetaRef {
         MetaRef { generation: self.generation, tag: self.tag }
     }
@@ -179,7 +180,7 @@ impl Meta {
         Ok(meta)
     }
 
-    /// Checks what the document says by itself.
+    /// Checks the rules within the document.
     fn check(&self, path: &Path) -> Result<()> {
         let broken = |rule: String| Err(Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")));
         if let Err(rule) = self.config.check() {
@@ -217,8 +218,9 @@ impl Meta {
         }
     }
 
-    /// Reads the metadata of a BYOK Logstore from the file `path`, without the keyring. `data_key` finds the current data key by the keys section; with it
-    /// that section is authenticated, which the configuration is not.
+    /// Reads the metadata of a BYOK Logstore from the file `path`, without the keyring. `data_key`
+    /// finds the current data key from the keys section. That key authenticates the keys section,
+    /// but not the configuration.
     pub(crate) fn load_without_keyring(
         disk: &dyn Disk,
         path: &Path,
@@ -234,7 +236,7 @@ impl Meta {
         Ok(meta)
     }
 
-    /// Reads metadata from the file `path` and authenticates nothing of it.
+    /// Reads metadata from the file `path`. It authenticates nothing.
     pub(crate) fn load_unverified(disk: &dyn Disk, path: &Path, store: StoreId, id: LogstoreId) -> Result<Self> {
         let bytes = read(disk, path)?;
         let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
@@ -267,8 +269,9 @@ impl Meta {
         })
     }
 
-    /// Writes it as the generation that it says, into a file of its own, durably. It counts once the catalogue names it. `data_key` is the current data key, given when the keys section of a BYOK Logstore
-    /// has changed; otherwise the section stays as it is, byte by byte, and so does its tag.
+    /// Writes the metadata into a new file for its generation, durably. It takes effect once the
+    /// catalogue names it. If the keys section of a BYOK Logstore has changed, the caller passes
+    /// the current data key as `data_key`. Otherwise the section keeps its bytes and its tag.
     pub(crate) fn save(
         &mut self,
         disk: &dyn Disk,

@@ -35,53 +35,56 @@ use crate::{
 
 pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta};
 
-/// Which shard an append goes to.
+/// The shard that receives an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ShardChoice {
-    /// One after the other, over those that take writes.
+    /// Each writable shard in turn.
     #[default]
     RoundRobin,
-    /// This one.
+    /// The shard with this number.
     Shard(u32),
-    /// The one that owns this hash key.
+    /// The shard that owns this hash key.
     HashKey(u128),
 }
 
-/// How an append is to be done.
+/// The options of an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct AppendOptions {
-    /// Which shard; round robin by default.
+    /// The shard; round robin by default.
     pub shard: ShardChoice,
-    /// What the append survives once acknowledged; [`Durability::Synced`] by default.
+    /// The failure that an acknowledged append survives; [`Durability::Synced`] by default.
     pub durability: Durability,
 }
 
 impl AppendOptions {
-    /// Round robin, with this durability.
+    /// Round robin, with the given durability.
     pub fn durability(durability: Durability) -> Self {
         Self { durability, ..Self::default() }
     }
 }
 
-/// The store, to its Logstores: told about the loss and the return of a key, after the engine has dealt with it.
+/// Implemented by the store. A Logstore reports the loss and the return of its key here, after the
+/// engine has acted on it.
 pub(crate) trait KeyObserver: Send + Sync {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal);
     fn key_recovered(&self, logstore: &LogstoreShared);
-    /// Under which version of the master key an envelope is, where the KMS tells.
+    /// The version of the master key that wraps an envelope, if the KMS reports it.
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
 }
 
-/// How much was sealed under the current data key, counted on from one look to the next.
+/// How many bytes were sealed under the current data key. Each check counts on from the previous
+/// one.
 #[derive(Debug, Default)]
 pub(crate) struct SealedBytes {
     pub(crate) version: u32,
-    /// By shard: the first ordinal that was not counted for good, and the bytes of those before it.
+    /// For each shard, the first ordinal that is not counted finally, and the bytes of the segments
+    /// before it.
     pub(crate) shards: Vec<(u64, u64)>,
-    /// When a rotation that did not come about is tried again, by the uptime.
+    /// The uptime at which a failed rotation is tried again.
     pub(crate) retry_at: Duration,
 }
 
-/// An open Logstore, as the store and its handles share it.
+/// An open Logstore, shared by the store and its handles.
 pub(crate) struct LogstoreShared {
     pub(crate) name: LogstoreName,
     pub(crate) id: LogstoreId,
@@ -89,7 +92,7 @@ pub(crate) struct LogstoreShared {
     pub(crate) gate: Arc<Gate>,
     pub(crate) meta: Mutex<Meta>,
     pub(crate) shards: Vec<Arc<Shard>>,
-    /// For the policy by which its data key rotates.
+    /// The count for automatic rotation of the data key.
     pub(crate) sealed: Mutex<SealedBytes>,
     plan: Arc<RwLock<WritePlan>>,
     next_shard: AtomicUsize,
@@ -103,7 +106,7 @@ impl std::fmt::Debug for LogstoreShared {
     }
 }
 
-/// What new segments of a Logstore are sealed with.
+/// The keys and settings for new segments of a Logstore.
 pub(crate) fn write_plan(meta: &Meta, keyring_version: u32) -> WritePlan {
     let enabled = meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
     let (suite, key_source) = match &meta.keys {
@@ -147,7 +150,7 @@ impl LogstoreShared {
         }
     }
 
-    /// Takes in changed metadata: what is written from now on follows it.
+    /// Puts changed metadata in force: later appends follow it.
     pub(crate) fn set_meta(&self, meta: Meta, keyring_version: u32) {
         *write(&self.plan) = write_plan(&meta, keyring_version);
         *lock(&self.meta) = meta;
@@ -161,7 +164,7 @@ impl LogstoreShared {
         self.gate.keys().section
     }
 
-    /// Marks it deleted: every handle refuses from now on.
+    /// Marks the Logstore deleted: every handle refuses calls from now on.
     pub(crate) fn delete(&self) {
         for shard in &self.shards {
             shard.abandon();
@@ -169,7 +172,7 @@ impl LogstoreShared {
         self.gate.close("the Logstore");
     }
 
-    /// Without threads, whoever comes next deals with a loss of the key that was noticed.
+    /// In a store without threads, the next caller acts on a loss of the key that was noticed.
     fn settle(&self) {
         if !self.threads
             && let Some(lease) = self.lease()
@@ -220,7 +223,7 @@ impl LogstoreShared {
         }
     }
 
-    /// Everything counted over its segments.
+    /// The figures over all segments.
     fn status(&self) -> Result<LogstoreStatus> {
         let (config, generation) = {
             let meta = lock(&self.meta);
@@ -266,7 +269,7 @@ impl LogstoreShared {
                     End::Cut(end) => shard.count(&opened, end.bytes)?,
                     End::Unknown => shard.count(&opened, stored)?,
                 };
-                // Nothing of this is authenticated: a header or a footer may say anything.
+                // No header or footer is authenticated here, so their numbers may be anything.
                 let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
                 status.segments += 1;
                 add(&mut status.groups, so_far.group_count);
@@ -301,7 +304,7 @@ pub(crate) fn shard_dir(logstore_dir: &Path, shard: u32) -> PathBuf {
     logstore_dir.join(format!("shard-{shard:04}"))
 }
 
-/// Whether a name is that of a shard's directory.
+/// Whether a name is the name of a shard's directory.
 pub(crate) fn is_shard_dir(name: &str) -> bool {
     let shard = name.strip_prefix("shard-").and_then(|number| number.parse().ok());
     shard.is_some_and(|shard| shard_dir(Path::new(""), shard) == Path::new(name))
@@ -335,23 +338,23 @@ impl LeaseListener for LogstoreShared {
     }
 }
 
-/// One data-key version and what is stored under it.
+/// One data-key version and the segments under it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DataKeyStatus {
-    /// The version; 0 for segments from before the Logstore had a data key.
+    /// The version. 0 for segments from before the Logstore had a data key.
     pub version: u32,
-    /// Whether new segments are sealed with it.
+    /// Whether new segments use it.
     pub current: bool,
-    /// Whether it was destroyed on purpose.
+    /// Whether it was deliberately destroyed.
     pub shredded: bool,
-    /// The version of the service key that wraps it, under the service key.
+    /// The version of the service key that wraps it, if the service key does.
     pub service_key_version: Option<u32>,
-    /// The version of the master key that wraps it, where the KMS tells.
+    /// The version of the master key that wraps it, if the KMS reports it.
     pub cmk_version: Option<String>,
-    /// Segments under it.
+    /// The number of segments under it.
     pub segments: u64,
-    /// Bytes of those segments on disk.
+    /// The size of those segments on disk, in bytes.
     pub bytes_stored: u64,
 }
 
@@ -363,35 +366,35 @@ pub struct LogstoreStatus {
     pub name: LogstoreName,
     /// Its id.
     pub id: LogstoreId,
-    /// How often its metadata was written.
+    /// The number of times its metadata was written.
     pub generation: u64,
     /// `none`, `service_key` or `byok`.
     pub method: &'static str,
     /// The algorithm, once fixed.
     pub encrypt_type: Option<EncryptType>,
-    /// The customer master key that its data keys are wrapped under.
+    /// The customer master key that wraps its data keys.
     pub cmk: Option<Cmk>,
     /// Whether new data is encrypted.
     pub encrypting: bool,
     /// The state of the key.
     pub key: KeyStatus,
-    /// The data-key versions, and what is stored under each.
+    /// The data-key versions and the segments under each.
     pub data_keys: Vec<DataKeyStatus>,
-    /// Segments of all shards.
+    /// The number of segments in all shards.
     pub segments: u64,
-    /// Groups and opaque records.
+    /// The number of groups and opaque records.
     pub groups: u64,
-    /// Logs in all groups.
+    /// The number of logs in all groups.
     pub logs: u64,
-    /// Bytes of all groups as appended, framing included.
+    /// The size of all groups as appended, framing included, in bytes.
     pub bytes_raw: u64,
-    /// The same after compression.
+    /// The size of all groups after compression, in bytes.
     pub bytes_compressed: u64,
-    /// Bytes of the segments on disk.
+    /// The size of the segments on disk, in bytes.
     pub bytes_stored: u64,
-    /// What recovery had to report since the Logstore was opened.
+    /// The reports of recovery since the Logstore was opened.
     pub recovery: Vec<RecoveryNotice>,
-    /// Why a shard stopped writing, if one did.
+    /// The reason why a shard stopped writing, if one did.
     pub latched: Option<String>,
 }
 
@@ -399,7 +402,7 @@ pub struct LogstoreStatus {
 #[derive(Clone, Debug)]
 pub struct Logstore {
     shared: Arc<LogstoreShared>,
-    /// Closes the store when the last handle goes.
+    /// Closes the store when the last handle is dropped.
     _open: Arc<dyn std::any::Any + Send + Sync>,
 }
 
@@ -431,17 +434,19 @@ impl Logstore {
     /// Figures over all its segments. Needs no key and calls no KMS.
     ///
     /// # Errors
-    /// Whatever keeps a segment from being opened.
+    /// The error of opening a segment.
     pub fn status(&self) -> Result<LogstoreStatus> {
         self.shared.status()
     }
 
-    /// Appends a group and waits until it is as durable as `options` ask. Groups of several callers share blocks and syncs.
+    /// Appends a group and waits until it has the durability in `options`. Groups of several
+    /// callers share blocks and syncs.
     ///
     /// # Errors
-    /// [`Error::Revoked`], [`Error::KmsUnreachable`] when the key may not be used; [`Error::InvalidGroup`], [`Error::TooLarge`] for
-    /// the payload; [`Error::Latched`] after a failed write; [`Error::Io`] for a failing one. A failed append may be on disk or not,
-    /// but never in part.
+    /// [`Error::Revoked`] or [`Error::KmsUnreachable`] if the key may not be used.
+    /// [`Error::InvalidGroup`] or [`Error::TooLarge`] for the payload. [`Error::Io`] for a failed
+    /// write, and [`Error::Latched`] after one. A failed append may or may not be on disk, but
+    /// never in part.
     ///
     /// ```
     /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions, ReadOptions};
@@ -461,10 +466,10 @@ impl Logstore {
         self.enqueue(payload, options, true)?.wait()
     }
 
-    /// Hands a group over and returns a ticket for it. Waits only while the write pipeline is full.
+    /// Submits a group and returns a ticket for it. Waits only while the write pipeline is full.
     ///
     /// # Errors
-    /// As [`Logstore::append`], as far as they show at once; the rest comes with the ticket.
+    /// As [`Logstore::append`] for errors that show at once. The ticket returns the others.
     pub fn submit<P>(&self, payload: P, options: &AppendOptions) -> Result<Ticket>
     where
         P: TryInto<Payload>,
@@ -475,7 +480,8 @@ impl Logstore {
         Ok(ticket)
     }
 
-    /// As [`Logstore::submit`], but never waits.
+    /// As [`Logstore::submit`], but it does not wait while the pipeline is full. It may still block for
+    /// file I/O or a KMS call, as the first append after opening does.
     ///
     /// # Errors
     /// [`Error::Full`] when the write pipeline is full; otherwise as [`Logstore::submit`].
@@ -500,21 +506,22 @@ impl Logstore {
         shard.enqueue(payload, options.durability, wait)
     }
 
-    /// Makes everything durable that was appended before the call. What a process wrote that was killed, or was written before a sync
-    /// failed, is not synced as it is: recovery rewrites it.
+    /// Makes everything durable that was appended before the call. Bytes from a killed process, or
+    /// from before a failed sync, are not synced in place: recovery rewrites them.
     ///
     /// # Errors
-    /// What kept it from being written.
+    /// The error of the write or the sync.
     pub fn sync(&self) -> Result<()> {
         self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.make_durable())
     }
 
-    /// Begins to read a shard.
+    /// Opens a reader on a shard.
     ///
     /// # Errors
-    /// [`Error::Revoked`], [`Error::KmsUnreachable`] when the key may not be used; [`Error::ShardMissing`]; [`Error::TooMany`] when
-    /// as many readers are open as [`crate::StoreOptions::readers_max`] allows.
+    /// [`Error::Revoked`] or [`Error::KmsUnreachable`] if the key may not be used.
+    /// [`Error::ShardMissing`]. [`Error::TooMany`] if [`crate::StoreOptions::readers_max`] readers
+    /// are open.
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
         self.shared.settle();
         Reader::open(self.shared.shard(shard)?, options)
@@ -523,15 +530,17 @@ impl Logstore {
     /// One past the newest sequence number of a shard that a reader can see.
     ///
     /// # Errors
-    /// [`Error::ShardMissing`], and whatever keeps the newest segment from being opened.
+    /// [`Error::ShardMissing`], or the error of opening the newest segment.
     pub fn end_seq(&self, shard: u32) -> Result<u64> {
         self.shared.shard(shard)?.end_seq()
     }
 
-    /// Asks the KMS at once whether the master key may still be used, and deals with the answer before it returns.
+    /// Asks the KMS at once whether the master key may still be used, and acts on the answer before
+    /// it returns. Blocks for the KMS call.
     ///
     /// # Errors
-    /// [`Error::Revoked`], [`Error::KmsUnreachable`] or [`Error::KmsInvalid`] when operations are refused from now on.
+    /// [`Error::Revoked`], [`Error::KmsUnreachable`] or [`Error::KmsInvalid`] if operations are
+    /// refused from now on.
     pub fn revalidate_now(&self) -> Result<()> {
         let Some(lease) = self.shared.lease() else { return Ok(()) };
         lease.renew_afresh();
@@ -539,8 +548,8 @@ impl Logstore {
         self.shared.gate.admit().map(|_| ())
     }
 
-    /// Lets a shard write again after a failure has stopped it ([`Error::Latched`]): the next append recovers it first, as if the
-    /// process had crashed.
+    /// Lets a latched shard ([`Error::Latched`]) write again after a failure. The next append
+    /// recovers it first, as after a crash.
     ///
     /// # Errors
     /// [`Error::ShardMissing`].
@@ -549,10 +558,10 @@ impl Logstore {
         Ok(())
     }
 
-    /// Ends the segments that are being written, so that new ones begin with the next append.
+    /// Seals the segments that are being written. The next append begins a new one.
     ///
     /// # Errors
-    /// What kept a segment from being sealed.
+    /// The error of sealing a segment.
     pub fn roll(&self) -> Result<()> {
         self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.roll())

@@ -1,4 +1,4 @@
-//! A directory, and the way to what is below it.
+//! A directory, and access to the names below it.
 
 use std::{
     ffi::OsStr,
@@ -15,19 +15,19 @@ use rustix::{
 use super::kind_of;
 use crate::io::{FileKind, WrongFileType};
 
-/// The flags of a handle that only leads further.
+/// The flags of a handle that only serves to open names below it.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const HANDLE: OFlags = OFlags::PATH;
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 const HANDLE: OFlags = OFlags::RDONLY;
 
-/// The most symlinks that the path of a file outside a store may lead through, as Linux has it.
+/// The most symlinks in the path of a file outside a store, as in Linux.
 const SYMLINKS_MAX: usize = 40;
 
 /// How a path of several names is resolved below a root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Resolver {
-    /// By one call of `openat2`, where the system has it.
+    /// One call of `openat2`, where the system has it.
     Kernel,
     /// One directory handle at a time.
     Walk,
@@ -36,7 +36,7 @@ pub(super) enum Resolver {
 /// An open directory, below which no symlink is followed.
 #[derive(Debug)]
 pub(super) struct Root {
-    /// Its path, for taking the paths of callers apart and for messages.
+    /// Its path, to make the paths of callers relative, and for messages.
     path: PathBuf,
     dir: OwnedFd,
     resolver: Resolver,
@@ -57,7 +57,7 @@ enum Parent<'a> {
 }
 
 impl Root {
-    /// Opens a directory. Symlinks in its path are followed, here and never again.
+    /// Opens a directory. Only this call follows symlinks in its path.
     pub(super) fn open(path: &Path, resolver: Resolver) -> io::Result<Self> {
         let dir = rustix::fs::openat(CWD, path, HANDLE | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         Ok(Self { path: path.to_owned(), dir, resolver })
@@ -67,13 +67,13 @@ impl Root {
         &self.path
     }
 
-    /// A directory below this one as a root of its own.
+    /// Opens a directory below this one as a root of its own.
     pub(super) fn below(&self, path: &Path) -> io::Result<Self> {
         let dir = self.open_dir(path, HANDLE)?;
         Ok(Self { path: path.to_owned(), dir, resolver: self.resolver })
     }
 
-    /// The directory that the last name of `path` is in. `path` begins with the root's own.
+    /// The directory that holds the last name of `path`. `path` begins with the path of the root.
     pub(super) fn parent<'a>(&'a self, path: &'a Path) -> io::Result<Place<'a>> {
         let relative = self.relative(path)?;
         let (parent, name) = match (relative.parent(), relative.file_name()) {
@@ -86,7 +86,7 @@ impl Root {
         Ok(Place { path, parent, name })
     }
 
-    /// Opens the directory `path`, which begins with the root's own.
+    /// Opens the directory `path`, which begins with the path of the root.
     pub(super) fn open_dir(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         self.open_relative(self.relative(path)?, flags)
     }
@@ -108,7 +108,8 @@ impl Root {
             use rustix::fs::{ResolveFlags, openat2};
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
             match openat2(&self.dir, relative, flags, Mode::empty(), resolve) {
-                // An old kernel or a sandbox: walk. A name of the wrong type: the walk finds out which.
+                // An old kernel or a sandbox: walk. A name of the wrong type: the walk finds the
+                // type.
                 Err(Errno::NOSYS | Errno::PERM | Errno::LOOP | Errno::NOTDIR) => {}
                 opened => return Ok(opened?),
             }
@@ -150,13 +151,14 @@ impl Place<'_> {
         self.name
     }
 
-    /// Opens the directory of this name.
+    /// Opens the directory with this name.
     pub(super) fn open_dir(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let flags = flags | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(self.dir(), self.name, flags, Mode::empty())?)
     }
 
-    /// Whether the name is of this type; the error of its own if it is another.
+    /// Checks that the name has the type `expected`. If it has another type, fails with
+    /// [`WrongFileType`].
     pub(super) fn check(&self, expected: FileKind) -> io::Result<()> {
         match self.kind()? {
             found if found == expected => Ok(()),
@@ -164,7 +166,7 @@ impl Place<'_> {
         }
     }
 
-    /// The error of its own if the name is of a type that it must not be.
+    /// Fails with [`WrongFileType`] if the name has the type `refused`.
     pub(super) fn check_not(&self, refused: FileKind, expected: FileKind) -> io::Result<()> {
         match self.kind()? {
             found if found == refused => Err(self.wrong_type(expected, found)),
@@ -181,8 +183,8 @@ impl Place<'_> {
     }
 }
 
-/// The path that a file outside a store really has: its directory without symlinks, and the name at the end of the symlinks that
-/// the last name leads through. The file itself need not exist.
+/// Resolves the path of a file outside a store: its directory without symlinks, and the name at the
+/// end of the symlinks that the last name leads through. The file itself need not exist.
 pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..SYMLINKS_MAX {
@@ -192,7 +194,7 @@ pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
         let here = parent.join(name);
         match fs::read_link(&here) {
             Ok(target) => path = parent.join(target),
-            // It is no symlink, or nothing at all.
+            // The name is not a symlink, or does not exist.
             Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
                 return Ok(here);
             }
