@@ -387,7 +387,7 @@ fn whole_life(traced: &Traced) {
     watched.says(&SecretKey::from_bytes(&mut data_key.clone()));
     let text = traced.text();
     for said in
-        ["a store is open", "a KMS has answered", "on the key audit log", "the KMS refuses", "a segment is sealed"]
+        ["a store is open", "KMS call succeeded", "on the key audit log", "the KMS refuses", "a segment is sealed"]
     {
         assert!(text.contains(said), "{said}: everything was traced: {text}");
     }

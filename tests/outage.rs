@@ -163,7 +163,7 @@ fn calls_that_never_come_back_do_not_pile_up() {
         most = most.max(threads());
     }
     match logstore.key_status().state {
-        envelog::KeyState::Outage { detail } => assert!(detail.contains("256 calls have not come back"), "{detail}"),
+        envelog::KeyState::Outage { detail } => assert!(detail.contains("256 calls have not returned"), "{detail}"),
         other => panic!("{other:?}"),
     }
     assert!(most < 256 + 60, "{most} threads");

@@ -127,7 +127,7 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
     let mut rest = &text[..];
     for said in [
         "a store is open",
-        "a KMS has answered",
+        "KMS call succeeded",
         "a segment is begun",
         "RotateIntended",
         "Rotated",

@@ -1,4 +1,4 @@
-//! Calls that end in time, whatever the backend does.
+//! KMS calls with a time limit that holds for any backend.
 
 use std::{
     sync::{Arc, mpsc},
@@ -16,22 +16,24 @@ use crate::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-/// The most calls to one KMS that may be under way at once, those included that were given up and never came back.
+/// The most calls to one KMS at once. Calls that were given up and have not returned yet are
+/// included.
 const CALLS_MAX: usize = 256;
 
-/// A KMS whose calls are given up after their time limit: the bound on revocation does not rest on a backend keeping its word.
+/// A KMS whose calls end after their time limit. So the bound on revocation does not depend on a
+/// backend that honours its timeout.
 #[derive(Clone, Debug)]
 pub(crate) struct BoundedKms {
     kms: Arc<dyn Kms>,
     timeout: Duration,
-    /// Whether calls are made in the caller's thread, for a store without threads.
+    /// Whether calls run in the caller's thread, for a store without threads.
     inline: bool,
-    /// Calls under way, each in a thread of its own.
+    /// The number of calls in progress, each in a thread of its own.
     calls: Arc<AtomicUsize>,
     watch: Watch,
 }
 
-/// One of the calls under way, until its thread ends.
+/// One call in progress. Dropped when its thread ends.
 struct Underway(Arc<AtomicUsize>);
 
 impl Drop for Underway {
@@ -40,7 +42,7 @@ impl Drop for Underway {
     }
 }
 
-/// What measures the calls and counts them.
+/// Measures and counts the calls.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
     pub(crate) clock: Arc<dyn Clock>,
@@ -48,7 +50,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Makes a call, and notes what it came to and how long it took.
+    /// Makes a call. Logs and counts its outcome and its duration.
     fn call<T>(
         &self,
         kms: &str,
@@ -64,9 +66,9 @@ impl Watch {
         let (key, region, latency_us) = (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
         let outcome = outcome.word();
         match &answer {
-            Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "a KMS has answered"),
+            Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "KMS call succeeded"),
             Err(error) => {
-                warn!(kms, operation, key, region, outcome, latency_us, %error, "a KMS has not done what it was asked")
+                warn!(kms, operation, key, region, outcome, latency_us, %error, "KMS call failed")
             }
         }
         answer
@@ -101,8 +103,8 @@ impl BoundedKms {
             .call(self.name(), "unwrap", cmk, || self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped)))
     }
 
-    /// Makes a call in a thread of its own and waits for it no longer than it may take. One that has not come back by then counts
-    /// as unreachable, and its thread is left to end by itself.
+    /// Makes a call in a thread of its own, and waits for at most the time limit. A call that has
+    /// not returned by then is unreachable. Its thread is left to end by itself.
     fn call<T: Send + 'static>(
         &self,
         cmk: &Cmk,
@@ -110,7 +112,8 @@ impl BoundedKms {
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
     ) -> Result<T, KmsError> {
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
-        // The key passes through the backend's hands, and this thread may go on or its stack be used again.
+        // The backend handles the key on this stack. The thread may continue or its stack may be
+        // reused.
         let call = move || on_clean_stack(|| make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout }));
         if self.inline {
             return call();
@@ -118,12 +121,12 @@ impl BoundedKms {
         let unreachable = |detail: String| KmsError::Unreachable { detail };
         let underway = Underway(Arc::clone(&self.calls));
         if self.calls.fetch_add(1, Ordering::Relaxed) >= CALLS_MAX {
-            return Err(unreachable(format!("{CALLS_MAX} calls have not come back")));
+            return Err(unreachable(format!("{CALLS_MAX} calls have not returned")));
         }
         let (sender, receiver) = mpsc::sync_channel(1);
         let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(move || {
             let _underway = underway;
-            // Nobody may be waiting for the answer any more.
+            // The caller may have stopped waiting for the answer.
             let _ = sender.send(call());
         });
         spawned.map_err(|error| unreachable(error.to_string()))?;

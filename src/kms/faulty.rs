@@ -1,4 +1,4 @@
-//! A KMS that fails as it is told, for tests.
+//! A KMS with injected faults, for tests.
 
 use std::{collections::VecDeque, fmt, sync::Arc, thread, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-/// What a KMS is asked to do.
+/// The operation of a KMS call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// [`Kms::wrap`].
@@ -21,56 +21,57 @@ pub enum Operation {
     Unwrap,
 }
 
-/// What a call to a [`FaultyKms`] comes to, if it comes to its end in time.
+/// The answer of a call to a [`FaultyKms`] that returns in time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Answer {
-    /// What the KMS behind it says.
+    /// The answer of the KMS behind it.
     True,
-    /// This error. The KMS behind it is not asked.
+    /// This error. The call does not reach the KMS behind it.
     Error(KmsError),
-    /// Success, and a key that is not the right one: another one is wrapped, or what was unwrapped is changed.
+    /// Success with a wrong key. `wrap` wraps another key, and `unwrap` changes the unwrapped key.
     OtherKey,
-    /// What is wrapped is cut short on its way back, or on its way there to be unwrapped.
+    /// The wrapped key is cut short: after `wrap`, or before `unwrap`.
     Truncated,
-    /// What is wrapped is changed on its way.
+    /// The wrapped key is changed: after `wrap`, or before `unwrap`.
     Garbled,
 }
 
-/// What becomes of one call to a [`FaultyKms`].
+/// The faults of one call to a [`FaultyKms`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// How long the call takes to get to the KMS.
+    /// The delay before the call reaches the KMS.
     pub there: Duration,
-    /// How long the answer takes to get back: what becomes of the master key in the meantime is not in it.
+    /// The delay of the answer on its way back. The answer does not reflect changes to the master
+    /// key during this time.
     pub back: Duration,
-    /// What the answer is.
+    /// The answer.
     pub answer: Answer,
-    /// Whether a call that takes longer than it may is waited for all the same, against the rules for a backend. Else it is given up after its
-    /// time limit, as unreachable.
+    /// Whether the caller waits for a call that exceeds its time limit, as for a backend that
+    /// breaks the rules. Otherwise the call ends at its time limit, as unreachable.
     pub overdue: bool,
 }
 
 impl Fault {
-    /// No fault at all.
+    /// No fault.
     #[must_use]
     pub fn none() -> Self {
         Self::answer(Answer::True)
     }
 
-    /// This answer, at once.
+    /// This answer, without delay.
     #[must_use]
     pub fn answer(answer: Answer) -> Self {
         Self { there: Duration::ZERO, back: Duration::ZERO, answer, overdue: false }
     }
 
-    /// This error, at once.
+    /// This error, without delay.
     #[must_use]
     pub fn error(error: KmsError) -> Self {
         Self::answer(Answer::Error(error))
     }
 
-    /// The true answer after these delays.
+    /// The answer of the KMS behind it, with these delays.
     #[must_use]
     pub fn delay(there: Duration, back: Duration) -> Self {
         Self { there, back, ..Self::none() }
@@ -80,8 +81,8 @@ impl Fault {
 type Plan = Box<dyn FnMut(Operation, &KmsCall<'_>) -> Fault + Send>;
 type Sleep = Box<dyn Fn(Duration) + Send + Sync>;
 
-/// A KMS in front of another one, which delays, fails and falsifies calls as it is told: to test what an embedder's service
-/// does when a customer's KMS misbehaves.
+/// A KMS in front of another KMS. It delays, fails and falsifies calls as configured. With it an
+/// embedder tests how its service behaves when a customer's KMS fails.
 ///
 /// ```
 /// # #[cfg(feature = "kms-local")] {
@@ -90,10 +91,10 @@ type Sleep = Box<dyn Fn(Duration) + Send + Sync>;
 ///
 /// let dir = tempfile::tempdir().unwrap();
 /// let kms = Arc::new(FaultyKms::new(Arc::new(LocalKms::at(dir.path()))));
-/// // Throttled once, then slow; after that as healthy as the one behind it.
+/// Throttled once, then slow. After that it passes calls through.
 /// kms.then(Fault::error(KmsError::Unreachable { detail: "throttled".into() }));
 /// kms.then(Fault::delay(Duration::from_millis(300), Duration::ZERO));
-/// // Or, once those are used up: every third call gets no answer.
+/// After those two calls, every third call gets no answer.
 /// let mut count = 0;
 /// kms.plan(move |_, call| {
 ///     count += 1;
@@ -116,8 +117,8 @@ impl fmt::Debug for FaultyKms {
 }
 
 impl FaultyKms {
-    /// In front of `kms`, without a fault so far.
-    #[expect(clippy::disallowed_methods, reason = "who has a clock of his own says so by `sleeping_by`")]
+    /// A KMS in front of `kms`, without a fault.
+    #[expect(clippy::disallowed_methods, reason = "a test with a clock of its own calls `sleeping_by`")]
     pub fn new(kms: Arc<dyn Kms>) -> Self {
         Self {
             kms,
@@ -128,29 +129,29 @@ impl FaultyKms {
         }
     }
 
-    /// Lets time pass by this instead of sleeping: for tests that have a clock of their own.
+    /// Replaces sleeping by `sleep`, for tests with a clock of their own.
     #[must_use]
     pub fn sleeping_by(mut self, sleep: impl Fn(Duration) + Send + Sync + 'static) -> Self {
         self.sleep = Box::new(sleep);
         self
     }
 
-    /// Adds what the next call comes to that nothing else was said of.
+    /// Queues the fault for the next call that has none queued yet.
     pub fn then(&self, fault: Fault) {
         lock(&self.script).push_back(fault);
     }
 
-    /// Says what calls come to, once those are over that [`FaultyKms::then`] was about.
+    /// Sets the faults of the calls after the queue of [`FaultyKms::then`] is empty.
     pub fn plan(&self, plan: impl FnMut(Operation, &KmsCall<'_>) -> Fault + Send + 'static) {
         *lock(&self.plan) = Box::new(plan);
     }
 
-    /// The calls so far.
+    /// The number of calls so far.
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// One call, which `make` makes at the KMS behind, in the way that the answer says.
+    /// Makes one call with `make`, on the KMS behind, and applies the fault.
     fn call<T>(
         &self,
         operation: Operation,
@@ -272,7 +273,8 @@ mod tests {
         let bad = kms.wrap(&call, &key).unwrap();
         assert_eq!(kms.unwrap(&call, &bad).map(|key| *key.expose()), Ok([!7; 32]));
 
-        // The plan decides when the script is over; what changes while the answer is on its way is not in it.
+        // After the script has ended, the plan decides. The answer does not reflect changes during
+        // its way back.
         kms.plan(|operation, _| {
             let error = KmsError::Unreachable { detail: "down".into() };
             if operation == Operation::Wrap { Fault::error(error) } else { Fault::none() }

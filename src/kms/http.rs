@@ -1,4 +1,4 @@
-//! Blocking HTTP requests that end in time, whose answers are of bounded length, for the KMSs of clouds.
+//! Blocking HTTP requests with a deadline and answers of bounded length, for cloud KMSs.
 
 use std::{
     fmt,
@@ -21,17 +21,20 @@ use zeroize::Zeroizing;
 
 use crate::io::{Clock, SystemClock, read_configured};
 
-/// The answers asked for have a few thousand bytes; one that is longer is not read to its end.
+/// The longest answer, in bytes. The expected answers have a few thousand bytes. A longer one is
+/// not read to its end.
 pub(super) const ANSWER_BYTES_MAX: usize = 64 * 1024;
 const HEADER_BYTES_MAX: usize = 16 * 1024;
-/// A file of certificates is not larger; that of Debian has 220 KiB.
+/// The largest accepted file of certificates, in bytes. Debian's has 220 KiB.
 const CA_BUNDLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
-/// How long a connection is kept for the next request: for longer than leases take to be renewed, unless told otherwise.
+/// How long an idle connection is kept for the next request: longer than the default interval of
+/// lease renewals.
 const IDLE_MAX: Duration = Duration::from_secs(50);
-/// Connections kept, to each host and in all. More calls than that at once open connections of their own.
+/// The most idle connections, to each host and in total. Further concurrent calls open their own
+/// connections.
 const IDLE_CONNECTIONS_MAX: usize = 16;
 
-/// Until when a call has to be done with, by the clock that counts through suspend.
+/// The time by which a call must end, on the clock that continues during suspend.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Deadline(Duration);
 
@@ -40,13 +43,14 @@ impl Deadline {
         Self(SystemClock.uptime().saturating_add(timeout))
     }
 
-    /// How long there is left, if any.
+    /// The time left, if any.
     pub(super) fn left(self) -> Option<Duration> {
         self.0.checked_sub(SystemClock.uptime()).filter(|left| !left.is_zero())
     }
 }
 
-/// The endpoint that a URL names: a scheme, a host and a port, and nothing more. Plain `http:` goes to this machine alone.
+/// Parses the URL of an endpoint: only a scheme, a host and a port. Plain `http:` is allowed only
+/// for this machine.
 pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
     let uri: Uri = url.parse().map_err(|_| "an endpoint is no URL")?;
     let Some(authority) = uri.authority() else { return Err("an endpoint is no URL with a host") };
@@ -54,7 +58,7 @@ pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
         return Err("an endpoint is a scheme, a host and a port, and nothing more");
     }
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-    // RFC 6761, section 6.3: the name is that of the loopback address.
+    // RFC 6761, section 6.3: the name resolves to the loopback address.
     let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
     match uri.scheme_str() {
         Some("https") => Ok(uri),
@@ -64,28 +68,29 @@ pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
     }
 }
 
-/// `host:port`, the port where it is not that of the scheme: what the header `Host` says.
+/// `host:port`, without the port if it is the scheme's default: the value of the header `Host`.
 pub(super) fn authority(uri: &Uri) -> &str {
     uri.authority().map_or("", |authority| authority.as_str())
 }
 
-/// An answer, read to its end, whatever its status. The body is wiped when it is dropped, as it may hold a key.
+/// An answer of any status, read to its end. The body is wiped on drop, because it may hold a key.
 pub(super) struct Answer {
     pub(super) status: u16,
     pub(super) headers: HeaderMap,
     pub(super) body: Zeroizing<Vec<u8>>,
 }
 
-/// Why there is no answer, of which host. Tells nothing of what was sent or received.
+/// The reason why there is no answer, with the host. It contains nothing of the request or the
+/// answer.
 #[derive(Debug)]
 pub(super) enum NoAnswer {
-    /// There is no time left.
+    /// The time limit has passed.
     TimedOut(String),
-    /// The answer is longer than one can be.
+    /// The answer is too long.
     TooLong(String),
-    /// The connection broke, as one that was kept does when the server has given it up: asking again may help.
+    /// The connection broke. The server may have closed an idle connection, so a retry may help.
     Broken(String),
-    /// Anything else on the way.
+    /// Any other failure.
     Failed(String),
 }
 
@@ -99,12 +104,13 @@ impl fmt::Display for NoAnswer {
     }
 }
 
-/// A client whose connections are kept for the next request.
+/// A client that keeps connections for the next request.
 #[derive(Clone)]
 pub(super) struct Http {
-    /// Made at the first request: to name a KMS reads no certificates.
+    /// Created at the first request, so that creating a KMS reads no certificates.
     agent: Arc<OnceLock<Agent>>,
-    /// A variable and the file of certificates that it names, to trust in place of the system's.
+    /// A variable of the environment and the file that it names. The certificates in that file
+    /// replace the system's.
     ca_bundle: Option<(&'static str, String)>,
 }
 
@@ -115,25 +121,28 @@ impl fmt::Debug for Http {
 }
 
 impl Http {
-    /// One that trusts whom the system trusts, or the certificates in the file that this variable of the environment names.
+    /// A client that trusts the certificates of the system, or those in the file that this variable
+    /// of the environment names.
     pub(super) fn new(ca_bundle: Option<&'static str>) -> Self {
         let named = |variable| Some((variable, std::env::var(variable).ok().filter(|path| !path.is_empty())?));
         Self { agent: Arc::default(), ca_bundle: ca_bundle.and_then(named) }
     }
 
-    /// Sends a request and reads the answer. Follows no redirection.
+    /// Sends a request and reads the answer. It follows no redirection.
     pub(super) fn send(&self, request: Request<&[u8]>, deadline: Deadline) -> Result<Answer, NoAnswer> {
         let agent = self.agent().map_err(NoAnswer::Failed)?;
         let host = authority(request.uri()).to_owned();
         let Some(left) = deadline.left() else { return Err(NoAnswer::TimedOut(host)) };
-        // Without TLS there are only this machine and its metadata service, which no proxy reaches.
+        // Plain `http:` goes only to this machine or its metadata service, and no proxy reaches
+        // those.
         let direct = request.uri().scheme_str() == Some("http");
         let mut config = agent.configure_request(request).timeout_global(Some(left));
         if direct {
             config = config.proxy(None);
         }
         let mut response = agent.run(config.build()).map_err(|error| no_answer(&error, &host))?;
-        // All of it at once: a buffer that grows would leave copies of its content behind.
+        // Allocated at its full length: a buffer that grows would leave copies of its content
+        // behind.
         let mut body = Zeroizing::new(vec![0; ANSWER_BYTES_MAX + 1]);
         let (mut reader, mut len) = (response.body_mut().as_reader(), 0);
         while len < body.len() {
@@ -195,7 +204,7 @@ fn no_answer(error: &Error, host: &str) -> NoAnswer {
         Error::ConnectionFailed => NoAnswer::Failed(format!("no connection to {host}")),
         Error::Rustls(error) => NoAnswer::Failed(format!("no TLS connection to {host}: {error}")),
         Error::Tls(error) => NoAnswer::Failed(format!("no TLS connection to {host}: {error}")),
-        // The others may quote what was sent or received.
+        // Other errors may quote parts of the request or the answer.
         _ => NoAnswer::Failed(format!("the answer of {host} is not HTTP")),
     }
 }

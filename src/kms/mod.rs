@@ -1,52 +1,61 @@
-//! The customer's key management service, as the engine sees it.
+//! The customer's key management service, as the engine uses it.
 //!
-//! With customer-managed keys, the data key of a Logstore is stored only wrapped under a customer master key ([`Cmk`]) that never
-//! leaves the customer's KMS. The engine asks the KMS to wrap a data key once, and to unwrap it again and again: every
-//! success renews the lease under which the key may be held in memory, every refusal ends it. All of this goes through the trait
-//! [`Kms`]; a *backend* implements it for one kind of service.
+//! With customer-managed keys, the data key of a Logstore is stored only wrapped under a customer
+//! master key ([`Cmk`]) that never leaves the customer's KMS. The engine asks the KMS to wrap a
+//! data key once, and to unwrap it many times. Every success renews the lease under which the
+//! engine may hold the key in memory. Every refusal ends the lease. All of this goes through the
+//! trait [`Kms`]. A *backend* implements it for one kind of service.
 //!
-//! # What an answer means
+//! # The four answers
 //!
-//! A backend has one duty above all: to sort each outcome into the right one of four answers. The engine acts on nothing else.
+//! The most important duty of a backend is to sort each outcome into the right one of four answers.
+//! The engine acts on nothing else.
 //!
-//! | answer | when | what the engine does |
+//! | answer | when | the engine's action |
 //! |---|---|---|
 //! | `Ok` | the KMS has done it, now | renews the lease, counted from when the call was *sent* |
-//! | [`KmsError::Revoked`] | a reachable KMS says no: the CMK is disabled, pending deletion or deleted, or the role may not be assumed or may not use the CMK | rejects all reads and writes at once, wipes the data key and all that was derived from it |
-//! | [`KmsError::Unreachable`] | nobody has said no: timeout, connection refused, name not resolved, throttled, a 5xx answer, or the *service's own* credentials are missing, expired or refused | rides the lease to its end, then rejects until the KMS answers |
+//! | [`KmsError::Revoked`] | a reachable KMS says no: the CMK is disabled, pending deletion or deleted, or the role may not be assumed or may not use the CMK | rejects all reads and writes at once, wipes the data key and all keys derived from it |
+//! | [`KmsError::Unreachable`] | the KMS has not refused: timeout, connection refused, name not resolved, throttled, a 5xx answer, or the *service's own* credentials are missing, expired or refused | rides the lease to its end, then rejects until the KMS answers |
 //! | [`KmsError::Invalid`] | an answer that cannot be right: not parseable, a key of another length, a wrapped key that the KMS calls malformed or made under another CMK or context | never renews, rides the lease, then rejects with an error that says so |
 //!
-//! The costly mistakes are the first two of these:
+//! Three mistakes are costly:
 //!
-//! - *An outage reported as `Revoked`* stops every Logstore under that CMK at once, although nobody asked for it. Never guess:
-//!   an unknown error code, an unexpected status or an empty body is `Unreachable` or `Invalid`, not `Revoked`.
-//! - *A refusal reported as `Unreachable`* lets a revoked key live until the lease ends. A refusal concerning the CMK or the
-//!   customer's role (for instance `Disabled.Key`, `KeyState.PendingDeletion`, `NotFound`, `Forbidden`, or that the role
-//!   does not exist or may not be assumed) must be `Revoked`; a refusal concerning the identity under which the service itself
-//!   logs in must not.
-//! - *A stale success* is the worst of all, see below.
+//! - *An outage reported as `Revoked`* stops every Logstore under that CMK at once, although the
+//!   customer has not revoked it. Never guess: an unknown error code, an unexpected status or an
+//!   empty body is `Unreachable` or `Invalid`, not `Revoked`.
+//! - *A refusal reported as `Unreachable`* lets a revoked key live until the lease ends. A refusal
+//!   that concerns the CMK or the customer's role must be `Revoked` (for instance `Disabled.Key`,
+//!   `KeyState.PendingDeletion`, `NotFound`, `Forbidden`, or that the role does not exist or may
+//!   not be assumed). A refusal that concerns the identity under which the service itself logs in
+//!   must not be.
+//! - *A stale success* is the worst mistake: see the first rule below.
 //!
 //! # Rules for a backend
 //!
-//! - **Never cache an answer.** Each call asks the KMS. The engine renews one lease per CMK and role and shares it among all
-//!   Logstores, so calls are few. A cached key or a remembered success would break the promise that a revoked key
-//!   stops working within the bound that the operator has set. The same holds for refusals: recovery must show at the next call.
-//! - **Assume the role afresh at each call.** [`Cmk::arn`] names the role in which the CMK is used. Temporary credentials of that
-//!   role, kept from an earlier call, would outlive the customer's withdrawal of it. Connections may be kept, and so may the
-//!   service's own credentials.
-//! - **Honour the timeout.** [`KmsCall::timeout`] bounds the whole call, all of it: name resolution, connecting, assuming the
-//!   role, and any retry. What is not done by then is [`KmsError::Unreachable`]. The bound on revocation counts on this; a call that
-//!   hangs would silently extend it.
-//! - **Bind the context.** [`KmsCall::context`] goes to the KMS as its encryption context (additional authenticated data), unchanged
-//!   and complete. It holds immutable identifiers of what the key is for (store, Logstore, key version, suite), so that a wrapped key
-//!   copied from one place to another does not open there. A KMS without such a feature is no basis for a backend unless the
-//!   backend authenticates the context itself. A context that does not match is [`KmsError::Invalid`].
-//! - **Never let key material out.** Not in a log line, not in `Debug`, not in [`KmsError`]'s details, which the engine shows to
-//!   users and writes to its logs. Do not quote request or response bodies. Wipe what held a key (`zeroize`), and hand keys on only
-//!   as [`SecretKey`].
-//! - **Be callable from many threads at once.** The engine makes one call at a time for each CMK and role, but CMKs
-//!   are independent: a slow one must not delay the others.
-//! - **Do not panic** on whatever the network returns; limit what is read of it.
+//! - **Never cache an answer.** Each call asks the KMS. The engine renews one lease per CMK and
+//!   role and shares it among all Logstores, so calls are few. A cached key or a remembered success
+//!   would break the promise that a revoked key stops working within the bound that the operator
+//!   has set. The same holds for refusals: recovery must show at the next call.
+//! - **Assume the role again at each call.** [`Cmk::arn`] names the role that uses the CMK. If the
+//!   backend kept temporary credentials of that role from an earlier call, they would outlive the
+//!   customer's withdrawal of the role. It may keep connections and the service's own credentials.
+//! - **Honour the timeout.** [`KmsCall::timeout`] bounds the whole call: name resolution,
+//!   connecting, assuming the role, and any retry. A call that is not done by then is
+//!   [`KmsError::Unreachable`]. The bound on revocation depends on this. A call that hangs would
+//!   silently extend it.
+//! - **Bind the context.** [`KmsCall::context`] goes to the KMS as its encryption context
+//!   (additional authenticated data), unchanged and complete. It holds the immutable identifiers of
+//!   the key's purpose (store, Logstore, key version, suite), so a wrapped key that was copied
+//!   elsewhere does not open there. A KMS without such a feature is no basis for a backend, unless
+//!   the backend authenticates the context itself. A context that does not match is
+//!   [`KmsError::Invalid`].
+//! - **Never let key material out.** Keep it out of log lines, out of `Debug`, and out of the
+//!   details of [`KmsError`], which the engine shows to users and writes to its logs. Do not quote
+//!   request or response bodies. Wipe buffers that held a key (`zeroize`), and hand keys on only as
+//!   [`SecretKey`].
+//! - **Be callable from many threads at once.** The engine makes one call at a time for each CMK
+//!   and role. But CMKs are independent: a slow one must not delay the others.
+//! - **Do not panic**, for any bytes from the network. Limit how much is read.
 
 #[cfg(feature = "kms-aliyun")]
 mod aliyun;
@@ -82,13 +91,13 @@ pub use url::{KmsUrlError, from_url};
 
 use crate::crypto::SecretKey;
 
-/// A customer master key: which one, in which role to use it, and where its KMS is.
+/// A customer master key: its identifier, the role that uses it, and the region of its KMS.
 ///
 /// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these three fields, all required.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmk {
-    /// The identifier that the KMS gave to the key.
+    /// The identifier of the key in its KMS.
     pub cmk_key_id: String,
     /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`. Opaque to the engine.
     pub arn: String,
@@ -96,30 +105,35 @@ pub struct Cmk {
     pub region_id: String,
 }
 
-/// What a wrapped key is bound to: names and values, in the order of the names. Not secret; a KMS may write it to its audit log.
+/// The context to which a wrapped key is bound: names and values, in the order of the names. It is
+/// not secret. A KMS may write it to its audit log.
 pub type EncryptionContext = BTreeMap<String, String>;
 
-/// What [`Kms::wrap`] and [`Kms::unwrap`] have in common.
+/// The common arguments of [`Kms::wrap`] and [`Kms::unwrap`].
 #[derive(Clone, Copy, Debug)]
 pub struct KmsCall<'a> {
-    /// The master key to use and the role to use it in.
+    /// The master key, and the role that uses it.
     pub cmk: &'a Cmk,
-    /// The immutable identifiers that the wrapped key is bound to; unwrapping must fail under any other context.
+    /// The immutable identifiers to which the wrapped key is bound. Unwrapping must fail under any
+    /// other context.
     pub context: &'a EncryptionContext,
-    /// How long the whole call may take, retries included; after that the answer is [`KmsError::Unreachable`].
+    /// How long the whole call may take, retries included. After that the answer is
+    /// [`KmsError::Unreachable`].
     pub timeout: Duration,
 }
 
-/// A key management service. The [module documentation](self) says what a backend must keep to.
+/// A key management service. The [module documentation](self) states the rules for a backend.
 pub trait Kms: Send + Sync + fmt::Debug {
-    /// A short name of the backend for error messages and status, such as `local`. It is stored with what was wrapped to renew
-    /// leases, which only a backend of the same name is asked to unwrap.
+    /// A short name of the backend for error messages and status, such as `local`. The engine
+    /// stores it with the probe that renews a lease, and asks only a backend of that name to unwrap
+    /// the probe.
     fn name(&self) -> &str;
 
-    /// Whether this KMS is the one to ask about the CMKs of a region. The engine asks the first one that says yes.
+    /// Whether this KMS serves the CMKs of a region. The engine asks the first KMS that returns
+    /// `true`.
     ///
-    /// This is about routing, not about permission or health: a KMS that is down still serves its regions, so a backend
-    /// answers from its settings where it can, and quickly.
+    /// This is about routing, not about permission or health: a KMS that is down still serves its
+    /// regions. A backend answers from its settings where it can, and quickly.
     fn serves(&self, region_id: &str) -> bool;
 
     /// Encrypts `key` under the CMK, bound to the context. The result is opaque to the engine, which stores it.
@@ -128,59 +142,63 @@ pub trait Kms: Send + Sync + fmt::Debug {
     /// [`KmsError`], sorted as the [module documentation](self) says.
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError>;
 
-    /// Decrypts what [`Kms::wrap`] made, also under an older version of a CMK that has been rotated since.
+    /// Decrypts the output of [`Kms::wrap`], including output under an older version of a CMK that
+    /// has been rotated since.
     ///
-    /// `wrapped` comes from a disk and may hold anything.
+    /// `wrapped` comes from a disk and may be any bytes.
     ///
     /// # Errors
     /// [`KmsError`], sorted as the [module documentation](self) says.
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError>;
 
-    /// Which version of the CMK has wrapped `wrapped`, in the words of the KMS; `None` where what it returns does not tell. Asks
-    /// nobody: it looks at the bytes alone, which come from a disk and may hold anything.
+    /// The version of the CMK that wrapped `wrapped`, as the KMS names it. `None` if the wrapped
+    /// key does not contain it. This method calls no KMS. It looks at the bytes alone, which come
+    /// from a disk and may be anything.
     fn cmk_version(&self, _wrapped: &[u8]) -> Option<String> {
         None
     }
 }
 
-/// Why a KMS has not done what it was asked for. The [module documentation](self) says which is which.
+/// The reason why a KMS call failed. The [module documentation](self) defines the variants.
 ///
-/// A detail is one clause for people, without key material: it is shown to users and logged.
+/// A detail is one clause for people, without key material. The engine shows it to users and logs
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KmsError {
     /// A reachable KMS refuses the use of the CMK. The engine stops using the key at once.
     #[error("the customer master key is {reason}: {detail}")]
     Revoked {
-        /// What kind of refusal.
+        /// The kind of refusal.
         reason: RevokedReason,
-        /// What the KMS said.
+        /// The KMS's explanation.
         detail: String,
     },
-    /// The KMS has not answered, or cannot be asked. The engine goes on until the lease ends.
+    /// The KMS has not answered, or cannot be asked. The engine continues until the lease ends.
     #[error("the KMS cannot be reached: {detail}")]
     Unreachable {
-        /// What happened.
+        /// The cause.
         detail: String,
     },
-    /// The KMS, or what it was asked to unwrap, makes no sense. The lease is not renewed.
+    /// The answer of the KMS is impossible, or the wrapped key is. The engine does not renew the
+    /// lease.
     #[error("the KMS gave no valid answer: {detail}")]
     Invalid {
-        /// What is wrong.
+        /// The fault.
         detail: String,
     },
 }
 
-/// Why a CMK may not be used.
+/// The reason why a CMK may not be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum RevokedReason {
-    /// The customer has disabled it; it may be enabled again.
+    /// The customer has disabled it and may enable it again.
     Disabled,
-    /// It is going to be deleted on a day that the customer has set; that may be cancelled.
+    /// The customer has scheduled its deletion and may cancel that.
     PendingDeletion,
-    /// It is gone, or the KMS knows no such key.
+    /// It has been deleted, or the KMS knows no such key.
     Deleted,
     /// The role may not be assumed, or may not use the key.
     NotPermitted,

@@ -1,27 +1,27 @@
-//! KMSs by their URL, as a command line or a configuration file names them.
+//! KMS backends by URL, as a command line or a configuration file names them.
 
 use std::sync::Arc;
 
 use super::Kms;
 
-/// Why a URL names no KMS.
+/// The reason why a URL names no KMS.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KmsUrlError {
-    /// No backend of that scheme is built in.
+    /// This build has no backend for the scheme.
     #[error("no KMS backend for \"{scheme}:\" is built in; there is {built_in}")]
     Unsupported {
-        /// The part before the colon, or all of what has none.
+        /// The part before the colon, or the whole URL if it has no colon.
         scheme: String,
-        /// The schemes that are.
+        /// The schemes of this build.
         built_in: String,
     },
-    /// The backend makes no sense of it. The detail quotes no value, as some are secrets.
+    /// The backend cannot parse the URL. The detail quotes no value, as some values are secrets.
     #[error("not a KMS URL: {0}")]
     Malformed(String),
 }
 
-/// Makes the backend that a URL names. Calls nobody: a KMS that is down can be named all the same.
+/// Creates the backend that a URL names. It calls no KMS, so a KMS that is down can be named too.
 ///
 /// | URL | backend | feature |
 /// |---|---|---|

@@ -1,4 +1,4 @@
-//! Administration: making keys, changing their states, versions and grants.
+//! Administration: creating keys, and changing their states, versions and grants.
 
 use std::{
     fmt, io,
@@ -20,7 +20,7 @@ pub const DELETION_DAYS: RangeInclusive<u32> = 1..=366;
 /// The longest region or role name, in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 1024;
 
-/// What there is to know about a key of a [`LocalKms`], but for its material.
+/// The description of a key of a [`LocalKms`], without its material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeyInfo {
@@ -30,30 +30,30 @@ pub struct KeyInfo {
     pub region_id: String,
     /// Whether it can be used.
     pub state: KeyState,
-    /// How many versions there are: 1, and one more for each rotation. None once the material is destroyed.
+    /// The number of versions: 1, and one more for each rotation. 0 once the material is destroyed.
     pub versions: u32,
     /// The roles that may use it, in order.
     pub grants: Vec<String>,
-    /// When it was created, in microseconds since the Unix epoch.
+    /// The creation time, in microseconds since the Unix epoch.
     pub created_us: u64,
-    /// The day on which it will be, or was, deleted: days since 1970-01-01, UTC.
+    /// The scheduled or past day of its deletion: days since 1970-01-01, UTC.
     pub deletion_day: Option<u32>,
 }
 
-/// Whether a key of a [`LocalKms`] can be used.
+/// The state of a key of a [`LocalKms`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyState {
-    /// It can.
+    /// The key can be used.
     Enabled,
-    /// Not until it is enabled again.
+    /// The key cannot be used until it is enabled again.
     Disabled,
-    /// Not unless its deletion is cancelled in time.
+    /// The key cannot be used unless its deletion is cancelled in time.
     PendingDeletion {
-        /// The day on which it will be deleted: days since 1970-01-01, UTC.
+        /// The day of its deletion: days since 1970-01-01, UTC.
         day: u32,
     },
-    /// Never again.
+    /// The key can never be used again.
     Deleted,
 }
 
@@ -68,11 +68,12 @@ impl fmt::Display for KeyState {
     }
 }
 
-/// Why the administration of a [`LocalKms`] failed. Nothing has changed then, except as [`LocalKmsError::Io`] says.
+/// The reason why the administration of a [`LocalKms`] failed. The failed call has changed nothing,
+/// except as documented at [`LocalKmsError::Io`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LocalKmsError {
-    /// There is no embedded KMS in that directory, or not any more.
+    /// The directory holds no embedded KMS, or no longer does.
     #[error("there is no embedded KMS in {}", dir.display())]
     Missing {
         /// The directory.
@@ -81,20 +82,20 @@ pub enum LocalKmsError {
     /// There is no such key.
     #[error("there is no key {key_id}")]
     NotFound {
-        /// The key that was asked for.
+        /// The requested key.
         key_id: String,
     },
-    /// The state that the key is in does not allow it.
+    /// The state of the key does not allow the operation.
     #[error("cannot {operation} key {key_id}, which is {state}")]
     WrongState {
         /// The key.
         key_id: String,
         /// Its state.
         state: KeyState,
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
     },
-    /// A grant that is to be withdrawn does not exist.
+    /// The grant to withdraw does not exist.
     #[error("key {key_id} is not granted to {arn}")]
     NotGranted {
         /// The key.
@@ -105,43 +106,44 @@ pub enum LocalKmsError {
     /// An argument is outside its limits.
     #[error("{what} must be {limits}")]
     InvalidArgument {
-        /// Which argument.
+        /// The argument.
         what: &'static str,
-        /// What is allowed.
+        /// The limits.
         limits: String,
     },
-    /// The key has reached the largest size that its file may have: too many versions or grants.
+    /// The key has too many versions or grants: its file would exceed its largest size.
     #[error("key {key_id} has too many versions or grants: its file may have {} bytes", KEY_FILE_BYTES_MAX)]
     TooLarge {
         /// The key.
         key_id: String,
     },
-    /// A file is not what was written.
+    /// A file is damaged.
     #[error("{} is damaged: {what}", file.display())]
     Damaged {
         /// The file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
-    /// Others kept changing the directory for ten seconds, or one of them hangs.
+    /// Other processes held the lock of the directory for ten seconds. One of them may hang.
     #[error("another process has the lock of the embedded KMS in {}", dir.display())]
     Busy {
         /// The directory.
         dir: PathBuf,
     },
-    /// The file system failed. If that happened while changing a key, the change may or may not have been made.
+    /// The file system failed. If that happened during a change of a key, the change may or may not
+    /// have been made.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
 
 impl LocalKmsError {
-    /// Whether the process, or the system, has nothing left to look at a file with.
+    /// Whether the error means that the process or the system lacks file descriptors or memory.
     pub(super) fn is_exhaustion(&self) -> bool {
         let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
         matches!(self, Self::Io { source, .. } if source.raw_os_error().is_some_and(|code| exhausted.contains(&code)))
@@ -162,7 +164,7 @@ pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {
 }
 
 impl LocalKms {
-    /// Creates a key in a region, which the roles in `grants` may use, and returns its identifier.
+    /// Creates a key in a region and grants it to the roles in `grants`. Returns its identifier.
     ///
     /// # Errors
     /// `InvalidArgument` for an empty or overlong name; `TooLarge`; `Missing`, `Damaged`, `Busy` or `Io`.
@@ -189,7 +191,7 @@ impl LocalKms {
         Ok(key.key_id)
     }
 
-    /// All keys, deleted ones included, in the order of their identifiers.
+    /// All keys, in the order of their identifiers. Deleted keys are included.
     ///
     /// # Errors
     /// `Missing`, `Io`, or `Damaged`, which names the first damaged file.
@@ -198,7 +200,8 @@ impl LocalKms {
         self.key_ids()?.iter().map(|key_id| Ok(self.load(key_id)?.info(today))).collect()
     }
 
-    /// Disables a key: all use of it is refused until it is enabled again. Disabling a disabled key changes nothing.
+    /// Disables a key. The KMS refuses all use of it until it is enabled again. Disabling a
+    /// disabled key changes nothing.
     ///
     /// # Errors
     /// `WrongState` for a key that is deleted or pending deletion; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
@@ -220,7 +223,8 @@ impl LocalKms {
         })
     }
 
-    /// Adds a version to an enabled key: what is wrapped from now on is wrapped under it; older versions still unwrap.
+    /// Adds a version to an enabled key. The new version wraps from now on. Older versions still
+    /// unwrap.
     ///
     /// # Errors
     /// `WrongState` for a key that is not enabled; `TooLarge`, `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
@@ -236,7 +240,8 @@ impl LocalKms {
         )
     }
 
-    /// Schedules the deletion of a key, `days` days from today (UTC). Until then all use of it is refused.
+    /// Schedules the deletion of a key, `days` days from today (UTC). The KMS refuses all use of it
+    /// at once.
     ///
     /// # Errors
     /// `InvalidArgument` when `days` is not within [`DELETION_DAYS`]; `WrongState` for a key that is deleted or pending deletion
@@ -252,7 +257,7 @@ impl LocalKms {
         })
     }
 
-    /// Cancels the scheduled deletion of a key, which is then enabled or disabled as it was before.
+    /// Cancels the scheduled deletion of a key. The key is then enabled or disabled as before.
     ///
     /// # Errors
     /// `WrongState` for a key that is not pending deletion; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
@@ -268,7 +273,8 @@ impl LocalKms {
         )
     }
 
-    /// Deletes a key now: its material is destroyed and all that was wrapped under it is lost. The key itself stays listed.
+    /// Deletes a key now. Its material is destroyed, so every key wrapped under it is lost. The key
+    /// stays listed.
     ///
     /// # Errors
     /// `WrongState` for a key that is deleted; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
@@ -293,7 +299,7 @@ impl LocalKms {
         })
     }
 
-    /// Withdraws a grant: all use of the key by that role is refused.
+    /// Withdraws a grant. The KMS then refuses all use of the key by that role.
     ///
     /// # Errors
     /// `NotGranted` when there is no such grant; `WrongState` for a key that is deleted; `NotFound`, `Missing`, `Damaged`, `Busy` or

@@ -19,7 +19,7 @@ use crate::{
 
 /// The largest key file, in bytes: some thousand key versions and grants.
 pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
-/// How often, and how far apart, the lock is tried: 10 seconds in all.
+/// How often the lock is tried, with [`LOCK_PAUSE`] in between: 10 seconds in total.
 const LOCK_TRIES: u32 = 2000;
 pub(super) const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
@@ -47,7 +47,7 @@ impl LocalKms {
         SecretKey::generate(&*self.random).map(Material).map_err(io_error(&self.dir))
     }
 
-    /// The disk below the directory, as it is now. No symlink in it is followed.
+    /// The disk below the directory that has this name now. It follows no symlink below it.
     pub(super) fn disk(&self) -> Result<Arc<dyn Disk>, LocalKmsError> {
         RealDisk.beneath(&self.dir, Access::Owner).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => LocalKmsError::Missing { dir: self.dir.clone() },
@@ -55,8 +55,8 @@ impl LocalKms {
         })
     }
 
-    /// Checks that the directory is an embedded KMS, so that a key that is not found is known not to exist. Returns the disk below
-    /// it.
+    /// Checks that the directory is an embedded KMS. Only then does a missing key file prove that
+    /// the key does not exist. Returns the disk below the directory.
     pub(super) fn check(&self) -> Result<Arc<dyn Disk>, LocalKmsError> {
         let disk = self.disk()?;
         let marker = self.marker_path();
@@ -80,7 +80,7 @@ impl LocalKms {
         }
     }
 
-    /// Takes the lock of those who change something; it lasts as long as what is returned.
+    /// Takes the lock for changes. Dropping the returned file releases it.
     #[expect(
         clippy::disallowed_methods,
         reason = "no condition can signal that another process has let go of a file's lock"
@@ -89,7 +89,7 @@ impl LocalKms {
         let path = self.lock_path();
         let disk = self.disk()?;
         let file = match disk.open(&path, OpenMode::ReadWrite) {
-            // It holds nothing, so it is made again where it was removed.
+            // The lock file has no content, so a removed one is created again.
             Err(error) if error.kind() == io::ErrorKind::NotFound => match disk.open(&path, OpenMode::CreateNew) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io_error(&path)(error)),
                 _ => disk.open(&path, OpenMode::ReadWrite),
@@ -106,7 +106,8 @@ impl LocalKms {
         Err(LocalKmsError::Busy { dir: self.dir.clone() })
     }
 
-    /// Takes the lock, removes temporary files that hold material, and destroys the material of the keys whose day has come.
+    /// Takes the lock, removes temporary files that hold material, and destroys the material of the
+    /// keys whose deletion is due.
     pub(super) fn lock_and_sweep(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
         let disk = self.check()?;
         let lock = self.lock()?;
@@ -114,7 +115,7 @@ impl LocalKms {
         let today = self.today();
         for key_id in self.key_ids()? {
             let mut key = match self.load(&key_id) {
-                // One damaged key must not keep the others from being administered.
+                // One damaged key must not block the administration of the others.
                 Err(LocalKmsError::Damaged { .. }) => continue,
                 loaded => loaded?,
             };
@@ -126,7 +127,8 @@ impl LocalKms {
         Ok(lock)
     }
 
-    /// Removes the temporary files of keys that killed processes left. A file that cannot be removed stays.
+    /// Removes the temporary key files that killed processes left behind. A file that cannot be
+    /// removed stays.
     fn remove_leftovers(&self, disk: &dyn Disk) -> Result<(), LocalKmsError> {
         let keys = self.keys_dir();
         for entry in disk.list_dir(&keys).map_err(io_error(&keys))? {
@@ -159,7 +161,8 @@ impl LocalKms {
         }
         let path = self.key_path(key_id);
         let read = read_file(&*self.disk()?, &path, KEY_FILE_BYTES_MAX as u64).map(Zeroizing::new);
-        // Only after the attempt: a directory that vanishes in between must not look like a key that is gone.
+        // Only after the attempt: a directory that vanishes in between must not look like a missing
+        // key.
         self.check()?;
         let damaged = |what| LocalKmsError::Damaged { file: path.clone(), what };
         let bytes = read.map_err(|error| match error.kind() {
@@ -181,13 +184,13 @@ impl LocalKms {
     }
 }
 
-/// Whether it is an identifier as this KMS makes them, and so safe as part of a file name.
+/// Whether the text is an identifier of this KMS, and so safe as part of a file name.
 fn is_key_id(id: &str) -> bool {
     id.strip_prefix("key-")
         .is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
 }
 
-/// A key as its file holds it.
+/// The content of a key file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct StoredKey {
@@ -197,7 +200,7 @@ pub(super) struct StoredKey {
     pub(super) disabled: bool,
     pub(super) deletion_day: Option<u32>,
     pub(super) grants: BTreeSet<String>,
-    /// The versions, from 1. Empty once destroyed.
+    /// The versions, from 1. Empty once the material is destroyed.
     pub(super) material: Vec<Material>,
 }
 
@@ -234,8 +237,8 @@ impl StoredKey {
         self.material.get(index).map(|material| &material.0)
     }
 
-    /// The bytes of its file; `None` if they would be too many. Written into one buffer of the greatest size, because one
-    /// that grows would leave copies of the material behind.
+    /// Encodes the key file. `None` if it would be too long. It writes into one buffer of the
+    /// greatest size: a buffer that grows would leave copies of the material behind.
     fn encode(&self) -> Option<Zeroizing<Vec<u8>>> {
         let mut file = Zeroizing::new(vec![0; KEY_FILE_BYTES_MAX]);
         let (head, body) = file.split_at_mut(file_head(0).len());
@@ -256,7 +259,7 @@ impl StoredKey {
         if head != file_head(crc32fast::hash(body)).as_bytes() {
             return Err("its checksum does not match");
         }
-        // What serde_json has to say might quote the file, and so the material.
+        // An error of serde_json might quote the file, and so the material.
         serde_json::from_slice(body).map_err(|_| "it does not describe a key")
     }
 }
@@ -267,7 +270,8 @@ pub(super) fn file_head(crc: u32) -> String {
 
 const FILE_END: &[u8] = b"}\n";
 
-/// The material of one key version; in the file 64 hexadecimal digits. Neither way leaves a copy behind.
+/// The material of one key version. The file stores it as 64 hexadecimal digits. Neither encoding
+/// nor decoding leaves a copy behind.
 #[derive(Debug)]
 pub(super) struct Material(SecretKey);
 
@@ -293,7 +297,7 @@ impl<'de> Deserialize<'de> for Material {
                 f.write_str("64 hexadecimal digits")
             }
 
-            // Borrowed only: a string with escapes would be copied on its way here.
+            // Accepts only a borrowed string: serde_json would copy a string with escapes.
             fn visit_borrowed_str<E: de::Error>(self, hex: &'de str) -> Result<Material, E> {
                 let wrong = || E::custom("not 64 hexadecimal digits");
                 let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());

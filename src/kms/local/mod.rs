@@ -1,14 +1,15 @@
-//! A directory that plays the customer's KMS.
+//! A directory in the role of the customer's KMS.
 //!
 //! ```text
-//! kms.json               what the directory is, and its format version; made last
-//! lock                   the advisory lock of those who change something
-//! keys/key-….json        one file per key (mode 0600): {"crc32":"8 hex digits","key":{…}}, the CRC being that of the inner object
+//! kms.json               the directory's type and its format version; created last
+//! lock                   the advisory lock for changes
+//! keys/key-….json        one file per key (mode 0600): {"crc32":"8 hex digits","key":{…}}; the CRC32 covers the inner object
 //! ```
 //!
-//! A key's file is replaced atomically and durably, so calls read without a lock. A deleted key keeps its file, without material.
+//! A key's file is replaced atomically and durably, so calls read without a lock. A deleted key
+//! keeps its file, without material.
 //!
-//! A wrapped key is, all little-endian:
+//! A wrapped key has this format, all little-endian:
 //!
 //! ```text
 //! 0    4  magic "ELKW"
@@ -19,9 +20,10 @@
 //! then    salt 32, sealed key 32, tag 16
 //! ```
 //!
-//! Sealed with AES-256-GCM under HKDF-SHA-256(salt, material of that key version, "envelog local kms wrap" || the bytes before the
-//! salt), used this once and so with a nonce of zeros. Associated data: the bytes before the salt, then the context as a count u32
-//! and for each name and value, in the order of the names, length u32 and bytes.
+//! The key is sealed with AES-256-GCM under HKDF-SHA-256(salt, material of that key version,
+//! "envelog local kms wrap" || the bytes before the salt). That sealing key is used once, so the
+//! nonce is zeros. The associated data are the bytes before the salt, then the context: a count
+//! (u32), and for each name and value, in the order of the names, the length (u32) and the bytes.
 
 mod admin;
 mod files;
@@ -51,27 +53,33 @@ use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
 
 const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
 
-/// The embedded KMS: a directory that plays the customer's KMS, with keys, key versions, states and grants of its own.
+/// The embedded KMS: a directory in the role of the customer's KMS, with keys, key versions, states
+/// and grants of its own.
 ///
-/// It is a stand-in for development, for tests, and for use on a single machine: **whoever can read the directory has the
-/// keys**, and a backup of it brings deleted keys back. Deleting a key removes its material from the directory; what the file system
-/// keeps in freed blocks and snapshots is out of reach. To put a data key out of the reach of whoever runs the machine, use a
-/// real KMS.
+/// It is a stand-in for development, for tests, and for use on a single machine. **Anyone who can
+/// read the directory has the keys**, and a backup of it brings deleted keys back. Deleting a key
+/// removes its material from the directory. The blocks that the file system has freed, and its
+/// snapshots, may still hold it. To keep a data key from the operator of the machine, use a real
+/// KMS.
 ///
-/// Several processes can use one directory at once. Each call reads the state afresh, so what one process changes counts for every
-/// other at its next call. Changes happen one at a time, under an advisory lock, and are durable when the method returns.
+/// Several processes can use one directory at once. Each call reads the state again, so a change by
+/// one process takes effect at the next call of every other process. Changes happen one at a time,
+/// under an advisory lock, and are durable when the method returns.
 ///
 /// As a [`Kms`] it answers:
 ///
-/// - [`KmsError::Revoked`], in this order: `Deleted` when the region has no such key (a key of another region included) or
-///   the key is deleted; `NotPermitted` when the role has no grant; `PendingDeletion`; `Disabled`.
-/// - [`KmsError::Unreachable`] when the directory is absent or cannot be read.
-/// - [`KmsError::Invalid`] when a file in it is damaged, or the wrapped key is damaged, or was made under another key or for another
-///   context.
+/// - [`KmsError::Revoked`], in this order: `Deleted` if the region has no such key (or only another
+///   region has it) or the key is deleted; `NotPermitted` if the role has no grant;
+///   `PendingDeletion`; `Disabled`.
+/// - [`KmsError::Unreachable`] if the directory is absent or cannot be read.
+/// - [`KmsError::Invalid`] if a file in it is damaged, or the wrapped key is damaged or was made
+///   under another key or for another context.
 ///
-/// Calls read two small local files and wait for no lock; against a file system that hangs, the timeout of a call has no power.
+/// A call reads two small local files and waits for no lock. On a file system that hangs, the
+/// timeout of a call has no effect.
 ///
-/// The deletion of a key that was scheduled happens by the clock: once the day has come, the key counts as deleted, and the next
+/// The clock triggers a scheduled deletion. From that day on the key is deleted, and the next
+/// change of anything in the directory destroys its material.
 /// change of anything in the directory destroys its material.
 #[derive(Clone, Debug)]
 pub struct LocalKms {
@@ -81,9 +89,10 @@ pub struct LocalKms {
 }
 
 impl LocalKms {
-    /// The embedded KMS in `dir`, without looking: whether it is there, and well, shows at each call.
+    /// The embedded KMS in `dir`. This method does not look at the directory. A missing or damaged
+    /// KMS shows at each call.
     ///
-    /// This is what to hand to a store, which opens whether its KMS is there or not.
+    /// Hand this to a store: a store opens whether or not its KMS is available.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into(), clock: Arc::new(SystemClock), random: Arc::new(OsRandom) }
     }
@@ -91,7 +100,7 @@ impl LocalKms {
     /// Opens the embedded KMS in `dir`.
     ///
     /// # Errors
-    /// [`LocalKmsError::Missing`] when there is none, `Damaged` or `Io` when it cannot be used.
+    /// [`LocalKmsError::Missing`] if there is none, `Damaged` or `Io` if it cannot be used.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, LocalKmsError> {
         let kms = Self::at(dir);
         kms.check()?;
@@ -101,14 +110,15 @@ impl LocalKms {
     /// Opens the embedded KMS in `dir`, or creates an empty one. Its parent directory must exist.
     ///
     /// # Errors
-    /// `Damaged`, `Busy` or `Io`; also [`LocalKmsError::Missing`] when part of an existing one has been lost.
+    /// `Damaged`, `Busy` or `Io`. Also [`LocalKmsError::Missing`] if part of an existing KMS has
+    /// been lost.
     pub fn create_or_open(dir: impl Into<PathBuf>) -> Result<Self, LocalKmsError> {
         let kms = Self::at(dir);
         let exists_is_fine = |result: io::Result<()>| match result {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
             _ => Ok(()),
         };
-        // A symlink may lead to the directory.
+        // The path may lead to the directory through a symlink.
         let dir = RealDisk.resolve(&kms.dir).map_err(io_error(&kms.dir))?;
         if RealDisk.stat(&dir).map_err(io_error(&kms.dir))?.is_none() {
             let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -129,15 +139,15 @@ impl LocalKms {
         Ok(kms)
     }
 
-    /// The same KMS with another clock, by which keys are created and deleted.
+    /// The same KMS with another clock. The clock decides creation times and deletions.
     #[must_use]
     pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
         self
     }
 
-    /// The same KMS with another source of randomness. Key material and salts come from it: whoever can predict it, or makes it
-    /// repeat, has every key.
+    /// The same KMS with another source of randomness. It supplies key material and salts. An
+    /// attacker who can predict or repeat its output has every key.
     #[must_use]
     pub fn insecure_random_for_tests(mut self, random: Arc<dyn Random>) -> Self {
         self.random = random;
@@ -148,7 +158,7 @@ impl LocalKms {
         u32::try_from(self.clock.wall_us() / DAY_US).unwrap_or(u32::MAX)
     }
 
-    /// The key of a call, if it may be used.
+    /// The key of a call, if the call may use it.
     fn usable(&self, cmk: &Cmk) -> Result<StoredKey, KmsError> {
         let revoked = |reason, detail| Err(KmsError::Revoked { reason, detail });
         let Cmk { cmk_key_id, arn, region_id } = cmk;
@@ -179,9 +189,9 @@ impl Kms for LocalKms {
         "local"
     }
 
-    /// Whether the region has a key that can be read, be it a deleted one. A damaged key file concerns its key alone: which region
-    /// that key is of cannot be told, and the other keys decide. Where the process has no file descriptor or memory left to look, the
-    /// answer is yes, so that the call itself says so.
+    /// Whether the region has a readable key, deleted keys included. The region of a damaged key
+    /// file is unknown, so the other keys decide. If the process lacks file descriptors or memory
+    /// to look, the answer is `true`, so that the call itself reports the error.
     fn serves(&self, region_id: &str) -> bool {
         let of_region = |key_id: &String| match self.load(key_id) {
             Ok(key) => key.region_id == region_id,

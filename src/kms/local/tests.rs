@@ -40,7 +40,7 @@ impl Clock for TestClock {
     }
 }
 
-/// 0, 1, 2, ...: all that it gives out is known.
+/// Returns 0, 1, 2, ...: every output is known.
 #[derive(Debug, Default)]
 struct Counting(AtomicU64);
 
@@ -99,7 +99,7 @@ impl Setup {
         self.kms.list().unwrap().into_iter().find(|key| key.key_id == self.id()).unwrap()
     }
 
-    /// Both calls are refused for this reason.
+    /// Both operations are refused for this reason.
     #[track_caller]
     fn assert_revoked(&self, wrapped: &[u8], expected: RevokedReason) {
         for error in [self.wrap().unwrap_err(), self.unwrap(wrapped).unwrap_err()] {
@@ -138,7 +138,7 @@ fn wraps_and_unwraps() {
 fn bytes_are_as_documented() {
     let clock = Arc::new(TestClock(AtomicU64::new(1_000_000)));
     let setup = Setup::with(|kms| LocalKms { random: Arc::new(Counting::default()), ..kms }.with_clock(clock));
-    // Both computed by another implementation of CRC-32, HKDF and AES-GCM.
+    // Another implementation of CRC-32, HKDF and AES-GCM computed both.
     let file = concat!(
         r#"{"crc32":"4a90f9b6","key":{"key_id":"key-0001020304050607","region_id":"cn-hangzhou","created_us":1000000,"#,
         r#""disabled":false,"deletion_day":null,"grants":["acs:ram::13234:role/logsource"],"#,
@@ -185,7 +185,7 @@ fn the_context_and_the_key_are_bound() {
         context(&[("store", "s1"), ("logstore", "l2")]),
         context(&[("store", "l1"), ("logstore", "s1")]),
         context(&[("store", "s1"), ("logstore", "l1"), ("suite", "")]),
-        // The same text, cut elsewhere.
+        // The same text, split elsewhere.
         context(&[("stores", "1"), ("logstore", "l1")]),
     ] {
         let call = KmsCall { context: &other, ..setup.call() };
@@ -259,10 +259,10 @@ fn the_clock_deletes_and_the_next_change_destroys() {
     clock.set_day(20_001);
     setup.assert_revoked(&wrapped, RevokedReason::Deleted);
     assert_eq!((setup.state(), setup.info().versions), (KeyState::Deleted, 1));
-    // Too late, and that attempt is the change that destroys it.
+    // Too late. That attempt is the change that destroys the material.
     assert_wrong_state(setup.kms.cancel_deletion(setup.id()), KeyState::Deleted);
     assert_eq!((setup.state(), setup.info().versions), (KeyState::Deleted, 0));
-    // A clock put back brings nothing back, and a change of another key destroys as well.
+    // Setting the clock back brings nothing back. A change of another key destroys material too.
     clock.set_day(20_000);
     assert_eq!(setup.state(), KeyState::Deleted);
     let third = setup.kms.create_key("cn-beijing", &[]).unwrap();
@@ -310,7 +310,7 @@ fn grants_are_of_a_role_and_a_key() {
     setup.assert_revoked(&wrapped, RevokedReason::NotPermitted);
     let again = setup.kms.ungrant(setup.id(), ROLE);
     assert!(matches!(again, Err(LocalKmsError::NotGranted { .. })), "{again:?}");
-    // Who has no grant does not learn the state.
+    // A role without a grant does not learn the state.
     setup.kms.disable(setup.id()).unwrap();
     setup.assert_revoked(&wrapped, RevokedReason::NotPermitted);
     setup.kms.enable(setup.id()).unwrap();
@@ -415,7 +415,7 @@ fn concurrent_changes_are_all_kept_and_calls_never_see_half_of_one() {
     assert_eq!(setup.kms.list().unwrap().len(), 1 + 4 * 5);
 }
 
-/// This test is its own child processes: each finds in the environment which directory to work on.
+/// This test runs itself as child processes. Each child finds its directory in the environment.
 #[test]
 fn processes_change_one_directory_at_once_and_no_change_is_lost() {
     const DIR: &str = "ENVELOG_TEST_KMS_DIR";
@@ -443,7 +443,7 @@ fn processes_change_one_directory_at_once_and_no_change_is_lost() {
         })
         .collect();
     while children.iter_mut().any(|child| child.try_wait().unwrap().is_none()) {
-        // A call in the middle of it all never sees half a change.
+        // A call during the changes never sees half a change.
         assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
     }
     assert!(children.iter_mut().all(|child| child.wait().unwrap().success()));
@@ -486,7 +486,7 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
     for damaged in [
         intact[1..].to_vec(),
         vec![b' '; KEY_FILE_BYTES_MAX + 1],
-        // A checksum that holds does not make a file right.
+        // A matching checksum does not make a file valid.
         another_id,
         resealed("\"disabled\"", "\"dis\":1,\"disabled\""),
         resealed("\"material\":[\"", "\"material\":[\"0"),
@@ -501,7 +501,7 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
         assert!(!setup.kms.serves("anywhere"), "a damaged key serves no region");
         assert_eq!(fs::read(&path).unwrap(), damaged, "a damaged file is left as it is");
     }
-    // Others stay usable, and serve their region.
+    // Other keys stay usable and serve their region.
     assert!(!setup.kms.serves(REGION));
     let other = setup.kms.create_key(REGION, &[]).unwrap();
     setup.kms.disable(&other).unwrap();
@@ -549,7 +549,7 @@ fn an_absent_directory_is_unreachable_until_it_is_back() {
         fs::rename(to, from).unwrap();
         assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
     }
-    // Lost keys are not made up for by an empty directory.
+    // An empty directory does not replace lost keys.
     fs::rename(&keys, &keys_away).unwrap();
     let result = LocalKms::create_or_open(dir);
     assert!(matches!(result, Err(LocalKmsError::Missing { .. })), "{result:?}");
@@ -582,7 +582,7 @@ fn calls_need_no_lock_and_changes_wait_for_it() {
         change.join().unwrap().unwrap();
     });
     assert_eq!(setup.state(), KeyState::Disabled);
-    // The lock file holds nothing. A change makes it again.
+    // The lock file has no content. A change creates it again.
     fs::remove_file(setup.kms.lock_path()).unwrap();
     setup.kms.enable(setup.id()).unwrap();
     assert_eq!(setup.state(), KeyState::Enabled);
@@ -670,7 +670,7 @@ fn nothing_that_is_shown_holds_key_material() {
     let mut show = |error: &dyn std::error::Error| shown.push_str(&format!("{error} {error:?} "));
     show(&setup.unwrap(&wrapped[1..]).unwrap_err());
     show(&setup.unwrap(&wrapped[..111]).unwrap_err());
-    // A file whose checksum holds although its material is one digit short.
+    // A file with a matching checksum, although its material is one digit short.
     let text = fs::read_to_string(&path).unwrap();
     let body = text[file_head(0).len()..].strip_suffix("}\n").unwrap().replace("\"08090a", "\"8090a");
     fs::write(&path, format!("{}{body}}}\n", file_head(crc32fast::hash(body.as_bytes())))).unwrap();
@@ -685,7 +685,7 @@ fn nothing_that_is_shown_holds_key_material() {
     }
 }
 
-/// Every call and every change, whatever the files hold. Returns whether the key was usable.
+/// Makes every call and every change, with any files. Returns whether the key was usable.
 fn use_everything(setup: &Setup, wrapped: &[u8]) -> bool {
     let (kms, id) = (&setup.kms, setup.id());
     kms.serves(REGION);
@@ -696,7 +696,7 @@ fn use_everything(setup: &Setup, wrapped: &[u8]) -> bool {
     usable
 }
 
-/// A file of this body whose checksum holds.
+/// A file with this body and a matching checksum.
 fn key_file(body: &[u8]) -> Vec<u8> {
     [file_head(crc32fast::hash(body)).as_bytes(), body, b"}\n"].concat()
 }
@@ -710,11 +710,13 @@ proptest! {
         let wrapped = setup.wrap().unwrap();
         let paths = [setup.kms.key_path(setup.id()), setup.kms.marker_path(), setup.kms.lock_path()];
         fs::write(&paths[file], if sealed { key_file(&bytes) } else { bytes }).unwrap();
-        // What the lock file holds is nobody's concern; nothing else works on with other bytes than were written.
+        // The content of the lock file does not matter. With any other changed file no call
+        // succeeds.
         prop_assert_eq!(use_everything(&setup, &wrapped), file == 2);
     }
 
-    /// Half-right files get further: one byte of a key's description changed, the checksum made to hold.
+    /// Files that are almost valid get further: one byte of a key's description is changed, and the
+    /// checksum matches.
     #[test]
     fn a_key_file_that_is_nearly_right_does_not_panic(at: prop::sample::Index, byte: u8) {
         let setup = Setup::new();

@@ -1,4 +1,4 @@
-//! Wrapped keys: their bytes, and the cipher that seals one of them.
+//! The bytes of wrapped keys, and the cipher that seals one of them.
 
 use aes_gcm::{Aes256Gcm, aead::KeyInit};
 use hkdf::Hkdf;
@@ -10,10 +10,10 @@ use crate::crypto::SecretKey;
 const BLOB_MAGIC: &[u8; 4] = b"ELKW";
 const BLOB_VERSION: u16 = 1;
 const WRAP_LABEL: &[u8] = b"envelog local kms wrap";
-/// A key that wraps one key only needs no nonce.
+/// The sealing key wraps only one key, so it needs no nonce.
 pub(super) const NONCE: [u8; 12] = [0; 12];
 
-/// The part of a wrapped key that is not random: what comes before the salt.
+/// The part of a wrapped key that is not random: the bytes before the salt.
 pub(super) fn blob_head(key_id: &str, version: u32) -> Vec<u8> {
     let id_len = u16::try_from(key_id.len()).expect("identifiers of this KMS have 20 bytes");
     let mut head = Vec::with_capacity(BLOB_MAGIC.len() + 2 + 2 + key_id.len() + 4 + 32 + 32 + 16);
@@ -25,7 +25,7 @@ pub(super) fn blob_head(key_id: &str, version: u32) -> Vec<u8> {
     head
 }
 
-/// A wrapped key, taken apart.
+/// A parsed wrapped key.
 pub(super) struct Blob<'a> {
     pub(super) head: &'a [u8],
     pub(super) key_id: &'a [u8],
@@ -54,7 +54,7 @@ impl<'a> Blob<'a> {
     }
 }
 
-/// The cipher that wraps one key and no other.
+/// The cipher that wraps exactly one key.
 pub(super) fn wrap_cipher(material: &SecretKey, salt: &[u8; 32], head: &[u8]) -> Aes256Gcm {
     let (mut prk, hkdf) = Hkdf::<Sha256>::extract(Some(salt), material.expose());
     prk.as_mut_slice().zeroize();
