@@ -1,4 +1,4 @@
-//! The identity of the service itself, in which it assumes the customers' roles.
+//! The service's own identity, under which it assumes the customers' roles.
 
 use std::{
     env, fmt,
@@ -19,16 +19,18 @@ use crate::{
     sync::{Mutex, lock},
 };
 
-/// How long fetched credentials are kept: the shortest that a server hands out last for 15 minutes.
+/// How long fetched credentials are kept. The shortest credentials that a server issues last for 15
+/// minutes.
 const KEPT: Duration = Duration::from_secs(5 * 60);
-/// The longest that a profile or token file may be.
+/// The largest profile or token file, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// The metadata service of an ECS instance, at a link-local address that only the instance itself can reach.
 const INSTANCE_METADATA: &str = "http://100.100.100.200";
-/// How long a token of the metadata service is valid, in seconds; each is used at once, and twice at most.
+/// How long a token of the metadata service is valid, in seconds. Each token is used at once, and
+/// at most twice.
 const METADATA_TOKEN_SECONDS: &str = "60";
 
-/// An access key, with a security token where it is a temporary one.
+/// An access key. A temporary one has a security token.
 pub(super) struct Credentials {
     pub(super) id: String,
     pub(super) secret: Zeroizing<String>,
@@ -41,7 +43,7 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// Temporary credentials as STS and the metadata service hand them out.
+/// Temporary credentials in the form that STS and the metadata service issue.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Issued {
@@ -56,23 +58,23 @@ impl From<Issued> for Credentials {
     }
 }
 
-/// What `AssumeRole` and `AssumeRoleWithOIDC` answer.
+/// The answer to `AssumeRole` and `AssumeRoleWithOIDC`.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Assumed {
     pub(super) credentials: Issued,
 }
 
-/// Where the service's credentials come from.
+/// The source of the service's credentials.
 #[derive(Clone)]
 pub(super) enum Source {
     /// Given by the embedder.
     Fixed(Arc<Credentials>),
-    /// Wherever the official SDKs look for them, in their order.
+    /// The sources of the official SDKs, in their order.
     Default(Arc<Mutex<Option<Kept>>>),
 }
 
-/// Credentials that were fetched from a server, and when.
+/// Credentials that were fetched from a server, and the time of the fetch.
 pub(super) struct Kept {
     credentials: Arc<Credentials>,
     since: Duration,
@@ -94,7 +96,7 @@ impl Source {
             Self::Fixed(credentials) => return Ok(Arc::clone(credentials)),
             Self::Default(kept) => kept,
         };
-        // These are read anew each time, so a key that was exchanged there counts at once.
+        // The environment is read again each time, so a replaced key takes effect at once.
         if let Some(credentials) = from_environment()? {
             return Ok(Arc::new(credentials));
         }
@@ -115,7 +117,8 @@ impl Source {
                 }
                 None => variable("ALIBABA_CLOUD_ECS_METADATA"),
             };
-            // Where this is no ECS instance nothing answers there, and what is wrong must be said before the call is given up.
+            // On a machine that is not an ECS instance, that address gives no answer. The error
+            // must be returned before the caller gives up on the call.
             let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
             from_instance(http, &Uri::from_static(INSTANCE_METADATA), role.as_deref(), halfway)
                 .map_err(|why| format!("no credentials in the environment, and none of the ECS instance: {why}"))?
@@ -125,7 +128,7 @@ impl Source {
         Ok(credentials)
     }
 
-    /// Forgets what was fetched: a server has refused it.
+    /// Discards fetched credentials, after a server has refused them.
     pub(super) fn forget(&self) {
         if let Self::Default(kept) = self {
             *lock(kept) = None;
@@ -133,7 +136,7 @@ impl Source {
     }
 }
 
-/// A variable of the environment that is set to something.
+/// The value of a variable of the environment, if it is not empty.
 fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
@@ -151,7 +154,7 @@ fn from_environment() -> Result<Option<Credentials>, String> {
     }
 }
 
-/// Exchanges the OpenID Connect token that a cluster gives to its pods (RRSA of ACK).
+/// Exchanges the OpenID Connect token of a cluster's pod (RRSA of ACK) for credentials.
 fn from_oidc(http: &Http, sts: &Uri, deadline: Deadline) -> Result<Option<Credentials>, String> {
     let (Some(role), Some(provider), Some(file)) = (
         variable("ALIBABA_CLOUD_ROLE_ARN"),
@@ -187,15 +190,16 @@ fn from_oidc(http: &Http, sts: &Uri, deadline: Deadline) -> Result<Option<Creden
     Ok(Some(assumed.credentials.into()))
 }
 
-/// What a profile of the official command line says.
+/// The credentials in a profile of the official command line.
 #[derive(Debug)]
 pub(super) enum Profile {
     Key(Credentials),
-    /// The role of the ECS instance; its name where the profile has one.
+    /// The role of the ECS instance, with its name if the profile has one.
     InstanceRole(Option<String>),
 }
 
-/// The current profile of `~/.aliyun/config.json`, or the one that `ALIBABA_CLOUD_PROFILE` names; `None` without that file.
+/// The current profile of `~/.aliyun/config.json`, or the one that `ALIBABA_CLOUD_PROFILE` names.
+/// `None` without that file.
 fn from_cli_profile() -> Result<Option<Profile>, String> {
     if variable("ALIBABA_CLOUD_CLI_PROFILE_DISABLED").is_some_and(|it| it == "true") {
         return Ok(None);
@@ -232,7 +236,7 @@ pub(super) fn profile_of(bytes: &[u8], name: Option<&str>) -> Result<Profile, &'
         #[serde(default)]
         ram_role_name: String,
     }
-    // The words of the parser may quote a value.
+    // The parser's error may quote a value.
     let config: Config = serde_json::from_slice(bytes).map_err(|_| "is not what `aliyun configure` writes")?;
     let name = name.unwrap_or(&config.current);
     let entry = config.profiles.into_iter().find(|it| it.name == name).ok_or("has no profile of that name")?;
@@ -251,7 +255,8 @@ pub(super) fn profile_of(bytes: &[u8], name: Option<&str>) -> Result<Profile, &'
     }
 }
 
-/// The credentials of the role that an ECS instance has, from its metadata service in hardened mode (with a token).
+/// The credentials of the role of an ECS instance, from its metadata service in hardened mode (with
+/// a token).
 pub(super) fn from_instance(
     http: &Http,
     metadata: &Uri,
@@ -289,7 +294,7 @@ fn parse<T: for<'a> Deserialize<'a>>(answer: &Answer) -> Result<T, String> {
         let error: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
         return Err(format!("answered {}", super::outcome::code_of(&error, answer.status)));
     }
-    // The words of the parser may quote a value.
+    // The parser's error may quote a value.
     serde_json::from_slice(&answer.body).map_err(|_| "answered no credentials".to_owned())
 }
 

@@ -30,54 +30,63 @@ use outcome::Meaning;
 
 const KMS_VERSION: &str = "2016-01-20";
 const STS_VERSION: &str = "2015-04-01";
-/// The name of the sessions in which roles are assumed, as the customer's ActionTrail shows it.
+/// The session name of assumed roles, which the customer's ActionTrail shows.
 const SESSION: &str = "envelog";
-/// How long the credentials of an assumed role are valid, in seconds: the shortest that STS allows. They are used for one call.
+/// How long the credentials of an assumed role are valid, in seconds: the shortest duration that
+/// STS allows. They are used for one call.
 const SESSION_SECONDS: &str = "900";
 
 /// Alibaba Cloud KMS in one region, through the API of 2016-01-20.
 ///
-/// Each call of the engine first assumes the role of the customer that [`Cmk::arn`] names (STS `AssumeRole`, API of 2015-04-01), and in
-/// that role asks KMS. Nothing is kept from one call to the next but connections and, for at most 5 minutes, the service's
-/// *own* credentials where they had to be fetched. All of it happens within [`KmsCall::timeout`].
+/// Each call first assumes the customer's role in [`Cmk::arn`] (STS `AssumeRole`, API of
+/// 2015-04-01), and then asks KMS in that role. Between calls the backend keeps only connections
+/// and, for at most 5 minutes, the service's *own* credentials if it had to fetch them. All of a
+/// call happens within [`KmsCall::timeout`].
 ///
 /// # How a key is wrapped
 ///
-/// The data key never goes to KMS. `GenerateDataKey` has KMS make a key of 256 bits, bound to the encryption context, and that key seals
-/// the data key here (AES-256-GCM) and is wiped; KMS's ciphertext of it is kept beside the sealed key. To unwrap, `Decrypt` gives it
-/// back. `Encrypt` would do with one step less, but takes its plaintext in the URL, where proxies and logs would get to see data keys.
+/// The data key never goes to KMS. With `GenerateDataKey`, KMS creates a key of 256 bits that is
+/// bound to the encryption context. That key seals the data key here (AES-256-GCM) and is then
+/// wiped. The wrapped key stores KMS's ciphertext of it beside the sealed data key. To unwrap,
+/// `Decrypt` returns the key. `Encrypt` would need one step less, but it takes its plaintext in the
+/// URL, where proxies and logs would see data keys.
 ///
 /// | bytes | content |
 /// |---|---|
 /// | 0–3 | magic `EAKW` |
 /// | 4 | version = 1 |
-/// | 5–36 | the data key, sealed under the key that KMS made, used this once and so with a nonce of zeros. Associated data: bytes 0–4, then the context as the JSON that KMS gets |
+/// | 5–36 | the data key, sealed under the key from KMS. That key is used once, so the nonce is zeros. Associated data: bytes 0–4, then the context as the JSON that KMS gets |
 /// | 37–52 | tag |
-/// | 53– | KMS's `CiphertextBlob`, base64 as it came, at most 4,096 bytes |
+/// | 53– | KMS's `CiphertextBlob`, in base64 as received, at most 4,096 bytes |
 ///
-/// The key that KMS made is wiped here after use, but the buffers of the HTTP and TLS libraries, through which it came, are not.
+/// The key from KMS is wiped here after use. The buffers of the HTTP and TLS libraries, through
+/// which it came, are not.
 ///
-/// `Decrypt` is not told which CMK to use; it says which one it was, and an answer of another CMK than the one that was asked for is
-/// [`KmsError::Invalid`]. An alias may not take the place of `cmk_key_id`: what it points at can change under the data.
+/// `Decrypt` takes no CMK. Its answer names the CMK that it used, and an answer with another CMK
+/// than the requested one is [`KmsError::Invalid`]. `cmk_key_id` must not be an alias: an alias may
+/// point to another key later.
 ///
 /// # The service's credentials
 ///
-/// Looked for where the official SDKs look, in their order:
+/// The backend looks for credentials where the official SDKs do, in the same order:
 ///
 /// 1. `ALIBABA_CLOUD_ACCESS_KEY_ID`, `ALIBABA_CLOUD_ACCESS_KEY_SECRET`, and `ALIBABA_CLOUD_SECURITY_TOKEN` for temporary ones.
-/// 2. The token that `ALIBABA_CLOUD_OIDC_TOKEN_FILE` holds, with `ALIBABA_CLOUD_ROLE_ARN` and `ALIBABA_CLOUD_OIDC_PROVIDER_ARN` (pods of ACK).
-/// 3. `~/.aliyun/config.json`, the profile that `ALIBABA_CLOUD_PROFILE` names or the current one, of mode `AK`, `StsToken` or
-///    `EcsRamRole`; not if `ALIBABA_CLOUD_CLI_PROFILE_DISABLED` is `true`.
-/// 4. The RAM role of the ECS instance (named by `ALIBABA_CLOUD_ECS_METADATA`, or asked for) from the metadata service in hardened mode,
-///    which has to be asked with a token; not if `ALIBABA_CLOUD_ECS_METADATA_DISABLED` is `true`.
+/// 2. The token in the file `ALIBABA_CLOUD_OIDC_TOKEN_FILE`, with `ALIBABA_CLOUD_ROLE_ARN` and
+///    `ALIBABA_CLOUD_OIDC_PROVIDER_ARN` (pods of ACK).
+/// 3. `~/.aliyun/config.json`: the profile that `ALIBABA_CLOUD_PROFILE` names, or the current one,
+///    of mode `AK`, `StsToken` or `EcsRamRole`. Not if `ALIBABA_CLOUD_CLI_PROFILE_DISABLED` is
+///    `true`.
+/// 4. The RAM role of the ECS instance, from the metadata service in hardened mode (with a token).
+///    `ALIBABA_CLOUD_ECS_METADATA` names the role, or else the metadata service does. Not if
+///    `ALIBABA_CLOUD_ECS_METADATA_DISABLED` is `true`.
 ///
-/// The first place that has something decides: what is wrong there is an error, and no other identity is tried. Not
-/// supported: `~/.alibabacloud/credentials`, `ALIBABA_CLOUD_CREDENTIALS_URI`, and profiles of other modes.
-/// [`AliyunKms::with_access_key`] takes the place of all of it.
+/// The first source that is set up decides. If it fails, the call fails, and the backend tries no
+/// other identity. Not supported: `~/.alibabacloud/credentials`, `ALIBABA_CLOUD_CREDENTIALS_URI`,
+/// and profiles of other modes. [`AliyunKms::with_access_key`] replaces all of these sources.
 ///
-/// # What an error code means
+/// # How errors are sorted
 ///
-/// From KMS, where the customer's role is logged in:
+/// From KMS, where the backend is logged in with the customer's role:
 ///
 /// | status | code | becomes | source |
 /// |---|---|---|---|
@@ -87,35 +96,39 @@ const SESSION_SECONDS: &str = "900";
 /// | 409 | `Rejected.Disabled` | revoked: disabled | 1, 2 |
 /// | 409 | `Rejected.PendingImport`: the customer has taken the key material away, and may import it again | revoked: disabled | 1, 3 |
 /// | 409 | `Rejected.PendingDeletion` | revoked: pending deletion | 1, 2 |
-/// | 409 | `Rejected.Unavailable`: the key, not said why | as its state says, else unreachable | 2 |
+/// | 409 | `Rejected.Unavailable`: the key, without a reason | as its state says, else unreachable | 2 |
 /// | 400 | `InvalidParameter` (a damaged ciphertext or another context, too), `MissingParameter`, `ParseRequestParameterException`, `UnsupportedOperation` (a key of another kind) | invalid | 1, 2 |
 /// | 400 | `Throttling`, `Throttling.*` | unreachable | 5 |
 /// | 4xx | `InvalidAccessKeyId.*`, `InvalidSecurityToken.*`, `MissingSecurityToken`, `SignatureDoesNotMatch`, `IncompleteSignature`, `SignatureNonceUsed`, `IllegalTimestamp`, `InvalidTimeStamp.*`, `RequestTimeTooSkewed`, `Forbidden.AccessKey` | unreachable | 1, 3, 5 |
 /// | 403 | `Forbidden.InDebt`, `Forbidden.InDebtOverdue`, `Forbidden.KmsServiceNotEnabled`, `Forbidden.ProhibitedByRiskControl`, `Forbidden.UbsmsInvalid*`: the account, not the key | unreachable | 1 |
 /// | 4xx | any other code | as the key's state says, else unreachable | |
-/// | 500, 503 | `InternalFailure`, `ServiceUnavailableTemporary`, `ServiceUnavailable`; any other status, or none of these | unreachable | 1, 3 |
+/// | 500, 503 | `InternalFailure`, `ServiceUnavailableTemporary`, `ServiceUnavailable`; any other status, or another code | unreachable | 1, 3 |
 ///
-/// "As the key's state says": `DescribeKey`, which works in every state (source 6), is asked as well. `Disabled` and `PendingImport` are
-/// revoked: disabled; `PendingDeletion` is revoked: pending deletion; its code `Forbidden.KeyNotFound` is revoked: deleted.
+/// "As the key's state says": the backend also asks `DescribeKey`, which works in every state
+/// (source 6). `Disabled` and `PendingImport` are revoked: disabled. `PendingDeletion` is revoked:
+/// pending deletion. Its code `Forbidden.KeyNotFound` is revoked: deleted.
 ///
 /// From STS, where the service itself is logged in:
 ///
 /// | status | code | becomes | source |
 /// |---|---|---|---|
 /// | 404 | `EntityNotExist.Role` | revoked: not permitted | 7 |
-/// | 403 | `NoPermission` | revoked: not permitted, but as in the next row | 8 |
+/// | 403 | `NoPermission` | revoked: not permitted, except for the next row | 8 |
 /// | 403 | `NoPermission` where `AccessDeniedDetail.PolicyType` names a policy of the caller (`AccountLevelIdentityBasedPolicy`, `ResourceGroupLevelIdentityBasedPolicy`, `SessionPolicy`), or because the caller is a root account | unreachable | 8, 9 |
-/// | 400 | `InvalidParameter`, `InvalidParameter.*`: an ARN that is none | invalid | 8 |
+/// | 400 | `InvalidParameter`, `InvalidParameter.*`: an invalid ARN | invalid | 8 |
 /// | 4xx | any other code: `InvalidAccessKeyId.*`, `InvalidSecurityToken.*`, `SignatureDoesNotMatch`, `Throttling.*`, … | unreachable | 5, 8 |
 /// | 5xx | `InternalError`; any other status | unreachable | 8 |
 ///
-/// Also unreachable: a time limit that has passed, no connection, no TLS, no credentials of the service, an answer that is no HTTP or longer
-/// than 64 KiB, an error without a code. Also invalid: status 200 with a body that is not what was asked for.
+/// Also unreachable: the time limit has passed, no connection, no TLS, no credentials of the
+/// service, an answer that is not HTTP or is longer than 64 KiB, an error without a code. Also
+/// invalid: status 200 with an unexpected body.
 ///
-/// Sources, in Alibaba Cloud's documentation: 1 "Sample responses, common error codes" of KMS (doc-detail 69008); 2 `Decrypt` and
-/// `GenerateDataKey` of the KMS API reference; 3 "Common error codes" of KMS; 4 "How do I troubleshoot an access denied error?" of RAM; 5 the common
-/// error codes of OpenAPI; 6 "Impact of the CMK status on API calls" of KMS; 7 what STS answers to the tests of the official PHP SDK;
-/// 8 `AssumeRole` of the STS API reference, and doc-detail 42775; 9 `DecodeDiagnosticMessage` of the RAM API reference.
+/// Sources, in Alibaba Cloud's documentation: 1 "Sample responses, common error codes" of KMS
+/// (doc-detail 69008); 2 `Decrypt` and `GenerateDataKey` of the KMS API reference; 3 "Common error
+/// codes" of KMS; 4 "How do I troubleshoot an access denied error?" of RAM; 5 the common error
+/// codes of OpenAPI; 6 "Impact of the CMK status on API calls" of KMS; 7 the answers of STS to the
+/// tests of the official PHP SDK; 8 `AssumeRole` of the STS API reference, and doc-detail 42775; 9
+/// `DecodeDiagnosticMessage` of the RAM API reference.
 #[derive(Clone, Debug)]
 pub struct AliyunKms {
     region_id: String,
@@ -126,11 +139,13 @@ pub struct AliyunKms {
 }
 
 impl AliyunKms {
-    /// KMS in a region such as `cn-hangzhou`, at its public endpoints (`https://kms.REGION.aliyuncs.com` and `https://sts.REGION.aliyuncs.com`). Calls
-    /// nobody.
+    /// KMS in a region such as `cn-hangzhou`, at its public endpoints
+    /// (`https://kms.REGION.aliyuncs.com` and `https://sts.REGION.aliyuncs.com`). Makes no network
+    /// call.
     ///
     /// # Errors
-    /// [`KmsUrlError::Malformed`] when that is no name of a region: 1 to 63 lower-case letters, digits and hyphens.
+    /// [`KmsUrlError::Malformed`] if `region_id` is not a region name: 1 to 63 lower-case letters,
+    /// digits and hyphens.
     pub fn new(region_id: &str) -> Result<Self, KmsUrlError> {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
         if !(1..=63).contains(&region_id.len()) || !region_id.bytes().all(plain) {
@@ -146,7 +161,7 @@ impl AliyunKms {
         })
     }
 
-    /// What follows `aliyun-kms:` in a URL.
+    /// Creates the backend from the part of a URL behind `aliyun-kms:`.
     pub(super) fn from_url(rest: &str) -> Result<Self, KmsUrlError> {
         let malformed = |why: &str| KmsUrlError::Malformed(format!("aliyun-kms: {why}"));
         let rest = rest.strip_prefix("//").ok_or_else(|| malformed("is to be followed by //REGION"))?;
@@ -164,8 +179,9 @@ impl AliyunKms {
         Ok(kms)
     }
 
-    /// The same with KMS at another endpoint, such as one in a VPC (`https://kms-vpc.cn-hangzhou.aliyuncs.com`). Plain `http:` is refused but
-    /// on this machine (`http://127.0.0.1:PORT`).
+    /// The same with KMS at another endpoint, such as one in a VPC
+    /// (`https://kms-vpc.cn-hangzhou.aliyuncs.com`). Plain `http:` is allowed only for this machine
+    /// (`http://127.0.0.1:PORT`).
     ///
     /// # Errors
     /// [`KmsUrlError::Malformed`].
@@ -183,7 +199,8 @@ impl AliyunKms {
         Ok(self)
     }
 
-    /// The same with an access key of the service itself, instead of the credentials that are found.
+    /// The same with an access key of the service itself. It replaces all other sources of
+    /// credentials.
     #[must_use]
     pub fn with_access_key(mut self, id: &str, secret: &str) -> Self {
         let secret = Zeroizing::new(secret.to_owned());
@@ -211,7 +228,7 @@ impl AliyunKms {
         Err(error_of(meaning, "AssumeRole", &error, answer.status))
     }
 
-    /// Asks KMS in the role, for what is parsed as `T`.
+    /// Asks KMS in the role, and parses the answer as `T`.
     fn ask<T: for<'a> Deserialize<'a>>(
         &self,
         cmk: &Cmk,
@@ -239,7 +256,7 @@ impl AliyunKms {
         Err(error_of(meaning, action, &error, answer.status))
     }
 
-    /// Why the key cannot be used, if that is for its state.
+    /// The reason why the key cannot be used, if its state is the reason.
     fn refused_by_state(&self, cmk: &Cmk, role: &Credentials, deadline: Deadline) -> Option<RevokedReason> {
         let parameters = sign::Pairs::from([("KeyId", cmk.cmk_key_id.as_str())]);
         let answer = self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline).ok()?;
@@ -248,13 +265,14 @@ impl AliyunKms {
             return outcome::of_state(body.pointer("/KeyMetadata/KeyState")?.as_str()?);
         }
         match outcome::of_kms(answer.status, &body) {
-            // That this call is not permitted says nothing about the other one.
+            // If the role may not call `DescribeKey`, that says nothing about the failed call.
             Meaning::Revoked(reason) if reason != RevokedReason::NotPermitted => Some(reason),
             _ => None,
         }
     }
 
-    /// One call of the API, signed; twice if the connection breaks, as one that was kept may have been given up by the server.
+    /// Makes one signed call of the API. It tries twice if the connection breaks, because the
+    /// server may have closed a kept connection.
     fn call(
         &self,
         endpoint: &Uri,
@@ -346,7 +364,7 @@ fn endpoint(url: &str) -> Result<Uri, KmsUrlError> {
     http::endpoint(url).map_err(|why| KmsUrlError::Malformed(format!("aliyun-kms: {why}")))
 }
 
-/// One exchange with an endpoint. `target` begins with a slash.
+/// One request and its answer. `target` begins with a slash.
 fn exchange(
     http: &Http,
     method: &str,
@@ -366,12 +384,12 @@ fn exchange(
     http.send(request, deadline)
 }
 
-/// The encryption context as KMS takes it.
+/// The encryption context in the JSON form for KMS.
 fn context_json(call: &KmsCall<'_>) -> Result<String, KmsError> {
     serde_json::to_string(call.context).map_err(|_| invalid("the encryption context is no JSON"))
 }
 
-/// Fails unless KMS has used the key that it was asked to.
+/// Fails unless KMS has used the requested key.
 fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
     let asked = cmk.cmk_key_id.as_str();
     // An ARN is `acs:kms:REGION:ACCOUNT:key/ID`.
@@ -381,7 +399,7 @@ fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
 
 /// The key in a base64 text.
 fn key_of(text: &str) -> Result<SecretKey, KmsError> {
-    // What decodes to 32 bytes has 44 characters, which the decoder takes for up to 33 bytes.
+    // Base64 of 32 bytes has 44 characters. The decoder reserves up to 33 bytes for them.
     let mut bytes = Zeroizing::new([0; 33]);
     let len = STANDARD.decode_slice(text, bytes.as_mut_slice()).unwrap_or(0);
     match bytes[..len].first_chunk() {
@@ -391,7 +409,7 @@ fn key_of(text: &str) -> Result<SecretKey, KmsError> {
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {
-    // The words of the parser may quote a value.
+    // The parser's error may quote a value.
     serde_json::from_slice(&answer.body).map_err(|_| invalid(&format!("{action} answered something else")))
 }
 
@@ -412,7 +430,7 @@ fn invalid(detail: &str) -> KmsError {
     KmsError::Invalid { detail: detail.to_owned() }
 }
 
-/// The time as the API takes it, such as `2026-01-31T12:00:00Z`.
+/// The current time in the form of the API, such as `2026-01-31T12:00:00Z`.
 fn timestamp() -> String {
     let seconds = Duration::from_micros(SystemClock.wall_us()).as_secs();
     jiff::Timestamp::from_second(i64::try_from(seconds).unwrap_or(0)).unwrap_or_default().to_string()

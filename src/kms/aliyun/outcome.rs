@@ -1,20 +1,20 @@
-//! What an error code means to the engine. The table is in the documentation of [`AliyunKms`](super::AliyunKms).
+//! Sorts error codes. The table is in the documentation of [`AliyunKms`](super::AliyunKms).
 
 use serde_json::Value;
 
 use super::super::RevokedReason;
 
-/// What an answer that is no success amounts to.
+/// The meaning of an error answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
     Revoked(RevokedReason),
     Unreachable,
     Invalid,
-    /// The code says nothing about the key that we know: its state, which `DescribeKey` tells, may.
+    /// The code says nothing certain about the key. Its state, from `DescribeKey`, may.
     AskState,
 }
 
-/// What an error of KMS means, where the role of the customer is logged in.
+/// Sorts an error of KMS. The customer's role is logged in there.
 pub(super) fn of_kms(status: u16, error: &Value) -> Meaning {
     if !(400..500).contains(&status) {
         return Meaning::Unreachable;
@@ -37,7 +37,7 @@ pub(super) fn of_kms(status: u16, error: &Value) -> Meaning {
     }
 }
 
-/// What an error of `AssumeRole` means, where the service itself is logged in.
+/// Sorts an error of `AssumeRole`. The service itself is logged in there.
 pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
     if !(400..500).contains(&status) {
         return Meaning::Unreachable;
@@ -50,7 +50,7 @@ pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
     }
 }
 
-/// What the state of a key means that `DescribeKey` tells.
+/// Sorts the state of a key from `DescribeKey`.
 pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
     match state {
         "Disabled" | "PendingImport" => Some(RevokedReason::Disabled),
@@ -59,8 +59,9 @@ pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
     }
 }
 
-/// Whether `AssumeRole` was refused for what the service's identity lacks, and not by the trust policy of the role. The answer says so
-/// in its details, or in its words where the identity is of a kind that may never assume a role.
+/// Whether `AssumeRole` was refused because the service's identity lacks a permission, and not by
+/// the role's trust policy. The details of the answer say so. If an identity of that kind may never
+/// assume a role, the message says so.
 fn is_own_lack(error: &Value) -> bool {
     let detail = error.get("AccessDeniedDetail").unwrap_or(&Value::Null);
     match text(detail, "PolicyType") {
@@ -70,7 +71,7 @@ fn is_own_lack(error: &Value) -> bool {
     }
 }
 
-/// Codes about who calls, when, and how it is signed.
+/// Codes about the caller's identity, the time, or the signature.
 fn is_about_login(code: &str) -> bool {
     let root = code.split('.').next().unwrap_or_default();
     matches!(
@@ -87,7 +88,7 @@ fn is_about_login(code: &str) -> bool {
     ) || code == "Forbidden.AccessKey"
 }
 
-/// Codes about the customer's account as a whole, which is not what revokes a key.
+/// Codes about the customer's account as a whole. They do not revoke a key.
 fn is_about_account(code: &str) -> bool {
     matches!(
         code,
@@ -104,7 +105,8 @@ fn text<'a>(object: &'a Value, name: &str) -> &'a str {
     object.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// The code of an error and the request's id, which support asks for, where both look like such; nothing else of an answer is quoted.
+/// The error's code and the request id, which support asks for, if both are well-formed. The
+/// backend quotes nothing else of an answer.
 pub(super) fn code_of(error: &Value, status: u16) -> String {
     let word = |name| {
         let word = text(error, name);

@@ -1,8 +1,9 @@
-//! Signatures of requests, version 3: `ACS3-HMAC-SHA256`.
+//! Request signatures, version 3: `ACS3-HMAC-SHA256`.
 //!
-//! What is signed is the *canonical request*: method, path, query, headers, their names, and the hash of the body, a line each. The
-//! access key's secret is the key of the HMAC. Specified in "Request syntax and signature method V3" of Alibaba Cloud's OpenAPI
-//! documentation; the test compares with what the official Python SDK sent.
+//! The signature covers the *canonical request*: method, path, query, headers, their names, and the
+//! hash of the body, one per line. The access key's secret is the key of the HMAC. "Request syntax
+//! and signature method V3" of Alibaba Cloud's OpenAPI documentation specifies it. The test
+//! compares with requests of the official Python SDK.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +24,7 @@ const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'
 /// Names and values, in the order of the names.
 pub(super) type Pairs<'a> = BTreeMap<&'a str, &'a str>;
 
-/// A query in its canonical form, in which it is sent too; also the body of a form.
+/// A query in its canonical form, which is also sent. Also the body of a form.
 pub(super) fn encode(parameters: &Pairs<'_>) -> String {
     let escape = |text| utf8_percent_encode(text, ESCAPED);
     let pairs = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value)));
@@ -35,7 +36,8 @@ pub(super) fn body_hash(body: &[u8]) -> String {
     hex_encode(&hash(HashAlg::Sha256, &[body]))
 }
 
-/// The value of the header `Authorization` for a POST to `/` with all of these headers signed, whose names are in lower case.
+/// The value of the header `Authorization` for a POST to `/`. It signs all of these headers, whose
+/// names are in lower case.
 pub(super) fn authorization(query: &str, headers: &Pairs<'_>, body_hash: &str, credentials: &Credentials) -> String {
     let names = headers.keys().copied().collect::<Vec<_>>().join(";");
     let lines: String = headers.iter().map(|(name, value)| format!("{name}:{}\n", value.trim())).collect();
@@ -57,7 +59,8 @@ mod tests {
 
     use super::*;
 
-    /// `tests/kms_aliyun/sdk.json` is what the official SDK sends at a fixed date and nonce, which `tests/kms_aliyun.rs` has it do anew.
+    /// `tests/kms_aliyun/sdk.json` holds requests of the official SDK at a fixed date and nonce.
+    /// `tests/kms_aliyun.rs` can generate it again.
     #[test]
     fn the_same_input_gives_the_signature_of_the_official_sdk() {
         let requests: Value = serde_json::from_str(include_str!("../../../tests/kms_aliyun/sdk.json")).unwrap();

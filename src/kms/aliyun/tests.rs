@@ -1,4 +1,5 @@
-//! What the tests of the whole (`tests/kms_aliyun.rs`) cannot get at: the metadata service has one address only.
+//! Tests of the metadata service, which has a fixed address. So `tests/kms_aliyun.rs` cannot cover
+//! it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +21,8 @@ use super::{
 
 const SECONDS: Duration = Duration::from_secs(10);
 
-/// A metadata service that answers these bodies, one after the other, and tells what it was asked.
+/// A metadata service that answers with these bodies, one after the other, and reports the
+/// requests.
 fn metadata(answers: &'static [(u16, &'static str)]) -> (Uri, Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = http::endpoint(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
@@ -58,7 +60,7 @@ fn an_instance_gets_the_credentials_of_its_role_with_a_token() {
             format!("GET {path}log-service HTTP/1.1 x-aliyun-ecs-metadata-token: the-token=="),
         ]
     );
-    // A role that is named is not asked for.
+    // If the role is named, the metadata service is not asked for it.
     let (endpoint, asked) = metadata(&[(200, "the-token=="), (200, ISSUED)]);
     from_instance(&Http::new(None), &endpoint, Some("named"), Deadline::after(SECONDS)).unwrap();
     assert!(asked.iter().nth(1).unwrap().starts_with(&format!("GET {path}named ")));

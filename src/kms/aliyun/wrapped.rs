@@ -1,4 +1,4 @@
-//! Wrapped keys: their bytes, as the documentation of [`AliyunKms`](super::AliyunKms) describes them.
+//! The bytes of wrapped keys, as documented at [`AliyunKms`](super::AliyunKms).
 
 use aes_gcm::{
     Aes256Gcm, Nonce, Tag,
@@ -8,16 +8,16 @@ use aes_gcm::{
 use crate::crypto::SecretKey;
 
 const HEAD: &[u8; 5] = b"EAKW\x01";
-/// The key that seals is used this once.
+/// The sealing key is used once.
 const NONCE: [u8; 12] = [0; 12];
-/// The longest ciphertext that is taken of KMS; those of a key of 256 bits have some 200 bytes.
+/// The longest accepted ciphertext of KMS. That of a 256-bit key has about 200 bytes.
 const CIPHERTEXT_MAX: usize = 4096;
 
-/// A wrapped key, taken apart.
+/// A parsed wrapped key.
 pub(super) struct Wrapped<'a> {
     sealed: &'a [u8; 32],
     tag: &'a [u8; 16],
-    /// What KMS decrypts, base64.
+    /// The ciphertext for KMS to decrypt, in base64.
     pub(super) ciphertext: &'a str,
 }
 
@@ -31,7 +31,7 @@ impl<'a> Wrapped<'a> {
         if is_ciphertext(ciphertext) { Ok(Self { sealed, tag, ciphertext }) } else { Err(NOT_OURS) }
     }
 
-    /// The key in it.
+    /// Opens the sealed key.
     pub(super) fn open(&self, wrapping: &SecretKey, context: &str) -> Result<SecretKey, &'static str> {
         let mut key = *self.sealed;
         cipher(wrapping)
@@ -46,7 +46,7 @@ impl<'a> Wrapped<'a> {
     }
 }
 
-/// Wraps `key` under a key of KMS's making, whose ciphertext it is kept with.
+/// Wraps `key` under a key from KMS, and stores that key's ciphertext beside it.
 pub(super) fn seal(
     wrapping: &SecretKey,
     ciphertext: &str,
@@ -56,7 +56,7 @@ pub(super) fn seal(
     if !is_ciphertext(ciphertext) {
         return Err("KMS gave a ciphertext that is none");
     }
-    // The key is sealed where it is put, in a vector that never grows again.
+    // The key is sealed in place, in a vector that does not grow afterwards.
     let mut out = Vec::with_capacity(HEAD.len() + 32 + 16 + ciphertext.len());
     out.extend_from_slice(HEAD);
     out.extend_from_slice(key.expose());

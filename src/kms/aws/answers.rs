@@ -1,4 +1,5 @@
-//! What an answer of KMS or STS means. The table in the documentation of [`AwsKms`](super::AwsKms) follows this file.
+//! Sorts the answers of KMS and STS. The table in the documentation of [`AwsKms`](super::AwsKms)
+//! follows this file.
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use reqsign_aws_v4::Credential;
@@ -12,16 +13,17 @@ use crate::{
     kms::{KmsError, RevokedReason},
 };
 
-/// The longest ciphertext that Decrypt takes, and so the longest that Encrypt makes.
+/// The longest ciphertext that Decrypt accepts, and so the longest that Encrypt returns.
 /// <https://docs.aws.amazon.com/kms/latest/APIReference/API_Decrypt.html>
 pub(super) const CIPHERTEXT_BYTES_MAX: usize = 6144;
-/// A code is a name like `ThrottlingException`, and a request id a UUID; what is longer is neither.
+/// The longest code or request id, in bytes. A code is a name like `ThrottlingException`, and a
+/// request id is a UUID.
 const NAME_BYTES_MAX: usize = 64;
 
-/// A failure in the service's own words: an error code that it documents, and what it says about it.
+/// An error answer of KMS or STS: its documented error code and its message.
 pub(super) struct Failure {
     status: u16,
-    /// Empty when the answer is not one of the service's.
+    /// Empty if the answer does not come from KMS or STS.
     code: String,
     message: String,
     request_id: String,
@@ -32,7 +34,7 @@ impl Failure {
     pub(super) fn of_kms(answer: &Answer) -> Self {
         let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
         let text = |name: &str| body.get(name).and_then(Value::as_str).unwrap_or_default();
-        // The name of the service may stand before it: `com.amazonaws.kms#NotFoundException`.
+        // The name of the service may precede it: `com.amazonaws.kms#NotFoundException`.
         let code = text("__type").rsplit('#').next().unwrap_or_default();
         let message = if text("message").is_empty() { text("Message") } else { text("message") };
         Self::new(answer, code, message)
@@ -56,7 +58,7 @@ impl Failure {
         }
     }
 
-    /// Whether it may be over in a moment.
+    /// Whether a retry may succeed.
     pub(super) fn is_transient(&self) -> bool {
         const TRANSIENT: [&str; 5] = [
             "ThrottlingException",
@@ -68,20 +70,20 @@ impl Failure {
         self.status >= 500 || self.status == 429 || TRANSIENT.contains(&self.code.as_str())
     }
 
-    /// What KMS means by it.
+    /// Sorts a failure of KMS.
     pub(super) fn sort_kms(&self, what: &str) -> KmsError {
         let reason = match self.code() {
             "DisabledException" => RevokedReason::Disabled,
             "NotFoundException" => RevokedReason::Deleted,
             "AccessDeniedException" => RevokedReason::NotPermitted,
-            // Which state is said in the message alone: "ARN is pending deletion."
+            // Only the message names the state: "ARN is pending deletion."
             "KMSInvalidStateException" if self.message.contains(" is pending deletion") => {
                 RevokedReason::PendingDeletion
             }
             "KMSInvalidStateException" if self.message.contains(" is pending replica deletion") => {
                 RevokedReason::PendingDeletion
             }
-            // The customer has deleted the key material that they had imported, or let it expire.
+            // The customer has deleted the imported key material, or it has expired.
             "KMSInvalidStateException" if self.message.contains(" is pending import") => RevokedReason::Deleted,
             "InvalidCiphertextException"
             | "IncorrectKeyException"
@@ -96,7 +98,7 @@ impl Failure {
         KmsError::Revoked { reason, detail: self.detail(what) }
     }
 
-    /// What STS means by it.
+    /// Sorts a failure of STS.
     pub(super) fn sort_sts(&self, what: &str) -> KmsError {
         match self.code() {
             "AccessDenied" => KmsError::Revoked { reason: RevokedReason::NotPermitted, detail: self.detail(what) },
@@ -107,12 +109,14 @@ impl Failure {
         }
     }
 
-    /// The code, which only counts under a status that says whose mistake it is: a refusal never comes as a failure of the server.
+    /// The code, if the status is 4xx. A refusal never has the status of a server failure, so the
+    /// code is ignored then.
     fn code(&self) -> &str {
         if (400..500).contains(&self.status) { &self.code } else { "" }
     }
 
-    /// Names the code and the request, by which it is found in the customer's CloudTrail; quotes nothing else of the answer.
+    /// Names the code and the request id, by which the customer finds the call in CloudTrail.
+    /// Quotes nothing else of the answer.
     fn detail(&self, what: &str) -> String {
         let Self { status, code, request_id, .. } = self;
         let said = if code.is_empty() { format!("HTTP status {status}") } else { code.clone() };
@@ -120,14 +124,14 @@ impl Failure {
     }
 }
 
-/// A name, or nothing when it is none.
+/// The text if it is a name, or an empty string.
 fn name(text: &str) -> String {
     let is_name = text.len() <= NAME_BYTES_MAX
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':'));
     if is_name { text.to_owned() } else { String::new() }
 }
 
-/// The document of an answer of STS, by the name of its root.
+/// The document in an answer of STS, by the name of its root element.
 #[derive(Deserialize)]
 enum StsAnswer {
     AssumeRoleResponse(AssumeRoleResponse),
@@ -172,11 +176,11 @@ fn parse_sts(answer: &Answer) -> Option<StsAnswer> {
     quick_xml::de::from_str(str::from_utf8(&answer.body).ok()?).ok()
 }
 
-/// The credentials of a role, for one call: wiped after it.
+/// The credentials of a role for one call. Wiped after it.
 pub(super) struct Session(Credential);
 
 impl Session {
-    /// Takes them from what STS answered to AssumeRole.
+    /// Parses the answer of STS to AssumeRole.
     pub(super) fn parse(answer: &Answer) -> Result<Self, KmsError> {
         let Some(StsAnswer::AssumeRoleResponse(response)) = parse_sts(answer) else {
             return Err(invalid("STS: not an answer to AssumeRole"));
@@ -225,7 +229,7 @@ pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
 pub(super) fn plaintext(answer: &Answer) -> Result<SecretKey, KmsError> {
     let decrypted: Decrypted =
         serde_json::from_slice(&answer.body).map_err(|_| invalid("KMS: not an answer to Decrypt"))?;
-    // Room for what base64 of a key can be at most, so that a longer one fails too.
+    // Room for the longest base64 of a key, so that a longer key fails too.
     let mut bytes = Zeroizing::new([0; 36]);
     match BASE64_STANDARD.decode_slice(decrypted.plaintext.as_bytes(), &mut *bytes) {
         Ok(32) => {

@@ -1,4 +1,4 @@
-//! The service's own credentials, found as other AWS tools find them, and requests signed with credentials.
+//! The service's own credentials, from the sources that other AWS tools use, and request signing.
 
 use std::{
     collections::HashMap,
@@ -37,21 +37,22 @@ use crate::{
     sync::lock,
 };
 
-/// Credentials and tokens come in small files.
+/// The largest file of credentials or tokens, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
-/// Between two looks at whether a process has ended that has closed its output.
+/// The pause between two checks whether a process that has closed its output has ended.
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
 
 type Provider = Arc<dyn ProvideCredentialDyn<Credential = Credential>>;
 
-/// Who the service is at AWS.
+/// The service's identity at AWS.
 #[derive(Clone)]
 pub(super) struct Identity {
-    /// Where credentials may come from, in the order in which they are tried.
+    /// The possible sources of credentials, in the order in which they are tried.
     providers: Vec<(&'static str, Provider)>,
     env: Arc<dyn Env>,
     http: Http,
-    /// The last ones, when they have an end. Those of the environment and of files are read anew: they may be replaced at any time.
+    /// The last credentials, if they expire. Credentials from the environment and from files are
+    /// read again each time, because they may be replaced at any time.
     cached: Arc<Mutex<Option<Credential>>>,
 }
 
@@ -63,7 +64,7 @@ impl fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// That of a profile, or else the one that is found first.
+    /// The identity of a profile, or else the first one that is found.
     pub(super) fn new(region: &str, profile: Option<&str>, env: Arc<dyn Env>, http: Http) -> Self {
         let of_profiles: [(&'static str, Provider); 3] = match profile {
             Some(profile) => [
@@ -96,12 +97,12 @@ impl Identity {
         Self { providers, env, http, cached: Arc::default() }
     }
 
-    /// The credentials, kept ones or new ones. Callers do not wait for each other.
+    /// The credentials, cached or new. Callers do not wait for each other.
     ///
     /// # Errors
-    /// `Unreachable` when there are none: it is not the customer who refuses then.
+    /// `Unreachable` if there are none. The customer has not refused in this case.
     pub(super) fn credentials(&self, deadline: Deadline) -> Result<Credential, KmsError> {
-        // Valid means: for two minutes more.
+        // Valid for at least two more minutes.
         if let Some(credential) = lock(&self.cached).as_ref().filter(|credential| credential.is_valid()) {
             return Ok(credential.clone());
         }
@@ -123,7 +124,8 @@ impl Identity {
                     *lock(&self.cached) = credential.expires_in.is_some().then(|| credential.clone());
                     return Ok(credential);
                 }
-                // The next one might be somebody else. The error's text may quote an answer, so only its kind is told.
+                // The next source may be another identity, so it is not tried. The error's text may
+                // quote an answer, so the message gives only the error's kind.
                 Err(_) if deadline.left().is_none() => return Err(none(&"no answer in time")),
                 Err(error) => return Err(none(&error.kind())),
             }
@@ -131,7 +133,7 @@ impl Identity {
         Err(unreachable("the service has no AWS credentials of its own, in no place where they are looked for"))
     }
 
-    /// Has credentials looked for anew.
+    /// Discards cached credentials, so that the next call looks for new ones.
     pub(super) fn forget(&self) {
         *lock(&self.cached) = None;
     }
@@ -140,7 +142,7 @@ impl Identity {
 /// The head of a signed POST request.
 ///
 /// # Errors
-/// `Unreachable` for credentials that cannot sign.
+/// `Unreachable` if the credentials cannot sign.
 pub(super) fn sign(
     credential: &Credential,
     (service, region): (&str, &str),
@@ -165,7 +167,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The outcome of a future that has nothing to wait for: all that it calls here blocks.
+/// The result of a future that never waits: all functions that it calls here block.
 fn at_once<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     match pin!(future).poll(&mut std::task::Context::from_waker(Waker::noop())) {
         Poll::Ready(outcome) => outcome,
@@ -173,7 +175,7 @@ fn at_once<T>(future: impl Future<Output = Result<T, Error>>) -> Result<T, Error
     }
 }
 
-/// An environment in which an empty variable counts as none, as for the other AWS tools.
+/// An environment that treats an empty variable as unset, as the other AWS tools do.
 #[derive(Debug)]
 struct Environment(Arc<dyn Env>);
 
@@ -191,7 +193,8 @@ impl Env for Environment {
     }
 }
 
-/// The environment of the process. [`OsEnv`] panics at a variable that is not UTF-8, be it one that nobody asked for.
+/// The environment of the process. [`OsEnv`] panics if any variable is not UTF-8, even an unrelated
+/// one.
 #[derive(Debug)]
 pub(super) struct ProcessEnv;
 
@@ -238,13 +241,13 @@ impl HttpSend for Sender {
     }
 }
 
-/// Runs the program that a profile names as its `credential_process`.
+/// Runs the program in a profile's `credential_process`.
 #[derive(Debug)]
 struct Commands {
     deadline: Deadline,
 }
 
-/// A process that does not outlive the call it was started for.
+/// A process that does not outlive the call that started it.
 struct Running(Child);
 
 impl Drop for Running {
@@ -263,7 +266,7 @@ impl CommandExecute for Commands {
         let (sender, output) = mpsc::sync_channel(1);
         thread::Builder::new().name("envelog-kms-pipe".to_owned()).spawn(move || {
             let mut text = Vec::new();
-            // Nobody may be waiting for it any more.
+            // The caller may have stopped waiting for the output.
             let read = stdout.take(ANSWER_BYTES_MAX as u64).read_to_end(&mut text);
             let _ = sender.send(read.map(|_| text));
         })?;

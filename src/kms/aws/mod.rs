@@ -1,8 +1,9 @@
 //! AWS KMS.
 //!
-//! A lean client in place of the SDK: three operations (AssumeRole, Encrypt, Decrypt), credentials and signatures by `reqsign`, HTTP
-//! by `ureq`, TLS by `rustls` with AWS-LC. The SDK needs an async runtime, and leaves copies of the data key in memory that nobody
-//! wipes; `docs/kms.md` has the figures.
+//! A lean client replaces the SDK: three operations (AssumeRole, Encrypt, Decrypt), credentials and
+//! signatures by `reqsign`, HTTP by `ureq`, TLS by `rustls` with AWS-LC. The SDK needs an async
+//! runtime, and leaves copies of the data key in memory that it does not wipe. `docs/kms.md` has
+//! the figures.
 
 mod answers;
 mod identity;
@@ -28,36 +29,43 @@ use super::{
 };
 use crate::crypto::SecretKey;
 
-/// What CloudTrail shows as the name of the session in which a role is used.
+/// The session name that CloudTrail shows when a role is used.
 const SESSION_NAME: &str = "envelog";
-/// The session may do no more than this, whatever the role may. `PackedPolicySize` counts against a limit; this is small.
+/// Limits the session to these actions, even if the role allows more. `PackedPolicySize` has a
+/// limit; this policy is small.
 const SESSION_POLICY: &str = r#"{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":["kms:Encrypt","kms:Decrypt"],"Resource":"*"}]}"#;
-/// The shortest session that STS makes. It is forgotten right after the call.
+/// The shortest session that STS creates. The backend discards it right after the call.
 const SESSION_SECONDS: &str = "900";
-/// How often a request is sent at most, and how long to wait before it is sent again: twice as long each time.
+/// The most attempts for one request, and the pause before the second one. The pause doubles each
+/// time.
 const TRIES: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-/// Names a file of certificates to trust in place of the system's, as for the other AWS tools.
+/// The variable that names a file of certificates, which replace the system's, as for the other AWS
+/// tools.
 const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 
 /// AWS KMS in one region.
 ///
-/// [`Cmk::cmk_key_id`] is a key id, key ARN or alias of a symmetric encryption key, [`Cmk::arn`] the IAM role that is assumed through
-/// AWS STS to use it, afresh at each call. Nothing is kept between calls but connections and the service's own credentials.
+/// [`Cmk::cmk_key_id`] is a key id, key ARN or alias of a symmetric encryption key. [`Cmk::arn`] is
+/// the IAM role that uses the key. The backend assumes the role through AWS STS again at each call.
+/// It keeps only connections and the service's own credentials between calls.
 ///
 /// # The service's own credentials
 ///
-/// Looked for in this order: environment (`AWS_ACCESS_KEY_ID`, …), web identity (`AWS_WEB_IDENTITY_TOKEN_FILE` and
-/// `AWS_ROLE_ARN`), the profile (`AWS_PROFILE`, or `default`) in `~/.aws/credentials` and `~/.aws/config` with its access key, SSO
-/// session or `credential_process`, container (`AWS_CONTAINER_CREDENTIALS_…`), instance metadata (IMDSv2). The first source that is
-/// set up counts: when it fails, the next one is not tried, as it may be another identity. A profile's `role_arn` is not followed;
+/// The backend looks for them in this order: environment (`AWS_ACCESS_KEY_ID`, …), web identity
+/// (`AWS_WEB_IDENTITY_TOKEN_FILE` and `AWS_ROLE_ARN`), the profile (`AWS_PROFILE`, or `default`) in
+/// `~/.aws/credentials` and `~/.aws/config` with its access key, SSO session or
+/// `credential_process`, container (`AWS_CONTAINER_CREDENTIALS_…`), instance metadata (IMDSv2). The
+/// first source that is set up decides. If it fails, the backend does not try the next one, because
+/// that may be another identity. The backend does not follow a profile's `role_arn`;
 /// `credential_process = aws configure export-credentials --profile NAME` serves such a profile.
 ///
-/// Credentials with an end are kept until two minutes before it, or until they are refused.
+/// Credentials that expire are kept until two minutes before they expire, or until a server refuses
+/// them.
 ///
-/// # What the answers mean
+/// # How answers are sorted
 ///
-/// | who answers | what | answer of the backend |
+/// | source | answer | result |
 /// |---|---|---|
 /// | KMS | `DisabledException` | `Revoked`: disabled |
 /// | KMS | `KMSInvalidStateException`, "… is pending deletion", "… is pending replica deletion" | `Revoked`: pending deletion |
@@ -65,23 +73,24 @@ const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 /// | KMS | any other `KMSInvalidStateException`: AWS calls it a general failure with many causes | `Unreachable` |
 /// | KMS | `NotFoundException` | `Revoked`: deleted |
 /// | KMS | `AccessDeniedException` | `Revoked`: not permitted |
-/// | STS | `AccessDenied`: also what AWS says of a role that does not exist | `Revoked`: not permitted |
+/// | STS | `AccessDenied`: also for a role that does not exist | `Revoked`: not permitted |
 /// | KMS | `InvalidCiphertextException` (damaged, or another context), `IncorrectKeyException`, `InvalidKeyUsageException`, `InvalidGrantTokenException`, `InvalidArnException`, `UnsupportedOperationException`, `ValidationException`, `SerializationException` | `Invalid` |
 /// | STS | `ValidationError` (no ARN of a role), `MalformedPolicyDocument`, `PackedPolicyTooLarge` | `Invalid` |
-/// | STS | `InvalidClientTokenId`, `ExpiredToken`, `ExpiredTokenException`, `SignatureDoesNotMatch`, `UnrecognizedClientException`, `IncompleteSignature`: the service's own credentials are refused | `Unreachable`; they are looked for anew at the next call |
+/// | STS | `InvalidClientTokenId`, `ExpiredToken`, `ExpiredTokenException`, `SignatureDoesNotMatch`, `UnrecognizedClientException`, `IncompleteSignature`: the service's own credentials are refused | `Unreachable`; the next call looks for new ones |
 /// | both | `ThrottlingException`, `Throttling`, `LimitExceededException`, `KMSInternalException`, `DependencyTimeoutException`, `KeyUnavailableException` | `Unreachable` |
-/// | both | a status of 500 or more, whatever the code; any other code; a status other than 200 without a code (a proxy, say) | `Unreachable` |
-/// | both | status 200 and not what was asked for: no document, another one, a plaintext that is not 32 bytes long | `Invalid` |
+/// | both | a status of 500 or more, with any code; any other code; a status other than 200 without a code (a proxy, say) | `Unreachable` |
+/// | both | status 200 with an unexpected body: no document, another one, a plaintext that is not 32 bytes long | `Invalid` |
 /// | both | an answer of more than 64 KiB | `Invalid` |
-/// | nobody | no credentials of the service's own, no name resolved, no connection, no trusted certificate, no answer in time | `Unreachable` |
+/// | no answer | no credentials of the service's own, no name resolved, no connection, no trusted certificate, no answer in time | `Unreachable` |
 ///
-/// A code counts where the service puts it (`__type` in JSON, `ErrorResponse/Error/Code` in XML). Failed connections and
-/// transient failures are tried again, up to three times in all, within the time that the call has.
+/// A code is accepted only where the service puts it (`__type` in JSON, `ErrorResponse/Error/Code`
+/// in XML). The backend retries failed connections and transient failures, up to three attempts in
+/// total, within the call's time limit.
 ///
 /// # Key material
 ///
-/// Request and answer are wiped here. The buffers of `ureq` and `rustls`, in which both were, are not: they are reused for the next
-/// request, and freed with the connection.
+/// The backend wipes the request and the answer. It cannot wipe the buffers of `ureq` and `rustls`
+/// that held both. They are reused for the next request, and freed with the connection.
 #[derive(Clone, Debug)]
 pub struct AwsKms {
     region: String,
@@ -93,17 +102,17 @@ pub struct AwsKms {
 }
 
 impl AwsKms {
-    /// The KMS of the URL `aws-kms://REGION`, which these parameters may follow, each value percent-encoded where it has to be
-    /// (`?endpoint=https://kms.internal&profile=logs`):
+    /// The KMS of the URL `aws-kms://REGION`. These parameters may follow, with percent-encoded
+    /// values (`?endpoint=https://kms.internal&profile=logs`):
     ///
     /// | parameter | value |
     /// |---|---|
-    /// | `endpoint` | where KMS is, in place of `https://kms.REGION.amazonaws.com`; needed outside the partitions `aws`, `aws-us-gov`, `aws-cn` and `aws-eusc` |
-    /// | `sts-endpoint` | where STS is; where `endpoint` is, unless given |
-    /// | `profile` | the profile in `~/.aws` whose credentials are taken, and no others |
-    /// | `external-id` | the external id to assume roles with, which their trust policies may ask for |
+    /// | `endpoint` | the endpoint of KMS, in place of `https://kms.REGION.amazonaws.com`; required outside the partitions `aws`, `aws-us-gov`, `aws-cn` and `aws-eusc` |
+    /// | `sts-endpoint` | the endpoint of STS; by default that of `endpoint` |
+    /// | `profile` | the profile in `~/.aws` whose credentials are used, and no others |
+    /// | `external-id` | the external id for assuming roles, which their trust policies may require |
     ///
-    /// Without TLS (`http:`) an endpoint is accepted on this machine only, for tests.
+    /// An endpoint without TLS (`http:`) is allowed only on this machine, for tests.
     ///
     /// # Errors
     /// [`KmsUrlError::Malformed`].
@@ -177,7 +186,7 @@ impl AwsKms {
         Err(error)
     }
 
-    /// Asks KMS, in the role of the master key.
+    /// Calls KMS in the role of the master key.
     fn call(&self, call: &KmsCall<'_>, operation: &str, body: &[u8]) -> Result<Answer, KmsError> {
         let deadline = Deadline::after(call.timeout);
         let Cmk { cmk_key_id, arn, .. } = call.cmk;
@@ -192,7 +201,7 @@ impl AwsKms {
         Err(Failure::of_kms(&answer).sort_kms(&format!("{operation} with {cmk_key_id} at {}", to.host())))
     }
 
-    /// Sends a request, again where that may help, and returns the last answer.
+    /// Sends a request, with retries where they may help, and returns the last answer.
     fn ask(
         &self,
         to: &Address<'_>,
@@ -222,7 +231,7 @@ impl AwsKms {
     }
 }
 
-/// Which service, and where.
+/// A service and its endpoint.
 struct Address<'a> {
     service: &'static str,
     uri: &'a Uri,
@@ -234,7 +243,7 @@ impl Address<'_> {
     }
 }
 
-/// The domain of a region's services.
+/// The domain of the services of a region.
 /// <https://docs.aws.amazon.com/general/latest/gr/rande.html>
 fn domain(region: &str) -> Option<&'static str> {
     match region.split('-').next() {
@@ -250,7 +259,7 @@ fn unreachable(detail: impl Into<String>) -> KmsError {
     KmsError::Unreachable { detail: detail.into() }
 }
 
-/// Waits, unless there would be no time left after it. Returns whether it has.
+/// Sleeps, unless no time would be left afterwards. Returns whether it slept.
 #[expect(clippy::disallowed_methods, reason = "a backend has no condition that a test could signal")]
 fn paused(pause: Duration, deadline: Deadline) -> bool {
     let pauses = deadline.left().is_some_and(|left| left > pause);
@@ -305,10 +314,10 @@ impl Kms for AwsKms {
     }
 }
 
-/// A request's body, which is wiped when it is dropped.
+/// The body of a request. Wiped on drop.
 fn json(request: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, KmsError> {
-    /// Ids and contexts have a few hundred bytes, and a ciphertext in base64 has 8 KiB at most. Were there more, the buffer would grow
-    /// and leave a copy of its beginning behind.
+    /// Ids and contexts have a few hundred bytes, and a ciphertext in base64 has at most 8 KiB. A
+    /// buffer that had to grow would leave a copy of its content behind.
     const BODY_BYTES: usize = 32 * 1024;
     let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
     serde_json::to_writer(&mut *body, request)

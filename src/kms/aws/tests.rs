@@ -1,4 +1,4 @@
-//! The backend against a server that answers as a test tells it, and that checks every signature.
+//! The backend against a server with scripted answers, which checks every signature.
 
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "tests take times and make files of their own")]
@@ -27,7 +27,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 
 // ---- the server ----
 
-/// A request as it came.
+/// A received request.
 #[derive(Clone, Debug)]
 struct Asked {
     method: String,
@@ -65,7 +65,8 @@ impl Asked {
         self.headers.contains_key("x-amz-target")
     }
 
-    /// The access key id that it is signed with. The signature is worked out anew from what came over the wire.
+    /// The access key id that signed the request. The signature is computed again from the received
+    /// bytes.
     fn signer(&self) -> String {
         let header = self.headers["authorization"].strip_prefix("AWS4-HMAC-SHA256 Credential=").unwrap();
         let (credential, rest) = header.split_once(", SignedHeaders=").unwrap();
@@ -102,13 +103,13 @@ fn hex(bytes: &[u8]) -> String {
 enum Reply {
     Answer(u16, Vec<u8>),
     Redirect(String),
-    /// Ends the connection without a word.
+    /// Closes the connection without an answer.
     HangUp,
-    /// Says nothing.
+    /// Never answers.
     Hang,
-    /// A byte now and then, and never the end.
+    /// Sends a byte from time to time, and never ends.
     Drip,
-    /// More than anybody would read.
+    /// Sends more than the backend reads.
     Flood,
 }
 
@@ -166,7 +167,8 @@ impl Server {
         server
     }
 
-    /// One that assumes any role, and answers for KMS like this. The number is that of the question to KMS, from 0 on.
+    /// A server that assumes any role and answers KMS requests like this. The number counts the KMS
+    /// requests, from 0.
     fn kms(answer: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Self {
         Self::start(move |asked, before| if asked.is_kms() { answer(before) } else { assumed() })
     }
@@ -175,7 +177,7 @@ impl Server {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    /// The backend that asks this server, with credentials in its environment.
+    /// A backend for this server, with credentials in its environment.
     fn backend(&self) -> AwsKms {
         self.backend_with(&[("AWS_ACCESS_KEY_ID", "OWN"), ("AWS_SECRET_ACCESS_KEY", "secret of OWN")])
     }
@@ -251,7 +253,7 @@ fn unwrap_at(server: &Server) -> Result<SecretKey, KmsError> {
     unwrap_in(&server.backend(), TIMEOUT)
 }
 
-/// What is expected of an answer.
+/// The expected sorting of an answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Sorted {
     Revoked(RevokedReason),
@@ -308,7 +310,7 @@ fn a_role_is_assumed_at_each_call_and_its_session_used_for_it_alone() {
         let bound = serde_json::json!({ "envelog:store": "s", "envelog:suite": "AES-256-GCM" });
         assert_eq!((&body["KeyId"], &body["EncryptionContext"]), (&"key-1".into(), &bound));
     }
-    // One after the other, over one connection.
+    // One call after the other, over one connection.
     assert_eq!(*server.connections.lock().unwrap(), 1);
     assert!(!format!("{kms:?}").contains("secret"));
     assert!(kms.serves("eu-west-1") && !kms.serves("eu-west-2"));
@@ -348,7 +350,7 @@ fn every_answer_of_kms_is_sorted() {
         (kms_error(400, "ExpiredTokenException", ""), Unreachable),
         (kms_error(400, "InvalidSignatureException", ""), Unreachable),
         (kms_error(400, "SomethingNewException", "k is pending deletion."), Unreachable),
-        // A refusal never comes with the status of a failure, of a proxy's detour or of success.
+        // A refusal never has the status of a failure, of a proxy's redirection or of success.
         (kms_error(500, "DisabledException", ""), Unreachable),
         (kms_error(302, "DisabledException", ""), Unreachable),
         (kms_error(200, "DisabledException", ""), Invalid),
@@ -377,7 +379,7 @@ fn every_answer_of_kms_is_sorted() {
         };
         let server = Server::kms(move |_| answer.clone());
         let said = assert_sorted(unwrap_at(&server), expected, &what);
-        // The code at most, and where to look it up.
+        // The error quotes at most the code, and the request id for looking it up.
         assert!(!said.contains("arn:aws:kms:") && !said.contains('<'), "{said}");
         if let Revoked(_) = expected {
             assert!(said.contains("key-1") && said.contains("Exception") && said.contains("request 0f5c-77"), "{said}");
@@ -403,7 +405,7 @@ fn answers_to_encrypt_are_looked_at_too() {
     let call = KmsCall { cmk: &cmk, context: &context, timeout: TIMEOUT };
     let refused = server.backend().wrap(&call, &SecretKey::from_bytes(&mut KEY.clone()));
     assert_sorted(refused, Revoked(RevokedReason::NotPermitted), "wrap");
-    // What cannot be a wrapped key is not even asked about.
+    // The backend does not ask KMS about bytes that cannot be a wrapped key.
     for wrapped in [vec![], vec![1; CIPHERTEXT_BYTES_MAX + 1]] {
         assert_sorted(server.backend().unwrap(&call, &wrapped), Invalid, "the wrapped key");
     }
@@ -431,7 +433,7 @@ fn every_answer_of_sts_is_sorted() {
         (sts_error(400, "ValidationError"), Invalid),
         (sts_error(400, "MalformedPolicyDocument"), Invalid),
         (sts_error(400, "PackedPolicyTooLarge"), Invalid),
-        // What another server than STS would say.
+        // Answers of another server than STS.
         (reply(403, "<Error><Code>AccessDenied</Code><Message>m</Message></Error>"), Unreachable),
         (reply(403, "<html><Code>AccessDenied</Code></html>"), Unreachable),
         (reply(403, r#"{"__type":"AccessDenied"}"#), Unreachable),
@@ -477,7 +479,7 @@ fn what_may_be_over_in_a_moment_is_tried_again() {
         false => assumed(),
     });
     assert_eq!(unwrap_at(&server).unwrap().expose(), &KEY);
-    // Three times, and no more.
+    // Three attempts, and no more.
     let server = Server::kms(|_| kms_error(400, "ThrottlingException", ""));
     assert_sorted(unwrap_at(&server), Unreachable, "throttled");
     assert_eq!(server.asked(Asked::is_kms).len(), 3);
@@ -486,7 +488,7 @@ fn what_may_be_over_in_a_moment_is_tried_again() {
 #[test]
 fn a_call_ends_in_its_time_whatever_hangs() {
     let timeout = Duration::from_millis(700);
-    // The timeout is that of the whole: the role, and each try.
+    // The timeout covers the whole call: the role, and each attempt.
     let slow = |reply: Reply| {
         move |_: &Asked, _: usize| {
             thread::sleep(Duration::from_millis(400));
@@ -509,19 +511,20 @@ fn a_call_ends_in_its_time_whatever_hangs() {
         let began = Instant::now();
         let said = assert_sorted(unwrap_in(&server.backend(), timeout), Unreachable, what);
         let took = began.elapsed();
-        // A busy machine may be late to wake it.
+        // A busy machine may wake the thread late.
         assert!(took < timeout + Duration::from_secs(8), "{what}: {took:?}");
-        // A try that would not end in time is not made; then the last answer is told.
+        // The backend does not begin an attempt that would not end in time. It then reports the
+        // last answer.
         assert!(said.contains(" in time") || what == "slow blips", "{what}: {said}");
     }
-    // Nobody there at all.
+    // No server listens at the port.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let own = [("AWS_ACCESS_KEY_ID", "OWN"), ("AWS_SECRET_ACCESS_KEY", "x")];
     let kms = backend(&format!("aws-kms://eu-west-1?endpoint=http://127.0.0.1:{port}"), &own);
-    assert_sorted(unwrap_in(&kms, TIMEOUT), Unreachable, "nobody there");
+    assert_sorted(unwrap_in(&kms, TIMEOUT), Unreachable, "no server");
     let kms = backend("aws-kms://eu-west-1?endpoint=https://kms.invalid", &own);
     assert_sorted(unwrap_in(&kms, TIMEOUT), Unreachable, "no such name");
-    // TLS is spoken to what is named with https, and nothing else.
+    // The backend speaks only TLS to an https endpoint.
     let server = Server::kms(|_| decrypted(&KEY));
     let kms = backend(&format!("aws-kms://eu-west-1?endpoint=https://127.0.0.1:{}", server.port), &own);
     assert_sorted(unwrap_in(&kms, Duration::from_secs(2)), Unreachable, "no TLS there");
@@ -529,7 +532,7 @@ fn a_call_ends_in_its_time_whatever_hangs() {
 
 // ---- the service's own credentials ----
 
-/// What the metadata service of an instance says, with credentials that end in an hour.
+/// The answers of an instance's metadata service, with credentials that expire in an hour.
 fn metadata(asked: &Asked) -> Option<Reply> {
     let credentials = r#"{"Code":"Success","LastUpdated":"2026-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"META",
         "SecretAccessKey":"secret of META","Token":"t","Expiration":"2999-01-01T00:00:00Z"}"#;
@@ -613,14 +616,15 @@ fn own_credentials_are_found_where_aws_tools_find_them() {
     by("PROCESS", &format!("{url}&profile=process"), &files);
     by("META", &url, &container);
 
-    // Files are read anew: credentials are replaced there at any time.
+    // Files are read again each time: their credentials may be replaced at any time.
     let kms = backend(&url, &files);
     unwrap_in(&kms, TIMEOUT).unwrap();
     file("credentials", "[default]\naws_access_key_id = NEW\naws_secret_access_key = secret of NEW\n");
     unwrap_in(&kms, TIMEOUT).unwrap();
     assert_eq!(server.asked(Asked::is_sts).last().unwrap().signer(), "NEW");
 
-    // Missing ones are nobody's refusal, and what is set up and fails is not replaced by somebody else's.
+    // Missing credentials are not a refusal by the customer. If the source that is set up fails, no
+    // other identity replaces it.
     let before = server.asked(Asked::is_sts).len();
     let off = ("AWS_EC2_METADATA_DISABLED", "true");
     let missing = file("missing", "");

@@ -1,63 +1,75 @@
-//! Keys in a hardware security module, or in any other token that speaks PKCS#11.
+//! Keys in a hardware security module, or in any other token with PKCS#11.
 //!
-//! A customer master key is an AES-256 key object in a token, sensitive and not extractable; it never leaves it. Data keys are
-//! encrypted and decrypted *in the token*, by `CKM_AES_GCM`, with the encryption context as additional authenticated data.
-//! `CKM_AES_KEY_WRAP` and its kin cannot bind a context, and are not used.
+//! A customer master key is an AES-256 key object in a token. It is sensitive and not extractable,
+//! and never leaves the token. The token encrypts and decrypts data keys *inside*, by
+//! `CKM_AES_GCM`, with the encryption context as additional authenticated data. `CKM_AES_KEY_WRAP`
+//! and similar mechanisms cannot bind a context, and are not used.
 //!
-//! # Which token, which key
+//! # Choosing the token and the key
 //!
-//! A URI (RFC 7512) says which token, and how to log in; see [`Pkcs11Kms::from_uri`]. Of a [`Cmk`],
+//! A URI (RFC 7512) names the token and the way to log in: see [`Pkcs11Kms::from_uri`]. The fields
+//! of a [`Cmk`] mean:
 //!
-//! - `cmk_key_id` names the key object: its `CKA_LABEL`, or its `CKA_ID` as `id:` and hexadecimal digits. Exactly one secret key of
-//!   the token must have it: several are [`KmsError::Invalid`].
-//! - `region_id` must be the `region` of the URI: a token has no regions, so the operator gives it the name of one.
-//! - `arn` is not looked at: PKCS#11 knows no roles. Who may use a key is decided by who has the PIN of its token. It is still part of
-//!   what a lease belongs to, so write the same one for every Logstore under a key.
+//! - `cmk_key_id` names the key object: its `CKA_LABEL`, or its `CKA_ID` as `id:` and hexadecimal
+//!   digits. Exactly one secret key of the token must match. Several matches are
+//!   [`KmsError::Invalid`].
+//! - `region_id` must be the `region` of the URI. A token has no regions, so the operator gives it
+//!   a region name.
+//! - `arn` is ignored: PKCS#11 has no roles. The PIN of a token decides who may use its keys. But a
+//!   lease is shared per CMK and `arn`, so write the same `arn` for every Logstore under a key.
 //!
-//! # What a return value means
+//! # How return values are sorted
 //!
-//! | what happened | answer |
+//! | event | answer |
 //! |---|---|
-//! | the token is there, the user is logged in, and no key is called so | `Revoked`: `Deleted` |
-//! | `CKA_ENCRYPT` (to wrap) or `CKA_DECRYPT` (to unwrap) is false; `CKR_KEY_FUNCTION_NOT_PERMITTED` | `Revoked`: `Disabled` |
+//! | the token is there, the user is logged in, and no key has the name | `Revoked`: `Deleted` |
+//! | `CKA_ENCRYPT` (for wrap) or `CKA_DECRYPT` (to unwrap) is false; `CKR_KEY_FUNCTION_NOT_PERMITTED` | `Revoked`: `Disabled` |
 //! | to wrap: the key is not AES-256, not sensitive, or extractable | `Revoked`: `NotPermitted` |
 //! | no module, no slot, no token: it cannot be loaded, `CKR_TOKEN_NOT_PRESENT`, `CKR_TOKEN_NOT_RECOGNIZED`, `CKR_SLOT_ID_INVALID`, `CKR_CRYPTOKI_NOT_INITIALIZED`, `CKR_CANT_LOCK` | `Unreachable` |
 //! | the device: `CKR_DEVICE_REMOVED`, `CKR_DEVICE_ERROR`, `CKR_DEVICE_MEMORY`, `CKR_HOST_MEMORY`, `CKR_GENERAL_ERROR`, `CKR_FUNCTION_FAILED`, `CKR_FUNCTION_CANCELED`, `CKR_FUNCTION_REJECTED` | `Unreachable` |
 //! | the session: `CKR_SESSION_HANDLE_INVALID`, `CKR_SESSION_CLOSED`, `CKR_SESSION_COUNT`, `CKR_USER_NOT_LOGGED_IN`, `CKR_OPERATION_ACTIVE`, `CKR_OPERATION_NOT_INITIALIZED` | `Unreachable` |
 //! | the service's own credentials: `CKR_PIN_INCORRECT`, `CKR_PIN_INVALID`, `CKR_PIN_LEN_RANGE`, `CKR_PIN_EXPIRED`, `CKR_PIN_LOCKED`, `CKR_USER_PIN_NOT_INITIALIZED`, `CKR_USER_ANOTHER_ALREADY_LOGGED_IN`, `CKR_USER_TOO_MANY_TYPES`; the PIN is missing or cannot be read | `Unreachable` |
-//! | a handle that was just found: `CKR_KEY_HANDLE_INVALID`, `CKR_OBJECT_HANDLE_INVALID` | `Unreachable`; the next call looks whether the key is there |
+//! | a handle that was just found: `CKR_KEY_HANDLE_INVALID`, `CKR_OBJECT_HANDLE_INVALID` | `Unreachable`; the next call looks for the key again |
 //! | `CKR_ENCRYPTED_DATA_INVALID`, `CKR_ENCRYPTED_DATA_LEN_RANGE`, `CKR_AEAD_DECRYPT_FAILED`; `CKR_GENERAL_ERROR` or `CKR_FUNCTION_FAILED` of `C_Decrypt` from a token that is there | `Invalid`: damaged, or made under another key or context |
 //! | `CKR_DATA_INVALID`, `CKR_DATA_LEN_RANGE`, `CKR_KEY_TYPE_INCONSISTENT`, `CKR_KEY_SIZE_RANGE`, `CKR_MECHANISM_INVALID`, `CKR_MECHANISM_PARAM_INVALID`, `CKR_FUNCTION_NOT_SUPPORTED`, `CKR_ARGUMENTS_BAD`, `CKR_BUFFER_TOO_SMALL`, `CKR_ATTRIBUTE_TYPE_INVALID`; several tokens or keys where one is meant; a decrypted key of another length | `Invalid` |
-//! | any other return value, a vendor's own among them; the time is up | `Unreachable` |
+//! | any other return value, a vendor's own among them; the time limit has passed | `Unreachable` |
 //!
-//! A token that was taken away, or has lost its login, can look like one without keys, so "no key is called so" counts only between
-//! two proofs that the token is there and the user logged in, in a session that was opened for this call. `CKA_START_DATE` and `CKA_END_DATE` are not looked at: the standard
-//! gives them no effect, and a wrong clock here must not revoke. To end the use of a key, clear `CKA_DECRYPT` or destroy it.
+//! A token that was removed, or has lost its login, can look like a token without keys. So "no key
+//! has the name" is accepted only between two proofs that the token is present and the user is
+//! logged in, in a session that was opened for this call. The backend ignores `CKA_START_DATE` and
+//! `CKA_END_DATE`: the standard gives them no effect, and a wrong clock here must not revoke. To
+//! end the use of a key, clear `CKA_DECRYPT` or destroy the key.
 //!
-//! # Sessions, logins, losses
+//! # Sessions, logins, lost tokens
 //!
-//! A call has a session to itself; up to 8 idle ones are kept, and with them the login. Nothing about a key is kept. Whatever goes
-//! wrong in a kept session is tried once more, in a new one: the token is looked for anew among all slots, and the user logged in
-//! again. Should the token not be there, and nobody else be in the module, the module is initialized anew (`C_Finalize`,
-//! `C_Initialize`), as some look for tokens only then; a module that another part of the process has initialized is left alone. So a
-//! token that comes back is used again at the next call.
+//! Each call has a session of its own. The backend keeps up to 8 idle sessions, and with them the
+//! login. It keeps nothing about a key. If a call fails in any way in a kept session, the backend
+//! tries once more in a new session: it looks for the token in all slots and logs in again. If the
+//! token is not present and no other call is in the module, the backend finalizes and initializes
+//! the module (`C_Finalize`, `C_Initialize`), since some modules look for tokens only then. It does
+//! not finalize a module that another part of the process has initialized. So a token that returns
+//! is used again at the next call.
 //!
-//! A PIN that a token refuses is **not tried again**, by nobody in the process, since a token locks after a few wrong ones. With
-//! `pin-source` it is enough to correct the file, which is read at each login.
+//! The process **never tries a refused PIN again**, since a token locks after a few wrong PINs.
+//! With `pin-source` it is enough to correct the file, which is read at each login.
 //!
 //! # Limits
 //!
-//! - **A call into a module cannot be interrupted.** The engine gives up waiting after `kms_timeout` and takes the KMS for unreachable;
-//!   the thread stays in the module until it comes back, and its answer is dropped. At most 32 calls are in a module at once; further
-//!   ones wait for their time and are `Unreachable`. Between two calls into the module the time is looked at, so a slow token is
-//!   not asked for more than anybody waits for.
-//! - **A key encrypts at most 2^32 data keys**, as NIST SP 800-38D demands of GCM with random 96-bit nonces: one is used per data key
-//!   and per probe. The nonce comes from the operating system, unless the token writes its own in its place, as some must.
-//! - **`fork`**: a child has to initialize modules for itself, which happens at its first call; a module that refuses that is
-//!   `Unreachable` there. What the parent has opened is not touched.
-//! - **A key object has no versions.** Rotating means another key with another name, and `Store::replace_cmk`.
+//! - **A call into a module cannot be interrupted.** The engine stops waiting after `kms_timeout`
+//!   and treats the KMS as unreachable. The thread stays in the module until the call returns, and
+//!   its answer is dropped. At most 32 calls are in a module at once. Further calls wait until
+//!   their time limit and are then `Unreachable`. The backend checks the time between two calls
+//!   into the module, so a slow token gets no further calls for a caller that has stopped waiting.
+//! - **A key encrypts at most 2^32 data keys**: NIST SP 800-38D sets this limit for GCM with random
+//!   96-bit nonces. Each data key and each probe uses one nonce. The nonce comes from the operating
+//!   system, unless the token replaces it by its own, as some must.
+//! - **`fork`**: a child process must initialize modules for itself, and does so at its first call.
+//!   If a module refuses that, it is `Unreachable` in the child. The child does not use sessions
+//!   that the parent has opened.
+//! - **A key object has no versions.** To rotate, create another key with another name, and call
+//!   `Store::replace_cmk`.
 //!
-//! # What is wrapped
+//! # The format of a wrapped key
 //!
 //! ```text
 //! 0   4   magic "ELKP"
@@ -66,8 +78,8 @@
 //! 18  48  sealed key and tag
 //! ```
 //!
-//! Associated data: bytes 0 to 6, then the context as a count u32 and for each name and value, in the order of the names,
-//! length u32 and bytes, all little-endian.
+//! Associated data: bytes 0 to 6, then the context: a count (u32), and for each name and value, in
+//! the order of the names, the length (u32) and the bytes. All numbers are little-endian.
 
 mod module;
 mod outcome;
@@ -95,12 +107,12 @@ use crate::{
     io::{OsRandom, Random},
 };
 
-/// Magic and version of a wrapped key.
+/// The magic and the version of a wrapped key.
 const HEAD: &[u8; 6] = b"ELKP\x01\x00";
 const NONCE_BYTES: usize = 12;
 const SEALED_BYTES: usize = 32 + 16;
 
-/// A token as a [`Kms`]. The [module documentation](self) says how it answers.
+/// A token as a [`Kms`]. The [module documentation](self) lists its answers.
 pub struct Pkcs11Kms {
     uri: Uri,
     kept: Kept,
@@ -113,22 +125,23 @@ impl fmt::Debug for Pkcs11Kms {
 }
 
 impl Pkcs11Kms {
-    /// The token that a URI names. Loads nothing and calls nobody: that is done at the first call.
+    /// The token that a URI names. It loads no module and makes no call. The first call does both.
     ///
     /// ```text
     /// pkcs11:token=logs;serial=0123?region=cn-hangzhou&module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source=file:/etc/envelog/pin
     /// ```
     ///
-    /// | attribute | means |
+    /// | attribute | meaning |
     /// |---|---|
-    /// | `token`, `manufacturer`, `model`, `serial`, `slot-id` | what the token must say of itself, and where it is; exactly one token must match |
-    /// | `library-description`, `library-manufacturer`, `library-version` | what the module must say of itself |
+    /// | `token`, `manufacturer`, `model`, `serial`, `slot-id` | the token's description and its slot; exactly one token must match |
+    /// | `library-description`, `library-manufacturer`, `library-version` | the module's description |
     /// | `?region` | the one region that it serves; required |
-    /// | `&module-path`, `&module-name` | the module: an absolute path; or a name, which the dynamic linker looks for as `libNAME.so`, in the directory `module-path` if both are there |
-    /// | `&pin-source` | the file whose first line is the PIN of the user, as `file:/path`; at most 4 KiB |
-    /// | `&pin-value` | the PIN itself: whoever sees the URI has it |
+    /// | `&module-path`, `&module-name` | the module: an absolute path, or a name that the dynamic linker looks for as `libNAME.so`; with both, the name in the directory `module-path` |
+    /// | `&pin-source` | the file whose first line is the user's PIN, as `file:/path`; at most 4 KiB |
+    /// | `&pin-value` | the PIN itself: anyone who sees the URI has it |
     ///
-    /// Without a PIN the token's own way to ask for one is used, if it has one (`CKF_PROTECTED_AUTHENTICATION_PATH`).
+    /// Without a PIN, the backend uses the token's own way to ask for one, if it has one
+    /// (`CKF_PROTECTED_AUTHENTICATION_PATH`).
     ///
     /// # Errors
     /// [`KmsUrlError::Malformed`], also for an attribute that is not in the table.
@@ -136,7 +149,7 @@ impl Pkcs11Kms {
         Ok(Self { uri: Uri::parse(uri)?, kept: Kept::default() })
     }
 
-    /// Does something in a session: in a kept one, and, should that fail in whatever way, in a new one.
+    /// Runs `act` in a kept session. If that fails in any way, runs it again in a new session.
     fn in_session<T>(
         &self,
         call: &KmsCall<'_>,
@@ -162,7 +175,7 @@ impl Pkcs11Kms {
         Ok(keep(open, done))
     }
 
-    /// The one key object that a master key names.
+    /// Finds the one key object that a master key names.
     fn find(&self, cmk: &Cmk, open: &Open, entered: &Entered) -> Result<ObjectHandle, KmsError> {
         let name = &cmk.cmk_key_id;
         let named = match name.strip_prefix("id:") {
@@ -179,7 +192,8 @@ impl Pkcs11Kms {
         };
         let mut found = look().map_err(|error| outcome(&error))?;
         if found.is_empty() {
-            // The login may have been lost, and another thread have logged in again behind the look.
+            // The login may have been lost, and another thread may have logged in again since the
+            // search. So it checks the login and searches again.
             open.check_presence(&self.uri, entered)?;
             found = look().map_err(|error| outcome(&error))?;
         }
@@ -261,7 +275,8 @@ impl Kms for Pkcs11Kms {
             deadline.check()?;
             let wrapped = self.seal(call, open, cmk, key)?;
             deadline.check()?;
-            // A data key that the token cannot give back is found out before anything is written under it.
+            // Detects a data key that the token cannot decrypt, before the engine writes anything
+            // under it.
             let again = self.open(call, open, entered, cmk, &wrapped)?;
             if !tags_equal(again.expose(), key.expose()) {
                 return Err(invalid("the token does not decrypt to what it encrypted"));
@@ -280,7 +295,8 @@ impl Kms for Pkcs11Kms {
     }
 }
 
-/// Whether the key is one to put data keys under. What is sensitive and not extractable stays so, by the standard.
+/// Checks that the key is fit to wrap data keys. By the standard, a key that is sensitive and not
+/// extractable stays so.
 fn check_fit(open: &Open, key: ObjectHandle, name: &str) -> Result<(), KmsError> {
     let asked = [AttributeType::KeyType, AttributeType::ValueLen, AttributeType::Sensitive, AttributeType::Extractable];
     let attributes = open.session().get_attributes(key, &asked).map_err(|error| outcome(&error))?;
@@ -295,7 +311,8 @@ fn check_fit(open: &Open, key: ObjectHandle, name: &str) -> Result<(), KmsError>
     Ok(())
 }
 
-/// Refuses a key that its owner has taken the use from. Where the token does not say, it refuses the use itself.
+/// Fails if the key's owner has disabled this usage. If the token does not report the attribute,
+/// the token itself refuses the usage.
 fn check_allowed(open: &Open, key: ObjectHandle, usage: AttributeType, name: &str) -> Result<(), KmsError> {
     let attributes = open.session().get_attributes(key, &[usage]).map_err(|error| outcome(&error))?;
     let attribute = match attributes.first() {

@@ -1,4 +1,5 @@
-//! Modules: shared libraries that speak PKCS#11, each loaded and initialized once in a process.
+//! Modules: shared libraries that implement PKCS#11. A process loads and initializes each module
+//! once.
 
 use std::{
     collections::BTreeMap,
@@ -18,14 +19,15 @@ use crate::{
     sync::{Condvar, Mutex, lock, wait_timeout},
 };
 
-/// How many calls may be in one module at once. A call into a module cannot be interrupted; when this many have not come back, more
-/// would not help, and each would cost a thread.
+/// The most calls in one module at once. A call into a module cannot be interrupted. If this many
+/// calls have not returned, more calls would not help, and each would cost a thread.
 const CALLS_MAX: usize = 32;
 
-/// Every module that was asked for. `C_Initialize` is once a process, whoever needs the module.
+/// All modules that were requested. A process may call `C_Initialize` only once, for all users of
+/// the module.
 static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
 
-/// When a call must be done.
+/// The time by which a call must end.
 #[derive(Clone, Copy)]
 pub(super) struct Deadline(Duration);
 
@@ -38,7 +40,7 @@ impl Deadline {
         self.0.saturating_sub(SystemClock.uptime())
     }
 
-    /// Between two calls into the module: none is begun that nobody waits for any more.
+    /// Called between two calls into the module. Fails if the caller has stopped waiting.
     pub(super) fn check(self) -> Result<(), KmsError> {
         if self.left().is_zero() { Err(unreachable("the token took too long")) } else { Ok(()) }
     }
@@ -47,31 +49,33 @@ impl Deadline {
 /// One module.
 pub(super) struct Module {
     path: PathBuf,
-    /// The process that it was loaded in. By the standard a forked child has to initialize it for itself.
+    /// The process that loaded it. By the standard, a forked child must initialize it for itself.
     pid: u32,
-    /// Whether the process that this one was forked from had it loaded.
+    /// Whether the parent process had it loaded before the fork.
     inherited: bool,
     gate: Mutex<Gate>,
     changed: Condvar,
-    /// PINs that a token has refused: by the token, the last one. They are not tried again, as tokens lock after a few.
+    /// The last refused PIN for each token. It is not tried again, as tokens lock after a few wrong
+    /// PINs.
     pub(super) refused: Mutex<BTreeMap<String, Zeroizing<String>>>,
 }
 
 #[derive(Default)]
 struct Gate {
-    /// Loaded, and initialized once at least.
+    /// Set once the module is loaded and has been initialized at least once.
     context: Option<Pkcs11>,
-    /// Whether it was we who initialized it, and not another part of the process.
+    /// Whether this backend initialized it, and not another part of the process.
     ours: bool,
-    /// Counts how often it was initialized. Handles of one life mean nothing, or something else, in the next.
+    /// The number of initializations. A handle from one life of the module is invalid in the next,
+    /// or names another object.
     life: u64,
     calls: usize,
-    /// Somebody loads or initializes it, and all others wait.
+    /// Whether a thread is loading or initializing the module. All others wait.
     closed: bool,
 }
 
 impl Module {
-    /// The module of that path. Loads nothing.
+    /// The module with this path. Does not load it.
     pub(super) fn at(path: &Path) -> Arc<Self> {
         let mut modules = lock(&MODULES);
         let pid = std::process::id();
@@ -87,12 +91,13 @@ impl Module {
             changed: Condvar::new(),
             refused: Mutex::default(),
         });
-        // What came through `fork` is the parent's: it is left as it is, its destructors would call into the module.
+        // The parent's modules are left alone after `fork`: their destructors would call into the
+        // module.
         mem::forget(modules.insert(path.to_owned(), Arc::clone(&module)));
         module
     }
 
-    /// Enters the module, loading it if it is not, as soon as there is room.
+    /// Enters the module as soon as there is room. Loads it first if necessary.
     pub(super) fn enter(self: &Arc<Self>, deadline: Deadline) -> Result<Entered, KmsError> {
         let mut gate = lock(&self.gate);
         while gate.closed || gate.calls >= CALLS_MAX {
@@ -123,7 +128,8 @@ impl Module {
         Ok(Entered { inside, context: ready?.0 })
     }
 
-    /// Enters to give back what was opened in that life of the module; `None` when there is nothing to give back any more.
+    /// Enters the module to close objects from that life. `None` if that life has ended, so there
+    /// is nothing to close.
     pub(super) fn enter_again(self: &Arc<Self>, life: u64) -> Option<Inside> {
         if self.pid != std::process::id() {
             return None;
@@ -137,12 +143,12 @@ impl Module {
         Some(Inside(Arc::clone(self)))
     }
 
-    /// Whether what was opened in that life can still be used in this process.
+    /// Whether objects from that life are still valid in this process.
     pub(super) fn lives(&self, life: u64) -> bool {
         self.pid == std::process::id() && lock(&self.gate).life == life
     }
 
-    /// Initializes it. Returns whether it was not so already.
+    /// Initializes the module. Returns `false` if it was initialized already.
     fn initialize(&self, context: &Pkcs11) -> Result<bool, KmsError> {
         match context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
             Ok(()) => Ok(true),
@@ -155,7 +161,7 @@ impl Module {
     }
 }
 
-/// Counts as a call until it is dropped.
+/// A call in progress, until it is dropped.
 pub(super) struct Inside(Arc<Module>);
 
 impl Drop for Inside {
@@ -180,14 +186,15 @@ impl Entered {
         &self.context
     }
 
-    /// Which life of the module this is.
+    /// The current life of the module.
     pub(super) fn life(&self) -> u64 {
         lock(&self.module().gate).life
     }
 
-    /// Finalizes the module and initializes it anew, so that it looks afresh for slots and tokens: some know only those that were
-    /// there when it was initialized. Every session ends. Does so only if nobody else is in it and it is ours to finalize; returns
-    /// whether it was initialized.
+    /// Finalizes and initializes the module, so that it looks for slots and tokens again: some
+    /// modules know only the tokens that were present at initialization. Every session ends. Does
+    /// so only if no other call is in the module and this backend initialized it. Returns whether
+    /// it was initialized.
     pub(super) fn initialize_anew(&self) -> Result<bool, KmsError> {
         let module = self.module();
         let mut gate = lock(&module.gate);
@@ -199,7 +206,7 @@ impl Entered {
         let ours = mem::replace(&mut gate.ours, false);
         drop(gate);
         if ours {
-            // Whatever it says, what counts is whether it can be initialized.
+            // The result is ignored: only the initialization decides.
             let _ = self.context.clone().finalize();
         }
         let initialized = module.initialize(&self.context);

@@ -1,4 +1,4 @@
-//! From what a module returned to one of the four answers.
+//! Sorts return values of a module into the four answers.
 
 use cryptoki::{
     context::Function,
@@ -7,10 +7,10 @@ use cryptoki::{
 
 use crate::kms::{KmsError, RevokedReason};
 
-/// `CKR_AEAD_DECRYPT_FAILED` of PKCS#11 3.0, for which the library has no name yet.
+/// `CKR_AEAD_DECRYPT_FAILED` of PKCS#11 3.0. The library has no name for it yet.
 const CKR_AEAD_DECRYPT_FAILED: u64 = 0x35;
 
-/// What a failed call means, where nothing more is known than what it returned.
+/// Sorts a failed call by its return value alone.
 pub(super) fn outcome(error: &Error) -> KmsError {
     let Error::Pkcs11(code, _) = error else {
         return match error {
@@ -42,12 +42,13 @@ fn is_aead_failure(code: impl TryInto<u64>) -> bool {
     code.try_into().is_ok_and(|code| code == CKR_AEAD_DECRYPT_FAILED)
 }
 
-/// Whether `C_Decrypt` itself failed in a way that says nothing: so some tokens (SoftHSM among them) answer a wrong tag.
+/// Whether `C_Decrypt` itself failed with an unspecific value. Some tokens (SoftHSM among them)
+/// return one for a wrong tag.
 pub(super) fn may_be_a_wrong_tag(error: &Error) -> bool {
     matches!(error, Error::Pkcs11(RvError::GeneralError | RvError::FunctionFailed, Function::Decrypt))
 }
 
-/// Whether somebody has finalized the module behind our back, or it was never initialized.
+/// Whether the module is not initialized, or another part of the process has finalized it.
 pub(super) fn is_not_initialized(error: &Error) -> bool {
     matches!(error, Error::Pkcs11(RvError::CryptokiNotInitialized, _))
 }
@@ -56,7 +57,7 @@ pub(super) fn is_initialized_already(error: &Error) -> bool {
     matches!(error, Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _))
 }
 
-/// Whether the token counts this as a try with a wrong PIN, or would.
+/// Whether the token counts this as an attempt with a wrong PIN, or would.
 pub(super) fn is_wrong_pin(error: &Error) -> bool {
     matches!(error, Error::Pkcs11(RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange, _))
 }
@@ -65,7 +66,8 @@ pub(super) fn is_logged_in_already(error: &Error) -> bool {
     matches!(error, Error::Pkcs11(RvError::UserAlreadyLoggedIn, _))
 }
 
-/// The call and its return value, as the standard names them: the library's own words fill a paragraph.
+/// The function and its return value, by their names in the standard. The library's own message is
+/// a paragraph.
 pub(super) fn said(error: &Error) -> String {
     let Error::Pkcs11(code, function) = error else { return error.to_string() };
     let name = match code {
@@ -108,7 +110,7 @@ mod tests {
     }
     use Kind::{Disabled, Invalid, Unreachable};
 
-    /// The table in the module's documentation, line by line.
+    /// Checks the table in the module's documentation, line by line.
     #[test]
     fn every_return_value_is_sorted() {
         use RvError as R;

@@ -1,4 +1,4 @@
-//! Tokens: finding the one that is meant, logging in, and sessions.
+//! Tokens: finding the right one, logging in, and sessions.
 
 use std::{mem, path::Path, sync::Arc};
 
@@ -20,7 +20,8 @@ use crate::{
     sync::{Mutex, lock},
 };
 
-/// How many idle sessions are kept. More are opened when more calls come at once, and closed behind them.
+/// The most idle sessions that are kept. More are opened for concurrent calls, and closed after
+/// them.
 const KEPT_MAX: usize = 8;
 /// The longest PIN file, in bytes.
 const PIN_FILE_BYTES_MAX: u64 = 4096;
@@ -31,13 +32,14 @@ pub(super) struct Open {
     session: Option<Session>,
     slot: Slot,
     module: Arc<Module>,
-    /// The life of the module that it belongs to.
+    /// The life of the module in which the session was opened.
     life: u64,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        // In another life, or in a child that was forked, the number of the session is nobody's, or another's.
+        // In another life, or in a forked child, the session's number is invalid or belongs to
+        // another session.
         let inside = self.module.enter_again(self.life);
         let session = self.session.take();
         if inside.is_none() {
@@ -72,11 +74,11 @@ impl Kept {
 }
 
 impl Open {
-    /// Opens a session with the token that is meant, and logs in.
+    /// Opens a session with the token of the URI, and logs in.
     pub(super) fn new(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<Self, KmsError> {
         let (slot, info) = match find(uri, entered, deadline) {
             Ok(found) => found,
-            // It may be there and the module not know yet.
+            // The token may be present, but the module may not have noticed it yet.
             Err(absent @ KmsError::Unreachable { .. }) => {
                 deadline.check()?;
                 if !entered.initialize_anew()? {
@@ -99,7 +101,7 @@ impl Open {
         self.session.as_ref().expect("the session is there until drop")
     }
 
-    /// Whether the user is logged in, without whom private keys are not to be seen.
+    /// Whether the user is logged in. Without a login, private keys are invisible.
     fn is_logged_in(&self) -> Result<bool, KmsError> {
         let info = self.session().get_session_info().map_err(|error| outcome(&error))?;
         Ok(matches!(info.session_state(), SessionState::RoUser | SessionState::RwUser))
@@ -121,7 +123,7 @@ impl Open {
             let answer = self.session().login(UserType::User, None);
             return answer.or_else(logged_in).map_err(|error| outcome(&error));
         };
-        // Held through the login, so that two threads do not both try a PIN that is wrong.
+        // Held through the login, so that two threads do not both try a wrong PIN.
         let mut refused = lock(&entered.module().refused);
         let token = format!("{}/{}/{}", info.manufacturer_id(), info.serial_number(), info.label());
         if refused.get(&token) == Some(&pin) {
@@ -129,7 +131,7 @@ impl Open {
                 "the token has refused this PIN, which is not tried again, as tokens lock after a few tries: correct it",
             ));
         }
-        // As long as its text, so that the library's own copy is made without another.
+        // As long as its text, so that the library's own copy is made without another copy.
         let given = AuthPin::from(String::clone(&pin));
         match self.session().login(UserType::User, Some(&given)).or_else(logged_in) {
             Ok(()) => Ok(()),
@@ -141,7 +143,8 @@ impl Open {
         }
     }
 
-    /// Makes sure that what is not to be seen in this session is not there: the token still is, and the user is logged in.
+    /// Checks that a missing object is really missing: the token is present, and the user is logged
+    /// in.
     pub(super) fn check_presence(&self, uri: &Uri, entered: &Entered) -> Result<(), KmsError> {
         let info = entered.context().get_token_info(self.slot).map_err(|error| unreachable(said(&error)))?;
         if !uri.matches(&info) {
@@ -154,7 +157,7 @@ impl Open {
     }
 }
 
-/// The one token that is meant.
+/// Finds the one token that matches the URI.
 fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, TokenInfo), KmsError> {
     let context = entered.context();
     if uri.asks_for_library() {

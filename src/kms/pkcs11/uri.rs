@@ -1,4 +1,4 @@
-//! The `pkcs11:` URI (RFC 7512) that says which token, and how to log in.
+//! The `pkcs11:` URI (RFC 7512), which names the token and the way to log in.
 
 use std::{env::consts, fmt, path::PathBuf};
 
@@ -7,18 +7,18 @@ use zeroize::Zeroizing;
 
 use crate::kms::KmsUrlError;
 
-/// A token, and what to call it with.
+/// A token, and the module and PIN for it.
 #[derive(Debug)]
 pub(super) struct Uri {
     pub(super) region: String,
-    /// What the dynamic linker is asked for: an absolute path, or a file name that it looks for.
+    /// The argument for the dynamic linker: an absolute path, or a file name that it looks for.
     pub(super) module: PathBuf,
     pub(super) pin: Pin,
-    /// The slot to look into; all, if `None`.
+    /// The slot to search. `None` searches all slots.
     pub(super) slot_id: Option<u64>,
-    /// What the token must say of itself.
+    /// Fields that the token's description must match.
     token: Vec<(TokenField, String)>,
-    /// What the module must say of itself.
+    /// Fields that the module's description must match.
     library: Vec<(LibraryField, String)>,
 }
 
@@ -37,9 +37,9 @@ enum LibraryField {
     Version,
 }
 
-/// Where the PIN of the token's user is.
+/// The PIN of the token's user.
 pub(super) enum Pin {
-    /// Nowhere: the token wants none, or has its own way to ask for it.
+    /// No PIN: the token needs none, or asks for it in its own way.
     None,
     Value(Zeroizing<String>),
     /// Read at each login.
@@ -57,7 +57,7 @@ impl fmt::Debug for Pin {
 }
 
 impl Uri {
-    /// Takes a URI apart. An error names attributes and quotes no value.
+    /// Parses a URI. An error names attributes, but quotes no value.
     pub(super) fn parse(uri: &str) -> Result<Self, KmsUrlError> {
         let rest = uri.strip_prefix("pkcs11:").ok_or_else(|| malformed("it does not begin with \"pkcs11:\""))?;
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -96,7 +96,7 @@ impl Uri {
         Ok(Self { region, module, pin, slot_id, token, library })
     }
 
-    /// Whether this is the token.
+    /// Whether the token matches.
     pub(super) fn matches(&self, info: &TokenInfo) -> bool {
         self.token.iter().all(|(field, wanted)| {
             wanted
@@ -109,12 +109,12 @@ impl Uri {
         })
     }
 
-    /// Whether the module has to say what it is.
+    /// Whether the URI has fields for the module.
     pub(super) fn asks_for_library(&self) -> bool {
         !self.library.is_empty()
     }
 
-    /// Whether this is the module.
+    /// Whether the module matches.
     pub(super) fn matches_library(&self, info: &Info) -> bool {
         self.library.iter().all(|(field, wanted)| match field {
             LibraryField::Description => wanted == info.library_description(),
@@ -127,7 +127,7 @@ impl Uri {
     }
 }
 
-/// Names and values, their percent-encoding undone; each is taken out once.
+/// Names and decoded values. Each one is taken out once.
 struct Attributes<'a>(Vec<(&'a str, Zeroizing<String>)>);
 
 impl<'a> Attributes<'a> {
@@ -152,7 +152,7 @@ impl<'a> Attributes<'a> {
         Some(self.0.swap_remove(at).1)
     }
 
-    /// Fails if something is left that nobody has asked for: to pass it over could mean another token.
+    /// Fails if an attribute is left over. Ignoring it could select another token.
     fn end(self) -> Result<(), KmsUrlError> {
         match self.0.first() {
             None => Ok(()),
@@ -164,7 +164,8 @@ impl<'a> Attributes<'a> {
     }
 }
 
-/// A name as it may be shown. What is none may be a secret that somebody put in the wrong place.
+/// A name that is safe to show. A malformed name may be a secret that the operator put in the wrong
+/// place.
 fn shown(name: &str) -> &str {
     let is_name = name.len() <= 32 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
     if is_name { name } else { "an attribute" }
@@ -174,9 +175,10 @@ fn malformed(what: &str) -> KmsUrlError {
     KmsUrlError::Malformed(what.to_owned())
 }
 
-/// Undoes percent-encoding. `None` for what is not encoded so, not UTF-8, or holds a zero byte.
+/// Decodes percent-encoding. `None` for invalid encoding, for text that is not UTF-8, and for text
+/// with a zero byte.
 fn decoded(text: &str) -> Option<Zeroizing<String>> {
-    // Never longer than the text, so that nothing is left behind by a reallocation.
+    // The result is never longer than the text, so no reallocation leaves a copy behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(text.len()));
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {
@@ -205,7 +207,7 @@ fn pin_file(source: &str) -> Result<PathBuf, KmsUrlError> {
     Ok(path.into())
 }
 
-/// What to load: a file; a name, for the dynamic linker to find; or a directory and a name.
+/// The module to load: a file; a name for the dynamic linker to find; or a directory and a name.
 fn module(path: Option<Zeroizing<String>>, name: Option<Zeroizing<String>>) -> Result<PathBuf, KmsUrlError> {
     if path.as_ref().is_some_and(|path| !path.starts_with('/')) {
         return Err(malformed("module-path is not an absolute path"));
