@@ -1,8 +1,8 @@
 //! The frame of an authenticated document: store, catalogue, Logstore metadata, probe, keyring, checkpoint.
 //!
-//! A document has two parts. Tag A, under a key of the service keyring, authenticates everything, tag B included. Tag B, under a key
-//! derived from a Logstore's data key, authenticates what the document is about and part B alone, so that part B can be trusted
-//! without the keyring.
+//! A document has two parts. Tag A, under a key of the service keyring, authenticates everything,
+//! including tag B. Tag B, under a key derived from a Logstore's data key, authenticates the
+//! document's identity and part B alone. So part B can be trusted without the keyring.
 
 use std::path::Path;
 
@@ -20,7 +20,7 @@ use crate::{
 const MAGIC: &[u8; 8] = b"ENVLDOC\0";
 const VERSION: u16 = 2;
 const FIXED_LEN: usize = 80;
-/// Where the lengths of the two parts are.
+/// The offset of the lengths of the two parts.
 const LENGTHS_AT: usize = 72;
 const TAG_LEN: usize = 32;
 const CRC_LEN: usize = 4;
@@ -28,7 +28,7 @@ const CRC_LEN: usize = 4;
 /// The longest document in bytes.
 pub(crate) const DOCUMENT_BYTES_MAX: u64 = 128 << 20;
 
-/// What a document is about.
+/// The type of a document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DocumentKind {
     Store,
@@ -37,7 +37,7 @@ pub(crate) enum DocumentKind {
     Probe,
     Keyring,
     Checkpoint,
-    /// The record of a creation that has not ended.
+    /// The record of an unfinished creation.
     Creation,
 }
 
@@ -57,7 +57,7 @@ impl DocumentKind {
         }
     }
 
-    /// What it is called in an error.
+    /// The name in error messages.
     fn what(self) -> &'static str {
         match self {
             Self::Store => "the identity of the store",
@@ -71,40 +71,42 @@ impl DocumentKind {
     }
 }
 
-/// A tag does not hold: another key made it, or the document was altered on purpose.
+/// A tag does not match: another key made it, or an attacker has altered the document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the authentication tag does not hold")]
 pub(crate) struct TagMismatch;
 
-/// A document. One that came from [`UnverifiedDocument::verify`] is authentic, but for tag B.
+/// A document. If it comes from [`UnverifiedDocument::verify`], everything but tag B is authentic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Document {
     pub(crate) kind: DocumentKind,
     pub(crate) features: Features,
     pub(crate) store: StoreId,
-    /// What it is about, if there may be several: a Logstore's, probe's or keyring's id. Else zero.
+    /// The id of its subject, if there may be several: a Logstore's, probe's or keyring's id.
+    /// Otherwise zero.
     pub(crate) subject: [u8; 16],
     /// Counts the replacements of this document.
     pub(crate) generation: u64,
-    /// The version of the service keyring whose key makes tag A.
+    /// The version of the service keyring whose key authenticates it by tag A.
     pub(crate) keyring_version: u32,
-    /// Part A, which only tag A authenticates.
+    /// Part A. Only tag A authenticates it.
     pub(crate) a: Vec<u8>,
-    /// Part B, which tag B authenticates too.
+    /// Part B. Tag B authenticates it too.
     pub(crate) b: Vec<u8>,
-    /// Tag B, if there is one. It stays true as long as kind, store, subject and part B stay, whatever else changes: so a document
-    /// can be replaced while the data key is out of reach.
+    /// Tag B, if there is one. It stays valid while kind, store, subject and part B are unchanged,
+    /// even if other fields change. So a writer can replace the document while the data key is
+    /// unavailable.
     pub(crate) tag_b: Option<[u8; TAG_LEN]>,
 }
 
 impl Document {
-    /// Checks what the frame says by itself.
+    /// Checks the rules for the fields of the frame.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], with the rule of the format that it breaks.
+    /// [`Error::Corrupt`], with the rule that it breaks.
     pub(crate) fn check_frame(&self, path: &Path) -> Result<(), Error> {
         let broken = |at: usize, rule: &str| Err(Error::corrupt(Location::new(path, at as u64), rule));
-        // There is always a next generation.
+        // Each generation must have a successor.
         if !(1..u64::MAX).contains(&self.generation) {
             return broken(56, "the generation of a document is out of range");
         }
@@ -115,15 +117,15 @@ impl Document {
         Ok(())
     }
 
-    /// Makes tag B.
+    /// Computes tag B.
     pub(crate) fn sign_b(&mut self, key_b: &SecretKey) {
         self.tag_b = Some(self.make_tag_b(key_b));
     }
 
-    /// Verifies tag B: kind, store, subject and part B are then authentic, and nothing else is.
+    /// Verifies tag B. It authenticates kind, store, subject and part B, and nothing else.
     ///
     /// # Errors
-    /// It does not hold, or there is none.
+    /// Tag B does not match, or there is none.
     pub(crate) fn verify_b(&self, key_b: &SecretKey) -> Result<(), TagMismatch> {
         match self.tag_b {
             Some(tag) if tags_equal(&tag, &self.make_tag_b(key_b)) => Ok(()),
@@ -136,7 +138,7 @@ impl Document {
         hmac_sha256(key_b, &[&version, &kind, self.store.as_bytes(), &self.subject, &self.b])
     }
 
-    /// Its bytes in a file, with tag A by `key_a`, and with tag B as it is.
+    /// Encodes the document for a file, with tag A by `key_a`, and with tag B unchanged.
     pub(crate) fn seal(&self, key_a: &SecretKey) -> Vec<u8> {
         let len = FIXED_LEN + self.a.len() + self.b.len() + 2 * TAG_LEN + CRC_LEN;
         debug_assert!(len as u64 <= DOCUMENT_BYTES_MAX);
@@ -164,12 +166,12 @@ impl Document {
     }
 }
 
-/// Opens the document in `bytes`, which came from the file `path`: checks it, finds its key by the version of the service keyring
-/// that it claims, and authenticates it.
+/// Opens the document in `bytes`, which come from the file `path`. Checks it, asks `key` for the
+/// key of the keyring version that the document claims, and authenticates it.
 ///
 /// # Errors
-/// [`Error::Truncated`], [`Error::Corrupt`], [`Error::NewerFormat`], [`Error::UnsupportedFeature`], [`Error::RetiredKeyVersion`],
-/// [`Error::Tampered`], and what else `key` says.
+/// [`Error::Truncated`], [`Error::Corrupt`], [`Error::NewerFormat`], [`Error::UnsupportedFeature`],
+/// [`Error::RetiredKeyVersion`], [`Error::Tampered`], and the errors of `key`.
 pub(crate) fn open(
     bytes: &[u8],
     kind: DocumentKind,
@@ -188,18 +190,18 @@ pub(crate) fn open(
     Ok(document)
 }
 
-/// The store that the document in `bytes` claims to be of.
+/// The store id that the document in `bytes` claims.
 ///
 /// # Errors
-/// As [`open`], but for authentication.
+/// As [`open`], except for authentication errors.
 pub(crate) fn claimed_store(bytes: &[u8], path: &Path) -> Result<StoreId, Error> {
     Ok(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?.unverified().store)
 }
 
-/// The length of the document at the beginning of `bytes`, behind which there may be more.
+/// The length of the document at the beginning of `bytes`. More bytes may follow it.
 ///
 /// # Errors
-/// [`DecodeError`]: it is not a document of this version, or too few bytes.
+/// [`DecodeError`]: it is not a document of this version, or `bytes` is too short.
 pub(crate) fn framed_len(bytes: &[u8]) -> Result<usize, DecodeError> {
     let mut cursor = Cursor::new(bytes);
     cursor.magic(MAGIC)?;
@@ -209,26 +211,27 @@ pub(crate) fn framed_len(bytes: &[u8]) -> Result<usize, DecodeError> {
     Ok(FIXED_LEN + len_a + len_b + 2 * TAG_LEN + CRC_LEN)
 }
 
-/// Tag A of the document whose bytes these are. Zeros, should they be too few.
+/// Tag A of the document in these bytes. Zeros if they are too short.
 pub(crate) fn tag_a(bytes: &[u8]) -> [u8; TAG_LEN] {
     let at = bytes.len().saturating_sub(2 * TAG_LEN + CRC_LEN);
     Cursor::new(bytes.get(at..).unwrap_or_default()).array().unwrap_or_default()
 }
 
-/// A document whose CRC32 holds. Nothing of it is authenticated yet.
+/// A document whose CRC32 matches. None of it is authenticated yet.
 #[derive(Debug)]
 pub(crate) struct UnverifiedDocument<'a> {
     document: Document,
-    /// What tag A authenticates, but for tag B.
+    /// The bytes under tag A, except tag B.
     signed: &'a [u8],
     tag_a: [u8; TAG_LEN],
 }
 
 impl<'a> UnverifiedDocument<'a> {
-    /// Takes apart the bytes of a file.
+    /// Parses the bytes of a file.
     ///
     /// # Errors
-    /// [`DecodeError::Short`] when the file is shorter than it says; any other when it is not a document.
+    /// [`DecodeError::Short`] if the file is shorter than its lengths say. Any other error if it is
+    /// not a document.
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, DecodeError> {
         let mut cursor = Cursor::new(bytes);
         cursor.magic(MAGIC)?;
@@ -261,7 +264,8 @@ impl<'a> UnverifiedDocument<'a> {
         Ok(Self { document, signed: Cursor::new(bytes).bytes(FIXED_LEN + len_a + len_b)?, tag_a })
     }
 
-    /// What it claims to say, to find the keys to verify it with. Nothing else may rest on it.
+    /// The unverified contents, to find the keys for verification. Do not use them for anything
+    /// else.
     pub(crate) fn unverified(&self) -> &Document {
         &self.document
     }
@@ -269,21 +273,21 @@ impl<'a> UnverifiedDocument<'a> {
     /// Verifies tag A.
     ///
     /// # Errors
-    /// It does not hold.
+    /// Tag A does not match.
     pub(crate) fn verify(self, key_a: &SecretKey) -> Result<Document, TagMismatch> {
         self.check(key_a).map(|()| self.document)
     }
 
-    /// As [`UnverifiedDocument::verify`]; the document stays here, to be wiped.
+    /// As [`UnverifiedDocument::verify`], but keeps the document here, so that it can be wiped.
     ///
     /// # Errors
-    /// It does not hold.
+    /// Tag A does not match.
     pub(crate) fn check(&self, key_a: &SecretKey) -> Result<(), TagMismatch> {
         let tag_b = self.document.tag_b.unwrap_or_default();
         if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed, &tag_b])) { Ok(()) } else { Err(TagMismatch) }
     }
 
-    /// Wipes part A, where that holds secrets.
+    /// Wipes part A, if that holds secrets.
     pub(crate) fn wipe(&mut self) {
         self.document.a.zeroize();
     }
@@ -343,7 +347,7 @@ mod tests {
     fn what_is_wiped_is_gone() {
         let bytes = sample().seal(&key(1));
         let mut unverified = UnverifiedDocument::parse(&bytes).unwrap();
-        // Its capacity too is overwritten (`zeroize`); what can be seen from here is that nothing is left in it.
+        // `zeroize` also overwrites the spare capacity. The test can only see that nothing is left.
         unverified.wipe();
         assert!(unverified.unverified().a.is_empty() && !unverified.unverified().b.is_empty());
     }
@@ -388,7 +392,7 @@ mod tests {
         assert_eq!(UnverifiedDocument::parse(&longer).unwrap_err(), DecodeError::Field("length of the document"));
     }
 
-    /// With the CRC put right again, nothing changes unnoticed by tag A, tag B included.
+    /// With a corrected CRC32, tag A detects every change, even of tag B.
     #[test]
     fn tampering_is_noticed() {
         let bytes = sample().seal(&key(1));

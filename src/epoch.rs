@@ -1,8 +1,9 @@
-//! The writer epoch: which process writes a store, when the advisory lock does not say.
+//! The writer epoch: it decides which process writes a store if the advisory lock fails to.
 //!
-//! The file `EPOCH` has two slots. Each opening for writing raises the epoch durably, before it looks at anything else that a writer
-//! changes. A writer compares the file with what it wrote there, after each write and sync and before it acknowledges them. Another
-//! writer that has raised the epoch since may not see these bytes, so they are not acknowledged.
+//! The file `EPOCH` has two slots. Each opening for writing raises the epoch durably, before it
+//! reads anything else that a writer changes. After each write and sync, and before acknowledging
+//! them, a writer compares the file with its own last version of it. If another writer has raised
+//! the epoch since, that writer may not see these bytes, so they are not acknowledged.
 
 use std::{
     io,
@@ -25,17 +26,18 @@ pub(crate) const NAME: &str = "EPOCH";
 const MAGIC: &[u8; 8] = b"ENVLEPO\0";
 const VERSION: u16 = 2;
 const WRITER_LEN: usize = 16;
-/// What a slot holds; the rest of it is zeros.
+/// The used bytes of a slot. The rest is zeros.
 const USED_LEN: usize = 8 + 2 + 6 + 8 + WRITER_LEN + 16 + 4;
-/// One sector: the disk writes it whole or not at all.
+/// One sector. The disk writes it whole or not at all.
 const SLOT_LEN: usize = 512;
 const FILE_LEN: usize = 2 * SLOT_LEN;
-/// The highest epoch. A slot that names a higher one does not count.
+/// The highest epoch. A slot with a higher one is ignored.
 pub(crate) const EPOCH_MAX: u64 = 1 << 48;
-/// How far the file may be ahead of the catalogue. Only openings that were cut short before they wrote a catalogue account for that. A slot
-/// beyond does not count, so that a forged one does not use up all epochs.
+/// How far the file may be ahead of the catalogue. Only openings that were cut short before they
+/// wrote a catalogue put it ahead. A slot beyond this distance is ignored, so that a forged slot
+/// does not use up all epochs.
 const AHEAD_MAX: u64 = 1 << 32;
-/// How often an opening that meets another one tries again.
+/// How often an opening tries again if another one interferes.
 const ATTEMPTS: u32 = 32;
 
 /// One slot of the file.
@@ -72,12 +74,13 @@ impl Slot {
     }
 }
 
-/// The whole file, as a writer wrote it or found it.
+/// The whole file, as a writer wrote or read it.
 type Image = [u8; FILE_LEN];
 
-/// The slot with the highest epoch of the store, and its place.
+/// The slot with the highest epoch of the store, and its index.
 ///
-/// A slot that is not whole does not count: a crash has torn it, and the catalogue knows an epoch too.
+/// An invalid slot is ignored: a crash has torn it, and the name of the catalogue also records an
+/// epoch.
 ///
 /// # Errors
 /// [`DecodeError::NewerVersion`]: a newer envelog wrote a slot.
@@ -96,24 +99,25 @@ fn highest(image: &Image, store: StoreId, above: u64) -> std::result::Result<Opt
     Ok(found)
 }
 
-/// What tells a writer that another one has taken over the store.
+/// Detects that another writer has taken over the store.
 #[derive(Debug)]
 pub(crate) struct Fence {
     file: Arc<dyn DiskFile>,
     path: PathBuf,
     epoch: u64,
     image: Image,
-    /// Whether another writer has been seen. It stays so.
+    /// Whether another writer has been detected. Once set, it stays set.
     lost: AtomicBool,
 }
 
 impl Fence {
-    /// Raises the epoch of the store in `dir` above all that the file and the caller know, durably. From then on every earlier writer
-    /// finds out that it is one. `above` is the epoch of the catalogue, as its name tells it.
+    /// Raises the epoch of the store in `dir`, durably, above the epochs in the file and the
+    /// caller's `above`. From then on, every earlier writer detects that it was taken over. `above`
+    /// is the epoch in the name of the catalogue.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] when there is no higher epoch; [`Error::Fenced`] when others keep
-    /// opening the store at the same time.
+    /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] if there is no higher epoch;
+    /// [`Error::Fenced`] if other openings of the store keep interfering.
     pub(crate) fn raise(disk: &dyn Disk, dir: &Path, store: StoreId, above: u64, random: &dyn Random) -> Result<Self> {
         let path = dir.join(NAME);
         let failed = |op| Error::io(op, &path);
@@ -133,7 +137,7 @@ impl Fence {
             if epoch > EPOCH_MAX {
                 return Err(Error::TooMany { what: "openings of the store", limit: EPOCH_MAX });
             }
-            // The older slot is overwritten: should the write be torn, the newer one still counts.
+            // Overwrites the older slot: if the write is torn, the newer slot is still valid.
             let at = (1 - place) * SLOT_LEN;
             let slot = Slot { epoch, writer, store }.encode();
             file.write_at(&slot, at as u64).map_err(failed("write"))?;
@@ -155,11 +159,12 @@ impl Fence {
         self.epoch
     }
 
-    /// Makes sure that no other writer has opened the store since this one did. Every later writer then sees the bytes that this one has
-    /// written and synced before. Costs one read of 1 KiB from the page cache and one `fstat`.
+    /// Checks that no other writer has opened the store since this one did. If so, every later
+    /// writer sees the bytes that this one has written and synced before the call. Costs one read
+    /// of 1 KiB from the page cache and one `fstat`.
     ///
     /// # Errors
-    /// [`Error::Fenced`], from the first time on that another writer was seen; [`Error::Io`].
+    /// [`Error::Fenced`] once another writer has been detected, and from then on; [`Error::Io`].
     pub(crate) fn check(&self) -> Result<()> {
         let held = !self.lost.load(Ordering::Relaxed) && self.is_held().map_err(Error::io("read", &self.path))?;
         if held {
@@ -173,15 +178,16 @@ impl Fence {
     fn is_held(&self) -> io::Result<bool> {
         let mut now = [0; FILE_LEN];
         let read = self.file.read_at(&mut now, 0)?;
-        // A file that was replaced says nothing about what other writers wrote into the new one.
+        // A replaced file says nothing about the epochs that other writers raised in the new file.
         Ok(read == FILE_LEN && now == self.image && self.file.stat()?.links > 0)
     }
 }
 
-/// The disk of a writer: looks at the epoch before each rename.
+/// The disk of a writer. It checks the epoch before each rename.
 ///
-/// A writer that was paused may go on when another one has taken over. It made its temporary file before that, and the other writer
-/// removes such files before it reads what they were to replace. Or it made the file afterwards, and is stopped here.
+/// A paused writer may resume after another writer has taken over. If it created its temporary file
+/// before the takeover, the new writer has removed that file before reading the file that it was to
+/// replace. If it created the file afterwards, the check stops it here.
 #[derive(Debug)]
 pub(crate) struct FencedDisk {
     disk: Arc<dyn Disk>,
@@ -201,7 +207,8 @@ impl FencedDisk {
     }
 }
 
-/// Another writer has taken over. Comes as the inner error of an [`io::Error`], and as [`Error::Fenced`] from the engine.
+/// Another writer has taken over. The error is the inner error of an [`io::Error`]; the engine
+/// returns it as [`Error::Fenced`].
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("another writer has opened the store")]
 pub(crate) struct TakenOver {
@@ -261,7 +268,7 @@ impl Disk for FencedDisk {
     }
 }
 
-/// Opens the file, and makes it first where there is none.
+/// Opens the file. Creates it first if it does not exist.
 fn open(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn DiskFile>> {
     for _ in 0..ATTEMPTS {
         match disk.open(path, OpenMode::ReadWrite) {

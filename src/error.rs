@@ -1,7 +1,8 @@
-//! The one error type of the engine.
+//! The error type of the engine.
 //!
-//! A caller matches on [`Error`] itself, or on its coarser [`Error::kind`]. Sources that cannot be cloned are shared, so an
-//! error can be handed to every caller that a failed block concerns. No variant ever carries key material or log content.
+//! A caller matches on [`Error`] itself, or on its coarser [`Error::kind`]. Sources that cannot be
+//! cloned are shared, so every caller of a failed block gets the same error. No variant carries key
+//! material or log content.
 
 use std::{
     fmt, io,
@@ -23,24 +24,24 @@ use crate::{
 /// The result of an engine operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Where in a file something was found wrong.
+/// The position of a fault in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
     /// The file.
     pub file: PathBuf,
-    /// The block number within the segment, if it is about a block.
+    /// The block number within the segment, if the fault concerns a block.
     pub block: Option<u32>,
     /// The offset in bytes from the beginning of the file.
     pub offset: u64,
 }
 
 impl Location {
-    /// A place in `file` that is not inside a block.
+    /// A position in `file` that is not inside a block.
     pub fn new(file: impl Into<PathBuf>, offset: u64) -> Self {
         Self { file: file.into(), block: None, offset }
     }
 
-    /// The same place, inside block number `block`.
+    /// The same position, inside block number `block`.
     #[must_use]
     pub fn block(mut self, block: u32) -> Self {
         self.block = Some(block);
@@ -58,25 +59,25 @@ impl fmt::Display for Location {
     }
 }
 
-/// What a caller does about an error, coarser than [`Error`].
+/// The caller's reaction to an error. Coarser than [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The customer refuses the key: stop, until the customer allows it again.
+    /// The customer refuses the key. Stop until the customer allows it again.
     Revoked,
-    /// The KMS does not answer, or answers nonsense: try again later.
+    /// The KMS does not answer, or its answer is invalid. Try again later.
     KmsUnreachable,
-    /// The bytes on disk are not what was written.
+    /// The bytes on disk differ from the written bytes.
     Integrity,
     /// The request asks for a configuration that is not allowed.
     Configuration,
-    /// The store or its keyring is missing, locked, or not the one expected.
+    /// The store or its keyring is missing or locked, or is another one than expected.
     Unavailable,
     /// The request is malformed or beyond a limit.
     Invalid,
-    /// Nothing of that name exists, or it exists already.
+    /// The name does not exist, or it exists already.
     Name,
-    /// There is no room now.
+    /// There is no room at the moment.
     Full,
     /// The operating system failed an operation.
     Io,
@@ -84,23 +85,24 @@ pub enum ErrorKind {
     Closed,
 }
 
-/// Why a service keyring is refused, with what to do about it.
+/// The reason why a service keyring is refused. The message says how to correct it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyringRisk {
-    /// Its group or others have a right to it.
+    /// Its group or other users have a right to it.
     Exposed {
         /// Its permission bits.
         mode: u32,
         /// Whether the caller allows its group to read it.
         group_may_read: bool,
     },
-    /// It belongs to a user other than that of the process, root, or, for a process of root, the owner of the store.
+    /// Its owner is neither the user of the process nor root. If the process runs as root, it may
+    /// also be the owner of the store.
     ForeignOwner {
         /// The user.
         uid: u32,
     },
-    /// It lies inside the store directory, so that every copy of the store would hold it.
+    /// It is inside the store directory, so every copy of the store would hold it.
     InsideStore,
 }
 
@@ -129,7 +131,7 @@ impl fmt::Display for KeyringRisk {
     }
 }
 
-/// Everything that can go wrong in the engine.
+/// All errors of the engine.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -142,7 +144,7 @@ pub enum Error {
         logstore: LogstoreName,
         /// The `cmk_key_id`.
         cmk: String,
-        /// Why.
+        /// The reason.
         reason: RevokedReason,
     },
     /// The KMS gave no usable answer for longer than the outage grace.
@@ -156,83 +158,85 @@ pub enum Error {
         cmk: String,
         /// The `region_id`.
         region: String,
-        /// What the backend said.
+        /// The backend's explanation.
         detail: String,
     },
-    /// The KMS gave an answer that cannot be right.
+    /// The KMS gave an impossible answer.
     #[error("Logstore {logstore} is unavailable: the KMS gave a wrong answer for master key {cmk}: {detail}")]
     KmsInvalid {
         /// The Logstore.
         logstore: LogstoreName,
         /// The `cmk_key_id`.
         cmk: String,
-        /// What was wrong with it.
+        /// The fault of the answer.
         detail: String,
     },
-    /// The key at hand is not the one the segment was sealed with, or the segment's header was altered with its CRC.
+    /// The segment was sealed with another key than this one, or its header was altered together
+    /// with its CRC32.
     #[error("wrong key, or an altered header: the key commitment does not hold in {at}")]
     WrongKey {
-        /// Where.
+        /// The position.
         at: Location,
     },
-    /// The CRC holds and authentication fails: somebody changed the bytes on purpose.
+    /// The CRC32 matches, but authentication fails: an attacker changed the bytes.
     #[error("tampering detected: {what} in {at} fails authentication")]
     Tampered {
-        /// Where.
+        /// The position.
         at: Location,
-        /// What was being read.
+        /// The part that was being read.
         what: &'static str,
     },
     /// The bytes are damaged.
     #[error("corruption: {what} in {at}")]
     Corrupt {
-        /// Where.
+        /// The position.
         at: Location,
-        /// What is wrong.
+        /// The fault.
         what: String,
     },
-    /// Something ends before it should.
+    /// A file or a structure ends too early.
     #[error("truncated: {what} in {at}")]
     Truncated {
-        /// Where it ends.
+        /// The position of its end.
         at: Location,
-        /// What is missing.
+        /// The missing part.
         what: String,
     },
-    /// Something is older than what the catalogue, a successor or a checkpoint vouches for.
+    /// A file is older than the catalogue, a successor or a checkpoint records.
     #[error("rolled back: {what}")]
     RolledBack {
-        /// What is older than it should be.
+        /// The file or state that is too old.
         what: String,
     },
-    /// A version of the service key that a rotation has retired has authenticated it: it is from before the rotation, or a holder of the
-    /// old key has made it.
+    /// A retired version of the service key authenticates the file. The file is from before the
+    /// rotation, or a holder of the old key has made it.
     #[error(
         "{}: {what} is authenticated by version {version} of the service key, which a rotation has retired: the keyring accepts versions from \
          {accepts} on; if it is part of a backup from before the rotation, read the backup with --accept-retired, or else move the file away", path.display()
     )]
     RetiredKeyVersion {
-        /// The file, or what stands for one.
+        /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The content of the file.
         what: &'static str,
         /// The version.
         version: u32,
         /// The oldest version that is accepted.
         accepts: u32,
     },
-    /// A name in the store, or the keyring's, stands for something else than it should: a symlink, a named pipe, a socket, a device,
-    /// a directory in place of a file, or a file in place of a directory. It was neither followed nor changed.
+    /// A name in the store, or that of the keyring, has the wrong file type: a symlink, a named
+    /// pipe, a socket, a device, a directory in place of a file, or a file in place of a directory.
+    /// The engine neither followed nor changed it.
     #[error("{} is a {found}, where envelog keeps a {expected}; put the original back, or remove the {found}", path.display())]
     WrongFileType {
         /// The name.
         path: PathBuf,
-        /// What it should be.
+        /// The expected type.
         expected: FileKind,
-        /// What it is.
+        /// The actual type.
         found: FileKind,
     },
-    /// A configuration was refused; nothing was changed.
+    /// A configuration was refused. Nothing was changed.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Another process has the store open for writing.
@@ -240,34 +244,37 @@ pub enum Error {
     Locked {
         /// The store.
         path: PathBuf,
-        /// The process that holds the lock, when it said so.
+        /// The process that holds the lock, if the lock file records it.
         pid: Option<u32>,
     },
-    /// Another process has opened the store for writing since this one did, although this one has it open. Everything that this process
-    /// acknowledged is safe. Operations under way are not acknowledged. Close the store, and find out why its `LOCK` did not hold: it
-    /// was removed or replaced, or the file system does not share locks.
-    #[error("store {} was opened by another writer since this one took it (epoch {epoch}); this one stops", path.display())]
+    /// Another process has opened the store for writing while this one has it open. All writes that
+    /// this process acknowledged are safe. Operations in progress are not acknowledged. Close the
+    /// store, and find out why its `LOCK` did not hold: it was removed or replaced, or the file
+    /// system does not share locks.
+    #[error("store {} was opened by another writer after this one (epoch {epoch}); this one stops", path.display())]
     Fenced {
         /// The store.
         path: PathBuf,
         /// The epoch of this writer.
         epoch: u64,
     },
-    /// The store has an anchor, and the anchor cannot be used. Give the anchor, mend it, or open the store without it on purpose.
-    #[error("the anchor of store {} cannot be used: {why}; give the anchor (--anchor), or leave it out on purpose (--without-anchor)", path.display())]
+    /// The store has an anchor, and the anchor cannot be used. Pass the anchor, repair it, or
+    /// deliberately open the store without it.
+    #[error("the anchor of store {} cannot be used: {why}; give the anchor (--anchor), or leave it out deliberately (--without-anchor)", path.display())]
     Anchor {
         /// The store.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         why: String,
     },
-    /// The anchor does not know what was appended for longer than [`StoreOptions::anchor_required`](crate::StoreOptions::anchor_required)
-    /// allows. Nothing was appended. Appends go on when the anchor has caught up.
+    /// The anchor lags behind the appends by more than
+    /// [`StoreOptions::anchor_required`](crate::StoreOptions::anchor_required). Nothing was
+    /// appended. Appends resume when the anchor has caught up.
     #[error("the anchor is behind by {} s, {} s are allowed", behind.as_secs(), limit.as_secs())]
     AnchorBehind {
-        /// For how long.
+        /// The current lag.
         behind: Duration,
-        /// For how long it may be.
+        /// The allowed lag.
         limit: Duration,
     },
     /// There is no store at the path.
@@ -288,18 +295,18 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
-    /// The file was written by a newer envelog.
+    /// A newer envelog wrote the file.
     #[error("{} has format version {found}, this build reads {supported}; use a newer envelog", path.display())]
     NewerFormat {
         /// The file.
         path: PathBuf,
         /// Its format version.
         found: u16,
-        /// The newest that this build knows.
+        /// The newest version that this build supports.
         supported: u16,
     },
-    /// An envelog from before its first release wrote the file.
-    #[error("{} has format version {found}, this build reads version {supported} alone", path.display())]
+    /// An unreleased early version of envelog wrote the file.
+    #[error("{} has format version {found}, this build reads only version {supported}", path.display())]
     OlderFormat {
         /// The file.
         path: PathBuf,
@@ -313,19 +320,19 @@ pub enum Error {
     UnsupportedFeature {
         /// The file.
         path: PathBuf,
-        /// Which feature.
+        /// The feature.
         what: String,
     },
     /// The service keyring is absent.
     #[error("the service keyring {} is missing; restore it from its backup", path.display())]
     KeyringMissing {
-        /// Where it was looked for.
+        /// The path that was searched.
         path: PathBuf,
     },
-    /// A service keyring exists where a new one was to be made.
+    /// The path for a new service keyring already holds one.
     #[error("there is a service keyring at {} already; it is never overwritten", path.display())]
     KeyringExists {
-        /// Where.
+        /// The path.
         path: PathBuf,
     },
     /// The service keyring belongs to another store.
@@ -338,16 +345,17 @@ pub enum Error {
         /// The keyring file.
         path: PathBuf,
     },
-    /// The store is on a network file system, where the lock of the writer may not reach other machines, and
+    /// The store is on a network file system, where the writer's lock may not reach other machines.
     /// [`StoreOptions::allow_network_fs`](crate::StoreOptions::allow_network_fs) is off.
     #[error("{} is on a network file system ({kind}), whose locks may not keep out a writer on another machine", path.display())]
     NetworkFileSystem {
         /// The directory of the store.
         path: PathBuf,
-        /// What the file system is called.
+        /// The name of the file system.
         kind: &'static str,
     },
-    /// The metadata of a Logstore names a master key or a role that the caller of a recovery does not expect. No KMS was asked.
+    /// The metadata of a Logstore names a master key or a role that the caller of a recovery does
+    /// not expect. The engine called no KMS.
     #[error("Logstore {logstore} names master key {} in {} with role {}, which is not expected", cmk.cmk_key_id, cmk.region_id, cmk.arn)]
     UnexpectedCmk {
         /// The Logstore, by its metadata.
@@ -355,25 +363,27 @@ pub enum Error {
         /// The master key and the role that its metadata names.
         cmk: Cmk,
     },
-    /// The service keyring is where, or is owned so, that others could read or replace it. It was not read.
+    /// The location or the owner of the service keyring would let other users read or replace it.
+    /// The engine did not read it.
     #[error("the service keyring {} is not safe: {why}", path.display())]
     KeyringUnsafe {
         /// The keyring file.
         path: PathBuf,
-        /// Why, and what to do.
+        /// The reason and the correction.
         why: KeyringRisk,
     },
-    /// The service keyring is an old copy: a version that the store uses is not in it.
+    /// The service keyring is an old copy: it lacks a version that the store uses.
     #[error("the service keyring {} is too old: the store uses version {needed}, it ends at {newest}; restore the newest copy", path.display())]
     KeyringTooOld {
         /// The keyring file.
         path: PathBuf,
-        /// The version that is needed.
+        /// The required version.
         needed: u32,
-        /// The newest version it holds.
+        /// The newest version in the keyring.
         newest: u32,
     },
-    /// The service keyring is under a master key, and its KMS does not wrap or unwrap it. The store cannot be opened without it.
+    /// The service keyring is under a master key, and the KMS of that key cannot wrap or unwrap it.
+    /// The store cannot be opened without it.
     #[error("the service keyring {} cannot be used: it is under master key {cmk} of region {region}, and {cause}", path.display())]
     ServiceKey {
         /// The keyring file.
@@ -382,13 +392,13 @@ pub enum Error {
         cmk: String,
         /// The `region_id`.
         region: String,
-        /// What the KMS said.
+        /// The KMS's answer.
         cause: KmsError,
     },
-    /// No Logstore of that name exists.
+    /// No Logstore has that name.
     #[error("there is no Logstore {0}")]
     LogstoreMissing(LogstoreName),
-    /// A Logstore of that name exists already.
+    /// A Logstore with that name exists already.
     #[error("Logstore {0} exists already")]
     LogstoreExists(LogstoreName),
     /// The Logstore has no such shard.
@@ -399,7 +409,7 @@ pub enum Error {
         /// The shard.
         shard: u32,
     },
-    /// The shard takes no more writes.
+    /// The shard does not accept writes any more.
     #[error("shard {shard} of Logstore {logstore} is read-only")]
     ShardReadOnly {
         /// The Logstore.
@@ -407,46 +417,47 @@ pub enum Error {
         /// The shard.
         shard: u32,
     },
-    /// The data key was destroyed on purpose; what it sealed is gone.
-    #[error("data-key version {version} of Logstore {logstore} was shredded: what it sealed cannot be read any more")]
+    /// The data key was deliberately destroyed. The data sealed under it is lost.
+    #[error("data-key version {version} of Logstore {logstore} was shredded: the data sealed under it is lost")]
     Shredded {
         /// The Logstore.
         logstore: LogstoreName,
         /// The data-key version.
         version: u32,
     },
-    /// A log group that is not one.
+    /// The bytes are not a valid log group.
     #[error("invalid log group: {0}")]
     InvalidGroup(#[from] crate::group::GroupError),
-    /// Something is larger than its limit.
+    /// A value is larger than its limit.
     #[error("{what} is too large: {size}, the limit is {limit}")]
     TooLarge {
-        /// What.
+        /// The value.
         what: &'static str,
         /// Its size, in the unit that `what` names.
         size: u64,
         /// The limit, in the same unit.
         limit: u64,
     },
-    /// There are as many of something as may be.
+    /// The number of objects has reached its limit.
     #[error("too many {what}: the limit is {limit}")]
     TooMany {
-        /// What.
+        /// The objects.
         what: &'static str,
         /// The limit.
         limit: u64,
     },
-    /// The pipeline has no room for another group now.
+    /// The write pipeline has no room for another group at the moment.
     #[error("the write pipeline is full ({pending} bytes pending); wait, or use the blocking form")]
     Full {
-        /// Bytes waiting.
+        /// The number of bytes in the pipeline.
         pending: u64,
     },
-    /// An argument that makes no sense.
+    /// An argument is invalid.
     #[error("invalid argument: {0}")]
     InvalidArgument(String),
-    /// The shard's writer stopped after a failed write; reading goes on, reopening the shard clears it.
-    #[error("shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to go on: {cause}")]
+    /// The shard's writer stopped after a failed write. Reading still works. Reopening the shard
+    /// clears the latch.
+    #[error("shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to continue: {cause}")]
     Latched {
         /// The Logstore.
         logstore: LogstoreName,
@@ -458,29 +469,29 @@ pub enum Error {
     /// The store was opened read-only.
     #[error("the store is open read-only")]
     ReadOnly,
-    /// The handle was inherited through `fork`, and must not be used there.
-    #[error("this handle was inherited through fork; open the store anew in this process")]
+    /// The process inherited the handle through `fork` and must not use it.
+    #[error("this handle was inherited through fork; open the store again in this process")]
     Forked,
     /// The store, Logstore or reader has been closed or deleted.
     #[error("{0} is closed")]
     Closed(&'static str),
-    /// A cryptographic library refused.
+    /// A cryptographic library failed.
     #[error("cryptography: {0}")]
     Crypto(crate::crypto::CryptoError),
     /// The operating system failed an operation.
     #[error("cannot {op} {}: {source}", path.display())]
     Io {
-        /// What was being done.
+        /// The operation.
         op: &'static str,
-        /// To which file.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the system.
         source: Arc<io::Error>,
     },
 }
 
 impl DecodeError {
-    /// The engine's error for bytes at `offset` of the file `path` that do not decode.
+    /// Converts an error in decoding bytes at `offset` of the file `path`.
     pub(crate) fn in_file(self, path: &Path, offset: u64) -> Error {
         let at = Location::new(path, offset);
         match self {
@@ -504,7 +515,7 @@ impl From<std::convert::Infallible> for Error {
 }
 
 impl Error {
-    /// The coarse kind, for deciding what to do.
+    /// The coarse kind. It decides the caller's reaction.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => ErrorKind::Revoked,
@@ -552,7 +563,8 @@ impl Error {
         }
     }
 
-    /// A short stable word for the variant, for machines: `revoked`, `kms_unreachable`, `tampered`, …
+    /// A short stable word for the variant, for programs: `revoked`, `kms_unreachable`, `tampered`,
+    /// …
     pub fn code(&self) -> &'static str {
         match self {
             Error::Revoked { .. } => "revoked",
@@ -620,7 +632,7 @@ impl Error {
             Some(WrongFileType { path, expected, found }) => {
                 Error::WrongFileType { path: path.clone(), expected: *expected, found: *found }
             }
-            // The engine's own limit, not the system's.
+            // The limit is the engine's, not the system's.
             None if source.kind() == io::ErrorKind::FileTooLarge && source.raw_os_error().is_none() => {
                 Error::corrupt(Location::new(path, 0), "it is larger than any file that envelog writes there")
             }
@@ -628,7 +640,8 @@ impl Error {
         }
     }
 
-    /// The same about `what` in `path`, where it is about a retired version of the service key.
+    /// The same error, but if it is about a retired version of the service key, for `what` in
+    /// `path`.
     pub(crate) fn retired_in(self, path: &Path, what: &'static str) -> Error {
         match self {
             Error::RetiredKeyVersion { version, accepts, .. } => {
@@ -638,7 +651,7 @@ impl Error {
         }
     }
 
-    /// Whether it is that a file is not there.
+    /// Whether the error means that a file does not exist.
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
@@ -652,7 +665,7 @@ impl Error {
     }
 }
 
-/// A path as text, for reports: a name that is not UTF-8 must not keep a report from being written.
+/// A path as text, for reports. A name that is not UTF-8 must not block a report.
 struct PathText<'a>(&'a Path);
 
 impl Serialize for PathText<'_> {

@@ -1,4 +1,5 @@
-//! What the fuzz targets in `fuzz/` need and nobody else may have. It is there only under `--cfg fuzzing`, which fuzzers set.
+//! Internal functions for the fuzz targets in `fuzz/`. They exist only under `--cfg fuzzing`, which
+//! fuzzers set.
 
 #![allow(missing_docs)]
 
@@ -6,8 +7,8 @@ use crate::segment::{
     Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan,
 };
 
-/// Scans the segment that `header` begins and `bytes` are, and checks that what is reported holds together. Returns how many blocks
-/// follow each other from the beginning, and where they end.
+/// Scans the segment `bytes`, which begins with `header`, and checks that the report is consistent.
+/// Returns the number of contiguous blocks and the offset of their end.
 pub fn scan_segment(header: &DecodedHeader, bytes: &[u8]) -> (u32, u64) {
     let mut blocks = Vec::new();
     let read_at = |offset: u64, buf: &mut [u8]| {
@@ -47,7 +48,7 @@ pub fn compress(compression: Compression, raw: &[u8], out: &mut Vec<u8>) -> Comp
     Compressor::default().compress(compression, raw, out)
 }
 
-/// The name that a segment's file has by what was read from `name`; `None` when that is no such name.
+/// Parses a segment's file name and formats it again. `None` if `name` is not such a name.
 pub fn segment_name(name: &str) -> Option<String> {
     SegmentName::parse(name).map(|parsed| parsed.to_string())
 }

@@ -1,6 +1,7 @@
 //! Log groups: the public SLS protobuf messages, their limits, and the framing of a `LogGroupList`.
 //!
-//! Strings are bytes here, not checked for UTF-8: what clients send is stored and handed back verbatim.
+//! Strings are bytes here, and are not checked for UTF-8. The engine stores and returns a client's
+//! bytes verbatim.
 
 use std::ops::Range;
 
@@ -20,7 +21,8 @@ pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The longest value of a log or tag, in bytes.
 pub const VALUE_BYTES_MAX: usize = 10 << 20;
 
-/// How deeply groups (the protobuf wire type) in unknown fields may be nested, together with the messages around them.
+/// The deepest nesting of groups (the protobuf wire type) in unknown fields, including the messages
+/// around them.
 const NESTING_MAX: u32 = 100;
 
 /// A group of logs that are stored together, in order, under one sequence number.
@@ -35,13 +37,13 @@ pub struct LogGroup {
     /// The topic.
     #[prost(bytes = "bytes", optional, tag = "3")]
     pub topic: Option<Bytes>,
-    /// Where the logs come from, such as an IP address.
+    /// The origin of the logs, such as an IP address.
     #[prost(bytes = "bytes", optional, tag = "4")]
     pub source: Option<Bytes>,
-    /// The machine that they come from.
+    /// The machine of origin.
     #[prost(bytes = "bytes", optional, tag = "5")]
     pub machine_uuid: Option<Bytes>,
-    /// Tags that hold for all logs.
+    /// Tags for all logs of the group.
     #[prost(message, repeated, tag = "6")]
     pub log_tags: Vec<LogTag>,
 }
@@ -49,10 +51,10 @@ pub struct LogGroup {
 /// One log.
 #[derive(Clone, PartialEq, Message)]
 pub struct Log {
-    /// When it happened, in seconds since the Unix epoch.
+    /// The time of the event, in seconds since the Unix epoch.
     #[prost(uint32, required, tag = "1")]
     pub time: u32,
-    /// What it says.
+    /// The contents of the log.
     #[prost(message, repeated, tag = "2")]
     pub contents: Vec<Content>,
     /// Nanoseconds within the second of [`Log::time`].
@@ -82,51 +84,52 @@ pub struct LogTag {
     pub value: Bytes,
 }
 
-/// Bytes are not a log group that the engine stores.
+/// The reason why bytes are not a valid log group.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum GroupError {
-    /// They are not the protobuf message that they should be.
+    /// The bytes are not the expected protobuf message.
     #[error("malformed log group: {what} at byte {at}")]
     Malformed {
-        /// The offset at which that shows.
+        /// The offset at which the fault shows.
         at: usize,
-        /// What is wrong.
+        /// The fault.
         what: &'static str,
     },
-    /// There are none.
+    /// There are no bytes.
     #[error("the log group is empty")]
     Empty,
     /// The group has no logs.
     #[error("the log group has no logs")]
     NoLogs,
-    /// Something in it is beyond a limit.
+    /// A part of the group exceeds a limit.
     #[error("{what} of the log group: {size} is beyond the limit of {limit}")]
     TooLarge {
-        /// What is too large.
+        /// The part.
         what: &'static str,
-        /// How large it is: bytes, or a number of things. At least so much: counting stops beyond the limit.
+        /// Its size in bytes, or its number. The true value may be larger, because counting stops
+        /// beyond the limit.
         size: usize,
-        /// How large it may be.
+        /// The limit.
         limit: usize,
     },
 }
 
-/// What [`validate_group`] learns on its way.
+/// The result of [`validate_group`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupSummary {
-    /// How many logs the group has.
+    /// The number of logs in the group.
     pub logs: u32,
 }
 
 impl LogGroup {
-    /// Its protobuf encoding.
+    /// The protobuf encoding.
     #[must_use]
     pub fn encode_to_bytes(&self) -> Bytes {
         self.encode_to_vec().into()
     }
 
-    /// Decodes the protobuf encoding of a group, copying it once.
+    /// Decodes the protobuf encoding of a group. Copies it once.
     ///
     /// # Errors
     /// As [`validate_group`].
@@ -135,7 +138,7 @@ impl LogGroup {
         Self::decode_valid(Bytes::copy_from_slice(bytes))
     }
 
-    /// Decodes the protobuf encoding of a group without copying: the strings share its memory.
+    /// Decodes the protobuf encoding of a group without copying. The strings share its memory.
     ///
     /// # Errors
     /// As [`validate_group`].
@@ -163,12 +166,12 @@ impl LogTag {
     }
 }
 
-/// Checks that `bytes` are a log group within the limits, without decoding it: nothing is allocated.
+/// Checks that `bytes` are a log group within the limits, without decoding it. Allocates nothing.
 ///
-/// Fields that are not known are let through, as any protobuf decoder does; fields that are required must be there.
+/// Unknown fields are accepted, as by any protobuf decoder. Required fields must be present.
 ///
 /// # Errors
-/// What is wrong, and where.
+/// The fault and its position.
 pub fn validate_group(bytes: &[u8]) -> Result<GroupSummary, GroupError> {
     if bytes.is_empty() {
         return Err(GroupError::Empty);
@@ -253,18 +256,18 @@ const START_GROUP: u8 = 3;
 const END_GROUP: u8 = 4;
 const FIXED_32: u8 = 5;
 
-/// The key of a field.
+/// The key of a protobuf field.
 #[derive(Clone, Copy)]
 struct Field {
     tag: u32,
     wire: u8,
 }
 
-/// Walks over the fields of a message.
+/// Iterates over the fields of a message.
 struct Walker<'a> {
-    /// The whole group, up to where the message ends.
+    /// The whole group, up to the end of the message.
     bytes: &'a [u8],
-    /// What is walked over next.
+    /// The position of the next field.
     at: usize,
 }
 
@@ -274,7 +277,7 @@ impl<'a> Walker<'a> {
         GroupError::Malformed { at: self.at, what }
     }
 
-    /// The key of the next field, unless the message ends here.
+    /// The key of the next field. `None` at the end of the message.
     #[inline]
     fn field(&mut self) -> Result<Option<Field>, GroupError> {
         if self.at >= self.bytes.len() {
@@ -315,7 +318,7 @@ impl<'a> Walker<'a> {
         Ok(())
     }
 
-    /// Passes over a length-delimited field and returns its length.
+    /// Skips a length-delimited field and returns its length.
     #[inline]
     fn length_delimited(&mut self, field: Field) -> Result<usize, GroupError> {
         if field.wire != LENGTH_DELIMITED {
@@ -326,14 +329,14 @@ impl<'a> Walker<'a> {
         Ok(len as usize)
     }
 
-    /// Passes over an embedded message and returns its walker.
+    /// Skips an embedded message and returns its walker.
     #[inline]
     fn nested(&mut self, field: Field) -> Result<Self, GroupError> {
         let len = self.length_delimited(field)?;
         Ok(Self { bytes: self.bytes.get(..self.at).unwrap_or_default(), at: self.at - len })
     }
 
-    /// Passes over a field that is not known.
+    /// Skips an unknown field.
     fn skip(&mut self, field: Field, nesting: u32) -> Result<(), GroupError> {
         let nesting = nesting.checked_sub(1).ok_or_else(|| self.malformed("too deeply nested field"))?;
         match field.wire {
@@ -366,10 +369,10 @@ fn decode_varint(bytes: &[u8]) -> Option<(u64, usize)> {
     None
 }
 
-/// What a `LogGroupList` has in front of each group: field 1, length-delimited.
+/// The key in front of each group in a `LogGroupList`: field 1, length-delimited.
 const FRAME: u8 = 0x0a;
 
-/// How many bytes a group of `len` bytes takes in a `LogGroupList`.
+/// The length in a `LogGroupList` of a group of `len` bytes.
 pub fn frame_len(len: usize) -> usize {
     1 + prost::length_delimiter_len(len) + len
 }
@@ -387,7 +390,8 @@ pub fn put_frame(out: &mut Vec<u8>, group: &[u8]) {
     out.extend_from_slice(group);
 }
 
-/// Where the groups of a `LogGroupList` are, in order. The first error ends the iteration.
+/// The positions of the groups in a `LogGroupList`, in order. The iteration ends at the first
+/// error.
 pub fn frames(list: &[u8]) -> impl Iterator<Item = Result<Range<usize>, GroupError>> {
     let mut walker = Walker { bytes: list, at: 0 };
     std::iter::from_fn(move || {
@@ -567,7 +571,7 @@ mod tests {
         }
     }
 
-    /// The list is what the public definition of `LogGroupList` says.
+    /// The list matches the public definition of `LogGroupList`.
     #[test]
     fn a_list_is_a_protobuf_message() {
         #[derive(Clone, PartialEq, Message)]
@@ -608,7 +612,7 @@ mod tests {
         }
     }
 
-    /// A field, of any wire type, well-formed in itself.
+    /// A well-formed field of any wire type.
     fn field(tags: impl Strategy<Value = u32> + Clone + 'static) -> impl Strategy<Value = Vec<u8>> {
         let varint = |value: u64| {
             let mut out = Vec::new();
@@ -628,7 +632,7 @@ mod tests {
         })
     }
 
-    /// What prost makes of `bytes`; it does not miss required fields.
+    /// Decodes `bytes` with prost, which does not require the required fields.
     fn by_prost(bytes: &[u8]) -> Option<LogGroup> {
         <LogGroup as Message>::decode(bytes).ok()
     }
@@ -662,8 +666,8 @@ mod tests {
             prop_assert_eq!(&decoded.logs[1..], &group.logs);
         }
 
-        /// Messages of fields that may or may not fit: what prost refuses is refused, and what it accepts is accepted, but for
-        /// what is required.
+        /// Messages with fields that may or may not fit. This decoder and prost accept the same
+        /// messages, except that prost does not check required fields.
         #[test]
         fn agrees_with_prost(
             fields in prop::collection::vec(field(1..8u32), 0..6),

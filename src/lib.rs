@@ -1,16 +1,18 @@
 //! Embeddable, encrypted, append-only log storage, with keys that the customer controls.
 //!
-//! A [`Store`] holds [`Logstore`]s; a Logstore holds log groups in shards. Each Logstore has its own data key, which is kept only
-//! wrapped: under the engine's service key, or under a customer master key in a [`kms::Kms`] (BYOK). When the customer's key is
-//! disabled, deleted or no longer permitted, every read and write of that Logstore is refused, within a bound that is a number
-//! ([`StoreOptions::revalidate_every`] plus [`StoreOptions::kms_timeout`]), and nothing else is disturbed; when it comes back, so
-//! does the Logstore, with nothing lost.
+//! A [`Store`] holds [`Logstore`]s, and a Logstore holds log groups in shards. Each Logstore has
+//! its own data key. The data key is stored only wrapped: under the engine's service key, or under
+//! a customer master key in a [`kms::Kms`] (BYOK). If the customer's key is disabled, deleted or no
+//! longer permitted, the engine refuses every read and write of that Logstore within a fixed bound
+//! ([`StoreOptions::revalidate_every`] plus [`StoreOptions::kms_timeout`]). Other Logstores are not
+//! affected. If the key returns, the Logstore does too, without loss of data.
 //!
-//! Begin with [`Store::builder`]. The bytes on disk are specified in `docs/format.md`, what is protected against whom in
-//! `docs/threat-model.md`.
+//! Begin with [`Store::builder`]. `docs/format.md` specifies the bytes on disk, and
+//! `docs/threat-model.md` the protection against each attacker.
 //!
-//! The engine runs in the threads of its callers and a few of its own; it needs no async runtime, and a [`Ticket`] is a future that
-//! any runtime can await. Everything it needs of the world (files, time, randomness, cryptography, KMS) is passed to it.
+//! The engine runs in the threads of its callers and a few of its own. It needs no async runtime,
+//! and any runtime can await a [`Ticket`] as a future. The caller passes in all external services:
+//! files, time, randomness, cryptography, KMS.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]

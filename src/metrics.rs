@@ -1,7 +1,7 @@
-//! Counters of an open store, for whoever watches over it.
+//! Counters of an open store, for monitoring.
 //!
-//! They cost a relaxed addition where something is counted, which is once a block at the most, and are read as they are: a snapshot
-//! is no point in time, each number by itself is right.
+//! A counter costs one relaxed addition, at most once a block. A snapshot reads the counters one
+//! after the other. Each number is correct in itself, but the snapshot is not of one point in time.
 
 use std::{array, time::Duration};
 
@@ -14,12 +14,13 @@ use crate::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds; the last bucket is for all that took longer.
+/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds. The last bucket
+/// counts longer calls.
 pub const KMS_LATENCY_BUCKETS_MS: [u64; 8] = [1, 5, 10, 50, 100, 500, 1000, 5000];
 
 const BUCKETS: usize = KMS_LATENCY_BUCKETS_MS.len() + 1;
 
-/// What a KMS answered: one of the four that there are.
+/// The outcome of a KMS call: one of the four answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Success,
@@ -104,7 +105,7 @@ impl std::fmt::Debug for Counters {
     }
 }
 
-/// The reasons in the order in which they are counted; the last place is for any that are not known here.
+/// The reasons in the order of their counters. The last counter is for reasons unknown here.
 const REASONS: [RevokedReason; 4] =
     [RevokedReason::Disabled, RevokedReason::PendingDeletion, RevokedReason::Deleted, RevokedReason::NotPermitted];
 
@@ -173,32 +174,33 @@ fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
 }
 
-/// Calls to KMSs that had one outcome.
+/// The KMS calls with one outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct KmsCalls {
-    /// How many.
+    /// The number of calls.
     pub count: u64,
-    /// How long all of them took together, in microseconds.
+    /// The total duration of the calls, in microseconds.
     pub sum_us: u64,
-    /// How long the longest took, in microseconds.
+    /// The duration of the longest call, in microseconds.
     pub max_us: u64,
-    /// How many took no longer than each of [`KMS_LATENCY_BUCKETS_MS`], those in the buckets before not counted again; at last, how
-    /// many took longer than all of them.
+    /// A non-cumulative histogram over [`KMS_LATENCY_BUCKETS_MS`]. Bucket `i` counts the calls that
+    /// took longer than bound `i - 1` and at most bound `i`. The last bucket counts the calls above
+    /// the highest bound.
     pub histogram: [u64; BUCKETS],
 }
 
-/// Calls to KMSs, by what they came to.
+/// KMS calls by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct KmsMetrics {
-    /// It was done.
+    /// The call succeeded.
     pub success: KmsCalls,
     /// The KMS refused the use of the master key.
     pub revoked: KmsCalls,
-    /// There was no answer in time, or none about the key.
+    /// There was no answer in time, or no answer about the key.
     pub unreachable: KmsCalls,
-    /// The answer made no sense.
+    /// The answer was invalid.
     pub invalid: KmsCalls,
 }
 
@@ -208,34 +210,34 @@ pub struct KmsMetrics {
 pub struct LeaseMetrics {
     /// The master key.
     pub cmk: Cmk,
-    /// Its state, and for how long the lease still lasts.
+    /// Its state, with the time left in the lease.
     pub status: KeyStatus,
-    /// How long ago the last successful call was sent; `None` if there was none since the store was opened, or since the key was
-    /// refused.
+    /// The time since the last successful call was sent. `None` if there was none since the store
+    /// was opened, or since the key was refused.
     pub age: Option<Duration>,
-    /// Calls made to renew it.
+    /// The number of calls made to renew it.
     pub calls: u64,
 }
 
-/// How often the use of a key was refused, by reason.
+/// The number of refused key uses, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct RefusalMetrics {
     /// The master key is disabled.
     pub disabled: u64,
-    /// It is going to be deleted.
+    /// The master key is pending deletion.
     pub pending_deletion: u64,
-    /// It is gone.
+    /// The master key is deleted.
     pub deleted: u64,
-    /// The role may not use it.
+    /// The role may not use the master key.
     pub not_permitted: u64,
     /// The lease has ended, and the KMS cannot be reached.
     pub unreachable: u64,
-    /// The lease has ended, and what the KMS answers makes no sense.
+    /// The lease has ended, and the answer of the KMS is invalid.
     pub invalid: u64,
 }
 
-/// What was written and read under one suite.
+/// The bytes written and read under one suite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct SuiteMetrics {
@@ -247,7 +249,7 @@ pub struct SuiteMetrics {
     pub read: u64,
 }
 
-/// What an open store has counted since it was opened; from [`crate::Store::metrics`].
+/// The counts of an open store since it was opened, from [`crate::Store::metrics`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct StoreMetrics {
@@ -255,26 +257,27 @@ pub struct StoreMetrics {
     pub kms: KmsMetrics,
     /// The leases of master keys.
     pub leases: Vec<LeaseMetrics>,
-    /// Uses of keys that were refused.
+    /// Refused key uses.
     pub refusals: RefusalMetrics,
-    /// What was written and read, by suite.
+    /// The bytes written and read, by suite.
     pub bytes: Vec<SuiteMetrics>,
     /// Segments begun.
     pub segments_begun: u64,
     /// Segments sealed.
     pub segments_sealed: u64,
-    /// Syncs of segments, the failed ones included.
+    /// Syncs of segments, including failed ones.
     pub syncs: u64,
     /// Syncs of segments that failed.
     pub sync_failures: u64,
-    /// How often a failure has stopped the writer of a shard.
+    /// The number of times that a failure stopped the writer of a shard.
     pub writers_latched: u64,
-    /// How often the anchor could not be fed.
+    /// The number of failed updates of the anchor.
     pub anchor_failures: u64,
     /// Records written to the key audit log.
     pub audit_records: u64,
-    /// Records that could not be written to it.
+    /// Records that could not be written to the key audit log.
     pub audit_failures: u64,
-    /// Transitions of keys that were left out of it, since there are at most 10 for one key in an hour; the next record counts them.
+    /// Key transitions that the audit log omits: it records at most 10 an hour for one key. The
+    /// next record counts the omitted ones.
     pub audit_left_out: u64,
 }

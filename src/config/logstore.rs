@@ -1,4 +1,4 @@
-//! The configuration of a Logstore, and the rules by which it may change.
+//! The configuration of a Logstore, and the rules for changing it.
 
 use std::{fmt, str::FromStr};
 
@@ -21,24 +21,24 @@ pub const ROTATE_BYTES_MIN: u64 = 1 << 20;
 /// The longest `cmk_key_id`, `arn` or `region_id`, in bytes.
 pub const CMK_FIELD_BYTES_MAX: usize = 1024;
 
-/// Why a configuration was refused. One variant a rule; nothing was changed.
+/// The reason why a configuration was refused. Each rule has one variant. Nothing was changed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// A name breaks the syntax.
     #[error("the {part} name \"{name}\" is refused: {why}")]
     Name {
-        /// Which part.
+        /// The part.
         part: &'static str,
         /// The name, shortened and escaped.
         name: String,
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
-    /// The JSON is malformed, or has an unknown field or value, which the text names.
+    /// The JSON is malformed, or has an unknown field or value. The text names it.
     #[error("the configuration is not valid: {0}")]
     Json(String),
-    /// `encrypt_type` is needed when `enable` is true.
+    /// `encrypt_type` is required if `enable` is true.
     #[error("encrypt_type is required when enable is true: give \"default\" (AES) or \"sm4\"")]
     EncryptTypeRequired,
     /// `encrypt_type` names an algorithm that is not supported.
@@ -47,30 +47,30 @@ pub enum ConfigError {
     /// A field of `user_cmk_info` is empty, or too long.
     #[error("user_cmk_info.{field} is refused: it must have 1 to 1024 bytes")]
     CmkField {
-        /// Which.
+        /// The field.
         field: &'static str,
     },
     /// The update leaves out `encrypt_conf` of a Logstore that has one.
     #[error(
-        "the update must carry encrypt_conf, since the Logstore has one: get the configuration, change it, send it back"
+        "the update must include encrypt_conf, since the Logstore has one: get the configuration, change it, send it back"
     )]
     EncryptConfRequired,
     /// The update would change between service key and BYOK.
     #[error("the encryption method is fixed ({fixed}) and cannot be changed")]
     MethodFixed {
-        /// What it is fixed to.
+        /// The fixed method.
         fixed: &'static str,
     },
     /// The update would change the algorithm.
     #[error("the encryption algorithm is fixed (encrypt_type \"{fixed}\") and cannot be changed")]
     AlgorithmFixed {
-        /// What it is fixed to.
+        /// The fixed algorithm.
         fixed: EncryptType,
     },
     /// The update would change the customer master key.
-    #[error("the customer master key is fixed ({fixed}); replacing it is an operation of its own")]
+    #[error("the customer master key is fixed ({fixed}); use the operation that replaces it")]
     CmkFixed {
-        /// The `cmk_key_id` it is fixed to.
+        /// The fixed `cmk_key_id`.
         fixed: String,
     },
     /// The update was built on an older revision.
@@ -81,22 +81,22 @@ pub enum ConfigError {
         /// The revision of the configuration.
         current: u64,
     },
-    /// The update would change something that only its own operation changes.
+    /// The update would change a field that only another operation changes.
     #[error("{field} cannot be changed by an update")]
     FieldFixed {
-        /// Which.
+        /// The field.
         field: &'static str,
     },
     /// A number is out of its range.
     #[error("{field} is {given}, it must be {min} to {max}")]
     OutOfRange {
-        /// Which.
+        /// The field.
         field: &'static str,
-        /// What was given.
+        /// The given number.
         given: u64,
-        /// The smallest allowed.
+        /// The smallest allowed number.
         min: u64,
-        /// The largest allowed.
+        /// The largest allowed number.
         max: u64,
     },
     /// No KMS serves the region.
@@ -110,7 +110,7 @@ pub enum ConfigError {
     CmkRefused {
         /// The `cmk_key_id`.
         cmk: String,
-        /// What the KMS said.
+        /// The KMS's explanation.
         detail: String,
     },
     /// The operation needs a customer master key and the Logstore has none.
@@ -122,15 +122,15 @@ pub enum ConfigError {
     /// The data-key version cannot be shredded.
     #[error("data-key version {version} cannot be shredded: {why}")]
     CannotShred {
-        /// Which version.
+        /// The version.
         version: u32,
-        /// Why.
+        /// The reason.
         why: &'static str,
     },
 }
 
 impl ConfigError {
-    /// A short stable word for the variant, for machines.
+    /// A short stable word for the variant, for programs.
     pub fn code(&self) -> &'static str {
         match self {
             ConfigError::Name { .. } => "name_refused",
@@ -154,7 +154,7 @@ impl ConfigError {
     }
 }
 
-/// The algorithm of a Logstore, as `encrypt_type` names it.
+/// The algorithm of a Logstore: the value of `encrypt_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 #[non_exhaustive]
@@ -166,7 +166,7 @@ pub enum EncryptType {
 }
 
 impl EncryptType {
-    /// The suite that seals what is written while encryption is on.
+    /// The suite for new data while encryption is on.
     pub fn suite(self) -> Suite {
         match self {
             EncryptType::Default => Suite::Aes256Gcm,
@@ -235,7 +235,7 @@ pub struct EncryptConf {
     /// The algorithm; required when `enable` is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encrypt_type: Option<EncryptType>,
-    /// The customer master key (BYOK); without it the service key is used.
+    /// The customer master key (BYOK). Without it, the service key is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_cmk_info: Option<Cmk>,
 }
@@ -251,7 +251,7 @@ impl EncryptConf {
         Self { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: Some(cmk) }
     }
 
-    /// Reads `encrypt_conf` from JSON and checks it by itself.
+    /// Parses `encrypt_conf` from JSON and checks it in isolation.
     ///
     /// # Errors
     /// A [`ConfigError`] that names the field or value.
@@ -261,7 +261,7 @@ impl EncryptConf {
         Ok(conf)
     }
 
-    /// Whether the configuration is complete by itself, whatever came before it.
+    /// Checks that the configuration is complete in itself, independent of earlier configurations.
     pub(crate) fn check(&self) -> Result<(), ConfigError> {
         if self.enable && self.encrypt_type.is_none() {
             return Err(ConfigError::EncryptTypeRequired);
@@ -286,17 +286,19 @@ fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, ConfigError> {
     serde_json::from_str(json).map_err(|error| ConfigError::Json(error.to_string()))
 }
 
-/// When a Logstore gets a new data-key version by itself; whichever comes first. It takes effect while encryption is on.
+/// When a Logstore gets a new data-key version automatically: at the first limit reached. It takes
+/// effect while encryption is on.
 ///
-/// A Logstore can have 10,000 versions in all, those included that are destroyed.
+/// A Logstore can have 10,000 versions in total, including destroyed ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RotateDataKey {
-    /// Once the current version is so many days old, 1 to [`TTL_DAYS_MAX`].
+    /// Rotate once the current version is this many days old: 1 to [`TTL_DAYS_MAX`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_age_days: Option<u32>,
-    /// Once the segments under the current version that are kept, or were when the store was opened, have so many bytes on disk; at
-    /// least [`ROTATE_BYTES_MIN`].
+    /// Rotate once the segments under the current version have this many bytes on disk: at least
+    /// [`ROTATE_BYTES_MIN`]. Counts every segment that was present when the store was opened or was
+    /// written since, even if retention has dropped it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
 }
@@ -313,22 +315,24 @@ impl RotateDataKey {
     }
 }
 
-/// What [`crate::Store::create_logstore`] is told.
+/// The settings for [`crate::Store::create_logstore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogstoreSpec {
-    /// How many shards share the hash range, 1 to [`SHARDS_MAX`].
+    /// The number of shards that divide the hash range: 1 to [`SHARDS_MAX`].
     pub shard_count: u32,
-    /// After how many days whole segments are dropped, 1 to [`TTL_DAYS_MAX`]; `None` keeps them for ever.
+    /// The age in days at which whole segments are dropped: 1 to [`TTL_DAYS_MAX`]. `None` keeps
+    /// them for ever.
     pub ttl_days: Option<u32>,
-    /// How many bytes of segments a shard may keep before the oldest are dropped; `None` is no limit.
+    /// The bytes of segments that a shard keeps. Above it, the oldest segments are dropped. `None`
+    /// is no limit.
     pub retention_bytes: Option<u64>,
-    /// When the data key rotates by itself; `None` is never.
+    /// When the data key rotates automatically. `None` is never.
     pub rotate_data_key: Option<RotateDataKey>,
     /// How blocks are compressed.
     pub compression: Compression,
-    /// The hash by which the digest of a segment commits to what is stored in it.
+    /// The hash by which the digest of a segment commits to its stored payloads.
     pub payload_hash: HashAlg,
-    /// Encryption; may also come with a later update.
+    /// Encryption. A later update may add it.
     pub encrypt_conf: Option<EncryptConf>,
 }
 
@@ -355,11 +359,11 @@ impl LogstoreSpec {
         self
     }
 
-    /// Whether [`crate::Store::create_logstore`] would take it, as far as that depends on nothing else: the name may be taken, and the
-    /// KMS may refuse.
+    /// Checks the rules that need no other state. [`crate::Store::create_logstore`] may still fail:
+    /// the name may be taken, and the KMS may refuse.
     ///
     /// # Errors
-    /// One variant a rule.
+    /// The broken rule. Each rule has one variant.
     pub fn check(&self) -> Result<(), ConfigError> {
         range("shard_count", self.shard_count.into(), 1, SHARDS_MAX.into())?;
         check_retention(self.ttl_days, self.retention_bytes)?;
@@ -382,14 +386,15 @@ fn check_retention(ttl_days: Option<u32>, retention_bytes: Option<u64>) -> Resul
     Ok(())
 }
 
-/// Whether a shard takes writes.
+/// Whether a shard accepts writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum ShardStatus {
-    /// Reads and writes.
+    /// The shard can be read and written.
     ReadWrite,
-    /// Reads only: a parent that was split or merged keeps its data until retention drops it.
+    /// The shard can only be read: a parent that was split or merged keeps its data until retention
+    /// drops it.
     ReadOnly,
 }
 
@@ -399,13 +404,13 @@ pub enum ShardStatus {
 pub struct ShardInfo {
     /// Its number within the Logstore.
     pub id: u32,
-    /// Whether it takes writes.
+    /// Whether it accepts writes.
     pub status: ShardStatus,
     /// The first hash key of its range, as 32 lower-case hex digits.
     pub begin_key: String,
     /// One past the last hash key of its range; 32 `f` for the last range, which includes that key.
     pub end_key: String,
-    /// The shards it was split or merged from.
+    /// The shards from which it was split or merged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parents: Vec<u32>,
 }
@@ -443,15 +448,16 @@ fn hash_key(text: &str) -> Option<u128> {
     Some(u128::from_be_bytes(hex_decode(text)?.try_into().ok()?))
 }
 
-/// The whole configuration of a Logstore, as *get* returns it and *update* takes it back.
+/// The whole configuration of a Logstore, as *get* returns it and *update* accepts it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LogstoreConfig {
-    /// Project and Logstore; fixed.
+    /// Project and Logstore. An update cannot change it.
     pub name: LogstoreName,
-    /// Counts the changes of the configuration, not of keys. An update must carry the current one.
+    /// Counts the changes of the configuration, but not of keys. An update must carry the current
+    /// number.
     pub revision: u64,
-    /// The number of shards; fixed for updates.
+    /// The number of shards. An update cannot change it.
     pub shard_count: u32,
     /// See [`LogstoreSpec::ttl_days`].
     #[serde(default)]
@@ -462,35 +468,36 @@ pub struct LogstoreConfig {
     /// See [`LogstoreSpec::rotate_data_key`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rotate_data_key: Option<RotateDataKey>,
-    /// How new blocks are compressed.
+    /// The compression of new blocks.
     pub compression: Compression,
-    /// See [`LogstoreSpec::payload_hash`]; of new segments.
+    /// For new segments: see [`LogstoreSpec::payload_hash`].
     #[serde(default, skip_serializing_if = "is_default")]
     pub payload_hash: HashAlg,
     /// Encryption, if it was ever configured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub encrypt_conf: Option<EncryptConf>,
-    /// When it was created, in seconds since the Unix epoch; fixed.
+    /// The creation time, in seconds since the Unix epoch. An update cannot change it.
     pub create_time: u64,
-    /// When it was last updated, in seconds since the Unix epoch. What an update says of it is not looked at.
+    /// The time of the last update, in seconds since the Unix epoch. The value in an update is
+    /// ignored.
     pub last_modify_time: u64,
-    /// The shards; fixed for updates.
+    /// The shards. An update cannot change them.
     pub shards: Vec<ShardInfo>,
 }
 
 impl LogstoreConfig {
-    /// Reads a configuration from JSON.
+    /// Parses a configuration from JSON.
     ///
     /// # Errors
-    /// [`ConfigError::Json`], naming an unknown field or value, or what is missing.
+    /// [`ConfigError::Json`], which names an unknown field or value, or a missing field.
     pub fn from_json(json: &str) -> Result<Self, ConfigError> {
         parse_json(json)
     }
 
-    /// Checks what it says by itself, as it was read from metadata.
+    /// Checks the rules of the format for a configuration read from metadata.
     ///
     /// # Errors
-    /// The rule of the format that it breaks.
+    /// The rule that it breaks.
     pub(crate) fn check(&self) -> Result<(), String> {
         let broken = |rule: &str| Err(rule.to_owned());
         let settings = || {
@@ -518,7 +525,7 @@ impl LogstoreConfig {
                         writable.push((begin, end));
                     }
                 }
-                _ => return broken("the range of a shard is not one"),
+                _ => return broken("the range of a shard is not a range"),
             }
         }
         writable.sort_unstable();
@@ -528,7 +535,7 @@ impl LogstoreConfig {
         }
         match end == Some(u128::MAX) {
             true => Ok(()),
-            false => broken("the ranges of the shards that take writes leave a gap or overlap"),
+            false => broken("the ranges of the writable shards leave a gap or overlap"),
         }
     }
 
@@ -550,9 +557,9 @@ impl LogstoreConfig {
         })
     }
 
-    /// The configuration that `update` leads to from this one, or the rule that refuses it.
+    /// The configuration that results from `update`, or the rule that refuses it.
     ///
-    /// `fixed` is what the first `enable: true` has fixed, if there was one.
+    /// `fixed` holds the settings that the first `enable: true` has fixed, if there was one.
     pub(crate) fn updated(
         &self,
         update: Self,
@@ -580,7 +587,8 @@ impl LogstoreConfig {
             (Some(_), None) => return Err(ConfigError::EncryptConfRequired),
             (_, None) => None,
             (_, Some(conf)) => {
-                // A first enable of nothing fixed must be complete; a fixed one may leave the algorithm out while it is off.
+                // The first enable must be complete. Once the algorithm is fixed, a configuration
+                // may omit it while encryption is off.
                 conf.check()?;
                 Some(match fixed {
                     Some(fixed) => fixed.admit(conf)?,
@@ -592,7 +600,7 @@ impl LogstoreConfig {
     }
 }
 
-/// What the first `enable: true` has fixed.
+/// The settings that the first `enable: true` has fixed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct FixedEncryption {
     pub(crate) encrypt_type: EncryptType,
@@ -600,7 +608,7 @@ pub(crate) struct FixedEncryption {
 }
 
 impl FixedEncryption {
-    /// `conf` with what it may leave out filled in, or the rule that it breaks.
+    /// Fills in the omitted fields of `conf`, or returns the rule that it breaks.
     fn admit(&self, conf: EncryptConf) -> Result<EncryptConf, ConfigError> {
         match (&self.cmk, &conf.user_cmk_info) {
             (None, Some(_)) => return Err(ConfigError::MethodFixed { fixed: "service key" }),

@@ -1,4 +1,5 @@
-//! Names and settings of Logstores, and the rules by which settings may change: values only, nothing is done here.
+//! Names and settings of Logstores, and the rules for changing settings. This module defines only
+//! values and performs no operations.
 
 mod logstore;
 mod name;

@@ -27,10 +27,10 @@ pub struct LogstoreName {
 }
 
 impl LogstoreName {
-    /// A name from its two parts.
+    /// Creates a name from its two parts.
     ///
     /// # Errors
-    /// [`ConfigError::Name`] when a part breaks the syntax.
+    /// [`ConfigError::Name`] if a part breaks the syntax.
     pub fn new(project: &str, logstore: &str) -> Result<Self, ConfigError> {
         check("project", project)?;
         check("Logstore", logstore)?;

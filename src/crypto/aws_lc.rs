@@ -1,18 +1,21 @@
-//! AES of AWS-LC.
+//! AES by AWS-LC.
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
 use super::{AeadKey, Cipher, CryptoError, CryptoProvider, Sm4Simd, check_len, open_into};
 
-/// AES of AWS-LC (the crate `aws-lc-rs`), the fastest; SM4, which AWS-LC does not have, is that of [`Sm4Simd`].
+/// AES by AWS-LC (the crate `aws-lc-rs`), the fastest provider. AWS-LC has no SM4, so [`Sm4Simd`]
+/// supplies SM4.
 ///
 /// # How expanded keys are wiped
-/// `aws-lc-rs` holds a key as an `EVP_AEAD_CTX` of its own, which it allocates with `OPENSSL_malloc` and frees with
-/// `EVP_AEAD_CTX_free` when the key is dropped. Round keys and GHASH tables lie within that allocation (AWS-LC asserts at compile
-/// time that they fit), and freeing ends in `OPENSSL_free`, which overwrites the whole of it with `OPENSSL_cleanse` before it
-/// goes back to the heap. The Rust side keeps no copy, and moving a key moves a pointer. This holds unless the program
-/// replaces AWS-LC's allocator (`CRYPTO_set_mem_functions`, or its own symbol `OPENSSL_memory_free`): then that one has to
-/// wipe. Checked in aws-lc-rs 1.19 and aws-lc-sys 0.47.
+/// `aws-lc-rs` holds a key as an `EVP_AEAD_CTX` of its own. It allocates that with
+/// `OPENSSL_malloc`, and frees it with `EVP_AEAD_CTX_free` when the key is dropped. Round keys and
+/// GHASH tables are within that allocation (AWS-LC asserts at compile time that they fit). Freeing
+/// ends in `OPENSSL_free`, which overwrites the whole allocation with `OPENSSL_cleanse` before it
+/// returns to the heap. The Rust side keeps no copy, and moving a key moves a pointer. This holds
+/// unless the program replaces AWS-LC's allocator (`CRYPTO_set_mem_functions`, or its own symbol
+/// `OPENSSL_memory_free`). Then that allocator must wipe. Checked in aws-lc-rs 1.19 and aws-lc-sys
+/// 0.47.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AwsLc;
 
@@ -42,7 +45,8 @@ impl CryptoProvider for AwsLc {
     }
 }
 
-/// "Less safe" because nonces come from the caller: here they are the block number and fresh random bits.
+/// "Less safe" because nonces come from the caller. Here a nonce is the block number and new random
+/// bits.
 struct AesKey(LessSafeKey);
 
 impl AeadKey for AesKey {

@@ -1,4 +1,4 @@
-//! What protects one segment.
+//! The cipher of one segment.
 
 use std::fmt;
 
@@ -7,14 +7,16 @@ use super::{AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, on
 const SEAL_LABEL: &[u8] = b"envelog v2 segment seal";
 const COMMIT_LABEL: &[u8] = b"envelog v2 segment commit";
 
-/// The key of one segment, expanded, and what binds it to that segment.
+/// The expanded key of one segment, and its commitment to that segment.
 ///
-/// PRK = HKDF-Extract(salt, data key); segment key = HKDF-Expand(PRK, `"envelog v2 segment seal"` || info) of the cipher's key
-/// length; commitment = HKDF-Expand(PRK, `"envelog v2 segment commit"` || info) of 32 bytes, where info is the number of the suite
-/// (u16, little-endian) and the hash of the segment's header (32 bytes), and HKDF (RFC 5869) runs over the hash of the suite.
+/// PRK = HKDF-Extract(salt, data key); segment key = HKDF-Expand(PRK, `"envelog v2 segment seal"`
+/// || info) of the cipher's key length; commitment = HKDF-Expand(PRK, `"envelog v2 segment commit"`
+/// || info) of 32 bytes. Here info is the number of the suite (u16, little-endian) and the hash of
+/// the segment's header (32 bytes), and HKDF (RFC 5869) runs over the hash of the suite.
 ///
-/// The commitment is stored behind the header. It is compared, with [`tags_equal`](super::tags_equal), before anything is opened:
-/// another one means a wrong key or a header that was touched.
+/// The commitment is stored behind the header. A reader compares it with
+/// [`tags_equal`](super::tags_equal) before it opens anything. A different commitment means a wrong
+/// key or an altered header.
 pub struct SegmentCipher {
     suite: Suite,
     header_hash: [u8; 32],
@@ -23,10 +25,10 @@ pub struct SegmentCipher {
 }
 
 impl SegmentCipher {
-    /// Derives key and commitment of the segment whose header has that salt and that hash.
+    /// Derives the key and the commitment of the segment whose header has this salt and this hash.
     ///
     /// # Errors
-    /// What the provider says when it expands the key.
+    /// The error of the provider when it expands the key.
     pub fn derive(
         provider: &dyn CryptoProvider,
         suite: Suite,
@@ -47,7 +49,7 @@ impl SegmentCipher {
         })
     }
 
-    /// What the segment stores to commit to its key and header. Not a secret.
+    /// The commitment of the segment to its key and header. It is not secret.
     #[must_use]
     pub fn commitment(&self) -> &[u8; 32] {
         &self.commitment
@@ -65,12 +67,14 @@ impl SegmentCipher {
         &self.header_hash
     }
 
-    /// Seals a block. `buf` is header hash || block header || payload, the payload beginning at `payload_at`; it is encrypted in
-    /// place if the suite encrypts. Returns the tag over all of it. The caller never repeats a nonce.
+    /// Seals a block. `buf` is header hash || block header || payload, and the payload begins at
+    /// `payload_at`. The payload is encrypted in place if the suite encrypts. Returns the tag over
+    /// all of `buf`. The caller must never repeat a nonce.
     ///
     /// # Errors
-    /// [`CryptoError::Layout`] when `buf` does not begin with the header hash or `payload_at` is not behind it and within `buf`
-    /// (nothing has been changed then), and what [`AeadKey::seal`] says.
+    /// [`CryptoError::Layout`] if `buf` does not begin with the header hash, or if `payload_at` is
+    /// not behind the hash and within `buf`. `buf` is unchanged then. Otherwise the errors of
+    /// [`AeadKey::seal`].
     pub fn seal_block(&self, nonce: &[u8; 12], buf: &mut [u8], payload_at: usize) -> Result<[u8; 16], CryptoError> {
         let (bound, payload) = buf.split_at_mut_checked(payload_at).ok_or(CryptoError::Layout)?;
         if !bound.starts_with(&self.header_hash) {
@@ -79,11 +83,11 @@ impl SegmentCipher {
         if self.suite.encrypts() { self.key.seal(nonce, bound, payload) } else { self.key.seal(nonce, buf, &mut []) }
     }
 
-    /// Opens a block: verifies its header and payload, and decrypts the payload into `out`, which is as long. If the suite does
-    /// not encrypt, `out` receives the copy that was verified.
+    /// Opens a block: verifies its header and payload, and decrypts the payload into `out`, which
+    /// has the same length. If the suite does not encrypt, `out` receives the verified copy.
     ///
     /// # Errors
-    /// What [`AeadKey::open`] says; `out` is then zeroed.
+    /// The errors of [`AeadKey::open`]. `out` is then zeroed.
     pub fn open_block(
         &self,
         nonce: &[u8; 12],
@@ -105,18 +109,19 @@ impl SegmentCipher {
         })
     }
 
-    /// The tag over header hash || `bytes`, without any plaintext: that of a footer. The caller never repeats a nonce.
+    /// The tag over header hash || `bytes`, without plaintext, as for a footer. The caller must
+    /// never repeat a nonce.
     ///
     /// # Errors
-    /// What [`AeadKey::seal`] says.
+    /// The errors of [`AeadKey::seal`].
     pub fn tag_only(&self, nonce: &[u8; 12], bytes: &[u8]) -> Result<[u8; 16], CryptoError> {
         self.key.seal(nonce, &[self.header_hash.as_slice(), bytes].concat(), &mut [])
     }
 
-    /// Verifies a tag that [`SegmentCipher::tag_only`] made.
+    /// Verifies a tag from [`SegmentCipher::tag_only`].
     ///
     /// # Errors
-    /// What [`AeadKey::open`] says.
+    /// The errors of [`AeadKey::open`].
     pub fn verify_tag_only(&self, nonce: &[u8; 12], bytes: &[u8], tag: &[u8; 16]) -> Result<(), CryptoError> {
         self.key.open(nonce, &[self.header_hash.as_slice(), bytes].concat(), &[], tag, &mut [])
     }
@@ -150,7 +155,7 @@ mod tests {
         SegmentCipher::derive(&RustCrypto, suite, &data_key(), &SALT, &HEADER_HASH).unwrap()
     }
 
-    /// The number of a block and the random part of the nonce, 00 01 .. 07.
+    /// The number of a block, and 00 01 .. 07 as the random part of the nonce.
     fn nonce(block: u32) -> [u8; 12] {
         let mut nonce = [0; 12];
         nonce[..4].copy_from_slice(&block.to_be_bytes());
@@ -166,8 +171,9 @@ mod tests {
         [HEADER_HASH.as_slice(), &block_header(), payload].concat()
     }
 
-    /// Data key 00 01 .. 1f, salt 32 * 42, header hash 32 * 24; block 0 with a header of 00 01 .. 5f; a footer of "footer". The
-    /// expected values were made by another program: HKDF and GCM written out in Python over OpenSSL's hashes and block ciphers.
+    /// Data key 00 01 .. 1f, salt 32 * 42, header hash 32 * 24; block 0 with a header of 00 01 ..
+    /// 5f; a footer of "footer". Another program computed the expected values: HKDF and GCM in
+    /// Python over OpenSSL's hashes and block ciphers.
     #[test]
     fn golden_vectors() {
         for (suite, commitment, stored, tag, footer_tag) in [
@@ -281,8 +287,9 @@ mod tests {
             refused(&nonce(8), &block_header(), &stored, &tag);
             refused(&nonce(7), &block_header(), &stored[..69], &tag);
             refused(&nonce(7), &block_header(), &[], &tag);
-            // A byte moved from the payload to the header leaves the concatenation as it was, but the suites that encrypt notice,
-            // and for the others the caller fixes the length of a header.
+            // Moving a byte from the payload to the header leaves the concatenation unchanged. The
+            // suites that encrypt notice it. For the others, the caller fixes the length of the
+            // header.
             let longer = [block_header().as_slice(), &stored[..1]].concat();
             if suite.encrypts() {
                 refused(&nonce(7), &longer, &stored[1..], &tag);

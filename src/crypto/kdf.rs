@@ -26,7 +26,7 @@ pub enum HashAlg {
 impl HashAlg {
     const ALL: [Self; 2] = [Self::Sha256, Self::Sm3];
 
-    /// Its name, as in a configuration.
+    /// The name in a configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -35,7 +35,7 @@ impl HashAlg {
         }
     }
 
-    /// Its number in a segment header.
+    /// The number in a segment header.
     pub(crate) fn code(self) -> u16 {
         match self {
             Self::Sha256 => 1,
@@ -43,7 +43,7 @@ impl HashAlg {
         }
     }
 
-    /// The one with that number, if there is one.
+    /// The algorithm with that number, if there is one.
     pub(crate) fn from_code(code: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|one| one.code() == code)
     }
@@ -55,7 +55,7 @@ impl fmt::Display for HashAlg {
     }
 }
 
-/// A string does not name a [`HashAlg`].
+/// The error for a string that names no [`HashAlg`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown hash {0:?}: it is sha256 or sm3")]
 pub struct UnknownHash(pub String);
@@ -68,7 +68,7 @@ impl FromStr for HashAlg {
     }
 }
 
-/// A running hash. Its state is wiped when it is dropped.
+/// An incremental hash. Its state is wiped on drop.
 #[derive(Clone)]
 pub struct Hasher(State);
 
@@ -79,7 +79,7 @@ enum State {
 }
 
 impl Hasher {
-    /// A hash over nothing yet.
+    /// A hash of the empty string so far.
     #[must_use]
     pub fn new(alg: HashAlg) -> Self {
         Self(match alg {
@@ -88,7 +88,7 @@ impl Hasher {
         })
     }
 
-    /// Hashes more bytes.
+    /// Adds bytes to the hash.
     pub fn update(&mut self, bytes: &[u8]) {
         match &mut self.0 {
             State::Sha256(state) => state.update(bytes),
@@ -96,7 +96,7 @@ impl Hasher {
         }
     }
 
-    /// The hash over all bytes so far.
+    /// The hash of all bytes so far.
     #[must_use]
     pub fn finish(self) -> [u8; 32] {
         match self.0 {
@@ -115,7 +115,7 @@ impl fmt::Debug for Hasher {
     }
 }
 
-/// The hash over the concatenation of `parts`.
+/// The hash of the concatenation of `parts`.
 #[must_use]
 pub fn hash(alg: HashAlg, parts: &[&[u8]]) -> [u8; 32] {
     let mut hasher = Hasher::new(alg);
@@ -125,7 +125,8 @@ pub fn hash(alg: HashAlg, parts: &[&[u8]]) -> [u8; 32] {
     hasher.finish()
 }
 
-/// The pseudorandom key between the two steps of HKDF, kept as the HMAC states that it leads to, which are wiped on drop.
+/// The pseudorandom key between the two steps of HKDF. It is kept as HMAC states, which are wiped
+/// on drop.
 pub(super) enum Prk {
     Sha256(Hkdf<Sha256>),
     Sm3(Hkdf<Sm3>),
@@ -159,7 +160,7 @@ impl Prk {
 /// HKDF (RFC 5869): fills `out` from `ikm`; `info` is the concatenation of its parts.
 ///
 /// # Panics
-/// When `out` is longer than 255 * 32 bytes.
+/// If `out` is longer than 255 * 32 bytes.
 pub fn hkdf(alg: HashAlg, salt: &[u8], ikm: &[u8], info: &[&[u8]], out: &mut [u8]) {
     Prk::extract(alg, salt, ikm).expand(info, out);
 }
@@ -184,7 +185,7 @@ pub fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> [u8; 32] {
     })
 }
 
-/// Whether two tags are equal, in a time that depends on their lengths alone.
+/// Whether two tags are equal. The time depends on their lengths alone.
 #[must_use]
 pub fn tags_equal(a: &[u8], b: &[u8]) -> bool {
     a.ct_eq(b).into()
@@ -242,7 +243,8 @@ mod tests {
         }
     }
 
-    /// RFC 5869, appendix A, and the same inputs with SM3 as OpenSSL 3.0 answers them (`openssl kdf HKDF`).
+    /// RFC 5869, appendix A, and the same inputs with SM3, with the results of OpenSSL 3.0
+    /// (`openssl kdf HKDF`).
     #[test]
     fn hkdf_vectors() {
         let short = [vec![0x0b; 22], (0..=12).collect(), (0xf0..=0xf9).collect()];

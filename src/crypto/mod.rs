@@ -1,15 +1,17 @@
-//! Suites, authenticated encryption, key derivation and the memory that keys live in.
+//! Suites, authenticated encryption, key derivation and the memory for keys.
 //!
-//! The engine is handed a [`CryptoProvider`] explicitly: [`AwsLc`] (feature `aws-lc`), [`Sm4Simd`], or [`RustCrypto`],
-//! which the others are tested against. All produce and accept the same bytes. What belongs together on disk (cipher, hash, whether blocks are encrypted) is numbered as a [`Suite`], and
-//! one segment's key, commitment and binding to its header are a [`SegmentCipher`].
+//! The caller passes the engine a [`CryptoProvider`] explicitly: [`AwsLc`] (feature `aws-lc`),
+//! [`Sm4Simd`], or [`RustCrypto`], against which the others are tested. All produce and accept the
+//! same bytes. A [`Suite`] is a numbered combination for the disk format: the cipher, the hash, and
+//! whether blocks are encrypted. A [`SegmentCipher`] holds one segment's key, its commitment and
+//! its binding to the header.
 //!
 //! # Which secrets are wiped, and which cannot be
-//! Keys are [`SecretKey`]s: in locked memory, wiped on drop. Expanded keys (round keys, GHASH tables) live on the heap of their
-//! library, which wipes them when they are dropped; how we know is written at [`AwsLc`], [`Sm4Simd`] and
-//! [`RustCrypto`]. They are not
-//! page-locked. Beyond our reach are short-lived copies in registers and on the stack while a library hashes a key, expands it
-//! or moves it into its box.
+//! Keys are [`SecretKey`]s: in locked memory, and wiped on drop. Expanded keys (round keys, GHASH
+//! tables) live on the heap of their library, which wipes them on drop. The documentation of
+//! [`AwsLc`], [`Sm4Simd`] and [`RustCrypto`] gives the evidence. Expanded keys are not page-locked.
+//! The engine cannot wipe short-lived copies in registers and on the stack while a library hashes a
+//! key, expands it or moves it to the heap.
 
 #[cfg(feature = "aws-lc")]
 mod aws_lc;
@@ -39,38 +41,43 @@ pub const GCM_BYTES_MAX: u64 = (1 << 36) - 32;
 
 /// An implementation of the ciphers.
 ///
-/// Implement it to bring another library (a hardware module, a faster SM4). A library whose expanded keys cannot be wiped is not
-/// eligible.
+/// Implement it to use another library (a hardware module, a faster SM4). The library must be able
+/// to wipe its expanded keys.
 pub trait CryptoProvider: Send + Sync + fmt::Debug {
     /// A short name for logs and benchmarks, such as `aws-lc`.
     fn name(&self) -> &'static str;
 
-    /// Expands `key`, which is [`Cipher::key_len`] bytes long. The expanded key is wiped when it is dropped.
+    /// Expands `key`, which must be [`Cipher::key_len`] bytes long. The expanded key is wiped on
+    /// drop.
     ///
     /// # Errors
-    /// [`CryptoError::KeyLength`] for a key of another length, [`CryptoError::Provider`] when the library fails.
+    /// [`CryptoError::KeyLength`] for a key of another length. [`CryptoError::Provider`] if the
+    /// library fails.
     fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError>;
 }
 
 /// An expanded key for authenticated encryption: GCM with a 96-bit nonce and a 128-bit tag (NIST SP 800-38D).
 ///
-/// Whoever calls [`AeadKey::seal`] makes sure that no nonce is used twice with one key.
+/// The caller of [`AeadKey::seal`] must never use a nonce twice with one key.
 pub trait AeadKey: Send + Sync {
     /// Encrypts `in_out` in place and returns the tag over `aad` and the ciphertext.
     ///
     /// # Errors
-    /// [`CryptoError::TooLong`] above [`GCM_BYTES_MAX`], [`CryptoError::Provider`] when the library fails. `in_out` is then in no
-    /// defined state, and the nonce counts as used.
+    /// [`CryptoError::TooLong`] above [`GCM_BYTES_MAX`]. [`CryptoError::Provider`] if the library
+    /// fails. The contents of `in_out` are then undefined, and the nonce must not be used again.
     fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError>;
 
-    /// Verifies `tag` over `aad` and `ciphertext`, and decrypts into `out`, which is as long as `ciphertext`.
+    /// Verifies `tag` over `aad` and `ciphertext`, and decrypts into `out`, which must be as long
+    /// as `ciphertext`.
     ///
-    /// An implementation may read `ciphertext` more than once, so it must not change during the call: bytes that another process
-    /// can write, as in a map, are copied first where that matters.
+    /// An implementation may read `ciphertext` more than once, so it must not change during the
+    /// call. If another process may write to the bytes, as with a map, the caller copies them
+    /// first.
     ///
     /// # Errors
-    /// [`CryptoError::AuthenticationFailed`] when anything but what was sealed is handed in, [`CryptoError::BufferLength`] when
-    /// `out` has another length, [`CryptoError::TooLong`] above [`GCM_BYTES_MAX`]. After any error `out` is zeroed.
+    /// [`CryptoError::AuthenticationFailed`] if any input differs from the sealed one.
+    /// [`CryptoError::BufferLength`] if `out` has another length. [`CryptoError::TooLong`] above
+    /// [`GCM_BYTES_MAX`]. After any error `out` is zeroed.
     fn open(
         &self,
         nonce: &[u8; 12],
@@ -81,7 +88,7 @@ pub trait AeadKey: Send + Sync {
     ) -> Result<(), CryptoError>;
 }
 
-/// The authenticated ciphers that a provider has to offer.
+/// The authenticated ciphers that a provider must offer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cipher {
     /// AES-256 in Galois/Counter Mode: FIPS 197 and NIST SP 800-38D.
@@ -109,19 +116,20 @@ impl Cipher {
     }
 }
 
-/// What can go wrong in this module. It never says anything about a key or a plaintext.
+/// The errors of this module. None contains any part of a key or a plaintext.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CryptoError {
-    /// The key, the nonce, the associated data, the ciphertext or the tag is not what was sealed.
+    /// The key, the nonce, the associated data, the ciphertext or the tag differs from the sealed
+    /// one.
     #[error("authentication failed")]
     AuthenticationFailed,
     /// A key has the wrong length, in bytes.
     #[error("a key of {actual} bytes instead of {expected}")]
     KeyLength {
-        /// What the cipher takes.
+        /// The length for the cipher.
         expected: usize,
-        /// What it was given.
+        /// The length of the given key.
         actual: usize,
     },
     /// The output buffer has the wrong length, in bytes.
@@ -132,13 +140,14 @@ pub enum CryptoError {
         /// The length of the buffer.
         actual: usize,
     },
-    /// More than [`GCM_BYTES_MAX`] bytes.
+    /// The input is longer than [`GCM_BYTES_MAX`] bytes.
     #[error("more than {GCM_BYTES_MAX} bytes under one nonce")]
     TooLong,
-    /// A buffer to seal does not begin with the header hash of its segment, or its payload begins outside of it.
+    /// A buffer to seal does not begin with the header hash of its segment, or its payload begins
+    /// outside of it.
     #[error("a buffer to seal is laid out wrongly")]
     Layout,
-    /// The library failed for a reason of its own, such as want of memory.
+    /// The library failed for a reason of its own, such as lack of memory.
     #[error("the crypto library failed: {0}")]
     Provider(&'static str),
 }
@@ -147,7 +156,7 @@ fn check_len(len: usize) -> Result<(), CryptoError> {
     if len as u64 > GCM_BYTES_MAX { Err(CryptoError::TooLong) } else { Ok(()) }
 }
 
-/// What every opening does around the decryption proper: checks the lengths, and zeroes `out` after any error.
+/// The common part of every opening: checks the lengths, and zeroes `out` after any error.
 fn open_into(
     len: usize,
     out: &mut [u8],

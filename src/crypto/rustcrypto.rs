@@ -12,15 +12,17 @@ use zeroize::ZeroizeOnDrop;
 
 use super::{AeadKey, Cipher, CryptoError, CryptoProvider, check_len, open_into};
 
-/// AES and SM4 in pure Rust (the crates `aes-gcm`, `aes`, `sm4` and `ghash`). It runs everywhere, SM4 slowly, and
-/// its SM4 looks tables up at addresses that depend on the key and the data: prefer [`Sm4Simd`](super::Sm4Simd).
+/// AES and SM4 in pure Rust (the crates `aes-gcm`, `aes`, `sm4` and `ghash`). It runs on every
+/// platform. Its SM4 is slow, and looks tables up at addresses that depend on the key and the data:
+/// prefer [`Sm4Simd`](super::Sm4Simd).
 ///
 /// # How expanded keys are wiped
-/// Round keys: `aes` and `sm4` overwrite theirs in `Drop` when built with their feature `zeroize`, and only then do `Aes256` and
-/// `Sm4`, and with them `AesGcm`, implement [`ZeroizeOnDrop`]. A key of this provider must implement it to compile at all.
-/// GHASH key: the feature `zeroize` of `aes-gcm` turns on that of `ghash`, which turns on that of `polyval`, whose `Drop`
-/// overwrites the key and all powers of it; the intermediate forms of the key are overwritten by `aes-gcm` and `ghash`.
-/// Not wiped are the variables on the stack of the key schedules.
+/// Round keys: `aes` and `sm4` overwrite theirs in `Drop` if built with their feature `zeroize`.
+/// Only then do `Aes256` and `Sm4`, and with them `AesGcm`, implement [`ZeroizeOnDrop`]. A key of
+/// this provider does not compile unless it implements that trait. GHASH key: the feature `zeroize`
+/// of `aes-gcm` turns on that of `ghash`, which turns on that of `polyval`, whose `Drop` overwrites
+/// the key and all powers of it. `aes-gcm` and `ghash` overwrite the intermediate forms of the key.
+/// The variables on the stack of the key schedules are not wiped.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RustCrypto;
 
@@ -48,7 +50,7 @@ impl CryptoProvider for RustCrypto {
     }
 }
 
-/// Expands a key for a GCM with the traits of RustCrypto.
+/// Expands a key for a GCM that implements the traits of RustCrypto.
 pub(super) fn expand<G>(key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError>
 where
     G: KeyInit,
@@ -107,7 +109,7 @@ mod tests {
         wiped::<Sm4Gcm>();
     }
 
-    /// GB/T 32907-2016, appendix A: one block, and the same after a million encryptions.
+    /// GB/T 32907-2016, appendix A: one block, and the same block after a million encryptions.
     #[test]
     fn sm4_gbt_32907() {
         let key = hex("0123456789abcdeffedcba9876543210");

@@ -1,7 +1,9 @@
-//! Memory for secrets: page-locked and kept out of core dumps where the system lets us, wiped when a secret is dropped.
+//! Memory for secrets. It is page-locked and kept out of core dumps if the system allows it, and
+//! wiped when a secret is dropped.
 //!
-//! Keys live in slots of 64 bytes, cut from chunks of 16 KiB that are mapped once and never given back, so the few pages that the
-//! system lets a process lock go a long way. A free slot is always zero.
+//! Keys live in slots of 64 bytes, cut from chunks of 16 KiB. A chunk is mapped once and never
+//! unmapped, so the few pages that the system lets a process lock hold many keys. A free slot is
+//! always zero.
 
 use std::{
     fmt, io, mem,
@@ -15,16 +17,16 @@ use crate::io::Random;
 const CHUNK_BYTES: usize = 16 * 1024;
 const CHUNK_SLOTS: usize = CHUNK_BYTES / mem::size_of::<Slot>();
 
-/// A secret of 32 bytes. It is wiped when it is dropped, and neither printed nor cloned by accident.
+/// A secret of 32 bytes. It is wiped on drop, and cannot be printed or cloned by accident.
 ///
-/// On Linux a child process that was forked finds zeros in its place.
+/// On Linux, a forked child process finds zeros in its place.
 pub struct SecretKey {
-    /// Taken out by `drop` alone.
+    /// Only `drop` takes it out.
     slot: Option<&'static mut Slot>,
 }
 
 impl SecretKey {
-    /// Moves a secret into locked memory: copies it, and wipes the source.
+    /// Moves a secret into locked memory: copies it and wipes the source.
     #[must_use]
     pub fn from_bytes(source: &mut [u8; 32]) -> Self {
         let mut key = Self::zeroed();
@@ -33,10 +35,10 @@ impl SecretKey {
         key
     }
 
-    /// A new random secret.
+    /// Creates a new random secret.
     ///
     /// # Errors
-    /// What the source of randomness says.
+    /// The error of the source of randomness.
     pub fn generate(random: &dyn Random) -> io::Result<Self> {
         let mut key = Self::zeroed();
         random.fill(key.expose_mut())?;
@@ -51,13 +53,13 @@ impl SecretKey {
         key
     }
 
-    /// The secret itself. Do not copy it to where it is not wiped.
+    /// The secret itself. Do not copy it into memory that is not wiped.
     #[must_use]
     pub fn expose(&self) -> &[u8; 32] {
         &self.slot.as_ref().expect("the slot is there until drop").0
     }
 
-    /// Room for a secret, to be filled in through [`SecretKey::expose_mut`].
+    /// An empty secret, to be filled in through [`SecretKey::expose_mut`].
     pub(super) fn zeroed() -> Self {
         Self { slot: Some(pool().take()) }
     }
@@ -84,19 +86,20 @@ impl fmt::Debug for SecretKey {
     }
 }
 
-/// Overwrites plaintext that is needed no longer, at the speed of `memset`.
+/// Overwrites plaintext that is no longer needed, at the speed of `memset`.
 pub(crate) fn wipe(bytes: &mut [u8]) {
     bytes.fill(0);
     zeroize::optimization_barrier(bytes);
 }
 
-/// How much of the stack is overwritten, in bytes: more than key schedules, hashes and HKDF take below their caller.
+/// How much of the stack is overwritten, in bytes: more than key schedules, hashes and HKDF use
+/// below their caller.
 const STACK_BYTES: usize = 32 << 10;
 
-/// Does something with secrets, and then overwrites the stack that it used: values that wipe themselves when dropped leave copies
-/// behind where they were moved from.
+/// Runs a function that handles secrets, and then overwrites the stack that it used. Values that
+/// wipe themselves on drop leave copies behind where they were moved from.
 pub(crate) fn on_clean_stack<T>(act: impl FnOnce() -> T) -> T {
-    /// A frame of its own, so that the wipe begins above it.
+    /// A separate frame, so that the wipe begins above it.
     #[inline(never)]
     fn run<T>(act: impl FnOnce() -> T) -> T {
         act()
@@ -112,29 +115,31 @@ pub(crate) fn on_clean_stack<T>(act: impl FnOnce() -> T) -> T {
     done
 }
 
-/// How much of the memory for secrets the system has let us lock, in bytes.
+/// How much memory for secrets is locked, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockStatus {
-    /// Never written to swap.
+    /// Locked memory. It is never written to swap.
     pub locked_bytes: usize,
-    /// Not locked, mostly because `RLIMIT_MEMLOCK` is used up; secrets there work all the same, but may be swapped out.
+    /// Memory that could not be locked, mostly because `RLIMIT_MEMLOCK` is used up. Secrets there
+    /// work too, but may be swapped out.
     pub unlocked_bytes: usize,
 }
 
-/// How much of the memory for secrets of this process is locked, so that an operator can be told when it is not.
+/// How much of this process's memory for secrets is locked. A service reports it to the operator.
 #[must_use]
 pub fn memory_lock_status() -> LockStatus {
     pool().status
 }
 
-/// One cache line, so that no two secrets share one.
+/// One cache line, so that two secrets never share one.
 #[repr(align(64))]
 struct Slot([u8; 32]);
 
 const _: () = assert!(mem::size_of::<Slot>() == 64);
 
 struct Pool {
-    /// All zero. Its capacity is that of all slots, so that giving one back never allocates.
+    /// All slots are zero. The capacity is the number of all slots, so returning a slot never
+    /// allocates.
     free: Vec<&'static mut Slot>,
     slots: usize,
     status: LockStatus,
@@ -170,7 +175,7 @@ impl Pool {
     }
 }
 
-/// A chunk of a mapping of its own, and whether it is locked. `None` when the system maps no more.
+/// A chunk in a mapping of its own, and whether it is locked. `None` if the system cannot map more.
 #[cfg(all(unix, not(miri)))]
 fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
     use std::{ptr, slice};
@@ -183,19 +188,21 @@ fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
             .ok()?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
     for advice in [rustix::mm::Advice::LinuxDontDump, rustix::mm::Advice::LinuxWipeOnFork] {
-        // SAFETY: the range is the mapping just made, and neither advice changes what this process reads there. An old kernel that
-        // does not know one refuses it, and the memory is as usable as before.
+        // SAFETY: the range is the new mapping, and neither advice changes the bytes that this
+        // process reads there. An old kernel refuses an advice that it does not know, and the
+        // memory stays usable.
         let _ = unsafe { rustix::mm::madvise(start, CHUNK_BYTES, advice) };
     }
-    // SAFETY: the range is the mapping just made, which is readable.
+    // SAFETY: the range is the new mapping, which is readable.
     let locked = unsafe { mlock(start, CHUNK_BYTES) }.is_ok();
-    // SAFETY: the mapping is CHUNK_BYTES long, aligned to a page and so to a slot, writable, zeroed (a valid `Slot` is any bytes),
-    // never unmapped, and known to nobody else: this is the only reference to it.
+    // SAFETY: the mapping is CHUNK_BYTES long, aligned to a page and so to a slot, writable, zeroed
+    // (any bytes are a valid `Slot`) and never unmapped. No other code knows it: this is the only
+    // reference to it.
     let slots = unsafe { slice::from_raw_parts_mut(start.cast::<Slot>(), CHUNK_SLOTS) };
     Some((slots, locked))
 }
 
-/// Miri has no `mlock`, and other systems no `mmap`: their chunks come from the heap.
+/// Miri has no `mlock`, and other systems have no `mmap`: their chunks come from the heap.
 #[cfg(not(all(unix, not(miri))))]
 fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
     None
@@ -216,7 +223,7 @@ mod tests {
     use super::*;
     use crate::io::OsRandom;
 
-    /// Every slot that is free must be zero, and no slot may be lost or there twice.
+    /// Every free slot must be zero. No slot may be lost or in the pool twice.
     fn check_pool() {
         let pool = pool();
         assert!(pool.free.iter().all(|slot| slot.0 == [0; 32]), "a free slot was not wiped");
@@ -304,14 +311,15 @@ mod tests {
         check_pool();
     }
 
-    /// What the kernel says about the pages: locked (`lo`), not dumped (`dd`), wiped on fork (`wf`).
+    /// The kernel's flags for the pages: locked (`lo`), not dumped (`dd`), wiped on fork (`wf`).
     #[cfg(all(target_os = "linux", not(miri)))]
     #[test]
     #[expect(clippy::disallowed_methods, reason = "the kernel's view is in a file")]
     fn the_kernel_confirms_the_protection() {
         let key = SecretKey::from_bytes(&mut [9; 32]);
         let address = key.expose().as_ptr() as usize;
-        // Some sandboxes have no such file, or show no flags in it: there is then nothing to compare with.
+        // Some sandboxes have no such file, or show no flags in it. Then there is nothing to
+        // compare.
         let Ok(maps) = std::fs::read_to_string("/proc/self/smaps") else { return };
         let mut inside = false;
         let mut flags = None;

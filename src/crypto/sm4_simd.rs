@@ -1,16 +1,17 @@
-//! SM4 of the crate `sm4-simd`.
+//! SM4 by the crate `sm4-simd`.
 
 use sm4_simd::Sm4Gcm;
 
 use super::{AeadKey, Cipher, CryptoError, CryptoProvider, RustCrypto, rustcrypto::expand};
 
-/// SM4 with the vector instructions of the processor (the crate `sm4-simd`); AES, which that crate does not have, is that of
-/// [`RustCrypto`]. The provider for builds without AWS-LC.
+/// SM4 with the vector instructions of the processor (the crate `sm4-simd`). That crate has no AES,
+/// so [`RustCrypto`] supplies AES. This is the provider for builds without AWS-LC.
 ///
 /// # How expanded keys are wiped
-/// Round keys: `sm4-simd` overwrites them in `Drop`, always. GHASH key: it overwrites the powers in `Drop`, and where it falls back on
-/// the crate `ghash`, it builds that with the feature `zeroize`, of which see [`RustCrypto`]. A key of this provider must implement
-/// `ZeroizeOnDrop` to compile at all. Not wiped are the variables on the stack of the key schedule.
+/// Round keys: `sm4-simd` always overwrites them in `Drop`. GHASH key: `sm4-simd` overwrites its
+/// powers in `Drop`. Where it falls back to the crate `ghash`, it builds that with the feature
+/// `zeroize`: see [`RustCrypto`]. A key of this provider does not compile unless it implements
+/// `ZeroizeOnDrop`. The variables on the stack of the key schedule are not wiped.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sm4Simd;
 

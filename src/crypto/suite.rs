@@ -1,9 +1,10 @@
-//! The one list of suites.
+//! The list of suites.
 
 use super::{Cipher, HashAlg};
 
-/// What a segment is protected with: a cipher, the hash behind its keys and digests, and whether blocks are encrypted or only
-/// authenticated. The number is what stands on disk, and is never reused.
+/// The cryptographic protection of a segment: a cipher, the hash for its keys and digests, and
+/// whether blocks are encrypted or only authenticated. The number is stored on disk and never
+/// reused.
 #[derive(Copy, Clone, Eq, PartialEq, Hash, Debug)]
 #[repr(u16)]
 #[non_exhaustive]
@@ -12,7 +13,7 @@ pub enum Suite {
     Aes256Gcm = 1,
     /// 2: SM4-GCM (RFC 8998) with HKDF-SM3 and SM3.
     Sm4Gcm = 2,
-    /// 3: the integrity-only form of 1: GMAC, the block being associated data.
+    /// 3: the integrity-only form of 1: GMAC, with the block as associated data.
     Aes256Gmac = 3,
     /// 4: the integrity-only form of 2.
     Sm4Gmac = 4,
@@ -34,7 +35,7 @@ impl Suite {
         Self::ALL.into_iter().find(|suite| suite.code() == code)
     }
 
-    /// The cipher; the integrity-only suites use it without plaintext.
+    /// The cipher. The integrity-only suites use it without plaintext.
     #[must_use]
     pub fn cipher(self) -> Cipher {
         match self.encrypting() {
@@ -43,7 +44,7 @@ impl Suite {
         }
     }
 
-    /// The hash of its key derivation, header hash and digests.
+    /// The hash for its key derivation, header hash and digests.
     #[must_use]
     pub fn hash(self) -> HashAlg {
         match self.cipher() {
@@ -52,7 +53,7 @@ impl Suite {
         }
     }
 
-    /// Whether blocks are encrypted; otherwise they are only authenticated.
+    /// Whether blocks are encrypted. Otherwise they are only authenticated.
     #[must_use]
     pub fn encrypts(self) -> bool {
         self == self.encrypting()
@@ -76,7 +77,7 @@ impl Suite {
         }
     }
 
-    /// Its name, such as `AES-256-GCM`.
+    /// The name, such as `AES-256-GCM`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {

@@ -1,4 +1,5 @@
-//! The providers against published vectors, against each other, and against a GCM put together from other parts.
+//! The providers against published vectors, against each other, and against a GCM built from other
+//! parts.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,7 +31,7 @@ pub(super) fn providers() -> Vec<Box<dyn CryptoProvider>> {
 
 const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::Sm4Gcm];
 
-/// Bytes that differ from place to place, and from one `seed` to another.
+/// Bytes that vary with the position and with `seed`.
 fn pattern(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|i| (i.wrapping_mul(167) ^ (i >> 8) ^ seed.wrapping_mul(59)) as u8).collect()
 }
@@ -105,7 +106,7 @@ const VECTORS: [Vector; 6] = [
         ciphertext: "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662",
         tag: "76fc6ece0f4e1768cddf8853bb2d551b",
     },
-    // NIST CAVP, gcmEncryptExtIV256.rsp, [PTlen = 0] [AADlen = 128] count 0: authentication alone.
+    // NIST CAVP, gcmEncryptExtIV256.rsp, [PTlen = 0] [AADlen = 128] count 0: authentication only.
     Vector {
         cipher: Cipher::Aes256Gcm,
         key: "78dc4e0aaf52d935c3c01eea57428f00ca1fd475f5da86a49c8dd73d68c8e223",
@@ -135,7 +136,7 @@ fn published_vectors() {
     }
 }
 
-/// GCM as NIST SP 800-38D defines it, from a counter mode and GHASH.
+/// GCM as defined in NIST SP 800-38D, from a counter mode and GHASH.
 fn oracle<C>(key: &[u8], nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> [u8; 16]
 where
     C: BlockCipherEncrypt + BlockSizeUser<BlockSize = U16> + KeyInit,

@@ -4,7 +4,11 @@
 //! implementations that fail, tear and reorder writes, lose power and replay from a seed. No other
 //! part of the engine uses `std::fs`, a clock or a random number generator.
 
-#![expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "here is where the world is let in")]
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "the real implementations use the operating system"
+)]
 
 mod clock;
 mod map;
