@@ -1,4 +1,5 @@
-//! Every backend beside RustCrypto: counter mode, GCM sealed and opened, at several lengths, and the key set-up.
+//! Every backend beside RustCrypto: counter mode, sealing and opening with GCM at several lengths,
+//! and the key setup.
 //!
 //! ```sh
 //! cargo bench -p sm4-simd --features gcm

@@ -1,10 +1,12 @@
 #!/bin/sh
-# Runs the backends of sm4-simd on a processor with GFNI and AVX-512 that Bochs emulates. Exits with 0 if all passed.
+# Runs the backends of sm4-simd on an emulated processor with GFNI and AVX-512 (Bochs). Exits with 0
+# if all passed.
 #
-# On Debian: apt-get install bochs binutils isolinux syslinux-common xorriso. Bochs has to be 2.8 or newer (Debian 12 has 2.7, which
-# computes GF2P8AFFINEQB wrongly; the program finds that out by itself). To use a Bochs of your own, built from
-# https://github.com/bochs-emu/Bochs with `./configure --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex --with-nogui`,
-# set BOCHS to it and BOCHS_BIOS to the BIOS-bochs-latest that came with it.
+# On Debian: apt-get install bochs binutils isolinux syslinux-common xorriso. Bochs must be 2.8 or
+# newer. Debian 12 has 2.7, which computes GF2P8AFFINEQB wrongly; the program detects that. To use
+# your own Bochs, built from https://github.com/bochs-emu/Bochs with `./configure
+# --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex --with-nogui`, set BOCHS to it and
+# BOCHS_BIOS to its BIOS-bochs-latest.
 set -eu
 cd "$(dirname "$0")"
 work=$(mktemp -d)
@@ -17,7 +19,7 @@ ld -m elf_x86_64 -n -static --no-warn-rwx-segments --gc-sections -T link.ld -o "
     "$work/target/x86_64-unknown-linux-gnu/release/libsm4_simd_emulation.a"
 
 mkdir -p "$work/disc/isolinux"
-# Multiboot loaders take 32-bit files; the code in it switches to 64 bits.
+# Multiboot loaders accept only 32-bit files. The code in the file switches to 64 bits.
 objcopy -O elf32-i386 "$work/program" "$work/disc/isolinux/program"
 syslinux=/usr/lib/syslinux/modules/bios
 cp /usr/lib/ISOLINUX/isolinux.bin $syslinux/ldlinux.c32 $syslinux/mboot.c32 $syslinux/libcom32.c32 "$work/disc/isolinux/"
@@ -39,7 +41,7 @@ error: action=ignore
 info: action=ignore
 clock: sync=none
 END
-# Debian's Bochs has sound, and no display that needs no screen.
+# Debian's Bochs has sound, and needs a display that works without a screen.
 if [ -z "${BOCHS:-}" ]; then
     cat >> "$work/bochsrc" <<END
 display_library: rfb, options="timeout=0"
@@ -49,7 +51,7 @@ END
 else
     echo 'display_library: nogui' >> "$work/bochsrc"
 fi
-# Debian's Bochs has the debugger built in, which waits for a command; others do not know -rc.
+# Debian's Bochs has a built-in debugger that waits for a command. Other builds do not know -rc.
 set -- -q -f "$work/bochsrc"
 if "${BOCHS:-bochs}" --help 2>&1 | grep -q -e -rc; then
     echo continue > "$work/commands"

@@ -1,11 +1,13 @@
-//! The backend that this processor gets, and its speed beside that of RustCrypto's `ctr`, `sm4` and `aes-gcm`:
+//! Prints the backend for this processor, and its speed beside that of RustCrypto's `ctr`, `sm4`
+//! and `aes-gcm`:
 //!
 //! ```sh
 //! cargo run --release --features gcm --example speed
 //! ```
 //!
-//! All are measured in turn, again and again, and the fastest round of each counts, so that other load on the machine and changes of
-//! its clock touch all alike. The ratios say more than the rates.
+//! It measures all contenders in turn, many times, and takes the fastest round of each. So other
+//! load on the machine and changes of its clock affect all of them equally. The ratios are more
+//! reliable than the rates.
 
 #![allow(clippy::unwrap_used, clippy::type_complexity)]
 
@@ -28,10 +30,10 @@ const LEN: usize = 64 << 10;
 const KEY: [u8; 16] = [7; 16];
 const ROUNDS: usize = 60;
 
-/// What a contender does to `LEN` bytes.
+/// The operation of a contender on `LEN` bytes.
 type Run<'a> = dyn FnMut(&mut [u8]) + 'a;
 
-/// One thing to measure.
+/// One contender.
 struct Contender<'a> {
     name: String,
     run: Box<Run<'a>>,
@@ -44,7 +46,7 @@ impl<'a> Contender<'a> {
     }
 }
 
-/// Measures all in turn and prints their rates, and how many times the first one's rate each reaches.
+/// Measures all in turn. Prints their rates, and their ratios to the first one's rate.
 fn race(title: &str, mut contenders: Vec<Contender<'_>>) {
     let mut data = vec![0; LEN];
     for _ in 0..ROUNDS {
@@ -66,7 +68,7 @@ fn seal(cipher: &impl AeadInOut<NonceSize = U12>, data: &mut [u8]) {
     black_box(cipher.encrypt_inout_detached(&[0; 12].into(), b"", data.into())).expect("short enough");
 }
 
-/// Opens what was sealed once, into another buffer.
+/// Opens the same sealed data again and again, into another buffer.
 fn opener<'a, C: AeadInOut<NonceSize = U12>>(cipher: &'a C) -> impl FnMut(&mut [u8]) + 'a {
     let mut sealed = vec![1; LEN];
     let tag = cipher.encrypt_inout_detached(&[0; 12].into(), b"", (&mut sealed[..]).into()).expect("short enough");

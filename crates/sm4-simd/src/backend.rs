@@ -1,14 +1,15 @@
-//! Which instructions to use.
+//! The choice of instructions.
 
 use core::fmt;
 
 /// An implementation of the cipher for one set of instructions.
 ///
-/// All of them give the same results, in constant time: none looks anything up at an address that depends on a key or on data.
+/// All backends give the same results, in constant time: none looks up an address that depends on a
+/// key or on data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Backend {
-    /// Bitsliced, in 64-bit registers. Runs everywhere.
+    /// Bitsliced, in 64-bit registers. Runs on every processor.
     Portable,
     /// x86-64 with AES-NI, SSSE3 and SSE4.1.
     AesNi,
@@ -33,13 +34,13 @@ impl Backend {
         Backend::Avx512Gfni,
     ];
 
-    /// The fastest backend that this processor has: what new keys use.
+    /// The fastest backend of this processor. New keys use it.
     #[must_use]
     pub fn detect() -> Self {
         Self::ALL.into_iter().rev().find(|backend| backend.is_available()).unwrap_or(Backend::Portable)
     }
 
-    /// Whether this processor, and the operating system, can run it.
+    /// Whether this processor and the operating system support it.
     #[must_use]
     pub fn is_available(self) -> bool {
         match self {

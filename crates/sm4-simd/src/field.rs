@@ -1,28 +1,32 @@
 //! The S-box of SM4 through the field of AES, derived at compile time.
 //!
-//! Both ciphers build their S-box from inversion in a field of 256 elements, but each represents the field by another polynomial:
+//! Both ciphers build their S-box from inversion in a field of 256 elements, but they represent the
+//! field by different polynomials:
 //!
 //! - AES (FIPS 197): `x^8 + x^4 + x^3 + x + 1`, and `S_aes(x) = A_aes · x⁻¹ + 0x63`;
-//! - SM4: `x^8 + x^7 + x^6 + x^5 + x^4 + x^2 + 1`, and `S(x) = A · (A · x + 0xd3)⁻¹ + 0xd3`. GB/T 32907-2016 and the IETF draft
-//!   (draft-ribose-cfrg-sm4) print a table; this form is from F. Liu et al., "Analysis of the SMS4 Block Cipher" (2007), and a
-//!   test below compares it with the table.
+//! - SM4: `x^8 + x^7 + x^6 + x^5 + x^4 + x^2 + 1`, and `S(x) = A · (A · x + 0xd3)⁻¹ + 0xd3`. GB/T
+//!   32907-2016 and the IETF draft (draft-ribose-cfrg-sm4) print a table. This form is from F. Liu
+//!   et al., "Analysis of the SMS4 Block Cipher" (2007), and a test below compares it with the
+//!   table.
 //!
-//! All fields of 256 elements are isomorphic. With an isomorphism `φ` from SM4's to AES's (it sends `x` to a root of SM4's
-//! polynomial), `y⁻¹ = φ⁻¹(φ(y)⁻¹)`, where the outer inversion is the one that processors have in hardware: in `AESENCLAST`, and in
-//! `GF2P8AFFINEINVQB`. M.-J. Saarinen's `sm4ni` and libgcrypt compute SM4 so, one S-box at a time.
+//! All fields of 256 elements are isomorphic. With an isomorphism `φ` from SM4's to AES's field (it
+//! sends `x` to a root of SM4's polynomial), `y⁻¹ = φ⁻¹(φ(y)⁻¹)`. Processors have the inversion on
+//! the right in hardware: in `AESENCLAST` and in `GF2P8AFFINEINVQB`. M.-J. Saarinen's `sm4ni` and
+//! libgcrypt compute SM4 in this way, one S-box at a time.
 //!
 //! # The field basis
-//! We go one step further. `A` and `φ` are linear, so is `P = φ · A`, and the cipher's words only ever meet by exclusive or, but for
-//! the S-box and the rotations of `L`. So the state is kept as `P · x`, byte by byte ("in the field basis"), from the first round to
-//! the last: the input map of the S-box disappears from the rounds (its constant goes into the round keys), and the output map is
-//! merged with `L`, which in bytes, most significant first, is
+//! This crate goes one step further. `A` and `φ` are linear, and so is `P = φ · A`. Except for the
+//! S-box and the rotations of `L`, the cipher combines its words only by exclusive or. So the state
+//! is kept as `P · x`, byte by byte ("in the field basis"), from the first round to the last. The
+//! input map of the S-box disappears from the rounds (its constant goes into the round keys). The
+//! output map is merged with `L`, which in bytes, most significant first, is
 //!
 //! ```text
 //! L(s)ᵢ = (I + U) sᵢ + (U + D) sᵢ₊₁ + (U + D) sᵢ₊₂ + (I + D) sᵢ₊₃     U = "<< 2", D = ">> 6"
 //! ```
 //!
-//! because `L(s) = s ⊕ s⋘2 ⊕ s⋘10 ⊕ s⋘18 ⊕ s⋘24` (and `(I+U) + (U+D) = I+D`). A round is then two affine maps of the
-//! inverse, [`NEAR`] and [`FAR`], four byte shuffles and five exclusive ors.
+//! because `L(s) = s ⊕ s⋘2 ⊕ s⋘10 ⊕ s⋘18 ⊕ s⋘24` (and `(I+U) + (U+D) = I+D`). A round is then two
+//! affine maps of the inverse, [`NEAR`] and [`FAR`], four byte shuffles and five exclusive ors.
 
 /// A linear map of bytes over GF(2): column `i` is the image of `1 << i`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +51,7 @@ impl Matrix {
         y
     }
 
-    /// `self` after `first`.
+    /// The composition: `first`, then `self`.
     const fn after(self, first: Self) -> Self {
         let (mut columns, mut i) = ([0; 8], 0);
         while i < 8 {
@@ -66,7 +70,8 @@ impl Matrix {
         Self(columns)
     }
 
-    /// The inverse: column `i` is what `self` sends to `1 << i`. There are only 256 to try.
+    /// The inverse: column `i` is the argument that `self` maps to `1 << i`. The loop tries all 256
+    /// arguments.
     const fn inverse(self) -> Self {
         let (mut columns, mut x) = ([0; 8], 255);
         while x > 0 {
@@ -79,7 +84,8 @@ impl Matrix {
         Self(columns)
     }
 
-    /// The rows: bit `j` of row `i` says whether bit `j` of the argument counts for bit `i` of the result.
+    /// The rows: bit `j` of row `i` is set if bit `j` of the argument contributes to bit `i` of the
+    /// result.
     pub(crate) const fn rows(self) -> [u8; 8] {
         let (mut rows, mut i) = ([0; 8], 0);
         while i < 64 {
@@ -89,7 +95,7 @@ impl Matrix {
         rows
     }
 
-    /// As `GF2P8AFFINEQB` takes it: the row of bit `i` in byte `7 - i`.
+    /// The form for `GF2P8AFFINEQB`: the row of bit `i` in byte `7 - i`.
     pub(crate) const fn gfni(self) -> u64 {
         u64::from_be_bytes(self.rows())
     }
@@ -104,7 +110,7 @@ impl Affine {
         self.matrix.apply(x) ^ self.constant
     }
 
-    /// The map as two tables to look nibbles up in (`PSHUFB`): `low[x & 15] ^ high[x >> 4]`.
+    /// The map as two lookup tables for nibbles (`PSHUFB`): `low[x & 15] ^ high[x >> 4]`.
     pub(crate) const fn nibbles(self) -> [[u8; 16]; 2] {
         let (mut tables, mut x) = ([[0; 16]; 2], 0);
         while x < 16 {
@@ -115,13 +121,13 @@ impl Affine {
         tables
     }
 
-    /// What does to an output of the AES S-box, without its constant, what `self` does to the inverse that the S-box is made from,
-    /// but for the constant.
+    /// The linear part of [`Affine::after_aes`].
     pub(crate) const fn matrix_after_aes(self) -> Matrix {
         self.matrix.after(AES_OUTPUT.matrix.inverse())
     }
 
-    /// What does to an output of the AES S-box what `self` does to the inverse that the S-box is made from.
+    /// The map that gives, for the output of the AES S-box, the same result as `self` for the
+    /// inverse inside that S-box.
     pub(crate) const fn after_aes(self) -> Self {
         let matrix = self.matrix_after_aes();
         Self { matrix, constant: matrix.apply(AES_OUTPUT.constant) ^ self.constant }
@@ -143,7 +149,7 @@ const fn multiply(a: u8, b: u8, modulus: u16) -> u8 {
     product as u8
 }
 
-/// The circulant matrix whose row `i` is the first rotated by `i`.
+/// The circulant matrix: row `i` is the first row rotated by `i`.
 const fn circulant(first_row: u8) -> Matrix {
     let (mut columns, mut i) = ([0; 8], 0);
     while i < 64 {
@@ -153,7 +159,8 @@ const fn circulant(first_row: u8) -> Matrix {
     Matrix(columns)
 }
 
-/// φ: `x` goes to the smallest root of SM4's polynomial in AES's field, and the powers of one to those of the other.
+/// φ: maps `x` to the smallest root of SM4's polynomial in AES's field, and the powers of `x` to
+/// the powers of that root.
 const fn isomorphism() -> Matrix {
     let mut root = 2;
     loop {
@@ -185,27 +192,30 @@ const DOWN: Matrix = Matrix([0, 0, 0, 0, 0, 0, 1, 2]);
 pub(crate) const TO_FIELD: Affine = Affine::linear(isomorphism().after(SM4_MATRIX));
 /// P⁻¹: out of the field basis.
 pub(crate) const FROM_FIELD: Affine = Affine::linear(TO_FIELD.matrix.inverse());
-/// P, and the constant that the S-box adds to its input: what round keys (and they alone) go through.
+/// P, and the constant that the S-box adds to its input. Only round keys go through this map.
 pub(crate) const KEY_TO_FIELD: Affine = Affine { matrix: TO_FIELD.matrix, constant: isomorphism().apply(SM4_CONSTANT) };
 
 /// From the inverse in AES's field to the output of SM4's S-box, outside of the field basis.
 pub(crate) const OUTPUT: Affine = Affine { matrix: SM4_MATRIX.after(isomorphism().inverse()), constant: SM4_CONSTANT };
 
-/// What the inverse of byte `i` adds to byte `i` of the new word, in the field basis; what it adds to byte `i - 3` is
-/// `NEAR + FAR`.
+/// The contribution of the inverse of byte `i` to byte `i` of the new word, in the field basis. Its
+/// contribution to byte `i - 3` is `NEAR + FAR`.
 pub(crate) const NEAR: Affine = Affine::linear(TO_FIELD.matrix.after(IDENTITY.plus(UP)).after(OUTPUT.matrix));
 
-/// What it adds to the bytes `i - 1` and `i - 2`. Since `FAR` is met three times in a byte and `NEAR` twice, its constant is the one
-/// of the round: P times L of the word that has the S-box's constant in each byte, which is that byte rotated by two.
+/// The contribution to the bytes `i - 1` and `i - 2`. A byte receives `FAR` three times and `NEAR`
+/// twice, so the constant of `FAR` is the constant of the round: P times L of the word with the
+/// S-box's constant in each byte. That L is the byte rotated by two.
 pub(crate) const FAR: Affine = Affine {
     matrix: TO_FIELD.matrix.after(UP.plus(DOWN)).after(OUTPUT.matrix),
     constant: TO_FIELD.matrix.apply(SM4_CONSTANT.rotate_left(2)),
 };
 
-/// Inversion in AES's field, for tests and for software that plays the hardware: a table, because Miri is slow.
+/// Inversion in AES's field, for tests and for software that emulates the hardware. It is a table,
+/// because Miri is slow.
 #[cfg(test)]
 pub(crate) fn aes_inverse(x: u8) -> u8 {
-    /// The polynomial `x + 1` generates the field, so its powers `i` and `255 - i` are inverse to each other.
+    /// The polynomial `x + 1` generates the field, so its powers `i` and `255 - i` are inverse to
+    /// each other.
     static INVERSES: [u8; 256] = {
         let (mut powers, mut inverses, mut i) = ([1; 256], [0; 256], 1);
         while i < 256 {
@@ -304,7 +314,7 @@ mod tests {
         }
     }
 
-    /// T of a round, word by word, against its definition with the table.
+    /// T of a round, word by word, against its definition by the table.
     #[test]
     fn near_and_far_are_the_sbox_and_l() {
         let mut word = 0x0123_4567_u32;

@@ -18,19 +18,24 @@ use crate::{
 /// The most bytes under one nonce: NIST SP 800-38D, section 5.2.1.1.
 const DATA_MAX: u64 = (1 << 36) - 32;
 
-/// The most bytes of associated data, of which GHASH counts the bits in 64: NIST SP 800-38D, section 5.2.1.1.
+/// The most bytes of associated data: GHASH counts their bits in 64 bits. NIST SP 800-38D, section
+/// 5.2.1.1.
 const AAD_MAX: u64 = (1 << 61) - 1;
 
-/// Bytes that are encrypted and then hashed while they are in the first-level cache: input and output take half of 32 KiB.
+/// How many bytes are encrypted and then hashed while they are in the first-level cache. Input and
+/// output take half of 32 KiB.
 const CHUNK: usize = 8 << 10;
 
-/// The key stream of a short message, with the block that masks the tag in front, is made in one go.
+/// The longest message whose key stream is computed in one call, together with the block in front
+/// of it that masks the tag.
 const SHORT_MAX: usize = 512 - 16;
 
-/// SM4-GCM: SM4 in Galois/Counter Mode (NIST SP 800-38D, RFC 8998) with nonces of 96 bits and tags of 128, both parts wide.
+/// SM4-GCM: SM4 in Galois/Counter Mode (NIST SP 800-38D, RFC 8998) with nonces of 96 bits and tags
+/// of 128 bits. Both the cipher and the hash are vectorized.
 ///
-/// The same function as `AesGcm<Sm4, U12>` of the crate `aes-gcm`. No nonce may be used twice with one key. Opening checks the tag
-/// before anything is decrypted, and leaves the output alone when it is wrong.
+/// It is the same function as `AesGcm<Sm4, U12>` of the crate `aes-gcm`. The caller must never use
+/// a nonce twice with one key. Opening checks the tag before it decrypts anything, and leaves the
+/// output unchanged if the tag is wrong.
 ///
 /// The round keys, and the powers of the GHASH key, are overwritten on drop.
 #[derive(Clone)]
@@ -40,14 +45,15 @@ pub struct Sm4Gcm {
 }
 
 impl Sm4Gcm {
-    /// Names of the multiplications that GHASH can use on this processor, the fastest last. For tests and benchmarks.
+    /// The names of the multiplications that GHASH can use on this processor, the fastest last. For
+    /// tests and benchmarks.
     #[doc(hidden)]
     pub fn multipliers() -> impl Iterator<Item = &'static str> {
         Multiplier::ALL.iter().filter(|multiplier| multiplier.is_available()).map(|multiplier| multiplier.name())
     }
 
-    /// The cipher with a given backend and the multiplication of a given name, or nothing if this processor cannot run one of them.
-    /// For tests and benchmarks: [`KeyInit::new`] takes the fastest.
+    /// The cipher with the given backend and multiplication. `None` if this processor does not
+    /// support one of them. For tests and benchmarks: [`KeyInit::new`] takes the fastest.
     #[doc(hidden)]
     #[must_use]
     pub fn with_backend(key: &Key<Self>, backend: Backend, multiplier: &str) -> Option<Self> {
@@ -56,7 +62,8 @@ impl Sm4Gcm {
     }
 
     fn from_parts(cipher: Sm4, multiplier: Multiplier) -> Self {
-        // The key of GHASH is the encrypted zero block: the key stream under the nonce and the counter zero.
+        // The key of GHASH is the encrypted zero block: the key stream for a zero nonce and a zero
+        // counter.
         let mut h = [0; 16];
         cipher.ctr32(&[0; 12], 0, (&mut h[..]).into());
         let ghash = GhashKey::new(&h, multiplier);
@@ -70,7 +77,8 @@ impl Sm4Gcm {
         self.cipher.backend()
     }
 
-    /// The key stream of a message of `len` bytes if it is short, after the block that masks the tag: GCM numbers it 1.
+    /// The key stream of a message of `len` bytes: the block that masks the tag, which has number 1
+    /// in GCM, and then the message's own blocks if the message is short.
     fn stream(&self, nonce: &[u8; 12], len: usize) -> Stream {
         let len = 16 + if len <= SHORT_MAX { len } else { 0 };
         let mut stream = Stream { bytes: [0; 16 + SHORT_MAX], len };
@@ -79,20 +87,21 @@ impl Sm4Gcm {
     }
 }
 
-/// The beginning of a key stream, which is overwritten on drop: with it and the ciphertext one has the message.
+/// The beginning of a key stream. It is overwritten on drop, because with the ciphertext it gives
+/// the message.
 struct Stream {
     bytes: [u8; 16 + SHORT_MAX],
-    /// How much of it there is.
+    /// The length of the used part.
     len: usize,
 }
 
 impl Stream {
-    /// What masks the tag.
+    /// The block that masks the tag.
     fn mask(&self) -> &[u8] {
         &self.bytes[..16]
     }
 
-    /// What encrypts the message, if that is short.
+    /// The key stream of the message, if the message is short.
     fn message(&self) -> &[u8] {
         &self.bytes[16..self.len]
     }
@@ -108,7 +117,7 @@ fn check_lengths(aad: &[u8], data: &InOutBuf<'_, '_, u8>) -> Result<(), Error> {
     if aad.len() as u64 > AAD_MAX || data.len() as u64 > DATA_MAX { Err(Error) } else { Ok(()) }
 }
 
-/// The block of both lengths in bits that ends what is hashed.
+/// The last block of the hash input: both lengths in bits.
 fn lengths(aad: usize, data: usize) -> [u8; 16] {
     (u128::from(aad as u64 * 8) << 64 | u128::from(data as u64 * 8)).to_be_bytes()
 }

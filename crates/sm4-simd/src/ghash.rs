@@ -1,18 +1,19 @@
 //! GHASH (NIST SP 800-38D, section 6.4) with carry-less multiplications, several blocks at a time.
 //!
-//! Blocks and keys are byte-reversed, and the key is multiplied by x once: then the product of two elements is that of POLYVAL
-//! (RFC 8452, appendix A), `a · b · x⁻¹²⁸`, which needs no shift of the 256-bit result. Sixteen blocks are multiplied by sixteen powers
-//! of the key and summed before one reduction.
+//! Blocks and keys are byte-reversed, and the key is multiplied by x once. The product of two
+//! elements is then that of POLYVAL (RFC 8452, appendix A), `a · b · x⁻¹²⁸`, which needs no shift
+//! of the 256-bit result. Sixteen blocks are multiplied by sixteen powers of the key and summed
+//! before one reduction.
 
 use cipher::zeroize::{Zeroize, ZeroizeOnDrop};
 use ghash::{GHash, universal_hash::UniversalHash};
 
 const BLOCK: usize = 16;
 
-/// Blocks under one reduction.
+/// The number of blocks for one reduction.
 const STRIDE: usize = 16;
 
-/// Which instructions multiply.
+/// The instructions for the multiplication.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Multiplier {
     /// The crate `ghash`.
@@ -29,7 +30,7 @@ pub(crate) enum Multiplier {
 }
 
 impl Multiplier {
-    /// All of them, the fastest last.
+    /// All multiplications, the fastest last.
     pub(crate) const ALL: &[Multiplier] = &[
         Multiplier::Portable,
         #[cfg(target_arch = "x86_64")]
@@ -69,13 +70,14 @@ impl Multiplier {
     }
 }
 
-/// The powers 16 to 1 of the key, as this module represents elements.
+/// The powers 16 to 1 of the key, in the representation of this module.
 #[cfg(any(target_arch = "x86_64", test))]
 #[derive(Clone)]
 #[repr(align(64))]
 pub(crate) struct Powers([[u8; BLOCK]; STRIDE]);
 
-/// An expanded key, which is overwritten on drop: here, and by `ghash`, which is built with its feature `zeroize`.
+/// An expanded key. It is overwritten on drop: here, or by `ghash`, which is built with its feature
+/// `zeroize`.
 #[derive(Clone)]
 pub(crate) enum GhashKey {
     Portable(GHash),
@@ -94,7 +96,7 @@ impl Drop for Powers {
 impl ZeroizeOnDrop for Powers {}
 
 impl GhashKey {
-    /// Expands `key`, which this processor has a `multiplier` for.
+    /// Expands `key`. This processor must support `multiplier`.
     pub(crate) fn new(key: &[u8; BLOCK], multiplier: Multiplier) -> Self {
         assert!(multiplier.is_available(), "an instruction that this processor lacks");
         match multiplier {
@@ -145,7 +147,8 @@ impl Ghash<'_> {
                     Multiplier::Clmul256 => crate::x86::ghash_256::update,
                     Multiplier::Clmul512 => crate::x86::ghash_512::update,
                 };
-                // SAFETY: a key has only a multiplier that the processor has (`GhashKey::new`).
+                // SAFETY: a key only has a multiplier that the processor supports
+                // (`GhashKey::new`).
                 unsafe { update(powers, sum, data) }
             }
             #[cfg(not(target_arch = "x86_64"))]
@@ -170,16 +173,17 @@ impl Ghash<'_> {
 /// A vector of elements, each in a lane of 128 bits, the least significant byte first.
 ///
 /// # Safety
-/// All methods require that the processor has the instructions that the vector is made of, and that the caller is compiled for them.
+/// All methods require that the processor has the instructions of the vector, and that the calling
+/// function is compiled for them.
 #[cfg(any(target_arch = "x86_64", test))]
 pub(crate) trait Elements: Copy {
     const LANES: usize;
 
     /// # Safety
-    /// As the trait says; and `16 * LANES` bytes can be read.
+    /// As documented at the trait. `16 * LANES` bytes must be readable.
     unsafe fn load(from: *const u8) -> Self;
 
-    /// The first lane; zero in the others.
+    /// Loads into the first lane. The others are zero.
     unsafe fn load_one(from: &[u8; BLOCK]) -> Self;
 
     /// The first lane.
@@ -190,13 +194,14 @@ pub(crate) trait Elements: Copy {
 
     unsafe fn xor(self, other: Self) -> Self;
 
-    /// The products of the low halves, of each low half with the other high half, summed, and of the high halves.
+    /// Three products: of the low halves; of each low half with the other high half, summed; and of
+    /// the high halves.
     unsafe fn multiply(self, other: Self) -> [Self; 3];
 
-    /// Low half times [`REDUCTION`], plus the two halves swapped.
+    /// The low half times [`REDUCTION`], plus the two halves swapped.
     unsafe fn reduce_half(self) -> Self;
 
-    /// The sum of all lanes in the first; zero in the others.
+    /// The sum of all lanes, in the first lane. The others are zero.
     unsafe fn fold(self) -> Self;
 }
 
@@ -208,11 +213,11 @@ pub(crate) const REDUCTION: u64 = 0xc200_0000_0000_0000;
 /// "AES-GCM-SIV", section on POLYVAL; the same as in RFC 8452's reference code).
 ///
 /// # Safety
-/// As [`Elements`] says.
+/// As documented at [`Elements`].
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 unsafe fn reduce<V: Elements>([low, middle, high]: [V; 3]) -> V {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees the instructions.
     unsafe {
         let (low, middle, high) = (low.fold(), middle.fold(), high.fold());
         high.xor(middle.xor(low.reduce_half()).reduce_half())
@@ -220,16 +225,17 @@ unsafe fn reduce<V: Elements>([low, middle, high]: [V; 3]) -> V {
 }
 
 /// # Safety
-/// As [`Elements`] says.
+/// As documented at [`Elements`].
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 pub(crate) unsafe fn expand<V: Elements>(key: &[u8; BLOCK]) -> Powers {
-    // Times x: a shift, and what leaves at the top comes back as POLYVAL's polynomial; with a mask, not a branch.
+    // Times x: a shift. The bit that leaves at the top is reduced by POLYVAL's polynomial, with a
+    // mask and not a branch.
     let mut h = u128::from_be_bytes(*key);
     h = h << 1 ^ (h >> 127).wrapping_neg() & (u128::from(REDUCTION) << 64 | 1);
     let mut powers = Powers([[0; BLOCK]; STRIDE]);
     powers.0[STRIDE - 1] = h.to_le_bytes();
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees the instructions.
     unsafe {
         let first = V::load_one(&powers.0[STRIDE - 1]);
         let mut power = first;
@@ -245,13 +251,14 @@ pub(crate) unsafe fn expand<V: Elements>(key: &[u8; BLOCK]) -> Powers {
 /// Hashes `data`, padded with zeros to whole blocks, into `sum`.
 ///
 /// # Safety
-/// As [`Elements`] says.
+/// As documented at [`Elements`].
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 pub(crate) unsafe fn update<V: Elements>(powers: &Powers, sum: &mut [u8; BLOCK], data: &[u8]) {
     let (strides, rest) = data.as_chunks::<{ STRIDE * BLOCK }>();
-    // SAFETY: the caller vouches for the instructions; a stride has as many blocks as there are powers, and the rest fewer: vectors are
-    // read from both at the same distance from their ends.
+    // SAFETY: the caller guarantees the instructions. A stride has as many blocks as there are
+    // powers, and the rest has fewer. Vectors are read from both at the same distance from their
+    // ends.
     unsafe {
         let mut total = V::load_one(sum);
         for stride in strides {
@@ -292,11 +299,11 @@ pub(crate) unsafe fn update<V: Elements>(powers: &Powers, sum: &mut [u8; BLOCK],
 }
 
 /// # Safety
-/// As [`Elements`] says.
+/// As documented at [`Elements`].
 #[cfg(any(target_arch = "x86_64", test))]
 #[inline(always)]
 unsafe fn add<V: Elements>(a: [V; 3], b: [V; 3]) -> [V; 3] {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees the instructions.
     unsafe { [a[0].xor(b[0]), a[1].xor(b[1]), a[2].xor(b[2])] }
 }
 
@@ -309,8 +316,8 @@ mod tests {
     #[test]
     fn powers_are_overwritten_on_drop() {
         let mut powers = MaybeUninit::new(Powers([[7; BLOCK]; STRIDE]));
-        // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
-        // whose memory is still there.
+        // SAFETY: initialized above and dropped once. Afterwards only the array is read. All bit
+        // patterns are valid for it, and its memory still exists.
         let after = unsafe {
             let powers = powers.as_mut_ptr();
             ptr::drop_in_place(powers);

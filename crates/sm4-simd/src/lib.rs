@@ -36,7 +36,7 @@ pub use crate::backend::Backend;
 pub use crate::gcm::Sm4Gcm;
 use crate::portable::RoundKeys;
 
-/// The SM4 block cipher (GB/T 32907-2016) with an expanded key, which is overwritten on drop.
+/// The SM4 block cipher (GB/T 32907-2016) with an expanded key. The key is overwritten on drop.
 #[derive(Clone)]
 pub struct Sm4 {
     round_keys: RoundKeys,
@@ -44,8 +44,8 @@ pub struct Sm4 {
 }
 
 impl Sm4 {
-    /// The cipher with a given backend, or nothing if this processor cannot run it. For tests and benchmarks: [`KeyInit::new`]
-    /// takes the fastest.
+    /// The cipher with the given backend. `None` if this processor does not support it. For tests
+    /// and benchmarks: [`KeyInit::new`] takes the fastest.
     #[doc(hidden)]
     #[must_use]
     pub fn with_backend(key: &Key<Self>, backend: Backend) -> Option<Self> {
@@ -72,8 +72,9 @@ impl Sm4 {
                 };
                 let len = blocks.len();
                 let (input, output) = blocks.into_raw();
-                // SAFETY: a key has only a backend that the processor can run (`with_backend`), and an `InOutBuf` points to `len`
-                // blocks, which are the same or do not overlap.
+                // SAFETY: a key only has a backend that the processor supports (`with_backend`). An
+                // `InOutBuf` points to `len` input and output blocks, which are the same or do not
+                // overlap.
                 unsafe { crypt(&self.round_keys, input.cast(), output.cast(), len) }
             }
             #[cfg(not(target_arch = "x86_64"))]
@@ -108,11 +109,12 @@ impl Sm4 {
         }
     }
 
-    /// Counter mode with a counter of 32 bits: adds to `data` the encrypted blocks `nonce || counter`, `nonce || counter + 1`, …, the
-    /// counter in big-endian and modulo 2^32. More than 2^36 bytes repeat the key stream.
+    /// Counter mode with a 32-bit counter: adds to `data` the encrypted blocks `nonce || counter`,
+    /// `nonce || counter + 1`, … The counter is big-endian and modulo 2^32. More than 2^36 bytes
+    /// repeat the key stream.
     ///
-    /// The same as `ctr::Ctr32BE`, but the counters are made in vectors and data goes straight from input to output. It
-    /// authenticates nothing.
+    /// It is the same function as `ctr::Ctr32BE`, but computes the counters in vectors, and data
+    /// goes directly from input to output. It authenticates nothing.
     pub fn ctr32(&self, nonce: &[u8; 12], mut counter: u32, data: InOutBuf<'_, '_, u8>) {
         match self.backend {
             #[cfg(target_arch = "x86_64")]
@@ -126,8 +128,9 @@ impl Sm4 {
                 };
                 let len = data.len();
                 let (input, output) = data.into_raw();
-                // SAFETY: a key has only a backend that the processor can run (`with_backend`), and an `InOutBuf` points to `len`
-                // bytes, which are the same or do not overlap.
+                // SAFETY: a key only has a backend that the processor supports (`with_backend`). An
+                // `InOutBuf` points to `len` input and output bytes, which are the same or do not
+                // overlap.
                 unsafe { ctr(&self.round_keys, nonce, counter, input, output, len) }
             }
             _ => {
@@ -176,11 +179,12 @@ impl BlockSizeUser for Sm4 {
 
 fn only<'inp, 'out>(block: InOut<'inp, 'out, Block<Sm4>>) -> InOutBuf<'inp, 'out, Block<Sm4>> {
     let (input, output) = block.into_raw();
-    // SAFETY: the pointers come from an `InOut`, so they are good for one block, and equal or apart.
+    // SAFETY: the pointers come from an `InOut`, so each is valid for one block, and they are equal
+    // or do not overlap.
     unsafe { InOutBuf::from_raw(input, output, 1) }
 }
 
-/// A key, as a backend that takes `N` blocks at once.
+/// A key in the form of a backend that processes `N` blocks at once.
 struct Wide<'a, N>(&'a Sm4, PhantomData<N>);
 
 impl<N> BlockSizeUser for Wide<'_, N> {
@@ -274,8 +278,8 @@ mod tests {
     #[test]
     fn round_keys_are_overwritten_on_drop() {
         let mut key = MaybeUninit::new(Sm4::new(&[7; 16].into()));
-        // SAFETY: initialized above, and dropped once; afterwards only the array is read, of which all bit patterns are valid, and
-        // whose memory is still there.
+        // SAFETY: initialized above and dropped once. Afterwards only the array is read. All bit
+        // patterns are valid for it, and its memory still exists.
         let (before, after) = unsafe {
             let key = key.as_mut_ptr();
             let round_keys = &raw const (*key).round_keys;

@@ -1,17 +1,20 @@
-//! The key schedule of all backends, and the cipher for processors without the instructions: bitsliced, so in constant time.
+//! The key schedule of all backends, and the cipher for processors without the instructions. The
+//! cipher is bitsliced, so it runs in constant time.
 //!
-//! Sixteen blocks are computed at once. A word of each is held as eight *planes*: plane `b` has the bit `b` of all bytes, byte `i`
-//! of block `n` (bytes as they lie in memory, the most significant first) in its bit `16 i + n`. So a rotation of the words by a
-//! byte is a rotation of the planes by 16, and what maps bytes is logic on planes. The state is in the field basis (`field`).
+//! It computes sixteen blocks at once. A word of each block is held as eight *planes*. Plane `b`
+//! has bit `b` of all bytes: byte `i` of block `n` (in memory order, the most significant byte
+//! first) is in its bit `16 i + n`. So rotating the words by a byte rotates the planes by 16, and a
+//! map of bytes is logic on planes. The state is in the field basis (`field`).
 
 use crate::field::{FAR, FROM_FIELD, KEY_TO_FIELD, NEAR, OUTPUT, TO_FIELD};
 
-/// Round keys in the order of encryption, in the field basis, with the constant of the S-box's input; bytes as in memory.
+/// Round keys in the order of encryption, in the field basis, with the constant of the S-box's
+/// input. Bytes are in memory order.
 pub(crate) type RoundKeys = [u32; 32];
 
 pub(crate) type Block = [u8; 16];
 
-/// Blocks that are computed at once.
+/// The number of blocks that are computed at once.
 pub(crate) const BLOCKS: usize = 16;
 
 type Planes = [u64; 8];
@@ -58,7 +61,7 @@ fn substitute(word: u32) -> u32 {
     join(add::<{ OUTPUT.constant }>(map::<{ OUTPUT.matrix_after_aes().gfni() }>(inverse))).swap_bytes()
 }
 
-/// Encrypts up to [`BLOCKS`] blocks, or decrypts when `round_keys` run backwards.
+/// Encrypts up to [`BLOCKS`] blocks. Decrypts if `round_keys` are in reverse order.
 pub(crate) fn crypt(round_keys: impl Iterator<Item = u32>, blocks: &mut [Block]) {
     debug_assert!(blocks.len() <= BLOCKS);
     let mut x = [[0; 8]; 4];
@@ -100,13 +103,13 @@ fn gather_bytes(wide: u64) -> u32 {
     (wide | wide >> 16) as u32
 }
 
-/// The planes of one word, as block 0.
+/// The planes of one word, in the place of block 0.
 fn split(word: u32) -> Planes {
     let wide = spread(word);
     core::array::from_fn(|b| wide >> b & LANES)
 }
 
-/// The inverse of [`split`]; ignores other blocks.
+/// The inverse of [`split`]. Ignores other blocks.
 fn join(planes: Planes) -> u32 {
     let mut wide = 0;
     for (b, plane) in planes.into_iter().enumerate() {
@@ -131,7 +134,8 @@ fn scatter(mut planes: Planes, blocks: &mut [Block], w: usize) {
     }
 }
 
-/// Transposes each of the eight matrices of 8 x 8 bits that the bytes of equal place are the rows of. Its own inverse.
+/// Transposes eight matrices of 8 x 8 bits. The bytes at the same position in the eight planes are
+/// the rows of one matrix. Its own inverse.
 fn transpose(rows: &mut Planes) {
     for (distance, mask) in [(1, 0x5555_5555_5555_5555), (2, 0x3333_3333_3333_3333), (4, 0x0f0f_0f0f_0f0f_0f0f)] {
         for i in (0..8).filter(|i| i & distance == 0) {
@@ -142,7 +146,8 @@ fn transpose(rows: &mut Planes) {
     }
 }
 
-/// A linear map of all bytes, given as `Matrix::gfni`: known when this is compiled, so that the sums are written out.
+/// A linear map of all bytes, given as `Matrix::gfni`. It is a compile-time constant, so the
+/// compiler unrolls the sums.
 #[inline(always)]
 fn map<const MATRIX: u64>(x: Planes) -> Planes {
     let sum = |i: usize| {

@@ -1,9 +1,10 @@
-//! SM4 on vectors, once for all instruction sets.
+//! SM4 on vectors, in one version for all instruction sets.
 //!
-//! A vector holds one 32-bit word of each of several blocks, so that the four words of a *group* of blocks are four vectors, and
-//! several groups are computed side by side to fill the time that one waits for its results. The state is in the field basis
-//! (`field`). Everything here is inlined into the functions in which an instruction set is enabled (`x86`); so a vector in software
-//! runs the very same code in the tests.
+//! A vector holds one 32-bit word of each of several blocks, so the four words of a *group* of
+//! blocks are four vectors. Several groups are computed side by side, to use the time in which one
+//! group waits for its results. The state is in the field basis (`field`). Everything here is
+//! inlined into functions in which an instruction set is enabled (`x86`). So a software vector runs
+//! the same code in the tests.
 
 use core::{ptr, slice};
 
@@ -17,27 +18,28 @@ const BLOCK: usize = 16;
 /// Blocks in the largest group.
 const GROUP_MAX: usize = 16;
 
-/// A vector of 32-bit words whose bytes lie as in memory, in lanes of 128 bits.
+/// A vector of 32-bit words with their bytes in memory order, in lanes of 128 bits.
 ///
 /// # Safety
-/// All methods require that the processor has the instructions that the vector is made of, and that the caller is compiled for them.
+/// All methods require that the processor has the instructions of the vector, and that the calling
+/// function is compiled for them.
 pub(crate) trait Vector: Copy {
-    /// Words in a vector, so blocks in a group: at most [`GROUP_MAX`].
+    /// The number of words in a vector, and so of blocks in a group: at most [`GROUP_MAX`].
     const BLOCKS: usize;
 
     /// # Safety
-    /// As the trait says; and `4 * BLOCKS` bytes can be read.
+    /// As documented at the trait. `4 * BLOCKS` bytes must be readable.
     unsafe fn load(from: *const u8) -> Self;
 
     /// # Safety
-    /// As the trait says; and `4 * BLOCKS` bytes can be written.
+    /// As documented at the trait. `4 * BLOCKS` bytes must be writable.
     unsafe fn store(self, to: *mut u8);
 
-    /// The same word everywhere; its least significant byte comes first.
+    /// The same word in all places, its least significant byte first.
     unsafe fn splat(word: u32) -> Self;
 
-    /// The number of each word's block. Blocks are dealt to the lanes in turn, as a load of consecutive blocks does it: lane `l` has
-    /// the blocks `l`, `l + LANES`, `l + 2 LANES` and `l + 3 LANES`.
+    /// The number of each word's block. Blocks go to the lanes in turn, as in a load of consecutive
+    /// blocks: lane `l` has the blocks `l`, `l + LANES`, `l + 2 LANES` and `l + 3 LANES`.
     unsafe fn indices() -> Self;
 
     /// Adds word by word, modulo 2^32.
@@ -57,28 +59,28 @@ pub(crate) trait Vector: Copy {
     /// [`field::FROM_FIELD`](crate::field::FROM_FIELD) on each byte.
     unsafe fn leave_field(self) -> Self;
 
-    /// [`field::NEAR`](crate::field::NEAR) and [`field::FAR`](crate::field::FAR) of the inverse of each byte, in an order of bytes
-    /// that [`Vector::turn`] undoes.
+    /// [`field::NEAR`](crate::field::NEAR) and [`field::FAR`](crate::field::FAR) of the inverse of
+    /// each byte. [`Vector::turn`] undoes the byte order of the result.
     unsafe fn near_and_far(self) -> [Self; 2];
 
-    /// Brings to each byte the one that is `BYTES` further on in its word, cyclically, and undoes the order of
-    /// [`Vector::near_and_far`].
+    /// Replaces each byte by the byte `BYTES` further on in its word, cyclically. Undoes the byte
+    /// order of [`Vector::near_and_far`].
     unsafe fn turn<const BYTES: usize>(self) -> Self;
 }
 
 /// Words of the state of `K` groups.
 type State<V, const K: usize> = [[V; 4]; K];
 
-/// The 32 rounds, backwards to decrypt.
+/// The 32 rounds, in reverse order to decrypt.
 ///
 /// # Safety
-/// As [`Vector`] says.
+/// As documented at [`Vector`].
 #[inline(always)]
 unsafe fn rounds<V: Vector, const K: usize, const DECRYPT: bool>(round_keys: &RoundKeys, x: &mut State<V, K>) {
     for quad in 0..8 {
         let key = |i: usize| round_keys[if DECRYPT { 31 - 4 * quad - i } else { 4 * quad + i }];
         let (k0, k1, k2, k3) = (key(0), key(1), key(2), key(3));
-        // SAFETY: the caller vouches for the instructions.
+        // SAFETY: the caller guarantees the instructions.
         unsafe {
             let (k0, k1) = (V::splat(k0), V::splat(k1));
             for [x0, x1, x2, x3] in x.iter_mut() {
@@ -99,37 +101,38 @@ unsafe fn rounds<V: Vector, const K: usize, const DECRYPT: bool>(round_keys: &Ro
 /// T of the standard, S-box and L, in the field basis.
 ///
 /// # Safety
-/// As [`Vector`] says.
+/// As documented at [`Vector`].
 #[inline(always)]
 unsafe fn t<V: Vector>(x: V) -> V {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees the instructions.
     unsafe {
         let [near, far] = x.near_and_far();
         near.turn::<0>().xor(far.turn::<1>()).xor(far.turn::<2>().xor(near.xor(far).turn::<3>()))
     }
 }
 
-/// The state as blocks in their order: the words reversed, as the standard has it, and transposed.
+/// The state as blocks in their order: the words reversed, as in the standard, and transposed.
 ///
 /// # Safety
-/// As [`Vector`] says.
+/// As documented at [`Vector`].
 #[inline(always)]
 unsafe fn output<V: Vector>([x0, x1, x2, x3]: [V; 4]) -> [V; 4] {
-    // SAFETY: the caller vouches for the instructions.
+    // SAFETY: the caller guarantees the instructions.
     unsafe { V::transpose([x3.leave_field(), x2.leave_field(), x1.leave_field(), x0.leave_field()]) }
 }
 
-/// `K` groups of blocks.
+/// Encrypts or decrypts `K` groups of blocks.
 ///
 /// # Safety
-/// As [`Vector`] says; `K` groups can be read from `input` and written to `output`, which are equal or do not overlap.
+/// As documented at [`Vector`]. `K` groups must be readable from `input` and writable to `output`,
+/// which are equal or do not overlap.
 #[inline(always)]
 unsafe fn crypt_groups<V: Vector, const K: usize, const DECRYPT: bool>(
     round_keys: &RoundKeys,
     input: *const u8,
     output_: *mut u8,
 ) {
-    // SAFETY: the caller vouches for the instructions and the memory.
+    // SAFETY: the caller guarantees the instructions and the memory.
     unsafe {
         let row = |group: usize, row: usize| (4 * group + row) * 4 * V::BLOCKS;
         let mut x: State<V, K> = [[V::splat(0); 4]; K];
@@ -152,7 +155,8 @@ unsafe fn crypt_groups<V: Vector, const K: usize, const DECRYPT: bool>(
 /// Encrypts or decrypts `blocks` blocks.
 ///
 /// # Safety
-/// As [`Vector`] says; the blocks can be read from `input` and written to `output`, which are equal or do not overlap.
+/// As documented at [`Vector`]. The blocks must be readable from `input` and writable to `output`,
+/// which are equal or do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn crypt<V: Vector, const K: usize, const DECRYPT: bool>(
     round_keys: &RoundKeys,
@@ -160,8 +164,8 @@ pub(crate) unsafe fn crypt<V: Vector, const K: usize, const DECRYPT: bool>(
     mut output: *mut u8,
     mut blocks: usize,
 ) {
-    // SAFETY: the caller vouches for the instructions and the memory; what is left shrinks as the pointers advance, and the buffer
-    // holds `K` groups.
+    // SAFETY: the caller guarantees the instructions and the memory. The remaining length shrinks
+    // as the pointers advance, and the buffer holds `K` groups.
     unsafe {
         while blocks >= K * V::BLOCKS {
             crypt_groups::<V, K, DECRYPT>(round_keys, input, output);
@@ -182,7 +186,7 @@ pub(crate) unsafe fn crypt<V: Vector, const K: usize, const DECRYPT: bool>(
     }
 }
 
-/// Adds the key stream of `K` groups that begins at `counter`.
+/// Adds the key stream of `K` groups, beginning with `counter`.
 ///
 /// # Safety
 /// As [`crypt_groups`].
@@ -194,7 +198,7 @@ unsafe fn ctr_groups<V: Vector, const K: usize>(
     input: *const u8,
     output_: *mut u8,
 ) {
-    // SAFETY: the caller vouches for the instructions and the memory.
+    // SAFETY: the caller guarantees the instructions and the memory.
     unsafe {
         let [n0, n1, n2] = nonce;
         let mut x: State<V, K> = [[n0, n1, n2, n0]; K];
@@ -215,7 +219,8 @@ unsafe fn ctr_groups<V: Vector, const K: usize>(
 /// Adds to `len` bytes the key stream of the blocks `nonce || counter`, `nonce || counter + 1`, … modulo 2^32.
 ///
 /// # Safety
-/// As [`Vector`] says; `len` bytes can be read from `input` and written to `output`, which are equal or do not overlap.
+/// As documented at [`Vector`]. `len` bytes must be readable from `input` and writable to `output`,
+/// which are equal or do not overlap.
 #[inline(always)]
 pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
     round_keys: &RoundKeys,
@@ -226,8 +231,8 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
     mut len: usize,
 ) {
     let group = V::BLOCKS * BLOCK;
-    // SAFETY: the caller vouches for the instructions and the memory; what is left shrinks as the pointers advance, and the buffer
-    // holds `K` groups.
+    // SAFETY: the caller guarantees the instructions and the memory. The remaining length shrinks
+    // as the pointers advance, and the buffer holds `K` groups.
     unsafe {
         let [n0, n1, n2] = [0, 4, 8].map(|i| u32::from_le_bytes([nonce[i], nonce[i + 1], nonce[i + 2], nonce[i + 3]]));
         let nonce = [V::splat(n0).enter_field(), V::splat(n1).enter_field(), V::splat(n2).enter_field()];
@@ -247,7 +252,7 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
                 ctr_groups::<V, 1>(round_keys, nonce, counter, whole, whole);
             }
             ptr::copy_nonoverlapping(whole, output, len);
-            // Where the input was zeros it is the key stream.
+            // For input of zeros, the buffer holds the key stream.
             slice::from_raw_parts_mut(whole, len).zeroize();
         }
     }

@@ -1,6 +1,6 @@
-//! Vectors in software, for the tests: they run the algorithms of `simd` and `ghash` at widths, and with instructions, that the
-//! machine may lack. Written after the pseudo-code of Intel's manual (Software Developer's Manual, volume 2), not after the vectors
-//! of `x86`.
+//! Software vectors for the tests. They run the algorithms of `simd` and `ghash` at widths, and
+//! with instructions, that the machine may lack. They follow the pseudo-code of Intel's manual
+//! (Software Developer's Manual, volume 2), independently of the vectors in `x86`.
 
 use std::vec::Vec;
 
@@ -12,11 +12,12 @@ use crate::{
 
 type Lane = [u8; 16];
 
-/// `LANES` lanes of 128 bits. With `AES` the S-box goes through `AESENCLAST`, else through `GF2P8AFFINEINVQB`.
+/// `LANES` lanes of 128 bits. With `AES`, the S-box uses `AESENCLAST`, otherwise
+/// `GF2P8AFFINEINVQB`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Soft<const LANES: usize, const AES: bool>([Lane; LANES]);
 
-/// `GF2P8AFFINEQB` on a byte: `affine_byte` of the manual.
+/// `GF2P8AFFINEQB` on a byte: `affine_byte` in the manual.
 fn affine(matrix: u64, constant: u8, x: u8) -> u8 {
     let rows = matrix.to_le_bytes();
     let parity = |i: usize| (rows[7 - i] & x).count_ones() as u8 & 1;
@@ -49,12 +50,12 @@ impl<const LANES: usize, const AES: bool> Vector for Soft<LANES, AES> {
     const BLOCKS: usize = 4 * LANES;
 
     unsafe fn load(from: *const u8) -> Self {
-        // SAFETY: the caller vouches for the memory; arrays of bytes need no alignment.
+        // SAFETY: the caller guarantees the memory. Arrays of bytes need no alignment.
         unsafe { from.cast::<Self>().read_unaligned() }
     }
 
     unsafe fn store(self, to: *mut u8) {
-        // SAFETY: the caller vouches for the memory; arrays of bytes need no alignment.
+        // SAFETY: the caller guarantees the memory. Arrays of bytes need no alignment.
         unsafe { to.cast::<Self>().write_unaligned(self) }
     }
 
@@ -134,7 +135,7 @@ impl<const LANES: usize> Elements for Soft<LANES, false> {
     const LANES: usize = LANES;
 
     unsafe fn load(from: *const u8) -> Self {
-        // SAFETY: the caller vouches for the memory.
+        // SAFETY: the caller guarantees the memory.
         unsafe { Vector::load(from) }
     }
 
@@ -194,12 +195,12 @@ mod tests {
         bytes
     }
 
-    /// How much of each loop to run: everything is slow under Miri.
+    /// The step of each loop. Miri is slow, so it takes larger steps.
     const STEP: usize = if cfg!(miri) { 97 } else { 1 };
 
     fn the_cipher<V: Vector>() {
         let mut rng = StdRng::seed_from_u64(6);
-        // The most are whole groups and a rest.
+        // The largest number is whole groups and a rest.
         let most = 2 * 2 * V::BLOCKS + 3;
         for len in (0..=most).step_by(STEP.min(most)) {
             let key: [u8; 16] = rng.random();

@@ -1,4 +1,5 @@
-//! The block cipher against the standard and against the RustCrypto crate `sm4`, on every backend that this machine has.
+//! The block cipher against the standard and against the RustCrypto crate `sm4`, on every backend
+//! of this machine.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +19,7 @@ type Block = Array<u8, U16>;
 
 const KEY: u128 = 0x0123_4567_89ab_cdef_fedc_ba98_7654_3210;
 
-/// GB/T 32907-2016, appendix A.1, and A.2: the same after a million encryptions.
+/// GB/T 32907-2016, appendix A.1, and A.2: the same block after a million encryptions.
 #[test]
 fn vectors_of_the_standard() {
     for backend in backends() {
@@ -35,7 +36,7 @@ fn vectors_of_the_standard() {
     }
 }
 
-/// Any number of blocks up to a few groups of every backend, both ways, in place and not.
+/// Any number of blocks up to a few groups of every backend, in both directions, in place and not.
 #[test]
 fn blocks_are_those_of_rustcrypto() {
     let mut rng = StdRng::seed_from_u64(4);
@@ -63,7 +64,7 @@ fn blocks_are_those_of_rustcrypto() {
     }
 }
 
-/// `ctr` takes our cipher in place of RustCrypto's.
+/// `ctr` accepts this crate's cipher in place of RustCrypto's.
 #[test]
 fn ctr_is_that_of_rustcrypto() {
     let mut rng = StdRng::seed_from_u64(5);

@@ -1,5 +1,5 @@
-//! SM4-GCM against RFC 8998 and against RustCrypto's `aes-gcm` over `sm4`, with every backend and every multiplication that this
-//! machine has.
+//! SM4-GCM against RFC 8998 and against RustCrypto's `aes-gcm` over `sm4`, with every backend and
+//! every multiplication of this machine.
 
 #![allow(clippy::unwrap_used)]
 
@@ -29,7 +29,8 @@ fn all() -> Vec<(Backend, &'static str)> {
         .collect()
 }
 
-/// Pairs in which every backend and every multiplication is found, where all would take long.
+/// Pairs that cover every backend and every multiplication, for tests in which all pairs would take
+/// too long.
 fn each() -> Vec<(Backend, &'static str)> {
     let (backends, multipliers) = (backends(), Sm4Gcm::multipliers().collect::<Vec<_>>());
     let count = backends.len().max(multipliers.len());
@@ -91,7 +92,7 @@ impl Case {
         }
     }
 
-    /// What the oracle makes of the message.
+    /// The message sealed by the reference implementation.
     fn sealed(&self) -> (Vec<u8>, Tag<Sm4Gcm>) {
         let mut sealed = self.plain.clone();
         let tag = self.theirs.encrypt_inout_detached(&self.nonce, &self.aad, (&mut sealed[..]).into()).unwrap();
@@ -130,7 +131,7 @@ impl Case {
     }
 }
 
-/// Every length from 0 to 4,200 bytes, at alignments that change with it.
+/// Every length from 0 to 4,200 bytes, at alignments that change with the length.
 #[test]
 fn every_length() {
     let mut rng = StdRng::seed_from_u64(1);
@@ -141,7 +142,8 @@ fn every_length() {
     }
 }
 
-/// Every alignment of input and output at a few lengths, and lengths about the chunks in which a message is hashed.
+/// Every alignment of input and output at a few lengths, and lengths near the size of the hashed
+/// chunks.
 #[test]
 fn every_alignment_and_long_messages() {
     let mut rng = StdRng::seed_from_u64(2);
@@ -155,7 +157,7 @@ fn every_alignment_and_long_messages() {
     }
 }
 
-/// A message that differs in one bit anywhere is refused, and the output is not touched.
+/// Any single changed bit makes opening fail, and the output stays unchanged.
 #[test]
 fn what_was_changed_is_refused() {
     let mut rng = StdRng::seed_from_u64(3);
@@ -200,7 +202,8 @@ fn what_was_changed_is_refused() {
     }
 }
 
-/// The counter of 32 bits wraps without a carry into the nonce: at every place in the groups of every backend.
+/// The 32-bit counter wraps without a carry into the nonce, at every position in the groups of
+/// every backend.
 #[test]
 fn the_counter_wraps() {
     let mut rng = StdRng::seed_from_u64(4);
@@ -223,7 +226,7 @@ fn the_counter_wraps() {
     }
 }
 
-/// Buffers that begin or end where memory ends: whoever reads or writes beyond them faults.
+/// Buffers that begin or end at the end of accessible memory: an access beyond them faults.
 #[test]
 fn nothing_beyond_the_buffers_is_touched() {
     let mut rng = StdRng::seed_from_u64(5);
@@ -249,7 +252,7 @@ fn nothing_beyond_the_buffers_is_touched() {
     }
 }
 
-/// Memory between two pages that nobody may access.
+/// Memory between two inaccessible pages.
 struct Guarded(*mut u8);
 
 impl Guarded {
@@ -259,10 +262,10 @@ impl Guarded {
     fn new() -> Self {
         let size = 3 * Self::PAGE;
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the system's choice.
+        // SAFETY: a new mapping at an address that the system chooses.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, MapFlags::PRIVATE) }.unwrap();
         for page in [0, 2] {
-            // SAFETY: pages of the mapping that was just made, which nobody else knows.
+            // SAFETY: pages of the new mapping. No other code knows it.
             unsafe { mprotect(start.byte_add(page * Self::PAGE), Self::PAGE, MprotectFlags::empty()) }.unwrap();
         }
         Self(start.cast())
@@ -270,14 +273,15 @@ impl Guarded {
 
     fn part(&mut self, len: usize, at_end: bool) -> &mut [u8] {
         let offset = Self::PAGE + if at_end { Self::LEN - len } else { 0 };
-        // SAFETY: within the accessible page, which lives as long as `self` and is borrowed with it.
+        // SAFETY: within the accessible page, which lives as long as `self` and is borrowed with
+        // it.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
     }
 }
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        // SAFETY: the whole mapping, which nothing borrows any more.
+        // SAFETY: the whole mapping. Nothing borrows it any more.
         unsafe { munmap(self.0.cast(), 3 * Self::PAGE) }.unwrap();
     }
 }

@@ -1,5 +1,6 @@
-//! Every backend and every multiplication that the emulated processor has, against the portable ones (which the tests of `sm4-simd`
-//! compare with RustCrypto's) and the vectors of the standards. Bochs prints what is written to port 0xe9.
+//! Tests every backend and every multiplication of the emulated processor against the portable ones
+//! and the vectors of the standards. The tests of `sm4-simd` compare the portable ones with
+//! RustCrypto's. Bochs prints the bytes written to port 0xe9.
 
 #![no_std]
 
@@ -21,7 +22,7 @@ struct Console;
 impl Write for Console {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            // SAFETY: a port that nothing but Bochs' console listens to.
+            // SAFETY: only the console of Bochs listens to this port.
             unsafe { asm!("out 0xe9, al", in("al") byte, options(nomem, nostack)) };
         }
         Ok(())
@@ -32,14 +33,14 @@ macro_rules! say {
     ($($argument:tt)*) => {{ let _ = writeln!(Console, $($argument)*); }};
 }
 
-/// The end: Bochs leaves when it is told to shut down through this port.
+/// Ends the program: Bochs exits when it receives the word "Shutdown" on this port.
 fn leave() -> ! {
     for byte in *b"Shutdown" {
-        // SAFETY: a port of Bochs.
+        // SAFETY: this port belongs to Bochs.
         unsafe { asm!("out dx, al", in("dx") 0x8900_u16, in("al") byte, options(nomem, nostack)) };
     }
     loop {
-        // SAFETY: waits, for ever.
+        // SAFETY: only halts the processor.
         unsafe { asm!("hlt", options(nomem, nostack)) };
     }
 }
@@ -74,7 +75,8 @@ impl Noise {
 
 const LEN_MAX: usize = 10_000;
 
-/// Whether the emulator multiplies by a matrix as processors do: Bochs before 2.8 takes each parity the wrong way around.
+/// Whether the emulator multiplies by a matrix as real processors do. Bochs before 2.8 inverts each
+/// parity.
 #[target_feature(enable = "gfni")]
 fn gfni_is_right() -> bool {
     let zero = black_box(_mm_setzero_si128());
@@ -120,7 +122,8 @@ fn blocks(backend: Backend, noise: &mut Noise) {
 
 fn messages(backend: Backend, multiplier: &str, noise: &mut Noise) {
     static mut BUFFERS: [[u8; LEN_MAX + 128]; 4] = [[0; LEN_MAX + 128]; 4];
-    // SAFETY: there is one thread, and no other reference: this function neither calls itself nor keeps the one of an earlier call.
+    // SAFETY: there is one thread and no other reference. This function does not call itself and
+    // keeps no reference from an earlier call.
     let [plain, expected, out, in_place] = unsafe { &mut *&raw mut BUFFERS };
     for len in (0..700).chain((700..4200).step_by(61)).chain([8191, 8192, 8193, 9999]) {
         let (at, to) = (len % 64, (7 * len + 1) % 64);
@@ -156,13 +159,13 @@ fn messages(backend: Backend, multiplier: &str, noise: &mut Noise) {
     }
 }
 
-/// Where `boot.s` jumps to, in long mode.
+/// The entry point to which `boot.s` jumps, in long mode.
 #[unsafe(no_mangle)]
 extern "C" fn check() -> ! {
     let mut noise = Noise(4);
     say!("detected: {}", Backend::detect());
     let has_gfni = [Backend::Avx2Gfni, Backend::Avx512Gfni].into_iter().any(Backend::is_available);
-    // SAFETY: only where the processor has the instructions.
+    // SAFETY: called only if the processor has the instructions.
     if has_gfni && !unsafe { gfni_is_right() } {
         say!("FAILED: this emulator computes GF2P8AFFINEQB wrongly: take Bochs 2.8 or newer");
         leave();

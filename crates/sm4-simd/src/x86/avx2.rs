@@ -8,12 +8,12 @@ use crate::{
     simd::Vector,
 };
 
-/// How a 256-bit vector computes the S-box.
+/// The computation of the S-box on a 256-bit vector.
 ///
 /// # Safety
 /// As [`Vector`].
 pub(super) trait Substitution: Copy {
-    /// For [`Vector::turn`].
+    /// The tables for [`Vector::turn`].
     const TURNS: &[Lane; 4];
 
     unsafe fn enter_field(x: __m256i) -> __m256i;
@@ -58,8 +58,8 @@ unsafe fn look_up(tables: &[Lane; 2], nibbles: [__m256i; 2]) -> __m256i {
 #[derive(Clone, Copy)]
 pub(super) struct Gfni;
 
-/// Each row of a matrix everywhere. It is a parameter of the type, as transposing it takes longer than a round: no compiler may be
-/// left to do that while encrypting.
+/// Each row of a matrix in all places. It is a parameter of the type, because transposing it takes
+/// longer than a round. The compiler must not do that during encryption.
 #[inline(always)]
 unsafe fn matrix<const ROWS: u64>() -> __m256i {
     arch! { _mm256_set1_epi64x(ROWS as i64) }

@@ -16,8 +16,8 @@ unsafe fn constant(lane: &Lane) -> __m512i {
     arch! { _mm512_broadcast_i32x4(_mm_loadu_si128(lane.as_ptr().cast())) }
 }
 
-/// Each row of a matrix everywhere. It is a parameter of the type, as transposing it takes longer than a round: no compiler may be
-/// left to do that while encrypting.
+/// Each row of a matrix in all places. It is a parameter of the type, because transposing it takes
+/// longer than a round. The compiler must not do that during encryption.
 #[inline(always)]
 unsafe fn matrix<const ROWS: u64>() -> __m512i {
     arch! { _mm512_set1_epi64(ROWS as i64) }

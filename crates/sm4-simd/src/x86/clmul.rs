@@ -15,7 +15,7 @@ macro_rules! width {
             use super::*;
 
             /// # Safety
-            /// The processor has the features.
+            /// The processor must have the features.
             #[target_feature(enable = $features)]
             pub(crate) unsafe fn expand(key: &[u8; 16]) -> Powers {
                 // SAFETY: the features are enabled here.
@@ -23,7 +23,7 @@ macro_rules! width {
             }
 
             /// # Safety
-            /// The processor has the features.
+            /// The processor must have the features.
             #[target_feature(enable = $features)]
             pub(crate) unsafe fn update(powers: &Powers, sum: &mut [u8; 16], data: &[u8]) {
                 // SAFETY: the features are enabled here.

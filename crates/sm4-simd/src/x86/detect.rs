@@ -1,4 +1,4 @@
-//! What the processor has.
+//! Detection of the processor's instructions.
 
 use crate::backend::Backend;
 
@@ -10,8 +10,9 @@ cpufeatures::new!(pclmulqdq, "pclmulqdq", "ssse3");
 
 /// Extensions that CPUID reports in ECX of leaf 7.
 ///
-/// `cpufeatures` has names for them, but answers yes only where the operating system saves the registers of AVX-512, which the
-/// 256-bit forms do not need. AVX2, which it is asked for first, implies that leaf 7 exists and that 256-bit registers are saved.
+/// `cpufeatures` has names for them, but it reports them only if the operating system saves the
+/// registers of AVX-512, which the 256-bit forms do not need. The code checks for AVX2 first, which
+/// implies that leaf 7 exists and that 256-bit registers are saved.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 enum Leaf7 {
@@ -26,7 +27,8 @@ fn has_avx2_and(extension: Leaf7) -> bool {
         return false;
     }
     #[allow(unused_unsafe, reason = "unsafe in the Rust versions that this crate begins with")]
-    // SAFETY: all processors of x86-64 have CPUID, and where a program may not use it (SGX), `avx2` says no.
+    // SAFETY: all x86-64 processors have CPUID. Where a program may not use it (SGX), `avx2` is
+    // false.
     let leaf = unsafe { core::arch::x86_64::__cpuid_count(7, 0) };
     leaf.ecx & extension as u32 != 0
 }

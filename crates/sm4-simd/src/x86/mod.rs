@@ -1,10 +1,10 @@
-//! The vectors of x86-64, and the functions that each instruction set is enabled in.
+//! The vectors of x86-64, and the functions in which each instruction set is enabled.
 
 /// Calls intrinsics in the method of a vector.
 macro_rules! arch {
     ($($body:tt)*) => {{
-        // SAFETY: the methods of vectors require that the processor has the instructions, and that the memory which they load or
-        // store can be accessed.
+        // SAFETY: the methods of vectors require that the processor has the instructions, and that
+        // the memory they load or store is accessible.
         unsafe { $($body)* }
     }};
 }
@@ -29,7 +29,7 @@ macro_rules! backend {
             use super::*;
 
             /// # Safety
-            /// The processor has the features; for the rest see [`simd::crypt`].
+            /// The processor must have the features. Otherwise as [`simd::crypt`].
             #[target_feature(enable = $features)]
             pub(crate) unsafe fn crypt<const DECRYPT: bool>(
                 round_keys: &RoundKeys,
@@ -37,12 +37,12 @@ macro_rules! backend {
                 output: *mut u8,
                 blocks: usize,
             ) {
-                // SAFETY: the features are enabled here; the caller vouches for the memory.
+                // SAFETY: the features are enabled here. The caller guarantees the memory.
                 unsafe { simd::crypt::<$vector, $groups, DECRYPT>(round_keys, input, output, blocks) }
             }
 
             /// # Safety
-            /// The processor has the features; for the rest see [`simd::ctr`].
+            /// The processor must have the features. Otherwise as [`simd::ctr`].
             #[target_feature(enable = $features)]
             pub(crate) unsafe fn ctr(
                 round_keys: &RoundKeys,
@@ -52,7 +52,7 @@ macro_rules! backend {
                 output: *mut u8,
                 len: usize,
             ) {
-                // SAFETY: the features are enabled here; the caller vouches for the memory.
+                // SAFETY: the features are enabled here. The caller guarantees the memory.
                 unsafe { simd::ctr::<$vector, $groups>(round_keys, nonce, counter, input, output, len) }
             }
         }

@@ -1,4 +1,4 @@
-//! Constants of the vectors, a lane of 128 bits each.
+//! Constants for the vectors, a lane of 128 bits each.
 
 use crate::field::{FAR, FROM_FIELD, NEAR, TO_FIELD};
 
@@ -7,7 +7,7 @@ pub(super) type Lane = [u8; 16];
 /// For `PSHUFB`: the nibble tables of an affine map.
 pub(super) const TO_FIELD_NIBBLES: [Lane; 2] = TO_FIELD.nibbles();
 pub(super) const FROM_FIELD_NIBBLES: [Lane; 2] = FROM_FIELD.nibbles();
-/// On what `AESENCLAST` makes of a byte under a round key of zero, which is the AES S-box.
+/// For the output of `AESENCLAST` with a round key of zero, which is the AES S-box.
 pub(super) const NEAR_NIBBLES: [Lane; 2] = NEAR.after_aes().nibbles();
 pub(super) const FAR_NIBBLES: [Lane; 2] = FAR.after_aes().nibbles();
 
@@ -21,7 +21,7 @@ pub(super) const SWAP_BYTES: Lane = {
     table
 };
 
-/// For `PSHUFB`: brings to each byte the one `bytes` further on in its word.
+/// For `PSHUFB`: replaces each byte by the byte `bytes` further on in its word.
 const fn turn(bytes: usize) -> Lane {
     let (mut table, mut i) = ([0; 16], 0);
     while i < 16 {
@@ -31,7 +31,8 @@ const fn turn(bytes: usize) -> Lane {
     table
 }
 
-/// The same after `AESENCLAST`, whose ShiftRows (FIPS 197, section 5.1.2) has moved byte `r` of word `c` to word `c - r`.
+/// The same after `AESENCLAST`. Its ShiftRows (FIPS 197, section 5.1.2) has moved byte `r` of word
+/// `c` to word `c - r`.
 const fn turn_after_aes(bytes: usize) -> Lane {
     let (mut table, mut i) = (turn(bytes), 0);
     while i < 16 {

@@ -1,8 +1,9 @@
-//! What both tests need.
+//! Code for both tests.
 
 use sm4_simd::Backend;
 
-/// The backends to test: all that can run here. Says which, and fails where the accelerated ones should have been among them.
+/// The backends of this machine. Prints them, and fails if the accelerated ones are missing
+/// although the machine has them.
 pub(crate) fn backends() -> Vec<Backend> {
     let available: Vec<_> = Backend::ALL.into_iter().filter(|backend| backend.is_available()).collect();
     println!("backends: {available:?}");
