@@ -1,7 +1,7 @@
-//! What the catalogue costs, in one run: `cargo bench --bench catalogue`.
+//! The cost of the catalogue, in one run: `cargo bench --bench catalogue`.
 //!
-//! Prints how long the 10,000th Logstore takes beside the 10th, and what a roll writes and syncs in a store of 4,000 shards beside one
-//! of a single shard.
+//! Prints how long the 10,000th Logstore takes compared with the 10th. Prints how much a roll
+//! writes and syncs in a store of 4,000 shards, compared with a store of a single shard.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -21,7 +21,7 @@ use envelog::{
     io::{Access, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, Owner, RealDisk},
 };
 
-/// What was written and synced.
+/// The amounts written and synced.
 #[derive(Debug, Default)]
 struct Counts {
     bytes: AtomicU64,
@@ -159,7 +159,7 @@ fn creating() {
     println!("closing a store of 10,000 Logstores: {:?}", began.elapsed());
 }
 
-/// What a roll of one shard costs, beside so many shards.
+/// The cost of a roll of one shard, in a store with this many shards.
 fn roll(shards: u32) -> (u64, u64) {
     let dir = tempfile::tempdir_in(".").unwrap();
     let counts = Arc::<Counts>::default();

@@ -1,6 +1,7 @@
-//! Appends, reads and the block ciphers, each suite beside the store without encryption.
+//! Appends, reads and the block ciphers, each suite compared with the store without encryption.
 //!
-//! `cargo bench --bench engine` makes its own log lines; `ENVELOG_BENCH_LOGS=DIR` takes the files of a directory instead.
+//! `cargo bench --bench engine` generates its own log lines. `ENVELOG_BENCH_LOGS=DIR` takes the
+//! files of a directory instead.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::{fs, hint::black_box, path::Path, time::Instant};
@@ -134,8 +135,9 @@ fn read(criterion: &mut Criterion) {
     }
 }
 
-/// The two ways to fetch sealed segments, out of the page cache. They take turns, and the best round of each counts, so that other work
-/// on the machine weighs on neither: it prints what a map reads for each byte that positional reads do.
+/// Compares the two ways to read sealed segments from the page cache. They take turns, and the best
+/// round of each is used, so other work on the machine favours neither. Prints how much a map reads
+/// per byte of positional reads.
 fn read_modes(criterion: &mut Criterion) {
     let groups = groups();
     let bytes = 8 * groups.iter().map(Payload::len).sum::<usize>();

@@ -1,13 +1,18 @@
-//! What revocation costs those whose key is in order: `cargo bench --bench revocation`.
+//! The cost of revocation for Logstores whose own key is valid: `cargo bench --bench revocation`.
 //!
-//! 1. The 99th percentile of an append with leases that are renewed ten times a second, beside that with one renewal an hour.
-//! 2. That of one Logstore while another's master key is disabled and enabled, beside that while nothing happens.
-//! 3. With the feature `kms-aws`, the second again with moto in the place of AWS KMS, and a renewal a second.
-//! 4. The calls that 10,000 Logstores under one master key cost.
+//! 1. The 99th percentile of an append with ten lease renewals a second, compared with one renewal
+//!    an hour.
+//! 2. The 99th percentile of an append to one Logstore while another one's master key is disabled
+//!    and enabled, compared with an undisturbed store.
+//! 3. With the feature `kms-aws`, the second measurement again, with moto in the place of AWS KMS
+//!    and one renewal a second.
+//! 4. The KMS calls for 10,000 Logstores under one master key.
 //!
-//! Runs are interleaved, and medians of seven are compared. Where nothing else is said, the KMS is the embedded one, each of whose calls takes
-//! 5 ms longer. The crowd lives in memory where the machine has a file system there, as making it takes 100,000 syncs. With `--test`, as `cargo
-//! test --benches` runs it, all of it but moto is tried on a small scale, and the figures mean nothing.
+//! Runs are interleaved, and medians of seven are compared. Unless stated otherwise, the KMS is the
+//! embedded one, with 5 ms added to each call. The 10,000 Logstores are in memory if the machine
+//! has a file system there, because creating them takes 100,000 syncs. With `--test`, as `cargo
+//! test --benches` runs it, everything but moto runs on a small scale, and the figures mean
+//! nothing.
 
 #![allow(clippy::unwrap_used)]
 
@@ -38,7 +43,7 @@ const ROLE: &str = "acs:ram::1:role/log";
 const REGION: &str = "cn-hangzhou";
 const RUNS: usize = 7;
 
-/// Who holds the master keys.
+/// The KMS of the master keys.
 enum Master {
     Local(Arc<LocalKms>),
     #[cfg(feature = "kms-aws")]
@@ -113,7 +118,7 @@ impl World {
     }
 }
 
-/// The 99th percentile of appends of 4 KiB for that long, in microseconds.
+/// The 99th percentile of appends of 4 KiB during `long`, in microseconds.
 fn p99(logstore: &Logstore, long: Duration) -> f64 {
     let payload = Bytes::from(vec![b'x'; 4 << 10]);
     let options = AppendOptions::durability(Durability::Written);
@@ -133,11 +138,11 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Compares two ways to run, in turn; prints both and their ratio.
+/// Compares two variants in turn. Prints both and their ratio.
 fn compare(what: &str, names: [&str; 2], runs: usize, mut run: impl FnMut(bool) -> f64) {
     let (mut plain, mut tried, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..runs {
-        // Who goes first alternates.
+        // The first variant alternates.
         let (a, b) = if turn % 2 == 0 {
             let a = run(false);
             (a, run(true))
@@ -178,7 +183,7 @@ fn neighbour(what: &str, world: &World, runs: usize, long: Duration) {
     compare(what, ["whose key is in order", "whose key is disabled and enabled"], runs, |revoking| {
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            // Both ways it appends, so that it is no less of a neighbour.
+            // The other Logstore appends in both variants, so that its load is the same.
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
@@ -211,7 +216,7 @@ fn crowd(logstores: usize, long: Duration) {
     let cmk = world.master.create_key();
     let all: Vec<_> = (0..logstores).map(|n| world.logstore(&format!("p/l{n}"), &cmk)).collect();
     for logstore in &all {
-        // Each is in use.
+        // Each Logstore is in use.
         logstore.read(0, &envelog::ReadOptions::default()).unwrap();
     }
     let (before, began) = (world.store.renewal_calls(), Instant::now());
@@ -224,7 +229,8 @@ fn crowd(logstores: usize, long: Duration) {
     assert!(calls as f64 <= 2.0 * began.elapsed().as_secs_f64() + 1.0);
 }
 
-/// AWS credentials come from the environment, and a process has one: this one is started again, with some.
+/// AWS credentials come from the environment of the process. So this program starts itself again
+/// with credentials.
 #[cfg(feature = "kms-aws")]
 fn with_moto() {
     const INSIDE: &str = "ENVELOG_BENCH_WITH_AWS_CREDENTIALS";
@@ -253,7 +259,7 @@ fn main() {
         crowd(50, long);
         return;
     }
-    // First, as it goes no further in the process that is started for it.
+    // First, because the process that this starts ends here.
     #[cfg(feature = "kms-aws")]
     with_moto();
     renewal(RUNS, Duration::from_secs(3));

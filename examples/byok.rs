@@ -1,4 +1,5 @@
-//! A Logstore under a customer's key: written, refused while the customer disables the key, and back when it is enabled.
+//! A Logstore under a customer's key. It is written, refused while the customer disables the key,
+//! and available again when the customer enables it.
 //!
 //! `cargo run --example byok`
 
@@ -26,7 +27,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let logstore = store.create_logstore(&"shop/payments".parse()?, spec)?;
     logstore.append(Payload::opaque("paid 12.50")?, &AppendOptions::default())?;
 
-    // The customer disables the key. Within `revalidate_every` everything is refused; here at once.
+    // The customer disables the key. The engine refuses everything within `revalidate_every`;
+    // `revalidate_now` makes it refuse at once.
     kms.disable(&cmk_key_id)?;
     match logstore.revalidate_now() {
         Err(Error::Revoked { reason, .. }) => println!("refused: the key is {reason}"),

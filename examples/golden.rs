@@ -1,7 +1,9 @@
-//! Makes the golden stores: small stores of every kind, to be kept, so that a later build can be held against them.
+//! Creates the golden stores: small stores of every kind that are kept, so that later builds can be
+//! tested against them.
 //!
-//! `cargo run --example golden -- DIR` makes those of this format version in `DIR` (in the repository: `tests/golden/v2`). Clock and
-//! randomness are made up, so every run gives the same bytes; what is in `compressed` depends on the versions of lz4 and zstd too.
+//! `cargo run --example golden -- DIR` creates those of this format version in `DIR` (in the
+//! repository: `tests/golden/v2`). Clock and randomness are simulated, so every run gives the same
+//! bytes. The bytes of `compressed` also depend on the versions of lz4 and zstd.
 
 #[path = "../tests/common/mod.rs"]
 mod common;

@@ -1,4 +1,5 @@
-//! Measures what it costs to go on behind 64 MiB of hostile bytes at the end of a segment: time, and the most memory at once.
+//! Measures recovery and verification with 64 MiB of hostile bytes at the end of a segment: the
+//! time, and the peak memory.
 //!
 //! `cargo run --release --all-features --example hostile_tail [MIB]`
 
@@ -22,7 +23,7 @@ use envelog::{
     segment::{BlockHeader, BlockKind},
 };
 
-/// Counts what is allocated, and the most that ever was.
+/// Counts allocated bytes and their peak.
 struct Counting;
 
 static NOW: AtomicUsize = AtomicUsize::new(0);
@@ -31,7 +32,7 @@ static MOST: AtomicUsize = AtomicUsize::new(0);
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: all is left to `System`; only the sizes are counted.
+// SAFETY: `System` does all the work; this only counts the sizes.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
@@ -53,7 +54,8 @@ const BLOCK_LEN_MIN: usize = BlockHeader::LEN + SUFFIX;
 /// The longest payload.
 const PAYLOAD_MAX: usize = 32 << 20;
 
-/// The bytes of a tail, by the header of the last block in front of it, and where it begins.
+/// Builds the bytes of a tail from the header of the last block in front of it, the offset of the
+/// tail, and its length.
 type Make = fn(&BlockHeader, u64, usize) -> Vec<u8>;
 
 fn main() {
@@ -93,7 +95,7 @@ fn measure(what: &str, make: Make, encrypted: bool, len: usize) {
     for text in ["first", "second"] {
         put(&logstore, text);
     }
-    // What a process leaves that is killed now.
+    // The state that a process leaves when it is killed now.
     let killed = world.path().join("killed");
     copy_dir(&world.store_dir(), &killed);
     let dir = world.logstore_dir(&logstore);
@@ -119,7 +121,7 @@ fn append_tail(segment: &Path, make: Make, len: usize) {
     fs::OpenOptions::new().append(true).open(segment).unwrap().write_all(&tail).unwrap();
 }
 
-/// How long something takes, and the most memory at once that it takes beyond what is in use before.
+/// The duration of `act`, and its peak memory beyond the memory in use before.
 fn timed(act: impl FnOnce()) -> String {
     let before = NOW.load(Ordering::Relaxed);
     MOST.store(before, Ordering::Relaxed);
@@ -175,7 +177,7 @@ fn marks(like: &BlockHeader, mark: u64, len: usize, skip: u32) -> Vec<u8> {
     tail
 }
 
-/// Whole blocks within each other, in as many heaps as it takes.
+/// Blocks nested within each other, in as many such nests as fit.
 fn nested(like: &BlockHeader, mark: u64, len: usize) -> Vec<u8> {
     let mut tail = Vec::with_capacity(len);
     while len - tail.len() >= 2 * BLOCK_LEN_MIN {
@@ -184,7 +186,7 @@ fn nested(like: &BlockHeader, mark: u64, len: usize) -> Vec<u8> {
         let mut crc = crc32fast::Hasher::new();
         crc.update(&core);
         for inner in (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= most) {
-            // Not in its place: it would be taken for a forged block there, and reported.
+            // Not in its place: the scan would report it as a forged block there.
             let header = BlockHeader { number: like.number + 2, ..header(like, mark, inner) }.encode();
             let mut covered = crc32fast::Hasher::new();
             covered.update(&header);

@@ -1,10 +1,10 @@
-//! Makes the seeds anew, out of the golden stores and a few texts:
+//! Generates the seeds, from the golden stores and a few texts:
 //!
 //! ```sh
 //! RUSTFLAGS='--cfg fuzzing' cargo run --manifest-path fuzz/Cargo.toml --example seeds
 //! ```
 
-// For the hooks of the instrumentation, should this be built with it.
+// Needed for the hooks of the instrumentation, if this is built with it.
 use libfuzzer_sys as _;
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -14,7 +14,7 @@ use envelog::{
 };
 use envelog_fuzz::{BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, scanned_header};
 
-/// Writes the seeds of a target, the same only once.
+/// Writes the seeds of a target. Writes equal seeds only once.
 fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("seeds").join(target);
     if dir.exists() {
@@ -39,7 +39,7 @@ fn main() {
         let list = rest.get(BlockHeader::LEN..BlockHeader::LEN + header.list_len as usize)?;
         (header.compression == Compression::None).then(|| list.to_vec())
     });
-    // Those of stores that are not encrypted; and a group alone.
+    // The lists of stores without encryption, and single groups.
     let lists: Vec<Vec<u8>> = groups.filter(|list| envelog::group::frames(list).all(|frame| frame.is_ok())).collect();
     let alone = lists.iter().filter_map(|list| Some(list[envelog::group::frames(list).next()?.ok()?].to_vec()));
     write("group", lists.iter().cloned().chain(alone));
@@ -73,7 +73,7 @@ fn main() {
     );
     let values = ["begin", "end", "17", "2026-01-31T12:00:00.5+08:00", "64KiB", "3 GiB", "500ms", "1h 30m", "2.5"];
     write("values", texts(&values));
-    // What these mean is up to `arbitrary`: bytes that are far apart, of a few lengths.
+    // `arbitrary` interprets these bytes: very different bytes, of a few lengths.
     for (target, lens) in [("store", [20, 60, 150, 300]), ("model", [40, 120, 300, 600]), ("sm4", [45, 60, 90, 200])] {
         write(target, (1u64..).zip(lens).map(|(seed, len)| noise(seed, len)));
     }
@@ -92,7 +92,8 @@ fn segment_parts(segments: &[Vec<u8>]) {
         (trailer.ends_with(b"SEAL") && len <= rest.len()).then(|| file[file.len() - len..].to_vec())
     };
     write("footer", parts(&footer));
-    // Only blocks of the one segment whose header the target has are blocks to it; the others are noise of the right form.
+    // The target accepts only blocks of the segment whose header it has. The others are noise of a
+    // valid form.
     let (header, _) = scanned_header();
     let bodies = parts(&|file, body| Some(file[body..].to_vec()).filter(|_| file.starts_with(header)));
     let torn = bodies.iter().map(|body| body[..body.len() / 2].to_vec());
@@ -100,7 +101,7 @@ fn segment_parts(segments: &[Vec<u8>]) {
     write("scan", bodies.iter().cloned().chain(torn).chain(hole));
 }
 
-/// Files of the golden stores as they are, and by their bodies.
+/// Files of the golden stores, unchanged and as bodies.
 fn documents() {
     let file = |store: &str, is_it: &dyn Fn(&Path) -> bool| {
         golden(store).files("").find(|(path, _)| is_it(path)).map(|(_, bytes)| bytes.to_vec())
@@ -118,7 +119,7 @@ fn documents() {
     write(
         "keyring",
         both(&|path| path.ends_with("keyring")).into_iter().take(4).map(|mut seed| {
-            // No second body.
+            // A keyring has no second body.
             if seed[0] == 3 {
                 seed.pop();
             }

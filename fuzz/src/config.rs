@@ -1,4 +1,4 @@
-//! What comes from whoever configures: JSON, names, identifiers, URLs, and what is typed on a command line.
+//! Input from operators and users: JSON, names, identifiers, URLs, and command-line values.
 
 use envelog::{
     EncryptConf, EncryptType, KeyringId, LogstoreConfig, LogstoreId, LogstoreName, LogstoreSpec, Store, StoreId,
@@ -7,7 +7,7 @@ use envelog::{
 
 use crate::golden::{DIR, KEYRING, clock, manual};
 
-/// Text as each of the things that the API takes as text.
+/// Parses text as each type that the API accepts as text.
 pub fn config(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     if let Ok(name) = text.parse::<LogstoreName>() {
@@ -52,13 +52,13 @@ fn create_with(conf: EncryptConf) {
     store().create_logstore(&name, spec).expect("a configuration that was checked");
 }
 
-/// Any configuration is taken as it is, or refused and nothing has changed.
+/// The store accepts a configuration unchanged, or refuses it and changes nothing.
 fn update_with(config: &LogstoreConfig) {
     let store = store();
     let name = "project/logstore".parse().expect("a name");
     let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
     let before = store.create_logstore(&name, spec).expect("a new Logstore").config();
-    // A configuration of another revision or another name would always be refused for that alone.
+    // The store would always refuse another revision or another name for that reason alone.
     let config = LogstoreConfig { name: name.clone(), revision: before.revision, ..config.clone() };
     match store.update_logstore(&name, config) {
         Ok(after) => assert_eq!(after.revision, before.revision + 1),
@@ -70,12 +70,12 @@ fn update_with(config: &LogstoreConfig) {
     store.close().expect("nothing was appended");
 }
 
-// The parsers of the command line, which is a program and no library.
+// The parsers of the command line. It is a program, not a library, so the file is included here.
 #[allow(unreachable_pub)]
 #[path = "../../cli/src/values.rs"]
 mod command_line;
 
-/// Text as each of the values of the command line.
+/// Parses text as each type of value of the command line.
 pub fn values(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = command_line::position(text);

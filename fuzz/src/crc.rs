@@ -1,4 +1,5 @@
-//! Making the CRC32s of damaged files right again, as somebody would who knows the format: else the fuzzer would hardly get past them.
+//! Corrects the CRC32s of damaged files, as an attacker who knows the format could. Otherwise the
+//! fuzzer would rarely get past them.
 
 use std::ops::Range;
 
@@ -9,11 +10,11 @@ const DOCUMENT_LEN_MIN: usize = 80 + 64 + CRC_LEN;
 const BLOCK_SUFFIX_LEN: usize = 16 + CRC_LEN;
 const TRAILER_LEN: usize = 16;
 
-/// Where the CRC32 of a slot of `EPOCH` is.
+/// The offset of the CRC32 in a slot of `EPOCH`.
 const EPOCH_CRC_AT: usize = 56;
 const SECTOR: usize = 512;
 
-/// Puts right every CRC32 that there is in a file, by what its name says that it is.
+/// Corrects every CRC32 in a file. The name determines the file's type.
 pub(crate) fn fix(name: &str, bytes: &mut Vec<u8>) {
     if name.ends_with(".seg") {
         segment(bytes);
@@ -30,7 +31,8 @@ pub(crate) fn fix(name: &str, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Over the document, both tips and every record of a file of the catalogue.
+/// Corrects the CRC32s of the document, of both tips and of every record in a file of the
+/// catalogue.
 pub(crate) fn catalogue(bytes: &mut [u8]) {
     let layout = catalogue_layout(bytes);
     if let Some(document_of) = bytes.get_mut(layout.document.clone()) {
@@ -41,7 +43,8 @@ pub(crate) fn catalogue(bytes: &mut [u8]) {
     }
 }
 
-/// Where the document, the tips and the records of a file of the catalogue are, as it says: all within the file.
+/// The positions of the document, the tips and the records in a file of the catalogue, by its own
+/// lengths. All are within the file.
 pub(crate) struct CatalogueLayout {
     pub(crate) document: Range<usize>,
     /// Without the zeros behind their CRC32.
@@ -71,20 +74,20 @@ pub(crate) fn catalogue_layout(bytes: &[u8]) -> CatalogueLayout {
     CatalogueLayout { tips: tips.into_iter().filter(within).collect(), document, records }
 }
 
-/// Over all but the last four bytes of a document.
+/// Corrects the CRC32 over all but the last four bytes of a document.
 pub(crate) fn document(bytes: &mut [u8]) {
     if bytes.len() >= DOCUMENT_LEN_MIN {
         put(bytes, 0, bytes.len() - CRC_LEN);
     }
 }
 
-/// Over the header of a segment, as long as it says to be.
+/// Corrects the CRC32 of a segment's header, for the length in the header.
 pub(crate) fn header(bytes: &mut [u8]) {
     let claimed = bytes.get(12..16).map_or(0, |len| u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize);
     put(bytes, 0, claimed.saturating_add(32));
 }
 
-/// Over each block from `at` on, and over the footer behind them.
+/// Corrects the CRC32 of each block from `at` on, and of the footer behind them.
 pub(crate) fn body(bytes: &mut [u8], mut at: usize) {
     while let Some(Ok(header)) = bytes.get(at..).map(BlockHeader::decode) {
         let end = at + header.block_len() as usize;
@@ -96,7 +99,7 @@ pub(crate) fn body(bytes: &mut [u8], mut at: usize) {
     }
 }
 
-/// Over a footer, which its trailer follows.
+/// Corrects the CRC32 of a footer in front of its trailer.
 pub(crate) fn footer(bytes: &mut [u8]) {
     if let Some(covered) = bytes.len().checked_sub(TRAILER_LEN + CRC_LEN) {
         put(bytes, 0, covered);
@@ -110,7 +113,7 @@ fn segment(bytes: &mut [u8]) {
     }
 }
 
-/// Over what precedes the last tab of each line, as text.
+/// Corrects the CRC32 of the part before the last tab of each line, as text.
 fn audit(bytes: &[u8]) -> Vec<u8> {
     let mut fixed = Vec::with_capacity(bytes.len());
     for line in bytes.split_inclusive(|&byte| byte == b'\n') {
@@ -125,7 +128,7 @@ fn audit(bytes: &[u8]) -> Vec<u8> {
     fixed
 }
 
-/// Puts the CRC32 of the bytes between `start` and `end` behind them, if there is room for it.
+/// Writes the CRC32 of the bytes between `start` and `end` behind them, if there is room for it.
 fn put(bytes: &mut [u8], start: usize, end: usize) {
     let Some(covered) = bytes.get(start..end) else { return };
     let crc = crc32fast::hash(covered).to_le_bytes();
@@ -134,5 +137,5 @@ fn put(bytes: &mut [u8], start: usize, end: usize) {
     }
 }
 
-/// A block without its CRC, for the length of one.
+/// The length of a block beyond its payload.
 pub(crate) const BLOCK_OVERHEAD: usize = BlockHeader::LEN + BLOCK_SUFFIX_LEN;

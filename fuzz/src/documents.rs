@@ -1,8 +1,11 @@
-//! The authenticated files of a store: hostile bytes in the place of one of them, and the store in use.
+//! The authenticated files of a store: hostile bytes replace one of them, and the store is then
+//! used.
 //!
-//! The first byte says how the rest is made a file of. As it is; with its CRC32 made right, as by somebody who knows the format; with
-//! its tag made right too, as by somebody who has the service keyring; or as the bodies of such a file, the frame around them right in
-//! all respects. The last two say that nothing panics, not that all is found: whoever has the keyring is believed.
+//! The first byte decides how the rest becomes a file. The rest may be the file unchanged. Its
+//! CRC32 may be corrected, as by an attacker who knows the format. Its tag may be corrected too, as
+//! by an attacker who has the service keyring. Or the rest holds the bodies of such a file, in a
+//! correct frame. The last two check only that the engine does not panic, not that it detects
+//! everything: the engine believes a holder of the keyring.
 
 use std::{path::Path, time::Duration};
 
@@ -23,10 +26,10 @@ const FRAME_LEN: usize = 80;
 const LENGTHS_AT: usize = 72;
 const SUFFIX_LEN: usize = 32 + 32 + 4;
 
-/// Ends part A where a file is given by its bodies: no JSON has it.
+/// Ends part A where a file is given by its bodies. It never occurs in JSON.
 pub const BODIES_END: u8 = 0xff;
 
-/// How a file is made of bytes.
+/// The way from bytes to a file.
 enum Making {
     AsIs,
     Crc,
@@ -44,7 +47,7 @@ impl Making {
         }
     }
 
-    /// The file, which is to take the place of `original`.
+    /// The file that replaces `original`.
     fn make(&self, bytes: &[u8], original: &[u8], key: &SecretKey) -> Vec<u8> {
         match self {
             Self::AsIs => bytes.to_vec(),
@@ -73,7 +76,7 @@ pub fn bodies(document: &[u8]) -> Option<(&[u8], &[u8])> {
     Some(document.get(FRAME_LEN..)?.split_at_checked(len_a)?).and_then(|(a, rest)| Some((a, rest.get(..len_b)?)))
 }
 
-/// The document with tag A and CRC32 made right.
+/// Corrects tag A and the CRC32 of the document.
 fn tagged(mut document: Vec<u8>, key: &SecretKey) -> Vec<u8> {
     let Some((a, b)) = bodies(&document) else { return document };
     let signed = FRAME_LEN + a.len() + b.len();
@@ -117,7 +120,8 @@ fn root_of(golden: &Golden) -> SecretKey {
     bodies(keyring).and_then(|(a, _)| newest_root(a)).expect("a golden keyring has a root")
 }
 
-/// Uses a golden store, which the second byte picks, with the bytes behind that in the place of one of its files.
+/// Uses a golden store, chosen by the second byte, after replacing one of its files by the bytes
+/// behind it.
 fn examine_and_recover(data: &[u8], is_it: impl Fn(&Path) -> bool) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
@@ -178,7 +182,7 @@ fn catalogue_file(data: &[u8]) {
     golden.recover(&image);
 }
 
-/// The file with every tag made right, each on those before it.
+/// Corrects every tag in the file. Each tag depends on those before it.
 fn tagged_catalogue(mut file: Vec<u8>, key: &SecretKey) -> Vec<u8> {
     let layout = crc::catalogue_layout(&file);
     let Some(document) = file.get(layout.document.clone()) else { return file };
@@ -208,13 +212,13 @@ pub fn catalogue_bodies(file: &[u8]) -> Option<Vec<u8>> {
     Some(found)
 }
 
-/// Whether a path is that of a file of the catalogue.
+/// Whether a path is the path of a file of the catalogue.
 #[must_use]
 pub fn is_catalogue_file(path: &Path) -> bool {
     common::is_catalogue_file(path)
 }
 
-/// The service keyring. Its tag is made with what is in it, so anybody can make it.
+/// The service keyring. A key inside it makes its tag, so any attacker can forge it.
 pub fn keyring(data: &[u8]) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
@@ -229,7 +233,8 @@ pub fn keyring(data: &[u8]) {
     golden.examine(&golden.image.with(path, making.make(bytes, &golden.image.files[path], &key)));
 }
 
-/// A wrapped data key, in metadata that is right in all other respects: under the service key, or at the embedded KMS.
+/// A wrapped data key, in otherwise valid metadata: under the service key, or under the embedded
+/// KMS.
 pub fn envelope(data: &[u8]) {
     let Some((&which, wrapped)) = data.split_first() else { return };
     let golden = golden(["service-aes", "service-sm4", "byok-aes", "switched-off"][usize::from(which % 4)]);
@@ -252,7 +257,7 @@ pub fn envelope(data: &[u8]) {
     }
 }
 
-/// The key audit log: as it is, with CRC32s made right, or as records whose chain is right.
+/// The key audit log: unchanged, with corrected CRC32s, or as records with a valid chain.
 pub fn audit(data: &[u8]) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
@@ -277,7 +282,7 @@ pub fn audit(data: &[u8]) {
     golden.examine(&golden.image.with(path, log));
 }
 
-/// A key file of the embedded KMS: the first byte says which of its files the rest is.
+/// A key file of the embedded KMS. The first byte chooses the file that the rest replaces.
 pub fn kms_files(data: &[u8]) {
     let Some((&which, bytes)) = data.split_first() else { return };
     let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");

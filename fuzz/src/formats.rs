@@ -1,4 +1,4 @@
-//! The decoders of segments and of log groups, which take bytes and nothing else.
+//! The decoders of segments and of log groups. They need nothing but bytes.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use prost::Message;
 
 use crate::{crc, golden::golden};
 
-/// Decodes a segment's header as it is, and as it is with its CRC32 made right.
+/// Decodes a segment's header, unchanged and with a corrected CRC32.
 pub fn segment_header(data: &[u8]) {
     let mut bytes = data.to_vec();
     for fixed in [false, true] {
@@ -46,7 +46,7 @@ pub fn block(data: &[u8]) {
     }
 }
 
-/// Decodes a footer as it is, and as it is with lengths, tags and CRC32 made to fit.
+/// Decodes a footer, unchanged and with corrected lengths, tags and CRC32.
 pub fn footer(data: &[u8]) {
     let mut bytes = data.to_vec();
     for fixed in [false, true] {
@@ -77,7 +77,7 @@ pub fn footer(data: &[u8]) {
     }
 }
 
-/// The header that [`scan`] puts in front of its bytes, as it is in the file.
+/// The header that [`scan`] puts in front of its bytes, encoded and decoded.
 pub fn scanned_header() -> (&'static [u8], &'static DecodedHeader) {
     static HEADER: OnceLock<(Vec<u8>, DecodedHeader)> = OnceLock::new();
     let (bytes, decoded) = HEADER.get_or_init(|| {
@@ -88,7 +88,7 @@ pub fn scanned_header() -> (&'static [u8], &'static DecodedHeader) {
     (bytes, decoded)
 }
 
-/// Scans blocks behind the header of a golden segment, with their CRC32s as they are and made right.
+/// Scans blocks behind the header of a golden segment, with given and with corrected CRC32s.
 pub fn scan(data: &[u8]) {
     let (header_bytes, header) = scanned_header();
     let mut bytes = header_bytes.to_vec();
@@ -97,11 +97,11 @@ pub fn scan(data: &[u8]) {
     crc::body(&mut bytes, header.body_start as usize);
     let (after, end) = fuzzing::scan_segment(header, &bytes);
     assert!(after >= before, "{after} blocks with their CRC32s made right, {before} without");
-    // What was found is found again when the file ends there.
+    // The scan finds the same blocks again if the file ends behind them.
     assert_eq!(fuzzing::scan_segment(header, &bytes[..end as usize]), (after, end));
 }
 
-/// Decompresses, and compresses.
+/// Decompresses and compresses.
 pub fn compression(data: &[u8]) {
     let Some((&[method, len @ ..], rest)) = data.split_first_chunk::<4>() else { return };
     let method = match method % 3 {
@@ -122,7 +122,7 @@ pub fn compression(data: &[u8]) {
     assert_eq!(out, rest);
 }
 
-/// Log groups, against prost, and the lists that they are kept in.
+/// Compares the decoding of log groups with prost, and checks the lists that hold them.
 pub fn group(data: &[u8]) {
     let by_prost = <LogGroup as Message>::decode(data).ok();
     let valid = group::validate_group(data);

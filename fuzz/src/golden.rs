@@ -1,4 +1,5 @@
-//! The golden stores of `tests/golden`, in memory: what hostile bytes are put into. And what is looked at when they have been.
+//! The golden stores of `tests/golden`, in memory. Targets put hostile bytes into them and then
+//! examine them.
 
 use std::{
     collections::HashSet,
@@ -17,7 +18,7 @@ use crate::common::{
     memory::{Image, MemoryDisk},
 };
 
-/// Where the store is in memory, and its keyring.
+/// The directory of the store in memory, and the path of its keyring.
 pub(crate) const DIR: &str = "/golden/store";
 pub(crate) const KEYRING: &str = "/golden/keyring";
 
@@ -25,10 +26,10 @@ pub(crate) const KEYRING: &str = "/golden/keyring";
 pub const GOLDEN: [&str; 8] =
     ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean", "compressed"];
 
-/// A record, and where it belongs.
+/// A record and its position.
 type Written = (LogstoreId, u32, u64, u64, bool, Vec<u8>);
 
-/// A golden store, as it was written.
+/// A golden store in its original state.
 pub struct Golden {
     pub(crate) image: Image,
     kms: Option<PathBuf>,
@@ -42,7 +43,7 @@ pub fn golden(name: &str) -> &'static Golden {
     ALL[index].get_or_init(|| Golden::load(name))
 }
 
-/// The one that a byte picks.
+/// The golden store that a byte chooses.
 pub(crate) fn picked(by: u8) -> &'static Golden {
     golden(GOLDEN[usize::from(by) % GOLDEN.len()])
 }
@@ -89,7 +90,7 @@ impl Golden {
         }
     }
 
-    /// The path and the bytes of each file that ends in this.
+    /// The path and the bytes of each file whose path ends in `end`.
     pub fn files<'a>(&'a self, end: &'a str) -> impl Iterator<Item = (&'a Path, &'a [u8])> {
         let all = self.image.files.iter().map(|(path, bytes)| (&**path, &**bytes));
         all.filter(move |(path, _)| path.to_string_lossy().ends_with(end))
@@ -100,10 +101,11 @@ impl Golden {
         self.files(".seg").next().expect("every golden store has a segment").1.to_vec()
     }
 
-    /// Opens what is on `image`, which was this store, reads it, writes to it, and looks at all there is to be looked at.
+    /// Opens the store in `image`, a changed version of this store. Reads it, writes to it, and
+    /// uses all operations that inspect it.
     ///
     /// # Panics
-    /// When something is read that was never written there, or something acknowledged is not.
+    /// If it reads a record that was never written there, or misses an acknowledged one.
     pub(crate) fn examine(&self, image: &Image) {
         let disk = MemoryDisk::of(image);
         let builder = self.builder(&disk);
@@ -149,7 +151,7 @@ impl Golden {
         shown(store.close());
     }
 
-    /// Recovers what is on `image` without its keyring, and looks at it.
+    /// Recovers the store in `image` without its keyring, and reads the result.
     pub(crate) fn recover(&self, image: &Image) {
         let image = if image.files.contains_key(Path::new(KEYRING)) {
             image.without(Path::new(KEYRING))
@@ -165,7 +167,8 @@ impl Golden {
         }
     }
 
-    /// Reads everything, from several places. Nothing may be there but what was written, and what was added.
+    /// Reads everything, from several positions. Only records that were written or added may be
+    /// present.
     fn look(&self, store: &Store, added: &HashSet<Written>) {
         for name in shown(store.list()).unwrap_or_default() {
             shown(store.config(&name));
@@ -195,7 +198,7 @@ impl Golden {
     }
 }
 
-/// The shards that are looked at: damaged metadata may claim many.
+/// The shards to read: damaged metadata may claim many.
 fn shards(logstore: &Logstore) -> std::ops::Range<u32> {
     0..logstore.config().shard_count.min(3)
 }
@@ -205,7 +208,7 @@ fn entry(logstore: &Logstore, shard: u32, record: Record) -> Written {
     (logstore.id(), shard, record.seq, record.receive_time_us, opaque, record.bytes.to_vec())
 }
 
-/// Appends to each shard. What is acknowledged can be read at once.
+/// Appends to each shard. An acknowledged record must be readable at once.
 fn append(logstore: &Logstore, added: &mut HashSet<Written>) {
     for shard in shards(logstore) {
         let options = AppendOptions { shard: ShardChoice::Shard(shard), durability: Durability::Synced };
@@ -224,7 +227,7 @@ fn first_from(logstore: &Logstore, shard: u32, seq: u64) -> Option<u64> {
     Some(shown(reader.next()?)?.seq)
 }
 
-/// The result, unless it is an error: that is shown in all the ways that there are.
+/// The value of the result. An error is formatted in every way, and becomes `None`.
 pub(crate) fn shown<T, E: std::fmt::Debug + std::fmt::Display>(result: Result<T, E>) -> Option<T> {
     match result {
         Ok(value) => Some(value),

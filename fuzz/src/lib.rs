@@ -1,7 +1,8 @@
-//! What the fuzz targets do with the bytes that they are given. `README.md` says how to run them.
+//! The code of the fuzz targets. `README.md` describes how to run them.
 //!
-//! A target panics when the engine does what it must not: panic itself, accept what nobody wrote, or lose what it acknowledged. An error
-//! is what hostile bytes deserve, and is only checked to be one that can be shown.
+//! A target panics if the engine fails: if it panics itself, accepts data that no writer wrote, or
+//! loses acknowledged data. An error is the right answer to hostile bytes. The targets only check
+//! that it can be displayed.
 
 mod config;
 mod crc;
@@ -12,7 +13,7 @@ mod lives;
 mod sm4;
 mod store;
 
-// What the tests share, and the model of a store that they hold it against.
+// The shared code of the tests, and the model that they compare a store with.
 #[allow(dead_code)]
 #[path = "../../tests/common/mod.rs"]
 mod common;

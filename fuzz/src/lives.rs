@@ -1,11 +1,12 @@
-//! Any life of a store, as the bytes say, against the model of `tests/model.rs`.
+//! Any life of a store, as encoded in the bytes, against the model of `tests/model.rs`.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use envelog::Durability;
 
 use crate::life::{LOGSTORES, SHARDS, Step, live};
 
-/// Steps of a life: crashes, power cuts, a customer's key that comes and goes, rotation, retention, and reads of every kind.
+/// The steps of a life: crashes, power losses, revocation and return of a customer's key, rotation,
+/// retention, and reads of every kind.
 pub fn model(data: &[u8]) {
     let mut source = Unstructured::new(data);
     let mut steps = Vec::new();

@@ -1,4 +1,5 @@
-//! SM4 of `sm4-simd` on every backend that this processor runs, against the crates of RustCrypto.
+//! SM4 of `sm4-simd`, on every backend that this processor supports, against the crates of
+//! RustCrypto.
 
 use aes_gcm::{
     AesGcm,
@@ -19,11 +20,12 @@ struct Case<'a> {
     key: [u8; 16],
     nonce: [u8; 12],
     counter: u32,
-    /// Where input and output begin in their buffers.
+    /// The offsets of input and output in their buffers.
     at: [u8; 2],
-    /// The bit of what is opened that is flipped: in the tag, then in the message, then in the associated data.
+    /// The bit to flip before opening: in the tag, then in the message, then in the associated
+    /// data.
     flipped: u16,
-    /// The message is this long, and says its text again and again.
+    /// The length of the message, which repeats its text.
     len: u16,
     aad: &'a [u8],
     text: &'a [u8],
@@ -95,7 +97,7 @@ pub fn sm4(data: &[u8]) {
     }
 }
 
-/// Opens it with one bit flipped, and flips it back.
+/// Checks that opening fails with one bit flipped, and flips the bit back.
 fn refused(ours: &Sm4Gcm, case: &Case<'_>, sealed: &mut [u8], mut tag: [u8; 16], what: &str) {
     let mut aad = case.aad.to_vec();
     let mut bit = usize::from(case.flipped) % (8 * (16 + sealed.len() + aad.len()));

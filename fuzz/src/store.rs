@@ -1,4 +1,5 @@
-//! A whole directory: a golden store whose files were damaged, cut, moved, mixed with those of others, or made up.
+//! A whole directory: a golden store with files that are damaged, cut, moved, mixed with those of
+//! other stores, or made up.
 
 use std::path::{Path, PathBuf};
 
@@ -10,22 +11,22 @@ use crate::{
     golden::{DIR, KEYRING, picked},
 };
 
-/// What is done to the files. They are picked by number, in the order of their paths.
+/// An edit of the files. Numbers choose the files, in the order of their paths.
 #[derive(Arbitrary, Debug)]
 enum Edit {
-    /// A byte is changed.
+    /// Changes a byte.
     Flip {
         file: u8,
         at: u16,
         by: u8,
     },
-    /// Bytes are written over others, or behind them.
+    /// Writes bytes over others, or behind them.
     Overwrite {
         file: u8,
         at: u16,
         with: Vec<u8>,
     },
-    /// As a hole in a file, or a bad sector.
+    /// Writes zeros, like a hole in a file or a bad sector.
     Zero {
         file: u8,
         at: u16,
@@ -35,13 +36,13 @@ enum Edit {
         file: u8,
         to: u16,
     },
-    /// A part is taken out, so that what follows moves up.
+    /// Removes a part. The bytes behind it move up.
     TakeOut {
         file: u8,
         at: u16,
         len: u16,
     },
-    /// A part is there twice.
+    /// Repeats a part.
     Repeat {
         file: u8,
         at: u16,
@@ -54,32 +55,32 @@ enum Edit {
         one: u8,
         other: u8,
     },
-    /// A file in the place of another one of the same store, or of another store.
+    /// Replaces a file by another one of the same store, or of another store.
     Copy {
         store: u8,
         from: u8,
         to: u8,
     },
-    /// A segment under the name of another.
+    /// Gives a segment the name of another one.
     Rename {
         file: u8,
         ordinal: u8,
         first_seq: u16,
         epoch: u8,
     },
-    /// A file that was made up, or left over.
+    /// Adds a made-up or a leftover file.
     Add {
         dir: u8,
         name: u8,
         contents: Vec<u8>,
     },
-    /// Its CRC32s are made right again.
+    /// Corrects the CRC32s of a file.
     Fix {
         file: u8,
     },
 }
 
-/// Edits, and then everything that can be done with a store.
+/// Applies edits, and then uses every operation of the store.
 pub fn store(data: &[u8]) {
     let mut source = Unstructured::new(data);
     let Ok(which) = u8::arbitrary(&mut source) else { return };

@@ -1,4 +1,4 @@
-//! libgcrypt and OpenSSL, through the few functions of their C interfaces that are needed.
+//! libgcrypt and OpenSSL, through the few functions of their C interfaces that this program uses.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
@@ -62,7 +62,7 @@ unsafe extern "C" {
 }
 
 pub(crate) fn gcrypt_version() -> String {
-    // SAFETY: initializes the library; returns a static string.
+    // SAFETY: initializes the library and returns a static string.
     unsafe { CStr::from_ptr(gcry_check_version(ptr::null())) }.to_string_lossy().into_owned()
 }
 
@@ -137,9 +137,9 @@ pub(crate) fn gcrypt(algorithm: Algorithm, key: &[u8]) -> Contender {
     )
 }
 
-/// SM4-CTR of OpenSSL; what would be the tag is zero, and nothing can be opened.
+/// SM4-CTR of OpenSSL. The tag is zero, and opening is not supported.
 pub(crate) fn openssl_ctr(key: &[u8; 16]) -> Contender {
-    // SAFETY: a new context, which lives as long as the program; the key has the cipher's length.
+    // SAFETY: a new context, which lives until the program ends. The key has the cipher's length.
     let context = unsafe {
         let context = EVP_CIPHER_CTX_new();
         assert!(!context.is_null());

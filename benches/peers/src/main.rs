@@ -1,13 +1,15 @@
-//! AES-256-GCM and SM4-GCM of the engine's providers beside those of other libraries, and of the libraries that the providers wrap.
+//! AES-256-GCM and SM4-GCM of the engine's providers, compared with other libraries and with the
+//! libraries that the providers wrap.
 //!
 //! ```sh
 //! apt-get install libgcrypt20-dev libssl-dev
 //! cargo run --release --manifest-path benches/peers/Cargo.toml
 //! ```
 //!
-//! For each size, all contenders are measured in turn, many times over, so that other load and changes of the clock touch all alike.
-//! The table has the rate of each contender's fastest round, and how that compares with the first one's. Sealing is in place, as the
-//! engine does it; opening is from one buffer into another, and a library that can only open in place copies first.
+//! For each size, all contenders are measured in turn, many times, so other load and changes of the
+//! clock affect all of them equally. The table has the rate of each contender's fastest round, and
+//! its ratio to the first contender. Sealing is in place, as in the engine. Opening is from one
+//! buffer into another; a library that can only open in place copies first.
 
 mod c;
 
@@ -24,7 +26,7 @@ use envelog::crypto::{AeadKey, AwsLc, Cipher, CryptoProvider, RustCrypto, Sm4Sim
 
 const SIZES: [usize; 4] = [256, 4 << 10, 64 << 10, 1 << 20];
 const ROUNDS: usize = 150;
-/// What a round lasts, about, so that the clock's resolution does not matter.
+/// The bytes of a round, so that the clock's resolution does not matter.
 const BYTES_PER_ROUND: usize = 256 << 10;
 const AAD: [u8; 32] = [9; 32];
 const NONCE: [u8; 12] = [3; 12];
@@ -63,7 +65,7 @@ fn engine(name: &'static str, provider: impl CryptoProvider, cipher: Cipher, key
     )
 }
 
-/// A cipher with the traits of RustCrypto.
+/// A cipher that implements the traits of RustCrypto.
 fn rustcrypto<G: AeadInOut<NonceSize = U12> + KeyInit + 'static>(name: &'static str, key: &[u8]) -> Contender {
     let cipher = || G::new_from_slice(key).expect("a good key");
     let (sealer, opener) = (cipher(), cipher());
@@ -157,7 +159,7 @@ fn race(title: &str, contenders: &mut [Contender], mut run: impl FnMut(&mut Cont
     }
 }
 
-/// What a contender works on.
+/// The buffers of a contender.
 struct Buffers {
     plain: Vec<u8>,
     sealed: Vec<u8>,
@@ -173,7 +175,7 @@ impl Buffers {
     }
 }
 
-/// All contenders for one function make the same of a message, or there is no race.
+/// Checks that all contenders for one function give the same result.
 fn agree(contenders: &mut [Contender]) {
     let buffers = Buffers::new(&mut contenders[0], 1000);
     for contender in contenders {
@@ -224,7 +226,7 @@ fn main() {
             c::gcrypt(c::Algorithm::Sm4, &SM4_KEY),
         ],
     );
-    // OpenSSL 3.0 has no SM4-GCM: its counter mode alone is the most that one could have.
+    // OpenSSL 3.0 has no SM4-GCM. Its counter mode alone is an upper bound for one.
     let mut contenders = vec![c::openssl_ctr(&SM4_KEY)];
     race("SM4-CTR, no tag", &mut contenders, |contender, buffers| {
         black_box((contender.seal)(&mut buffers.plain));
