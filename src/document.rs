@@ -1,4 +1,5 @@
-//! The frame of an authenticated document: store, catalogue, Logstore metadata, probe, keyring, checkpoint.
+//! The frame of an authenticated document: store, catalogue, Logstore metadata, probe, keyring,
+//! checkpoint.
 //!
 //! A document has two parts. Tag A, under a key of the service keyring, authenticates everything,
 //! including tag B. Tag B, under a key derived from a Logstore's data key, authenticates the

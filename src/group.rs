@@ -16,7 +16,8 @@ pub const LOGS_PER_GROUP_MAX: usize = 1_000_000;
 pub const CONTENTS_PER_LOG_MAX: usize = 65_536;
 /// The most tags of a group.
 pub const TAGS_PER_GROUP_MAX: usize = 65_536;
-/// The longest key of a log or tag, and the longest topic, source, category and machine UUID, in bytes.
+/// The longest key of a log or tag, and the longest topic, source, category and machine UUID, in
+/// bytes.
 pub const KEY_BYTES_MAX: usize = 64 << 10;
 /// The longest value of a log or tag, in bytes.
 pub const VALUE_BYTES_MAX: usize = 10 << 20;

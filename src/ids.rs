@@ -15,7 +15,8 @@ macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         ///
-        /// Sixteen random bytes, printed, parsed and serialized as 32 lower-case hexadecimal digits.
+        /// Sixteen random bytes, printed, parsed and serialized as 32 lower-case hexadecimal
+        /// digits.
         #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name([u8; 16]);
 
@@ -124,7 +125,8 @@ pub(crate) fn hex_decode(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// For `#[serde(with = "crate::ids::hex")]`: a `Vec<u8>` or a byte array as a string of lower-case hexadecimal digits.
+/// For `#[serde(with = "crate::ids::hex")]`: a `Vec<u8>` or a byte array as a string of lower-case
+/// hexadecimal digits.
 pub(crate) mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de};
 

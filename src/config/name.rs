@@ -9,9 +9,11 @@ use super::ConfigError;
 /// The longest project or Logstore name, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
 
-/// The name of a Logstore: a project and the Logstore's own name within it, written `PROJECT/LOGSTORE`.
+/// The name of a Logstore: a project and the Logstore's own name within it, written
+/// `PROJECT/LOGSTORE`.
 ///
-/// Each part has 1 to [`NAME_BYTES_MAX`] bytes of ASCII letters, digits, `-` and `_`, and begins with a letter or digit.
+/// Each part has 1 to [`NAME_BYTES_MAX`] bytes of ASCII letters, digits, `-` and `_`, and begins
+/// with a letter or digit.
 ///
 /// ```
 /// use envelog::LogstoreName;

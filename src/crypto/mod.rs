@@ -56,7 +56,8 @@ pub trait CryptoProvider: Send + Sync + fmt::Debug {
     fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError>;
 }
 
-/// An expanded key for authenticated encryption: GCM with a 96-bit nonce and a 128-bit tag (NIST SP 800-38D).
+/// An expanded key for authenticated encryption: GCM with a 96-bit nonce and a 128-bit tag (NIST SP
+/// 800-38D).
 ///
 /// The caller of [`AeadKey::seal`] must never use a nonce twice with one key.
 pub trait AeadKey: Send + Sync {

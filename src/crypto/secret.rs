@@ -182,7 +182,8 @@ fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
 
     use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
 
-    // SAFETY: a new private mapping, where the system finds room for it, touches no memory that is in use.
+    // SAFETY: a new private mapping, where the system finds room for it, touches no memory that is
+    // in use.
     let start =
         unsafe { mmap_anonymous(ptr::null_mut(), CHUNK_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
             .ok()?;

@@ -69,7 +69,8 @@ const VECTORS: [Vector; 6] = [
         ciphertext: "17f399f08c67d5ee19d0dc9969c4bb7d5fd46fd3756489069157b282bb200735d82710ca5c22f0ccfa7cbf93d496ac15a56834cbcf98c397b4024a2691233b8d",
         tag: "83de3541e4c2b58177e065a9bf7b62ec",
     },
-    // McGrew and Viega, "The Galois/Counter Mode of Operation (GCM)", appendix B: test cases 13 to 16.
+    // McGrew and Viega, "The Galois/Counter Mode of Operation (GCM)", appendix B: test cases 13 to
+    // 16.
     Vector {
         cipher: Cipher::Aes256Gcm,
         key: ZERO_KEY,

@@ -239,7 +239,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
 ///
 /// Every method returns the error of the operating system if it fails. A method has an `# Errors`
 /// section only where the error says something about the file.
-#[expect(clippy::len_without_is_empty, reason = "whether a file is empty is never the question")]
+#[expect(clippy::len_without_is_empty, reason = "the engine never asks whether a file is empty")]
 pub trait DiskFile: Send + Sync + fmt::Debug {
     /// Reads at `offset` and fills `buf` as far as the file reaches. Returns fewer bytes than `buf`
     /// holds only at the end of the file.

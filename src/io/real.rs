@@ -42,7 +42,8 @@ struct RootedDisk {
 }
 
 impl RealDisk {
-    /// As [`Disk::beneath`], without the Linux system call `openat2`: every path is walked one directory handle at a time.
+    /// As [`Disk::beneath`], without the Linux system call `openat2`: every path is walked one
+    /// directory handle at a time.
     ///
     /// [`Disk::beneath`] falls back to this where the kernel lacks `openat2` or a sandbox forbids
     /// it. Tests use it on every kernel.

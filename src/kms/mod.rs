@@ -93,13 +93,15 @@ use crate::crypto::SecretKey;
 
 /// A customer master key: its identifier, the role that uses it, and the region of its KMS.
 ///
-/// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these three fields, all required.
+/// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these
+/// three fields, all required.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmk {
     /// The identifier of the key in its KMS.
     pub cmk_key_id: String,
-    /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`. Opaque to the engine.
+    /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`.
+    /// Opaque to the engine.
     pub arn: String,
     /// The region of the KMS, such as `cn-hangzhou`.
     pub region_id: String,
@@ -136,7 +138,8 @@ pub trait Kms: Send + Sync + fmt::Debug {
     /// regions. A backend answers from its settings where it can, and quickly.
     fn serves(&self, region_id: &str) -> bool;
 
-    /// Encrypts `key` under the CMK, bound to the context. The result is opaque to the engine, which stores it.
+    /// Encrypts `key` under the CMK, bound to the context. The result is opaque to the engine,
+    /// which stores it.
     ///
     /// # Errors
     /// [`KmsError`], sorted as the [module documentation](self) says.

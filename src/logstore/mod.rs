@@ -480,8 +480,8 @@ impl Logstore {
         Ok(ticket)
     }
 
-    /// As [`Logstore::submit`], but it does not wait while the pipeline is full. It may still block for
-    /// file I/O or a KMS call, as the first append after opening does.
+    /// As [`Logstore::submit`], but it does not wait while the pipeline is full. It may still block
+    /// for file I/O or a KMS call, as the first append after opening does.
     ///
     /// # Errors
     /// [`Error::Full`] when the write pipeline is full; otherwise as [`Logstore::submit`].

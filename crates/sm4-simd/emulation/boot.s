@@ -1,4 +1,5 @@
-# From the state that a Multiboot loader leaves (32 bits, no paging) to long mode with SSE, AVX and AVX-512.
+# From the state that a Multiboot loader leaves (32 bits, no paging) to long mode with SSE, AVX and
+# AVX-512.
 .set MAGIC, 0x1badb002
 .set FLAGS, 0
 .section .multiboot, "a"

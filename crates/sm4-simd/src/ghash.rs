@@ -209,8 +209,9 @@ pub(crate) trait Elements: Copy {
 #[cfg(any(target_arch = "x86_64", test))]
 pub(crate) const REDUCTION: u64 = 0xc200_0000_0000_0000;
 
-/// The sum of the products of all lanes, reduced: Montgomery's reduction, 64 bits at a time (S. Gueron, A. Langley and Y. Lindell,
-/// "AES-GCM-SIV", section on POLYVAL; the same as in RFC 8452's reference code).
+/// The sum of the products of all lanes, reduced: Montgomery's reduction, 64 bits at a time (S.
+/// Gueron, A. Langley and Y. Lindell, "AES-GCM-SIV", section on POLYVAL; the same as in RFC 8452's
+/// reference code).
 ///
 /// # Safety
 /// As documented at [`Elements`].

@@ -164,8 +164,9 @@ fn add<const CONSTANT: u8>(x: Planes) -> Planes {
     [plane(0), plane(1), plane(2), plane(3), plane(4), plane(5), plane(6), plane(7)]
 }
 
-/// The AES S-box without its constant, on all bytes: the circuit of 113 gates by J. Boyar and R. Peralta ("A depth-16 circuit for
-/// the AES S-box", 2011, and its successors, SLP_AES_113), in its names: `u0` and `s0` are the most significant bits.
+/// The AES S-box without its constant, on all bytes: the circuit of 113 gates by J. Boyar and R.
+/// Peralta ("A depth-16 circuit for the AES S-box", 2011, and its successors, SLP_AES_113), in its
+/// names: `u0` and `s0` are the most significant bits.
 fn sub_bytes([u7, u6, u5, u4, u3, u2, u1, u0]: Planes) -> Planes {
     let y14 = u3 ^ u5;
     let y13 = u0 ^ u6;

@@ -216,7 +216,8 @@ unsafe fn ctr_groups<V: Vector, const K: usize>(
     }
 }
 
-/// Adds to `len` bytes the key stream of the blocks `nonce || counter`, `nonce || counter + 1`, … modulo 2^32.
+/// Adds to `len` bytes the key stream of the blocks `nonce || counter`, `nonce || counter + 1`, …
+/// modulo 2^32.
 ///
 /// # Safety
 /// As documented at [`Vector`]. `len` bytes must be readable from `input` and writable to `output`,

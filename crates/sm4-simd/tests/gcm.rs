@@ -99,7 +99,8 @@ impl Case {
         (sealed, tag)
     }
 
-    /// Seals and opens with input and output at the given distances from the start of their buffers.
+    /// Seals and opens with input and output at the given distances from the start of their
+    /// buffers.
     fn check(&self, at: usize, out_at: usize) {
         let (sealed, tag) = self.sealed();
         let (len, what) = (self.plain.len(), format!("{}, at {at} and {out_at}", self.what));

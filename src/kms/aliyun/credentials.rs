@@ -24,7 +24,8 @@ use crate::{
 const KEPT: Duration = Duration::from_secs(5 * 60);
 /// The largest profile or token file, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
-/// The metadata service of an ECS instance, at a link-local address that only the instance itself can reach.
+/// The metadata service of an ECS instance, at a link-local address that only the instance itself
+/// can reach.
 const INSTANCE_METADATA: &str = "http://100.100.100.200";
 /// How long a token of the metadata service is valid, in seconds. Each token is used at once, and
 /// at most twice.

@@ -70,7 +70,8 @@ const SESSION_SECONDS: &str = "900";
 ///
 /// The backend looks for credentials where the official SDKs do, in the same order:
 ///
-/// 1. `ALIBABA_CLOUD_ACCESS_KEY_ID`, `ALIBABA_CLOUD_ACCESS_KEY_SECRET`, and `ALIBABA_CLOUD_SECURITY_TOKEN` for temporary ones.
+/// 1. `ALIBABA_CLOUD_ACCESS_KEY_ID`, `ALIBABA_CLOUD_ACCESS_KEY_SECRET`, and
+///    `ALIBABA_CLOUD_SECURITY_TOKEN` for temporary ones.
 /// 2. The token in the file `ALIBABA_CLOUD_OIDC_TOKEN_FILE`, with `ALIBABA_CLOUD_ROLE_ARN` and
 ///    `ALIBABA_CLOUD_OIDC_PROVIDER_ARN` (pods of ACK).
 /// 3. `~/.aliyun/config.json`: the profile that `ALIBABA_CLOUD_PROFILE` names, or the current one,

@@ -167,7 +167,8 @@ impl LocalKms {
     /// Creates a key in a region and grants it to the roles in `grants`. Returns its identifier.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty or overlong name; `TooLarge`; `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `InvalidArgument` for an empty or overlong name; `TooLarge`; `Missing`, `Damaged`, `Busy` or
+    /// `Io`.
     pub fn create_key(&self, region_id: &str, grants: &[&str]) -> Result<String, LocalKmsError> {
         check_name("a region", region_id)?;
         grants.iter().try_for_each(|arn| check_name("a role", arn))?;
@@ -204,7 +205,8 @@ impl LocalKms {
     /// disabled key changes nothing.
     ///
     /// # Errors
-    /// `WrongState` for a key that is deleted or pending deletion; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `WrongState` for a key that is deleted or pending deletion; `NotFound`, `Missing`,
+    /// `Damaged`, `Busy` or `Io`.
     pub fn disable(&self, key_id: &str) -> Result<(), LocalKmsError> {
         self.change(key_id, "disable", is_live, |key| {
             key.disabled = true;
@@ -215,7 +217,8 @@ impl LocalKms {
     /// Enables a key again. Enabling an enabled key changes nothing.
     ///
     /// # Errors
-    /// `WrongState` for a key that is deleted or pending deletion; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `WrongState` for a key that is deleted or pending deletion; `NotFound`, `Missing`,
+    /// `Damaged`, `Busy` or `Io`.
     pub fn enable(&self, key_id: &str) -> Result<(), LocalKmsError> {
         self.change(key_id, "enable", is_live, |key| {
             key.disabled = false;
@@ -227,7 +230,8 @@ impl LocalKms {
     /// unwrap.
     ///
     /// # Errors
-    /// `WrongState` for a key that is not enabled; `TooLarge`, `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `WrongState` for a key that is not enabled; `TooLarge`, `NotFound`, `Missing`, `Damaged`,
+    /// `Busy` or `Io`.
     pub fn rotate(&self, key_id: &str) -> Result<(), LocalKmsError> {
         self.change(
             key_id,
@@ -244,8 +248,8 @@ impl LocalKms {
     /// at once.
     ///
     /// # Errors
-    /// `InvalidArgument` when `days` is not within [`DELETION_DAYS`]; `WrongState` for a key that is deleted or pending deletion
-    /// already; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `InvalidArgument` when `days` is not within [`DELETION_DAYS`]; `WrongState` for a key that
+    /// is deleted or pending deletion already; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
     pub fn schedule_deletion(&self, key_id: &str, days: u32) -> Result<(), LocalKmsError> {
         if !DELETION_DAYS.contains(&days) {
             let limits = format!("{} to {}", DELETION_DAYS.start(), DELETION_DAYS.end());
@@ -260,7 +264,8 @@ impl LocalKms {
     /// Cancels the scheduled deletion of a key. The key is then enabled or disabled as before.
     ///
     /// # Errors
-    /// `WrongState` for a key that is not pending deletion; `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
+    /// `WrongState` for a key that is not pending deletion; `NotFound`, `Missing`, `Damaged`,
+    /// `Busy` or `Io`.
     pub fn cancel_deletion(&self, key_id: &str) -> Result<(), LocalKmsError> {
         self.change(
             key_id,
@@ -289,8 +294,8 @@ impl LocalKms {
     /// Allows a role to use a key. Granting it twice changes nothing.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty or overlong name; `WrongState` for a key that is deleted; `TooLarge`, `NotFound`, `Missing`,
-    /// `Damaged`, `Busy` or `Io`.
+    /// `InvalidArgument` for an empty or overlong name; `WrongState` for a key that is deleted;
+    /// `TooLarge`, `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
     pub fn grant(&self, key_id: &str, arn: &str) -> Result<(), LocalKmsError> {
         check_name("a role", arn)?;
         self.change(key_id, "grant the use of", is_not_deleted, |key| {
@@ -302,8 +307,8 @@ impl LocalKms {
     /// Withdraws a grant. The KMS then refuses all use of the key by that role.
     ///
     /// # Errors
-    /// `NotGranted` when there is no such grant; `WrongState` for a key that is deleted; `NotFound`, `Missing`, `Damaged`, `Busy` or
-    /// `Io`.
+    /// `NotGranted` when there is no such grant; `WrongState` for a key that is deleted;
+    /// `NotFound`, `Missing`, `Damaged`, `Busy` or `Io`.
     pub fn ungrant(&self, key_id: &str, arn: &str) -> Result<(), LocalKmsError> {
         self.change(key_id, "withdraw a grant of", is_not_deleted, |key| {
             if key.grants.remove(arn) {

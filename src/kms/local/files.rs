@@ -83,7 +83,7 @@ impl LocalKms {
     /// Takes the lock for changes. Dropping the returned file releases it.
     #[expect(
         clippy::disallowed_methods,
-        reason = "no condition can signal that another process has let go of a file's lock"
+        reason = "no condition can signal that another process has released a file lock"
     )]
     pub(super) fn lock(&self) -> Result<Arc<dyn DiskFile>, LocalKmsError> {
         let path = self.lock_path();

@@ -26,7 +26,7 @@ fn has_avx2_and(extension: Leaf7) -> bool {
     if !avx2::get() || cfg!(miri) {
         return false;
     }
-    #[allow(unused_unsafe, reason = "unsafe in the Rust versions that this crate begins with")]
+    #[allow(unused_unsafe, reason = "unsafe in the oldest supported Rust versions")]
     // SAFETY: all x86-64 processors have CPUID. Where a program may not use it (SGX), `avx2` is
     // false.
     let leaf = unsafe { core::arch::x86_64::__cpuid_count(7, 0) };
