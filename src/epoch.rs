@@ -1,4 +1,4 @@
-//! The writer epoch: it decides which process writes a store if the advisory lock fails to.
+//! The writer epoch: it decides which process writes a store if the advisory lock fails.
 //!
 //! The file `EPOCH` has two slots. Each opening for writing raises the epoch durably, before it
 //! reads anything else that a writer changes. After each write and sync, and before acknowledging
@@ -159,9 +159,9 @@ impl Fence {
         self.epoch
     }
 
-    /// Checks that no other writer has opened the store since this one did. If so, every later
-    /// writer sees the bytes that this one has written and synced before the call. Costs one read
-    /// of 1 KiB from the page cache and one `fstat`.
+    /// Checks that no other writer has opened the store since this one did. If the check succeeds,
+    /// every later writer sees the bytes that this one has written and synced before the call. Costs
+    /// one read of 1 KiB from the page cache and one `fstat`.
     ///
     /// # Errors
     /// [`Error::Fenced`] once another writer has been detected, and from then on; [`Error::Io`].

@@ -52,8 +52,8 @@ impl Deadline {
 /// Parses the URL of an endpoint: only a scheme, a host and a port. Plain `http:` is allowed only
 /// for this machine.
 pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
-    let uri: Uri = url.parse().map_err(|_| "an endpoint is no URL")?;
-    let Some(authority) = uri.authority() else { return Err("an endpoint is no URL with a host") };
+    let uri: Uri = url.parse().map_err(|_| "an endpoint is not a URL")?;
+    let Some(authority) = uri.authority() else { return Err("an endpoint is not a URL with a host") };
     if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
         return Err("an endpoint is a scheme, a host and a port, and nothing more");
     }
@@ -63,7 +63,7 @@ pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
     match uri.scheme_str() {
         Some("https") => Ok(uri),
         Some("http") if loopback => Ok(uri),
-        Some("http") => Err("keys go to another machine by https: alone"),
+        Some("http") => Err("keys go to another machine only by https:"),
         _ => Err("an endpoint is an https: URL"),
     }
 }
@@ -213,7 +213,8 @@ fn certificates(variable: &str, path: &str) -> Result<Vec<Certificate<'static>>,
     let pem = read_configured(path.as_ref(), CA_BUNDLE_BYTES_MAX)
         .map_err(|error| format!("cannot read {path}, which {variable} names: {error}"))?;
     let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let ders = ders.map_err(|error| format!("{path}, which {variable} names, is no list of certificates: {error}"))?;
+    let ders =
+        ders.map_err(|error| format!("{path}, which {variable} names, is not a list of certificates: {error}"))?;
     if ders.is_empty() {
         return Err(format!("{path}, which {variable} names, has no certificate"));
     }

@@ -1,8 +1,8 @@
 //! Finding the blocks of a segment that has no footer.
 //!
-//! After a crash, blocks that were not synced may have reached the disk in any order. So a valid
-//! block behind a bad one proves nothing by its presence. The durable mark that every block carries
-//! does: up to the mark the file *was* durable. Damage below the mark is corruption. Damage at or
+//! After a crash, blocks that were not synced may have reached the disk in any order. So the
+//! presence of a valid block behind a bad one proves nothing. The durable mark in the block proves
+//! more: up to the mark the file *was* durable. Damage below the mark is corruption. Damage at or
 //! above it is the torn tail that a crash leaves.
 //!
 //! The search behind damage also meets bytes that are not blocks: payloads, which hold the log

@@ -387,7 +387,7 @@ fn exchange(
 
 /// The encryption context in the JSON form for KMS.
 fn context_json(call: &KmsCall<'_>) -> Result<String, KmsError> {
-    serde_json::to_string(call.context).map_err(|_| invalid("the encryption context is no JSON"))
+    serde_json::to_string(call.context).map_err(|_| invalid("the encryption context is not JSON"))
 }
 
 /// Fails unless KMS has used the requested key.

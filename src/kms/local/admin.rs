@@ -154,8 +154,8 @@ pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {
     move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
         Some(wrong) => {
             let what = match wrong.expected {
-                FileKind::Directory => "it is no directory",
-                _ => "it is no regular file",
+                FileKind::Directory => "it is not a directory",
+                _ => "it is not a regular file",
             };
             LocalKmsError::Damaged { file: wrong.path.clone(), what }
         }

@@ -75,7 +75,7 @@ impl LocalKms {
         let keys = self.keys_dir();
         match disk.stat(&keys).map_err(io_error(&keys))? {
             Some(stat) if stat.kind == FileKind::Directory => Ok(disk),
-            Some(_) => Err(LocalKmsError::Damaged { file: keys, what: "it is no directory" }),
+            Some(_) => Err(LocalKmsError::Damaged { file: keys, what: "it is not a directory" }),
             None => Err(LocalKmsError::Missing { dir: keys }),
         }
     }
