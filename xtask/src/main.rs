@@ -3,6 +3,7 @@
 mod fuzz;
 mod mutants;
 mod planted;
+mod prose;
 mod sanitize;
 
 use std::{
@@ -31,6 +32,8 @@ Tasks:
   sanitize [--stable-only]
                     the unsafe code under AddressSanitizer; under Miri, and threads under ThreadSanitizer, which
                     need a nightly toolchain
+  prose [--list]    counts noun clauses with what, and words without an actor, in comments and documents; fails above
+                    5 and 1 per 10,000 words; --list prints each with its place
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
 ";
 
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Some("fuzz") => fuzz::fuzz(&rest),
         Some("mutants") => mutants::mutants(&rest),
         Some("sanitize") => sanitize::sanitize(&rest),
+        Some("prose") => prose::prose(&rest),
         Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
