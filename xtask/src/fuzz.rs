@@ -1,6 +1,8 @@
-//! Fuzzing: builds the targets of `fuzz/` with the stable toolchain and runs each for its share of the time.
+//! Fuzzing: builds the targets of `fuzz/` with the stable toolchain and runs each target for an
+//! equal share of the time.
 //!
-//! libFuzzer needs nothing of a nightly compiler: the instrumentation is a pass of LLVM, which stable options turn on.
+//! libFuzzer needs no nightly compiler: the instrumentation is an LLVM pass, which stable compiler
+//! options enable.
 
 use std::{
     collections::BTreeSet,
@@ -17,7 +19,8 @@ use std::{
 
 use crate::{Done, cargo_program, root, target_dir};
 
-/// What `cargo fuzz` passes too, but for the sanitizer: edges are counted, and what comparisons compare is told to the fuzzer.
+/// The flags of `cargo fuzz` without its sanitizer: they count edges, and they report the operands
+/// of comparisons to the fuzzer.
 const RUSTFLAGS: [&str; 8] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -29,10 +32,10 @@ const RUSTFLAGS: [&str; 8] = [
     "fuzzing",
 ];
 
-/// How long each target runs in the smoke test: its seeds, and a little more.
+/// How long each target runs in the smoke test: its seeds, and a few seconds more.
 const SMOKE: Duration = Duration::from_secs(4);
 
-/// The longest that one input may take, in seconds.
+/// The time limit of one input, in seconds.
 const UNIT_SECONDS_MAX: u32 = 20;
 
 struct Options {
@@ -56,7 +59,7 @@ impl Options {
                     options.jobs = number().map(|n| n as usize).filter(|n| *n >= 1).ok_or("--jobs needs a number")?
                 }
                 name if !name.starts_with('-') => drop(options.only.insert(name.to_owned())),
-                other => return Err(format!("fuzz does not know {other}")),
+                other => return Err(format!("fuzz has no option {other}")),
             }
         }
         match (smoke, options.minutes) {
@@ -66,12 +69,12 @@ impl Options {
     }
 }
 
-/// What became of a target.
+/// The result of running one target.
 struct Outcome {
     name: String,
     executions: u64,
     coverage: u64,
-    /// What it found, and the file that shows it.
+    /// The finding, and the file that reproduces it.
     finding: Option<(String, String)>,
 }
 
@@ -80,7 +83,7 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
     let dir = root().join("fuzz");
     let mut targets = targets(&dir)?;
     if let Some(unknown) = options.only.iter().find(|name| !targets.contains(*name)) {
-        return Err(format!("there is no fuzz target {unknown}; there are {targets:?}"));
+        return Err(format!("no fuzz target {unknown}; the targets are {targets:?}"));
     }
     targets.retain(|name| options.only.is_empty() || options.only.contains(name));
     let binaries = build(&dir, &targets, options.minutes.is_none())?;
@@ -122,7 +125,7 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
     }
 }
 
-/// The names of all targets, in order.
+/// The names of all targets, sorted.
 fn targets(dir: &Path) -> Result<Vec<String>, String> {
     let sources = dir.join("fuzz_targets");
     let entries = fs::read_dir(&sources).map_err(|error| format!("cannot list {}: {error}", sources.display()))?;
@@ -132,7 +135,8 @@ fn targets(dir: &Path) -> Result<Vec<String>, String> {
     Ok(names)
 }
 
-/// Builds the targets and returns the directory that they are in. What runs for a few seconds is not worth optimizing much.
+/// Builds the targets and returns their directory. `quickly` reduces optimization, for targets that
+/// run only a few seconds.
 fn build(dir: &Path, targets: &[String], quickly: bool) -> Result<PathBuf, String> {
     if !Command::new(env::var_os("CXX").unwrap_or_else(|| "c++".into()))
         .arg("--version")
@@ -141,12 +145,13 @@ fn build(dir: &Path, targets: &[String], quickly: bool) -> Result<PathBuf, Strin
         .status()
         .is_ok_and(|status| status.success())
     {
-        return Err("libFuzzer needs a C++ compiler: install one that answers to `c++` (Debian: g++)".to_owned());
+        return Err("libFuzzer needs a C++ compiler with the name `c++` (Debian: install g++)".to_owned());
     }
     let host = host()?;
     let target_dir = target_dir().join("fuzz");
     let mut cargo = Command::new(cargo_program());
-    // With a target named, build scripts and procedural macros are built without the instrumentation.
+    // With an explicit `--target`, cargo builds build scripts and procedural macros without the
+    // instrumentation.
     cargo.args(["build", "--locked", "--target", &host, "--manifest-path"]).arg(dir.join("Cargo.toml"));
     for name in targets {
         cargo.args(["--bin", name]);
@@ -170,10 +175,10 @@ pub(crate) fn host() -> Result<String, String> {
         .map_err(|error| format!("cannot run rustc: {error}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let host = text.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(str::to_owned).ok_or_else(|| "rustc -vV names no host".to_owned())
+    host.map(str::to_owned).ok_or_else(|| "rustc -vV prints no host".to_owned())
 }
 
-/// The words that a target's inputs are made of, where that helps.
+/// The dictionary for a target's inputs, where one helps.
 fn dictionary(name: &str) -> Option<&'static str> {
     match name {
         "segment_header" | "block" | "footer" | "scan" => Some("segment.dict"),
@@ -198,12 +203,12 @@ fn run(dir: &Path, binary: &Path, name: &str, share: Duration) -> Result<Outcome
     if let Some(dictionary) = dictionary(name) {
         command.arg(format!("-dict={}", dir.join("dictionaries").join(dictionary).display()));
     }
-    // What a target puts into files is thrown away, and need not be synced to a disk.
+    // Targets write only throw-away files, which need not reach a disk.
     let memory = Path::new("/dev/shm");
     if memory.is_dir() {
         command.env("TMPDIR", memory);
     }
-    // What it learns goes to the first directory; the seeds are only read.
+    // The fuzzer adds new inputs to the first directory and only reads the seeds in the second.
     command.arg(&corpus).arg(dir.join("seeds").join(name));
     let output = command.stdin(Stdio::null()).output().map_err(|error| failed("cannot run the target", error))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -223,7 +228,7 @@ fn run(dir: &Path, binary: &Path, name: &str, share: Duration) -> Result<Outcome
     });
     let nothing_done = executions.unwrap_or(0) == 0 && finding.is_none();
     if nothing_done {
-        return Err(format!("{name} did not run; {} has what it said", log.display()));
+        return Err(format!("{name} did not run; see its output in {}", log.display()));
     }
     Ok(Outcome { name: name.to_owned(), executions: executions.unwrap_or(0), coverage: coverage.unwrap_or(0), finding })
 }

@@ -21,17 +21,17 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
-  planted [NAME]    plants each bug of tests/planted (or those named) in a copy of the tree, and fails unless the test
-                    that the patch names finds it
+  planted [NAME…]   plants each bug of tests/planted, or the named ones, in a copy of the tree; fails unless the test
+                    that the patch names detects it
   fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
   fuzz --minutes N [--jobs J] [TARGET…]
-                    shares N minutes among the targets, or among those named; --jobs is how many run at once
+                    shares N minutes among all targets, or among the named ones; --jobs limits how many run at once
   mutants [AREA…] [OPTIONS OF cargo-mutants]
                     mutation testing of the areas format, recovery, audit, keys and leases, with
                     cargo-mutants
   sanitize [--stable-only]
-                    the unsafe code under AddressSanitizer; under Miri, and threads under ThreadSanitizer, which
-                    need a nightly toolchain
+                    runs the unsafe code under AddressSanitizer; then, with a nightly toolchain, under Miri, and
+                    the threaded tests under ThreadSanitizer
   prose [--list]    counts noun clauses with what, and words without an actor, in comments and documents; fails above
                     5 and 1 per 10,000 words; --list prints each with its place
   deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
@@ -74,8 +74,8 @@ fn main() -> ExitCode {
 
 pub(crate) type Done = Result<(), String>;
 
-/// The tests need no set-up beyond what cargo builds: the command-line tests run the binary that cargo builds for them, and
-/// everything else lives in temporary directories.
+/// Runs all tests. They need no set-up besides cargo's builds: the command-line tests run the
+/// binary that cargo builds for them, and all other files are in temporary directories.
 fn test(args: &[String]) -> Done {
     let with_args = |fixed: &[&'static str]| {
         let mut all: Vec<&OsStr> = fixed.iter().map(OsStr::new).collect();
@@ -92,7 +92,8 @@ fn test(args: &[String]) -> Done {
 
 fn ci() -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
-    // All targets but the unit tests of the engine's second build (tests/shuttle): it has none.
+    // All targets except the unit tests of the engine's second build (tests/shuttle), which has
+    // none.
     let targets = ["--lib", "--bins", "--examples", "--tests", "--benches"];
     let strict = ["--", "--deny", "warnings"];
     cargo(&[&["clippy", "--locked", "--workspace", "--all-features"][..], &targets, &strict].concat(), &[])?;
@@ -134,7 +135,7 @@ pub(crate) fn root() -> PathBuf {
     dir.parent().unwrap_or(dir).to_owned()
 }
 
-/// Where cargo builds, for a task to have a place of its own in.
+/// Cargo's target directory. Tasks build in subdirectories of it.
 pub(crate) fn target_dir() -> PathBuf {
     root().join(env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from))
 }
@@ -143,7 +144,7 @@ pub(crate) fn cargo_program() -> std::ffi::OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Runs cargo in the workspace's root, and fails as it does.
+/// Runs cargo in the workspace's root, and returns an error if cargo fails.
 pub(crate) fn cargo<A: AsRef<OsStr>>(args: &[A], environment: &[(&str, &str)]) -> Done {
     let words: Vec<_> = args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect();
     let line = format!("cargo {}", words.join(" "));

@@ -1,6 +1,8 @@
-//! Mutation testing: cargo-mutants changes the engine in small ways, one by one, and the tests of the area have to notice each.
+//! Mutation testing: cargo-mutants makes small changes to the engine one by one, and the tests of
+//! the area must detect each.
 //!
-//! What no test can notice is listed with the reason in `.cargo/mutants.toml`, so that a survivor is news.
+//! `.cargo/mutants.toml` lists the mutants that no test can detect, each with the reason, so that
+//! every survivor is new.
 
 use std::process::{Command, Stdio};
 
@@ -9,9 +11,9 @@ use crate::{Done, root};
 struct Area {
     name: &'static str,
     files: &'static [&'static str],
-    /// The files of `tests/` that are run for every mutant, after the unit tests.
+    /// The files of `tests/` to run for every mutant, after the unit tests.
     quick: &'static [&'static str],
-    /// And for those that survived.
+    /// The files of `tests/` to run for the survivors of `quick`.
     thorough: &'static [&'static str],
 }
 
@@ -49,13 +51,14 @@ const AREAS: [Area; 5] = [
     Area {
         name: "leases",
         files: &["src/keys/circuit.rs", "src/keys/gate.rs", "src/keys/lease.rs", "src/keys/pool.rs"],
-        // What leases do to a store is asked of those that survive: many keep it waiting for ever, which takes its time.
+        // Only the survivors run the tests of a store: many mutants block a store forever, and each
+        // then takes the whole timeout.
         quick: &[],
         thorough: &["beside", "key_usage", "keyring", "keys", "outage", "revocation", "service_cmk", "watching"],
     },
 ];
 
-/// The sweeps that try everything take minutes for each mutant; lives from a seed do not.
+/// These exhaustive sweeps take minutes per mutant. The random runs from a seed stay included.
 const TOO_SLOW: [&str; 2] = ["the_power_fails", "every_operation_fails"];
 
 pub(crate) fn mutants(args: &[String]) -> Done {
@@ -68,13 +71,14 @@ pub(crate) fn mutants(args: &[String]) -> Done {
         None => (args, &[][..]),
     };
     if let Some(unknown) = names.iter().find(|name| AREAS.iter().all(|area| area.name != **name)) {
-        return Err(format!("mutants knows no area {unknown}; there are {}", AREAS.map(|area| area.name).join(", ")));
+        return Err(format!("no area {unknown}; the areas are {}", AREAS.map(|area| area.name).join(", ")));
     }
     let mut survivors = Vec::new();
     for area in AREAS.iter().filter(|area| names.is_empty() || names.iter().any(|name| name == area.name)) {
         let mut left = pass(area, "quick", area.quick, 60, rest)?;
         if !left.is_empty() {
-            // Of the options only where to work applies to mutants that are named.
+            // Mutants selected by name need no selection options; of the others only `--in-place`
+            // is kept.
             let mut options: Vec<String> = rest.iter().filter(|option| *option == "--in-place").cloned().collect();
             options.extend(left.iter().flat_map(|mutant| ["--re".to_owned(), format!("^{}$", escaped(mutant))]));
             left = pass(area, "thorough", area.thorough, 300, &options)?;
@@ -84,7 +88,8 @@ pub(crate) fn mutants(args: &[String]) -> Done {
     if survivors.is_empty() { Ok(()) } else { Err(format!("mutants survived:\n{}", survivors.join("\n"))) }
 }
 
-/// Runs cargo-mutants; tells which mutants survived. One whose tests take longer than `seconds` was noticed.
+/// Runs cargo-mutants and returns the mutants that survived. A mutant whose tests take longer than
+/// `seconds` is detected.
 fn pass(area: &Area, name: &str, tests: &[&str], seconds: u32, options: &[String]) -> Result<Vec<String>, String> {
     let output = root().join("target/mutants").join(area.name).join(name);
     std::fs::create_dir_all(&output).map_err(|error| format!("cannot make {}: {error}", output.display()))?;
@@ -93,13 +98,14 @@ fn pass(area: &Area, name: &str, tests: &[&str], seconds: u32, options: &[String
     command.args(["--timeout", &seconds.to_string()]);
     command.arg("--output").arg(&output);
     command.args(area.files.iter().flat_map(|file| ["--file", file]));
-    // As arguments of every cargo, lest the tests that are not run be compiled for each mutant.
+    // Pass the tests as arguments of every cargo call: otherwise cargo compiles the other tests for
+    // each mutant too.
     command.arg("--cargo-arg=--lib").args(tests.iter().map(|test| format!("--cargo-arg=--test={test}")));
     command.args(options).args(["--", "--"]).args(TOO_SLOW.iter().flat_map(|test| ["--skip", test]));
-    // Halves what it takes to compile a mutant.
+    // Halves the compile time of a mutant.
     command.env("CARGO_PROFILE_DEV_LTO", "off");
     let status = command.status().map_err(|error| format!("cannot run cargo mutants: {error}"))?;
-    // <https://mutants.rs/exit-codes.html>: mutants survived, or timed out.
+    // 2: mutants survived; 3: tests timed out (<https://mutants.rs/exit-codes.html>).
     if !matches!(status.code(), Some(0 | 2 | 3)) {
         return Err(format!("cargo mutants failed ({status}); see {}", output.display()));
     }

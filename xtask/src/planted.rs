@@ -1,7 +1,8 @@
-//! Tests the tests: bugs that are planted, each of which has to be found.
+//! Tests the tests: plants known bugs, each of which a test must detect.
 //!
-//! A file in `tests/planted` is a patch of `src`. Its first line says what is wrong, its second which test has to say so. The tree is
-//! copied, patched, and tested; a patch that does not apply, does not compile or is not caught is an error.
+//! A file in `tests/planted` is a patch of `src`. Its first line describes the bug, and its second
+//! line names the test that must detect it. The task copies the tree, applies the patch and runs
+//! the test. A patch that does not apply, does not compile or is not caught is an error.
 
 use std::{
     collections::BTreeSet,
@@ -18,7 +19,7 @@ struct Bug {
     name: String,
     patch: PathBuf,
     what: String,
-    /// The arguments of `cargo test` that pick the test, by words.
+    /// The arguments of `cargo test` that select the test, split at white space.
     caught_by: Vec<String>,
 }
 
@@ -28,14 +29,14 @@ impl Bug {
         let text = fs::read_to_string(patch).map_err(|error| format!("cannot read {}: {error}", patch.display()))?;
         let mut lines = text.lines();
         let mut line = |prefix: &str| lines.next().and_then(|line| line.strip_prefix(prefix)).map(str::to_owned);
-        let what = line("# ").ok_or_else(|| format!("{name}: the first line does not say what is wrong"))?;
+        let what = line("# ").ok_or_else(|| format!("{name}: the first line does not describe the bug"))?;
         let caught_by = line("# caught by: ").ok_or_else(|| format!("{name}: the second line names no test"))?;
         let caught_by = caught_by.split_whitespace().map(str::to_owned).collect();
         Ok(Self { name, patch: patch.to_owned(), what, caught_by })
     }
 }
 
-/// A copy of the tree that is removed in the end.
+/// A copy of the tree, removed on drop.
 struct Copy {
     dir: PathBuf,
     target: PathBuf,
@@ -55,7 +56,7 @@ impl Copy {
         git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root);
         let listed = run("git ls-files", &mut git)?;
         if !listed.status.success() {
-            return Err("the tree is copied by what `git ls-files` says, and it fails".to_owned());
+            return Err("`git ls-files`, which selects the files to copy, failed".to_owned());
         }
         for file in String::from_utf8_lossy(&listed.stdout).split('\0').filter(|file| root.join(file).is_file()) {
             let to = copy.dir.join(file);
@@ -90,7 +91,7 @@ impl Copy {
         let said = String::from_utf8_lossy(&tested.stdout).into_owned();
         let sweep = bug.caught_by.iter().any(|arg| arg == "sweep");
         let caught = !tested.status.success()
-            // A test that would hang is ended by its watchdog, with the whole process.
+            // The watchdog of a hanging test ends the whole process.
             && (said.contains("test result: FAILED") || said.contains("ended by the watchdog"))
             && (!sweep || said.contains(" violations: ["));
         if caught { Ok(()) } else { Err(format!("NOT CAUGHT by `cargo test {}`", bug.caught_by.join(" "))) }
@@ -101,7 +102,7 @@ fn run(what: &str, command: &mut Command) -> Result<Output, String> {
     command.output().map_err(|error| format!("cannot run `{what}`: {error}"))
 }
 
-/// Plants every bug, or those that are named.
+/// Plants every bug, or only the named ones.
 pub(crate) fn planted(names: &[String]) -> Done {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let root = root.canonicalize().map_err(|error| format!("cannot find the workspace: {error}"))?;
@@ -111,11 +112,11 @@ pub(crate) fn planted(names: &[String]) -> Done {
     patches.sort();
     let mut bugs = patches.iter().map(|patch| Bug::read(patch)).collect::<Result<Vec<_>, _>>()?;
     if let Some(unknown) = names.iter().find(|name| bugs.iter().all(|bug| bug.name != **name)) {
-        return Err(format!("there is no {DIR}/{unknown}.patch"));
+        return Err(format!("{DIR}/{unknown}.patch does not exist"));
     }
     bugs.retain(|bug| names.is_empty() || names.contains(&bug.name));
     let copy = Copy::make(&root)?;
-    // A test that fails anyway would catch anything.
+    // A test that fails without a bug would appear to catch every bug.
     for args in bugs.iter().map(|bug| &bug.caught_by).collect::<BTreeSet<_>>() {
         eprintln!("xtask: without a bug: cargo test {}", args.join(" "));
         let tested = copy.test(args, false)?;

@@ -1,35 +1,38 @@
-//! The unsafe code under AddressSanitizer, which the stable toolchain brings, and under Miri, which only a nightly one has; and threads
-//! under ThreadSanitizer, which has to see the standard library too, so that a nightly toolchain builds that anew.
+//! Runs the unsafe code under AddressSanitizer, which is part of the stable toolchain, and under
+//! Miri, which needs a nightly one. Runs the threaded tests under ThreadSanitizer. It must also
+//! instrument the standard library, which only a nightly toolchain can rebuild.
 
 use std::process::{Command, Stdio};
 
 use crate::{Done, cargo, fuzz::host, root, target_dir};
 
-/// The tests that run the unsafe code: all of `sm4-simd`, and of the engine the secret memory and the mapped files.
+/// The tests that run the unsafe code: all of `sm4-simd`, and the engine's secret memory and mapped
+/// files.
 const TESTS: [&[&str]; 2] = [
     &["--package", "sm4-simd", "--features", "gcm", "--lib", "--tests"],
     &["--package", "envelog", "--no-default-features", "--lib", "--", "crypto::", "io::", "segment::"],
 ];
 
-/// What Miri can run: it has no vector instructions beyond SSE2, no page locks and no maps, so the vectors in software, the portable
-/// backend, and the decoders.
+/// The tests that Miri can run. Miri has no vector instructions beyond SSE2, no page locks and no
+/// maps, so these are the software vectors, the portable backend and the decoders.
 const MIRI: [&[&str]; 1] = [&["--package", "sm4-simd", "--features", "gcm", "--lib"]];
 
-/// Eight writers and eight readers, and schedules of a KMS that is asked by several threads.
+/// Eight writers with eight readers, and thread schedules with several callers of a KMS.
 const THREADS: [&str; 6] = ["--package", "envelog", "--test", "threads", "--test", "revocation"];
 
 pub(crate) fn sanitize(args: &[String]) -> Done {
     let stable_only = match args {
         [] => false,
         [arg] if arg == "--stable-only" => true,
-        _ => return Err("sanitize takes nothing but --stable-only".to_owned()),
+        _ => return Err("sanitize takes no argument but --stable-only".to_owned()),
     };
     let host = host()?;
     let target_dir = target_dir().join("sanitize");
     let target_dir = target_dir.to_string_lossy();
     for tests in TESTS {
-        // The option is unstable in name only: the runtime is part of the stable toolchain. The standard library is not instrumented,
-        // which hides nothing of the code that is. One thread at a time, as quarantined memory adds up.
+        // The option is unstable in name only: the runtime is part of the stable toolchain. The
+        // standard library is not instrumented, which hides no error in the instrumented code. Run
+        // one thread at a time, because quarantined memory adds up.
         let words: Vec<&str> =
             ["test", "--locked", "--target", &host].into_iter().chain(tests.iter().copied()).collect();
         cargo(
@@ -75,7 +78,7 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
 
 fn nightly(args: &[&str], environment: &[(&str, &str)]) -> Done {
     eprintln!("xtask: cargo +nightly {}", args.join(" "));
-    // By its name, not `CARGO`, which is that of the stable toolchain.
+    // Run `cargo` by name: the variable `CARGO` is the stable toolchain's.
     let status = Command::new("cargo")
         .arg("+nightly")
         .args(args)
