@@ -1,4 +1,4 @@
-//! What can be said on the command line.
+//! The command-line arguments and their help texts.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -30,7 +30,7 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// What every command understands.
+/// Options that every command accepts.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
@@ -41,63 +41,75 @@ pub(crate) struct Global {
     /// The service keyring [default: the store's path + ".keyring"]
     #[arg(long, global = true, env = "ENVELOG_KEYRING", value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) keyring: Option<PathBuf>,
-    /// Accept a service keyring that its group may read, and make a new one so (mode 0640 in place of 0600)
+    /// Accept a service keyring that its group may read, and create new ones that way (mode 0640
+    /// instead of 0600)
     #[arg(long, global = true)]
     pub(crate) keyring_group: bool,
-    /// Write the store although it is on a network file system, whose locks may not keep out a writer on another machine
+    /// Open a store for writing on a network file system, although its locks may not exclude a
+    /// writer on another machine
     #[arg(long, global = true)]
     pub(crate) allow_network_fs: bool,
-    /// The anchor: a directory on another volume that keeps how far the store is, and without which it is not written from then on
+    /// The anchor: a directory on another volume that records how far the store is written. Once a
+    /// store has an anchor, opening it for writing requires the anchor
     #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) anchor: Option<PathBuf>,
-    /// Do not compare a store with its anchor; when it is written with --anchor, the anchor begins again from the store as it is
+    /// Do not compare the store with its anchor. Opening it for writing with --anchor as well
+    /// restarts the anchor from the store's current state
     #[arg(long, global = true)]
     pub(crate) without_anchor: bool,
-    /// Accept what a retired version of the service key authenticates, to read a backup that is known to be good
+    /// Accept data that a retired version of the service key authenticates, to read a backup that
+    /// is known to be good
     #[arg(long, global = true)]
     pub(crate) accept_retired: bool,
-    /// Let the group read the files and directories that the store makes (modes 0640 and 0750 in place of 0600 and 0700)
+    /// Let the group read the files and directories that the store creates (modes 0640 and 0750
+    /// instead of 0600 and 0700)
     #[arg(long, global = true)]
     pub(crate) group_read: bool,
     /// The directory of the embedded KMS [default: the store's path + ".kms"]
     #[arg(long, global = true, env = "ENVELOG_KMS_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) kms_dir: Option<PathBuf>,
-    /// A KMS, such as local:DIR; may be given several times: the first that serves a key's region is asked
+    /// A KMS, such as local:DIR; may be given several times: the first that serves a key's region
+    /// is used
     #[arg(long, global = true, value_name = "URL")]
     pub(crate) kms: Vec<String>,
     /// Print results and errors as JSON
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// Say on standard error what the engine does; twice for more of it, three times for all
+    /// Log to standard error; repeat for more detail, up to three times
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub(crate) verbose: u8,
-    /// What of it to say, such as info, or warn,envelog::keys=debug; in place of --verbose
+    /// Log filter, such as info, or warn,envelog::keys=debug; replaces --verbose
     #[arg(long, global = true, env = "ENVELOG_LOG", value_name = "FILTER")]
     pub(crate) log: Option<Targets>,
-    /// How often the KMS is asked whether a key may still be used, such as 500ms, 30s, 5m [default: 30s]
+    /// How often to ask the KMS whether a key may still be used, such as 500ms, 30s, 5m [default:
+    /// 30s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) revalidate_every: Option<Duration>,
-    /// How long one call to the KMS may take; a refusal counts after --revalidate-every and this [default: 1s]
+    /// Timeout of one KMS call; a refusal takes effect within --revalidate-every plus this
+    /// [default: 1s]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) kms_timeout: Option<Duration>,
-    /// How long the last good answer counts while the KMS cannot be reached [default: 5m]
+    /// How long a key stays usable after the last good answer while the KMS cannot be reached
+    /// [default: 5m]
     #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
     pub(crate) outage_grace: Option<Duration>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show the whole story in one go, on the files given
+    /// Demonstrate encryption and revocation in one run, on the given files
     ///
-    /// Makes a store with two Logstores: one under the service key with AES, one under a customer's key with SM4. Appends, reads
-    /// back and compares, searches the store for plaintext, verifies; disables the customer's key, and shows that everything
-    /// is refused while the other Logstore works; enables it, and reads again.
+    /// Creates a store with two Logstores: one under the service key with AES, one under a
+    /// customer's key with SM4. Appends logs, reads them back and compares them, searches the store
+    /// for plaintext, and verifies it. Then disables the customer's key and shows that every access
+    /// to its Logstore is refused while the other Logstore works. Finally enables the key and reads
+    /// again.
     #[command(after_help = "\
 Examples:
   envelog demo
   envelog demo --dir ./look-inside access.log error.log")]
     Demo(DemoArgs),
-    /// Create a Logstore, and the store and its keyring if there are none yet
+    /// Create a Logstore; also creates the store and its keyring if they do not exist
     #[command(after_help = "\
 Examples:
   envelog create shop/orders --shards 4 --ttl 30
@@ -110,12 +122,12 @@ Examples:
 Example:
   envelog get shop/orders > orders.json")]
     Get(NameArgs),
-    /// Replace the configuration of a Logstore by one that `get` printed and you changed
+    /// Replace the configuration of a Logstore with an edited copy of the output of `get`
     #[command(after_help = "\
 Example:
   envelog get shop/orders | jq '.ttl_days = 7' | envelog update shop/orders --config -
 
-An update that was built on an older revision is refused: get it again, and change that.")]
+An update based on an older revision is refused: run `get` again and edit the new output.")]
     Update(UpdateArgs),
     /// List the Logstores
     List,
@@ -124,7 +136,7 @@ An update that was built on an older revision is refused: get it again, and chan
 Example:
   envelog delete shop/orders --yes")]
     Delete(ConfirmedArgs),
-    /// Append lines of files, or of standard input, one log a line
+    /// Append lines of files or of standard input, one log per line
     #[command(after_help = "\
 Examples:
   envelog append shop/orders access.log error.log
@@ -138,7 +150,7 @@ Examples:
   envelog read shop/orders > orders.log
   envelog read shop/orders --shard 0 --from 17 --limit 10 --format json")]
     Read(ReadArgs),
-    /// Print the last logs, and with -f what comes
+    /// Print the last logs, and with -f new logs as they arrive
     #[command(after_help = "\
 Examples:
   envelog tail shop/orders -n 100
@@ -158,23 +170,23 @@ Examples:
   envelog verify --against /backup/checkpoint
   envelog verify --anchor /mnt/other/anchors")]
     Verify(VerifyArgs),
-    /// Write down how far every shard is, to verify against later
+    /// Record how far every shard is written, for a later `verify --against`
     #[command(after_help = "\
-Keep the file away from the store: with it, `verify --against FILE` notices when the store was put back to an older state.
+Keep the file away from the store: `verify --against FILE` detects that the store was rolled back to an older state.
 
 Example:
   envelog checkpoint --out /backup/checkpoint")]
     Checkpoint(OutArgs),
-    /// Show header, blocks and footer of one segment file, without any key
+    /// Show the header, blocks and footer of one segment file, without any key
     #[command(after_help = "\
 Example:
   envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000-0000000001.seg")]
     Inspect(InspectArgs),
-    /// Give up what is damaged at the end of a shard, so that it can be written again
+    /// Discard the damaged end of a shard, so that the shard can be written again
     #[command(after_help = "\
-`verify` says what is damaged, and where. This is for a shard that refuses to be appended to because the segment that was
-being written is damaged; all of it that can be read is kept. A sealed segment is left as it is: `read --from SEQ` goes on
-behind the damage, and a backup has the rest.
+`verify` reports the damage and its place. `repair` is for a shard that refuses appends because the segment that was being
+written is damaged. It keeps every block that can be read. It does not change a sealed segment: `read --from SEQ` continues
+after the damage, and the damaged part has to come from a backup.
 
 Example:
   envelog repair shop/orders --shard 0 --yes")]
@@ -190,7 +202,7 @@ Examples:
   envelog keys recover --without-keyring --expect keys.json"
     )]
     Keys(KeysCommand),
-    /// The embedded KMS: a directory that plays the customer's KMS
+    /// Manage the embedded KMS: a directory that stands in for the customer's KMS
     #[command(
         subcommand,
         after_help = "\
@@ -200,29 +212,30 @@ Examples:
   envelog kms disable key-0123456789abcdef"
     )]
     Kms(KmsCommand),
-    /// Measure this machine
+    /// Measure the speed of this machine
     #[command(after_help = "\
 Examples:
   envelog bench /var/log/syslog --dir /mnt/data
   envelog bench --seconds 1 --json | jq '.rows[] | select(.what == \"append\")'")]
     Bench(BenchArgs),
-    /// Print the completions of a shell
+    /// Print the completion script of a shell
     #[command(after_help = "\
 Examples:
   envelog completions bash > ~/.local/share/bash-completion/completions/envelog
   envelog completions fish > ~/.config/fish/completions/envelog.fish")]
     Completions {
-        /// Which shell
+        /// The shell
         shell: clap_complete::Shell,
     },
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Files of logs [default: some text that the program carries with it]
+    /// Files of logs [default: a text built into the program]
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) files: Vec<PathBuf>,
-    /// Keep the store in this directory, which must be empty or absent [default: a temporary one]
+    /// Create the store in this directory, which must be empty or absent [default: a temporary
+    /// directory]
     #[arg(long, value_hint = ValueHint::DirPath)]
     pub(crate) dir: Option<PathBuf>,
 }
@@ -246,7 +259,7 @@ pub(crate) struct ConfirmedArgs {
     /// The Logstore
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: String,
-    /// Yes, this cannot be undone
+    /// Confirm: this cannot be undone
     #[arg(long)]
     pub(crate) yes: bool,
 }
@@ -256,31 +269,35 @@ pub(crate) struct CreateArgs {
     /// The Logstore: letters, digits, - and _ in both parts
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: String,
-    /// How many shards
+    /// Number of shards
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) shards: u32,
-    /// Drop whole segments after so many days [default: keep them]
+    /// Drop whole segments after this many days [default: keep them]
     #[arg(long, value_name = "DAYS")]
     pub(crate) ttl: Option<u32>,
-    /// Drop the oldest segments of a shard that holds more than so many bytes, such as 10GiB [default: no limit]
+    /// Drop the oldest segments of a shard that holds more than this many bytes, such as 10GiB
+    /// [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) retention_bytes: Option<u64>,
-    /// Make a new data-key version by itself once the current one is so many days old [default: never]
+    /// Rotate the data key automatically once the current version is this many days old [default:
+    /// never]
     #[arg(long, value_name = "DAYS")]
     pub(crate) rotate_key_days: Option<u32>,
-    /// Make a new data-key version by itself once so many bytes are sealed under the current one [default: never]
+    /// Rotate the data key automatically once this many bytes are sealed under the current version
+    /// [default: never]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) rotate_key_bytes: Option<u64>,
-    /// How blocks are compressed
+    /// Block compression
     #[arg(long, value_enum, default_value_t = CompressionArg::Lz4)]
     pub(crate) compression: CompressionArg,
-    /// The hash by which the digest of a segment commits to what is stored in it
+    /// The hash with which a segment's digest commits to the stored payloads
     #[arg(long, value_enum, default_value_t = HashArg::Sha256)]
     pub(crate) payload_hash: HashArg,
     /// Encryption, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
     pub(crate) encrypt_conf: Option<String>,
-    /// Put the keyring of a new store under this master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
+    /// Wrap the keyring of a new store under this master key: a user_cmk_info, as JSON, or @FILE,
+    /// or - for standard input
     #[arg(long, value_name = "JSON")]
     pub(crate) service_cmk: Option<String>,
 }
@@ -303,16 +320,18 @@ pub(crate) struct AppendArgs {
     /// Files, or - for standard input [default: -]
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) files: Vec<PathBuf>,
-    /// Append to this shard [default: the next one for each group]
+    /// Append to this shard [default: each group to the next shard in turn]
     #[arg(long, value_name = "N")]
     pub(crate) shard: Option<u32>,
-    /// What must be true of a group before it counts as appended
+    /// When a group is acknowledged
     #[arg(long, value_enum, default_value_t = DurabilityArg::Synced)]
     pub(crate) durability: DurabilityArg,
-    /// Close a group when it would have more bytes than this, such as 65536 or 64KiB; a longer line is a group of its own
+    /// Close a group before it exceeds this many bytes, such as 65536 or 64KiB; a longer line gets
+    /// its own group
     #[arg(long, value_name = "N", default_value = "64KiB", value_parser = bytes)]
     pub(crate) group_bytes: u64,
-    /// Print, for each group that is appended, the number of its last line, counted from 1 over all input
+    /// For each group that is appended, print the number of its last line, counted from 1 over all
+    /// input
     #[arg(long)]
     pub(crate) ack: bool,
 }
@@ -322,19 +341,19 @@ pub(crate) struct ReadArgs {
     /// The Logstore
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: String,
-    /// Read this shard only [default: all, one after another]
+    /// Read only this shard [default: all, one after another]
     #[arg(long, value_name = "N")]
     pub(crate) shard: Option<u32>,
     /// Where to begin: begin, end, a sequence number, or a receive time as RFC 3339
     #[arg(long, value_name = "POSITION", value_parser = position, default_value = "begin")]
     pub(crate) from: Position,
-    /// Where to stop, not included
+    /// Where to stop (exclusive)
     #[arg(long, value_name = "POSITION", value_parser = position)]
     pub(crate) to: Option<Position>,
-    /// Print at most so many logs
+    /// Print at most this many logs
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<u64>,
-    /// raw: each log's content and a newline; json: one object a log
+    /// raw: each log's content and a newline; json: one object per log
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
 }
@@ -344,16 +363,16 @@ pub(crate) struct TailArgs {
     /// The Logstore
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: String,
-    /// How many logs
+    /// Number of logs
     #[arg(short = 'n', long = "lines", value_name = "N", default_value_t = 10)]
     pub(crate) lines: usize,
-    /// Wait for what comes; ends when the key is revoked
+    /// Wait for new logs; ends when the key is revoked
     #[arg(short, long)]
     pub(crate) follow: bool,
-    /// This shard only [default: all]
+    /// Only this shard [default: all]
     #[arg(long, value_name = "N")]
     pub(crate) shard: Option<u32>,
-    /// raw: each log's content and a newline; json: one object a log
+    /// raw: each log's content and a newline; json: one object per log
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
 }
@@ -363,10 +382,10 @@ pub(crate) struct VerifyArgs {
     /// The Logstore [default: all of them]
     #[arg(value_name = "PROJECT/LOGSTORE")]
     pub(crate) name: Option<String>,
-    /// Check what can be checked without any key, so also while a key is revoked
+    /// Check everything that needs no key; works while a key is revoked
     #[arg(long)]
     pub(crate) keyless: bool,
-    /// Compare with what `checkpoint` wrote down
+    /// Compare with a file written by `checkpoint`
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) against: Option<PathBuf>,
 }
@@ -393,24 +412,24 @@ pub(crate) struct RepairArgs {
     /// The shard
     #[arg(long, value_name = "N")]
     pub(crate) shard: u32,
-    /// Yes, give up what is damaged
+    /// Confirm: discard the damaged end
     #[arg(long)]
     pub(crate) yes: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum KeysCommand {
-    /// Seal what comes from now on under a new data-key version
+    /// Rotate the data key: new segments are sealed under a new version
     RotateData(NameArgs),
-    /// Wrap the data keys again, under the newest version of the service key or of the customer's key
+    /// Re-wrap the data keys under the newest version of the service key or of the customer's key
     #[command(after_help = "\
-Without a name, Logstores whose data keys are under the newest version already are passed over, and a run that was
-interrupted, or failed for some, is continued by the next one like it within a day. While a service has the store open for
-writing, it is for the service to do this (`Store::rewrap_all`).")]
+Without a name, the command skips Logstores whose data keys are already under the newest version. If a run was interrupted
+or failed for some Logstores, the next run with the same options continues it, if it starts within a day. While a service
+has the store open for writing, the service has to do this (`Store::rewrap_all`).")]
     Rewrap(RewrapArgs),
-    /// Tell what every key is still needed for, and whether it may be destroyed
+    /// Show what every key is still needed for, and whether it may be destroyed
     Usage,
-    /// Make a new version of the service key; back the keyring up again afterwards
+    /// Rotate the service key; back the keyring up again afterwards
     RotateService,
     /// Print the audit log of keys, verify it, or write it to a file
     #[command(after_help = "\
@@ -420,7 +439,7 @@ Examples:
     Audit(AuditArgs),
     /// Copy the service keyring to a file
     Backup(OutArgs),
-    /// Recover a store whose keyring is lost, as far as customers' keys go
+    /// Recover a store whose keyring is lost, as far as customers' keys allow
     #[command(after_help = "\
 Without --expect, the command prints the master keys and roles that the store names, changes nothing and ends with status 6. Nothing in
 the store authenticates them, so compare them with your own records before you put them into the file.
@@ -428,31 +447,33 @@ the store authenticates them, so compare them with your own records before you p
 Example of the file:
   {\"shop/orders\": {\"cmk_key_id\": \"key-1f2e\", \"arn\": \"acs:ram::13234:role/logsource\", \"region_id\": \"cn-hangzhou\"}}")]
     Recover {
-        /// Yes, the keyring is lost: make a new one
+        /// Confirm: the keyring is lost, create a new one
         #[arg(long, required = true)]
         without_keyring: bool,
-        /// The Logstores to recover: JSON of names and the user_cmk_info of each, from your own records
+        /// The Logstores to recover: JSON of names and the user_cmk_info of each, from your own
+        /// records
         #[arg(long, value_name = "FILE")]
         expect: Option<PathBuf>,
-        /// Put the new one under this master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
+        /// Wrap the new keyring under this master key: a user_cmk_info, as JSON, or @FILE, or - for
+        /// standard input
         #[arg(long, value_name = "JSON")]
         service_cmk: Option<String>,
     },
-    /// Put the service keyring under another master key, or under none
+    /// Wrap the service keyring under another master key, or under none
     #[command(after_help = "\
-The roots in the keyring stay the same: whoever has a copy of the old file, and may use what that was under, has them.
-Make a new version with `keys rotate-service`, back the keyring up again, and destroy old copies.")]
+The root keys in the keyring stay the same. Anyone who has a copy of the old file, and may use the master key that wraps
+it, has the root keys. Make a new version with `keys rotate-service`, back the keyring up again, and destroy old copies.")]
     RewrapKeyring {
         /// The master key: a user_cmk_info, as JSON, or @FILE, or - for standard input
         #[arg(long, value_name = "JSON", required_unless_present = "plain")]
         service_cmk: Option<String>,
-        /// Put the roots themselves into the file, under no master key
+        /// Store the root keys in the file unwrapped, under no master key
         #[arg(long, conflicts_with = "service_cmk")]
         plain: bool,
     },
     /// Move a Logstore from one customer's key to another
     #[command(after_help = "\
-Whoever held the old key and a copy of an old envelope can still read the old data.")]
+Anyone who held the old key and a copy of an old envelope can still read the old data.")]
     ReplaceCmk {
         /// The Logstore
         #[arg(value_name = "PROJECT/LOGSTORE")]
@@ -460,11 +481,11 @@ Whoever held the old key and a copy of an old envelope can still read the old da
         /// The encrypt_conf with the new user_cmk_info, as JSON, or @FILE, or - for standard input
         #[arg(long, value_name = "JSON")]
         encrypt_conf: String,
-        /// Go on with the same data key instead of a fresh one
+        /// Keep using the current data key instead of a new one
         #[arg(long)]
         keep_data_key: bool,
     },
-    /// Destroy old data-key versions, and with them what they sealed
+    /// Destroy old data-key versions, and so the data that they sealed
     Shred {
         /// The Logstore
         #[arg(value_name = "PROJECT/LOGSTORE")]
@@ -472,7 +493,7 @@ Whoever held the old key and a copy of an old envelope can still read the old da
         /// The version; may be given several times
         #[arg(long = "version", value_name = "N", required = true)]
         versions: Vec<u32>,
-        /// Yes, this cannot be undone
+        /// Confirm: this cannot be undone
         #[arg(long)]
         yes: bool,
     },
@@ -480,13 +501,13 @@ Whoever held the old key and a copy of an old envelope can still read the old da
 
 #[derive(Debug, Args)]
 pub(crate) struct AuditArgs {
-    /// Verify it, and print no more than how far it is sound
+    /// Verify the audit log, and print only how far it is sound
     #[arg(long)]
     pub(crate) verify: bool,
-    /// An earlier file of --out, whose records must still be there as they were
+    /// An earlier file of --out; its records must still be present and unchanged
     #[arg(long, value_name = "FILE", requires = "verify", value_hint = ValueHint::FilePath)]
     pub(crate) against: Option<PathBuf>,
-    /// Write it to this new file, as lines of JSON that can be checked without any key
+    /// Write the audit log to this new file, as lines of JSON that can be checked without any key
     #[arg(long, value_name = "FILE", conflicts_with = "verify", value_hint = ValueHint::FilePath)]
     pub(crate) out: Option<PathBuf>,
 }
@@ -502,7 +523,7 @@ pub(crate) struct RewrapArgs {
     /// Only Logstores whose key is in this region
     #[arg(long, value_name = "REGION")]
     pub(crate) region: Option<String>,
-    /// Begin anew, also where an interrupted run could be continued
+    /// Start over, even if an interrupted run could be continued
     #[arg(long)]
     pub(crate) restart: bool,
 }
@@ -511,10 +532,11 @@ pub(crate) struct RewrapArgs {
 pub(crate) enum KmsCommand {
     /// Create a key and print its id
     CreateKey {
-        /// The region it belongs to, such as cn-hangzhou
+        /// The region of the key, such as cn-hangzhou
         #[arg(long, value_name = "REGION")]
         region: String,
-        /// A role that may use it, such as acs:ram::13234:role/logsource; may be given several times
+        /// A role that may use the key, such as acs:ram::13234:role/logsource; may be given several
+        /// times
         #[arg(long, value_name = "ARN")]
         grant: Vec<String>,
     },
@@ -526,27 +548,27 @@ pub(crate) enum KmsCommand {
     Enable(KeyArgs),
     /// Add a version to a key; older versions still unwrap
     Rotate(KeyArgs),
-    /// Delete a key on a day to come, and refuse its use until then
+    /// Schedule the deletion of a key, and refuse its use until then
     ScheduleDeletion {
         #[command(flatten)]
         key: KeyArgs,
-        /// In how many days
+        /// Number of days until the deletion
         #[arg(long, value_name = "N", default_value_t = 7)]
         days: u32,
     },
-    /// Do not delete the key after all
+    /// Cancel the scheduled deletion of a key
     CancelDeletion(KeyArgs),
-    /// Delete a key now: what was wrapped under it is lost
+    /// Delete a key now: everything wrapped under it is lost
     Delete {
         #[command(flatten)]
         key: KeyArgs,
-        /// Asked for by no command about keys; taken for those who give it to whatever deletes
+        /// Not required: accepted because other deleting commands take it
         #[arg(long, hide = true)]
         yes: bool,
     },
     /// Let a role use a key
     Grant(GrantArgs),
-    /// No longer let a role use a key
+    /// Revoke a role's use of a key
     Ungrant(GrantArgs),
 }
 
@@ -569,16 +591,17 @@ pub(crate) struct GrantArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
-    /// Files of logs [default: made ones]
+    /// Files of logs [default: generated lines]
     #[arg(value_hint = ValueHint::FilePath)]
     pub(crate) files: Vec<PathBuf>,
-    /// Where to make the stores: on the disk to be measured [default: the directory for temporary files]
+    /// Where to create the stores: a directory on the disk to be measured [default: the directory
+    /// for temporary files]
     #[arg(long, value_hint = ValueHint::DirPath)]
     pub(crate) dir: Option<PathBuf>,
-    /// How many seconds each row may take
+    /// Time limit of each row, in seconds
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = seconds)]
     pub(crate) seconds: f64,
-    /// Measure only what hashing the payloads costs appends
+    /// Measure only the cost of payload hashes for appends
     #[arg(long)]
     pub(crate) payload_hash: bool,
 }
@@ -617,11 +640,11 @@ impl From<HashArg> for HashAlg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DurabilityArg {
-    /// In memory of this process: lost when it is killed
+    /// In the memory of this process: lost when the process is killed
     Buffered,
-    /// Given to the system: survives a kill of the process, not a crash of the system
+    /// Written to the operating system: survives a kill of the process, not a crash of the system
     Written,
-    /// On the disk: survives a power cut
+    /// Synced to the disk: survives a power loss
     Synced,
 }
 
@@ -642,7 +665,7 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    /// What was asked for; `--json` alone means JSON too.
+    /// The requested format, or else JSON with `--json` and raw without it.
     pub(crate) fn choose(asked: Option<Self>, json: bool) -> Self {
         asked.unwrap_or(if json { Format::Json } else { Format::Raw })
     }

@@ -18,7 +18,7 @@ use crate::{
     setup::Setup,
 };
 
-/// Does what the command line says.
+/// Runs the command that the arguments select.
 pub(crate) fn run(cli: Cli) -> Result {
     let setup = Setup::new(cli.global)?;
     match cli.command {
@@ -43,7 +43,7 @@ pub(crate) fn run(cli: Cli) -> Result {
     }
 }
 
-/// What cannot be undone needs a yes on the command line.
+/// Refuses an irreversible command without `--yes`.
 fn confirm(yes: bool, what: &str) -> Result {
-    if yes { Ok(()) } else { Err(Failure::usage(format!("{what} cannot be undone: add --yes if you mean it"))) }
+    if yes { Ok(()) } else { Err(Failure::usage(format!("{what} cannot be undone: add --yes to confirm"))) }
 }

@@ -1,4 +1,4 @@
-//! From what went wrong to an exit status and one sentence.
+//! Maps errors to an exit status and one sentence.
 
 use std::{
     fmt,
@@ -15,7 +15,7 @@ use crate::output;
 /// The result of a command.
 pub(crate) type Result<T = ()> = std::result::Result<T, Failure>;
 
-/// The exit status, as the manual lists it.
+/// The exit status, as `--help` lists it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
     Done = 0,
@@ -30,7 +30,7 @@ pub(crate) enum Status {
 }
 
 impl Status {
-    /// Where several hold, the one that counts: 5, then 3, then 4, then any other.
+    /// The more severe of two statuses: 5, then 3, then 4, then any other.
     pub(crate) fn worse(self, other: Self) -> Self {
         let rank = |status| match status {
             Status::Integrity => 0,
@@ -49,7 +49,7 @@ impl From<Status> for ExitCode {
     }
 }
 
-/// Why a command did not do what it was asked: a status, a word for machines, and a sentence for people.
+/// Why a command failed: an exit status, a code for programs, and a sentence for people.
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
     status: Status,
@@ -75,15 +75,16 @@ impl Failure {
     }
 
     pub(crate) fn interrupted() -> Self {
-        Self::new(Status::Interrupted, "interrupted", "interrupted: what was complete has been kept")
+        Self::new(Status::Interrupted, "interrupted", "interrupted: completed work is kept")
     }
 
-    /// Something that the system would not do to a file.
+    /// A file operation that the operating system refused.
     pub(crate) fn file(doing: &str, path: &Path, error: &io::Error) -> Self {
         Self::new(Status::Other, "io", format!("cannot {doing} {}: {error}", path.display()))
     }
 
-    /// What a failed write to standard output means: nothing at all, when the reader has seen enough.
+    /// A failed write to standard output. A reader that closed the pipe has seen enough, so a
+    /// broken pipe is a success without a message.
     pub(crate) fn output(error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {
             Self::new(Status::Done, "broken_pipe", String::new())
@@ -92,12 +93,12 @@ impl Failure {
         }
     }
 
-    /// A pipe that was closed before all was done: nothing is said, but the status is not that of success.
+    /// The reader closed the pipe before the command was done: no message, but not a success.
     pub(crate) fn cut_short() -> Self {
         Self::new(Status::Other, "broken_pipe", String::new())
     }
 
-    /// Of two failures, the one whose status counts; the first where neither outranks the other.
+    /// The failure with the more severe status, or the first if neither is more severe.
     pub(crate) fn or_worse(self, other: Self) -> Self {
         if self.status.worse(other.status) == self.status { self } else { other }
     }
@@ -106,13 +107,13 @@ impl Failure {
         self.status
     }
 
-    /// The same failure, whose message goes on.
+    /// Appends a clause to the message.
     pub(crate) fn adding(mut self, more: &str) -> Self {
         self.message = format!("{}; {more}", self.message);
         self
     }
 
-    /// The same failure, whose message names the Logstore.
+    /// Names the Logstore in the message, unless the message has the name already.
     pub(crate) fn about(mut self, name: &LogstoreName) -> Self {
         let name = name.to_string();
         if !self.message.contains(&name) {
@@ -121,12 +122,12 @@ impl Failure {
         self
     }
 
-    /// What `--json` prints of it.
+    /// The failure as `--json` prints it.
     pub(crate) fn as_json(&self) -> Value {
         json!({ "kind": self.code, "message": self.message })
     }
 
-    /// Says it on standard error, unless there is nothing to say.
+    /// Prints the failure on standard error. An empty message prints nothing.
     pub(crate) fn report(&self, json: bool) {
         if self.message.is_empty() {
             return;
@@ -134,13 +135,13 @@ impl Failure {
         let text = if json { json!({ "error": self.as_json() }).to_string() } else { format!("envelog: {self}") };
         let kind = if json { output::Kind::Json } else { output::Kind::Line };
         let text = [&output::for_stderr(text.as_bytes(), kind), &b"\n"[..]].concat();
-        // Where nobody listens there is nothing left to say.
+        // A closed standard error is ignored: there is no other place for the message.
         let _ = io::stderr().write_all(&text);
     }
 }
 
-/// What came of the first, if the second succeeded too. Of two failures the one whose status counts: a reader of the output that has
-/// gone away, or a full disk under it, hides no verdict.
+/// Returns the first result if the second succeeded. Of two failures, returns the more severe one,
+/// so that a closed pipe or a full disk under standard output cannot hide a verdict.
 pub(crate) fn both<T>(first: Result<T>, second: Result) -> Result<T> {
     match (first, second) {
         (Err(first), Err(second)) => Err(first.or_worse(second)),
@@ -154,7 +155,7 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The status that an error of the engine ends the process with.
+/// The exit status for an engine error.
 pub(crate) fn status_of(error: &Error) -> Status {
     if matches!(error, Error::InvalidArgument(_)) {
         return Status::Usage;

@@ -14,18 +14,18 @@ use rustix::fs::OFlags;
 
 use crate::exit::{Failure, Result, Status};
 
-/// How much is read at once.
+/// Bytes to read at once.
 const CHUNK_BYTES: usize = 256 * 1024;
-/// A buffer with less room than this is given up for a new one.
+/// A buffer with less free space than this is replaced by a new one.
 const CHUNK_BYTES_MIN: usize = 16 * 1024;
-/// How many chunks may wait to be taken.
+/// The capacity of the channel to the consumer, in chunks.
 const CHUNKS_WAITING: usize = 16;
 /// The largest configuration that is read from a file or standard input.
 const TEXT_BYTES_MAX: u64 = 1 << 20;
 
-/// What comes from a list of files.
+/// An event in the stream of a list of files.
 pub(crate) enum Input {
-    /// What follows is from a file of this name.
+    /// The next chunks come from a file of this name.
     Begin(String),
     Bytes(Bytes),
     /// The file has ended.
@@ -33,15 +33,15 @@ pub(crate) enum Input {
     Failed(Failure),
 }
 
-/// A list of files that are read one after another in a thread of their own, so that the reader of all this can also wait for
-/// other things.
+/// Reads a list of files one after another in a separate thread, so that the consumer can also wait
+/// for other events.
 pub(crate) struct Inputs {
     pub(crate) receiver: Receiver<Input>,
-    /// The length in bytes of all of it, if it consists of regular files.
+    /// The total length in bytes, if all inputs are regular files.
     pub(crate) total: Option<u64>,
 }
 
-/// Opens all files, then begins to read. `-` is standard input, and so is an empty list.
+/// Opens all files, then starts to read. `-` is standard input, and so is an empty list.
 pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
     let mut sources: Vec<(String, PathBuf, Box<dyn Read + Send>)> = Vec::new();
     let mut total = Some(0);
@@ -80,7 +80,7 @@ pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
     Ok(Inputs { receiver, total })
 }
 
-/// Hands on all that `source` gives, until `take` has enough.
+/// Passes on the data of `source` until the end or until `take` returns false.
 fn pump(source: &mut dyn Read, mut take: impl FnMut(Bytes) -> bool) -> io::Result<()> {
     let mut buffer = BytesMut::new();
     loop {
@@ -100,17 +100,17 @@ fn pump(source: &mut dyn Read, mut take: impl FnMut(Bytes) -> bool) -> io::Resul
     }
 }
 
-/// The last part of a path, which becomes the source of its logs.
+/// The last part of a path. It becomes the source of the logs.
 pub(crate) fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// All of the logs in a file, or of standard input where it is `-`. A pipe may have the logs too.
+/// Reads the logs of a file, or of standard input if the path is `-`. Accepts a pipe too.
 pub(crate) fn read_logs(path: &Path) -> Result<Bytes> {
     if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_file(path)?) }
 }
 
-/// All of a regular file, or of standard input where it is `-`.
+/// Reads a regular file, or standard input if the path is `-`.
 pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
     if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_regular(path)?) }
 }
@@ -121,7 +121,7 @@ fn read_all(path: &Path, mut source: impl Read) -> Result<Bytes> {
     Ok(bytes.into())
 }
 
-/// Opens what must be a regular file: a pipe or a device might never answer.
+/// Opens a file and requires that it is regular: a pipe or a device might block forever.
 pub(crate) fn open_regular(path: &Path) -> Result<File> {
     let check = |metadata: io::Result<Metadata>| match metadata {
         Ok(metadata) if metadata.is_file() => Ok(()),
@@ -129,7 +129,8 @@ pub(crate) fn open_regular(path: &Path) -> Result<File> {
         Err(error) => Err(Failure::file("open", path, &error)),
     };
     check(fs::metadata(path))?;
-    // Something else may have the name by now: the file that is open is looked at too, and to open it waits for no writer.
+    // Another file may have replaced the checked one, so check the open file too. Open without
+    // blocking: a pipe would wait for a writer.
     let mut options = File::options();
     options.read(true).custom_flags(OFlags::NONBLOCK.bits() as i32);
     let file = options.open(path).map_err(|error| Failure::file("open", path, &error))?;
@@ -145,7 +146,7 @@ fn open_file(path: &Path) -> Result<File> {
     Ok(file)
 }
 
-/// The value of an option that is a text itself, `@FILE`, or `-` for standard input.
+/// The value of an option that is a literal text, `@FILE`, or `-` for standard input.
 pub(crate) fn text_argument(argument: &str) -> Result<String> {
     let mut text = String::new();
     let read = match argument.strip_prefix('@') {
@@ -155,7 +156,7 @@ pub(crate) fn text_argument(argument: &str) -> Result<String> {
     };
     match read {
         Ok(len) if len as u64 > TEXT_BYTES_MAX => {
-            let message = format!("{argument} is too large for a configuration, which may have {TEXT_BYTES_MAX} bytes");
+            let message = format!("{argument} is too large: a configuration may have at most {TEXT_BYTES_MAX} bytes");
             Err(Failure::new(Status::Other, "too_large", message))
         }
         Ok(_) => Ok(text),

@@ -1,4 +1,5 @@
-//! Ctrl-C and its like: a wish to stop that is looked at where stopping loses nothing.
+//! Handles Ctrl-C and similar signals: they set a flag, which commands check where stopping loses
+//! nothing.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -6,7 +7,7 @@ use crate::exit::{Failure, Result};
 
 static ASKED: AtomicBool = AtomicBool::new(false);
 
-/// From now on the signals that end a process only leave a note; a second one ends it all the same.
+/// Makes the first signal only set the flag. A second signal ends the process.
 pub(crate) fn defer() -> Result {
     let handler = || {
         if ASKED.swap(true, Ordering::Relaxed) {
@@ -16,12 +17,12 @@ pub(crate) fn defer() -> Result {
     ctrlc::set_handler(handler).map_err(|error| Failure::other(format!("cannot handle signals: {error}")))
 }
 
-/// Whether the process was asked to stop.
+/// Whether a signal asked the process to stop.
 pub(crate) fn asked() -> bool {
     ASKED.load(Ordering::Relaxed)
 }
 
-/// Fails when the process was asked to stop.
+/// Fails if a signal asked the process to stop.
 pub(crate) fn check() -> Result {
     if asked() { Err(Failure::interrupted()) } else { Ok(()) }
 }

@@ -1,4 +1,4 @@
-//! From bytes to log groups: one log a line.
+//! Converts bytes to log groups, one log per line.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,27 +9,27 @@ use crate::exit::{Failure, Result, Status};
 
 /// The key under which a line is stored.
 pub(crate) const CONTENT: &[u8] = b"content";
-/// More than the bytes that a log takes beside its line: the time and all tags and lengths.
+/// An upper bound of a log's encoded bytes besides its line: the time and all tags and lengths.
 const LOG_OVERHEAD: usize = 64;
-/// More than the bytes that a group takes beside its logs and the text of its source.
+/// An upper bound of a group's encoded bytes besides its logs and its source.
 const GROUP_OVERHEAD: usize = 16;
 
-/// Some whole lines as a group.
+/// A group of whole lines.
 pub(crate) struct LineGroup {
     pub(crate) group: LogGroup,
-    /// How many logs it has.
+    /// Number of logs.
     pub(crate) logs: u64,
-    /// How many bytes of input it is, newlines included.
+    /// Bytes of input, newlines included.
     pub(crate) bytes: u64,
     /// The number of its last line, counted from 1 over all input.
     pub(crate) last_line: u64,
 }
 
-/// Splits input at `\n` alone, and gathers lines into groups.
+/// Splits input at `\n` only, and collects lines into groups.
 pub(crate) struct Lines {
     group_bytes: usize,
     source: Bytes,
-    /// The beginning of a line whose end has not come yet.
+    /// The start of a line whose end has not arrived yet.
     unfinished: BytesMut,
     logs: Vec<Log>,
     encoded: usize,
@@ -39,7 +39,7 @@ pub(crate) struct Lines {
 }
 
 impl Lines {
-    /// Groups of about `group_bytes` bytes, encoded.
+    /// `group_bytes` is the approximate size of an encoded group.
     pub(crate) fn new(group_bytes: usize) -> Self {
         Self {
             group_bytes,
@@ -53,14 +53,15 @@ impl Lines {
         }
     }
 
-    /// What comes now is from `source`. What came before must have been ended.
+    /// Sets the source of the next bytes. The previous source must have been ended.
     pub(crate) fn begin(&mut self, source: &str) {
         self.source = Bytes::copy_from_slice(source.as_bytes());
     }
 
-    /// Takes in more bytes; groups that are full go to `full`.
+    /// Adds bytes, and pushes groups that are full to `full`.
     ///
-    /// A line beyond the limit is an error; what came before it is in `full`, or comes with the next [`Lines::cut`].
+    /// A line beyond the limit is an error. The lines before it are in `full`, or come with the
+    /// next [`Lines::cut`].
     pub(crate) fn push(&mut self, chunk: &Bytes, full: &mut Vec<LineGroup>) -> Result {
         let now = now();
         let mut begin = 0;
@@ -76,7 +77,7 @@ impl Lines {
         Ok(())
     }
 
-    /// The source has ended: a last line counts without its newline too.
+    /// Ends the source. A last line without a newline is a line too.
     pub(crate) fn end(&mut self, full: &mut Vec<LineGroup>) {
         if !self.unfinished.is_empty() {
             let line = self.unfinished.split().freeze();
@@ -85,7 +86,7 @@ impl Lines {
         full.extend(self.cut());
     }
 
-    /// The whole lines that wait, as a group.
+    /// Makes a group of the whole lines that are waiting.
     pub(crate) fn cut(&mut self) -> Option<LineGroup> {
         if self.logs.is_empty() {
             return None;
@@ -101,7 +102,7 @@ impl Lines {
         })
     }
 
-    /// Since when the oldest whole line has been waiting.
+    /// When the oldest waiting whole line arrived.
     pub(crate) fn waiting_since(&self) -> Option<Instant> {
         self.since
     }
@@ -143,7 +144,7 @@ impl Lines {
     }
 }
 
-/// All lines of a text, in groups.
+/// Converts a whole text to groups.
 pub(crate) fn groups(source: &str, text: Bytes, group_bytes: usize) -> Result<Vec<LineGroup>> {
     let mut lines = Lines::new(group_bytes);
     let mut full = Vec::new();

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     show_events(cli.global.verbose, cli.global.log.clone());
     match catch_unwind(AssertUnwindSafe(|| commands::run(cli))) {
         Ok(Ok(())) => Status::Done.into(),
-        // The hook has said it already.
+        // The panic hook has printed the message.
         Err(_) => Status::Other.into(),
         Ok(Err(failure)) => {
             failure.report(json);
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes what the engine does to standard error, where that was asked for.
+/// Logs engine events to standard error, if the options ask for it.
 fn show_events(verbose: u8, filter: Option<Targets>) {
     let level = match verbose {
         0 => LevelFilter::OFF,
@@ -64,12 +64,12 @@ fn show_events(verbose: u8, filter: Option<Targets>) {
     tracing_subscriber::registry().with(filter).with(events).init();
 }
 
-/// Keys in memory must not land in a file when the process crashes. Where the system refuses, the engine's own protection of
-/// key memory remains.
+/// Disables core dumps, which would write keys from memory to a file. If the system refuses, the
+/// engine's own protection of key memory still applies.
 fn forbid_core_dumps() {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
-    // The limit does not hold where the system pipes core dumps to a program; this does.
+    // Needed where the system pipes core dumps to a program: the limit above does not apply there.
     #[cfg(target_os = "linux")]
     {
         use rustix::process::{DumpableBehavior, set_dumpable_behavior};
@@ -77,7 +77,7 @@ fn forbid_core_dumps() {
     }
 }
 
-/// A bug ends in one sentence too, not in a backtrace.
+/// Prints a panic as one sentence, without a backtrace.
 fn report_panics(json: bool) {
     set_hook(Box::new(move |panic| {
         let place = panic.location().map_or_else(String::new, |at| format!(" at {at}"));
@@ -89,7 +89,8 @@ fn report_panics(json: bool) {
     }));
 }
 
-/// Help and version go to standard output; anything else is a usage error, which `--json` wants as JSON.
+/// Prints help and version to standard output. Any other error is a usage error, printed as JSON
+/// with `--json`.
 fn refuse_arguments(error: &clap::Error) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         let _ = error.print();
@@ -97,17 +98,18 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
     }
     if std::env::args_os().any(|arg| arg == "--json") {
         let text = error.to_string();
-        // The usage and the hint that follow are for people.
+        // JSON gets only the first paragraph: the usage and the hint after it are for people.
         let said: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
         let said = said.join(" ");
-        // What clap says of a command without its subcommand is the help alone.
+        // For a missing subcommand, clap's message is only the help text.
         let said = match error.kind() {
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing; --help lists them",
             _ => said.trim_start_matches("error: "),
         };
         Failure::usage(said).report(true);
     } else {
-        // The colours of the message are escape sequences too. It has them only where no argument can have put others into it.
+        // clap colours messages with escape sequences. Keep them only if no argument can have added
+        // its own.
         let is_plain = |text: OsString| matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_));
         let variables = std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
         if std::env::args_os().chain(variables.map(|(_, value)| value)).all(is_plain) {

@@ -23,26 +23,29 @@ use serde::Serialize;
 
 use crate::exit::{Failure, Result};
 
-/// Work that is done sooner shows no progress.
+/// Work that finishes sooner shows no progress.
 const PROGRESS_AFTER: Duration = Duration::from_secs(1);
-/// How often a bar is drawn, also while nothing is done.
+/// How often the bar is redrawn, also without progress.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
-/// What a text is, and with that which control characters in it are layout and how the others are shown.
+/// The kind of a text. It determines which control characters are layout and how the others are
+/// escaped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// One line: every control character comes from a name or a message.
+    /// One line: every control character comes from a name or a message, and none is layout.
     Line,
-    /// A cell of a table: it may have several lines.
+    /// A table cell, which may have several lines.
     Cell,
-    /// The bytes of a log: newline and tab are its own.
+    /// The bytes of a log: newline and tab are part of it.
     Log,
-    /// JSON: whitespace outside of strings is layout, and strings have no control characters but DEL and C1.
+    /// JSON: whitespace outside of strings is layout, and the only control characters in strings
+    /// are DEL and C1.
     Json,
 }
 
-/// Makes a text fit for a terminal: control characters (C0, DEL, C1), bytes that are not UTF-8, and characters that change the
-/// direction of text are shown as escape sequences of letters, so that no name and no log can command the terminal.
+/// Escapes a text for a terminal, so that a name or a log cannot control it. Shows control
+/// characters (C0, DEL, C1), bytes that are not UTF-8, and characters that change the direction of
+/// text as printable escape sequences.
 pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     let is_plain = |byte: &u8| (b' '..=b'~').contains(byte) || (*byte == b'\n' && kind != Kind::Line);
     if bytes.iter().all(is_plain) {
@@ -76,18 +79,19 @@ pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if text.as_bytes() == bytes { Cow::Borrowed(bytes) } else { Cow::Owned(text.into_bytes()) }
 }
 
-/// Whether standard output is a terminal. Only there is anything escaped: into a pipe or a file every byte goes as it is.
+/// Whether standard output is a terminal. Only a terminal gets escapes: a pipe or a file gets every
+/// byte unchanged.
 pub(crate) fn is_shown() -> bool {
     static SHOWN: OnceLock<bool> = OnceLock::new();
     *SHOWN.get_or_init(|| io::stdout().is_terminal())
 }
 
-/// A text for standard output.
+/// Escapes a text for standard output if that is a terminal.
 pub(crate) fn for_stdout(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if is_shown() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
 }
 
-/// A text for standard error.
+/// Escapes a text for standard error if that is a terminal.
 pub(crate) fn for_stderr(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
     if io::stderr().is_terminal() { visible(bytes, kind) } else { Cow::Borrowed(bytes) }
 }
@@ -97,21 +101,22 @@ pub(crate) fn line(text: impl Display) -> Result {
     write_out(&for_stdout(text.to_string().as_bytes(), Kind::Line))
 }
 
-/// Writes a line to standard error: no failure, and nothing that was asked for.
+/// Writes a note to standard error. A note is neither a failure nor part of the result.
 pub(crate) fn notice(text: impl Display) {
     let text = [&for_stderr(format!("envelog: note: {text}").as_bytes(), Kind::Line), &b"\n"[..]].concat();
-    // Where standard error is closed there is no other place for it.
+    // A closed standard error is ignored: there is no other place for the note.
     let _ = io::stderr().write_all(&text);
 }
 
-/// Waits for so long, or until the reader of standard output is gone: then there is nothing left to do.
+/// Waits for the given time. Fails as soon as the reader of standard output is gone, since there is
+/// then no more work to do.
 pub(crate) fn wait_while_read(time: Duration) -> Result {
     let out = io::stdout();
-    // No event is asked for: the system reports an error or a hang-up all the same.
+    // Requests no event: poll reports an error or a hang-up regardless.
     let mut fds = [PollFd::new(&out, PollFlags::empty())];
     let timeout = Timespec::try_from(time).ok();
     match poll(&mut fds, timeout.as_ref()) {
-        // A signal ends the wait; the caller looks again.
+        // A signal ends the wait; the caller checks again.
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => return Err(Failure::output(&error.into())),
     }
@@ -121,7 +126,7 @@ pub(crate) fn wait_while_read(time: Duration) -> Result {
     Ok(())
 }
 
-/// A path as JSON has it: text. Bytes of it that are not UTF-8 are replaced.
+/// A path as text for JSON. Bytes that are not UTF-8 are replaced.
 pub(crate) fn path(path: &Path) -> String {
     path.display().to_string()
 }
@@ -141,7 +146,7 @@ fn write_out(text: &[u8]) -> Result {
         .map_err(|error| Failure::output(&error))
 }
 
-/// Standard error for the events of the engine: each is one write of one line.
+/// Standard error as the target of log events: each event is one write of one line.
 pub(crate) struct Events;
 
 impl Write for Events {
@@ -156,7 +161,7 @@ impl Write for Events {
     }
 }
 
-/// A table whose cells are fit for a terminal where standard output is one.
+/// A table that escapes its cells if standard output is a terminal.
 pub(crate) struct Table(comfy_table::Table);
 
 impl Table {
@@ -181,7 +186,7 @@ impl Display for Table {
     }
 }
 
-/// An empty table. Columns in `numbers` (from 0) are set flush right.
+/// An empty table. Columns in `numbers` (from 0) are right-aligned.
 pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     let mut table = comfy_table::Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
@@ -199,12 +204,13 @@ pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     Table(table)
 }
 
-/// Writes a table to standard output, however wide it is.
+/// Writes a table to standard output, regardless of the terminal's width.
 pub(crate) fn print_wide_table(table: &Table) -> Result {
     write_out(table.to_string().as_bytes())
 }
 
-/// Writes a table to standard output; where the terminal is too narrow for it, a table a row, with a line a column.
+/// Writes a table to standard output. If the terminal is too narrow, writes each row as a table of
+/// its own with one line per column.
 pub(crate) fn print_table(table: &Table) -> Result {
     let Table(inner) = table;
     let needed = inner.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
@@ -221,12 +227,12 @@ pub(crate) fn print_table(table: &Table) -> Result {
     })
 }
 
-/// A word that is good news or bad, in the colour that says so where there are colours.
+/// A cell in green or red, where colours are enabled.
 pub(crate) fn verdict(text: impl ToString, good: bool) -> Cell {
     Cell::new(text).fg(if good { Color::Green } else { Color::Red })
 }
 
-/// A size for people: `17.3 MiB`.
+/// A human-readable size: `17.3 MiB`.
 pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     let mut value = bytes as f64;
@@ -241,12 +247,12 @@ pub(crate) fn size(bytes: u64) -> String {
     if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") }
 }
 
-/// Millions of bytes in a second.
+/// Megabytes (10^6 bytes) per second.
 pub(crate) fn mb_per_s(bytes: u64, elapsed: Duration) -> f64 {
     bytes as f64 / 1e6 / elapsed.as_secs_f64().max(1e-9)
 }
 
-/// A count with its thousands set apart: `1,234,567`.
+/// A count with thousands separators: `1,234,567`.
 pub(crate) fn count(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
@@ -259,7 +265,7 @@ pub(crate) fn count(n: u64) -> String {
     text
 }
 
-/// A moment as RFC 3339, from microseconds since the Unix epoch.
+/// A time as RFC 3339, from microseconds since the Unix epoch.
 pub(crate) fn moment(unix_us: u64) -> String {
     i64::try_from(unix_us)
         .ok()
@@ -267,15 +273,16 @@ pub(crate) fn moment(unix_us: u64) -> String {
         .map_or_else(|| format!("{unix_us} us"), |timestamp| timestamp.to_string())
 }
 
-/// How far a long piece of work is: a bar on standard error, if that is a terminal and the work takes longer than a second.
+/// Progress of long work: a bar on standard error, if that is a terminal and the work takes longer
+/// than a second.
 pub(crate) struct Progress {
     bar: ProgressBar,
-    /// Shows the bar when the time has come; to drop the sender ends the wait.
+    /// The thread that draws the bar. Dropping the sender ends it.
     showing: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
-    /// Of so many bytes, where that is known.
+    /// Progress in bytes, with the total if it is known.
     pub(crate) fn bytes(total: Option<u64>) -> Self {
         let template = match total {
             Some(_) => "{bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
@@ -284,17 +291,18 @@ impl Progress {
         Self::new(total, template, io::stderr().is_terminal())
     }
 
-    /// Of so many bytes while logs or acknowledgements go to standard output; they would mix with a bar on one terminal.
+    /// Progress in bytes while logs or acknowledgements go to standard output. Shows no bar if
+    /// standard output is a terminal, where the two would interleave.
     pub(crate) fn beside_output(total: Option<u64>) -> Self {
         if io::stdout().is_terminal() { Self::none() } else { Self::bytes(total) }
     }
 
-    /// Of so many steps, the current one named.
+    /// Progress in steps, with the name of the current step.
     pub(crate) fn steps(total: u64) -> Self {
         Self::new(Some(total), "{bar:30} {pos}/{len} {elapsed} {msg}", io::stderr().is_terminal())
     }
 
-    /// Nothing to be seen.
+    /// Shows nothing.
     pub(crate) fn none() -> Self {
         Self::new(None, "", false)
     }
@@ -317,7 +325,7 @@ impl Progress {
         Self { bar, showing }
     }
 
-    /// What is being done now.
+    /// Names the current step.
     pub(crate) fn say(&self, what: impl Into<Cow<'static, str>>) {
         let what = what.into();
         self.bar.set_message(String::from_utf8_lossy(&visible(what.as_bytes(), Kind::Line)).into_owned());
@@ -353,7 +361,8 @@ mod tests {
     #[test]
     fn nothing_that_a_terminal_obeys_is_left() {
         for kind in [Kind::Line, Kind::Cell, Kind::Log, Kind::Json] {
-            // Every byte alone, every character of the first planes that matter, and sequences as they are used.
+            // Each byte alone, each character of the relevant planes, and complete escape
+            // sequences.
             for byte in 0..=255_u8 {
                 let text = shown(&[b'a', byte, b'b'], kind);
                 let layout = |c: char| match c {

@@ -1,4 +1,4 @@
-//! Printing logs.
+//! Prints logs.
 
 use std::{
     borrow::Cow,
@@ -24,13 +24,13 @@ use crate::{
 
 const BUFFER_BYTES: usize = 256 * 1024;
 
-/// A log by itself, apart from its group.
+/// A log without its group.
 pub(crate) struct OneLog {
     pub(crate) receive_time_us: u64,
     text: Vec<u8>,
 }
 
-/// Prints logs to standard output until there were enough.
+/// Prints logs to standard output until a limit is reached.
 pub(crate) struct Printer {
     out: BufWriter<StdoutLock<'static>>,
     format: Format,
@@ -38,13 +38,13 @@ pub(crate) struct Printer {
 }
 
 impl Printer {
-    /// At most `limit` logs.
+    /// Prints at most `limit` logs.
     pub(crate) fn new(format: Format, limit: Option<u64>) -> Self {
         let out = BufWriter::with_capacity(BUFFER_BYTES, io::stdout().lock());
         Self { out, format, left: limit.unwrap_or(u64::MAX) }
     }
 
-    /// Whether there were enough.
+    /// Whether the limit is reached.
     pub(crate) fn is_full(&self) -> bool {
         self.left == 0
     }
@@ -61,18 +61,18 @@ impl Printer {
         })
     }
 
-    /// Prints a log that was kept.
+    /// Prints a log that was stored before.
     pub(crate) fn log(&mut self, log: &OneLog) -> Result {
         self.out.write_all(&log.text).map_err(|error| Failure::output(&error))
     }
 
-    /// Hands on what is buffered.
+    /// Flushes buffered output.
     pub(crate) fn flush(&mut self) -> Result {
         self.out.flush().map_err(|error| Failure::output(&error))
     }
 }
 
-/// The logs of a record, formatted.
+/// Formats the logs of a record.
 pub(crate) fn logs(shard: u32, record: &Record, format: Format) -> Result<Vec<OneLog>> {
     let mut all = Vec::new();
     each_log(shard, record, format, |write| {
@@ -84,7 +84,7 @@ pub(crate) fn logs(shard: u32, record: &Record, format: Format) -> Result<Vec<On
     Ok(all)
 }
 
-/// Something that writes a log, with its newline.
+/// Writes one log, with its newline.
 type WriteLog<'a> = &'a dyn Fn(&mut dyn Write) -> io::Result<()>;
 
 fn each_log(shard: u32, record: &Record, format: Format, mut take: impl FnMut(WriteLog<'_>) -> Result) -> Result {
@@ -176,7 +176,7 @@ impl Serialize for Text<'_> {
     }
 }
 
-/// Keys and values as an object; the values of a key that occurs more than once as an array.
+/// Keys and values as a JSON object. A key that occurs more than once has an array of its values.
 struct Pairs<'a>(BTreeMap<&'a [u8], Vec<Text<'a>>>);
 
 impl<'a> Pairs<'a> {

@@ -1,4 +1,4 @@
-//! What the global options amount to: which store, which keys, which KMS.
+//! Derives the paths, the KMS list and the store options from the global options.
 
 use std::{
     ffi::OsString,
@@ -19,13 +19,14 @@ use crate::{
     input, output,
 };
 
-/// Where everything is, and how it is asked for.
+/// The paths and settings of a run.
 pub(crate) struct Setup {
     pub(crate) store: PathBuf,
     pub(crate) keyring: PathBuf,
-    /// The directory of the embedded KMS, which the `kms` commands are about.
+    /// The directory of the embedded KMS, on which the `kms` commands operate.
     pub(crate) kms_dir: PathBuf,
-    /// Those given by URL. They are asked first: the embedded one serves whatever region it has a key of.
+    /// The KMSs given by URL. They come before the embedded KMS, which serves every region for
+    /// which it has a key.
     pub(crate) kms: Vec<Arc<dyn Kms>>,
     pub(crate) options: StoreOptions,
     anchor: Option<PathBuf>,
@@ -62,7 +63,7 @@ impl Setup {
             .collect::<Result<_>>()?;
         let mut options = StoreOptions::default();
         options.outage_grace = outage_grace.unwrap_or(options.outage_grace);
-        // A short grace alone means that the KMS is to be asked as often.
+        // If only the grace period is shortened, shorten the revalidation interval with it.
         options.revalidate_every =
             revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
         options.kms_timeout = kms_timeout.unwrap_or(options.kms_timeout);
@@ -85,34 +86,35 @@ impl Setup {
         builder.kms(Arc::new(LocalKms::at(&self.kms_dir)))
     }
 
-    /// The store, for writing.
+    /// Opens the store for writing.
     pub(crate) fn open(&self) -> Result<Store> {
         Ok(self.builder().open()?)
     }
 
-    /// The store, beside a process that may be writing it. Says on standard error when the store is not compared with its anchor.
+    /// Opens the store read-only. Another process may be writing it. Prints a note if the store has
+    /// an anchor but is not compared with it.
     pub(crate) fn open_read_only(&self) -> Result<Store> {
         let store = self.builder().open_read_only()?;
         let anchor = store.anchor_status();
         if anchor.anchored && !anchor.configured && !self.without_anchor {
-            self.notice("the store has an anchor: without --anchor an older copy of the store is not noticed");
+            self.notice("the store has an anchor: without --anchor a rollback of the store is not detected");
         }
         Ok(store)
     }
 
-    /// Closes a store that was open for writing. Says on standard error when its anchor does not keep all of it.
+    /// Closes a store that was open for writing. Prints a note if the anchor is behind the store.
     pub(crate) fn close(&self, store: Store) -> Result {
         let handle = store.clone();
         store.close()?;
         let anchor = handle.anchor_status();
         if anchor.configured && anchor.behind.is_some() {
-            let why = anchor.error.unwrap_or_else(|| "it does not answer".to_owned());
-            self.notice(format_args!("the anchor does not know all of the store yet: {why}"));
+            let why = anchor.error.unwrap_or_else(|| "it does not respond".to_owned());
+            self.notice(format_args!("the anchor is behind the store: {why}"));
         }
         Ok(())
     }
 
-    /// Says something on standard error, unless a program reads the output.
+    /// Prints a note on standard error, unless `--json` is set.
     fn notice(&self, text: impl Display) {
         if !self.json {
             output::notice(text);
@@ -120,28 +122,29 @@ impl Setup {
     }
 }
 
-/// A store and its keyring, with the fastest cryptography there is.
+/// A builder with the fastest cryptography provider.
 pub(crate) fn builder(store: &Path, keyring: &Path) -> StoreBuilder {
     Store::builder(store, keyring, AwsLc::new())
 }
 
-/// Fails when the key of the Logstore may not be used now. To open a reader asks that, and reads nothing yet.
+/// Fails if the Logstore's key may not be used now. Opening a reader checks the access and reads no
+/// data.
 pub(crate) fn check_access(logstore: &Logstore) -> Result {
     let shard = logstore.config().shards.first().map_or(0, |shard| shard.id);
     Ok(logstore.read(shard, &ReadOptions::default()).map(drop)?)
 }
 
-/// The master key that an argument describes.
+/// Parses a master key argument.
 pub(crate) fn cmk(argument: &str) -> Result<UserCmkInfo> {
     serde_json::from_str(&input::text_argument(argument)?).map_err(|error| ConfigError::Json(error.to_string()).into())
 }
 
-/// The Logstore that an argument names.
+/// Parses a Logstore name argument.
 pub(crate) fn name(argument: &str) -> Result<LogstoreName> {
     Ok(argument.parse()?)
 }
 
-/// The Logstore that an argument names, or all of them.
+/// The Logstore that an argument names, or all Logstores without an argument.
 pub(crate) fn names(store: &Store, argument: Option<&str>) -> Result<Vec<LogstoreName>> {
     match argument {
         Some(argument) => Ok(vec![name(argument)?]),
@@ -149,8 +152,9 @@ pub(crate) fn names(store: &Store, argument: Option<&str>) -> Result<Vec<Logstor
     }
 }
 
-/// Adds to the last part of a path: `data` becomes `data.keyring`, and so does `data/`. A path that ends in no name, such as `.`, is
-/// first made absolute, so that the result lies beside the directory and not in it.
+/// Appends a suffix to the last part of a path: `data` becomes `data.keyring`, and so does `data/`.
+/// A path without a last name, such as `.`, is first made absolute, so that the result is next to
+/// the directory and not inside it.
 fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let named = matches!(path.components().next_back(), Some(Component::Normal(_)));
     let absolute = (!named).then(|| path.canonicalize().ok()).flatten();

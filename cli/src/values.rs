@@ -1,4 +1,4 @@
-//! The values of options: what a user writes for a time, a size or a place. The fuzzer reads them with this file too.
+//! Parses option values: times, sizes and positions. A fuzz target includes this file too.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use jiff::SignedDuration;
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let duration = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
     match duration {
-        Some(Duration::ZERO) => Err("it must be longer than nothing".to_owned()),
+        Some(Duration::ZERO) => Err("it must be greater than zero".to_owned()),
         Some(duration) => Ok(duration),
         None => Err("give a number and a unit, such as 500ms, 30s, 5m".to_owned()),
     }
 }
 
-/// A number of bytes, or of units of bytes: `65536`, `64KiB`, `3 GiB`, `10MB`.
+/// Parses a number of bytes with an optional unit: `65536`, `64KiB`, `3 GiB`, `10MB`.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     const UNITS: [(&str, u64); 10] = [
         ("", 1),
@@ -97,7 +97,7 @@ mod tests {
         assert_eq!(duration("5m").unwrap(), Duration::from_secs(300));
         assert_eq!(duration("1h 30m").unwrap(), Duration::from_secs(5400));
         assert_eq!(duration("1.5s").unwrap(), Duration::from_millis(1500));
-        // The last one is from the fuzzer: it made a parser panic that was in use here.
+        // The fuzzer found the last one: it made an earlier parser panic.
         for bad in
             ["0s", "5", "five", "", "-5s", "5s ago", "99999999999999999999s", "0.5s018446744073709551615.5s25.5s7us"]
         {

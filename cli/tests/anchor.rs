@@ -1,4 +1,5 @@
-//! An anchor: a directory elsewhere that keeps how far the store was, so that an older copy in its place is found out.
+//! Anchors: a directory on another volume records how far the store is written, so that a rollback
+//! of the store is detected.
 
 #![allow(clippy::unwrap_used)]
 
@@ -59,7 +60,7 @@ fn an_older_store_in_its_place_is_found_out() {
     put_back(&world, "earlier");
     let piece = world.file("piece", "three\n");
 
-    // To be refused does not bring the older store nearer to its anchor.
+    // A refused command must not move the anchor towards the older store.
     for _ in 0..3 {
         for command in
             [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["verify", "--keyless"], &["status"]]
@@ -71,11 +72,11 @@ fn an_older_store_in_its_place_is_found_out() {
             assert_eq!(world.run(&asked).json_error(5).0, "rolled_back", "{command:?}");
         }
     }
-    // In itself the copy is sound, and a reader without the anchor does not know better.
+    // The copy is consistent in itself, and a reader without the anchor cannot detect the rollback.
     assert_eq!(read_alone(&world), b"one\n");
     world.ok(&["verify", "--without-anchor"]);
 
-    // No one writes it by forgetting the anchor.
+    // Omitting --anchor does not allow writing to the older store.
     let writing = ["append", "p/a", &piece];
     assert!(world.refused(7, &writing).contains("anchor"));
     assert_eq!(world.run(&[&writing[..], &["--json"]].concat()).json_error(7).0, "anchor");
@@ -96,11 +97,11 @@ fn a_store_is_written_without_its_anchor_on_request_alone() {
     let piece = world.file("piece", "another two\n");
     world.ok(&["append", "p/a", &piece, "--without-anchor"]);
     assert_eq!(count(&events(&world), "opened_without_anchor"), 1);
-    // The anchor still knows better.
+    // The anchor still detects the rollback.
     world.refused(5, &["append", "p/a", &piece, "--anchor", "anchors"]);
     world.refused(7, &["append", "p/a", &piece]);
 
-    // It begins again with the store as it is.
+    // Both options together restart the anchor from the store's current state.
     world.ok(&["append", "p/a", &piece, "--anchor", "anchors", "--without-anchor"]);
     assert_eq!(count(&events(&world), "opened_without_anchor"), 2);
     append(&world, "three\n");
@@ -129,7 +130,7 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     assert_eq!(files(&world.path("anchors")), 0, "what is refused is not kept");
     fs::remove_dir(world.path("anchors")).unwrap();
     fs::rename(world.path("away"), world.path("anchors")).unwrap();
-    // What it keeps is authenticated.
+    // The anchor's content is authenticated.
     let kept = fs::read_dir(world.path("anchors")).unwrap().next().unwrap().unwrap().path();
     let bytes = fs::read(&kept).unwrap();
     let mut changed = bytes.clone();
@@ -142,7 +143,8 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     world.ok(&["append", "p/a", &piece, "--anchor", "anchors"]);
     assert_eq!(read_alone(&world), b"one\ntwo\n");
 
-    // A store that has never had an anchor is not made to need one by a directory that is not there.
+    // A failed creation with a missing anchor directory must not leave a store that requires an
+    // anchor.
     for command in [&["create", "p/a"][..], &["create", "p/b"]] {
         let command = [command, &["--store", "other", "--anchor", "nowhere"]].concat();
         world.run(&command).assert(7);
@@ -151,7 +153,7 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     world.ok(&["create", "p/c", "--store", "other"]);
 }
 
-/// An anchor that cannot be used is left out on request, and is fed again once it can be used.
+/// An unusable anchor can be skipped on request, and is updated once it is usable again.
 #[test]
 fn an_anchor_that_cannot_be_used_is_left_out_on_request() {
     let world = anchored();
@@ -160,10 +162,10 @@ fn an_anchor_that_cannot_be_used_is_left_out_on_request() {
     fs::rename(world.path("anchors"), world.path("away")).unwrap();
     world.refused(7, &append[..5]);
     let said = world.run(&append).sentence(0);
-    assert!(said.contains("the anchor does not know all of the store yet"), "{said}");
+    assert!(said.contains("the anchor is behind the store"), "{said}");
     fs::rename(world.path("away"), world.path("anchors")).unwrap();
 
-    // A directory in place of its file.
+    // A directory at the path of the anchor's file.
     let kept = fs::read_dir(world.path("anchors")).unwrap().next().unwrap().unwrap().path();
     fs::remove_file(&kept).unwrap();
     fs::create_dir(&kept).unwrap();
@@ -213,7 +215,7 @@ fn the_environment_names_the_anchor_too() {
     let piece = world.file("piece", "two\n");
     run(&["append", "p/a", &piece], "anchors").assert(0);
     run(&["append", "p/a", &piece], "nowhere").sentence(7);
-    // The option outranks it.
+    // The option takes precedence over the environment.
     run(&["append", "p/a", &piece, "--anchor", "anchors"], "nowhere").assert(0);
     put_back(&world, "earlier");
     for command in [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"]] {
@@ -221,7 +223,7 @@ fn the_environment_names_the_anchor_too() {
     }
 }
 
-/// An anchor that is out of reach stops no writer, and is behind from then on, until the next one feeds it.
+/// An unreachable anchor does not stop a writer. It stays behind until the next writer updates it.
 #[test]
 fn status_tells_how_far_the_anchor_is() {
     let world = anchored();
@@ -229,7 +231,7 @@ fn status_tells_how_far_the_anchor_is() {
     let status = anchor_status(&world);
     assert_eq!((&status["configured"], &status["records_behind"]), (&json!(true), &json!(0)), "{status}");
     let text = |args: &[&str]| String::from_utf8(world.ok(args)).unwrap();
-    assert!(text(&["status", "--anchor", "anchors"]).contains("the anchor knows all of the catalogue"));
+    assert!(text(&["status", "--anchor", "anchors"]).contains("the anchor is up to date with the catalogue"));
     assert!(!text(&["status", "--without-anchor"]).contains("the anchor"));
 
     let mut append_more = Running::start(world.command(&["append", "p/a", "-", "--ack", "--anchor", "anchors"]));
@@ -245,8 +247,8 @@ fn status_tells_how_far_the_anchor_is() {
     let behind = anchor_status(&world)["records_behind"].as_u64().unwrap();
     assert!(behind > 0);
     let said = text(&["status", "--anchor", "anchors"]);
-    let records = if behind == 1 { "record".to_owned() } else { format!("{behind} records") };
-    assert!(said.contains(&format!("the anchor does not know the last {records} of the catalogue")), "{said}");
+    let records = if behind == 1 { "1 record".to_owned() } else { format!("{behind} records") };
+    assert!(said.contains(&format!("the anchor is {records} behind the catalogue")), "{said}");
     world.ok(&["verify", "--anchor", "anchors"]);
     append(&world, "last\n");
     assert_eq!(anchor_status(&world)["records_behind"], json!(0));

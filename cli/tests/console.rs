@@ -1,4 +1,5 @@
-//! What people and scripts rely on: help, tables, JSON, completions, pipes that close, and the two commands that show what it can do.
+//! The output that people and scripts rely on: help, tables, JSON, completions, closed pipes,
+//! `demo` and `bench`.
 
 #![allow(clippy::unwrap_used)]
 
@@ -133,7 +134,7 @@ fn every_command_answers_in_json() {
     assert!(json(&["inspect", world.segments("envelog-data")[0].to_str().unwrap()])["header"].is_object());
     assert!(json(&["repair", "p/a", "--shard", "0", "--yes"])["segment"].is_null());
     assert_eq!(json(&["keys", "rotate-data", "p/a"])["data_key_version"], 2);
-    // What is wrapped as well as can be is left alone, unless it is named.
+    // Envelopes under the newest version are skipped, unless a name is given.
     assert_eq!(json(&["keys", "rewrap"])["current"], serde_json::json!(["p/a"]));
     assert_eq!(json(&["keys", "rewrap", "p/a"])["rewrapped"].as_array().unwrap().len(), 1);
     assert_eq!(json(&["keys", "rotate-service"])["service_key_version"], 2);
@@ -157,7 +158,7 @@ fn a_pipe_that_closes_ends_it_quietly() {
     let text = made_lines(50_000);
     let file = world.file("lines", &text);
     world.ok(&["append", "p/a", &file]);
-    // More than fits into a pipe, and a reader that goes away after one line.
+    // The output exceeds a pipe's buffer, and the reader closes the pipe after one line.
     for command in [&["read", "p/a"][..], &["read", "p/a", "--json"], &["tail", "p/a", "-n", "50000"]] {
         let mut running = Running::start(world.command(command));
         let mut line = String::new();
@@ -167,14 +168,14 @@ fn a_pipe_that_closes_ends_it_quietly() {
         out.assert(0);
         assert_eq!(out.stderr, "", "{command:?}");
     }
-    // An append is cut short by it, which is quiet too, but no success.
+    // A closed pipe interrupts an append: no message, but not a success.
     let mut running = Running::start(world.command(&["append", "p/a", &file, "--ack", "--group-bytes", "100"]));
     running.stdout.take().unwrap().read_exact(&mut [0; 2]).unwrap();
     let out = running.finish();
     out.assert(1);
     assert_eq!(out.stderr, "");
     world.ok(&["verify"]);
-    // Nobody hears the error either.
+    // Standard error is closed too: the status is the same.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut command = world.command(&["read", "p/nothing"]);
@@ -182,7 +183,8 @@ fn a_pipe_that_closes_ends_it_quietly() {
     assert_eq!(status.code(), Some(1));
 }
 
-/// Who only looks at the status has closed the pipe, and a full disk under the output hides nothing either.
+/// A script that only uses the status has closed the pipe. A full disk under the output must not
+/// hide the verdict either.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_verdict_does_not_depend_on_where_it_is_printed() {
@@ -213,7 +215,8 @@ fn a_verdict_does_not_depend_on_where_it_is_printed() {
             assert_eq!(status.code(), Some(5), "{command:?}");
         }
     }
-    // And what was acknowledged was appended, whether or not the summary is heard.
+    // A closed or full standard error for the summary does not change the status: the logs are
+    // acknowledged.
     world.create("p/b", &service("default"));
     let (reader, closed) = std::io::pipe().unwrap();
     drop(reader);
@@ -228,7 +231,7 @@ fn find_one(dir: &std::path::Path) -> std::path::PathBuf {
     fs::read_dir(dir).unwrap().next().unwrap().unwrap().path()
 }
 
-/// The device that is always full is a Linux one.
+/// Only Linux has a device that is always full.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error_with_its_sentence() {
@@ -248,7 +251,7 @@ fn a_full_disk_is_an_error_with_its_sentence() {
 fn the_demo_shows_the_whole_story() {
     let world = World::new();
     let file = world.file("app.log", made_lines(3000));
-    // On the files given, on what it carries with it, and with the store kept.
+    // With the given files, with the built-in text, and with the store kept.
     for args in [&["demo", &file][..], &["demo"], &["demo", &file, "--dir", "kept"]] {
         let text = String::from_utf8(world.ok(args)).unwrap();
         let held = text.matches(" yes ").count();
@@ -265,7 +268,7 @@ fn the_demo_shows_the_whole_story() {
         report["rates"].as_array().unwrap().iter().all(|rate| rate["mb_per_s"].as_f64().unwrap() > 0.0),
         "{report}"
     );
-    assert!(world.refused(1, &["demo", &world.file("empty", "")]).contains("nothing in these files"));
+    assert!(world.refused(1, &["demo", &world.file("empty", "")]).contains("these files contain no logs"));
     assert!(world.refused(1, &["demo", "/nowhere/at-all"]).contains("/nowhere/at-all"));
 }
 
@@ -294,7 +297,7 @@ fn the_bench_measures_what_it_says() {
     assert_eq!((&opening["segments"], &opening["segment_files_opened"]), (&2000.into(), &0.into()), "{opening}");
     assert_eq!(opening["kms_calls"], 0, "{opening}");
     assert!(opening["ms"].as_f64().unwrap() > 0.0, "{opening}");
-    // It leaves nothing behind.
+    // The demo removes its temporary files.
     let left: Vec<_> = fs::read_dir(world.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["app.log"]);
     world.run(&["bench", "--seconds", "0"]).assert(2);

@@ -1,6 +1,8 @@
-//! The real binary, killed while it appends, over and over: nothing that was acknowledged is lost, and nothing is half there.
+//! Kills the real binary repeatedly while it appends: every acknowledged line must survive, and no
+//! line may be partial.
 //!
-//! ENVELOG_KILL_CYCLES says how often (30 unless told); ENVELOG_KILL_SEED repeats a run that failed.
+//! ENVELOG_KILL_CYCLES sets the number of cycles (30 by default); ENVELOG_KILL_SEED repeats a
+//! failed run.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,7 +15,7 @@ use std::{
 
 use common::{Running, World, byok, service};
 
-/// How many lines a cycle has to give: more than are appended before the kill, most of the time.
+/// Lines offered in one cycle: usually more than are appended before the kill.
 const LINES: usize = 40_000;
 const CYCLES_PER_LOGSTORE: usize = 15;
 
@@ -23,7 +25,7 @@ fn number_from(variable: &str) -> Option<u64> {
         .map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} is not a number: {text}")))
 }
 
-/// A small generator that a seed repeats.
+/// A small random generator with a seed.
 struct Dice(u64);
 
 impl Dice {
@@ -33,14 +35,15 @@ impl Dice {
     }
 }
 
-/// A line that says which cycle it is from and which it is. The lengths differ a lot.
+/// A line that names its cycle and number. The lengths vary widely.
 fn line(cycle: u64, number: usize) -> String {
     format!("{cycle}.{number} {}", "=".repeat((number * 7919 + cycle as usize * 10_007) % 200))
 }
 
-/// Appends with this durability, kills, and looks, `cycles` times. Returns how often there was more to append.
+/// Runs `cycles` cycles with this durability: append, kill, check. Returns in how many of them the
+/// kill interrupted work.
 fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice: &mut Dice) -> u64 {
-    // What must be there: of each cycle so far, so many lines from its first.
+    // The lines that must be present: for each cycle so far, a prefix of its lines.
     let mut kept: Vec<String> = Vec::new();
     let mut killed_at_work = 0;
     for cycle in 0..cycles {
@@ -64,7 +67,7 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
                     return None;
                 }
             }
-            // It stays open until the kill: no end of the input that would let the process end by itself.
+            // Keep standard input open until the kill: its end would let the process end by itself.
             Some(stdin)
         });
         let mut acknowledged = 0;
@@ -79,7 +82,7 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
         }
         append.kill();
         drop(feeding.join().unwrap());
-        // What it had printed by then counts too.
+        // Acknowledgements that were printed before the kill are valid too.
         for ack in acks {
             acknowledged = ack.parse().unwrap();
         }
@@ -104,17 +107,18 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
     killed_at_work
 }
 
-/// Runs half of the cycles with one durability; both promise to survive a kill.
+/// Runs half of the cycles with one durability. Both durabilities must survive a kill.
 fn cycles(durability: &str, conf: impl FnOnce(&World) -> serde_json::Value) {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = number_from("ENVELOG_KILL_SEED").unwrap_or_else(now);
     let cycles = number_from("ENVELOG_KILL_CYCLES").unwrap_or(30).div_ceil(2);
-    // Shown when it fails.
+    // The test harness shows this only on failure.
     println!("ENVELOG_KILL_SEED={seed}");
     let mut dice = Dice(seed);
     let world = World::new();
     let conf = conf(&world);
-    // Not all into one Logstore: each cycle reads all that the cycles before it left.
+    // Use several Logstores: each cycle reads everything that the earlier cycles left in its
+    // Logstore.
     let mut killed_at_work = 0;
     for first in (0..cycles).step_by(CYCLES_PER_LOGSTORE) {
         let name = format!("p/from-{first}");

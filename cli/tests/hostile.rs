@@ -1,4 +1,5 @@
-//! Names, logs and files that mean harm: escape sequences, links and pipes in place of files, and core dumps.
+//! Hostile names, logs and files: escape sequences, links and pipes in place of files, and core
+//! dumps.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,12 +20,13 @@ use std::{
 use common::{Running, World, byok, made_lines, service};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-/// What a terminal obeys, as names and logs may have it: C0, DEL, C1 as a character, and a change of direction.
+/// Characters that control a terminal, as names and logs may contain them: C0, DEL, C1 as a
+/// character, and a change of direction.
 const EVIL: &str = "e\x1b]0;x\x07\x1b[2Jv\x7f\u{9b}31mi\u{202e}\u{2066}l";
-/// The same as it is shown.
+/// The escaped form of [`EVIL`].
 const SHOWN: &str = r"e\x1b]0;x\x07\x1b[2Jv\x7f\u{9b}31mi\u{202e}\u{2066}l";
 
-/// A pseudo terminal: the side of the program, and the side of the user.
+/// A pseudo terminal: the program's end and the user's end.
 fn terminal() -> (File, File) {
     let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&user).unwrap();
@@ -35,7 +37,7 @@ fn terminal() -> (File, File) {
     (program.unwrap(), user.into())
 }
 
-/// Which streams of a program are a terminal.
+/// The streams that are a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shown {
     Both,
@@ -43,7 +45,8 @@ enum Shown {
     Err,
 }
 
-/// Runs a command on a terminal. Returns its status, the output on the terminal, and the output on the other stream.
+/// Runs a command on a terminal. Returns its status, the terminal output, and the output of the
+/// other stream.
 fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     let (program, mut user) = terminal();
     let (mut reader, writer) = std::io::pipe().unwrap();
@@ -52,12 +55,12 @@ fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     };
     command.stdin(Stdio::null()).stdout(stream(shown != Shown::Err)).stderr(stream(shown != Shown::Out));
     let mut child = command.spawn().unwrap();
-    // The ends of the program must be its own alone, so that there is an end.
+    // Drop our copies of the program's ends: reading ends only when all of them are closed.
     drop((command, program, writer));
     let reading = thread::spawn(move || {
         let mut text = Vec::new();
         let mut chunk = [0; 4096];
-        // Linux ends the reading of a terminal with an error when no process has its other end open.
+        // On Linux, reading a terminal fails when no process has its other end open.
         while let Ok(read @ 1..) = user.read(&mut chunk) {
             text.extend_from_slice(&chunk[..read]);
         }
@@ -69,7 +72,7 @@ fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     (status, reading.join().unwrap(), piped)
 }
 
-/// Fails if there is anything in it that a terminal obeys, but for the ends of lines and tabs.
+/// Fails if the text contains control characters other than newline and tab.
 fn assert_harmless(text: &[u8], what: &str) {
     let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("{what}: {error}: {text:?}"));
     let harmful = |c: char| {
@@ -141,10 +144,10 @@ fn no_name_and_no_log_commands_the_terminal() {
         assert_eq!(ended, status, "{what}");
         assert_harmless(&text, &what);
         assert!(!text.is_empty(), "{what}");
-        // Shown, not hidden. A table may break it.
+        // The sequence is escaped, not removed. A table may break it across lines.
         assert!(!is_shown || String::from_utf8_lossy(&text).contains(r"\x1b]0;x"), "{what}");
     }
-    // Where colours are, they are our own.
+    // With colours enabled, all escape sequences must be our own.
     for args in
         [&["kms", "list"][..], &["status"], &["verify", "--keyless"], &["list", EVIL], &["list", "\x1b[2J\x1b]0;x\x07"]]
     {
@@ -161,7 +164,7 @@ fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
     world.create("p/a", &service("default"));
     world.ok(&["append", "p/a", &world.file("lines", &logs)]);
     assert_eq!(world.read("p/a"), logs);
-    // Each stream by itself.
+    // Only the stream that is a terminal gets escapes.
     let (_, _, piped) = on_terminal(world.command(&["read", "p/a", "--format", "raw"]), Shown::Err);
     assert_eq!(piped, logs);
     for command in ["read", "tail"] {
@@ -183,7 +186,7 @@ fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
     assert!(error["error"]["message"].as_str().unwrap().contains(EVIL), "{error}");
 }
 
-/// Runs the program from a shell that prepares something first.
+/// Runs the program from a shell, after a setup command.
 fn after(world: &World, first: &str, args: &[&str]) -> common::Out {
     let program = env!("CARGO_BIN_EXE_envelog");
     let mut command = Command::new("sh");
@@ -199,7 +202,7 @@ fn files_for_the_user_are_new_files_of_the_user_alone() {
     let commands: [&[&str]; 3] = [&["checkpoint", "--out"], &["keys", "backup", "--out"], &["keys", "audit", "--out"]];
     for command in commands {
         for umask in ["000", "077", "277", "377"] {
-            // A checkpoint writes to the store too.
+            // A checkpoint writes to the store too, which these umasks prevent.
             if command[0] == "checkpoint" && umask != "000" && umask != "077" {
                 continue;
             }
@@ -209,7 +212,7 @@ fn files_for_the_user_are_new_files_of_the_user_alone() {
             assert!(metadata.len() > 0);
             fs::remove_file(world.path("new")).unwrap();
         }
-        // Nothing is written over anything, or through it.
+        // The command overwrites no existing file and does not write through a link.
         fs::write(world.path("victim"), "precious").unwrap();
         symlink("victim", world.path("link")).unwrap();
         symlink("nowhere", world.path("dangling")).unwrap();
@@ -221,7 +224,7 @@ fn files_for_the_user_are_new_files_of_the_user_alone() {
         }
         assert_eq!(fs::read(world.path("victim")).unwrap(), b"precious");
         assert!(!world.path("nowhere").exists());
-        // A file that could not be written whole is removed.
+        // A partially written file is removed.
         if command[0] == "keys" {
             let out = after(&world, "trap '' XFSZ; ulimit -f 0", &[command, &["partial"]].concat());
             assert!(out.sentence(1).contains("cannot write"), "{}", out.stderr);
@@ -260,7 +263,7 @@ fn what_must_be_a_file_is_one_and_logs_may_come_through_a_pipe() {
         }
     }
     drop(socket);
-    // A link to a regular file is one as ever.
+    // A link to a regular file is accepted for reading.
     world.ok(&["checkpoint", "--out", "checkpoint"]);
     symlink("checkpoint", world.path("linked")).unwrap();
     world.ok(&["verify", "--against", "linked"]);
@@ -274,8 +277,8 @@ fn what_must_be_a_file_is_one_and_logs_may_come_through_a_pipe() {
     assert_eq!(world.read("p/a"), [made_lines(10), lines].concat());
 }
 
-/// A limit of zero does not hold where core dumps go into a program. A process that may not be dumped at all shows it by the owner of
-/// its files in /proc, which is root then.
+/// A core limit of zero does not apply where the system pipes core dumps to a program. If a process
+/// is not dumpable at all, root owns its files in /proc, which the test checks.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_system_may_not_dump_its_memory() {
@@ -284,7 +287,7 @@ fn the_system_may_not_dump_its_memory() {
         time::{Duration, Instant},
     };
     let world = World::new();
-    // Root's own processes show nothing: there another user runs it.
+    // Root owns the files of its own processes anyway, so another user runs the program.
     let program = world.path("envelog");
     fs::copy(env!("CARGO_BIN_EXE_envelog"), &program).unwrap();
     fs::set_permissions(world.path(""), fs::Permissions::from_mode(0o755)).unwrap();
@@ -299,7 +302,7 @@ fn the_system_may_not_dump_its_memory() {
         Running::start(command)
     };
     let owner = |running: &Running| fs::metadata(format!("/proc/{}/stat", running.id())).unwrap().uid();
-    // Waits for its configuration on standard input.
+    // This process waits for its configuration on standard input.
     let running = start(&program, &["create", "p/a", "--store", "/nonexistent/store", "--encrypt-conf", "-"]);
     let begun = Instant::now();
     while owner(&running) != 0 && begun.elapsed() < Duration::from_secs(20) {
@@ -310,13 +313,13 @@ fn the_system_may_not_dump_its_memory() {
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
     assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
     running.kill();
-    // A process that may be dumped shows that too.
+    // Counter-check: a dumpable process has files of its user.
     let other = start(Path::new("/bin/cat"), &[]);
     assert_eq!(owner(&other), user);
     other.kill();
 }
 
-/// A path need not be UTF-8. In JSON it is text, and nothing fails for it.
+/// A path need not be UTF-8. JSON output replaces the invalid bytes, and the command does not fail.
 #[test]
 fn json_takes_any_path() {
     let world = World::new();
@@ -350,7 +353,7 @@ fn json_takes_any_path() {
     assert!(left[0].as_str().unwrap().ends_with("stray\u{fffd}"), "{left}");
 }
 
-/// The memory that it takes to inspect a file does not grow with the number of its blocks.
+/// The memory that `inspect` uses does not grow with the number of blocks.
 #[test]
 fn a_file_of_many_blocks_is_inspected_in_little_memory() {
     use envelog::segment::{BlockHeader, BlockKind, Compression, SegmentHeader};
@@ -380,7 +383,7 @@ fn a_file_of_many_blocks_is_inspected_in_little_memory() {
     }
     let path = world.file("many", file);
     let mut limited = Command::new("sh");
-    // In KiB of address space, of which a table of all blocks would take several times as much.
+    // The limit is in KiB of address space. A table of all blocks would need several times as much.
     limited.args(["-c", "ulimit -v 200000; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_envelog"), "inspect", &path]);
     let output = limited.stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

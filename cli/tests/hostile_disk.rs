@@ -1,5 +1,5 @@
-//! A disk that is not to be trusted: links, pipes and strays where files belong, keyrings that others can reach, files of other
-//! users, killed processes and interrupted creations.
+//! Hostile disks: links, pipes and stray files at envelog's paths, keyrings with wrong permissions,
+//! files of other users, killed processes and interrupted creations.
 
 #![allow(clippy::unwrap_used)]
 
@@ -32,14 +32,15 @@ use std::{
 
 use common::{Out, Running, World, byok, copy_dir, service};
 
-/// A user other than root, who owns a store.
+/// A non-root user who owns a store.
 const USER: u32 = 12_345;
 /// A user who owns nothing.
 const STRANGER: u32 = 23_456;
-/// No command here waits for anything, so one that takes this long hangs. The machine of the tests may be busy.
+/// No command in these tests waits, so a command that takes this long hangs. The limit allows for a
+/// busy machine.
 const QUICK: Duration = Duration::from_secs(20);
 
-/// What stands where envelog keeps a file or a directory.
+/// The object placed where envelog keeps a file or a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thing {
     LinkToFile,
@@ -73,7 +74,7 @@ impl Thing {
         Self::HardLink,
     ];
 
-    /// Those that are no file.
+    /// The things that are not regular files.
     const NO_FILE: [Self; 8] = [
         Self::LinkToFile,
         Self::LinkToDirectory,
@@ -85,7 +86,7 @@ impl Thing {
         Self::EmptyDirectory,
     ];
 
-    /// Those that are no directory.
+    /// The things that are not directories.
     const NO_DIRECTORY: [Self; 8] = [
         Self::LinkToFile,
         Self::LinkToDirectory,
@@ -97,7 +98,8 @@ impl Thing {
         Self::HardLink,
     ];
 
-    /// Puts it at a path where nothing is. `precious` is a directory outside the store with the file `report`.
+    /// Creates the thing at a free path. `precious` is a directory outside the store with the file
+    /// `report`.
     fn put(self, path: &Path, precious: &Path) {
         match self {
             Self::LinkToFile => symlink(precious.join("report"), path).unwrap(),
@@ -105,7 +107,7 @@ impl Thing {
             Self::LinkToLink => symlink(precious.join("link"), path).unwrap(),
             Self::DanglingLink => symlink(precious.join("nowhere"), path).unwrap(),
             Self::Fifo => fifo(path),
-            // The path of a socket may not be long.
+            // The path of a socket has a short maximum length.
             Self::Socket => {
                 let short = tempfile::tempdir().unwrap();
                 drop(UnixListener::bind(short.path().join("s")).unwrap());
@@ -126,11 +128,11 @@ fn fifo(path: &Path) {
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
 }
 
-/// Runs a command with these bytes on standard input, which a pipe holds at once.
+/// Runs a command with this standard input, which fits into a pipe's buffer.
 fn feed(command: Command, input: &[u8]) -> Out {
     let begun = Instant::now();
     let mut running = Running::start(command);
-    // A process that fails early does not read it.
+    // A process that fails early does not read its input.
     let _ = running.stdin.take().unwrap().write_all(input);
     let out = running.finish();
     assert!(begun.elapsed() < QUICK, "it takes {:?}: {}", begun.elapsed(), out.stderr);
@@ -145,7 +147,7 @@ fn remove(path: &Path) {
     }
 }
 
-/// Type and mode, inode, owner, group, and contents of everything below a directory, and of the directory.
+/// Type and mode, inode, owner, group, and contents of a directory and everything below it.
 fn picture(dir: &Path) -> BTreeMap<PathBuf, (u32, u64, u32, u32, Vec<u8>)> {
     let mut found = BTreeMap::new();
     let mut rest = vec![dir.to_owned()];
@@ -170,7 +172,7 @@ fn chmod(path: impl AsRef<Path>, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-/// The path with something added to its last name.
+/// The path with a suffix on its last name.
 fn beside(path: &Path, end: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(end);
@@ -181,17 +183,18 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether this process is root's. If not, says which part is not run.
+/// Whether this process runs as root. If not, prints which part is skipped.
 fn root_for(part: &str) -> bool {
     if !is_root() {
         let text = format!("NOT RUN, because the tests do not run as root: {part}\n");
-        // The test harness would capture what `eprintln!` prints.
+        // Write directly: the test harness captures the output of `eprintln!`.
         std::io::stderr().write_all(text.as_bytes()).unwrap();
     }
     is_root()
 }
 
-/// A store at `data/s` with the keyring `secret/keyring` and the Logstores `p/a` and `p/b`, and a directory `precious` beside them.
+/// A store at `data/s` with the keyring `secret/keyring` and the Logstores `p/a` and `p/b`, and a
+/// directory `precious` beside them.
 struct Scene {
     world: World,
 }
@@ -261,7 +264,7 @@ impl Scene {
         out.text()
     }
 
-    /// Fails unless the store is written and read as ever.
+    /// Fails unless the store can be written and read.
     fn works(&self, what: &str) {
         for name in ["p/a", "p/b"] {
             let out = self.append(name, "more");
@@ -285,8 +288,8 @@ fn is_catalogue_file(path: &Path) -> bool {
         && name.split_once('-').is_some_and(|(epoch, serial)| number(epoch) && number(serial))
 }
 
-/// The path as it is now: each opening for writing begins another file of the catalogue, and each change of a Logstore another
-/// file of its metadata.
+/// The current path of a catalogue file or of metadata: each opening for writing starts a new catalogue
+/// file, and each change of a Logstore a new metadata file.
 fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
     if is_catalogue_file(path) {
         catalogue_file(store)
@@ -314,7 +317,7 @@ fn next_epochs(store: &Path) -> impl Iterator<Item = u64> + use<> {
     epoch + 1..epoch + 30
 }
 
-/// The modes of everything below a directory, and of the directory.
+/// Checks the modes of a directory and everything below it.
 fn assert_modes(dir: &Path, file: u32, directory: u32, what: &str) {
     for (path, (found, ..)) in picture(dir) {
         let expected = if path.is_dir() { directory } else { file };
@@ -330,14 +333,15 @@ fn temporaries(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// The directory `home` of [`USER`], with room for a store at `s`, and directories of root beside it.
+/// A directory `home` of [`USER`], with a place for a store at `s`, and root's directories next to
+/// it.
 struct Home {
     scene: Scene,
     program: PathBuf,
 }
 
 impl Home {
-    /// `None` where the tests do not run as root.
+    /// `None` if the tests do not run as root.
     fn new(part: &str) -> Option<Self> {
         root_for(part).then(|| {
             let scene = Scene::empty();
@@ -375,7 +379,7 @@ impl Home {
         out.text()
     }
 
-    /// Fails unless everything is the user's alone.
+    /// Fails unless the user owns everything and no other user has access.
     fn assert_owned(&self, what: &str) {
         for (path, (_, _, uid, gid, _)) in picture(&self.path("")) {
             assert_eq!((uid, gid), (USER, USER), "{what}: {}", path.display());
@@ -383,7 +387,7 @@ impl Home {
         assert_modes(&self.path(""), 0o600, 0o700, what);
     }
 
-    /// A key in the KMS and two Logstores, one under the key.
+    /// Creates a key in the KMS and two Logstores, one of them under the key.
     fn fill(&self, user: u32) -> String {
         let key = self.ok(user, &["kms", "create-key", "--region", "cn-hangzhou", "--grant", common::ROLE]);
         let key = key.trim().to_owned();
@@ -392,7 +396,7 @@ impl Home {
         key
     }
 
-    /// Everything that the owner of a store does.
+    /// Runs every kind of command as the owner of a store.
     fn use_store(&self, user: u32, key: &str) {
         for args in [
             &["append", "p/a"][..],

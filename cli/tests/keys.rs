@@ -1,5 +1,5 @@
-//! The life of keys and what watches over it: rotation, re-wrapping, replacement, backup, recovery, shredding, audit; verification,
-//! checkpoints and inspection.
+//! The key life cycle: rotation, re-wrapping, replacement, backup, recovery, shredding and audit.
+//! Also verification, checkpoints and inspection.
 
 #![allow(clippy::unwrap_used)]
 
@@ -57,7 +57,7 @@ fn a_rotated_master_key_wraps_again_and_older_versions_still_unwrap() {
     let report = world.json(&["keys", "rewrap", "p/a", "--json"]);
     assert_eq!(report, json!({ "rewrapped": [{ "logstore": "p/a", "envelopes": 2 }] }));
     assert_eq!(world.read("p/a"), b"one\n");
-    // All of them, and those without an envelope are passed over.
+    // Without a name, re-wraps all Logstores and skips those without an envelope.
     world.create("p/plain", &Value::Null);
     world.ok(&["keys", "rewrap"]);
     assert!(world.refused(6, &["keys", "rewrap", "p/plain"]).contains("never encrypted"));
@@ -82,7 +82,7 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     let done = world.json(&["keys", "rotate-service", "--json"]);
     assert_eq!((&done["service_key_version"], &done["continued"]), (&json!(2), &json!(false)));
     assert_eq!((&done["logstores"], &done["envelopes"], &done["left_open"]), (&json!(1), &json!(1), &json!([])));
-    // A copy of the store from before is read on request alone.
+    // A copy from before the rotation is readable only with --accept-retired.
     let backup = ["read", "p/a", "--store", "backup/envelog-data", "--keyring", "envelog-data.keyring"];
     let sentence = world.refused(5, &backup);
     assert!(sentence.contains("retired"), "{sentence}");
@@ -103,7 +103,7 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert!(events.contains(&"service_rotate_intended".to_owned()) && events.contains(&"service_rotated".to_owned()));
 }
 
-/// Each rotation retires what came before it, also when it was not the first.
+/// Each rotation retires the previous version, also if it is not the first rotation.
 #[test]
 fn after_two_rotations_what_is_from_before_the_last_is_refused() {
     let world = World::new();
@@ -119,11 +119,12 @@ fn after_two_rotations_what_is_from_before_the_last_is_refused() {
     assert_eq!(world.read("p/a"), b"one\ntwo\nthree\n");
     for (rotation, lines) in [(1, "one\n"), (2, "one\ntwo\n")] {
         let (store, keyring) = (format!("store-{rotation}"), format!("keyring-{rotation}"));
-        // The old keyring has no key for the store of now.
+        // The old keyring does not have the key for the current store.
         let command = ["read", "p/a", "--keyring", &keyring];
         assert!(world.refused(7, &command).contains("too old"));
         assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(7).0, "keyring_too_old");
-        // The keyring of now accepts the old store on request alone, and for reading alone.
+        // The current keyring accepts the old store only with --accept-retired, and only for
+        // reading.
         let copy = ["--store", &store, "--keyring", "envelog-data.keyring"];
         for command in [&["read", "p/a"][..], &["verify"], &["list"], &["append", "p/a"]] {
             let command = [command, &copy].concat();
@@ -154,7 +155,7 @@ fn a_customers_key_is_replaced_by_its_own_operation_alone() {
             .collect::<Vec<_>>()
     };
 
-    // Settings that would change something else are not what this is for.
+    // `replace-cmk` refuses to change other settings.
     assert!(world.refused(6, &replace(&byok("default", &new))).contains("algorithm is fixed"));
     let mut off = byok("sm4", &new);
     off["enable"] = false.into();
@@ -164,17 +165,17 @@ fn a_customers_key_is_replaced_by_its_own_operation_alone() {
     assert_eq!(world.json(&["get", "p/a"])["encrypt_conf"], byok("sm4", &old));
 
     let said = String::from_utf8(world.ok(&replace(&byok("sm4", &new)))).unwrap();
-    assert!(said.contains("whoever held the old one"), "it says what it cannot do: {said}");
+    assert!(said.contains("anyone who held the old one"), "no warning: {said}");
     let config = world.json(&["get", "p/a"]);
     assert_eq!((&config["encrypt_conf"], &config["revision"]), (&byok("sm4", &new), &revision));
     world.ok(&["kms", "disable", &old]);
     append(&world, "p/a", "two\n");
-    assert_eq!(world.read("p/a"), b"one\ntwo\n", "the old key is not needed any more");
+    assert_eq!(world.read("p/a"), b"one\ntwo\n", "the old key is no longer needed");
     let versions = status(&world, "p/a")["data_keys"].clone();
     assert_eq!(versions.as_array().unwrap().len(), 2, "what follows has a fresh data key: {versions}");
     world.ok(&["kms", "disable", &new]);
     assert!(world.refused(3, &["read", "p/a"]).contains(&new));
-    // And not while the old one is withdrawn.
+    // It also refuses while the old key is unavailable.
     world.ok(&["kms", "enable", &old]);
     world.refused(3, &replace(&byok("sm4", &old)));
     world.create("p/service", &service("default"));
@@ -217,13 +218,13 @@ fn a_lost_keyring_costs_what_only_it_could_open() {
     fs::remove_file(world.path("envelog-data.keyring")).unwrap();
     world.refused(7, &["read", "p/byok"]);
 
-    // Without a word of the caller's, nothing is recovered, and what a recovery would use is shown.
+    // Without --expect, the command recovers nothing and prints the keys that a recovery would use.
     let shown = world.run(&["keys", "recover", "--without-keyring"]);
     shown.assert(6);
     let found = String::from_utf8_lossy(&shown.stdout).into_owned();
     assert!(found.contains(&key) && found.contains("p/service"), "{found}");
     assert!(!world.path("envelog-data.keyring").exists());
-    // A file that names another role recovers nothing of it.
+    // With a wrong role in the file, that Logstore is not recovered.
     let other = world.path("other.json");
     let mut role = cmk.clone();
     role["arn"] = "acs:ram::1:role/other".into();
@@ -277,7 +278,7 @@ fn status_tells_keys_sizes_and_counts() {
     assert_eq!(byok["data_keys"][0]["bytes_stored"], byok["bytes_stored"]);
     let left = byok["key"]["lease_left_s"].as_f64().unwrap();
     assert!(left > 0.0 && left <= 300.0, "{left}");
-    // For people, in a table.
+    // The table output for people.
     let table = String::from_utf8(world.ok(&["status"])).unwrap();
     for word in ["p/byok", "SM4-GCM", "service_key", "2,000", "active"] {
         assert!(table.contains(word), "{word} is missing: {table}");
@@ -298,14 +299,14 @@ fn a_store_that_was_put_back_is_noticed_with_a_checkpoint() {
     append(&world, "p/a", "later\n");
     world.ok(&["verify", "--against", "checkpoint"]);
 
-    // The whole store as it was before: in itself it is sound.
+    // A rollback of the whole store: the old copy is consistent in itself.
     let keyring = ["--keyring", "envelog-data.keyring"];
     let earlier = [&["verify", "--store", "earlier"], &keyring[..]].concat();
     world.ok(&earlier);
     let (kind, message) = world.run(&[&earlier[..], &["--against", "checkpoint", "--json"]].concat()).json_error(5);
     assert_eq!(kind, "rolled_back", "{message}");
 
-    // One segment alone that is gone, or as it was before.
+    // A single segment that is missing, or rolled back.
     let segment = world.segments("envelog-data").into_iter().min().unwrap();
     let whole = fs::read(&segment).unwrap();
     fs::remove_file(&segment).unwrap();
@@ -325,7 +326,7 @@ fn a_store_that_was_put_back_is_noticed_with_a_checkpoint() {
 fn verify_says_file_block_and_offset() {
     let world = World::new();
     world.create("p/a", &service("sm4"));
-    // Some blocks: a process ends one at least.
+    // Write several blocks: each process ends at least one.
     for _ in 0..3 {
         append(&world, "p/a", made_lines(3000));
     }
@@ -346,7 +347,7 @@ fn verify_says_file_block_and_offset() {
         let sentence = world.refused(5, keyless);
         assert!(sentence.contains(&format!("block {number}")) && sentence.contains(&offset.to_string()), "{sentence}");
     }
-    // What is behind the damage can be read; a sealed segment is never changed.
+    // Data after the damage is readable; a sealed segment is never changed.
     world.refused(5, &["read", "p/a"]);
     let said = world.ok(&["repair", "p/a", "--shard", "0", "--yes"]);
     assert!(String::from_utf8(said).unwrap().contains("nothing was changed"));
@@ -371,7 +372,8 @@ fn a_shard_with_a_damaged_end_is_written_again_after_a_repair() {
     bytes[offset + 100] ^= 1;
     fs::write(&segment, &bytes).unwrap();
 
-    // Ten blocks were synced one after another, so this is no torn tail: nothing is dropped, and nothing written.
+    // Ten blocks were synced one after another, so this is not a torn tail: the open must neither
+    // drop nor write anything.
     let more = world.file("more", "more\n");
     let sentence = world.refused(5, &["append", "p/a", &more]);
     assert!(sentence.contains("block 3"), "{sentence}");
@@ -428,7 +430,7 @@ fn the_keys_under_one_master_key_are_wrapped_again_in_one_go() {
     let report = world.json(&["keys", "rewrap", "--cmk", &key, "--json"]);
     let names: Vec<_> = report["rewrapped"].as_array().unwrap().iter().map(|it| it["logstore"].clone()).collect();
     assert_eq!(names, ["p/a", "p/b"], "{report}");
-    // One that fails is told at the end, and has stopped no other.
+    // A failure is reported at the end and does not stop the other Logstores.
     let out = world.run(&["keys", "rewrap", "--json"]);
     let report: Value = serde_json::from_str(&out.text()).unwrap();
     assert_eq!(report["current"], json!(["p/a", "p/b", "p/d"]), "{report}");
@@ -446,7 +448,7 @@ fn the_audit_log_is_verified_and_exported() {
     world.create("p/a", &byok("sm4", &key));
     append(&world, "p/a", "one\n");
     world.ok(&["keys", "audit", "--out", "export"]);
-    // A loss is on record once, whoever finds it, and so is its end.
+    // A revocation is recorded once, regardless of how many commands detect it, and so is its end.
     world.ok(&["kms", "disable", &key]);
     let piece = world.file("piece", "two\n");
     for _ in 0..3 {
@@ -497,7 +499,7 @@ fn inspect_needs_no_key() {
     let path = segment.to_str().unwrap();
     let report = world.json(&["inspect", path, "--json"]);
     assert_eq!((&report["header"]["suite"], &report["header"]["shard"]), (&"SM4-GCM".into(), &0.into()));
-    // The name says the epoch too.
+    // The file name contains the epoch too.
     let named = segment.file_stem().unwrap().to_str().unwrap().rsplit('-').next().unwrap().parse::<u64>().unwrap();
     assert_eq!(report["header"]["epoch"], named);
     let blocks = report["blocks"].as_array().unwrap();
@@ -584,7 +586,7 @@ fn the_keyring_can_be_under_a_master_key() {
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
 }
 
-/// A copy of the keyring in the store would be in every copy of the store.
+/// Every copy of the store would include a keyring backup inside it.
 #[test]
 fn no_backup_of_the_keyring_goes_into_the_store() {
     let world = World::new();

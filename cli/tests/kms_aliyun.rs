@@ -1,4 +1,4 @@
-//! The command line with the key of a customer in Alibaba Cloud KMS, which a stand-in plays.
+//! The command line with a customer's key in Alibaba Cloud KMS, simulated by a local server.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ use rustls::{ServerConnection, StreamOwned};
 
 use common::{Out, Running, World, byok, made_lines};
 
-/// A world with the stand-in beside it.
+/// A test directory and the simulated KMS.
 struct Cloud {
     world: World,
     aliyun: Aliyun,
@@ -34,7 +34,8 @@ impl Cloud {
         Self { world: World::new(), aliyun, url }
     }
 
-    /// The binary with the KMS named, but with no identity of the service, wherever the test runs.
+    /// The binary with the KMS URL but without credentials of the service, regardless of the test
+    /// environment.
     fn command(&self, args: &[&str]) -> Command {
         let mut command = self.world.command(&[&["--kms", &self.url], args].concat());
         for (name, _) in std::env::vars_os() {
@@ -63,7 +64,7 @@ impl Cloud {
         out.stdout
     }
 
-    /// A Logstore under a new key, with these lines.
+    /// Creates a Logstore under a new key, with these lines.
     fn logstore(&self, lines: &[u8]) -> String {
         let key = self.aliyun.create_key();
         self.ok(&["create", "p/customer", "--encrypt-conf", &byok("default", &key).to_string()]);
@@ -152,7 +153,7 @@ fn a_logstore_is_made_only_with_a_key_that_can_be_used() {
 fn the_service_logs_in_with_what_it_finds() {
     let cloud = Cloud::new();
     cloud.logstore(b"line\n");
-    // Nothing is found, or half of it.
+    // No credentials, or only half of them.
     let sentence = Running::start(cloud.command(&READ)).finish().sentence(4);
     assert!(sentence.contains("~/.aliyun/config.json"), "{sentence}");
     let mut half = cloud.command(&READ);
@@ -164,7 +165,7 @@ fn the_service_logs_in_with_what_it_finds() {
     let sentence = Running::start(wrong).finish().sentence(4);
     assert!(sentence.contains("SignatureDoesNotMatch") && !sentence.contains("not it"), "{sentence}");
 
-    // A profile of the official command line.
+    // A profile of the official command-line tool.
     fs::create_dir(cloud.world.path(".aliyun")).unwrap();
     let profile = format!(
         r#"{{"current":"logs","profiles":[{{"name":"logs","mode":"AK","access_key_id":"{SERVICE_ID}","access_key_secret":"{SERVICE_SECRET}"}}]}}"#
@@ -175,7 +176,7 @@ fn the_service_logs_in_with_what_it_finds() {
     other.env("ALIBABA_CLOUD_PROFILE", "other");
     assert!(Running::start(other).finish().sentence(4).contains("no profile"));
 
-    // The token of a pod, which comes before the profile.
+    // A pod's token, which takes precedence over the profile.
     let pod = |token: &str| {
         let mut command = cloud.command(&READ);
         command.env("ALIBABA_CLOUD_ROLE_ARN", "acs:ram::1:role/log-service");
@@ -206,7 +207,8 @@ fn a_url_that_names_no_kms_is_refused() {
     }
 }
 
-/// Speaks TLS in front of the stand-in, as its certificate authority `ca.pem` in the world's directory vouches for; returns the port.
+/// Starts a TLS proxy for the simulated KMS and returns its port. `ca.pem` in the test directory is
+/// the certificate of its authority.
 fn tls_in_front(cloud: &Cloud, ca: &str) -> u16 {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
     use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -229,7 +231,7 @@ fn tls_in_front(cloud: &Cloud, ca: &str) -> u16 {
     thread::spawn(move || {
         for stream in listener.incoming() {
             let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream.unwrap());
-            // A client that does not like the certificate goes away.
+            // A client that rejects the certificate closes the connection.
             thread::spawn(move || -> io::Result<()> {
                 let mut plain = TcpStream::connect(("127.0.0.1", behind))?;
                 loop {
@@ -242,7 +244,7 @@ fn tls_in_front(cloud: &Cloud, ca: &str) -> u16 {
     port
 }
 
-/// Passes one message of HTTP on.
+/// Forwards one HTTP message.
 fn pass_on(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
     let mut message = Vec::new();
     let head = loop {
@@ -280,7 +282,7 @@ fn tls_trusts_what_the_system_trusts_and_nobody_else() {
     };
     let sentence = create("other.pem", &cloud.url).sentence(4);
     assert!(sentence.contains("certificate"), "{sentence}");
-    // The name in the certificate counts too.
+    // The host name must match the certificate too.
     let named = cloud.url.replace("127.0.0.1", "localhost");
     let sentence = create("ca.pem", &named).sentence(4);
     assert!(sentence.contains("certificate"), "{sentence}");

@@ -1,4 +1,4 @@
-//! The command line with master keys of AWS KMS, which moto plays.
+//! The command line with master keys of AWS KMS, simulated by moto.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,10 +16,11 @@ use common::{Out, Running, World, made_lines};
 use moto::{Moto, REGION, ROLE};
 use serde_json::{Value, json};
 
-/// From a refusal at the KMS to the last operation that may still succeed: `--revalidate-every 1s`, and one call's timeout.
+/// The time from a refusal at the KMS to the last operation that may still succeed:
+/// `--revalidate-every 1s`, plus the timeout of one call.
 const BOUND: Duration = Duration::from_secs(2);
 
-/// A place for stores, and the KMS that they ask.
+/// A directory for stores, and the KMS.
 struct Aws {
     world: World,
     moto: Moto,
@@ -47,7 +48,7 @@ impl Aws {
         out.stdout
     }
 
-    /// A Logstore `p/a` in a store of its own, under this key.
+    /// Creates a Logstore `p/a` in a new store, under this key.
     fn create(&self, store: &str, key: &str) {
         self.ok(store, &["create", "p/a", "--encrypt-conf", &conf(key)]);
     }
@@ -86,7 +87,7 @@ fn a_logstore_follows_the_state_of_its_key() {
     assert!(read().stdout == text);
     aws.ok("data", &["verify"]);
 
-    // A key that is not there makes no Logstore, and neither does another region or no credentials.
+    // A missing key, a wrong region or missing credentials create no Logstore.
     let nowhere = "00000000-0000-4000-8000-000000000000";
     let out = aws.run("data", &["create", "p/b", "--encrypt-conf", &conf(nowhere)]);
     assert!(out.sentence(6).contains("deleted"));
@@ -107,7 +108,7 @@ fn running_processes_end_within_the_bound_and_others_go_on() {
     let (key, other_key) = (aws.moto.create_key(), aws.moto.create_key());
     let lines = made_lines(100_000);
     let file = aws.world.file("lines", &lines);
-    // One process writes a store, so each that appends has its own.
+    // A store has one writing process, so each appending process has its own store.
     for (store, key) in [("append", &key), ("read", &key), ("other", &other_key)] {
         aws.create(store, key);
     }
@@ -131,7 +132,8 @@ fn running_processes_end_within_the_bound_and_others_go_on() {
         let sentence = append.wait().sentence(3);
         (sentence, disabled.elapsed())
     });
-    // This one waits for its pipe. What it reads once the bound has passed is refused, so it is not read on before that.
+    // This process waits for its pipe. Continue reading only after the bound, since its next read
+    // is refused from then on.
     thread::sleep(BOUND.saturating_sub(disabled.elapsed()));
     let mut rest = Vec::new();
     out.read_to_end(&mut rest).unwrap();
@@ -140,7 +142,7 @@ fn running_processes_end_within_the_bound_and_others_go_on() {
     let (sentence, took) = ended.join().unwrap();
     assert!(sentence.contains("p/a") && sentence.contains("disabled"), "{sentence}");
     println!("append ended {} ms after DisableKey", took.as_millis());
-    // It stops within the bound; to end, seal and exit takes a while more where the machine is busy.
+    // It stops within the bound. Exit and sealing take longer on a busy machine.
     assert!(took < BOUND * 10, "{took:?}");
 
     other.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
@@ -171,13 +173,15 @@ fn an_outage_is_ridden_out_for_its_grace_and_no_store_needs_the_kms_to_open() {
     let sentence = short.wait().sentence(4);
     assert!(sentence.contains("p/a"), "{sentence}");
     let took = killed.elapsed();
-    // The grace counts from when the last good answer was asked for, at most a second and a call before.
+    // The grace period starts when the last good answer was requested: at most a second and one
+    // call earlier.
     assert!(took > Duration::from_secs(1) && took < Duration::from_secs(30), "{took:?}");
     long.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
     assert_eq!(long_acks.recv().unwrap(), "2", "the last good answer still counts");
     long.finish().assert(0);
 
-    // A process that begins now has no lease to ride, and yet opens the store and does what needs no key.
+    // A new process has no lease from before the outage. It can still open the store and do work
+    // that needs no key.
     assert!(String::from_utf8(aws.ok("long", &["list"])).unwrap().contains("p/a"));
     aws.ok("long", &["verify", "--keyless"]);
     assert!(aws.run("long", &["read", "p/a"]).sentence(4).contains("p/a"));

@@ -1,4 +1,4 @@
-//! A customer's key in a token, named by `--kms pkcs11:…`, with SoftHSM.
+//! A customer's key in a PKCS#11 token, given as `--kms pkcs11:…`, with SoftHSM.
 
 #![allow(clippy::unwrap_used)]
 
@@ -11,13 +11,13 @@ use std::{fs, io::Write};
 use common::{Running, World, byok, made_lines, service};
 use pkcs11::{PIN, Token, in_own_process};
 
-/// Fails where SoftHSM is missing; also what [`Token::admin`] starts.
+/// Fails if SoftHSM is missing. [`Token::admin`] also starts this test.
 #[test]
 fn softhsm_is_there() {
     pkcs11::admin();
 }
 
-/// What names the token, its PIN in a file.
+/// The KMS URL of the token, with its PIN in a file.
 fn kms(token: &Token) -> String {
     let file = token.path("pin");
     fs::write(&file, PIN).unwrap();

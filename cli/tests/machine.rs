@@ -1,7 +1,7 @@
-//! What a machine does to a process: no file descriptors left, a disk that is really full, a directory that cannot be written, a
-//! file that is cut short under a reader. The simulated disk has more of each; here they come from the kernel.
+//! Resource limits from the kernel: no file descriptors left, a full disk, a read-only directory,
+//! and a file truncated while it is read. The simulated disk covers more cases of each.
 
-// Mount tables and `ulimit -n` as Linux has them.
+// Mount tables and `ulimit -n` as on Linux.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
@@ -16,7 +16,7 @@ use std::{
 
 use common::{Running, World, byok, made_lines, service};
 
-/// The command as the last arguments of another.
+/// Appends the command to the arguments of a wrapper command.
 fn through(wrapper: &[&str], command: &Command) -> Command {
     let mut outer = Command::new(wrapper[0]);
     outer.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
@@ -30,7 +30,8 @@ fn through(wrapper: &[&str], command: &Command) -> Command {
     outer
 }
 
-/// However few files a process may open: it does what it was told, or says why not; what it acknowledged is there, once.
+/// With any limit on open files, a command succeeds or reports the limit, and acknowledged lines
+/// are present exactly once.
 #[test]
 fn without_file_descriptors_it_says_so_and_loses_nothing() {
     let world = World::new();
@@ -46,19 +47,20 @@ fn without_file_descriptors_it_says_so_and_loses_nothing() {
             let out = Running::start(through(&["sh", "-c", &limit], &world.command(args))).finish();
             match out.status {
                 Some(0) => done += 1,
-                // A key that cannot be asked for, as its KMS is a directory here, is a KMS that is not reached.
+                // The KMS is a directory here, so without descriptors it is unreachable.
                 Some(status @ (1 | 4)) => {
                     let said = out.sentence(status);
                     assert!(said.contains("Too many open files"), "{descriptors}, {args:?}: {said}");
                     refused += 1;
                 }
-                // The loader has not found its libraries.
+                // The dynamic loader could not open its libraries.
                 Some(127) => assert!(descriptors < 6, "{descriptors}, {args:?}: {}", out.stderr),
                 status => panic!("{descriptors}, {args:?}: {status:?}: {}", out.stderr),
             }
             out
         };
-        // Each line is a group of its own, and they take turns among the shards, each of which has a file open.
+        // Each line is its own group. Groups go to the shards in turn, and each shard has an open
+        // file.
         let lines: Vec<String> = (0..16).map(|n| format!("{descriptors} {n}")).collect();
         let file = world.file("lines", lines.join("\n"));
         for (name, acknowledged) in names.into_iter().zip(&mut acknowledged) {
@@ -81,8 +83,9 @@ fn without_file_descriptors_it_says_so_and_loses_nothing() {
     }
 }
 
-/// Runs a script, in which `$0` is the binary, with a mount table of its own, in which it may mount. Says so, past the capture of the
-/// tests' output, where the system lets nobody have that, and returns nothing.
+/// Runs a script, with the binary as `$0`, in its own mount namespace, where it may mount. If the
+/// system does not permit that, returns `None` and prints a note, bypassing the capture of the test
+/// harness.
 fn with_own_mounts(world: &World, script: &str) -> Option<String> {
     let run = |script: &str| -> Output {
         let wrapper = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc", script];
@@ -100,7 +103,7 @@ fn with_own_mounts(world: &World, script: &str) -> Option<String> {
     Some(said)
 }
 
-/// The whole life of a store on a file system of 2 MiB that fills up, and has room again.
+/// The whole life of a store on a file system of 2 MiB that fills up and is then freed again.
 #[test]
 fn on_a_disk_that_is_really_full_nothing_acknowledged_is_lost() {
     let world = World::new();
@@ -129,7 +132,7 @@ fn on_a_disk_that_is_really_full_nothing_acknowledged_is_lost() {
     let expected = lines.repeat(done);
     assert!(read.starts_with(&expected), "{} of {} bytes", read.len(), expected.len());
     assert!(later.starts_with(&read) && later.ends_with(&lines), "{} bytes, then {}", read.len(), later.len());
-    // What was refused is there up to a group or not at all.
+    // Of a refused append, only whole groups may be present.
     let rest = &later[expected.len()..later.len() - lines.len()];
     assert!(lines.starts_with(rest) && (rest.is_empty() || rest.ends_with(b"\n")), "{} bytes", rest.len());
 }
@@ -160,7 +163,7 @@ fn what_is_mounted_read_only_can_be_read_and_is_not_written() {
     assert_eq!(world.read("p/a"), lines);
 }
 
-/// The reader is told, by an error and not by the end of its process, that the file ends too early.
+/// If the file is truncated, the reader gets an error and does not crash.
 #[test]
 fn a_file_that_is_cut_short_under_a_reader_is_an_error() {
     let world = World::new();
@@ -170,7 +173,7 @@ fn a_file_that_is_cut_short_under_a_reader_is_an_error() {
     let segment = world.segments("envelog-data").remove(0);
     let len = fs::metadata(&segment).unwrap().len();
     let mut reading = Running::start(world.command(&["read", "p/a", "--format", "raw"]));
-    // It is in the middle of it, and waits for this pipe.
+    // The reader is in the middle of the file and waits for this pipe.
     let (mut stdout, mut read) = (reading.stdout.take().unwrap(), vec![0; 1000]);
     stdout.read_exact(&mut read).unwrap();
     fs::OpenOptions::new().write(true).open(&segment).unwrap().set_len(len / 3).unwrap();

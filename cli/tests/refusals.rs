@@ -1,5 +1,5 @@
-//! What is refused: configurations, names, sizes, stores and keyrings that are not what they should be. Each has its exit status
-//! and its sentence, and changes nothing.
+//! Refused input: configurations, names, sizes, stores and keyrings. Each refusal has its exit
+//! status and sentence, and changes nothing.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,12 +14,12 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::{Value, json};
 
-/// The longest line that is taken.
+/// The longest accepted line.
 const LINE_BYTES_MAX: usize = 10 << 20;
-/// Where the format version is in the file STORE: behind the magic of eight bytes.
+/// The offset of the format version in the file STORE: after the magic of eight bytes.
 const VERSION_AT: usize = 8;
 
-/// An update that is refused with this kind, and changes nothing.
+/// Checks that an update is refused with this kind and changes nothing.
 fn update_is_refused(world: &World, name: &str, kind: &str, change: impl FnOnce(&mut Value)) -> String {
     let before = world.json(&["get", name]);
     let mut config = before.clone();
@@ -58,7 +58,7 @@ fn an_update_cannot_change_what_is_fixed() {
             .contains("default")
     );
     refuse("p/byok", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] = "default".into());
-    // The customer's key, each of its three parts.
+    // Each of the three parts of the customer's key.
     let replaced = refuse("p/byok", "cmk_fixed", &|it| {
         it["encrypt_conf"]["user_cmk_info"]["cmk_key_id"] = another.as_str().into()
     });
@@ -80,7 +80,7 @@ fn an_update_cannot_change_what_is_fixed() {
         refuse("p/service", "configuration_invalid", &|it| it["encrypt_conf"]["encrypt_type"] = "des".into())
             .contains("\"des\"")
     );
-    // Fields and values that there are not, named.
+    // The error names unknown fields and values.
     assert!(refuse("p/service", "configuration_invalid", &|it| it["ttl"] = 7.into()).contains("`ttl`"));
     assert!(
         refuse("p/byok", "configuration_invalid", &|it| it["encrypt_conf"]["user_cmk_info"]["role"] = 7.into())
@@ -116,7 +116,7 @@ fn an_update_replaces_what_was_got_and_changed() {
     world.run_with(&["update", "p/a", "--config", "-"], config.to_string().as_bytes()).assert(0);
     assert_eq!(world.json(&["get", "p/a"])["encrypt_conf"]["enable"], false);
 
-    // One that was built on an older revision is refused.
+    // An update based on an older revision is refused.
     let sentence = world.refused(6, &["update", "p/a", "--config", &updated.to_string()]);
     assert!(sentence.contains("revision 2") && sentence.contains("revision 4"), "{sentence}");
     assert!(world.refused(6, &["update", "p/a", "--config", "{"]).contains("not valid"));
@@ -156,7 +156,7 @@ fn create_needs_a_kms_that_serves_the_region_and_grants_the_role() {
     world.refused(6, &["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()]);
     assert_eq!(world.json(&["list", "--json"])["logstores"], json!([]), "none of them was made");
 
-    // The other KMS that is named serves it, and one of a kind that does not exist is said so.
+    // The second KMS serves the key. An unsupported kind of URL is reported as such.
     let url = format!("local:{}", world.path("second-kms").display());
     let second = ["kms", "create-key", "--region", "cn-elsewhere", "--grant", ROLE, "--kms-dir"];
     let made = world.ok(&[&second[..], &[world.path("second-kms").to_str().unwrap()]].concat());
@@ -178,7 +178,7 @@ fn names_are_refused_before_anything_is_made() {
         assert!(sentence.contains("name") && sentence.len() < 400, "{name}: {sentence}");
         assert_eq!(world.run(&["--json", "create", "--", name]).json_error(6).0, "name_refused", "{name}");
     }
-    // The system itself does not pass a NUL on.
+    // The operating system does not accept a NUL.
     let error = world.command(&["create", "p/a\0b"]).spawn().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
     assert!(!world.path("envelog-data").exists() && !world.path("envelog-data.keyring").exists());
@@ -203,7 +203,7 @@ fn what_is_too_large_is_refused_and_what_came_before_is_kept() {
         assert!(sentence.contains(what), "{sentence}");
     }
 
-    // A line of 3 GiB, as far as anybody reads it.
+    // A line of 3 GiB, of which the program reads only a part.
     let mut append = Running::start(world.command(&["append", "p/a", "-", "--ack"]));
     let mut stdin = append.stdin.take().unwrap();
     let feeding = thread::spawn(move || {
@@ -219,7 +219,7 @@ fn what_is_too_large_is_refused_and_what_came_before_is_kept() {
     assert!(fed < 64, "{fed} MiB were taken in before the line was refused");
     assert_eq!(world.read("p/a"), b"before\n");
 
-    // A line of just the limit goes in.
+    // A line of exactly the limit is accepted.
     let line = [vec![b'y'; LINE_BYTES_MAX], b"\n".to_vec()].concat();
     world.run_with(&["append", "p/a"], &line).assert(0);
     assert!(world.read("p/a") == [&b"before\n"[..], &line].concat());
@@ -258,7 +258,7 @@ fn a_missing_or_foreign_store_or_keyring_is_told_apart() {
     refused("keyring_foreign", "another store", &["read", "p/a", "--keyring", "other.keyring"]);
     assert_eq!(world.ok(&["read", "p/a", "--keyring", "aside"]), text);
 
-    // The same by the environment, which an option outranks.
+    // The same through the environment. An option takes precedence.
     let mut command = world.command(&["read", "p/a"]);
     command.env("ENVELOG_STORE", world.path("envelog-data")).env("ENVELOG_KEYRING", &aside);
     assert_eq!(Running::start(command).finish().stdout, text);
@@ -267,7 +267,7 @@ fn a_missing_or_foreign_store_or_keyring_is_told_apart() {
     assert_eq!(Running::start(command).finish().text(), "p/a\n");
     fs::rename(&aside, &keyring).unwrap();
 
-    // A keyring with a byte changed is neither missing nor another's.
+    // A keyring with a changed byte is neither missing nor of another store.
     let mut bytes = fs::read(&keyring).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
@@ -317,7 +317,7 @@ fn a_second_writer_is_told_who_the_first_is() {
         assert_eq!(world.run(&[command, &["--json"]].concat()).json_error(7).0, "locked");
     }
     assert!(!world.path("checkpoint").exists());
-    // Readers do not mind, nor does the writer.
+    // Readers are not affected, and neither is the writer.
     assert_eq!(world.read("p/a"), b"one\n");
     world.ok(&["verify"]);
     first.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
@@ -326,10 +326,11 @@ fn a_second_writer_is_told_who_the_first_is() {
     assert_eq!(world.read("p/a"), b"one\ntwo\n");
 }
 
-/// `LOCK` was removed, so that a second writer takes over: the first one acknowledges nothing more, and ends.
+/// After `LOCK` is removed, a second writer takes over. The first one acknowledges nothing more and
+/// ends.
 #[test]
 fn a_writer_that_another_one_has_taken_over_from_ends() {
-    // It finds out with the next line, or when it seals what it has.
+    // The first writer detects this at the next line, or when it seals its data.
     for appends_more in [true, false] {
         let world = World::new();
         world.create("p/a", &service("default"));
@@ -361,7 +362,8 @@ fn a_writer_that_another_one_has_taken_over_from_ends() {
     }
 }
 
-/// Nothing is left behind by a command that was refused, and what a store needs is said when it is made, whatever comes then.
+/// A refused command leaves no files. The hint to back up appears when the store is created, even
+/// if the command then fails.
 #[test]
 fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is() {
     let world = World::new();
@@ -379,7 +381,7 @@ fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is()
     assert!(!again.text().contains("back up"), "{}", again.text());
 }
 
-/// What a file says of its own length is not believed.
+/// The length that a file claims is not trusted.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_segment_that_claims_to_be_huge_is_damaged_and_takes_no_memory() {

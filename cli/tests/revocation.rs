@@ -1,4 +1,5 @@
-//! A customer's key that is withdrawn: what is refused and with which status, in new processes and in running ones.
+//! Revocation of a customer's key: which commands are refused and with which status, in new and in
+//! running processes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,10 +16,12 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-/// From a refusal at the KMS to the last operation that may still succeed: `--revalidate-every 1s`, and one call's timeout.
+/// The time from a refusal at the KMS to the last operation that may still succeed:
+/// `--revalidate-every 1s`, plus the timeout of one call.
 const BOUND: Duration = Duration::from_secs(2);
 
-/// A store with one Logstore under a customer's key and one under the service key, with these lines in both.
+/// A store with one Logstore under a customer's key and one under the service key, both with these
+/// lines.
 fn two_logstores(text: &[u8]) -> (World, String) {
     let world = World::new();
     let key = world.create_key();
@@ -34,7 +37,8 @@ fn key_state(world: &World, name: &str) -> Value {
     world.json(&["status", name, "--json"])["logstores"][0]["key"].clone()
 }
 
-/// Everything that needs the customer's key is refused with 3 and a sentence with these words.
+/// Checks that every command that needs the customer's key fails with status 3 and a sentence with
+/// these words.
 fn assert_refused(world: &World, words: &[&str]) {
     let file = world.file("more", "more\n");
     let commands = [
@@ -67,7 +71,7 @@ fn a_disabled_key_refuses_its_logstore_alone_and_comes_back_whole() {
     let state = key_state(&world, "p/customer");
     assert_eq!((&state["state"], &state["reason"]), (&"revoked".into(), &"disabled".into()));
 
-    // The other Logstore goes on, and so does all that needs no key.
+    // The other Logstore still works, and so does every command that needs no key.
     world.ok(&["append", "p/service", &world.file("more", "more\n")]);
     assert_eq!(world.read("p/service"), [&text[..], b"more\n"].concat());
     assert_eq!(key_state(&world, "p/service")["state"], "active");
@@ -78,7 +82,7 @@ fn a_disabled_key_refuses_its_logstore_alone_and_comes_back_whole() {
     config["compression"] = "zstd".into();
     world.ok(&["update", "p/customer", "--config", &config.to_string()]);
     world.ok(&["create", "p/another"]);
-    // The key authenticates how long logs are kept.
+    // The key authenticates the retention setting.
     let mut config = world.json(&["get", "p/customer"]);
     config["ttl_days"] = 30.into();
     let update = ["update", "p/customer", "--config", &config.to_string()];
@@ -119,7 +123,7 @@ fn every_way_to_withdraw_a_key_has_its_words_and_its_way_back() {
     }
     world.ok(&["kms", "delete", &key]);
     assert!(world.refused(3, &["read", "p/customer"]).contains("deleted"));
-    // What cannot be read can still be taken away.
+    // Deleting needs no key.
     world.ok(&["delete", "p/customer", "--yes"]);
     world.ok(&["verify"]);
 }
@@ -138,7 +142,7 @@ fn encryption_that_is_switched_off_does_not_get_around_the_key() {
     assert_eq!(world.read("p/customer"), [&text[..], b"more\n"].concat());
 }
 
-/// Writes lines into `stdin` until nobody reads them any more.
+/// Writes lines into `stdin` until the process closes it.
 fn feed(mut stdin: ChildStdin) -> thread::JoinHandle<()> {
     thread::spawn(move || {
         for number in 0.. {
@@ -155,7 +159,8 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     let key = world.create_key();
     let kms = world.path("envelog-data.kms");
     let conf = byok("default", &key).to_string();
-    // One process writes a store, so each that appends has its own; the key is the same.
+    // A store has one writing process, so each appending process has its own store. The key is the
+    // same.
     let at = |store: &str, args: &[&str]| {
         let global = ["--store", store, "--kms-dir", kms.to_str().unwrap(), "--revalidate-every", "1s"];
         world.command(&[&global, args].concat())
@@ -172,14 +177,14 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     idle.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
     assert_eq!(idle_acks.recv().unwrap(), "1");
 
-    // A line that never ends: the input is never idle, and nothing is ever handed in.
+    // A line that never ends: the input is never idle, and no group is ever submitted.
     let mut endless = Running::start(at("endless", &["append", "p/a", "-", "--ack"]));
     let endless_acks = endless.lines();
     let mut endless_in = endless.stdin.take().unwrap();
     endless_in.write_all(b"one\n").unwrap();
     assert_eq!(endless_acks.recv().unwrap(), "1");
     let dripping = thread::spawn(move || {
-        // A few bytes every few milliseconds stay below the longest line for longer than anybody waits.
+        // At this rate the line stays below the maximum length for longer than the test runs.
         while endless_in.write_all(b"x").is_ok() {
             thread::sleep(Duration::from_millis(5));
         }
@@ -207,7 +212,8 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     }
     feeding.join().unwrap();
     dripping.join().unwrap();
-    // This one waits for its pipe. What it reads once the bound has passed is refused, so it is not read on before that.
+    // This process waits for its pipe. Continue reading only after the bound, since its next read
+    // is refused from then on.
     thread::sleep(BOUND.saturating_sub(disabled.elapsed()));
     let mut rest = Vec::new();
     out.read_to_end(&mut rest).unwrap();
@@ -216,7 +222,7 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     let got = [head, rest].concat();
     assert!(got.len() < lines.len() && lines.starts_with(&got), "{} of {} bytes", got.len(), lines.len());
 
-    // All that was acknowledged is there, and nothing that was not handed in.
+    // All acknowledged lines are present, and no line that was never sent.
     world.ok(&["kms", "enable", &key]);
     let last_ack: usize = busy_acks.iter().last().unwrap_or(first_ack).parse().unwrap();
     let kept = String::from_utf8(Running::start(at("busy", &["read", "p/a"])).finish().stdout).unwrap();
@@ -233,7 +239,7 @@ fn running_processes_end_when_the_key_is_withdrawn() {
 fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     let text = made_lines(1000);
     let (world, key) = two_logstores(&text);
-    // Another store under the same key, and a process there with the grace that is usual.
+    // Another store under the same key, with a process that uses the default grace period.
     let patient = ["--store", "patient", "--kms-dir", "envelog-data.kms", "--revalidate-every", "1s"];
     world.ok(&[&["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()][..], &patient].concat());
     let mut rides = Running::start(world.command(&[&["append", "p/a", "-", "--ack"][..], &patient].concat()));
@@ -256,7 +262,7 @@ fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     }
     rides.stdin.as_mut().unwrap().write_all(b"during\n").unwrap();
     assert_eq!(rides_acks.recv().unwrap(), "2", "the last good answer still counts");
-    // A process that begins now has no lease to ride.
+    // A new process has no lease from before the outage.
     let file = world.file("more", "more\n");
     for command in [&["append", "p/customer", &file][..], &["read", "p/customer"], &["verify"]] {
         let sentence = world.refused(4, command);
@@ -278,7 +284,7 @@ fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
 #[test]
 fn corruption_outranks_a_refusal_and_a_refusal_an_outage() {
     let (world, key) = two_logstores(&made_lines(1000));
-    // Another customer, whose KMS is elsewhere.
+    // Another customer, with another KMS.
     let elsewhere = world.path("elsewhere");
     let elsewhere = elsewhere.to_str().unwrap();
     let made = world.ok(&["kms", "create-key", "--region", "eu-central-1", "--grant", ROLE, "--kms-dir", elsewhere]);
@@ -289,7 +295,7 @@ fn corruption_outranks_a_refusal_and_a_refusal_an_outage() {
     world.ok(&["append", "p/other", &world.file("more", "more\n"), "--kms", &url]);
     world.ok(&["verify", "--kms", &url]);
 
-    // Its KMS is not there: 4.
+    // That KMS is missing: status 4.
     world.refused(4, &["verify"]);
     world.ok(&["kms", "disable", &key]);
     assert!(world.refused(3, &["verify"]).contains("disabled"));

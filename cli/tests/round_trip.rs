@@ -1,6 +1,6 @@
-//! What goes in comes out, byte for byte, under every method and algorithm.
+//! Logs are read back byte for byte, with every encryption method and algorithm.
 //!
-//! With ENVELOG_BENCH_LOGS set to a directory, its files are used in place of made lines.
+//! If ENVELOG_BENCH_LOGS names a directory, its files are used instead of generated lines.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +14,7 @@ use std::{
 use common::{Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-/// The files to go through: name and bytes.
+/// The input files: name and bytes.
 fn logs() -> Vec<(String, Vec<u8>)> {
     let Some(dir) = std::env::var_os("ENVELOG_BENCH_LOGS") else {
         let mut odd = b"caf\xe9 \xff\xfe\n\r\n\n\n  spaces  \r\ntab\there\nnul \0 inside\n\x0b\x0c\n".to_vec();
@@ -33,7 +33,7 @@ fn logs() -> Vec<(String, Vec<u8>)> {
     logs
 }
 
-/// With the newline that the last line may lack.
+/// Adds the final newline that the last line may lack.
 fn with_final_newline(mut bytes: Vec<u8>) -> Vec<u8> {
     if bytes.last().is_some_and(|&last| last != b'\n') {
         bytes.push(b'\n');
@@ -60,7 +60,8 @@ fn every_file_comes_back_under_every_method_and_algorithm() {
             let logstore = format!("file-{number}/{word}");
             world.create(&logstore, conf);
             if *word == "off-cmk" {
-                // Encrypted once, then switched off: new data is only authenticated, under the same data key.
+                // Switching encryption off: new data is only authenticated, under the same data
+                // key.
                 let mut config = world.json(&["get", &logstore]);
                 config["encrypt_conf"]["enable"] = false.into();
                 world.ok(&["update", &logstore, "--config", &config.to_string()]);
@@ -101,7 +102,7 @@ fn several_files_and_standard_input_go_in_one_after_another() {
     let summary: Value = serde_json::from_str(&out.text()).unwrap();
     assert_eq!((&summary["logs"], &summary["bytes"]), (&4.into(), &7.into()), "{summary}");
     assert_eq!(world.read("p/a"), b"a\nb\nc\nd\n");
-    // Without a file it is standard input.
+    // Without a file argument the command reads standard input.
     world.run_with(&["append", "p/a"], b"e").assert(0);
     assert_eq!(world.read("p/a"), b"a\nb\nc\nd\ne\n");
     world.ok(&["append", "p/a", &world.file("empty", "")]);
@@ -116,7 +117,7 @@ fn a_partial_group_goes_out_by_itself_and_is_acknowledged() {
     let acks = append.lines();
     let mut stdin = append.stdin.take().unwrap();
     stdin.write_all(b"one\ntwo\nthe beginning of a third").unwrap();
-    // Standard input stays open, so nothing but the time brings these out.
+    // Standard input stays open, so only the time limit flushes these lines.
     assert_eq!(acks.recv().unwrap(), "2");
     assert_eq!(world.read("p/a"), b"one\ntwo\n", "what is acknowledged can be read while the writer runs");
     stdin.write_all(b" line\n").unwrap();
@@ -154,7 +155,7 @@ fn positions_choose_what_is_read() {
     let world = World::new();
     world.ok(&["create", "p/a", "--shards", "2"]);
     let file = world.file("f", "0\n1\n2\n3\n4\n");
-    // A group is a log here, so sequence numbers are those of the lines.
+    // One log per group, so sequence numbers match line numbers.
     world.ok(&["append", "p/a", &file, "--shard", "1", "--group-bytes", "1"]);
     let read = |args: &[&str]| world.ok(&[&["read", "p/a"], args].concat());
     assert_eq!(read(&[]), b"0\n1\n2\n3\n4\n");
@@ -169,7 +170,8 @@ fn positions_choose_what_is_read() {
     assert_eq!(read(&["--from", "2026-01-01T00:00:00Z", "--to", "2000-01-01T00:00:00+08:00"]), b"");
     assert_eq!(read(&["--from", "2000-01-01T00:00:00Z"]), b"0\n1\n2\n3\n4\n");
     assert_eq!(read(&["--from", "2200-01-01T00:00:00Z"]), b"");
-    // By the receive time of the third: it and what came with or after it.
+    // By the receive time of the third line: that line and all lines received at the same time or
+    // later.
     let third: Value = serde_json::from_slice(&read(&["--from", "2", "--limit", "1", "--json"])).unwrap();
     let from_third = read(&["--from", third["receive_time"].as_str().unwrap()]);
     assert!(from_third.ends_with(b"2\n3\n4\n"), "{}", String::from_utf8_lossy(&from_third));
@@ -196,13 +198,13 @@ fn tail_gives_the_last_and_follows() {
     assert_eq!(lines.recv().unwrap().as_bytes(), last(1).trim_ascii_end());
     world.run_with(&["append", "p/a"], b"more\n").assert(0);
     assert_eq!(lines.recv().unwrap(), "more");
-    // Through a new segment, by another writer.
+    // Another writer starts a new segment.
     world.run_with(&["append", "p/a"], b"and more\n").assert(0);
     assert_eq!(lines.recv().unwrap(), "and more");
     tail.kill();
 }
 
-/// Nothing arrives that `tail -f` could write, and so find out by that its reader is gone.
+/// `tail -f` has no new log to write, so a failed write cannot tell it that its reader is gone.
 #[test]
 fn tail_ends_with_its_reader() {
     let world = World::new();
@@ -234,7 +236,8 @@ fn an_interrupted_append_keeps_what_was_whole() {
     world.ok(&["verify"]);
 }
 
-/// The limit is on all shards together: those that come after it are not even opened.
+/// The limit applies to all shards together: after it is reached, the remaining shards are not
+/// opened.
 #[test]
 fn a_limit_ends_the_reading_and_not_only_of_one_shard() {
     let world = World::new();
@@ -248,7 +251,7 @@ fn a_limit_ends_the_reading_and_not_only_of_one_shard() {
     world.refused(5, &["read", "p/a"]);
 }
 
-/// The largest group has room for its source too.
+/// The largest group also has room for its source name.
 #[test]
 fn a_group_of_the_largest_size_fits_with_the_name_of_its_file() {
     let world = World::new();

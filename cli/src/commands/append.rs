@@ -25,9 +25,10 @@ use crate::{
     setup::{Setup, check_access, name},
 };
 
-/// Lines wait no longer than this for others to share a group with, and nothing is left unlooked-at for longer.
+/// The longest time a line waits for others to share its group, and the longest interval between
+/// access checks while nothing is submitted.
 const LINGER: Duration = Duration::from_millis(100);
-/// How many groups may be on their way at once.
+/// The largest number of submitted groups that are not yet acknowledged.
 const TICKETS_WAITING: usize = 1024;
 
 pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
@@ -50,7 +51,7 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
         durability: args.durability.into(),
     };
     let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
-    // Also after a failure: what was acknowledged is sealed, and the lock released.
+    // Close after a failure too: this seals the acknowledged groups and releases the lock.
     let summary = both(outcome, setup.close(store))?;
     summary.print(setup.json, args.ack)?;
     interrupt::check()
@@ -73,7 +74,7 @@ fn append(
         .name("settle".to_owned())
         .spawn(settle)
         .map_err(|error| Failure::other(format!("cannot start a thread: {error}")))?;
-    // Whoever types the lines sees them already, and acknowledgements would mix with a bar.
+    // A user who types the lines sees them already. Acknowledgements would interleave with a bar.
     let progress = if io::stdin().is_terminal() && inputs.total.is_none() {
         Progress::none()
     } else if ack {
@@ -83,17 +84,17 @@ fn append(
     };
     let feed = Feed { logstore, options, sender, last_check: Instant::now() };
     let submitted = feed.run(inputs, Lines::new(group_bytes), &failed, &progress);
-    // What was submitted comes before what was not, and so does its failure.
+    // A failure of a submitted group precedes a failure of the input, so report it first.
     let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
     both(settled, submitted)
 }
 
-/// Brings groups into the store. The sender is dropped with it, which lets the settling thread end.
+/// Submits groups to the store. Dropping the feed drops the sender, which ends the settling thread.
 struct Feed<'a> {
     logstore: &'a Logstore,
     options: &'a AppendOptions,
     sender: SyncSender<Pending>,
-    /// When the key was last known to be usable: at the last submission, or when it was asked about.
+    /// When the key was last known to be usable: at the last submission or access check.
     last_check: Instant,
 }
 
@@ -124,7 +125,7 @@ impl Feed<'_> {
             }
             full.into_iter().try_for_each(|group| self.submit(group))?;
             taken?;
-            // Neither an idle input nor a line that does not end must hide that the key was revoked.
+            // Detect a revocation also while the input is idle or one line does not end.
             if self.last_check.elapsed() >= LINGER {
                 check_access(self.logstore)?;
                 self.last_check = Instant::now();
@@ -137,13 +138,13 @@ impl Feed<'_> {
         let ticket = self.logstore.submit(&group.group, self.options)?;
         self.last_check = Instant::now();
         let pending = Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
-        // It is gone only after a failure, which it reports itself.
+        // The receiver is gone only after a failure, which the settling thread reports.
         let _ = self.sender.send(pending);
         Ok(())
     }
 }
 
-/// A group on its way.
+/// A submitted group that is not yet acknowledged.
 struct Pending {
     ticket: Ticket,
     logs: u64,
@@ -151,7 +152,7 @@ struct Pending {
     last_line: u64,
 }
 
-/// Waits for the groups in order, and says so when one is done.
+/// Waits for the groups in order, and prints an acknowledgement for each if `ack` is set.
 fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
     let mut summary = Summary::default();
     for Pending { ticket, logs, bytes, last_line } in pending {
@@ -171,7 +172,7 @@ fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
     Ok(summary)
 }
 
-/// What was appended.
+/// Totals of the appended groups.
 #[derive(Default)]
 struct Summary {
     groups: u64,
@@ -182,7 +183,7 @@ struct Summary {
 }
 
 impl Summary {
-    /// On standard output, unless the acknowledgements are there.
+    /// Prints to standard output, or to standard error if acknowledgements use standard output.
     fn print(&self, json: bool, ack: bool) -> Result {
         let text = if json {
             let shards: Vec<_> = self
@@ -205,7 +206,7 @@ impl Summary {
             text
         };
         if ack {
-            // Where nobody listens there is nothing left to say; what was appended is acknowledged already.
+            // A closed standard error is no failure: the appended groups are acknowledged already.
             let _ = writeln!(io::stderr(), "{text}");
             return Ok(());
         }

@@ -31,11 +31,11 @@ use crate::{
 };
 
 const GROUP_BYTES: usize = 64 * 1024;
-/// Runs of each cell, the cells of a comparison taking turns. The median counts.
+/// Runs of each cell. The cells of a comparison take turns, and the median is reported.
 const ROUNDS: usize = 9;
-/// A run appends no more than this, so that it does not fill the disk.
+/// A run appends at most this much, so that it does not fill the disk.
 const RUN_BYTES_MAX: u64 = 1 << 30;
-/// What a Logstore to be read holds.
+/// The size of a Logstore for the read measurements.
 const READ_BYTES: u64 = 16 << 20;
 
 pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
@@ -57,7 +57,7 @@ pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
     print(&rows, base)
 }
 
-/// The lines of the files, or made ones, in groups of 64 KiB.
+/// The lines of the files, or generated ones, in groups of 64 KiB.
 fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
     let mut groups = Vec::new();
     if files.is_empty() {
@@ -67,7 +67,7 @@ fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
         groups.extend(lines::groups(&input::base_name(path), input::read_logs(path)?, GROUP_BYTES)?);
     }
     if groups.is_empty() {
-        return Err(Failure::other("there is nothing in these files to measure with"));
+        return Err(Failure::other("these files contain no logs to measure with"));
     }
     groups
         .iter()
@@ -129,7 +129,7 @@ impl Suite {
         }
     }
 
-    /// A key of its cipher. What is not encrypted is authenticated with AES.
+    /// A key for the suite's cipher. Unencrypted data is authenticated with AES.
     fn key(self) -> Result<Box<dyn AeadKey>> {
         let cipher = match self {
             Self::None | Self::Aes => Cipher::Aes256Gcm,
@@ -149,9 +149,10 @@ struct Row {
     durability: Option<&'static str>,
     callers: usize,
     mb_per_s: Option<f64>,
-    /// To suite none with the same settings, or to the same without payload hashes, round by round.
+    /// The ratio to suite none with the same settings, or to the same suite without payload hashes,
+    /// taken in each round.
     ratio: Option<f64>,
-    /// What opening took, and what it touched.
+    /// Set only for the row that measures the opening of a store.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     opening: Option<Opening>,
 }
@@ -178,7 +179,7 @@ struct Group {
     bytes: Bytes,
 }
 
-/// How a Logstore is appended to.
+/// The settings of an append measurement.
 #[derive(Clone, Copy)]
 struct Appending {
     compression: Compression,
@@ -189,7 +190,7 @@ struct Appending {
 struct Bench {
     dir: PathBuf,
     groups: Vec<Group>,
-    /// How long one run may take.
+    /// The time limit of one run.
     budget: Duration,
 }
 
@@ -222,10 +223,12 @@ impl Bench {
         Ok(rows)
     }
 
-    /// Appends without encryption, with AES and with SM4 in turn; unsynced and with compression, also a plain file.
+    /// Measures appends without encryption, with AES and with SM4 in turn. The buffered and
+    /// compressed case also measures a plain file.
     fn appends(&self, how: Appending) -> Result<Vec<Row>> {
         let store = self.store("append")?;
-        // What fits into the time without encryption is what every run appends, if it fits too.
+        // Every run appends as many bytes as the unencrypted one manages within its time limit, or
+        // fewer if its own time limit ends first.
         let warm = self.append_run(&store, Suite::None, how, RUN_BYTES_MAX)?;
         let bytes = warm.bytes.max(GROUP_BYTES as u64);
         for suite in [Suite::Aes, Suite::Sm4] {
@@ -238,7 +241,8 @@ impl Bench {
             if with_plain {
                 plain.push(self.plain_write_run(bytes)?.mb_per_s());
             }
-            // Each suite begins as often as the others: what runs before leaves its traces in the disk's queue.
+            // Each suite goes first equally often, because a run leaves work in the disk's queue
+            // for the next.
             for turn in 0..Suite::ALL.len() {
                 let index = (round + turn) % Suite::ALL.len();
                 rates[index].push(self.append_run(&store, Suite::ALL[index], how, bytes)?.mb_per_s());
@@ -267,8 +271,9 @@ impl Bench {
         Ok(rows)
     }
 
-    /// A fresh Logstore, filled for the time of a run or with `bytes_max` bytes, then synced, then deleted. The time ends when all
-    /// of it has been handed to the system, and is on the disk if that was asked for.
+    /// Fills a new Logstore until the time limit or `bytes_max`, then syncs and deletes it. The
+    /// measured time ends when all bytes have been written to the operating system and, with
+    /// `Synced`, are on the disk.
     fn append_run(&self, store: &Store, suite: Suite, how: Appending, bytes_max: u64) -> Result<Run> {
         interrupt::check()?;
         let name = LogstoreName::new("bench", "append")?;
@@ -295,7 +300,7 @@ impl Bench {
             })?
         };
         let run = Run { bytes, elapsed: started.elapsed() };
-        // Whatever runs next must not wait for what this has left to be written.
+        // Sync now, so that the next run does not wait for the writes of this one.
         logstore.sync()?;
         drop(logstore);
         store.delete_logstore(&name)?;
@@ -319,7 +324,8 @@ impl Bench {
             }
         }
         if options.durability == Durability::Buffered {
-            // The last one counts when it is written, and with it all before it.
+            // Wait until the last group is written, which implies that all groups before it are
+            // written.
             let last = &self.groups[0];
             logstore.append(last.payload.clone(), &AppendOptions::durability(Durability::Written))?;
             bytes += last.bytes.len() as u64;
@@ -327,12 +333,13 @@ impl Bench {
         Ok(bytes)
     }
 
-    /// The same bytes in a plain file: length, bytes, and one fdatasync at the end.
+    /// Writes the same bytes to a plain file: length prefixes, payloads, and one fdatasync at the
+    /// end.
     fn plain_write_run(&self, bytes_max: u64) -> Result<Run> {
         interrupt::check()?;
         let path = self.dir.join("plain");
         let failed = |error: std::io::Error| Failure::file("write", &path, &error);
-        // As with the engine, what is written is in memory beforehand.
+        // The records are prepared in memory beforehand, as they are for the engine.
         let prefixed: Vec<Vec<u8>> = self.groups.iter().map(length_prefixed).collect();
         let started = Instant::now();
         let mut file = File::create(&path).map_err(failed)?;
@@ -411,7 +418,7 @@ impl Bench {
         Ok(Run { bytes, elapsed: started.elapsed() })
     }
 
-    /// Sealing alone, without anything around it. Without encryption a block is authenticated all the same.
+    /// Measures sealing alone. A block without encryption is authenticated nevertheless.
     fn seals(&self) -> Result<Vec<Row>> {
         self.cipher_rows("seal", |suite| {
             let key = suite.key()?;
@@ -425,7 +432,7 @@ impl Bench {
         })
     }
 
-    /// Opening alone.
+    /// Measures opening alone.
     fn opens(&self) -> Result<Vec<Row>> {
         self.cipher_rows("open", |suite| {
             let key = suite.key()?;
@@ -448,7 +455,7 @@ impl Bench {
             for (work, rates) in works.iter_mut().zip(&mut rates) {
                 interrupt::check()?;
                 let rate = self.work_run(work)?.mb_per_s();
-                // The first round only warms up.
+                // The first round is a warm-up.
                 if round > 0 {
                     rates.push(rate);
                 }
@@ -481,7 +488,7 @@ impl Bench {
         Ok(self.builder(name).create()?)
     }
 
-    /// Gives the space of a store back.
+    /// Removes a store and its keyring, to free the space.
     fn clear(&self, name: &str) -> Result {
         let remove =
             |path: &Path, removed: std::io::Result<()>| removed.map_err(|error| Failure::file("remove", path, &error));
@@ -492,7 +499,7 @@ impl Bench {
     }
 }
 
-/// Something to do over and over, given a nonce.
+/// The operation to repeat, given a nonce.
 type Work = Box<dyn FnMut(&[u8; 12]) -> Result>;
 
 struct Run {
@@ -518,7 +525,7 @@ fn crypto_failure(error: envelog::crypto::CryptoError) -> Failure {
     envelog::Error::Crypto(error).into()
 }
 
-/// The row with the median rate, and the median of the ratios to what took its turn in the same round.
+/// Sets the median rate, and the median of the ratios to `base` in the same round.
 fn rated(row: Row, rates: &[f64], base: Option<&Vec<f64>>) -> Row {
     let ratio = base.map(|base| {
         let ratios: Vec<f64> = rates.iter().zip(base).map(|(rate, base)| rate / base).collect();
@@ -537,7 +544,7 @@ fn rounded(value: f64, steps: f64) -> f64 {
     (value * steps).round() / steps
 }
 
-/// `base` is what the ratios are to.
+/// `base` names the denominator of the ratios.
 fn print(rows: &[Row], base: &str) -> Result {
     let ratio = format!("ratio to {base}");
     let mut table = output::table(
@@ -563,8 +570,8 @@ fn print(rows: &[Row], base: &str) -> Result {
     }
     output::print_wide_table(&table)?;
     output::line(format_args!(
-        "Medians of {ROUNDS} interleaved runs. The time of buffered appends ends when all has been handed to the system, that of \
-         plain_write with one fdatasync."
+        "Medians of {ROUNDS} interleaved runs. The time of buffered appends ends when all bytes are written to the operating \
+         system. That of plain_write includes one fdatasync."
     ))?;
     rows.iter().filter_map(|row| row.opening.as_ref()).try_for_each(output::line)
 }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 pub(crate) fn run(shell: Shell) -> Result {
-    // Generated into memory first: the generator would panic on a broken pipe.
+    // Generate into memory first: the generator would panic on a broken pipe.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "envelog", &mut script);
     let mut out = io::stdout().lock();

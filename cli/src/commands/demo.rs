@@ -1,4 +1,4 @@
-//! `demo`: the whole story in one go.
+//! `demo`: encryption and revocation in one run.
 
 use std::{
     fs,
@@ -31,13 +31,13 @@ use crate::{
 const GROUP_BYTES: usize = 64 * 1024;
 const REGION: &str = "cn-hangzhou";
 const ROLE: &str = "acs:ram::13234:role/logsource";
-/// How many pieces of the logs are searched for in the files of the store, and how long they are at least, in bytes.
+/// The number of log excerpts to search for in the files of the store.
 const SAMPLES: usize = 100;
 const SAMPLE_BYTES_MIN: usize = 16;
-/// How many things have to hold.
+/// The number of checks, for the progress bar.
 const CHECKS: u64 = 18;
 
-/// What there is to show when no files are given.
+/// Built-in logs, for a run without files.
 const TEXTS: [(&str, &str); 4] = [
     ("README.md", include_str!("../../../README.md")),
     ("demo.rs", include_str!("demo.rs")),
@@ -67,7 +67,7 @@ fn texts(files: &[PathBuf]) -> Result<Vec<(String, Bytes)>> {
     files.iter().map(|path| Ok((input::base_name(path), input::read_logs(path)?))).collect()
 }
 
-/// The directory asked for, or a temporary one that goes when the second part is dropped.
+/// The requested directory, or a temporary one that is removed when the second value is dropped.
 fn directory(asked: Option<&Path>) -> Result<(PathBuf, Option<tempfile::TempDir>)> {
     let Some(dir) = asked else {
         let temporary = tempfile::Builder::new()
@@ -84,7 +84,7 @@ fn directory(asked: Option<&Path>) -> Result<(PathBuf, Option<tempfile::TempDir>
     Ok((dir.to_owned(), None))
 }
 
-/// Something that had to hold.
+/// A condition that the demo checked.
 struct Check {
     what: String,
     held: bool,
@@ -102,12 +102,12 @@ struct Demo {
     kms: LocalKms,
     cmk: Cmk,
     groups: Vec<LogGroup>,
-    /// What reading must give: every line and a newline.
+    /// The expected output of a read: every line and a newline.
     expected: Vec<u8>,
     samples: Vec<Vec<u8>>,
     checks: Vec<Check>,
     rates: Vec<Rate>,
-    /// Until there is a result to print.
+    /// Present until there is a result to print.
     progress: Option<Progress>,
 }
 
@@ -118,7 +118,7 @@ impl Demo {
             groups.extend(lines::groups(&name, text, GROUP_BYTES)?.into_iter().map(|lines| lines.group));
         }
         if groups.is_empty() {
-            return Err(Failure::other("there is nothing in these files to show"));
+            return Err(Failure::other("these files contain no logs to show"));
         }
         let mut expected = Vec::new();
         groups.iter().for_each(|group| put_lines(group, &mut expected));
@@ -165,7 +165,7 @@ impl Demo {
         interrupt::check()?;
 
         let mut open_reader = customer.read(0, &ReadOptions::default())?;
-        self.check("a reader is open", open_reader.next().is_some_and(|record| record.is_ok()), "it gave a group");
+        self.check("a reader is open", open_reader.next().is_some_and(|record| record.is_ok()), "it returned a group");
         self.kms.disable(&self.cmk.cmk_key_id)?;
         self.refused("the key is disabled", customer.revalidate_now());
         self.refused("append to the customer's Logstore", append(&customer, &self.groups[0]).map(drop));
@@ -176,9 +176,9 @@ impl Demo {
         let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
         self.verify(&store, "verify without keys", &keyless, &[])?;
         let other = append(&service, &self.groups[0]).and_then(|()| service.sync());
-        self.check("append to the other Logstore", other.is_ok(), "it goes on");
+        self.check("append to the other Logstore", other.is_ok(), "it still works");
         let read = read_all(&service)?;
-        self.check("read of the other Logstore", read.starts_with(&self.expected), "it goes on");
+        self.check("read of the other Logstore", read.starts_with(&self.expected), "it still works");
         interrupt::check()?;
 
         self.kms.enable(&self.cmk.cmk_key_id)?;
@@ -215,7 +215,8 @@ impl Demo {
         Ok(())
     }
 
-    /// Shows that the search finds what is there: the same logs, neither encrypted nor compressed, in a store of their own.
+    /// Shows that the search can find plaintext: it searches a separate store with the same logs,
+    /// neither encrypted nor compressed.
     fn control(&mut self) -> Result {
         let dir = self.dir.join("control");
         let store = builder(&dir, &self.dir.join("control.keyring")).create()?;
@@ -227,14 +228,15 @@ impl Demo {
         let (found, _) = self.files_with_plaintext(&dir)?;
         let (held, detail) = match (found.len(), self.samples.len()) {
             (_, 0) => (true, "no line of these files is long enough to look for"),
-            (0, _) => (false, "it finds nothing"),
-            _ => (true, "pieces of the logs are found"),
+            (0, _) => (false, "it found nothing"),
+            _ => (true, "it found excerpts of the logs"),
         };
         self.check("a search of an unencrypted store", held, detail);
         fs::remove_dir_all(&dir).map_err(|error| Failure::file("remove", &dir, &error))
     }
 
-    /// The files under a directory in which pieces of the logs are found, and how many files there are.
+    /// Returns the files below a directory that contain excerpts of the logs, and the total number
+    /// of files.
     fn files_with_plaintext(&self, dir: &Path) -> Result<(Vec<String>, usize)> {
         let mut files = 0;
         let mut found = Vec::new();
@@ -249,10 +251,10 @@ impl Demo {
         Ok((found, files))
     }
 
-    /// Looks for pieces of the logs in every file of the store.
+    /// Searches every file of the store for excerpts of the logs.
     fn search(&mut self) -> Result {
         let (found, files) = self.files_with_plaintext(&self.dir.join("store"))?;
-        let detail = format!("{} pieces of the logs looked for in {files} files: none is there", self.samples.len());
+        let detail = format!("searched {files} files for {} excerpts of the logs: found none", self.samples.len());
         let detail = if found.is_empty() { detail } else { format!("found in {}", found.join(", ")) };
         self.check("no plaintext in the store", found.is_empty(), &detail);
         Ok(())
@@ -305,7 +307,7 @@ impl Demo {
                 .collect();
             return output::json(&json!({ "checks": checks, "rates": rates }));
         }
-        let mut table = output::table(&["step", "held", "what happened"], &[]);
+        let mut table = output::table(&["step", "held", "result"], &[]);
         for check in &self.checks {
             let held = output::verdict(if check.held { "yes" } else { "NO" }, check.held);
             table.add_row([Cell::new(&check.what), held, Cell::new(&check.detail)]);
@@ -339,7 +341,7 @@ fn append(logstore: &Logstore, group: &LogGroup) -> envelog::Result<()> {
     logstore.append(group, &AppendOptions::durability(Durability::Buffered)).map(drop)
 }
 
-/// The content of every log, and a newline.
+/// The content of every log, each followed by a newline.
 fn read_all(logstore: &Logstore) -> Result<Vec<u8>> {
     let mut all = Vec::new();
     for record in logstore.read(0, &ReadOptions::default())? {
@@ -355,7 +357,7 @@ fn put_lines(group: &LogGroup, out: &mut Vec<u8>) {
     }
 }
 
-/// Lines from everywhere in the text that are long enough not to occur by accident.
+/// Lines from all parts of the text that are too long to occur by accident.
 fn samples(text: &[u8]) -> Vec<Vec<u8>> {
     let long: Vec<&[u8]> = text.split(|&byte| byte == b'\n').filter(|line| line.len() >= SAMPLE_BYTES_MIN).collect();
     long.iter().step_by(long.len().div_ceil(SAMPLES).max(1)).map(|line| line.to_vec()).collect()

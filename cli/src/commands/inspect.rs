@@ -1,4 +1,4 @@
-//! `inspect`: one segment, without any key.
+//! `inspect`: shows one segment file without any key.
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
@@ -16,14 +16,14 @@ use crate::{
     setup::Setup,
 };
 
-/// No header is longer: 272 bytes, 64 KiB of extensions, commitment and CRC.
+/// The longest header: 272 bytes, 64 KiB of extensions, commitment and CRC.
 const HEADER_BYTES_MAX: u64 = 272 + (64 << 10) + 36;
 const FOOTER_MAGIC: &[u8] = b"EFTR";
-/// The bytes of a CRC32, with which a block ends.
+/// The length of the CRC32 that ends a block.
 const CRC_LEN: usize = 4;
-/// How much is read at once in the search for the end of zeros.
+/// How much to read at once when checking for zeros.
 const READ_BYTES: u64 = 1 << 20;
-/// How many blocks are in one table: a table is in memory as a whole.
+/// Blocks per printed table: a table is in memory as a whole.
 const TABLE_ROWS_MAX: usize = 1 << 12;
 
 pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
@@ -34,7 +34,7 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
     let decoded = SegmentHeader::decode(&segment.read(0, len.min(HEADER_BYTES_MAX))?)
         .map_err(|error| segment.damaged(0, "header", &error))?;
 
-    // The blocks are read once more to be printed, since a file may have more of them than there is memory for.
+    // Read the blocks a second time to print them: a file may have more of them than fit in memory.
     let (at, end) = segment.walk(decoded.body_start, len, |_, _| Ok(()))?;
     let blocks = Blocks { segment: &segment, start: decoded.body_start, end: at };
     let footer = match &end {
@@ -63,7 +63,7 @@ struct Report<'a> {
     header: Value,
 }
 
-/// The blocks between two offsets of a segment, which are read when they are asked for.
+/// The blocks between two offsets of a segment, read on demand.
 #[derive(Clone, Copy)]
 struct Blocks<'a> {
     segment: &'a Segment<'a>,
@@ -89,7 +89,7 @@ impl Serialize for Blocks<'_> {
         });
         match (failed, walked) {
             (Some(error), _) => Err(error),
-            (None, Err(_)) => Err(S::Error::custom("the file cannot be read any more")),
+            (None, Err(_)) => Err(S::Error::custom("the file can no longer be read")),
             (None, Ok(())) => seq.end(),
         }
     }
@@ -101,7 +101,7 @@ struct Segment<'a> {
     len: u64,
 }
 
-/// What begins at an offset.
+/// The structure that begins at an offset.
 enum Part {
     Block(BlockHeader),
     Footer(Box<Footer>),
@@ -111,7 +111,8 @@ enum Part {
 }
 
 impl Segment<'_> {
-    /// Goes over the blocks from one offset to another. Returns where they end, and what is there.
+    /// Walks the blocks between two offsets. Returns the offset where they end and the structure
+    /// found there.
     fn walk(&self, mut at: u64, end: u64, mut each: impl FnMut(u64, &BlockHeader) -> Result) -> Result<(u64, Part)> {
         while at < end {
             match self.part(at)? {
@@ -133,7 +134,7 @@ impl Segment<'_> {
         if head.starts_with(FOOTER_MAGIC) {
             let len = self.len - at;
             if len > Footer::LEN_MAX {
-                return Ok(Part::Damage(format!("footer: {len} bytes are more than any has")));
+                return Ok(Part::Damage(format!("footer: {len} bytes is longer than any footer")));
             }
             return Ok(match Footer::decode(&self.read(at, len)?) {
                 Ok(decoded) => Part::Footer(Box::new(decoded.footer)),
@@ -145,16 +146,16 @@ impl Segment<'_> {
             Err(error) => return Ok(Part::Damage(error.to_string())),
         };
         if header.block_len() > self.len - at {
-            return Ok(Part::Damage("the file ends inside it".to_owned()));
+            return Ok(Part::Damage("the file ends inside the block".to_owned()));
         }
         let block = self.read(at, header.block_len())?;
         let crc_holds = block
             .split_last_chunk::<CRC_LEN>()
             .is_some_and(|(covered, crc)| crc32fast::hash(covered) == u32::from_le_bytes(*crc));
-        Ok(if crc_holds { Part::Block(header) } else { Part::Damage("the CRC32 does not hold".to_owned()) })
+        Ok(if crc_holds { Part::Block(header) } else { Part::Damage("the CRC32 does not match".to_owned()) })
     }
 
-    /// Whether nothing has been written from an offset on.
+    /// Whether the file contains only zeros from an offset on.
     fn only_zeros(&self, mut at: u64) -> Result<bool> {
         while at < self.len {
             let bytes = self.read(at, (self.len - at).min(READ_BYTES))?;
@@ -179,7 +180,7 @@ impl Segment<'_> {
     }
 
     fn damaged(&self, at: u64, what: &str, why: &dyn std::fmt::Display) -> Failure {
-        let message = format!("{}: the {what} at byte {at} is damaged, or not there yet: {why}", self.path.display());
+        let message = format!("{}: the {what} at byte {at} is damaged or not yet written: {why}", self.path.display());
         Failure::new(Status::Integrity, "corrupt", message)
     }
 }

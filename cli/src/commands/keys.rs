@@ -58,7 +58,7 @@ fn rotate_data(setup: &Setup, argument: &str) -> Result {
     if setup.json {
         return output::json(&json!({ "logstore": name, "data_key_version": version }));
     }
-    output::line(format_args!("{name}: what comes from now on is sealed under data-key version {version}"))
+    output::line(format_args!("{name}: new data is sealed under data-key version {version}"))
 }
 
 fn rewrap_one(setup: &Setup, argument: &str) -> Result {
@@ -73,7 +73,7 @@ fn rewrap_one(setup: &Setup, argument: &str) -> Result {
 }
 
 fn rewrapped_line(name: &LogstoreName, envelopes: u32) -> String {
-    format!("{name}: wrapped {envelopes} data key{} again", if envelopes == 1 { "" } else { "s" })
+    format!("{name}: re-wrapped {envelopes} data key{}", if envelopes == 1 { "" } else { "s" })
 }
 
 fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
@@ -91,7 +91,7 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
     drop(progress);
     setup.close(store)?;
     let printed = print_rewrapped(setup, &report);
-    // The worst of them as a sentence; all are printed.
+    // Fail with the most severe one; all of them are printed.
     let failures = report.failed.into_iter().map(|(_, error)| Failure::from(error));
     both(printed, failures.reduce(Failure::or_worse).map_or(Ok(()), Err))
 }
@@ -117,16 +117,16 @@ fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
     }
     if let Some(began_us) = report.continues_us {
         let began = output::moment(began_us);
-        output::line(format_args!("continues the run that began at {began}; --restart begins anew"))?;
+        output::line(format_args!("continuing the run that began at {began}; --restart starts over"))?;
     }
     for (name, envelopes) in &report.rewrapped {
         output::line(rewrapped_line(name, *envelopes))?;
     }
     for (what, error) in &report.failed {
-        output::line(format_args!("{what}: not wrapped again: {error}"))?;
+        output::line(format_args!("{what}: not re-wrapped: {error}"))?;
     }
     output::line(format_args!(
-        "Logstores wrapped again: {}; needed nothing: {}; failed: {}",
+        "Logstores re-wrapped: {}; already current: {}; failed: {}",
         report.rewrapped.len(),
         report.current.len(),
         report.failed.len()
@@ -189,9 +189,9 @@ fn usage(setup: &Setup) -> Result {
     output::line("Backups, snapshots and checkpoints of the store, and readers in other processes, may need more.")
 }
 
-/// What is under a version of a master key.
+/// Describes the data that needs a version of a master key.
 fn cmk_version(version: &CmkVersionUsage) -> String {
-    let name = version.version.as_deref().unwrap_or("not told");
+    let name = version.version.as_deref().unwrap_or("unknown");
     let mut under = Vec::new();
     if version.envelopes > 0 {
         let plural = if version.envelopes == 1 { "" } else { "s" };
@@ -226,7 +226,8 @@ fn rotate_service(setup: &Setup) -> Result {
         let unfinished = store.is_service_rotation_unfinished();
         let failure = Failure::from(error);
         match unfinished {
-            true => failure.adding("older versions of the service key are accepted until a run of `keys rotate-service` ends without an error"),
+            true => failure
+                .adding("older versions of the service key are accepted until a run of `keys rotate-service` succeeds"),
             false => failure,
         }
     })?;
@@ -245,7 +246,7 @@ fn rotate_service(setup: &Setup) -> Result {
         }));
     }
     if done.continued {
-        output::line("this run has continued an unfinished rotation")?;
+        output::line("this run continued an unfinished rotation")?;
     }
     output::line(format_args!(
         "written under the new version: the metadata of {} Logstores, {} envelopes of data keys, {} probes; new data keys: {}; \
@@ -262,7 +263,7 @@ fn rotate_service(setup: &Setup) -> Result {
         ))?;
     }
     output::line(format_args!(
-        "the service key has version {version} now, and older versions authenticate nothing any more: back up {} again",
+        "the service key has version {version} now, and older versions are retired: back up {} again",
         setup.keyring.display()
     ))
 }
@@ -296,12 +297,12 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
         let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
         output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))
     } else if found.fault.is_none() {
-        output::line(format_args!("{number} audit records, all as they were written"))
+        output::line(format_args!("{number} audit records, all intact"))
     } else {
         Ok(())
     };
     let verdict = found.fault.map_or(Ok(()), |error| {
-        let message = format!("the audit log is sound up to record {number}, and not behind it: {error}");
+        let message = format!("the audit log is sound up to record {number}, but not after it: {error}");
         Err(Failure::new(status_of(&error), error.code(), message))
     });
     both(printed, verdict)
@@ -314,13 +315,13 @@ fn export_audit(setup: &Setup, out: &Path) -> Result {
         return output::json(&json!({ "audit": output::path(out), "head": export.head }));
     }
     output::line(format_args!(
-        "wrote {} records to {}: kept away from the store, it tells a later `keys audit --verify --against` what was there",
+        "wrote {} records to {}: keep the file away from the store, for a later `keys audit --verify --against`",
         export.head.number,
         out.display()
     ))
 }
 
-/// The event, as it is written in JSON.
+/// The event's name in JSON.
 fn event_word(record: &AuditRecord) -> String {
     serde_json::to_value(record.event)
         .ok()
@@ -329,7 +330,7 @@ fn event_word(record: &AuditRecord) -> String {
 }
 
 fn backup(setup: &Setup, out: &Path) -> Result {
-    // Opening the store proves that it is the right keyring, whole and new enough.
+    // Opening the store proves that this is the store's keyring, undamaged and not outdated.
     let store = setup.open_read_only()?;
     refuse_inside(&setup.store, out)?;
     write_new(out, &input::read_file(&setup.keyring)?)?;
@@ -343,9 +344,10 @@ fn backup(setup: &Setup, out: &Path) -> Result {
         setup.store.display()
     ))?;
     match store.service_cmk() {
-        Some(cmk) => {
-            output::line(format_args!("it opens with master key {} alone, which needs a backup too", cmk.cmk_key_id))
-        }
+        Some(cmk) => output::line(format_args!(
+            "it can be opened only with master key {}, which needs a backup too",
+            cmk.cmk_key_id
+        )),
         None => Ok(()),
     }
 }
@@ -362,7 +364,7 @@ fn refuse_inside(store: &Path, out: &Path) -> Result {
         Status::Unavailable,
         "keyring_unsafe",
         format!(
-            "{} lies inside the store directory, apart from which a keyring has to be kept; name another path",
+            "{} is inside the store directory, and a keyring must be kept apart from the store; give another path",
             out.display()
         ),
     ))
@@ -403,7 +405,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
     };
     let expected = expected_keys(expect)?;
     if !setup.json {
-        // Shown before any role is assumed and before anything is written.
+        // Print before assuming any role and before writing anything.
         found.iter().try_for_each(|one| output::line(found_line(one)))?;
     }
     let (store, report) = builder.recover_without_keyring(&expected)?;
@@ -421,7 +423,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
             let path = path.display();
             output::line(format_args!("{path}: from before encryption was on, and cannot be authenticated any more"))?;
         }
-        output::line(format_args!("made a new service keyring {}: back it up", setup.keyring.display()))?;
+        output::line(format_args!("created a new service keyring {}: back it up", setup.keyring.display()))?;
     }
     if report.missing.is_empty() {
         return Ok(());
@@ -453,13 +455,11 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     let name = name(argument)?;
     let conf = EncryptConf::from_json(&input::text_argument(encrypt_conf)?)?;
     let Some(cmk) = conf.user_cmk_info else {
-        return Err(Failure::refused(
-            "not_byok",
-            "the encrypt_conf has no user_cmk_info: say which key to replace it by",
-        ));
+        return Err(Failure::refused("not_byok", "the encrypt_conf has no user_cmk_info: it must name the new key"));
     };
     let store = setup.open()?;
-    // Only the key is replaced. Settings that ask for something else too were meant for another Logstore, or for `update`.
+    // Replace only the key. Refuse other changed settings: they are probably meant for another
+    // Logstore or for `update`.
     let old = store.config(&name)?.encrypt_conf.ok_or(ConfigError::NotByok)?;
     if let (Some(fixed), Some(asked)) = (old.encrypt_type, conf.encrypt_type)
         && fixed != asked
@@ -469,7 +469,7 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     if conf.enable != old.enable {
         return Err(Failure::refused(
             "enable_differs",
-            format!("{name} has enable {}: to switch it is for `update`, not for replace-cmk", old.enable),
+            format!("{name} has enable {}: use `update`, not replace-cmk, to change that", old.enable),
         ));
     }
     let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };
@@ -480,13 +480,13 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
         return output::json(&config);
     }
     output::line(format_args!(
-        "{name} is under the new key; whoever held the old one and a copy of an old envelope can still read the old data"
+        "{name} is under the new key; anyone who held the old one and a copy of an old envelope can still read the old data"
     ))
 }
 
 fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     let name = name(argument)?;
-    confirm(yes, &format!("destroying data keys of {name}, and what they sealed,"))?;
+    confirm(yes, &format!("destroying data keys of {name}, and the data they sealed,"))?;
     let store = setup.open()?;
     store.shred_data_keys(&name, versions)?;
     setup.close(store)?;
@@ -498,21 +498,21 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     ))
 }
 
-/// Writes a new file that only its owner may read and write, durably. The name must be free: nothing is written through a link, to a
-/// pipe or to a device.
+/// Durably writes a new file that only its owner may read and write. The name must be free: the
+/// function does not write through a link, or to a pipe or a device.
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     let mut file = options.open(path).map_err(|error| Failure::file("create", path, &error))?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // The umask may have taken the owner's rights too.
+    // The umask may have removed the owner's rights too.
     let written = file
         .set_permissions(Permissions::from_mode(0o600))
         .and_then(|()| file.write_all(bytes))
         .and_then(|()| file.sync_all())
         .and_then(|()| File::open(dir)?.sync_all());
     written.map_err(|error| {
-        // A part of it would keep the next try from its name.
+        // Remove the partial file: it would make a retry with the same name fail.
         let _ = fs::remove_file(path);
         Failure::file("write", path, &error)
     })

@@ -106,7 +106,7 @@ fn state_word(state: KeyState) -> &'static str {
     }
 }
 
-/// A date, from days since 1970-01-01.
+/// Formats a number of days since 1970-01-01 as a date.
 fn day(days: u32) -> String {
     Timestamp::UNIX_EPOCH
         .checked_add(SignedDuration::from_hours(24 * i64::from(days)))

@@ -12,7 +12,7 @@ use crate::{
 };
 
 pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
-    // All that can be refused without a store is refused before one is made.
+    // Refuse everything that needs no store to check before creating one.
     let name = name(&args.name)?;
     let encrypt_conf = match &args.encrypt_conf {
         Some(argument) => Some(EncryptConf::from_json(&input::text_argument(argument)?)?),
@@ -39,13 +39,13 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
     if service_cmk.is_some() && store.service_cmk() != service_cmk {
         return Err(Failure::refused(
             "service_key_differs",
-            "the store is there already, and its service keyring is not under that master key: see `keys rewrap-keyring`",
+            "the store exists already, and its service keyring is not under that master key: see `keys rewrap-keyring`",
         ));
     }
-    // Said before anything else can go wrong: it is made, and nothing else would say so.
+    // Report the new store before any later step can fail: no other message reports it.
     if new_store && !setup.json {
         output::line(format_args!(
-            "made the store {} and its service keyring {}: back up both, and keep them apart",
+            "created the store {} and its service keyring {}: back up both, and keep them apart",
             setup.store.display(),
             setup.keyring.display()
         ))?;

@@ -12,14 +12,14 @@ use crate::{
     setup::{Setup, check_access, name},
 };
 
-/// How often `tail -f` looks for more.
+/// How often `tail -f` polls for new logs.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     let store = setup.open_read_only()?;
     let logstore = store.logstore(&name(&args.name)?)?;
     let mut printer = Printer::new(Format::choose(args.format, setup.json), args.limit);
-    // What was read before an error is worth printing.
+    // Print the logs read before an error.
     let progress = Progress::beside_output(None);
     let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
         if printer.is_full() {
@@ -69,14 +69,14 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
         }
         printer.flush()?;
         if idle {
-            // When nothing arrives, nothing else would notice that the key was revoked.
+            // Check access here: without new records, reading does not detect a revocation.
             check_access(&logstore)?;
             output::wait_while_read(LOOK_EVERY)?;
         }
     }
 }
 
-/// The last `wanted` logs of a shard, or more, and the reader behind them.
+/// Returns at least the last `wanted` logs of a shard, and a reader positioned behind them.
 fn last_logs(logstore: &Logstore, shard: u32, wanted: usize, format: Format) -> Result<(VecDeque<OneLog>, Reader)> {
     let end = logstore.end_seq(shard)?;
     // A group has at least one log, but sequence numbers may have gaps.
@@ -96,7 +96,7 @@ fn last_logs(logstore: &Logstore, shard: u32, wanted: usize, format: Format) -> 
     }
 }
 
-/// The shard asked for, or all of them.
+/// The requested shard, or all shards.
 fn shards(logstore: &Logstore, asked: Option<u32>) -> Vec<u32> {
     match asked {
         Some(shard) => vec![shard],

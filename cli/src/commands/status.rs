@@ -20,7 +20,7 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
     for name in names(&store, args.name.as_deref())? {
         match status(&store, &name) {
             Ok(status) => all.push(status),
-            // One damaged Logstore hides no other.
+            // Continue with the next Logstore: a damaged one must not hide the others.
             Err(failure) => failed.push((name, failure)),
         }
     }
@@ -31,7 +31,8 @@ pub(crate) fn run(setup: &Setup, args: &OptionalNameArgs) -> Result {
 
 fn status(store: &Store, name: &LogstoreName) -> Result<LogstoreStatus> {
     let logstore = store.logstore(name)?;
-    // So that the state is that of this moment. A refusal of the KMS is in the status.
+    // Ask the KMS first, so that the state is current. The status includes a refusal, so its error
+    // is ignored here.
     let _ = logstore.revalidate_now();
     Ok(logstore.status()?)
 }
@@ -45,7 +46,7 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
             "logstores": logstores,
             "anchor": store.anchor_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
-            // What asking for the states has come to.
+            // The KMS calls include those made above for the states.
             "kms": store.metrics().kms,
         }));
     }
@@ -111,10 +112,10 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
         output::print_table(&table)?;
     }
     match store.anchor_status().records_behind {
-        Some(0) => output::line("the anchor knows all of the catalogue")?,
-        Some(1) => output::line("the anchor does not know the last record of the catalogue")?,
+        Some(0) => output::line("the anchor is up to date with the catalogue")?,
+        Some(1) => output::line("the anchor is 1 record behind the catalogue")?,
         Some(records) => {
-            output::line(format_args!("the anchor does not know the last {records} records of the catalogue"))?;
+            output::line(format_args!("the anchor is {records} records behind the catalogue"))?;
         }
         None => {}
     }
@@ -126,7 +127,7 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
     Ok(())
 }
 
-/// All that the engine says, with the state of the key in words.
+/// The complete status, with the state of the key as a word.
 fn as_json(status: &LogstoreStatus) -> Result<Value> {
     let mut value =
         serde_json::to_value(status).map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
@@ -141,7 +142,7 @@ fn algorithm(status: &LogstoreStatus) -> Option<&'static str> {
     status.encrypt_type.map(|encrypt_type| encrypt_type.suite().name())
 }
 
-/// The state as one word, and what there is to say about it.
+/// The state as one word, and its detail if it has any.
 fn key_words(state: &KeyState) -> (&'static str, Option<String>) {
     match state {
         KeyState::None => ("none", None),

@@ -67,7 +67,7 @@ fn print(report: &VerifyReport, keyless: bool) -> Result {
     ))
 }
 
-/// The worst of it as a sentence; all of it is printed.
+/// Fails with the most severe finding; all findings are printed.
 fn verdict(report: &VerifyReport) -> Result {
     let found = if report.faults.is_empty() { Status::Done } else { Status::Integrity };
     let status = report.refused.iter().map(|(_, error)| status_of(error)).fold(found, Status::worse);
@@ -87,7 +87,7 @@ fn verdict(report: &VerifyReport) -> Result {
     }
 }
 
-/// How many more there are than the one that was named.
+/// A suffix that counts the findings besides the named one.
 fn others(all: usize, what: &str) -> String {
     match all {
         0 | 1 => String::new(),
@@ -113,7 +113,7 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
 
 pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     let name = name(&args.name)?;
-    confirm(args.yes, &format!("giving up what is damaged in shard {} of {name}", args.shard))?;
+    confirm(args.yes, &format!("discarding the damaged end of shard {} of {name}", args.shard))?;
     let store = setup.open()?;
     let report = store.repair(&name, args.shard)?;
     setup.close(store)?;
@@ -123,7 +123,7 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     match &report.segment {
         None => output::line(format_args!("the end of shard {} of {name} is sound: nothing was changed", args.shard)),
         Some(segment) => output::line(format_args!(
-            "repaired {}: {} behind the damage kept, {} given up",
+            "repaired {}: {} after the damage kept, {} discarded",
             segment.display(),
             format_args!("{} groups", output::count(report.groups_salvaged)),
             output::size(report.bytes_lost)

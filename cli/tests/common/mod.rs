@@ -1,8 +1,8 @@
-//! What the tests of the command line share: a directory of their own for each, and the real binary, run to its end or beside
-//! the test.
+//! Shared helpers of the command-line tests: a temporary directory for each test, and the real
+//! binary, run to its end or in parallel with the test.
 //!
-//! Plain std: most of what is tested is processes that run beside each other and are stopped from outside, which the crates that
-//! assert on commands do not help with.
+//! Uses only std: most tests run several processes in parallel and signal them, which the crates
+//! that assert on commands do not support.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -23,10 +23,10 @@ use tempfile::TempDir;
 
 pub(crate) const REGION: &str = "cn-hangzhou";
 pub(crate) const ROLE: &str = "acs:ram::13234:role/logsource";
-/// No process that is tested needs nearly as long; one that does is stuck.
+/// Kills a process that hangs. No tested process needs nearly as long.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A directory with a store, its keyring and its KMS, or room for them.
+/// A directory for a store, its keyring and its KMS.
 pub(crate) struct World {
     dir: TempDir,
 }
@@ -47,13 +47,13 @@ impl World {
         path.to_str().unwrap().to_owned()
     }
 
-    /// The binary with these arguments, in the directory, with nothing set from outside.
+    /// The binary with these arguments, in the directory, without inherited settings.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envelog"));
         for variable in ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_ANCHOR", "ENVELOG_LOG"] {
             command.env_remove(variable);
         }
-        // Whoever runs the tests may have asked for backtraces; the program must not print any all the same.
+        // The program must not print a backtrace even if the environment asks for one.
         command.env("RUST_BACKTRACE", "1").current_dir(self.dir.path()).args(args);
         command
     }
@@ -62,19 +62,19 @@ impl World {
         Running::start(self.command(args)).finish()
     }
 
-    /// Runs with these bytes on standard input.
+    /// Runs with this standard input.
     pub(crate) fn run_with<S: AsRef<OsStr>>(&self, args: &[S], input: &[u8]) -> Out {
         let mut running = Running::start(self.command(args));
         let mut stdin = running.stdin.take().unwrap();
         let input = input.to_vec();
-        // A process that fails early does not read it all.
+        // A process that fails early does not read all of its input.
         let feeding = thread::spawn(move || drop(stdin.write_all(&input)));
         let out = running.finish();
         feeding.join().unwrap();
         out
     }
 
-    /// Runs what has to succeed and have nothing to say on standard error.
+    /// Runs a command that must succeed and print nothing on standard error.
     pub(crate) fn ok<S: AsRef<OsStr>>(&self, args: &[S]) -> Vec<u8> {
         let out = self.run(args);
         out.assert(0);
@@ -82,24 +82,24 @@ impl World {
         out.stdout
     }
 
-    /// Runs what has to print one JSON document.
+    /// Runs a command that must print one JSON document.
     pub(crate) fn json<S: AsRef<OsStr>>(&self, args: &[S]) -> Value {
         let stdout = self.ok(args);
         serde_json::from_slice(&stdout).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&stdout)))
     }
 
-    /// Runs what has to fail with this status and one sentence, and returns the sentence.
+    /// Runs a command that must fail with this status and one sentence, and returns the sentence.
     pub(crate) fn refused<S: AsRef<OsStr>>(&self, status: i32, args: &[S]) -> String {
         self.run(args).sentence(status)
     }
 
-    /// Makes a key in the embedded KMS.
+    /// Creates a key in the embedded KMS.
     pub(crate) fn create_key(&self) -> String {
         let stdout = self.ok(&["kms", "create-key", "--region", REGION, "--grant", ROLE]);
         String::from_utf8(stdout).unwrap().trim_end().to_owned()
     }
 
-    /// Makes a Logstore; `conf` is null for one without encryption.
+    /// Creates a Logstore; `conf` is null for one without encryption.
     pub(crate) fn create(&self, name: &str, conf: &Value) {
         if conf.is_null() {
             self.ok(&["create", name]);
@@ -133,7 +133,7 @@ fn find(dir: &Path, extension: &str, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Copies a directory with all that is in it.
+/// Copies a directory recursively.
 pub(crate) fn copy_dir(from: &Path, to: &Path) {
     fs::create_dir(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -158,15 +158,15 @@ pub(crate) fn byok(encrypt_type: &str, key: &str) -> Value {
     json!({ "enable": true, "encrypt_type": encrypt_type, "user_cmk_info": cmk })
 }
 
-/// So many numbered lines.
+/// Generates this many numbered lines.
 pub(crate) fn made_lines(count: usize) -> Vec<u8> {
     let line = |n| format!("2026-01-31 12:00:{:02} INFO request {n} served in {} ms\n", n % 60, n * 7 % 997);
     (0..count).map(line).collect::<String>().into_bytes()
 }
 
-/// How a process ended.
+/// The result of a process.
 pub(crate) struct Out {
-    /// The exit status; none when a signal ended it.
+    /// The exit status; `None` if a signal ended the process.
     pub(crate) status: Option<i32>,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: String,
@@ -182,7 +182,7 @@ impl Out {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Fails unless it ended with this status and one sentence on standard error, which it returns.
+    /// Requires this status and exactly one sentence on standard error, and returns the sentence.
     pub(crate) fn sentence(&self, status: i32) -> String {
         self.assert(status);
         let said = self.stderr.trim_end();
@@ -190,7 +190,7 @@ impl Out {
         said["envelog: ".len()..].to_owned()
     }
 
-    /// The same with `--json`: the kind and the sentence.
+    /// Like [`Out::sentence`] with `--json`: returns the kind and the sentence.
     pub(crate) fn json_error(&self, status: i32) -> (String, String) {
         self.assert(status);
         let said: Value = serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {}", self.stderr));
@@ -200,7 +200,7 @@ impl Out {
     }
 }
 
-/// A process that does not outlive its test, also when that fails.
+/// Kills the process on drop, so that it does not outlive a test that fails.
 struct Ending(Child);
 
 impl Drop for Ending {
@@ -210,13 +210,14 @@ impl Drop for Ending {
     }
 }
 
-/// A process that runs beside the test. It is killed when it takes far too long, which shows as an end by a signal.
+/// A process that runs in parallel with the test. A watchdog kills it when it takes far too long,
+/// which shows as an end by a signal.
 pub(crate) struct Running {
     pub(crate) stdin: Option<ChildStdin>,
     pub(crate) stdout: Option<ChildStdout>,
     child: Ending,
     stderr: JoinHandle<String>,
-    /// Ends the watch when it is dropped.
+    /// Dropping it ends the watchdog.
     watched: Sender<()>,
     what: String,
 }
@@ -242,7 +243,7 @@ impl Running {
         Self { stdin: child.stdin.take(), stdout: child.stdout.take(), child: Ending(child), stderr, watched, what }
     }
 
-    /// The lines of standard output as they come. They end with the process.
+    /// The lines of standard output as they arrive. They end with the process.
     pub(crate) fn lines(&mut self) -> Receiver<String> {
         let stdout = BufReader::new(self.stdout.take().unwrap());
         let (sender, receiver) = channel();
@@ -260,25 +261,25 @@ impl Running {
         self.child.0.id()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL.
     pub(crate) fn kill(mut self) {
         self.child.0.kill().unwrap();
         drop(self.stdin.take());
         self.wait();
     }
 
-    /// A signal that asks to stop.
+    /// Sends the signal that asks the process to stop.
     pub(crate) fn interrupt(&self) {
         kill_process(Pid::from_child(&self.child.0), Signal::INT).unwrap();
     }
 
-    /// Closes standard input, takes what is left on standard output, and waits for the end.
+    /// Closes standard input, reads the rest of standard output, and waits for the end.
     pub(crate) fn finish(mut self) -> Out {
         drop(self.stdin.take());
         self.wait()
     }
 
-    /// As [`Running::finish`], but standard input stays open: the process has to end by itself.
+    /// Like [`Running::finish`], but standard input stays open: the process has to end by itself.
     pub(crate) fn wait(mut self) -> Out {
         let mut stdout = Vec::new();
         if let Some(mut pipe) = self.stdout.take() {

@@ -1,8 +1,9 @@
-//! Creations that were interrupted.
+//! Interrupted creations.
 
 use super::*;
 
-/// Files at all names that a temporary file of `path` may have, each held by a live process: this one.
+/// Creates files at all names that a temporary file of `path` may have, each locked by a live
+/// process: this one.
 fn occupy(path: &Path) -> Vec<(PathBuf, File)> {
     let end = |number: u32| if number == 0 { ".tmp".to_owned() } else { format!(".{number}.tmp") };
     let take = |number| {
@@ -18,10 +19,10 @@ fn release(held: Vec<(PathBuf, File)>) {
     held.into_iter().for_each(|(path, _)| fs::remove_file(path).unwrap());
 }
 
-/// How far a creation came before it was interrupted.
+/// The last step of a creation before the interruption.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
-    /// The directory alone.
+    /// Only the directory.
     Directory,
     /// The directory and `LOCK`.
     Lock,
@@ -35,7 +36,7 @@ enum Stage {
     Directories,
     /// The catalogue. `STORE` is missing.
     Catalogue,
-    /// `STORE`, beside the record that is not removed yet.
+    /// `STORE`. The creation record is not removed yet.
     Store,
 }
 
@@ -56,7 +57,7 @@ impl Stage {
 const FIRST: &str = "catalogue/0000000000-0000000001";
 const CREATE: &[&str] = &["create", "p/a"];
 
-/// A creation that failed at a stage, with the program's own files.
+/// A store whose creation failed at a stage, made of files that the program wrote.
 fn interrupted(stage: Stage) -> Scene {
     let scene = Scene::empty();
     if stage < Stage::Record {
@@ -236,7 +237,8 @@ fn a_finished_store_without_its_identity_is_never_overwritten() {
     let identity = fs::read(early.store("STORE")).unwrap();
     let keyring = fs::read(early.keyring()).unwrap();
     remove(&early.store("STORE"));
-    // With and without the record of its own creation, its keyring, its lock file and its audit log.
+    // With and without the record of its own creation, its keyring, its lock file and its audit
+    // log.
     for record in [None, Some(&record)] {
         for with_keyring in [true, false] {
             for without in [&[][..], &["LOCK"], &["audit"]] {

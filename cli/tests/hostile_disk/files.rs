@@ -1,11 +1,11 @@
-//! Files that are links, pipes, devices or strays.
+//! Links, pipes, devices and stray files at envelog's paths.
 
 use super::*;
 
 /// A name that metadata may have.
 const META: &str = "meta-0000000001-0123456789abcdef";
 
-/// Nothing is locked, truncated or written through `LOCK`.
+/// The program does not lock, truncate or write through a wrong `LOCK`.
 #[test]
 fn a_lock_file_that_is_none_is_refused_and_leads_nowhere() {
     let scene = Scene::new();
@@ -53,7 +53,7 @@ fn a_lock_file_with_other_contents_or_another_name_is_not_written() {
         scene.works(contents);
         assert_eq!(fs::read_to_string(&lock).unwrap(), contents);
     }
-    // A precious file, and one that looks as if envelog had written it.
+    // A precious file, and one that looks like a file of envelog.
     fs::write(scene.world.path("number"), "4711\n").unwrap();
     for (target, contents) in [("precious/report", "an audit report"), ("number", "4711\n")] {
         remove(&lock);
@@ -68,7 +68,7 @@ fn a_lock_file_with_other_contents_or_another_name_is_not_written() {
     assert!(before == (picture(&scene.precious()), picture(&scene.world.path("secret"))));
 }
 
-/// A file that is not of the log does not keep the store shut, and is not touched.
+/// Stray files in the audit directory do not prevent opening the store, and stay unchanged.
 #[test]
 fn strays_in_the_audit_directory_keep_nothing_shut() {
     let names = [
@@ -155,7 +155,7 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
         let inside = target.strip_prefix(&store).unwrap().to_str().unwrap();
         let was_dir = target.is_dir();
         let things = if was_dir { Thing::NO_DIRECTORY } else { Thing::NO_FILE };
-        // A FIFO takes the place of every target, each other thing the place of some.
+        // A FIFO replaces every target, each other thing replaces some targets.
         for thing in [Thing::Fifo, things[index % 4], things[4 + index % 4]] {
             let target = &as_it_is_now(target, &store);
             let what = format!("{inside} as {thing:?}");
@@ -224,13 +224,13 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     assert_eq!(linked.map(|link| fs::read_link(at(link)).unwrap()), targets);
     assert_eq!(fs::read_dir(at("secret")).unwrap().count(), 1, "nothing but the keyring");
     assert_eq!(mode(scene.keyring()), 0o600);
-    // A new keyring is made at the end of a dangling link.
+    // Creating a keyring through a dangling link creates the target of the link.
     symlink("../secret/new", at("data/dangling")).unwrap();
     scene.world.run(&["--store", "data/t", "--keyring", "data/dangling", "create", "p/a"]).assert(0);
     assert_eq!(mode(at("secret/new")), 0o600);
     assert!(fs::symlink_metadata(at("data/dangling")).unwrap().is_symlink());
     scene.world.run(&["--store", "data/t", "--keyring", "secret/new", "read", "p/a"]).assert(0);
-    // A loop of links, a dangling link, and things that are no keyring.
+    // A loop of links, a dangling link, and other things that are not a keyring.
     symlink("loop", at("loop")).unwrap();
     symlink("nowhere/k", at("lost")).unwrap();
     fifo(&at("fifo"));
@@ -246,7 +246,7 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     scene.works("the keyring is as it was");
 }
 
-/// Two stores are made at the same time with one path of a keyring.
+/// Two concurrent creations use the same keyring path.
 #[test]
 fn of_two_stores_made_at_once_with_one_keyring_one_is_made() {
     let world = World::new();
@@ -264,7 +264,7 @@ fn of_two_stores_made_at_once_with_one_keyring_one_is_made() {
         assert!(lost.sentence(lost.status.unwrap()).contains("keyring"), "{}", lost.stderr);
         world.run_with(&["--store", made[0], "--keyring", &keyring, "append", "p/l"], b"x\n").assert(0);
         assert_eq!(world.ok(&["--store", made[0], "--keyring", &keyring, "read", "p/l"]), b"x\n");
-        // The other one is made with a keyring of its own.
+        // Create the other store with its own keyring.
         if round % 10 != 0 {
             continue;
         }
@@ -294,7 +294,7 @@ fn of_two_processes_that_make_one_store_at_once_one_succeeds() {
     }
 }
 
-/// Clean-up removes what the format names, and follows nothing.
+/// Clean-up removes only names that the format defines, and follows no symlink.
 #[test]
 fn clean_up_follows_no_symlink_in_place_of_a_logstore() {
     for thing in Thing::ALL {
@@ -305,7 +305,8 @@ fn clean_up_follows_no_symlink_in_place_of_a_logstore() {
         symlink("../../../secret", at(2)).unwrap();
         symlink("../../../precious/", at(3)).unwrap();
         symlink(scene.precious(), scene.store("logstores/not-hex")).unwrap();
-        // The same one level below, in what looks like the rest of an interrupted creation.
+        // The same one level deeper, in a directory that looks like the remains of an interrupted
+        // creation.
         fs::create_dir_all(at(4).join("shard-0001")).unwrap();
         symlink(scene.precious(), at(4).join("shard-0000")).unwrap();
         symlink(
@@ -325,7 +326,7 @@ fn clean_up_follows_no_symlink_in_place_of_a_logstore() {
     }
 }
 
-/// A key file that is damaged or no file concerns that key alone.
+/// A damaged key file, or a non-file in its place, affects only that key.
 #[test]
 fn a_key_file_that_is_none_concerns_no_other_kms() {
     let world = World::new();
@@ -387,7 +388,7 @@ fn a_key_file_that_is_none_concerns_no_other_kms() {
     }
 }
 
-/// A stray that cannot be removed is reported, and keeps nothing else from working.
+/// A stray that cannot be removed is reported, and does not prevent other work.
 #[test]
 fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
     for thing in Thing::ALL {
@@ -396,7 +397,7 @@ fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
         let known = scene.logstores();
         scene.append("p/gone", "x").assert(0);
         let before = picture(&scene.precious());
-        // The names do not tell which directory is p/gone's, so each gets the strays.
+        // The directory names do not reveal which directory is p/gone's, so each gets the strays.
         for dir in &known {
             thing.put(&dir.join("stray"), &scene.precious());
             thing.put(&dir.join("shard-0000/snapshot"), &scene.precious());
@@ -422,7 +423,7 @@ fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
     }
 }
 
-/// Strays of every kind in every directory, and things at the names that temporary files have.
+/// Strays of every kind in every directory, and things at the names of temporary files.
 #[test]
 fn strays_and_taken_temporary_names_keep_nothing_from_working() {
     for thing in Thing::ALL {
@@ -441,13 +442,13 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
                 put(dir.join(name));
             }
         }
-        // A file of such a name is a leftover, and its name is used.
+        // A regular file at such a name is a leftover; the program reuses the name.
         if !matches!(thing, Thing::File | Thing::HardLink) {
             let mut of = vec![scene.keyring()];
             of.extend(["EPOCH", "STORE", "CREATING"].map(|name| scene.store(name)));
             for epoch in next_epochs(&scene.store("")) {
                 of.push(scene.store(&format!("catalogue/{epoch:010}-0000000001")));
-                // Each opening begins a segment of one record.
+                // Each opening starts a segment with one record.
                 let segment = |seq: u64| format!("shard-0000/{:010}-{seq:020}-{epoch:010}", seq + 1);
                 of.extend(logstores.iter().flat_map(|logstore| (0..6).map(|seq| logstore.join(segment(seq)))));
             }
@@ -473,7 +474,7 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
         }
         scene.works(&what);
         for (inode, path) in planted {
-            // The program removes names of temporary segments from a shard, and nothing else.
+            // In a shard, the program removes only names of temporary segments.
             let is_segment =
                 path.parent().unwrap().ends_with("shard-0000") && path.extension().is_some_and(|it| it == "tmp");
             match fs::symlink_metadata(&path) {
@@ -489,7 +490,7 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
     }
 }
 
-/// `status` shows the Logstores that can be looked at, and then says what keeps it from the others.
+/// `status` shows the accessible Logstores and then reports why the others are not accessible.
 #[test]
 fn one_logstore_that_cannot_be_looked_at_hides_no_other_in_status() {
     let scene = Scene::new();

@@ -1,4 +1,4 @@
-//! The keyring's mode and place.
+//! The mode and the location of the keyring.
 
 use super::*;
 
@@ -18,7 +18,7 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
             let out = with(group, args);
             if matches!(mode, 0o640 | 0o440) {
                 out.assert(0);
-                // A rotation makes a new file.
+                // A rotation creates a new file.
                 chmod(scene.keyring(), mode);
                 remove(&scene.world.path("b"));
             } else {
@@ -33,7 +33,8 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
         scene.run(&["keys", "rotate-service"]).assert(0);
         assert_eq!(self::mode(scene.keyring()), 0o600);
     }
-    // With the group, a keyring that is made or replaced gets 0640, and the store stays the owner's.
+    // With group access, a created or replaced keyring gets 0640, and the store stays private to
+    // its owner.
     with(group, &["keys", "rotate-service"]).assert(0);
     assert_eq!(mode(scene.keyring()), 0o640);
     scene.world.run(&["--keyring-group", "--store", "t", "create", "p/a"]).assert(0);
@@ -46,7 +47,7 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
 fn a_keyring_does_not_lie_inside_the_store() {
     let scene = Scene::new();
     let world = &scene.world;
-    // The default keyring lies beside the directory of the store, for each path that leads there.
+    // The default keyring is next to the store directory, for every path that leads there.
     fs::create_dir(world.path("here")).unwrap();
     let inside = |store: &str, args: &[&str]| {
         let mut command = world.command(&[args, &["--store", store]].concat());
@@ -124,6 +125,6 @@ fn a_keyring_does_not_lie_inside_the_store() {
     let mut here = world.command(&["--store", ".", "--keyring", "k", "create", "p/a"]);
     here.current_dir(world.path("empty"));
     assert!(feed(here, b"").sentence(7).contains("inside the store directory"));
-    // A keyring beside the store may have a name that begins with the store's.
+    // The name of a keyring next to the store may begin with the store's name.
     world.run(&["--store", "empty", "--keyring", "empty-k", "create", "p/a"]).assert(0);
 }

@@ -92,7 +92,7 @@ fn a_command_run_as_root_in_between_locks_no_owner_out() {
             home.ok(USER, &["read", "p/a"]);
         }
     }
-    // Root makes the lock files again.
+    // Root recreates the lock files.
     for name in ["s/LOCK", "s.kms/lock"] {
         remove(&home.path(name));
     }
@@ -152,7 +152,8 @@ fn a_keyring_in_a_directory_of_root_keeps_its_owner() {
     }
     home.assert_owned("the store");
     assert_eq!(fs::read_dir(&secret).unwrap().count(), 1);
-    // The user cannot replace a file there. The failure leaves no temporary file, and the store works.
+    // The user cannot replace a file there. The failure leaves no temporary file, and the store
+    // works.
     let args = with(&["keys", "rotate-service"]);
     let out = home.run(USER, &args.iter().map(String::as_str).collect::<Vec<_>>());
     assert!(out.sentence(1).contains("keyring"), "{}", out.stderr);
@@ -160,7 +161,7 @@ fn a_keyring_in_a_directory_of_root_keeps_its_owner() {
     ok(USER, &["append", "p/a"]);
 }
 
-/// A keyring of root, in a directory of root, that the service reads by its group.
+/// A keyring owned by root, in a directory of root, that the service reads through its group.
 #[test]
 fn a_keyring_of_root_keeps_the_group_that_reads_it() {
     let Some(home) = Home::new("a keyring of root that a group reads") else { return };
@@ -178,7 +179,7 @@ fn a_keyring_of_root_keeps_the_group_that_reads_it() {
     chown(&keyring, Some(0), Some(USER)).unwrap();
     ok(USER, &["append", "p/a"]);
     home.assert_owned("the store");
-    // Root replaces its own file in the user's directory by one of the user's.
+    // Root replaces its own file in the user's directory by a file of the user.
     chown(catalogue_file(&home.path("s")), Some(0), Some(0)).unwrap();
     ok(0, &["create", "p/b"]);
     home.assert_owned("the catalogue of root");
@@ -200,7 +201,7 @@ fn a_keyring_of_another_owner_is_refused() {
         }
     };
     let group = &["--keyring-group"][..];
-    // A keyring of a stranger is refused to the owner of the store and to root.
+    // A keyring of another user is refused for the store's owner and for root.
     own(STRANGER, USER, 0o640);
     refused(USER, group);
     refused(0, group);
@@ -251,7 +252,7 @@ fn a_file_of_another_owner_is_read_if_it_can_be() {
                 );
                 refused += 1;
             }
-            // What can be read is enough for readers.
+            // A reader needs only read permission.
             chmod(&path, readable);
             if args[0] != "append" {
                 home.ok(USER, &args);
@@ -266,7 +267,7 @@ fn a_file_of_another_owner_is_read_if_it_can_be() {
     assert!(refused > 20, "{refused}");
 }
 
-/// The sweep over file types, on the store of another user, with commands of root in between.
+/// The sweep over file types, on the store of another user, interleaved with commands of root.
 #[test]
 fn root_follows_nothing_in_the_store_of_a_user() {
     let Some(home) = Home::new("the sweep over file types as root on the store of another user") else { return };

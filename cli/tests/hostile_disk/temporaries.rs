@@ -5,7 +5,8 @@ use super::*;
 #[test]
 fn a_failed_write_leaves_no_temporary_file_with_keys() {
     let scene = Scene::new();
-    // A limit below the size of the keyring, with an audit log and a catalogue that have room below it.
+    // A file size limit below the size of the keyring, but above the sizes of the audit log and the
+    // catalogue.
     let blocks = |path: PathBuf| fs::metadata(path).unwrap().len() / 512;
     while blocks(scene.keyring()) < blocks(catalogue_file(&scene.store(""))) + 3 {
         scene.run(&["keys", "rotate-service"]).assert(0);
@@ -25,7 +26,7 @@ fn a_failed_write_leaves_no_temporary_file_with_keys() {
         command.args(["--store", "data/s", "--keyring", "secret/keyring", "keys", "rotate-service"]);
         command.current_dir(scene.world.path(""));
         let sentence = feed(command, b"").sentence(1);
-        // At the highest limit only the keyring does not fit.
+        // At the highest limit, only the keyring exceeds it.
         assert!(limit < limits || sentence.contains("cannot write the service keyring"), "{limit}: {sentence}");
         assert_eq!(fs::read(scene.keyring()).unwrap(), before, "{limit}");
         assert_eq!(fs::read_dir(scene.world.path("secret")).unwrap().count(), 1, "{limit}: {sentence}");
@@ -44,7 +45,7 @@ fn a_keyring_that_cannot_be_replaced_leaves_no_temporary_file() {
     let base = ["--store", "s", "--keyring", keyring.to_str().unwrap(), "--keyring-group"];
     let run = |user: u32, args: &[&str]| home.run(user, &[&base[..], args].concat());
     run(USER, &["create", "p/a"]).assert(0);
-    // The user may make files in that directory, but not replace one of root.
+    // The user may create files in that directory, but may not replace a file of root.
     chown(&keyring, Some(0), Some(USER)).unwrap();
     let before = fs::read(&keyring).unwrap();
     let sentence = run(USER, &["keys", "rotate-service"]).sentence(1);
@@ -98,7 +99,8 @@ fn the_next_opening_removes_the_keys_that_a_killed_process_left() {
     scene.works("beside a live process");
     assert!(!left.exists());
     assert!(before == held.each_ref().map(|(path, _)| (fs::metadata(path).unwrap().ino(), fs::read(path).unwrap())));
-    // Unlocks, because closing alone leaves the lock to a child of another test that has not called exec yet.
+    // Unlocks, because closing alone leaves the lock to a child of another test that has not called
+    // exec yet.
     held.iter().for_each(|(_, file)| file.unlock().unwrap());
     drop(held);
     scene.works("the process is gone");
@@ -136,7 +138,8 @@ fn the_embedded_kms_leaves_no_material_behind() {
         world.run(args).assert(0);
         assert!(ours.iter().all(|name| !file(name).exists()), "{args:?}: {:?}", temporaries(&keys));
         assert!(others.iter().all(|name| file(name).exists()) && locked.exists(), "{args:?}");
-        // Closing alone would leave the lock to a child of another test that has not called exec yet.
+        // Closing alone would leave the lock to a child of another test that has not called exec
+        // yet.
         held.unlock().unwrap();
     }
 }

@@ -1,4 +1,5 @@
-//! Opening a store with many sealed segments: how long it takes, and that it reads no data and calls no KMS.
+//! Measures how long opening a store with many sealed segments takes, and shows that it reads no
+//! data and calls no KMS.
 
 use std::{
     fmt, io,
@@ -22,21 +23,21 @@ use serde::Serialize;
 use super::{Bench, ROUNDS, Row, Suite, median, rounded, spec};
 use crate::{exit::Result, interrupt};
 
-/// How many sealed segments the store has.
+/// The number of sealed segments in the store.
 const SEGMENTS: u64 = 2000;
 const REGION: &str = "local";
 const ROLE: &str = "bench";
 
-/// What opening took, and what it touched.
+/// The time of opening, and the files and KMS calls it needed.
 #[derive(Clone, Serialize)]
 pub(super) struct Opening {
     segments: u64,
-    /// The store and the Logstore.
+    /// Time to open the store and the Logstore.
     pub(super) ms: f64,
-    /// Segment files that were opened for it.
+    /// Segment files opened meanwhile.
     segment_files_opened: u64,
     kms_calls: u64,
-    /// After that, until the shard knew where it ends.
+    /// Further time until the shard knows its end.
     ms_to_end: f64,
     segment_files_opened_to_end: u64,
 }
@@ -45,15 +46,16 @@ impl fmt::Display for Opening {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Opening a store of {} sealed segments opened {} segment files and called the KMS {} times; to find the end of the shard \
-             then took {:.2} ms and opened {}.",
+            "Opening a store of {} sealed segments opened {} segment files and called the KMS {} times; finding the end of the \
+             shard then took {:.2} ms and opened {}.",
             self.segments, self.segment_files_opened, self.kms_calls, self.ms_to_end, self.segment_files_opened_to_end
         )
     }
 }
 
 impl Bench {
-    /// Opens a Logstore under a customer's key, which has the most to ask for.
+    /// Opens a Logstore under a customer's key, which is the case that might need the most KMS
+    /// calls.
     pub(super) fn open_store(&self) -> Result<Row> {
         let name = LogstoreName::new("bench", "segments")?;
         let kms = LocalKms::create_or_open(self.dir.join("segments.kms"))?;
@@ -92,7 +94,7 @@ impl Bench {
             logstore.end_seq(0)?;
             let to_end = started.elapsed();
             opened_to_end = disk.segments_opened.load(Ordering::Relaxed).max(opened_to_end);
-            // The first round only warms up.
+            // The first round is a warm-up.
             if round > 0 {
                 times.push(ready.as_secs_f64() * 1e3);
                 times_to_end.push(to_end.as_secs_f64() * 1e3);
@@ -113,7 +115,7 @@ impl Bench {
     }
 }
 
-/// The embedded KMS, its calls counted.
+/// The embedded KMS with its calls counted.
 #[derive(Debug)]
 struct CountedKms {
     kms: LocalKms,
@@ -140,16 +142,17 @@ impl Kms for CountedKms {
     }
 }
 
-/// The real files; how many segments were opened is counted.
+/// The real file system. Counts the segment files that are opened.
 #[derive(Clone, Debug, Default)]
 struct CountedDisk {
     segments_opened: Arc<AtomicU64>,
-    /// To make the segments is not what is measured: without syncs it does not take minutes on a slow disk.
+    /// Skips syncs while the segments are created, which is not measured and would take minutes on
+    /// a slow disk.
     unsynced: bool,
 }
 
 impl Disk for CountedDisk {
-    /// Counts below the directory too. No symlink is in the way of a benchmark.
+    /// Counts opens below the directory too. The benchmark's own directory contains no symlinks.
     fn beneath(&self, _dir: &Path, _access: Access) -> io::Result<Arc<dyn Disk>> {
         Ok(Arc::new(self.clone()))
     }

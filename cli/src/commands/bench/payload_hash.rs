@@ -1,4 +1,4 @@
-//! What it costs appends that the digest of a segment commits to the payloads: each suite with the hashes, and without them.
+//! Measures the cost of payload hashes for appends: each suite with the hashes and without them.
 
 use envelog::{Durability, StoreOptions, segment::Compression};
 
@@ -9,7 +9,8 @@ const HASHED: &str = "append";
 const UNHASHED: &str = "append_unhashed";
 
 impl Bench {
-    /// Buffered appends of one caller, which are limited by the writer alone. The two stores take turns in every round.
+    /// Buffered appends of one caller, whose only limit is the writer. The two stores take turns in
+    /// every round.
     pub(super) fn payload_hash(&self) -> Result<Vec<Row>> {
         let stores = [
             self.store(HASHED)?,
@@ -21,7 +22,8 @@ impl Bench {
             for suite in Suite::ALL {
                 progress.say("append");
                 let how = Appending { compression, durability: Durability::Buffered, callers: 1 };
-                // What fits into the time without hashes is what every run appends, if it fits too.
+                // Every run appends as many bytes as the one without hashes manages within its time
+                // limit, or fewer if its own time limit ends first.
                 let bytes = self.append_run(&stores[1], suite, how, RUN_BYTES_MAX)?.bytes.max(GROUP_BYTES as u64);
                 self.append_run(&stores[0], suite, how, bytes)?;
                 let mut rates = [Vec::new(), Vec::new()];
