@@ -1,4 +1,5 @@
-//! The anchor: a store that is older or shorter than its anchor is found out, and an anchor that fails stops nothing.
+//! The anchor: a store that is older or shorter than its anchor is detected, and a failing anchor
+//! does not stop the store.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,7 +25,7 @@ const NAME: &str = "p/l";
 
 type AllKept = BTreeMap<StoreId, (AnchorPlace, Vec<u8>)>;
 
-/// An anchor in memory, which fails when it is told to.
+/// An in-memory anchor that fails on request.
 #[derive(Clone, Debug, Default)]
 struct MemoryAnchor {
     kept: Arc<Mutex<AllKept>>,
@@ -100,14 +101,14 @@ fn a_whole_older_store_put_back_is_rolled_back() {
     let untouched = |path: &Path| !path.ends_with("EPOCH");
     let changed: Vec<_> = files(&world.store_dir()).into_iter().filter(|(path, _)| untouched(path)).collect();
     assert_eq!(changed, before.into_iter().filter(|(path, _)| untouched(path)).collect::<Vec<_>>());
-    // It can be read without the anchor, and written only on purpose.
+    // The store can be read without the anchor, and written only with an explicit option.
     assert_eq!(texts(&world.builder().open_read_only().unwrap().logstore(&name(NAME)).unwrap()), ["first"]);
     let error = world.builder().open().unwrap_err();
     assert!(matches!(error, Error::Anchor { .. }), "{error:?}");
     let store = world.builder().without_anchor().open().unwrap();
     let records = store.audit_records().unwrap();
     assert_eq!(records.last().unwrap().event, AuditEvent::OpenedWithoutAnchor);
-    // A history of its own, longer than that of the anchor.
+    // A diverging history that is longer than the anchor's.
     let logstore = store.logstore(&name(NAME)).unwrap();
     for number in 0..20 {
         put(&logstore, &format!("fork {number}"));
@@ -133,7 +134,7 @@ fn sealed_segments_cannot_be_cut_with_an_older_catalogue() {
     }
     let all = segments(&world.logstore_dir(&logstore), 0);
     assert!(all.len() >= 3, "{all:?}");
-    // The process is killed.
+    // Simulates a kill of the process.
     std::mem::forget(store);
     for segment in &all[1..] {
         fs::remove_file(segment).unwrap();
@@ -162,7 +163,7 @@ fn what_was_deleted_or_dropped_is_no_rollback() {
         (0..4).for_each(|number| put(&logstore, &format!("{number} {}", noise(number, 3000))));
     }
     store.close().unwrap();
-    // The anchor does not hear of it.
+    // This opening does not update the anchor.
     let store = world.builder().without_anchor().open().unwrap();
     store.delete_logstore(&name("p/gone")).unwrap();
     store.delete_logstore(&name("p/plain")).unwrap();
@@ -182,7 +183,7 @@ fn an_anchor_that_is_missing_or_empty_is_an_error_of_its_own() {
     let world = World::manual();
     let anchor = MemoryAnchor::default();
     let anchored = || world.builder().anchor(Arc::new(anchor.clone()));
-    // The first feeding must succeed.
+    // The first update of an anchor must succeed.
     world.create().close().unwrap();
     anchor.fail(true);
     let is_anchor_error = |result: Result<Store>| match result {
@@ -252,7 +253,8 @@ fn threads_feed_the_anchor() {
     store.close().unwrap();
 }
 
-/// The anchor never knows more than what is durable in the store: wherever the power fails, the store opens with its anchor.
+/// The anchor never records more than the store's durable state: after a power loss at any
+/// operation, the store opens with its anchor.
 #[test]
 fn the_anchor_is_fed_after_the_store_is_synced() {
     let mut sim = Sim::new();
@@ -266,7 +268,7 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
         let sim = Sim::of(world, image.fork());
         let anchor = MemoryAnchor { kept: Arc::new(Mutex::new(kept.clone())), ..MemoryAnchor::default() };
         let began = sim.disk.changes();
-        // The power fails for what feeds the anchor, too.
+        // The power loss also affects the updates of the anchor.
         let fed = anchor.clone();
         sim.disk.on_call(move |call| match call.op.changes() && call.number >= began + nth {
             true => {
@@ -301,7 +303,7 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
     }
 }
 
-/// The catalogue could not note how far an idle shard is: it does so at the next run of the job.
+/// If recording an idle shard's head in the catalogue fails, the next run of the job records it.
 #[test]
 fn a_head_that_could_not_be_noted_is_noted_later() {
     let sim = Sim::new();

@@ -1,4 +1,5 @@
-//! The key audit log: what is in it, that nobody can change it unnoticed, and that it stands in nobody's way.
+//! The key audit log: its records, the detection of changes, and that it never blocks a revocation
+//! or other work.
 
 #![allow(clippy::unwrap_used)]
 
@@ -41,13 +42,13 @@ fn since(store: &Store, count: usize) -> Vec<AuditRecord> {
     store.audit_records().unwrap().split_off(count)
 }
 
-/// What a verification of the whole store finds.
+/// The kinds of faults that a verification of the whole store finds.
 fn fault_kinds(store: &Store) -> Vec<&'static str> {
     let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     report.faults.iter().map(|fault| fault.kind).collect()
 }
 
-// ---- what is in it ----
+// ---- the records ----
 
 #[test]
 fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
@@ -61,13 +62,13 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         put(logstore, "one");
         texts(logstore);
     }
-    // A Logstore without a key has no transitions; its first `enable: true` is one.
+    // A Logstore without a key has no transitions. Its first `enable: true` records one.
     assert_eq!(events(&store), [StoreCreated, Created, Created]);
     let config = store.config(plain.name()).unwrap();
     let conf = EncryptConf::service_key(EncryptType::Sm4);
     let config =
         store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config }).unwrap();
-    // Switching, syncing, checkpoints and closing are none.
+    // Switching encryption, syncs, checkpoints and closing record no event.
     let off = EncryptConf { enable: false, ..conf };
     store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
     store.checkpoint().unwrap();
@@ -85,7 +86,7 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     ] {
         let before = events(&store).len();
         world.kms.answer(Answer::Revoked(reason));
-        // However often it is asked, it is one transition.
+        // Repeated checks record one transition.
         for _ in 0..3 {
             byok.revalidate_now().unwrap_err();
             try_put(&byok, "refused").unwrap_err();
@@ -98,7 +99,7 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         assert!(records.iter().all(|record| record.logstore.as_ref() == Some(byok.name())));
         assert!(records.iter().all(|record| record.logstore_id == Some(byok.id())));
     }
-    // Transitions of one key are recorded at most ten times an hour.
+    // At most ten transitions of one key are recorded per hour.
     world.clock.advance(secs(3600));
     byok.revalidate_now().unwrap();
     for (answer, word) in [(Answer::Unreachable, "unreachable"), (Answer::Invalid, "invalid")] {
@@ -141,10 +142,11 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     ];
     let expected: Vec<_> = expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
     assert_eq!(happened, expected);
-    // What follows the new service key is tagged under it.
+    // Records after the new service key are tagged under it.
     let versions: Vec<u32> = records.iter().map(|record| record.keyring_version).collect();
     assert_eq!(versions, [vec![1; 11], vec![2; 3]].concat());
-    // Numbered without a gap, never backwards in time, and the same after opening anew.
+    // The numbers have no gaps, the times never go backwards, and reopening returns the same
+    // records.
     let all = store.audit_records().unwrap();
     assert!(all.iter().zip(1..).all(|(record, number)| record.number == number));
     assert!(all.windows(2).all(|pair| pair[0].time_us <= pair[1].time_us));
@@ -173,7 +175,8 @@ fn no_key_is_ever_in_it() {
 
 // ---- intent first ----
 
-/// An operation that cannot be put on record is not done, and what was intended is on record when the operation itself fails.
+/// An operation whose intent cannot be recorded is not done. If the operation itself fails, its
+/// intent is still recorded.
 #[test]
 fn intent_is_on_record_before_anything_changes() {
     let world = World::manual();
@@ -208,15 +211,15 @@ fn intent_is_on_record_before_anything_changes() {
         assert!(state() == before, "{intent:?} changed something without being on record");
     }
     assert_eq!(events(&store), recorded);
-    // The intent stays on record when what follows it fails.
+    // The intent stays recorded if the operation fails.
     world.kms.answer_for_data_keys(Answer::Unreachable);
     store.rewrap(byok.name()).unwrap_err();
     assert_eq!(events(&store)[recorded.len()..], [RotateIntended]);
 }
 
-// ---- it cannot be changed unnoticed ----
+// ---- changes are detected ----
 
-/// A store with some history in several audit files, closed.
+/// A closed store with a history in several audit files.
 fn with_history(options: impl FnOnce(&mut World)) -> World {
     let mut world = World::manual();
     options(&mut world);
@@ -235,7 +238,7 @@ fn it_goes_on_in_a_new_file_when_one_is_full() {
     let world = with_history(|world| world.options.audit_file_bytes = 4096);
     let sizes: Vec<u64> = audit_files(&world).iter().map(|path| fs::metadata(path).unwrap().len()).collect();
     assert!(sizes.len() >= 2, "{sizes:?}");
-    // One record more than the limit at most.
+    // A file exceeds the limit by at most one record.
     assert!(sizes.iter().all(|size| *size < 4096 + 512), "{sizes:?}");
     let store = world.open();
     assert_eq!(events(&store).len(), 22);
@@ -258,7 +261,7 @@ fn removal_alteration_reordering_and_truncation_are_found() {
         change(&mut lines);
         lines.concat()
     };
-    // The CRC of an altered line is put right: whoever alters it can do that.
+    // Recompute the CRC of an altered line, as an attacker can.
     let altered = |line: &[u8]| {
         let text = std::str::from_utf8(line).unwrap().trim_end();
         let (body, _) = text.rsplit_once('\t').unwrap();
@@ -316,13 +319,14 @@ fn removal_alteration_reordering_and_truncation_are_found() {
     for (what, expected, change) in &changes {
         copy_dir(&template, &world.store_dir());
         change();
-        // Nothing that is wrong with the log keeps the data from being read.
+        // A fault in the log does not prevent reading the data.
         let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one"], "{what}");
         let found = store.audit_records().unwrap_err();
         assert_eq!(found.code(), *expected, "{what}: {found}");
         assert_eq!(fault_kinds(&store), [*expected], "{what}");
-        // The store goes on, and so does the log; but what was done to it stays to be seen, also after closing and opening.
+        // The store and the log continue. The damage is still reported, also after closing and
+        // reopening.
         store.rotate_data_key(&name("p/l")).unwrap();
         store.rotate_data_key(&name("p/l")).unwrap();
         store.close().unwrap();
@@ -343,12 +347,12 @@ fn a_checkpoint_finds_an_older_log_together_with_an_older_catalogue() {
     copy_dir(&world.store_dir(), &old);
     let store = world.open();
     store.rotate_data_key(&name("p/l")).unwrap();
-    // As it comes back from where it is kept.
+    // As a caller reads it back from storage.
     let checkpoint = Checkpoint::from_bytes(store.checkpoint().unwrap().to_bytes().to_vec());
     store.close().unwrap();
     copy_dir(&old, &world.store_dir());
     let store = world.open();
-    // By itself the old state is whole.
+    // The old state is consistent in itself.
     assert!(fault_kinds(&store).is_empty());
     let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
     let report = store.verify(&options, &mut |_| {}).unwrap();
@@ -362,7 +366,7 @@ fn a_record_that_a_crash_tore_was_never_there() {
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     world.service(&store, "p/l");
-    // After two looks at the epoch, and one at the file that it goes into.
+    // Two reads of the epoch and one read of the audit file succeed; the append fails.
     disk.fail_after(3, Failure::Death);
     store.rotate_data_key(&name("p/l")).unwrap_err();
     drop(store);
@@ -374,7 +378,7 @@ fn a_record_that_a_crash_tore_was_never_there() {
     assert_eq!(events(&store), [StoreCreated, Created, RotateIntended, Rotated]);
 }
 
-// ---- it stands in nobody's way ----
+// ---- it does not block ----
 
 #[test]
 fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
@@ -395,7 +399,7 @@ fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
         assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
         assert_revoked(try_texts(logstore), RevokedReason::Disabled);
     }
-    // Nor a recovery; what was acknowledged was sealed before the wipe.
+    // It does not prevent recovery either. The acknowledged data was sealed before the wipe.
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstores[0].revalidate_now().unwrap();
     for logstore in &logstores {
@@ -404,7 +408,7 @@ fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
     }
     disk.break_paths(None);
     assert_eq!(events(&store).len(), before);
-    // Once the disk is well, the log goes on where it was.
+    // When the disk works again, the log continues where it stopped.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     logstores[0].revalidate_now().unwrap_err();
     assert_eq!(events(&store)[before..], [Revoked, Revoked]);
@@ -417,7 +421,7 @@ fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
     assert!(fault_kinds(&store).is_empty());
 }
 
-/// A disk whose audit files hang while they are told to.
+/// A disk whose audit file operations hang while the flag is set.
 #[derive(Clone, Debug, Default)]
 struct HangingAudit(Arc<(Mutex<(bool, u64)>, Condvar)>);
 
@@ -427,7 +431,7 @@ impl HangingAudit {
         self.0.1.notify_all();
     }
 
-    /// How many operations hang.
+    /// The number of hanging operations.
     fn hanging(&self) -> u64 {
         self.0.0.lock().unwrap().1
     }
@@ -524,7 +528,8 @@ impl DiskFile for HangingFile {
     }
 }
 
-/// Every Logstore under the master key has dealt with the loss before the first record is written, so one that hangs holds up none.
+/// All Logstores under the master key are wiped before the first record is written, so a hanging
+/// write delays none of them.
 #[test]
 fn a_hanging_audit_disk_holds_up_no_logstore() {
     let world = World::threads();
@@ -543,7 +548,8 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
     thread::scope(|scope| {
         let asking = scope.spawn(|| logstores[0].revalidate_now());
         eventually("the audit log hangs", || disk.hanging() > 0);
-        // Sealed, which comes right before the wipe, though no record could be written.
+        // All are sealed although no record could be written: sealing happens right before the
+        // wipe.
         assert!(logstores.iter().all(sealed));
         for logstore in &logstores {
             assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
@@ -556,16 +562,17 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
     store.close().unwrap();
 }
 
-// ---- files that are no part of it ----
+// ---- files that do not belong to the log ----
 
-/// The notes of a verification of the whole store, which finds no fault.
+/// The notes of a verification of the whole store, which must find no fault.
 fn notes(store: &Store) -> Vec<String> {
     let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.faults.is_empty(), "{:?}", report.faults);
     report.notes
 }
 
-/// Something in the directory of the log: its name, what makes it, and whether a verification mentions it.
+/// A stray in the log's directory: its name, a function that creates it, and whether a verification
+/// mentions it.
 type Planted<'a> = (&'static str, Box<dyn Fn(&std::path::Path) + 'a>, bool);
 
 #[test]
@@ -612,7 +619,7 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
                 }),
                 true,
             ),
-            // A second name of a file of the log.
+            // A hard link to a file of the log.
             (
                 next,
                 Box::new(|path: &std::path::Path| {
@@ -645,7 +652,8 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(store.audit_records().unwrap_or_else(|error| panic!("{what}: {error}")).len(), 22, "{what}");
             assert_eq!(notes(&store).iter().any(|note| note.contains(file)), *is_noted, "{what}");
-            // It goes on, over more files than one and over a closing, and nothing is written to what is no part of it.
+            // The log continues over several files and a reopening, and does not write to the
+            // strays.
             for _ in 0..12 {
                 store.rotate_data_key(&name("p/l")).unwrap();
             }
@@ -659,7 +667,8 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             }
             assert_eq!(notes(&store).iter().any(|note| note.contains(file)), *is_noted, "{what}");
             store.close().unwrap();
-            // Also when it goes away. The numbers of the files have a gap then, the records have none.
+            // It also continues after the stray is removed. The file numbers then have a gap, but
+            // the record numbers do not.
             if *is_noted {
                 fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
                 let store = world.open();
@@ -684,7 +693,7 @@ fn a_log_whose_last_name_is_taken_goes_on_all_the_same() {
     store.close().unwrap();
     let store = world.open();
     store.rotate_data_key(&name("p/l")).unwrap();
-    // A file that was renamed shows, once there is no name behind its own.
+    // A renamed file is detected once no file number follows its own.
     assert_eq!(fault_kinds(&store), ["tampered"]);
 }
 
@@ -714,14 +723,14 @@ fn where_records_are_missing_a_file_that_was_passed_over_is_to_blame() {
                 assert_eq!(fs::read(path).unwrap(), garbage);
             }
         }
-        // A file that is gone is no damage: it is missing.
+        // A removed file is reported as missing and not as damage.
         copy_dir(&template, &world.store_dir());
         fs::remove_file(path).unwrap();
         assert_eq!(fault_kinds(&world.open()), ["truncated"], "{path:?}");
     }
 }
 
-/// A log that went on elsewhere would be two.
+/// If the log continued elsewhere after a disk error, there would be two logs.
 #[test]
 fn an_error_of_the_disk_keeps_the_store_shut() {
     let world = with_history(|_| {});
@@ -746,7 +755,7 @@ fn a_file_of_it_has_a_largest_size() {
 
 // ---- a key that is switched on and off ----
 
-/// The number of transitions that a record counts before its own.
+/// The number of omitted transitions that a record counts before its own.
 fn left_out(record: &AuditRecord) -> u64 {
     let Some((_, count)) = record.detail.rsplit_once("; ") else { return 0 };
     count.split(' ').next().unwrap().parse().unwrap()
@@ -766,7 +775,7 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
     let size = bytes();
     let toggle = || {
         world.local().disable(&toggled.cmk_key_id).unwrap();
-        // However full the hour is, the loss itself is not delayed.
+        // The hourly limit does not delay the revocation itself.
         assert_revoked(toggling[0].revalidate_now(), RevokedReason::Disabled);
         for logstore in &toggling {
             assert_revoked(try_put(logstore, "refused"), RevokedReason::Disabled);
@@ -779,7 +788,7 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
         toggle();
         world.clock.advance(std::time::Duration::from_millis(3500));
         if n == 500 {
-            // Another Logstore is on record as if nothing else happened.
+            // The limit of one key does not affect the records of another Logstore.
             world.local().disable(&other.cmk_key_id).unwrap();
             assert_revoked(quiet.revalidate_now(), RevokedReason::Disabled);
         }
@@ -794,7 +803,8 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
     assert_eq!(of(&records, &quiet).iter().map(|record| record.event).collect::<Vec<_>>(), [Revoked]);
     assert!(bytes() - size < 21 * 600, "{} bytes", bytes() - size);
     assert_eq!(store.metrics().audit_left_out, 2 * (2000 - 10));
-    // The last change is a loss. Within the hour it goes on record by itself, and with it how many there were.
+    // The last change is a revocation. Within the hour it is recorded automatically, with the
+    // number of omitted transitions.
     world.local().disable(&toggled.cmk_key_id).unwrap();
     assert_revoked(toggling[0].revalidate_now(), RevokedReason::Disabled);
     world.clock.advance(secs(3600));
@@ -808,7 +818,8 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
         assert!(last.detail.starts_with("disabled; "), "{}", last.detail);
         assert_eq!(records.iter().map(|record| 1 + left_out(record)).sum::<u64>(), 2001);
     }
-    // The count is no part of the reason: the same loss found by another process is no news.
+    // The count is not part of the reason: another process that finds the same revocation records
+    // nothing.
     store.close().unwrap();
     let store = world.open();
     let count = events(&store).len();
@@ -839,7 +850,7 @@ fn the_hour_of_a_toggled_key_is_remembered_by_the_next_process() {
     let store = world.open();
     let last = since(&store, begin).pop().unwrap();
     assert_eq!((last.event, left_out(&last), events(&store).len()), (Recovered, 0, begin + 10));
-    // Another process goes on with what the log has of this hour, and no process more makes a record more.
+    // Another process counts the log's records of this hour, and further processes add no record.
     let mut store = store;
     for _ in 0..20 {
         let logstore = store.logstore(&name("p/a")).unwrap();
@@ -849,14 +860,14 @@ fn the_hour_of_a_toggled_key_is_remembered_by_the_next_process() {
         store = world.open();
     }
     assert_eq!(events(&store).len(), begin + 10);
-    // What is done to the key on purpose comes after what was left out.
+    // A deliberate operation on the key is recorded after the count of omitted transitions.
     let logstore = store.logstore(&name("p/a")).unwrap();
     toggle(&logstore);
     store.rotate_data_key(logstore.name()).unwrap();
     let last = since(&store, begin + 10);
     assert_eq!(last.iter().map(|it| it.event).collect::<Vec<_>>(), [Recovered, RotateIntended, Rotated]);
     assert_eq!(left_out(&last[0]), 1);
-    // After an hour all is as ever.
+    // After an hour, transitions are recorded normally again.
     world.clock.advance(secs(3600));
     logstore.revalidate_now().unwrap();
     toggle(&logstore);
@@ -877,7 +888,7 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     }
     let begin = events(&store).len();
     store.close().unwrap();
-    // Three processes find the key revoked; the second opens one Logstore alone.
+    // Three processes find the key revoked. The second one opens only one Logstore.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     for opened in [&["p/a", "p/b"][..], &["p/b"], &["p/a", "p/b"]] {
         let store = world.open();
@@ -889,7 +900,7 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     let store = world.open();
     assert_eq!(events(&store)[begin..], [Revoked, Revoked]);
     store.close().unwrap();
-    // Another reason is news, and so is another way of being lost.
+    // A different reason is recorded, and so is an outage.
     world.local().enable(&cmk.cmk_key_id).unwrap();
     world.local().schedule_deletion(&cmk.cmk_key_id, 7).unwrap();
     for _ in 0..2 {
@@ -902,7 +913,8 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     assert_eq!(records.iter().map(|it| (it.event, &*it.detail)).collect::<Vec<_>>(), [(Revoked, "pending deletion")]);
     store.close().unwrap();
     world.local().cancel_deletion(&cmk.cmk_key_id).unwrap();
-    // The key is back, which a process notices that has never seen it lost; the Logstore that it opens later as well.
+    // A process that never saw the revocation records that the key is back. The Logstore that it
+    // opens later does so too.
     for _ in 0..2 {
         let store = world.open();
         put(&store.logstore(&name("p/a")).unwrap(), "two");
@@ -914,7 +926,7 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     let records = since(&store, begin + 3);
     let told: Vec<_> = records.iter().map(|it| (it.event, it.logstore.clone().unwrap().to_string())).collect();
     assert_eq!(told, [(Recovered, "p/a".to_owned()), (Recovered, "p/b".to_owned())]);
-    // And a loss after that is one again.
+    // A later revocation is recorded again.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let logstore = store.logstore(&name("p/a")).unwrap();
     assert!(logstore.revalidate_now().is_err());
@@ -943,9 +955,10 @@ fn an_outage_that_goes_on_is_one_loss() {
     assert_eq!(kinds, ["unreachable", "invalid"]);
 }
 
-// ---- for somebody else ----
+// ---- verification by a third party ----
 
-/// Checks an export as somebody would who has no key, from what `docs/format.md` says alone. Returns the hash of each record.
+/// Verifies an export without any key, using only the description in `docs/format.md`. Returns the
+/// hash of each record.
 fn checked_by_a_third_party(text: &str) -> Vec<String> {
     use sha2::{Digest, Sha256};
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
@@ -988,7 +1001,7 @@ fn an_export_is_checked_without_a_key_and_compared_with_what_is_there_later() {
         let found = store.verify_audit(mark).unwrap();
         assert!(found.fault.is_none() && found.head == second.head, "{found:?}");
     }
-    // An older state of the log, and one that went another way.
+    // An older state of the log, and a diverging one.
     let (earlier, keyring) = (world.path().join("earlier"), fs::read(world.keyring()).unwrap());
     store.close().unwrap();
     copy_dir(&world.store_dir(), &earlier);
@@ -1019,7 +1032,7 @@ fn verification_says_up_to_which_record_the_log_is_sound() {
     let good = fs::read_to_string(&file).unwrap();
     let lines: Vec<&str> = good.split_inclusive('\n').collect();
     assert_eq!(lines.len(), 4);
-    // Record 3 with another detail, and a CRC that fits.
+    // Record 3 with a changed detail and a matching CRC.
     let (body, _) = lines[2].trim_end().rsplit_once('\t').unwrap();
     let body = body.replace("rotate_intended", "rotated");
     let forged = format!("{body}\t{:08x}\n", crc32fast::hash(body.as_bytes()));

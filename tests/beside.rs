@@ -1,4 +1,4 @@
-//! Operations that meet: what one of them changes while another is half-way.
+//! Concurrent operations: one operation changes state while another one is in progress.
 
 #![allow(clippy::unwrap_used)]
 
@@ -31,7 +31,7 @@ fn to_shard(shard: u32, options: AppendOptions) -> AppendOptions {
     AppendOptions { shard: ShardChoice::Shard(shard), ..options }
 }
 
-/// A provider that counts the keys it has in use.
+/// A provider that counts the keys in use.
 #[derive(Clone, Debug, Default)]
 struct Counting(Arc<AtomicUsize>);
 
@@ -72,10 +72,10 @@ impl AeadKey for CountedKey {
     }
 }
 
-/// A clock that does something when the time is asked for.
+/// A clock that runs an action when the time is read.
 struct Tripwire {
     clock: Arc<TestClock>,
-    /// Says whether it has done it.
+    /// The action. It returns whether it has acted; until then, every read runs it again.
     trip: Mutex<Option<Box<dyn FnMut() -> bool + Send>>>,
 }
 
@@ -107,9 +107,10 @@ impl Clock for Tripwire {
     }
 }
 
-// ---- configuration, and what waits to be written ----
+// ---- configuration changes and buffered data ----
 
-/// What was acknowledged is sealed when its key is lost, but not into a segment that was begun before encryption went on.
+/// Acknowledged data is sealed when its key is revoked, but never into an unencrypted segment that
+/// was begun before encryption was enabled.
 #[test]
 fn what_is_accepted_once_encryption_is_on_is_never_written_in_clear() {
     let world = World::manual();
@@ -139,7 +140,8 @@ fn what_is_accepted_once_encryption_is_on_is_never_written_in_clear() {
     }
 }
 
-/// A reader in another process keeps to the master key that the writer has put in place, although it meets nothing new.
+/// A read-only process switches to the master key that the writer put in place within the bound,
+/// even if it reads no new data.
 #[test]
 fn a_master_key_that_the_writer_replaced_counts_for_a_reader_within_the_bound() {
     for how in [ReplaceCmk::default(), ReplaceCmk::keep_data_key()] {
@@ -152,10 +154,11 @@ fn a_master_key_that_the_writer_replaced_counts_for_a_reader_within_the_bound() 
         assert_eq!(texts(&logstore), ["one"]);
         store.replace_cmk(&name("p/l"), new.clone(), how).unwrap();
         world.local().disable(&new.cmk_key_id).unwrap();
-        // Until it looks, it has the old one.
+        // Until its next look at the metadata, the reader uses the old key.
         world.clock.advance(world.options.revalidate_every);
         assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
-        // What is lost is told: an idle tail ends, and what it holds is wiped.
+        // The reader reports the revocation of the new key: an idle tail ends, and its data key is
+        // wiped.
         world.local().enable(&new.cmk_key_id).unwrap();
         world.clock.advance(world.options.revalidate_every);
         assert_eq!(texts(&logstore), ["one"]);
@@ -165,12 +168,12 @@ fn a_master_key_that_the_writer_replaced_counts_for_a_reader_within_the_bound() 
         world.clock.advance(world.options.revalidate_every);
         reader.tick();
         assert_revoked(open.next().unwrap(), RevokedReason::Disabled);
-        // The old one is of no use to it, nor of any hindrance.
+        // Revoking the old key does not affect the reader.
         world.local().enable(&new.cmk_key_id).unwrap();
         world.local().disable(&old.cmk_key_id).unwrap();
         world.clock.advance(world.options.revalidate_every);
         assert_eq!(texts(&logstore), ["one"]);
-        // A deletion counts as soon, and so does closing, for every handle.
+        // The deletion of a Logstore takes effect as soon, and so does closing, for every handle.
         let other = reader.logstore(&name("p/l")).unwrap();
         store.delete_logstore(&name("p/l")).unwrap();
         world.clock.advance(world.options.revalidate_every);
@@ -200,7 +203,8 @@ fn every_handle_of_a_reader_ends_when_it_is_closed() {
 
 // ---- closing ----
 
-/// Whoever waits while a store is being closed finds it closed, and not open for one more operation without its lock.
+/// An operation that waits while the store is closing fails with `Closed`. It must not run once the
+/// store's lock is released.
 #[test]
 fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
     type Operation = fn(&Store) -> envelog::Result<Option<Logstore>>;
@@ -225,7 +229,7 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
                 disk.heal();
                 hooked.0.wait();
                 hooked.1.wait();
-                // It has nothing to do but wait: there is no moment to wait for.
+                // The other thread blocks without a signal that this thread could wait for.
                 thread::sleep(Duration::from_millis(50));
             }
             Verdict::Go
@@ -248,10 +252,10 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
     }
 }
 
-// ---- a key that comes and goes ----
+// ---- a key that is revoked and enabled ----
 
-/// While a loss is dealt with shard by shard the key comes back, and the first shard goes on: what it begins is not part of that
-/// loss, and the next loss finds its key.
+/// The key is enabled again while the shards handle a revocation one by one. The segment that the
+/// first shard then begins is not part of that revocation, and the next revocation wipes its key.
 #[test]
 fn a_key_that_is_back_before_its_loss_was_dealt_with_is_not_missed_at_the_next() {
     let mut world = World::threads();
@@ -294,7 +298,8 @@ fn a_key_that_is_back_before_its_loss_was_dealt_with_is_not_missed_at_the_next()
     assert_eq!(strings(&records(&logstore, 0).unwrap()), ["one", "back", "buffered", "after"]);
 }
 
-/// A key that is unwrapped just before it is lost, and put into memory just after that was wiped, does not stay there.
+/// A key is unwrapped just before a revocation and inserted just after the wipe. The engine must
+/// remove it again.
 #[test]
 fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     let world = World::manual();
@@ -308,7 +313,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     put(&logstore, "one");
     store.rotate_data_key(&name("p/l")).unwrap();
     put(&logstore, "two");
-    // The first segment is under a version that is not in memory any more.
+    // The first segment uses a key version that is not in memory any more.
     let calls = world.kms.calls();
     let (kms, logstore_too, cmk_too) = (Arc::clone(&world.kms), logstore.clone(), cmk.clone());
     *clock.trip.lock().unwrap() = Some(Box::new(move || {
@@ -327,7 +332,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     assert_eq!(texts(&logstore), ["one", "two"]);
 }
 
-/// A KMS that is not there when it is first needed is an outage, which ends.
+/// A KMS that is missing at its first use is an outage, which ends when the KMS appears.
 #[test]
 fn an_embedded_kms_that_was_away_at_first_is_found_when_it_is_there() {
     let world = World::manual();
@@ -350,9 +355,9 @@ fn an_embedded_kms_that_was_away_at_first_is_found_when_it_is_there() {
     put(&logstore, "two");
 }
 
-// ---- what goes while somebody looks ----
+// ---- retention during a read or a verification ----
 
-/// Segments of an hour each, in a store that drops what is older than a day.
+/// A store with segments of one hour each and a retention of one day.
 fn with_old_segments() -> (World, Store, Logstore) {
     let mut world = World::manual();
     world.options.segment_bytes = 4 << 10;
@@ -369,7 +374,8 @@ fn with_old_segments() -> (World, Store, Logstore) {
     (world, store, logstore)
 }
 
-/// The rule about key sources looks at earlier segments, which retention may have dropped since they were listed.
+/// The key source rule checks earlier segments, which retention may have dropped since they were
+/// listed.
 #[test]
 fn segments_from_before_encryption_that_retention_drops_meanwhile_are_no_fault() {
     let mut world = World::manual();
@@ -397,7 +403,7 @@ fn segments_from_before_encryption_that_retention_drops_meanwhile_are_no_fault()
     assert_eq!(strings(&read).last().unwrap(), "sealed");
 }
 
-/// Verifies, and does something else once when it is half-way.
+/// Verifies a store and runs `act` once in the middle.
 fn verify_beside(store: &Store, mut act: impl FnMut()) -> VerifyReport {
     let mut begun = false;
     store
@@ -424,7 +430,7 @@ fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
         assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);
         let left = segments(&world.logstore_dir(&logstore), 0).len();
         assert!(left < before);
-        // Whoever listed them before goes on with what is left.
+        // A handle that listed the segments earlier continues with the remaining ones.
         let found = looking.logstore(&name("p/l")).unwrap();
         let all = found.status().unwrap();
         assert_eq!(all.segments as usize, left);
@@ -442,13 +448,15 @@ fn a_logstore_that_is_deleted_meanwhile_is_no_fault() {
     assert!(report.notes.iter().any(|note| note.contains("was deleted meanwhile")), "{:?}", report.notes);
 }
 
-// ---- where a store is made ----
+// ---- the location of a store ----
 
-/// The directory of a store is an entry of its parent as well, also where a path does not name that.
+/// The store directory's entry in its parent must be durable too, also if the path does not name
+/// the parent.
 #[test]
 fn a_store_with_a_relative_path_is_there_after_the_power_fails() {
     let world = World::manual();
-    // Its keyring is elsewhere: else making that durable would do as well.
+    // The keyring is in another directory: syncing that one must not hide a missing sync of the
+    // parent.
     let disk = SimDisk::new(Path::new("keys"));
     let builder = |disk: &SimDisk| {
         let options = world.options;

@@ -1,8 +1,10 @@
-//! Nothing that is to stay secret leaves the process: no log, no name in one, no key, in no file, error, `Debug` or JSON output.
+//! No secret leaves the process: no log, no key and no name in a log appears in a file, error,
+//! `Debug` or JSON output.
 //!
-//! Canaries are put into every part of a log group, and every key that is drawn or wrapped is noted. They are looked for in every
-//! single write that reaches the disk, temporary files included, in the names of files, in the directory of the KMS, and in whatever
-//! the public types say of themselves. The same search finds the canaries in a Logstore without encryption, so it can find them.
+//! The test puts canaries into every part of a log group, and records every key that is drawn or
+//! wrapped. It searches for them in every single write to the disk, temporary files included, in
+//! file names, in the directory of the KMS, and in the output of the public types. The same search
+//! finds the canaries in a Logstore without encryption, which shows that it works.
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,10 +28,10 @@ use envelog::{
 use memchr::memmem;
 use traced::Traced;
 
-/// How many bytes of a secret are enough to be found: a part that leaks is a leak.
+/// The length of a piece of a secret that the search detects: a partial leak is a leak too.
 const PIECE: usize = 12;
 
-/// Letters and digits that no compression shortens and that are nowhere else.
+/// A unique text of letters and digits that does not compress.
 fn canary() -> String {
     let mut random = [0; 36];
     OsRandom.fill(&mut random).unwrap();
@@ -37,17 +39,17 @@ fn canary() -> String {
     random.iter().map(|byte| char::from(letters[usize::from(*byte) % letters.len()])).collect()
 }
 
-/// What is looked for, and under what name.
+/// The secrets to search for, each with a name.
 #[derive(Default)]
 struct Secrets(Vec<(String, Vec<u8>)>);
 
 impl Secrets {
-    /// A text, in pieces: compression may have cut it.
+    /// Adds a text, in pieces: compression may have split it.
     fn text(&mut self, what: &str, text: &str) {
         self.0.extend(text.as_bytes().chunks_exact(PIECE).map(|piece| (what.to_owned(), piece.to_vec())));
     }
 
-    /// A key, in pieces, in each way that a key may be written down.
+    /// Adds a key, in pieces, in each usual encoding.
     fn key(&mut self, what: &str, key: &[u8; 32]) {
         for piece in key.chunks_exact(16) {
             let hex: String = piece.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -61,7 +63,7 @@ impl Secrets {
         }
     }
 
-    /// Which of them are in `bytes`.
+    /// The names of the secrets found in `bytes`.
     fn found_in(&self, bytes: &[u8]) -> BTreeSet<&str> {
         self.0.iter().filter(|(_, piece)| memmem::find(bytes, piece).is_some()).map(|(what, _)| &**what).collect()
     }
@@ -72,7 +74,7 @@ impl Secrets {
     }
 }
 
-/// Whole groups of three bytes, so without padding.
+/// Takes whole groups of three bytes, so without padding.
 fn base64(bytes: &[u8]) -> String {
     let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let group = |three: &[u8]| {
@@ -82,7 +84,7 @@ fn base64(bytes: &[u8]) -> String {
     bytes.chunks_exact(3).flat_map(group).collect()
 }
 
-/// A log group with a canary in each of its parts, and enough that repeats for lz4 to shorten it.
+/// A log group with a canary in each of its parts, and enough repetition for lz4 to compress it.
 fn marked_group(secrets: &mut Secrets) -> LogGroup {
     let mut mark = |what: &str| {
         let text = canary();
@@ -102,13 +104,13 @@ fn marked_group(secrets: &mut Secrets) -> LogGroup {
     }
 }
 
-/// A store on a disk that remembers every write, under randomness that remembers every draw.
+/// A store on a disk that records every write, with a random source that records every draw.
 struct Watched {
     world: World,
     disk: Arc<MemoryDisk>,
     random: Arc<RecordingRandom>,
     secrets: Secrets,
-    /// What was printed, and by what.
+    /// The recorded outputs, each with its source.
     said: Vec<(String, String)>,
 }
 
@@ -136,7 +138,7 @@ impl Watched {
         self.said.push((format!("{:.40}", format!("{thing:?}")), format!("{thing:?} {thing:#?}")));
     }
 
-    /// An error, with everything that it gives away.
+    /// Records an error and all of its representations.
     fn refuses<T: Debug>(&mut self, result: Result<T, Error>) {
         let error = result.unwrap_err();
         self.said.push((error.code().to_owned(), format!("{error} {error:?} {error:#?}")));
@@ -147,7 +149,8 @@ impl Watched {
         self.said.push((format!("{json:.40}"), json));
     }
 
-    /// Looks everywhere. The keyring is where the roots are kept; nothing else may be there, and they may be nowhere else.
+    /// Searches all outputs. The root keys may appear only in the keyring, and the keyring may
+    /// contain no other secret.
     fn assert_nothing_leaked(&self, roots: &Secrets) {
         let mut places = 0;
         let image = self.disk.image();
@@ -169,11 +172,11 @@ impl Watched {
         }
     }
 
-    /// Everything that can be asked of a store and a Logstore.
+    /// Records the output of all getters of a store and a Logstore.
     fn ask(&mut self, store: &Store, logstore: &Logstore) {
         self.says(store);
         self.says(store.options());
-        // Without the doubles of this test, which remember everything.
+        // Exclude the test doubles, which remember everything.
         self.says(
             &Store::builder(self.world.store_dir(), self.world.keyring(), AwsLc::new()).options(self.world.options),
         );
@@ -205,7 +208,7 @@ impl Watched {
     }
 }
 
-/// The compressions of all blocks of a Logstore, and how many blocks its segments have.
+/// The compression of every block of a Logstore.
 fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
     let dir = watched.world.logstore_dir(logstore);
     let image = watched.disk.image();
@@ -221,7 +224,7 @@ fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
     found
 }
 
-/// Whether `key` is the data key whose fingerprint stands in the metadata of a Logstore.
+/// Whether `key` is the data key whose fingerprint is in the metadata of a Logstore.
 fn is_data_key(watched: &Watched, logstore: &Logstore, key: &[u8; 32]) -> bool {
     let derived = derive(HashAlg::Sha256, &[], &SecretKey::from_bytes(&mut key.clone()), &[b"envelog v2 fingerprint"]);
     let fingerprint: String = derived.expose()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -255,7 +258,7 @@ fn the_search_finds_what_is_not_encrypted() {
         let image = watched.disk.image();
         let in_files: BTreeSet<&str> = image.files.values().flat_map(|bytes| watched.secrets.found_in(bytes)).collect();
         assert_eq!(in_files, all, "{compression:?}");
-        // A key is found in each of its forms, too.
+        // The search also finds a key in each of its encodings.
         let mut keys = Secrets::default();
         keys.key("key", &std::array::from_fn(|n| (n * 7 + 129) as u8));
         for (_, form) in &keys.0 {
@@ -264,8 +267,8 @@ fn the_search_finds_what_is_not_encrypted() {
     }
 }
 
-/// The whole life of a store: appends of every kind, every operation on keys, refusals, damage, a restart. All that it traces on the
-/// way, at every level, is looked through as well.
+/// The whole life of a store: appends of every kind, every key operation, refusals, damage and a
+/// restart. Also searches all log events at every level.
 #[test]
 fn nothing_secret_is_written_or_said() {
     let traced = Traced::default();
@@ -284,7 +287,8 @@ fn whole_life(traced: &Traced) {
         "the first draw is the root: it is in the keyring, and is found there"
     );
 
-    // The keys: those under the service key are drawn just before the salt of their envelope, those of the KMS pass by it.
+    // Collect the keys. A data key under the service key is drawn just before the salt of its
+    // envelope; the KMS sees the others.
     let before = watched.random.draws().len();
     let service = EncryptConf::service_key(EncryptType::Default);
     let aes = watched.logstore(&store, "app/aes", Compression::Lz4, Some(service));
@@ -312,7 +316,7 @@ fn whole_life(traced: &Traced) {
         watched.ask(&store, logstore);
     }
 
-    // Keys come and go.
+    // Rotate and replace keys.
     let before = watched.random.draws().len();
     store.rotate_data_key(aes.name()).unwrap();
     let rotated = watched.random.draws()[before];
@@ -334,7 +338,7 @@ fn whole_life(traced: &Traced) {
     watched.secrets.assert_none_in("a checkpoint", checkpoint.to_bytes());
     roots.assert_none_in("a checkpoint", checkpoint.to_bytes());
 
-    // Whatever is refused says why, and not what.
+    // A refusal states its reason but not the data.
     let text = canary();
     watched.secrets.text("refused payload", &text);
     watched.refuses(Payload::encoded(text.clone()));
@@ -395,13 +399,13 @@ fn whole_life(traced: &Traced) {
     watched.assert_nothing_leaked(&roots);
 }
 
-// ---- what a core dump shows ----
+// ---- core dumps ----
 
-/// Set for the child of the test below, which is the same program: where its store is.
+/// Set for the child process of the test below, which runs the same program: the path of its store.
 #[cfg(target_os = "linux")]
 const CHILD: &str = "ENVELOG_CANARY_CHILD";
 
-/// A process with a store open and keys in use, until it is told to abort.
+/// A process with an open store and keys in use, until the parent tells it to abort.
 #[cfg(target_os = "linux")]
 fn hold_keys(dir: &std::path::Path) -> ! {
     use std::io::Write;
@@ -427,7 +431,7 @@ fn hold_keys(dir: &std::path::Path) -> ! {
     std::process::abort()
 }
 
-/// The memory of a process that a core dump of it holds, and that which is kept out of it.
+/// The memory of a process that a core dump includes, and the memory excluded from dumps.
 #[cfg(target_os = "linux")]
 fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     use std::os::unix::fs::FileExt;
@@ -445,7 +449,7 @@ fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
         {
             let at = |text| u64::from_str_radix(text, 16).unwrap();
             bytes = vec![0; (at(to) - at(from)) as usize];
-            // What cannot be read (the kernel's own pages) holds nothing of the process.
+            // Unreadable pages are the kernel's and contain no data of the process.
             let read = memory.read_at(&mut bytes, at(from)).unwrap_or(0);
             bytes.truncate(read);
         }
@@ -453,7 +457,8 @@ fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     (dumped, kept_out)
 }
 
-/// The keys of a process that uses them are in its memory, and in no part of it that would be dumped; and in no dump.
+/// The keys of a process are in its memory, but in no part that a core dump includes, and in no
+/// dump.
 #[cfg(target_os = "linux")]
 #[test]
 fn no_key_is_in_a_core_dump() {
@@ -503,7 +508,8 @@ fn no_key_is_in_a_core_dump() {
     assert!(!child.wait().unwrap().success());
     let cores: Vec<_> = files(&cores).into_iter().collect();
     let pattern = fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap();
-    // Elsewhere the dump is handed to a program, or put where only the administrator looks; or there is none.
+    // With other settings, the system pipes the dump to a program, stores it where only the
+    // administrator can read it, or writes none.
     if ready == "true" && pattern.trim() == "core" {
         assert_eq!(cores.len(), 1, "a core dump was written");
     }

@@ -1,4 +1,4 @@
-//! Writing: group commit, lingering, bounded memory, tickets, rolling, retention, shards.
+//! The write path: group commit, lingering, bounded memory, tickets, rolling, retention, shards.
 
 #![allow(clippy::unwrap_used)]
 
@@ -27,7 +27,7 @@ use envelog::{
     ShardChoice, Ticket, io::Clock,
 };
 
-/// How many blocks, and syncs, segments have seen since this was asked last.
+/// The numbers of block writes and of syncs on segment files since the previous call.
 fn writes_and_syncs(disk: &SimDisk) -> (usize, usize) {
     let calls = disk.take_calls();
     let count = |op: Op| calls.iter().filter(|call| call.op == op && call.is_about(".seg")).count();
@@ -40,7 +40,8 @@ fn opaque(bytes: usize) -> Payload {
 
 // ---- group commit ----
 
-/// Tells how often the wall clock was read: every group that is queued reads it once, and is in the queue before anybody takes from it.
+/// Counts reads of the wall clock. Each group reads it once when it is queued, before a leader can
+/// take the group.
 #[derive(Debug)]
 struct CountingClock {
     clock: Arc<TestClock>,
@@ -68,7 +69,7 @@ fn callers_that_wait_at_once_share_a_block_and_a_sync() {
     let logstore = sim.world.service(&store, "p/l");
     put(&logstore, "the segment is there");
     writes_and_syncs(&sim.disk);
-    // The first caller's block is on its way for as long as it takes all others to have queued theirs.
+    // Delay the first block until all other callers have queued their groups.
     let (began, queued) = (reads.load(Ordering::SeqCst), reads.clone());
     let mut first = true;
     sim.disk.on_call(move |call| {
@@ -109,7 +110,7 @@ fn tickets_of_many_threads_become_one_block() {
         }
     });
     assert_eq!(writes_and_syncs(&sim.disk), (1, 1));
-    // Groups and opaque records do not share a block; neither do more bytes than a block takes.
+    // Groups and opaque records never share a block, and a block has a maximum size.
     let tickets: Vec<Ticket> = vec![
         logstore.submit(record("opaque"), &synced()).unwrap(),
         logstore.submit(&group("g", 2), &synced()).unwrap(),
@@ -140,21 +141,21 @@ fn a_partial_batch_goes_out_after_its_linger_and_a_full_one_at_once() {
     logstore.append(record("a"), &buffered()).unwrap();
     assert_eq!(tick(60), 0);
     logstore.append(record("b"), &buffered()).unwrap();
-    // 100 ms after the first of the batch, not after the last.
+    // 100 ms after the first group of the batch, not after the last.
     assert_eq!(tick(39), 0);
     assert_eq!(tick(1), 2);
     assert_eq!(tick(1000), 2);
     logstore.append(record("c"), &buffered()).unwrap();
     assert_eq!(tick(99), 2);
     assert_eq!(tick(1), 3);
-    // A block's worth does not linger, and neither does what somebody waits for.
+    // A full block does not linger, and neither does a group that a caller waits for.
     logstore.append(opaque(store.options().block_bytes), &buffered()).unwrap();
     assert_eq!(tick(0), 4);
     let ticket = logstore.submit(record("d"), &written()).unwrap();
     assert!(!ticket.is_done());
     assert_eq!(tick(0), 5);
     assert!(ticket.is_done());
-    // An append that waits takes along what was before it.
+    // A waiting append also writes the groups queued before it.
     logstore.append(record("e"), &buffered()).unwrap();
     logstore.append(record("f"), &written()).unwrap();
     assert_eq!(tick(0), 7);
@@ -182,7 +183,7 @@ fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
     for _ in 0..4 {
         drop(a.try_submit(opaque(255 << 10), &buffered()).unwrap());
     }
-    // The bound is the store's, not the Logstore's, and what is refused is not there.
+    // The bound applies to the whole store. A refused group is not stored.
     for logstore in [&a, &b] {
         for durability in [Durability::Buffered, Durability::Synced] {
             match logstore.try_submit(opaque(8 << 10), &AppendOptions::durability(durability)) {
@@ -192,13 +193,13 @@ fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
         }
     }
     assert_eq!(records(&b, 0).unwrap().len() + records(&a, 0).unwrap().len(), 0);
-    // The blocking form waits until there is room, and goes on.
+    // The blocking form waits for room.
     drop(b.submit(opaque(8 << 10), &buffered()).unwrap());
     assert_eq!(records(&a, 0).unwrap().len(), 4);
     drop(a.try_submit(opaque(512 << 10), &buffered()).unwrap());
     a.sync().unwrap();
     b.sync().unwrap();
-    // One that is larger than the bound is let in alone.
+    // A group larger than the bound is accepted when no other group is pending.
     drop(a.try_submit(opaque(3 << 20), &buffered()).unwrap());
     assert!(matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending >= 3 << 20));
     a.sync().unwrap();
@@ -206,7 +207,7 @@ fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
     assert_eq!((records(&a, 0).unwrap().len(), records(&b, 0).unwrap().len()), (6, 2));
 }
 
-/// A gate that operations of a disk wait at.
+/// A gate that blocks operations of a disk.
 #[derive(Default)]
 struct Gate {
     open: Mutex<bool>,
@@ -224,7 +225,8 @@ impl Gate {
     }
 }
 
-/// Opens the gate when the test ends, also by a panic: those who wait at it would keep the store from closing.
+/// Opens the gate when the test ends, also by a panic: a thread blocked at the gate would prevent
+/// closing the store.
 struct OpenAtLast(Arc<Gate>);
 
 impl Drop for OpenAtLast {
@@ -295,7 +297,7 @@ fn tickets_are_futures() {
         assert!(poll(ticket, waker).is_pending());
         assert!(poll(ticket, waker).is_pending());
     }
-    // Only a dropped one does not get an answer; it is written all the same.
+    // A dropped ticket gets no result, but its group is written.
     let dropped = tickets.pop().unwrap().appended();
     store.tick();
     for (n, (ticket, waker)) in (0..).zip(tickets.iter_mut().zip(&wakers)) {
@@ -308,10 +310,10 @@ fn tickets_are_futures() {
     }
     assert_eq!(dropped.seq, 2);
     assert_eq!(texts(&logstore), ["0", "1", "2"]);
-    // One that is buffered is done at once.
+    // A buffered append completes immediately.
     let mut ticket = logstore.submit(record("3"), &buffered()).unwrap();
     assert!(matches!(poll(&mut ticket, &wakers[0]), Poll::Ready(Ok(Appended { seq: 3, .. }))));
-    // A failure wakes too, and is given to each that it concerns.
+    // A failure also wakes the tickets, and each affected ticket gets it.
     let mut failing: Vec<Ticket> =
         [written(), synced()].iter().map(|options| logstore.submit(record("lost"), options).unwrap()).collect();
     let waker = Arc::new(CountingWaker::default());
@@ -343,7 +345,7 @@ fn a_failed_sync_fails_those_who_asked_for_it_and_not_what_was_only_to_be_writte
     was_written.wait().unwrap();
     let error = was_synced.wait().unwrap_err();
     assert!(matches!(&error, Error::Latched { .. }), "{error}");
-    // Nothing that comes later makes it true after all.
+    // A later success does not change the result of a failed ticket.
     logstore.reopen_shard(0).unwrap();
     put(&logstore, "after");
     assert_eq!(texts(&logstore), ["before", "written", "synced", "after"]);
@@ -357,7 +359,7 @@ fn handles_refuse_once_the_store_is_closed() {
     let ticket = logstore.submit(record("in time"), &synced()).unwrap();
     let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
     store.clone().close().unwrap();
-    // It was on its way, and closing has written it.
+    // The group was pending, and closing wrote it.
     assert_eq!(ticket.wait().unwrap().seq, 0);
     assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))));
     assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
@@ -367,7 +369,7 @@ fn handles_refuse_once_the_store_is_closed() {
     assert_eq!(texts(&sim.open().logstore(&name("p/l")).unwrap()), ["in time"]);
 }
 
-/// The last handle that goes closes the store, cleanly.
+/// Dropping the last handle closes the store cleanly.
 #[test]
 fn dropping_every_handle_closes_the_store() {
     let sim = Sim::new();
@@ -393,11 +395,11 @@ fn segments_roll_by_bytes_and_by_age() {
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let segments = || sim.segments(&logstore, 0).len();
     for n in 1..=5usize {
-        // Full with the second of these, which the next append finds.
+        // The second record fills the segment. The next append detects this.
         logstore.append(opaque(40 << 10), &written()).unwrap();
         assert_eq!(segments(), n.div_ceil(2));
     }
-    // By age: sealed when it is time, and only if there is something in it.
+    // By age: the segment is sealed when it is old enough, but only if it contains data.
     let sealed = |logstore: &Logstore| sim.builder().open_read_only().unwrap().logstore(logstore.name()).unwrap();
     let count = segments();
     let age = store.options().segment_age;
@@ -413,11 +415,11 @@ fn segments_roll_by_bytes_and_by_age() {
     put(&logstore, "in the next");
     assert_eq!(segments(), count + 1);
     assert_eq!(records(&sealed(&logstore), 0).unwrap().len(), 6);
-    // Without a tick, the append that finds it too old rolls.
+    // Without a tick, the next append finds the segment too old and rolls it.
     sim.world.clock.advance(age);
     put(&logstore, "in the one after");
     assert_eq!(segments(), count + 2);
-    // Asked for, and nothing to be sealed.
+    // On request, and without data to seal.
     logstore.roll().unwrap();
     logstore.roll().unwrap();
     assert_eq!(segments(), count + 2);
@@ -436,11 +438,12 @@ fn with_retention(logstore: &Logstore, ttl_days: Option<u32>, retention_bytes: O
 #[test]
 fn retention_by_time_drops_whole_segments_that_are_wholly_too_old() {
     let mut sim = Sim::new();
-    // Not by themselves: each has its day.
+    // Prevent automatic rolls: the test gives each segment its own day.
     sim.world.options.segment_age = 1000 * DAY;
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
-    // Segment n: one record at the beginning of day n, one at the end of it. The last one is not sealed.
+    // Segment n: one record at the beginning of day n, one at its end. The last segment is not
+    // sealed.
     for day in 0..4 {
         put(&logstore, "morning");
         sim.world.clock.advance(23 * secs(3600));
@@ -452,22 +455,23 @@ fn retention_by_time_drops_whole_segments_that_are_wholly_too_old() {
     }
     assert_eq!(store.apply_retention().unwrap().segments, 0, "kept for ever");
     store.update_logstore(logstore.name(), with_retention(&logstore, Some(3), None)).unwrap();
-    // The newest record of the first day is three days and an hour old; that of the second is younger than three days.
+    // The newest record of the first day is three days and an hour old. That of the second day is
+    // younger than three days.
     assert_eq!(store.apply_retention().unwrap().segments, 1);
     assert_eq!(seqs(&logstore), [2, 3, 4, 5, 6, 7]);
     sim.world.clock.advance(23 * secs(3600) - millis(1));
     assert_eq!(store.apply_retention().unwrap().segments, 0);
     sim.world.clock.advance(millis(2));
-    // By itself, when its time comes.
+    // Automatically, when the next run is due.
     sim.world.clock.advance(store.options().retention_every);
     store.tick();
     assert_eq!(seqs(&logstore), [4, 5, 6, 7]);
     assert_eq!(sim.segments(&logstore, 0).len(), 2);
-    // However old: what is still written to is not dropped.
+    // Regardless of age, the open segment is not dropped.
     sim.world.clock.advance(2 * DAY);
     assert_eq!(store.apply_retention().unwrap().segments, 1);
     assert_eq!(seqs(&logstore), [6, 7]);
-    // Nothing of it comes back, and the numbers go on, also when the last one has gone.
+    // Dropped numbers are not reused, even after the last segment is dropped.
     logstore.roll().unwrap();
     sim.world.clock.advance(10 * DAY);
     assert_eq!(store.apply_retention().unwrap().segments, 1);
@@ -500,7 +504,7 @@ fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
     let report = store.apply_retention().unwrap();
     assert_eq!((report.segments, report.bytes, report.suspended), (1, first[0], false));
     assert_eq!((sizes(0), sizes(1)), (first[1..].to_vec(), second.clone()));
-    // A byte less is a segment less.
+    // One byte less than the size of the kept segments drops one more.
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep - 1))).unwrap();
     assert_eq!(store.apply_retention().unwrap().segments, 1);
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(1))).unwrap();
@@ -522,7 +526,7 @@ fn a_jump_of_the_clock_suspends_retention_by_time_until_it_is_right_again() {
         let jump = |by: Duration, forward: bool| {
             if forward { clock.jump_wall(by) } else { clock.jump_wall_back(by) }
         };
-        // An hour is tolerated.
+        // A clock change of up to an hour is tolerated.
         jump(secs(3600), forward);
         assert!(!store.apply_retention().unwrap().suspended);
         jump(secs(1), forward);
@@ -533,17 +537,17 @@ fn a_jump_of_the_clock_suspends_retention_by_time_until_it_is_right_again() {
             assert_eq!((report.suspended, report.segments), (true, 0));
             assert_eq!(texts(&logstore), ["old"]);
         }
-        // Bytes are bytes, whatever the time is.
+        // The limit by bytes does not depend on the time.
         let other = sim.world.service(&store, "p/other");
         put(&other, "too much");
         other.roll().unwrap();
         store.update_logstore(other.name(), with_retention(&other, None, Some(1))).unwrap();
         assert_eq!(store.apply_retention().unwrap().segments, 1);
-        // The clock is right again: it goes on.
+        // After the clock is corrected, retention by age resumes.
         jump(secs(3601), !forward);
         let report = store.apply_retention().unwrap();
         assert_eq!((report.suspended, report.segments), (false, 1));
-        // And a store that is opened later takes the time as it finds it.
+        // A store that is opened later uses the clock as it is.
         jump(3 * DAY, forward);
         store.close().unwrap();
         let store = sim.open();
@@ -572,7 +576,7 @@ fn deleting_leaves_no_file_and_the_name_is_free() {
     assert!(matches!(try_put(&doomed, "late"), Err(Error::Closed(_))));
     assert!(matches!(reader.next(), Some(Err(Error::Closed(_)))));
     assert!(matches!(store.delete_logstore(doomed.name()), Err(Error::LogstoreMissing(_))));
-    // Another one of that name begins anew.
+    // A new Logstore with the same name starts empty.
     let again = store.create_logstore(&name("p/l"), spec).unwrap();
     assert_ne!(again.id(), doomed.id());
     assert_eq!(again.append(record("new"), &synced()).unwrap().seq, 0);

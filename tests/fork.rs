@@ -1,4 +1,5 @@
-//! A handle that was inherited through `fork` is refused: a child must not write what its parent writes, under the same nonces.
+//! A handle inherited through `fork` is refused: a child must not write to the parent's files under
+//! the same nonces.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,9 +20,11 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
     let (in_child, files_before) = ((store.clone(), logstore.clone()), files(&world.store_dir()));
     let mut reader_in_child = reader;
     let mut child = Command::new("true");
-    // SAFETY: this runs in a forked child, where only the forking thread lives on. The store has no threads (`Background::Manual`)
-    // and nobody else uses it, so none of its locks can be held by a thread that is gone; memory may be allocated, since the C library
-    // keeps its allocator usable across `fork`. Nothing here prints, and the child ends with what this returns.
+    // SAFETY: this runs in a forked child, which contains only the forking thread. The store has no
+    // background threads (`Background::Manual`) and no other thread uses it, so no thread that is
+    // gone can hold one of its locks. Allocation is allowed, because the C library keeps its
+    // allocator usable across `fork`. This code does not print, and the child ends with the return
+    // value.
     unsafe {
         child.pre_exec(move || {
             let (store, logstore) = &in_child;
@@ -38,7 +41,8 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
                 store.checkpoint().err(),
             ];
             let wrong = answers.iter().position(|answer| !matches!(answer, Some(Error::Forked)));
-            // Which one did not refuse is told as the error number: nothing else gets through to the parent.
+            // The error number tells the parent which operation did not refuse: it is the only
+            // value that reaches the parent.
             wrong.map_or(Ok(()), |wrong| Err(std::io::Error::from_raw_os_error(100 + wrong as i32)))
         });
     }
@@ -47,7 +51,7 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
     assert!(status.success());
     assert_eq!(files(&world.store_dir()), files_before, "the child has written nothing");
     drop(child);
-    // The parent goes on, and its lock was not let go of.
+    // The parent continues, and the child has not released its lock.
     put(&logstore, "after");
     assert_eq!(texts(&logstore), ["before", "after"]);
     assert!(matches!(world.builder().open(), Err(Error::Locked { .. })));

@@ -1,7 +1,9 @@
-//! The format: the worked examples of `docs/format.md` held against the code, and golden stores of every kind held against this build.
+//! The format: compares the worked examples of `docs/format.md` with the code, and the golden
+//! stores of every kind with this build.
 //!
-//! The golden stores in `tests/golden/v2` are what earlier builds of this format version wrote. `cargo run --example golden -- DIR`
-//! makes them anew; they are replaced only when the format is meant to change.
+//! Earlier builds of this format version wrote the golden stores in `tests/golden/v2`. `cargo run
+//! --example golden -- DIR` generates them again. Replace them only together with a deliberate
+//! change of the format.
 
 #![allow(clippy::unwrap_used)]
 
@@ -51,7 +53,7 @@ fn unhex(text: &str) -> Vec<u8> {
 
 // ---- the examples of the document ----
 
-/// The lines of the one fenced block of the document that begins with this information string.
+/// The lines of the only fenced block of the document with this info string.
 fn fenced(info: &str) -> Vec<&'static str> {
     let mut blocks = DOCUMENT.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
     let (_, body) = blocks.find(|(found, _)| *found == info).unwrap_or_else(|| panic!("no block {info:?}"));
@@ -59,13 +61,14 @@ fn fenced(info: &str) -> Vec<&'static str> {
     body.lines().collect()
 }
 
-/// The bytes of a block of hexadecimal digits, each line of which may end in a remark.
+/// The bytes of a block of hexadecimal digits. Each line may end with a remark.
 fn example(which: &str) -> Vec<u8> {
     let lines = fenced(&format!("hex {which}"));
     lines.iter().flat_map(|line| unhex(line.split_once("  ").map_or(*line, |(digits, _)| digits))).collect()
 }
 
-/// Checks that the document has these bytes in an example. Where it has others, the example is printed as it has to be.
+/// Checks that an example of the document has these bytes. On a mismatch, prints the correct
+/// example.
 #[track_caller]
 fn check_hex(which: &str, expected: &[u8]) {
     if example(which) == expected {
@@ -83,13 +86,13 @@ fn check_hex(which: &str, expected: &[u8]) {
     panic!("the example is to be:\n```hex {which}\n{right}```");
 }
 
-/// Checks that the document has this JSON, which it breaks into lines.
+/// Checks that an example of the document has this JSON, which the document splits into lines.
 #[track_caller]
 fn check_json(which: &str, expected: &[u8]) {
     assert_eq!(fenced(&format!("json {which}")).concat(), str::from_utf8(expected).unwrap(), "{which}");
 }
 
-/// Named values.
+/// Named values of an example.
 struct Values(BTreeMap<&'static str, Vec<u8>>);
 
 impl Values {
@@ -102,7 +105,7 @@ impl Values {
         &self.0[name]
     }
 
-    /// Checks that the document has this value.
+    /// Checks a value of the document.
     #[track_caller]
     fn check(&self, name: &str, expected: impl AsRef<[u8]>) {
         assert_eq!(golden::hex(self.get(name)), golden::hex(expected.as_ref()), "{name}");
@@ -119,7 +122,7 @@ fn derived(root: &SecretKey, salt: &[u8], label: &str) -> SecretKey {
     SecretKey::from_bytes(&mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap())
 }
 
-/// HKDF-Extract, from the hash alone.
+/// HKDF-Extract, computed with only the hash function.
 fn extract(alg: HashAlg, salt: &[u8], key: &SecretKey) -> Vec<u8> {
     match alg {
         HashAlg::Sha256 => Hmac::<sha2::Sha256>::new_from_slice(salt)
@@ -134,7 +137,7 @@ fn extract(alg: HashAlg, salt: &[u8], key: &SecretKey) -> Vec<u8> {
     }
 }
 
-/// A document, taken apart as the document says.
+/// A document file, parsed as the format document describes.
 struct Frame {
     bytes: Vec<u8>,
 }
@@ -171,7 +174,7 @@ impl Frame {
         &self.bytes[80 + self.u32(72) + self.u32(76)..][..68]
     }
 
-    /// Holds the examples of a document against it.
+    /// Compares the examples of the format document with this file.
     #[track_caller]
     fn check_examples(&self, which: &str) {
         check_hex(&format!("{which}-frame"), &self.bytes[..80]);
@@ -179,7 +182,7 @@ impl Frame {
         check_hex(&format!("{which}-end"), self.end());
     }
 
-    /// Makes tag A and CRC right again.
+    /// Recomputes tag A and CRC.
     fn sign(&mut self, root: &SecretKey) {
         let end = 80 + self.u32(72) + self.u32(76);
         let tag_b = &self.bytes[end + 32..end + 64];
@@ -188,7 +191,8 @@ impl Frame {
         fix_crc(&mut self.bytes);
     }
 
-    /// Makes a snapshot of a catalogue file: with the changes of its records, and without records.
+    /// Turns a catalogue file into a snapshot without records: applies the changes of its records,
+    /// and then `change`.
     fn fold(&mut self, root: &SecretKey, change: impl FnOnce(&mut Value)) {
         let (mut body, number) = catalogue::folded(&self.bytes);
         change(&mut body);
@@ -204,7 +208,7 @@ impl Frame {
     }
 }
 
-/// The root of a version of a keyring.
+/// The root key of a keyring version.
 fn root(keyring: &Path, version: u64) -> SecretKey {
     let body = Frame::read(keyring).a();
     let versions = body["versions"].as_array().unwrap();
@@ -220,13 +224,14 @@ fn only_logstore(store: &Path) -> PathBuf {
     dir
 }
 
-/// Unwraps a data key as the document says, checking the steps against its values if it has them.
+/// Unwraps a data key as the document describes. Compares the intermediate values with the
+/// document's, if given.
 fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
     let dir = only_logstore(&golden.join("store"));
     unwrapped(golden, &Frame::read(&meta_path(&dir)), version, values)
 }
 
-/// As [`data_key`], of the Logstore with this metadata.
+/// Like [`data_key`], for the Logstore with this metadata.
 fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>) -> SecretKey {
     let keys = meta.b();
     let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap().clone();
@@ -260,13 +265,13 @@ fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>)
     key
 }
 
-/// Holds the values of an example, its first block and its footer against the segment in `file`.
+/// Compares the values of an example, its first block and its footer with the segment in `file`.
 fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (DecodedHeader, SegmentCipher) {
     let values = Values::of(which);
     let key = data_key(golden, 1, Some(&values));
     let (decoded, cipher) = check_segment(which, &values, file, suite, &key);
     assert_eq!(decoded.header.key_source, KeySource::DataKey(1));
-    // The footer, found from the end of the file.
+    // Find the footer from the end of the file.
     let len = u32::from_le_bytes(file[file.len() - 16..file.len() - 12].try_into().unwrap()) as usize;
     let footer = Footer::decode(&file[file.len() - len..]).unwrap();
     assert_eq!(footer.footer.offset as usize, file.len() - len);
@@ -281,7 +286,8 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     (decoded, cipher)
 }
 
-/// Holds the keys of an example and its first block against the segment in `file`, whose input key this is.
+/// Compares the keys of an example and its first block with the segment in `file`, given its input
+/// key.
 fn check_segment(
     which: &str,
     values: &Values,
@@ -308,7 +314,7 @@ fn check_segment(
     let cipher = SegmentCipher::derive(&AwsLc::new(), suite, key, salt, &decoded.header_hash).unwrap();
     values.check("commitment", cipher.commitment());
 
-    // Block 0, by the cipher itself and by the engine's form of it.
+    // Block 0, opened with the cipher directly and with the engine's interface.
     let (header, block) = first_block(&decoded, file);
     check_hex(&format!("{which}-block"), block);
     assert_eq!(header.encode(), block[..96]);
@@ -344,12 +350,12 @@ fn first_block<'a>(header: &DecodedHeader, file: &'a [u8]) -> (BlockHeader, &'a 
     (block, &bytes[..block.block_len() as usize])
 }
 
-/// The digest over blocks with this body.
+/// The digest of a segment whose blocks have this body hash.
 fn digest(header: &DecodedHeader, blocks: u32, body: &[u8]) -> [u8; 32] {
     hash(HashAlg::Sha256, &[&header.header_hash, &blocks.to_le_bytes(), body])
 }
 
-/// A segment that the document names.
+/// A segment that the document names. Checks that it does.
 fn named_segment(golden: &Path, shard: u32, index: usize) -> Vec<u8> {
     let path = segments(&only_logstore(&golden.join("store")), shard).remove(index);
     assert_named(&path);
@@ -363,7 +369,7 @@ fn assert_named(path: &Path) {
     assert!(DOCUMENT.contains(&format!("`{path}`")), "{path}");
 }
 
-/// The hash over `blocks`.
+/// The body hash over `blocks`.
 fn body(header: &DecodedHeader, mut blocks: &[u8]) -> [u8; 32] {
     assert_eq!(header.header.payload_hash, HashAlg::Sha256);
     let mut covered = Vec::new();
@@ -450,7 +456,7 @@ fn the_compressed_examples_hold() {
         let mut stored = vec![0; payload.len()];
         cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut stored).unwrap();
         check_hex(&format!("{which}-stored"), &stored);
-        // The payload before compression is the one record, framed, and its time.
+        // The uncompressed payload is the only record, framed, with its time.
         let group = unhex(expected[format!("shop/{which}")]["0"][0]["hex"].as_str().unwrap());
         let len = group.len() as u16;
         let raw = [&[0x0a, len as u8 | 0x80, (len >> 7) as u8][..], &group, &[0; 4]].concat();
@@ -481,7 +487,7 @@ fn context<const N: usize>(pairs: [(&str, String); N]) -> EncryptionContext {
     pairs.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
-/// A key that the embedded KMS has wrapped, unwrapped as the document says and by the KMS itself.
+/// Unwraps a key that the embedded KMS wrapped, both as the document describes and with the KMS.
 fn locally_unwrapped(
     golden: &Path,
     cmk: &Value,
@@ -505,7 +511,7 @@ fn the_example_of_a_document_with_both_tags_holds() {
     meta.check_examples("byok");
     check_json("byok-b", meta.part_b());
 
-    // The envelope at the embedded KMS.
+    // The envelope of the embedded KMS.
     let (keys, values) = (meta.b(), Values::of("kms"));
     let entry = &keys["versions"][1];
     assert_eq!((&entry["version"], &keys["current"]), (&json!(2), &json!(2)));
@@ -663,7 +669,7 @@ fn the_example_of_an_epoch_holds() {
 fn what_the_document_lists_is_what_there_is() {
     assert_eq!(FORMAT_VERSION, 2);
     assert!(DOCUMENT.contains("in format version 2."));
-    // Of a document, a segment header, a footer and an epoch.
+    // In a document, a segment header, a footer and an epoch.
     assert_eq!(DOCUMENT.matches("| u16 | version: 2 |").count(), 4);
     for suite in Suite::ALL {
         let (cipher, hash) = match suite.cipher() {
@@ -694,7 +700,7 @@ fn what_the_document_lists_is_what_there_is() {
     }
     assert_eq!(group::LOGS_PER_GROUP_MAX, 1_000_000);
     assert_eq!(envelog::segment::BLOCK_GROUPS_MAX, 65_536);
-    // A list of 32 MiB, and four bytes for the time of each of so many groups.
+    // A list of 32 MiB, and a four-byte time per group for the maximum number of groups.
     assert_eq!(envelog::segment::BLOCK_RAW_BYTES_MAX, 33_816_576);
     assert_eq!(envelog::segment::BLOCK_OVERHEAD_BYTES, 116);
     assert_eq!(envelog::segment::INDEX_ENTRIES_MAX, 65_536);
@@ -711,7 +717,7 @@ impl Copy {
     fn of(which: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_dir(&golden_dir(which), dir.path());
-        // Git keeps no empty directory.
+        // Git does not store empty directories.
         fs::create_dir_all(dir.path().join("store/probes")).unwrap();
         Self { dir }
     }
@@ -763,7 +769,7 @@ fn listed(record: &Record) -> Value {
     json!({ "seq": record.seq, "receive_time_us": record.receive_time_us, "kind": kind, "hex": hex })
 }
 
-/// Everything in a store, in the form of `expected.json`.
+/// All records of a store, in the form of `expected.json`.
 fn listing(store: &Store) -> Value {
     let mut all = json!({});
     for name in store.list().unwrap() {
@@ -789,7 +795,7 @@ fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     files(dir).into_iter().map(|(path, bytes)| (relative(path), bytes)).collect()
 }
 
-/// A keyring under a master key, opened as the document says.
+/// A keyring under a master key, opened as the document describes.
 #[test]
 fn a_sealed_keyring_is_as_the_document_says() {
     let golden = golden_dir("sealed-keyring");
@@ -822,7 +828,7 @@ fn a_sealed_keyring_is_as_the_document_says() {
     let open: Value = serde_json::from_slice(&plain).unwrap();
     let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
     assert_eq!(versions, [Some(1), Some(2)]);
-    // The rotation is finished: its end is the third step of the keyring.
+    // The rotation is complete: its completion is the third generation of the keyring.
     assert_eq!((open["accepts"].as_u64(), &frame.bytes[56..64]), (Some(2), &3_u64.to_le_bytes()[..]));
     let root = unhex(open["versions"][1]["root"].as_str().unwrap());
     values.check("root", &root);
@@ -833,7 +839,7 @@ fn a_sealed_keyring_is_as_the_document_says() {
     assert_eq!(golden::hex(&signed.bytes), golden::hex(&frame.bytes), "tag A is that of an open keyring");
 }
 
-/// What the golden stores prove, they prove of every form that a segment can have.
+/// The golden stores together contain every form that a segment can have.
 #[test]
 fn the_golden_stores_have_every_form() {
     let mut forms = BTreeSet::new();
@@ -877,7 +883,8 @@ fn the_golden_stores_have_every_form() {
     assert_eq!(forms, all);
 }
 
-/// Whoever changes a byte that is written changes the format: that needs a new version or a feature bit, and new golden stores.
+/// A change of any written byte is a change of the format. It needs a new version or a feature bit,
+/// and new golden stores.
 #[test]
 fn this_build_writes_the_golden_bytes() {
     let dir = tempfile::tempdir().unwrap();
@@ -887,7 +894,8 @@ fn this_build_writes_the_golden_bytes() {
         let (made, golden) = (contents(&made), contents(&golden_dir(which)));
         assert_eq!(made.keys().collect::<Vec<_>>(), golden.keys().collect::<Vec<_>>(), "{which}");
         for (path, bytes) in golden {
-            // How well a library compresses is not part of the format, and may change with its version.
+            // Compressed sizes are not part of the format and may change with the version of the
+            // library.
             if which != golden::COMPRESSED || path == "expected.json" || path == "keyring" {
                 assert_eq!(golden::hex(&made[&path]), golden::hex(&bytes), "{which}/{path}");
             }
@@ -972,7 +980,7 @@ fn the_golden_checkpoint_holds() {
     assert_newer(store.verify(&against(&newer), &mut |_| {}).map(|_| ()), 3);
 }
 
-// ---- what a newer build may have written ----
+// ---- files of a newer build ----
 
 #[track_caller]
 fn assert_newer(result: envelog::Result<()>, version: u16) {
@@ -990,7 +998,7 @@ fn assert_unsupported<T: std::fmt::Debug>(result: envelog::Result<T>) {
     assert!(matches!(&result, Err(Error::UnsupportedFeature { .. })), "{result:?}");
 }
 
-/// Opens the store, its Logstore and its records, for writing or not.
+/// Opens the store, its Logstore and its records, either read-only or for writing.
 fn use_all(copy: &Copy, read_only: bool) -> envelog::Result<()> {
     let store = if read_only { copy.builder().open_read_only()? } else { copy.builder().open()? };
     for name in store.list()? {
@@ -1084,7 +1092,7 @@ fn an_unknown_incompatible_feature_of_any_file_is_refused() {
     }
 }
 
-/// Has the catalogue name this metadata in place of that in `old`. Returns its path.
+/// Makes the catalogue name this metadata instead of the file `old`. Returns its path.
 fn replace_meta(copy: &Copy, old: &Path, bytes: &[u8], root: &SecretKey) -> PathBuf {
     let generation = u64::from_le_bytes(bytes[56..64].try_into().unwrap());
     let path = catalogue::catalogue_file(&copy.store());
@@ -1098,7 +1106,7 @@ fn replace_meta(copy: &Copy, old: &Path, bytes: &[u8], root: &SecretKey) -> Path
     old.with_file_name(catalogue::meta_name(generation, bytes))
 }
 
-/// The bits are authenticated, so they are set as a newer build would set them: with the key.
+/// The feature bits are authenticated, so the test sets them as a newer build would: with the key.
 #[test]
 fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
     for document in ["store/STORE", "keyring", "catalogue", "meta"] {
@@ -1130,7 +1138,7 @@ fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
     }
 }
 
-/// Seals the blocks of an open segment anew under a header that was changed.
+/// Re-seals the blocks of an open segment under a changed header.
 fn reseal(copy: &Copy, path: &Path, change: impl FnOnce(&mut SegmentHeader)) {
     let file = fs::read(path).unwrap();
     let old = SegmentHeader::decode(&file).unwrap();
@@ -1188,7 +1196,8 @@ fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
         }
     }
 
-    // Padding may be called critical: this build knows it. What it does not know it passes over, unless that is critical.
+    // This build knows padding, so padding may be marked critical. It skips unknown extensions
+    // unless they are critical.
     let extension = |kind, critical| Extension { kind, critical, data: vec![7; 9] };
     let copy = Copy::of("unclean");
     let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
@@ -1208,7 +1217,8 @@ fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
 
 // ---- recovery ----
 
-/// The store of a crash whose recovery crashed too, after the kept groups were rewritten and before the next segment began.
+/// A store after a crash, whose recovery crashed too: after rewriting the kept groups and before
+/// beginning the next segment.
 fn recovered_by_half() -> (Copy, u64) {
     let first = Copy::of("unclean");
     let store = first.builder().open().unwrap();
@@ -1221,7 +1231,7 @@ fn recovered_by_half() -> (Copy, u64) {
     (second, appended.seq)
 }
 
-/// The torn group had a number, which a reader may have seen.
+/// The torn group had a sequence number, which a reader may have seen.
 #[test]
 fn a_recovery_that_was_cut_off_gives_no_number_out_again() {
     let (copy, goes_on_at) = recovered_by_half();
@@ -1237,7 +1247,8 @@ fn a_recovery_that_was_cut_off_gives_no_number_out_again() {
     assert_clean("recovered by half", &copy.builder().open_read_only().unwrap(), false);
 }
 
-/// A writer goes by the header of a segment that was never sealed: by its limit, and by which blocks are its own.
+/// From the header of an unsealed segment, a writer takes its sequence limit and the identity of
+/// its blocks.
 #[test]
 fn a_writer_goes_by_no_header_that_does_not_authenticate() {
     for (at, bytes) in [(112, [1; 8]), (104, [0xff; 8]), (104, [0xff, 0xff, 0, 0, 0, 0, 0, 0])] {

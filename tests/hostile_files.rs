@@ -1,6 +1,7 @@
-//! The disk is hostile in its file types too: every file and directory of a store is replaced by a symlink, a named pipe, a socket, a
-//! device, a directory or a file. The engine refuses it with an error that names it, follows nothing, changes nothing outside of
-//! the store, serves the other Logstores, and works again once the original is back.
+//! Hostile file types: the tests replace every file and directory of a store by a symlink, a named
+//! pipe, a socket, a device, a directory or a file. The engine returns an error that names the
+//! path, follows no link, changes nothing outside of the store, and serves the other Logstores. It
+//! works again once the original is back.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,12 +31,12 @@ use common::{
     copy_dir, files, is_meta, meta_path, name, put, secs, texts, try_put, try_texts,
 };
 
-/// What a file or directory is replaced by.
+/// The replacement of a file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Hostile {
-    /// A symlink to something of the right type, outside of the store.
+    /// A symlink to an object of the right type outside of the store.
     LinkOutside,
-    /// A symlink to the original, which has another name now.
+    /// A symlink to the original, which was renamed.
     LinkInside,
     DanglingLink,
     Fifo,
@@ -68,14 +69,15 @@ impl Hostile {
     }
 }
 
-/// How the engine reaches the disk.
+/// How the engine accesses the disk.
 #[derive(Clone, Copy, Debug)]
 enum Way {
     Kernel,
     Walk,
 }
 
-/// The real disk without syncs, whose roots are walked by directory handles alone.
+/// The real disk without syncs, with the fallback path resolution: it opens one directory handle
+/// for each component of a path.
 #[derive(Debug)]
 struct WalkingDisk;
 
@@ -125,29 +127,29 @@ impl Disk for WalkingDisk {
     }
 }
 
-/// Who depends on a file or directory.
+/// The operations that depend on a file or directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Concerns {
     /// Readers and writers of the whole store.
     All,
     /// Writers of the whole store.
     Writers,
-    /// The victim alone.
+    /// Only the victim.
     Victim,
-    /// The other Logstore alone.
+    /// Only the other Logstore.
     Other,
-    /// One of the two.
+    /// One of the two Logstores.
     EitherOne,
     /// No operation: the store works without it.
     None,
 }
 
-/// A store with two Logstores in a world, and a tree beside it that must stay as it is.
+/// A store with two Logstores, and a neighbouring tree that must not change.
 struct Scene {
     world: World,
     way: Way,
     victim: String,
-    /// A copy of all of it.
+    /// A copy of the initial state.
     template: TempDir,
 }
 
@@ -176,7 +178,7 @@ impl Scene {
         scene
     }
 
-    /// Puts everything back as it was.
+    /// Restores the initial state.
     fn reset(&self) {
         copy_dir(self.template.path(), self.world.path());
     }
@@ -188,7 +190,7 @@ impl Scene {
         }
     }
 
-    /// Every file and directory of the store, and its keyring.
+    /// All files and directories of the store, and its keyring.
     fn targets(&self) -> Vec<PathBuf> {
         let mut found = vec![self.world.keyring()];
         let mut dirs = vec![self.world.store_dir()];
@@ -209,14 +211,14 @@ impl Scene {
         let Ok(inside) = target.strip_prefix(self.world.store_dir()) else { return Concerns::All };
         let text = inside.to_str().unwrap();
         match text {
-            // Every opening looks where the audit log ends.
+            // Every opening searches for the end of the audit log.
             "STORE" | "logstores" | "audit" => Concerns::All,
             _ if text.starts_with("catalogue") => Concerns::All,
             "LOCK" | "EPOCH" => Concerns::Writers,
             _ if text.starts_with("audit/") => Concerns::None,
-            // The probes of both master keys are in one directory.
+            // One directory contains the probes of both master keys.
             "probes" => Concerns::All,
-            // A master key of one of the two.
+            // The probe of one of the two master keys.
             _ if text.starts_with("probes/") => Concerns::EitherOne,
             _ if text.contains(&self.victim) => Concerns::Victim,
             _ => Concerns::Other,
@@ -224,7 +226,7 @@ impl Scene {
     }
 }
 
-/// The kinds of hostile files that this process can make.
+/// The kinds of hostile files that this process can create.
 fn kinds() -> Vec<Hostile> {
     let dir = tempfile::tempdir().unwrap();
     let device = mknodat(CWD, dir.path().join("null"), FileType::CharacterDevice, Mode::RUSR, makedev(1, 3)).is_ok();
@@ -234,7 +236,7 @@ fn kinds() -> Vec<Hostile> {
     Hostile::ALL.into_iter().filter(|kind| device || *kind != Hostile::Device).collect()
 }
 
-/// Replaces `target`, and keeps the original at `aside`.
+/// Replaces `target`, and moves the original to `aside`.
 fn replace(target: &Path, by: Hostile, canary: &Path, aside: &Path) {
     let was_dir = target.is_dir();
     fs::rename(target, aside).unwrap();
@@ -246,7 +248,7 @@ fn replace(target: &Path, by: Hostile, canary: &Path, aside: &Path) {
         Hostile::DanglingLink => symlink("/nonexistent/nowhere", target).unwrap(),
         Hostile::Fifo => node(FileType::Fifo, 0),
         Hostile::Socket => node(FileType::Socket, 0),
-        // /dev/null: harmless to this machine should it be opened all the same.
+        // /dev/null: harmless even if the engine opens it.
         Hostile::Device => node(FileType::CharacterDevice, makedev(1, 3)),
         Hostile::OtherType if was_dir => fs::write(target, "a file").unwrap(),
         Hostile::OtherType => fs::create_dir(target).unwrap(),
@@ -280,13 +282,14 @@ fn picture(dir: &Path) -> BTreeMap<PathBuf, (u32, u64, Vec<u8>)> {
     found
 }
 
-/// Does something that must not hang.
+/// Runs an action that must not hang.
 fn at_once<T: Send>(what: &str, act: impl FnOnce() -> T + Send) -> T {
     let (done, waiting) = mpsc::channel::<()>();
     let what = what.to_owned();
     let watchdog = thread::spawn(move || {
         if let Err(mpsc::RecvTimeoutError::Timeout) = waiting.recv_timeout(secs(60)) {
-            // The thread that hangs cannot be ended by itself, nor captured output be shown.
+            // A hanging thread cannot be stopped. Write to standard output directly, because ending
+            // the process discards captured output.
             let _ = writeln!(std::io::stdout(), "{what}: hangs, ended by the watchdog");
             std::process::abort();
         }
@@ -299,7 +302,8 @@ fn at_once<T: Send>(what: &str, act: impl FnOnce() -> T + Send) -> T {
 
 type Operation = (&'static str, fn(&Store) -> Result<()>);
 
-/// What is done to the victim in one opening: by a reader, by a writer, and by one that deletes it.
+/// The operations on the victim in one opening: by a reader, by a writer, and by a writer that
+/// deletes it.
 const OPENINGS: [(bool, &[Operation]); 3] = [
     (false, &[("read", |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)), ("verify", verify)]),
     (
@@ -312,7 +316,7 @@ const OPENINGS: [(bool, &[Operation]); 3] = [
     (true, &[("delete", |store| store.delete_logstore(&name(VICTIM)).map(drop))]),
 ];
 
-/// Verifies the victim. The first fault becomes the error that it reports.
+/// Verifies the victim, and returns the first fault as the corresponding error.
 fn verify(store: &Store) -> Result<()> {
     let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
     let report = store.verify(&options, &mut |_| {})?;
@@ -327,7 +331,8 @@ fn verify(store: &Store) -> Result<()> {
     }
 }
 
-/// The outcome that every operation may have: success, or the error that names the replaced thing.
+/// Checks that an operation succeeded or returned the error that names the replaced path. Returns
+/// whether it failed.
 fn check(what: &str, target: &Path, result: Result<()>) -> bool {
     match result {
         Ok(()) => false,
@@ -344,11 +349,11 @@ fn sweep(way: Way) {
     let kinds = kinds();
     for target in &targets {
         for &by in &kinds {
-            // A store that every operation finds as it was.
+            // Each opening starts with the initial state.
             for (writes, operations) in OPENINGS {
                 scene.reset();
                 if *target == scene.world.keyring() && by.kind(false) == FileKind::Symlink {
-                    // A symlink to a keyring is followed once.
+                    // One symlink to a keyring is followed.
                     continue;
                 }
                 let was_dir = target.is_dir();
@@ -359,7 +364,7 @@ fn sweep(way: Way) {
                 let (outside, link) = (picture(&canary), fs::symlink_metadata(target).unwrap().ino());
                 let kept = if aside.is_dir() { picture(&aside) } else { BTreeMap::new() };
                 let concerns = scene.concerns(target);
-                // A writer raises the epoch before it looks at anything else, and then writes the catalogue in a new file.
+                // A writer first raises the epoch, and then writes a new catalogue file.
                 let catalogue = catalogue_dir(&scene.world.store_dir());
                 let renewed = |path: &Path| path.ends_with("EPOCH") || path.starts_with(&catalogue);
                 let inside = || {
@@ -392,7 +397,8 @@ fn sweep(way: Way) {
                                 assert!(!matches!(concerns, Concerns::None | Concerns::Other), "{what}");
                             }
                         }
-                        // The other Logstore is served unless the thing is its own, or shared.
+                        // The other Logstore works unless the replaced file belongs to it or is
+                        // shared.
                         let served = at_once(&what, || {
                             let other = store.logstore(&name(OTHER))?;
                             assert_eq!(try_texts(&other)?, ["other"], "{what}");
@@ -413,7 +419,7 @@ fn sweep(way: Way) {
                     assert_eq!(left.ino(), link, "{what}: what was put in its place has been replaced");
                 }
                 if deletes && left.is_err() {
-                    // The victim is gone.
+                    // The deletion completed.
                     continue;
                 }
                 put_back(target, &aside);
@@ -447,7 +453,8 @@ fn every_file_is_replaced_in_turn_where_the_kernel_has_no_openat2() {
     sweep(Way::Walk);
 }
 
-/// Deleting removes the names that the format defines. Everything else stays, is reported, and keeps nothing shut.
+/// Deleting removes the names that the format defines. Other files stay and are reported, and do
+/// not prevent opening the store.
 #[test]
 fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     let scene = Scene::new(Way::Kernel);
@@ -470,7 +477,7 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
             _ => fs::write(stray, "not ours").unwrap(),
         }
     }
-    // Links with names that a Logstore could have.
+    // Links with names that a Logstore directory could have.
     let links = ["1", "2"].map(|digit| logstores.join(digit.repeat(32)));
     symlink(&canary, &links[0]).unwrap();
     symlink(canary.join("report"), &links[1]).unwrap();
@@ -489,7 +496,8 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     assert!(noted(&store));
     store.close().unwrap();
 
-    // It is tried again at each opening, and by retention. Other Logstores are served meanwhile, and made.
+    // Each opening and each run of retention tries again. Meanwhile, other Logstores work and can
+    // be created.
     let store = scene.builder().open().unwrap();
     assert_eq!(texts(&store.logstore(&name(OTHER)).unwrap()), ["other"]);
     put(&scene.world.service(&store, VICTIM), "another of the name");
@@ -504,12 +512,14 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     assert!(picture(&canary) == outside, "something outside of the store has changed");
 }
 
-/// A file of a dropped segment, or a temporary one, that cannot be removed keeps its shard from nothing.
+/// A leftover that cannot be removed, of a dropped segment or a temporary file, does not block its
+/// shard.
 #[test]
 fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     let scene = Scene::new(Way::Kernel);
     let shard = scene.world.store_dir().join("logstores").join(&scene.victim).join("shard-0000");
-    // A directory of a temporary file's name cannot be removed as a file. The next segment has ordinal 3 and begins at 2.
+    // A directory at a temporary file's name cannot be removed as a file. The next segment has
+    // ordinal 3 and begins at sequence number 2.
     for epoch in 1..10 {
         for end in ["tmp", "1.tmp"] {
             let segment = format!("0000000003-00000000000000000002-{epoch:010}.{end}");
@@ -533,7 +543,7 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
 
-/// A document that is larger than the format allows is damage, and is not read into memory.
+/// A document larger than the format allows is corrupt, and is not read into memory.
 #[test]
 fn a_document_beyond_its_limit_is_corrupt() {
     let scene = Scene::new(Way::Kernel);

@@ -1,4 +1,5 @@
-//! What users log, and what a forger writes behind the end of a segment, never stops a shard, and never hides damage.
+//! Fake structures in logged data, or forged after the end of a segment, never stop a shard and
+//! never hide damage.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -13,15 +14,16 @@ use envelog::{
 };
 
 const NAME: &str = "p/l";
-/// What follows the payload of a block: tag and CRC32.
+/// The length of tag and CRC32, which follow a block's payload.
 const SUFFIX: usize = 20;
 
-/// Who made the bytes that are no blocks.
+/// The origin of the fake bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
-    /// Who logs: they are in a log line, which is stored as it is, for nothing is encrypted or compressed.
+    /// A log producer: the bytes are in a log line, which is stored verbatim without encryption and
+    /// compression.
     LogLine,
-    /// Who can write the file: they are in the torn tail of an encrypted segment.
+    /// An attacker who can write the file: the bytes are in the torn tail of an encrypted segment.
     Disk,
 }
 
@@ -41,7 +43,7 @@ fn create(by: By) -> (Sim, Logstore) {
     (sim, logstore)
 }
 
-/// Where the whole blocks of a segment are, each with its header.
+/// The offsets and headers of the complete blocks of a segment.
 fn blocks(bytes: &[u8]) -> Vec<(usize, BlockHeader)> {
     let mut at = SegmentHeader::decode(bytes).unwrap().body_start as usize;
     let mut found = Vec::new();
@@ -52,7 +54,7 @@ fn blocks(bytes: &[u8]) -> Vec<(usize, BlockHeader)> {
     found
 }
 
-/// A whole block that no writer has written: of this segment, with a right CRC32.
+/// A complete fake block with this segment's identity and a correct CRC32.
 fn fake_block(like: &BlockHeader, number: u32, mark: u64) -> Vec<u8> {
     let header = BlockHeader {
         kind: BlockKind::Opaque,
@@ -72,7 +74,7 @@ fn fake_block(like: &BlockHeader, number: u32, mark: u64) -> Vec<u8> {
     bytes
 }
 
-/// A footer that no writer has written.
+/// A fake footer.
 fn fake_footer(like: &BlockHeader, offset: u64) -> Vec<u8> {
     let footer = Footer {
         segment_tag: like.segment_tag,
@@ -92,8 +94,9 @@ fn fake_footer(like: &BlockHeader, offset: u64) -> Vec<u8> {
     footer.finish(footer.encode(), &[0xfa; 16])
 }
 
-/// A shard as a crash left it: two records that were synced, and a torn block, in whose payload there is what `make` makes of the
-/// header of the last whole block, the offset of the torn one and that at which those bytes are. Behind it a whole block, not synced.
+/// A shard after a crash: two synced records, and a torn block whose payload contains the bytes
+/// from `make`. Its arguments are the header of the last complete block, the offset of the torn
+/// block, and the offset of the fake bytes. A complete, unsynced block follows.
 fn torn(by: By, make: impl Fn(&BlockHeader, usize, usize) -> Vec<u8>) -> Sim {
     let (mut sim, logstore) = create(by);
     put(&logstore, "first");
@@ -105,7 +108,7 @@ fn torn(by: By, make: impl Fn(&BlockHeader, usize, usize) -> Vec<u8>) -> Sim {
     assert_eq!(carrier, at + like.block_len() as usize);
     let inside = carrier + BlockHeader::LEN + 40;
     let line = make(&like, carrier, inside);
-    // In front of the record there are a byte, and its length as a varint.
+    // The record is preceded by one byte and its length as a varint.
     let framing = match line.len() + 80 {
         ..=127 => 2,
         128..=16_383 => 3,
@@ -125,7 +128,7 @@ fn torn(by: By, make: impl Fn(&BlockHeader, usize, usize) -> Vec<u8>) -> Sim {
     sim
 }
 
-/// Everything works, and nothing that was synced is lost; nor is what was whole.
+/// Checks that everything works and that no synced or complete record is lost.
 #[track_caller]
 fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
     let verified = |store: &Store, when: &str| {
@@ -148,7 +151,7 @@ fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
     assert_eq!(texts(&logstore), expected, "{context}");
 }
 
-/// A copy of a world that another test may go on with.
+/// Opens a copy of the setup, which other tests can continue to use.
 fn again(sim: &Sim) -> Store {
     sim.world.builder().disk(std::sync::Arc::new(sim.disk.crash(Survives::Everything))).open().unwrap()
 }
@@ -171,7 +174,7 @@ fn a_block_in_a_torn_block_does_not_stop_the_shard() {
                     fake_block(like, number, mark)
                 });
                 let context = format!("{by:?}, the mark {what}, number {number}");
-                // Without a key the fake counts, if its mark may be true.
+                // Without a key the fake block is accepted, if its mark could be true.
                 let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
                 let report = again(&sim).verify(&keyless, &mut |_| {}).unwrap();
                 assert_eq!(report.is_clean(), !["within the torn block", "at itself"].contains(&what), "{context}");
@@ -181,7 +184,7 @@ fn a_block_in_a_torn_block_does_not_stop_the_shard() {
     }
 }
 
-/// A fake block whose payload is a fake block, and so on.
+/// The payload of a fake block contains a fake block, and so on.
 #[test]
 fn nested_blocks_do_not_stop_the_shard() {
     for by in [By::LogLine, By::Disk] {
@@ -200,10 +203,10 @@ fn nested_blocks_do_not_stop_the_shard() {
     }
 }
 
-/// A footer at the end of a torn file, which no writer has written, does not end the segment.
+/// A fake footer at the end of a torn file does not end the segment.
 #[test]
 fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
-    // In a log line, with which the file ends.
+    // In a log line at the end of the file.
     let sim = torn(By::LogLine, |like, _, inside| fake_footer(like, inside as u64));
     let segment = sim.segments(&find(&again(&sim)), 0).remove(0);
     sim.disk.edit(&segment, |bytes| {
@@ -212,7 +215,7 @@ fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
     });
     assert_works(&sim, &["first", "second"], "in a log line");
 
-    // Behind the last block, be it torn or whole; and in front of it, as if it ended there.
+    // After the last block, torn or complete; and before it, as if the segment ended there.
     for (what, torn_by, from_end, kept) in [
         ("behind a torn block", 5, 0, &["first", "second"][..]),
         ("behind a whole block", 0, 0, &["first", "second", "unsynced"]),
@@ -242,7 +245,8 @@ fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
     }
 }
 
-/// Damage to what was synced is corruption, however many fakes there are: append and read say so, and repair does something about it.
+/// Damage to synced data is corruption, regardless of the number of fakes: append and read report
+/// it, and repair handles it.
 #[test]
 fn fakes_do_not_hide_damage() {
     for by in [By::LogLine, By::Disk] {
@@ -262,7 +266,7 @@ fn fakes_do_not_hide_damage() {
             let line = fake_block(&like, 2, mark);
             let record = [&[b'.'; 37][..], &line, &[b'.'; 100]].concat();
             logstore.append(Payload::opaque(record).unwrap(), &synced()).unwrap();
-            // It says that all in front of it was durable.
+            // Its mark says that all data before it was durable.
             put(&logstore, "last");
             sim.crash(Survives::Everything);
             sim.disk.edit(&segment, |bytes| {
@@ -293,7 +297,8 @@ fn fakes_do_not_hide_damage() {
     }
 }
 
-/// A block in its place that a forger has written into the file: append and read report it, and repair does not call the shard sound.
+/// A forged block at the position of a real one: append and read report it, and repair does not
+/// consider the shard sound.
 #[test]
 fn a_forged_block_in_its_place_is_reported_and_repaired() {
     for by in [By::LogLine, By::Disk] {
@@ -332,7 +337,7 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
     }
 }
 
-/// A mark that a forger has written into the file does not cut a block in two.
+/// A forged mark in the file does not split a block.
 #[test]
 fn a_forged_mark_cuts_no_block() {
     for by in [By::LogLine, By::Disk] {
@@ -357,8 +362,8 @@ fn a_forged_mark_cuts_no_block() {
     }
 }
 
-/// Recovery goes over a segment more than once. Where it is changed in between, recovery fails and has changed nothing, or comes
-/// to what it would have come to had the change been there before.
+/// Recovery reads a segment several times. If the file changes in between, recovery either fails
+/// without a change, or gives the same result as if the change had been made before.
 #[test]
 fn a_segment_that_changes_during_recovery_is_never_taken_for_what_it_was() {
     type Change = fn(&mut Vec<u8>, &[(usize, BlockHeader)]);
@@ -429,7 +434,8 @@ fn a_segment_that_changes_during_recovery_is_never_taken_for_what_it_was() {
     }
 }
 
-/// Who may use no key is not kept from what needs none: status, a checkpoint, a verification without keys.
+/// Without the key, operations that need none still work: status, checkpoint and keyless
+/// verification.
 #[test]
 fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     let mut sim = Sim::new();
@@ -460,7 +466,7 @@ fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     store.key_usage().unwrap();
     assert_eq!(sim.world.kms.calls(), calls, "the KMS was asked");
     store.checkpoint().unwrap();
-    // With the key back, the shard goes on.
+    // Once the key is available again, the shard continues.
     sim.world.kms.answer(Answer::Real);
     sim.world.clock.advance(secs(3600));
     store.tick();
@@ -468,13 +474,13 @@ fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     assert_eq!(texts(&logstore), ["first", "second", "next"]);
 }
 
-/// Status adds up figures from headers and footers that are not authenticated. It does not fail for any of them.
+/// Status sums figures of unauthenticated headers and footers. No value may make it panic.
 #[test]
 fn status_takes_any_figure_from_a_header_or_a_footer() {
     let (mut sim, logstore) = create(By::LogLine);
     put(&logstore, "first");
     sim.crash(Survives::Everything);
-    // Recovery cuts the segment, and its successor says where.
+    // Recovery cuts the segment, and its successor records the end.
     put(&find(&sim.open()), "next");
     sim.crash(Survives::Everything);
     let segments = sim.segments(&logstore, 0);
@@ -489,7 +495,7 @@ fn status_takes_any_figure_from_a_header_or_a_footer() {
         let forged = SegmentHeader::finish(header.encode(), &decoded.commitment);
         sim.disk.edit(&segments[1], |file| file[..forged.len()].copy_from_slice(&forged));
         let status = find(&sim.open()).status();
-        // What follows may not fit any more, which is told.
+        // The changed value may contradict the successor, which is reported.
         assert!(matches!(status, Ok(_) | Err(Error::Corrupt { .. } | Error::Tampered { .. })), "{bytes}: {status:?}");
     }
     assert_eq!(sim.disk.bytes(last).len(), whole.len());

@@ -1,4 +1,5 @@
-//! Crashes during key operations: whatever fails, and wherever, the store is as it was or as it should be, and no key is lost.
+//! Crashes during key operations: after a failure at any step, the store is in its old or new
+//! state, and no key is lost.
 
 #![allow(clippy::unwrap_used)]
 
@@ -19,7 +20,7 @@ const SERVICE: &str = "p/service";
 const BYOK: &str = "p/byok";
 const PLAIN: &str = "p/plain";
 
-/// What there is to know of a Logstore from outside: configuration, data-key versions.
+/// The visible state of a Logstore: configuration and data-key versions.
 #[derive(Clone, Debug, PartialEq)]
 struct View {
     config: LogstoreConfig,
@@ -29,7 +30,7 @@ struct View {
 }
 
 impl View {
-    /// Without the times, which move with the clock.
+    /// Excludes times, which change with the clock.
     fn of(store: &Store, text: &str) -> Result<Self> {
         let logstore = store.logstore(&name(text))?;
         let status = logstore.status()?;
@@ -52,7 +53,7 @@ impl View {
     }
 }
 
-/// A world with a store that every attempt begins with again.
+/// A setup with a store that every attempt starts from.
 struct Scene {
     world: World,
     template: PathBuf,
@@ -88,8 +89,8 @@ impl Scene {
         fs::copy(self.template.join("keyring"), self.world.keyring()).unwrap();
     }
 
-    /// Lets `operation` fail at its first file operation, its second, and so on until it runs through, in each way; and looks at
-    /// the store after each.
+    /// Makes `operation` fail at its first file operation, its second, and so on until it
+    /// completes, in each way. Checks the store after each attempt.
     fn campaign(&self, operation: impl Fn(&Self, &Store) -> Result<()>, changed: &[&str]) {
         let (before, after) = {
             self.reset();
@@ -106,7 +107,7 @@ impl Scene {
                 self.reset();
                 let disk = FailingDisk::default();
                 let store = self.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
-                // Everything is open, and has a segment under way.
+                // All Logstores are open and have an open segment.
                 for text in [SERVICE, BYOK, PLAIN] {
                     let logstore = store.logstore(&name(text)).unwrap();
                     assert_eq!(texts(&logstore), ["first", "second"]);
@@ -136,7 +137,8 @@ impl Scene {
         self.world.open()
     }
 
-    /// The store after a failure: each Logstore as before or as after, nothing lost, everything in order, and usable.
+    /// Checks the store after a failure: each Logstore has its old or new state, no data is lost,
+    /// verification is clean, and the store is usable.
     fn check(
         &self,
         at: &str,
@@ -156,7 +158,7 @@ impl Scene {
             }
             let (old, new) = (before.get(&text), after.get(&text));
             assert!(Some(&view) == old || Some(&view) == new, "{at}: {text} is mixed: {view:?}");
-            // What was said to be done is done.
+            // An operation that reported success must have taken effect.
             assert!(!succeeded || Some(&view) == new, "{at}: {text} has gone back: {view:?}");
         }
         for text in before.keys().chain(after.keys()) {
@@ -166,12 +168,12 @@ impl Scene {
             assert!(!succeeded || exists == new, "{at}: {text}");
             assert!(old == new || changed.contains(&text.as_str()), "{at}: {text}");
         }
-        // Every envelope opens, every tag holds, and so does the audit log.
+        // Every envelope can be unwrapped, every tag is valid, and so is the audit log.
         let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
         store.audit_records().unwrap();
         store.checkpoint().unwrap_or_else(|error| panic!("{at}: {error}"));
-        // And the store goes on, the interrupted operation included.
+        // The store continues to work, and the interrupted operation can be repeated.
         for listed in store.list().unwrap() {
             put(&store.logstore(&listed).unwrap(), "fourth");
         }
@@ -198,7 +200,7 @@ fn creating_a_logstore() {
     let scene = Scene::new();
     let create = |store: &Store, encrypt_conf| store.create_logstore(&name("p/new"), conf(encrypt_conf)).map(|_| ());
     scene.campaign(|_, store| create(store, EncryptConf::service_key(EncryptType::Sm4)), &["p/new"]);
-    // Under a master key that the store has no probe of yet.
+    // Under a master key for which the store has no probe yet.
     scene
         .campaign(|scene, store| create(store, EncryptConf::byok(EncryptType::Default, scene.new.clone())), &["p/new"]);
 }
@@ -210,8 +212,8 @@ fn turning_encryption_on() {
     scene.campaign(|scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())), &[PLAIN]);
 }
 
-/// A process that does not know which metadata is on the disk begins no segment: it would be under the wrong key, in one case or the
-/// other.
+/// A process that does not know which metadata is on the disk begins no segment: in one of the two
+/// cases its key would be wrong.
 #[test]
 fn after_an_interrupted_first_envelope_a_process_leaves_nothing_that_cannot_be_read() {
     let scene = Scene::new();
@@ -228,7 +230,7 @@ fn after_an_interrupted_first_envelope_a_process_leaves_nothing_that_cannot_be_r
             let ran_through = !disk.has_failed();
             disk.disarm();
             let mut expected = vec!["first", "second", "third"];
-            // Also in a process that has the shard opened again.
+            // First with the open shard, then after reopening it.
             let appended = [false, true].map(|again| {
                 if again {
                     logstore.reopen_shard(0).unwrap();
@@ -279,7 +281,7 @@ fn replacing_a_master_key() {
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::keep_data_key()), &[BYOK]);
 }
 
-/// The master key of an interrupted replacement is needed on, whichever it is, and the other one is not.
+/// After an interrupted replacement, exactly one of the two master keys is needed.
 #[test]
 fn after_an_interrupted_replacement_one_of_the_two_master_keys_is_enough() {
     let scene = Scene::new();
@@ -329,7 +331,8 @@ fn closing() {
     Scene::new().campaign(|_, store| store.clone().close(), &[]);
 }
 
-/// Destroyed is destroyed: after a failure the versions are there with everything under them, or gone with it.
+/// Shredding is final: after a failure, the versions and all data under them are present, or both
+/// are gone.
 #[test]
 fn shredding() {
     let scene = Scene::new();
@@ -367,8 +370,8 @@ fn shredding() {
     }
 }
 
-/// A data key that goes with the last segment under it: cut off at any step, the store reads what is left, and the next run of
-/// retention finishes it.
+/// Retention destroys a data key with the last segment under it. After an interruption at any step,
+/// the store reads the remaining data, and the next run of retention completes the work.
 #[test]
 fn retention_that_destroys_data_keys() {
     let scene = Scene::new();

@@ -1,6 +1,8 @@
-//! No key and nonce ever meet twice: over reopenings, crashes, rotations, copies, and randomness that repeats.
+//! A key and nonce pair is never reused: over reopenings, crashes, rotations, copies, and repeating
+//! random numbers.
 //!
-//! A segment's key is what its commitment stands for: both come from the data key, the salt and the hash of the header.
+//! The commitment of a segment identifies its key: both derive from the data key, the salt and the
+//! hash of the header.
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,17 +28,17 @@ use envelog::{
     segment::{BlockHeader, DecodedFooter, SegmentHeader},
 };
 
-/// What was sealed: with which key, and which nonces.
+/// The seals of one segment: the key and its nonces.
 #[derive(Debug)]
 struct Sealed {
     file: PathBuf,
     salt: [u8; 32],
     commitment: [u8; 32],
-    /// Each with what was sealed under it, to tell the same block from another.
+    /// Each nonce with the sealed bytes, to recognize the same block again.
     nonces: Vec<([u8; 12], Vec<u8>)>,
 }
 
-/// Takes apart every segment below `dir`, those without a footer included.
+/// Parses every segment below `dir`, including those without a footer.
 fn sealed(dir: &Path) -> Vec<Sealed> {
     let segments = files(dir).into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg"));
     segments
@@ -57,17 +59,18 @@ fn sealed(dir: &Path) -> Vec<Sealed> {
         .collect()
 }
 
-/// Everything that was ever seen sealed.
+/// All seals seen so far.
 #[derive(Default)]
 struct Ledger {
     by_key: HashMap<([u8; 32], [u8; 12]), Vec<u8>>,
     by_salt: HashMap<([u8; 32], [u8; 12]), Vec<u8>>,
-    /// Whether salts are expected to be random.
+    /// Whether salts may repeat.
     salts_repeat: bool,
 }
 
 impl Ledger {
-    /// Takes in what is on disk now. The same sealed bytes may be seen again, other ones under the same key and nonce may not.
+    /// Adds the current state of the disk. The same sealed bytes may appear again; other bytes
+    /// under the same key and nonce must not.
     #[track_caller]
     fn take(&mut self, dir: &Path) {
         for segment in sealed(dir) {
@@ -86,13 +89,13 @@ impl Ledger {
         self.by_key.keys().map(|(key, _)| key).collect::<HashSet<_>>().len()
     }
 
-    /// How many blocks and footers.
+    /// The number of blocks and footers.
     fn sealed(&self) -> usize {
         self.by_key.len()
     }
 }
 
-/// Randomness that can be foreseen: a counter, spread over the bytes.
+/// A predictable random source: a counter, spread over the bytes.
 #[derive(Debug)]
 struct Foreseeable(AtomicU64);
 
@@ -113,8 +116,8 @@ impl Random for Foreseeable {
     }
 }
 
-/// One cycle after another over a store: appends, a clean or an unclean end, and rotations in between. `random` is what each
-/// opening draws from.
+/// Runs several cycles on a store: appends, rotations, and a clean or unclean end. `random`
+/// provides the random source of each opening.
 fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option<Arc<dyn Random>>, cycles: u64) {
     world.options.segment_bytes = 4096;
     let open = |disk: &FailingDisk, cycle: u64, create: bool| -> Store {
@@ -134,7 +137,7 @@ fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option
         let logstore = store.logstore(&name("p/l")).unwrap();
         for n in 0..4 {
             put(&logstore, &format!("synced {cycle} {n}"));
-            // No two hashes are alike, nor is there anything to compress.
+            // A text of different numbers, which does not compress.
             let long: String =
                 (0..40).map(|k| format!("{:x}", (cycle * 1_000 + n * 100 + k).wrapping_mul(0x9e37_79b9))).collect();
             logstore.append(record(&long), &written()).unwrap();
@@ -179,8 +182,9 @@ fn with_randomness_that_is_known_beforehand() {
     assert!(ledger.keys() > 20, "{}", ledger.keys());
 }
 
-/// Each opening begins with the same randomness again, as a machine whose generator was restored along with its memory would. Salts
-/// and the random half of the nonces repeat; the header's place in the shard still makes every key another.
+/// Each opening starts with the same random numbers, as on a machine whose generator is restored
+/// with its memory. Salts and the random half of the nonces repeat. The header's position in the
+/// shard still makes every key different.
 #[test]
 fn with_randomness_that_repeats_at_each_opening() {
     let (mut world, mut ledger) = (World::manual(), Ledger { salts_repeat: true, ..Ledger::default() });
@@ -191,8 +195,9 @@ fn with_randomness_that_repeats_at_each_opening() {
     assert!(distinct.len() < salts.len(), "the randomness did not repeat");
 }
 
-/// A machine is resumed twice from one snapshot of its memory, in the middle of a segment: the same key, the same numbers of blocks.
-/// The system's generator is another in each, as that of a virtual machine is; the random half of the nonce comes from it.
+/// A machine is resumed twice from one memory snapshot in the middle of a segment: the key and the
+/// next block numbers are the same. The system's generator differs, as in a virtual machine, and
+/// supplies the random half of the nonce.
 #[test]
 fn in_a_process_that_is_resumed_twice_in_the_middle_of_a_segment() {
     let resumed = [11, 12].map(|seed| {
@@ -218,7 +223,8 @@ fn in_a_process_that_is_resumed_twice_in_the_middle_of_a_segment() {
     }
 }
 
-/// A machine is resumed twice from one snapshot of its disk, and both go on writing what was the same store.
+/// A machine is resumed twice from one disk snapshot, and both copies continue to write the same
+/// store.
 #[test]
 fn in_two_copies_that_go_on_from_the_same_state() {
     // After a clean end, and in the middle of a segment.
@@ -239,7 +245,7 @@ fn in_two_copies_that_go_on_from_the_same_state() {
         copies.iter().for_each(|copy| copy_dir(&world.store_dir(), copy));
         let mut ledger = Ledger::default();
         for copy in &copies {
-            // The same moment, the same calls, the same data but for one byte.
+            // Same time, same calls, and data that differs in one byte.
             let builder = Store::builder(copy, world.keyring(), envelog::crypto::AwsLc::new());
             let builder = builder.kms(Arc::clone(&world.kms) as _).disk(Arc::new(QuickDisk)).options(world.options);
             let store = builder.clock(Arc::clone(&world.clock) as _).open().unwrap();
@@ -253,7 +259,7 @@ fn in_two_copies_that_go_on_from_the_same_state() {
             store.close().unwrap();
             ledger.take(copy);
         }
-        // The same numbers were given out in both, under other keys.
+        // Both copies assigned the same sequence numbers, under different keys.
         let last =
             |copy: &Path| sealed(copy).into_iter().map(|segment| segment.file.file_name().unwrap().to_owned()).max();
         assert_eq!(last(&copies[0]), last(&copies[1]));
@@ -281,7 +287,7 @@ fn a_copied_store_is_locked_for_itself_and_read_as_the_original() {
     drop((in_copy, logstore));
     copied.close().unwrap();
     store.close().unwrap();
-    // The segments of one are no use in the other: the chain says which belongs where.
+    // Segments of one copy are rejected in the other: the chain identifies the right predecessor.
     let name_of = |dir: &Path| {
         files(dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).max().unwrap()
     };
@@ -292,7 +298,8 @@ fn a_copied_store_is_locked_for_itself_and_read_as_the_original() {
     assert_eq!(error.kind(), envelog::ErrorKind::Integrity, "{error:?}");
 }
 
-/// Envelopes are sealed under a fresh key each, so that their one nonce never repeats: no two salts are alike.
+/// Each envelope is sealed under a fresh key, so that its fixed nonce never repeats: all salts
+/// differ.
 #[test]
 fn envelopes_never_share_a_salt() {
     let world = World::manual();

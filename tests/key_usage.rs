@@ -1,4 +1,5 @@
-//! What every key is needed for; data keys that go with the last of what they sealed; wrapping the keys of many Logstores again.
+//! Key usage reports; data keys destroyed with their last segment; re-wrapping the keys of many
+//! Logstores.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,14 +25,14 @@ fn master_key<'a>(usage: &'a KeyUsage, cmk: &UserCmkInfo) -> &'a MasterKeyUsage 
     usage.master_keys.iter().find(|key| key.cmk == *cmk).unwrap()
 }
 
-/// Which data-key versions may be destroyed, by the report and by the engine's own judgement of the same.
+/// The data-key versions that the report marks as safe to destroy and that still exist.
 fn safe(store: &Store, text: &str) -> Vec<u32> {
     let usage = store.key_usage().unwrap();
     let of_logstore = usage.data_keys.iter().filter(|key| key.logstore == name(text));
     of_logstore.filter(|key| key.safe_to_destroy && !key.shredded).map(|key| key.version).collect()
 }
 
-/// Seals what is there and drops it, but for the segment that is being written.
+/// Drops all sealed data by retention. The open segment is kept.
 fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::RetentionReport {
     let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
@@ -79,7 +80,8 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     assert!(!master.safe_to_destroy && master.versions[0].probe && master.versions[0].envelopes == 1);
     assert!(usage.service_keys.iter().all(|key| !key.safe_to_destroy));
 
-    // An older version is needed until its segments are gone, and the one that was never used is not needed at all.
+    // An older version is needed until its segments are gone. A version that was never used is not
+    // needed.
     for logstore in [&logstore, &service] {
         store.rotate_data_key(logstore.name()).unwrap();
         store.rotate_data_key(logstore.name()).unwrap();
@@ -88,7 +90,8 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
         assert_eq!(safe(&store, &logstore.name().to_string()), [2]);
     }
 
-    // A service key is needed for what it has wrapped, tagged and authenticated; most of that goes with a rotation, not all.
+    // A service key is needed for everything it has wrapped, tagged and authenticated. A rotation
+    // removes most of these needs, but not all.
     store.rotate_service_key().unwrap();
     let usage = store.key_usage().unwrap();
     let old = &usage.service_keys[0];
@@ -99,7 +102,7 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     let new = &usage.service_keys[1];
     assert!(new.current && new.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 4 })));
 
-    // A master key that was replaced is not needed any more.
+    // A replaced master key is no longer needed.
     store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
     let usage = store.key_usage().unwrap();
     assert!(master_key(&usage, &cmk).safe_to_destroy, "{:?}", master_key(&usage, &cmk));
@@ -110,7 +113,7 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     assert!(master_key(&store.key_usage().unwrap(), &other).safe_to_destroy);
 }
 
-/// Needs no key, also from another process beside the writer.
+/// Reports need no key, also in another process next to the writer.
 #[test]
 fn usage_is_told_while_the_key_is_revoked_and_beside_the_writer() {
     let world = World::manual();
@@ -155,7 +158,7 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     assert!(safe(&store, "p/byok").is_empty());
     assert!(usage.master_keys.iter().all(|key| !key.safe_to_destroy), "{:?}", usage.master_keys);
     assert!(data_key(&usage, "p/byok", 2).needed_for.iter().any(|need| matches!(need, KeyNeed::Unknown { .. })));
-    // And a directory that nobody knows may need any master key.
+    // A directory that is in no catalogue may need any master key.
     drop(store);
     let world = World::manual();
     let cmk = world.cmk();
@@ -200,7 +203,8 @@ fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     for text in ["p/service", "p/byok"] {
         assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["third", "fourth"]);
     }
-    // The second tag of the metadata still holds: without the keyring, the data key vouches for it.
+    // The second tag of the metadata is still valid: without the keyring, the data key
+    // authenticates it.
     store.close().unwrap();
     fs::remove_file(world.keyring()).unwrap();
     let (store, report) = world.builder().recover_all().unwrap();
@@ -252,12 +256,12 @@ fn a_reader_keeps_the_data_key_of_the_segment_that_it_is_in() {
     assert_eq!(data_key(&usage, "p/service", 1).needed_for, [KeyNeed::Readers { readers: 1 }]);
     let rest: Vec<_> = reader.by_ref().map(Result::unwrap).collect();
     assert_eq!(strings(&rest), ["and more", "second"]);
-    // It has gone on to the next segment: nobody is in the old one.
+    // The reader has moved to the next segment and no longer uses the old one.
     assert_eq!(drop_sealed(&store, &logstore).data_keys, 1);
     assert_eq!(texts(&logstore), ["second"]);
 }
 
-// ---- wrapping again ----
+// ---- re-wrapping ----
 
 fn rewrap(store: &Store, options: &RewrapOptions) -> RewrapReport {
     let mut steps = Vec::new();
@@ -294,7 +298,7 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
     assert_eq!(names_of(&report), ["p/a", "p/b"]);
     assert!(report.failed.is_empty() && report.current.is_empty() && report.continues_us.is_none());
     assert_eq!(master(&store), [("2".to_owned(), 3, true)], "the probe as well");
-    // The lease is renewed with the new probe from now on.
+    // From now on, the new probe renews the lease.
     world.clock.advance(secs(60));
     store.logstore(&name("p/a")).unwrap().revalidate_now().unwrap();
     let report = rewrap(&store, &RewrapOptions::default());
@@ -312,7 +316,7 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
 fn a_failure_stops_no_other_and_the_next_run_does_the_rest() {
     let world = World::manual();
     let (cmk, away) = (world.cmk(), world.cmk());
-    // One that does not tell its versions: what was done is known from the audit log alone.
+    // This KMS does not report key versions, so only the audit log records the progress.
     world.kms.hides_versions.store(true, Ordering::SeqCst);
     let store = world.create();
     for (text, cmk) in [("p/a", &cmk), ("p/b", &away), ("p/c", &cmk)] {
@@ -331,7 +335,7 @@ fn a_failure_stops_no_other_and_the_next_run_does_the_rest() {
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!((names_of(&report), report.continues_us), (vec!["p/b".to_owned()], Some(began_us)));
     assert_eq!(report.current, [name("p/a"), name("p/c")]);
-    // That run has ended: the next one is a new one, and begins with all of them.
+    // That run is complete: the next run starts over with all Logstores.
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!((names_of(&report).len(), report.continues_us), (3, None));
     let usage = store.key_usage().unwrap();
@@ -347,7 +351,7 @@ fn an_old_run_is_not_continued_and_none_is_where_that_is_asked() {
     for text in ["p/a", "p/b"] {
         world.byok(&store, text, &cmk);
     }
-    // Killed in the middle.
+    // The run is interrupted in the middle.
     let mut fails = |at: &envelog::RewrapProgress| {
         if at.done == 1 {
             world.kms.answer(Answer::Unreachable);
@@ -368,7 +372,7 @@ fn an_old_run_is_not_continued_and_none_is_where_that_is_asked() {
     assert_eq!((report.rewrapped.len(), report.continues_us), (2, None));
 }
 
-/// Every step of it: killed there, the store opens and reads, and the next run does the rest.
+/// A kill at every step: the store opens and reads, and the next run completes the work.
 #[test]
 fn a_run_that_is_killed_is_continued() {
     let world = World::manual_in_memory();
@@ -411,7 +415,7 @@ fn a_run_that_is_killed_is_continued() {
     assert!(continued > 5, "{continued} runs have passed over what was done");
 }
 
-// ---- rotating by itself ----
+// ---- automatic rotation ----
 
 fn policy(max_age_days: Option<u32>, max_bytes: Option<u64>) -> Option<RotateDataKey> {
     Some(RotateDataKey { max_age_days, max_bytes })
@@ -443,7 +447,7 @@ fn a_data_key_rotates_when_it_is_old_enough() {
     world.clock.advance(3 * DAY - secs(1));
     assert!(store.rotate_due_data_keys().unwrap().is_empty());
     world.clock.advance(secs(1));
-    // It is part of what is done in the background.
+    // The background work includes the rotation.
     store.tick();
     assert_eq!((versions(&byok), versions(&service)), (2, 1));
     let about = events(&store, AuditEvent::Rotated);
@@ -453,7 +457,7 @@ fn a_data_key_rotates_when_it_is_old_enough() {
     store.close().unwrap();
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["first", "second"]);
-    // A clock that somebody has set tells no age.
+    // After a jump of the wall clock, the age is unknown.
     world.clock.jump_wall(10 * DAY);
     assert!(store.rotate_due_data_keys().unwrap().is_empty());
     world.clock.jump_wall_back(10 * DAY);
@@ -482,14 +486,14 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     }
     let about = events(&store, AuditEvent::Rotated);
     assert!(about.iter().all(|about| about.contains("by policy") && about.contains("bytes")), "{about:?}");
-    // What was sealed before a restart counts.
+    // Bytes sealed before a restart are included.
     for _ in 0..16 {
         put(&logstore, &piece);
     }
     store.close().unwrap();
     let store = world.open();
     assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/a")]);
-    // Nothing is sealed by a Logstore whose encryption is off.
+    // A Logstore with encryption switched off seals no data.
     let logstore = store.logstore(&name("p/a")).unwrap();
     let conf = logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
     store.update_logstore(&name("p/a"), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();

@@ -1,4 +1,5 @@
-//! The service keyring: made once, rotated, told apart when it is not the right one; what it authenticates; and life without it.
+//! The service keyring: creation, rotation, detection of a wrong keyring, authentication of
+//! documents, and recovery without it.
 
 #![allow(clippy::unwrap_used)]
 
@@ -43,7 +44,7 @@ fn assert_clean(store: &Store) {
     assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
 }
 
-// ---- made once ----
+// ---- creation ----
 
 #[test]
 fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
@@ -66,7 +67,7 @@ fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
     }
     assert!(matches!(world.builder().create(), Err(Error::StoreExists { .. })));
     assert!(!world.keyring().exists());
-    // Nor is one that is there overwritten, by another store or by a recovery.
+    // An existing keyring is not overwritten either, by another store or by a recovery.
     write_private(&world.keyring(), &kept);
     let other = Store::builder(world.path().join("other"), world.keyring(), AwsLc::new()).create();
     assert!(matches!(other, Err(Error::KeyringExists { .. })), "{other:?}");
@@ -98,7 +99,7 @@ fn absent_anothers_and_too_old_are_three_errors() {
         write_private(&world.keyring(), &old);
         let error = open(&world).unwrap_err();
         assert!(matches!(error, Error::KeyringTooOld { needed: 2, newest: 1, .. }), "{error:?}");
-        // Each says which file and what to do.
+        // Each error names the file and a remedy.
         assert!(error.to_string().contains(&world.keyring().display().to_string()));
         write_private(&world.keyring(), &newest);
         assert_eq!(texts(&open(&world).unwrap().logstore(&name("p/l")).unwrap()), ["one"]);
@@ -120,7 +121,7 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
     let expected = [(Published::Renamed, world.keyring()), (Published::Synced, parent)];
     assert_eq!(published[..2], expected, "{published:?}");
     assert!(published[2..].iter().any(|(how, path)| *how == Published::Renamed && is_meta(path)));
-    // And last, when everything is under it, the older ones are retired.
+    // Finally, when everything is under the new version, the older versions are retired.
     let renamed = published.iter().filter(|(how, _)| *how == Published::Renamed);
     assert_eq!(renamed.clone().filter(|(_, path)| *path == world.keyring()).count(), 2);
     assert_eq!(renamed.clone().next_back().unwrap().1, world.keyring());
@@ -168,22 +169,24 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     let versions = |logstore| envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>();
     assert_eq!(versions(&service), [Some(1), Some(1)]);
     assert_eq!(store.rotate_service_key().unwrap(), 2);
-    // One of them is for what is appended from now on.
+    // One envelope is for the data key of future appends.
     assert_eq!(versions(&service), [Some(2); 3]);
-    // A customer's envelopes are none of the service key's business.
+    // The service key does not wrap the envelopes under a customer's key.
     assert_eq!(envelopes(&world, &byok), byok_before);
-    // Marks are added, and the segments that were being written without an envelope and under the older data key are ended.
+    // Marks are appended. The open segments without an envelope and under the older data key are
+    // sealed.
     let after = data();
     assert!(before.iter().zip(&after).all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1)));
     let ended = [&plain, &service].map(|logstore| segments(&world.logstore_dir(logstore), 0)).concat();
     assert!(after.iter().filter(|(path, _)| ended.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
-    // What is new is under the new version: envelopes, and the blocks of a Logstore that has none.
+    // New objects are under the new version: envelopes, and the blocks of a Logstore without an
+    // envelope.
     store.rotate_data_key(service.name()).unwrap();
     assert_eq!(versions(&service), [Some(2); 4]);
     put(&plain, "two");
     let sources: Vec<_> = segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2)]);
-    // Re-wrapping by hand gives another envelope for the same key.
+    // Re-wrapping by hand creates a new envelope for the same key.
     let wrapped = envelopes(&world, &service);
     assert_eq!(store.rewrap(service.name()).unwrap(), 4);
     assert!(
@@ -220,7 +223,7 @@ fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
     for logstore in [&a, &c] {
         assert_eq!(envelopes(&world, logstore)[0].1, Some(2), "{}", logstore.name());
     }
-    // Once it is put right the rotation is continued.
+    // Once the file is restored, the rotation can be continued.
     fs::write(&broken, &good).unwrap();
     assert_eq!(texts(&store.logstore(b.name()).unwrap()), ["one"]);
     assert_eq!(envelopes(&world, &b)[0].1, Some(1));
@@ -228,7 +231,7 @@ fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
     assert_eq!(envelopes(&world, &b)[0].1, Some(2));
 }
 
-/// A process that only reads was there before the rotation: it takes the new keyring from its file.
+/// A read-only process opened before the rotation loads the new keyring from its file.
 #[test]
 fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
     let world = World::manual();
@@ -244,7 +247,7 @@ fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
     put(&service, "two");
     put(&plain, "two");
     let expected = ["one", "two"].map(str::to_owned).to_vec();
-    // Through handles from before, and through new ones.
+    // Through existing handles and through new ones.
     assert_eq!((texts(&tail_service), texts(&tail_plain)), (expected.clone(), expected.clone()));
     assert_eq!(reader.list().unwrap(), [plain.name().clone(), service.name().clone()]);
     for logstore in [&service, &plain] {
@@ -253,9 +256,9 @@ fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
     assert_clean(&reader);
 }
 
-// ---- what the keyring authenticates ----
+// ---- documents under the keyring ----
 
-/// Two Logstores, and another store altogether.
+/// Two Logstores, and a second, unrelated store.
 struct Neighbours {
     world: World,
     other: World,
@@ -275,7 +278,7 @@ impl Neighbours {
         (Self { world, other }, [a, b], foreign)
     }
 
-    /// Neither reading nor writing goes on, the error is this one, and what is on disk stays as it is.
+    /// Checks that reading and writing fail with this error, and that the files stay unchanged.
     #[track_caller]
     fn assert_refused(&self, text: &str, expected: impl Fn(&Error) -> bool) {
         let before = files(&self.world.store_dir().join("logstores"));
@@ -295,10 +298,10 @@ fn metadata_is_bound_to_store_logstore_and_name() {
     let meta = |logstore| meta_path(&scene.world.logstore_dir(logstore));
     let (of_a, of_b) = (fs::read(meta(&a)).unwrap(), fs::read(meta(&b)).unwrap());
     let tampered = |error: &Error| matches!(error, Error::Tampered { .. });
-    // One Logstore's in the place of another's.
+    // The metadata of one Logstore replaces that of the other.
     fs::write(meta(&a), &of_b).unwrap();
     scene.assert_refused("p/a", tampered);
-    // That of a Logstore of another store, which is under another keyring too.
+    // The metadata of a Logstore in another store, which has another keyring.
     fs::copy(meta_path(&scene.other.logstore_dir(&foreign)), meta(&a)).unwrap();
     scene.assert_refused("p/a", tampered);
     // None at all, and half of it.
@@ -307,7 +310,7 @@ fn metadata_is_bound_to_store_logstore_and_name() {
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
     fs::write(of_a_at, &of_a[..of_a.len() / 2]).unwrap();
     scene.assert_refused("p/a", |error| matches!(error, Error::Truncated { .. }));
-    // A bit of it flipped, and then the CRC put right.
+    // A flipped bit, and then also a corrected CRC.
     let mut forged = of_a.clone();
     forged[100] ^= 1;
     fs::write(meta(&a), &forged).unwrap();
@@ -315,7 +318,7 @@ fn metadata_is_bound_to_store_logstore_and_name() {
     fix_crc(&mut forged);
     fs::write(meta(&a), &forged).unwrap();
     scene.assert_refused("p/a", tampered);
-    // The other one is undisturbed all along, and all is well when it is put back.
+    // The other Logstore is not affected, and restoring the file restores the Logstore.
     fs::write(meta(&a), &of_a).unwrap();
     let store = scene.world.open();
     for text in ["p/a", "p/b"] {
@@ -364,7 +367,7 @@ fn documents_of_the_store_itself_are_bound_to_it() {
         assert!(expected, "{kind}: {error:?}");
         fs::write(&path, good).unwrap();
     }
-    // One kind of document in the place of another.
+    // A document of one kind replaces one of another kind.
     let (store_file, catalogue) = (scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()));
     fs::copy(&store_file, &catalogue).unwrap();
     assert!(matches!(scene.world.builder().open(), Err(Error::Tampered { .. })));
@@ -402,7 +405,7 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
         assert!(matches!(error, Error::RolledBack { .. }), "{what}: {error:?}");
         drop(store);
     }
-    // Both together: the segments know of a later generation of the metadata.
+    // Both documents together: the segments record a later generation of the metadata.
     put_back(&old.0, &old.1);
     let store = world.open();
     let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
@@ -425,7 +428,7 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     store.close().unwrap();
     let newest = meta_path(&world.logstore_dir(&logstore));
     assert_ne!(meta, newest);
-    // Beside the newest it is nothing.
+    // An old file next to the newest one has no effect.
     fs::write(&meta, &old).unwrap();
     let shredded = world.open().logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore)).unwrap_err();
     assert!(matches!(shredded, Error::Shredded { .. }), "{shredded:?}");
@@ -434,9 +437,9 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     assert!(matches!(error, Error::RolledBack { .. }), "{error:?}");
 }
 
-// ---- without the keyring ----
+// ---- recovery without the keyring ----
 
-/// A store with Logstores of every kind, closed; its keyring is put aside.
+/// A closed store with Logstores of every kind, whose keyring was moved away.
 struct Lost {
     world: World,
     cmk: UserCmkInfo,
@@ -477,7 +480,7 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     let audit_before = audit();
     let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
-    // The audit log of before is kept, though nobody can verify it any more.
+    // The old audit log is kept, although its records can no longer be verified.
     assert!(!audit_before.is_empty() && audit_before.values().all(|old| audit().values().any(|kept| kept == old)));
     let mut lost: Vec<_> = report.lost.iter().map(|(id, _)| *id).collect();
     lost.sort_unstable_by_key(ToString::to_string);
@@ -493,7 +496,7 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     store.rotate_data_key(&name("p/byok")).unwrap();
     put(&logstore, "four");
     store.close().unwrap();
-    // A store as any other from now on, under its new keyring, which is private as well.
+    // A normal store from now on, with a new keyring, which is private too.
     assert_eq!(mode(world), 0o600);
     let store = world.open();
     assert_eq!(store.list().unwrap(), [name("p/byok")]);
@@ -501,11 +504,11 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
     let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events[..2], [envelog::AuditEvent::Recovered, envelog::AuditEvent::KeyringReplaced]);
-    // The master key decides on, as before.
+    // The master key controls access as before.
     world.local().disable(&scene.cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), envelog::kms::RevokedReason::Disabled);
     drop((store, logstore));
-    // The keyring that was lost is another's now.
+    // The lost keyring now belongs to a different store.
     fs::copy(world.path().join("keyring.lost"), world.keyring()).unwrap();
     assert!(matches!(world.builder().open(), Err(Error::KeyringForeign { .. })));
 }
@@ -520,7 +523,7 @@ fn a_recovery_without_the_kms_recovers_nothing_of_it() {
     let why = report.lost.iter().find(|(id, _)| *id == byok.id()).unwrap();
     assert!(why.1.contains("disabled"), "{}", why.1);
     store.close().unwrap();
-    // Nothing of it was touched: once the key is back, another recovery finds it.
+    // The Logstore was not changed: once the key is enabled, another recovery restores it.
     world.local().enable(&scene.cmk.cmk_key_id).unwrap();
     fs::remove_file(world.keyring()).unwrap();
     let (store, report) = world.builder().recover_all().unwrap();
@@ -528,8 +531,8 @@ fn a_recovery_without_the_kms_recovers_nothing_of_it() {
     assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"]);
 }
 
-/// The one thing that may be out of reach for a moment must not cost the store: a recovery that stops there has changed nothing, and
-/// should the keyring turn up after all, everything is as it was.
+/// A temporary KMS outage must not damage the store. A recovery that stops there has changed
+/// nothing, and if the keyring is found after all, the store works as before.
 #[test]
 fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     let world = World::manual();
@@ -541,7 +544,8 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     put(&world.byok(&store, "p/far", &far), "one");
     put(&world.service(&store, "p/service"), "one");
     store.close().unwrap();
-    // All but the file of the lock, which says who had it, and the epoch, which each opening for writing raises.
+    // Excludes the lock file, which names its holder, and the epoch, which each opening for writing
+    // raises.
     let contents = || {
         let mut files = files(&world.store_dir());
         files.retain(|path, _| !path.ends_with("LOCK") && !path.ends_with("EPOCH"));
@@ -561,7 +565,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
     store.audit_records().unwrap();
     store.close().unwrap();
-    // And once the KMS answers, a recovery does it all.
+    // Once the KMS answers, a recovery completes.
     world.kms.answer(Answer::Real);
     fs::remove_file(world.keyring()).unwrap();
     let (store, report) = world.builder().recover_all().unwrap();
@@ -569,8 +573,8 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     assert_eq!(texts(&store.logstore(&name("p/far")).unwrap()), ["one"]);
 }
 
-/// A recovery that fails half-way discards its keyring. The catalogue must not be under that one, or the lost keyring would be of no
-/// use when it is found.
+/// A recovery that fails half-way discards its new keyring. The catalogue must not be under that
+/// keyring, or the lost keyring would be useless when it is found.
 #[test]
 fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
     let world = World::manual();
@@ -593,7 +597,7 @@ fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
     store.close().unwrap();
-    // The recovery can be done again.
+    // The recovery can be repeated.
     fs::remove_file(world.keyring()).unwrap();
     let (_store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/a"), name("p/b")]);
@@ -624,7 +628,7 @@ fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
         assert!(report.lost.iter().any(|(id, _)| *id == byok.id()), "{part}");
         assert!(store.list().unwrap().is_empty());
     }
-    // The tag itself, and metadata that has none (as a Logstore under the service key).
+    // The tag itself, and metadata without a tag (as for a Logstore under the service key).
     let tag_at = |bytes: &Vec<u8>| bytes.len() - 4 - 32;
     let changes: [fn(&mut [u8]); 2] = [|tag| tag[0] ^= 1, |tag| tag.fill(0)];
     for change in changes {
@@ -638,7 +642,7 @@ fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
     }
 }
 
-/// The first tag covers the second, so that nothing is found out only when it is needed.
+/// The first tag covers the second, so that a change of the second is detected before it is needed.
 #[test]
 fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     let world = World::manual();
@@ -665,8 +669,8 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one"]);
 }
 
-/// The configuration is not authenticated without the keyring: what is written after a recovery is encrypted whatever it says, as
-/// the keys section has it.
+/// Without the keyring the configuration is not authenticated. After a recovery, new data is
+/// encrypted as the authenticated keys section requires, whatever the configuration claims.
 #[test]
 fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
     let (scene, [byok, ..]) = Lost::new();
@@ -685,11 +689,11 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
     let logstore = store.logstore(&name("p/byok")).unwrap();
     put(&logstore, "three");
     assert!(segment_headers(&scene.world, &logstore).last().unwrap().suite.encrypts());
-    // The owner may switch it off, as ever.
+    // The owner may still switch encryption off.
     let off = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
     let off = LogstoreConfig { encrypt_conf: Some(off), ttl_days: Some(8), ..config };
     store.update_logstore(&name("p/byok"), off.clone()).unwrap();
-    // The data key has authenticated that, so it stays so.
+    // The data key authenticates that change, so it survives a recovery.
     store.close().unwrap();
     drop(logstore);
     fs::remove_file(scene.world.keyring()).unwrap();
@@ -698,11 +702,12 @@ fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
     assert_eq!((config.encrypt_conf, config.ttl_days), (off.encrypt_conf, Some(8)));
 }
 
-/// The data key says how many shards there are, and nothing vouches for what the configuration says of them.
+/// The data key authenticates the number of shards, but the shards' ranges in the configuration are
+/// not authenticated.
 #[test]
 fn a_forged_list_of_shards_is_refused_by_a_recovery() {
     type List = fn(&serde_json::Value) -> Vec<serde_json::Value>;
-    // Shards that divide the hash range: each has those keys that begin with its id.
+    // Shards that divide the hash range: each has the keys that begin with its id.
     let possible: List = |shard| (0..envelog::SHARDS_MAX).map(|id| with_range(shard, id)).collect();
     let lists: [List; 5] = [
         possible,
@@ -745,7 +750,8 @@ fn with_id(shard: &serde_json::Value, id: u32) -> serde_json::Value {
     shard
 }
 
-/// Nothing in the store says which of two Logstores of one name is the customer's, so a recovery takes neither.
+/// The store does not show which of two Logstores with one name is the customer's, so a recovery
+/// takes neither.
 #[test]
 fn a_recovery_refuses_two_logstores_of_one_name() {
     let world = World::manual();
@@ -778,7 +784,8 @@ fn a_recovery_refuses_two_logstores_of_one_name() {
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["new"]);
 }
 
-/// An attacker who can write the disk makes a Logstore of the customer's name under a master key of their own.
+/// An attacker with write access creates a Logstore with the customer's name under their own master
+/// key.
 #[test]
 fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
     let world = World::manual();
@@ -812,7 +819,8 @@ fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["genuine"]);
 }
 
-/// The attacker's Logstore proves itself: its own data key vouches for all of it. It lies beside the customer's, or in its place.
+/// The attacker's Logstore is valid in itself: its own data key authenticates all of it. It is next
+/// to the customer's Logstore, or replaces it.
 #[test]
 fn a_recovery_takes_no_logstore_under_a_master_key_of_an_attacker() {
     for replaces in [false, true] {
@@ -854,7 +862,7 @@ fn a_recovery_takes_no_logstore_under_a_master_key_of_an_attacker() {
     }
 }
 
-/// What was written before encryption was on rests on the lost service key.
+/// Only the lost service key authenticates data from before encryption was enabled.
 #[test]
 fn a_recovery_names_the_segments_that_it_cannot_authenticate() {
     let world = World::manual();
@@ -914,7 +922,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
             if ran_through {
                 break;
             }
-            // A process that died leaves its keyring, which nobody needs unless the store names it.
+            // A dead process leaves its keyring file, which is unused unless the store names it.
             if world.keyring().exists() && world.builder().open().is_err() {
                 fs::remove_file(world.keyring()).unwrap();
             }
@@ -943,7 +951,7 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");
 }
 
-/// A lock may not reach a writer on another machine, so the caller has to say that it does.
+/// A lock may not exclude a writer on another machine, so the caller must explicitly allow this.
 #[test]
 fn a_store_on_a_network_file_system_is_written_only_if_that_is_allowed() {
     let world = World::manual();

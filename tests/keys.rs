@@ -1,4 +1,4 @@
-//! The life of a data key: rotation, re-wrapping, replacement, shredding, and its end in memory.
+//! The life of a data key: rotation, re-wrapping, replacement, shredding, and removal from memory.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,13 +14,13 @@ use envelog::{
     segment::{KeySource, SegmentHeader},
 };
 
-/// Whose key each segment of shard 0 says it is sealed with.
+/// The key source in the header of each segment of shard 0.
 fn key_sources(world: &World, logstore: &Logstore) -> Vec<KeySource> {
     let header = |path: &PathBuf| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header;
     segments(&world.logstore_dir(logstore), 0).iter().map(|path| header(path).key_source).collect()
 }
 
-/// The segments, with what they hold.
+/// The segment files with their contents.
 fn data(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
     let files = files(&world.logstore_dir(logstore));
     files.into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg")).collect()
@@ -30,7 +30,7 @@ fn meta(world: &World, logstore: &Logstore) -> Vec<u8> {
     fs::read(meta_path(&world.logstore_dir(logstore))).unwrap()
 }
 
-/// Version of the data key, segments and bytes under it, whether it was shredded.
+/// For each data-key version: its number, segments and bytes, and whether it was shredded.
 fn under_each(logstore: &Logstore) -> Vec<(u32, u64, u64, bool)> {
     let keys = logstore.status().unwrap().data_keys;
     keys.iter().map(|key| (key.version, key.segments, key.bytes_stored, key.shredded)).collect()
@@ -47,14 +47,15 @@ fn assert_clean(store: &Store) {
     assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
 }
 
-/// A service-key and a BYOK Logstore, each with a record under its first data key.
+/// A Logstore under the service key and one under a customer's key, each with a record under its
+/// first data key.
 fn both(world: &World, store: &Store) -> [Logstore; 2] {
     let logstores = [world.service(store, "p/service"), world.byok(store, "p/byok", &world.cmk())];
     logstores.iter().for_each(|logstore| put(logstore, "one"));
     logstores
 }
 
-/// Fails unless the same files are there, with what they had and a footer at most.
+/// Checks that the same files exist, unchanged except for an appended footer.
 fn assert_goes_on(before: &[(PathBuf, Vec<u8>)], after: &[(PathBuf, Vec<u8>)]) {
     assert_eq!(before.len(), after.len());
     for ((path, before), (after_path, after)) in before.iter().zip(after) {
@@ -72,7 +73,7 @@ fn after_a_rotation_new_segments_take_the_new_version_and_old_ones_stay_readable
     for logstore in both(&world, &store) {
         let before = data(&world, &logstore);
         assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
-        // The rotation itself writes no data: it ends the segment under way.
+        // The rotation only seals the open segment.
         assert_goes_on(&before, &data(&world, &logstore));
         put(&logstore, "two");
         assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 3);
@@ -81,7 +82,7 @@ fn after_a_rotation_new_segments_take_the_new_version_and_old_ones_stay_readable
         let expected = [1, 2, 3].map(KeySource::DataKey);
         assert_eq!(key_sources(&world, &logstore), expected);
         assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
-        // Each version with its segments and their bytes.
+        // The segments and bytes of each version.
         let sizes: Vec<u64> = data(&world, &logstore).iter().map(|(_, bytes)| bytes.len() as u64).collect();
         let expected: Vec<_> = (1..).zip(&sizes).map(|(version, size)| (version, 1, *size, false)).collect();
         assert_eq!(under_each(&logstore), expected);
@@ -132,7 +133,8 @@ fn a_reader_that_is_open_reads_on_over_rotations() {
     }
 }
 
-/// What is sealed with the service keyring in a Logstore that got its master key later would need no answer of the KMS.
+/// Data sealed with the service keyring, in a Logstore that got its master key later, could be read
+/// without an answer of the KMS.
 #[test]
 fn an_outage_after_a_refusal_brings_nothing_back() {
     let world = World::manual();
@@ -172,7 +174,8 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
 
 // ---- re-wrapping ----
 
-/// The version of the master key that wrapped a data key, as the embedded KMS notes it in what it wraps.
+/// The version of the master key that wrapped a data key, as the embedded KMS records it in the
+/// ciphertext.
 fn cmk_version(wrapped: &str) -> u32 {
     let byte = |at: usize| u8::from_str_radix(&wrapped[2 * at..2 * at + 2], 16).unwrap();
     u32::from_le_bytes([28, 29, 30, 31].map(byte))
@@ -188,7 +191,7 @@ fn rewrapping_after_the_customer_rotated_the_master_key_rewrites_no_data() {
     store.rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "two");
     world.local().rotate(&cmk.cmk_key_id).unwrap();
-    // What was wrapped under the old version of the master key still unwraps.
+    // Keys wrapped under the old version of the master key still unwrap.
     assert_eq!(texts(&logstore), ["one", "two"]);
     let (before, envelopes_before) = (data(&world, &logstore), envelopes(&world, &logstore));
     assert!(envelopes_before.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 1));
@@ -198,7 +201,7 @@ fn rewrapping_after_the_customer_rotated_the_master_key_rewrites_no_data() {
     assert_eq!(after.iter().map(|(version, ..)| *version).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(data(&world, &logstore), before);
     put(&logstore, "three");
-    // The data key is the same one: the segment under way goes on.
+    // The data key is unchanged, so the open segment continues.
     assert_eq!(key_sources(&world, &logstore), [1, 2].map(KeySource::DataKey));
     store.close().unwrap();
     let store = world.open();
@@ -251,10 +254,10 @@ fn a_replacement_rewrites_no_data_and_leaves_nothing_under_the_old_master_key() 
     assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 3);
     assert_eq!((under(&old), under(&new)), (0, 3));
     assert_goes_on(&before, &data(&world, &logstore));
-    // The fresh data key is for what follows.
+    // The fresh data key is used for later appends.
     put(&logstore, "three");
     assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
-    // Told otherwise, the data key stays, and so does the segment under way.
+    // With `keep_data_key`, the data key stays, and the open segment continues.
     assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 3);
     put(&logstore, "four");
     assert_eq!((under(&new), under(&newer)), (0, 3));
@@ -297,14 +300,15 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
         }
         let wrapped = envelopes(&world, logstore)[1].2.clone().unwrap();
         store.shred_data_keys(logstore.name(), &[2]).unwrap();
-        // The envelope is in no file of the store any more.
+        // The envelope is no longer in any file of the store.
         for (path, bytes) in files(&world.store_dir()) {
             assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
         }
         assert_eq!(envelopes(&world, logstore)[1].2, None);
         let shredded: Vec<bool> = under_each(logstore).into_iter().map(|(.., shredded)| shredded).collect();
         assert_eq!(shredded, [false, true, false]);
-        // What lies before it is read, then it says what happened; behind it reading goes on.
+        // A reader returns the data before the shredded segment, then reports the shredding, and
+        // can continue after it.
         let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
         assert_eq!(strings(&[reader.next().unwrap().unwrap()]), ["one"]);
         assert_shredded(reader.next().unwrap(), 2);
@@ -312,7 +316,7 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
         assert_eq!(strings(&records_from(logstore, 0, Position::Seq(behind)).unwrap()), ["three"]);
         put(logstore, "four");
     }
-    // The other versions, other Logstores, and the whole store are in order.
+    // The other versions, other Logstores, and the whole store are intact.
     assert_clean(&store);
     store.close().unwrap();
     let store = world.open();
@@ -321,7 +325,8 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
         assert_shredded(try_texts(&logstore), 2);
         put(&logstore, "five");
     }
-    // A shredded version never comes back: not by re-wrapping, not by rotating, and its number is not used again.
+    // A shredded version never comes back: re-wrapping and rotation do not restore it, and its
+    // number is not reused.
     for logstore in &logstores {
         assert_eq!(store.rewrap(logstore.name()).unwrap(), 2);
         assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 4);
@@ -335,7 +340,7 @@ fn a_version_that_is_being_written_is_ended_before_it_is_shredded() {
     let world = World::manual();
     let store = world.create();
     for logstore in both(&world, &store) {
-        // The segment under way is still sealed with the first version.
+        // The open segment is still sealed with the first version.
         store.rotate_data_key(logstore.name()).unwrap();
         store.shred_data_keys(logstore.name(), &[1]).unwrap();
         assert_shredded(try_texts(&logstore), 1);
@@ -357,7 +362,8 @@ fn a_refused_shredding_destroys_nothing() {
         store.rotate_data_key(logstore.name()).unwrap();
         put(logstore, "two");
         let before = meta(&world, logstore);
-        // The current one, one that never was, and either together with one that might go.
+        // The current version, a version that never existed, and either of them together with a
+        // removable one.
         for (versions, culprit) in [(&[2][..], 2), (&[3], 3), (&[0], 0), (&[1, 2], 2), (&[1, 9], 9)] {
             let error = refused(logstore, versions);
             assert!(
@@ -368,7 +374,7 @@ fn a_refused_shredding_destroys_nothing() {
         assert_eq!(meta(&world, logstore), before);
     }
     assert!(matches!(refused(&plain, &[1]), Error::Config(ConfigError::NotEncrypted)));
-    // The second tag of BYOK metadata is made with the data key, so its master key must be usable.
+    // The data key computes the second tag of BYOK metadata, so the master key must be usable.
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert!(matches!(refused(&byok, &[1]), Error::Revoked { .. }));
     world.kms.answer(Answer::Real);
@@ -395,7 +401,7 @@ fn deleting_a_logstore_destroys_its_envelopes_also_while_its_key_is_revoked() {
         for (path, bytes) in files(&world.store_dir()) {
             assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
         }
-        // A handle that is still there uses no key that is still in memory.
+        // A remaining handle uses no key that is still in memory.
         assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))));
         assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
     }
@@ -403,9 +409,10 @@ fn deleting_a_logstore_destroys_its_envelopes_also_while_its_key_is_revoked() {
     assert_clean(&store);
 }
 
-// ---- the end of a key in memory ----
+// ---- removal of keys from memory ----
 
-/// Whether a secret is anywhere in the memory of this process. It is given inverted, so that the search does not find itself.
+/// Whether a secret is anywhere in the memory of this process. The argument is inverted, so that
+/// the search does not find its own copy.
 #[cfg(target_os = "linux")]
 fn in_memory(inverted: &[u8]) -> bool {
     use std::os::unix::fs::FileExt;
@@ -429,7 +436,7 @@ fn in_memory(inverted: &[u8]) -> bool {
             let found = buffer[..read].windows(inverted.len()).any(|window| {
                 window[0] == !inverted[0] && window.iter().zip(inverted).all(|(byte, inverted)| *byte == !*inverted)
             });
-            // What was read here is a copy of its own, which must not be found next.
+            // Erase the copy, so that the next search does not find it.
             buffer[..read].fill(0);
             if found {
                 return true;
@@ -440,11 +447,12 @@ fn in_memory(inverted: &[u8]) -> bool {
     false
 }
 
-/// Held by a test that searches the memory: what it reads there is a copy that another one would find.
+/// Serializes the tests that search the memory: the read buffer of one is a copy that another would
+/// find.
 #[cfg(target_os = "linux")]
 static SEARCH: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
-/// The operating system's randomness, the draws of 32 bytes remembered inverted.
+/// The operating system's random source. Records the draws of 32 bytes inverted.
 #[cfg(target_os = "linux")]
 #[derive(Debug, Default)]
 struct InvertingRandom(std::sync::Mutex<Vec<[u8; 32]>>);
@@ -460,7 +468,8 @@ impl envelog::io::Random for InvertingRandom {
     }
 }
 
-/// A data key is nowhere in memory once its key is revoked, shredded, deleted or closed, though it was there before.
+/// A data key is in memory while it is in use, and nowhere in memory after its key is revoked,
+/// shredded or deleted, or the store is closed.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
@@ -497,7 +506,8 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
         random.0.lock().unwrap().clear();
         let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
-        // The data key and the secret of the probe; the data key is the one that stays.
+        // The draws are the data key and the secret of the probe. Only the data key stays in
+        // memory.
         let drawn = random.0.lock().unwrap().clone();
         put(&logstore, "one");
         assert_eq!(texts(&logstore), ["one"]);
@@ -510,8 +520,8 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
     }
 }
 
-/// The same of the service keyring, as bytes and as the text that its file holds: once the store is closed, and when the keyring turns
-/// out to be another store's.
+/// The same for the root keys of the service keyring, as bytes and as the text in its file: after
+/// closing the store, and after opening a store with another store's keyring.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
@@ -528,7 +538,7 @@ fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
             .insecure_random_for_tests(random.clone())
     };
     let store = builder("store", "keyring").create().unwrap();
-    // Whatever else may be drawn, the roots are the draws that stay while the store is open.
+    // The root keys are those draws that stay in memory while the store is open.
     let roots = |store: &Store| {
         store.rotate_service_key().unwrap();
         let drawn = random.0.lock().unwrap().clone();
@@ -540,7 +550,7 @@ fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
     drop(builder("other", "other-keyring").create().unwrap());
     let text = |root: &[u8; 32]| -> Vec<u8> {
         let digit = |nibble: u8| !b"0123456789abcdef"[usize::from(nibble)];
-        // Half of the text would be half of the key.
+        // Search for half of the text, which is half of the key.
         root.iter().take(16).flat_map(|byte| [digit(!byte >> 4), digit(!byte & 15)]).collect()
     };
     let gone = |when: &str| {
@@ -554,11 +564,11 @@ fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
     assert!(roots.iter().all(|root| in_memory(root)));
     store.close().unwrap();
     gone("opened and closed");
-    // The other store's keyring is looked into, and found to be another's.
+    // Opening another store with this keyring reads the keyring and rejects it.
     let foreign = builder("other", "keyring").open();
     assert!(matches!(foreign, Err(Error::KeyringForeign { .. })), "{foreign:?}");
     gone("as another's");
-    // One that was altered, so that its tag does not hold.
+    // A changed keyring, whose tag is invalid.
     let path = dir.path().join("keyring");
     let mut bytes = fs::read(&path).unwrap();
     let tag = bytes.len() - 4 - 64;
@@ -571,8 +581,8 @@ fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
     gone("altered");
 }
 
-/// What a crash left in plain is recovered under the data key, where the Logstore has got its first envelope before that; and a shard
-/// that was never opened goes on under it.
+/// Unencrypted data left by a crash is recovered under the data key, if the Logstore got its first
+/// envelope before. A shard that was not opened before continues under that key.
 #[test]
 fn what_a_crash_left_is_recovered_under_a_first_data_key() {
     for crash_again in [false, true] {

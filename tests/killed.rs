@@ -1,4 +1,5 @@
-//! What a process that was killed, or whose disk failed, left without a sync: nothing rests on it until it is durable.
+//! Unsynced state left by a killed process or a failed disk: later work must not depend on it
+//! before it is durable.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,8 +31,9 @@ fn assert_clean(store: &Store, context: &str) {
     assert!(report.is_clean(), "{context}: {:?}", report.faults);
 }
 
-/// Kills the process at every operation of `operation` in turn. The next one takes what it finds, goes on with it, and what it
-/// was told to sync is there when the power fails: with everything that it rests on.
+/// Kills the process at every operation of `operation` in turn. The next process continues with the
+/// state on disk. After a power loss, all data that it synced is present, with all of its
+/// dependencies.
 fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Store) -> Result<()>) {
     let sim = Sim::new();
     let store = sim.create();
@@ -157,7 +159,8 @@ fn a_checkpoint() {
     killed_anywhere(|_, _| {}, |_, store| store.checkpoint().map(|_| ()));
 }
 
-/// Whatever a power cut in the middle of sealing leaves, what was synced is there, and what is damaged is a torn tail.
+/// After a power loss during sealing, all synced data is present, and any damage is treated as a
+/// torn tail.
 #[test]
 fn a_power_cut_while_a_segment_is_sealed_leaves_no_footer_without_its_blocks() {
     let sim = Sim::new();
@@ -193,14 +196,15 @@ fn a_power_cut_while_a_segment_is_sealed_leaves_no_footer_without_its_blocks() {
     assert!(footers > 200, "{footers}");
 }
 
-/// Once there is a footer, its blocks were durable: damage to them is none that a crash has left.
+/// A footer is written only after its blocks are durable, so damage to the blocks did not come from
+/// a crash.
 #[test]
 fn damage_in_front_of_a_footer_that_nobody_vouches_for_is_corruption() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
     logstore.append(record("written"), &written()).unwrap();
-    // The process ends before the catalogue says how far the shard is.
+    // The process ends before the catalogue records the head of the shard.
     sim.disk.fail_next(Op::Write, "catalogue", io::ErrorKind::Other);
     logstore.roll().unwrap_err();
     sim.crash(Survives::Everything);
@@ -217,7 +221,7 @@ fn damage_in_front_of_a_footer_that_nobody_vouches_for_is_corruption() {
     assert!(matches!(try_put(&logstore, "after"), Err(Error::Corrupt { .. })));
 }
 
-/// A seal whose sync fails is not taken for durable by the process itself either, once it goes on.
+/// After a failed sync of a seal, the same process does not treat the seal as durable either.
 #[test]
 fn a_segment_whose_sealing_failed_is_recovered_when_the_shard_is_reopened() {
     let mut sim = Sim::new();
@@ -235,7 +239,7 @@ fn a_segment_whose_sealing_failed_is_recovered_when_the_shard_is_reopened() {
     assert_eq!(texts(&find(&sim.open())), ["synced", "written", "after"]);
 }
 
-/// The head of a shard whose writer has stopped is what is durable of it, not what it had written.
+/// For a stopped writer, a checkpoint records the durable head of the shard, not the written one.
 #[test]
 fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
     let mut sim = Sim::new();
@@ -254,7 +258,7 @@ fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
     assert_eq!(texts(&logstore), ["synced", "after"]);
 }
 
-/// The head of a shard that nobody has written since its writer was killed is that which the writer would have told.
+/// After a kill of the writer, a checkpoint in the next process records the same head.
 #[test]
 fn a_checkpoint_of_a_shard_that_was_left_unclean_counts_its_blocks() {
     let mut sim = Sim::new();
@@ -265,7 +269,7 @@ fn a_checkpoint_of_a_shard_that_was_left_unclean_counts_its_blocks() {
     }
     let head = |store: &Store| {
         let checkpoint = store.checkpoint().unwrap();
-        // Behind the frame of a document.
+        // The JSON follows the document's frame.
         let mut documents = serde_json::Deserializer::from_slice(&checkpoint.to_bytes()[80..]).into_iter();
         let body: serde_json::Value = documents.next().unwrap().unwrap();
         let head = &body["logstores"][NAME]["shards"][0]["head"];
@@ -277,7 +281,8 @@ fn a_checkpoint_of_a_shard_that_was_left_unclean_counts_its_blocks() {
     assert_eq!(head(&sim.open()), told);
 }
 
-/// A segment whose name a killed process could not make durable: the catalogue does not rest on it before it is.
+/// A killed process could not sync a segment's name. The catalogue must not refer to the segment
+/// before the name is durable.
 #[test]
 fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
     for by_retention in [false, true] {
@@ -289,7 +294,7 @@ fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
         let incompressible: Vec<u8> = (0..6000).map(|_| dice.next() as u8).collect();
         logstore.append(Payload::opaque(incompressible).unwrap(), &synced()).unwrap();
         let told = logstore.append(record("queued"), &buffered()).unwrap();
-        // The next segment gets its name, and the process is killed before that is durable.
+        // The next segment is renamed, and the process is killed before the rename is durable.
         sim.disk.on_call(|call| match call.op == Op::SyncDir && call.is_about("shard-0000") {
             true => Verdict::Fail(io::ErrorKind::Other),
             false => Verdict::Go,
@@ -315,7 +320,8 @@ fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
     }
 }
 
-/// What a checkpoint found durable stays part of the shard, also when the catalogue that says so could not be synced: it may be there.
+/// Data that a checkpoint found durable stays part of the shard, even if the sync of its catalogue
+/// record failed: the record may be on the disk.
 #[test]
 fn what_a_checkpoint_that_failed_has_found_durable_is_not_cut_off() {
     let mut sim = Sim::new();
@@ -338,7 +344,8 @@ fn what_a_checkpoint_that_failed_has_found_durable_is_not_cut_off() {
     assert_clean(&store, "gone on");
 }
 
-/// What the catalogue has noted of an open segment stays part of it when the same process recovers the shard.
+/// A head of an open segment that the catalogue recorded stays valid when the same process recovers
+/// the shard.
 #[test]
 fn what_was_noted_of_an_open_segment_is_not_cut_off() {
     let mut sim = Sim::new();
@@ -359,7 +366,7 @@ fn what_was_noted_of_an_open_segment_is_not_cut_off() {
     assert_clean(&store, "opened again");
 }
 
-/// An audit record that was not synced may have lost its beginning, and have its end.
+/// An unsynced audit record may have lost its beginning but not its end.
 #[test]
 fn the_last_audit_record_may_be_torn_anywhere() {
     let sim = Sim::new();
@@ -368,7 +375,7 @@ fn the_last_audit_record_may_be_torn_anywhere() {
     store.checkpoint().unwrap();
     let audit = sim.world.store_dir().join("audit/audit-000001.log");
     let known = sim.disk.bytes(&audit).len();
-    // The process dies before anything says that the record is there.
+    // The process dies before any other file refers to the record.
     sim.disk.on_call(|call| match call.op == Op::Sync && call.is_about("audit") {
         true => Verdict::DoneAndFail,
         false => Verdict::Go,
@@ -388,7 +395,8 @@ fn the_last_audit_record_may_be_torn_anywhere() {
     }
 }
 
-/// A process died between making the file of the audit log and making its name durable, in the middle of making the store.
+/// A process died during the creation of a store, after it created the audit log file and before it
+/// synced the file's name.
 #[test]
 fn the_name_of_the_audit_log_is_durable_before_a_record_counts() {
     let mut sim = Sim::new();

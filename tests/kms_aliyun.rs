@@ -1,4 +1,5 @@
-//! The backend of Alibaba Cloud KMS, against a stand-in of KMS and STS, and beside the official SDK.
+//! The backend of Alibaba Cloud KMS, tested against a simulated KMS and STS, and compared with the
+//! official SDK.
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,7 +27,7 @@ use serde_json::{Value, json};
 const TIMEOUT: Duration = Duration::from_secs(20);
 const KEY: [u8; 32] = *b"the data key, which nobody sees!";
 
-/// A stand-in with one key, and the backend that uses it.
+/// The simulation with one key, and a backend that uses it.
 struct World {
     aliyun: Aliyun,
     kms: AliyunKms,
@@ -64,7 +65,7 @@ impl World {
         self.aliyun.take_seen().into_iter().map(|seen| seen.action).collect()
     }
 
-    /// What both kinds of calls come to, which must be the same.
+    /// The outcome of wrapping and unwrapping, which must be the same.
     fn outcome(&self, wrapped: &[u8]) -> String {
         let outcome = kind(&self.unwrap(wrapped).unwrap_err());
         assert_eq!(kind(&self.wrap().unwrap_err()), outcome);
@@ -72,7 +73,7 @@ impl World {
     }
 }
 
-/// One word for an error, whose detail must not be empty nor long.
+/// The kind of an error. Checks that the detail is neither empty nor long.
 fn kind(error: &KmsError) -> String {
     let (kind, detail) = match error {
         KmsError::Revoked { reason, detail } => (format!("{reason:?}"), detail),
@@ -84,7 +85,7 @@ fn kind(error: &KmsError) -> String {
     kind
 }
 
-// ---- everything that is logged, at the most talkative level ----
+// ---- captures everything that is logged, at the most detailed level ----
 
 static LOG: Mutex<String> = Mutex::new(String::new());
 
@@ -112,7 +113,7 @@ fn listen_to_the_log() {
     });
 }
 
-// ---- keys in and out ----
+// ---- wrapping and unwrapping ----
 
 #[test]
 fn a_key_comes_back_for_what_it_was_wrapped_for_and_for_nothing_else() {
@@ -131,7 +132,7 @@ fn a_key_comes_back_for_what_it_was_wrapped_for_and_for_nothing_else() {
         assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "Invalid");
     }
     world.context = context;
-    // The key may be used, but it is not the one that was asked for.
+    // The key may be used, but it is not the requested one.
     let id = std::mem::replace(&mut world.cmk.cmk_key_id, world.aliyun.create_key());
     assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "Invalid");
     world.cmk.cmk_key_id = format!("acs:kms:{REGION}:13234:key/{id}");
@@ -152,7 +153,7 @@ fn a_damaged_wrapped_key_is_invalid_wherever_it_is_damaged() {
         let mut damaged = wrapped.clone();
         damaged[byte] ^= 4;
         let outcome = kind(&world.unwrap(&damaged).unwrap_err());
-        // The id of another key may be what comes out, as the stand-in keeps it readable.
+        // The simulation stores the key id readably, so a changed byte can name another key.
         assert!(outcome == "Invalid" || outcome == "Deleted" && byte >= 53, "byte {byte}: {outcome}");
     }
     for len in (0..53).chain([54, wrapped.len() - 1]) {
@@ -215,7 +216,7 @@ fn what_the_customer_does_to_key_and_role_shows_at_the_next_call() {
     assert_eq!(world.outcome(&wrapped), "Deleted");
 }
 
-// ---- what an error means ----
+// ---- the meaning of errors ----
 
 #[test]
 fn every_code_of_kms_has_its_meaning() {
@@ -269,14 +270,14 @@ fn every_code_of_kms_has_its_meaning() {
         (500, "InternalFailure", "Unreachable"),
         (503, "ServiceUnavailableTemporary", "Unreachable"),
         (503, "ServiceUnavailable", "Unreachable"),
-        // A refusal is one only with the status of a refusal.
+        // An error is a refusal only with the HTTP status of a refusal.
         (500, "Rejected.Disabled", "Unreachable"),
         (302, "Rejected.Disabled", "Unreachable"),
         (201, "Forbidden.KeyNotFound", "Unreachable"),
     ] {
         check(status, code, expected);
     }
-    // A code that says nothing about the key is explained by the key's state, if that is why.
+    // For a code that does not concern the key, the backend queries the key's state.
     for (state, expected) in [
         ("Disabled", "Disabled"),
         ("PendingImport", "Disabled"),
@@ -289,7 +290,7 @@ fn every_code_of_kms_has_its_meaning() {
         check(400, "SomethingNew", expected);
         check(400, "Throttling", "Unreachable");
     }
-    // That the state may not be seen says nothing, and neither does an answer that is none.
+    // A denied or invalid answer about the state does not change the outcome.
     world.aliyun.set_fault("DescribeKey", Some(Fault::code(403, "Forbidden.NoPermission")));
     check(400, "SomethingNew", "Unreachable");
     world.aliyun.set_fault("DescribeKey", Some(Fault::Answer(200, "[]".to_owned())));
@@ -377,7 +378,7 @@ fn an_answer_that_makes_no_sense_is_never_a_revocation_nor_a_success() {
         (answer(id, &STANDARD.encode([7; 33]), json!("QUJD")), "Invalid"),
         (answer(id, "", json!("QUJD")), "Invalid"),
         (answer(id, "no base64, but of some 44 characters or more.", json!("QUJD")), "Invalid"),
-        // The key is one, but neither seals what was sealed nor comes with a ciphertext.
+        // A valid key, but an invalid ciphertext.
         (answer(id, &right, json!("not base64!")), "Invalid"),
         (Fault::Answer(200, "[".repeat(60_000)), "Invalid"),
     ];
@@ -415,9 +416,9 @@ fn an_answer_that_makes_no_sense_is_never_a_revocation_nor_a_success() {
     assert_eq!(world.unwrap(&wrapped), Ok(KEY));
 }
 
-// ---- time and connections ----
+// ---- timeouts and connections ----
 
-/// How much longer something may take on a machine that is busy.
+/// Extra time for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(8);
 
 #[test]
@@ -436,7 +437,7 @@ fn the_whole_call_keeps_within_its_time() {
             world.aliyun.set_fault(action, None);
         }
     }
-    // Each of the two requests is quick enough, but both are not.
+    // Each of the two requests is within the timeout, but their sum is not.
     world.timeout = Duration::from_secs(1);
     world.aliyun.set_delay(Duration::from_millis(700));
     assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "Unreachable");
@@ -472,7 +473,7 @@ fn who_is_not_there_is_unreachable() {
     world.timeout = Duration::from_secs(2);
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let kms = world.kms.clone();
-    // TLS is not what the stand-in speaks, and the name of nobody does not resolve.
+    // The simulation does not speak TLS, and the reserved host name does not resolve.
     let tls = world.aliyun.endpoint().replace("http:", "https:");
     for url in [&format!("http://{gone}"), &tls, "https://kms.invalid"] {
         for at in [AliyunKms::with_endpoint, AliyunKms::with_sts_endpoint] {
@@ -499,7 +500,7 @@ fn many_threads_call_at_once_and_none_waits_for_another() {
             });
         }
     });
-    // One after the other they would take 19 s.
+    // One after the other, the calls would take 19 s.
     assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
 }
 
@@ -513,7 +514,7 @@ fn no_secret_is_in_a_url_a_log_an_error_or_debug_output() {
     world.aliyun.set_state(&world.cmk.cmk_key_id, "Disabled");
     let mut shown = format!("{:?} {:?}", world.kms, world.unwrap(&wrapped));
     for action in ["AssumeRole", "Decrypt"] {
-        // A server that sends secrets back, where an error is expected and where not.
+        // A server that returns secrets in its answers, both in errors and in successes.
         for status in [200, 403] {
             let body = json!({ "Code": KEY, "Plaintext": STANDARD.encode(KEY), "AccessKeySecret": SERVICE_SECRET });
             world.aliyun.set_fault(action, Some(Fault::Answer(status, body.to_string())));
@@ -538,7 +539,7 @@ fn no_secret_is_in_a_url_a_log_an_error_or_debug_output() {
     }
 }
 
-// ---- beside the official SDK ----
+// ---- comparison with the official SDK ----
 
 fn sdk(arguments: &[&str]) -> String {
     let python =
@@ -555,7 +556,8 @@ fn sdk(arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// `src/kms/aliyun/sign.rs` makes the same signatures of these requests, in a test that needs no SDK.
+/// A unit test in `src/kms/aliyun/sign.rs` computes the same signatures of these requests without
+/// the SDK.
 #[test]
 fn the_official_sdk_signs_as_it_did() {
     let aliyun = Aliyun::start();

@@ -1,4 +1,4 @@
-//! Logstores under a master key of AWS KMS, which moto plays.
+//! Logstores under a master key of AWS KMS, simulated by moto.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,11 +22,11 @@ use envelog::{
 use moto::{Moto, REGION, ROLE};
 use tempfile::TempDir;
 
-/// Set in the process that a test really runs in.
+/// Set in the child process that runs the test body.
 const INSIDE: &str = "ENVELOG_TEST_WITH_AWS_CREDENTIALS";
 
-/// Runs a test in a process of its own, with credentials in its environment: one process has one environment, and to change it
-/// while other tests run is not sound.
+/// Runs a test in its own process with credentials in the environment. Changing the environment of
+/// this process while other tests run would be unsound.
 fn with_credentials(test: &str, body: fn()) {
     if env::var_os(INSIDE).is_some() {
         return body();
@@ -120,7 +120,7 @@ fn a_key_binds_its_context_and_says_its_state() {
         moto.enable(&key);
         assert_eq!(unwrap(&key, &context).unwrap(), [7; 32]);
         revoked(ask("00000000-0000-4000-8000-000000000000", &context, None), RevokedReason::Deleted);
-        // The other key is not touched by any of this.
+        // None of this affects the other key.
         assert!(ask(&other_key, &context, None).is_ok());
     });
 }
@@ -131,7 +131,7 @@ fn a_logstore_lives_as_long_as_its_key() {
         let (moto, dir) = (Moto::start(), tempfile::tempdir().unwrap());
         let mut options = StoreOptions::default();
         options.revalidate_every = Duration::from_secs(1);
-        // From a refusal on to the last success.
+        // From the refusal to the last success.
         let bound = options.revalidate_every + options.kms_timeout;
         let store = store(&dir, &moto, options);
         let (key, other_key) = (moto.create_key(), moto.create_key());
@@ -155,7 +155,7 @@ fn a_logstore_lives_as_long_as_its_key() {
         };
         let comes_back = |began: Instant| {
             while let Err(error) = put(&mine, "back") {
-                // Within the bound, unless the machine has other things to do.
+                // Within the bound, with a margin for a busy machine.
                 assert!(began.elapsed() < bound * 10, "{error}");
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -170,7 +170,7 @@ fn a_logstore_lives_as_long_as_its_key() {
         let began = Instant::now();
         moto.schedule_deletion(&key);
         lost_within_bound(began, RevokedReason::PendingDeletion);
-        // Cancelled, a key is disabled.
+        // A key is disabled after its deletion is cancelled.
         moto.cancel_deletion(&key);
         std::thread::sleep(bound);
         assert_revoked(put(&mine, "refused"), RevokedReason::Disabled);

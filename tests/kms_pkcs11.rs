@@ -1,4 +1,4 @@
-//! Keys in a token, by PKCS#11, with SoftHSM.
+//! Keys in a PKCS#11 token, with SoftHSM.
 
 #![allow(clippy::unwrap_used)]
 
@@ -67,7 +67,7 @@ fn assert_invalid<T: std::fmt::Debug>(answer: Result<T, KmsError>, words: &str) 
     assert!(matches!(&answer, Err(KmsError::Invalid { detail }) if detail.contains(words)), "{answer:?}");
 }
 
-/// Fails where SoftHSM is missing; also what [`Token::admin`] starts.
+/// Fails if SoftHSM is missing. [`Token::admin`] also starts this test.
 #[test]
 fn softhsm_is_there() {
     pkcs11::admin();
@@ -148,13 +148,13 @@ fn what_the_owner_does_to_a_key_counts_at_the_next_call() {
 fn a_token_that_is_away_is_an_outage_and_comes_back() {
     in_own_process("a_token_that_is_away_is_an_outage_and_comes_back", |token| {
         token.admin("generate cmk 0a");
-        // Known of before it is there.
+        // The token is configured before it is present.
         token.take_away();
         let kms = from_url(&token.uri()).unwrap();
         assert_unreachable(wrap(&*kms, "cmk"), "");
         token.put_back();
         let wrapped = wrap(&*kms, "cmk").unwrap();
-        // Taken away while it is in use, and never taken for one without keys.
+        // A token that is removed while in use is never mistaken for one without keys.
         for _ in 0..3 {
             token.take_away();
             for _ in 0..3 {
@@ -164,7 +164,7 @@ fn a_token_that_is_away_is_an_outage_and_comes_back() {
             token.put_back();
             assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET));
         }
-        // There are tokens, but not this one.
+        // There are tokens, but not the configured one.
         let other = from_url(&token.uri().replace("token=logs", "token=other")).unwrap();
         assert_unreachable(unwrap(&*other, "cmk", &wrapped), "no token");
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET), "whatever the other one did to the module");
@@ -193,7 +193,7 @@ fn a_refused_pin_is_an_outage_and_is_not_tried_again() {
         assert_unreachable(wrap(&*kms, "cmk"), "empty");
         fs::write(&file, "123456\n").unwrap();
         assert_unreachable(wrap(&*kms, "cmk"), "CKR_PIN_INCORRECT");
-        // Were it tried again, it would be the right one now.
+        // The stored PIN would now be right, but the backend must not retry it.
         pkcs11::change_pin(PIN, "123456");
         assert_unreachable(wrap(&*kms, "cmk"), "not tried again");
         let another = from_url(
@@ -205,7 +205,7 @@ fn a_refused_pin_is_an_outage_and_is_not_tried_again() {
         let wrapped = wrap(&*kms, "cmk").unwrap();
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET));
         let none = from_url(&token.uri_with("")).unwrap();
-        // One login serves all sessions of a process, so the one without a PIN has to come first.
+        // One login serves all sessions of a process, so the case without a PIN must be first.
         drop(kms);
         assert_unreachable(wrap(&*none, "cmk"), "wants a PIN");
     });
@@ -263,8 +263,8 @@ fn many_threads_at_once_and_a_lost_login_under_them() {
         all(20);
         let other = pkcs11::context();
         let session = other.open_ro_session(pkcs11::slot(&other)).unwrap();
-        // Without the login the keys are not to be seen, and some threads look while others log in again: none may take them for
-        // deleted.
+        // Without a login the keys are invisible. While some threads log in again, others search
+        // for the keys and must not report them as deleted.
         for _ in 0..20 {
             session.logout().unwrap();
             all(1);
@@ -280,12 +280,13 @@ fn a_forked_child_touches_nothing_of_its_parent() {
         let wrapped = wrap(&*kms, "cmk").unwrap();
         let (in_child, wrapped_in_child) = (Arc::clone(&kms), wrapped.clone());
         let mut child = Command::new("true");
-        // SAFETY: this runs in a forked child, where only the forking thread lives on. Nobody else in the parent uses the KMS, so none
-        // of its locks can be held by a thread that is gone; memory may be allocated, since the C library keeps its allocator usable
-        // across `fork`. Nothing here prints, and the child ends with what this returns.
+        // SAFETY: this runs in a forked child, which contains only the forking thread. No other
+        // thread of the parent uses the KMS, so no thread that is gone can hold one of its locks.
+        // Allocation is allowed, because the C library keeps its allocator usable across `fork`.
+        // This code does not print, and the child ends with the return value.
         unsafe {
             child.pre_exec(move || match unwrap(&*in_child, "cmk", &wrapped_in_child) {
-                // SoftHSM does not let itself be initialized anew in a child.
+                // SoftHSM does not allow another initialization in a child.
                 Err(KmsError::Unreachable { .. }) => Ok(()),
                 _ => Err(std::io::Error::from_raw_os_error(100)),
             });
@@ -298,7 +299,8 @@ fn a_forked_child_touches_nothing_of_its_parent() {
 
 // ---- with a store ----
 
-/// Long enough for a slow machine; what is tested is asked for with `revalidate_now`, and the rest waited for.
+/// Long enough for a slow machine: the test triggers checks with `revalidate_now` and waits for the
+/// rest.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn builder(token: &Token) -> StoreBuilder {
@@ -319,7 +321,7 @@ fn texts(logstore: &Logstore) -> Result<Vec<String>, Error> {
     reader.map(|record| Ok(String::from_utf8(record?.bytes.to_vec()).unwrap())).collect()
 }
 
-/// Waits until the Logstore answers like this, as leases are renewed and come to their end.
+/// Waits until the Logstore gives this result, while leases are renewed and expire.
 #[track_caller]
 fn wait_for(logstore: &Logstore, wanted: impl Fn(&Result<Vec<String>, Error>) -> bool) {
     let began = Instant::now();
@@ -369,7 +371,7 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         wait_for(&logstore, |found| found.as_ref().is_ok_and(|texts| texts == &["before", "between"]));
         put(&logstore, "after").unwrap();
 
-        // Rotation is another key object.
+        // A rotation creates another key object.
         token.admin("generate next 0b");
         let name = "p/customer".parse().unwrap();
         store.replace_cmk(&name, cmk("next"), envelog::ReplaceCmk::default()).unwrap();
@@ -399,7 +401,8 @@ fn the_service_key_lives_in_the_token_too() {
         store.close().unwrap();
         let sealed = fs::read(token.path("keyring")).unwrap();
 
-        // Without the token nothing opens, and it says so as an outage; with a key that may not decrypt, as a refusal.
+        // Without the token, opening fails as an outage; with a key that may not decrypt, as a
+        // refusal.
         token.take_away();
         let error = builder(token).open().unwrap_err();
         assert!(matches!(&error, Error::ServiceKey { cause: KmsError::Unreachable { .. }, .. }), "{error:?}");
@@ -415,7 +418,7 @@ fn the_service_key_lives_in_the_token_too() {
         );
         token.admin("decrypt service true");
 
-        // Rotation is another key object: what one has sealed, the other has no part in.
+        // A rotation creates another key object, which cannot open ciphertexts of the first.
         let store = builder(token).open().unwrap();
         let logstore = store.logstore(&name).unwrap();
         assert_eq!(texts(&logstore).unwrap(), ["before"]);

@@ -1,4 +1,5 @@
-//! Bad input, limits and missing pieces: each has an error of its own, nothing is lost, and nothing panics.
+//! Bad input, limits and missing files: each has its own error, no data is lost, and the engine
+//! does not panic.
 
 #![allow(clippy::unwrap_used)]
 
@@ -29,7 +30,7 @@ use envelog::{
 
 #[test]
 fn a_group_of_3_gib_is_refused_before_anybody_looks_into_it() {
-    // The system gives zeroed memory page by page, when a page is first touched: this takes no memory.
+    // The system allocates zeroed pages on first access, so this buffer uses no memory.
     let huge = Bytes::from(vec![0; 3 << 30]);
     match Payload::encoded(huge.clone()).unwrap_err() {
         Error::InvalidGroup(GroupError::TooLarge { what: "length", size, limit }) => {
@@ -84,7 +85,7 @@ fn groups_beyond_a_limit_are_refused_one_by_one_and_those_at_it_are_stored() {
         let found = records(&logstore, 0).unwrap().pop().unwrap();
         assert_eq!(found.bytes, good.encode_to_bytes(), "{what}");
     }
-    // Nothing at all, nothing in it, and no group.
+    // No bytes, an empty group, and bytes that are not a group.
     let append = |bytes: &[u8]| {
         let payload = Payload::encoded(Bytes::copy_from_slice(bytes))?;
         logstore.append(payload, &written())
@@ -103,7 +104,7 @@ fn groups_beyond_a_limit_are_refused_one_by_one_and_those_at_it_are_stored() {
             other => panic!("{other:?}"),
         }
     }
-    // An opaque record may be empty, and as long as a group.
+    // An opaque record may be empty, and as long as the longest group.
     for len in [0, GROUP_BYTES_MAX] {
         logstore.append(Payload::opaque(bytes(len)).unwrap(), &written()).unwrap();
         assert_eq!(records(&logstore, 0).unwrap().pop().unwrap().bytes, bytes(len));
@@ -128,7 +129,7 @@ fn names_that_could_lead_anywhere_else_do_not_exist() {
             assert!(serde_json::from_str::<LogstoreName>(&json).is_err(), "{part:?}");
         }
     }
-    // Those that are allowed are no file names here, so that none can clash on any file system.
+    // The allowed names are not used as file names, so no file system can make two of them clash.
     let sim = Sim::new();
     let store = sim.create();
     let (lower, upper) = (sim.world.service(&store, "p/con"), sim.world.service(&store, "P/CON"));
@@ -208,7 +209,7 @@ fn options_out_of_range_are_refused_by_name_before_anything_is_made() {
 
 // ---- stores and keyrings ----
 
-/// A store with something in it, closed.
+/// A closed store that contains data.
 fn closed() -> Sim {
     let sim = Sim::new();
     let store = sim.create();
@@ -217,7 +218,7 @@ fn closed() -> Sim {
     sim
 }
 
-/// Every way to open the store ends in the error, and changes nothing.
+/// Checks that every way to open the store fails with the error and changes nothing.
 #[track_caller]
 fn refused_untouched(sim: &Sim, expected: impl Fn(&Error) -> bool) {
     let before = sim.disk.files(sim.world.path());
@@ -227,7 +228,7 @@ fn refused_untouched(sim: &Sim, expected: impl Fn(&Error) -> bool) {
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
     }
     let mut after = sim.disk.files(sim.world.path());
-    // The lock was taken and let go of, and the epoch raised.
+    // Opening takes and releases the lock and raises the epoch.
     let is_kept = |path: &Path| !path.ends_with("LOCK") && !path.ends_with("EPOCH");
     after.retain(|path, _| is_kept(path));
     let kept = before.into_iter().filter(|(path, _)| is_kept(path)).collect();
@@ -255,7 +256,7 @@ fn a_missing_store_is_told_from_something_else() {
     sim.disk.create_dir(&dir).unwrap();
     missing(sim.builder().open());
     missing(sim.builder().open_read_only());
-    // Something else is in it, or it is no directory at all.
+    // The directory contains something else, or is not a directory.
     let is_no_store = |sim: &Sim| {
         for opened in [sim.builder().open(), sim.builder().open_read_only(), sim.builder().create()] {
             assert!(matches!(opened.unwrap_err(), Error::NotAStore { path } if path == dir));
@@ -285,7 +286,7 @@ fn creating_overwrites_neither_a_store_nor_a_keyring() {
     assert!(matches!(&error, Error::StoreExists { path } if *path == sim.world.store_dir()), "{error}");
     assert_eq!(sim.disk.files(sim.world.path()), before);
     is_whole(&sim);
-    // Another store with the keyring of this one.
+    // Another store with this store's keyring.
     let beside = sim.world.path().join("beside");
     let builder = Store::builder(&beside, sim.world.keyring(), envelog::crypto::AwsLc::new());
     let error = builder.disk(std::sync::Arc::new(sim.disk.clone())).create().unwrap_err();
@@ -312,7 +313,7 @@ fn a_keyring_that_is_missing_foreign_too_old_or_broken_is_told_apart() {
     );
     put_back(&sim_keyring_of_another_store());
     refused_untouched(&sim, |error| matches!(error, Error::KeyringForeign { path } if *path == keyring));
-    // Missing: it is not made anew.
+    // A missing keyring is not recreated.
     let aside = keyring.with_extension("aside");
     sim.disk.rename(&keyring, &aside).unwrap();
     refused_untouched(&sim, |error| matches!(error, Error::KeyringMissing { path } if *path == keyring));
@@ -329,7 +330,7 @@ fn a_keyring_that_is_missing_foreign_too_old_or_broken_is_told_apart() {
     }
     put_back(&[]);
     assert_eq!(sim.builder().open().unwrap_err().kind(), ErrorKind::Integrity);
-    // With the right one everything is there.
+    // With the right keyring, all data is readable.
     put_back(&newest);
     is_whole(&sim);
 }
@@ -345,7 +346,7 @@ fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
     let store = sim.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
     store.close().unwrap();
-    // Each writer gives the file of the catalogue another name.
+    // Each writer uses a new name for the catalogue file.
     let paths: [&dyn Fn() -> PathBuf; 5] = [
         &|| sim.world.store_dir().join("STORE"),
         &|| sim.disk.catalogue_file(&sim.world.store_dir()),
@@ -379,7 +380,7 @@ fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
     }
 }
 
-/// On the real file system, whose lock it is.
+/// Uses the real file system, which provides the lock.
 #[test]
 fn a_second_writer_is_told_who_is_there() {
     let world = World::manual();
@@ -391,7 +392,7 @@ fn a_second_writer_is_told_who_is_there() {
             other => panic!("{other}"),
         }
     }
-    // The first is undisturbed, and readers may come.
+    // The first writer is not affected, and readers can open the store.
     put(&logstore, "still here");
     let reading = world.builder().open_read_only().unwrap();
     assert_eq!(texts(&reading.logstore(logstore.name()).unwrap()), ["still here"]);
@@ -439,7 +440,8 @@ fn a_read_only_directory_can_be_read_and_says_why_it_is_not_written() {
     assert_eq!(sim.disk.changes(), changes, "a reader writes nothing, not even a lock");
 }
 
-/// Whatever administrative operation runs out of space at whatever step: it says so, and what was there is there.
+/// If any administrative operation runs out of space at any step, it returns an error, and existing
+/// data stays intact.
 #[test]
 fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
     type Operation = fn(&Store, &Logstore) -> Result<()>;
@@ -485,7 +487,7 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
                     assert_eq!(error.kind(), ErrorKind::Full, "{context}");
                 }
             }
-            // There is space again; a store that is opened anew has everything, and works.
+            // When space is available again, reopening finds all data, and the store works.
             sim.disk.heal();
             drop((logstore, store));
             let store = sim.open();

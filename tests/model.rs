@@ -1,7 +1,7 @@
-//! Any life of a store, against a model of it that is a list.
+//! Random histories of a store, compared with a simple model.
 //!
-//! `PROPTEST_CASES` sets how many lives there are. One that fails is made shorter, printed, and noted with its seed in
-//! `tests/model.regressions`, from where it is run again first.
+//! `PROPTEST_CASES` sets the number of histories. A failing one is shortened, printed, and recorded
+//! with its seed in `tests/model.regressions`. Later runs start with the recorded ones.
 
 #![allow(clippy::unwrap_used)]
 

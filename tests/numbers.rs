@@ -1,4 +1,4 @@
-//! Sequence numbers are never used twice, and no append that failed is ever taken for one that succeeded.
+//! Sequence numbers are never reused, and a failed append is never mistaken for a successful one.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
@@ -11,8 +11,8 @@ use common::{
 };
 use envelog::{Error, kms::RevokedReason::Disabled};
 
-/// Numbers that were read before a crash are gone for good, also when the next crash comes before recovery has done more than
-/// put the rewritten segment in place.
+/// Numbers that a reader saw before a crash are not assigned again. This holds also if the next
+/// crash comes right after recovery put the rewritten segment in place.
 #[test]
 fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_one() {
     let mut world = World::manual();
@@ -22,7 +22,7 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
     let texts_written: Vec<String> = (0..6).map(|n| format!("order {n}")).collect();
     let last = texts_written.iter().map(|text| logstore.append(record(text), &written()).unwrap().seq).max().unwrap();
     assert_eq!(strings(&records(&logstore, 0).unwrap()), texts_written);
-    // Power fails: nothing of it was synced, and the last block did not reach the disk in full.
+    // A power loss: no data was synced, and the last block is torn.
     let crashed = world.path().join("crashed");
     copy_dir(&world.store_dir(), &crashed);
     let dir = world.logstore_dir(&logstore);
@@ -36,7 +36,7 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
     let logstore = store.logstore(&name("shop/orders")).unwrap();
     logstore.append(record("after"), &written()).unwrap();
     assert_eq!(logstore.status().unwrap().recovery[0].groups_rewritten, 5);
-    // It fails again, when the rewritten segment has its name and the next one does not.
+    // Another power loss: the rewritten segment has its name, and the next segment does not.
     copy_dir(&world.store_dir(), &crashed);
     drop((logstore, store));
     copy_dir(&crashed, &world.store_dir());
@@ -51,8 +51,9 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
     assert_eq!(texts(&logstore), [&texts_written[..5], &["again".to_owned()]].concat());
 }
 
-/// A segment has been sealed, and the key for the next one is out of reach: what a checkpoint notes of the shard then leaves no room for
-/// numbers that are given out later without a segment that reserves them.
+/// A segment has been sealed, and the key for the next one is inaccessible. The head that a
+/// checkpoint records then must not allow numbers to be assigned later without a segment that
+/// reserves them.
 #[test]
 fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
     let mut sim = Sim::new();
@@ -68,7 +69,7 @@ fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
     store.checkpoint().unwrap();
     given
         .extend((0..3).filter_map(|_| logstore.append(record("later"), &buffered()).ok()).map(|appended| appended.seq));
-    // The process dies with all that in memory.
+    // The process dies with these groups in memory.
     let disk = sim.disk.kill();
     drop((logstore, store));
     sim.disk = disk;
@@ -78,7 +79,7 @@ fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
     assert!(given.iter().all(|seq| appended.seq > *seq), "{} was given out before: {given:?}", appended.seq);
 }
 
-/// A repair ends what is damaged; the handle that asked for it appends behind it.
+/// After a repair, the handle that requested it appends after the kept data.
 #[test]
 fn appends_after_a_repair_go_on_behind_what_was_kept() {
     let world = World::manual();
@@ -115,7 +116,8 @@ fn appends_after_a_repair_go_on_behind_what_was_kept() {
     assert_eq!(texts(&logstore), ["a", "c", "d", "e"]);
 }
 
-/// More appends fail than anybody would think to remember; then the key comes back, and others succeed.
+/// Thousands of tickets fail while the key is revoked. They stay failed after the key is enabled
+/// and later appends succeed.
 #[test]
 fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
     let world = World::manual();
@@ -146,7 +148,7 @@ fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
     assert_eq!(texts(&logstore), expected);
 }
 
-/// What a refused Logstore keeps in memory takes no room from the others.
+/// The buffered groups of a refused Logstore do not use up the memory budget of the others.
 #[test]
 fn a_refused_logstore_holds_no_part_of_the_memory_that_others_wait_for() {
     let mut sim = Sim::new();
@@ -156,7 +158,8 @@ fn a_refused_logstore_holds_no_part_of_the_memory_that_others_wait_for() {
     let cmk = world.cmk();
     let (refused, other) = (world.byok(&store, "shop/orders", &cmk), world.service(&store, "shop/carts"));
     refused.append(record("first"), &synced()).unwrap();
-    // The next block needs a new segment, whose key cannot be had: what is acknowledged now can only wait.
+    // The next block needs a new segment, whose key is inaccessible, so acknowledged groups have to
+    // wait.
     sim.lose_key_at_the_next_roll(&store, &refused, Answer::Revoked(Disabled));
     let text = "x".repeat(300 << 10);
     let accepted = (0..100).take_while(|_| refused.append(record(&text), &buffered()).is_ok()).count();

@@ -1,4 +1,5 @@
-//! A KMS that does not answer, and many master keys that wait for it; and what is left in memory when a key is lost.
+//! A KMS that does not answer while many master keys wait for it, and the removal of data from
+//! memory when a key is lost.
 
 #![allow(clippy::unwrap_used)]
 
@@ -10,7 +11,7 @@ use envelog::{
     kms::RevokedReason::Disabled,
 };
 
-/// A store with `count` Logstores, each under a master key of its own, each in use.
+/// A store with `count` Logstores, each with its own master key and each in use.
 fn crowd(world: &World, count: usize) -> (Store, Vec<(UserCmkInfo, Logstore)>) {
     let store = world.create();
     let logstores = (0..count)
@@ -39,7 +40,8 @@ fn leases_that_have_ended_ask_together_and_come_back_together() {
     tick_for(&world, &store, 310);
     assert!(logstores.iter().all(|(_, logstore)| matches!(try_put(logstore, "x"), Err(Error::KmsUnreachable { .. }))));
 
-    // Eight periods: each lease asks at most once by itself, and one of them a little more than once a period for all.
+    // Eight periods: each lease makes at most one call of its own, and one shared probe per period,
+    // or slightly more, checks the KMS for all.
     let before = world.kms.calls();
     tick_for(&world, &store, 8 * 30);
     let asked = world.kms.calls() - before;
@@ -54,7 +56,8 @@ fn leases_that_have_ended_ask_together_and_come_back_together() {
     }
 }
 
-/// Operations ask for themselves when something is due. They must not do so more often than the leases.
+/// Refused operations trigger a call when one is due. They must not call more often than the leases
+/// do.
 #[test]
 fn operations_that_are_refused_ask_no_more_often() {
     let world = World::manual_in_memory();
@@ -72,7 +75,7 @@ fn operations_that_are_refused_ask_no_more_often() {
     assert!(asked <= 20 + 16, "{asked} calls");
 }
 
-/// Most master keys of a KMS are out of order, and this one is not: it never feels it.
+/// Most master keys of a KMS fail. A lease whose key works must not be affected.
 #[test]
 fn a_lease_that_is_alive_is_never_spared_a_call() {
     let world = World::manual_in_memory();
@@ -131,7 +134,7 @@ fn a_first_use_does_not_wait_for_an_outage_that_is_known() {
     assert_eq!(texts(&unused), ["first"]);
 }
 
-/// A call or two that failed are no outage that anybody need be spared: the KMS is asked.
+/// One or two failed calls do not open the circuit breaker: a first use still calls the KMS.
 #[test]
 fn a_first_use_asks_although_a_call_has_failed() {
     let world = World::manual_in_memory();
@@ -143,7 +146,7 @@ fn a_first_use_asks_although_a_call_has_failed() {
     assert_eq!(texts(&unused), ["first"]);
 }
 
-/// A backend that never comes back costs threads, and only so many.
+/// Backend calls that never return occupy threads, but only up to a limit.
 #[test]
 fn calls_that_never_come_back_do_not_pile_up() {
     let mut world = World::threads();
@@ -151,7 +154,7 @@ fn calls_that_never_come_back_do_not_pile_up() {
     let (store, logstores) = crowd(&world, 1);
     drop(logstores);
     store.close().unwrap();
-    // From now on calls are given up sooner than they could be answered.
+    // From now on the timeout is shorter than any answer.
     world.options.kms_timeout = millis(10);
     let store = world.open();
     let logstore = store.logstore(&name("p/l0")).unwrap();
@@ -171,7 +174,8 @@ fn calls_that_never_come_back_do_not_pile_up() {
     eventually("the calls come back", || threads() < 60 && logstore.revalidate_now().is_ok());
 }
 
-/// What an open reader had read ahead goes when the key goes, and is read again when the key is back: nothing is passed over.
+/// When the key is revoked, an open reader's read-ahead data is wiped. Once the key is back, the
+/// reader reads it again and skips no record.
 #[test]
 fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
     let world = World::manual_in_memory();
@@ -195,7 +199,7 @@ fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
             let got: Vec<String> = strings(&got).into_iter().filter(|text| text != "first").collect();
             assert_eq!(got, all, "{from:?}, {taken} taken before");
 
-            // And block by block.
+            // The same block by block.
             let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
             let mut got: Vec<_> = reader.by_ref().take(taken).map(Result::unwrap).collect();
             world.kms.answer(Answer::Revoked(Disabled));
@@ -212,7 +216,8 @@ fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
     store.close().unwrap();
 }
 
-/// What the data key authenticates cannot be changed while its KMS does not answer: neither when the lease has ended nor before.
+/// Settings that the data key authenticates cannot change while its KMS does not answer, neither
+/// before nor after the lease ends.
 #[test]
 fn settings_that_the_data_key_binds_wait_for_the_end_of_an_outage() {
     let world = World::manual_in_memory();

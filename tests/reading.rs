@@ -1,4 +1,5 @@
-//! Reading: where it begins and ends, beside a writer, over many segments, and from files that break under the reader.
+//! Reading: start and end positions, reading next to a writer and over many segments, and files
+//! that become damaged during a read.
 
 #![allow(clippy::unwrap_used)]
 
@@ -29,7 +30,8 @@ use envelog::{
 
 const MODES: [ReadMode; 2] = [ReadMode::Pread, ReadMode::Map];
 
-/// `segments` segments of `blocks` blocks of `groups` groups, each group a millisecond after the one before.
+/// Writes `segments` segments of `blocks` blocks of `groups` groups, each group one millisecond
+/// after the previous one.
 fn fill(sim: &Sim, logstore: &Logstore, segments: u32, blocks: u32, groups: u32) {
     for segment in 0..segments {
         for block in 0..blocks {
@@ -49,7 +51,7 @@ fn read(logstore: &Logstore, options: ReadOptions) -> Vec<Record> {
     logstore.read(0, &options).unwrap().collect::<Result<_, _>>().unwrap()
 }
 
-/// Every way to say where to begin and end, against the same done by hand on a list.
+/// Compares every start and end position with the same selection from a list.
 fn check_every_position(logstore: &Logstore, all: &[Record]) {
     let seqs: Vec<u64> = all.iter().map(|record| record.seq).collect();
     let times: Vec<u64> = all.iter().map(|record| record.receive_time_us).collect();
@@ -69,12 +71,12 @@ fn check_every_position(logstore: &Logstore, all: &[Record]) {
         Position::Time(time) => times.partition_point(|have| *have < time),
     };
     for mode in MODES {
-        // Mapping is dear here, and differs only in how the bytes are fetched.
+        // Mapping is slow here and differs only in how it gets the bytes.
         let step = if mode == ReadMode::Map { 11 } else { 1 };
         for (n, from) in positions.iter().enumerate().step_by(step) {
             let options = ReadOptions { from: *from, mode, ..ReadOptions::default() };
             assert_eq!(read(logstore, options), all[index(*from)..], "{options:?}");
-            // Not every pair, but each position both ways.
+            // Not all pairs, but each position as a start and as an end.
             let to = positions[(n * 7 + 3) % positions.len()];
             let options = ReadOptions { to: Some(to), ..options };
             let end = index(to).max(index(*from));
@@ -94,11 +96,11 @@ fn every_position_is_found_in_sealed_active_cut_and_unfinished_segments() {
     let all = records(&logstore, 0).unwrap();
     assert_eq!(all.len(), 36);
     assert_eq!(sim.segments(&logstore, 0).len(), 4);
-    // The last segment is being written; for the other opener it is unfinished.
+    // The last segment is open; a second opener sees it as unfinished.
     check_every_position(&logstore, &all);
     let other = sim.builder().open_read_only().unwrap();
     check_every_position(&other.logstore(logstore.name()).unwrap(), &all);
-    // Cut off by a crash, and recovered.
+    // The segment is cut by a crash and recovered.
     sim.crash(Survives::Everything);
     let store = sim.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
@@ -107,12 +109,13 @@ fn every_position_is_found_in_sealed_active_cut_and_unfinished_segments() {
     let more = records(&logstore, 0).unwrap();
     assert_eq!(more[..36], all);
     check_every_position(&logstore, &more);
-    // All sealed.
+    // All segments are sealed.
     store.close().unwrap();
     check_every_position(&sim.open().logstore(&name("p/l")).unwrap(), &more);
 }
 
-/// A clock that stands still, or many groups within its resolution: a time is not in one segment alone.
+/// A clock that stands still, or many groups within its resolution: several segments contain groups
+/// of the same time.
 #[test]
 fn a_time_that_several_segments_share_is_found_from_its_first_group_on() {
     let sim = Sim::new();
@@ -128,7 +131,7 @@ fn a_time_that_several_segments_share_is_found_from_its_first_group_on() {
         }
     }
     check_every_position(&logstore, &records(&logstore, 0).unwrap());
-    // The newest segment has nothing in it yet.
+    // The newest segment contains no record yet.
     logstore.append(record("queued"), &buffered()).unwrap();
     check_every_position(&logstore, &records(&logstore, 0).unwrap());
 }
@@ -156,7 +159,8 @@ fn limits_by_count_and_bytes_end_a_read_and_the_next_one_goes_on() {
                     let bytes: usize = part.iter().map(|record| record.bytes.len()).sum();
                     let but_last = bytes - part.last().unwrap().bytes.len();
                     match by_bytes {
-                        // The group that reaches the limit is still given, so that every read makes progress.
+                        // The group that reaches the limit is still returned, so that every read
+                        // makes progress.
                         true => assert!((but_last as u64) < step * 3),
                         false => assert!(part.len() as u64 <= step),
                     }
@@ -173,7 +177,7 @@ fn limits_by_count_and_bytes_end_a_read_and_the_next_one_goes_on() {
     assert!(read(&logstore, nothing).is_empty());
 }
 
-/// A block is handed on as a `LogGroupList` without being looked into, also a part of it.
+/// A block, or a part of one, can be passed on as a `LogGroupList` without decoding.
 #[test]
 fn blocks_are_valid_lists_of_what_was_appended() {
     let sim = Sim::new();
@@ -214,7 +218,7 @@ fn blocks_are_valid_lists_of_what_was_appended() {
     assert_eq!((status.groups, status.logs), (11, (0..10).map(|n| 1 + n % 3).sum()));
 }
 
-// ---- what it costs ----
+// ---- the cost ----
 
 #[test]
 fn opening_reads_no_segment_and_seeking_looks_into_few() {
@@ -236,7 +240,7 @@ fn opening_reads_no_segment_and_seeking_looks_into_few() {
     for record in [&all[0], &all[17], &all[40], &all[63]] {
         let one = ReadOptions { max_groups: Some(1), ..ReadOptions::from(Position::Time(record.receive_time_us)) };
         assert_eq!(read(&logstore, one), std::slice::from_ref(record));
-        // A binary search, in which opening a segment looks at the header of its successor too.
+        // A binary search. Opening a segment also reads the header of its successor.
         let looked_at = segments_in(&sim).len();
         assert!(looked_at <= 2 * 6 + 4, "{looked_at} of 64 segments");
         let one = ReadOptions { from: Position::Seq(record.seq), ..one };
@@ -259,7 +263,7 @@ fn readers_are_counted() {
     }
     readers.pop();
     readers.push(open(&b).unwrap());
-    // A reader that could not be opened takes no place.
+    // A reader that failed to open does not use up the limit.
     readers.clear();
     for _ in 0..10 {
         assert!(matches!(a.read(7, &ReadOptions::default()), Err(Error::ShardMissing { shard: 7, .. })));
@@ -268,13 +272,13 @@ fn readers_are_counted() {
     assert_eq!(all.len(), 3);
 }
 
-// ---- following ----
+// ---- following a writer ----
 
 fn take_texts(reader: &mut Reader) -> Vec<String> {
     strings(&reader.by_ref().collect::<Result<Vec<_>, _>>().unwrap())
 }
 
-/// Whatever becomes of the segment that a reader stands at the end of, it goes on behind it.
+/// A reader at the end of a segment continues after it, regardless of changes to that segment.
 #[test]
 fn a_reader_follows_over_rolls_recovery_and_retention() {
     for read_only in [false, true] {
@@ -303,7 +307,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         logstore.roll().unwrap();
         put(&logstore, "5");
         next(&["4", "5"]);
-        // The writer fails, and recovers.
+        // The writer fails and recovers.
         sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
         try_put(&logstore, "refused").unwrap_err();
         next(&[]);
@@ -313,14 +317,14 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         next(&["6"]);
         logstore.append(record("7"), &written()).unwrap();
         next(&["7"]);
-        // A failed sync: what was written can be read, and stays where it is in the order.
+        // After a failed sync, the written records can be read and keep their position.
         sim.disk.fail_next(Op::Sync, ".seg", io::ErrorKind::Other);
         try_put(&logstore, "8").unwrap_err();
         next(&["8"]);
         logstore.reopen_shard(0).unwrap();
         put(&logstore, "9");
         next(&["9"]);
-        // Retention takes away the very segment.
+        // Retention removes the segment that the reader is at.
         logstore.roll().unwrap();
         let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
         store.update_logstore(logstore.name(), config).unwrap();
@@ -332,7 +336,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
     }
 }
 
-/// A reader stands in the middle of a segment that retention drops.
+/// A reader is in the middle of a segment that retention drops.
 #[test]
 fn a_reader_that_is_overtaken_by_retention_goes_on_with_what_is_kept() {
     for read_only in [false, true] {
@@ -348,14 +352,16 @@ fn a_reader_that_is_overtaken_by_retention_goes_on_with_what_is_kept() {
         let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
         store.update_logstore(logstore.name(), config).unwrap();
         assert_eq!(store.apply_retention().unwrap().segments, 3);
-        // The first goes on in the file that it holds open, the other begins with the first that is kept.
+        // The first reader continues in the file that it holds open. The other begins with the
+        // first kept segment.
         let seqs = |reader: &mut Reader| reader.map(|record| record.unwrap().seq).collect::<Vec<_>>();
         assert_eq!(seqs(&mut reader), [1, 6, 7]);
         assert_eq!(seqs(&mut late), [6, 7]);
     }
 }
 
-/// What has been written in part, or only handed in, is not there yet; for a reader in another process too.
+/// A partially written block or a submitted group is not visible yet, also for a reader in another
+/// process.
 #[test]
 fn readers_see_what_is_written_and_never_part_of_a_block() {
     let sim = Sim::new();
@@ -378,7 +384,7 @@ fn readers_see_what_is_written_and_never_part_of_a_block() {
     logstore.append(record("3"), &written()).unwrap();
     seen(&["1", "2", "3"]);
     let mut following = beside.read(0, &ReadOptions::from(Position::End)).unwrap();
-    // While the block is being written, half of it is in the file.
+    // During the write of the block, half of it is in the file.
     let (dir, files) = (sim.world.logstore_dir(&logstore), sim.disk.clone());
     let before = files.files(&dir);
     sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
@@ -392,7 +398,7 @@ fn readers_see_what_is_written_and_never_part_of_a_block() {
     assert_eq!(texts(&beside), ["1", "2", "3", "5"]);
 }
 
-/// Whatever keys the writer makes, a reader that was opened before has them when it needs them.
+/// A reader that was opened earlier gets all new keys of the writer when it needs them.
 #[test]
 fn a_reader_in_another_process_follows_over_rotations_of_all_keys() {
     let sim = Sim::new();
@@ -413,7 +419,7 @@ fn a_reader_in_another_process_follows_over_rotations_of_all_keys() {
         let text = round.to_string();
         for logstore in [&plain, &encrypted] {
             put(logstore, &text);
-            // Those that are handles already, and those that are asked for now.
+            // With the existing handles, and with new ones.
             assert_eq!(texts(&open(logstore)).last(), Some(&text));
         }
         expected.push(text);
@@ -476,9 +482,10 @@ fn many_readers_follow_one_writer() {
     assert!(logstore.status().unwrap().segments > 1);
 }
 
-// ---- broken files ----
+// ---- damaged files ----
 
-/// A file that is cut short, or unreadable, under a reader is an error of the reader, which has then ended; others are undisturbed.
+/// A file that is truncated or unreadable during a read makes the reader return an error and end.
+/// Other readers are not affected.
 #[test]
 fn a_file_that_breaks_under_a_reader_is_an_error() {
     for truncated in [true, false] {
@@ -486,7 +493,7 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
         let store = sim.create();
         let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
-        // Enough not to be read ahead as a whole.
+        // Large enough to exceed the read-ahead.
         let noise = |n: u32| -> Vec<u8> {
             (0..200_000u32).map(|i| ((i ^ n).wrapping_mul(2_654_435_761) >> 23) as u8).collect()
         };
@@ -514,7 +521,7 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
         }
         assert!(rest[..rest.len() - 1].iter().zip(1..).all(|(record, n)| record.as_ref().unwrap().bytes == noise(n)));
         assert!(reader.next().is_none() && reader.next_block().unwrap().is_none());
-        // What is behind it can be read all the same.
+        // The data after it is still readable.
         assert_eq!(strings(&records_from(&logstore, 0, Position::Seq(6)).unwrap()), ["in the next segment"]);
         put(&logstore, "more");
     }
@@ -554,8 +561,8 @@ fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
 /// A file, and the offsets at which it is overwritten.
 type Target = Arc<Mutex<Option<(PathBuf, Range<u64>)>>>;
 
-/// A provider that reads the ciphertext twice, as the trait allows: once to check the tag, and once to decrypt. In between, another
-/// process writes to the file.
+/// A provider that reads the ciphertext twice, as the trait allows: once to check the tag, and once
+/// to decrypt. In between, another process writes to the file.
 #[derive(Debug)]
 struct ReadsTwice {
     inner: AwsLc,
@@ -592,7 +599,7 @@ impl AeadKey for TwiceKey {
     ) -> Result<(), CryptoError> {
         let first: Vec<u8> = ciphertext.to_vec();
         self.inner.open(nonce, aad, &first, tag, out)?;
-        // Not for a footer: only a block comes out of the map.
+        // Skip footers: only blocks are read from the map.
         let is_block = aad.get(32..36) == Some(b"EBLK");
         if let Some((path, range)) = self.file.lock().unwrap().as_ref().filter(|_| is_block) {
             let file = RealDisk.open(path, OpenMode::ReadWrite).unwrap();
@@ -608,7 +615,7 @@ impl AeadKey for TwiceKey {
     }
 }
 
-/// What is opened is the copy that was checked.
+/// The opened copy is the one whose tag was checked.
 #[test]
 fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
     for (encrypt_type, enable) in [
@@ -644,19 +651,20 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         let logstore = store.logstore(&name("p/l")).unwrap();
         let options = ReadOptions { mode: ReadMode::Map, ..ReadOptions::default() };
         let mut reader = logstore.read(0, &options).unwrap();
-        // The payload of the only block, which begins behind the two headers.
+        // The payload of the only block, which begins after the two headers.
         let payload = 308 + 96..308 + 96 + 18;
         *armed.lock().unwrap() = Some((segments(&dir, 0).remove(0), payload));
         let record = reader.next().unwrap().unwrap();
         *armed.lock().unwrap() = None;
         assert_eq!(record.bytes, "what was written", "{encrypt_type} {enable}");
-        // Who reads it now finds it changed.
+        // A new read detects the change.
         let error = logstore.read(0, &options).unwrap().next().unwrap().unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{encrypt_type} {enable}: {error}");
     }
 }
 
-/// A reader in another process than the writer lists the directory of a shard a few times, however many segments it reads.
+/// A reader in another process lists the directory of a shard only a few times, regardless of the
+/// number of segments.
 #[test]
 fn reading_many_segments_lists_their_directory_a_few_times() {
     let sim = Sim::new();

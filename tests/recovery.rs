@@ -1,4 +1,5 @@
-//! Failing disks, crashes and power cuts: what is latched, what survives, and how a shard recovers.
+//! Failing disks, crashes and power losses: the latch, the surviving data, and the recovery of a
+//! shard.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +23,7 @@ use envelog::{
     segment::{BlockHeader, SegmentHeader},
 };
 
-/// How many sequence numbers a segment reserves.
+/// The number of sequence numbers that a segment reserves.
 const RESERVED: u64 = 1 << 32;
 
 const SURVIVALS: [Survives; 4] =
@@ -32,7 +33,7 @@ fn to_shard(shard: u32, durability: Durability) -> AppendOptions {
     AppendOptions { shard: ShardChoice::Shard(shard), durability }
 }
 
-/// An append that was asked for, and what came of it.
+/// A requested append and its outcome.
 #[derive(Clone)]
 struct Asked {
     text: String,
@@ -57,8 +58,8 @@ fn ask(logstore: &Logstore, text: String, durability: Durability, asked: &mut Ve
     asked.push(Asked { text, durability, result });
 }
 
-/// What was found is what was asked for, in order, each once; everything acknowledged that should have survived is there, under
-/// the number that it was given.
+/// Checks that the found records are requested ones, in order and without repetition, and that
+/// every acknowledged record that must have survived is present under its number.
 #[track_caller]
 fn assert_kept(found: &[Record], asked: &[Asked], survives: Durability, context: &str) {
     let texts = strings(found);
@@ -92,10 +93,10 @@ fn small_segments(sim: &mut Sim) {
     sim.world.options.segment_bytes = 4 << 10;
 }
 
-/// Appends of all kinds, over several segments, with time passing.
+/// Appends of all kinds, over several segments, while time passes.
 fn work(sim: &Sim, store: &Store, logstore: &Logstore, asked: &mut Vec<Asked>) {
     for n in 0..8 {
-        // Not to be compressed.
+        // Incompressible.
         let text =
             format!("{n} {}", (0..300).map(|i| format!("{:x}", (i * 7919 + n * 104_729) % 65_521)).collect::<String>());
         ask(logstore, text, MIXED[n % MIXED.len()], asked);
@@ -106,7 +107,8 @@ fn work(sim: &Sim, store: &Store, logstore: &Logstore, asked: &mut Vec<Asked>) {
     }
 }
 
-/// Whatever operation on a shard's files fails, that shard alone stops, says so, still reads, and goes on once it is reopened.
+/// If any operation on a shard's files fails, only that shard stops. It reports the error, can
+/// still be read, and continues after it is reopened.
 #[test]
 fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
     for done_first in [false, true] {
@@ -139,7 +141,8 @@ fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
             hit.insert(format!("{op:?}"));
             let context = format!("operation {nth} ({op:?}, done first: {done_first})");
 
-            // It is latched, also where nobody was waiting, and keeps saying so.
+            // The shard is latched, even if no caller waited, and returns the error on every
+            // append.
             assert!(logstore.status().unwrap().latched.is_some(), "{context}");
             for _ in 0..2 {
                 let error = logstore.append(record("refused"), &to_shard(0, Durability::Written)).unwrap_err();
@@ -151,17 +154,17 @@ fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
                 let expected = |error: &Error| matches!(error, Error::Io { .. } | Error::Latched { shard: 0, .. });
                 assert!(asked.result.as_ref().err().is_none_or(expected), "{context}: {asked:?}");
             }
-            // Reads go on, and so does the other shard.
+            // Reads continue to work, and so does the other shard.
             assert_kept(&records(&logstore, 0).unwrap(), &asked, Durability::Written, &context);
             logstore.append(record("elsewhere"), &to_shard(1, Durability::Synced)).unwrap();
 
-            // Should the power fail now, what was synced is there.
+            // After a power loss at this point, the synced data is present.
             let after_a_cut = Arc::new(sim.disk.crash(Survives::Synced));
             let reopened = sim.world.builder().disk(after_a_cut).open().unwrap();
             assert_kept(&records(&find(&reopened), 0).unwrap(), &asked, Durability::Synced, &context);
             reopened.close().unwrap();
 
-            // Reopened, it goes on where it was.
+            // After reopening, it continues.
             sim.disk.heal();
             logstore.reopen_shard(0).unwrap();
             ask(&logstore, "after".into(), Durability::Synced, &mut asked);
@@ -184,7 +187,7 @@ fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
 
 // ---- a crash ----
 
-/// A store's life in short, on a Logstore `p/l` that is there already. What fails, fails.
+/// A short history of a store with an existing Logstore `p/l`. Operations may fail.
 fn live(sim: &Sim, store: Store, asked: &mut Vec<Asked>) {
     let Ok(logstore) = store.logstore(&name("p/l")) else { return };
     let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
@@ -205,7 +208,7 @@ fn live(sim: &Sim, store: Store, asked: &mut Vec<Asked>) {
     let _ = store.close();
 }
 
-/// The world ends at every single operation in turn, in each way that it may.
+/// The crash happens at every single operation in turn, in each variant.
 #[test]
 fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
     let mut prepared = Sim::new();
@@ -231,7 +234,7 @@ fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
             let logstore = store.logstore(&name("p/l")).unwrap_or_else(|error| panic!("{context}: {error}"));
             let kept = if survives == Survives::Everything || whole { Durability::Written } else { Durability::Synced };
             assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
-            // The first append recovers; its number is that of nothing that anybody was told of.
+            // The first append recovers the shard. Its number is not one that a caller has seen.
             let mut asked = asked.clone();
             ask(&logstore, "after".into(), Durability::Synced, &mut asked);
             let given: Vec<u64> = asked.iter().filter_map(|asked| asked.result.clone().ok()).collect();
@@ -239,7 +242,7 @@ fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
             assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
             assert!(asked.last().unwrap().result.is_ok(), "{context}: {asked:?}");
             assert_clean(&store, &context);
-            // The other one is there or not; nothing in between.
+            // The other Logstore is present or absent, without an intermediate state.
             match store.logstore(&name("p/doomed")) {
                 Ok(doomed) => put(&doomed, "still usable"),
                 Err(error) => {
@@ -263,7 +266,8 @@ fn assert_only_listed_logstores_have_files(sim: &Sim, store: &Store, context: &s
     assert_eq!(dirs, store.list().unwrap().len(), "{context}");
 }
 
-/// Making a store is interrupted at every operation: then there is a store, or it can be made.
+/// The creation of a store is interrupted at every operation. Afterwards the store exists, or can
+/// be created.
 #[test]
 fn a_creation_that_was_interrupted_can_be_done_again() {
     for nth in 1.. {
@@ -278,7 +282,8 @@ fn a_creation_that_was_interrupted_can_be_done_again() {
             let store = match sim.builder().open() {
                 Err(Error::StoreMissing { .. } | Error::NotAStore { .. }) => {
                     assert!(!whole, "{survives:?}");
-                    // The keyring is never overwritten: whoever knows that nothing depends on it removes it.
+                    // The engine never overwrites a keyring: the operator has to remove it, knowing
+                    // that no store uses it.
                     match sim.builder().create() {
                         Err(Error::KeyringExists { path }) => {
                             sim.disk.remove_file(&path).unwrap();
@@ -298,7 +303,8 @@ fn a_creation_that_was_interrupted_can_be_done_again() {
     }
 }
 
-/// A Logstore as a crash leaves it: two records below the durable mark, three above it, the last of them torn.
+/// A Logstore after a crash: two records below the durable mark, and three above it, the last of
+/// them torn.
 fn crashed() -> (Sim, Vec<Asked>) {
     let mut sim = Sim::new();
     let store = sim.create();
@@ -336,7 +342,7 @@ fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewri
     assert_eq!(texts(&logstore), ["a", "b", "c", "d"]);
     assert_eq!(logstore.status().unwrap().recovery, []);
     assert_eq!(sim.segments(&logstore, 0), old);
-    // The first append recovers, and starts at the reserved limit.
+    // The first append recovers the shard and starts at the reserved limit.
     let appended = logstore.append(record("e"), &synced()).unwrap();
     assert!(appended.seq >= RESERVED);
     let found = records(&logstore, 0).unwrap();
@@ -346,22 +352,22 @@ fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewri
     assert_eq!(notices.len(), 1);
     assert_eq!((notices[0].shard, &notices[0].segment, notices[0].groups_rewritten), (0, &old[0], 2));
     assert!(notices[0].bytes_dropped > 0);
-    // The old segment was never touched.
+    // The old segment is unchanged.
     assert_eq!(sim.disk.bytes(&old[0]), before);
     let segments = sim.segments(&logstore, 0);
     assert_eq!(segments.len(), 3);
-    // The one that was written by recovery begins with what is in it.
+    // The recovery segment begins at the first rewritten record.
     assert!(segments[1].to_str().unwrap().contains("-00000000000000000002-"), "{segments:?}");
-    // What stands in two files now is counted once.
+    // A record that is now in two files is counted once.
     assert_eq!(logstore.status().unwrap().groups, 5);
     assert_clean(&store, "recovered");
-    // What was rewritten is durable, whatever was the matter with the page cache.
+    // The rewritten records are durable, regardless of the state of the page cache.
     let after = Sim::of(sim.world, sim.disk.crash(Survives::Synced));
     let logstore = find(&after.open());
     assert_eq!(texts(&logstore), ["a", "b", "c", "d", "e"]);
 }
 
-/// A disk that does not read is no damage: nothing is given up for it.
+/// A read error is not damage: repair discards no data because of it.
 #[test]
 fn a_repair_that_cannot_read_repairs_nothing() {
     let (sim, _) = crashed();
@@ -388,7 +394,8 @@ fn a_repair_that_cannot_read_repairs_nothing() {
     assert_eq!(texts(&find(&store)), ["a", "b", "c", "d"]);
 }
 
-/// What recovery did is told when it did either, and not when there was nothing to do.
+/// Recovery reports rewritten groups and dropped bytes separately, and reports nothing if it
+/// changed nothing.
 #[test]
 fn recovery_tells_what_it_rewrote_and_what_it_dropped_each_for_itself() {
     let told = |sim: &Sim| -> Vec<(u64, u64)> {
@@ -398,13 +405,13 @@ fn recovery_tells_what_it_rewrote_and_what_it_dropped_each_for_itself() {
         let notices = logstore.status().unwrap().recovery;
         notices.iter().map(|notice| (notice.groups_rewritten, notice.bytes_dropped)).collect()
     };
-    // Two whole blocks above the mark, and nothing behind them.
+    // Two complete blocks above the mark, with no bytes after them.
     let (sim, _) = crashed();
     let segment = sim.segments(&find(&sim.open()), 0).remove(0);
     let end = block_offsets(&sim.disk.bytes(&segment))[3].end;
     sim.disk.edit(&segment, |bytes| bytes.truncate(end));
     assert_eq!(told(&sim), [(2, 0)]);
-    // A mark that says that all in front of it is durable; behind it ten bytes of a block, or nothing.
+    // A mark that covers all preceding data, followed by ten bytes of a block or none.
     for torn in [10, 0] {
         let mut sim = Sim::new();
         let store = sim.create();
@@ -419,7 +426,8 @@ fn recovery_tells_what_it_rewrote_and_what_it_dropped_each_for_itself() {
     }
 }
 
-/// Un-synced blocks reach the disk in any order: a hole above the mark is a torn tail too, and costs only what is in it.
+/// Unsynced blocks reach the disk in any order. A hole above the mark is therefore part of a torn
+/// tail, and only its own records are lost.
 #[test]
 fn a_hole_above_the_mark_costs_only_what_is_in_it() {
     let (sim, _) = crashed();
@@ -438,7 +446,7 @@ fn a_hole_above_the_mark_costs_only_what_is_in_it() {
     assert_clean(&store, "recovered");
 }
 
-/// Where the whole blocks of a segment without a footer are.
+/// The ranges of the complete blocks of a segment without a footer.
 fn block_offsets(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
     let header = SegmentHeader::decode(bytes).unwrap();
     let mut found = Vec::new();
@@ -480,7 +488,8 @@ fn damage_below_the_mark_is_corruption_and_nothing_is_touched_until_it_is_repair
         assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{:?}", report.faults);
         put(&other, "undisturbed");
 
-        // Repair keeps what can be read, says what it gave up, and the numbers go on.
+        // Repair keeps the readable data and reports the discarded data, and the sequence numbers
+        // continue.
         let report = store.repair(logstore.name(), 0).unwrap();
         let lost = range.len() as u64;
         assert_eq!((report.shard, report.segment.as_ref()), (0, Some(&segment)));
@@ -494,13 +503,13 @@ fn damage_below_the_mark_is_corruption_and_nothing_is_touched_until_it_is_repair
         let store = sim.open();
         assert_eq!(records(&find(&store), 0).unwrap(), found);
         assert_clean(&store, "repaired");
-        // Nothing is left to be repaired.
+        // A second repair has nothing to do.
         assert_eq!(store.repair(&name("p/l"), 0).unwrap().segment, None);
         put(&find(&store), "f");
     }
 }
 
-/// Recovery fails, or is cut off, at each of its operations: the next one comes to the same.
+/// Recovery is interrupted at each of its operations. The next recovery gives the same result.
 #[test]
 fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
     let (prepared, asked) = crashed();
@@ -513,7 +522,7 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
         let logstore = find(&store);
         sim.disk.end_at(nth);
         let began = sim.disk.changes();
-        // The number is known, if it comes so far that there is one.
+        // Record the number if the append gets far enough to assign one.
         let during = logstore.submit(record("during"), &synced());
         let seq = during.as_ref().ok().map(|ticket| ticket.appended().seq);
         let result = during.and_then(|ticket| ticket.wait()).map(|appended| appended.seq);
@@ -537,7 +546,7 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
             assert!(after >= RESERVED, "{context}: {after} may have been used before the crash");
             assert!(seq.is_none_or(|seq| after > seq), "{context}: {after} was given before");
             assert_clean(&store, &context);
-            // And again, from where that one has come to.
+            // A further crash and opening give the same result.
             sim.crash(Survives::Synced);
             assert_eq!(records(&find(&sim.open()), 0).unwrap(), found, "{context}");
         }
@@ -549,7 +558,8 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
     }
 }
 
-/// The same with the process living on: an operation of recovery fails, the shard is reopened, recovery is done anew.
+/// The same within one process: an operation of recovery fails, and reopening the shard recovers
+/// again.
 #[test]
 fn a_recovery_that_failed_is_done_anew_once_the_shard_is_reopened() {
     let (prepared, asked) = crashed();
@@ -590,7 +600,8 @@ fn a_recovery_that_failed_is_done_anew_once_the_shard_is_reopened() {
     }
 }
 
-/// A second after the last sync a mark block says how far the segment is durable, so that damage there is told from a torn tail.
+/// One second after the last sync, a mark block records the durable end of the segment, so that
+/// damage below it is not mistaken for a torn tail.
 #[test]
 fn a_second_of_idleness_after_a_sync_is_marked() {
     let sim = Sim::new();
@@ -605,11 +616,11 @@ fn a_second_of_idleness_after_a_sync_is_marked() {
     };
     assert_eq!(tick(999), 1);
     assert_eq!(tick(2), 2);
-    // Once is enough.
+    // Only one mark is written.
     assert_eq!((tick(2000), tick(5000)), (2, 2));
     assert_eq!(texts(&logstore), ["only"]);
 
-    // Without the mark, damage to the only block would pass for a torn tail; with it, it is corruption.
+    // Without the mark, damage to the only block looks like a torn tail. With it, it is corruption.
     for marked in [false, true] {
         let disk = sim.disk.crash(Survives::Everything);
         let block = block_offsets(&disk.bytes(&segment))[0].clone();
@@ -632,7 +643,8 @@ fn a_second_of_idleness_after_a_sync_is_marked() {
     }
 }
 
-/// Removing a file is durable some time later: should the power fail before, it is back, and nothing more.
+/// Removing a file becomes durable later. A power loss before that brings the file back, without
+/// other effects.
 #[test]
 fn what_retention_dropped_and_a_power_cut_brought_back_is_not_read_and_goes_away() {
     let mut sim = Sim::new();
@@ -659,7 +671,8 @@ fn what_retention_dropped_and_a_power_cut_brought_back_is_not_read_and_goes_away
     assert_clean(&store, "after recovery");
 }
 
-/// Wherever it is cut off, retention has dropped from the front, whole segments, and the shard goes on.
+/// If retention is interrupted at any point, it has dropped whole segments from the front, and the
+/// shard continues.
 #[test]
 fn retention_can_be_interrupted_anywhere() {
     let sim = Sim::new();
@@ -681,7 +694,7 @@ fn retention_can_be_interrupted_anywhere() {
         let began = sim.disk.changes();
         let done = store.apply_retention();
         let whole = sim.disk.changes() - began < nth;
-        // A file that cannot be removed is reported, and stays for the next run.
+        // A file that cannot be removed is reported and left for the next run.
         let complete = done.as_ref().is_ok_and(|report| report.left == 0);
         assert_eq!(complete, whole, "operation {nth}: {done:?}");
         let ended = sim.disk;
@@ -708,7 +721,7 @@ fn retention_can_be_interrupted_anywhere() {
     }
 }
 
-// ---- what each durability survives ----
+// ---- the survival of each durability ----
 
 #[test]
 fn what_each_durability_survives() {
@@ -730,13 +743,14 @@ fn what_each_durability_survives() {
     assert_eq!(survivors(&sim), ["synced", "written"]);
     sim.disk = running.crash(Survives::Synced);
     assert_eq!(survivors(&sim), ["synced"]);
-    // The clean close keeps all, whatever happens next.
+    // A clean close makes all data durable.
     store.close().unwrap();
     sim.disk = running.crash(Survives::Synced);
     assert_eq!(survivors(&sim), ["synced", "written", "buffered"]);
 }
 
-/// A sync says that everything is durable: also what was written by a process that was killed, or before a sync that failed.
+/// A sync makes everything durable, including data written by a killed process or before a failed
+/// sync.
 #[test]
 fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
     let mut sim = Sim::new();
@@ -758,14 +772,14 @@ fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
     let store = sim.open();
     assert_eq!(after_a_cut(&sim), ["synced", "written"]);
     let logstore = find(&store);
-    // It fails if recovery fails, and then not any more.
+    // The sync fails if recovery fails, and succeeds after the shard is reopened.
     sim.disk.fail_next(Op::Sync, ".tmp", io::ErrorKind::Other);
     assert!(matches!(logstore.sync(), Err(Error::Io { op: "sync", .. })));
     assert!(matches!(logstore.sync(), Err(Error::Latched { .. })));
     logstore.reopen_shard(0).unwrap();
     logstore.sync().unwrap();
     assert_eq!(after_a_cut(&sim), ["synced", "written", "more"]);
-    // Nothing is made where there is nothing to be done.
+    // A sync with nothing to do creates no segment.
     let segments = sim.segments(&logstore, 0);
     logstore.sync().unwrap();
     store.close().unwrap();
@@ -777,7 +791,7 @@ fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
     assert_clean(&store, "synced");
 }
 
-/// The segment that recovery has made is whole, but its name may not be durable yet: a sync says that it is.
+/// Recovery's segment is complete, but its name may not be durable yet. A sync makes it durable.
 #[test]
 fn a_sync_makes_the_name_durable_that_a_failed_recovery_left() {
     for killed in [false, true] {
@@ -801,7 +815,8 @@ fn a_sync_makes_the_name_durable_that_a_failed_recovery_left() {
     }
 }
 
-/// A sync that the disk does not do loses what it was told to sync: this shows that the simulated disk can lose anything at all.
+/// If the disk does not perform a sync, the data is lost. This shows that the simulated disk can
+/// lose data at all.
 #[test]
 fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {
     let mut sim = Sim::new();
@@ -817,7 +832,7 @@ fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {
     assert!(matches!(try_put(&find(&sim.open()), "next"), Err(Error::Truncated { .. } | Error::Corrupt { .. })));
 }
 
-// ---- numbers ----
+// ---- sequence numbers ----
 
 #[test]
 fn numbers_go_on_after_a_clean_end_and_skip_the_reserve_after_an_unclean_one() {
@@ -840,7 +855,8 @@ fn numbers_go_on_after_a_clean_end_and_skip_the_reserve_after_an_unclean_one() {
     }
 }
 
-/// Numbers of groups that are still queued when their segment is sealed are not given again, should the crash come in between.
+/// A crash between two segments: numbers of groups that were queued when their segment was sealed
+/// are not assigned again.
 #[test]
 fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_segments() {
     let mut sim = Sim::new();
@@ -852,7 +868,7 @@ fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_s
         filler.bytes().zip(0u32..).map(|(byte, n)| byte ^ (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     logstore.append(envelog::Payload::opaque(big).unwrap(), &synced()).unwrap();
     let queued = logstore.append(record("buffered"), &buffered()).unwrap();
-    // The old segment is sealed, the new one cannot be made.
+    // The old segment is sealed, and the new one cannot be created.
     sim.disk.on_call(|call| match call.op == Op::Create && call.is_about(".tmp") {
         true => Verdict::Fail(io::ErrorKind::StorageFull),
         false => Verdict::Go,
@@ -865,9 +881,10 @@ fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_s
     assert!(appended.seq > queued.seq, "{} was given before", appended.seq);
 }
 
-// ---- zeros behind the last block ----
+// ---- zeros after the last block ----
 
-/// A store with and without encryption, as a process leaves it that is killed; each with one segment that is open.
+/// A store left by a killed process, with an encrypted and an unencrypted Logstore, each with one
+/// open segment.
 fn killed_world() -> (World, [std::path::PathBuf; 2]) {
     let world = World::manual();
     let store = world.create();
@@ -898,7 +915,7 @@ fn assert_spotless(store: &Store, context: &str) {
     }
 }
 
-/// Zeros behind the last block of an open segment are where nothing has been written yet.
+/// Zeros after the last block of an open segment are unwritten space.
 #[test]
 fn an_open_segment_ends_before_its_zeros() {
     for zeros in [1, 95, 4096, (1 << 20) + 3, 5 << 20] {
@@ -922,14 +939,15 @@ fn an_open_segment_ends_before_its_zeros() {
             let logstore = store.logstore(&name(text)).unwrap();
             put(&logstore, "third");
             assert_eq!(texts(&logstore), ["first", "second", "third"], "{context}");
-            // What was synced last carries no mark, and is rewritten. The zeros are nothing that could be dropped.
+            // The last synced record has no mark and is rewritten. The zeros do not count as
+            // dropped bytes.
             let recovery = logstore.status().unwrap().recovery;
             let found: Vec<_> = recovery.iter().map(|notice| (notice.groups_rewritten, notice.bytes_dropped)).collect();
             assert_eq!(found, [(1, 0)], "{context}");
         }
         assert_spotless(&store, &context);
         store.close().unwrap();
-        // What recovery has cut stays as it was.
+        // The segment that recovery cut is unchanged.
         for (path, len) in open.iter().zip(lens) {
             assert_eq!(std::fs::metadata(path).unwrap().len(), len + zeros, "{context}");
         }
@@ -940,7 +958,7 @@ fn an_open_segment_ends_before_its_zeros() {
     }
 }
 
-/// Damage in front of zeros is still told from what was not written.
+/// Damage before the zeros is still distinguished from unwritten space.
 #[test]
 fn zeros_hide_no_damage() {
     let (world, open) = killed_world();
@@ -961,7 +979,8 @@ fn zeros_hide_no_damage() {
     }
 }
 
-/// A file that was extended ahead of the blocks: a reader in another process follows it, and a sealed segment ends with its footer.
+/// The file was extended ahead of the blocks. A reader in another process follows it, and sealing
+/// makes it end with its footer.
 #[test]
 fn a_file_that_is_longer_than_its_blocks_is_followed_and_sealed() {
     let world = World::manual();
@@ -991,9 +1010,10 @@ fn a_file_that_is_longer_than_its_blocks_is_followed_and_sealed() {
     assert_spotless(&other, "when it is closed");
 }
 
-// ---- the hash of payloads ----
+// ---- the payload hash ----
 
-/// A Logstore keeps its payload hash. A changed one begins a new segment, also after a crash; each segment is verified by its own.
+/// A Logstore stores its payload hash. Changing it begins a new segment, also after a crash. Each
+/// segment is verified with its own hash.
 #[test]
 fn a_changed_payload_hash_is_that_of_new_segments() {
     let world = World::manual();
@@ -1006,7 +1026,7 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
         let config = LogstoreConfig { payload_hash, ..store.config(&name("p/l")).unwrap() };
         store.update_logstore(&name("p/l"), config).unwrap();
     };
-    // Something else changes: the segment goes on.
+    // Another setting changes: the segment continues.
     let config = LogstoreConfig { ttl_days: Some(9), ..store.config(&name("p/l")).unwrap() };
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "second");
@@ -1023,7 +1043,8 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
         assert_eq!(json.get("payload_hash"), payload_hash);
     };
     kept(None);
-    // The block is only written when the process is killed: recovery rewrites it under the new hash.
+    // The block is written but not synced when the process is killed, so recovery rewrites it under
+    // the new hash.
     logstore.append(record("fourth"), &written()).unwrap();
     update(HashAlg::Sm3);
     kept(Some(&"sm3".into()));

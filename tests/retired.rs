@@ -1,5 +1,5 @@
-//! Versions of the service key that a rotation has retired: they authenticate nothing any more, and what interrupts a rotation leaves
-//! one that is continued.
+//! Service key versions retired by a rotation no longer authenticate anything. An interrupted
+//! rotation can be continued.
 
 #![allow(clippy::unwrap_used)]
 
@@ -33,7 +33,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-/// A key from a root in the bytes of an open keyring.
+/// Derives a key from a root in an open keyring's bytes.
 fn key_of(keyring: &[u8], version: usize, label: &str) -> SecretKey {
     let (body, _) = document_parts(keyring);
     let root = body["versions"][version - 1]["root"].as_str().unwrap();
@@ -47,19 +47,19 @@ fn accepts(keyring: &[u8]) -> u64 {
     document_parts(keyring).0["accepts"].as_u64().unwrap()
 }
 
-/// The document as a holder of root 1 seals it.
+/// The document as a holder of root 1 would seal it.
 fn forged(document: &[u8], key: &SecretKey) -> Vec<u8> {
     let mut bytes = document.to_vec();
     bytes[64..68].copy_from_slice(&1_u32.to_le_bytes());
     let signed = 80 + u32_at(&bytes, 72) as usize + u32_at(&bytes, 76) as usize;
     let tag = hmac_sha256(key, &[&bytes[..signed], &bytes[signed + 32..signed + 64]]);
     bytes[signed..signed + 32].copy_from_slice(&tag);
-    // A catalogue goes on behind its document.
+    // In a catalogue file, more data follows the document.
     fix_crc(&mut bytes[..signed + 68]);
     bytes
 }
 
-/// An audit record, tagged behind the last line of a log.
+/// A forged audit record that continues the log.
 fn forged_record(log: &[u8], key: &SecretKey, version: u32) -> String {
     let last = std::str::from_utf8(log).unwrap().lines().last().unwrap();
     let mut fields = last.split('\t');
@@ -100,7 +100,7 @@ fn plain(store: &Store) -> Logstore {
     store.create_logstore(&name(PLAIN), LogstoreSpec::default()).unwrap()
 }
 
-/// A store with a Logstore of each kind, and a record in each.
+/// A store with a Logstore of each kind, and one record in each.
 fn filled(world: &World) -> Store {
     let store = world.create();
     for logstore in [world.service(&store, SERVICE), world.byok(&store, BYOK, &world.cmk()), plain(&store)] {
@@ -109,7 +109,7 @@ fn filled(world: &World) -> Store {
     store
 }
 
-/// The documents in a store directory, and in the keyring.
+/// The documents in the store directory, and the keyring.
 fn documents(world: &World) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut found = files(&world.store_dir());
     found.retain(|_, bytes| bytes.starts_with(b"ENVLDOC\0"));
@@ -120,7 +120,7 @@ fn log_path(world: &World) -> PathBuf {
     world.store_dir().join("audit/audit-000001.log")
 }
 
-// ---- what the old root is still good for ----
+// ---- the use of the old root ----
 
 #[test]
 fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
@@ -139,7 +139,7 @@ fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
     assert!(found.iter().all(|(path, bytes)| u32_at(bytes, 64) == 2 || panic!("{path:?}")));
     let bytes = fs::read(world.keyring()).unwrap();
     assert_eq!((accepts(&bytes), &bytes[56..64]), (2, &3_u64.to_le_bytes()[..]));
-    // The fields stand in this order.
+    // The fields have this order.
     assert!(bytes[80..].starts_with(b"{\"accepts\":2,\"versions\":[{\"version\":1,"));
     let usage = store.key_usage().unwrap();
     assert!(!usage.service_rotation_unfinished);
@@ -160,7 +160,8 @@ fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
     assert_eq!((accepts(&bytes), u32_at(&bytes, 64)), (3, 3), "what it is wrapped under changes neither");
 }
 
-/// The old root and a copy of the metadata give the older data key. What is appended from then on is under another one.
+/// The old root and a copy of the metadata reveal the older data key, so later appends use another
+/// one.
 #[test]
 fn a_rotation_gives_a_logstore_under_the_service_key_a_new_data_key() {
     let world = World::manual();
@@ -183,7 +184,8 @@ fn a_rotation_gives_a_logstore_under_the_service_key_a_new_data_key() {
     assert_eq!(told, [(&1.into(), &2.into(), &[1].into()), (&2.into(), &2.into(), &[2].into())]);
     let byok = world.logstore_dir(&store.logstore(&name(BYOK)).unwrap());
     assert_eq!(sources(&byok), [KeySource::DataKey(1)], "the customer's key is not the service key's concern");
-    // An envelope that was wrapped again in the middle of a rotation holds a key from before it all the same.
+    // An envelope re-wrapped in the middle of a rotation still contains a key from before the
+    // rotation.
     let mut interrupted = false;
     let at_the_logstores = std::panic::AssertUnwindSafe(|| {
         store.rotate_service_key_with(&mut |_| {
@@ -232,7 +234,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
             });
             assert_retired(refused, what);
         }
-        // Those that were open when it was put there, one of them since before the rotation.
+        // Readers that were already open also detect it, including one opened before the rotation.
         if what == "the catalogue" {
             assert_retired(verifying.list(), what);
             assert_retired(beside.list(), what);
@@ -245,7 +247,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
         }
         write_private(&path, good);
     }
-    // A writer finds them in a verification as well.
+    // A verification by a writer finds them too.
     let store = world.open();
     for path in [world.store_dir().join("STORE"), catalogue::catalogue_file(&world.store_dir())] {
         let good = fs::read(&path).unwrap();
@@ -293,12 +295,12 @@ fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
         fault
     };
     assert!(fault(&good).is_none());
-    // A newer one does: that is what the log is written under.
+    // A record under the newer version is accepted: it is the version that the log uses.
     let appended = [&good[..], forged_record(&good, &new, 2).as_bytes()].concat();
     assert!(fault(&appended).is_none());
     let appended = [&good[..], forged_record(&good, &old, 1).as_bytes()].concat();
     assert!(matches!(fault(&appended), Some(Error::Tampered { .. })), "the version goes back");
-    // Nor does a writer continue from such a record.
+    // A writer does not continue from such a record either.
     let store = world.open();
     store.rotate_data_key(&name(SERVICE)).unwrap();
     store.close().unwrap();
@@ -312,7 +314,7 @@ fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
         number_of_first(&appended[good.len()..]),
         "it takes the place of the forged one"
     );
-    // A log that ends in front of the rotation is not one that ended there.
+    // A log that is cut before the rotation is detected as incomplete.
     for path in files(&world.store_dir().join("audit")).into_keys() {
         fs::remove_file(path).unwrap();
     }
@@ -349,7 +351,7 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
     assert_retired(world.builder().accept_retired_versions(false).open_read_only(), "the identity of the store");
 }
 
-/// A reader beside a writer may know the head of a segment from before it was sealed.
+/// A reader may know a segment's head from before the writer sealed the segment.
 #[test]
 fn a_reader_proves_a_segment_from_a_head_that_the_writer_has_gone_on_from() {
     let world = World::manual();
@@ -368,21 +370,22 @@ fn a_reader_proves_a_segment_from_a_head_that_the_writer_has_gone_on_from() {
     assert_clean(&reader, "beside the writer");
 }
 
-// ---- interrupted ----
+// ---- interruptions ----
 
-/// The state after a rotation that was interrupted and continued.
+/// Checks the state after a rotation was interrupted and continued.
 fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<PathBuf, Vec<u8>>, world: &World) {
     let keyring = bytes(&world.keyring());
     let newest = u32_at(&keyring, 64);
     assert_eq!(accepts(&keyring), u64::from(newest), "{at}");
     for (path, bytes) in files.iter().filter(|(_, bytes)| bytes.starts_with(b"ENVLDOC\0")) {
-        // What a kill has kept from being removed does not count.
+        // Ignore older metadata that a kill prevented from being removed.
         let older = is_meta(path) && newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() != Some(path);
         if path.extension().is_none_or(|ext| ext != "tmp") && !older {
             assert_eq!(u32_at(bytes, 64), newest, "{at}: {}", path.display());
         }
     }
-    // The current data key under the service key was drawn under the newest version, or the old root would give it.
+    // The current data key under the service key was drawn under the newest version. Otherwise the
+    // old root would reveal it.
     for (path, bytes) in files
         .iter()
         .filter(|(path, _)| newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() == Some(*path))
@@ -393,7 +396,7 @@ fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<
             assert_eq!(versions.last().unwrap()["drawn_under"], newest, "{at}: {}", path.display());
         }
     }
-    // A segment under an older version has a successor, or ends in a footer.
+    // A segment under an older version has a successor, or ends with a footer.
     let shards = files.keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg"));
     let last: BTreeMap<&Path, &PathBuf> = shards.map(|path| (path.parent().unwrap(), path)).collect();
     for path in last.values() {
@@ -427,7 +430,7 @@ fn a_rotation_that_is_killed_anywhere_is_continued() {
         let whole = sim.disk.changes() - began < nth;
         assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
         sim.disk.heal();
-        // The process alone goes, or the power too.
+        // Kill only the process, or cut the power too.
         sim.disk = if nth % 2 == 0 { sim.disk.kill() } else { sim.disk.crash(Survives::Synced) };
         drop(store);
         let at = format!("operation {nth}");
@@ -486,7 +489,7 @@ fn a_rotation_that_fails_anywhere_is_continued() {
             let outcome = store.rotate_service_key();
             let ran_through = !disk.has_failed();
             disk.disarm();
-            // Where nothing is stopped the same process goes on.
+            // If no shard has stopped, the same process continues.
             let store = match store.rotate_service_key() {
                 Ok(_) => store,
                 Err(_) => {
@@ -501,7 +504,7 @@ fn a_rotation_that_fails_anywhere_is_continued() {
             for logstore in [SERVICE, BYOK, PLAIN] {
                 assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
             }
-            // The shard that the failure has stopped says so.
+            // A shard that the failure has stopped reports this at closing.
             let closed = store.close();
             assert!(matches!(closed, Ok(()) | Err(Error::Latched { .. })), "{at}: {closed:?}");
             assert_clean(&world.open(), &at);
@@ -513,7 +516,7 @@ fn a_rotation_that_fails_anywhere_is_continued() {
     }
 }
 
-/// A rotation ends the segment that a killed process left open.
+/// A rotation ends an open segment left by a killed process.
 #[test]
 fn a_segment_that_a_killed_process_left_is_ended() {
     let sim = Sim::new();
@@ -532,14 +535,14 @@ fn a_segment_that_a_killed_process_left_is_ended() {
         .iter()
         .map(|path| SegmentHeader::decode(&sim.disk.bytes(path)).unwrap().header.key_source)
         .collect();
-    // The groups above the durable mark are in a segment of their own.
+    // The groups above the durable mark are in a separate segment.
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2), KeySource::Keyring(2)]);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
     assert_clean(&store, "ended");
 }
 
-// ---- keys that cannot be used ----
+// ---- inaccessible keys ----
 
 #[test]
 fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
@@ -556,7 +559,7 @@ fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
     assert_eq!((done.logstores, done.left_open.len()), (3, 0));
     assert_eq!(world.kms.calls(), calls);
     store.close().unwrap();
-    // Also in a process that has never had the key.
+    // The same in a process that has never had the key.
     let store = world.open();
     assert_eq!(store.rotate_service_key().unwrap(), 3);
     assert_eq!(world.kms.calls(), calls);
@@ -571,7 +574,8 @@ fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
     assert_clean(&store, "allowed again");
 }
 
-/// A segment from before a customer's key came is ended while the key is revoked, or left to the next append where no process has its key.
+/// A segment from before a customer's key, while that key is revoked: a rotation ends the segment,
+/// or reports it as open if no process has its key.
 #[test]
 fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
     for killed in [false, true] {
@@ -609,7 +613,7 @@ fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
     }
 }
 
-/// A Logstore that cannot be read keeps older versions accepted until it can, or is deleted.
+/// An unreadable Logstore keeps older versions accepted until it is readable again or deleted.
 #[test]
 fn a_damaged_logstore_leaves_the_rotation_unfinished() {
     for deletes in [false, true] {

@@ -1,4 +1,4 @@
-//! Revocation: the bound and its arithmetic, what is gated, what is kept, and how it all comes back.
+//! Revocation: the time bound, the gated operations, the kept data, and the return of the key.
 
 #![allow(clippy::unwrap_used)]
 
@@ -44,7 +44,7 @@ fn events(store: &Store) -> Vec<AuditEvent> {
 
 // ---- the bound ----
 
-/// Whatever the phase between renewal and refusal, and whether or not anybody ticks the store.
+/// For any phase between renewal and refusal, with and without ticks.
 #[test]
 fn from_a_refusal_on_nothing_succeeds_that_starts_later_than_the_bound() {
     for phase in (0..=62).step_by(5) {
@@ -52,7 +52,7 @@ fn from_a_refusal_on_nothing_succeeds_that_starts_later_than_the_bound() {
             let world = World::manual();
             let (store, logstore) = opened(&world);
             let bound = world.options.revalidate_every + world.options.kms_timeout;
-            // A use in the middle of the period does not renew anything.
+            // A use in the middle of the period does not renew the lease.
             for _ in 0..phase {
                 world.clock.advance(millis(500));
                 put(&logstore, "before");
@@ -66,7 +66,7 @@ fn from_a_refusal_on_nothing_succeeds_that_starts_later_than_the_bound() {
                     store.tick();
                 }
                 let now = try_put(&logstore, "maybe").is_err();
-                // Once refused, always refused.
+                // After the first refusal, all further operations are refused.
                 assert!(now || !refused);
                 refused = now;
             }
@@ -112,7 +112,8 @@ fn use_never_renews_the_lease() {
         }
         assert!(try_texts(&logstore).is_ok());
     }
-    // Five minutes after the last success, and not a use later; asked again once a period meanwhile.
+    // The lease ends exactly five minutes after the last success, with one call per period
+    // meanwhile.
     assert_eq!(ended, Some(300));
     let asked = world.kms.probes() - began;
     assert!((9..=14).contains(&asked), "{asked}");
@@ -125,7 +126,8 @@ fn an_outage_rides_the_grace_counted_from_when_the_last_success_was_sent() {
     let world = World::manual();
     let (store, logstore) = opened(&world);
     let sent = Duration::ZERO;
-    // Twenty seconds later: the outage begins, and the grace is still counted from the success.
+    // Twenty seconds later: the outage begins, and the grace period still counts from the last
+    // success.
     world.clock.advance(secs(20));
     world.kms.answer(Answer::Unreachable);
     let mut now = secs(20);
@@ -146,7 +148,7 @@ fn an_outage_rides_the_grace_counted_from_when_the_last_success_was_sent() {
     assert_eq!(error.code(), "kms_unreachable");
     assert!(error.to_string().contains(REGION), "{error}");
     assert_eq!(events(&store).last(), Some(&AuditEvent::LeaseEnded));
-    // Until it answers.
+    // Until the KMS answers.
     world.kms.answer(Answer::Real);
     world.clock.advance(world.options.revalidate_every);
     store.tick();
@@ -186,7 +188,7 @@ fn a_refusal_during_an_outage_counts_at_once() {
     world.clock.advance(secs(30));
     store.tick();
     assert_revoked(try_put(&logstore, "refused"), Disabled);
-    // An outage after a refusal gives nothing back: what was refused stays refused until a success.
+    // An outage after a refusal does not restore access: only a success does.
     world.kms.answer(Answer::Unreachable);
     for _ in 0..5 {
         world.clock.advance(secs(10));
@@ -238,7 +240,7 @@ fn a_wrong_key_for_the_logstores_own_envelope_is_never_used() {
     assert_eq!(texts(&logstore), ["first"]);
 }
 
-/// A refusal that comes with the unwrap of a Logstore's own envelope counts for all Logstores under the key at once.
+/// A refusal to unwrap a Logstore's own envelope immediately affects all Logstores under the key.
 #[test]
 fn a_refusal_of_the_logstores_own_envelope_counts_like_one_of_the_probe() {
     let world = World::manual();
@@ -264,7 +266,7 @@ fn a_paused_machine_finds_its_lease_ended() {
     let (store, logstore) = opened(&world);
     let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
     world.kms.answer(Answer::Unreachable);
-    // The uptime stood still, the wall clock did not.
+    // The uptime did not advance, but the wall clock did.
     world.clock.jump_wall(world.options.outage_grace);
     assert_unreachable(try_put(&logstore, "x"));
     assert_unreachable(reader.next().unwrap());
@@ -274,7 +276,8 @@ fn a_paused_machine_finds_its_lease_ended() {
     put(&logstore, "y");
 }
 
-/// The bound holds by the wall clock too: a machine that was paused for longer asks before it uses the key.
+/// The bound also holds by the wall clock: after a pause of the machine that exceeds it, the engine
+/// calls the KMS before it uses the key.
 #[test]
 fn a_paused_machine_asks_before_it_goes_on() {
     let world = World::manual();
@@ -285,7 +288,7 @@ fn a_paused_machine_asks_before_it_goes_on() {
     assert_revoked(reader.next().unwrap(), Disabled);
     assert_revoked(try_put(&logstore, "x"), Disabled);
 
-    // The same while an outage is being ridden.
+    // The same during the grace period of an outage.
     let world = World::manual();
     let (store, logstore) = opened(&world);
     world.kms.answer(Answer::Unreachable);
@@ -306,7 +309,7 @@ fn a_wall_clock_that_is_set_back_stretches_nothing() {
     disable(&world);
     world.clock.advance(world.options.revalidate_every + world.options.kms_timeout);
     assert_revoked(try_put(&logstore, "refused"), Disabled);
-    // Receive times do not run backwards all the same.
+    // Receive times never run backwards.
     world.kms.answer(Answer::Real);
     logstore.revalidate_now().unwrap();
     put(&logstore, "later");
@@ -314,7 +317,7 @@ fn a_wall_clock_that_is_set_back_stretches_nothing() {
     assert!(times.is_sorted(), "{times:?}");
 }
 
-// ---- what is gated, what is kept ----
+// ---- gated operations and kept data ----
 
 #[test]
 fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
@@ -338,7 +341,7 @@ fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
     assert!(by_record.next().is_none());
     assert_revoked(by_block.next_block(), Disabled);
     assert!(by_block.next_block().unwrap().is_none());
-    // An idle tail ends too.
+    // A reader that waits at the end gets the error too.
     assert_revoked(at_end.next().unwrap(), Disabled);
     assert!(at_end.next().is_none());
 }
@@ -347,7 +350,7 @@ fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
 fn acknowledged_groups_are_sealed_before_the_wipe_and_others_fail() {
     let world = World::manual();
     let (store, logstore) = opened(&world);
-    // Acknowledged: three that only sit in memory. Not acknowledged: tickets.
+    // Acknowledged: three buffered groups. Not acknowledged: tickets.
     for text in ["a", "b"] {
         logstore.append(record(text), &buffered()).unwrap();
     }
@@ -364,7 +367,7 @@ fn acknowledged_groups_are_sealed_before_the_wipe_and_others_fail() {
         assert!(ticket.is_done());
         assert_revoked(ticket.wait(), Disabled);
     }
-    // Nothing is left open: the segment is sealed, and a keyless check finds it whole.
+    // No segment stays open: it is sealed, and keyless verification finds no fault.
     let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
     let report = store.verify(&keyless, &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.notes.is_empty(), "{report:?}");
@@ -378,7 +381,7 @@ fn acknowledged_groups_are_sealed_before_the_wipe_and_others_fail() {
     assert!(logstore.status().unwrap().recovery.is_empty());
 }
 
-/// A ticket asks for the key when it is driven: it does not slip through because it was submitted in time.
+/// A ticket checks the key when it is driven: an early submission does not bypass the check.
 #[test]
 fn a_ticket_that_is_waited_for_after_the_bound_is_refused() {
     let world = World::manual();
@@ -392,7 +395,7 @@ fn a_ticket_that_is_waited_for_after_the_bound_is_refused() {
     assert_eq!(texts(&logstore), ["first"]);
 }
 
-/// The loss shows in the middle of an operation, before anybody has dealt with it.
+/// The operation itself detects the revocation, before any other thread has handled it.
 #[test]
 fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key_revoked() {
     for how in ["sync", "close", "drop", "checkpoint", "roll"] {
@@ -428,7 +431,8 @@ fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key
     }
 }
 
-/// The key for a new segment cannot be had: what was acknowledged waits, nothing spins, nothing is lost.
+/// The key for a new segment is inaccessible: acknowledged groups wait, without busy-waiting and
+/// without loss.
 #[test]
 fn acknowledged_groups_wait_while_the_key_of_the_next_segment_is_out_of_reach() {
     let sim = disk::Sim::new();
@@ -452,7 +456,8 @@ fn acknowledged_groups_wait_while_the_key_of_the_next_segment_is_out_of_reach() 
     put(&logstore, "more");
     assert_eq!(texts(&logstore), ["first", "acknowledged", "more"]);
 
-    // The same, and then the key is revoked: there is nothing to seal with, so it stays in memory until the key is back.
+    // The same, and then the key is revoked. Without a key to seal them, the groups stay in memory
+    // until the key is back.
     sim.lose_key_at_the_next_roll(&store, &logstore, Answer::Unreachable);
     logstore.append(record("kept"), &buffered()).unwrap();
     world.clock.advance(secs(1));
@@ -491,7 +496,7 @@ fn other_logstores_are_undisturbed() {
         put(other, "after");
         let texts: Vec<_> = reader.map(|record| record.unwrap().bytes).collect();
         assert_eq!(texts, ["before", "after"]);
-        // Not even its segment was ended.
+        // Their segments are not even ended.
         assert_eq!(segments(&world.logstore_dir(other), 0).len(), 1);
     }
 }
@@ -515,7 +520,7 @@ fn after_a_replacement_the_old_master_key_concerns_nobody() {
     assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
     assert_eq!(segments(&world.logstore_dir(&logstore), 0).len(), before);
     assert!(!events(&store).contains(&AuditEvent::Revoked));
-    // The new one does.
+    // The new master key does affect it.
     world.local().disable(&new.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
     store.tick();
@@ -539,7 +544,7 @@ fn revalidate_now_makes_it_immediate_both_ways() {
     put(&logstore, "back");
     assert_eq!(texts(&logstore), ["first", "acknowledged", "still fine", "back"]);
     assert_eq!(events(&store).last(), Some(&AuditEvent::Recovered));
-    // Where there is no master key there is nothing to ask.
+    // A Logstore without a master key needs no call.
     world.service(&store, "p/service").revalidate_now().unwrap();
 }
 
@@ -561,7 +566,7 @@ fn switching_enable_needs_the_key_and_frees_nothing() {
     assert!(memchr::memmem::find(&all, b"never in plaintext").is_none());
 }
 
-// ---- opening, and counting calls ----
+// ---- opening a Logstore, and the number of calls ----
 
 #[test]
 fn opening_with_a_dead_kms_works_and_calls_nothing() {
@@ -583,7 +588,7 @@ fn opening_with_a_dead_kms_works_and_calls_nothing() {
     assert_eq!(logstore.key_status().state, KeyState::Idle);
     assert_eq!(logstore.status().unwrap().groups, 1);
     logstore.config();
-    // Another Logstore, retention, the keyless checks.
+    // Another Logstore, retention and keyless verification still work.
     put(&store.logstore(&name("p/service")).unwrap(), "more");
     world.clock.advance(secs(60));
     store.tick();
@@ -611,7 +616,7 @@ fn opening_without_the_kms_configured_is_an_outage_for_that_logstore_alone() {
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["service"]);
 }
 
-/// `ENVELOG_CROWD` is how many they are, if not a thousand.
+/// `ENVELOG_CROWD` sets the number of Logstores, a thousand by default.
 #[test]
 fn a_thousand_logstores_under_one_master_key_cost_one_renewal_a_period() {
     let world = World::manual_in_memory();
@@ -620,7 +625,8 @@ fn a_thousand_logstores_under_one_master_key_cost_one_renewal_a_period() {
     let count = std::env::var("ENVELOG_CROWD").map_or(1000, |count| count.parse::<u64>().expect("a number"));
     let logstores: Vec<_> = (0..count).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
     assert_eq!(store.renewal_calls(), 0);
-    // First use: each unwraps its own envelope once, one of them asks for the lease.
+    // At first use, each Logstore unwraps its own envelope once, and one of them probes for the
+    // lease.
     let calls = world.kms.calls();
     for logstore in &logstores {
         logstore.append(record("x"), &buffered()).unwrap();
@@ -640,7 +646,7 @@ fn a_thousand_logstores_under_one_master_key_cost_one_renewal_a_period() {
     println!("{count} Logstores: {} calls in {periods} periods", world.kms.calls() - calls);
     assert_eq!(world.kms.calls() - calls, periods);
     assert_eq!(store.renewal_calls(), 1 + periods);
-    // One refusal stops all of them, one success brings all of them back.
+    // One refusal stops all of them, and one success restores all of them.
     disable(&world);
     world.clock.advance(world.options.revalidate_every);
     store.tick();
@@ -689,7 +695,7 @@ fn a_read_only_opener_is_refused_too_and_recovers() {
     assert_revoked(reader.next().unwrap(), Disabled);
     assert_revoked(beside.read(0, &ReadOptions::default()), Disabled);
     assert_eq!(beside.key_status().state, KeyState::Revoked { reason: Disabled });
-    // It writes nothing, not even to the audit log.
+    // A read-only process writes nothing, not even to the audit log.
     assert!(!events(&store).contains(&AuditEvent::Revoked));
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(30));
@@ -790,7 +796,7 @@ fn a_kms_that_hangs_does_not_hang_callers() {
     let logstore = world.byok(&store, "p/l", &cmk);
     put(&logstore, "one");
     world.kms.answer(Answer::Hang);
-    // Callers ride the grace, then are told; none waits for long.
+    // During the grace period callers succeed, then they get an error. No caller waits long.
     let mut slowest = Duration::ZERO;
     eventually("the lease ends", || {
         let began = Instant::now();
@@ -805,14 +811,14 @@ fn a_kms_that_hangs_does_not_hang_callers() {
     world.kms.answer(Answer::Real);
     eventually("it recovers", || try_put(&logstore, "back").is_ok());
     world.kms.answer(Answer::Hang);
-    // Nor does closing wait for it.
+    // Closing does not wait for the KMS either.
     let began = Instant::now();
     store.close().unwrap();
     assert!(began.elapsed() < secs(5));
     world.kms.answer(Answer::Real);
 }
 
-/// It answers for the lease, but not for the Logstore's own envelope, nor for a new one.
+/// The KMS answers lease probes, but hangs on the Logstore's own envelope and on a new one.
 #[test]
 fn a_kms_that_hangs_over_a_data_key_does_not_hang_callers() {
     let mut world = quick();
@@ -855,7 +861,8 @@ fn nobody_waits_for_a_revocation_to_be_dealt_with_for_ever() {
     store.close().unwrap();
 }
 
-/// However many master keys there are, few threads renew them; one whose KMS has refused goes alone.
+/// A small number of threads renews any number of master keys. A refused master key is handled
+/// separately.
 #[test]
 fn many_master_keys_are_renewed_by_few_threads() {
     const KEYS: usize = 80;
@@ -878,7 +885,7 @@ fn many_master_keys_are_renewed_by_few_threads() {
     {
         let named = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
         let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| named(task.unwrap()));
-        // Those of the other tests in this process are among them.
+        // The count includes threads of other tests in this process.
         let count = tasks.filter(|name| name.trim() == "envelog-lease").count();
         assert!((1..=64).contains(&count), "{count} threads");
     }

@@ -1,6 +1,7 @@
-//! Every rule of `docs/format.md` is enforced: for each there is a store that breaks it and nothing else.
+//! Tests every rule of `docs/format.md` with a store that breaks only that rule.
 //!
-//! The stores are golden ones. A holder of the keys changes them and seals them again: CRCs, tags, digests, links and heads all hold.
+//! The stores are golden stores, changed and re-sealed with the keys: all CRCs, tags, digests,
+//! links and heads are valid.
 
 #![allow(clippy::unwrap_used)]
 
@@ -24,33 +25,34 @@ use forge::{Chain, Copy, Patch};
 
 const OTHER_VERSION: &str = "under another version of the data key";
 
-/// What happens to one shard of a golden store, and what has to come of it.
+/// A change of one shard of a golden store, and the expected results.
 struct Row {
     rule: &'static str,
     store: &'static str,
     shard: u32,
     change: fn(&mut Chain<'_>),
-    /// The code of the error that a reader gets. A rule that only `verify` looks at leaves the reader everything there is.
+    /// The error code that a reader gets. For a rule that only `verify` checks, the reader returns
+    /// all data.
     read: Option<&'static str>,
     /// The code of every fault that `verify` reports.
     verify: &'static str,
-    /// What one of the faults says.
+    /// A part of the message of one of the faults.
     says: &'static str,
     /// Whether `verify` finds it without the key.
     keyless: bool,
 }
 
-/// A rule of what is in the clear: header, block headers, footer.
+/// A rule about unencrypted parts: header, block headers, footer.
 const fn open(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
     Row { rule, store: "service-aes", shard: 0, change, read: Some("corrupt"), verify: "corrupt", says, keyless: true }
 }
 
-/// A rule of what is encrypted.
+/// A rule about encrypted parts.
 const fn sealed(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
     Row { keyless: false, ..open(rule, says, change) }
 }
 
-/// A rule that only `verify` looks at.
+/// A rule that only `verify` checks.
 const fn verified(row: Row) -> Row {
     Row { read: None, ..row }
 }
@@ -79,7 +81,7 @@ fn patch(patch: &mut Patch, at: usize, bytes: Vec<u8>) {
     patch.push((at, bytes));
 }
 
-// ---- headers, and what stands around a segment ----
+// ---- headers, and the context of a segment ----
 
 const SEGMENTS: &[Row] = &[
     found(
@@ -167,7 +169,7 @@ const SEGMENTS: &[Row] = &[
         let segment = &mut chain.segments[0];
         (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gcm, KeySource::Keyring(1));
     }),
-    // The service keyring alone, against a Logstore with an envelope.
+    // Only the service keyring, for a Logstore with an envelope.
     open("key source: not behind a data key", "follows one under a data key", |chain| {
         let header = &mut chain.segments[2].header;
         (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
@@ -601,7 +603,8 @@ const FOOTERS: &[Row] = &[
     .with(DISAGREES, Some("corrupt")),
 ];
 
-/// The entry of the second block of the first segment of `service-aes`, by that of the first.
+/// The index entry of the second block of the first segment of `service-aes`, derived from that of
+/// the first.
 fn second_block(first: IndexEntry) -> IndexEntry {
     let copy = Copy::of("service-aes");
     let chain = Chain::load(&copy, 0);
@@ -613,7 +616,7 @@ fn second_block(first: IndexEntry) -> IndexEntry {
 }
 
 impl Row {
-    /// The same, where `verify` says something else than the reader.
+    /// The same, where `verify` and the reader report different errors.
     const fn with(self, says: &'static str, read: Option<&'static str>) -> Self {
         Self { says, read, ..self }
     }
@@ -628,7 +631,7 @@ fn verify(store: &Store, keyless: bool) -> VerifyReport {
     store.verify(&options, &mut |_| {}).unwrap()
 }
 
-/// The sequence numbers in a shard from `from` on, as a reader gets them in one mode.
+/// The sequence numbers in a shard from `from` on, as a reader returns them in one mode.
 fn read(store: &Store, shard: u32, from: u64, mode: ReadMode) -> Result<Vec<u64>> {
     let name = store.list()?.remove(0);
     let options = ReadOptions { mode, from: Position::Seq(from), ..ReadOptions::default() };
@@ -654,7 +657,7 @@ fn what_is_sealed_again_unchanged_is_as_it_was() {
     }
 }
 
-/// Everything in the shards of the only Logstore.
+/// All records of the shards of the only Logstore.
 fn all(copy: &Copy) -> Vec<Vec<Record>> {
     let store = copy.builder().open_read_only().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
@@ -697,7 +700,8 @@ fn check(row: &Row) {
         }
     }
     drop(store);
-    // A writer may refuse it or go on behind it. It neither panics nor loses what it cannot read.
+    // A writer may refuse the shard or continue after it. It neither panics nor deletes segments
+    // that it cannot read.
     let before = segments(&copy.logstore_dir(), shard);
     if let Ok(store) = copy.builder().open() {
         for name in store.list().unwrap() {
@@ -708,7 +712,7 @@ fn check(row: &Row) {
     assert!(before.iter().all(|path| path.exists()), "{rule}");
 }
 
-/// Checks every row, and names all that fail.
+/// Checks every row and lists all failures.
 fn check_all(rows: &[Row]) {
     let fails = |row: &&Row| std::panic::catch_unwind(|| check(row)).is_err();
     let failed: Vec<_> = rows.iter().filter(fails).map(|row| row.rule).collect();
@@ -720,7 +724,7 @@ fn the_rules_of_headers_and_chains() {
     check_all(SEGMENTS);
 }
 
-/// A file of more than 4 GiB is no segment, whatever it holds.
+/// A file of more than 4 GiB is not a segment, regardless of its contents.
 #[test]
 fn the_longest_segment() {
     let copy = Copy::of("unclean");
@@ -740,8 +744,9 @@ fn the_rules_of_blocks() {
     check_all(BLOCKS);
 }
 
-/// The holder of a segment's key can change a payload so that its tag still holds. The digest commits to the payload, so
-/// verification finds the change, with or without the keys. If the forger recomputed every later digest, a checkpoint finds it.
+/// The holder of a segment's key can change a payload so that its tag stays valid. The digest
+/// commits to the payload, so verification finds the change, with or without the keys. If the
+/// forger also recomputes every later digest, a comparison with a checkpoint finds it.
 #[test]
 fn a_payload_forged_under_its_tag_is_found() {
     for which in ["service-aes", "service-sm4", "plain", "switched-off"] {
@@ -771,7 +776,7 @@ fn a_payload_forged_under_its_tag_is_found() {
         let before = std::fs::read(&path).unwrap();
         copy.forge_payload(&path);
         let forged = std::fs::read(&path).unwrap();
-        // A reader is told nothing: the tag holds.
+        // A reader does not detect it: the tag is valid.
         assert_ne!(all(&copy), written, "{which}");
         for keyless in [false, true] {
             for against in [None, Some(checkpoint.clone())] {
@@ -782,7 +787,7 @@ fn a_payload_forged_under_its_tag_is_found() {
             }
         }
 
-        // The footer and the catalogue are made to fit. The block is as it was forged.
+        // The footer and the catalogue are recomputed. The block is still the forged one.
         Chain::load(&copy, 0).save();
         let fitted = std::fs::read(&path).unwrap();
         let body_start = SegmentHeader::decode(&before).unwrap().body_start as usize;
@@ -797,8 +802,8 @@ fn a_payload_forged_under_its_tag_is_found() {
     }
 }
 
-/// How a holder of a retired version of the service key forges, which error a reader gets, and whether a writer is stopped as well: it looks
-/// at the last segment alone.
+/// A description of the forgery, the error code for a reader, whether a writer is stopped too (it
+/// checks only the last segment), and the forgery itself.
 type Forgery = (&'static str, &'static str, bool, fn(&Copy));
 
 const FORGERIES: &[Forgery] = &[
@@ -830,8 +835,8 @@ const FORGERIES: &[Forgery] = &[
     }),
 ];
 
-/// A holder of a retired version of the service key can seal any segment that is not encrypted. One counts only as the catalogue, which
-/// the newest version authenticates, proves it.
+/// A holder of a retired service key version can seal any unencrypted segment. The engine accepts
+/// such a segment only if the catalogue, which the newest version authenticates, proves it.
 #[test]
 fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
     for &(what, code, stops_writer, forge) in FORGERIES {
@@ -861,8 +866,8 @@ fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
     }
 }
 
-/// A rotation cannot end a segment that a killed process left, where the next one is to be under a customer's key that is revoked. What it
-/// has recorded of the segment counts, and no more.
+/// A rotation cannot end a segment left by a killed process if the next segment needs a customer's
+/// key that is revoked. The head that the rotation recorded is then valid, and no block after it.
 #[test]
 fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
     let copy = Copy::of("plain");
@@ -903,7 +908,7 @@ fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
     assert_eq!(all(&copy), written);
     let genuine = copy.path("genuine");
     copy_dir(&copy.path("store"), &genuine);
-    // What the rotation has recorded cannot be replaced either.
+    // The blocks up to the recorded head cannot be replaced either.
     let mut chain = Chain::load(&copy, 0);
     chain.segments.last_mut().unwrap().blocks[0].put_opaque(&[b"forged in its place"], &[0]);
     chain.save_segments();
@@ -919,7 +924,7 @@ fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
     assert_eq!((&found[0][..3], &*found[0][3].bytes, found[0].len()), (&written[0][..], &b"after"[..], 4));
 }
 
-/// A reader up to the end of a shard does not end before it.
+/// A reader that reads to the end of a shard does not end early.
 #[test]
 fn the_end_of_a_shard_is_the_end_of_its_blocks() {
     let copy = Copy::of("service-aes");
@@ -937,7 +942,8 @@ fn the_end_of_a_shard_is_the_end_of_its_blocks() {
     }
 }
 
-/// A reader that begins at a time does not go by a footer that says that its segment begins earlier.
+/// A reader that begins at a time does not trust a footer that claims an earlier begin of its
+/// segment.
 #[test]
 fn a_segment_begins_when_its_first_group_was_received() {
     let copy = Copy::of("service-aes");

@@ -1,10 +1,13 @@
-//! The bound on revocation over random schedules, in simulated time: master keys are disabled and enabled, the KMS goes away, comes
-//! back, answers slowly, late or wrongly, also in the middle of a call; the clocks jump; the store is closed and opened.
+//! The revocation bound under random schedules in simulated time. Master keys are disabled and
+//! enabled; the KMS fails, recovers, and answers slowly, late or wrongly, also in the middle of a
+//! call; the clocks jump; the store is closed and opened.
 //!
-//! No operation that starts after the bound succeeds; none fails for long once all is well, or without a typed error; a Logstore
-//! under the service key is never disturbed; what was acknowledged is there at the end.
+//! No operation that starts after the bound succeeds. Without faults, no operation fails for long,
+//! and every failure has a typed error. A Logstore under the service key is never affected. All
+//! acknowledged data is present at the end.
 //!
-//! `ENVELOG_SCHEDULES` is how many schedules there are; `ENVELOG_SCHEDULE` runs the one that a violation names, alone.
+//! `ENVELOG_SCHEDULES` sets the number of schedules; `ENVELOG_SCHEDULE` runs only the one that a
+//! violation names.
 
 #![allow(clippy::unwrap_used)]
 
@@ -37,26 +40,27 @@ use envelog::{
     kms::{Answer, Fault, FaultyKms, Kms, KmsCall, KmsError},
 };
 
-/// How many schedules there are unless told, and how many operations each has.
+/// The default number of schedules, and the number of operations in each.
 const SCHEDULES: u64 = 1_000;
 const OPERATIONS: u64 = 80;
-/// A lease that has ended may be spared calls of its own for so many periods (`keys::circuit`).
+/// The circuit breaker may spare an expired lease its own calls for this many periods
+/// (`keys::circuit`).
 const PERIODS_SPARED: u32 = 8;
 
-// ---- the world ----
+// ---- the simulation ----
 
-/// How it stands with a master key.
+/// The state of a master key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Good,
     Disabled,
-    /// The KMS cannot be reached about it.
+    /// Its KMS is unreachable.
     Away,
-    /// Its KMS gives another key than the right one.
+    /// Its KMS returns a wrong key.
     Wrong,
 }
 
-/// What has happened to one master key, and what will. Times are uptime.
+/// The past and future states of one master key. Times are uptime.
 struct History {
     past: Vec<(Duration, Fate)>,
     coming: BTreeMap<Duration, Fate>,
@@ -67,7 +71,7 @@ impl History {
         self.past.last().unwrap().1
     }
 
-    /// Whether it stood so at any moment from `from` to `to`.
+    /// Whether it had such a state at any moment from `from` to `to`.
     fn any(&self, from: Duration, to: Duration, is: impl Fn(Fate) -> bool) -> bool {
         let ends = self.past.iter().skip(1).map(|(began, _)| *began).chain([Duration::MAX]);
         self.past.iter().zip(ends).any(|((began, fate), end)| *began <= to && end >= from && is(*fate))
@@ -77,7 +81,7 @@ impl History {
 struct Time {
     clock: Arc<TestClock>,
     keys: Mutex<[History; 2]>,
-    /// When calls were made that failed for no reason of a master key's.
+    /// The times of calls that failed for reasons unrelated to a master key.
     noise: Mutex<Vec<Duration>>,
 }
 
@@ -86,12 +90,12 @@ impl Time {
         self.clock.uptime()
     }
 
-    /// Also while a violation is being reported, and the store closed on the way.
+    /// Ignores poisoning: a panic reports a violation, and the store is then still closed.
     fn keys(&self) -> MutexGuard<'_, [History; 2]> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets time pass, and what is due happen.
+    /// Advances the time and applies the states that are due.
     fn advance(&self, by: Duration) {
         let until = self.now() + by;
         loop {
@@ -109,7 +113,7 @@ impl Time {
     }
 }
 
-/// A KMS whose keys stand as it is fated when a call reaches it.
+/// A KMS whose keys have their scheduled state at the time of a call.
 struct Fated {
     kms: Arc<SeededKms>,
     time: Arc<Time>,
@@ -159,14 +163,15 @@ impl Kms for Fated {
 
 // ---- one schedule ----
 
-/// What is known of a Logstore. The first two are under a master key each, the third under the service key.
+/// The model of a Logstore. The first two have a master key each; the third is under the service
+/// key.
 struct Known {
     logstore: Logstore,
-    /// Sequence numbers and texts that were acknowledged, and whether that outlives a close which fails.
+    /// Acknowledged sequence numbers and texts, and whether each survives a failed close.
     acknowledged: BTreeMap<u64, (String, bool)>,
-    /// Texts of appends that failed: they may be there or not.
+    /// Texts of failed appends, which may be present or not.
     failed: Vec<String>,
-    /// When an operation was last told that its key is revoked.
+    /// The time of the last operation that reported a revocation.
     refused: Option<Duration>,
 }
 
@@ -183,7 +188,7 @@ struct Schedule {
     reader: Option<(usize, Reader, Option<u64>)>,
     tickets: Vec<(usize, Duration, String, Ticket)>,
     opened: Duration,
-    /// Whether calls fail for no reason of a master key's.
+    /// Whether calls fail for reasons unrelated to a master key.
     noisy: bool,
     texts: u64,
     refusals: u64,
@@ -203,7 +208,7 @@ impl Schedule {
         options.background = Background::Manual;
         options.revalidate_every = millis(100 + dice.roll(30_000));
         options.kms_timeout = millis(10 + dice.roll(1_000));
-        // A lease that is shorter than a call may take could end before the answer comes.
+        // A lease shorter than a call's timeout could end before the answer arrives.
         options.outage_grace = options.revalidate_every * (100 + dice.roll(900) as u32) / 100 + options.kms_timeout;
         options.segment_bytes = 4 << 10;
         let seeded = SeededKms::new(seed, &Arc::new(Ledger::default()));
@@ -256,7 +261,7 @@ impl Schedule {
             .options(self.options)
     }
 
-    /// From now on calls take their time, and in every third schedule some fail in ways of their own.
+    /// Makes all further calls take time; in every third schedule, some also fail in other ways.
     fn misbehave(&mut self) {
         self.noisy = self.dice.roll(3) == 0;
         let (noisy, slow) = (self.noisy, self.dice.roll(2) == 0);
@@ -265,7 +270,7 @@ impl Schedule {
         self.kms.plan(move |_, call| {
             let timeout = call.timeout.as_millis() as u64;
             let fault = if slow {
-                // In time, both ways together.
+                // Within the timeout: request and answer together.
                 Fault::delay(millis(dice.roll(timeout / 2)), millis(dice.roll(timeout / 2)))
             } else {
                 Fault::none()
@@ -289,7 +294,7 @@ impl Schedule {
         self.dice.roll(3) as usize
     }
 
-    /// Whether what an operation came to is right, if it began at `began` and has just ended.
+    /// Checks the result of an operation that started at `began` and has just ended.
     fn judge<T>(&mut self, which: usize, began: Duration, what: &str, result: &Result<T>) {
         let end = self.time.now();
         if which == 2 {
@@ -311,7 +316,7 @@ impl Schedule {
                     "{what} succeeded at {began:?}, although the KMS has refused for {bound:?}"
                 );
                 let from = [self.opened, known.refused.unwrap_or_default(), since(self.options.outage_grace)];
-                // One at the very moment may have come after.
+                // An event at that very moment may have happened after the operation.
                 let from = from.into_iter().filter(|from| *from < began).max().unwrap_or_default();
                 assert!(
                     keys[which].any(from, end, |fate| fate == Fate::Good),
@@ -349,7 +354,7 @@ impl Schedule {
             let ticket = self.known[which].logstore.submit(record(&text), &AppendOptions::durability(durability));
             self.judge(which, began, "an append", &ticket);
             match ticket {
-                // One that is buffered is acknowledged by that alone.
+                // A buffered append is acknowledged by its submission.
                 Ok(ticket) if durability == Durability::Buffered => {
                     self.acknowledge(which, ticket.appended().seq, text, durability);
                 }
@@ -379,7 +384,7 @@ impl Schedule {
                 self.acknowledge(which, appended.seq, text, Durability::Written);
             }
             Err(error) => {
-                // What it failed of may have been long ago.
+                // The cause of a ticket's failure may be much older than the wait.
                 assert!(which != 2, "a ticket under the service key failed: {error}");
                 assert!(
                     matches!(error, Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
@@ -390,7 +395,7 @@ impl Schedule {
         }
     }
 
-    /// Whether what was read is what can be there.
+    /// Checks the records of a read against the model.
     fn check(&self, which: usize, read: &[(u64, String)], complete: bool) {
         let known = &self.known[which];
         let submitted = |text: &String| self.tickets.iter().any(|(of, _, other, _)| *of == which && other == text);
@@ -435,7 +440,7 @@ impl Schedule {
                 self.judge(which, began, "an open reader", &result);
                 if let Ok(record) = result {
                     assert!(last.is_none_or(|last| last < record.seq), "a reader went backwards");
-                    // It passes over nothing that was there when it came by.
+                    // The reader skips no record that was present when it passed.
                     let between = last.map_or(0, |last| last + 1)..record.seq;
                     let missed = self.known[which].acknowledged.range(between).find(|(_, (_, lasting))| *lasting);
                     assert!(missed.is_none(), "a reader passed over {missed:?}");
@@ -445,7 +450,7 @@ impl Schedule {
         }
     }
 
-    /// Something happens to a master key, now or later.
+    /// Changes the state of a master key, now or later.
     fn fate(&mut self) {
         let which = self.dice.roll(2) as usize;
         let fates = [Fate::Good, Fate::Good, Fate::Disabled, Fate::Away, Fate::Wrong];
@@ -479,7 +484,7 @@ impl Schedule {
         }
         let closed = self.store.take().unwrap().close();
         for known in &mut self.known {
-            // What was buffered and had no key to be sealed with is lost, and the caller was told.
+            // Buffered groups without a key to seal them are lost, and the caller got an error.
             known.acknowledged.retain(|_, (text, lasting)| {
                 let stays = closed.is_ok() || *lasting;
                 if !stays {
@@ -524,7 +529,7 @@ impl Schedule {
         }
     }
 
-    /// All is well again: everything that was acknowledged is there.
+    /// Ends all faults, and checks that all acknowledged data is present.
     fn end(&mut self) {
         self.kms.plan(|_, _| Fault::none());
         self.noisy = false;
@@ -558,7 +563,7 @@ fn read_all(logstore: &Logstore) -> Result<Vec<(u64, String)>> {
     logstore.read(0, &ReadOptions::default())?.map(|record| record.map(|r| (r.seq, text(&r.bytes)))).collect()
 }
 
-/// Operations that were refused, and calls to the KMS.
+/// Returns the numbers of refused operations and of KMS calls.
 fn run(seed: u64) -> (u64, u64) {
     let mut schedule = Schedule::new(seed);
     for _ in 0..OPERATIONS {

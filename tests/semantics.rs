@@ -1,4 +1,4 @@
-//! The semantics of the service that the engine is for, rule by rule, through the public API.
+//! The semantics of the log service, rule by rule, through the public API.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use envelog::{
     segment::{KeySource, SegmentHeader},
 };
 
-/// What the headers of a Logstore's segments say: suite, and whose key.
+/// The suite and key source in the header of each segment of a Logstore.
 fn headers(world: &World, logstore: &Logstore) -> Vec<(Suite, KeySource)> {
     segments(&world.logstore_dir(logstore), 0)
         .iter()
@@ -36,7 +36,7 @@ fn update(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> Resu
     store.update_logstore(logstore.name(), with_conf(store, logstore, conf))
 }
 
-/// The files of the metadata, and what they hold.
+/// The metadata files with their contents.
 fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
     let paths = [
         world.store_dir().join("STORE"),
@@ -51,7 +51,7 @@ fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
 fn s1_the_service_key_needs_nothing_of_the_user_and_each_logstore_has_its_own_data_key() {
     let world = World::manual();
     let random = std::sync::Arc::new(RecordingRandom::default());
-    // No KMS at all.
+    // The store has no KMS at all.
     let builder = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new())
         .insecure_random_for_tests(random.clone());
     let store = builder.clone().create().unwrap();
@@ -59,14 +59,14 @@ fn s1_the_service_key_needs_nothing_of_the_user_and_each_logstore_has_its_own_da
     put(&a, "in a");
     put(&b, "in b");
     store.close().unwrap();
-    // Nothing is ever drawn twice: neither data key is the other, nor a salt.
+    // No random value is drawn twice: the data keys and the salts all differ.
     let mut draws = random.draws();
     let count = draws.len();
     draws.sort_unstable();
     draws.dedup();
     assert_eq!(draws.len(), count);
 
-    // A segment of one Logstore does not open in the other, whose data key is another.
+    // A segment of one Logstore does not open in the other, which has a different data key.
     let store = builder.clone().open().unwrap();
     assert_eq!(texts(&store.logstore(&name("p/a")).unwrap()), ["in a"]);
     assert_eq!(texts(&store.logstore(&name("p/b")).unwrap()), ["in b"]);
@@ -84,7 +84,7 @@ fn s1_service_keys_never_expire() {
     let store = world.create();
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
-    // Ten years, by either clock, with no KMS call ever.
+    // Ten years by either clock, without a single KMS call.
     for _ in 0..10 {
         world.clock.advance(365 * DAY);
         store.tick();
@@ -103,18 +103,18 @@ fn s1_byok_the_customer_creates_rotates_disables_deletes_and_replaces_the_master
     let cmk = world.cmk();
     let logstore = world.byok(&store, "p/l", &cmk);
     put(&logstore, "one");
-    // Rotated: what was wrapped under the old version still opens, and what is wrapped now is under the new one.
+    // Rotation: envelopes under the old version still open, and new ones are under the new version.
     world.local().rotate(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
     assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
-    // Disabled, and enabled.
+    // Disabling and enabling.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
-    // Replaced, and the old one deleted.
+    // Replacement, and deletion of the old key.
     let other = world.cmk();
     store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
     world.local().delete(&cmk.cmk_key_id).unwrap();
@@ -197,7 +197,7 @@ fn s3_every_unknown_or_missing_field_or_value_is_an_error_that_names_it() {
         }
         value.to_string()
     };
-    // Missing.
+    // Missing fields.
     for field in ["enable", "cmk_key_id", "arn", "region_id"] {
         match EncryptConf::from_json(&without(field)) {
             Err(ConfigError::Json(text)) => assert!(text.contains(field), "{field}: {text}"),
@@ -207,9 +207,9 @@ fn s3_every_unknown_or_missing_field_or_value_is_an_error_that_names_it() {
     let error = EncryptConf::from_json(&without("encrypt_type")).unwrap_err();
     assert_eq!(error, ConfigError::EncryptTypeRequired);
     assert!(error.to_string().contains("encrypt_type"));
-    // No user_cmk_info is the service key.
+    // Without user_cmk_info, the service key is used.
     assert_eq!(EncryptConf::from_json(&without("user_cmk_info")).unwrap().user_cmk_info, None);
-    // Unknown.
+    // Unknown fields and values.
     for (json, named) in [
         (full.replace("enable", "enabled"), "enabled"),
         (full.replace("encrypt_type", "encryptType"), "encryptType"),
@@ -229,7 +229,7 @@ fn s3_every_unknown_or_missing_field_or_value_is_an_error_that_names_it() {
             other => panic!("{json}: {other:?}"),
         }
     }
-    // Empty, and too long.
+    // Empty values, and values that are too long.
     for field in ["cmk_key_id", "arn", "region_id"] {
         for value in [String::new(), "x".repeat(1025), "a\\u0000b".into()] {
             let mut object: serde_json::Value = serde_json::from_str(&full).unwrap();
@@ -312,7 +312,7 @@ fn s4_encryption_may_come_later_and_what_was_written_before_stays_readable() {
 fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
     let world = World::manual();
     let store = world.create();
-    // With a create, and with an update; and it may name an algorithm and a master key.
+    // With a create and with an update; both may name an algorithm and a master key.
     let cmk = world.cmk();
     let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Default, cmk.clone()) };
     let created = store.create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone())).unwrap();
@@ -329,7 +329,8 @@ fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
         assert_eq!(headers(&world, logstore), [(Suite::Aes256Gmac, KeySource::Keyring(1))]);
         assert!(!store.audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
     }
-    // Nothing is fixed: another algorithm, another method, another key, while it is off and at the first enable.
+    // Nothing is fixed yet: algorithm, method and key may change while encryption is off, and at
+    // the first enable.
     update(&store, &created, Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) }))
         .unwrap();
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
@@ -341,7 +342,7 @@ fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
         assert_eq!(texts(logstore), ["plain", "secret"]);
         assert_eq!(headers(&world, logstore)[1].1, KeySource::DataKey(1));
     }
-    // Disabling a master key that was only ever named while encryption was off concerns nobody.
+    // Disabling a master key that was named only while encryption was off has no effect.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(3600));
     store.tick();
@@ -361,7 +362,8 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
     update(&store, &logstore, Some(on)).unwrap();
     put(&logstore, "secret two");
     assert_eq!(texts(&logstore), ["secret one", "plain", "secret two"]);
-    // While it is off the integrity-only form is used, keyed from the data key.
+    // While encryption is off, the integrity-only suite is used, with keys derived from the data
+    // key.
     let key = KeySource::DataKey(1);
     let suites = [(Suite::Aes256Gcm, key), (Suite::Aes256Gmac, key), (Suite::Aes256Gcm, key)];
     assert_eq!(headers(&world, &logstore), suites);
@@ -420,7 +422,7 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     let algorithm = |fixed| ConfigError::AlgorithmFixed { fixed };
     let cmk_fixed = || ConfigError::CmkFixed { fixed: fixed.clone() };
     let cases: Vec<(&Logstore, Option<EncryptConf>, ConfigError)> = vec![
-        // Left out.
+        // A missing encrypt_conf.
         (&service, None, ConfigError::EncryptConfRequired),
         (&byok, None, ConfigError::EncryptConfRequired),
         (&refused_off, None, ConfigError::EncryptConfRequired),
@@ -435,11 +437,11 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         (&service, Some(disabled(EncryptConf::service_key(EncryptType::Sm4))), algorithm(EncryptType::Default)),
         (&byok, Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())), algorithm(EncryptType::Default)),
         (&refused_off, Some(default_service.clone()), algorithm(EncryptType::Sm4)),
-        // The master key: another one, in another role, in another region.
+        // The master key: another key, another role, another region.
         (&byok, Some(EncryptConf::byok(EncryptType::Default, other)), cmk_fixed()),
         (&byok, Some(EncryptConf::byok(EncryptType::Default, other_role)), cmk_fixed()),
         (&byok, Some(disabled(EncryptConf::byok(EncryptType::Default, other_region))), cmk_fixed()),
-        // Incomplete.
+        // Incomplete configurations.
         (&service, Some(type_less(default_service)), ConfigError::EncryptTypeRequired),
         (&byok, Some(type_less(default_byok)), ConfigError::EncryptTypeRequired),
     ];
@@ -456,7 +458,7 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         assert_eq!((store.config(logstore.name()).unwrap(), metadata(&world, logstore)), before, "{conf:?}");
         assert_eq!(world.kms.calls(), calls);
     }
-    // The errors are told apart by their codes too.
+    // The errors also have distinct codes.
     let mut codes: Vec<_> = cases.iter().map(|(_, _, error)| error.code()).collect();
     codes.sort_unstable();
     codes.dedup();
@@ -511,7 +513,7 @@ fn s5_enable_may_be_switched_and_the_algorithm_left_out_while_it_is_off() {
     ] {
         let without_type = EncryptConf { enable: false, encrypt_type: None, user_cmk_info: cmk.clone() };
         let config = update(&store, &logstore, Some(without_type)).unwrap();
-        // It is stored with what is fixed.
+        // The configuration is stored with its fixed fields.
         let conf = EncryptConf { enable: false, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
         assert_eq!(config.encrypt_conf, Some(conf.clone()));
         // Off again, with the type; then on.
@@ -532,13 +534,14 @@ fn s6_an_update_replaces_the_whole_and_must_be_built_on_the_newest_revision() {
     world.clock.advance(secs(60));
     let second = LogstoreConfig { ttl_days: None, ..first.clone() };
     let second = store.update_logstore(logstore.name(), second).unwrap();
-    // What an update leaves out is gone, what it keeps stays, the time of the change is noted.
+    // An update removes omitted settings, keeps the others, and records its time.
     assert_eq!((second.revision, second.ttl_days, second.retention_bytes), (2, None, Some(1 << 30)));
     assert_eq!(second.create_time, first.create_time);
     assert_eq!(second.last_modify_time, first.last_modify_time + 60);
     assert_eq!(store.config(logstore.name()).unwrap(), second);
     assert_eq!(logstore.config(), second);
-    // Two callers that got the same revision: the second one is refused. So is one from nowhere.
+    // Of two callers with the same revision, the second one is refused. An unknown revision is
+    // refused too.
     let third = store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(1), ..second.clone() }).unwrap();
     for (given, update) in [
         (2, LogstoreConfig { ttl_days: Some(2), ..second }),
@@ -577,7 +580,7 @@ fn s6_key_operations_do_not_touch_the_revision() {
     let replaced = store.config(byok.name()).unwrap();
     assert_eq!(replaced.revision, got[0].revision);
     assert_eq!(replaced.encrypt_conf.as_ref().unwrap().user_cmk_info, Some(other));
-    // A caller that got the configuration before the operations can still update with it.
+    // A caller that read the configuration before these operations can still update it.
     store.update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() }).unwrap();
 }
 
@@ -631,7 +634,7 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false(
             assert!(open_reader.next().unwrap().is_ok());
 
             revoke(&world, &cmk);
-            // After the bound at the latest.
+            // At the latest after the bound.
             world.clock.advance(world.options.revalidate_every + world.options.kms_timeout);
             assert_revoked(try_put(&logstore, "refused"), reason);
             assert_revoked(logstore.submit(record("refused"), &buffered()), reason);
@@ -649,16 +652,16 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false(
                 "{text}"
             );
             assert_eq!(logstore.key_status().state, KeyState::Revoked { reason });
-            // Another Logstore goes on.
+            // Another Logstore still works.
             put(&other, "fine");
             assert_eq!(texts(&other), ["fine"]);
-            // It stays so in a process that starts now.
+            // A new process gets the same refusal.
             store.close().unwrap();
             let store = world.open();
             let logstore = store.logstore(&name("p/l")).unwrap();
             assert_revoked(try_put(&logstore, "refused"), reason);
             assert_revoked(try_texts(&logstore), reason);
-            // The keyless checks work.
+            // Keyless verification works.
             let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
             assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
             let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
@@ -696,7 +699,8 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
     assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
 
     let calls = world.kms.calls();
-    // Configuration, but for what the data key authenticates: whether encryption is on, and how long segments are kept.
+    // The configuration, except for the settings that the data key authenticates: whether
+    // encryption is on, and the retention.
     let meta = || fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
     let (config, before) = (store.config(logstore.name()).unwrap(), meta());
     let conf = config.encrypt_conf.clone().unwrap();
@@ -719,22 +723,23 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
     let report = store.apply_retention().unwrap();
     assert_eq!((report.segments, report.suspended), (2, false));
     assert!(segments(&world.logstore_dir(&logstore), 0).is_empty());
-    // Delete.
+    // Deletion.
     let dir = world.logstore_dir(&doomed);
     store.delete_logstore(doomed.name()).unwrap();
     assert!(!dir.exists());
     assert_eq!(store.list().unwrap(), [name("p/l")]);
-    // Figures.
+    // Status.
     assert_eq!(logstore.status().unwrap().segments, 0);
     assert_eq!(world.kms.calls(), calls);
 
-    // And it comes back, the sequence going on.
+    // When the key is enabled, access returns, and the sequence numbers continue.
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
     let appended = logstore.append(record("after"), &synced()).unwrap();
     assert!(appended.seq >= 2);
     assert_eq!(texts(&logstore), ["after"]);
-    // What was changed without the key has left the second tag as it was, and the rest can be changed now.
+    // The changes without the key left the second tag unchanged, and the other settings can be
+    // changed now.
     assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf })).unwrap();
     store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
@@ -746,7 +751,8 @@ fn s7_configuration_delete_and_retention_still_work_while_revoked() {
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["after"]);
 }
 
-/// In a process that has not used the key yet, retention goes by what the metadata says while the key is revoked.
+/// In a process that has not used the key yet, retention follows the metadata while the key is
+/// revoked.
 #[test]
 fn s7_retention_works_in_a_process_that_starts_while_revoked() {
     let world = World::manual();
@@ -782,7 +788,7 @@ fn s7_enabling_again_brings_it_back_without_restart_and_nothing_is_lost() {
         store.tick();
         assert_revoked(try_put(&logstore, "refused"), RevokedReason::Disabled);
         world.local().enable(&cmk.cmk_key_id).unwrap();
-        // By itself, at the next renewal: nobody asks for it.
+        // Automatically at the next renewal, without a request.
         world.clock.advance(secs(30));
         store.tick();
         assert_eq!(logstore.key_status().state, KeyState::Active);
@@ -802,27 +808,27 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     let (old, new) = (world.cmk(), world.cmk());
     let logstore = world.byok(&store, "p/l", &old);
     put(&logstore, "one");
-    // Not by an update.
+    // Not through an update.
     let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, new.clone()))).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::CmkFixed { .. })));
-    // Two envelopes: the one there was, and the fresh data key's.
+    // Two envelopes: the existing one, and that of the fresh data key.
     assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
     let sources: Vec<_> = headers(&world, &logstore).into_iter().map(|(_, source)| source).collect();
     assert_eq!(sources, [KeySource::DataKey(1), KeySource::DataKey(2)]);
-    // Without a fresh data key, if told so.
+    // With `keep_data_key`, without a fresh data key.
     let newer = world.cmk();
     assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 2);
     put(&logstore, "three");
     assert_eq!(headers(&world, &logstore).last().unwrap().1, KeySource::DataKey(2));
-    // The update rule knows the new one.
+    // The update rule accepts the new master key.
     update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, newer))).unwrap();
     let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::ReplaceIntended).count(), 2);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Replaced).count(), 2);
     store.close().unwrap();
-    // Neither the old one nor the second are needed any more.
+    // The old and the second master key are no longer needed.
     for gone in [&old, &new] {
         world.local().delete(&gone.cmk_key_id).unwrap();
     }
@@ -854,7 +860,7 @@ fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
     let disabled = world.cmk();
     world.local().disable(&disabled.cmk_key_id).unwrap();
     assert!(matches!(replace(&logstore, disabled), Error::Config(ConfigError::CmkRefused { .. })));
-    // The old one must be usable: its envelopes are unwrapped under it.
+    // The old master key must be usable, because its envelopes have to be unwrapped.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
     assert_revoked(store.replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
@@ -898,7 +904,7 @@ fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is
     world.kms.answer(Answer::Invalid);
     assert!(matches!(refused(cmk.clone()), Error::KmsInvalid { .. }));
     assert_eq!(files(&world.store_dir()), before);
-    // A KMS that does not unwrap what it wrapped is no basis either.
+    // A KMS that returns a wrong key on unwrap is refused too.
     world.kms.answer(Answer::WrongKey);
     assert!(matches!(refused(cmk.clone()), Error::KmsInvalid { .. }));
     world.kms.answer(Answer::Real);

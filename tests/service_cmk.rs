@@ -1,4 +1,5 @@
-//! The service keyring under a master key: what opening needs, what is on disk, rotation, conversion, recovery.
+//! The service keyring under a master key: the KMS calls of opening, the files, rotation,
+//! conversion and recovery.
 
 #![allow(clippy::unwrap_used)]
 
@@ -45,7 +46,7 @@ fn opening_asks_the_kms_once_and_nothing_asks_it_again() {
     put(&store.logstore(&name("p/l")).unwrap(), "after");
     let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
-    // A store that is open needs no KMS for its service key any more.
+    // An open store no longer needs the KMS for its service key.
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert_eq!(found(&store), ["before", "after"]);
     put(&world.service(&store, "p/later"), "made while it was refused");
@@ -143,7 +144,7 @@ fn it_is_rotated_under_its_master_key_or_stays_as_it_was() {
     assert_eq!(store.rotate_service_key().unwrap(), 2);
     put(&store.logstore(&name("p/l")).unwrap(), "under the new one");
     let all = ["before", "under the old version", "under the new one"];
-    // The reader asks the KMS for the keyring that was written since.
+    // The reader asks the KMS to unwrap the keyring that was written since.
     assert_eq!(found(&reader), all);
     store.close().unwrap();
     let store = world.open();
@@ -168,7 +169,7 @@ fn another_master_key_takes_over_and_a_refused_one_changes_nothing() {
     assert_eq!((found(&store), store.service_cmk()), (vec!["before".to_owned()], Some(other)));
 }
 
-/// No byte of the file can be changed, also when the CRC is made to fit.
+/// A change of any byte of the file is detected, even with a corrected CRC.
 #[test]
 fn every_forged_byte_is_found() {
     let (world, _, store) = made();

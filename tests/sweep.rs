@@ -1,12 +1,15 @@
-//! Sweeps: the power fails after every operation of a workload, and again during recovery; every operation fails, once and from then
-//! on, in each way that it can; and lives made up from a seed, with all of that and more in them.
+//! Sweeps: a power loss after every operation of a workload, and again during recovery; a failure
+//! of every operation, once or lasting, in each possible way; and random lives from a seed, with
+//! all of that and more.
 //!
-//! After each, what was acknowledged as durable is there, exactly and in order; what was not is whole or absent; configuration and
-//! keys are old or new; no number that anybody was told of or has read is given again; no key and nonce meet twice; neither plaintext
-//! nor a key is on the disk; and the store opens and goes on. `docs/testing.md` says more.
+//! After each, the checks are: all data acknowledged as durable is present, exactly and in order,
+//! and other data is complete or absent; configuration and keys are old or new; no number that a
+//! caller or reader saw is assigned again; no key and nonce pair repeats; no plaintext and no key
+//! is on the disk; and the store opens and continues to work. See `docs/testing.md`.
 //!
-//! `ENVELOG_SWEEP_SEEDS` is how many random lives there are. `ENVELOG_SWEEP_SEED` runs the one that a violation names, alone. With
-//! `ENVELOG_SWEEP_ALL` every recovery is cut off at each of its operations, not one in so many: that takes most of an hour.
+//! `ENVELOG_SWEEP_SEEDS` sets the number of random lives. `ENVELOG_SWEEP_SEED` runs only the life
+//! that a violation names. With `ENVELOG_SWEEP_ALL` every recovery is interrupted at each of its
+//! operations instead of a sample, which takes most of an hour.
 
 #![allow(clippy::unwrap_used)]
 
@@ -30,16 +33,16 @@ use envelog::Durability;
 use life::{Life, Moment, Step};
 use model::Outcome;
 
-/// Cases are shared out among so many threads.
+/// The number of threads that share the cases.
 const THREADS: u64 = 2;
-/// Which part of the crashes is followed by cuts at every operation of their recovery, unless all are to be: one in so many.
+/// Interrupts the recovery of one crash in this many at every operation, unless all are requested.
 const SECOND_CUTS: u64 = 24;
-/// After so many violations the rest is not tried.
+/// Stop after this many violations.
 const ENOUGH: usize = 10;
-/// How many random lives there are unless told.
+/// The default number of random lives.
 const SEEDS: u64 = 400;
 
-// ---- what was tried ----
+// ---- running cases ----
 
 struct Report {
     second_cuts: u64,
@@ -58,7 +61,7 @@ impl Default for Report {
 }
 
 impl Report {
-    /// Runs a case, unless enough is known already; a panic is a violation too.
+    /// Runs a case, unless there are enough violations already. A panic is a violation too.
     fn case(&self, what: impl FnOnce() -> String, case: impl FnOnce() -> Outcome) {
         if self.violations.lock().unwrap().len() >= ENOUGH {
             return;
@@ -92,7 +95,7 @@ impl Report {
     }
 }
 
-/// Runs `work` in each of the threads.
+/// Runs `work` in each thread.
 fn share(work: impl Fn(u64) + Sync) {
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -108,7 +111,7 @@ fn append(to: usize, shard: usize, as_durable: &[Durability], size: usize) -> St
     Step::Append { to, shard, as_durable: as_durable.to_vec(), size }
 }
 
-/// Everything that a store is asked to do, in parts that each begin with an opening and end with a close.
+/// All operations on a store, in parts that each begin with an opening and end with a close.
 fn workload() -> Vec<Vec<Step>> {
     use Durability::{Buffered, Synced, Written};
     use Step::*;
@@ -179,13 +182,13 @@ fn workload() -> Vec<Vec<Step>> {
     vec![first, second, third]
 }
 
-// ---- (a) the power fails after every operation ----
+// ---- (a) a power loss after every operation ----
 
-/// What is found after a crash, and how durable an append has to be to be there.
+/// The kind of crash, and the least durability of the appends that must survive it.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Power(Survives),
-    /// The process is killed. The machine goes on, until the power fails all the same.
+    /// The process is killed. The machine continues, and later loses power too.
     Killed,
 }
 
@@ -208,14 +211,14 @@ impl End {
     }
 }
 
-/// Recovers, looks at everything, and then once more after the power has failed without warning.
+/// Recovers and checks everything, and repeats that after a further power loss.
 fn recovers(life: &mut Life, survived: Durability) -> Outcome {
     life.reopen(survived)?;
     let disk = life.disk.crash(Survives::Synced);
     life.crash(disk, Durability::Synced).map_err(|what| format!("after another cut: {what}"))
 }
 
-/// Calls `cut` with what has happened so far, before each change of `life`'s disk that `wanted` picks.
+/// Calls `cut` with the state so far, before each change of `life`'s disk that `wanted` selects.
 fn before_changes(
     life: &Life,
     wanted: impl Fn(u64) -> bool + Send + 'static,
@@ -264,7 +267,7 @@ fn the_power_fails_after_every_operation_and_again_during_recovery() {
         cut_after_each(&life);
         run(&mut life, &workload().concat());
         run(&mut life, &[append(0, 0, &[Written, Synced, Written], 400), append(1, 0, &[Synced, Written], 20)]);
-        // A recovery is part of it too.
+        // The sweep includes a recovery.
         let mut next = life.moment().branch(life.disk.fork(), 5);
         cut_after_each(&next);
         report.case(|| "the recovery".into(), || next.reopen(Written));
@@ -310,7 +313,7 @@ fn crash(report: &Arc<Report>, moment: &Moment, disk: &SimDisk, call: &Call, way
 
 // ---- (b) every operation fails ----
 
-/// A part of the workload, where it begins, and what it asks of the disk.
+/// A part of the workload, its starting state, and its disk operations.
 struct Part {
     steps: Vec<Step>,
     begin: Moment,
@@ -323,7 +326,7 @@ fn parts() -> Vec<Part> {
     let mut parts = Vec::new();
     for (n, mut steps) in workload().into_iter().enumerate() {
         assert!(matches!(steps.pop(), Some(Step::Close)));
-        // Two begin after a clean end, the last one does not.
+        // The first two parts begin after a clean end, the last one after a kill.
         life.run(if n < 2 { &Step::Shut } else { &Step::Kill }).unwrap();
         let (begin, disk) = (life.moment().freeze(), life.disk.fork());
         steps.insert(0, Step::Open);
@@ -367,7 +370,7 @@ fn fails(life: &mut Life, steps: &[Step], n: u64, nth: u64, fault: Fault, lastin
     life.run(&Step::Fail(nth, fault, lasting))?;
     steps.iter().try_for_each(|step| life.run(step))?;
     if !n.is_multiple_of(3) {
-        // The process goes on, once the disk works again.
+        // The process continues when the disk works again.
         life.run(&Step::Heal)?;
     }
     match n % 5 {
@@ -379,9 +382,9 @@ fn fails(life: &mut Life, steps: &[Step], n: u64, nth: u64, fault: Fault, lastin
     life.run(&Step::CutPower(Survives::Synced)).map_err(|what| format!("after a cut: {what}"))
 }
 
-// ---- (c) lives made up from a seed ----
+// ---- (c) random lives ----
 
-/// A step that may happen in any life.
+/// A random step of a life.
 fn any_step(dice: &mut Dice) -> Step {
     use Durability::{Buffered, Synced, Written};
     let n = dice.roll(4) as usize;
@@ -426,7 +429,7 @@ fn any_step(dice: &mut Dice) -> Step {
     }
 }
 
-/// A whole life, with a cut at its end, and sometimes what rots after a clean one.
+/// A whole life with a crash at its end, sometimes followed by damage to the closed store.
 fn random_life(seed: u64) -> (Vec<Step>, Outcome, u64) {
     let mut dice = Dice::new(seed, 0);
     let mut life = Life::new(seed);

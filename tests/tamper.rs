@@ -1,7 +1,8 @@
-//! Whatever is done to the files of a store is found out, and told apart: damage, tampering, a wrong key, truncation, rollback.
+//! Every change of a store's files is detected and classified: damage, tampering, wrong key,
+//! truncation, rollback.
 //!
-//! The stores live in memory, so that every byte of them can be tried. Every single-byte change and every truncation of every file
-//! is: nothing is sampled.
+//! The stores are in memory, so that the tests can try every byte: they make every single-byte
+//! change and every truncation of every file, without sampling.
 
 #![allow(clippy::unwrap_used)]
 
@@ -34,8 +35,8 @@ use envelog::{
 };
 use structures::{FileKind, Part, fix_crc, parts};
 
-/// Remembers what the KMS behind it has unwrapped, so that hundred thousand openings do not read its files each time. What it has
-/// not seen succeed goes through.
+/// Caches successful unwraps of the KMS behind it, so that a hundred thousand openings do not read
+/// its files each time. Other calls pass through.
 #[derive(Debug)]
 struct MemoKms {
     inner: Arc<TestKms>,
@@ -70,12 +71,12 @@ const AES: &str = "app/aes";
 const SM4: &str = "app/sm4";
 const PLAIN: &str = "app/plain";
 
-/// A store in memory, and what was written to it.
+/// A store in memory, and the records written to it.
 struct Fixture {
     world: World,
     kms: Arc<MemoKms>,
     disk: Arc<MemoryDisk>,
-    /// What each shard of each Logstore got, in order.
+    /// The records of each shard of each Logstore, in order.
     written: BTreeMap<(LogstoreName, u32), Vec<String>>,
 }
 
@@ -94,7 +95,8 @@ impl Fixture {
             .options(self.world.options)
     }
 
-    /// A store with a Logstore under the service key with AES, one under a master key with SM4, and one without encryption.
+    /// A store with a Logstore under the service key with AES, one under a master key with SM4, and
+    /// one without encryption.
     fn create(&self) -> Store {
         let store = self.builder(Arc::clone(&self.disk)).create().unwrap();
         for (text, conf) in [
@@ -108,7 +110,7 @@ impl Fixture {
         store
     }
 
-    /// Appends a record and remembers it.
+    /// Appends a record and adds it to `written`.
     fn put(&mut self, store: &Store, logstore: &str, shard: u32) {
         let logstore = name(logstore);
         let written = self.written.entry((logstore.clone(), shard)).or_default();
@@ -118,7 +120,8 @@ impl Fixture {
         written.push(text);
     }
 
-    /// A cleanly closed store: each Logstore has two segments in its first shard, the one with AES three, and one in its second.
+    /// A cleanly closed store. Each Logstore has two segments in its first shard, except the one
+    /// with AES, which has three there and one in its second shard.
     fn closed() -> Self {
         let mut fixture = Self::new();
         let store = fixture.create();
@@ -135,7 +138,7 @@ impl Fixture {
         fixture
     }
 
-    /// Opens the fixture's own store again, lets `change` do something to it, and closes it.
+    /// Reopens the fixture's own store, runs `change`, and closes it.
     fn reopened(&mut self, change: impl FnOnce(&mut Self, &Store)) {
         let store = self.builder(Arc::clone(&self.disk)).open().unwrap();
         change(self, &store);
@@ -149,19 +152,19 @@ impl Fixture {
         store.list().unwrap().into_iter().find(|name| store.logstore(name).unwrap().id().to_string() == id)
     }
 
-    /// What to look at when this file was damaged: its Logstore, or everything.
+    /// The scope to check after damage to this file: its Logstore, or everything.
     fn concerned(&self, store: &Store, path: &Path) -> Option<LogstoreName> {
         if FileKind::of(path) == FileKind::Segment { self.logstore_of(store, path) } else { None }
     }
 
-    /// What `verify` finds in what is on `image`, against a checkpoint.
+    /// The faults that `verify` finds in `image`, with a checkpoint.
     fn verify_against(&self, image: &Image, checkpoint: &Checkpoint) -> Vec<&'static str> {
         let store = self.builder(MemoryDisk::of(image)).open_read_only().unwrap();
         let options = VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
         store.verify(&options, &mut |_| {}).unwrap().faults.iter().map(|fault| fault.kind).collect()
     }
 
-    /// Opens what is on `image` for reading, and looks at everything there is to look at, or at one Logstore alone.
+    /// Opens `image` for reading, and checks everything or only one Logstore.
     fn examine(&self, image: &Image, only: Option<&LogstoreName>) -> Verdict {
         let mut verdict = Verdict::default();
         let store = match self.builder(MemoryDisk::of(image)).open_read_only() {
@@ -197,7 +200,8 @@ impl Fixture {
     }
 }
 
-/// Reads a shard: all that was written and nothing else, or the beginning of it and then an error.
+/// Reads a shard and checks that the records are the written ones, or a prefix of them followed by
+/// an error.
 fn read_prefix(store: &Store, logstore: &LogstoreName, shard: u32, written: &[String]) -> Result<()> {
     let mut expected = written.iter();
     for record in store.logstore(logstore)?.read(shard, &ReadOptions::default())? {
@@ -208,14 +212,14 @@ fn read_prefix(store: &Store, logstore: &LogstoreName, shard: u32, written: &[St
     Ok(())
 }
 
-/// What was found out about a store.
+/// The results of the checks of a store.
 #[derive(Debug, Default)]
 struct Verdict {
-    /// Why it could not be opened.
+    /// The error of the opening, if it failed.
     open: Option<Error>,
-    /// What went wrong in using it: listing, opening Logstores, reading them, reading the audit log.
+    /// The errors of listing and opening Logstores, and of reading them and the audit log.
     used: Vec<Error>,
-    /// What `verify` found, with keys and without.
+    /// The faults that `verify` found, with and without keys.
     verified: Vec<&'static str>,
     keyless: Vec<&'static str>,
 }
@@ -225,13 +229,14 @@ impl Verdict {
         self.open.is_none() && self.used.is_empty() && self.verified.is_empty() && self.keyless.is_empty()
     }
 
-    /// Whoever opens and uses the store is told one of `codes`, and nothing else.
+    /// Whether opening and using the store reports one of `codes`, and no other error.
     fn shows(&self, codes: &[&str]) -> bool {
         let mut seen = self.open.iter().chain(&self.used).map(Error::code).peekable();
         seen.peek().is_some() && seen.all(|code| codes.contains(&code))
     }
 
-    /// `verify` finds it, and calls it by one of `codes` first; what follows from it may be reported too.
+    /// Whether `verify` reports one of `codes` first. Faults that follow from it may be reported
+    /// too.
     fn is_verified(&self, codes: &[&str]) -> bool {
         self.open.is_some() || self.verified.first().is_some_and(|code| codes.contains(code))
     }
@@ -241,7 +246,7 @@ impl Verdict {
     }
 }
 
-/// Does `work` for each of `items`, in as many threads as there are processors.
+/// Runs `work` for each item, with one thread per processor.
 fn in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) + Sync) {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -264,14 +269,15 @@ fn all_parts(image: &Image) -> Vec<(PathBuf, FileKind, Part)> {
     image.files.iter().flat_map(of_file).collect()
 }
 
-/// What a change of a part shows as, while its CRC does not fit.
+/// The expected codes for a change of a part whose CRC does not match.
 fn damaged(part: &Part) -> &'static [&'static str] {
     match part.name {
-        // The CRC of a later version may be elsewhere: the version is looked at first.
+        // A later version may have its CRC elsewhere, so the engine checks the version first.
         "version" | "footer version" => &["corrupt", "newer_format"],
-        // A length that points beyond the end of the file looks like a file that was cut.
+        // A length beyond the end of the file looks like a truncated file.
         "lengths" | "header length" | "change length" => &["corrupt", "truncated"],
-        // A crash tears a tip only after the record that it was to name has been synced, and there is none.
+        // A crash can tear a tip only after the record that it names was synced, and there is no
+        // such record.
         "tip magic"
         | "tip slot"
         | "tip keyring version"
@@ -281,16 +287,17 @@ fn damaged(part: &Part) -> &'static [&'static str] {
         | "tip tag"
         | "tip crc"
         | "tip padding" => &["truncated"],
-        // Without it the line looks as if a crash had cut it off; the catalogue knows better.
+        // Without the newline, the line looks cut off by a crash, but the catalogue knows the
+        // record.
         "last newline" => &["truncated"],
         _ => &["corrupt"],
     }
 }
 
-/// What a change of a part shows as when somebody has put its CRC right again.
+/// The expected codes for a change of a part whose CRC was recomputed.
 fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
     match (kind, part.name) {
-        // Bytes that mean nothing to this build are not authenticated: there is nothing to authenticate.
+        // Bytes without a meaning for this build are not authenticated.
         (_, "version" | "footer version") => &["corrupt", "newer_format"],
         (_, "incompatible features") => &["unsupported_feature"],
         (_, "lengths" | "header length" | "footer index length" | "change length") => &["corrupt", "truncated"],
@@ -305,17 +312,18 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         (FileKind::Segment, "block seq" | "block times") => &["corrupt", "tampered"],
         (FileKind::Audit, "record") => &["corrupt", "keyring_too_old", "tampered"],
         (FileKind::Audit, "record tag") => &["corrupt", "tampered"],
-        // The keyring's own key is in the keyring: its contents are read before they are authenticated.
+        // The key that authenticates the keyring is inside it, so the engine parses the keyring
+        // before authenticating it.
         (FileKind::Keyring, "kind" | "keyring version") => &["corrupt"],
         (FileKind::Keyring, "part A") => &["corrupt", "tampered"],
-        // Which key authenticates a document is looked up by what it says.
+        // The content of a document selects the key that authenticates it.
         (_, "keyring version" | "tip keyring version" | "change keyring version") => &["keyring_too_old"],
-        // Which keyring belongs to the store is looked up by what the store says, and the other way round.
+        // The store's content selects its keyring, and the keyring's content its store.
         (FileKind::Store, "store") | (FileKind::Keyring, "store" | "subject") => &["keyring_foreign"],
         (FileKind::Store, "part A") => &["corrupt", "keyring_foreign", "tampered"],
         (FileKind::Store, "kind") => &["corrupt", "not_a_store", "tampered"],
         (_, "kind") => &["corrupt", "tampered"],
-        // What others know of the segment is looked at before its key.
+        // The engine compares the end that other files record before it uses the segment's key.
         (FileKind::Segment, "footer body") => &["rolled_back"],
         (FileKind::Segment, "predecessor") => &["corrupt", "rolled_back", "tampered"],
         (FileKind::Segment, "commitment") => &["wrong_key"],
@@ -323,7 +331,7 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
     }
 }
 
-/// What only the key of a segment proves. The digest commits to all payloads.
+/// Changes that only the segment's key can detect. The digest commits to all payloads.
 const KEY_NEEDED: [&str; 4] = ["commitment", "footer flags", "footer nonce", "footer tag"];
 
 #[test]
@@ -344,7 +352,7 @@ fn every_changed_byte_of_a_closed_store_is_found() {
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
     in_parallel(&all_parts(&image), |(path, _, part)| {
         let only = fixture.concerned(&store, path);
-        // Which bit makes no difference to a CRC, and over all bytes each is tried.
+        // A CRC detects a flip of any bit, and over all bytes each bit position is tried.
         for (at, flip) in part.bytes.clone().map(|at| (at, 1u8 << (at % 8))) {
             let mut bytes = image.files[path].clone();
             bytes[at] ^= flip;
@@ -371,7 +379,8 @@ fn every_zeroed_part_of_a_closed_store_is_found() {
             continue;
         }
         let only = fixture.concerned(&store, &path);
-        // An audit file of zeros is no part of the log, so it is blamed for the records that the catalogue knows of.
+        // An audit file of zeros is not part of the log, so the fault is the records that the
+        // catalogue knows and the log lacks.
         let emptied: &[&str] = &["corrupt"];
         let harmless = [part.may_be_lost, part.bytes.len() == bytes.len() && part.may_be_lost];
         let cases = [(part.name, zeroed, damaged(&part)), ("all", vec![0; bytes.len()], emptied)];
@@ -384,7 +393,7 @@ fn every_zeroed_part_of_a_closed_store_is_found() {
     }
 }
 
-/// The same by somebody who knows the format, and makes the CRC fit again.
+/// The same by an attacker who knows the format and recomputes the CRC.
 #[test]
 fn every_forged_byte_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
@@ -406,7 +415,7 @@ fn every_forged_byte_of_a_closed_store_is_found() {
     });
 }
 
-/// Every file, cut to every length.
+/// Every file, truncated to every length.
 #[test]
 fn every_truncation_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
@@ -424,7 +433,7 @@ fn every_truncation_of_a_closed_store_is_found() {
     });
 }
 
-/// What is harmless by design, file by file.
+/// Changes that are harmless by design, file by file.
 #[test]
 fn what_may_be_lost_is_known_by_name() {
     let fixture = Fixture::closed();
@@ -436,16 +445,16 @@ fn what_may_be_lost_is_known_by_name() {
     let catalogue = of_kind(FileKind::Catalogue);
     let stray = audit.with_file_name("stray");
     for (what, image) in [
-        // It is there to be locked; what is in it only says by whom.
+        // The file exists to be locked. Its content only names the holder.
         ("no lock file", image.without(&lock)),
         ("a lock file with something in it", image.with(&lock, b"4711\n".to_vec())),
-        // The next writer writes it.
+        // The next writer recreates it.
         ("no epoch", image.without(&epoch)),
-        // The envelopes of the Logstores themselves can renew a lease as well.
+        // The Logstores' own envelopes can renew a lease too.
         ("no probe", image.without(&of_kind(FileKind::Probe))),
-        // Files with names of no meaning are nobody's.
+        // A file without a meaningful name belongs to no part of the store.
         ("a stray file", image.with(&stray, b"stray".to_vec())),
-        // A line that a crash cut off was never acknowledged; the next record takes its place.
+        // A line cut off by a crash was never acknowledged. The next record replaces it.
         ("the beginning of an audit record", image.with(&audit, [&image.files[&audit][..], b"{\"num"].concat())),
         ("the beginning of a change", image.with(&catalogue, [&image.files[&catalogue][..], b"ECHG\x09"].concat())),
     ] {
@@ -454,8 +463,8 @@ fn what_may_be_lost_is_known_by_name() {
     }
 }
 
-/// The epoch in the names of the catalogue's files leads on where `EPOCH` is damaged. Only a version that a newer build may have
-/// written keeps a writer out.
+/// If `EPOCH` is damaged, the epoch in the names of the catalogue files is used. Only a version
+/// that a newer build may have written prevents opening for writing.
 #[test]
 fn a_writer_takes_over_whatever_has_become_of_the_epoch() {
     let fixture = Fixture::closed();

@@ -1,6 +1,8 @@
-//! Eight that write and eight that read, while keys are rotated and taken away, segments are closed, and the store is looked at.
+//! Eight writers and eight readers, concurrent with key rotations, revocations, rolls, and status
+//! and verification calls.
 //!
-//! `ENVELOG_THREADS_SECONDS` is how long. `cargo xtask sanitize` runs this under ThreadSanitizer.
+//! `ENVELOG_THREADS_SECONDS` sets the duration. `cargo xtask sanitize` runs this test under
+//! ThreadSanitizer.
 
 #![allow(clippy::unwrap_used)]
 
@@ -23,10 +25,10 @@ const SHARDS: u32 = 2;
 const WRITERS: usize = 8;
 const READERS: usize = 8;
 
-/// What a writer was told: the shard, the number, and the text.
+/// The acknowledgements of a writer: shard, number and text.
 type Acknowledged = Vec<(u32, u64, String)>;
 
-/// Appends as fast as it may. A key that is away is waited for; nothing else may go wrong.
+/// Appends as fast as possible. Waits while the key is revoked; every other error is a failure.
 fn write(writer: usize, logstore: &Logstore, stop: &AtomicBool) -> Acknowledged {
     let durability = [buffered(), written(), synced()][writer % 3].durability;
     let mut acknowledged = Vec::new();
@@ -51,7 +53,8 @@ fn write(writer: usize, logstore: &Logstore, stop: &AtomicBool) -> Acknowledged 
     acknowledged
 }
 
-/// Follows a shard until it has read everything up to what the shard ends with after the writers have stopped. Returns the numbers.
+/// Follows a shard until it has read everything up to the shard's end after the writers have
+/// stopped. Returns the sequence numbers.
 fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
     let shard = reader as u32 % SHARDS;
     let mode = [ReadMode::Pread, ReadMode::Map][reader / 4 % 2];
@@ -71,7 +74,8 @@ fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
                 Err(Error::Revoked { .. }) => break,
                 Err(error) => panic!("reader {reader}: {error}"),
             };
-            // Numbers increase, with gaps where an append was refused; and what one writer has written is in its order.
+            // Numbers increase, with gaps where appends were refused. The records of one writer are
+            // in its order.
             assert!(seqs.last() < Some(&record.seq), "reader {reader}: {} after {:?}", record.seq, seqs.last());
             seqs.push(record.seq);
             let text = std::str::from_utf8(&record.bytes).unwrap();
@@ -151,7 +155,8 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
     });
     drop((logstores, beside));
     store.close().unwrap();
-    // Everything that was acknowledged is there, under its number; and every reader has seen all there is.
+    // All acknowledged records are present under their numbers, and every reader has read all
+    // records.
     let store = world.open();
     let mut count = 0;
     for (n, text) in ["p/service", "p/byok"].into_iter().enumerate() {

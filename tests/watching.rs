@@ -1,4 +1,4 @@
-//! What whoever watches over a store learns: its counters, and what it says of itself.
+//! Monitoring of a store: its counters and its log events.
 
 #![allow(clippy::unwrap_used)]
 
@@ -81,7 +81,8 @@ fn bytes_syncs_and_failures_are_counted() {
     service.roll().unwrap();
     assert_eq!(store.metrics().segments_sealed, 1);
 
-    // The write of a block works, and the look at the epoch after it, which reads the file and its state. The sync does not.
+    // The write of the block succeeds, and so does the check of the epoch, which reads the file and
+    // its metadata. The sync fails.
     let traced = Traced::default();
     disk.fail_after(3, Failure::Once);
     assert!(traced.while_running(|| try_put(&plain, "lost")).is_err());
@@ -96,7 +97,7 @@ fn bytes_syncs_and_failures_are_counted() {
     assert_eq!(store.metrics().audit_failures, 1);
 }
 
-/// The whole story of a key, in order, and nothing for a single append or read.
+/// Events report the whole life of a key, in order, and no single append or read.
 #[test]
 fn what_happens_to_keys_is_said_and_appends_are_silent() {
     let world = World::manual();

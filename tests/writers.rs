@@ -1,4 +1,5 @@
-//! Two writers of one store: `LOCK` was removed, or the file system does not share locks. Neither loses what it acknowledged.
+//! Two writers of one store: `LOCK` was removed, or the file system does not share locks. Neither
+//! loses acknowledged data.
 
 #![allow(clippy::unwrap_used)]
 
@@ -21,10 +22,10 @@ fn find(store: &Store, text: &str) -> Logstore {
     store.logstore(&name(text)).unwrap()
 }
 
-/// What was acknowledged, by Logstore.
+/// The acknowledged records, by Logstore.
 type Acked = BTreeMap<&'static str, Vec<String>>;
 
-/// Appends, synced, and notes what was acknowledged.
+/// Appends with a sync, and adds the record to `acked` if it was acknowledged.
 fn put_acked(store: &Store, text: &'static str, what: &str, acked: &mut Acked) -> Result<()> {
     let content = format!("{what} {}", noise(what.len() as u64, 1500));
     try_put(&store.logstore(&name(text))?, &content)?;
@@ -52,7 +53,8 @@ fn merge(into: &mut Acked, from: Acked) {
     }
 }
 
-/// Another writer takes over the store of the first one: before each of its operations on the disk in turn.
+/// Another writer takes over the store of the first one: before each of its disk operations in
+/// turn.
 fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Result<()>) {
     let mut sim = Sim::new();
     sim.world.options.segment_bytes = 4096;
@@ -97,11 +99,11 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
         };
         merge(&mut acked, by_second);
         if let Err(error) = &done {
-            // The second writer removes what the first one has not finished.
+            // The second writer removes unfinished files of the first.
             let expected = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Io);
             assert!(expected, "{context}: {error:?}");
         }
-        // From now on the first one does nothing more.
+        // From now on the first writer can do nothing.
         let late = put_acked(&first, NAMES[0], "late", &mut acked).unwrap_err();
         assert!(["fenced", "closed"].contains(&late.code_of_cause()), "{context}: {late:?}");
         assert!(first.create_logstore(&name("p/late"), LogstoreSpec::default()).is_err(), "{context}");
@@ -110,7 +112,7 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
             put_acked(&second, text, "second again", &mut acked).unwrap_or_else(|error| panic!("{context}: {error}"));
         }
         assert_all_there(&second, &acked, &context);
-        // The power fails, or not.
+        // With and without a power loss.
         let crashed = sim.disk.crash(Survives::Synced);
         second.close().unwrap();
         assert_all_there(&sim.open(), &acked, &context);
@@ -121,7 +123,7 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
     }
 }
 
-/// The code of an error, or of the one that has stopped a shard.
+/// The code of an error, or of the cause that stopped a shard.
 trait CodeOfCause {
     fn code_of_cause(&self) -> &'static str;
 }
@@ -179,7 +181,8 @@ fn retention() {
     });
 }
 
-/// An epoch far beyond that of the catalogue was made up. Were it believed, no epoch would be left.
+/// A forged epoch far above the catalogue's. If the engine accepted it, no higher epoch would be
+/// left.
 #[test]
 fn an_epoch_that_no_writer_had_does_not_count() {
     let world = World::manual();

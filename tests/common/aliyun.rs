@@ -1,8 +1,10 @@
-//! A stand-in for Alibaba Cloud KMS and STS on this machine, as there is no emulator: it checks every signature by itself, hands out
-//! the credentials of roles, and really encrypts, under keys that have states and versions. It answers the errors that the documentation
-//! of the real ones lists, and whatever a test tells it to.
+//! A simulated Alibaba Cloud KMS and STS, since no emulator exists. It verifies every signature
+//! itself, issues credentials of roles, and really encrypts, under keys that have states and
+//! versions. It returns the errors that the official documentation lists, and any answer that a
+//! test configures.
 //!
-//! Its signatures are checked against the official SDK in `tests/kms_aliyun.rs`. It is included by path where it is used.
+//! `tests/kms_aliyun.rs` checks its signatures against the official SDK. Other packages include
+//! this file by path.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -29,27 +31,27 @@ use sha2::{Digest, Sha256};
 /// The access key that the service logs in with.
 pub(crate) const SERVICE_ID: &str = "LTAI-service";
 pub(crate) const SERVICE_SECRET: &str = "secret-of-the-service";
-/// What the stand-in takes for the token of a pod.
+/// The pod token that the simulation accepts.
 pub(crate) const OIDC_TOKEN: &str = "token-of-the-pod";
 pub(crate) const REGION: &str = "cn-hangzhou";
 pub(crate) const ROLE: &str = "acs:ram::13234:role/logsource";
 
-/// What it does in place of its work.
+/// A behaviour that replaces the normal answer.
 #[derive(Clone, Debug)]
 pub(crate) enum Fault {
-    /// Answers this status and body.
+    /// Sends this status and body.
     Answer(u16, String),
-    /// Sends these bytes, whatever they are, and closes.
+    /// Sends these bytes unchanged and closes the connection.
     Raw(Vec<u8>),
-    /// Sends a byte of an answer every 50 ms.
+    /// Sends one byte of an answer every 50 ms.
     Trickle,
-    /// Says nothing for as long as the client waits.
+    /// Sends nothing for as long as the client waits.
     Hang,
     /// Closes the connection.
     Close,
 }
 
-/// An error as the real ones report it.
+/// An error in the format of the real services.
 pub(crate) fn error_body(status: u16, code: &str) -> String {
     json!({ "HttpStatus": status, "Code": code, "Message": format!("the words of {code}"), "RequestId": "A1B2-C3" })
         .to_string()
@@ -61,7 +63,7 @@ impl Fault {
     }
 }
 
-/// A request as it came.
+/// A received request.
 #[derive(Clone, Debug)]
 pub(crate) struct Seen {
     pub(crate) action: String,
@@ -88,22 +90,22 @@ struct Session {
 
 struct State {
     keys: BTreeMap<String, Key>,
-    /// The roles that there are, and whether they trust the service.
+    /// The existing roles, and whether each trusts the service.
     roles: BTreeMap<String, bool>,
     sessions: BTreeMap<String, Session>,
     nonces: BTreeSet<String>,
     faults: BTreeMap<String, Fault>,
     seen: Vec<Seen>,
-    /// The keys that were handed out, in base64.
+    /// The plaintext keys returned so far, in base64.
     plaintexts: Vec<String>,
     streams: Vec<TcpStream>,
-    /// Whether old dates and nonces are taken, as the SDK is made to send them.
+    /// Whether old dates and nonces are accepted, which the tests make the SDK send.
     timeless: bool,
-    /// How long each answer takes.
+    /// The delay of each answer.
     delay: Duration,
 }
 
-/// The stand-in. Its threads end with the process.
+/// The simulation. Its threads end with the process.
 #[derive(Clone)]
 pub(crate) struct Aliyun {
     address: SocketAddr,
@@ -111,7 +113,7 @@ pub(crate) struct Aliyun {
 }
 
 impl Aliyun {
-    /// Starts it, with [`ROLE`] that trusts the service.
+    /// Starts the simulation with [`ROLE`], which trusts the service.
     pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let state = State {
@@ -132,7 +134,7 @@ impl Aliyun {
             for stream in listener.incoming() {
                 let (serving, stream) = (serving.clone(), stream.unwrap());
                 serving.state().streams.push(stream.try_clone().unwrap());
-                // A client that goes away is its own affair.
+                // Ignore errors of a client that disconnects.
                 thread::spawn(move || drop(serving.serve(&stream)));
             }
         });
@@ -151,12 +153,12 @@ impl Aliyun {
         self.address.port()
     }
 
-    /// What the command line takes.
+    /// The value for `--kms`.
     pub(crate) fn kms_url(&self) -> String {
         format!("aliyun-kms://{REGION}?endpoint={0}&sts-endpoint={0}", self.endpoint())
     }
 
-    /// A new key that [`ROLE`] may use.
+    /// Creates a key that [`ROLE`] may use.
     pub(crate) fn create_key(&self) -> String {
         let mut state = self.state();
         let id = format!("key-hzz{:08}", state.keys.len() + 1);
@@ -165,7 +167,8 @@ impl Aliyun {
         id
     }
 
-    /// Sets the state of a key: `Enabled`, `Disabled`, `PendingDeletion`, `PendingImport`, `Unavailable`.
+    /// Sets the state of a key: `Enabled`, `Disabled`, `PendingDeletion`, `PendingImport`,
+    /// `Unavailable`.
     pub(crate) fn set_state(&self, key: &str, to: &'static str) {
         self.state().keys.get_mut(key).unwrap().state = to;
     }
@@ -182,14 +185,14 @@ impl Aliyun {
         self.state().keys.get_mut(key).unwrap().granted.clear();
     }
 
-    /// Whether [`ROLE`] trusts the service; `None` for no such role.
+    /// Sets whether [`ROLE`] trusts the service; `None` removes the role.
     pub(crate) fn set_role(&self, trusts: Option<bool>) {
         let mut state = self.state();
         state.roles.remove(ROLE);
         state.roles.extend(trusts.map(|trusts| (ROLE.to_owned(), trusts)));
     }
 
-    /// Does this at every call of the action from now on; nothing for what it is there for.
+    /// Sets the fault for all further calls of the action; `None` restores the normal answer.
     pub(crate) fn set_fault(&self, action: &str, fault: Option<Fault>) {
         let mut state = self.state();
         state.faults.remove(action);
@@ -200,36 +203,36 @@ impl Aliyun {
         self.state().delay = delay;
     }
 
-    /// Takes dates and nonces that have been before.
+    /// Accepts dates and nonces that were used before.
     pub(crate) fn set_timeless(&self) {
         self.state().timeless = true;
     }
 
-    /// What was asked since the last time that this was called.
+    /// Takes the requests received since the previous call.
     pub(crate) fn take_seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.state().seen)
     }
 
-    /// How many connections were made.
+    /// The number of connections accepted so far.
     pub(crate) fn connections(&self) -> usize {
         self.state().streams.len()
     }
 
-    /// Closes every connection, as a server does with those that are idle.
+    /// Closes every connection, as a server does with idle connections.
     pub(crate) fn close_connections(&self) {
         for stream in &self.state().streams {
-            // Some are closed already.
+            // Some connections are closed already.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// The session of a role, as if `AssumeRole` had made it.
+    /// Adds a session of a role, as if `AssumeRole` had created it.
     pub(crate) fn add_session(&self, id: &str, secret: &str, token: &str) {
         let session = Session { secret: secret.to_owned(), token: token.to_owned(), role: ROLE.to_owned() };
         self.state().sessions.insert(id.to_owned(), session);
     }
 
-    /// The secrets that were handed out.
+    /// The secrets issued so far.
     pub(crate) fn secrets(&self) -> Vec<String> {
         let state = self.state();
         state
@@ -365,7 +368,7 @@ fn trickle(mut stream: &TcpStream) -> io::Result<()> {
     }
 }
 
-/// Temporary credentials of a role.
+/// Issues temporary credentials of a role.
 fn issue(state: &mut State, role: &str) -> Value {
     let id = format!("STS.{}", state.sessions.len() + 1);
     let (secret, token) = (hex(&random()), format!("{}+/=", STANDARD.encode(random())));
@@ -379,7 +382,7 @@ fn issue(state: &mut State, role: &str) -> Value {
     })
 }
 
-/// Who signed the request: the service (`None`) or a role.
+/// Returns the signer of the request: the service (`None`) or a role.
 fn authenticate(state: &mut State, seen: &Seen) -> Result<Option<String>, (u16, &'static str)> {
     const INCOMPLETE: (u16, &str) = (400, "IncompleteSignature");
     let header = |name: &str| seen.headers.get(name).map(String::as_str).ok_or(INCOMPLETE);
@@ -463,7 +466,7 @@ fn open(blob: &str) -> Option<(String, usize, [u8; 12], Vec<u8>)> {
     Some((id, version, *nonce, sealed.to_vec()))
 }
 
-/// The context in one form, whatever the order and the blanks that it came in.
+/// The context in canonical form, regardless of order and white space in the request.
 fn context(seen: &Seen) -> Result<String, ()> {
     let text = seen.query.get("EncryptionContext").map_or("{}", String::as_str);
     let context: BTreeMap<String, String> = serde_json::from_str(text).map_err(drop)?;

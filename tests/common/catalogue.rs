@@ -1,4 +1,5 @@
-//! The files of the catalogue: which of them counts, and how one is taken apart and put together by a holder of the keys.
+//! Catalogue files: finding the current file, and taking files apart and assembling them with the
+//! keys.
 
 use std::{
     fs,
@@ -12,29 +13,29 @@ use serde_json::Value;
 const SECTOR: usize = 512;
 /// The length of both tips.
 pub(crate) const TIPS_LEN: usize = 2 * SECTOR;
-/// What stands in front of the changes of a record.
+/// The length of a record's header, before its changes.
 pub(crate) const RECORD_HEAD_LEN: usize = 24;
-/// Tag and CRC, behind the changes.
+/// The length of tag and CRC, after the changes.
 pub(crate) const RECORD_SUFFIX_LEN: usize = 36;
 
-/// The directory of the catalogue's files.
+/// The directory of the catalogue files.
 pub(crate) fn catalogue_dir(store_dir: &Path) -> PathBuf {
     store_dir.join("catalogue")
 }
 
-/// The newest file of the catalogue, the one that counts.
+/// The current catalogue file, which is the newest one.
 pub(crate) fn catalogue_file(store_dir: &Path) -> PathBuf {
     let entries = fs::read_dir(catalogue_dir(store_dir)).unwrap().map(|entry| entry.unwrap().path());
     newest(store_dir, entries).expect("a store has a catalogue")
 }
 
-/// The newest file of the catalogue among these paths.
+/// The newest catalogue file among these paths.
 pub(crate) fn newest(store_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
     let dir = catalogue_dir(store_dir);
     paths.into_iter().filter(|path| path.parent() == Some(&dir) && is_catalogue_file(path)).max()
 }
 
-/// Whether a path is that of a file of the catalogue.
+/// Whether a path is that of a catalogue file.
 pub(crate) fn is_catalogue_file(path: &Path) -> bool {
     let digits = |text: &str| text.len() == 10 && text.bytes().all(|byte| byte.is_ascii_digit());
     path.parent().is_some_and(|dir| dir.ends_with("catalogue"))
@@ -44,24 +45,24 @@ pub(crate) fn is_catalogue_file(path: &Path) -> bool {
             .is_some_and(|(epoch, serial)| digits(epoch) && digits(serial))
 }
 
-/// The newest metadata in the directory of a Logstore, the one that counts.
+/// The current metadata file in the directory of a Logstore, which is the newest one.
 pub(crate) fn meta_path(logstore_dir: &Path) -> PathBuf {
     let entries = fs::read_dir(logstore_dir).unwrap().map(|entry| entry.unwrap().path());
     newest_meta(logstore_dir, entries).expect("a Logstore has metadata")
 }
 
-/// The newest metadata of a Logstore among these paths.
+/// The newest metadata file of a Logstore among these paths.
 pub(crate) fn newest_meta(logstore_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
     paths.into_iter().filter(|path| path.parent() == Some(logstore_dir) && is_meta(path)).max()
 }
 
-/// Whether a path is that of metadata of a Logstore.
+/// Whether a path is that of a metadata file.
 pub(crate) fn is_meta(path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     name.starts_with("meta-") && !name.ends_with(".tmp")
 }
 
-/// The name of metadata.
+/// The name of a metadata file.
 pub(crate) fn meta_name(generation: u64, document: &[u8]) -> String {
     let tag: String = tag_a(document)[..8].iter().map(|byte| format!("{byte:02x}")).collect();
     format!("meta-{generation:010}-{tag}")
@@ -71,7 +72,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
 }
 
-/// Where the parts of a file are.
+/// The offsets of the parts of a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Layout {
     pub(crate) document: Range<usize>,
@@ -100,7 +101,7 @@ pub(crate) fn tag_a(document: &[u8]) -> [u8; 32] {
     document[document.len() - 68..][..32].try_into().unwrap()
 }
 
-/// Tag of a record.
+/// The tag of a record.
 pub(crate) fn record_tag(record: &[u8]) -> [u8; 32] {
     record[record.len() - RECORD_SUFFIX_LEN..][..32].try_into().unwrap()
 }
@@ -111,7 +112,7 @@ fn with_crc(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// A record of these changes behind what has the tag `before`.
+/// Builds a record with these changes, which follows the record or document with the tag `before`.
 pub(crate) fn record(number: u64, version: u32, changes: &[u8], before: &[u8; 32], key: &SecretKey) -> Vec<u8> {
     let len = changes.len() as u32;
     let head = [b"ECHG", &len.to_le_bytes(), &number.to_le_bytes()[..], &version.to_le_bytes(), &[0; 4]].concat();
@@ -120,7 +121,7 @@ pub(crate) fn record(number: u64, version: u32, changes: &[u8], before: &[u8; 32
     with_crc([&signed[..], &tag].concat())
 }
 
-/// A tip in this slot.
+/// Builds a tip for this slot.
 pub(crate) fn tip(slot: u32, version: u32, number: u64, tag: &[u8; 32], key: &SecretKey) -> Vec<u8> {
     let signed =
         [b"ETIP", &slot.to_le_bytes(), &version.to_le_bytes(), &[0; 4], &number.to_le_bytes()[..], tag].concat();
@@ -129,7 +130,7 @@ pub(crate) fn tip(slot: u32, version: u32, number: u64, tag: &[u8; 32], key: &Se
     sector
 }
 
-/// A file of this document, without records.
+/// Builds a file from this document, without records.
 pub(crate) fn snapshot(document: &[u8], key: &SecretKey) -> Vec<u8> {
     let (version, number, tag) =
         (u32_at(document, 64), u64::from_le_bytes(document[56..64].try_into().unwrap()), tag_a(document));
@@ -141,7 +142,8 @@ pub(crate) fn snapshot(document: &[u8], key: &SecretKey) -> Vec<u8> {
     file
 }
 
-/// Part A of the snapshot with the changes of all records made, and the number of the last record.
+/// Part A of the snapshot with the changes of all records applied, and the number of the last
+/// record.
 pub(crate) fn folded(file: &[u8]) -> (Value, u64) {
     let layout = Layout::of(file);
     let mut body: Value = serde_json::from_slice(&file[80..80 + u32_at(file, 72) as usize]).unwrap();

@@ -1,8 +1,9 @@
-//! A file system in memory that knows what would survive: what programs see is kept apart from what was made durable, every
-//! operation can be counted and made to fail, and the power can be cut.
+//! A simulated file system in memory. It separates the state that programs see from the durable
+//! state, counts operations, makes chosen ones fail, and simulates a power loss.
 //!
-//! What it takes for granted of a disk is what `docs/testing.md` says: a sector is written whole or not at all, a sync that returned
-//! has made everything durable, and a rename puts one name in place of another at once. Nothing else.
+//! Its only assumptions about a disk are those of `docs/testing.md`: a sector is written completely
+//! or not at all, a sync that returned has made everything durable, and a rename atomically
+//! replaces one name by another.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -23,7 +24,7 @@ use super::{
     catalogue::{catalogue_dir, newest},
 };
 
-/// What an operation does.
+/// The kind of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     Create,
@@ -35,7 +36,7 @@ pub(crate) enum Op {
     CreateDir,
     RemoveDir,
     SyncDir,
-    /// An existing file.
+    /// Opens an existing file.
     Open,
     Read,
     Len,
@@ -45,59 +46,62 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    /// Whether it changes what is on the disk, or when it is durable. Only these are numbered.
+    /// Whether it changes the disk or its durable state. Only such operations are numbered.
     pub(crate) fn changes(self) -> bool {
         !matches!(self, Op::Open | Op::Read | Op::Len | Op::Lock | Op::List | Op::Stat)
     }
 
-    /// Whether it may need room.
+    /// Whether it may need space.
     fn fills(self) -> bool {
         matches!(self, Op::Create | Op::Write | Op::Sync | Op::SetLen | Op::Rename | Op::CreateDir | Op::SyncDir)
     }
 }
 
-/// An operation about to be done.
+/// An operation before its execution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Call {
     pub(crate) op: Op,
     pub(crate) path: PathBuf,
-    /// Which change it is, from 1 on; for what changes nothing, the change before it.
+    /// The number of the change, from 1; for an operation without a change, the number of the last
+    /// change.
     pub(crate) number: u64,
-    /// Which operation of any kind it is, from 1 on.
+    /// The number of the operation among all operations, from 1.
     pub(crate) nth: u64,
 }
 
 impl Call {
-    /// Whether it concerns a file or directory of that name, a temporary file for it included.
+    /// Whether it concerns a file or directory of that name, or a temporary file for it.
     pub(crate) fn is_about(&self, part: &str) -> bool {
         self.path.to_string_lossy().contains(part)
     }
 }
 
-/// What becomes of an operation.
+/// The outcome of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Go,
-    /// It fails. Half of what was to be written has been; what was to be synced never will be, although it can still be read.
+    /// Fails after a part. A write has written half of its data. The data of a failed sync never
+    /// becomes durable, although it can still be read.
     Fail(io::ErrorKind),
-    /// It fails, and nothing was done or lost.
+    /// Fails without any effect.
     Refuse(io::ErrorKind),
-    /// It is done all the same, and fails.
+    /// Takes effect, and reports a failure.
     DoneAndFail,
 }
 
-/// The ways in which operations fail.
+/// The ways an operation can fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// EIO: half of a write is done; what a failed sync was to write counts as clean, and will never be written.
+    /// EIO: a write writes half of its data. The pages of a failed sync are marked clean and never
+    /// written back.
     Failing,
-    /// ENOSPC, the same way, where room is needed: a short write.
+    /// ENOSPC, with the same effects, for operations that need space: a short write.
     Full,
-    /// EINTR: nothing is done.
+    /// EINTR: no effect.
     Interrupted,
-    /// EACCES: nothing is done.
+    /// EACCES: no effect.
     Denied,
-    /// It is done, and the answer is EIO: nobody knows what became of it.
+    /// The operation takes effect but returns EIO, so the caller cannot know its outcome.
     Unsaid,
 }
 
@@ -126,20 +130,21 @@ impl Fault {
     }
 }
 
-/// What is found after a crash.
+/// The state after a crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Survives {
-    /// The process was killed: everything.
+    /// The process was killed: all data remains.
     Everything,
-    /// The power failed, and nothing had been written back by itself.
+    /// Power loss, before the system wrote back any unsynced data.
     Synced,
-    /// The power failed in the middle of writing back: any part of what was not synced is there, in any order, torn at sectors.
+    /// Power loss during write-back: any part of the unsynced data is present, in any order, torn
+    /// at sector boundaries.
     Some { seed: u64 },
 }
 
 type Hook = Arc<Mutex<dyn FnMut(&Call) -> Verdict + Send>>;
 
-/// What a drive writes whole or not at all, in bytes.
+/// The unit of an atomic write, in bytes.
 const SECTOR: u64 = 512;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -159,7 +164,7 @@ impl Node {
 
 type Entries = BTreeMap<String, Node>;
 
-/// A change of a directory.
+/// A change of a directory entry.
 #[derive(Clone)]
 enum Entry {
     Put(String, Node),
@@ -182,7 +187,7 @@ enum Change {
 
 #[derive(Clone, Default)]
 struct File {
-    /// What it is called now.
+    /// Its current path.
     path: PathBuf,
     live: Vec<u8>,
     durable: Vec<u8>,
@@ -199,11 +204,11 @@ struct State {
     operations: u64,
     calls: Vec<Call>,
     hook: Option<Hook>,
-    /// Which process may use it: the one before was killed.
+    /// The process that may use it: the previous one was killed.
     process: u64,
 }
 
-/// The file system; clones are the same one.
+/// The file system. All clones share one state.
 #[derive(Clone)]
 pub(crate) struct SimDisk {
     state: Arc<Mutex<State>>,
@@ -245,7 +250,7 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
     }
 }
 
-/// Numbers that look random and depend on the seed, and on what they are for, alone.
+/// Pseudo-random numbers that depend only on the seed and the purpose.
 #[derive(Clone, Debug)]
 pub(crate) struct Dice(u64);
 
@@ -256,7 +261,7 @@ impl Dice {
         dice
     }
 
-    /// Any number (SplitMix64).
+    /// The next number (SplitMix64).
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -264,15 +269,16 @@ impl Dice {
         mixed ^ (mixed >> 31)
     }
 
-    /// One of the numbers below `sides`.
+    /// A number below `sides`.
     pub(crate) fn roll(&mut self, sides: u64) -> u64 {
         self.next() % sides
     }
 }
 
 impl File {
-    /// What is found of it when some of what was not synced had been written back: nothing; all; of each change nothing, all, or its
-    /// beginning; or of each change any of its sectors. The length may have been written back, and not what is in it.
+    /// The contents after a power loss during write-back. One of four styles: no change is present;
+    /// all are; of each change none, all, or a prefix; or of each change any subset of its sectors.
+    /// The new length may be present without the data.
     fn written_back(&self, dice: &mut Dice) -> Vec<u8> {
         let mut bytes = self.durable.clone();
         let style = dice.roll(4);
@@ -304,7 +310,7 @@ impl File {
     }
 }
 
-/// Cuts what is written at an offset where sectors begin.
+/// Splits a write at sector boundaries.
 fn sectors(offset: u64, data: &[u8]) -> Vec<(u64, &[u8])> {
     let (mut at, mut rest, mut parts) = (offset, data, Vec::new());
     while !rest.is_empty() {
@@ -364,7 +370,7 @@ impl State {
         }
     }
 
-    /// The directory that a path is in, and its name there.
+    /// The directory that contains a path, and the name in it.
     fn parent(&self, path: &Path) -> io::Result<(u64, String)> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
         Ok((self.dir(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?, name))
@@ -376,7 +382,7 @@ impl State {
         dir.unsynced.push(entry);
     }
 
-    /// Copies what survives of a directory and what is in it.
+    /// Copies the surviving entries of a directory, recursively.
     fn survivors(&self, dir: u64, survives: Survives, seed: u64, into: &mut State) -> u64 {
         let found = &self.dirs[&dir];
         let dice = &mut Dice::new(seed, dir);
@@ -385,7 +391,7 @@ impl State {
             Survives::Synced | Survives::Some { .. } => found.durable.clone(),
         };
         if let Survives::Some { .. } = survives {
-            // In order up to some moment, or any of them.
+            // Either a prefix of the changes survives, or any subset.
             let in_order = dice.roll(2) == 0;
             let until = dice.roll(found.unsynced.len() as u64 + 1) as usize;
             for (index, entry) in found.unsynced.iter().enumerate() {
@@ -418,7 +424,7 @@ impl State {
 }
 
 impl SimDisk {
-    /// An empty file system with `dir` in it.
+    /// An empty file system with the directory `dir`.
     pub(crate) fn new(dir: &Path) -> Self {
         let disk = Self { state: Arc::default(), process: 0 };
         disk.lock().dirs.insert(0, Dir::default());
@@ -443,7 +449,8 @@ impl SimDisk {
         self.state.lock().unwrap()
     }
 
-    /// What a crash at this moment leaves behind, as a file system of its own. This one goes on as if nothing had happened.
+    /// Returns the state after a crash at this moment, as a separate file system. This one
+    /// continues unaffected.
     pub(crate) fn crash(&self, survives: Survives) -> Self {
         let state = self.lock();
         let seed = if let Survives::Some { seed } = survives { seed } else { 0 };
@@ -452,7 +459,8 @@ impl SimDisk {
         Self { state: Arc::new(Mutex::new(after)), process: 0 }
     }
 
-    /// Kills the process that uses the file system, and gives it to the next one. Nothing is lost by that, nothing is made durable.
+    /// Kills the process that uses the file system, and returns a handle for the next process. The
+    /// data is unchanged, and none of it becomes durable.
     pub(crate) fn kill(&self) -> Self {
         let mut state = self.lock();
         state.process += 1;
@@ -460,7 +468,7 @@ impl SimDisk {
         Self { state: Arc::clone(&self.state), process: state.process }
     }
 
-    /// As [`SimDisk::kill`], of a copy of the file system: this one goes on as if nothing had happened.
+    /// Like [`SimDisk::kill`], on a copy of the file system: this one continues unaffected.
     pub(crate) fn fork(&self) -> Self {
         let state = self.lock();
         let files = state.files.iter().map(|(id, file)| (*id, File { locked_by: None, ..file.clone() })).collect();
@@ -468,32 +476,32 @@ impl SimDisk {
         Self { state: Arc::new(Mutex::new(copy)), process: 0 }
     }
 
-    /// How many changes were asked for so far.
+    /// The number of changes requested so far.
     pub(crate) fn changes(&self) -> u64 {
         self.lock().changes
     }
 
-    /// How many operations of any kind were asked for so far.
+    /// The number of operations requested so far.
     pub(crate) fn operations(&self) -> u64 {
         self.lock().operations
     }
 
-    /// The calls since this was asked last.
+    /// Takes the calls since the previous call of this function.
     pub(crate) fn take_calls(&self) -> Vec<Call> {
         std::mem::take(&mut self.lock().calls)
     }
 
-    /// From now on every operation is put before `hook` first.
+    /// Calls `hook` before every further operation.
     pub(crate) fn on_call(&self, hook: impl FnMut(&Call) -> Verdict + Send + 'static) {
         self.lock().hook = Some(Arc::new(Mutex::new(hook)));
     }
 
-    /// Nothing fails any more.
+    /// Removes the hook, so that operations succeed again.
     pub(crate) fn heal(&self) {
         self.lock().hook = None;
     }
 
-    /// The `nth` change from now on fails, once.
+    /// Makes the `nth` change from now fail, once.
     pub(crate) fn fail_nth(&self, nth: u64) {
         let at = self.changes() + nth;
         self.on_call(move |call| match call.op.changes() && call.number == at {
@@ -502,7 +510,7 @@ impl SimDisk {
         });
     }
 
-    /// The `nth` change from now on fails, and with it everything that follows: the world ends there.
+    /// Makes the `nth` change from now and all changes after it fail.
     pub(crate) fn end_at(&self, nth: u64) {
         let at = self.changes() + nth;
         self.on_call(move |call| match call.number >= at && call.op.changes() {
@@ -511,8 +519,9 @@ impl SimDisk {
         });
     }
 
-    /// The `nth` operation from now on fails, if it can fail in this way; with `lasting`, and whatever follows that can. Returns
-    /// where to find what has failed first.
+    /// Makes the `nth` operation from now fail with `fault`, if it can fail in this way. With
+    /// `lasting`, every later operation that can fail this way fails too. Returns a slot that
+    /// receives the first failed call.
     pub(crate) fn fail_with(&self, nth: u64, fault: Fault, lasting: bool) -> Arc<Mutex<Option<Call>>> {
         let at = self.operations() + nth;
         let failed = Arc::new(Mutex::new(None));
@@ -527,7 +536,7 @@ impl SimDisk {
         failed
     }
 
-    /// The next operation `op` on something whose path contains `part` fails with `kind`, once.
+    /// Makes the next operation `op` on a path that contains `part` fail with `kind`, once.
     pub(crate) fn fail_next(&self, op: Op, part: &'static str, kind: io::ErrorKind) {
         let mut armed = true;
         self.on_call(move |call| match call.op == op && call.is_about(part) && std::mem::take(&mut armed) {
@@ -536,7 +545,7 @@ impl SimDisk {
         });
     }
 
-    /// The contents of a file, as programs see them.
+    /// The contents of a file, as programs see it.
     pub(crate) fn bytes(&self, path: &Path) -> Vec<u8> {
         let state = self.lock();
         match state.look_up(path) {
@@ -545,7 +554,7 @@ impl SimDisk {
         }
     }
 
-    /// Changes the contents of a file behind everybody's back, durably.
+    /// Changes the contents of a file durably, without an operation.
     pub(crate) fn edit(&self, path: &Path, edit: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.lock();
         let Ok(Node::File(file)) = state.look_up(path) else { panic!("there is no file {}", path.display()) };
@@ -555,8 +564,8 @@ impl SimDisk {
         file.unsynced.clear();
     }
 
-    /// Something happens to what was written and synced, in a file below `dir`: a bit flips, a sector is lost, or a sector that was
-    /// meant for another place is written over it. Says what.
+    /// Damages synced data in a file below `dir`: flips a bit, loses a sector, or overwrites a
+    /// sector with data for another place. Returns a description.
     pub(crate) fn rot(&self, dir: &Path, dice: &mut Dice) -> String {
         let mut files: Vec<(PathBuf, Vec<u8>)> = self.files(dir).into_iter().collect();
         files.retain(|(_, bytes)| !bytes.is_empty());
@@ -619,7 +628,7 @@ impl SimDisk {
         self.files(&dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).collect()
     }
 
-    /// Counts a call and asks the hook about it. `Err` when it fails without being done.
+    /// Counts a call and asks the hook. Returns `Err` if the call fails without any effect.
     fn enter(&self, op: Op, path: &Path) -> io::Result<Verdict> {
         let (call, hook) = {
             let mut state = self.lock();
@@ -632,10 +641,10 @@ impl SimDisk {
             state.calls.push(call.clone());
             (call, state.hook.clone())
         };
-        // The hook may look at the file system.
+        // The state is unlocked here: the hook may use the file system.
         match hook.map_or(Verdict::Go, |hook| (*hook.lock().unwrap())(&call)) {
             Verdict::Refuse(kind) => Err(injected(kind)),
-            // These fail having done something.
+            // A write or a sync that fails has a partial effect, so the caller handles it.
             Verdict::Fail(kind) if !matches!(op, Op::Write | Op::Sync) => Err(injected(kind)),
             verdict => Ok(verdict),
         }
@@ -829,7 +838,7 @@ impl DiskFile for SimFile {
         let file = state.files.get_mut(&self.file).unwrap();
         let unsynced = std::mem::take(&mut file.unsynced);
         if let Verdict::Fail(kind) = verdict {
-            // Gone from what the system will ever write back, and still there to be read.
+            // The data will never be written back, but can still be read.
             return Err(injected(kind));
         }
         unsynced.iter().for_each(|change| apply(&mut file.durable, change));
@@ -861,7 +870,7 @@ impl DiskFile for SimFile {
         Ok(free)
     }
 
-    /// Maps a copy: what was sealed does not change any more.
+    /// Maps a copy: a sealed segment does not change.
     fn map(&self) -> io::Result<Map> {
         let copy = tempfile::NamedTempFile::new()?;
         std::fs::write(copy.path(), &self.disk.lock().files[&self.file].live)?;
@@ -869,7 +878,7 @@ impl DiskFile for SimFile {
     }
 }
 
-/// A world on a [`SimDisk`].
+/// A test setup on a [`SimDisk`].
 pub(crate) struct Sim {
     pub(crate) world: World,
     pub(crate) disk: SimDisk,
@@ -887,7 +896,7 @@ impl Sim {
         Self { world, disk, customize: Box::new(|builder| builder) }
     }
 
-    /// How every store is to be made and opened from now on.
+    /// Changes how every store is created and opened from now on.
     pub(crate) fn customize(&mut self, how: impl Fn(StoreBuilder) -> StoreBuilder + 'static) {
         self.customize = Box::new(how);
     }
@@ -904,15 +913,16 @@ impl Sim {
         self.builder().open().unwrap()
     }
 
-    /// Goes on with what a crash leaves behind. Handles from before go on with what was before.
+    /// Continues with the state after a crash. Existing handles continue with the old state.
     pub(crate) fn crash(&mut self, survives: Survives) {
         self.disk = self.disk.crash(survives);
     }
 
-    /// Has the next roll of a Logstore under a customer's key seal its segment and find the key out of reach for the new one: the KMS gives
-    /// this answer from then on, and the lease ends while the footer is synced.
+    /// Makes the next roll of a Logstore under a customer's key seal its segment and then find the
+    /// key inaccessible for the new one: from then on the KMS gives this answer, and the lease ends
+    /// while the footer is synced.
     pub(crate) fn lose_key_at_the_next_roll(&self, store: &Store, logstore: &Logstore, answer: Answer) {
-        // A segment of another suite is begun with the next block.
+        // With another suite, the next block begins a new segment.
         let config = logstore.config();
         let encrypt_conf = config.encrypt_conf.clone().map(|conf| EncryptConf { enable: !conf.enable, ..conf });
         store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf, ..config }).unwrap();

@@ -1,4 +1,4 @@
-//! A disk that fails: at an operation that is counted out, or at the files that a test names.
+//! A disk that fails at the n-th operation, or at the files that a test names.
 
 use std::{
     io,
@@ -16,11 +16,13 @@ use super::QuickDisk;
 /// How an operation fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Failure {
-    /// It does nothing and says so; what comes later works.
+    /// The operation has no effect and reports a failure. Later operations succeed.
     Once,
-    /// It is done, and reported as failed: a sync or a rename of which nobody knows what became of it.
+    /// The operation takes effect and reports a failure, so the outcome of a sync or a rename is
+    /// unknown.
     Unsaid,
-    /// Half of a write is done, and nothing works from then on: the process or the machine has died.
+    /// Half of a write is done, and all later operations fail, as after the death of the process or
+    /// the machine.
     Death,
 }
 
@@ -30,34 +32,34 @@ impl Failure {
 
 #[derive(Debug, Default)]
 struct Plan {
-    /// What the file system says that it is.
+    /// The network file system that the disk claims to be.
     network: Option<&'static str>,
-    /// How many operations still work.
+    /// The number of operations that still succeed, and then the failure.
     countdown: Option<(u64, Option<Failure>)>,
     dead: bool,
     /// Operations on paths that contain this fail.
     broken: Option<Vec<String>>,
     /// Renames (by the new name) and syncs of directories that were done, in order.
     published: Vec<(Published, PathBuf)>,
-    /// How directories are listed.
+    /// The order in which directories are listed.
     order: Option<fn(&DirEntry, &DirEntry) -> std::cmp::Ordering>,
 }
 
-/// What makes a file known under its name, and what makes that durable.
+/// The two steps of publishing a file: renaming it and making the rename durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Published {
     Renamed,
     Synced,
 }
 
-/// The disk of tests, which fails as it is told.
+/// The test disk that fails on request.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct FailingDisk {
     plan: Arc<Mutex<Plan>>,
     fired: Arc<AtomicBool>,
 }
 
-/// What becomes of an operation.
+/// The outcome of an operation.
 enum Fate {
     Works,
     Fails { done: bool, torn: bool },
@@ -68,13 +70,13 @@ fn failed() -> io::Error {
 }
 
 impl FailingDisk {
-    /// The operation after `count` others fails.
+    /// Makes the operation after `count` others fail.
     pub(crate) fn fail_after(&self, count: u64, failure: Failure) {
         self.fired.store(false, Ordering::SeqCst);
         self.plan.lock().unwrap().countdown = Some((count, Some(failure)));
     }
 
-    /// Everything works again, but for the dead.
+    /// Makes operations succeed again, except after [`Failure::Death`].
     pub(crate) fn disarm(&self) {
         self.plan.lock().unwrap().countdown = None;
     }
@@ -84,7 +86,7 @@ impl FailingDisk {
         self.fired.load(Ordering::SeqCst)
     }
 
-    /// From now on every operation on a path that contains `part` fails; none does with `None`.
+    /// Makes every operation on a path that contains `part` fail; `None` ends this.
     pub(crate) fn break_paths(&self, part: Option<&str>) {
         self.plan.lock().unwrap().broken = part.map(|part| vec![part.to_owned()]);
     }
@@ -94,17 +96,17 @@ impl FailingDisk {
         self.plan.lock().unwrap().broken = Some(parts.iter().map(|part| (*part).to_owned()).collect());
     }
 
-    /// From now on directories are listed in this order, and in no other that a file system may have.
+    /// Makes the disk claim to be this network file system.
     pub(crate) fn be_on(&self, network: &'static str) {
         self.plan.lock().unwrap().network = Some(network);
     }
 
-    /// Directories are listed in this order from now on.
+    /// Lists directories in this order from now on.
     pub(crate) fn list_in_order(&self, order: fn(&DirEntry, &DirEntry) -> std::cmp::Ordering) {
         self.plan.lock().unwrap().order = Some(order);
     }
 
-    /// Every rename (by the new name) and every sync of a directory so far.
+    /// Every rename (by the new name) and every directory sync so far.
     pub(crate) fn published(&self) -> Vec<(Published, PathBuf)> {
         self.plan.lock().unwrap().published.clone()
     }

@@ -1,5 +1,6 @@
-//! How the golden stores are made. Each is a directory with a `store`, its `keyring`, for a customer's key the `kms`, and
-//! `expected.json`: every record that a reader has to find, written down from what was appended and not from what was read.
+//! Generates the golden stores. Each is a directory with a `store`, its `keyring`, the `kms` for a
+//! customer's key, and `expected.json`. The latter lists every record that a reader has to find,
+//! derived from the appended data and not from a read.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -33,10 +34,10 @@ pub(crate) const NAMES: [&str; 9] = [
     "compressed",
 ];
 
-/// The one whose bytes depend on the versions of the compression libraries.
+/// The store whose bytes depend on the versions of the compression libraries.
 pub(crate) const COMPRESSED: &str = "compressed";
 
-/// The same numbers in every run, and no two draws alike.
+/// A random source that returns the same numbers in every run and never repeats a draw.
 #[derive(Debug)]
 struct FixedRandom {
     seed: String,
@@ -55,7 +56,7 @@ impl Random for FixedRandom {
     }
 }
 
-/// Makes one golden store in `dir`, which may not exist yet.
+/// Creates one golden store in `dir`, which must not exist.
 pub(crate) fn make(which: &str, dir: &Path) {
     fs::create_dir_all(dir).unwrap();
     let mut maker = Maker {
@@ -80,11 +81,11 @@ pub(crate) fn make(which: &str, dir: &Path) {
     fs::write(dir.join("expected.json"), listing + "\n").unwrap();
 }
 
-/// What is appended.
+/// The data to append.
 #[derive(Clone, Copy)]
 enum What<'a> {
     Opaque(&'a str),
-    /// So many logs about this.
+    /// This many logs about this topic.
     Group(&'a str, u32),
 }
 
@@ -92,7 +93,7 @@ struct Maker {
     dir: PathBuf,
     clock: Arc<TestClock>,
     random: Arc<FixedRandom>,
-    /// By Logstore and shard, what is in it.
+    /// The expected records, by Logstore and shard.
     expected: Value,
 }
 
@@ -119,7 +120,8 @@ impl Maker {
         self.builder(&self.store_dir()).create().unwrap()
     }
 
-    /// Appends, a millisecond later than before, and writes down what a reader has to find.
+    /// Appends, one millisecond later than the previous append, and adds the data to the expected
+    /// records.
     fn put(&mut self, logstore: &Logstore, shard: u32, what: What<'_>, durability: Durability) {
         let record = self.put_unseen(logstore, shard, what, durability);
         let shards =
@@ -128,7 +130,7 @@ impl Maker {
         records.as_array_mut().unwrap().push(record);
     }
 
-    /// As [`Maker::put`], but leaves it to the caller whether a reader finds it.
+    /// Like [`Maker::put`], but the caller decides whether a reader finds the data.
     fn put_unseen(&self, logstore: &Logstore, shard: u32, what: What<'_>, durability: Durability) -> Value {
         self.clock.advance(millis(1));
         let (kind, bytes) = match what {
@@ -144,14 +146,14 @@ impl Maker {
         json!({ "seq": appended.seq, "receive_time_us": self.clock.wall_us(), "kind": kind, "hex": hex(&bytes) })
     }
 
-    /// A mark block in every shard that was synced and not marked.
+    /// Writes a mark block in every shard that has synced but unmarked data.
     fn idle(&self, store: &Store) {
         self.clock.advance(secs(2));
         store.tick();
     }
 
-    /// The service key and AES: two shards, groups and opaque records, blocks of several, a mark, two data-key versions, several
-    /// segments, all sealed.
+    /// Service key, AES: two shards, groups and opaque records, blocks of several groups, a mark,
+    /// two data-key versions, several segments, all sealed.
     fn service_aes(&mut self) {
         let store = self.create();
         let conf = EncryptConf::service_key(EncryptType::Default);
@@ -170,7 +172,7 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// The service key, rotated once, and SM4; a checkpoint is beside it.
+    /// Service key rotated once, SM4, and a checkpoint next to the store.
     fn service_sm4(&mut self) {
         let store = self.create();
         let conf = EncryptConf::service_key(EncryptType::Sm4);
@@ -195,7 +197,7 @@ impl Maker {
         (kms, cmk)
     }
 
-    /// The service keyring under a master key in the embedded KMS, rotated once, and AES.
+    /// Service keyring under a master key in the embedded KMS, rotated once, AES.
     fn sealed_keyring(&mut self) {
         let (kms, cmk) = self.kms();
         let store = self.builder(&self.store_dir()).kms(Arc::new(kms)).service_cmk(cmk).create().unwrap();
@@ -207,7 +209,7 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// A customer's key in the embedded KMS, and AES; the customer's key was rotated once.
+    /// Customer's key in the embedded KMS, rotated once, AES.
     fn byok_aes(&mut self) {
         let (kms, cmk) = self.kms();
         let cmk_key_id = cmk.cmk_key_id.clone();
@@ -230,7 +232,7 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// Encrypted, then not any more: authenticated under the data key.
+    /// Encrypted first, then switched off: authenticated under the data key.
     fn switched_off(&mut self) {
         let store = self.create();
         let conf = EncryptConf::service_key(EncryptType::Sm4);
@@ -243,7 +245,8 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// Makes a store that crashes in `store`: one block below the durable mark, one above it, and one that is torn.
+    /// Creates a store that crashes: one block below the durable mark, one above it, and a torn
+    /// one.
     fn crash(&mut self) {
         let work = self.dir.join("work");
         let store = self.builder(&work).create().unwrap();
@@ -262,16 +265,16 @@ impl Maker {
         let torn = segments(&logstore_dir, 0).pop().unwrap();
         let bytes = fs::read(&torn).unwrap();
         fs::write(&torn, &bytes[..bytes.len() - 25]).unwrap();
-        // The number of the process that crashed, which is another one in every run.
+        // Use a fixed number for the crashed process, which differs in every run.
         fs::write(self.store_dir().join("LOCK"), "4242\n").unwrap();
     }
 
-    /// As a crash leaves it.
+    /// The store as the crash leaves it.
     fn unclean(&mut self) {
         self.crash();
     }
 
-    /// The same, recovered and gone on with.
+    /// The same store after a recovery and further appends.
     fn recovered(&mut self) {
         self.crash();
         let store = self.builder(&self.store_dir()).open().unwrap();
@@ -280,7 +283,7 @@ impl Maker {
         store.close().unwrap();
     }
 
-    /// Blocks that shrink, by lz4 and by zstd.
+    /// Blocks that lz4 and zstd compress.
     fn compressed(&mut self) {
         let store = self.create();
         for (text, compression) in [("shop/lz4", Compression::Lz4), ("shop/zstd", Compression::Zstd)] {

@@ -1,4 +1,4 @@
-//! A file system in memory: quick to copy, to damage and to look into.
+//! A file system in memory that is cheap to copy, damage and inspect.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use std::{
 use super::catalogue::newest;
 use envelog::io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode};
 
-/// What is on a [`MemoryDisk`] at one moment.
+/// A snapshot of a [`MemoryDisk`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Image {
     pub(crate) files: BTreeMap<PathBuf, Vec<u8>>,
@@ -21,26 +21,26 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// The same with other bytes in one file.
+    /// A copy with other bytes in one file.
     pub(crate) fn with(&self, path: &Path, bytes: Vec<u8>) -> Self {
         let mut image = self.clone();
         image.files.insert(path.to_owned(), bytes);
         image
     }
 
-    /// The same without one file.
+    /// A copy without one file.
     pub(crate) fn without(&self, path: &Path) -> Self {
         let mut image = self.clone();
         image.files.remove(path).expect("there is such a file");
         image
     }
 
-    /// The newest file of the catalogue.
+    /// The newest catalogue file.
     pub(crate) fn catalogue_file(&self, store_dir: &Path) -> PathBuf {
         newest(store_dir, self.files.keys().cloned()).expect("a store has a catalogue")
     }
 
-    /// The same with everything below `dir` as it is in `other`.
+    /// A copy with everything below `dir` taken from `other`.
     pub(crate) fn with_dir_of(&self, dir: &Path, other: &Self) -> Self {
         let below = |path: &PathBuf| path.starts_with(dir);
         let mut image = self.clone();
@@ -52,7 +52,7 @@ impl Image {
     }
 }
 
-/// A write, as a disk was asked for it.
+/// A write request.
 #[derive(Clone, Debug)]
 pub(crate) struct Written {
     pub(crate) path: PathBuf,
@@ -83,11 +83,11 @@ impl Contents {
     }
 }
 
-/// A file system in memory. Any directory outside of what it holds counts as there.
+/// A file system in memory. Every directory outside of its contents appears to exist.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct MemoryDisk {
     state: Arc<Mutex<State>>,
-    /// Everything that was ever written, when that is asked for.
+    /// Every write so far, if recording is on.
     written: Option<Arc<Mutex<Vec<Written>>>>,
 }
 
@@ -98,7 +98,7 @@ impl MemoryDisk {
         Arc::new(Self { state: Arc::new(Mutex::new(state)), written: None })
     }
 
-    /// An empty one that keeps every write, whatever becomes of the file.
+    /// An empty disk that records every write, even if the file is later removed.
     pub(crate) fn recording() -> Arc<Self> {
         Arc::new(Self { state: Arc::default(), written: Some(Arc::default()) })
     }
@@ -109,7 +109,7 @@ impl MemoryDisk {
         Image { files, dirs: state.dirs.clone() }
     }
 
-    /// Puts other bytes into a file, behind the back of whoever has it open.
+    /// Replaces the bytes of a file, unseen by its open handles.
     pub(crate) fn overwrite(&self, path: &Path, bytes: Vec<u8>) {
         *self.state.lock().unwrap().files[path].bytes.lock().unwrap() = bytes;
     }
@@ -204,7 +204,7 @@ impl Disk for MemoryDisk {
 #[derive(Debug)]
 struct MemoryFile {
     contents: Arc<Contents>,
-    /// The name that it was opened under.
+    /// The path under which it was opened.
     path: PathBuf,
     written: Option<Arc<Mutex<Vec<Written>>>>,
 }

@@ -1,4 +1,5 @@
-//! What the integration tests share: a clock that a test moves, a KMS that answers as it is told, and a small world around a store.
+//! Shared helpers of the integration tests: a clock that the test advances, a KMS with configurable
+//! answers, and a small setup around a store.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -25,7 +26,8 @@ use std::{
 use bytes::Bytes;
 #[cfg(feature = "aws-lc")]
 pub(crate) use envelog::crypto::AwsLc as Provider;
-/// The fast provider. The fuzz targets, which share this file, are built without it, as its C takes minutes.
+/// The fast provider. The fuzz targets, which share this file, are built without AWS-LC, because
+/// its C code takes minutes to compile.
 #[cfg(not(feature = "aws-lc"))]
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
@@ -53,7 +55,7 @@ pub(crate) fn millis(count: u64) -> Duration {
 
 // ---- the clock ----
 
-/// A clock that stands still until it is moved.
+/// A clock that moves only on request.
 #[derive(Debug)]
 pub(crate) struct TestClock {
     wall_us: AtomicU64,
@@ -65,20 +67,21 @@ impl TestClock {
         Arc::new(Self { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000_000) })
     }
 
-    /// Another one that shows the same time.
+    /// A separate clock that shows the same time.
     pub(crate) fn fork(&self) -> Arc<Self> {
         let copy = |time: &AtomicU64| AtomicU64::new(time.load(Ordering::SeqCst));
         Arc::new(Self { wall_us: copy(&self.wall_us), uptime_us: copy(&self.uptime_us) })
     }
 
-    /// Lets time pass, by both clocks.
+    /// Advances both the uptime and the wall clock.
     pub(crate) fn advance(&self, by: Duration) {
         let by = by.as_micros() as u64;
         self.wall_us.fetch_add(by, Ordering::SeqCst);
         self.uptime_us.fetch_add(by, Ordering::SeqCst);
     }
 
-    /// The wall clock alone: somebody set it, or the machine was paused without noticing.
+    /// Advances only the wall clock, as if an administrator set it or the machine was suspended
+    /// without counting uptime.
     pub(crate) fn jump_wall(&self, forward: Duration) {
         self.wall_us.fetch_add(forward.as_micros() as u64, Ordering::SeqCst);
     }
@@ -100,35 +103,35 @@ impl Clock for TestClock {
 
 // ---- the KMS ----
 
-/// What the [`TestKms`] is told to answer.
+/// The configurable answer of a [`TestKms`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
-    /// What the embedded KMS behind it says.
+    /// The answer of the embedded KMS behind it.
     Real,
     Revoked(RevokedReason),
     Unreachable,
     Invalid,
-    /// Success, with another key than the one that was wrapped.
+    /// Success, with a key other than the wrapped one.
     WrongKey,
-    /// None at all, until it is told otherwise.
+    /// No answer until the configuration changes.
     Hang,
 }
 
-/// A double in front of a [`LocalKms`]: it answers as it is told, and remembers what it was asked.
+/// A test double in front of a [`LocalKms`]. It gives the configured answers and records its calls.
 #[derive(Debug)]
 pub(crate) struct TestKms {
     local: LocalKms,
     answer: Mutex<Answer>,
-    /// Answers for calls about data keys; those about the lease's probe are left to `answer`.
+    /// The answer for calls about data keys. Calls about the lease's probe use `answer`.
     data_key_answer: Mutex<Option<Answer>>,
-    /// Answers for calls about one master key.
+    /// The answer for calls about one master key.
     master_key_answer: Mutex<Option<(String, Answer)>>,
     changed: Condvar,
     wraps: AtomicU64,
     unwraps: AtomicU64,
     probes: AtomicU64,
     wrapped_keys: Mutex<Vec<[u8; 32]>>,
-    /// Whether it is one that does not tell which version of a master key has wrapped what.
+    /// Whether it hides the master key version that wrapped a key.
     pub(crate) hides_versions: AtomicBool,
 }
 
@@ -152,7 +155,7 @@ impl TestKms {
         &self.local
     }
 
-    /// From now on every call is answered like this.
+    /// Sets the answer of every call from now on.
     pub(crate) fn answer(&self, answer: Answer) {
         *self.answer.lock().unwrap() = answer;
         *self.data_key_answer.lock().unwrap() = None;
@@ -160,29 +163,30 @@ impl TestKms {
         self.changed.notify_all();
     }
 
-    /// From now on calls about data keys are answered like this; those that renew the lease as before.
+    /// Sets the answer of calls about data keys from now on. Lease renewals are not affected.
     pub(crate) fn answer_for_data_keys(&self, answer: Answer) {
         *self.data_key_answer.lock().unwrap() = Some(answer);
         self.changed.notify_all();
     }
 
-    /// From now on calls about this master key are answered like this, and others as before.
+    /// Sets the answer of calls about this master key from now on. Calls about others are not
+    /// affected.
     pub(crate) fn answer_for_master_key(&self, cmk_key_id: &str, answer: Answer) {
         *self.master_key_answer.lock().unwrap() = Some((cmk_key_id.to_owned(), answer));
         self.changed.notify_all();
     }
 
-    /// All calls so far.
+    /// The number of calls so far.
     pub(crate) fn calls(&self) -> u64 {
         self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
     }
 
-    /// The calls so far that asked about a probe, which is what renews a lease.
+    /// The number of calls about a probe so far. These calls renew leases.
     pub(crate) fn probes(&self) -> u64 {
         self.probes.load(Ordering::SeqCst)
     }
 
-    /// Every key that was ever wrapped here.
+    /// Every key that this KMS has wrapped.
     pub(crate) fn wrapped_keys(&self) -> Vec<[u8; 32]> {
         self.wrapped_keys.lock().unwrap().clone()
     }
@@ -201,7 +205,7 @@ impl TestKms {
         *self.answer.lock().unwrap()
     }
 
-    /// Waits for as long as it is told to hang.
+    /// Blocks while the answer is `Hang`.
     fn decide(&self, call: &KmsCall<'_>) -> Result<Answer, KmsError> {
         let hung = self.told(call) == Answer::Hang;
         while self.told(call) == Answer::Hang {
@@ -256,18 +260,18 @@ impl Kms for TestKms {
 
 // ---- the disk, and randomness ----
 
-/// The real file system without its syncs: no power fails here, and a test run should be quick.
+/// The real file system without syncs: these tests have no power loss and should run quickly.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct QuickDisk;
 
-/// The same below a directory.
+/// The same for a directory opened by `beneath`.
 #[derive(Debug)]
 pub(crate) struct QuickRoot(pub(crate) Arc<dyn Disk>);
 
 #[derive(Debug)]
 struct QuickFile(Arc<dyn DiskFile>);
 
-/// Implements [`Disk`] without syncs by what `$inner` makes of `self`.
+/// Implements [`Disk`] without syncs. `$inner` maps `self` to the real disk.
 macro_rules! quick_disk {
     ($disk:ty, $inner:expr) => {
         impl Disk for $disk {
@@ -359,7 +363,7 @@ impl DiskFile for QuickFile {
     }
 }
 
-/// The operating system's randomness, every draw of 32 bytes remembered: keys and salts.
+/// The operating system's random source. Records every draw of 32 bytes: keys and salts.
 #[derive(Debug, Default)]
 pub(crate) struct RecordingRandom(Mutex<Vec<[u8; 32]>>);
 
@@ -379,9 +383,9 @@ impl Random for RecordingRandom {
     }
 }
 
-// ---- the world ----
+// ---- the setup ----
 
-/// A directory with room for a store, its keyring and a KMS; a clock; and the options to open the store with.
+/// A directory for a store, its keyring and a KMS; a clock; and the options to open the store with.
 pub(crate) struct World {
     dir: TempDir,
     pub(crate) clock: Arc<TestClock>,
@@ -390,18 +394,19 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Nothing happens by itself here: the test moves the clock and ticks the store.
+    /// Without background threads: the test advances the clock and ticks the store.
     pub(crate) fn manual() -> Self {
         Self::with(Background::Manual, tempfile::tempdir().unwrap())
     }
 
-    /// As [`World::manual`], in a file system in memory where the machine has one: for tests that make many thousands of files.
+    /// Like [`World::manual`], in a memory-backed file system if the machine has one: for tests
+    /// that create many thousands of files.
     pub(crate) fn manual_in_memory() -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         Self::with(Background::Manual, dir)
     }
 
-    /// The store has threads, and the time is real.
+    /// With background threads and real time.
     pub(crate) fn threads() -> Self {
         Self::with(Background::Threads, tempfile::tempdir().unwrap())
     }
@@ -448,19 +453,19 @@ impl World {
         self.builder().open().unwrap()
     }
 
-    /// A new master key, which the service's role may use.
+    /// Creates a master key that the service's role may use.
     pub(crate) fn cmk(&self) -> UserCmkInfo {
         let id = self.local().create_key(REGION, &[ROLE]).unwrap();
         UserCmkInfo { cmk_key_id: id, arn: ROLE.into(), region_id: REGION.into() }
     }
 
-    /// A Logstore under the service key.
+    /// Creates a Logstore under the service key.
     pub(crate) fn service(&self, store: &Store, text: &str) -> Logstore {
         let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Default));
         store.create_logstore(&name(text), spec).unwrap()
     }
 
-    /// A Logstore under a master key.
+    /// Creates a Logstore under a master key.
     pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &UserCmkInfo) -> Logstore {
         let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
         store.create_logstore(&name(text), spec).unwrap()
@@ -472,7 +477,7 @@ impl World {
     }
 }
 
-/// Recovers a store without its keyring, and expects every key that its metadata names.
+/// Recovers a store without its keyring, expecting every key that its metadata names.
 pub(crate) trait RecoverAll {
     fn recover_all(self) -> Result<(Store, RecoverReport)>;
 }
@@ -504,7 +509,7 @@ pub(crate) fn record(text: &str) -> Payload {
     Payload::opaque(Bytes::copy_from_slice(text.as_bytes())).unwrap()
 }
 
-/// Text that does not shrink, the same for the same seed.
+/// Incompressible text, the same for the same seed.
 pub(crate) fn noise(seed: u64, len: usize) -> String {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut letter = || {
@@ -523,7 +528,7 @@ pub(crate) fn try_put(logstore: &Logstore, text: &str) -> Result<()> {
     logstore.append(record(text), &synced()).map(|_| ())
 }
 
-/// Everything that a shard has from `from` on.
+/// All records of a shard from `from` on.
 pub(crate) fn records_from(logstore: &Logstore, shard: u32, from: Position) -> Result<Vec<Record>> {
     logstore.read(shard, &ReadOptions::from(from))?.collect()
 }
@@ -536,7 +541,7 @@ pub(crate) fn try_texts(logstore: &Logstore) -> Result<Vec<String>> {
     Ok(strings(&records(logstore, 0)?))
 }
 
-/// Everything in shard 0, as text.
+/// All records of shard 0, as text.
 pub(crate) fn texts(logstore: &Logstore) -> Vec<String> {
     try_texts(logstore).unwrap()
 }
@@ -545,7 +550,7 @@ pub(crate) fn strings(records: &[Record]) -> Vec<String> {
     records.iter().map(|record| String::from_utf8(record.bytes.to_vec()).unwrap()).collect()
 }
 
-/// A group of `logs` logs that say something of `text`.
+/// A group of `logs` logs about `text`.
 pub(crate) fn group(text: &str, logs: u32) -> LogGroup {
     let log = |n: u32| Log {
         time: 1_700_000_000 + n,
@@ -561,7 +566,7 @@ pub(crate) fn group(text: &str, logs: u32) -> LogGroup {
     }
 }
 
-/// Whether the error is the refusal of a revoked key, for this reason.
+/// Whether the error reports a revoked key for this reason.
 pub(crate) fn is_revoked(error: &Error, expected: RevokedReason) -> bool {
     matches!(error, Error::Revoked { reason, .. } if *reason == expected)
 }
@@ -574,7 +579,7 @@ pub(crate) fn assert_revoked<T: std::fmt::Debug>(result: Result<T>, expected: Re
     }
 }
 
-/// Writes a file that only its owner may read, as a keyring has to be.
+/// Writes a file that only its owner may read, as a keyring requires.
 pub(crate) fn write_private(path: &Path, bytes: impl AsRef<[u8]>) {
     fs::write(path, bytes).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -597,7 +602,7 @@ pub(crate) fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// Copies a directory with everything in it; what was at `to` goes.
+/// Copies a directory recursively, replacing `to`.
 pub(crate) fn copy_dir(from: &Path, to: &Path) {
     if to.exists() {
         fs::remove_dir_all(to).unwrap();
@@ -632,14 +637,15 @@ pub(crate) fn eventually(what: &str, mut met: impl FnMut() -> bool) {
     }
 }
 
-/// Puts the CRC32 at the end of a document or header right again.
+/// Corrects the CRC32 at the end of a document or header.
 pub(crate) fn fix_crc(bytes: &mut [u8]) {
     let at = bytes.len() - 4;
     let crc = crc32fast::hash(&bytes[..at]);
     bytes[at..].copy_from_slice(&crc.to_le_bytes());
 }
 
-/// The two parts of an authenticated document, both JSON: what the keyring alone vouches for, and what the data key does too.
+/// The two JSON parts of an authenticated document: the part that only the keyring authenticates,
+/// and the part that the data key authenticates too.
 pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Value) {
     const FIXED_LEN: usize = 80;
     let len = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
@@ -649,7 +655,8 @@ pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Va
     (json(&bytes[FIXED_LEN..FIXED_LEN + a]), json(&bytes[FIXED_LEN + a..FIXED_LEN + a + b]))
 }
 
-/// The envelopes of a Logstore as its metadata has them: version, keyring version, wrapped key (hex) unless it was shredded.
+/// The envelopes in a Logstore's metadata: version, keyring version, and the wrapped key (hex)
+/// unless it was shredded.
 pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<u64>, Option<String>)> {
     let (_, keys) = document_parts(&fs::read(meta_path(&world.logstore_dir(logstore))).unwrap());
     let envelope = |version: &serde_json::Value| {

@@ -1,8 +1,8 @@
-//! A SoftHSM token for a test, and somebody who administrates it from another process.
+//! A SoftHSM token for a test, and its administration from another process.
 //!
-//! A module is initialized once a process, with the tokens that the environment names, so each test runs in a process of its own:
-//! [`in_own_process`] starts the test's binary again for it. So does [`Token::admin`], to change keys behind the back of the
-//! process that is tested.
+//! A PKCS#11 module is initialized once per process, with the tokens that the environment names, so
+//! each test runs in its own process: [`in_own_process`] starts the test's binary again for it.
+//! [`Token::admin`] does the same, to change keys without the knowledge of the tested process.
 
 #![allow(dead_code, clippy::unwrap_used)]
 
@@ -25,10 +25,10 @@ pub(crate) const PIN: &str = "987654";
 const TEST: &str = "ENVELOG_TOKEN_TEST";
 const ADMIN: &str = "ENVELOG_TOKEN_ADMIN";
 const CONF: &str = "SOFTHSM2_CONF";
-/// The test that every binary using this has, and that [`Token::admin`] starts.
+/// The test that every binary with this module has, and that [`Token::admin`] starts.
 const ADMIN_TEST: &str = "softhsm_is_there";
 
-/// Where the module of SoftHSM is. Without it these tests fail.
+/// The path of the SoftHSM module. Without the module, these tests fail.
 pub(crate) fn module() -> PathBuf {
     let known = [
         "/usr/lib/softhsm/libsofthsm2.so",
@@ -66,7 +66,7 @@ impl Token {
         self.dir.join(name)
     }
 
-    /// Its URI, with something more for the query.
+    /// The token's URI with additional query parameters.
     pub(crate) fn uri_with(&self, more: &str) -> String {
         format!("pkcs11:token=logs?region=cn-hangzhou&module-path={}{more}", module().display())
     }
@@ -75,7 +75,7 @@ impl Token {
         self.uri_with(&format!("&pin-value={PIN}"))
     }
 
-    /// Does something to it in another process: see [`admin`].
+    /// Runs an administrative command in another process: see [`admin`].
     #[track_caller]
     pub(crate) fn admin(&self, words: &str) {
         let done = Command::new(env::current_exe().unwrap())
@@ -87,7 +87,7 @@ impl Token {
         assert!(done.status.success(), "{words}: {done:?}");
     }
 
-    /// Takes it away, as if somebody had pulled it out.
+    /// Removes the token, as if it had been unplugged.
     pub(crate) fn take_away(&self) {
         fs::rename(self.path("tokens"), self.path("away")).unwrap();
     }
@@ -97,7 +97,7 @@ impl Token {
     }
 }
 
-/// Runs a test in a process of its own, with a token of its own.
+/// Runs a test in its own process, with its own token.
 #[track_caller]
 pub(crate) fn in_own_process(test: &str, body: impl FnOnce(&Token)) {
     if env::var(TEST).is_ok_and(|running| running == test) {
@@ -121,7 +121,8 @@ pub(crate) fn in_own_process(test: &str, body: impl FnOnce(&Token)) {
     );
 }
 
-/// The other side of the process: what is told to [`Token::admin`], or a look whether there is a SoftHSM at all.
+/// The child's side: runs the command from [`Token::admin`], or without a command checks that
+/// SoftHSM works.
 pub(crate) fn admin() {
     let context = context();
     let Ok(words) = env::var(ADMIN) else {
@@ -147,22 +148,22 @@ pub(crate) fn admin() {
     }
 }
 
-/// The module, as another part of the process uses it.
+/// The module, as another component of the same process uses it.
 pub(crate) fn context() -> Pkcs11 {
     let context = Pkcs11::new(module()).unwrap();
-    // Whoever comes first.
+    // Another component may have initialized it already.
     let _ = context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK));
     context
 }
 
-/// Changes the PIN, in this process: a process that has loaded SoftHSM goes on with the PIN that it has read.
+/// Changes the PIN in this process: a process that has loaded SoftHSM keeps the PIN that it read.
 pub(crate) fn change_pin(old: &str, new: &str) {
     let context = context();
     let session = context.open_rw_session(slot(&context)).unwrap();
     session.set_pin(&pin(old), &pin(new)).unwrap();
 }
 
-/// Where the token is.
+/// The slot of the token.
 pub(crate) fn slot(context: &Pkcs11) -> Slot {
     context.get_slots_with_initialized_token().unwrap()[0]
 }
@@ -180,7 +181,7 @@ fn key(session: &Session, label: &str) -> ObjectHandle {
     found.unwrap()[0]
 }
 
-/// Makes an AES key, with an id of one byte, given in hexadecimal.
+/// Creates an AES key with an id of one byte, given in hexadecimal.
 fn generate(session: &Session, label: &str, id: &str, bytes: u64, extractable: bool) {
     let template = [
         Attribute::Token(true),

@@ -1,4 +1,4 @@
-//! Official clients that are written in Python, from PyPI, for tests that compare with them.
+//! Official Python clients from PyPI, for tests that compare with them.
 
 #![allow(dead_code)]
 
@@ -8,16 +8,19 @@ use std::{
     process::Command,
 };
 
-/// The interpreter of a virtual environment that has these packages (as in `name==1.2.3`), made once under the target directory and
-/// used again by every later run that asks for the same.
+/// Returns the interpreter of a virtual environment with these packages (as in `name==1.2.3`). The
+/// environment is created once below the target directory, and later calls with the same packages
+/// reuse it.
 ///
 /// # Panics
-/// When `python3` with its `venv` module is not there, or the packages cannot be had: a test that needs them has failed, not passed.
+/// If `python3` with its `venv` module is missing or a package cannot be installed: a test that
+/// needs them must fail and not be skipped.
 pub(crate) fn with_packages(name: &str, requirements: &[&str]) -> PathBuf {
-    // Beside the directory that cargo gives to integration tests for what they make.
+    // Next to the directory that cargo provides for the files of integration tests.
     let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python");
     fs::create_dir_all(&home).expect("the target directory can be written to");
-    // Tests run at once, in several processes; this one makes the environment, or waits for the one that does.
+    // Tests run concurrently in several processes. The lock lets one create the environment while
+    // the others wait.
     let lock = File::create(home.join(format!("{name}.lock"))).expect("a lock file can be made");
     lock.lock().expect("a lock file can be locked");
     let environment = home.join(name);

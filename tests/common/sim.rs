@@ -1,5 +1,5 @@
-//! The rest of a simulated world, deterministic from a seed: randomness that can fail, a KMS that has its moods, and a provider of
-//! ciphers that keeps a record of every seal.
+//! The deterministic parts of a simulation with a seed: a random source that can fail, a KMS with
+//! injected faults, and a cipher provider that records every seal.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -19,7 +19,7 @@ use envelog::{
 
 use super::{Provider, REGION, ROLE, disk::Dice};
 
-/// Randomness from a seed.
+/// A random source with a seed.
 #[derive(Debug)]
 pub(crate) struct SeededRandom {
     dice: Mutex<Dice>,
@@ -31,7 +31,7 @@ impl SeededRandom {
         Arc::new(Self { dice: Mutex::new(Dice::new(seed, stream)), fails: AtomicBool::new(false) })
     }
 
-    /// Whether the next draw fails.
+    /// Sets whether the next draw fails.
     pub(crate) fn fail_next(&self, fails: bool) {
         self.fails.store(fails, Ordering::SeqCst);
     }
@@ -54,8 +54,8 @@ impl Random for SeededRandom {
 
 type Seal = ([u8; 32], [u8; 12]);
 
-/// Every key and nonce that anything was sealed under, and every key there was. What happens to a copy of a world is recorded apart,
-/// and held against what had happened before the copy was made.
+/// Records every key and nonce of a seal, and every key. A copy of a setup has its own record,
+/// which is also checked against the seals from before the copy.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     before: Option<Arc<Ledger>>,
@@ -65,7 +65,7 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// For a copy of the world, which goes on by itself.
+    /// A record for a copy of the setup, which continues separately.
     pub(crate) fn fork(self: &Arc<Self>) -> Arc<Self> {
         Arc::new(Self { before: Some(Arc::clone(self)), ..Self::default() })
     }
@@ -83,7 +83,7 @@ impl Ledger {
         }
     }
 
-    /// What should never have been sealed, if anything was.
+    /// The first seal that repeated a key and nonce, if any.
     pub(crate) fn repeated(&self) -> Option<String> {
         self.repeated.lock().unwrap().clone()
     }
@@ -92,7 +92,7 @@ impl Ledger {
         self.seals.lock().unwrap().len() as u64
     }
 
-    /// The keys that nobody but the engine and the KMS may ever see: data keys and what is derived from them.
+    /// Keys that only the engine and the KMS may know: data keys and keys derived from them.
     pub(crate) fn keys(&self) -> Vec<[u8; 32]> {
         let mut keys = self.before.as_ref().map_or_else(Vec::new, |before| before.keys());
         keys.extend(self.keys.lock().unwrap().iter());
@@ -106,7 +106,7 @@ impl Ledger {
     }
 }
 
-/// AWS-LC and RustCrypto, with every seal put on record.
+/// AWS-LC and RustCrypto, with every seal recorded.
 #[derive(Clone, Debug)]
 pub(crate) struct Recorded(pub(crate) Arc<Ledger>);
 
@@ -132,7 +132,7 @@ impl CryptoProvider for Recorded {
 impl AeadKey for RecordedKey {
     fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
         self.ledger.note(self.bytes, *nonce, aad, in_out);
-        // An envelope under the service key: a data key and nothing else is sealed.
+        // An envelope under the service key: only a data key is sealed in this form.
         if in_out.len() == 32 && aad.len() == 42 {
             self.ledger.add_key(in_out);
         }
@@ -153,10 +153,10 @@ impl AeadKey for RecordedKey {
 
 // ---- the KMS ----
 
-/// What the KMS draws from a seed is drawn by nobody else.
+/// The stream of random numbers that only the KMS uses.
 const KMS_STREAM: u64 = u64::MAX;
 
-/// A KMS in memory with two master keys. It can be told to refuse one, and to fail one call in so many.
+/// A KMS in memory with two master keys. It can refuse one of them, and fail one call in N.
 pub(crate) struct SeededKms {
     masters: BTreeMap<String, [u8; 32]>,
     disabled: Mutex<BTreeSet<String>>,
@@ -167,7 +167,7 @@ pub(crate) struct SeededKms {
 #[derive(Clone)]
 struct KmsState {
     dice: Dice,
-    /// Which part of the calls fails: one in so many; none with 0.
+    /// Fails one call in this many; 0 disables failures.
     one_fails_in: u64,
 }
 
@@ -191,7 +191,7 @@ impl SeededKms {
         Arc::new(Self { masters, disabled: Mutex::default(), state, ledger: Arc::clone(ledger) })
     }
 
-    /// The same for a copy of the world, in good health. Its answers are its own.
+    /// A healthy KMS for a copy of the setup, with its own answers.
     pub(crate) fn fork(&self, seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
         let state = Mutex::new(KmsState { dice: Dice::new(seed, KMS_STREAM), one_fails_in: 0 });
         let disabled = Mutex::new(self.disabled.lock().unwrap().clone());
@@ -206,7 +206,7 @@ impl SeededKms {
         self.disabled.lock().unwrap().clear();
     }
 
-    /// From now on one call in `count` fails, in one way or another; none does with 0.
+    /// Makes one call in `count` fail from now on, in varying ways; 0 disables failures.
     pub(crate) fn fail_one_in(&self, count: u64) {
         self.state.lock().unwrap().one_fails_in = count;
     }

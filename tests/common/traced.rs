@@ -1,4 +1,4 @@
-//! What the engine says of itself.
+//! The engine's log events.
 
 use std::{
     io,
@@ -7,14 +7,15 @@ use std::{
 
 use tracing_subscriber::layer::SubscriberExt;
 
-/// Everything that is traced, as text.
+/// All log events, as text.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Traced(Arc<Mutex<Vec<u8>>>);
 
 impl Traced {
-    /// Traces at every level while `act` runs, in this thread.
+    /// Records events at every level while `act` runs in this thread.
     pub(crate) fn while_running<T>(&self, act: impl FnOnce() -> T) -> T {
-        // As long as there is a subscriber for everything, no place is switched off because another test had none just then.
+        // Keep a global subscriber for all levels: otherwise a callsite may be cached as disabled
+        // while another test has no subscriber.
         static ON: Once = Once::new();
         ON.call_once(|| tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap());
         let traced = self.clone();

@@ -1,4 +1,5 @@
-//! A life of a store, step by step, and the model of it that is a list. `tests/model.rs` and the fuzzer make the steps up.
+//! The steps of a store's history, and the model of the store. `tests/model.rs` and the fuzzer
+//! generate the steps.
 
 #![allow(clippy::unwrap_used)]
 
@@ -49,12 +50,12 @@ pub(crate) enum Step {
     CutPower(Option<u64>),
 }
 
-/// How much is known of an append.
+/// The known outcome of an append.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Known {
-    /// Nobody has waited for its ticket yet.
+    /// No caller has waited for its ticket yet.
     Pending,
-    /// It was refused, and may be there all the same.
+    /// The append failed, but the record may be present.
     Failed,
     Acknowledged(Durability),
 }
@@ -66,9 +67,9 @@ struct Item {
     kind: BlockKind,
     bytes: Bytes,
     known: Known,
-    /// Retention may have dropped it, or it had not been written then.
+    /// Retention may have dropped the record, or the record was not written yet when retention ran.
     optional: bool,
-    /// A crash may have taken it: whether it did shows when the shard is recovered.
+    /// A crash may have lost the record. The recovery of the shard decides.
     in_doubt: bool,
 }
 
@@ -85,9 +86,9 @@ impl Item {
 #[derive(Default)]
 struct Shard {
     items: Vec<Item>,
-    /// No number up to this is given again.
+    /// The highest number used. Numbers up to it are never assigned again.
     used: Option<u64>,
-    /// Whether it has been written to or synced since it was opened, which recovers it.
+    /// Whether it was written to or synced since it was opened, which recovers it.
     recovered: bool,
 }
 
@@ -95,7 +96,7 @@ struct Shelf {
     handle: Logstore,
     shards: Vec<Shard>,
     byok: bool,
-    /// What is older may have been dropped from the front.
+    /// Records older than this may have been dropped from the front.
     dropped_before_us: u64,
 }
 
@@ -112,7 +113,7 @@ struct Life {
     power_was_cut: bool,
 }
 
-/// The same numbers in every run, and never one of them twice in a run.
+/// A random source with the same numbers in every run, without repetitions in a run.
 #[derive(Debug)]
 struct Repeatable(AtomicU64);
 
@@ -131,8 +132,9 @@ fn text_of(n: usize) -> String {
     format!("p/l{n}")
 }
 
-/// Takes in what was found of a shard. After a crash (`survived`) nothing may be missing that was acknowledged as more than that; what
-/// is behind a hole shows again once the shard is recovered. Otherwise only what was not written yet may be missing, at the end.
+/// Updates the model with the records read from a shard. After a crash (`survived`), no record with
+/// a higher acknowledged durability may be missing; records after a hole reappear once the shard is
+/// recovered. Otherwise only unwritten records may be missing, at the end.
 fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dropped_before_us: u64) {
     let mut left = found.iter().peekable();
     let (mut any, mut unseen) = (false, false);
@@ -143,7 +145,7 @@ fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dro
             assert!(same, "{} is not what was appended", item.seq);
             assert!(!unseen, "{} is there, something before it is not", item.seq);
             if item.known == Known::Pending && survived.is_some() {
-                item.known = Known::Failed; // nobody has its ticket any more
+                item.known = Known::Failed; // the process that held its ticket is gone
             }
             item.raise(Durability::Written);
             (item.optional, item.in_doubt) = (false, false);
@@ -214,12 +216,13 @@ impl Life {
         envelog::io::Clock::wall_us(&*self.sim.world.clock)
     }
 
-    /// Whether operations of the Logstore that need its key are refused now.
+    /// Whether the Logstore must refuse operations that need its key.
     fn refused(&self, n: usize) -> bool {
         self.disabled && self.shelves[n].as_ref().is_some_and(|shelf| shelf.byok)
     }
 
-    /// Checks the result of an operation that needs the key. `None` when it was refused, as it had to be.
+    /// Checks the result of an operation that needs the key. Returns `None` if it was refused, as
+    /// expected.
     fn gated<T: std::fmt::Debug>(&self, n: usize, result: Result<T>) -> Option<T> {
         if self.refused(n) {
             assert_revoked(result, RevokedReason::Disabled);
@@ -279,7 +282,7 @@ impl Life {
         assert!(place.used.is_none_or(|used| seq > used), "{seq} was given before");
         (place.used, place.recovered) = (Some(seq), true);
         if let Known::Acknowledged(durability) = known {
-            // What came before it went the same way.
+            // All records before it are at least as durable.
             place.items.iter_mut().filter(|item| item.known != Known::Failed).for_each(|item| item.raise(durability));
         }
         place.items.push(Item { seq, time_us, kind, bytes, known, optional: false, in_doubt: false });
@@ -288,7 +291,7 @@ impl Life {
         }
     }
 
-    /// Waits for every ticket.
+    /// Waits for all tickets.
     fn wait(&mut self) {
         for (n, shard, seq, durability, ticket) in std::mem::take(&mut self.tickets) {
             let result = ticket.wait();
@@ -300,7 +303,7 @@ impl Life {
                     item.known = Known::Acknowledged(durability);
                 }
                 Err(error) => {
-                    // The key may have been away for a while since it was handed in.
+                    // The key may have been disabled since the submission.
                     assert!(is_revoked(&error, RevokedReason::Disabled) && shelf.byok, "{error}");
                     item.known = Known::Failed;
                 }
@@ -310,7 +313,7 @@ impl Life {
 
     fn durable(&mut self, n: usize) {
         let shelf = self.shelves[n].as_mut().unwrap();
-        // What an earlier process wrote is made durable by recovery.
+        // Recovery makes the records of an earlier process durable.
         let recovered = shelf.shards.iter_mut().filter(|shard| shard.recovered);
         for item in recovered.flat_map(|shard| &mut shard.items) {
             if item.known != Known::Failed {
@@ -323,7 +326,8 @@ impl Life {
         records(&self.shelves[n].as_ref().unwrap().handle, shard)
     }
 
-    /// Reads everything that can be read, here and with the other opener, and compares.
+    /// Reads all readable records, with the store and with a read-only opener, and compares them
+    /// with the model.
     fn check(&mut self, survived: Option<Durability>) {
         for n in 0..LOGSTORES {
             if self.shelves[n].is_none() {
@@ -389,7 +393,7 @@ impl Life {
         let with = |ttl_days, retention_bytes| LogstoreConfig { ttl_days, retention_bytes, ..handle.config() };
         let updated = self.store().update_logstore(handle.name(), with(ttl_days, retention_bytes));
         if self.refused(n) && (ttl_days.is_some() || retention_bytes.is_some()) {
-            // The data key authenticates how long segments are kept.
+            // The data key authenticates the retention settings.
             assert_revoked(updated, RevokedReason::Disabled);
             return;
         }
@@ -401,7 +405,7 @@ impl Life {
             let sizes: Vec<u64> =
                 self.sim.disk.segments(&dir, shard).iter().map(|path| self.sim.disk.bytes(path).len() as u64).collect();
             let kept = retention_bytes.is_none_or(|max| sizes.len() <= 1 || sizes.iter().sum::<u64>() <= max);
-            // A power cut may bring back files that were dropped; recovery removes them.
+            // A power loss may bring back dropped files. Recovery removes them again.
             assert!(kept || self.power_was_cut, "{sizes:?} are kept of {retention_bytes:?}");
         }
         self.store().update_logstore(handle.name(), with(None, None)).unwrap();
@@ -446,13 +450,13 @@ impl Life {
                 }
             }
         }
-        // To see what is there, the key is needed.
+        // Comparing the records requires the key.
         self.check_gates();
         self.enable();
         self.check(Some(survived));
     }
 
-    /// What has no key is refused from the first operation on.
+    /// Checks that a Logstore without an accessible key refuses its first operation.
     fn check_gates(&self) {
         for n in (0..LOGSTORES).filter(|n| self.refused(*n)) {
             let handle = &self.shelves[n].as_ref().unwrap().handle;
@@ -461,7 +465,7 @@ impl Life {
         }
     }
 
-    /// The process is killed or the power fails: what its handles do later concerns nobody.
+    /// A kill or a power loss: operations on the old handles no longer matter.
     fn crash(&mut self, sim_disk: disk::SimDisk, survived: Durability) {
         let abandoned = (self.store.take(), self.reading.take(), std::mem::take(&mut self.tickets));
         let handles: Vec<Logstore> = self.shelves.iter().flatten().map(|shelf| shelf.handle.clone()).collect();
@@ -484,7 +488,7 @@ impl Life {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let result = shelf.handle.sync();
                 match self.refused(n) {
-                    // There may be nothing left to be synced.
+                    // There may be no data left to sync.
                     true => assert!(result.is_ok() || is_revoked(&result.unwrap_err(), RevokedReason::Disabled)),
                     false => {
                         result.unwrap();
@@ -542,7 +546,7 @@ impl Life {
                     self.disabled = true;
                     self.sim.world.clock.advance(secs(32));
                     self.tick();
-                    // Some have failed.
+                    // Some tickets have failed.
                     self.wait();
                 }
                 self.check_gates();
@@ -576,7 +580,7 @@ impl Life {
                 let closed = self.store.take().unwrap().close();
                 let survived = match &closed {
                     Ok(()) => Durability::Buffered,
-                    // Groups that were only buffered, with no key to seal them.
+                    // Buffered groups were lost because there was no key to seal them.
                     Err(error) => {
                         assert!(self.disabled && is_revoked(error, RevokedReason::Disabled), "{error}");
                         Durability::Written
@@ -599,10 +603,10 @@ impl Life {
     }
 }
 
-/// A whole life, in which these steps are taken. The fuzzer comes in here too.
+/// Runs a whole history of these steps. The fuzzer calls this function too.
 pub(crate) fn live(steps: &[Step]) {
     let mut life = Life::new();
-    // Something to begin with, so that short lives are not empty ones.
+    // Starts with some data, so that short histories are not empty.
     for n in 0..LOGSTORES {
         life.run(&Step::Create(n));
     }

@@ -24,7 +24,7 @@ enum Which {
     Probe,
 }
 
-/// How a document is changed, and with which code the store is then refused.
+/// A change of a document, and the error code with which the store is then refused.
 struct Row {
     rule: &'static str,
     store: &'static str,
@@ -332,8 +332,8 @@ const BODIES: &[Row] = &[
 const BESIDE: &str = "the configuration beside the keys section";
 const SECTION: &str = "the keys section of the metadata";
 
-/// Changes the same in the configuration and in the keys section, and leaves the second tag as it was: all that the service keyring
-/// alone can do.
+/// Makes the same change in the configuration and in the keys section, and leaves the second tag
+/// unchanged: the most that the service keyring alone can do.
 fn in_both(document: &mut Document, change: fn(&mut Value)) {
     document.tag_b_follows = false;
     document.edit(change);
@@ -364,7 +364,7 @@ fn no_envelope(document: &mut Document) {
     document.edit(|json| drop(json.as_object_mut().unwrap().remove("encrypt_conf")));
 }
 
-/// What the keys section binds.
+/// The settings that the keys section authenticates.
 const BOUND: &[Row] = &[
     byok(code(
         "tampered",
@@ -435,7 +435,7 @@ const BOUND: &[Row] = &[
             document.edit_keys(|json| json["cmk"]["cmk_key_id"] = "key-0123456789abcdef".into());
         }),
     )),
-    // By a holder of the data key.
+    // Changes by a holder of the data key.
     byok(row(Which::Meta, "one ordinal of a data key for each shard", "one ordinal for each shard", |document| {
         document.edit_keys(|json| {
             json["versions"].as_array_mut().unwrap().iter_mut().for_each(|version| version["ordinals"] = json!([1, 1]));
@@ -507,7 +507,7 @@ fn path(copy: &Copy, which: Which) -> PathBuf {
     }
 }
 
-/// Opens and reads everything.
+/// Opens the store and reads all records.
 fn use_all(copy: &Copy, read_only: bool) -> Result<()> {
     let store = if read_only { copy.builder().open_read_only()? } else { copy.builder().open()? };
     for name in store.list()? {
@@ -562,8 +562,8 @@ fn the_rules_of_what_the_data_key_binds() {
     check_all(BOUND);
 }
 
-/// The service keyring alone can have encryption switched off in the metadata, or leave the customer's key out of it. No append
-/// follows it into the clear.
+/// The service keyring alone can forge metadata that switches encryption off or omits the
+/// customer's key. No append follows such metadata and writes unencrypted data.
 #[test]
 fn no_forged_metadata_leads_to_an_append_in_the_clear() {
     const CANARY: &str = "never in plaintext";
@@ -599,7 +599,8 @@ fn no_forged_metadata_leads_to_an_append_in_the_clear() {
     }
 }
 
-/// A segment under the keyring needs no data key to be read. One has to say first that there may be such a segment.
+/// Reading a segment under the keyring needs no data key. However, the data key must first prove
+/// that the shard may contain such a segment.
 #[test]
 fn a_segment_under_the_keyring_is_read_once_the_data_key_has_proved_where_its_own_begin() {
     let copy = Copy::of("byok-aes");
@@ -628,7 +629,7 @@ fn a_segment_under_the_keyring_is_read_once_the_data_key_has_proved_where_its_ow
     }
 }
 
-/// Retention drops nothing by a time to live that the service keyring alone has put there.
+/// Retention does not apply a time to live that only the service keyring authenticates.
 #[test]
 fn a_forged_time_to_live_drops_nothing() {
     let copy = Copy::of("byok-aes");
@@ -639,7 +640,7 @@ fn a_forged_time_to_live_drops_nothing() {
     assert_eq!(segments(&copy.logstore_dir(), 0), before);
 }
 
-/// Metadata that nothing has proved is not made authentic by a change that the owner makes.
+/// A configuration change by the owner does not authenticate forged metadata.
 #[test]
 fn no_change_of_keys_or_settings_signs_what_was_forged() {
     let copy = Copy::of("byok-aes");
@@ -659,8 +660,8 @@ fn no_change_of_keys_or_settings_signs_what_was_forged() {
     assert_eq!(use_all(&copy, true).unwrap_err().code(), "tampered");
 }
 
-/// The generation of the metadata is not bound. An older keys section comes back with the tag that it had, and segments under newer
-/// data keys tell.
+/// The generation of the metadata is not bound. An attacker can restore an older keys section with
+/// its tag, but segments under newer data keys reveal it.
 #[test]
 fn an_older_keys_section_is_found_out_by_segments_under_newer_keys() {
     let copy = Copy::of("byok-aes");
@@ -680,7 +681,7 @@ fn an_older_keys_section_is_found_out_by_segments_under_newer_keys() {
     }
 }
 
-/// Under a customer's key the metadata has a second tag, which the keyring does not make.
+/// Under a customer's key the metadata has a second tag, which the keyring cannot compute.
 #[test]
 fn the_second_tag_is_verified_where_the_data_key_is_at_hand() {
     let copy = Copy::of("byok-aes");
@@ -716,7 +717,7 @@ fn the_rules_of_checkpoints() {
     }
 }
 
-/// What a checkpoint says of a head is compared in all its parts.
+/// Every field of a head in a checkpoint is compared.
 #[test]
 fn the_rules_of_heads_in_a_checkpoint() {
     for (field, value) in [("end_seq", 1), ("bytes", 1), ("blocks", 1)] {
@@ -731,7 +732,7 @@ fn the_rules_of_heads_in_a_checkpoint() {
     }
 }
 
-/// Lines of the audit log, tagged and chained anew.
+/// Lines of the audit log, with recomputed tags and chain.
 #[test]
 fn the_rules_of_the_audit_log() {
     type Change = fn(&mut Vec<Value>);
@@ -771,15 +772,15 @@ fn the_rules_of_the_audit_log() {
 
 // ---- the journal of the catalogue ----
 
-/// A file of the catalogue, taken apart.
+/// A parsed catalogue file.
 struct Journal<'a> {
     copy: &'a Copy,
     document: Vec<u8>,
-    /// What stands between the document and the tips.
+    /// The bytes between the document and the tips.
     padding: Vec<u8>,
     tips: [Vec<u8>; 2],
     records: Vec<Vec<u8>>,
-    /// What stands behind the last record.
+    /// The bytes after the last record.
     rest: Vec<u8>,
     /// The name of the file.
     name: String,
@@ -827,7 +828,7 @@ impl<'a> Journal<'a> {
         &mut self.tips[slot as usize]
     }
 
-    /// Makes the newest tip name this.
+    /// Makes the newest tip name this record.
     fn name(&mut self, number: u64, tag: [u8; 32]) {
         let slot = number % 2;
         self.tips[slot as usize] = catalogue::tip(slot as u32, 1, number, &tag, &self.copy.document_key(1));
@@ -847,7 +848,7 @@ impl<'a> Journal<'a> {
         self.name(number, tag);
     }
 
-    /// Some Logstore's name and id, in a change.
+    /// The name and id of a Logstore, for use in a change.
     fn logstore(&self) -> Value {
         let mut logstores = self.body()["catalogue"]["logstores"].take();
         let (name, entry) = logstores.as_object_mut().unwrap().iter_mut().next().unwrap();
@@ -860,14 +861,14 @@ impl<'a> Journal<'a> {
     }
 }
 
-/// The fields of a change of the only Logstore, and more.
+/// The fields of a change of the only Logstore, with additional ones.
 fn about(journal: &Journal<'_>, more: Value) -> Value {
     let mut change = journal.logstore();
     change.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     change
 }
 
-/// How a file of the catalogue is changed, and with which code the store is then refused, if it is.
+/// A change of a catalogue file, and the error code with which the store is then refused, if it is.
 type JournalRow = (&'static str, Option<(&'static str, &'static str)>, fn(&mut Journal<'_>));
 
 const JOURNALS: &[JournalRow] = &[
@@ -1066,7 +1067,8 @@ fn the_rules_of_the_catalogues_journal() {
     assert!(failed.is_empty(), "{failed:#?}");
 }
 
-/// What the service key's older version signs is not taken behind what its newer one has, also while a rotation is unfinished.
+/// A record signed by an older service key version after one of a newer version is refused, also
+/// while a rotation is unfinished.
 #[test]
 fn a_record_under_an_older_service_key_is_refused() {
     for (accepts, code, says) in [
@@ -1090,7 +1092,7 @@ fn a_record_under_an_older_service_key_is_refused() {
     }
 }
 
-/// A file of an earlier writer that came back after a crash does not count.
+/// An earlier writer's file that reappears after a crash is ignored.
 #[test]
 fn an_older_file_of_the_catalogue_does_not_count() {
     let copy = Copy::of("service-aes");

@@ -1,4 +1,5 @@
-//! Seals changed stores the way a holder of the keys can: headers, blocks, footers and documents whose CRCs, tags and links all hold.
+//! Re-seals changed stores as a holder of the keys can: the CRCs, tags and links of headers,
+//! blocks, footers and documents are all valid.
 
 use std::{
     fs,
@@ -44,7 +45,8 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// The product in the field of GHASH (NIST SP 800-38D, section 6.3); the first bit of a block is its highest.
+/// The product in the field of GHASH (NIST SP 800-38D, section 6.3); the first bit of a block is
+/// its highest.
 fn gf128_mul(x: u128, y: u128) -> u128 {
     let (mut product, mut multiple) = (0, y);
     for bit in (0..128).rev() {
@@ -54,7 +56,7 @@ fn gf128_mul(x: u128, y: u128) -> u128 {
     product
 }
 
-/// Bytes to be put at offsets of an encoded structure, before it is sealed.
+/// Bytes to write at offsets of an encoded structure before it is sealed.
 pub(crate) type Patch = Vec<(usize, Vec<u8>)>;
 
 fn patched(mut bytes: Vec<u8>, patch: &Patch) -> Vec<u8> {
@@ -73,7 +75,7 @@ impl Copy {
     pub(crate) fn of(which: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(which), dir.path());
-        // Git keeps no empty directory.
+        // Git does not store empty directories.
         fs::create_dir_all(dir.path().join("store/probes")).unwrap();
         Self { dir }
     }
@@ -95,7 +97,7 @@ impl Copy {
         if kms.exists() { builder.kms(Arc::new(LocalKms::open(kms).unwrap())) } else { builder }
     }
 
-    /// The root of a version of the keyring, the newest where there is no such version.
+    /// The root key of a keyring version, or of the newest version if the given one does not exist.
     pub(crate) fn root(&self, version: u32) -> SecretKey {
         let keyring = Document::read(&fs::read(self.path("keyring")).unwrap()).json();
         let versions = keyring["versions"].as_array().unwrap();
@@ -131,8 +133,9 @@ impl Copy {
         SecretKey::from_bytes(&mut key)
     }
 
-    /// Changes the payload of the first block of a segment under an unchanged tag. GHASH is a sum of blocks of 16 bytes, each multiplied by a power
-    /// of the key's H: a change of one block is made up for by H times that change in the next block.
+    /// Changes the payload of the first block of a segment without changing its tag. GHASH is a sum
+    /// of 16-byte blocks, each multiplied by a power of the key's H, so a change of one block is
+    /// cancelled by H times that change in the next block.
     pub(crate) fn forge_payload(&self, path: &Path) {
         let mut file = fs::read(path).unwrap();
         let decoded = SegmentHeader::decode(&file).unwrap();
@@ -140,7 +143,7 @@ impl Copy {
         // The tags of two messages that differ by 1 in their last block differ by the square of H.
         let tag = |last: u128| u128::from_be_bytes(cipher.tag_only(&[0; 12], &last.to_be_bytes()).unwrap());
         let mut h = tag(0) ^ tag(1 << 127);
-        // The square root is the 127th square: 128 of them lead back.
+        // The square root is the 127th square: squaring 128 times is the identity.
         (0..127).for_each(|_| h = gf128_mul(h, h));
 
         let start = decoded.body_start as usize;
@@ -159,7 +162,8 @@ impl Copy {
         catalogue::catalogue_file(&self.path("store"))
     }
 
-    /// Changes a document, and makes lengths, tags and CRC right again. The catalogue names changed metadata.
+    /// Changes a document and recomputes lengths, tags and CRC. The catalogue is updated to name
+    /// changed metadata.
     pub(crate) fn change_document(&self, path: &Path, change: impl FnOnce(&mut Document)) {
         let mut document = Document::read(&fs::read(path).unwrap());
         change(&mut document);
@@ -173,7 +177,7 @@ impl Copy {
             catalogue.edit(|json| {
                 let entries = json["catalogue"]["logstores"].as_object_mut().unwrap();
                 let entry = entries.values_mut().find(|entry| dir.ends_with(entry["id"].as_str().unwrap())).unwrap();
-                // A generation that no document may have is left to the check of the document.
+                // Keep an invalid generation, so that the engine's check of the document finds it.
                 let generation = u64_at(&bytes, 56);
                 if (1..u64::MAX).contains(&generation) {
                     entry["generation"] = generation.into();
@@ -185,7 +189,8 @@ impl Copy {
         });
     }
 
-    /// Changes the snapshot of the catalogue, in which the changes of its records have been made. There are no records behind it then.
+    /// Changes the snapshot of the catalogue, after applying the changes of its records. The result
+    /// has no records.
     pub(crate) fn change_catalogue(&self, change: impl FnOnce(&mut Document)) {
         let path = self.catalogue();
         let file = fs::read(&path).unwrap();
@@ -203,7 +208,7 @@ impl Copy {
         derived(&self.root(version), &[], "envelog v2 document")
     }
 
-    /// The bytes of a document.
+    /// Encodes and seals a document.
     fn seal(&self, mut document: Document) -> Vec<u8> {
         let mut bytes = document.head.clone();
         bytes[72..76].copy_from_slice(&(document.a.len() as u32).to_le_bytes());
@@ -226,19 +231,19 @@ impl Copy {
     }
 }
 
-/// A document, taken apart.
+/// A parsed document.
 pub(crate) struct Document {
-    /// What stands before part A.
+    /// The bytes before part A.
     pub(crate) head: Vec<u8>,
     pub(crate) a: String,
     pub(crate) b: String,
     pub(crate) tag_b: [u8; 32],
-    /// Whether a second tag is made again, if there is one.
+    /// Whether the second tag is recomputed, if there is one.
     pub(crate) tag_b_follows: bool,
 }
 
 impl Document {
-    /// That at the beginning of `bytes`.
+    /// Parses the document at the beginning of `bytes`.
     pub(crate) fn read(bytes: &[u8]) -> Self {
         let (a, b) = (u32_at(bytes, 72) as usize, u32_at(bytes, 76) as usize);
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
@@ -274,17 +279,17 @@ impl Document {
     }
 }
 
-/// A block before it is sealed. Number, segment tag and offset are those of its place.
+/// A block before it is sealed. Its position determines number, segment tag and offset.
 #[derive(Clone)]
 pub(crate) struct Block {
     pub(crate) header: BlockHeader,
-    /// What is sealed: the list and the table, compressed if the header says so.
+    /// The plaintext: the list and the table, compressed if the header says so.
     pub(crate) payload: Vec<u8>,
     pub(crate) patch: Patch,
 }
 
 impl Block {
-    /// Puts opaque records into it, with these times in its table.
+    /// Stores opaque records in the block, with these times in its table.
     pub(crate) fn put_opaque(&mut self, records: &[&[u8]], table: &[u32]) {
         self.put(BlockKind::Opaque, 0, records, table);
     }
@@ -310,18 +315,18 @@ impl Block {
         self.payload = payload;
     }
 
-    /// The list without compression.
+    /// The uncompressed list.
     pub(crate) fn list_mut(&mut self) -> &mut [u8] {
         &mut self.payload[..self.header.list_len as usize]
     }
 
-    /// Moves the whole block in time.
+    /// Sets all times of the block.
     pub(crate) fn set_time(&mut self, time_us: u64) {
         let length = self.header.last_time_us - self.header.first_time_us;
         (self.header.first_time_us, self.header.last_time_us) = (time_us, time_us + length);
     }
 
-    /// A mark that could stand behind it.
+    /// A mark that could follow the block.
     pub(crate) fn mark(&self) -> Self {
         let mut mark = self.clone();
         mark.put(BlockKind::Mark, 0, &[], &[]);
@@ -338,16 +343,16 @@ pub(crate) struct Segment {
     pub(crate) header: SegmentHeader,
     pub(crate) header_patch: Patch,
     pub(crate) blocks: Vec<Block>,
-    /// Whether it has a footer, with this flag.
+    /// Whether the segment has a footer, and the footer's `recovered` flag.
     pub(crate) footer: Option<bool>,
     pub(crate) footer_patch: Patch,
-    /// More entries of the index.
+    /// Changes the entries of the index.
     pub(crate) index: fn(&mut Vec<IndexEntry>),
-    /// What stands behind the last block of a segment that was cut.
+    /// The bytes after the last block of a cut segment.
     tail: Vec<u8>,
-    /// How many of its blocks the successor keeps.
+    /// The number of blocks that the successor keeps.
     kept: usize,
-    /// What it says of its predecessor, after that was made right.
+    /// Changes the link to the predecessor after it was computed.
     pub(crate) link: fn(&mut PredecessorEnd),
 }
 
@@ -369,7 +374,7 @@ impl<'a> Chain<'a> {
         SegmentCipher::derive(&AwsLc::new(), header.suite, &key, &header.salt, header_hash).unwrap()
     }
 
-    /// Opens every block of a shard. None of them is compressed but those of the store `compressed`.
+    /// Decrypts every block of a shard. Only the store `compressed` has compressed blocks.
     pub(crate) fn load(copy: &'a Copy, shard: u32) -> Self {
         let mut chain = Self { copy, shard, segments: Vec::new() };
         for path in segments(&copy.logstore_dir(), shard) {
@@ -431,7 +436,7 @@ impl<'a> Chain<'a> {
         self.segments.push(segment);
     }
 
-    /// Seals every segment again, each linked to the one before it. Returns where each ends.
+    /// Seals every segment again, each linked to the previous one. Returns the end of each.
     pub(crate) fn save_segments(&mut self) -> Vec<PredecessorEnd> {
         let mut before: Option<PredecessorEnd> = None;
         let mut ends = Vec::new();
@@ -454,7 +459,7 @@ impl<'a> Chain<'a> {
         ends
     }
 
-    /// Seals everything again, the segments and the catalogue, which knows one of them.
+    /// Seals the segments and the catalogue again. The catalogue knows one of the segments.
     pub(crate) fn save(mut self) {
         let ends = self.save_segments();
         let shard = self.shard as usize;
@@ -474,14 +479,14 @@ impl<'a> Chain<'a> {
 }
 
 impl Segment {
-    /// Its bytes, and how a successor names its end.
+    /// The sealed bytes, and the end that a successor records.
     fn seal(&self, copy: &Copy) -> (Vec<u8>, PredecessorEnd) {
         let (suite, encoded) = (self.header.suite, patched(self.header.encode(), &self.header_patch));
         let header_hash = hash(suite.hash(), &[&encoded]);
         let cipher = Chain::cipher(copy, &self.header, &header_hash);
         let mut file = SegmentHeader::finish(encoded, cipher.commitment());
         let algorithm = self.header.payload_hash;
-        // What the digest covers of the blocks.
+        // The part of the blocks that the digest covers.
         let mut digested = Vec::new();
         let mut footer = Footer {
             segment_tag: header_hash[..8].try_into().unwrap(),

@@ -1,8 +1,8 @@
-//! Says that the engine is to be built with the locks of shuttle: `src/sync.rs`.
+//! Builds the engine with the locks of shuttle: see `src/sync.rs`.
 
 fn main() {
     println!("cargo::rustc-cfg=shuttle");
-    // Backends that are tested elsewhere.
+    // Declare the features of backends that other packages test.
     println!(r#"cargo::rustc-check-cfg=cfg(feature, values("kms-aliyun", "kms-aws", "kms-pkcs11"))"#);
     println!("cargo::rerun-if-changed=build.rs");
 }

@@ -1,4 +1,5 @@
-//! A store that lives in a simulated world: what can be done with it, what can happen to it, and what is checked each time.
+//! A store in a simulated environment: the possible operations and faults, and the checks after
+//! each.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -26,17 +27,19 @@ use super::{
     model::{Item, Outcome, Shelf, View, ensure},
 };
 
-/// The Logstores: AES under the service key in two shards; SM4 under a master key; none at first; one that comes and goes.
+/// The Logstores: AES under the service key in two shards; SM4 under a master key; one without
+/// encryption at first; one that is deleted and created again.
 pub(crate) const NAMES: [&str; 4] = ["p/aes", "p/sm4", "p/plain", "p/brief"];
 const DIR: &str = "/world/store";
 const KEYRING: &str = "/world/keys/keyring";
 
-/// What can be done, and what can happen.
+/// An operation or a fault.
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     Open,
     Create(usize),
-    /// One after the other put into the queue, then waited for: those that wait for each other share a block.
+    /// Queues these appends one after the other, and then waits for them: waiting appends share a
+    /// block.
     Append {
         to: usize,
         shard: usize,
@@ -49,65 +52,69 @@ pub(crate) enum Step {
     RotateDataKey(usize),
     Rewrap(usize),
     RotateServiceKey,
-    /// Switches encryption on or off; the first time, where there was none, it makes the first envelope.
+    /// Switches encryption on or off. In a Logstore without encryption, the first switch creates
+    /// the first envelope.
     Toggle(usize),
     ReplaceCmk(usize),
-    /// Keeps as little as it can, once.
+    /// Runs retention once with the smallest possible limit.
     Retain(usize),
     TimeToLive(usize),
     Delete(usize),
     Checkpoint,
-    /// Lets so many milliseconds pass, and does what is due.
+    /// Advances the time by this many milliseconds, and runs the background work that is due.
     Pass(u64),
     JumpWall(i64),
     Disable,
     Enable,
     KmsFails(u64),
     RandomFails,
-    /// The operation of the disk that many from now on fails, and what follows if it is to last.
+    /// Makes the disk operation that many from now fail; if lasting, all later ones that can fail
+    /// this way too.
     Fail(u64, Fault, bool),
-    /// Nothing fails any more, and what has stopped is started again.
+    /// Ends all faults, and restarts everything that has stopped.
     Heal,
     Shut,
-    /// Shuts the store and opens it again.
+    /// Closes the store and opens it again.
     Close,
-    /// Another writer takes over the store, whose `LOCK` is lost, before that operation of the disk of an append and a roll.
+    /// Removes `LOCK` and lets another writer take over the store, before that disk operation of an
+    /// append and a roll.
     TakeOver {
         to: usize,
         shard: usize,
         nth: u64,
     },
-    /// The writer that was taken over tries to go on.
+    /// The writer that lost the store tries to continue.
     Fenced,
-    /// The anchor fails from now on: it refuses, or keeps a part of what it is given.
+    /// Makes the anchor fail from now on: it refuses, or stores only a part of the data.
     AnchorFails {
         half: bool,
     },
-    /// An older store is put in the place of this one, whose anchor knows more.
+    /// Replaces the store by an older copy, which its anchor must detect.
     PutBack,
     Kill,
     CutPower(Survives),
 }
 
-/// What one opening of the store has been through.
+/// The faults since the store was opened.
 #[derive(Clone, Copy, Debug, Default)]
 struct Trouble {
     disk: bool,
     kms: bool,
     anchor: bool,
     taken_over: bool,
-    /// Shards may end in what a process left that was not closed: only an append, or a sync of the Logstore, looks at that.
+    /// Shards may still have the unclean end of an earlier process: only an append or a sync of the
+    /// Logstore recovers them.
     left_open: bool,
 }
 
-/// An anchor in memory.
+/// An in-memory anchor.
 #[derive(Clone, Debug, Default)]
 struct LifeAnchor(Arc<Mutex<Kept>>);
 
 #[derive(Clone, Debug, Default)]
 struct Kept {
     bytes: Option<(AnchorPlace, Vec<u8>)>,
-    /// Whether it fails, and keeps half of what is appended.
+    /// Whether it fails, and whether it then stores half of the appended data.
     fails: Option<bool>,
 }
 
@@ -166,7 +173,7 @@ pub(crate) struct Life {
     seed: u64,
     openings: u64,
     store: Option<Store>,
-    /// The writer that another one has taken over from, which does not know that it has ended.
+    /// The writer that another writer has taken over from, and that has not noticed it.
     fenced: Option<Store>,
     anchor: LifeAnchor,
     shelves: Arc<Mutex<Shelves>>,
@@ -174,7 +181,7 @@ pub(crate) struct Life {
     trouble: Trouble,
 }
 
-/// A moment in a life from which others can go on.
+/// A saved state from which several lives can continue.
 pub(crate) struct Moment {
     clock: Arc<TestClock>,
     ledger: Arc<Ledger>,
@@ -185,7 +192,8 @@ pub(crate) struct Moment {
 }
 
 impl Moment {
-    /// What is known when this is called, on a disk of its own, for the next process. All randomness comes from `seed`.
+    /// A life that continues from this state with its own disk, as the next process. All randomness
+    /// comes from `seed`.
     pub(crate) fn branch(&self, disk: SimDisk, seed: u64) -> Life {
         let ledger = self.ledger.fork();
         Life {
@@ -205,7 +213,7 @@ impl Moment {
         }
     }
 
-    /// As it is now, to be branched from later.
+    /// A frozen copy of the state, to branch from later.
     pub(crate) fn freeze(&self) -> Self {
         Self {
             clock: self.clock.fork(),
@@ -241,7 +249,7 @@ fn options() -> StoreOptions {
 }
 
 impl Life {
-    /// A new store, with nothing in it.
+    /// A new, empty store.
     pub(crate) fn new(seed: u64) -> Self {
         let disk = SimDisk::new(Path::new(KEYRING).parent().unwrap());
         let ledger = Arc::<Ledger>::default();
@@ -298,12 +306,13 @@ impl Life {
             .options(options())
     }
 
-    /// An error is one that the trouble there was accounts for; a failing disk is never taken for damage.
+    /// Checks that an error is explained by the injected faults. A failing disk must never be
+    /// reported as damage.
     fn excused(&self, what: &str, error: &Error) -> Outcome {
         let excused = match error.kind() {
             ErrorKind::Io | ErrorKind::Full => self.trouble.disk || self.trouble.taken_over,
             ErrorKind::Unavailable => match error {
-                // The anchor is fed from the file of the catalogue.
+                // Updating the anchor reads the catalogue file.
                 Error::Anchor { .. } => self.trouble.anchor || self.trouble.disk,
                 _ => self.trouble.taken_over,
             },
@@ -317,7 +326,7 @@ impl Life {
         Ok(())
     }
 
-    /// The Logstore, if there is one now.
+    /// The Logstore, if it exists.
     fn handle(&mut self, n: usize) -> Outcome<Option<Logstore>> {
         let Some(store) = &self.store else { return Ok(None) };
         match store.logstore(&name(NAMES[n])) {
@@ -334,7 +343,7 @@ impl Life {
         self.appended += 1;
         let mut dice = Dice::new(self.seed, self.appended);
         let filler: String = (0..size).map(|_| char::from(b'a' + dice.roll(26) as u8)).collect();
-        // What is still buffered when encryption is switched off is written as it is then.
+        // Data that is still buffered when encryption is switched off is written unencrypted.
         let secret = self.shelves()[NAMES[n]].encrypts() && durability > Durability::Buffered;
         let text = format!("{} {} {filler}", self.appended, if secret { CANARY } else { "plain" });
         if self.appended.is_multiple_of(4) {
@@ -377,7 +386,7 @@ impl Life {
                     let mut shelves = self.shelves();
                     let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
                     place.items[index].acked = Some(durability);
-                    // What came before it went the same way.
+                    // All records before it are at least as durable.
                     place.items[..index].iter_mut().for_each(|item| item.acked = item.acked.map(|a| a.max(durability)));
                 }
                 Err(error) => self.failed(n, shard, &error)?,
@@ -386,7 +395,7 @@ impl Life {
         Ok(())
     }
 
-    /// An append has failed: if the writer has stopped, what was only buffered is lost.
+    /// Handles a failed append: if the writer has stopped, the buffered records are lost.
     fn failed(&mut self, n: usize, shard: usize, error: &Error) -> Outcome {
         self.excused("to append", error)?;
         if matches!(error.kind(), ErrorKind::Io | ErrorKind::Full | ErrorKind::Unavailable) {
@@ -395,14 +404,14 @@ impl Life {
         Ok(())
     }
 
-    /// Everything that was acknowledged in a Logstore is durable now.
+    /// Marks everything acknowledged in a Logstore as durable.
     fn durable(&self, n: usize) {
         for shard in &mut self.shelves().get_mut(NAMES[n]).unwrap().shards {
             shard.raise(Durability::Synced);
         }
     }
 
-    /// Changes what a Logstore is: it is then the old or the new.
+    /// Changes a Logstore, which afterwards is in its old or new state.
     fn change<T>(
         &mut self,
         n: usize,
@@ -431,7 +440,7 @@ impl Life {
             }
             Err(error) => {
                 if !matches!(error.kind(), ErrorKind::Io | ErrorKind::Full) {
-                    // What was refused has not been done.
+                    // A refused change has no effect.
                     shelf.views = old;
                 }
                 drop(shelves);
@@ -538,7 +547,7 @@ impl Life {
     ) -> Outcome {
         let mut shelves = self.shelves();
         let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
-        // While the process goes on, what is buffered is only not there yet.
+        // While the process runs, buffered records are not visible yet, but not lost.
         let buffered: Vec<bool> = place.items.iter().map(|item| item.acked == Some(Durability::Buffered)).collect();
         place.settle(found, survived, seen_stays).map_err(|what| format!("{} shard {shard}: {what}", NAMES[n]))?;
         if self.store.is_some() && survived == Durability::Written {
@@ -555,7 +564,7 @@ impl Life {
         }
     }
 
-    /// A step of a life. What fails, fails; `Err` is what must not be.
+    /// Runs a step. Operations may fail; `Err` reports a violation.
     pub(crate) fn run(&mut self, step: &Step) -> Outcome {
         for shelf in self.shelves().values_mut() {
             if shelf.views.iter().any(View::drops) {
@@ -706,7 +715,7 @@ impl Life {
         Ok(())
     }
 
-    /// The store is opened by another writer while this one appends and rolls.
+    /// Another writer opens the store while this one appends and rolls.
     fn take_over(&mut self, to: usize, shard: usize, nth: u64) -> Outcome {
         let Some(first) = self.store.clone() else { return Ok(()) };
         if self.trouble.disk || self.trouble.anchor {
@@ -719,7 +728,7 @@ impl Life {
             let (disk, second) = (disk.clone(), Arc::clone(&second));
             move || {
                 disk.heal();
-                // It may be gone already.
+                // The file may be gone already.
                 let _ = envelog::io::Disk::remove_file(&disk, &lock);
                 *second.lock().unwrap() = Some(builder.clone().open());
             }
@@ -752,14 +761,14 @@ impl Life {
         Ok(())
     }
 
-    /// The writer that was taken over does nothing any more.
+    /// Checks that the writer that lost the store can do nothing.
     fn try_fenced(&mut self) -> Outcome {
         let Some(fenced) = self.fenced.clone() else { return Ok(()) };
         for (n, text) in NAMES.into_iter().enumerate() {
             let Ok(logstore) = fenced.logstore(&name(text)) else { continue };
             for durability in [Durability::Written, Durability::Synced] {
                 let (payload, kind, bytes) = self.payload(n, durability, 20);
-                // The other writer may find it at the end of the shard.
+                // The other writer may find the record at the end of the shard.
                 let item = Item { bytes, kind, seq: None, acked: None };
                 self.shelves().get_mut(text).unwrap().shards[0].items.push(item);
                 let options = AppendOptions { shard: ShardChoice::Shard(0), durability };
@@ -775,7 +784,7 @@ impl Life {
         Ok(())
     }
 
-    /// Goes on, closes, and puts the store back to where it was.
+    /// Continues and closes, and then replaces the store by its earlier state.
     fn put_back(&mut self) -> Outcome {
         if self.trouble.disk || self.trouble.anchor {
             return Ok(());
@@ -815,14 +824,14 @@ impl Life {
         }
     }
 
-    /// The process has ended: what was only buffered is gone.
+    /// The process has ended: buffered records are lost.
     fn end(&self) {
         for shelf in self.shelves().values_mut() {
             shelf.shards.iter_mut().for_each(|shard| shard.give_up_buffered());
         }
     }
 
-    /// The next process finds `disk`; what the one before does from now on concerns nobody.
+    /// Continues in the next process with `disk`. Operations of the old process no longer matter.
     pub(crate) fn crash(&mut self, disk: SimDisk, survived: Durability) -> Outcome {
         self.disk.heal();
         let before = (self.store.take(), self.fenced.take());
@@ -832,7 +841,7 @@ impl Life {
         checked
     }
 
-    /// Everything that has stopped is started again by the process itself, and goes on where it was.
+    /// Restarts everything that has stopped within the same process, and checks that it continues.
     fn heal(&mut self) -> Outcome {
         self.disk.heal();
         self.anchor.lock().fails = None;
@@ -860,7 +869,7 @@ impl Life {
         Ok(())
     }
 
-    /// An append for which nothing is in the way.
+    /// An append that no fault may affect.
     fn append_one(&mut self, n: usize, shard: usize, logstore: &Logstore) -> Outcome {
         let before = self.shelves()[NAMES[n]].shards[shard].items.len();
         let trouble = std::mem::take(&mut self.trouble);
@@ -873,8 +882,8 @@ impl Life {
         Ok(())
     }
 
-    /// Opens the store again in a healthy world, and looks at everything: that it is what it was, that it goes on, and that this
-    /// lasts.
+    /// Opens the store again without faults and checks everything: the state, that it continues to
+    /// work, and that this survives.
     pub(crate) fn reopen(&mut self, survived: Durability) -> Outcome {
         self.end();
         self.trouble = Trouble::default();
@@ -919,7 +928,7 @@ impl Life {
             ensure!(shelf.views.contains(&found), "{} is mixed up: {found:?}, not one of {:?}", NAMES[n], shelf.views);
             (shelf.current, shelf.views) = (found.clone(), vec![found]);
         }
-        // After a cut, what is there is on the disk.
+        // After a power loss, the visible records are on the disk.
         let seen_stays = if survived == Durability::Synced { Durability::Synced } else { Durability::Written };
         for shard in 0..shards(n) {
             let found = records(&logstore, shard as u32).map_err(|error| failed("cannot be read", error))?;
@@ -932,7 +941,8 @@ impl Life {
         Ok(())
     }
 
-    /// No key and nonce have met twice, no two segments share a salt, and nothing that is secret is on the disk.
+    /// Checks that no key and nonce pair repeats, that no two segments share a salt, and that no
+    /// secret is on the disk.
     fn look_for_secrets(&self) -> Outcome {
         if let Some(what) = self.ledger.repeated() {
             return Err(what);
@@ -950,7 +960,7 @@ impl Life {
         Ok(())
     }
 
-    /// No key is in any file of the store, as it is or in hex.
+    /// Checks that no file of the store contains a key, in binary or in hex.
     pub(crate) fn look_for_keys(&self) -> Outcome {
         let files = self.disk.files(Path::new(DIR));
         for key in self.ledger.keys() {
@@ -963,7 +973,7 @@ impl Life {
         Ok(())
     }
 
-    /// Something in a store that was closed has rotted: it is reported, and never taken for anything that was appended.
+    /// Damages a closed store: the damage is reported, and never read as an appended record.
     pub(crate) fn rot(&mut self, dice: &mut Dice) -> Outcome {
         let what = self.disk.rot(Path::new("/world"), dice);
         let context = |violation: String| format!("{what}: {violation}");
@@ -1022,5 +1032,5 @@ impl Life {
     }
 }
 
-/// Not in any name, key or number; short enough not to be cut by compression.
+/// Does not occur in any name, key or number. Short enough that compression does not split it.
 const CANARY: &str = "SECRET-canary-4711";

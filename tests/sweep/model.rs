@@ -1,12 +1,13 @@
-//! What is known of a store that fails, crashes and goes on: what must be there, what may be, and what never was.
+//! A model of a store with failures and crashes: the records that must be present, and those that
+//! may be.
 
 use bytes::Bytes;
 use envelog::{Durability, EncryptConf, Record, segment::BlockKind};
 
-/// `Err` is a violation: what was promised, and was not kept.
+/// `Err` describes a violation of a guarantee.
 pub(crate) type Outcome<T = ()> = Result<T, String>;
 
-/// Returns the violation that the rest describes, unless the first holds.
+/// Returns the violation that the other arguments describe, unless the condition holds.
 macro_rules! ensure {
     ($holds:expr, $($what:tt)+) => {
         if !$holds {
@@ -16,7 +17,7 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
-/// What there is to see of a Logstore's configuration and keys.
+/// The visible configuration and keys of a Logstore.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct View {
     pub(crate) encrypt_conf: Option<EncryptConf>,
@@ -34,7 +35,7 @@ impl View {
         self.encrypt_conf.as_ref().is_some_and(|conf| conf.enable)
     }
 
-    /// The same after a rotation of the service key.
+    /// The view after a rotation of the service key.
     fn renewed(&self) -> Self {
         let byok = self.encrypt_conf.as_ref().is_some_and(|conf| conf.user_cmk_info.is_some());
         let more = usize::from(self.key_versions > 0 && !byok);
@@ -47,9 +48,10 @@ impl View {
 pub(crate) struct Item {
     pub(crate) bytes: Bytes,
     pub(crate) kind: BlockKind,
-    /// Its number, if anybody was told.
+    /// Its number, if a caller got one.
     pub(crate) seq: Option<u64>,
-    /// As what it was acknowledged. `None` while it is under way, or when it failed: it may be there or not.
+    /// The acknowledged durability. `None` while it is pending or after a failure: the record may
+    /// be present or not.
     pub(crate) acked: Option<Durability>,
 }
 
@@ -59,41 +61,41 @@ impl Item {
     }
 }
 
-/// What is known of a shard.
+/// The model of a shard.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ShardModel {
     pub(crate) items: Vec<Item>,
-    /// The highest number that anybody was told of or has read.
+    /// The highest number that a caller or reader has seen.
     pub(crate) used: Option<u64>,
-    /// How many of the first items retention may have dropped.
+    /// The number of leading items that retention may have dropped.
     pub(crate) droppable: usize,
 }
 
 impl ShardModel {
-    /// Takes note of a number that was given out.
+    /// Records an assigned number.
     pub(crate) fn use_seq(&mut self, seq: u64) -> Outcome {
         ensure!(self.used.is_none_or(|used| seq > used), "number {seq} was given out before, up to {:?}", self.used);
         self.used = Some(seq);
         Ok(())
     }
 
-    /// Everything acknowledged so far is at least this durable now.
+    /// Marks everything acknowledged so far as at least this durable.
     pub(crate) fn raise(&mut self, durability: Durability) {
         for item in &mut self.items {
             item.acked = item.acked.map(|acked| acked.max(durability));
         }
     }
 
-    /// What was only buffered is given up: the writer has stopped, or the process has ended.
+    /// Gives up the buffered records: the writer has stopped, or the process has ended.
     pub(crate) fn give_up_buffered(&mut self) {
         for item in &mut self.items {
             item.acked = item.acked.filter(|acked| *acked > Durability::Buffered);
         }
     }
 
-    /// Compares what was read, from the first record to the last, with what is known. Whatever was acknowledged as `survived` or more
-    /// is there; everything is in order, whole, under its number, and nothing is there twice. `seen_stays` as long as nothing can be
-    /// lost any more that was seen.
+    /// Compares all records of the shard with the model. Every record acknowledged as `survived` or
+    /// more must be present; all records must be in order, complete, and under their number,
+    /// without repetition. `seen_stays` is the durability that visible records have from now on.
     pub(crate) fn settle(&mut self, found: &[Record], survived: Durability, seen_stays: Durability) -> Outcome {
         let mut at = 0;
         let mut seen = vec![false; self.items.len()];
@@ -138,15 +140,16 @@ impl ShardModel {
                 seen.len()
             );
             if survived > Durability::Buffered {
-                // Nobody waits for it any more. It may show later, when what is in front of it has been recovered.
+                // No caller waits for it any more. It may appear later, after the records before it
+                // are recovered.
                 item.acked = item.acked.filter(|acked| *acked >= survived);
             }
         }
         Ok(())
     }
 
-    /// As [`ShardModel::settle`], for a store in which something has rotted: what is read is right, as far as it goes. Unless there
-    /// was an error, all of it is there.
+    /// Like [`ShardModel::settle`], for a damaged store: the records before an error are right.
+    /// Without an error, all records are present.
     pub(crate) fn settle_rotten(&self, found: &[Record], reported: bool) -> Outcome {
         let mut copy = self.clone();
         if reported {
@@ -155,7 +158,8 @@ impl ShardModel {
         copy.settle(found, Durability::Synced, Durability::Buffered)
     }
 
-    /// Recovery is done and everything is durable: what was not found then never comes back.
+    /// Recovery is complete and everything is durable: records that are missing now never come
+    /// back.
     pub(crate) fn recovered(&mut self, found: &[Record]) {
         let before = self.items.len();
         self.items.retain(|item| found.iter().any(|record| Some(record.seq) == item.seq && record.bytes == item.bytes));
@@ -164,14 +168,14 @@ impl ShardModel {
     }
 }
 
-/// What is known of a Logstore.
+/// The model of a Logstore.
 #[derive(Clone, Debug)]
 pub(crate) struct Shelf {
-    /// Whether it may be there, and whether it may be absent.
+    /// Whether it may be present, and whether it may be absent.
     pub(crate) may_be: [bool; 2],
-    /// What the store says of itself now.
+    /// The view that the store reports now.
     pub(crate) current: View,
-    /// What it may be found to be.
+    /// The views that may be found.
     pub(crate) views: Vec<View>,
     pub(crate) shards: Vec<ShardModel>,
 }
@@ -195,12 +199,12 @@ impl Shelf {
         Self { may_be: [false, true], views: vec![view.clone()], current: view, shards }
     }
 
-    /// Whether everything that is appended now is encrypted, whatever became of the last change.
+    /// Whether all new appends are encrypted, whichever outcome the last change had.
     pub(crate) fn encrypts(&self) -> bool {
         self.views.iter().all(View::encrypts)
     }
 
-    /// Retention may drop whatever there is now.
+    /// Allows retention to drop all current records.
     pub(crate) fn allow_dropping(&mut self) {
         for shard in &mut self.shards {
             shard.droppable = shard.items.len();

@@ -1,4 +1,4 @@
-//! Authentic pieces in the wrong place or of the wrong time, pieces that are missing, and pieces that somebody made up.
+//! Authentic pieces in a wrong place or from an earlier time, missing pieces, and forged pieces.
 
 use envelog::{
     Position, RewrapOptions,
@@ -12,7 +12,7 @@ use super::{
     *,
 };
 
-/// The segments of a shard on an image, oldest first.
+/// The segments of a shard in an image, oldest first.
 pub(crate) fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shard: u32) -> Vec<PathBuf> {
     let store = fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
     let dir = fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(format!("shard-{shard:04}"));
@@ -24,7 +24,8 @@ fn meta_of(fixture: &Fixture, image: &Image, logstore: &str) -> PathBuf {
     newest_meta(&dir, image.files.keys().cloned()).unwrap()
 }
 
-/// Changes some bytes of a segment and makes the CRC of the part fit that begins at `part` and is `len` long, CRC included.
+/// Recomputes the CRC of the part of a segment that begins at `part` and has `len` bytes, CRC
+/// included.
 fn with_crc(mut bytes: Vec<u8>, part: usize, len: usize) -> Vec<u8> {
     let end = part + len - 4;
     let crc = crc32fast::hash(&bytes[part..end]);
@@ -37,7 +38,7 @@ fn exchanged(image: &Image, a: &Path, b: &Path) -> Image {
     image.with(a, image.files[b].clone()).with(b, image.files[a].clone())
 }
 
-/// The image with the first block of `from` in place of block `number` of `to`.
+/// The image with block `number` of `to` replaced by the first block of `from`.
 fn transplanted(image: &Image, from: &[u8], to: &Path, number: usize) -> Image {
     let mut bytes = image.files[to].clone();
     let source = blocks(from).0[0].clone();
@@ -47,7 +48,7 @@ fn transplanted(image: &Image, from: &[u8], to: &Path, number: usize) -> Image {
     image.with(to, bytes)
 }
 
-/// Whoever uses the store is told `code`, and so is whoever verifies it.
+/// Checks that both using and verifying the store report `code`.
 #[track_caller]
 fn assert_found(fixture: &Fixture, what: &str, image: &Image, code: &str) {
     let verdict = fixture.examine(image, None);
@@ -72,7 +73,7 @@ fn a_block_in_another_place_is_tampering() {
         ("of another store", transplanted(&image, &store, &first[0], 0)),
     ] {
         assert_found(&fixture, what, &damaged, "tampered");
-        // Made to look as if it belonged there, as far as that goes without the key.
+        // With adapted plaintext fields, as far as possible without the key.
         let mut bytes = damaged.files[&first[0]].clone();
         let target = blocks(&file(&first[0])).0[if what.starts_with("another") { 1 } else { 0 }].clone();
         let original = &file(&first[0])[target.clone()];
@@ -80,7 +81,7 @@ fn a_block_in_another_place_is_tampering() {
         let fitted = image.with(&first[0], with_crc(bytes, target.start, target.len()));
         assert_found(&fixture, what, &fitted, "tampered");
     }
-    // Two exchanged.
+    // Two blocks exchanged.
     let mut bytes = file(&first[0]);
     let (a, b) = (blocks(&bytes).0[0].clone(), blocks(&bytes).0[1].clone());
     let (one, two) = (bytes[a.clone()].to_vec(), bytes[b.clone()].to_vec());
@@ -107,7 +108,7 @@ fn a_segment_in_another_place_is_tampering() {
     ] {
         assert_found(&fixture, what, &damaged, "tampered");
     }
-    // The header, or the footer, of another alone.
+    // Only the header, or only the footer, of another segment.
     let (own, others) = (&image.files[&first[1]], &image.files[second_shard]);
     let (body_start, end) = (SegmentHeader::decode(own).unwrap().body_start as usize, blocks(own).1);
     assert_eq!((own.len(), end), (others.len(), blocks(others).1), "so that nothing else moves");
@@ -117,7 +118,7 @@ fn a_segment_in_another_place_is_tampering() {
     ] {
         assert_found(&fixture, what, &image.with(&first[1], spliced), "tampered");
     }
-    // A copy at the end, under the name that comes next: as a successor it names another predecessor.
+    // A copy at the end, under the next name. As a successor, it names the wrong predecessor.
     let next = first[2].with_file_name("0000000004-00000000000000000004-0000000001.seg");
     assert_found(&fixture, "a copy behind the last", &image.with(&next, image.files[&first[2]].clone()), "rolled_back");
 }
@@ -199,7 +200,8 @@ fn whatever_is_longer_than_it_was_is_corrupt() {
         for (what, more) in [("zeros", [0; 700]), ("garbage", std::array::from_fn(|n| (n * 31 % 251) as u8))] {
             let longer = image.with(path, [&bytes[..], &more, b"\n"].concat());
             if [FileKind::Audit, FileKind::Catalogue, FileKind::Epoch].contains(&FileKind::of(path)) {
-                // A record that a crash has torn: nobody knows of it. Nobody looks behind the slots of the epoch.
+                // A record torn by a crash is unknown to other files. Bytes after the slots of the
+                // epoch are ignored.
                 assert!(fixture.examine(&longer, None).is_clean(), "{what} behind {}", path.display());
             } else {
                 assert_found(&fixture, &format!("{what} behind {}", path.display()), &longer, "corrupt");
@@ -208,7 +210,7 @@ fn whatever_is_longer_than_it_was_is_corrupt() {
     }
 }
 
-/// What was there once, put back.
+/// An earlier version of a file, put back.
 #[test]
 fn what_is_older_than_it_was_is_rolled_back() {
     let mut fixture = Fixture::closed();
@@ -251,7 +253,8 @@ fn what_is_older_than_it_was_is_rolled_back() {
     let logstore = aes.parent().unwrap();
     assert_found(&fixture, "a whole Logstore", &image.with_dir_of(logstore, &old), "rolled_back");
 
-    // The whole store agrees with itself: only somebody who remembers can tell, which is what a checkpoint is for.
+    // The old copy of the whole store is consistent in itself. Only a comparison with outside
+    // knowledge detects it, which is the purpose of a checkpoint.
     let whole = image.with_dir_of(&fixture.world.store_dir(), &old);
     let store = fixture.builder(MemoryDisk::of(&whole)).open_read_only().unwrap();
     assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
@@ -259,7 +262,8 @@ fn what_is_older_than_it_was_is_rolled_back() {
     assert!(!found.is_empty() && found.iter().all(|code| ["rolled_back", "truncated"].contains(code)), "{found:?}");
 }
 
-/// The catalogue alone, from before a clean close: everything else is as it was, and goes beyond what that catalogue knows.
+/// Only the catalogue is from before a clean close. The other files are newer and contain more than
+/// it knows.
 #[test]
 fn an_older_catalogue_that_contradicts_nothing_is_found_by_a_checkpoint() {
     let mut fixture = Fixture::closed();
@@ -271,16 +275,17 @@ fn an_older_catalogue_that_contradicts_nothing_is_found_by_a_checkpoint() {
     });
     let (image, checkpoint) = (fixture.disk.image(), checkpoint.unwrap());
     let damaged = image.with_dir_of(&catalogue_dir(&fixture.world.store_dir()), &old);
-    // Nothing is lost by it: all records are read.
+    // No data is lost: all records can be read.
     assert!(fixture.examine(&damaged, None).is_clean());
     assert_eq!(fixture.verify_against(&damaged, &checkpoint), ["rolled_back"]);
-    // With it, the newest segment may be taken away as well. That too only a checkpoint tells.
+    // With the old catalogue, the newest segment can be removed too. Only a checkpoint detects that
+    // as well.
     let last = segments_of(&fixture, &image, AES, 0).pop().unwrap();
     let found = fixture.verify_against(&damaged.without(&last), &checkpoint);
     assert_eq!(found, ["rolled_back", "rolled_back"]);
 }
 
-/// An old copy of the keyring in front of a store that has gone on.
+/// An old copy of the keyring with a newer store.
 #[test]
 fn an_older_keyring_is_too_old() {
     let mut fixture = Fixture::closed();
@@ -293,8 +298,8 @@ fn an_older_keyring_is_too_old() {
     assert_found(&fixture, "an old keyring", &damaged, "keyring_too_old");
 }
 
-/// The same key under another wrapping proves as much: an older probe is taken, and so is a keyring from before it was put under a
-/// master key, until the service key is rotated.
+/// Another wrapping of the same key proves as much. An older probe is accepted, and so is a keyring
+/// from before it was put under a master key, until the service key is rotated.
 #[test]
 fn what_was_only_wrapped_again_is_taken_as_it_was() {
     let mut fixture = Fixture::closed();
@@ -320,8 +325,9 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
     assert_found(&fixture, "a keyring from before", &back, "keyring_too_old");
 }
 
-/// A store that is opened and written to does not make good for what was taken from its audit log. While there are fewer records than
-/// the catalogue knows of they are missing; then another stands in the place of the last one that it knows.
+/// Opening and writing a store do not hide records removed from its audit log. While the log has
+/// fewer records than the catalogue knows, they are missing. Later, a different record has the
+/// number of the last one that the catalogue knows.
 #[test]
 fn what_was_taken_from_the_audit_log_stays_missed() {
     let fixture = Fixture::closed();
@@ -335,20 +341,20 @@ fn what_was_taken_from_the_audit_log_stays_missed() {
         let store = fixture.builder(Arc::clone(&disk)).open().unwrap();
         store.rotate_data_key(&name(AES)).unwrap();
         store.close().unwrap();
-        // The rotation is recorded twice: as intended and as done.
+        // The rotation is recorded twice: its intent and its completion.
         let expected = if left + 2 < lines.len() { "truncated" } else { "rolled_back" };
         assert_found(&fixture, "with new records", &disk.image(), expected);
     }
 }
 
-/// A block that somebody without the key has made up.
+/// A block forged without the key.
 fn forged_block(header: &BlockHeader, payload: &[u8]) -> Vec<u8> {
     let bytes = [&header.encode()[..], payload, &[0x88; 16], &[0; 4]].concat();
     let len = bytes.len();
     with_crc(bytes, 0, len)
 }
 
-/// A segment that somebody without the key has made up, as good as he can, behind the last one of a shard.
+/// The best segment that can be forged without the key, after the last one of a shard.
 fn forged_segment(image: &Image, last: &Path, suite: Suite, key_source: KeySource) -> (PathBuf, Vec<u8>) {
     let bytes = &image.files[last];
     let before = SegmentHeader::decode(bytes).unwrap();
@@ -415,7 +421,8 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
                 let appended = store.logstore(&name(logstore)).unwrap().append(record("more"), &append);
                 assert!(matches!(appended, Err(Error::WrongKey { .. })), "{logstore} {suite:?} {what}: {appended:?}");
             }
-            // Damage below a forged mark looks like something to repair, and there would be no block to notice the key by.
+            // Damage below a forged mark would look repairable, and no block would be left to prove
+            // the key.
             let block = BlockHeader::decode(&bytes[body..]).unwrap();
             let mark = BlockHeader {
                 kind: BlockKind::Mark,
@@ -435,7 +442,8 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
     }
 }
 
-/// The header of a segment says where the one before it ends. A segment without a single block proves nothing by its blocks.
+/// A segment's header records the end of its predecessor. A segment without blocks has no block
+/// that authenticates its header.
 #[test]
 fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     let mut fixture = Fixture::new();
@@ -445,7 +453,7 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     }
     let logstore = store.logstore(&name(AES)).unwrap();
     logstore.roll().unwrap();
-    // Its segment is begun, and it waits in memory.
+    // The next segment is begun, and the record waits in memory.
     logstore.append(record("waits"), &AppendOptions { shard: ShardChoice::Shard(0), ..buffered() }).unwrap();
     let image = fixture.disk.image();
     let [first, last] = &segments_of(&fixture, &image, AES, 0)[..] else { panic!("there are two") };
@@ -467,7 +475,8 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     }
 }
 
-/// A reader passes over blocks that say that nothing in them is wanted. They are not believed unseen.
+/// A reader skips blocks whose headers say that they contain no wanted record. It must still
+/// authenticate those headers.
 #[test]
 fn a_block_that_hides_is_found() {
     let fixture = Fixture::closed();
@@ -505,7 +514,7 @@ fn a_block_that_hides_is_found() {
     }
 }
 
-/// A footer that says that the shard ends earlier would end, or begin, a reader there.
+/// A footer that claims an earlier end of the shard would make a reader end or begin there.
 #[test]
 fn a_forged_end_of_a_shard_is_found() {
     let fixture = Fixture::closed();
@@ -513,7 +522,7 @@ fn a_forged_end_of_a_shard_is_found() {
     let path = &segments_of(&fixture, &image, AES, 1)[0];
     let mut bytes = image.files[path].clone();
     let at = blocks(&bytes).1;
-    // One past the last sequence number.
+    // One more than the last sequence number.
     bytes[at + 48..at + 56].copy_from_slice(&9u64.to_le_bytes());
     let len = bytes.len() - 16 - at;
     let damaged = image.with(path, with_crc(bytes, at, len));

@@ -1,4 +1,4 @@
-//! The parts that the files of a store consist of, and the CRC that covers each.
+//! The parts of a store's files, and the CRC that covers each part.
 
 use std::{ops::Range, path::Path};
 
@@ -6,7 +6,7 @@ use envelog::segment::{BlockHeader, SegmentHeader};
 
 use crate::common::catalogue::{Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file, is_meta};
 
-/// What a file is, by its name.
+/// The kind of a file, derived from its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum FileKind {
     Store,
@@ -43,9 +43,10 @@ impl FileKind {
 pub(crate) struct Part {
     pub(crate) name: &'static str,
     pub(crate) bytes: Range<usize>,
-    /// The bytes that its CRC covers; the CRC follows right behind them. `None` for what no CRC covers, or is one itself.
+    /// The bytes that the part's CRC covers; the CRC follows directly after them. `None` for a CRC
+    /// itself, and for bytes without a CRC.
     pub(crate) covered: Option<Range<usize>>,
-    /// Whether the store is none the worse for its loss.
+    /// Whether its loss does not harm the store.
     pub(crate) may_be_lost: bool,
 }
 
@@ -65,7 +66,7 @@ pub(crate) fn parts(kind: FileKind, bytes: &[u8]) -> Vec<Part> {
         FileKind::Segment => segment(bytes),
         FileKind::Audit => audit(bytes),
         FileKind::Lock => vec![Part::new("process", 0..bytes.len(), None).that_may_be_lost()],
-        // The next writer writes it. Who writes is all that it says, and the catalogue knows an epoch too.
+        // The next writer recreates it. It only contains the epoch, which the catalogue knows too.
         FileKind::Epoch => vec![Part::new("epoch", 0..bytes.len(), None).that_may_be_lost()],
         FileKind::Catalogue => catalogue(bytes),
         _ => document(bytes),
@@ -78,19 +79,19 @@ pub(crate) fn parts(kind: FileKind, bytes: &[u8]) -> Vec<Part> {
     parts
 }
 
-/// Puts the CRC of a part right again after a change in it.
+/// Recomputes the CRC of a part after a change in it.
 pub(crate) fn fix_crc(kind: FileKind, part: &Part, bytes: &mut [u8]) {
     let covered = part.covered.clone().expect("a part under a CRC");
     let crc = crc32fast::hash(&bytes[covered.clone()]);
     if kind == FileKind::Audit {
-        // The CRC of a line is text, behind a tab.
+        // The CRC of a line is text after a tab.
         bytes[covered.end + 1..covered.end + 9].copy_from_slice(format!("{crc:08x}").as_bytes());
     } else {
         bytes[covered.end..covered.end + 4].copy_from_slice(&crc.to_le_bytes());
     }
 }
 
-/// Parts of these lengths from `start` on, all under one CRC, which follows them and is the last part.
+/// Adds parts of these lengths from `start` on, all under one CRC, which is the last part.
 fn under_crc(parts: &mut Vec<Part>, start: usize, lens: &[(&'static str, usize)]) {
     let end = start + lens.iter().map(|(_, len)| len).sum::<usize>();
     let mut at = start;
@@ -128,7 +129,7 @@ fn document(bytes: &[u8]) -> Vec<Part> {
     parts
 }
 
-/// The snapshot, the tips, and the records behind them.
+/// The snapshot, the tips, and the records after them.
 fn catalogue(bytes: &[u8]) -> Vec<Part> {
     let layout = Layout::of(bytes);
     let mut parts = document(&bytes[layout.document.clone()]);
@@ -149,7 +150,7 @@ fn catalogue(bytes: &[u8]) -> Vec<Part> {
         under_crc(&mut of_tip, tip.start, &fields);
         of_tip.last_mut().unwrap().name = "tip crc";
         of_tip.push(Part::new("tip padding", tip.start + 92..tip.end, None));
-        // The record that it names was synced before it was written: a crash may tear it.
+        // A tip is written after the sync of the record that it names, so a crash may tear it.
         of_tip.iter_mut().for_each(|part| part.may_be_lost = is_newest);
         parts.extend(of_tip);
     }
@@ -168,7 +169,7 @@ fn catalogue(bytes: &[u8]) -> Vec<Part> {
     parts
 }
 
-/// Where the blocks of a segment begin, and where they end.
+/// The ranges of the blocks of a segment, and the end of the last one.
 pub(crate) fn blocks(bytes: &[u8]) -> (Vec<Range<usize>>, usize) {
     let mut blocks = Vec::new();
     let mut at = SegmentHeader::decode(bytes).unwrap().body_start as usize;

@@ -1,21 +1,24 @@
-//! A store that was not closed: below the durable mark everything is found, above it is a torn tail, dropped and reported.
+//! A store that was not closed: below the durable mark every change is detected; above it is a torn
+//! tail, which is dropped and reported.
 
 use envelog::segment::{BlockHeader, SegmentHeader};
 
 use super::{moved::segments_of, structures::blocks, *};
 
-/// What was on the disk when the process that wrote the store ended without closing it.
+/// The files on the disk when the writing process ended without closing the store.
 struct Unclean {
     fixture: Fixture,
     image: Image,
-    /// The segments that nobody sealed, with their Logstores and shards.
+    /// The unsealed segments, with their Logstores and shards.
     open: BTreeMap<PathBuf, (LogstoreName, u32)>,
-    /// Up to where the catalogue knows each of them to be durable; without a checkpoint it knows nothing.
+    /// The offset up to which the catalogue knows each segment to be durable. Without a checkpoint,
+    /// the catalogue knows no offset.
     known: BTreeMap<PathBuf, usize>,
 }
 
 impl Unclean {
-    /// Each Logstore has a sealed segment and an open one in its first shard: three synced records, then two that were only written.
+    /// Each Logstore has a sealed and an open segment in its first shard: three synced records, and
+    /// then two that were only written.
     fn new(checkpoint: bool) -> Self {
         let mut fixture = Fixture::new();
         let store = fixture.create();
@@ -56,7 +59,7 @@ impl Unclean {
         Self { fixture, image, open, known }
     }
 
-    /// Up to where an open segment counts as durable, when block `damaged` cannot speak for itself.
+    /// The durable end of an open segment, if block `damaged` cannot contribute its mark.
     fn mark(&self, path: &Path, damaged: Option<usize>) -> usize {
         let bytes = &self.image.files[path];
         let header = SegmentHeader::decode(bytes).unwrap();
@@ -69,7 +72,8 @@ impl Unclean {
         marks.chain(self.known.get(path).copied()).max().unwrap_or(0).max(header.body_start as usize)
     }
 
-    /// How many records each block of an open segment holds, and what was written before the segment.
+    /// The number of records in each block of an open segment, and the number of records before the
+    /// segment.
     fn before(&self, path: &Path) -> (Vec<usize>, usize) {
         let bytes = &self.image.files[path];
         let counts: Vec<usize> = blocks(bytes)
@@ -81,7 +85,7 @@ impl Unclean {
         (counts, before)
     }
 
-    /// The records that are left when these blocks of an open segment are.
+    /// The records that remain if only these blocks of an open segment remain.
     fn left(&self, path: &Path, is_left: impl Fn(usize) -> bool) -> Vec<String> {
         let (counts, before) = self.before(path);
         let written = &self.fixture.written[&self.open[path]];
@@ -96,7 +100,7 @@ impl Unclean {
         left
     }
 
-    /// Reads a shard without writing: what there is up to an error or to what looks like the end.
+    /// Reads a shard without writing, up to an error or the apparent end.
     fn read(
         &self,
         image: &Image,
@@ -109,7 +113,8 @@ impl Unclean {
         (texts, error, report.faults.iter().map(|fault| fault.kind).collect())
     }
 
-    /// Opens for writing, appends, and reads it all; with how many bytes recovery reports as dropped.
+    /// Opens for writing, appends, and reads all records. Also returns the number of bytes that
+    /// recovery reports as dropped.
     fn go_on(&self, image: &Image, shard: &(LogstoreName, u32)) -> Result<(Vec<String>, u64)> {
         let (mut texts, dropped, error) = self.append_and_read(image, shard)?;
         assert!(error.is_none(), "{error:?}");
@@ -160,7 +165,8 @@ fn an_unclean_store_goes_on_with_all_that_is_there() {
     }
 }
 
-/// Every byte of every file: in the open segments it depends on the durable mark, everywhere else it is as in a closed store.
+/// Every byte of every file. In an open segment the result depends on the durable mark; elsewhere
+/// it is as in a closed store.
 #[test]
 fn every_changed_byte_of_an_unclean_store_is_found_below_the_mark_and_dropped_above() {
     for checkpoint in [false, true] {
@@ -175,7 +181,8 @@ fn every_changed_byte_of_an_unclean_store_is_found_below_the_mark_and_dropped_ab
                 let damaged_image = image.with(path, bytes);
                 let what = format!("{}, byte {at} ({}), checkpoint {checkpoint}", path.display(), part.name);
                 let Some(shard) = unclean.open.get(path) else {
-                    // What the lock file says is a hint, and the last audit record may be newer than what the catalogue knows.
+                    // The content of the lock file is only a hint, and the last audit record may be
+                    // newer than the catalogue.
                     if FileKind::of(path) == FileKind::Lock || (!checkpoint && part.name == "last newline") {
                         continue;
                     }
@@ -190,7 +197,7 @@ fn every_changed_byte_of_an_unclean_store_is_found_below_the_mark_and_dropped_ab
                 let (texts, error, verified) = unclean.read(&damaged_image, shard);
                 match block {
                     Some(number) if blocks[number].end > unclean.mark(path, Some(number)) => {
-                        // Above the mark: a torn tail to whoever reads, dropped and reported by whoever writes on.
+                        // Above the mark: a torn tail for a reader; a writer drops and reports it.
                         assert!(error.is_none() && verified.is_empty(), "{what}: {error:?} {verified:?}");
                         assert_eq!(texts, unclean.left(path, |left| left < number), "{what}");
                         let (texts, _) = unclean.go_on(&damaged_image, shard).unwrap();
@@ -218,7 +225,7 @@ fn every_changed_byte_of_an_unclean_store_is_found_below_the_mark_and_dropped_ab
     }
 }
 
-/// The same with the CRC made to fit: what is read is what was written, or an error.
+/// The same with a recomputed CRC: a reader gets the written records or an error.
 #[test]
 fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
     let unclean = Unclean::new(false);
@@ -242,12 +249,12 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
             let found = error.is_some() && !verified.is_empty();
             assert!(found || above, "{what}: {error:?} {verified:?}");
             match unclean.append_and_read(&damaged_image, shard) {
-                // Recovery leaves what is below the mark as it is; who reads it finds out.
+                // Recovery does not change the data below the mark; a reader detects the forgery.
                 Ok((texts, _, Some(error))) => {
                     assert!(!above && error.code() == "tampered", "{what}: {error}");
                     assert_eq!(texts, written[..texts.len()], "{what}");
                 }
-                // What cannot be placed counts as torn.
+                // A block that cannot be placed is treated as torn.
                 Ok((mut texts, dropped, None)) => {
                     assert!(above && dropped > 0, "{what}");
                     assert_eq!(texts.pop().as_deref(), Some("after"));
@@ -255,7 +262,7 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
                 }
                 Err(error) => {
                     let codes: &[&str] = match part.name {
-                        // It claims to be from after the metadata that is there.
+                        // It claims to be newer than the metadata.
                         "generation" => &["rolled_back", "wrong_key"],
                         "key source" | "key version" => &["corrupt", "keyring_too_old", "rolled_back", "wrong_key"],
                         "commitment" | "salt" | "created" | "predecessor" | "limit seq" => &["wrong_key"],
@@ -268,7 +275,8 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
     });
 }
 
-/// Every length of every open segment: below what the catalogue knows it is truncation, above it is a torn tail.
+/// Every length of every open segment: below the end that the catalogue knows it is truncation;
+/// above it is a torn tail.
 #[test]
 fn every_truncation_of_an_open_segment_is_found_below_what_is_known() {
     for checkpoint in [false, true] {
@@ -295,7 +303,7 @@ fn every_truncation_of_an_open_segment_is_found_below_what_is_known() {
                 assert_eq!(texts, left);
                 let (texts, dropped) = going_on.unwrap();
                 let end = whole.checked_sub(1).map_or(body_start, |last| blocks(bytes).0[last].end);
-                // Zeros at the end are where nothing has been written yet.
+                // Zeros at the end are unwritten space.
                 let data = bytes[end..len].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
                 assert_eq!((texts, dropped), (left, data as u64));
             }
@@ -303,8 +311,8 @@ fn every_truncation_of_an_open_segment_is_found_below_what_is_known() {
     }
 }
 
-/// The catalogue notes at intervals how far the synced part of an open segment reaches. What a mark has not said yet cannot be cut off
-/// after that.
+/// The catalogue periodically records the synced end of an open segment. From then on, blocks that
+/// no mark covers yet cannot be cut off undetected.
 #[test]
 fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
     for noted in [false, true] {
@@ -349,7 +357,7 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
     }
 }
 
-/// Whatever stands behind the last block was never acknowledged. Zeros are nothing.
+/// Bytes after the last block were never acknowledged. Zeros are ignored.
 #[test]
 fn what_follows_the_last_block_is_dropped_and_reported() {
     let unclean = Unclean::new(false);

@@ -1,6 +1,7 @@
-//! A server of moto's, which plays AWS KMS and STS for a test: real HTTP, real states of keys.
+//! A moto server that simulates AWS KMS and STS for a test: real HTTP, real key states.
 //!
-//! moto is installed once into a virtual environment under the target directory; without `python3` and `pip` a test fails.
+//! moto is installed once into a virtual environment below the target directory. Without `python3`
+//! and `pip` the test fails.
 
 #![allow(dead_code)]
 
@@ -20,10 +21,10 @@ use serde_json::{Value, json};
 mod python;
 
 pub(crate) const REGION: &str = "eu-west-1";
-/// moto assumes any role there is or not. Keys lie in the account of the role.
+/// moto lets a caller assume any role, existing or not. Keys are in the account of the role.
 pub(crate) const ROLE: &str = "arn:aws:iam::123456789012:role/logs";
 
-/// Python has much to import, and the machine may be busy.
+/// Python imports many modules, and the machine may be busy.
 const START_PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) struct Moto {
@@ -54,7 +55,7 @@ impl Moto {
         }
     }
 
-    /// SIGKILL. What it held in memory is gone with it.
+    /// Sends SIGKILL. The server loses its state, which is in memory.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
             process.kill().unwrap();
@@ -62,12 +63,12 @@ impl Moto {
         }
     }
 
-    /// The URL of the backend that asks this server.
+    /// The backend's URL for this server.
     pub(crate) fn url(&self) -> String {
         format!("aws-kms://{REGION}?endpoint=http://127.0.0.1:{}", self.port)
     }
 
-    /// An operation of KMS, as its administrator.
+    /// Calls a KMS operation as the administrator.
     #[track_caller]
     pub(crate) fn kms(&self, operation: &str, input: &Value) -> Value {
         let body = input.to_string();
@@ -105,7 +106,7 @@ impl Moto {
         self.kms("ScheduleKeyDeletion", &json!({ "KeyId": key, "PendingWindowInDays": 7 }));
     }
 
-    /// The key is disabled afterwards, as at AWS.
+    /// Cancels a deletion. The key is disabled afterwards, as at AWS.
     pub(crate) fn cancel_deletion(&self, key: &str) {
         self.kms("CancelKeyDeletion", &json!({ "KeyId": key }));
     }
@@ -117,7 +118,7 @@ impl Drop for Moto {
     }
 }
 
-/// What the backend needs in its environment to find credentials, which moto accepts whatever they are; and nothing else.
+/// Replaces all `AWS_` variables by credentials for the backend. moto accepts any credentials.
 pub(crate) fn credentials(command: &mut Command) {
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("AWS_")) {
@@ -129,12 +130,12 @@ pub(crate) fn credentials(command: &mut Command) {
 
 fn tools() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // The command line's tests use this file too.
+    // The command-line tests use this file too.
     let root = if root.ends_with("cli") { root.parent().unwrap() } else { root };
     root.join("tests/tools")
 }
 
-/// The Python that has moto.
+/// The Python interpreter with moto.
 fn python() -> PathBuf {
     let requirements = fs::read_to_string(tools().join("moto-requirements.txt")).unwrap();
     let pinned: Vec<&str> = requirements.lines().filter(|line| !line.starts_with('#')).collect();

@@ -1,13 +1,14 @@
-//! The gate under schedules that shuttle makes up: the lease, the wipe, appends, reads, and what changes keys.
+//! Explores thread schedules of the gate with shuttle: the lease, the wipe, appends, reads, and key
+//! operations.
 //!
-//! - A revocation that has returned happens before any later operation.
-//! - What an operation came to is one of the typed outcomes, and what was acknowledged is there at the end.
-//! - Nothing waits for ever: shuttle finds deadlocks.
+//! - After a revocation has returned, every later operation is refused.
+//! - Every operation has one of the typed outcomes, and acknowledged data is present at the end.
+//! - No thread waits forever: shuttle detects deadlocks.
 //!
-//! That no key is read after its wipe is the compiler's to see to: a wipe takes the keys out of the lock under which they are
-//! borrowed (`keys::gate`), and drops them.
+//! The compiler ensures that no key is read after its wipe: a wipe takes the keys out of the lock
+//! under which they are borrowed (`keys::gate`), and drops them.
 //!
-//! `ENVELOG_SHUTTLE` is how many schedules each test tries.
+//! `ENVELOG_SHUTTLE` sets the number of schedules per test.
 
 #![allow(clippy::unwrap_used)]
 
@@ -46,7 +47,7 @@ struct World {
     logstore: Logstore,
     kms: Arc<SeededKms>,
     clock: Arc<TestClock>,
-    /// What was acknowledged.
+    /// The acknowledged texts.
     done: Mutex<BTreeSet<String>>,
 }
 
@@ -81,7 +82,7 @@ impl World {
         self.logstore.read(0, &ReadOptions::default())?.map(|record| record.map(|r| text(&r.bytes))).collect()
     }
 
-    /// All is well again: everything that was acknowledged is there, and stays there.
+    /// Ends all faults, and checks that all acknowledged data is present and stays present.
     fn check(&self) {
         self.kms.enable_all();
         self.logstore.revalidate_now().unwrap();
@@ -91,7 +92,7 @@ impl World {
     }
 }
 
-/// Fails unless the key was refused, also to a new envelope, or the operation succeeded.
+/// Fails unless the operation succeeded or the key was refused, also for a new envelope.
 fn revoked_or<T>(result: Result<T>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
@@ -130,7 +131,8 @@ fn a_revocation_that_has_returned_happens_before_any_later_operation() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
-/// An open reader, with records read ahead, beside a revocation and a recovery: it ends with the error, or misses nothing.
+/// An open reader with read-ahead records, concurrent with a revocation and a recovery: it returns
+/// the error, or all records.
 #[test]
 fn a_reader_misses_nothing_or_ends() {
     let scenario = || {
@@ -163,7 +165,8 @@ fn a_reader_misses_nothing_or_ends() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
-/// The service key is rotated while encryption is turned on for a Logstore that was keyed from it: what was acknowledged stands.
+/// A rotation of the service key, concurrent with the first enable of encryption in a Logstore that
+/// used the service key: the acknowledged configuration stays.
 #[test]
 fn a_rotation_of_the_service_key_undoes_no_change_of_a_configuration() {
     let scenario = || {
@@ -185,7 +188,8 @@ fn a_rotation_of_the_service_key_undoes_no_change_of_a_configuration() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
-/// Renewal, rotation, replacement, shredding and appends, all at once, while the key comes and goes.
+/// Renewal, rotation, replacement, shredding and appends run concurrently, while the key is revoked
+/// and enabled.
 #[test]
 fn nothing_waits_for_ever_when_keys_change() {
     let scenario = || {
@@ -203,7 +207,7 @@ fn nothing_waits_for_ever_when_keys_change() {
         spawn(|world| {
             let name = name("p/l");
             let Some(version) = revoked_or(world.store.rotate_data_key(&name)) else { return };
-            // Nothing is under it but what comes meanwhile: that is why a newer one comes first.
+            // Rotate twice, so that at most a concurrent append uses this version.
             if revoked_or(world.store.rotate_data_key(&name)).is_some() {
                 assert!(version > 1);
             }
@@ -227,7 +231,7 @@ fn nothing_waits_for_ever_when_keys_change() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
-/// The store is closed in the middle of everything, keys being destroyed included.
+/// The store is closed during all of this, including the destruction of keys.
 #[test]
 fn nothing_waits_for_ever_when_the_store_is_closed() {
     let scenario = || {
