@@ -341,7 +341,7 @@ fn removal_alteration_reordering_and_truncation_are_found() {
 }
 
 #[test]
-fn a_checkpoint_finds_an_older_log_together_with_an_older_catalogue() {
+fn a_checkpoint_finds_an_older_log_and_catalogue() {
     let world = with_history(|_| {});
     let old = world.path().join("old");
     copy_dir(&world.store_dir(), &old);
@@ -381,7 +381,7 @@ fn a_record_that_a_crash_tore_was_never_there() {
 // ---- it does not block ----
 
 #[test]
-fn a_failing_audit_disk_neither_delays_nor_prevents_a_revocation() {
+fn a_failing_audit_disk_does_not_affect_a_revocation() {
     let world = World::manual();
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
@@ -698,7 +698,7 @@ fn a_log_whose_last_name_is_taken_goes_on_all_the_same() {
 }
 
 #[test]
-fn where_records_are_missing_a_file_that_was_passed_over_is_to_blame() {
+fn missing_records_are_blamed_on_a_skipped_file() {
     let world = with_history(|world| world.options.audit_file_bytes = 2 * 4096);
     let store = world.open();
     for _ in 0..60 {
@@ -980,7 +980,7 @@ fn checked_by_a_third_party(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn an_export_is_checked_without_a_key_and_compared_with_what_is_there_later() {
+fn an_export_is_verified_without_a_key() {
     let mut world = World::manual();
     world.options.audit_file_bytes = 4 << 10;
     let store = world.create();

@@ -112,7 +112,7 @@ impl Clock for Tripwire {
 /// Acknowledged data is sealed when its key is revoked, but never into an unencrypted segment that
 /// was begun before encryption was enabled.
 #[test]
-fn what_is_accepted_once_encryption_is_on_is_never_written_in_clear() {
+fn records_after_enabling_encryption_are_never_written_plain() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -143,7 +143,7 @@ fn what_is_accepted_once_encryption_is_on_is_never_written_in_clear() {
 /// A read-only process switches to the master key that the writer put in place within the bound,
 /// even if it reads no new data.
 #[test]
-fn a_master_key_that_the_writer_replaced_counts_for_a_reader_within_the_bound() {
+fn a_reader_follows_a_replaced_master_key_within_the_bound() {
     for how in [ReplaceCmk::default(), ReplaceCmk::keep_data_key()] {
         let world = World::manual();
         let (old, new) = (world.cmk(), world.cmk());
@@ -257,7 +257,7 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
 /// The key is enabled again while the shards handle a revocation one by one. The segment that the
 /// first shard then begins is not part of that revocation, and the next revocation wipes its key.
 #[test]
-fn a_key_that_is_back_before_its_loss_was_dealt_with_is_not_missed_at_the_next() {
+fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     let mut world = World::threads();
     world.options.revalidate_every = millis(200);
     world.options.linger = secs(10);
@@ -334,7 +334,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
 
 /// A KMS that is missing at its first use is an outage, which ends when the KMS appears.
 #[test]
-fn an_embedded_kms_that_was_away_at_first_is_found_when_it_is_there() {
+fn an_embedded_kms_that_was_missing_at_first_is_found_later() {
     let world = World::manual();
     let dir = world.path().join("apart");
     let kms = LocalKms::create_or_open(&dir).unwrap();
@@ -377,7 +377,7 @@ fn with_old_segments() -> (World, Store, Logstore) {
 /// The key source rule checks earlier segments, which retention may have dropped since they were
 /// listed.
 #[test]
-fn segments_from_before_encryption_that_retention_drops_meanwhile_are_no_fault() {
+fn plain_segments_dropped_during_a_verification_are_no_fault() {
     let mut world = World::manual();
     world.options.segment_bytes = 4 << 10;
     let store = world.create();

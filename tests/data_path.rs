@@ -128,7 +128,7 @@ fn tickets_of_many_threads_become_one_block() {
 // ---- lingering ----
 
 #[test]
-fn a_partial_batch_goes_out_after_its_linger_and_a_full_one_at_once() {
+fn a_partial_batch_lingers_and_a_full_one_does_not() {
     let sim = Sim::new();
     let store = sim.create();
     assert_eq!(store.options().linger, millis(100));
@@ -175,7 +175,7 @@ fn threads_write_a_partial_batch_by_themselves() {
 // ---- bounded memory ----
 
 #[test]
-fn a_full_pipeline_refuses_tickets_and_lets_the_blocking_form_make_room() {
+fn a_full_pipeline_refuses_tickets_and_blocks_submit() {
     let mut sim = Sim::new();
     sim.world.options.pending_bytes_max = 1 << 20;
     let store = sim.create();
@@ -333,7 +333,7 @@ fn tickets_are_futures() {
 }
 
 #[test]
-fn a_failed_sync_fails_those_who_asked_for_it_and_not_what_was_only_to_be_written() {
+fn a_failed_sync_fails_only_the_tickets_that_asked_for_it() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -436,7 +436,7 @@ fn with_retention(logstore: &Logstore, ttl_days: Option<u32>, retention_bytes: O
 }
 
 #[test]
-fn retention_by_time_drops_whole_segments_that_are_wholly_too_old() {
+fn retention_by_time_drops_whole_segments_only() {
     let mut sim = Sim::new();
     // Prevent automatic rolls: the test gives each segment its own day.
     sim.world.options.segment_age = 1000 * DAY;
@@ -514,7 +514,7 @@ fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
 }
 
 #[test]
-fn a_jump_of_the_clock_suspends_retention_by_time_until_it_is_right_again() {
+fn a_jump_of_the_clock_suspends_retention_by_time() {
     for forward in [true, false] {
         let sim = Sim::new();
         let store = sim.create();

@@ -449,7 +449,7 @@ fn every_file_is_replaced_in_turn() {
 }
 
 #[test]
-fn every_file_is_replaced_in_turn_where_the_kernel_has_no_openat2() {
+fn every_file_is_replaced_in_turn_without_openat2() {
     sweep(Way::Walk);
 }
 

@@ -365,7 +365,7 @@ fn a_forged_mark_cuts_no_block() {
 /// Recovery reads a segment several times. If the file changes in between, recovery either fails
 /// without a change, or gives the same result as if the change had been made before.
 #[test]
-fn a_segment_that_changes_during_recovery_is_never_taken_for_what_it_was() {
+fn a_change_of_a_segment_during_its_recovery_is_safe() {
     type Change = fn(&mut Vec<u8>, &[(usize, BlockHeader)]);
     let changes: [Change; 4] = [
         |bytes, blocks| bytes[blocks[2].0 + 100] ^= 1,

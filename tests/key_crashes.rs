@@ -215,7 +215,7 @@ fn turning_encryption_on() {
 /// A process that does not know which metadata is on the disk begins no segment: in one of the two
 /// cases its key would be wrong.
 #[test]
-fn after_an_interrupted_first_envelope_a_process_leaves_nothing_that_cannot_be_read() {
+fn an_interrupted_first_envelope_leaves_only_readable_segments() {
     let scene = Scene::new();
     for failure in Failure::ALL {
         for count in 0.. {
@@ -283,7 +283,7 @@ fn replacing_a_master_key() {
 
 /// After an interrupted replacement, exactly one of the two master keys is needed.
 #[test]
-fn after_an_interrupted_replacement_one_of_the_two_master_keys_is_enough() {
+fn an_interrupted_replacement_needs_only_one_master_key() {
     let scene = Scene::new();
     for failure in Failure::ALL {
         for count in 0.. {

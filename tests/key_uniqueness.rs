@@ -199,7 +199,7 @@ fn with_randomness_that_repeats_at_each_opening() {
 /// next block numbers are the same. The system's generator differs, as in a virtual machine, and
 /// supplies the random half of the nonce.
 #[test]
-fn in_a_process_that_is_resumed_twice_in_the_middle_of_a_segment() {
+fn in_a_process_resumed_twice_in_the_middle_of_a_segment() {
     let resumed = [11, 12].map(|seed| {
         let world = World::manual();
         let random = Foreseeable::seeded(3);

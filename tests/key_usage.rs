@@ -504,7 +504,7 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
 }
 
 #[test]
-fn a_rotation_that_the_kms_does_not_let_happen_is_tried_again_later() {
+fn a_rotation_that_the_kms_refuses_is_retried_later() {
     let world = World::manual();
     let cmk = world.cmk();
     let store = world.create();

@@ -47,7 +47,7 @@ fn assert_clean(store: &Store) {
 // ---- creation ----
 
 #[test]
-fn the_keyring_is_private_apart_from_the_data_and_never_made_again() {
+fn the_keyring_is_private_separate_and_never_recreated() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "p/l");
@@ -128,7 +128,7 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
 }
 
 #[test]
-fn a_keyring_that_cannot_be_written_leaves_everything_under_the_old_version() {
+fn a_keyring_write_failure_keeps_the_old_version() {
     let world = World::manual();
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
@@ -206,7 +206,7 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
 }
 
 #[test]
-fn a_logstore_that_cannot_be_rewrapped_does_not_keep_the_others_from_it() {
+fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
     let world = World::manual();
     let store = world.create();
     let (a, b, c) = (world.service(&store, "p/a"), world.service(&store, "p/b"), world.service(&store, "p/c"));
@@ -576,7 +576,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
 /// A recovery that fails half-way discards its new keyring. The catalogue must not be under that
 /// keyring, or the lost keyring would be useless when it is found.
 #[test]
-fn a_recovery_that_fails_leaves_the_catalogue_under_the_old_keyring() {
+fn a_failed_recovery_keeps_the_catalogue_under_the_old_keyring() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -670,9 +670,9 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
 }
 
 /// Without the keyring the configuration is not authenticated. After a recovery, new data is
-/// encrypted as the authenticated keys section requires, whatever the configuration claims.
+/// encrypted as the authenticated keys section requires, even if the configuration differs.
 #[test]
-fn a_forged_configuration_cannot_turn_encryption_off_through_a_recovery() {
+fn a_recovery_ignores_a_forged_enable_false() {
     let (scene, [byok, ..]) = Lost::new();
     scene.byok_meta(&byok, |bytes| {
         let on = b"\"encrypt_conf\":{\"enable\":true";
@@ -787,7 +787,7 @@ fn a_recovery_refuses_two_logstores_of_one_name() {
 /// An attacker with write access creates a Logstore with the customer's name under their own master
 /// key.
 #[test]
-fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
+fn a_recovery_uses_only_expected_master_keys() {
     let world = World::manual();
     let (customer, attacker) = (world.cmk(), world.cmk());
     let store = world.create();
@@ -822,7 +822,7 @@ fn a_recovery_uses_no_master_key_that_the_caller_does_not_expect() {
 /// The attacker's Logstore is valid in itself: its own data key authenticates all of it. It is next
 /// to the customer's Logstore, or replaces it.
 #[test]
-fn a_recovery_takes_no_logstore_under_a_master_key_of_an_attacker() {
+fn a_recovery_takes_no_logstore_of_an_attacker() {
     for replaces in [false, true] {
         let world = World::manual();
         let (customer, attacker) = (world.cmk(), world.cmk());
@@ -953,7 +953,7 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
 
 /// A lock may not exclude a writer on another machine, so the caller must explicitly allow this.
 #[test]
-fn a_store_on_a_network_file_system_is_written_only_if_that_is_allowed() {
+fn a_store_on_a_network_fs_is_written_only_if_allowed() {
     let world = World::manual();
     let cmk = world.cmk();
     let store = world.create();

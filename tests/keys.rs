@@ -67,7 +67,7 @@ fn assert_goes_on(before: &[(PathBuf, Vec<u8>)], after: &[(PathBuf, Vec<u8>)]) {
 // ---- rotation ----
 
 #[test]
-fn after_a_rotation_new_segments_take_the_new_version_and_old_ones_stay_readable() {
+fn after_a_rotation_old_segments_stay_readable() {
     let world = World::manual();
     let store = world.create();
     for logstore in both(&world, &store) {
@@ -99,7 +99,7 @@ fn after_a_rotation_new_segments_take_the_new_version_and_old_ones_stay_readable
 }
 
 #[test]
-fn a_rotation_is_refused_where_there_is_no_key_or_it_may_not_be_used() {
+fn a_rotation_without_a_usable_key_is_refused() {
     let world = World::manual();
     let store = world.create();
     let [_, byok] = both(&world, &store);
@@ -182,7 +182,7 @@ fn cmk_version(wrapped: &str) -> u32 {
 }
 
 #[test]
-fn rewrapping_after_the_customer_rotated_the_master_key_rewrites_no_data() {
+fn rewrapping_under_a_rotated_master_key_rewrites_no_data() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -237,7 +237,7 @@ fn rewrapping_that_fails_half_way_changes_nothing() {
 // ---- replacing the master key ----
 
 #[test]
-fn a_replacement_rewrites_no_data_and_leaves_nothing_under_the_old_master_key() {
+fn a_replacement_rewrites_envelopes_but_no_data() {
     let world = World::manual();
     let store = world.create();
     let (old, new, newer) = (world.cmk(), world.cmk(), world.cmk());
@@ -267,7 +267,7 @@ fn a_replacement_rewrites_no_data_and_leaves_nothing_under_the_old_master_key() 
 }
 
 #[test]
-fn a_replacement_during_an_outage_or_with_wrong_answers_changes_nothing() {
+fn a_failed_replacement_changes_nothing() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.byok(&store, "p/l", &world.cmk());
@@ -336,7 +336,7 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
 }
 
 #[test]
-fn a_version_that_is_being_written_is_ended_before_it_is_shredded() {
+fn shredding_first_ends_a_segment_under_the_version() {
     let world = World::manual();
     let store = world.create();
     for logstore in both(&world, &store) {
@@ -385,7 +385,7 @@ fn a_refused_shredding_destroys_nothing() {
 }
 
 #[test]
-fn deleting_a_logstore_destroys_its_envelopes_also_while_its_key_is_revoked() {
+fn deleting_a_revoked_logstore_destroys_its_envelopes() {
     let world = World::manual();
     let store = world.create();
     let [service, byok] = both(&world, &store);
@@ -524,7 +524,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
 /// closing the store, and after opening a store with another store's keyring.
 #[cfg(target_os = "linux")]
 #[test]
-fn the_keys_of_a_service_keyring_are_nowhere_in_memory_once_it_is_not_in_use() {
+fn root_keys_are_nowhere_in_memory_after_use() {
     use std::sync::Arc;
 
     use envelog::crypto::AwsLc;

@@ -162,7 +162,7 @@ fn a_checkpoint() {
 /// After a power loss during sealing, all synced data is present, and any damage is treated as a
 /// torn tail.
 #[test]
-fn a_power_cut_while_a_segment_is_sealed_leaves_no_footer_without_its_blocks() {
+fn a_power_loss_during_sealing_leaves_no_footer_without_blocks() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
@@ -199,7 +199,7 @@ fn a_power_cut_while_a_segment_is_sealed_leaves_no_footer_without_its_blocks() {
 /// A footer is written only after its blocks are durable, so damage to the blocks did not come from
 /// a crash.
 #[test]
-fn damage_in_front_of_a_footer_that_nobody_vouches_for_is_corruption() {
+fn damage_before_an_unrecorded_footer_is_corruption() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
@@ -223,7 +223,7 @@ fn damage_in_front_of_a_footer_that_nobody_vouches_for_is_corruption() {
 
 /// After a failed sync of a seal, the same process does not treat the seal as durable either.
 #[test]
-fn a_segment_whose_sealing_failed_is_recovered_when_the_shard_is_reopened() {
+fn reopening_a_shard_recovers_a_segment_with_a_failed_seal() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
@@ -241,7 +241,7 @@ fn a_segment_whose_sealing_failed_is_recovered_when_the_shard_is_reopened() {
 
 /// For a stopped writer, a checkpoint records the durable head of the shard, not the written one.
 #[test]
-fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
+fn a_checkpoint_of_a_stopped_shard_records_its_durable_end() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
@@ -260,7 +260,7 @@ fn a_checkpoint_of_a_shard_that_has_stopped_notes_what_is_durable() {
 
 /// After a kill of the writer, a checkpoint in the next process records the same head.
 #[test]
-fn a_checkpoint_of_a_shard_that_was_left_unclean_counts_its_blocks() {
+fn a_checkpoint_counts_the_blocks_of_an_unclean_shard() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
@@ -323,7 +323,7 @@ fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
 /// Data that a checkpoint found durable stays part of the shard, even if the sync of its catalogue
 /// record failed: the record may be on the disk.
 #[test]
-fn what_a_checkpoint_that_failed_has_found_durable_is_not_cut_off() {
+fn a_failed_checkpoint_keeps_the_durable_end_that_it_found() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);

@@ -116,7 +116,7 @@ fn listen_to_the_log() {
 // ---- wrapping and unwrapping ----
 
 #[test]
-fn a_key_comes_back_for_what_it_was_wrapped_for_and_for_nothing_else() {
+fn a_key_unwraps_only_with_its_own_context() {
     let mut world = World::new();
     let wrapped = world.wrap().unwrap();
     assert_eq!(world.unwrap(&wrapped), Ok(KEY));
@@ -165,7 +165,7 @@ fn a_damaged_wrapped_key_is_invalid_wherever_it_is_damaged() {
 }
 
 #[test]
-fn the_role_is_assumed_afresh_each_time_and_nothing_is_remembered() {
+fn the_role_is_assumed_for_each_call_without_caching() {
     let world = World::new();
     let wrapped = world.wrap().unwrap();
     for _ in 0..3 {
@@ -188,7 +188,7 @@ fn the_role_is_assumed_afresh_each_time_and_nothing_is_remembered() {
 }
 
 #[test]
-fn what_the_customer_does_to_key_and_role_shows_at_the_next_call() {
+fn changes_of_key_and_role_take_effect_at_the_next_call() {
     let world = World::new();
     let wrapped = world.wrap().unwrap();
     let id = &world.cmk.cmk_key_id;
@@ -364,7 +364,7 @@ fn the_services_own_login_refused_is_no_revocation() {
 }
 
 #[test]
-fn an_answer_that_makes_no_sense_is_never_a_revocation_nor_a_success() {
+fn an_invalid_answer_is_neither_a_revocation_nor_a_success() {
     let world = World::new();
     let wrapped = world.wrap().unwrap();
     let (right, other) = (STANDARD.encode([7; 32]), "key-hzz99999999");
@@ -583,7 +583,7 @@ fn the_official_sdk_signs_as_it_did() {
 }
 
 #[test]
-fn the_official_sdk_gets_along_with_the_stand_in_and_decrypts_what_the_backend_wrapped() {
+fn the_official_sdk_decrypts_keys_wrapped_by_the_backend() {
     let world = World::new();
     let port = world.aliyun.port().to_string();
     let id = &world.cmk.cmk_key_id;

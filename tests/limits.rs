@@ -47,7 +47,7 @@ fn a_group_of_3_gib_is_refused_before_anybody_looks_into_it() {
 }
 
 #[test]
-fn groups_beyond_a_limit_are_refused_one_by_one_and_those_at_it_are_stored() {
+fn groups_at_a_limit_are_stored_and_beyond_it_refused() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -172,7 +172,7 @@ fn configurations_out_of_range_are_refused_by_field() {
 }
 
 #[test]
-fn options_out_of_range_are_refused_by_name_before_anything_is_made() {
+fn options_out_of_range_are_refused_by_name() {
     type Change = fn(&mut StoreOptions);
     let changes: [(&str, Change); 18] = [
         ("revalidate_every", |options| options.revalidate_every = millis(99)),
@@ -296,7 +296,7 @@ fn creating_overwrites_neither_a_store_nor_a_keyring() {
 }
 
 #[test]
-fn a_keyring_that_is_missing_foreign_too_old_or_broken_is_told_apart() {
+fn each_kind_of_wrong_keyring_has_its_own_error() {
     let sim = closed();
     let keyring = sim.world.keyring();
     let put_back = |bytes: &[u8]| sim.disk.edit(&keyring, |place| *place = bytes.to_vec());
@@ -341,7 +341,7 @@ fn sim_keyring_of_another_store() -> Vec<u8> {
 }
 
 #[test]
-fn files_of_a_newer_format_are_refused_by_version_and_left_alone() {
+fn files_of_a_newer_format_are_refused_and_unchanged() {
     let sim = closed();
     let store = sim.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
@@ -415,7 +415,7 @@ fn a_second_writer_is_told_who_is_there() {
 // ---- disks that refuse ----
 
 #[test]
-fn a_read_only_directory_can_be_read_and_says_why_it_is_not_written() {
+fn a_read_only_directory_can_be_read_but_not_written() {
     let deny = |sim: &Sim| {
         sim.disk.on_call(|call| match call.op.changes() {
             true => Verdict::Fail(io::ErrorKind::ReadOnlyFilesystem),

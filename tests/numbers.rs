@@ -14,7 +14,7 @@ use envelog::{Error, kms::RevokedReason::Disabled};
 /// Numbers that a reader saw before a crash are not assigned again. This holds also if the next
 /// crash comes right after recovery put the rewritten segment in place.
 #[test]
-fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_one() {
+fn numbers_read_before_a_crash_are_not_reused_after_two() {
     let mut world = World::manual();
     world.options.block_bytes = 4 << 10;
     let store = world.create();
@@ -55,7 +55,7 @@ fn numbers_that_were_read_before_a_crash_are_not_given_out_again_after_a_second_
 /// checkpoint records then must not allow numbers to be assigned later without a segment that
 /// reserves them.
 #[test]
-fn numbers_are_not_given_out_without_a_segment_behind_a_checkpoint() {
+fn after_a_checkpoint_every_number_needs_a_reserving_segment() {
     let mut sim = Sim::new();
     sim.world.options.block_bytes = 4 << 10;
     let store = sim.create();
@@ -150,7 +150,7 @@ fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
 
 /// The buffered groups of a refused Logstore do not use up the memory budget of the others.
 #[test]
-fn a_refused_logstore_holds_no_part_of_the_memory_that_others_wait_for() {
+fn a_refused_logstore_uses_no_memory_budget_of_others() {
     let mut sim = Sim::new();
     sim.world.options.pending_bytes_max = 1 << 20;
     let store = sim.create();

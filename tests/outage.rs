@@ -91,7 +91,7 @@ fn a_lease_that_is_alive_is_never_spared_a_call() {
 }
 
 #[test]
-fn a_lease_that_has_ended_asks_for_itself_in_time_however_many_others_fail() {
+fn an_expired_lease_probes_in_time_among_many_failures() {
     let world = World::manual_in_memory();
     let (store, logstores) = crowd(&world, 10);
     world.kms.answer(Answer::Unreachable);
@@ -177,7 +177,7 @@ fn calls_that_never_come_back_do_not_pile_up() {
 /// When the key is revoked, an open reader's read-ahead data is wiped. Once the key is back, the
 /// reader reads it again and skips no record.
 #[test]
-fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
+fn an_idle_reader_skips_nothing_after_a_revocation() {
     let world = World::manual_in_memory();
     let (store, logstores) = crowd(&world, 1);
     let (_, logstore) = &logstores[0];
@@ -219,7 +219,7 @@ fn a_reader_that_nobody_asked_while_the_key_was_away_misses_nothing() {
 /// Settings that the data key authenticates cannot change while its KMS does not answer, neither
 /// before nor after the lease ends.
 #[test]
-fn settings_that_the_data_key_binds_wait_for_the_end_of_an_outage() {
+fn authenticated_settings_cannot_change_during_an_outage() {
     let world = World::manual_in_memory();
     let (store, logstores) = crowd(&world, 1);
     let (_, logstore) = &logstores[0];

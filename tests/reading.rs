@@ -86,7 +86,7 @@ fn check_every_position(logstore: &Logstore, all: &[Record]) {
 }
 
 #[test]
-fn every_position_is_found_in_sealed_active_cut_and_unfinished_segments() {
+fn every_position_is_found_in_every_kind_of_segment() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -117,7 +117,7 @@ fn every_position_is_found_in_sealed_active_cut_and_unfinished_segments() {
 /// A clock that stands still, or many groups within its resolution: several segments contain groups
 /// of the same time.
 #[test]
-fn a_time_that_several_segments_share_is_found_from_its_first_group_on() {
+fn a_time_in_several_segments_is_found_from_its_first_group() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -137,7 +137,7 @@ fn a_time_that_several_segments_share_is_found_from_its_first_group_on() {
 }
 
 #[test]
-fn limits_by_count_and_bytes_end_a_read_and_the_next_one_goes_on() {
+fn a_read_continues_after_a_limit_by_count_or_bytes() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -338,7 +338,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
 
 /// A reader is in the middle of a segment that retention drops.
 #[test]
-fn a_reader_that_is_overtaken_by_retention_goes_on_with_what_is_kept() {
+fn a_reader_overtaken_by_retention_continues_with_kept_data() {
     for read_only in [false, true] {
         let sim = Sim::new();
         let store = sim.create();
@@ -400,7 +400,7 @@ fn readers_see_what_is_written_and_never_part_of_a_block() {
 
 /// A reader that was opened earlier gets all new keys of the writer when it needs them.
 #[test]
-fn a_reader_in_another_process_follows_over_rotations_of_all_keys() {
+fn a_reader_in_another_process_follows_all_key_rotations() {
     let sim = Sim::new();
     let store = sim.create();
     let reading = sim.builder().open_read_only().unwrap();
@@ -544,7 +544,7 @@ fn shards_are_read_each_by_itself() {
 }
 
 #[test]
-fn reading_by_time_misses_nothing_that_was_received_in_the_same_microsecond() {
+fn reading_by_time_finds_all_groups_of_one_microsecond() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "p/a");

@@ -110,7 +110,7 @@ fn work(sim: &Sim, store: &Store, logstore: &Logstore, asked: &mut Vec<Asked>) {
 /// If any operation on a shard's files fails, only that shard stops. It reports the error, can
 /// still be read, and continues after it is reopened.
 #[test]
-fn one_failed_operation_latches_its_shard_alone_until_it_is_reopened() {
+fn a_failed_operation_latches_only_its_shard_until_reopened() {
     for done_first in [false, true] {
         let mut hit = BTreeSet::new();
         for nth in 1.. {
@@ -332,7 +332,7 @@ fn find(store: &Store) -> Logstore {
 }
 
 #[test]
-fn a_torn_tail_is_dropped_and_reported_and_what_is_valid_above_the_mark_is_rewritten() {
+fn a_torn_tail_is_dropped_and_valid_blocks_are_rewritten() {
     let (sim, _) = crashed();
     let store = sim.open();
     let logstore = find(&store);
@@ -397,7 +397,7 @@ fn a_repair_that_cannot_read_repairs_nothing() {
 /// Recovery reports rewritten groups and dropped bytes separately, and reports nothing if it
 /// changed nothing.
 #[test]
-fn recovery_tells_what_it_rewrote_and_what_it_dropped_each_for_itself() {
+fn recovery_reports_rewritten_and_dropped_data_separately() {
     let told = |sim: &Sim| -> Vec<(u64, u64)> {
         let store = sim.open();
         let logstore = find(&store);
@@ -463,7 +463,7 @@ fn block_offsets(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
 }
 
 #[test]
-fn damage_below_the_mark_is_corruption_and_nothing_is_touched_until_it_is_repaired() {
+fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
     for (broken, kept) in [(0, ["b", "c", "d"]), (1, ["a", "c", "d"])] {
         let (sim, _) = crashed();
         let store = sim.open();
@@ -561,7 +561,7 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
 /// The same within one process: an operation of recovery fails, and reopening the shard recovers
 /// again.
 #[test]
-fn a_recovery_that_failed_is_done_anew_once_the_shard_is_reopened() {
+fn a_failed_recovery_is_repeated_when_the_shard_is_reopened() {
     let (prepared, asked) = crashed();
     let image = prepared.disk;
     let mut world = prepared.world;
@@ -646,7 +646,7 @@ fn a_second_of_idleness_after_a_sync_is_marked() {
 /// Removing a file becomes durable later. A power loss before that brings the file back, without
 /// other effects.
 #[test]
-fn what_retention_dropped_and_a_power_cut_brought_back_is_not_read_and_goes_away() {
+fn dropped_segments_that_a_power_loss_restores_are_removed() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -752,7 +752,7 @@ fn what_each_durability_survives() {
 /// A sync makes everything durable, including data written by a killed process or before a failed
 /// sync.
 #[test]
-fn a_sync_makes_durable_what_an_earlier_process_or_a_failed_sync_left() {
+fn a_sync_covers_earlier_processes_and_failed_syncs() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -818,7 +818,7 @@ fn a_sync_makes_the_name_durable_that_a_failed_recovery_left() {
 /// If the disk does not perform a sync, the data is lost. This shows that the simulated disk can
 /// lose data at all.
 #[test]
-fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {
+fn a_disk_that_skips_syncs_loses_data_detectably() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -835,7 +835,7 @@ fn a_disk_that_lies_about_syncing_loses_data_and_that_is_noticed() {
 // ---- sequence numbers ----
 
 #[test]
-fn numbers_go_on_after_a_clean_end_and_skip_the_reserve_after_an_unclean_one() {
+fn numbers_skip_the_reserve_only_after_an_unclean_end() {
     let mut sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
@@ -858,7 +858,7 @@ fn numbers_go_on_after_a_clean_end_and_skip_the_reserve_after_an_unclean_one() {
 /// A crash between two segments: numbers of groups that were queued when their segment was sealed
 /// are not assigned again.
 #[test]
-fn numbers_of_queued_groups_are_not_given_again_when_a_crash_comes_between_two_segments() {
+fn a_crash_between_two_segments_reuses_no_queued_number() {
     let mut sim = Sim::new();
     small_segments(&mut sim);
     let store = sim.create();

@@ -123,7 +123,7 @@ fn log_path(world: &World) -> PathBuf {
 // ---- the use of the old root ----
 
 #[test]
-fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
+fn a_rotation_retires_the_old_version_completely() {
     let world = World::manual();
     let store = filled(&world);
     let bytes = fs::read(world.keyring()).unwrap();
@@ -163,7 +163,7 @@ fn a_rotation_leaves_nothing_under_the_old_version_and_retires_it() {
 /// The old root and a copy of the metadata reveal the older data key, so later appends use another
 /// one.
 #[test]
-fn a_rotation_gives_a_logstore_under_the_service_key_a_new_data_key() {
+fn a_service_key_rotation_also_rotates_its_data_keys() {
     let world = World::manual();
     let store = filled(&world);
     let service = store.logstore(&name(SERVICE)).unwrap();
@@ -353,7 +353,7 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
 
 /// A reader may know a segment's head from before the writer sealed the segment.
 #[test]
-fn a_reader_proves_a_segment_from_a_head_that_the_writer_has_gone_on_from() {
+fn a_reader_proves_a_segment_from_an_older_head() {
     let world = World::manual();
     let store = world.create();
     let logstore = plain(&store);
@@ -577,7 +577,7 @@ fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
 /// A segment from before a customer's key, while that key is revoked: a rotation ends the segment,
 /// or reports it as open if no process has its key.
 #[test]
-fn a_segment_from_before_a_revoked_master_key_is_ended_or_said_to_be_open() {
+fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
     for killed in [false, true] {
         let sim = Sim::new();
         let store = sim.create();

@@ -46,7 +46,7 @@ fn events(store: &Store) -> Vec<AuditEvent> {
 
 /// For any phase between renewal and refusal, with and without ticks.
 #[test]
-fn from_a_refusal_on_nothing_succeeds_that_starts_later_than_the_bound() {
+fn no_operation_succeeds_that_starts_after_the_bound() {
     for phase in (0..=62).step_by(5) {
         for ticking in [false, true] {
             let world = World::manual();
@@ -122,7 +122,7 @@ fn use_never_renews_the_lease() {
 // ---- outage ----
 
 #[test]
-fn an_outage_rides_the_grace_counted_from_when_the_last_success_was_sent() {
+fn the_grace_counts_from_the_request_of_the_last_success() {
     let world = World::manual();
     let (store, logstore) = opened(&world);
     let sent = Duration::ZERO;
@@ -203,7 +203,7 @@ fn a_refusal_during_an_outage_counts_at_once() {
 }
 
 #[test]
-fn answers_that_cannot_be_right_never_renew_and_end_in_an_error_of_their_own() {
+fn invalid_kms_answers_never_renew_a_lease() {
     for answer in [Answer::Invalid, Answer::WrongKey] {
         let world = World::manual();
         let (store, logstore) = opened(&world);
@@ -242,7 +242,7 @@ fn a_wrong_key_for_the_logstores_own_envelope_is_never_used() {
 
 /// A refusal to unwrap a Logstore's own envelope immediately affects all Logstores under the key.
 #[test]
-fn a_refusal_of_the_logstores_own_envelope_counts_like_one_of_the_probe() {
+fn a_refused_envelope_revokes_like_a_refused_probe() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -347,7 +347,7 @@ fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
 }
 
 #[test]
-fn acknowledged_groups_are_sealed_before_the_wipe_and_others_fail() {
+fn acknowledged_groups_are_sealed_before_the_wipe() {
     let world = World::manual();
     let (store, logstore) = opened(&world);
     // Acknowledged: three buffered groups. Not acknowledged: tickets.
@@ -397,7 +397,7 @@ fn a_ticket_that_is_waited_for_after_the_bound_is_refused() {
 
 /// The operation itself detects the revocation, before any other thread has handled it.
 #[test]
-fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key_revoked() {
+fn sync_close_and_checkpoint_that_find_the_key_revoked() {
     for how in ["sync", "close", "drop", "checkpoint", "roll"] {
         let world = World::manual();
         let (store, logstore) = opened(&world);
@@ -434,7 +434,7 @@ fn sync_close_and_checkpoint_do_not_hang_and_lose_nothing_when_they_find_the_key
 /// The key for a new segment is inaccessible: acknowledged groups wait, without busy-waiting and
 /// without loss.
 #[test]
-fn acknowledged_groups_wait_while_the_key_of_the_next_segment_is_out_of_reach() {
+fn acknowledged_groups_wait_for_the_key_of_the_next_segment() {
     let sim = disk::Sim::new();
     let store = sim.create();
     let world = &sim.world;
@@ -604,7 +604,7 @@ fn opening_with_a_dead_kms_works_and_calls_nothing() {
 }
 
 #[test]
-fn opening_without_the_kms_configured_is_an_outage_for_that_logstore_alone() {
+fn a_missing_kms_is_an_outage_for_its_logstores_only() {
     let world = World::manual();
     let (store, _) = opened(&world);
     let service = world.service(&store, "p/service");
@@ -618,7 +618,7 @@ fn opening_without_the_kms_configured_is_an_outage_for_that_logstore_alone() {
 
 /// `ENVELOG_CROWD` sets the number of Logstores, a thousand by default.
 #[test]
-fn a_thousand_logstores_under_one_master_key_cost_one_renewal_a_period() {
+fn a_thousand_logstores_share_one_renewal_per_period() {
     let world = World::manual_in_memory();
     let store = world.create();
     let cmk = world.cmk();
@@ -738,7 +738,7 @@ fn threads_notice_a_revocation_and_recover_by_themselves() {
 }
 
 #[test]
-fn threads_that_write_while_the_key_comes_and_goes_lose_nothing_acknowledged() {
+fn writers_lose_nothing_acknowledged_while_the_key_toggles() {
     let world = quick();
     let store = world.create();
     let cmk = world.cmk();

@@ -869,7 +869,7 @@ fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
 /// A rotation cannot end a segment left by a killed process if the next segment needs a customer's
 /// key that is revoked. The head that the rotation recorded is then valid, and no block after it.
 #[test]
-fn blocks_that_a_holder_of_the_old_root_adds_to_an_open_segment_do_not_count() {
+fn forged_blocks_after_a_recorded_head_are_refused() {
     let copy = Copy::of("plain");
     let kms = LocalKms::create_or_open(copy.path("kms")).unwrap();
     let id = kms.create_key(common::REGION, &[common::ROLE]).unwrap();

@@ -48,7 +48,7 @@ fn metadata(world: &World, logstore: &Logstore) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 #[test]
-fn s1_the_service_key_needs_nothing_of_the_user_and_each_logstore_has_its_own_data_key() {
+fn s1_the_service_key_needs_no_kms_and_data_keys_differ() {
     let world = World::manual();
     let random = std::sync::Arc::new(RecordingRandom::default());
     // The store has no KMS at all.
@@ -97,7 +97,7 @@ fn s1_service_keys_never_expire() {
 }
 
 #[test]
-fn s1_byok_the_customer_creates_rotates_disables_deletes_and_replaces_the_master_key() {
+fn s1_byok_the_customer_controls_the_master_key() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -185,7 +185,7 @@ fn s3_json_has_exactly_these_names() {
 }
 
 #[test]
-fn s3_every_unknown_or_missing_field_or_value_is_an_error_that_names_it() {
+fn s3_errors_name_each_unknown_or_missing_field_or_value() {
     let cmk = r#"{"cmk_key_id":"k","arn":"a","region_id":"r"}"#;
     let full = format!(r#"{{"enable":true,"encrypt_type":"default","user_cmk_info":{cmk}}}"#);
     EncryptConf::from_json(&full).unwrap();
@@ -271,7 +271,7 @@ fn s3_what_the_json_refuses_create_refuses_too() {
 }
 
 #[test]
-fn s3_a_whole_configuration_round_trips_through_json_and_unknown_fields_are_named() {
+fn s3_a_configuration_round_trips_through_json() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.byok(&store, "p/l", &world.cmk());
@@ -285,7 +285,7 @@ fn s3_a_whole_configuration_round_trips_through_json_and_unknown_fields_are_name
 }
 
 #[test]
-fn s4_encryption_may_come_later_and_what_was_written_before_stays_readable() {
+fn s4_records_from_before_encryption_stay_readable() {
     for (encrypt_type, byok) in [(EncryptType::Default, false), (EncryptType::Sm4, true)] {
         let world = World::manual();
         let store = world.create();
@@ -309,7 +309,7 @@ fn s4_encryption_may_come_later_and_what_was_written_before_stays_readable() {
 }
 
 #[test]
-fn s4_a_first_enable_false_is_stored_makes_no_envelope_and_fixes_nothing() {
+fn s4_a_first_enable_false_fixes_nothing() {
     let world = World::manual();
     let store = world.create();
     // With a create and with an update; both may name an algorithm and a master key.
@@ -374,7 +374,7 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
 }
 
 #[test]
-fn s4_what_was_encrypted_stays_encrypted_when_it_is_recovered_after_switching_off() {
+fn s4_recovery_after_switching_off_keeps_records_encrypted() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "shop/orders");
@@ -475,7 +475,7 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
 }
 
 #[test]
-fn s5_other_fields_that_are_fixed_or_out_of_range_are_refused_one_by_one() {
+fn s5_fixed_or_out_of_range_fields_are_refused() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "p/l");
@@ -503,7 +503,7 @@ fn s5_other_fields_that_are_fixed_or_out_of_range_are_refused_one_by_one() {
 }
 
 #[test]
-fn s5_enable_may_be_switched_and_the_algorithm_left_out_while_it_is_off() {
+fn s5_enable_may_be_switched_without_naming_the_algorithm() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -524,7 +524,7 @@ fn s5_enable_may_be_switched_and_the_algorithm_left_out_while_it_is_off() {
 }
 
 #[test]
-fn s6_an_update_replaces_the_whole_and_must_be_built_on_the_newest_revision() {
+fn s6_an_update_replaces_everything_at_the_newest_revision() {
     let world = World::manual();
     let store = world.create();
     let spec = LogstoreSpec { ttl_days: Some(7), retention_bytes: Some(1 << 30), ..LogstoreSpec::default() };
@@ -614,7 +614,7 @@ const REVOCATIONS: [Revocation; 4] = [
 ];
 
 #[test]
-fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false() {
+fn s7_every_way_to_revoke_stops_all_reads_and_writes() {
     for Revocation { reason, revoke, restore } in REVOCATIONS {
         for enabled in [true, false] {
             let world = World::manual();
@@ -681,7 +681,7 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes_also_while_enable_is_false(
 }
 
 #[test]
-fn s7_configuration_delete_and_retention_still_work_while_revoked() {
+fn s7_configuration_delete_and_retention_work_while_revoked() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -771,7 +771,7 @@ fn s7_retention_works_in_a_process_that_starts_while_revoked() {
 }
 
 #[test]
-fn s7_enabling_again_brings_it_back_without_restart_and_nothing_is_lost() {
+fn s7_enabling_again_restores_access_without_a_restart() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -836,7 +836,7 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
 }
 
 #[test]
-fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
+fn s8_a_refused_replacement_changes_nothing() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -872,7 +872,7 @@ fn s8_a_replacement_that_cannot_be_is_refused_and_changes_nothing() {
 }
 
 #[test]
-fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is_made() {
+fn s9_without_kms_or_permission_no_logstore_is_created() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
@@ -912,7 +912,7 @@ fn s9_no_kms_for_the_region_or_no_permission_is_a_clear_error_and_no_logstore_is
 }
 
 #[test]
-fn s9_without_any_kms_the_service_key_works_and_byok_is_refused_also_in_an_update() {
+fn s9_without_any_kms_only_the_service_key_works() {
     let world = World::manual();
     let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).create().unwrap();
     let service = world.service(&store, "p/service");

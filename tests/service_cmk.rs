@@ -55,7 +55,7 @@ fn opening_asks_the_kms_once_and_nothing_asks_it_again() {
 }
 
 #[test]
-fn no_root_is_in_the_file_and_an_open_keyring_is_as_it_always_was() {
+fn a_sealed_keyring_file_contains_no_root() {
     let world = World::manual();
     let cmk = world.cmk();
     let store = world.create();
@@ -155,7 +155,7 @@ fn it_is_rotated_under_its_master_key_or_stays_as_it_was() {
 }
 
 #[test]
-fn another_master_key_takes_over_and_a_refused_one_changes_nothing() {
+fn the_keyring_moves_to_another_master_key_or_stays_as_it_is() {
     let (world, cmk, store) = made();
     let before = fs::read(world.keyring()).unwrap();
     let other = world.cmk();

@@ -238,7 +238,7 @@ fn seed_of(parts: &[u64]) -> u64 {
 }
 
 #[test]
-fn the_power_fails_after_every_operation_and_again_during_recovery() {
+fn the_power_fails_after_every_operation_and_during_recovery() {
     use Durability::{Synced, Written};
     let report = Arc::new(Report::default());
     let changes = AtomicU64::new(0);
@@ -339,7 +339,7 @@ fn parts() -> Vec<Part> {
 }
 
 #[test]
-fn every_operation_fails_once_and_from_then_on_in_each_way_that_it_can() {
+fn every_operation_fails_once_and_lastingly_in_each_way() {
     let report = Report::default();
     let parts = parts();
     let mut cases = Vec::new();

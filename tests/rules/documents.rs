@@ -602,7 +602,7 @@ fn no_forged_metadata_leads_to_an_append_in_the_clear() {
 /// Reading a segment under the keyring needs no data key. However, the data key must first prove
 /// that the shard may contain such a segment.
 #[test]
-fn a_segment_under_the_keyring_is_read_once_the_data_key_has_proved_where_its_own_begin() {
+fn a_keyring_segment_is_read_only_where_the_data_key_allows_it() {
     let copy = Copy::of("byok-aes");
     let mut chain = Chain::load(&copy, 0);
     chain.append_under_the_keyring();
@@ -663,7 +663,7 @@ fn no_change_of_keys_or_settings_signs_what_was_forged() {
 /// The generation of the metadata is not bound. An attacker can restore an older keys section with
 /// its tag, but segments under newer data keys reveal it.
 #[test]
-fn an_older_keys_section_is_found_out_by_segments_under_newer_keys() {
+fn segments_under_newer_keys_reveal_an_older_keys_section() {
     let copy = Copy::of("byok-aes");
     let older = Document::read(&fs::read(path(&copy, Which::Meta)).unwrap());
     let store = copy.builder().open().unwrap();

@@ -265,7 +265,7 @@ fn what_is_older_than_it_was_is_rolled_back() {
 /// Only the catalogue is from before a clean close. The other files are newer and contain more than
 /// it knows.
 #[test]
-fn an_older_catalogue_that_contradicts_nothing_is_found_by_a_checkpoint() {
+fn a_checkpoint_finds_a_consistent_older_catalogue() {
     let mut fixture = Fixture::closed();
     let old = fixture.disk.image();
     let mut checkpoint = None;

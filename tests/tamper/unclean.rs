@@ -168,7 +168,7 @@ fn an_unclean_store_goes_on_with_all_that_is_there() {
 /// Every byte of every file. In an open segment the result depends on the durable mark; elsewhere
 /// it is as in a closed store.
 #[test]
-fn every_changed_byte_of_an_unclean_store_is_found_below_the_mark_and_dropped_above() {
+fn every_changed_byte_of_an_unclean_store_is_found_or_dropped() {
     for checkpoint in [false, true] {
         let unclean = Unclean::new(checkpoint);
         let (fixture, image) = (&unclean.fixture, &unclean.image);
@@ -278,7 +278,7 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
 /// Every length of every open segment: below the end that the catalogue knows it is truncation;
 /// above it is a torn tail.
 #[test]
-fn every_truncation_of_an_open_segment_is_found_below_what_is_known() {
+fn every_truncation_of_an_open_segment_is_found_or_dropped() {
     for checkpoint in [false, true] {
         let unclean = Unclean::new(checkpoint);
         let image = &unclean.image;

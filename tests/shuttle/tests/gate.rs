@@ -102,7 +102,7 @@ fn revoked_or<T>(result: Result<T>) -> Option<T> {
 }
 
 #[test]
-fn a_revocation_that_has_returned_happens_before_any_later_operation() {
+fn a_completed_revocation_refuses_every_later_operation() {
     let scenario = || {
         let world = World::new();
         let revoked = Arc::new(AtomicBool::new(false));
@@ -168,7 +168,7 @@ fn a_reader_misses_nothing_or_ends() {
 /// A rotation of the service key, concurrent with the first enable of encryption in a Logstore that
 /// used the service key: the acknowledged configuration stays.
 #[test]
-fn a_rotation_of_the_service_key_undoes_no_change_of_a_configuration() {
+fn a_service_key_rotation_undoes_no_configuration_change() {
     let scenario = || {
         let world = World::new();
         let plain = world.store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
