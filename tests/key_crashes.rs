@@ -402,7 +402,10 @@ fn retention_that_destroys_data_keys() {
                 let left = texts(&logstore);
                 assert_eq!(left.last().unwrap(), "third", "{at}: {left:?}");
                 let shredded = logstore.status().unwrap().data_keys[0].shredded;
-                assert!(!shredded || !left.contains(&"first".to_owned()), "{at}: a key went before what it sealed");
+                assert!(
+                    !shredded || !left.contains(&"first".to_owned()),
+                    "{at}: a key was destroyed before its segments"
+                );
                 let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
                 put(&logstore, "fourth");

@@ -412,7 +412,7 @@ fn a_run_that_is_killed_is_continued() {
         assert!(report.is_clean() && report.refused.is_empty(), "killed after {count}: {report:?}");
         store.close().unwrap();
     }
-    assert!(continued > 5, "{continued} runs have passed over what was done");
+    assert!(continued > 5, "{continued} runs skipped completed work");
 }
 
 // ---- automatic rotation ----

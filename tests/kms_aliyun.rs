@@ -141,7 +141,7 @@ fn a_key_unwraps_only_with_its_own_context() {
         world.cmk.cmk_key_id = alias;
         world.aliyun.take_seen();
         assert_eq!(world.outcome(&wrapped), "Invalid");
-        assert!(world.actions().is_empty(), "nobody is asked about an alias");
+        assert!(world.actions().is_empty(), "a call was made for an alias");
     }
 }
 

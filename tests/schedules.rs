@@ -134,7 +134,7 @@ impl Fated {
                 reason: envelog::kms::RevokedReason::Disabled,
                 detail: "it is disabled".into(),
             }),
-            Fate::Away => Err(KmsError::Unreachable { detail: "nobody is there".into() }),
+            Fate::Away => Err(KmsError::Unreachable { detail: "no connection".into() }),
             Fate::Good | Fate::Wrong => Ok(fate),
         }
     }
@@ -412,7 +412,7 @@ impl Schedule {
         }
         let read: BTreeMap<_, _> = read.iter().cloned().collect();
         for (seq, (text, lasting)) in &known.acknowledged {
-            assert!(!(complete || *lasting) || read.contains_key(seq), "{text:?} was acknowledged, and is not there");
+            assert!(!(complete || *lasting) || read.contains_key(seq), "{text:?} was acknowledged, and is missing");
         }
     }
 

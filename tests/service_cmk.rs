@@ -83,7 +83,7 @@ fn a_sealed_keyring_file_contains_no_root() {
     assert_eq!(events[events.len() - 4..], [rewraps, rewraps].concat());
     store.close().unwrap();
     world.kms.answer(Answer::Unreachable);
-    assert_eq!(found(&world.open()), ["before"], "it needs no KMS any more");
+    assert_eq!(found(&world.open()), ["before"], "it no longer needs a KMS");
 }
 
 #[test]

@@ -127,7 +127,7 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     refused("cannot be read");
     fs::create_dir(world.path("anchors")).unwrap();
     refused("keeps nothing");
-    assert_eq!(files(&world.path("anchors")), 0, "what is refused is not kept");
+    assert_eq!(files(&world.path("anchors")), 0, "refused data is not stored");
     fs::remove_dir(world.path("anchors")).unwrap();
     fs::rename(world.path("away"), world.path("anchors")).unwrap();
     // The anchor's content is authenticated.

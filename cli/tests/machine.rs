@@ -93,7 +93,7 @@ fn with_own_mounts(world: &World, script: &str) -> Option<String> {
     };
     fs::create_dir_all(world.path("mnt")).unwrap();
     if !run("mount -t tmpfs -o size=64k none mnt").status.success() {
-        let note = "NOT RUN: this system lets nobody mount in a namespace of his own (unshare --user --mount)\n";
+        let note = "NOT RUN: this system does not allow mounts in a user namespace (unshare --user --mount)\n";
         std::io::stderr().write_all(note.as_bytes()).unwrap();
         return None;
     }

@@ -358,7 +358,7 @@ impl State {
             self.files.get_mut(&file).unwrap().path = to.to_owned();
         }
         let ((dir, from), (target, to)) = (self.parent(from)?, self.parent(to)?);
-        assert_eq!(dir, target, "nobody moves files between directories here");
+        assert_eq!(dir, target, "files are never moved between directories");
         self.change_dir(dir, Entry::Moved(from, to, node));
         Ok(())
     }

@@ -1,8 +1,8 @@
-"""Has the official SDK of Alibaba Cloud talk to the stand-in of tests/common/aliyun.rs.
+"""Makes the official SDK of Alibaba Cloud call the simulation in tests/common/aliyun.rs.
 
-    sdk.py record PORT                         five requests with everything fixed that varies, through PORT as a proxy
-    sdk.py use PORT KEY ROLE ID SECRET         assumes the role, has a key made and decrypted, prints what it learns as JSON
-    sdk.py decrypt PORT ROLE ID SECRET BLOB CONTEXT   decrypts what the engine's backend has wrapped
+    sdk.py record PORT                         sends five requests with fixed variable parts, through PORT as a proxy
+    sdk.py use PORT KEY ROLE ID SECRET         assumes the role, creates and decrypts a key, prints the results as JSON
+    sdk.py decrypt PORT ROLE ID SECRET BLOB CONTEXT   decrypts a key that the engine's backend wrapped
 """
 
 import json
@@ -54,7 +54,7 @@ def record(port):
         try:
             call(request)
         except Exception as error:
-            # The ciphertext is none, and the stand-in does not encrypt: a signature that it does not accept comes out otherwise.
+            # The ciphertext is invalid, and the simulation has no Encrypt. A rejected signature gives another error.
             assert getattr(error, "code", None) in ("InvalidParameter", "InvalidAction.NotFound"), repr(error)
 
 

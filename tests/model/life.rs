@@ -180,7 +180,7 @@ fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dro
             (Known::Acknowledged(known), None) => panic!("{} is {known:?} and cannot be read", item.seq),
         }
     }
-    assert_eq!(left.next().map(|record| record.seq), None, "nobody appended that");
+    assert_eq!(left.next().map(|record| record.seq), None, "a record that was never appended");
     shard.items = kept;
 }
 

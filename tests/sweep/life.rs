@@ -332,7 +332,7 @@ impl Life {
         match store.logstore(&name(NAMES[n])) {
             Ok(logstore) => Ok(Some(logstore)),
             Err(Error::LogstoreMissing(_)) => {
-                ensure!(self.shelves()[NAMES[n]].may_be[1], "{} is not there any more", NAMES[n]);
+                ensure!(self.shelves()[NAMES[n]].may_be[1], "{} is missing", NAMES[n]);
                 Ok(None)
             }
             Err(error) => self.excused("to find a Logstore", &error).map(|()| None),
@@ -875,10 +875,10 @@ impl Life {
         let trouble = std::mem::take(&mut self.trouble);
         let appended = self.append(n, shard, &[Durability::Synced], 10);
         self.trouble = trouble;
-        appended.map_err(|what| format!("{} shard {shard} does not go on: {what}", NAMES[n]))?;
+        appended.map_err(|what| format!("{} shard {shard} does not continue: {what}", NAMES[n]))?;
         let shelves = self.shelves();
         let item = &shelves[NAMES[n]].shards[shard].items[before];
-        ensure!(item.acked == Some(Durability::Synced), "{} does not go on: {item:?}", logstore.name());
+        ensure!(item.acked == Some(Durability::Synced), "{} does not continue: {item:?}", logstore.name());
         Ok(())
     }
 
@@ -893,7 +893,7 @@ impl Life {
         let store = self.builder().open().map_err(|error| format!("the store does not open: {error}"))?;
         let listed = store.list().map_err(|error| format!("the store has no list: {error}"))?;
         for text in &listed {
-            ensure!(NAMES.contains(&text.to_string().as_str()), "nobody made {text}");
+            ensure!(NAMES.contains(&text.to_string().as_str()), "{text} was never created");
         }
         self.store = Some(store.clone());
         for (n, text) in NAMES.into_iter().enumerate() {

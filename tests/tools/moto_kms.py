@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """moto's AWS server, with KMS key states enforced as AWS documents them.
 
-    moto_kms.py --port 5055        (python packages: moto-requirements.txt beside this file)
+    moto_kms.py --port 5055        (python packages: moto-requirements.txt in this directory)
 
-Plain moto lets a disabled or dying key encrypt and decrypt. AWS answers DisabledException for a disabled
+Unmodified moto lets a key that is disabled or pending deletion encrypt and decrypt. AWS answers DisabledException for a disabled
 key and KMSInvalidStateException for one that is pending deletion (AWS KMS developer guide, "Key states of
-AWS KMS keys"; API reference of Decrypt, Encrypt, GenerateDataKey, ReEncrypt). Everything else is moto as it is.
+AWS KMS keys"; API reference of Decrypt, Encrypt, GenerateDataKey, ReEncrypt). Everything else is unmodified moto.
 """
 import argparse
 

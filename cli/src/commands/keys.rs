@@ -421,7 +421,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
         }
         for path in &report.unauthenticated {
             let path = path.display();
-            output::line(format_args!("{path}: from before encryption was on, and cannot be authenticated any more"))?;
+            output::line(format_args!("{path}: from before encryption was on, and can no longer be authenticated"))?;
         }
         output::line(format_args!("created a new service keyring {}: back it up", setup.keyring.display()))?;
     }
