@@ -37,9 +37,9 @@ struct Plan {
     /// The number of operations that still succeed, and then the failure.
     countdown: Option<(u64, Option<Failure>)>,
     dead: bool,
-    /// Operations on paths that contain this fail.
+    /// Operations on paths that contain all of these texts fail.
     broken: Option<Vec<String>>,
-    /// Renames (by the new name) and syncs of directories that were done, in order.
+    /// Completed renames (by the new name) and directory syncs, in order.
     published: Vec<(Published, PathBuf)>,
     /// The order in which directories are listed.
     order: Option<fn(&DirEntry, &DirEntry) -> std::cmp::Ordering>,
@@ -91,7 +91,7 @@ impl FailingDisk {
         self.plan.lock().unwrap().broken = part.map(|part| vec![part.to_owned()]);
     }
 
-    /// From now on every operation on a path that contains all of these parts fails.
+    /// Makes every operation on a path that contains all of these parts fail.
     pub(crate) fn break_paths_with(&self, parts: &[&str]) {
         self.plan.lock().unwrap().broken = Some(parts.iter().map(|part| (*part).to_owned()).collect());
     }

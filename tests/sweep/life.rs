@@ -607,7 +607,8 @@ impl Life {
                 let Some(store) = self.store.clone() else { return Ok(()) };
                 let before: Vec<_> = self.shelves().values_mut().map(Shelf::may_renew_data_key).collect();
                 let done = store.rotate_service_key_with(&mut |_| {});
-                // A Logstore under the service key has a new data key, or got it from the run that this one has continued.
+                // A Logstore under the service key gets a new data key, or already got it from the
+                // interrupted run that this one continued.
                 if done.as_ref().is_ok_and(|done| !done.continued) {
                     self.shelves().values_mut().zip(before).for_each(|(shelf, before)| shelf.renewed_data_key(&before));
                 }
@@ -847,7 +848,7 @@ impl Life {
         self.anchor.lock().fails = None;
         self.random.fail_next(false);
         if let Some(store) = &self.store {
-            // As each run of retention does: a change of keys that the catalogue could not note is taken back.
+            // A retention run does the same: it takes back a key change that the catalogue lacks.
             store.rotate_due_data_keys().map_err(|error| format!("no key can be changed: {error}"))?;
         }
         for (n, text) in NAMES.into_iter().enumerate() {
