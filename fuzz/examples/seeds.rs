@@ -12,7 +12,7 @@ use envelog::{
     Compression, fuzzing,
     segment::{BlockHeader, SegmentHeader},
 };
-use envelog_fuzz::{BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, scanned_header};
+use envelog_fuzz::{BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, is_meta, scanned_header};
 
 /// Writes the seeds of a target. Writes equal seeds only once.
 fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
@@ -115,7 +115,7 @@ fn documents() {
         let found = (0..).zip(GOLDEN).filter_map(|(which, store)| Some((which, file(store, is_it)?)));
         found.flat_map(|(which, bytes)| [as_is(which, &bytes), by_bodies(which, &bytes)]).collect()
     };
-    write("metadata", both(&|path| path.ends_with("meta")));
+    write("metadata", both(&|path| is_meta(path)));
     write(
         "keyring",
         both(&|path| path.ends_with("keyring")).into_iter().take(4).map(|mut seed| {
@@ -126,9 +126,8 @@ fn documents() {
             seed
         }),
     );
-    let kinds: [&dyn Fn(&Path) -> bool; 2] = [&|path| path.ends_with("STORE"), &|path| {
-        path.parent().is_some_and(|dir| dir.ends_with("probes"))
-    }];
+    let kinds: [&dyn Fn(&Path) -> bool; 2] =
+        [&|path| path.ends_with("STORE"), &|path| path.parent().is_some_and(|dir| dir.ends_with("probes"))];
     let kinds = (1u8..).zip(kinds);
     let catalogues = (0u8..).zip(GOLDEN).take(2).flat_map(|(which, store)| {
         let bytes = file(store, &is_catalogue_file).expect("a golden store has a catalogue");
@@ -157,7 +156,7 @@ fn documents() {
     write(
         "envelope",
         wrapped.map(|(store, n)| {
-            let meta = file(store, &|path| path.ends_with("meta")).expect("a golden store has a Logstore");
+            let meta = file(store, &|path| is_meta(path)).expect("a golden store has a Logstore");
             let keys: serde_json::Value =
                 serde_json::from_slice(bodies(&meta).expect("golden metadata").1).expect("keys");
             let hex = keys["versions"][0]["wrapped"].as_str().expect("a wrapped key").to_owned();

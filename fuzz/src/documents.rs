@@ -17,7 +17,7 @@ use envelog::{
 use serde_json::Value;
 
 use crate::{
-    common::catalogue as common,
+    common::{catalogue as common, memory::Image},
     crc,
     golden::{Golden, KEYRING, golden, picked, shown},
 };
@@ -132,9 +132,40 @@ fn examine_and_recover(data: &[u8], is_it: impl Fn(&Path) -> bool) {
     golden.recover(&image);
 }
 
-/// The metadata of a Logstore.
+/// The metadata of a Logstore. The catalogue names it, or a reader would not look further than its tag.
 pub fn metadata(data: &[u8]) {
-    examine_and_recover(data, |path| path.ends_with("meta"));
+    let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
+    let golden = picked(which);
+    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| common::is_meta(path)) else { return };
+    let key = derived(&root_of(golden), "envelog v2 document");
+    let image = named_metadata(golden, path, Making::of(making).make(bytes, original, &key), &key);
+    golden.examine(&image);
+    golden.recover(&image);
+}
+
+/// A golden store with other metadata in place of the file `path`, and a catalogue that names it.
+fn named_metadata(golden: &Golden, path: &Path, metadata: Vec<u8>, key: &SecretKey) -> Image {
+    let files = &golden.image.files;
+    let catalogue = files.iter().find(|(path, _)| is_catalogue_file(path));
+    let (Some((catalogue, file)), Some(dir)) = (catalogue, path.parent()) else { return golden.image.clone() };
+    if metadata.len() < SUFFIX_LEN {
+        return golden.image.with(path, metadata);
+    }
+    let tag: String = common::tag_a(&metadata).iter().map(|byte| format!("{byte:02x}")).collect();
+    let (mut body, number) = common::folded(file);
+    let entries = body["catalogue"]["logstores"].as_object_mut().into_iter().flatten();
+    let Some((_, entry)) =
+        entries.into_iter().find(|(_, entry)| entry["id"].as_str().is_some_and(|id| dir.ends_with(id)))
+    else {
+        return golden.image.clone();
+    };
+    entry["tag"] = tag.into();
+    let name = common::meta_name(entry["generation"].as_u64().unwrap_or_default(), &metadata);
+    let mut original = file[crc::catalogue_layout(file).document].to_vec();
+    original[56..64].copy_from_slice(&number.to_le_bytes());
+    let document = framed(&original, body.to_string().as_bytes(), b"", key);
+    let image = golden.image.without(path).with(&dir.join(name), metadata);
+    image.with(catalogue, common::snapshot(&document, key))
 }
 
 /// `STORE`, the catalogue, or a probe.
@@ -210,6 +241,11 @@ pub fn catalogue_bodies(file: &[u8]) -> Option<Vec<u8>> {
         found.extend_from_slice(&file[record.start + common::RECORD_HEAD_LEN..record.end - common::RECORD_SUFFIX_LEN]);
     }
     Some(found)
+}
+
+/// Whether a path is the path of a Logstore's metadata.
+pub fn is_meta(path: &Path) -> bool {
+    common::is_meta(path)
 }
 
 /// Whether a path is the path of a file of the catalogue.
