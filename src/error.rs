@@ -330,9 +330,16 @@ pub enum Error {
         path: PathBuf,
     },
     /// The path for a new service keyring already holds one.
-    #[error("there is a service keyring at {} already; it is never overwritten", path.display())]
+    #[error("there is a service keyring at {} already; it is never overwritten (remove it if an interrupted recovery without the keyring left it)", path.display())]
     KeyringExists {
         /// The path.
+        path: PathBuf,
+    },
+    /// Another process has replaced the service keyring since this one opened the store. Nothing was written. Open the
+    /// store again.
+    #[error("another process has changed the service keyring {} since the store was opened; open the store again", path.display())]
+    KeyringChanged {
+        /// The keyring.
         path: PathBuf,
     },
     /// The service keyring belongs to another store.
@@ -543,7 +550,8 @@ impl Error {
             | Error::KeyringForeign { .. }
             | Error::KeyringUnsafe { .. }
             | Error::NetworkFileSystem { .. }
-            | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
+            | Error::KeyringTooOld { .. }
+            | Error::KeyringChanged { .. } => ErrorKind::Unavailable,
             Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => ErrorKind::Invalid,
             Error::StoreExists { .. }
             | Error::KeyringExists { .. }
@@ -595,6 +603,7 @@ impl Error {
             Error::NetworkFileSystem { .. } => "network_file_system",
             Error::KeyringUnsafe { .. } => "keyring_unsafe",
             Error::KeyringTooOld { .. } => "keyring_too_old",
+            Error::KeyringChanged { .. } => "keyring_changed",
             Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",
             Error::ServiceKey { cause: KmsError::Invalid { .. }, .. } => "service_key_invalid",
             Error::ServiceKey { .. } => "service_key_unreachable",

@@ -613,6 +613,50 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
     }
 }
 
+/// An attacker damages the open segment, so that a rotation cannot end it, and would undo that
+/// later. No data key is replaced before the shard is repaired.
+#[test]
+fn a_damaged_shard_gets_no_new_data_key() {
+    let world = World::manual();
+    let store = filled(&world);
+    let dirs = [SERVICE, BYOK].map(|logstore| world.logstore_dir(&store.logstore(&name(logstore)).unwrap()));
+    for logstore in [SERVICE, BYOK] {
+        // The second record carries the durable mark of the first.
+        put(&store.logstore(&name(logstore)).unwrap(), "two");
+    }
+    let copy = world.path().join("killed");
+    copy_dir(&world.store_dir(), &copy);
+    drop(store);
+    copy_dir(&copy, &world.store_dir());
+    let paths = dirs.map(|dir| segments(&dir, 0).remove(0));
+    let good = paths.clone().map(|path| fs::read(path).unwrap());
+    for (path, good) in paths.iter().zip(&good) {
+        let mut bytes = good.clone();
+        // In the payload of the first block.
+        bytes[408] ^= 1;
+        fs::write(path, bytes).unwrap();
+    }
+    let store = world.open();
+    let integrity = |result: Result<u32>| result.unwrap_err().kind() == envelog::ErrorKind::Integrity;
+    for logstore in [SERVICE, BYOK] {
+        assert!(integrity(store.rotate_data_key(&name(logstore))), "{logstore}");
+    }
+    assert!(integrity(store.replace_cmk(&name(BYOK), world.cmk(), envelog::ReplaceCmk::default())));
+    assert!(integrity(store.rotate_service_key()));
+    assert!(store.is_service_rotation_unfinished());
+    drop(store);
+    for (path, good) in paths.iter().zip(&good) {
+        fs::write(path, good).unwrap();
+    }
+    let store = world.open();
+    store.rotate_service_key().unwrap();
+    for logstore in [SERVICE, BYOK] {
+        store.rotate_data_key(&name(logstore)).unwrap();
+        assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"]);
+    }
+    assert_clean(&store, "undone");
+}
+
 /// An unreadable Logstore keeps older versions accepted until it is readable again or deleted.
 #[test]
 fn a_damaged_logstore_leaves_the_rotation_unfinished() {

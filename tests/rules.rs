@@ -239,9 +239,13 @@ const SEGMENTS: &[Row] = &[
             chain.segments[1].header.predecessor = Predecessor::None;
         }),
     ),
-    open("the predecessor is the one before", "not the one before it", |chain| {
-        chain.segments[2].link = |end| end.ordinal = 1;
-    }),
+    // A reader proves the segments of the older data key first.
+    Row {
+        read: Some("rolled_back"),
+        ..open("the predecessor is the one before", "not the one before it", |chain| {
+            chain.segments[2].link = |end| end.ordinal = 1;
+        })
+    },
     open("a segment begins behind its predecessor's end", "lies below the end of the one before", |chain| {
         let segment = &mut chain.segments[1];
         segment.header.first_seq = 2;
@@ -834,6 +838,36 @@ const FORGERIES: &[Forgery] = &[
         copy.forge_payload(&segments(&copy.logstore_dir(), 0)[1]);
     }),
 ];
+
+/// A holder of an older data key can make whole segments that hold together. A reader accepts them only if the
+/// catalogue, which the newest segment continues, proves them.
+#[test]
+fn segments_that_an_older_data_key_replaces_are_refused() {
+    for store in ["service-aes", "byok-aes"] {
+        let copy = Copy::of(store);
+        let key =
+            |path: &std::path::PathBuf| SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header.key_source;
+        let paths = segments(&copy.logstore_dir(), 0);
+        let newer: Vec<_> = paths.iter().filter(|path| key(path) != KeySource::DataKey(1)).collect();
+        assert!(!newer.is_empty() && newer.len() < paths.len(), "{store}");
+        let kept: Vec<_> = newer.iter().map(|path| std::fs::read(path).unwrap()).collect();
+        let mut chain = Chain::load(&copy, 0);
+        chain.segments[0].header.salt[0] ^= 1;
+        chain.save_segments();
+        for (path, bytes) in newer.iter().zip(kept) {
+            std::fs::write(path, bytes).unwrap();
+        }
+        let opened = copy.builder().open_read_only().unwrap();
+        for mode in [ReadMode::Pread, ReadMode::Map] {
+            let error = read(&opened, 0, 0, mode).expect_err(store);
+            assert_eq!(error.code(), "rolled_back", "{store}: {error}");
+            let logstore = opened.logstore(&opened.list().unwrap()[0]).unwrap();
+            let mut reader =
+                logstore.read(0, &ReadOptions::from(Position::Begin)).and_then(|mut reader| reader.next_block());
+            assert!(reader.as_mut().is_err(), "{store}: a forged record is read");
+        }
+    }
+}
 
 /// A holder of a retired service key version can seal any unencrypted segment. The engine accepts
 /// such a segment only if the catalogue, which the newest version authenticates, proves it.

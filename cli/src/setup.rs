@@ -70,6 +70,17 @@ impl Setup {
         options.keyring_group_read = keyring_group;
         options.group_read = group_read;
         options.allow_network_fs = allow_network_fs;
+        let inside = |dir: &PathBuf| {
+            let (anchor, store) = (dir.canonicalize().ok()?, store.canonicalize().ok()?);
+            anchor.starts_with(store).then_some(())
+        };
+        if let Some(dir) = &anchor
+            && inside(dir).is_some()
+        {
+            let message =
+                format!("the anchor {} is inside the store directory: it protects nothing there", dir.display());
+            return Err(Failure::usage(message));
+        }
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
         Ok(Self { store, keyring, kms_dir, kms, options, anchor, without_anchor, accept_retired, json })
     }
@@ -115,7 +126,7 @@ impl Setup {
     }
 
     /// Prints a note on standard error, unless `--json` is set.
-    fn notice(&self, text: impl Display) {
+    pub(crate) fn notice(&self, text: impl Display) {
         if !self.json {
             output::notice(text);
         }

@@ -177,6 +177,15 @@ fn an_anchor_that_cannot_be_used_is_left_out_on_request() {
 }
 
 #[test]
+fn an_anchor_inside_the_store_is_refused() {
+    let world = anchored();
+    let inside = world.path("envelog-data/anchor");
+    fs::create_dir(&inside).unwrap();
+    let sentence = world.refused(2, &["read", "p/a", "--anchor", inside.to_str().unwrap()]);
+    assert!(sentence.contains("inside the store"), "{sentence}");
+}
+
+#[test]
 fn a_reader_without_the_anchor_is_told_so() {
     let world = anchored();
     for command in [&["read", "p/a"][..], &["verify"], &["status"]] {

@@ -199,6 +199,7 @@ impl Keyring {
             return Err(bad("the oldest accepted version of the service keyring is none of its versions"));
         }
         keyring.check(&parsed, newest)?;
+        keyring.file.note_known(&bytes);
         Ok(keyring)
     }
 
@@ -492,7 +493,7 @@ impl Keyring {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::OsRandom;
+    use crate::io::{Disk as _, OpenMode, OsRandom, RealDisk};
 
     fn made(dir: &Path) -> (Keyring, StoreId) {
         let store = StoreId::from_bytes([5; 16]);
@@ -579,6 +580,28 @@ mod tests {
         bytes[middle] ^= 1;
         keyring.file.replace(&bytes).unwrap();
         assert!(keyring.verify_file().is_err());
+    }
+
+    /// A writer that another one has taken over from does not put its keyring in place of the other's.
+    #[test]
+    fn a_keyring_that_another_process_has_replaced_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, store) = made(dir.path());
+        let path = keyring.path().to_owned();
+        let file = || KeyringFile::for_tests(&path);
+        let load = |file| Keyring::load(file, store, keyring.id(), &keyring.custody).unwrap();
+        let (first, second) = (load(file()), load(file()));
+        let rotated = second.add_version(&OsRandom, 2).unwrap();
+        let refused = first.anchor(&OsRandom);
+        assert!(matches!(refused, Err(Error::KeyringChanged { .. })), "{refused:?}");
+        // While another process replaces the file, it is locked.
+        let held = RealDisk.open(&path, OpenMode::Read).unwrap();
+        assert!(held.try_lock().unwrap());
+        let refused = rotated.retire_older(&OsRandom);
+        assert!(matches!(refused, Err(Error::Locked { .. })), "{refused:?}");
+        drop(held);
+        let retired = rotated.retire_older(&OsRandom).unwrap();
+        assert_eq!((retired.newest(), load(file()).newest()), (2, 2));
     }
 
     #[test]

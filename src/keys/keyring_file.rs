@@ -10,7 +10,9 @@ use zeroize::Zeroizing;
 
 use crate::{
     Error, KeyringRisk, Result,
+    crypto::{HashAlg, hash},
     io::{self, Access, Disk, Existing, OpenMode, Owner},
+    sync::{Mutex, lock},
 };
 
 /// The largest keyring file, in bytes.
@@ -21,7 +23,7 @@ const GROUP_READ: u32 = 0o040;
 
 /// The file of a service keyring. The path that the caller gave is resolved once, so that a symlink stays when its target is
 /// replaced.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct KeyringFile {
     /// The disk below the directory that the file is in.
     disk: Arc<dyn Disk>,
@@ -29,6 +31,8 @@ pub(crate) struct KeyringFile {
     access: Access,
     /// Who owns the store directory, or is going to once it is made; `None` on a disk without users.
     store_owner: Option<Owner>,
+    /// SHA-256 of the contents that this process loaded or wrote last.
+    known: Mutex<Option<[u8; 32]>>,
 }
 
 impl KeyringFile {
@@ -72,7 +76,7 @@ impl KeyringFile {
             return Err(inside(&path));
         }
         let disk = disk.beneath(dir, access).map_err(missing)?;
-        Ok(Self { disk, path, access, store_owner })
+        Ok(Self { disk, path, access, store_owner, known: Mutex::default() })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -123,13 +127,41 @@ impl KeyringFile {
         io::write_file(&*self.disk, &self.path, bytes, Existing::Keep).map_err(|error| match error.kind() {
             ErrorKind::AlreadyExists => Error::KeyringExists { path: self.path.clone() },
             _ => Error::io("write the service keyring", &self.path)(error),
-        })
+        })?;
+        self.note_known(bytes);
+        Ok(())
     }
 
-    /// Replaces the file, durably.
+    /// Notes the contents that this process goes by.
+    pub(crate) fn note_known(&self, bytes: &[u8]) {
+        *lock(&self.known) = Some(hash(HashAlg::Sha256, &[bytes]));
+    }
+
+    /// Replaces the file, durably, unless another process has replaced it since this one loaded it. The lock of
+    /// the old file keeps other processes out between this check and the rename.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] while another process replaces it; [`Error::KeyringChanged`]; [`Error::Io`].
     pub(crate) fn replace(&self, bytes: &[u8]) -> Result<()> {
-        io::write_file(&*self.disk, &self.path, bytes, Existing::Replace)
-            .map_err(Error::io("write the service keyring", &self.path))
+        let failed = || Error::io("write the service keyring", &self.path);
+        let old = self.disk.open(&self.path, OpenMode::Read).map_err(failed())?;
+        match old.try_lock() {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::Locked { path: self.path.clone(), pid: None }),
+            // A file system without locks.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            Err(error) => return Err(failed()(error)),
+        }
+        let (locked, named) = (old.stat().map_err(failed())?, self.disk.stat(&self.path).map_err(failed())?);
+        let found = io::read_open_file(&*old, KEYRING_BYTES_MAX).map(Zeroizing::new).map_err(failed())?;
+        let same_file = named.is_some_and(|named| named.identity == locked.identity);
+        let known = lock(&self.known).is_none_or(|known| hash(HashAlg::Sha256, &[&found]) == known);
+        if !same_file || !known {
+            return Err(Error::KeyringChanged { path: self.path.clone() });
+        }
+        io::write_file(&*self.disk, &self.path, bytes, Existing::Replace).map_err(failed())?;
+        self.note_known(bytes);
+        Ok(())
     }
 
     /// Removes the file.

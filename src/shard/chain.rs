@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use super::{End, Head, Opened, SegmentRef, Shard};
 use crate::{
     Error, Result,
-    keys::keyring::Keyring,
+    keys::{envelope::KeysSection, keyring::Keyring},
     segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
     sync::{Mutex, lock},
 };
@@ -100,6 +100,27 @@ impl Shard {
         let same = contents.digest() == end.digest;
         Ok(same
             && footer.is_none_or(|found| *found == contents.build(found.offset, found.nonce_random, found.recovered)))
+    }
+
+    /// Checks that a segment under an older data key is the one that the catalogue proves, if the catalogue knows of it. A holder of that
+    /// key can make whole segments that hold together among themselves. Does not read blocks, so a block that such a holder
+    /// changed in place is left to a verification.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`].
+    pub(super) fn check_older(&self, opened: &Opened) -> Result<()> {
+        let KeySource::DataKey(version) = opened.header.header.key_source else { return Ok(()) };
+        let is_current = |section: &KeysSection| section.current == version;
+        if self.context.gate.keys().section.is_none_or(|section| is_current(&section)) {
+            return Ok(());
+        }
+        match self.proved(opened.name.ordinal)? {
+            Some(proved) if proved.header.header_hash != opened.header.header_hash => {
+                let what = format!("{} is not the segment that the catalogue knows", opened.name.path.display());
+                Err(Error::RolledBack { what })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a segment may be read by its key. A holder of a retired version of the service keyring can make any segment under it, so

@@ -452,6 +452,7 @@ impl Shard {
     }
 
     fn begin(&self, writer: &mut Writer) -> Result<()> {
+        self.check_no_data_key()?;
         let next = match writer.next.clone() {
             Some(next) => next,
             None => self.recover()?,

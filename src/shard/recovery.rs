@@ -681,7 +681,8 @@ impl Shard {
                 }
             }
         }
-        self.check_rules(opened)
+        self.check_rules(opened)?;
+        self.check_older(opened)
     }
 
     /// Authenticates the footer of a sealed segment.

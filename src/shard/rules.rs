@@ -75,6 +75,25 @@ impl Shard {
     }
 }
 
+impl Shard {
+    /// Checks that no segment is under a data key where the metadata has none. A holder of the service keyring alone can take the
+    /// envelopes out of the metadata; no append may follow that into the clear. Reads the header of each segment.
+    ///
+    /// # Errors
+    /// [`Error::RolledBack`], about the data key.
+    pub(super) fn check_no_data_key(&self) -> Result<()> {
+        if self.context.gate.keys().section.is_some() {
+            return Ok(());
+        }
+        for segment in self.segments(false)?.iter().filter(|segment| segment.active.is_none()) {
+            if let KeySource::DataKey(version) = self.key_source(segment)? {
+                return Err(self.context.gate.version_missing(version));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The rule that a header breaks beside what the keys section says of which key is for which segment, and where. Without it the service
 /// keyring alone could add a segment to a Logstore under a customer's key, and a copy of an old data key could add one to any Logstore.
 fn key_rule(section: &KeysSection, header: &SegmentHeader) -> Option<(u64, &'static str)> {

@@ -10,7 +10,7 @@ use super::{
     removal,
 };
 use crate::{
-    Error, ErrorKind, Result,
+    Error, Result,
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::{LogstoreId, hex_encode},
@@ -327,8 +327,9 @@ impl StoreShared {
 
     fn delete(&self, name: &LogstoreName) -> Result<DeleteReport> {
         let mut admin = self.administer()?;
-        let id = self.entry(name)?.id;
-        removal::check_types(&*self.disk, &self.logstore_dir(id))?;
+        let entry = self.entry(name)?;
+        let (id, dir) = (entry.id, self.logstore_dir(entry.id));
+        removal::check_types(&*self.disk, &dir, &entry.meta().path(&dir))?;
         self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
         self.commit(&mut admin, vec![Change::Deleted { name: name.clone(), id }])?;
         if let Some(open) = lock(&self.logstores).remove(name) {
@@ -436,17 +437,12 @@ impl SavedMeta {
     }
 }
 
-/// Ends the last segment of each shard, also one that a killed process has left open. One that is damaged stays as it is.
+/// Ends the last segment of each shard, including one that a killed process left open.
+///
+/// # Errors
+/// A damaged shard must be repaired first: an open segment would let the older key add blocks to it.
 fn end_segments(logstore: &LogstoreShared) -> Result<()> {
-    for shard in &logstore.shards {
-        match shard.end_segment_if(|_| true) {
-            Err(error) if error.kind() == ErrorKind::Integrity => {
-                warn!(logstore = %logstore.name, shard = shard.id(), %error, "a damaged shard is left as it is");
-            }
-            ended => drop(ended?),
-        }
-    }
-    Ok(())
+    logstore.shards.iter().try_for_each(|shard| shard.end_segment_if(|_| true).map(drop))
 }
 
 fn describe(meta: &Meta) -> String {

@@ -45,7 +45,7 @@ pub(super) fn remove_logstore(disk: &dyn Disk, dir: &Path) -> Result<DeleteRepor
 ///
 /// # Errors
 /// [`Error::WrongFileType`], [`Error::Io`].
-pub(super) fn check_types(disk: &dyn Disk, dir: &Path) -> Result<()> {
+pub(super) fn check_types(disk: &dyn Disk, dir: &Path, meta: &Path) -> Result<()> {
     let check = |path: &Path, expected: FileKind, found: FileKind| {
         if found == expected {
             return Ok(());
@@ -57,7 +57,7 @@ pub(super) fn check_types(disk: &dyn Disk, dir: &Path) -> Result<()> {
     check(dir, FileKind::Directory, stat.kind)?;
     for entry in disk.list_dir(dir).map_err(Error::io("list", dir))? {
         let path = dir.join(&entry.name);
-        if MetaName::parse(&entry.name).is_some() {
+        if path == meta {
             check(&path, FileKind::File, entry.kind)?;
         } else if is_shard_dir(&entry.name) {
             check(&path, FileKind::Directory, entry.kind)?;

@@ -231,7 +231,13 @@ fn rotate_service(setup: &Setup) -> Result {
             false => failure,
         }
     })?;
+    let anchor = store.anchor_status();
     setup.close(store)?;
+    if anchor.anchored && !anchor.configured {
+        setup.notice(
+            "the anchor still has a copy under the retired version: the next command needs --anchor with --without-anchor",
+        );
+    }
     let version = done.version;
     if setup.json {
         return output::json(&json!({
@@ -407,6 +413,13 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
     if !setup.json {
         // Print before assuming any role and before writing anything.
         found.iter().try_for_each(|one| output::line(found_line(one)))?;
+    }
+    let matches = |one: &envelog::Recoverable| one.cmk.is_some() && expected.get(&one.name) == one.cmk.as_ref();
+    if !found.iter().any(matches) {
+        return Err(Failure::refused(
+            "nothing_expected",
+            "the store names none of the expected Logstores with the expected key and role; nothing was changed",
+        ));
     }
     let (store, report) = builder.recover_without_keyring(&expected)?;
     setup.close(store)?;
