@@ -219,7 +219,7 @@ pub(crate) struct Paused<'a> {
 impl Paused<'_> {
     /// The ordinal of the next segment. A recovery may make that segment itself.
     pub(crate) fn next_ordinal(&self) -> Result<u64> {
-        self.writer.next().map_or_else(|| self.shard.list.next_ordinal_on_disk(), |next| Ok(next.ordinal))
+        self.writer.next().map_or_else(|| self.shard.list().next_ordinal_on_disk(), |next| Ok(next.ordinal))
     }
 
     pub(crate) fn shard_id(&self) -> u32 {

@@ -171,32 +171,6 @@ pub struct Reader {
     ended: bool,
 }
 
-/// Records that were decrypted and not returned yet. They are wiped together with the keys, whether
-/// or not the reader is used again.
-#[derive(Default)]
-struct ReadAhead(Mutex<Ahead>);
-
-#[derive(Default)]
-struct Ahead {
-    records: VecDeque<Record>,
-    /// The list that they are parts of.
-    list: Bytes,
-    /// Whether records were wiped: the reader has to read them again.
-    wiped: bool,
-}
-
-impl KeptPlaintext for ReadAhead {
-    fn wipe(&self) {
-        let mut ahead = lock(&self.0);
-        ahead.wiped |= !ahead.records.is_empty();
-        ahead.records.clear();
-        // If the caller holds records of the list, the memory is the caller's.
-        if let Ok(mut list) = std::mem::take(&mut ahead.list).try_into_mut() {
-            wipe(&mut list);
-        }
-    }
-}
-
 impl std::fmt::Debug for Reader {
     /// Omits the groups that were read ahead.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -470,6 +444,32 @@ impl Iterator for Reader {
                 self.took(&record);
                 return Some(Ok(record));
             }
+        }
+    }
+}
+
+/// Records that were decrypted and not returned yet. They are wiped together with the keys, whether
+/// or not the reader is used again.
+#[derive(Default)]
+struct ReadAhead(Mutex<Ahead>);
+
+#[derive(Default)]
+struct Ahead {
+    records: VecDeque<Record>,
+    /// The list that they are parts of.
+    list: Bytes,
+    /// Whether records were wiped: the reader has to read them again.
+    wiped: bool,
+}
+
+impl KeptPlaintext for ReadAhead {
+    fn wipe(&self) {
+        let mut ahead = lock(&self.0);
+        ahead.wiped |= !ahead.records.is_empty();
+        ahead.records.clear();
+        // If the caller holds records of the list, the memory is the caller's.
+        if let Ok(mut list) = std::mem::take(&mut ahead.list).try_into_mut() {
+            wipe(&mut list);
         }
     }
 }

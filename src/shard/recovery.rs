@@ -208,7 +208,7 @@ impl Recovery<'_> {
             if let Some(prover) = &mut prover
                 && !prover.holds(block.offset, &block.header)?
             {
-                kept.complete = true;
+                kept.stop();
                 given_up += block.header.block_len();
                 return Ok(());
             }
@@ -252,33 +252,6 @@ impl Recovery<'_> {
     }
 }
 
-/// The head of the shard by its files, for a checkpoint of a shard that this process does not
-/// write.
-pub(super) fn head_on_disk(list: &SegmentList) -> Result<Option<Head>> {
-    if !list.is_read_only() {
-        list.make_names_durable()?;
-    }
-    let segments = list.segments(true)?;
-    let Some(last) = segments.last() else { return Ok(list.record().head) };
-    let opened = list.open_segment(last)?;
-    match &opened.end {
-        End::Sealed(sealed) => Ok(Some(list.last_head(&opened.header, &sealed.footer, opened.file_len()?))),
-        End::Active(view) => Ok(Some(view.head())),
-        End::Cut(_) => Ok(list.record().head),
-        End::Unknown => {
-            // Under a customer's key no key is used: a checkpoint is also made while it is revoked.
-            let proof = if list.gate().keys().lease.is_none() { Proof::Tag } else { Proof::Crc };
-            let scanned = Scanned::of(list, &opened, proof)?;
-            let mut kept = Kept::new(&opened, scanned.check_durable_part()?);
-            scanned.again(|block, payload| {
-                kept.takes(&block, payload);
-                Ok(())
-            })?;
-            Ok(Some(kept.head()))
-        }
-    }
-}
-
 /// The result of cutting off a segment.
 struct Cut {
     /// Where the next segment begins.
@@ -316,6 +289,11 @@ impl<'a> Kept<'a> {
             self.end = end;
         }
         !self.complete
+    }
+
+    /// Keeps no further block.
+    fn stop(&mut self) {
+        self.complete = true;
     }
 
     /// The head of the shard, if the segment ends behind these blocks.
@@ -397,5 +375,32 @@ impl<'a> Rewriting<'a> {
             predecessor: Predecessor::Sealed(head.clone().into_end()),
         };
         Ok((self.new.sealed_name(&head), next))
+    }
+}
+
+/// The head of the shard by its files, for a checkpoint of a shard that this process does not
+/// write.
+pub(super) fn head_on_disk(list: &SegmentList) -> Result<Option<Head>> {
+    if !list.is_read_only() {
+        list.make_names_durable()?;
+    }
+    let segments = list.segments(true)?;
+    let Some(last) = segments.last() else { return Ok(list.record().head) };
+    let opened = list.open_segment(last)?;
+    match &opened.end {
+        End::Sealed(sealed) => Ok(Some(list.last_head(&opened.header, &sealed.footer, opened.file_len()?))),
+        End::Active(view) => Ok(Some(view.head())),
+        End::Cut(_) => Ok(list.record().head),
+        End::Unknown => {
+            // Under a customer's key no key is used: a checkpoint is also made while it is revoked.
+            let proof = if list.gate().keys().lease.is_none() { Proof::Tag } else { Proof::Crc };
+            let scanned = Scanned::of(list, &opened, proof)?;
+            let mut kept = Kept::new(&opened, scanned.check_durable_part()?);
+            scanned.again(|block, payload| {
+                kept.takes(&block, payload);
+                Ok(())
+            })?;
+            Ok(Some(kept.head()))
+        }
     }
 }

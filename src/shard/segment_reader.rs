@@ -72,24 +72,6 @@ pub(crate) struct SegmentReader {
     scratch: Scratch,
 }
 
-#[derive(Default)]
-struct Scratch {
-    stored: Vec<u8>,
-    decompressor: Decompressor,
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        wipe(&mut self.stored);
-    }
-}
-
-impl std::fmt::Debug for Scratch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Scratch")
-    }
-}
-
 impl SegmentReader {
     pub(crate) fn new(opened: Opened, mode: ReadMode) -> Result<Self> {
         let map = match (&opened.end, mode) {
@@ -497,5 +479,24 @@ impl SegmentReader {
         self.opened = opened;
         list.authenticate(&self.opened)?;
         Ok(Refresh::Changed)
+    }
+}
+
+/// Buffers for the stored bytes of a block. Wiped when they are dropped.
+#[derive(Default)]
+struct Scratch {
+    stored: Vec<u8>,
+    decompressor: Decompressor,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        wipe(&mut self.stored);
+    }
+}
+
+impl std::fmt::Debug for Scratch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Scratch")
     }
 }
