@@ -32,6 +32,7 @@ mod keys;
 pub mod kms;
 mod logstore;
 pub mod metrics;
+mod schedule;
 pub mod segment;
 mod shard;
 mod store;

@@ -390,9 +390,7 @@ fn whole_life(traced: &Traced) {
     assert!(watched.world.kms.wrapped_keys().len() >= 5, "two probes, and each data key at least once");
     watched.says(&SecretKey::from_bytes(&mut data_key.clone()));
     let text = traced.text();
-    for said in
-        ["a store is open", "KMS call succeeded", "on the key audit log", "the KMS refuses", "a segment is sealed"]
-    {
+    for said in ["a store is open", "KMS call succeeded", "on the key audit log", "the KMS refuses", "segment sealed"] {
         assert!(text.contains(said), "{said}: everything was traced: {text}");
     }
     watched.said.push(("what is traced".to_owned(), text));

@@ -89,8 +89,8 @@ fn bytes_syncs_and_failures_are_counted() {
     disk.disarm();
     let metrics = store.metrics();
     assert_eq!((metrics.sync_failures, metrics.writers_latched), (1, 1));
-    assert!(traced.text().contains("ERROR") && traced.text().contains("a sync has failed"), "{}", traced.text());
-    assert!(traced.text().contains("stopped the writer"), "{}", traced.text());
+    assert!(traced.text().contains("ERROR") && traced.text().contains("fsync failed"), "{}", traced.text());
+    assert!(traced.text().contains("shard writer latched"), "{}", traced.text());
     disk.fail_after(0, Failure::Once);
     assert!(store.rotate_data_key(service.name()).is_err());
     disk.disarm();
@@ -129,12 +129,12 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
     for said in [
         "a store is open",
         "KMS call succeeded",
-        "a segment is begun",
+        "segment begun",
         "RotateIntended",
         "Rotated",
         "an outage begins",
         "the KMS refuses a master key",
-        "a segment is sealed",
+        "segment sealed",
         "Revoked",
         "the KMS answers again",
         "Recovered",

@@ -141,6 +141,14 @@ pub struct DecodedHeader {
     pub body_start: u64,
 }
 
+impl std::ops::Deref for DecodedHeader {
+    type Target = SegmentHeader;
+
+    fn deref(&self) -> &SegmentHeader {
+        &self.header
+    }
+}
+
 impl DecodedHeader {
     /// The tag by which blocks and footer name this segment.
     #[must_use]

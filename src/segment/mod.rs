@@ -21,7 +21,7 @@ pub(crate) use contents::{check_groups, entries};
 pub use footer::{DecodedFooter, Footer, IndexEntry};
 pub(crate) use footer::{FooterBuilder, Trailer};
 pub use header::{DecodedHeader, Extension, KeySource, Predecessor, PredecessorEnd, SegmentHeader};
-pub(crate) use scan::{Prove, ScanReport, ScanVerdict, ScannedBlock, end_of_data, scan};
+pub(crate) use scan::{ScanReport, ScanVerdict, ScannedBlock, end_of_data, scan};
 
 /// The longest segment file, in bytes.
 pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;

@@ -1,8 +1,9 @@
-//! The hashes of payloads, made beside the writing of blocks.
+//! Payload hashes, computed in parallel with the writing of blocks.
 //!
-//! The digest of a segment commits to each payload, and to hash one takes about as long as to seal it. So another thread hashes the
-//! payload of a block that is written while the next block is made. That thread never holds a writer up: a hash that it has not
-//! begun when it is needed is made by the thread that needs it.
+//! The digest of a segment covers each payload, and hashing a payload takes about as long as
+//! sealing it. So another thread hashes the payload of a written block while the writer makes the
+//! next one. That thread never delays a writer: a thread that needs a hash which is not begun
+//! computes it itself.
 
 use std::{collections::VecDeque, io, sync::Arc, thread::JoinHandle};
 
@@ -12,16 +13,16 @@ use crate::{
     sync::{Condvar, Mutex, lock, wait},
 };
 
-/// A shorter payload is hashed at once, in bytes: to wake a thread takes longer.
+/// A payload shorter than this, in bytes, is hashed at once: waking a thread takes longer.
 const BESIDE_BYTES_MIN: usize = 16 << 10;
 /// How many blocks may wait for the thread. The writer hashes any further block at once.
 const JOBS_MAX: usize = 16;
 
-/// Hashes the payloads of a store. Without its thread it hashes each at once.
+/// Hashes the payloads of a store. Without its thread it hashes each payload at once.
 pub(crate) struct PayloadHasher {
     queue: Arc<Queue>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    /// Whether it hashes. It always does, but in a store that a benchmark throws away.
+    /// Whether it hashes at all. Only a benchmark that discards its store turns this off.
     on: bool,
 }
 
@@ -34,7 +35,7 @@ struct Queue {
 #[derive(Default)]
 struct Jobs {
     waiting: VecDeque<Arc<Job>>,
-    /// Whether there is a thread that takes them.
+    /// Whether there is a thread that takes jobs.
     taken: bool,
 }
 
@@ -47,12 +48,12 @@ struct Job {
 
 enum State {
     Waiting(SealBuffer),
-    /// The thread is at it.
+    /// A thread is hashing it.
     Begun,
     Done([u8; 32], SealBuffer),
 }
 
-/// The hash of a payload, which may still have to be made, and the buffer with the block.
+/// The hash of a payload, which may not be computed yet, and the buffer with the block.
 pub(crate) struct PayloadHash(Arc<Job>);
 
 impl PayloadHasher {
@@ -70,7 +71,7 @@ impl PayloadHasher {
         Ok(())
     }
 
-    /// Ends the thread. What waits for it is hashed when it is needed.
+    /// Ends the thread. Payloads that still wait for it are hashed when their hash is needed.
     pub(crate) fn stop(&self) {
         lock(&self.queue.jobs).taken = false;
         self.queue.changed.notify_all();
@@ -95,7 +96,7 @@ impl PayloadHasher {
 }
 
 impl Queue {
-    /// Whether the thread will come to the job.
+    /// Queues a job for the thread. `false` if there is no thread, or no room.
     fn push(&self, job: &Arc<Job>) -> bool {
         let mut jobs = lock(&self.jobs);
         let room = jobs.taken && jobs.waiting.len() < JOBS_MAX;
@@ -135,7 +136,8 @@ impl Job {
 }
 
 impl PayloadHash {
-    /// The hash, and the buffer to be used again. Hashes what no thread has begun to hash, and waits for what one has.
+    /// The hash, and the buffer for reuse. Hashes the payload if no thread has begun to, and waits
+    /// for a thread that has.
     pub(crate) fn settle(self) -> ([u8; 32], SealBuffer) {
         self.0.run();
         let mut state = lock(&self.0.state);
@@ -183,7 +185,7 @@ mod tests {
         buffer
     }
 
-    /// Payloads on both sides of the length from which on the thread hashes them.
+    /// Payloads shorter and longer than the length from which the thread hashes them.
     fn payloads() -> Vec<Vec<u8>> {
         (0..40_u8).map(|n| vec![n; if n % 3 == 0 { 100 } else { BESIDE_BYTES_MIN + usize::from(n) }]).collect()
     }
@@ -203,7 +205,7 @@ mod tests {
                 hasher.spawn().unwrap();
             }
             for algorithm in [HashAlg::Sha256, HashAlg::Sm3] {
-                // One behind, as a writer does it, and all at once, which is more than may wait.
+                // One behind, as a writer does it; then all at once, which is more than may wait.
                 let mut before = None;
                 for payload in payloads() {
                     let pending = hasher.hash(algorithm, block(&payload));

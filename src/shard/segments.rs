@@ -1,26 +1,39 @@
-//! The segments of a shard: listing them by name, opening one, and telling how it ends.
+//! The segments of a shard: listing them by name, opening one, and finding out how it ends.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Weak},
+};
 
 use tracing::warn;
 
 use super::{
-    Head, Shard,
-    hashing::PayloadHash,
-    rules::{chain_rule, denies_predecessor},
+    ShardContext, WritePlan,
+    active::ActiveView,
+    chain::{Chain, Proved, check_older, retired_end},
+    record::{Head, ReloadRecord, ShardRecord},
+    rules::{chain_rule, check_rules, denies_predecessor},
 };
 use crate::{
     Error, Result,
     error::Location,
-    io::{DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
+    io::{Disk, DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
+    keys::gate::Gate,
     segment::{
-        BlockHeader, DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor,
-        PredecessorEnd, SEGMENT_BYTES_MAX, SealBuffer, SegmentHeader, SegmentName, Trailer, end_of_data,
+        DecodeError, DecodedFooter, DecodedHeader, Footer, KeySource, Predecessor, PredecessorEnd, SEGMENT_BYTES_MAX,
+        SegmentHeader, SegmentName, Trailer,
     },
-    sync::{Mutex, atomic::Ordering, lock, read, write},
+    sync::{
+        RwLock,
+        atomic::{AtomicBool, Ordering},
+        read, write,
+    },
 };
 
-/// A segment, as its name tells it.
+/// Where a header has the first sequence number.
+const FIRST_SEQ_AT: u64 = 96;
+
+/// A segment as its name describes it.
 #[derive(Clone, Debug)]
 pub(crate) struct SegmentRef {
     pub(crate) ordinal: u64,
@@ -29,96 +42,8 @@ pub(crate) struct SegmentRef {
     pub(crate) path: Arc<Path>,
     /// Set while this process writes it.
     pub(crate) active: Option<Arc<ActiveView>>,
-    /// How it ends, once this process has sealed it. Nobody else may know yet.
+    /// How it ends, once this process has sealed it. Successor and catalogue may not name it yet.
     pub(crate) sealed: Option<PredecessorEnd>,
-}
-
-/// What readers see of the segment that this process writes.
-#[derive(Debug)]
-pub(crate) struct ActiveView {
-    pub(crate) file: Arc<dyn DiskFile>,
-    pub(crate) header: Arc<DecodedHeader>,
-    progress: Mutex<Progress>,
-}
-
-struct Progress {
-    visible: u64,
-    /// Has counted all blocks. Its digest lacks the last one while that is pending.
-    builder: FooterBuilder,
-    pending: Option<PendingBlock>,
-    /// For the next block.
-    spare: SealBuffer,
-}
-
-/// A block that the digest does not cover yet.
-struct PendingBlock {
-    header: BlockHeader,
-    payload_hash: PayloadHash,
-    tag: [u8; 16],
-}
-
-impl Progress {
-    /// Adds the last block to the digest.
-    fn settle(&mut self) -> &FooterBuilder {
-        if let Some(PendingBlock { header, payload_hash, tag }) = self.pending.take() {
-            let (payload_hash, buffer) = payload_hash.settle();
-            self.builder.add_to_digest(&header, &payload_hash, &tag);
-            self.spare = buffer;
-        }
-        &self.builder
-    }
-}
-
-impl std::fmt::Debug for Progress {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Progress").field("visible", &self.visible).finish_non_exhaustive()
-    }
-}
-
-impl ActiveView {
-    pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
-        let (builder, visible, spare) = (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
-        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder, pending: None, spare }) })
-    }
-
-    /// Adds a block that has been written and ends at `end`. Returns a buffer for the next block.
-    pub(super) fn add(
-        &self,
-        offset: u64,
-        header: &BlockHeader,
-        payload_hash: PayloadHash,
-        tag: &[u8; 16],
-        end: u64,
-    ) -> SealBuffer {
-        let mut progress = lock(&self.progress);
-        progress.settle();
-        progress.builder.count(offset, header);
-        progress.pending = Some(PendingBlock { header: *header, payload_hash, tag: *tag });
-        progress.visible = end;
-        std::mem::take(&mut progress.spare)
-    }
-
-    /// How far the file may be read.
-    pub(crate) fn visible(&self) -> u64 {
-        lock(&self.progress).visible
-    }
-
-    /// What the blocks so far add up to, digest included.
-    pub(super) fn builder(&self) -> FooterBuilder {
-        lock(&self.progress).settle().clone()
-    }
-
-    /// What the blocks so far add up to, but for the digest.
-    pub(crate) fn with_counts<R>(&self, look: impl FnOnce(&Footer) -> R) -> R {
-        look(lock(&self.progress).builder.so_far())
-    }
-
-    /// Where it stands.
-    pub(crate) fn head(&self) -> Head {
-        let mut progress = lock(&self.progress);
-        let visible = progress.visible;
-        Head::open(&self.header.header, progress.settle(), visible)
-    }
 }
 
 /// How a segment ends.
@@ -126,20 +51,21 @@ impl ActiveView {
 pub(crate) enum End {
     /// With a footer.
     Sealed(Arc<DecodedFooter>),
-    /// Where its successor says: a crash cut it off. Or where the catalogue does, under a retired version of the service keyring.
+    /// At the place that its successor names, because a crash cut it off; or that the catalogue
+    /// names, for a segment under a retired version of the service keyring.
     Cut(PredecessorEnd),
     /// This process is writing it.
     Active(Arc<ActiveView>),
-    /// Nobody has said yet: another process is writing it, or a crash cut it off and it was not recovered.
+    /// Unknown: another process is writing it, or a crash cut it off and it was not recovered yet.
     Unknown,
 }
 
-/// What decides whether the bytes found behind damage, in a segment that is not sealed, belong to it.
+/// How blocks behind damage, in a segment that is not sealed, are recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
-    /// Its tag, under the key of the segment.
+    /// By their tag, under the key of the segment.
     Tag,
-    /// Its CRC32, for those that may use no key. A footer then proves nothing.
+    /// By their CRC32, for a caller that may use no key. A footer then proves nothing.
     Crc,
 }
 
@@ -150,22 +76,576 @@ pub(crate) struct Opened {
     pub(crate) file: Arc<dyn DiskFile>,
     pub(crate) header: Arc<DecodedHeader>,
     pub(crate) end: End,
-    /// What its successor, or the catalogue, says of the end of a sealed segment.
+    /// The end that its successor, or the catalogue, names for a sealed segment.
     pub(crate) vouched: Option<PredecessorEnd>,
 }
 
 impl Opened {
     /// When its data begins, in microseconds since the Unix epoch: no group in it is older.
-    pub(crate) fn begins_us(&self) -> u64 {
+    pub(super) fn begins_us(&self) -> u64 {
         match &self.end {
-            End::Sealed(footer) if footer.footer.group_count > 0 => footer.footer.first_time_us,
-            _ => self.header.header.created_us,
+            End::Sealed(sealed) if sealed.footer.group_count > 0 => sealed.footer.first_time_us,
+            _ => self.header.created_us,
         }
     }
 
     pub(crate) fn at(&self, offset: u64) -> Location {
         Location::new(&*self.name.path, offset)
     }
+
+    pub(super) fn file_len(&self) -> Result<u64> {
+        self.file.len().map_err(Error::io("get the length of", &*self.name.path))
+    }
+
+    pub(super) fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.file.read_at(buf, offset).map_err(Error::io("read", &*self.name.path))
+    }
+}
+
+/// The segments of one shard, and the catalogue's record of it.
+pub(crate) struct SegmentList {
+    shard: u32,
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    gate: Arc<Gate>,
+    plan: Arc<RwLock<WritePlan>>,
+    read_only: bool,
+    /// For a read-only opener.
+    reload: Option<Weak<dyn ReloadRecord>>,
+    record: RwLock<ShardRecord>,
+    /// By ordinal; `None` until they were listed.
+    listed: RwLock<Option<Arc<Vec<SegmentRef>>>>,
+    chain: Chain,
+    /// Whether files that are not needed any more could not be removed.
+    leftovers: AtomicBool,
+}
+
+impl SegmentList {
+    pub(super) fn new(context: &ShardContext, shard: u32, dir: PathBuf, record: ShardRecord) -> Self {
+        Self {
+            shard,
+            dir,
+            disk: Arc::clone(&context.disk),
+            gate: Arc::clone(&context.gate),
+            plan: Arc::clone(&context.plan),
+            read_only: context.read_only,
+            reload: context.reload.clone(),
+            record: RwLock::new(record),
+            listed: RwLock::new(None),
+            chain: Chain::default(),
+            leftovers: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn shard(&self) -> u32 {
+        self.shard
+    }
+
+    pub(super) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    // ---- the catalogue's record ----
+
+    pub(super) fn record(&self) -> ShardRecord {
+        read(&self.record).clone()
+    }
+
+    pub(super) fn set_record(&self, record: ShardRecord) {
+        *write(&self.record) = record;
+    }
+
+    /// Sets the head, whether it is in the catalogue already or not. Recovery by this process keeps
+    /// everything in front of it.
+    pub(super) fn set_head(&self, head: Head) {
+        write(&self.record).head = Some(head);
+    }
+
+    /// Notes that the catalogue has this head.
+    pub(super) fn note_head(&self, head: &Head) {
+        let mut record = write(&self.record);
+        if record.head.as_ref().is_none_or(|known| known.reach() <= head.reach()) {
+            record.head = Some(head.clone());
+        }
+    }
+
+    /// Notes the first segment, and the first sequence number in it, that retention keeps.
+    pub(super) fn note_first(&self, first_ordinal: u64, first_seq: u64) {
+        let mut record = write(&self.record);
+        (record.first_ordinal, record.first_seq) = (first_ordinal, first_seq);
+    }
+
+    /// Reads the record again, for a read-only opener. `None` for the writer, whose record is the
+    /// current one.
+    pub(super) fn reload_record(&self) -> Option<Result<()>> {
+        let reload = self.reload.as_ref()?;
+        let record = reload
+            .upgrade()
+            .ok_or(Error::Closed("the store"))
+            .and_then(|reload| reload.reload_record(self.gate.name(), self.shard));
+        Some(record.map(|record| self.set_record(record)))
+    }
+
+    /// The head behind the last segment of the shard, which is sealed. Numbers behind its end may
+    /// have been given to groups that were still queued when it was sealed, or lie above the mark
+    /// of the segment that it was recovered from. So only a recorded head can name a number below
+    /// the reserved limit for the next segment.
+    pub(super) fn last_head(&self, header: &DecodedHeader, footer: &Footer, file_len: u64) -> Head {
+        let head = Head::sealed(header, footer, file_len);
+        let recorded = self.record().head.filter(|recorded| recorded.sealed && recorded.ordinal == head.ordinal);
+        let next_seq = recorded.map_or(header.limit_seq, |recorded| recorded.next_seq.max(head.next_seq));
+        Head { next_seq, ..head }
+    }
+
+    // ---- the list ----
+
+    /// The segments by ordinal, from the first retained one. A process that writes lists the
+    /// directory once and keeps the list itself from then on. A read-only opener lists it again
+    /// with `refresh`, which is how it finds new segments.
+    pub(super) fn segments(&self, refresh: bool) -> Result<Arc<Vec<SegmentRef>>> {
+        let refresh = refresh && self.read_only;
+        if let Some(segments) = &*read(&self.listed)
+            && !refresh
+        {
+            return Ok(Arc::clone(segments));
+        }
+        let mut listed = write(&self.listed);
+        if let Some(segments) = &*listed
+            && !refresh
+        {
+            return Ok(Arc::clone(segments));
+        }
+        let segments = match self.list() {
+            // Retention may have dropped segments that are in the copy of the record.
+            Err(error @ Error::Truncated { .. }) => match self.reload_record() {
+                Some(reloaded) => reloaded.and_then(|()| self.list())?,
+                None => return Err(error),
+            },
+            segments => segments?,
+        };
+        Ok(Arc::clone(listed.insert(Arc::new(segments))))
+    }
+
+    /// Lists the directory. The ordinals must have no gap from the first retained one to the last.
+    pub(super) fn list(&self) -> Result<Vec<SegmentRef>> {
+        let record = self.record();
+        let entries = self.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::truncated(Location::new(&self.dir, 0), "the directory of a shard is missing")
+            }
+            _ => Error::io("list", &self.dir)(error),
+        })?;
+        let mut names: Vec<SegmentName> = entries
+            .iter()
+            .filter_map(|entry| SegmentName::parse(&entry.name))
+            .filter(|name| name.ordinal >= record.first_ordinal)
+            .collect();
+        let segments: Vec<SegmentRef> = in_force(&mut names)
+            .into_iter()
+            .map(|name| SegmentRef {
+                ordinal: name.ordinal,
+                first_seq: name.first_seq,
+                epoch: name.epoch,
+                path: self.dir.join(name.to_string()).into(),
+                active: None,
+                sealed: None,
+            })
+            .collect();
+        let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
+        for segment in &segments {
+            if segment.ordinal != expected {
+                let missing = format!("segment {expected} of the shard is missing");
+                return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
+            }
+            if segment.first_seq < first_seq {
+                let what = format!("the segment begins at sequence number {}, below {first_seq}", segment.first_seq);
+                return Err(Error::corrupt(Location::new(&*segment.path, FIRST_SEQ_AT), what));
+            }
+            (expected, first_seq) = (expected + 1, segment.first_seq);
+        }
+        match &record.head {
+            Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
+                let missing = format!("segment {} of the shard is missing, the catalogue knows of it", head.ordinal);
+                Err(Error::truncated(Location::new(&self.dir, 0), missing))
+            }
+            _ => Ok(segments),
+        }
+    }
+
+    /// The segment of this ordinal, if there is one.
+    pub(super) fn find(&self, ordinal: u64) -> Result<Option<SegmentRef>> {
+        let segments = self.segments(false)?;
+        let at = segments.partition_point(|segment| segment.ordinal < ordinal);
+        Ok(segments.get(at).filter(|name| name.ordinal == ordinal).cloned())
+    }
+
+    /// The ordinal of the next segment of a shard that has no writer. It is taken from the
+    /// directory, because a writer that failed may have created a segment that is not in the list.
+    /// Syncs the directory first, so that no ordinal is used twice.
+    pub(super) fn next_ordinal_on_disk(&self) -> Result<u64> {
+        self.make_names_durable()?;
+        let record = self.record();
+        let listed = self.list()?.last().map_or(0, |last| last.ordinal);
+        let recorded = record.head.map_or(0, |head| head.ordinal);
+        Ok((listed.max(recorded) + 1).max(record.first_ordinal))
+    }
+
+    /// Adds the segment that the writer has begun, or that recovery has rewritten.
+    pub(super) fn push(&self, segment: SegmentRef) {
+        self.change(|segments| segments.push(segment));
+    }
+
+    /// The writer has sealed the last segment.
+    pub(super) fn seal_last(&self, end: PredecessorEnd) {
+        self.change(|segments| {
+            if let Some(last) = segments.last_mut() {
+                last.active = None;
+                last.sealed = Some(end);
+            }
+        });
+    }
+
+    /// The writer has given its segment up: blocks that are written and not synced are not part of
+    /// the shard any more, although they can be read.
+    pub(super) fn abandon_active(&self) {
+        self.change(|segments| segments.iter_mut().for_each(|segment| segment.active = None));
+    }
+
+    /// Forgets the segments below `ordinal`: retention drops them.
+    pub(super) fn drop_before(&self, ordinal: u64) {
+        self.change(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
+        self.chain.drop_before(ordinal);
+    }
+
+    /// Forgets the list: the next caller that needs it lists the directory again.
+    pub(super) fn forget(&self) {
+        *write(&self.listed) = None;
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
+        if let Some(segments) = &mut *write(&self.listed) {
+            change(Arc::make_mut(segments));
+        }
+    }
+
+    /// Syncs the directory of the shard. An earlier process may have renamed a segment, and died or
+    /// failed before it synced the directory. Call this before the catalogue refers to the
+    /// segments.
+    pub(super) fn make_names_durable(&self) -> Result<()> {
+        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))
+    }
+
+    /// Removes the files in the directory that belong to no segment: dropped by retention, or left
+    /// by a crash. Only the writer may call this, while it has no segment in the making. A file
+    /// that cannot be removed stays, and is tried again later. Returns how many bytes were freed,
+    /// and how many files stay.
+    pub(super) fn remove_leftovers(&self) -> Result<(u64, u64)> {
+        let first = self.record().first_ordinal;
+        let (mut freed, mut left) = (0, 0);
+        for entry in self.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
+            let dropped = SegmentName::parse(&entry.name).is_some_and(|name| name.ordinal < first);
+            if !dropped && !is_segment_temporary(&entry.name) {
+                continue;
+            }
+            let path = self.dir.join(&entry.name);
+            let stat = self.disk.stat(&path).ok().flatten();
+            let len = stat.filter(|stat| stat.kind == FileKind::File).map_or(0, |stat| stat.len);
+            match self.disk.remove_file(&path) {
+                Ok(()) => freed += len,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    left += 1;
+                    let (logstore, path) = (self.gate.name(), path.display());
+                    warn!(%logstore, shard = self.shard, %path, %error, "cannot remove a file of a shard; will retry");
+                }
+            }
+        }
+        self.leftovers.store(left > 0, Ordering::Relaxed);
+        Ok((freed, left))
+    }
+
+    /// Whether the last call of [`SegmentList::remove_leftovers`] could not remove a file.
+    pub(super) fn has_leftovers(&self) -> bool {
+        self.leftovers.load(Ordering::Relaxed)
+    }
+
+    // ---- one segment ----
+
+    /// Opens a segment that was listed; `None` if retention has dropped it since, in this process
+    /// or in the writer's.
+    pub(super) fn open_listed(&self, name: &SegmentRef) -> Result<Option<Opened>> {
+        let error = match self.open_segment(name) {
+            Ok(opened) => return Ok(Some(opened)),
+            Err(error) => error,
+        };
+        if self.is_dropped(name) { Ok(None) } else { Err(error) }
+    }
+
+    /// Whether retention has dropped a segment since it was listed. A reader reads the catalogue
+    /// again, and relies on its last copy if it cannot.
+    fn is_dropped(&self, name: &SegmentRef) -> bool {
+        let _ = self.reload_record();
+        name.ordinal < self.record().first_ordinal
+    }
+
+    /// Opens a segment, checks that its header belongs there, and finds out how it ends.
+    pub(super) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
+        let open = |file: &Arc<dyn DiskFile>, header: &Arc<DecodedHeader>, end, vouched| Opened {
+            name: name.clone(),
+            file: Arc::clone(file),
+            header: Arc::clone(header),
+            end,
+            vouched,
+        };
+        if let Some(active) = &name.active {
+            return Ok(open(&active.file, &active.header, End::Active(Arc::clone(active)), None));
+        }
+        let path = &*name.path;
+        let file = self.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::truncated(Location::new(path, 0), "the segment is missing"),
+            _ => Error::io("open", path)(error),
+        })?;
+        let header = Arc::new(read_header(&*file, path)?);
+        self.check_identity(name, &header)?;
+        // Must come before the length: once there is a successor, the segment grows no more under a
+        // read-only opener.
+        let expected = self.expected_end(name)?;
+        let len = file.len().map_err(Error::io("get the length of", path))?;
+        if len > SEGMENT_BYTES_MAX {
+            let what = format!("the segment has {len} bytes, and may have {SEGMENT_BYTES_MAX}");
+            return Err(Error::corrupt(Location::new(path, SEGMENT_BYTES_MAX), what));
+        }
+        let (end, vouched) = self.find_end(&open(&file, &header, End::Unknown, None), len, expected)?;
+        Ok(open(&file, &header, end, vouched))
+    }
+
+    /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also
+    /// returns the end that successor or catalogue vouch for, if it is sealed and they do.
+    fn find_end(&self, opened: &Opened, len: u64, expected: Expected) -> Result<(End, Option<PredecessorEnd>)> {
+        let (header, path) = (&*opened.header, &*opened.name.path);
+        let truncated = |what: String| Err(Error::truncated(Location::new(path, len), what));
+        let cut = |end: PredecessorEnd| {
+            check_link(path, header, &end)?;
+            Ok((End::Cut(end), None))
+        };
+        match (read_footer(&*opened.file, path, header, len), expected) {
+            (
+                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
+                _,
+            ) => Err(error),
+            (_, Expected::Cut(end)) => {
+                let cut = cut(end)?;
+                if len < end.bytes {
+                    return truncated(format!("the segment has {len} bytes, its successor says {}", end.bytes));
+                }
+                if end.bytes < header.body_start {
+                    return Err(Error::corrupt(Location::new(path, end.bytes), "the segment is cut within its header"));
+                }
+                Ok(cut)
+            }
+            (Ok(Some(sealed)), Expected::Sealed(end)) => {
+                check_link(path, header, &end)?;
+                let digest = sealed.footer.digest(header.payload_hash, &header.header_hash);
+                if digest != end.digest || len != end.bytes {
+                    let what =
+                        format!("{} is another segment than its successor or the catalogue says", path.display());
+                    return Err(Error::RolledBack { what });
+                }
+                Ok((End::Sealed(Arc::new(sealed)), Some(end)))
+            }
+            // Recovery syncs a segment before it gives it its name.
+            (Ok(Some(sealed)), Expected::Open { .. }) if sealed.footer.recovered => {
+                Ok((End::Sealed(Arc::new(sealed)), None))
+            }
+            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Sealed(end))
+                if len < end.bytes =>
+            {
+                truncated(format!("the segment has {len} bytes, it was sealed with {}", end.bytes))
+            }
+            (Ok(None), Expected::Sealed(_)) => {
+                let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
+                Err(match has_whole_footer(&*opened.file, len) {
+                    // Header and footer are both intact, and were not made for each other.
+                    true => Error::Tampered { at, what: "the footer, or the header, of a sealed segment" },
+                    false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
+                })
+            }
+            // Nothing vouches for the footer, if there is one: it may not have reached the disk
+            // yet, and a crash may have torn it. The blocks decide how far the segment reaches.
+            (Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
+                if len < at_least {
+                    return truncated(format!("the segment has {len} bytes, the catalogue says at least {at_least}"));
+                }
+                retired_end(self, header, path)?.map_or(Ok((End::Unknown, None)), cut)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    /// The end of a segment that its successor, the catalogue, or this process as its writer names.
+    fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
+        if let Some((header, path)) = self.successor(name)? {
+            // Where the link is broken, neither of the two segments is read. A header with another
+            // ordinal is not the successor's.
+            if header.ordinal == name.ordinal + 1
+                && let Some((at, rule)) = chain_rule(&header)
+            {
+                return Err(Error::corrupt(Location::new(&*path, at), rule));
+            }
+            return match &header.predecessor {
+                Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
+                Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
+                Predecessor::None => Err(denies_predecessor(&path)),
+            };
+        }
+        if let Some(end) = name.sealed {
+            return Ok(Expected::Sealed(end));
+        }
+        match self.record().head {
+            Some(head) if head.ordinal == name.ordinal && head.sealed => Ok(Expected::Sealed(head.into_end())),
+            Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
+            _ => Ok(Expected::Open { at_least: 0 }),
+        }
+    }
+
+    /// Authenticates the parts of a segment that a reader relies on before it reads a block, and a
+    /// writer before it begins the next segment: the header, and the statement of where it ends.
+    pub(super) fn authenticate(&self, opened: &Opened) -> Result<()> {
+        // A segment whose key was destroyed on purpose can be neither authenticated nor read.
+        let prove = |header: &DecodedHeader, path: &Path| match self.gate.with_cipher(header, path, |_| Ok(())) {
+            Err(Error::Shredded { .. }) => Ok(()),
+            proved => proved,
+        };
+        match &opened.end {
+            End::Active(_) => return Ok(()),
+            End::Sealed(_) => self.verify_footer(opened)?,
+            End::Cut(_) | End::Unknown => {
+                prove(&opened.header, &opened.name.path)?;
+                if let Some((header, path)) = self.successor(&opened.name)? {
+                    prove(&header, &path)?;
+                }
+            }
+        }
+        check_rules(self, opened)?;
+        check_older(self, opened)
+    }
+
+    /// Authenticates the footer of a sealed segment.
+    pub(super) fn verify_footer(&self, opened: &Opened) -> Result<()> {
+        let End::Sealed(sealed) = &opened.end else { return Ok(()) };
+        let (path, footer) = (&*opened.name.path, &sealed.footer);
+        let encoded = footer.encode();
+        self.gate.with_cipher(&opened.header, path, |cipher| {
+            cipher
+                .verify_tag_only(&footer.nonce(), &encoded, &sealed.tag)
+                .map_err(|_| Error::Tampered { at: Location::new(path, footer.offset), what: "the footer" })
+        })
+    }
+
+    /// Whether a segment is the one that had this head, by its header and by its successor's.
+    pub(super) fn agrees_with(&self, head: &Head) -> Result<bool> {
+        let Some(name) = self.find(head.ordinal)? else { return Ok(false) };
+        if self.header(&name)?.segment != head.segment {
+            return Ok(false);
+        }
+        Ok(match self.successor(&name)?.map(|(header, _)| header.predecessor) {
+            Some(Predecessor::Sealed(end)) => end.digest == head.digest || (!head.sealed && end.blocks > head.blocks),
+            Some(Predecessor::Cut(end)) => !head.sealed && end.blocks >= head.blocks,
+            Some(Predecessor::None) => false,
+            None => true,
+        })
+    }
+
+    /// The header of the segment after this one, not authenticated, and its path; `None` when this
+    /// is the last.
+    fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
+        let Some(next) = self.find(name.ordinal + 1)? else { return Ok(None) };
+        Ok(Some((self.header(&next)?, next.path)))
+    }
+
+    /// The header of a segment, not authenticated.
+    fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
+        if let Some(active) = &name.active {
+            return Ok(Arc::clone(&active.header));
+        }
+        let file = self.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
+        Ok(Arc::new(read_header(&*file, &name.path)?))
+    }
+
+    /// The key source in the header of a segment, which is not authenticated.
+    pub(super) fn key_source(&self, name: &SegmentRef) -> Result<KeySource> {
+        let header = self.header(name)?;
+        self.check_identity(name, &header)?;
+        Ok(header.key_source)
+    }
+
+    /// A segment as the catalogue proves it: see [`Chain::prove`].
+    pub(super) fn proved(&self, ordinal: u64) -> Result<Option<Proved>> {
+        self.chain.prove(self, ordinal)
+    }
+
+    /// The key source of a segment, as the catalogue proves it or this process wrote it; `None`
+    /// when it is not known.
+    pub(super) fn proved_key_source(&self, name: &SegmentRef) -> Result<Option<KeySource>> {
+        if let Some(active) = &name.active {
+            return Ok(Some(active.header.key_source));
+        }
+        Ok(self.proved(name.ordinal)?.map(|proved| proved.header.key_source))
+    }
+
+    fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
+        let path = &*name.path;
+        let belongs = header.store == self.gate.context().store
+            && header.logstore == self.gate.id()
+            && header.shard == self.shard
+            && header.ordinal == name.ordinal
+            && header.first_seq == name.first_seq
+            && header.epoch == name.epoch;
+        if !belongs {
+            return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
+        }
+        // A read-only opener may have older metadata than the writer. It checks the generation
+        // again once the header is authenticated.
+        if self.read_only { Ok(()) } else { self.check_generation(path, header) }
+    }
+
+    /// Checks that the metadata is at least as new as the header.
+    pub(super) fn check_generation(&self, path: &Path, header: &SegmentHeader) -> Result<()> {
+        let generation = read(&self.plan).generation;
+        if header.generation > generation {
+            let what = format!(
+                "the metadata of Logstore {} (generation {generation}) is older than {} (generation {})",
+                self.gate.name(),
+                path.display(),
+                header.generation
+            );
+            return Err(Error::RolledBack { what });
+        }
+        Ok(())
+    }
+}
+
+/// The end of a segment that others name.
+enum Expected {
+    Sealed(PredecessorEnd),
+    Cut(PredecessorEnd),
+    /// None is named. The catalogue may know how far the segment reached at least.
+    Open {
+        at_least: u64,
+    },
+}
+
+/// Checks that the end which successor or catalogue name is that of the segment in `path`.
+fn check_link(path: &Path, header: &SegmentHeader, end: &PredecessorEnd) -> Result<()> {
+    if end.segment == header.segment && end.ordinal == header.ordinal {
+        return Ok(());
+    }
+    let what = format!("{} is not the segment that its successor or the catalogue names", path.display());
+    Err(Error::RolledBack { what })
 }
 
 /// Reads a segment's header from its file.
@@ -189,7 +669,7 @@ pub(crate) fn read_header(file: &dyn DiskFile, path: &Path) -> Result<DecodedHea
 }
 
 /// Reads the footer at the end of a file of `len` bytes; `None` when it does not end in one.
-pub(crate) fn read_footer(
+pub(super) fn read_footer(
     file: &dyn DiskFile,
     path: &Path,
     header: &DecodedHeader,
@@ -221,7 +701,7 @@ pub(crate) fn read_footer(
     Ok(Some(decoded))
 }
 
-/// Whether a file of `len` bytes ends in a whole footer, of whatever segment.
+/// Whether a file of `len` bytes ends in a whole footer, of any segment.
 fn has_whole_footer(file: &dyn DiskFile, len: u64) -> bool {
     let read = |len: usize, at: u64| {
         let mut bytes = vec![0; len];
@@ -235,397 +715,9 @@ fn has_whole_footer(file: &dyn DiskFile, len: u64) -> bool {
     footer().is_some()
 }
 
-impl Shard {
-    /// The segments by ordinal, from the first retained one. Listed once by the process that writes, which then keeps the list
-    /// itself; `refresh` lists again, which is how a read-only opener learns of new ones.
-    pub(crate) fn segments(&self, refresh: bool) -> Result<Arc<Vec<SegmentRef>>> {
-        if let Some(segments) = &*read(&self.segments)
-            && !(refresh && self.context.read_only)
-        {
-            return Ok(Arc::clone(segments));
-        }
-        let mut segments = write(&self.segments);
-        if let Some(segments) = &*segments
-            && !(refresh && self.context.read_only)
-        {
-            return Ok(Arc::clone(segments));
-        }
-        let listed = match (self.list(), &self.context.reload) {
-            (Err(Error::Truncated { .. }), Some(reload)) => {
-                // Retention may have dropped what the catalogue, as it was read last, still counts on.
-                self.set_record(reload(self.id)?);
-                self.list()?
-            }
-            (listed, _) => listed?,
-        };
-        Ok(Arc::clone(segments.insert(Arc::new(listed))))
-    }
-
-    /// Lists the directory. The ordinals must be without a gap from the first retained one to the last.
-    pub(super) fn list(&self) -> Result<Vec<SegmentRef>> {
-        let record = self.record();
-        let entries = self.context.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::truncated(Location::new(&self.dir, 0), "the directory of a shard is missing")
-            }
-            _ => Error::io("list", &self.dir)(error),
-        })?;
-        let mut names: Vec<SegmentName> = entries
-            .iter()
-            .filter_map(|entry| SegmentName::parse(&entry.name))
-            .filter(|name| name.ordinal >= record.first_ordinal)
-            .collect();
-        let segments: Vec<SegmentRef> = in_force(&mut names)
-            .into_iter()
-            .map(|name| SegmentRef {
-                ordinal: name.ordinal,
-                first_seq: name.first_seq,
-                epoch: name.epoch,
-                path: self.dir.join(name.to_string()).into(),
-                active: None,
-                sealed: None,
-            })
-            .collect();
-        let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
-        for segment in &segments {
-            if segment.ordinal != expected {
-                let missing = format!("segment {expected} of the shard is missing");
-                return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
-            }
-            if segment.first_seq < first_seq {
-                let what = format!("the segment begins at sequence number {}, below {first_seq}", segment.first_seq);
-                return Err(Error::corrupt(Location::new(&*segment.path, 96), what));
-            }
-            (expected, first_seq) = (expected + 1, segment.first_seq);
-        }
-        match &record.head {
-            Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
-                let missing = format!("segment {} of the shard is missing, the catalogue knows of it", head.ordinal);
-                Err(Error::truncated(Location::new(&self.dir, 0), missing))
-            }
-            _ => Ok(segments),
-        }
-    }
-
-    pub(super) fn set_segments(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
-        if let Some(segments) = &mut *write(&self.segments) {
-            change(Arc::make_mut(segments));
-        }
-    }
-
-    /// Lists the directory anew when the segments are asked for next.
-    pub(super) fn forget_segments(&self) {
-        *write(&self.segments) = None;
-    }
-
-    /// Makes the names of the segments durable that a process may have given which was killed, or failed, before it could: before the
-    /// catalogue rests on them.
-    pub(crate) fn make_names_durable(&self) -> Result<()> {
-        self.context.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))
-    }
-
-    /// Forgets the segments below `ordinal`: retention drops them.
-    pub(crate) fn drop_before(&self, ordinal: u64) {
-        self.set_segments(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
-        self.forget_proved(ordinal);
-    }
-
-    /// Removes the files in the directory that belong to no segment: dropped by retention, or left by a crash. Only for the writer,
-    /// because no temporary file is in use then. A file that cannot be removed stays, and is tried again later. Returns how many
-    /// bytes were freed, and how many files stay.
-    pub(crate) fn remove_leftovers(&self) -> Result<(u64, u64)> {
-        let first = self.record().first_ordinal;
-        let disk = &self.context.disk;
-        let (mut freed, mut left) = (0, 0);
-        for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
-            let dropped = SegmentName::parse(&entry.name).is_some_and(|name| name.ordinal < first);
-            if !dropped && !is_segment_temporary(&entry.name) {
-                continue;
-            }
-            let path = self.dir.join(&entry.name);
-            let len =
-                disk.stat(&path).ok().flatten().filter(|stat| stat.kind == FileKind::File).map_or(0, |stat| stat.len);
-            match disk.remove_file(&path) {
-                Ok(()) => freed += len,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    left += 1;
-                    warn!(logstore = %self.name(), shard = self.id, path = %path.display(), %error,
-                        "a file that is not needed any more cannot be removed; this is tried again later");
-                }
-            }
-        }
-        self.leftovers.store(left > 0, Ordering::Relaxed);
-        Ok((freed, left))
-    }
-
-    /// Whether a file that is not needed any more could not be removed when it was last tried.
-    pub(crate) fn has_leftovers(&self) -> bool {
-        self.leftovers.load(Ordering::Relaxed)
-    }
-
-    /// Opens a segment that was listed; `None` when retention has dropped it since, be it in the process of the writer.
-    pub(crate) fn open_listed(&self, name: &SegmentRef) -> Result<Option<Opened>> {
-        let error = match self.open_segment(name) {
-            Ok(opened) => return Ok(Some(opened)),
-            Err(error) => error,
-        };
-        if self.is_dropped(name) { Ok(None) } else { Err(error) }
-    }
-
-    /// Whether retention has dropped a segment since it was listed. A reader reads the catalogue again, and goes by its last copy if it
-    /// cannot.
-    pub(super) fn is_dropped(&self, name: &SegmentRef) -> bool {
-        if let Some(Ok(record)) = self.context.reload.as_ref().map(|reload| reload(self.id)) {
-            self.set_record(record);
-        }
-        name.ordinal < self.record().first_ordinal
-    }
-
-    /// Opens a segment, checks that its header is the one that belongs there, and finds out how it ends.
-    pub(crate) fn open_segment(&self, name: &SegmentRef) -> Result<Opened> {
-        if let Some(active) = &name.active {
-            let (file, header) = (Arc::clone(&active.file), Arc::clone(&active.header));
-            return Ok(Opened {
-                name: name.clone(),
-                file,
-                header,
-                end: End::Active(Arc::clone(active)),
-                vouched: None,
-            });
-        }
-        let path = &*name.path;
-        let file = self.context.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::truncated(Location::new(path, 0), "the segment is missing"),
-            _ => Error::io("open", path)(error),
-        })?;
-        let header = Arc::new(read_header(&*file, path)?);
-        self.check_identity(name, &header.header)?;
-        // Asked first: once there is a successor, the segment does not grow any more under a read-only opener.
-        let expected = self.expected_end(name)?;
-        let len = file.len().map_err(Error::io("get the length of", path))?;
-        if len > SEGMENT_BYTES_MAX {
-            let what = format!("the segment has {len} bytes, and may have {SEGMENT_BYTES_MAX}");
-            return Err(Error::corrupt(Location::new(path, SEGMENT_BYTES_MAX), what));
-        }
-        let footer = read_footer(&*file, path, &header, len);
-        let opened = |end| {
-            let (name, file, header) = (name.clone(), Arc::clone(&file), Arc::clone(&header));
-            Ok(Opened { name, file, header, end, vouched: None })
-        };
-        match (footer, expected) {
-            (
-                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
-                _,
-            ) => Err(error),
-            (_, Expected::Cut(end)) => {
-                self.check_link(name, &header.header, &end)?;
-                if len < end.bytes {
-                    let what = format!("the segment has {len} bytes, its successor says {}", end.bytes);
-                    return Err(Error::truncated(Location::new(path, len), what));
-                }
-                if end.bytes < header.body_start {
-                    return Err(Error::corrupt(Location::new(path, end.bytes), "the segment is cut within its header"));
-                }
-                opened(End::Cut(end))
-            }
-            (Ok(Some(footer)), Expected::Sealed(end)) => {
-                self.check_link(name, &header.header, &end)?;
-                let digest = footer.footer.digest(header.header.payload_hash, &header.header_hash);
-                let same = digest == end.digest && len == end.bytes;
-                if !same {
-                    let what =
-                        format!("{} is another segment than its successor or the catalogue says", path.display());
-                    return Err(Error::RolledBack { what });
-                }
-                Ok(Opened { vouched: Some(end), ..opened(End::Sealed(Arc::new(footer)))? })
-            }
-            // Recovery syncs a segment before it gives it its name.
-            (Ok(Some(footer)), Expected::Open { .. }) if footer.footer.recovered => {
-                opened(End::Sealed(Arc::new(footer)))
-            }
-            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Sealed(end))
-                if len < end.bytes =>
-            {
-                let what = format!("the segment has {len} bytes, it was sealed with {}", end.bytes);
-                Err(Error::truncated(Location::new(path, len), what))
-            }
-            (Ok(None), Expected::Sealed(_)) => {
-                let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
-                Err(match has_whole_footer(&*file, len) {
-                    // Both are as somebody wrote them, and were not made for each other.
-                    true => Error::Tampered { at, what: "the footer, or the header, of a sealed segment" },
-                    false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
-                })
-            }
-            // Nobody vouches for the footer, if there is one: it may not have reached the disk yet, and a crash may have torn it. The
-            // blocks tell how far the segment counts.
-            (Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
-                if len < at_least {
-                    let what = format!("the segment has {len} bytes, the catalogue says at least {at_least}");
-                    return Err(Error::truncated(Location::new(path, len), what));
-                }
-                match self.retired_end(&header.header, path)? {
-                    Some(end) => {
-                        self.check_link(name, &header.header, &end)?;
-                        opened(End::Cut(end))
-                    }
-                    None => opened(End::Unknown),
-                }
-            }
-            (Err(error), _) => Err(error),
-        }
-    }
-
-    /// What others say about how a segment ends: its successor, the catalogue, or whoever sealed it in this process.
-    fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
-        if let Some((header, path)) = self.successor(name)? {
-            // The link is broken, and neither of its segments is read. A header with another ordinal is not the successor's.
-            if header.header.ordinal == name.ordinal + 1
-                && let Some((at, rule)) = chain_rule(&header.header)
-            {
-                return Err(Error::corrupt(Location::new(&*path, at), rule));
-            }
-            return match &header.header.predecessor {
-                Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
-                Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
-                Predecessor::None => Err(denies_predecessor(&path)),
-            };
-        }
-        if let Some(end) = name.sealed {
-            return Ok(Expected::Sealed(end));
-        }
-        match self.record().head {
-            Some(head) if head.ordinal == name.ordinal && head.sealed => Ok(Expected::Sealed(head.into_end())),
-            Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
-            _ => Ok(Expected::Open { at_least: 0 }),
-        }
-    }
-
-    /// Where the blocks of a segment end that is not known to be sealed: where the file does, or where its footer begins, if the tag
-    /// of that holds. Then everything in front of that has been durable, for it was synced before the footer was written.
-    pub(crate) fn blocks_end(&self, opened: &Opened, proof: Proof) -> Result<(u64, Option<u64>)> {
-        let path = &*opened.name.path;
-        let len = opened.file.len().map_err(Error::io("get the length of", path))?;
-        let footer = match read_footer(&*opened.file, path, &opened.header, len) {
-            Ok(Some(footer)) if proof == Proof::Tag => footer,
-            Err(error @ Error::Io { .. }) => return Err(error),
-            _ => return Ok((len, None)),
-        };
-        let at = footer.footer.offset;
-        let sealed = Opened { end: End::Sealed(Arc::new(footer)), ..opened.clone() };
-        match self.verify_footer(&sealed) {
-            Ok(()) => Ok((at, Some(at))),
-            Err(Error::Tampered { .. } | Error::Shredded { .. }) => Ok((len, None)),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Whether a segment is the one that had this head, by what its header says and its successor says of it.
-    pub(crate) fn agrees_with(&self, head: &Head) -> Result<bool> {
-        let segments = self.segments(false)?;
-        let at = segments.partition_point(|segment| segment.ordinal < head.ordinal);
-        let Some(name) = segments.get(at).filter(|name| name.ordinal == head.ordinal) else { return Ok(false) };
-        if self.header(name)?.header.segment != head.segment {
-            return Ok(false);
-        }
-        Ok(match self.successor(name)?.map(|(header, _)| header.header.predecessor) {
-            Some(Predecessor::Sealed(end)) => end.digest == head.digest || (!head.sealed && end.blocks > head.blocks),
-            Some(Predecessor::Cut(end)) => !head.sealed && end.blocks >= head.blocks,
-            Some(Predecessor::None) => false,
-            None => true,
-        })
-    }
-
-    /// Where the data ends of a segment that is not known to be sealed, whose blocks in place end at `from`. Zeros at the end of the file
-    /// are no data: nothing has been written there yet.
-    pub(crate) fn data_end(&self, opened: &Opened, from: u64, proof: Proof) -> Result<u64> {
-        let (end, _) = self.blocks_end(opened, proof)?;
-        let read_at =
-            |offset, buf: &mut [u8]| opened.file.read_at(buf, offset).map_err(Error::io("read", &*opened.name.path));
-        end_of_data(read_at, from, end)
-    }
-
-    /// The header of the segment after this one, not authenticated, and its path; `None` when this is the last.
-    pub(super) fn successor(&self, name: &SegmentRef) -> Result<Option<(Arc<DecodedHeader>, Arc<Path>)>> {
-        let segments = self.segments(false)?;
-        let at = segments.partition_point(|segment| segment.ordinal <= name.ordinal);
-        let Some(next) = segments.get(at).filter(|next| next.ordinal == name.ordinal + 1) else { return Ok(None) };
-        Ok(Some((self.header(next)?, Arc::clone(&next.path))))
-    }
-
-    /// The header of a segment, not authenticated.
-    fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
-        if let Some(active) = &name.active {
-            return Ok(Arc::clone(&active.header));
-        }
-        let file = self.context.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
-        Ok(Arc::new(read_header(&*file, &name.path)?))
-    }
-
-    /// What the key of a segment is derived from, by its header, which is not authenticated.
-    pub(crate) fn key_source(&self, name: &SegmentRef) -> Result<KeySource> {
-        let header = self.header(name)?;
-        self.check_identity(name, &header.header)?;
-        Ok(header.header.key_source)
-    }
-
-    /// Whether a segment has an end that cannot change any more.
-    pub(crate) fn is_sealed(&self, name: &SegmentRef) -> Result<bool> {
-        Ok(matches!(self.open_segment(name)?.end, End::Sealed(_) | End::Cut(_)))
-    }
-
-    /// The segments, those included that somebody was about to begin under keys that have been replaced since.
-    pub(crate) fn settled_segments(&self) -> Result<Arc<Vec<SegmentRef>>> {
-        drop(lock(&self.writer));
-        self.segments(true)
-    }
-
-    fn check_identity(&self, name: &SegmentRef, header: &SegmentHeader) -> Result<()> {
-        let path = &*name.path;
-        let gate = &self.context.gate;
-        let belongs = header.store == gate.context().store
-            && header.logstore == gate.id()
-            && header.shard == self.id
-            && header.ordinal == name.ordinal
-            && header.first_seq == name.first_seq
-            && header.epoch == name.epoch;
-        if !belongs {
-            return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
-        }
-        // A read-only opener may have metadata that is older than what is being written: it looks again, once the header is
-        // authenticated.
-        if self.context.read_only { Ok(()) } else { self.check_generation(path, header) }
-    }
-
-    /// Whether the metadata is at least as new as the header.
-    pub(super) fn check_generation(&self, path: &Path, header: &SegmentHeader) -> Result<()> {
-        if header.generation > read(&self.context.plan).generation {
-            let what = format!(
-                "the metadata of Logstore {} (generation {}) is older than {} (generation {})",
-                self.name(),
-                read(&self.context.plan).generation,
-                path.display(),
-                header.generation
-            );
-            return Err(Error::RolledBack { what });
-        }
-        Ok(())
-    }
-
-    fn check_link(&self, name: &SegmentRef, header: &SegmentHeader, end: &PredecessorEnd) -> Result<()> {
-        if end.segment == header.segment && end.ordinal == header.ordinal {
-            Ok(())
-        } else {
-            let what = format!("{} is not the segment that its successor or the catalogue names", name.path.display());
-            Err(Error::RolledBack { what })
-        }
-    }
-}
-
-/// The segments that count, in order. A writer that another one has taken over from may have begun segments that the other did not
-/// see, before it found out. Nothing in them was acknowledged. They have an older epoch than the segment of the same ordinal, or than
-/// one before them.
+/// The segments that are in force, in order. A writer that lost the store to another one may have
+/// begun segments that the other did not see, before it noticed. Nothing in them was acknowledged.
+/// They have an older epoch than the segment of the same ordinal, or than one before them.
 fn in_force(names: &mut [SegmentName]) -> Vec<SegmentName> {
     names.sort_unstable();
     let mut segments: Vec<SegmentName> = Vec::with_capacity(names.len());
@@ -643,59 +735,4 @@ fn in_force(names: &mut [SegmentName]) -> Vec<SegmentName> {
 pub(crate) fn is_segment_temporary(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or_default();
     SegmentName::parse(&format!("{stem}.seg")).is_some() && is_temporary(name, stem)
-}
-
-enum Expected {
-    Sealed(PredecessorEnd),
-    Cut(PredecessorEnd),
-    /// Nobody says; the catalogue may know how far it reached at least.
-    Open {
-        at_least: u64,
-    },
-}
-
-impl Head {
-    pub(crate) fn into_end(self) -> PredecessorEnd {
-        PredecessorEnd {
-            ordinal: self.ordinal,
-            segment: self.segment,
-            blocks: self.blocks,
-            bytes: self.bytes,
-            end_seq: self.end_seq,
-            digest: self.digest,
-            last_time_us: self.last_time_us,
-        }
-    }
-
-    /// The head of a segment that is not sealed, behind the blocks that `builder` has counted, which end at `bytes`.
-    pub(crate) fn open(header: &SegmentHeader, builder: &FooterBuilder, bytes: u64) -> Self {
-        let so_far = builder.so_far();
-        Self {
-            ordinal: header.ordinal,
-            segment: header.segment,
-            sealed: false,
-            blocks: so_far.block_count,
-            bytes,
-            end_seq: so_far.end_seq,
-            next_seq: header.limit_seq,
-            last_time_us: header.last_time_us(so_far),
-            digest: builder.digest(),
-        }
-    }
-
-    /// The head of a sealed segment.
-    pub(crate) fn sealed(decoded: &DecodedHeader, footer: &Footer, file_len: u64) -> Self {
-        let header = &decoded.header;
-        Self {
-            ordinal: header.ordinal,
-            segment: header.segment,
-            sealed: true,
-            blocks: footer.block_count,
-            bytes: file_len,
-            end_seq: footer.end_seq,
-            next_seq: footer.end_seq,
-            last_time_us: header.last_time_us(footer),
-            digest: footer.digest(header.payload_hash, &decoded.header_hash),
-        }
-    }
 }

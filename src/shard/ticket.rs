@@ -1,4 +1,4 @@
-//! A promise of an append.
+//! Tickets: appends under way.
 
 use std::{
     future::Future,
@@ -7,8 +7,8 @@ use std::{
     task::{Context, Poll},
 };
 
-use super::{Appended, Durability, Shard, queue::State};
-use crate::{Result, sync::lock};
+use super::{Appended, Durability, Shard};
+use crate::Result;
 
 /// An append under way: wait for it, ask whether it is done, or await it as a future.
 ///
@@ -22,36 +22,36 @@ pub struct Ticket {
 
 impl std::fmt::Debug for Ticket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ticket").field("shard", &self.shard.id).field("seq", &self.seq).finish_non_exhaustive()
+        f.debug_struct("Ticket").field("shard", &self.shard.id()).field("seq", &self.seq).finish_non_exhaustive()
     }
 }
 
 impl Ticket {
-    /// A ticket for a group that has just been put into the queue. Until it goes, the shard remembers whether the group failed.
-    pub(super) fn new(shard: Arc<Shard>, seq: u64, durability: Durability, state: &mut State) -> Self {
-        state.ask();
+    /// A ticket for a group that was submitted. Until the ticket is dropped, the shard remembers
+    /// whether the group failed.
+    pub(super) fn new(shard: Arc<Shard>, seq: u64, durability: Durability) -> Self {
         Self { shard, seq, durability }
     }
 
-    /// Sends the group on its way, although nobody waits for it yet.
+    /// Has the group written, although no caller waits for it yet.
     pub(crate) fn hasten(&self) {
         self.shard.hasten(self.seq, self.durability);
     }
 
-    /// The shard and the sequence number that the group will have.
+    /// The shard, and the sequence number that the group will have.
     pub fn appended(&self) -> Appended {
-        Appended { shard: self.shard.id, seq: self.seq }
+        Appended { shard: self.shard.id(), seq: self.seq }
     }
 
     /// Whether [`Ticket::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        lock(&self.shard.state).outcome(self.seq, self.durability).is_some()
+        self.shard.commit().outcome(self.seq, self.durability).is_some()
     }
 
-    /// Waits until the group is as durable as was asked.
+    /// Waits until the group is as durable as the append asked for.
     ///
     /// # Errors
-    /// What kept it from being written; it may then be on disk or not, but never in part.
+    /// What kept it from being written. The group may then be on disk or not, but never in part.
     pub fn wait(self) -> Result<Appended> {
         self.shard.wait_for(self.seq, self.durability)?;
         Ok(self.appended())
@@ -60,7 +60,7 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        lock(&self.shard.state).leave();
+        self.shard.commit().leave();
     }
 }
 
@@ -68,15 +68,9 @@ impl Future for Ticket {
     type Output = Result<Appended>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = lock(&self.shard.state);
-        match state.outcome(self.seq, self.durability) {
+        match self.shard.commit().poll(self.seq, self.durability, context.waker()) {
             Some(outcome) => Poll::Ready(outcome.map(|()| self.appended())),
-            None => {
-                if !state.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-                    state.wakers.push(context.waker().clone());
-                }
-                Poll::Pending
-            }
+            None => Poll::Pending,
         }
     }
 }

@@ -1,49 +1,106 @@
-//! The files of a shard that is written: segments begun, blocks sealed and written, segments sealed.
+//! The segment files that this process writes: segments begun, blocks sealed and written, segments
+//! sealed.
+//!
+//! A [`SegmentWriter`] takes no lock of the shard. It is handed everything it needs in a
+//! [`WriteEnv`], and returns the results that other parts of the shard must learn of.
 
-use std::{path::Path, sync::Arc, time::Duration};
-
-use tracing::debug;
-
-use zeroize::Zeroize;
-
-use super::{ActiveView, Head, Job, SegmentRef, Shard, WritePlan, queue::Pending};
-use crate::{
-    Error, Result,
-    crypto::CryptoError,
-    group,
-    ids::SegmentId,
-    io::{DiskFile, Temporary},
-    segment::{
-        BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, Predecessor,
-        SealBuffer, SegmentHeader, SegmentName,
-    },
-    sync::{atomic::Ordering, lock, read},
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
-/// How many sequence numbers a segment reserves: after an unclean end the next one starts behind them.
+use tracing::{debug, error};
+use zeroize::Zeroize;
+
+use super::{
+    ShardOptions, WritePlan,
+    active::ActiveView,
+    commit::{Pending, Reserved},
+    hashing::PayloadHasher,
+    record::Head,
+    segments::SegmentRef,
+};
+use crate::{
+    Error, Result,
+    crypto::{CryptoError, SegmentCipher},
+    epoch::Fence,
+    group,
+    ids::SegmentId,
+    io::{Clock, Disk, DiskFile, Random, Temporary},
+    keys::gate::Gate,
+    metrics::Counters,
+    segment::{
+        BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, KeySource,
+        Predecessor, SealBuffer, SegmentHeader, SegmentName,
+    },
+    sync::{RwLock, atomic::Ordering, read},
+};
+
+/// How many sequence numbers a segment reserves. After an unclean end the next one starts behind
+/// them.
 pub(super) const RESERVED_SEQS: u64 = 1 << 32;
 /// A segment that has used this many rolls, long before its reserve runs out.
 const SEQS_PER_SEGMENT: u64 = 1 << 31;
+/// After how many blocks an fsync is not put off any longer to be shared with more.
+const BLOCKS_PER_SYNC: u32 = 16;
+
+/// The environment that segments are written in.
+pub(super) struct WriteEnv {
+    pub(super) shard: u32,
+    pub(super) dir: PathBuf,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) random: Arc<dyn Random>,
+    pub(super) gate: Arc<Gate>,
+    pub(super) plan: Arc<RwLock<WritePlan>>,
+    pub(super) hasher: Arc<PayloadHasher>,
+    pub(super) fence: Option<Arc<Fence>>,
+    pub(super) options: ShardOptions,
+}
+
+impl WriteEnv {
+    /// The suite, keys and compression for new blocks, as they are now.
+    pub(super) fn plan(&self) -> WritePlan {
+        *read(&self.plan)
+    }
+
+    /// Checks that no other writer has taken over the store. Must succeed before a write or a sync
+    /// is acknowledged.
+    pub(super) fn check_fence(&self) -> Result<()> {
+        self.fence.as_ref().map_or(Ok(()), |fence| fence.check())
+    }
+
+    /// Syncs the file of a segment, and counts it.
+    pub(super) fn sync_file(&self, file: &dyn DiskFile, path: &Path) -> Result<()> {
+        self.counters().syncs.fetch_add(1, Ordering::Relaxed);
+        file.sync_data().map_err(|cause| {
+            self.counters().sync_failures.fetch_add(1, Ordering::Relaxed);
+            let (logstore, path_shown) = (self.gate.name(), path.display());
+            error!(%logstore, shard = self.shard, path = %path_shown, error = %cause, "fsync failed");
+            Error::io("sync", path)(cause)
+        })
+    }
+
+    pub(super) fn counters(&self) -> &Counters {
+        &self.gate.context().counters
+    }
+
+    /// Random bytes for the segment in `path`.
+    pub(super) fn draw<const N: usize>(&self, path: &Path) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.random.fill(&mut bytes).map_err(Error::io("draw a random nonce for", path))?;
+        Ok(bytes)
+    }
+}
 
 /// How keys are used.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum KeyUse {
     /// As the lease admits.
     Admitted,
-    /// Although the lease was lost, as long as they are in memory: to seal what was acknowledged.
+    /// Although the lease was lost, as long as they are in memory: to seal acknowledged groups.
     Held,
-}
-
-/// The files and buffers; held by whoever drives.
-#[derive(Default)]
-pub(super) struct Writer {
-    pub(super) active: Option<Active>,
-    /// Where the next segment begins, once that is known.
-    pub(super) next: Option<Next>,
-    pub(super) blocks_unsynced: u32,
-    raw: Vec<u8>,
-    buffer: SealBuffer,
-    compressor: Compressor,
 }
 
 /// Where the next segment begins.
@@ -55,79 +112,145 @@ pub(super) struct Next {
     pub(super) last_time_us: u64,
 }
 
-pub(super) struct Active {
-    pub(super) file: Arc<dyn DiskFile>,
-    pub(super) path: Arc<Path>,
-    pub(super) header: Arc<DecodedHeader>,
-    pub(super) view: Arc<ActiveView>,
-    plan: WritePlan,
-    pub(super) offset: u64,
-    pub(super) blocks: u32,
-    /// Up to where the file is durable.
-    pub(super) durable: u64,
-    /// The mark that the last block carries.
-    marked: u64,
-    pub(super) last_time_us: u64,
-    pub(super) end_seq: u64,
-    pub(super) began: Duration,
+/// Writes the active segment. The leader has it to itself.
+pub(super) struct SegmentWriter {
+    env: Arc<WriteEnv>,
+    active: Option<Active>,
+    /// Where the next segment begins, once that is known.
+    next: Option<Next>,
+    blocks_unsynced: u32,
+    raw: Vec<u8>,
+    buffer: SealBuffer,
+    compressor: Compressor,
 }
 
-impl Writer {
-    /// Whether a segment is open, of the suite and the payload hash and under the key that new ones are to have.
-    pub(super) fn is_as_planned(&self, shard: &Shard) -> bool {
-        self.active.as_ref().is_some_and(|active| active.is_as(&read(&shard.context.plan)))
+impl SegmentWriter {
+    pub(super) fn new(env: Arc<WriteEnv>) -> Self {
+        Self {
+            env,
+            active: None,
+            next: None,
+            blocks_unsynced: 0,
+            raw: Vec::new(),
+            buffer: SealBuffer::default(),
+            compressor: Compressor::default(),
+        }
     }
 
-    /// Makes one block of `batch` and writes it, rolling first if need be.
-    pub(super) fn write_block(&mut self, shard: &Shard, batch: &[Pending], keys: KeyUse) -> Result<()> {
-        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
-        if keys == KeyUse::Admitted {
-            self.roll_if_needed(shard, first.seq)?;
-        }
-        let Some(active) = &mut self.active else { return Err(Error::Closed("the active segment")) };
+    /// Whether a segment is open.
+    pub(super) fn is_open(&self) -> bool {
+        self.active.is_some()
+    }
 
+    /// Whether a segment is open and holds a block.
+    pub(super) fn has_blocks(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.blocks > 0)
+    }
+
+    /// Whether a segment is open, of the suite and the payload hash and under the key that new ones
+    /// are to have.
+    pub(super) fn is_as_planned(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.is_as(&self.env.plan()))
+    }
+
+    /// The key source of the active segment.
+    pub(super) fn key_source(&self) -> Option<KeySource> {
+        self.active.as_ref().map(|active| active.segment.header.key_source)
+    }
+
+    /// How long until the active segment is so old that it must be rolled; zero if it is.
+    pub(super) fn rolls_in(&self) -> Option<Duration> {
+        let env = &self.env;
+        self.active.as_ref().map(|active| (active.began + env.options.segment_age).saturating_sub(env.clock.uptime()))
+    }
+
+    /// The sequence numbers that the active segment reserves.
+    pub(super) fn reserved(&self) -> Option<Reserved> {
+        self.active.as_ref().map(|active| Reserved {
+            end_seq: active.end_seq,
+            limit_seq: active.segment.header.limit_seq,
+            last_time_us: active.last_time_us,
+        })
+    }
+
+    /// Where the next segment begins, once that is known.
+    pub(super) fn next(&self) -> Option<&Next> {
+        self.next.as_ref()
+    }
+
+    pub(super) fn set_next(&mut self, next: Next) {
+        self.next = Some(next);
+    }
+
+    /// Whether so many blocks are written and not synced that the next fsync must not be put off.
+    pub(super) fn owes_sync(&self) -> bool {
+        self.blocks_unsynced >= BLOCKS_PER_SYNC
+    }
+
+    /// Whether the active segment takes another block. If it does, it takes the current compression
+    /// over for that block.
+    pub(super) fn takes_another_block(&mut self) -> bool {
+        let (plan, options) = (self.env.plan(), &self.env.options);
+        let Some(active) = &mut self.active else { return false };
+        let full = active.offset >= options.segment_bytes
+            || active.end_seq - active.segment.header.first_seq >= SEQS_PER_SEGMENT
+            || active.blocks >= u32::MAX - 2;
+        let old = self.env.clock.uptime() >= active.began + options.segment_age;
+        let takes = !full && !old && active.is_as(&plan);
+        if takes {
+            active.plan = plan;
+        }
+        takes
+    }
+
+    /// Makes one block of `batch` and writes it to the active segment.
+    pub(super) fn write_block(&mut self, batch: &[Pending], keys: KeyUse) -> Result<()> {
+        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
+        let Some(active) = &mut self.active else { return Err(Error::Closed("the active segment")) };
         self.raw.clear();
         for pending in batch {
-            group::put_frame(&mut self.raw, &pending.bytes);
+            group::put_frame(&mut self.raw, &pending.group.bytes);
         }
         let list_len = self.raw.len();
         for pending in batch {
-            // It fits: a batch ends where it would not.
-            let delta = (pending.time_us - first.time_us) as u32;
+            // It fits: a batch ends before a difference that does not.
+            let delta = (pending.group.time_us - first.group.time_us) as u32;
             self.raw.extend_from_slice(&delta.to_le_bytes());
         }
         let payload = self.buffer.begin();
         let compression = self.compressor.compress(active.plan.compression, &self.raw, payload);
         let header = BlockHeader {
-            kind: first.kind,
+            kind: first.group.kind,
             compression,
-            segment_tag: active.header.segment_tag(),
+            segment_tag: active.segment.header.segment_tag(),
             number: active.blocks,
             payload_len: self.buffer.payload_len() as u32,
             raw_len: self.raw.len() as u32,
             group_count: batch.len() as u32,
-            log_count: batch.iter().fold(0, |sum: u32, pending| sum.saturating_add(pending.logs)),
+            log_count: batch.iter().fold(0, |sum: u32, pending| sum.saturating_add(pending.group.logs)),
             list_len: list_len as u32,
             first_seq: first.seq,
-            first_time_us: first.time_us,
-            last_time_us: last.time_us,
+            first_time_us: first.group.time_us,
+            last_time_us: last.group.time_us,
             durable_mark: active.durable,
-            nonce_random: draw(shard, &active.path)?,
+            nonce_random: self.env.draw(&active.segment.path)?,
         };
-        active.append(shard, &mut self.buffer, &header, keys)
+        active.append(&self.env, &mut self.buffer, &header, keys)?;
+        self.blocks_unsynced += 1;
+        Ok(())
     }
 
     /// Writes a block that only carries the durable mark, unless the last block carries it already.
-    pub(super) fn write_mark(&mut self, shard: &Shard) -> Result<()> {
+    pub(super) fn write_mark(&mut self) -> Result<()> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        if active.marked == active.durable || active.offset == active.header.body_start {
+        if active.marked == active.durable || active.offset == active.segment.header.body_start {
             return Ok(());
         }
         self.buffer.begin();
         let header = BlockHeader {
             kind: BlockKind::Mark,
             compression: Compression::None,
-            segment_tag: active.header.segment_tag(),
+            segment_tag: active.segment.header.segment_tag(),
             number: active.blocks,
             payload_len: 0,
             raw_len: 0,
@@ -138,60 +261,37 @@ impl Writer {
             first_time_us: active.last_time_us,
             last_time_us: active.last_time_us,
             durable_mark: active.durable,
-            nonce_random: draw(shard, &active.path)?,
+            nonce_random: self.env.draw(&active.segment.path)?,
         };
-        active.append(shard, &mut self.buffer, &header, KeyUse::Admitted)
+        active.append(&self.env, &mut self.buffer, &header, KeyUse::Admitted)
     }
 
-    fn roll_if_needed(&mut self, shard: &Shard, next_seq: u64) -> Result<()> {
-        let plan = *read(&shard.context.plan);
-        if let Some(active) = &self.active {
-            let options = &shard.context.options;
-            let full = active.offset >= options.segment_bytes
-                || active.end_seq - active.header.header.first_seq >= SEQS_PER_SEGMENT
-                || active.blocks >= u32::MAX - 2;
-            let old = shard.context.clock.uptime() >= active.began + options.segment_age;
-            if !full && !old && active.is_as(&plan) {
-                if let Some(active) = &mut self.active {
-                    active.plan = plan;
-                }
-                return Ok(());
-            }
-            self.seal_active(shard, KeyUse::Admitted)?;
-            shard.record_head()?;
-        }
-        match &mut self.next {
-            Some(next) => next.first_seq = next_seq,
-            None => return Err(Error::Closed("the active segment")),
-        }
-        self.begin_segment(shard)
+    /// Syncs the active segment. Returns the head behind it; `None` if no segment is open.
+    pub(super) fn sync(&mut self) -> Result<Option<Head>> {
+        self.blocks_unsynced = 0;
+        let Some(active) = &mut self.active else { return Ok(None) };
+        self.env.sync_file(&*active.segment.file, &active.segment.path)?;
+        self.env.check_fence()?;
+        active.durable = active.offset;
+        Ok(Some(active.view.head()))
     }
 
-    /// Begins the segment that `next` describes: under a temporary name, durable, then under its own.
-    pub(super) fn begin_segment(&mut self, shard: &Shard) -> Result<()> {
-        let Some(next) = self.next.clone() else { return Err(Error::Closed("the active segment")) };
-        let plan = *read(&shard.context.plan);
-        let new = NewSegment::create(shard, &next, &plan)?;
-        let name = SegmentRef {
-            ordinal: next.ordinal,
-            first_seq: next.first_seq,
-            epoch: new.epoch,
-            path: Arc::clone(&new.path),
-            active: Some(ActiveView::new(Arc::clone(&new.file), Arc::clone(&new.header))),
-            sealed: None,
-        };
-        if let Err(error) = new.publish(shard) {
-            shard.context.gate.end_segment(new.header.header.segment);
-            return Err(error);
-        }
-        let Some(view) = name.active.clone() else { return Ok(()) };
-        shard.counters().segments_begun.fetch_add(1, Ordering::Relaxed);
-        debug!(logstore = %shard.name(), shard = shard.id, ordinal = next.ordinal, suite = plan.suite.name(), "a segment is begun");
-        shard.set_segments(|segments| segments.push(name));
-        let body_start = new.header.body_start;
+    /// Begins the segment that [`SegmentWriter::next`] describes: under a temporary name, durable,
+    /// then under its own name. Returns its entry for the list of segments.
+    pub(super) fn begin(&mut self) -> Result<SegmentRef> {
+        let Some(next) = &self.next else { return Err(Error::Closed("the active segment")) };
+        let (env, plan) = (&self.env, self.env.plan());
+        let new = NewSegment::create(env, next, &plan)?;
+        new.publish(env).inspect_err(|_| env.gate.end_segment(new.header().segment))?;
+        let segment = SegmentFile { path: new.path, ..new.segment };
+        let view = ActiveView::new(Arc::clone(&segment.file), Arc::clone(&segment.header));
+        env.counters().segments_begun.fetch_add(1, Ordering::Relaxed);
+        let (logstore, suite) = (env.gate.name(), plan.suite.name());
+        debug!(%logstore, shard = env.shard, ordinal = next.ordinal, suite, "segment begun");
+        let name = SegmentRef { active: Some(Arc::clone(&view)), ..segment.name() };
+        let body_start = segment.header.body_start;
         self.active = Some(Active {
-            file: new.file,
-            path: new.path,
+            segment,
             view,
             plan,
             offset: body_start,
@@ -200,44 +300,45 @@ impl Writer {
             marked: body_start,
             last_time_us: next.last_time_us,
             end_seq: next.first_seq,
-            began: shard.context.clock.uptime(),
-            header: new.header,
+            began: env.clock.uptime(),
         });
-        if !std::mem::replace(&mut lock(&shard.state).roll_scheduled, true) {
-            shard.context.wake.after(shard.context.options.segment_age, shard.task(), Job::RollByAge);
-        }
-        Ok(())
+        Ok(name)
     }
 
-    /// Seals the active segment: footer, sync. Nothing of it is written any more. The blocks are synced first, so that a footer which
-    /// a crash lets through proves that they were there.
-    pub(super) fn seal_active(&mut self, shard: &Shard, keys: KeyUse) -> Result<()> {
-        let Some(active) = &mut self.active else { return Ok(()) };
+    /// Seals the active segment: footer, fsync. Returns the head behind it; `None` if no segment is
+    /// open. The blocks are synced before the footer is written, so that a footer that survives a
+    /// crash proves that they did.
+    pub(super) fn seal(&mut self, keys: KeyUse) -> Result<Option<Head>> {
+        let Some(active) = &mut self.active else { return Ok(None) };
+        let (env, segment) = (&self.env, &active.segment);
         if active.durable < active.offset {
-            shard.sync_file(&*active.file, &active.path)?;
+            env.sync_file(&*segment.file, &segment.path)?;
             active.durable = active.offset;
         }
-        let end = active.view.builder();
-        let file_len =
-            write_footer(shard, &*active.file, &active.path, &active.header, &end, active.offset, false, keys)?;
-        let header = Arc::clone(&active.header);
-        let head = Head::sealed(&header, &end.build(active.offset, [0; 8], false), file_len);
-        // Should the next segment not come to be, the one after this begins at its limit: queued groups have numbers behind its end.
-        shard.reach(Head { next_seq: header.header.limit_seq, ..head.clone() });
-        let (ordinal, first_seq, end) = (head.ordinal + 1, head.next_seq, head.into_end());
-        let (last_time_us, predecessor) = (active.last_time_us, Predecessor::Sealed(end));
-        shard.counters().segments_sealed.fetch_add(1, Ordering::Relaxed);
-        debug!(logstore = %shard.name(), shard = shard.id, ordinal = end.ordinal, bytes = end.bytes, "a segment is sealed");
-        self.next = Some(Next { ordinal, first_seq, last_time_us, predecessor });
-        self.active = None;
-        shard.context.gate.end_segment(header.header.segment);
-        shard.set_segments(|segments| {
-            if let Some(last) = segments.last_mut() {
-                last.active = None;
-                last.sealed = Some(end);
-            }
+        let builder = active.view.builder();
+        let head = segment.seal(env, &builder, active.offset, false, keys)?;
+        env.counters().segments_sealed.fetch_add(1, Ordering::Relaxed);
+        let (logstore, bytes) = (env.gate.name(), head.bytes);
+        debug!(%logstore, shard = env.shard, ordinal = head.ordinal, bytes, "segment sealed");
+        env.gate.end_segment(head.segment);
+        self.next = Some(Next {
+            ordinal: head.ordinal + 1,
+            first_seq: head.next_seq,
+            last_time_us: active.last_time_us,
+            predecessor: Predecessor::Sealed(head.clone().into_end()),
         });
-        Ok(())
+        // If the next segment cannot be begun, the shard goes on at this limit: queued groups may
+        // have numbers behind the end of this segment.
+        let next_seq = segment.header.limit_seq;
+        self.active = None;
+        Ok(Some(Head { next_seq, ..head }))
+    }
+
+    /// Gives the active segment up after a failure. Returns whether there was one.
+    pub(super) fn abandon(&mut self) -> bool {
+        self.next = None;
+        let active = self.active.take();
+        active.as_ref().inspect(|active| self.env.gate.end_segment(active.segment.header.segment)).is_some()
     }
 
     /// Overwrites the plaintext of the last block.
@@ -246,26 +347,34 @@ impl Writer {
         self.buffer.wipe();
     }
 
-    /// Where the shard stands, as far as this writer knows.
+    /// The head of the shard, as far as this writer knows it.
     pub(super) fn head(&self) -> Option<Head> {
         if let Some(active) = &self.active {
             return Some(active.view.head());
         }
         match &self.next {
-            Some(Next { predecessor: Predecessor::Sealed(end), first_seq, .. }) => Some(Head {
-                ordinal: end.ordinal,
-                segment: end.segment,
-                sealed: true,
-                blocks: end.blocks,
-                bytes: end.bytes,
-                end_seq: end.end_seq,
-                next_seq: *first_seq,
-                last_time_us: end.last_time_us,
-                digest: end.digest,
-            }),
+            Some(Next { predecessor: Predecessor::Sealed(end), first_seq, .. }) => Some(Head::behind(end, *first_seq)),
             _ => None,
         }
     }
+}
+
+/// The segment that is being written.
+struct Active {
+    segment: SegmentFile,
+    view: Arc<ActiveView>,
+    plan: WritePlan,
+    /// Where the next block goes.
+    offset: u64,
+    blocks: u32,
+    /// Up to where the file is durable.
+    durable: u64,
+    /// The durable mark that the last block carries.
+    marked: u64,
+    last_time_us: u64,
+    end_seq: u64,
+    /// When it was begun, by the uptime.
+    began: Duration,
 }
 
 impl Active {
@@ -274,24 +383,13 @@ impl Active {
         of(&self.plan) == of(plan)
     }
 
-    /// Seals the block in `buffer` and writes it at the end. Nothing is changed unless all of it succeeded.
-    fn append(&mut self, shard: &Shard, buffer: &mut SealBuffer, header: &BlockHeader, keys: KeyUse) -> Result<()> {
-        let sealing = buffer.with_header(&self.header.header_hash, header);
-        let nonce = header.nonce();
-        let tag = match keys {
-            KeyUse::Admitted => shard.context.gate.with_cipher(&self.header, &self.path, |cipher| {
-                cipher.seal_block(&nonce, sealing, SealBuffer::PAYLOAD_AT).map_err(Error::Crypto)
-            })?,
-            KeyUse::Held => held(shard.context.gate.with_held(self.header.header.segment, |cipher| {
-                cipher.seal_block(&nonce, sealing, SealBuffer::PAYLOAD_AT)
-            }))?,
-        };
-        let bytes = buffer.finish(&tag);
-        let end = self.offset + bytes.len() as u64;
-        self.file.write_at(bytes, self.offset).map_err(Error::io("write a block to", &*self.path))?;
-        let payload_hash = shard.context.hasher.hash(self.header.header.payload_hash, std::mem::take(buffer));
+    /// Seals the block in `buffer` and writes it at the end. Changes nothing unless all of it
+    /// succeeds.
+    fn append(&mut self, env: &WriteEnv, buffer: &mut SealBuffer, header: &BlockHeader, keys: KeyUse) -> Result<()> {
+        let (tag, end) = self.segment.write_block(env, buffer, header, self.offset, keys)?;
+        let payload_hash = env.hasher.hash(self.segment.header.payload_hash, std::mem::take(buffer));
         *buffer = self.view.add(self.offset, header, payload_hash, &tag, end);
-        shard.counters().appended(self.header.header.suite, header.list_len.into());
+        env.counters().appended(self.segment.header.suite, header.list_len.into());
         self.offset = end;
         self.blocks += 1;
         self.marked = header.durable_mark;
@@ -301,80 +399,117 @@ impl Active {
     }
 }
 
-fn held<T>(sealed: Option<std::result::Result<T, CryptoError>>) -> Result<T> {
-    sealed.ok_or(Error::Closed("the data key"))?.map_err(Error::Crypto)
+/// The file of a segment that is not sealed yet.
+struct SegmentFile {
+    file: Arc<dyn DiskFile>,
+    path: Arc<Path>,
+    header: Arc<DecodedHeader>,
 }
 
-fn draw<const N: usize>(shard: &Shard, path: &Path) -> Result<[u8; N]> {
-    let mut bytes = [0; N];
-    shard.context.random.fill(&mut bytes).map_err(Error::io("draw a random nonce for", path))?;
-    Ok(bytes)
-}
-
-/// Writes the footer of a segment whose blocks end at `offset`, and syncs the file. Returns its length.
-#[expect(clippy::too_many_arguments, reason = "the writer and recovery both seal, and have little else in common")]
-fn write_footer(
-    shard: &Shard,
-    file: &dyn DiskFile,
-    path: &Path,
-    header: &DecodedHeader,
-    builder: &FooterBuilder,
-    offset: u64,
-    recovered: bool,
-    keys: KeyUse,
-) -> Result<u64> {
-    let footer = builder.build(offset, draw(shard, path)?, recovered);
-    let encoded = footer.encode();
-    let nonce = footer.nonce();
-    let gate = &shard.context.gate;
-    let tag = match keys {
-        KeyUse::Admitted => {
-            gate.with_cipher(header, path, |cipher| cipher.tag_only(&nonce, &encoded).map_err(Error::Crypto))?
-        }
-        KeyUse::Held => held(gate.with_held(header.header.segment, |cipher| cipher.tag_only(&nonce, &encoded)))?,
-    };
-    let bytes = footer.finish(encoded, &tag);
-    // A sealed segment ends with its footer.
-    if file.len().map_err(Error::io("get the length of", path))? > offset {
-        file.set_len(offset).map_err(Error::io("cut", path))?;
+impl SegmentFile {
+    /// Seals the block in `buffer` and writes it at `offset`. Returns its tag, and where it ends.
+    fn write_block(
+        &self,
+        env: &WriteEnv,
+        buffer: &mut SealBuffer,
+        header: &BlockHeader,
+        offset: u64,
+        keys: KeyUse,
+    ) -> Result<([u8; 16], u64)> {
+        let sealing = buffer.with_header(&self.header.header_hash, header);
+        let nonce = header.nonce();
+        let tag = self.with_key(env, keys, |cipher| cipher.seal_block(&nonce, sealing, SealBuffer::PAYLOAD_AT))?;
+        let bytes = buffer.finish(&tag);
+        self.file.write_at(bytes, offset).map_err(Error::io("write a block to", &*self.path))?;
+        Ok((tag, offset + bytes.len() as u64))
     }
-    file.write_at(&bytes, offset).map_err(Error::io("write the footer of", path))?;
-    shard.sync_file(file, path)?;
-    Ok(offset + bytes.len() as u64)
+
+    /// Writes the footer behind the blocks that `builder` has counted, which end at `offset`, and
+    /// syncs the file. Returns the head behind the segment.
+    fn seal(
+        &self,
+        env: &WriteEnv,
+        builder: &FooterBuilder,
+        offset: u64,
+        recovered: bool,
+        keys: KeyUse,
+    ) -> Result<Head> {
+        let path = &*self.path;
+        let footer = builder.build(offset, env.draw(path)?, recovered);
+        let encoded = footer.encode();
+        let nonce = footer.nonce();
+        let tag = self.with_key(env, keys, |cipher| cipher.tag_only(&nonce, &encoded))?;
+        let bytes = footer.finish(encoded, &tag);
+        // A sealed segment ends with its footer.
+        if self.file.len().map_err(Error::io("get the length of", path))? > offset {
+            self.file.set_len(offset).map_err(Error::io("cut", path))?;
+        }
+        self.file.write_at(&bytes, offset).map_err(Error::io("write the footer of", path))?;
+        env.sync_file(&*self.file, path)?;
+        Ok(Head::sealed(&self.header, &footer, offset + bytes.len() as u64))
+    }
+
+    fn with_key<R>(
+        &self,
+        env: &WriteEnv,
+        keys: KeyUse,
+        use_it: impl FnOnce(&SegmentCipher) -> std::result::Result<R, CryptoError>,
+    ) -> Result<R> {
+        match keys {
+            KeyUse::Admitted => {
+                env.gate.with_cipher(&self.header, &self.path, |cipher| use_it(cipher).map_err(Error::Crypto))
+            }
+            KeyUse::Held => {
+                let used = env.gate.with_held(self.header.segment, use_it);
+                used.ok_or(Error::Closed("the data key"))?.map_err(Error::Crypto)
+            }
+        }
+    }
+
+    /// Its entry for the list of segments.
+    fn name(&self) -> SegmentRef {
+        SegmentRef {
+            ordinal: self.header.ordinal,
+            first_seq: self.header.first_seq,
+            epoch: self.header.epoch,
+            path: Arc::clone(&self.path),
+            active: None,
+            sealed: None,
+        }
+    }
 }
 
 /// A segment that does not have its name yet.
 pub(super) struct NewSegment {
-    pub(super) file: Arc<dyn DiskFile>,
-    pub(super) path: Arc<Path>,
-    pub(super) epoch: u64,
-    pub(super) header: Arc<DecodedHeader>,
-    temporary: Arc<Path>,
+    /// Has the temporary name.
+    segment: SegmentFile,
+    /// The name that it will have.
+    path: Arc<Path>,
 }
 
 impl NewSegment {
-    /// Draws a salt, derives the key, and writes the header to a temporary file.
-    pub(super) fn create(shard: &Shard, next: &Next, plan: &WritePlan) -> Result<Self> {
-        let context = &shard.context;
-        let epoch = context.fence.as_ref().map_or(0, |fence| fence.epoch());
+    /// Draws a salt, derives the key, and writes the header to a temporary file. The gate keeps the
+    /// key until [`Gate::end_segment`].
+    pub(super) fn create(env: &WriteEnv, next: &Next, plan: &WritePlan) -> Result<Self> {
+        let epoch = env.fence.as_ref().map_or(0, |fence| fence.epoch());
         let name = SegmentName { ordinal: next.ordinal, epoch, first_seq: next.first_seq };
-        let path: Arc<Path> = shard.dir.join(name.to_string()).into();
+        let path: Arc<Path> = env.dir.join(name.to_string()).into();
         let used_up = || Error::TooMany { what: "sequence numbers", limit: u64::MAX };
         let limit_seq = next.first_seq.checked_add(RESERVED_SEQS).ok_or_else(used_up)?;
         let header = SegmentHeader {
             suite: plan.suite,
             features: Features::default(),
-            shard: shard.id,
-            store: context.gate.context().store,
-            logstore: context.gate.id(),
-            segment: SegmentId::from_bytes(draw(shard, &path)?),
+            shard: env.shard,
+            store: env.gate.context().store,
+            logstore: env.gate.id(),
+            segment: SegmentId::from_bytes(env.draw(&path)?),
             generation: plan.generation,
             ordinal: next.ordinal,
             first_seq: next.first_seq,
             limit_seq,
-            created_us: context.clock.wall_us().max(next.last_time_us),
+            created_us: env.clock.wall_us().max(next.last_time_us),
             key_source: plan.key_source,
-            salt: draw(shard, &path)?,
+            salt: env.draw(&path)?,
             predecessor: next.predecessor,
             payload_hash: plan.payload_hash,
             epoch,
@@ -382,28 +517,50 @@ impl NewSegment {
         };
         let encoded = header.encode();
         let hash = header.hash(&encoded);
-        let commitment = context.gate.begin_segment(&header, &hash)?;
+        let commitment = env.gate.begin_segment(&header, &hash)?;
         let bytes = SegmentHeader::finish(encoded, &commitment);
-        let create = || -> Result<Self> {
-            let Temporary { file, path: temporary } = Temporary::create(&*context.disk, &path.with_extension(""))
+        let create = || -> Result<SegmentFile> {
+            let Temporary { file, path: temporary } = Temporary::create(&*env.disk, &path.with_extension(""))
                 .map_err(Error::io("create a temporary file for", &*path))?;
             file.write_at(&bytes, 0).map_err(Error::io("write the header of", &*temporary))?;
             let header = SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
-            Ok(Self { file, path: Arc::clone(&path), epoch, header: Arc::new(header), temporary: temporary.into() })
+            Ok(SegmentFile { file, path: temporary.into(), header: Arc::new(header) })
         };
-        create().inspect_err(|_| context.gate.end_segment(header.segment))
+        let segment = create().inspect_err(|_| env.gate.end_segment(header.segment))?;
+        Ok(Self { segment, path })
     }
 
-    /// Makes the file durable and gives it its name. Only then has it authority.
-    pub(super) fn publish(&self, shard: &Shard) -> Result<()> {
-        let disk = &shard.context.disk;
-        shard.sync_file(&*self.file, &self.temporary)?;
-        disk.rename_new(&self.temporary, &self.path).map_err(Error::io("rename", &*self.temporary))?;
-        disk.sync_dir(&shard.dir).map_err(Error::io("sync", &shard.dir))
+    pub(super) fn header(&self) -> &Arc<DecodedHeader> {
+        &self.segment.header
     }
 
-    /// Seals the blocks that `builder` collected, which end at `offset`. Returns the length of the file.
-    pub(super) fn seal(&self, shard: &Shard, builder: &FooterBuilder, offset: u64) -> Result<u64> {
-        write_footer(shard, &*self.file, &self.temporary, &self.header, builder, offset, true, KeyUse::Admitted)
+    /// Seals the block in `buffer` and writes it at `offset`. Returns its tag.
+    pub(super) fn write_block(
+        &self,
+        env: &WriteEnv,
+        buffer: &mut SealBuffer,
+        header: &BlockHeader,
+        offset: u64,
+    ) -> Result<[u8; 16]> {
+        self.segment.write_block(env, buffer, header, offset, KeyUse::Admitted).map(|(tag, _)| tag)
+    }
+
+    /// Seals the segment behind the blocks that `builder` has counted, which end at `offset`.
+    /// Returns the head behind it.
+    pub(super) fn seal(&self, env: &WriteEnv, builder: &FooterBuilder, offset: u64) -> Result<Head> {
+        self.segment.seal(env, builder, offset, true, KeyUse::Admitted)
+    }
+
+    /// Makes the file durable and gives it its name. It is part of the shard from then on.
+    pub(super) fn publish(&self, env: &WriteEnv) -> Result<()> {
+        let temporary = &*self.segment.path;
+        env.sync_file(&*self.segment.file, temporary)?;
+        env.disk.rename_new(temporary, &self.path).map_err(Error::io("rename", temporary))?;
+        env.disk.sync_dir(&env.dir).map_err(Error::io("sync", &env.dir))
+    }
+
+    /// Its entry for the list of segments, once it is sealed and published.
+    pub(super) fn sealed_name(&self, head: &Head) -> SegmentRef {
+        SegmentRef { path: Arc::clone(&self.path), sealed: Some(head.clone().into_end()), ..self.segment.name() }
     }
 }

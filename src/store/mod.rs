@@ -51,7 +51,7 @@ use crate::{
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, MetaName, remove_older_meta, write_plan},
     metrics::StoreMetrics,
     segment::Features,
-    shard::{AdmitAppend, Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions},
+    shard::{AdmitAppend, Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions, ShardRecord},
     sync::{Mutex, MutexGuard, RwLock, lock, read},
 };
 
@@ -456,7 +456,7 @@ impl StoreShared {
             limit: self.append_limit(),
             plan: Arc::clone(&plan),
             permits: Arc::clone(&self.permits),
-            reload: self.read_only.then(|| self.reload_records(meta.config.name.clone())),
+            reload: self.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
         });
         let observer: Weak<dyn KeyObserver> = self.this.clone();
         let dir = self.logstore_dir(entry.id);
@@ -475,17 +475,6 @@ impl StoreShared {
             }
         }
         Ok(shared)
-    }
-
-    /// How a reader finds out what retention has dropped since it read the catalogue.
-    fn reload_records(&self, name: LogstoreName) -> ReloadRecord {
-        let this = self.this.clone();
-        Box::new(move |shard| {
-            let this = this.upgrade().ok_or(Error::Closed("the store"))?;
-            let catalogue = this.load_catalogue()?;
-            let entry = catalogue.logstores.get(&name).ok_or(Error::Closed("the Logstore"))?;
-            entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
-        })
     }
 
     /// Has a reader's Logstore follow what the writer changes: another master key counts within `revalidate_every`, a version of the
@@ -812,6 +801,14 @@ impl StoreShared {
             Err(error) => warn!(store = %self.id, %error, "a store is closed, and not all of it cleanly"),
         }
         result
+    }
+}
+
+impl ReloadRecord for StoreShared {
+    fn reload_record(&self, logstore: &LogstoreName, shard: u32) -> Result<ShardRecord> {
+        let catalogue = self.load_catalogue()?;
+        let entry = catalogue.logstores.get(logstore).ok_or(Error::Closed("the Logstore"))?;
+        entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
     }
 }
 

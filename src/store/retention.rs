@@ -1,10 +1,6 @@
 //! Retention: whole segments go when they are older than the Logstore keeps them, or more than it keeps.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
 use tracing::{info, warn};
@@ -15,8 +11,9 @@ use crate::{
     config::LogstoreName,
     io::Clock,
     logstore::LogstoreShared,
+    schedule::{StoreJob, Task, Wake, Work},
     segment::KeySource,
-    shard::{Head, Job, Shard, Task, Wake},
+    shard::{Head, Shard},
     sync::lock,
 };
 
@@ -96,34 +93,35 @@ impl Store {
     }
 }
 
-impl Task for StoreShared {
-    fn run(&self, job: Job) {
-        if job == Job::Retention {
-            // What fails now is tried again next time.
-            if let Err(error) = self.apply_retention() {
-                warn!(store = %self.id, %error, "retention has failed");
+impl Task<StoreJob> for StoreShared {
+    fn run(&self, job: StoreJob) {
+        match job {
+            StoreJob::Retention => {
+                // What fails now is tried again next time.
+                if let Err(error) = self.apply_retention() {
+                    warn!(store = %self.id, %error, "retention has failed");
+                }
+                if let Err(error) = self.rotate_due_data_keys() {
+                    warn!(store = %self.id, %error, "a data key could not be rotated by its policy");
+                }
+                if !self.read_only {
+                    self.audit.settle();
+                }
+                self.schedule_retention();
             }
-            if let Err(error) = self.rotate_due_data_keys() {
-                warn!(store = %self.id, %error, "a data key could not be rotated by its policy");
+            StoreJob::Heads => {
+                if let Err(error) = self.note_heads() {
+                    warn!(store = %self.id, %error, "the catalogue could not note how far the shards are");
+                }
+                self.schedule_heads();
             }
-            if !self.read_only {
-                self.audit.settle();
-            }
-            self.schedule_retention();
-        }
-        if job == Job::Heads {
-            if let Err(error) = self.note_heads() {
-                warn!(store = %self.id, %error, "the catalogue could not note how far the shards are");
-            }
-            self.schedule_heads();
         }
     }
 }
 
 impl StoreShared {
     pub(super) fn schedule_heads(&self) {
-        let task: Weak<dyn Task> = self.this.clone();
-        self.scheduler.after(self.options.head_every, task, Job::Heads);
+        self.scheduler.after(self.options.head_every, Work::Store(self.this.clone(), StoreJob::Heads));
     }
 
     /// Notes in the catalogue how far the synced part of each open segment reaches, so that no more than the last few seconds of it can
@@ -152,8 +150,7 @@ impl StoreShared {
     }
 
     pub(super) fn schedule_retention(&self) {
-        let task: Weak<dyn Task> = self.this.clone();
-        self.scheduler.after(self.options.retention_every, task, Job::Retention);
+        self.scheduler.after(self.options.retention_every, Work::Store(self.this.clone(), StoreJob::Retention));
     }
 
     fn apply_retention(&self) -> Result<RetentionReport> {

@@ -3,17 +3,11 @@
 //! One queue ordered by time. A few threads work it off; in a store without threads of its own [`Scheduler::run_due`] does, when
 //! the embedder calls `tick`, so that a test or a simulation decides what happens when.
 
-use std::{
-    cmp::Reverse,
-    collections::BinaryHeap,
-    sync::{Arc, Weak},
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, time::Duration};
 
 use crate::{
     io::Clock,
-    shard::{Job, Task, Wake},
+    schedule::{ShardJob, Wake, Work},
     sync::{Condvar, Mutex, lock, wait, wait_timeout},
 };
 
@@ -21,8 +15,7 @@ struct Entry {
     due: Duration,
     /// Keeps entries of the same moment in the order they came.
     number: u64,
-    task: Weak<dyn Task>,
-    job: Job,
+    work: Work,
 }
 
 impl PartialEq for Entry {
@@ -88,9 +81,7 @@ impl Scheduler {
             }
             let Some(Reverse(entry)) = queue.entries.pop() else { continue };
             drop(queue);
-            if let Some(task) = entry.task.upgrade() {
-                task.run(entry.job);
-            }
+            entry.work.run();
             queue = lock(&self.queue);
         }
     }
@@ -106,9 +97,7 @@ impl Scheduler {
                 }
             };
             let Some(Reverse(entry)) = entry else { return };
-            if let Some(task) = entry.task.upgrade() {
-                task.run(entry.job);
-            }
+            entry.work.run();
         }
     }
 
@@ -127,24 +116,20 @@ impl Scheduler {
 }
 
 impl Wake for Scheduler {
-    fn after(&self, delay: Duration, task: Weak<dyn Task>, job: Job) {
+    fn after(&self, delay: Duration, work: Work) {
         let mut queue = lock(&self.queue);
         let (due, number) = (self.clock.uptime() + delay, queue.next_number);
         queue.next_number += 1;
-        queue.entries.push(Reverse(Entry { due, number, task, job }));
+        queue.entries.push(Reverse(Entry { due, number, work }));
         drop(queue);
         self.changed.notify_one();
     }
 
     fn relieve(&self) {
-        let waiting: Vec<_> = lock(&self.queue)
-            .entries
-            .iter()
-            .filter(|Reverse(entry)| entry.job == Job::Flush)
-            .filter_map(|Reverse(entry)| entry.task.upgrade())
-            .collect();
+        let waiting: Vec<_> =
+            lock(&self.queue).entries.iter().filter_map(|Reverse(entry)| entry.work.flushes()).collect();
         for task in waiting {
-            task.run(Job::FlushAll);
+            task.run(ShardJob::FlushAll);
         }
     }
 }
@@ -154,6 +139,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
+    use crate::schedule::Task;
 
     #[derive(Debug, Default)]
     struct TestClock(AtomicU64);
@@ -168,17 +154,16 @@ mod tests {
     }
 
     #[derive(Default)]
-    struct Recorder(Mutex<Vec<Job>>);
+    struct Recorder(Mutex<Vec<ShardJob>>);
 
-    impl Task for Recorder {
-        fn run(&self, job: Job) {
+    impl Task<ShardJob> for Recorder {
+        fn run(&self, job: ShardJob) {
             lock(&self.0).push(job);
         }
     }
 
-    fn at(scheduler: &Scheduler, task: &Arc<Recorder>, ms: u64, job: Job) {
-        let weak: Weak<dyn Task> = Arc::<Recorder>::downgrade(task);
-        scheduler.after(Duration::from_millis(ms), weak, job);
+    fn at(scheduler: &Scheduler, task: &Arc<Recorder>, ms: u64, job: ShardJob) {
+        scheduler.after(Duration::from_millis(ms), Work::Shard(Arc::<Recorder>::downgrade(task) as _, job));
     }
 
     #[test]
@@ -186,25 +171,25 @@ mod tests {
         let clock = Arc::new(TestClock::default());
         let scheduler = Scheduler::new(Arc::clone(&clock) as _);
         let task = Arc::new(Recorder::default());
-        at(&scheduler, &task, 20, Job::Mark);
-        at(&scheduler, &task, 10, Job::Flush);
-        at(&scheduler, &task, 10, Job::RollByAge);
-        at(&scheduler, &task, 30, Job::Retention);
+        at(&scheduler, &task, 20, ShardJob::Mark);
+        at(&scheduler, &task, 10, ShardJob::Flush);
+        at(&scheduler, &task, 10, ShardJob::RollByAge);
+        at(&scheduler, &task, 30, ShardJob::Flush);
         scheduler.run_due();
         assert!(lock(&task.0).is_empty());
         clock.0.store(20, Ordering::SeqCst);
         scheduler.run_due();
-        assert_eq!(*lock(&task.0), [Job::Flush, Job::RollByAge, Job::Mark]);
+        assert_eq!(*lock(&task.0), [ShardJob::Flush, ShardJob::RollByAge, ShardJob::Mark]);
     }
 
     #[test]
     fn relief_flushes_at_once() {
         let scheduler = Scheduler::new(Arc::new(TestClock::default()));
         let task = Arc::new(Recorder::default());
-        at(&scheduler, &task, 1000, Job::Mark);
-        at(&scheduler, &task, 1000, Job::Flush);
+        at(&scheduler, &task, 1000, ShardJob::Mark);
+        at(&scheduler, &task, 1000, ShardJob::Flush);
         scheduler.relieve();
-        assert_eq!(*lock(&task.0), [Job::FlushAll]);
+        assert_eq!(*lock(&task.0), [ShardJob::FlushAll]);
     }
 
     #[test]
@@ -213,10 +198,10 @@ mod tests {
         scheduler.spawn(2).unwrap();
         let task = Arc::new(Recorder::default());
         let gone = Arc::new(Recorder::default());
-        at(&scheduler, &gone, 0, Job::Flush);
+        at(&scheduler, &gone, 0, ShardJob::Flush);
         drop(gone);
         for _ in 0..100 {
-            at(&scheduler, &task, 1, Job::Flush);
+            at(&scheduler, &task, 1, ShardJob::Flush);
         }
         while lock(&task.0).len() < 100 {
             std::thread::yield_now();

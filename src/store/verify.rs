@@ -479,7 +479,7 @@ impl StoreShared {
                 !reached
             });
             reader.proof = if keyless { Proof::Crc } else { Proof::Tag };
-            let loaded = match reader.load(shard) {
+            let loaded = match reader.load(shard.list()) {
                 Err(error) if !keyless && matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
                     verification.note(Some(name), error)?;
                     keyless = true;

@@ -29,6 +29,7 @@ const AREAS: [Area; 5] = [
         files: &[
             "src/epoch.rs",
             "src/shard/recovery.rs",
+            "src/shard/scanning.rs",
             "src/store/recover.rs",
             "src/store/catalogue/*.rs",
             "src/store/checkpoint.rs",

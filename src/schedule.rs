@@ -1,0 +1,73 @@
+//! Background jobs: the jobs that can be scheduled, and the tasks that run them.
+
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+/// A job of a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ShardJob {
+    /// Write the groups that have lingered in the queue.
+    Flush,
+    /// Write every group that is queued.
+    FlushAll,
+    /// Write a mark block, unless a later block has carried the mark.
+    Mark,
+    /// Roll the active segment, if it is old enough.
+    RollByAge,
+}
+
+/// A job of the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StoreJob {
+    /// Record the heads of the shards.
+    Heads,
+    /// Drop the segments that retention allows to drop.
+    Retention,
+}
+
+/// Runs jobs of one kind.
+pub(crate) trait Task<J>: Send + Sync {
+    fn run(&self, job: J);
+}
+
+/// A job and the task that runs it. Once the task is gone, the job does nothing.
+#[derive(Clone)]
+pub(crate) enum Work {
+    Shard(Weak<dyn Task<ShardJob>>, ShardJob),
+    Store(Weak<dyn Task<StoreJob>>, StoreJob),
+}
+
+impl Work {
+    pub(crate) fn run(&self) {
+        match self {
+            Self::Shard(task, job) => run(task, *job),
+            Self::Store(task, job) => run(task, *job),
+        }
+    }
+
+    /// The shard whose queue this job flushes, if it is such a job.
+    pub(crate) fn flushes(&self) -> Option<Arc<dyn Task<ShardJob>>> {
+        match self {
+            Self::Shard(task, ShardJob::Flush) => task.upgrade(),
+            _ => None,
+        }
+    }
+}
+
+fn run<J>(task: &Weak<dyn Task<J>>, job: J) {
+    if let Some(task) = task.upgrade() {
+        task.run(job);
+    }
+}
+
+/// Schedules jobs.
+pub(crate) trait Wake: Send + Sync {
+    /// Has `work` run after `delay`.
+    fn after(&self, delay: Duration, work: Work);
+
+    /// Writes every group that is queued in any shard, in this thread: for a store without threads
+    /// whose memory budget is used up.
+    fn relieve(&self);
+}

@@ -1,0 +1,240 @@
+//! Operations on a whole shard: losing its key, rolling, pausing, checkpoints, closing, repair.
+//!
+//! Each of them takes the leadership first, and then the writer's lock.
+
+use std::sync::Arc;
+
+use super::{
+    End, Head, Shard,
+    leader::{Leading, is_refusal},
+    recovery::{RepairReport, head_on_disk},
+    writer::{KeyUse, SegmentWriter},
+};
+use crate::{
+    Error, Result,
+    segment::KeySource,
+    sync::{MutexGuard, lock},
+};
+
+impl Shard {
+    /// Makes everything durable, including blocks that an earlier process, or a failed fsync, has
+    /// left.
+    pub(crate) fn make_durable(&self) -> Result<()> {
+        self.sync()?;
+        let mut writer = lock(&self.writer);
+        if self.context.read_only || writer.is_open() || writer.next().is_some() {
+            return Ok(());
+        }
+        let Some(last) = self.list.segments(false)?.last().cloned() else { return Ok(()) };
+        if matches!(self.list.open_segment(&last)?.end, End::Unknown) {
+            self.context.gate.admit()?;
+            let next = self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
+            writer.set_next(next);
+            return Ok(());
+        }
+        // The segment is whole. An earlier process may have died, or failed, between its rename and
+        // the sync of the directory.
+        self.list.make_names_durable()?;
+        self.env.check_fence()
+    }
+
+    /// Access to the key was lost. Acknowledged groups are sealed with the key that is still in
+    /// memory, all others fail. The caller wipes the key afterwards.
+    pub(crate) fn lose_key(&self, error: &Error) {
+        let _leading = self.lead();
+        let mut writer = lock(&self.writer);
+        self.refuse(Vec::new(), error);
+        // Without an open segment there is no key to seal with. A segment that was begun under
+        // older settings is no place for groups that were accepted after a change: encryption may
+        // have been turned on since. Then the acknowledged groups stay in memory until the key can
+        // be used again.
+        while writer.is_as_planned() {
+            let Some(batch) = self.commit.take_batch() else { break };
+            // With a held key there is no refusal, and a failure latches the shard.
+            let _ = self.write_batch(&mut writer, batch, KeyUse::Held);
+        }
+        // A failure latches the shard, and the next caller gets the error.
+        let _ = self.seal(&mut writer, KeyUse::Held);
+        writer.wipe();
+    }
+
+    /// Writes everything, seals the active segment, and accepts no more appends. Returns the head
+    /// of the shard.
+    pub(crate) fn close(&self) -> Result<Option<Head>> {
+        self.commit.close();
+        let flushed = match self.latch_cause() {
+            Some(cause) => Err(self.latched(&cause)),
+            None => self.sync(),
+        };
+        if let Err(error) = &flushed
+            && is_refusal(error)
+        {
+            // This is the last chance to seal acknowledged groups.
+            self.lose_key(error);
+        }
+        let leading = self.lead();
+        let sealed = {
+            let mut writer = lock(&self.writer);
+            self.seal_by_any_key(&mut writer).map(|()| self.head(&writer))
+        };
+        let (given_up, freed) = self.commit.give_up(&Error::Closed("the Logstore"));
+        drop(leading);
+        self.context.budget.release(freed);
+        let head = sealed?;
+        match flushed {
+            // Groups that were acknowledged as buffered, and have no key to be sealed with, are
+            // lost. The caller gets the error.
+            Err(error) if given_up || !is_refusal(&error) => Err(error),
+            _ => Ok(head),
+        }
+    }
+
+    /// Accepts no more appends, and forgets the queue: the Logstore is being deleted.
+    pub(crate) fn abandon(&self) {
+        let _leading = self.lead();
+        self.latch(&mut lock(&self.writer), Error::Closed("the Logstore"));
+        self.commit.close();
+    }
+
+    /// Makes everything durable and marked, and returns the head of the shard. Without the key the
+    /// mark is left out.
+    pub(crate) fn checkpoint(&self) -> Result<Option<Head>> {
+        if !self.context.read_only && self.latch_cause().is_none() {
+            match self.sync() {
+                Err(error) if !is_refusal(&error) => return Err(error),
+                _ => {}
+            }
+            let _leading = self.lead();
+            let mut writer = lock(&self.writer);
+            match writer.write_mark() {
+                Err(error) if !is_refusal(&error) => self.latch(&mut writer, error),
+                _ => self.sync_active(&mut writer),
+            }
+            if let Some(head) = self.head(&writer) {
+                return Ok(Some(head));
+            }
+        }
+        head_on_disk(&self.list)
+    }
+
+    /// Seals the active segment. No other one is begun as long as the returned value lives.
+    pub(crate) fn pause(&self) -> Result<Paused<'_>> {
+        let leading = self.lead();
+        let mut writer = lock(&self.writer);
+        self.seal(&mut writer, KeyUse::Admitted)?;
+        Ok(Paused { shard: self, writer, _leading: leading })
+    }
+
+    /// Rolls the active segment, if it has blocks. Everything appended before is in it.
+    pub(crate) fn roll(&self) -> Result<()> {
+        if self.commit.has_queued() {
+            self.sync()?;
+        }
+        let _leading = self.lead();
+        let mut writer = lock(&self.writer);
+        if !writer.has_blocks() {
+            return Ok(());
+        }
+        self.seal(&mut writer, KeyUse::Admitted)?;
+        self.record_head().inspect_err(|error| self.latch(&mut writer, error.clone()))
+    }
+
+    /// Ends the last segment if `ends` holds for its key and it has not been ended yet: no block
+    /// can be added to it from then on. If another process has left it open, the shard is recovered
+    /// first, and goes on in a new segment. Returns whether a segment was ended.
+    pub(crate) fn end_segment_if(&self, ends: impl Fn(KeySource) -> bool) -> Result<bool> {
+        {
+            let _leading = self.lead();
+            let mut writer = lock(&self.writer);
+            if let Some(source) = writer.key_source() {
+                // The queue goes into the next segment. The loss of an access takes no key of a
+                // segment that is being written.
+                return if ends(source) { self.seal_by_any_key(&mut writer).map(|()| true) } else { Ok(false) };
+            }
+        }
+        let Some(last) = self.settled_segments()?.last().cloned() else { return Ok(false) };
+        let left_open = ends(self.key_source(&last)?) && matches!(self.list.open_segment(&last)?.end, End::Unknown);
+        if left_open {
+            self.prepare()?;
+        }
+        Ok(left_open)
+    }
+
+    /// Seals the active segment, with the key in memory if it may not be used any more.
+    fn seal_by_any_key(&self, writer: &mut SegmentWriter) -> Result<()> {
+        match self.seal(writer, KeyUse::Admitted) {
+            Err(error) if is_refusal(&error) => self.seal(writer, KeyUse::Held),
+            sealed => sealed,
+        }
+    }
+
+    /// Clears a latch. The next append recovers the shard first.
+    pub(crate) fn reopen(&self) {
+        let _writer = lock(&self.writer);
+        if self.commit.unlatch() {
+            // The failed operation may have left a segment that is not in the list.
+            self.list.forget();
+        }
+    }
+
+    /// Why the writer is latched, if it is.
+    pub(crate) fn latch_cause(&self) -> Option<Arc<Error>> {
+        self.commit.latch_cause()
+    }
+
+    /// Gives up damaged blocks at the end of the shard, so that it can be written again. Keeps
+    /// everything that can be read.
+    pub(crate) fn repair(&self) -> Result<RepairReport> {
+        let mut writer = lock(&self.writer);
+        let Some((next, report)) = self.recovery().repair()? else {
+            return Ok(RepairReport { shard: self.id(), segment: None, groups_salvaged: 0, bytes_lost: 0 });
+        };
+        writer.set_next(next);
+        self.begin_segment(&mut writer)?;
+        Ok(report)
+    }
+
+    /// See [`super::recovery::Recovery::head_in_place`]. Waits for the writer.
+    pub(crate) fn head_in_place(&self) -> Result<Option<Head>> {
+        drop(lock(&self.writer));
+        self.recovery().head_in_place()
+    }
+
+    /// The head of the shard. Sequence numbers of groups that were never written stay used.
+    fn head(&self, writer: &SegmentWriter) -> Option<Head> {
+        let head = writer.head()?;
+        let next_seq = head.next_seq.max(self.commit.next_seq());
+        Some(Head { next_seq, ..head })
+    }
+}
+
+/// A shard whose writer is paused: no segment of it is open, and none is begun.
+pub(crate) struct Paused<'a> {
+    shard: &'a Shard,
+    // Dropped in this order.
+    writer: MutexGuard<'a, SegmentWriter>,
+    _leading: Leading<'a>,
+}
+
+impl Paused<'_> {
+    /// The ordinal of the next segment. A recovery may make that segment itself.
+    pub(crate) fn next_ordinal(&self) -> Result<u64> {
+        self.writer.next().map_or_else(|| self.shard.list().next_ordinal_on_disk(), |next| Ok(next.ordinal))
+    }
+
+    pub(crate) fn shard_id(&self) -> u32 {
+        self.shard.id()
+    }
+
+    /// The head of the shard; `None` if its end was not looked for yet.
+    pub(crate) fn head(&self) -> Option<Head> {
+        self.shard.head(&self.writer)
+    }
+
+    /// Notes that the catalogue has the head of the shard.
+    pub(crate) fn note_head(&self) {
+        if let Some(head) = self.head() {
+            self.shard.note_head(&head);
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! The catalogue's record of a shard, and the heads in it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Result,
+    config::LogstoreName,
+    ids::{LogstoreId, SegmentId},
+    segment::{DecodedHeader, Footer, FooterBuilder, PredecessorEnd, SegmentHeader},
+};
+
+/// The catalogue's record of a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ShardRecord {
+    /// The first segment that retention has not dropped.
+    pub(crate) first_ordinal: u64,
+    /// The first sequence number that retention has not dropped.
+    pub(crate) first_seq: u64,
+    /// The last head of the shard that was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) head: Option<Head>,
+}
+
+impl Default for ShardRecord {
+    fn default() -> Self {
+        Self { first_ordinal: 1, first_seq: 0, head: None }
+    }
+}
+
+/// The recorded end of a shard: a point up to which all its blocks are durable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Head {
+    pub(crate) ordinal: u64,
+    pub(crate) segment: SegmentId,
+    /// Whether the segment is sealed. If so, it ends here, and later blocks are in its successor.
+    pub(crate) sealed: bool,
+    pub(crate) blocks: u32,
+    /// Sealed: the length of the file. Otherwise: the offset at which the last of the blocks ends.
+    pub(crate) bytes: u64,
+    pub(crate) end_seq: u64,
+    /// The first sequence number that the next segment may use.
+    pub(crate) next_seq: u64,
+    /// When the last group before this point was received: see
+    /// [`crate::segment::PredecessorEnd::last_time_us`].
+    pub(crate) last_time_us: u64,
+    #[serde(with = "crate::ids::hex")]
+    pub(crate) digest: [u8; 32],
+}
+
+impl Head {
+    /// The head in a segment that is not sealed, behind the blocks that `builder` has counted. The
+    /// last of them ends at `bytes`.
+    pub(super) fn open(header: &SegmentHeader, builder: &FooterBuilder, bytes: u64) -> Self {
+        let so_far = builder.so_far();
+        Self {
+            ordinal: header.ordinal,
+            segment: header.segment,
+            sealed: false,
+            blocks: so_far.block_count,
+            bytes,
+            end_seq: so_far.end_seq,
+            next_seq: header.limit_seq,
+            last_time_us: header.last_time_us(so_far),
+            digest: builder.digest(),
+        }
+    }
+
+    /// The head behind a sealed segment.
+    pub(super) fn sealed(header: &DecodedHeader, footer: &Footer, file_len: u64) -> Self {
+        Self {
+            ordinal: header.ordinal,
+            segment: header.segment,
+            sealed: true,
+            blocks: footer.block_count,
+            bytes: file_len,
+            end_seq: footer.end_seq,
+            next_seq: footer.end_seq,
+            last_time_us: header.last_time_us(footer),
+            digest: footer.digest(header.payload_hash, &header.header_hash),
+        }
+    }
+
+    /// The head behind a sealed segment, of which its successor names this end.
+    pub(super) fn behind(end: &PredecessorEnd, next_seq: u64) -> Self {
+        Self {
+            ordinal: end.ordinal,
+            segment: end.segment,
+            sealed: true,
+            blocks: end.blocks,
+            bytes: end.bytes,
+            end_seq: end.end_seq,
+            next_seq,
+            last_time_us: end.last_time_us,
+            digest: end.digest,
+        }
+    }
+
+    pub(crate) fn into_end(self) -> PredecessorEnd {
+        PredecessorEnd {
+            ordinal: self.ordinal,
+            segment: self.segment,
+            blocks: self.blocks,
+            bytes: self.bytes,
+            end_seq: self.end_seq,
+            digest: self.digest,
+            last_time_us: self.last_time_us,
+        }
+    }
+
+    /// Its place in the shard. The later of two heads has the greater place.
+    pub(crate) fn reach(&self) -> (u64, bool, u32) {
+        (self.ordinal, self.sealed, self.blocks)
+    }
+}
+
+/// Records heads outside of the shard.
+pub(crate) trait RecordHead: Send + Sync {
+    /// Returns when `head` is durable in the catalogue.
+    ///
+    /// # Errors
+    /// What kept it from being recorded. The shard must not begin another segment then.
+    fn record_head(&self, logstore: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()>;
+}
+
+/// Reads the record of a shard again, for a read-only opener: the writer changes it.
+pub(crate) trait ReloadRecord: Send + Sync {
+    /// The record of `shard` as the catalogue has it now. Reads files.
+    ///
+    /// # Errors
+    /// What kept the catalogue from being read; [`crate::Error::Closed`] where it no longer has the
+    /// Logstore or the shard.
+    fn reload_record(&self, logstore: &LogstoreName, shard: u32) -> Result<ShardRecord>;
+}

@@ -1,0 +1,323 @@
+//! Group commit alone, on schedules that shuttle makes up: no files, no keys, no shard.
+//!
+//! - One caller leads at a time, and every group is written once, in order.
+//! - A caller that was told *synced* finds its group durable; one that was told of a failure is
+//!   told it only once the group cannot be written any more.
+//! - Nothing waits for ever: shuttle finds deadlocks, and lost wake-ups.
+//!
+//! `ENVELOG_SHUTTLE` is how many schedules each test tries.
+
+#![allow(clippy::unwrap_used)]
+
+extern crate envelog_shuttle as envelog;
+
+// The file itself: it uses nothing of the engine but what is named here.
+#[allow(dead_code)]
+#[path = "../../../src/shard/commit.rs"]
+mod commit;
+#[allow(dead_code, unused_imports)]
+#[path = "../../../src/sync.rs"]
+mod sync;
+
+use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
+
+use bytes::Bytes;
+use commit::{Flush, Group, GroupCommit, Rejected, Reserved, Role};
+use envelog::{Durability, Error, Result, group, segment};
+use shuttle::{
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+};
+
+const NOW: Duration = Duration::ZERO;
+
+fn schedules(usual: usize) -> usize {
+    env::var("ENVELOG_SHUTTLE").map_or(usual, |count| count.parse().expect("a number"))
+}
+
+fn explore(scenario: fn()) {
+    shuttle::check_random(scenario, schedules(2000));
+    shuttle::check_pct(scenario, schedules(2000), 3);
+}
+
+/// What the leaders have done.
+#[derive(Default)]
+struct Disk {
+    written: Vec<u64>,
+    /// How many of `written` are synced.
+    synced: usize,
+}
+
+struct World {
+    commit: GroupCommit,
+    disk: Mutex<Disk>,
+    leading: AtomicBool,
+    /// Each submitted group holds one byte of it.
+    charged: AtomicUsize,
+    /// How many turns the key is refused, and how many succeed before the disk fails.
+    refusals: AtomicUsize,
+    turns_left: AtomicUsize,
+}
+
+impl World {
+    fn new(refusals: usize, turns: usize) -> Arc<Self> {
+        let commit = GroupCommit::new(4, Duration::from_millis(100));
+        commit.open(&Reserved { end_seq: 0, limit_seq: 100, last_time_us: 0 });
+        Arc::new(Self {
+            commit,
+            disk: Mutex::default(),
+            leading: AtomicBool::new(false),
+            charged: AtomicUsize::new(0),
+            refusals: AtomicUsize::new(refusals),
+            turns_left: AtomicUsize::new(turns),
+        })
+    }
+
+    fn submit(&self, durability: Durability) -> Option<u64> {
+        let group = Group {
+            kind: segment::BlockKind::Opaque,
+            bytes: Bytes::from_static(b"x"),
+            logs: 0,
+            charged: 1,
+            time_us: 0,
+            submitted: NOW,
+            acked: durability == Durability::Buffered,
+        };
+        self.charged.fetch_add(1, Ordering::SeqCst);
+        match self.commit.submit(group) {
+            Ok(submitted) => Some(submitted.seq),
+            Err(Rejected::Stopped(_)) => {
+                self.charged.fetch_sub(1, Ordering::SeqCst);
+                None
+            }
+            Err(_) => panic!("it is open, and has numbers left"),
+        }
+    }
+
+    /// The leader's work, as a shard does it. An error is a refusal of the key.
+    fn turn(&self, own: Option<u64>) -> Result<()> {
+        assert!(!self.leading.swap(true, Ordering::SeqCst), "two lead");
+        let turn = self.write_batch();
+        if self.commit.wants_sync(own, turn.is_err()) {
+            let mut disk = self.disk.lock().unwrap();
+            disk.synced = disk.written.len();
+            drop(disk);
+            self.commit.synced();
+        }
+        self.leading.store(false, Ordering::SeqCst);
+        turn
+    }
+
+    fn write_batch(&self) -> Result<()> {
+        let Some(batch) = self.commit.take_batch() else { return Ok(()) };
+        let (from, to) = (batch[0].seq, batch[batch.len() - 1].seq + 1);
+        let free = |count| {
+            self.charged.fetch_sub(count, Ordering::SeqCst);
+        };
+        if self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+            let refusal = Error::Closed("the key");
+            free(self.commit.refuse(batch, &refusal, NOW));
+            return Err(refusal);
+        }
+        let charged = batch.iter().map(|pending| pending.group.charged).sum();
+        if self.turns_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_err() {
+            free(charged);
+            let error = Error::Closed("the disk");
+            self.commit.fail(from..to, &error);
+            free(self.commit.latch(Arc::new(error.clone()), &error));
+            return Ok(());
+        }
+        self.disk.lock().unwrap().written.extend(batch.iter().map(|pending| pending.seq));
+        free(charged);
+        self.commit.written(to, None);
+        Ok(())
+    }
+
+    fn wait(&self, seq: u64, durability: Durability) -> Result<()> {
+        loop {
+            if let Role::Done(outcome) = self.commit.wait_or_lead(seq, durability) {
+                return outcome;
+            }
+            let turn = self.turn(Some(seq));
+            let resigned = self.commit.resign(NOW, Some((seq, durability)));
+            match (resigned.outcome, turn) {
+                (Some(outcome), _) => return outcome,
+                (None, Err(refusal)) if resigned.is_queued => return Err(refusal),
+                _ => {}
+            }
+        }
+    }
+
+    /// A flush job that lets nothing linger.
+    fn flush(&self) {
+        self.commit.begin_flush(NOW, true);
+        while let Flush::Leader = self.commit.lead_if_due(NOW) {
+            let turn = self.turn(None);
+            self.commit.resign(NOW, None);
+            if turn.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn is_on_disk(&self, seq: u64, durability: Durability) -> bool {
+        let disk = self.disk.lock().unwrap();
+        match disk.written.iter().position(|&written| written == seq) {
+            Some(at) => durability != Durability::Synced || at < disk.synced,
+            None => durability == Durability::Buffered,
+        }
+    }
+
+    /// Appends, and checks that the outcome is the truth.
+    fn append(&self, durability: Durability) {
+        let Some(seq) = self.submit(durability) else { return };
+        match self.wait(seq, durability) {
+            Ok(()) => assert!(self.is_on_disk(seq, durability), "{seq} is acknowledged, and not there"),
+            Err(_) => assert!(!self.is_on_disk(seq, Durability::Synced), "{seq} has failed, and is durable"),
+        }
+        self.commit.leave();
+    }
+
+    fn check(&self) {
+        let disk = self.disk.lock().unwrap();
+        assert!(disk.written.is_sorted_by(|a, b| a < b), "each once, in order: {:?}", disk.written);
+        assert_eq!(self.charged.load(Ordering::SeqCst), 0, "what was charged is returned");
+    }
+}
+
+fn spawn(world: &Arc<World>, act: fn(&World)) -> thread::JoinHandle<()> {
+    let world = Arc::clone(world);
+    thread::spawn(move || act(&world))
+}
+
+fn join(threads: impl IntoIterator<Item = thread::JoinHandle<()>>) {
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
+/// Followers, leaders, a flush job, and a caller that claims the leadership for itself.
+#[test]
+fn what_is_acknowledged_is_there() {
+    explore(|| {
+        let world = World::new(0, usize::MAX);
+        let threads = [
+            spawn(&world, |world| (0..2).for_each(|_| world.append(Durability::Synced))),
+            spawn(&world, |world| world.append(Durability::Written)),
+            spawn(&world, |world| {
+                world.append(Durability::Buffered);
+                world.flush();
+            }),
+            spawn(&world, |world| {
+                world.commit.lead();
+                assert!(!world.leading.swap(true, Ordering::SeqCst), "two lead");
+                world.leading.store(false, Ordering::SeqCst);
+                world.commit.resign(NOW, None);
+            }),
+        ];
+        join(threads);
+        world.flush();
+        world.check();
+        assert_eq!(world.disk.lock().unwrap().written, [0, 1, 2, 3]);
+        assert!(world.commit.is_idle());
+    });
+}
+
+/// A sync covers all that was submitted before it, whoever leads.
+#[test]
+fn a_sync_covers_everything_before_it() {
+    explore(|| {
+        let world = World::new(0, usize::MAX);
+        let other = spawn(&world, |world| world.append(Durability::Written));
+        let seq = world.submit(Durability::Buffered).unwrap();
+        if let Ok(Some(last)) = world.commit.begin_sync() {
+            world.wait(last, Durability::Synced).unwrap();
+            world.commit.leave();
+        }
+        assert!(world.is_on_disk(seq, Durability::Synced));
+        world.commit.leave();
+        join([other]);
+        world.check();
+    });
+}
+
+/// A write fails in any turn: every caller is told, and nothing is accepted afterwards.
+#[test]
+fn a_failure_leaves_no_caller_waiting() {
+    explore(|| {
+        let world = World::new(0, 1);
+        let threads = [
+            spawn(&world, |world| (0..2).for_each(|_| world.append(Durability::Synced))),
+            spawn(&world, |world| (0..2).for_each(|_| world.append(Durability::Written))),
+            spawn(&world, |world| {
+                world.append(Durability::Buffered);
+                world.flush();
+            }),
+        ];
+        join(threads);
+        world.flush();
+        world.check();
+        let latched = world.commit.latch_cause().is_some();
+        assert_eq!(latched, world.disk.lock().unwrap().written.len() < 5);
+        assert_eq!(latched, world.submit(Durability::Synced).is_none());
+    });
+}
+
+/// The key is refused for a turn: acknowledged groups stay and are written later, all others fail.
+#[test]
+fn a_refusal_loses_nothing_that_was_acknowledged() {
+    explore(|| {
+        let world = World::new(1, usize::MAX);
+        let threads = [
+            spawn(&world, |world| (0..2).for_each(|_| world.append(Durability::Buffered))),
+            spawn(&world, |world| (0..2).for_each(|_| world.append(Durability::Synced))),
+            spawn(&world, World::flush),
+        ];
+        join(threads);
+        // Now the key is back.
+        world.flush();
+        world.flush();
+        world.check();
+        assert!(!world.commit.has_queued());
+    });
+}
+
+/// A caller that awaits its append is woken when a leader resigns.
+#[test]
+fn a_future_is_woken() {
+    explore(|| {
+        let world = World::new(0, usize::MAX);
+        let seq = world.submit(Durability::Written).unwrap();
+        let flusher = spawn(&world, World::flush);
+        let outcome = shuttle::future::block_on(poll_fn(|context| {
+            let outcome = world.commit.poll(seq, Durability::Written, context.waker());
+            outcome.map_or(Poll::Pending, Poll::Ready)
+        }));
+        outcome.unwrap();
+        assert!(world.is_on_disk(seq, Durability::Written));
+        world.commit.leave();
+        join([flusher]);
+        world.check();
+    });
+}
+
+/// Closing fails what is still queued, and lets no caller hang.
+#[test]
+fn nothing_waits_for_ever_when_it_is_closed() {
+    explore(|| {
+        let world = World::new(0, usize::MAX);
+        let threads = [
+            spawn(&world, |world| world.append(Durability::Synced)),
+            spawn(&world, |world| world.append(Durability::Written)),
+        ];
+        world.commit.close();
+        world.commit.lead();
+        let (_, freed) = world.commit.give_up(&Error::Closed("the shard"));
+        world.charged.fetch_sub(freed, Ordering::SeqCst);
+        world.commit.resign(NOW, None);
+        join(threads);
+        world.check();
+        assert!(world.submit(Durability::Written).is_none());
+    });
+}
