@@ -2,8 +2,9 @@
 
 #![allow(missing_docs)]
 
-use crate::segment::{
-    Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan,
+use crate::{
+    segment::{Compression, Compressor, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan},
+    wire::DecodeError,
 };
 
 /// Scans the segment that `header` begins and `bytes` are, and checks that what is reported holds together. Returns how many blocks

@@ -3,85 +3,23 @@
 //! They cost a relaxed addition where something is counted, which is once a block at the most, and are read as they are: a snapshot
 //! is no point in time, each number by itself is right.
 
-use std::{array, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use serde::Serialize;
 
 use crate::{
     crypto::Suite,
-    keys::{KeyStatus, lease::Refusal},
-    kms::{Cmk, KmsError, RevokedReason},
+    key_status::{KeyStatus, Refusal},
+    kms::{Cmk, KmsMeter, RevokedReason},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds; the last bucket is for all that took longer.
-pub const KMS_LATENCY_BUCKETS_MS: [u64; 8] = [1, 5, 10, 50, 100, 500, 1000, 5000];
-
-const BUCKETS: usize = KMS_LATENCY_BUCKETS_MS.len() + 1;
-
-/// What a KMS answered: one of the four that there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Success,
-    Revoked,
-    Unreachable,
-    Invalid,
-}
-
-impl Outcome {
-    pub(crate) fn of<T>(answer: &Result<T, KmsError>) -> Self {
-        match answer {
-            Ok(_) => Outcome::Success,
-            Err(KmsError::Revoked { .. }) => Outcome::Revoked,
-            Err(KmsError::Invalid { .. }) => Outcome::Invalid,
-            Err(_) => Outcome::Unreachable,
-        }
-    }
-
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Outcome::Success => "success",
-            Outcome::Revoked => "revoked",
-            Outcome::Unreachable => "unreachable",
-            Outcome::Invalid => "invalid",
-        }
-    }
-}
-
-#[derive(Default)]
-struct Calls {
-    count: AtomicU64,
-    sum_us: AtomicU64,
-    max_us: AtomicU64,
-    histogram: [AtomicU64; BUCKETS],
-}
-
-impl Calls {
-    fn note(&self, took: Duration) {
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.count.fetch_add(1, Relaxed);
-        self.sum_us.fetch_add(us, Relaxed);
-        self.max_us.fetch_max(us, Relaxed);
-        let bucket = KMS_LATENCY_BUCKETS_MS.iter().position(|bound| us <= bound * 1000);
-        if let Some(bucket) = self.histogram.get(bucket.unwrap_or(BUCKETS - 1)) {
-            bucket.fetch_add(1, Relaxed);
-        }
-    }
-
-    fn read(&self) -> KmsCalls {
-        KmsCalls {
-            count: self.count.load(Relaxed),
-            sum_us: self.sum_us.load(Relaxed),
-            max_us: self.max_us.load(Relaxed),
-            histogram: array::from_fn(|bucket| self.histogram[bucket].load(Relaxed)),
-        }
-    }
-}
+pub use crate::kms::meter::{KMS_LATENCY_BUCKETS_MS, KmsCalls, KmsMetrics};
 
 /// The counters of one open store.
 #[derive(Default)]
 pub(crate) struct Counters {
-    kms: [Calls; 4],
+    kms: Arc<KmsMeter>,
     revoked: [AtomicU64; 5],
     unreachable: AtomicU64,
     invalid: AtomicU64,
@@ -109,8 +47,9 @@ const REASONS: [RevokedReason; 4] =
     [RevokedReason::Disabled, RevokedReason::PendingDeletion, RevokedReason::Deleted, RevokedReason::NotPermitted];
 
 impl Counters {
-    pub(crate) fn kms_call(&self, outcome: Outcome, took: Duration) {
-        self.kms[outcome as usize].note(took);
+    /// Counters that show the calls to KMSs as `kms` counts them.
+    pub(crate) fn new(kms: Arc<KmsMeter>) -> Self {
+        Self { kms, ..Self::default() }
     }
 
     pub(crate) fn refused(&self, refusal: &Refusal) {
@@ -136,9 +75,8 @@ impl Counters {
     pub(crate) fn snapshot(&self, leases: Vec<LeaseMetrics>) -> StoreMetrics {
         let at = |counter: &AtomicU64| counter.load(Relaxed);
         let revoked = |place: usize| at(&self.revoked[place]);
-        let [success, refused, unreachable, invalid] = array::from_fn(|outcome| self.kms[outcome].read());
         StoreMetrics {
-            kms: KmsMetrics { success, revoked: refused, unreachable, invalid },
+            kms: self.kms.read(),
             leases,
             refusals: RefusalMetrics {
                 disabled: revoked(0),
@@ -171,35 +109,6 @@ impl Counters {
 
 fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
-}
-
-/// Calls to KMSs that had one outcome.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct KmsCalls {
-    /// How many.
-    pub count: u64,
-    /// How long all of them took together, in microseconds.
-    pub sum_us: u64,
-    /// How long the longest took, in microseconds.
-    pub max_us: u64,
-    /// How many took no longer than each of [`KMS_LATENCY_BUCKETS_MS`], those in the buckets before not counted again; at last, how
-    /// many took longer than all of them.
-    pub histogram: [u64; BUCKETS],
-}
-
-/// Calls to KMSs, by what they came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct KmsMetrics {
-    /// It was done.
-    pub success: KmsCalls,
-    /// The KMS refused the use of the master key.
-    pub revoked: KmsCalls,
-    /// There was no answer in time, or none about the key.
-    pub unreachable: KmsCalls,
-    /// The answer made no sense.
-    pub invalid: KmsCalls,
 }
 
 /// The lease of one master key.

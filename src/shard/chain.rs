@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     keys::keyring::Keyring,
     segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// A segment whose header and end are proved.
@@ -22,8 +22,13 @@ pub(crate) struct Proved {
 }
 
 /// The segments of a shard that are proved, by ordinal.
-#[derive(Default)]
 pub(super) struct Chain(Mutex<BTreeMap<u64, Proved>>);
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self(Mutex::new(LockRank::ShardChain, BTreeMap::new()))
+    }
+}
 
 impl Shard {
     /// A segment as the catalogue proves it, without a key; `None` when it is behind the head that the catalogue knows. Reads header and

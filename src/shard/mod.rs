@@ -33,7 +33,7 @@ use crate::{
     metrics::Counters,
     segment::{BLOCK_GROUPS_MAX, BlockKind, Compression, KeySource},
     sync::{
-        Condvar, Mutex, RwLock,
+        Condvar, LockRank, Mutex, RwLock,
         atomic::{AtomicBool, Ordering},
         lock, wait,
     },
@@ -249,7 +249,7 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: Mutex::new(0), released: Condvar::new() })
+        Arc::new(Self { limit, used: Mutex::new(LockRank::Budget, 0), released: Condvar::new() })
     }
 
     /// Takes `bytes`; a single request larger than the whole budget is let in alone.
@@ -337,14 +337,14 @@ impl Shard {
             context,
             id,
             dir,
-            record: RwLock::new(record),
-            segments: RwLock::new(None),
-            state: Mutex::default(),
+            record: RwLock::new(LockRank::ShardRecord, record),
+            segments: RwLock::new(LockRank::ShardSegments, None),
+            state: Mutex::new(LockRank::ShardState, State::default()),
             progress: Condvar::new(),
-            writer: Mutex::default(),
-            notices: Mutex::default(),
+            writer: Mutex::new(LockRank::ShardWriter, Writer::default()),
+            notices: Mutex::new(LockRank::ShardNotices, Vec::new()),
             chain: chain::Chain::default(),
-            reached: Mutex::default(),
+            reached: Mutex::new(LockRank::ShardReached, None),
             leftovers: AtomicBool::new(false),
             this: this.clone(),
         })

@@ -17,7 +17,7 @@ use crate::{
     keys::gate::{Gate, InUse, KeptPlaintext},
     segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor, Footer, IndexEntry, entries},
     sync::{
-        Mutex,
+        LockRank, Mutex,
         atomic::{AtomicUsize, Ordering},
         lock,
     },
@@ -171,8 +171,13 @@ pub struct Reader {
 }
 
 /// What was decrypted and not handed out yet. It goes with the keys, also while nobody asks the reader for more.
-#[derive(Default)]
 struct ReadAhead(Mutex<Ahead>);
+
+impl Default for ReadAhead {
+    fn default() -> Self {
+        Self(Mutex::new(LockRank::ReadAhead, Ahead::default()))
+    }
+}
 
 #[derive(Default)]
 struct Ahead {

@@ -17,7 +17,7 @@ use crate::{
         BlockHeader, DecodeError, DecodedFooter, DecodedHeader, Footer, FooterBuilder, KeySource, Predecessor,
         PredecessorEnd, SEGMENT_BYTES_MAX, SealBuffer, SegmentHeader, SegmentName, Trailer, end_of_data,
     },
-    sync::{Mutex, atomic::Ordering, lock, read, write},
+    sync::{LockRank, Mutex, atomic::Ordering, lock, read, write},
 };
 
 /// A segment, as its name tells it.
@@ -78,7 +78,11 @@ impl std::fmt::Debug for Progress {
 impl ActiveView {
     pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
         let (builder, visible, spare) = (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
-        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder, pending: None, spare }) })
+        Arc::new(Self {
+            file,
+            header,
+            progress: Mutex::new(LockRank::ActiveView, Progress { visible, builder, pending: None, spare }),
+        })
     }
 
     /// Adds a block that has been written and ends at `end`. Returns a buffer for the next block.

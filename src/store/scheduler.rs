@@ -14,7 +14,7 @@ use std::{
 use crate::{
     io::Clock,
     shard::{Job, Task, Wake},
-    sync::{Condvar, Mutex, lock, wait, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
 };
 
 struct Entry {
@@ -58,7 +58,12 @@ pub(crate) struct Scheduler {
 
 impl Scheduler {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self { clock, queue: Mutex::default(), changed: Condvar::new(), threads: Mutex::default() })
+        Arc::new(Self {
+            clock,
+            queue: Mutex::new(LockRank::SchedulerQueue, Queue::default()),
+            changed: Condvar::new(),
+            threads: Mutex::new(LockRank::SchedulerThreads, Vec::new()),
+        })
     }
 
     /// Starts `count` threads.

@@ -1,6 +1,7 @@
 //! The project's tasks: `cargo xtask TASK`.
 
 mod fuzz;
+mod layers;
 mod mutants;
 mod planted;
 mod sanitize;
@@ -20,6 +21,7 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
+  layers            checks that the modules of src use each other in one direction, and prints the order
   planted [NAME]    plants each bug of tests/planted (or those named) in a copy of the tree, and fails unless the test
                     that the patch names finds it
   fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
     let done = match task.as_deref() {
         Some("test") => test(&rest),
         Some("ci") if rest.is_empty() => ci(),
+        Some("layers") if rest.is_empty() => layers::layers(),
         Some("planted") => planted::planted(&rest),
         Some("fuzz") => fuzz::fuzz(&rest),
         Some("mutants") => mutants::mutants(&rest),

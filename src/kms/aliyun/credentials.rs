@@ -12,7 +12,10 @@ use serde_json::Value;
 use ureq::http::Uri;
 use zeroize::Zeroizing;
 
-use super::{exchange, sign};
+use super::{
+    exchange,
+    sign::{self, Credentials},
+};
 use crate::{
     io::{Clock, SystemClock, read_configured},
     kms::http::{Answer, Deadline, Http},
@@ -27,19 +30,6 @@ const FILE_BYTES_MAX: u64 = 1024 * 1024;
 const INSTANCE_METADATA: &str = "http://100.100.100.200";
 /// How long a token of the metadata service is valid, in seconds; each is used at once, and twice at most.
 const METADATA_TOKEN_SECONDS: &str = "60";
-
-/// An access key, with a security token where it is a temporary one.
-pub(super) struct Credentials {
-    pub(super) id: String,
-    pub(super) secret: Zeroizing<String>,
-    pub(super) token: Option<Zeroizing<String>>,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credentials(..)")
-    }
-}
 
 /// Temporary credentials as STS and the metadata service hand them out.
 #[derive(Deserialize)]

@@ -1,165 +1,19 @@
 //! Administration: making keys, changing their states, versions and grants.
 
-use std::{
-    fmt, io,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-};
-
-use rustix::io::Errno;
+use std::{io, ops::RangeInclusive};
 
 use super::{
     LocalKms,
-    files::{KEY_FILE_BYTES_MAX, StoredKey},
+    error::{LocalKmsError, io_error},
+    files::StoredKey,
+    key::{KeyInfo, KeyState},
 };
-use crate::io::{FileKind, WrongFileType};
 
 /// How many days ahead the deletion of a key can be scheduled.
 pub const DELETION_DAYS: RangeInclusive<u32> = 1..=366;
 
 /// The longest region or role name, in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 1024;
-
-/// What there is to know about a key of a [`LocalKms`], but for its material.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct KeyInfo {
-    /// Its identifier: `key-` and 16 hexadecimal digits.
-    pub key_id: String,
-    /// The region that it belongs to.
-    pub region_id: String,
-    /// Whether it can be used.
-    pub state: KeyState,
-    /// How many versions there are: 1, and one more for each rotation. None once the material is destroyed.
-    pub versions: u32,
-    /// The roles that may use it, in order.
-    pub grants: Vec<String>,
-    /// When it was created, in microseconds since the Unix epoch.
-    pub created_us: u64,
-    /// The day on which it will be, or was, deleted: days since 1970-01-01, UTC.
-    pub deletion_day: Option<u32>,
-}
-
-/// Whether a key of a [`LocalKms`] can be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum KeyState {
-    /// It can.
-    Enabled,
-    /// Not until it is enabled again.
-    Disabled,
-    /// Not unless its deletion is cancelled in time.
-    PendingDeletion {
-        /// The day on which it will be deleted: days since 1970-01-01, UTC.
-        day: u32,
-    },
-    /// Never again.
-    Deleted,
-}
-
-impl fmt::Display for KeyState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Enabled => "enabled",
-            Self::Disabled => "disabled",
-            Self::PendingDeletion { .. } => "pending deletion",
-            Self::Deleted => "deleted",
-        })
-    }
-}
-
-/// Why the administration of a [`LocalKms`] failed. Nothing has changed then, except as [`LocalKmsError::Io`] says.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LocalKmsError {
-    /// There is no embedded KMS in that directory, or not any more.
-    #[error("there is no embedded KMS in {}", dir.display())]
-    Missing {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// There is no such key.
-    #[error("there is no key {key_id}")]
-    NotFound {
-        /// The key that was asked for.
-        key_id: String,
-    },
-    /// The state that the key is in does not allow it.
-    #[error("cannot {operation} key {key_id}, which is {state}")]
-    WrongState {
-        /// The key.
-        key_id: String,
-        /// Its state.
-        state: KeyState,
-        /// What was to be done.
-        operation: &'static str,
-    },
-    /// A grant that is to be withdrawn does not exist.
-    #[error("key {key_id} is not granted to {arn}")]
-    NotGranted {
-        /// The key.
-        key_id: String,
-        /// The role.
-        arn: String,
-    },
-    /// An argument is outside its limits.
-    #[error("{what} must be {limits}")]
-    InvalidArgument {
-        /// Which argument.
-        what: &'static str,
-        /// What is allowed.
-        limits: String,
-    },
-    /// The key has reached the largest size that its file may have: too many versions or grants.
-    #[error("key {key_id} has too many versions or grants: its file may have {} bytes", KEY_FILE_BYTES_MAX)]
-    TooLarge {
-        /// The key.
-        key_id: String,
-    },
-    /// A file is not what was written.
-    #[error("{} is damaged: {what}", file.display())]
-    Damaged {
-        /// The file.
-        file: PathBuf,
-        /// What is wrong with it.
-        what: &'static str,
-    },
-    /// Others kept changing the directory for ten seconds, or one of them hangs.
-    #[error("another process has the lock of the embedded KMS in {}", dir.display())]
-    Busy {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// The file system failed. If that happened while changing a key, the change may or may not have been made.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-}
-
-impl LocalKmsError {
-    /// Whether the process, or the system, has nothing left to look at a file with.
-    pub(super) fn is_exhaustion(&self) -> bool {
-        let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
-        matches!(self, Self::Io { source, .. } if source.raw_os_error().is_some_and(|code| exhausted.contains(&code)))
-    }
-}
-
-pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {
-    move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
-        Some(wrong) => {
-            let what = match wrong.expected {
-                FileKind::Directory => "it is no directory",
-                _ => "it is no regular file",
-            };
-            LocalKmsError::Damaged { file: wrong.path.clone(), what }
-        }
-        None => LocalKmsError::Io { path: path.to_owned(), source },
-    }
-}
 
 impl LocalKms {
     /// Creates a key in a region, which the roles in `grants` may use, and returns its identifier.

@@ -15,7 +15,7 @@ use super::outcome::{is_initialized_already, outcome, unreachable};
 use crate::{
     io::{Clock, SystemClock},
     kms::KmsError,
-    sync::{Condvar, Mutex, lock, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait_timeout},
 };
 
 /// How many calls may be in one module at once. A call into a module cannot be interrupted; when this many have not come back, more
@@ -23,7 +23,7 @@ use crate::{
 const CALLS_MAX: usize = 32;
 
 /// Every module that was asked for. `C_Initialize` is once a process, whoever needs the module.
-static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
+static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(LockRank::KmsModules, BTreeMap::new());
 
 /// When a call must be done.
 #[derive(Clone, Copy)]
@@ -83,9 +83,9 @@ impl Module {
             path: path.to_owned(),
             pid,
             inherited: known.is_some(),
-            gate: Mutex::default(),
+            gate: Mutex::new(LockRank::KmsModule, Gate::default()),
             changed: Condvar::new(),
-            refused: Mutex::default(),
+            refused: Mutex::new(LockRank::KmsRefusedPins, BTreeMap::new()),
         });
         // What came through `fork` is the parent's: it is left as it is, its destructors would call into the module.
         mem::forget(modules.insert(path.to_owned(), Arc::clone(&module)));

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     io::read_configured,
     kms::KmsError,
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// How many idle sessions are kept. More are opened when more calls come at once, and closed behind them.
@@ -47,8 +47,13 @@ impl Drop for Open {
 }
 
 /// Idle sessions.
-#[derive(Default)]
 pub(super) struct Kept(Mutex<Vec<Open>>);
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self(Mutex::new(LockRank::KmsSessions, Vec::new()))
+    }
+}
 
 impl Kept {
     pub(super) fn take(&self) -> Option<Open> {
