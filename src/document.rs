@@ -15,7 +15,7 @@ use crate::{
     crypto::{SecretKey, hmac_sha256, tags_equal},
     error::Location,
     ids::StoreId,
-    segment::{Cursor, DecodeError, Features, put_crc, require, strip_crc},
+    wire::{CRC_LEN, Cursor, DecodeError, Features, put_crc, require, strip_crc},
 };
 
 const MAGIC: &[u8; 8] = b"ENVLDOC\0";
@@ -24,7 +24,6 @@ const FIXED_LEN: usize = 80;
 /// The offset of the lengths of the two parts.
 const LENGTHS_AT: usize = 72;
 const TAG_LEN: usize = 32;
-const CRC_LEN: usize = 4;
 
 /// The longest document in bytes.
 pub(crate) const DOCUMENT_BYTES_MAX: u64 = 128 << 20;

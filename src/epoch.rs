@@ -15,10 +15,11 @@ use bytes::BufMut;
 
 use crate::{
     Error, Result,
+    error::TakenOver,
     ids::StoreId,
     io::{Access, DirEntry, Disk, DiskFile, Existing, FileStat, OpenMode, Random, read_exact_at, write_file},
-    segment::{Cursor, DecodeError, put_crc, require, strip_crc},
     sync::atomic::{AtomicBool, Ordering},
+    wire::{Cursor, DecodeError, put_crc, require, strip_crc},
 };
 
 /// The name of the file.
@@ -205,15 +206,6 @@ impl FencedDisk {
             other => io::Error::other(other),
         })
     }
-}
-
-/// Another writer has taken over. The error is the inner error of an [`io::Error`]; the engine
-/// returns it as [`Error::Fenced`].
-#[derive(Clone, Debug, thiserror::Error)]
-#[error("another writer has opened the store")]
-pub(crate) struct TakenOver {
-    pub(crate) path: PathBuf,
-    pub(crate) epoch: u64,
 }
 
 impl Disk for FencedDisk {

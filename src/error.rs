@@ -15,11 +15,26 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     config::{ConfigError, LogstoreName},
-    epoch::TakenOver,
     io::{FileKind, WrongFileType},
-    kms::{Cmk, KmsError, RevokedReason},
-    segment::DecodeError,
+    kms::{Cmk, KmsError, NoKms, RevokedReason},
+    wire::{DecodeError, FORMAT_VERSION},
 };
+
+/// Another writer has taken over the store. The disk of a writer reports it as the inner error of an [`io::Error`], which
+/// becomes [`Error::Fenced`].
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("another writer has opened the store")]
+pub(crate) struct TakenOver {
+    pub(crate) path: PathBuf,
+    pub(crate) epoch: u64,
+}
+
+/// A new envelope needs a KMS, so a region without one refuses the configuration.
+impl From<NoKms> for Error {
+    fn from(none: NoKms) -> Self {
+        Error::Config(ConfigError::NoKmsForRegion { region: none.region })
+    }
+}
 
 /// The result of an engine operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -503,10 +518,10 @@ impl DecodeError {
         let at = Location::new(path, offset);
         match self {
             DecodeError::NewerVersion(found) => {
-                Error::NewerFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
+                Error::NewerFormat { path: path.to_owned(), found, supported: FORMAT_VERSION }
             }
             DecodeError::OlderVersion(found) => {
-                Error::OlderFormat { path: path.to_owned(), found, supported: crate::FORMAT_VERSION }
+                Error::OlderFormat { path: path.to_owned(), found, supported: FORMAT_VERSION }
             }
             DecodeError::Feature(what) => Error::UnsupportedFeature { path: path.to_owned(), what },
             DecodeError::Short { .. } => Error::truncated(at, self.to_string()),

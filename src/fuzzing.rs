@@ -3,8 +3,9 @@
 
 #![allow(missing_docs)]
 
-use crate::segment::{
-    Compression, Compressor, DecodeError, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan,
+use crate::{
+    segment::{Compression, Compressor, DecodedHeader, Decompressor, ScanVerdict, SegmentName, scan},
+    wire::DecodeError,
 };
 
 /// Scans the segment `bytes`, which begins with `header`, and checks that the report is consistent.

@@ -28,6 +28,7 @@ pub mod fuzzing;
 pub mod group;
 mod ids;
 pub mod io;
+mod key_status;
 mod keys;
 pub mod kms;
 mod logstore;
@@ -37,6 +38,7 @@ pub mod segment;
 mod shard;
 mod store;
 mod sync;
+mod wire;
 
 pub use config::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
@@ -45,7 +47,8 @@ pub use config::{
 pub use error::{Error, ErrorKind, KeyringRisk, Location, Result};
 pub use group::{GroupError, LogGroup};
 pub use ids::{KeyringId, LogstoreId, ParseIdError, SegmentId, StoreId};
-pub use keys::{AuditEvent, AuditRecord, KeyState, KeyStatus};
+pub use key_status::{KeyState, KeyStatus};
+pub use keys::{AuditEvent, AuditRecord};
 pub use kms::Cmk as UserCmkInfo;
 pub use logstore::{AppendOptions, DataKeyStatus, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
@@ -60,9 +63,7 @@ pub use store::{
     STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyOptions,
     VerifyProgress, VerifyReport,
 };
-
-/// The version of the format that this build reads and writes.
-pub const FORMAT_VERSION: u16 = 2;
+pub use wire::FORMAT_VERSION;
 
 #[cfg(all(doctest, feature = "aws-lc"))]
 #[doc = include_str!("../README.md")]

@@ -3,86 +3,23 @@
 //! A counter costs one relaxed addition, at most once a block. A snapshot reads the counters one
 //! after the other. Each number is correct in itself, but the snapshot is not of one point in time.
 
-use std::{array, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use serde::Serialize;
 
 use crate::{
     crypto::Suite,
-    keys::{KeyStatus, lease::Refusal},
-    kms::{Cmk, KmsError, RevokedReason},
+    key_status::{KeyStatus, Refusal},
+    kms::{Cmk, KmsMeter, RevokedReason},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds. The last bucket
-/// counts longer calls.
-pub const KMS_LATENCY_BUCKETS_MS: [u64; 8] = [1, 5, 10, 50, 100, 500, 1000, 5000];
-
-const BUCKETS: usize = KMS_LATENCY_BUCKETS_MS.len() + 1;
-
-/// The outcome of a KMS call: one of the four answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Success,
-    Revoked,
-    Unreachable,
-    Invalid,
-}
-
-impl Outcome {
-    pub(crate) fn of<T>(answer: &Result<T, KmsError>) -> Self {
-        match answer {
-            Ok(_) => Outcome::Success,
-            Err(KmsError::Revoked { .. }) => Outcome::Revoked,
-            Err(KmsError::Invalid { .. }) => Outcome::Invalid,
-            Err(_) => Outcome::Unreachable,
-        }
-    }
-
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Outcome::Success => "success",
-            Outcome::Revoked => "revoked",
-            Outcome::Unreachable => "unreachable",
-            Outcome::Invalid => "invalid",
-        }
-    }
-}
-
-#[derive(Default)]
-struct Calls {
-    count: AtomicU64,
-    sum_us: AtomicU64,
-    max_us: AtomicU64,
-    histogram: [AtomicU64; BUCKETS],
-}
-
-impl Calls {
-    fn note(&self, took: Duration) {
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.count.fetch_add(1, Relaxed);
-        self.sum_us.fetch_add(us, Relaxed);
-        self.max_us.fetch_max(us, Relaxed);
-        let bucket = KMS_LATENCY_BUCKETS_MS.iter().position(|bound| us <= bound * 1000);
-        if let Some(bucket) = self.histogram.get(bucket.unwrap_or(BUCKETS - 1)) {
-            bucket.fetch_add(1, Relaxed);
-        }
-    }
-
-    fn read(&self) -> KmsCalls {
-        KmsCalls {
-            count: self.count.load(Relaxed),
-            sum_us: self.sum_us.load(Relaxed),
-            max_us: self.max_us.load(Relaxed),
-            histogram: array::from_fn(|bucket| self.histogram[bucket].load(Relaxed)),
-        }
-    }
-}
+pub use crate::kms::meter::{KMS_LATENCY_BUCKETS_MS, KmsCalls, KmsMetrics};
 
 /// The counters of one open store.
 #[derive(Default)]
 pub(crate) struct Counters {
-    kms: [Calls; 4],
+    kms: Arc<KmsMeter>,
     revoked: [AtomicU64; 5],
     unreachable: AtomicU64,
     invalid: AtomicU64,
@@ -110,8 +47,9 @@ const REASONS: [RevokedReason; 4] =
     [RevokedReason::Disabled, RevokedReason::PendingDeletion, RevokedReason::Deleted, RevokedReason::NotPermitted];
 
 impl Counters {
-    pub(crate) fn kms_call(&self, outcome: Outcome, took: Duration) {
-        self.kms[outcome as usize].note(took);
+    /// Counters that show the calls to KMSs as `kms` counts them.
+    pub(crate) fn new(kms: Arc<KmsMeter>) -> Self {
+        Self { kms, ..Self::default() }
     }
 
     pub(crate) fn refused(&self, refusal: &Refusal) {
@@ -137,9 +75,8 @@ impl Counters {
     pub(crate) fn snapshot(&self, leases: Vec<LeaseMetrics>) -> StoreMetrics {
         let at = |counter: &AtomicU64| counter.load(Relaxed);
         let revoked = |place: usize| at(&self.revoked[place]);
-        let [success, refused, unreachable, invalid] = array::from_fn(|outcome| self.kms[outcome].read());
         StoreMetrics {
-            kms: KmsMetrics { success, revoked: refused, unreachable, invalid },
+            kms: self.kms.read(),
             leases,
             refusals: RefusalMetrics {
                 disabled: revoked(0),
@@ -172,36 +109,6 @@ impl Counters {
 
 fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
-}
-
-/// The KMS calls with one outcome.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct KmsCalls {
-    /// The number of calls.
-    pub count: u64,
-    /// The total duration of the calls, in microseconds.
-    pub sum_us: u64,
-    /// The duration of the longest call, in microseconds.
-    pub max_us: u64,
-    /// A non-cumulative histogram over [`KMS_LATENCY_BUCKETS_MS`]. Bucket `i` counts the calls that
-    /// took longer than bound `i - 1` and at most bound `i`. The last bucket counts the calls above
-    /// the highest bound.
-    pub histogram: [u64; BUCKETS],
-}
-
-/// KMS calls by outcome.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct KmsMetrics {
-    /// The call succeeded.
-    pub success: KmsCalls,
-    /// The KMS refused the use of the master key.
-    pub revoked: KmsCalls,
-    /// There was no answer in time, or no answer about the key.
-    pub unreachable: KmsCalls,
-    /// The answer was invalid.
-    pub invalid: KmsCalls,
 }
 
 /// The lease of one master key.

@@ -1,34 +1,512 @@
-//! Locks and atomics; the locks without poisoning.
+//! Locks and atomics: locks without poisoning, whose order debug builds check.
 //!
-//! A panic in the engine is a bug. Every invariant that a lock protects is restored, or the writer
-//! is latched, before anything can fail. So a poisoned lock is used as it is instead of causing a
-//! second panic.
+//! **Poisoning.** A panic in the engine is a bug. Every invariant that a lock protects is restored or latched before
+//! anything can fail, so [`lock`], [`read`] and [`write`] take a poisoned lock as it is.
+//!
+//! **Order.** Every lock is made with a [`LockRank`]. A thread that holds a lock may take locks of lower ranks only, in
+//! the order of that enum. So no two threads can wait for each other. Debug builds keep the ranks that each thread holds
+//! and panic on a wrong order, also when the locks happen to be free. Release builds keep nothing and check nothing.
+//! `docs/architecture.md` has the table of all locks.
+//!
+//! Two kinds of locks are outside the check. The pool of `crypto::secret` is a lock of the process: it is taken last, and
+//! its holder calls nothing. Under shuttle (`tests/shuttle`) many tasks share one thread, and shuttle finds deadlocks
+//! itself.
 
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    fmt,
+    ops::{Deref, DerefMut},
+    sync::PoisonError,
+    time::Duration,
+};
 
 #[cfg(not(shuttle))]
-pub(crate) use std::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
+use std::sync as imp;
+#[cfg(not(shuttle))]
+pub(crate) use std::sync::{Condvar, atomic};
 
-// The scheduler of `tests/shuttle` decides at each of these which thread runs next.
+// The scheduler of `tests/shuttle` chooses which task runs next at each of these.
 #[cfg(shuttle)]
-pub(crate) use shuttle::sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic};
+use shuttle::sync as imp;
+#[cfg(shuttle)]
+pub(crate) use shuttle::sync::{Condvar, atomic};
 
+use order::{Entered, Rank};
+
+/// The place of a lock in the order in which a thread takes locks, from the outermost to the innermost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(any(not(debug_assertions), shuttle), expect(dead_code, reason = "release builds keep no ranks"))]
+pub(crate) enum LockRank {
+    // Held for a whole operation: across files, syncs and calls to a KMS.
+    /// Administration of a store: one operation at a time.
+    Admin,
+    /// How much each data key has sealed, for rotation by policy.
+    SealedBytes,
+    /// The telling of a lease's listeners, so that they hear in order.
+    LeaseTelling,
+    /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore takes the writers of all its shards,
+    /// in the order of the shards.
+    ShardWriter,
+    /// The unwrap of a data key, so that it happens once.
+    GateLoading,
+    /// Transitions of keys, as the audit log has them.
+    AuditTransitions,
+    /// The end of the audit log and its file.
+    AuditTail,
+    /// The files of the catalogue.
+    JournalFiles,
+    // Held for a moment, or for a file that is about to be read.
+    /// The changes of the catalogue that wait for their record.
+    JournalQueue,
+    /// The feeder of the anchor, as the catalogue knows it.
+    JournalFeeder,
+    /// What the anchor is to keep, and what it keeps.
+    Anchor,
+    /// The Logstores that are open.
+    Logstores,
+    /// The leases of a store, by master key.
+    Leases,
+    /// The circuit breakers of a store, by region.
+    Circuits,
+    /// The lock file of a store.
+    StoreLock,
+    /// The queue and the watermarks of a shard.
+    ShardState,
+    /// The list of a shard's segments.
+    ShardSegments,
+    /// The service keyring. A call to a KMS may happen under it where it is written or loaded again.
+    Keyring,
+    /// The contents of the keyring file that this process loaded or wrote last.
+    KeyringKnown,
+    /// The catalogue in memory.
+    Catalogue,
+    /// What the catalogue knows of a shard.
+    ShardRecord,
+    /// A head that the catalogue does not know yet.
+    ShardReached,
+    /// What recovery has to report of a shard.
+    ShardNotices,
+    /// The segments of a shard that are proved without a key.
+    ShardChain,
+    /// The keys of a Logstore in memory.
+    GateHeld,
+    /// Which keys a Logstore has.
+    GateKeys,
+    /// Why a Logstore may begin no segment.
+    GateHalted,
+    /// The readers that are in segments under each key.
+    GateReaders,
+    /// The plaintext that is wiped together with the keys.
+    GateKept,
+    /// The metadata of a Logstore.
+    LogstoreMeta,
+    /// What new segments of a Logstore are written with.
+    WritePlan,
+    /// When a reader last looked for changes of the writer.
+    FollowedAt,
+    /// What a reader has decrypted and not handed out.
+    ReadAhead,
+    /// What readers see of the active segment.
+    ActiveView,
+    /// A payload that is being hashed.
+    HashJob,
+    /// The payloads that wait to be hashed.
+    HasherJobs,
+    /// The thread that hashes.
+    HasherThread,
+    /// The memory for groups that are not written yet.
+    Budget,
+    /// The answers of the KMS to a lease.
+    LeaseState,
+    /// The health of a KMS.
+    CircuitBreaker,
+    /// The listeners of a lease.
+    LeaseListeners,
+    /// The probe of a lease.
+    LeaseProbe,
+    /// The leases that are due, and the threads that renew them.
+    RenewalPool,
+    /// What the wall clock was, for retention.
+    ClockWatch,
+    /// The threads of the scheduler.
+    SchedulerThreads,
+    /// The tasks of the scheduler.
+    SchedulerQueue,
+    // Inside a KMS backend.
+    /// Credentials that a backend has fetched.
+    KmsCredentials,
+    /// The PKCS#11 modules of the process.
+    KmsModules,
+    /// The state of a PKCS#11 module.
+    KmsModule,
+    /// PINs that a token has refused.
+    KmsRefusedPins,
+    /// Idle sessions with a token.
+    KmsSessions,
+    /// The faults that `FaultyKms` is to inject next.
+    KmsScript,
+    /// The plan by which `FaultyKms` injects faults.
+    KmsPlan,
+    /// A lock of a test: outside the order.
+    #[cfg(test)]
+    Test,
+}
+
+#[cfg(all(debug_assertions, not(shuttle)))]
+impl LockRank {
+    /// Whether a thread may take a lock of this rank while it holds another one.
+    fn may_nest(self) -> bool {
+        matches!(self, Self::ShardWriter)
+    }
+
+    /// Whether a thread may hold a lock of this rank while it waits for a KMS.
+    fn may_span_a_kms_call(self) -> bool {
+        match self {
+            // `Store::create_logstore`, changes of keys, rotations: the KMS decides whether they may happen.
+            Self::Admin | Self::SealedBytes => true,
+            // Under the writer a block is sealed, whose key may have to be unwrapped or its lease renewed.
+            Self::ShardWriter => true,
+            // The unwrap itself.
+            Self::GateLoading => true,
+            // A keyring under a master key is written, or loaded again in a store that is open for reading.
+            Self::Keyring => true,
+            _ => false,
+        }
+    }
+}
+
+/// A mutual exclusion lock with a rank. Take it with [`lock`].
+pub(crate) struct Mutex<T: ?Sized> {
+    rank: Rank,
+    inner: imp::Mutex<T>,
+}
+
+impl<T> Mutex<T> {
+    pub(crate) const fn new(rank: LockRank, value: T) -> Self {
+        Self { rank: Rank::new(rank), inner: imp::Mutex::new(value) }
+    }
+}
+
+#[cfg(test)]
+impl<T: Default> Default for Mutex<T> {
+    fn default() -> Self {
+        Self::new(LockRank::Test, T::default())
+    }
+}
+
+impl<T: ?Sized> fmt::Debug for Mutex<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Mutex(..)")
+    }
+}
+
+/// A reader-writer lock with a rank. Take it with [`read`] or [`write`].
+pub(crate) struct RwLock<T: ?Sized> {
+    rank: Rank,
+    inner: imp::RwLock<T>,
+}
+
+impl<T> RwLock<T> {
+    pub(crate) fn new(rank: LockRank, value: T) -> Self {
+        Self { rank: Rank::new(rank), inner: imp::RwLock::new(value) }
+    }
+}
+
+/// Holds a [`Mutex`].
+pub(crate) struct MutexGuard<'a, T: ?Sized> {
+    // Dropped in this order: the lock is free before the thread forgets its rank.
+    inner: imp::MutexGuard<'a, T>,
+    entered: Entered,
+}
+
+impl<T: ?Sized> Deref for MutexGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T: ?Sized> DerefMut for MutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+/// Holds a [`RwLock`] together with other readers.
+pub(crate) struct RwLockReadGuard<'a, T: ?Sized> {
+    inner: imp::RwLockReadGuard<'a, T>,
+    _entered: Entered,
+}
+
+impl<T: ?Sized> Deref for RwLockReadGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+/// Holds a [`RwLock`] alone.
+pub(crate) struct RwLockWriteGuard<'a, T: ?Sized> {
+    inner: imp::RwLockWriteGuard<'a, T>,
+    _entered: Entered,
+}
+
+impl<T: ?Sized> Deref for RwLockWriteGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T: ?Sized> DerefMut for RwLockWriteGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+/// Takes a mutex. Blocks until it is free.
+#[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    let entered = mutex.rank.enter();
+    MutexGuard { inner: mutex.inner.lock().unwrap_or_else(PoisonError::into_inner), entered }
 }
 
+/// Takes a reader-writer lock together with other readers. Blocks while a writer holds it.
+#[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn read<T: ?Sized>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
-    lock.read().unwrap_or_else(PoisonError::into_inner)
+    let _entered = lock.rank.enter();
+    RwLockReadGuard { inner: lock.inner.read().unwrap_or_else(PoisonError::into_inner), _entered }
 }
 
+/// Takes a reader-writer lock alone. Blocks until it is free.
+#[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
-    lock.write().unwrap_or_else(PoisonError::into_inner)
+    let _entered = lock.rank.enter();
+    RwLockWriteGuard { inner: lock.inner.write().unwrap_or_else(PoisonError::into_inner), _entered }
 }
 
+/// Waits for a notification without the mutex, and takes it again. The mutex must be the innermost lock that the thread
+/// holds: the thread that notifies may need any lock below it.
+#[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    let MutexGuard { inner, entered } = guard;
+    entered.assert_innermost();
+    MutexGuard { inner: condvar.wait(inner).unwrap_or_else(PoisonError::into_inner), entered }
 }
 
+/// As [`wait`], for at most `limit`.
+#[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, limit: Duration) -> MutexGuard<'a, T> {
-    condvar.wait_timeout(guard, limit).unwrap_or_else(PoisonError::into_inner).0
+    let MutexGuard { inner, entered } = guard;
+    entered.assert_innermost();
+    let (inner, _) = condvar.wait_timeout(inner, limit).unwrap_or_else(PoisonError::into_inner);
+    MutexGuard { inner, entered }
+}
+
+pub(crate) use order::assert_no_lock_across;
+
+/// The check, in debug builds.
+#[cfg(all(debug_assertions, not(shuttle)))]
+mod order {
+    use std::{cell::RefCell, thread};
+
+    use super::LockRank;
+
+    thread_local! {
+        /// The ranks of the locks that this thread holds, in the order in which it took them.
+        static HELD: RefCell<Vec<LockRank>> = const { RefCell::new(Vec::new()) };
+    }
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Rank(LockRank);
+
+    impl Rank {
+        pub(super) const fn new(rank: LockRank) -> Self {
+            Self(rank)
+        }
+
+        /// Notes that the thread takes a lock of this rank, before it does.
+        #[track_caller]
+        pub(super) fn enter(self) -> Entered {
+            let Self(rank) = self;
+            #[cfg(test)]
+            if rank == LockRank::Test {
+                return Entered(rank);
+            }
+            if let Some(inner) = find(|held| held > rank || (held == rank && !rank.may_nest())) {
+                fail(&format!("{rank:?} is taken under {inner:?}: the order is the other way round"));
+            }
+            // A thread that ends keeps no account any more.
+            let _ = HELD.try_with(|held| held.borrow_mut().push(rank));
+            Entered(rank)
+        }
+    }
+
+    /// That the thread holds a lock of this rank.
+    pub(super) struct Entered(LockRank);
+
+    impl Entered {
+        #[track_caller]
+        pub(super) fn assert_innermost(&self) {
+            if let Some(inner) = find(|held| held > self.0) {
+                fail(&format!("the thread waits for a change under {:?} while it holds {inner:?}", self.0));
+            }
+        }
+    }
+
+    impl Drop for Entered {
+        fn drop(&mut self) {
+            let _ = HELD.try_with(|held| {
+                let mut held = held.borrow_mut();
+                if let Some(at) = held.iter().rposition(|rank| *rank == self.0) {
+                    held.remove(at);
+                }
+            });
+        }
+    }
+
+    /// Panics if this thread holds a lock that others need while it waits for `what`.
+    #[track_caller]
+    pub(crate) fn assert_no_lock_across(what: &str) {
+        if let Some(rank) = find(|held| !held.may_span_a_kms_call()) {
+            fail(&format!("{rank:?} is held across {what}"));
+        }
+    }
+
+    fn find(is: impl Fn(LockRank) -> bool) -> Option<LockRank> {
+        HELD.try_with(|held| held.borrow().iter().copied().find(|held| is(*held))).ok().flatten()
+    }
+
+    #[track_caller]
+    fn fail(what: &str) {
+        // The first panic says what is wrong. A second one would abort.
+        if !thread::panicking() {
+            panic!("lock order: {what}");
+        }
+    }
+}
+
+/// No check, in release builds and under shuttle.
+#[cfg(not(all(debug_assertions, not(shuttle))))]
+mod order {
+    use super::LockRank;
+
+    #[derive(Clone, Copy)]
+    pub(super) struct Rank;
+
+    impl Rank {
+        pub(super) const fn new(_rank: LockRank) -> Self {
+            Self
+        }
+
+        pub(super) fn enter(self) -> Entered {
+            Entered
+        }
+    }
+
+    pub(super) struct Entered;
+
+    impl Entered {
+        pub(super) fn assert_innermost(&self) {}
+    }
+
+    pub(crate) fn assert_no_lock_across(_what: &str) {}
+}
+
+#[cfg(all(test, debug_assertions))]
+mod tests {
+    use super::*;
+
+    fn locks() -> [Mutex<u32>; 3] {
+        [LockRank::Admin, LockRank::ShardWriter, LockRank::ShardState].map(|rank| Mutex::new(rank, 0))
+    }
+
+    /// What a thread of its own panics with that runs this.
+    fn panic_of(run: impl FnOnce() + Send + 'static) -> String {
+        let panic = std::thread::spawn(run).join().expect_err("it panics");
+        *panic.downcast::<String>().expect("a message")
+    }
+
+    #[test]
+    fn locks_are_taken_from_the_outermost_to_the_innermost() {
+        let [admin, writer, state] = locks();
+        for _ in 0..2 {
+            let _admin = lock(&admin);
+            let outer = lock(&writer);
+            *lock(&state) += 1;
+            drop(outer);
+            // A lock may be given back before those inside it.
+            let (outer, inner) = (lock(&writer), lock(&state));
+            drop(outer);
+            drop(inner);
+        }
+        // Writers of several shards are taken together.
+        let [_, other, _] = locks();
+        let _both = (lock(&writer), lock(&other));
+        assert_eq!(*lock(&state), 2);
+    }
+
+    #[test]
+    fn a_wrong_order_panics_with_both_names() {
+        let said = panic_of(|| {
+            let [admin, _, state] = locks();
+            let _state = lock(&state);
+            drop(lock(&admin));
+        });
+        assert_eq!(said, "lock order: Admin is taken under ShardState: the order is the other way round");
+        let said = panic_of(|| {
+            let records = [1, 2].map(|record| RwLock::new(LockRank::ShardRecord, record));
+            let _first = read(&records[0]);
+            drop(write(&records[1]));
+        });
+        assert_eq!(said, "lock order: ShardRecord is taken under ShardRecord: the order is the other way round");
+    }
+
+    #[test]
+    fn a_wait_holds_no_inner_lock() {
+        let changed = Condvar::new();
+        let [admin, writer, _] = locks();
+        let _admin = lock(&admin);
+        drop(wait_timeout(&changed, lock(&writer), Duration::from_millis(1)));
+        let said = panic_of(move || {
+            let [_, writer, state] = locks();
+            let (writer, _state) = (lock(&writer), lock(&state));
+            drop(wait_timeout(&changed, writer, Duration::from_millis(1)));
+        });
+        assert_eq!(said, "lock order: the thread waits for a change under ShardWriter while it holds ShardState");
+    }
+
+    #[test]
+    fn a_kms_call_is_made_under_few_locks() {
+        assert_no_lock_across("a KMS call");
+        let [admin, writer, _] = locks();
+        let _both = (lock(&admin), lock(&writer));
+        assert_no_lock_across("a KMS call");
+        let said = panic_of(|| {
+            let [_, _, state] = locks();
+            let _state = lock(&state);
+            assert_no_lock_across("a KMS call");
+        });
+        assert_eq!(said, "lock order: ShardState is held across a KMS call");
+    }
+
+    /// The first panic says more than a second one.
+    #[test]
+    fn what_unwinds_does_not_panic_again() {
+        struct Locks(Mutex<u32>);
+        impl Drop for Locks {
+            fn drop(&mut self) {
+                drop(lock(&self.0));
+            }
+        }
+        let said = panic_of(|| {
+            let [admin, _, state] = locks();
+            let _state = lock(&state);
+            let _locks = Locks(admin);
+            panic!("{}", "the first");
+        });
+        assert_eq!(said, "the first");
+    }
 }

@@ -28,7 +28,10 @@ use std::{
     },
 };
 
-use common::disk::{Call, Dice, Fault, SimDisk, Survives, Verdict};
+use common::{
+    disk::{Call, Dice, Fault, SimDisk, Survives, Verdict},
+    elsewhere,
+};
 use envelog::Durability;
 use life::{Life, Moment, Step};
 use model::Outcome;
@@ -222,12 +225,12 @@ fn recovers(life: &mut Life, survived: Durability) -> Outcome {
 fn before_changes(
     life: &Life,
     wanted: impl Fn(u64) -> bool + Send + 'static,
-    cut: impl Fn(&Moment, &SimDisk, &Call) + Send + 'static,
+    cut: impl Fn(&Moment, &SimDisk, &Call) + Send + Sync + 'static,
 ) {
     let (moment, disk) = (life.moment(), life.disk.clone());
     life.disk.on_call(move |call| {
         if call.op.changes() && wanted(call.number) {
-            cut(&moment, &disk, call);
+            elsewhere(|| cut(&moment, &disk, call));
         }
         Verdict::Go
     });

@@ -82,12 +82,15 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
             if call.nth == at {
                 disk.heal();
                 envelog::io::Disk::remove_file(&disk, &lock).unwrap();
-                let store = builder.clone().open().unwrap_or_else(|error| panic!("{said}: {error}"));
-                let mut acked = Acked::new();
-                for text in NAMES {
-                    put_acked(&store, text, "second", &mut acked).unwrap_or_else(|error| panic!("{said}: {error}"));
-                }
-                *taken.lock().unwrap() = Some((store, acked));
+                let take_over = || {
+                    let store = builder.clone().open().unwrap_or_else(|error| panic!("{said}: {error}"));
+                    let mut acked = Acked::new();
+                    for text in NAMES {
+                        put_acked(&store, text, "second", &mut acked).unwrap_or_else(|error| panic!("{said}: {error}"));
+                    }
+                    (store, acked)
+                };
+                *taken.lock().unwrap() = Some(elsewhere(take_over));
             }
             Verdict::Go
         });

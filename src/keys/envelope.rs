@@ -1,4 +1,4 @@
-//! Envelopes: how a data key is kept, and what it is bound to.
+//! Envelopes: wrapped data keys, and the identifiers that they are bound to.
 
 use std::path::Path;
 
@@ -18,11 +18,13 @@ use crate::{
 /// The most data-key versions that a Logstore keeps.
 pub(crate) const DATA_KEYS_MAX: usize = 10_000;
 
-/// The only value of `probe`: the lease of the Logstore is renewed with a probe that it shares with others under its master key.
+/// The only value of `probe`: the lease is renewed with a probe that all Logstores under the master
+/// key share.
 pub(crate) const PROBE_SHARED: &str = "shared";
 
-/// The keys section of a Logstore's metadata: everything needed to get its data keys back, and the settings that a holder of the
-/// service keyring alone must not change. Under a customer's key the data key authenticates all of it.
+/// The keys section of a Logstore's metadata: everything that is needed to unwrap its data keys, and
+/// the settings that a holder of the service keyring alone must not change. Under a customer's key
+/// the current data key authenticates all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KeysSection {
@@ -30,7 +32,8 @@ pub(crate) struct KeysSection {
     pub(crate) encrypt_type: EncryptType,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cmk: Option<Cmk>,
-    /// The generation of the metadata that had the first envelope. Older segments are under the service keyring.
+    /// The generation of the metadata that had the first envelope. Older segments are under the
+    /// service keyring.
     pub(crate) since: u64,
     /// Whether new data is encrypted.
     pub(crate) enable: bool,
@@ -43,8 +46,8 @@ pub(crate) struct KeysSection {
     pub(crate) versions: Vec<DataKeyVersion>,
 }
 
-/// The keys section of a Logstore under a customer's key, as its file has it, with the tag that a data key made. Nothing of it is
-/// proved until the current data key has verified that tag.
+/// The keys section of a Logstore under a customer's key, as its file has it, with the tag that a
+/// data key made. It proves nothing until the current data key has verified that tag.
 #[derive(Debug)]
 pub(crate) struct TaggedKeys {
     /// Without part A.
@@ -53,7 +56,7 @@ pub(crate) struct TaggedKeys {
 }
 
 impl TaggedKeys {
-    /// The second part of the document in `path`; `None` if it has no second tag.
+    /// Part B of the document in `path`; `None` if it has no second tag.
     pub(crate) fn of(document: &Document, path: &Path) -> Option<Self> {
         document.tag_b?;
         let at = Location::new(path, 80 + document.a.len() as u64);
@@ -81,23 +84,25 @@ impl TaggedKeys {
 pub(crate) struct DataKeyVersion {
     pub(crate) version: u32,
     pub(crate) created_us: u64,
-    /// By shard: the first ordinal whose segment is under this version. The segments from there to the next version's first ordinal are
-    /// under no other key, so that a copy of an older data key makes no new segment.
+    /// By shard: the first ordinal whose segment is under this version. The segments from there to the
+    /// next version's first ordinal are under no other key. So a copy of an older data key cannot
+    /// make a new segment.
     pub(crate) ordinals: Vec<u64>,
-    /// The keyring version that wrapped the key when it was drawn; `None` under a customer master key. A rotation of the service key
-    /// replaces data keys that were drawn under an older version.
+    /// The keyring version that wrapped the key when it was generated; `None` under a customer master
+    /// key. A rotation of the service key replaces data keys that were generated under an older
+    /// version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) drawn_under: Option<u32>,
-    /// When it was wrapped last, if that was later.
+    /// When it was last re-wrapped, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) wrapped_us: Option<u64>,
     /// The keyring version that wraps it; `None` under a customer master key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) keyring_version: Option<u32>,
-    /// The wrapped key in hex; `None` once it was shredded.
+    /// The wrapped key in hex; `None` once the key was destroyed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) wrapped: Option<String>,
-    /// A value derived one-way from the key, to recognise a wrong answer of the KMS.
+    /// A value derived one-way from the key. It reveals a wrong answer of the KMS.
     pub(crate) fingerprint: String,
 }
 
@@ -106,18 +111,18 @@ impl KeysSection {
         FixedEncryption { encrypt_type: self.encrypt_type, cmk: self.cmk.clone() }
     }
 
-    /// `encrypt_conf`, as the section says it.
+    /// `encrypt_conf` by this section.
     pub(crate) fn encrypt_conf(&self) -> EncryptConf {
         EncryptConf { enable: self.enable, encrypt_type: Some(self.encrypt_type), user_cmk_info: self.cmk.clone() }
     }
 
-    /// Takes over the settings of `config` that the section holds too, but for those that are fixed.
+    /// Takes the settings from `config` that the section holds too, except the fixed ones.
     pub(crate) fn follow(&mut self, config: &LogstoreConfig) {
         self.enable = config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
         (self.ttl_days, self.retention_bytes) = (config.ttl_days, config.retention_bytes);
     }
 
-    /// Gives `config` the settings that the section holds too.
+    /// Sets the settings of `config` that the section holds too.
     pub(crate) fn lead(&self, config: &mut LogstoreConfig) {
         config.name = self.name.clone();
         config.encrypt_conf = Some(self.encrypt_conf());
@@ -128,19 +133,20 @@ impl KeysSection {
         self.versions.iter().find(|v| v.version == version)
     }
 
-    /// The version that the segment of a shard with this ordinal is under; `None` for a segment from before the first envelope.
+    /// The version that a segment of a shard is under, by its ordinal; `None` for a segment from
+    /// before the first envelope.
     pub(crate) fn owner(&self, shard: u32, ordinal: u64) -> Option<u32> {
         let begins =
             |version: &&DataKeyVersion| version.ordinals.get(shard as usize).is_some_and(|&from| from <= ordinal);
         self.versions.iter().rev().find(begins).map(|version| version.version)
     }
 
-    /// Of how many shards it says where its versions begin.
+    /// For how many shards it has ordinals.
     pub(crate) fn shard_count(&self) -> usize {
         self.versions.first().map_or(0, |version| version.ordinals.len())
     }
 
-    /// Checks what it says by itself.
+    /// Checks the rules of the format that concern the section alone.
     ///
     /// # Errors
     /// The rule of the format that it breaks.
@@ -149,7 +155,7 @@ impl KeysSection {
         if let Some(cmk) = &self.cmk {
             check_cmk(cmk).map_err(|error| error.to_string())?;
         }
-        // There is always a next one.
+        // A generation or ordinal is at least 1 and has a next one.
         let counted = 1..u64::MAX;
         if !counted.contains(&self.since) {
             return broken("the generation in since is out of range");
@@ -196,13 +202,13 @@ impl KeysSection {
         Ok(())
     }
 
-    /// The versions that can be unwrapped, and what they are wrapped as.
+    /// The versions that have an envelope, and the envelopes in hex.
     pub(crate) fn envelopes(&self) -> impl Iterator<Item = (&DataKeyVersion, &str)> {
         self.versions.iter().filter_map(|version| Some((version, version.wrapped.as_deref()?)))
     }
 }
 
-/// What an envelope is bound to: a data key unwraps for this and nothing else.
+/// The identifiers that an envelope is bound to. It unwraps under no others.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct EnvelopeIdentity {
     pub(crate) store: StoreId,
@@ -237,7 +243,8 @@ impl EnvelopeIdentity {
 /// The length of an envelope under the service key: salt, sealed key, tag.
 const WRAPPED_BYTES: usize = 32 + 32 + 16;
 
-/// Wraps `key` under a key derived from `root` with a fresh salt, so that no key and nonce meet twice (the nonce is zero).
+/// Wraps `key` under a key that is derived from `root` with a fresh salt. The nonce is zero, so the
+/// derived key must not be used twice.
 pub(super) fn wrap(
     provider: &dyn CryptoProvider,
     random: &dyn Random,
@@ -248,7 +255,7 @@ pub(super) fn wrap(
 ) -> Result<Vec<u8>> {
     let mut salt = [0; 32];
     random.fill(&mut salt).map_err(Error::io("draw a random salt", ""))?;
-    // The plaintext is put where it is sealed, in a vector that never grows.
+    // The plaintext is sealed in place, in a vector that never grows: no copy stays behind.
     let mut wrapped = Vec::with_capacity(WRAPPED_BYTES);
     wrapped.extend_from_slice(&salt);
     wrapped.extend_from_slice(key.expose());
@@ -259,7 +266,7 @@ pub(super) fn wrap(
     Ok(wrapped)
 }
 
-/// Unwraps what [`wrap`] made; `None` when it fails authentication.
+/// Unwraps the result of [`wrap`]; `None` if it fails authentication.
 pub(super) fn unwrap(
     provider: &dyn CryptoProvider,
     root: &SecretKey,
@@ -298,7 +305,7 @@ pub(crate) fn fingerprint(key: &SecretKey) -> String {
     hex_encode(&derived.expose()[..16])
 }
 
-/// The key that makes the second tag of BYOK metadata, derived from the current data key.
+/// The key of the second tag of metadata under a customer's key, derived from the current data key.
 pub(crate) fn metadata_key(data_key: &SecretKey) -> SecretKey {
     derive(HashAlg::Sha256, &[], data_key, &[b"envelog v2 metadata"])
 }

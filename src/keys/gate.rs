@@ -1,19 +1,25 @@
 //! The gate: the data keys of one Logstore in memory, and the only way to use them.
 //!
-//! Every use goes through [`Gate::with_cipher`]: it asks the lease first, unwraps what is missing (once, whoever asks), and holds
-//! the keys for reading while they are in use. A wipe takes them for writing, so it waits for uses under way, which are short (one
-//! block), and no key is touched after it.
+//! Every use of a key asks the lease first ([`Gate::admit`]), unwraps the data key if it is not in
+//! memory, and holds the keys for reading while the closure of the caller runs. A wipe takes the keys
+//! for writing. So it waits for the uses under way, which last for one block each, and no use
+//! touches a key after it.
+//!
+//! A key that is on its way into memory while the lease is lost arrives after the wipe. The gate
+//! therefore asks the lease again after each insert ([`Gate::may_stay`]) and removes the key if the
+//! lease was lost.
 
 use std::{
     collections::{BTreeMap, HashMap},
     path::Path,
     sync::{Arc, OnceLock, Weak},
+    time::Duration,
 };
 
 use super::{
     envelope::{EnvelopeIdentity, KeysSection, TaggedKeys, fingerprint},
     keyring::Keyring,
-    lease::{KeyState, KeyStatus, Lease, Refusal},
+    lease::Lease,
 };
 use crate::{
     Error, Result,
@@ -21,19 +27,30 @@ use crate::{
     crypto::{CryptoProvider, SecretKey, SegmentCipher, tags_equal},
     error::Location,
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
+    io::Clock,
+    key_status::{KeyState, KeyStatus, Refusal},
     kms::{Cmk, KmsError},
     metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
-    sync::{Mutex, RwLock, lock, read, write},
+    sync::{LockRank, Mutex, RwLock, lock, read, write},
 };
 
-/// The most segment keys kept expanded per Logstore; more are derived again when needed.
+/// The most segment keys that a Logstore keeps derived. More are derived again when needed.
 const CIPHERS_MAX: usize = 512;
 
-/// Plaintext that somebody keeps for later: it goes when the keys go.
+/// Plaintext that is wiped together with the keys.
 pub(crate) trait KeptPlaintext: Send + Sync {
     /// Overwrites it.
     fn wipe(&self);
+}
+
+/// A store that is open for reading beside a writer.
+pub(crate) trait FollowWriter: Send + Sync {
+    /// Takes in what the writer has changed in the metadata of this Logstore. Reads files.
+    ///
+    /// # Errors
+    /// The Logstore was deleted, or its metadata cannot be read.
+    fn catch_up(&self, name: &LogstoreName, id: LogstoreId) -> Result<()>;
 }
 
 /// What the gates of a store share.
@@ -44,104 +61,82 @@ pub(crate) struct KeyContext {
     /// The process that opened the store.
     pub(crate) pid: u32,
     pub(crate) counters: Arc<Counters>,
-    /// Whether the keyring is read again when it is too old: a read-only opener's may be rotated by the writer.
+    /// Whether the store is open for reading only. Its writer may rotate the service key, so the
+    /// keyring is loaded again when it is too old.
     pub(crate) reloads_keyring: bool,
 }
 
 impl KeyContext {
-    /// Refuses a handle that came through `fork`: parent and child would draw from the same sequence numbers.
+    /// Refuses a handle that came through `fork`: parent and child would use the same sequence
+    /// numbers.
     pub(crate) fn check_process(&self) -> Result<()> {
         if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
     }
 
-    /// Does something with the service keyring. A read-only opener that finds its copy too old takes the one that the writer has
-    /// rotated meanwhile.
+    /// Calls `act` with the service keyring. If the keyring of a read-only opener is too old, loads
+    /// it again and calls `act` once more. That may call the KMS.
     pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
         let done = act(&read(&self.keyring));
-        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.reloads_keyring) else { return done };
-        let rotated = read(&self.keyring).reload()?;
+        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.reloads_keyring) else {
+            return done;
+        };
+        let rotated = self.reloaded_keyring()?;
         let done = act(&rotated);
         *write(&self.keyring) = rotated;
         done
     }
 
-    /// Has a read-only opener take the keyring that the writer has rotated meanwhile: the opener refuses documents under a retired
-    /// version from then on. Where the file cannot be read the opener goes on with its copy.
+    /// Loads the keyring of a read-only opener again if the writer has rotated it. From then on the
+    /// opener refuses documents under a retired version. If the file cannot be read, the opener
+    /// keeps its copy.
     pub(crate) fn follow_keyring(&self) -> Result<()> {
         if self.reloads_keyring && read(&self.keyring).is_outdated().unwrap_or(false) {
-            let rotated = read(&self.keyring).reload()?;
+            let rotated = self.reloaded_keyring()?;
             *write(&self.keyring) = rotated;
         }
         Ok(())
     }
-}
 
-#[derive(Default)]
-struct Held {
-    /// The epoch of the lease under which the keys were loaded.
-    epoch: u64,
-    data: BTreeMap<u32, SecretKey>,
-    /// Keys of segments being read.
-    reading: HashMap<SegmentId, SegmentCipher>,
-    /// Keys of segments being written: kept until the segment is sealed or everything is wiped, whatever becomes of the lease, so
-    /// that what was acknowledged can be sealed first.
-    writing: HashMap<SegmentId, SegmentCipher>,
-}
-
-impl Held {
-    /// Drops what was loaded under another epoch.
-    fn enter(&mut self, epoch: u64) {
-        if self.epoch != epoch {
-            self.epoch = epoch;
-            self.forget_loaded();
-        }
-    }
-
-    /// Keeps the key of a segment being read.
-    fn keep(&mut self, segment: SegmentId, cipher: SegmentCipher) {
-        if self.reading.len() >= CIPHERS_MAX {
-            self.reading.clear();
-        }
-        self.reading.insert(segment, cipher);
-    }
-
-    /// Drops all that can be loaded again.
-    fn forget_loaded(&mut self) {
-        self.data.clear();
-        self.reading.clear();
+    /// The keyring as its file has it now. May call the KMS, and holds no lock meanwhile.
+    fn reloaded_keyring(&self) -> Result<Keyring> {
+        let copy = read(&self.keyring).duplicate();
+        copy.reload()
     }
 }
 
-/// What a Logstore's keys are right now: changed as a whole when the metadata changes.
+/// The keys of a Logstore, replaced as a whole when the metadata changes.
 #[derive(Clone, Default)]
 pub(crate) struct GateKeys {
     pub(crate) section: Option<Arc<KeysSection>>,
     pub(crate) lease: Option<Arc<Lease>>,
-    /// The section as it was read, under a customer's key, until the current data key has proved it. No key is used before.
+    /// The section as its file has it, under a customer's key, until the current data key has
+    /// proved it. The gate uses no key before.
     pub(crate) unproved: Option<Arc<TaggedKeys>>,
 }
 
+/// The keys of one Logstore.
 pub(crate) struct Gate {
     context: Arc<KeyContext>,
     name: LogstoreName,
     id: LogstoreId,
     keys: RwLock<GateKeys>,
     held: RwLock<Held>,
-    /// Taken while unwrapping, so that it happens once.
+    /// Taken while a data key is unwrapped, so that threads that need the same key make one call.
     loading: Mutex<()>,
-    /// What open readers have read ahead.
+    /// The plaintext that open readers have read ahead.
     kept: Mutex<Vec<Weak<dyn KeptPlaintext>>>,
-    /// What was closed, or deleted, once that has happened.
+    /// The name of the thing that was closed or deleted, once it was.
     closed: OnceLock<&'static str>,
-    /// Why no segment may be begun any more: which keys it would have to be under is not known.
+    /// Why no segment may begin: the engine does not know which key it would have to be under.
     halted: Mutex<Option<Error>>,
-    /// For a reader, whose metadata may be older than what the writer writes.
-    follow: OnceLock<Follow>,
-    /// How many readers are in a segment under each key, be it one that retention has dropped.
+    /// Set in a store that is open for reading. The metadata in memory may be older than the
+    /// writer's.
+    follower: OnceLock<Follower>,
+    /// How many readers are in a segment under each key, dropped segments included.
     readers: Mutex<BTreeMap<KeySource, usize>>,
 }
 
-/// Says for as long as it lives that a reader is in a segment under this key.
+/// States, for as long as it lives, that a reader is in a segment under a key.
 pub(crate) struct InUse {
     gate: Arc<Gate>,
     source: KeySource,
@@ -159,9 +154,6 @@ impl Drop for InUse {
     }
 }
 
-/// Takes in what the writer has changed: at once, or if that was not done for a while.
-pub(crate) type Follow = Box<dyn Fn(bool) -> Result<()> + Send + Sync>;
-
 impl std::fmt::Debug for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Gate").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
@@ -174,18 +166,18 @@ impl Gate {
             context,
             name,
             id,
-            keys: RwLock::new(keys),
-            held: RwLock::default(),
-            loading: Mutex::default(),
-            kept: Mutex::default(),
+            keys: RwLock::new(LockRank::GateKeys, keys),
+            held: RwLock::new(LockRank::GateHeld, Held::default()),
+            loading: Mutex::new(LockRank::GateLoading, ()),
+            kept: Mutex::new(LockRank::GateKept, Vec::new()),
             closed: OnceLock::new(),
-            halted: Mutex::default(),
-            follow: OnceLock::new(),
-            readers: Mutex::default(),
+            halted: Mutex::new(LockRank::GateHalted, None),
+            follower: OnceLock::new(),
+            readers: Mutex::new(LockRank::GateReaders, BTreeMap::new()),
         }
     }
 
-    /// Notes that a reader is in a segment under this key.
+    /// Counts a reader in a segment under this key.
     pub(crate) fn in_use(self: &Arc<Self>, source: KeySource) -> InUse {
         *lock(&self.readers).entry(source).or_default() += 1;
         InUse { gate: Arc::clone(self), source }
@@ -212,21 +204,25 @@ impl Gate {
         read(&self.keys).clone()
     }
 
-    /// Takes new keys (a first enable, a rotation, a replacement). Versions in memory stay valid: they only ever grow or go.
+    /// Takes new keys: a first enable, a rotation, a replacement. Wipes the loaded data keys.
     pub(crate) fn replace_keys(&self, keys: GateKeys) {
         let mut held = write(&self.held);
         *write(&self.keys) = keys;
         held.forget_loaded();
     }
 
-    /// Admits an operation that starts now. Returns the epoch of the lease.
+    /// Admits an operation that starts now. Returns the epoch of the lease. Blocks for a KMS call if
+    /// the last answer of the KMS is too old.
+    ///
+    /// # Errors
+    /// The error of the refused operation.
     pub(crate) fn admit(&self) -> Result<u64> {
         self.context.check_process()?;
         if let Some(what) = self.closed.get() {
             return Err(Error::Closed(what));
         }
-        if let Some(follow) = self.follow.get() {
-            follow(false)?;
+        if let Some(follower) = self.follower.get() {
+            follower.follow_if_due(self)?;
         }
         let lease = read(&self.keys).lease.clone();
         match lease {
@@ -238,7 +234,7 @@ impl Gate {
         }
     }
 
-    /// The error for an operation that the lease refuses.
+    /// The error of an operation that the lease refuses.
     pub(crate) fn refused(&self, refusal: &Refusal, cmk: &Cmk) -> Error {
         let (logstore, cmk_id) = (self.name.clone(), cmk.cmk_key_id.clone());
         match refusal {
@@ -259,7 +255,8 @@ impl Gate {
         }
     }
 
-    /// Uses the key of an existing segment, checking its commitment when it is derived.
+    /// Calls `use_it` with the key of an existing segment. A key that has to be derived is checked
+    /// against the commitment in the header first. Blocks for KMS calls.
     pub(crate) fn with_cipher<R>(
         &self,
         segment: &DecodedHeader,
@@ -270,19 +267,20 @@ impl Gate {
         loop {
             {
                 let held = read(&self.held);
-                // A key serves the header that it was derived for: ids of segments are not trusted to be unique.
+                // A key serves only the header that it was derived for. The ids of segments come
+                // from a disk and may repeat.
                 let its_own = |cipher: &&SegmentCipher| {
                     *cipher.header_hash() == segment.header_hash && tags_equal(cipher.commitment(), &segment.commitment)
                 };
-                let reading = held.reading.get(&segment.header.segment).filter(|_| held.epoch == epoch);
+                let reading = held.reading.get(&segment.header.segment);
+                let reading = reading.filter(|_| held.epoch == epoch);
                 let writing = held.writing.get(&segment.header.segment);
                 if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {
                     return use_it(cipher);
                 }
             }
-            let Some(cipher) = self.derive(epoch, &segment.header, &segment.header_hash)? else {
-                return self.with_cipher(segment, path, use_it);
-            };
+            let derived = self.derive(epoch, &segment.header, &segment.header_hash)?;
+            let Some(cipher) = derived else { return self.with_cipher(segment, path, use_it) };
             if !tags_equal(cipher.commitment(), &segment.commitment) {
                 return Err(Error::WrongKey { at: Location::new(path, 0) });
             }
@@ -298,13 +296,14 @@ impl Gate {
         }
     }
 
-    /// Uses the key of a segment although the lease no longer admits, as long as it is still in memory: to seal what was
-    /// acknowledged before the key is wiped. `None` when it is gone.
+    /// Calls `use_it` with the key of a segment that is being written, although the lease no longer
+    /// admits it: to seal acknowledged groups before the wipe. `None` if the key is gone.
     pub(crate) fn with_held<R>(&self, segment: SegmentId, use_it: impl FnOnce(&SegmentCipher) -> R) -> Option<R> {
         read(&self.held).writing.get(&segment).map(use_it)
     }
 
-    /// Derives the key of a new segment, whose header is about to be written, and keeps it. Returns the commitment.
+    /// Derives and keeps the key of a new segment, whose header is about to be written. Returns the
+    /// commitment. Blocks for KMS calls.
     pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
         if let Some(error) = &*lock(&self.halted) {
             return Err(error.clone());
@@ -314,7 +313,7 @@ impl Gate {
             let Some(cipher) = self.derive(epoch, header, header_hash)? else { continue };
             let commitment = *cipher.commitment();
             write(&self.held).writing.insert(header.segment, cipher);
-            // A loss in between has wiped before this key came in: ask again, and take it out if so.
+            // If the lease was lost before the insert, the wipe has missed this key.
             let admitted = self.admit();
             if matches!(admitted, Ok(now) if now == epoch) {
                 return Ok(commitment);
@@ -324,17 +323,17 @@ impl Gate {
         }
     }
 
-    /// Forgets the key of a segment that is written no more.
+    /// Forgets the key of a segment whose writing has ended.
     pub(crate) fn end_segment(&self, segment: SegmentId) {
         write(&self.held).writing.remove(&segment);
     }
 
-    /// Has no segment begun until [`Gate::resume`]: the key for it is not known.
+    /// Lets no segment begin until [`Gate::resume`]: its key is not known.
     pub(crate) fn halt(&self, error: &Error) {
         *lock(&self.halted) = Some(error.clone());
     }
 
-    /// Lets segments be begun again.
+    /// Lets segments begin again.
     pub(crate) fn resume(&self) {
         *lock(&self.halted) = None;
     }
@@ -344,7 +343,8 @@ impl Gate {
         read(&self.keys).unproved.is_some()
     }
 
-    /// Has the current data key prove the keys section, where that was not done yet. The caller has asked [`Gate::admit`].
+    /// Has the current data key prove the keys section, if it has not yet. The caller has called
+    /// [`Gate::admit`]. Blocks for a KMS call.
     pub(crate) fn prove(&self) -> Result<()> {
         match self.unproved_version() {
             Some(current) => self.unwrap(current).map(|_| ()),
@@ -358,16 +358,19 @@ impl Gate {
         keys.section.as_ref().filter(|_| keys.unproved.is_some()).map(|section| section.current)
     }
 
-    /// The key of a segment. `None` if the lease was lost and is back meanwhile: whoever asked begins again.
+    /// The key of a segment. `None` if the lease was lost in between and is back: the caller begins
+    /// again.
     fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<Option<SegmentCipher>> {
         let provider = &*self.context.provider;
         let derive = |key: &SecretKey| {
-            let cipher = SegmentCipher::derive(provider, header.suite, key, &header.salt, header_hash);
+            let (suite, salt) = (header.suite, &header.salt);
+            let cipher = SegmentCipher::derive(provider, suite, key, salt, header_hash);
             cipher.map(Some).map_err(Error::Crypto)
         };
         match header.key_source {
             KeySource::Keyring(version) => {
-                // Which segments of a Logstore under a customer's key may be under the keyring is for that key to say.
+                // Under a customer's key, the data key says which segments may be under the
+                // keyring. It has to prove that first.
                 if let Some(current) = self.unproved_version()
                     && !self.load(epoch, current)?
                 {
@@ -393,27 +396,30 @@ impl Gate {
         }
     }
 
-    /// Unwraps a data key and keeps it under `epoch`. `false` if another one has begun.
+    /// Unwraps a data key and keeps it under `epoch`. `false` if another epoch has begun.
     fn load(&self, epoch: u64, version: u32) -> Result<bool> {
-        let _once = lock(&self.loading);
+        // Before the lock: this may tell the Logstore about a lost lease, which takes other locks.
+        self.know(version)?;
         {
-            let held = read(&self.held);
-            if held.epoch == epoch && held.data.contains_key(&version) && !self.is_unproved() {
-                return Ok(true);
+            let _once = lock(&self.loading);
+            {
+                let held = read(&self.held);
+                let loaded = held.epoch == epoch && held.data.contains_key(&version);
+                if loaded && !self.is_unproved() {
+                    return Ok(true);
+                }
             }
-        }
-        let key = self.unwrap(version)?;
-        {
+            let key = self.unwrap_known(version)?;
             let mut held = write(&self.held);
             held.enter(epoch);
             held.data.insert(version, key);
         }
-        // What the KMS gave before a revocation is not kept after it.
         self.may_stay(epoch)
     }
 
-    /// Whether a key that was just put in under `epoch` may stay there. A loss in between has wiped before the key came in, and will
-    /// not wipe again: so it is asked for only now, and the key taken out if there was one.
+    /// Asks the lease again after a key was inserted under `epoch`. If the lease was lost between
+    /// the admission and the insert, the wipe has already run and will not run again. So this removes
+    /// the key and returns `false`, or the error of the refusal.
     fn may_stay(&self, epoch: u64) -> Result<bool> {
         let admitted = self.admit();
         if matches!(admitted, Ok(now) if now == epoch) {
@@ -426,20 +432,31 @@ impl Gate {
         admitted.map(|_| false)
     }
 
-    /// Unwraps a data key from its envelope, at the keyring or at the KMS. Under a customer's key the current one has to prove the
-    /// keys section first.
+    /// Unwraps a data key from its envelope, with the keyring or at the KMS. Under a customer's key
+    /// the current data key proves the keys section first.
     pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
-        let mut keys = self.keys();
-        let known = |keys: &GateKeys| keys.section.as_ref().is_some_and(|section| section.version(version).is_some());
-        if let Some(follow) = self.follow.get().filter(|_| !known(&keys)) {
-            follow(true)?;
-            keys = self.keys();
+        self.know(version)?;
+        self.unwrap_known(version)
+    }
+
+    /// Has a reader catch up with the writer if it does not know a data-key version.
+    fn know(&self, version: u32) -> Result<()> {
+        let keys = self.keys();
+        let known = keys.section.is_some_and(|section| section.version(version).is_some());
+        match self.follower.get() {
+            Some(follower) if !known => follower.follow(self),
+            _ => Ok(()),
         }
+    }
+
+    fn unwrap_known(&self, version: u32) -> Result<SecretKey> {
+        let keys = self.keys();
         if let (Some(tagged), Some(section)) = (&keys.unproved, &keys.section) {
             let current = self.unwrap_from(&keys, section.current)?;
             tagged.prove(&current)?;
-            // Unless another one has come in meanwhile.
-            drop(write(&self.keys).unproved.take_if(|unproved| Arc::ptr_eq(unproved, tagged)));
+            // Unless other keys have come in meanwhile.
+            let same = |unproved: &mut Arc<TaggedKeys>| Arc::ptr_eq(unproved, tagged);
+            drop(write(&self.keys).unproved.take_if(same));
             if version == section.current {
                 return Ok(current);
             }
@@ -449,7 +466,8 @@ impl Gate {
 
     /// The error about a data-key version that the metadata does not have.
     pub(crate) fn version_missing(&self, version: u32) -> Error {
-        let what = format!("data-key version {version} of Logstore {} is not in its metadata", self.name);
+        let name = &self.name;
+        let what = format!("data-key version {version} of Logstore {name} is not in its metadata");
         Error::RolledBack { what }
     }
 
@@ -462,22 +480,19 @@ impl Gate {
         };
         let damaged =
             |what: &str| Error::Corrupt { at: Location::new("", 0), what: format!("{what} of {}", self.name) };
+        let wrong_key = || {
+            let envelope = format!("envelope {version} of {}", self.name);
+            Error::WrongKey { at: Location::new(envelope, 0) }
+        };
         let wrapped = hex_decode(wrapped).ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
         let identity = self.identity(section, version);
+        let provider = &*self.context.provider;
         let key = match (entry.keyring_version, &keys.lease) {
-            (Some(keyring_version), _) => self
+            (Some(under), _) => self
                 .context
-                .with_keyring(|keyring| keyring.unwrap(&*self.context.provider, keyring_version, &identity, &wrapped))?
-                .ok_or_else(|| Error::WrongKey {
-                    at: Location::new(format!("envelope {version} of {}", self.name), 0),
-                })?,
-            (None, Some(lease)) => lease.unwrap_envelope(identity.context(), &wrapped).map_err(|error| {
-                let refusal = Refusal::from(&error);
-                if matches!(error, KmsError::Revoked { .. }) {
-                    lease.report(refusal.clone());
-                }
-                self.refused(&refusal, lease.cmk())
-            })?,
+                .with_keyring(|keyring| keyring.unwrap(provider, under, &identity, &wrapped))?
+                .ok_or_else(wrong_key)?,
+            (None, Some(lease)) => self.unwrap_at_kms(lease, &identity, &wrapped)?,
             (None, None) => return Err(damaged("an envelope has no key to unwrap it")),
         };
         if fingerprint(&key) == entry.fingerprint {
@@ -488,28 +503,41 @@ impl Gate {
                 let wrong = Refusal::Invalid("it unwrapped an envelope to another key".to_owned());
                 Err(self.refused(&wrong, lease.cmk()))
             }
-            None => Err(Error::WrongKey { at: Location::new(format!("envelope {version} of {}", self.name), 0) }),
+            None => Err(wrong_key()),
         }
     }
 
+    fn unwrap_at_kms(&self, lease: &Lease, identity: &EnvelopeIdentity, wrapped: &[u8]) -> Result<SecretKey> {
+        lease.unwrap_envelope(identity.context(), wrapped).map_err(|error| {
+            let refusal = Refusal::from(&error);
+            if matches!(error, KmsError::Revoked { .. }) {
+                lease.report(refusal.clone());
+            }
+            self.refused(&refusal, lease.cmk())
+        })
+    }
+
     pub(crate) fn identity(&self, section: &KeysSection, version: u32) -> EnvelopeIdentity {
-        EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite: section.encrypt_type.suite() }
+        let suite = section.encrypt_type.suite();
+        EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite }
     }
 
-    /// Has a reader read anew what the writer may have changed.
+    /// Has a reader take in what the writer has changed. Does nothing in the writer's own process.
     pub(crate) fn catch_up(&self) -> Result<()> {
-        self.follow.get().map_or(Ok(()), |follow| follow(true))
+        self.follower.get().map_or(Ok(()), |follower| follower.follow(self))
     }
 
-    /// Says how a reader follows the writer.
-    pub(crate) fn follow_with(&self, follow: Follow) {
+    /// Has the Logstore of a reader follow the writer from now on: every `every` by the uptime, and
+    /// when it meets a data-key version that it does not know.
+    pub(crate) fn follow_with(&self, writer: Weak<dyn FollowWriter>, clock: Arc<dyn Clock>, every: Duration) {
+        let at = Mutex::new(LockRank::FollowedAt, clock.uptime());
         // Set once, where the gate is made.
-        let _ = self.follow.set(follow);
+        let _ = self.follower.set(Follower { writer, clock, every, at });
     }
 
-    /// Admits nothing from now on, and wipes: the store is closed, or the Logstore deleted. Readers that are open end too.
+    /// Admits nothing from now on, and wipes: `what` is closed or deleted. Open readers end too.
     pub(crate) fn close(&self, what: &'static str) {
-        // Only the first to close it says what.
+        // The first close names the reason.
         let _ = self.closed.set(what);
         self.wipe();
         write(&self.held).writing.clear();
@@ -519,21 +547,91 @@ impl Gate {
         self.closed.get().is_some()
     }
 
-    /// Wipes the keys of the Logstore from memory, once the uses under way are done, and what open readers have read ahead. Not the
-    /// keys of segments being written: those go with the segments, and one that is there still was begun after the access that was
-    /// lost had come back.
+    /// Wipes the keys of the Logstore from memory, and the plaintext that open readers have read
+    /// ahead. Waits for the uses under way.
+    ///
+    /// The keys of segments that are being written stay. They go with their segments: the shards
+    /// have ended every segment before the wipe, so one that is there now began after the access
+    /// was back.
     pub(crate) fn wipe(&self) {
         write(&self.held).forget_loaded();
         let kept: Vec<_> = lock(&self.kept).iter().filter_map(Weak::upgrade).collect();
         kept.iter().for_each(|plaintext| plaintext.wipe());
     }
 
-    /// Has plaintext wiped together with the keys, for as long as it is there. Whoever adds to it has to ask [`Gate::admit`]
-    /// afterwards, and to wipe it when refused: the wipe may have come just before.
+    /// Has plaintext wiped together with the keys, for as long as it lives. After each addition to
+    /// the plaintext, its owner must call [`Gate::admit`] and wipe if that refuses: the wipe may
+    /// have run just before.
     pub(crate) fn keep(&self, plaintext: Weak<dyn KeptPlaintext>) {
         let mut kept = lock(&self.kept);
         kept.retain(|other| other.strong_count() > 0);
         kept.push(plaintext);
+    }
+}
+
+/// How the Logstore of a reader follows its writer.
+struct Follower {
+    writer: Weak<dyn FollowWriter>,
+    clock: Arc<dyn Clock>,
+    every: Duration,
+    /// When it last caught up, by the uptime.
+    at: Mutex<Duration>,
+}
+
+impl Follower {
+    fn follow_if_due(&self, gate: &Gate) -> Result<()> {
+        let due = self.clock.uptime() >= *lock(&self.at) + self.every;
+        match due {
+            true => self.follow(gate),
+            false if self.writer.strong_count() == 0 => Err(Error::Closed("the store")),
+            false => Ok(()),
+        }
+    }
+
+    fn follow(&self, gate: &Gate) -> Result<()> {
+        let writer = self.writer.upgrade().ok_or(Error::Closed("the store"))?;
+        let now = self.clock.uptime();
+        writer.catch_up(&gate.name, gate.id)?;
+        *lock(&self.at) = now;
+        Ok(())
+    }
+}
+
+/// The keys in memory.
+#[derive(Default)]
+struct Held {
+    /// The epoch of the lease under which `data` and `reading` were loaded.
+    epoch: u64,
+    /// The data keys, by version.
+    data: BTreeMap<u32, SecretKey>,
+    /// The keys of segments that are being read.
+    reading: HashMap<SegmentId, SegmentCipher>,
+    /// The keys of segments that are being written. Each stays until its segment is sealed or the
+    /// gate is closed, also when the lease is lost: acknowledged groups are sealed first.
+    writing: HashMap<SegmentId, SegmentCipher>,
+}
+
+impl Held {
+    /// Drops the keys that were loaded under another epoch.
+    fn enter(&mut self, epoch: u64) {
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.forget_loaded();
+        }
+    }
+
+    /// Keeps the key of a segment that is being read.
+    fn keep(&mut self, segment: SegmentId, cipher: SegmentCipher) {
+        if self.reading.len() >= CIPHERS_MAX {
+            self.reading.clear();
+        }
+        self.reading.insert(segment, cipher);
+    }
+
+    /// Drops every key that can be loaded again.
+    fn forget_loaded(&mut self) {
+        self.data.clear();
+        self.reading.clear();
     }
 }
 
@@ -552,7 +650,7 @@ mod tests {
         let context = KeyContext {
             store,
             provider: Arc::new(RustCrypto::new()),
-            keyring: Arc::new(RwLock::new(keyring)),
+            keyring: Arc::new(RwLock::new(LockRank::Keyring, keyring)),
             pid,
             counters: Arc::default(),
             reloads_keyring: false,
@@ -678,7 +776,7 @@ mod tests {
     #[test]
     fn plaintext_that_is_kept_goes_with_the_keys() {
         let gate = gate(std::process::id());
-        let kept = [(); 3].map(|()| Arc::new(Kept(Mutex::new(0))));
+        let kept = [(); 3].map(|()| Arc::new(Kept(Mutex::default())));
         let keep = |kept: &Arc<Kept>| {
             let weak: Weak<Kept> = Arc::downgrade(kept);
             gate.keep(weak);

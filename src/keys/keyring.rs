@@ -1,10 +1,12 @@
 //! The service keyring: the engine's own root keys, in a file apart from the data.
 //!
-//! It is made together with the store and never again by accident. It holds versions, each a random 256-bit root from which the
-//! keys for authenticating metadata, for wrapping data keys and for the integrity of what is not encrypted are derived.
+//! The engine makes it once, together with the store. It holds versions. Each version is a random
+//! 256-bit root. The engine derives from it the keys that authenticate metadata, wrap data keys and
+//! protect the integrity of segments that are not encrypted.
 //!
-//! A rotation adds a version. When everything that the store authenticates by itself is under it, the rotation retires the older
-//! ones: they stay, since older envelopes and segments need them, and authenticate no document any more.
+//! A rotation adds a version. When every document of the store is under the new version, the
+//! rotation retires the older ones. They stay in the file, since older envelopes and segments need
+//! them, but authenticate no document any more.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
@@ -12,9 +14,9 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{
-    custody::{Custody, KeyringIdentity, SealedBody},
     envelope::{self, EnvelopeIdentity},
     keyring_file::KeyringFile,
+    keyring_seal::{KeyringIdentity, KeyringSeal, SealedBody},
 };
 use crate::{
     Error, Result,
@@ -25,7 +27,7 @@ use crate::{
     ids::{KeyringId, LogstoreId, StoreId, hex_decode, hex_encode},
     io::Random,
     kms::Cmk,
-    segment::Features,
+    wire::Features,
 };
 
 /// The most versions a keyring may hold.
@@ -35,7 +37,7 @@ const VERSIONS_MAX: usize = 10_000;
 #[serde(deny_unknown_fields)]
 struct Body {
     accepts: u32,
-    /// Left out while there is none.
+    /// Left out while the store has no anchor.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     anchored: bool,
     versions: Vec<VersionBody>,
@@ -54,7 +56,8 @@ struct Version {
     root: SecretKey,
 }
 
-/// A document with keys in it, which are wiped whatever comes of it: another store's keyring holds that store's keys.
+/// A document with keys in it. They are wiped on drop, also when the document is refused: another
+/// store's keyring holds that store's keys.
 struct Wiped<'a>(UnverifiedDocument<'a>);
 
 impl Drop for Wiped<'_> {
@@ -68,18 +71,19 @@ pub(crate) struct Keyring {
     file: Arc<KeyringFile>,
     store: StoreId,
     id: KeyringId,
-    /// As they were read.
+    /// The feature bits of the file.
     features: Features,
-    /// Whether the store has an anchor: it is not opened for writing without it.
+    /// Whether the store has an anchor. It is then not opened for writing without it.
     anchored: bool,
-    /// The oldest version that still authenticates documents; below the newest one only while a rotation is unfinished.
+    /// The oldest version that still authenticates documents. It is below the newest version only
+    /// while a rotation is unfinished.
     accepts: u32,
-    /// Whether retired versions authenticate documents all the same: for a backup that is known to be good.
+    /// Whether retired versions authenticate documents too: for a backup that is known to be good.
     accepts_retired: bool,
     versions: BTreeMap<u32, Version>,
     /// The master key that the file is under; `None` for a file that holds the roots themselves.
     cmk: Option<Cmk>,
-    custody: Custody,
+    seal: KeyringSeal,
 }
 
 impl std::fmt::Debug for Keyring {
@@ -92,7 +96,7 @@ impl std::fmt::Debug for Keyring {
     }
 }
 
-/// A keyring that is not written yet, and what its file is to hold.
+/// A keyring that is not written yet, and the bytes of its file.
 pub(crate) struct NewKeyring {
     keyring: Keyring,
     bytes: Zeroizing<Vec<u8>>,
@@ -104,7 +108,7 @@ impl NewKeyring {
         &self.keyring
     }
 
-    /// Writes it durably, before anything depends on it.
+    /// Writes it durably. The caller does so before anything depends on it.
     ///
     /// # Errors
     /// [`Error::KeyringExists`], [`Error::Io`].
@@ -115,13 +119,14 @@ impl NewKeyring {
 }
 
 impl Keyring {
-    /// Makes a new keyring with one version, under a master key if one is given. Nothing is written yet.
+    /// Makes a new keyring with one version, under a master key if one is given. Writes nothing. Calls
+    /// the KMS if there is a master key.
     pub(crate) fn prepare(
         random: &dyn Random,
         file: Arc<KeyringFile>,
         store: StoreId,
         now_us: u64,
-        custody: Custody,
+        seal: KeyringSeal,
         cmk: Option<Cmk>,
     ) -> Result<NewKeyring> {
         let draw = |error| Error::io("draw a random key for", file.path())(error);
@@ -136,18 +141,18 @@ impl Keyring {
             accepts_retired: false,
             versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
             cmk,
-            custody,
+            seal,
         };
         let bytes = keyring.encode(random)?;
         Ok(NewKeyring { keyring, bytes })
     }
 
-    pub(crate) fn custody(&self) -> &Custody {
-        &self.custody
+    pub(crate) fn seal(&self) -> &KeyringSeal {
+        &self.seal
     }
 
-    /// Reads the keyring of `store`, and asks the KMS for it if it is under a master key.
-    pub(crate) fn load(file: Arc<KeyringFile>, store: StoreId, id: KeyringId, custody: &Custody) -> Result<Self> {
+    /// Reads the keyring of `store`. Calls the KMS if the keyring is under a master key.
+    pub(crate) fn load(file: Arc<KeyringFile>, store: StoreId, id: KeyringId, seal: &KeyringSeal) -> Result<Self> {
         let bytes = file.read()?;
         let path = file.path();
         let parsed = parse(&bytes, path, store, id)?;
@@ -156,10 +161,11 @@ impl Keyring {
         let (newest, features) = (claimed.keyring_version, claimed.features);
         let (body, cmk) = match serde_json::from_slice::<SealedBody>(&claimed.a) {
             Ok(sealed) => {
-                let plain = custody.open(path, KeyringIdentity { store, id, newest }, &sealed)?;
+                let plain = seal.open(path, KeyringIdentity { store, id, newest }, &sealed)?;
                 (serde_json::from_slice(&plain), Some(sealed.cmk))
             }
-            // Nothing of an open one was looked at but the name of its first field.
+            // A keyring under no master key. The parser above has stopped at its first field, before
+            // any root.
             Err(_) => (serde_json::from_slice(&claimed.a), None),
         };
         let body: Body = body.map_err(|_| bad("the service keyring does not parse"))?;
@@ -190,7 +196,7 @@ impl Keyring {
             accepts_retired: false,
             versions,
             cmk,
-            custody: custody.clone(),
+            seal: seal.clone(),
         };
         if keyring.newest() != newest {
             return Err(bad("the service keyring contradicts itself"));
@@ -203,9 +209,10 @@ impl Keyring {
         Ok(keyring)
     }
 
-    /// Reads it anew from its file, which another process may have written meanwhile.
+    /// Reads the file again: another process may have written it. Calls the KMS if the keyring is
+    /// under a master key.
     pub(crate) fn reload(&self) -> Result<Self> {
-        let loaded = Self::load(Arc::clone(&self.file), self.store, self.id, &self.custody)?;
+        let loaded = Self::load(Arc::clone(&self.file), self.store, self.id, &self.seal)?;
         Ok(Self { accepts_retired: self.accepts_retired, ..loaded })
     }
 
@@ -215,12 +222,13 @@ impl Keyring {
         Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation > self.generation())
     }
 
-    /// Counts the steps of rotations, each of which adds a version and then retires the older ones, and the first anchor.
+    /// The generation of the file. It counts the steps of rotations (adding a version, retiring the
+    /// older ones) and the first anchor.
     fn generation(&self) -> u64 {
         u64::from(self.newest()) + u64::from(self.accepts) - 1 + u64::from(self.anchored)
     }
 
-    /// Verifies the file. Asks no KMS: what is sealed in it is authenticated by the roots in memory.
+    /// Verifies the file. Calls no KMS: the roots in memory authenticate a sealed file.
     pub(crate) fn verify_file(&self) -> Result<()> {
         if self.cmk.is_none() {
             return self.reload().map(|_| ());
@@ -245,7 +253,7 @@ impl Keyring {
         }
     }
 
-    /// The bytes of its file. Asks the KMS if it is under a master key.
+    /// The bytes of the file. Calls the KMS if the keyring is under a master key.
     fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
         let body = Body {
             anchored: self.anchored,
@@ -260,13 +268,13 @@ impl Keyring {
                 })
                 .collect(),
         };
-        // Sized up front, so that no reallocation leaves a copy of the roots behind.
+        // Sized up front: a reallocation would leave a copy of the roots behind.
         let mut json = Zeroizing::new(Vec::with_capacity(256 + 192 * body.versions.len()));
         serde_json::to_writer(&mut *json, &body).expect("plain data always serializes");
         let identity = KeyringIdentity { store: self.store, id: self.id, newest: self.newest() };
         let a = match &self.cmk {
             None => std::mem::take(&mut *json),
-            Some(cmk) => self.custody.seal(random, self.path(), cmk, identity, json)?,
+            Some(cmk) => self.seal.seal(random, self.path(), cmk, identity, json)?,
         };
         let mut document = Document {
             kind: DocumentKind::Keyring,
@@ -284,19 +292,20 @@ impl Keyring {
         Ok(bytes)
     }
 
-    /// The master key that its file is under.
+    /// The master key that the file is under.
     pub(crate) fn cmk(&self) -> Option<&Cmk> {
         self.cmk.as_ref()
     }
 
-    /// Puts the file under another master key, or under none; it is durable when this returns. On an error all is as it was.
+    /// Puts the file under another master key, or under none, and returns the keyring that the file
+    /// now holds. The file is durable then. On an error it has not changed. Calls the KMS.
     pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
         let rewrapped = Self { cmk, ..self.duplicate() };
         rewrapped.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
         Ok(rewrapped)
     }
 
-    /// What is changed is a copy: the KMS may be asked, and nobody is to wait for the keyring meanwhile.
+    /// A copy, to change or reload without the lock of the keyring: the KMS may be slow.
     pub(crate) fn duplicate(&self) -> Self {
         let copy = |version: &Version| Version { created_us: version.created_us, root: version.root.duplicate() };
         Self {
@@ -309,7 +318,7 @@ impl Keyring {
             accepts_retired: self.accepts_retired,
             versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
             cmk: self.cmk.clone(),
-            custody: self.custody.clone(),
+            seal: self.seal.clone(),
         }
     }
 
@@ -333,7 +342,7 @@ impl Keyring {
         &self.file
     }
 
-    /// The newest version, which tags and wraps what is new.
+    /// The newest version. It authenticates new documents and wraps new data keys.
     pub(crate) fn newest(&self) -> u32 {
         self.versions.keys().next_back().copied().unwrap_or(0)
     }
@@ -348,7 +357,7 @@ impl Keyring {
         self.accepts < self.newest()
     }
 
-    /// Lets retired versions authenticate documents all the same, in this copy.
+    /// Lets retired versions authenticate documents too, in this copy.
     pub(crate) fn accept_retired(&mut self) {
         self.accepts_retired = true;
     }
@@ -358,7 +367,8 @@ impl Keyring {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// The keyring with one version more, which authenticates beside the older ones; it is durable when this returns.
+    /// Adds a version, which authenticates documents beside the older ones. Returns the new keyring;
+    /// its file is durable then. Calls the KMS if the keyring is under a master key.
     pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
@@ -376,7 +386,8 @@ impl Keyring {
         self.anchored
     }
 
-    /// The keyring that says that the store has an anchor; it is durable when this returns.
+    /// Notes that the store has an anchor. Returns the new keyring; its file is durable then. Calls
+    /// the KMS if the keyring is under a master key.
     pub(crate) fn anchor(&self, random: &dyn Random) -> Result<Self> {
         let mut anchored = self.duplicate();
         anchored.anchored = true;
@@ -384,7 +395,8 @@ impl Keyring {
         Ok(anchored)
     }
 
-    /// The keyring whose newest version alone authenticates documents; it is durable when this returns.
+    /// Retires every version but the newest one. Returns the new keyring; its file is durable then.
+    /// Calls the KMS if the keyring is under a master key.
     pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<Self> {
         let retired = Self { accepts: self.newest(), ..self.duplicate() };
         retired.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
@@ -408,7 +420,7 @@ impl Keyring {
         Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 document"]))
     }
 
-    /// Refuses what is authenticated under a retired version.
+    /// Refuses a thing that a retired version authenticates.
     ///
     /// # Errors
     /// [`Error::RetiredKeyVersion`], about `what` in `path`.
@@ -420,13 +432,13 @@ impl Keyring {
         }
     }
 
-    /// The key that tags audit records under `version`. A record under a retired version shows nothing by itself: it counts in front
-    /// of one under an accepted version.
+    /// The key that tags audit records under `version`. A record under a retired version proves
+    /// nothing by itself. It counts in front of a record under an accepted version.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
         Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 audit"]))
     }
 
-    /// What stands in for a data key in segments of a Logstore that has no envelope.
+    /// The key that takes the place of a data key in segments of a Logstore without an envelope.
     pub(crate) fn integrity_key(&self, version: u32, logstore: LogstoreId) -> Result<SecretKey> {
         Ok(derive(HashAlg::Sha256, logstore.as_bytes(), self.root(version)?, &[b"envelog v2 integrity"]))
     }
@@ -456,7 +468,7 @@ impl Keyring {
     }
 }
 
-/// Takes the file apart, and makes sure that it is what it should be by its own account.
+/// Parses the file, and checks that it claims to be the keyring of this store.
 fn parse<'a>(bytes: &'a [u8], path: &Path, store: StoreId, id: KeyringId) -> Result<Wiped<'a>> {
     let parsed = Wiped(UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?);
     let claimed = parsed.0.unverified();
@@ -481,11 +493,10 @@ fn secret_from_hex(hex: &str) -> Option<SecretKey> {
 
 #[cfg(test)]
 impl Keyring {
-    /// A new one in a real file, under no master key.
+    /// A new keyring in a real file, under no master key.
     pub(crate) fn for_tests(path: &Path, store: StoreId) -> Self {
-        let custody =
-            Custody { provider: Arc::new(crate::crypto::RustCrypto::new()), kms: Vec::new(), counters: Arc::default() };
-        let new = Self::prepare(&crate::io::OsRandom, KeyringFile::for_tests(path), store, 1, custody, None).unwrap();
+        let seal = KeyringSeal::new(Arc::new(crate::crypto::RustCrypto::new()), crate::kms::KmsRouter::for_tests());
+        let new = Self::prepare(&crate::io::OsRandom, KeyringFile::for_tests(path), store, 1, seal, None).unwrap();
         new.write().unwrap()
     }
 }
@@ -505,7 +516,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
         let again =
-            Keyring::prepare(&OsRandom, Arc::clone(&keyring.file), store, 1, keyring.custody.clone(), None).unwrap();
+            Keyring::prepare(&OsRandom, Arc::clone(&keyring.file), store, 1, keyring.seal.clone(), None).unwrap();
         assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
         assert_eq!(keyring.add_version(&OsRandom, 2).unwrap().newest(), 2);
@@ -560,12 +571,12 @@ mod tests {
     fn absent_foreign_and_damaged_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
-        let load = |store, id| Keyring::load(Arc::clone(&keyring.file), store, id, &keyring.custody).map(|_| ());
+        let load = |store, id| Keyring::load(Arc::clone(&keyring.file), store, id, &keyring.seal).map(|_| ());
         assert!(matches!(load(StoreId::from_bytes([6; 16]), keyring.id()), Err(Error::KeyringForeign { .. })));
         let other = KeyringId::from_bytes([6; 16]);
         assert!(matches!(load(store, other), Err(Error::KeyringForeign { .. })));
         let missing =
-            Keyring::load(KeyringFile::for_tests(&dir.path().join("none")), store, keyring.id(), &keyring.custody);
+            Keyring::load(KeyringFile::for_tests(&dir.path().join("none")), store, keyring.id(), &keyring.seal);
         assert!(matches!(missing, Err(Error::KeyringMissing { .. })));
     }
 
@@ -589,7 +600,7 @@ mod tests {
         let (keyring, store) = made(dir.path());
         let path = keyring.path().to_owned();
         let file = || KeyringFile::for_tests(&path);
-        let load = |file| Keyring::load(file, store, keyring.id(), &keyring.custody).unwrap();
+        let load = |file| Keyring::load(file, store, keyring.id(), &keyring.seal).unwrap();
         let (first, second) = (load(file()), load(file()));
         let rotated = second.add_version(&OsRandom, 2).unwrap();
         let refused = first.anchor(&OsRandom);

@@ -1,4 +1,5 @@
-//! Where the service keyring is: its file, who may have a right to it, and how it is made and replaced.
+//! The file of the service keyring: where it may be, who may have a right to it, and how the engine
+//! makes and replaces it.
 
 use std::{
     io::ErrorKind,
@@ -12,24 +13,26 @@ use crate::{
     Error, KeyringRisk, Result,
     crypto::{HashAlg, hash},
     io::{self, Access, Disk, Existing, OpenMode, Owner},
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// The largest keyring file, in bytes.
 const KEYRING_BYTES_MAX: u64 = 4 << 20;
-/// The permission bits that others than the owner have, and the one that the group may have.
+/// The permission bits of the group and of others.
 const OTHERS: u32 = 0o077;
+/// The permission bit that the group may have if the embedder allows it.
 const GROUP_READ: u32 = 0o040;
 
-/// The file of a service keyring. The path that the caller gave is resolved once, so that a symlink stays when its target is
-/// replaced.
+/// The file of a service keyring. The path of the caller is resolved once, so a symlink stays when
+/// the engine replaces its target.
 #[derive(Debug)]
 pub(crate) struct KeyringFile {
     /// The disk below the directory that the file is in.
     disk: Arc<dyn Disk>,
     path: PathBuf,
     access: Access,
-    /// Who owns the store directory, or is going to once it is made; `None` on a disk without users.
+    /// The owner of the store directory, or the future owner if it does not exist yet; `None` on a
+    /// disk without users.
     store_owner: Option<Owner>,
     /// SHA-256 of the contents that this process loaded or wrote last.
     known: Mutex<Option<[u8; 32]>>,
@@ -51,7 +54,7 @@ impl KeyringFile {
             Ok(store) => {
                 let look = |path: &Path| disk.stat(path).map_err(Error::io("look for", path));
                 let stat = match look(&store)? {
-                    // What root makes belongs to the owner of the directory that it is in.
+                    // A store that root makes belongs to the owner of its parent directory.
                     None => look(store.parent().unwrap_or(Path::new(".")))?,
                     found => found,
                 };
@@ -61,7 +64,7 @@ impl KeyringFile {
             Err(error) => return Err(Error::io("find", store)(error)),
         };
         let path = match disk.resolve(path) {
-            // Its directory does not exist. A directory above it may be that of the store, made or still to be made.
+            // The directory does not exist. It may be below the store, which may not exist either.
             Err(error) if error.kind() == ErrorKind::NotFound && leads_into(disk, path, &store) => {
                 return Err(inside(path));
             }
@@ -76,7 +79,7 @@ impl KeyringFile {
             return Err(inside(&path));
         }
         let disk = disk.beneath(dir, access).map_err(missing)?;
-        Ok(Self { disk, path, access, store_owner, known: Mutex::default() })
+        Ok(Self { disk, path, access, store_owner, known: Mutex::new(LockRank::KeyringKnown, None) })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -88,7 +91,7 @@ impl KeyringFile {
         Ok(self.disk.stat(&self.path).map_err(Error::io("look for", &self.path))?.is_some())
     }
 
-    /// Reads the file, if no one but its owner has a right to it.
+    /// Reads the file, if only its owner has a right to it.
     ///
     /// # Errors
     /// [`Error::KeyringMissing`], [`Error::KeyringUnsafe`], [`Error::WrongFileType`], [`Error::Io`].
@@ -119,7 +122,8 @@ impl KeyringFile {
         refuse(KeyringRisk::ForeignOwner { uid: owner.uid })
     }
 
-    /// Makes the file, durably. A file that exists is never replaced, also not one that another process makes at the same time.
+    /// Makes the file durably. Never replaces an existing file, also not one that another process
+    /// makes at the same time.
     ///
     /// # Errors
     /// [`Error::KeyringExists`], [`Error::Io`].
@@ -174,10 +178,11 @@ impl KeyringFile {
         io::sync_parent(&*self.disk, &self.path).map_err(Error::io("sync", &self.path))
     }
 
-    /// Removes the temporary files with keys that processes left which were killed. Where the directory cannot be listed, they stay.
+    /// Removes the temporary files, which hold keys, of processes that were killed. If the directory
+    /// cannot be listed, they stay.
     pub(crate) fn remove_leftovers(&self) {
         if let Err(error) = io::remove_temporaries(&*self.disk, &self.path) {
-            tracing::debug!(path = %self.path.display(), %error, "cannot look for temporary files of the service keyring");
+            tracing::debug!(path = %self.path.display(), %error, "cannot list temporary files of the service keyring");
         }
     }
 }
@@ -204,7 +209,8 @@ mod tests {
     use super::*;
     use crate::io::RealDisk;
 
-    /// The store that root makes belongs to the owner of the directory around it, and so does the keyring in that directory.
+    /// A store that root makes belongs to the owner of its parent directory, and so does a keyring in
+    /// that directory.
     #[test]
     fn who_will_own_the_store_is_known_before_it_is_made() {
         let dir = tempfile::tempdir().unwrap();

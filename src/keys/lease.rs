@@ -1,9 +1,13 @@
-//! The lease: for how long a data key in memory may be used, and who says so.
+//! The lease: for how long the data keys in memory may be used.
 //!
-//! One lease serves every Logstore of a store under the same customer master key, region and role. It is renewed by unwrapping a
-//! small probe envelope at the KMS and by nothing else, least of all by use. The bound is arithmetic, not scheduling: an
-//! operation that finds the last answer older than `revalidate_every` plus the time limit of a call, by either clock, asks the KMS
-//! itself, so a renewal thread that was starved, stopped or suspended, or a machine that was paused, cannot stretch it.
+//! All Logstores of a store under the same customer master key, region and role share one lease. A
+//! successful unwrap of a small probe envelope at the KMS renews it. Nothing else does, and use
+//! does not.
+//!
+//! The bound on revocation is arithmetic, not scheduling. An operation that finds the last answer
+//! of the KMS older than `revalidate_every` plus the time limit of a call, by either clock, calls
+//! the KMS itself. So a renewal thread that was starved, stopped or suspended cannot stretch the
+//! bound, and neither can a machine that was paused.
 
 use std::{
     fmt,
@@ -11,27 +15,28 @@ use std::{
     time::Duration,
 };
 
-use serde::Serialize;
 use tracing::{debug, info, warn};
 
 use super::{
-    circuit::{Circuit, PERIODS_SPARED},
+    circuit_breaker::{CircuitBreaker, PERIODS_SPARED, Spared},
     envelope::fingerprint,
-    pool::LeasePool,
+    moment::{Moment, micros},
+    renewal_pool::{Renewable, RenewalPool},
 };
 use crate::{
     crypto::SecretKey,
     io::{Clock, Random},
-    kms::{BoundedKms, Cmk, EncryptionContext, KmsError, RevokedReason},
+    key_status::{KeyState, KeyStatus, Refusal},
+    kms::{BoundedKms, Cmk, EncryptionContext, KmsError},
     metrics::LeaseMetrics,
     sync::{
-        Condvar, Mutex,
+        Condvar, LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
         lock, wait,
     },
 };
 
-/// How often and how long; see [`crate::StoreOptions`].
+/// The durations of a lease; see [`crate::StoreOptions`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeaseTerms {
     pub(crate) revalidate_every: Duration,
@@ -39,136 +44,64 @@ pub(crate) struct LeaseTerms {
     pub(crate) call_timeout: Duration,
 }
 
-/// Why the lease does not admit an operation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    Revoked(RevokedReason),
-    Unreachable(String),
-    Invalid(String),
-}
-
-impl From<&KmsError> for Refusal {
-    fn from(error: &KmsError) -> Self {
-        match error {
-            KmsError::Revoked { reason, .. } => Refusal::Revoked(*reason),
-            KmsError::Invalid { detail } => Refusal::Invalid(detail.clone()),
-            other => Refusal::Unreachable(other.to_string()),
-        }
-    }
-}
-
-/// Whether the key of a Logstore can be used now.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum KeyState {
-    /// The Logstore has no envelope.
-    None,
-    /// Usable.
-    Active,
-    /// Not asked yet: the KMS is called at first use.
-    Idle,
-    /// The KMS does not answer. The key is usable for as long as the lease lasts.
-    Outage {
-        /// What the backend last said.
-        detail: String,
-    },
-    /// The KMS refuses.
-    Revoked {
-        /// Why.
-        reason: RevokedReason,
-    },
-}
-
-/// The state of a Logstore's key and its lease.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct KeyStatus {
-    /// The state.
-    pub state: KeyState,
-    /// How long the key may still be used should the KMS stop answering now; `None` where no KMS is involved.
-    pub lease_left: Option<Duration>,
-}
-
-/// What every unwrap of the probe must prove.
+/// A wrapped key that renewal unwraps, and the fingerprint that the result must have.
 pub(crate) struct Probe {
     pub(crate) wrapped: Vec<u8>,
     pub(crate) context: EncryptionContext,
     pub(crate) fingerprint: String,
 }
 
-/// Told when a lease stops or starts admitting. Called without any lock of the lease.
+/// Hears when a lease stops or starts to admit operations. The lease calls it with the lock that
+/// serializes these calls, and no other.
 pub(crate) trait LeaseListener: Send + Sync {
-    /// Whether it still depends on the lease for this master key, which may have been replaced since it began to listen.
+    /// Whether the listener still depends on the lease of this master key. The key of a Logstore
+    /// may have been replaced since.
     fn depends_on(&self, cmk: &Cmk) -> bool;
-    /// Access is lost: seal what was acknowledged, then wipe.
+    /// Access is lost. Seals what was acknowledged, then wipes the keys.
     fn lost(&self, refusal: &Refusal);
-    /// Access is lost, and everybody has dealt with it: put it on record.
+    /// Access is lost, and every listener has wiped its keys. Records the loss.
     fn note_lost(&self, refusal: &Refusal);
-    /// Access is back.
+    /// Access is back. Records the recovery.
     fn recovered(&self);
 }
 
-/// A moment, by both clocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moment {
-    uptime: Duration,
-    wall_us: u64,
+/// What a lease is made of.
+pub(crate) struct LeaseParts {
+    pub(crate) cmk: Cmk,
+    pub(crate) kms: BoundedKms,
+    pub(crate) breaker: Arc<CircuitBreaker>,
+    pub(crate) probe: Probe,
+    pub(crate) terms: LeaseTerms,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) random: Arc<dyn Random>,
+    /// The threads that renew the lease; `None` in a store without threads.
+    pub(crate) pool: Option<Arc<RenewalPool>>,
 }
 
-impl Moment {
-    pub(super) fn now(clock: &dyn Clock) -> Self {
-        Self { uptime: clock.uptime(), wall_us: clock.wall_us() }
-    }
-
-    /// Whether at least `duration` has passed since, by either clock.
-    pub(super) fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
-        clock.uptime() >= self.uptime + duration || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
-    }
-}
-
-#[derive(Default)]
-struct State {
-    /// When the last successful call was sent.
-    last_success: Option<Moment>,
-    /// When the call was sent whose answer counts now.
-    last_attempt: Option<Moment>,
-    /// When it last made a call of its own.
-    last_call: Option<Moment>,
-    /// When the next renewal is due.
-    due: Duration,
-    /// What the last call answered, if not success.
-    refusal: Option<Refusal>,
-    /// When the call under way was sent.
-    calling: Option<Moment>,
-    /// Whether the listeners were last told of a loss; `None` before the first answer, which they are told in any case: they may
-    /// depend on what an earlier process has left on record.
-    told_lost: Option<bool>,
-}
-
+/// The lease of one master key.
 pub(crate) struct Lease {
     cmk: Cmk,
     kms: BoundedKms,
-    circuit: Arc<Circuit>,
+    breaker: Arc<CircuitBreaker>,
     probe: Mutex<Arc<Probe>>,
     terms: LeaseTerms,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Until when (uptime in microseconds) operations need not look at `state`.
+    /// Until when, by the uptime in microseconds, [`Lease::admit`] need not look at `state`.
     fresh_until: AtomicU64,
-    /// The wall-clock time that ends it too.
+    /// The same by the wall clock. The earlier one counts.
     wall_until: AtomicU64,
-    /// Counts the losses: keys loaded before a loss are never used after it.
+    /// Counts the losses. Keys that were loaded before a loss are never used after it.
     epoch: AtomicU64,
     calls: AtomicU64,
-    /// Who tends it, and as what; nobody in a store without threads.
-    pool: Option<(Arc<LeasePool>, u64)>,
-    /// For the pool, which does not keep it alive.
+    /// The pool that renews the lease, and the lease's number in it.
+    pool: Option<(Arc<RenewalPool>, u64)>,
+    /// For the pool and the circuit breaker, which do not keep the lease alive.
     this: Weak<Lease>,
     listeners: Mutex<Vec<Weak<dyn LeaseListener>>>,
-    /// Serializes the telling of listeners, so that a loss and a recovery are heard in order.
+    /// Held while the listeners are called, so that they hear losses and recoveries in order.
     telling: Mutex<()>,
 }
 
@@ -179,26 +112,18 @@ impl fmt::Debug for Lease {
 }
 
 impl Lease {
-    #[expect(clippy::too_many_arguments, reason = "what the store injects, in one place")]
-    pub(crate) fn new(
-        cmk: Cmk,
-        kms: BoundedKms,
-        circuit: Arc<Circuit>,
-        probe: Probe,
-        terms: LeaseTerms,
-        clock: Arc<dyn Clock>,
-        random: Arc<dyn Random>,
-        pool: Option<Arc<LeasePool>>,
-    ) -> Arc<Self> {
+    /// Makes a lease that admits nothing yet. Its first use calls the KMS.
+    pub(crate) fn new(parts: LeaseParts) -> Arc<Self> {
+        let LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool } = parts;
         Arc::new_cyclic(|this| Self {
             cmk,
             kms,
-            circuit,
-            probe: Mutex::new(Arc::new(probe)),
+            breaker,
+            probe: Mutex::new(LockRank::LeaseProbe, Arc::new(probe)),
             terms,
             clock,
             random,
-            state: Mutex::default(),
+            state: Mutex::new(LockRank::LeaseState, State::default()),
             changed: Condvar::new(),
             fresh_until: AtomicU64::new(0),
             wall_until: AtomicU64::new(0),
@@ -206,8 +131,8 @@ impl Lease {
             calls: AtomicU64::new(0),
             pool: pool.map(|pool| (Arc::clone(&pool), pool.enter())),
             this: Weak::clone(this),
-            listeners: Mutex::default(),
-            telling: Mutex::default(),
+            listeners: Mutex::new(LockRank::LeaseListeners, Vec::new()),
+            telling: Mutex::new(LockRank::LeaseTelling, ()),
         })
     }
 
@@ -215,11 +140,12 @@ impl Lease {
         &self.cmk
     }
 
-    /// Renews with this probe from now on: the same key, wrapped again.
+    /// Renews with this probe from now on. It holds the same key, wrapped again.
     pub(crate) fn set_probe(&self, probe: Probe) {
         *lock(&self.probe) = Arc::new(probe);
     }
 
+    /// Adds a listener, once.
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
         {
             let mut listeners = lock(&self.listeners);
@@ -227,28 +153,28 @@ impl Lease {
             listeners.retain(|other| other.strong_count() > 0 && !same(other));
             listeners.push(listener);
         }
-        // Renewal may have been put off for as long as nobody listened.
+        // A lease without listeners is not renewed.
         self.wake();
     }
 
-    /// Has it tended now, in another thread.
+    /// Has a thread of the pool tend the lease now.
     fn wake(&self) {
-        if let Some((pool, id)) = &self.pool {
-            // The first waking, in `start`, has a thread; no later one can fail.
-            let _ = pool.wake(*id, Weak::clone(&self.this));
-        }
+        // The first wake, in `start`, has started a thread. No later one can fail.
+        let _ = self.start();
     }
 
-    /// Has it tended from now on.
+    /// Has the pool renew the lease from now on.
     ///
     /// # Errors
-    /// When there is no thread for it.
+    /// When the pool cannot start its first thread.
     pub(crate) fn start(&self) -> std::io::Result<()> {
-        self.pool.as_ref().map_or(Ok(()), |(pool, id)| pool.wake(*id, Weak::clone(&self.this)))
+        let Some((pool, id)) = &self.pool else { return Ok(()) };
+        let this: Weak<dyn Renewable> = self.this.clone();
+        pool.wake(*id, this)
     }
 
-    /// Takes in an answer and wakes who waited for it. It is tended next: a loss or a recovery is told at once, and the next renewal
-    /// is due anew.
+    /// Takes in the answer to the call that was sent at `sent`, and wakes the threads that wait for
+    /// it. The pool then tells the listeners at once, and reschedules the next renewal.
     fn answered(&self, sent: Moment, answer: Result<(), Refusal>) {
         {
             let mut state = lock(&self.state);
@@ -261,13 +187,17 @@ impl Lease {
         self.wake();
     }
 
-    /// Those that depend on it now.
+    /// The listeners that depend on the lease now.
     fn dependents(&self) -> Vec<Arc<dyn LeaseListener>> {
         let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
         listeners.into_iter().filter(|listener| listener.depends_on(&self.cmk)).collect()
     }
 
-    /// Admits an operation that starts now, or says why not. Returns the epoch: keys of another one must not be used.
+    /// Admits an operation that starts now. Returns the epoch: the caller must not use keys that
+    /// were loaded under another epoch. Blocks for a KMS call if the last answer is too old.
+    ///
+    /// # Errors
+    /// Why the lease does not admit it.
     pub(crate) fn admit(&self) -> Result<u64, Refusal> {
         let epoch = self.epoch.load(Ordering::Acquire);
         if micros(self.clock.uptime()) < self.fresh_until.load(Ordering::Acquire)
@@ -293,29 +223,35 @@ impl Lease {
     fn needs_call(&self) -> bool {
         let state = lock(&self.state);
         let Some(sent) = state.last_attempt else { return true };
-        sent.is_past(self.answer_lasts(), &*self.clock)
-            || if state.refusal.is_some() { self.clock.uptime() >= state.due } else { self.ended(&state) }
+        let again = match state.refusal {
+            Some(_) => self.clock.uptime() >= state.due,
+            None => self.ended(&state),
+        };
+        again || sent.is_past(self.answer_lasts(), &*self.clock)
     }
 
-    /// For how long after it was sent the answer to a call is good enough to decide by.
+    /// How long an answer counts, from when its call was sent.
     fn answer_lasts(&self) -> Duration {
         self.terms.revalidate_every + self.terms.call_timeout
     }
 
-    /// Whether the lease has run out, by either clock, or the customer's refusal has ended it.
+    /// Whether the lease has run out, by either clock, or a refusal of the customer has ended it.
     fn ended(&self, state: &State) -> bool {
-        state.last_success.is_none_or(|sent| sent.is_past(self.terms.outage_grace, &*self.clock))
+        let grace = self.terms.outage_grace;
+        state.last_success.is_none_or(|sent| sent.is_past(grace, &*self.clock))
     }
 
-    /// What holds at this moment, without asking anybody.
+    /// Whether the lease admits operations at this moment. Makes no call.
     fn standing(&self, state: &State) -> Result<(), Refusal> {
         if !self.ended(state) {
             return Ok(());
         }
-        Err(state.refusal.clone().unwrap_or_else(|| Refusal::Unreachable("the lease has ended".to_owned())))
+        let ended = || Refusal::Unreachable("the lease has ended".to_owned());
+        Err(state.refusal.clone().unwrap_or_else(ended))
     }
 
-    /// Asks the KMS by a call that is sent from now on: one that is under way may have been answered before what the caller knows of.
+    /// Calls the KMS by a call that is sent after this began. The answer to a call under way may be
+    /// older than a change at the KMS that the caller knows of.
     pub(crate) fn renew_afresh(&self) {
         let mut state = lock(&self.state);
         let under_way = state.calling;
@@ -326,7 +262,8 @@ impl Lease {
         self.renew();
     }
 
-    /// Asks the KMS now, unless a call is under way: then waits for that one. Either takes no longer than a call may take.
+    /// Calls the KMS now. If a call is under way, waits for that one instead. Blocks for at most
+    /// the time limit of a call.
     pub(crate) fn renew(&self) {
         let mut state = lock(&self.state);
         if let Some(sent) = state.calling {
@@ -341,23 +278,27 @@ impl Lease {
         drop(state);
         self.calls.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask();
-        let spared = self.circuit.note(sent, &answer);
+        let spared = self.breaker.note(sent, &answer);
         self.answered(sent, answer);
         spared.iter().for_each(|lease| lease.ask_soon());
     }
 
-    /// Asks the KMS, unless the lease has ended and another one's call has just found that the KMS does not answer.
+    /// Calls the KMS, unless the lease has expired and another lease's call has just found that the
+    /// KMS does not answer. Then it reuses that result.
     fn renew_unless_spared(&self) {
         let outage = {
             let state = lock(&self.state);
             let every = self.terms.revalidate_every;
             let unreachable = matches!(state.refusal, Some(Refusal::Unreachable(_)));
-            let long_ago = state.last_call.is_none_or(|sent| sent.is_past(every * PERIODS_SPARED, &*self.clock));
+            let spared_for = every * PERIODS_SPARED;
+            let long_ago = state.last_call.is_none_or(|sent| sent.is_past(spared_for, &*self.clock));
             if state.calling.is_some() || !unreachable || !self.ended(&state) || long_ago {
                 None
             } else {
-                // Earlier than the next renewal of whoever asked, so that it goes round.
-                self.circuit.spare(Weak::clone(&self.this), Moment::now(&*self.clock), every * 4 / 5, &*self.clock)
+                // Shorter than a period, so that the leases take turns: the lease that called last
+                // is not due again by then.
+                let (this, now) = (self.this.clone(), Moment::now(&*self.clock));
+                self.breaker.spare(this, now, every * 4 / 5, &*self.clock)
             }
         };
         match outage {
@@ -366,16 +307,11 @@ impl Lease {
         }
     }
 
-    /// The KMS answers again: asks within a fifth of a period.
-    fn ask_soon(&self) {
-        let every = self.terms.revalidate_every;
-        lock(&self.state).due = self.clock.uptime() + (every - self.jittered(every));
-        self.wake();
-    }
-
+    /// Unwraps the probe at the KMS.
     fn ask(&self) -> Result<(), Refusal> {
         let probe = Arc::clone(&lock(&self.probe));
-        let key = self.unwrap(probe.context.clone(), &probe.wrapped).map_err(|error| Refusal::from(&error))?;
+        let key = self.unwrap(probe.context.clone(), &probe.wrapped);
+        let key = key.map_err(|error| Refusal::from(&error))?;
         if fingerprint(&key) == probe.fingerprint {
             Ok(())
         } else {
@@ -383,11 +319,11 @@ impl Lease {
         }
     }
 
-    /// Unwraps the envelope of a Logstore, which is first used. In an outage that is known it does not wait for the KMS to
-    /// fail to answer once more.
+    /// Unwraps the envelope of a Logstore at its first use. In a known outage this fails at once
+    /// instead of waiting for the KMS.
     pub(crate) fn unwrap_envelope(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         let outage = match &lock(&self.state) {
-            state if self.clock.uptime() < state.due && self.circuit.is_open() => match &state.refusal {
+            state if self.clock.uptime() < state.due && self.breaker.is_open() => match &state.refusal {
                 Some(Refusal::Unreachable(detail)) => Some(detail.clone()),
                 _ => None,
             },
@@ -399,7 +335,7 @@ impl Lease {
         }
     }
 
-    /// Unwraps at the KMS, in the time that a call may take.
+    /// Unwraps at the KMS. Blocks for at most the time limit of a call.
     fn unwrap(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         self.kms.unwrap(&self.cmk, context, wrapped)
     }
@@ -413,7 +349,7 @@ impl Lease {
         state.due = sent.uptime + self.jittered(self.terms.revalidate_every);
         match &answer {
             Ok(()) => state.last_success = Some(sent),
-            // The customer's refusal ends the lease: an outage that follows has nothing left to ride.
+            // A refusal of the customer ends the lease. An outage that follows has no grace left.
             Err(Refusal::Revoked(_)) => state.last_success = None,
             Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
@@ -422,24 +358,29 @@ impl Lease {
         self.publish(state);
     }
 
-    /// Says what an answer changes.
+    /// Logs what an answer changes.
     fn trace(&self, before: Option<&Refusal>, answer: &Result<(), Refusal>) {
+        use Refusal::{Invalid, Revoked, Unreachable};
         let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
         match (before, answer) {
-            (None, Ok(())) => debug!(key, region, "a lease was renewed"),
-            (Some(_), Ok(())) => info!(key, region, "the KMS answers again: a lease was renewed"),
-            (_, Err(Refusal::Revoked(reason))) => warn!(key, region, %reason, "the KMS refuses a master key"),
-            (Some(Refusal::Unreachable(_) | Refusal::Invalid(_)), Err(_)) => debug!(key, region, "an outage goes on"),
-            (_, Err(Refusal::Unreachable(detail))) => {
-                warn!(key, region, detail, "an outage begins: the KMS cannot be reached, and the lease runs on");
+            (None, Ok(())) => debug!(key, region, "lease renewed"),
+            (Some(_), Ok(())) => info!(key, region, "the KMS answers again: lease renewed"),
+            (_, Err(Revoked(reason))) => {
+                warn!(key, region, %reason, "the KMS refuses a master key");
             }
-            (_, Err(Refusal::Invalid(detail))) => {
-                warn!(key, region, detail, "an outage begins: the KMS gives no valid answer, and the lease runs on");
+            (Some(Unreachable(_) | Invalid(_)), Err(_)) => {
+                debug!(key, region, "KMS outage continues");
+            }
+            (_, Err(Unreachable(detail))) => {
+                warn!(key, region, detail, "an outage begins: KMS unreachable, the lease runs on");
+            }
+            (_, Err(Invalid(detail))) => {
+                warn!(key, region, detail, "an outage begins: invalid KMS answer, the lease runs on");
             }
         }
     }
 
-    /// Updates what the quick path looks at.
+    /// Updates the atomics that [`Lease::admit`] looks at.
     fn publish(&self, state: &State) {
         match (self.standing(state), state.last_success, state.last_attempt) {
             (Ok(()), Some(success), Some(attempt)) => {
@@ -457,27 +398,29 @@ impl Lease {
         }
     }
 
-    /// Between four fifths of `period` and all of it, so that many leases do not call at the same moment.
+    /// A duration between four fifths of `period` and `period`, so that many leases do not call at
+    /// the same moment.
     fn jittered(&self, period: Duration) -> Duration {
         let mut byte = [0];
-        // Without randomness there is no jitter, and nothing worse.
+        // Without randomness there is no jitter. Nothing else depends on it.
         let _ = self.random.fill(&mut byte);
         period - period * u32::from(byte[0]) / (5 * 255)
     }
 
-    /// A refusal that another call under the same master key was given (the unwrap of a Logstore's own envelope).
+    /// Takes in a refusal that another call under the same master key got: the unwrap of a
+    /// Logstore's own envelope.
     pub(crate) fn report(&self, refusal: Refusal) {
         if matches!(refusal, Refusal::Revoked(_)) {
             self.answered(Moment::now(&*self.clock), Err(refusal));
         }
     }
 
-    /// Renews if that is due, notices the end of the lease, and tells the listeners what changed. Returns how long nothing
-    /// more is due. Must be called without any lock that a listener takes.
+    /// Renews if that is due, and tells the listeners about a loss or a recovery. Returns after how
+    /// long to call this again. The caller must hold no lock that a listener takes.
     pub(crate) fn tend(&self) -> Duration {
         const IDLE: Duration = Duration::from_secs(3600);
         if self.dependents().is_empty() {
-            // Its last Logstore was deleted, or has another master key now: whoever comes asks afresh.
+            // Every Logstore was deleted or has another master key. The next use calls the KMS.
             self.tell();
             return IDLE;
         }
@@ -501,7 +444,8 @@ impl Lease {
         }
     }
 
-    /// Tells the listeners, if the standing is not what they were last told.
+    /// Tells the listeners about a loss or a recovery that they have not heard of. Blocks while
+    /// they seal segments and write to the audit log.
     pub(crate) fn tell(&self) {
         let _in_order = lock(&self.telling);
         let standing = {
@@ -520,17 +464,17 @@ impl Lease {
             standing
         };
         let dependents = self.dependents();
-        let (key, region, logstores) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id, dependents.len());
+        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
+        let logstores = dependents.len();
         match &standing {
-            Ok(()) => info!(key, region, logstores, "a master key can be used"),
-            Err(refusal) => {
-                warn!(key, region, logstores, ?refusal, "a master key cannot be used: its data keys are wiped")
+            Ok(()) => {
+                info!(key, region, logstores, "master key usable");
+                dependents.iter().for_each(|listener| listener.recovered());
             }
-        }
-        match &standing {
-            Ok(()) => dependents.iter().for_each(|listener| listener.recovered()),
-            // Every key is wiped before the first record is written: however long that takes, or whether it fails, delays none.
+            // Every listener wipes its keys before the first one writes a record. So a record that
+            // takes long, or fails, delays no wipe.
             Err(refusal) => {
+                warn!(key, region, logstores, ?refusal, "master key lost: wiping its data keys");
                 dependents.iter().for_each(|listener| listener.lost(refusal));
                 dependents.iter().for_each(|listener| listener.note_lost(refusal));
             }
@@ -557,7 +501,7 @@ impl Lease {
         KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
     }
 
-    /// What the listeners were told last, if anything.
+    /// Whether the lease admits operations; `None` before the listeners have heard of any answer.
     pub(crate) fn told(&self) -> Option<Result<(), Refusal>> {
         let state = lock(&self.state);
         state.told_lost.map(|_| self.standing(&state))
@@ -579,8 +523,38 @@ impl Lease {
     }
 }
 
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+impl Renewable for Lease {
+    fn tend(&self) -> Duration {
+        Lease::tend(self)
+    }
+}
+
+impl Spared for Lease {
+    /// Makes the next renewal due within a fifth of a period.
+    fn ask_soon(&self) {
+        let every = self.terms.revalidate_every;
+        lock(&self.state).due = self.clock.uptime() + (every - self.jittered(every));
+        self.wake();
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// When the last successful call was sent.
+    last_success: Option<Moment>,
+    /// When the call was sent whose answer counts now. It may be a call of another lease.
+    last_attempt: Option<Moment>,
+    /// When this lease last made a call of its own.
+    last_call: Option<Moment>,
+    /// When the next renewal is due, by the uptime.
+    due: Duration,
+    /// The last answer, unless it was a success.
+    refusal: Option<Refusal>,
+    /// When the call under way was sent.
+    calling: Option<Moment>,
+    /// Whether the listeners last heard of a loss; `None` before the first answer. They hear of
+    /// that one in any case: a loss that an earlier process recorded may have ended since.
+    told_lost: Option<bool>,
 }
 
 #[cfg(test)]

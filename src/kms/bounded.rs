@@ -8,12 +8,17 @@ use std::{
 
 use tracing::{debug, warn};
 
-use super::{Cmk, EncryptionContext, Kms, KmsCall, KmsError};
+use super::{
+    Cmk, EncryptionContext, Kms, KmsCall, KmsError,
+    meter::{KmsMeter, Outcome},
+};
 use crate::{
     crypto::{SecretKey, on_clean_stack},
     io::Clock,
-    metrics::{Counters, Outcome},
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        assert_no_lock_across,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 /// The most calls to one KMS at once. Calls that were given up and have not returned yet are
@@ -46,7 +51,7 @@ impl Drop for Underway {
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) counters: Arc<Counters>,
+    pub(crate) meter: Arc<KmsMeter>,
 }
 
 impl Watch {
@@ -62,7 +67,7 @@ impl Watch {
         let answer = make();
         let took = self.clock.uptime().saturating_sub(began);
         let outcome = Outcome::of(&answer);
-        self.counters.kms_call(outcome, took);
+        self.meter.count(outcome, took);
         let (key, region, latency_us) = (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
         let outcome = outcome.word();
         match &answer {
@@ -111,6 +116,7 @@ impl BoundedKms {
         context: EncryptionContext,
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
     ) -> Result<T, KmsError> {
+        assert_no_lock_across("a KMS call");
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
         // The backend handles the key on this stack. The thread may continue or its stack may be
         // reused.

@@ -6,7 +6,7 @@ use super::{Kms, KmsCall, KmsError};
 use crate::{
     crypto::SecretKey,
     sync::{
-        Mutex,
+        LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
         lock,
     },
@@ -123,8 +123,8 @@ impl FaultyKms {
         Self {
             kms,
             sleep: Box::new(thread::sleep),
-            script: Mutex::default(),
-            plan: Mutex::new(Box::new(|_, _| Fault::none())),
+            script: Mutex::new(LockRank::KmsScript, VecDeque::new()),
+            plan: Mutex::new(LockRank::KmsPlan, Box::new(|_, _| Fault::none())),
             calls: AtomicU64::new(0),
         }
     }
@@ -238,7 +238,7 @@ mod tests {
         let local = LocalKms::create_or_open(dir.path()).unwrap();
         let cmk_key_id = local.create_key("r", &["role"]).unwrap();
         let local = Arc::new(local);
-        let slept = Arc::new(Mutex::new(Duration::ZERO));
+        let slept = Arc::new(Mutex::new(LockRank::Test, Duration::ZERO));
         let time = Arc::clone(&slept);
         let kms = FaultyKms::new(Arc::clone(&local) as _).sleeping_by(move |by| *lock(&time) += by);
         let cmk = Cmk { cmk_key_id, arn: "role".into(), region_id: "r".into() };

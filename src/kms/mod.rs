@@ -70,8 +70,10 @@ mod faulty;
 mod http;
 #[cfg(feature = "kms-local")]
 mod local;
+pub(crate) mod meter;
 #[cfg(feature = "kms-pkcs11")]
 pub mod pkcs11;
+mod router;
 mod url;
 
 use std::{collections::BTreeMap, fmt, time::Duration};
@@ -82,11 +84,15 @@ use serde::{Deserialize, Serialize};
 pub use aliyun::AliyunKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsKms;
-pub(crate) use bounded::{BoundedKms, Watch};
+pub(crate) use bounded::BoundedKms;
+#[cfg(test)]
+pub(crate) use bounded::Watch;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
+pub(crate) use meter::KmsMeter;
+pub(crate) use router::{KmsRouter, NoKms};
 pub use url::{KmsUrlError, from_url};
 
 use crate::crypto::SecretKey;

@@ -3,10 +3,8 @@
 use bytes::BufMut;
 use zeroize::Zeroize;
 
-use super::{
-    BLOCK_GROUPS_MAX, BLOCK_LIST_BYTES_MAX, CRC_LEN, Compression, Cursor, DecodeError, HASH_LEN, SEGMENT_TAG_LEN,
-    TAG_LEN, put_crc, require, strip_crc,
-};
+use super::{BLOCK_GROUPS_MAX, BLOCK_LIST_BYTES_MAX, Compression, HASH_LEN, SEGMENT_TAG_LEN, TAG_LEN};
+use crate::wire::{CRC_LEN, Cursor, DecodeError, put_crc, require, strip_crc};
 
 pub(super) const MAGIC: &[u8; 4] = b"EBLK";
 /// The bytes behind the payload: tag and CRC32.

@@ -3,10 +3,13 @@
 use bytes::BufMut;
 
 use super::{
-    BlockHeader, CRC_LEN, Cursor, DecodeError, HASH_LEN, INDEX_ENTRIES_MAX, INDEX_STRIDE_BYTES, SEGMENT_TAG_LEN,
-    TAG_LEN, block::nonce, header::DecodedHeader, put_crc, require, strip_crc,
+    BlockHeader, HASH_LEN, INDEX_ENTRIES_MAX, INDEX_STRIDE_BYTES, SEGMENT_TAG_LEN, TAG_LEN, block::nonce,
+    header::DecodedHeader,
 };
-use crate::crypto::{self, HashAlg, Hasher};
+use crate::{
+    crypto::{self, HashAlg, Hasher},
+    wire::{CRC_LEN, Cursor, DecodeError, put_crc, require, strip_crc},
+};
 
 const MAGIC: &[u8; 4] = b"EFTR";
 const TRAILER_MAGIC: &[u8; 4] = b"SEAL";

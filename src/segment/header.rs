@@ -2,13 +2,11 @@
 
 use bytes::BufMut;
 
-use super::{
-    CRC_LEN, Cursor, DecodeError, EXTENSIONS_BYTES_MAX, Features, Footer, HASH_LEN, put_crc, require, segment_tag,
-    strip_crc,
-};
+use super::{EXTENSIONS_BYTES_MAX, Footer, HASH_LEN, segment_tag};
 use crate::{
     crypto::{self, HashAlg, Suite},
     ids::{LogstoreId, SegmentId, StoreId},
+    wire::{CRC_LEN, Cursor, DecodeError, Features, put_crc, require, strip_crc},
 };
 
 const MAGIC: &[u8; 8] = b"ENVLSEG\0";

@@ -5,7 +5,7 @@
 //! allocates more than the limits below allow. All numbers are little-endian.
 
 mod block;
-mod codec;
+mod compression;
 mod contents;
 mod footer;
 mod header;
@@ -15,13 +15,15 @@ use std::fmt;
 
 pub use block::{BlockHeader, BlockKind};
 pub(crate) use block::{BlockView, SealBuffer};
-pub use codec::{Compression, UnknownCompression};
-pub(crate) use codec::{Compressor, Decompressor};
+pub use compression::{Compression, UnknownCompression};
+pub(crate) use compression::{Compressor, Decompressor};
 pub(crate) use contents::{check_groups, entries};
 pub use footer::{DecodedFooter, Footer, IndexEntry};
 pub(crate) use footer::{FooterBuilder, Trailer};
 pub use header::{DecodedHeader, Extension, KeySource, Predecessor, PredecessorEnd, SegmentHeader};
 pub(crate) use scan::{ScanReport, ScanVerdict, ScannedBlock, end_of_data, scan};
+
+pub use crate::wire::{DecodeError, Features};
 
 /// The longest segment file, in bytes.
 pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;
@@ -47,88 +49,6 @@ const SEGMENT_TAG_LEN: usize = 8;
 const HASH_LEN: usize = 32;
 /// The bytes of an authentication tag.
 const TAG_LEN: usize = 16;
-/// The bytes of a CRC32.
-const CRC_LEN: usize = 4;
-
-/// The reason why bytes cannot be decoded.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum DecodeError {
-    /// The input is too short.
-    #[error("{needed} bytes are needed, there are {have}")]
-    Short {
-        /// How many bytes are needed. Once more of the input is known, the number may rise.
-        needed: u64,
-        /// How many bytes the input has.
-        have: u64,
-    },
-    /// The input does not begin with the magic bytes. A trailer must end with them.
-    #[error("the magic bytes are wrong")]
-    Magic,
-    /// The CRC32 does not match the bytes that it covers.
-    #[error("the CRC32 does not hold")]
-    Crc,
-    /// The input has this format version, which is newer than this build.
-    #[error("format version {0} is newer than this build")]
-    NewerVersion(u16),
-    /// The input has this format version, which is older than the versions that this build reads.
-    #[error("format version {0} is older than this build reads")]
-    OlderVersion(u16),
-    /// The input uses a feature that this build does not have.
-    #[error("unknown feature: {0}")]
-    Feature(String),
-    /// This field has a value that the format does not allow.
-    #[error("impossible value: {0}")]
-    Field(&'static str),
-}
-
-/// The three sets of feature bits. This build knows no feature bit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Features {
-    /// A build may read and write although it does not know one of these bits.
-    pub compatible: u32,
-    /// A build that does not know one of these bits may read, but must not write.
-    pub read_only_compatible: u32,
-    /// A build that does not know one of these bits must neither read nor write.
-    pub incompatible: u32,
-}
-
-impl Features {
-    /// The bits of [`Features::read_only_compatible`] that this build does not know. If there are
-    /// any, this build must not write.
-    #[must_use]
-    pub fn unknown_read_only(&self) -> u32 {
-        self.read_only_compatible
-    }
-
-    /// Fails if `read_only_compatible` has bits that this build does not know.
-    pub(crate) fn check_writing(&self) -> Result<(), DecodeError> {
-        match self.unknown_read_only() {
-            0 => Ok(()),
-            bits => Err(DecodeError::Feature(format!(
-                "read-only-compatible feature bits {bits:#x}: it can be read, not written"
-            ))),
-        }
-    }
-
-    /// Fails if `incompatible` has bits that this build does not know.
-    pub(crate) fn check(&self) -> Result<(), DecodeError> {
-        match self.incompatible {
-            0 => Ok(()),
-            bits => Err(DecodeError::Feature(format!("incompatible feature bits {bits:#x}"))),
-        }
-    }
-
-    pub(crate) fn encode(&self, out: &mut impl bytes::BufMut) {
-        out.put_u32_le(self.compatible);
-        out.put_u32_le(self.read_only_compatible);
-        out.put_u32_le(self.incompatible);
-    }
-
-    pub(crate) fn decode(cursor: &mut Cursor<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { compatible: cursor.u32()?, read_only_compatible: cursor.u32()?, incompatible: cursor.u32()? })
-    }
-}
 
 /// The parts of a segment's file name: `{ordinal:010}-{first_seq:020}-{epoch:010}.seg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -156,95 +76,6 @@ impl fmt::Display for SegmentName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:010}-{:020}-{:010}.seg", self.ordinal, self.first_seq, self.epoch)
     }
-}
-
-/// Reads little-endian values from the front of a byte string.
-pub(crate) struct Cursor<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Cursor<'a> {
-    pub(crate) fn new(bytes: &'a [u8]) -> Self {
-        Self { bytes, at: 0 }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.at >= self.bytes.len()
-    }
-
-    pub(crate) fn bytes(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
-        let short = || DecodeError::Short {
-            needed: (self.at as u64).saturating_add(len as u64),
-            have: self.bytes.len() as u64,
-        };
-        let end = self.at.checked_add(len).ok_or_else(short)?;
-        let taken = self.bytes.get(self.at..end).ok_or_else(short)?;
-        self.at = end;
-        Ok(taken)
-    }
-
-    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        let mut array = [0; N];
-        array.copy_from_slice(self.bytes(N)?);
-        Ok(array)
-    }
-
-    pub(crate) fn u8(&mut self) -> Result<u8, DecodeError> {
-        Ok(u8::from_le_bytes(self.array()?))
-    }
-
-    pub(crate) fn u16(&mut self) -> Result<u16, DecodeError> {
-        Ok(u16::from_le_bytes(self.array()?))
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32, DecodeError> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64, DecodeError> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    /// Reads `len` bytes, which must be zero.
-    pub(crate) fn zeros(&mut self, len: usize, what: &'static str) -> Result<(), DecodeError> {
-        require(self.bytes(len)?.iter().all(|&byte| byte == 0), what)
-    }
-
-    /// Reads the bytes of `magic`.
-    pub(crate) fn magic(&mut self, magic: &[u8]) -> Result<(), DecodeError> {
-        if self.bytes(magic.len())? == magic { Ok(()) } else { Err(DecodeError::Magic) }
-    }
-
-    /// Reads a format version. It must be `known`, the version that this build reads and writes.
-    pub(crate) fn version(&mut self, known: u16) -> Result<(), DecodeError> {
-        match self.u16()? {
-            version if version == known => Ok(()),
-            0 => Err(DecodeError::Field("version")),
-            version if version > known => Err(DecodeError::NewerVersion(version)),
-            version => Err(DecodeError::OlderVersion(version)),
-        }
-    }
-}
-
-/// Fails with [`DecodeError::Field`] unless `holds`.
-pub(crate) fn require(holds: bool, what: &'static str) -> Result<(), DecodeError> {
-    if holds { Ok(()) } else { Err(DecodeError::Field(what)) }
-}
-
-/// Checks the CRC32 at the end of `bytes` and returns the bytes before it.
-pub(crate) fn strip_crc(bytes: &[u8]) -> Result<&[u8], DecodeError> {
-    match bytes.split_last_chunk::<CRC_LEN>() {
-        Some((covered, crc)) if crc32fast::hash(covered) == u32::from_le_bytes(*crc) => Ok(covered),
-        Some(_) => Err(DecodeError::Crc),
-        None => Err(DecodeError::Short { needed: CRC_LEN as u64, have: bytes.len() as u64 }),
-    }
-}
-
-/// Appends the CRC32 of the bytes of `out` from `from` on.
-pub(crate) fn put_crc(out: &mut Vec<u8>, from: usize) {
-    let crc = crc32fast::hash(&out[from..]);
-    out.extend_from_slice(&crc.to_le_bytes());
 }
 
 /// The tag by which blocks and footers name their segment: the first bytes of the hash of its
@@ -307,16 +138,6 @@ pub(crate) mod tests {
         ] {
             assert_eq!(SegmentName::parse(wrong), None, "{wrong}");
         }
-    }
-
-    #[test]
-    fn cursor_reports_what_is_missing() {
-        let mut cursor = Cursor::new(&[1, 2, 3]);
-        assert_eq!(cursor.u16(), Ok(0x0201));
-        assert_eq!(cursor.u32(), Err(DecodeError::Short { needed: 6, have: 3 }));
-        assert_eq!(cursor.bytes(usize::MAX), Err(DecodeError::Short { needed: u64::MAX, have: 3 }));
-        assert_eq!(cursor.u8(), Ok(3));
-        assert!(cursor.is_empty());
     }
 
     proptest! {

@@ -29,9 +29,10 @@ use crc32fast::Hasher;
 use memchr::memmem::Finder;
 
 use super::{
-    BlockHeader, BlockView, CRC_LEN, DecodeError, DecodedHeader, SEGMENT_BYTES_MAX, SEGMENT_TAG_LEN, TAG_LEN,
+    BlockHeader, BlockView, DecodedHeader, SEGMENT_BYTES_MAX, SEGMENT_TAG_LEN, TAG_LEN,
     block::{MAGIC, SUFFIX_LEN},
 };
+use crate::wire::{CRC_LEN, DecodeError};
 
 /// How much one read fetches, in bytes, unless a block is longer.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -451,7 +452,8 @@ mod tests {
     use crate::{
         crypto::{HashAlg, Suite},
         ids::{LogstoreId, SegmentId, StoreId},
-        segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader, put_crc},
+        segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader},
+        wire::put_crc,
     };
 
     /// Reads from a file with these bytes.

@@ -6,7 +6,7 @@ use super::{hashing::PayloadHash, record::Head};
 use crate::{
     io::DiskFile,
     segment::{BlockHeader, DecodedHeader, Footer, FooterBuilder, SealBuffer},
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// How far the active segment has been written. The writer adds blocks, readers look.
@@ -20,7 +20,11 @@ pub(crate) struct ActiveView {
 impl ActiveView {
     pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
         let (builder, visible, spare) = (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
-        Arc::new(Self { file, header, progress: Mutex::new(Progress { visible, builder, pending: None, spare }) })
+        Arc::new(Self {
+            file,
+            header,
+            progress: Mutex::new(LockRank::ActiveView, Progress { visible, builder, pending: None, spare }),
+        })
     }
 
     /// Adds a block that has been written and ends at `end`. Returns a buffer for the next block.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::sync::{Condvar, Mutex, lock, wait};
+use crate::sync::{Condvar, LockRank, Mutex, lock, wait};
 
 /// Limits how many bytes of groups wait to be written in the whole store.
 pub(crate) struct Budget {
@@ -13,7 +13,7 @@ pub(crate) struct Budget {
 
 impl Budget {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: Mutex::new(0), released: Condvar::new() })
+        Arc::new(Self { limit, used: Mutex::new(LockRank::Budget, 0), released: Condvar::new() })
     }
 
     /// Takes `bytes`, if there is room. A request larger than the whole budget succeeds alone.

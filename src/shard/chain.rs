@@ -15,7 +15,7 @@ use crate::{
     Error, Result,
     keys::keyring::Keyring,
     segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// A segment whose header and end are proved.
@@ -26,10 +26,15 @@ pub(crate) struct Proved {
 }
 
 /// The segments of a shard that are proved.
-#[derive(Default)]
 pub(super) struct Chain {
     /// By ordinal.
     proved: Mutex<BTreeMap<u64, Proved>>,
+}
+
+impl Default for Chain {
+    fn default() -> Self {
+        Self { proved: Mutex::new(LockRank::ShardChain, BTreeMap::new()) }
+    }
 }
 
 impl Chain {

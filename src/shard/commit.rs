@@ -21,7 +21,7 @@ use super::Durability;
 use crate::{
     Error, Result, group,
     segment::{BLOCK_GROUPS_MAX, BlockKind},
-    sync::{Condvar, Mutex, MutexGuard, lock, wait},
+    sync::{Condvar, LockRank, Mutex, MutexGuard, lock, wait},
 };
 
 /// The queue, the watermarks and the leadership of one shard.
@@ -120,7 +120,12 @@ pub(super) struct Resigned {
 
 impl GroupCommit {
     pub(super) fn new(block_bytes: usize, linger: Duration) -> Self {
-        Self { block_bytes, linger, state: Mutex::default(), progress: Condvar::new() }
+        Self {
+            block_bytes,
+            linger,
+            state: Mutex::new(LockRank::ShardState, State::default()),
+            progress: Condvar::new(),
+        }
     }
 
     // ---- callers ----

@@ -10,7 +10,7 @@ use std::{collections::VecDeque, io, sync::Arc, thread::JoinHandle};
 use crate::{
     crypto::{HashAlg, hash},
     segment::SealBuffer,
-    sync::{Condvar, Mutex, lock, wait},
+    sync::{Condvar, LockRank, Mutex, lock, wait},
 };
 
 /// A payload shorter than this, in bytes, is hashed at once: waking a thread takes longer.
@@ -26,10 +26,15 @@ pub(crate) struct PayloadHasher {
     on: bool,
 }
 
-#[derive(Default)]
 struct Queue {
     jobs: Mutex<Jobs>,
     changed: Condvar,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self { jobs: Mutex::new(LockRank::HasherJobs, Jobs::default()), changed: Condvar::new() }
+    }
 }
 
 #[derive(Default)]
@@ -58,7 +63,7 @@ pub(crate) struct PayloadHash(Arc<Job>);
 
 impl PayloadHasher {
     pub(crate) fn new(on: bool) -> Arc<Self> {
-        Arc::new(Self { queue: Arc::default(), thread: Mutex::default(), on })
+        Arc::new(Self { queue: Arc::default(), thread: Mutex::new(LockRank::HasherThread, None), on })
     }
 
     /// Starts the thread.
@@ -82,7 +87,8 @@ impl PayloadHasher {
 
     /// Hashes the payload of a completed block.
     pub(crate) fn hash(&self, algorithm: HashAlg, block: SealBuffer) -> PayloadHash {
-        let job = |state| Arc::new(Job { algorithm, state: Mutex::new(state), done: Condvar::new() });
+        let job =
+            |state| Arc::new(Job { algorithm, state: Mutex::new(LockRank::HashJob, state), done: Condvar::new() });
         if !self.on {
             return PayloadHash(job(State::Done([0; 32], block)));
         }

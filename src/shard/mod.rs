@@ -57,7 +57,7 @@ use crate::{
     keys::gate::Gate,
     schedule::{ShardJob, Task, Wake},
     segment::{Compression, Footer, KeySource},
-    sync::{Mutex, RwLock, lock},
+    sync::{LockRank, Mutex, RwLock, lock},
 };
 
 pub(crate) use budget::Budget;
@@ -160,12 +160,12 @@ impl Shard {
         Arc::new_cyclic(|this| Self {
             list: Arc::new(SegmentList::new(&context, id, dir, record)),
             commit: GroupCommit::new(context.options.block_bytes, context.options.linger),
-            writer: Mutex::new(SegmentWriter::new(Arc::clone(&env))),
+            writer: Mutex::new(LockRank::ShardWriter, SegmentWriter::new(Arc::clone(&env))),
             env,
             context,
             timers: Timers::default(),
-            unrecorded: Mutex::default(),
-            notices: Mutex::default(),
+            unrecorded: Mutex::new(LockRank::ShardReached, None),
+            notices: Mutex::new(LockRank::ShardNotices, Vec::new()),
             this: this.clone(),
         })
     }

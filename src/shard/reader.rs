@@ -18,7 +18,7 @@ use crate::{
     keys::gate::{InUse, KeptPlaintext},
     segment::{BlockHeader, BlockKind, entries},
     sync::{
-        Mutex,
+        LockRank, Mutex,
         atomic::{AtomicUsize, Ordering},
         lock,
     },
@@ -450,8 +450,13 @@ impl Iterator for Reader {
 
 /// Records that were decrypted and not returned yet. They are wiped together with the keys, whether
 /// or not the reader is used again.
-#[derive(Default)]
 struct ReadAhead(Mutex<Ahead>);
+
+impl Default for ReadAhead {
+    fn default() -> Self {
+        Self(Mutex::new(LockRank::ReadAhead, Ahead::default()))
+    }
+}
 
 #[derive(Default)]
 struct Ahead {

@@ -24,7 +24,7 @@ use crate::{
         SegmentHeader, SegmentName, Trailer,
     },
     sync::{
-        RwLock,
+        LockRank, RwLock,
         atomic::{AtomicBool, Ordering},
         read, write,
     },
@@ -130,8 +130,8 @@ impl SegmentList {
             plan: Arc::clone(&context.plan),
             read_only: context.read_only,
             reload: context.reload.clone(),
-            record: RwLock::new(record),
-            listed: RwLock::new(None),
+            record: RwLock::new(LockRank::ShardRecord, record),
+            listed: RwLock::new(LockRank::ShardSegments, None),
             chain: Chain::default(),
             leftovers: AtomicBool::new(false),
         }

@@ -205,8 +205,7 @@ impl StoreShared {
     }
 
     pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
-        let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
-        Ok(self.kms_for(&cmk.region_id).ok_or_else(none)?)
+        Ok(self.kms.serving(&cmk.region_id)?)
     }
 
     /// Wraps a data key at the KMS, and sees to it that there is a probe.
@@ -332,7 +331,8 @@ impl StoreShared {
         removal::check_types(&*self.disk, &dir, &entry.meta().path(&dir))?;
         self.audit.record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
         self.commit(&mut admin, vec![Change::Deleted { name: name.clone(), id }])?;
-        if let Some(open) = lock(&self.logstores).remove(name) {
+        let open = lock(&self.logstores).remove(name);
+        if let Some(open) = open {
             open.delete();
         }
         self.audit.record(AuditEvent::Deleted, Some((name, id)), "")?;

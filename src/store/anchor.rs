@@ -21,7 +21,7 @@ use crate::{
     metrics::Counters,
     shard::{AdmitAppend, ShardRecord},
     sync::{
-        Condvar, Mutex,
+        Condvar, LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
         lock, read, wait, wait_timeout, write,
     },
@@ -244,7 +244,7 @@ impl Feeder {
             store,
             clock,
             counters,
-            state: Mutex::default(),
+            state: Mutex::new(LockRank::Anchor, State::default()),
             changed: Condvar::new(),
             behind_since_us: AtomicU64::new(UP_TO_DATE),
         })

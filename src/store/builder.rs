@@ -31,17 +31,17 @@ use crate::{
     keys::{
         AuditEvent,
         audit::{AuditLog, FILE_BYTES_LIMIT},
-        custody::Custody,
         gate::KeyContext,
         keyring::{Keyring, NewKeyring},
         keyring_file::KeyringFile,
-        pool::LeasePool,
+        keyring_seal::KeyringSeal,
+        renewal_pool::RenewalPool,
     },
-    kms::{BoundedKms, Cmk, Kms, Watch},
+    kms::{Cmk, Kms, KmsRouter},
     metrics::Counters,
     segment::{BLOCK_LIST_BYTES_MAX, Features, SEGMENT_BYTES_MAX},
     shard::{Budget, PayloadHasher, ReaderPermits},
-    sync::{Mutex, RwLock, lock, read},
+    sync::{LockRank, Mutex, RwLock, lock, read},
 };
 
 /// Who does what is not done at once: partial batches, marks, rolling by age, retention, leases.
@@ -501,12 +501,10 @@ impl StoreBuilder {
         recovered
     }
 
-    pub(super) fn custody(&self) -> Custody {
-        let counters: Arc<Counters> = Arc::default();
-        let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&counters) };
-        let (timeout, inline) = (self.options.kms_timeout, self.options.background == Background::Manual);
-        let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
-        Custody { provider: Arc::clone(&self.provider), kms: self.kms.iter().map(bounded).collect(), counters }
+    pub(super) fn keyring_seal(&self) -> KeyringSeal {
+        let inline = self.options.background == Background::Manual;
+        let kms = KmsRouter::new(&self.kms, self.options.kms_timeout, inline, Arc::clone(&self.clock));
+        KeyringSeal::new(Arc::clone(&self.provider), kms)
     }
 
     /// Refuses to write a store on a network file system, unless the options allow it.
@@ -541,11 +539,11 @@ impl StoreBuilder {
             check_cmk(cmk)?;
         }
         let file = Arc::clone(file);
-        Keyring::prepare(&*self.random, file, store, now_us, self.custody(), self.service_cmk.clone())
+        Keyring::prepare(&*self.random, file, store, now_us, self.keyring_seal(), self.service_cmk.clone())
     }
 
     fn load_keyring(&self, outside: &dyn Disk, identity: &Identity) -> Result<Keyring> {
-        Keyring::load(self.keyring_file(outside)?, identity.store, identity.keyring, &self.custody())
+        Keyring::load(self.keyring_file(outside)?, identity.store, identity.keyring, &self.keyring_seal())
     }
 
     /// Reads the `STORE` file, which is authenticated once the keyring is there.
@@ -591,8 +589,9 @@ impl StoreBuilder {
         held: Option<(StoreLock, Fence)>,
         found: Audit,
     ) -> Result<Store> {
-        let Custody { kms, counters, .. } = keyring.custody().clone();
-        let keyring = Arc::new(RwLock::new(keyring));
+        let kms = keyring.seal().kms().clone();
+        let counters = Arc::new(Counters::new(Arc::clone(kms.meter())));
+        let keyring = Arc::new(RwLock::new(LockRank::Keyring, keyring));
         let known = catalogue.audit.clone();
         let disk = Arc::clone(&self.disk);
         let (mut held, fence): (Option<StoreLock>, Option<Arc<Fence>>) =
@@ -656,7 +655,7 @@ impl StoreBuilder {
             spawned.map_err(Error::io("start threads for", &self.dir))?;
         }
         let lease_pool = match self.options.background {
-            Background::Threads => Some(LeasePool::new(Arc::clone(&self.clock))),
+            Background::Threads => Some(RenewalPool::new(Arc::clone(&self.clock))),
             Background::Manual => None,
         };
         let shared = Arc::new_cyclic(|this| StoreShared {
@@ -672,16 +671,16 @@ impl StoreBuilder {
             budget: Budget::new(self.options.pending_bytes_max),
             hasher,
             permits: ReaderPermits::new(self.options.readers_max),
-            admin: Mutex::new(AdminState { latched: None, closed: false }),
+            admin: Mutex::new(LockRank::Admin, AdminState { latched: None, closed: false }),
             catalogue: Arc::new(catalogue),
             fence,
             anchor,
-            logstores: Mutex::default(),
-            leases: Mutex::default(),
-            circuits: Mutex::default(),
+            logstores: Mutex::new(LockRank::Logstores, BTreeMap::new()),
+            leases: Mutex::new(LockRank::Leases, BTreeMap::new()),
+            circuits: Mutex::new(LockRank::Circuits, BTreeMap::new()),
             lease_pool,
-            retention: Mutex::new(super::retention::ClockWatch::new(&*self.clock)),
-            held: Mutex::new(held),
+            retention: Mutex::new(LockRank::ClockWatch, super::retention::ClockWatch::new(&*self.clock)),
+            held: Mutex::new(LockRank::StoreLock, held),
             id,
             read_only,
             scheduler,

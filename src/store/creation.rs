@@ -280,7 +280,7 @@ impl StoreBuilder {
         let claimed = parsed.unverified();
         let body: RecordBody = serde_json::from_slice(&claimed.a)
             .map_err(|error| Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}")))?;
-        let keyring = Keyring::load(Arc::clone(file), claimed.store, body.keyring, &self.custody())?;
+        let keyring = Keyring::load(Arc::clone(file), claimed.store, body.keyring, &self.keyring_seal())?;
         document::open(&bytes, DocumentKind::Creation, &path, |version| keyring.document_key(version))?;
         if keyring.newest() > 1 {
             // A keyring is rotated in a finished store alone.

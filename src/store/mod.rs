@@ -37,22 +37,23 @@ use crate::{
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Clock, Disk, Existing, Random},
+    key_status::Refusal,
     keys::{
         AuditEvent,
         audit::AuditLog,
-        circuit::Circuit,
+        circuit_breaker::CircuitBreaker,
         envelope::{DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
-        gate::{Gate, GateKeys, KeyContext},
+        gate::{FollowWriter, Gate, GateKeys, KeyContext},
         keyring::Keyring,
-        lease::{Lease, LeaseListener, LeaseTerms, Probe, Refusal},
-        pool::LeasePool,
+        lease::{Lease, LeaseListener, LeaseParts, LeaseTerms, Probe},
+        renewal_pool::RenewalPool,
     },
-    kms::{BoundedKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, Watch},
+    kms::{BoundedKms, Cmk, EncryptionContext, KmsError, KmsRouter},
     logstore::{KeyObserver, Logstore, LogstoreShared, Meta, MetaName, remove_older_meta, write_plan},
     metrics::StoreMetrics,
     segment::Features,
     shard::{AdmitAppend, Budget, PayloadHasher, ReaderPermits, ReloadRecord, ShardContext, ShardOptions, ShardRecord},
-    sync::{Mutex, MutexGuard, RwLock, lock, read},
+    sync::{LockRank, Mutex, MutexGuard, RwLock, lock, read},
 };
 
 pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
@@ -131,7 +132,7 @@ pub(crate) struct StoreShared {
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     provider: Arc<dyn CryptoProvider>,
-    kms: Vec<BoundedKms>,
+    kms: KmsRouter,
     keyring: Arc<RwLock<Keyring>>,
     keys: Arc<KeyContext>,
     audit: AuditLog,
@@ -148,9 +149,9 @@ pub(crate) struct StoreShared {
     logstores: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
     /// By region, as that decides which KMS is asked.
-    circuits: Mutex<BTreeMap<String, Arc<Circuit>>>,
+    circuits: Mutex<BTreeMap<String, Arc<CircuitBreaker>>>,
     /// Who renews them; nobody in a store without threads.
-    lease_pool: Option<Arc<LeasePool>>,
+    lease_pool: Option<Arc<RenewalPool>>,
     retention: Mutex<ClockWatch>,
     /// Held while the store is open for writing.
     held: Mutex<Option<StoreLock>>,
@@ -440,7 +441,7 @@ impl StoreShared {
         let keys = self.loaded_keys(&meta, entry.id)?;
         let lease = keys.lease.clone();
         let gate = Arc::new(Gate::new(Arc::clone(&self.keys), meta.config.name.clone(), entry.id, keys));
-        let plan = Arc::new(RwLock::new(write_plan(&meta, read(&self.keyring).newest())));
+        let plan = Arc::new(RwLock::new(LockRank::WritePlan, write_plan(&meta, read(&self.keyring).newest())));
         let context = Arc::new(ShardContext {
             disk: Arc::clone(&self.disk),
             clock: Arc::clone(&self.clock),
@@ -462,7 +463,9 @@ impl StoreShared {
         let dir = self.logstore_dir(entry.id);
         let shared = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
         if self.read_only {
-            self.follow_writer(&shared);
+            // Another master key counts within `revalidate_every`, a version of the data key as soon as it is met.
+            let (writer, every): (Weak<dyn FollowWriter>, _) = (self.this.clone(), self.options.revalidate_every);
+            shared.gate.follow_with(writer, Arc::clone(&self.clock), every);
         }
         if let Some(lease) = lease {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&shared);
@@ -477,27 +480,8 @@ impl StoreShared {
         Ok(shared)
     }
 
-    /// Has a reader's Logstore follow what the writer changes: another master key counts within `revalidate_every`, a version of the
-    /// data key as soon as it is met.
-    fn follow_writer(&self, logstore: &Arc<LogstoreShared>) {
-        let (this, follower) = (self.this.clone(), Arc::downgrade(logstore));
-        let looked = Mutex::new(self.clock.uptime());
-        logstore.gate.follow_with(Box::new(move |at_once| {
-            let (Some(this), Some(logstore)) = (this.upgrade(), follower.upgrade()) else {
-                return Err(Error::Closed("the store"));
-            };
-            let now = this.clock.uptime();
-            if !at_once && now < *lock(&looked) + this.options.revalidate_every {
-                return Ok(());
-            }
-            this.catch_up(&logstore)?;
-            *lock(&looked) = now;
-            Ok(())
-        }));
-    }
-
     /// Reads the metadata of a reader's Logstore again, if the writer has changed it.
-    fn catch_up(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+    fn catch_up_with_writer(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
         self.keys.follow_keyring()?;
         let current = lock(&logstore.meta).reference().path(&logstore.dir);
         let files = MetaName::list(&*self.disk, &logstore.dir)?;
@@ -573,10 +557,6 @@ impl StoreShared {
 
     // ---- leases ----
 
-    fn kms_for(&self, region: &str) -> Option<&BoundedKms> {
-        self.kms.iter().find(|kms| kms.serves(region))
-    }
-
     fn terms(&self) -> LeaseTerms {
         LeaseTerms {
             revalidate_every: self.options.revalidate_every,
@@ -605,7 +585,7 @@ impl StoreShared {
         if let Some(lease) = lock(&self.leases).get(cmk) {
             return Ok(Arc::clone(lease));
         }
-        let kms = self.kms_for(&cmk.region_id);
+        let kms = self.kms.serving(&cmk.region_id).ok();
         let probe = match kms.map(|kms| self.load_probe(kms.name(), cmk)).transpose()?.flatten() {
             Some(probe) => probe,
             // The probe is a convenience: an envelope of the Logstore itself proves as much.
@@ -618,23 +598,17 @@ impl StoreShared {
     }
 
     fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
-        let none = || {
-            let watch = Watch { clock: Arc::clone(&self.clock), counters: Arc::clone(&self.keys.counters) };
-            // It answers at once, or asks another that is given up in time: no thread is needed.
-            let none = NoKms { kms: self.kms.clone() };
-            BoundedKms::new(Arc::new(none), self.options.kms_timeout, true, watch)
-        };
-        let circuit = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
-        Lease::new(
-            cmk.clone(),
-            self.kms_for(&cmk.region_id).cloned().unwrap_or_else(none),
-            circuit,
+        let breaker = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
+        Lease::new(LeaseParts {
+            cmk: cmk.clone(),
+            kms: self.kms.serving_or_later(&cmk.region_id),
+            breaker,
             probe,
-            self.terms(),
-            Arc::clone(&self.clock),
-            Arc::clone(&self.random),
-            self.lease_pool.clone(),
-        )
+            terms: self.terms(),
+            clock: Arc::clone(&self.clock),
+            random: Arc::clone(&self.random),
+            pool: self.lease_pool.clone(),
+        })
     }
 
     fn probe_path(&self, id: [u8; 16]) -> PathBuf {
@@ -831,6 +805,16 @@ impl KeyObserver for StoreShared {
     }
 }
 
+impl FollowWriter for StoreShared {
+    fn catch_up(&self, name: &LogstoreName, id: LogstoreId) -> Result<()> {
+        let logstore = lock(&self.logstores).get(name).cloned().ok_or(Error::Closed("the store"))?;
+        if logstore.id != id {
+            return Err(Error::Closed("the Logstore"));
+        }
+        self.catch_up_with_writer(&logstore)
+    }
+}
+
 impl StoreShared {
     /// Records what has happened already. The transition stands whether or not it can be recorded.
     fn note(&self, event: AuditEvent, logstore: &LogstoreShared, detail: String) {
@@ -903,37 +887,5 @@ impl KmsOrEngine {
                 Error::KmsUnreachable { logstore, cmk: cmk_id, region, detail: other.to_string() }
             }
         }
-    }
-}
-
-/// Stands in where no configured KMS serves a region that existing envelopes need: to them it is out of reach, until one does.
-#[derive(Debug)]
-struct NoKms {
-    kms: Vec<BoundedKms>,
-}
-
-impl NoKms {
-    fn serving(&self, call: &KmsCall<'_>) -> std::result::Result<&BoundedKms, KmsError> {
-        let region = &call.cmk.region_id;
-        let none = || KmsError::Unreachable { detail: format!("no KMS is configured that serves region {region}") };
-        self.kms.iter().find(|kms| kms.serves(region)).ok_or_else(none)
-    }
-}
-
-impl Kms for NoKms {
-    fn name(&self) -> &str {
-        "none"
-    }
-
-    fn serves(&self, _region_id: &str) -> bool {
-        true
-    }
-
-    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> std::result::Result<Vec<u8>, KmsError> {
-        self.serving(call)?.wrap(call.cmk, call.context.clone(), key)
-    }
-
-    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
-        self.serving(call)?.unwrap(call.cmk, call.context.clone(), wrapped)
     }
 }

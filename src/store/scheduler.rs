@@ -8,7 +8,7 @@ use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, 
 use crate::{
     io::Clock,
     schedule::{ShardJob, Wake, Work},
-    sync::{Condvar, Mutex, lock, wait, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
 };
 
 struct Entry {
@@ -51,7 +51,12 @@ pub(crate) struct Scheduler {
 
 impl Scheduler {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self { clock, queue: Mutex::default(), changed: Condvar::new(), threads: Mutex::default() })
+        Arc::new(Self {
+            clock,
+            queue: Mutex::new(LockRank::SchedulerQueue, Queue::default()),
+            changed: Condvar::new(),
+            threads: Mutex::new(LockRank::SchedulerThreads, Vec::new()),
+        })
     }
 
     /// Starts `count` threads.

@@ -440,7 +440,7 @@ impl StoreShared {
     }
 
     pub(super) fn cmk_version(&self, cmk: &Cmk, wrapped: &[u8]) -> Option<String> {
-        self.kms_for(&cmk.region_id)?.cmk_version(wrapped)
+        self.kms.serving(&cmk.region_id).ok()?.cmk_version(wrapped)
     }
 
     /// Which version of the keyring a document says that it was tagged under.

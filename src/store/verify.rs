@@ -363,7 +363,7 @@ impl StoreShared {
                 }
             }
             if let Some(cmk) = &section.cmk
-                && let Some(kms) = self.kms_for(&cmk.region_id)
+                && let Ok(kms) = self.kms.serving(&cmk.region_id)
                 && let Err(error) = self.load_probe(kms.name(), cmk)
             {
                 verification.note(Some(name), error)?;

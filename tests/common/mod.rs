@@ -53,6 +53,12 @@ pub(crate) fn millis(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
+/// Runs this in another thread, and waits for it. A hook in the middle of an operation plays another thread's part,
+/// and debug builds check the order in which a thread takes the locks of the engine.
+pub(crate) fn elsewhere<T: Send>(run: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|threads| threads.spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
 // ---- the clock ----
 
 /// A clock that moves only on request.

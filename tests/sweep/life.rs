@@ -21,7 +21,7 @@ use super::{
     common::{
         TestClock,
         disk::{Dice, Fault, SimDisk, Survives, Verdict},
-        group, millis, name, records, secs,
+        elsewhere, group, millis, name, records, secs,
         sim::{Ledger, Recorded, SeededKms, SeededRandom, cmk},
     },
     model::{Item, Outcome, Shelf, View, ensure},
@@ -737,7 +737,7 @@ impl Life {
         let (at, during) = (disk.operations() + nth, open.clone());
         disk.on_call(move |call| {
             if call.nth == at {
-                during();
+                elsewhere(&during);
             }
             Verdict::Go
         });

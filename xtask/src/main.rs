@@ -1,6 +1,7 @@
 //! The project's tasks: `cargo xtask TASK`.
 
 mod fuzz;
+mod layers;
 mod mutants;
 mod planted;
 mod prose;
@@ -21,6 +22,7 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
+  layers            checks that the modules of src use each other in one direction, and prints the order
   planted [NAME…]   plants each bug of tests/planted, or the named ones, in a copy of the tree; fails unless the test
                     that the patch names detects it
   fuzz --smoke      builds the fuzz targets (fuzz/) and runs each for a few seconds; fails on any finding
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     let done = match task.as_deref() {
         Some("test") => test(&rest),
         Some("ci") if rest.is_empty() => ci(),
+        Some("layers") if rest.is_empty() => layers::layers(),
         Some("planted") => planted::planted(&rest),
         Some("fuzz") => fuzz::fuzz(&rest),
         Some("mutants") => mutants::mutants(&rest),

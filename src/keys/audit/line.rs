@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
-use super::{AuditHead, AuditRecord};
+use super::record::{AuditHead, AuditRecord};
 use crate::{Error, error::Location};
 
+/// The longest line, in bytes, without its newline.
 pub(super) const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// A record as it stands in the log.
+/// A record as its file has it.
 pub(crate) struct Line {
     pub(super) offset: u64,
     pub(crate) json: String,
@@ -41,16 +42,19 @@ pub(super) fn parse_line(line: &[u8], offset: u64) -> Option<Line> {
     Some(Line { offset, json: json.to_owned(), record, tag: tag.to_owned() })
 }
 
-/// The records of one file, and how it ends.
+/// The records of one file, and how the file ends.
+#[derive(Default)]
 pub(super) struct Lines {
     pub(super) lines: Vec<Line>,
+    /// The length of these lines: where the next record would begin.
     pub(super) valid_len: u64,
-    /// What follows the last record is none.
+    /// Bytes follow that are no record.
     pub(super) torn: bool,
-    /// And it is not just cut off: it ends as a record does.
+    /// These bytes are not just the beginning of a record: they have a newline.
     pub(super) damaged: bool,
-    /// The highest number of the records behind what is damaged; 0 if there are none. A record is one write, and synced before the
-    /// next one: a crash may have lost any part of the last one, and of no other.
+    /// The highest number of the records behind the damage; 0 if there are none. A record is one
+    /// write and is synced before the next one. So a crash may lose any part of the last record, and
+    /// of no other.
     pub(super) within: u64,
 }
 
@@ -60,14 +64,22 @@ impl Lines {
         self.lines.last().map(Line::head)
     }
 
-    /// Whether the records of `other` are the first ones of these.
+    /// Whether these records begin with the records of `other`.
     pub(super) fn goes_on_from(&self, other: &Self) -> bool {
         let Some(last) = other.lines.last() else { return true };
         self.lines.get(other.lines.len() - 1).is_some_and(|line| line.head() == last.head())
     }
 
-    /// What is damaged in the last file of the log, unless a crash may have done it: it has not where a later record follows or is
-    /// known, since a record is durable before the next one is written.
+    /// Drops the records from `at` on.
+    pub(super) fn cut(&mut self, at: usize) -> Vec<Line> {
+        let dropped = self.lines.split_off(at);
+        self.valid_len = dropped.first().map_or(self.valid_len, |line| line.offset);
+        self.torn = true;
+        dropped
+    }
+
+    /// The damage in the last file of the log, unless a crash may have caused it. A crash has not if
+    /// a later record follows or is known, since each record is durable before the next is written.
     pub(super) fn fault(&self, known: &AuditHead, path: &Path) -> Option<Error> {
         let missed = self.lines.last().map_or(0, |line| line.record.number) < known.number;
         (self.damaged && (self.within > 0 || missed)).then(|| self.damage(path))

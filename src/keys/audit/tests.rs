@@ -1,23 +1,36 @@
 #![expect(clippy::disallowed_methods, reason = "the tests damage files")]
 
-use std::fs;
+use std::{fs, path::Path, sync::Arc};
 
-use super::{transitions::DETAIL_BYTES_MAX, *};
+use super::{
+    files::{FILE_BYTES_MAX, number_of},
+    line::{LINE_BYTES_MAX, encode_line, parse_line},
+    transitions::{DETAIL_BYTES_MAX, shortened, with_count, without_count},
+    *,
+};
 use crate::{
-    ids::StoreId,
-    io::{DirEntry, RealDisk, SystemClock},
+    Error,
+    crypto::hmac_sha256,
+    ids::{StoreId, hex_encode},
+    io::{self, DirEntry, Disk, DiskFile, OpenMode, RealDisk, SystemClock},
+    keys::keyring::Keyring,
+    sync::{LockRank, RwLock, atomic::Ordering, read, write},
 };
 
 fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
+    log_on(Arc::new(RealDisk), dir, file_bytes_max)
+}
+
+fn log_on(disk: Arc<dyn Disk>, dir: &Path, file_bytes_max: u64) -> AuditLog {
     let keyring = Keyring::for_tests(&dir.join("keyring"), StoreId::from_bytes([1; 16]));
-    let (disk, clock, counters) = (Arc::new(RealDisk), Arc::new(SystemClock), Arc::default());
-    AuditLog::new(disk, clock, Arc::new(RwLock::new(keyring)), dir.to_owned(), file_bytes_max, counters, None)
+    let keyring = Arc::new(RwLock::new(LockRank::Keyring, keyring));
+    let (clock, counters) = (Arc::new(SystemClock), Arc::default());
+    AuditLog::new(disk, clock, keyring, dir.to_owned(), file_bytes_max, counters, None)
 }
 
 /// The log as the next opener finds it, whose catalogue remembers `known`.
 fn reopened(log: &AuditLog, known: &AuditHead) -> AuditLog {
-    let (disk, clock, keyring) = (Arc::clone(&log.disk), Arc::clone(&log.clock), Arc::clone(&log.keyring));
-    let log = AuditLog::new(disk, clock, keyring, log.dir.clone(), log.file_bytes_max, Arc::default(), None);
+    let log = log.reopened();
     log.find_end(known).unwrap();
     log
 }
@@ -36,7 +49,7 @@ fn the_chain_goes_on_over_files_and_openings() {
         }
         audit.record(AuditEvent::Rotated, None, n.to_string()).unwrap();
     }
-    assert!(audit.names().unwrap().len() > 3);
+    assert!(audit.files().names().unwrap().len() > 3);
     let records = audit.verified(&[&audit.head(), &AuditHead::default()]).unwrap();
     assert_eq!(records.len(), 20);
     assert!(records.iter().enumerate().all(|(n, record)| record.detail == n.to_string()));
@@ -56,7 +69,7 @@ fn every_change_is_found() {
     for n in 0..3 {
         audit.record(AuditEvent::Created, None, n.to_string()).unwrap();
     }
-    let (head, path) = (audit.head(), audit.path(1));
+    let (head, path) = (audit.head(), audit.files().path(1));
     let good = fs::read(&path).unwrap();
     let check = |bytes: &[u8]| {
         fs::write(&path, bytes).unwrap();
@@ -97,7 +110,7 @@ fn a_torn_record_is_cut_off_and_the_chain_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let audit = log(dir.path(), 1 << 20);
     audit.record(AuditEvent::Created, None, "kept").unwrap();
-    let path = audit.path(1);
+    let path = audit.files().path(1);
     let mut torn = fs::read(&path).unwrap();
     torn.extend_from_slice(b"{\"number\":2,\"time");
     // It may be longer than the record that comes in its place.
@@ -133,7 +146,7 @@ fn a_line_is_read_up_to_the_limit_and_no_further() {
     let dir = tempfile::tempdir().unwrap();
     let audit = log(dir.path(), 1 << 20);
     audit.record(AuditEvent::Created, None, "x").unwrap();
-    let json = audit.lines(1).unwrap().lines.remove(0).json;
+    let json = audit.files().lines(1).unwrap().lines.remove(0).json;
     let padded = |len: usize| {
         let shorter = encode_line(&json, "").len() - 1;
         encode_line(&json.replace("\"x\"", &format!("\"x{}\"", "y".repeat(len - shorter))), "")
@@ -155,14 +168,14 @@ fn what_is_known_of_it_is_found_in_whichever_file() {
         heads.push(audit.head());
     }
     let end = audit.head();
-    assert!(audit.names().unwrap().len() > 3);
+    assert!(audit.files().names().unwrap().len() > 3);
     let found = |known: &AuditHead| {
         let again = reopened(&audit, known);
         assert_eq!((again.head(), again.head_after(known)), (end.clone(), end.clone()));
     };
     heads.iter().for_each(found);
     // A crash left a new file behind that has nothing in it yet.
-    fs::write(audit.path(audit.names().unwrap().len() as u32 + 1), b"").unwrap();
+    fs::write(audit.files().path(audit.files().names().unwrap().len() as u32 + 1), b"").unwrap();
     heads.iter().for_each(found);
     // What it does not have stays to be missed, while it goes on.
     for number in [1, 8, 16, 17] {
@@ -171,9 +184,9 @@ fn what_is_known_of_it_is_found_in_whichever_file() {
         assert_eq!((again.head(), again.head_after(&missing)), (end.clone(), missing));
     }
     // What is older than what is known is not looked at.
-    let mut damaged = fs::read(audit.path(1)).unwrap();
+    let mut damaged = fs::read(audit.files().path(1)).unwrap();
     damaged[5] ^= 1;
-    fs::write(audit.path(1), damaged).unwrap();
+    fs::write(audit.files().path(1), damaged).unwrap();
     heads[15..].iter().for_each(found);
 }
 
@@ -184,21 +197,21 @@ fn whether_a_damaged_first_record_of_a_file_was_ever_there_is_known_by_what_came
     audit.record(AuditEvent::Created, None, "kept").unwrap();
     let known = audit.head();
     // A crash lost a part of a record that nobody was told of.
-    fs::write(audit.path(2), b"{\"number\":2,\0\0\0\n").unwrap();
+    fs::write(audit.files().path(2), b"{\"number\":2,\0\0\0\n").unwrap();
     let again = reopened(&audit, &known);
     assert_eq!((again.head(), again.head_after(&known)), (known.clone(), known.clone()));
     again.record(AuditEvent::Deleted, None, "after").unwrap();
     assert_eq!(details(&again.verified(&[&known]).unwrap()), ["kept", "after"]);
-    assert_eq!(fs::read(audit.path(2)).unwrap(), b"{\"number\":2,\0\0\0\n", "it is no file of the log");
+    assert_eq!(fs::read(audit.files().path(2)).unwrap(), b"{\"number\":2,\0\0\0\n", "it is no file of the log");
     // This one was there: it is left as it is, for verification to find.
     let damaged = b"{\"number\":1,\0\0\0\n";
-    fs::write(audit.path(1), damaged).unwrap();
-    fs::remove_file(audit.path(2)).unwrap();
-    fs::remove_file(audit.path(3)).unwrap();
+    fs::write(audit.files().path(1), damaged).unwrap();
+    fs::remove_file(audit.files().path(2)).unwrap();
+    fs::remove_file(audit.files().path(3)).unwrap();
     let again = reopened(&audit, &known);
     assert_eq!(again.head(), known);
     again.record(AuditEvent::Deleted, None, "after").unwrap();
-    assert_eq!(fs::read(audit.path(1)).unwrap(), damaged);
+    assert_eq!(fs::read(audit.files().path(1)).unwrap(), damaged);
     assert!(matches!(again.verified(&[&known]), Err(Error::Corrupt { .. })));
 }
 
@@ -247,29 +260,29 @@ fn a_torn_end_is_no_fault_where_the_next_file_goes_on_behind_it() {
     for detail in ["one", "two"] {
         audit.record(AuditEvent::Created, None, detail).unwrap();
     }
-    let good = fs::read(audit.path(1)).unwrap();
+    let good = fs::read(audit.files().path(1)).unwrap();
     for torn in [&b"{\"number\":3,\"time"[..], b"{\"number\":3,\0\0\0\n"] {
-        fs::write(audit.path(1), [&good[..], torn].concat()).unwrap();
+        fs::write(audit.files().path(1), [&good[..], torn].concat()).unwrap();
         let again = reopened(&audit, &audit.head());
-        lock(&again.tail).leave();
+        again.begin_new_file();
         again.record(AuditEvent::Deleted, None, "three").unwrap();
-        assert_eq!(fs::read(audit.path(1)).unwrap(), [&good[..], torn].concat());
+        assert_eq!(fs::read(audit.files().path(1)).unwrap(), [&good[..], torn].concat());
         let records = reopened(&again, &audit.head()).verified(&[&again.head()]).unwrap();
         assert_eq!(details(&records), ["one", "two", "three"]);
         // Without the next file the record is missing, and without the end of the second one too.
-        fs::remove_file(audit.path(2)).unwrap();
+        fs::remove_file(audit.files().path(2)).unwrap();
         assert!(audit.verified(&[&again.head()]).is_err());
     }
     // A record that is missing between two files is one that the first of them had.
     let again = reopened(&audit, &audit.head());
-    lock(&again.tail).leave();
+    again.begin_new_file();
     again.record(AuditEvent::Deleted, None, "three").unwrap();
     let first = good.iter().position(|&byte| byte == b'\n').unwrap() + 1;
     for (end, is_right) in [
         (first + 9, (|error| matches!(error, Error::Truncated { .. })) as fn(&Error) -> bool),
         (first, |error| matches!(error, Error::Tampered { .. })),
     ] {
-        fs::write(audit.path(1), &good[..end]).unwrap();
+        fs::write(audit.files().path(1), &good[..end]).unwrap();
         let error = audit.verified(&[]).unwrap_err();
         assert!(is_right(&error), "{error}");
     }
@@ -283,10 +296,10 @@ fn forged_numbers_end_in_no_overflow() {
         let audit = log(dir.path(), 1 << 20);
         audit.record(AuditEvent::Created, None, "one").unwrap();
         let known = audit.head();
-        let json = audit.lines(1).unwrap().lines.remove(0).json;
+        let json = audit.files().lines(1).unwrap().lines.remove(0).json;
         let json = json.replace("\"number\":1,", &format!("\"number\":{number},"));
         let forged = encode_line(&json, &"5a".repeat(32));
-        for path in [audit.path(2), audit.path(1)] {
+        for path in [audit.files().path(2), audit.files().path(1)] {
             fs::write(path, forged.repeat(2)).unwrap();
             for known in [known.clone(), AuditHead::default(), AuditHead { number: 5, ..known.clone() }] {
                 let again = reopened(&audit, &known);
@@ -299,7 +312,7 @@ fn forged_numbers_end_in_no_overflow() {
 
 /// A record as someone without the key can write it: another number, a tag that does not hold.
 fn forged(audit: &AuditLog, number: u64) -> String {
-    let json = audit.lines(1).unwrap().lines.remove(0).json;
+    let json = audit.files().lines(1).unwrap().lines.remove(0).json;
     encode_line(&json.replace("\"number\":1,", &format!("\"number\":{number},")), &"5a".repeat(32))
 }
 
@@ -311,21 +324,21 @@ fn what_was_forged_leaves_no_trace_when_it_is_removed() {
         let audit = log(dir.path(), 1 << 20);
         audit.record(AuditEvent::Created, None, "one").unwrap();
         let known = audit.head();
-        let good = fs::read(audit.path(1)).unwrap();
+        let good = fs::read(audit.files().path(1)).unwrap();
         let line = forged(&audit, number).into_bytes();
         if appended {
-            fs::write(audit.path(1), [&good[..], &line].concat()).unwrap();
+            fs::write(audit.files().path(1), [&good[..], &line].concat()).unwrap();
         } else {
-            fs::write(audit.path(2), &line).unwrap();
+            fs::write(audit.files().path(2), &line).unwrap();
         }
         let again = reopened(&audit, &known);
         again.record(AuditEvent::Deleted, None, "two").unwrap();
         assert_eq!(again.head().number, 2, "{number} {appended}");
         assert!(again.verified(&[&known]).is_err(), "{number} {appended}");
         if appended {
-            fs::write(audit.path(1), &good).unwrap();
+            fs::write(audit.files().path(1), &good).unwrap();
         } else {
-            fs::remove_file(audit.path(2)).unwrap();
+            fs::remove_file(audit.files().path(2)).unwrap();
         }
         let again = reopened(&audit, &known);
         again.record(AuditEvent::Deleted, None, "three").unwrap();
@@ -425,20 +438,20 @@ fn an_opening_reads_little_of_files_that_hold_little() {
     const FILES: u32 = 16;
     let dir = tempfile::tempdir().unwrap();
     let bytes_read = Arc::default();
-    let audit = AuditLog { disk: Arc::new(Counting(Arc::clone(&bytes_read))), ..log(dir.path(), 1 << 20) };
+    let audit = log_on(Arc::new(Counting(Arc::clone(&bytes_read))), dir.path(), 1 << 20);
     audit.record(AuditEvent::Created, None, "one").unwrap();
-    let first = fs::read(audit.path(1)).unwrap();
-    while fs::metadata(audit.path(1)).unwrap().len() < 256 << 10 {
+    let first = fs::read(audit.files().path(1)).unwrap();
+    while fs::metadata(audit.files().path(1)).unwrap().len() < 256 << 10 {
         audit.record(AuditEvent::Deleted, None, "x".repeat(DETAIL_BYTES_MAX)).unwrap();
     }
     let known = audit.head();
     for number in 0..FILES {
-        fs::hard_link(audit.path(1), audit.path(100 + number)).unwrap();
+        fs::hard_link(audit.files().path(1), audit.files().path(100 + number)).unwrap();
         let forged = forged(&audit, known.number).replace("5a5a", &format!("{number:04x}"));
         let forged = parse_forged(&forged);
         for (at, begin) in [(200, &first), (300, &forged)] {
-            fs::write(audit.path(at + number), begin).unwrap();
-            let file = RealDisk.open(&audit.path(at + number), OpenMode::ReadWrite).unwrap();
+            fs::write(audit.files().path(at + number), begin).unwrap();
+            let file = RealDisk.open(&audit.files().path(at + number), OpenMode::ReadWrite).unwrap();
             file.set_len(FILE_BYTES_MAX).unwrap();
         }
     }
@@ -446,7 +459,7 @@ fn an_opening_reads_little_of_files_that_hold_little() {
     let again = reopened(&audit, &known);
     assert_eq!(again.head(), known);
     let read = bytes_read.load(Ordering::Relaxed);
-    let (genuine, each) = (fs::metadata(audit.path(1)).unwrap().len(), 4 * LINE_BYTES_MAX as u64);
+    let (genuine, each) = (fs::metadata(audit.files().path(1)).unwrap().len(), 4 * LINE_BYTES_MAX as u64);
     assert!(read <= 4 * genuine + u64::from(3 * FILES) * each, "{read} bytes were read");
     again.record(AuditEvent::Deleted, None, "after").unwrap();
 }
@@ -459,9 +472,9 @@ fn parse_forged(line: &str) -> Vec<u8> {
 
 /// Rotates the service key of a log, and retires the older version if so told.
 fn rotate(log: &AuditLog, retires: bool) {
-    let rotated = read(&log.keyring).add_version(&crate::io::OsRandom, 1).unwrap();
+    let rotated = read(log.keyring()).add_version(&crate::io::OsRandom, 1).unwrap();
     let rotated = if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
-    *crate::sync::write(&log.keyring) = rotated;
+    *write(log.keyring()) = rotated;
 }
 
 /// Appends a record to the first file as a holder of version 1 of the service key does. Returns where the log is then.
@@ -476,10 +489,10 @@ fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
         keyring_version: 1,
     };
     let json = serde_json::to_string(&record).unwrap();
-    let key = read(&log.keyring).audit_key(1).unwrap();
+    let key = read(log.keyring()).audit_key(1).unwrap();
     let tag = hex_encode(&hmac_sha256(&key, &[behind.tag.as_bytes(), json.as_bytes()]));
-    let file = [&fs::read(log.path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();
-    fs::write(log.path(1), file).unwrap();
+    let file = [&fs::read(log.files().path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();
+    fs::write(log.files().path(1), file).unwrap();
     AuditHead { number: record.number, tag }
 }
 
@@ -493,13 +506,13 @@ fn records_under_a_retired_version_count_in_front_of_one_under_an_accepted_versi
     let refused = audit.verified(&[&known]);
     assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
     // One that is forged behind what the catalogue knows is not continued from.
-    let good = fs::read(audit.path(1)).unwrap();
+    let good = fs::read(audit.files().path(1)).unwrap();
     let forged = forge(&audit, &known);
     assert!(audit.verified(&[&known]).is_err());
     let next = reopened(&audit, &known);
-    assert_eq!((next.head(), lock(&next.tail).follows), (known.clone(), false));
+    assert_eq!((next.head(), next.follows()), (known.clone(), false));
     assert_ne!(next.head(), forged);
-    fs::write(audit.path(1), good).unwrap();
+    fs::write(audit.files().path(1), good).unwrap();
     let audit = reopened(&audit, &known);
     audit.record(AuditEvent::ServiceRotated, None, "new").unwrap();
     assert_eq!(details(&audit.verified(&[&known, &audit.head()]).unwrap()), ["old", "new"]);
@@ -515,13 +528,13 @@ fn the_version_of_the_service_key_never_goes_back() {
             rotate(&audit, retires);
             audit.record(AuditEvent::Rotated, None, "new").unwrap();
             let head = audit.head();
-            let first = fs::read(audit.path(1)).unwrap();
+            let first = fs::read(audit.files().path(1)).unwrap();
             forge(&audit, &head);
             if new_file {
                 // Each record has a file of its own.
-                let all = fs::read(audit.path(1)).unwrap();
-                fs::write(audit.path(1), &first).unwrap();
-                fs::write(audit.path(3), &all[first.len()..]).unwrap();
+                let all = fs::read(audit.files().path(1)).unwrap();
+                fs::write(audit.files().path(1), &first).unwrap();
+                fs::write(audit.files().path(3), &all[first.len()..]).unwrap();
             }
             let refused = audit.verified(&[&head]);
             assert!(matches!(refused, Err(Error::Tampered { .. })), "{refused:?}");

@@ -1,36 +1,38 @@
-//! Transitions of keys, and how many of them go on record.
+//! Transitions of keys, and how many of them are recorded.
 //!
-//! A customer who toggles a key must neither fill the disk nor hide other records among his own. So the log takes a limited number
-//! of transitions an hour for each key, and counts the others.
+//! A customer who toggles a key must neither fill the disk nor hide other records among the
+//! customer's own. So the log records a limited number of transitions an hour for each key, and
+//! counts the others.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::AuditEvent;
+use super::record::AuditEvent;
 use crate::{config::LogstoreName, ids::LogstoreId};
 
-/// What of a detail goes on record, in bytes: in JSON each may become six, and the line holds it all the same.
+/// The longest detail that is recorded, in bytes. JSON may turn each byte into six, which still
+/// fits into a line.
 pub(super) const DETAIL_BYTES_MAX: usize = 8 << 10;
-/// How many transitions of one Logstore's key are recorded within [`WINDOW_US`].
+/// How many transitions of one Logstore's key are recorded within [`WINDOW_US`] microseconds.
 pub(super) const TRANSITIONS_MAX: usize = 10;
 pub(super) const WINDOW_US: u64 = 3_600_000_000;
 
-/// The state of the keys of Logstores, as far as transitions tell of it.
+/// The states of the keys of Logstores, by their transitions.
 pub(super) type Transitions = BTreeMap<LogstoreId, KeyState>;
 
 #[derive(Default)]
 pub(super) struct KeyState {
-    /// The last loss on record, if the key has not come back since: the event and its detail.
+    /// The last recorded loss, unless a recovery was recorded since: the event and its detail.
     pub(super) on_record: Option<(AuditEvent, String)>,
-    /// When the last transitions on record happened, the oldest first. There are at most [`TRANSITIONS_MAX`].
+    /// When the last recorded transitions happened, the oldest first. At most [`TRANSITIONS_MAX`].
     pub(super) times: VecDeque<u64>,
-    /// How many transitions were left out since the last one on record.
+    /// How many transitions were left out since the last recorded one.
     pub(super) left_out: u64,
-    /// The last one of them.
+    /// The last transition that was left out.
     pub(super) latest: Option<(AuditEvent, String, LogstoreName)>,
 }
 
 impl KeyState {
-    /// The loss that the key suffers from now, on record or not.
+    /// The present loss of the key, recorded or not.
     pub(super) fn loss(&self) -> Option<(AuditEvent, &String)> {
         match &self.latest {
             Some((AuditEvent::Recovered, ..)) => None,
@@ -39,12 +41,13 @@ impl KeyState {
         }
     }
 
-    /// How many transitions on record are less than an hour old. A wall clock that was set back lets none of them stay for longer.
+    /// How many recorded transitions are less than an hour old. Transitions in the future count too
+    /// within that distance: setting the wall clock back keeps none of them for longer.
     pub(super) fn recent(&self, now_us: u64) -> usize {
         self.times.iter().filter(|time_us| now_us.abs_diff(**time_us) < WINDOW_US).count()
     }
 
-    /// A transition went on record, and with it the count of those before it.
+    /// Notes that a transition was recorded, with the count of those left out before it.
     pub(super) fn recorded(&mut self, event: AuditEvent, detail: String, time_us: u64) {
         self.on_record = (event != AuditEvent::Recovered).then_some((event, detail));
         self.left_out = 0;
@@ -56,7 +59,7 @@ impl KeyState {
     }
 }
 
-/// What a record says of the key of a Logstore. The detail is without a count.
+/// Takes in a record about the key of a Logstore. `detail` is without a count.
 pub(super) fn follow(
     transitions: &mut Transitions,
     event: AuditEvent,
@@ -68,7 +71,7 @@ pub(super) fn follow(
         AuditEvent::Revoked | AuditEvent::LeaseEnded | AuditEvent::Recovered => {
             transitions.entry(logstore).or_default().recorded(event, detail.to_owned(), time_us);
         }
-        // A key is replaced only while it can be used.
+        // A master key can be replaced only while the KMS lets it be used.
         AuditEvent::Replaced => {
             if let Some(state) = transitions.get_mut(&logstore) {
                 state.on_record = None;
@@ -90,7 +93,7 @@ pub(super) fn with_count(detail: &str, left_out: u64) -> String {
     }
 }
 
-/// The detail that [`with_count`] was given.
+/// The detail without the count that [`with_count`] added.
 pub(super) fn without_count(detail: &str) -> &str {
     let counted = |(before, count): (&'_ str, &str)| -> Option<usize> {
         let count = count
@@ -102,7 +105,8 @@ pub(super) fn without_count(detail: &str) -> &str {
     len.and_then(|len| detail.get(..len)).unwrap_or(detail)
 }
 
-/// As much of a detail as goes on record. A count at its end is not one of ours: it must not be taken for one.
+/// Cuts a detail to the length that is recorded. Text at its end that reads like a count gets a
+/// full stop, so that [`without_count`] does not remove it.
 pub(super) fn shortened(mut detail: String) -> String {
     if detail.len() > DETAIL_BYTES_MAX {
         let end = (0..=DETAIL_BYTES_MAX).rev().find(|&end| detail.is_char_boundary(end));

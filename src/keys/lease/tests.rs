@@ -1,12 +1,9 @@
-use std::sync::{
-    Mutex,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 use crate::{
     io::OsRandom,
-    kms::{Kms, KmsCall, Watch},
+    kms::{Kms, KmsCall, RevokedReason, Watch},
 };
 
 pub(in crate::keys) const EVERY: Duration = Duration::from_secs(30);
@@ -91,17 +88,17 @@ fn key() -> SecretKey {
     SecretKey::from_bytes(&mut [7; 32])
 }
 
-/// A KMS, a clock and a circuit, for leases that the test tends, or a pool.
+/// A KMS, a clock and a circuit breaker, for leases that the test or a pool tends.
 pub(in crate::keys) struct World {
     pub(in crate::keys) clock: Arc<TestClock>,
-    pub(in crate::keys) circuit: Arc<Circuit>,
+    pub(in crate::keys) breaker: Arc<CircuitBreaker>,
     pub(in crate::keys) kms: Arc<TestKms>,
 }
 
 impl World {
     pub(in crate::keys) fn new() -> Self {
         let clock = TestClock { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000) };
-        Self { clock: Arc::new(clock), circuit: Arc::default(), kms: Arc::default() }
+        Self { clock: Arc::new(clock), breaker: Arc::default(), kms: Arc::default() }
     }
 
     pub(in crate::keys) fn lease(&self) -> Arc<Lease> {
@@ -109,18 +106,19 @@ impl World {
     }
 
     /// One that this pool tends.
-    pub(in crate::keys) fn lease_in(&self, pool: &Arc<LeasePool>) -> Arc<Lease> {
+    pub(in crate::keys) fn lease_in(&self, pool: &Arc<RenewalPool>) -> Arc<Lease> {
         self.lease_with(Constant(Some(0)), Some(Arc::clone(pool)))
     }
 
-    fn lease_with(&self, random: Constant, pool: Option<Arc<LeasePool>>) -> Arc<Lease> {
+    fn lease_with(&self, random: Constant, pool: Option<Arc<RenewalPool>>) -> Arc<Lease> {
         let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
-        let watch = Watch { clock: Arc::clone(&clock), counters: Arc::default() };
+        let watch = Watch { clock: Arc::clone(&clock), meter: Arc::default() };
         let kms = BoundedKms::new(Arc::clone(&self.kms) as Arc<dyn Kms>, TIMEOUT, true, watch);
         let cmk = Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "region".to_owned() };
         let probe = Probe { wrapped: Vec::new(), context: EncryptionContext::new(), fingerprint: fingerprint(&key()) };
         let terms = LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
-        Lease::new(cmk, kms, Arc::clone(&self.circuit), probe, terms, clock, Arc::new(random), pool)
+        let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
+        Lease::new(LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool })
     }
 
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
@@ -366,7 +364,7 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
     for _ in 0..3 {
         asks.renew();
     }
-    assert!(world.circuit.is_open());
+    assert!(world.breaker.is_open());
     assert!(ended.admit().is_err());
     let of_its_own = ended.calls();
     let asked = world.clock.uptime();
@@ -412,7 +410,7 @@ fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
     // One that the KMS has refused is asked for, and so is one that it grants.
     world.kms_is(away());
     let other = world.lease();
-    assert!(world.circuit.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err());
+    assert!(world.breaker.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err());
     world.kms_is(None);
     assert!(other.unwrap_envelope(EncryptionContext::new(), b"").is_ok());
 }

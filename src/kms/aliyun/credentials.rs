@@ -12,7 +12,10 @@ use serde_json::Value;
 use ureq::http::Uri;
 use zeroize::Zeroizing;
 
-use super::{exchange, sign};
+use super::{
+    exchange,
+    sign::{self, Credentials},
+};
 use crate::{
     io::{Clock, SystemClock, read_configured},
     kms::http::{Answer, Deadline, Http},
@@ -30,19 +33,6 @@ const INSTANCE_METADATA: &str = "http://100.100.100.200";
 /// How long a token of the metadata service is valid, in seconds. Each token is used at once, and
 /// at most twice.
 const METADATA_TOKEN_SECONDS: &str = "60";
-
-/// An access key. A temporary one has a security token.
-pub(super) struct Credentials {
-    pub(super) id: String,
-    pub(super) secret: Zeroizing<String>,
-    pub(super) token: Option<Zeroizing<String>>,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Credentials(..)")
-    }
-}
 
 /// Temporary credentials in the form that STS and the metadata service issue.
 #[derive(Deserialize)]

@@ -23,10 +23,11 @@ use crate::{
     crypto::SecretKey,
     ids::hex_encode,
     io::{Clock, OsRandom, Random, SystemClock},
-    sync::Mutex,
+    sync::{LockRank, Mutex},
 };
-use credentials::{Assumed, Credentials, Source};
+use credentials::{Assumed, Source};
 use outcome::Meaning;
+use sign::Credentials;
 
 const KMS_VERSION: &str = "2016-01-20";
 const STS_VERSION: &str = "2015-04-01";
@@ -158,7 +159,7 @@ impl AliyunKms {
             kms: regional("kms")?,
             sts: regional("sts")?,
             http: Http::new(None),
-            source: Source::Default(Arc::new(Mutex::new(None))),
+            source: Source::Default(Arc::new(Mutex::new(LockRank::KmsCredentials, None))),
         })
     }
 

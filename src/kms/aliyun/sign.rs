@@ -5,13 +5,13 @@
 //! and signature method V3" of Alibaba Cloud's OpenAPI documentation specifies it. The test
 //! compares with requests of the official Python SDK.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use hmac::{Hmac, KeyInit, Mac};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use sha2::Sha256;
+use zeroize::Zeroizing;
 
-use super::credentials::Credentials;
 use crate::{
     crypto::{HashAlg, hash},
     ids::hex_encode,
@@ -20,6 +20,19 @@ use crate::{
 const ALGORITHM: &str = "ACS3-HMAC-SHA256";
 /// All but the unreserved characters of RFC 3986.
 const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// An access key, with a security token where it is a temporary one.
+pub(super) struct Credentials {
+    pub(super) id: String,
+    pub(super) secret: Zeroizing<String>,
+    pub(super) token: Option<Zeroizing<String>>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Credentials(..)")
+    }
+}
 
 /// Names and values, in the order of the names.
 pub(super) type Pairs<'a> = BTreeMap<&'a str, &'a str>;
@@ -55,7 +68,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use serde_json::Value;
-    use zeroize::Zeroizing;
 
     use super::*;
 

@@ -8,7 +8,7 @@ use std::{
     path::PathBuf,
     pin::pin,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, mpsc},
     task::{Poll, Waker},
     thread,
     time::Duration,
@@ -34,7 +34,7 @@ use crate::{
         KmsError,
         http::{ANSWER_BYTES_MAX, Deadline, Http},
     },
-    sync::lock,
+    sync::{LockRank, Mutex, lock},
 };
 
 /// The largest file of credentials or tokens, in bytes.
@@ -94,7 +94,7 @@ impl Identity {
             providers.push(("container", Arc::new(ECSCredentialProvider::new())));
             providers.push(("instance metadata", Arc::new(IMDSv2CredentialProvider::new())));
         }
-        Self { providers, env, http, cached: Arc::default() }
+        Self { providers, env, http, cached: Arc::new(Mutex::new(LockRank::KmsCredentials, None)) }
     }
 
     /// The credentials, cached or new. Callers do not wait for each other.

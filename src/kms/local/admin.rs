@@ -1,167 +1,19 @@
 //! Administration: creating keys, and changing their states, versions and grants.
 
-use std::{
-    fmt, io,
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-};
-
-use rustix::io::Errno;
+use std::{io, ops::RangeInclusive};
 
 use super::{
     LocalKms,
-    files::{KEY_FILE_BYTES_MAX, StoredKey},
+    error::{LocalKmsError, io_error},
+    files::StoredKey,
+    key::{KeyInfo, KeyState},
 };
-use crate::io::{FileKind, WrongFileType};
 
 /// How many days ahead the deletion of a key can be scheduled.
 pub const DELETION_DAYS: RangeInclusive<u32> = 1..=366;
 
 /// The longest region or role name, in bytes.
 pub(super) const NAME_BYTES_MAX: usize = 1024;
-
-/// The description of a key of a [`LocalKms`], without its material.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct KeyInfo {
-    /// Its identifier: `key-` and 16 hexadecimal digits.
-    pub key_id: String,
-    /// The region that it belongs to.
-    pub region_id: String,
-    /// Whether it can be used.
-    pub state: KeyState,
-    /// The number of versions: 1, and one more for each rotation. 0 once the material is destroyed.
-    pub versions: u32,
-    /// The roles that may use it, in order.
-    pub grants: Vec<String>,
-    /// The creation time, in microseconds since the Unix epoch.
-    pub created_us: u64,
-    /// The scheduled or past day of its deletion: days since 1970-01-01, UTC.
-    pub deletion_day: Option<u32>,
-}
-
-/// The state of a key of a [`LocalKms`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum KeyState {
-    /// The key can be used.
-    Enabled,
-    /// The key cannot be used until it is enabled again.
-    Disabled,
-    /// The key cannot be used unless its deletion is cancelled in time.
-    PendingDeletion {
-        /// The day of its deletion: days since 1970-01-01, UTC.
-        day: u32,
-    },
-    /// The key can never be used again.
-    Deleted,
-}
-
-impl fmt::Display for KeyState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Enabled => "enabled",
-            Self::Disabled => "disabled",
-            Self::PendingDeletion { .. } => "pending deletion",
-            Self::Deleted => "deleted",
-        })
-    }
-}
-
-/// The reason why the administration of a [`LocalKms`] failed. The failed call has changed nothing,
-/// except as documented at [`LocalKmsError::Io`].
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LocalKmsError {
-    /// The directory holds no embedded KMS, or no longer does.
-    #[error("there is no embedded KMS in {}", dir.display())]
-    Missing {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// There is no such key.
-    #[error("there is no key {key_id}")]
-    NotFound {
-        /// The requested key.
-        key_id: String,
-    },
-    /// The state of the key does not allow the operation.
-    #[error("cannot {operation} key {key_id}, which is {state}")]
-    WrongState {
-        /// The key.
-        key_id: String,
-        /// Its state.
-        state: KeyState,
-        /// The operation.
-        operation: &'static str,
-    },
-    /// The grant to withdraw does not exist.
-    #[error("key {key_id} is not granted to {arn}")]
-    NotGranted {
-        /// The key.
-        key_id: String,
-        /// The role.
-        arn: String,
-    },
-    /// An argument is outside its limits.
-    #[error("{what} must be {limits}")]
-    InvalidArgument {
-        /// The argument.
-        what: &'static str,
-        /// The limits.
-        limits: String,
-    },
-    /// The key has too many versions or grants: its file would exceed its largest size.
-    #[error("key {key_id} has too many versions or grants: its file may have {} bytes", KEY_FILE_BYTES_MAX)]
-    TooLarge {
-        /// The key.
-        key_id: String,
-    },
-    /// A file is damaged.
-    #[error("{} is damaged: {what}", file.display())]
-    Damaged {
-        /// The file.
-        file: PathBuf,
-        /// The fault.
-        what: &'static str,
-    },
-    /// Other processes held the lock of the directory for ten seconds. One of them may hang.
-    #[error("another process has the lock of the embedded KMS in {}", dir.display())]
-    Busy {
-        /// The directory.
-        dir: PathBuf,
-    },
-    /// The file system failed. If that happened during a change of a key, the change may or may not
-    /// have been made.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// The error of the system.
-        source: io::Error,
-    },
-}
-
-impl LocalKmsError {
-    /// Whether the error means that the process or the system lacks file descriptors or memory.
-    pub(super) fn is_exhaustion(&self) -> bool {
-        let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
-        matches!(self, Self::Io { source, .. } if source.raw_os_error().is_some_and(|code| exhausted.contains(&code)))
-    }
-}
-
-pub(super) fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LocalKmsError {
-    move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<WrongFileType>()) {
-        Some(wrong) => {
-            let what = match wrong.expected {
-                FileKind::Directory => "it is not a directory",
-                _ => "it is not a regular file",
-            };
-            LocalKmsError::Damaged { file: wrong.path.clone(), what }
-        }
-        None => LocalKmsError::Io { path: path.to_owned(), source },
-    }
-}
 
 impl LocalKms {
     /// Creates a key in a region and grants it to the roles in `grants`. Returns its identifier.

@@ -7,7 +7,8 @@ use zeroize::Zeroizing;
 
 use super::{
     LocalKms,
-    admin::{KeyInfo, KeyState, LocalKmsError, io_error},
+    error::{LocalKmsError, io_error},
+    key::{KEY_FILE_BYTES_MAX, KeyInfo, KeyState},
 };
 use crate::{
     crypto::SecretKey,
@@ -17,8 +18,6 @@ use crate::{
     },
 };
 
-/// The largest key file, in bytes: some thousand key versions and grants.
-pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
 /// How often the lock is tried, with [`LOCK_PAUSE`] in between: 10 seconds in total.
 const LOCK_TRIES: u32 = 2000;
 pub(super) const LOCK_PAUSE: Duration = Duration::from_millis(5);

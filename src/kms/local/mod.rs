@@ -26,7 +26,9 @@
 //! (u32), and for each name and value, in the order of the names, the length (u32) and the bytes.
 
 mod admin;
+mod error;
 mod files;
+mod key;
 #[cfg(test)]
 mod tests;
 mod wrapped;
@@ -46,9 +48,11 @@ use crate::{
     io::{Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock, write_file},
 };
 
-use admin::io_error;
-pub use admin::{DELETION_DAYS, KeyInfo, KeyState, LocalKmsError};
+pub use admin::DELETION_DAYS;
+pub use error::LocalKmsError;
+use error::io_error;
 use files::{MARKER, StoredKey};
+pub use key::{KeyInfo, KeyState};
 use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
 
 const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;

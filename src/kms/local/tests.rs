@@ -12,7 +12,8 @@ use proptest::prelude::*;
 
 use super::{
     admin::NAME_BYTES_MAX,
-    files::{KEY_FILE_BYTES_MAX, LOCK_PAUSE, file_head},
+    files::{LOCK_PAUSE, file_head},
+    key::KEY_FILE_BYTES_MAX,
     *,
 };
 use crate::kms::EncryptionContext;

@@ -16,7 +16,7 @@ use super::outcome::{is_initialized_already, outcome, unreachable};
 use crate::{
     io::{Clock, SystemClock},
     kms::KmsError,
-    sync::{Condvar, Mutex, lock, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait_timeout},
 };
 
 /// The most calls in one module at once. A call into a module cannot be interrupted. If this many
@@ -25,7 +25,7 @@ const CALLS_MAX: usize = 32;
 
 /// All modules that were requested. A process may call `C_Initialize` only once, for all users of
 /// the module.
-static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
+static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(LockRank::KmsModules, BTreeMap::new());
 
 /// The time by which a call must end.
 #[derive(Clone, Copy)]
@@ -87,9 +87,9 @@ impl Module {
             path: path.to_owned(),
             pid,
             inherited: known.is_some(),
-            gate: Mutex::default(),
+            gate: Mutex::new(LockRank::KmsModule, Gate::default()),
             changed: Condvar::new(),
-            refused: Mutex::default(),
+            refused: Mutex::new(LockRank::KmsRefusedPins, BTreeMap::new()),
         });
         // The parent's modules are left alone after `fork`: their destructors would call into the
         // module.

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     io::read_configured,
     kms::KmsError,
-    sync::{Mutex, lock},
+    sync::{LockRank, Mutex, lock},
 };
 
 /// The most idle sessions that are kept. More are opened for concurrent calls, and closed after
@@ -49,8 +49,13 @@ impl Drop for Open {
 }
 
 /// Idle sessions.
-#[derive(Default)]
 pub(super) struct Kept(Mutex<Vec<Open>>);
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self(Mutex::new(LockRank::KmsSessions, Vec::new()))
+    }
+}
 
 impl Kept {
     pub(super) fn take(&self) -> Option<Open> {

@@ -21,7 +21,7 @@ use crate::{
     ids::StoreId,
     io::{self, Disk, Existing, FileKind, OpenMode},
     keys::keyring::Keyring,
-    segment::{Cursor, DecodeError, Features, put_crc, strip_crc},
+    wire::{Cursor, DecodeError, Features, put_crc, strip_crc},
 };
 
 /// The most changes in one record, so that none is longer than a few MiB.

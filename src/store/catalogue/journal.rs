@@ -18,7 +18,7 @@ use crate::{
     io::{self, Disk, DiskFile, Existing, OpenMode, read_exact_at},
     keys::keyring::Keyring,
     shard::{Head, RecordHead},
-    sync::{Condvar, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
+    sync::{Condvar, LockRank, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
 };
 
 /// A journal shorter than this never leads to a new snapshot.
@@ -124,12 +124,12 @@ impl Journal {
             dir: super::dir(store_dir),
             store,
             keyring,
-            catalogue: RwLock::new(catalogue),
-            queue: Mutex::default(),
+            catalogue: RwLock::new(LockRank::Catalogue, catalogue),
+            queue: Mutex::new(LockRank::JournalQueue, Queue::default()),
             done: Condvar::new(),
             fence: None,
-            feeder: RwLock::new(None),
-            files: Mutex::default(),
+            feeder: RwLock::new(LockRank::JournalFeeder, None),
+            files: Mutex::new(LockRank::JournalFiles, Files::default()),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The threads that renew leases: a few for all of a store's master keys, each lease tended when it is due.
+//! The threads that renew leases: a few threads serve all master keys of a store.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -8,84 +8,67 @@ use std::{
     time::Duration,
 };
 
-use super::lease::Lease;
 use crate::{
     io::Clock,
-    sync::{Condvar, Mutex, lock, wait, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
 };
 
-/// The most calls that are made at once to renew leases. A KMS that does not answer holds each of them for the time that a call may
-/// take; what is not renewed in time meanwhile is renewed by the operation that finds it so, which no such queue can delay.
+/// The most threads, and so the most calls at once to renew leases. A KMS that does not answer
+/// occupies a thread for the time limit of a call. A lease that the pool does not renew in time is
+/// renewed by the next operation under it, which no queue of the pool can delay.
 const THREADS_MAX: usize = 32;
 
-#[derive(Default)]
-struct Queue {
-    /// When each lease is due, in order; one under way is not in it.
-    order: BTreeSet<(Duration, u64)>,
-    leases: HashMap<u64, (Duration, Weak<Lease>)>,
-    next_id: u64,
-    /// Threads that wait for something to do.
-    idle: usize,
-    threads: Vec<JoinHandle<()>>,
-    stopped: bool,
+/// A lease, as the pool sees it.
+pub(super) trait Renewable: Send + Sync {
+    /// Does the work that is due. Returns after how long to call this again. Blocks for a KMS call.
+    fn tend(&self) -> Duration;
 }
 
-impl Queue {
-    /// Makes a lease due at `due`, or when it is due already if that is earlier.
-    fn schedule(&mut self, id: u64, due: Duration, lease: Weak<Lease>) {
-        if let Some((earlier, _)) = self.leases.get(&id) {
-            if *earlier <= due {
-                return;
-            }
-            self.order.remove(&(*earlier, id));
-        }
-        self.order.insert((due, id));
-        self.leases.insert(id, (due, lease));
-    }
-}
-
-pub(crate) struct LeasePool {
+/// Calls [`Renewable::tend`] of each lease when it is due.
+pub(crate) struct RenewalPool {
     clock: Arc<dyn Clock>,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
 
-impl LeasePool {
+impl RenewalPool {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self { clock, queue: Mutex::default(), changed: Condvar::new() })
+        let queue = Mutex::new(LockRank::RenewalPool, Queue::default());
+        Arc::new(Self { clock, queue, changed: Condvar::new() })
     }
 
-    /// A number for a lease to be known by.
-    pub(crate) fn enter(&self) -> u64 {
+    /// A number that identifies a lease in this pool.
+    pub(super) fn enter(&self) -> u64 {
         let mut queue = lock(&self.queue);
         queue.next_id += 1;
         queue.next_id
     }
 
-    /// Has a lease tended now. Starts a thread for it if all are busy and there may be more.
+    /// Makes a lease due now. Starts a thread for it if all threads are busy and there may be more.
     ///
     /// # Errors
-    /// When the first thread cannot be started: then nobody would ever tend it.
-    pub(crate) fn wake(self: &Arc<Self>, id: u64, lease: Weak<Lease>) -> io::Result<()> {
+    /// When the first thread cannot be started. The pool would never tend the lease.
+    pub(super) fn wake(self: &Arc<Self>, id: u64, lease: Weak<dyn Renewable>) -> io::Result<()> {
         let mut queue = lock(&self.queue);
         if queue.stopped {
             return Ok(());
         }
         queue.schedule(id, self.clock.uptime(), lease);
         let started = self.help(&mut queue);
-        let nobody = queue.threads.is_empty();
+        let no_thread = queue.threads.is_empty();
         drop(queue);
         self.changed.notify_one();
-        if nobody { started } else { Ok(()) }
+        if no_thread { started } else { Ok(()) }
     }
 
-    /// Starts another thread if something is due and none is free for it.
+    /// Starts another thread if a lease is due and no thread is idle.
     fn help(self: &Arc<Self>, queue: &mut Queue) -> io::Result<()> {
         let now = self.clock.uptime();
         let due = queue.order.first().is_some_and(|(due, _)| *due <= now);
         if due && queue.idle == 0 && queue.threads.len() < THREADS_MAX && !queue.stopped {
             let this = Arc::clone(self);
-            queue.threads.push(thread::Builder::new().name("envelog-lease".to_owned()).spawn(move || this.work())?);
+            let thread = thread::Builder::new().name("envelog-lease".to_owned());
+            queue.threads.push(thread.spawn(move || this.work())?);
         }
         Ok(())
     }
@@ -109,7 +92,7 @@ impl LeasePool {
             queue.order.remove(&(due, id));
             let Some((_, weak)) = queue.leases.remove(&id) else { continue };
             let Some(lease) = weak.upgrade() else { continue };
-            // Fewer threads are slower, no more.
+            // Without another thread the pool is slower, and still correct.
             let _ = self.help(&mut queue);
             drop(queue);
             let pause = lease.tend().max(Duration::from_millis(1));
@@ -119,7 +102,7 @@ impl LeasePool {
         }
     }
 
-    /// Ends the threads, and waits for them unless this is one of them.
+    /// Ends the threads and waits for them. If this is one of them, it does not wait for itself.
     pub(crate) fn stop(&self) {
         let threads = {
             let mut queue = lock(&self.queue);
@@ -135,13 +118,42 @@ impl LeasePool {
     }
 }
 
+#[derive(Default)]
+struct Queue {
+    /// When each lease is due, in order. A lease that a thread works on is not in it.
+    order: BTreeSet<(Duration, u64)>,
+    leases: HashMap<u64, (Duration, Weak<dyn Renewable>)>,
+    next_id: u64,
+    /// Threads that wait for a lease to be due.
+    idle: usize,
+    threads: Vec<JoinHandle<()>>,
+    stopped: bool,
+}
+
+impl Queue {
+    /// Makes a lease due at `due`. A lease that is due earlier stays so.
+    fn schedule(&mut self, id: u64, due: Duration, lease: Weak<dyn Renewable>) {
+        if let Some((earlier, _)) = self.leases.get(&id) {
+            if *earlier <= due {
+                return;
+            }
+            self.order.remove(&(*earlier, id));
+        }
+        self.order.insert((due, id));
+        self.leases.insert(id, (due, lease));
+    }
+}
+
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "the tests watch threads, which signal nothing to them")]
 mod tests {
     use std::{sync::atomic::Ordering, time::Instant};
 
     use super::{
-        super::lease::tests::{EVERY, Ears, World},
+        super::lease::{
+            Lease,
+            tests::{EVERY, Ears, World},
+        },
         *,
     };
     use crate::io::SystemClock;
@@ -155,10 +167,10 @@ mod tests {
     }
 
     /// Leases that a pool has tended for their first answer, and who listens to each.
-    type Tended = (Arc<LeasePool>, Vec<(Arc<Lease>, Arc<Ears>)>);
+    type Tended = (Arc<RenewalPool>, Vec<(Arc<Lease>, Arc<Ears>)>);
 
     fn with_leases(world: &World, count: usize) -> Tended {
-        let pool = LeasePool::new(Arc::new(SystemClock));
+        let pool = RenewalPool::new(Arc::new(SystemClock));
         let at_rest = |leases: usize| {
             let queue = lock(&pool.queue);
             let due = queue.order.first().is_some_and(|(due, _)| *due <= SystemClock.uptime());

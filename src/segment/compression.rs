@@ -6,7 +6,8 @@ use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, 
 use serde::{Deserialize, Serialize};
 use zstd::zstd_safe::{compress_bound, find_frame_compressed_size, get_frame_content_size};
 
-use super::{BLOCK_RAW_BYTES_MAX, DecodeError, require};
+use super::BLOCK_RAW_BYTES_MAX;
+use crate::wire::{DecodeError, require};
 
 /// The compression level for zstd.
 const ZSTD_LEVEL: i32 = 1;

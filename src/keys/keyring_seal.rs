@@ -1,7 +1,9 @@
-//! A service keyring under a master key: its file holds the roots only sealed, under a key that a KMS has wrapped.
+//! A service keyring under a master key: its file holds the roots sealed, under a key that a KMS has
+//! wrapped.
 //!
-//! Each writing draws a sealing key of its own, has it wrapped, and seals once with it; so the KMS is asked once when a store is
-//! opened and once when the keyring is written, and at no other time.
+//! Each write of the file generates a sealing key, has the KMS wrap it, and seals once with it. So
+//! the engine calls the KMS once when it opens a store and once when it writes the keyring, and at
+//! no other time.
 
 use std::{path::Path, sync::Arc};
 
@@ -11,16 +13,14 @@ use zeroize::Zeroizing;
 use super::envelope::fingerprint;
 use crate::{
     Error, Result,
-    config::ConfigError,
     crypto::{AeadKey, Cipher, CryptoError, CryptoProvider, HashAlg, SecretKey, derive},
     error::Location,
     ids::{KeyringId, StoreId, hex_decode, hex_encode},
     io::Random,
-    kms::{BoundedKms, Cmk, EncryptionContext, KmsError},
-    metrics::Counters,
+    kms::{Cmk, EncryptionContext, KmsError, KmsRouter},
 };
 
-/// What a keyring is bound to.
+/// The identifiers that a sealed keyring is bound to.
 #[derive(Clone, Copy)]
 pub(super) struct KeyringIdentity {
     pub(super) store: StoreId,
@@ -47,32 +47,34 @@ impl KeyringIdentity {
     }
 }
 
-/// Part A of a keyring under a master key.
+/// Part A of the document of a keyring under a master key.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SealedBody {
     pub(super) cmk: Cmk,
-    /// What the KMS made of the sealing key, in hex.
+    /// The sealing key as the KMS has wrapped it, in hex.
     wrapped: String,
-    /// Of the sealing key, to recognise a wrong answer of the KMS.
+    /// The fingerprint of the sealing key, which reveals a wrong answer of the KMS.
     fingerprint: String,
-    /// Part A of an open keyring, sealed, and its tag; in hex.
+    /// Part A of a keyring under no master key, sealed, and its tag; in hex.
     sealed: String,
 }
 
-/// Who seals keyrings and asks the KMS.
+/// Seals and opens keyrings with the KMSs of a store.
 #[derive(Clone)]
-pub(crate) struct Custody {
-    pub(crate) provider: Arc<dyn CryptoProvider>,
-    /// The KMSs of the store.
-    pub(crate) kms: Vec<BoundedKms>,
-    /// What counts for the store.
-    pub(crate) counters: Arc<Counters>,
+pub(crate) struct KeyringSeal {
+    provider: Arc<dyn CryptoProvider>,
+    kms: KmsRouter,
 }
 
-impl Custody {
-    fn kms_for(&self, cmk: &Cmk) -> Option<&BoundedKms> {
-        self.kms.iter().find(|kms| kms.serves(&cmk.region_id))
+impl KeyringSeal {
+    pub(crate) fn new(provider: Arc<dyn CryptoProvider>, kms: KmsRouter) -> Self {
+        Self { provider, kms }
+    }
+
+    /// The KMSs of the store.
+    pub(crate) fn kms(&self) -> &KmsRouter {
+        &self.kms
     }
 
     fn cipher(&self, key: &SecretKey) -> Result<Box<dyn AeadKey>> {
@@ -80,7 +82,7 @@ impl Custody {
         self.provider.aead(Cipher::Aes256Gcm, key.expose()).map_err(Error::Crypto)
     }
 
-    /// Seals `plain`, which holds ciphertext afterwards.
+    /// Seals `plain` in place, and returns part A. Calls the KMS.
     pub(super) fn seal(
         &self,
         random: &dyn Random,
@@ -89,9 +91,7 @@ impl Custody {
         identity: KeyringIdentity,
         mut plain: Zeroizing<Vec<u8>>,
     ) -> Result<Vec<u8>> {
-        let kms = self
-            .kms_for(cmk)
-            .ok_or_else(|| Error::Config(ConfigError::NoKmsForRegion { region: cmk.region_id.clone() }))?;
+        let kms = self.kms.serving(&cmk.region_id)?;
         let key = SecretKey::generate(random).map_err(Error::io("draw a random key for", path))?;
         let wrapped = kms.wrap(cmk, identity.context(), &key).map_err(|cause| service_key(path, cmk, cause))?;
         let tag = self.cipher(&key)?.seal(&[0; 12], &identity.associated_data(), &mut plain).map_err(Error::Crypto)?;
@@ -104,19 +104,15 @@ impl Custody {
         Ok(serde_json::to_vec(&body).expect("plain data always serializes"))
     }
 
-    /// Opens what [`Custody::seal`] made.
+    /// Opens the result of [`KeyringSeal::seal`]. Calls the KMS.
     pub(super) fn open(&self, path: &Path, identity: KeyringIdentity, body: &SealedBody) -> Result<Zeroizing<Vec<u8>>> {
         let cmk = &body.cmk;
         let malformed = || Error::corrupt(Location::new(path, 80), "the service keyring does not parse");
         let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
         let sealed = hex_decode(&body.sealed).ok_or_else(malformed)?;
         let (sealed, tag) = sealed.split_last_chunk::<16>().ok_or_else(malformed)?;
-        let key = match self.kms_for(cmk) {
-            Some(kms) => kms.unwrap(cmk, identity.context(), &wrapped),
-            None => Err(KmsError::Unreachable {
-                detail: format!("no KMS is configured that serves region {}", cmk.region_id),
-            }),
-        };
+        let kms = self.kms.serving(&cmk.region_id).map_err(KmsError::from);
+        let key = kms.and_then(|kms| kms.unwrap(cmk, identity.context(), &wrapped));
         let key = key.map_err(|cause| service_key(path, cmk, cause))?;
         if fingerprint(&key) != body.fingerprint {
             let detail = "it unwrapped the keyring's key to another key".to_owned();

@@ -1,0 +1,54 @@
+//! A key of the embedded KMS, without its material.
+
+use std::fmt;
+
+/// The largest key file, in bytes: some thousand key versions and grants.
+pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
+
+/// What there is to know about a key of a [`LocalKms`], but for its material.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KeyInfo {
+    /// Its identifier: `key-` and 16 hexadecimal digits.
+    pub key_id: String,
+    /// The region that it belongs to.
+    pub region_id: String,
+    /// Whether it can be used.
+    pub state: KeyState,
+    /// How many versions there are: 1, and one more for each rotation. None once the material is destroyed.
+    pub versions: u32,
+    /// The roles that may use it, in order.
+    pub grants: Vec<String>,
+    /// When it was created, in microseconds since the Unix epoch.
+    pub created_us: u64,
+    /// The day on which it will be, or was, deleted: days since 1970-01-01, UTC.
+    pub deletion_day: Option<u32>,
+}
+
+/// Whether a key of a [`LocalKms`] can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KeyState {
+    /// It can.
+    Enabled,
+    /// Not until it is enabled again.
+    Disabled,
+    /// Not unless its deletion is cancelled in time.
+    PendingDeletion {
+        /// The day on which it will be deleted: days since 1970-01-01, UTC.
+        day: u32,
+    },
+    /// Never again.
+    Deleted,
+}
+
+impl fmt::Display for KeyState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enabled => "enabled",
+            Self::Disabled => "disabled",
+            Self::PendingDeletion { .. } => "pending deletion",
+            Self::Deleted => "deleted",
+        })
+    }
+}
