@@ -416,10 +416,11 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
     }
     let matches = |one: &envelog::Recoverable| one.cmk.is_some() && expected.get(&one.name) == one.cmk.as_ref();
     if !found.iter().any(matches) {
-        return Err(Failure::refused(
-            "nothing_expected",
-            "the store names none of the expected Logstores with the expected key and role; nothing was changed",
-        ));
+        let names: Vec<_> = expected.keys().map(ToString::to_string).collect();
+        return Err(Failure::other(format!(
+            "the store names none of the expected Logstores with the expected key and role: {}; nothing was changed",
+            names.join(", ")
+        )));
     }
     let (store, report) = builder.recover_without_keyring(&expected)?;
     setup.close(store)?;
