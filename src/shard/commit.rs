@@ -640,6 +640,12 @@ mod tests {
         submitted
     }
 
+    fn submit_all(commit: &GroupCommit, groups: impl IntoIterator<Item = Group>) {
+        for group in groups {
+            submit(commit, group);
+        }
+    }
+
     fn numbers(batch: Option<Vec<Pending>>) -> Vec<u64> {
         batch.iter().flatten().map(|pending| pending.seq).collect()
     }
@@ -648,7 +654,7 @@ mod tests {
     fn a_batch_counts_the_frames_too() {
         let filled = |block_bytes| {
             let commit = open(block_bytes);
-            (0..4).for_each(|_| drop(submit(&commit, group(100, 0, false))));
+            submit_all(&commit, (0..4).map(|_| group(100, 0, false)));
             commit
         };
         let commit = filled(3 * 102);
@@ -665,9 +671,7 @@ mod tests {
     fn a_batch_ends_where_its_receive_times_no_longer_fit() {
         let far = u64::from(u32::MAX);
         let commit = open(1000);
-        for time_us in [5, far + 5, far + 6] {
-            submit(&commit, group(1, time_us, true));
-        }
+        submit_all(&commit, [5, far + 5, far + 6].map(|time_us| group(1, time_us, true)));
         assert_eq!(numbers(commit.take_batch()), [0, 1]);
         assert_eq!(numbers(commit.take_batch()), [2]);
     }
@@ -675,9 +679,7 @@ mod tests {
     #[test]
     fn receive_times_do_not_run_backwards() {
         let commit = open(1000);
-        for time_us in [5, 3, 7] {
-            submit(&commit, group(1, time_us, true));
-        }
+        submit_all(&commit, [5, 3, 7].map(|time_us| group(1, time_us, true)));
         let times: Vec<_> = commit.take_batch().unwrap().iter().map(|pending| pending.group.time_us).collect();
         assert_eq!(times, [5, 5, 7]);
     }
@@ -744,7 +746,7 @@ mod tests {
     fn a_latch_fails_what_is_not_written_and_whoever_waits_for_a_sync() {
         let (error, cause) = (Error::Closed("the file"), Arc::new(Error::Closed("the disk")));
         let commit = open(1);
-        (0..3).for_each(|_| drop(submit(&commit, group(1, 0, true))));
+        submit_all(&commit, (0..3).map(|_| group(1, 0, true)));
         commit.take_batch().unwrap();
         commit.written(1, None);
         assert_eq!(commit.latch(Arc::clone(&cause), &error), 4);
@@ -765,7 +767,7 @@ mod tests {
     fn however_many_appends_fail_none_is_taken_for_done_later() {
         let error = Error::Closed("the key");
         let commit = open(1000);
-        (0..20_000).for_each(|seq| drop(submit(&commit, group(1, 0, seq % 3 == 0))));
+        submit_all(&commit, (0..20_000).map(|seq| group(1, 0, seq % 3 == 0)));
         let freed = commit.refuse(Vec::new(), &error, LINGER);
         {
             let state = commit.lock();
