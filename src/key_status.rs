@@ -35,7 +35,8 @@ pub enum KeyState {
 pub struct KeyStatus {
     /// The state.
     pub state: KeyState,
-    /// How long the key may still be used should the KMS stop answering now; `None` where no KMS is involved.
+    /// How long the key may still be used should the KMS stop answering now; `None` where no KMS is
+    /// involved.
     pub lease_left: Option<Duration>,
 }
 

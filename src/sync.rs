@@ -1,16 +1,18 @@
 //! Locks and atomics: locks without poisoning, whose order debug builds check.
 //!
-//! **Poisoning.** A panic in the engine is a bug. Every invariant that a lock protects is restored or latched before
-//! anything can fail, so [`lock`], [`read`] and [`write`] take a poisoned lock as it is.
+//! **Poisoning.** A panic in the engine is a bug. Every invariant that a lock protects is restored
+//! or latched before anything can fail, so [`lock`], [`read`] and [`write`] take a poisoned lock as
+//! it is.
 //!
-//! **Order.** Every lock is made with a [`LockRank`]. A thread that holds a lock may take locks of lower ranks only, in
-//! the order of that enum. So no two threads can wait for each other. Debug builds keep the ranks that each thread holds
-//! and panic on a wrong order, also when the locks happen to be free. Release builds keep nothing and check nothing.
-//! `docs/architecture.md` has the table of all locks.
+//! **Order.** Every lock is made with a [`LockRank`]. A thread that holds a lock may take locks of
+//! lower ranks only, in the order of that enum. So no two threads can wait for each other. Debug
+//! builds keep the ranks that each thread holds and panic on a wrong order, also when the locks
+//! happen to be free. Release builds keep nothing and check nothing. `docs/architecture.md` has the
+//! table of all locks.
 //!
-//! Two kinds of locks are outside the check. The pool of `crypto::secret` is a lock of the process: it is taken last, and
-//! its holder calls nothing. Under shuttle (`tests/shuttle`) many tasks share one thread, and shuttle finds deadlocks
-//! itself.
+//! Two kinds of locks are outside the check. The pool of `crypto::secret` is a lock of the process:
+//! it is taken last, and its holder calls nothing. Under shuttle (`tests/shuttle`) many tasks share
+//! one thread, and shuttle finds deadlocks itself.
 
 use std::{
     fmt,
@@ -32,34 +34,34 @@ pub(crate) use shuttle::sync::{Condvar, atomic};
 
 use order::{Entered, Rank};
 
-/// The place of a lock in the order in which a thread takes locks, from the outermost to the innermost.
+/// The place of a lock in the order in which a thread takes locks, from the outermost to the
+/// innermost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[cfg_attr(any(not(debug_assertions), shuttle), expect(dead_code, reason = "release builds keep no ranks"))]
 pub(crate) enum LockRank {
-    // Held for a whole operation: across files, syncs and calls to a KMS.
+    // Held for a whole operation, across file I/O and syncs.
     /// Administration of a store: one operation at a time.
     Admin,
-    /// How much each data key has sealed, for rotation by policy.
+    /// The bytes that a data key has sealed, for rotation by policy.
     SealedBytes,
-    /// The telling of a lease's listeners, so that they hear in order.
+    /// The calls to the listeners of a lease, which hear of losses and recoveries in order.
     LeaseTelling,
-    /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore takes the writers of all its shards,
-    /// in the order of the shards.
+    /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore
+    /// takes the writers of all its shards, in the order of the shards.
     ShardWriter,
-    /// The unwrap of a data key, so that it happens once.
+    /// The unwrap of a data key: threads that need the same key make one call.
     GateLoading,
-    /// Transitions of keys, as the audit log has them.
+    /// The states of keys by the audit log.
     AuditTransitions,
     /// The end of the audit log and its file.
     AuditTail,
-    /// The files of the catalogue.
+    /// The current file of the catalogue.
     JournalFiles,
-    // Held for a moment, or for a file that is about to be read.
-    /// The changes of the catalogue that wait for their record.
+    // Held for a moment.
+    /// The changes of the catalogue that wait for a record.
     JournalQueue,
-    /// The feeder of the anchor, as the catalogue knows it.
+    /// The feeder that the catalogue tells about its changes.
     JournalFeeder,
-    /// What the anchor is to keep, and what it keeps.
+    /// The wanted and the present contents of the anchor.
     Anchor,
     /// The Logstores that are open.
     Logstores,
@@ -73,39 +75,39 @@ pub(crate) enum LockRank {
     ShardState,
     /// The list of a shard's segments.
     ShardSegments,
-    /// The service keyring. A call to a KMS may happen under it where it is written or loaded again.
+    /// The service keyring.
     Keyring,
     /// The contents of the keyring file that this process loaded or wrote last.
     KeyringKnown,
     /// The catalogue in memory.
     Catalogue,
-    /// What the catalogue knows of a shard.
+    /// The catalogue's record of a shard.
     ShardRecord,
-    /// A head that the catalogue does not know yet.
+    /// A head of a shard that the catalogue does not know yet.
     ShardReached,
-    /// What recovery has to report of a shard.
+    /// The recovery notices of a shard.
     ShardNotices,
-    /// The segments of a shard that are proved without a key.
+    /// The segments of a shard that the catalogue proves.
     ShardChain,
     /// The keys of a Logstore in memory.
     GateHeld,
-    /// Which keys a Logstore has.
+    /// The keys section and the lease of a Logstore.
     GateKeys,
-    /// Why a Logstore may begin no segment.
+    /// The error that keeps a Logstore from beginning a segment.
     GateHalted,
-    /// The readers that are in segments under each key.
+    /// The number of readers in segments under each key.
     GateReaders,
     /// The plaintext that is wiped together with the keys.
     GateKept,
     /// The metadata of a Logstore.
     LogstoreMeta,
-    /// What new segments of a Logstore are written with.
+    /// The settings of new segments of a Logstore.
     WritePlan,
-    /// When a reader last looked for changes of the writer.
+    /// When a read-only Logstore last caught up with its writer.
     FollowedAt,
-    /// What a reader has decrypted and not handed out.
+    /// The records that a reader has decrypted and not returned yet.
     ReadAhead,
-    /// What readers see of the active segment.
+    /// The active segment as readers see it.
     ActiveView,
     /// A payload that is being hashed.
     HashJob,
@@ -117,7 +119,7 @@ pub(crate) enum LockRank {
     Budget,
     /// The answers of the KMS to a lease.
     LeaseState,
-    /// The health of a KMS.
+    /// The recent calls to one KMS.
     CircuitBreaker,
     /// The listeners of a lease.
     LeaseListeners,
@@ -125,7 +127,7 @@ pub(crate) enum LockRank {
     LeaseProbe,
     /// The leases that are due, and the threads that renew them.
     RenewalPool,
-    /// What the wall clock was, for retention.
+    /// The last reading of the wall clock, for retention.
     ClockWatch,
     /// The threads of the scheduler.
     SchedulerThreads,
@@ -133,18 +135,25 @@ pub(crate) enum LockRank {
     SchedulerQueue,
     // Inside a KMS backend.
     /// Credentials that a backend has fetched.
+    #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
     KmsCredentials,
     /// The PKCS#11 modules of the process.
+    #[cfg(feature = "kms-pkcs11")]
     KmsModules,
     /// The state of a PKCS#11 module.
+    #[cfg(feature = "kms-pkcs11")]
     KmsModule,
     /// PINs that a token has refused.
+    #[cfg(feature = "kms-pkcs11")]
     KmsRefusedPins,
     /// Idle sessions with a token.
+    #[cfg(feature = "kms-pkcs11")]
     KmsSessions,
     /// The faults that `FaultyKms` is to inject next.
+    #[cfg(feature = "kms-faulty")]
     KmsScript,
     /// The plan by which `FaultyKms` injects faults.
+    #[cfg(feature = "kms-faulty")]
     KmsPlan,
     /// A lock of a test: outside the order.
     #[cfg(test)]
@@ -158,17 +167,20 @@ impl LockRank {
         matches!(self, Self::ShardWriter)
     }
 
-    /// Whether a thread may hold a lock of this rank while it waits for a KMS.
+    /// Whether a thread may hold a lock of this rank across a KMS call. Threads that need the lock
+    /// then wait for up to the time limit of the call. Each of these is a candidate for removal.
     fn may_span_a_kms_call(self) -> bool {
         match self {
-            // `Store::create_logstore`, changes of keys, rotations: the KMS decides whether they may happen.
+            // An administrative operation wraps new keys at the KMS.
             Self::Admin | Self::SealedBytes => true,
-            // Under the writer a block is sealed, whose key may have to be unwrapped or its lease renewed.
+            // A block is sealed under the writer. That may renew the lease or unwrap the key.
             Self::ShardWriter => true,
-            // The unwrap itself.
+            // This lock exists to be held across the unwrap.
             Self::GateLoading => true,
-            // A keyring under a master key is written, or loaded again in a store that is open for reading.
+            // An administrator who writes a keyring under a master key holds it for reading.
             Self::Keyring => true,
+            // A read-only opener that lists segments may have to load the keyring again.
+            Self::ShardSegments => true,
             _ => false,
         }
     }
@@ -287,8 +299,8 @@ pub(crate) fn write<T: ?Sized>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
     RwLockWriteGuard { inner: lock.inner.write().unwrap_or_else(PoisonError::into_inner), _entered }
 }
 
-/// Waits for a notification without the mutex, and takes it again. The mutex must be the innermost lock that the thread
-/// holds: the thread that notifies may need any lock below it.
+/// Waits for a notification without the mutex, and takes it again. The mutex must be the innermost
+/// lock that the thread holds: the thread that notifies may need any lock below it.
 #[cfg_attr(debug_assertions, track_caller)]
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     let MutexGuard { inner, entered } = guard;
@@ -327,7 +339,7 @@ mod order {
             Self(rank)
         }
 
-        /// Notes that the thread takes a lock of this rank, before it does.
+        /// Checks and notes that the thread takes a lock of this rank, before it does.
         #[track_caller]
         pub(super) fn enter(self) -> Entered {
             let Self(rank) = self;
@@ -338,13 +350,13 @@ mod order {
             if let Some(inner) = find(|held| held > rank || (held == rank && !rank.may_nest())) {
                 fail(&format!("{rank:?} is taken under {inner:?}: the order is the other way round"));
             }
-            // A thread that ends keeps no account any more.
+            // While a thread ends, its list is gone, and nothing is checked.
             let _ = HELD.try_with(|held| held.borrow_mut().push(rank));
             Entered(rank)
         }
     }
 
-    /// That the thread holds a lock of this rank.
+    /// States that the thread holds a lock of this rank.
     pub(super) struct Entered(LockRank);
 
     impl Entered {
@@ -381,7 +393,7 @@ mod order {
 
     #[track_caller]
     fn fail(what: &str) {
-        // The first panic says what is wrong. A second one would abort.
+        // A second panic would abort the process and hide the first.
         if !thread::panicking() {
             panic!("lock order: {what}");
         }
@@ -423,7 +435,7 @@ mod tests {
         [LockRank::Admin, LockRank::ShardWriter, LockRank::ShardState].map(|rank| Mutex::new(rank, 0))
     }
 
-    /// What a thread of its own panics with that runs this.
+    /// The message with which this panics, in a thread of its own.
     fn panic_of(run: impl FnOnce() + Send + 'static) -> String {
         let panic = std::thread::spawn(run).join().expect_err("it panics");
         *panic.downcast::<String>().expect("a message")

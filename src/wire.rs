@@ -1,6 +1,7 @@
-//! Reading and writing little-endian bytes: what segments, documents and the writer epoch have in common.
+//! Reading and writing little-endian bytes, for segments, documents and the writer epoch.
 //!
-//! Decoded bytes come from a disk and are hostile. No function here panics on them, and none allocates.
+//! Decoded bytes come from a disk and are hostile. No function here panics on them, and none
+//! allocates.
 
 use bytes::BufMut;
 
@@ -31,7 +32,8 @@ pub enum DecodeError {
     /// A newer envelog wrote the bytes, in this version of the format.
     #[error("format version {0} is newer than this build")]
     NewerVersion(u16),
-    /// An older envelog wrote the bytes, in this version of the format, which this build does not read.
+    /// An older envelog wrote the bytes, in this version of the format, which this build does not
+    /// read.
     #[error("format version {0} is older than this build reads")]
     OlderVersion(u16),
     /// The bytes use a feature that this build does not have.
@@ -54,7 +56,8 @@ pub struct Features {
 }
 
 impl Features {
-    /// The bits of [`Features::read_only_compatible`] that this build does not know. If there are any, it must not write.
+    /// The bits of [`Features::read_only_compatible`] that this build does not know. If there are
+    /// any, it must not write.
     #[must_use]
     pub fn unknown_read_only(&self) -> u32 {
         self.read_only_compatible
@@ -163,7 +166,8 @@ pub(crate) fn require(holds: bool, what: &'static str) -> Result<(), DecodeError
     if holds { Ok(()) } else { Err(DecodeError::Field(what)) }
 }
 
-/// Splits the CRC32 off the end of `bytes` and checks it. Returns the bytes in front of it, which it covers.
+/// Splits the CRC32 off the end of `bytes` and checks it. Returns the bytes in front of it, which
+/// it covers.
 pub(crate) fn strip_crc(bytes: &[u8]) -> Result<&[u8], DecodeError> {
     match bytes.split_last_chunk::<CRC_LEN>() {
         Some((covered, crc)) if crc32fast::hash(covered) == u32::from_le_bytes(*crc) => Ok(covered),

@@ -22,9 +22,9 @@ pub(crate) const DATA_KEYS_MAX: usize = 10_000;
 /// key share.
 pub(crate) const PROBE_SHARED: &str = "shared";
 
-/// The keys section of a Logstore's metadata: everything that is needed to unwrap its data keys, and
-/// the settings that a holder of the service keyring alone must not change. Under a customer's key
-/// the current data key authenticates all of it.
+/// The keys section of a Logstore's metadata: everything that is needed to unwrap its data keys,
+/// and the settings that a holder of the service keyring alone must not change. Under a customer's
+/// key the current data key authenticates all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct KeysSection {
@@ -84,13 +84,13 @@ impl TaggedKeys {
 pub(crate) struct DataKeyVersion {
     pub(crate) version: u32,
     pub(crate) created_us: u64,
-    /// By shard: the first ordinal whose segment is under this version. The segments from there to the
-    /// next version's first ordinal are under no other key. So a copy of an older data key cannot
-    /// make a new segment.
+    /// By shard: the first ordinal whose segment is under this version. The segments from there to
+    /// the next version's first ordinal are under no other key. So a copy of an older data key
+    /// cannot make a new segment.
     pub(crate) ordinals: Vec<u64>,
-    /// The keyring version that wrapped the key when it was generated; `None` under a customer master
-    /// key. A rotation of the service key replaces data keys that were generated under an older
-    /// version.
+    /// The keyring version that wrapped the key when it was generated; `None` under a customer
+    /// master key. A rotation of the service key replaces data keys that were generated under an
+    /// older version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) drawn_under: Option<u32>,
     /// When it was last re-wrapped, if it was.

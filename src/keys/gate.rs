@@ -1,8 +1,8 @@
 //! The gate: the data keys of one Logstore in memory, and the only way to use them.
 //!
 //! Every use of a key asks the lease first ([`Gate::admit`]), unwraps the data key if it is not in
-//! memory, and holds the keys for reading while the closure of the caller runs. A wipe takes the keys
-//! for writing. So it waits for the uses under way, which last for one block each, and no use
+//! memory, and holds the keys for reading while the closure of the caller runs. A wipe takes the
+//! keys for writing. So it waits for the uses under way, which last for one block each, and no use
 //! touches a key after it.
 //!
 //! A key that is on its way into memory while the lease is lost arrives after the wipe. The gate
@@ -46,14 +46,14 @@ pub(crate) trait KeptPlaintext: Send + Sync {
 
 /// A store that is open for reading beside a writer.
 pub(crate) trait FollowWriter: Send + Sync {
-    /// Takes in what the writer has changed in the metadata of this Logstore. Reads files.
+    /// Takes in the writer's changes to the metadata of this Logstore. Reads files.
     ///
     /// # Errors
     /// The Logstore was deleted, or its metadata cannot be read.
     fn catch_up(&self, name: &LogstoreName, id: LogstoreId) -> Result<()>;
 }
 
-/// What the gates of a store share.
+/// The state that the gates of a store share.
 pub(crate) struct KeyContext {
     pub(crate) store: StoreId,
     pub(crate) provider: Arc<dyn CryptoProvider>,
@@ -211,8 +211,8 @@ impl Gate {
         held.forget_loaded();
     }
 
-    /// Admits an operation that starts now. Returns the epoch of the lease. Blocks for a KMS call if
-    /// the last answer of the KMS is too old.
+    /// Admits an operation that starts now. Returns the epoch of the lease. Blocks for a KMS call
+    /// if the last answer of the KMS is too old.
     ///
     /// # Errors
     /// The error of the refused operation.
@@ -418,8 +418,8 @@ impl Gate {
     }
 
     /// Asks the lease again after a key was inserted under `epoch`. If the lease was lost between
-    /// the admission and the insert, the wipe has already run and will not run again. So this removes
-    /// the key and returns `false`, or the error of the refusal.
+    /// the admission and the insert, the wipe has already run and will not run again. So this
+    /// removes the key and returns `false`, or the error of the refusal.
     fn may_stay(&self, epoch: u64) -> Result<bool> {
         let admitted = self.admit();
         if matches!(admitted, Ok(now) if now == epoch) {
@@ -522,7 +522,7 @@ impl Gate {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite }
     }
 
-    /// Has a reader take in what the writer has changed. Does nothing in the writer's own process.
+    /// Has a reader take in the writer's changes. Does nothing in the writer's own process.
     pub(crate) fn catch_up(&self) -> Result<()> {
         self.follower.get().map_or(Ok(()), |follower| follower.follow(self))
     }
@@ -659,7 +659,7 @@ mod tests {
         Arc::new(Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default()))
     }
 
-    /// What a child process finds in its copy of the memory is the process id of its parent.
+    /// A child process finds the process id of its parent in its copy of the memory.
     #[test]
     fn a_gate_that_came_through_fork_admits_nothing() {
         assert_eq!(gate(std::process::id()).admit().unwrap(), 0);
@@ -702,7 +702,7 @@ mod tests {
         assert_eq!((held.epoch, held.data.len(), held.reading.len()), (1, 0, 0));
     }
 
-    /// A loss wipes before a key comes in that is on its way, and not again.
+    /// A loss wipes before a key on its way comes in, and does not wipe again.
     #[test]
     fn a_key_stays_only_under_the_epoch_that_it_was_put_in_under() {
         let gate = gate(std::process::id());
@@ -716,7 +716,7 @@ mod tests {
         assert!(gate.may_stay(0).unwrap());
         assert_eq!(left(), 1);
         put(7);
-        // What another one has put in since is not this one's to take out.
+        // A key that was put in under another epoch stays.
         assert!(!gate.may_stay(6).unwrap());
         assert_eq!(left(), 1);
         assert!(!gate.may_stay(7).unwrap());
@@ -755,7 +755,7 @@ mod tests {
                 DecodedHeader { header: header.clone(), header_hash: [header_hash; 32], commitment, body_start: 512 };
             gate.with_cipher(&segment, Path::new("segment"), |cipher| Ok(*cipher.header_hash()))
         };
-        // Of the key for writing, and, once that is gone, of the one for reading.
+        // First the key for writing, then, once that is gone, the key for reading.
         for held in [true, false] {
             assert_eq!(uses(5, commitment).unwrap(), [5; 32]);
             assert!(matches!(uses(6, commitment), Err(Error::WrongKey { .. })));

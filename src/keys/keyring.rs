@@ -119,8 +119,8 @@ impl NewKeyring {
 }
 
 impl Keyring {
-    /// Makes a new keyring with one version, under a master key if one is given. Writes nothing. Calls
-    /// the KMS if there is a master key.
+    /// Makes a new keyring with one version, under a master key if one is given. Writes nothing.
+    /// Calls the KMS if there is a master key.
     pub(crate) fn prepare(
         random: &dyn Random,
         file: Arc<KeyringFile>,
@@ -164,8 +164,8 @@ impl Keyring {
                 let plain = seal.open(path, KeyringIdentity { store, id, newest }, &sealed)?;
                 (serde_json::from_slice(&plain), Some(sealed.cmk))
             }
-            // A keyring under no master key. The parser above has stopped at its first field, before
-            // any root.
+            // A keyring under no master key. The parser above has stopped at its first field,
+            // before any root.
             Err(_) => (serde_json::from_slice(&claimed.a), None),
         };
         let body: Body = body.map_err(|_| bad("the service keyring does not parse"))?;
@@ -216,7 +216,8 @@ impl Keyring {
         Ok(Self { accepts_retired: self.accepts_retired, ..loaded })
     }
 
-    /// Whether its file has a higher generation than this copy: another process has begun or finished a rotation.
+    /// Whether its file has a higher generation than this copy: another process has begun or
+    /// finished a rotation.
     pub(crate) fn is_outdated(&self) -> Result<bool> {
         let bytes = self.file.read()?;
         Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation > self.generation())
@@ -367,8 +368,8 @@ impl Keyring {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// Adds a version, which authenticates documents beside the older ones. Returns the new keyring;
-    /// its file is durable then. Calls the KMS if the keyring is under a master key.
+    /// Adds a version, which authenticates documents beside the older ones. Returns the new
+    /// keyring; its file is durable then. Calls the KMS if the keyring is under a master key.
     pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });

@@ -42,8 +42,8 @@ impl KeyringFile {
     /// Finds the file of the keyring of the store in `store`. The file need not exist.
     ///
     /// # Errors
-    /// [`Error::KeyringUnsafe`] for a path inside the store directory; [`Error::KeyringMissing`] when not even its directory
-    /// exists; [`Error::Io`].
+    /// [`Error::KeyringUnsafe`] for a path inside the store directory; [`Error::KeyringMissing`]
+    /// when not even its directory exists; [`Error::Io`].
     pub(crate) fn locate(disk: &dyn Disk, path: &Path, store: &Path, access: Access) -> Result<Self> {
         let inside = |path: &Path| Error::KeyringUnsafe { path: path.to_owned(), why: KeyringRisk::InsideStore };
         let missing = |error: std::io::Error| match error.kind() {
@@ -86,7 +86,7 @@ impl KeyringFile {
         &self.path
     }
 
-    /// Whether there is a file, of whatever type.
+    /// Whether the file exists, of any type.
     pub(crate) fn exists(&self) -> Result<bool> {
         Ok(self.disk.stat(&self.path).map_err(Error::io("look for", &self.path))?.is_some())
     }
@@ -94,7 +94,8 @@ impl KeyringFile {
     /// Reads the file, if only its owner has a right to it.
     ///
     /// # Errors
-    /// [`Error::KeyringMissing`], [`Error::KeyringUnsafe`], [`Error::WrongFileType`], [`Error::Io`].
+    /// [`Error::KeyringMissing`], [`Error::KeyringUnsafe`], [`Error::WrongFileType`],
+    /// [`Error::Io`].
     pub(crate) fn read(&self) -> Result<Zeroizing<Vec<u8>>> {
         let failed = |error: std::io::Error| match error.kind() {
             ErrorKind::NotFound => Error::KeyringMissing { path: self.path.clone() },
@@ -178,8 +179,8 @@ impl KeyringFile {
         io::sync_parent(&*self.disk, &self.path).map_err(Error::io("sync", &self.path))
     }
 
-    /// Removes the temporary files, which hold keys, of processes that were killed. If the directory
-    /// cannot be listed, they stay.
+    /// Removes the temporary files, which hold keys, of processes that were killed. If the
+    /// directory cannot be listed, they stay.
     pub(crate) fn remove_leftovers(&self) {
         if let Err(error) = io::remove_temporaries(&*self.disk, &self.path) {
             tracing::debug!(path = %self.path.display(), %error, "cannot list temporary files of the service keyring");
@@ -209,8 +210,8 @@ mod tests {
     use super::*;
     use crate::io::RealDisk;
 
-    /// A store that root makes belongs to the owner of its parent directory, and so does a keyring in
-    /// that directory.
+    /// A store that root makes belongs to the owner of its parent directory, and so does a keyring
+    /// in that directory.
     #[test]
     fn who_will_own_the_store_is_known_before_it_is_made() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! A service keyring under a master key: its file holds the roots sealed, under a key that a KMS has
-//! wrapped.
+//! A service keyring under a master key: its file holds the roots sealed, under a key that a KMS
+//! has wrapped.
 //!
 //! Each write of the file generates a sealing key, has the KMS wrap it, and seals once with it. So
 //! the engine calls the KMS once when it opens a store and once when it writes the keyring, and at

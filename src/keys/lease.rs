@@ -57,7 +57,7 @@ pub(crate) trait LeaseListener: Send + Sync {
     /// Whether the listener still depends on the lease of this master key. The key of a Logstore
     /// may have been replaced since.
     fn depends_on(&self, cmk: &Cmk) -> bool;
-    /// Access is lost. Seals what was acknowledged, then wipes the keys.
+    /// Access is lost. Seals the acknowledged groups, then wipes the keys.
     fn lost(&self, refusal: &Refusal);
     /// Access is lost, and every listener has wiped its keys. Records the loss.
     fn note_lost(&self, refusal: &Refusal);
@@ -65,7 +65,7 @@ pub(crate) trait LeaseListener: Send + Sync {
     fn recovered(&self);
 }
 
-/// What a lease is made of.
+/// The parts of a lease.
 pub(crate) struct LeaseParts {
     pub(crate) cmk: Cmk,
     pub(crate) kms: BoundedKms,
@@ -358,7 +358,7 @@ impl Lease {
         self.publish(state);
     }
 
-    /// Logs what an answer changes.
+    /// Logs the change that an answer brings.
     fn trace(&self, before: Option<&Refusal>, answer: &Result<(), Refusal>) {
         use Refusal::{Invalid, Revoked, Unreachable};
         let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);

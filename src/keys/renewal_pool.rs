@@ -166,7 +166,7 @@ mod tests {
         }
     }
 
-    /// Leases that a pool has tended for their first answer, and who listens to each.
+    /// Leases after their first answer, and the listener of each.
     type Tended = (Arc<RenewalPool>, Vec<(Arc<Lease>, Arc<Ears>)>);
 
     fn with_leases(world: &World, count: usize) -> Tended {
@@ -221,11 +221,11 @@ mod tests {
             eventually("it is tended", || ears.asked.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1);
             assert_eq!(threads(), 1);
         }
-        // Nothing is due: nobody looks.
+        // No lease is due, so no thread tends one.
         let asked = ears.asked.load(Ordering::SeqCst);
         thread::sleep(Duration::from_millis(50));
         assert_eq!(ears.asked.load(Ordering::SeqCst), asked);
-        // Those that are held by a call are not idle.
+        // Threads in a call are not idle.
         let both_are_held = |count: usize| {
             let back = lock(&world.kms.back);
             let calls = world.kms.calls.load(Ordering::SeqCst);
@@ -241,14 +241,14 @@ mod tests {
         first.start().unwrap();
         eventually("a third thread", || threads() == 3);
         drop(back);
-        // An answer wakes too, which may have started more.
+        // An answer wakes the pool too, which may have started more threads.
         let all_are_idle = || {
             let queue = lock(&pool.queue);
             queue.order.len() == 2 && queue.idle == queue.threads.len()
         };
         eventually("all are idle", all_are_idle);
         let count = threads();
-        // One that finds nothing at all to wait for is idle, too.
+        // A thread that finds the queue empty is idle, too.
         let back = both_are_held(count);
         let look = || {
             pool.changed.notify_all();

@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::KmsError;
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds. The last bucket has no upper bound.
+/// The upper bounds of the buckets of [`KmsCalls::histogram`], in milliseconds. The last bucket has
+/// no upper bound.
 pub const KMS_LATENCY_BUCKETS_MS: [u64; 8] = [1, 5, 10, 50, 100, 500, 1000, 5000];
 
 const BUCKETS: usize = KMS_LATENCY_BUCKETS_MS.len() + 1;
@@ -22,8 +23,9 @@ pub struct KmsCalls {
     pub sum_us: u64,
     /// The time of the longest call, in microseconds.
     pub max_us: u64,
-    /// A histogram that is not cumulative: each bucket counts the calls that took longer than the bound before and at most its own
-    /// bound in [`KMS_LATENCY_BUCKETS_MS`]. The last bucket counts the calls that took longer than every bound.
+    /// A histogram that is not cumulative: each bucket counts the calls that took longer than the
+    /// bound before and at most its own bound in [`KMS_LATENCY_BUCKETS_MS`]. The last bucket counts
+    /// the calls that took longer than every bound.
     pub histogram: [u64; BUCKETS],
 }
 

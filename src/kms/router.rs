@@ -15,8 +15,8 @@ pub(crate) struct KmsRouter {
 }
 
 impl KmsRouter {
-    /// Bounds the calls to `kms` by `timeout`. With `inline` a call runs in the thread of its caller, and its backend is
-    /// trusted with the bound.
+    /// Bounds the calls to `kms` by `timeout`. With `inline` a call runs in the thread of its
+    /// caller, and its backend is trusted with the bound.
     pub(crate) fn new(kms: &[Arc<dyn Kms>], timeout: Duration, inline: bool, clock: Arc<dyn Clock>) -> Self {
         let watch = Watch { clock, meter: Arc::default() };
         let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
@@ -51,7 +51,8 @@ pub(crate) struct NoKms {
     pub(crate) region: String,
 }
 
-/// Envelopes that exist need a KMS. One that is not configured counts as one that cannot be reached.
+/// Existing envelopes need a KMS. A KMS that is not configured counts as one that cannot be
+/// reached.
 impl From<NoKms> for KmsError {
     fn from(none: NoKms) -> Self {
         KmsError::Unreachable { detail: none.to_string() }
@@ -85,5 +86,60 @@ impl KmsRouter {
     /// A router without any KMS.
     pub(crate) fn for_tests() -> Self {
         Self::new(&[], Duration::ZERO, true, Arc::new(crate::io::SystemClock))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::{
+        kms::{Cmk, EncryptionContext},
+        sync::atomic::{AtomicBool, Ordering},
+    };
+
+    /// A KMS of one region that unwraps everything to one key, once it is there.
+    #[derive(Debug)]
+    struct Regional(&'static str, AtomicBool);
+
+    impl Kms for Regional {
+        fn name(&self) -> &str {
+            self.0
+        }
+
+        fn serves(&self, region_id: &str) -> bool {
+            self.1.load(Ordering::SeqCst) && region_id.starts_with(self.0)
+        }
+
+        fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+            Ok(self.0.as_bytes().to_vec())
+        }
+
+        fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+            Ok(SecretKey::from_bytes(&mut [7; 32]))
+        }
+    }
+
+    fn cmk(region: &str) -> Cmk {
+        Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: region.to_owned() }
+    }
+
+    #[test]
+    fn the_first_kms_that_serves_a_region_is_asked_also_one_that_serves_it_later() {
+        let kms = ["cn", "cn-north", "eu"].map(|name| Arc::new(Regional(name, AtomicBool::new(name != "eu"))));
+        let all = kms.clone().map(|kms| kms as Arc<dyn Kms>);
+        let router = KmsRouter::new(&all, Duration::from_secs(1), true, Arc::new(crate::io::SystemClock));
+        assert_eq!(router.serving("cn-north").unwrap().name(), "cn");
+        assert_eq!(router.serving_or_later("cn-north").name(), "cn");
+        let none = router.serving("eu").unwrap_err();
+        assert_eq!(none.to_string(), "no KMS is configured that serves region eu");
+        let later = router.serving_or_later("eu");
+        let unwrap = || later.unwrap(&cmk("eu"), EncryptionContext::new(), b"wrapped").map(|_| ());
+        assert_eq!(unwrap(), Err(KmsError::Unreachable { detail: none.to_string() }));
+        kms[2].1.store(true, Ordering::SeqCst);
+        assert_eq!(unwrap(), Ok(()));
+        let key = SecretKey::from_bytes(&mut [7; 32]);
+        assert_eq!(later.wrap(&cmk("eu"), EncryptionContext::new(), &key), Ok(b"eu".to_vec()));
     }
 }

@@ -1,10 +1,12 @@
 //! Checks that the modules of the engine use each other in one direction only.
 //!
-//! [`ORDER`] lists the top-level modules of `src` from the bottom to the top. A module may use the modules below it. In the folders of
-//! [`NO_CIRCLES`] the files beside each other may use each other in any order, but not in a circle; their `mod.rs` is no part of that.
+//! [`ORDER`] lists the top-level modules of `src` from the bottom to the top. A module may use the
+//! modules below it. In the folders of [`NO_CIRCLES`] the files beside each other may use each
+//! other in any order, but not in a circle; their `mod.rs` is no part of that.
 //!
-//! The check reads paths that begin with `crate` or `super`, in `use` items and in expressions. It skips comments, strings and items under
-//! `#[cfg(test)]`. It expands no macros, and it knows no re-exports but those of `lib.rs`.
+//! The check reads paths that begin with `crate` or `super`, in `use` items and in expressions. It
+//! skips comments, strings and items under `#[cfg(test)]`. It expands no macros, and it knows no
+//! re-exports but those of `lib.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -69,7 +71,7 @@ fn read_sources(dir: &Path, prefix: &str, files: &mut BTreeMap<String, String>) 
     Ok(())
 }
 
-/// What is wrong with these sources, by their paths below `src`. Each fault is a line.
+/// The faults of these sources, which are given by their paths below `src`. A fault is a line.
 fn check(files: &BTreeMap<String, String>) -> Vec<String> {
     let sources: BTreeMap<&str, Source> =
         files.iter().map(|(path, text)| (path.as_str(), Source::read(text))).collect();
@@ -224,7 +226,8 @@ impl Source {
         let tokens = &self.tokens;
         let mut used = Vec::new();
         let mut module = module.to_vec();
-        // How many braces are open, and of those that open an inline module, how many were open before.
+        // How many braces are open, and of those that open an inline module, how many were open
+        // before.
         let (mut depth, mut inline) = (0_usize, Vec::new());
         let mut at = 0;
         while at < tokens.len() {
@@ -296,7 +299,8 @@ fn end_of_group(tokens: &[Token], mut at: usize) -> usize {
     at
 }
 
-/// The paths of a use tree, or the one path of an expression, from `at` on, which is moved behind it.
+/// The paths of a use tree, or the one path of an expression, from `at` on, which is moved behind
+/// it.
 fn tree(tokens: &[Token], at: &mut usize) -> Vec<Vec<String>> {
     if text_at(tokens, *at) == "{" {
         *at += 1;

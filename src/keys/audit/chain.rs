@@ -158,7 +158,7 @@ impl Chain {
     }
 
     /// Whether the last record of a file is of this log, as far as it can be checked without the
-    /// file before. A record alone proves nothing: anyone can write it, and no record behind it
+    /// file before. A record alone proves nothing: an attacker can write it, and no record behind it
     /// could ever be verified.
     fn is_ours(&self, lines: &Lines) -> bool {
         let accepts = read(&self.keyring).accepts();
@@ -169,9 +169,9 @@ impl Chain {
     }
 
     /// Counts the records behind `head` as damage, from the first one whose tag does not hold, or
-    /// whose version of the service key is retired or below that of the record before it. Others can
-    /// write such a record, and no record behind it could ever be verified. A rotation retires a
-    /// version only when the catalogue knows a record under a newer one.
+    /// whose version of the service key is retired or below that of the record before it. Others
+    /// can write such a record, and no record behind it could ever be verified. A rotation retires
+    /// a version only when the catalogue knows a record under a newer one.
     ///
     /// `version` is that of the record before these, if it is in another file.
     fn distrust(&self, lines: &mut Lines, head: &AuditHead, version: u32) {
@@ -198,8 +198,8 @@ impl Chain {
         }
     }
 
-    /// Calls `each` with the records in order, and verifies the chain from the first to the last and
-    /// against `heads` that were noted earlier.
+    /// Calls `each` with the records in order, and verifies the chain from the first to the last
+    /// and against `heads` that were noted earlier.
     ///
     /// # Errors
     /// The first record that is not as it was written. `each` has seen the records before it.
@@ -300,7 +300,7 @@ impl Walk<'_> {
         each(line);
     }
 
-    /// Verifies what the files have to say together, once each was verified.
+    /// Verifies all files together, after each was verified by itself.
     fn finish(self) -> Result<()> {
         let (count, last_file, files) = (self.count, self.last_file, &self.chain.files);
         let missing = self.heads.iter().zip(&self.seen);

@@ -102,7 +102,8 @@ impl AuditFiles {
         self.dir.join(format!("audit-{number:06}.log"))
     }
 
-    /// The numbers of all names that a file of the log may have, and whether each is a regular file.
+    /// The numbers of all names that a file of the log may have, and whether each is a regular
+    /// file.
     pub(super) fn names(&self) -> Result<BTreeMap<u32, bool>> {
         let entries = self.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
         let numbered = |entry: &DirEntry| Some((number_of(&entry.name)?, is_plain(entry)));
@@ -129,7 +130,8 @@ impl AuditFiles {
         Ok(scan)
     }
 
-    /// Sorts files that begin with the same record into one that is part of the log, and its copies.
+    /// Sorts files that begin with the same record into one that is part of the log, and its
+    /// copies.
     fn set_copies_apart(&self, parts: Vec<Part>, scan: &mut Scan) -> Result<()> {
         // The records of the file that was compared last: there may be many copies of it.
         let mut compared: Option<(u32, Lines)> = None;
@@ -242,8 +244,8 @@ impl AuditFiles {
         read().map_err(Error::io("read the audit log", &path))
     }
 
-    /// The records of a file up to the first bytes that are no record, and the highest number of the
-    /// records behind those.
+    /// The records of a file up to the first bytes that are no record, and the highest number of
+    /// the records behind those.
     pub(super) fn lines(&self, number: u32) -> Result<Lines> {
         let path = self.path(number);
         let bytes =
@@ -346,8 +348,8 @@ fn is_plain(entry: &DirEntry) -> bool {
     entry.kind == FileKind::File
 }
 
-/// Whether an error of opening an existing name means that it is not a regular file. Any other error
-/// is a failure of the disk.
+/// Whether an error of opening an existing name means that it is not a regular file. Any other
+/// error is a failure of the disk.
 pub(super) fn is_no_file(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{IsADirectory, NotFound};
     let wrong_type = error.get_ref().is_some_and(|inner| inner.is::<WrongFileType>());

@@ -53,8 +53,8 @@ pub(super) struct Lines {
     /// These bytes are not just the beginning of a record: they have a newline.
     pub(super) damaged: bool,
     /// The highest number of the records behind the damage; 0 if there are none. A record is one
-    /// write and is synced before the next one. So a crash may lose any part of the last record, and
-    /// of no other.
+    /// write and is synced before the next one. So a crash may lose any part of the last record,
+    /// and of no other.
     pub(super) within: u64,
 }
 
@@ -78,8 +78,9 @@ impl Lines {
         dropped
     }
 
-    /// The damage in the last file of the log, unless a crash may have caused it. A crash has not if
-    /// a later record follows or is known, since each record is durable before the next is written.
+    /// The damage in the last file of the log, unless a crash may have caused it. A crash has not
+    /// if a later record follows or is known, since each record is durable before the next is
+    /// written.
     pub(super) fn fault(&self, known: &AuditHead, path: &Path) -> Option<Error> {
         let missed = self.lines.last().map_or(0, |line| line.record.number) < known.number;
         (self.damaged && (self.within > 0 || missed)).then(|| self.damage(path))

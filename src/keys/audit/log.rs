@@ -177,8 +177,8 @@ impl AuditLog {
     }
 
     /// Records that access to a key was lost or is back, unless the log says so already. Another
-    /// process may have written that. At most [`TRANSITIONS_MAX`] transitions of one key are recorded
-    /// in an hour. The log counts the others, and the next record has their count.
+    /// process may have written that. At most [`TRANSITIONS_MAX`] transitions of one key are
+    /// recorded in an hour. The log counts the others, and the next record has their count.
     pub(crate) fn transition(
         &self,
         event: AuditEvent,

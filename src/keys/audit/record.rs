@@ -48,7 +48,8 @@ pub enum AuditEvent {
     Deleted,
     /// The store was recovered with a new keyring.
     KeyringReplaced,
-    /// The keyring is about to be put under another master key, or under none; the detail says which.
+    /// The keyring is about to be put under another master key, or under none; the detail says
+    /// which.
     KeyringRewrapIntended,
     /// The keyring was put under another master key, or under none.
     KeyringRewrapped,

@@ -121,8 +121,8 @@ impl Tail {
         self.next_file()
     }
 
-    /// Begins the next file, under the first name above the files so far that is free or has an empty
-    /// file. If no name above them is free, the file gets a name below them.
+    /// Begins the next file, under the first name above the files so far that is free or has an
+    /// empty file. If no name above them is free, the file gets a name below them.
     fn next_file(&mut self) -> Result<Arc<dyn DiskFile>> {
         let names = self.files.names()?;
         let above = self.end.after.saturating_add(1);

@@ -90,7 +90,7 @@ fn every_change_is_found() {
     let forged = body.replace("created", "rotated");
     let forged = format!("{forged}\t{:08x}\n", crc32fast::hash(forged.as_bytes()));
     assert!(matches!(check(&[lines[0], lines[1], forged.as_bytes()].concat()), Err(Error::Tampered { .. })));
-    // The records in front of what is damaged are sound, and handed out as that.
+    // The records in front of the damage are sound, and are handed out.
     for damaged in 0..3 {
         let mut bad = good.clone();
         bad[lines[..damaged].concat().len() + 5] ^= 1;
@@ -126,7 +126,7 @@ fn a_torn_record_is_cut_off_and_the_chain_goes_on() {
 fn a_detail_of_any_length_leaves_a_log_that_can_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let audit = log(dir.path(), 1 << 20);
-    // What JSON writes in six bytes, and a character that the limit falls into.
+    // Characters that JSON writes in six bytes, and a character that the limit cuts.
     let long = ["\u{1}".repeat(100_000), format!("{}€", "x".repeat(DETAIL_BYTES_MAX - 1))];
     for detail in &long {
         audit.record(AuditEvent::Created, None, detail.clone()).unwrap();
@@ -177,13 +177,13 @@ fn what_is_known_of_it_is_found_in_whichever_file() {
     // A crash left a new file behind that has nothing in it yet.
     fs::write(audit.files().path(audit.files().names().unwrap().len() as u32 + 1), b"").unwrap();
     heads.iter().for_each(found);
-    // What it does not have stays to be missed, while it goes on.
+    // The log goes on, and the missing records stay missing.
     for number in [1, 8, 16, 17] {
         let missing = AuditHead { number, tag: "5a".repeat(32) };
         let again = reopened(&audit, &missing);
         assert_eq!((again.head(), again.head_after(&missing)), (end.clone(), missing));
     }
-    // What is older than what is known is not looked at.
+    // Files before the known record are not read.
     let mut damaged = fs::read(audit.files().path(1)).unwrap();
     damaged[5] ^= 1;
     fs::write(audit.files().path(1), damaged).unwrap();
@@ -196,14 +196,14 @@ fn whether_a_damaged_first_record_of_a_file_was_ever_there_is_known_by_what_came
     let audit = log(dir.path(), 1);
     audit.record(AuditEvent::Created, None, "kept").unwrap();
     let known = audit.head();
-    // A crash lost a part of a record that nobody was told of.
+    // A crash lost a part of a record that was not acknowledged.
     fs::write(audit.files().path(2), b"{\"number\":2,\0\0\0\n").unwrap();
     let again = reopened(&audit, &known);
     assert_eq!((again.head(), again.head_after(&known)), (known.clone(), known.clone()));
     again.record(AuditEvent::Deleted, None, "after").unwrap();
     assert_eq!(details(&again.verified(&[&known]).unwrap()), ["kept", "after"]);
     assert_eq!(fs::read(audit.files().path(2)).unwrap(), b"{\"number\":2,\0\0\0\n", "it is no file of the log");
-    // This one was there: it is left as it is, for verification to find.
+    // A file that was there before stays as it is, for verification to find.
     let damaged = b"{\"number\":1,\0\0\0\n";
     fs::write(audit.files().path(1), damaged).unwrap();
     fs::remove_file(audit.files().path(2)).unwrap();
@@ -246,13 +246,14 @@ fn a_count_is_told_from_the_detail_before_it() {
             assert_eq!(without_count(&with_count(detail, left_out)), detail);
         }
     }
-    // A detail that the KMS made up is no count.
+    // A detail of the KMS that reads like a count is no count.
     let forged = shortened(with_count("unreachable: x", 7));
     assert_eq!(without_count(&forged), forged);
     assert_eq!(without_count(&with_count(&forged, 2)), forged);
 }
 
-/// The end of a file that may not be cut, as other names of it show, stays torn; the log goes on in the next file.
+/// The end of a file that may not be cut, as other names of it show, stays torn; the log goes on in
+/// the next file.
 #[test]
 fn a_torn_end_is_no_fault_where_the_next_file_goes_on_behind_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -288,7 +289,7 @@ fn a_torn_end_is_no_fault_where_the_next_file_goes_on_behind_it() {
     }
 }
 
-/// Records of any number, which nobody with the key has written, make no opening fail and no number overflow.
+/// Records of any number, written without the key, make no opening fail and no number overflow.
 #[test]
 fn forged_numbers_end_in_no_overflow() {
     for number in [0, 2, 3, u64::MAX - 1, u64::MAX] {
@@ -310,13 +311,13 @@ fn forged_numbers_end_in_no_overflow() {
     }
 }
 
-/// A record as someone without the key can write it: another number, a tag that does not hold.
+/// A record that a writer without the key can make: another number, a tag that does not hold.
 fn forged(audit: &AuditLog, number: u64) -> String {
     let json = audit.files().lines(1).unwrap().lines.remove(0).json;
     encode_line(&json.replace("\"number\":1,", &format!("\"number\":{number},")), &"5a".repeat(32))
 }
 
-/// Nothing goes on behind a forged record: the log is sound again when the record is gone.
+/// The log does not continue behind a forged record. It is sound again when the record is gone.
 #[test]
 fn what_was_forged_leaves_no_trace_when_it_is_removed() {
     for (number, appended) in [(2, false), (7, false), (u64::MAX, false), (2, true), (3, true), (7, true)] {
@@ -432,7 +433,8 @@ impl DiskFile for CountingFile {
     }
 }
 
-/// Large files that cost an attacker nothing, as sparse files and hard links do, cost the opening little.
+/// Large files that cost an attacker nothing, such as sparse files and hard links, cost the opening
+/// little.
 #[test]
 fn an_opening_reads_little_of_files_that_hold_little() {
     const FILES: u32 = 16;
@@ -477,7 +479,8 @@ fn rotate(log: &AuditLog, retires: bool) {
     *write(log.keyring()) = rotated;
 }
 
-/// Appends a record to the first file as a holder of version 1 of the service key does. Returns where the log is then.
+/// Appends a record to the first file as a holder of version 1 of the service key does. Returns
+/// where the log is then.
 fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
     let record = AuditRecord {
         number: behind.number + 1,
@@ -505,7 +508,7 @@ fn records_under_a_retired_version_count_in_front_of_one_under_an_accepted_versi
     rotate(&audit, true);
     let refused = audit.verified(&[&known]);
     assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
-    // One that is forged behind what the catalogue knows is not continued from.
+    // The log does not continue behind a record that is forged behind the known one.
     let good = fs::read(audit.files().path(1)).unwrap();
     let forged = forge(&audit, &known);
     assert!(audit.verified(&[&known]).is_err());

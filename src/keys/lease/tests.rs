@@ -23,7 +23,7 @@ impl TestClock {
         self.run(by);
     }
 
-    /// While somebody keeps setting the wall clock back.
+    /// Advances the uptime alone, as if the wall clock were set back again and again.
     fn run(&self, by: Duration) {
         self.uptime_us.fetch_add(micros(by), Ordering::Relaxed);
     }
@@ -105,7 +105,7 @@ impl World {
         self.lease_with(Constant(Some(0)), None)
     }
 
-    /// One that this pool tends.
+    /// A lease that this pool tends.
     pub(in crate::keys) fn lease_in(&self, pool: &Arc<RenewalPool>) -> Arc<Lease> {
         self.lease_with(Constant(Some(0)), Some(Arc::clone(pool)))
     }
@@ -132,7 +132,7 @@ pub(in crate::keys) fn away() -> Option<KmsError> {
 
 #[derive(Default)]
 pub(in crate::keys) struct Ears {
-    /// What it was told, in order.
+    /// The calls to it, in order.
     told: Mutex<Vec<&'static str>>,
     /// How often it was asked whether it is concerned.
     pub(in crate::keys) asked: AtomicU64,
@@ -202,7 +202,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         pass(STEP);
         assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))));
         assert_eq!(lease.status(), KeyStatus { state: outage, lease_left: Some(Duration::ZERO) });
-        // What was loaded before a loss that was told is not used after it.
+        // A key that was loaded before a loss is not used after it.
         lease.tell();
         world.kms_is(None);
         lease.renew();
@@ -247,13 +247,13 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     assert_eq!((lease.tend(), ears.heard()), (EVERY - (GRACE - EVERY * 10), vec![]));
     let calls = lease.calls();
 
-    // Whoever goes leaves nobody to renew for.
+    // A lease without listeners is not renewed.
     drop(ears);
     world.clock.advance(EVERY);
     assert_eq!((lease.tend(), lease.calls()), (NOTHING, calls));
 }
 
-/// Who knows of something that the call under way may not know of, asks by one of its own.
+/// A caller that knows of a change at the KMS does not rely on the call under way.
 #[test]
 fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
     let world = World::new();
@@ -379,7 +379,7 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
         assert!(alive.admit().is_ok());
         assert_eq!(alive.calls(), calls + 1, "{period}");
     }
-    // What the customer has refused is asked for.
+    // A lease that the customer has refused makes its own calls.
     ended.report(Refusal::Revoked(RevokedReason::Disabled));
     world.clock.advance(EVERY);
     asks.renew();
@@ -388,7 +388,8 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
     assert_eq!(ended.calls(), calls + 1);
 }
 
-/// A first use in an outage asks only when too few calls have failed to know it, or when a call is due anyway.
+/// A first use in an outage asks only when too few calls have failed to know it, or when a call is
+/// due anyway.
 #[test]
 fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
     let world = World::new();
@@ -407,7 +408,7 @@ fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
     assert!(matches!(unwrap(), Err(KmsError::Unreachable { .. })));
     world.clock.advance(EVERY);
     assert_eq!(unwrap(), Ok(()));
-    // One that the KMS has refused is asked for, and so is one that it grants.
+    // A lease whose last answer was a refusal or a success calls the KMS.
     world.kms_is(away());
     let other = world.lease();
     assert!(world.breaker.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err());

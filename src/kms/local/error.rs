@@ -10,7 +10,8 @@ use rustix::io::Errno;
 use super::key::{KEY_FILE_BYTES_MAX, KeyState};
 use crate::io::{FileKind, WrongFileType};
 
-/// Why the administration of a [`LocalKms`] failed. Nothing has changed then, except as [`LocalKmsError::Io`] says.
+/// Why the administration of a [`LocalKms`] failed. Nothing has changed then, except as
+/// [`LocalKmsError::Io`] says.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LocalKmsError {
@@ -72,7 +73,8 @@ pub enum LocalKmsError {
         /// The directory.
         dir: PathBuf,
     },
-    /// The file system failed. If that happened while changing a key, the change may or may not have been made.
+    /// The file system failed. If that happened while changing a key, the change may or may not
+    /// have been made.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or directory.

@@ -15,7 +15,8 @@ pub struct KeyInfo {
     pub region_id: String,
     /// Whether it can be used.
     pub state: KeyState,
-    /// How many versions there are: 1, and one more for each rotation. None once the material is destroyed.
+    /// How many versions there are: 1, and one more for each rotation. None once the material is
+    /// destroyed.
     pub versions: u32,
     /// The roles that may use it, in order.
     pub grants: Vec<String>,
