@@ -17,8 +17,9 @@ use std::{
 use crate::{Done, root};
 
 /// The top-level modules, from the bottom to the top.
-const ORDER: [&str; 20] = [
+const ORDER: [&str; 21] = [
     "sync",
+    "schedule",
     "io",
     "ids",
     "crypto",
