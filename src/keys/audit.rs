@@ -60,6 +60,8 @@ pub enum AuditEvent {
     RotateIntended,
     /// A new data-key version is in use.
     Rotated,
+    /// The envelopes are about to be wrapped again under the current wrapping key.
+    RewrapIntended,
     /// The envelopes were wrapped anew under the current wrapping key.
     Rewrapped,
     /// The envelopes of many Logstores are being wrapped anew; the detail says of which.

@@ -1,0 +1,168 @@
+//! Routing master keys to KMSs, and the lease of each master key.
+
+use std::sync::Arc;
+
+use super::KeyService;
+use crate::{
+    Error, Result,
+    config::ConfigError,
+    crypto::SecretKey,
+    ids::LogstoreId,
+    keys::{
+        envelope::KeysSection,
+        gate::GateKeys,
+        lease::{Lease, LeaseTerms, Probe},
+    },
+    kms::{BoundedKms, Cmk, Kms, KmsCall, KmsError, Watch},
+    logstore::Meta,
+    sync::lock,
+};
+
+impl KeyService {
+    /// The KMS that serves a region.
+    pub(super) fn kms_for(&self, region: &str) -> Option<&BoundedKms> {
+        self.kms.iter().find(|kms| kms.serves(region))
+    }
+
+    /// The KMS that serves the region of a master key.
+    ///
+    /// # Errors
+    /// [`ConfigError::NoKmsForRegion`].
+    pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
+        let none = || ConfigError::NoKmsForRegion { region: cmk.region_id.clone() };
+        Ok(self.kms_for(&cmk.region_id).ok_or_else(none)?)
+    }
+
+    /// The keys of metadata that was read from its file. The current data key has not yet proved
+    /// them.
+    pub(crate) fn loaded_keys(&self, meta: &Meta, id: LogstoreId) -> Result<GateKeys> {
+        Ok(GateKeys { unproved: meta.tagged.clone(), ..self.gate_keys(meta.keys.as_ref(), id)? })
+    }
+
+    /// The keys of a keys section that this process made, with the lease of its master key.
+    pub(crate) fn gate_keys(&self, section: Option<&KeysSection>, id: LogstoreId) -> Result<GateKeys> {
+        let Some(section) = section else { return Ok(GateKeys::default()) };
+        let lease = match &section.cmk {
+            Some(cmk) => Some(self.lease(cmk, section, id)?),
+            None => None,
+        };
+        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease, unproved: None })
+    }
+
+    /// The one lease of a master key. Calls no KMS.
+    fn lease(&self, cmk: &Cmk, section: &KeysSection, id: LogstoreId) -> Result<Arc<Lease>> {
+        if let Some(lease) = lock(&self.leases).get(cmk) {
+            return Ok(Arc::clone(lease));
+        }
+        let probe = match self.load_probe(cmk)? {
+            Some(probe) => probe,
+            // An envelope of the Logstore proves as much as a probe does.
+            None => self.envelope_probe(section, id)?,
+        };
+        let lease = self.new_lease(cmk, probe);
+        lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
+        // Another thread may have made the lease in the meantime.
+        Ok(Arc::clone(lock(&self.leases).entry(cmk.clone()).or_insert(lease)))
+    }
+
+    /// A lease that [`KeyService`] does not keep.
+    pub(super) fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
+        let none = || {
+            let watch = Watch { clock: Arc::clone(&self.env.clock), counters: Arc::clone(&self.counters) };
+            // It answers at once or calls a KMS that has its own time limit, so it needs no thread.
+            let none = NoKms { kms: self.kms.clone() };
+            BoundedKms::new(Arc::new(none), self.env.options.kms_timeout, true, watch)
+        };
+        let circuit = Arc::clone(lock(&self.circuits).entry(cmk.region_id.clone()).or_default());
+        Lease::new(
+            cmk.clone(),
+            self.kms_for(&cmk.region_id).cloned().unwrap_or_else(none),
+            circuit,
+            probe,
+            self.terms(),
+            Arc::clone(&self.env.clock),
+            Arc::clone(&self.env.random),
+            self.renewals.clone(),
+        )
+    }
+
+    fn terms(&self) -> LeaseTerms {
+        LeaseTerms {
+            revalidate_every: self.env.options.revalidate_every,
+            outage_grace: self.env.options.outage_grace,
+            call_timeout: self.env.options.kms_timeout,
+        }
+    }
+
+    /// Has the lease of a master key, if there is one, renew with a newly wrapped probe.
+    pub(super) fn renew_with(&self, cmk: &Cmk, probe: Probe) {
+        if let Some(lease) = lock(&self.leases).get(cmk) {
+            lease.set_probe(probe);
+        }
+    }
+
+    pub(super) fn all_leases(&self) -> Vec<Arc<Lease>> {
+        lock(&self.leases).values().cloned().collect()
+    }
+
+    /// Renews the leases that are due, in a store without threads. Calls KMSs.
+    pub(crate) fn tend_leases(&self) {
+        for lease in self.all_leases() {
+            lease.tend();
+        }
+    }
+
+    /// Reports each loss and each return of a key to the Logstores, and so to the audit log,
+    /// without waiting for the renewal threads. Calls no KMS.
+    pub(crate) fn deliver_answers(&self) {
+        for lease in self.all_leases() {
+            lease.tell();
+        }
+    }
+
+    /// The number of KMS calls that renewed leases since the store was opened.
+    pub(crate) fn renewal_calls(&self) -> u64 {
+        lock(&self.leases).values().map(|lease| lease.calls()).sum()
+    }
+
+    /// Drops the leases and ends the threads that renew them.
+    pub(crate) fn stop_renewals(&self) {
+        lock(&self.leases).clear();
+        if let Some(renewals) = &self.renewals {
+            renewals.stop();
+        }
+    }
+}
+
+/// Takes the place of a KMS in a region that existing envelopes need and that no configured KMS
+/// serves. Its keys are unreachable until a KMS serves the region.
+#[derive(Debug)]
+struct NoKms {
+    kms: Vec<BoundedKms>,
+}
+
+impl NoKms {
+    fn serving(&self, call: &KmsCall<'_>) -> std::result::Result<&BoundedKms, KmsError> {
+        let region = &call.cmk.region_id;
+        let none = || KmsError::Unreachable { detail: format!("no KMS is configured that serves region {region}") };
+        self.kms.iter().find(|kms| kms.serves(region)).ok_or_else(none)
+    }
+}
+
+impl Kms for NoKms {
+    fn name(&self) -> &str {
+        "none"
+    }
+
+    fn serves(&self, _region_id: &str) -> bool {
+        true
+    }
+
+    fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> std::result::Result<Vec<u8>, KmsError> {
+        self.serving(call)?.wrap(call.cmk, call.context.clone(), key)
+    }
+
+    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
+        self.serving(call)?.unwrap(call.cmk, call.context.clone(), wrapped)
+    }
+}
