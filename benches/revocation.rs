@@ -173,7 +173,7 @@ fn renewal(runs: usize, long: Duration) {
     compare("an append", ["renewing once an hour", "renewing ten times a second"], runs, |renewing| {
         p99(if renewing { &often.1 } else { &seldom.1 }, long)
     });
-    println!("  renewals: {} and {}", seldom.0.store.renewal_calls(), often.0.store.renewal_calls());
+    println!("  renewals: {} and {}", seldom.0.store.keys().renewal_calls(), often.0.store.keys().renewal_calls());
 }
 
 fn neighbour(what: &str, world: &World, runs: usize, long: Duration) {
@@ -219,9 +219,9 @@ fn crowd(logstores: usize, long: Duration) {
         // Each Logstore is in use.
         logstore.read(0, &envelog::ReadOptions::default()).unwrap();
     }
-    let (before, began) = (world.store.renewal_calls(), Instant::now());
+    let (before, began) = (world.store.keys().renewal_calls(), Instant::now());
     thread::sleep(long);
-    let calls = world.store.renewal_calls() - before;
+    let calls = world.store.keys().renewal_calls() - before;
     println!(
         "{logstores} Logstores under one master key, renewed every {every:?}: {calls} calls in {:.1} s",
         began.elapsed().as_secs_f64()

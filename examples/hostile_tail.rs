@@ -105,7 +105,7 @@ fn measure(what: &str, make: Make, encrypted: bool, len: usize) {
 
     let store = world.open();
     let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-    let verification = timed(|| drop(store.verify(&keyless, &mut |_| {}).unwrap()));
+    let verification = timed(|| drop(store.admin().verify(&keyless, &mut |_| {}).unwrap()));
     let logstore = store.logstore(&name("p/l")).unwrap();
     let recovery = timed(|| put(&logstore, "next"));
     assert_eq!(texts(&logstore), ["first", "second", "next"], "{what}");

@@ -57,10 +57,10 @@ pub use shard::{
     RepairReport, Ticket,
 };
 pub use store::{
-    Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification, Background, Checkpoint,
-    CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, Fault, KeyNeed, KeyUsage, LOGSTORES_MAX, MasterKeyUsage,
+    Admin, Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification, Background, Checkpoint,
+    CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, KeyNeed, KeyUsage, Keys, LOGSTORES_MAX, MasterKeyUsage,
     RecoverReport, Recoverable, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport,
-    STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyOptions,
+    STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyFault, VerifyOptions,
     VerifyProgress, VerifyReport,
 };
 pub use wire::FORMAT_VERSION;

@@ -89,9 +89,9 @@ fn a_whole_older_store_put_back_is_rolled_back() {
     copy_dir(&world.store_dir(), old.path());
     let store = anchored().open().unwrap();
     put(&store.logstore(&name(NAME)).unwrap(), "second");
-    assert_eq!(store.anchor_status().behind, None);
+    assert_eq!(store.admin().anchor_status().behind, None);
     store.close().unwrap();
-    let status = anchored().open_read_only().unwrap().anchor_status();
+    let status = anchored().open_read_only().unwrap().admin().anchor_status();
     assert_eq!((status.configured, status.records_behind), (true, Some(0)));
 
     copy_dir(old.path(), &world.store_dir());
@@ -106,7 +106,7 @@ fn a_whole_older_store_put_back_is_rolled_back() {
     let error = world.builder().open().unwrap_err();
     assert!(matches!(error, Error::Anchor { .. }), "{error:?}");
     let store = world.builder().without_anchor().open().unwrap();
-    let records = store.audit_records().unwrap();
+    let records = store.keys().audit_records().unwrap();
     assert_eq!(records.last().unwrap().event, AuditEvent::OpenedWithoutAnchor);
     // A diverging history that is longer than the anchor's.
     let logstore = store.logstore(&name(NAME)).unwrap();
@@ -168,13 +168,13 @@ fn what_was_deleted_or_dropped_is_no_rollback() {
     store.delete_logstore(&name("p/gone")).unwrap();
     store.delete_logstore(&name("p/plain")).unwrap();
     store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
-    let mut config = store.config(&name(NAME)).unwrap();
+    let mut config = store.logstore(&name(NAME)).unwrap().config();
     config.retention_bytes = Some(1);
     store.update_logstore(&name(NAME), config).unwrap();
-    assert!(store.apply_retention().unwrap().segments > 0);
+    assert!(store.admin().apply_retention().unwrap().segments > 0);
     store.close().unwrap();
     let store = anchored(&world).open().unwrap();
-    assert_eq!(store.anchor_status().behind, None);
+    assert_eq!(store.admin().anchor_status().behind, None);
     store.close().unwrap();
 }
 
@@ -215,7 +215,7 @@ fn an_anchor_that_fails_stops_nothing_unless_it_is_required() {
     put(&logstore, "first");
     world.clock.advance(secs(11));
     store.tick();
-    let status = store.anchor_status();
+    let status = store.admin().anchor_status();
     assert!(status.behind.is_some() && status.error.unwrap().contains("out of reach"));
     assert!(store.metrics().anchor_failures > 0);
     put(&logstore, "second");
@@ -228,7 +228,7 @@ fn an_anchor_that_fails_stops_nothing_unless_it_is_required() {
     anchor.fail(false);
     world.clock.advance(secs(31));
     store.tick();
-    assert_eq!(store.anchor_status().behind, None);
+    assert_eq!(store.admin().anchor_status().behind, None);
     put(&logstore, "third");
     assert!(anchor.bytes() > kept);
     store.close().unwrap();
@@ -246,7 +246,7 @@ fn threads_feed_the_anchor() {
     for number in 0..20 {
         put(&logstore, &format!("{number} {}", noise(number, 3000)));
     }
-    eventually("the anchor is up to date", || store.anchor_status().behind.is_none());
+    eventually("the anchor is up to date", || store.admin().anchor_status().behind.is_none());
     store.close().unwrap();
     let store = anchored().open().unwrap();
     assert_eq!(texts(&store.logstore(&name(NAME)).unwrap()).len(), 20);

@@ -35,16 +35,16 @@ fn audit_files(world: &World) -> Vec<PathBuf> {
 }
 
 fn events(store: &Store) -> Vec<AuditEvent> {
-    store.audit_records().unwrap().into_iter().map(|record| record.event).collect()
+    store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect()
 }
 
 fn since(store: &Store, count: usize) -> Vec<AuditRecord> {
-    store.audit_records().unwrap().split_off(count)
+    store.keys().audit_records().unwrap().split_off(count)
 }
 
 /// The kinds of faults that a verification of the whole store finds.
 fn fault_kinds(store: &Store) -> Vec<&'static str> {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     report.faults.iter().map(|fault| fault.kind).collect()
 }
 
@@ -64,14 +64,14 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     }
     // A Logstore without a key has no transitions. Its first `enable: true` records one.
     assert_eq!(events(&store), [StoreCreated, Created, Created]);
-    let config = store.config(plain.name()).unwrap();
+    let config = store.logstore(plain.name()).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Sm4);
     let config =
         store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config }).unwrap();
     // Switching encryption, syncs, checkpoints and closing record no event.
     let off = EncryptConf { enable: false, ..conf };
     store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     world.clock.advance(secs(40));
     store.tick();
     texts(&byok);
@@ -115,19 +115,19 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     }
 
     let before = events(&store).len();
-    store.rotate_data_key(byok.name()).unwrap();
-    store.rewrap(service.name()).unwrap();
-    store.replace_cmk(byok.name(), new, ReplaceCmk::default()).unwrap();
-    store.shred_data_keys(byok.name(), &[1]).unwrap();
+    store.keys().rotate_data_key(byok.name()).unwrap();
+    store.keys().rewrap(service.name()).unwrap();
+    store.keys().replace_cmk(byok.name(), new, ReplaceCmk::default()).unwrap();
+    store.keys().shred_data_keys(byok.name(), &[1]).unwrap();
     store.delete_logstore(plain.name()).unwrap();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     let records = since(&store, before);
     let happened: Vec<_> = records.iter().map(|record| (record.event, record.logstore.clone())).collect();
     let (b, s, p) = (Some(byok.name().clone()), Some(service.name().clone()), Some(plain.name().clone()));
     let expected = [
         (RotateIntended, &b),
         (Rotated, &b),
-        (RotateIntended, &s),
+        (RewrapIntended, &s),
         (Rewrapped, &s),
         (ReplaceIntended, &b),
         (Replaced, &b),
@@ -147,11 +147,11 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     assert_eq!(versions, [vec![1; 11], vec![2; 3]].concat());
     // The numbers have no gaps, the times never go backwards, and reopening returns the same
     // records.
-    let all = store.audit_records().unwrap();
+    let all = store.keys().audit_records().unwrap();
     assert!(all.iter().zip(1..).all(|(record, number)| record.number == number));
     assert!(all.windows(2).all(|pair| pair[0].time_us <= pair[1].time_us));
     store.close().unwrap();
-    assert_eq!(world.open().audit_records().unwrap(), all);
+    assert_eq!(world.open().keys().audit_records().unwrap(), all);
 }
 
 #[test]
@@ -160,9 +160,9 @@ fn no_key_is_ever_in_it() {
     let random = Arc::new(RecordingRandom::default());
     let store = world.builder().insecure_random_for_tests(random.clone()).create().unwrap();
     let logstore = world.byok(&store, "p/l", &world.cmk());
-    store.rotate_data_key(logstore.name()).unwrap();
-    store.replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
+    store.keys().replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap();
+    store.keys().rotate_service_key().unwrap();
     let log: Vec<u8> = files(&audit_dir(&world)).into_values().flatten().collect();
     let text = String::from_utf8(log).unwrap();
     let keys = [random.draws(), world.kms.wrapped_keys()].concat();
@@ -185,17 +185,20 @@ fn intent_is_on_record_before_anything_changes() {
     let (service, byok) = (world.service(&store, "p/service"), world.byok(&store, "p/byok", &world.cmk()));
     for logstore in [&service, &byok] {
         put(logstore, "one");
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         put(logstore, "two");
     }
     type Operation<'a> = (AuditEvent, Box<dyn Fn() -> Result<()> + 'a>);
     let operations: [Operation<'_>; 6] = [
-        (RotateIntended, Box::new(|| store.rotate_data_key(service.name()).map(|_| ()))),
-        (RotateIntended, Box::new(|| store.rewrap(byok.name()).map(|_| ()))),
-        (ReplaceIntended, Box::new(|| store.replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default()).map(|_| ()))),
-        (ShredIntended, Box::new(|| store.shred_data_keys(byok.name(), &[1]))),
+        (RotateIntended, Box::new(|| store.keys().rotate_data_key(service.name()).map(|_| ()))),
+        (RewrapIntended, Box::new(|| store.keys().rewrap(byok.name()).map(|_| ()))),
+        (
+            ReplaceIntended,
+            Box::new(|| store.keys().replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default()).map(|_| ())),
+        ),
+        (ShredIntended, Box::new(|| store.keys().shred_data_keys(byok.name(), &[1]))),
         (DeleteIntended, Box::new(|| store.delete_logstore(service.name()).map(drop))),
-        (ServiceRotateIntended, Box::new(|| store.rotate_service_key().map(|_| ()))),
+        (ServiceRotateIntended, Box::new(|| store.keys().rotate_service_key().map(|_| ()))),
     ];
     let state = || {
         let mut files = files(&world.store_dir());
@@ -213,8 +216,8 @@ fn intent_is_on_record_before_anything_changes() {
     assert_eq!(events(&store), recorded);
     // The intent stays recorded if the operation fails.
     world.kms.answer_for_data_keys(Answer::Unreachable);
-    store.rewrap(byok.name()).unwrap_err();
-    assert_eq!(events(&store)[recorded.len()..], [RotateIntended]);
+    store.keys().rewrap(byok.name()).unwrap_err();
+    assert_eq!(events(&store)[recorded.len()..], [RewrapIntended]);
 }
 
 // ---- changes are detected ----
@@ -227,7 +230,7 @@ fn with_history(options: impl FnOnce(&mut World)) -> World {
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
     for _ in 0..10 {
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
     }
     store.close().unwrap();
     world
@@ -242,7 +245,7 @@ fn it_goes_on_in_a_new_file_when_one_is_full() {
     assert!(sizes.iter().all(|size| *size < 4096 + 512), "{sizes:?}");
     let store = world.open();
     assert_eq!(events(&store).len(), 22);
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     assert_eq!(events(&store)[22..], [RotateIntended, Rotated]);
     assert!(fault_kinds(&store).is_empty());
 }
@@ -322,17 +325,17 @@ fn removal_alteration_reordering_and_truncation_are_found() {
         // A fault in the log does not prevent reading the data.
         let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["one"], "{what}");
-        let found = store.audit_records().unwrap_err();
+        let found = store.keys().audit_records().unwrap_err();
         assert_eq!(found.code(), *expected, "{what}: {found}");
         assert_eq!(fault_kinds(&store), [*expected], "{what}");
         // The store and the log continue. The damage is still reported, also after closing and
         // reopening.
-        store.rotate_data_key(&name("p/l")).unwrap();
-        store.rotate_data_key(&name("p/l")).unwrap();
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
         store.close().unwrap();
         let store = world.open();
-        store.rotate_data_key(&name("p/l")).unwrap();
-        let error = store.audit_records().expect_err(what);
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
+        let error = store.keys().audit_records().expect_err(what);
         assert!(matches!(error.code(), "tampered" | "corrupt" | "truncated" | "rolled_back"), "{what}: {error}");
         assert!(!fault_kinds(&store).is_empty(), "{what}");
     }
@@ -346,16 +349,16 @@ fn a_checkpoint_finds_an_older_log_and_catalogue() {
     let old = world.path().join("old");
     copy_dir(&world.store_dir(), &old);
     let store = world.open();
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     // As a caller reads it back from storage.
-    let checkpoint = Checkpoint::from_bytes(store.checkpoint().unwrap().to_bytes().to_vec());
+    let checkpoint = Checkpoint::from_bytes(store.admin().checkpoint().unwrap().to_bytes().to_vec());
     store.close().unwrap();
     copy_dir(&old, &world.store_dir());
     let store = world.open();
     // The old state is consistent in itself.
     assert!(fault_kinds(&store).is_empty());
     let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
-    let report = store.verify(&options, &mut |_| {}).unwrap();
+    let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     let kinds: Vec<_> = report.faults.iter().map(|fault| fault.kind).collect();
     assert!(kinds.contains(&"truncated") && kinds.contains(&"rolled_back"), "{kinds:?}");
 }
@@ -368,13 +371,13 @@ fn a_record_that_a_crash_tore_was_never_there() {
     world.service(&store, "p/l");
     // Two reads of the epoch and one read of the audit file succeed; the append fails.
     disk.fail_after(3, Failure::Death);
-    store.rotate_data_key(&name("p/l")).unwrap_err();
+    store.keys().rotate_data_key(&name("p/l")).unwrap_err();
     drop(store);
     assert!(!fs::read(&audit_files(&world)[0]).unwrap().ends_with(b"\n"), "it was torn");
     let store = world.open();
     assert_eq!(events(&store), [StoreCreated, Created]);
     assert!(fault_kinds(&store).is_empty());
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     assert_eq!(events(&store), [StoreCreated, Created, RotateIntended, Rotated]);
 }
 
@@ -566,7 +569,7 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
 
 /// The notes of a verification of the whole store, which must find no fault.
 fn notes(store: &Store) -> Vec<String> {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.faults.is_empty(), "{:?}", report.faults);
     report.notes
 }
@@ -650,17 +653,21 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             };
             let before = content();
             let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
-            assert_eq!(store.audit_records().unwrap_or_else(|error| panic!("{what}: {error}")).len(), 22, "{what}");
+            assert_eq!(
+                store.keys().audit_records().unwrap_or_else(|error| panic!("{what}: {error}")).len(),
+                22,
+                "{what}"
+            );
             assert_eq!(notes(&store).iter().any(|note| note.contains(file)), *is_noted, "{what}");
             // The log continues over several files and a reopening, and does not write to the
             // strays.
             for _ in 0..12 {
-                store.rotate_data_key(&name("p/l")).unwrap();
+                store.keys().rotate_data_key(&name("p/l")).unwrap();
             }
             store.close().unwrap();
             let store = world.open();
-            store.rotate_data_key(&name("p/l")).unwrap();
-            let found = store.audit_records().unwrap_or_else(|error| panic!("{what}: {error}"));
+            store.keys().rotate_data_key(&name("p/l")).unwrap();
+            let found = store.keys().audit_records().unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(found.len(), 22 + 26, "{what}");
             if before.0 > 0 {
                 assert!(content() == before, "{what} was changed");
@@ -672,8 +679,8 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             if *is_noted {
                 fs::remove_file(&path).or_else(|_| fs::remove_dir(&path)).unwrap();
                 let store = world.open();
-                store.rotate_data_key(&name("p/l")).unwrap();
-                assert_eq!(store.audit_records().unwrap().len(), 22 + 28, "{what}");
+                store.keys().rotate_data_key(&name("p/l")).unwrap();
+                assert_eq!(store.keys().audit_records().unwrap().len(), 22 + 28, "{what}");
                 assert!(notes(&store).is_empty(), "{what}");
             }
         }
@@ -688,11 +695,11 @@ fn a_log_whose_last_name_is_taken_goes_on_all_the_same() {
     let store = world.open();
     assert_eq!(events(&store).len(), 22, "the records are as they were written");
     for _ in 0..24 {
-        store.rotate_data_key(&name("p/l")).unwrap();
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
     }
     store.close().unwrap();
     let store = world.open();
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     // A renamed file is detected once no file number follows its own.
     assert_eq!(fault_kinds(&store), ["tampered"]);
 }
@@ -702,7 +709,7 @@ fn missing_records_are_blamed_on_a_skipped_file() {
     let world = with_history(|world| world.options.audit_file_bytes = 2 * 4096);
     let store = world.open();
     for _ in 0..60 {
-        store.rotate_data_key(&name("p/l")).unwrap();
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
     }
     store.close().unwrap();
     let paths = audit_files(&world);
@@ -715,10 +722,10 @@ fn missing_records_are_blamed_on_a_skipped_file() {
             fs::write(path, garbage).unwrap();
             for _ in 0..2 {
                 let store = world.open();
-                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 let faults: Vec<_> = report.faults.iter().map(|it| (it.kind, it.file.as_ref().unwrap())).collect();
                 assert_eq!(faults, [("corrupt", path)], "{:?}", report.faults);
-                store.rotate_data_key(&name("p/l")).unwrap();
+                store.keys().rotate_data_key(&name("p/l")).unwrap();
                 store.close().unwrap();
                 assert_eq!(fs::read(path).unwrap(), garbage);
             }
@@ -863,7 +870,7 @@ fn the_hour_of_a_toggled_key_is_remembered_by_the_next_process() {
     // A deliberate operation on the key is recorded after the count of omitted transitions.
     let logstore = store.logstore(&name("p/a")).unwrap();
     toggle(&logstore);
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     let last = since(&store, begin + 10);
     assert_eq!(last.iter().map(|it| it.event).collect::<Vec<_>>(), [Recovered, RotateIntended, Rotated]);
     assert_eq!(left_out(&last[0]), 1);
@@ -987,18 +994,18 @@ fn an_export_is_verified_without_a_key() {
     let logstore = world.service(&store, "p/a");
     put(&logstore, "one");
     for _ in 0..20 {
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
     }
-    let first = store.export_audit().unwrap();
+    let first = store.keys().export_audit().unwrap();
     let hashes = checked_by_a_third_party(&first.text);
     assert_eq!((first.head.number, &first.head.hash), (42, hashes.last().unwrap()));
     assert_eq!(AuditMark::of_export(&first.text).unwrap(), first.head);
     assert!(AuditMark::of_export(first.text.lines().next().unwrap()).is_err(), "the end is missing");
-    store.rotate_service_key().unwrap();
-    let second = store.export_audit().unwrap();
+    store.keys().rotate_service_key().unwrap();
+    let second = store.keys().export_audit().unwrap();
     assert_eq!(checked_by_a_third_party(&second.text)[..hashes.len()], hashes);
     for mark in [None, Some(&first.head), Some(&second.head)] {
-        let found = store.verify_audit(mark).unwrap();
+        let found = store.keys().verify_audit(mark).unwrap();
         assert!(found.fault.is_none() && found.head == second.head, "{found:?}");
     }
     // An older state of the log, and a diverging one.
@@ -1006,18 +1013,18 @@ fn an_export_is_verified_without_a_key() {
     store.close().unwrap();
     copy_dir(&world.store_dir(), &earlier);
     let store = world.open();
-    store.rotate_data_key(&name("p/a")).unwrap();
-    let third = store.export_audit().unwrap();
+    store.keys().rotate_data_key(&name("p/a")).unwrap();
+    let third = store.keys().export_audit().unwrap();
     store.close().unwrap();
     copy_dir(&earlier, &world.store_dir());
     fs::write(world.keyring(), keyring).unwrap();
     let store = world.open();
-    assert!(store.verify_audit(None).unwrap().fault.is_none(), "in itself it is sound");
-    let gone = store.verify_audit(Some(&third.head)).unwrap().fault;
+    assert!(store.keys().verify_audit(None).unwrap().fault.is_none(), "in itself it is sound");
+    let gone = store.keys().verify_audit(Some(&third.head)).unwrap().fault;
     assert!(matches!(gone, Some(Error::RolledBack { .. })), "{gone:?}");
     world.clock.advance(secs(1));
-    store.rotate_data_key(&name("p/a")).unwrap();
-    let other = store.verify_audit(Some(&third.head)).unwrap().fault;
+    store.keys().rotate_data_key(&name("p/a")).unwrap();
+    let other = store.keys().verify_audit(Some(&third.head)).unwrap().fault;
     assert!(matches!(other, Some(Error::RolledBack { .. })), "{other:?}");
 }
 
@@ -1026,7 +1033,7 @@ fn verification_says_up_to_which_record_the_log_is_sound() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "p/a");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     store.close().unwrap();
     let file = audit_files(&world).remove(0);
     let good = fs::read_to_string(&file).unwrap();
@@ -1038,12 +1045,12 @@ fn verification_says_up_to_which_record_the_log_is_sound() {
     let forged = format!("{body}\t{:08x}\n", crc32fast::hash(body.as_bytes()));
     fs::write(&file, [lines[0], lines[1], &forged, lines[3]].concat()).unwrap();
     let store = world.builder().open_read_only().unwrap();
-    let found = store.verify_audit(None).unwrap();
+    let found = store.keys().verify_audit(None).unwrap();
     assert_eq!(found.head.number, 2);
     assert!(matches!(found.fault, Some(Error::Tampered { .. })), "{found:?}");
-    assert!(matches!(store.export_audit(), Err(Error::Tampered { .. })));
+    assert!(matches!(store.keys().export_audit(), Err(Error::Tampered { .. })));
     fs::write(&file, [lines[0], lines[1], lines[2]].concat()).unwrap();
-    let found = store.verify_audit(None).unwrap();
+    let found = store.keys().verify_audit(None).unwrap();
     assert_eq!(found.head.number, 3);
     assert!(matches!(found.fault, Some(Error::Truncated { .. })), "{found:?}");
 }

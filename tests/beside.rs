@@ -121,7 +121,7 @@ fn records_after_enabling_encryption_are_never_written_plain() {
         let spec = LogstoreSpec { compression: Compression::None, encrypt_conf: conf, ..LogstoreSpec::default() };
         let logstore = store.create_logstore(&name(text), spec).unwrap();
         put(&logstore, "before");
-        let mut config = store.config(&name(text)).unwrap();
+        let mut config = store.logstore(&name(text)).unwrap().config();
         config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone()));
         store.update_logstore(&name(text), config).unwrap();
         logstore.append(record("secret in the buffer"), &buffered()).unwrap();
@@ -152,7 +152,7 @@ fn a_reader_follows_a_replaced_master_key_within_the_bound() {
         let reader = world.builder().open_read_only().unwrap();
         let logstore = reader.logstore(&name("p/l")).unwrap();
         assert_eq!(texts(&logstore), ["one"]);
-        store.replace_cmk(&name("p/l"), new.clone(), how).unwrap();
+        store.keys().replace_cmk(&name("p/l"), new.clone(), how).unwrap();
         world.local().disable(&new.cmk_key_id).unwrap();
         // Until its next look at the metadata, the reader uses the old key.
         world.clock.advance(world.options.revalidate_every);
@@ -190,7 +190,7 @@ fn every_handle_of_a_reader_ends_when_it_is_closed() {
     put(&world.byok(&store, "p/l", &cmk), "one");
     let reader = world.builder().open_read_only().unwrap();
     let first = reader.logstore(&name("p/l")).unwrap();
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     let second = reader.logstore(&name("p/l")).unwrap();
     assert_eq!((texts(&first), texts(&second)), (vec!["one".to_owned()], vec!["one".to_owned()]));
     let other = reader.clone();
@@ -211,9 +211,9 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
     let operations: [Operation; 5] = [
         |store| store.create_logstore(&name("p/new"), LogstoreSpec::default()).map(Some),
         |store| store.logstore(&name("p/idle")).map(Some),
-        |store| store.rotate_data_key(&name("p/idle")).map(|_| None),
+        |store| store.keys().rotate_data_key(&name("p/idle")).map(|_| None),
         |store| store.delete_logstore(&name("p/idle")).map(|_| None),
-        |store| store.rotate_service_key().map(|_| None),
+        |store| store.keys().rotate_service_key().map(|_| None),
     ];
     for operation in operations {
         let sim = Sim::new();
@@ -311,7 +311,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     let logstore = world.byok(&store, "p/l", &cmk);
     let without = keys.0.load(Ordering::SeqCst);
     put(&logstore, "one");
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     put(&logstore, "two");
     // The first segment uses a key version that is not in memory any more.
     let calls = world.kms.calls();
@@ -387,14 +387,14 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
         put(&logstore, &n.to_string().repeat(5000));
         world.clock.advance(secs(3600));
     }
-    let mut config = store.config(&name("p/l")).unwrap();
+    let mut config = store.logstore(&name("p/l")).unwrap().config();
     config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "sealed");
     let reader = world.builder().open_read_only().unwrap();
     let report = verify_beside(&reader, || {
         world.clock.advance(secs(20 * 3600));
-        let dropped = store.apply_retention().unwrap().segments;
+        let dropped = store.admin().apply_retention().unwrap().segments;
         assert!((2..7).contains(&dropped), "{dropped}");
     });
     assert!(report.faults.is_empty(), "{:?}", report.faults);
@@ -407,6 +407,7 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
 fn verify_beside(store: &Store, mut act: impl FnMut()) -> VerifyReport {
     let mut begun = false;
     store
+        .admin()
         .verify(&VerifyOptions::default(), &mut |_| {
             if !std::mem::replace(&mut begun, true) {
                 act();
@@ -424,7 +425,7 @@ fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
         let before = segments(&world.logstore_dir(&logstore), 0).len();
         let report = verify_beside(looking, || {
             world.clock.advance(secs(22 * 3600));
-            assert!(store.apply_retention().unwrap().segments > 2);
+            assert!(store.admin().apply_retention().unwrap().segments > 2);
         });
         assert!(report.faults.is_empty(), "{:?}", report.faults);
         assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);

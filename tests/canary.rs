@@ -188,20 +188,20 @@ impl Watched {
         self.says(&logstore.key_status());
         self.says(&store.metrics());
         self.json(&store.metrics());
-        self.says(&store.key_usage().unwrap());
-        self.json(&store.key_usage().unwrap());
-        let export = store.export_audit().unwrap();
+        self.says(&store.keys().usage().unwrap());
+        self.json(&store.keys().usage().unwrap());
+        let export = store.keys().export_audit().unwrap();
         self.says(&export);
         self.said.push(("an export of the audit log".to_owned(), export.text));
-        self.says(&store.verify_audit(None).unwrap());
-        for record in store.audit_records().unwrap() {
+        self.says(&store.keys().verify_audit(None).unwrap());
+        for record in store.keys().audit_records().unwrap() {
             self.says(&record);
             self.json(&record);
         }
         let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
         assert!(reader.next().unwrap().is_ok());
         self.says(&reader);
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{report:?}");
         self.says(&report);
         self.json(&report);
@@ -318,22 +318,22 @@ fn whole_life(traced: &Traced) {
 
     // Rotate and replace keys.
     let before = watched.random.draws().len();
-    store.rotate_data_key(aes.name()).unwrap();
+    store.keys().rotate_data_key(aes.name()).unwrap();
     let rotated = watched.random.draws()[before];
     assert!(is_data_key(&watched, &aes, &rotated));
     watched.secrets.key("second data key under the service key", &rotated);
-    store.rotate_data_key(sm4.name()).unwrap();
+    store.keys().rotate_data_key(sm4.name()).unwrap();
     let before = watched.random.draws().len();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     roots.key("second root of the service keyring", &watched.random.draws()[before]);
     for logstore in [&aes, &sm4] {
         logstore.append(&group, &synced()).unwrap();
-        store.rewrap(logstore.name()).unwrap();
+        store.keys().rewrap(logstore.name()).unwrap();
     }
     let new: UserCmkInfo = watched.world.cmk();
-    store.replace_cmk(sm4.name(), new.clone(), ReplaceCmk::default()).unwrap();
-    store.shred_data_keys(sm4.name(), &[2]).unwrap();
-    let checkpoint = store.checkpoint().unwrap();
+    store.keys().replace_cmk(sm4.name(), new.clone(), ReplaceCmk::default()).unwrap();
+    store.keys().shred_data_keys(sm4.name(), &[2]).unwrap();
+    let checkpoint = store.admin().checkpoint().unwrap();
     watched.says(&checkpoint);
     watched.secrets.assert_none_in("a checkpoint", checkpoint.to_bytes());
     roots.assert_none_in("a checkpoint", checkpoint.to_bytes());
@@ -377,7 +377,7 @@ fn whole_life(traced: &Traced) {
         }
         watched.disk.overwrite(path, damaged);
         watched.refuses(records(&aes, 0));
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(!report.is_clean());
         watched.says(&report);
         watched.json(&report);
@@ -390,7 +390,7 @@ fn whole_life(traced: &Traced) {
     assert!(watched.world.kms.wrapped_keys().len() >= 5, "two probes, and each data key at least once");
     watched.says(&SecretKey::from_bytes(&mut data_key.clone()));
     let text = traced.text();
-    for said in ["a store is open", "KMS call succeeded", "on the key audit log", "the KMS refuses", "segment sealed"] {
+    for said in ["store opened", "KMS call succeeded", "on the key audit log", "the KMS refuses", "segment sealed"] {
         assert!(text.contains(said), "{said}: everything was traced: {text}");
     }
     watched.said.push(("what is traced".to_owned(), text));

@@ -453,14 +453,14 @@ fn retention_by_time_drops_whole_segments_only() {
         }
         sim.world.clock.advance(secs(3600));
     }
-    assert_eq!(store.apply_retention().unwrap().segments, 0, "kept for ever");
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 0, "kept for ever");
     store.update_logstore(logstore.name(), with_retention(&logstore, Some(3), None)).unwrap();
     // The newest record of the first day is three days and an hour old. That of the second day is
     // younger than three days.
-    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
     assert_eq!(seqs(&logstore), [2, 3, 4, 5, 6, 7]);
     sim.world.clock.advance(23 * secs(3600) - millis(1));
-    assert_eq!(store.apply_retention().unwrap().segments, 0);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 0);
     sim.world.clock.advance(millis(2));
     // Automatically, when the next run is due.
     sim.world.clock.advance(store.options().retention_every);
@@ -469,12 +469,12 @@ fn retention_by_time_drops_whole_segments_only() {
     assert_eq!(sim.segments(&logstore, 0).len(), 2);
     // Regardless of age, the open segment is not dropped.
     sim.world.clock.advance(2 * DAY);
-    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
     assert_eq!(seqs(&logstore), [6, 7]);
     // Dropped numbers are not reused, even after the last segment is dropped.
     logstore.roll().unwrap();
     sim.world.clock.advance(10 * DAY);
-    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
     store.close().unwrap();
     let store = sim.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
@@ -501,15 +501,15 @@ fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
     assert_eq!((first.len(), second.len()), (5, 3));
     let keep: u64 = first[1..].iter().sum();
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep))).unwrap();
-    let report = store.apply_retention().unwrap();
+    let report = store.admin().apply_retention().unwrap();
     assert_eq!((report.segments, report.bytes, report.suspended), (1, first[0], false));
     assert_eq!((sizes(0), sizes(1)), (first[1..].to_vec(), second.clone()));
     // One byte less than the size of the kept segments drops one more.
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep - 1))).unwrap();
-    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(1))).unwrap();
     put(&logstore, "being written");
-    assert_eq!(store.apply_retention().unwrap().segments, 6);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 6);
     assert_eq!(sizes(0).len() + sizes(1).len(), 1);
 }
 
@@ -528,12 +528,12 @@ fn a_jump_of_the_clock_suspends_retention_by_time() {
         };
         // A clock change of up to an hour is tolerated.
         jump(secs(3600), forward);
-        assert!(!store.apply_retention().unwrap().suspended);
+        assert!(!store.admin().apply_retention().unwrap().suspended);
         jump(secs(1), forward);
         for _ in 0..3 {
             clock.advance(2 * DAY);
             store.tick();
-            let report = store.apply_retention().unwrap();
+            let report = store.admin().apply_retention().unwrap();
             assert_eq!((report.suspended, report.segments), (true, 0));
             assert_eq!(texts(&logstore), ["old"]);
         }
@@ -542,16 +542,16 @@ fn a_jump_of_the_clock_suspends_retention_by_time() {
         put(&other, "too much");
         other.roll().unwrap();
         store.update_logstore(other.name(), with_retention(&other, None, Some(1))).unwrap();
-        assert_eq!(store.apply_retention().unwrap().segments, 1);
+        assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
         // After the clock is corrected, retention by age resumes.
         jump(secs(3601), !forward);
-        let report = store.apply_retention().unwrap();
+        let report = store.admin().apply_retention().unwrap();
         assert_eq!((report.suspended, report.segments), (false, 1));
         // A store that is opened later uses the clock as it is.
         jump(3 * DAY, forward);
         store.close().unwrap();
         let store = sim.open();
-        assert!(!store.apply_retention().unwrap().suspended);
+        assert!(!store.admin().apply_retention().unwrap().suspended);
     }
 }
 

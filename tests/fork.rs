@@ -35,10 +35,10 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
                 reader_in_child.next().and_then(Result::err),
                 store.logstore(&name("p/l")).err(),
                 store.create_logstore(&name("p/child"), envelog::LogstoreSpec::default()).err(),
-                store.rotate_data_key(&name("p/l")).err(),
+                store.keys().rotate_data_key(&name("p/l")).err(),
                 store.delete_logstore(&name("p/l")).err(),
-                store.apply_retention().err(),
-                store.checkpoint().err(),
+                store.admin().apply_retention().err(),
+                store.admin().checkpoint().err(),
             ];
             let wrong = answers.iter().position(|answer| !matches!(answer, Some(Error::Forked)));
             // The error number tells the parent which operation did not refuse: it is the only

@@ -785,7 +785,7 @@ fn listing(store: &Store) -> Value {
 #[track_caller]
 fn assert_clean(which: &str, store: &Store, keyless: bool) -> VerifyReport {
     let options = VerifyOptions { keyless, ..VerifyOptions::default() };
-    let report = store.verify(&options, &mut |_| {}).unwrap();
+    let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.refused.is_empty(), "{which} (keyless: {keyless}): {report:?}");
     report
 }
@@ -923,7 +923,7 @@ fn golden_stores_are_read_and_verified() {
             assert_eq!(report.groups, groups as u64, "{which}");
             assert_eq!(report.notes.len(), usize::from(which == "unclean"), "{which}: {:?}", report.notes);
         }
-        assert!(!store.audit_records().unwrap().is_empty(), "{which}");
+        assert!(!store.keys().audit_records().unwrap().is_empty(), "{which}");
         store.close().unwrap();
         let store = copy.builder_with(RustCrypto::new()).open_read_only().unwrap();
         assert_eq!(listing(&store), copy.expected(), "{which}");
@@ -972,12 +972,12 @@ fn the_golden_checkpoint_holds() {
     let store = copy.builder().open_read_only().unwrap();
     let checkpoint = fs::read(copy.path("checkpoint")).unwrap();
     let against = |bytes: &[u8]| VerifyOptions { against: Some(Checkpoint::from_bytes(bytes)), ..Default::default() };
-    let report = store.verify(&against(&checkpoint), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&against(&checkpoint), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     let mut newer = checkpoint;
     newer[8] = 3;
     fix_crc(&mut newer);
-    assert_newer(store.verify(&against(&newer), &mut |_| {}).map(|_| ()), 3);
+    assert_newer(store.admin().verify(&against(&newer), &mut |_| {}).map(|_| ()), 3);
 }
 
 // ---- files of a newer build ----

@@ -310,7 +310,7 @@ const OPENINGS: [(bool, &[Operation]); 3] = [
         true,
         &[
             ("append", |store| try_put(&store.logstore(&name(VICTIM))?, "third")),
-            ("rotate", |store| store.rotate_data_key(&name(VICTIM)).map(drop)),
+            ("rotate", |store| store.keys().rotate_data_key(&name(VICTIM)).map(drop)),
         ],
     ),
     (true, &[("delete", |store| store.delete_logstore(&name(VICTIM)).map(drop))]),
@@ -319,7 +319,7 @@ const OPENINGS: [(bool, &[Operation]); 3] = [
 /// Verifies the victim, and returns the first fault as the corresponding error.
 fn verify(store: &Store) -> Result<()> {
     let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
-    let report = store.verify(&options, &mut |_| {})?;
+    let report = store.admin().verify(&options, &mut |_| {})?;
     match report.faults.first() {
         Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {
             path: fault.message.split(" is a ").next().unwrap().into(),
@@ -432,7 +432,7 @@ fn sweep(way: Way) {
                     put(&victim, "last");
                 }
                 put(&store.logstore(&name(OTHER)).unwrap(), "last");
-                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 assert!(report.is_clean(), "{what}: {:?}", report.faults);
             }
         }
@@ -489,7 +489,7 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     assert!(strays.iter().all(|stray| fs::symlink_metadata(stray).is_ok()));
     assert_eq!(fs::read_dir(victim.join("shard-0000")).unwrap().count(), 4, "no segment is left");
     let noted = |store: &Store| {
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{:?}", report.faults);
         report.notes.iter().any(|note| note.contains(&scene.victim))
     };
@@ -505,7 +505,7 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     for stray in &strays {
         fs::remove_file(stray).or_else(|_| fs::remove_dir(stray)).unwrap();
     }
-    store.apply_retention().unwrap();
+    store.admin().apply_retention().unwrap();
     assert!(!victim.exists() && !noted(&store));
     store.close().unwrap();
     assert!(links.iter().all(|link| fs::symlink_metadata(link).unwrap().is_symlink()), "a link is no remains of ours");
@@ -534,13 +534,13 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
     let store = scene.builder().open().unwrap();
     let victim = store.logstore(&name(VICTIM)).unwrap();
     put(&victim, "third");
-    store.rotate_service_key().unwrap();
-    store.rotate_data_key(&name(VICTIM)).unwrap();
+    store.keys().rotate_service_key().unwrap();
+    store.keys().rotate_data_key(&name(VICTIM)).unwrap();
     assert_eq!(texts(&victim), ["first", "second", "third"]);
     store.close().unwrap();
     let store = scene.builder().open().unwrap();
     put(&store.logstore(&name(VICTIM)).unwrap(), "fourth");
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
 
 /// A document larger than the format allows is corrupt, and is not read into memory.

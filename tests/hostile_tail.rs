@@ -132,7 +132,7 @@ fn torn(by: By, make: impl Fn(&BlockHeader, usize, usize) -> Vec<u8>) -> Sim {
 #[track_caller]
 fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
     let verified = |store: &Store, when: &str| {
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{context}, {when}: {:?}", report.faults);
     };
     let store = sim.open();
@@ -140,12 +140,12 @@ fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
     assert_eq!(texts(&logstore), ["first", "second"], "{context}");
     logstore.status().unwrap();
     verified(&store, "before recovery");
-    assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+    assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
     put(&logstore, "next");
     let expected = [kept, &["next"]].concat();
     assert_eq!(texts(&logstore), expected, "{context}");
     verified(&store, "after recovery");
-    assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+    assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
     store.close().unwrap();
     let logstore = find(&sim.open());
     assert_eq!(texts(&logstore), expected, "{context}");
@@ -176,7 +176,7 @@ fn a_block_in_a_torn_block_does_not_stop_the_shard() {
                 let context = format!("{by:?}, the mark {what}, number {number}");
                 // Without a key the fake block is accepted, if its mark could be true.
                 let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-                let report = again(&sim).verify(&keyless, &mut |_| {}).unwrap();
+                let report = again(&sim).admin().verify(&keyless, &mut |_| {}).unwrap();
                 assert_eq!(report.is_clean(), !["within the torn block", "at itself"].contains(&what), "{context}");
                 assert_works(&sim, &["first", "second", "unsynced"], &context);
             }
@@ -237,10 +237,10 @@ fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
             let store = sim.open();
             let logstore = find(&store);
             assert_eq!(texts(&logstore), kept, "{context}");
-            assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), [kept, &["next"]].concat(), "{context}");
-            assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
         }
     }
 }
@@ -284,15 +284,15 @@ fn fakes_do_not_hide_damage() {
                     }
                 }
             }
-            let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{context}: {:?}", report.faults);
-            let report = store.repair(&name(NAME), 0).unwrap();
+            let report = store.admin().repair(&name(NAME), 0).unwrap();
             assert_eq!((report.segment.as_ref(), report.groups_salvaged), (Some(&segment), 1), "{context}");
             assert!(report.bytes_lost >= line.len() as u64, "{context}: {report:?}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), ["first", "second", "last", "next"], "{context}");
-            assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
-            assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
         }
     }
 }
@@ -326,13 +326,13 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
             if kind == BlockKind::Opaque {
                 assert!(matches!(try_put(&logstore, "refused"), Err(Error::Tampered { .. })), "{context}");
             }
-            let report = store.repair(&name(NAME), 0).unwrap();
+            let report = store.admin().repair(&name(NAME), 0).unwrap();
             assert_eq!(report.segment.as_ref(), Some(&segment), "{context}");
             assert!(report.bytes_lost >= 116, "{context}: {report:?}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), ["first", "second", "next"], "{context}");
-            assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
-            assert_eq!(store.repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
         }
     }
 }
@@ -358,7 +358,7 @@ fn a_forged_mark_cuts_no_block() {
         let store = sim.open();
         put(&find(&store), "next");
         assert_eq!(texts(&find(&store)), ["first", "second", "next"], "{by:?}");
-        assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{by:?}");
+        assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{by:?}");
     }
 }
 
@@ -462,10 +462,10 @@ fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     assert_eq!(logstore.status().unwrap().groups, 2);
     assert_eq!(logstore.end_seq(0).unwrap(), 2);
     let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-    assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
-    store.key_usage().unwrap();
+    assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
+    store.keys().usage().unwrap();
     assert_eq!(sim.world.kms.calls(), calls, "the KMS was asked");
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     // Once the key is available again, the shard continues.
     sim.world.kms.answer(Answer::Real);
     sim.world.clock.advance(secs(3600));

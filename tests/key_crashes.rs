@@ -72,8 +72,8 @@ impl Scene {
         for logstore in [&service, &byok, &plain] {
             put(logstore, "first");
         }
-        store.rotate_data_key(&name(SERVICE)).unwrap();
-        store.rotate_data_key(&name(BYOK)).unwrap();
+        store.keys().rotate_data_key(&name(SERVICE)).unwrap();
+        store.keys().rotate_data_key(&name(BYOK)).unwrap();
         for logstore in [&service, &byok, &plain] {
             put(logstore, "second");
         }
@@ -169,10 +169,10 @@ impl Scene {
             assert!(old == new || changed.contains(&text.as_str()), "{at}: {text}");
         }
         // Every envelope can be unwrapped, every tag is valid, and so is the audit log.
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
-        store.audit_records().unwrap();
-        store.checkpoint().unwrap_or_else(|error| panic!("{at}: {error}"));
+        store.keys().audit_records().unwrap();
+        store.admin().checkpoint().unwrap_or_else(|error| panic!("{at}: {error}"));
         // The store continues to work, and the interrupted operation can be repeated.
         for listed in store.list().unwrap() {
             put(&store.logstore(&listed).unwrap(), "fourth");
@@ -191,7 +191,7 @@ fn conf(encrypt_conf: EncryptConf) -> LogstoreSpec {
 }
 
 fn enable(store: &Store, encrypt_conf: EncryptConf) -> Result<()> {
-    let config = store.config(&name(PLAIN))?;
+    let config = store.logstore(&name(PLAIN))?.config();
     store.update_logstore(&name(PLAIN), LogstoreConfig { encrypt_conf: Some(encrypt_conf), ..config }).map(|_| ())
 }
 
@@ -242,7 +242,7 @@ fn an_interrupted_first_envelope_leaves_only_readable_segments() {
             let store = scene.world.open();
             let found = texts(&store.logstore(&name(PLAIN)).unwrap());
             assert_eq!(found, expected, "{at}");
-            let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
             put(&store.logstore(&name(PLAIN)).unwrap(), "fifth");
             store.close().unwrap();
@@ -256,27 +256,27 @@ fn an_interrupted_first_envelope_leaves_only_readable_segments() {
 #[test]
 fn rotating_a_data_key() {
     let scene = Scene::new();
-    scene.campaign(|_, store| store.rotate_data_key(&name(SERVICE)).map(|_| ()), &[SERVICE]);
-    scene.campaign(|_, store| store.rotate_data_key(&name(BYOK)).map(|_| ()), &[BYOK]);
+    scene.campaign(|_, store| store.keys().rotate_data_key(&name(SERVICE)).map(|_| ()), &[SERVICE]);
+    scene.campaign(|_, store| store.keys().rotate_data_key(&name(BYOK)).map(|_| ()), &[BYOK]);
 }
 
 #[test]
 fn rewrapping() {
     let scene = Scene::new();
-    scene.campaign(|_, store| store.rewrap(&name(SERVICE)).map(|_| ()), &[SERVICE]);
-    scene.campaign(|_, store| store.rewrap(&name(BYOK)).map(|_| ()), &[BYOK]);
+    scene.campaign(|_, store| store.keys().rewrap(&name(SERVICE)).map(|_| ()), &[SERVICE]);
+    scene.campaign(|_, store| store.keys().rewrap(&name(BYOK)).map(|_| ()), &[BYOK]);
 }
 
 #[test]
 fn rotating_the_service_key() {
-    Scene::new().campaign(|_, store| store.rotate_service_key().map(|_| ()), &[SERVICE]);
+    Scene::new().campaign(|_, store| store.keys().rotate_service_key().map(|_| ()), &[SERVICE]);
 }
 
 #[test]
 fn replacing_a_master_key() {
     let scene = Scene::new();
     let replace =
-        |scene: &Scene, store: &Store, how| store.replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ());
+        |scene: &Scene, store: &Store, how| store.keys().replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ());
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::default()), &[BYOK]);
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::keep_data_key()), &[BYOK]);
 }
@@ -292,7 +292,7 @@ fn an_interrupted_replacement_needs_only_one_master_key() {
             let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
             texts(&store.logstore(&name(BYOK)).unwrap());
             disk.fail_after(count, failure);
-            let _ = store.replace_cmk(&name(BYOK), scene.new.clone(), ReplaceCmk::default());
+            let _ = store.keys().replace_cmk(&name(BYOK), scene.new.clone(), ReplaceCmk::default());
             let ran_through = !disk.has_failed();
             disk.disarm();
             drop(store);
@@ -300,7 +300,7 @@ fn an_interrupted_replacement_needs_only_one_master_key() {
                 break;
             }
             let store = scene.world.open();
-            let fixed = store.config(&name(BYOK)).unwrap().encrypt_conf.unwrap().user_cmk_info.unwrap();
+            let fixed = store.logstore(&name(BYOK)).unwrap().config().encrypt_conf.unwrap().user_cmk_info.unwrap();
             assert!(fixed == scene.old || fixed == scene.new);
             let other = if fixed == scene.old { &scene.new } else { &scene.old };
             scene.world.local().disable(&other.cmk_key_id).unwrap();
@@ -323,7 +323,7 @@ fn deleting_a_logstore() {
 
 #[test]
 fn taking_a_checkpoint() {
-    Scene::new().campaign(|_, store| store.checkpoint().map(|_| ()), &[]);
+    Scene::new().campaign(|_, store| store.admin().checkpoint().map(|_| ()), &[]);
 }
 
 #[test]
@@ -344,7 +344,7 @@ fn shredding() {
                 let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
                 texts(&store.logstore(&name(text)).unwrap());
                 disk.fail_after(count, failure);
-                let outcome = store.shred_data_keys(&name(text), &[1]);
+                let outcome = store.keys().shred_data_keys(&name(text), &[1]);
                 let ran_through = !disk.has_failed();
                 disk.disarm();
                 drop(store);
@@ -362,7 +362,7 @@ fn shredding() {
                         assert!(shredded && matches!(error, Error::Shredded { version: 1, .. }), "{error:?}");
                     }
                 }
-                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 assert!(report.is_clean(), "{text}: {failure:?} after {count}: {report:?}");
                 store.close().unwrap();
             }
@@ -388,7 +388,7 @@ fn retention_that_destroys_data_keys() {
                 store.update_logstore(&name(text), config).unwrap();
                 put(&logstore, "third");
                 disk.fail_after(count, failure);
-                let outcome = store.apply_retention();
+                let outcome = store.admin().apply_retention();
                 let ran_through = !disk.has_failed();
                 disk.disarm();
                 drop((logstore, store));
@@ -406,16 +406,16 @@ fn retention_that_destroys_data_keys() {
                     !shredded || !left.contains(&"first".to_owned()),
                     "{at}: a key was destroyed before its segments"
                 );
-                let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                 assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
                 put(&logstore, "fourth");
                 logstore.roll().unwrap();
                 put(&logstore, "fifth");
-                store.apply_retention().unwrap();
+                store.admin().apply_retention().unwrap();
                 let keys = logstore.status().unwrap().data_keys;
                 assert!(keys[0].shredded && !keys[1].shredded, "{at}: {keys:?}");
                 let intended = |record: &envelog::AuditRecord| record.event == envelog::AuditEvent::ShredIntended;
-                assert!(store.audit_records().unwrap().iter().any(intended), "{at}: it is on record");
+                assert!(store.keys().audit_records().unwrap().iter().any(intended), "{at}: it is on record");
                 store.close().unwrap();
             }
             assert!(attempts > 10, "{attempts}");

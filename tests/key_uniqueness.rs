@@ -144,8 +144,8 @@ fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option
             ledger.take(&world.store_dir());
         }
         match cycle % 5 {
-            0 => drop(store.rotate_data_key(&name("p/l")).unwrap()),
-            1 => drop(store.rewrap(&name("p/l")).unwrap()),
+            0 => drop(store.keys().rotate_data_key(&name("p/l")).unwrap()),
+            1 => drop(store.keys().rewrap(&name("p/l")).unwrap()),
             2 => logstore.roll().unwrap(),
             _ => {}
         }
@@ -313,10 +313,10 @@ fn envelopes_never_share_a_salt() {
     };
     take();
     for _ in 0..3 {
-        store.rotate_data_key(logstore.name()).unwrap();
-        store.rewrap(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        store.keys().rewrap(logstore.name()).unwrap();
         take();
-        store.rotate_service_key().unwrap();
+        store.keys().rotate_service_key().unwrap();
         take();
     }
     let salts = salts.into_inner().unwrap();

@@ -27,7 +27,7 @@ fn master_key<'a>(usage: &'a KeyUsage, cmk: &UserCmkInfo) -> &'a MasterKeyUsage 
 
 /// The data-key versions that the report marks as safe to destroy and that still exist.
 fn safe(store: &Store, text: &str) -> Vec<u32> {
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     let of_logstore = usage.data_keys.iter().filter(|key| key.logstore == name(text));
     of_logstore.filter(|key| key.safe_to_destroy && !key.shredded).map(|key| key.version).collect()
 }
@@ -36,7 +36,7 @@ fn safe(store: &Store, text: &str) -> Vec<u32> {
 fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::RetentionReport {
     let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
-    let report = store.apply_retention().unwrap();
+    let report = store.admin().apply_retention().unwrap();
     let config = LogstoreConfig { retention_bytes: None, ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
     report
@@ -47,7 +47,7 @@ fn shredded(logstore: &Logstore) -> Vec<u32> {
 }
 
 fn events(store: &Store, event: AuditEvent) -> Vec<String> {
-    let records = store.audit_records().unwrap();
+    let records = store.keys().audit_records().unwrap();
     records.into_iter().filter(|record| record.event == event).map(|record| record.detail).collect()
 }
 
@@ -62,7 +62,7 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     for logstore in [&logstore, &service, &plain] {
         put(logstore, "first");
     }
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     let first = data_key(&usage, "p/byok", 1);
     assert_eq!(
         first.needed_for,
@@ -83,8 +83,8 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     // An older version is needed until its segments are gone. A version that was never used is not
     // needed.
     for logstore in [&logstore, &service] {
-        store.rotate_data_key(logstore.name()).unwrap();
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         assert_eq!(safe(&store, &logstore.name().to_string()), [2]);
         put(logstore, "second");
         assert_eq!(safe(&store, &logstore.name().to_string()), [2]);
@@ -92,8 +92,8 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
 
     // A service key is needed for everything it has wrapped, tagged and authenticated. A rotation
     // removes most of these needs, but not all.
-    store.rotate_service_key().unwrap();
-    let usage = store.key_usage().unwrap();
+    store.keys().rotate_service_key().unwrap();
+    let usage = store.keys().usage().unwrap();
     let old = &usage.service_keys[0];
     assert_eq!((old.version, old.current, old.safe_to_destroy), (1, false, false));
     assert!(old.needed_for.iter().any(|need| matches!(need, KeyNeed::AuditRecords { .. })), "{old:?}");
@@ -103,14 +103,14 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     assert!(new.current && new.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 4 })));
 
     // A replaced master key is no longer needed.
-    store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
-    let usage = store.key_usage().unwrap();
+    store.keys().replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
+    let usage = store.keys().usage().unwrap();
     assert!(master_key(&usage, &cmk).safe_to_destroy, "{:?}", master_key(&usage, &cmk));
     assert!(!master_key(&usage, &other).safe_to_destroy);
     world.local().delete(&cmk.cmk_key_id).unwrap();
     assert_eq!(texts(&logstore), ["first", "second"]);
     store.delete_logstore(logstore.name()).unwrap();
-    assert!(master_key(&store.key_usage().unwrap(), &other).safe_to_destroy);
+    assert!(master_key(&store.keys().usage().unwrap(), &other).safe_to_destroy);
 }
 
 /// Reports need no key, also in another process next to the writer.
@@ -121,13 +121,13 @@ fn usage_is_told_while_the_key_is_revoked_and_beside_the_writer() {
     let store = world.create();
     let logstore = world.byok(&store, "p/byok", &cmk);
     put(&logstore, "first");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     world.local().disable(&cmk.cmk_key_id).unwrap();
     assert!(logstore.revalidate_now().is_err());
     let calls = world.kms.calls();
     let reader = world.builder().open_read_only().unwrap();
     for store in [&store, &reader] {
-        let usage = store.key_usage().unwrap();
+        let usage = store.keys().usage().unwrap();
         let first = data_key(&usage, "p/byok", 1);
         assert_eq!((first.segments, first.safe_to_destroy), (1, false));
         assert!(!master_key(&usage, &cmk).safe_to_destroy);
@@ -142,11 +142,11 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     let store = world.create();
     let logstore = world.byok(&store, "p/byok", &cmk);
     put(&logstore, "first");
-    store.rotate_data_key(logstore.name()).unwrap();
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
-    store.replace_cmk(logstore.name(), other, ReplaceCmk::default()).unwrap();
-    assert!(safe(&store, "p/byok").contains(&2) && master_key(&store.key_usage().unwrap(), &cmk).safe_to_destroy);
+    store.keys().replace_cmk(logstore.name(), other, ReplaceCmk::default()).unwrap();
+    assert!(safe(&store, "p/byok").contains(&2) && master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy);
     let dir = world.logstore_dir(&logstore);
     store.close().unwrap();
     let segment = segments(&dir, 0).remove(0);
@@ -154,7 +154,7 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     bytes[130] ^= 1;
     fs::write(&segment, bytes).unwrap();
     let store = world.open();
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     assert!(safe(&store, "p/byok").is_empty());
     assert!(usage.master_keys.iter().all(|key| !key.safe_to_destroy), "{:?}", usage.master_keys);
     assert!(data_key(&usage, "p/byok", 2).needed_for.iter().any(|need| matches!(need, KeyNeed::Unknown { .. })));
@@ -169,9 +169,9 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     logstore.roll().unwrap();
     copy_dir(&from, &to);
     store.delete_logstore(&name("p/gone")).unwrap();
-    assert!(master_key(&store.key_usage().unwrap(), &cmk).safe_to_destroy);
+    assert!(master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy);
     copy_dir(&to, &from);
-    assert!(!master_key(&store.key_usage().unwrap(), &cmk).safe_to_destroy);
+    assert!(!master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy);
 }
 
 #[test]
@@ -181,9 +181,9 @@ fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     let store = world.create();
     for logstore in [world.service(&store, "p/service"), world.byok(&store, "p/byok", &cmk)] {
         put(&logstore, "first");
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         put(&logstore, "second");
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         put(&logstore, "third");
         let report = drop_sealed(&store, &logstore);
         assert_eq!((report.segments, report.data_keys, report.data_keys_postponed), (2, 2, 0));
@@ -198,7 +198,7 @@ fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     assert_eq!(events(&store, AuditEvent::ShredIntended), about);
     store.close().unwrap();
     let store = world.open();
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
     for text in ["p/service", "p/byok"] {
         assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["third", "fourth"]);
@@ -219,21 +219,21 @@ fn a_data_key_under_a_revoked_master_key_goes_when_that_is_back() {
     let store = world.create();
     let logstore = world.byok(&store, "p/byok", &cmk);
     put(&logstore, "first");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
     let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
     for answer in [Answer::Revoked(RevokedReason::Disabled), Answer::Unreachable] {
         world.kms.answer(answer);
         world.clock.advance(secs(600));
-        let report = store.apply_retention().unwrap();
+        let report = store.admin().apply_retention().unwrap();
         assert_eq!((report.data_keys, report.data_keys_postponed), (0, 1), "{answer:?}");
         assert!(shredded(&logstore).is_empty());
     }
     assert_eq!(events(&store, AuditEvent::ShredIntended).len(), 0, "nothing was begun");
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(60));
-    let report = store.apply_retention().unwrap();
+    let report = store.admin().apply_retention().unwrap();
     assert_eq!((report.segments, report.data_keys, report.data_keys_postponed), (0, 1, 0));
     assert_eq!(shredded(&logstore), [1]);
     assert_eq!(texts(&logstore), ["second"]);
@@ -246,13 +246,13 @@ fn a_reader_keeps_the_data_key_of_the_segment_that_it_is_in() {
     let logstore = world.service(&store, "p/service");
     put(&logstore, "first");
     put(&logstore, "and more");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
     let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
     assert_eq!(&reader.next().unwrap().unwrap().bytes[..], b"first");
     let report = drop_sealed(&store, &logstore);
     assert_eq!((report.segments, report.data_keys), (1, 0));
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     assert_eq!(data_key(&usage, "p/service", 1).needed_for, [KeyNeed::Readers { readers: 1 }]);
     let rest: Vec<_> = reader.by_ref().map(Result::unwrap).collect();
     assert_eq!(strings(&rest), ["and more", "second"]);
@@ -265,7 +265,7 @@ fn a_reader_keeps_the_data_key_of_the_segment_that_it_is_in() {
 
 fn rewrap(store: &Store, options: &RewrapOptions) -> RewrapReport {
     let mut steps = Vec::new();
-    let report = store.rewrap_all(options, &mut |at| steps.push(at.done)).unwrap();
+    let report = store.keys().rewrap_all(options, &mut |at| steps.push(at.done)).unwrap();
     assert!(steps.is_sorted() && *steps.last().unwrap() == store.list().unwrap().len(), "{steps:?}");
     report
 }
@@ -287,9 +287,9 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
     let nothing = rewrap(&store, &RewrapOptions::default());
     assert!(nothing.rewrapped.is_empty() && nothing.current.len() == 4, "{nothing:?}");
     world.local().rotate(&cmk.cmk_key_id).unwrap();
-    store.rotate_data_key(&name("p/a")).unwrap();
+    store.keys().rotate_data_key(&name("p/a")).unwrap();
     let master = |store: &Store| {
-        let usage = store.key_usage().unwrap();
+        let usage = store.keys().usage().unwrap();
         let versions = &master_key(&usage, &cmk).versions;
         versions.iter().map(|it| (it.version.clone().unwrap(), it.envelopes, it.probe)).collect::<Vec<_>>()
     };
@@ -331,14 +331,14 @@ fn a_failure_stops_no_other_and_the_next_run_does_the_rest() {
     store.close().unwrap();
     let store = world.open();
     let began_us =
-        store.audit_records().unwrap().iter().find(|it| it.event == AuditEvent::RewrapBegun).unwrap().time_us;
+        store.keys().audit_records().unwrap().iter().find(|it| it.event == AuditEvent::RewrapBegun).unwrap().time_us;
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!((names_of(&report), report.continues_us), (vec!["p/b".to_owned()], Some(began_us)));
     assert_eq!(report.current, [name("p/a"), name("p/c")]);
     // That run is complete: the next run starts over with all Logstores.
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!((names_of(&report).len(), report.continues_us), (3, None));
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     assert_eq!(master_key(&usage, &cmk).versions[0].version, None);
 }
 
@@ -357,7 +357,7 @@ fn an_old_run_is_not_continued_and_none_is_where_that_is_asked() {
             world.kms.answer(Answer::Unreachable);
         }
     };
-    let interrupted = store.rewrap_all(&RewrapOptions::default(), &mut fails).unwrap();
+    let interrupted = store.keys().rewrap_all(&RewrapOptions::default(), &mut fails).unwrap();
     assert_eq!((interrupted.rewrapped.len(), interrupted.failed.len()), (1, 1));
     world.kms.answer(Answer::Real);
     let mut again = RewrapOptions::default();
@@ -392,7 +392,7 @@ fn a_run_that_is_killed_is_continued() {
         let disk = FailingDisk::default();
         let store = world.builder().disk(Arc::new(disk.clone())).open().unwrap();
         disk.fail_after(count, common::failing::Failure::Death);
-        let outcome = store.rewrap_all(&RewrapOptions::default(), &mut |_| {});
+        let outcome = store.keys().rewrap_all(&RewrapOptions::default(), &mut |_| {});
         let ran_through = !disk.has_failed();
         disk.disarm();
         drop(store);
@@ -408,7 +408,7 @@ fn a_run_that_is_killed_is_continued() {
         assert!(report.failed.is_empty(), "killed after {count}: {report:?}");
         assert_eq!(report.rewrapped.len() + report.current.len(), 3, "killed after {count}: {report:?}");
         continued += usize::from(report.current.len() > 1);
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.refused.is_empty(), "killed after {count}: {report:?}");
         store.close().unwrap();
     }
@@ -445,7 +445,7 @@ fn a_data_key_rotates_when_it_is_old_enough() {
     assert_eq!(LogstoreConfig::from_json(&json.to_string()).unwrap(), byok.config());
     assert!(serde_json::to_value(service.config()).unwrap().get("rotate_data_key").is_none());
     world.clock.advance(3 * DAY - secs(1));
-    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     world.clock.advance(secs(1));
     // The background work includes the rotation.
     store.tick();
@@ -453,16 +453,16 @@ fn a_data_key_rotates_when_it_is_old_enough() {
     let about = events(&store, AuditEvent::Rotated);
     assert!(about.len() == 1 && about[0].starts_with("2, by policy") && about[0].contains("3 days"), "{about:?}");
     put(&byok, "second");
-    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     store.close().unwrap();
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["first", "second"]);
     // After a jump of the wall clock, the age is unknown.
     world.clock.jump_wall(10 * DAY);
-    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     world.clock.jump_wall_back(10 * DAY);
     world.clock.advance(3 * DAY);
-    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/byok")]);
+    assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/byok")]);
 }
 
 #[test]
@@ -477,12 +477,15 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     let piece = "x".repeat(64 << 10);
     for version in 1..4 {
         for n in 0..16 {
-            assert!(store.rotate_due_data_keys().unwrap().is_empty(), "after {n} pieces under version {version}");
+            assert!(
+                store.keys().rotate_due_data_keys().unwrap().is_empty(),
+                "after {n} pieces under version {version}"
+            );
             put(&logstore, &piece);
         }
-        assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/a")], "1 MiB and what frames it");
+        assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/a")], "1 MiB and what frames it");
         assert_eq!(versions(&logstore), version + 1);
-        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+        assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     }
     let about = events(&store, AuditEvent::Rotated);
     assert!(about.iter().all(|about| about.contains("by policy") && about.contains("bytes")), "{about:?}");
@@ -492,7 +495,7 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     }
     store.close().unwrap();
     let store = world.open();
-    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/a")]);
+    assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/a")]);
     // A Logstore with encryption switched off seals no data.
     let logstore = store.logstore(&name("p/a")).unwrap();
     let conf = logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
@@ -500,7 +503,7 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     for _ in 0..40 {
         put(&logstore, &piece);
     }
-    assert!(store.rotate_due_data_keys().unwrap().is_empty());
+    assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
 }
 
 #[test]
@@ -515,16 +518,16 @@ fn a_rotation_that_the_kms_refuses_is_retried_later() {
     for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled)] {
         world.kms.answer(answer);
         world.clock.advance(secs(601));
-        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+        assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
         let calls = world.kms.calls();
         world.clock.advance(secs(60));
-        assert!(store.rotate_due_data_keys().unwrap().is_empty());
+        assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
         assert_eq!(world.kms.calls(), calls, "not so soon");
     }
     assert!(events(&store, AuditEvent::RotateIntended).is_empty(), "no intent that cannot come about");
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(601));
-    assert_eq!(store.rotate_due_data_keys().unwrap(), [name("p/byok")]);
+    assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/byok")]);
     put(&logstore, "second");
     assert_eq!(texts(&logstore), ["first", "second"]);
 }

@@ -40,7 +40,7 @@ fn plain(store: &Store, text: &str) -> Logstore {
 
 #[track_caller]
 fn assert_clean(store: &Store) {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
 }
 
@@ -52,10 +52,10 @@ fn the_keyring_is_private_separate_and_never_recreated() {
     let store = world.create();
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
-    assert_eq!(store.keyring_path(), world.keyring());
+    assert_eq!(store.keys().keyring_path(), world.keyring());
     assert!(!world.keyring().starts_with(store.path()));
     assert_eq!(mode(&world), 0o600);
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     assert_eq!(mode(&world), 0o600);
     store.close().unwrap();
 
@@ -82,7 +82,7 @@ fn absent_anothers_and_too_old_are_three_errors() {
     let store = world.create();
     put(&world.service(&store, "p/l"), "one");
     let old = fs::read(world.keyring()).unwrap();
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     store.close().unwrap();
     let newest = fs::read(world.keyring()).unwrap();
     let other = World::manual();
@@ -115,7 +115,7 @@ fn a_new_version_is_durable_before_anything_is_under_it() {
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     put(&world.service(&store, "p/service"), "one");
     let before = disk.published().len();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     let published = disk.published().split_off(before);
     let parent = world.keyring().parent().unwrap().to_owned();
     let expected = [(Published::Renamed, world.keyring()), (Published::Synced, parent)];
@@ -136,14 +136,14 @@ fn a_keyring_write_failure_keeps_the_old_version() {
     put(&logstore, "one");
     let (keyring, wrapped) = (fs::read(world.keyring()).unwrap(), envelopes(&world, &logstore));
     disk.break_paths(Some("/keyring"));
-    assert!(matches!(store.rotate_service_key(), Err(Error::Io { .. })));
+    assert!(matches!(store.keys().rotate_service_key(), Err(Error::Io { .. })));
     assert_eq!(fs::read(world.keyring()).unwrap(), keyring);
     assert_eq!(envelopes(&world, &logstore), wrapped);
     put(&logstore, "two");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     assert!(envelopes(&world, &logstore).iter().all(|(_, version, _)| *version == Some(1)));
     disk.break_paths(None);
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     put(&logstore, "three");
     store.close().unwrap();
     assert_eq!(texts(&world.open().logstore(&name("p/l")).unwrap()), ["one", "two", "three"]);
@@ -157,7 +157,7 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     let (service, byok, plain) = (world.service(&store, "p/s"), world.byok(&store, "p/b", &cmk), plain(&store, "p/p"));
     let logstores = [&service, &byok, &plain];
     logstores.iter().for_each(|logstore| put(logstore, "one"));
-    store.rotate_data_key(service.name()).unwrap();
+    store.keys().rotate_data_key(service.name()).unwrap();
     put(&service, "two");
     let data = || -> Vec<_> {
         files(&world.store_dir())
@@ -168,7 +168,7 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     let (before, byok_before) = (data(), envelopes(&world, &byok));
     let versions = |logstore| envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>();
     assert_eq!(versions(&service), [Some(1), Some(1)]);
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     // One envelope is for the data key of future appends.
     assert_eq!(versions(&service), [Some(2); 3]);
     // The service key does not wrap the envelopes under a customer's key.
@@ -181,14 +181,14 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     assert!(after.iter().filter(|(path, _)| ended.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
     // New objects are under the new version: envelopes, and the blocks of a Logstore without an
     // envelope.
-    store.rotate_data_key(service.name()).unwrap();
+    store.keys().rotate_data_key(service.name()).unwrap();
     assert_eq!(versions(&service), [Some(2); 4]);
     put(&plain, "two");
     let sources: Vec<_> = segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2)]);
     // Re-wrapping by hand creates a new envelope for the same key.
     let wrapped = envelopes(&world, &service);
-    assert_eq!(store.rewrap(service.name()).unwrap(), 4);
+    assert_eq!(store.keys().rewrap(service.name()).unwrap(), 4);
     assert!(
         envelopes(&world, &service)
             .iter()
@@ -218,7 +218,7 @@ fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
     let good = fs::read(&broken).unwrap();
     fs::write(&broken, &good[1..]).unwrap();
     let store = world.open();
-    let error = store.rotate_service_key().unwrap_err();
+    let error = store.keys().rotate_service_key().unwrap_err();
     assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
     for logstore in [&a, &c] {
         assert_eq!(envelopes(&world, logstore)[0].1, Some(2), "{}", logstore.name());
@@ -227,7 +227,7 @@ fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
     fs::write(&broken, &good).unwrap();
     assert_eq!(texts(&store.logstore(b.name()).unwrap()), ["one"]);
     assert_eq!(envelopes(&world, &b)[0].1, Some(1));
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     assert_eq!(envelopes(&world, &b)[0].1, Some(2));
 }
 
@@ -242,8 +242,8 @@ fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
     let reader = world.builder().open_read_only().unwrap();
     let (tail_service, tail_plain) = (reader.logstore(service.name()).unwrap(), reader.logstore(plain.name()).unwrap());
     assert_eq!((texts(&tail_service), texts(&tail_plain)), (vec!["one".to_owned()], vec!["one".to_owned()]));
-    store.rotate_service_key().unwrap();
-    store.rotate_data_key(service.name()).unwrap();
+    store.keys().rotate_service_key().unwrap();
+    store.keys().rotate_data_key(service.name()).unwrap();
     put(&service, "two");
     put(&plain, "two");
     let expected = ["one", "two"].map(str::to_owned).to_vec();
@@ -285,7 +285,7 @@ impl Neighbours {
         let store = self.world.open();
         let error = store.logstore(&name(text)).unwrap_err();
         assert!(expected(&error), "{error:?}");
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.faults.iter().any(|fault| fault.kind == error.code()), "{report:?}");
         drop(store);
         assert!(files(&self.world.store_dir().join("logstores")) == before, "a file was changed");
@@ -393,8 +393,8 @@ fn old_metadata_or_an_old_catalogue_put_back_is_rolled_back() {
     };
     let old = keep("old");
     let store = world.open();
-    store.rotate_data_key(&name("p/l")).unwrap();
-    store.rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
+    store.keys().rotate_data_key(&name("p/l")).unwrap();
     put(&store.logstore(&name("p/l")).unwrap(), "two");
     store.close().unwrap();
     let new = keep("new");
@@ -421,10 +421,10 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     let store = world.create();
     let logstore = world.service(&store, "p/l");
     put(&logstore, "one");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     let meta = meta_path(&world.logstore_dir(&logstore));
     let old = fs::read(&meta).unwrap();
-    store.shred_data_keys(logstore.name(), &[1]).unwrap();
+    store.keys().shred_data_keys(logstore.name(), &[1]).unwrap();
     store.close().unwrap();
     let newest = meta_path(&world.logstore_dir(&logstore));
     assert_ne!(meta, newest);
@@ -455,7 +455,7 @@ impl Lost {
         for logstore in &logstores {
             put(logstore, "one");
         }
-        store.rotate_data_key(&name("p/byok")).unwrap();
+        store.keys().rotate_data_key(&name("p/byok")).unwrap();
         put(&logstores[0], "two");
         store.close().unwrap();
         fs::rename(world.keyring(), world.path().join("keyring.lost")).unwrap();
@@ -493,7 +493,7 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     assert_eq!(logstore.id(), byok.id());
     assert_eq!(texts(&logstore), ["one", "two"]);
     put(&logstore, "three");
-    store.rotate_data_key(&name("p/byok")).unwrap();
+    store.keys().rotate_data_key(&name("p/byok")).unwrap();
     put(&logstore, "four");
     store.close().unwrap();
     // A normal store from now on, with a new keyring, which is private too.
@@ -502,7 +502,7 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     assert_eq!(store.list().unwrap(), [name("p/byok")]);
     let logstore = store.logstore(&name("p/byok")).unwrap();
     assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
-    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events[..2], [envelog::AuditEvent::Recovered, envelog::AuditEvent::KeyringReplaced]);
     // The master key controls access as before.
     world.local().disable(&scene.cmk.cmk_key_id).unwrap();
@@ -563,7 +563,7 @@ fn a_recovery_that_the_kms_does_not_answer_changes_nothing() {
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/near-0")).unwrap()), ["one"]);
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["one"]);
-    store.audit_records().unwrap();
+    store.keys().audit_records().unwrap();
     store.close().unwrap();
     // Once the KMS answers, a recovery completes.
     world.kms.answer(Answer::Real);
@@ -661,7 +661,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     assert!(matches!(store.logstore(&name("p/l")), Err(Error::Tampered { .. })));
     for keyless in [false, true] {
         let options = VerifyOptions { keyless, ..VerifyOptions::default() };
-        let report = store.verify(&options, &mut |_| {}).unwrap();
+        let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         assert_eq!(report.faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["tampered"]);
     }
     store.close().unwrap();
@@ -683,7 +683,7 @@ fn a_recovery_ignores_a_forged_enable_false() {
     });
     let (store, report) = scene.world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
-    let config = store.config(&name("p/byok")).unwrap();
+    let config = store.logstore(&name("p/byok")).unwrap().config();
     let expected = EncryptConf::byok(EncryptType::Default, scene.cmk.clone());
     assert_eq!(config.encrypt_conf, Some(expected));
     let logstore = store.logstore(&name("p/byok")).unwrap();
@@ -698,7 +698,7 @@ fn a_recovery_ignores_a_forged_enable_false() {
     drop(logstore);
     fs::remove_file(scene.world.keyring()).unwrap();
     let (store, _) = scene.world.builder().recover_all().unwrap();
-    let config = store.config(&name("p/byok")).unwrap();
+    let config = store.logstore(&name("p/byok")).unwrap().config();
     assert_eq!((config.encrypt_conf, config.ttl_days), (off.encrypt_conf, Some(8)));
 }
 
@@ -870,7 +870,7 @@ fn a_recovery_names_the_segments_that_it_cannot_authenticate() {
     let store = world.create();
     let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
     put(&logstore, "plain");
-    let mut config = store.config(&name("p/l")).unwrap();
+    let mut config = store.logstore(&name("p/l")).unwrap().config();
     config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, cmk));
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "sealed");
@@ -934,7 +934,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
                 store
             };
             assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"], "{failure:?} after {count}");
-            store.audit_records().unwrap();
+            store.keys().audit_records().unwrap();
             store.close().unwrap();
         }
     }
@@ -944,7 +944,7 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
 fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     let (scene, _) = Lost::new();
     let (store, _) = scene.world.builder().recover_all().unwrap();
-    let config = store.config(&name("p/byok")).unwrap();
+    let config = store.logstore(&name("p/byok")).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Default);
     let error =
         store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap_err();

@@ -43,7 +43,7 @@ fn assert_shredded<T: std::fmt::Debug>(result: Result<T>, expected: u32) {
 
 #[track_caller]
 fn assert_clean(store: &Store) {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.refused.is_empty(), "{report:?}");
 }
 
@@ -72,11 +72,11 @@ fn after_a_rotation_old_segments_stay_readable() {
     let store = world.create();
     for logstore in both(&world, &store) {
         let before = data(&world, &logstore);
-        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
+        assert_eq!(store.keys().rotate_data_key(logstore.name()).unwrap(), 2);
         // The rotation only seals the open segment.
         assert_goes_on(&before, &data(&world, &logstore));
         put(&logstore, "two");
-        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 3);
+        assert_eq!(store.keys().rotate_data_key(logstore.name()).unwrap(), 3);
         put(&logstore, "three");
         put(&logstore, "four");
         let expected = [1, 2, 3].map(KeySource::DataKey);
@@ -105,18 +105,18 @@ fn a_rotation_without_a_usable_key_is_refused() {
     let [_, byok] = both(&world, &store);
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
     let before = meta(&world, &byok);
-    assert!(matches!(store.rotate_data_key(plain.name()), Err(Error::Config(ConfigError::NotEncrypted))));
-    assert!(matches!(store.rotate_data_key(&name("p/none")), Err(Error::LogstoreMissing(_))));
+    assert!(matches!(store.keys().rotate_data_key(plain.name()), Err(Error::Config(ConfigError::NotEncrypted))));
+    assert!(matches!(store.keys().rotate_data_key(&name("p/none")), Err(Error::LogstoreMissing(_))));
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     world.clock.advance(secs(31));
-    assert_revoked(store.rotate_data_key(byok.name()), RevokedReason::Disabled);
+    assert_revoked(store.keys().rotate_data_key(byok.name()), RevokedReason::Disabled);
     world.kms.answer(Answer::Unreachable);
     byok.revalidate_now().unwrap_err();
-    assert!(matches!(store.rotate_data_key(byok.name()), Err(Error::KmsUnreachable { .. })));
+    assert!(matches!(store.keys().rotate_data_key(byok.name()), Err(Error::KmsUnreachable { .. })));
     assert_eq!(meta(&world, &byok), before);
     world.kms.answer(Answer::Real);
     byok.revalidate_now().unwrap();
-    assert_eq!(store.rotate_data_key(byok.name()).unwrap(), 2);
+    assert_eq!(store.keys().rotate_data_key(byok.name()).unwrap(), 2);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_reader_that_is_open_reads_on_over_rotations() {
         let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
         for n in 0..5 {
             assert_eq!(strings(&[reader.next().unwrap().unwrap()]), [if n == 0 { "one" } else { "more" }]);
-            store.rotate_data_key(logstore.name()).unwrap();
+            store.keys().rotate_data_key(logstore.name()).unwrap();
             put(&logstore, "more");
         }
     }
@@ -141,14 +141,14 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
     let store = world.create();
     let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
     put(&logstore, "before");
-    let config = store.config(logstore.name()).unwrap();
+    let config = store.logstore(logstore.name()).unwrap().config();
     let conf = EncryptConf::byok(EncryptType::Default, world.cmk());
     store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
     assert_eq!(texts(&logstore), ["before"]);
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
     let recoveries = || {
-        let records = store.audit_records().unwrap();
+        let records = store.keys().audit_records().unwrap();
         records.iter().filter(|record| record.event == AuditEvent::Recovered).count()
     };
     for answer in [Answer::Unreachable, Answer::Invalid] {
@@ -188,14 +188,14 @@ fn rewrapping_under_a_rotated_master_key_rewrites_no_data() {
     let cmk = world.cmk();
     let logstore = world.byok(&store, "p/l", &cmk);
     put(&logstore, "one");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "two");
     world.local().rotate(&cmk.cmk_key_id).unwrap();
     // Keys wrapped under the old version of the master key still unwrap.
     assert_eq!(texts(&logstore), ["one", "two"]);
     let (before, envelopes_before) = (data(&world, &logstore), envelopes(&world, &logstore));
     assert!(envelopes_before.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 1));
-    assert_eq!(store.rewrap(logstore.name()).unwrap(), 2);
+    assert_eq!(store.keys().rewrap(logstore.name()).unwrap(), 2);
     let after = envelopes(&world, &logstore);
     assert!(after.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 2));
     assert_eq!(after.iter().map(|(version, ..)| *version).collect::<Vec<_>>(), [1, 2]);
@@ -214,13 +214,13 @@ fn rewrapping_that_fails_half_way_changes_nothing() {
     let world = World::manual();
     let store = world.create();
     let [_, byok] = both(&world, &store);
-    store.rotate_data_key(byok.name()).unwrap();
+    store.keys().rotate_data_key(byok.name()).unwrap();
     put(&byok, "two");
     let before = meta(&world, &byok);
     for answer in [Answer::Revoked(RevokedReason::NotPermitted), Answer::Unreachable, Answer::Invalid, Answer::WrongKey]
     {
         world.kms.answer_for_data_keys(answer);
-        let error = store.rewrap(byok.name()).unwrap_err();
+        let error = store.keys().rewrap(byok.name()).unwrap_err();
         let expected = match answer {
             Answer::Revoked(_) => matches!(error, Error::Revoked { .. }),
             Answer::Unreachable => matches!(error, Error::KmsUnreachable { .. }),
@@ -243,7 +243,7 @@ fn a_replacement_rewrites_envelopes_but_no_data() {
     let (old, new, newer) = (world.cmk(), world.cmk(), world.cmk());
     let logstore = world.byok(&store, "p/l", &old);
     put(&logstore, "one");
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "two");
     let before = data(&world, &logstore);
     let under = |cmk: &UserCmkInfo| {
@@ -251,14 +251,14 @@ fn a_replacement_rewrites_envelopes_but_no_data() {
         envelopes(&world, &logstore).iter().filter(|(_, _, wrapped)| wrapped.as_ref().unwrap().contains(&id)).count()
     };
     assert_eq!((under(&old), under(&new)), (2, 0));
-    assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 3);
+    assert_eq!(store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 3);
     assert_eq!((under(&old), under(&new)), (0, 3));
     assert_goes_on(&before, &data(&world, &logstore));
     // The fresh data key is used for later appends.
     put(&logstore, "three");
     assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
     // With `keep_data_key`, the data key stays, and the open segment continues.
-    assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 3);
+    assert_eq!(store.keys().replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 3);
     put(&logstore, "four");
     assert_eq!((under(&new), under(&newer)), (0, 3));
     assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
@@ -275,7 +275,7 @@ fn a_failed_replacement_changes_nothing() {
     let before = meta(&world, &logstore);
     for answer in [Answer::Unreachable, Answer::Invalid, Answer::WrongKey] {
         world.kms.answer_for_data_keys(answer);
-        let error = store.replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap_err();
+        let error = store.keys().replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap_err();
         assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{answer:?}: {error:?}");
         assert_eq!(meta(&world, &logstore), before);
     }
@@ -295,11 +295,11 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
     let logstores = both(&world, &store);
     for logstore in &logstores {
         for text in ["two", "three"] {
-            store.rotate_data_key(logstore.name()).unwrap();
+            store.keys().rotate_data_key(logstore.name()).unwrap();
             put(logstore, text);
         }
         let wrapped = envelopes(&world, logstore)[1].2.clone().unwrap();
-        store.shred_data_keys(logstore.name(), &[2]).unwrap();
+        store.keys().shred_data_keys(logstore.name(), &[2]).unwrap();
         // The envelope is no longer in any file of the store.
         for (path, bytes) in files(&world.store_dir()) {
             assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
@@ -328,8 +328,8 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
     // A shredded version never comes back: re-wrapping and rotation do not restore it, and its
     // number is not reused.
     for logstore in &logstores {
-        assert_eq!(store.rewrap(logstore.name()).unwrap(), 2);
-        assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 4);
+        assert_eq!(store.keys().rewrap(logstore.name()).unwrap(), 2);
+        assert_eq!(store.keys().rotate_data_key(logstore.name()).unwrap(), 4);
         let logstore = store.logstore(logstore.name()).unwrap();
         assert_shredded(try_texts(&logstore), 2);
     }
@@ -341,8 +341,8 @@ fn shredding_first_ends_a_segment_under_the_version() {
     let store = world.create();
     for logstore in both(&world, &store) {
         // The open segment is still sealed with the first version.
-        store.rotate_data_key(logstore.name()).unwrap();
-        store.shred_data_keys(logstore.name(), &[1]).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        store.keys().shred_data_keys(logstore.name(), &[1]).unwrap();
         assert_shredded(try_texts(&logstore), 1);
         put(&logstore, "two");
         assert_eq!(key_sources(&world, &logstore), [1, 2].map(KeySource::DataKey));
@@ -357,9 +357,10 @@ fn a_refused_shredding_destroys_nothing() {
     let store = world.create();
     let [service, byok] = both(&world, &store);
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
-    let refused = |logstore: &Logstore, versions: &[u32]| store.shred_data_keys(logstore.name(), versions).unwrap_err();
+    let refused =
+        |logstore: &Logstore, versions: &[u32]| store.keys().shred_data_keys(logstore.name(), versions).unwrap_err();
     for logstore in [&service, &byok] {
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         put(logstore, "two");
         let before = meta(&world, logstore);
         // The current version, a version that never existed, and either of them together with a
@@ -485,8 +486,8 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
             assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
         }),
         ("shredded", |store, _, _, logstore| {
-            store.rotate_data_key(logstore.name()).unwrap();
-            store.shred_data_keys(logstore.name(), &[1]).unwrap();
+            store.keys().rotate_data_key(logstore.name()).unwrap();
+            store.keys().shred_data_keys(logstore.name(), &[1]).unwrap();
         }),
         ("deleted", |store, _, _, logstore| drop(store.delete_logstore(logstore.name()).unwrap())),
         ("closed", |store, _, _, _| store.clone().close().unwrap()),
@@ -540,7 +541,7 @@ fn root_keys_are_nowhere_in_memory_after_use() {
     let store = builder("store", "keyring").create().unwrap();
     // The root keys are those draws that stay in memory while the store is open.
     let roots = |store: &Store| {
-        store.rotate_service_key().unwrap();
+        store.keys().rotate_service_key().unwrap();
         let drawn = random.0.lock().unwrap().clone();
         drawn.into_iter().filter(|drawn| in_memory(&drawn[..])).collect::<Vec<_>>()
     };

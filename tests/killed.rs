@@ -27,7 +27,7 @@ fn find(store: &Store) -> Logstore {
 
 #[track_caller]
 fn assert_clean(store: &Store, context: &str) {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{context}: {:?}", report.faults);
 }
 
@@ -117,7 +117,7 @@ fn a_changed_logstore() {
     killed_anywhere(
         |_, _| {},
         |_, store| {
-            let config = store.config(&name(NAME))?;
+            let config = store.logstore(&name(NAME))?.config();
             store.update_logstore(&name(NAME), LogstoreConfig { ttl_days: Some(7), ..config }).map(|_| ())
         },
     );
@@ -125,12 +125,12 @@ fn a_changed_logstore() {
 
 #[test]
 fn a_new_data_key() {
-    killed_anywhere(|_, _| {}, |_, store| store.rotate_data_key(&name(NAME)).map(|_| ()));
+    killed_anywhere(|_, _| {}, |_, store| store.keys().rotate_data_key(&name(NAME)).map(|_| ()));
 }
 
 #[test]
 fn a_new_service_key() {
-    killed_anywhere(|_, _| {}, |_, store| store.rotate_service_key().map(|_| ()));
+    killed_anywhere(|_, _| {}, |_, store| store.keys().rotate_service_key().map(|_| ()));
 }
 
 #[test]
@@ -156,7 +156,7 @@ fn a_sealed_segment() {
 
 #[test]
 fn a_checkpoint() {
-    killed_anywhere(|_, _| {}, |_, store| store.checkpoint().map(|_| ()));
+    killed_anywhere(|_, _| {}, |_, store| store.admin().checkpoint().map(|_| ()));
 }
 
 /// After a power loss during sealing, all synced data is present, and any damage is treated as a
@@ -251,7 +251,7 @@ fn a_checkpoint_of_a_stopped_shard_records_its_durable_end() {
     logstore.sync().unwrap_err();
     sim.disk.heal();
     assert_eq!(texts(&logstore), ["synced", "written"], "it can still be read");
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     sim.crash(Survives::Synced);
     let logstore = find(&sim.open());
     put(&logstore, "after");
@@ -268,7 +268,7 @@ fn a_checkpoint_counts_the_blocks_of_an_unclean_shard() {
         put(&logstore, text);
     }
     let head = |store: &Store| {
-        let checkpoint = store.checkpoint().unwrap();
+        let checkpoint = store.admin().checkpoint().unwrap();
         // The JSON follows the document's frame.
         let mut documents = serde_json::Deserializer::from_slice(&checkpoint.to_bytes()[80..]).into_iter();
         let body: serde_json::Value = documents.next().unwrap().unwrap();
@@ -308,9 +308,9 @@ fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
         if by_retention {
             let config = LogstoreConfig { retention_bytes: Some(1), ..find(&store).config() };
             store.update_logstore(&name(NAME), config).unwrap();
-            assert_eq!(store.apply_retention().unwrap().segments, 1);
+            assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
         } else {
-            store.checkpoint().unwrap();
+            store.admin().checkpoint().unwrap();
         }
         sim.crash(Survives::Synced);
         let store = sim.open();
@@ -332,7 +332,7 @@ fn a_failed_checkpoint_keeps_the_durable_end_that_it_found() {
         true => Verdict::DoneAndFail,
         false => Verdict::Go,
     });
-    store.checkpoint().unwrap_err();
+    store.admin().checkpoint().unwrap_err();
     sim.disk.fail_next(Op::Write, ".seg", io::ErrorKind::Other);
     try_put(&logstore, "fails").unwrap_err();
     sim.disk.heal();
@@ -372,7 +372,7 @@ fn the_last_audit_record_may_be_torn_anywhere() {
     let sim = Sim::new();
     let store = sim.create();
     let logstore = sim.world.service(&store, NAME);
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     let audit = sim.world.store_dir().join("audit/audit-000001.log");
     let known = sim.disk.bytes(&audit).len();
     // The process dies before any other file refers to the record.
@@ -380,16 +380,16 @@ fn the_last_audit_record_may_be_torn_anywhere() {
         true => Verdict::DoneAndFail,
         false => Verdict::Go,
     });
-    store.rotate_data_key(logstore.name()).unwrap_err();
+    store.keys().rotate_data_key(logstore.name()).unwrap_err();
     let len = sim.disk.bytes(&audit).len();
     for lost in [1, 10, len - known - 1, len - known] {
         let disk = sim.disk.fork();
         disk.edit(&audit, |bytes| bytes[known..known + lost].fill(0));
         let store = sim.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
-        let before = store.audit_records().unwrap().len();
+        let before = store.keys().audit_records().unwrap().len();
         assert_clean(&store, "torn");
-        store.rotate_data_key(&name(NAME)).unwrap();
-        assert_eq!(store.audit_records().unwrap().len(), before + 2);
+        store.keys().rotate_data_key(&name(NAME)).unwrap();
+        assert_eq!(store.keys().audit_records().unwrap().len(), before + 2);
         store.close().unwrap();
         assert_clean(&sim.world.builder().disk(Arc::new(disk)).open().unwrap(), "gone on");
     }
@@ -409,8 +409,8 @@ fn the_name_of_the_audit_log_is_durable_before_a_record_counts() {
     sim.disk = sim.disk.kill();
     let store = sim.open();
     sim.world.service(&store, NAME);
-    let told = store.audit_records().unwrap();
+    let told = store.keys().audit_records().unwrap();
     assert!(!told.is_empty());
     sim.crash(Survives::Synced);
-    assert_eq!(sim.open().audit_records().unwrap()[..told.len()], told);
+    assert_eq!(sim.open().keys().audit_records().unwrap()[..told.len()], told);
 }

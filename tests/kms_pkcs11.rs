@@ -374,7 +374,7 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         // A rotation creates another key object.
         token.admin("generate next 0b");
         let name = "p/customer".parse().unwrap();
-        store.replace_cmk(&name, cmk("next"), envelog::ReplaceCmk::default()).unwrap();
+        store.keys().replace_cmk(&name, cmk("next"), envelog::ReplaceCmk::default()).unwrap();
         token.admin("destroy cmk");
         put(&logstore, "rotated").unwrap();
         drop((logstore, plain));
@@ -422,8 +422,8 @@ fn the_service_key_lives_in_the_token_too() {
         let store = builder(token).open().unwrap();
         let logstore = store.logstore(&name).unwrap();
         assert_eq!(texts(&logstore).unwrap(), ["before"]);
-        store.rewrap_keyring(Some(cmk("next"))).unwrap();
-        store.rotate_service_key().unwrap();
+        store.keys().rewrap_keyring(Some(cmk("next"))).unwrap();
+        store.keys().rotate_service_key().unwrap();
         token.admin("destroy service");
         put(&logstore, "after").unwrap();
         drop(logstore);

@@ -239,7 +239,7 @@ fn refused_untouched(sim: &Sim, expected: impl Fn(&Error) -> bool) {
 fn is_whole(sim: &Sim) {
     let store = sim.open();
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["kept"]);
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn each_kind_of_wrong_keyring_has_its_own_error() {
     let put_back = |bytes: &[u8]| sim.disk.edit(&keyring, |place| *place = bytes.to_vec());
     let first = sim.disk.bytes(&keyring);
     let store = sim.open();
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     store.close().unwrap();
     let newest = sim.disk.bytes(&keyring);
 
@@ -400,10 +400,10 @@ fn a_second_writer_is_told_who_is_there() {
         reading.delete_logstore(logstore.name()).unwrap_err(),
         reading.create_logstore(&name("p/n"), LogstoreSpec::default()).unwrap_err(),
         reading.update_logstore(logstore.name(), logstore.config()).unwrap_err(),
-        reading.rotate_data_key(logstore.name()).unwrap_err(),
-        reading.rotate_service_key().unwrap_err(),
-        reading.apply_retention().unwrap_err(),
-        reading.repair(logstore.name(), 0).unwrap_err(),
+        reading.keys().rotate_data_key(logstore.name()).unwrap_err(),
+        reading.keys().rotate_service_key().unwrap_err(),
+        reading.admin().apply_retention().unwrap_err(),
+        reading.admin().repair(logstore.name(), 0).unwrap_err(),
     ];
     for error in refused {
         assert!(matches!(error, Error::ReadOnly), "{error}");
@@ -455,9 +455,9 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
             let config = LogstoreConfig { ttl_days: Some(7), ..logstore.config() };
             store.update_logstore(logstore.name(), config).map(drop)
         }),
-        ("rotate", |store, logstore| store.rotate_data_key(logstore.name()).map(drop)),
-        ("rotate the service key", |store, _| store.rotate_service_key().map(drop)),
-        ("checkpoint", |store, _| store.checkpoint().map(drop)),
+        ("rotate", |store, logstore| store.keys().rotate_data_key(logstore.name()).map(drop)),
+        ("rotate the service key", |store, _| store.keys().rotate_service_key().map(drop)),
+        ("checkpoint", |store, _| store.admin().checkpoint().map(drop)),
         ("close", |store, _| store.clone().close()),
     ];
     let mut prepared = closed();
@@ -507,7 +507,7 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
                 .or_else(|error| if matches!(error, Error::LogstoreExists(_)) { Ok(()) } else { Err(error) })
                 .unwrap_or_else(|error| panic!("{context}: again: {error}"));
             drop((logstore, store));
-            let report = sim.open().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            let report = sim.open().admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.is_clean(), "{context}: {:?}", report.faults);
             prepared.world = sim.world;
             if whole {

@@ -66,7 +66,7 @@ fn after_a_checkpoint_every_number_needs_a_reserving_segment() {
     sim.world.clock.advance(millis(100));
     store.tick();
     assert_eq!(sim.segments(&logstore, 0).len(), 1);
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     given
         .extend((0..3).filter_map(|_| logstore.append(record("later"), &buffered()).ok()).map(|appended| appended.seq));
     // The process dies with these groups in memory.
@@ -105,7 +105,7 @@ fn appends_after_a_repair_go_on_behind_what_was_kept() {
     let logstore = store.logstore(&name("shop/orders")).unwrap();
     let refused = logstore.append(record("too early"), &synced()).unwrap_err();
     assert!(matches!(refused, Error::Corrupt { .. }), "{refused}");
-    let report = store.repair(&name("shop/orders"), 0).unwrap();
+    let report = store.admin().repair(&name("shop/orders"), 0).unwrap();
     assert_eq!((report.groups_salvaged, report.segment.as_ref()), (1, Some(&damaged)));
     assert!(logstore.append(record("d"), &synced()).unwrap().seq > 2);
     assert_eq!(texts(&logstore), ["a", "c", "d"]);

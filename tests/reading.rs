@@ -328,7 +328,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         logstore.roll().unwrap();
         let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
         store.update_logstore(logstore.name(), config).unwrap();
-        assert!(store.apply_retention().unwrap().segments > 0);
+        assert!(store.admin().apply_retention().unwrap().segments > 0);
         assert!(sim.segments(&logstore, 0).is_empty());
         next(&[]);
         put(&logstore, "10");
@@ -351,7 +351,7 @@ fn a_reader_overtaken_by_retention_continues_with_kept_data() {
         assert_eq!(reader.next().unwrap().unwrap().seq, 0);
         let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
         store.update_logstore(logstore.name(), config).unwrap();
-        assert_eq!(store.apply_retention().unwrap().segments, 3);
+        assert_eq!(store.admin().apply_retention().unwrap().segments, 3);
         // The first reader continues in the file that it holds open. The other begins with the
         // first kept segment.
         let seqs = |reader: &mut Reader| reader.map(|record| record.unwrap().seq).collect::<Vec<_>>();
@@ -413,9 +413,9 @@ fn a_reader_in_another_process_follows_all_key_rotations() {
         beside.iter().map(|logstore| logstore.read(0, &ReadOptions::default()).unwrap()).collect();
     for round in 0..4 {
         if round % 2 == 0 {
-            store.rotate_service_key().unwrap();
+            store.keys().rotate_service_key().unwrap();
         }
-        store.rotate_data_key(encrypted.name()).unwrap();
+        store.keys().rotate_data_key(encrypted.name()).unwrap();
         let text = round.to_string();
         for logstore in [&plain, &encrypted] {
             put(logstore, &text);
@@ -427,7 +427,7 @@ fn a_reader_in_another_process_follows_all_key_rotations() {
             assert_eq!(texts(logstore), expected);
             assert_eq!(take_texts(reader), expected[round..]);
         }
-        assert_eq!(reading.audit_records().unwrap(), store.audit_records().unwrap());
+        assert_eq!(reading.keys().audit_records().unwrap(), store.keys().audit_records().unwrap());
     }
 }
 

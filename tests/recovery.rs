@@ -81,7 +81,7 @@ fn assert_kept(found: &[Record], asked: &[Asked], survives: Durability, context:
 
 #[track_caller]
 fn assert_clean(store: &Store, context: &str) {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{context}: {:?}", report.faults);
 }
 
@@ -196,14 +196,14 @@ fn live(sim: &Sim, store: Store, asked: &mut Vec<Asked>) {
     if let Ok(doomed) = store.create_logstore(&name("p/doomed"), spec()) {
         let _ = try_put(&doomed, "doomed");
     }
-    let _ = store.rotate_data_key(logstore.name());
+    let _ = store.keys().rotate_data_key(logstore.name());
     ask(&logstore, "life 2".into(), Durability::Buffered, asked);
     ask(&logstore, "life 3".into(), Durability::Written, asked);
-    let _ = store.checkpoint();
+    let _ = store.admin().checkpoint();
     let _ = logstore.roll();
     ask(&logstore, "life 4".into(), Durability::Synced, asked);
     let _ = store.delete_logstore(&name("p/doomed"));
-    let _ = store.rotate_service_key();
+    let _ = store.keys().rotate_service_key();
     ask(&logstore, "life 5".into(), Durability::Written, asked);
     let _ = store.close();
 }
@@ -380,7 +380,7 @@ fn a_repair_that_cannot_read_repairs_nothing() {
             reads += u64::from(call.op == Op::Read && call.is_about(".seg"));
             if call.op == Op::Read && reads == nth + 1 { Verdict::Fail(io::ErrorKind::Other) } else { Verdict::Go }
         });
-        match store.repair(&name("p/l"), 0) {
+        match store.admin().repair(&name("p/l"), 0) {
             Ok(report) => assert_eq!(report.segment, None),
             Err(error) => {
                 assert!(matches!(error, Error::Io { .. }), "{error}");
@@ -484,13 +484,13 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
             assert!(matches!(try_texts(&logstore), Err(Error::Corrupt { .. })));
         }
         assert_eq!(sim.disk.files(&sim.world.logstore_dir(&logstore)), before);
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{:?}", report.faults);
         put(&other, "undisturbed");
 
         // Repair keeps the readable data and reports the discarded data, and the sequence numbers
         // continue.
-        let report = store.repair(logstore.name(), 0).unwrap();
+        let report = store.admin().repair(logstore.name(), 0).unwrap();
         let lost = range.len() as u64;
         assert_eq!((report.shard, report.segment.as_ref()), (0, Some(&segment)));
         assert!(report.bytes_lost > lost, "the broken block and the torn tail: {report:?}");
@@ -504,7 +504,7 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
         assert_eq!(records(&find(&store), 0).unwrap(), found);
         assert_clean(&store, "repaired");
         // A second repair has nothing to do.
-        assert_eq!(store.repair(&name("p/l"), 0).unwrap().segment, None);
+        assert_eq!(store.admin().repair(&name("p/l"), 0).unwrap().segment, None);
         put(&find(&store), "f");
     }
 }
@@ -658,7 +658,7 @@ fn dropped_segments_that_a_power_loss_restores_are_removed() {
     put(&logstore, "d");
     let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
-    assert_eq!(store.apply_retention().unwrap().segments, 3);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 3);
     sim.crash(Survives::Synced);
     assert_eq!(sim.segments(&logstore, 0)[..3], dropped, "they are back");
     let store = sim.open();
@@ -692,7 +692,7 @@ fn retention_can_be_interrupted_anywhere() {
         let store = sim.open();
         sim.disk.end_at(nth);
         let began = sim.disk.changes();
-        let done = store.apply_retention();
+        let done = store.admin().apply_retention();
         let whole = sim.disk.changes() - began < nth;
         // A file that cannot be removed is reported and left for the next run.
         let complete = done.as_ref().is_ok_and(|report| report.left == 0);
@@ -709,7 +709,7 @@ fn retention_can_be_interrupted_anywhere() {
             assert!(appended.seq >= 4, "{context}: {appended:?}");
             assert_eq!(texts(&logstore), [kept, vec!["e".into()]].concat(), "{context}");
             assert_clean(&store, &context);
-            store.apply_retention().unwrap();
+            store.admin().apply_retention().unwrap();
             assert_eq!(texts(&logstore), ["e"], "{context}");
             assert_clean(&store, &context);
         }
@@ -823,7 +823,7 @@ fn a_disk_that_skips_syncs_loses_data_detectably() {
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
     put(&logstore, "kept");
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     sim.crash(Survives::Synced);
     assert_eq!(texts(&find(&sim.open())), ["kept"]);
     let segment = sim.segments(&logstore, 0).remove(0);
@@ -910,7 +910,7 @@ fn extend(path: &std::path::Path, zeros: u64) {
 #[track_caller]
 fn assert_spotless(store: &Store, context: &str) {
     for keyless in [false, true] {
-        let report = store.verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.notes.is_empty(), "{context}: {report:?}");
     }
 }
@@ -930,7 +930,7 @@ fn an_open_segment_ends_before_its_zeros() {
             assert_eq!(records_from(&logstore, 0, Position::End).unwrap(), [], "{context}");
         }
         assert_spotless(&read_only, &context);
-        let checkpoint = read_only.checkpoint().unwrap();
+        let checkpoint = read_only.admin().checkpoint().unwrap();
         drop(read_only);
 
         let store = world.open();
@@ -953,7 +953,7 @@ fn an_open_segment_ends_before_its_zeros() {
         }
         let store = world.builder().open_read_only().unwrap();
         let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
-        let report = store.verify(&options, &mut |_| {}).unwrap();
+        let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{context}: {report:?}");
     }
 }
@@ -973,7 +973,7 @@ fn zeros_hide_no_damage() {
     let store = world.builder().open_read_only().unwrap();
     for (keyless, text) in [(false, "p/aes"), (true, "p/aes"), (false, "p/plain"), (true, "p/plain")] {
         let options = VerifyOptions { keyless, logstore: Some(name(text)), ..VerifyOptions::default() };
-        let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+        let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
         assert_eq!(faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["corrupt"], "{text}: {faults:?}");
         assert!(try_texts(&store.logstore(&name(text)).unwrap()).is_err(), "{text}");
     }
@@ -1023,11 +1023,11 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
         store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Default))).unwrap();
     put(&logstore, "first");
     let update = |payload_hash| {
-        let config = LogstoreConfig { payload_hash, ..store.config(&name("p/l")).unwrap() };
+        let config = LogstoreConfig { payload_hash, ..store.logstore(&name("p/l")).unwrap().config() };
         store.update_logstore(&name("p/l"), config).unwrap();
     };
     // Another setting changes: the segment continues.
-    let config = LogstoreConfig { ttl_days: Some(9), ..store.config(&name("p/l")).unwrap() };
+    let config = LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name("p/l")).unwrap().config() };
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "second");
     update(HashAlg::Sha256);
@@ -1039,7 +1039,7 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
     };
     assert_eq!(hashes(), [HashAlg::Sm3, HashAlg::Sha256]);
     let kept = |payload_hash| {
-        let json = serde_json::to_value(store.config(&name("p/l")).unwrap()).unwrap();
+        let json = serde_json::to_value(store.logstore(&name("p/l")).unwrap().config()).unwrap();
         assert_eq!(json.get("payload_hash"), payload_hash);
     };
     kept(None);

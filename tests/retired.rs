@@ -86,13 +86,13 @@ fn assert_retired<T: std::fmt::Debug>(result: Result<T>, what: &str) {
 }
 
 fn fault_kinds(store: &Store, options: &VerifyOptions) -> Vec<&'static str> {
-    let report = store.verify(options, &mut |_| {}).unwrap();
+    let report = store.admin().verify(options, &mut |_| {}).unwrap();
     report.faults.iter().map(|fault| fault.kind).collect()
 }
 
 #[track_caller]
 fn assert_clean(store: &Store, at: &str) {
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.refused.is_empty(), "{at}: {report:?}");
 }
 
@@ -129,7 +129,8 @@ fn a_rotation_retires_the_old_version_completely() {
     let bytes = fs::read(world.keyring()).unwrap();
     assert_eq!((accepts(&bytes), &bytes[56..64]), (1, &1_u64.to_le_bytes()[..]));
     let mut steps = Vec::new();
-    let done = store.rotate_service_key_with(&mut |at: &RewrapProgress| steps.push((at.done, at.total))).unwrap();
+    let done =
+        store.keys().rotate_service_key_with(&mut |at: &RewrapProgress| steps.push((at.done, at.total))).unwrap();
     assert_eq!((done.version, done.continued), (2, false));
     assert_eq!((done.logstores, done.envelopes, done.probes, done.ended), (3, 1, 1, 1), "{done:?}");
     assert!(done.left_open.is_empty());
@@ -141,7 +142,7 @@ fn a_rotation_retires_the_old_version_completely() {
     assert_eq!((accepts(&bytes), &bytes[56..64]), (2, &3_u64.to_le_bytes()[..]));
     // The fields have this order.
     assert!(bytes[80..].starts_with(b"{\"accepts\":2,\"versions\":[{\"version\":1,"));
-    let usage = store.key_usage().unwrap();
+    let usage = store.keys().usage().unwrap();
     assert!(!usage.service_rotation_unfinished);
     let accepted: Vec<_> = usage.service_keys.iter().map(|key| (key.version, key.accepted)).collect();
     assert_eq!(accepted, [(1, false), (2, true)]);
@@ -153,9 +154,9 @@ fn a_rotation_retires_the_old_version_completely() {
         put(&logstore, "two");
     }
     assert_clean(&store, "opened again");
-    assert_eq!(store.rotate_service_key().unwrap(), 3);
-    store.rewrap_keyring(Some(world.cmk())).unwrap();
-    store.rewrap_keyring(None).unwrap();
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 3);
+    store.keys().rewrap_keyring(Some(world.cmk())).unwrap();
+    store.keys().rewrap_keyring(None).unwrap();
     let bytes = fs::read(world.keyring()).unwrap();
     assert_eq!((accepts(&bytes), u32_at(&bytes, 64)), (3, 3), "what it is wrapped under changes neither");
 }
@@ -167,7 +168,7 @@ fn a_service_key_rotation_also_rotates_its_data_keys() {
     let world = World::manual();
     let store = filled(&world);
     let service = store.logstore(&name(SERVICE)).unwrap();
-    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
     assert_eq!(done.data_keys, 1);
     for logstore in [SERVICE, BYOK] {
         put(&store.logstore(&name(logstore)).unwrap(), "two");
@@ -188,17 +189,17 @@ fn a_service_key_rotation_also_rotates_its_data_keys() {
     // rotation.
     let mut interrupted = false;
     let at_the_logstores = std::panic::AssertUnwindSafe(|| {
-        store.rotate_service_key_with(&mut |_| {
+        store.keys().rotate_service_key_with(&mut |_| {
             interrupted = true;
             panic!("interrupted");
         })
     });
     assert!(std::panic::catch_unwind(at_the_logstores).is_err() && interrupted);
-    store.rewrap(&name(SERVICE)).unwrap();
-    assert!(store.is_service_rotation_unfinished());
-    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    store.keys().rewrap(&name(SERVICE)).unwrap();
+    assert!(store.keys().is_service_rotation_unfinished());
+    let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
     assert_eq!((done.version, done.continued, done.data_keys), (3, true, 1));
-    assert!(!store.is_service_rotation_unfinished());
+    assert!(!store.keys().is_service_rotation_unfinished());
     put(&service, "three");
     assert_eq!(sources(&dir), [1, 2, 3].map(KeySource::DataKey));
     assert_eq!(texts(&service), ["one", "two", "three"]);
@@ -211,7 +212,7 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
     let store = filled(&world);
     let beside = world.builder().open_read_only().unwrap();
     assert_eq!(texts(&beside.logstore(&name(SERVICE)).unwrap()), ["one"]);
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     let service = world.logstore_dir(&store.logstore(&name(SERVICE)).unwrap());
     store.close().unwrap();
     let key = key_of(&fs::read(world.keyring()).unwrap(), 1, "envelog v2 document");
@@ -262,17 +263,17 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
 fn a_checkpoint_from_before_a_rotation_is_refused_as_such() {
     let world = World::manual();
     let store = filled(&world);
-    let before = store.checkpoint().unwrap();
+    let before = store.admin().checkpoint().unwrap();
     let against =
         |checkpoint: &Checkpoint| VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
     assert!(fault_kinds(&store, &against(&before)).is_empty());
-    store.rotate_service_key().unwrap();
-    assert_retired(store.verify(&against(&before), &mut |_| {}), "the checkpoint");
-    let after = store.checkpoint().unwrap();
+    store.keys().rotate_service_key().unwrap();
+    assert_retired(store.admin().verify(&against(&before), &mut |_| {}), "the checkpoint");
+    let after = store.admin().checkpoint().unwrap();
     assert!(fault_kinds(&store, &against(&after)).is_empty());
     let key = key_of(&fs::read(world.keyring()).unwrap(), 1, "envelog v2 document");
     let forged = Checkpoint::from_bytes(forged(after.to_bytes(), &key));
-    assert_retired(store.verify(&against(&forged), &mut |_| {}), "the checkpoint");
+    assert_retired(store.admin().verify(&against(&forged), &mut |_| {}), "the checkpoint");
 }
 
 #[test]
@@ -280,7 +281,7 @@ fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
     let world = World::manual();
     let store = filled(&world);
     let before = fs::read(log_path(&world)).unwrap();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     store.close().unwrap();
     let keyring = fs::read(world.keyring()).unwrap();
     let [old, new] = [1, 2].map(|version| key_of(&keyring, version, "envelog v2 audit"));
@@ -290,8 +291,8 @@ fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
     let fault = |log: &[u8]| {
         fs::write(log_path(&world), log).unwrap();
         let store = world.builder().open_read_only().unwrap();
-        let fault = store.verify_audit(None).unwrap().fault;
-        assert_eq!(store.audit_records().is_err(), fault.is_some());
+        let fault = store.keys().verify_audit(None).unwrap().fault;
+        assert_eq!(store.keys().audit_records().is_err(), fault.is_some());
         fault
     };
     assert!(fault(&good).is_none());
@@ -302,7 +303,7 @@ fn a_holder_of_the_old_root_appends_nothing_to_the_audit_log() {
     assert!(matches!(fault(&appended), Some(Error::Tampered { .. })), "the version goes back");
     // A writer does not continue from such a record either.
     let store = world.open();
-    store.rotate_data_key(&name(SERVICE)).unwrap();
+    store.keys().rotate_data_key(&name(SERVICE)).unwrap();
     store.close().unwrap();
     let number_of_first = |log: &[u8]| {
         let line = std::str::from_utf8(log).unwrap().lines().next().unwrap();
@@ -331,7 +332,7 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
     let backup = world.path().join("backup");
     copy_dir(&world.store_dir(), &backup);
     let store = world.open();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     put(&store.logstore(&name(PLAIN)).unwrap(), "two");
     store.close().unwrap();
     copy_dir(&backup, &world.store_dir());
@@ -358,9 +359,9 @@ fn a_reader_proves_a_segment_from_an_older_head() {
     let store = world.create();
     let logstore = plain(&store);
     put(&logstore, "one");
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     put(&logstore, "two");
-    store.checkpoint().unwrap();
+    store.admin().checkpoint().unwrap();
     let reader = world.builder().open_read_only().unwrap();
     let beside = reader.logstore(&name(PLAIN)).unwrap();
     put(&logstore, "three");
@@ -426,7 +427,7 @@ fn a_rotation_that_is_killed_anywhere_is_continued() {
         }
         sim.disk.end_at(nth);
         let began = sim.disk.changes();
-        let done = store.rotate_service_key();
+        let done = store.keys().rotate_service_key();
         let whole = sim.disk.changes() - began < nth;
         assert_eq!(done.is_ok(), whole, "operation {nth}: {done:?}");
         sim.disk.heal();
@@ -435,14 +436,14 @@ fn a_rotation_that_is_killed_anywhere_is_continued() {
         drop(store);
         let at = format!("operation {nth}");
         let store = sim.builder().open().unwrap_or_else(|error| panic!("{at}: {error}"));
-        let usage = store.key_usage().unwrap();
+        let usage = store.keys().usage().unwrap();
         let newest = usage.service_keys.len() as u32;
         let accepted = usage.service_keys.iter().filter(|key| key.accepted).count();
         assert_eq!(usage.service_rotation_unfinished, accepted > 1, "{at}: {usage:?}");
         for logstore in [SERVICE, BYOK, PLAIN] {
             assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
         }
-        let done = store.rotate_service_key_with(&mut |_| {}).unwrap_or_else(|error| panic!("{at}: {error}"));
+        let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap_or_else(|error| panic!("{at}: {error}"));
         assert_eq!(done.continued, usage.service_rotation_unfinished, "{at}");
         assert_eq!(done.version, newest + u32::from(!done.continued), "{at}");
         continued += u32::from(done.continued);
@@ -486,16 +487,16 @@ fn a_rotation_that_fails_anywhere_is_continued() {
                 put(&store.logstore(&name(logstore)).unwrap(), "two");
             }
             disk.fail_after(count, failure);
-            let outcome = store.rotate_service_key();
+            let outcome = store.keys().rotate_service_key();
             let ran_through = !disk.has_failed();
             disk.disarm();
             // If no shard has stopped, the same process continues.
-            let store = match store.rotate_service_key() {
+            let store = match store.keys().rotate_service_key() {
                 Ok(_) => store,
                 Err(_) => {
                     drop(store);
                     let store = world.open();
-                    store.rotate_service_key().unwrap_or_else(|error| panic!("{at}: {error}"));
+                    store.keys().rotate_service_key().unwrap_or_else(|error| panic!("{at}: {error}"));
                     store
                 }
             };
@@ -527,7 +528,7 @@ fn a_segment_that_a_killed_process_left_is_ended() {
     sim.disk.heal();
     let sim = Sim::of(sim.world, sim.disk.kill());
     let store = sim.open();
-    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
     assert_eq!(done.ended, 1);
     let logstore = store.logstore(&name(PLAIN)).unwrap();
     let sources: Vec<_> = sim
@@ -555,13 +556,13 @@ fn a_revoked_master_key_keeps_no_rotation_from_its_end() {
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     byok.revalidate_now().unwrap_err();
     let calls = world.kms.calls();
-    let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+    let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
     assert_eq!((done.logstores, done.left_open.len()), (3, 0));
     assert_eq!(world.kms.calls(), calls);
     store.close().unwrap();
     // The same in a process that has never had the key.
     let store = world.open();
-    assert_eq!(store.rotate_service_key().unwrap(), 3);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 3);
     assert_eq!(world.kms.calls(), calls);
     let after = fs::read(meta_path(meta.parent().unwrap())).unwrap();
     assert_eq!((u32_at(&before, 64), u32_at(&after, 64)), (1, 3));
@@ -585,7 +586,7 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         put(&logstore, "one");
         let encrypt = |sim: &Sim, store: &Store| {
             let encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, sim.world.cmk()));
-            let config = LogstoreConfig { encrypt_conf, ..store.config(&name(PLAIN)).unwrap() };
+            let config = LogstoreConfig { encrypt_conf, ..store.logstore(&name(PLAIN)).unwrap().config() };
             store.update_logstore(&name(PLAIN), config).unwrap();
         };
         let (sim, store, logstore) = if killed {
@@ -602,7 +603,7 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         encrypt(&sim, &store);
         sim.world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
         logstore.revalidate_now().unwrap_err();
-        let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+        let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
         assert_eq!(done.left_open, if killed { vec![name(PLAIN)] } else { Vec::new() });
         sim.world.kms.answer(Answer::Real);
         logstore.revalidate_now().unwrap();
@@ -639,19 +640,19 @@ fn a_damaged_shard_gets_no_new_data_key() {
     let store = world.open();
     let integrity = |result: Result<u32>| result.unwrap_err().kind() == envelog::ErrorKind::Integrity;
     for logstore in [SERVICE, BYOK] {
-        assert!(integrity(store.rotate_data_key(&name(logstore))), "{logstore}");
+        assert!(integrity(store.keys().rotate_data_key(&name(logstore))), "{logstore}");
     }
-    assert!(integrity(store.replace_cmk(&name(BYOK), world.cmk(), envelog::ReplaceCmk::default())));
-    assert!(integrity(store.rotate_service_key()));
-    assert!(store.is_service_rotation_unfinished());
+    assert!(integrity(store.keys().replace_cmk(&name(BYOK), world.cmk(), envelog::ReplaceCmk::default())));
+    assert!(integrity(store.keys().rotate_service_key()));
+    assert!(store.keys().is_service_rotation_unfinished());
     drop(store);
     for (path, good) in paths.iter().zip(&good) {
         fs::write(path, good).unwrap();
     }
     let store = world.open();
-    store.rotate_service_key().unwrap();
+    store.keys().rotate_service_key().unwrap();
     for logstore in [SERVICE, BYOK] {
-        store.rotate_data_key(&name(logstore)).unwrap();
+        store.keys().rotate_data_key(&name(logstore)).unwrap();
         assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"]);
     }
     assert_clean(&store, "undone");
@@ -671,9 +672,9 @@ fn a_damaged_logstore_leaves_the_rotation_unfinished() {
         fs::write(&path, &good[1..]).unwrap();
         let store = world.open();
         for _ in 0..2 {
-            assert!(matches!(store.rotate_service_key(), Err(Error::Corrupt { .. })));
-            assert!(store.key_usage().unwrap().service_rotation_unfinished);
-            let notes = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().notes;
+            assert!(matches!(store.keys().rotate_service_key(), Err(Error::Corrupt { .. })));
+            assert!(store.keys().usage().unwrap().service_rotation_unfinished);
+            let notes = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().notes;
             assert!(notes.iter().any(|note| note.contains("unfinished")), "{notes:?}");
             assert_eq!(accepts(&fs::read(world.keyring()).unwrap()), 1);
         }
@@ -683,7 +684,7 @@ fn a_damaged_logstore_leaves_the_rotation_unfinished() {
         } else {
             fs::write(&path, &good).unwrap();
         }
-        let done = store.rotate_service_key_with(&mut |_| {}).unwrap();
+        let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap();
         assert_eq!((done.version, done.continued, done.logstores), (2, true, u64::from(!deletes)));
         assert_clean(&store, "continued");
     }

@@ -39,7 +39,7 @@ fn assert_unreachable<T: std::fmt::Debug>(result: Result<T>) {
 }
 
 fn events(store: &Store) -> Vec<AuditEvent> {
-    store.audit_records().unwrap().into_iter().map(|record| record.event).collect()
+    store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect()
 }
 
 // ---- the bound ----
@@ -369,7 +369,7 @@ fn acknowledged_groups_are_sealed_before_the_wipe() {
     }
     // No segment stays open: it is sealed, and keyless verification finds no fault.
     let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-    let report = store.verify(&keyless, &mut |_| {}).unwrap();
+    let report = store.admin().verify(&keyless, &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.notes.is_empty(), "{report:?}");
     assert_eq!(report.groups, 4);
 
@@ -412,7 +412,7 @@ fn sync_close_and_checkpoint_that_find_the_key_revoked() {
             "close" => store.close().unwrap(),
             "drop" => drop(store),
             "checkpoint" => {
-                store.checkpoint().unwrap();
+                store.admin().checkpoint().unwrap();
                 store.close().unwrap();
             }
             _ => {
@@ -425,7 +425,7 @@ fn sync_close_and_checkpoint_that_find_the_key_revoked() {
         let store = world.open();
         let logstore = store.logstore(&name("p/l")).unwrap();
         assert_eq!(texts(&logstore), ["first", "acknowledged"], "{how}");
-        assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+        assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
         put(&logstore, "more");
         assert!(logstore.status().unwrap().recovery.is_empty(), "{how}: it was closed cleanly");
     }
@@ -508,7 +508,7 @@ fn after_a_replacement_the_old_master_key_concerns_nobody() {
     let (old, new) = (world.cmk(), world.cmk());
     let logstore = world.byok(&store, "p/l", &old);
     put(&logstore, "one");
-    store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap();
+    store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap();
     put(&logstore, "two");
     logstore.append(record("three"), &buffered()).unwrap();
     let ticket = logstore.submit(record("four"), &synced()).unwrap();
@@ -592,9 +592,9 @@ fn opening_with_a_dead_kms_works_and_calls_nothing() {
     put(&store.logstore(&name("p/service")).unwrap(), "more");
     world.clock.advance(secs(60));
     store.tick();
-    assert!(store.apply_retention().unwrap().segments == 0);
+    assert!(store.admin().apply_retention().unwrap().segments == 0);
     let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-    assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
     assert_eq!(world.kms.calls(), calls);
     assert_unreachable(try_texts(&logstore));
     assert_eq!(world.kms.calls(), calls + 1);
@@ -624,7 +624,7 @@ fn a_thousand_logstores_share_one_renewal_per_period() {
     let cmk = world.cmk();
     let count = std::env::var("ENVELOG_CROWD").map_or(1000, |count| count.parse::<u64>().expect("a number"));
     let logstores: Vec<_> = (0..count).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
-    assert_eq!(store.renewal_calls(), 0);
+    assert_eq!(store.keys().renewal_calls(), 0);
     // At first use, each Logstore unwraps its own envelope once, and one of them probes for the
     // lease.
     let calls = world.kms.calls();
@@ -632,7 +632,7 @@ fn a_thousand_logstores_share_one_renewal_per_period() {
         logstore.append(record("x"), &buffered()).unwrap();
     }
     assert_eq!(world.kms.calls() - calls, count + 1);
-    assert_eq!(store.renewal_calls(), 1);
+    assert_eq!(store.keys().renewal_calls(), 1);
     let calls = world.kms.calls();
     let mut periods = 0;
     for _ in 0..10 {
@@ -645,7 +645,7 @@ fn a_thousand_logstores_share_one_renewal_per_period() {
     }
     println!("{count} Logstores: {} calls in {periods} periods", world.kms.calls() - calls);
     assert_eq!(world.kms.calls() - calls, periods);
-    assert_eq!(store.renewal_calls(), 1 + periods);
+    assert_eq!(store.keys().renewal_calls(), 1 + periods);
     // One refusal stops all of them, and one success restores all of them.
     disable(&world);
     world.clock.advance(world.options.revalidate_every);
@@ -670,7 +670,7 @@ fn no_calls_are_made_for_a_master_key_that_nobody_uses_any_more() {
     let deleted = world.byok(&store, "p/deleted", &world.cmk());
     put(&logstore, "one");
     put(&deleted, "one");
-    store.replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap();
+    store.keys().replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap();
     put(&logstore, "two");
     store.delete_logstore(deleted.name()).unwrap();
     drop(deleted);
@@ -831,7 +831,7 @@ fn a_kms_that_hangs_over_a_data_key_does_not_hang_callers() {
     world.kms.answer_for_data_keys(Answer::Hang);
     let began = Instant::now();
     assert_unreachable(try_put(&second, "x"));
-    assert_unreachable(store.rotate_data_key(logstore.name()));
+    assert_unreachable(store.keys().rotate_data_key(logstore.name()));
     let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
     assert_unreachable(store.create_logstore(&name("p/third"), spec));
     assert!(began.elapsed() < secs(10));

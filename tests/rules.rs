@@ -632,7 +632,7 @@ impl Row {
 
 fn verify(store: &Store, keyless: bool) -> VerifyReport {
     let options = VerifyOptions { keyless, ..VerifyOptions::default() };
-    store.verify(&options, &mut |_| {}).unwrap()
+    store.admin().verify(&options, &mut |_| {}).unwrap()
 }
 
 /// The sequence numbers in a shard from `from` on, as a reader returns them in one mode.
@@ -762,11 +762,11 @@ fn a_payload_forged_under_its_tag_is_found() {
         chain.save();
         let written = all(&copy);
         let store = copy.builder().open_read_only().unwrap();
-        let checkpoint = store.checkpoint().unwrap();
+        let checkpoint = store.admin().checkpoint().unwrap();
         let verify = |keyless, against| {
             let store = copy.builder().open_read_only().unwrap();
             let options = VerifyOptions { keyless, against, ..VerifyOptions::default() };
-            let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+            let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
             faults.into_iter().map(|fault| (fault.kind, fault.message)).collect::<Vec<_>>()
         };
         let says = |faults: &[(&str, String)], code, text: &str| {
@@ -881,7 +881,7 @@ fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
         };
         let store = copy.builder().open().unwrap();
         append(&store).unwrap();
-        assert_eq!(store.rotate_service_key().unwrap(), 2);
+        assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
         store.close().unwrap();
         assert_eq!(all(&copy)[0].len(), 3);
         forge(&copy);
@@ -923,7 +923,7 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     drop((logstore, store));
     kms.disable(&id).unwrap();
     let store = copy.builder().open().unwrap();
-    assert_eq!(store.rotate_service_key_with(&mut |_| {}).unwrap().left_open.len(), 1);
+    assert_eq!(store.keys().rotate_service_key_with(&mut |_| {}).unwrap().left_open.len(), 1);
     store.close().unwrap();
     kms.enable(&id).unwrap();
     let written = all(&copy);

@@ -29,7 +29,7 @@ fn off() -> EncryptConf {
 }
 
 fn with_conf(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> LogstoreConfig {
-    LogstoreConfig { encrypt_conf: conf, ..store.config(logstore.name()).unwrap() }
+    LogstoreConfig { encrypt_conf: conf, ..store.logstore(logstore.name()).unwrap().config() }
 }
 
 fn update(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> Result<LogstoreConfig, Error> {
@@ -106,7 +106,7 @@ fn s1_byok_the_customer_controls_the_master_key() {
     // Rotation: envelopes under the old version still open, and new ones are under the new version.
     world.local().rotate(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
-    assert_eq!(store.rotate_data_key(logstore.name()).unwrap(), 2);
+    assert_eq!(store.keys().rotate_data_key(logstore.name()).unwrap(), 2);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
     // Disabling and enabling.
@@ -116,7 +116,7 @@ fn s1_byok_the_customer_controls_the_master_key() {
     logstore.revalidate_now().unwrap();
     // Replacement, and deletion of the old key.
     let other = world.cmk();
-    store.replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
+    store.keys().replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
     world.local().delete(&cmk.cmk_key_id).unwrap();
     put(&logstore, "three");
     assert_eq!(texts(&logstore), ["one", "two", "three"]);
@@ -275,7 +275,7 @@ fn s3_a_configuration_round_trips_through_json() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.byok(&store, "p/l", &world.cmk());
-    let config = store.config(logstore.name()).unwrap();
+    let config = store.logstore(logstore.name()).unwrap().config();
     let json = serde_json::to_string(&config).unwrap();
     assert_eq!(LogstoreConfig::from_json(&json).unwrap(), config);
     let extra = json.replacen('{', r#"{"surprise":1,"#, 1);
@@ -327,7 +327,7 @@ fn s4_a_first_enable_false_fixes_nothing() {
         assert_eq!((status.method, status.encrypt_type, status.encrypting), ("none", None, false));
         assert_eq!(status.key.state, KeyState::None);
         assert_eq!(headers(&world, logstore), [(Suite::Aes256Gmac, KeySource::Keyring(1))]);
-        assert!(!store.audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
+        assert!(!store.keys().audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
     }
     // Nothing is fixed yet: algorithm, method and key may change while encryption is off, and at
     // the first enable.
@@ -370,7 +370,7 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
     store.close().unwrap();
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["secret one", "plain", "secret two"]);
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
 
 #[test]
@@ -449,13 +449,13 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         put(logstore, "before");
     }
     for (logstore, conf, expected) in &cases {
-        let before = (store.config(logstore.name()).unwrap(), metadata(&world, logstore));
+        let before = (store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore));
         let calls = world.kms.calls();
         match update(&store, logstore, conf.clone()) {
             Err(Error::Config(error)) => assert_eq!(error, *expected, "{conf:?}"),
             other => panic!("{conf:?}: {other:?}"),
         }
-        assert_eq!((store.config(logstore.name()).unwrap(), metadata(&world, logstore)), before, "{conf:?}");
+        assert_eq!((store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore)), before, "{conf:?}");
         assert_eq!(world.kms.calls(), calls);
     }
     // The errors also have distinct codes.
@@ -479,7 +479,7 @@ fn s5_fixed_or_out_of_range_fields_are_refused() {
     let world = World::manual();
     let store = world.create();
     let logstore = world.service(&store, "p/l");
-    let config = store.config(logstore.name()).unwrap();
+    let config = store.logstore(logstore.name()).unwrap().config();
     let before = metadata(&world, &logstore);
     let refused = |update: LogstoreConfig| match store.update_logstore(logstore.name(), update) {
         Err(Error::Config(error)) => error,
@@ -496,7 +496,7 @@ fn s5_fixed_or_out_of_range_fields_are_refused() {
     }
     let error = refused(LogstoreConfig { retention_bytes: Some(0), ..config.clone() });
     assert!(matches!(error, ConfigError::OutOfRange { field: "retention_bytes", .. }), "{error}");
-    assert_eq!(store.config(logstore.name()).unwrap(), config);
+    assert_eq!(store.logstore(logstore.name()).unwrap().config(), config);
     assert_eq!(metadata(&world, &logstore), before);
     let missing = store.update_logstore(&name("p/missing"), config).unwrap_err();
     assert!(matches!(missing, Error::LogstoreMissing(missing) if missing == name("p/missing")));
@@ -529,7 +529,7 @@ fn s6_an_update_replaces_everything_at_the_newest_revision() {
     let store = world.create();
     let spec = LogstoreSpec { ttl_days: Some(7), retention_bytes: Some(1 << 30), ..LogstoreSpec::default() };
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
-    let first = store.config(logstore.name()).unwrap();
+    let first = store.logstore(logstore.name()).unwrap().config();
     assert_eq!((first.revision, first.ttl_days, first.retention_bytes), (1, Some(7), Some(1 << 30)));
     world.clock.advance(secs(60));
     let second = LogstoreConfig { ttl_days: None, ..first.clone() };
@@ -538,7 +538,7 @@ fn s6_an_update_replaces_everything_at_the_newest_revision() {
     assert_eq!((second.revision, second.ttl_days, second.retention_bytes), (2, None, Some(1 << 30)));
     assert_eq!(second.create_time, first.create_time);
     assert_eq!(second.last_modify_time, first.last_modify_time + 60);
-    assert_eq!(store.config(logstore.name()).unwrap(), second);
+    assert_eq!(store.logstore(logstore.name()).unwrap().config(), second);
     assert_eq!(logstore.config(), second);
     // Of two callers with the same revision, the second one is refused. An unknown revision is
     // refused too.
@@ -554,9 +554,9 @@ fn s6_an_update_replaces_everything_at_the_newest_revision() {
             "{error}"
         );
     }
-    assert_eq!(store.config(logstore.name()).unwrap(), third);
+    assert_eq!(store.logstore(logstore.name()).unwrap().config(), third);
     store.close().unwrap();
-    assert_eq!(world.open().config(&name("p/l")).unwrap(), third);
+    assert_eq!(world.open().logstore(&name("p/l")).unwrap().config(), third);
 }
 
 #[test]
@@ -567,17 +567,17 @@ fn s6_key_operations_do_not_touch_the_revision() {
     let byok = world.byok(&store, "p/byok", &cmk);
     let service = world.service(&store, "p/service");
     put(&byok, "one");
-    let got = [store.config(byok.name()).unwrap(), store.config(service.name()).unwrap()];
-    store.rotate_data_key(byok.name()).unwrap();
-    store.rotate_data_key(service.name()).unwrap();
-    store.shred_data_keys(service.name(), &[1]).unwrap();
+    let got = [store.logstore(byok.name()).unwrap().config(), store.logstore(service.name()).unwrap().config()];
+    store.keys().rotate_data_key(byok.name()).unwrap();
+    store.keys().rotate_data_key(service.name()).unwrap();
+    store.keys().shred_data_keys(service.name(), &[1]).unwrap();
     world.local().rotate(&cmk.cmk_key_id).unwrap();
-    store.rewrap(byok.name()).unwrap();
-    store.rotate_service_key().unwrap();
-    assert_eq!([store.config(byok.name()).unwrap(), store.config(service.name()).unwrap()], got);
+    store.keys().rewrap(byok.name()).unwrap();
+    store.keys().rotate_service_key().unwrap();
+    assert_eq!([store.logstore(byok.name()).unwrap().config(), store.logstore(service.name()).unwrap().config()], got);
     let other = world.cmk();
-    store.replace_cmk(byok.name(), other.clone(), ReplaceCmk::default()).unwrap();
-    let replaced = store.config(byok.name()).unwrap();
+    store.keys().replace_cmk(byok.name(), other.clone(), ReplaceCmk::default()).unwrap();
+    let replaced = store.logstore(byok.name()).unwrap().config();
     assert_eq!(replaced.revision, got[0].revision);
     assert_eq!(replaced.encrypt_conf.as_ref().unwrap().user_cmk_info, Some(other));
     // A caller that read the configuration before these operations can still update it.
@@ -643,7 +643,7 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes() {
             assert_revoked(open_reader.next().unwrap(), reason);
             assert!(open_reader.next().is_none());
             assert_revoked(logstore.revalidate_now(), reason);
-            assert_revoked(store.rotate_data_key(logstore.name()), reason);
+            assert_revoked(store.keys().rotate_data_key(logstore.name()), reason);
             let error = try_texts(&logstore).unwrap_err();
             assert_eq!(error.code(), "revoked");
             let text = error.to_string();
@@ -663,8 +663,8 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes() {
             assert_revoked(try_texts(&logstore), reason);
             // Keyless verification works.
             let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
-            assert!(store.verify(&keyless, &mut |_| {}).unwrap().is_clean());
-            let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+            assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
+            let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.refused.iter().any(|(refused, _)| *refused == name("p/l")));
 
             let Some(restore) = restore else {
@@ -702,7 +702,7 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     // The configuration, except for the settings that the data key authenticates: whether
     // encryption is on, and the retention.
     let meta = || fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
-    let (config, before) = (store.config(logstore.name()).unwrap(), meta());
+    let (config, before) = (store.logstore(logstore.name()).unwrap().config(), meta());
     let conf = config.encrypt_conf.clone().unwrap();
     let off = Some(EncryptConf { enable: false, ..conf.clone() });
     for bound in [
@@ -712,7 +712,7 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
         LogstoreConfig { retention_bytes: Some(1), compression: Compression::None, ..config.clone() },
     ] {
         assert_revoked(store.update_logstore(logstore.name(), bound), RevokedReason::Disabled);
-        assert_eq!((store.config(logstore.name()).unwrap(), meta()), (config.clone(), before.clone()));
+        assert_eq!((store.logstore(logstore.name()).unwrap().config(), meta()), (config.clone(), before.clone()));
     }
     let rotate_data_key = Some(RotateDataKey { max_age_days: Some(9), max_bytes: None });
     let free = LogstoreConfig { rotate_data_key, compression: Compression::None, ..config };
@@ -720,7 +720,7 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     assert_eq!((config.revision, config.compression, config.ttl_days), (2, Compression::None, Some(1)));
     // Retention.
     world.clock.advance(3 * DAY);
-    let report = store.apply_retention().unwrap();
+    let report = store.admin().apply_retention().unwrap();
     assert_eq!((report.segments, report.suspended), (2, false));
     assert!(segments(&world.logstore_dir(&logstore), 0).is_empty());
     // Deletion.
@@ -740,13 +740,13 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     assert_eq!(texts(&logstore), ["after"]);
     // The changes without the key left the second tag unchanged, and the other settings can be
     // changed now.
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf })).unwrap();
     store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     store.close().unwrap();
     let store = world.open();
-    let config = store.config(&name("p/l")).unwrap();
+    let config = store.logstore(&name("p/l")).unwrap().config();
     assert_eq!((config.ttl_days, config.encrypt_conf.unwrap().enable), (Some(2), false));
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["after"]);
 }
@@ -767,7 +767,7 @@ fn s7_retention_works_in_a_process_that_starts_while_revoked() {
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(2 * DAY);
     let store = world.open();
-    assert_eq!(store.apply_retention().unwrap().segments, 1);
+    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
 }
 
 #[test]
@@ -794,7 +794,7 @@ fn s7_enabling_again_restores_access_without_a_restart() {
         assert_eq!(logstore.key_status().state, KeyState::Active);
         assert_eq!(texts(&logstore), expected);
     }
-    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Revoked).count(), 5);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Recovered).count(), 5);
     store.close().unwrap();
@@ -812,19 +812,19 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, new.clone()))).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::CmkFixed { .. })));
     // Two envelopes: the existing one, and that of the fresh data key.
-    assert_eq!(store.replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
+    assert_eq!(store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
     let sources: Vec<_> = headers(&world, &logstore).into_iter().map(|(_, source)| source).collect();
     assert_eq!(sources, [KeySource::DataKey(1), KeySource::DataKey(2)]);
     // With `keep_data_key`, without a fresh data key.
     let newer = world.cmk();
-    assert_eq!(store.replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 2);
+    assert_eq!(store.keys().replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 2);
     put(&logstore, "three");
     assert_eq!(headers(&world, &logstore).last().unwrap().1, KeySource::DataKey(2));
     // The update rule accepts the new master key.
     update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, newer))).unwrap();
-    let events: Vec<_> = store.audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::ReplaceIntended).count(), 2);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Replaced).count(), 2);
     store.close().unwrap();
@@ -846,7 +846,7 @@ fn s8_a_refused_replacement_changes_nothing() {
     put(&logstore, "one");
     let before = fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
     let replace = |logstore: &Logstore, new: UserCmkInfo| {
-        store.replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap_err()
+        store.keys().replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap_err()
     };
     let good = world.cmk();
     assert!(matches!(replace(&service, good.clone()), Error::Config(ConfigError::NotByok)));
@@ -863,7 +863,7 @@ fn s8_a_refused_replacement_changes_nothing() {
     // The old master key must be usable, because its envelopes have to be unwrapped.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
-    assert_revoked(store.replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
+    assert_revoked(store.keys().replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
     assert_eq!(fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap(), before);
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();

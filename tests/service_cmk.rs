@@ -36,21 +36,21 @@ fn assert_service_key(opened: Result<Store, Error>, kind: ErrorKind, code: &str,
 #[test]
 fn opening_asks_the_kms_once_and_nothing_asks_it_again() {
     let (world, cmk, store) = made();
-    assert_eq!((world.kms.calls(), store.service_cmk()), (1, Some(cmk.clone())));
+    assert_eq!((world.kms.calls(), store.keys().service_cmk()), (1, Some(cmk.clone())));
     store.close().unwrap();
     let store = world.open();
-    assert_eq!((world.kms.calls(), store.service_cmk()), (2, Some(cmk)));
+    assert_eq!((world.kms.calls(), store.keys().service_cmk()), (2, Some(cmk)));
     let reader = world.builder().open_read_only().unwrap();
     assert_eq!(world.kms.calls(), 3);
     assert_eq!((found(&store), found(&reader)), (vec!["before".to_owned()], vec!["before".to_owned()]));
     put(&store.logstore(&name("p/l")).unwrap(), "after");
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     // An open store no longer needs the KMS for its service key.
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert_eq!(found(&store), ["before", "after"]);
     put(&world.service(&store, "p/later"), "made while it was refused");
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     assert_eq!(world.kms.calls(), 3);
 }
 
@@ -64,8 +64,8 @@ fn a_sealed_keyring_file_contains_no_root() {
     let json = String::from_utf8_lossy(&open).into_owned();
     let root = json.split("\"root\":\"").nth(1).unwrap()[..64].to_owned();
 
-    store.rewrap_keyring(Some(cmk.clone())).unwrap();
-    assert_eq!(store.service_cmk(), Some(cmk));
+    store.keys().rewrap_keyring(Some(cmk.clone())).unwrap();
+    assert_eq!(store.keys().service_cmk(), Some(cmk));
     let sealed = String::from_utf8_lossy(&fs::read(world.keyring()).unwrap()).into_owned();
     assert!(!sealed.contains(&root) && !sealed.contains("\"root\"") && sealed.contains("\"sealed\""));
     for key in world.kms.wrapped_keys() {
@@ -76,9 +76,9 @@ fn a_sealed_keyring_file_contains_no_root() {
     let store = world.open();
     assert_eq!(found(&store), ["before"]);
 
-    store.rewrap_keyring(None).unwrap();
-    assert_eq!((fs::read(world.keyring()).unwrap(), store.service_cmk()), (open, None));
-    let events: Vec<_> = store.audit_records().unwrap().iter().map(|record| record.event).collect();
+    store.keys().rewrap_keyring(None).unwrap();
+    assert_eq!((fs::read(world.keyring()).unwrap(), store.keys().service_cmk()), (open, None));
+    let events: Vec<_> = store.keys().audit_records().unwrap().iter().map(|record| record.event).collect();
     let rewraps = [AuditEvent::KeyringRewrapIntended, AuditEvent::KeyringRewrapped];
     assert_eq!(events[events.len() - 4..], [rewraps, rewraps].concat());
     store.close().unwrap();
@@ -136,19 +136,19 @@ fn it_is_rotated_under_its_master_key_or_stays_as_it_was() {
     let reader = world.builder().open_read_only().unwrap();
     let before = fs::read(world.keyring()).unwrap();
     world.kms.answer(Answer::Unreachable);
-    let refused = store.rotate_service_key().unwrap_err();
+    let refused = store.keys().rotate_service_key().unwrap_err();
     assert!(matches!(refused, Error::ServiceKey { .. }), "{refused}");
     assert_eq!(fs::read(world.keyring()).unwrap(), before);
     put(&store.logstore(&name("p/l")).unwrap(), "under the old version");
     world.kms.answer(Answer::Real);
-    assert_eq!(store.rotate_service_key().unwrap(), 2);
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     put(&store.logstore(&name("p/l")).unwrap(), "under the new one");
     let all = ["before", "under the old version", "under the new one"];
     // The reader asks the KMS to unwrap the keyring that was written since.
     assert_eq!(found(&reader), all);
     store.close().unwrap();
     let store = world.open();
-    assert_eq!((found(&store), store.service_cmk()), (all.map(str::to_owned).to_vec(), Some(cmk)));
+    assert_eq!((found(&store), store.keys().service_cmk()), (all.map(str::to_owned).to_vec(), Some(cmk)));
     store.close().unwrap();
     fs::write(world.keyring(), before).unwrap();
     assert!(matches!(world.builder().open(), Err(Error::KeyringTooOld { needed: 2, newest: 1, .. })));
@@ -160,13 +160,13 @@ fn the_keyring_moves_to_another_master_key_or_stays_as_it_is() {
     let before = fs::read(world.keyring()).unwrap();
     let other = world.cmk();
     world.kms.answer_for_master_key(&other.cmk_key_id, Answer::Revoked(RevokedReason::Disabled));
-    assert!(matches!(store.rewrap_keyring(Some(other.clone())), Err(Error::ServiceKey { .. })));
-    assert_eq!((fs::read(world.keyring()).unwrap(), store.service_cmk()), (before, Some(cmk.clone())));
+    assert!(matches!(store.keys().rewrap_keyring(Some(other.clone())), Err(Error::ServiceKey { .. })));
+    assert_eq!((fs::read(world.keyring()).unwrap(), store.keys().service_cmk()), (before, Some(cmk.clone())));
     world.kms.answer_for_master_key(&cmk.cmk_key_id, Answer::Revoked(RevokedReason::Deleted));
-    store.rewrap_keyring(Some(other.clone())).unwrap();
+    store.keys().rewrap_keyring(Some(other.clone())).unwrap();
     store.close().unwrap();
     let store = world.open();
-    assert_eq!((found(&store), store.service_cmk()), (vec!["before".to_owned()], Some(other)));
+    assert_eq!((found(&store), store.keys().service_cmk()), (vec!["before".to_owned()], Some(other)));
 }
 
 /// A change of any byte of the file is detected, even with a corrected CRC.
@@ -212,6 +212,6 @@ fn a_new_keyring_of_a_recovered_store_can_be_under_one_too() {
     assert_eq!((report.recovered, report.lost.len()), (vec![name("p/customer")], 1));
     store.close().unwrap();
     let store = world.open();
-    assert_eq!(store.service_cmk(), Some(cmk));
+    assert_eq!(store.keys().service_cmk(), Some(cmk));
     assert_eq!(texts(&store.logstore(&name("p/customer")).unwrap()), ["kept"]);
 }

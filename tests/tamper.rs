@@ -161,7 +161,7 @@ impl Fixture {
     fn verify_against(&self, image: &Image, checkpoint: &Checkpoint) -> Vec<&'static str> {
         let store = self.builder(MemoryDisk::of(image)).open_read_only().unwrap();
         let options = VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
-        store.verify(&options, &mut |_| {}).unwrap().faults.iter().map(|fault| fault.kind).collect()
+        store.admin().verify(&options, &mut |_| {}).unwrap().faults.iter().map(|fault| fault.kind).collect()
     }
 
     /// Opens `image` for reading, and checks everything or only one Logstore.
@@ -187,11 +187,11 @@ impl Fixture {
             }
         }
         if only.is_none() {
-            verdict.used.extend(store.audit_records().err());
+            verdict.used.extend(store.keys().audit_records().err());
         }
         for keyless in [false, true] {
             let options = VerifyOptions { logstore: only.cloned(), keyless, against: None };
-            let report = store.verify(&options, &mut |_| {}).unwrap();
+            let report = store.admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.refused.is_empty(), "{:?}", report.refused);
             let kinds = report.faults.iter().map(|fault| fault.kind).collect();
             if keyless { verdict.keyless = kinds } else { verdict.verified = kinds }

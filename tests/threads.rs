@@ -126,11 +126,11 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
         for round in 0.. {
             let logstore = &logstores[round % 2];
             match round % 8 {
-                0 => drop(store.rotate_data_key(logstore.name()).unwrap()),
+                0 => drop(store.keys().rotate_data_key(logstore.name()).unwrap()),
                 1 => logstore.roll().unwrap(),
-                2 => drop(store.rewrap(logstore.name()).unwrap()),
-                3 => drop(store.rotate_service_key().unwrap()),
-                4 => drop(store.checkpoint().unwrap()),
+                2 => drop(store.keys().rewrap(logstore.name()).unwrap()),
+                3 => drop(store.keys().rotate_service_key().unwrap()),
+                4 => drop(store.admin().checkpoint().unwrap()),
                 5 => {
                     world.local().disable(&cmk.cmk_key_id).unwrap();
                     thread::sleep(world.options.revalidate_every * 2);
@@ -139,7 +139,7 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
                 }
                 6 => drop(store.metrics()),
                 _ => {
-                    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                     assert!(report.is_clean(), "{:?}", report.faults);
                 }
             }

@@ -92,7 +92,7 @@ fn bytes_syncs_and_failures_are_counted() {
     assert!(traced.text().contains("ERROR") && traced.text().contains("fsync failed"), "{}", traced.text());
     assert!(traced.text().contains("shard writer latched"), "{}", traced.text());
     disk.fail_after(0, Failure::Once);
-    assert!(store.rotate_data_key(service.name()).is_err());
+    assert!(store.keys().rotate_data_key(service.name()).is_err());
     disk.disarm();
     assert_eq!(store.metrics().audit_failures, 1);
 }
@@ -114,7 +114,7 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         assert_eq!(texts(&logstore).len(), 101);
         let text = traced.text();
         assert!(text.lines().count() <= lines + 2, "appends and reads are traced: {text}");
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         put(&logstore, "under the new key");
         for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled), Answer::Real] {
             world.kms.answer(answer);
@@ -127,7 +127,7 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
     let text = traced.text();
     let mut rest = &text[..];
     for said in [
-        "a store is open",
+        "store opened",
         "KMS call succeeded",
         "segment begun",
         "RotateIntended",
@@ -138,7 +138,7 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         "Revoked",
         "the KMS answers again",
         "Recovered",
-        "a store is closed",
+        "store closed",
     ] {
         let at = rest.find(said).unwrap_or_else(|| panic!("\"{said}\" is not said, or too early: {text}"));
         rest = &rest[at..];

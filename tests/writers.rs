@@ -43,7 +43,7 @@ fn assert_all_there(store: &Store, acked: &Acked, context: &str) {
             assert_eq!(times, 1, "{context}: {text} has {head:?} {times} times");
         }
     }
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{context}: {:?}", report.faults);
 }
 
@@ -156,7 +156,7 @@ fn the_first_append_of_a_shard() {
 fn a_checkpoint_and_a_close() {
     taken_over_anywhere("a checkpoint", |store, acked| {
         put_acked(store, NAMES[1], "during", acked)?;
-        store.checkpoint().map(drop)?;
+        store.admin().checkpoint().map(drop)?;
         store.clone().close()
     });
 }
@@ -165,10 +165,10 @@ fn a_checkpoint_and_a_close() {
 fn administration() {
     taken_over_anywhere("administration", |store, acked| {
         store.create_logstore(&name("p/new"), LogstoreSpec::default())?;
-        let mut config = store.config(&name(NAMES[0]))?;
+        let mut config = store.logstore(&name(NAMES[0]))?.config();
         config.ttl_days = Some(9);
         store.update_logstore(&name(NAMES[0]), config)?;
-        store.rotate_data_key(&name(NAMES[0]))?;
+        store.keys().rotate_data_key(&name(NAMES[0]))?;
         put_acked(store, NAMES[0], "during", acked)
     });
 }
@@ -176,11 +176,11 @@ fn administration() {
 #[test]
 fn retention() {
     taken_over_anywhere("retention", |store, acked| {
-        let mut config = store.config(&name(NAMES[0]))?;
+        let mut config = store.logstore(&name(NAMES[0]))?.config();
         config.retention_bytes = Some(1);
         store.update_logstore(&name(NAMES[0]), config)?;
         let _ = acked.remove(NAMES[0]);
-        store.apply_retention().map(drop)
+        store.admin().apply_retention().map(drop)
     });
 }
 

@@ -425,7 +425,7 @@ pub(crate) enum KeysCommand {
     #[command(after_help = "\
 Without a name, the command skips Logstores whose data keys are already under the newest version. If a run was interrupted
 or failed for some Logstores, the next run with the same options continues it, if it starts within a day. While a service
-has the store open for writing, the service has to do this (`Store::rewrap_all`).")]
+has the store open for writing, the service has to do this (`Keys::rewrap_all`).")]
     Rewrap(RewrapArgs),
     /// Show what every key is still needed for, and whether it may be destroyed
     Usage,

@@ -106,7 +106,7 @@ impl Setup {
     /// an anchor but is not compared with it.
     pub(crate) fn open_read_only(&self) -> Result<Store> {
         let store = self.builder().open_read_only()?;
-        let anchor = store.anchor_status();
+        let anchor = store.admin().anchor_status();
         if anchor.anchored && !anchor.configured && !self.without_anchor {
             self.notice("the store has an anchor: without --anchor a rollback of the store is not detected");
         }
@@ -117,7 +117,7 @@ impl Setup {
     pub(crate) fn close(&self, store: Store) -> Result {
         let handle = store.clone();
         store.close()?;
-        let anchor = handle.anchor_status();
+        let anchor = handle.admin().anchor_status();
         if anchor.configured && anchor.behind.is_some() {
             let why = anchor.error.unwrap_or_else(|| "it does not respond".to_owned());
             self.notice(format_args!("the anchor is behind the store: {why}"));

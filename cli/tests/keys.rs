@@ -481,9 +481,9 @@ fn what_the_engine_does_is_said_where_that_is_asked_for() {
     let text = |args: &[&str]| String::from_utf8(world.command(args).output().unwrap().stderr).unwrap();
     assert_eq!(text(&["keys", "rotate-data", "p/a"]), "");
     let said = text(&["-v", "keys", "rotate-data", "p/a"]);
-    assert!(said.contains("a store is open") && said.contains("Rotated") && !said.contains('\x1b'), "{said}");
+    assert!(said.contains("store opened") && said.contains("Rotated") && !said.contains('\x1b'), "{said}");
     let said = text(&["--log", "envelog::keys=info", "keys", "rotate-data", "p/a"]);
-    assert!(!said.contains("a store is open") && said.contains("Rotated"), "{said}");
+    assert!(!said.contains("store opened") && said.contains("Rotated"), "{said}");
 }
 
 #[test]

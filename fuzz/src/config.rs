@@ -64,7 +64,7 @@ fn update_with(config: &LogstoreConfig) {
         Ok(after) => assert_eq!(after.revision, before.revision + 1),
         Err(error) => {
             drop(error.to_string());
-            assert_eq!(store.config(&name).expect("it is there"), before);
+            assert_eq!(store.logstore(&name).expect("it is there").config(), before);
         }
     }
     store.close().expect("nothing was appended");

@@ -27,7 +27,7 @@ use crate::{
         Ticket, WritePlan,
     },
     sync::{
-        LockRank, Mutex, RwLock,
+        LockRank, Mutex, MutexGuard, RwLock,
         atomic::{AtomicUsize, Ordering},
         lock, write,
     },
@@ -90,10 +90,10 @@ pub(crate) struct LogstoreShared {
     pub(crate) id: LogstoreId,
     pub(crate) dir: PathBuf,
     pub(crate) gate: Arc<Gate>,
-    pub(crate) meta: Mutex<Meta>,
+    meta: Mutex<Meta>,
     pub(crate) shards: Vec<Arc<Shard>>,
     /// The count for automatic rotation of the data key.
-    pub(crate) sealed: Mutex<SealedBytes>,
+    sealed: Mutex<SealedBytes>,
     plan: Arc<RwLock<WritePlan>>,
     next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
@@ -148,6 +148,32 @@ impl LogstoreShared {
             observer,
             threads: context.options.threads,
         }
+    }
+
+    /// The metadata in force.
+    pub(crate) fn meta(&self) -> Meta {
+        lock(&self.meta).clone()
+    }
+
+    /// The configuration in force.
+    pub(crate) fn config(&self) -> LogstoreConfig {
+        lock(&self.meta).config.clone()
+    }
+
+    /// The generation of the metadata in force.
+    pub(crate) fn generation(&self) -> u64 {
+        lock(&self.meta).generation
+    }
+
+    /// The name of the metadata in force.
+    pub(crate) fn meta_reference(&self) -> MetaRef {
+        lock(&self.meta).reference()
+    }
+
+    /// The count for automatic rotation of the data key. The caller holds the lock for file I/O at
+    /// most, and makes no KMS call under it.
+    pub(crate) fn sealed(&self) -> MutexGuard<'_, SealedBytes> {
+        lock(&self.sealed)
     }
 
     /// Puts changed metadata in force: later appends follow it.
@@ -423,7 +449,7 @@ impl Logstore {
 
     /// The whole configuration.
     pub fn config(&self) -> LogstoreConfig {
-        lock(&self.shared.meta).config.clone()
+        self.shared.config()
     }
 
     /// The state of its key. Calls no KMS.

@@ -1,85 +1,84 @@
-//! The anchor: a place outside the store that remembers how far the store was, so that no one can put an older one in its place.
+//! The anchor: a copy of the catalogue in a place that the attacker cannot write. It detects a
+//! rollback of the store.
 //!
-//! An anchor keeps a copy of the catalogue file, which is authenticated under the service keyring and holds no secret. The store feeds
-//! it after each record is synced. When the store is opened, it is compared with the anchor.
+//! The service keyring authenticates the copy, which has no secret. The store feeds the anchor
+//! after each record is synced. Each opening compares the store with the anchor.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
 
 use serde::Serialize;
 use tracing::{info, warn};
 
-use super::{
-    Background, StoreShared,
-    catalogue::{Catalogue, Entry, Mirror},
-};
 use crate::{
     Error, Result,
-    config::LogstoreName,
-    ids::{LogstoreId, StoreId},
-    io::{self, Access, Clock, Disk, Existing, FileKind, OpenMode, RealDisk},
-    keys::AuditEvent,
+    ids::StoreId,
+    io::{self, Access, Clock, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, read_exact_at},
     metrics::Counters,
-    shard::{AdmitAppend, ShardRecord},
+    shard::AdmitAppend,
     sync::{
         Condvar, LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
-        lock, read, wait, wait_timeout, write,
+        lock, wait, wait_timeout,
     },
 };
 
-/// After how long an anchor that has failed is tried again, at first and at most.
+/// The first and the longest delay before a failed anchor is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(30);
-/// How long a store that is closed waits for its anchor.
+/// How long closing a store waits for its anchor.
 const CLOSE_AFTER: Duration = Duration::from_secs(5);
-/// Stands for an anchor that is not behind.
+/// The value for an anchor that is not behind.
 const UP_TO_DATE: u64 = u64::MAX;
 /// The most bytes that an anchor keeps of a store.
 const KEPT_BYTES_MAX: u64 = 512 << 20;
 
-/// Keeps, outside the store, how far the store was: another volume, another machine, a write-once service.
+/// Keeps a copy of the catalogue outside the store: on another volume, on another machine, or in a
+/// write-once service.
 ///
-/// For each store it keeps one string of bytes, which it need not understand, and the place that the store names with it. What protects
-/// is that an attacker who can write the store cannot write the anchor. Methods are called from one thread at a time, and may block: the
-/// store does not wait for them, except when it is opened, at the end of a rotation of the service key, and when it is closed (the last
-/// two for at most 5 s).
+/// For each store it keeps one string of bytes, which it need not understand, and the place that
+/// the store passes with it. It protects because an attacker who can write the store cannot write
+/// the anchor. The engine calls the methods from one thread at a time, and they may block. The
+/// store waits for them only when it is opened, at the end of a rotation of the service key, and
+/// when it is closed (the last two for at most 5 s).
 pub trait Anchor: Send + Sync + fmt::Debug {
-    /// What is kept of the store, under the highest place; `None` when nothing was ever kept.
+    /// The bytes of the store under the highest place; `None` when none were ever kept.
     ///
     /// # Errors
-    /// The anchor cannot be reached, or does not know.
+    /// The anchor is unreachable, or cannot answer.
     fn load(&self, store: StoreId) -> std::io::Result<Option<(AnchorPlace, Vec<u8>)>>;
 
-    /// Keeps `bytes` under `place`, durably, in place of what was kept under lower ones. Should it fail, the old bytes or the new ones are
-    /// kept.
+    /// Keeps `bytes` under `place`, durably, and drops the bytes under lower places. After a
+    /// failure the anchor has the old bytes or the new ones.
     ///
     /// # Errors
-    /// Something is kept under a higher place: another writer has taken over. The anchor cannot be reached, or refuses.
+    /// The anchor has bytes under a higher place: another writer has taken over. The anchor is
+    /// unreachable, or refuses.
     fn replace(&self, store: StoreId, place: AnchorPlace, bytes: &[u8]) -> std::io::Result<()>;
 
-    /// Keeps `bytes` behind the first `len` bytes that are kept under `place`, durably.
+    /// Appends `bytes` to the `len` bytes under `place`, durably.
     ///
     /// # Errors
-    /// Other than `len` bytes are kept under that place, or the anchor cannot be reached.
+    /// The anchor does not have exactly `len` bytes under that place, or is unreachable.
     fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()>;
 
-    /// What an error calls the string of bytes under `place`: for a directory, the path of its file.
+    /// The name of the bytes under `place` in error messages: in a directory, the path of the file.
     fn name_of(&self, store: StoreId, place: AnchorPlace) -> PathBuf {
         let _ = (store, place);
         PathBuf::from("the anchor")
     }
 }
 
-/// Which string of bytes an anchor keeps: the higher, the newer.
+/// The place of the bytes that an anchor keeps. Newer bytes have a higher place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AnchorPlace {
     /// The epoch of the writer.
     pub epoch: u64,
-    /// Counts the strings of this writer.
+    /// The number of the catalogue file among those of this writer.
     pub serial: u64,
 }
 
-/// An anchor in a directory, which belongs on another volume, best of another machine. Each store has a file `ID-EPOCH-SERIAL.anchor`.
+/// An anchor in a directory. The directory belongs on another volume, preferably of another
+/// machine. Each store has a file `ID-EPOCH-SERIAL.anchor`.
 #[derive(Debug)]
 pub struct DirAnchor {
     dir: PathBuf,
@@ -92,7 +91,7 @@ impl DirAnchor {
         Self { dir: dir.into(), disk: Arc::new(RealDisk) }
     }
 
-    /// Another file system.
+    /// Replaces the file system.
     #[must_use]
     pub fn disk(mut self, disk: Arc<dyn Disk>) -> Self {
         self.disk = disk;
@@ -107,21 +106,21 @@ impl DirAnchor {
         self.dir.join(format!("{store}-{:010}-{:010}.anchor", place.epoch, place.serial))
     }
 
-    /// The places of what is kept of a store, in order.
+    /// The places of the files of a store, in order.
     fn places(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<Vec<AnchorPlace>> {
         let parse = |name: &str| {
             let (epoch, serial) = name.strip_prefix(&format!("{store}-"))?.strip_suffix(".anchor")?.split_once('-')?;
             Some(AnchorPlace { epoch: epoch.parse().ok()?, serial: serial.parse().ok()? })
         };
         let entries = disk.list_dir(&self.dir)?;
-        // Another kind of file was put there by mistake: the anchor writes no such.
+        // The anchor writes regular files only, so another type of entry is not its own.
         let files = entries.iter().filter(|entry| entry.kind == FileKind::File);
         let mut places: Vec<_> = files.filter_map(|entry| parse(&entry.name)).collect();
         places.sort_unstable();
         Ok(places)
     }
 
-    /// Removes the temporary files of a store that killed processes have left.
+    /// Removes the temporary files that killed processes left for a store.
     fn remove_temporaries(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<()> {
         let prefix = format!("{store}-");
         for entry in disk.list_dir(&self.dir)? {
@@ -183,20 +182,44 @@ impl Anchor for DirAnchor {
     }
 }
 
-/// How far the anchor of an open store is.
+/// The state of the anchor of an open store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct AnchorStatus {
-    /// Whether the keyring says that the store has an anchor.
+    /// Whether the keyring records that the store has an anchor.
     pub anchored: bool,
     /// Whether the store was opened with an anchor.
     pub configured: bool,
-    /// For how long the anchor has not kept what the catalogue says; `None` when it is up to date.
+    /// How long the anchor has been behind the catalogue; `None` when it is up to date.
     pub behind: Option<Duration>,
-    /// In a store that was opened for reading: how many records of the catalogue the anchor did not know then.
+    /// In a store that is open for reading: the number of catalogue records that the anchor lacked
+    /// when the store was opened.
     pub records_behind: Option<u64>,
-    /// Why it could not be fed when that was last tried.
+    /// The error of the last attempt to feed it.
     pub error: Option<String>,
+}
+
+/// The synced part of a catalogue file, to be copied to the anchor.
+#[derive(Clone, Debug)]
+pub(super) struct Mirror {
+    file: Arc<dyn DiskFile>,
+    place: AnchorPlace,
+    /// Its length in bytes.
+    len: u64,
+}
+
+impl Mirror {
+    /// The first `len` bytes of a catalogue file, which are synced.
+    pub(super) fn new(file: Arc<dyn DiskFile>, place: AnchorPlace, len: u64) -> Self {
+        Self { file, place, len }
+    }
+
+    /// Its bytes from an offset on.
+    fn read_from(&self, offset: u64) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.len.saturating_sub(offset) as usize];
+        read_exact_at(&*self.file, &mut bytes, offset)?;
+        Ok(bytes)
+    }
 }
 
 /// Feeds the anchor of a store that is open for writing.
@@ -207,15 +230,15 @@ pub(super) struct Feeder {
     counters: Arc<Counters>,
     state: Mutex<State>,
     changed: Condvar,
-    /// `behind_since` in microseconds, for appends, which do not wait for the lock; [`UP_TO_DATE`] for none.
+    /// `behind_since` in microseconds, or [`UP_TO_DATE`]. Appends read it without the lock.
     behind_since_us: AtomicU64,
 }
 
 #[derive(Default)]
 struct State {
-    /// What the anchor is to keep.
+    /// The bytes that the anchor is to keep.
     wanted: Option<Mirror>,
-    /// What it keeps: which catalogue file, and how many bytes of it. `None` when that is not known.
+    /// The catalogue file that the anchor keeps, and the number of its bytes. `None` if unknown.
     kept: Option<(AnchorPlace, u64)>,
     behind_since: Option<Duration>,
     failures: u32,
@@ -250,7 +273,7 @@ impl Feeder {
         })
     }
 
-    /// Starts the thread that feeds. Without it each [`Feeder::want`] feeds at once.
+    /// Starts the thread that feeds. Without this thread each [`Feeder::want`] feeds at once.
     pub(super) fn spawn(self: &Arc<Self>) -> std::io::Result<()> {
         let this = Arc::clone(self);
         let thread = std::thread::Builder::new().name("envelog-anchor".to_owned()).spawn(move || this.work())?;
@@ -258,7 +281,8 @@ impl Feeder {
         Ok(())
     }
 
-    /// Has the anchor keep this. All of it is synced in the store.
+    /// Asks for a copy of these bytes, which are synced in the store. In a store without threads,
+    /// blocks while it feeds the anchor.
     pub(super) fn want(&self, mirror: Mirror) {
         let mut state = lock(&self.state);
         state.wanted = Some(mirror);
@@ -277,7 +301,7 @@ impl Feeder {
         }
     }
 
-    /// Tries again if it is time, in a store without threads.
+    /// In a store without threads, tries again if a retry is due.
     pub(super) fn tend(&self) {
         let state = lock(&self.state);
         let due = state.thread.is_none() && !state.is_up_to_date() && self.clock.uptime() >= state.retry_at;
@@ -301,7 +325,7 @@ impl Feeder {
             state.feeding = true;
             (wanted, state.kept)
         };
-        // What is wanted later than now has not been waiting for longer.
+        // Bytes that are wanted after this moment have not waited longer.
         let wanted_since = self.clock.uptime();
         let fed = match kept {
             Some((place, len)) if place == wanted.place && len <= wanted.len => {
@@ -317,7 +341,7 @@ impl Feeder {
         match fed {
             Ok(()) => {
                 if state.failures > 0 {
-                    info!(store = %self.store, "the anchor can be fed again");
+                    info!(store = %self.store, "anchor feeding works again");
                 }
                 state.kept = Some((wanted.place, wanted.len));
                 (state.failures, state.error) = (0, None);
@@ -328,9 +352,9 @@ impl Feeder {
             Err(error) => {
                 self.counters.anchor_failures.fetch_add(1, Ordering::Relaxed);
                 if state.failures == 0 {
-                    warn!(store = %self.store, %error, "the anchor cannot be fed; this is tried again");
+                    warn!(store = %self.store, %error, "anchor feeding failed; will retry");
                 }
-                // It may have kept a part: it gets all of it next time.
+                // The anchor may have a part of the bytes, so the next attempt replaces them all.
                 state.kept = None;
                 state.error = Some(error.to_string());
                 let delay = RETRY_AFTER.saturating_mul(1 << state.failures.min(5)).min(RETRY_AFTER_MAX);
@@ -363,10 +387,10 @@ impl Feeder {
         }
     }
 
-    /// Waits, for a few seconds at most, until the anchor keeps all of it.
+    /// Waits at most 5 s until the anchor is up to date.
     ///
     /// # Errors
-    /// Why it does not.
+    /// The reason why it is not.
     pub(super) fn catch_up(&self) -> std::result::Result<(), String> {
         let until = self.clock.uptime() + CLOSE_AFTER;
         let mut state = lock(&self.state);
@@ -390,7 +414,8 @@ impl Feeder {
         }
     }
 
-    /// Feeds what is left, for a few seconds at most, and ends the thread. A thread that hangs in the anchor is left behind.
+    /// Feeds the remaining bytes for at most 5 s, and ends the thread. Does not wait for a thread
+    /// that hangs in a call to the anchor.
     pub(super) fn stop(&self) {
         let until = self.clock.uptime() + CLOSE_AFTER;
         let mut state = lock(&self.state);
@@ -416,7 +441,7 @@ impl Feeder {
         drop(state);
         self.changed.notify_all();
         if behind {
-            warn!(store = %self.store, "the store is closed, and its anchor does not know all of it yet");
+            warn!(store = %self.store, "store closed before its anchor is up to date");
         }
         if let Some(thread) = thread.filter(|_| !hangs) {
             let _ = thread.join();
@@ -445,117 +470,4 @@ impl fmt::Debug for Feeder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Feeder").field("anchor", &self.anchor).finish_non_exhaustive()
     }
-}
-
-impl StoreShared {
-    /// Compares the store with what its anchor keeps of it. Reads at most two headers a shard, and only of shards that have gone on since.
-    ///
-    /// # Errors
-    /// [`Error::RolledBack`]: the store is older or shorter than its anchor.
-    pub(super) fn check_against_anchor(&self, kept: &Catalogue) -> Result<()> {
-        let now = self.catalogue.now().clone();
-        if now.generation < kept.generation {
-            let (found, known) = (now.generation, kept.generation);
-            return Err(rolled_back(format!("the catalogue ends with record {found}, the anchor knows {known}")));
-        }
-        let mut deleted: Option<BTreeSet<LogstoreId>> = None;
-        for (name, entry) in &kept.logstores {
-            match now.logstores.get(name).filter(|found| found.id == entry.id) {
-                Some(found) => self.check_logstore_against_anchor(name, found, entry)?,
-                None if now.deleting.contains(&entry.id) => {}
-                None => {
-                    if deleted.is_none() {
-                        deleted = Some(self.deleted_since(kept)?);
-                    }
-                    if !deleted.as_ref().is_some_and(|deleted| deleted.contains(&entry.id)) {
-                        return Err(rolled_back(format!("the anchor knows Logstore {name}, which is not there")));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Feeds the anchor for the first time since the store was opened, and from then on after each change of the catalogue.
-    /// `without_anchor` tells that the store was not compared with it; the store is then opened although it cannot be fed yet.
-    ///
-    /// # Errors
-    /// [`Error::Anchor`] when it cannot be fed; [`Error::Io`].
-    pub(super) fn begin_anchoring(&self, without_anchor: bool) -> Result<()> {
-        if without_anchor && read(&self.keyring).is_anchored() {
-            self.audit.record(AuditEvent::OpenedWithoutAnchor, None, "")?;
-        }
-        let Some(feeder) = &self.anchor else { return Ok(()) };
-        self.catalogue.feed(Arc::clone(feeder));
-        let fed = match feeder.status().error {
-            Some(why) if !without_anchor => {
-                return Err(Error::Anchor { path: self.dir.clone(), why: format!("it cannot be written: {why}") });
-            }
-            error => error.is_none(),
-        };
-        // Now that it keeps something of the store, no opening for writing may go without it.
-        if fed && !read(&self.keyring).is_anchored() {
-            let anchored = read(&self.keyring).anchor(&*self.random)?;
-            *write(&self.keyring) = anchored;
-            self.audit.record(AuditEvent::Anchored, None, "")?;
-        }
-        if self.options.background == Background::Threads {
-            feeder.spawn().map_err(Error::io("start a thread for the anchor of", &self.dir))?;
-        }
-        Ok(())
-    }
-
-    /// The Logstores that the audit log says were deleted since.
-    fn deleted_since(&self, kept: &Catalogue) -> Result<BTreeSet<LogstoreId>> {
-        let known = self.catalogue.now().audit.clone();
-        let records = self.audit.verified(&[&known, &kept.audit])?;
-        let since = records.into_iter().skip(kept.audit.number as usize);
-        let deletions = since
-            .filter(|record| matches!(record.event, AuditEvent::DeleteIntended | AuditEvent::Deleted))
-            .filter_map(|record| record.logstore_id);
-        Ok(deletions.collect())
-    }
-
-    fn check_logstore_against_anchor(&self, name: &LogstoreName, found: &Entry, kept: &Entry) -> Result<()> {
-        if found.generation < kept.generation {
-            let (found, known) = (found.generation, kept.generation);
-            let what = format!("the metadata of Logstore {name} is of generation {found}, the anchor knows {known}");
-            return Err(rolled_back(what));
-        }
-        for (shard, (found, kept)) in found.shards.iter().zip(&kept.shards).enumerate() {
-            if found == kept {
-                continue;
-            }
-            let what = |what: &str| rolled_back(format!("shard {shard} of Logstore {name} {what} its anchor knows"));
-            if found.first_ordinal < kept.first_ordinal {
-                return Err(what("has segments again that retention dropped, as"));
-            }
-            let ShardRecord { head: Some(head), .. } = kept else { continue };
-            if head.ordinal < found.first_ordinal {
-                continue;
-            }
-            match &found.head {
-                Some(found) if found.ordinal == head.ordinal => {
-                    let goes_on = found.segment == head.segment && found.blocks >= head.blocks;
-                    let same = found.blocks > head.blocks || found.digest == head.digest;
-                    if !goes_on || !same || (head.sealed && !found.sealed) {
-                        return Err(what("does not go on from what"));
-                    }
-                }
-                Some(found) if found.ordinal > head.ordinal => {
-                    let logstore = self.logstore(name)?;
-                    let Some(shard) = logstore.shards.get(shard) else { continue };
-                    if !shard.agrees_with(head)? {
-                        return Err(what("does not go on from what"));
-                    }
-                }
-                _ => return Err(what("is shorter than")),
-            }
-        }
-        Ok(())
-    }
-}
-
-fn rolled_back(what: String) -> Error {
-    Error::RolledBack { what }
 }

@@ -1,4 +1,4 @@
-//! The advisory lock of the one process that writes a store.
+//! The advisory lock of the process that writes a store.
 
 use std::{path::Path, sync::Arc};
 
@@ -7,16 +7,16 @@ use crate::{
     io::{Disk, DiskFile, OpenMode},
 };
 
-/// The longest contents of a `LOCK` file that this code wrote: a process number and a newline.
+/// The longest contents of a `LOCK` file that this code writes: a process number and a newline.
 const CONTENTS_MAX: usize = 16;
 
 /// The lock of a store, held until it is dropped.
 #[derive(Debug)]
 pub(super) struct StoreLock {
     file: Arc<dyn DiskFile>,
-    /// Whether the file holds this process' number.
+    /// Whether the file has the number of this process.
     noted: bool,
-    /// Whether the process before this one has closed the store, as far as the file tells.
+    /// Whether the previous writer has closed the store, according to the file.
     clean: bool,
 }
 
@@ -39,7 +39,7 @@ impl StoreLock {
         Ok(Some(Self { file, noted: false, clean }))
     }
 
-    /// Takes the lock, and makes the `LOCK` file if there is none.
+    /// Takes the lock, and creates the `LOCK` file if there is none.
     ///
     /// # Errors
     /// As [`StoreLock::take`].
@@ -49,41 +49,42 @@ impl StoreLock {
         }
         let path = dir.join("LOCK");
         match disk.open(&path, OpenMode::CreateNew) {
-            // Another process was quicker. Whichever takes the lock has the store.
+            // Another process has created the file. The process that gets the lock has the store.
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             made => drop(made.map_err(Error::io("create", &path))?),
         }
         let lock =
             Self::take(disk, dir)?.ok_or_else(|| Error::io("open", &path)(std::io::ErrorKind::NotFound.into()))?;
-        // The one that another process may hold was removed.
+        // Another process may hold a lock on a `LOCK` file that was removed.
         Ok(Self { clean: false, ..lock })
     }
 
-    /// Whether the process before this one has closed the store. If not, it may still run.
+    /// Whether the previous writer has closed the store. If not, it may still run.
     pub(super) fn is_clean(&self) -> bool {
         self.clean
     }
 
-    /// Writes this process' number into the file, for people. A file with other contents, or with another name, is left alone.
+    /// Writes the number of this process into the file, for operators. Does not change a file with
+    /// other contents, or with a second name.
     pub(super) fn note_process(&mut self) {
         let ours = self.file.stat().is_ok_and(|stat| stat.links == 1) && contents(&*self.file).is_some();
         if ours {
             let pid = format!("{}\n", std::process::id());
-            // Best effort: nothing depends on it.
+            // Best effort: no code depends on the number.
             self.noted = self.file.set_len(0).and_then(|()| self.file.write_at(pid.as_bytes(), 0)).is_ok();
         }
     }
 
-    /// Lets go of the lock. The file is emptied, so that a store at rest holds nothing unauthenticated.
+    /// Releases the lock. Empties the file, so that a store at rest has no unauthenticated bytes.
     pub(super) fn release(self) {
         if self.noted {
-            // Best effort: the lock itself goes with the file.
+            // Best effort: dropping the file releases the lock.
             let _ = self.file.set_len(0);
         }
     }
 }
 
-/// What a `LOCK` file holds, if it is empty or a process number.
+/// The contents of a `LOCK` file that is empty or has a process number.
 fn contents(file: &dyn DiskFile) -> Option<String> {
     let mut bytes = [0; CONTENTS_MAX + 1];
     let read = file.read_at(&mut bytes, 0).ok()?;

@@ -1,4 +1,4 @@
-//! Removing a Logstore's files: the names that the format defines, and nothing else. No symlink is followed.
+//! Removing the files of a Logstore: only names that the format defines. Follows no symlink.
 
 use std::path::{Path, PathBuf};
 
@@ -13,21 +13,21 @@ use crate::{
     shard::is_segment_temporary,
 };
 
-/// What a deletion could not remove.
+/// The entries that a deletion could not remove.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DeleteReport {
-    /// Entries under the Logstore's directory that are still there: names that envelog did not give, entries of the wrong type, and
-    /// files that the system did not let go. The Logstore is gone all the same. Its removal is tried again at each opening and
-    /// with each run of retention.
+    /// The remaining entries under the directory of the Logstore: names that envelog did not give,
+    /// entries of the wrong type, and files that could not be removed. The Logstore is deleted all
+    /// the same. Each opening and each run of retention tries the removal again.
     #[serde(serialize_with = "crate::error::paths_as_text")]
     pub left: Vec<PathBuf>,
 }
 
-/// Removes a Logstore's directory, its envelopes first. Says what is left.
+/// Removes the directory of a Logstore, its envelopes first. Reports the remaining entries.
 ///
 /// # Errors
-/// [`Error::Io`] when the directory cannot be looked at or synced.
+/// [`Error::Io`] when the directory cannot be listed or synced.
 pub(super) fn remove_logstore(disk: &dyn Disk, dir: &Path) -> Result<DeleteReport> {
     let mut removal = Removal { disk, report: DeleteReport::default() };
     match disk.stat(dir).map_err(Error::io("look for", dir))? {
@@ -36,12 +36,14 @@ pub(super) fn remove_logstore(disk: &dyn Disk, dir: &Path) -> Result<DeleteRepor
         None => {}
     }
     let parent = dir.parent().unwrap_or(Path::new("."));
-    // Syncs the parent also when the directory is gone, because the removal of its name may not be durable.
+    // Syncs the parent even if the directory is gone, because the removal of its name may not be
+    // durable.
     disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
     Ok(removal.report)
 }
 
-/// Refuses to delete a Logstore in whose directory something stands where a file or directory of ours belongs.
+/// Refuses to delete a Logstore if an entry in its directory has a name of envelog and another
+/// type.
 ///
 /// # Errors
 /// [`Error::WrongFileType`], [`Error::Io`].
@@ -81,7 +83,7 @@ impl Removal<'_> {
         let disk = self.disk;
         let list = |dir: &Path| disk.list_dir(dir).map_err(Error::io("list", dir));
         let entries = list(dir)?;
-        // The envelopes go first, so that a deletion that ends here leaves nothing that can be read.
+        // The envelopes are removed first, so that an interrupted deletion leaves no readable data.
         for entry in entries.iter().filter(|entry| MetaName::is_file_or_temporary(&entry.name)) {
             self.file(&dir.join(&entry.name), entry.kind);
         }
@@ -109,7 +111,7 @@ impl Removal<'_> {
         }
     }
 
-    /// Removes a directory if nothing is left in it.
+    /// Removes a directory if it is empty.
     fn empty(&mut self, dir: &Path) -> Result<()> {
         let left = self.disk.list_dir(dir).map_err(Error::io("list", dir))?;
         for entry in &left {
@@ -128,7 +130,7 @@ impl Removal<'_> {
     }
 
     fn leave(&mut self, path: &Path, why: &str) {
-        warn!(path = %path.display(), why, "an entry of a deleted Logstore is left; its removal is tried again later");
+        warn!(path = %path.display(), why, "entry of a deleted Logstore not removed; will retry");
         self.report.left.push(path.to_owned());
     }
 }

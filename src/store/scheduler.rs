@@ -1,7 +1,9 @@
-//! What must happen later: partial batches, mark blocks, rolling by age, retention.
+//! The background task queue: flushes partial batches, writes mark blocks, rolls old segments,
+//! applies retention.
 //!
-//! One queue ordered by time. A few threads work it off; in a store without threads of its own [`Scheduler::run_due`] does, when
-//! the embedder calls `tick`, so that a test or a simulation decides what happens when.
+//! One queue is ordered by time, and a few threads run its tasks. In a store without threads,
+//! [`Scheduler::run_due`] runs them when the embedder calls `tick`, so that a test or a simulation
+//! controls the order of events.
 
 use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -13,7 +15,7 @@ use crate::{
 
 struct Entry {
     due: Duration,
-    /// Keeps entries of the same moment in the order they came.
+    /// Keeps entries of the same moment in the order in which they were queued.
     number: u64,
     work: Work,
 }
@@ -91,7 +93,7 @@ impl Scheduler {
         }
     }
 
-    /// Does everything that is due now, in this thread.
+    /// Runs all tasks that are due now, in this thread.
     pub(crate) fn run_due(&self) {
         loop {
             let entry = {
@@ -106,13 +108,13 @@ impl Scheduler {
         }
     }
 
-    /// Ends the threads; what is still queued is not done.
+    /// Ends the threads. Queued tasks do not run.
     pub(crate) fn stop(&self) {
         lock(&self.queue).stopped = true;
         self.changed.notify_all();
         let this_thread = std::thread::current().id();
         for thread in lock(&self.threads).drain(..) {
-            // The last handle of a store may be dropped by a worker itself.
+            // A worker thread may drop the last handle of a store.
             if thread.thread().id() != this_thread {
                 let _ = thread.join();
             }
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_due_runs_in_order_and_nothing_else() {
+    fn due_tasks_run_in_order_and_no_others() {
         let clock = Arc::new(TestClock::default());
         let scheduler = Scheduler::new(Arc::clone(&clock) as _);
         let task = Arc::new(Recorder::default());
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn threads_run_what_is_due_and_end() {
+    fn threads_run_due_tasks_and_end() {
         let scheduler = Scheduler::new(Arc::new(crate::io::SystemClock));
         scheduler.spawn(2).unwrap();
         let task = Arc::new(Recorder::default());

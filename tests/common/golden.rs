@@ -166,7 +166,7 @@ impl Maker {
         self.put(&logstore, 0, What::Opaque(""), Durability::Synced);
         logstore.roll().unwrap();
         self.put(&logstore, 0, What::Group("the second segment", 1), Durability::Synced);
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         self.put(&logstore, 0, What::Group("the second data key", 1), Durability::Synced);
         self.put(&logstore, 1, What::Opaque("the second data key"), Durability::Written);
         store.close().unwrap();
@@ -179,9 +179,9 @@ impl Maker {
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Buffered);
         self.put(&logstore, 0, What::Group("sent", 1), Durability::Synced);
-        store.rotate_service_key().unwrap();
+        store.keys().rotate_service_key().unwrap();
         self.put(&logstore, 0, What::Opaque("an opaque record"), Durability::Synced);
-        let checkpoint = store.checkpoint().unwrap();
+        let checkpoint = store.admin().checkpoint().unwrap();
         fs::write(self.dir.join("checkpoint"), checkpoint.to_bytes()).unwrap();
         self.put(&logstore, 0, What::Group("behind the checkpoint", 1), Durability::Synced);
         store.close().unwrap();
@@ -204,7 +204,7 @@ impl Maker {
         let conf = EncryptConf::service_key(EncryptType::Default);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
-        store.rotate_service_key().unwrap();
+        store.keys().rotate_service_key().unwrap();
         self.put(&logstore, 0, What::Opaque("an opaque record"), Durability::Synced);
         store.close().unwrap();
     }
@@ -218,7 +218,7 @@ impl Maker {
         let logstore = store.create_logstore(&name("shop/payments"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
         kms.rotate(&cmk_key_id).unwrap();
-        store.rotate_data_key(logstore.name()).unwrap();
+        store.keys().rotate_data_key(logstore.name()).unwrap();
         self.put(&logstore, 0, What::Opaque("under the second version of both keys"), Durability::Synced);
         store.close().unwrap();
     }
@@ -238,7 +238,7 @@ impl Maker {
         let conf = EncryptConf::service_key(EncryptType::Sm4);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf.clone()), 1)).unwrap();
         self.put(&logstore, 0, What::Group("encrypted", 1), Durability::Synced);
-        let mut config = store.config(logstore.name()).unwrap();
+        let mut config = store.logstore(logstore.name()).unwrap().config();
         config.encrypt_conf = Some(EncryptConf { enable: false, ..conf });
         store.update_logstore(logstore.name(), config).unwrap();
         self.put(&logstore, 0, What::Group("authenticated only", 1), Durability::Synced);

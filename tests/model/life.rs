@@ -398,7 +398,7 @@ impl Life {
             return;
         }
         updated.unwrap();
-        let report = self.store().apply_retention().unwrap();
+        let report = self.store().admin().apply_retention().unwrap();
         assert!(!report.suspended);
         let dir = self.sim.world.logstore_dir(&handle);
         for shard in 0..SHARDS {
@@ -418,7 +418,7 @@ impl Life {
         for keyless in [true, false] {
             let mut options = VerifyOptions { keyless, ..VerifyOptions::default() };
             options.against = self.checkpoint.clone();
-            let report = self.store().verify(&options, &mut |_| {}).unwrap();
+            let report = self.store().admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.is_clean(), "{:?}", report.faults);
             let refused: Vec<_> = (0..LOGSTORES).filter(|n| !keyless && self.refused(*n)).map(text_of).collect();
             let named: Vec<_> = report.refused.iter().map(|(logstore, _)| logstore.to_string()).collect();
@@ -514,8 +514,8 @@ impl Life {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let encrypted = shelf.handle.config().encrypt_conf.is_some();
                 let result = match step {
-                    Step::Rewrap(_) => self.store().rewrap(shelf.handle.name()),
-                    _ => self.store().rotate_data_key(shelf.handle.name()),
+                    Step::Rewrap(_) => self.store().keys().rewrap(shelf.handle.name()),
+                    _ => self.store().keys().rotate_data_key(shelf.handle.name()),
                 };
                 match encrypted {
                     true => drop(self.gated(n, result)),
@@ -523,10 +523,10 @@ impl Life {
                 }
             }
             Step::RotateServiceKey => {
-                self.store().rotate_service_key().unwrap();
+                self.store().keys().rotate_service_key().unwrap();
                 if let Some(against) = self.checkpoint.take() {
                     let options = VerifyOptions { against: Some(against), ..VerifyOptions::default() };
-                    let refused = self.store().verify(&options, &mut |_| {});
+                    let refused = self.store().admin().verify(&options, &mut |_| {});
                     assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
                 }
             }
@@ -562,7 +562,7 @@ impl Life {
             }
             Step::Checkpoint => {
                 self.wait();
-                self.checkpoint = Some(self.store().checkpoint().unwrap());
+                self.checkpoint = Some(self.store().admin().checkpoint().unwrap());
                 for n in 0..LOGSTORES {
                     if self.shelves[n].is_some() && !self.refused(n) {
                         self.durable(n);

@@ -540,7 +540,7 @@ fn check(row: &Row) {
         assert!(error.to_string().contains(row.says), "{}: {error}", row.rule);
     }
     let Ok(store) = copy.builder().open_read_only() else { return };
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.faults.iter().any(|fault| fault.kind == row.code), "{}: {report:?}", row.rule);
 }
 
@@ -645,7 +645,7 @@ fn a_forged_time_to_live_drops_nothing() {
     copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
     let before = segments(&copy.logstore_dir(), 0);
     let store = copy.builder().open().unwrap();
-    assert_eq!(store.apply_retention().unwrap_err().code(), "tampered");
+    assert_eq!(store.admin().apply_retention().unwrap_err().code(), "tampered");
     assert_eq!(segments(&copy.logstore_dir(), 0), before);
 }
 
@@ -656,11 +656,11 @@ fn no_change_of_keys_or_settings_signs_what_was_forged() {
     copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
     let store = copy.builder().open().unwrap();
     let name = store.list().unwrap().remove(0);
-    let longer = LogstoreConfig { ttl_days: Some(9), ..store.config(&name).unwrap() };
+    let longer = LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name).unwrap().config() };
     for refused in [
-        store.rotate_data_key(&name).map(drop),
-        store.rewrap(&name).map(drop),
-        store.shred_data_keys(&name, &[1]),
+        store.keys().rotate_data_key(&name).map(drop),
+        store.keys().rewrap(&name).map(drop),
+        store.keys().shred_data_keys(&name, &[1]),
         store.update_logstore(&name, longer).map(drop),
     ] {
         assert_eq!(refused.unwrap_err().code(), "tampered");
@@ -677,7 +677,7 @@ fn segments_under_newer_keys_reveal_an_older_keys_section() {
     let older = Document::read(&fs::read(path(&copy, Which::Meta)).unwrap());
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
-    store.rotate_data_key(logstore.name()).unwrap();
+    store.keys().rotate_data_key(logstore.name()).unwrap();
     logstore.append(record("under the third version"), &synced()).unwrap();
     store.close().unwrap();
     drop(logstore);
@@ -698,7 +698,7 @@ fn the_second_tag_is_verified_where_the_data_key_is_at_hand() {
         (document.tag_b[0], document.tag_b_follows) = (document.tag_b[0] ^ 1, false);
     });
     let store = copy.builder().open_read_only().unwrap();
-    let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
     assert_eq!(found, [("tampered", Some(path(&copy, Which::Meta)))], "{report:?}");
 }
@@ -721,7 +721,7 @@ fn the_rules_of_checkpoints() {
         copy.change_document(&copy.path("checkpoint"), change);
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let verified = store.verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
+        let verified = store.admin().verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
         assert_eq!(verified.as_ref().err().map(|error| error.code()), code, "{rule}: {verified:?}");
     }
 }
@@ -736,7 +736,7 @@ fn the_rules_of_heads_in_a_checkpoint() {
         });
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let report = store.verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
         assert!(!report.is_clean(), "{field}: {report:?}");
     }
 }
@@ -772,9 +772,9 @@ fn the_rules_of_the_audit_log() {
             document.edit(|json| json["catalogue"]["audit"] = json!({"number": records.len(), "tag": tag}));
         });
         let store = copy.builder().open_read_only().unwrap();
-        let found = store.audit_records().err().map_or("", |error| error.code());
+        let found = store.keys().audit_records().err().map_or("", |error| error.code());
         assert_eq!(found, code, "{rule}");
-        let report = store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert_eq!(report.faults.first().map_or("", |fault| fault.kind), code, "{rule}: {report:?}");
     }
 }
@@ -1064,7 +1064,8 @@ fn check_journal(&(rule, expected, change): &JournalRow) {
         }
     }
     if expected.is_none() {
-        let report = copy.builder().open_read_only().unwrap().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report =
+            copy.builder().open_read_only().unwrap().admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{rule}: {report:?}");
     }
 }

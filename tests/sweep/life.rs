@@ -451,7 +451,7 @@ impl Life {
 
     fn update(&mut self, n: usize, change: impl Fn(&mut View)) -> Outcome {
         let applied = |store: &Store| {
-            let config = store.config(&name(NAMES[n]))?;
+            let config = store.logstore(&name(NAMES[n]))?.config();
             let mut view = View {
                 encrypt_conf: config.encrypt_conf.clone(),
                 ttl_days: config.ttl_days,
@@ -480,7 +480,7 @@ impl Life {
         }
         self.shelves().get_mut(NAMES[n]).unwrap().allow_dropping();
         self.update(n, |view| view.retention_bytes = Some(1))?;
-        if let Some(Err(error)) = self.store.as_ref().map(Store::apply_retention) {
+        if let Some(Err(error)) = self.store.as_ref().map(|store| store.admin().apply_retention()) {
             self.excused("retention", &error)?;
         }
         self.update(n, |view| view.retention_bytes = None)
@@ -600,13 +600,13 @@ impl Life {
             }
             Step::RotateDataKey(n) | Step::Rewrap(n) if self.shelves()[NAMES[n]].current.key_versions == 0 => {}
             Step::RotateDataKey(n) => {
-                self.change(n, |view| view.key_versions += 1, |store| store.rotate_data_key(&name(NAMES[n])))?;
+                self.change(n, |view| view.key_versions += 1, |store| store.keys().rotate_data_key(&name(NAMES[n])))?;
             }
-            Step::Rewrap(n) => self.change(n, |_| {}, |store| store.rewrap(&name(NAMES[n])))?,
+            Step::Rewrap(n) => self.change(n, |_| {}, |store| store.keys().rewrap(&name(NAMES[n])))?,
             Step::RotateServiceKey => {
                 let Some(store) = self.store.clone() else { return Ok(()) };
                 let before: Vec<_> = self.shelves().values_mut().map(Shelf::may_renew_data_key).collect();
-                let done = store.rotate_service_key_with(&mut |_| {});
+                let done = store.keys().rotate_service_key_with(&mut |_| {});
                 // A Logstore under the service key gets a new data key, or already got it from the
                 // interrupted run that this one continued.
                 if done.as_ref().is_ok_and(|done| !done.continued) {
@@ -633,7 +633,8 @@ impl Life {
                 let conf = self.shelves()[NAMES[n]].current.encrypt_conf.clone();
                 let Some(old) = conf.and_then(|conf| conf.user_cmk_info) else { return Ok(()) };
                 let new = if old == cmk(0) { cmk(1) } else { cmk(0) };
-                let replace = |store: &Store| store.replace_cmk(&name(NAMES[n]), new.clone(), ReplaceCmk::default());
+                let replace =
+                    |store: &Store| store.keys().replace_cmk(&name(NAMES[n]), new.clone(), ReplaceCmk::default());
                 let change = |view: &mut View| {
                     view.key_versions += 1;
                     view.encrypt_conf =
@@ -649,7 +650,7 @@ impl Life {
                 }
             }
             Step::Delete(n) => self.delete(n)?,
-            Step::Checkpoint => match self.store.as_ref().map(Store::checkpoint) {
+            Step::Checkpoint => match self.store.as_ref().map(|store| store.admin().checkpoint()) {
                 Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms && !self.trouble.left_open => {
                     (0..NAMES.len()).for_each(|n| self.durable(n))
                 }
@@ -849,7 +850,7 @@ impl Life {
         self.random.fail_next(false);
         if let Some(store) = &self.store {
             // A retention run does the same: it takes back a key change that the catalogue lacks.
-            store.rotate_due_data_keys().map_err(|error| format!("no key can be changed: {error}"))?;
+            store.keys().rotate_due_data_keys().map_err(|error| format!("no key can be changed: {error}"))?;
         }
         for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
@@ -907,7 +908,7 @@ impl Life {
             }
         }
         let report =
-            store.verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+            store.admin().verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
         ensure!(report.is_clean() && report.refused.is_empty(), "verify finds {report:?}");
         self.look_for_secrets()
     }
@@ -1027,7 +1028,7 @@ impl Life {
             }
         }
         let report =
-            store.verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+            store.admin().verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
         ensure!(reported == 0 || !report.is_clean(), "reading found damage, verify did not");
         Ok(())
     }

@@ -220,14 +220,14 @@ fn what_is_older_than_it_was_is_rolled_back() {
         fixture.put(store, AES, 0);
         open = Some(fixture.disk.image());
         for days in [10, 20] {
-            let mut config = store.config(&name(AES)).unwrap();
+            let mut config = store.logstore(&name(AES)).unwrap().config();
             config.ttl_days = Some(days);
             store.update_logstore(&name(AES), config).unwrap();
         }
-        store.rotate_data_key(&name(SM4)).unwrap();
+        store.keys().rotate_data_key(&name(SM4)).unwrap();
     });
     let mut checkpoint = None;
-    fixture.reopened(|_, store| checkpoint = Some(store.checkpoint().unwrap()));
+    fixture.reopened(|_, store| checkpoint = Some(store.admin().checkpoint().unwrap()));
     let (image, open, checkpoint) = (fixture.disk.image(), open.unwrap(), checkpoint.unwrap());
     assert!(fixture.examine(&image, None).is_clean());
     assert_eq!(fixture.verify_against(&image, &checkpoint), [""; 0]);
@@ -257,7 +257,7 @@ fn what_is_older_than_it_was_is_rolled_back() {
     // knowledge detects it, which is the purpose of a checkpoint.
     let whole = image.with_dir_of(&fixture.world.store_dir(), &old);
     let store = fixture.builder(MemoryDisk::of(&whole)).open_read_only().unwrap();
-    assert!(store.verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
+    assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     let found = fixture.verify_against(&whole, &checkpoint);
     assert!(!found.is_empty() && found.iter().all(|code| ["rolled_back", "truncated"].contains(code)), "{found:?}");
 }
@@ -271,7 +271,7 @@ fn a_checkpoint_finds_a_consistent_older_catalogue() {
     let mut checkpoint = None;
     fixture.reopened(|fixture, store| {
         fixture.put(store, AES, 0);
-        checkpoint = Some(store.checkpoint().unwrap());
+        checkpoint = Some(store.admin().checkpoint().unwrap());
     });
     let (image, checkpoint) = (fixture.disk.image(), checkpoint.unwrap());
     let damaged = image.with_dir_of(&catalogue_dir(&fixture.world.store_dir()), &old);
@@ -291,7 +291,7 @@ fn an_older_keyring_is_too_old() {
     let mut fixture = Fixture::closed();
     let old = fixture.disk.image();
     fixture.reopened(|_, store| {
-        store.rotate_service_key().unwrap();
+        store.keys().rotate_service_key().unwrap();
     });
     let keyring = fixture.world.keyring();
     let damaged = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
@@ -308,10 +308,10 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
     let probe = old.files.keys().find(|path| path.starts_with(&probes)).unwrap().clone();
     let keyring = fixture.world.keyring();
     fixture.reopened(|fixture, store| {
-        let cmk = store.config(&name(SM4)).unwrap().encrypt_conf.unwrap().user_cmk_info.unwrap();
+        let cmk = store.logstore(&name(SM4)).unwrap().config().encrypt_conf.unwrap().user_cmk_info.unwrap();
         fixture.world.local().rotate(&cmk.cmk_key_id).unwrap();
-        store.rewrap_all(&RewrapOptions::default(), &mut |_| {}).unwrap();
-        store.rewrap_keyring(Some(fixture.world.cmk())).unwrap();
+        store.keys().rewrap_all(&RewrapOptions::default(), &mut |_| {}).unwrap();
+        store.keys().rewrap_keyring(Some(fixture.world.cmk())).unwrap();
     });
     let image = fixture.disk.image();
     for path in [&probe, &keyring] {
@@ -320,7 +320,7 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
         let verdict = fixture.examine(&back, None);
         assert!(verdict.is_clean(), "{}: {verdict:?}", path.display());
     }
-    fixture.reopened(|_, store| assert_eq!(store.rotate_service_key().unwrap(), 2));
+    fixture.reopened(|_, store| assert_eq!(store.keys().rotate_service_key().unwrap(), 2));
     let back = fixture.disk.image().with(&keyring, old.files[&keyring].clone());
     assert_found(&fixture, "a keyring from before", &back, "keyring_too_old");
 }
@@ -339,7 +339,7 @@ fn what_was_taken_from_the_audit_log_stays_missed() {
         fixture.builder(Arc::clone(&disk)).open().unwrap().close().unwrap();
         assert_found(&fixture, "closed again", &disk.image(), "truncated");
         let store = fixture.builder(Arc::clone(&disk)).open().unwrap();
-        store.rotate_data_key(&name(AES)).unwrap();
+        store.keys().rotate_data_key(&name(AES)).unwrap();
         store.close().unwrap();
         // The rotation is recorded twice: its intent and its completion.
         let expected = if left + 2 < lines.len() { "truncated" } else { "rolled_back" };
@@ -436,7 +436,7 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
             };
             let damaged = [&bytes[..body], &[0; 50], &forged_block(&mark, b"")[..]].concat();
             let store = fixture.builder(MemoryDisk::of(&image.with(&path, damaged))).open().unwrap();
-            let repaired = store.repair(&name(logstore), 0);
+            let repaired = store.admin().repair(&name(logstore), 0);
             assert!(matches!(repaired, Err(Error::WrongKey { .. })), "{logstore} {suite:?}: {repaired:?}");
         }
     }

@@ -40,7 +40,7 @@ impl Unclean {
             open.insert(newest(&image, logstore, "shard-0000"), (name(logstore), 0));
         }
         if checkpoint {
-            store.checkpoint().unwrap();
+            store.admin().checkpoint().unwrap();
             let image = fixture.disk.image();
             known = open.keys().map(|path| (path.clone(), blocks(&image.files[path]).1)).collect();
         }
@@ -109,7 +109,7 @@ impl Unclean {
         let store = self.fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
         let (texts, error) = read_all(&store, logstore, *shard);
         let options = VerifyOptions { logstore: Some(logstore.clone()), ..VerifyOptions::default() };
-        let report = store.verify(&options, &mut |_| {}).unwrap();
+        let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         (texts, error, report.faults.iter().map(|fault| fault.kind).collect())
     }
 
@@ -337,7 +337,7 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
             let store = fixture.builder(MemoryDisk::of(&cut)).open_read_only().unwrap();
             let error = read_all(&store, &name(logstore), 0).1.map(|error| error.code());
             let options = VerifyOptions { logstore: Some(name(logstore)), ..VerifyOptions::default() };
-            let faults = store.verify(&options, &mut |_| {}).unwrap().faults;
+            let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
             let verdict = (error, faults.iter().map(|fault| fault.kind).collect::<Vec<_>>());
             let appended = fixture.builder(MemoryDisk::of(&cut)).open().and_then(|store| {
                 let options = AppendOptions { shard: ShardChoice::Shard(0), ..synced() };

@@ -53,7 +53,7 @@ pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
 fn rotate_data(setup: &Setup, argument: &str) -> Result {
     let name = name(argument)?;
     let store = setup.open()?;
-    let version = store.rotate_data_key(&name)?;
+    let version = store.keys().rotate_data_key(&name)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "logstore": name, "data_key_version": version }));
@@ -64,7 +64,7 @@ fn rotate_data(setup: &Setup, argument: &str) -> Result {
 fn rewrap_one(setup: &Setup, argument: &str) -> Result {
     let name = name(argument)?;
     let store = setup.open()?;
-    let envelopes = store.rewrap(&name)?;
+    let envelopes = store.keys().rewrap(&name)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }));
@@ -83,7 +83,7 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
     options.restart = args.restart;
     let store = setup.open()?;
     let mut progress: Option<Progress> = None;
-    let report = store.rewrap_all(&options, &mut |at| {
+    let report = store.keys().rewrap_all(&options, &mut |at| {
         let bar = progress.get_or_insert_with(|| Progress::steps(at.total as u64));
         bar.set(at.done as u64);
         bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
@@ -134,7 +134,7 @@ fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
 }
 
 fn usage(setup: &Setup) -> Result {
-    let usage = setup.open_read_only()?.key_usage()?;
+    let usage = setup.open_read_only()?.keys().usage()?;
     if setup.json {
         return output::json(&usage);
     }
@@ -216,14 +216,14 @@ fn destroy(safe: bool, needed_for: &[KeyNeed]) -> Cell {
 fn rotate_service(setup: &Setup) -> Result {
     let store = setup.open()?;
     let mut progress: Option<Progress> = None;
-    let done = store.rotate_service_key_with(&mut |at| {
+    let done = store.keys().rotate_service_key_with(&mut |at| {
         let bar = progress.get_or_insert_with(|| Progress::steps(at.total as u64));
         bar.set(at.done as u64);
         bar.say(at.logstore.as_ref().map_or_else(String::new, ToString::to_string));
     });
     drop(progress);
     let done = done.map_err(|error| {
-        let unfinished = store.is_service_rotation_unfinished();
+        let unfinished = store.keys().is_service_rotation_unfinished();
         let failure = Failure::from(error);
         match unfinished {
             true => failure
@@ -231,7 +231,7 @@ fn rotate_service(setup: &Setup) -> Result {
             false => failure,
         }
     })?;
-    let anchor = store.anchor_status();
+    let anchor = store.admin().anchor_status();
     setup.close(store)?;
     if anchor.anchored && !anchor.configured {
         setup.notice(
@@ -275,7 +275,7 @@ fn rotate_service(setup: &Setup) -> Result {
 }
 
 fn audit(setup: &Setup) -> Result {
-    let records = setup.open_read_only()?.audit_records()?;
+    let records = setup.open_read_only()?.keys().audit_records()?;
     if setup.json {
         return output::json(&json!({ "records": records }));
     }
@@ -297,7 +297,7 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
         Some(path) => Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?),
         None => None,
     };
-    let found = setup.open_read_only()?.verify_audit(against.as_ref())?;
+    let found = setup.open_read_only()?.keys().verify_audit(against.as_ref())?;
     let number = found.head.number;
     let printed = if setup.json {
         let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
@@ -315,7 +315,7 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
 }
 
 fn export_audit(setup: &Setup, out: &Path) -> Result {
-    let export = setup.open_read_only()?.export_audit()?;
+    let export = setup.open_read_only()?.keys().export_audit()?;
     write_new(out, export.text.as_bytes())?;
     if setup.json {
         return output::json(&json!({ "audit": output::path(out), "head": export.head }));
@@ -349,7 +349,7 @@ fn backup(setup: &Setup, out: &Path) -> Result {
         out.display(),
         setup.store.display()
     ))?;
-    match store.service_cmk() {
+    match store.keys().service_cmk() {
         Some(cmk) => output::line(format_args!(
             "it can be opened only with master key {}, which needs a backup too",
             cmk.cmk_key_id
@@ -379,7 +379,7 @@ fn refuse_inside(store: &Path, out: &Path) -> Result {
 fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
     let cmk = service_cmk.map(setup::cmk).transpose()?;
     let store = setup.open()?;
-    store.rewrap_keyring(cmk.clone())?;
+    store.keys().rewrap_keyring(cmk.clone())?;
     setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "service_cmk": cmk }));
@@ -474,7 +474,7 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     let store = setup.open()?;
     // Replace only the key. Refuse other changed settings: they are probably meant for another
     // Logstore or for `update`.
-    let old = store.config(&name)?.encrypt_conf.ok_or(ConfigError::NotByok)?;
+    let old = store.logstore(&name)?.config().encrypt_conf.ok_or(ConfigError::NotByok)?;
     if let (Some(fixed), Some(asked)) = (old.encrypt_type, conf.encrypt_type)
         && fixed != asked
     {
@@ -487,8 +487,8 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
         ));
     }
     let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };
-    store.replace_cmk(&name, cmk, how)?;
-    let config = store.config(&name)?;
+    store.keys().replace_cmk(&name, cmk, how)?;
+    let config = store.logstore(&name)?.config();
     setup.close(store)?;
     if setup.json {
         return output::json(&config);
@@ -502,7 +502,7 @@ fn shred(setup: &Setup, argument: &str, versions: &[u32], yes: bool) -> Result {
     let name = name(argument)?;
     confirm(yes, &format!("destroying data keys of {name}, and the data they sealed,"))?;
     let store = setup.open()?;
-    store.shred_data_keys(&name, versions)?;
+    store.keys().shred_data_keys(&name, versions)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&json!({ "logstore": name, "shredded": versions }));

@@ -36,7 +36,7 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         builder = builder.service_cmk(cmk.clone());
     }
     let store = builder.open_or_create()?;
-    if service_cmk.is_some() && store.service_cmk() != service_cmk {
+    if service_cmk.is_some() && store.keys().service_cmk() != service_cmk {
         return Err(Failure::refused(
             "service_key_differs",
             "the store exists already, and its service keyring is not under that master key: see `keys rewrap-keyring`",
@@ -51,14 +51,14 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         ))?;
     }
     store.create_logstore(&name, spec)?;
-    let config = store.config(&name)?;
+    let config = store.logstore(&name)?.config();
     setup.close(store)?;
     if setup.json { output::json(&config) } else { output::line(format_args!("created {name}")) }
 }
 
 pub(crate) fn get(setup: &Setup, args: &NameArgs) -> Result {
     let store = setup.open_read_only()?;
-    output::json(&store.config(&name(&args.name)?)?)
+    output::json(&store.logstore(&name(&args.name)?)?.config())
 }
 
 pub(crate) fn update(setup: &Setup, args: &UpdateArgs) -> Result {

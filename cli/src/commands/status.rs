@@ -44,7 +44,7 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
             "store": output::path(&setup.store),
             "store_id": store.id(),
             "logstores": logstores,
-            "anchor": store.anchor_status(),
+            "anchor": store.admin().anchor_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // The KMS calls include those made above for the states.
             "kms": store.metrics().kms,
@@ -111,7 +111,7 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
     if !all.is_empty() || failed.is_empty() {
         output::print_table(&table)?;
     }
-    match store.anchor_status().records_behind {
+    match store.admin().anchor_status().records_behind {
         Some(0) => output::line("the anchor is up to date with the catalogue")?,
         Some(1) => output::line("the anchor is 1 record behind the catalogue")?,
         Some(records) => {

@@ -24,7 +24,7 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     let store = setup.open_read_only()?;
     let options = VerifyOptions { logstore, keyless: args.keyless, against };
     let mut progress: Option<Progress> = None;
-    let report = store.verify(&options, &mut |at| {
+    let report = store.admin().verify(&options, &mut |at| {
         progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes);
     })?;
     drop(progress);
@@ -102,7 +102,7 @@ fn read_checkpoint(path: &Path) -> Result<Checkpoint> {
 
 pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
     let store = setup.open()?;
-    let checkpoint = store.checkpoint()?;
+    let checkpoint = store.admin().checkpoint()?;
     setup.close(store)?;
     write_new(&args.out, checkpoint.to_bytes())?;
     if setup.json {
@@ -115,7 +115,7 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     let name = name(&args.name)?;
     confirm(args.yes, &format!("discarding the damaged end of shard {} of {name}", args.shard))?;
     let store = setup.open()?;
-    let report = store.repair(&name, args.shard)?;
+    let report = store.admin().repair(&name, args.shard)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&report);

@@ -23,6 +23,8 @@ pub enum AuditEvent {
     RotateIntended,
     /// A new data-key version is in use.
     Rotated,
+    /// The envelopes are about to be wrapped again under the current wrapping key.
+    RewrapIntended,
     /// The envelopes were re-wrapped under the current wrapping key.
     Rewrapped,
     /// A re-wrap of the envelopes of many Logstores begins; the detail says of which.

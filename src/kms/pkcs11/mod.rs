@@ -67,7 +67,7 @@
 //!   If a module refuses that, it is `Unreachable` in the child. The child does not use sessions
 //!   that the parent has opened.
 //! - **A key object has no versions.** To rotate, create another key with another name, and call
-//!   `Store::replace_cmk`.
+//!   `Keys::replace_cmk`.
 //!
 //! # The format of a wrapped key
 //!

@@ -4,8 +4,10 @@
 //! document | zeros to a multiple of 512 | tip 0 | tip 1 | record | record | …
 //! ```
 //!
-//! Each record's tag covers the tag before it; the first one follows the document's. A tip names the last record that is known to be
-//! synced, in the place of its parity, so that records cannot be cut off without a key, although a torn last record is no fault.
+//! The tag of each record covers the tag before it. The tag of the first record covers the tag of
+//! the document. A tip names the last record that is known to be synced. The parity of the record
+//! selects the slot of its tip. So an attacker without a key cannot cut off synced records,
+//! although a torn last record is no fault.
 
 use std::path::{Path, PathBuf};
 
@@ -26,7 +28,7 @@ use crate::{
 
 /// The most changes in one record, so that none is longer than a few MiB.
 pub(super) const CHANGES_MAX: usize = 4096;
-/// The longest catalogue file in bytes: a writer begins another one long before.
+/// The longest catalogue file in bytes. A writer begins another file long before this length.
 const FILE_BYTES_MAX: u64 = 4 * DOCUMENT_BYTES_MAX;
 /// A tip has a sector of its own, which the disk writes whole or not at all.
 const SECTOR: usize = 512;
@@ -38,18 +40,18 @@ const TIP_SIGNED_LEN: usize = 56;
 const TIP_LEN: usize = TIP_SIGNED_LEN + TAG_LEN + CRC_LEN;
 const TAG_LEN: usize = 32;
 const CRC_LEN: usize = 4;
-/// How often a reader beside a writer tries again.
+/// The number of attempts of a reader beside a writer.
 const ATTEMPTS: u32 = 16;
 
 /// The tag of a record, or of the snapshot.
 pub(super) type Tag = [u8; TAG_LEN];
 
-/// Which catalogue file it is: the higher, the newer.
+/// The place of a catalogue file in the order of all of them. A newer file has a higher place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Place {
     /// The epoch of the writer that made it.
     pub(crate) epoch: u64,
-    /// Counts the files of this writer, from 1.
+    /// The number of the file among those of this writer, from 1.
     pub(crate) serial: u64,
 }
 
@@ -69,12 +71,12 @@ impl Place {
     }
 }
 
-/// Whether a file of this name in the directory of the catalogue is one of its files.
+/// Whether this is the name of a catalogue file.
 pub(super) fn is_catalogue_file(name: &str) -> bool {
     Place::parse(name).is_some()
 }
 
-/// Whether a file of this name in the directory of the catalogue is one of its files, or was to become one.
+/// Whether this is the name of a catalogue file, or of its temporary file.
 pub(crate) fn is_catalogue_file_or_temporary(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or_default();
     is_catalogue_file(stem) && (stem == name || io::is_temporary(name, stem))
@@ -103,7 +105,7 @@ struct Body<C> {
     catalogue: C,
 }
 
-/// A catalogue file, as it was read.
+/// The contents of a catalogue file.
 #[derive(Debug)]
 pub(crate) struct Loaded {
     pub(crate) catalogue: Catalogue,
@@ -115,7 +117,7 @@ pub(crate) struct Loaded {
     pub(crate) keyring_version: u32,
 }
 
-/// The bytes of a new file, without records, and the tag that the first record follows.
+/// The bytes of a new file without records, and the tag that the first record covers.
 ///
 /// # Errors
 /// The keyring has no newest version.
@@ -179,8 +181,9 @@ pub(super) struct Tip {
 }
 
 impl Tip {
-    /// Its sector, and where that goes in a file whose snapshot and tips have `snapshot_len` bytes. The other slot keeps the tip before
-    /// it, should a crash tear this one.
+    /// Its sector, and the offset of the sector in a file whose snapshot and tips have
+    /// `snapshot_len` bytes. The other slot keeps the tip before, because a crash may tear this
+    /// one.
     pub(super) fn encode_at(&self, snapshot_len: u64, version: u32, key: &SecretKey) -> (u64, Vec<u8>) {
         let slot = (self.number % 2) as usize;
         let at = snapshot_len - TIPS_LEN as u64 + (slot * SECTOR) as u64;
@@ -210,12 +213,12 @@ struct Parser<'a> {
     bytes: &'a [u8],
     path: &'a Path,
     keyring: &'a Keyring,
-    /// The key of the version that was used last.
+    /// The key of the last version that was needed, with that version.
     key: Option<(u32, SecretKey)>,
     is_mirror: bool,
 }
 
-/// What stands where a record may be.
+/// The bytes at the offset of a record.
 enum Next {
     Record {
         end: usize,
@@ -224,7 +227,7 @@ enum Next {
         tag: Tag,
         changes: Vec<Change>,
     },
-    /// Nothing that is whole.
+    /// No complete record.
     Nothing,
 }
 
@@ -252,7 +255,7 @@ impl Parser<'_> {
         Ok(&self.key.insert(key).1)
     }
 
-    /// The tip in a slot; `None` for one that is not whole.
+    /// The tip in a slot; `None` for a tip that is not complete.
     fn tip(&mut self, start: usize, slot: usize) -> Result<Option<Tip>> {
         let at = start + slot * SECTOR;
         let sector = self.bytes.get(at..at + SECTOR).unwrap_or_default();
@@ -396,7 +399,7 @@ impl Parser<'_> {
         }
         match tips {
             [Some(_), Some(_)] => Ok(()),
-            // A crash tore it when it was to name the next record, which had been synced before.
+            // A crash tore the tip of the next record, which was synced before its tip was written.
             [Some(tip), None] | [None, Some(tip)] if last.number > tip.number => Ok(()),
             [Some(tip), None] | [None, Some(tip)] => missing(tip.number + 1),
             [None, None] => self.corrupt(tips_at, "neither of its tips is whole"),
@@ -404,7 +407,7 @@ impl Parser<'_> {
     }
 }
 
-/// Whether the bytes are the beginning of a record, by its magic and by the length that it claims.
+/// Whether the bytes are an incomplete record, by its magic and by the length that it claims.
 fn is_cut_record(bytes: &[u8]) -> bool {
     let mut cursor = Cursor::new(bytes);
     if cursor.magic(RECORD_MAGIC).is_err() {
@@ -414,7 +417,8 @@ fn is_cut_record(bytes: &[u8]) -> bool {
     bytes.len() < len
 }
 
-/// Writes the catalogue of a new store, whose first writer has this epoch. That writer replaces it when it opens the store.
+/// Writes the catalogue of a new store, under an epoch below that of every writer. The first writer
+/// replaces it when it opens the store.
 pub(crate) fn write_first(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring) -> Result<()> {
     let place = Place { epoch: 0, serial: 1 };
     let path = place.path(&super::dir(dir));
@@ -423,7 +427,7 @@ pub(crate) fn write_first(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
     io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", path))
 }
 
-/// The highest epoch that a catalogue file of the store in `dir` names. Nothing authenticates it.
+/// The highest epoch in the names of the catalogue files in `dir`. It is not authenticated.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -437,7 +441,8 @@ pub(crate) fn newest_epoch(disk: &dyn Disk, dir: &Path) -> Result<u64> {
     Ok(epochs.max().unwrap_or(0))
 }
 
-/// Reads a copy of a catalogue file, which an anchor has kept and calls `path`. Its tips do not count: they may name later records than were copied.
+/// Reads a copy of a catalogue file from an anchor, which names the copy `path`. Ignores its tips,
+/// because they may name records after the copied ones.
 ///
 /// # Errors
 /// The integrity errors of the catalogue.
@@ -467,7 +472,7 @@ pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
             return Err(Error::io("read", path)(wrong.into()));
         }
         match read(disk, &path) {
-            // The writer has begun another file meanwhile.
+            // The writer has begun another file in between.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => found = Some(path),
             bytes => {
                 let bytes = bytes.map_err(Error::io("read", &path))?;
@@ -479,7 +484,8 @@ pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
     Err(found.map_or_else(missing, |path| Error::io("read", path)(std::io::ErrorKind::NotFound.into())))
 }
 
-/// Reads a whole file that a writer may be appending to: a tip is not read without the record that it names.
+/// Reads a whole file that a writer may be appending to. Reads it again if it has grown, because a
+/// tip must not be read without the record that it names.
 fn read(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
     let file = disk.open(path, OpenMode::Read)?;
     let mut bytes = io::read_open_file(&*file, FILE_BYTES_MAX)?;

@@ -1,4 +1,5 @@
-//! The writer of the catalogue: appends changes to the journal, and begins a new file when the journal has grown long.
+//! The writer of the catalogue: appends changes to the journal, and begins a new file when the
+//! journal is long.
 
 use std::{
     path::{Path, PathBuf},
@@ -6,7 +7,7 @@ use std::{
 };
 
 use super::{
-    super::anchor::{AnchorPlace, Feeder},
+    super::anchor::{AnchorPlace, Feeder, Mirror},
     Catalogue, Change,
     file::{self, CHANGES_MAX, Place, Tip},
 };
@@ -15,41 +16,43 @@ use crate::{
     config::LogstoreName,
     epoch::Fence,
     ids::{LogstoreId, StoreId},
-    io::{self, Disk, DiskFile, Existing, OpenMode, read_exact_at},
+    io::{self, Disk, DiskFile, Existing, OpenMode},
     keys::keyring::Keyring,
     shard::{Head, RecordHead},
     sync::{Condvar, LockRank, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
 };
 
-/// A journal shorter than this never leads to a new snapshot.
+/// A journal up to this length never causes a new snapshot.
 const JOURNAL_BYTES_MIN: u64 = 1 << 20;
 
 /// The catalogue of an open store, and its file.
 ///
-/// Changes that come in while a sync is under way share the next one (group commit): the first caller that finds no leader writes and
-/// syncs one record for all that wait, and the others follow.
+/// Changes that arrive during a sync share the next one (group commit). The first caller that finds
+/// no leader becomes the leader: it writes and syncs one record for all waiting changes, and wakes
+/// the followers.
 pub(crate) struct Journal {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     store: StoreId,
     keyring: Arc<RwLock<Keyring>>,
-    /// What is durable.
+    /// The durable catalogue.
     catalogue: RwLock<Catalogue>,
     queue: Mutex<Queue>,
     done: Condvar,
     /// `None` in a store that is open for reading.
     fence: Option<Arc<Fence>>,
-    /// Keeps a copy of the file outside the store.
+    /// Copies the file to the anchor.
     feeder: RwLock<Option<Arc<Feeder>>>,
-    /// Only the leader takes this lock for longer than a moment.
+    /// The leader holds this lock during I/O. All others hold it for a moment, except in
+    /// [`Journal::settle`].
     files: Mutex<Files>,
 }
 
 #[derive(Default)]
 struct Queue {
-    /// What the next leader writes.
+    /// The changes that the next leader writes.
     waiting: Vec<Change>,
-    /// What that comes to.
+    /// Their result.
     outcome: Arc<OnceLock<Result<()>>>,
     leading: bool,
 }
@@ -57,9 +60,10 @@ struct Queue {
 /// The files that this writer has begun.
 #[derive(Default)]
 struct Files {
-    /// How many there were, of which the last ones may not have come to be.
+    /// Their number. The last files may not exist, because a failed attempt uses a number too.
     begun: u64,
-    /// The one that takes the records. `None` after a failure, when it is not known what it holds: the next change begins another.
+    /// The file that takes the records. `None` after a failure, when its contents are unknown: the
+    /// next change begins another file.
     current: Option<Writer>,
 }
 
@@ -71,7 +75,7 @@ struct Writer {
     serial: u64,
     /// The length of the snapshot with its tips.
     snapshot_len: u64,
-    /// Where the next record goes.
+    /// The offset of the next record.
     end: u64,
     /// The last record.
     last: Tip,
@@ -79,28 +83,10 @@ struct Writer {
     settled: bool,
 }
 
-/// The part of a catalogue file that is synced, to be copied.
-#[derive(Clone, Debug)]
-pub(crate) struct Mirror {
-    file: Arc<dyn DiskFile>,
-    pub(crate) place: AnchorPlace,
-    /// Its length in bytes.
-    pub(crate) len: u64,
-}
-
-impl Mirror {
-    /// Its bytes from an offset on.
-    pub(crate) fn read_from(&self, offset: u64) -> std::io::Result<Vec<u8>> {
-        let mut bytes = vec![0; self.len.saturating_sub(offset) as usize];
-        read_exact_at(&*self.file, &mut bytes, offset)?;
-        Ok(bytes)
-    }
-}
-
 impl Writer {
     fn mirror(&self) -> Mirror {
         let place = AnchorPlace { epoch: self.fence.epoch(), serial: self.serial };
-        Mirror { file: Arc::clone(&self.file), place, len: self.end }
+        Mirror::new(Arc::clone(&self.file), place, self.end)
     }
 }
 
@@ -133,8 +119,8 @@ impl Journal {
         }
     }
 
-    /// The catalogue of a store that this process has opened for writing. Nothing can be committed before the first
-    /// [`Journal::replace`] or [`Journal::write_anew`].
+    /// The catalogue of a store that this process has opened for writing. A commit works only after
+    /// the first [`Journal::replace`] or [`Journal::rewrite`].
     pub(crate) fn for_writing(
         disk: Arc<dyn Disk>,
         store_dir: &Path,
@@ -147,7 +133,7 @@ impl Journal {
         Self { fence: Some(fence), ..reading }
     }
 
-    /// Writes a first or another file, and removes the other ones.
+    /// Writes a new file, and removes the others.
     fn begin(&self, catalogue: &Catalogue, serial: u64, fence: Arc<Fence>) -> Result<Writer> {
         let disk = &*self.disk;
         let place = Place { epoch: fence.epoch(), serial };
@@ -161,7 +147,7 @@ impl Journal {
                 disk.remove_file(&other).map_err(Error::io("remove", &other))?;
             }
         }
-        // Should an earlier file come back after a crash, the newer one still counts.
+        // If an earlier file comes back after a crash, the newer file is still in force.
         disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         let file = disk.open(&path, OpenMode::ReadWrite).map_err(Error::io("open", &path))?;
         let len = bytes.len() as u64;
@@ -169,17 +155,17 @@ impl Journal {
         Ok(Writer { fence, file, path, serial, snapshot_len: len, end: len, last, settled: true })
     }
 
-    /// The catalogue, as far as it is durable. A caller must not commit while it holds this.
+    /// The durable catalogue. The caller must not commit while it holds this guard.
     pub(crate) fn now(&self) -> RwLockReadGuard<'_, Catalogue> {
         read(&self.catalogue)
     }
 
-    /// Takes in what the writer of the store has changed since, in a store that is open for reading.
+    /// Replaces the catalogue in memory, in a store that is open for reading.
     pub(crate) fn reload(&self, catalogue: Catalogue) {
         *write(&self.catalogue) = catalogue;
     }
 
-    /// Has a feeder keep a copy of the file, from now on and after each change.
+    /// Lets a feeder copy the file to the anchor, now and after each change.
     pub(crate) fn feed(&self, feeder: Arc<Feeder>) {
         if let Some(writer) = &lock(&self.files).current {
             feeder.want(writer.mirror());
@@ -192,10 +178,10 @@ impl Journal {
         lock(&self.files).current.as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
     }
 
-    /// Makes changes, durably. Blocks for one write and one sync, and for the ones under way.
+    /// Makes changes durable. Blocks for one write and one sync, and for those under way.
     ///
     /// # Errors
-    /// What kept them from being durable. The next commit begins with a new file, in which they are not.
+    /// The error of the write or the sync. The next commit begins a new file without these changes.
     pub(crate) fn commit(&self, changes: Vec<Change>) -> Result<()> {
         let mut queue = lock(&self.queue);
         queue.waiting.extend(changes);
@@ -227,9 +213,10 @@ impl Journal {
     /// Syncs the last tip, so that the last record cannot be cut off without a key.
     ///
     /// # Errors
-    /// [`Error::Io`]. The next commit begins with a new file.
+    /// [`Error::Io`]. The next commit begins a new file.
     pub(crate) fn settle(&self) -> Result<()> {
-        // Keeps the lock during the sync: the system reports a failed write once, and the sync of a record must not miss it.
+        // Holds the lock during the sync: the operating system reports a failed write once, and the
+        // sync of a record must not miss it.
         let mut files = lock(&self.files);
         let Some(mut writer) = files.current.take_if(|writer| !writer.settled) else { return Ok(()) };
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
@@ -243,19 +230,20 @@ impl Journal {
     /// # Errors
     /// As [`Journal::commit`].
     pub(crate) fn replace(&self, catalogue: Catalogue) -> Result<()> {
-        self.renew(|| catalogue)
+        self.begin_with(|| catalogue)
     }
 
-    /// Writes the catalogue in a new file, under the newest version of the service key.
+    /// Writes the unchanged catalogue in a new file, under the newest version of the service key.
     ///
     /// # Errors
     /// As [`Journal::commit`].
-    pub(crate) fn write_anew(&self) -> Result<()> {
-        self.renew(|| self.now().clone())
+    pub(crate) fn rewrite(&self) -> Result<()> {
+        self.begin_with(|| self.now().clone())
     }
 
-    /// Becomes the leader, and writes a new file. Asks for its contents only then, because a record may be under way until then.
-    fn renew(&self, contents: impl FnOnce() -> Catalogue) -> Result<()> {
+    /// Becomes the leader, and writes a new file. Calls `contents` as the leader, because another
+    /// leader may change the catalogue before.
+    fn begin_with(&self, contents: impl FnOnce() -> Catalogue) -> Result<()> {
         let mut queue = lock(&self.queue);
         while queue.leading {
             queue = wait(&self.done, queue);
@@ -283,14 +271,14 @@ impl Journal {
     fn write_snapshot(&self, catalogue: &Catalogue) -> Result<()> {
         let fence = self.fence.clone().ok_or(Error::ReadOnly)?;
         let mut files = lock(&self.files);
-        // Should this fail, the new file may be there all the same, and would count before the current one.
+        // If this fails, the new file may exist, and would be in force in place of the current one.
         files.current = None;
         files.begun += 1;
         files.current = Some(self.begin(catalogue, files.begun, fence)?);
         Ok(())
     }
 
-    /// Writes records of these changes. The caller leads.
+    /// Writes records of these changes. The caller is the leader.
     fn write(&self, changes: &[Change]) -> Result<()> {
         let changes: Vec<&Change> = {
             let catalogue = self.now();
@@ -300,11 +288,11 @@ impl Journal {
             }
             changes
         };
-        let goes_on = lock(&self.files)
+        let fits = lock(&self.files)
             .current
             .as_ref()
             .is_some_and(|writer| writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
-        if !goes_on {
+        if !fits {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;
         }
@@ -326,11 +314,11 @@ impl Journal {
         let (bytes, tag) = file::encode_record(number, changes, &writer.last.tag, version, &key);
         writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
-        // A writer that has taken over may not have seen the record.
+        // A writer that has taken over may not have read the record.
         writer.fence.check()?;
         let last = Tip { number, tag };
         let (offset, sector) = last.encode_at(writer.snapshot_len, version, &key);
-        // The next sync makes it durable. Until then the record counts all the same.
+        // The next sync makes the tip durable. The record is in force before that.
         writer.file.write_at(&sector, offset).map_err(Error::io("write", &writer.path))?;
         writer.end += bytes.len() as u64;
         writer.last = last;

@@ -1,6 +1,7 @@
-//! The catalogue: which Logstore lives under which name, and how far each shard is known to reach.
+//! The catalogue: the Logstores by name, the metadata in force, and the recorded head of each
+//! shard.
 //!
-//! On disk it is a snapshot with a journal of changes behind it ([`file`]); [`Journal`] writes it.
+//! On disk it is a snapshot with a journal of changes behind it ([`file`]). [`Journal`] writes it.
 
 mod file;
 mod journal;
@@ -28,11 +29,12 @@ use crate::{
 pub(super) use file::{
     Loaded, exists, is_catalogue_file_or_temporary, load_mirror, load_newest, newest_epoch, write_first,
 };
-pub(super) use journal::{Journal, Mirror};
+pub(super) use journal::Journal;
 
 /// The most Logstores in a store.
 pub const LOGSTORES_MAX: usize = 100_000;
-/// The most shards in a store, of all its Logstores together: the catalogue has to hold where each of them ends.
+/// The most shards in a store, of all its Logstores together: the catalogue records the head of
+/// each.
 pub const STORE_SHARDS_MAX: usize = 100_000;
 
 /// One Logstore in the catalogue.
@@ -49,7 +51,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// Which metadata is in force.
+    /// The metadata in force.
     pub(crate) fn meta(&self) -> MetaRef {
         MetaRef { generation: self.generation, tag: self.tag }
     }
@@ -59,14 +61,14 @@ impl Entry {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Catalogue {
-    /// Counts the records of its journal; kept in the frame.
+    /// The number of the last record of its journal. The frame stores it.
     #[serde(skip)]
     pub(crate) generation: u64,
-    /// How far the key audit log was.
+    /// The recorded end of the key audit log.
     pub(crate) audit: AuditHead,
     #[serde(deserialize_with = "unique")]
     pub(crate) logstores: BTreeMap<LogstoreName, Entry>,
-    /// Logstores that were deleted and whose files may not all be gone.
+    /// The deleted Logstores whose files may not all be removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) deleting: Vec<LogstoreId>,
 }
@@ -76,11 +78,11 @@ pub(crate) fn dir(store: &Path) -> PathBuf {
     store.join("catalogue")
 }
 
-/// One change of the catalogue. A record of the journal holds those that one sync made durable.
+/// One change of the catalogue. A record of the journal has the changes that one sync made durable.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub(crate) enum Change {
-    /// A Logstore was made.
+    /// A Logstore was created.
     Created {
         name: LogstoreName,
         id: LogstoreId,
@@ -97,15 +99,15 @@ pub(crate) enum Change {
         #[serde(with = "crate::ids::hex")]
         tag: [u8; 32],
     },
-    /// A Logstore was deleted. Its files may be there yet.
+    /// A Logstore was deleted. Its files may still exist.
     Deleted { name: LogstoreName, id: LogstoreId },
-    /// The files of a deleted Logstore are gone.
+    /// The files of a deleted Logstore are removed.
     Removed { id: LogstoreId },
-    /// A shard has reached this point.
+    /// A shard has this head.
     Reached { name: LogstoreName, id: LogstoreId, shard: u32, head: Head },
-    /// Retention drops the segments in front of this ordinal, and the sequence numbers in front of this one.
+    /// Retention drops the segments before this ordinal, and the sequence numbers before this one.
     Dropped { name: LogstoreName, id: LogstoreId, shard: u32, first_ordinal: u64, first_seq: u64 },
-    /// The key audit log has reached this point.
+    /// The key audit log has this end.
     Audited(AuditHead),
 }
 
@@ -114,7 +116,7 @@ impl Change {
         Self::Reached { name: name.clone(), id, shard, head }
     }
 
-    /// Whether the change says nothing any more, because its Logstore was deleted since.
+    /// Whether the change has no effect, because its Logstore was deleted since.
     fn is_moot(&self, catalogue: &Catalogue) -> bool {
         match self {
             Self::Reached { name, id, .. } => catalogue.logstores.get(name).is_none_or(|entry| entry.id != *id),
@@ -127,7 +129,7 @@ impl Catalogue {
     /// Checks that a change can be made.
     ///
     /// # Errors
-    /// The rule of the format that it breaks.
+    /// The rule of the format that the change breaks.
     pub(crate) fn check_change(&self, change: &Change) -> std::result::Result<(), &'static str> {
         match change {
             Change::Created { name, generation, shards, .. } => {
@@ -166,7 +168,7 @@ impl Catalogue {
     /// Makes a change.
     ///
     /// # Errors
-    /// The rule of the format that it breaks. Nothing has changed then.
+    /// The rule of the format that the change breaks. Nothing has changed then.
     pub(crate) fn apply(&mut self, change: &Change) -> std::result::Result<(), &'static str> {
         self.check_change(change)?;
         match change {
@@ -185,7 +187,7 @@ impl Catalogue {
             }
             Change::Removed { id } => self.deleting.retain(|deleting| deleting != id),
             Change::Reached { name, shard, head, .. } => {
-                // Two threads may record points of one shard in the other order.
+                // Two threads may record heads of one shard in reverse order.
                 if let Some(record) = self.shard_mut(name, *shard)
                     && record.head.as_ref().is_none_or(|known| known.reach() <= head.reach())
                 {
@@ -221,7 +223,7 @@ impl Catalogue {
         self.logstores.get_mut(name)?.shards.get_mut(shard as usize)
     }
 
-    /// Checks what it says by itself.
+    /// Checks the rules that need no other document.
     fn check(&self) -> Result<(), &'static str> {
         check_audit_head(&self.audit)?;
         if self.logstores.len() > LOGSTORES_MAX {
@@ -238,12 +240,12 @@ impl Catalogue {
     }
 }
 
-/// Checks what a catalogue or a checkpoint says of one Logstore.
+/// Checks the entry of one Logstore in a catalogue or a checkpoint.
 ///
 /// # Errors
-/// The rule of the format that it breaks.
+/// The rule of the format that the entry breaks.
 pub(super) fn check_entry(generation: u64, shards: &[ShardRecord]) -> Result<(), &'static str> {
-    // There is always a next one.
+    // The next number must exist.
     let ordinals = 1..u64::MAX;
     if !ordinals.contains(&generation) {
         return Err("the generation of a Logstore is out of range");
@@ -265,7 +267,7 @@ fn check_shard(shard: &ShardRecord) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Checks how far a catalogue or a checkpoint says that the audit log was.
+/// Checks the end of the audit log in a catalogue or a checkpoint.
 ///
 /// # Errors
 /// The rule of the format that it breaks.
@@ -277,7 +279,7 @@ pub(super) fn check_audit_head(head: &AuditHead) -> Result<(), &'static str> {
     if fits { Ok(()) } else { Err("the tag of the audit record is not one") }
 }
 
-/// Deserializes a map, and refuses a key that is there twice.
+/// Deserializes a map, and refuses a duplicate key.
 pub(super) fn unique<'de, D, K, V>(deserializer: D) -> Result<BTreeMap<K, V>, D::Error>
 where
     D: Deserializer<'de>,

@@ -174,13 +174,13 @@ fn a_service_key_rotation_undoes_no_configuration_change() {
         let plain = world.store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
         let rotating = {
             let world = Arc::clone(&world);
-            thread::spawn(move || world.store.rotate_service_key().unwrap())
+            thread::spawn(move || world.store.keys().rotate_service_key().unwrap())
         };
-        let mut config = world.store.config(&name("p/plain")).unwrap();
+        let mut config = world.store.logstore(&name("p/plain")).unwrap().config();
         config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
         let updated = world.store.update_logstore(&name("p/plain"), config).unwrap();
         rotating.join().unwrap();
-        assert_eq!(world.store.config(&name("p/plain")).unwrap(), updated);
+        assert_eq!(world.store.logstore(&name("p/plain")).unwrap().config(), updated);
         plain.append(record("sealed"), &AppendOptions::default()).unwrap();
         assert!(plain.status().unwrap().encrypting);
     };
@@ -206,14 +206,14 @@ fn nothing_waits_for_ever_when_keys_change() {
         });
         spawn(|world| {
             let name = name("p/l");
-            let Some(version) = revoked_or(world.store.rotate_data_key(&name)) else { return };
+            let Some(version) = revoked_or(world.store.keys().rotate_data_key(&name)) else { return };
             // Rotate twice, so that at most a concurrent append uses this version.
-            if revoked_or(world.store.rotate_data_key(&name)).is_some() {
+            if revoked_or(world.store.keys().rotate_data_key(&name)).is_some() {
                 assert!(version > 1);
             }
         });
         spawn(|world| {
-            let _ = revoked_or(world.store.replace_cmk(&name("p/l"), cmk(1), ReplaceCmk::default()));
+            let _ = revoked_or(world.store.keys().replace_cmk(&name("p/l"), cmk(1), ReplaceCmk::default()));
         });
         spawn(|world| {
             world.clock.advance(secs(31));
@@ -248,8 +248,8 @@ fn nothing_waits_for_ever_when_the_store_is_closed() {
         spawn(|world| world.append("b", Durability::Buffered));
         spawn(|world| world.read().map(drop));
         spawn(|world| {
-            world.store.rotate_data_key(&name("p/l"))?;
-            world.store.shred_data_keys(&name("p/l"), &[1])
+            world.store.keys().rotate_data_key(&name("p/l"))?;
+            world.store.keys().shred_data_keys(&name("p/l"), &[1])
         });
         spawn(|world| {
             world.kms.disable(&cmk(0));

@@ -1,0 +1,125 @@
+//! Automatic rotation of data keys, by the age of the key and by the bytes sealed under it.
+
+use std::{sync::Arc, time::Duration};
+
+use tracing::{info, warn};
+
+use super::{
+    core::Core,
+    env::StoreEnv,
+    key_change::{KeyChange, change_keys_in},
+    keys::KeyService,
+    registry::Administration,
+};
+use crate::{
+    Error, ErrorKind, Result,
+    config::LogstoreName,
+    keys::envelope::KeysSection,
+    logstore::{LogstoreShared, SealedBytes},
+    segment::KeySource,
+};
+
+const DAY_US: u64 = 86_400_000_000;
+/// The delay before the next attempt after a rotation that the KMS prevented.
+const RETRY_AFTER: Duration = Duration::from_secs(600);
+
+/// Rotates the data keys that are due. Returns the Logstores that have a new version. A failure
+/// for one Logstore does not stop the others.
+pub(super) fn rotate_due(core: &Core) -> Result<Vec<LogstoreName>> {
+    core.registry.check_writable()?;
+    let mut rotated = Vec::new();
+    let mut result = Ok(());
+    for name in core.registry.names() {
+        match rotate_if_due(core, &name) {
+            Ok(true) => rotated.push(name),
+            Ok(false) | Err(Error::LogstoreMissing(_)) => {}
+            Err(error) => result = result.and(Err(error)),
+        }
+    }
+    result.map(|()| rotated)
+}
+
+fn rotate_if_due(core: &Core, name: &LogstoreName) -> Result<bool> {
+    let Core { env, keys, registry } = core;
+    let mut admin = registry.administer()?;
+    let logstore = admin.logstore(name)?;
+    let Some(section) = logstore.keys_section() else { return Ok(false) };
+    if env.clock.uptime() < logstore.sealed().retry_at {
+        return Ok(false);
+    }
+    let Some(why) = due(env, &logstore, &section)? else { return Ok(false) };
+    match rotate(keys, &mut admin, &logstore, &why) {
+        Ok(version) => {
+            info!(logstore = %name, version, why, "data key rotated by policy");
+            Ok(true)
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+            warn!(logstore = %name, why, %error, "data key rotation by policy postponed");
+            logstore.sealed().retry_at = env.clock.uptime() + RETRY_AFTER;
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn rotate(keys: &KeyService, admin: &mut Administration<'_>, logstore: &Arc<LogstoreShared>, why: &str) -> Result<u32> {
+    // The gate is asked first, so that no intent is recorded that the KMS would prevent.
+    logstore.gate.admit()?;
+    change_keys_in(keys, admin, logstore, &KeyChange::rotate_by_policy(why), |logstore, section| {
+        keys.add_version(section, logstore.id)
+    })
+}
+
+/// The reason to replace the current data key now, if there is one.
+fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Result<Option<String>> {
+    let config = logstore.config();
+    let enabled = config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+    let policy = config.rotate_data_key.filter(|_| enabled);
+    let (Some(policy), Some(current)) = (policy, section.version(section.current)) else { return Ok(None) };
+    if let Some(days) = policy.max_age_days
+        && !env.has_clock_jumped()
+        && env.clock.wall_us() >= current.created_us.saturating_add(u64::from(days) * DAY_US)
+    {
+        return Ok(Some(format!("version {} is {days} days old", section.current)));
+    }
+    if let Some(max) = policy.max_bytes {
+        let bytes = sealed_bytes(env, logstore, section.current, &mut logstore.sealed())?;
+        if bytes >= max {
+            return Ok(Some(format!("version {} has sealed {bytes} bytes", section.current)));
+        }
+    }
+    Ok(None)
+}
+
+/// The bytes on disk of the segments under the current version. Each segment is counted finally
+/// once it has ended.
+fn sealed_bytes(env: &StoreEnv, logstore: &LogstoreShared, version: u32, sealed: &mut SealedBytes) -> Result<u64> {
+    if sealed.version != version || sealed.shards.len() != logstore.shards.len() {
+        sealed.version = version;
+        sealed.shards = vec![(0, 0); logstore.shards.len()];
+    }
+    let mut total = 0;
+    for (shard, (next, bytes)) in logstore.shards.iter().zip(&mut sealed.shards) {
+        let mut ended = 0;
+        let segments = shard.segments(false)?;
+        for segment in segments.iter().rev().take_while(|segment| segment.ordinal >= *next) {
+            // Versions only grow along a shard, so all earlier segments are under older versions.
+            if shard.key_source(segment)? != KeySource::DataKey(version) {
+                break;
+            }
+            match &segment.active {
+                Some(view) => total += view.visible(),
+                None => {
+                    let stat = env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+                    ended += stat.map_or(0, |stat| stat.len);
+                }
+            }
+        }
+        *bytes += ended;
+        total += *bytes;
+        if let Some(last) = segments.iter().rev().find(|segment| segment.active.is_none()) {
+            *next = (*next).max(last.ordinal + 1);
+        }
+    }
+    Ok(total)
+}

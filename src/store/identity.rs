@@ -1,0 +1,126 @@
+//! The `STORE` file, which names the store and its keyring.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    error::Location,
+    ids::{KeyringId, StoreId},
+    io::{self, Disk, Existing},
+    keys::keyring::Keyring,
+    segment::Features,
+};
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreBody {
+    created_us: u64,
+    keyring: KeyringId,
+}
+
+impl StoreBody {
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes)
+            .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))
+    }
+}
+
+/// The contents of a `STORE` file, before the keyring authenticates it.
+pub(super) struct ClaimedIdentity {
+    pub(super) store: StoreId,
+    pub(super) keyring: KeyringId,
+    pub(super) features: Features,
+}
+
+impl ClaimedIdentity {
+    /// Reads the `STORE` file without a key. `None` if there is no such file.
+    ///
+    /// # Errors
+    /// [`Error::NotAStore`], [`Error::NewerFormat`], [`Error::Corrupt`], [`Error::Io`].
+    pub(super) fn read(disk: &dyn Disk, dir: &Path) -> Result<Option<Self>> {
+        let path = identity_path(dir);
+        let bytes = match io::read_file(disk, &path, DOCUMENT_BYTES_MAX) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            bytes => bytes.map_err(Error::io("read", &path))?,
+        };
+        let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
+        let claimed = parsed.unverified();
+        if claimed.kind != DocumentKind::Store {
+            return Err(Error::NotAStore { path: dir.to_owned() });
+        }
+        let body = StoreBody::parse(&path, &claimed.a)?;
+        Ok(Some(Self { store: claimed.store, keyring: body.keyring, features: claimed.features }))
+    }
+}
+
+pub(super) fn identity_path(dir: &Path) -> PathBuf {
+    dir.join("STORE")
+}
+
+/// Authenticates the `STORE` file.
+///
+/// # Errors
+/// [`Error::Io`], and the integrity errors of the file.
+pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    load_identity(disk, dir, keyring).map(drop)
+}
+
+/// Reads the `STORE` file. It must name the keyring and its store.
+fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Document> {
+    let path = identity_path(dir);
+    let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
+    let document = document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version))?;
+    let body = StoreBody::parse(&path, &document.a)?;
+    if document.store != keyring.store() || body.keyring != keyring.id() {
+        return Err(Error::Tampered { at: Location::new(&path, 24), what: "the identity of another store" });
+    }
+    match document.generation {
+        1 => Ok(document),
+        _ => Err(Error::corrupt(Location::new(&path, 56), "the generation of the identity of a store is not 1")),
+    }
+}
+
+/// Writes the `STORE` file again under the newest version of the service key, otherwise unchanged.
+///
+/// # Errors
+/// [`Error::Io`], and the integrity errors of the file.
+pub(super) fn rewrite_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
+    let document = load_identity(disk, dir, keyring)?;
+    put_identity(disk, dir, keyring, Document { features: Features::default(), ..document })
+}
+
+/// Writes the `STORE` file of a new store, or of a store with a new keyring.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn write_identity(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+    now_us: u64,
+) -> Result<()> {
+    let body = StoreBody { created_us: now_us, keyring: keyring.id() };
+    let document = Document {
+        kind: DocumentKind::Store,
+        features: Features::default(),
+        store,
+        subject: [0; 16],
+        generation: 1,
+        keyring_version: keyring.newest(),
+        a: serde_json::to_vec(&body).expect("plain data always serializes"),
+        b: Vec::new(),
+        tag_b: None,
+    };
+    put_identity(disk, dir, keyring, document)
+}
+
+fn put_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring, document: Document) -> Result<()> {
+    let path = identity_path(dir);
+    let document = Document { keyring_version: keyring.newest(), ..document };
+    let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+    io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
+}

@@ -1,0 +1,130 @@
+//! Checkpoints: the recorded ends of all shards, kept outside the store to detect a rollback.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    document::{self, Document, DocumentKind},
+    error::Location,
+    ids::LogstoreId,
+    keys::audit::AuditHead,
+    segment::Features,
+    shard::{Head, ShardRecord},
+    store::{
+        catalogue::{Change, check_audit_head, check_entry, unique},
+        core::Core,
+    },
+};
+
+/// The state of a store: the heads of all shards, of the catalogue and of the key audit log.
+///
+/// It holds no secret, and the service keyring authenticates it. Kept on another machine, it lets a
+/// later [`Admin::verify`](crate::Admin::verify) detect that data was removed or rolled back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    bytes: Vec<u8>,
+}
+
+impl Checkpoint {
+    /// Its bytes, to be kept.
+    pub fn to_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// A checkpoint from its bytes. They are checked when it is used.
+    pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Self {
+        Self { bytes: bytes.into() }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CheckpointBody {
+    pub(super) taken_us: u64,
+    pub(super) catalogue_generation: u64,
+    pub(super) audit: AuditHead,
+    #[serde(deserialize_with = "unique")]
+    pub(super) logstores: BTreeMap<LogstoreName, CheckpointEntry>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct CheckpointEntry {
+    pub(super) id: LogstoreId,
+    pub(super) generation: u64,
+    pub(super) shards: Vec<ShardRecord>,
+}
+
+/// Makes all data durable and marked, records the heads in the catalogue, and returns them. Holds
+/// the administration.
+pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
+    let Core { env, keys, registry } = core;
+    keys.check_process()?;
+    let mut admin = registry.exclusive();
+    registry.reload_catalogue()?;
+    let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());
+    for name in registry.names() {
+        let logstore = admin.logstore(&name)?;
+        let mut shards = Vec::new();
+        for shard in &logstore.shards {
+            let head: Option<Head> = shard.checkpoint()?;
+            reached.extend(head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)));
+            let record = ShardRecord { head, ..shard.record() };
+            if !env.read_only {
+                // The head is durable, and the commit may take effect even if it fails.
+                shard.set_record(record.clone());
+            }
+            shards.push(record);
+        }
+        let generation = logstore.generation();
+        logstores.insert(name, CheckpointEntry { id: logstore.id, generation, shards });
+    }
+    if !env.read_only {
+        admin.commit(reached)?;
+        admin.settle()?;
+    }
+    let catalogue_generation = registry.catalogue().generation;
+    let body =
+        CheckpointBody { taken_us: env.clock.wall_us(), catalogue_generation, audit: keys.audit().head(), logstores };
+    let keyring = keys.keyring();
+    let document = Document {
+        kind: DocumentKind::Checkpoint,
+        features: Features::default(),
+        store: env.id,
+        subject: [0; 16],
+        generation: catalogue_generation,
+        keyring_version: keyring.newest(),
+        a: serde_json::to_vec(&body).expect("plain data always serializes"),
+        b: Vec::new(),
+        tag_b: None,
+    };
+    Ok(Checkpoint { bytes: document.seal(&keyring.document_key(keyring.newest())?) })
+}
+
+/// Authenticates a checkpoint of this store.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a checkpoint of another store, and the integrity errors of the
+/// document.
+pub(super) fn open_checkpoint(core: &Core, checkpoint: &Checkpoint) -> Result<CheckpointBody> {
+    let path = Path::new("checkpoint");
+    let keyring = core.keys.keyring();
+    let store = document::claimed_store(&checkpoint.bytes, path)?;
+    if store != core.env.id {
+        return Err(Error::InvalidArgument(format!("the checkpoint is of another store ({store})")));
+    }
+    let document =
+        document::open(&checkpoint.bytes, DocumentKind::Checkpoint, path, |version| keyring.document_key(version))?;
+    let body: CheckpointBody = serde_json::from_slice(&document.a)
+        .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))?;
+    if document.generation != body.catalogue_generation {
+        return Err(Error::corrupt(Location::new(path, 56), "its generation is not that of the catalogue"));
+    }
+    check_audit_head(&body.audit)
+        .and_then(|()| body.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards)))
+        .map_err(|rule| Error::corrupt(Location::new(path, 80), rule))?;
+    Ok(body)
+}

@@ -1,0 +1,15 @@
+//! Checks of a store that change nothing: verification, checkpoints, and exports of the key audit
+//! log.
+
+mod audit_export;
+mod checkpoint;
+mod report;
+mod segment;
+mod verify;
+
+pub use audit_export::{AuditExport, AuditMark, AuditVerification};
+pub(super) use audit_export::{audit_records, export_audit, verify_audit};
+pub use checkpoint::Checkpoint;
+pub(super) use checkpoint::checkpoint;
+pub use report::{VerifyFault, VerifyOptions, VerifyProgress, VerifyReport};
+pub(super) use verify::verify;

@@ -1,0 +1,316 @@
+//! Verification of a whole store: checks everything that can be checked, and lists each fault with
+//! its place.
+
+use std::collections::BTreeSet;
+
+use super::{
+    checkpoint::{CheckpointBody, CheckpointEntry, open_checkpoint},
+    report::{VerifyOptions, VerifyProgress, VerifyReport},
+    segment::SegmentCheck,
+};
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    keys::{
+        AuditEvent, AuditRecord,
+        envelope::{KeysSection, TaggedKeys},
+    },
+    logstore::{LogstoreShared, Meta},
+    shard::{Head, Shard, ShardRecord},
+    store::{
+        catalogue::{Catalogue, load_newest},
+        core::Core,
+        identity::verify_identity,
+    },
+};
+
+/// A verification under way.
+struct Verification<'a> {
+    core: &'a Core,
+    keyless: bool,
+    report: VerifyReport,
+    state: VerifyProgress,
+    progress: &'a mut dyn FnMut(VerifyProgress),
+}
+
+/// Verifies a store, or one Logstore.
+pub(in crate::store) fn verify(
+    core: &Core,
+    options: &VerifyOptions,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
+    core.keys.check_process()?;
+    let against = options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
+    let (report, state) = Default::default();
+    let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
+    let names = {
+        let _admin = core.registry.exclusive();
+        core.registry.reload_catalogue()?;
+        match &options.logstore {
+            Some(name) => drop(core.registry.entry(name)?),
+            None => verification.store(against.as_ref())?,
+        }
+        core.registry.names()
+    };
+    let mut logstores = Vec::new();
+    for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
+        match core.registry.logstore(name) {
+            Ok(logstore) => logstores.push(logstore),
+            Err(error) => verification.report.note(Some(name), error)?,
+        }
+    }
+    for logstore in &logstores {
+        verification.state.bytes_total += segment_bytes(core, logstore)?;
+    }
+    for logstore in &logstores {
+        let expected = against.as_ref().and_then(|against| against.logstores.get(&logstore.name));
+        let faults = verification.report.faults.len();
+        let verified = verification.logstore(logstore, expected);
+        verification.keyless = options.keyless;
+        // Closing the store sets its own mark before it closes the gates.
+        if logstore.gate.is_closed() && !core.registry.is_closed() {
+            // The faults were objects that the deletion has removed.
+            verification.report.faults.truncate(faults);
+            verification.report.notes.push(format!("Logstore {} was deleted meanwhile", logstore.name));
+        } else {
+            verified?;
+        }
+    }
+    Ok(verification.report)
+}
+
+/// The bytes on disk of all segments of a Logstore.
+fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
+    let mut bytes = 0;
+    for shard in &logstore.shards {
+        for segment in shard.segments(true).unwrap_or_default().iter() {
+            let stat = core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            bytes += stat.map_or(0, |stat| stat.len);
+        }
+    }
+    Ok(bytes)
+}
+
+impl Verification<'_> {
+    fn advance(&mut self, bytes: u64) {
+        self.state.bytes += bytes;
+        (self.progress)(self.state);
+    }
+
+    /// Verifies the parts that belong to no single Logstore: the documents of the store, the audit
+    /// log, directories that the catalogue does not list, and the checkpoint. The caller holds the
+    /// administration.
+    fn store(&mut self, against: Option<&CheckpointBody>) -> Result<()> {
+        for checked in self.documents() {
+            if let Err(error) = checked {
+                self.report.note(None, error)?;
+            }
+        }
+        let catalogue = self.core.registry.catalogue().clone();
+        let records = self.audit_log(&catalogue, against)?;
+        if self.core.keys.keyring().is_rotating() {
+            let note = "the rotation of the service key is unfinished, and older versions are accepted";
+            self.report.notes.push(note.to_owned());
+        }
+        for id in &catalogue.deleting {
+            let dir = self.core.env.logstore_dir(*id);
+            let note = format!("the files of a deleted Logstore are not all gone: {}", dir.display());
+            self.report.notes.push(note);
+        }
+        for (dir, may_have_segments) in self.core.registry.unlisted()? {
+            if may_have_segments {
+                let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
+                self.report.note(None, Error::RolledBack { what })?;
+            }
+        }
+        against.map_or(Ok(()), |against| self.catalogue(&catalogue, &records, against))
+    }
+
+    /// The documents of the store, as they are on disk now.
+    fn documents(&self) -> [Result<()>; 3] {
+        let Core { env, keys, registry } = self.core;
+        let keyring = keys.keyring();
+        // Shards that roll add records to the catalogue at the same time.
+        let known = registry.catalogue().generation;
+        let catalogue = load_newest(&*env.disk, &env.dir, env.id, &keyring).and_then(|found| {
+            let found = found.catalogue.generation;
+            if env.read_only || found >= known {
+                return Ok(());
+            }
+            Err(Error::RolledBack {
+                what: format!("the catalogue is of generation {found}, it was written as {known}"),
+            })
+        });
+        [verify_identity(&*env.disk, &env.dir, &keyring), keyring.verify_file(), catalogue]
+    }
+
+    /// Verifies the audit log, and compares the catalogue with it. Returns the records; none if
+    /// the log has a fault.
+    fn audit_log(&mut self, catalogue: &Catalogue, against: Option<&CheckpointBody>) -> Result<Vec<AuditRecord>> {
+        let audit = self.core.keys.audit();
+        let mut heads = vec![&catalogue.audit];
+        heads.extend(against.map(|against| &against.audit));
+        let records = match audit.verified(&heads) {
+            Ok(records) => records,
+            Err(error) => {
+                self.report.note(None, error)?;
+                Vec::new()
+            }
+        };
+        let deleted = records.iter().filter(|record| record.event == AuditEvent::Deleted);
+        let deleted: BTreeSet<_> = deleted.filter_map(|record| record.logstore_id).collect();
+        for (name, entry) in &catalogue.logstores {
+            if deleted.contains(&entry.id) {
+                let what = format!("Logstore {name} is there, and the audit log says that it was deleted");
+                self.report.note(Some(name), Error::RolledBack { what })?;
+            }
+        }
+        match audit.strangers() {
+            Ok(notes) => self.report.notes.extend(notes),
+            Err(error) => self.report.note(None, error)?,
+        }
+        Ok(records)
+    }
+
+    /// Compares the catalogue with a checkpoint.
+    fn catalogue(&mut self, catalogue: &Catalogue, records: &[AuditRecord], against: &CheckpointBody) -> Result<()> {
+        if catalogue.generation < against.catalogue_generation {
+            let what = format!(
+                "the catalogue is of generation {}, it was {} at the checkpoint",
+                catalogue.generation, against.catalogue_generation
+            );
+            self.report.note(None, Error::RolledBack { what })?;
+        }
+        for (name, expected) in &against.logstores {
+            let same = catalogue.logstores.get(name).is_some_and(|entry| entry.id == expected.id);
+            let deleted = records.iter().skip(against.audit.number as usize).any(|record| {
+                record.logstore_id == Some(expected.id)
+                    && matches!(record.event, AuditEvent::DeleteIntended | AuditEvent::Deleted)
+            });
+            if deleted {
+                self.report.notes.push(format!("Logstore {name} was deleted since the checkpoint"));
+            } else if !same {
+                let what = format!("Logstore {name}, which the checkpoint knows, is not there");
+                self.report.note(Some(name), Error::RolledBack { what })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn logstore(&mut self, logstore: &LogstoreShared, expected: Option<&CheckpointEntry>) -> Result<()> {
+        let name = &logstore.name;
+        let expected = expected.filter(|expected| expected.id == logstore.id);
+        let generation = logstore.generation();
+        let mut on_disk = None;
+        match self.meta_on_disk(logstore) {
+            Ok(found) => on_disk = found.tagged,
+            Err(error) => self.report.note(Some(name), error)?,
+        }
+        if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
+            let what =
+                format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
+            self.report.note(Some(name), Error::RolledBack { what })?;
+        }
+        if let Some(section) = logstore.keys_section().filter(|_| !self.keyless) {
+            self.keys(logstore, &section, on_disk.as_deref())?;
+        }
+        for (index, shard) in logstore.shards.iter().enumerate() {
+            let record = expected.and_then(|expected| expected.shards.get(index));
+            self.shard(name, shard, record)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the metadata in force from its file.
+    fn meta_on_disk(&self, logstore: &LogstoreShared) -> Result<Meta> {
+        let Core { env, keys, .. } = self.core;
+        loop {
+            let current = logstore.meta_reference();
+            let found = Meta::load(&*env.disk, &logstore.dir, env.id, logstore.id, &keys.keyring(), &current);
+            if found.is_ok() {
+                return found;
+            }
+            // This process, or the writer that a reader follows, may have replaced the metadata.
+            if env.read_only {
+                logstore.gate.catch_up()?;
+            }
+            if logstore.meta_reference() == current {
+                return found;
+            }
+        }
+    }
+
+    /// Verifies the keys section, the envelopes and the probe of a Logstore. The commitments of the
+    /// segments prove the keys with segments; this proves the keys without one too.
+    fn keys(&mut self, logstore: &LogstoreShared, section: &KeysSection, on_disk: Option<&TaggedKeys>) -> Result<()> {
+        let (name, gate) = (&logstore.name, &logstore.gate);
+        if gate.is_unproved()
+            && let Err(error) = gate.admit().and_then(|_| gate.prove())
+        {
+            // No data key can be used, so the rest is verified without keys.
+            self.report.note(Some(name), error)?;
+            self.keyless = true;
+        }
+        let with_keys = !self.keyless;
+        for (version, _) in section.envelopes().filter(|_| with_keys) {
+            let unwrapped = gate.admit().and_then(|_| gate.unwrap(version.version));
+            let checked = unwrapped.and_then(|key| match on_disk {
+                Some(tagged) if version.version == section.current => tagged.prove(&key),
+                _ => Ok(()),
+            });
+            if let Err(error) = checked {
+                self.report.note(Some(name), error)?;
+            }
+        }
+        if let Some(cmk) = &section.cmk
+            && let Err(error) = self.core.keys.load_probe(cmk)
+        {
+            self.report.note(Some(name), error)?;
+        }
+        Ok(())
+    }
+
+    fn shard(&mut self, name: &LogstoreName, shard: &Shard, expected: Option<&ShardRecord>) -> Result<()> {
+        let segments = match shard.segments(true) {
+            Ok(segments) => segments,
+            Err(error) => return self.report.note(Some(name), error),
+        };
+        let record = shard.record();
+        let checkpoint = expected.and_then(|expected| expected.head.as_ref());
+        for head in record.head.iter().chain(checkpoint) {
+            let reached = segments.last().map_or(record.first_ordinal - 1, |last| last.ordinal);
+            if head.ordinal > reached {
+                let what = format!("shard {} ends at segment {reached}, it had {}", shard.id(), head.ordinal);
+                self.report.note(Some(name), Error::RolledBack { what })?;
+            } else if head.ordinal < record.first_ordinal {
+                self.report.notes.push(format!("retention dropped segment {} of {name}", head.ordinal));
+            }
+        }
+        // When the last group before the next segment was received.
+        let mut last_time_us = 0;
+        for segment in segments.iter() {
+            let stat = self.core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            let len = stat.map_or(0, |stat| stat.len);
+            let heads: Vec<&Head> =
+                record.head.iter().chain(checkpoint).filter(|head| head.ordinal == segment.ordinal).collect();
+            let checked = match shard.open_listed(segment) {
+                Ok(Some(opened)) => {
+                    let (report, keyless) = (&mut self.report, self.keyless);
+                    SegmentCheck::run(report, keyless, name, shard, opened, heads, &mut last_time_us)
+                }
+                Ok(None) => {
+                    self.report.notes.push(format!("retention dropped segment {} of {name}", segment.ordinal));
+                    continue;
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = checked {
+                self.report.note(Some(name), error)?;
+            }
+            self.report.segments += 1;
+            self.report.bytes += len;
+            self.advance(len);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+//! Changes of the keys of one Logstore: rotation, re-wrap, replacement of the master key,
+//! shredding.
+//!
+//! Each change records its intent in the audit log before it changes anything.
+
+use std::sync::Arc;
+
+use super::{core::Core, keys::KeyService, registry::Administration};
+use crate::{
+    Result,
+    config::{ConfigError, EncryptConf, LogstoreName, check_cmk},
+    keys::{AuditEvent, envelope::KeysSection},
+    kms::Cmk,
+    logstore::{LogstoreShared, Meta},
+};
+
+/// Options of [`Keys::replace_cmk`](crate::Keys::replace_cmk).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReplaceCmk {
+    /// Whether new data gets a new data key. On by default.
+    pub fresh_data_key: bool,
+}
+
+impl Default for ReplaceCmk {
+    fn default() -> Self {
+        Self { fresh_data_key: true }
+    }
+}
+
+impl ReplaceCmk {
+    /// Keeps the current data key for new data.
+    pub fn keep_data_key() -> Self {
+        Self { fresh_data_key: false }
+    }
+}
+
+/// How a change of keys is recorded in the audit log.
+pub(super) struct KeyChange {
+    intent: AuditEvent,
+    done: AuditEvent,
+    /// The detail of both records. If empty, the second record has the result of the change.
+    about: String,
+}
+
+impl KeyChange {
+    const ROTATE: Self = Self::new(AuditEvent::RotateIntended, AuditEvent::Rotated);
+    const REWRAP: Self = Self::new(AuditEvent::RewrapIntended, AuditEvent::Rewrapped);
+    const REPLACE: Self = Self::new(AuditEvent::ReplaceIntended, AuditEvent::Replaced);
+
+    const fn new(intent: AuditEvent, done: AuditEvent) -> Self {
+        Self { intent, done, about: String::new() }
+    }
+
+    /// A new data key as a part of a rotation of the service key.
+    pub(super) fn rotate_with_service_key() -> Self {
+        Self { about: "with the service key".to_owned(), ..Self::ROTATE }
+    }
+
+    pub(super) fn rotate_by_policy(why: &str) -> Self {
+        Self { about: format!("by policy: {why}"), ..Self::ROTATE }
+    }
+
+    pub(super) fn shred(versions: &[u32], why: &str) -> Self {
+        let numbers: Vec<_> = versions.iter().map(u32::to_string).collect();
+        let about = format!("data-key version {}{why}", numbers.join(", "));
+        Self { about, ..Self::new(AuditEvent::ShredIntended, AuditEvent::Shredded) }
+    }
+
+    /// The detail of the record of the completed change.
+    fn outcome(&self, result: u32) -> String {
+        match (self.done, self.about.is_empty()) {
+            (_, true) => result.to_string(),
+            (AuditEvent::Rotated, false) => format!("{result}, {}", self.about),
+            (_, false) => self.about.clone(),
+        }
+    }
+}
+
+/// Gives a Logstore a new data-key version. Returns the version.
+pub(super) fn rotate(core: &Core, name: &LogstoreName) -> Result<u32> {
+    let keys = &core.keys;
+    change_keys(core, name, &KeyChange::ROTATE, |logstore, section| {
+        logstore.gate.admit()?;
+        keys.add_version(section, logstore.id)
+    })
+}
+
+/// Wraps all data-key versions of a Logstore again, under the wrapping key they have. Returns the
+/// number of envelopes.
+pub(super) fn rewrap(core: &Core, name: &LogstoreName) -> Result<u32> {
+    let keys = &core.keys;
+    change_keys(core, name, &KeyChange::REWRAP, |logstore, section| {
+        let cmk = section.cmk.clone();
+        keys.rewrap_versions(&logstore.gate, section, cmk)
+    })
+}
+
+/// Replaces the master key of a Logstore. Returns the number of envelopes.
+pub(super) fn replace_cmk(core: &Core, name: &LogstoreName, new: Cmk, how: ReplaceCmk) -> Result<u32> {
+    check_cmk(&new)?;
+    let keys = &core.keys;
+    change_keys(core, name, &KeyChange::REPLACE, |logstore, section| {
+        if section.cmk.is_none() {
+            return Err(ConfigError::NotByok.into());
+        }
+        let count = keys.rewrap_versions(&logstore.gate, section, Some(new))?;
+        if how.fresh_data_key {
+            keys.add_version(section, logstore.id)?;
+            return Ok(count + 1);
+        }
+        Ok(count)
+    })
+}
+
+/// Destroys data-key versions of a Logstore.
+pub(super) fn shred(core: &Core, name: &LogstoreName, versions: &[u32]) -> Result<()> {
+    let shred = |_: &LogstoreShared, section: &mut KeysSection| {
+        for &version in versions {
+            let refuse = |why| Err(ConfigError::CannotShred { version, why }.into());
+            if version == section.current {
+                return refuse("it is the current one: rotate the data key first");
+            }
+            match section.versions.iter_mut().find(|entry| entry.version == version) {
+                Some(entry) => entry.wrapped = None,
+                None => return refuse("there is no such version"),
+            }
+        }
+        Ok(versions.len() as u32)
+    };
+    change_keys(core, name, &KeyChange::shred(versions, ""), shred).map(|_| ())
+}
+
+/// Puts the service keyring under another master key, or under none. Calls the KMS.
+pub(super) fn rewrap_keyring(core: &Core, cmk: Option<Cmk>) -> Result<()> {
+    cmk.as_ref().map_or(Ok(()), check_cmk)?;
+    let Core { env, keys, registry } = core;
+    let _one_at_a_time = registry.administer()?;
+    let detail =
+        cmk.as_ref().map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
+    keys.audit().record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
+    keys.change_keyring(|keyring| keyring.rewrap(&*env.random, cmk))?;
+    keys.audit().record(AuditEvent::KeyringRewrapped, None, detail)
+}
+
+/// Changes the keys of a Logstore by `change`, completely or not at all.
+fn change_keys(
+    core: &Core,
+    name: &LogstoreName,
+    how: &KeyChange,
+    change: impl FnOnce(&LogstoreShared, &mut KeysSection) -> Result<u32>,
+) -> Result<u32> {
+    let mut admin = core.registry.administer()?;
+    let logstore = admin.logstore(name)?;
+    change_keys_in(&core.keys, &mut admin, &logstore, how, change)
+}
+
+/// As [`change_keys`], within an administrative operation.
+pub(super) fn change_keys_in(
+    keys: &KeyService,
+    admin: &mut Administration<'_>,
+    logstore: &Arc<LogstoreShared>,
+    how: &KeyChange,
+    change: impl FnOnce(&LogstoreShared, &mut KeysSection) -> Result<u32>,
+) -> Result<u32> {
+    let mut meta = logstore.meta();
+    let mut section = meta.keys.clone().ok_or(ConfigError::NotEncrypted)?;
+    let subject = Some((&logstore.name, logstore.id));
+    keys.audit().record(how.intent, subject, &*how.about)?;
+    let result = change(logstore, &mut section)?;
+    let data_key = match &section.cmk {
+        // The current data key makes the second tag. The section before must be proved first.
+        Some(_) => {
+            logstore.gate.prove()?;
+            Some(keys.unwrap_new(&logstore.name, logstore.id, &section)?)
+        }
+        None => None,
+    };
+    follow(&mut meta, &section);
+    meta.keys = Some(section);
+    admin.replace_meta(logstore, meta, data_key.as_ref())?;
+    keys.audit().record(how.done, subject, how.outcome(result))?;
+    Ok(result)
+}
+
+/// Copies the master key of the section into the configuration, which also names it.
+fn follow(meta: &mut Meta, section: &KeysSection) {
+    if let Some(conf) = &mut meta.config.encrypt_conf {
+        *conf = EncryptConf { user_cmk_info: section.cmk.clone(), ..conf.clone() };
+    }
+}

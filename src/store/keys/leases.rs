@@ -1,0 +1,121 @@
+//! Routing master keys to KMSs, and the lease of each master key.
+
+use std::sync::Arc;
+
+use super::KeyService;
+use crate::{
+    Error, Result,
+    ids::LogstoreId,
+    keys::{
+        envelope::KeysSection,
+        gate::GateKeys,
+        lease::{Lease, LeaseParts, LeaseTerms, Probe},
+    },
+    kms::{BoundedKms, Cmk},
+    logstore::Meta,
+    sync::lock,
+};
+
+impl KeyService {
+    /// The KMS that serves the region of a master key.
+    ///
+    /// # Errors
+    /// [`crate::ConfigError::NoKmsForRegion`].
+    pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
+        Ok(self.kms.serving(&cmk.region_id)?)
+    }
+
+    /// The keys of metadata that was read from its file. The current data key has not yet proved
+    /// them.
+    pub(crate) fn loaded_keys(&self, meta: &Meta, id: LogstoreId) -> Result<GateKeys> {
+        Ok(GateKeys { unproved: meta.tagged.clone(), ..self.gate_keys(meta.keys.as_ref(), id)? })
+    }
+
+    /// The keys of a keys section that this process made, with the lease of its master key.
+    pub(crate) fn gate_keys(&self, section: Option<&KeysSection>, id: LogstoreId) -> Result<GateKeys> {
+        let Some(section) = section else { return Ok(GateKeys::default()) };
+        let lease = match &section.cmk {
+            Some(cmk) => Some(self.lease(cmk, section, id)?),
+            None => None,
+        };
+        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease, unproved: None })
+    }
+
+    /// The one lease of a master key. Calls no KMS.
+    fn lease(&self, cmk: &Cmk, section: &KeysSection, id: LogstoreId) -> Result<Arc<Lease>> {
+        if let Some(lease) = lock(&self.leases).get(cmk) {
+            return Ok(Arc::clone(lease));
+        }
+        let probe = match self.load_probe(cmk)? {
+            Some(probe) => probe,
+            // An envelope of the Logstore proves as much as a probe does.
+            None => self.envelope_probe(section, id)?,
+        };
+        let lease = self.new_lease(cmk, probe);
+        lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
+        // Another thread may have made the lease in the meantime.
+        Ok(Arc::clone(lock(&self.leases).entry(cmk.clone()).or_insert(lease)))
+    }
+
+    /// A lease that [`KeyService`] does not keep.
+    pub(super) fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
+        let breaker = Arc::clone(lock(&self.breakers).entry(cmk.region_id.clone()).or_default());
+        Lease::new(LeaseParts {
+            cmk: cmk.clone(),
+            kms: self.kms.serving_or_later(&cmk.region_id),
+            breaker,
+            probe,
+            terms: self.terms(),
+            clock: Arc::clone(&self.env.clock),
+            random: Arc::clone(&self.env.random),
+            pool: self.renewals.clone(),
+        })
+    }
+
+    fn terms(&self) -> LeaseTerms {
+        LeaseTerms {
+            revalidate_every: self.env.options.revalidate_every,
+            outage_grace: self.env.options.outage_grace,
+            call_timeout: self.env.options.kms_timeout,
+        }
+    }
+
+    /// Has the lease of a master key, if there is one, renew with a newly wrapped probe.
+    pub(super) fn renew_with(&self, cmk: &Cmk, probe: Probe) {
+        if let Some(lease) = lock(&self.leases).get(cmk) {
+            lease.set_probe(probe);
+        }
+    }
+
+    pub(super) fn all_leases(&self) -> Vec<Arc<Lease>> {
+        lock(&self.leases).values().cloned().collect()
+    }
+
+    /// Renews the leases that are due, in a store without threads. Calls KMSs.
+    pub(crate) fn tend_leases(&self) {
+        for lease in self.all_leases() {
+            lease.tend();
+        }
+    }
+
+    /// Reports each loss and each return of a key to the Logstores, and so to the audit log,
+    /// without waiting for the renewal threads. Calls no KMS.
+    pub(crate) fn deliver_answers(&self) {
+        for lease in self.all_leases() {
+            lease.tell();
+        }
+    }
+
+    /// The number of KMS calls that renewed leases since the store was opened.
+    pub(crate) fn renewal_calls(&self) -> u64 {
+        lock(&self.leases).values().map(|lease| lease.calls()).sum()
+    }
+
+    /// Drops the leases and ends the threads that renew them.
+    pub(crate) fn stop_renewals(&self) {
+        lock(&self.leases).clear();
+        if let Some(renewals) = &self.renewals {
+            renewals.stop();
+        }
+    }
+}

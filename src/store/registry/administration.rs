@@ -1,0 +1,290 @@
+//! The right to change a store: one administrative operation at a time.
+
+use std::sync::{Arc, Weak};
+
+use tracing::warn;
+
+use super::Registry;
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    crypto::SecretKey,
+    io::Disk,
+    keys::{
+        gate::GateKeys,
+        lease::{Lease, LeaseListener},
+    },
+    logstore::{LogstoreShared, Meta, remove_older_meta},
+    shard::Paused,
+    store::catalogue::{Catalogue, Change, Entry},
+    sync::{MutexGuard, lock},
+};
+
+/// The state that the lock of the administration protects.
+#[derive(Default)]
+pub(super) struct AdminState {
+    /// Set when a change of the catalogue failed and the catalogue could not be written again
+    /// without it. The change may be in force after a crash, so nothing more is changed until the
+    /// catalogue can be written.
+    latched: Option<Error>,
+    /// Whether the store was closed. A caller that waited for the lock must check this.
+    closed: bool,
+}
+
+/// Holds the administration lock of a store. Every operation that changes the store holds one.
+pub(crate) struct Administration<'a> {
+    registry: &'a Registry,
+    state: MutexGuard<'a, AdminState>,
+}
+
+impl<'a> Administration<'a> {
+    pub(super) fn new(registry: &'a Registry) -> Self {
+        Self { registry, state: lock(&registry.admin) }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.state.closed
+    }
+
+    pub(super) fn close(&mut self) {
+        self.state.closed = true;
+    }
+
+    /// The failure of a change that may be in force after a crash, if there is one.
+    pub(crate) fn latched(&self) -> Option<&Error> {
+        self.state.latched.as_ref()
+    }
+
+    /// Prevents further changes of the catalogue.
+    pub(crate) fn latch(&mut self, error: Error) {
+        self.state.latched = Some(error);
+    }
+
+    /// Writes the catalogue again, in a new file, after a change of it has failed. The change is
+    /// not in force from then on.
+    ///
+    /// # Errors
+    /// The error of the failed change, if the catalogue cannot be written yet.
+    pub(crate) fn unlatch(&mut self) -> Result<()> {
+        let Some(error) = &self.state.latched else { return Ok(()) };
+        self.registry.catalogue.rewrite().map_err(|_| error.clone())?;
+        self.state.latched = None;
+        for logstore in self.registry.open_logstores() {
+            logstore.gate.resume();
+        }
+        Ok(())
+    }
+
+    /// Finds a Logstore, and opens it if it is not open.
+    ///
+    /// # Errors
+    /// As [`Registry::logstore`].
+    pub(crate) fn logstore(&mut self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        if self.state.closed {
+            return Err(Error::Closed("the store"));
+        }
+        self.registry.find_or_open(name)
+    }
+
+    /// Opens a Logstore that this operation has created and committed.
+    ///
+    /// # Errors
+    /// The error of starting a thread for its lease, and the integrity errors of its probe.
+    pub(crate) fn open_created(&mut self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
+        self.registry.open(meta, entry)
+    }
+
+    /// Forgets an open Logstore that this operation has deleted from the catalogue. Its handles
+    /// refuse calls from now on.
+    pub(crate) fn close_deleted(&mut self, name: &LogstoreName) {
+        let open = lock(&self.registry.open).remove(name);
+        if let Some(open) = open {
+            open.delete();
+        }
+    }
+
+    /// Changes the catalogue durably, and then in memory. Records the end of the audit log too.
+    ///
+    /// # Errors
+    /// The error of the write or the sync. The administration latches if the catalogue cannot be
+    /// written again without the changes.
+    pub(crate) fn commit(&mut self, mut changes: Vec<Change>) -> Result<()> {
+        self.unlatch()?;
+        let known = self.registry.catalogue().audit.clone();
+        let audit = self.registry.keys.audit().head_after(&known);
+        if audit != known {
+            changes.push(Change::Audited(audit));
+        }
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let committed = self.registry.catalogue.commit(changes);
+        committed.inspect_err(|error| {
+            self.latch(error.clone());
+            let _ = self.unlatch();
+        })
+    }
+
+    /// Syncs the tip of the catalogue, so that its last record cannot be cut off without a key.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        self.registry.catalogue.settle()
+    }
+
+    /// Writes the catalogue in a new file, under the newest version of the service key.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Fenced`].
+    pub(crate) fn rewrite_catalogue(&mut self) -> Result<()> {
+        self.registry.catalogue.rewrite()
+    }
+
+    /// Replaces the whole catalogue. Latches if that fails.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Fenced`].
+    pub(crate) fn replace_catalogue(&mut self, catalogue: Catalogue) -> Result<()> {
+        self.registry.catalogue.replace(catalogue).inspect_err(|error| self.latch(error.clone()))
+    }
+
+    /// Puts changed metadata in force: writes its file, commits it to the catalogue, and then
+    /// changes the memory. `data_key` is the current data key if the keys have changed.
+    ///
+    /// # Errors
+    /// The error of the write or the commit, and the error of a shard whose segment cannot be
+    /// ended before a new data key.
+    pub(crate) fn replace_meta(
+        &mut self,
+        logstore: &Arc<LogstoreShared>,
+        mut meta: Meta,
+        data_key: Option<&SecretKey>,
+    ) -> Result<()> {
+        self.unlatch()?;
+        let (paused, mut changes) = pause_for_new_key(logstore, &mut meta)?;
+        let saved = self.save_meta(logstore, meta, data_key)?;
+        changes.push(saved.change());
+        let committed = self.commit(changes);
+        committed.inspect_err(|error| {
+            if !paused.is_empty() && self.latched().is_some() {
+                // The catalogue names the new metadata or the old one, and each would give a new
+                // segment other keys.
+                logstore.gate.halt(error);
+            }
+        })?;
+        let lease = saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
+        for paused in &paused {
+            paused.note_head();
+        }
+        drop(paused);
+        hear_of_loss(logstore, lease);
+        Ok(())
+    }
+
+    /// Writes changed metadata into a file of its own. The caller commits it.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and the errors of the lease.
+    pub(crate) fn save_meta(
+        &mut self,
+        logstore: &Arc<LogstoreShared>,
+        mut meta: Meta,
+        data_key: Option<&SecretKey>,
+    ) -> Result<SavedMeta> {
+        self.unlatch()?;
+        let Registry { env, keys, .. } = self.registry;
+        meta.generation += 1;
+        // The steps that can fail without a change come first.
+        let gate_keys = match logstore.keys_section().as_deref() == meta.keys.as_ref() {
+            false => Some(keys.gate_keys(meta.keys.as_ref(), logstore.id)?),
+            true => None,
+        };
+        let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
+        meta.save(&*env.disk, &logstore.dir, env.id, logstore.id, &keys.keyring(), byok)?;
+        Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
+    }
+}
+
+/// Metadata that has a file, and that neither the catalogue nor the memory knows yet.
+pub(crate) struct SavedMeta {
+    logstore: Arc<LogstoreShared>,
+    meta: Meta,
+    /// The keys, if they have changed.
+    gate_keys: Option<GateKeys>,
+}
+
+impl SavedMeta {
+    /// The change of the catalogue.
+    pub(crate) fn change(&self) -> Change {
+        let (name, id) = (self.logstore.name.clone(), self.logstore.id);
+        Change::Replaced { name, id, generation: self.meta.generation, tag: self.meta.tag }
+    }
+
+    /// Puts the metadata in force in memory, after the commit. The caller passes the lease, if
+    /// there is one, to [`hear_of_loss`].
+    pub(crate) fn take_effect(self, disk: &dyn Disk, keyring_version: u32) -> Option<Arc<Lease>> {
+        let lease = self.gate_keys.and_then(|keys| use_keys(&self.logstore, keys));
+        let current = self.meta.reference();
+        self.logstore.set_meta(self.meta, keyring_version);
+        if let Err(error) = remove_older_meta(disk, &self.logstore.dir, &current) {
+            // No reader uses it any more. The next change and the next opening try again.
+            warn!(logstore = %self.logstore.name, %error, "older metadata not removed");
+        }
+        lease
+    }
+}
+
+/// Pauses the shards of a Logstore that gets a new data key. The new key owns the segments from
+/// the next ordinals on, so no shard may begin a segment before the key is in force. Sets these
+/// ordinals in `meta`. Returns the paused shards and their heads as changes of the catalogue; the
+/// older key adds nothing behind these heads. Returns nothing if the data key stays.
+fn pause_for_new_key<'a>(logstore: &'a LogstoreShared, meta: &mut Meta) -> Result<(Vec<Paused<'a>>, Vec<Change>)> {
+    let before = logstore.keys_section();
+    let generation = meta.generation + 1;
+    let Some(section) = &mut meta.keys else { return Ok(Default::default()) };
+    if before.as_ref().is_some_and(|before| before.current == section.current) {
+        return Ok(Default::default());
+    }
+    if before.is_some() {
+        end_segments(logstore)?;
+    } else {
+        section.since = generation;
+    }
+    let paused: Vec<_> = logstore.shards.iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
+    if let Some(newest) = section.versions.last_mut() {
+        newest.ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
+    }
+    let heads = paused.iter().filter_map(|paused| Some((paused.shard_id(), paused.head()?)));
+    let changes = heads.map(|(shard, head)| Change::reached(&logstore.name, logstore.id, shard, head)).collect();
+    Ok((paused, changes))
+}
+
+/// Ends the last segment of each shard, including one that a killed process left open.
+///
+/// # Errors
+/// A damaged shard must be repaired first: an open segment would let the older key add blocks to
+/// it.
+fn end_segments(logstore: &LogstoreShared) -> Result<()> {
+    logstore.shards.iter().try_for_each(|shard| shard.end_segment_if(|_| true).map(drop))
+}
+
+/// Puts changed keys into the gate of a Logstore. Returns their lease, which the caller passes to
+/// [`hear_of_loss`] after the metadata is in force.
+pub(super) fn use_keys(logstore: &LogstoreShared, keys: GateKeys) -> Option<Arc<Lease>> {
+    let lease = keys.lease.clone();
+    logstore.gate.replace_keys(keys);
+    lease
+}
+
+/// Makes a Logstore listen to its lease, and reports a loss that happened before it listened.
+pub(crate) fn hear_of_loss(logstore: &Arc<LogstoreShared>, lease: Option<Arc<Lease>>) {
+    let Some(lease) = lease else { return };
+    let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(logstore);
+    lease.listen(listener);
+    // The lease may have reported a loss to its listeners just before this one was added.
+    if let Some(Err(refusal)) = lease.told() {
+        logstore.lost(&refusal);
+        logstore.note_lost(&refusal);
+    }
+}

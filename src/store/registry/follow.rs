@@ -1,0 +1,130 @@
+//! Following the writer, in a store that is open for reading.
+
+use std::sync::Arc;
+
+use tracing::debug;
+
+use super::{Registry, administration::use_keys, hear_of_loss};
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    ids::LogstoreId,
+    keys::gate::FollowWriter,
+    logstore::{LogstoreShared, Meta, MetaName},
+    shard::{ReloadRecord, ShardRecord},
+    store::catalogue::{Catalogue, Entry, load_newest},
+    sync::lock,
+};
+
+impl Registry {
+    /// Reads the catalogue again, in a store that is open for reading.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and the integrity errors of the catalogue.
+    pub(crate) fn reload_catalogue(&self) -> Result<()> {
+        if self.env.read_only {
+            self.catalogue.reload(self.load_catalogue()?);
+        }
+        Ok(())
+    }
+
+    fn load_catalogue(&self) -> Result<Catalogue> {
+        self.keys.follow_keyring()?;
+        self.keys
+            .with_keyring(|keyring| load_newest(&*self.env.disk, &self.env.dir, self.env.id, keyring))
+            .map(|loaded| loaded.catalogue)
+    }
+
+    /// Reads the metadata of a Logstore on each call, and keeps the open Logstore while its
+    /// metadata is unchanged. The caller holds the administration.
+    pub(super) fn find_or_open_to_read(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        let (entry, meta) = self.read_meta(name)?;
+        let open = lock(&self.open).get(name).cloned();
+        if let Some(open) = &open {
+            if open.id == entry.id {
+                self.take_in(open, meta)?;
+                for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                    shard.set_record(record.clone());
+                }
+                return Ok(Arc::clone(open));
+            }
+            // The writer has deleted the Logstore and made another one of the same name.
+            open.gate.close("the Logstore");
+        }
+        self.open(meta, &entry)
+    }
+
+    /// Reads the catalogue again, and the metadata that it names.
+    fn read_meta(&self, name: &LogstoreName) -> Result<(Entry, Meta)> {
+        // The writer may replace the metadata at the same time, and remove the older file.
+        let mut attempts = 0;
+        loop {
+            self.reload_catalogue()?;
+            let entry = self.entry(name)?;
+            match self.load_meta(name, &entry) {
+                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
+                meta => return meta.map(|meta| (entry, meta)),
+            }
+        }
+    }
+
+    /// Reads the metadata of a Logstore again if the writer has changed it.
+    fn catch_up_with_writer(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+        self.keys.follow_keyring()?;
+        let current = logstore.meta_reference().path(&logstore.dir);
+        let files = MetaName::list(&*self.env.disk, &logstore.dir)?;
+        if let [only] = files.as_slice()
+            && logstore.dir.join(only.to_string()) == current
+        {
+            return Ok(());
+        }
+        if files.is_empty() {
+            // The writer removes the metadata first when it deletes a Logstore.
+            debug!(logstore = %logstore.name, "Logstore deleted by the writer");
+            logstore.gate.close("the Logstore");
+            return Err(Error::Closed("the Logstore"));
+        }
+        let (entry, meta) = self.read_meta(&logstore.name)?;
+        if entry.id != logstore.id {
+            logstore.gate.close("the Logstore");
+            return Err(Error::Closed("the Logstore"));
+        }
+        self.take_in(logstore, meta)
+    }
+
+    /// Puts metadata in force that the writer may have changed.
+    fn take_in(&self, logstore: &Arc<LogstoreShared>, meta: Meta) -> Result<()> {
+        let known = logstore.generation();
+        if meta.generation < known {
+            let (name, found) = (&logstore.name, meta.generation);
+            let what = format!("the metadata of Logstore {name} is of generation {found}, it was of {known}");
+            return Err(Error::RolledBack { what });
+        }
+        if meta.generation > known {
+            let keys = self.keys.loaded_keys(&meta, logstore.id)?;
+            let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
+            let lease = if changed { use_keys(logstore, keys) } else { None };
+            logstore.set_meta(meta, self.keys.keyring().newest());
+            hear_of_loss(logstore, lease);
+        }
+        Ok(())
+    }
+}
+
+impl ReloadRecord for Registry {
+    fn reload_record(&self, logstore: &LogstoreName, shard: u32) -> Result<ShardRecord> {
+        let catalogue = self.load_catalogue()?;
+        let entry = catalogue.logstores.get(logstore).ok_or(Error::Closed("the Logstore"))?;
+        entry.shards.get(shard as usize).cloned().ok_or(Error::Closed("the shard"))
+    }
+}
+
+impl FollowWriter for Registry {
+    fn catch_up(&self, name: &LogstoreName, id: LogstoreId) -> Result<()> {
+        let logstore = lock(&self.open).get(name).cloned().ok_or(Error::Closed("the store"))?;
+        if logstore.id != id {
+            return Err(Error::Closed("the Logstore"));
+        }
+        self.catch_up_with_writer(&logstore)
+    }
+}

@@ -1,0 +1,301 @@
+//! The Logstores of a store: the catalogue, the open Logstores, and the right to change them.
+
+mod administration;
+mod follow;
+mod open;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Weak},
+};
+
+use super::{
+    anchor::Feeder,
+    catalogue::{Catalogue, Change, Entry, Journal},
+    env::StoreEnv,
+    keys::KeyService,
+    lock::StoreLock,
+    scheduler::Scheduler,
+};
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    epoch::Fence,
+    ids::LogstoreId,
+    io::FileKind,
+    logstore::LogstoreShared,
+    shard::{Budget, Head, PayloadHasher, ReaderPermits, Shard},
+    sync::{LockRank, Mutex, RwLockReadGuard, lock},
+};
+
+use administration::AdminState;
+pub(crate) use administration::{Administration, SavedMeta, hear_of_loss};
+
+/// The Logstores of an open store.
+///
+/// It finds and opens Logstores, and a store that is open for reading follows the changes of the
+/// writer here. All changes go through an [`Administration`].
+pub(crate) struct Registry {
+    /// For the closures that the gates and the shards of a reader keep.
+    this: Weak<Registry>,
+    env: Arc<StoreEnv>,
+    keys: Arc<KeyService>,
+    catalogue: Arc<Journal>,
+    /// Detects that another writer has taken over. `None` in a store that is open for reading.
+    fence: Option<Arc<Fence>>,
+    wiring: Wiring,
+    /// Serializes the administrative operations. Only [`Administration`] reads or changes it.
+    admin: Mutex<AdminState>,
+    /// A simulation needs the fixed order of the map.
+    open: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
+    /// The advisory lock, held while the store is open for writing.
+    held: Mutex<Option<StoreLock>>,
+}
+
+/// The parts of a store that its Logstores share.
+pub(crate) struct Wiring {
+    pub(crate) scheduler: Arc<Scheduler>,
+    pub(crate) budget: Arc<Budget>,
+    pub(crate) hasher: Arc<PayloadHasher>,
+    pub(crate) permits: Arc<ReaderPermits>,
+    pub(crate) anchor: Option<Arc<Feeder>>,
+}
+
+impl Registry {
+    /// `held` and `fence` are `None` in a store that is open for reading.
+    pub(crate) fn new(
+        env: Arc<StoreEnv>,
+        keys: Arc<KeyService>,
+        catalogue: Journal,
+        fence: Option<Arc<Fence>>,
+        held: Option<StoreLock>,
+        wiring: Wiring,
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            this: Weak::clone(this),
+            env,
+            keys,
+            catalogue: Arc::new(catalogue),
+            fence,
+            wiring,
+            admin: Mutex::new(LockRank::Admin, AdminState::default()),
+            open: Mutex::new(LockRank::Logstores, BTreeMap::new()),
+            held: Mutex::new(LockRank::StoreLock, held),
+        })
+    }
+
+    /// Checks that the store is open for writing, in this process.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], [`Error::Closed`], [`Error::Forked`].
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        self.keys.check_process()?;
+        if self.env.read_only {
+            return Err(Error::ReadOnly);
+        }
+        if lock(&self.held).is_none() {
+            return Err(Error::Closed("the store"));
+        }
+        Ok(())
+    }
+
+    /// The right to change the store. Waits for the administrative operation that is under way.
+    ///
+    /// # Errors
+    /// As [`Registry::check_writable`].
+    pub(crate) fn administer(&self) -> Result<Administration<'_>> {
+        self.check_writable()?;
+        let mut admin = self.exclusive();
+        if admin.is_closed() {
+            return Err(Error::Closed("the store"));
+        }
+        // An operation that needs the catalogue tries this again, and returns the error.
+        let _ = admin.unlatch();
+        Ok(admin)
+    }
+
+    /// Keeps administrative operations out, also in a store that is open for reading or closed.
+    pub(crate) fn exclusive(&self) -> Administration<'_> {
+        Administration::new(self)
+    }
+
+    /// Whether the store was closed. Waits for the administrative operation that is under way.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.exclusive().is_closed()
+    }
+
+    /// The catalogue, up to the last durable change. The caller must not commit while it holds
+    /// this guard.
+    pub(crate) fn catalogue(&self) -> RwLockReadGuard<'_, Catalogue> {
+        self.catalogue.now()
+    }
+
+    /// The names of all Logstores in the catalogue.
+    pub(crate) fn names(&self) -> Vec<LogstoreName> {
+        self.catalogue().logstores.keys().cloned().collect()
+    }
+
+    /// The names of all Logstores. A store that is open for reading reads the catalogue again.
+    ///
+    /// # Errors
+    /// As [`Registry::reload_catalogue`].
+    pub(crate) fn list(&self) -> Result<Vec<LogstoreName>> {
+        let _admin = self.exclusive();
+        self.reload_catalogue()?;
+        Ok(self.names())
+    }
+
+    /// The catalogue's entry of a Logstore.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`].
+    pub(crate) fn entry(&self, name: &LogstoreName) -> Result<Entry> {
+        let entry = self.catalogue().logstores.get(name).cloned();
+        entry.ok_or_else(|| Error::LogstoreMissing(name.clone()))
+    }
+
+    /// Finds a Logstore, and opens it if it is not open. Opening waits for the administrative
+    /// operation that is under way; finding an open Logstore in a store that is open for writing
+    /// does not.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`], [`Error::Closed`], and the integrity errors of the metadata.
+    pub(crate) fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        self.keys.check_process()?;
+        if !self.env.read_only {
+            if lock(&self.held).is_none() {
+                return Err(Error::Closed("the store"));
+            }
+            if let Some(open) = lock(&self.open).get(name) {
+                return Ok(Arc::clone(open));
+            }
+        }
+        self.exclusive().logstore(name)
+    }
+
+    /// The Logstores that are open now.
+    pub(crate) fn open_logstores(&self) -> Vec<Arc<LogstoreShared>> {
+        lock(&self.open).values().cloned().collect()
+    }
+
+    /// The directories of Logstores that the catalogue does not list, and whether segments may be
+    /// in them. Ignores symlinks and files. The caller holds the administration.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn unlisted(&self) -> Result<Vec<(PathBuf, bool)>> {
+        let disk = &*self.env.disk;
+        let parent = self.env.logstores_dir();
+        let known: HashSet<String> = {
+            let catalogue = self.catalogue();
+            let ids = catalogue.logstores.values().map(|entry| entry.id);
+            ids.chain(catalogue.deleting.iter().copied()).map(|id| id.to_string()).collect()
+        };
+        let mut unlisted = Vec::new();
+        for entry in disk.list_dir(&parent).map_err(Error::io("list", &parent))? {
+            let is_dir = entry.kind == FileKind::Directory;
+            if !is_dir || known.contains(&entry.name) || entry.name.parse::<LogstoreId>().is_err() {
+                continue;
+            }
+            let dir = parent.join(&entry.name);
+            // A directory that cannot be listed may have segments in it.
+            let has_files = |shard: &std::path::Path| disk.list_dir(shard).map_or(true, |files| !files.is_empty());
+            let may_have_segments = disk.list_dir(&dir).map_or(true, |parts| {
+                let mut dirs = parts.iter().filter(|part| part.kind == FileKind::Directory);
+                dirs.any(|part| has_files(&dir.join(&part.name)))
+            });
+            unlisted.push((dir, may_have_segments));
+        }
+        Ok(unlisted)
+    }
+
+    /// Records in the catalogue the end of the synced part of each open segment, so that an
+    /// attacker without a key can cut off no more than the last few seconds unnoticed.
+    ///
+    /// # Errors
+    /// The error of the commit.
+    pub(crate) fn record_heads(&self) -> Result<()> {
+        let mut heads = Vec::new();
+        for logstore in self.open_logstores() {
+            for shard in &logstore.shards {
+                heads.extend(shard.take_reached().map(|head| (Arc::clone(&logstore), Arc::clone(shard), head)));
+            }
+        }
+        if !heads.is_empty() {
+            let change = |(logstore, shard, head): &(Arc<LogstoreShared>, Arc<Shard>, Head)| {
+                Change::reached(&logstore.name, logstore.id, shard.id(), head.clone())
+            };
+            let recorded = self.catalogue.commit(heads.iter().map(change).collect());
+            for (_, shard, head) in heads {
+                match recorded {
+                    Ok(()) => shard.note_head(&head),
+                    Err(_) => shard.give_back(head),
+                }
+            }
+            recorded?;
+        }
+        self.catalogue.settle()
+    }
+
+    /// The anchor of a store that is open for writing.
+    pub(crate) fn anchor(&self) -> Option<&Arc<Feeder>> {
+        self.wiring.anchor.as_ref()
+    }
+
+    /// Copies the catalogue to the anchor, from now on and after each change.
+    pub(crate) fn feed_anchor(&self, feeder: &Arc<Feeder>) {
+        self.catalogue.feed(Arc::clone(feeder));
+    }
+
+    /// The queue of the background jobs.
+    pub(crate) fn scheduler(&self) -> &Scheduler {
+        &self.wiring.scheduler
+    }
+
+    /// Seals every segment, records the heads in the catalogue, and closes the gates. Other
+    /// handles refuse calls from then on.
+    ///
+    /// # Errors
+    /// The last error of a shard, or that of the commit.
+    pub(crate) fn close_logstores(&self) -> Result<()> {
+        let mut result = Ok(());
+        let mut admin = self.exclusive();
+        if lock(&self.held).is_some() && !admin.is_closed() {
+            self.keys.audit().settle();
+            let mut heads = Vec::new();
+            for logstore in self.open_logstores() {
+                for shard in &logstore.shards {
+                    match shard.close() {
+                        Ok(Some(head)) => heads.push(Change::reached(&logstore.name, logstore.id, shard.id(), head)),
+                        Ok(None) => {}
+                        Err(error) => result = Err(error),
+                    }
+                }
+            }
+            if admin.latched().is_none() {
+                let recorded = admin.commit(heads).and_then(|()| admin.settle());
+                result = result.and(recorded);
+            }
+        }
+        admin.close();
+        drop(admin);
+        for logstore in self.open_logstores() {
+            logstore.gate.close("the store");
+        }
+        result
+    }
+
+    /// Ends the threads, and releases the Logstores and the advisory lock.
+    pub(crate) fn stop(&self) {
+        self.wiring.scheduler.stop();
+        if let Some(anchor) = &self.wiring.anchor {
+            anchor.stop();
+        }
+        self.wiring.hasher.stop();
+        lock(&self.open).clear();
+        if let Some(held) = lock(&self.held).take() {
+            held.release();
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Opening a Logstore: its metadata, its gate and its shards.
+
+use std::sync::{Arc, Weak};
+
+use tracing::warn;
+
+use super::Registry;
+use crate::{
+    Error, Result,
+    config::LogstoreName,
+    error::Location,
+    keys::{gate::FollowWriter, keyring::Keyring, lease::LeaseListener},
+    logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, write_plan},
+    shard::{AdmitAppend, ReloadRecord, ShardContext, ShardOptions},
+    store::{anchor::AnchorLimit, catalogue::Entry},
+    sync::{LockRank, RwLock, lock},
+};
+
+impl Registry {
+    /// Finds or opens a Logstore. The caller holds the administration.
+    pub(super) fn find_or_open(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
+        if self.env.read_only {
+            return self.find_or_open_to_read(name);
+        }
+        if let Some(open) = lock(&self.open).get(name) {
+            return Ok(Arc::clone(open));
+        }
+        let entry = self.entry(name)?;
+        let meta = self.load_meta(name, &entry)?;
+        let dir = self.env.logstore_dir(entry.id);
+        meta.features.check_writing().map_err(|error| error.in_file(&entry.meta().path(&dir), 0))?;
+        if let Err(error) = remove_older_meta(&*self.env.disk, &dir, &entry.meta()) {
+            warn!(logstore = %name, %error, "older metadata not removed");
+        }
+        self.open(meta, &entry)
+    }
+
+    /// Reads the metadata that an entry of the catalogue names.
+    pub(super) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
+        let dir = self.env.logstore_dir(entry.id);
+        let load = |keyring: &Keyring| Meta::load(&*self.env.disk, &dir, self.env.id, entry.id, keyring, &entry.meta());
+        let meta = self.keys.with_keyring(load)?;
+        if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
+            return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
+        }
+        let (shards, recorded) = (meta.config.shards.len(), entry.shards.len());
+        if shards != recorded {
+            let what = format!("the catalogue has {recorded} shards of Logstore {name}, its metadata {shards}");
+            return Err(Error::corrupt(Location::new(self.catalogue.path(), 80), what));
+        }
+        Ok(meta)
+    }
+
+    /// Opens a Logstore with this metadata and keeps it. The caller holds the administration.
+    pub(super) fn open(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
+        let logstore = self.build(meta, entry)?;
+        lock(&self.open).insert(logstore.name.clone(), Arc::clone(&logstore));
+        Ok(logstore)
+    }
+
+    fn build(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
+        let keys = self.keys.loaded_keys(&meta, entry.id)?;
+        let lease = keys.lease.clone();
+        let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
+        let plan = Arc::new(RwLock::new(LockRank::WritePlan, write_plan(&meta, self.keys.keyring().newest())));
+        let context = Arc::new(ShardContext {
+            disk: Arc::clone(&self.env.disk),
+            clock: Arc::clone(&self.env.clock),
+            random: Arc::clone(&self.env.random),
+            wake: Arc::clone(&self.wiring.scheduler) as _,
+            budget: Arc::clone(&self.wiring.budget),
+            hasher: Arc::clone(&self.wiring.hasher),
+            gate,
+            options: self.shard_options(),
+            read_only: self.env.read_only,
+            heads: Arc::clone(&self.catalogue) as _,
+            fence: self.fence.clone(),
+            limit: self.append_limit(),
+            plan: Arc::clone(&plan),
+            permits: Arc::clone(&self.wiring.permits),
+            reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
+        });
+        let observer: Weak<dyn KeyObserver> = Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
+        let dir = self.env.logstore_dir(entry.id);
+        let logstore = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
+        if self.env.read_only {
+            // Another master key takes effect within `revalidate_every`, and a new version of the data
+            // key as soon as a segment uses it.
+            let (writer, every): (Weak<dyn FollowWriter>, _) = (self.this.clone(), self.env.options.revalidate_every);
+            logstore.gate.follow_with(writer, Arc::clone(&self.env.clock), every);
+        }
+        if let Some(lease) = lease {
+            let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&logstore);
+            lease.listen(listener);
+            // The lease reported its state to its other listeners before this one was added.
+            match lease.told() {
+                Some(Ok(())) => logstore.recovered(),
+                Some(Err(refusal)) => logstore.note_lost(&refusal),
+                None => {}
+            }
+        }
+        Ok(logstore)
+    }
+
+    /// Refuses appends while the anchor is too far behind, if the options ask for that.
+    fn append_limit(&self) -> Option<Arc<dyn AdmitAppend>> {
+        let (feeder, limit) = (Arc::clone(self.anchor()?), self.env.options.anchor_required?);
+        Some(Arc::new(AnchorLimit { feeder, limit }))
+    }
+
+    fn shard_options(&self) -> ShardOptions {
+        let options = &self.env.options;
+        ShardOptions {
+            block_bytes: options.block_bytes,
+            linger: options.linger,
+            segment_bytes: options.segment_bytes,
+            segment_age: options.segment_age,
+            threads: self.env.has_threads(),
+        }
+    }
+}
