@@ -10,8 +10,8 @@ use rustix::io::Errno;
 use super::key::{KEY_FILE_BYTES_MAX, KeyState};
 use crate::io::{FileKind, WrongFileType};
 
-/// Why the administration of a [`LocalKms`] failed. Nothing has changed then, except as
-/// [`LocalKmsError::Io`] says.
+/// Why the administration of a [`LocalKms`](super::LocalKms) failed. Nothing has changed then,
+/// except as [`LocalKmsError::Io`] says.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LocalKmsError {

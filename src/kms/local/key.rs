@@ -5,7 +5,7 @@ use std::fmt;
 /// The largest key file, in bytes: some thousand key versions and grants.
 pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
 
-/// What there is to know about a key of a [`LocalKms`], but for its material.
+/// The properties of a key of a [`LocalKms`](super::LocalKms), but for its material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeyInfo {
@@ -26,7 +26,7 @@ pub struct KeyInfo {
     pub deletion_day: Option<u32>,
 }
 
-/// Whether a key of a [`LocalKms`] can be used.
+/// Whether a key of a [`LocalKms`](super::LocalKms) can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KeyState {
