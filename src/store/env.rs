@@ -28,18 +28,6 @@ pub(crate) struct StoreEnv {
     pub(crate) opened: OpenedAt,
 }
 
-/// The readings of the wall clock and of the uptime clock at one moment.
-pub(crate) struct OpenedAt {
-    wall_us: u64,
-    uptime: Duration,
-}
-
-impl OpenedAt {
-    pub(crate) fn now(clock: &dyn Clock) -> Self {
-        Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
-    }
-}
-
 impl StoreEnv {
     /// The directory that has a directory for each Logstore.
     pub(crate) fn logstores_dir(&self) -> PathBuf {
@@ -67,5 +55,17 @@ impl StoreEnv {
         let passed = u64::try_from(passed).unwrap_or(u64::MAX);
         let expected_us = wall_us.saturating_add(passed);
         self.clock.wall_us().abs_diff(expected_us) > JUMP_MAX.as_micros() as u64
+    }
+}
+
+/// The readings of the wall clock and of the uptime clock at one moment.
+pub(crate) struct OpenedAt {
+    wall_us: u64,
+    uptime: Duration,
+}
+
+impl OpenedAt {
+    pub(crate) fn now(clock: &dyn Clock) -> Self {
+        Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
     }
 }

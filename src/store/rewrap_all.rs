@@ -126,43 +126,6 @@ struct Run<'a> {
     report: RewrapReport,
 }
 
-/// Wraps the data keys of many Logstores again, and the probes of their master keys. Holds the
-/// administration for one Logstore at a time.
-pub(super) fn rewrap_all(
-    core: &Core,
-    options: &RewrapOptions,
-    progress: &mut dyn FnMut(&RewrapProgress),
-) -> Result<RewrapReport> {
-    let Core { env, keys, registry } = core;
-    registry.check_writable()?;
-    let scope = options.scope();
-    let earlier = match options.restart {
-        true => Earlier::default(),
-        // An audit log that fails verification has no run to continue.
-        false => {
-            let known = registry.catalogue().audit.clone();
-            let records = keys.audit().verified(&[&known]).unwrap_or_default();
-            Earlier::find(records, &scope, env.clock.wall_us())
-        }
-    };
-    if earlier.began_us.is_none() {
-        keys.audit().record(AuditEvent::RewrapBegun, None, &*scope)?;
-    }
-    let report = RewrapReport { continues_us: earlier.began_us, ..RewrapReport::default() };
-    let mut run = Run { core, options, earlier, versions: BTreeMap::new(), report };
-    let names = registry.list()?;
-    let total = names.len();
-    for (done, name) in names.into_iter().enumerate() {
-        progress(&RewrapProgress { done, total, logstore: Some(name.clone()) });
-        run.logstore(name);
-    }
-    progress(&RewrapProgress { done: total, total, logstore: None });
-    if run.report.failed.is_empty() {
-        keys.audit().record(AuditEvent::RewrapEnded, None, scope)?;
-    }
-    Ok(run.report)
-}
-
 impl Run<'_> {
     fn logstore(&mut self, name: LogstoreName) {
         let logstore = match self.core.registry.logstore(&name) {
@@ -202,7 +165,45 @@ impl Run<'_> {
     }
 }
 
-/// The KMS calls happen before the administration is held.
+/// Wraps the data keys of many Logstores again, and the probes of their master keys. Holds the
+/// administration for one Logstore at a time.
+pub(super) fn rewrap_all(
+    core: &Core,
+    options: &RewrapOptions,
+    progress: &mut dyn FnMut(&RewrapProgress),
+) -> Result<RewrapReport> {
+    let Core { env, keys, registry } = core;
+    registry.check_writable()?;
+    let scope = options.scope();
+    let earlier = match options.restart {
+        true => Earlier::default(),
+        // An audit log that fails verification has no run to continue.
+        false => {
+            let known = registry.catalogue().audit.clone();
+            let records = keys.audit().verified(&[&known]).unwrap_or_default();
+            Earlier::find(records, &scope, env.clock.wall_us())
+        }
+    };
+    if earlier.began_us.is_none() {
+        keys.audit().record(AuditEvent::RewrapBegun, None, &*scope)?;
+    }
+    let report = RewrapReport { continues_us: earlier.began_us, ..RewrapReport::default() };
+    let mut run = Run { core, options, earlier, versions: BTreeMap::new(), report };
+    let names = registry.list()?;
+    let total = names.len();
+    for (done, name) in names.into_iter().enumerate() {
+        progress(&RewrapProgress { done, total, logstore: Some(name.clone()) });
+        run.logstore(name);
+    }
+    progress(&RewrapProgress { done: total, total, logstore: None });
+    if run.report.failed.is_empty() {
+        keys.audit().record(AuditEvent::RewrapEnded, None, scope)?;
+    }
+    Ok(run.report)
+}
+
+/// Wraps the probe of a master key again. Returns the version of the master key that wraps now, if
+/// the KMS reports it. Calls the KMS before it takes the administration.
 fn rewrap_probe(keys: &KeyService, registry: &Registry, cmk: &Cmk) -> std::result::Result<Option<String>, KmsOrEngine> {
     let rewrapped = keys.rewrap_probe(cmk)?;
     if let Some(probe) = rewrapped.new {

@@ -33,64 +33,6 @@ struct Verification<'a> {
     progress: &'a mut dyn FnMut(VerifyProgress),
 }
 
-/// Verifies a store, or one Logstore.
-pub(in crate::store) fn verify(
-    core: &Core,
-    options: &VerifyOptions,
-    progress: &mut dyn FnMut(VerifyProgress),
-) -> Result<VerifyReport> {
-    core.keys.check_process()?;
-    let against = options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
-    let (report, state) = Default::default();
-    let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
-    let names = {
-        let _admin = core.registry.exclusive();
-        core.registry.reload_catalogue()?;
-        match &options.logstore {
-            Some(name) => drop(core.registry.entry(name)?),
-            None => verification.store(against.as_ref())?,
-        }
-        core.registry.names()
-    };
-    let mut logstores = Vec::new();
-    for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
-        match core.registry.logstore(name) {
-            Ok(logstore) => logstores.push(logstore),
-            Err(error) => verification.report.note(Some(name), error)?,
-        }
-    }
-    for logstore in &logstores {
-        verification.state.bytes_total += segment_bytes(core, logstore)?;
-    }
-    for logstore in &logstores {
-        let expected = against.as_ref().and_then(|against| against.logstores.get(&logstore.name));
-        let faults = verification.report.faults.len();
-        let verified = verification.logstore(logstore, expected);
-        verification.keyless = options.keyless;
-        // Closing the store sets its own mark before it closes the gates.
-        if logstore.gate.is_closed() && !core.registry.is_closed() {
-            // The faults were objects that the deletion has removed.
-            verification.report.faults.truncate(faults);
-            verification.report.notes.push(format!("Logstore {} was deleted meanwhile", logstore.name));
-        } else {
-            verified?;
-        }
-    }
-    Ok(verification.report)
-}
-
-/// The bytes on disk of all segments of a Logstore.
-fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
-    let mut bytes = 0;
-    for shard in &logstore.shards {
-        for segment in shard.segments(true).unwrap_or_default().iter() {
-            let stat = core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
-            bytes += stat.map_or(0, |stat| stat.len);
-        }
-    }
-    Ok(bytes)
-}
-
 impl Verification<'_> {
     fn advance(&mut self, bytes: u64) {
         self.state.bytes += bytes;
@@ -313,4 +255,62 @@ impl Verification<'_> {
         }
         Ok(())
     }
+}
+
+/// Verifies a store, or one Logstore.
+pub(in crate::store) fn verify(
+    core: &Core,
+    options: &VerifyOptions,
+    progress: &mut dyn FnMut(VerifyProgress),
+) -> Result<VerifyReport> {
+    core.keys.check_process()?;
+    let against = options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
+    let (report, state) = Default::default();
+    let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
+    let names = {
+        let _admin = core.registry.exclusive();
+        core.registry.reload_catalogue()?;
+        match &options.logstore {
+            Some(name) => drop(core.registry.entry(name)?),
+            None => verification.store(against.as_ref())?,
+        }
+        core.registry.names()
+    };
+    let mut logstores = Vec::new();
+    for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
+        match core.registry.logstore(name) {
+            Ok(logstore) => logstores.push(logstore),
+            Err(error) => verification.report.note(Some(name), error)?,
+        }
+    }
+    for logstore in &logstores {
+        verification.state.bytes_total += segment_bytes(core, logstore)?;
+    }
+    for logstore in &logstores {
+        let expected = against.as_ref().and_then(|against| against.logstores.get(&logstore.name));
+        let faults = verification.report.faults.len();
+        let verified = verification.logstore(logstore, expected);
+        verification.keyless = options.keyless;
+        // Closing the store sets its own mark before it closes the gates.
+        if logstore.gate.is_closed() && !core.registry.is_closed() {
+            // The faults were objects that the deletion has removed.
+            verification.report.faults.truncate(faults);
+            verification.report.notes.push(format!("Logstore {} was deleted meanwhile", logstore.name));
+        } else {
+            verified?;
+        }
+    }
+    Ok(verification.report)
+}
+
+/// The bytes on disk of all segments of a Logstore.
+fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
+    let mut bytes = 0;
+    for shard in &logstore.shards {
+        for segment in shard.segments(true).unwrap_or_default().iter() {
+            let stat = core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            bytes += stat.map_or(0, |stat| stat.len);
+        }
+    }
+    Ok(bytes)
 }
