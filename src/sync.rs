@@ -127,8 +127,6 @@ pub(crate) enum LockRank {
     LeaseProbe,
     /// The leases that are due, and the threads that renew them.
     RenewalPool,
-    /// The last reading of the wall clock, for retention.
-    ClockWatch,
     /// The threads of the scheduler.
     SchedulerThreads,
     /// The tasks of the scheduler.

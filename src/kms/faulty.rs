@@ -91,10 +91,10 @@ type Sleep = Box<dyn Fn(Duration) + Send + Sync>;
 ///
 /// let dir = tempfile::tempdir().unwrap();
 /// let kms = Arc::new(FaultyKms::new(Arc::new(LocalKms::at(dir.path()))));
-/// Throttled once, then slow. After that it passes calls through.
+/// // Throttled once, then slow. After that it passes calls through.
 /// kms.then(Fault::error(KmsError::Unreachable { detail: "throttled".into() }));
 /// kms.then(Fault::delay(Duration::from_millis(300), Duration::ZERO));
-/// After those two calls, every third call gets no answer.
+/// // After those two calls, every third call gets no answer.
 /// let mut count = 0;
 /// kms.plan(move |_, call| {
 ///     count += 1;
