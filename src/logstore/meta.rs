@@ -161,7 +161,7 @@ impl Meta {
     ) -> Result<Self> {
         let path = named.path(logstore_dir);
         let bytes = match read(disk, &path) {
-            // What stands beside it is older, or newer than the catalogue.
+            // The other files are of older changes, or of changes that the catalogue does not name.
             Err(Error::Truncated { .. }) if !MetaName::list(disk, logstore_dir)?.is_empty() => {
                 let what =
                     format!("{}, which the catalogue names, is not there, and other metadata is", path.display());

@@ -137,7 +137,7 @@ impl Recovery<'_> {
 
     /// Gives up damaged blocks at the end of the shard, so that it can be written again. Keeps
     /// everything that can be read. The caller holds the writer's lock. Returns where the next
-    /// segment begins, and what was kept; `None` if the shard needs no repair.
+    /// segment begins and the report; `None` if the shard needs no repair.
     pub(super) fn repair(&self) -> Result<Option<(Next, RepairReport)>> {
         let segments = self.list.segments(true)?;
         let Some(last) = segments.last().filter(|last| last.active.is_none()) else { return Ok(None) };

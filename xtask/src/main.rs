@@ -95,6 +95,8 @@ fn test(args: &[String]) -> Done {
 
 fn ci() -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
+    layers::layers()?;
+    prose::prose(&[])?;
     // All targets except the unit tests of the engine's second build (tests/shuttle), which has
     // none.
     let targets = ["--lib", "--bins", "--examples", "--tests", "--benches"];

@@ -34,10 +34,10 @@ pub enum LocalKmsError {
         key_id: String,
         /// Its state.
         state: KeyState,
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
     },
-    /// A grant that is to be withdrawn does not exist.
+    /// The grant to withdraw does not exist.
     #[error("key {key_id} is not granted to {arn}")]
     NotGranted {
         /// The key.
@@ -48,26 +48,26 @@ pub enum LocalKmsError {
     /// An argument is outside its limits.
     #[error("{what} must be {limits}")]
     InvalidArgument {
-        /// Which argument.
+        /// The argument.
         what: &'static str,
-        /// What is allowed.
+        /// The limits.
         limits: String,
     },
-    /// The key has reached the largest size that its file may have: too many versions or grants.
+    /// The key has too many versions or grants: its file would exceed its largest size.
     #[error("key {key_id} has too many versions or grants: its file may have {} bytes", KEY_FILE_BYTES_MAX)]
     TooLarge {
         /// The key.
         key_id: String,
     },
-    /// A file is not what was written.
+    /// A file is damaged.
     #[error("{} is damaged: {what}", file.display())]
     Damaged {
         /// The file.
         file: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
-    /// Others kept changing the directory for ten seconds, or one of them hangs.
+    /// Other processes held the lock of the directory for ten seconds. One of them may hang.
     #[error("another process has the lock of the embedded KMS in {}", dir.display())]
     Busy {
         /// The directory.
