@@ -97,7 +97,8 @@ impl<'a> Administration<'a> {
     /// Forgets an open Logstore that this operation has deleted from the catalogue. Its handles
     /// refuse calls from now on.
     pub(crate) fn close_deleted(&mut self, name: &LogstoreName) {
-        if let Some(open) = lock(&self.registry.open).remove(name) {
+        let open = lock(&self.registry.open).remove(name);
+        if let Some(open) = open {
             open.delete();
         }
     }
