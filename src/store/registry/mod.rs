@@ -294,7 +294,8 @@ impl Registry {
         }
         self.wiring.hasher.stop();
         lock(&self.open).clear();
-        if let Some(held) = lock(&self.held).take() {
+        let held = lock(&self.held).take();
+        if let Some(held) = held {
             held.release();
         }
     }
