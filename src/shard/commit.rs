@@ -743,7 +743,7 @@ mod tests {
     }
 
     #[test]
-    fn a_latch_fails_what_is_not_written_and_whoever_waits_for_a_sync() {
+    fn a_latch_fails_unwritten_groups_and_callers_that_wait_for_a_sync() {
         let (error, cause) = (Error::Closed("the file"), Arc::new(Error::Closed("the disk")));
         let commit = open(1);
         submit_all(&commit, (0..3).map(|_| group(1, 0, true)));

@@ -1,9 +1,9 @@
-//! Group commit alone, on schedules that shuttle makes up: no files, no keys, no shard.
+//! Group commit alone, without files, keys and shards, on schedules that shuttle makes up.
 //!
 //! - One caller leads at a time, and every group is written once, in order.
-//! - A caller that was told *synced* finds its group durable; one that was told of a failure is
-//!   told it only once the group cannot be written any more.
-//! - Nothing waits for ever: shuttle finds deadlocks, and lost wake-ups.
+//! - A caller whose append succeeded as *synced* finds its group durable. A failed append is not
+//!   durable, and never becomes so.
+//! - No caller waits for ever: shuttle finds deadlocks and lost wake-ups.
 //!
 //! `ENVELOG_SHUTTLE` is how many schedules each test tries.
 
@@ -11,7 +11,7 @@
 
 extern crate envelog_shuttle as envelog;
 
-// The file itself: it uses nothing of the engine but what is named here.
+// The file itself: of the engine it uses only the items that this file imports.
 #[allow(dead_code)]
 #[path = "../../../src/shard/commit.rs"]
 mod commit;
@@ -43,7 +43,7 @@ fn explore(scenario: fn()) {
     shuttle::check_pct(scenario, schedules(2000), 3);
 }
 
-/// What the leaders have done.
+/// The work of the leaders.
 #[derive(Default)]
 struct Disk {
     written: Vec<u64>,
@@ -151,7 +151,7 @@ impl World {
         }
     }
 
-    /// A flush job that lets nothing linger.
+    /// A flush job under which no group lingers.
     fn flush(&self) {
         self.commit.begin_flush(NOW, true);
         while let Flush::Leader = self.commit.lead_if_due(NOW) {
@@ -171,7 +171,7 @@ impl World {
         }
     }
 
-    /// Appends, and checks that the outcome is the truth.
+    /// Appends, and compares the outcome with the disk.
     fn append(&self, durability: Durability) {
         let Some(seq) = self.submit(durability) else { return };
         match self.wait(seq, durability) {
@@ -199,7 +199,7 @@ fn join(threads: impl IntoIterator<Item = thread::JoinHandle<()>>) {
 
 /// Followers, leaders, a flush job, and a caller that claims the leadership for itself.
 #[test]
-fn what_is_acknowledged_is_there() {
+fn acknowledged_groups_are_there() {
     explore(|| {
         let world = World::new(0, usize::MAX);
         let threads = [
@@ -224,9 +224,9 @@ fn what_is_acknowledged_is_there() {
     });
 }
 
-/// A sync covers all that was submitted before it, whoever leads.
+/// A sync covers every group that was submitted before it, under any leader.
 #[test]
-fn a_sync_covers_everything_before_it() {
+fn a_sync_covers_every_group_before_it() {
     explore(|| {
         let world = World::new(0, usize::MAX);
         let other = spawn(&world, |world| world.append(Durability::Written));
@@ -242,7 +242,7 @@ fn a_sync_covers_everything_before_it() {
     });
 }
 
-/// A write fails in any turn: every caller is told, and nothing is accepted afterwards.
+/// The second write fails: every caller gets an error, and no group is accepted afterwards.
 #[test]
 fn a_failure_leaves_no_caller_waiting() {
     explore(|| {
@@ -264,9 +264,10 @@ fn a_failure_leaves_no_caller_waiting() {
     });
 }
 
-/// The key is refused for a turn: acknowledged groups stay and are written later, all others fail.
+/// The key is refused for one turn: acknowledged groups stay queued and are written later. All
+/// others fail.
 #[test]
-fn a_refusal_loses_nothing_that_was_acknowledged() {
+fn a_refusal_loses_no_acknowledged_group() {
     explore(|| {
         let world = World::new(1, usize::MAX);
         let threads = [
@@ -275,7 +276,7 @@ fn a_refusal_loses_nothing_that_was_acknowledged() {
             spawn(&world, World::flush),
         ];
         join(threads);
-        // Now the key is back.
+        // Now the key can be used again.
         world.flush();
         world.flush();
         world.check();
@@ -302,7 +303,7 @@ fn a_future_is_woken() {
     });
 }
 
-/// Closing fails what is still queued, and lets no caller hang.
+/// Closing fails the groups that are still queued, and leaves no caller waiting.
 #[test]
 fn nothing_waits_for_ever_when_it_is_closed() {
     explore(|| {
