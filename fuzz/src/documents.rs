@@ -274,7 +274,8 @@ pub fn keyring(data: &[u8]) {
 pub fn envelope(data: &[u8]) {
     let Some((&which, wrapped)) = data.split_first() else { return };
     let golden = golden(["service-aes", "service-sm4", "byok-aes", "switched-off"][usize::from(which % 4)]);
-    let (path, original) = golden.files("/meta").next().expect("it has a Logstore");
+    let mut files = golden.image.files.iter();
+    let (path, original) = files.find(|(path, _)| common::is_meta(path)).expect("it has a Logstore");
     let (a, b) = bodies(original).expect("golden metadata");
     let mut keys: Value = serde_json::from_slice(b).expect("a golden keys section");
     let newest = keys["versions"].as_array_mut().and_then(|all| all.last_mut()).expect("it has a data key");
@@ -283,7 +284,7 @@ pub fn envelope(data: &[u8]) {
     newest["wrapped"] = Value::String(hex);
     let key = derived(&root_of(golden), "envelog v2 document");
     let file = framed(original, a, keys.to_string().as_bytes(), &key);
-    golden.examine(&golden.image.with(path, file));
+    golden.examine(&named_metadata(golden, path, file, &key));
     if which % 4 == 2 {
         let cmk: UserCmkInfo = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
         let context = EncryptionContext::new();

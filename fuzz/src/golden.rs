@@ -132,7 +132,9 @@ impl Golden {
         shown(store.keys().rotate_service_key());
         let checkpoint = shown(store.admin().checkpoint());
         if checkpoint.is_some() {
-            shown(store.admin().verify(&VerifyOptions { against: checkpoint, ..VerifyOptions::default() }, &mut |_| {}));
+            shown(
+                store.admin().verify(&VerifyOptions { against: checkpoint, ..VerifyOptions::default() }, &mut |_| {}),
+            );
         }
         self.look(&store, &added);
         let closed = shown(store.close()).is_some();
