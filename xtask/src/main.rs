@@ -95,6 +95,7 @@ fn test(args: &[String]) -> Done {
 
 fn ci() -> Done {
     cargo(&["fmt", "--all", "--check"], &[])?;
+    cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"], &[])?;
     layers::layers()?;
     prose::prose(&[])?;
     // All targets except the unit tests of the engine's second build (tests/shuttle), which has
