@@ -175,10 +175,6 @@ impl LockRank {
             Self::ShardWriter => true,
             // This lock exists to be held across the unwrap.
             Self::GateLoading => true,
-            // An administrator who writes a keyring under a master key holds it for reading.
-            Self::Keyring => true,
-            // A read-only opener that lists segments may have to load the keyring again.
-            Self::ShardSegments => true,
             _ => false,
         }
     }

@@ -80,10 +80,8 @@ impl KeyContext {
         let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.reloads_keyring) else {
             return done;
         };
-        let rotated = self.reloaded_keyring()?;
-        let done = act(&rotated);
-        *write(&self.keyring) = rotated;
-        done
+        self.reload_keyring()?;
+        act(&read(&self.keyring))
     }
 
     /// Loads the keyring of a read-only opener again if the writer has rotated it. From then on the
@@ -91,16 +89,21 @@ impl KeyContext {
     /// keeps its copy.
     pub(crate) fn follow_keyring(&self) -> Result<()> {
         if self.reloads_keyring && read(&self.keyring).is_outdated().unwrap_or(false) {
-            let rotated = self.reloaded_keyring()?;
-            *write(&self.keyring) = rotated;
+            self.reload_keyring()?;
         }
         Ok(())
     }
 
-    /// The keyring as its file has it now. May call the KMS, and holds no lock meanwhile.
-    fn reloaded_keyring(&self) -> Result<Keyring> {
+    /// Takes over the keyring as its file has it now, unless another thread has taken over a newer
+    /// one meanwhile. May call the KMS, and holds no lock during that call.
+    fn reload_keyring(&self) -> Result<()> {
         let copy = read(&self.keyring).duplicate();
-        copy.reload()
+        let loaded = copy.reload()?;
+        let mut keyring = write(&self.keyring);
+        if loaded.generation() >= keyring.generation() {
+            *keyring = loaded;
+        }
+        Ok(())
     }
 }
 

@@ -225,7 +225,7 @@ impl Keyring {
 
     /// The generation of the file. It counts the steps of rotations (adding a version, retiring the
     /// older ones) and the first anchor.
-    fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         u64::from(self.newest()) + u64::from(self.accepts) - 1 + u64::from(self.anchored)
     }
 

@@ -220,11 +220,14 @@ impl SegmentList {
             return Ok(Arc::clone(segments));
         }
         let segments = match self.list() {
-            // Retention may have dropped segments that are in the copy of the record.
-            Err(error @ Error::Truncated { .. }) => match self.reload_record() {
-                Some(reloaded) => reloaded.and_then(|()| self.list())?,
-                None => return Err(error),
-            },
+            Err(error @ Error::Truncated { .. }) => {
+                // Retention may have dropped segments that are in the copy of the record. Reading
+                // the catalogue may call the KMS, so this thread gives up the lock meanwhile.
+                drop(listed);
+                self.reload_record().unwrap_or(Err(error))?;
+                listed = write(&self.listed);
+                self.list()?
+            }
             segments => segments?,
         };
         Ok(Arc::clone(listed.insert(Arc::new(segments))))

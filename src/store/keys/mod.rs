@@ -96,10 +96,12 @@ impl KeyService {
         self.context.follow_keyring()
     }
 
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file. The
-    /// caller holds the administration, so no other change happens in between.
+    /// Replaces the keyring by the one that `change` makes of it and has written to the file. `change`
+    /// may call the KMS: it works on a copy, and holds no lock of the keyring. The caller holds the
+    /// administration, so no other change happens in between.
     pub(crate) fn change_keyring(&self, change: impl FnOnce(&Keyring) -> Result<Keyring>) -> Result<()> {
-        let changed = change(&read(&self.keyring))?;
+        let copy = read(&self.keyring).duplicate();
+        let changed = change(&copy)?;
         *write(&self.keyring) = changed;
         Ok(())
     }
