@@ -4,9 +4,12 @@
 
 mod common;
 
-use std::{fs, path::PathBuf};
+use std::{fs, io, path::PathBuf};
 
-use common::*;
+use common::{
+    disk::{Op, Sim, Verdict},
+    *,
+};
 use envelog::{
     AppendOptions, AuditEvent, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
     LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store, UserCmkInfo, VerifyOptions,
@@ -332,6 +335,37 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
         assert_eq!(store.keys().rotate_data_key(logstore.name()).unwrap(), 4);
         let logstore = store.logstore(logstore.name()).unwrap();
         assert_shredded(try_texts(&logstore), 2);
+    }
+}
+
+/// The older metadata file has the envelopes. As long as it is there, no key counts as destroyed.
+#[test]
+fn shredding_fails_while_the_older_metadata_cannot_be_removed() {
+    let sim = Sim::new();
+    let store = sim.create();
+    let logstores = [sim.world.service(&store, "p/service"), sim.world.byok(&store, "p/byok", &sim.world.cmk())];
+    for logstore in &logstores {
+        store.keys().rotate_data_key(logstore.name()).unwrap();
+        let shred = || store.keys().shred_data_keys(logstore.name(), &[1]);
+        let recorded = || {
+            let records = store.keys().audit_records().unwrap().into_iter();
+            records.filter(|record| record.event == AuditEvent::Shredded).count()
+        };
+        let meta_files = || {
+            let files = sim.disk.files(&sim.world.logstore_dir(logstore));
+            files.into_keys().filter(|path| is_meta(path)).count()
+        };
+        let before = recorded();
+        sim.disk.on_call(|call| match call.op == Op::Remove && call.is_about("meta-") {
+            true => Verdict::Refuse(io::ErrorKind::PermissionDenied),
+            false => Verdict::Go,
+        });
+        assert!(matches!(shred(), Err(Error::Io { .. })));
+        sim.disk.heal();
+        assert_eq!((recorded(), meta_files()), (before, 2), "the file with the envelopes is there");
+        shred().unwrap();
+        assert_eq!((recorded(), meta_files()), (before + 1, 1));
+        assert!(logstore.status().unwrap().data_keys[0].shredded);
     }
 }
 

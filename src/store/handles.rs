@@ -281,7 +281,8 @@ impl Keys<'_> {
     ///
     /// # Errors
     /// [`ConfigError::CannotShred`], [`ConfigError::NotEncrypted`]; the errors of the KMS, because
-    /// the data key makes the second tag of the metadata.
+    /// the data key makes the second tag of the metadata. [`Error::Io`] also when the envelopes are
+    /// out of force and the file that has them could not be removed: call this again.
     pub fn shred_data_keys(&self, name: &LogstoreName, versions: &[u32]) -> Result<()> {
         key_change::shred(self.open.core(), name, versions)
     }

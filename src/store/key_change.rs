@@ -179,6 +179,10 @@ pub(super) fn change_keys_in(
     follow(&mut meta, &section);
     meta.keys = Some(section);
     admin.replace_meta(logstore, meta, data_key.as_ref())?;
+    if how.done == AuditEvent::Shredded {
+        // The older metadata has the envelopes. The keys are destroyed once it is gone.
+        admin.remove_older_meta(logstore)?;
+    }
     keys.audit().record(how.done, subject, how.outcome(result))?;
     Ok(result)
 }

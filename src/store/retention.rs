@@ -192,7 +192,7 @@ fn prove_retention(logstore: &LogstoreShared) -> Result<()> {
 }
 
 /// Destroys the data-key versions without a segment. After an interruption, the next run finds
-/// them again.
+/// them again, or the next opening of the Logstore removes the older metadata, which has them.
 fn shred_unused(
     keys: &KeyService,
     admin: &mut Administration<'_>,

@@ -182,6 +182,15 @@ impl<'a> Administration<'a> {
         Ok(())
     }
 
+    /// Removes the older metadata of a Logstore. [`Administration::replace_meta`] has tried that, and
+    /// has only logged a failure.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if a file of older metadata stays.
+    pub(crate) fn remove_older_meta(&mut self, logstore: &LogstoreShared) -> Result<()> {
+        remove_older_meta(&*self.registry.env.disk, &logstore.dir, &logstore.meta_reference())
+    }
+
     /// Writes changed metadata into a file of its own. The caller commits it.
     ///
     /// # Errors
