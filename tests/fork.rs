@@ -20,11 +20,11 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
     let (in_child, files_before) = ((store.clone(), logstore.clone()), files(&world.store_dir()));
     let mut reader_in_child = reader;
     let mut child = Command::new("true");
-    // SAFETY: this runs in a forked child, which contains only the forking thread. The store has no
-    // background threads (`Background::Manual`) and no other thread uses it, so no thread that is
-    // gone can hold one of its locks. Allocation is allowed, because the C library keeps its
-    // allocator usable across `fork`. This code does not print, and the child ends with the return
-    // value.
+    // The store has no background threads (`Background::Manual`) and no other thread uses it, so no
+    // thread that is gone can hold one of its locks. The closure does not print, and the child ends
+    // with its return value.
+    // SAFETY: the closure runs in a forked child, which contains only the forking thread. It takes no
+    // lock that another thread held, and the C library keeps its allocator usable across `fork`.
     unsafe {
         child.pre_exec(move || {
             let (store, logstore) = &in_child;

@@ -280,10 +280,10 @@ fn a_forked_child_touches_nothing_of_its_parent() {
         let wrapped = wrap(&*kms, "cmk").unwrap();
         let (in_child, wrapped_in_child) = (Arc::clone(&kms), wrapped.clone());
         let mut child = Command::new("true");
-        // SAFETY: this runs in a forked child, which contains only the forking thread. No other
-        // thread of the parent uses the KMS, so no thread that is gone can hold one of its locks.
-        // Allocation is allowed, because the C library keeps its allocator usable across `fork`.
-        // This code does not print, and the child ends with the return value.
+        // No other thread of the parent uses the KMS, so no thread that is gone can hold one of its
+        // locks. The closure does not print, and the child ends with its return value.
+        // SAFETY: the closure runs in a forked child, which contains only the forking thread. It takes
+        // no lock that another thread held, and the C library keeps its allocator usable across `fork`.
         unsafe {
             child.pre_exec(move || match unwrap(&*in_child, "cmk", &wrapped_in_child) {
                 // SoftHSM does not allow another initialization in a child.

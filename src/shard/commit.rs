@@ -5,11 +5,11 @@
 //! queue, writes and syncs it, and reports how far that got. The other callers are followers: they
 //! sleep until the leader resigns. Groups that arrive meanwhile form the next batch.
 //!
-//! A [`GroupCommit`] knows no file, no key and no shard. It decides who leads, what the next batch
-//! is, when an fsync is due, and which appends have failed. The leader does the work, and reports
-//! it with [`GroupCommit::written`], [`GroupCommit::synced`], [`GroupCommit::fail`] and
-//! [`GroupCommit::refuse`]. It has one lock, which is held for moments only and under which no
-//! other lock is taken.
+//! A [`GroupCommit`] does no I/O and uses no key. It elects the leader, forms the next batch, tells
+//! the leader when to call fsync, and remembers the appends that failed. The leader writes and
+//! syncs, and reports the results with [`GroupCommit::written`], [`GroupCommit::synced`],
+//! [`GroupCommit::fail`] and [`GroupCommit::refuse`]. A `GroupCommit` has one lock. A thread holds
+//! it for memory operations only, and takes no other lock of the shard under it.
 //!
 //! `tests/shuttle/tests/commit.rs` compiles this file by itself and explores its schedules.
 

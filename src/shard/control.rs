@@ -1,6 +1,7 @@
 //! Operations on a whole shard: losing its key, rolling, pausing, checkpoints, closing, repair.
 //!
-//! Each of them takes the leadership first, and then the writer's lock.
+//! An operation that stops the leader takes the leadership first, and then the writer's lock. The
+//! others take the writer's lock alone: they run while no segment is open, or only look.
 
 use std::sync::Arc;
 
@@ -75,7 +76,9 @@ impl Shard {
         let leading = self.lead();
         let sealed = {
             let mut writer = lock(&self.writer);
-            self.seal_by_any_key(&mut writer).map(|()| self.head(&writer))
+            let sealed = self.seal_by_any_key(&mut writer).map(|()| self.head(&writer));
+            writer.wipe();
+            sealed
         };
         let (given_up, freed) = self.commit.give_up(&Error::Closed("the Logstore"));
         drop(leading);
@@ -92,8 +95,10 @@ impl Shard {
     /// Accepts no more appends, and forgets the queue: the Logstore is being deleted.
     pub(crate) fn abandon(&self) {
         let _leading = self.lead();
-        self.latch(&mut lock(&self.writer), Error::Closed("the Logstore"));
+        let mut writer = lock(&self.writer);
+        self.latch(&mut writer, Error::Closed("the Logstore"));
         self.commit.close();
+        writer.wipe();
     }
 
     /// Makes everything durable and marked, and returns the head of the shard. Without the key the

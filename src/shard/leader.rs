@@ -366,8 +366,7 @@ impl Shard {
         if !writer.is_open() {
             return Ok(());
         }
-        let sealed = self.seal_active(writer, keys).and_then(|()| self.env.check_fence());
-        match sealed {
+        match self.seal_active(writer, keys) {
             Ok(()) => self.commit.sealed(),
             Err(error) if is_refusal(&error) => return Err(error),
             Err(error) => {
@@ -378,12 +377,13 @@ impl Shard {
         Ok(())
     }
 
+    /// Seals the active segment. Everything written so far counts as synced after that, so the fence
+    /// is checked here, whether or not the caller writes the head to the catalogue.
     fn seal_active(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
-        if let Some(head) = writer.seal(keys)? {
-            self.reach(head.clone());
-            self.list.seal_last(head.into_end());
-        }
-        Ok(())
+        let Some(head) = writer.seal(keys)? else { return Ok(()) };
+        self.reach(head.clone());
+        self.list.seal_last(head.into_end());
+        self.env.check_fence()
     }
 
     // ---- background jobs ----

@@ -265,7 +265,7 @@ impl SegmentReader {
     pub(crate) fn prove_place(&mut self, header: &BlockHeader, gate: &Gate) -> Result<()> {
         let Err(broken) = self.check_place(header) else { return Ok(()) };
         self.prove_passed(gate)?;
-        self.open(gate)?;
+        self.prove(gate)?;
         Err(broken)
     }
 
@@ -346,7 +346,7 @@ impl SegmentReader {
         let loaded = self.loaded.replace(header);
         (self.offset, self.number) = (offset, header.number);
         // This leaves the reader at the end of the block, where it was before.
-        self.open(gate)?;
+        self.prove(gate)?;
         self.loaded = loaded;
         Ok(())
     }
@@ -397,6 +397,11 @@ impl SegmentReader {
     /// the next block.
     pub(crate) fn open(&mut self, gate: &Gate) -> Result<Vec<u8>> {
         self.open_with(Some(gate))
+    }
+
+    /// Authenticates the loaded block, and wipes its plaintext. Then moves to the next block.
+    fn prove(&mut self, gate: &Gate) -> Result<()> {
+        self.open(gate).map(|mut raw| wipe(&mut raw))
     }
 
     /// As [`SegmentReader::open`], but not authenticated: for a suite that does not encrypt.

@@ -64,7 +64,6 @@ pub(super) enum Audit {
 
 /// The state of a store that is about to open.
 pub(super) struct Opening {
-    pub(super) id: StoreId,
     pub(super) keyring: Keyring,
     pub(super) catalogue: Catalogue,
     /// `None` opens the store for reading.
@@ -72,6 +71,16 @@ pub(super) struct Opening {
     pub(super) audit: Audit,
     /// How many records of the catalogue the anchor lacks, in a store that is open for reading.
     pub(super) anchor_lacks: Option<u64>,
+}
+
+impl Opening {
+    pub(super) fn for_writing(keyring: Keyring, catalogue: Catalogue, held: StoreLock, fence: Fence) -> Self {
+        Self { writer: Some((held, fence)), ..Self::for_reading(keyring, catalogue) }
+    }
+
+    pub(super) fn for_reading(keyring: Keyring, catalogue: Catalogue) -> Self {
+        Self { keyring, catalogue, writer: None, audit: Audit::Ours, anchor_lacks: None }
+    }
 }
 
 impl Setup {
@@ -163,7 +172,8 @@ impl Setup {
 
     /// Wires the parts of a store together.
     pub(super) fn assemble(self, opening: Opening) -> Result<OpenStore> {
-        let Opening { id, keyring, catalogue, writer, audit: found, anchor_lacks } = opening;
+        let Opening { keyring, catalogue, writer, audit: found, anchor_lacks } = opening;
+        let id = keyring.store();
         let kms = keyring.seal().kms().clone();
         let counters = Arc::new(Counters::new(Arc::clone(kms.meter())));
         let keyring = Arc::new(RwLock::new(LockRank::Keyring, keyring));

@@ -15,7 +15,7 @@ use tracing::info;
 
 use super::{
     anchoring,
-    assembly::{Audit, Opening, Setup},
+    assembly::{Opening, Setup},
     catalogue,
     identity::{identity_path, verify_identity, write_identity},
     lock::StoreLock,
@@ -211,14 +211,7 @@ fn create_in(setup: Setup, outside: &dyn Disk, file: &Arc<KeyringFile>, new: Opt
     // The creation has succeeded if the store can be opened again.
     keyring.verify_file()?;
     verify_identity(&*disk, &dir, &keyring)?;
-    let store = setup.assemble(Opening {
-        id: keyring.store(),
-        keyring,
-        catalogue: found.catalogue,
-        writer: Some((held, fence)),
-        audit: Audit::Ours,
-        anchor_lacks: None,
-    })?;
+    let store = setup.assemble(Opening::for_writing(keyring, found.catalogue, held, fence))?;
     store.core().keys.audit().record(AuditEvent::StoreCreated, None, "")?;
     anchoring::begin(store.core(), false)?;
     Ok(store)

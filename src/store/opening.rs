@@ -67,14 +67,7 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
     keyring.file().remove_leftovers();
     creation::forget(&*setup.disk, &setup.dir);
     let without_anchor = setup.without_anchor;
-    let store = setup.assemble(Opening {
-        id: identity.store,
-        keyring,
-        catalogue: found.catalogue,
-        writer: Some((held, fence)),
-        audit: Audit::Ours,
-        anchor_lacks: None,
-    })?;
+    let store = setup.assemble(Opening::for_writing(keyring, found.catalogue, held, fence))?;
     anchoring::begin(store.core(), without_anchor)?;
     logstores::clean_up(store.core())?;
     Ok(store)
@@ -100,14 +93,8 @@ pub(super) fn open_read_only(setup: Setup) -> Result<OpenStore> {
     let found = load_newest(&*setup.disk, &setup.dir, identity.store, &keyring)?;
     let kept = compare_with_anchor(&setup, &keyring, &found.catalogue, kept.as_ref())?;
     let reached = found.catalogue.generation;
-    setup.assemble(Opening {
-        id: identity.store,
-        keyring,
-        catalogue: found.catalogue,
-        writer: None,
-        audit: Audit::Ours,
-        anchor_lacks: kept.map(|kept| reached.saturating_sub(kept)),
-    })
+    let anchor_lacks = kept.map(|kept| reached.saturating_sub(kept));
+    setup.assemble(Opening { anchor_lacks, ..Opening::for_reading(keyring, found.catalogue) })
 }
 
 /// Lists the Logstores that [`recover_without_keyring`] may recover.
@@ -158,14 +145,9 @@ fn recover_with(
     let (disk, dir) = (Arc::clone(&setup.disk), setup.dir.clone());
     let above = catalogue::newest_epoch(&*disk, &dir)?;
     let fence = Fence::raise(&*disk, &dir, id, above, &*setup.random)?;
-    let store = setup.assemble(Opening {
-        id,
-        keyring,
-        catalogue: Catalogue { generation: 1, ..Catalogue::default() },
-        writer: Some((held, fence)),
-        audit: Audit::Lost,
-        anchor_lacks: None,
-    })?;
+    let catalogue = Catalogue { generation: 1, ..Catalogue::default() };
+    let opening = Opening { audit: Audit::Lost, ..Opening::for_writing(keyring, catalogue, held, fence) };
+    let store = setup.assemble(opening)?;
     let Core { keys, registry, .. } = store.core();
     let report = keyring_loss::recover_logstores(store.core(), expected).inspect_err(|error| {
         // The catalogue stays under the old keyring, which may still be found. The new keyring
@@ -209,14 +191,7 @@ fn compare_with_anchor(
     let path = anchor.name_of(keyring.store(), *place);
     let kept = catalogue::load_mirror(kept, &path, keyring.store(), keyring)?;
     let reader = Setup { anchor: None, ..setup.clone() };
-    let reader = reader.assemble(Opening {
-        id: keyring.store(),
-        keyring: keyring.duplicate(),
-        catalogue: catalogue.clone(),
-        writer: None,
-        audit: Audit::Ours,
-        anchor_lacks: None,
-    })?;
+    let reader = reader.assemble(Opening::for_reading(keyring.duplicate(), catalogue.clone()))?;
     anchoring::check(reader.core(), &kept)?;
     Ok(Some(kept.generation))
 }
