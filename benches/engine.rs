@@ -19,7 +19,7 @@ use envelog::crypto::AwsLc as Fast;
 
 const GROUP_BYTES: usize = 64 << 10;
 const SUITES: [(&str, Option<EncryptType>); 3] =
-    [("none", None), ("aes", Some(EncryptType::Default)), ("sm4", Some(EncryptType::Sm4))];
+    [("none", None), ("aes", Some(EncryptType::Aes)), ("sm4", Some(EncryptType::Sm4))];
 
 /// Lines of the files in `ENVELOG_BENCH_LOGS`, or lines that look like those of a web server.
 fn lines() -> Vec<Vec<u8>> {

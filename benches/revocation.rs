@@ -28,8 +28,7 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload, Store, StoreOptions,
-    UserCmkInfo,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload, Store, StoreOptions,
     crypto::AwsLc,
     kms::{Fault, FaultyKms, Kms, LocalKms},
 };
@@ -67,16 +66,16 @@ impl Master {
         }
     }
 
-    fn create_key(&self) -> UserCmkInfo {
+    fn create_key(&self) -> Cmk {
         let (cmk_key_id, arn, region_id) = match self {
             Self::Local(kms) => (kms.create_key(REGION, &[ROLE]).unwrap(), ROLE, REGION),
             #[cfg(feature = "kms-aws")]
             Self::Moto(moto) => (moto.create_key(), moto::ROLE, moto::REGION),
         };
-        UserCmkInfo { cmk_key_id, arn: arn.into(), region_id: region_id.into() }
+        Cmk { cmk_key_id, arn: arn.into(), region_id: region_id.into() }
     }
 
-    fn set_enabled(&self, key: &UserCmkInfo, enabled: bool) {
+    fn set_enabled(&self, key: &Cmk, enabled: bool) {
         match (self, enabled) {
             (Self::Local(kms), true) => kms.enable(&key.cmk_key_id).unwrap(),
             (Self::Local(kms), false) => kms.disable(&key.cmk_key_id).unwrap(),
@@ -112,8 +111,8 @@ impl World {
         Self::new(dir, master, revalidate_every)
     }
 
-    fn logstore(&self, name: &str, cmk: &UserCmkInfo) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+    fn logstore(&self, name: &str, cmk: &Cmk) -> Logstore {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         self.store.create_logstore(&name.parse().unwrap(), spec).unwrap()
     }
 }

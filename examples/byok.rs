@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use envelog::{
-    AppendOptions, EncryptConf, EncryptType, Error, LogstoreSpec, Payload, ReadOptions, Store, UserCmkInfo,
-    crypto::RustCrypto, kms::LocalKms,
+    AppendOptions, Cmk, EncryptConf, EncryptType, Error, LogstoreSpec, Payload, ReadOptions, Store, crypto::RustCrypto,
+    kms::LocalKms,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), RustCrypto::new())
         .kms(Arc::new(kms.clone()))
         .create()?;
-    let cmk = UserCmkInfo { cmk_key_id: cmk_key_id.clone(), arn: role.to_owned(), region_id: "cn-hangzhou".to_owned() };
+    let cmk = Cmk { cmk_key_id: cmk_key_id.clone(), arn: role.to_owned(), region_id: "cn-hangzhou".to_owned() };
     let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
     let logstore = store.create_logstore(&"shop/payments".parse()?, spec)?;
     logstore.append(Payload::opaque("paid 12.50")?, &AppendOptions::default())?;

@@ -89,7 +89,7 @@ fn measure(what: &str, make: Make, encrypted: bool, len: usize) {
     let store = world.create();
     let mut spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
     if encrypted {
-        spec = spec.encrypted(EncryptConf::service_key(EncryptType::Default));
+        spec = spec.encrypted(EncryptConf::service_key(EncryptType::Aes));
     }
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for text in ["first", "second"] {

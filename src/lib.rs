@@ -49,7 +49,7 @@ pub use group::{GroupError, LogGroup};
 pub use ids::{KeyringId, LogstoreId, ParseIdError, SegmentId, StoreId};
 pub use key_status::{KeyState, KeyStatus};
 pub use keys::{AuditEvent, AuditRecord};
-pub use kms::Cmk as UserCmkInfo;
+pub use kms::Cmk;
 pub use logstore::{AppendOptions, DataKeyStatus, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{

@@ -265,9 +265,8 @@ fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     let cmk = world.cmk();
     let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
-    let logstore = store
-        .create_logstore(&name("p/l"), spec.encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone())))
-        .unwrap();
+    let logstore =
+        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()))).unwrap();
     for shard in 0..2 {
         logstore.append(record("one"), &to_shard(shard, synced())).unwrap();
     }
@@ -339,7 +338,7 @@ fn an_embedded_kms_that_was_missing_at_first_is_found_later() {
     let dir = world.path().join("apart");
     let kms = LocalKms::create_or_open(&dir).unwrap();
     let id = kms.create_key("cn-shanghai", &["role"]).unwrap();
-    let cmk = envelog::UserCmkInfo { cmk_key_id: id, arn: "role".into(), region_id: "cn-shanghai".into() };
+    let cmk = envelog::Cmk { cmk_key_id: id, arn: "role".into(), region_id: "cn-shanghai".into() };
     let builder = || world.builder().kms(Arc::new(LocalKms::at(&dir)));
     let store = builder().create().unwrap();
     put(&world.byok(&store, "p/l", &cmk), "one");
@@ -362,7 +361,7 @@ fn with_old_segments() -> (World, Store, Logstore) {
     let mut world = World::manual();
     world.options.segment_bytes = 4 << 10;
     let store = world.create();
-    let conf = EncryptConf::service_key(EncryptType::Default);
+    let conf = EncryptConf::service_key(EncryptType::Aes);
     let spec = LogstoreSpec { ttl_days: Some(1), compression: Compression::None, ..LogstoreSpec::default() };
     let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf)).unwrap();
     for n in 0..8 {
@@ -388,7 +387,7 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
         world.clock.advance(secs(3600));
     }
     let mut config = store.logstore(&name("p/l")).unwrap().config();
-    config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
+    config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Aes));
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "sealed");
     let reader = world.builder().open_read_only().unwrap();

@@ -17,8 +17,8 @@ use std::{collections::BTreeSet, fmt::Debug, sync::Arc};
 use bytes::Bytes;
 use common::{memory::MemoryDisk, *};
 use envelog::{
-    AppendOptions, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreSpec, Payload,
-    ReadOptions, ReplaceCmk, Store, StoreBuilder, UserCmkInfo, VerifyOptions,
+    AppendOptions, Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreSpec, Payload,
+    ReadOptions, ReplaceCmk, Store, StoreBuilder, VerifyOptions,
     crypto::{AwsLc, HashAlg, SecretKey, derive},
     group::{Content, Log, LogTag},
     io::{OsRandom, Random},
@@ -290,7 +290,7 @@ fn whole_life(traced: &Traced) {
     // Collect the keys. A data key under the service key is drawn just before the salt of its
     // envelope; the KMS sees the others.
     let before = watched.random.draws().len();
-    let service = EncryptConf::service_key(EncryptType::Default);
+    let service = EncryptConf::service_key(EncryptType::Aes);
     let aes = watched.logstore(&store, "app/aes", Compression::Lz4, Some(service));
     let data_key = watched.random.draws()[before];
     assert!(is_data_key(&watched, &aes, &data_key));
@@ -330,7 +330,7 @@ fn whole_life(traced: &Traced) {
         logstore.append(&group, &synced()).unwrap();
         store.keys().rewrap(logstore.name()).unwrap();
     }
-    let new: UserCmkInfo = watched.world.cmk();
+    let new: Cmk = watched.world.cmk();
     store.keys().replace_cmk(sm4.name(), new.clone(), ReplaceCmk::default()).unwrap();
     store.keys().shred_data_keys(sm4.name(), &[2]).unwrap();
     let checkpoint = store.admin().checkpoint().unwrap();

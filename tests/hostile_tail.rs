@@ -37,7 +37,7 @@ fn create(by: By) -> (Sim, Logstore) {
     let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
     let spec = match by {
         By::LogLine => spec,
-        By::Disk => spec.encrypted(EncryptConf::service_key(EncryptType::Default)),
+        By::Disk => spec.encrypted(EncryptConf::service_key(EncryptType::Aes)),
     };
     let logstore = store.create_logstore(&name(NAME), spec).unwrap();
     (sim, logstore)

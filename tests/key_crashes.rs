@@ -12,8 +12,7 @@ use common::{
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store, UserCmkInfo,
-    VerifyOptions,
+    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store, VerifyOptions,
 };
 
 const SERVICE: &str = "p/service";
@@ -57,8 +56,8 @@ impl View {
 struct Scene {
     world: World,
     template: PathBuf,
-    old: UserCmkInfo,
-    new: UserCmkInfo,
+    old: Cmk,
+    new: Cmk,
 }
 
 impl Scene {
@@ -201,14 +200,13 @@ fn creating_a_logstore() {
     let create = |store: &Store, encrypt_conf| store.create_logstore(&name("p/new"), conf(encrypt_conf)).map(|_| ());
     scene.campaign(|_, store| create(store, EncryptConf::service_key(EncryptType::Sm4)), &["p/new"]);
     // Under a master key for which the store has no probe yet.
-    scene
-        .campaign(|scene, store| create(store, EncryptConf::byok(EncryptType::Default, scene.new.clone())), &["p/new"]);
+    scene.campaign(|scene, store| create(store, EncryptConf::byok(EncryptType::Aes, scene.new.clone())), &["p/new"]);
 }
 
 #[test]
 fn turning_encryption_on() {
     let scene = Scene::new();
-    scene.campaign(|_, store| enable(store, EncryptConf::service_key(EncryptType::Default)), &[PLAIN]);
+    scene.campaign(|_, store| enable(store, EncryptConf::service_key(EncryptType::Aes)), &[PLAIN]);
     scene.campaign(|scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())), &[PLAIN]);
 }
 

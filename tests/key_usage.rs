@@ -12,16 +12,16 @@ use std::{
 
 use common::{failing::FailingDisk, *};
 use envelog::{
-    AuditEvent, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig, LogstoreSpec,
-    MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport, RotateDataKey, Store, UserCmkInfo,
-    VerifyOptions, kms::RevokedReason,
+    AuditEvent, Cmk, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig, LogstoreSpec,
+    MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport, RotateDataKey, Store, VerifyOptions,
+    kms::RevokedReason,
 };
 
 fn data_key<'a>(usage: &'a KeyUsage, text: &str, version: u32) -> &'a DataKeyUsage {
     usage.data_keys.iter().find(|key| key.logstore == name(text) && key.version == version).unwrap()
 }
 
-fn master_key<'a>(usage: &'a KeyUsage, cmk: &UserCmkInfo) -> &'a MasterKeyUsage {
+fn master_key<'a>(usage: &'a KeyUsage, cmk: &Cmk) -> &'a MasterKeyUsage {
     usage.master_keys.iter().find(|key| key.cmk == *cmk).unwrap()
 }
 

@@ -19,8 +19,8 @@ use common::{
     *,
 };
 use envelog::{
-    ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result, Store,
-    UserCmkInfo, VerifyOptions,
+    Cmk, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result, Store,
+    VerifyOptions,
     crypto::AwsLc,
     segment::{KeySource, SegmentHeader},
 };
@@ -442,7 +442,7 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
 /// A closed store with Logstores of every kind, whose keyring was moved away.
 struct Lost {
     world: World,
-    cmk: UserCmkInfo,
+    cmk: Cmk,
 }
 
 impl Lost {
@@ -684,7 +684,7 @@ fn a_recovery_ignores_a_forged_enable_false() {
     let (store, report) = scene.world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     let config = store.logstore(&name("p/byok")).unwrap().config();
-    let expected = EncryptConf::byok(EncryptType::Default, scene.cmk.clone());
+    let expected = EncryptConf::byok(EncryptType::Aes, scene.cmk.clone());
     assert_eq!(config.encrypt_conf, Some(expected));
     let logstore = store.logstore(&name("p/byok")).unwrap();
     put(&logstore, "three");
@@ -795,8 +795,8 @@ fn a_recovery_uses_only_expected_master_keys() {
     put(&world.byok(&store, "p/other", &customer), "other");
     store.close().unwrap();
     let expected = BTreeMap::from([(name("p/l"), customer.clone()), (name("p/gone"), customer.clone())]);
-    let role = UserCmkInfo { arn: "acs:ram::13234:role/other".to_owned(), ..customer.clone() };
-    let region = UserCmkInfo { region_id: "cn-beijing".to_owned(), ..customer.clone() };
+    let role = Cmk { arn: "acs:ram::13234:role/other".to_owned(), ..customer.clone() };
+    let region = Cmk { region_id: "cn-beijing".to_owned(), ..customer.clone() };
     for forged in [attacker, role, region] {
         let theirs = BTreeMap::from([(name("p/l"), forged.clone()), (name("p/gone"), customer.clone())]);
         fs::remove_file(world.keyring()).unwrap();
@@ -871,7 +871,7 @@ fn a_recovery_names_the_segments_that_it_cannot_authenticate() {
     let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
     put(&logstore, "plain");
     let mut config = store.logstore(&name("p/l")).unwrap().config();
-    config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, cmk));
+    config.encrypt_conf = Some(EncryptConf::byok(EncryptType::Aes, cmk));
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "sealed");
     let plain = segments(&world.logstore_dir(&logstore), 0)[0].clone();
@@ -945,7 +945,7 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     let (scene, _) = Lost::new();
     let (store, _) = scene.world.builder().recover_all().unwrap();
     let config = store.logstore(&name("p/byok")).unwrap().config();
-    let conf = EncryptConf::service_key(EncryptType::Default);
+    let conf = EncryptConf::service_key(EncryptType::Aes);
     let error =
         store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");

@@ -11,8 +11,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, AuditEvent, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store, UserCmkInfo, VerifyOptions,
+    AppendOptions, AuditEvent, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store, VerifyOptions,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
 };
@@ -145,7 +145,7 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
     let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
     put(&logstore, "before");
     let config = store.logstore(logstore.name()).unwrap().config();
-    let conf = EncryptConf::byok(EncryptType::Default, world.cmk());
+    let conf = EncryptConf::byok(EncryptType::Aes, world.cmk());
     store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
     assert_eq!(texts(&logstore), ["before"]);
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
@@ -249,7 +249,7 @@ fn a_replacement_rewrites_envelopes_but_no_data() {
     store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "two");
     let before = data(&world, &logstore);
-    let under = |cmk: &UserCmkInfo| {
+    let under = |cmk: &Cmk| {
         let id: String = cmk.cmk_key_id.bytes().map(|byte| format!("{byte:02x}")).collect();
         envelopes(&world, &logstore).iter().filter(|(_, _, wrapped)| wrapped.as_ref().unwrap().contains(&id)).count()
     };
@@ -530,7 +530,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
         let dir = tempfile::tempdir().unwrap();
         let kms = LocalKms::create_or_open(dir.path().join("kms")).unwrap();
         let key = kms.create_key(REGION, &[ROLE]).unwrap();
-        let cmk = UserCmkInfo { cmk_key_id: key.clone(), arn: ROLE.into(), region_id: REGION.into() };
+        let cmk = Cmk { cmk_key_id: key.clone(), arn: ROLE.into(), region_id: REGION.into() };
         let random = Arc::new(InvertingRandom::default());
         let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
             .kms(Arc::new(kms.clone()))
@@ -539,7 +539,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
             .create()
             .unwrap();
         random.0.lock().unwrap().clear();
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk));
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
         // The draws are the data key and the secret of the probe. Only the data key stays in
         // memory.
@@ -643,7 +643,7 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
             (store, logstore)
         };
         (store, logstore) = crash(store, logstore);
-        let conf = Some(EncryptConf::byok(EncryptType::Default, cmk));
+        let conf = Some(EncryptConf::byok(EncryptType::Aes, cmk));
         store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();
         if crash_again {
             (store, logstore) = crash(store, logstore);

@@ -14,8 +14,8 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreSpec, Payload, Position,
-    ReadOptions, Result, Store, StoreOptions, UserCmkInfo,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreSpec, Payload,
+    Position, ReadOptions, Result, Store, StoreOptions,
     crypto::{AwsLc, SecretKey},
     kms::{self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
 };
@@ -38,8 +38,8 @@ fn with_credentials(test: &str, body: fn()) {
     assert!(out.status.success() && text.contains("1 passed"), "{text}{}", String::from_utf8_lossy(&out.stderr));
 }
 
-fn cmk(key: &str) -> UserCmkInfo {
-    UserCmkInfo { cmk_key_id: key.to_owned(), arn: ROLE.to_owned(), region_id: REGION.to_owned() }
+fn cmk(key: &str) -> Cmk {
+    Cmk { cmk_key_id: key.to_owned(), arn: ROLE.to_owned(), region_id: REGION.to_owned() }
 }
 
 fn store(dir: &TempDir, moto: &Moto, options: StoreOptions) -> Store {

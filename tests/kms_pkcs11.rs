@@ -15,8 +15,8 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position, ReadOptions, Store,
-    StoreBuilder, StoreOptions, UserCmkInfo,
+    AppendOptions, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position, ReadOptions, Store,
+    StoreBuilder, StoreOptions,
     crypto::{AwsLc, SecretKey},
     kms::{EncryptionContext, Kms, KmsCall, KmsError, RevokedReason, from_url},
 };
@@ -25,8 +25,8 @@ use pkcs11::{PIN, Token, in_own_process};
 const REGION: &str = "cn-hangzhou";
 const SECRET: [u8; 32] = [7; 32];
 
-fn cmk(name: &str) -> UserCmkInfo {
-    UserCmkInfo { cmk_key_id: name.to_owned(), arn: "pkcs11:user".to_owned(), region_id: REGION.to_owned() }
+fn cmk(name: &str) -> Cmk {
+    Cmk { cmk_key_id: name.to_owned(), arn: "pkcs11:user".to_owned(), region_id: REGION.to_owned() }
 }
 
 fn context(value: &str) -> EncryptionContext {
@@ -99,7 +99,7 @@ fn a_key_is_wrapped_for_its_context_alone() {
         }
         assert_invalid(unwrap(&*kms, "cmk", &[&wrapped[..], &[0]].concat()), "length");
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET), "after all that");
-        let elsewhere = UserCmkInfo { region_id: "cn-beijing".to_owned(), ..cmk("cmk") };
+        let elsewhere = Cmk { region_id: "cn-beijing".to_owned(), ..cmk("cmk") };
         let call = KmsCall { cmk: &elsewhere, context: &context("a"), timeout: Duration::from_secs(20) };
         assert_invalid(kms.unwrap(&call, &wrapped), "region");
         assert!(!format!("{kms:?}").contains(PIN));

@@ -7,12 +7,11 @@ mod common;
 
 use common::*;
 use envelog::{
-    Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store, UserCmkInfo,
-    kms::RevokedReason::Disabled,
+    Cmk, Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store, kms::RevokedReason::Disabled,
 };
 
 /// A store with `count` Logstores, each with its own master key and each in use.
-fn crowd(world: &World, count: usize) -> (Store, Vec<(UserCmkInfo, Logstore)>) {
+fn crowd(world: &World, count: usize) -> (Store, Vec<(Cmk, Logstore)>) {
     let store = world.create();
     let logstores = (0..count)
         .map(|n| {

@@ -1020,7 +1020,7 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
     let store = world.create();
     let spec = LogstoreSpec { payload_hash: HashAlg::Sm3, ..LogstoreSpec::default() };
     let logstore =
-        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Default))).unwrap();
+        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Aes))).unwrap();
     put(&logstore, "first");
     let update = |payload_hash| {
         let config = LogstoreConfig { payload_hash, ..store.logstore(&name("p/l")).unwrap().config() };

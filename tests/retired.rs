@@ -585,7 +585,7 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         let logstore = plain(&store);
         put(&logstore, "one");
         let encrypt = |sim: &Sim, store: &Store| {
-            let encrypt_conf = Some(EncryptConf::byok(EncryptType::Default, sim.world.cmk()));
+            let encrypt_conf = Some(EncryptConf::byok(EncryptType::Aes, sim.world.cmk()));
             let config = LogstoreConfig { encrypt_conf, ..store.logstore(&name(PLAIN)).unwrap().config() };
             store.update_logstore(&name(PLAIN), config).unwrap();
         };

@@ -13,8 +13,8 @@ mod forge;
 
 use common::{copy_dir, records, segments, synced};
 use envelog::{
-    Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode, ReadOptions, Record, Result,
-    Store, UserCmkInfo, VerifyOptions, VerifyReport,
+    Cmk, Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode, ReadOptions, Record,
+    Result, Store, VerifyOptions, VerifyReport,
     crypto::Suite,
     kms::LocalKms,
     segment::{
@@ -907,8 +907,7 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     let copy = Copy::of("plain");
     let kms = LocalKms::create_or_open(copy.path("kms")).unwrap();
     let id = kms.create_key(common::REGION, &[common::ROLE]).unwrap();
-    let cmk =
-        UserCmkInfo { cmk_key_id: id.clone(), arn: common::ROLE.to_owned(), region_id: common::REGION.to_owned() };
+    let cmk = Cmk { cmk_key_id: id.clone(), arn: common::ROLE.to_owned(), region_id: common::REGION.to_owned() };
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
     logstore.append(common::record("in the open segment"), &synced()).unwrap();
@@ -917,7 +916,7 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     copy_dir(&copy.path("killed"), &copy.path("store"));
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
-    let conf = EncryptConf::byok(EncryptType::Default, cmk);
+    let conf = EncryptConf::byok(EncryptType::Aes, cmk);
     let config = LogstoreConfig { encrypt_conf: Some(conf), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
     drop((logstore, store));

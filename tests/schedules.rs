@@ -236,7 +236,7 @@ impl Schedule {
         };
         let store = schedule.builder().create().unwrap();
         for text in ["p/a", "p/b", "p/s"] {
-            let encrypt_type = if seed.is_multiple_of(2) { EncryptType::Default } else { EncryptType::Sm4 };
+            let encrypt_type = if seed.is_multiple_of(2) { EncryptType::Aes } else { EncryptType::Sm4 };
             let conf = match text {
                 "p/a" => EncryptConf::byok(encrypt_type, cmk(0)),
                 "p/b" => EncryptConf::byok(encrypt_type, cmk(1)),

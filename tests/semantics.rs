@@ -8,8 +8,8 @@ use std::{fs, path::PathBuf};
 
 use common::{catalogue::catalogue_file, *};
 use envelog::{
-    AuditEvent, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
-    LogstoreSpec, ReplaceCmk, RotateDataKey, Store, UserCmkInfo, VerifyOptions,
+    AuditEvent, Cmk, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
+    LogstoreSpec, ReplaceCmk, RotateDataKey, Store, VerifyOptions,
     crypto::Suite,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
@@ -129,9 +129,9 @@ fn s2_aes_and_sm4_with_either_method() {
     let store = world.create();
     let cmk = world.cmk();
     for (n, (encrypt_type, method, suite)) in [
-        (EncryptType::Default, None, Suite::Aes256Gcm),
+        (EncryptType::Aes, None, Suite::Aes256Gcm),
         (EncryptType::Sm4, None, Suite::Sm4Gcm),
-        (EncryptType::Default, Some(cmk.clone()), Suite::Aes256Gcm),
+        (EncryptType::Aes, Some(cmk.clone()), Suite::Aes256Gcm),
         (EncryptType::Sm4, Some(cmk), Suite::Sm4Gcm),
     ]
     .into_iter()
@@ -170,7 +170,7 @@ fn s3_json_has_exactly_these_names() {
         r#"{"cmk_key_id":"key-1","arn":"acs:ram::13234:role/logsource","region_id":"cn-hangzhou"}}"#
     );
     let conf = EncryptConf::from_json(json).unwrap();
-    let cmk = UserCmkInfo {
+    let cmk = Cmk {
         cmk_key_id: "key-1".into(),
         arn: "acs:ram::13234:role/logsource".into(),
         region_id: "cn-hangzhou".into(),
@@ -286,7 +286,7 @@ fn s3_a_configuration_round_trips_through_json() {
 
 #[test]
 fn s4_records_from_before_encryption_stay_readable() {
-    for (encrypt_type, byok) in [(EncryptType::Default, false), (EncryptType::Sm4, true)] {
+    for (encrypt_type, byok) in [(EncryptType::Aes, false), (EncryptType::Sm4, true)] {
         let world = World::manual();
         let store = world.create();
         let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
@@ -314,7 +314,7 @@ fn s4_a_first_enable_false_fixes_nothing() {
     let store = world.create();
     // With a create and with an update; both may name an algorithm and a master key.
     let cmk = world.cmk();
-    let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Default, cmk.clone()) };
+    let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Aes, cmk.clone()) };
     let created = store.create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone())).unwrap();
     let updated = store.create_logstore(&name("p/b"), LogstoreSpec::default()).unwrap();
     update(&store, &updated, Some(off())).unwrap();
@@ -335,7 +335,7 @@ fn s4_a_first_enable_false_fixes_nothing() {
         .unwrap();
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
     update(&store, &created, Some(conf.clone())).unwrap();
-    update(&store, &updated, Some(EncryptConf::service_key(EncryptType::Default))).unwrap();
+    update(&store, &updated, Some(EncryptConf::service_key(EncryptType::Aes))).unwrap();
     assert_eq!(created.config().encrypt_conf, Some(conf));
     for logstore in [&created, &updated] {
         put(logstore, "secret");
@@ -387,7 +387,7 @@ fn s4_recovery_after_switching_off_keeps_records_encrypted() {
 
     let store = world.open();
     let logstore = store.logstore(&name("shop/orders")).unwrap();
-    update(&store, &logstore, Some(EncryptConf { encrypt_type: Some(EncryptType::Default), ..off() })).unwrap();
+    update(&store, &logstore, Some(EncryptConf { encrypt_type: Some(EncryptType::Aes), ..off() })).unwrap();
     logstore.append(record("public-public-public"), &synced()).unwrap();
     assert_eq!(logstore.status().unwrap().recovery[0].groups_rewritten, 1);
     assert_eq!(texts(&logstore), ["confidential-confidential", "public-public-public"]);
@@ -413,10 +413,10 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     };
     let type_less = |conf: EncryptConf| EncryptConf { encrypt_type: None, ..conf };
     let disabled = |conf: EncryptConf| EncryptConf { enable: false, ..conf };
-    let default_service = EncryptConf::service_key(EncryptType::Default);
-    let default_byok = EncryptConf::byok(EncryptType::Default, cmk.clone());
-    let other_role = UserCmkInfo { arn: "acs:ram::1:role/other".into(), ..cmk.clone() };
-    let other_region = UserCmkInfo { region_id: "cn-beijing".into(), ..cmk.clone() };
+    let default_service = EncryptConf::service_key(EncryptType::Aes);
+    let default_byok = EncryptConf::byok(EncryptType::Aes, cmk.clone());
+    let other_role = Cmk { arn: "acs:ram::1:role/other".into(), ..cmk.clone() };
+    let other_region = Cmk { region_id: "cn-beijing".into(), ..cmk.clone() };
     let fixed = cmk.cmk_key_id.clone();
     let method = |fixed| ConfigError::MethodFixed { fixed };
     let algorithm = |fixed| ConfigError::AlgorithmFixed { fixed };
@@ -427,20 +427,20 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         (&byok, None, ConfigError::EncryptConfRequired),
         (&refused_off, None, ConfigError::EncryptConfRequired),
         // The method.
-        (&service, Some(EncryptConf::byok(EncryptType::Default, cmk.clone())), method("service key")),
-        (&service, Some(disabled(EncryptConf::byok(EncryptType::Default, cmk.clone()))), method("service key")),
+        (&service, Some(EncryptConf::byok(EncryptType::Aes, cmk.clone())), method("service key")),
+        (&service, Some(disabled(EncryptConf::byok(EncryptType::Aes, cmk.clone()))), method("service key")),
         (&byok, Some(default_service.clone()), method("customer master key")),
         (&byok, Some(off()), method("customer master key")),
         (&refused_off, Some(disabled(EncryptConf::byok(EncryptType::Sm4, cmk.clone()))), method("service key")),
         // The algorithm.
-        (&service, Some(EncryptConf::service_key(EncryptType::Sm4)), algorithm(EncryptType::Default)),
-        (&service, Some(disabled(EncryptConf::service_key(EncryptType::Sm4))), algorithm(EncryptType::Default)),
-        (&byok, Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())), algorithm(EncryptType::Default)),
+        (&service, Some(EncryptConf::service_key(EncryptType::Sm4)), algorithm(EncryptType::Aes)),
+        (&service, Some(disabled(EncryptConf::service_key(EncryptType::Sm4))), algorithm(EncryptType::Aes)),
+        (&byok, Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())), algorithm(EncryptType::Aes)),
         (&refused_off, Some(default_service.clone()), algorithm(EncryptType::Sm4)),
         // The master key: another key, another role, another region.
-        (&byok, Some(EncryptConf::byok(EncryptType::Default, other)), cmk_fixed()),
-        (&byok, Some(EncryptConf::byok(EncryptType::Default, other_role)), cmk_fixed()),
-        (&byok, Some(disabled(EncryptConf::byok(EncryptType::Default, other_region))), cmk_fixed()),
+        (&byok, Some(EncryptConf::byok(EncryptType::Aes, other)), cmk_fixed()),
+        (&byok, Some(EncryptConf::byok(EncryptType::Aes, other_role)), cmk_fixed()),
+        (&byok, Some(disabled(EncryptConf::byok(EncryptType::Aes, other_region))), cmk_fixed()),
         // Incomplete configurations.
         (&service, Some(type_less(default_service)), ConfigError::EncryptTypeRequired),
         (&byok, Some(type_less(default_byok)), ConfigError::EncryptTypeRequired),
@@ -508,8 +508,8 @@ fn s5_enable_may_be_switched_without_naming_the_algorithm() {
     let store = world.create();
     let cmk = world.cmk();
     for (logstore, cmk, encrypt_type) in [
-        (world.byok(&store, "p/byok", &cmk), Some(cmk), EncryptType::Default),
-        (world.service(&store, "p/service"), None, EncryptType::Default),
+        (world.byok(&store, "p/byok", &cmk), Some(cmk), EncryptType::Aes),
+        (world.service(&store, "p/service"), None, EncryptType::Aes),
     ] {
         let without_type = EncryptConf { enable: false, encrypt_type: None, user_cmk_info: cmk.clone() };
         let config = update(&store, &logstore, Some(without_type)).unwrap();
@@ -586,8 +586,8 @@ fn s6_key_operations_do_not_touch_the_revision() {
 
 struct Revocation {
     reason: RevokedReason,
-    revoke: fn(&World, &UserCmkInfo),
-    restore: Option<fn(&World, &UserCmkInfo)>,
+    revoke: fn(&World, &Cmk),
+    restore: Option<fn(&World, &Cmk)>,
 }
 
 const REVOCATIONS: [Revocation; 4] = [
@@ -686,7 +686,7 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     let store = world.create();
     let cmk = world.cmk();
     let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
-        .encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+        .encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let doomed = world.byok(&store, "p/doomed", &cmk);
     put(&logstore, "old");
@@ -759,7 +759,7 @@ fn s7_retention_works_in_a_process_that_starts_while_revoked() {
     let store = world.create();
     let cmk = world.cmk();
     let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
-        .encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+        .encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     put(&logstore, "old");
     store.close().unwrap();
@@ -809,7 +809,7 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     let logstore = world.byok(&store, "p/l", &old);
     put(&logstore, "one");
     // Not through an update.
-    let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, new.clone()))).unwrap_err();
+    let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Aes, new.clone()))).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::CmkFixed { .. })));
     // Two envelopes: the existing one, and that of the fresh data key.
     assert_eq!(store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
@@ -823,7 +823,7 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     put(&logstore, "three");
     assert_eq!(headers(&world, &logstore).last().unwrap().1, KeySource::DataKey(2));
     // The update rule accepts the new master key.
-    update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Default, newer))).unwrap();
+    update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Aes, newer))).unwrap();
     let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::ReplaceIntended).count(), 2);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Replaced).count(), 2);
@@ -845,17 +845,17 @@ fn s8_a_refused_replacement_changes_nothing() {
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
     put(&logstore, "one");
     let before = fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap();
-    let replace = |logstore: &Logstore, new: UserCmkInfo| {
+    let replace = |logstore: &Logstore, new: Cmk| {
         store.keys().replace_cmk(logstore.name(), new, ReplaceCmk::default()).unwrap_err()
     };
     let good = world.cmk();
     assert!(matches!(replace(&service, good.clone()), Error::Config(ConfigError::NotByok)));
     assert!(matches!(replace(&plain, good.clone()), Error::Config(ConfigError::NotEncrypted)));
-    let elsewhere = UserCmkInfo { region_id: "us-west-1".into(), ..good.clone() };
+    let elsewhere = Cmk { region_id: "us-west-1".into(), ..good.clone() };
     assert!(matches!(replace(&logstore, elsewhere), Error::Config(ConfigError::NoKmsForRegion { .. })));
-    let role = UserCmkInfo { arn: "acs:ram::1:role/nobody".into(), ..good.clone() };
+    let role = Cmk { arn: "acs:ram::1:role/nobody".into(), ..good.clone() };
     assert!(matches!(replace(&logstore, role), Error::Config(ConfigError::CmkRefused { .. })));
-    let empty = UserCmkInfo { cmk_key_id: String::new(), ..good.clone() };
+    let empty = Cmk { cmk_key_id: String::new(), ..good.clone() };
     assert!(matches!(replace(&logstore, empty), Error::Config(ConfigError::CmkField { .. })));
     let disabled = world.cmk();
     world.local().disable(&disabled.cmk_key_id).unwrap();
@@ -877,22 +877,22 @@ fn s9_without_kms_or_permission_no_logstore_is_created() {
     let store = world.create();
     let cmk = world.cmk();
     let before = files(&world.store_dir());
-    let refused = |cmk: UserCmkInfo| {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk));
+    let refused = |cmk: Cmk| {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
         let error = store.create_logstore(&name("p/l"), spec).unwrap_err();
         assert!(store.list().unwrap().is_empty());
         assert!(matches!(store.logstore(&name("p/l")), Err(Error::LogstoreMissing(_))));
         assert!(fs::read_dir(world.store_dir().join("logstores")).unwrap().next().is_none());
         error
     };
-    let error = refused(UserCmkInfo { region_id: "us-west-1".into(), ..cmk.clone() });
+    let error = refused(Cmk { region_id: "us-west-1".into(), ..cmk.clone() });
     assert!(matches!(&error, Error::Config(ConfigError::NoKmsForRegion { region }) if region == "us-west-1"));
     assert!(error.to_string().contains("us-west-1"));
-    let error = refused(UserCmkInfo { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
+    let error = refused(Cmk { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
     assert!(
         matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted"))
     );
-    let error = refused(UserCmkInfo { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
+    let error = refused(Cmk { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
     assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted")));
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let error = refused(cmk.clone());

@@ -9,12 +9,12 @@ use std::fs;
 
 use common::*;
 use envelog::{
-    AuditEvent, ConfigError, Error, ErrorKind, Store, UserCmkInfo, VerifyOptions,
+    AuditEvent, Cmk, ConfigError, Error, ErrorKind, Store, VerifyOptions,
     kms::{KmsError, RevokedReason},
 };
 
 /// A store whose keyring is under a master key, with a Logstore under its service key.
-fn made() -> (World, UserCmkInfo, Store) {
+fn made() -> (World, Cmk, Store) {
     let world = World::manual();
     let cmk = world.cmk();
     let store = world.builder().service_cmk(cmk.clone()).create().unwrap();
@@ -117,10 +117,10 @@ fn an_outage_and_a_refusal_are_told_apart_and_pass() {
 fn a_refusal_at_creation_makes_nothing() {
     let world = World::manual();
     let cmk = world.cmk();
-    let elsewhere = UserCmkInfo { region_id: "cn-nowhere".to_owned(), ..cmk.clone() };
+    let elsewhere = Cmk { region_id: "cn-nowhere".to_owned(), ..cmk.clone() };
     let refused = world.builder().service_cmk(elsewhere).create().unwrap_err();
     assert!(matches!(refused, Error::Config(ConfigError::NoKmsForRegion { .. })), "{refused}");
-    let empty = UserCmkInfo { arn: String::new(), ..cmk.clone() };
+    let empty = Cmk { arn: String::new(), ..cmk.clone() };
     assert!(matches!(world.builder().service_cmk(empty).create(), Err(Error::Config(ConfigError::CmkField { .. }))));
     world.kms.answer(Answer::Revoked(RevokedReason::NotPermitted));
     let refused = world.builder().service_cmk(cmk.clone()).open_or_create().unwrap_err();

@@ -100,7 +100,7 @@ impl Fixture {
     fn create(&self) -> Store {
         let store = self.builder(Arc::clone(&self.disk)).create().unwrap();
         for (text, conf) in [
-            (AES, Some(EncryptConf::service_key(EncryptType::Default))),
+            (AES, Some(EncryptConf::service_key(EncryptType::Aes))),
             (SM4, Some(EncryptConf::byok(EncryptType::Sm4, self.world.cmk()))),
             (PLAIN, None),
         ] {

@@ -102,7 +102,7 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
     let cmk = world.cmk();
     let spec = |conf| LogstoreSpec { shard_count: SHARDS, ..LogstoreSpec::default().encrypted(conf) };
     let service = EncryptConf::service_key(EncryptType::Sm4);
-    let byok = EncryptConf::byok(EncryptType::Default, cmk.clone());
+    let byok = EncryptConf::byok(EncryptType::Aes, cmk.clone());
     let logstores = [("p/service", service), ("p/byok", byok)]
         .map(|(text, conf)| store.create_logstore(&name(text), spec(conf)).unwrap());
     let beside: Store = world.builder().open_read_only().unwrap();

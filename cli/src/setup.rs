@@ -8,7 +8,7 @@ use std::{
 };
 
 use envelog::{
-    ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions, UserCmkInfo,
+    Cmk, ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
     crypto::AwsLc,
     kms::{self, Kms, LocalKms},
 };
@@ -146,7 +146,7 @@ pub(crate) fn check_access(logstore: &Logstore) -> Result {
 }
 
 /// Parses a master key argument.
-pub(crate) fn cmk(argument: &str) -> Result<UserCmkInfo> {
+pub(crate) fn cmk(argument: &str) -> Result<Cmk> {
     serde_json::from_str(&input::text_argument(argument)?).map_err(|error| ConfigError::Json(error.to_string()).into())
 }
 

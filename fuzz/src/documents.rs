@@ -10,7 +10,7 @@
 use std::{path::Path, time::Duration};
 
 use envelog::{
-    UserCmkInfo,
+    Cmk,
     crypto::{HashAlg, SecretKey, derive, hmac_sha256},
     kms::{EncryptionContext, Kms, KmsCall, LocalKms},
 };
@@ -286,7 +286,7 @@ pub fn envelope(data: &[u8]) {
     let file = framed(original, a, keys.to_string().as_bytes(), &key);
     golden.examine(&named_metadata(golden, path, file, &key));
     if which % 4 == 2 {
-        let cmk: UserCmkInfo = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
+        let cmk: Cmk = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
         let context = EncryptionContext::new();
         let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
         let kms = LocalKms::at(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms"));
@@ -325,7 +325,7 @@ pub fn kms_files(data: &[u8]) {
     let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");
     let kms = LocalKms::create_or_open(dir.path().join("kms")).expect("a new KMS");
     let id = kms.create_key("cn-hangzhou", &["role"]).expect("a new key");
-    let cmk = UserCmkInfo { cmk_key_id: id.clone(), arn: "role".into(), region_id: "cn-hangzhou".into() };
+    let cmk = Cmk { cmk_key_id: id.clone(), arn: "role".into(), region_id: "cn-hangzhou".into() };
     let context = EncryptionContext::new();
     let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
     let mut secret = [7; 32];

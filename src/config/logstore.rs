@@ -160,7 +160,7 @@ impl ConfigError {
 #[non_exhaustive]
 pub enum EncryptType {
     /// `"default"`: AES-256-GCM.
-    Default,
+    Aes,
     /// `"sm4"`: SM4-GCM (RFC 8998).
     Sm4,
 }
@@ -169,7 +169,7 @@ impl EncryptType {
     /// The suite for new data while encryption is on.
     pub fn suite(self) -> Suite {
         match self {
-            EncryptType::Default => Suite::Aes256Gcm,
+            EncryptType::Aes => Suite::Aes256Gcm,
             EncryptType::Sm4 => Suite::Sm4Gcm,
         }
     }
@@ -181,7 +181,7 @@ impl EncryptType {
 
     fn as_str(self) -> &'static str {
         match self {
-            EncryptType::Default => "default",
+            EncryptType::Aes => "default",
             EncryptType::Sm4 => "sm4",
         }
     }
@@ -198,7 +198,7 @@ impl FromStr for EncryptType {
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
         match text {
-            "default" => Ok(EncryptType::Default),
+            "default" => Ok(EncryptType::Aes),
             "sm4" => Ok(EncryptType::Sm4),
             other => Err(ConfigError::EncryptTypeUnsupported(other.chars().take(64).collect())),
         }
@@ -640,7 +640,7 @@ mod tests {
     }
 
     fn fixed(cmk: Option<Cmk>) -> FixedEncryption {
-        FixedEncryption { encrypt_type: EncryptType::Default, cmk }
+        FixedEncryption { encrypt_type: EncryptType::Aes, cmk }
     }
 
     #[test]
@@ -665,31 +665,31 @@ mod tests {
 
     #[test]
     fn update_rules() {
-        let service = config(Some(EncryptConf::service_key(EncryptType::Default)));
+        let service = config(Some(EncryptConf::service_key(EncryptType::Aes)));
         let with = |conf| LogstoreConfig { encrypt_conf: conf, ..service.clone() };
         let update = |conf| service.updated(with(conf), Some(&fixed(None)), 2);
         assert_eq!(update(None), Err(ConfigError::EncryptConfRequired));
         assert_eq!(
             update(Some(EncryptConf::service_key(EncryptType::Sm4))),
-            Err(ConfigError::AlgorithmFixed { fixed: EncryptType::Default })
+            Err(ConfigError::AlgorithmFixed { fixed: EncryptType::Aes })
         );
         assert_eq!(
-            update(Some(EncryptConf::byok(EncryptType::Default, cmk("k")))),
+            update(Some(EncryptConf::byok(EncryptType::Aes, cmk("k")))),
             Err(ConfigError::MethodFixed { fixed: "service key" })
         );
         let off = update(Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None })).unwrap();
-        assert_eq!(off.encrypt_conf.unwrap().encrypt_type, Some(EncryptType::Default));
+        assert_eq!(off.encrypt_conf.unwrap().encrypt_type, Some(EncryptType::Aes));
         assert_eq!(off.revision, 2);
 
-        let byok = config(Some(EncryptConf::byok(EncryptType::Default, cmk("k"))));
+        let byok = config(Some(EncryptConf::byok(EncryptType::Aes, cmk("k"))));
         let update =
             |conf| byok.updated(LogstoreConfig { encrypt_conf: conf, ..byok.clone() }, Some(&fixed(Some(cmk("k")))), 2);
         assert_eq!(
-            update(Some(EncryptConf::service_key(EncryptType::Default))),
+            update(Some(EncryptConf::service_key(EncryptType::Aes))),
             Err(ConfigError::MethodFixed { fixed: "customer master key" })
         );
         assert_eq!(
-            update(Some(EncryptConf::byok(EncryptType::Default, cmk("other")))),
+            update(Some(EncryptConf::byok(EncryptType::Aes, cmk("other")))),
             Err(ConfigError::CmkFixed { fixed: "k".into() })
         );
     }

@@ -90,7 +90,7 @@ pub(crate) use bounded::Watch;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
-pub use local::{DELETION_DAYS, KeyInfo, KeyState, LocalKms, LocalKmsError};
+pub use local::{DELETION_DAYS, LocalKeyInfo, LocalKeyState, LocalKms, LocalKmsError};
 pub(crate) use meter::KmsMeter;
 pub(crate) use router::{KmsRouter, NoKms};
 pub use url::{KmsUrlError, from_url};

@@ -111,7 +111,7 @@ pub(crate) fn write_plan(meta: &Meta, keyring_version: u32) -> WritePlan {
     let enabled = meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
     let (suite, key_source) = match &meta.keys {
         Some(keys) => (keys.encrypt_type.suite(), KeySource::DataKey(keys.current)),
-        None => (EncryptType::Default.suite(), KeySource::Keyring(keyring_version)),
+        None => (EncryptType::Aes.suite(), KeySource::Keyring(keyring_version)),
     };
     WritePlan {
         suite: if enabled && meta.keys.is_some() { suite } else { suite.integrity_only() },

@@ -11,8 +11,8 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Compression, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
-    ShardChoice, Store, StoreBuilder, StoreOptions, UserCmkInfo,
+    AppendOptions, Background, Cmk, Compression, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
+    ShardChoice, Store, StoreBuilder, StoreOptions,
     crypto::{AwsLc, HashAlg, hash},
     io::{Clock, Random},
     kms::LocalKms,
@@ -156,7 +156,7 @@ impl Maker {
     /// two data-key versions, several segments, all sealed.
     fn service_aes(&mut self) {
         let store = self.create();
-        let conf = EncryptConf::service_key(EncryptType::Default);
+        let conf = EncryptConf::service_key(EncryptType::Aes);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 2)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Buffered);
         self.put(&logstore, 0, What::Group("sent", 1), Durability::Synced);
@@ -188,12 +188,12 @@ impl Maker {
     }
 
     /// An embedded KMS with one key.
-    fn kms(&self) -> (LocalKms, UserCmkInfo) {
+    fn kms(&self) -> (LocalKms, Cmk) {
         let kms = LocalKms::create_or_open(self.dir.join("kms")).unwrap();
         let kms = kms.with_clock(Arc::clone(&self.clock) as _);
         let kms = kms.insecure_random_for_tests(Arc::clone(&self.random) as _);
         let cmk_key_id = kms.create_key(REGION, &[ROLE]).unwrap();
-        let cmk = UserCmkInfo { cmk_key_id, arn: ROLE.into(), region_id: REGION.into() };
+        let cmk = Cmk { cmk_key_id, arn: ROLE.into(), region_id: REGION.into() };
         (kms, cmk)
     }
 
@@ -201,7 +201,7 @@ impl Maker {
     fn sealed_keyring(&mut self) {
         let (kms, cmk) = self.kms();
         let store = self.builder(&self.store_dir()).kms(Arc::new(kms)).service_cmk(cmk).create().unwrap();
-        let conf = EncryptConf::service_key(EncryptType::Default);
+        let conf = EncryptConf::service_key(EncryptType::Aes);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
         store.keys().rotate_service_key().unwrap();
@@ -214,7 +214,7 @@ impl Maker {
         let (kms, cmk) = self.kms();
         let cmk_key_id = cmk.cmk_key_id.clone();
         let store = self.builder(&self.store_dir()).kms(Arc::new(kms.clone())).create().unwrap();
-        let conf = EncryptConf::byok(EncryptType::Default, cmk);
+        let conf = EncryptConf::byok(EncryptType::Aes, cmk);
         let logstore = store.create_logstore(&name("shop/payments"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
         kms.rotate(&cmk_key_id).unwrap();
@@ -250,7 +250,7 @@ impl Maker {
     fn crash(&mut self) {
         let work = self.dir.join("work");
         let store = self.builder(&work).create().unwrap();
-        let conf = EncryptConf::service_key(EncryptType::Default);
+        let conf = EncryptConf::service_key(EncryptType::Aes);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("sealed", 1), Durability::Synced);
         logstore.roll().unwrap();
@@ -287,7 +287,7 @@ impl Maker {
     fn compressed(&mut self) {
         let store = self.create();
         for (text, compression) in [("shop/lz4", Compression::Lz4), ("shop/zstd", Compression::Zstd)] {
-            let conf = EncryptConf::service_key(EncryptType::Default);
+            let conf = EncryptConf::service_key(EncryptType::Aes);
             let spec = LogstoreSpec { compression, ..spec(Some(conf), 1) };
             let logstore = store.create_logstore(&name(text), spec).unwrap();
             self.put(&logstore, 0, What::Group("again and again", 20), Durability::Synced);

@@ -31,9 +31,8 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 #[cfg(not(feature = "aws-lc"))]
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
-    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
+    AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
     LogstoreSpec, Payload, Position, ReadOptions, Record, RecoverReport, Result, Store, StoreBuilder, StoreOptions,
-    UserCmkInfo,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
     io::{Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random, RealDisk},
@@ -460,20 +459,20 @@ impl World {
     }
 
     /// Creates a master key that the service's role may use.
-    pub(crate) fn cmk(&self) -> UserCmkInfo {
+    pub(crate) fn cmk(&self) -> Cmk {
         let id = self.local().create_key(REGION, &[ROLE]).unwrap();
-        UserCmkInfo { cmk_key_id: id, arn: ROLE.into(), region_id: REGION.into() }
+        Cmk { cmk_key_id: id, arn: ROLE.into(), region_id: REGION.into() }
     }
 
     /// Creates a Logstore under the service key.
     pub(crate) fn service(&self, store: &Store, text: &str) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Default));
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Aes));
         store.create_logstore(&name(text), spec).unwrap()
     }
 
     /// Creates a Logstore under a master key.
-    pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &UserCmkInfo) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk.clone()));
+    pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &Cmk) -> Logstore {
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         store.create_logstore(&name(text), spec).unwrap()
     }
 

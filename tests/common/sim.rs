@@ -11,7 +11,7 @@ use std::{
 };
 
 use envelog::{
-    UserCmkInfo,
+    Cmk,
     crypto::{AeadKey, Cipher, CryptoError, CryptoProvider, SecretKey},
     io::Random,
     kms::{Kms, KmsCall, KmsError, RevokedReason},
@@ -178,8 +178,8 @@ impl fmt::Debug for SeededKms {
 }
 
 /// A master key of the [`SeededKms`].
-pub(crate) fn cmk(n: u64) -> UserCmkInfo {
-    UserCmkInfo { cmk_key_id: format!("key-{n}"), arn: ROLE.into(), region_id: REGION.into() }
+pub(crate) fn cmk(n: u64) -> Cmk {
+    Cmk { cmk_key_id: format!("key-{n}"), arn: ROLE.into(), region_id: REGION.into() }
 }
 
 impl SeededKms {
@@ -198,7 +198,7 @@ impl SeededKms {
         Arc::new(Self { masters: self.masters.clone(), disabled, state, ledger: Arc::clone(ledger) })
     }
 
-    pub(crate) fn disable(&self, cmk: &UserCmkInfo) {
+    pub(crate) fn disable(&self, cmk: &Cmk) {
         self.disabled.lock().unwrap().insert(cmk.cmk_key_id.clone());
     }
 

@@ -17,9 +17,9 @@ use crate::common::{
 };
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Checkpoint, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store, Ticket, UserCmkInfo,
-    VerifyOptions, io::Random, kms::RevokedReason, segment::BlockKind,
+    AppendOptions, Checkpoint, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store, Ticket, VerifyOptions,
+    io::Random, kms::RevokedReason, segment::BlockKind,
 };
 
 pub(crate) const SHARDS: u32 = 2;
@@ -102,7 +102,7 @@ struct Shelf {
 
 struct Life {
     sim: Sim,
-    cmk: UserCmkInfo,
+    cmk: Cmk,
     store: Option<Store>,
     reading: Option<Store>,
     shelves: Vec<Option<Shelf>>,
@@ -241,9 +241,9 @@ impl Life {
     fn create(&mut self, n: usize) {
         let conf = match n {
             0 => None,
-            1 => Some(EncryptConf::service_key(EncryptType::Default)),
+            1 => Some(EncryptConf::service_key(EncryptType::Aes)),
             2 => Some(EncryptConf::byok(EncryptType::Sm4, self.cmk.clone())),
-            _ => Some(EncryptConf::byok(EncryptType::Default, self.cmk.clone())),
+            _ => Some(EncryptConf::byok(EncryptType::Aes, self.cmk.clone())),
         };
         let spec = LogstoreSpec { shard_count: SHARDS, encrypt_conf: conf, ..LogstoreSpec::default() };
         let created = self.store().create_logstore(&name(&text_of(n)), spec);

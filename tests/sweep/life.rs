@@ -228,7 +228,7 @@ impl Moment {
 
 fn conf(n: usize) -> Option<EncryptConf> {
     match n {
-        0 => Some(EncryptConf::service_key(EncryptType::Default)),
+        0 => Some(EncryptConf::service_key(EncryptType::Aes)),
         1 => Some(EncryptConf::byok(EncryptType::Sm4, cmk(0))),
         2 => None,
         _ => Some(EncryptConf::service_key(EncryptType::Sm4)),
@@ -618,9 +618,9 @@ impl Life {
             }
             Step::Toggle(n) => {
                 let first = if n == 2 {
-                    EncryptConf::byok(EncryptType::Default, cmk(1))
+                    EncryptConf::byok(EncryptType::Aes, cmk(1))
                 } else {
-                    EncryptConf::service_key(EncryptType::Default)
+                    EncryptConf::service_key(EncryptType::Aes)
                 };
                 self.update(n, |view| {
                     view.encrypt_conf = Some(match view.encrypt_conf.clone() {

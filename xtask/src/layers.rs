@@ -462,7 +462,7 @@ mod tests {
 
     #[test]
     fn downward_paths_tests_and_re_exports_are_fine() {
-        let lib = "pub use error::{Error, Result};\npub use kms::Cmk as UserCmkInfo;\n";
+        let lib = "pub use error::{Error, Result};\npub use kms::Cmk as MasterKey;\n";
         let store = "use crate::{Error, kms::Cmk};\nmod inner { use super::super::io::Disk; }\n";
         let io =
             "#[cfg(test)]\nmod tests { use crate::store::Store; }\n#[cfg(test)]\n#[allow(a)]\npub(crate) mod fakes;\n";

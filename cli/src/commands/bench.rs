@@ -124,7 +124,7 @@ impl Suite {
     fn conf(self) -> Option<EncryptConf> {
         match self {
             Self::None => None,
-            Self::Aes => Some(EncryptConf::service_key(EncryptType::Default)),
+            Self::Aes => Some(EncryptConf::service_key(EncryptType::Aes)),
             Self::Sm4 => Some(EncryptConf::service_key(EncryptType::Sm4)),
         }
     }

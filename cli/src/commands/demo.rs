@@ -150,7 +150,7 @@ impl Demo {
         let service_name = LogstoreName::new("demo", "service-aes")?;
         let customer_name = LogstoreName::new("demo", "customer-sm4")?;
         let store = self.open()?;
-        let service_conf = EncryptConf::service_key(EncryptType::Default);
+        let service_conf = EncryptConf::service_key(EncryptType::Aes);
         let service = store.create_logstore(&service_name, LogstoreSpec::default().encrypted(service_conf))?;
         let customer_conf = EncryptConf::byok(EncryptType::Sm4, self.cmk.clone());
         let customer = store.create_logstore(&customer_name, LogstoreSpec::default().encrypted(customer_conf))?;

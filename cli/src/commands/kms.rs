@@ -1,6 +1,6 @@
 //! `kms`: the embedded KMS.
 
-use envelog::kms::{KeyInfo, KeyState, LocalKms};
+use envelog::kms::{LocalKeyInfo, LocalKeyState, LocalKms};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
@@ -60,7 +60,7 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
     output::line(format_args!("{key}: {done}"))
 }
 
-fn list(setup: &Setup, keys: &[KeyInfo]) -> Result {
+fn list(setup: &Setup, keys: &[LocalKeyInfo]) -> Result {
     if setup.json {
         let keys: Vec<_> = keys
             .iter()
@@ -81,7 +81,7 @@ fn list(setup: &Setup, keys: &[KeyInfo]) -> Result {
     let mut table = output::table(&["key", "region", "state", "versions", "grants", "created"], &[3]);
     for key in keys {
         let state = match (key.state, key.deletion_day) {
-            (KeyState::PendingDeletion { .. }, Some(on)) => format!("{} on {}", key.state, day(on)),
+            (LocalKeyState::PendingDeletion { .. }, Some(on)) => format!("{} on {}", key.state, day(on)),
             (state, _) => state.to_string(),
         };
         table.add_row([
@@ -96,12 +96,12 @@ fn list(setup: &Setup, keys: &[KeyInfo]) -> Result {
     output::print_table(&table)
 }
 
-fn state_word(state: KeyState) -> &'static str {
+fn state_word(state: LocalKeyState) -> &'static str {
     match state {
-        KeyState::Enabled => "enabled",
-        KeyState::Disabled => "disabled",
-        KeyState::PendingDeletion { .. } => "pending_deletion",
-        KeyState::Deleted => "deleted",
+        LocalKeyState::Enabled => "enabled",
+        LocalKeyState::Disabled => "disabled",
+        LocalKeyState::PendingDeletion { .. } => "pending_deletion",
+        LocalKeyState::Deleted => "deleted",
         _ => "unknown",
     }
 }

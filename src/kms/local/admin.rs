@@ -6,7 +6,7 @@ use super::{
     LocalKms,
     error::{LocalKmsError, io_error},
     files::StoredKey,
-    key::{KeyInfo, KeyState},
+    key::{LocalKeyInfo, LocalKeyState},
 };
 
 /// How many days ahead the deletion of a key can be scheduled.
@@ -48,7 +48,7 @@ impl LocalKms {
     ///
     /// # Errors
     /// `Missing`, `Io`, or `Damaged`, which names the first damaged file.
-    pub fn list(&self) -> Result<Vec<KeyInfo>, LocalKmsError> {
+    pub fn list(&self) -> Result<Vec<LocalKeyInfo>, LocalKmsError> {
         let today = self.today();
         self.key_ids()?.iter().map(|key_id| Ok(self.load(key_id)?.info(today))).collect()
     }
@@ -88,7 +88,7 @@ impl LocalKms {
         self.change(
             key_id,
             "rotate",
-            |state| state == KeyState::Enabled,
+            |state| state == LocalKeyState::Enabled,
             |key| {
                 key.material.push(self.new_material()?);
                 Ok(())
@@ -122,7 +122,7 @@ impl LocalKms {
         self.change(
             key_id,
             "cancel the deletion of",
-            |state| matches!(state, KeyState::PendingDeletion { .. }),
+            |state| matches!(state, LocalKeyState::PendingDeletion { .. }),
             |key| {
                 key.deletion_day = None;
                 Ok(())
@@ -174,7 +174,7 @@ impl LocalKms {
         &self,
         key_id: &str,
         operation: &'static str,
-        allowed: impl FnOnce(KeyState) -> bool,
+        allowed: impl FnOnce(LocalKeyState) -> bool,
         change: impl FnOnce(&mut StoredKey) -> Result<(), LocalKmsError>,
     ) -> Result<(), LocalKmsError> {
         let _lock = self.lock_and_sweep()?;
@@ -189,12 +189,12 @@ impl LocalKms {
 }
 
 /// Whether a key can be enabled, disabled and scheduled for deletion.
-fn is_live(state: KeyState) -> bool {
-    matches!(state, KeyState::Enabled | KeyState::Disabled)
+fn is_live(state: LocalKeyState) -> bool {
+    matches!(state, LocalKeyState::Enabled | LocalKeyState::Disabled)
 }
 
-fn is_not_deleted(state: KeyState) -> bool {
-    state != KeyState::Deleted
+fn is_not_deleted(state: LocalKeyState) -> bool {
+    state != LocalKeyState::Deleted
 }
 
 fn check_name(what: &'static str, name: &str) -> Result<(), LocalKmsError> {

@@ -7,7 +7,7 @@ use std::{
 
 use rustix::io::Errno;
 
-use super::key::{KEY_FILE_BYTES_MAX, KeyState};
+use super::key::{KEY_FILE_BYTES_MAX, LocalKeyState};
 use crate::io::{FileKind, WrongFileType};
 
 /// Why the administration of a [`LocalKms`](super::LocalKms) failed. Nothing has changed then,
@@ -33,7 +33,7 @@ pub enum LocalKmsError {
         /// The key.
         key_id: String,
         /// Its state.
-        state: KeyState,
+        state: LocalKeyState,
         /// The operation.
         operation: &'static str,
     },

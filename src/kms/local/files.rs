@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use super::{
     LocalKms,
     error::{LocalKmsError, io_error},
-    key::{KEY_FILE_BYTES_MAX, KeyInfo, KeyState},
+    key::{KEY_FILE_BYTES_MAX, LocalKeyInfo, LocalKeyState},
 };
 use crate::{
     crypto::SecretKey,
@@ -118,7 +118,7 @@ impl LocalKms {
                 Err(LocalKmsError::Damaged { .. }) => continue,
                 loaded => loaded?,
             };
-            if key.state(today) == KeyState::Deleted && !key.material.is_empty() {
+            if key.state(today) == LocalKeyState::Deleted && !key.material.is_empty() {
                 key.material.clear();
                 self.save(&key)?;
             }
@@ -204,18 +204,18 @@ pub(super) struct StoredKey {
 }
 
 impl StoredKey {
-    pub(super) fn state(&self, today: u32) -> KeyState {
+    pub(super) fn state(&self, today: u32) -> LocalKeyState {
         match self.deletion_day {
-            _ if self.material.is_empty() => KeyState::Deleted,
-            Some(day) if day <= today => KeyState::Deleted,
-            Some(day) => KeyState::PendingDeletion { day },
-            None if self.disabled => KeyState::Disabled,
-            None => KeyState::Enabled,
+            _ if self.material.is_empty() => LocalKeyState::Deleted,
+            Some(day) if day <= today => LocalKeyState::Deleted,
+            Some(day) => LocalKeyState::PendingDeletion { day },
+            None if self.disabled => LocalKeyState::Disabled,
+            None => LocalKeyState::Enabled,
         }
     }
 
-    pub(super) fn info(self, today: u32) -> KeyInfo {
-        KeyInfo {
+    pub(super) fn info(self, today: u32) -> LocalKeyInfo {
+        LocalKeyInfo {
             state: self.state(today),
             versions: self.versions(),
             key_id: self.key_id,

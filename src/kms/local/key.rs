@@ -8,13 +8,13 @@ pub(super) const KEY_FILE_BYTES_MAX: usize = 256 * 1024;
 /// The properties of a key of a [`LocalKms`](super::LocalKms), but for its material.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct KeyInfo {
+pub struct LocalKeyInfo {
     /// Its identifier: `key-` and 16 hexadecimal digits.
     pub key_id: String,
     /// The region that it belongs to.
     pub region_id: String,
     /// Whether it can be used.
-    pub state: KeyState,
+    pub state: LocalKeyState,
     /// How many versions there are: 1, and one more for each rotation. None once the material is
     /// destroyed.
     pub versions: u32,
@@ -29,7 +29,7 @@ pub struct KeyInfo {
 /// Whether a key of a [`LocalKms`](super::LocalKms) can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum KeyState {
+pub enum LocalKeyState {
     /// It can.
     Enabled,
     /// Not until it is enabled again.
@@ -43,7 +43,7 @@ pub enum KeyState {
     Deleted,
 }
 
-impl fmt::Display for KeyState {
+impl fmt::Display for LocalKeyState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Enabled => "enabled",

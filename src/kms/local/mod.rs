@@ -52,7 +52,7 @@ pub use admin::DELETION_DAYS;
 pub use error::LocalKmsError;
 use error::io_error;
 use files::{MARKER, StoredKey};
-pub use key::{KeyInfo, KeyState};
+pub use key::{LocalKeyInfo, LocalKeyState};
 use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
 
 const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
@@ -176,13 +176,13 @@ impl LocalKms {
         };
         let state = key.state(self.today());
         let reason = match state {
-            KeyState::Deleted => RevokedReason::Deleted,
+            LocalKeyState::Deleted => RevokedReason::Deleted,
             _ if !key.grants.contains(arn) => {
                 return revoked(RevokedReason::NotPermitted, format!("key {cmk_key_id} is not granted to {arn}"));
             }
-            KeyState::PendingDeletion { .. } => RevokedReason::PendingDeletion,
-            KeyState::Disabled => RevokedReason::Disabled,
-            KeyState::Enabled => return Ok(key),
+            LocalKeyState::PendingDeletion { .. } => RevokedReason::PendingDeletion,
+            LocalKeyState::Disabled => RevokedReason::Disabled,
+            LocalKeyState::Enabled => return Ok(key),
         };
         revoked(reason, format!("key {cmk_key_id} in region {region_id}"))
     }

@@ -92,11 +92,11 @@ impl Setup {
         self.kms.unwrap(&self.call(), wrapped).map(|key| *key.expose())
     }
 
-    fn state(&self) -> KeyState {
+    fn state(&self) -> LocalKeyState {
         self.info().state
     }
 
-    fn info(&self) -> KeyInfo {
+    fn info(&self) -> LocalKeyInfo {
         self.kms.list().unwrap().into_iter().find(|key| key.key_id == self.id()).unwrap()
     }
 
@@ -120,7 +120,7 @@ fn assert_unreachable<T: fmt::Debug>(result: Result<T, KmsError>) {
 }
 
 #[track_caller]
-fn assert_wrong_state(result: Result<(), LocalKmsError>, expected: KeyState) {
+fn assert_wrong_state(result: Result<(), LocalKmsError>, expected: LocalKeyState) {
     assert!(matches!(&result, Err(LocalKmsError::WrongState { state, .. }) if *state == expected), "{result:?}");
 }
 
@@ -203,17 +203,17 @@ fn disabled_and_enabled_again() {
     let wrapped = setup.wrap().unwrap();
     for _ in 0..2 {
         setup.kms.disable(setup.id()).unwrap();
-        assert_eq!(setup.state(), KeyState::Disabled);
+        assert_eq!(setup.state(), LocalKeyState::Disabled);
         setup.assert_revoked(&wrapped, RevokedReason::Disabled);
     }
-    assert_wrong_state(setup.kms.rotate(setup.id()), KeyState::Disabled);
-    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), KeyState::Disabled);
+    assert_wrong_state(setup.kms.rotate(setup.id()), LocalKeyState::Disabled);
+    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), LocalKeyState::Disabled);
     for _ in 0..2 {
         setup.kms.enable(setup.id()).unwrap();
-        assert_eq!(setup.state(), KeyState::Enabled);
+        assert_eq!(setup.state(), LocalKeyState::Enabled);
         assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
     }
-    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), KeyState::Enabled);
+    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), LocalKeyState::Enabled);
 }
 
 #[test]
@@ -222,12 +222,12 @@ fn pending_deletion_can_be_cancelled() {
     clock.set_day(20_000);
     let setup = Setup::with(|kms| kms.with_clock(clock.clone()));
     let wrapped = setup.wrap().unwrap();
-    for before in [KeyState::Enabled, KeyState::Disabled] {
-        if before == KeyState::Disabled {
+    for before in [LocalKeyState::Enabled, LocalKeyState::Disabled] {
+        if before == LocalKeyState::Disabled {
             setup.kms.disable(setup.id()).unwrap();
         }
         setup.kms.schedule_deletion(setup.id(), 7).unwrap();
-        let pending = KeyState::PendingDeletion { day: 20_007 };
+        let pending = LocalKeyState::PendingDeletion { day: 20_007 };
         assert_eq!(setup.state(), pending);
         assert_eq!(setup.info().deletion_day, Some(20_007));
         setup.assert_revoked(&wrapped, RevokedReason::PendingDeletion);
@@ -259,13 +259,13 @@ fn the_clock_deletes_and_the_next_change_destroys() {
     setup.assert_revoked(&wrapped, RevokedReason::PendingDeletion);
     clock.set_day(20_001);
     setup.assert_revoked(&wrapped, RevokedReason::Deleted);
-    assert_eq!((setup.state(), setup.info().versions), (KeyState::Deleted, 1));
+    assert_eq!((setup.state(), setup.info().versions), (LocalKeyState::Deleted, 1));
     // Too late. That attempt is the change that destroys the material.
-    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), KeyState::Deleted);
-    assert_eq!((setup.state(), setup.info().versions), (KeyState::Deleted, 0));
+    assert_wrong_state(setup.kms.cancel_deletion(setup.id()), LocalKeyState::Deleted);
+    assert_eq!((setup.state(), setup.info().versions), (LocalKeyState::Deleted, 0));
     // Setting the clock back brings nothing back. A change of another key destroys material too.
     clock.set_day(20_000);
-    assert_eq!(setup.state(), KeyState::Deleted);
+    assert_eq!(setup.state(), LocalKeyState::Deleted);
     let third = setup.kms.create_key("cn-beijing", &[]).unwrap();
     setup.kms.schedule_deletion(&other, 2).unwrap();
     clock.set_day(20_002);
@@ -282,7 +282,7 @@ fn deleted_is_final() {
     setup.kms.delete(setup.id()).unwrap();
     setup.assert_revoked(&wrapped, RevokedReason::Deleted);
     let info = setup.info();
-    assert_eq!((info.state, info.versions), (KeyState::Deleted, 0));
+    assert_eq!((info.state, info.versions), (LocalKeyState::Deleted, 0));
     assert_eq!(info.deletion_day, Some(setup.kms.today()));
     for refused in [
         setup.kms.enable(setup.id()),
@@ -294,7 +294,7 @@ fn deleted_is_final() {
         setup.kms.grant(setup.id(), ROLE),
         setup.kms.ungrant(setup.id(), ROLE),
     ] {
-        assert_wrong_state(refused, KeyState::Deleted);
+        assert_wrong_state(refused, LocalKeyState::Deleted);
     }
     assert!(setup.kms.serves(REGION), "so that a call can say that the key is deleted");
 }
@@ -578,15 +578,15 @@ fn calls_need_no_lock_and_changes_wait_for_it() {
     thread::scope(|scope| {
         let change = scope.spawn(|| setup.kms.disable(setup.id()));
         thread::sleep(LOCK_PAUSE * 4);
-        assert_eq!(setup.state(), KeyState::Enabled);
+        assert_eq!(setup.state(), LocalKeyState::Enabled);
         drop(lock);
         change.join().unwrap().unwrap();
     });
-    assert_eq!(setup.state(), KeyState::Disabled);
+    assert_eq!(setup.state(), LocalKeyState::Disabled);
     // The lock file has no content. A change creates it again.
     fs::remove_file(setup.kms.lock_path()).unwrap();
     setup.kms.enable(setup.id()).unwrap();
-    assert_eq!(setup.state(), KeyState::Enabled);
+    assert_eq!(setup.state(), LocalKeyState::Enabled);
     assert!(setup.kms.lock_path().is_file());
 }
 

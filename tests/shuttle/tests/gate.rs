@@ -66,7 +66,7 @@ impl World {
             .options(options)
             .create()
             .unwrap();
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Default, cmk(0)));
+        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk(0)));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
         Arc::new(Self { store, logstore, kms, clock, done: Mutex::default() })
     }
@@ -177,7 +177,7 @@ fn a_service_key_rotation_undoes_no_configuration_change() {
             thread::spawn(move || world.store.keys().rotate_service_key().unwrap())
         };
         let mut config = world.store.logstore(&name("p/plain")).unwrap().config();
-        config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Default));
+        config.encrypt_conf = Some(EncryptConf::service_key(EncryptType::Aes));
         let updated = world.store.update_logstore(&name("p/plain"), config).unwrap();
         rotating.join().unwrap();
         assert_eq!(world.store.logstore(&name("p/plain")).unwrap().config(), updated);

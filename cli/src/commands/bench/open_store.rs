@@ -65,7 +65,7 @@ impl Bench {
         let builder = || self.builder("segments").kms(Arc::clone(&kms) as _);
 
         let store = builder().disk(Arc::new(CountedDisk { unsynced: true, ..CountedDisk::default() })).create()?;
-        let conf = EncryptConf::byok(EncryptType::Default, cmk);
+        let conf = EncryptConf::byok(EncryptType::Aes, cmk);
         let logstore = store.create_logstore(&name, spec(Suite::None, Compression::None).encrypted(conf))?;
         for _ in 0..SEGMENTS {
             interrupt::check()?;
