@@ -151,9 +151,18 @@ fn creating() {
         }
     }
     let (early, late) = (median(early), median(late));
-    println!("creating a Logstore     the 10th: {early:?}, {} bytes, {} syncs", early_counts.0, early_counts.1);
-    println!("                    the 10,000th: {late:?}, {} bytes, {} syncs", late_counts.0, late_counts.1);
-    println!("                    time of the 10,000th / the 10th: {:.2}", late.as_secs_f64() / early.as_secs_f64());
+    println!(
+        "creating a Logstore     the 10th: {early:?}, {} bytes, {} syncs",
+        early_counts.0, early_counts.1
+    );
+    println!(
+        "                    the 10,000th: {late:?}, {} bytes, {} syncs",
+        late_counts.0, late_counts.1
+    );
+    println!(
+        "                    time of the 10,000th / the 10th: {:.2}",
+        late.as_secs_f64() / early.as_secs_f64()
+    );
     let began = Instant::now();
     store.close().unwrap();
     println!("closing a store of 10,000 Logstores: {:?}", began.elapsed());

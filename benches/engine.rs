@@ -9,8 +9,8 @@ use std::{fs, hint::black_box, path::Path, time::Instant};
 use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use envelog::{
-    AppendOptions, Compression, Durability, EncryptConf, EncryptType, LogGroup, Logstore, LogstoreSpec, Payload,
-    ReadMode, ReadOptions, Store,
+    AppendOptions, Compression, Durability, EncryptConf, EncryptType, LogGroup, Logstore,
+    LogstoreSpec, Payload, ReadMode, ReadOptions, Store,
     crypto::{Cipher, CryptoProvider, RustCrypto},
     group::{Content, Log},
 };
@@ -24,12 +24,17 @@ const SUITES: [(&str, Option<EncryptType>); 3] =
 /// Lines of the files in `ENVELOG_BENCH_LOGS`, or lines that look like those of a web server.
 fn lines() -> Vec<Vec<u8>> {
     if let Some(dir) = std::env::var_os("ENVELOG_BENCH_LOGS") {
-        let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let mut files: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();
         return files
             .iter()
             .flat_map(|file| {
-                fs::read(file).unwrap().split(|&byte| byte == b'\n').map(<[u8]>::to_vec).collect::<Vec<_>>()
+                fs::read(file)
+                    .unwrap()
+                    .split(|&byte| byte == b'\n')
+                    .map(<[u8]>::to_vec)
+                    .collect::<Vec<_>>()
             })
             .collect();
     }
@@ -80,7 +85,12 @@ fn store(dir: &Path) -> Store {
     Store::builder(dir.join("store"), dir.join("keyring"), Fast::new()).create().unwrap()
 }
 
-fn logstore(store: &Store, name: &str, encrypt: Option<EncryptType>, compression: Compression) -> Logstore {
+fn logstore(
+    store: &Store,
+    name: &str,
+    encrypt: Option<EncryptType>,
+    compression: Compression,
+) -> Logstore {
     let encrypt_conf = encrypt.map(EncryptConf::service_key);
     let spec = LogstoreSpec { compression, encrypt_conf, ..LogstoreSpec::default() };
     store.create_logstore(&format!("bench/{name}-{compression}").parse().unwrap(), spec).unwrap()
@@ -99,13 +109,20 @@ fn append(criterion: &mut Criterion) {
             group.bench_function(BenchmarkId::from_parameter(suite), |bencher| {
                 bencher.iter(|| {
                     for payload in &groups {
-                        logstore.append(payload.clone(), &AppendOptions::durability(Durability::Buffered)).unwrap();
+                        logstore
+                            .append(
+                                payload.clone(),
+                                &AppendOptions::durability(Durability::Buffered),
+                            )
+                            .unwrap();
                     }
                     logstore.sync().unwrap();
                 });
             });
             drop(logstore);
-            store.delete_logstore(&format!("bench/{suite}-{compression}").parse().unwrap()).unwrap();
+            store
+                .delete_logstore(&format!("bench/{suite}-{compression}").parse().unwrap())
+                .unwrap();
         }
     }
 }
@@ -120,7 +137,9 @@ fn read(criterion: &mut Criterion) {
     for (suite, encrypt) in SUITES {
         let logstore = logstore(&store, suite, encrypt, Compression::Lz4);
         for payload in &groups {
-            logstore.append(payload.clone(), &AppendOptions::durability(Durability::Buffered)).unwrap();
+            logstore
+                .append(payload.clone(), &AppendOptions::durability(Durability::Buffered))
+                .unwrap();
         }
         logstore.roll().unwrap();
         logstore.sync().unwrap();
@@ -147,12 +166,15 @@ fn read_modes(criterion: &mut Criterion) {
         for (suite, encrypt) in SUITES {
             let logstore = logstore(&store, suite, encrypt, compression);
             for payload in (0..8).flat_map(|_| &groups) {
-                logstore.append(payload.clone(), &AppendOptions::durability(Durability::Buffered)).unwrap();
+                logstore
+                    .append(payload.clone(), &AppendOptions::durability(Durability::Buffered))
+                    .unwrap();
             }
             logstore.roll().unwrap();
             let round = |mode| {
                 let began = Instant::now();
-                let reader = logstore.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let reader =
+                    logstore.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
                 let read: usize = reader.map(|record| record.unwrap().bytes.len()).sum();
                 assert_eq!(read, bytes);
                 began.elapsed().as_secs_f64()
@@ -184,7 +206,8 @@ fn read_modes(criterion: &mut Criterion) {
 }
 
 fn ciphers(criterion: &mut Criterion) {
-    let providers: [(&str, &dyn CryptoProvider); 2] = [("fast", &Fast::new()), ("rustcrypto", &RustCrypto::new())];
+    let providers: [(&str, &dyn CryptoProvider); 2] =
+        [("fast", &Fast::new()), ("rustcrypto", &RustCrypto::new())];
     for cipher in [Cipher::Aes256Gcm, Cipher::Sm4Gcm] {
         let mut group = criterion.benchmark_group(format!("{cipher:?}"));
         for len in [4 << 10, 64 << 10] {

@@ -28,7 +28,8 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload, Store, StoreOptions,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
+    Store, StoreOptions,
     crypto::AwsLc,
     kms::{Fault, FaultyKms, Kms, LocalKms},
 };
@@ -98,11 +99,12 @@ impl World {
         let mut options = StoreOptions::default();
         options.revalidate_every = revalidate_every;
         options.outage_grace = revalidate_every.max(options.outage_grace);
-        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .kms(master.kms())
-            .options(options)
-            .create()
-            .unwrap();
+        let store =
+            Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+                .kms(master.kms())
+                .options(options)
+                .create()
+                .unwrap();
         Self { store, master, _dir: dir }
     }
 
@@ -112,7 +114,8 @@ impl World {
     }
 
     fn logstore(&self, name: &str, cmk: &Cmk) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+        let spec =
+            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         self.store.create_logstore(&name.parse().unwrap(), spec).unwrap()
     }
 }
@@ -169,42 +172,58 @@ fn renewal(runs: usize, long: Duration) {
         let logstore = world.logstore("p/l", &world.master.create_key());
         (world, logstore)
     });
-    compare("an append", ["renewing once an hour", "renewing ten times a second"], runs, |renewing| {
-        p99(if renewing { &often.1 } else { &seldom.1 }, long)
-    });
-    println!("  renewals: {} and {}", seldom.0.store.keys().renewal_calls(), often.0.store.keys().renewal_calls());
+    compare(
+        "an append",
+        ["renewing once an hour", "renewing ten times a second"],
+        runs,
+        |renewing| p99(if renewing { &often.1 } else { &seldom.1 }, long),
+    );
+    println!(
+        "  renewals: {} and {}",
+        seldom.0.store.keys().renewal_calls(),
+        often.0.store.keys().renewal_calls()
+    );
 }
 
 fn neighbour(what: &str, world: &World, runs: usize, long: Duration) {
     let (victim, other) = (world.master.create_key(), world.master.create_key());
-    let (revoked, measured) = (world.logstore("p/revoked", &victim), world.logstore("p/measured", &other));
+    let (revoked, measured) =
+        (world.logstore("p/revoked", &victim), world.logstore("p/measured", &other));
     let refused = AtomicBool::new(false);
-    compare(what, ["whose key is in order", "whose key is disabled and enabled"], runs, |revoking| {
-        let stop = AtomicBool::new(false);
-        thread::scope(|scope| {
-            // The other Logstore appends in both variants, so that its load is the same.
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
-                    if revoked.append(payload, &AppendOptions::durability(Durability::Written)).is_err() {
-                        refused.store(true, Ordering::Relaxed);
+    compare(
+        what,
+        ["whose key is in order", "whose key is disabled and enabled"],
+        runs,
+        |revoking| {
+            let stop = AtomicBool::new(false);
+            thread::scope(|scope| {
+                // The other Logstore appends in both variants, so that its load is the same.
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
+                        if revoked
+                            .append(payload, &AppendOptions::durability(Durability::Written))
+                            .is_err()
+                        {
+                            refused.store(true, Ordering::Relaxed);
+                        }
+                        thread::sleep(Duration::from_millis(1));
                     }
-                    thread::sleep(Duration::from_millis(1));
-                }
-            });
-            scope.spawn(|| {
-                while revoking && !stop.load(Ordering::Relaxed) {
-                    for enabled in [false, true] {
-                        world.master.set_enabled(&victim, enabled);
-                        thread::sleep(long / 4);
+                });
+                scope.spawn(|| {
+                    while revoking && !stop.load(Ordering::Relaxed) {
+                        for enabled in [false, true] {
+                            world.master.set_enabled(&victim, enabled);
+                            thread::sleep(long / 4);
+                        }
                     }
-                }
-            });
-            let p99 = p99(&measured, long);
-            stop.store(true, Ordering::Relaxed);
-            p99
-        })
-    });
+                });
+                let p99 = p99(&measured, long);
+                stop.store(true, Ordering::Relaxed);
+                p99
+            })
+        },
+    );
     assert!(refused.load(Ordering::Relaxed), "nothing was ever revoked");
 }
 
@@ -241,7 +260,12 @@ fn with_moto() {
     }
     let master = Master::Moto(moto::Moto::start());
     let world = World::new(tempfile::tempdir().unwrap(), master, Duration::from_secs(1));
-    neighbour("an append beside another Logstore, both with moto", &world, RUNS, Duration::from_secs(8));
+    neighbour(
+        "an append beside another Logstore, both with moto",
+        &world,
+        RUNS,
+        Duration::from_secs(8),
+    );
     std::process::exit(0);
 }
 

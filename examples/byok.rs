@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use envelog::{
-    AppendOptions, Cmk, EncryptConf, EncryptType, Error, LogstoreSpec, Payload, ReadOptions, Store, crypto::RustCrypto,
-    kms::LocalKms,
+    AppendOptions, Cmk, EncryptConf, EncryptType, Error, LogstoreSpec, Payload, ReadOptions, Store,
+    crypto::RustCrypto, kms::LocalKms,
 };
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -19,10 +19,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cmk_key_id = kms.create_key("cn-hangzhou", &[role])?;
 
     // The service's side.
-    let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), RustCrypto::new())
-        .kms(Arc::new(kms.clone()))
-        .create()?;
-    let cmk = Cmk { cmk_key_id: cmk_key_id.clone(), arn: role.to_owned(), region_id: "cn-hangzhou".to_owned() };
+    let store =
+        Store::builder(dir.path().join("store"), dir.path().join("keyring"), RustCrypto::new())
+            .kms(Arc::new(kms.clone()))
+            .create()?;
+    let cmk = Cmk {
+        cmk_key_id: cmk_key_id.clone(),
+        arn: role.to_owned(),
+        region_id: "cn-hangzhou".to_owned(),
+    };
     let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
     let logstore = store.create_logstore(&"shop/payments".parse()?, spec)?;
     logstore.append(Payload::opaque("paid 12.50")?, &AppendOptions::default())?;

@@ -61,14 +61,20 @@ type Make = fn(&BlockHeader, u64, usize) -> Vec<u8>;
 fn main() {
     let mib: usize = std::env::args().nth(1).map_or(64, |mib| mib.parse().unwrap());
     println!("{mib} MiB behind the last whole block\n");
-    println!("| tail | suite | recovery and an append | most memory | verification without keys | most memory |");
+    println!(
+        "| tail | suite | recovery and an append | most memory | verification without keys | most memory |"
+    );
     println!("|---|---|---|---|---|---|");
     let tails: [(&str, Make); 8] = [
         ("zeros", |_, _, len| vec![0; len]),
         ("random bytes", |_, _, len| random(len)),
-        ("headers every 96 bytes that claim the most", |like, mark, len| headers(like, mark, len, |_, left| left)),
+        ("headers every 96 bytes that claim the most", |like, mark, len| {
+            headers(like, mark, len, |_, left| left)
+        }),
         ("headers every 96 bytes that claim any length", |like, mark, len| {
-            headers(like, mark, len, |n, left| left - n.wrapping_mul(2_654_435_761) % (left / 2 + 1))
+            headers(like, mark, len, |n, left| {
+                left - n.wrapping_mul(2_654_435_761) % (left / 2 + 1)
+            })
         }),
         ("whole marks, out of their place", |like, mark, len| marks(like, mark, len, 1)),
         ("whole marks, each in its place", |like, mark, len| marks(like, mark, len, 0)),
@@ -147,11 +153,30 @@ fn header(like: &BlockHeader, mark: u64, payload_len: usize) -> BlockHeader {
     let raw_len = payload_len as u32;
     let (number, first_seq) = (like.number + 1, like.end_seq());
     let (kind, group_count) = (BlockKind::Opaque, 1);
-    let fields = BlockHeader { kind, number, first_seq, group_count, log_count: 0, durable_mark: mark, ..*like };
-    BlockHeader { compression: Compression::None, payload_len: raw_len, raw_len, list_len: raw_len - 4, ..fields }
+    let fields = BlockHeader {
+        kind,
+        number,
+        first_seq,
+        group_count,
+        log_count: 0,
+        durable_mark: mark,
+        ..*like
+    };
+    BlockHeader {
+        compression: Compression::None,
+        payload_len: raw_len,
+        raw_len,
+        list_len: raw_len - 4,
+        ..fields
+    }
 }
 
-fn headers(like: &BlockHeader, mark: u64, len: usize, claimed: impl Fn(usize, usize) -> usize) -> Vec<u8> {
+fn headers(
+    like: &BlockHeader,
+    mark: u64,
+    len: usize,
+    claimed: impl Fn(usize, usize) -> usize,
+) -> Vec<u8> {
     let mut tail = Vec::with_capacity(len);
     while tail.len() + 2 * BLOCK_LEN_MIN < len {
         let left = (len - tail.len() - BLOCK_LEN_MIN).min(PAYLOAD_MAX);
@@ -168,7 +193,8 @@ fn marks(like: &BlockHeader, mark: u64, len: usize, skip: u32) -> Vec<u8> {
         if tail.len() + BLOCK_LEN_MIN > len {
             break;
         }
-        let fields = BlockHeader { kind: BlockKind::Mark, number, group_count: 0, ..header(like, mark, 4) };
+        let fields =
+            BlockHeader { kind: BlockKind::Mark, number, group_count: 0, ..header(like, mark, 4) };
         let fields = BlockHeader { payload_len: 0, raw_len: 0, list_len: 0, ..fields };
         let mut block = [&fields.encode()[..], &[0xfa; SUFFIX]].concat();
         fix_crc(&mut block);
@@ -185,9 +211,12 @@ fn nested(like: &BlockHeader, mark: u64, len: usize) -> Vec<u8> {
         let (mut headers, core, mut suffixes) = (Vec::new(), [0x45; 13], Vec::new());
         let mut crc = crc32fast::Hasher::new();
         crc.update(&core);
-        for inner in (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= most) {
+        for inner in
+            (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= most)
+        {
             // Not in its place: the scan would report it as a forged block there.
-            let header = BlockHeader { number: like.number + 2, ..header(like, mark, inner) }.encode();
+            let header =
+                BlockHeader { number: like.number + 2, ..header(like, mark, inner) }.encode();
             let mut covered = crc32fast::Hasher::new();
             covered.update(&header);
             covered.combine(&crc);

@@ -42,8 +42,15 @@ pub(crate) enum DocumentKind {
 }
 
 impl DocumentKind {
-    const ALL: [Self; 7] =
-        [Self::Store, Self::Catalogue, Self::Logstore, Self::Probe, Self::Keyring, Self::Checkpoint, Self::Creation];
+    const ALL: [Self; 7] = [
+        Self::Store,
+        Self::Catalogue,
+        Self::Logstore,
+        Self::Probe,
+        Self::Keyring,
+        Self::Checkpoint,
+        Self::Creation,
+    ];
 
     fn code(self) -> u16 {
         match self {
@@ -105,14 +112,18 @@ impl Document {
     /// # Errors
     /// [`Error::Corrupt`], with the rule that it breaks.
     pub(crate) fn check_frame(&self, path: &Path) -> Result<(), Error> {
-        let broken = |at: usize, rule: &str| Err(Error::corrupt(Location::new(path, at as u64), rule));
+        let broken =
+            |at: usize, rule: &str| Err(Error::corrupt(Location::new(path, at as u64), rule));
         // Each generation must have a successor.
         if !(1..u64::MAX).contains(&self.generation) {
             return broken(56, "the generation of a document is out of range");
         }
         let has_b = self.kind == DocumentKind::Logstore && !self.b.is_empty();
         if !has_b && (!self.b.is_empty() || self.tag_b.is_some()) {
-            return broken(FIXED_LEN + self.a.len(), "a document has a second part or tag that its kind has not");
+            return broken(
+                FIXED_LEN + self.a.len(),
+                "a document has a second part or tag that its kind has not",
+            );
         }
         Ok(())
     }
@@ -179,10 +190,12 @@ pub(crate) fn open(
     key: impl FnOnce(u32) -> Result<SecretKey, Error>,
 ) -> Result<Document, Error> {
     let parsed = UnverifiedDocument::parse(bytes).map_err(|error| error.in_file(path, 0))?;
-    let key = key(parsed.unverified().keyring_version).map_err(|error| error.retired_in(path, kind.what()))?;
+    let key = key(parsed.unverified().keyring_version)
+        .map_err(|error| error.retired_in(path, kind.what()))?;
     let tampered = || Error::Tampered { at: Location::new(path, 0), what: "a document" };
     let document = parsed.verify(&key).map_err(|_| tampered())?;
-    let has_no_subject = matches!(kind, DocumentKind::Store | DocumentKind::Catalogue | DocumentKind::Checkpoint);
+    let has_no_subject =
+        matches!(kind, DocumentKind::Store | DocumentKind::Catalogue | DocumentKind::Checkpoint);
     if document.kind != kind || (has_no_subject && document.subject != [0; 16]) {
         return Err(tampered());
     }
@@ -284,7 +297,11 @@ impl<'a> UnverifiedDocument<'a> {
     /// Tag A does not match.
     pub(crate) fn check(&self, key_a: &SecretKey) -> Result<(), TagMismatch> {
         let tag_b = self.document.tag_b.unwrap_or_default();
-        if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed, &tag_b])) { Ok(()) } else { Err(TagMismatch) }
+        if tags_equal(&self.tag_a, &hmac_sha256(key_a, &[self.signed, &tag_b])) {
+            Ok(())
+        } else {
+            Err(TagMismatch)
+        }
     }
 
     /// Wipes part A, if that holds secrets.
@@ -386,10 +403,16 @@ mod tests {
         });
         for len in 0..bytes.len() {
             let error = UnverifiedDocument::parse(&bytes[..len]).unwrap_err();
-            assert!(matches!(error, DecodeError::Short { have, .. } if have == len as u64), "{len}");
+            assert!(
+                matches!(error, DecodeError::Short { have, .. } if have == len as u64),
+                "{len}"
+            );
         }
         let longer = [&bytes[..], &[0]].concat();
-        assert_eq!(UnverifiedDocument::parse(&longer).unwrap_err(), DecodeError::Field("length of the document"));
+        assert_eq!(
+            UnverifiedDocument::parse(&longer).unwrap_err(),
+            DecodeError::Field("length of the document")
+        );
     }
 
     /// With a corrected CRC32, tag A detects every change, even of tag B.
@@ -425,7 +448,10 @@ mod tests {
         assert_eq!(refused(8, 3), DecodeError::NewerVersion(3));
         assert_eq!(refused(10, 0), DecodeError::Field("kind of the document"));
         assert_eq!(refused(10, 8), DecodeError::Field("kind of the document"));
-        assert_eq!(refused(20, 1), DecodeError::Feature("incompatible feature bits 0x1".to_owned()));
+        assert_eq!(
+            refused(20, 1),
+            DecodeError::Feature("incompatible feature bits 0x1".to_owned())
+        );
         assert_eq!(refused(68, 1), DecodeError::Field("reserved bytes of the document"));
     }
 

@@ -17,7 +17,10 @@ use crate::{
     Error, Result,
     error::TakenOver,
     ids::StoreId,
-    io::{Access, DirEntry, Disk, DiskFile, Existing, FileStat, OpenMode, Random, read_exact_at, write_file},
+    io::{
+        Access, DirEntry, Disk, DiskFile, Existing, FileStat, OpenMode, Random, read_exact_at,
+        write_file,
+    },
     sync::atomic::{AtomicBool, Ordering},
     wire::{Cursor, DecodeError, put_crc, require, strip_crc},
 };
@@ -68,7 +71,11 @@ impl Slot {
         cursor.magic(MAGIC)?;
         cursor.version(VERSION)?;
         cursor.zeros(6, "reserved bytes of the epoch")?;
-        let slot = Self { epoch: cursor.u64()?, writer: cursor.array()?, store: StoreId::from_bytes(cursor.array()?) };
+        let slot = Self {
+            epoch: cursor.u64()?,
+            writer: cursor.array()?,
+            store: StoreId::from_bytes(cursor.array()?),
+        };
         strip_crc(Cursor::new(bytes).bytes(USED_LEN)?)?;
         require((1..=EPOCH_MAX).contains(&slot.epoch), "epoch")?;
         Ok(slot)
@@ -85,12 +92,18 @@ type Image = [u8; FILE_LEN];
 ///
 /// # Errors
 /// [`DecodeError::NewerVersion`]: a newer envelog wrote a slot.
-fn highest(image: &Image, store: StoreId, above: u64) -> std::result::Result<Option<(usize, Slot)>, DecodeError> {
+fn highest(
+    image: &Image,
+    store: StoreId,
+    above: u64,
+) -> std::result::Result<Option<(usize, Slot)>, DecodeError> {
     let counts = |slot: &Slot| slot.store == store && slot.epoch <= above.saturating_add(AHEAD_MAX);
     let mut found: Option<(usize, Slot)> = None;
     for (place, bytes) in image.chunks_exact(SLOT_LEN).enumerate() {
         match Slot::decode(bytes) {
-            Ok(slot) if counts(&slot) && found.is_none_or(|(_, other)| other.epoch < slot.epoch) => {
+            Ok(slot)
+                if counts(&slot) && found.is_none_or(|(_, other)| other.epoch < slot.epoch) =>
+            {
                 found = Some((place, slot));
             }
             Err(newer @ DecodeError::NewerVersion(_)) => return Err(newer),
@@ -119,7 +132,13 @@ impl Fence {
     /// # Errors
     /// [`Error::Io`]; [`Error::NewerFormat`]; [`Error::TooMany`] if there is no higher epoch;
     /// [`Error::Fenced`] if other openings of the store keep interfering.
-    pub(crate) fn raise(disk: &dyn Disk, dir: &Path, store: StoreId, above: u64, random: &dyn Random) -> Result<Self> {
+    pub(crate) fn raise(
+        disk: &dyn Disk,
+        dir: &Path,
+        store: StoreId,
+        above: u64,
+        random: &dyn Random,
+    ) -> Result<Self> {
         let path = dir.join(NAME);
         let failed = |op| Error::io(op, &path);
         let mut writer = [0; WRITER_LEN];
@@ -146,7 +165,8 @@ impl Fence {
             if let Some(place) = image.get_mut(at..at + SLOT_LEN) {
                 place.copy_from_slice(&slot);
             }
-            let fence = Self { file, path: path.clone(), epoch, image, lost: AtomicBool::new(false) };
+            let fence =
+                Self { file, path: path.clone(), epoch, image, lost: AtomicBool::new(false) };
             if fence.is_held().map_err(failed("read"))? {
                 return Ok(fence);
             }
@@ -161,13 +181,14 @@ impl Fence {
     }
 
     /// Checks that no other writer has opened the store since this one did. If the check succeeds,
-    /// every later writer sees the bytes that this one has written and synced before the call. Costs
-    /// one read of 1 KiB from the page cache and one `fstat`.
+    /// every later writer sees the bytes that this one has written and synced before the call.
+    /// Costs one read of 1 KiB from the page cache and one `fstat`.
     ///
     /// # Errors
     /// [`Error::Fenced`] once another writer has been detected, and from then on; [`Error::Io`].
     pub(crate) fn check(&self) -> Result<()> {
-        let held = !self.lost.load(Ordering::Relaxed) && self.is_held().map_err(Error::io("read", &self.path))?;
+        let held = !self.lost.load(Ordering::Relaxed)
+            && self.is_held().map_err(Error::io("read", &self.path))?;
         if held {
             return Ok(());
         }

@@ -20,8 +20,8 @@ use crate::{
     wire::{DecodeError, FORMAT_VERSION},
 };
 
-/// Another writer has taken over the store. The disk of a writer reports it as the inner error of an [`io::Error`], which
-/// becomes [`Error::Fenced`].
+/// Another writer has taken over the store. The disk of a writer reports it as the inner error of
+/// an [`io::Error`], which becomes [`Error::Fenced`].
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("another writer has opened the store")]
 pub(crate) struct TakenOver {
@@ -137,11 +137,14 @@ impl fmt::Display for KeyringRisk {
                 )
             }
             Self::ForeignOwner { uid } => {
-                write!(f, "it belongs to user {uid}, who is neither this process's user nor root; run chown on it")
+                write!(
+                    f,
+                    "it belongs to user {uid}, who is neither this process's user nor root; run chown on it"
+                )
             }
-            Self::InsideStore => {
-                f.write_str("it lies inside the store directory; move it out of there, and name its new path")
-            }
+            Self::InsideStore => f.write_str(
+                "it lies inside the store directory; move it out of there, and name its new path",
+            ),
         }
     }
 }
@@ -177,7 +180,9 @@ pub enum Error {
         detail: String,
     },
     /// The KMS gave an impossible answer.
-    #[error("Logstore {logstore} is unavailable: the KMS gave a wrong answer for master key {cmk}: {detail}")]
+    #[error(
+        "Logstore {logstore} is unavailable: the KMS gave a wrong answer for master key {cmk}: {detail}"
+    )]
     KmsInvalid {
         /// The Logstore.
         logstore: LogstoreName,
@@ -350,8 +355,8 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
-    /// Another process has replaced the service keyring since this one opened the store. Nothing was written. Open the
-    /// store again.
+    /// Another process has replaced the service keyring since this one opened the store. Nothing
+    /// was written. Open the store again.
     #[error("another process has changed the service keyring {} since the store was opened; open the store again", path.display())]
     KeyringChanged {
         /// The keyring.
@@ -440,7 +445,9 @@ pub enum Error {
         shard: u32,
     },
     /// The data key was deliberately destroyed. The data sealed under it is lost.
-    #[error("data-key version {version} of Logstore {logstore} was shredded: the data sealed under it is lost")]
+    #[error(
+        "data-key version {version} of Logstore {logstore} was shredded: the data sealed under it is lost"
+    )]
     Shredded {
         /// The Logstore.
         logstore: LogstoreName,
@@ -479,7 +486,9 @@ pub enum Error {
     InvalidArgument(String),
     /// The shard's writer stopped after a failed write. Reading still works. Reopening the shard
     /// clears the latch.
-    #[error("shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to continue: {cause}")]
+    #[error(
+        "shard {shard} of Logstore {logstore} stopped writing after a failure; reopen it to continue: {cause}"
+    )]
     Latched {
         /// The Logstore.
         logstore: LogstoreName,
@@ -540,7 +549,9 @@ impl Error {
     /// The coarse kind. It decides the caller's reaction.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => ErrorKind::Revoked,
+            Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => {
+                ErrorKind::Revoked
+            }
             Error::ServiceKey { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } => {
                 ErrorKind::KmsUnreachable
             }
@@ -567,7 +578,9 @@ impl Error {
             | Error::NetworkFileSystem { .. }
             | Error::KeyringTooOld { .. }
             | Error::KeyringChanged { .. } => ErrorKind::Unavailable,
-            Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => ErrorKind::Invalid,
+            Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => {
+                ErrorKind::Invalid
+            }
             Error::StoreExists { .. }
             | Error::KeyringExists { .. }
             | Error::LogstoreMissing(_)
@@ -581,7 +594,9 @@ impl Error {
             | Error::Closed(_)
             | Error::Shredded { .. } => ErrorKind::Closed,
             Error::Crypto(_) => ErrorKind::Invalid,
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => ErrorKind::Full,
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                ErrorKind::Full
+            }
             Error::Io { .. } => ErrorKind::Io,
         }
     }
@@ -638,12 +653,17 @@ impl Error {
             Error::Closed(_) => "closed",
             Error::Crypto(_) => "crypto",
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => "disk_full",
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => "permission_denied",
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                "permission_denied"
+            }
             Error::Io { .. } => "io",
         }
     }
 
-    pub(crate) fn io(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+    pub(crate) fn io(
+        op: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();
         move |source| match source.get_ref().and_then(|inner| inner.downcast_ref::<TakenOver>()) {
             Some(TakenOver { path, epoch }) => Error::Fenced { path: path.clone(), epoch: *epoch },
@@ -657,8 +677,13 @@ impl Error {
                 Error::WrongFileType { path: path.clone(), expected: *expected, found: *found }
             }
             // The limit is the engine's, not the system's.
-            None if source.kind() == io::ErrorKind::FileTooLarge && source.raw_os_error().is_none() => {
-                Error::corrupt(Location::new(path, 0), "it is larger than any file that envelog writes there")
+            None if source.kind() == io::ErrorKind::FileTooLarge
+                && source.raw_os_error().is_none() =>
+            {
+                Error::corrupt(
+                    Location::new(path, 0),
+                    "it is larger than any file that envelog writes there",
+                )
             }
             None => Error::Io { op, path, source: Arc::new(source) },
         }
@@ -698,7 +723,10 @@ impl Serialize for PathText<'_> {
     }
 }
 
-pub(crate) fn path_as_text<S: Serializer>(path: &Path, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+pub(crate) fn path_as_text<S: Serializer>(
+    path: &Path,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     PathText(path).serialize(serializer)
 }
 
@@ -709,7 +737,10 @@ pub(crate) fn path_if_any_as_text<S: Serializer>(
     path.as_deref().map(PathText).serialize(serializer)
 }
 
-pub(crate) fn paths_as_text<S: Serializer>(paths: &[PathBuf], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+pub(crate) fn paths_as_text<S: Serializer>(
+    paths: &[PathBuf],
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_seq(paths.iter().map(|path| PathText(path)))
 }
 
@@ -724,8 +755,18 @@ mod tests {
     #[test]
     fn a_report_takes_any_path() {
         let path = PathBuf::from(OsStr::from_bytes(b"a\xffb"));
-        let notice = crate::RecoveryNotice { shard: 0, segment: path.clone(), groups_rewritten: 0, bytes_dropped: 0 };
-        let repair = crate::RepairReport { shard: 0, segment: Some(path.clone()), groups_salvaged: 0, bytes_lost: 0 };
+        let notice = crate::RecoveryNotice {
+            shard: 0,
+            segment: path.clone(),
+            groups_rewritten: 0,
+            bytes_dropped: 0,
+        };
+        let repair = crate::RepairReport {
+            shard: 0,
+            segment: Some(path.clone()),
+            groups_salvaged: 0,
+            bytes_lost: 0,
+        };
         let none = crate::RepairReport { segment: None, ..repair.clone() };
         let delete = crate::DeleteReport { left: vec![path] };
         let shown = "a\u{fffd}b";

@@ -149,7 +149,8 @@ impl LogGroup {
     }
 
     fn decode_valid(bytes: Bytes) -> Result<Self, GroupError> {
-        <Self as Message>::decode(bytes).map_err(|_| GroupError::Malformed { at: 0, what: "message" })
+        <Self as Message>::decode(bytes)
+            .map_err(|_| GroupError::Malformed { at: 0, what: "message" })
     }
 }
 
@@ -190,7 +191,9 @@ pub fn validate_group(bytes: &[u8]) -> Result<GroupSummary, GroupError> {
             2 => within("length of the category", group.length_delimited(field)?, KEY_BYTES_MAX)?,
             3 => within("length of the topic", group.length_delimited(field)?, KEY_BYTES_MAX)?,
             4 => within("length of the source", group.length_delimited(field)?, KEY_BYTES_MAX)?,
-            5 => within("length of the machine UUID", group.length_delimited(field)?, KEY_BYTES_MAX)?,
+            5 => {
+                within("length of the machine UUID", group.length_delimited(field)?, KEY_BYTES_MAX)?
+            }
             6 => {
                 tags += 1;
                 within("number of tags", tags, TAGS_PER_GROUP_MAX)?;
@@ -305,7 +308,8 @@ impl<'a> Walker<'a> {
 
     fn long_varint(&mut self) -> Result<u64, GroupError> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
-        let (value, len) = decode_varint(rest).ok_or_else(|| self.malformed("variable-length integer"))?;
+        let (value, len) =
+            decode_varint(rest).ok_or_else(|| self.malformed("variable-length integer"))?;
         self.at += len;
         Ok(value)
     }
@@ -339,7 +343,8 @@ impl<'a> Walker<'a> {
 
     /// Skips an unknown field.
     fn skip(&mut self, field: Field, nesting: u32) -> Result<(), GroupError> {
-        let nesting = nesting.checked_sub(1).ok_or_else(|| self.malformed("too deeply nested field"))?;
+        let nesting =
+            nesting.checked_sub(1).ok_or_else(|| self.malformed("too deeply nested field"))?;
         match field.wire {
             VARINT => self.varint().map(|_| ()),
             FIXED_64 => self.advance(8),
@@ -429,7 +434,10 @@ mod tests {
             logs: vec![
                 Log {
                     time: 1_700_000_000,
-                    contents: vec![Content::new("method", "GET"), Content::new("raw", &b"\xff\x00"[..])],
+                    contents: vec![
+                        Content::new("method", "GET"),
+                        Content::new("raw", &b"\xff\x00"[..]),
+                    ],
                     time_ns: Some(7),
                 },
                 Log { time: 0, contents: Vec::new(), time_ns: None },
@@ -495,7 +503,9 @@ mod tests {
 
     #[test]
     fn nesting_is_bounded() {
-        let nested = |depth: usize| [&b"\x0a\x02\x08\x00"[..], &vec![0x3b; depth], &vec![0x3c; depth]].concat();
+        let nested = |depth: usize| {
+            [&b"\x0a\x02\x08\x00"[..], &vec![0x3b; depth], &vec![0x3c; depth]].concat()
+        };
         for depth in [1, 99, 100, 101] {
             let bytes = nested(depth);
             let fits = <LogGroup as Message>::decode(&bytes[..]).is_ok();
@@ -529,7 +539,10 @@ mod tests {
             ("length of the source", of(&|group| group.source = bytes(key + 1))),
             ("length of the machine UUID", of(&|group| group.machine_uuid = bytes(key + 1))),
             ("length of a key", of(&|group| group.logs[0].contents.push(pair(key + 1, 0)))),
-            ("length of a key", of(&|group| group.log_tags.push(LogTag::new(vec![0; key + 1], "")))),
+            (
+                "length of a key",
+                of(&|group| group.log_tags.push(LogTag::new(vec![0; key + 1], ""))),
+            ),
         ] {
             assert_eq!(found, Some((what, key + 1, key)));
         }
@@ -538,7 +551,8 @@ mod tests {
         assert_eq!(long_value, Some(("length of a value", value + 1, value)));
         let logs = |count| of(&|group| group.logs = vec![Log::default(); count]);
         let tags = |count| of(&|group| group.log_tags = vec![LogTag::default(); count]);
-        let contents = |count| of(&|group| group.logs[0].contents = vec![Content::default(); count]);
+        let contents =
+            |count| of(&|group| group.logs[0].contents = vec![Content::default(); count]);
         for (what, limit, of) in [
             ("number of logs", LOGS_PER_GROUP_MAX, &logs as &dyn Fn(usize) -> _),
             ("number of tags", TAGS_PER_GROUP_MAX, &tags),
@@ -583,12 +597,18 @@ mod tests {
         let mut list = Vec::new();
         put_frame(&mut list, &sample().encode_to_bytes());
         put_frame(&mut list, &sample().encode_to_bytes());
-        assert_eq!(LogGroupList::decode(&list[..]), Ok(LogGroupList { log_groups: vec![sample(), sample()] }));
+        assert_eq!(
+            LogGroupList::decode(&list[..]),
+            Ok(LogGroupList { log_groups: vec![sample(), sample()] })
+        );
     }
 
     fn bytes() -> impl Strategy<Value = Bytes> {
-        prop_oneof![prop::collection::vec(any::<u8>(), 0..20), prop::collection::vec(any::<u8>(), 120..140)]
-            .prop_map(Bytes::from)
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..20),
+            prop::collection::vec(any::<u8>(), 120..140)
+        ]
+        .prop_map(Bytes::from)
     }
 
     prop_compose! {
@@ -621,12 +641,14 @@ mod tests {
             out
         };
         let key = move |tag: u32, wire: u32| varint(u64::from(tag << 3 | wire));
-        let leaf = (tags.clone(), 0..4, any::<u64>(), bytes()).prop_map(move |(tag, kind, value, bytes)| match kind {
-            0 => [key(tag, 0), varint(value)].concat(),
-            1 => [&key(tag, 1)[..], &value.to_le_bytes()].concat(),
-            2 => [&key(tag, 2)[..], &varint(bytes.len() as u64), &bytes].concat(),
-            _ => [&key(tag, 5)[..], &(value as u32).to_le_bytes()].concat(),
-        });
+        let leaf = (tags.clone(), 0..4, any::<u64>(), bytes()).prop_map(
+            move |(tag, kind, value, bytes)| match kind {
+                0 => [key(tag, 0), varint(value)].concat(),
+                1 => [&key(tag, 1)[..], &value.to_le_bytes()].concat(),
+                2 => [&key(tag, 2)[..], &varint(bytes.len() as u64), &bytes].concat(),
+                _ => [&key(tag, 5)[..], &(value as u32).to_le_bytes()].concat(),
+            },
+        );
         leaf.prop_recursive(3, 8, 3, move |inner| {
             (tags.clone(), prop::collection::vec(inner, 0..3))
                 .prop_map(move |(tag, inner)| [key(tag, 3), inner.concat(), key(tag, 4)].concat())

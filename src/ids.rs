@@ -130,11 +130,16 @@ pub(crate) fn hex_decode(text: &str) -> Option<Vec<u8>> {
 pub(crate) mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de};
 
-    pub(crate) fn serialize<S: Serializer>(bytes: &impl AsRef<[u8]>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(
+        bytes: &impl AsRef<[u8]>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&super::hex_encode(bytes.as_ref()))
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>, T: TryFrom<Vec<u8>>>(deserializer: D) -> Result<T, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>, T: TryFrom<Vec<u8>>>(
+        deserializer: D,
+    ) -> Result<T, D::Error> {
         let bytes = super::hex_decode(&String::deserialize(deserializer)?)
             .ok_or_else(|| de::Error::custom("not lower-case hexadecimal digits"))?;
         bytes.try_into().map_err(|_| de::Error::custom("wrong number of hexadecimal digits"))
@@ -161,11 +166,19 @@ mod tests {
 
     #[test]
     fn printed_form() {
-        let id = SegmentId::from_bytes(*b"\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\xfe\xff");
+        let id = SegmentId::from_bytes(
+            *b"\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09\x0a\x0b\x0c\x0d\xfe\xff",
+        );
         assert_eq!(id.to_string(), "000102030405060708090a0b0c0dfeff");
         assert_eq!(format!("{id:?}"), "SegmentId(000102030405060708090a0b0c0dfeff)");
         assert_eq!(id.to_string().parse(), Ok(id));
-        for wrong in ["", "00", "000102030405060708090A0B0C0DFEFF", "000102030405060708090a0b0c0dfeff00", "é"] {
+        for wrong in [
+            "",
+            "00",
+            "000102030405060708090A0B0C0DFEFF",
+            "000102030405060708090a0b0c0dfeff00",
+            "é",
+        ] {
             assert_eq!(wrong.parse::<SegmentId>(), Err(ParseIdError), "{wrong}");
         }
         assert_eq!("0001020304050607 8090a0b0c0dfeff0".parse::<SegmentId>(), Err(ParseIdError));
@@ -178,11 +191,14 @@ mod tests {
 
     #[test]
     fn json_form() {
-        let sample = Sample { id: StoreId::from_bytes([0xab; 16]), array: [1, 2, 3, 4], bytes: vec![0xff] };
+        let sample =
+            Sample { id: StoreId::from_bytes([0xab; 16]), array: [1, 2, 3, 4], bytes: vec![0xff] };
         let json = r#"{"id":"abababababababababababababababab","array":"01020304","bytes":"ff"}"#;
         assert_eq!(serde_json::to_string(&sample).unwrap(), json);
         assert_eq!(serde_json::from_str::<Sample>(json).unwrap(), sample);
-        for wrong in [json.replace("01020304", "010203"), json.replace("ff", "fF"), json.replace("abab", "")] {
+        for wrong in
+            [json.replace("01020304", "010203"), json.replace("ff", "fF"), json.replace("abab", "")]
+        {
             serde_json::from_str::<Sample>(&wrong).unwrap_err();
         }
     }

@@ -41,8 +41,9 @@ mod sync;
 mod wire;
 
 pub use config::{
-    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec,
-    NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName,
+    LogstoreSpec, NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo,
+    ShardStatus, TTL_DAYS_MAX,
 };
 pub use error::{Error, ErrorKind, KeyringRisk, Location, Result};
 pub use group::{GroupError, LogGroup};
@@ -53,15 +54,16 @@ pub use kms::Cmk;
 pub use logstore::{AppendOptions, DataKeyStatus, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{
-    Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock, RecoveryNotice,
-    RepairReport, Ticket,
+    Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock,
+    RecoveryNotice, RepairReport, Ticket,
 };
 pub use store::{
-    Admin, Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification, Background, Checkpoint,
-    CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, KeyNeed, KeyUsage, Keys, LOGSTORES_MAX, MasterKeyUsage,
-    RecoverReport, Recoverable, ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport,
-    STORE_SHARDS_MAX, ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyFault, VerifyOptions,
-    VerifyProgress, VerifyReport,
+    Admin, Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification,
+    Background, Checkpoint, CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, KeyNeed,
+    KeyUsage, Keys, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, Recoverable, ReplaceCmk,
+    RetentionReport, RewrapOptions, RewrapProgress, RewrapReport, STORE_SHARDS_MAX,
+    ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyFault,
+    VerifyOptions, VerifyProgress, VerifyReport,
 };
 pub use wire::FORMAT_VERSION;
 

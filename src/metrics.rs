@@ -43,8 +43,12 @@ impl std::fmt::Debug for Counters {
 }
 
 /// The reasons in the order of their counters. The last counter is for reasons unknown here.
-const REASONS: [RevokedReason; 4] =
-    [RevokedReason::Disabled, RevokedReason::PendingDeletion, RevokedReason::Deleted, RevokedReason::NotPermitted];
+const REASONS: [RevokedReason; 4] = [
+    RevokedReason::Disabled,
+    RevokedReason::PendingDeletion,
+    RevokedReason::Deleted,
+    RevokedReason::NotPermitted,
+];
 
 impl Counters {
     /// Counters that show the calls to KMSs as `kms` counts them.
@@ -55,7 +59,8 @@ impl Counters {
     pub(crate) fn refused(&self, refusal: &Refusal) {
         let counter = match refusal {
             Refusal::Revoked(reason) => {
-                let place = REASONS.iter().position(|known| known == reason).unwrap_or(REASONS.len());
+                let place =
+                    REASONS.iter().position(|known| known == reason).unwrap_or(REASONS.len());
                 &self.revoked[place]
             }
             Refusal::Unreachable(_) => &self.unreachable,

@@ -304,7 +304,11 @@ pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexG
 
 /// As [`wait`], for at most `limit`.
 #[cfg_attr(debug_assertions, track_caller)]
-pub(crate) fn wait_timeout<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>, limit: Duration) -> MutexGuard<'a, T> {
+pub(crate) fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    limit: Duration,
+) -> MutexGuard<'a, T> {
     let MutexGuard { inner, entered } = guard;
     entered.assert_innermost();
     let (inner, _) = condvar.wait_timeout(inner, limit).unwrap_or_else(PoisonError::into_inner);
@@ -342,7 +346,9 @@ mod order {
                 return Entered(rank);
             }
             if let Some(inner) = find(|held| held > rank || (held == rank && !rank.may_nest())) {
-                fail(&format!("{rank:?} is taken under {inner:?}: the order is the other way round"));
+                fail(&format!(
+                    "{rank:?} is taken under {inner:?}: the order is the other way round"
+                ));
             }
             // While a thread ends, its list is gone, and nothing is checked.
             let _ = HELD.try_with(|held| held.borrow_mut().push(rank));
@@ -357,7 +363,10 @@ mod order {
         #[track_caller]
         pub(super) fn assert_innermost(&self) {
             if let Some(inner) = find(|held| held > self.0) {
-                fail(&format!("the thread waits for a change under {:?} while it holds {inner:?}", self.0));
+                fail(&format!(
+                    "the thread waits for a change under {:?} while it holds {inner:?}",
+                    self.0
+                ));
             }
         }
     }
@@ -426,7 +435,8 @@ mod tests {
     use super::*;
 
     fn locks() -> [Mutex<u32>; 3] {
-        [LockRank::Admin, LockRank::ShardWriter, LockRank::ShardState].map(|rank| Mutex::new(rank, 0))
+        [LockRank::Admin, LockRank::ShardWriter, LockRank::ShardState]
+            .map(|rank| Mutex::new(rank, 0))
     }
 
     /// The message with which this panics, in a thread of its own.
@@ -461,13 +471,19 @@ mod tests {
             let _state = lock(&state);
             drop(lock(&admin));
         });
-        assert_eq!(said, "lock order: Admin is taken under ShardState: the order is the other way round");
+        assert_eq!(
+            said,
+            "lock order: Admin is taken under ShardState: the order is the other way round"
+        );
         let said = panic_of(|| {
             let records = [1, 2].map(|record| RwLock::new(LockRank::ShardRecord, record));
             let _first = read(&records[0]);
             drop(write(&records[1]));
         });
-        assert_eq!(said, "lock order: ShardRecord is taken under ShardRecord: the order is the other way round");
+        assert_eq!(
+            said,
+            "lock order: ShardRecord is taken under ShardRecord: the order is the other way round"
+        );
     }
 
     #[test]
@@ -481,7 +497,10 @@ mod tests {
             let (writer, _state) = (lock(&writer), lock(&state));
             drop(wait_timeout(&changed, writer, Duration::from_millis(1)));
         });
-        assert_eq!(said, "lock order: the thread waits for a change under ShardWriter while it holds ShardState");
+        assert_eq!(
+            said,
+            "lock order: the thread waits for a change under ShardWriter while it holds ShardState"
+        );
     }
 
     #[test]

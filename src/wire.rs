@@ -88,7 +88,11 @@ impl Features {
     }
 
     pub(crate) fn decode(cursor: &mut Cursor<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { compatible: cursor.u32()?, read_only_compatible: cursor.u32()?, incompatible: cursor.u32()? })
+        Ok(Self {
+            compatible: cursor.u32()?,
+            read_only_compatible: cursor.u32()?,
+            incompatible: cursor.u32()?,
+        })
     }
 }
 

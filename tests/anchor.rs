@@ -19,7 +19,10 @@ use common::{
     disk::{Sim, Survives, Verdict},
     *,
 };
-use envelog::{Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder, StoreId};
+use envelog::{
+    Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder,
+    StoreId,
+};
 
 const NAME: &str = "p/l";
 
@@ -99,10 +102,14 @@ fn a_whole_older_store_put_back_is_rolled_back() {
     assert!(is_rolled_back(&anchored().open()));
     assert!(is_rolled_back(&anchored().open_read_only()));
     let untouched = |path: &Path| !path.ends_with("EPOCH");
-    let changed: Vec<_> = files(&world.store_dir()).into_iter().filter(|(path, _)| untouched(path)).collect();
+    let changed: Vec<_> =
+        files(&world.store_dir()).into_iter().filter(|(path, _)| untouched(path)).collect();
     assert_eq!(changed, before.into_iter().filter(|(path, _)| untouched(path)).collect::<Vec<_>>());
     // The store can be read without the anchor, and written only with an explicit option.
-    assert_eq!(texts(&world.builder().open_read_only().unwrap().logstore(&name(NAME)).unwrap()), ["first"]);
+    assert_eq!(
+        texts(&world.builder().open_read_only().unwrap().logstore(&name(NAME)).unwrap()),
+        ["first"]
+    );
     let error = world.builder().open().unwrap_err();
     assert!(matches!(error, Error::Anchor { .. }), "{error:?}");
     let store = world.builder().without_anchor().open().unwrap();
@@ -139,12 +146,16 @@ fn sealed_segments_cannot_be_cut_with_an_older_catalogue() {
     for segment in &all[1..] {
         fs::remove_file(segment).unwrap();
     }
-    let opened =
-        |builder: StoreBuilder| builder.open_read_only().and_then(|store| try_texts(&store.logstore(&name(NAME))?));
+    let opened = |builder: StoreBuilder| {
+        builder.open_read_only().and_then(|store| try_texts(&store.logstore(&name(NAME))?))
+    };
     let error = opened(world.builder()).unwrap_err();
     assert!(matches!(error, Error::Truncated { .. }), "the catalogue alone tells: {error:?}");
     copy_dir(catalogue.path(), &world.store_dir().join("catalogue"));
-    assert!(opened(world.builder()).unwrap().len() < 6, "without an anchor, an older catalogue hides it");
+    assert!(
+        opened(world.builder()).unwrap().len() < 6,
+        "without an anchor, an older catalogue hides it"
+    );
     assert!(matches!(opened(anchored(&world)), Err(Error::RolledBack { .. })));
 }
 
@@ -266,7 +277,8 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
     let (image, mut world, kept) = (sim.disk, sim.world, anchor.kept.lock().unwrap().clone());
     for nth in 1.. {
         let sim = Sim::of(world, image.fork());
-        let anchor = MemoryAnchor { kept: Arc::new(Mutex::new(kept.clone())), ..MemoryAnchor::default() };
+        let anchor =
+            MemoryAnchor { kept: Arc::new(Mutex::new(kept.clone())), ..MemoryAnchor::default() };
         let began = sim.disk.changes();
         // The power loss also affects the updates of the anchor.
         let fed = anchor.clone();
@@ -293,7 +305,9 @@ fn the_anchor_is_fed_after_the_store_is_synced() {
         anchor.fail(false);
         let after = sim.disk.crash(Survives::Synced);
         let builder = sim.world.builder().disk(Arc::new(after)).anchor(Arc::new(anchor.clone()));
-        let store = builder.open().unwrap_or_else(|error| panic!("the power failed at operation {nth}: {error}"));
+        let store = builder
+            .open()
+            .unwrap_or_else(|error| panic!("the power failed at operation {nth}: {error}"));
         store.close().unwrap();
         world = sim.world;
         if !ended {
@@ -312,7 +326,9 @@ fn a_head_that_could_not_be_noted_is_noted_later() {
     put(&logstore, "first");
     let noted = || {
         let files = sim.disk.files(&sim.world.store_dir().join("catalogue"));
-        files.into_values().any(|bytes| contains(&bytes, b"\"reached\"") || contains(&bytes, b"\"head\""))
+        files
+            .into_values()
+            .any(|bytes| contains(&bytes, b"\"reached\"") || contains(&bytes, b"\"head\""))
     };
     assert!(!noted());
     sim.disk.on_call(|call| match call.op.changes() && call.is_about("catalogue") {

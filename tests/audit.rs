@@ -20,8 +20,8 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use envelog::{
     AuditEvent::{self, *},
-    AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
-    ReplaceCmk, Result, Store, VerifyOptions,
+    AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, ReplaceCmk, Result, Store, VerifyOptions,
     io::{Access, DirEntry, Disk, DiskFile, FileStat, OpenMode},
     kms::RevokedReason,
 };
@@ -66,11 +66,17 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     assert_eq!(events(&store), [StoreCreated, Created, Created]);
     let config = store.logstore(plain.name()).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Sm4);
-    let config =
-        store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config }).unwrap();
+    let config = store
+        .update_logstore(
+            plain.name(),
+            LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config },
+        )
+        .unwrap();
     // Switching encryption, syncs, checkpoints and closing record no event.
     let off = EncryptConf { enable: false, ..conf };
-    store.update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config }).unwrap();
+    store
+        .update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config })
+        .unwrap();
     store.admin().checkpoint().unwrap();
     world.clock.advance(secs(40));
     store.tick();
@@ -94,7 +100,10 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         world.kms.answer(Answer::Real);
         byok.revalidate_now().unwrap();
         let records = since(&store, before);
-        assert_eq!(records.iter().map(|record| record.event).collect::<Vec<_>>(), [Revoked, Recovered]);
+        assert_eq!(
+            records.iter().map(|record| record.event).collect::<Vec<_>>(),
+            [Revoked, Recovered]
+        );
         assert!(records[0].detail.contains(word), "{:?}", records[0].detail);
         assert!(records.iter().all(|record| record.logstore.as_ref() == Some(byok.name())));
         assert!(records.iter().all(|record| record.logstore_id == Some(byok.id())));
@@ -110,7 +119,10 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         world.kms.answer(Answer::Real);
         byok.revalidate_now().unwrap();
         let records = since(&store, before);
-        assert_eq!(records.iter().map(|record| record.event).collect::<Vec<_>>(), [LeaseEnded, Recovered]);
+        assert_eq!(
+            records.iter().map(|record| record.event).collect::<Vec<_>>(),
+            [LeaseEnded, Recovered]
+        );
         assert!(records[0].detail.contains(word), "{:?}", records[0].detail);
     }
 
@@ -122,8 +134,10 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     store.delete_logstore(plain.name()).unwrap();
     store.keys().rotate_service_key().unwrap();
     let records = since(&store, before);
-    let happened: Vec<_> = records.iter().map(|record| (record.event, record.logstore.clone())).collect();
-    let (b, s, p) = (Some(byok.name().clone()), Some(service.name().clone()), Some(plain.name().clone()));
+    let happened: Vec<_> =
+        records.iter().map(|record| (record.event, record.logstore.clone())).collect();
+    let (b, s, p) =
+        (Some(byok.name().clone()), Some(service.name().clone()), Some(plain.name().clone()));
     let expected = [
         (RotateIntended, &b),
         (Rotated, &b),
@@ -140,7 +154,8 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
         (Rotated, &s),
         (ServiceRotated, &None),
     ];
-    let expected: Vec<_> = expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
+    let expected: Vec<_> =
+        expected.into_iter().map(|(event, logstore)| (event, logstore.clone())).collect();
     assert_eq!(happened, expected);
     // Records after the new service key are tagged under it.
     let versions: Vec<u32> = records.iter().map(|record| record.keyring_version).collect();
@@ -182,7 +197,8 @@ fn intent_is_on_record_before_anything_changes() {
     let world = World::manual();
     let disk = FailingDisk::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
-    let (service, byok) = (world.service(&store, "p/service"), world.byok(&store, "p/byok", &world.cmk()));
+    let (service, byok) =
+        (world.service(&store, "p/service"), world.byok(&store, "p/byok", &world.cmk()));
     for logstore in [&service, &byok] {
         put(logstore, "one");
         store.keys().rotate_data_key(logstore.name()).unwrap();
@@ -194,7 +210,12 @@ fn intent_is_on_record_before_anything_changes() {
         (RewrapIntended, Box::new(|| store.keys().rewrap(byok.name()).map(|_| ()))),
         (
             ReplaceIntended,
-            Box::new(|| store.keys().replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default()).map(|_| ())),
+            Box::new(|| {
+                store
+                    .keys()
+                    .replace_cmk(byok.name(), world.cmk(), ReplaceCmk::default())
+                    .map(|_| ())
+            }),
         ),
         (ShredIntended, Box::new(|| store.keys().shred_data_keys(byok.name(), &[1]))),
         (DeleteIntended, Box::new(|| store.delete_logstore(service.name()).map(drop))),
@@ -239,7 +260,8 @@ fn with_history(options: impl FnOnce(&mut World)) -> World {
 #[test]
 fn it_goes_on_in_a_new_file_when_one_is_full() {
     let world = with_history(|world| world.options.audit_file_bytes = 4096);
-    let sizes: Vec<u64> = audit_files(&world).iter().map(|path| fs::metadata(path).unwrap().len()).collect();
+    let sizes: Vec<u64> =
+        audit_files(&world).iter().map(|path| fs::metadata(path).unwrap().len()).collect();
     assert!(sizes.len() >= 2, "{sizes:?}");
     // A file exceeds the limit by at most one record.
     assert!(sizes.iter().all(|size| *size < 4096 + 512), "{sizes:?}");
@@ -273,13 +295,27 @@ fn removal_alteration_reordering_and_truncation_are_found() {
     };
     type Change<'a> = (&'static str, &'static str, Box<dyn Fn() + 'a>);
     let changes: Vec<Change<'_>> = vec![
-        ("a record removed", "tampered", Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(4)))).unwrap())),
-        ("the first removed", "tampered", Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(0)))).unwrap())),
-        ("two swapped", "tampered", Box::new(|| fs::write(first, with(&|lines| lines.swap(2, 3))).unwrap())),
+        (
+            "a record removed",
+            "tampered",
+            Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(4)))).unwrap()),
+        ),
+        (
+            "the first removed",
+            "tampered",
+            Box::new(|| fs::write(first, with(&|lines| drop(lines.remove(0)))).unwrap()),
+        ),
+        (
+            "two swapped",
+            "tampered",
+            Box::new(|| fs::write(first, with(&|lines| lines.swap(2, 3))).unwrap()),
+        ),
         (
             "one twice",
             "tampered",
-            Box::new(|| fs::write(first, with(&|lines| lines.insert(3, lines[3].clone()))).unwrap()),
+            Box::new(|| {
+                fs::write(first, with(&|lines| lines.insert(3, lines[3].clone()))).unwrap()
+            }),
         ),
         (
             "one altered",
@@ -295,7 +331,11 @@ fn removal_alteration_reordering_and_truncation_are_found() {
                 fs::write(last, bytes).unwrap();
             }),
         ),
-        ("a bit flipped", "corrupt", Box::new(|| fs::write(first, with(&|lines| lines[3][30] ^= 1)).unwrap())),
+        (
+            "a bit flipped",
+            "corrupt",
+            Box::new(|| fs::write(first, with(&|lines| lines[3][30] ^= 1)).unwrap()),
+        ),
         (
             "the last records cut off",
             "truncated",
@@ -304,10 +344,18 @@ fn removal_alteration_reordering_and_truncation_are_found() {
                 fs::write(last, lines[..lines.len() - 1].concat()).unwrap();
             }),
         ),
-        ("the end torn off", "truncated", Box::new(|| fs::write(last, &good[last][..good[last].len() - 9]).unwrap())),
+        (
+            "the end torn off",
+            "truncated",
+            Box::new(|| fs::write(last, &good[last][..good[last].len() - 9]).unwrap()),
+        ),
         ("the last file removed", "truncated", Box::new(|| fs::remove_file(last).unwrap())),
         ("the first file removed", "truncated", Box::new(|| fs::remove_file(first).unwrap())),
-        ("all files removed", "truncated", Box::new(|| paths.iter().for_each(|path| fs::remove_file(path).unwrap()))),
+        (
+            "all files removed",
+            "truncated",
+            Box::new(|| paths.iter().for_each(|path| fs::remove_file(path).unwrap())),
+        ),
         (
             "two files swapped",
             "tampered",
@@ -336,7 +384,10 @@ fn removal_alteration_reordering_and_truncation_are_found() {
         let store = world.open();
         store.keys().rotate_data_key(&name("p/l")).unwrap();
         let error = store.keys().audit_records().expect_err(what);
-        assert!(matches!(error.code(), "tampered" | "corrupt" | "truncated" | "rolled_back"), "{what}: {error}");
+        assert!(
+            matches!(error.code(), "tampered" | "corrupt" | "truncated" | "rolled_back"),
+            "{what}: {error}"
+        );
         assert!(!fault_kinds(&store).is_empty(), "{what}");
     }
     copy_dir(&template, &world.store_dir());
@@ -351,7 +402,8 @@ fn a_checkpoint_finds_an_older_log_and_catalogue() {
     let store = world.open();
     store.keys().rotate_data_key(&name("p/l")).unwrap();
     // As a caller reads it back from storage.
-    let checkpoint = Checkpoint::from_bytes(store.admin().checkpoint().unwrap().to_bytes().to_vec());
+    let checkpoint =
+        Checkpoint::from_bytes(store.admin().checkpoint().unwrap().to_bytes().to_vec());
     store.close().unwrap();
     copy_dir(&old, &world.store_dir());
     let store = world.open();
@@ -539,7 +591,8 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
     let disk = HangingAudit::default();
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     let cmk = world.cmk();
-    let logstores: Vec<Logstore> = (0..5).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
+    let logstores: Vec<Logstore> =
+        (0..5).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
     logstores.iter().for_each(|logstore| put(logstore, "one"));
     let sealed = |logstore: &Logstore| {
         let path = &segments(&world.logstore_dir(logstore), 0)[0];
@@ -561,7 +614,9 @@ fn a_hanging_audit_disk_holds_up_no_logstore() {
         disk.hang(false);
         assert_revoked(asking.join().unwrap(), RevokedReason::Disabled);
     });
-    eventually("all is on record", || events(&store).iter().filter(|event| **event == Revoked).count() == 5);
+    eventually("all is on record", || {
+        events(&store).iter().filter(|event| **event == Revoked).count() == 5
+    });
     store.close().unwrap();
 }
 
@@ -585,10 +640,14 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
         let paths = audit_files(&world);
         let next = format!("audit-{:06}.log", paths.len() + 1);
         let next = &*next.leak();
-        let (first, last) = (fs::read(&paths[0]).unwrap(), fs::read(paths.last().unwrap()).unwrap());
+        let (first, last) =
+            (fs::read(&paths[0]).unwrap(), fs::read(paths.last().unwrap()).unwrap());
         let write = |bytes: Vec<u8>| move |path: &std::path::Path| fs::write(path, &bytes).unwrap();
-        let sparse = |len: u64| move |path: &std::path::Path| fs::File::create(path).unwrap().set_len(len).unwrap();
-        let garbage: Vec<u8> = (0..3000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let sparse = |len: u64| {
+            move |path: &std::path::Path| fs::File::create(path).unwrap().set_len(len).unwrap()
+        };
+        let garbage: Vec<u8> =
+            (0..3000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let cut = first[..first.len().min(40)].to_vec();
         let damaged = [&b"x"[..], &first].concat();
         let planted: Vec<Planted<'_>> = vec![
@@ -609,10 +668,18 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             (next, Box::new(sparse(1126 << 20)), true),
             (next, Box::new(sparse(60 << 20)), true),
             (next, Box::new(|path: &std::path::Path| fs::create_dir(path).unwrap()), true),
-            (next, Box::new(|path: &std::path::Path| std::os::unix::fs::symlink("/nonexistent", path).unwrap()), true),
             (
                 next,
-                Box::new(|path: &std::path::Path| std::os::unix::fs::symlink("audit-000001.log", path).unwrap()),
+                Box::new(|path: &std::path::Path| {
+                    std::os::unix::fs::symlink("/nonexistent", path).unwrap()
+                }),
+                true,
+            ),
+            (
+                next,
+                Box::new(|path: &std::path::Path| {
+                    std::os::unix::fs::symlink("audit-000001.log", path).unwrap()
+                }),
                 true,
             ),
             (
@@ -648,13 +715,18 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             plant(&path);
             let content = || {
                 let metadata = fs::symlink_metadata(&path).unwrap();
-                let bytes = (metadata.is_file() && metadata.len() < 1 << 20).then(|| fs::read(&path).unwrap());
+                let bytes = (metadata.is_file() && metadata.len() < 1 << 20)
+                    .then(|| fs::read(&path).unwrap());
                 (metadata.len(), bytes)
             };
             let before = content();
             let store = world.builder().open().unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(
-                store.keys().audit_records().unwrap_or_else(|error| panic!("{what}: {error}")).len(),
+                store
+                    .keys()
+                    .audit_records()
+                    .unwrap_or_else(|error| panic!("{what}: {error}"))
+                    .len(),
                 22,
                 "{what}"
             );
@@ -667,7 +739,8 @@ fn what_is_no_part_of_the_log_is_passed_over_and_stays_as_it_is() {
             store.close().unwrap();
             let store = world.open();
             store.keys().rotate_data_key(&name("p/l")).unwrap();
-            let found = store.keys().audit_records().unwrap_or_else(|error| panic!("{what}: {error}"));
+            let found =
+                store.keys().audit_records().unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(found.len(), 22 + 26, "{what}");
             if before.0 > 0 {
                 assert!(content() == before, "{what} was changed");
@@ -723,7 +796,8 @@ fn missing_records_are_blamed_on_a_skipped_file() {
             for _ in 0..2 {
                 let store = world.open();
                 let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-                let faults: Vec<_> = report.faults.iter().map(|it| (it.kind, it.file.as_ref().unwrap())).collect();
+                let faults: Vec<_> =
+                    report.faults.iter().map(|it| (it.kind, it.file.as_ref().unwrap())).collect();
                 assert_eq!(faults, [("corrupt", path)], "{:?}", report.faults);
                 store.keys().rotate_data_key(&name("p/l")).unwrap();
                 store.close().unwrap();
@@ -753,10 +827,16 @@ fn an_error_of_the_disk_keeps_the_store_shut() {
 #[test]
 fn a_file_of_it_has_a_largest_size() {
     let mut world = World::manual();
-    for (bytes, taken) in [(4095, false), (4096, true), (64 << 20, true), ((64 << 20) + 1, false), (u64::MAX, false)] {
+    for (bytes, taken) in
+        [(4095, false), (4096, true), (64 << 20, true), ((64 << 20) + 1, false), (u64::MAX, false)]
+    {
         world.options.audit_file_bytes = bytes;
         let made = world.builder().create().map(|store| store.close().unwrap());
-        assert_eq!(made.is_ok() || matches!(made, Err(Error::StoreExists { .. })), taken, "{bytes}: {made:?}");
+        assert_eq!(
+            made.is_ok() || matches!(made, Err(Error::StoreExists { .. })),
+            taken,
+            "{bytes}: {made:?}"
+        );
     }
 }
 
@@ -807,7 +887,10 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
     for logstore in &toggling {
         assert_eq!(of(&records, logstore).len(), 10);
     }
-    assert_eq!(of(&records, &quiet).iter().map(|record| record.event).collect::<Vec<_>>(), [Revoked]);
+    assert_eq!(
+        of(&records, &quiet).iter().map(|record| record.event).collect::<Vec<_>>(),
+        [Revoked]
+    );
     assert!(bytes() - size < 21 * 600, "{} bytes", bytes() - size);
     assert_eq!(store.metrics().audit_left_out, 2 * (2000 - 10));
     // The last change is a revocation. Within the hour it is recorded automatically, with the
@@ -830,7 +913,10 @@ fn a_key_that_is_toggled_leaves_few_records_and_their_number() {
     store.close().unwrap();
     let store = world.open();
     let count = events(&store).len();
-    assert_revoked(try_put(&store.logstore(&name("p/a")).unwrap(), "refused"), RevokedReason::Disabled);
+    assert_revoked(
+        try_put(&store.logstore(&name("p/a")).unwrap(), "refused"),
+        RevokedReason::Disabled,
+    );
     assert_eq!(events(&store).len(), count);
     assert!(fault_kinds(&store).is_empty());
 }
@@ -872,14 +958,20 @@ fn the_hour_of_a_toggled_key_is_remembered_by_the_next_process() {
     toggle(&logstore);
     store.keys().rotate_data_key(logstore.name()).unwrap();
     let last = since(&store, begin + 10);
-    assert_eq!(last.iter().map(|it| it.event).collect::<Vec<_>>(), [Recovered, RotateIntended, Rotated]);
+    assert_eq!(
+        last.iter().map(|it| it.event).collect::<Vec<_>>(),
+        [Recovered, RotateIntended, Rotated]
+    );
     assert_eq!(left_out(&last[0]), 1);
     // After an hour, transitions are recorded normally again.
     world.clock.advance(secs(3600));
     logstore.revalidate_now().unwrap();
     toggle(&logstore);
     let last = since(&store, begin + 13);
-    assert_eq!(last.iter().map(|it| (it.event, left_out(it))).collect::<Vec<_>>(), [(Revoked, 0), (Recovered, 0)]);
+    assert_eq!(
+        last.iter().map(|it| (it.event, left_out(it))).collect::<Vec<_>>(),
+        [(Revoked, 0), (Recovered, 0)]
+    );
     assert!(fault_kinds(&store).is_empty());
 }
 
@@ -917,7 +1009,10 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     }
     let store = world.open();
     let records = since(&store, begin + 2);
-    assert_eq!(records.iter().map(|it| (it.event, &*it.detail)).collect::<Vec<_>>(), [(Revoked, "pending deletion")]);
+    assert_eq!(
+        records.iter().map(|it| (it.event, &*it.detail)).collect::<Vec<_>>(),
+        [(Revoked, "pending deletion")]
+    );
     store.close().unwrap();
     world.local().cancel_deletion(&cmk.cmk_key_id).unwrap();
     // A process that never saw the revocation records that the key is back. The Logstore that it
@@ -931,7 +1026,8 @@ fn a_loss_is_recorded_once_and_its_end_also_by_another_process() {
     }
     let store = world.open();
     let records = since(&store, begin + 3);
-    let told: Vec<_> = records.iter().map(|it| (it.event, it.logstore.clone().unwrap().to_string())).collect();
+    let told: Vec<_> =
+        records.iter().map(|it| (it.event, it.logstore.clone().unwrap().to_string())).collect();
     assert_eq!(told, [(Recovered, "p/a".to_owned()), (Recovered, "p/b".to_owned())]);
     // A later revocation is recorded again.
     world.local().disable(&cmk.cmk_key_id).unwrap();
@@ -948,7 +1044,9 @@ fn an_outage_that_goes_on_is_one_loss() {
     put(&world.byok(&store, "p/a", &cmk), "one");
     let begin = events(&store).len();
     store.close().unwrap();
-    for answer in [Answer::Unreachable, Answer::Unreachable, Answer::Invalid, Answer::Real, Answer::Real] {
+    for answer in
+        [Answer::Unreachable, Answer::Unreachable, Answer::Invalid, Answer::Real, Answer::Real]
+    {
         world.kms.answer(answer);
         let store = world.open();
         let put = try_put(&store.logstore(&name("p/a")).unwrap(), "more");
@@ -958,7 +1056,8 @@ fn an_outage_that_goes_on_is_one_loss() {
     let store = world.open();
     assert_eq!(events(&store)[begin..], [LeaseEnded, LeaseEnded, Recovered]);
     let records = since(&store, begin);
-    let kinds: Vec<_> = records[..2].iter().map(|record| record.detail.split(':').next().unwrap()).collect();
+    let kinds: Vec<_> =
+        records[..2].iter().map(|record| record.detail.split(':').next().unwrap()).collect();
     assert_eq!(kinds, ["unreachable", "invalid"]);
 }
 
@@ -975,9 +1074,11 @@ fn checked_by_a_third_party(text: &str) -> Vec<String> {
     for (index, line) in lines.iter().enumerate() {
         let value: serde_json::Value = serde_json::from_str(line).unwrap();
         assert_eq!(value["record"]["number"], index as u64 + 1);
-        let (record, _) = line.strip_prefix("{\"record\":").unwrap().rsplit_once(",\"tag\":").unwrap();
+        let (record, _) =
+            line.strip_prefix("{\"record\":").unwrap().rsplit_once(",\"tag\":").unwrap();
         let before = hashes.last().cloned().unwrap_or_default();
-        let hash = hex(&Sha256::digest(format!("{before}{record}\t{}", value["tag"].as_str().unwrap())));
+        let hash =
+            hex(&Sha256::digest(format!("{before}{record}\t{}", value["tag"].as_str().unwrap())));
         assert_eq!(value["hash"], *hash, "record {}", index + 1);
         hashes.push(hash);
     }
@@ -1000,7 +1101,10 @@ fn an_export_is_verified_without_a_key() {
     let hashes = checked_by_a_third_party(&first.text);
     assert_eq!((first.head.number, &first.head.hash), (42, hashes.last().unwrap()));
     assert_eq!(AuditMark::of_export(&first.text).unwrap(), first.head);
-    assert!(AuditMark::of_export(first.text.lines().next().unwrap()).is_err(), "the end is missing");
+    assert!(
+        AuditMark::of_export(first.text.lines().next().unwrap()).is_err(),
+        "the end is missing"
+    );
     store.keys().rotate_service_key().unwrap();
     let second = store.keys().export_audit().unwrap();
     assert_eq!(checked_by_a_third_party(&second.text)[..hashes.len()], hashes);

@@ -20,8 +20,9 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Background, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position,
-    ReadOptions, ReplaceCmk, ShardChoice, Store, VerifyOptions, VerifyReport,
+    AppendOptions, Background, Compression, EncryptConf, EncryptType, Error, Logstore,
+    LogstoreSpec, Position, ReadOptions, ReplaceCmk, ShardChoice, Store, VerifyOptions,
+    VerifyReport,
     crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
     io::Clock,
     kms::{LocalKms, RevokedReason},
@@ -56,7 +57,12 @@ impl Drop for CountedKey {
 }
 
 impl AeadKey for CountedKey {
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
         self.0.seal(nonce, aad, in_out)
     }
 
@@ -118,7 +124,11 @@ fn records_after_enabling_encryption_are_never_written_plain() {
     let cmk = world.cmk();
     let off = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Sm4, cmk.clone()) };
     for (text, conf) in [("p/none", None), ("p/off", Some(off))] {
-        let spec = LogstoreSpec { compression: Compression::None, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec {
+            compression: Compression::None,
+            encrypt_conf: conf,
+            ..LogstoreSpec::default()
+        };
         let logstore = store.create_logstore(&name(text), spec).unwrap();
         put(&logstore, "before");
         let mut config = store.logstore(&name(text)).unwrap().config();
@@ -128,7 +138,9 @@ fn records_after_enabling_encryption_are_never_written_plain() {
         world.local().disable(&cmk.cmk_key_id).unwrap();
         assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
         let in_clear = |what: &str| {
-            files(&world.store_dir()).into_values().any(|bytes| memchr::memmem::find(&bytes, what.as_bytes()).is_some())
+            files(&world.store_dir())
+                .into_values()
+                .any(|bytes| memchr::memmem::find(&bytes, what.as_bytes()).is_some())
         };
         assert!(in_clear("before"), "the search finds what is there");
         assert!(!in_clear("secret in the buffer"), "{text}");
@@ -242,7 +254,9 @@ fn nothing_begins_in_a_store_that_was_closed_while_it_waited() {
             });
             store.clone().close().unwrap();
             match other.join().unwrap() {
-                Ok(Some(logstore)) => assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_)))),
+                Ok(Some(logstore)) => {
+                    assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))))
+                }
                 done => assert!(matches!(done, Err(Error::Closed(_))), "{done:?}"),
             }
         });
@@ -265,14 +279,24 @@ fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     let cmk = world.cmk();
     let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
-    let logstore =
-        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()))).unwrap();
+    let logstore = store
+        .create_logstore(
+            &name("p/l"),
+            spec.encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone())),
+        )
+        .unwrap();
     for shard in 0..2 {
         logstore.append(record("one"), &to_shard(shard, synced())).unwrap();
     }
     let (lost, back) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let hooked =
-        (disk.clone(), world.local().clone(), logstore.clone(), cmk.clone(), Arc::clone(&lost), Arc::clone(&back));
+    let hooked = (
+        disk.clone(),
+        world.local().clone(),
+        logstore.clone(),
+        cmk.clone(),
+        Arc::clone(&lost),
+        Arc::clone(&back),
+    );
     disk.on_call(move |call| {
         let (disk, local, logstore, cmk, lost, back) = &hooked;
         if call.is_about("shard-0001") && lost.load(Ordering::SeqCst) {
@@ -287,7 +311,9 @@ fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     lost.store(true, Ordering::SeqCst);
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let _ = logstore.revalidate_now();
-    eventually("the loss is dealt with", || back.load(Ordering::SeqCst) && logstore.revalidate_now().is_ok());
+    eventually("the loss is dealt with", || {
+        back.load(Ordering::SeqCst) && logstore.revalidate_now().is_ok()
+    });
     logstore.append(record("buffered"), &to_shard(0, buffered())).unwrap();
     world.local().disable(&cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
@@ -304,8 +330,10 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     let world = World::manual();
     let keys = Counting::default();
     let clock = Arc::new(Tripwire { clock: Arc::clone(&world.clock), trip: Mutex::default() });
-    let builder = Store::builder(world.store_dir(), world.keyring(), keys.clone()).options(world.options);
-    let store = builder.kms(Arc::clone(&world.kms) as _).clock(Arc::clone(&clock) as _).create().unwrap();
+    let builder =
+        Store::builder(world.store_dir(), world.keyring(), keys.clone()).options(world.options);
+    let store =
+        builder.kms(Arc::clone(&world.kms) as _).clock(Arc::clone(&clock) as _).create().unwrap();
     let cmk = world.cmk();
     let logstore = world.byok(&store, "p/l", &cmk);
     let without = keys.0.load(Ordering::SeqCst);
@@ -362,7 +390,11 @@ fn with_old_segments() -> (World, Store, Logstore) {
     world.options.segment_bytes = 4 << 10;
     let store = world.create();
     let conf = EncryptConf::service_key(EncryptType::Aes);
-    let spec = LogstoreSpec { ttl_days: Some(1), compression: Compression::None, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec {
+        ttl_days: Some(1),
+        compression: Compression::None,
+        ..LogstoreSpec::default()
+    };
     let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf)).unwrap();
     for n in 0..8 {
         let text = n.to_string().repeat(5000);
@@ -380,7 +412,11 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
     let mut world = World::manual();
     world.options.segment_bytes = 4 << 10;
     let store = world.create();
-    let spec = LogstoreSpec { ttl_days: Some(1), compression: Compression::None, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec {
+        ttl_days: Some(1),
+        compression: Compression::None,
+        ..LogstoreSpec::default()
+    };
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..8 {
         put(&logstore, &n.to_string().repeat(5000));
@@ -397,7 +433,11 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
         assert!((2..7).contains(&dropped), "{dropped}");
     });
     assert!(report.faults.is_empty(), "{:?}", report.faults);
-    assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);
+    assert!(
+        report.notes.iter().any(|note| note.contains("retention dropped")),
+        "{:?}",
+        report.notes
+    );
     let read = records_from(&reader.logstore(&name("p/l")).unwrap(), 0, Position::Begin).unwrap();
     assert_eq!(strings(&read).last().unwrap(), "sealed");
 }
@@ -427,7 +467,11 @@ fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
             assert!(store.admin().apply_retention().unwrap().segments > 2);
         });
         assert!(report.faults.is_empty(), "{:?}", report.faults);
-        assert!(report.notes.iter().any(|note| note.contains("retention dropped")), "{:?}", report.notes);
+        assert!(
+            report.notes.iter().any(|note| note.contains("retention dropped")),
+            "{:?}",
+            report.notes
+        );
         let left = segments(&world.logstore_dir(&logstore), 0).len();
         assert!(left < before);
         // A handle that listed the segments earlier continues with the remaining ones.
@@ -445,7 +489,11 @@ fn a_logstore_that_is_deleted_meanwhile_is_no_fault() {
     let (_world, store, logstore) = with_old_segments();
     let report = verify_beside(&store, || drop(store.delete_logstore(logstore.name()).unwrap()));
     assert!(report.faults.is_empty(), "{:?}", report.faults);
-    assert!(report.notes.iter().any(|note| note.contains("was deleted meanwhile")), "{:?}", report.notes);
+    assert!(
+        report.notes.iter().any(|note| note.contains("was deleted meanwhile")),
+        "{:?}",
+        report.notes
+    );
 }
 
 // ---- the location of a store ----

@@ -17,8 +17,8 @@ use std::{collections::BTreeSet, fmt::Debug, sync::Arc};
 use bytes::Bytes;
 use common::{memory::MemoryDisk, *};
 use envelog::{
-    AppendOptions, Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreSpec, Payload,
-    ReadOptions, ReplaceCmk, Store, StoreBuilder, VerifyOptions,
+    AppendOptions, Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore,
+    LogstoreSpec, Payload, ReadOptions, ReplaceCmk, Store, StoreBuilder, VerifyOptions,
     crypto::{AwsLc, HashAlg, SecretKey, derive},
     group::{Content, Log, LogTag},
     io::{OsRandom, Random},
@@ -46,7 +46,9 @@ struct Secrets(Vec<(String, Vec<u8>)>);
 impl Secrets {
     /// Adds a text, in pieces: compression may have split it.
     fn text(&mut self, what: &str, text: &str) {
-        self.0.extend(text.as_bytes().chunks_exact(PIECE).map(|piece| (what.to_owned(), piece.to_vec())));
+        self.0.extend(
+            text.as_bytes().chunks_exact(PIECE).map(|piece| (what.to_owned(), piece.to_vec())),
+        );
     }
 
     /// Adds a key, in pieces, in each usual encoding.
@@ -54,7 +56,12 @@ impl Secrets {
         for piece in key.chunks_exact(16) {
             let hex: String = piece.iter().map(|byte| format!("{byte:02x}")).collect();
             let list = format!("{piece:?}");
-            for form in [piece.to_vec(), hex.to_uppercase().into(), hex.into(), list.trim_matches(['[', ']']).into()] {
+            for form in [
+                piece.to_vec(),
+                hex.to_uppercase().into(),
+                hex.into(),
+                list.trim_matches(['[', ']']).into(),
+            ] {
                 self.0.push((what.to_owned(), form));
             }
         }
@@ -65,7 +72,11 @@ impl Secrets {
 
     /// The names of the secrets found in `bytes`.
     fn found_in(&self, bytes: &[u8]) -> BTreeSet<&str> {
-        self.0.iter().filter(|(_, piece)| memmem::find(bytes, piece).is_some()).map(|(what, _)| &**what).collect()
+        self.0
+            .iter()
+            .filter(|(_, piece)| memmem::find(bytes, piece).is_some())
+            .map(|(what, _)| &**what)
+            .collect()
     }
 
     #[track_caller]
@@ -94,7 +105,9 @@ fn marked_group(secrets: &mut Secrets) -> LogGroup {
     let (topic, source) = (mark("topic"), mark("source"));
     let tag = LogTag::new(mark("name of a tag"), mark("value of a tag"));
     let mut contents = vec![Content::new(mark("name of a field"), mark("value of a field"))];
-    contents.extend((0..40).map(|_| Content::new("filler", "the same, and the same, and the same again")));
+    contents.extend(
+        (0..40).map(|_| Content::new("filler", "the same, and the same, and the same again")),
+    );
     LogGroup {
         logs: vec![Log { time: 1_700_000_000, contents, time_ns: None }],
         topic: Some(Bytes::from(topic)),
@@ -129,7 +142,13 @@ impl Watched {
             .options(self.world.options)
     }
 
-    fn logstore(&self, store: &Store, text: &str, compression: Compression, conf: Option<EncryptConf>) -> Logstore {
+    fn logstore(
+        &self,
+        store: &Store,
+        text: &str,
+        compression: Compression,
+        conf: Option<EncryptConf>,
+    ) -> Logstore {
         let spec = LogstoreSpec { compression, encrypt_conf: conf, ..LogstoreSpec::default() };
         store.create_logstore(&name(text), spec).unwrap()
     }
@@ -155,7 +174,8 @@ impl Watched {
         let mut places = 0;
         let image = self.disk.image();
         let writes = self.disk.writes().into_iter().map(|written| (written.path, written.bytes));
-        for (path, bytes) in writes.chain(image.files).chain(files(&self.world.path().join("kms"))) {
+        for (path, bytes) in writes.chain(image.files).chain(files(&self.world.path().join("kms")))
+        {
             let place = path.display().to_string();
             self.secrets.assert_none_in(&place, &bytes);
             self.secrets.assert_none_in("the name of a file", place.as_bytes());
@@ -178,7 +198,8 @@ impl Watched {
         self.says(store.options());
         // Exclude the test doubles, which remember everything.
         self.says(
-            &Store::builder(self.world.store_dir(), self.world.keyring(), AwsLc::new()).options(self.world.options),
+            &Store::builder(self.world.store_dir(), self.world.keyring(), AwsLc::new())
+                .options(self.world.options),
         );
         self.says(logstore);
         self.says(&logstore.config());
@@ -212,7 +233,8 @@ impl Watched {
 fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
     let dir = watched.world.logstore_dir(logstore);
     let image = watched.disk.image();
-    let segments = image.files.iter().filter(|(path, _)| path.starts_with(&dir) && path.extension().is_some());
+    let segments =
+        image.files.iter().filter(|(path, _)| path.starts_with(&dir) && path.extension().is_some());
     let mut found = Vec::new();
     for (_, bytes) in segments {
         let mut at = SegmentHeader::decode(bytes).unwrap().body_start as usize;
@@ -226,10 +248,17 @@ fn compressions(watched: &Watched, logstore: &Logstore) -> Vec<Compression> {
 
 /// Whether `key` is the data key whose fingerprint is in the metadata of a Logstore.
 fn is_data_key(watched: &Watched, logstore: &Logstore, key: &[u8; 32]) -> bool {
-    let derived = derive(HashAlg::Sha256, &[], &SecretKey::from_bytes(&mut key.clone()), &[b"envelog v2 fingerprint"]);
-    let fingerprint: String = derived.expose()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    let derived = derive(
+        HashAlg::Sha256,
+        &[],
+        &SecretKey::from_bytes(&mut key.clone()),
+        &[b"envelog v2 fingerprint"],
+    );
+    let fingerprint: String =
+        derived.expose()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
     let image = watched.disk.image();
-    let path = newest_meta(&watched.world.logstore_dir(logstore), image.files.keys().cloned()).unwrap();
+    let path =
+        newest_meta(&watched.world.logstore_dir(logstore), image.files.keys().cloned()).unwrap();
     let meta = image.files[&path].clone();
     memmem::find(&meta, fingerprint.as_bytes()).is_some()
 }
@@ -252,17 +281,25 @@ fn the_search_finds_what_is_not_encrypted() {
             "name of a field",
             "value of a field",
         ]);
-        let in_writes: BTreeSet<&str> =
-            watched.disk.writes().iter().flat_map(|written| watched.secrets.found_in(&written.bytes)).collect();
+        let in_writes: BTreeSet<&str> = watched
+            .disk
+            .writes()
+            .iter()
+            .flat_map(|written| watched.secrets.found_in(&written.bytes))
+            .collect();
         assert_eq!(in_writes, all, "{compression:?}");
         let image = watched.disk.image();
-        let in_files: BTreeSet<&str> = image.files.values().flat_map(|bytes| watched.secrets.found_in(bytes)).collect();
+        let in_files: BTreeSet<&str> =
+            image.files.values().flat_map(|bytes| watched.secrets.found_in(bytes)).collect();
         assert_eq!(in_files, all, "{compression:?}");
         // The search also finds a key in each of its encodings.
         let mut keys = Secrets::default();
         keys.key("key", &std::array::from_fn(|n| (n * 7 + 129) as u8));
         for (_, form) in &keys.0 {
-            assert_eq!(keys.found_in(&[b"before", &form[..], b"behind"].concat()), BTreeSet::from(["key"]));
+            assert_eq!(
+                keys.found_in(&[b"before", &form[..], b"behind"].concat()),
+                BTreeSet::from(["key"])
+            );
         }
     }
 }
@@ -311,7 +348,10 @@ fn whole_life(traced: &Traced) {
         watched.says(&ticket);
         ticket.wait().unwrap();
     }
-    assert!(compressions(&watched, &aes).contains(&Compression::Lz4), "it was compressed before it was encrypted");
+    assert!(
+        compressions(&watched, &aes).contains(&Compression::Lz4),
+        "it was compressed before it was encrypted"
+    );
     for logstore in [&aes, &sm4] {
         watched.ask(&store, logstore);
     }
@@ -345,7 +385,10 @@ fn whole_life(traced: &Traced) {
     watched.refuses(LogGroup::decode(text.as_bytes()).map_err(Error::from));
     group.logs.clear();
     watched.refuses(aes.append(&group, &synced()));
-    watched.refuses(aes.append(record(&text), &AppendOptions { shard: envelog::ShardChoice::Shard(9), ..synced() }));
+    watched.refuses(aes.append(
+        record(&text),
+        &AppendOptions { shard: envelog::ShardChoice::Shard(9), ..synced() },
+    ));
     let opaque = records(&aes, 0).unwrap().into_iter().find_map(|record| record.group().err());
     watched.refuses(Err::<(), _>(opaque.unwrap()));
     watched.world.local().disable(&new.cmk_key_id).unwrap();
@@ -365,8 +408,11 @@ fn whole_life(traced: &Traced) {
     watched.ask(&store, &aes);
     let dir = watched.world.logstore_dir(&aes);
     let image = watched.disk.image();
-    let (path, bytes) =
-        image.files.iter().find(|(path, _)| path.starts_with(&dir) && path.extension().is_some()).unwrap();
+    let (path, bytes) = image
+        .files
+        .iter()
+        .find(|(path, _)| path.starts_with(&dir) && path.extension().is_some())
+        .unwrap();
     let at = SegmentHeader::decode(bytes).unwrap().body_start as usize;
     let block = at..at + BlockHeader::decode(&bytes[at..]).unwrap().block_len() as usize;
     for whole in [false, true] {
@@ -387,10 +433,19 @@ fn whole_life(traced: &Traced) {
     for key in watched.world.kms.wrapped_keys() {
         watched.secrets.key("key that passed by the KMS", &key);
     }
-    assert!(watched.world.kms.wrapped_keys().len() >= 5, "two probes, and each data key at least once");
+    assert!(
+        watched.world.kms.wrapped_keys().len() >= 5,
+        "two probes, and each data key at least once"
+    );
     watched.says(&SecretKey::from_bytes(&mut data_key.clone()));
     let text = traced.text();
-    for said in ["store opened", "KMS call succeeded", "on the key audit log", "the KMS refuses", "segment sealed"] {
+    for said in [
+        "store opened",
+        "KMS call succeeded",
+        "on the key audit log",
+        "the KMS refuses",
+        "segment sealed",
+    ] {
         assert!(text.contains(said), "{said}: everything was traced: {text}");
     }
     watched.said.push(("what is traced".to_owned(), text));
@@ -418,7 +473,8 @@ fn hold_keys(dir: &std::path::Path) -> ! {
         .kms(Arc::new(LocalKms::at(dir.join("kms"))))
         .open()
         .unwrap();
-    let logstores: Vec<_> = store.list().unwrap().iter().map(|name| store.logstore(name).unwrap()).collect();
+    let logstores: Vec<_> =
+        store.list().unwrap().iter().map(|name| store.logstore(name).unwrap()).collect();
     for logstore in &logstores {
         put(logstore, "one more");
         assert_eq!(texts(logstore).len(), 2);
@@ -439,7 +495,8 @@ fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
     let mut bytes = Vec::new();
     for line in std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap().lines() {
         if let Some(flags) = line.strip_prefix("VmFlags:") {
-            let place = if flags.split(' ').any(|flag| flag == "dd") { &mut kept_out } else { &mut dumped };
+            let place =
+                if flags.split(' ').any(|flag| flag == "dd") { &mut kept_out } else { &mut dumped };
             place.push(std::mem::take(&mut bytes));
         } else if let Some((range, rest)) = line.split_once(' ')
             && let Some((from, to)) = range.split_once('-')
@@ -471,7 +528,8 @@ fn no_key_is_in_a_core_dump() {
     }
     let world = World::manual();
     let random = Arc::new(RecordingRandom::default());
-    let store = world.builder().insecure_random_for_tests(Arc::clone(&random) as _).create().unwrap();
+    let store =
+        world.builder().insecure_random_for_tests(Arc::clone(&random) as _).create().unwrap();
     let mut keys = Secrets::default();
     keys.key("root of the service keyring", &random.draws()[0]);
     let before = random.draws().len();
@@ -497,7 +555,10 @@ fn no_key_is_in_a_core_dump() {
     let (dumped, kept_out) = memory_of(child.id());
     let held: BTreeSet<&str> = kept_out.iter().flat_map(|bytes| keys.found_in(bytes)).collect();
     assert_eq!(held.len(), 3, "the search finds the keys where they are kept: {held:?}");
-    assert!(dumped.iter().map(Vec::len).sum::<usize>() > 1 << 20, "the rest of the memory was looked through");
+    assert!(
+        dumped.iter().map(Vec::len).sum::<usize>() > 1 << 20,
+        "the rest of the memory was looked through"
+    );
     for bytes in &dumped {
         keys.assert_none_in("memory that would be dumped", bytes);
     }

@@ -23,8 +23,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Appended, Background, Durability, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload,
-    ShardChoice, Ticket, io::Clock,
+    AppendOptions, Appended, Background, Durability, Error, Logstore, LogstoreConfig, LogstoreSpec,
+    Payload, ShardChoice, Ticket, io::Clock,
 };
 
 /// The numbers of block writes and of syncs on segment files since the previous call.
@@ -87,7 +87,11 @@ fn callers_that_wait_at_once_share_a_block_and_a_sync() {
     });
     seqs.sort_unstable();
     assert_eq!(seqs, (1..=CALLERS).collect::<Vec<_>>());
-    assert_eq!(writes_and_syncs(&sim.disk), (2, 2), "one block and sync of the first, one of the other seven");
+    assert_eq!(
+        writes_and_syncs(&sim.disk),
+        (2, 2),
+        "one block and sync of the first, one of the other seven"
+    );
     assert_eq!(texts(&logstore).len(), 9);
 }
 
@@ -187,7 +191,9 @@ fn a_full_pipeline_refuses_tickets_and_blocks_submit() {
     for logstore in [&a, &b] {
         for durability in [Durability::Buffered, Durability::Synced] {
             match logstore.try_submit(opaque(8 << 10), &AppendOptions::durability(durability)) {
-                Err(Error::Full { pending }) => assert!((4 * (255 << 10)..=1 << 20).contains(&pending), "{pending}"),
+                Err(Error::Full { pending }) => {
+                    assert!((4 * (255 << 10)..=1 << 20).contains(&pending), "{pending}")
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -201,7 +207,9 @@ fn a_full_pipeline_refuses_tickets_and_blocks_submit() {
     b.sync().unwrap();
     // A group larger than the bound is accepted when no other group is pending.
     drop(a.try_submit(opaque(3 << 20), &buffered()).unwrap());
-    assert!(matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending >= 3 << 20));
+    assert!(
+        matches!(b.try_submit(record("x"), &buffered()), Err(Error::Full { pending }) if pending >= 3 << 20)
+    );
     a.sync().unwrap();
     b.append(record("z"), &synced()).unwrap();
     assert_eq!((records(&a, 0).unwrap().len(), records(&b, 0).unwrap().len()), (6, 2));
@@ -261,7 +269,10 @@ fn appends_wait_while_the_disk_does_not_keep_up() {
             returned.store(true, Ordering::SeqCst);
             appended
         });
-        assert!(matches!(logstore.try_submit(opaque(8 << 10), &buffered()), Err(Error::Full { .. })));
+        assert!(matches!(
+            logstore.try_submit(opaque(8 << 10), &buffered()),
+            Err(Error::Full { .. })
+        ));
         assert!(!returned.load(Ordering::SeqCst), "nothing can have made room for it");
         gate.0.set(true);
         assert_eq!(waiting.join().unwrap().seq, 5);
@@ -314,8 +325,10 @@ fn tickets_are_futures() {
     let mut ticket = logstore.submit(record("3"), &buffered()).unwrap();
     assert!(matches!(poll(&mut ticket, &wakers[0]), Poll::Ready(Ok(Appended { seq: 3, .. }))));
     // A failure also wakes the tickets, and each affected ticket gets it.
-    let mut failing: Vec<Ticket> =
-        [written(), synced()].iter().map(|options| logstore.submit(record("lost"), options).unwrap()).collect();
+    let mut failing: Vec<Ticket> = [written(), synced()]
+        .iter()
+        .map(|options| logstore.submit(record("lost"), options).unwrap())
+        .collect();
     let waker = Arc::new(CountingWaker::default());
     for ticket in &mut failing {
         assert!(poll(ticket, &waker).is_pending());
@@ -364,7 +377,10 @@ fn handles_refuse_once_the_store_is_closed() {
     assert!(matches!(try_put(&logstore, "late"), Err(Error::Closed(_))));
     assert!(matches!(try_texts(&logstore), Err(Error::Closed(_))));
     assert!(matches!(reader.next(), Some(Err(Error::Closed(_)))));
-    assert!(matches!(store.create_logstore(&name("p/n"), LogstoreSpec::default()), Err(Error::Closed(_))));
+    assert!(matches!(
+        store.create_logstore(&name("p/n"), LogstoreSpec::default()),
+        Err(Error::Closed(_))
+    ));
     assert!(matches!(store.logstore(logstore.name()), Err(Error::Closed(_))));
     assert_eq!(texts(&sim.open().logstore(&name("p/l")).unwrap()), ["in time"]);
 }
@@ -377,7 +393,10 @@ fn dropping_every_handle_closes_the_store() {
     let logstore = sim.world.service(&store, "p/l");
     logstore.append(record("buffered"), &buffered()).unwrap();
     drop(store);
-    assert!(matches!(sim.builder().open(), Err(Error::Locked { .. })), "the Logstore keeps it open");
+    assert!(
+        matches!(sim.builder().open(), Err(Error::Locked { .. })),
+        "the Logstore keeps it open"
+    );
     drop(logstore);
     let logstore = sim.open().logstore(&name("p/l")).unwrap();
     assert_eq!(logstore.append(record("next"), &synced()).unwrap().seq, 1);
@@ -400,7 +419,9 @@ fn segments_roll_by_bytes_and_by_age() {
         assert_eq!(segments(), n.div_ceil(2));
     }
     // By age: the segment is sealed when it is old enough, but only if it contains data.
-    let sealed = |logstore: &Logstore| sim.builder().open_read_only().unwrap().logstore(logstore.name()).unwrap();
+    let sealed = |logstore: &Logstore| {
+        sim.builder().open_read_only().unwrap().logstore(logstore.name()).unwrap()
+    };
     let count = segments();
     let age = store.options().segment_age;
     for (step, passed) in [(age - secs(1), false), (secs(1), true), (age, true), (age, true)] {
@@ -431,7 +452,11 @@ fn seqs(logstore: &Logstore) -> Vec<u64> {
     records(logstore, 0).unwrap().iter().map(|record| record.seq).collect()
 }
 
-fn with_retention(logstore: &Logstore, ttl_days: Option<u32>, retention_bytes: Option<u64>) -> LogstoreConfig {
+fn with_retention(
+    logstore: &Logstore,
+    ttl_days: Option<u32>,
+    retention_bytes: Option<u64>,
+) -> LogstoreConfig {
     LogstoreConfig { ttl_days, retention_bytes, ..logstore.config() }
 }
 
@@ -487,7 +512,11 @@ fn retention_by_time_drops_whole_segments_only() {
 fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
     let sim = Sim::new();
     let store = sim.create();
-    let spec = LogstoreSpec { shard_count: 2, compression: envelog::Compression::None, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec {
+        shard_count: 2,
+        compression: envelog::Compression::None,
+        ..LogstoreSpec::default()
+    };
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..8 {
         let options = AppendOptions { shard: ShardChoice::Shard(u32::from(n >= 5)), ..written() };
@@ -495,7 +524,10 @@ fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
         logstore.roll().unwrap();
     }
     let sizes = |shard| -> Vec<u64> {
-        sim.segments(&logstore, shard).iter().map(|path| sim.disk.bytes(path).len() as u64).collect()
+        sim.segments(&logstore, shard)
+            .iter()
+            .map(|path| sim.disk.bytes(path).len() as u64)
+            .collect()
     };
     let (first, second) = (sizes(0), sizes(1));
     assert_eq!((first.len(), second.len()), (5, 3));
@@ -505,7 +537,9 @@ fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
     assert_eq!((report.segments, report.bytes, report.suspended), (1, first[0], false));
     assert_eq!((sizes(0), sizes(1)), (first[1..].to_vec(), second.clone()));
     // One byte less than the size of the kept segments drops one more.
-    store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep - 1))).unwrap();
+    store
+        .update_logstore(logstore.name(), with_retention(&logstore, None, Some(keep - 1)))
+        .unwrap();
     assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
     store.update_logstore(logstore.name(), with_retention(&logstore, None, Some(1))).unwrap();
     put(&logstore, "being written");
@@ -597,7 +631,11 @@ fn hash_keys_choose_the_shard_that_owns_them() {
         let shards = logstore.config().shards;
         let mut expected = BTreeMap::new();
         let edges = shards.iter().map(|shard| u128::from_str_radix(&shard.begin_key, 16).unwrap());
-        let keys = edges.flat_map(|edge| [edge.saturating_sub(1), edge, edge + 1]).chain([0, u128::MAX - 1, u128::MAX]);
+        let keys = edges.flat_map(|edge| [edge.saturating_sub(1), edge, edge + 1]).chain([
+            0,
+            u128::MAX - 1,
+            u128::MAX,
+        ]);
         for key in keys {
             let owner = shards.iter().find(|shard| shard.owns(key)).unwrap().id;
             let options = AppendOptions { shard: ShardChoice::HashKey(key), ..written() };

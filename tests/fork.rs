@@ -22,9 +22,9 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
     let mut child = Command::new("true");
     // The store has no background threads (`Background::Manual`) and no other thread uses it, so no
     // thread that is gone can hold one of its locks. The closure does not print, and the child ends
-    // with its return value.
-    // SAFETY: the closure runs in a forked child, which contains only the forking thread. It takes no
-    // lock that another thread held, and the C library keeps its allocator usable across `fork`.
+    // with its return value. SAFETY: the closure runs in a forked child, which contains only the
+    // forking thread. It takes no lock that another thread held, and the C library keeps its
+    // allocator usable across `fork`.
     unsafe {
         child.pre_exec(move || {
             let (store, logstore) = &in_child;
@@ -46,8 +46,9 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
             wrong.map_or(Ok(()), |wrong| Err(std::io::Error::from_raw_os_error(100 + wrong as i32)))
         });
     }
-    let status =
-        child.status().unwrap_or_else(|error| panic!("not refused: answer {}", error.raw_os_error().unwrap() - 100));
+    let status = child.status().unwrap_or_else(|error| {
+        panic!("not refused: answer {}", error.raw_os_error().unwrap() - 100)
+    });
     assert!(status.success());
     assert_eq!(files(&world.store_dir()), files_before, "the child has written nothing");
     drop(child);

@@ -19,16 +19,17 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Checkpoint, Compression, Error, FORMAT_VERSION, LogGroup, Payload, Record, ShardChoice,
-    Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyReport,
+    AppendOptions, Background, Checkpoint, Compression, Error, FORMAT_VERSION, LogGroup, Payload,
+    Record, ShardChoice, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyReport,
     crypto::{
-        AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
+        AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash,
+        hkdf, hmac_sha256,
     },
     group,
     kms::{EncryptionContext, Kms, KmsCall, LocalKms},
     segment::{
-        BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource, Predecessor,
-        SegmentHeader,
+        BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource,
+        Predecessor, SegmentHeader,
     },
 };
 use hmac::{Hmac, KeyInit, Mac};
@@ -36,8 +37,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use common::{
-    QuickDisk, catalogue, copy_dir, files, fix_crc, group as log_group, meta_path, name, record, records, secs,
-    segments, synced,
+    QuickDisk, catalogue, copy_dir, files, fix_crc, group as log_group, meta_path, name, record,
+    records, secs, segments, synced,
 };
 
 const DOCUMENT: &str = include_str!("../docs/format.md");
@@ -48,15 +49,20 @@ fn golden_dir(which: &str) -> PathBuf {
 
 fn unhex(text: &str) -> Vec<u8> {
     assert!(text.len().is_multiple_of(2), "odd number of digits in {text}");
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
+        .collect()
 }
 
 // ---- the examples of the document ----
 
 /// The lines of the only fenced block of the document with this info string.
 fn fenced(info: &str) -> Vec<&'static str> {
-    let mut blocks = DOCUMENT.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
-    let (_, body) = blocks.find(|(found, _)| *found == info).unwrap_or_else(|| panic!("no block {info:?}"));
+    let mut blocks =
+        DOCUMENT.split("\n```").skip(1).step_by(2).filter_map(|block| block.split_once('\n'));
+    let (_, body) =
+        blocks.find(|(found, _)| *found == info).unwrap_or_else(|| panic!("no block {info:?}"));
     assert!(blocks.all(|(found, _)| found != info), "two blocks {info:?}");
     body.lines().collect()
 }
@@ -64,7 +70,10 @@ fn fenced(info: &str) -> Vec<&'static str> {
 /// The bytes of a block of hexadecimal digits. Each line may end with a remark.
 fn example(which: &str) -> Vec<u8> {
     let lines = fenced(&format!("hex {which}"));
-    lines.iter().flat_map(|line| unhex(line.split_once("  ").map_or(*line, |(digits, _)| digits))).collect()
+    lines
+        .iter()
+        .flat_map(|line| unhex(line.split_once("  ").map_or(*line, |(digits, _)| digits)))
+        .collect()
 }
 
 /// Checks that an example of the document has these bytes. On a mismatch, prints the correct
@@ -89,7 +98,11 @@ fn check_hex(which: &str, expected: &[u8]) {
 /// Checks that an example of the document has this JSON, which the document splits into lines.
 #[track_caller]
 fn check_json(which: &str, expected: &[u8]) {
-    assert_eq!(fenced(&format!("json {which}")).concat(), str::from_utf8(expected).unwrap(), "{which}");
+    assert_eq!(
+        fenced(&format!("json {which}")).concat(),
+        str::from_utf8(expected).unwrap(),
+        "{which}"
+    );
 }
 
 /// Named values of an example.
@@ -97,7 +110,9 @@ struct Values(BTreeMap<&'static str, Vec<u8>>);
 
 impl Values {
     fn of(which: &str) -> Self {
-        let pairs = fenced(&format!("values {which}")).into_iter().map(|line| line.split_once(" = ").unwrap());
+        let pairs = fenced(&format!("values {which}"))
+            .into_iter()
+            .map(|line| line.split_once(" = ").unwrap());
         Self(pairs.map(|(name, digits)| (name, unhex(digits))).collect())
     }
 
@@ -119,7 +134,9 @@ fn expand(alg: HashAlg, salt: &[u8], key: &SecretKey, info: &[&[u8]], len: usize
 }
 
 fn derived(root: &SecretKey, salt: &[u8], label: &str) -> SecretKey {
-    SecretKey::from_bytes(&mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap())
+    SecretKey::from_bytes(
+        &mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap(),
+    )
 }
 
 /// HKDF-Extract, computed with only the hash function.
@@ -131,9 +148,12 @@ fn extract(alg: HashAlg, salt: &[u8], key: &SecretKey) -> Vec<u8> {
             .finalize()
             .into_bytes()
             .to_vec(),
-        HashAlg::Sm3 => {
-            Hmac::<sm3::Sm3>::new_from_slice(salt).unwrap().chain_update(key.expose()).finalize().into_bytes().to_vec()
-        }
+        HashAlg::Sm3 => Hmac::<sm3::Sm3>::new_from_slice(salt)
+            .unwrap()
+            .chain_update(key.expose())
+            .finalize()
+            .into_bytes()
+            .to_vec(),
     }
 }
 
@@ -186,7 +206,8 @@ impl Frame {
     fn sign(&mut self, root: &SecretKey) {
         let end = 80 + self.u32(72) + self.u32(76);
         let tag_b = &self.bytes[end + 32..end + 64];
-        let tag = hmac_sha256(&derived(root, &[], "envelog v2 document"), &[&self.bytes[..end], tag_b]);
+        let tag =
+            hmac_sha256(&derived(root, &[], "envelog v2 document"), &[&self.bytes[..end], tag_b]);
         self.bytes[end..end + 32].copy_from_slice(&tag);
         fix_crc(&mut self.bytes);
     }
@@ -234,19 +255,37 @@ fn data_key(golden: &Path, version: u64, values: Option<&Values>) -> SecretKey {
 /// Like [`data_key`], for the Logstore with this metadata.
 fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>) -> SecretKey {
     let keys = meta.b();
-    let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap().clone();
+    let entry = keys["versions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|entry| entry["version"] == version)
+        .unwrap()
+        .clone();
     let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
     let keyring_version = entry["keyring_version"].as_u64().unwrap();
     let root = root(&golden.join("keyring"), keyring_version);
     let envelope = unhex(entry["wrapped"].as_str().unwrap());
     assert_eq!(envelope.len(), 80);
-    let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
+    let (salt, sealed, tag) =
+        (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
     let code = suite.code().to_le_bytes();
-    let wrapping = expand(suite.hash(), salt, &root, &[b"envelog v2 envelope", &code], suite.cipher().key_len());
-    let (version, keyring_version) = ((version as u32).to_le_bytes(), (keyring_version as u32).to_le_bytes());
+    let wrapping = expand(
+        suite.hash(),
+        salt,
+        &root,
+        &[b"envelog v2 envelope", &code],
+        suite.cipher().key_len(),
+    );
+    let (version, keyring_version) =
+        ((version as u32).to_le_bytes(), (keyring_version as u32).to_le_bytes());
     let aad = [&meta.bytes[24..56], &version, &code, &keyring_version].concat();
     let mut key = [0; 32];
-    AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
+    AwsLc::new()
+        .aead(suite.cipher(), &wrapping)
+        .unwrap()
+        .open(&[0; 12], &aad, sealed, &tag, &mut key)
+        .unwrap();
     let key = SecretKey::from_bytes(&mut key);
     let fingerprint = &expand(HashAlg::Sha256, &[], &key, &[b"envelog v2 fingerprint"], 32)[..16];
     assert_eq!(golden::hex(fingerprint), entry["fingerprint"].as_str().unwrap());
@@ -255,7 +294,10 @@ fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>)
         values.check("keyring version", keyring_version);
         values.check("document key", derived(&root, &[], "envelog v2 document").expose());
         values.check("audit key", derived(&root, &[], "envelog v2 audit").expose());
-        values.check("integrity key", derived(&root, &meta.bytes[40..56], "envelog v2 integrity").expose());
+        values.check(
+            "integrity key",
+            derived(&root, &meta.bytes[40..56], "envelog v2 integrity").expose(),
+        );
         values.check("envelope", &envelope);
         values.check("wrapping key", wrapping);
         values.check("envelope associated data", aad);
@@ -266,13 +308,19 @@ fn unwrapped(golden: &Path, meta: &Frame, version: u64, values: Option<&Values>)
 }
 
 /// Compares the values of an example, its first block and its footer with the segment in `file`.
-fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (DecodedHeader, SegmentCipher) {
+fn check_example(
+    which: &str,
+    golden: &Path,
+    file: &[u8],
+    suite: Suite,
+) -> (DecodedHeader, SegmentCipher) {
     let values = Values::of(which);
     let key = data_key(golden, 1, Some(&values));
     let (decoded, cipher) = check_segment(which, &values, file, suite, &key);
     assert_eq!(decoded.header.key_source, KeySource::DataKey(1));
     // Find the footer from the end of the file.
-    let len = u32::from_le_bytes(file[file.len() - 16..file.len() - 12].try_into().unwrap()) as usize;
+    let len =
+        u32::from_le_bytes(file[file.len() - 16..file.len() - 12].try_into().unwrap()) as usize;
     let footer = Footer::decode(&file[file.len() - len..]).unwrap();
     assert_eq!(footer.footer.offset as usize, file.len() - len);
     values.check("nonce of the footer", footer.footer.nonce());
@@ -280,7 +328,10 @@ fn check_example(which: &str, golden: &Path, file: &[u8], suite: Suite) -> (Deco
     assert_eq!(authenticated, file[file.len() - len..][..footer.footer.authenticated_len()]);
     cipher.verify_tag_only(&footer.footer.nonce(), &authenticated, &footer.tag).unwrap();
     values.check("body", footer.footer.body);
-    values.check("body", body(&decoded, &file[decoded.body_start as usize..footer.footer.offset as usize]));
+    values.check(
+        "body",
+        body(&decoded, &file[decoded.body_start as usize..footer.footer.offset as usize]),
+    );
     values.check("digest", footer.footer.digest(decoded.header.payload_hash, &decoded.header_hash));
     values.check("digest", digest(&decoded, footer.footer.block_count, values.get("body")));
     (decoded, cipher)
@@ -299,7 +350,10 @@ fn check_segment(
     assert_eq!(decoded.header.suite, suite);
     let encoded = decoded.header.encode();
     assert_eq!(encoded, file[..272]);
-    assert_eq!(SegmentHeader::finish(encoded.clone(), &decoded.commitment), file[..decoded.body_start as usize]);
+    assert_eq!(
+        SegmentHeader::finish(encoded.clone(), &decoded.commitment),
+        file[..decoded.body_start as usize]
+    );
     values.check("header hash", hash(suite.hash(), &[&encoded]));
     values.check("header hash", decoded.header_hash);
     assert_eq!(decoded.segment_tag(), decoded.header_hash[..8]);
@@ -307,11 +361,21 @@ fn check_segment(
     let (salt, code) = (&decoded.header.salt, suite.code().to_le_bytes());
     values.check("PRK", extract(suite.hash(), salt, key));
     let info = |label: &'static [u8]| [label, &code, &decoded.header_hash].concat();
-    let segment_key = expand(suite.hash(), salt, key, &[&info(b"envelog v2 segment seal")], suite.cipher().key_len());
+    let segment_key = expand(
+        suite.hash(),
+        salt,
+        key,
+        &[&info(b"envelog v2 segment seal")],
+        suite.cipher().key_len(),
+    );
     values.check("segment key", &segment_key);
-    values.check("commitment", expand(suite.hash(), salt, key, &[&info(b"envelog v2 segment commit")], 32));
+    values.check(
+        "commitment",
+        expand(suite.hash(), salt, key, &[&info(b"envelog v2 segment commit")], 32),
+    );
     values.check("commitment", decoded.commitment);
-    let cipher = SegmentCipher::derive(&AwsLc::new(), suite, key, salt, &decoded.header_hash).unwrap();
+    let cipher =
+        SegmentCipher::derive(&AwsLc::new(), suite, key, salt, &decoded.header_hash).unwrap();
     values.check("commitment", cipher.commitment());
 
     // Block 0, opened with the cipher directly and with the engine's interface.
@@ -320,7 +384,8 @@ fn check_segment(
     assert_eq!(header.encode(), block[..96]);
     let (covered, crc) = block.split_at(block.len() - 4);
     assert_eq!(crc, crc32fast::hash(covered).to_le_bytes());
-    let (payload, tag) = (&covered[96..covered.len() - 16], covered[covered.len() - 16..].try_into().unwrap());
+    let (payload, tag) =
+        (&covered[96..covered.len() - 16], covered[covered.len() - 16..].try_into().unwrap());
     values.check("nonce of block 0", header.nonce());
     values.check("hash of the payload of block 0", hash(HashAlg::Sha256, &[payload]));
     values.check("tag of block 0", tag);
@@ -328,7 +393,14 @@ fn check_segment(
     let mut plain = vec![0; encrypted.len()];
     let aad = [&decoded.header_hash, &block[..96], open].concat();
     let aead = AwsLc::new().aead(suite.cipher(), &segment_key).unwrap();
-    aead.open(values.get("nonce of block 0").try_into().unwrap(), &aad, encrypted, &tag, &mut plain).unwrap();
+    aead.open(
+        values.get("nonce of block 0").try_into().unwrap(),
+        &aad,
+        encrypted,
+        &tag,
+        &mut plain,
+    )
+    .unwrap();
     plain.extend_from_slice(open);
     let mut again = vec![0; payload.len()];
     cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut again).unwrap();
@@ -337,7 +409,8 @@ fn check_segment(
         check_hex(&format!("{which}-payload"), &plain);
     }
     let list = &plain[..header.list_len as usize];
-    let groups: Vec<_> = group::frames(list).map(|frame| LogGroup::decode(&list[frame.unwrap()]).unwrap()).collect();
+    let groups: Vec<_> =
+        group::frames(list).map(|frame| LogGroup::decode(&list[frame.unwrap()]).unwrap()).collect();
     assert_eq!(groups.len(), header.group_count as usize);
     assert_eq!(plain.len() - list.len(), 4 * groups.len());
     (decoded, cipher)
@@ -402,11 +475,24 @@ fn the_aes_example_holds() {
     let mark = BlockHeader::decode(parts[2]).unwrap();
     assert_eq!((mark.kind, mark.block_len()), (BlockKind::Mark, 116));
     assert_eq!(mark.durable_mark, header.body_start + parts[1].len() as u64);
-    cipher.open_block(&mark.nonce(), &parts[2][..96], &[], &parts[2][96..112].try_into().unwrap(), &mut []).unwrap();
+    cipher
+        .open_block(
+            &mark.nonce(),
+            &parts[2][..96],
+            &[],
+            &parts[2][96..112].try_into().unwrap(),
+            &mut [],
+        )
+        .unwrap();
 
     let footer = Footer::decode(parts[3]).unwrap().footer;
     let first = BlockHeader::decode(parts[1]).unwrap();
-    let entry = IndexEntry { offset: 308, first_seq: first.first_seq, first_time_us: first.first_time_us, block: 0 };
+    let entry = IndexEntry {
+        offset: 308,
+        first_seq: first.first_seq,
+        first_time_us: first.first_time_us,
+        block: 0,
+    };
     assert_eq!((footer.block_count, footer.group_count, &footer.index[..]), (2, 1, &[entry][..]));
 }
 
@@ -433,7 +519,8 @@ fn the_gmac_example_holds() {
 #[test]
 fn the_compressed_examples_hold() {
     let golden = golden_dir("compressed");
-    let expected: Value = serde_json::from_slice(&fs::read(golden.join("expected.json")).unwrap()).unwrap();
+    let expected: Value =
+        serde_json::from_slice(&fs::read(golden.join("expected.json")).unwrap()).unwrap();
     for (which, compression) in [("lz4", Compression::Lz4), ("zstd", Compression::Zstd)] {
         let (dir, meta) = fs::read_dir(golden.join("store/logstores"))
             .unwrap()
@@ -447,12 +534,15 @@ fn the_compressed_examples_hold() {
         let decoded = SegmentHeader::decode(&file).unwrap();
         let key = unwrapped(&golden, &meta, 1, None);
         let (salt, suite) = (&decoded.header.salt, decoded.header.suite);
-        let cipher = SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
+        let cipher =
+            SegmentCipher::derive(&AwsLc::new(), suite, &key, salt, &decoded.header_hash).unwrap();
         assert_eq!(*cipher.commitment(), decoded.commitment);
         let (header, block) = first_block(&decoded, &file);
         assert_eq!((header.compression, header.raw_len), (compression, 1104));
-        let (payload, tag) =
-            (&block[96..block.len() - 20], block[block.len() - 20..block.len() - 4].try_into().unwrap());
+        let (payload, tag) = (
+            &block[96..block.len() - 20],
+            block[block.len() - 20..block.len() - 4].try_into().unwrap(),
+        );
         let mut stored = vec![0; payload.len()];
         cipher.open_block(&header.nonce(), &block[..96], payload, &tag, &mut stored).unwrap();
         check_hex(&format!("{which}-stored"), &stored);
@@ -467,7 +557,9 @@ fn the_compressed_examples_hold() {
         }
         check_hex("lz4-block", block);
         let values = Values::of("lz4");
-        let info = [b"envelog v2 segment seal", &suite.code().to_le_bytes()[..], &decoded.header_hash].concat();
+        let info =
+            [b"envelog v2 segment seal", &suite.code().to_le_bytes()[..], &decoded.header_hash]
+                .concat();
         values.check("data key", key.expose());
         values.check("header hash", decoded.header_hash);
         values.check("segment key", expand(suite.hash(), salt, &key, &[&info], 32));
@@ -478,7 +570,8 @@ fn the_compressed_examples_hold() {
 
 /// The rows of a table of the document.
 fn assert_rows(context: &EncryptionContext) {
-    let rows: Vec<_> = context.iter().map(|(name, value)| format!("| `{name}` | `{value}` |")).collect();
+    let rows: Vec<_> =
+        context.iter().map(|(name, value)| format!("| `{name}` | `{value}` |")).collect();
     let rows = rows.join("\n");
     assert!(DOCUMENT.contains(&rows), "{rows}");
 }
@@ -524,12 +617,16 @@ fn the_example_of_a_document_with_both_tags_holds() {
     let wrapped = unhex(entry["wrapped"].as_str().unwrap());
     let data_key = locally_unwrapped(&golden, &keys["cmk"], &context, &wrapped, &values);
     values.check("data key", data_key.expose());
-    values.check("fingerprint", &expand(HashAlg::Sha256, &[], &data_key, &[b"envelog v2 fingerprint"], 32)[..16]);
+    values.check(
+        "fingerprint",
+        &expand(HashAlg::Sha256, &[], &data_key, &[b"envelog v2 fingerprint"], 32)[..16],
+    );
     values.check("fingerprint", unhex(entry["fingerprint"].as_str().unwrap()));
     let key_id = keys["cmk"]["cmk_key_id"].as_str().unwrap();
     let (head, sealed) = wrapped.split_at(12 + key_id.len());
     let file: Value =
-        serde_json::from_slice(&fs::read(golden.join(format!("kms/keys/{key_id}.json"))).unwrap()).unwrap();
+        serde_json::from_slice(&fs::read(golden.join(format!("kms/keys/{key_id}.json"))).unwrap())
+            .unwrap();
     let material = unhex(file["key"]["material"][1].as_str().unwrap());
     let mut aad = [head, &4_u32.to_le_bytes()].concat();
     for text in context.iter().flat_map(|(name, value)| [name, value]) {
@@ -537,7 +634,8 @@ fn the_example_of_a_document_with_both_tags_holds() {
         aad.extend_from_slice(text.as_bytes());
     }
     let material = SecretKey::from_bytes(&mut material.try_into().unwrap());
-    let wrapping = expand(HashAlg::Sha256, &sealed[..32], &material, &[b"envelog local kms wrap", head], 32);
+    let wrapping =
+        expand(HashAlg::Sha256, &sealed[..32], &material, &[b"envelog local kms wrap", head], 32);
     values.check("head", head);
     values.check("salt", &sealed[..32]);
     values.check("key material", material.expose());
@@ -545,7 +643,8 @@ fn the_example_of_a_document_with_both_tags_holds() {
     values.check("associated data", &aad);
     let mut plain = [0; 32];
     let aead = AwsLc::new().aead(Cipher::Aes256Gcm, &wrapping).unwrap();
-    aead.open(&[0; 12], &aad, &sealed[32..64], sealed[64..].try_into().unwrap(), &mut plain).unwrap();
+    aead.open(&[0; 12], &aad, &sealed[32..64], sealed[64..].try_into().unwrap(), &mut plain)
+        .unwrap();
     assert_eq!(plain, *data_key.expose());
 
     // Both tags.
@@ -553,13 +652,18 @@ fn the_example_of_a_document_with_both_tags_holds() {
     let (tag_a, rest) = meta.end().split_at(32);
     let tag_b = &rest[..32];
     let root = root(&golden.join("keyring"), 1);
-    let (document_key, metadata_key) =
-        (derived(&root, &[], "envelog v2 document"), derived(&data_key, &[], "envelog v2 metadata"));
+    let (document_key, metadata_key) = (
+        derived(&root, &[], "envelog v2 document"),
+        derived(&data_key, &[], "envelog v2 metadata"),
+    );
     values.check("root", root.expose());
     values.check("document key", document_key.expose());
     values.check("data key", data_key.expose());
     values.check("metadata key", metadata_key.expose());
-    values.check("tag B", hmac_sha256(&metadata_key, &[&meta.bytes[8..12], &meta.bytes[24..56], meta.part_b()]));
+    values.check(
+        "tag B",
+        hmac_sha256(&metadata_key, &[&meta.bytes[8..12], &meta.bytes[24..56], meta.part_b()]),
+    );
     values.check("tag B", tag_b);
     let signed = &meta.bytes[..meta.bytes.len() - 68];
     values.check("tag A", hmac_sha256(&document_key, &[signed, tag_b]));
@@ -582,7 +686,10 @@ fn the_example_of_an_audit_record_holds() {
     values.check("tag", hmac_sha256(&key, &[lines[0][1].as_bytes(), json.as_bytes()]));
     values.check("tag", unhex(tag));
     values.check("CRC32 as it is written", unhex(crc));
-    values.check("CRC32 as it is written", crc32fast::hash(format!("{json}\t{tag}").as_bytes()).to_be_bytes());
+    values.check(
+        "CRC32 as it is written",
+        crc32fast::hash(format!("{json}\t{tag}").as_bytes()).to_be_bytes(),
+    );
 }
 
 #[test]
@@ -600,7 +707,12 @@ fn the_example_of_a_cut_segment_and_its_recovery_holds() {
     check_hex("recovered-predecessor", &recovered[160..248]);
     let (block, bytes) = first_block(&header, &recovered);
     check_hex("recovered-block", bytes);
-    let same = BlockHeader { number: 1, segment_tag: above.segment_tag, nonce_random: above.nonce_random, ..block };
+    let same = BlockHeader {
+        number: 1,
+        segment_tag: above.segment_tag,
+        nonce_random: above.nonce_random,
+        ..block
+    };
     assert_eq!(BlockHeader { durable_mark: 502, ..same }, above);
     let footer = &recovered[509..];
     check_hex("recovered-footer", footer);
@@ -613,7 +725,9 @@ fn the_example_of_a_cut_segment_and_its_recovery_holds() {
     values.check("body of its first block", body(&cut_header, &cut[308..502]));
     let kept = digest(&cut_header, 1, values.get("body of its first block"));
     values.check("digest of it up to there", kept);
-    let Predecessor::Cut(end) = header.header.predecessor else { panic!("{:?}", header.header.predecessor) };
+    let Predecessor::Cut(end) = header.header.predecessor else {
+        panic!("{:?}", header.header.predecessor)
+    };
     assert_eq!((end.blocks, end.bytes, end.digest), (1, 502, kept));
     values.check("header hash of the recovered segment", header.header_hash);
     let whole = digest(&header, 1, &body(&header, bytes));
@@ -637,7 +751,10 @@ fn the_example_of_a_catalogue_holds() {
     values.check("document key", key.expose());
     let file = &frame.bytes;
     let catalogue::Layout { document, tips, records } = catalogue::Layout::of(file);
-    assert_eq!((document.end, tips[0].start, records[0].start, records[1].start), (229, 512, 1536, 1903));
+    assert_eq!(
+        (document.end, tips[0].start, records[0].start, records[1].start),
+        (229, 512, 1536, 1903)
+    );
     assert_eq!((records.len(), records[1].end, file.len()), (2, 2294, 2294));
     let mut tag = catalogue::tag_a(&file[document]);
     for (index, record) in records.into_iter().enumerate() {
@@ -678,7 +795,8 @@ fn what_the_document_lists_is_what_there_is() {
         };
         let blocks = if suite.encrypts() { "encrypted" } else { "authenticated only" };
         let (code, len) = (suite.code(), suite.cipher().key_len());
-        let row = format!("| {code} | {} | {cipher} | {len} bytes | {hash} | {blocks} |", suite.name());
+        let row =
+            format!("| {code} | {} | {cipher} | {len} bytes | {hash} | {blocks} |", suite.name());
         assert!(DOCUMENT.contains(&row), "{row}");
     }
     for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {
@@ -688,7 +806,10 @@ fn what_the_document_lists_is_what_there_is() {
     assert!(DOCUMENT.contains("0xCBF43926"));
     let mib = |bytes: u64| bytes >> 20;
     for (what, limit) in [
-        ("log group, encoded; opaque record", format!("{} MiB", mib(group::GROUP_BYTES_MAX as u64))),
+        (
+            "log group, encoded; opaque record",
+            format!("{} MiB", mib(group::GROUP_BYTES_MAX as u64)),
+        ),
         ("logs of a group", "1,000,000".to_owned()),
         ("list of a block", format!("{} MiB", mib(envelog::segment::BLOCK_LIST_BYTES_MAX.into()))),
         ("groups of a block", "65,536".to_owned()),
@@ -741,8 +862,9 @@ impl Copy {
     fn builder_with(&self, provider: impl CryptoProvider + 'static) -> StoreBuilder {
         let mut options = StoreOptions::default();
         options.background = Background::Manual;
-        let builder =
-            Store::builder(self.store(), self.path("keyring"), provider).disk(Arc::new(QuickDisk)).options(options);
+        let builder = Store::builder(self.store(), self.path("keyring"), provider)
+            .disk(Arc::new(QuickDisk))
+            .options(options);
         let kms = self.path("kms");
         if kms.exists() { builder.kms(Arc::new(LocalKms::open(kms).unwrap())) } else { builder }
     }
@@ -786,7 +908,10 @@ fn listing(store: &Store) -> Value {
 fn assert_clean(which: &str, store: &Store, keyless: bool) -> VerifyReport {
     let options = VerifyOptions { keyless, ..VerifyOptions::default() };
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
-    assert!(report.is_clean() && report.refused.is_empty(), "{which} (keyless: {keyless}): {report:?}");
+    assert!(
+        report.is_clean() && report.refused.is_empty(),
+        "{which} (keyless: {keyless}): {report:?}"
+    );
     report
 }
 
@@ -826,17 +951,29 @@ fn a_sealed_keyring_is_as_the_document_says() {
     aead.open(&[0; 12], &aad, sealed, tag, &mut plain).unwrap();
     check_json("keyring-open", &plain);
     let open: Value = serde_json::from_slice(&plain).unwrap();
-    let versions: Vec<_> = open["versions"].as_array().unwrap().iter().map(|entry| entry["version"].as_u64()).collect();
+    let versions: Vec<_> = open["versions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| entry["version"].as_u64())
+        .collect();
     assert_eq!(versions, [Some(1), Some(2)]);
     // The rotation is complete: its completion is the third generation of the keyring.
-    assert_eq!((open["accepts"].as_u64(), &frame.bytes[56..64]), (Some(2), &3_u64.to_le_bytes()[..]));
+    assert_eq!(
+        (open["accepts"].as_u64(), &frame.bytes[56..64]),
+        (Some(2), &3_u64.to_le_bytes()[..])
+    );
     let root = unhex(open["versions"][1]["root"].as_str().unwrap());
     values.check("root", &root);
     let mut signed = Frame { bytes: frame.bytes.clone() };
     let root = SecretKey::from_bytes(&mut root.try_into().unwrap());
     values.check("document key", derived(&root, &[], "envelog v2 document").expose());
     signed.sign(&root);
-    assert_eq!(golden::hex(&signed.bytes), golden::hex(&frame.bytes), "tag A is that of an open keyring");
+    assert_eq!(
+        golden::hex(&signed.bytes),
+        golden::hex(&frame.bytes),
+        "tag A is that of an open keyring"
+    );
 }
 
 /// The golden stores together contain every form that a segment can have.
@@ -878,8 +1015,25 @@ fn the_golden_stores_have_every_form() {
         }
     }
     let mut all: BTreeSet<_> = Suite::ALL.iter().map(|suite| suite.name()).collect();
-    all.extend(["data key 1", "later data key", "keyring", "first", "after a sealed one", "after a cut one"]);
-    all.extend(["none", "lz4", "zstd", "groups", "opaque", "mark", "recovered", "sealed", "not sealed"]);
+    all.extend([
+        "data key 1",
+        "later data key",
+        "keyring",
+        "first",
+        "after a sealed one",
+        "after a cut one",
+    ]);
+    all.extend([
+        "none",
+        "lz4",
+        "zstd",
+        "groups",
+        "opaque",
+        "mark",
+        "recovered",
+        "sealed",
+        "not sealed",
+    ]);
     assert_eq!(forms, all);
 }
 
@@ -921,7 +1075,12 @@ fn golden_stores_are_read_and_verified() {
         for keyless in [false, true] {
             let report = assert_clean(which, &store, keyless);
             assert_eq!(report.groups, groups as u64, "{which}");
-            assert_eq!(report.notes.len(), usize::from(which == "unclean"), "{which}: {:?}", report.notes);
+            assert_eq!(
+                report.notes.len(),
+                usize::from(which == "unclean"),
+                "{which}: {:?}",
+                report.notes
+            );
         }
         assert!(!store.keys().audit_records().unwrap().is_empty(), "{which}");
         store.close().unwrap();
@@ -944,12 +1103,16 @@ fn golden_stores_are_written_on() {
             let logstore = store.logstore(&name).unwrap();
             for shard in 0..logstore.config().shard_count {
                 let options = AppendOptions { shard: ShardChoice::Shard(shard), ..synced() };
-                let added = [record("by this build"), Payload::try_from(&log_group("by this build", 2)).unwrap()];
+                let added = [
+                    record("by this build"),
+                    Payload::try_from(&log_group("by this build", 2)).unwrap(),
+                ];
                 for payload in added {
                     let appended = logstore.append(payload, &options).unwrap();
                     let all = records(&logstore, shard).unwrap();
                     assert_eq!(all.last().unwrap().seq, appended.seq);
-                    let before = expected[name.to_string()][shard.to_string()].as_array_mut().unwrap();
+                    let before =
+                        expected[name.to_string()][shard.to_string()].as_array_mut().unwrap();
                     before.push(listed(all.last().unwrap()));
                 }
             }
@@ -971,7 +1134,10 @@ fn the_golden_checkpoint_holds() {
     let copy = Copy::of("service-sm4");
     let store = copy.builder().open_read_only().unwrap();
     let checkpoint = fs::read(copy.path("checkpoint")).unwrap();
-    let against = |bytes: &[u8]| VerifyOptions { against: Some(Checkpoint::from_bytes(bytes)), ..Default::default() };
+    let against = |bytes: &[u8]| VerifyOptions {
+        against: Some(Checkpoint::from_bytes(bytes)),
+        ..Default::default()
+    };
     let report = store.admin().verify(&against(&checkpoint), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     let mut newer = checkpoint;
@@ -1042,7 +1208,9 @@ fn a_newer_version_of_any_file_is_refused_by_its_number() {
                 fix_crc(&mut bytes[..308]);
             }),
             6 => copy.change(&segment, |bytes| {
-                let len = u32::from_le_bytes(bytes[bytes.len() - 16..bytes.len() - 12].try_into().unwrap()) as usize;
+                let len = u32::from_le_bytes(
+                    bytes[bytes.len() - 16..bytes.len() - 12].try_into().unwrap(),
+                ) as usize;
                 let (at, end) = (bytes.len() - len, bytes.len() - 16);
                 assert_eq!(bytes[at..at + 6], *b"EFTR\x02\0");
                 bytes[at + 4..at + 6].copy_from_slice(&version.to_le_bytes());
@@ -1065,7 +1233,8 @@ fn a_store_of_version_1_is_refused_by_its_number() {
     let dir = tempfile::tempdir().unwrap();
     copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1/plain"), dir.path());
     let before = files(dir.path());
-    let builder = || Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new());
+    let builder =
+        || Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new());
     for opened in [builder().open(), builder().open_read_only()] {
         let error = opened.unwrap_err();
         assert!(matches!(error, Error::OlderFormat { found: 1, supported: 2, .. }), "{error:?}");
@@ -1125,7 +1294,11 @@ fn unknown_features_of_a_document_that_are_no_reason_to_refuse() {
             } else {
                 frame.sign(&root);
             }
-            let path = if document == "meta" { replace_meta(&copy, &path, &frame.bytes, &root) } else { path };
+            let path = if document == "meta" {
+                replace_meta(&copy, &path, &frame.bytes, &root)
+            } else {
+                path
+            };
             fs::write(&path, &frame.bytes).unwrap();
             use_all(&copy, true).unwrap();
             if writable {
@@ -1157,8 +1330,10 @@ fn reseal(copy: &Copy, path: &Path, change: impl FnOnce(&mut SegmentHeader)) {
     let mut rest = &file[old.body_start as usize..];
     while let Ok(mut block) = BlockHeader::decode(rest) {
         let Some(bytes) = rest.get(..block.block_len() as usize) else { break };
-        let (payload, tag) =
-            (&bytes[96..bytes.len() - 20], bytes[bytes.len() - 20..bytes.len() - 4].try_into().unwrap());
+        let (payload, tag) = (
+            &bytes[96..bytes.len() - 20],
+            bytes[bytes.len() - 20..bytes.len() - 4].try_into().unwrap(),
+        );
         let mut plain = vec![0; payload.len()];
         opening.open_block(&block.nonce(), &bytes[..96], payload, &tag, &mut plain).unwrap();
         block.segment_tag = draft.segment_tag();
@@ -1175,7 +1350,9 @@ fn reseal(copy: &Copy, path: &Path, change: impl FnOnce(&mut SegmentHeader)) {
 
 #[test]
 fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
-    let reads = |copy: &Copy| assert_eq!(listing(&copy.builder().open_read_only().unwrap()), copy.expected());
+    let reads = |copy: &Copy| {
+        assert_eq!(listing(&copy.builder().open_read_only().unwrap()), copy.expected())
+    };
     let features = [
         (Features::default(), true),
         (Features { compatible: 0x10, ..Features::default() }, true),
@@ -1188,7 +1365,8 @@ fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
         reads(&copy);
         let store = copy.builder().open().unwrap();
         assert_eq!(listing(&store), copy.expected());
-        let appended = store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
+        let appended =
+            store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
         if writable {
             appended.unwrap();
         } else {
@@ -1222,7 +1400,8 @@ fn unknown_features_of_a_segment_that_are_no_reason_to_refuse() {
 fn recovered_by_half() -> (Copy, u64) {
     let first = Copy::of("unclean");
     let store = first.builder().open().unwrap();
-    let appended = store.logstore(&name("shop/orders")).unwrap().append(record("lost"), &synced()).unwrap();
+    let appended =
+        store.logstore(&name("shop/orders")).unwrap().append(record("lost"), &synced()).unwrap();
     let second = Copy::of("unclean");
     copy_dir(&first.store(), &second.store());
     let all = segments(&second.logstore_dir(), 0);
@@ -1236,7 +1415,9 @@ fn recovered_by_half() -> (Copy, u64) {
 fn a_recovery_that_was_cut_off_gives_no_number_out_again() {
     let (copy, goes_on_at) = recovered_by_half();
     let expected = copy.expected();
-    let torn = 1 + expected["shop/orders"]["0"].as_array().unwrap().last().unwrap()["seq"].as_u64().unwrap();
+    let torn = 1 + expected["shop/orders"]["0"].as_array().unwrap().last().unwrap()["seq"]
+        .as_u64()
+        .unwrap();
     let store = copy.builder().open().unwrap();
     assert_eq!(listing(&store), expected);
     let logstore = store.logstore(&name("shop/orders")).unwrap();
@@ -1260,7 +1441,8 @@ fn a_writer_goes_by_no_header_that_does_not_authenticate() {
         });
         let before = files(&copy.logstore_dir());
         let store = copy.builder().open().unwrap();
-        let appended = store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
+        let appended =
+            store.logstore(&name("shop/orders")).unwrap().append(record("more"), &synced());
         assert!(matches!(appended, Err(Error::WrongKey { .. })), "{at}: {appended:?}");
         drop(store);
         assert_eq!(files(&copy.logstore_dir()), before);

@@ -159,7 +159,8 @@ const OTHER: &str = "p/other";
 impl Scene {
     fn new(way: Way) -> Self {
         let world = World::manual_in_memory();
-        let mut scene = Self { world, way, victim: String::new(), template: tempfile::tempdir().unwrap() };
+        let mut scene =
+            Self { world, way, victim: String::new(), template: tempfile::tempdir().unwrap() };
         let canary = scene.world.path().join("canary");
         fs::create_dir_all(canary.join("deep")).unwrap();
         fs::write(canary.join("report"), "an audit report").unwrap();
@@ -229,9 +230,14 @@ impl Scene {
 /// The kinds of hostile files that this process can create.
 fn kinds() -> Vec<Hostile> {
     let dir = tempfile::tempdir().unwrap();
-    let device = mknodat(CWD, dir.path().join("null"), FileType::CharacterDevice, Mode::RUSR, makedev(1, 3)).is_ok();
+    let device =
+        mknodat(CWD, dir.path().join("null"), FileType::CharacterDevice, Mode::RUSR, makedev(1, 3))
+            .is_ok();
     if !device {
-        let _ = writeln!(std::io::stderr(), "NOT RUN: devices, which this process has no right to make");
+        let _ = writeln!(
+            std::io::stderr(),
+            "NOT RUN: devices, which this process has no right to make"
+        );
     }
     Hostile::ALL.into_iter().filter(|kind| device || *kind != Hostile::Device).collect()
 }
@@ -240,7 +246,8 @@ fn kinds() -> Vec<Hostile> {
 fn replace(target: &Path, by: Hostile, canary: &Path, aside: &Path) {
     let was_dir = target.is_dir();
     fs::rename(target, aside).unwrap();
-    let node = |kind, device| mknodat(CWD, target, kind, Mode::from_raw_mode(0o600), device).unwrap();
+    let node =
+        |kind, device| mknodat(CWD, target, kind, Mode::from_raw_mode(0o600), device).unwrap();
     match by {
         Hostile::LinkOutside if was_dir => symlink(canary, target).unwrap(),
         Hostile::LinkOutside => symlink(canary.join("report"), target).unwrap(),
@@ -305,7 +312,13 @@ type Operation = (&'static str, fn(&Store) -> Result<()>);
 /// The operations on the victim in one opening: by a reader, by a writer, and by a writer that
 /// deletes it.
 const OPENINGS: [(bool, &[Operation]); 3] = [
-    (false, &[("read", |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)), ("verify", verify)]),
+    (
+        false,
+        &[
+            ("read", |store| try_texts(&store.logstore(&name(VICTIM))?).map(drop)),
+            ("verify", verify),
+        ],
+    ),
     (
         true,
         &[
@@ -359,9 +372,11 @@ fn sweep(way: Way) {
                 let was_dir = target.is_dir();
                 let deletes = operations.iter().any(|(operation, _)| *operation == "delete");
                 let what = format!("{way:?}: {} as {by:?}, {}", target.display(), operations[0].0);
-                let (canary, aside) = (scene.world.path().join("canary"), scene.world.path().join("aside"));
+                let (canary, aside) =
+                    (scene.world.path().join("canary"), scene.world.path().join("aside"));
                 replace(target, by, &canary, &aside);
-                let (outside, link) = (picture(&canary), fs::symlink_metadata(target).unwrap().ino());
+                let (outside, link) =
+                    (picture(&canary), fs::symlink_metadata(target).unwrap().ino());
                 let kept = if aside.is_dir() { picture(&aside) } else { BTreeMap::new() };
                 let concerns = scene.concerns(target);
                 // A writer first raises the epoch, and then writes a new catalogue file.
@@ -378,14 +393,20 @@ fn sweep(way: Way) {
                 };
                 let before = inside();
 
-                let opened =
-                    at_once(&what, || if writes { scene.builder().open() } else { scene.builder().open_read_only() });
-                let shut = concerns == Concerns::All && !target.ends_with("logstores") && !target.ends_with("probes")
+                let opened = at_once(&what, || {
+                    if writes { scene.builder().open() } else { scene.builder().open_read_only() }
+                });
+                let shut = concerns == Concerns::All
+                    && !target.ends_with("logstores")
+                    && !target.ends_with("probes")
                     || concerns == Concerns::Writers && writes;
                 match opened {
                     Err(error) => {
                         assert!(check(&what, target, Err(error)));
-                        assert!(shut || target.ends_with("logstores"), "{what}: the store stays shut");
+                        assert!(
+                            shut || target.ends_with("logstores"),
+                            "{what}: the store stays shut"
+                        );
                         assert!(inside() == before, "{what}: something in the store has changed");
                     }
                     Ok(store) => {
@@ -394,7 +415,10 @@ fn sweep(way: Way) {
                             let result = at_once(&what, || act(&store));
                             if check(&what, target, result) {
                                 *refused.entry(*operation).or_default() += 1;
-                                assert!(!matches!(concerns, Concerns::None | Concerns::Other), "{what}");
+                                assert!(
+                                    !matches!(concerns, Concerns::None | Concerns::Other),
+                                    "{what}"
+                                );
                             }
                         }
                         // The other Logstore works unless the replaced file belongs to it or is
@@ -405,18 +429,31 @@ fn sweep(way: Way) {
                             if writes { try_put(&other, "more") } else { Ok(()) }
                         });
                         if check(&what, target, served) {
-                            assert!(!matches!(concerns, Concerns::None | Concerns::Victim), "{what}");
+                            assert!(
+                                !matches!(concerns, Concerns::None | Concerns::Victim),
+                                "{what}"
+                            );
                         }
                         at_once(&what, || drop(store.close()));
                     }
                 }
-                assert!(picture(&canary) == outside, "{what}: something outside of the store has changed");
+                assert!(
+                    picture(&canary) == outside,
+                    "{what}: something outside of the store has changed"
+                );
                 if aside.is_dir() {
-                    assert!(picture(&aside) == kept, "{what}: the original has changed through a link");
+                    assert!(
+                        picture(&aside) == kept,
+                        "{what}: the original has changed through a link"
+                    );
                 }
                 let left = fs::symlink_metadata(target);
                 if let Ok(left) = &left {
-                    assert_eq!(left.ino(), link, "{what}: what was put in its place has been replaced");
+                    assert_eq!(
+                        left.ino(),
+                        link,
+                        "{what}: what was put in its place has been replaced"
+                    );
                 }
                 if deletes && left.is_err() {
                     // The deletion completed.
@@ -424,7 +461,8 @@ fn sweep(way: Way) {
                 }
                 put_back(target, &aside);
                 assert_eq!(target.is_dir(), was_dir);
-                let store = scene.builder().open().unwrap_or_else(|error| panic!("{what}: {error:?}"));
+                let store =
+                    scene.builder().open().unwrap_or_else(|error| panic!("{what}: {error:?}"));
                 if !deletes {
                     let victim = store.logstore(&name(VICTIM)).unwrap();
                     let read = texts(&victim);
@@ -439,7 +477,9 @@ fn sweep(way: Way) {
     }
     println!("{way:?}: {} files and directories, refused: {refused:?}", targets.len());
     let operations: BTreeSet<&str> = refused.keys().copied().collect();
-    let all = OPENINGS.iter().flat_map(|(_, operations)| operations.iter().map(|(operation, _)| *operation));
+    let all = OPENINGS
+        .iter()
+        .flat_map(|(_, operations)| operations.iter().map(|(operation, _)| *operation));
     assert_eq!(operations, all.collect(), "each of them met one");
 }
 
@@ -473,7 +513,9 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     for stray in &strays {
         match stray.extension() {
             None if stray.ends_with("link") => symlink(&canary, stray).unwrap(),
-            None if stray.ends_with("snapshot") || stray.ends_with("shard-7") => fs::create_dir(stray).unwrap(),
+            None if stray.ends_with("snapshot") || stray.ends_with("shard-7") => {
+                fs::create_dir(stray).unwrap()
+            }
             _ => fs::write(stray, "not ours").unwrap(),
         }
     }
@@ -508,7 +550,10 @@ fn a_deletion_leaves_strays_and_is_finished_when_they_are_gone() {
     store.admin().apply_retention().unwrap();
     assert!(!victim.exists() && !noted(&store));
     store.close().unwrap();
-    assert!(links.iter().all(|link| fs::symlink_metadata(link).unwrap().is_symlink()), "a link is no remains of ours");
+    assert!(
+        links.iter().all(|link| fs::symlink_metadata(link).unwrap().is_symlink()),
+        "a link is no remains of ours"
+    );
     assert!(picture(&canary) == outside, "something outside of the store has changed");
 }
 
@@ -548,9 +593,12 @@ fn leftovers_that_cannot_be_removed_keep_no_shard_shut() {
 fn a_document_beyond_its_limit_is_corrupt() {
     let scene = Scene::new(Way::Kernel);
     let meta = meta_path(&scene.world.store_dir().join("logstores").join(&scene.victim));
-    for path in
-        [scene.world.keyring(), scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()), meta]
-    {
+    for path in [
+        scene.world.keyring(),
+        scene.world.store_dir().join("STORE"),
+        catalogue_file(&scene.world.store_dir()),
+        meta,
+    ] {
         scene.reset();
         fs::File::options().write(true).open(&path).unwrap().set_len(1 << 40).unwrap();
         let error = match scene.builder().open_read_only() {

@@ -9,8 +9,11 @@ use common::{
     *,
 };
 use envelog::{
-    Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Store, VerifyOptions,
-    segment::{BlockHeader, BlockKind, DecodedFooter, Footer, Predecessor, PredecessorEnd, SegmentHeader},
+    Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Store,
+    VerifyOptions,
+    segment::{
+        BlockHeader, BlockKind, DecodedFooter, Footer, Predecessor, PredecessorEnd, SegmentHeader,
+    },
 };
 
 const NAME: &str = "p/l";
@@ -153,7 +156,11 @@ fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
 
 /// Opens a copy of the setup, which other tests can continue to use.
 fn again(sim: &Sim) -> Store {
-    sim.world.builder().disk(std::sync::Arc::new(sim.disk.crash(Survives::Everything))).open().unwrap()
+    sim.world
+        .builder()
+        .disk(std::sync::Arc::new(sim.disk.crash(Survives::Everything)))
+        .open()
+        .unwrap()
 }
 
 #[test]
@@ -170,14 +177,22 @@ fn a_block_in_a_torn_block_does_not_stop_the_shard() {
         for (what, mark) in marks {
             for number in [2, 3, 1000, u32::MAX - 1] {
                 let sim = torn(by, |like, carrier, inside| {
-                    let mark = if mark(carrier, inside) == 0 { like.durable_mark } else { mark(carrier, inside) };
+                    let mark = if mark(carrier, inside) == 0 {
+                        like.durable_mark
+                    } else {
+                        mark(carrier, inside)
+                    };
                     fake_block(like, number, mark)
                 });
                 let context = format!("{by:?}, the mark {what}, number {number}");
                 // Without a key the fake block is accepted, if its mark could be true.
                 let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
                 let report = again(&sim).admin().verify(&keyless, &mut |_| {}).unwrap();
-                assert_eq!(report.is_clean(), !["within the torn block", "at itself"].contains(&what), "{context}");
+                assert_eq!(
+                    report.is_clean(),
+                    !["within the torn block", "at itself"].contains(&what),
+                    "{context}"
+                );
                 assert_works(&sim, &["first", "second", "unsynced"], &context);
             }
         }
@@ -240,7 +255,10 @@ fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
             assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), [kept, &["next"]].concat(), "{context}");
-            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert!(
+                store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
+                "{context}"
+            );
         }
     }
 }
@@ -279,19 +297,32 @@ fn fakes_do_not_hide_damage() {
             for _ in 0..2 {
                 for result in [try_put(&logstore, "refused"), try_texts(&logstore).map(|_| ())] {
                     match result {
-                        Err(Error::Corrupt { at, .. }) => assert_eq!(at.offset, end as u64, "{context}"),
+                        Err(Error::Corrupt { at, .. }) => {
+                            assert_eq!(at.offset, end as u64, "{context}")
+                        }
                         other => panic!("{context}: {other:?}"),
                     }
                 }
             }
             let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-            assert!(report.faults.iter().any(|fault| fault.kind == "corrupt"), "{context}: {:?}", report.faults);
+            assert!(
+                report.faults.iter().any(|fault| fault.kind == "corrupt"),
+                "{context}: {:?}",
+                report.faults
+            );
             let report = store.admin().repair(&name(NAME), 0).unwrap();
-            assert_eq!((report.segment.as_ref(), report.groups_salvaged), (Some(&segment), 1), "{context}");
+            assert_eq!(
+                (report.segment.as_ref(), report.groups_salvaged),
+                (Some(&segment), 1),
+                "{context}"
+            );
             assert!(report.bytes_lost >= line.len() as u64, "{context}: {report:?}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), ["first", "second", "last", "next"], "{context}");
-            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert!(
+                store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
+                "{context}"
+            );
             assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
         }
     }
@@ -312,8 +343,20 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
                 let (_, like) = blocks(bytes)[1];
                 let mut fake = fake_block(&like, 2, like.durable_mark);
                 if kind == BlockKind::Mark {
-                    let zero = BlockHeader { payload_len: 0, raw_len: 0, group_count: 0, list_len: 0, ..like };
-                    let header = BlockHeader { kind, number: 2, first_seq: like.end_seq(), log_count: 0, ..zero };
+                    let zero = BlockHeader {
+                        payload_len: 0,
+                        raw_len: 0,
+                        group_count: 0,
+                        list_len: 0,
+                        ..like
+                    };
+                    let header = BlockHeader {
+                        kind,
+                        number: 2,
+                        first_seq: like.end_seq(),
+                        log_count: 0,
+                        ..zero
+                    };
                     fake = [&header.encode()[..], &[0xfa; SUFFIX]].concat();
                     fix_crc(&mut fake);
                 }
@@ -324,14 +367,20 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
             let logstore = find(&store);
             assert!(matches!(try_texts(&logstore), Err(Error::Tampered { .. })), "{context}");
             if kind == BlockKind::Opaque {
-                assert!(matches!(try_put(&logstore, "refused"), Err(Error::Tampered { .. })), "{context}");
+                assert!(
+                    matches!(try_put(&logstore, "refused"), Err(Error::Tampered { .. })),
+                    "{context}"
+                );
             }
             let report = store.admin().repair(&name(NAME), 0).unwrap();
             assert_eq!(report.segment.as_ref(), Some(&segment), "{context}");
             assert!(report.bytes_lost >= 116, "{context}: {report:?}");
             put(&logstore, "next");
             assert_eq!(texts(&logstore), ["first", "second", "next"], "{context}");
-            assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{context}");
+            assert!(
+                store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
+                "{context}"
+            );
             assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
         }
     }
@@ -348,9 +397,17 @@ fn a_forged_mark_cuts_no_block() {
         let segment = sim.segments(&logstore, 0).remove(0);
         sim.disk.edit(&segment, |bytes| {
             let (at, like) = blocks(bytes)[1];
-            let fields = BlockHeader { payload_len: 0, raw_len: 0, group_count: 0, list_len: 0, log_count: 0, ..like };
+            let fields = BlockHeader {
+                payload_len: 0,
+                raw_len: 0,
+                group_count: 0,
+                list_len: 0,
+                log_count: 0,
+                ..like
+            };
             let (number, first_seq, durable_mark) = (2, like.end_seq(), at as u64 + 10);
-            let mark = BlockHeader { kind: BlockKind::Mark, number, first_seq, durable_mark, ..fields };
+            let mark =
+                BlockHeader { kind: BlockKind::Mark, number, first_seq, durable_mark, ..fields };
             let mut fake = [&mark.encode()[..], &[0xfa; SUFFIX]].concat();
             fix_crc(&mut fake);
             bytes.extend_from_slice(&fake);
@@ -358,7 +415,10 @@ fn a_forged_mark_cuts_no_block() {
         let store = sim.open();
         put(&find(&store), "next");
         assert_eq!(texts(&find(&store)), ["first", "second", "next"], "{by:?}");
-        assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(), "{by:?}");
+        assert!(
+            store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
+            "{by:?}"
+        );
     }
 }
 
@@ -408,20 +468,35 @@ fn a_change_of_a_segment_during_its_recovery_is_safe() {
                     Ok(()) => {
                         let read = texts(&logstore);
                         let possible = [&["third", "fourth"][..], &["third"], &["fourth"], &[]];
-                        let expected = possible.map(|kept| [&["first", "second"], kept, &["next"]].concat());
-                        assert!(expected.iter().any(|expected| *expected == read), "{context}: {read:?}");
+                        let expected =
+                            possible.map(|kept| [&["first", "second"], kept, &["next"]].concat());
+                        assert!(
+                            expected.iter().any(|expected| *expected == read),
+                            "{context}: {read:?}"
+                        );
                         if nth > reads {
-                            assert_eq!(read, ["first", "second", "third", "fourth", "next"], "{context}");
+                            assert_eq!(
+                                read,
+                                ["first", "second", "third", "fourth", "next"],
+                                "{context}"
+                            );
                         }
                     }
                     Err(
-                        Error::Corrupt { .. } | Error::Truncated { .. } | Error::Tampered { .. } | Error::Io { .. },
+                        Error::Corrupt { .. }
+                        | Error::Truncated { .. }
+                        | Error::Tampered { .. }
+                        | Error::Io { .. },
                     ) => {
                         noticed += 1;
                         sim.disk.edit(&segment, |bytes| bytes.clone_from(&whole));
                         let _ = logstore.reopen_shard(0);
                         put(&logstore, "next");
-                        assert_eq!(texts(&logstore), ["first", "second", "third", "fourth", "next"], "{context}");
+                        assert_eq!(
+                            texts(&logstore),
+                            ["first", "second", "third", "fourth", "next"],
+                            "{context}"
+                        );
                     }
                     Err(_) => panic!("{context}"),
                 }
@@ -429,7 +504,10 @@ fn a_change_of_a_segment_during_its_recovery_is_safe() {
                     break;
                 }
             }
-            assert!(noticed > 0 && reads > 4, "{by:?}, change {what}: noticed {noticed} times in {reads} reads");
+            assert!(
+                noticed > 0 && reads > 4,
+                "{by:?}, change {what}: noticed {noticed} times in {reads} reads"
+            );
         }
     }
 }
@@ -496,7 +574,10 @@ fn status_takes_any_figure_from_a_header_or_a_footer() {
         sim.disk.edit(&segments[1], |file| file[..forged.len()].copy_from_slice(&forged));
         let status = find(&sim.open()).status();
         // The changed value may contradict the successor, which is reported.
-        assert!(matches!(status, Ok(_) | Err(Error::Corrupt { .. } | Error::Tampered { .. })), "{bytes}: {status:?}");
+        assert!(
+            matches!(status, Ok(_) | Err(Error::Corrupt { .. } | Error::Tampered { .. })),
+            "{bytes}: {status:?}"
+        );
     }
     assert_eq!(sim.disk.bytes(last).len(), whole.len());
 
@@ -509,7 +590,12 @@ fn status_takes_any_figure_from_a_header_or_a_footer() {
         sim.disk.edit(&segment, |bytes| {
             let at = memchr::memmem::rfind(bytes, b"EFTR").unwrap();
             let DecodedFooter { footer, tag } = Footer::decode(&bytes[at..]).unwrap();
-            let forged = Footer { group_count: u64::MAX, log_count: u64::MAX, raw_bytes: u64::MAX, ..footer };
+            let forged = Footer {
+                group_count: u64::MAX,
+                log_count: u64::MAX,
+                raw_bytes: u64::MAX,
+                ..footer
+            };
             bytes.truncate(at);
             bytes.extend_from_slice(&forged.finish(forged.encode(), &tag));
         });

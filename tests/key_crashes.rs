@@ -12,7 +12,8 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store, VerifyOptions,
+    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store,
+    VerifyOptions,
 };
 
 const SERVICE: &str = "p/service";
@@ -48,7 +49,10 @@ impl View {
 
     fn all(store: &Store) -> BTreeMap<String, Self> {
         let names = store.list().unwrap();
-        names.iter().map(|name| (name.to_string(), Self::of(store, &name.to_string()).unwrap())).collect()
+        names
+            .iter()
+            .map(|name| (name.to_string(), Self::of(store, &name.to_string()).unwrap()))
+            .collect()
     }
 }
 
@@ -122,7 +126,10 @@ impl Scene {
                     break;
                 }
                 if let Err(error) = &outcome {
-                    assert!(matches!(error, Error::Io { .. } | Error::Latched { .. }), "{at}: {error:?}");
+                    assert!(
+                        matches!(error, Error::Io { .. } | Error::Latched { .. }),
+                        "{at}: {error:?}"
+                    );
                 }
                 attempts += 1;
                 self.check(&at, &before, &after, outcome.is_ok(), changed);
@@ -149,7 +156,8 @@ impl Scene {
         let store = self.world.open();
         for listed in store.list().unwrap() {
             let text = listed.to_string();
-            let mut view = View::of(&store, &text).unwrap_or_else(|error| panic!("{at}: {text}: {error}"));
+            let mut view =
+                View::of(&store, &text).unwrap_or_else(|error| panic!("{at}: {text}: {error}"));
             if view.texts.len() == 3 {
                 assert_eq!(view.texts.pop().unwrap(), "third", "{at}: {text}");
             } else {
@@ -191,23 +199,37 @@ fn conf(encrypt_conf: EncryptConf) -> LogstoreSpec {
 
 fn enable(store: &Store, encrypt_conf: EncryptConf) -> Result<()> {
     let config = store.logstore(&name(PLAIN))?.config();
-    store.update_logstore(&name(PLAIN), LogstoreConfig { encrypt_conf: Some(encrypt_conf), ..config }).map(|_| ())
+    store
+        .update_logstore(
+            &name(PLAIN),
+            LogstoreConfig { encrypt_conf: Some(encrypt_conf), ..config },
+        )
+        .map(|_| ())
 }
 
 #[test]
 fn creating_a_logstore() {
     let scene = Scene::new();
-    let create = |store: &Store, encrypt_conf| store.create_logstore(&name("p/new"), conf(encrypt_conf)).map(|_| ());
-    scene.campaign(|_, store| create(store, EncryptConf::service_key(EncryptType::Sm4)), &["p/new"]);
+    let create = |store: &Store, encrypt_conf| {
+        store.create_logstore(&name("p/new"), conf(encrypt_conf)).map(|_| ())
+    };
+    scene
+        .campaign(|_, store| create(store, EncryptConf::service_key(EncryptType::Sm4)), &["p/new"]);
     // Under a master key for which the store has no probe yet.
-    scene.campaign(|scene, store| create(store, EncryptConf::byok(EncryptType::Aes, scene.new.clone())), &["p/new"]);
+    scene.campaign(
+        |scene, store| create(store, EncryptConf::byok(EncryptType::Aes, scene.new.clone())),
+        &["p/new"],
+    );
 }
 
 #[test]
 fn turning_encryption_on() {
     let scene = Scene::new();
     scene.campaign(|_, store| enable(store, EncryptConf::service_key(EncryptType::Aes)), &[PLAIN]);
-    scene.campaign(|scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())), &[PLAIN]);
+    scene.campaign(
+        |scene, store| enable(store, EncryptConf::byok(EncryptType::Sm4, scene.new.clone())),
+        &[PLAIN],
+    );
 }
 
 /// A process that does not know which metadata is on the disk begins no segment: in one of the two
@@ -273,8 +295,9 @@ fn rotating_the_service_key() {
 #[test]
 fn replacing_a_master_key() {
     let scene = Scene::new();
-    let replace =
-        |scene: &Scene, store: &Store, how| store.keys().replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ());
+    let replace = |scene: &Scene, store: &Store, how| {
+        store.keys().replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ())
+    };
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::default()), &[BYOK]);
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::keep_data_key()), &[BYOK]);
 }
@@ -298,7 +321,14 @@ fn an_interrupted_replacement_needs_only_one_master_key() {
                 break;
             }
             let store = scene.world.open();
-            let fixed = store.logstore(&name(BYOK)).unwrap().config().encrypt_conf.unwrap().user_cmk_info.unwrap();
+            let fixed = store
+                .logstore(&name(BYOK))
+                .unwrap()
+                .config()
+                .encrypt_conf
+                .unwrap()
+                .user_cmk_info
+                .unwrap();
             assert!(fixed == scene.old || fixed == scene.new);
             let other = if fixed == scene.old { &scene.new } else { &scene.old };
             scene.world.local().disable(&other.cmk_key_id).unwrap();
@@ -357,7 +387,10 @@ fn shredding() {
                 match try_texts(&logstore) {
                     Ok(texts) => assert!(!shredded && texts == ["first", "second"]),
                     Err(error) => {
-                        assert!(shredded && matches!(error, Error::Shredded { version: 1, .. }), "{error:?}");
+                        assert!(
+                            shredded && matches!(error, Error::Shredded { version: 1, .. }),
+                            "{error:?}"
+                        );
                     }
                 }
                 let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
@@ -412,8 +445,13 @@ fn retention_that_destroys_data_keys() {
                 store.admin().apply_retention().unwrap();
                 let keys = logstore.status().unwrap().data_keys;
                 assert!(keys[0].shredded && !keys[1].shredded, "{at}: {keys:?}");
-                let intended = |record: &envelog::AuditRecord| record.event == envelog::AuditEvent::ShredIntended;
-                assert!(store.keys().audit_records().unwrap().iter().any(intended), "{at}: it is on record");
+                let intended = |record: &envelog::AuditRecord| {
+                    record.event == envelog::AuditEvent::ShredIntended
+                };
+                assert!(
+                    store.keys().audit_records().unwrap().iter().any(intended),
+                    "{at}: it is on record"
+                );
                 store.close().unwrap();
             }
             assert!(attempts > 10, "{attempts}");

@@ -40,7 +40,8 @@ struct Sealed {
 
 /// Parses every segment below `dir`, including those without a footer.
 fn sealed(dir: &Path) -> Vec<Sealed> {
-    let segments = files(dir).into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg"));
+    let segments =
+        files(dir).into_iter().filter(|(path, _)| path.extension().is_some_and(|ext| ext == "seg"));
     segments
         .map(|(file, bytes)| {
             let header = SegmentHeader::decode(&bytes).unwrap();
@@ -51,7 +52,8 @@ fn sealed(dir: &Path) -> Vec<Sealed> {
                 nonces.push((block.nonce(), sealed.to_vec()));
                 at = end;
             }
-            if let Ok(DecodedFooter { footer, .. }) = envelog::segment::Footer::decode(&bytes[at..]) {
+            if let Ok(DecodedFooter { footer, .. }) = envelog::segment::Footer::decode(&bytes[at..])
+            {
                 nonces.push((footer.nonce(), bytes[at..].to_vec()));
             }
             Sealed { file, salt: header.header.salt, commitment: header.commitment, nonces }
@@ -75,11 +77,17 @@ impl Ledger {
     fn take(&mut self, dir: &Path) {
         for segment in sealed(dir) {
             for (nonce, bytes) in segment.nonces {
-                let once = self.by_key.entry((segment.commitment, nonce)).or_insert_with(|| bytes.clone());
+                let once =
+                    self.by_key.entry((segment.commitment, nonce)).or_insert_with(|| bytes.clone());
                 assert!(*once == bytes, "key and nonce met twice in {}", segment.file.display());
                 if !self.salts_repeat {
-                    let once = self.by_salt.entry((segment.salt, nonce)).or_insert_with(|| bytes.clone());
-                    assert!(*once == bytes, "salt and nonce met twice in {}", segment.file.display());
+                    let once =
+                        self.by_salt.entry((segment.salt, nonce)).or_insert_with(|| bytes.clone());
+                    assert!(
+                        *once == bytes,
+                        "salt and nonce met twice in {}",
+                        segment.file.display()
+                    );
                 }
             }
         }
@@ -109,7 +117,10 @@ impl Random for Foreseeable {
     fn fill(&self, buf: &mut [u8]) -> io::Result<()> {
         for chunk in buf.chunks_mut(8) {
             let n = self.0.fetch_add(1, Ordering::SeqCst);
-            let spread = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let spread = n
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(31)
+                .wrapping_mul(0xbf58_476d_1ce4_e5b9);
             chunk.copy_from_slice(&spread.to_le_bytes()[..chunk.len()]);
         }
         Ok(())
@@ -118,7 +129,12 @@ impl Random for Foreseeable {
 
 /// Runs several cycles on a store: appends, rotations, and a clean or unclean end. `random`
 /// provides the random source of each opening.
-fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option<Arc<dyn Random>>, cycles: u64) {
+fn cycles(
+    world: &mut World,
+    ledger: &mut Ledger,
+    random: impl Fn(u64) -> Option<Arc<dyn Random>>,
+    cycles: u64,
+) {
     world.options.segment_bytes = 4096;
     let open = |disk: &FailingDisk, cycle: u64, create: bool| -> Store {
         let builder = world.builder().disk(Arc::new(disk.clone()));
@@ -138,8 +154,9 @@ fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option
         for n in 0..4 {
             put(&logstore, &format!("synced {cycle} {n}"));
             // A text of different numbers, which does not compress.
-            let long: String =
-                (0..40).map(|k| format!("{:x}", (cycle * 1_000 + n * 100 + k).wrapping_mul(0x9e37_79b9))).collect();
+            let long: String = (0..40)
+                .map(|k| format!("{:x}", (cycle * 1_000 + n * 100 + k).wrapping_mul(0x9e37_79b9)))
+                .collect();
             logstore.append(record(&long), &written()).unwrap();
             ledger.take(&world.store_dir());
         }
@@ -168,7 +185,12 @@ fn cycles(world: &mut World, ledger: &mut Ledger, random: impl Fn(u64) -> Option
 fn over_reopenings_crashes_and_rotations() {
     let (mut world, mut ledger) = (World::manual(), Ledger::default());
     cycles(&mut world, &mut ledger, |_| None, 40);
-    assert!(ledger.keys() > 40 && ledger.sealed() > 300, "{} keys, {} sealed", ledger.keys(), ledger.sealed());
+    assert!(
+        ledger.keys() > 40 && ledger.sealed() > 300,
+        "{} keys, {} sealed",
+        ledger.keys(),
+        ledger.sealed()
+    );
     let store = world.open();
     let texts = texts(&store.logstore(&name("p/l")).unwrap());
     assert_eq!(texts.iter().filter(|text| text.starts_with("synced")).count(), 40 * 4);
@@ -187,10 +209,12 @@ fn with_randomness_that_is_known_beforehand() {
 /// shard still makes every key different.
 #[test]
 fn with_randomness_that_repeats_at_each_opening() {
-    let (mut world, mut ledger) = (World::manual(), Ledger { salts_repeat: true, ..Ledger::default() });
+    let (mut world, mut ledger) =
+        (World::manual(), Ledger { salts_repeat: true, ..Ledger::default() });
     cycles(&mut world, &mut ledger, |_| Some(Foreseeable::seeded(7)), 20);
     assert!(ledger.keys() > 20, "{}", ledger.keys());
-    let salts: Vec<_> = sealed(&world.store_dir()).into_iter().map(|segment| segment.salt).collect();
+    let salts: Vec<_> =
+        sealed(&world.store_dir()).into_iter().map(|segment| segment.salt).collect();
     let distinct: HashSet<_> = salts.iter().collect();
     assert!(distinct.len() < salts.len(), "the randomness did not repeat");
 }
@@ -215,7 +239,11 @@ fn in_a_process_resumed_twice_in_the_middle_of_a_segment() {
     let mut ledger = Ledger::default();
     resumed.iter().for_each(|world| ledger.take(&world.store_dir()));
     let [one, other] = resumed.each_ref().map(|world| sealed(&world.store_dir()).remove(0));
-    assert_eq!((one.commitment, one.nonces.len()), (other.commitment, other.nonces.len()), "it was one process");
+    assert_eq!(
+        (one.commitment, one.nonces.len()),
+        (other.commitment, other.nonces.len()),
+        "it was one process"
+    );
     let number = |nonce: &[u8; 12]| nonce[..4].to_vec();
     for (n, (one, other)) in one.nonces.iter().zip(&other.nonces).enumerate() {
         assert_eq!(number(&one.0), number(&other.0));
@@ -247,7 +275,10 @@ fn in_two_copies_that_go_on_from_the_same_state() {
         for copy in &copies {
             // Same time, same calls, and data that differs in one byte.
             let builder = Store::builder(copy, world.keyring(), envelog::crypto::AwsLc::new());
-            let builder = builder.kms(Arc::clone(&world.kms) as _).disk(Arc::new(QuickDisk)).options(world.options);
+            let builder = builder
+                .kms(Arc::clone(&world.kms) as _)
+                .disk(Arc::new(QuickDisk))
+                .options(world.options);
             let store = builder.clock(Arc::clone(&world.clock) as _).open().unwrap();
             for text in ["p/l", "p/s"] {
                 let logstore = store.logstore(&name(text)).unwrap();
@@ -260,8 +291,12 @@ fn in_two_copies_that_go_on_from_the_same_state() {
             ledger.take(copy);
         }
         // Both copies assigned the same sequence numbers, under different keys.
-        let last =
-            |copy: &Path| sealed(copy).into_iter().map(|segment| segment.file.file_name().unwrap().to_owned()).max();
+        let last = |copy: &Path| {
+            sealed(copy)
+                .into_iter()
+                .map(|segment| segment.file.file_name().unwrap().to_owned())
+                .max()
+        };
         assert_eq!(last(&copies[0]), last(&copies[1]));
         assert!(ledger.keys() >= 6, "{}", ledger.keys());
     }
@@ -276,7 +311,8 @@ fn a_copied_store_is_locked_for_itself_and_read_as_the_original() {
     let copy = world.path().join("copy");
     copy_dir(&world.store_dir(), &copy);
     assert!(matches!(world.builder().open(), Err(envelog::Error::Locked { .. })));
-    let copied = Store::builder(&copy, world.keyring(), envelog::crypto::AwsLc::new()).open().unwrap();
+    let copied =
+        Store::builder(&copy, world.keyring(), envelog::crypto::AwsLc::new()).open().unwrap();
     let in_copy = copied.logstore(&name("p/l")).unwrap();
     put(&in_copy, "two");
     put(&logstore, "three");
@@ -289,7 +325,11 @@ fn a_copied_store_is_locked_for_itself_and_read_as_the_original() {
     store.close().unwrap();
     // Segments of one copy are rejected in the other: the chain identifies the right predecessor.
     let name_of = |dir: &Path| {
-        files(dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).max().unwrap()
+        files(dir)
+            .into_keys()
+            .filter(|path| path.extension().is_some_and(|ext| ext == "seg"))
+            .max()
+            .unwrap()
     };
     let (from, to) = (name_of(&copy), name_of(&world.store_dir()));
     fs::copy(from, to).unwrap();

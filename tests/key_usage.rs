@@ -12,9 +12,9 @@ use std::{
 
 use common::{failing::FailingDisk, *};
 use envelog::{
-    AuditEvent, Cmk, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig, LogstoreSpec,
-    MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport, RotateDataKey, Store, VerifyOptions,
-    kms::RevokedReason,
+    AuditEvent, Cmk, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig,
+    LogstoreSpec, MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport,
+    RotateDataKey, Store, VerifyOptions, kms::RevokedReason,
 };
 
 fn data_key<'a>(usage: &'a KeyUsage, text: &str, version: u32) -> &'a DataKeyUsage {
@@ -43,7 +43,14 @@ fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::RetentionReport {
 }
 
 fn shredded(logstore: &Logstore) -> Vec<u32> {
-    logstore.status().unwrap().data_keys.iter().filter(|key| key.shredded).map(|key| key.version).collect()
+    logstore
+        .status()
+        .unwrap()
+        .data_keys
+        .iter()
+        .filter(|key| key.shredded)
+        .map(|key| key.version)
+        .collect()
 }
 
 fn events(store: &Store, event: AuditEvent) -> Vec<String> {
@@ -76,8 +83,13 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     assert!(first.bytes > 0 && !first.safe_to_destroy);
     assert_eq!(first.cmk_version.as_deref(), Some("1"));
     let master = master_key(&usage, &cmk);
-    assert_eq!((master.logstores.as_slice(), master.segments, master.bytes), (&[name("p/byok")][..], 1, first.bytes));
-    assert!(!master.safe_to_destroy && master.versions[0].probe && master.versions[0].envelopes == 1);
+    assert_eq!(
+        (master.logstores.as_slice(), master.segments, master.bytes),
+        (&[name("p/byok")][..], 1, first.bytes)
+    );
+    assert!(
+        !master.safe_to_destroy && master.versions[0].probe && master.versions[0].envelopes == 1
+    );
     assert!(usage.service_keys.iter().all(|key| !key.safe_to_destroy));
 
     // An older version is needed until its segments are gone. A version that was never used is not
@@ -96,11 +108,26 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
     let usage = store.keys().usage().unwrap();
     let old = &usage.service_keys[0];
     assert_eq!((old.version, old.current, old.safe_to_destroy), (1, false, false));
-    assert!(old.needed_for.iter().any(|need| matches!(need, KeyNeed::AuditRecords { .. })), "{old:?}");
-    assert!(old.needed_for.iter().any(|need| matches!(need, KeyNeed::Segments { segments: 1, .. })), "{old:?}");
-    assert!(!old.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { .. })), "{old:?}");
+    assert!(
+        old.needed_for.iter().any(|need| matches!(need, KeyNeed::AuditRecords { .. })),
+        "{old:?}"
+    );
+    assert!(
+        old.needed_for.iter().any(|need| matches!(need, KeyNeed::Segments { segments: 1, .. })),
+        "{old:?}"
+    );
+    assert!(
+        !old.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { .. })),
+        "{old:?}"
+    );
     let new = &usage.service_keys[1];
-    assert!(new.current && new.needed_for.iter().any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 4 })));
+    assert!(
+        new.current
+            && new
+                .needed_for
+                .iter()
+                .any(|need| matches!(need, KeyNeed::Envelopes { envelopes: 4 }))
+    );
 
     // A replaced master key is no longer needed.
     store.keys().replace_cmk(logstore.name(), other.clone(), ReplaceCmk::default()).unwrap();
@@ -146,7 +173,10 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
     store.keys().replace_cmk(logstore.name(), other, ReplaceCmk::default()).unwrap();
-    assert!(safe(&store, "p/byok").contains(&2) && master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy);
+    assert!(
+        safe(&store, "p/byok").contains(&2)
+            && master_key(&store.keys().usage().unwrap(), &cmk).safe_to_destroy
+    );
     let dir = world.logstore_dir(&logstore);
     store.close().unwrap();
     let segment = segments(&dir, 0).remove(0);
@@ -157,7 +187,12 @@ fn what_cannot_be_looked_at_counts_as_needed() {
     let usage = store.keys().usage().unwrap();
     assert!(safe(&store, "p/byok").is_empty());
     assert!(usage.master_keys.iter().all(|key| !key.safe_to_destroy), "{:?}", usage.master_keys);
-    assert!(data_key(&usage, "p/byok", 2).needed_for.iter().any(|need| matches!(need, KeyNeed::Unknown { .. })));
+    assert!(
+        data_key(&usage, "p/byok", 2)
+            .needed_for
+            .iter()
+            .any(|need| matches!(need, KeyNeed::Unknown { .. }))
+    );
     // A directory that is in no catalogue may need any master key.
     drop(store);
     let world = World::manual();
@@ -194,7 +229,10 @@ fn retention_takes_the_data_key_with_the_last_of_what_it_sealed() {
     }
     let about = events(&store, AuditEvent::Shredded);
     assert_eq!(about.len(), 2);
-    assert!(about.iter().all(|about| about.contains("version 1, 2") && about.contains("retention")), "{about:?}");
+    assert!(
+        about.iter().all(|about| about.contains("version 1, 2") && about.contains("retention")),
+        "{about:?}"
+    );
     assert_eq!(events(&store, AuditEvent::ShredIntended), about);
     store.close().unwrap();
     let store = world.open();
@@ -266,7 +304,10 @@ fn a_reader_keeps_the_data_key_of_the_segment_that_it_is_in() {
 fn rewrap(store: &Store, options: &RewrapOptions) -> RewrapReport {
     let mut steps = Vec::new();
     let report = store.keys().rewrap_all(options, &mut |at| steps.push(at.done)).unwrap();
-    assert!(steps.is_sorted() && *steps.last().unwrap() == store.list().unwrap().len(), "{steps:?}");
+    assert!(
+        steps.is_sorted() && *steps.last().unwrap() == store.list().unwrap().len(),
+        "{steps:?}"
+    );
     report
 }
 
@@ -291,7 +332,10 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
     let master = |store: &Store| {
         let usage = store.keys().usage().unwrap();
         let versions = &master_key(&usage, &cmk).versions;
-        versions.iter().map(|it| (it.version.clone().unwrap(), it.envelopes, it.probe)).collect::<Vec<_>>()
+        versions
+            .iter()
+            .map(|it| (it.version.clone().unwrap(), it.envelopes, it.probe))
+            .collect::<Vec<_>>()
     };
     assert_eq!(master(&store), [("1".to_owned(), 2, true), ("2".to_owned(), 1, false)]);
     let report = rewrap(&store, &RewrapOptions::master_key(&cmk.cmk_key_id));
@@ -326,12 +370,21 @@ fn a_failure_stops_no_other_and_the_next_run_does_the_rest() {
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!(names_of(&report), ["p/a", "p/c"]);
     assert_eq!(report.failed.len(), 2, "the probe and the Logstore: {report:?}");
-    assert!(report.failed.iter().all(|(_, error)| matches!(error, Error::KmsUnreachable { .. })), "{report:?}");
+    assert!(
+        report.failed.iter().all(|(_, error)| matches!(error, Error::KmsUnreachable { .. })),
+        "{report:?}"
+    );
     world.kms.answer(Answer::Real);
     store.close().unwrap();
     let store = world.open();
-    let began_us =
-        store.keys().audit_records().unwrap().iter().find(|it| it.event == AuditEvent::RewrapBegun).unwrap().time_us;
+    let began_us = store
+        .keys()
+        .audit_records()
+        .unwrap()
+        .iter()
+        .find(|it| it.event == AuditEvent::RewrapBegun)
+        .unwrap()
+        .time_us;
     let report = rewrap(&store, &RewrapOptions::default());
     assert_eq!((names_of(&report), report.continues_us), (vec!["p/b".to_owned()], Some(began_us)));
     assert_eq!(report.current, [name("p/a"), name("p/c")]);
@@ -402,11 +455,19 @@ fn a_run_that_is_killed_is_continued() {
         }
         let store = world.open();
         for text in ["p/a", "p/b", "p/c"] {
-            assert_eq!(texts(&store.logstore(&name(text)).unwrap()), ["first"], "killed after {count}");
+            assert_eq!(
+                texts(&store.logstore(&name(text)).unwrap()),
+                ["first"],
+                "killed after {count}"
+            );
         }
         let report = rewrap(&store, &RewrapOptions::default());
         assert!(report.failed.is_empty(), "killed after {count}: {report:?}");
-        assert_eq!(report.rewrapped.len() + report.current.len(), 3, "killed after {count}: {report:?}");
+        assert_eq!(
+            report.rewrapped.len() + report.current.len(),
+            3,
+            "killed after {count}: {report:?}"
+        );
         continued += usize::from(report.current.len() > 1);
         let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.refused.is_empty(), "killed after {count}: {report:?}");
@@ -451,7 +512,10 @@ fn a_data_key_rotates_when_it_is_old_enough() {
     store.tick();
     assert_eq!((versions(&byok), versions(&service)), (2, 1));
     let about = events(&store, AuditEvent::Rotated);
-    assert!(about.len() == 1 && about[0].starts_with("2, by policy") && about[0].contains("3 days"), "{about:?}");
+    assert!(
+        about.len() == 1 && about[0].starts_with("2, by policy") && about[0].contains("3 days"),
+        "{about:?}"
+    );
     put(&byok, "second");
     assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     store.close().unwrap();
@@ -470,7 +534,11 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     let mut world = World::manual();
     world.options.segment_bytes = 128 << 10;
     let store = world.create();
-    let spec = LogstoreSpec { shard_count: 2, rotate_data_key: policy(None, Some(1 << 20)), ..LogstoreSpec::default() };
+    let spec = LogstoreSpec {
+        shard_count: 2,
+        rotate_data_key: policy(None, Some(1 << 20)),
+        ..LogstoreSpec::default()
+    };
     let spec = LogstoreSpec { compression: envelog::Compression::None, ..spec };
     let conf = envelog::EncryptConf::service_key(envelog::EncryptType::Sm4);
     let logstore = store.create_logstore(&name("p/a"), spec.encrypted(conf)).unwrap();
@@ -483,12 +551,19 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
             );
             put(&logstore, &piece);
         }
-        assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/a")], "1 MiB and what frames it");
+        assert_eq!(
+            store.keys().rotate_due_data_keys().unwrap(),
+            [name("p/a")],
+            "1 MiB and what frames it"
+        );
         assert_eq!(versions(&logstore), version + 1);
         assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
     }
     let about = events(&store, AuditEvent::Rotated);
-    assert!(about.iter().all(|about| about.contains("by policy") && about.contains("bytes")), "{about:?}");
+    assert!(
+        about.iter().all(|about| about.contains("by policy") && about.contains("bytes")),
+        "{about:?}"
+    );
     // Bytes sealed before a restart are included.
     for _ in 0..16 {
         put(&logstore, &piece);
@@ -498,8 +573,11 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/a")]);
     // A Logstore with encryption switched off seals no data.
     let logstore = store.logstore(&name("p/a")).unwrap();
-    let conf = logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
-    store.update_logstore(&name("p/a"), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();
+    let conf =
+        logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
+    store
+        .update_logstore(&name("p/a"), LogstoreConfig { encrypt_conf: conf, ..logstore.config() })
+        .unwrap();
     for _ in 0..40 {
         put(&logstore, &piece);
     }
@@ -524,7 +602,10 @@ fn a_rotation_that_the_kms_refuses_is_retried_later() {
         assert!(store.keys().rotate_due_data_keys().unwrap().is_empty());
         assert_eq!(world.kms.calls(), calls, "not so soon");
     }
-    assert!(events(&store, AuditEvent::RotateIntended).is_empty(), "no intent that cannot come about");
+    assert!(
+        events(&store, AuditEvent::RotateIntended).is_empty(),
+        "no intent that cannot come about"
+    );
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(601));
     assert_eq!(store.keys().rotate_due_data_keys().unwrap(), [name("p/byok")]);

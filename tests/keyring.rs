@@ -19,15 +19,18 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result, Store,
-    VerifyOptions,
+    Cmk, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
+    Position, Result, Store, VerifyOptions,
     crypto::AwsLc,
     segment::{KeySource, SegmentHeader},
 };
 
 fn segment_headers(world: &World, logstore: &Logstore) -> Vec<SegmentHeader> {
     let paths = segments(&world.logstore_dir(logstore), 0);
-    paths.iter().map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header).collect()
+    paths
+        .iter()
+        .map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header)
+        .collect()
 }
 
 fn mode(world: &World) -> u32 {
@@ -61,7 +64,9 @@ fn the_keyring_is_private_separate_and_never_recreated() {
 
     let kept = fs::read(world.keyring()).unwrap();
     fs::remove_file(world.keyring()).unwrap();
-    for opened in [world.builder().open(), world.builder().open_read_only(), world.builder().open_or_create()] {
+    for opened in
+        [world.builder().open(), world.builder().open_read_only(), world.builder().open_or_create()]
+    {
         assert!(matches!(opened, Err(Error::KeyringMissing { .. })), "{opened:?}");
         assert!(!world.keyring().exists(), "it was made again");
     }
@@ -93,9 +98,13 @@ fn absent_anothers_and_too_old_are_three_errors() {
     for open in openings {
         fs::remove_file(world.keyring()).unwrap();
         let path = world.keyring();
-        assert!(matches!(open(&world), Err(Error::KeyringMissing { path: found }) if found == path));
+        assert!(
+            matches!(open(&world), Err(Error::KeyringMissing { path: found }) if found == path)
+        );
         fs::copy(other.keyring(), world.keyring()).unwrap();
-        assert!(matches!(open(&world), Err(Error::KeyringForeign { path: found }) if found == path));
+        assert!(
+            matches!(open(&world), Err(Error::KeyringForeign { path: found }) if found == path)
+        );
         write_private(&world.keyring(), &old);
         let error = open(&world).unwrap_err();
         assert!(matches!(error, Error::KeyringTooOld { needed: 2, newest: 1, .. }), "{error:?}");
@@ -154,7 +163,8 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
-    let (service, byok, plain) = (world.service(&store, "p/s"), world.byok(&store, "p/b", &cmk), plain(&store, "p/p"));
+    let (service, byok, plain) =
+        (world.service(&store, "p/s"), world.byok(&store, "p/b", &cmk), plain(&store, "p/p"));
     let logstores = [&service, &byok, &plain];
     logstores.iter().for_each(|logstore| put(logstore, "one"));
     store.keys().rotate_data_key(service.name()).unwrap();
@@ -166,7 +176,9 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
             .collect()
     };
     let (before, byok_before) = (data(), envelopes(&world, &byok));
-    let versions = |logstore| envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>();
+    let versions = |logstore| {
+        envelopes(&world, logstore).iter().map(|(_, version, _)| *version).collect::<Vec<_>>()
+    };
     assert_eq!(versions(&service), [Some(1), Some(1)]);
     assert_eq!(store.keys().rotate_service_key().unwrap(), 2);
     // One envelope is for the data key of future appends.
@@ -176,15 +188,27 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
     // Marks are appended. The open segments without an envelope and under the older data key are
     // sealed.
     let after = data();
-    assert!(before.iter().zip(&after).all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1)));
-    let ended = [&plain, &service].map(|logstore| segments(&world.logstore_dir(logstore), 0)).concat();
-    assert!(after.iter().filter(|(path, _)| ended.contains(path)).all(|(_, bytes)| bytes.ends_with(b"SEAL")));
+    assert!(
+        before
+            .iter()
+            .zip(&after)
+            .all(|(before, after)| before.0 == after.0 && after.1.starts_with(&before.1))
+    );
+    let ended =
+        [&plain, &service].map(|logstore| segments(&world.logstore_dir(logstore), 0)).concat();
+    assert!(
+        after
+            .iter()
+            .filter(|(path, _)| ended.contains(path))
+            .all(|(_, bytes)| bytes.ends_with(b"SEAL"))
+    );
     // New objects are under the new version: envelopes, and the blocks of a Logstore without an
     // envelope.
     store.keys().rotate_data_key(service.name()).unwrap();
     assert_eq!(versions(&service), [Some(2); 4]);
     put(&plain, "two");
-    let sources: Vec<_> = segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
+    let sources: Vec<_> =
+        segment_headers(&world, &plain).iter().map(|header| header.key_source).collect();
     assert_eq!(sources, [KeySource::Keyring(1), KeySource::Keyring(2)]);
     // Re-wrapping by hand creates a new envelope for the same key.
     let wrapped = envelopes(&world, &service);
@@ -209,7 +233,8 @@ fn a_rotation_rewraps_every_envelope_and_rewrites_no_data() {
 fn a_logstore_that_cannot_be_rewrapped_stops_no_other() {
     let world = World::manual();
     let store = world.create();
-    let (a, b, c) = (world.service(&store, "p/a"), world.service(&store, "p/b"), world.service(&store, "p/c"));
+    let (a, b, c) =
+        (world.service(&store, "p/a"), world.service(&store, "p/b"), world.service(&store, "p/c"));
     for logstore in [&a, &b, &c] {
         put(logstore, "one");
     }
@@ -240,8 +265,12 @@ fn a_read_only_opener_follows_a_rotation_of_the_service_key() {
     put(&service, "one");
     put(&plain, "one");
     let reader = world.builder().open_read_only().unwrap();
-    let (tail_service, tail_plain) = (reader.logstore(service.name()).unwrap(), reader.logstore(plain.name()).unwrap());
-    assert_eq!((texts(&tail_service), texts(&tail_plain)), (vec!["one".to_owned()], vec!["one".to_owned()]));
+    let (tail_service, tail_plain) =
+        (reader.logstore(service.name()).unwrap(), reader.logstore(plain.name()).unwrap());
+    assert_eq!(
+        (texts(&tail_service), texts(&tail_plain)),
+        (vec!["one".to_owned()], vec!["one".to_owned()])
+    );
     store.keys().rotate_service_key().unwrap();
     store.keys().rotate_data_key(service.name()).unwrap();
     put(&service, "two");
@@ -330,8 +359,11 @@ fn metadata_is_bound_to_store_logstore_and_name() {
 #[test]
 fn a_directory_under_another_logstores_id_is_refused() {
     let (scene, [a, b], _) = Neighbours::new();
-    let (dir_a, dir_b, aside) =
-        (scene.world.logstore_dir(&a), scene.world.logstore_dir(&b), scene.world.path().join("aside"));
+    let (dir_a, dir_b, aside) = (
+        scene.world.logstore_dir(&a),
+        scene.world.logstore_dir(&b),
+        scene.world.path().join("aside"),
+    );
     let (of_a, of_b) = (meta_path(&dir_a), meta_path(&dir_b));
     fs::rename(&dir_a, &aside).unwrap();
     fs::rename(&dir_b, &dir_a).unwrap();
@@ -368,7 +400,8 @@ fn documents_of_the_store_itself_are_bound_to_it() {
         fs::write(&path, good).unwrap();
     }
     // A document of one kind replaces one of another kind.
-    let (store_file, catalogue) = (scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()));
+    let (store_file, catalogue) =
+        (scene.world.store_dir().join("STORE"), catalogue_file(&scene.world.store_dir()));
     fs::copy(&store_file, &catalogue).unwrap();
     assert!(matches!(scene.world.builder().open(), Err(Error::Tampered { .. })));
 }
@@ -430,7 +463,8 @@ fn a_shredded_envelope_that_is_put_back_is_refused() {
     assert_ne!(meta, newest);
     // An old file next to the newest one has no effect.
     fs::write(&meta, &old).unwrap();
-    let shredded = world.open().logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore)).unwrap_err();
+    let shredded =
+        world.open().logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore)).unwrap_err();
     assert!(matches!(shredded, Error::Shredded { .. }), "{shredded:?}");
     fs::write(&newest, old).unwrap();
     let error = world.open().logstore(&name("p/l")).unwrap_err();
@@ -450,8 +484,11 @@ impl Lost {
         let world = World::manual_in_memory();
         let cmk = world.cmk();
         let store = world.create();
-        let logstores =
-            [world.byok(&store, "p/byok", &cmk), world.service(&store, "p/service"), plain(&store, "p/plain")];
+        let logstores = [
+            world.byok(&store, "p/byok", &cmk),
+            world.service(&store, "p/service"),
+            plain(&store, "p/plain"),
+        ];
         for logstore in &logstores {
             put(logstore, "one");
         }
@@ -481,14 +518,20 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/byok")]);
     // The old audit log is kept, although its records can no longer be verified.
-    assert!(!audit_before.is_empty() && audit_before.values().all(|old| audit().values().any(|kept| kept == old)));
+    assert!(
+        !audit_before.is_empty()
+            && audit_before.values().all(|old| audit().values().any(|kept| kept == old))
+    );
     let mut lost: Vec<_> = report.lost.iter().map(|(id, _)| *id).collect();
     lost.sort_unstable_by_key(ToString::to_string);
     let mut expected = [service.id(), plain.id()];
     expected.sort_unstable_by_key(ToString::to_string);
     assert_eq!(lost, expected);
     assert!(report.lost.iter().all(|(_, why)| !why.is_empty()));
-    assert_eq!([files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))], untouched);
+    assert_eq!(
+        [files(&world.logstore_dir(&service)), files(&world.logstore_dir(&plain))],
+        untouched
+    );
     let logstore = store.logstore(&name("p/byok")).unwrap();
     assert_eq!(logstore.id(), byok.id());
     assert_eq!(texts(&logstore), ["one", "two"]);
@@ -502,7 +545,8 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     assert_eq!(store.list().unwrap(), [name("p/byok")]);
     let logstore = store.logstore(&name("p/byok")).unwrap();
     assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
-    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> =
+        store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events[..2], [envelog::AuditEvent::Recovered, envelog::AuditEvent::KeyringReplaced]);
     // The master key controls access as before.
     world.local().disable(&scene.cmk.cmk_key_id).unwrap();
@@ -606,16 +650,21 @@ fn a_failed_recovery_keeps_the_catalogue_under_the_old_keyring() {
 #[test]
 fn a_recovery_refuses_what_the_second_tag_does_not_vouch_for() {
     let at = |bytes: &[u8], part: &str| {
-        let found: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(part.as_bytes())).collect();
+        let found: Vec<usize> =
+            (0..bytes.len()).filter(|at| bytes[*at..].starts_with(part.as_bytes())).collect();
         *found.last().unwrap_or_else(|| panic!("no {part}"))
     };
     type Forgery = (&'static str, fn(&mut Vec<u8>, usize));
     let forgeries: [Forgery; 4] = [
         // The algorithm, the current version, the name, an envelope.
-        ("\"encrypt_type\":\"default\"", |bytes, at| bytes[at + 15..at + 24].copy_from_slice(b"\"sm4\"    ")),
+        ("\"encrypt_type\":\"default\"", |bytes, at| {
+            bytes[at + 15..at + 24].copy_from_slice(b"\"sm4\"    ")
+        }),
         ("\"current\":2", |bytes, at| bytes[at + 10] = b'1'),
         ("\"name\":\"p/byok\"", |bytes, at| bytes[at + 10] = b'x'),
-        ("\"wrapped\":\"", |bytes, at| bytes[at + 11] = if bytes[at + 11] == b'0' { b'1' } else { b'0' }),
+        ("\"wrapped\":\"", |bytes, at| {
+            bytes[at + 11] = if bytes[at + 11] == b'0' { b'1' } else { b'0' }
+        }),
     ];
     for (part, forge) in forgeries {
         let (scene, [byok, ..]) = Lost::new();
@@ -719,7 +768,8 @@ fn a_forged_list_of_shards_is_refused_by_a_recovery() {
     for list in lists {
         let (scene, [byok, ..]) = Lost::new();
         for shard in 1..=envelog::SHARDS_MAX {
-            fs::create_dir(scene.world.logstore_dir(&byok).join(format!("shard-{shard:04}"))).unwrap();
+            fs::create_dir(scene.world.logstore_dir(&byok).join(format!("shard-{shard:04}")))
+                .unwrap();
         }
         scene.byok_meta(&byok, |bytes| {
             let end = 80 + u32::from_le_bytes(bytes[72..76].try_into().unwrap()) as usize;
@@ -739,7 +789,8 @@ fn a_forged_list_of_shards_is_refused_by_a_recovery() {
 
 fn with_range(shard: &serde_json::Value, id: u32) -> serde_json::Value {
     let mut shard = with_id(shard, id);
-    let key = |id: u32| if id == 256 { "f".repeat(32) } else { format!("{id:02x}{}", "0".repeat(30)) };
+    let key =
+        |id: u32| if id == 256 { "f".repeat(32) } else { format!("{id:02x}{}", "0".repeat(30)) };
     (shard["begin_key"], shard["end_key"]) = (key(id).into(), key(id + 1).into());
     shard
 }
@@ -777,7 +828,10 @@ fn a_recovery_refuses_two_logstores_of_one_name() {
     let before = contents();
     let error = world.builder().recover_all().unwrap_err();
     assert!(matches!(error, Error::Corrupt { .. }) && error.to_string().contains("p/l"), "{error}");
-    assert!(contents() == before && !world.keyring().exists(), "the refused recovery changed something");
+    assert!(
+        contents() == before && !world.keyring().exists(),
+        "the refused recovery changed something"
+    );
     fs::remove_dir_all(&dir).unwrap();
     let (store, report) = world.builder().recover_all().unwrap();
     assert_eq!(report.recovered, [name("p/l")]);
@@ -794,23 +848,31 @@ fn a_recovery_uses_only_expected_master_keys() {
     put(&world.byok(&store, "p/l", &customer), "genuine");
     put(&world.byok(&store, "p/other", &customer), "other");
     store.close().unwrap();
-    let expected = BTreeMap::from([(name("p/l"), customer.clone()), (name("p/gone"), customer.clone())]);
+    let expected =
+        BTreeMap::from([(name("p/l"), customer.clone()), (name("p/gone"), customer.clone())]);
     let role = Cmk { arn: "acs:ram::13234:role/other".to_owned(), ..customer.clone() };
     let region = Cmk { region_id: "cn-beijing".to_owned(), ..customer.clone() };
     for forged in [attacker, role, region] {
-        let theirs = BTreeMap::from([(name("p/l"), forged.clone()), (name("p/gone"), customer.clone())]);
+        let theirs =
+            BTreeMap::from([(name("p/l"), forged.clone()), (name("p/gone"), customer.clone())]);
         fs::remove_file(world.keyring()).unwrap();
         let asked = world.kms.calls();
         let (store, report) = world.builder().recover_without_keyring(&theirs).unwrap();
         assert_eq!(world.kms.calls(), asked, "a KMS was asked about {forged:?}");
         assert_eq!((report.recovered.len(), report.lost.len()), (0, 2), "{report:?}");
-        assert!(report.lost.iter().all(|(_, why)| why.contains(&customer.cmk_key_id)), "{report:?}");
+        assert!(
+            report.lost.iter().all(|(_, why)| why.contains(&customer.cmk_key_id)),
+            "{report:?}"
+        );
         assert_eq!(report.missing, [name("p/gone"), name("p/l")]);
         drop(store);
     }
     fs::remove_file(world.keyring()).unwrap();
     let found = world.builder().recoverable().unwrap();
-    assert_eq!(found.iter().map(|one| one.name.to_string()).collect::<Vec<_>>(), ["p/l", "p/other"]);
+    assert_eq!(
+        found.iter().map(|one| one.name.to_string()).collect::<Vec<_>>(),
+        ["p/l", "p/other"]
+    );
     assert!(found.iter().all(|one| one.cmk.as_ref() == Some(&customer)));
     assert!(!world.keyring().exists());
     let (store, report) = world.builder().recover_without_keyring(&expected).unwrap();
@@ -933,7 +995,11 @@ fn a_recovery_that_fails_anywhere_can_be_done_again() {
                 assert_eq!(report.recovered, [name("p/byok")], "{failure:?} after {count}");
                 store
             };
-            assert_eq!(texts(&store.logstore(&name("p/byok")).unwrap()), ["one", "two"], "{failure:?} after {count}");
+            assert_eq!(
+                texts(&store.logstore(&name("p/byok")).unwrap()),
+                ["one", "two"],
+                "{failure:?} after {count}"
+            );
             store.keys().audit_records().unwrap();
             store.close().unwrap();
         }
@@ -946,8 +1012,9 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     let (store, _) = scene.world.builder().recover_all().unwrap();
     let config = store.logstore(&name("p/byok")).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Aes);
-    let error =
-        store.update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap_err();
+    let error = store
+        .update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config })
+        .unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");
 }
 

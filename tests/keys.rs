@@ -11,8 +11,9 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, AuditEvent, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store, VerifyOptions,
+    AppendOptions, AuditEvent, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error,
+    Logstore, LogstoreConfig, LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store,
+    VerifyOptions,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
 };
@@ -41,7 +42,10 @@ fn under_each(logstore: &Logstore) -> Vec<(u32, u64, u64, bool)> {
 
 #[track_caller]
 fn assert_shredded<T: std::fmt::Debug>(result: Result<T>, expected: u32) {
-    assert!(matches!(&result, Err(Error::Shredded { version, .. }) if *version == expected), "{result:?}");
+    assert!(
+        matches!(&result, Err(Error::Shredded { version, .. }) if *version == expected),
+        "{result:?}"
+    );
 }
 
 #[track_caller]
@@ -86,8 +90,10 @@ fn after_a_rotation_old_segments_stay_readable() {
         assert_eq!(key_sources(&world, &logstore), expected);
         assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
         // The segments and bytes of each version.
-        let sizes: Vec<u64> = data(&world, &logstore).iter().map(|(_, bytes)| bytes.len() as u64).collect();
-        let expected: Vec<_> = (1..).zip(&sizes).map(|(version, size)| (version, 1, *size, false)).collect();
+        let sizes: Vec<u64> =
+            data(&world, &logstore).iter().map(|(_, bytes)| bytes.len() as u64).collect();
+        let expected: Vec<_> =
+            (1..).zip(&sizes).map(|(version, size)| (version, 1, *size, false)).collect();
         assert_eq!(under_each(&logstore), expected);
     }
     store.close().unwrap();
@@ -108,8 +114,14 @@ fn a_rotation_without_a_usable_key_is_refused() {
     let [_, byok] = both(&world, &store);
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
     let before = meta(&world, &byok);
-    assert!(matches!(store.keys().rotate_data_key(plain.name()), Err(Error::Config(ConfigError::NotEncrypted))));
-    assert!(matches!(store.keys().rotate_data_key(&name("p/none")), Err(Error::LogstoreMissing(_))));
+    assert!(matches!(
+        store.keys().rotate_data_key(plain.name()),
+        Err(Error::Config(ConfigError::NotEncrypted))
+    ));
+    assert!(matches!(
+        store.keys().rotate_data_key(&name("p/none")),
+        Err(Error::LogstoreMissing(_))
+    ));
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     world.clock.advance(secs(31));
     assert_revoked(store.keys().rotate_data_key(byok.name()), RevokedReason::Disabled);
@@ -129,7 +141,10 @@ fn a_reader_that_is_open_reads_on_over_rotations() {
     for logstore in both(&world, &store) {
         let mut reader = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
         for n in 0..5 {
-            assert_eq!(strings(&[reader.next().unwrap().unwrap()]), [if n == 0 { "one" } else { "more" }]);
+            assert_eq!(
+                strings(&[reader.next().unwrap().unwrap()]),
+                [if n == 0 { "one" } else { "more" }]
+            );
             store.keys().rotate_data_key(logstore.name()).unwrap();
             put(&logstore, "more");
         }
@@ -146,7 +161,9 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
     put(&logstore, "before");
     let config = store.logstore(logstore.name()).unwrap().config();
     let conf = EncryptConf::byok(EncryptType::Aes, world.cmk());
-    store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config }).unwrap();
+    store
+        .update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config })
+        .unwrap();
     assert_eq!(texts(&logstore), ["before"]);
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
@@ -158,10 +175,16 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
         world.kms.answer(answer);
         for _ in 0..3 {
             let error = logstore.revalidate_now().unwrap_err();
-            assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{error:?}");
+            assert!(
+                matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
+                "{error:?}"
+            );
             for refused in [try_texts(&logstore).map(|_| ()), try_put(&logstore, "no")] {
                 let error = refused.unwrap_err();
-                assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{error:?}");
+                assert!(
+                    matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
+                    "{error:?}"
+                );
             }
             assert_eq!(logstore.key_status().lease_left, Some(std::time::Duration::ZERO));
             world.clock.advance(secs(31));
@@ -197,7 +220,9 @@ fn rewrapping_under_a_rotated_master_key_rewrites_no_data() {
     // Keys wrapped under the old version of the master key still unwrap.
     assert_eq!(texts(&logstore), ["one", "two"]);
     let (before, envelopes_before) = (data(&world, &logstore), envelopes(&world, &logstore));
-    assert!(envelopes_before.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 1));
+    assert!(
+        envelopes_before.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 1)
+    );
     assert_eq!(store.keys().rewrap(logstore.name()).unwrap(), 2);
     let after = envelopes(&world, &logstore);
     assert!(after.iter().all(|(_, _, wrapped)| cmk_version(wrapped.as_ref().unwrap()) == 2));
@@ -220,8 +245,12 @@ fn rewrapping_that_fails_half_way_changes_nothing() {
     store.keys().rotate_data_key(byok.name()).unwrap();
     put(&byok, "two");
     let before = meta(&world, &byok);
-    for answer in [Answer::Revoked(RevokedReason::NotPermitted), Answer::Unreachable, Answer::Invalid, Answer::WrongKey]
-    {
+    for answer in [
+        Answer::Revoked(RevokedReason::NotPermitted),
+        Answer::Unreachable,
+        Answer::Invalid,
+        Answer::WrongKey,
+    ] {
         world.kms.answer_for_data_keys(answer);
         let error = store.keys().rewrap(byok.name()).unwrap_err();
         let expected = match answer {
@@ -251,17 +280,29 @@ fn a_replacement_rewrites_envelopes_but_no_data() {
     let before = data(&world, &logstore);
     let under = |cmk: &Cmk| {
         let id: String = cmk.cmk_key_id.bytes().map(|byte| format!("{byte:02x}")).collect();
-        envelopes(&world, &logstore).iter().filter(|(_, _, wrapped)| wrapped.as_ref().unwrap().contains(&id)).count()
+        envelopes(&world, &logstore)
+            .iter()
+            .filter(|(_, _, wrapped)| wrapped.as_ref().unwrap().contains(&id))
+            .count()
     };
     assert_eq!((under(&old), under(&new)), (2, 0));
-    assert_eq!(store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 3);
+    assert_eq!(
+        store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(),
+        3
+    );
     assert_eq!((under(&old), under(&new)), (0, 3));
     assert_goes_on(&before, &data(&world, &logstore));
     // The fresh data key is used for later appends.
     put(&logstore, "three");
     assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
     // With `keep_data_key`, the data key stays, and the open segment continues.
-    assert_eq!(store.keys().replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 3);
+    assert_eq!(
+        store
+            .keys()
+            .replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key())
+            .unwrap(),
+        3
+    );
     put(&logstore, "four");
     assert_eq!((under(&new), under(&newer)), (0, 3));
     assert_eq!(key_sources(&world, &logstore), [1, 2, 3].map(KeySource::DataKey));
@@ -278,8 +319,14 @@ fn a_failed_replacement_changes_nothing() {
     let before = meta(&world, &logstore);
     for answer in [Answer::Unreachable, Answer::Invalid, Answer::WrongKey] {
         world.kms.answer_for_data_keys(answer);
-        let error = store.keys().replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default()).unwrap_err();
-        assert!(matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }), "{answer:?}: {error:?}");
+        let error = store
+            .keys()
+            .replace_cmk(logstore.name(), world.cmk(), ReplaceCmk::default())
+            .unwrap_err();
+        assert!(
+            matches!(error, Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
+            "{answer:?}: {error:?}"
+        );
         assert_eq!(meta(&world, &logstore), before);
     }
     world.kms.answer(Answer::Real);
@@ -308,7 +355,8 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
             assert!(!String::from_utf8_lossy(&bytes).contains(&wrapped), "{}", path.display());
         }
         assert_eq!(envelopes(&world, logstore)[1].2, None);
-        let shredded: Vec<bool> = under_each(logstore).into_iter().map(|(.., shredded)| shredded).collect();
+        let shredded: Vec<bool> =
+            under_each(logstore).into_iter().map(|(.., shredded)| shredded).collect();
         assert_eq!(shredded, [false, true, false]);
         // A reader returns the data before the shredded segment, then reports the shredding, and
         // can continue after it.
@@ -343,7 +391,10 @@ fn a_shredded_version_takes_its_data_with_it_and_nothing_else() {
 fn shredding_fails_while_the_older_metadata_cannot_be_removed() {
     let sim = Sim::new();
     let store = sim.create();
-    let logstores = [sim.world.service(&store, "p/service"), sim.world.byok(&store, "p/byok", &sim.world.cmk())];
+    let logstores = [
+        sim.world.service(&store, "p/service"),
+        sim.world.byok(&store, "p/byok", &sim.world.cmk()),
+    ];
     for logstore in &logstores {
         store.keys().rotate_data_key(logstore.name()).unwrap();
         let shred = || store.keys().shred_data_keys(logstore.name(), &[1]);
@@ -391,15 +442,17 @@ fn a_refused_shredding_destroys_nothing() {
     let store = world.create();
     let [service, byok] = both(&world, &store);
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
-    let refused =
-        |logstore: &Logstore, versions: &[u32]| store.keys().shred_data_keys(logstore.name(), versions).unwrap_err();
+    let refused = |logstore: &Logstore, versions: &[u32]| {
+        store.keys().shred_data_keys(logstore.name(), versions).unwrap_err()
+    };
     for logstore in [&service, &byok] {
         store.keys().rotate_data_key(logstore.name()).unwrap();
         put(logstore, "two");
         let before = meta(&world, logstore);
         // The current version, a version that never existed, and either of them together with a
         // removable one.
-        for (versions, culprit) in [(&[2][..], 2), (&[3], 3), (&[0], 0), (&[1, 2], 2), (&[1, 9], 9)] {
+        for (versions, culprit) in [(&[2][..], 2), (&[3], 3), (&[0], 0), (&[1, 2], 2), (&[1, 9], 9)]
+        {
             let error = refused(logstore, versions);
             assert!(
                 matches!(error, Error::Config(ConfigError::CannotShred { version, .. }) if version == culprit),
@@ -469,7 +522,8 @@ fn in_memory(inverted: &[u8]) -> bool {
                 break;
             }
             let found = buffer[..read].windows(inverted.len()).any(|window| {
-                window[0] == !inverted[0] && window.iter().zip(inverted).all(|(byte, inverted)| *byte == !*inverted)
+                window[0] == !inverted[0]
+                    && window.iter().zip(inverted).all(|(byte, inverted)| *byte == !*inverted)
             });
             // Erase the copy, so that the next search does not find it.
             buffer[..read].fill(0);
@@ -532,12 +586,13 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
         let key = kms.create_key(REGION, &[ROLE]).unwrap();
         let cmk = Cmk { cmk_key_id: key.clone(), arn: ROLE.into(), region_id: REGION.into() };
         let random = Arc::new(InvertingRandom::default());
-        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .kms(Arc::new(kms.clone()))
-            .disk(Arc::new(QuickDisk))
-            .insecure_random_for_tests(random.clone())
-            .create()
-            .unwrap();
+        let store =
+            Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+                .kms(Arc::new(kms.clone()))
+                .disk(Arc::new(QuickDisk))
+                .insecure_random_for_tests(random.clone())
+                .create()
+                .unwrap();
         random.0.lock().unwrap().clear();
         let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
@@ -644,7 +699,12 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
         };
         (store, logstore) = crash(store, logstore);
         let conf = Some(EncryptConf::byok(EncryptType::Aes, cmk));
-        store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: conf, ..logstore.config() }).unwrap();
+        store
+            .update_logstore(
+                logstore.name(),
+                LogstoreConfig { encrypt_conf: conf, ..logstore.config() },
+            )
+            .unwrap();
         if crash_again {
             (store, logstore) = crash(store, logstore);
         }
@@ -664,10 +724,18 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
             logstore = store.logstore(&name("p/l")).unwrap();
         }
         let sources = [0, 1, 2].map(|shard| {
-            let source = |path: PathBuf| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header.key_source;
-            segments(&world.logstore_dir(&logstore), shard).into_iter().map(source).collect::<Vec<_>>()
+            let source = |path: PathBuf| {
+                SegmentHeader::decode(&fs::read(path).unwrap()).unwrap().header.key_source
+            };
+            segments(&world.logstore_dir(&logstore), shard)
+                .into_iter()
+                .map(source)
+                .collect::<Vec<_>>()
         });
         let (plain, sealed) = (KeySource::Keyring(1), KeySource::DataKey(1));
-        assert_eq!(sources, [vec![plain, sealed, sealed], vec![plain, sealed, sealed], vec![sealed]]);
+        assert_eq!(
+            sources,
+            [vec![plain, sealed, sealed], vec![plain, sealed, sealed], vec![sealed]]
+        );
     }
 }

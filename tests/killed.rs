@@ -15,8 +15,8 @@ use common::{
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Result, Store, VerifyOptions,
-    segment::SegmentHeader,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Result,
+    Store, VerifyOptions, segment::SegmentHeader,
 };
 
 const NAME: &str = "p/l";
@@ -67,8 +67,10 @@ fn killed_anywhere(prepare: impl Fn(&Sim, &Store), operation: impl Fn(&Sim, &Sto
         let store = sim.builder().open().unwrap_or_else(|error| panic!("{context}: {error}"));
         assert_eq!(store.list().unwrap(), listed, "{context}");
         for text in &listed {
-            let logstore = store.logstore(text).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
-            let texts = try_texts(&logstore).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
+            let logstore =
+                store.logstore(text).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
+            let texts =
+                try_texts(&logstore).unwrap_or_else(|error| panic!("{context}: {text}: {error}"));
             assert_eq!(texts.last().map(String::as_str), Some("after"), "{context}: {text}");
         }
         assert!(texts(&find(&store)).starts_with(&["before".into(), "there".into()]), "{context}");
@@ -95,7 +97,10 @@ fn a_new_store() {
         if let Ok(store) = sim.builder().open() {
             put(&sim.world.service(&store, NAME), "there");
             sim.crash(Survives::Synced);
-            let store = sim.builder().open().unwrap_or_else(|error| panic!("killed at operation {nth}: {error}"));
+            let store = sim
+                .builder()
+                .open()
+                .unwrap_or_else(|error| panic!("killed at operation {nth}: {error}"));
             assert_eq!(texts(&find(&store)), ["there"]);
             assert_clean(&store, &format!("killed at operation {nth}"));
         }
@@ -109,7 +114,10 @@ fn a_new_store() {
 #[test]
 fn a_new_logstore() {
     let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
-    killed_anywhere(|_, _| {}, |_, store| store.create_logstore(&name("p/new"), spec()).map(|_| ()));
+    killed_anywhere(
+        |_, _| {},
+        |_, store| store.create_logstore(&name("p/new"), spec()).map(|_| ()),
+    );
 }
 
 #[test]
@@ -118,7 +126,9 @@ fn a_changed_logstore() {
         |_, _| {},
         |_, store| {
             let config = store.logstore(&name(NAME))?.config();
-            store.update_logstore(&name(NAME), LogstoreConfig { ttl_days: Some(7), ..config }).map(|_| ())
+            store
+                .update_logstore(&name(NAME), LogstoreConfig { ttl_days: Some(7), ..config })
+                .map(|_| ())
         },
     );
 }
@@ -213,7 +223,11 @@ fn damage_before_an_unrecorded_footer_is_corruption() {
     let store = sim.world.builder().disk(intact).open().unwrap();
     put(&find(&store), "after");
     assert_eq!(texts(&find(&store)), ["written", "after"]);
-    assert_eq!(find(&store).status().unwrap().recovery, [], "nothing was lost, and nothing rewritten");
+    assert_eq!(
+        find(&store).status().unwrap().recovery,
+        [],
+        "nothing was lost, and nothing rewritten"
+    );
     let header = SegmentHeader::decode(&sim.disk.bytes(&segment)).unwrap();
     sim.disk.edit(&segment, |bytes| bytes[header.body_start as usize + 100] ^= 1);
     let logstore = find(&sim.open());
@@ -270,7 +284,8 @@ fn a_checkpoint_counts_the_blocks_of_an_unclean_shard() {
     let head = |store: &Store| {
         let checkpoint = store.admin().checkpoint().unwrap();
         // The JSON follows the document's frame.
-        let mut documents = serde_json::Deserializer::from_slice(&checkpoint.to_bytes()[80..]).into_iter();
+        let mut documents =
+            serde_json::Deserializer::from_slice(&checkpoint.to_bytes()[80..]).into_iter();
         let body: serde_json::Value = documents.next().unwrap().unwrap();
         let head = &body["logstores"][NAME]["shards"][0]["head"];
         ["segment", "blocks", "bytes", "end_seq", "digest"].map(|field| head[field].clone())

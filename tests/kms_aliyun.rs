@@ -41,8 +41,16 @@ impl World {
         listen_to_the_log();
         let aliyun = Aliyun::start();
         let kms = AliyunKms::new(REGION).unwrap().with_access_key(SERVICE_ID, SERVICE_SECRET);
-        let kms = kms.with_endpoint(&aliyun.endpoint()).unwrap().with_sts_endpoint(&aliyun.endpoint()).unwrap();
-        let cmk = Cmk { cmk_key_id: aliyun.create_key(), arn: ROLE.to_owned(), region_id: REGION.to_owned() };
+        let kms = kms
+            .with_endpoint(&aliyun.endpoint())
+            .unwrap()
+            .with_sts_endpoint(&aliyun.endpoint())
+            .unwrap();
+        let cmk = Cmk {
+            cmk_key_id: aliyun.create_key(),
+            arn: ROLE.to_owned(),
+            region_id: REGION.to_owned(),
+        };
         let context = [("envelog:store", "1"), ("envelog:suite", "AES-256-GCM *~ é")];
         let context = context.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         Self { aliyun, kms, cmk, context, timeout: TIMEOUT }
@@ -154,7 +162,10 @@ fn a_damaged_wrapped_key_is_invalid_wherever_it_is_damaged() {
         damaged[byte] ^= 4;
         let outcome = kind(&world.unwrap(&damaged).unwrap_err());
         // The simulation stores the key id readably, so a changed byte can name another key.
-        assert!(outcome == "Invalid" || outcome == "Deleted" && byte >= 53, "byte {byte}: {outcome}");
+        assert!(
+            outcome == "Invalid" || outcome == "Deleted" && byte >= 53,
+            "byte {byte}: {outcome}"
+        );
     }
     for len in (0..53).chain([54, wrapped.len() - 1]) {
         assert_eq!(kind(&world.unwrap(&wrapped[..len]).unwrap_err()), "Invalid", "cut at {len}");
@@ -174,7 +185,10 @@ fn the_role_is_assumed_for_each_call_without_caching() {
     let seen = world.aliyun.take_seen();
     let actions: Vec<_> = seen.iter().map(|seen| seen.action.as_str()).collect();
     let once = |action| ["AssumeRole", action];
-    assert_eq!(actions, [once("GenerateDataKey"), once("Decrypt"), once("Decrypt"), once("Decrypt")].concat());
+    assert_eq!(
+        actions,
+        [once("GenerateDataKey"), once("Decrypt"), once("Decrypt"), once("Decrypt")].concat()
+    );
     let tokens: std::collections::BTreeSet<_> =
         seen.iter().filter_map(|it| it.headers.get("x-acs-security-token")).collect();
     assert_eq!(tokens.len(), 4);
@@ -193,7 +207,11 @@ fn changes_of_key_and_role_take_effect_at_the_next_call() {
     let wrapped = world.wrap().unwrap();
     let id = &world.cmk.cmk_key_id;
     world.aliyun.rotate(id);
-    assert_eq!(world.unwrap(&wrapped), Ok(KEY), "what an older version of the key has wrapped opens");
+    assert_eq!(
+        world.unwrap(&wrapped),
+        Ok(KEY),
+        "what an older version of the key has wrapped opens"
+    );
     for (state, expected) in [
         ("Disabled", "Disabled"),
         ("PendingDeletion", "PendingDeletion"),
@@ -345,9 +363,18 @@ fn every_code_of_sts_has_its_meaning() {
         ("ResourceGroupLevelIdentityBasedPolicy", "Unreachable"),
         ("SessionPolicy", "Unreachable"),
     ] {
-        check(no_permission("You are not authorized to do this action.", json!({ "PolicyType": policy })), expected);
+        check(
+            no_permission(
+                "You are not authorized to do this action.",
+                json!({ "PolicyType": policy }),
+            ),
+            expected,
+        );
     }
-    check(no_permission("You are not authorized to do this action.", json!("words")), "NotPermitted");
+    check(
+        no_permission("You are not authorized to do this action.", json!("words")),
+        "NotPermitted",
+    );
     check(no_permission("Roles may not be assumed by root accounts.", Value::Null), "Unreachable");
     world.aliyun.set_fault("AssumeRole", None);
     assert_eq!(world.unwrap(&wrapped), Ok(KEY));
@@ -370,7 +397,10 @@ fn an_invalid_answer_is_neither_a_revocation_nor_a_success() {
     let (right, other) = (STANDARD.encode([7; 32]), "key-hzz99999999");
     let id = &world.cmk.cmk_key_id;
     let answer = |key: &str, plaintext: &str, blob: Value| {
-        Fault::Answer(200, json!({ "KeyId": key, "Plaintext": plaintext, "CiphertextBlob": blob }).to_string())
+        Fault::Answer(
+            200,
+            json!({ "KeyId": key, "Plaintext": plaintext, "CiphertextBlob": blob }).to_string(),
+        )
     };
     let mut faults = vec![
         (answer(other, &right, json!("QUJD")), "Invalid"),
@@ -387,9 +417,10 @@ fn an_invalid_answer_is_neither_a_revocation_nor_a_success() {
         faults.push((Fault::Answer(403, body.to_owned()), "Unreachable"));
         faults.push((Fault::Answer(409, body.to_owned()), "Unreachable"));
     }
-    for (status, body) in
-        [(200, " ".repeat(70_000)), (409, format!("{}{}", " ".repeat(70_000), error_body(409, "Rejected.Disabled")))]
-    {
+    for (status, body) in [
+        (200, " ".repeat(70_000)),
+        (409, format!("{}{}", " ".repeat(70_000), error_body(409, "Rejected.Disabled"))),
+    ] {
         faults.push((Fault::Answer(status, body), "Unreachable"));
     }
     for raw in [
@@ -407,7 +438,8 @@ fn an_invalid_answer_is_neither_a_revocation_nor_a_success() {
     for (fault, expected) in faults {
         for at_sts in [false, true] {
             let what = format!("{at_sts} {:.80}", format!("{fault:?}"));
-            let actions = if at_sts { &["AssumeRole"][..] } else { &["GenerateDataKey", "Decrypt"] };
+            let actions =
+                if at_sts { &["AssumeRole"][..] } else { &["GenerateDataKey", "Decrypt"] };
             actions.iter().for_each(|action| world.aliyun.set_fault(action, Some(fault.clone())));
             assert_eq!(world.outcome(&wrapped), expected, "{what}");
             actions.iter().for_each(|action| world.aliyun.set_fault(action, None));
@@ -430,9 +462,16 @@ fn the_whole_call_keeps_within_its_time() {
         for action in ["AssumeRole", "Decrypt"] {
             world.aliyun.set_fault(action, Some(fault.clone()));
             let began = Instant::now();
-            assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "Unreachable", "{fault:?} {action}");
+            assert_eq!(
+                kind(&world.unwrap(&wrapped).unwrap_err()),
+                "Unreachable",
+                "{fault:?} {action}"
+            );
             let took = began.elapsed();
-            assert!(took >= world.timeout - Duration::from_millis(50), "{fault:?} {action}: gave up after {took:?}");
+            assert!(
+                took >= world.timeout - Duration::from_millis(50),
+                "{fault:?} {action}: gave up after {took:?}"
+            );
             assert!(took < world.timeout + PATIENCE, "{fault:?} {action}: {took:?}");
             world.aliyun.set_fault(action, None);
         }
@@ -525,11 +564,19 @@ fn no_secret_is_in_a_url_a_log_an_error_or_debug_output() {
         }
     }
     let log = LOG.lock().unwrap().clone();
-    assert!(log.contains("GenerateDataKey") || log.contains("KeySpec=AES_256"), "the log is listened to:\n{log:.2000}");
+    assert!(
+        log.contains("GenerateDataKey") || log.contains("KeySpec=AES_256"),
+        "the log is listened to:\n{log:.2000}"
+    );
     let targets: String = world.aliyun.take_seen().into_iter().map(|seen| seen.target).collect();
     let hex: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut secrets = world.aliyun.secrets();
-    secrets.extend([SERVICE_SECRET.to_owned(), STANDARD.encode(KEY), hex, String::from_utf8_lossy(&KEY).into_owned()]);
+    secrets.extend([
+        SERVICE_SECRET.to_owned(),
+        STANDARD.encode(KEY),
+        hex,
+        String::from_utf8_lossy(&KEY).into_owned(),
+    ]);
     assert!(secrets.len() > 8);
     for secret in secrets {
         let escaped = secret.replace('+', "%2B").replace('/', "%2F").replace('=', "%3D");
@@ -542,8 +589,10 @@ fn no_secret_is_in_a_url_a_log_an_error_or_debug_output() {
 // ---- comparison with the official SDK ----
 
 fn sdk(arguments: &[&str]) -> String {
-    let python =
-        python::with_packages("aliyun-sdk", &["alibabacloud-kms20160120==3.3.1", "alibabacloud-sts20150401==1.2.0"]);
+    let python = python::with_packages(
+        "aliyun-sdk",
+        &["alibabacloud-kms20160120==3.3.1", "alibabacloud-sts20150401==1.2.0"],
+    );
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kms_aliyun/sdk.py");
     let output = Command::new(python)
         .arg(script)
@@ -579,7 +628,10 @@ fn the_official_sdk_signs_as_it_did() {
     }).collect();
     let now = serde_json::to_string_pretty(&requests).unwrap() + "\n";
     let recorded = include_str!("kms_aliyun/sdk.json");
-    assert!(now == recorded, "the SDK no longer sends what tests/kms_aliyun/sdk.json holds, but:\n{now}");
+    assert!(
+        now == recorded,
+        "the SDK no longer sends what tests/kms_aliyun/sdk.json holds, but:\n{now}"
+    );
 }
 
 #[test]
@@ -587,18 +639,31 @@ fn the_official_sdk_decrypts_keys_wrapped_by_the_backend() {
     let world = World::new();
     let port = world.aliyun.port().to_string();
     let id = &world.cmk.cmk_key_id;
-    let said: Value = serde_json::from_str(&sdk(&["use", &port, id, ROLE, SERVICE_ID, SERVICE_SECRET])).unwrap();
+    let said: Value =
+        serde_json::from_str(&sdk(&["use", &port, id, ROLE, SERVICE_ID, SERVICE_SECRET])).unwrap();
     assert_eq!(said, json!({ "same": true, "key": id, "state": "Enabled" }));
 
     let wrapped = world.wrap().unwrap();
     let blob = std::str::from_utf8(&wrapped[53..]).unwrap();
     let decrypt = |context: &EncryptionContext| -> Value {
         let context = serde_json::to_string(context).unwrap();
-        serde_json::from_str(&sdk(&["decrypt", &port, ROLE, SERVICE_ID, SERVICE_SECRET, blob, &context])).unwrap()
+        serde_json::from_str(&sdk(&[
+            "decrypt",
+            &port,
+            ROLE,
+            SERVICE_ID,
+            SERVICE_SECRET,
+            blob,
+            &context,
+        ]))
+        .unwrap()
     };
     assert_eq!(decrypt(&world.context), json!({ "key": id }));
     assert_eq!(decrypt(&EncryptionContext::new()), json!({ "code": "InvalidParameter" }));
     world.aliyun.set_state(id, "Disabled");
     assert_eq!(decrypt(&world.context), json!({ "code": "Rejected.Disabled" }));
-    assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), format!("{:?}", RevokedReason::Disabled));
+    assert_eq!(
+        kind(&world.unwrap(&wrapped).unwrap_err()),
+        format!("{:?}", RevokedReason::Disabled)
+    );
 }

@@ -14,8 +14,8 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreSpec, Payload,
-    Position, ReadOptions, Result, Store, StoreOptions,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore,
+    LogstoreSpec, Payload, Position, ReadOptions, Result, Store, StoreOptions,
     crypto::{AwsLc, SecretKey},
     kms::{self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
 };
@@ -35,7 +35,11 @@ fn with_credentials(test: &str, body: fn()) {
     moto::credentials(&mut command);
     let out = command.args(["--exact", test, "--nocapture"]).env(INSIDE, "1").output().unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert!(out.status.success() && text.contains("1 passed"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 fn cmk(key: &str) -> Cmk {
@@ -80,8 +84,12 @@ fn a_key_binds_its_context_and_says_its_state() {
         let kms = kms::from_url(&moto.url()).unwrap();
         let (key, other_key) = (moto.create_key(), moto.create_key());
         let context: EncryptionContext = [("envelog:store".to_owned(), "a".to_owned())].into();
-        let other_context: EncryptionContext = [("envelog:store".to_owned(), "b".to_owned())].into();
-        let ask = |key: &str, context: &EncryptionContext, wrapped: Option<&[u8]>| -> Result<Vec<u8>, KmsError> {
+        let other_context: EncryptionContext =
+            [("envelog:store".to_owned(), "b".to_owned())].into();
+        let ask = |key: &str,
+                   context: &EncryptionContext,
+                   wrapped: Option<&[u8]>|
+         -> Result<Vec<u8>, KmsError> {
             let cmk = cmk(key);
             let call = KmsCall { cmk: &cmk, context, timeout: Duration::from_secs(20) };
             match wrapped {
@@ -96,7 +104,8 @@ fn a_key_binds_its_context_and_says_its_state() {
         let arn = moto.kms("DescribeKey", &serde_json::json!({ "KeyId": key }));
         assert_eq!(unwrap(arn["KeyMetadata"]["Arn"].as_str().unwrap(), &context).unwrap(), [7; 32]);
 
-        let invalid = |result| assert!(matches!(result, Err(KmsError::Invalid { .. })), "{result:?}");
+        let invalid =
+            |result| assert!(matches!(result, Err(KmsError::Invalid { .. })), "{result:?}");
         invalid(unwrap(&key, &other_context));
         let mut damaged = wrapped.clone();
         *damaged.last_mut().unwrap() ^= 1;
@@ -119,7 +128,10 @@ fn a_key_binds_its_context_and_says_its_state() {
         moto.cancel_deletion(&key);
         moto.enable(&key);
         assert_eq!(unwrap(&key, &context).unwrap(), [7; 32]);
-        revoked(ask("00000000-0000-4000-8000-000000000000", &context, None), RevokedReason::Deleted);
+        revoked(
+            ask("00000000-0000-4000-8000-000000000000", &context, None),
+            RevokedReason::Deleted,
+        );
         // None of this affects the other key.
         assert!(ask(&other_key, &context, None).is_ok());
     });
@@ -135,7 +147,8 @@ fn a_logstore_lives_as_long_as_its_key() {
         let bound = options.revalidate_every + options.kms_timeout;
         let store = store(&dir, &moto, options);
         let (key, other_key) = (moto.create_key(), moto.create_key());
-        let (mine, other) = (logstore(&store, "p/mine", &key), logstore(&store, "p/other", &other_key));
+        let (mine, other) =
+            (logstore(&store, "p/mine", &key), logstore(&store, "p/other", &other_key));
         put(&mine, "first").unwrap();
         put(&other, "first").unwrap();
 
@@ -181,10 +194,11 @@ fn a_logstore_lives_as_long_as_its_key() {
         drop((mine, other));
         store.close().unwrap();
         let kms: Arc<dyn Kms> = kms::from_url(&moto.url()).unwrap();
-        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .kms(kms)
-            .open_read_only()
-            .unwrap();
+        let store =
+            Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+                .kms(kms)
+                .open_read_only()
+                .unwrap();
         let texts = texts(&store.logstore(&"p/mine".parse().unwrap()).unwrap()).unwrap();
         assert!(texts.first().unwrap() == "first" && texts.last().unwrap() == "back");
     });

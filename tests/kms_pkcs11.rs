@@ -15,8 +15,8 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position, ReadOptions, Store,
-    StoreBuilder, StoreOptions,
+    AppendOptions, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position,
+    ReadOptions, Store, StoreBuilder, StoreOptions,
     crypto::{AwsLc, SecretKey},
     kms::{EncryptionContext, Kms, KmsCall, KmsError, RevokedReason, from_url},
 };
@@ -42,7 +42,12 @@ fn wrap(kms: &dyn Kms, key: &str) -> Result<Vec<u8>, KmsError> {
     kms.wrap(&call, &SecretKey::from_bytes(&mut secret))
 }
 
-fn unwrap_in(kms: &dyn Kms, key: &str, context: &EncryptionContext, wrapped: &[u8]) -> Result<[u8; 32], KmsError> {
+fn unwrap_in(
+    kms: &dyn Kms,
+    key: &str,
+    context: &EncryptionContext,
+    wrapped: &[u8],
+) -> Result<[u8; 32], KmsError> {
     let cmk = cmk(key);
     let call = KmsCall { cmk: &cmk, context, timeout: Duration::from_secs(20) };
     kms.unwrap(&call, wrapped).map(|key| *key.expose())
@@ -54,17 +59,26 @@ fn unwrap(kms: &dyn Kms, key: &str, wrapped: &[u8]) -> Result<[u8; 32], KmsError
 
 #[track_caller]
 fn assert_revoked<T: std::fmt::Debug>(answer: Result<T, KmsError>, wanted: RevokedReason) {
-    assert!(matches!(&answer, Err(KmsError::Revoked { reason, .. }) if *reason == wanted), "{wanted}: {answer:?}");
+    assert!(
+        matches!(&answer, Err(KmsError::Revoked { reason, .. }) if *reason == wanted),
+        "{wanted}: {answer:?}"
+    );
 }
 
 #[track_caller]
 fn assert_unreachable<T: std::fmt::Debug>(answer: Result<T, KmsError>, words: &str) {
-    assert!(matches!(&answer, Err(KmsError::Unreachable { detail }) if detail.contains(words)), "{answer:?}");
+    assert!(
+        matches!(&answer, Err(KmsError::Unreachable { detail }) if detail.contains(words)),
+        "{answer:?}"
+    );
 }
 
 #[track_caller]
 fn assert_invalid<T: std::fmt::Debug>(answer: Result<T, KmsError>, words: &str) {
-    assert!(matches!(&answer, Err(KmsError::Invalid { detail }) if detail.contains(words)), "{answer:?}");
+    assert!(
+        matches!(&answer, Err(KmsError::Invalid { detail }) if detail.contains(words)),
+        "{answer:?}"
+    );
 }
 
 /// Fails if SoftHSM is missing. [`Token::admin`] also starts this test.
@@ -100,7 +114,8 @@ fn a_key_is_wrapped_for_its_context_alone() {
         assert_invalid(unwrap(&*kms, "cmk", &[&wrapped[..], &[0]].concat()), "length");
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET), "after all that");
         let elsewhere = Cmk { region_id: "cn-beijing".to_owned(), ..cmk("cmk") };
-        let call = KmsCall { cmk: &elsewhere, context: &context("a"), timeout: Duration::from_secs(20) };
+        let call =
+            KmsCall { cmk: &elsewhere, context: &context("a"), timeout: Duration::from_secs(20) };
         assert_invalid(kms.unwrap(&call, &wrapped), "region");
         assert!(!format!("{kms:?}").contains(PIN));
     });
@@ -167,14 +182,22 @@ fn a_token_that_is_away_is_an_outage_and_comes_back() {
         // There are tokens, but not the configured one.
         let other = from_url(&token.uri().replace("token=logs", "token=other")).unwrap();
         assert_unreachable(unwrap(&*other, "cmk", &wrapped), "no token");
-        assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET), "whatever the other one did to the module");
-        for (part, same) in
-            [("slot-id=1", false), ("manufacturer=SoftHSM%20project", true), ("model=SoftHSM%20v2", true)]
-        {
-            let kms = from_url(&token.uri().replace("token=logs", &format!("token=logs;{part}"))).unwrap();
+        assert_eq!(
+            unwrap(&*kms, "cmk", &wrapped),
+            Ok(SECRET),
+            "whatever the other one did to the module"
+        );
+        for (part, same) in [
+            ("slot-id=1", false),
+            ("manufacturer=SoftHSM%20project", true),
+            ("model=SoftHSM%20v2", true),
+        ] {
+            let kms = from_url(&token.uri().replace("token=logs", &format!("token=logs;{part}")))
+                .unwrap();
             assert_eq!(unwrap(&*kms, "cmk", &wrapped).is_ok(), same, "{part}");
         }
-        let library = from_url(&token.uri().replace("token=logs", "library-manufacturer=Another")).unwrap();
+        let library =
+            from_url(&token.uri().replace("token=logs", "library-manufacturer=Another")).unwrap();
         assert_invalid(unwrap(&*library, "cmk", &wrapped), "module");
         let missing = from_url("pkcs11:?region=cn-hangzhou&module-path=/nowhere/p11.so").unwrap();
         assert_unreachable(unwrap(&*missing, "cmk", &wrapped), "/nowhere/p11.so");
@@ -197,7 +220,8 @@ fn a_refused_pin_is_an_outage_and_is_not_tried_again() {
         pkcs11::change_pin(PIN, "123456");
         assert_unreachable(wrap(&*kms, "cmk"), "not tried again");
         let another = from_url(
-            &uri.replace("pin-source", "x").replace(&format!("x=file:{}", file.display()), "pin-value=123456"),
+            &uri.replace("pin-source", "x")
+                .replace(&format!("x=file:{}", file.display()), "pin-value=123456"),
         );
         assert_unreachable(wrap(&*another.unwrap(), "cmk"), "not tried again");
         pkcs11::change_pin("123456", "777777");
@@ -249,13 +273,15 @@ fn many_threads_at_once_and_a_lost_login_under_them() {
         token.admin("generate cmk 0a");
         token.admin("generate other 0b");
         let kms = from_url(&token.uri()).unwrap();
-        let wrapped = [("cmk", wrap(&*kms, "cmk").unwrap()), ("other", wrap(&*kms, "other").unwrap())];
+        let wrapped =
+            [("cmk", wrap(&*kms, "cmk").unwrap()), ("other", wrap(&*kms, "other").unwrap())];
         let all = |times: usize| {
             thread::scope(|scope| {
                 for n in 0..48 {
                     let (kms, (key, wrapped)) = (&kms, &wrapped[n % 2]);
                     scope.spawn(move || {
-                        (0..times).for_each(|_| assert_eq!(unwrap(&**kms, key, wrapped), Ok(SECRET)));
+                        (0..times)
+                            .for_each(|_| assert_eq!(unwrap(&**kms, key, wrapped), Ok(SECRET)));
                     });
                 }
             });
@@ -281,9 +307,9 @@ fn a_forked_child_touches_nothing_of_its_parent() {
         let (in_child, wrapped_in_child) = (Arc::clone(&kms), wrapped.clone());
         let mut child = Command::new("true");
         // No other thread of the parent uses the KMS, so no thread that is gone can hold one of its
-        // locks. The closure does not print, and the child ends with its return value.
-        // SAFETY: the closure runs in a forked child, which contains only the forking thread. It takes
-        // no lock that another thread held, and the C library keeps its allocator usable across `fork`.
+        // locks. The closure does not print, and the child ends with its return value. SAFETY: the
+        // closure runs in a forked child, which contains only the forking thread. It takes no lock
+        // that another thread held, and the C library keeps its allocator usable across `fork`.
         unsafe {
             child.pre_exec(move || match unwrap(&*in_child, "cmk", &wrapped_in_child) {
                 // SoftHSM does not allow another initialization in a child.
@@ -309,7 +335,9 @@ fn builder(token: &Token) -> StoreBuilder {
     options.outage_grace = Duration::from_millis(500);
     options.kms_timeout = Duration::from_secs(10);
     let kms = from_url(&token.uri()).unwrap();
-    Store::builder(token.path("store"), token.path("keyring"), AwsLc::new()).kms(kms).options(options)
+    Store::builder(token.path("store"), token.path("keyring"), AwsLc::new())
+        .kms(kms)
+        .options(options)
 }
 
 fn put(logstore: &Logstore, text: &str) -> Result<(), Error> {
@@ -341,14 +369,19 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         token.admin("generate cmk 0a");
         token.admin("generate loose 0d extractable");
         let store = builder(token).create().unwrap();
-        let spec = |key: &str| LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk(key)));
-        let refused = store.create_logstore(&"p/refused".parse().unwrap(), spec("loose")).unwrap_err();
+        let spec = |key: &str| {
+            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk(key)))
+        };
+        let refused =
+            store.create_logstore(&"p/refused".parse().unwrap(), spec("loose")).unwrap_err();
         assert!(
-            matches!(&refused, Error::Config(_)) && refused.to_string().contains("can leave the token"),
+            matches!(&refused, Error::Config(_))
+                && refused.to_string().contains("can leave the token"),
             "{refused}"
         );
         let logstore = store.create_logstore(&"p/customer".parse().unwrap(), spec("cmk")).unwrap();
-        let plain = store.create_logstore(&"p/other".parse().unwrap(), LogstoreSpec::default()).unwrap();
+        let plain =
+            store.create_logstore(&"p/other".parse().unwrap(), LogstoreSpec::default()).unwrap();
         put(&logstore, "before").unwrap();
         put(&plain, "before").unwrap();
 
@@ -368,7 +401,9 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         assert!(matches!(put(&logstore, "no"), Err(Error::KmsUnreachable { .. })));
         put(&plain, "meanwhile").unwrap();
         token.put_back();
-        wait_for(&logstore, |found| found.as_ref().is_ok_and(|texts| texts == &["before", "between"]));
+        wait_for(&logstore, |found| {
+            found.as_ref().is_ok_and(|texts| texts == &["before", "between"])
+        });
         put(&logstore, "after").unwrap();
 
         // A rotation creates another key object.
@@ -384,8 +419,13 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         let logstore = store.logstore(&name).unwrap();
         assert_eq!(texts(&logstore).unwrap(), ["before", "between", "after", "rotated"]);
         token.admin("destroy next");
-        wait_for(&logstore, |found| matches!(found, Err(Error::Revoked { reason: RevokedReason::Deleted, .. })));
-        assert_eq!(texts(&store.logstore(&"p/other".parse().unwrap()).unwrap()).unwrap(), ["before", "meanwhile"]);
+        wait_for(&logstore, |found| {
+            matches!(found, Err(Error::Revoked { reason: RevokedReason::Deleted, .. }))
+        });
+        assert_eq!(
+            texts(&store.logstore(&"p/other".parse().unwrap()).unwrap()).unwrap(),
+            ["before", "meanwhile"]
+        );
     });
 }
 
@@ -405,14 +445,20 @@ fn the_service_key_lives_in_the_token_too() {
         // refusal.
         token.take_away();
         let error = builder(token).open().unwrap_err();
-        assert!(matches!(&error, Error::ServiceKey { cause: KmsError::Unreachable { .. }, .. }), "{error:?}");
+        assert!(
+            matches!(&error, Error::ServiceKey { cause: KmsError::Unreachable { .. }, .. }),
+            "{error:?}"
+        );
         token.put_back();
         token.admin("decrypt service false");
         let error = builder(token).open().unwrap_err();
         assert!(
             matches!(
                 &error,
-                Error::ServiceKey { cause: KmsError::Revoked { reason: RevokedReason::Disabled, .. }, .. }
+                Error::ServiceKey {
+                    cause: KmsError::Revoked { reason: RevokedReason::Disabled, .. },
+                    ..
+                }
             ),
             "{error:?}"
         );
@@ -435,7 +481,13 @@ fn the_service_key_lives_in_the_token_too() {
         token.admin("destroy next");
         let error = builder(token).open().unwrap_err();
         assert!(
-            matches!(&error, Error::ServiceKey { cause: KmsError::Revoked { reason: RevokedReason::Deleted, .. }, .. }),
+            matches!(
+                &error,
+                Error::ServiceKey {
+                    cause: KmsError::Revoked { reason: RevokedReason::Deleted, .. },
+                    ..
+                }
+            ),
             "{error:?}"
         );
     });

@@ -17,11 +17,12 @@ use common::{
     *,
 };
 use envelog::{
-    ConfigError, EncryptConf, EncryptType, Error, ErrorKind, GroupError, LogGroup, Logstore, LogstoreConfig,
-    LogstoreName, LogstoreSpec, Payload, Result, Store, StoreOptions, VerifyOptions,
+    ConfigError, EncryptConf, EncryptType, Error, ErrorKind, GroupError, LogGroup, Logstore,
+    LogstoreConfig, LogstoreName, LogstoreSpec, Payload, Result, Store, StoreOptions,
+    VerifyOptions,
     group::{
-        CONTENTS_PER_LOG_MAX, Content, GROUP_BYTES_MAX, KEY_BYTES_MAX, LOGS_PER_GROUP_MAX, Log, LogTag,
-        TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
+        CONTENTS_PER_LOG_MAX, Content, GROUP_BYTES_MAX, KEY_BYTES_MAX, LOGS_PER_GROUP_MAX, Log,
+        LogTag, TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
     },
     io::{Disk as _, OpenMode},
 };
@@ -53,11 +54,13 @@ fn groups_at_a_limit_are_stored_and_beyond_it_refused() {
     let logstore = sim.world.service(&store, "p/l");
     let bytes = |len: usize| Bytes::from(vec![b'v'; len]);
     let log = |contents: Vec<Content>| Log { time: 1, contents, time_ns: None };
-    let with = |contents: Vec<Content>| LogGroup { logs: vec![log(contents)], ..LogGroup::default() };
+    let with =
+        |contents: Vec<Content>| LogGroup { logs: vec![log(contents)], ..LogGroup::default() };
     let pair = |key: usize, value: usize| Content::new(bytes(key), bytes(value));
     let topic = |len: usize| LogGroup { topic: Some(bytes(len)), ..with(vec![]) };
     let source = |len: usize| LogGroup { source: Some(bytes(len)), ..with(vec![]) };
-    let tags = |count: usize| LogGroup { log_tags: vec![LogTag::new("k", "v"); count], ..with(vec![]) };
+    let tags =
+        |count: usize| LogGroup { log_tags: vec![LogTag::new("k", "v"); count], ..with(vec![]) };
     let logs = |count: usize| LogGroup { logs: vec![log(vec![]); count], ..LogGroup::default() };
     let (keys, values) = (KEY_BYTES_MAX, VALUE_BYTES_MAX);
     let cases: Vec<(&str, LogGroup, LogGroup)> = vec![
@@ -66,9 +69,17 @@ fn groups_at_a_limit_are_stored_and_beyond_it_refused() {
         ("topic", topic(keys), topic(keys + 1)),
         ("source", source(keys), source(keys + 1)),
         ("tags", tags(TAGS_PER_GROUP_MAX), tags(TAGS_PER_GROUP_MAX + 1)),
-        ("contents", with(vec![pair(1, 1); CONTENTS_PER_LOG_MAX]), with(vec![pair(1, 1); CONTENTS_PER_LOG_MAX + 1])),
+        (
+            "contents",
+            with(vec![pair(1, 1); CONTENTS_PER_LOG_MAX]),
+            with(vec![pair(1, 1); CONTENTS_PER_LOG_MAX + 1]),
+        ),
         ("logs", logs(LOGS_PER_GROUP_MAX), logs(LOGS_PER_GROUP_MAX + 1)),
-        ("length", with(vec![pair(1, 8 << 20), pair(1, 7 << 20)]), with(vec![pair(1, 8 << 20), pair(1, 8 << 20)])),
+        (
+            "length",
+            with(vec![pair(1, 8 << 20), pair(1, 7 << 20)]),
+            with(vec![pair(1, 8 << 20), pair(1, 8 << 20)]),
+        ),
     ];
     let mut stored = 0;
     for (what, good, bad) in &cases {
@@ -92,11 +103,19 @@ fn groups_at_a_limit_are_stored_and_beyond_it_refused() {
     };
     assert!(matches!(append(b""), Err(Error::InvalidGroup(GroupError::Empty))));
     let empty = LogGroup::default();
-    assert!(matches!(logstore.append(&empty, &written()), Err(Error::InvalidGroup(GroupError::Empty))));
+    assert!(matches!(
+        logstore.append(&empty, &written()),
+        Err(Error::InvalidGroup(GroupError::Empty))
+    ));
     let no_logs = LogGroup { topic: Some("t".into()), ..LogGroup::default() };
-    assert!(matches!(logstore.append(&no_logs, &written()), Err(Error::InvalidGroup(GroupError::NoLogs))));
+    assert!(matches!(
+        logstore.append(&no_logs, &written()),
+        Err(Error::InvalidGroup(GroupError::NoLogs))
+    ));
     let whole = group("g", 3).encode_to_bytes();
-    for bytes in [&whole[..whole.len() - 1], b"plain text", &[0xff; 64], &[&whole[..], &[0x0a]].concat()] {
+    for bytes in
+        [&whole[..whole.len() - 1], b"plain text", &[0xff; 64], &[&whole[..], &[0x0a]].concat()]
+    {
         match append(bytes) {
             Err(error @ Error::InvalidGroup(GroupError::Malformed { .. })) => {
                 assert_eq!(error.kind(), ErrorKind::Invalid)
@@ -163,7 +182,12 @@ fn configurations_out_of_range_are_refused_by_field() {
         }
     }
     assert!(store.list().unwrap().is_empty());
-    let most = LogstoreSpec { shard_count: 256, ttl_days: Some(3650), retention_bytes: Some(u64::MAX), ..spec() };
+    let most = LogstoreSpec {
+        shard_count: 256,
+        ttl_days: Some(3650),
+        retention_bytes: Some(u64::MAX),
+        ..spec()
+    };
     let logstore = store.create_logstore(&name("p/l"), most).unwrap();
     let config = LogstoreConfig { ttl_days: Some(9999), ..logstore.config() };
     let error = store.update_logstore(logstore.name(), config).unwrap_err();
@@ -197,7 +221,8 @@ fn options_out_of_range_are_refused_by_name() {
     for (what, change) in changes {
         let mut sim = Sim::new();
         change(&mut sim.world.options);
-        for opened in [sim.builder().create(), sim.builder().open(), sim.builder().open_read_only()] {
+        for opened in [sim.builder().create(), sim.builder().open(), sim.builder().open_read_only()]
+        {
             match opened.unwrap_err() {
                 Error::InvalidArgument(text) => assert!(text.starts_with(what), "{what}: {text}"),
                 other => panic!("{what}: {other}"),
@@ -222,7 +247,9 @@ fn closed() -> Sim {
 #[track_caller]
 fn refused_untouched(sim: &Sim, expected: impl Fn(&Error) -> bool) {
     let before = sim.disk.files(sim.world.path());
-    for opened in [sim.builder().open(), sim.builder().open_read_only(), sim.builder().open_or_create()] {
+    for opened in
+        [sim.builder().open(), sim.builder().open_read_only(), sim.builder().open_or_create()]
+    {
         let error = opened.unwrap_err();
         assert!(expected(&error), "{error:?}");
         assert_eq!(error.kind(), ErrorKind::Unavailable, "{error:?}");
@@ -258,7 +285,8 @@ fn a_missing_store_is_told_from_something_else() {
     missing(sim.builder().open_read_only());
     // The directory contains something else, or is not a directory.
     let is_no_store = |sim: &Sim| {
-        for opened in [sim.builder().open(), sim.builder().open_read_only(), sim.builder().create()] {
+        for opened in [sim.builder().open(), sim.builder().open_read_only(), sim.builder().create()]
+        {
             assert!(matches!(opened.unwrap_err(), Error::NotAStore { path } if path == dir));
         }
         let mut files = sim.disk.files(sim.world.path());
@@ -283,14 +311,20 @@ fn creating_overwrites_neither_a_store_nor_a_keyring() {
     let sim = closed();
     let before = sim.disk.files(sim.world.path());
     let error = sim.builder().create().unwrap_err();
-    assert!(matches!(&error, Error::StoreExists { path } if *path == sim.world.store_dir()), "{error}");
+    assert!(
+        matches!(&error, Error::StoreExists { path } if *path == sim.world.store_dir()),
+        "{error}"
+    );
     assert_eq!(sim.disk.files(sim.world.path()), before);
     is_whole(&sim);
     // Another store with this store's keyring.
     let beside = sim.world.path().join("beside");
     let builder = Store::builder(&beside, sim.world.keyring(), envelog::crypto::AwsLc::new());
     let error = builder.disk(std::sync::Arc::new(sim.disk.clone())).create().unwrap_err();
-    assert!(matches!(&error, Error::KeyringExists { path } if *path == sim.world.keyring()), "{error}");
+    assert!(
+        matches!(&error, Error::KeyringExists { path } if *path == sim.world.keyring()),
+        "{error}"
+    );
     assert_eq!(sim.disk.bytes(&sim.world.keyring()), before[&sim.world.keyring()]);
     is_whole(&sim);
 }
@@ -312,11 +346,17 @@ fn each_kind_of_wrong_keyring_has_its_own_error() {
         |error| matches!(error, Error::KeyringTooOld { path, needed: 2, newest: 1 } if *path == keyring),
     );
     put_back(&sim_keyring_of_another_store());
-    refused_untouched(&sim, |error| matches!(error, Error::KeyringForeign { path } if *path == keyring));
+    refused_untouched(
+        &sim,
+        |error| matches!(error, Error::KeyringForeign { path } if *path == keyring),
+    );
     // A missing keyring is not recreated.
     let aside = keyring.with_extension("aside");
     sim.disk.rename(&keyring, &aside).unwrap();
-    refused_untouched(&sim, |error| matches!(error, Error::KeyringMissing { path } if *path == keyring));
+    refused_untouched(
+        &sim,
+        |error| matches!(error, Error::KeyringMissing { path } if *path == keyring),
+    );
     sim.disk.rename(&aside, &keyring).unwrap();
     for at in [9, newest.len() / 2, newest.len() - 1] {
         put_back(&newest);
@@ -365,11 +405,15 @@ fn files_of_a_newer_format_are_refused_and_unchanged() {
         let original = sim.disk.bytes(&path);
         sim.disk.edit(&path, |bytes| bytes[8..10].copy_from_slice(&7u16.to_le_bytes()));
         let before = sim.disk.bytes(&path);
-        let try_all = |store: Store| store.logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore));
+        let try_all =
+            |store: Store| store.logstore(&name("p/l")).and_then(|logstore| try_texts(&logstore));
         for opened in [sim.builder().open(), sim.builder().open_read_only()] {
             match opened.and_then(try_all).unwrap_err() {
                 Error::NewerFormat { path: found_in, found, supported } => {
-                    assert_eq!((found_in, found, supported), (path.clone(), 7, envelog::FORMAT_VERSION));
+                    assert_eq!(
+                        (found_in, found, supported),
+                        (path.clone(), 7, envelog::FORMAT_VERSION)
+                    );
                 }
                 other => panic!("{}: {other}", path.display()),
             }
@@ -388,7 +432,9 @@ fn a_second_writer_is_told_who_is_there() {
     let logstore = world.service(&store, "p/l");
     for _ in 0..2 {
         match world.builder().open().unwrap_err() {
-            Error::Locked { path, pid } => assert_eq!((path, pid), (world.store_dir(), Some(std::process::id()))),
+            Error::Locked { path, pid } => {
+                assert_eq!((path, pid), (world.store_dir(), Some(std::process::id())))
+            }
             other => panic!("{other}"),
         }
     }
@@ -425,13 +471,19 @@ fn a_read_only_directory_can_be_read_but_not_written() {
     let sim = Sim::new();
     deny(&sim);
     let error = sim.builder().create().unwrap_err();
-    assert!(matches!(&error, Error::Io { op: "create", path, .. } if *path == sim.world.store_dir()), "{error}");
+    assert!(
+        matches!(&error, Error::Io { op: "create", path, .. } if *path == sim.world.store_dir()),
+        "{error}"
+    );
     assert!(error.to_string().contains("injected"), "the system's own word is passed on");
 
     let sim = closed();
     deny(&sim);
     let error = sim.builder().open().unwrap_err();
-    assert!(matches!(&error, Error::Io { path, .. } if path.starts_with(sim.world.store_dir())), "{error}");
+    assert!(
+        matches!(&error, Error::Io { path, .. } if path.starts_with(sim.world.store_dir())),
+        "{error}"
+    );
     let changes = sim.disk.changes();
     let store = sim.builder().open_read_only().unwrap();
     assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["kept"]);
@@ -448,7 +500,8 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
     let operations: [(&str, Operation); 7] = [
         ("append", |_, logstore| try_put(logstore, "new")),
         ("create", |store, _| {
-            let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+            let spec =
+                LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
             store.create_logstore(&name("p/new"), spec).map(drop)
         }),
         ("update", |store, logstore| {
@@ -501,10 +554,14 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
             put(&logstore, "after");
             match store.logstore(&name("p/new")) {
                 Ok(new) => put(&new, "usable"),
-                Err(error) => assert!(matches!(error, Error::LogstoreMissing(_)), "{context}: {error}"),
+                Err(error) => {
+                    assert!(matches!(error, Error::LogstoreMissing(_)), "{context}: {error}")
+                }
             }
             operation(&store, &logstore)
-                .or_else(|error| if matches!(error, Error::LogstoreExists(_)) { Ok(()) } else { Err(error) })
+                .or_else(|error| {
+                    if matches!(error, Error::LogstoreExists(_)) { Ok(()) } else { Err(error) }
+                })
                 .unwrap_or_else(|error| panic!("{context}: again: {error}"));
             drop((logstore, store));
             let report = sim.open().admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();

@@ -14,9 +14,21 @@ use life::{LOGSTORES, SHARDS, Step, live};
 use proptest::{prelude::*, test_runner::FileFailurePersistence};
 
 fn step() -> impl Strategy<Value = Step> {
-    let durability = prop_oneof![Just(Durability::Buffered), Just(Durability::Written), Just(Durability::Synced)];
-    let append = (0..LOGSTORES, 0..SHARDS, durability, 0..3000usize, 1..5usize, any::<bool>(), any::<bool>()).prop_map(
-        |(to, shard, durability, size, count, ticket, group)| Step::Append {
+    let durability = prop_oneof![
+        Just(Durability::Buffered),
+        Just(Durability::Written),
+        Just(Durability::Synced)
+    ];
+    let append = (
+        0..LOGSTORES,
+        0..SHARDS,
+        durability,
+        0..3000usize,
+        1..5usize,
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(to, shard, durability, size, count, ticket, group)| Step::Append {
             to,
             shard,
             durability,
@@ -24,20 +36,18 @@ fn step() -> impl Strategy<Value = Step> {
             count,
             ticket,
             group,
-        },
-    );
+        });
     let place = || (0..4u8, 0..40usize);
     let limit = || prop::option::of(0..20u64);
-    let read = (0..LOGSTORES, 0..SHARDS, place(), prop::option::of(place()), limit(), limit()).prop_map(
-        |(of, shard, from, to, groups, bytes)| Step::Read {
+    let read = (0..LOGSTORES, 0..SHARDS, place(), prop::option::of(place()), limit(), limit())
+        .prop_map(|(of, shard, from, to, groups, bytes)| Step::Read {
             of,
             shard,
             from,
             to,
             groups,
             bytes: bytes.map(|bytes| bytes * 300),
-        },
-    );
+        });
     let logstore = || 0..LOGSTORES;
     prop_oneof![
         3 => logstore().prop_map(Step::Create),

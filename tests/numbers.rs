@@ -6,8 +6,8 @@ mod common;
 use std::fs;
 
 use common::{
-    Answer, World, assert_revoked, buffered, copy_dir, disk::Sim, millis, name, record, records, secs, segments,
-    strings, synced, texts, written,
+    Answer, World, assert_revoked, buffered, copy_dir, disk::Sim, millis, name, record, records,
+    secs, segments, strings, synced, texts, written,
 };
 use envelog::{Error, kms::RevokedReason::Disabled};
 
@@ -20,7 +20,11 @@ fn numbers_read_before_a_crash_are_not_reused_after_two() {
     let store = world.create();
     let logstore = world.service(&store, "shop/orders");
     let texts_written: Vec<String> = (0..6).map(|n| format!("order {n}")).collect();
-    let last = texts_written.iter().map(|text| logstore.append(record(text), &written()).unwrap().seq).max().unwrap();
+    let last = texts_written
+        .iter()
+        .map(|text| logstore.append(record(text), &written()).unwrap().seq)
+        .max()
+        .unwrap();
     assert_eq!(strings(&records(&logstore, 0).unwrap()), texts_written);
     // A power loss: no data was synced, and the last block is torn.
     let crashed = world.path().join("crashed");
@@ -67,16 +71,24 @@ fn after_a_checkpoint_every_number_needs_a_reserving_segment() {
     store.tick();
     assert_eq!(sim.segments(&logstore, 0).len(), 1);
     store.admin().checkpoint().unwrap();
-    given
-        .extend((0..3).filter_map(|_| logstore.append(record("later"), &buffered()).ok()).map(|appended| appended.seq));
+    given.extend(
+        (0..3)
+            .filter_map(|_| logstore.append(record("later"), &buffered()).ok())
+            .map(|appended| appended.seq),
+    );
     // The process dies with these groups in memory.
     let disk = sim.disk.kill();
     drop((logstore, store));
     sim.disk = disk;
     sim.world.kms.answer(Answer::Real);
     let store = sim.open();
-    let appended = store.logstore(&name("shop/orders")).unwrap().append(record("after"), &synced()).unwrap();
-    assert!(given.iter().all(|seq| appended.seq > *seq), "{} was given out before: {given:?}", appended.seq);
+    let appended =
+        store.logstore(&name("shop/orders")).unwrap().append(record("after"), &synced()).unwrap();
+    assert!(
+        given.iter().all(|seq| appended.seq > *seq),
+        "{} was given out before: {given:?}",
+        appended.seq
+    );
 }
 
 /// After a repair, the handle that requested it appends after the kept data.
@@ -97,7 +109,8 @@ fn appends_after_a_repair_go_on_behind_what_was_kept() {
     copy_dir(&crashed, &world.store_dir());
     let damaged = segments(&dir, 0).pop().unwrap();
     let mut bytes = fs::read(&damaged).unwrap();
-    let middle = bytes.windows(4).enumerate().filter(|(_, window)| window == b"EBLK").nth(1).unwrap().0;
+    let middle =
+        bytes.windows(4).enumerate().filter(|(_, window)| window == b"EBLK").nth(1).unwrap().0;
     bytes[middle + 100] ^= 1;
     fs::write(&damaged, &bytes).unwrap();
 
@@ -144,7 +157,8 @@ fn tickets_of_a_refused_flood_stay_refused_when_the_key_is_back() {
         }
     }
     let kept = (0..10_000).filter(|n| n % 2 == 1).map(|n| n.to_string());
-    let expected: Vec<String> = ["first".to_owned()].into_iter().chain(kept).chain(["last".to_owned()]).collect();
+    let expected: Vec<String> =
+        ["first".to_owned()].into_iter().chain(kept).chain(["last".to_owned()]).collect();
     assert_eq!(texts(&logstore), expected);
 }
 
@@ -156,13 +170,15 @@ fn a_refused_logstore_uses_no_memory_budget_of_others() {
     let store = sim.create();
     let world = &sim.world;
     let cmk = world.cmk();
-    let (refused, other) = (world.byok(&store, "shop/orders", &cmk), world.service(&store, "shop/carts"));
+    let (refused, other) =
+        (world.byok(&store, "shop/orders", &cmk), world.service(&store, "shop/carts"));
     refused.append(record("first"), &synced()).unwrap();
     // The next block needs a new segment, whose key is inaccessible, so acknowledged groups have to
     // wait.
     sim.lose_key_at_the_next_roll(&store, &refused, Answer::Revoked(Disabled));
     let text = "x".repeat(300 << 10);
-    let accepted = (0..100).take_while(|_| refused.append(record(&text), &buffered()).is_ok()).count();
+    let accepted =
+        (0..100).take_while(|_| refused.append(record(&text), &buffered()).is_ok()).count();
     assert!(accepted >= 3);
     store.tick();
     for _ in 0..4 {

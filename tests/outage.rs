@@ -7,7 +7,8 @@ mod common;
 
 use common::*;
 use envelog::{
-    Cmk, Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store, kms::RevokedReason::Disabled,
+    Cmk, Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store,
+    kms::RevokedReason::Disabled,
 };
 
 /// A store with `count` Logstores, each with its own master key and each in use.
@@ -37,7 +38,12 @@ fn leases_that_have_ended_ask_together_and_come_back_together() {
     let (store, logstores) = crowd(&world, 40);
     world.kms.answer(Answer::Unreachable);
     tick_for(&world, &store, 310);
-    assert!(logstores.iter().all(|(_, logstore)| matches!(try_put(logstore, "x"), Err(Error::KmsUnreachable { .. }))));
+    assert!(
+        logstores.iter().all(|(_, logstore)| matches!(
+            try_put(logstore, "x"),
+            Err(Error::KmsUnreachable { .. })
+        ))
+    );
 
     // Eight periods: each lease makes at most one call of its own, and one shared probe per period,
     // or slightly more, checks the KMS for all.
@@ -86,7 +92,12 @@ fn a_lease_that_is_alive_is_never_spared_a_call() {
         tick_for(&world, &store, 1);
         put(&healthy.1, "x");
     }
-    assert!(others.iter().all(|(_, logstore)| matches!(try_put(logstore, "x"), Err(Error::KmsUnreachable { .. }))));
+    assert!(
+        others.iter().all(|(_, logstore)| matches!(
+            try_put(logstore, "x"),
+            Err(Error::KmsUnreachable { .. })
+        ))
+    );
 }
 
 #[test]
@@ -165,7 +176,9 @@ fn calls_that_never_come_back_do_not_pile_up() {
         most = most.max(threads());
     }
     match logstore.key_status().state {
-        envelog::KeyState::Outage { detail } => assert!(detail.contains("256 calls have not returned"), "{detail}"),
+        envelog::KeyState::Outage { detail } => {
+            assert!(detail.contains("256 calls have not returned"), "{detail}")
+        }
         other => panic!("{other:?}"),
     }
     assert!(most < 256 + 60, "{most} threads");
@@ -195,7 +208,8 @@ fn an_idle_reader_skips_nothing_after_a_revocation() {
             world.kms.answer(Answer::Real);
             logstore.revalidate_now().unwrap();
             got.extend(reader.by_ref().map(Result::unwrap));
-            let got: Vec<String> = strings(&got).into_iter().filter(|text| text != "first").collect();
+            let got: Vec<String> =
+                strings(&got).into_iter().filter(|text| text != "first").collect();
             assert_eq!(got, all, "{from:?}, {taken} taken before");
 
             // The same block by block.
@@ -208,7 +222,8 @@ fn an_idle_reader_skips_nothing_after_a_revocation() {
             while let Some(block) = reader.next_block().unwrap() {
                 got.extend(block.records);
             }
-            let got: Vec<String> = strings(&got).into_iter().filter(|text| text != "first").collect();
+            let got: Vec<String> =
+                strings(&got).into_iter().filter(|text| text != "first").collect();
             assert_eq!(got, all);
         }
     }

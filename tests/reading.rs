@@ -22,8 +22,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload,
-    Position, ReadMode, ReadOptions, Reader, Record, ShardChoice, Store,
+    AppendOptions, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Reader, Record, ShardChoice, Store,
     crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
     io::{Disk as _, OpenMode, RealDisk},
 };
@@ -36,7 +36,9 @@ fn fill(sim: &Sim, logstore: &Logstore, segments: u32, blocks: u32, groups: u32)
     for segment in 0..segments {
         for block in 0..blocks {
             for group in 0..groups {
-                logstore.append(record(&format!("{segment}.{block}.{group}")), &buffered()).unwrap();
+                logstore
+                    .append(record(&format!("{segment}.{block}.{group}")), &buffered())
+                    .unwrap();
                 sim.world.clock.advance(millis(1));
             }
             logstore.sync().unwrap();
@@ -149,8 +151,15 @@ fn a_read_continues_after_a_limit_by_count_or_bytes() {
                 let (mut from, mut found) = (0, Vec::new());
                 loop {
                     let limit = Some(if by_bytes { step * 3 } else { step });
-                    let (max_groups, max_bytes) = if by_bytes { (None, limit) } else { (limit, None) };
-                    let options = ReadOptions { from: Position::Seq(from), to: None, max_groups, max_bytes, mode };
+                    let (max_groups, max_bytes) =
+                        if by_bytes { (None, limit) } else { (limit, None) };
+                    let options = ReadOptions {
+                        from: Position::Seq(from),
+                        to: None,
+                        max_groups,
+                        max_bytes,
+                        mode,
+                    };
                     let mut reader = logstore.read(0, &options).unwrap();
                     let part: Vec<Record> = reader.by_ref().collect::<Result<_, _>>().unwrap();
                     if part.is_empty() {
@@ -202,12 +211,16 @@ fn blocks_are_valid_lists_of_what_was_appended() {
         [framed, bytes.to_vec()].concat()
     };
     for (from, limit) in [(0, None), (3, None), (2, Some(4)), (9, Some(1))] {
-        let options = ReadOptions { from: Position::Seq(from), max_groups: limit, ..ReadOptions::default() };
+        let options =
+            ReadOptions { from: Position::Seq(from), max_groups: limit, ..ReadOptions::default() };
         let block = logstore.read(0, &options).unwrap().next_block().unwrap().unwrap();
         let end = limit.map_or(10, |limit| from + limit) as usize;
         let groups = &expected[from as usize..end];
         assert_eq!(block.list, groups.iter().flat_map(|bytes| frame(bytes)).collect::<Vec<u8>>());
-        assert_eq!(block.records.iter().map(|record| record.bytes.to_vec()).collect::<Vec<_>>(), groups);
+        assert_eq!(
+            block.records.iter().map(|record| record.bytes.to_vec()).collect::<Vec<_>>(),
+            groups
+        );
         for (n, record) in (from as u32..).zip(&block.records) {
             assert_eq!(record.group().unwrap(), group(&format!("g{n}"), 1 + n % 3));
         }
@@ -238,7 +251,10 @@ fn opening_reads_no_segment_and_seeking_looks_into_few() {
     };
     assert_eq!(segments_in(&sim), BTreeSet::new());
     for record in [&all[0], &all[17], &all[40], &all[63]] {
-        let one = ReadOptions { max_groups: Some(1), ..ReadOptions::from(Position::Time(record.receive_time_us)) };
+        let one = ReadOptions {
+            max_groups: Some(1),
+            ..ReadOptions::from(Position::Time(record.receive_time_us))
+        };
         assert_eq!(read(&logstore, one), std::slice::from_ref(record));
         // A binary search. Opening a segment also reads the header of its successor.
         let looked_at = segments_in(&sim).len();
@@ -257,7 +273,8 @@ fn readers_are_counted() {
     let store = sim.create();
     let (a, b) = (sim.world.service(&store, "p/a"), sim.world.service(&store, "p/b"));
     let open = |logstore: &Logstore| logstore.read(0, &ReadOptions::default());
-    let mut readers: Vec<Reader> = [&a, &b, &a].into_iter().map(|logstore| open(logstore).unwrap()).collect();
+    let mut readers: Vec<Reader> =
+        [&a, &b, &a].into_iter().map(|logstore| open(logstore).unwrap()).collect();
     for logstore in [&a, &b] {
         assert!(matches!(open(logstore), Err(Error::TooMany { what: "open readers", limit: 3 })));
     }
@@ -266,7 +283,10 @@ fn readers_are_counted() {
     // A reader that failed to open does not use up the limit.
     readers.clear();
     for _ in 0..10 {
-        assert!(matches!(a.read(7, &ReadOptions::default()), Err(Error::ShardMissing { shard: 7, .. })));
+        assert!(matches!(
+            a.read(7, &ReadOptions::default()),
+            Err(Error::ShardMissing { shard: 7, .. })
+        ));
     }
     let all: Vec<Reader> = (0..3).map(|_| open(&a).unwrap()).collect();
     assert_eq!(all.len(), 3);
@@ -286,7 +306,8 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         let store = sim.create();
         let logstore = sim.world.service(&store, "p/l");
         put(&logstore, "1");
-        let reading = if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
+        let reading =
+            if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
         let reading = reading.logstore(logstore.name()).unwrap();
         let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
         let mut from_end = reading.read(0, &ReadOptions::from(Position::End)).unwrap();
@@ -344,7 +365,8 @@ fn a_reader_overtaken_by_retention_continues_with_kept_data() {
         let store = sim.create();
         let logstore = sim.world.service(&store, "p/l");
         fill(&sim, &logstore, 4, 2, 1);
-        let reading = if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
+        let reading =
+            if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
         let reading = reading.logstore(logstore.name()).unwrap();
         let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
         let mut late = reading.read(0, &ReadOptions::from(Position::Seq(1))).unwrap();
@@ -354,7 +376,8 @@ fn a_reader_overtaken_by_retention_continues_with_kept_data() {
         assert_eq!(store.admin().apply_retention().unwrap().segments, 3);
         // The first reader continues in the file that it holds open. The other begins with the
         // first kept segment.
-        let seqs = |reader: &mut Reader| reader.map(|record| record.unwrap().seq).collect::<Vec<_>>();
+        let seqs =
+            |reader: &mut Reader| reader.map(|record| record.unwrap().seq).collect::<Vec<_>>();
         assert_eq!(seqs(&mut reader), [1, 6, 7]);
         assert_eq!(seqs(&mut late), [6, 7]);
     }
@@ -444,11 +467,16 @@ fn many_readers_follow_one_writer() {
     thread::scope(|scope| {
         let mut readers = Vec::new();
         for n in 0..6 {
-            let reading = if n % 2 == 0 { logstore.clone() } else { beside.logstore(logstore.name()).unwrap() };
+            let reading = if n % 2 == 0 {
+                logstore.clone()
+            } else {
+                beside.logstore(logstore.name()).unwrap()
+            };
             let mode = MODES[n / 2 % 2];
             let stop = &stop;
             readers.push(scope.spawn(move || {
-                let mut reader = reading.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let mut reader =
+                    reading.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
                 let mut seen = 0;
                 while seen < COUNT {
                     match reader.next() {
@@ -462,7 +490,9 @@ fn many_readers_follow_one_writer() {
                             assert_eq!(record.seq, seen);
                             seen += 1;
                         }
-                        None if stop.load(Ordering::SeqCst) && seen == 0 => panic!("nothing to read"),
+                        None if stop.load(Ordering::SeqCst) && seen == 0 => {
+                            panic!("nothing to read")
+                        }
                         None => thread::yield_now(),
                     }
                 }
@@ -516,13 +546,24 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
         let rest: Vec<_> = reader.by_ref().collect();
         let error = rest.last().unwrap().as_ref().unwrap_err();
         match truncated {
-            true => assert!(matches!(error, Error::Corrupt { .. } | Error::Truncated { .. }), "{error}"),
+            true => {
+                assert!(matches!(error, Error::Corrupt { .. } | Error::Truncated { .. }), "{error}")
+            }
             false => assert!(matches!(error, Error::Io { op: "read", .. }), "{error}"),
         }
-        assert!(rest[..rest.len() - 1].iter().zip(1..).all(|(record, n)| record.as_ref().unwrap().bytes == noise(n)));
+        assert!(
+            rest[..rest.len() - 1].iter().zip(1..).all(|(record, n)| record
+                .as_ref()
+                .unwrap()
+                .bytes
+                == noise(n))
+        );
         assert!(reader.next().is_none() && reader.next_block().unwrap().is_none());
         // The data after it is still readable.
-        assert_eq!(strings(&records_from(&logstore, 0, Position::Seq(6)).unwrap()), ["in the next segment"]);
+        assert_eq!(
+            strings(&records_from(&logstore, 0, Position::Seq(6)).unwrap()),
+            ["in the next segment"]
+        );
         put(&logstore, "more");
     }
 }
@@ -535,7 +576,10 @@ fn shards_are_read_each_by_itself() {
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..9u32 {
         let options = AppendOptions { shard: ShardChoice::Shard(n % 3), ..written() };
-        assert_eq!(logstore.append(record(&n.to_string()), &options).unwrap().seq, u64::from(n / 3));
+        assert_eq!(
+            logstore.append(record(&n.to_string()), &options).unwrap().seq,
+            u64::from(n / 3)
+        );
     }
     for shard in 0..3 {
         let expected: Vec<String> = (0..3).map(|n| (n * 3 + shard).to_string()).collect();
@@ -580,12 +624,20 @@ impl CryptoProvider for ReadsTwice {
     }
 
     fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError> {
-        Ok(Box::new(TwiceKey { inner: self.inner.aead(cipher, key)?, file: Arc::clone(&self.file) }))
+        Ok(Box::new(TwiceKey {
+            inner: self.inner.aead(cipher, key)?,
+            file: Arc::clone(&self.file),
+        }))
     }
 }
 
 impl AeadKey for TwiceKey {
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
         self.inner.seal(nonce, aad, in_out)
     }
 
@@ -608,7 +660,9 @@ impl AeadKey for TwiceKey {
             bytes.iter_mut().for_each(|byte| *byte ^= 1);
             file.write_at(&bytes, range.start).unwrap();
         }
-        for (out, (before, now)) in out.iter_mut().zip(first.iter().zip(std::hint::black_box(ciphertext))) {
+        for (out, (before, now)) in
+            out.iter_mut().zip(first.iter().zip(std::hint::black_box(ciphertext)))
+        {
             *out ^= before ^ now;
         }
         Ok(())
@@ -618,9 +672,12 @@ impl AeadKey for TwiceKey {
 /// The opened copy is the one whose tag was checked.
 #[test]
 fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
-    for (encrypt_type, enable) in
-        [(EncryptType::Aes, true), (EncryptType::Sm4, true), (EncryptType::Aes, false), (EncryptType::Sm4, false)]
-    {
+    for (encrypt_type, enable) in [
+        (EncryptType::Aes, true),
+        (EncryptType::Sm4, true),
+        (EncryptType::Aes, false),
+        (EncryptType::Sm4, false),
+    ] {
         let world = World::manual();
         let provider = || ReadsTwice { inner: AwsLc::new(), file: Arc::default() };
         let builder = |provider: ReadsTwice| {
@@ -634,7 +691,10 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
         let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf.clone())).unwrap();
         if !enable {
-            let off = LogstoreConfig { encrypt_conf: Some(EncryptConf { enable, ..conf }), ..logstore.config() };
+            let off = LogstoreConfig {
+                encrypt_conf: Some(EncryptConf { enable, ..conf }),
+                ..logstore.config()
+            };
             store.update_logstore(logstore.name(), off).unwrap();
         }
         put(&logstore, "what was written");
@@ -674,7 +734,8 @@ fn reading_many_segments_lists_their_directory_a_few_times() {
     sim.disk.take_calls();
     assert_eq!(read(&logstore, ReadOptions::default()).len(), 40);
     let calls = sim.disk.take_calls();
-    let count = |op: Op| calls.iter().filter(|call| call.op == op && call.is_about("shard-0000")).count();
+    let count =
+        |op: Op| calls.iter().filter(|call| call.op == op && call.is_about("shard-0000")).count();
     assert!(count(Op::List) <= 3, "{} lists", count(Op::List));
     assert!(count(Op::Open) <= 2 * 40 + 2, "{} files opened", count(Op::Open));
 }

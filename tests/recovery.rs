@@ -16,8 +16,9 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec,
-    Position, ReadOptions, Record, Result, ShardChoice, Store, VerifyOptions,
+    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore,
+    LogstoreConfig, LogstoreSpec, Position, ReadOptions, Record, Result, ShardChoice, Store,
+    VerifyOptions,
     crypto::HashAlg,
     io::Disk as _,
     segment::{BlockHeader, SegmentHeader},
@@ -26,8 +27,12 @@ use envelog::{
 /// The number of sequence numbers that a segment reserves.
 const RESERVED: u64 = 1 << 32;
 
-const SURVIVALS: [Survives; 4] =
-    [Survives::Everything, Survives::Synced, Survives::Some { seed: 1 }, Survives::Some { seed: 2 }];
+const SURVIVALS: [Survives; 4] = [
+    Survives::Everything,
+    Survives::Synced,
+    Survives::Some { seed: 1 },
+    Survives::Some { seed: 2 },
+];
 
 fn to_shard(shard: u32, durability: Durability) -> AppendOptions {
     AppendOptions { shard: ShardChoice::Shard(shard), durability }
@@ -43,7 +48,13 @@ struct Asked {
 
 impl std::fmt::Debug for Asked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.16} ({:?}): {:?}", self.text, self.durability, self.result.as_ref().map_err(Error::code))
+        write!(
+            f,
+            "{:.16} ({:?}): {:?}",
+            self.text,
+            self.durability,
+            self.result.as_ref().map_err(Error::code)
+        )
     }
 }
 
@@ -54,7 +65,8 @@ impl Asked {
 }
 
 fn ask(logstore: &Logstore, text: String, durability: Durability, asked: &mut Vec<Asked>) {
-    let result = logstore.append(record(&text), &to_shard(0, durability)).map(|appended| appended.seq);
+    let result =
+        logstore.append(record(&text), &to_shard(0, durability)).map(|appended| appended.seq);
     asked.push(Asked { text, durability, result });
 }
 
@@ -67,16 +79,24 @@ fn assert_kept(found: &[Record], asked: &[Asked], survives: Durability, context:
     let mut rest = asked.iter();
     for (record, text) in found.iter().zip(&texts) {
         let Some(origin) = rest.find(|asked| asked.text == *text) else {
-            panic!("{context}: {text:.16?} is out of order, twice there, or was never asked for; found {short:?}")
+            panic!(
+                "{context}: {text:.16?} is out of order, twice there, or was never asked for; found {short:?}"
+            )
         };
         if let Ok(seq) = origin.result {
             assert_eq!(record.seq, seq, "{context}: {text:.16}");
         }
     }
     for asked in asked.iter().filter(|asked| asked.done(survives)) {
-        assert!(texts.contains(&asked.text), "{context}: {asked:?} was acknowledged and is lost; found {short:?}");
+        assert!(
+            texts.contains(&asked.text),
+            "{context}: {asked:?} was acknowledged and is lost; found {short:?}"
+        );
     }
-    assert!(found.is_sorted_by(|a, b| a.seq < b.seq), "{context}: the numbers do not increase; found {short:?}");
+    assert!(
+        found.is_sorted_by(|a, b| a.seq < b.seq),
+        "{context}: the numbers do not increase; found {short:?}"
+    );
 }
 
 #[track_caller]
@@ -87,7 +107,8 @@ fn assert_clean(store: &Store, context: &str) {
 
 // ---- a failing operation ----
 
-const MIXED: [Durability; 4] = [Durability::Synced, Durability::Written, Durability::Buffered, Durability::Written];
+const MIXED: [Durability; 4] =
+    [Durability::Synced, Durability::Written, Durability::Buffered, Durability::Written];
 
 fn small_segments(sim: &mut Sim) {
     sim.world.options.segment_bytes = 4 << 10;
@@ -97,8 +118,12 @@ fn small_segments(sim: &mut Sim) {
 fn work(sim: &Sim, store: &Store, logstore: &Logstore, asked: &mut Vec<Asked>) {
     for n in 0..8 {
         // Incompressible.
-        let text =
-            format!("{n} {}", (0..300).map(|i| format!("{:x}", (i * 7919 + n * 104_729) % 65_521)).collect::<String>());
+        let text = format!(
+            "{n} {}",
+            (0..300)
+                .map(|i| format!("{:x}", (i * 7919 + n * 104_729) % 65_521))
+                .collect::<String>()
+        );
         ask(logstore, text, MIXED[n % MIXED.len()], asked);
         if n % 3 == 2 {
             sim.world.clock.advance(millis(1500));
@@ -128,7 +153,11 @@ fn a_failed_operation_latches_only_its_shard_until_reopened() {
                 count += u64::from(call.op.changes() && call.is_about("shard-0000"));
                 if count == nth && call.op.changes() && call.is_about("shard-0000") {
                     *failed_op.lock().unwrap() = Some(call.op);
-                    return if done_first { Verdict::DoneAndFail } else { Verdict::Fail(io::ErrorKind::Other) };
+                    return if done_first {
+                        Verdict::DoneAndFail
+                    } else {
+                        Verdict::Fail(io::ErrorKind::Other)
+                    };
                 }
                 Verdict::Go
             });
@@ -145,13 +174,17 @@ fn a_failed_operation_latches_only_its_shard_until_reopened() {
             // append.
             assert!(logstore.status().unwrap().latched.is_some(), "{context}");
             for _ in 0..2 {
-                let error = logstore.append(record("refused"), &to_shard(0, Durability::Written)).unwrap_err();
+                let error = logstore
+                    .append(record("refused"), &to_shard(0, Durability::Written))
+                    .unwrap_err();
                 assert!(matches!(&error, Error::Latched { shard: 0, .. }), "{context}: {error}");
                 assert_eq!(error.kind(), ErrorKind::Io);
                 assert!(matches!(logstore.sync(), Err(Error::Latched { .. })), "{context}");
             }
             for asked in &asked {
-                let expected = |error: &Error| matches!(error, Error::Io { .. } | Error::Latched { shard: 0, .. });
+                let expected = |error: &Error| {
+                    matches!(error, Error::Io { .. } | Error::Latched { shard: 0, .. })
+                };
                 assert!(asked.result.as_ref().err().is_none_or(expected), "{context}: {asked:?}");
             }
             // Reads continue to work, and so does the other shard.
@@ -161,7 +194,12 @@ fn a_failed_operation_latches_only_its_shard_until_reopened() {
             // After a power loss at this point, the synced data is present.
             let after_a_cut = Arc::new(sim.disk.crash(Survives::Synced));
             let reopened = sim.world.builder().disk(after_a_cut).open().unwrap();
-            assert_kept(&records(&find(&reopened), 0).unwrap(), &asked, Durability::Synced, &context);
+            assert_kept(
+                &records(&find(&reopened), 0).unwrap(),
+                &asked,
+                Durability::Synced,
+                &context,
+            );
             reopened.close().unwrap();
 
             // After reopening, it continues.
@@ -231,14 +269,23 @@ fn a_crash_at_any_operation_loses_nothing_that_was_acknowledged() {
             let context = format!("operation {nth}, {survives:?}");
             sim.disk = ended.crash(survives);
             let store = sim.builder().open().unwrap_or_else(|error| panic!("{context}: {error}"));
-            let logstore = store.logstore(&name("p/l")).unwrap_or_else(|error| panic!("{context}: {error}"));
-            let kept = if survives == Survives::Everything || whole { Durability::Written } else { Durability::Synced };
+            let logstore =
+                store.logstore(&name("p/l")).unwrap_or_else(|error| panic!("{context}: {error}"));
+            let kept = if survives == Survives::Everything || whole {
+                Durability::Written
+            } else {
+                Durability::Synced
+            };
             assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
             // The first append recovers the shard. Its number is not one that a caller has seen.
             let mut asked = asked.clone();
             ask(&logstore, "after".into(), Durability::Synced, &mut asked);
-            let given: Vec<u64> = asked.iter().filter_map(|asked| asked.result.clone().ok()).collect();
-            assert!(given.is_sorted_by(|a, b| a < b), "{context}: a number was given twice: {asked:?}");
+            let given: Vec<u64> =
+                asked.iter().filter_map(|asked| asked.result.clone().ok()).collect();
+            assert!(
+                given.is_sorted_by(|a, b| a < b),
+                "{context}: a number was given twice: {asked:?}"
+            );
             assert_kept(&records(&logstore, 0).unwrap(), &asked, kept, &context);
             assert!(asked.last().unwrap().result.is_ok(), "{context}: {asked:?}");
             assert_clean(&store, &context);
@@ -289,10 +336,14 @@ fn a_creation_that_was_interrupted_can_be_done_again() {
                             sim.disk.remove_file(&path).unwrap();
                             sim.create()
                         }
-                        created => created.unwrap_or_else(|error| panic!("operation {nth}, {survives:?}: {error}")),
+                        created => created.unwrap_or_else(|error| {
+                            panic!("operation {nth}, {survives:?}: {error}")
+                        }),
                     }
                 }
-                opened => opened.unwrap_or_else(|error| panic!("operation {nth}, {survives:?}: {error}")),
+                opened => {
+                    opened.unwrap_or_else(|error| panic!("operation {nth}, {survives:?}: {error}"))
+                }
             };
             put(&sim.world.service(&store, "p/l"), "works");
         }
@@ -347,10 +398,16 @@ fn a_torn_tail_is_dropped_and_valid_blocks_are_rewritten() {
     assert!(appended.seq >= RESERVED);
     let found = records(&logstore, 0).unwrap();
     assert_eq!(strings(&found), ["a", "b", "c", "d", "e"]);
-    assert_eq!(found.iter().map(|record| record.seq).collect::<Vec<_>>(), [0, 1, 2, 3, appended.seq]);
+    assert_eq!(
+        found.iter().map(|record| record.seq).collect::<Vec<_>>(),
+        [0, 1, 2, 3, appended.seq]
+    );
     let notices = logstore.status().unwrap().recovery;
     assert_eq!(notices.len(), 1);
-    assert_eq!((notices[0].shard, &notices[0].segment, notices[0].groups_rewritten), (0, &old[0], 2));
+    assert_eq!(
+        (notices[0].shard, &notices[0].segment, notices[0].groups_rewritten),
+        (0, &old[0], 2)
+    );
     assert!(notices[0].bytes_dropped > 0);
     // The old segment is unchanged.
     assert_eq!(sim.disk.bytes(&old[0]), before);
@@ -378,7 +435,11 @@ fn a_repair_that_cannot_read_repairs_nothing() {
         let mut reads = 0;
         sim.disk.on_call(move |call| {
             reads += u64::from(call.op == Op::Read && call.is_about(".seg"));
-            if call.op == Op::Read && reads == nth + 1 { Verdict::Fail(io::ErrorKind::Other) } else { Verdict::Go }
+            if call.op == Op::Read && reads == nth + 1 {
+                Verdict::Fail(io::ErrorKind::Other)
+            } else {
+                Verdict::Go
+            }
         });
         match store.admin().repair(&name("p/l"), 0) {
             Ok(report) => assert_eq!(report.segment, None),
@@ -442,7 +503,11 @@ fn a_hole_above_the_mark_costs_only_what_is_in_it() {
     let torn = sim.disk.bytes(&segment).len() - blocks[3].end;
     let notices = logstore.status().unwrap().recovery;
     assert_eq!(notices[0].groups_rewritten, 1);
-    assert_eq!(notices[0].bytes_dropped, (blocks[2].len() + torn) as u64, "the hole and the torn block, no more");
+    assert_eq!(
+        notices[0].bytes_dropped,
+        (blocks[2].len() + torn) as u64,
+        "the hole and the torn block, no more"
+    );
     assert_clean(&store, "recovered");
 }
 
@@ -477,7 +542,10 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
             let error = try_put(&logstore, "refused").unwrap_err();
             match &error {
                 Error::Corrupt { at, .. } => {
-                    assert_eq!((&at.file, at.offset, at.block), (&segment, range.start as u64, Some(broken as u32)));
+                    assert_eq!(
+                        (&at.file, at.offset, at.block),
+                        (&segment, range.start as u64, Some(broken as u32))
+                    );
                 }
                 other => panic!("{other}"),
             }
@@ -542,7 +610,12 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
             if survives == Survives::Everything {
                 assert_eq!(strings(&found)[..4], ["a", "b", "c", "d"], "{context}");
             }
-            let after = *asked.last().unwrap().result.as_ref().unwrap_or_else(|error| panic!("{context}: {error}"));
+            let after = *asked
+                .last()
+                .unwrap()
+                .result
+                .as_ref()
+                .unwrap_or_else(|error| panic!("{context}: {error}"));
             assert!(after >= RESERVED, "{context}: {after} may have been used before the crash");
             assert!(seq.is_none_or(|seq| after > seq), "{context}: {after} was given before");
             assert_clean(&store, &context);
@@ -573,10 +646,12 @@ fn a_failed_recovery_is_repeated_when_the_shard_is_reopened() {
             let store = sim.open();
             let logstore = find(&store);
             let at = sim.disk.changes() + nth;
-            sim.disk.on_call(move |call| match (call.op.changes() && call.number == at, done_first) {
-                (false, _) => Verdict::Go,
-                (true, true) => Verdict::DoneAndFail,
-                (true, false) => Verdict::Fail(io::ErrorKind::Other),
+            sim.disk.on_call(move |call| {
+                match (call.op.changes() && call.number == at, done_first) {
+                    (false, _) => Verdict::Go,
+                    (true, true) => Verdict::DoneAndFail,
+                    (true, false) => Verdict::Fail(io::ErrorKind::Other),
+                }
             });
             ask(&logstore, "during".into(), Durability::Synced, &mut asked);
             let whole = sim.disk.changes() < at;
@@ -704,7 +779,10 @@ fn retention_can_be_interrupted_anywhere() {
             let store = sim.open();
             let logstore = find(&store);
             let kept = texts(&logstore);
-            assert!(["a", "b", "c", "d"].map(str::to_owned).ends_with(&kept), "{context}: {kept:?}");
+            assert!(
+                ["a", "b", "c", "d"].map(str::to_owned).ends_with(&kept),
+                "{context}: {kept:?}"
+            );
             let appended = logstore.append(record("e"), &synced()).unwrap();
             assert!(appended.seq >= 4, "{context}: {appended:?}");
             assert_eq!(texts(&logstore), [kept, vec!["e".into()]].concat(), "{context}");
@@ -802,7 +880,10 @@ fn a_sync_makes_the_name_durable_that_a_failed_recovery_left() {
         sim.disk = sim.disk.kill();
         let mut store = sim.open();
         sim.disk.fail_next(Op::SyncDir, "shard-", io::ErrorKind::Other);
-        assert!(matches!(try_put(&find(&store), "next"), Err(Error::Io { op: "sync", .. } | Error::Latched { .. })));
+        assert!(matches!(
+            try_put(&find(&store), "next"),
+            Err(Error::Io { op: "sync", .. } | Error::Latched { .. })
+        ));
         if killed {
             sim.disk = sim.disk.kill();
             store = sim.open();
@@ -829,7 +910,10 @@ fn a_disk_that_skips_syncs_loses_data_detectably() {
     let segment = sim.segments(&logstore, 0).remove(0);
     let len = sim.disk.bytes(&segment).len();
     sim.disk.edit(&segment, |bytes| bytes.truncate(len - 1));
-    assert!(matches!(try_put(&find(&sim.open()), "next"), Err(Error::Truncated { .. } | Error::Corrupt { .. })));
+    assert!(matches!(
+        try_put(&find(&sim.open()), "next"),
+        Err(Error::Truncated { .. } | Error::Corrupt { .. })
+    ));
 }
 
 // ---- sequence numbers ----
@@ -851,7 +935,10 @@ fn numbers_skip_the_reserve_only_after_an_unclean_end() {
         store = sim.open();
         let seq = next(&store);
         assert!(seq >= unclean * RESERVED, "{seq}");
-        assert_eq!(records(&find(&sim.builder().open_read_only().unwrap()), 0).unwrap().len(), 4 + unclean as usize);
+        assert_eq!(
+            records(&find(&sim.builder().open_read_only().unwrap()), 0).unwrap().len(),
+            4 + unclean as usize
+        );
     }
 }
 
@@ -864,8 +951,11 @@ fn a_crash_between_two_segments_reuses_no_queued_number() {
     let store = sim.create();
     let logstore = sim.world.service(&store, "p/l");
     let filler: String = (0..6000u32).map(|n| char::from(b'!' + (n * n % 89) as u8)).collect();
-    let big: Vec<u8> =
-        filler.bytes().zip(0u32..).map(|(byte, n)| byte ^ (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let big: Vec<u8> = filler
+        .bytes()
+        .zip(0u32..)
+        .map(|(byte, n)| byte ^ (n.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     logstore.append(envelog::Payload::opaque(big).unwrap(), &synced()).unwrap();
     let queued = logstore.append(record("buffered"), &buffered()).unwrap();
     // The old segment is sealed, and the new one cannot be created.
@@ -896,7 +986,8 @@ fn killed_world() -> (World, [std::path::PathBuf; 2]) {
     }
     let killed = world.path().join("killed");
     copy_dir(&world.store_dir(), &killed);
-    let open = logstores.each_ref().map(|logstore| segments(&world.logstore_dir(logstore), 0).remove(0));
+    let open =
+        logstores.each_ref().map(|logstore| segments(&world.logstore_dir(logstore), 0).remove(0));
     drop((logstores, store));
     copy_dir(&killed, &world.store_dir());
     (world, open)
@@ -910,7 +1001,10 @@ fn extend(path: &std::path::Path, zeros: u64) {
 #[track_caller]
 fn assert_spotless(store: &Store, context: &str) {
     for keyless in [false, true] {
-        let report = store.admin().verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        let report = store
+            .admin()
+            .verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {})
+            .unwrap();
         assert!(report.is_clean() && report.notes.is_empty(), "{context}: {report:?}");
     }
 }
@@ -942,7 +1036,10 @@ fn an_open_segment_ends_before_its_zeros() {
             // The last synced record has no mark and is rewritten. The zeros do not count as
             // dropped bytes.
             let recovery = logstore.status().unwrap().recovery;
-            let found: Vec<_> = recovery.iter().map(|notice| (notice.groups_rewritten, notice.bytes_dropped)).collect();
+            let found: Vec<_> = recovery
+                .iter()
+                .map(|notice| (notice.groups_rewritten, notice.bytes_dropped))
+                .collect();
             assert_eq!(found, [(1, 0)], "{context}");
         }
         assert_spotless(&store, &context);
@@ -971,10 +1068,17 @@ fn zeros_hide_no_damage() {
         extend(path, 2 << 20);
     }
     let store = world.builder().open_read_only().unwrap();
-    for (keyless, text) in [(false, "p/aes"), (true, "p/aes"), (false, "p/plain"), (true, "p/plain")] {
-        let options = VerifyOptions { keyless, logstore: Some(name(text)), ..VerifyOptions::default() };
+    for (keyless, text) in
+        [(false, "p/aes"), (true, "p/aes"), (false, "p/plain"), (true, "p/plain")]
+    {
+        let options =
+            VerifyOptions { keyless, logstore: Some(name(text)), ..VerifyOptions::default() };
         let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
-        assert_eq!(faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["corrupt"], "{text}: {faults:?}");
+        assert_eq!(
+            faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(),
+            ["corrupt"],
+            "{text}: {faults:?}"
+        );
         assert!(try_texts(&store.logstore(&name(text)).unwrap()).is_err(), "{text}");
     }
 }
@@ -1019,22 +1123,27 @@ fn a_changed_payload_hash_is_that_of_new_segments() {
     let world = World::manual();
     let store = world.create();
     let spec = LogstoreSpec { payload_hash: HashAlg::Sm3, ..LogstoreSpec::default() };
-    let logstore =
-        store.create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Aes))).unwrap();
+    let logstore = store
+        .create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Aes)))
+        .unwrap();
     put(&logstore, "first");
     let update = |payload_hash| {
-        let config = LogstoreConfig { payload_hash, ..store.logstore(&name("p/l")).unwrap().config() };
+        let config =
+            LogstoreConfig { payload_hash, ..store.logstore(&name("p/l")).unwrap().config() };
         store.update_logstore(&name("p/l"), config).unwrap();
     };
     // Another setting changes: the segment continues.
-    let config = LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name("p/l")).unwrap().config() };
+    let config =
+        LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name("p/l")).unwrap().config() };
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "second");
     update(HashAlg::Sha256);
     put(&logstore, "third");
     let dir = world.logstore_dir(&logstore);
     let hashes = || {
-        let header = |path: &std::path::PathBuf| SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header;
+        let header = |path: &std::path::PathBuf| {
+            SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header
+        };
         segments(&dir, 0).iter().map(|path| header(path).payload_hash).collect::<Vec<_>>()
     };
     assert_eq!(hashes(), [HashAlg::Sm3, HashAlg::Sha256]);

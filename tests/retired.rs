@@ -18,8 +18,8 @@ use common::{
     *,
 };
 use envelog::{
-    Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, RewrapProgress, Store,
-    VerifyOptions,
+    Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result,
+    RewrapProgress, Store, VerifyOptions,
     crypto::{HashAlg, SecretKey, hkdf, hmac_sha256},
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
@@ -37,7 +37,8 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 fn key_of(keyring: &[u8], version: usize, label: &str) -> SecretKey {
     let (body, _) = document_parts(keyring);
     let root = body["versions"][version - 1]["root"].as_str().unwrap();
-    let root: Vec<u8> = (0..64).step_by(2).map(|at| u8::from_str_radix(&root[at..at + 2], 16).unwrap()).collect();
+    let root: Vec<u8> =
+        (0..64).step_by(2).map(|at| u8::from_str_radix(&root[at..at + 2], 16).unwrap()).collect();
     let mut key = [0; 32];
     hkdf(HashAlg::Sha256, &[], &root, &[label.as_bytes()], &mut key);
     SecretKey::from_bytes(&mut key)
@@ -64,7 +65,8 @@ fn forged_record(log: &[u8], key: &SecretKey, version: u32) -> String {
     let last = std::str::from_utf8(log).unwrap().lines().last().unwrap();
     let mut fields = last.split('\t');
     let (json, previous) = (fields.next().unwrap(), fields.next().unwrap());
-    let number = serde_json::from_str::<serde_json::Value>(json).unwrap()["number"].as_u64().unwrap() + 1;
+    let number =
+        serde_json::from_str::<serde_json::Value>(json).unwrap()["number"].as_u64().unwrap() + 1;
     let json = format!(
         "{{\"number\":{number},\"time_us\":1,\"event\":\"rotated\",\"detail\":\"forged\",\"keyring_version\":{version}}}"
     );
@@ -79,7 +81,10 @@ fn assert_retired<T: std::fmt::Debug>(result: Result<T>, what: &str) {
     match result {
         Err(error @ Error::RetiredKeyVersion { version: 1, accepts: 2, .. }) => {
             assert!(error.to_string().contains(what), "{error}");
-            assert_eq!((error.code(), error.kind()), ("retired_key_version", envelog::ErrorKind::Integrity));
+            assert_eq!(
+                (error.code(), error.kind()),
+                ("retired_key_version", envelog::ErrorKind::Integrity)
+            );
         }
         other => panic!("{what}: {other:?}"),
     }
@@ -103,7 +108,9 @@ fn plain(store: &Store) -> Logstore {
 /// A store with a Logstore of each kind, and one record in each.
 fn filled(world: &World) -> Store {
     let store = world.create();
-    for logstore in [world.service(&store, SERVICE), world.byok(&store, BYOK, &world.cmk()), plain(&store)] {
+    for logstore in
+        [world.service(&store, SERVICE), world.byok(&store, BYOK, &world.cmk()), plain(&store)]
+    {
         put(&logstore, "one");
     }
     store
@@ -129,8 +136,10 @@ fn a_rotation_retires_the_old_version_completely() {
     let bytes = fs::read(world.keyring()).unwrap();
     assert_eq!((accepts(&bytes), &bytes[56..64]), (1, &1_u64.to_le_bytes()[..]));
     let mut steps = Vec::new();
-    let done =
-        store.keys().rotate_service_key_with(&mut |at: &RewrapProgress| steps.push((at.done, at.total))).unwrap();
+    let done = store
+        .keys()
+        .rotate_service_key_with(&mut |at: &RewrapProgress| steps.push((at.done, at.total)))
+        .unwrap();
     assert_eq!((done.version, done.continued), (2, false));
     assert_eq!((done.logstores, done.envelopes, done.probes, done.ended), (3, 1, 1, 1), "{done:?}");
     assert!(done.left_open.is_empty());
@@ -144,7 +153,8 @@ fn a_rotation_retires_the_old_version_completely() {
     assert!(bytes[80..].starts_with(b"{\"accepts\":2,\"versions\":[{\"version\":1,"));
     let usage = store.keys().usage().unwrap();
     assert!(!usage.service_rotation_unfinished);
-    let accepted: Vec<_> = usage.service_keys.iter().map(|key| (key.version, key.accepted)).collect();
+    let accepted: Vec<_> =
+        usage.service_keys.iter().map(|key| (key.version, key.accepted)).collect();
     assert_eq!(accepted, [(1, false), (2, true)]);
     store.close().unwrap();
     let store = world.open();
@@ -158,7 +168,11 @@ fn a_rotation_retires_the_old_version_completely() {
     store.keys().rewrap_keyring(Some(world.cmk())).unwrap();
     store.keys().rewrap_keyring(None).unwrap();
     let bytes = fs::read(world.keyring()).unwrap();
-    assert_eq!((accepts(&bytes), u32_at(&bytes, 64)), (3, 3), "what it is wrapped under changes neither");
+    assert_eq!(
+        (accepts(&bytes), u32_at(&bytes, 64)),
+        (3, 3),
+        "what it is wrapped under changes neither"
+    );
 }
 
 /// The old root and a copy of the metadata reveal the older data key, so later appends use another
@@ -175,16 +189,25 @@ fn a_service_key_rotation_also_rotates_its_data_keys() {
     }
     let dir = world.logstore_dir(&service);
     let sources = |dir: &Path| -> Vec<_> {
-        let headers = segments(dir, 0).into_iter().map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap());
+        let headers = segments(dir, 0)
+            .into_iter()
+            .map(|path| SegmentHeader::decode(&fs::read(path).unwrap()).unwrap());
         headers.map(|decoded| decoded.header.key_source).collect()
     };
     assert_eq!(sources(&dir), [KeySource::DataKey(1), KeySource::DataKey(2)]);
     let keys = document_parts(&fs::read(meta_path(&dir)).unwrap()).1;
     let versions = keys["versions"].as_array().unwrap();
-    let told: Vec<_> = versions.iter().map(|v| (&v["drawn_under"], &v["keyring_version"], &v["ordinals"])).collect();
+    let told: Vec<_> = versions
+        .iter()
+        .map(|v| (&v["drawn_under"], &v["keyring_version"], &v["ordinals"]))
+        .collect();
     assert_eq!(told, [(&1.into(), &2.into(), &[1].into()), (&2.into(), &2.into(), &[2].into())]);
     let byok = world.logstore_dir(&store.logstore(&name(BYOK)).unwrap());
-    assert_eq!(sources(&byok), [KeySource::DataKey(1)], "the customer's key is not the service key's concern");
+    assert_eq!(
+        sources(&byok),
+        [KeySource::DataKey(1)],
+        "the customer's key is not the service key's concern"
+    );
     // An envelope re-wrapped in the middle of a rotation still contains a key from before the
     // rotation.
     let mut interrupted = false;
@@ -241,7 +264,10 @@ fn documents_that_a_holder_of_the_old_root_forges_are_refused() {
             assert_retired(beside.list(), what);
         } else {
             let kinds = fault_kinds(&verifying, &VerifyOptions::default());
-            assert!(!kinds.is_empty() && kinds.iter().all(|kind| *kind == "retired_key_version"), "{what}: {kinds:?}");
+            assert!(
+                !kinds.is_empty() && kinds.iter().all(|kind| *kind == "retired_key_version"),
+                "{what}: {kinds:?}"
+            );
         }
         if what == "the metadata of a Logstore" {
             assert_retired(beside.logstore(&name(SERVICE)), what);
@@ -264,8 +290,10 @@ fn a_checkpoint_from_before_a_rotation_is_refused_as_such() {
     let world = World::manual();
     let store = filled(&world);
     let before = store.admin().checkpoint().unwrap();
-    let against =
-        |checkpoint: &Checkpoint| VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
+    let against = |checkpoint: &Checkpoint| VerifyOptions {
+        against: Some(checkpoint.clone()),
+        ..VerifyOptions::default()
+    };
     assert!(fault_kinds(&store, &against(&before)).is_empty());
     store.keys().rotate_service_key().unwrap();
     assert_retired(store.admin().verify(&against(&before), &mut |_| {}), "the checkpoint");
@@ -349,7 +377,10 @@ fn a_backup_from_before_a_rotation_is_read_on_request_alone() {
         assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one"]);
     }
     assert_clean(&store, "a backup");
-    assert_retired(world.builder().accept_retired_versions(false).open_read_only(), "the identity of the store");
+    assert_retired(
+        world.builder().accept_retired_versions(false).open_read_only(),
+        "the identity of the store",
+    );
 }
 
 /// A reader may know a segment's head from before the writer sealed the segment.
@@ -374,23 +405,28 @@ fn a_reader_proves_a_segment_from_an_older_head() {
 // ---- interruptions ----
 
 /// Checks the state after a rotation was interrupted and continued.
-fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<PathBuf, Vec<u8>>, world: &World) {
+fn check_continued(
+    at: &str,
+    bytes: impl Fn(&Path) -> Vec<u8>,
+    files: &BTreeMap<PathBuf, Vec<u8>>,
+    world: &World,
+) {
     let keyring = bytes(&world.keyring());
     let newest = u32_at(&keyring, 64);
     assert_eq!(accepts(&keyring), u64::from(newest), "{at}");
     for (path, bytes) in files.iter().filter(|(_, bytes)| bytes.starts_with(b"ENVLDOC\0")) {
         // Ignore older metadata that a kill prevented from being removed.
-        let older = is_meta(path) && newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() != Some(path);
+        let older = is_meta(path)
+            && newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() != Some(path);
         if path.extension().is_none_or(|ext| ext != "tmp") && !older {
             assert_eq!(u32_at(bytes, 64), newest, "{at}: {}", path.display());
         }
     }
     // The current data key under the service key was drawn under the newest version. Otherwise the
     // old root would reveal it.
-    for (path, bytes) in files
-        .iter()
-        .filter(|(path, _)| newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() == Some(*path))
-    {
+    for (path, bytes) in files.iter().filter(|(path, _)| {
+        newest_meta(path.parent().unwrap(), files.keys().cloned()).as_ref() == Some(*path)
+    }) {
         let b = document_parts(bytes).1;
         if b["cmk"].is_null() && !b.is_null() {
             let versions = b["versions"].as_array().unwrap();
@@ -399,7 +435,8 @@ fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<
     }
     // A segment under an older version has a successor, or ends with a footer.
     let shards = files.keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg"));
-    let last: BTreeMap<&Path, &PathBuf> = shards.map(|path| (path.parent().unwrap(), path)).collect();
+    let last: BTreeMap<&Path, &PathBuf> =
+        shards.map(|path| (path.parent().unwrap(), path)).collect();
     for path in last.values() {
         let header = SegmentHeader::decode(&files[*path]).unwrap().header;
         if matches!(header.key_source, KeySource::Keyring(version) if version < newest) {
@@ -412,8 +449,11 @@ fn check_continued(at: &str, bytes: impl Fn(&Path) -> Vec<u8>, files: &BTreeMap<
 fn a_rotation_that_is_killed_anywhere_is_continued() {
     let sim = Sim::new();
     let store = sim.create();
-    for logstore in [sim.world.service(&store, SERVICE), sim.world.byok(&store, BYOK, &sim.world.cmk()), plain(&store)]
-    {
+    for logstore in [
+        sim.world.service(&store, SERVICE),
+        sim.world.byok(&store, BYOK, &sim.world.cmk()),
+        plain(&store),
+    ] {
         put(&logstore, "one");
     }
     store.close().unwrap();
@@ -441,9 +481,16 @@ fn a_rotation_that_is_killed_anywhere_is_continued() {
         let accepted = usage.service_keys.iter().filter(|key| key.accepted).count();
         assert_eq!(usage.service_rotation_unfinished, accepted > 1, "{at}: {usage:?}");
         for logstore in [SERVICE, BYOK, PLAIN] {
-            assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
+            assert_eq!(
+                texts(&store.logstore(&name(logstore)).unwrap()),
+                ["one", "two"],
+                "{at}: {logstore}"
+            );
         }
-        let done = store.keys().rotate_service_key_with(&mut |_| {}).unwrap_or_else(|error| panic!("{at}: {error}"));
+        let done = store
+            .keys()
+            .rotate_service_key_with(&mut |_| {})
+            .unwrap_or_else(|error| panic!("{at}: {error}"));
         assert_eq!(done.continued, usage.service_rotation_unfinished, "{at}");
         assert_eq!(done.version, newest + u32::from(!done.continued), "{at}");
         continued += u32::from(done.continued);
@@ -496,14 +543,26 @@ fn a_rotation_that_fails_anywhere_is_continued() {
                 Err(_) => {
                     drop(store);
                     let store = world.open();
-                    store.keys().rotate_service_key().unwrap_or_else(|error| panic!("{at}: {error}"));
+                    store
+                        .keys()
+                        .rotate_service_key()
+                        .unwrap_or_else(|error| panic!("{at}: {error}"));
                     store
                 }
             };
-            check_continued(&at, |path| fs::read(path).unwrap(), &files(&world.store_dir()), &world);
+            check_continued(
+                &at,
+                |path| fs::read(path).unwrap(),
+                &files(&world.store_dir()),
+                &world,
+            );
             assert_clean(&store, &at);
             for logstore in [SERVICE, BYOK, PLAIN] {
-                assert_eq!(texts(&store.logstore(&name(logstore)).unwrap()), ["one", "two"], "{at}: {logstore}");
+                assert_eq!(
+                    texts(&store.logstore(&name(logstore)).unwrap()),
+                    ["one", "two"],
+                    "{at}: {logstore}"
+                );
             }
             // A shard that the failure has stopped reports this at closing.
             let closed = store.close();
@@ -586,7 +645,8 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         put(&logstore, "one");
         let encrypt = |sim: &Sim, store: &Store| {
             let encrypt_conf = Some(EncryptConf::byok(EncryptType::Aes, sim.world.cmk()));
-            let config = LogstoreConfig { encrypt_conf, ..store.logstore(&name(PLAIN)).unwrap().config() };
+            let config =
+                LogstoreConfig { encrypt_conf, ..store.logstore(&name(PLAIN)).unwrap().config() };
             store.update_logstore(&name(PLAIN), config).unwrap();
         };
         let (sim, store, logstore) = if killed {
@@ -607,7 +667,10 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         assert_eq!(done.left_open, if killed { vec![name(PLAIN)] } else { Vec::new() });
         sim.world.kms.answer(Answer::Real);
         logstore.revalidate_now().unwrap();
-        assert_eq!(texts(&sim.builder().open_read_only().unwrap().logstore(&name(PLAIN)).unwrap()), ["one"]);
+        assert_eq!(
+            texts(&sim.builder().open_read_only().unwrap().logstore(&name(PLAIN)).unwrap()),
+            ["one"]
+        );
         put(&logstore, "two");
         assert_eq!(texts(&logstore), ["one", "two"]);
         assert_clean(&store, "allowed again");
@@ -620,7 +683,8 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
 fn a_damaged_shard_gets_no_new_data_key() {
     let world = World::manual();
     let store = filled(&world);
-    let dirs = [SERVICE, BYOK].map(|logstore| world.logstore_dir(&store.logstore(&name(logstore)).unwrap()));
+    let dirs = [SERVICE, BYOK]
+        .map(|logstore| world.logstore_dir(&store.logstore(&name(logstore)).unwrap()));
     for logstore in [SERVICE, BYOK] {
         // The second record carries the durable mark of the first.
         put(&store.logstore(&name(logstore)).unwrap(), "two");
@@ -638,11 +702,16 @@ fn a_damaged_shard_gets_no_new_data_key() {
         fs::write(path, bytes).unwrap();
     }
     let store = world.open();
-    let integrity = |result: Result<u32>| result.unwrap_err().kind() == envelog::ErrorKind::Integrity;
+    let integrity =
+        |result: Result<u32>| result.unwrap_err().kind() == envelog::ErrorKind::Integrity;
     for logstore in [SERVICE, BYOK] {
         assert!(integrity(store.keys().rotate_data_key(&name(logstore))), "{logstore}");
     }
-    assert!(integrity(store.keys().replace_cmk(&name(BYOK), world.cmk(), envelog::ReplaceCmk::default())));
+    assert!(integrity(store.keys().replace_cmk(
+        &name(BYOK),
+        world.cmk(),
+        envelog::ReplaceCmk::default()
+    )));
     assert!(integrity(store.keys().rotate_service_key()));
     assert!(store.keys().is_service_rotation_unfinished());
     drop(store);

@@ -15,8 +15,8 @@ use std::{
 
 use common::*;
 use envelog::{
-    AuditEvent, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec, Position,
-    ReadOptions, ReplaceCmk, Result, Store, VerifyOptions, kms::RevokedReason::Disabled,
+    AuditEvent, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec,
+    Position, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions, kms::RevokedReason::Disabled,
 };
 
 fn disable(world: &World) {
@@ -215,7 +215,11 @@ fn invalid_kms_answers_never_renew_a_lease() {
         }
         world.clock.advance(secs(10));
         store.tick();
-        for result in [try_put(&logstore, "late"), try_texts(&logstore).map(|_| ()), logstore.revalidate_now()] {
+        for result in [
+            try_put(&logstore, "late"),
+            try_texts(&logstore).map(|_| ()),
+            logstore.revalidate_now(),
+        ] {
             assert!(matches!(result, Err(Error::KmsInvalid { .. })), "{result:?}");
         }
         assert_eq!(events(&store).last(), Some(&AuditEvent::LeaseEnded));
@@ -313,7 +317,8 @@ fn a_wall_clock_that_is_set_back_stretches_nothing() {
     world.kms.answer(Answer::Real);
     logstore.revalidate_now().unwrap();
     put(&logstore, "later");
-    let times: Vec<_> = records(&logstore, 0).unwrap().iter().map(|record| record.receive_time_us).collect();
+    let times: Vec<_> =
+        records(&logstore, 0).unwrap().iter().map(|record| record.receive_time_us).collect();
     assert!(times.is_sorted(), "{times:?}");
 }
 
@@ -487,7 +492,8 @@ fn other_logstores_are_undisturbed() {
     for logstore in others.iter().chain([&revoked]) {
         put(logstore, "before");
     }
-    let mut readers: Vec<_> = others.iter().map(|other| other.read(0, &ReadOptions::default()).unwrap()).collect();
+    let mut readers: Vec<_> =
+        others.iter().map(|other| other.read(0, &ReadOptions::default()).unwrap()).collect();
     world.local().disable(&revoked_cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
     store.tick();
@@ -610,9 +616,14 @@ fn a_missing_kms_is_an_outage_for_its_logstores_only() {
     let service = world.service(&store, "p/service");
     put(&service, "service");
     store.close().unwrap();
-    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).open().unwrap();
+    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new())
+        .open()
+        .unwrap();
     let error = try_texts(&store.logstore(&name("p/l")).unwrap()).unwrap_err();
-    assert!(matches!(&error, Error::KmsUnreachable { .. }) && error.to_string().contains(REGION), "{error}");
+    assert!(
+        matches!(&error, Error::KmsUnreachable { .. }) && error.to_string().contains(REGION),
+        "{error}"
+    );
     assert_eq!(texts(&store.logstore(&name("p/service")).unwrap()), ["service"]);
 }
 
@@ -622,8 +633,10 @@ fn a_thousand_logstores_share_one_renewal_per_period() {
     let world = World::manual_in_memory();
     let store = world.create();
     let cmk = world.cmk();
-    let count = std::env::var("ENVELOG_CROWD").map_or(1000, |count| count.parse::<u64>().expect("a number"));
-    let logstores: Vec<_> = (0..count).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
+    let count = std::env::var("ENVELOG_CROWD")
+        .map_or(1000, |count| count.parse::<u64>().expect("a number"));
+    let logstores: Vec<_> =
+        (0..count).map(|n| world.byok(&store, &format!("p/l{n}"), &cmk)).collect();
     assert_eq!(store.keys().renewal_calls(), 0);
     // At first use, each Logstore unwraps its own envelope once, and one of them probes for the
     // lease.
@@ -773,7 +786,8 @@ fn writers_lose_nothing_acknowledged_while_the_key_toggles() {
         eventually("back", || logstore.read(0, &ReadOptions::default()).is_ok());
     }
     stop.store(true, Ordering::Relaxed);
-    let mut expected: Vec<_> = writers.into_iter().flat_map(|writer| writer.join().unwrap()).collect();
+    let mut expected: Vec<_> =
+        writers.into_iter().flat_map(|writer| writer.join().unwrap()).collect();
     expected.sort_unstable();
     logstore.sync().unwrap();
     let found: Vec<_> = records(&logstore, 0)
@@ -849,7 +863,8 @@ fn nobody_waits_for_a_revocation_to_be_dealt_with_for_ever() {
     let cmk = world.cmk();
     let logstore = world.byok(&store, "p/l", &cmk);
     put(&logstore, "one");
-    let tickets: Vec<_> = (0..50).map(|n| logstore.submit(record(&format!("{n}")), &synced()).unwrap()).collect();
+    let tickets: Vec<_> =
+        (0..50).map(|n| logstore.submit(record(&format!("{n}")), &synced()).unwrap()).collect();
     world.local().disable(&cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), Disabled);
     for ticket in tickets {
@@ -870,8 +885,10 @@ fn many_master_keys_are_renewed_by_few_threads() {
     world.options.revalidate_every = millis(200);
     let store = world.create();
     let logstores: Vec<_> = (0..KEYS).map(|n| (n, world.cmk())).collect();
-    let logstores: Vec<_> =
-        logstores.iter().map(|(n, cmk)| (world.byok(&store, &format!("p/l{n}"), cmk), cmk.clone())).collect();
+    let logstores: Vec<_> = logstores
+        .iter()
+        .map(|(n, cmk)| (world.byok(&store, &format!("p/l{n}"), cmk), cmk.clone()))
+        .collect();
     for (logstore, _) in &logstores {
         put(logstore, "first");
     }
@@ -883,7 +900,9 @@ fn many_master_keys_are_renewed_by_few_threads() {
     }
     #[cfg(target_os = "linux")]
     {
-        let named = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        let named = |task: std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).unwrap_or_default()
+        };
         let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| named(task.unwrap()));
         // The count includes threads of other tests in this process.
         let count = tasks.filter(|name| name.trim() == "envelog-lease").count();

@@ -13,12 +13,13 @@ mod forge;
 
 use common::{copy_dir, records, segments, synced};
 use envelog::{
-    Cmk, Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode, ReadOptions, Record,
-    Result, Store, VerifyOptions, VerifyReport,
+    Cmk, Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode,
+    ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
     crypto::Suite,
     kms::LocalKms,
     segment::{
-        BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX, SegmentHeader,
+        BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX,
+        SegmentHeader,
     },
 };
 use forge::{Chain, Copy, Patch};
@@ -44,7 +45,16 @@ struct Row {
 
 /// A rule about unencrypted parts: header, block headers, footer.
 const fn open(rule: &'static str, says: &'static str, change: fn(&mut Chain<'_>)) -> Row {
-    Row { rule, store: "service-aes", shard: 0, change, read: Some("corrupt"), verify: "corrupt", says, keyless: true }
+    Row {
+        rule,
+        store: "service-aes",
+        shard: 0,
+        change,
+        read: Some("corrupt"),
+        verify: "corrupt",
+        says,
+        keyless: true,
+    }
 }
 
 /// A rule about encrypted parts.
@@ -90,7 +100,9 @@ const SEGMENTS: &[Row] = &[
             patch(&mut chain.segments[0].header_patch, 8, u16(3));
         }),
     ),
-    open("version 0 of a header", "version", |chain| patch(&mut chain.segments[0].header_patch, 8, u16(0))),
+    open("version 0 of a header", "version", |chain| {
+        patch(&mut chain.segments[0].header_patch, 8, u16(0))
+    }),
     found(
         "unsupported_feature",
         open("incompatible feature of a header", "0x10", |chain| {
@@ -109,9 +121,15 @@ const SEGMENTS: &[Row] = &[
             patch(&mut chain.segments[0].header_patch, 248, u16(3));
         }),
     ),
-    open("key source of a header", "key source", |chain| patch(&mut chain.segments[0].header_patch, 120, u32(2))),
-    open("reserved bytes of a header", "reserved", |chain| patch(&mut chain.segments[0].header_patch, 255, vec![1])),
-    open("kind of the predecessor", "predecessor", |chain| patch(&mut chain.segments[1].header_patch, 160, u32(3))),
+    open("key source of a header", "key source", |chain| {
+        patch(&mut chain.segments[0].header_patch, 120, u32(2))
+    }),
+    open("reserved bytes of a header", "reserved", |chain| {
+        patch(&mut chain.segments[0].header_patch, 255, vec![1])
+    }),
+    open("kind of the predecessor", "predecessor", |chain| {
+        patch(&mut chain.segments[1].header_patch, 160, u32(3))
+    }),
     open("no predecessor is all zeros", "predecessor", |chain| {
         patch(&mut chain.segments[0].header_patch, 232, u64(1));
     }),
@@ -122,19 +140,31 @@ const SEGMENTS: &[Row] = &[
     found(
         "unsupported_feature",
         open("critical header extension", "critical header extension 1", |chain| {
-            let extension = Extension { kind: Extension::DICTIONARY, critical: true, data: vec![1] };
+            let extension =
+                Extension { kind: Extension::DICTIONARY, critical: true, data: vec![1] };
             chain.segments[0].header.extensions.push(extension);
         }),
     ),
     open("flags of a header extension", "header extension", |chain| {
-        chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
+        chain.segments[0].header.extensions.push(Extension {
+            kind: 2,
+            critical: false,
+            data: vec![0; 8],
+        });
         patch(&mut chain.segments[0].header_patch, 274, u16(2));
     }),
     open("extensions fill their room", "header extension", |chain| {
-        chain.segments[0].header.extensions.push(Extension { kind: 2, critical: false, data: vec![0; 8] });
+        chain.segments[0].header.extensions.push(Extension {
+            kind: 2,
+            critical: false,
+            data: vec![0; 8],
+        });
         patch(&mut chain.segments[0].header_patch, 276, u32(7));
     }),
-    found("tampered", open("shard of a segment", "belongs elsewhere", |chain| chain.segments[0].header.shard = 1)),
+    found(
+        "tampered",
+        open("shard of a segment", "belongs elsewhere", |chain| chain.segments[0].header.shard = 1),
+    ),
     found(
         "tampered",
         open("store of a segment", "belongs elsewhere", |chain| {
@@ -165,48 +195,74 @@ const SEGMENTS: &[Row] = &[
             chain.segments[1].header.generation = 3;
         }),
     ),
-    open("suite and key source: the keyring's key encrypts nothing", "does not go with its key", |chain| {
-        let segment = &mut chain.segments[0];
-        (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gcm, KeySource::Keyring(1));
-    }),
+    open(
+        "suite and key source: the keyring's key encrypts nothing",
+        "does not go with its key",
+        |chain| {
+            let segment = &mut chain.segments[0];
+            (segment.header.suite, segment.header.key_source) =
+                (Suite::Aes256Gcm, KeySource::Keyring(1));
+        },
+    ),
     // Only the service keyring, for a Logstore with an envelope.
     open("key source: not behind a data key", "follows one under a data key", |chain| {
         let header = &mut chain.segments[2].header;
         (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
     }),
-    open("key source: not in front of a data key either", "follows one under a data key", |chain| {
-        let header = &mut chain.segments[0].header;
-        (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
-    }),
-    of(
-        "byok-aes",
-        open("key source: the last segment of a Logstore under a customer's key", "follows one under", |chain| {
-            let header = &mut chain.segments.last_mut().unwrap().header;
+    open(
+        "key source: not in front of a data key either",
+        "follows one under a data key",
+        |chain| {
+            let header = &mut chain.segments[0].header;
             (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
-        }),
+        },
     ),
     of(
         "byok-aes",
-        open("key source: every segment of a Logstore under a customer's key", "follows one under", |chain| {
-            for segment in &mut chain.segments {
-                (segment.header.suite, segment.header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
-            }
-        }),
+        open(
+            "key source: the last segment of a Logstore under a customer's key",
+            "follows one under",
+            |chain| {
+                let header = &mut chain.segments.last_mut().unwrap().header;
+                (header.suite, header.key_source) = (Suite::Aes256Gmac, KeySource::Keyring(1));
+            },
+        ),
     ),
     of(
         "byok-aes",
-        open("key source: one more segment behind those under a customer's key", "follows one under", |chain| {
-            chain.append_under_the_keyring();
-        }),
+        open(
+            "key source: every segment of a Logstore under a customer's key",
+            "follows one under",
+            |chain| {
+                for segment in &mut chain.segments {
+                    (segment.header.suite, segment.header.key_source) =
+                        (Suite::Aes256Gmac, KeySource::Keyring(1));
+                }
+            },
+        ),
+    ),
+    of(
+        "byok-aes",
+        open(
+            "key source: one more segment behind those under a customer's key",
+            "follows one under",
+            |chain| {
+                chain.append_under_the_keyring();
+            },
+        ),
     ),
     open("data key: one more segment under an older version", OTHER_VERSION, |chain| {
         chain.append_under(Suite::Aes256Gcm, KeySource::DataKey(1));
     }),
     of(
         "byok-aes",
-        open("data key: one more segment under an older version, under a customer's key", OTHER_VERSION, |chain| {
-            chain.append_under(Suite::Aes256Gcm, KeySource::DataKey(1));
-        }),
+        open(
+            "data key: one more segment under an older version, under a customer's key",
+            OTHER_VERSION,
+            |chain| {
+                chain.append_under(Suite::Aes256Gcm, KeySource::DataKey(1));
+            },
+        ),
     ),
     of(
         "byok-aes",
@@ -246,26 +302,36 @@ const SEGMENTS: &[Row] = &[
             chain.segments[2].link = |end| end.ordinal = 1;
         })
     },
-    open("a segment begins behind its predecessor's end", "lies below the end of the one before", |chain| {
-        let segment = &mut chain.segments[1];
-        segment.header.first_seq = 2;
-        segment.blocks[0].header.first_seq = 2;
-    }),
+    open(
+        "a segment begins behind its predecessor's end",
+        "lies below the end of the one before",
+        |chain| {
+            let segment = &mut chain.segments[1];
+            segment.header.first_seq = 2;
+            segment.blocks[0].header.first_seq = 2;
+        },
+    ),
     open("the same, the end of the predecessor denied", "another end than the footer", |chain| {
         let segment = &mut chain.segments[1];
         segment.header.first_seq = 2;
         segment.blocks[0].header.first_seq = 2;
         segment.link = |end| end.end_seq = 2;
     }),
-    open("names of segments ascend by their first sequence numbers", "begins at sequence number 0, below 4", |chain| {
-        let segment = &mut chain.segments[2];
-        segment.header.first_seq = 0;
-        segment.blocks[0].header.first_seq = 0;
-    }),
+    open(
+        "names of segments ascend by their first sequence numbers",
+        "begins at sequence number 0, below 4",
+        |chain| {
+            let segment = &mut chain.segments[2];
+            segment.header.first_seq = 0;
+            segment.blocks[0].header.first_seq = 0;
+        },
+    ),
     open("blocks of a sealed predecessor", "another number of blocks", |chain| {
         chain.segments[1].link = |end| end.blocks -= 1;
     }),
-    open("end of a sealed predecessor", "another end", |chain| chain.segments[1].link = |end| end.end_seq -= 1),
+    open("end of a sealed predecessor", "another end", |chain| {
+        chain.segments[1].link = |end| end.end_seq -= 1
+    }),
     open("last receive time of a sealed predecessor", "another last receive time", |chain| {
         chain.segments[1].link = |end| end.last_time_us -= 1;
     }),
@@ -281,9 +347,13 @@ const SEGMENTS: &[Row] = &[
             chain.segments[1].link = |end| end.digest[0] ^= 1;
         }),
     ),
-    open("a segment is made after the last receive time before it", "made before the last receive time", |chain| {
-        chain.segments[1].header.created_us = chain.segments[0].blocks[0].header.first_time_us;
-    }),
+    open(
+        "a segment is made after the last receive time before it",
+        "made before the last receive time",
+        |chain| {
+            chain.segments[1].header.created_us = chain.segments[0].blocks[0].header.first_time_us;
+        },
+    ),
     of(
         "recovered",
         open("end of a cut predecessor", "end", |chain| {
@@ -329,11 +399,15 @@ const SEGMENTS: &[Row] = &[
 // ---- blocks ----
 
 const BLOCKS: &[Row] = &[
-    open("kind of a block", "kind of the block", |chain| patch(&mut chain.segments[0].blocks[0].patch, 4, vec![4])),
+    open("kind of a block", "kind of the block", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 4, vec![4])
+    }),
     open("compression of a block", "compression", |chain| {
         patch(&mut chain.segments[0].blocks[0].patch, 5, vec![3]);
     }),
-    open("flags of a block", "flags", |chain| patch(&mut chain.segments[0].blocks[0].patch, 6, vec![1])),
+    open("flags of a block", "flags", |chain| {
+        patch(&mut chain.segments[0].blocks[0].patch, 6, vec![1])
+    }),
     open("reserved bytes of a block", "reserved", |chain| {
         patch(&mut chain.segments[0].blocks[0].patch, 80, vec![1]);
     }),
@@ -349,12 +423,17 @@ const BLOCKS: &[Row] = &[
             patch(&mut chain.segments[0].blocks[1].patch, 16, u32(7));
         }),
     ),
-    open("raw length of a block", "raw length", |chain| chain.segments[0].blocks[0].header.raw_len -= 1),
+    open("raw length of a block", "raw length", |chain| {
+        chain.segments[0].blocks[0].header.raw_len -= 1
+    }),
     open("count of a block of groups", "number of groups", |chain| {
         chain.segments[0].blocks[0].put(BlockKind::Groups, 0, &[], &[]);
     }),
     open("logs of opaque records", "number of logs", |chain| {
-        let block = chain.segments[0].blocks.iter_mut().find(|block| block.header.kind == BlockKind::Opaque);
+        let block = chain.segments[0]
+            .blocks
+            .iter_mut()
+            .find(|block| block.header.kind == BlockKind::Opaque);
         block.unwrap().header.log_count = 1;
     }),
     open("length of a list", "length of the list", |chain| {
@@ -367,25 +446,41 @@ const BLOCKS: &[Row] = &[
     open("sequence numbers end below 2^64", "first sequence number", |chain| {
         patch(&mut chain.segments[0].blocks[0].patch, 40, u64(u64::MAX));
     }),
-    open("sequence numbers of a block begin within the segment", "below those of the block before", |chain| {
-        chain.segments[1].blocks[0].header.first_seq = 3;
-    }),
-    open("sequence numbers of blocks do not run backwards", "below those of the block before", |chain| {
-        let blocks = &mut chain.segments[0].blocks;
-        blocks.last_mut().unwrap().header.first_seq = 1;
-    }),
+    open(
+        "sequence numbers of a block begin within the segment",
+        "below those of the block before",
+        |chain| {
+            chain.segments[1].blocks[0].header.first_seq = 3;
+        },
+    ),
+    open(
+        "sequence numbers of blocks do not run backwards",
+        "below those of the block before",
+        |chain| {
+            let blocks = &mut chain.segments[0].blocks;
+            blocks.last_mut().unwrap().header.first_seq = 1;
+        },
+    ),
     open("sequence numbers of a block end within the segment", "beyond the limit", |chain| {
         chain.segments[0].header.limit_seq = 3;
     }),
-    open("receive times of blocks do not run backwards", "received before the block before it", |chain| {
-        let blocks = &mut chain.segments[0].blocks;
-        let time_us = blocks[0].header.first_time_us;
-        blocks.last_mut().unwrap().set_time(time_us - 1);
-    }),
-    open("receive times of segments do not run backwards", "received before the block before it", |chain| {
-        let time_us = chain.segments[0].blocks[0].header.first_time_us;
-        chain.segments[1].blocks[0].set_time(time_us);
-    }),
+    open(
+        "receive times of blocks do not run backwards",
+        "received before the block before it",
+        |chain| {
+            let blocks = &mut chain.segments[0].blocks;
+            let time_us = blocks[0].header.first_time_us;
+            blocks.last_mut().unwrap().set_time(time_us - 1);
+        },
+    ),
+    open(
+        "receive times of segments do not run backwards",
+        "received before the block before it",
+        |chain| {
+            let time_us = chain.segments[0].blocks[0].header.first_time_us;
+            chain.segments[1].blocks[0].set_time(time_us);
+        },
+    ),
     of(
         "unclean",
         open("the same in an open segment", "received before the block before it", |chain| {
@@ -425,14 +520,20 @@ const BLOCKS: &[Row] = &[
         chain.segments[0].blocks.truncate(1);
     }),
     sealed("and not more", "more records", |chain| {
-        let block = chain.segments[0].blocks.iter_mut().rfind(|block| block.header.kind == BlockKind::Opaque).unwrap();
+        let block = chain.segments[0]
+            .blocks
+            .iter_mut()
+            .rfind(|block| block.header.kind == BlockKind::Opaque)
+            .unwrap();
         block.put_opaque(&[b"one", b"two"], &[0, 0]);
         block.header.group_count = 1;
         block.header.raw_len -= 4;
         block.header.payload_len -= 4;
         block.payload.truncate(block.payload.len() - 4);
     }),
-    sealed("a list is one of frames", "does not parse", |chain| chain.segments[0].blocks[0].list_mut()[0] = 0x12),
+    sealed("a list is one of frames", "does not parse", |chain| {
+        chain.segments[0].blocks[0].list_mut()[0] = 0x12
+    }),
     sealed("a frame is written in the shortest way", "shortest", |chain| {
         let block = &mut chain.segments[1].blocks[0];
         block.put(BlockKind::Opaque, 0, &[b"one"], &[0]);
@@ -458,9 +559,13 @@ const BLOCKS: &[Row] = &[
         // The field number of the first log.
         block.list_mut()[2] = 0x0b;
     })),
-    verified(sealed("the groups have as many logs as the header says", "have 1 logs, its header says 2", |chain| {
-        chain.segments[1].blocks[0].header.log_count = 2;
-    })),
+    verified(sealed(
+        "the groups have as many logs as the header says",
+        "have 1 logs, its header says 2",
+        |chain| {
+            chain.segments[1].blocks[0].header.log_count = 2;
+        },
+    )),
     verified(of(
         "plain",
         open("the same, without the key where nothing is encrypted", "its header says", |chain| {
@@ -470,19 +575,22 @@ const BLOCKS: &[Row] = &[
     sealed("lz4 decompresses to the raw length", "compressed payload", |chain| {
         let block = &mut chain.segments[1].blocks[0];
         block.put_opaque(&[&[7; 500]], &[0]);
-        let (raw_len, short) = (block.payload.len(), lz4_flex::block::compress(&block.payload[..500]));
+        let (raw_len, short) =
+            (block.payload.len(), lz4_flex::block::compress(&block.payload[..500]));
         block.store(Compression::Lz4, raw_len, short);
     }),
     sealed("zstd states the raw length", "compressed payload", |chain| {
         let block = &mut chain.segments[1].blocks[0];
         block.put_opaque(&[&[7; 500]], &[0]);
-        let (raw_len, short) = (block.payload.len(), zstd::bulk::compress(&block.payload[..500], 1).unwrap());
+        let (raw_len, short) =
+            (block.payload.len(), zstd::bulk::compress(&block.payload[..500], 1).unwrap());
         block.store(Compression::Zstd, raw_len, short);
     }),
     sealed("zstd is one frame", "compressed payload", |chain| {
         let block = &mut chain.segments[1].blocks[0];
         block.put_opaque(&[&[7; 500]], &[0]);
-        let (raw_len, mut frames) = (block.payload.len(), zstd::bulk::compress(&block.payload, 1).unwrap());
+        let (raw_len, mut frames) =
+            (block.payload.len(), zstd::bulk::compress(&block.payload, 1).unwrap());
         frames.extend(zstd::bulk::compress(b"", 1).unwrap());
         block.store(Compression::Zstd, raw_len, frames);
     }),
@@ -507,9 +615,15 @@ const FOOTERS: &[Row] = &[
             patch(&mut chain.segments[0].footer_patch, 4, u16(3));
         }),
     ),
-    open("reserved bytes of a footer", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 6, vec![1])),
-    open("the other reserved bytes", "reserved", |chain| patch(&mut chain.segments[0].footer_patch, 92, vec![1])),
-    open("flags of a footer", "flags", |chain| patch(&mut chain.segments[0].footer_patch, 88, vec![2])),
+    open("reserved bytes of a footer", "reserved", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 6, vec![1])
+    }),
+    open("the other reserved bytes", "reserved", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 92, vec![1])
+    }),
+    open("flags of a footer", "flags", |chain| {
+        patch(&mut chain.segments[0].footer_patch, 88, vec![2])
+    }),
     open("number of index entries", "index entries", |chain| {
         patch(&mut chain.segments[0].footer_patch, 20, u32(65_537));
     }),
@@ -520,23 +634,35 @@ const FOOTERS: &[Row] = &[
             patch(&mut chain.segments[0].footer_patch, 16, u32(blocks + 1));
         }),
     ),
-    footer("groups that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[1].footer_patch, 24, u64(0x0)))
-        .with("number of index entries", Some("corrupt")),
+    footer("groups that a footer counts", DISAGREES, |chain| {
+        patch(&mut chain.segments[1].footer_patch, 24, u64(0x0))
+    })
+    .with("number of index entries", Some("corrupt")),
     footer("groups fit into the sequence numbers", "more groups", |chain| {
         patch(&mut chain.segments[1].footer_patch, 24, u64(2));
     })
     .with("more groups", Some("corrupt")),
-    footer("groups are counted right", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 24, u64(3))),
-    footer("logs that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 32, u64(99))),
-    footer("bytes that a footer counts", DISAGREES, |chain| patch(&mut chain.segments[0].footer_patch, 40, u64(9))),
+    footer("groups are counted right", DISAGREES, |chain| {
+        patch(&mut chain.segments[0].footer_patch, 24, u64(3))
+    }),
+    footer("logs that a footer counts", DISAGREES, |chain| {
+        patch(&mut chain.segments[0].footer_patch, 32, u64(99))
+    }),
+    footer("bytes that a footer counts", DISAGREES, |chain| {
+        patch(&mut chain.segments[0].footer_patch, 40, u64(9))
+    }),
     open("end of the sequence numbers, too low", "do not end as", |chain| {
         patch(&mut chain.segments[0].footer_patch, 48, u64(3));
         patch(&mut chain.segments[0].footer_patch, 24, u64(3));
     })
     .with(DISAGREES, Some("corrupt")),
-    open("end of the sequence numbers, beyond the limit", "not within those of the segment", |chain| {
-        patch(&mut chain.segments[2].footer_patch, 48, u64(1 << 60));
-    }),
+    open(
+        "end of the sequence numbers, beyond the limit",
+        "not within those of the segment",
+        |chain| {
+            patch(&mut chain.segments[2].footer_patch, 48, u64(1 << 60));
+        },
+    ),
     open("first receive time of a footer", DISAGREES, |chain| {
         let time_us = chain.segments[0].blocks[0].header.first_time_us;
         patch(&mut chain.segments[0].footer_patch, 56, u64(time_us - 1));
@@ -613,10 +739,17 @@ fn second_block(first: IndexEntry) -> IndexEntry {
     let copy = Copy::of("service-aes");
     let chain = Chain::load(&copy, 0);
     let blocks = &chain.segments[0].blocks;
-    let number = 1 + blocks[1..].iter().position(|block| block.header.kind != BlockKind::Mark).unwrap();
-    let offset = first.offset + blocks[..number].iter().map(|block| block.header.block_len()).sum::<u64>();
+    let number =
+        1 + blocks[1..].iter().position(|block| block.header.kind != BlockKind::Mark).unwrap();
+    let offset =
+        first.offset + blocks[..number].iter().map(|block| block.header.block_len()).sum::<u64>();
     let (header, number) = (&blocks[number].header, number as u32);
-    IndexEntry { offset, first_seq: header.first_seq, first_time_us: header.first_time_us, block: number }
+    IndexEntry {
+        offset,
+        first_seq: header.first_seq,
+        first_time_us: header.first_time_us,
+        block: number,
+    }
 }
 
 impl Row {
@@ -644,7 +777,9 @@ fn read(store: &Store, shard: u32, from: u64, mode: ReadMode) -> Result<Vec<u64>
 
 #[test]
 fn what_is_sealed_again_unchanged_is_as_it_was() {
-    for which in ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean"] {
+    for which in
+        ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean"]
+    {
         let copy = Copy::of(which);
         let expected = all(&copy);
         for shard in 0..expected.len() as u32 {
@@ -682,7 +817,11 @@ fn check(row: &Row) {
             (Ok(seqs), None) => {
                 assert_eq!(seqs, written, "{rule}");
                 for (index, &seq) in written.iter().enumerate() {
-                    assert_eq!(read(&store, shard, seq, mode).unwrap(), written[index..], "{rule}, from {seq}");
+                    assert_eq!(
+                        read(&store, shard, seq, mode).unwrap(),
+                        written[index..],
+                        "{rule}, from {seq}"
+                    );
                 }
             }
             (result, _) => panic!("{rule}: expected {expected:?}, got {result:?}"),
@@ -695,10 +834,16 @@ fn check(row: &Row) {
             assert!(faults.is_empty(), "{rule}: {faults:?}");
             continue;
         }
-        assert!(faults.iter().any(|fault| fault.message.contains(says)), "{rule} (keyless: {without}): {faults:?}");
+        assert!(
+            faults.iter().any(|fault| fault.message.contains(says)),
+            "{rule} (keyless: {without}): {faults:?}"
+        );
         for fault in faults {
             assert_eq!(fault.kind, code, "{rule}: {faults:?}");
-            let placed = fault.file.as_ref().is_some_and(|file| file.extension().is_some_and(|ext| ext == "seg"));
+            let placed = fault
+                .file
+                .as_ref()
+                .is_some_and(|file| file.extension().is_some_and(|ext| ext == "seg"));
             let no_place = ["rolled_back", "newer_format", "unsupported_feature"].contains(&code);
             assert!(no_place || (placed && fault.offset.is_some()), "{rule}: {fault:?}");
         }
@@ -733,12 +878,18 @@ fn the_rules_of_headers_and_chains() {
 fn the_longest_segment() {
     let copy = Copy::of("unclean");
     let path = segments(&copy.logstore_dir(), 0).pop().unwrap();
-    std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(SEGMENT_BYTES_MAX + 1).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(SEGMENT_BYTES_MAX + 1)
+        .unwrap();
     let store = copy.builder().open_read_only().unwrap();
     assert_eq!(read(&store, 0, 0, ReadMode::Pread).unwrap_err().code(), "corrupt");
     for keyless in [false, true] {
         let report = verify(&store, keyless);
-        let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+        let found: Vec<_> =
+            report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
         assert_eq!(found, [("corrupt", Some(path.clone()))], "{report:?}");
     }
 }
@@ -795,9 +946,14 @@ fn a_payload_forged_under_its_tag_is_found() {
         Chain::load(&copy, 0).save();
         let fitted = std::fs::read(&path).unwrap();
         let body_start = SegmentHeader::decode(&before).unwrap().body_start as usize;
-        let end = body_start + BlockHeader::decode(&before[body_start..]).unwrap().block_len() as usize;
+        let end =
+            body_start + BlockHeader::decode(&before[body_start..]).unwrap().block_len() as usize;
         assert_eq!(fitted[..end], forged[..end], "{which}");
-        assert_eq!(fitted[end - 20..end - 4], before[end - 20..end - 4], "{which}: the tag has changed");
+        assert_eq!(
+            fitted[end - 20..end - 4],
+            before[end - 20..end - 4],
+            "{which}: the tag has changed"
+        );
         for keyless in [false, true] {
             assert_eq!(verify(keyless, None), [], "{which}");
             let faults = verify(keyless, Some(checkpoint.clone()));
@@ -821,11 +977,16 @@ const FORGERIES: &[Forgery] = &[
         chain.segments[1].blocks[0].put_opaque(&[b"forged"], &[0]);
         chain.save_segments();
     }),
-    ("the first segment with another payload, and the next one made to fit", "rolled_back", true, |copy| {
-        let mut chain = Chain::load(copy, 0);
-        chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
-        chain.save_segments();
-    }),
+    (
+        "the first segment with another payload, and the next one made to fit",
+        "rolled_back",
+        true,
+        |copy| {
+            let mut chain = Chain::load(copy, 0);
+            chain.segments[0].blocks[1].put_opaque(&[b"forged"], &[0]);
+            chain.save_segments();
+        },
+    ),
     ("the first segment alone with another payload", "rolled_back", false, |copy| {
         let second = segments(&copy.logstore_dir(), 0).remove(1);
         let good = std::fs::read(&second).unwrap();
@@ -834,21 +995,28 @@ const FORGERIES: &[Forgery] = &[
         chain.save_segments();
         std::fs::write(second, good).unwrap();
     }),
-    ("another payload under the tag and the footer that were there", "retired_key_version", true, |copy| {
-        copy.forge_payload(&segments(&copy.logstore_dir(), 0)[1]);
-    }),
+    (
+        "another payload under the tag and the footer that were there",
+        "retired_key_version",
+        true,
+        |copy| {
+            copy.forge_payload(&segments(&copy.logstore_dir(), 0)[1]);
+        },
+    ),
 ];
 
-/// A holder of an older data key can make whole segments that hold together. A reader accepts them only if the
-/// catalogue, which the newest segment continues, proves them.
+/// A holder of an older data key can make whole segments that hold together. A reader accepts them
+/// only if the catalogue, which the newest segment continues, proves them.
 #[test]
 fn segments_that_an_older_data_key_replaces_are_refused() {
     for store in ["service-aes", "byok-aes"] {
         let copy = Copy::of(store);
-        let key =
-            |path: &std::path::PathBuf| SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header.key_source;
+        let key = |path: &std::path::PathBuf| {
+            SegmentHeader::decode(&std::fs::read(path).unwrap()).unwrap().header.key_source
+        };
         let paths = segments(&copy.logstore_dir(), 0);
-        let newer: Vec<_> = paths.iter().filter(|path| key(path) != KeySource::DataKey(1)).collect();
+        let newer: Vec<_> =
+            paths.iter().filter(|path| key(path) != KeySource::DataKey(1)).collect();
         assert!(!newer.is_empty() && newer.len() < paths.len(), "{store}");
         let kept: Vec<_> = newer.iter().map(|path| std::fs::read(path).unwrap()).collect();
         let mut chain = Chain::load(&copy, 0);
@@ -862,8 +1030,9 @@ fn segments_that_an_older_data_key_replaces_are_refused() {
             let error = read(&opened, 0, 0, mode).expect_err(store);
             assert_eq!(error.code(), "rolled_back", "{store}: {error}");
             let logstore = opened.logstore(&opened.list().unwrap()[0]).unwrap();
-            let mut reader =
-                logstore.read(0, &ReadOptions::from(Position::Begin)).and_then(|mut reader| reader.next_block());
+            let mut reader = logstore
+                .read(0, &ReadOptions::from(Position::Begin))
+                .and_then(|mut reader| reader.next_block());
             assert!(reader.as_mut().is_err(), "{store}: a forged record is read");
         }
     }
@@ -888,11 +1057,18 @@ fn segments_that_a_holder_of_the_old_root_forges_are_refused() {
         let store = copy.builder().open_read_only().unwrap();
         for mode in [ReadMode::Pread, ReadMode::Map] {
             let error = read(&store, 0, 0, mode).expect_err(what);
-            assert_eq!((error.code(), error.kind()), (code, ErrorKind::Integrity), "{what}: {error}");
+            assert_eq!(
+                (error.code(), error.kind()),
+                (code, ErrorKind::Integrity),
+                "{what}: {error}"
+            );
         }
         for keyless in [false, true] {
             let faults = verify(&store, keyless).faults;
-            assert!(faults.iter().any(|fault| fault.kind == code), "{what} (keyless: {keyless}): {faults:?}");
+            assert!(
+                faults.iter().any(|fault| fault.kind == code),
+                "{what} (keyless: {keyless}): {faults:?}"
+            );
         }
         let appended = copy.builder().open().and_then(|store| append(&store));
         let appended = appended.map_err(|error| error.code());
@@ -907,7 +1083,11 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     let copy = Copy::of("plain");
     let kms = LocalKms::create_or_open(copy.path("kms")).unwrap();
     let id = kms.create_key(common::REGION, &[common::ROLE]).unwrap();
-    let cmk = Cmk { cmk_key_id: id.clone(), arn: common::ROLE.to_owned(), region_id: common::REGION.to_owned() };
+    let cmk = Cmk {
+        cmk_key_id: id.clone(),
+        arn: common::ROLE.to_owned(),
+        region_id: common::REGION.to_owned(),
+    };
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
     logstore.append(common::record("in the open segment"), &synced()).unwrap();
@@ -951,10 +1131,17 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     copy_dir(&genuine, &copy.path("store"));
 
     let store = copy.builder().open().unwrap();
-    store.logstore(&store.list().unwrap()[0]).unwrap().append(common::record("after"), &synced()).unwrap();
+    store
+        .logstore(&store.list().unwrap()[0])
+        .unwrap()
+        .append(common::record("after"), &synced())
+        .unwrap();
     store.close().unwrap();
     let found = all(&copy);
-    assert_eq!((&found[0][..3], &*found[0][3].bytes, found[0].len()), (&written[0][..], &b"after"[..], 4));
+    assert_eq!(
+        (&found[0][..3], &*found[0][3].bytes, found[0].len()),
+        (&written[0][..], &b"after"[..], 4)
+    );
 }
 
 /// A reader that reads to the end of a shard does not end early.
@@ -969,8 +1156,10 @@ fn the_end_of_a_shard_is_the_end_of_its_blocks() {
     chain.save();
     let store = copy.builder().open_read_only().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
-    for options in [ReadOptions { to: Some(Position::End), ..ReadOptions::default() }, ReadOptions::from(Position::End)]
-    {
+    for options in [
+        ReadOptions { to: Some(Position::End), ..ReadOptions::default() },
+        ReadOptions::from(Position::End),
+    ] {
         assert_eq!(logstore.read(0, &options).unwrap_err().code(), "corrupt");
     }
 }

@@ -33,8 +33,8 @@ use common::{
     sim::{Ledger, SeededKms, SeededRandom, cmk},
 };
 use envelog::{
-    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, ReadOptions,
-    Reader, Result, Store, StoreOptions, Ticket,
+    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    ReadOptions, Reader, Result, Store, StoreOptions, Ticket,
     crypto::{AwsLc, SecretKey},
     io::Clock,
     kms::{Answer, Fault, FaultyKms, Kms, KmsCall, KmsError},
@@ -74,7 +74,10 @@ impl History {
     /// Whether it had such a state at any moment from `from` to `to`.
     fn any(&self, from: Duration, to: Duration, is: impl Fn(Fate) -> bool) -> bool {
         let ends = self.past.iter().skip(1).map(|(began, _)| *began).chain([Duration::MAX]);
-        self.past.iter().zip(ends).any(|((began, fate), end)| *began <= to && end >= from && is(*fate))
+        self.past
+            .iter()
+            .zip(ends)
+            .any(|((began, fate), end)| *began <= to && end >= from && is(*fate))
     }
 }
 
@@ -100,7 +103,8 @@ impl Time {
         let until = self.now() + by;
         loop {
             let mut keys = self.keys();
-            let next = keys.iter().filter_map(|key| key.coming.first_key_value()).map(|(at, _)| *at).min();
+            let next =
+                keys.iter().filter_map(|key| key.coming.first_key_value()).map(|(at, _)| *at).min();
             let Some(at) = next.filter(|at| *at <= until) else { break };
             self.clock.advance(at.saturating_sub(self.now()));
             for key in keys.iter_mut() {
@@ -154,10 +158,18 @@ impl Kms for Fated {
         self.kms.wrap(call, key)
     }
 
-    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
+    fn unwrap(
+        &self,
+        call: &KmsCall<'_>,
+        wrapped: &[u8],
+    ) -> std::result::Result<SecretKey, KmsError> {
         let fate = self.fate(call)?;
         let key = self.kms.unwrap(call, wrapped)?;
-        Ok(if fate == Fate::Wrong { SecretKey::from_bytes(&mut key.expose().map(|byte| byte ^ 0x0f)) } else { key })
+        Ok(if fate == Fate::Wrong {
+            SecretKey::from_bytes(&mut key.expose().map(|byte| byte ^ 0x0f))
+        } else {
+            key
+        })
     }
 }
 
@@ -198,7 +210,8 @@ impl Schedule {
     fn new(seed: u64) -> Self {
         let mut dice = Dice::new(seed, 17);
         let clock = TestClock::new();
-        let history = || History { past: vec![(Duration::ZERO, Fate::Good)], coming: BTreeMap::new() };
+        let history =
+            || History { past: vec![(Duration::ZERO, Fate::Good)], coming: BTreeMap::new() };
         let time = Arc::new(Time {
             clock: Arc::clone(&clock),
             keys: Mutex::new([history(), history()]),
@@ -209,7 +222,8 @@ impl Schedule {
         options.revalidate_every = millis(100 + dice.roll(30_000));
         options.kms_timeout = millis(10 + dice.roll(1_000));
         // A lease shorter than a call's timeout could end before the answer arrives.
-        options.outage_grace = options.revalidate_every * (100 + dice.roll(900) as u32) / 100 + options.kms_timeout;
+        options.outage_grace =
+            options.revalidate_every * (100 + dice.roll(900) as u32) / 100 + options.kms_timeout;
         options.segment_bytes = 4 << 10;
         let seeded = SeededKms::new(seed, &Arc::new(Ledger::default()));
         let fated = Arc::new(Fated { kms: seeded, time: Arc::clone(&time) });
@@ -236,13 +250,16 @@ impl Schedule {
         };
         let store = schedule.builder().create().unwrap();
         for text in ["p/a", "p/b", "p/s"] {
-            let encrypt_type = if seed.is_multiple_of(2) { EncryptType::Aes } else { EncryptType::Sm4 };
+            let encrypt_type =
+                if seed.is_multiple_of(2) { EncryptType::Aes } else { EncryptType::Sm4 };
             let conf = match text {
                 "p/a" => EncryptConf::byok(encrypt_type, cmk(0)),
                 "p/b" => EncryptConf::byok(encrypt_type, cmk(1)),
                 _ => EncryptConf::service_key(encrypt_type),
             };
-            let logstore = store.create_logstore(&name(text), LogstoreSpec::default().encrypted(conf)).unwrap();
+            let logstore = store
+                .create_logstore(&name(text), LogstoreSpec::default().encrypted(conf))
+                .unwrap();
             let (acknowledged, failed) = Default::default();
             schedule.known.push(Known { logstore, acknowledged, failed, refused: None });
         }
@@ -310,12 +327,22 @@ impl Schedule {
         match result {
             Ok(_) => {
                 let bound = every + timeout;
-                let noise = self.time.noise.lock().unwrap().iter().any(|at| (since(bound)..=end).contains(at));
+                let noise = self
+                    .time
+                    .noise
+                    .lock()
+                    .unwrap()
+                    .iter()
+                    .any(|at| (since(bound)..=end).contains(at));
                 assert!(
                     noise || keys[which].any(since(bound), end, |fate| fate != Fate::Disabled),
                     "{what} succeeded at {began:?}, although the KMS has refused for {bound:?}"
                 );
-                let from = [self.opened, known.refused.unwrap_or_default(), since(self.options.outage_grace)];
+                let from = [
+                    self.opened,
+                    known.refused.unwrap_or_default(),
+                    since(self.options.outage_grace),
+                ];
                 // An event at that very moment may have happened after the operation.
                 let from = from.into_iter().filter(|from| *from < began).max().unwrap_or_default();
                 assert!(
@@ -342,16 +369,22 @@ impl Schedule {
     fn acknowledge(&mut self, which: usize, seq: u64, text: String, durability: Durability) {
         let acknowledged = &mut self.known[which].acknowledged;
         let lasting = durability != Durability::Buffered;
-        assert!(acknowledged.insert(seq, (text, lasting)).is_none(), "the sequence number {seq} was given twice");
+        assert!(
+            acknowledged.insert(seq, (text, lasting)).is_none(),
+            "the sequence number {seq} was given twice"
+        );
     }
 
     fn append(&mut self) {
         let (which, began) = (self.pick(), self.time.now());
         self.texts += 1;
         let text = format!("{which}-{}", self.texts);
-        let durability = [Durability::Buffered, Durability::Written, Durability::Synced][self.dice.roll(3) as usize];
+        let durability = [Durability::Buffered, Durability::Written, Durability::Synced]
+            [self.dice.roll(3) as usize];
         if self.dice.roll(4) == 0 {
-            let ticket = self.known[which].logstore.submit(record(&text), &AppendOptions::durability(durability));
+            let ticket = self.known[which]
+                .logstore
+                .submit(record(&text), &AppendOptions::durability(durability));
             self.judge(which, began, "an append", &ticket);
             match ticket {
                 // A buffered append is acknowledged by its submission.
@@ -363,7 +396,9 @@ impl Schedule {
             }
             return;
         }
-        let appended = self.known[which].logstore.append(record(&text), &AppendOptions::durability(durability));
+        let appended = self.known[which]
+            .logstore
+            .append(record(&text), &AppendOptions::durability(durability));
         self.judge(which, began, "an append", &appended);
         match appended {
             Ok(appended) => self.acknowledge(which, appended.seq, text, durability),
@@ -387,7 +422,12 @@ impl Schedule {
                 // The cause of a ticket's failure may be much older than the wait.
                 assert!(which != 2, "a ticket under the service key failed: {error}");
                 assert!(
-                    matches!(error, Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
+                    matches!(
+                        error,
+                        Error::Revoked { .. }
+                            | Error::KmsUnreachable { .. }
+                            | Error::KmsInvalid { .. }
+                    ),
                     "a ticket failed otherwise: {error:?}"
                 );
                 self.known[which].failed.push(text);
@@ -398,7 +438,9 @@ impl Schedule {
     /// Checks the records of a read against the model.
     fn check(&self, which: usize, read: &[(u64, String)], complete: bool) {
         let known = &self.known[which];
-        let submitted = |text: &String| self.tickets.iter().any(|(of, _, other, _)| *of == which && other == text);
+        let submitted = |text: &String| {
+            self.tickets.iter().any(|(of, _, other, _)| *of == which && other == text)
+        };
         for pair in read.windows(2) {
             assert!(pair[0].0 < pair[1].0, "read out of order: {pair:?}");
         }
@@ -406,13 +448,19 @@ impl Schedule {
             match known.acknowledged.get(seq) {
                 Some((acknowledged, _)) => assert_eq!(acknowledged, text, "number {seq}"),
                 None => {
-                    assert!(known.failed.contains(text) || submitted(text), "{text:?} was read, and never appended")
+                    assert!(
+                        known.failed.contains(text) || submitted(text),
+                        "{text:?} was read, and never appended"
+                    )
                 }
             }
         }
         let read: BTreeMap<_, _> = read.iter().cloned().collect();
         for (seq, (text, lasting)) in &known.acknowledged {
-            assert!(!(complete || *lasting) || read.contains_key(seq), "{text:?} was acknowledged, and is missing");
+            assert!(
+                !(complete || *lasting) || read.contains_key(seq),
+                "{text:?} was acknowledged, and is missing"
+            );
         }
     }
 
@@ -442,7 +490,10 @@ impl Schedule {
                     assert!(last.is_none_or(|last| last < record.seq), "a reader went backwards");
                     // The reader skips no record that was present when it passed.
                     let between = last.map_or(0, |last| last + 1)..record.seq;
-                    let missed = self.known[which].acknowledged.range(between).find(|(_, (_, lasting))| *lasting);
+                    let missed = self.known[which]
+                        .acknowledged
+                        .range(between)
+                        .find(|(_, (_, lasting))| *lasting);
                     assert!(missed.is_none(), "a reader passed over {missed:?}");
                     self.reader = Some((which, reader, Some(record.seq)));
                 }
@@ -497,7 +548,10 @@ impl Schedule {
         }
         if let Err(error) = closed {
             assert!(
-                matches!(error, Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }),
+                matches!(
+                    error,
+                    Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. }
+                ),
                 "closing failed otherwise: {error:?}"
             );
         }
@@ -560,7 +614,10 @@ impl Schedule {
 
 fn read_all(logstore: &Logstore) -> Result<Vec<(u64, String)>> {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-    logstore.read(0, &ReadOptions::default())?.map(|record| record.map(|r| (r.seq, text(&r.bytes)))).collect()
+    logstore
+        .read(0, &ReadOptions::default())?
+        .map(|record| record.map(|r| (r.seq, text(&r.bytes))))
+        .collect()
 }
 
 /// Returns the numbers of refused operations and of KMS calls.
@@ -575,7 +632,8 @@ fn run(seed: u64) -> (u64, u64) {
 
 #[test]
 fn no_schedule_breaks_the_bound() {
-    let number = |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let number =
+        |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     if let Some(seed) = number("ENVELOG_SCHEDULE") {
         run(seed);
         return;

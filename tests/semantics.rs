@@ -8,8 +8,8 @@ use std::{fs, path::PathBuf};
 
 use common::{catalogue::catalogue_file, *};
 use envelog::{
-    AuditEvent, Cmk, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
-    LogstoreSpec, ReplaceCmk, RotateDataKey, Store, VerifyOptions,
+    AuditEvent, Cmk, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore,
+    LogstoreConfig, LogstoreSpec, ReplaceCmk, RotateDataKey, Store, VerifyOptions,
     crypto::Suite,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
@@ -32,7 +32,11 @@ fn with_conf(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> L
     LogstoreConfig { encrypt_conf: conf, ..store.logstore(logstore.name()).unwrap().config() }
 }
 
-fn update(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> Result<LogstoreConfig, Error> {
+fn update(
+    store: &Store,
+    logstore: &Logstore,
+    conf: Option<EncryptConf>,
+) -> Result<LogstoreConfig, Error> {
     store.update_logstore(logstore.name(), with_conf(store, logstore, conf))
 }
 
@@ -137,7 +141,11 @@ fn s2_aes_and_sm4_with_either_method() {
     .into_iter()
     .enumerate()
     {
-        let conf = EncryptConf { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: method.clone() };
+        let conf = EncryptConf {
+            enable: true,
+            encrypt_type: Some(encrypt_type),
+            user_cmk_info: method.clone(),
+        };
         let spec = LogstoreSpec::default().encrypted(conf);
         let logstore = store.create_logstore(&name(&format!("p/l{n}")), spec).unwrap();
         put(&logstore, "secret");
@@ -249,7 +257,9 @@ fn s3_what_the_json_refuses_create_refuses_too() {
     let world = World::manual();
     let store = world.create();
     let refused = |conf: EncryptConf| {
-        let error = store.create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf)).unwrap_err();
+        let error = store
+            .create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf))
+            .unwrap_err();
         assert!(store.list().unwrap().is_empty());
         match error {
             Error::Config(error) => error,
@@ -265,7 +275,10 @@ fn s3_what_the_json_refuses_create_refuses_too() {
             "arn" => cmk.arn.clear(),
             _ => cmk.region_id.clear(),
         }
-        assert_eq!(refused(EncryptConf::byok(EncryptType::Sm4, cmk)), ConfigError::CmkField { field });
+        assert_eq!(
+            refused(EncryptConf::byok(EncryptType::Sm4, cmk)),
+            ConfigError::CmkField { field }
+        );
     }
     assert_eq!(world.kms.calls(), 0);
 }
@@ -292,13 +305,17 @@ fn s4_records_from_before_encryption_stay_readable() {
         let logstore = store.create_logstore(&name("p/l"), LogstoreSpec::default()).unwrap();
         put(&logstore, "plain");
         let cmk = byok.then(|| world.cmk());
-        let conf = EncryptConf { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
+        let conf =
+            EncryptConf { enable: true, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
         update(&store, &logstore, Some(conf.clone())).unwrap();
         assert_eq!(logstore.config().encrypt_conf, Some(conf));
         put(&logstore, "secret");
         assert_eq!(texts(&logstore), ["plain", "secret"]);
         let before = (Suite::Aes256Gmac, KeySource::Keyring(1));
-        assert_eq!(headers(&world, &logstore), [before, (encrypt_type.suite(), KeySource::DataKey(1))]);
+        assert_eq!(
+            headers(&world, &logstore),
+            [before, (encrypt_type.suite(), KeySource::DataKey(1))]
+        );
         let all: Vec<u8> = files(&world.logstore_dir(&logstore)).into_values().flatten().collect();
         assert!(memchr::memmem::find(&all, b"plain").is_some());
         assert!(memchr::memmem::find(&all, b"secret").is_none());
@@ -315,7 +332,9 @@ fn s4_a_first_enable_false_fixes_nothing() {
     // With a create and with an update; both may name an algorithm and a master key.
     let cmk = world.cmk();
     let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Aes, cmk.clone()) };
-    let created = store.create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone())).unwrap();
+    let created = store
+        .create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone()))
+        .unwrap();
     let updated = store.create_logstore(&name("p/b"), LogstoreSpec::default()).unwrap();
     update(&store, &updated, Some(off())).unwrap();
     assert_eq!(created.config().encrypt_conf, Some(first));
@@ -327,12 +346,23 @@ fn s4_a_first_enable_false_fixes_nothing() {
         assert_eq!((status.method, status.encrypt_type, status.encrypting), ("none", None, false));
         assert_eq!(status.key.state, KeyState::None);
         assert_eq!(headers(&world, logstore), [(Suite::Aes256Gmac, KeySource::Keyring(1))]);
-        assert!(!store.keys().audit_records().unwrap().iter().any(|record| record.event == AuditEvent::Created));
+        assert!(
+            !store
+                .keys()
+                .audit_records()
+                .unwrap()
+                .iter()
+                .any(|record| record.event == AuditEvent::Created)
+        );
     }
     // Nothing is fixed yet: algorithm, method and key may change while encryption is off, and at
     // the first enable.
-    update(&store, &created, Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) }))
-        .unwrap();
+    update(
+        &store,
+        &created,
+        Some(EncryptConf { enable: false, ..EncryptConf::service_key(EncryptType::Sm4) }),
+    )
+    .unwrap();
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
     update(&store, &created, Some(conf.clone())).unwrap();
     update(&store, &updated, Some(EncryptConf::service_key(EncryptType::Aes))).unwrap();
@@ -356,7 +386,12 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
     let logstore = world.byok(&store, "p/l", &world.cmk());
     put(&logstore, "secret one");
     let on = logstore.config().encrypt_conf.unwrap();
-    update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, ..on.clone() })).unwrap();
+    update(
+        &store,
+        &logstore,
+        Some(EncryptConf { enable: false, encrypt_type: None, ..on.clone() }),
+    )
+    .unwrap();
     put(&logstore, "plain");
     assert!(!logstore.status().unwrap().encrypting);
     update(&store, &logstore, Some(on)).unwrap();
@@ -369,7 +404,10 @@ fn s4_switching_off_and_on_again_keeps_everything_readable() {
     assert_eq!(headers(&world, &logstore), suites);
     store.close().unwrap();
     let store = world.open();
-    assert_eq!(texts(&store.logstore(&name("p/l")).unwrap()), ["secret one", "plain", "secret two"]);
+    assert_eq!(
+        texts(&store.logstore(&name("p/l")).unwrap()),
+        ["secret one", "plain", "secret two"]
+    );
     assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
 }
 
@@ -387,12 +425,15 @@ fn s4_recovery_after_switching_off_keeps_records_encrypted() {
 
     let store = world.open();
     let logstore = store.logstore(&name("shop/orders")).unwrap();
-    update(&store, &logstore, Some(EncryptConf { encrypt_type: Some(EncryptType::Aes), ..off() })).unwrap();
+    update(&store, &logstore, Some(EncryptConf { encrypt_type: Some(EncryptType::Aes), ..off() }))
+        .unwrap();
     logstore.append(record("public-public-public"), &synced()).unwrap();
     assert_eq!(logstore.status().unwrap().recovery[0].groups_rewritten, 1);
     assert_eq!(texts(&logstore), ["confidential-confidential", "public-public-public"]);
     store.close().unwrap();
-    let holds = |text: &str| files(&dir).values().any(|bytes| bytes.windows(text.len()).any(|w| w == text.as_bytes()));
+    let holds = |text: &str| {
+        files(&dir).values().any(|bytes| bytes.windows(text.len()).any(|w| w == text.as_bytes()))
+    };
     assert!(!holds("confidential"));
     assert!(holds("public"));
 }
@@ -407,8 +448,12 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     let refused_off = {
         let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
         let logstore = store.create_logstore(&name("p/off"), spec).unwrap();
-        update(&store, &logstore, Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }))
-            .unwrap();
+        update(
+            &store,
+            &logstore,
+            Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }),
+        )
+        .unwrap();
         logstore
     };
     let type_less = |conf: EncryptConf| EncryptConf { encrypt_type: None, ..conf };
@@ -428,14 +473,30 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         (&refused_off, None, ConfigError::EncryptConfRequired),
         // The method.
         (&service, Some(EncryptConf::byok(EncryptType::Aes, cmk.clone())), method("service key")),
-        (&service, Some(disabled(EncryptConf::byok(EncryptType::Aes, cmk.clone()))), method("service key")),
+        (
+            &service,
+            Some(disabled(EncryptConf::byok(EncryptType::Aes, cmk.clone()))),
+            method("service key"),
+        ),
         (&byok, Some(default_service.clone()), method("customer master key")),
         (&byok, Some(off()), method("customer master key")),
-        (&refused_off, Some(disabled(EncryptConf::byok(EncryptType::Sm4, cmk.clone()))), method("service key")),
+        (
+            &refused_off,
+            Some(disabled(EncryptConf::byok(EncryptType::Sm4, cmk.clone()))),
+            method("service key"),
+        ),
         // The algorithm.
         (&service, Some(EncryptConf::service_key(EncryptType::Sm4)), algorithm(EncryptType::Aes)),
-        (&service, Some(disabled(EncryptConf::service_key(EncryptType::Sm4))), algorithm(EncryptType::Aes)),
-        (&byok, Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())), algorithm(EncryptType::Aes)),
+        (
+            &service,
+            Some(disabled(EncryptConf::service_key(EncryptType::Sm4))),
+            algorithm(EncryptType::Aes),
+        ),
+        (
+            &byok,
+            Some(EncryptConf::byok(EncryptType::Sm4, cmk.clone())),
+            algorithm(EncryptType::Aes),
+        ),
         (&refused_off, Some(default_service.clone()), algorithm(EncryptType::Sm4)),
         // The master key: another key, another role, another region.
         (&byok, Some(EncryptConf::byok(EncryptType::Aes, other)), cmk_fixed()),
@@ -449,13 +510,18 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
         put(logstore, "before");
     }
     for (logstore, conf, expected) in &cases {
-        let before = (store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore));
+        let before =
+            (store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore));
         let calls = world.kms.calls();
         match update(&store, logstore, conf.clone()) {
             Err(Error::Config(error)) => assert_eq!(error, *expected, "{conf:?}"),
             other => panic!("{conf:?}: {other:?}"),
         }
-        assert_eq!((store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore)), before, "{conf:?}");
+        assert_eq!(
+            (store.logstore(logstore.name()).unwrap().config(), metadata(&world, logstore)),
+            before,
+            "{conf:?}"
+        );
         assert_eq!(world.kms.calls(), calls);
     }
     // The errors also have distinct codes.
@@ -511,10 +577,12 @@ fn s5_enable_may_be_switched_without_naming_the_algorithm() {
         (world.byok(&store, "p/byok", &cmk), Some(cmk), EncryptType::Aes),
         (world.service(&store, "p/service"), None, EncryptType::Aes),
     ] {
-        let without_type = EncryptConf { enable: false, encrypt_type: None, user_cmk_info: cmk.clone() };
+        let without_type =
+            EncryptConf { enable: false, encrypt_type: None, user_cmk_info: cmk.clone() };
         let config = update(&store, &logstore, Some(without_type)).unwrap();
         // The configuration is stored with its fixed fields.
-        let conf = EncryptConf { enable: false, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
+        let conf =
+            EncryptConf { enable: false, encrypt_type: Some(encrypt_type), user_cmk_info: cmk };
         assert_eq!(config.encrypt_conf, Some(conf.clone()));
         // Off again, with the type; then on.
         update(&store, &logstore, Some(conf.clone())).unwrap();
@@ -527,22 +595,34 @@ fn s5_enable_may_be_switched_without_naming_the_algorithm() {
 fn s6_an_update_replaces_everything_at_the_newest_revision() {
     let world = World::manual();
     let store = world.create();
-    let spec = LogstoreSpec { ttl_days: Some(7), retention_bytes: Some(1 << 30), ..LogstoreSpec::default() };
+    let spec = LogstoreSpec {
+        ttl_days: Some(7),
+        retention_bytes: Some(1 << 30),
+        ..LogstoreSpec::default()
+    };
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let first = store.logstore(logstore.name()).unwrap().config();
-    assert_eq!((first.revision, first.ttl_days, first.retention_bytes), (1, Some(7), Some(1 << 30)));
+    assert_eq!(
+        (first.revision, first.ttl_days, first.retention_bytes),
+        (1, Some(7), Some(1 << 30))
+    );
     world.clock.advance(secs(60));
     let second = LogstoreConfig { ttl_days: None, ..first.clone() };
     let second = store.update_logstore(logstore.name(), second).unwrap();
     // An update removes omitted settings, keeps the others, and records its time.
-    assert_eq!((second.revision, second.ttl_days, second.retention_bytes), (2, None, Some(1 << 30)));
+    assert_eq!(
+        (second.revision, second.ttl_days, second.retention_bytes),
+        (2, None, Some(1 << 30))
+    );
     assert_eq!(second.create_time, first.create_time);
     assert_eq!(second.last_modify_time, first.last_modify_time + 60);
     assert_eq!(store.logstore(logstore.name()).unwrap().config(), second);
     assert_eq!(logstore.config(), second);
     // Of two callers with the same revision, the second one is refused. An unknown revision is
     // refused too.
-    let third = store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(1), ..second.clone() }).unwrap();
+    let third = store
+        .update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(1), ..second.clone() })
+        .unwrap();
     for (given, update) in [
         (2, LogstoreConfig { ttl_days: Some(2), ..second }),
         (1, first.clone()),
@@ -567,21 +647,32 @@ fn s6_key_operations_do_not_touch_the_revision() {
     let byok = world.byok(&store, "p/byok", &cmk);
     let service = world.service(&store, "p/service");
     put(&byok, "one");
-    let got = [store.logstore(byok.name()).unwrap().config(), store.logstore(service.name()).unwrap().config()];
+    let got = [
+        store.logstore(byok.name()).unwrap().config(),
+        store.logstore(service.name()).unwrap().config(),
+    ];
     store.keys().rotate_data_key(byok.name()).unwrap();
     store.keys().rotate_data_key(service.name()).unwrap();
     store.keys().shred_data_keys(service.name(), &[1]).unwrap();
     world.local().rotate(&cmk.cmk_key_id).unwrap();
     store.keys().rewrap(byok.name()).unwrap();
     store.keys().rotate_service_key().unwrap();
-    assert_eq!([store.logstore(byok.name()).unwrap().config(), store.logstore(service.name()).unwrap().config()], got);
+    assert_eq!(
+        [
+            store.logstore(byok.name()).unwrap().config(),
+            store.logstore(service.name()).unwrap().config()
+        ],
+        got
+    );
     let other = world.cmk();
     store.keys().replace_cmk(byok.name(), other.clone(), ReplaceCmk::default()).unwrap();
     let replaced = store.logstore(byok.name()).unwrap().config();
     assert_eq!(replaced.revision, got[0].revision);
     assert_eq!(replaced.encrypt_conf.as_ref().unwrap().user_cmk_info, Some(other));
     // A caller that read the configuration before these operations can still update it.
-    store.update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() }).unwrap();
+    store
+        .update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() })
+        .unwrap();
 }
 
 struct Revocation {
@@ -648,7 +739,9 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes() {
             assert_eq!(error.code(), "revoked");
             let text = error.to_string();
             assert!(
-                text.contains("p/l") && text.contains(&cmk.cmk_key_id) && text.contains(&reason.to_string()),
+                text.contains("p/l")
+                    && text.contains(&cmk.cmk_key_id)
+                    && text.contains(&reason.to_string()),
                 "{text}"
             );
             assert_eq!(logstore.key_status().state, KeyState::Revoked { reason });
@@ -709,15 +802,25 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
         LogstoreConfig { encrypt_conf: off, ..config.clone() },
         LogstoreConfig { ttl_days: Some(2), ..config.clone() },
         LogstoreConfig { ttl_days: None, ..config.clone() },
-        LogstoreConfig { retention_bytes: Some(1), compression: Compression::None, ..config.clone() },
+        LogstoreConfig {
+            retention_bytes: Some(1),
+            compression: Compression::None,
+            ..config.clone()
+        },
     ] {
         assert_revoked(store.update_logstore(logstore.name(), bound), RevokedReason::Disabled);
-        assert_eq!((store.logstore(logstore.name()).unwrap().config(), meta()), (config.clone(), before.clone()));
+        assert_eq!(
+            (store.logstore(logstore.name()).unwrap().config(), meta()),
+            (config.clone(), before.clone())
+        );
     }
     let rotate_data_key = Some(RotateDataKey { max_age_days: Some(9), max_bytes: None });
     let free = LogstoreConfig { rotate_data_key, compression: Compression::None, ..config };
     let config = store.update_logstore(logstore.name(), free).unwrap();
-    assert_eq!((config.revision, config.compression, config.ttl_days), (2, Compression::None, Some(1)));
+    assert_eq!(
+        (config.revision, config.compression, config.ttl_days),
+        (2, Compression::None, Some(1))
+    );
     // Retention.
     world.clock.advance(3 * DAY);
     let report = store.admin().apply_retention().unwrap();
@@ -794,7 +897,8 @@ fn s7_enabling_again_restores_access_without_a_restart() {
         assert_eq!(logstore.key_status().state, KeyState::Active);
         assert_eq!(texts(&logstore), expected);
     }
-    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> =
+        store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Revoked).count(), 5);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Recovered).count(), 5);
     store.close().unwrap();
@@ -809,22 +913,34 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     let logstore = world.byok(&store, "p/l", &old);
     put(&logstore, "one");
     // Not through an update.
-    let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Aes, new.clone()))).unwrap_err();
+    let error = update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Aes, new.clone())))
+        .unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::CmkFixed { .. })));
     // Two envelopes: the existing one, and that of the fresh data key.
-    assert_eq!(store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(), 2);
+    assert_eq!(
+        store.keys().replace_cmk(logstore.name(), new.clone(), ReplaceCmk::default()).unwrap(),
+        2
+    );
     put(&logstore, "two");
     assert_eq!(texts(&logstore), ["one", "two"]);
-    let sources: Vec<_> = headers(&world, &logstore).into_iter().map(|(_, source)| source).collect();
+    let sources: Vec<_> =
+        headers(&world, &logstore).into_iter().map(|(_, source)| source).collect();
     assert_eq!(sources, [KeySource::DataKey(1), KeySource::DataKey(2)]);
     // With `keep_data_key`, without a fresh data key.
     let newer = world.cmk();
-    assert_eq!(store.keys().replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key()).unwrap(), 2);
+    assert_eq!(
+        store
+            .keys()
+            .replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key())
+            .unwrap(),
+        2
+    );
     put(&logstore, "three");
     assert_eq!(headers(&world, &logstore).last().unwrap().1, KeySource::DataKey(2));
     // The update rule accepts the new master key.
     update(&store, &logstore, Some(EncryptConf::byok(EncryptType::Aes, newer))).unwrap();
-    let events: Vec<_> = store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
+    let events: Vec<_> =
+        store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::ReplaceIntended).count(), 2);
     assert_eq!(events.iter().filter(|event| **event == AuditEvent::Replaced).count(), 2);
     store.close().unwrap();
@@ -852,7 +968,10 @@ fn s8_a_refused_replacement_changes_nothing() {
     assert!(matches!(replace(&service, good.clone()), Error::Config(ConfigError::NotByok)));
     assert!(matches!(replace(&plain, good.clone()), Error::Config(ConfigError::NotEncrypted)));
     let elsewhere = Cmk { region_id: "us-west-1".into(), ..good.clone() };
-    assert!(matches!(replace(&logstore, elsewhere), Error::Config(ConfigError::NoKmsForRegion { .. })));
+    assert!(matches!(
+        replace(&logstore, elsewhere),
+        Error::Config(ConfigError::NoKmsForRegion { .. })
+    ));
     let role = Cmk { arn: "acs:ram::1:role/nobody".into(), ..good.clone() };
     assert!(matches!(replace(&logstore, role), Error::Config(ConfigError::CmkRefused { .. })));
     let empty = Cmk { cmk_key_id: String::new(), ..good.clone() };
@@ -863,7 +982,10 @@ fn s8_a_refused_replacement_changes_nothing() {
     // The old master key must be usable, because its envelopes have to be unwrapped.
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(secs(31));
-    assert_revoked(store.keys().replace_cmk(logstore.name(), good, ReplaceCmk::default()), RevokedReason::Disabled);
+    assert_revoked(
+        store.keys().replace_cmk(logstore.name(), good, ReplaceCmk::default()),
+        RevokedReason::Disabled,
+    );
     assert_eq!(fs::read(meta_path(&world.logstore_dir(&logstore))).unwrap(), before);
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
@@ -886,17 +1008,23 @@ fn s9_without_kms_or_permission_no_logstore_is_created() {
         error
     };
     let error = refused(Cmk { region_id: "us-west-1".into(), ..cmk.clone() });
-    assert!(matches!(&error, Error::Config(ConfigError::NoKmsForRegion { region }) if region == "us-west-1"));
+    assert!(
+        matches!(&error, Error::Config(ConfigError::NoKmsForRegion { region }) if region == "us-west-1")
+    );
     assert!(error.to_string().contains("us-west-1"));
     let error = refused(Cmk { arn: "acs:ram::1:role/nobody".into(), ..cmk.clone() });
     assert!(
         matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("not permitted"))
     );
     let error = refused(Cmk { cmk_key_id: "key-0123456789abcdef".into(), ..cmk.clone() });
-    assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted")));
+    assert!(
+        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("deleted"))
+    );
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let error = refused(cmk.clone());
-    assert!(matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("disabled")));
+    assert!(
+        matches!(&error, Error::Config(ConfigError::CmkRefused { detail, .. }) if detail.contains("disabled"))
+    );
     world.local().enable(&cmk.cmk_key_id).unwrap();
     world.kms.answer(Answer::Unreachable);
     let error = refused(cmk.clone());
@@ -914,11 +1042,15 @@ fn s9_without_kms_or_permission_no_logstore_is_created() {
 #[test]
 fn s9_without_any_kms_only_the_service_key_works() {
     let world = World::manual();
-    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).create().unwrap();
+    let store = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new())
+        .create()
+        .unwrap();
     let service = world.service(&store, "p/service");
     put(&service, "fine");
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
-    let error = store.create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf.clone())).unwrap_err();
+    let error = store
+        .create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf.clone()))
+        .unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::NoKmsForRegion { .. })));
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();
     let before = metadata(&world, &plain);

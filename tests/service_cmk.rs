@@ -27,7 +27,12 @@ fn found(store: &Store) -> Vec<String> {
 }
 
 #[track_caller]
-fn assert_service_key(opened: Result<Store, Error>, kind: ErrorKind, code: &str, wanted: impl Fn(&KmsError) -> bool) {
+fn assert_service_key(
+    opened: Result<Store, Error>,
+    kind: ErrorKind,
+    code: &str,
+    wanted: impl Fn(&KmsError) -> bool,
+) {
     let error = opened.unwrap_err();
     assert!(matches!(&error, Error::ServiceKey { cause, .. } if wanted(cause)), "{error:?}");
     assert_eq!((error.kind(), error.code()), (kind, code));
@@ -42,7 +47,10 @@ fn opening_asks_the_kms_once_and_nothing_asks_it_again() {
     assert_eq!((world.kms.calls(), store.keys().service_cmk()), (2, Some(cmk)));
     let reader = world.builder().open_read_only().unwrap();
     assert_eq!(world.kms.calls(), 3);
-    assert_eq!((found(&store), found(&reader)), (vec!["before".to_owned()], vec!["before".to_owned()]));
+    assert_eq!(
+        (found(&store), found(&reader)),
+        (vec!["before".to_owned()], vec!["before".to_owned()])
+    );
     put(&store.logstore(&name("p/l")).unwrap(), "after");
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
@@ -67,7 +75,9 @@ fn a_sealed_keyring_file_contains_no_root() {
     store.keys().rewrap_keyring(Some(cmk.clone())).unwrap();
     assert_eq!(store.keys().service_cmk(), Some(cmk));
     let sealed = String::from_utf8_lossy(&fs::read(world.keyring()).unwrap()).into_owned();
-    assert!(!sealed.contains(&root) && !sealed.contains("\"root\"") && sealed.contains("\"sealed\""));
+    assert!(
+        !sealed.contains(&root) && !sealed.contains("\"root\"") && sealed.contains("\"sealed\"")
+    );
     for key in world.kms.wrapped_keys() {
         let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
         assert!(!sealed.contains(&hex));
@@ -78,7 +88,8 @@ fn a_sealed_keyring_file_contains_no_root() {
 
     store.keys().rewrap_keyring(None).unwrap();
     assert_eq!((fs::read(world.keyring()).unwrap(), store.keys().service_cmk()), (open, None));
-    let events: Vec<_> = store.keys().audit_records().unwrap().iter().map(|record| record.event).collect();
+    let events: Vec<_> =
+        store.keys().audit_records().unwrap().iter().map(|record| record.event).collect();
     let rewraps = [AuditEvent::KeyringRewrapIntended, AuditEvent::KeyringRewrapped];
     assert_eq!(events[events.len() - 4..], [rewraps, rewraps].concat());
     store.close().unwrap();
@@ -99,13 +110,16 @@ fn an_outage_and_a_refusal_are_told_apart_and_pass() {
         world.kms.answer(answer);
         let wanted = |cause: &KmsError| match answer {
             Answer::Unreachable => matches!(cause, KmsError::Unreachable { .. }),
-            Answer::Revoked(wanted) => matches!(cause, KmsError::Revoked { reason, .. } if *reason == wanted),
+            Answer::Revoked(wanted) => {
+                matches!(cause, KmsError::Revoked { reason, .. } if *reason == wanted)
+            }
             _ => matches!(cause, KmsError::Invalid { .. }),
         };
         assert_service_key(world.builder().open(), kind, code, wanted);
         assert_service_key(world.builder().open_read_only(), kind, code, wanted);
     }
-    let without = Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).open();
+    let without =
+        Store::builder(world.store_dir(), world.keyring(), envelog::crypto::AwsLc::new()).open();
     assert_service_key(without, ErrorKind::KmsUnreachable, "service_key_unreachable", |cause| {
         cause.to_string().contains(REGION)
     });
@@ -121,10 +135,16 @@ fn a_refusal_at_creation_makes_nothing() {
     let refused = world.builder().service_cmk(elsewhere).create().unwrap_err();
     assert!(matches!(refused, Error::Config(ConfigError::NoKmsForRegion { .. })), "{refused}");
     let empty = Cmk { arn: String::new(), ..cmk.clone() };
-    assert!(matches!(world.builder().service_cmk(empty).create(), Err(Error::Config(ConfigError::CmkField { .. }))));
+    assert!(matches!(
+        world.builder().service_cmk(empty).create(),
+        Err(Error::Config(ConfigError::CmkField { .. }))
+    ));
     world.kms.answer(Answer::Revoked(RevokedReason::NotPermitted));
     let refused = world.builder().service_cmk(cmk.clone()).open_or_create().unwrap_err();
-    assert!(matches!(refused, Error::ServiceKey { cause: KmsError::Revoked { .. }, .. }), "{refused}");
+    assert!(
+        matches!(refused, Error::ServiceKey { cause: KmsError::Revoked { .. }, .. }),
+        "{refused}"
+    );
     assert!(!world.store_dir().exists() && !world.keyring().exists());
     world.kms.answer(Answer::Real);
     world.builder().service_cmk(cmk).open_or_create().unwrap().close().unwrap();
@@ -148,10 +168,16 @@ fn it_is_rotated_under_its_master_key_or_stays_as_it_was() {
     assert_eq!(found(&reader), all);
     store.close().unwrap();
     let store = world.open();
-    assert_eq!((found(&store), store.keys().service_cmk()), (all.map(str::to_owned).to_vec(), Some(cmk)));
+    assert_eq!(
+        (found(&store), store.keys().service_cmk()),
+        (all.map(str::to_owned).to_vec(), Some(cmk))
+    );
     store.close().unwrap();
     fs::write(world.keyring(), before).unwrap();
-    assert!(matches!(world.builder().open(), Err(Error::KeyringTooOld { needed: 2, newest: 1, .. })));
+    assert!(matches!(
+        world.builder().open(),
+        Err(Error::KeyringTooOld { needed: 2, newest: 1, .. })
+    ));
 }
 
 #[test]
@@ -160,13 +186,22 @@ fn the_keyring_moves_to_another_master_key_or_stays_as_it_is() {
     let before = fs::read(world.keyring()).unwrap();
     let other = world.cmk();
     world.kms.answer_for_master_key(&other.cmk_key_id, Answer::Revoked(RevokedReason::Disabled));
-    assert!(matches!(store.keys().rewrap_keyring(Some(other.clone())), Err(Error::ServiceKey { .. })));
-    assert_eq!((fs::read(world.keyring()).unwrap(), store.keys().service_cmk()), (before, Some(cmk.clone())));
+    assert!(matches!(
+        store.keys().rewrap_keyring(Some(other.clone())),
+        Err(Error::ServiceKey { .. })
+    ));
+    assert_eq!(
+        (fs::read(world.keyring()).unwrap(), store.keys().service_cmk()),
+        (before, Some(cmk.clone()))
+    );
     world.kms.answer_for_master_key(&cmk.cmk_key_id, Answer::Revoked(RevokedReason::Deleted));
     store.keys().rewrap_keyring(Some(other.clone())).unwrap();
     store.close().unwrap();
     let store = world.open();
-    assert_eq!((found(&store), store.keys().service_cmk()), (vec!["before".to_owned()], Some(other)));
+    assert_eq!(
+        (found(&store), store.keys().service_cmk()),
+        (vec!["before".to_owned()], Some(other))
+    );
 }
 
 /// A change of any byte of the file is detected, even with a corrected CRC.
@@ -182,7 +217,11 @@ fn every_forged_byte_is_found() {
         let crc = crc32fast::hash(&forged[..covered]).to_le_bytes();
         forged[covered..].copy_from_slice(&crc);
         fs::write(world.keyring(), &forged).unwrap();
-        let error = world.builder().open_read_only().map(drop).expect_err(&format!("byte {at} does not matter"));
+        let error = world
+            .builder()
+            .open_read_only()
+            .map(drop)
+            .expect_err(&format!("byte {at} does not matter"));
         assert!(
             matches!(
                 error,

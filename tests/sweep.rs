@@ -74,7 +74,8 @@ impl Report {
             Ok(Err(violation)) => violation,
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().cloned();
-                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+                let text =
+                    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
                 format!("panicked: {}", text.unwrap_or_default())
             }
         };
@@ -88,7 +89,8 @@ impl Report {
     #[track_caller]
     fn finish(&self, what: &str) {
         let violations = self.violations.lock().unwrap();
-        let (tried, again) = (self.tried.load(Ordering::Relaxed), self.again.load(Ordering::Relaxed));
+        let (tried, again) =
+            (self.tried.load(Ordering::Relaxed), self.again.load(Ordering::Relaxed));
         let seals = self.seals.load(Ordering::Relaxed);
         println!(
             "{what}: {tried} tried, {again} of a second cut, {seals} seals on record, {} violations",
@@ -269,7 +271,10 @@ fn the_power_fails_after_every_operation_and_during_recovery() {
         let mut life = Life::new(1);
         cut_after_each(&life);
         run(&mut life, &workload().concat());
-        run(&mut life, &[append(0, 0, &[Written, Synced, Written], 400), append(1, 0, &[Synced, Written], 20)]);
+        run(
+            &mut life,
+            &[append(0, 0, &[Written, Synced, Written], 400), append(1, 0, &[Synced, Written], 20)],
+        );
         // The sweep includes a recovery.
         let mut next = life.moment().branch(life.disk.fork(), 5);
         cut_after_each(&next);
@@ -278,14 +283,17 @@ fn the_power_fails_after_every_operation_and_during_recovery() {
     });
     println!("{} operations that change something", changes.load(Ordering::Relaxed) / THREADS);
     report.finish("power cuts");
-    assert!(report.tried.load(Ordering::Relaxed) > 2000 && report.again.load(Ordering::Relaxed) > 2000);
+    assert!(
+        report.tried.load(Ordering::Relaxed) > 2000 && report.again.load(Ordering::Relaxed) > 2000
+    );
 }
 
 fn crash(report: &Arc<Report>, moment: &Moment, disk: &SimDisk, call: &Call, way: u64, end: End) {
     Report::count(&report.tried);
     let (disk, survived) = end.of(disk);
     let mut life = moment.branch(disk, seed_of(&[call.number, way]));
-    let what = format!("before change {} ({:?} {}), {end:?}", call.number, call.op, call.path.display());
+    let what =
+        format!("before change {} ({:?} {}), {end:?}", call.number, call.op, call.path.display());
     if (call.number * 5 + way).is_multiple_of(report.second_cuts) {
         let (shared, what) = (Arc::clone(report), what.clone());
         before_changes(
@@ -369,7 +377,14 @@ fn every_operation_fails_once_and_lastingly_in_each_way() {
     assert!(report.tried.load(Ordering::Relaxed) > 5000);
 }
 
-fn fails(life: &mut Life, steps: &[Step], n: u64, nth: u64, fault: Fault, lasting: bool) -> Outcome {
+fn fails(
+    life: &mut Life,
+    steps: &[Step],
+    n: u64,
+    nth: u64,
+    fault: Fault,
+    lasting: bool,
+) -> Outcome {
     life.run(&Step::Fail(nth, fault, lasting))?;
     steps.iter().try_for_each(|step| life.run(step))?;
     if !n.is_multiple_of(3) {
@@ -392,8 +407,15 @@ fn any_step(dice: &mut Dice) -> Step {
     use Durability::{Buffered, Synced, Written};
     let n = dice.roll(4) as usize;
     let mut appends = || {
-        let as_durable = (0..=dice.roll(3)).map(|_| [Buffered, Written, Synced][dice.roll(3) as usize]).collect();
-        Step::Append { to: n, shard: dice.roll(2) as usize, as_durable, size: [20, 300, 1500][dice.roll(3) as usize] }
+        let as_durable = (0..=dice.roll(3))
+            .map(|_| [Buffered, Written, Synced][dice.roll(3) as usize])
+            .collect();
+        Step::Append {
+            to: n,
+            shard: dice.roll(2) as usize,
+            as_durable,
+            size: [20, 300, 1500][dice.roll(3) as usize],
+        }
     };
     match (appends(), dice.roll(66)) {
         (append, 0..22) => append,
@@ -424,7 +446,9 @@ fn any_step(dice: &mut Dice) -> Step {
         (_, 54 | 55) => Step::Close,
         (_, 56) => Step::Kill,
         (_, 57) => Step::CutPower(Survives::Synced),
-        (_, 58..61) => Step::TakeOver { to: n, shard: dice.roll(2) as usize, nth: 1 + dice.roll(80) },
+        (_, 58..61) => {
+            Step::TakeOver { to: n, shard: dice.roll(2) as usize, nth: 1 + dice.roll(80) }
+        }
         (_, 61) => Step::Fenced,
         (_, 62) => Step::AnchorFails { half: dice.roll(2) == 0 },
         (_, 63) => Step::PutBack,
@@ -459,7 +483,8 @@ fn random_life(seed: u64) -> (Vec<Step>, Outcome, u64) {
 
 #[test]
 fn lives_made_up_from_a_seed() {
-    let number = |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let number =
+        |name: &str| env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     if let Some(seed) = number("ENVELOG_SWEEP_SEED") {
         let (steps, outcome, _) = random_life(seed);
         panic!("seed {seed}: {outcome:?} after {steps:#?}");
@@ -473,7 +498,9 @@ fn lives_made_up_from_a_seed() {
                 break;
             }
             Report::count(&report.tried);
-            let what = || format!("ENVELOG_SWEEP_SEED={seed} cargo test --test sweep lives -- --nocapture");
+            let what = || {
+                format!("ENVELOG_SWEEP_SEED={seed} cargo test --test sweep lives -- --nocapture")
+            };
             report.case(what, || {
                 let (_, outcome, seals) = random_life(seed);
                 report.seals.fetch_add(seals, Ordering::Relaxed);

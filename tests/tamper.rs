@@ -28,8 +28,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Checkpoint, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec, ReadOptions, Result,
-    ShardChoice, Store, StoreBuilder, VerifyOptions,
+    AppendOptions, Checkpoint, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec,
+    ReadOptions, Result, ShardChoice, Store, StoreBuilder, VerifyOptions,
     crypto::{AwsLc, SecretKey},
     kms::{Kms, KmsCall, KmsError},
 };
@@ -104,7 +104,8 @@ impl Fixture {
             (SM4, Some(EncryptConf::byok(EncryptType::Sm4, self.world.cmk()))),
             (PLAIN, None),
         ] {
-            let spec = LogstoreSpec { shard_count: 2, encrypt_conf: conf, ..LogstoreSpec::default() };
+            let spec =
+                LogstoreSpec { shard_count: 2, encrypt_conf: conf, ..LogstoreSpec::default() };
             store.create_logstore(&name(text), spec).unwrap();
         }
         store
@@ -149,7 +150,11 @@ impl Fixture {
     fn logstore_of(&self, store: &Store, path: &Path) -> Option<LogstoreName> {
         let inside = path.strip_prefix(self.world.store_dir().join("logstores")).ok()?;
         let id = inside.iter().next()?.to_str()?.to_owned();
-        store.list().unwrap().into_iter().find(|name| store.logstore(name).unwrap().id().to_string() == id)
+        store
+            .list()
+            .unwrap()
+            .into_iter()
+            .find(|name| store.logstore(name).unwrap().id().to_string() == id)
     }
 
     /// The scope to check after damage to this file: its Logstore, or everything.
@@ -160,8 +165,16 @@ impl Fixture {
     /// The faults that `verify` finds in `image`, with a checkpoint.
     fn verify_against(&self, image: &Image, checkpoint: &Checkpoint) -> Vec<&'static str> {
         let store = self.builder(MemoryDisk::of(image)).open_read_only().unwrap();
-        let options = VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
-        store.admin().verify(&options, &mut |_| {}).unwrap().faults.iter().map(|fault| fault.kind).collect()
+        let options =
+            VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
+        store
+            .admin()
+            .verify(&options, &mut |_| {})
+            .unwrap()
+            .faults
+            .iter()
+            .map(|fault| fault.kind)
+            .collect()
     }
 
     /// Opens `image` for reading, and checks everything or only one Logstore.
@@ -176,7 +189,8 @@ impl Fixture {
         };
         match store.list() {
             Ok(names) => {
-                let expected: BTreeSet<_> = self.written.keys().map(|(name, _)| name.clone()).collect();
+                let expected: BTreeSet<_> =
+                    self.written.keys().map(|(name, _)| name.clone()).collect();
                 assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), expected);
             }
             Err(error) => verdict.used.push(error),
@@ -202,11 +216,20 @@ impl Fixture {
 
 /// Reads a shard and checks that the records are the written ones, or a prefix of them followed by
 /// an error.
-fn read_prefix(store: &Store, logstore: &LogstoreName, shard: u32, written: &[String]) -> Result<()> {
+fn read_prefix(
+    store: &Store,
+    logstore: &LogstoreName,
+    shard: u32,
+    written: &[String],
+) -> Result<()> {
     let mut expected = written.iter();
     for record in store.logstore(logstore)?.read(shard, &ReadOptions::default())? {
         let record = record?;
-        assert_eq!(Some(&*record.bytes), expected.next().map(|text| text.as_bytes()), "{logstore} {shard}");
+        assert_eq!(
+            Some(&*record.bytes),
+            expected.next().map(|text| text.as_bytes()),
+            "{logstore} {shard}"
+        );
     }
     assert_eq!(expected.len(), 0, "records of {logstore} {shard} are missing, and nothing said so");
     Ok(())
@@ -226,7 +249,10 @@ struct Verdict {
 
 impl Verdict {
     fn is_clean(&self) -> bool {
-        self.open.is_none() && self.used.is_empty() && self.verified.is_empty() && self.keyless.is_empty()
+        self.open.is_none()
+            && self.used.is_empty()
+            && self.verified.is_empty()
+            && self.keyless.is_empty()
     }
 
     /// Whether opening and using the store reports one of `codes`, and no other error.
@@ -300,12 +326,18 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         // Bytes without a meaning for this build are not authenticated.
         (_, "version" | "footer version") => &["corrupt", "newer_format"],
         (_, "incompatible features") => &["unsupported_feature"],
-        (_, "lengths" | "header length" | "footer index length" | "change length") => &["corrupt", "truncated"],
+        (_, "lengths" | "header length" | "footer index length" | "change length") => {
+            &["corrupt", "truncated"]
+        }
         (_, "magic" | "reserved" | "tip magic" | "tip reserved" | "change magic") => &["corrupt"],
         (_, "block magic" | "block kind" | "block lengths" | "block reserved") => &["corrupt"],
-        (_, "footer magic" | "footer reserved" | "footer segment tag" | "footer offset") => &["corrupt"],
+        (_, "footer magic" | "footer reserved" | "footer segment tag" | "footer offset") => {
+            &["corrupt"]
+        }
         (FileKind::Segment, "footer blocks") => &["corrupt", "rolled_back"],
-        (FileKind::Segment, "footer counts" | "footer index" | "footer flags") => &["corrupt", "tampered"],
+        (FileKind::Segment, "footer counts" | "footer index" | "footer flags") => {
+            &["corrupt", "tampered"]
+        }
         (FileKind::Segment, "suite" | "payload hash") => &["tampered", "unsupported_feature"],
         (FileKind::Segment, "key source" | "predecessor kind") => &["corrupt", "tampered"],
         (FileKind::Segment, "first seq" | "limit seq") => &["corrupt", "tampered"],
@@ -317,9 +349,13 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         (FileKind::Keyring, "kind" | "keyring version") => &["corrupt"],
         (FileKind::Keyring, "part A") => &["corrupt", "tampered"],
         // The content of a document selects the key that authenticates it.
-        (_, "keyring version" | "tip keyring version" | "change keyring version") => &["keyring_too_old"],
+        (_, "keyring version" | "tip keyring version" | "change keyring version") => {
+            &["keyring_too_old"]
+        }
         // The store's content selects its keyring, and the keyring's content its store.
-        (FileKind::Store, "store") | (FileKind::Keyring, "store" | "subject") => &["keyring_foreign"],
+        (FileKind::Store, "store") | (FileKind::Keyring, "store" | "subject") => {
+            &["keyring_foreign"]
+        }
         (FileKind::Store, "part A") => &["corrupt", "keyring_foreign", "tampered"],
         (FileKind::Store, "kind") => &["corrupt", "not_a_store", "tampered"],
         (_, "kind") => &["corrupt", "tampered"],
@@ -358,9 +394,16 @@ fn every_changed_byte_of_a_closed_store_is_found() {
             bytes[at] ^= flip;
             let verdict = fixture.examine(&image.with(path, bytes), only.as_ref());
             let codes = damaged(part);
-            let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+            let found = verdict.shows(codes)
+                && verdict.is_verified(codes)
+                && verdict.is_found_without_keys();
             let expected = if part.may_be_lost { verdict.is_clean() } else { found };
-            assert!(expected, "{}, byte {at} ({}) by {flip:#x}: {verdict:?}", path.display(), part.name);
+            assert!(
+                expected,
+                "{}, byte {at} ({}) by {flip:#x}: {verdict:?}",
+                path.display(),
+                part.name
+            );
         }
     });
 }
@@ -386,7 +429,9 @@ fn every_zeroed_part_of_a_closed_store_is_found() {
         let cases = [(part.name, zeroed, damaged(&part)), ("all", vec![0; bytes.len()], emptied)];
         for ((what, zeroed, codes), harmless) in cases.into_iter().zip(harmless) {
             let verdict = fixture.examine(&image.with(&path, zeroed), only.as_ref());
-            let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+            let found = verdict.shows(codes)
+                && verdict.is_verified(codes)
+                && verdict.is_found_without_keys();
             let expected = if harmless { verdict.is_clean() } else { found };
             assert!(expected, "{what} of {}: {verdict:?}", path.display());
         }
@@ -410,7 +455,12 @@ fn every_forged_byte_of_a_closed_store_is_found() {
             let codes = forged(*kind, part);
             let without_keys = verdict.is_found_without_keys() || KEY_NEEDED.contains(&part.name);
             let found = verdict.shows(codes) && verdict.is_verified(codes) && without_keys;
-            assert!(found, "{}, byte {at} ({}) by {flip:#x}: {verdict:?}", path.display(), part.name);
+            assert!(
+                found,
+                "{}, byte {at} ({}) by {flip:#x}: {verdict:?}",
+                path.display(),
+                part.name
+            );
         }
     });
 }
@@ -421,14 +471,20 @@ fn every_truncation_of_a_closed_store_is_found() {
     let fixture = Fixture::closed();
     let image = fixture.disk.image();
     let store = fixture.builder(MemoryDisk::of(&image)).open_read_only().unwrap();
-    let cuts: Vec<(&PathBuf, usize)> =
-        image.files.iter().flat_map(|(path, bytes)| (0..bytes.len()).map(move |len| (path, len))).collect();
+    let cuts: Vec<(&PathBuf, usize)> = image
+        .files
+        .iter()
+        .flat_map(|(path, bytes)| (0..bytes.len()).map(move |len| (path, len)))
+        .collect();
     in_parallel(&cuts, |&(path, len)| {
         let only = fixture.concerned(&store, path);
-        let verdict = fixture.examine(&image.with(path, image.files[path][..len].to_vec()), only.as_ref());
+        let verdict =
+            fixture.examine(&image.with(path, image.files[path][..len].to_vec()), only.as_ref());
         let codes = &["truncated"];
-        let found = verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
-        let expected = if FileKind::of(path) == FileKind::Epoch { verdict.is_clean() } else { found };
+        let found =
+            verdict.shows(codes) && verdict.is_verified(codes) && verdict.is_found_without_keys();
+        let expected =
+            if FileKind::of(path) == FileKind::Epoch { verdict.is_clean() } else { found };
         assert!(expected, "{} cut to {len}: {verdict:?}", path.display());
     });
 }
@@ -438,7 +494,8 @@ fn every_truncation_of_a_closed_store_is_found() {
 fn what_may_be_lost_is_known_by_name() {
     let fixture = Fixture::closed();
     let image = fixture.disk.image();
-    let of_kind = |kind| image.files.keys().find(|path| FileKind::of(path) == kind).unwrap().clone();
+    let of_kind =
+        |kind| image.files.keys().find(|path| FileKind::of(path) == kind).unwrap().clone();
     let lock = of_kind(FileKind::Lock);
     let epoch = of_kind(FileKind::Epoch);
     let audit = of_kind(FileKind::Audit);
@@ -455,8 +512,14 @@ fn what_may_be_lost_is_known_by_name() {
         // A file without a meaningful name belongs to no part of the store.
         ("a stray file", image.with(&stray, b"stray".to_vec())),
         // A line cut off by a crash was never acknowledged. The next record replaces it.
-        ("the beginning of an audit record", image.with(&audit, [&image.files[&audit][..], b"{\"num"].concat())),
-        ("the beginning of a change", image.with(&catalogue, [&image.files[&catalogue][..], b"ECHG\x09"].concat())),
+        (
+            "the beginning of an audit record",
+            image.with(&audit, [&image.files[&audit][..], b"{\"num"].concat()),
+        ),
+        (
+            "the beginning of a change",
+            image.with(&catalogue, [&image.files[&catalogue][..], b"ECHG\x09"].concat()),
+        ),
     ] {
         let verdict = fixture.examine(&image, None);
         assert!(verdict.is_clean(), "{what}: {verdict:?}");
@@ -476,14 +539,14 @@ fn a_writer_takes_over_whatever_has_become_of_the_epoch() {
         bytes[at] ^= 1 << (at % 8);
         (format!("byte {at} flipped"), bytes)
     });
-    let cut = (0..bytes.len()).step_by(64).map(|len| (format!("cut to {len}"), bytes[..len].to_vec()));
+    let cut =
+        (0..bytes.len()).step_by(64).map(|len| (format!("cut to {len}"), bytes[..len].to_vec()));
     let rest = [("zeros", vec![0; bytes.len()]), ("longer", [&bytes[..], &[7; 100]].concat())];
     let rest = rest.map(|(what, bytes)| (what.to_owned(), bytes));
     for (what, damaged) in flipped.chain(cut).chain(rest) {
-        let newer = [0, 512]
-            .iter()
-            .any(|slot| damaged.get(slot + 8..slot + 10).is_some_and(|version| version > [2, 0].as_slice()))
-            && what.contains("flipped");
+        let newer = [0, 512].iter().any(|slot| {
+            damaged.get(slot + 8..slot + 10).is_some_and(|version| version > [2, 0].as_slice())
+        }) && what.contains("flipped");
         let disk = MemoryDisk::of(&image.with(&path, damaged));
         match fixture.builder(Arc::clone(&disk)).open() {
             Ok(store) => {

@@ -17,8 +17,8 @@ use std::{
 
 use common::*;
 use envelog::{
-    AppendOptions, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position, ReadMode, ReadOptions,
-    ShardChoice, Store, VerifyOptions,
+    AppendOptions, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position, ReadMode,
+    ReadOptions, ShardChoice, Store, VerifyOptions,
 };
 
 const SHARDS: u32 = 2;
@@ -35,7 +35,10 @@ fn write(writer: usize, logstore: &Logstore, stop: &AtomicBool) -> Acknowledged 
     for n in 0.. {
         let shard = (n + writer) as u32 % SHARDS;
         let text = format!("{writer} {n} {}", "x".repeat(n * 37 % 300));
-        let options = AppendOptions { shard: ShardChoice::Shard(shard), ..AppendOptions::durability(durability) };
+        let options = AppendOptions {
+            shard: ShardChoice::Shard(shard),
+            ..AppendOptions::durability(durability)
+        };
         while !stop.load(Ordering::Relaxed) {
             match logstore.append(record(&text), &options) {
                 Ok(appended) => {
@@ -61,8 +64,11 @@ fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
     let (mut seqs, mut of_writer) = (Vec::new(), [None; WRITERS]);
     loop {
         let last_round = stop.load(Ordering::SeqCst);
-        let options =
-            ReadOptions { from: Position::Seq(seqs.last().map_or(0, |seq| seq + 1)), mode, ..ReadOptions::default() };
+        let options = ReadOptions {
+            from: Position::Seq(seqs.last().map_or(0, |seq| seq + 1)),
+            mode,
+            ..ReadOptions::default()
+        };
         let found = match logstore.read(shard, &options) {
             Ok(found) => found,
             Err(Error::Revoked { .. }) => continue,
@@ -76,12 +82,21 @@ fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
             };
             // Numbers increase, with gaps where appends were refused. The records of one writer are
             // in its order.
-            assert!(seqs.last() < Some(&record.seq), "reader {reader}: {} after {:?}", record.seq, seqs.last());
+            assert!(
+                seqs.last() < Some(&record.seq),
+                "reader {reader}: {} after {:?}",
+                record.seq,
+                seqs.last()
+            );
             seqs.push(record.seq);
             let text = std::str::from_utf8(&record.bytes).unwrap();
             let mut words = text.split(' ').map(|word| word.parse::<usize>());
             let (writer, n) = (words.next().unwrap().unwrap(), words.next().unwrap().unwrap());
-            assert!(of_writer[writer] < Some(n), "reader {reader}: {text:?} after {:?}", of_writer[writer]);
+            assert!(
+                of_writer[writer] < Some(n),
+                "reader {reader}: {text:?} after {:?}",
+                of_writer[writer]
+            );
             of_writer[writer] = Some(n);
         }
         if last_round {
@@ -100,7 +115,8 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
     world.options.outage_grace = Duration::from_secs(20);
     let store = world.create();
     let cmk = world.cmk();
-    let spec = |conf| LogstoreSpec { shard_count: SHARDS, ..LogstoreSpec::default().encrypted(conf) };
+    let spec =
+        |conf| LogstoreSpec { shard_count: SHARDS, ..LogstoreSpec::default().encrypted(conf) };
     let service = EncryptConf::service_key(EncryptType::Sm4);
     let byok = EncryptConf::byok(EncryptType::Aes, cmk.clone());
     let logstores = [("p/service", service), ("p/byok", byok)]
@@ -117,7 +133,11 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
         let readers: Vec<_> = (0..READERS)
             .map(|reader| {
                 let logstore = &logstores[reader / 2 % 2];
-                let logstore = if reader < 4 { logstore.clone() } else { beside.logstore(logstore.name()).unwrap() };
+                let logstore = if reader < 4 {
+                    logstore.clone()
+                } else {
+                    beside.logstore(logstore.name()).unwrap()
+                };
                 let written = &written;
                 scope.spawn(move || follow(reader, &logstore, written))
             })
@@ -135,11 +155,14 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
                     world.local().disable(&cmk.cmk_key_id).unwrap();
                     thread::sleep(world.options.revalidate_every * 2);
                     world.local().enable(&cmk.cmk_key_id).unwrap();
-                    eventually("the key is back", || logstores[1].read(0, &ReadOptions::default()).is_ok());
+                    eventually("the key is back", || {
+                        logstores[1].read(0, &ReadOptions::default()).is_ok()
+                    });
                 }
                 6 => drop(store.metrics()),
                 _ => {
-                    let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+                    let report =
+                        store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
                     assert!(report.is_clean(), "{:?}", report.faults);
                 }
             }
@@ -148,7 +171,8 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
             }
         }
         stop.store(true, Ordering::SeqCst);
-        let acknowledged: Vec<Acknowledged> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
+        let acknowledged: Vec<Acknowledged> =
+            writers.into_iter().map(|writer| writer.join().unwrap()).collect();
         logstores.iter().for_each(|logstore| logstore.sync().unwrap());
         written.store(true, Ordering::SeqCst);
         (acknowledged, readers.into_iter().map(|reader| reader.join().unwrap()).collect::<Vec<_>>())
@@ -163,14 +187,20 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
         let logstore = store.logstore(&name(text)).unwrap();
         for shard in 0..SHARDS {
             let found = records(&logstore, shard).unwrap();
-            for (_, seq, text) in acknowledged.iter().skip(n).step_by(2).flatten().filter(|of| of.0 == shard) {
+            for (_, seq, text) in
+                acknowledged.iter().skip(n).step_by(2).flatten().filter(|of| of.0 == shard)
+            {
                 let at = found.binary_search_by_key(seq, |record| record.seq).unwrap();
                 assert_eq!(found[at].bytes, text.as_bytes());
                 count += 1;
             }
-            let readers = (0..READERS).filter(|reader| (reader / 2 % 2, *reader as u32 % SHARDS) == (n, shard));
+            let readers = (0..READERS)
+                .filter(|reader| (reader / 2 % 2, *reader as u32 % SHARDS) == (n, shard));
             for reader in readers {
-                assert!(found.iter().map(|record| &record.seq).eq(&seen[reader]), "reader {reader}");
+                assert!(
+                    found.iter().map(|record| &record.seq).eq(&seen[reader]),
+                    "reader {reader}"
+                );
             }
         }
     }

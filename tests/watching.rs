@@ -54,7 +54,10 @@ fn the_four_answers_of_a_kms_are_counted_apart() {
         assert!(calls.max_us <= calls.sum_us || calls.count == 0);
     }
     assert!(after.refusals.pending_deletion >= 2, "{after:?}");
-    assert_eq!((after.refusals.disabled, after.refusals.unreachable, after.leases[0].age), (0, 0, None));
+    assert_eq!(
+        (after.refusals.disabled, after.refusals.unreachable, after.leases[0].age),
+        (0, 0, None)
+    );
     let json = serde_json::to_value(&after).unwrap();
     assert_eq!(json["kms"]["unreachable"]["count"], 2);
 }
@@ -71,11 +74,17 @@ fn bytes_syncs_and_failures_are_counted() {
     }
     let metrics = store.metrics();
     // A record is framed by its tag and length.
-    assert_eq!((appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")), ((12, 0), (12, 0)));
+    assert_eq!(
+        (appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")),
+        ((12, 0), (12, 0))
+    );
     assert_eq!(appended(&metrics, "SM4-GCM"), (0, 0));
     assert_eq!(texts(&service), ["0123456789"]);
     let metrics = store.metrics();
-    assert_eq!((appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")), ((12, 12), (12, 0)));
+    assert_eq!(
+        (appended(&metrics, "AES-256-GCM"), appended(&metrics, "AES-256-GMAC")),
+        ((12, 12), (12, 0))
+    );
     assert_eq!((metrics.segments_begun, metrics.segments_sealed, metrics.sync_failures), (2, 0, 0));
     assert!(metrics.syncs >= 2 && metrics.audit_records == 2, "{metrics:?}");
     service.roll().unwrap();
@@ -89,7 +98,11 @@ fn bytes_syncs_and_failures_are_counted() {
     disk.disarm();
     let metrics = store.metrics();
     assert_eq!((metrics.sync_failures, metrics.writers_latched), (1, 1));
-    assert!(traced.text().contains("ERROR") && traced.text().contains("fsync failed"), "{}", traced.text());
+    assert!(
+        traced.text().contains("ERROR") && traced.text().contains("fsync failed"),
+        "{}",
+        traced.text()
+    );
     assert!(traced.text().contains("shard writer latched"), "{}", traced.text());
     disk.fail_after(0, Failure::Once);
     assert!(store.keys().rotate_data_key(service.name()).is_err());
@@ -116,7 +129,8 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         assert!(text.lines().count() <= lines + 2, "appends and reads are traced: {text}");
         store.keys().rotate_data_key(logstore.name()).unwrap();
         put(&logstore, "under the new key");
-        for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled), Answer::Real] {
+        for answer in [Answer::Unreachable, Answer::Revoked(RevokedReason::Disabled), Answer::Real]
+        {
             world.kms.answer(answer);
             world.clock.advance(secs(40));
             store.tick();
@@ -140,8 +154,13 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         "Recovered",
         "store closed",
     ] {
-        let at = rest.find(said).unwrap_or_else(|| panic!("\"{said}\" is not said, or too early: {text}"));
+        let at = rest
+            .find(said)
+            .unwrap_or_else(|| panic!("\"{said}\" is not said, or too early: {text}"));
         rest = &rest[at..];
     }
-    assert!(text.contains("outcome=\"unreachable\"") && text.contains("outcome=\"revoked\""), "{text}");
+    assert!(
+        text.contains("outcome=\"unreachable\"") && text.contains("outcome=\"revoked\""),
+        "{text}"
+    );
 }

@@ -64,7 +64,9 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
     }
     let mut before = Acked::new();
     for number in 0..4 {
-        NAMES.iter().for_each(|text| put_acked(&store, text, &format!("before {number}"), &mut before).unwrap());
+        NAMES.iter().for_each(|text| {
+            put_acked(&store, text, &format!("before {number}"), &mut before).unwrap()
+        });
     }
     store.close().unwrap();
     let (image, mut world) = (sim.disk, sim.world);
@@ -76,17 +78,20 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
         put_acked(&first, NAMES[0], "first", &mut acked).unwrap();
 
         let second: Arc<Mutex<Option<(Store, Acked)>>> = Arc::default();
-        let (lock, disk, builder) = (sim.world.store_dir().join("LOCK"), sim.disk.clone(), sim.builder());
+        let (lock, disk, builder) =
+            (sim.world.store_dir().join("LOCK"), sim.disk.clone(), sim.builder());
         let (at, taken, said) = (sim.disk.operations() + nth, Arc::clone(&second), context.clone());
         sim.disk.on_call(move |call| {
             if call.nth == at {
                 disk.heal();
                 envelog::io::Disk::remove_file(&disk, &lock).unwrap();
                 let take_over = || {
-                    let store = builder.clone().open().unwrap_or_else(|error| panic!("{said}: {error}"));
+                    let store =
+                        builder.clone().open().unwrap_or_else(|error| panic!("{said}: {error}"));
                     let mut acked = Acked::new();
                     for text in NAMES {
-                        put_acked(&store, text, "second", &mut acked).unwrap_or_else(|error| panic!("{said}: {error}"));
+                        put_acked(&store, text, "second", &mut acked)
+                            .unwrap_or_else(|error| panic!("{said}: {error}"));
                     }
                     (store, acked)
                 };
@@ -109,10 +114,14 @@ fn taken_over_anywhere(what: &str, operation: impl Fn(&Store, &mut Acked) -> Res
         // From now on the first writer can do nothing.
         let late = put_acked(&first, NAMES[0], "late", &mut acked).unwrap_err();
         assert!(["fenced", "closed"].contains(&late.code_of_cause()), "{context}: {late:?}");
-        assert!(first.create_logstore(&name("p/late"), LogstoreSpec::default()).is_err(), "{context}");
+        assert!(
+            first.create_logstore(&name("p/late"), LogstoreSpec::default()).is_err(),
+            "{context}"
+        );
         let _ = first.close();
         for text in NAMES {
-            put_acked(&second, text, "second again", &mut acked).unwrap_or_else(|error| panic!("{context}: {error}"));
+            put_acked(&second, text, "second again", &mut acked)
+                .unwrap_or_else(|error| panic!("{context}: {error}"));
         }
         assert_all_there(&second, &acked, &context);
         // With and without a power loss.
@@ -149,7 +158,9 @@ fn appends_that_roll() {
 
 #[test]
 fn the_first_append_of_a_shard() {
-    taken_over_anywhere("a first append", |store, acked| put_acked(store, NAMES[1], "during", acked));
+    taken_over_anywhere("a first append", |store, acked| {
+        put_acked(store, NAMES[1], "during", acked)
+    });
 }
 
 #[test]
@@ -193,7 +204,8 @@ fn an_epoch_that_no_writer_had_does_not_count() {
     let id = store.id();
     store.close().unwrap();
     for epoch in [u64::MAX, 1 << 48, (1 << 48) - 1, 1 << 40] {
-        let mut slot = [&b"ENVLEPO\0"[..], &2u16.to_le_bytes(), &[0; 6], &u64::to_le_bytes(epoch)].concat();
+        let mut slot =
+            [&b"ENVLEPO\0"[..], &2u16.to_le_bytes(), &[0; 6], &u64::to_le_bytes(epoch)].concat();
         slot.extend_from_slice(&[7; 16]);
         slot.extend_from_slice(id.as_bytes());
         slot.extend_from_slice(&crc32fast::hash(&slot).to_le_bytes());
@@ -203,6 +215,9 @@ fn an_epoch_that_no_writer_had_does_not_count() {
             world.open().close().unwrap();
         }
         let names: Vec<_> = files(&world.store_dir().join("catalogue")).into_keys().collect();
-        assert!(names.iter().all(|name| name.to_str().unwrap().contains("/00000000")), "{epoch}: {names:?}");
+        assert!(
+            names.iter().all(|name| name.to_str().unwrap().contains("/00000000")),
+            "{epoch}: {names:?}"
+        );
     }
 }

@@ -45,5 +45,9 @@ pub(crate) fn run(cli: Cli) -> Result {
 
 /// Refuses an irreversible command without `--yes`.
 fn confirm(yes: bool, what: &str) -> Result {
-    if yes { Ok(()) } else { Err(Failure::usage(format!("{what} cannot be undone: add --yes to confirm"))) }
+    if yes {
+        Ok(())
+    } else {
+        Err(Failure::usage(format!("{what} cannot be undone: add --yes to confirm")))
+    }
 }

@@ -132,7 +132,11 @@ impl Failure {
         if self.message.is_empty() {
             return;
         }
-        let text = if json { json!({ "error": self.as_json() }).to_string() } else { format!("envelog: {self}") };
+        let text = if json {
+            json!({ "error": self.as_json() }).to_string()
+        } else {
+            format!("envelog: {self}")
+        };
         let kind = if json { output::Kind::Json } else { output::Kind::Line };
         let text = [&output::for_stderr(text.as_bytes(), kind), &b"\n"[..]].concat();
         // A closed standard error is ignored: there is no other place for the message.
@@ -205,7 +209,13 @@ mod tests {
 
     #[test]
     fn integrity_outranks_revocation_and_that_an_outage_and_that_the_rest() {
-        let order = [Status::Integrity, Status::Revoked, Status::KmsUnreachable, Status::Unavailable, Status::Done];
+        let order = [
+            Status::Integrity,
+            Status::Revoked,
+            Status::KmsUnreachable,
+            Status::Unavailable,
+            Status::Done,
+        ];
         for (rank, better) in order.into_iter().enumerate() {
             for worse in &order[..rank] {
                 assert_eq!((better.worse(*worse), worse.worse(better)), (*worse, *worse));

@@ -49,7 +49,11 @@ pub(crate) fn open(files: &[PathBuf]) -> Result<Inputs> {
     for path in if files.is_empty() { &stdin } else { files } {
         if path.as_os_str() == "-" {
             total = None;
-            sources.push(("stdin".to_owned(), PathBuf::from("standard input"), Box::new(io::stdin())));
+            sources.push((
+                "stdin".to_owned(),
+                PathBuf::from("standard input"),
+                Box::new(io::stdin()),
+            ));
             continue;
         }
         let file = open_file(path)?;
@@ -107,12 +111,20 @@ pub(crate) fn base_name(path: &Path) -> String {
 
 /// Reads the logs of a file, or of standard input if the path is `-`. Accepts a pipe too.
 pub(crate) fn read_logs(path: &Path) -> Result<Bytes> {
-    if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_file(path)?) }
+    if path.as_os_str() == "-" {
+        read_all(path, io::stdin())
+    } else {
+        read_all(path, open_file(path)?)
+    }
 }
 
 /// Reads a regular file, or standard input if the path is `-`.
 pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
-    if path.as_os_str() == "-" { read_all(path, io::stdin()) } else { read_all(path, open_regular(path)?) }
+    if path.as_os_str() == "-" {
+        read_all(path, io::stdin())
+    } else {
+        read_all(path, open_regular(path)?)
+    }
 }
 
 fn read_all(path: &Path, mut source: impl Read) -> Result<Bytes> {
@@ -141,7 +153,10 @@ pub(crate) fn open_regular(path: &Path) -> Result<File> {
 fn open_file(path: &Path) -> Result<File> {
     let file = File::open(path).map_err(|error| Failure::file("open", path, &error))?;
     if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
-        return Err(Failure::other(format!("{} is a directory, not a file of logs", path.display())));
+        return Err(Failure::other(format!(
+            "{} is a directory, not a file of logs",
+            path.display()
+        )));
     }
     Ok(file)
 }
@@ -150,13 +165,17 @@ fn open_file(path: &Path) -> Result<File> {
 pub(crate) fn text_argument(argument: &str) -> Result<String> {
     let mut text = String::new();
     let read = match argument.strip_prefix('@') {
-        Some(path) => open_regular(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
+        Some(path) => {
+            open_regular(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text)
+        }
         None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
         None => return Ok(argument.to_owned()),
     };
     match read {
         Ok(len) if len as u64 > TEXT_BYTES_MAX => {
-            let message = format!("{argument} is too large: a configuration may have at most {TEXT_BYTES_MAX} bytes");
+            let message = format!(
+                "{argument} is too large: a configuration may have at most {TEXT_BYTES_MAX} bytes"
+            );
             Err(Failure::new(Status::Other, "too_large", message))
         }
         Ok(_) => Ok(text),

@@ -14,7 +14,8 @@ pub(crate) fn defer() -> Result {
             std::process::exit(130);
         }
     };
-    ctrlc::set_handler(handler).map_err(|error| Failure::other(format!("cannot handle signals: {error}")))
+    ctrlc::set_handler(handler)
+        .map_err(|error| Failure::other(format!("cannot handle signals: {error}")))
 }
 
 /// Whether a signal asked the process to stop.

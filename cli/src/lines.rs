@@ -133,14 +133,20 @@ impl Lines {
     fn add(&mut self, line: Bytes, newline: u64, now: (u32, u32), full: &mut Vec<LineGroup>) {
         let encoded = line.len() + LOG_OVERHEAD;
         let group = GROUP_OVERHEAD + self.source.len();
-        if group + self.encoded + encoded > self.group_bytes || self.logs.len() >= LOGS_PER_GROUP_MAX {
+        if group + self.encoded + encoded > self.group_bytes
+            || self.logs.len() >= LOGS_PER_GROUP_MAX
+        {
             full.extend(self.cut());
         }
         self.since.get_or_insert_with(Instant::now);
         self.encoded += encoded;
         self.bytes += line.len() as u64 + newline;
         self.line += 1;
-        self.logs.push(Log { time: now.0, time_ns: Some(now.1), contents: vec![Content::new(CONTENT, line)] });
+        self.logs.push(Log {
+            time: now.0,
+            time_ns: Some(now.1),
+            contents: vec![Content::new(CONTENT, line)],
+        });
     }
 }
 

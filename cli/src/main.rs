@@ -82,7 +82,10 @@ fn report_panics(json: bool) {
     set_hook(Box::new(move |panic| {
         let place = panic.location().map_or_else(String::new, |at| format!(" at {at}"));
         let payload = panic.payload();
-        let what = payload.downcast_ref::<&str>().copied().or(payload.downcast_ref::<String>().map(String::as_str));
+        let what = payload
+            .downcast_ref::<&str>()
+            .copied()
+            .or(payload.downcast_ref::<String>().map(String::as_str));
         let what = what.unwrap_or("it panicked");
         let message = format!("this is a bug in envelog{place}, please report it: {what}");
         Failure::new(Status::Other, "bug", message).report(json);
@@ -99,23 +102,30 @@ fn refuse_arguments(error: &clap::Error) -> ExitCode {
     if std::env::args_os().any(|arg| arg == "--json") {
         let text = error.to_string();
         // JSON gets only the first paragraph: the usage and the hint after it are for people.
-        let said: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        let said: Vec<&str> =
+            text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
         let said = said.join(" ");
         // For a missing subcommand, clap's message is only the help text.
         let said = match error.kind() {
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => "a command is missing; --help lists them",
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                "a command is missing; --help lists them"
+            }
             _ => said.trim_start_matches("error: "),
         };
         Failure::usage(said).report(true);
     } else {
         // clap colours messages with escape sequences. Keep them only if no argument can have added
         // its own.
-        let is_plain = |text: OsString| matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_));
-        let variables = std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
+        let is_plain = |text: OsString| {
+            matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_))
+        };
+        let variables =
+            std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
         if std::env::args_os().chain(variables.map(|(_, value)| value)).all(is_plain) {
             let _ = error.print();
         } else {
-            let _ = io::stderr().write_all(&output::for_stderr(error.to_string().as_bytes(), Kind::Cell));
+            let _ = io::stderr()
+                .write_all(&output::for_stderr(error.to_string().as_bytes(), Kind::Cell));
         }
     }
     Status::Usage.into()

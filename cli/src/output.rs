@@ -47,7 +47,8 @@ pub(crate) enum Kind {
 /// characters (C0, DEL, C1), bytes that are not UTF-8, and characters that change the direction of
 /// text as printable escape sequences.
 pub(crate) fn visible(bytes: &[u8], kind: Kind) -> Cow<'_, [u8]> {
-    let is_plain = |byte: &u8| (b' '..=b'~').contains(byte) || (*byte == b'\n' && kind != Kind::Line);
+    let is_plain =
+        |byte: &u8| (b' '..=b'~').contains(byte) || (*byte == b'\n' && kind != Kind::Line);
     if bytes.iter().all(is_plain) {
         return Cow::Borrowed(bytes);
     }
@@ -103,7 +104,8 @@ pub(crate) fn line(text: impl Display) -> Result {
 
 /// Writes a note to standard error. A note is neither a failure nor part of the result.
 pub(crate) fn notice(text: impl Display) {
-    let text = [&for_stderr(format!("envelog: note: {text}").as_bytes(), Kind::Line), &b"\n"[..]].concat();
+    let text =
+        [&for_stderr(format!("envelog: note: {text}").as_bytes(), Kind::Line), &b"\n"[..]].concat();
     // A closed standard error is ignored: there is no other place for the note.
     let _ = io::stderr().write_all(&text);
 }
@@ -151,7 +153,8 @@ pub(crate) struct Events;
 
 impl Write for Events {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        let (line, end) = event.strip_suffix(b"\n").map_or((event, &b""[..]), |line| (line, &b"\n"[..]));
+        let (line, end) =
+            event.strip_suffix(b"\n").map_or((event, &b""[..]), |line| (line, &b"\n"[..]));
         let text = [&for_stderr(line, Kind::Line), end].concat();
         io::stderr().write_all(&text).map(|()| event.len())
     }
@@ -189,7 +192,9 @@ impl Display for Table {
 /// An empty table. Columns in `numbers` (from 0) are right-aligned.
 pub(crate) fn table(header: &[&str], numbers: &[usize]) -> Table {
     let mut table = comfy_table::Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    table
+        .load_style(presets::UTF8_FULL_CONDENSED)
+        .set_content_arrangement(ContentArrangement::Dynamic);
     if std::env::var_os("NO_COLOR").is_some() {
         table.force_no_tty();
     }
@@ -213,8 +218,15 @@ pub(crate) fn print_wide_table(table: &Table) -> Result {
 /// its own with one line per column.
 pub(crate) fn print_table(table: &Table) -> Result {
     let Table(inner) = table;
-    let needed = inner.column_max_content_widths().iter().map(|width| usize::from(*width) + 3).sum::<usize>() + 1;
-    let (Some(width), Some(header)) = (inner.width(), inner.header()) else { return print_wide_table(table) };
+    let needed = inner
+        .column_max_content_widths()
+        .iter()
+        .map(|width| usize::from(*width) + 3)
+        .sum::<usize>()
+        + 1;
+    let (Some(width), Some(header)) = (inner.width(), inner.header()) else {
+        return print_wide_table(table);
+    };
     if needed <= usize::from(width) {
         return print_wide_table(table);
     }
@@ -309,7 +321,8 @@ impl Progress {
 
     fn new(total: Option<u64>, template: &str, show: bool) -> Self {
         let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::hidden());
-        let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style =
+            ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = bar.with_style(style);
         let showing = show.then(|| {
             let (sender, ended) = channel();
@@ -328,7 +341,9 @@ impl Progress {
     /// Names the current step.
     pub(crate) fn say(&self, what: impl Into<Cow<'static, str>>) {
         let what = what.into();
-        self.bar.set_message(String::from_utf8_lossy(&visible(what.as_bytes(), Kind::Line)).into_owned());
+        self.bar.set_message(
+            String::from_utf8_lossy(&visible(what.as_bytes(), Kind::Line)).into_owned(),
+        );
     }
 
     pub(crate) fn add(&self, more: u64) {
@@ -371,13 +386,19 @@ mod tests {
                     '\r' => kind == Kind::Json,
                     _ => false,
                 };
-                assert!(text.chars().all(|c| !c.is_control() || layout(c)), "{byte:#x} as {kind:?}: {text:?}");
+                assert!(
+                    text.chars().all(|c| !c.is_control() || layout(c)),
+                    "{byte:#x} as {kind:?}: {text:?}"
+                );
                 assert!(!text.contains('\u{fffd}'), "{byte:#x} as {kind:?}: {text:?}");
             }
             let turning = ('\u{202a}'..='\u{202e}').chain('\u{2066}'..='\u{2069}');
             for c in ('\u{80}'..='\u{9f}').chain(turning) {
                 let text = shown(format!("a{c}b").as_bytes(), kind);
-                assert!(text.is_ascii() && text.starts_with('a') && text.ends_with('b'), "{c:?} as {kind:?}: {text:?}");
+                assert!(
+                    text.is_ascii() && text.starts_with('a') && text.ends_with('b'),
+                    "{c:?} as {kind:?}: {text:?}"
+                );
             }
         }
     }
@@ -392,7 +413,11 @@ mod tests {
             (b"\x9b31m and \xc2\x9b31m", Kind::Log, "\\x9b31m and \\u{9b}31m"),
             (b"\xe2\x80", Kind::Log, "\\xe2\\x80"),
             ("abc\u{202e}cba".as_bytes(), Kind::Line, "abc\\u{202e}cba"),
-            ("{\n \"a\": \"\u{9b}\u{202e}\u{7f}\"}".as_bytes(), Kind::Json, "{\n \"a\": \"\\u009b\\u202e\\u007f\"}"),
+            (
+                "{\n \"a\": \"\u{9b}\u{202e}\u{7f}\"}".as_bytes(),
+                Kind::Json,
+                "{\n \"a\": \"\\u009b\\u202e\\u007f\"}",
+            ),
             ("日志 ünïcödé 🙂 \\x1b".as_bytes(), Kind::Line, "日志 ünïcödé 🙂 \\x1b"),
         ] {
             assert_eq!(shown(bytes, kind), expected);
@@ -406,7 +431,8 @@ mod tests {
     fn json_on_a_terminal_says_the_same() {
         let value = "\u{0}\u{1b}\u{7f}\u{85}\u{9b}\u{202e}\u{2069}\n\t\r\"\\é";
         let text = serde_json::to_string_pretty(&[value]).unwrap_or_default();
-        let parsed: Vec<String> = serde_json::from_slice(&visible(text.as_bytes(), Kind::Json)).unwrap_or_default();
+        let parsed: Vec<String> =
+            serde_json::from_slice(&visible(text.as_bytes(), Kind::Json)).unwrap_or_default();
         assert_eq!(parsed, [value]);
     }
 }

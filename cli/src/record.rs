@@ -87,12 +87,20 @@ pub(crate) fn logs(shard: u32, record: &Record, format: Format) -> Result<Vec<On
 /// Writes one log, with its newline.
 type WriteLog<'a> = &'a dyn Fn(&mut dyn Write) -> io::Result<()>;
 
-fn each_log(shard: u32, record: &Record, format: Format, mut take: impl FnMut(WriteLog<'_>) -> Result) -> Result {
-    let place = Place { shard, seq: record.seq, receive_time: output::moment(record.receive_time_us) };
+fn each_log(
+    shard: u32,
+    record: &Record,
+    format: Format,
+    mut take: impl FnMut(WriteLog<'_>) -> Result,
+) -> Result {
+    let place =
+        Place { shard, seq: record.seq, receive_time: output::moment(record.receive_time_us) };
     if record.kind == BlockKind::Opaque {
         return take(&|out| match format {
             Format::Raw => write_line(out, &record.bytes),
-            Format::Json => write_json(out, &JsonOpaque { place: &place, opaque: Text(&record.bytes) }),
+            Format::Json => {
+                write_json(out, &JsonOpaque { place: &place, opaque: Text(&record.bytes) })
+            }
         });
     }
     let group = record.group()?;
@@ -214,8 +222,12 @@ mod tests {
 
     #[test]
     fn json_keeps_what_is_not_utf8_and_keys_that_repeat() {
-        let pair = |key: &'static [u8], value: &'static [u8]| Content { key: key.into(), value: value.into() };
-        let contents = vec![pair(b"a", b"1"), pair(b"b", b"\xff"), pair(b"a", b"2"), pair(b"\xfe", b"x")];
+        let pair = |key: &'static [u8], value: &'static [u8]| Content {
+            key: key.into(),
+            value: value.into(),
+        };
+        let contents =
+            vec![pair(b"a", b"1"), pair(b"b", b"\xff"), pair(b"a", b"2"), pair(b"\xfe", b"x")];
         let log = Log { time: 7, time_ns: None, contents };
         let group = LogGroup { source: Some(Bytes::from_static(b"host")), ..LogGroup::default() };
         let place = Place { shard: 1, seq: 2, receive_time: output::moment(1_500_000) };

@@ -8,7 +8,8 @@ use std::{
 };
 
 use envelog::{
-    Cmk, ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
+    Cmk, ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder,
+    StoreOptions,
     crypto::AwsLc,
     kms::{self, Kms, LocalKms},
 };
@@ -59,7 +60,10 @@ impl Setup {
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
         let kms = kms
             .iter()
-            .map(|url| kms::from_url(url).map_err(|error| Failure::refused("kms_unsupported", error.to_string())))
+            .map(|url| {
+                kms::from_url(url)
+                    .map_err(|error| Failure::refused("kms_unsupported", error.to_string()))
+            })
             .collect::<Result<_>>()?;
         let mut options = StoreOptions::default();
         options.outage_grace = outage_grace.unwrap_or(options.outage_grace);
@@ -77,12 +81,24 @@ impl Setup {
         if let Some(dir) = &anchor
             && inside(dir).is_some()
         {
-            let message =
-                format!("the anchor {} is inside the store directory: it protects nothing there", dir.display());
+            let message = format!(
+                "the anchor {} is inside the store directory: it protects nothing there",
+                dir.display()
+            );
             return Err(Failure::usage(message));
         }
         let keyring = keyring.unwrap_or_else(|| with_suffix(&store, ".keyring"));
-        Ok(Self { store, keyring, kms_dir, kms, options, anchor, without_anchor, accept_retired, json })
+        Ok(Self {
+            store,
+            keyring,
+            kms_dir,
+            kms,
+            options,
+            anchor,
+            without_anchor,
+            accept_retired,
+            json,
+        })
     }
 
     pub(crate) fn builder(&self) -> StoreBuilder {
@@ -108,7 +124,9 @@ impl Setup {
         let store = self.builder().open_read_only()?;
         let anchor = store.admin().anchor_status();
         if anchor.anchored && !anchor.configured && !self.without_anchor {
-            self.notice("the store has an anchor: without --anchor a rollback of the store is not detected");
+            self.notice(
+                "the store has an anchor: without --anchor a rollback of the store is not detected",
+            );
         }
         Ok(store)
     }
@@ -147,7 +165,8 @@ pub(crate) fn check_access(logstore: &Logstore) -> Result {
 
 /// Parses a master key argument.
 pub(crate) fn cmk(argument: &str) -> Result<Cmk> {
-    serde_json::from_str(&input::text_argument(argument)?).map_err(|error| ConfigError::Json(error.to_string()).into())
+    serde_json::from_str(&input::text_argument(argument)?)
+        .map_err(|error| ConfigError::Json(error.to_string()).into())
 }
 
 /// Parses a Logstore name argument.
@@ -184,7 +203,9 @@ mod tests {
         assert_eq!(with_suffix(Path::new("/var/data"), ".kms"), Path::new("/var/data.kms"));
         assert_eq!(with_suffix(Path::new("./data/"), ".keyring"), Path::new("./data.keyring"));
         let here = std::env::current_dir().unwrap();
-        let beside = |dir: &Path| dir.with_file_name(format!("{}.keyring", dir.file_name().unwrap().to_string_lossy()));
+        let beside = |dir: &Path| {
+            dir.with_file_name(format!("{}.keyring", dir.file_name().unwrap().to_string_lossy()))
+        };
         assert_eq!(with_suffix(Path::new("."), ".keyring"), beside(&here));
         assert_eq!(with_suffix(Path::new("src/.."), ".keyring"), beside(&here));
         assert_eq!(with_suffix(Path::new(".."), ".keyring"), beside(here.parent().unwrap()));

@@ -6,7 +6,8 @@ use envelog::Position;
 use jiff::SignedDuration;
 
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let duration = text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
+    let duration =
+        text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
     match duration {
         Some(Duration::ZERO) => Err("it must be greater than zero".to_owned()),
         Some(duration) => Ok(duration),
@@ -33,7 +34,9 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let number = digits.parse::<u64>().ok();
     let factor = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor);
     match (number, factor) {
-        (Some(number), Some(factor)) => number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned()),
+        (Some(number), Some(factor)) => {
+            number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
+        }
         _ => Err("give a number of bytes, such as 65536, 64KiB, 10GiB".to_owned()),
     }
 }
@@ -59,7 +62,10 @@ pub(crate) fn position(text: &str) -> Result<Position, String> {
             Ok(us) => Ok(Position::Time(us)),
             Err(_) => Err("a time before 1970".to_owned()),
         },
-        Err(_) => Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z".to_owned()),
+        Err(_) => {
+            Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z"
+                .to_owned())
+        }
     }
 }
 
@@ -83,7 +89,9 @@ mod tests {
 
     #[test]
     fn sizes_are_numbers_with_or_without_a_unit() {
-        for (text, value) in [("0", 0), ("65536", 65536), ("64KiB", 65536), ("3 GiB", 3 << 30), ("10mb", 10_000_000)] {
+        for (text, value) in
+            [("0", 0), ("65536", 65536), ("64KiB", 65536), ("3 GiB", 3 << 30), ("10mb", 10_000_000)]
+        {
             assert_eq!(bytes(text), Ok(value), "{text}");
         }
         for bad in ["", "KiB", "-1", "1.5MiB", "1 parsec", "99999999999TiB"] {
@@ -98,9 +106,16 @@ mod tests {
         assert_eq!(duration("1h 30m").unwrap(), Duration::from_secs(5400));
         assert_eq!(duration("1.5s").unwrap(), Duration::from_millis(1500));
         // The fuzzer found the last one: it made an earlier parser panic.
-        for bad in
-            ["0s", "5", "five", "", "-5s", "5s ago", "99999999999999999999s", "0.5s018446744073709551615.5s25.5s7us"]
-        {
+        for bad in [
+            "0s",
+            "5",
+            "five",
+            "",
+            "-5s",
+            "5s ago",
+            "99999999999999999999s",
+            "0.5s018446744073709551615.5s25.5s7us",
+        ] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

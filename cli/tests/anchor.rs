@@ -14,7 +14,14 @@ use serde_json::{Value, json};
 fn anchored() -> World {
     let world = World::new();
     fs::create_dir(world.path("anchors")).unwrap();
-    world.ok(&["create", "p/a", "--encrypt-conf", &service("default").to_string(), "--anchor", "anchors"]);
+    world.ok(&[
+        "create",
+        "p/a",
+        "--encrypt-conf",
+        &service("default").to_string(),
+        "--anchor",
+        "anchors",
+    ]);
     append(&world, "one\n");
     world
 }
@@ -30,7 +37,12 @@ fn read_alone(world: &World) -> Vec<u8> {
 
 fn events(world: &World) -> Vec<String> {
     let records = world.json(&["keys", "audit", "--json"])["records"].clone();
-    records.as_array().unwrap().iter().map(|record| record["event"].as_str().unwrap().to_owned()).collect()
+    records
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|record| record["event"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 fn count(events: &[String], event: &str) -> usize {
@@ -62,12 +74,19 @@ fn an_older_store_in_its_place_is_found_out() {
 
     // A refused command must not move the anchor towards the older store.
     for _ in 0..3 {
-        for command in
-            [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["verify", "--keyless"], &["status"]]
-        {
+        for command in [
+            &["append", "p/a", &piece][..],
+            &["read", "p/a"],
+            &["verify"],
+            &["verify", "--keyless"],
+            &["status"],
+        ] {
             let command = [command, &["--anchor", "anchors"]].concat();
             let sentence = world.refused(5, &command);
-            assert!(sentence.contains("rolled back") && sentence.contains("anchor"), "{command:?}: {sentence}");
+            assert!(
+                sentence.contains("rolled back") && sentence.contains("anchor"),
+                "{command:?}: {sentence}"
+            );
             let asked = [&command[..], &["--json"]].concat();
             assert_eq!(world.run(&asked).json_error(5).0, "rolled_back", "{command:?}");
         }
@@ -92,7 +111,11 @@ fn a_store_is_written_without_its_anchor_on_request_alone() {
     copy_dir(&world.path("envelog-data"), &world.path("earlier"));
     append(&world, "two\n");
     let found = events(&world);
-    assert_eq!((count(&found, "anchored"), count(&found, "opened_without_anchor")), (1, 0), "{found:?}");
+    assert_eq!(
+        (count(&found, "anchored"), count(&found, "opened_without_anchor")),
+        (1, 0),
+        "{found:?}"
+    );
     put_back(&world, "earlier");
     let piece = world.file("piece", "another two\n");
     world.ok(&["append", "p/a", &piece, "--without-anchor"]);
@@ -105,7 +128,10 @@ fn a_store_is_written_without_its_anchor_on_request_alone() {
     world.ok(&["append", "p/a", &piece, "--anchor", "anchors", "--without-anchor"]);
     assert_eq!(count(&events(&world), "opened_without_anchor"), 2);
     append(&world, "three\n");
-    assert_eq!(world.ok(&["read", "p/a", "--anchor", "anchors"]), b"one\nanother two\nanother two\nthree\n");
+    assert_eq!(
+        world.ok(&["read", "p/a", "--anchor", "anchors"]),
+        b"one\nanother two\nanother two\nthree\n"
+    );
     world.ok(&["verify", "--anchor", "anchors"]);
     put_back(&world, "earlier");
     world.refused(5, &["read", "p/a", "--anchor", "anchors"]);
@@ -116,11 +142,19 @@ fn an_anchor_that_is_missing_or_empty_is_said_so() {
     let world = anchored();
     let piece = world.file("piece", "two\n");
     let refused = |words: &str| {
-        for command in [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["status"]] {
+        for command in [&["append", "p/a", &piece][..], &["read", "p/a"], &["verify"], &["status"]]
+        {
             let command = [command, &["--anchor", "anchors"]].concat();
             let sentence = world.refused(7, &command);
-            assert!(sentence.contains("anchor") && sentence.contains(words), "{command:?}: {sentence}");
-            assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(7).0, "anchor", "{command:?}");
+            assert!(
+                sentence.contains("anchor") && sentence.contains(words),
+                "{command:?}: {sentence}"
+            );
+            assert_eq!(
+                world.run(&[&command[..], &["--json"]].concat()).json_error(7).0,
+                "anchor",
+                "{command:?}"
+            );
         }
     };
     fs::rename(world.path("anchors"), world.path("away")).unwrap();
@@ -238,12 +272,20 @@ fn status_tells_how_far_the_anchor_is() {
     let world = anchored();
     assert_eq!(world.json(&["status", "--json"])["anchor"]["configured"], json!(false));
     let status = anchor_status(&world);
-    assert_eq!((&status["configured"], &status["records_behind"]), (&json!(true), &json!(0)), "{status}");
+    assert_eq!(
+        (&status["configured"], &status["records_behind"]),
+        (&json!(true), &json!(0)),
+        "{status}"
+    );
     let text = |args: &[&str]| String::from_utf8(world.ok(args)).unwrap();
-    assert!(text(&["status", "--anchor", "anchors"]).contains("the anchor is up to date with the catalogue"));
+    assert!(
+        text(&["status", "--anchor", "anchors"])
+            .contains("the anchor is up to date with the catalogue")
+    );
     assert!(!text(&["status", "--without-anchor"]).contains("the anchor"));
 
-    let mut append_more = Running::start(world.command(&["append", "p/a", "-", "--ack", "--anchor", "anchors"]));
+    let mut append_more =
+        Running::start(world.command(&["append", "p/a", "-", "--ack", "--anchor", "anchors"]));
     let acks = append_more.lines();
     append_more.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
     assert_eq!(acks.recv().unwrap(), "1");

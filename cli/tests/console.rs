@@ -33,8 +33,16 @@ const COMMANDS: [&[&str]; 17] = [
     &["bench"],
     &["completions"],
 ];
-const KEYS: [&str; 8] =
-    ["rotate-data", "rewrap", "rotate-service", "audit", "backup", "recover", "replace-cmk", "shred"];
+const KEYS: [&str; 8] = [
+    "rotate-data",
+    "rewrap",
+    "rotate-service",
+    "audit",
+    "backup",
+    "recover",
+    "replace-cmk",
+    "shred",
+];
 const KMS: [&str; 10] = [
     "create-key",
     "list",
@@ -55,8 +63,14 @@ fn every_command_has_its_help() {
     let kms = KMS.map(|command| vec!["kms", command]);
     let all = COMMANDS.iter().map(|command| command.to_vec()).chain(keys).chain(kms);
     let overview = String::from_utf8(world.ok(&["--help"])).unwrap();
-    for word in ["Examples:", "ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "--outage-grace", "3 key revoked"]
-    {
+    for word in [
+        "Examples:",
+        "ENVELOG_STORE",
+        "ENVELOG_KEYRING",
+        "ENVELOG_KMS_DIR",
+        "--outage-grace",
+        "3 key revoked",
+    ] {
         assert!(overview.contains(word), "{word} is not in the overview");
     }
     for command in all {
@@ -64,7 +78,10 @@ fn every_command_has_its_help() {
         assert!(help.contains(&format!("envelog {}", command.join(" "))), "{command:?}: {help}");
         assert!(!help.contains('\x1b'), "{command:?}: colours are for terminals");
         if let [command] = command[..] {
-            assert!(overview.contains(&format!("\n  {command} ")), "{command} is not in the overview");
+            assert!(
+                overview.contains(&format!("\n  {command} ")),
+                "{command} is not in the overview"
+            );
             assert!(command == "list" || help.contains("Example"), "{command} has no example");
         }
     }
@@ -107,11 +124,24 @@ fn completions_are_made_for_every_shell() {
 fn every_command_answers_in_json() {
     let world = World::new();
     let json = |args: &[&str]| world.json(&[args, &["--json"]].concat());
-    let key = json(&["kms", "create-key", "--region", "cn-hangzhou", "--grant", ROLE])["cmk_key_id"].clone();
+    let key =
+        json(&["kms", "create-key", "--region", "cn-hangzhou", "--grant", ROLE])["cmk_key_id"]
+            .clone();
     let key = key.as_str().unwrap();
     let conf = byok("sm4", key).to_string();
     assert_eq!(json(&["create", "p/a", "--encrypt-conf", &conf])["name"], "p/a");
-    let create = ["create", "p/b", "--shards", "4", "--ttl", "30", "--compression", "zstd", "--payload-hash", "sm3"];
+    let create = [
+        "create",
+        "p/b",
+        "--shards",
+        "4",
+        "--ttl",
+        "30",
+        "--compression",
+        "zstd",
+        "--payload-hash",
+        "sm3",
+    ];
     assert_eq!(json(&create)["ttl_days"], 30);
     let config = json(&["get", "p/b"]);
     assert_eq!((&config["shard_count"], &config["compression"]), (&4.into(), &"zstd".into()));
@@ -121,7 +151,10 @@ fn every_command_answers_in_json() {
     let file = world.file("lines", made_lines(10));
     let appended = json(&["append", "p/a", &file]);
     assert_eq!((&appended["groups"], &appended["logs"]), (&1.into(), &10.into()));
-    assert_eq!(appended["shards"], serde_json::json!([{ "shard": 0, "first_seq": 0, "last_seq": 0 }]));
+    assert_eq!(
+        appended["shards"],
+        serde_json::json!([{ "shard": 0, "first_seq": 0, "last_seq": 0 }])
+    );
     for command in [&["read", "p/a"][..], &["tail", "p/a"]] {
         let out = String::from_utf8(world.ok(&[command, &["--json"]].concat())).unwrap();
         let logs: Vec<Value> = out.lines().map(|line| line.parse().unwrap()).collect();
@@ -131,7 +164,10 @@ fn every_command_answers_in_json() {
     assert_eq!(json(&["status"])["logstores"].as_array().unwrap().len(), 2);
     assert_eq!(json(&["verify"])["ok"], true);
     assert_eq!(json(&["checkpoint", "--out", "checkpoint"])["checkpoint"], "checkpoint");
-    assert!(json(&["inspect", world.segments("envelog-data")[0].to_str().unwrap()])["header"].is_object());
+    assert!(
+        json(&["inspect", world.segments("envelog-data")[0].to_str().unwrap()])["header"]
+            .is_object()
+    );
     assert!(json(&["repair", "p/a", "--shard", "0", "--yes"])["segment"].is_null());
     assert_eq!(json(&["keys", "rotate-data", "p/a"])["data_key_version"], 2);
     // Envelopes under the newest version are skipped, unless a name is given.
@@ -141,11 +177,20 @@ fn every_command_answers_in_json() {
     assert!(json(&["keys", "audit"])["records"].as_array().unwrap().len() > 5);
     assert_eq!(json(&["keys", "backup", "--out", "keyring"])["keyring"], "keyring");
     let other = world.create_key();
-    let replaced = json(&["keys", "replace-cmk", "p/a", "--encrypt-conf", &byok("sm4", &other).to_string()]);
+    let replaced =
+        json(&["keys", "replace-cmk", "p/a", "--encrypt-conf", &byok("sm4", &other).to_string()]);
     assert_eq!(replaced["encrypt_conf"]["user_cmk_info"]["cmk_key_id"], other.as_str());
-    assert_eq!(json(&["keys", "shred", "p/a", "--version", "1", "--yes"])["shredded"], serde_json::json!([1]));
+    assert_eq!(
+        json(&["keys", "shred", "p/a", "--version", "1", "--yes"])["shredded"],
+        serde_json::json!([1])
+    );
     assert_eq!(json(&["kms", "list"])["keys"].as_array().unwrap().len(), 2);
-    for command in [&["grant", key, "other"][..], &["ungrant", key, "other"], &["disable", key], &["enable", key]] {
+    for command in [
+        &["grant", key, "other"][..],
+        &["ungrant", key, "other"],
+        &["disable", key],
+        &["enable", key],
+    ] {
         assert_eq!(json(&[&["kms"], command].concat())["cmk_key_id"], key);
     }
     assert_eq!(json(&["delete", "p/b", "--yes"])["deleted"], "p/b");
@@ -159,7 +204,9 @@ fn a_pipe_that_closes_ends_it_quietly() {
     let file = world.file("lines", &text);
     world.ok(&["append", "p/a", &file]);
     // The output exceeds a pipe's buffer, and the reader closes the pipe after one line.
-    for command in [&["read", "p/a"][..], &["read", "p/a", "--json"], &["tail", "p/a", "-n", "50000"]] {
+    for command in
+        [&["read", "p/a"][..], &["read", "p/a", "--json"], &["tail", "p/a", "-n", "50000"]]
+    {
         let mut running = Running::start(world.command(command));
         let mut line = String::new();
         BufReader::with_capacity(64, running.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -169,7 +216,8 @@ fn a_pipe_that_closes_ends_it_quietly() {
         assert_eq!(out.stderr, "", "{command:?}");
     }
     // A closed pipe interrupts an append: no message, but not a success.
-    let mut running = Running::start(world.command(&["append", "p/a", &file, "--ack", "--group-bytes", "100"]));
+    let mut running =
+        Running::start(world.command(&["append", "p/a", &file, "--ack", "--group-bytes", "100"]));
     running.stdout.take().unwrap().read_exact(&mut [0; 2]).unwrap();
     let out = running.finish();
     out.assert(1);
@@ -179,7 +227,8 @@ fn a_pipe_that_closes_ends_it_quietly() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut command = world.command(&["read", "p/nothing"]);
-    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer).status().unwrap();
+    let status =
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer).status().unwrap();
     assert_eq!(status.code(), Some(1));
 }
 
@@ -210,8 +259,13 @@ fn a_verdict_does_not_depend_on_where_it_is_printed() {
         drop(reader);
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         for stdout in [Stdio::from(closed), Stdio::from(full)] {
-            let status =
-                world.command(command).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null()).status().unwrap();
+            let status = world
+                .command(command)
+                .stdin(Stdio::null())
+                .stdout(stdout)
+                .stderr(Stdio::null())
+                .status()
+                .unwrap();
             assert_eq!(status.code(), Some(5), "{command:?}");
         }
     }
@@ -223,7 +277,16 @@ fn a_verdict_does_not_depend_on_where_it_is_printed() {
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     for stderr in [Stdio::from(closed), Stdio::from(full)] {
         let mut command = world.command(&["append", "p/b", "lines", "--ack"]);
-        assert_eq!(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).status().unwrap().code(), Some(0));
+        assert_eq!(
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(stderr)
+                .status()
+                .unwrap()
+                .code(),
+            Some(0)
+        );
     }
 }
 
@@ -238,7 +301,9 @@ fn a_full_disk_is_an_error_with_its_sentence() {
     let world = World::new();
     world.create("p/a", &Value::Null);
     world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
-    for command in [&["read", "p/a"][..], &["list"], &["status", "--json"], &["completions", "bash"]] {
+    for command in
+        [&["read", "p/a"][..], &["list"], &["status", "--json"], &["completions", "bash"]]
+    {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
         let out = world.command(command).stdin(Stdio::null()).stdout(full).output().unwrap();
         assert_eq!(out.status.code(), Some(1), "{command:?}");
@@ -256,19 +321,39 @@ fn the_demo_shows_the_whole_story() {
         let text = String::from_utf8(world.ok(args)).unwrap();
         let held = text.matches(" yes ").count();
         assert!(held >= 17 && !text.contains("NO"), "{text}");
-        for word in ["AES, service key", "SM4, customer's key", "MB/s", "refused: the key is revoked", "no plaintext"] {
+        for word in [
+            "AES, service key",
+            "SM4, customer's key",
+            "MB/s",
+            "refused: the key is revoked",
+            "no plaintext",
+        ] {
             assert!(text.contains(word), "{word} is missing: {text}");
         }
     }
-    assert_eq!(world.ok(&["list", "--store", "kept/store"]), b"demo/customer-sm4\ndemo/service-aes\n");
+    assert_eq!(
+        world.ok(&["list", "--store", "kept/store"]),
+        b"demo/customer-sm4\ndemo/service-aes\n"
+    );
     assert!(world.refused(1, &["demo", "--dir", "kept"]).contains("not empty"));
     let report = world.json(&["demo", &file, "--json"]);
-    assert!(report["checks"].as_array().unwrap().iter().all(|check| check["held"] == true), "{report}");
     assert!(
-        report["rates"].as_array().unwrap().iter().all(|rate| rate["mb_per_s"].as_f64().unwrap() > 0.0),
+        report["checks"].as_array().unwrap().iter().all(|check| check["held"] == true),
         "{report}"
     );
-    assert!(world.refused(1, &["demo", &world.file("empty", "")]).contains("these files contain no logs"));
+    assert!(
+        report["rates"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|rate| rate["mb_per_s"].as_f64().unwrap() > 0.0),
+        "{report}"
+    );
+    assert!(
+        world
+            .refused(1, &["demo", &world.file("empty", "")])
+            .contains("these files contain no logs")
+    );
     assert!(world.refused(1, &["demo", "/nowhere/at-all"]).contains("/nowhere/at-all"));
 }
 
@@ -276,17 +361,28 @@ fn the_demo_shows_the_whole_story() {
 fn the_bench_measures_what_it_says() {
     let world = World::new();
     let file = world.file("app.log", made_lines(3000));
-    let rows = world.json(&["bench", &file, "--dir", ".", "--seconds", "0.1", "--json"])["rows"].clone();
+    let rows =
+        world.json(&["bench", &file, "--dir", ".", "--seconds", "0.1", "--json"])["rows"].clone();
     let rows = rows.as_array().unwrap();
     for row in rows {
-        for field in ["what", "suite", "compression", "group_bytes", "durability", "callers", "mb_per_s", "ratio"] {
+        for field in [
+            "what",
+            "suite",
+            "compression",
+            "group_bytes",
+            "durability",
+            "callers",
+            "mb_per_s",
+            "ratio",
+        ] {
             assert!(row.get(field).is_some(), "{field} is missing: {row}");
         }
         assert!(row["what"] == "open_store" || row["mb_per_s"].as_f64().unwrap() > 0.0, "{row}");
         assert!(row["suite"] != "none" || row["ratio"] == 1.0, "{row}");
     }
-    let count =
-        |what: &str, suite: &str| rows.iter().filter(|row| row["what"] == what && row["suite"] == suite).count();
+    let count = |what: &str, suite: &str| {
+        rows.iter().filter(|row| row["what"] == what && row["suite"] == suite).count()
+    };
     for suite in ["none", "aes", "sm4"] {
         for (what, least) in [("append", 4), ("read", 2), ("seal", 1), ("open", 1)] {
             assert!(count(what, suite) >= least, "{what} under {suite}");
@@ -294,22 +390,31 @@ fn the_bench_measures_what_it_says() {
     }
     assert_eq!(count("plain_write", "none"), 1);
     let opening = rows.iter().find(|row| row["what"] == "open_store").unwrap();
-    assert_eq!((&opening["segments"], &opening["segment_files_opened"]), (&2000.into(), &0.into()), "{opening}");
+    assert_eq!(
+        (&opening["segments"], &opening["segment_files_opened"]),
+        (&2000.into(), &0.into()),
+        "{opening}"
+    );
     assert_eq!(opening["kms_calls"], 0, "{opening}");
     assert!(opening["ms"].as_f64().unwrap() > 0.0, "{opening}");
     // The demo removes its temporary files.
-    let left: Vec<_> = fs::read_dir(world.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> =
+        fs::read_dir(world.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["app.log"]);
     world.run(&["bench", "--seconds", "0"]).assert(2);
 
     let rows =
-        world.json(&["bench", &file, "--dir", ".", "--seconds", "0.1", "--payload-hash", "--json"])["rows"].clone();
+        world.json(&["bench", &file, "--dir", ".", "--seconds", "0.1", "--payload-hash", "--json"])
+            ["rows"]
+            .clone();
     let rows = rows.as_array().unwrap();
     for what in ["append", "append_unhashed"] {
         for suite in ["none", "aes", "sm4"] {
             for compression in ["lz4", "none"] {
                 let is_it = |row: &&serde_json::Value| {
-                    row["what"] == what && row["suite"] == suite && row["compression"] == compression
+                    row["what"] == what
+                        && row["suite"] == suite
+                        && row["compression"] == compression
                 };
                 let row = rows.iter().find(is_it).unwrap();
                 assert!(row["ratio"].as_f64().unwrap() > 0.0, "{row}");

@@ -30,7 +30,8 @@ struct Dice(u64);
 
 impl Dice {
     fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit
     }
 }
@@ -62,7 +63,8 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
         let mut stdin = append.stdin.take().unwrap();
         let feeding = std::thread::spawn(move || {
             for first in (0..LINES).step_by(100) {
-                let text: String = (first..first + 100).map(|number| line(cycle, number) + "\n").collect();
+                let text: String =
+                    (first..first + 100).map(|number| line(cycle, number) + "\n").collect();
                 if stdin.write_all(text.as_bytes()).is_err() {
                     return None;
                 }
@@ -99,7 +101,8 @@ fn kill_and_look(world: &World, name: &str, durability: &str, cycles: u64, dice:
         );
         assert!(read[..known] == kept[..], "cycle {cycle}: what earlier cycles left has changed");
         let new = &read[known..];
-        let first_wrong = new.iter().enumerate().position(|(number, read)| *read != line(cycle, number));
+        let first_wrong =
+            new.iter().enumerate().position(|(number, read)| *read != line(cycle, number));
         assert_eq!(first_wrong, None, "cycle {cycle}: a line is half there, or not in its place");
         kept.extend(new.iter().map(|&line| line.to_owned()));
     }

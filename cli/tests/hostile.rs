@@ -32,8 +32,10 @@ fn terminal() -> (File, File) {
     grantpt(&user).unwrap();
     unlockpt(&user).unwrap();
     let name = ptsname(&user, Vec::new()).unwrap();
-    let program =
-        OpenOptions::new().read(true).write(true).open(Path::new(std::ffi::OsStr::from_bytes(name.to_bytes())));
+    let program = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(Path::new(std::ffi::OsStr::from_bytes(name.to_bytes())));
     (program.unwrap(), user.into())
 }
 
@@ -51,9 +53,16 @@ fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
     let (program, mut user) = terminal();
     let (mut reader, writer) = std::io::pipe().unwrap();
     let stream = |is_shown| {
-        if is_shown { Stdio::from(program.try_clone().unwrap()) } else { Stdio::from(writer.try_clone().unwrap()) }
+        if is_shown {
+            Stdio::from(program.try_clone().unwrap())
+        } else {
+            Stdio::from(writer.try_clone().unwrap())
+        }
     };
-    command.stdin(Stdio::null()).stdout(stream(shown != Shown::Err)).stderr(stream(shown != Shown::Out));
+    command
+        .stdin(Stdio::null())
+        .stdout(stream(shown != Shown::Err))
+        .stderr(stream(shown != Shown::Out));
     let mut child = command.spawn().unwrap();
     // Drop our copies of the program's ends: reading ends only when all of them are closed.
     drop((command, program, writer));
@@ -74,7 +83,8 @@ fn on_terminal(mut command: Command, shown: Shown) -> (i32, Vec<u8>, Vec<u8>) {
 
 /// Fails if the text contains control characters other than newline and tab.
 fn assert_harmless(text: &[u8], what: &str) {
-    let text = std::str::from_utf8(text).unwrap_or_else(|error| panic!("{what}: {error}: {text:?}"));
+    let text =
+        std::str::from_utf8(text).unwrap_or_else(|error| panic!("{what}: {error}: {text:?}"));
     let harmful = |c: char| {
         (c.is_control() && !matches!(c, '\n' | '\r' | '\t'))
             || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -90,12 +100,20 @@ fn no_name_and_no_log_commands_the_terminal() {
     let logs = [EVIL.as_bytes(), b"\nraw \x9b2J\x9d0;x\x9c \xe2\x80\nwith\ttab\r\n"].concat();
     let file = world.file(EVIL, &logs);
     let out = |name: &str| format!("{name} {EVIL}");
-    let base =
-        |args: &[&str]| [args, &["--store", &*store]].concat().iter().map(ToString::to_string).collect::<Vec<_>>();
+    let base = |args: &[&str]| {
+        [args, &["--store", &*store]].concat().iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
     world.ok(&base(&["create", "p/a", "--encrypt-conf", &service("sm4").to_string()]));
     world.ok(&base(&["append", "p/a", &file]));
-    let key =
-        String::from_utf8(world.ok(&base(&["kms", "create-key", "--region", "cn-hangzhou", "--grant", EVIL]))).unwrap();
+    let key = String::from_utf8(world.ok(&base(&[
+        "kms",
+        "create-key",
+        "--region",
+        "cn-hangzhou",
+        "--grant",
+        EVIL,
+    ])))
+    .unwrap();
     fs::create_dir(world.path(&store).join("audit/audit-000002.log")).unwrap();
     let segment = world.segments(&store)[0].clone();
     let named = world.path(&out("segment"));
@@ -148,9 +166,13 @@ fn no_name_and_no_log_commands_the_terminal() {
         assert!(!is_shown || String::from_utf8_lossy(&text).contains(r"\x1b]0;x"), "{what}");
     }
     // With colours enabled, all escape sequences must be our own.
-    for args in
-        [&["kms", "list"][..], &["status"], &["verify", "--keyless"], &["list", EVIL], &["list", "\x1b[2J\x1b]0;x\x07"]]
-    {
+    for args in [
+        &["kms", "list"][..],
+        &["status"],
+        &["verify", "--keyless"],
+        &["list", EVIL],
+        &["list", "\x1b[2J\x1b]0;x\x07"],
+    ] {
         let (_, text, _) = on_terminal(world.command(&base(args)), Shown::Both);
         let text = String::from_utf8_lossy(&text);
         assert!(!text.contains("\x1b]") && !text.contains("\x1b[2J"), "{args:?}: {text:?}");
@@ -168,12 +190,14 @@ fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
     let (_, _, piped) = on_terminal(world.command(&["read", "p/a", "--format", "raw"]), Shown::Err);
     assert_eq!(piped, logs);
     for command in ["read", "tail"] {
-        let (_, text, _) = on_terminal(world.command(&[command, "p/a", "--format", "raw"]), Shown::Out);
+        let (_, text, _) =
+            on_terminal(world.command(&[command, "p/a", "--format", "raw"]), Shown::Out);
         let expected = format!("{SHOWN}\r\nraw \\x9b2J é \\xe2\\x80\r\nwith\ttab\\x0d\r\n");
         assert_eq!(String::from_utf8_lossy(&text), expected, "{command}");
     }
     let (_, text, _) = on_terminal(world.command(&["read", "p/a", "--json"]), Shown::Out);
-    let first: serde_json::Value = serde_json::from_slice(text.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
+    let first: serde_json::Value =
+        serde_json::from_slice(text.split(|byte| *byte == b'\n').next().unwrap()).unwrap();
     assert_eq!(first["contents"]["content"], EVIL);
     let missing = format!("nowhere {EVIL}");
     let command = |args: &[&str]| world.command(&[&["inspect", &*missing], args].concat());
@@ -190,7 +214,10 @@ fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
 fn after(world: &World, first: &str, args: &[&str]) -> common::Out {
     let program = env!("CARGO_BIN_EXE_envelog");
     let mut command = Command::new("sh");
-    command.args(["-c", &format!("{first}; exec \"$0\" \"$@\""), program]).args(args).current_dir(world.path(""));
+    command
+        .args(["-c", &format!("{first}; exec \"$0\" \"$@\""), program])
+        .args(args)
+        .current_dir(world.path(""));
     Running::start(command).finish()
 }
 
@@ -199,7 +226,8 @@ fn files_for_the_user_are_new_files_of_the_user_alone() {
     let world = World::new();
     world.create("p/a", &service("default"));
     world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
-    let commands: [&[&str]; 3] = [&["checkpoint", "--out"], &["keys", "backup", "--out"], &["keys", "audit", "--out"]];
+    let commands: [&[&str]; 3] =
+        [&["checkpoint", "--out"], &["keys", "backup", "--out"], &["keys", "audit", "--out"]];
     for command in commands {
         for umask in ["000", "077", "277", "377"] {
             // A checkpoint writes to the store too, which these umasks prevent.
@@ -259,7 +287,10 @@ fn what_must_be_a_file_is_one_and_logs_may_come_through_a_pipe() {
         ];
         for command in all {
             let sentence = world.refused(1, &command);
-            assert!(sentence.contains(&format!("{there} is not a regular file")), "{command:?}: {sentence}");
+            assert!(
+                sentence.contains(&format!("{there} is not a regular file")),
+                "{command:?}: {sentence}"
+            );
         }
     }
     drop(socket);
@@ -270,7 +301,9 @@ fn what_must_be_a_file_is_one_and_logs_may_come_through_a_pipe() {
     let lines = made_lines(5);
     let writing = {
         let (fifo, lines) = (fifo.clone(), lines.clone());
-        thread::spawn(move || File::options().write(true).open(fifo).unwrap().write_all(&lines).unwrap())
+        thread::spawn(move || {
+            File::options().write(true).open(fifo).unwrap().write_all(&lines).unwrap()
+        })
     };
     world.ok(&["append", "p/a", fifo.to_str().unwrap()]);
     writing.join().unwrap();
@@ -301,9 +334,11 @@ fn the_system_may_not_dump_its_memory() {
         }
         Running::start(command)
     };
-    let owner = |running: &Running| fs::metadata(format!("/proc/{}/stat", running.id())).unwrap().uid();
+    let owner =
+        |running: &Running| fs::metadata(format!("/proc/{}/stat", running.id())).unwrap().uid();
     // This process waits for its configuration on standard input.
-    let running = start(&program, &["create", "p/a", "--store", "/nonexistent/store", "--encrypt-conf", "-"]);
+    let running =
+        start(&program, &["create", "p/a", "--store", "/nonexistent/store", "--encrypt-conf", "-"]);
     let begun = Instant::now();
     while owner(&running) != 0 && begun.elapsed() < Duration::from_secs(20) {
         thread::sleep(Duration::from_millis(10));
@@ -324,10 +359,13 @@ fn the_system_may_not_dump_its_memory() {
 fn json_takes_any_path() {
     let world = World::new();
     let store = world.path("").join(std::ffi::OsStr::from_bytes(b"s\xff"));
-    let out = |name: &str| world.path("").join(std::ffi::OsStr::from_bytes(&[name.as_bytes(), b"\xff"].concat()));
+    let out = |name: &str| {
+        world.path("").join(std::ffi::OsStr::from_bytes(&[name.as_bytes(), b"\xff"].concat()))
+    };
     let run = |args: &[&std::ffi::OsStr]| {
         let mut command = world.command(&["--json"]);
-        let output = command.arg("--store").arg(&store).args(args).stdin(Stdio::null()).output().unwrap();
+        let output =
+            command.arg("--store").arg(&store).args(args).stdin(Stdio::null()).output().unwrap();
         assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
     };
@@ -336,18 +374,26 @@ fn json_takes_any_path() {
     let lines = world.file("lines", "one\n");
     run(&[text("append"), text("p/a"), text(&lines)]);
     assert!(run(&[text("status")])["store"].as_str().unwrap().ends_with("s\u{fffd}"));
-    for (command, key) in
-        [(&["keys", "backup"][..], "keyring"), (&["keys", "audit"], "audit"), (&["checkpoint"], "checkpoint")]
-    {
+    for (command, key) in [
+        (&["keys", "backup"][..], "keyring"),
+        (&["keys", "audit"], "audit"),
+        (&["checkpoint"], "checkpoint"),
+    ] {
         let out = out(&command.join("-"));
-        let args: Vec<_> = command.iter().map(|word| text(word)).chain([text("--out"), out.as_os_str()]).collect();
+        let args: Vec<_> =
+            command.iter().map(|word| text(word)).chain([text("--out"), out.as_os_str()]).collect();
         assert!(run(&args)[key].as_str().unwrap().ends_with('\u{fffd}'), "{command:?}");
         assert!(out.exists());
     }
     let mut logstores = fs::read_dir(store.join("logstores")).unwrap();
     let shard = logstores.next().unwrap().unwrap().path().join("shard-0000");
     let segment = fs::read_dir(&shard).unwrap().next().unwrap().unwrap().path();
-    assert!(run(&[text("inspect"), segment.as_os_str()])["file"].as_str().unwrap().contains("s\u{fffd}"));
+    assert!(
+        run(&[text("inspect"), segment.as_os_str()])["file"]
+            .as_str()
+            .unwrap()
+            .contains("s\u{fffd}")
+    );
     fs::create_dir(shard.join(std::ffi::OsStr::from_bytes(b"stray\xff"))).unwrap();
     let left = &run(&[text("delete"), text("p/a"), text("--yes")])["left"];
     assert!(left[0].as_str().unwrap().ends_with("stray\u{fffd}"), "{left}");
@@ -384,7 +430,14 @@ fn a_file_of_many_blocks_is_inspected_in_little_memory() {
     let path = world.file("many", file);
     let mut limited = Command::new("sh");
     // The limit is in KiB of address space. A table of all blocks would need several times as much.
-    limited.args(["-c", "ulimit -v 200000; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_envelog"), "inspect", &path]);
+    limited.args([
+        "-c",
+        "ulimit -v 200000; exec \"$@\"",
+        "sh",
+        env!("CARGO_BIN_EXE_envelog"),
+        "inspect",
+        &path,
+    ]);
     let output = limited.stdin(Stdio::null()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout);

@@ -203,7 +203,9 @@ impl Scene {
     fn new() -> Self {
         let scene = Self::empty();
         for name in ["p/a", "p/b"] {
-            scene.run(&["create", name, "--encrypt-conf", &service("default").to_string()]).assert(0);
+            scene
+                .run(&["create", name, "--encrypt-conf", &service("default").to_string()])
+                .assert(0);
         }
         scene.append("p/a", "first").assert(0);
         scene.append("p/b", "other").assert(0);
@@ -236,8 +238,10 @@ impl Scene {
 
     /// The directories of all Logstores.
     fn logstores(&self) -> Vec<PathBuf> {
-        let mut dirs: Vec<PathBuf> =
-            fs::read_dir(self.store("logstores")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let mut dirs: Vec<PathBuf> = fs::read_dir(self.store("logstores"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
         dirs.sort();
         dirs
     }
@@ -288,8 +292,8 @@ fn is_catalogue_file(path: &Path) -> bool {
         && name.split_once('-').is_some_and(|(epoch, serial)| number(epoch) && number(serial))
 }
 
-/// The current path of a catalogue file or of metadata: each opening for writing starts a new catalogue
-/// file, and each change of a Logstore a new metadata file.
+/// The current path of a catalogue file or of metadata: each opening for writing starts a new
+/// catalogue file, and each change of a Logstore a new metadata file.
 fn as_it_is_now(path: &Path, store: &Path) -> PathBuf {
     if is_catalogue_file(path) {
         catalogue_file(store)
@@ -327,7 +331,8 @@ fn assert_modes(dir: &Path, file: u32, directory: u32, what: &str) {
 
 /// The temporary files in a directory.
 fn temporaries(dir: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut found: Vec<PathBuf> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     found.retain(|path| path.file_name().unwrap().to_str().unwrap().contains(".tmp"));
     found.sort();
     found
@@ -389,7 +394,8 @@ impl Home {
 
     /// Creates a key in the KMS and two Logstores, one of them under the key.
     fn fill(&self, user: u32) -> String {
-        let key = self.ok(user, &["kms", "create-key", "--region", "cn-hangzhou", "--grant", common::ROLE]);
+        let key = self
+            .ok(user, &["kms", "create-key", "--region", "cn-hangzhou", "--grant", common::ROLE]);
         let key = key.trim().to_owned();
         self.ok(user, &["create", "p/a", "--encrypt-conf", &byok("default", &key).to_string()]);
         self.ok(user, &["create", "p/b", "--encrypt-conf", &service("sm4").to_string()]);

@@ -20,7 +20,12 @@ fn status(world: &World, name: &str) -> Value {
 
 fn events(world: &World) -> Vec<String> {
     let records = world.json(&["keys", "audit", "--json"])["records"].clone();
-    records.as_array().unwrap().iter().map(|record| record["event"].as_str().unwrap().to_owned()).collect()
+    records
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|record| record["event"].as_str().unwrap().to_owned())
+        .collect()
 }
 
 #[test]
@@ -36,7 +41,10 @@ fn a_rotated_data_key_seals_what_comes_and_opens_what_was() {
         assert_eq!(world.read(name), b"one\ntwo\n");
         let versions = status(&world, name)["data_keys"].clone();
         let versions: Vec<_> = versions.as_array().unwrap().iter().collect();
-        assert_eq!(versions.iter().map(|it| it["version"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            versions.iter().map(|it| it["version"].as_u64().unwrap()).collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert!(versions.iter().all(|it| it["bytes_stored"].as_u64().unwrap() > 0), "{versions:?}");
     }
     world.create("p/plain", &Value::Null);
@@ -72,7 +80,10 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert!(String::from_utf8(backed_up).unwrap().contains("apart"));
     let mode = |name: &str| fs::metadata(world.path(name)).unwrap().permissions().mode() & 0o777;
     assert_eq!((mode("old"), mode("envelog-data.keyring")), (0o600, 0o600));
-    assert_eq!(fs::read(world.path("old")).unwrap(), fs::read(world.path("envelog-data.keyring")).unwrap());
+    assert_eq!(
+        fs::read(world.path("old")).unwrap(),
+        fs::read(world.path("envelog-data.keyring")).unwrap()
+    );
     assert_eq!(world.ok(&["read", "p/a", "--keyring", "old"]), b"one\n", "the copy serves");
 
     fs::create_dir(world.path("backup")).unwrap();
@@ -81,9 +92,13 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert!(copy.status().unwrap().success());
     let done = world.json(&["keys", "rotate-service", "--json"]);
     assert_eq!((&done["service_key_version"], &done["continued"]), (&json!(2), &json!(false)));
-    assert_eq!((&done["logstores"], &done["envelopes"], &done["left_open"]), (&json!(1), &json!(1), &json!([])));
+    assert_eq!(
+        (&done["logstores"], &done["envelopes"], &done["left_open"]),
+        (&json!(1), &json!(1), &json!([]))
+    );
     // A copy from before the rotation is readable only with --accept-retired.
-    let backup = ["read", "p/a", "--store", "backup/envelog-data", "--keyring", "envelog-data.keyring"];
+    let backup =
+        ["read", "p/a", "--store", "backup/envelog-data", "--keyring", "envelog-data.keyring"];
     let sentence = world.refused(5, &backup);
     assert!(sentence.contains("retired"), "{sentence}");
     assert_eq!(world.ok(&[&backup[..], &["--accept-retired"]].concat()), b"one\n");
@@ -100,7 +115,10 @@ fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
     assert_eq!(world.read("p/a"), b"one\ntwo\n", "the new copy is enough");
     world.ok(&["verify"]);
     let events = events(&world);
-    assert!(events.contains(&"service_rotate_intended".to_owned()) && events.contains(&"service_rotated".to_owned()));
+    assert!(
+        events.contains(&"service_rotate_intended".to_owned())
+            && events.contains(&"service_rotated".to_owned())
+    );
 }
 
 /// Each rotation retires the previous version, also if it is not the first rotation.
@@ -122,7 +140,10 @@ fn after_two_rotations_what_is_from_before_the_last_is_refused() {
         // The old keyring does not have the key for the current store.
         let command = ["read", "p/a", "--keyring", &keyring];
         assert!(world.refused(7, &command).contains("too old"));
-        assert_eq!(world.run(&[&command[..], &["--json"]].concat()).json_error(7).0, "keyring_too_old");
+        assert_eq!(
+            world.run(&[&command[..], &["--json"]].concat()).json_error(7).0,
+            "keyring_too_old"
+        );
         // The current keyring accepts the old store only with --accept-retired, and only for
         // reading.
         let copy = ["--store", &store, "--keyring", "envelog-data.keyring"];
@@ -161,7 +182,11 @@ fn a_customers_key_is_replaced_by_its_own_operation_alone() {
     off["enable"] = false.into();
     assert!(world.refused(6, &replace(&off)).contains("update"));
     assert!(world.refused(6, &replace(&service("sm4"))).contains("user_cmk_info"));
-    assert!(world.refused(6, &replace(&byok("sm4", "key-0000000000000000"))).contains("key-0000000000000000"));
+    assert!(
+        world
+            .refused(6, &replace(&byok("sm4", "key-0000000000000000")))
+            .contains("key-0000000000000000")
+    );
     assert_eq!(world.json(&["get", "p/a"])["encrypt_conf"], byok("sm4", &old));
 
     let said = String::from_utf8(world.ok(&replace(&byok("sm4", &new)))).unwrap();
@@ -172,14 +197,21 @@ fn a_customers_key_is_replaced_by_its_own_operation_alone() {
     append(&world, "p/a", "two\n");
     assert_eq!(world.read("p/a"), b"one\ntwo\n", "the old key is no longer needed");
     let versions = status(&world, "p/a")["data_keys"].clone();
-    assert_eq!(versions.as_array().unwrap().len(), 2, "what follows has a fresh data key: {versions}");
+    assert_eq!(
+        versions.as_array().unwrap().len(),
+        2,
+        "what follows has a fresh data key: {versions}"
+    );
     world.ok(&["kms", "disable", &new]);
     assert!(world.refused(3, &["read", "p/a"]).contains(&new));
     // It also refuses while the old key is unavailable.
     world.ok(&["kms", "enable", &old]);
     world.refused(3, &replace(&byok("sm4", &old)));
     world.create("p/service", &service("default"));
-    world.refused(6, &["keys", "replace-cmk", "p/service", "--encrypt-conf", &byok("default", &old).to_string()]);
+    world.refused(
+        6,
+        &["keys", "replace-cmk", "p/service", "--encrypt-conf", &byok("default", &old).to_string()],
+    );
     assert!(events(&world).contains(&"replaced".to_owned()));
 }
 
@@ -188,7 +220,9 @@ fn shredded_data_is_gone_and_the_rest_is_not() {
     let world = World::new();
     world.create("p/a", &service("default"));
     append(&world, "p/a", "one\n");
-    assert!(world.refused(6, &["keys", "shred", "p/a", "--version", "1", "--yes"]).contains("rotate"));
+    assert!(
+        world.refused(6, &["keys", "shred", "p/a", "--version", "1", "--yes"]).contains("rotate")
+    );
     world.ok(&["keys", "rotate-data", "p/a"]);
     append(&world, "p/a", "two\n");
     world.ok(&["keys", "shred", "p/a", "--version", "1", "--yes"]);
@@ -197,7 +231,9 @@ fn shredded_data_is_gone_and_the_rest_is_not() {
     let versions = status(&world, "p/a")["data_keys"].clone();
     assert_eq!((&versions[0]["shredded"], &versions[1]["shredded"]), (&true.into(), &false.into()));
     let events = events(&world);
-    assert!(events.contains(&"shred_intended".to_owned()) && events.contains(&"shredded".to_owned()));
+    assert!(
+        events.contains(&"shred_intended".to_owned()) && events.contains(&"shredded".to_owned())
+    );
 }
 
 #[test]
@@ -256,7 +292,8 @@ fn status_tells_keys_sizes_and_counts() {
         append(&world, name, &text);
     }
     let all = world.json(&["status", "--json"])["logstores"].clone();
-    let names: Vec<_> = all.as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
+    let names: Vec<_> =
+        all.as_array().unwrap().iter().map(|it| it["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["p/byok", "p/plain", "p/service"]);
     let expected = [
         ("byok", json!("SM4-GCM"), "active"),
@@ -264,7 +301,11 @@ fn status_tells_keys_sizes_and_counts() {
         ("service_key", json!("AES-256-GCM"), "active"),
     ];
     for (logstore, (method, algorithm, state)) in all.as_array().unwrap().iter().zip(expected) {
-        assert_eq!((&logstore["method"], &logstore["algorithm"]), (&method.into(), &algorithm), "{logstore}");
+        assert_eq!(
+            (&logstore["method"], &logstore["algorithm"]),
+            (&method.into(), &algorithm),
+            "{logstore}"
+        );
         assert_eq!(logstore["key"]["state"], state, "{logstore}");
     }
     let byok = status(&world, "p/byok");
@@ -272,7 +313,8 @@ fn status_tells_keys_sizes_and_counts() {
     assert_eq!((number("logs"), number("segments")), (2000, 1));
     assert!(number("bytes_raw") > text.len() as u64, "{byok}");
     assert!(
-        number("bytes_compressed") < number("bytes_raw") && number("bytes_stored") > number("bytes_compressed"),
+        number("bytes_compressed") < number("bytes_raw")
+            && number("bytes_stored") > number("bytes_compressed"),
         "{byok}"
     );
     assert_eq!(byok["data_keys"][0]["bytes_stored"], byok["bytes_stored"]);
@@ -303,14 +345,17 @@ fn a_store_that_was_put_back_is_noticed_with_a_checkpoint() {
     let keyring = ["--keyring", "envelog-data.keyring"];
     let earlier = [&["verify", "--store", "earlier"], &keyring[..]].concat();
     world.ok(&earlier);
-    let (kind, message) = world.run(&[&earlier[..], &["--against", "checkpoint", "--json"]].concat()).json_error(5);
+    let (kind, message) =
+        world.run(&[&earlier[..], &["--against", "checkpoint", "--json"]].concat()).json_error(5);
     assert_eq!(kind, "rolled_back", "{message}");
 
     // A single segment that is missing, or rolled back.
     let segment = world.segments("envelog-data").into_iter().min().unwrap();
     let whole = fs::read(&segment).unwrap();
     fs::remove_file(&segment).unwrap();
-    for command in [&["verify"][..], &["verify", "--against", "checkpoint"], &["verify", "--keyless"]] {
+    for command in
+        [&["verify"][..], &["verify", "--against", "checkpoint"], &["verify", "--keyless"]]
+    {
         let sentence = world.refused(5, command);
         assert!(sentence.contains("p/a") || sentence.contains(".seg"), "{sentence}");
     }
@@ -342,10 +387,20 @@ fn verify_says_file_block_and_offset() {
         assert_eq!(out.json_error(5).0, "corrupt");
         let report: Value = serde_json::from_str(&out.text()).unwrap();
         let fault = &report["faults"][0];
-        assert_eq!((&fault["block"], &fault["offset"]), (&number.into(), &offset.into()), "{fault}");
-        assert!(segment.ends_with(fault["file"].as_str().unwrap().trim_start_matches("./")), "{fault}");
+        assert_eq!(
+            (&fault["block"], &fault["offset"]),
+            (&number.into(), &offset.into()),
+            "{fault}"
+        );
+        assert!(
+            segment.ends_with(fault["file"].as_str().unwrap().trim_start_matches("./")),
+            "{fault}"
+        );
         let sentence = world.refused(5, keyless);
-        assert!(sentence.contains(&format!("block {number}")) && sentence.contains(&offset.to_string()), "{sentence}");
+        assert!(
+            sentence.contains(&format!("block {number}")) && sentence.contains(&offset.to_string()),
+            "{sentence}"
+        );
     }
     // Data after the damage is readable; a sealed segment is never changed.
     world.refused(5, &["read", "p/a"]);
@@ -358,7 +413,8 @@ fn verify_says_file_block_and_offset() {
 fn a_shard_with_a_damaged_end_is_written_again_after_a_repair() {
     let world = World::new();
     world.create("p/a", &service("default"));
-    let mut append = Running::start(world.command(&["append", "p/a", "-", "--ack", "--group-bytes", "1"]));
+    let mut append =
+        Running::start(world.command(&["append", "p/a", "-", "--ack", "--group-bytes", "1"]));
     let acks = append.lines();
     for line in 0..10 {
         append.stdin.as_mut().unwrap().write_all(format!("line {line}\n").as_bytes()).unwrap();
@@ -382,7 +438,8 @@ fn a_shard_with_a_damaged_end_is_written_again_after_a_repair() {
     let report = world.json(&["repair", "p/a", "--shard", "0", "--yes", "--json"]);
     assert!(report["groups_salvaged"].as_u64().unwrap() > 0, "{report}");
     world.ok(&["append", "p/a", &more]);
-    let kept: String = (0..10).filter(|&line| line != 3).map(|line| format!("line {line}\n")).collect();
+    let kept: String =
+        (0..10).filter(|&line| line != 3).map(|line| format!("line {line}\n")).collect();
     assert_eq!(String::from_utf8(world.read("p/a")).unwrap(), kept + "more\n");
     world.ok(&["verify"]);
 }
@@ -398,13 +455,23 @@ fn usage_tells_what_may_be_destroyed() {
     append(&world, "p/a", "two\n");
     let usage = || world.json(&["keys", "usage", "--json"]);
     let keys = usage()["data_keys"].clone();
-    assert_eq!((&keys[0]["cmk_version"], &keys[1]["cmk_version"]), (&"1".into(), &"2".into()), "{keys}");
-    assert_eq!((&keys[0]["safe_to_destroy"], &keys[1]["current"]), (&false.into(), &true.into()), "{keys}");
-    let replace = ["keys", "replace-cmk", "p/a", "--encrypt-conf", &byok("sm4", &new).to_string()].map(str::to_owned);
+    assert_eq!(
+        (&keys[0]["cmk_version"], &keys[1]["cmk_version"]),
+        (&"1".into(), &"2".into()),
+        "{keys}"
+    );
+    assert_eq!(
+        (&keys[0]["safe_to_destroy"], &keys[1]["current"]),
+        (&false.into(), &true.into()),
+        "{keys}"
+    );
+    let replace = ["keys", "replace-cmk", "p/a", "--encrypt-conf", &byok("sm4", &new).to_string()]
+        .map(str::to_owned);
     world.ok(&replace);
     let masters = usage()["master_keys"].clone();
     let safe = |key: &str| {
-        let of_key = masters.as_array().unwrap().iter().find(|it| it["cmk"]["cmk_key_id"] == key).unwrap();
+        let of_key =
+            masters.as_array().unwrap().iter().find(|it| it["cmk"]["cmk_key_id"] == key).unwrap();
         of_key["safe_to_destroy"].as_bool().unwrap()
     };
     assert!(safe(&old) && !safe(&new), "{masters}");
@@ -413,7 +480,10 @@ fn usage_tells_what_may_be_destroyed() {
         assert!(table.contains(word), "{word} is missing: {table}");
     }
     let status = status(&world, "p/a");
-    assert_eq!((&status["cmk"]["cmk_key_id"], &status["data_keys"][2]["current"]), (&new.into(), &true.into()));
+    assert_eq!(
+        (&status["cmk"]["cmk_key_id"], &status["data_keys"][2]["current"]),
+        (&new.into(), &true.into())
+    );
 }
 
 #[test]
@@ -428,7 +498,8 @@ fn the_keys_under_one_master_key_are_wrapped_again_in_one_go() {
     world.ok(&["kms", "rotate", &key]);
     world.ok(&["kms", "disable", &gone]);
     let report = world.json(&["keys", "rewrap", "--cmk", &key, "--json"]);
-    let names: Vec<_> = report["rewrapped"].as_array().unwrap().iter().map(|it| it["logstore"].clone()).collect();
+    let names: Vec<_> =
+        report["rewrapped"].as_array().unwrap().iter().map(|it| it["logstore"].clone()).collect();
     assert_eq!(names, ["p/a", "p/b"], "{report}");
     // A failure is reported at the end and does not stop the other Logstores.
     let out = world.run(&["keys", "rewrap", "--json"]);
@@ -436,7 +507,10 @@ fn the_keys_under_one_master_key_are_wrapped_again_in_one_go() {
     assert_eq!(report["current"], json!(["p/a", "p/b", "p/d"]), "{report}");
     assert!(report["failed"].as_array().unwrap().iter().any(|it| it["what"] == "p/c"), "{report}");
     assert!(world.refused(3, &["keys", "rewrap"]).contains("p/c"));
-    assert_eq!(world.json(&["keys", "rewrap", "--cmk", &key, "--region", "nowhere", "--json"])["rewrapped"], json!([]));
+    assert_eq!(
+        world.json(&["keys", "rewrap", "--cmk", &key, "--region", "nowhere", "--json"])["rewrapped"],
+        json!([])
+    );
     world.run(&["keys", "rewrap", "p/a", "--cmk", &key]).assert(2);
     assert_eq!(world.read("p/a"), b"one\n");
 }
@@ -465,7 +539,9 @@ fn the_audit_log_is_verified_and_exported() {
     assert_eq!(export.lines().count(), 3);
     let last: Value = serde_json::from_str(export.lines().last().unwrap()).unwrap();
     assert_eq!(last["head"]["number"], 2);
-    assert!(world.refused(2, &["keys", "audit", "--verify", "--against", "piece"]).contains("export"));
+    assert!(
+        world.refused(2, &["keys", "audit", "--verify", "--against", "piece"]).contains("export")
+    );
     let log = world.path("envelog-data/audit/audit-000001.log");
     let mut bytes = fs::read(&log).unwrap();
     bytes[20] ^= 1;
@@ -478,10 +554,14 @@ fn the_audit_log_is_verified_and_exported() {
 fn what_the_engine_does_is_said_where_that_is_asked_for() {
     let world = World::new();
     world.create("p/a", &service("sm4"));
-    let text = |args: &[&str]| String::from_utf8(world.command(args).output().unwrap().stderr).unwrap();
+    let text =
+        |args: &[&str]| String::from_utf8(world.command(args).output().unwrap().stderr).unwrap();
     assert_eq!(text(&["keys", "rotate-data", "p/a"]), "");
     let said = text(&["-v", "keys", "rotate-data", "p/a"]);
-    assert!(said.contains("store opened") && said.contains("Rotated") && !said.contains('\x1b'), "{said}");
+    assert!(
+        said.contains("store opened") && said.contains("Rotated") && !said.contains('\x1b'),
+        "{said}"
+    );
     let said = text(&["--log", "envelog::keys=info", "keys", "rotate-data", "p/a"]);
     assert!(!said.contains("store opened") && said.contains("Rotated"), "{said}");
 }
@@ -498,9 +578,21 @@ fn inspect_needs_no_key() {
     fs::remove_file(world.path("envelog-data.keyring")).unwrap();
     let path = segment.to_str().unwrap();
     let report = world.json(&["inspect", path, "--json"]);
-    assert_eq!((&report["header"]["suite"], &report["header"]["shard"]), (&"SM4-GCM".into(), &0.into()));
+    assert_eq!(
+        (&report["header"]["suite"], &report["header"]["shard"]),
+        (&"SM4-GCM".into(), &0.into())
+    );
     // The file name contains the epoch too.
-    let named = segment.file_stem().unwrap().to_str().unwrap().rsplit('-').next().unwrap().parse::<u64>().unwrap();
+    let named = segment
+        .file_stem()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .rsplit('-')
+        .next()
+        .unwrap()
+        .parse::<u64>()
+        .unwrap();
     assert_eq!(report["header"]["epoch"], named);
     let blocks = report["blocks"].as_array().unwrap();
     let sum = |field: &str| blocks.iter().map(|block| block[field].as_u64().unwrap()).sum::<u64>();
@@ -509,7 +601,10 @@ fn inspect_needs_no_key() {
     assert_eq!(report["footer"]["blocks"], blocks.len());
     assert_eq!(report["footer"]["groups"], sum("groups"));
     let text = String::from_utf8(world.ok(&["inspect", path])).unwrap();
-    assert!(text.contains("SM4-GCM") && text.contains("commitment") && text.contains("footer"), "{text}");
+    assert!(
+        text.contains("SM4-GCM") && text.contains("commitment") && text.contains("footer"),
+        "{text}"
+    );
     for (name, bytes) in [("text", &b"this is no segment, and rather short"[..]), ("empty", b"")] {
         world.refused(5, &["inspect", &world.file(name, bytes)]);
     }
@@ -523,7 +618,15 @@ fn the_embedded_kms_tells_its_keys_and_says_what_it_cannot_do() {
     let other = made["cmk_key_id"].as_str().unwrap();
     let key = world.create_key();
     let keys = || world.json(&["kms", "list", "--json"])["keys"].clone();
-    let of_key = || keys().as_array().unwrap().iter().find(|it| it["cmk_key_id"] == key.as_str()).unwrap().clone();
+    let of_key = || {
+        keys()
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|it| it["cmk_key_id"] == key.as_str())
+            .unwrap()
+            .clone()
+    };
     assert_eq!(keys().as_array().unwrap().len(), 2);
     assert_eq!((&of_key()["region_id"], &of_key()["grants"]), (&REGION.into(), &json!([ROLE])));
     let steps: [(&[&str], &str); 6] = [
@@ -540,7 +643,11 @@ fn the_embedded_kms_tells_its_keys_and_says_what_it_cannot_do() {
         assert_eq!(of_key()["state"], state, "after {step:?}");
     }
     assert!(world.refused(1, &["kms", "enable", &key]).contains(&key));
-    assert!(world.refused(1, &["kms", "disable", "key-0000000000000000"]).contains("key-0000000000000000"));
+    assert!(
+        world
+            .refused(1, &["kms", "disable", "key-0000000000000000"])
+            .contains("key-0000000000000000")
+    );
     assert!(world.refused(1, &["kms", "disable", "../key"]).contains("../key"));
     assert!(world.refused(2, &["kms", "schedule-deletion", other, "--days", "0"]).contains("days"));
     assert!(String::from_utf8(world.ok(&["kms", "list"])).unwrap().contains(&key));
@@ -552,7 +659,8 @@ fn the_keyring_can_be_under_a_master_key() {
     let key = world.create_key();
     let cmk = byok("default", &key)["user_cmk_info"].to_string();
     let file = world.file("lines", "one\ntwo\n");
-    let create = ["create", "p/l", "--encrypt-conf", &service("sm4").to_string(), "--service-cmk", &cmk];
+    let create =
+        ["create", "p/l", "--encrypt-conf", &service("sm4").to_string(), "--service-cmk", &cmk];
     world.ok(&create);
     world.ok(&["append", "p/l", &file]);
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
@@ -562,7 +670,9 @@ fn the_keyring_can_be_under_a_master_key() {
     assert!(world.refused(6, &["create", "p/other", "--service-cmk", "{}"]).contains("cmk_key_id"));
 
     world.ok(&["kms", "disable", &key]);
-    for command in [&["read", "p/l"][..], &["append", "p/l", &file], &["list"], &["keys", "rotate-service"]] {
+    for command in
+        [&["read", "p/l"][..], &["append", "p/l", &file], &["list"], &["keys", "rotate-service"]]
+    {
         let sentence = world.refused(3, command);
         assert!(sentence.contains(&key) && sentence.contains("disabled"), "{sentence}");
     }
@@ -592,9 +702,12 @@ fn no_backup_of_the_keyring_goes_into_the_store() {
     let world = World::new();
     world.create("p/a", &service("default"));
     std::os::unix::fs::symlink("envelog-data", world.path("link")).unwrap();
-    for out in
-        ["envelog-data/keyring", "envelog-data/audit/keyring", "link/keyring", "./envelog-data/../envelog-data/k"]
-    {
+    for out in [
+        "envelog-data/keyring",
+        "envelog-data/audit/keyring",
+        "link/keyring",
+        "./envelog-data/../envelog-data/k",
+    ] {
         let sentence = world.refused(7, &["keys", "backup", "--out", out]);
         assert!(sentence.contains("inside the store directory"), "{out}: {sentence}");
         assert!(!world.path(out).exists(), "{out}");

@@ -50,7 +50,9 @@ impl Cloud {
     /// The same with an access key of the service in the environment.
     fn logged_in(&self, args: &[&str]) -> Command {
         let mut command = self.command(args);
-        command.env("ALIBABA_CLOUD_ACCESS_KEY_ID", SERVICE_ID).env("ALIBABA_CLOUD_ACCESS_KEY_SECRET", SERVICE_SECRET);
+        command
+            .env("ALIBABA_CLOUD_ACCESS_KEY_ID", SERVICE_ID)
+            .env("ALIBABA_CLOUD_ACCESS_KEY_SECRET", SERVICE_SECRET);
         command
     }
 
@@ -83,9 +85,12 @@ fn a_logstore_under_a_key_in_the_cloud_from_its_making_to_the_end_of_the_key() {
     assert_eq!(cloud.ok(&READ), lines);
     let more = cloud.world.file("more", "more\n");
     let refused = |status, words: &str| {
-        for command in
-            [&READ[..], &["append", "p/customer", &more], &["verify"], &["keys", "rotate-data", "p/customer"]]
-        {
+        for command in [
+            &READ[..],
+            &["append", "p/customer", &more],
+            &["verify"],
+            &["keys", "rotate-data", "p/customer"],
+        ] {
             let sentence = cloud.run(command).sentence(status);
             assert!(sentence.contains(words), "{command:?}: {sentence}");
         }
@@ -101,7 +106,11 @@ fn a_logstore_under_a_key_in_the_cloud_from_its_making_to_the_end_of_the_key() {
         refused(3, "not permitted");
     }
     cloud.aliyun.set_role(Some(true));
-    for fault in [Fault::code(503, "ServiceUnavailableTemporary"), Fault::code(400, "Throttling.User"), Fault::Close] {
+    for fault in [
+        Fault::code(503, "ServiceUnavailableTemporary"),
+        Fault::code(400, "Throttling.User"),
+        Fault::Close,
+    ] {
         for action in ["AssumeRole", "Decrypt"] {
             cloud.aliyun.set_fault(action, Some(fault.clone()));
             refused(4, "p/customer");
@@ -122,7 +131,9 @@ fn a_key_disabled_under_a_running_command_ends_it() {
     let cloud = Cloud::new();
     let key = cloud.logstore(b"before\n");
     let terms = ["--revalidate-every", "500ms"];
-    let mut append = Running::start(cloud.logged_in(&[&["append", "p/customer", "-", "--ack"][..], &terms].concat()));
+    let mut append = Running::start(
+        cloud.logged_in(&[&["append", "p/customer", "-", "--ack"][..], &terms].concat()),
+    );
     let acks = append.lines();
     append.stdin.as_mut().unwrap().write_all(b"during\n").unwrap();
     assert_eq!(acks.recv().unwrap(), "1");
@@ -161,9 +172,14 @@ fn the_service_logs_in_with_what_it_finds() {
     let sentence = Running::start(half).finish().sentence(4);
     assert!(sentence.contains("only one is set"), "{sentence}");
     let mut wrong = cloud.command(&READ);
-    wrong.env("ALIBABA_CLOUD_ACCESS_KEY_ID", SERVICE_ID).env("ALIBABA_CLOUD_ACCESS_KEY_SECRET", "not it");
+    wrong
+        .env("ALIBABA_CLOUD_ACCESS_KEY_ID", SERVICE_ID)
+        .env("ALIBABA_CLOUD_ACCESS_KEY_SECRET", "not it");
     let sentence = Running::start(wrong).finish().sentence(4);
-    assert!(sentence.contains("SignatureDoesNotMatch") && !sentence.contains("not it"), "{sentence}");
+    assert!(
+        sentence.contains("SignatureDoesNotMatch") && !sentence.contains("not it"),
+        "{sentence}"
+    );
 
     // A profile of the official command-line tool.
     fs::create_dir(cloud.world.path(".aliyun")).unwrap();
@@ -187,7 +203,11 @@ fn the_service_logs_in_with_what_it_finds() {
     cloud.aliyun.take_seen();
     assert_eq!(pod(OIDC_TOKEN).stdout, b"line\n");
     let seen = cloud.aliyun.take_seen();
-    assert_eq!(seen.iter().filter(|seen| seen.action == "AssumeRoleWithOIDC").count(), 1, "the credentials are kept");
+    assert_eq!(
+        seen.iter().filter(|seen| seen.action == "AssumeRoleWithOIDC").count(),
+        1,
+        "the credentials are kept"
+    );
     assert!(seen.iter().all(|seen| !seen.target.contains(OIDC_TOKEN)));
     let sentence = pod("not it").sentence(4);
     assert!(sentence.contains("AssumeRoleWithOIDC") && !sentence.contains("not it"), "{sentence}");
@@ -218,19 +238,28 @@ fn tls_in_front(cloud: &Cloud, ca: &str) -> u16 {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     cloud.world.file(ca, params.self_signed(&ca_key).unwrap().pem());
     let issuer = Issuer::new(params, ca_key);
-    let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
-    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
+    let certificate = CertificateParams::new(vec!["127.0.0.1".to_owned()])
         .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![certificate.der().clone()], key)
+        .signed_by(&key, &issuer)
         .unwrap();
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(
+        rustls::crypto::aws_lc_rs::default_provider(),
+    ))
+    .with_safe_default_protocol_versions()
+    .unwrap()
+    .with_no_client_auth()
+    .with_single_cert(vec![certificate.der().clone()], key)
+    .unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (config, behind, port) = (Arc::new(config), cloud.aliyun.port(), listener.local_addr().unwrap().port());
+    let (config, behind, port) =
+        (Arc::new(config), cloud.aliyun.port(), listener.local_addr().unwrap().port());
     thread::spawn(move || {
         for stream in listener.incoming() {
-            let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream.unwrap());
+            let mut tls = StreamOwned::new(
+                ServerConnection::new(Arc::clone(&config)).unwrap(),
+                stream.unwrap(),
+            );
             // A client that rejects the certificate closes the connection.
             thread::spawn(move || -> io::Result<()> {
                 let mut plain = TcpStream::connect(("127.0.0.1", behind))?;
@@ -255,8 +284,10 @@ fn pass_on(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
             break String::from_utf8_lossy(&message).to_ascii_lowercase();
         }
     };
-    let len =
-        head.lines().find_map(|line| line.strip_prefix("content-length:")).map_or(0, |len| len.trim().parse().unwrap());
+    let len = head
+        .lines()
+        .find_map(|line| line.strip_prefix("content-length:"))
+        .map_or(0, |len| len.trim().parse().unwrap());
     let mut body = vec![0; len];
     from.read_exact(&mut body)?;
     message.extend(body);
@@ -270,12 +301,16 @@ fn tls_trusts_what_the_system_trusts_and_nobody_else() {
     let port = tls_in_front(&cloud, "ca.pem");
     let other = tls_in_front(&cloud, "other.pem");
     assert_ne!(port, other);
-    cloud.url = cloud.url.replace("http://", "https://").replace(&cloud.aliyun.port().to_string(), &port.to_string());
+    cloud.url = cloud
+        .url
+        .replace("http://", "https://")
+        .replace(&cloud.aliyun.port().to_string(), &port.to_string());
     let key = cloud.aliyun.create_key();
     let conf = byok("default", &key).to_string();
     let certificates = cloud.world.path("");
     let create = |ca: &str, url: &str| {
-        let cloud = Cloud { world: World::new(), aliyun: cloud.aliyun.clone(), url: url.to_owned() };
+        let cloud =
+            Cloud { world: World::new(), aliyun: cloud.aliyun.clone(), url: url.to_owned() };
         let mut command = cloud.logged_in(&["create", "p/customer", "--encrypt-conf", &conf]);
         command.env("SSL_CERT_FILE", certificates.join(ca));
         Running::start(command).finish()

@@ -71,10 +71,13 @@ fn a_logstore_follows_the_state_of_its_key() {
     assert!(read().stdout == text);
 
     aws.moto.disable(&key);
-    for command in [&["read", "p/a"][..], &["append", "p/a", &file], &["verify"], &["keys", "rewrap", "p/a"]] {
+    for command in
+        [&["read", "p/a"][..], &["append", "p/a", &file], &["verify"], &["keys", "rewrap", "p/a"]]
+    {
         assert!(aws.run("data", command).sentence(3).contains("disabled"), "{command:?}");
     }
-    let status: Value = serde_json::from_slice(&aws.ok("data", &["status", "p/a", "--json"])).unwrap();
+    let status: Value =
+        serde_json::from_slice(&aws.ok("data", &["status", "p/a", "--json"])).unwrap();
     assert_eq!(status["logstores"][0]["key"]["reason"], "disabled");
     aws.moto.enable(&key);
     assert!(read().stdout == text);
@@ -94,10 +97,21 @@ fn a_logstore_follows_the_state_of_its_key() {
     let elsewhere = conf(&key).replace(REGION, "us-east-1");
     aws.run("data", &["create", "p/b", "--encrypt-conf", &elsewhere]).sentence(6);
     let url = aws.moto.url();
-    let mut command =
-        aws.world.command(&["--store", "data", "--kms", &url, "create", "p/b", "--encrypt-conf", &conf(&key)]);
+    let mut command = aws.world.command(&[
+        "--store",
+        "data",
+        "--kms",
+        &url,
+        "create",
+        "p/b",
+        "--encrypt-conf",
+        &conf(&key),
+    ]);
     moto::credentials(&mut command);
-    command.env_remove("AWS_ACCESS_KEY_ID").env("AWS_EC2_METADATA_DISABLED", "true").env("HOME", "nowhere");
+    command
+        .env_remove("AWS_ACCESS_KEY_ID")
+        .env("AWS_EC2_METADATA_DISABLED", "true")
+        .env("HOME", "nowhere");
     assert!(Running::start(command).finish().sentence(4).contains("no AWS credentials"));
     assert!(!String::from_utf8(aws.ok("data", &["list"])).unwrap().contains("p/b"));
 }
@@ -114,8 +128,8 @@ fn running_processes_end_within_the_bound_and_others_go_on() {
     }
     aws.ok("read", &["append", "p/a", &file, "--durability", "written"]);
     let watchful = "--revalidate-every=1s";
-    let [mut append, mut other] =
-        ["append", "other"].map(|store| aws.start(store, &["append", "p/a", "-", "--ack", watchful]));
+    let [mut append, mut other] = ["append", "other"]
+        .map(|store| aws.start(store, &["append", "p/a", "-", "--ack", watchful]));
     let (acks, other_acks) = (append.lines(), other.lines());
     for (process, acks) in [(&mut append, &acks), (&mut other, &other_acks)] {
         process.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
@@ -161,8 +175,10 @@ fn an_outage_is_ridden_out_for_its_grace_and_no_store_needs_the_kms_to_open() {
     aws.create("short", &key);
     aws.create("long", &key);
     let watchful = "--revalidate-every=1s";
-    let mut short = aws.start("short", &["append", "p/a", "-", "--ack", watchful, "--outage-grace=3s"]);
-    let mut long = aws.start("long", &["append", "p/a", "-", "--ack", watchful, "--outage-grace=5m"]);
+    let mut short =
+        aws.start("short", &["append", "p/a", "-", "--ack", watchful, "--outage-grace=3s"]);
+    let mut long =
+        aws.start("long", &["append", "p/a", "-", "--ack", watchful, "--outage-grace=5m"]);
     let (short_acks, long_acks) = (short.lines(), long.lines());
     for (process, acks) in [(&mut short, &short_acks), (&mut long, &long_acks)] {
         process.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
@@ -188,6 +204,7 @@ fn an_outage_is_ridden_out_for_its_grace_and_no_store_needs_the_kms_to_open() {
     let file = aws.world.file("more", "more\n");
     let (kind, _) = aws.run("long", &["append", "p/a", &file, "--json"]).json_error(4);
     assert_eq!(kind, "kms_unreachable");
-    let status: Value = serde_json::from_slice(&aws.ok("long", &["status", "p/a", "--json"])).unwrap();
+    let status: Value =
+        serde_json::from_slice(&aws.ok("long", &["status", "p/a", "--json"])).unwrap();
     assert_eq!(status["logstores"][0]["key"]["state"], "outage");
 }

@@ -30,7 +30,14 @@ fn what_was_appended_is_read_as_long_as_the_token_allows() {
         token.admin("generate cmk 0a");
         let (world, kms, text) = (World::new(), kms(token), made_lines(2_000));
         let file = world.file("lines", &text);
-        world.ok(&["--kms", &kms, "create", "p/customer", "--encrypt-conf", &byok("sm4", "cmk").to_string()]);
+        world.ok(&[
+            "--kms",
+            &kms,
+            "create",
+            "p/customer",
+            "--encrypt-conf",
+            &byok("sm4", "cmk").to_string(),
+        ]);
         world.create("p/service", &service("default"));
         for name in ["p/customer", "p/service"] {
             world.ok(&["--kms", &kms, "append", name, &file]);
@@ -41,7 +48,10 @@ fn what_was_appended_is_read_as_long_as_the_token_allows() {
         token.admin("decrypt cmk false");
         for command in [&read[..], &["--kms", &kms, "append", "p/customer", &file]] {
             let sentence = world.refused(3, command);
-            assert!(sentence.contains("p/customer") && sentence.contains("cmk is disabled"), "{sentence}");
+            assert!(
+                sentence.contains("p/customer") && sentence.contains("cmk is disabled"),
+                "{sentence}"
+            );
         }
         token.admin("decrypt cmk true");
         assert_eq!(world.ok(&read), text);
@@ -55,7 +65,10 @@ fn what_was_appended_is_read_as_long_as_the_token_allows() {
 
         fs::write(token.path("pin"), "123456").unwrap();
         let sentence = world.refused(4, &read);
-        assert!(sentence.contains("CKR_PIN_INCORRECT") && !sentence.contains("123456"), "{sentence}");
+        assert!(
+            sentence.contains("CKR_PIN_INCORRECT") && !sentence.contains("123456"),
+            "{sentence}"
+        );
         fs::write(token.path("pin"), PIN).unwrap();
 
         token.admin("destroy cmk");
@@ -70,7 +83,14 @@ fn a_running_process_ends_when_the_key_is_taken_away() {
     in_own_process("a_running_process_ends_when_the_key_is_taken_away", |token| {
         token.admin("generate cmk 0a");
         let (world, kms) = (World::new(), kms(token));
-        world.ok(&["--kms", &kms, "create", "p/customer", "--encrypt-conf", &byok("default", "cmk").to_string()]);
+        world.ok(&[
+            "--kms",
+            &kms,
+            "create",
+            "p/customer",
+            "--encrypt-conf",
+            &byok("default", "cmk").to_string(),
+        ]);
         let mut running = Running::start(world.command(&[
             "--kms",
             &kms,
@@ -96,12 +116,22 @@ fn a_key_that_does_not_serve_is_refused_at_once() {
     in_own_process("a_key_that_does_not_serve_is_refused_at_once", |token| {
         let (world, kms) = (World::new(), kms(token));
         token.admin("generate loose 0b extractable");
-        for (key, words) in [("none", "the token has no key none"), ("loose", "can leave the token")] {
-            let create = ["--kms", &kms, "create", "p/l", "--encrypt-conf", &byok("sm4", key).to_string()];
+        for (key, words) in
+            [("none", "the token has no key none"), ("loose", "can leave the token")]
+        {
+            let create =
+                ["--kms", &kms, "create", "p/l", "--encrypt-conf", &byok("sm4", key).to_string()];
             assert!(world.refused(6, &create).contains(words), "{key}");
         }
         let elsewhere = kms.replace("cn-hangzhou", "cn-beijing");
-        let create = ["--kms", &elsewhere, "create", "p/l", "--encrypt-conf", &byok("sm4", "loose").to_string()];
+        let create = [
+            "--kms",
+            &elsewhere,
+            "create",
+            "p/l",
+            "--encrypt-conf",
+            &byok("sm4", "loose").to_string(),
+        ];
         assert!(world.refused(6, &create).contains("region"));
         let sentence = world.refused(6, &["--kms", "pkcs11:?region=r&pin-value=4711", "list"]);
         assert!(sentence.contains("module-path") && !sentence.contains("4711"), "{sentence}");

@@ -36,7 +36,14 @@ fn through(wrapper: &[&str], command: &Command) -> Command {
 fn without_file_descriptors_it_says_so_and_loses_nothing() {
     let world = World::new();
     let names = ["p/service", "p/byok"];
-    world.ok(&["create", names[0], "--shards", "8", "--encrypt-conf", &service("default").to_string()]);
+    world.ok(&[
+        "create",
+        names[0],
+        "--shards",
+        "8",
+        "--encrypt-conf",
+        &service("default").to_string(),
+    ]);
     let conf = byok("sm4", &world.create_key()).to_string();
     world.ok(&["create", names[1], "--shards", "8", "--encrypt-conf", &conf]);
     let (mut sent, mut acknowledged) = (BTreeSet::new(), [BTreeSet::new(), BTreeSet::new()]);
@@ -50,7 +57,10 @@ fn without_file_descriptors_it_says_so_and_loses_nothing() {
                 // The KMS is a directory here, so without descriptors it is unreachable.
                 Some(status @ (1 | 4)) => {
                     let said = out.sentence(status);
-                    assert!(said.contains("Too many open files"), "{descriptors}, {args:?}: {said}");
+                    assert!(
+                        said.contains("Too many open files"),
+                        "{descriptors}, {args:?}: {said}"
+                    );
                     refused += 1;
                 }
                 // The dynamic loader could not open its libraries.
@@ -69,7 +79,10 @@ fn without_file_descriptors_it_says_so_and_loses_nothing() {
             assert!(count == lines.len() || out.status != Some(0));
             acknowledged.extend(lines[..count].iter().cloned());
             let out = limited(&["read", name, "--format", "raw"]);
-            assert!(out.status != Some(0) || out.text().lines().count() >= acknowledged.len(), "{descriptors}");
+            assert!(
+                out.status != Some(0) || out.text().lines().count() >= acknowledged.len(),
+                "{descriptors}"
+            );
         }
         sent.extend(lines);
     }
@@ -98,7 +111,8 @@ fn with_own_mounts(world: &World, script: &str) -> Option<String> {
         return None;
     }
     let output = run(script);
-    let (said, errors) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    let (said, errors) =
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert!(output.status.success(), "{said}{errors}");
     Some(said)
 }
@@ -126,15 +140,33 @@ fn on_a_disk_that_is_really_full_nothing_acknowledged_is_lost() {
         "$0" read p/a --format raw > ../read-later
     "#;
     let Some(said) = with_own_mounts(&world, script) else { return };
-    let done: usize = said.split("acknowledged ").nth(1).unwrap().split_whitespace().next().unwrap().parse().unwrap();
+    let done: usize = said
+        .split("acknowledged ")
+        .nth(1)
+        .unwrap()
+        .split_whitespace()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
     assert!(done >= 2 && said.contains("No space left on device"), "{said}");
-    let (read, later) = (fs::read(world.path("read")).unwrap(), fs::read(world.path("read-later")).unwrap());
+    let (read, later) =
+        (fs::read(world.path("read")).unwrap(), fs::read(world.path("read-later")).unwrap());
     let expected = lines.repeat(done);
     assert!(read.starts_with(&expected), "{} of {} bytes", read.len(), expected.len());
-    assert!(later.starts_with(&read) && later.ends_with(&lines), "{} bytes, then {}", read.len(), later.len());
+    assert!(
+        later.starts_with(&read) && later.ends_with(&lines),
+        "{} bytes, then {}",
+        read.len(),
+        later.len()
+    );
     // Of a refused append, only whole groups may be present.
     let rest = &later[expected.len()..later.len() - lines.len()];
-    assert!(lines.starts_with(rest) && (rest.is_empty() || rest.ends_with(b"\n")), "{} bytes", rest.len());
+    assert!(
+        lines.starts_with(rest) && (rest.is_empty() || rest.ends_with(b"\n")),
+        "{} bytes",
+        rest.len()
+    );
 }
 
 #[test]
@@ -179,5 +211,10 @@ fn a_file_that_is_cut_short_under_a_reader_is_an_error() {
     fs::OpenOptions::new().write(true).open(&segment).unwrap().set_len(len / 3).unwrap();
     stdout.read_to_end(&mut read).unwrap();
     reading.finish().sentence(5);
-    assert!(lines.starts_with(&read) && read.len() < lines.len() / 2, "{} of {} bytes", read.len(), lines.len());
+    assert!(
+        lines.starts_with(&read) && read.len() < lines.len() / 2,
+        "{} of {} bytes",
+        read.len(),
+        lines.len()
+    );
 }

@@ -20,7 +20,12 @@ const LINE_BYTES_MAX: usize = 10 << 20;
 const VERSION_AT: usize = 8;
 
 /// Checks that an update is refused with this kind and changes nothing.
-fn update_is_refused(world: &World, name: &str, kind: &str, change: impl FnOnce(&mut Value)) -> String {
+fn update_is_refused(
+    world: &World,
+    name: &str,
+    kind: &str,
+    change: impl FnOnce(&mut Value),
+) -> String {
     let before = world.json(&["get", name]);
     let mut config = before.clone();
     change(&mut config);
@@ -42,29 +47,39 @@ fn an_update_cannot_change_what_is_fixed() {
         world.create(name, &conf);
         world.ok(&["append", name, &file]);
     }
-    let refuse = |name, kind, change: &dyn Fn(&mut Value)| update_is_refused(&world, name, kind, change);
+    let refuse =
+        |name, kind, change: &dyn Fn(&mut Value)| update_is_refused(&world, name, kind, change);
     let cmk = byok("sm4", &key)["user_cmk_info"].clone();
 
     // The method, in both directions.
     assert!(
-        refuse("p/service", "method_fixed", &|it| it["encrypt_conf"]["user_cmk_info"] = cmk.clone()).contains("fixed")
+        refuse("p/service", "method_fixed", &|it| it["encrypt_conf"]["user_cmk_info"] =
+            cmk.clone())
+        .contains("fixed")
     );
     refuse("p/byok", "method_fixed", &|it| {
         it["encrypt_conf"].as_object_mut().unwrap().remove("user_cmk_info");
     });
     // The algorithm.
     assert!(
-        refuse("p/service", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] = "sm4".into())
-            .contains("default")
+        refuse("p/service", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] =
+            "sm4".into())
+        .contains("default")
     );
-    refuse("p/byok", "algorithm_fixed", &|it| it["encrypt_conf"]["encrypt_type"] = "default".into());
+    refuse("p/byok", "algorithm_fixed", &|it| {
+        it["encrypt_conf"]["encrypt_type"] = "default".into()
+    });
     // Each of the three parts of the customer's key.
     let replaced = refuse("p/byok", "cmk_fixed", &|it| {
         it["encrypt_conf"]["user_cmk_info"]["cmk_key_id"] = another.as_str().into()
     });
     assert!(replaced.contains(&key), "{replaced}");
-    refuse("p/byok", "cmk_fixed", &|it| it["encrypt_conf"]["user_cmk_info"]["arn"] = "acs:ram::1:role/other".into());
-    refuse("p/byok", "cmk_fixed", &|it| it["encrypt_conf"]["user_cmk_info"]["region_id"] = "cn-beijing".into());
+    refuse("p/byok", "cmk_fixed", &|it| {
+        it["encrypt_conf"]["user_cmk_info"]["arn"] = "acs:ram::1:role/other".into()
+    });
+    refuse("p/byok", "cmk_fixed", &|it| {
+        it["encrypt_conf"]["user_cmk_info"]["region_id"] = "cn-beijing".into()
+    });
     // Leaving encrypt_conf out.
     for name in ["p/service", "p/byok"] {
         let sentence = refuse(name, "encrypt_conf_required", &|it| {
@@ -77,17 +92,29 @@ fn an_update_cannot_change_what_is_fixed() {
         it["encrypt_conf"].as_object_mut().unwrap().remove("encrypt_type");
     });
     assert!(
-        refuse("p/service", "configuration_invalid", &|it| it["encrypt_conf"]["encrypt_type"] = "des".into())
-            .contains("\"des\"")
+        refuse("p/service", "configuration_invalid", &|it| it["encrypt_conf"]["encrypt_type"] =
+            "des".into())
+        .contains("\"des\"")
     );
     // The error names unknown fields and values.
-    assert!(refuse("p/service", "configuration_invalid", &|it| it["ttl"] = 7.into()).contains("`ttl`"));
     assert!(
-        refuse("p/byok", "configuration_invalid", &|it| it["encrypt_conf"]["user_cmk_info"]["role"] = 7.into())
-            .contains("`role`")
+        refuse("p/service", "configuration_invalid", &|it| it["ttl"] = 7.into()).contains("`ttl`")
     );
-    assert!(refuse("p/service", "out_of_range", &|it| it["ttl_days"] = 4000.into()).contains("ttl_days"));
-    assert!(refuse("p/service", "field_fixed", &|it| it["shard_count"] = 2.into()).contains("shard"));
+    assert!(
+        refuse(
+            "p/byok",
+            "configuration_invalid",
+            &|it| it["encrypt_conf"]["user_cmk_info"]["role"] = 7.into()
+        )
+        .contains("`role`")
+    );
+    assert!(
+        refuse("p/service", "out_of_range", &|it| it["ttl_days"] = 4000.into())
+            .contains("ttl_days")
+    );
+    assert!(
+        refuse("p/service", "field_fixed", &|it| it["shard_count"] = 2.into()).contains("shard")
+    );
 
     for name in ["p/service", "p/byok"] {
         assert_eq!(world.read(name), text);
@@ -109,7 +136,12 @@ fn an_update_replaces_what_was_got_and_changed() {
     assert_eq!(world.json(&["get", "p/a"]), updated, "`update` prints what `get` prints");
     let mut config = updated.clone();
     config["encrypt_conf"] = service("sm4");
-    world.ok(&["update", "p/a", "--config", &format!("@{}", world.file("config", config.to_string()))]);
+    world.ok(&[
+        "update",
+        "p/a",
+        "--config",
+        &format!("@{}", world.file("config", config.to_string())),
+    ]);
     let mut config = world.json(&["get", "p/a"]);
     assert_eq!(config["encrypt_conf"], service("sm4"));
     config["encrypt_conf"] = json!({ "enable": false });
@@ -144,7 +176,11 @@ fn create_needs_a_kms_that_serves_the_region_and_grants_the_role() {
         (&empty, "cmk_field_refused", "user_cmk_info.arn"),
         (&json!({ "enable": true }), "encrypt_type_required", "encrypt_type"),
         (&json!({ "enable": true, "encrypt_type": "rot13" }), "configuration_invalid", "\"rot13\""),
-        (&json!({ "enable": true, "encrypt_type": "sm4", "mode": 1 }), "configuration_invalid", "`mode`"),
+        (
+            &json!({ "enable": true, "encrypt_type": "sm4", "mode": 1 }),
+            "configuration_invalid",
+            "`mode`",
+        ),
     ];
     for (conf, kind, word) in cases {
         let command = ["create", "p/a", "--encrypt-conf", &conf.to_string()];
@@ -170,13 +206,30 @@ fn create_needs_a_kms_that_serves_the_region_and_grants_the_role() {
 fn names_are_refused_before_anything_is_made() {
     let world = World::new();
     let long = format!("p/{}", "x".repeat(300));
-    for name in
-        ["p", "/", "p/", "/a", "p/a/b", "../a", "p/..", "p/.hidden", "p/a b", "p/ä", "p/a\n", "_p/a", "-/a", &long]
-    {
+    for name in [
+        "p",
+        "/",
+        "p/",
+        "/a",
+        "p/a/b",
+        "../a",
+        "p/..",
+        "p/.hidden",
+        "p/a b",
+        "p/ä",
+        "p/a\n",
+        "_p/a",
+        "-/a",
+        &long,
+    ] {
         let command = ["create", "--", name];
         let sentence = world.refused(6, &command);
         assert!(sentence.contains("name") && sentence.len() < 400, "{name}: {sentence}");
-        assert_eq!(world.run(&["--json", "create", "--", name]).json_error(6).0, "name_refused", "{name}");
+        assert_eq!(
+            world.run(&["--json", "create", "--", name]).json_error(6).0,
+            "name_refused",
+            "{name}"
+        );
     }
     // The operating system does not accept a NUL.
     let error = world.command(&["create", "p/a\0b"]).spawn().unwrap_err();
@@ -196,9 +249,11 @@ fn what_is_too_large_is_refused_and_what_came_before_is_kept() {
         assert!(sentence.contains("--group-bytes"), "{sentence}");
     }
     world.run(&["append", "p/a", "-", "--group-bytes", "many"]).assert(2);
-    for (what, args) in
-        [("shard_count", ["--shards", "257"]), ("shard_count", ["--shards", "0"]), ("ttl_days", ["--ttl", "0"])]
-    {
+    for (what, args) in [
+        ("shard_count", ["--shards", "257"]),
+        ("shard_count", ["--shards", "0"]),
+        ("ttl_days", ["--ttl", "0"]),
+    ] {
         let sentence = world.refused(6, &[&["create", "p/b"][..], &args].concat());
         assert!(sentence.contains(what), "{sentence}");
     }
@@ -231,9 +286,19 @@ fn a_missing_or_foreign_store_or_keyring_is_told_apart() {
     let refused = |kind: &str, words: &str, args: &[&str]| {
         let sentence = world.refused(7, args);
         assert!(sentence.contains(words), "{kind}: {sentence}");
-        assert_eq!(world.run(&[args, &["--json"]].concat()).json_error(7), (kind.to_owned(), sentence));
+        assert_eq!(
+            world.run(&[args, &["--json"]].concat()).json_error(7),
+            (kind.to_owned(), sentence)
+        );
     };
-    for command in [&["read", "p/a"][..], &["list"], &["verify"], &["append", "p/a"], &["status"], &["keys", "audit"]] {
+    for command in [
+        &["read", "p/a"][..],
+        &["list"],
+        &["verify"],
+        &["append", "p/a"],
+        &["status"],
+        &["keys", "audit"],
+    ] {
         refused("store_missing", "no store at ./envelog-data", command);
     }
     fs::create_dir(world.path("photos")).unwrap();
@@ -250,7 +315,9 @@ fn a_missing_or_foreign_store_or_keyring_is_told_apart() {
     let keyring = world.path("envelog-data.keyring");
     let aside = world.path("aside");
     fs::rename(&keyring, &aside).unwrap();
-    for command in [&["read", "p/a"][..], &["append", "p/a"], &["create", "p/b"], &["verify"], &["status"]] {
+    for command in
+        [&["read", "p/a"][..], &["append", "p/a"], &["create", "p/b"], &["verify"], &["status"]]
+    {
         refused("keyring_missing", "envelog-data.keyring is missing", command);
     }
     assert!(!keyring.exists(), "a lost keyring is never made again by accident");
@@ -288,7 +355,10 @@ fn a_newer_format_asks_for_a_newer_program() {
     fs::write(&path, bytes).unwrap();
     for command in [&["list"][..], &["read", "p/a"], &["create", "p/b"], &["append", "p/a"]] {
         let sentence = world.refused(7, command);
-        assert!(sentence.contains("format version 3") && sentence.contains("newer envelog"), "{sentence}");
+        assert!(
+            sentence.contains("format version 3") && sentence.contains("newer envelog"),
+            "{sentence}"
+        );
         assert_eq!(world.run(&[command, &["--json"]].concat()).json_error(7).0, "newer_format");
     }
 }
@@ -367,9 +437,17 @@ fn a_writer_that_another_one_has_taken_over_from_ends() {
 #[test]
 fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is() {
     let world = World::new();
-    for options in [&["--shards", "0"][..], &["--ttl", "0"], &["--retention-bytes", "0"], &["--encrypt-conf", "{}"]] {
+    for options in [
+        &["--shards", "0"][..],
+        &["--ttl", "0"],
+        &["--retention-bytes", "0"],
+        &["--encrypt-conf", "{}"],
+    ] {
         world.refused(6, &[&["create", "p/a"], options].concat());
-        assert!(!world.path("envelog-data").exists() && !world.path("envelog-data.keyring").exists(), "{options:?}");
+        assert!(
+            !world.path("envelog-data").exists() && !world.path("envelog-data.keyring").exists(),
+            "{options:?}"
+        );
     }
     let elsewhere = byok("sm4", "no-such-key").to_string();
     let out = world.run(&["create", "p/a", "--encrypt-conf", &elsewhere]);
@@ -400,15 +478,22 @@ fn a_segment_that_claims_to_be_huge_is_damaged_and_takes_no_memory() {
 fn what_cannot_be_undone_needs_a_yes_and_files_are_not_overwritten() {
     let world = World::new();
     world.create("p/a", &service("default"));
-    for command in
-        [&["delete", "p/a"][..], &["repair", "p/a", "--shard", "0"], &["keys", "shred", "p/a", "--version", "1"]]
-    {
+    for command in [
+        &["delete", "p/a"][..],
+        &["repair", "p/a", "--shard", "0"],
+        &["keys", "shred", "p/a", "--version", "1"],
+    ] {
         assert!(world.refused(2, command).contains("--yes"), "{command:?}");
     }
     assert_eq!(world.ok(&["list"]), b"p/a\n");
     let huge = world.file("huge.json", vec![b' '; (1 << 20) + 1]);
-    assert!(world.refused(1, &["update", "p/a", "--config", &format!("@{huge}")]).contains("too large"));
-    assert_eq!(world.run(&["--json", "kms"]).json_error(2).1, "a command is missing; --help lists them");
+    assert!(
+        world.refused(1, &["update", "p/a", "--config", &format!("@{huge}")]).contains("too large")
+    );
+    assert_eq!(
+        world.run(&["--json", "kms"]).json_error(2).1,
+        "a command is missing; --help lists them"
+    );
     let taken = world.file("taken", "precious");
     for command in [&["checkpoint", "--out", &taken][..], &["keys", "backup", "--out", &taken]] {
         assert!(world.refused(1, command).contains("taken"), "{command:?}");

@@ -112,7 +112,11 @@ fn every_way_to_withdraw_a_key_has_its_words_and_its_way_back() {
     let (world, key) = two_logstores(&text);
     let ways = [
         (vec!["ungrant", &key, ROLE], "not permitted for the role", vec!["grant", &key, ROLE]),
-        (vec!["schedule-deletion", &key, "--days", "9"], "pending deletion", vec!["cancel-deletion", &key]),
+        (
+            vec!["schedule-deletion", &key, "--days", "9"],
+            "pending deletion",
+            vec!["cancel-deletion", &key],
+        ),
         (vec!["disable", &key], "disabled", vec!["enable", &key]),
     ];
     for (away, words, back) in ways {
@@ -162,7 +166,8 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     // A store has one writing process, so each appending process has its own store. The key is the
     // same.
     let at = |store: &str, args: &[&str]| {
-        let global = ["--store", store, "--kms-dir", kms.to_str().unwrap(), "--revalidate-every", "1s"];
+        let global =
+            ["--store", store, "--kms-dir", kms.to_str().unwrap(), "--revalidate-every", "1s"];
         world.command(&[&global, args].concat())
     };
     let lines = made_lines(100_000);
@@ -170,7 +175,9 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     for store in ["idle", "endless", "busy", "read"] {
         Running::start(at(store, &["create", "p/a", "--encrypt-conf", &conf])).finish().assert(0);
     }
-    Running::start(at("read", &["append", "p/a", &file, "--durability", "written"])).finish().assert(0);
+    Running::start(at("read", &["append", "p/a", &file, "--durability", "written"]))
+        .finish()
+        .assert(0);
 
     let mut idle = Running::start(at("idle", &["append", "p/a", "-", "--ack"]));
     let idle_acks = idle.lines();
@@ -190,7 +197,8 @@ fn running_processes_end_when_the_key_is_withdrawn() {
         }
     });
 
-    let mut busy = Running::start(at("busy", &["append", "p/a", "-", "--ack", "--durability", "written"]));
+    let mut busy =
+        Running::start(at("busy", &["append", "p/a", "-", "--ack", "--durability", "written"]));
     let busy_acks = busy.lines();
     let feeding = feed(busy.stdin.take().unwrap());
     let first_ack = busy_acks.recv().unwrap();
@@ -206,7 +214,8 @@ fn running_processes_end_when_the_key_is_withdrawn() {
 
     world.ok(&["kms", "disable", &key]);
     let disabled = Instant::now();
-    for (what, process) in [("idle", idle), ("endless", endless), ("busy", busy), ("tail -f", tail)] {
+    for (what, process) in [("idle", idle), ("endless", endless), ("busy", busy), ("tail -f", tail)]
+    {
         let sentence = process.wait().sentence(3);
         assert!(sentence.contains("p/a") && sentence.contains("disabled"), "{what}: {sentence}");
     }
@@ -220,13 +229,23 @@ fn running_processes_end_when_the_key_is_withdrawn() {
     let sentence = read.finish().sentence(3);
     assert!(sentence.contains("disabled"), "{sentence}");
     let got = [head, rest].concat();
-    assert!(got.len() < lines.len() && lines.starts_with(&got), "{} of {} bytes", got.len(), lines.len());
+    assert!(
+        got.len() < lines.len() && lines.starts_with(&got),
+        "{} of {} bytes",
+        got.len(),
+        lines.len()
+    );
 
     // All acknowledged lines are present, and no line that was never sent.
     world.ok(&["kms", "enable", &key]);
     let last_ack: usize = busy_acks.iter().last().unwrap_or(first_ack).parse().unwrap();
-    let kept = String::from_utf8(Running::start(at("busy", &["read", "p/a"])).finish().stdout).unwrap();
-    assert!(kept.lines().count() >= last_ack, "{} lines of {last_ack} acknowledged", kept.lines().count());
+    let kept =
+        String::from_utf8(Running::start(at("busy", &["read", "p/a"])).finish().stdout).unwrap();
+    assert!(
+        kept.lines().count() >= last_ack,
+        "{} lines of {last_ack} acknowledged",
+        kept.lines().count()
+    );
     assert!(kept.lines().enumerate().all(|(number, line)| line == format!("line {number}")));
     for (store, expected) in [("idle", &b"one\n"[..]), ("endless", b"one\n"), ("read", &lines)] {
         let out = Running::start(at(store, &["read", "p/a"])).finish();
@@ -240,19 +259,26 @@ fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     let text = made_lines(1000);
     let (world, key) = two_logstores(&text);
     // Another store under the same key, with a process that uses the default grace period.
-    let patient = ["--store", "patient", "--kms-dir", "envelog-data.kms", "--revalidate-every", "1s"];
-    world.ok(&[&["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()][..], &patient].concat());
-    let mut rides = Running::start(world.command(&[&["append", "p/a", "-", "--ack"][..], &patient].concat()));
+    let patient =
+        ["--store", "patient", "--kms-dir", "envelog-data.kms", "--revalidate-every", "1s"];
+    world.ok(&[&["create", "p/a", "--encrypt-conf", &byok("sm4", &key).to_string()][..], &patient]
+        .concat());
+    let mut rides =
+        Running::start(world.command(&[&["append", "p/a", "-", "--ack"][..], &patient].concat()));
     let rides_acks = rides.lines();
     rides.stdin.as_mut().unwrap().write_all(b"before\n").unwrap();
     assert_eq!(rides_acks.recv().unwrap(), "1");
     let (kms, away) = (world.path("envelog-data.kms"), world.path("away"));
     let short = ["--revalidate-every", "1s", "--outage-grace", "2s"];
-    let mut append = Running::start(world.command(&[&["append", "p/customer", "-", "--ack"][..], &short].concat()));
+    let mut append = Running::start(
+        world.command(&[&["append", "p/customer", "-", "--ack"][..], &short].concat()),
+    );
     let acks = append.lines();
     append.stdin.as_mut().unwrap().write_all(b"before\n").unwrap();
     assert_eq!(acks.recv().unwrap(), "1");
-    let mut tail = Running::start(world.command(&[&["tail", "p/customer", "-f", "-n", "1"][..], &short].concat()));
+    let mut tail = Running::start(
+        world.command(&[&["tail", "p/customer", "-f", "-n", "1"][..], &short].concat()),
+    );
     assert_eq!(tail.lines().recv().unwrap(), "before");
 
     fs::rename(&kms, &away).unwrap();
@@ -287,7 +313,16 @@ fn corruption_outranks_a_refusal_and_a_refusal_an_outage() {
     // Another customer, with another KMS.
     let elsewhere = world.path("elsewhere");
     let elsewhere = elsewhere.to_str().unwrap();
-    let made = world.ok(&["kms", "create-key", "--region", "eu-central-1", "--grant", ROLE, "--kms-dir", elsewhere]);
+    let made = world.ok(&[
+        "kms",
+        "create-key",
+        "--region",
+        "eu-central-1",
+        "--grant",
+        ROLE,
+        "--kms-dir",
+        elsewhere,
+    ]);
     let mut conf = byok("default", String::from_utf8(made).unwrap().trim_end());
     conf["user_cmk_info"]["region_id"] = "eu-central-1".into();
     let url = format!("local:{elsewhere}");
@@ -309,6 +344,11 @@ fn corruption_outranks_a_refusal_and_a_refusal_an_outage() {
     let report: Value = serde_json::from_str(&out.text()).unwrap();
     assert_eq!(report["ok"], false);
     assert_eq!(report["faults"].as_array().unwrap().len(), 1, "{report}");
-    let refused: Vec<_> = report["refused"].as_array().unwrap().iter().map(|it| it["kind"].as_str().unwrap()).collect();
+    let refused: Vec<_> = report["refused"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| it["kind"].as_str().unwrap())
+        .collect();
     assert_eq!(refused, ["revoked", "kms_unreachable"]);
 }

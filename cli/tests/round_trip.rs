@@ -17,7 +17,9 @@ use serde_json::Value;
 /// The input files: name and bytes.
 fn logs() -> Vec<(String, Vec<u8>)> {
     let Some(dir) = std::env::var_os("ENVELOG_BENCH_LOGS") else {
-        let mut odd = b"caf\xe9 \xff\xfe\n\r\n\n\n  spaces  \r\ntab\there\nnul \0 inside\n\x0b\x0c\n".to_vec();
+        let mut odd =
+            b"caf\xe9 \xff\xfe\n\r\n\n\n  spaces  \r\ntab\there\nnul \0 inside\n\x0b\x0c\n"
+                .to_vec();
         odd.extend(vec![b'x'; 200_000]);
         odd.extend(b"\nno newline at the end");
         return vec![("lines".to_owned(), made_lines(20_000)), ("odd".to_owned(), odd)];
@@ -69,7 +71,10 @@ fn every_file_comes_back_under_every_method_and_algorithm() {
             let summary = world.json(&["append", &logstore, &file, "--json"]);
             let lines = expected.iter().filter(|&&byte| byte == b'\n').count();
             assert_eq!(summary["logs"], lines, "{name} under {word}");
-            assert!(world.read(&logstore) == expected, "{name} under {word} is not what was appended");
+            assert!(
+                world.read(&logstore) == expected,
+                "{name} under {word} is not what was appended"
+            );
         }
     }
     world.ok(&["verify"]);
@@ -83,12 +88,16 @@ fn source_time_and_key_of_a_log_are_kept() {
     world.ok(&["append", "p/a", &file]);
     let now = jiff::Timestamp::now().as_second();
     let out = world.ok(&["read", "p/a", "--format", "json"]);
-    let logs: Vec<Value> = String::from_utf8(out).unwrap().lines().map(|line| line.parse().unwrap()).collect();
+    let logs: Vec<Value> =
+        String::from_utf8(out).unwrap().lines().map(|line| line.parse().unwrap()).collect();
     assert_eq!(logs.len(), 2);
     for (log, content) in logs.iter().zip(["one", "tü"]) {
         assert_eq!(log["source"], "access.log");
         assert_eq!(log["contents"], serde_json::json!({ "content": content }));
-        assert!(log["time"].as_i64().unwrap() <= now && log["time"].as_i64().unwrap() > now - 600, "{log}");
+        assert!(
+            log["time"].as_i64().unwrap() <= now && log["time"].as_i64().unwrap() > now - 600,
+            "{log}"
+        );
     }
 }
 
@@ -119,7 +128,11 @@ fn a_partial_group_goes_out_by_itself_and_is_acknowledged() {
     stdin.write_all(b"one\ntwo\nthe beginning of a third").unwrap();
     // Standard input stays open, so only the time limit flushes these lines.
     assert_eq!(acks.recv().unwrap(), "2");
-    assert_eq!(world.read("p/a"), b"one\ntwo\n", "what is acknowledged can be read while the writer runs");
+    assert_eq!(
+        world.read("p/a"),
+        b"one\ntwo\n",
+        "what is acknowledged can be read while the writer runs"
+    );
     stdin.write_all(b" line\n").unwrap();
     assert_eq!(acks.recv().unwrap(), "3");
     stdin.write_all(b"a fourth without its newline").unwrap();
@@ -128,7 +141,10 @@ fn a_partial_group_goes_out_by_itself_and_is_acknowledged() {
     let out = append.finish();
     out.assert(0);
     assert!(out.stderr.contains("4 logs"), "{}", out.stderr);
-    assert_eq!(world.read("p/a"), b"one\ntwo\nthe beginning of a third line\na fourth without its newline\n");
+    assert_eq!(
+        world.read("p/a"),
+        b"one\ntwo\nthe beginning of a third line\na fourth without its newline\n"
+    );
 }
 
 #[test]
@@ -139,7 +155,16 @@ fn groups_are_as_large_as_asked_and_acknowledged_in_order() {
     let file = world.file("f", &text);
     let mut numbers = Vec::new();
     for durability in ["buffered", "written", "synced"] {
-        let out = world.run(&["append", "p/a", &file, "--ack", "--durability", durability, "--group-bytes", "2KiB"]);
+        let out = world.run(&[
+            "append",
+            "p/a",
+            &file,
+            "--ack",
+            "--durability",
+            durability,
+            "--group-bytes",
+            "2KiB",
+        ]);
         out.assert(0);
         let acks: Vec<usize> = out.text().lines().map(|line| line.parse().unwrap()).collect();
         assert!(acks.is_sorted() && acks.len() > 20, "{acks:?}");
@@ -172,7 +197,8 @@ fn positions_choose_what_is_read() {
     assert_eq!(read(&["--from", "2200-01-01T00:00:00Z"]), b"");
     // By the receive time of the third line: that line and all lines received at the same time or
     // later.
-    let third: Value = serde_json::from_slice(&read(&["--from", "2", "--limit", "1", "--json"])).unwrap();
+    let third: Value =
+        serde_json::from_slice(&read(&["--from", "2", "--limit", "1", "--json"])).unwrap();
     let from_third = read(&["--from", third["receive_time"].as_str().unwrap()]);
     assert!(from_third.ends_with(b"2\n3\n4\n"), "{}", String::from_utf8_lossy(&from_third));
     assert!(world.refused(1, &["read", "p/a", "--shard", "7"]).contains("no shard 7"));
@@ -245,7 +271,10 @@ fn a_limit_ends_the_reading_and_not_only_of_one_shard() {
     for shard in ["0", "1"] {
         world.ok(&["append", "p/a", &world.file("line", "one\n"), "--shard", shard]);
     }
-    let second = world.segments("envelog-data").into_iter().find(|path| path.to_str().unwrap().contains("shard-0001"));
+    let second = world
+        .segments("envelog-data")
+        .into_iter()
+        .find(|path| path.to_str().unwrap().contains("shard-0001"));
     std::fs::write(second.unwrap(), "damaged").unwrap();
     assert_eq!(world.ok(&["read", "p/a", "--limit", "1"]), b"one\n");
     world.refused(5, &["read", "p/a"]);

@@ -12,7 +12,10 @@ use envelog::{
     Compression, fuzzing,
     segment::{BlockHeader, SegmentHeader},
 };
-use envelog_fuzz::{BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, is_meta, scanned_header};
+use envelog_fuzz::{
+    BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, is_meta,
+    scanned_header,
+};
 
 /// Writes the seeds of a target. Writes equal seeds only once.
 fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
@@ -28,8 +31,10 @@ fn write(target: &str, seeds: impl IntoIterator<Item = Vec<u8>>) {
 
 fn main() {
     let stores: Vec<_> = (0..).zip(GOLDEN).map(|(n, name)| (n, golden(name))).collect();
-    let segments: Vec<Vec<u8>> =
-        stores.iter().flat_map(|(_, store)| store.files(".seg").map(|(_, bytes)| bytes.to_vec())).collect();
+    let segments: Vec<Vec<u8>> = stores
+        .iter()
+        .flat_map(|(_, store)| store.files(".seg").map(|(_, bytes)| bytes.to_vec()))
+        .collect();
     segment_parts(&segments);
     documents();
 
@@ -40,13 +45,18 @@ fn main() {
         (header.compression == Compression::None).then(|| list.to_vec())
     });
     // The lists of stores without encryption, and single groups.
-    let lists: Vec<Vec<u8>> = groups.filter(|list| envelog::group::frames(list).all(|frame| frame.is_ok())).collect();
-    let alone = lists.iter().filter_map(|list| Some(list[envelog::group::frames(list).next()?.ok()?].to_vec()));
+    let lists: Vec<Vec<u8>> =
+        groups.filter(|list| envelog::group::frames(list).all(|frame| frame.is_ok())).collect();
+    let alone = lists
+        .iter()
+        .filter_map(|list| Some(list[envelog::group::frames(list).next()?.ok()?].to_vec()));
     write("group", lists.iter().cloned().chain(alone));
 
     let text = "time=1700000000 level=info message=\"paid\" order=4711\n".repeat(6).into_bytes();
-    let compressed =
-        [Compression::Lz4, Compression::Zstd, Compression::None].into_iter().zip(0u8..).map(|(method, n)| {
+    let compressed = [Compression::Lz4, Compression::Zstd, Compression::None]
+        .into_iter()
+        .zip(0u8..)
+        .map(|(method, n)| {
             let len = (text.len() as u32).to_le_bytes();
             let mut seed = vec![n, len[0], len[1], len[2]];
             fuzzing::compress(method, &text, &mut seed);
@@ -71,17 +81,30 @@ fn main() {
             "local:/var/lib/kms",
         ]),
     );
-    let values = ["begin", "end", "17", "2026-01-31T12:00:00.5+08:00", "64KiB", "3 GiB", "500ms", "1h 30m", "2.5"];
+    let values = [
+        "begin",
+        "end",
+        "17",
+        "2026-01-31T12:00:00.5+08:00",
+        "64KiB",
+        "3 GiB",
+        "500ms",
+        "1h 30m",
+        "2.5",
+    ];
     write("values", texts(&values));
     // `arbitrary` interprets these bytes: very different bytes, of a few lengths.
-    for (target, lens) in [("store", [20, 60, 150, 300]), ("model", [40, 120, 300, 600]), ("sm4", [45, 60, 90, 200])] {
+    for (target, lens) in
+        [("store", [20, 60, 150, 300]), ("model", [40, 120, 300, 600]), ("sm4", [45, 60, 90, 200])]
+    {
         write(target, (1u64..).zip(lens).map(|(seed, len)| noise(seed, len)));
     }
 }
 
 fn segment_parts(segments: &[Vec<u8>]) {
     let parts = |take: &dyn Fn(&[u8], usize) -> Option<Vec<u8>>| -> Vec<Vec<u8>> {
-        let body_start = |file: &[u8]| SegmentHeader::decode(file).map(|header| header.body_start as usize);
+        let body_start =
+            |file: &[u8]| SegmentHeader::decode(file).map(|header| header.body_start as usize);
         segments.iter().filter_map(|file| take(file, body_start(file).ok()?)).collect()
     };
     write("segment_header", parts(&|file, body| Some(file[..body].to_vec())));
@@ -95,7 +118,8 @@ fn segment_parts(segments: &[Vec<u8>]) {
     // The target accepts only blocks of the segment whose header it has. The others are noise of a
     // valid form.
     let (header, _) = scanned_header();
-    let bodies = parts(&|file, body| Some(file[body..].to_vec()).filter(|_| file.starts_with(header)));
+    let bodies =
+        parts(&|file, body| Some(file[body..].to_vec()).filter(|_| file.starts_with(header)));
     let torn = bodies.iter().map(|body| body[..body.len() / 2].to_vec());
     let hole = bodies.iter().map(|body| [&vec![0; 40], &body[..]].concat());
     write("scan", bodies.iter().cloned().chain(torn).chain(hole));
@@ -112,7 +136,8 @@ fn documents() {
         [&[3, which], a, &[BODIES_END], b].concat()
     };
     let both = |is_it: &dyn Fn(&Path) -> bool| -> Vec<Vec<u8>> {
-        let found = (0..).zip(GOLDEN).filter_map(|(which, store)| Some((which, file(store, is_it)?)));
+        let found =
+            (0..).zip(GOLDEN).filter_map(|(which, store)| Some((which, file(store, is_it)?)));
         found.flat_map(|(which, bytes)| [as_is(which, &bytes), by_bodies(which, &bytes)]).collect()
     };
     write("metadata", both(&|path| is_meta(path)));
@@ -126,18 +151,22 @@ fn documents() {
             seed
         }),
     );
-    let kinds: [&dyn Fn(&Path) -> bool; 2] =
-        [&|path| path.ends_with("STORE"), &|path| path.parent().is_some_and(|dir| dir.ends_with("probes"))];
+    let kinds: [&dyn Fn(&Path) -> bool; 2] = [&|path| path.ends_with("STORE"), &|path| {
+        path.parent().is_some_and(|dir| dir.ends_with("probes"))
+    }];
     let kinds = (1u8..).zip(kinds);
     let catalogues = (0u8..).zip(GOLDEN).take(2).flat_map(|(which, store)| {
         let bytes = file(store, &is_catalogue_file).expect("a golden store has a catalogue");
-        let by_bodies = [&[3, which], &catalogue_bodies(&bytes).expect("a golden catalogue")[..]].concat();
+        let by_bodies =
+            [&[3, which], &catalogue_bodies(&bytes).expect("a golden catalogue")[..]].concat();
         [as_is(which, &bytes), by_bodies].map(|seed| [&[0], &seed[..]].concat())
     });
     write(
         "catalogue",
         kinds
-            .flat_map(|(n, is_it)| both(is_it).into_iter().take(4).map(move |seed| [&[n], &seed[..]].concat()))
+            .flat_map(|(n, is_it)| {
+                both(is_it).into_iter().take(4).map(move |seed| [&[n], &seed[..]].concat())
+            })
             .chain(catalogues),
     );
 
@@ -147,8 +176,10 @@ fn documents() {
     write(
         "audit",
         logs.flat_map(|(which, log)| {
-            let records: Vec<&[u8]> =
-                log.split(|&byte| byte == b'\n').filter_map(|line| line.split(|&b| b == b'\t').next()).collect();
+            let records: Vec<&[u8]> = log
+                .split(|&byte| byte == b'\n')
+                .filter_map(|line| line.split(|&b| b == b'\t').next())
+                .collect();
             [as_is(which, &log), [&[3, which], &records.join(&b'\n')[..]].concat()]
         }),
     );
@@ -160,15 +191,24 @@ fn documents() {
             let keys: serde_json::Value =
                 serde_json::from_slice(bodies(&meta).expect("golden metadata").1).expect("keys");
             let hex = keys["versions"][0]["wrapped"].as_str().expect("a wrapped key").to_owned();
-            let bytes =
-                (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"));
+            let bytes = (0..hex.len())
+                .step_by(2)
+                .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal"));
             [n].into_iter().chain(bytes).collect::<Vec<u8>>()
         }),
     );
     let kms = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms");
-    let key = fs::read_dir(kms.join("keys")).expect("keys").next().expect("a key").expect("an entry").path();
+    let key = fs::read_dir(kms.join("keys"))
+        .expect("keys")
+        .next()
+        .expect("a key")
+        .expect("an entry")
+        .path();
     let files = [(0u8, key), (1, kms.join("kms.json"))];
-    write("kms_files", files.map(|(n, path)| [&[n], &fs::read(path).expect("a golden KMS")[..]].concat()));
+    write(
+        "kms_files",
+        files.map(|(n, path)| [&[n], &fs::read(path).expect("a golden KMS")[..]].concat()),
+    );
 }
 
 fn noise(mut seed: u64, len: usize) -> Vec<u8> {

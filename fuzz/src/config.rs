@@ -1,8 +1,8 @@
 //! Input from operators and users: JSON, names, identifiers, URLs, and command-line values.
 
 use envelog::{
-    EncryptConf, EncryptType, KeyringId, LogstoreConfig, LogstoreId, LogstoreName, LogstoreSpec, Store, StoreId,
-    crypto::Sm4Simd, kms,
+    EncryptConf, EncryptType, KeyringId, LogstoreConfig, LogstoreId, LogstoreName, LogstoreSpec,
+    Store, StoreId, crypto::Sm4Simd, kms,
 };
 
 use crate::golden::{DIR, KEYRING, clock, manual};
@@ -42,7 +42,8 @@ pub fn config(data: &[u8]) {
 
 fn store() -> Store {
     let disk = crate::common::memory::MemoryDisk::of(&Default::default());
-    let builder = Store::builder(DIR, KEYRING, Sm4Simd::new()).disk(disk).clock(clock()).options(manual());
+    let builder =
+        Store::builder(DIR, KEYRING, Sm4Simd::new()).disk(disk).clock(clock()).options(manual());
     builder.create().expect("a new store in memory")
 }
 

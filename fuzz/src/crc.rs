@@ -83,7 +83,9 @@ pub(crate) fn document(bytes: &mut [u8]) {
 
 /// Corrects the CRC32 of a segment's header, for the length in the header.
 pub(crate) fn header(bytes: &mut [u8]) {
-    let claimed = bytes.get(12..16).map_or(0, |len| u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize);
+    let claimed = bytes
+        .get(12..16)
+        .map_or(0, |len| u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize);
     put(bytes, 0, claimed.saturating_add(32));
 }
 
@@ -120,7 +122,9 @@ fn audit(bytes: &[u8]) -> Vec<u8> {
         match line.iter().rposition(|&byte| byte == b'\t') {
             Some(tab) if line.ends_with(b"\n") => {
                 fixed.extend_from_slice(&line[..tab]);
-                fixed.extend_from_slice(format!("\t{:08x}\n", crc32fast::hash(&line[..tab])).as_bytes());
+                fixed.extend_from_slice(
+                    format!("\t{:08x}\n", crc32fast::hash(&line[..tab])).as_bytes(),
+                );
             }
             _ => fixed.extend_from_slice(line),
         }

@@ -73,7 +73,8 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<usize> {
 /// The bodies of a document.
 pub fn bodies(document: &[u8]) -> Option<(&[u8], &[u8])> {
     let (len_a, len_b) = (u32_at(document, LENGTHS_AT)?, u32_at(document, LENGTHS_AT + 4)?);
-    Some(document.get(FRAME_LEN..)?.split_at_checked(len_a)?).and_then(|(a, rest)| Some((a, rest.get(..len_b)?)))
+    Some(document.get(FRAME_LEN..)?.split_at_checked(len_a)?)
+        .and_then(|(a, rest)| Some((a, rest.get(..len_b)?)))
 }
 
 /// Corrects tag A and the CRC32 of the document.
@@ -125,18 +126,24 @@ fn root_of(golden: &Golden) -> SecretKey {
 fn examine_and_recover(data: &[u8], is_it: impl Fn(&Path) -> bool) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
-    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_it(path)) else { return };
+    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_it(path)) else {
+        return;
+    };
     let key = derived(&root_of(golden), "envelog v2 document");
     let image = golden.image.with(path, Making::of(making).make(bytes, original, &key));
     golden.examine(&image);
     golden.recover(&image);
 }
 
-/// The metadata of a Logstore. The catalogue names it, or a reader would not look further than its tag.
+/// The metadata of a Logstore. The catalogue names it, or a reader would not look further than its
+/// tag.
 pub fn metadata(data: &[u8]) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
-    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| common::is_meta(path)) else { return };
+    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| common::is_meta(path))
+    else {
+        return;
+    };
     let key = derived(&root_of(golden), "envelog v2 document");
     let image = named_metadata(golden, path, Making::of(making).make(bytes, original, &key), &key);
     golden.examine(&image);
@@ -147,15 +154,18 @@ pub fn metadata(data: &[u8]) {
 fn named_metadata(golden: &Golden, path: &Path, metadata: Vec<u8>, key: &SecretKey) -> Image {
     let files = &golden.image.files;
     let catalogue = files.iter().find(|(path, _)| is_catalogue_file(path));
-    let (Some((catalogue, file)), Some(dir)) = (catalogue, path.parent()) else { return golden.image.clone() };
+    let (Some((catalogue, file)), Some(dir)) = (catalogue, path.parent()) else {
+        return golden.image.clone();
+    };
     if metadata.len() < SUFFIX_LEN {
         return golden.image.with(path, metadata);
     }
     let tag: String = common::tag_a(&metadata).iter().map(|byte| format!("{byte:02x}")).collect();
     let (mut body, number) = common::folded(file);
     let entries = body["catalogue"]["logstores"].as_object_mut().into_iter().flatten();
-    let Some((_, entry)) =
-        entries.into_iter().find(|(_, entry)| entry["id"].as_str().is_some_and(|id| dir.ends_with(id)))
+    let Some((_, entry)) = entries
+        .into_iter()
+        .find(|(_, entry)| entry["id"].as_str().is_some_and(|id| dir.ends_with(id)))
     else {
         return golden.image.clone();
     };
@@ -174,7 +184,9 @@ pub fn catalogue(data: &[u8]) {
     match which % 3 {
         0 => catalogue_file(rest),
         1 => examine_and_recover(rest, |path| path.ends_with("STORE")),
-        _ => examine_and_recover(rest, |path| path.parent().is_some_and(|dir| dir.ends_with("probes"))),
+        _ => examine_and_recover(rest, |path| {
+            path.parent().is_some_and(|dir| dir.ends_with("probes"))
+        }),
     }
 }
 
@@ -182,7 +194,11 @@ pub fn catalogue(data: &[u8]) {
 fn catalogue_file(data: &[u8]) {
     let Some((&[making, which], bytes)) = data.split_first_chunk() else { return };
     let golden = picked(which);
-    let Some((path, original)) = golden.image.files.iter().find(|(path, _)| is_catalogue_file(path)) else { return };
+    let Some((path, original)) =
+        golden.image.files.iter().find(|(path, _)| is_catalogue_file(path))
+    else {
+        return;
+    };
     let key = derived(&root_of(golden), "envelog v2 document");
     let file = match Making::of(making) {
         Making::AsIs => bytes.to_vec(),
@@ -238,7 +254,9 @@ pub fn catalogue_bodies(file: &[u8]) -> Option<Vec<u8>> {
     let mut found = bodies(file)?.0.to_vec();
     for record in crc::catalogue_layout(file).records {
         found.push(BODIES_END);
-        found.extend_from_slice(&file[record.start + common::RECORD_HEAD_LEN..record.end - common::RECORD_SUFFIX_LEN]);
+        found.extend_from_slice(
+            &file[record.start + common::RECORD_HEAD_LEN..record.end - common::RECORD_SUFFIX_LEN],
+        );
     }
     Some(found)
 }
@@ -273,12 +291,15 @@ pub fn keyring(data: &[u8]) {
 /// KMS.
 pub fn envelope(data: &[u8]) {
     let Some((&which, wrapped)) = data.split_first() else { return };
-    let golden = golden(["service-aes", "service-sm4", "byok-aes", "switched-off"][usize::from(which % 4)]);
+    let golden =
+        golden(["service-aes", "service-sm4", "byok-aes", "switched-off"][usize::from(which % 4)]);
     let mut files = golden.image.files.iter();
-    let (path, original) = files.find(|(path, _)| common::is_meta(path)).expect("it has a Logstore");
+    let (path, original) =
+        files.find(|(path, _)| common::is_meta(path)).expect("it has a Logstore");
     let (a, b) = bodies(original).expect("golden metadata");
     let mut keys: Value = serde_json::from_slice(b).expect("a golden keys section");
-    let newest = keys["versions"].as_array_mut().and_then(|all| all.last_mut()).expect("it has a data key");
+    let newest =
+        keys["versions"].as_array_mut().and_then(|all| all.last_mut()).expect("it has a data key");
     let hex: String = wrapped.iter().map(|byte| format!("{byte:02x}")).collect();
     let intact = newest["wrapped"] == Value::String(hex.clone());
     newest["wrapped"] = Value::String(hex);
@@ -289,8 +310,13 @@ pub fn envelope(data: &[u8]) {
         let cmk: Cmk = serde_json::from_value(keys["cmk"].clone()).expect("a golden master key");
         let context = EncryptionContext::new();
         let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
-        let kms = LocalKms::at(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms"));
-        assert!(kms.unwrap(&call, wrapped).is_err(), "unwrapped under another context, intact: {intact}");
+        let kms = LocalKms::at(
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2/byok-aes/kms"),
+        );
+        assert!(
+            kms.unwrap(&call, wrapped).is_err(),
+            "unwrapped under another context, intact: {intact}"
+        );
     }
 }
 
@@ -322,14 +348,17 @@ pub fn audit(data: &[u8]) {
 /// A key file of the embedded KMS. The first byte chooses the file that the rest replaces.
 pub fn kms_files(data: &[u8]) {
     let Some((&which, bytes)) = data.split_first() else { return };
-    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a temporary directory");
+    let dir = tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .expect("a temporary directory");
     let kms = LocalKms::create_or_open(dir.path().join("kms")).expect("a new KMS");
     let id = kms.create_key("cn-hangzhou", &["role"]).expect("a new key");
     let cmk = Cmk { cmk_key_id: id.clone(), arn: "role".into(), region_id: "cn-hangzhou".into() };
     let context = EncryptionContext::new();
     let call = KmsCall { cmk: &cmk, context: &context, timeout: Duration::from_secs(1) };
     let mut secret = [7; 32];
-    let wrapped = kms.wrap(&call, &SecretKey::from_bytes(&mut secret)).expect("a key that is enabled");
+    let wrapped =
+        kms.wrap(&call, &SecretKey::from_bytes(&mut secret)).expect("a key that is enabled");
     let file = if which % 2 == 0 { format!("keys/{id}.json") } else { "kms.json".into() };
     std::fs::write(dir.path().join("kms").join(file), bytes).expect("a temporary file");
     let kms = LocalKms::at(dir.path().join("kms"));

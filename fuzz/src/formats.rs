@@ -39,7 +39,10 @@ pub fn block(data: &[u8]) {
         Ok(header) => {
             assert_eq!(header.encode()[..], data[..BlockHeader::LEN]);
             assert_eq!(header.check(), Ok(()));
-            assert_eq!(header.block_len(), crc::BLOCK_OVERHEAD as u64 + u64::from(header.payload_len));
+            assert_eq!(
+                header.block_len(),
+                crc::BLOCK_OVERHEAD as u64 + u64::from(header.payload_len)
+            );
             assert!(header.end_seq() >= header.first_seq);
             assert_eq!(header.nonce()[..4], header.number.to_be_bytes());
         }
@@ -139,12 +142,17 @@ pub fn group(data: &[u8]) {
             drop(error.to_string());
             let stricter = matches!(
                 error,
-                GroupError::Malformed { what: "log without its time" | "pair without its key or value", .. }
-                    | GroupError::Empty
+                GroupError::Malformed {
+                    what: "log without its time" | "pair without its key or value",
+                    ..
+                } | GroupError::Empty
                     | GroupError::NoLogs
                     | GroupError::TooLarge { .. }
             );
-            assert!(stricter || by_prost.is_none(), "prost accepts it, and the engine says: {error}");
+            assert!(
+                stricter || by_prost.is_none(),
+                "prost accepts it, and the engine says: {error}"
+            );
         }
         (Ok(_), Err(_)) => unreachable!("compared above"),
     }

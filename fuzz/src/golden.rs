@@ -9,8 +9,9 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Durability, Logstore, LogstoreId, Payload, Position, ReadOptions, Record, Result,
-    ShardChoice, Store, StoreBuilder, StoreOptions, VerifyOptions, crypto::Sm4Simd, kms::LocalKms, segment::BlockKind,
+    AppendOptions, Background, Durability, Logstore, LogstoreId, Payload, Position, ReadOptions,
+    Record, Result, ShardChoice, Store, StoreBuilder, StoreOptions, VerifyOptions, crypto::Sm4Simd,
+    kms::LocalKms, segment::BlockKind,
 };
 
 use crate::common::{
@@ -23,8 +24,16 @@ pub(crate) const DIR: &str = "/golden/store";
 pub(crate) const KEYRING: &str = "/golden/keyring";
 
 /// Every golden store.
-pub const GOLDEN: [&str; 8] =
-    ["service-aes", "service-sm4", "byok-aes", "plain", "switched-off", "recovered", "unclean", "compressed"];
+pub const GOLDEN: [&str; 8] = [
+    "service-aes",
+    "service-sm4",
+    "byok-aes",
+    "plain",
+    "switched-off",
+    "recovered",
+    "unclean",
+    "compressed",
+];
 
 /// A record and its position.
 type Written = (LogstoreId, u32, u64, u64, bool, Vec<u8>);
@@ -62,16 +71,22 @@ impl Golden {
     fn load(name: &str) -> Self {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v2").join(name);
         let mut image = Image::default();
-        image.files.insert(KEYRING.into(), fs::read(dir.join("keyring")).expect("a golden keyring"));
+        image
+            .files
+            .insert(KEYRING.into(), fs::read(dir.join("keyring")).expect("a golden keyring"));
         copy_into(&mut image, &dir.join("store"), Path::new(DIR));
         let kms = Some(dir.join("kms")).filter(|kms| kms.exists());
         let mut golden = Self { image, kms, written: HashSet::new() };
-        let store = golden.builder(&MemoryDisk::of(&golden.image)).open_read_only().expect("a golden store opens");
+        let store = golden
+            .builder(&MemoryDisk::of(&golden.image))
+            .open_read_only()
+            .expect("a golden store opens");
         let mut written = HashSet::new();
         for name in store.list().expect("its catalogue") {
             let logstore = store.logstore(&name).expect("a golden Logstore");
             for shard in 0..logstore.config().shard_count {
-                for record in logstore.read(shard, &ReadOptions::default()).expect("a golden shard") {
+                for record in logstore.read(shard, &ReadOptions::default()).expect("a golden shard")
+                {
                     written.insert(entry(&logstore, shard, record.expect("a golden record")));
                 }
             }
@@ -132,9 +147,10 @@ impl Golden {
         shown(store.keys().rotate_service_key());
         let checkpoint = shown(store.admin().checkpoint());
         if checkpoint.is_some() {
-            shown(
-                store.admin().verify(&VerifyOptions { against: checkpoint, ..VerifyOptions::default() }, &mut |_| {}),
-            );
+            shown(store.admin().verify(
+                &VerifyOptions { against: checkpoint, ..VerifyOptions::default() },
+                &mut |_| {},
+            ));
         }
         self.look(&store, &added);
         let closed = shown(store.close()).is_some();
@@ -146,7 +162,11 @@ impl Golden {
         for name in shown(store.list()).unwrap_or_default() {
             let Some(logstore) = shown(store.logstore(&name)) else { continue };
             for (_, shard, seq, ..) in added.iter().filter(|(id, ..)| *id == logstore.id()) {
-                assert_eq!(first_from(&logstore, *shard, *seq), Some(*seq), "{name} {shard}: a synced record is gone");
+                assert_eq!(
+                    first_from(&logstore, *shard, *seq),
+                    Some(*seq),
+                    "{name} {shard}: a synced record is gone"
+                );
             }
         }
         shown(store.admin().apply_retention());
@@ -179,8 +199,15 @@ impl Golden {
             drop(logstore.key_status());
             for shard in shards(&logstore) {
                 shown(logstore.end_seq(shard));
-                for from in [Position::Begin, Position::End, Position::Seq(2), Position::Time(1_700_000_000_002_000)] {
-                    let Some(reader) = shown(logstore.read(shard, &ReadOptions::from(from))) else { continue };
+                for from in [
+                    Position::Begin,
+                    Position::End,
+                    Position::Seq(2),
+                    Position::Time(1_700_000_000_002_000),
+                ] {
+                    let Some(reader) = shown(logstore.read(shard, &ReadOptions::from(from))) else {
+                        continue;
+                    };
                     let mut last = None;
                     for record in reader {
                         let Some(record) = shown(record) else { break };
@@ -188,14 +215,21 @@ impl Golden {
                         last = Some(record.seq);
                         shown(record.group());
                         let entry = entry(&logstore, shard, record);
-                        assert!(self.written.contains(&entry) || added.contains(&entry), "nobody wrote {entry:?}");
+                        assert!(
+                            self.written.contains(&entry) || added.contains(&entry),
+                            "nobody wrote {entry:?}"
+                        );
                     }
                 }
             }
         }
         shown(store.keys().audit_records());
         for keyless in [true, false] {
-            shown(store.admin().verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}));
+            shown(
+                store
+                    .admin()
+                    .verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}),
+            );
         }
     }
 }
@@ -213,11 +247,16 @@ fn entry(logstore: &Logstore, shard: u32, record: Record) -> Written {
 /// Appends to each shard. An acknowledged record must be readable at once.
 fn append(logstore: &Logstore, added: &mut HashSet<Written>) {
     for shard in shards(logstore) {
-        let options = AppendOptions { shard: ShardChoice::Shard(shard), durability: Durability::Synced };
+        let options =
+            AppendOptions { shard: ShardChoice::Shard(shard), durability: Durability::Synced };
         let payload = Payload::opaque("added by the fuzzer").expect("a short record");
         let Some(appended) = shown(logstore.append(payload, &options)) else { continue };
         let reader = logstore.read(shard, &ReadOptions::from(Position::Seq(appended.seq)));
-        let record = reader.expect("it could be written").next().expect("it was acknowledged").expect("it is intact");
+        let record = reader
+            .expect("it could be written")
+            .next()
+            .expect("it was acknowledged")
+            .expect("it is intact");
         assert_eq!((record.seq, &record.bytes[..]), (appended.seq, &b"added by the fuzzer"[..]));
         added.insert(entry(logstore, shard, record));
     }

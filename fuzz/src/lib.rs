@@ -22,8 +22,8 @@ mod life;
 
 pub use config::{config, values};
 pub use documents::{
-    BODIES_END, audit, bodies, catalogue, catalogue_bodies, envelope, is_catalogue_file, is_meta, keyring, kms_files,
-    metadata,
+    BODIES_END, audit, bodies, catalogue, catalogue_bodies, envelope, is_catalogue_file, is_meta,
+    keyring, kms_files, metadata,
 };
 pub use formats::{block, compression, footer, group, scan, scanned_header, segment_header};
 pub use golden::{GOLDEN, Golden, golden};

@@ -19,9 +19,15 @@ pub fn model(data: &[u8]) {
 
 fn step(u: &mut Unstructured<'_>) -> Result<Step> {
     let logstore = |u: &mut Unstructured<'_>| u.int_in_range(0..=LOGSTORES - 1);
-    let place = |u: &mut Unstructured<'_>| Ok::<_, arbitrary::Error>((u.int_in_range(0..=3)?, u.int_in_range(0..=39)?));
+    let place = |u: &mut Unstructured<'_>| {
+        Ok::<_, arbitrary::Error>((u.int_in_range(0..=3)?, u.int_in_range(0..=39)?))
+    };
     let limit = |u: &mut Unstructured<'_>| {
-        Ok::<_, arbitrary::Error>(if bool::arbitrary(u)? { Some(u.int_in_range(0..=19u64)?) } else { None })
+        Ok::<_, arbitrary::Error>(if bool::arbitrary(u)? {
+            Some(u.int_in_range(0..=19u64)?)
+        } else {
+            None
+        })
     };
     Ok(match u.int_in_range(0..=31u8)? {
         0 => Step::Create(logstore(u)?),
@@ -57,7 +63,11 @@ fn step(u: &mut Unstructured<'_>) -> Result<Step> {
         _ => Step::Append {
             to: logstore(u)?,
             shard: u.int_in_range(0..=SHARDS - 1)?,
-            durability: *u.choose(&[Durability::Buffered, Durability::Written, Durability::Synced])?,
+            durability: *u.choose(&[
+                Durability::Buffered,
+                Durability::Written,
+                Durability::Synced,
+            ])?,
             size: u.int_in_range(0..=3000)?,
             count: u.int_in_range(1..=4)?,
             ticket: u.arbitrary()?,

@@ -34,11 +34,21 @@ struct Case<'a> {
 pub fn sm4(data: &[u8]) {
     let Ok(case) = Case::arbitrary_take_rest(Unstructured::new(data)) else { return };
     let len = usize::from(case.len) % 20_000;
-    let plain: Vec<u8> = case.text.iter().chain(&[0]).zip(0u8..).cycle().map(|(byte, n)| byte ^ n).take(len).collect();
+    let plain: Vec<u8> = case
+        .text
+        .iter()
+        .chain(&[0])
+        .zip(0u8..)
+        .cycle()
+        .map(|(byte, n)| byte ^ n)
+        .take(len)
+        .collect();
     let theirs = AesGcm::<::sm4::Sm4, U12>::new(&case.key.into());
     let nonce = case.nonce.into();
     let mut sealed = plain.clone();
-    let tag = theirs.encrypt_inout_detached(&nonce, case.aad, (&mut sealed[..]).into()).expect("short enough");
+    let tag = theirs
+        .encrypt_inout_detached(&nonce, case.aad, (&mut sealed[..]).into())
+        .expect("short enough");
 
     let mut iv = [0; 16];
     iv[..12].copy_from_slice(&case.nonce);
@@ -58,11 +68,19 @@ pub fn sm4(data: &[u8]) {
         ours.ctr32(&case.nonce, case.counter, (&mut input[at..]).into());
         assert_eq!(input[at..], streamed, "{backend}: CTR in place");
         let mut output = vec![0x5a; out_at + len + 64];
-        let in_out = InOutBuf::new(&input[at..], &mut output[out_at..out_at + len]).expect("of one length");
+        let in_out =
+            InOutBuf::new(&input[at..], &mut output[out_at..out_at + len]).expect("of one length");
         ours.ctr32(&case.nonce, case.counter, in_out);
-        assert_eq!(output[out_at..out_at + len], plain, "{backend}: CTR from one buffer to another");
+        assert_eq!(
+            output[out_at..out_at + len],
+            plain,
+            "{backend}: CTR from one buffer to another"
+        );
         let around = output[..out_at].iter().chain(&output[out_at + len..]);
-        assert!(around.into_iter().all(|&byte| byte == 0x5a), "{backend}: wrote outside of the buffer");
+        assert!(
+            around.into_iter().all(|&byte| byte == 0x5a),
+            "{backend}: wrote outside of the buffer"
+        );
 
         let mut some = blocks.clone();
         ours.encrypt_blocks(&mut some);
@@ -72,26 +90,38 @@ pub fn sm4(data: &[u8]) {
 
         for multiplier in Sm4Gcm::multipliers() {
             let what = format!("{backend}, {multiplier}");
-            let ours = Sm4Gcm::with_backend(&case.key.into(), backend, multiplier).expect("available");
+            let ours =
+                Sm4Gcm::with_backend(&case.key.into(), backend, multiplier).expect("available");
             let mut buffer = vec![0xa5; at];
             buffer.extend_from_slice(&plain);
-            let made = ours.encrypt_inout_detached(&nonce, case.aad, (&mut buffer[at..]).into()).expect("short enough");
+            let made = ours
+                .encrypt_inout_detached(&nonce, case.aad, (&mut buffer[at..]).into())
+                .expect("short enough");
             assert_eq!((&buffer[at..], made), (&sealed[..], tag), "{what}: sealing in place");
 
             let part = &mut output[out_at..out_at + len];
             part.fill(0x77);
             let in_out = InOutBuf::new(&buffer[at..], part).expect("of one length");
             ours.decrypt_inout_detached(&nonce, case.aad, in_out, &tag).expect("authentic");
-            assert_eq!(output[out_at..out_at + len], plain, "{what}: opening from one buffer to another");
+            assert_eq!(
+                output[out_at..out_at + len],
+                plain,
+                "{what}: opening from one buffer to another"
+            );
 
             let part = &mut output[out_at..out_at + len];
             let in_out = InOutBuf::new(&plain, part).expect("of one length");
             let made = ours.encrypt_inout_detached(&nonce, case.aad, in_out).expect("short enough");
-            assert_eq!((&output[out_at..out_at + len], made), (&sealed[..], tag), "{what}: sealing to another buffer");
+            assert_eq!(
+                (&output[out_at..out_at + len], made),
+                (&sealed[..], tag),
+                "{what}: sealing to another buffer"
+            );
 
             refused(&ours, &case, &mut buffer[at..], tag.into(), &what);
             assert_eq!(buffer[at..], sealed, "{what}: what is refused is left alone");
-            ours.decrypt_inout_detached(&nonce, case.aad, (&mut buffer[at..]).into(), &tag).expect("authentic");
+            ours.decrypt_inout_detached(&nonce, case.aad, (&mut buffer[at..]).into(), &tag)
+                .expect("authentic");
             assert_eq!(buffer[at..], plain, "{what}: opening in place");
         }
     }
@@ -116,7 +146,8 @@ fn refused(ours: &Sm4Gcm, case: &Case<'_>, sealed: &mut [u8], mut tag: [u8; 16],
         1 => flip(sealed),
         _ => flip(&mut aad),
     }
-    let opened = ours.decrypt_inout_detached(&case.nonce.into(), &aad, (&mut *sealed).into(), &tag.into());
+    let opened =
+        ours.decrypt_inout_detached(&case.nonce.into(), &aad, (&mut *sealed).into(), &tag.into());
     assert!(opened.is_err(), "{what}: opened with bit {bit} of part {part} flipped");
     if part == 1 {
         flip(sealed);

@@ -89,7 +89,8 @@ pub fn store(data: &[u8]) {
     let mut keyring_lost = false;
     for _ in 0..24 {
         let Ok(edit) = Edit::arbitrary(&mut source) else { break };
-        keyring_lost |= matches!(edit, Edit::Remove { .. }) && !image.files.contains_key(Path::new(KEYRING));
+        keyring_lost |=
+            matches!(edit, Edit::Remove { .. }) && !image.files.contains_key(Path::new(KEYRING));
         apply(&mut image, edit);
         if source.is_empty() {
             break;
@@ -126,7 +127,9 @@ fn apply(image: &mut Image, edit: Edit) {
             bytes[range].fill(0);
         }),
         Edit::Cut { file, to } => in_file(image, file, |bytes| bytes.truncate(usize::from(to))),
-        Edit::TakeOut { file, at, len } => in_file(image, file, |bytes| drop(bytes.drain(range(bytes, at, len)))),
+        Edit::TakeOut { file, at, len } => {
+            in_file(image, file, |bytes| drop(bytes.drain(range(bytes, at, len))))
+        }
         Edit::Repeat { file, at, len } => in_file(image, file, |bytes| {
             let range = range(bytes, at, len);
             let part = bytes[range.clone()].to_vec();
@@ -152,7 +155,8 @@ fn apply(image: &mut Image, edit: Edit) {
         }
         Edit::Rename { file, ordinal, first_seq, epoch } => {
             let name = format!("{ordinal:010}-{first_seq:020}-{epoch:010}.seg");
-            if let Some(path) = path_of(image, file).filter(|path| path.extension().is_some_and(|end| end == "seg"))
+            if let Some(path) =
+                path_of(image, file).filter(|path| path.extension().is_some_and(|end| end == "seg"))
                 && let Some(bytes) = image.files.remove(&path)
             {
                 image.files.insert(path.with_file_name(name), bytes);
@@ -160,7 +164,9 @@ fn apply(image: &mut Image, edit: Edit) {
         }
         Edit::Add { dir, name, contents } => {
             let dirs: Vec<&PathBuf> = image.dirs.iter().collect();
-            let dir = dirs.get(usize::from(dir) % dirs.len().max(1)).map_or(Path::new(DIR), |dir| dir.as_path());
+            let dir = dirs
+                .get(usize::from(dir) % dirs.len().max(1))
+                .map_or(Path::new(DIR), |dir| dir.as_path());
             let name = match name % 10 {
                 0 => "meta-0000000009-0123456789abcdef",
                 1 => "0000000009-0000000001",

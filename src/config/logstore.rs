@@ -74,7 +74,9 @@ pub enum ConfigError {
         fixed: String,
     },
     /// The update was built on an older revision.
-    #[error("the update is built on revision {given}, the configuration is at revision {current}: get it again")]
+    #[error(
+        "the update is built on revision {given}, the configuration is at revision {current}: get it again"
+    )]
     RevisionOutdated {
         /// The revision in the update.
         given: u64,
@@ -274,7 +276,9 @@ impl EncryptConf {
 }
 
 pub(crate) fn check_cmk(cmk: &Cmk) -> Result<(), ConfigError> {
-    for (field, value) in [("cmk_key_id", &cmk.cmk_key_id), ("arn", &cmk.arn), ("region_id", &cmk.region_id)] {
+    for (field, value) in
+        [("cmk_key_id", &cmk.cmk_key_id), ("arn", &cmk.arn), ("region_id", &cmk.region_id)]
+    {
         if value.is_empty() || value.len() > CMK_FIELD_BYTES_MAX || value.contains('\0') {
             return Err(ConfigError::CmkField { field });
         }
@@ -373,7 +377,11 @@ impl LogstoreSpec {
 }
 
 fn range(field: &'static str, given: u64, min: u64, max: u64) -> Result<(), ConfigError> {
-    if (min..=max).contains(&given) { Ok(()) } else { Err(ConfigError::OutOfRange { field, given, min, max }) }
+    if (min..=max).contains(&given) {
+        Ok(())
+    } else {
+        Err(ConfigError::OutOfRange { field, given, min, max })
+    }
 }
 
 fn check_retention(ttl_days: Option<u32>, retention_bytes: Option<u64>) -> Result<(), ConfigError> {
@@ -418,7 +426,8 @@ pub struct ShardInfo {
 impl ShardInfo {
     /// `count` shards that divide the 128-bit hash range evenly.
     pub(crate) fn divide(count: u32) -> Vec<Self> {
-        let step = (u128::MAX / u128::from(count)).wrapping_add(u128::from(count.is_power_of_two()));
+        let step =
+            (u128::MAX / u128::from(count)).wrapping_add(u128::from(count.is_power_of_two()));
         let key = |n: u32| if n == count { u128::MAX } else { step.wrapping_mul(u128::from(n)) };
         (0..count)
             .map(|id| Self {
@@ -539,7 +548,11 @@ impl LogstoreConfig {
         }
     }
 
-    pub(crate) fn new(name: LogstoreName, spec: LogstoreSpec, now_s: u64) -> Result<Self, ConfigError> {
+    pub(crate) fn new(
+        name: LogstoreName,
+        spec: LogstoreSpec,
+        now_s: u64,
+    ) -> Result<Self, ConfigError> {
         spec.check()?;
         Ok(Self {
             name,
@@ -570,7 +583,10 @@ impl LogstoreConfig {
             return Err(ConfigError::FieldFixed { field: "name" });
         }
         if update.revision != self.revision {
-            return Err(ConfigError::RevisionOutdated { given: update.revision, current: self.revision });
+            return Err(ConfigError::RevisionOutdated {
+                given: update.revision,
+                current: self.revision,
+            });
         }
         for (field, same) in [
             ("shard_count", update.shard_count == self.shard_count),
@@ -612,7 +628,9 @@ impl FixedEncryption {
     fn admit(&self, conf: EncryptConf) -> Result<EncryptConf, ConfigError> {
         match (&self.cmk, &conf.user_cmk_info) {
             (None, Some(_)) => return Err(ConfigError::MethodFixed { fixed: "service key" }),
-            (Some(_), None) => return Err(ConfigError::MethodFixed { fixed: "customer master key" }),
+            (Some(_), None) => {
+                return Err(ConfigError::MethodFixed { fixed: "customer master key" });
+            }
             (Some(fixed), Some(given)) if fixed != given => {
                 return Err(ConfigError::CmkFixed { fixed: fixed.cmk_key_id.clone() });
             }
@@ -631,7 +649,11 @@ mod tests {
     use super::*;
 
     fn cmk(id: &str) -> Cmk {
-        Cmk { cmk_key_id: id.into(), arn: "acs:ram::13234:role/logsource".into(), region_id: "cn-hangzhou".into() }
+        Cmk {
+            cmk_key_id: id.into(),
+            arn: "acs:ram::13234:role/logsource".into(),
+            region_id: "cn-hangzhou".into(),
+        }
     }
 
     fn config(conf: Option<EncryptConf>) -> LogstoreConfig {
@@ -648,7 +670,9 @@ mod tests {
         let error = |json| EncryptConf::from_json(json).unwrap_err();
         assert_eq!(error(r#"{"enable":true}"#), ConfigError::EncryptTypeRequired);
         assert!(error(r#"{"enable":true,"encrypt_type":"m4"}"#).to_string().contains("m4"));
-        assert!(error(r#"{"enable":true,"encrypt_type":"default","x":1}"#).to_string().contains("`x`"));
+        assert!(
+            error(r#"{"enable":true,"encrypt_type":"default","x":1}"#).to_string().contains("`x`")
+        );
         assert!(
             error(r#"{"enable":true,"encrypt_type":"sm4","user_cmk_info":{"cmk_key_id":"k","arn":"a"}}"#)
                 .to_string()
@@ -677,13 +701,20 @@ mod tests {
             update(Some(EncryptConf::byok(EncryptType::Aes, cmk("k")))),
             Err(ConfigError::MethodFixed { fixed: "service key" })
         );
-        let off = update(Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None })).unwrap();
+        let off =
+            update(Some(EncryptConf { enable: false, encrypt_type: None, user_cmk_info: None }))
+                .unwrap();
         assert_eq!(off.encrypt_conf.unwrap().encrypt_type, Some(EncryptType::Aes));
         assert_eq!(off.revision, 2);
 
         let byok = config(Some(EncryptConf::byok(EncryptType::Aes, cmk("k"))));
-        let update =
-            |conf| byok.updated(LogstoreConfig { encrypt_conf: conf, ..byok.clone() }, Some(&fixed(Some(cmk("k")))), 2);
+        let update = |conf| {
+            byok.updated(
+                LogstoreConfig { encrypt_conf: conf, ..byok.clone() },
+                Some(&fixed(Some(cmk("k")))),
+                2,
+            )
+        };
         assert_eq!(
             update(Some(EncryptConf::service_key(EncryptType::Aes))),
             Err(ConfigError::MethodFixed { fixed: "customer master key" })
@@ -698,11 +729,20 @@ mod tests {
     fn an_old_revision_or_a_fixed_field_is_refused() {
         let current = config(None);
         let stale = LogstoreConfig { revision: 0, ..current.clone() };
-        assert_eq!(current.updated(stale, None, 2), Err(ConfigError::RevisionOutdated { given: 0, current: 1 }));
+        assert_eq!(
+            current.updated(stale, None, 2),
+            Err(ConfigError::RevisionOutdated { given: 0, current: 1 })
+        );
         let shards = LogstoreConfig { shard_count: 2, ..current.clone() };
-        assert_eq!(current.updated(shards, None, 2), Err(ConfigError::FieldFixed { field: "shard_count" }));
+        assert_eq!(
+            current.updated(shards, None, 2),
+            Err(ConfigError::FieldFixed { field: "shard_count" })
+        );
         let renamed = LogstoreConfig { name: "p/other".parse().unwrap(), ..current.clone() };
-        assert_eq!(current.updated(renamed, None, 2), Err(ConfigError::FieldFixed { field: "name" }));
+        assert_eq!(
+            current.updated(renamed, None, 2),
+            Err(ConfigError::FieldFixed { field: "name" })
+        );
         let ttl = LogstoreConfig { ttl_days: Some(0), ..current.clone() };
         assert!(matches!(current.updated(ttl, None, 2), Err(ConfigError::OutOfRange { .. })));
     }
@@ -713,8 +753,14 @@ mod tests {
             let shards = ShardInfo::divide(count);
             assert_eq!(shards[0].begin_key, "0".repeat(32));
             assert_eq!(shards.last().unwrap().end_key, "f".repeat(32));
-            for key in [0, 1, u128::MAX / 3, u128::MAX / 2, u128::MAX / 2 + 1, u128::MAX - 1, u128::MAX] {
-                assert_eq!(shards.iter().filter(|shard| shard.owns(key)).count(), 1, "{count} shards, key {key:x}");
+            for key in
+                [0, 1, u128::MAX / 3, u128::MAX / 2, u128::MAX / 2 + 1, u128::MAX - 1, u128::MAX]
+            {
+                assert_eq!(
+                    shards.iter().filter(|shard| shard.owns(key)).count(),
+                    1,
+                    "{count} shards, key {key:x}"
+                );
             }
         }
     }

@@ -51,7 +51,13 @@ impl LogstoreName {
 }
 
 fn check(part: &'static str, name: &str) -> Result<(), ConfigError> {
-    let refuse = |why| Err(ConfigError::Name { part, name: name.escape_default().take(NAME_BYTES_MAX).collect(), why });
+    let refuse = |why| {
+        Err(ConfigError::Name {
+            part,
+            name: name.escape_default().take(NAME_BYTES_MAX).collect(),
+            why,
+        })
+    };
     if name.is_empty() {
         return refuse("it is empty");
     }
@@ -109,7 +115,8 @@ mod tests {
 
     #[test]
     fn good_names_round_trip() {
-        for text in ["a/b", "shop-1/orders_2", &format!("{}/{}", "p".repeat(128), "L".repeat(128))] {
+        for text in ["a/b", "shop-1/orders_2", &format!("{}/{}", "p".repeat(128), "L".repeat(128))]
+        {
             assert_eq!(text.parse::<LogstoreName>().unwrap().to_string(), text);
         }
     }
@@ -135,7 +142,10 @@ mod tests {
             &format!("a/{long}"),
             &format!("{long}/b"),
         ] {
-            assert!(matches!(text.parse::<LogstoreName>(), Err(ConfigError::Name { .. })), "{text:?}");
+            assert!(
+                matches!(text.parse::<LogstoreName>(), Err(ConfigError::Name { .. })),
+                "{text:?}"
+            );
         }
     }
 }

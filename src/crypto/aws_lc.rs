@@ -50,12 +50,19 @@ impl CryptoProvider for AwsLc {
 struct AesKey(LessSafeKey);
 
 impl AeadKey for AesKey {
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
         check_len(in_out.len())?;
         let nonce = Nonce::assume_unique_for_key(*nonce);
         let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), in_out);
         let tag = tag.map_err(|_| CryptoError::Provider("AWS-LC could not seal"))?;
-        tag.as_ref().try_into().map_err(|_| CryptoError::Provider("AWS-LC made a tag of another length"))
+        tag.as_ref()
+            .try_into()
+            .map_err(|_| CryptoError::Provider("AWS-LC made a tag of another length"))
     }
 
     fn open(

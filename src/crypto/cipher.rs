@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use super::{AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, on_clean_stack, open_into};
+use super::{
+    AeadKey, CryptoError, CryptoProvider, SecretKey, Suite, kdf::Prk, on_clean_stack, open_into,
+};
 
 const SEAL_LABEL: &[u8] = b"envelog v2 segment seal";
 const COMMIT_LABEL: &[u8] = b"envelog v2 segment commit";
@@ -75,12 +77,21 @@ impl SegmentCipher {
     /// [`CryptoError::Layout`] if `buf` does not begin with the header hash, or if `payload_at` is
     /// not behind the hash and within `buf`. `buf` is unchanged then. Otherwise the errors of
     /// [`AeadKey::seal`].
-    pub fn seal_block(&self, nonce: &[u8; 12], buf: &mut [u8], payload_at: usize) -> Result<[u8; 16], CryptoError> {
+    pub fn seal_block(
+        &self,
+        nonce: &[u8; 12],
+        buf: &mut [u8],
+        payload_at: usize,
+    ) -> Result<[u8; 16], CryptoError> {
         let (bound, payload) = buf.split_at_mut_checked(payload_at).ok_or(CryptoError::Layout)?;
         if !bound.starts_with(&self.header_hash) {
             return Err(CryptoError::Layout);
         }
-        if self.suite.encrypts() { self.key.seal(nonce, bound, payload) } else { self.key.seal(nonce, buf, &mut []) }
+        if self.suite.encrypts() {
+            self.key.seal(nonce, bound, payload)
+        } else {
+            self.key.seal(nonce, buf, &mut [])
+        }
     }
 
     /// Opens a block: verifies its header and payload, and decrypts the payload into `out`, which
@@ -122,7 +133,12 @@ impl SegmentCipher {
     ///
     /// # Errors
     /// The errors of [`AeadKey::open`].
-    pub fn verify_tag_only(&self, nonce: &[u8; 12], bytes: &[u8], tag: &[u8; 16]) -> Result<(), CryptoError> {
+    pub fn verify_tag_only(
+        &self,
+        nonce: &[u8; 12],
+        bytes: &[u8],
+        tag: &[u8; 16],
+    ) -> Result<(), CryptoError> {
         self.key.open(nonce, &[self.header_hash.as_slice(), bytes].concat(), &[], tag, &mut [])
     }
 }
@@ -207,7 +223,14 @@ mod tests {
             ),
         ] {
             for provider in providers() {
-                let cipher = SegmentCipher::derive(provider.as_ref(), suite, &data_key(), &SALT, &HEADER_HASH).unwrap();
+                let cipher = SegmentCipher::derive(
+                    provider.as_ref(),
+                    suite,
+                    &data_key(),
+                    &SALT,
+                    &HEADER_HASH,
+                )
+                .unwrap();
                 assert_eq!(cipher.suite(), suite);
                 assert_eq!(cipher.header_hash(), &HEADER_HASH);
                 assert_eq!(cipher.commitment().as_slice(), hex(commitment), "{suite:?}");
@@ -219,7 +242,9 @@ mod tests {
                 assert_eq!(sealed.as_slice(), hex(tag), "{suite:?}");
 
                 let mut out = [0; PAYLOAD.len()];
-                cipher.open_block(&nonce(0), &block_header(), &hex(stored), &sealed, &mut out).unwrap();
+                cipher
+                    .open_block(&nonce(0), &block_header(), &hex(stored), &sealed, &mut out)
+                    .unwrap();
                 assert_eq!(out, PAYLOAD);
 
                 let sealed = cipher.tag_only(&nonce(u32::MAX), b"footer").unwrap();
@@ -235,7 +260,8 @@ mod tests {
         let mut tags = Vec::new();
         let mut add = |suite, key_byte, salt: &[u8; 32], header_hash: &[u8; 32]| {
             let key = SecretKey::from_bytes(&mut [key_byte; 32]);
-            let cipher = SegmentCipher::derive(&RustCrypto, suite, &key, salt, header_hash).unwrap();
+            let cipher =
+                SegmentCipher::derive(&RustCrypto, suite, &key, salt, header_hash).unwrap();
             commitments.push(*cipher.commitment());
             tags.push(cipher.key.seal(&nonce(0), b"", &mut []).unwrap());
         };
@@ -295,7 +321,13 @@ mod tests {
                 refused(&nonce(7), &longer, &stored[1..], &tag);
             }
             let other = Suite::ALL[(suite.code() as usize) % 4];
-            let other = self::cipher(other).open_block(&nonce(7), &block_header(), &stored, &tag, &mut [0; 70]);
+            let other = self::cipher(other).open_block(
+                &nonce(7),
+                &block_header(),
+                &stored,
+                &tag,
+                &mut [0; 70],
+            );
             assert_eq!(other, Err(CryptoError::AuthenticationFailed));
         }
     }
@@ -332,7 +364,10 @@ mod tests {
             let cipher = cipher(suite);
             let mut buf = frame(PAYLOAD);
             for payload_at in [0, 31, buf.len() + 1, usize::MAX] {
-                assert_eq!(cipher.seal_block(&nonce(0), &mut buf, payload_at), Err(CryptoError::Layout));
+                assert_eq!(
+                    cipher.seal_block(&nonce(0), &mut buf, payload_at),
+                    Err(CryptoError::Layout)
+                );
             }
             buf[31] ^= 1;
             assert_eq!(cipher.seal_block(&nonce(0), &mut buf, 128), Err(CryptoError::Layout));
@@ -342,7 +377,8 @@ mod tests {
             let len = PAYLOAD.len();
             for actual in [0, len - 1, len + 1] {
                 let mut out = vec![0xee; actual];
-                let result = cipher.open_block(&nonce(0), &block_header(), &buf[128..], &tag, &mut out);
+                let result =
+                    cipher.open_block(&nonce(0), &block_header(), &buf[128..], &tag, &mut out);
                 assert_eq!(result, Err(CryptoError::BufferLength { expected: len, actual }));
                 assert_eq!(out, vec![0; actual]);
             }

@@ -64,7 +64,10 @@ impl FromStr for HashAlg {
     type Err = UnknownHash;
 
     fn from_str(name: &str) -> Result<Self, UnknownHash> {
-        Self::ALL.into_iter().find(|one| one.name() == name).ok_or_else(|| UnknownHash(name.to_owned()))
+        Self::ALL
+            .into_iter()
+            .find(|one| one.name() == name)
+            .ok_or_else(|| UnknownHash(name.to_owned()))
     }
 }
 
@@ -177,7 +180,8 @@ pub fn derive(alg: HashAlg, salt: &[u8], ikm: &SecretKey, info: &[&[u8]]) -> Sec
 #[must_use]
 pub fn hmac_sha256(key: &SecretKey, parts: &[&[u8]]) -> [u8; 32] {
     on_clean_stack(|| {
-        let mut mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes keys of any length");
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(key.expose()).expect("HMAC takes keys of any length");
         for part in parts {
             mac.update(part);
         }
@@ -307,14 +311,26 @@ mod tests {
         };
         let counting: Vec<u8> = (1..=25).collect();
         for (key, message, mac) in [
-            (&[0x0b; 20][..], &b"Hi There"[..], "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7"),
+            (
+                &[0x0b; 20][..],
+                &b"Hi There"[..],
+                "b0344c61d8db38535ca8afceaf0bf12b881dc200c9833da726e9376c2e32cff7",
+            ),
             (
                 b"Jefe",
                 b"what do ya want for nothing?",
                 "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843",
             ),
-            (&[0xaa; 20], &[0xdd; 50], "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe"),
-            (&counting, &[0xcd; 50], "82558a389a443c0ea4cc819899f2083a85f0faa3e578f8077a2e3ff46729665b"),
+            (
+                &[0xaa; 20],
+                &[0xdd; 50],
+                "773ea91e36800e46854db8ebd09181a72959098b3ef8c122d9635514ced565fe",
+            ),
+            (
+                &counting,
+                &[0xcd; 50],
+                "82558a389a443c0ea4cc819899f2083a85f0faa3e578f8077a2e3ff46729665b",
+            ),
         ] {
             let key = key_of(key);
             assert_eq!(hmac_sha256(&key, &[message]).as_slice(), hex(mac));

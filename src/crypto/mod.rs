@@ -66,7 +66,12 @@ pub trait AeadKey: Send + Sync {
     /// # Errors
     /// [`CryptoError::TooLong`] above [`GCM_BYTES_MAX`]. [`CryptoError::Provider`] if the library
     /// fails. The contents of `in_out` are then undefined, and the nonce must not be used again.
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError>;
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError>;
 
     /// Verifies `tag` over `aad` and `ciphertext`, and decrypts into `out`, which must be as long
     /// as `ciphertext`.

@@ -56,7 +56,8 @@ where
     G: KeyInit,
     GcmKey<G>: AeadKey + 'static,
 {
-    let key = G::new_from_slice(key).map_err(|_| CryptoError::Provider("the cipher refused the key"))?;
+    let key =
+        G::new_from_slice(key).map_err(|_| CryptoError::Provider("the cipher refused the key"))?;
     Ok(Box::new(GcmKey(key)))
 }
 
@@ -66,7 +67,12 @@ impl<G> AeadKey for GcmKey<G>
 where
     G: AeadInOut<NonceSize = U12, TagSize = U16> + ZeroizeOnDrop + Send + Sync,
 {
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
         check_len(in_out.len())?;
         let tag = self.0.encrypt_inout_detached(nonce.into(), aad, in_out.into());
         Ok(tag.map_err(|_| CryptoError::Provider("sealing failed"))?.into())
@@ -81,7 +87,8 @@ where
         out: &mut [u8],
     ) -> Result<(), CryptoError> {
         open_into(ciphertext.len(), out, |out| {
-            let in_out = InOutBuf::new(ciphertext, out).map_err(|_| CryptoError::Provider("buffers of two lengths"))?;
+            let in_out = InOutBuf::new(ciphertext, out)
+                .map_err(|_| CryptoError::Provider("buffers of two lengths"))?;
             let opened = self.0.decrypt_inout_detached(nonce.into(), aad, in_out, tag.into());
             opened.map_err(|_| CryptoError::AuthenticationFailed)
         })

@@ -145,8 +145,11 @@ struct Pool {
     status: LockStatus,
 }
 
-static POOL: Mutex<Pool> =
-    Mutex::new(Pool { free: Vec::new(), slots: 0, status: LockStatus { locked_bytes: 0, unlocked_bytes: 0 } });
+static POOL: Mutex<Pool> = Mutex::new(Pool {
+    free: Vec::new(),
+    slots: 0,
+    status: LockStatus { locked_bytes: 0, unlocked_bytes: 0 },
+});
 
 fn pool() -> MutexGuard<'static, Pool> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner)
@@ -184,9 +187,15 @@ fn mapped_chunk() -> Option<(&'static mut [Slot], bool)> {
 
     // SAFETY: a new private mapping, where the system finds room for it, touches no memory that is
     // in use.
-    let start =
-        unsafe { mmap_anonymous(ptr::null_mut(), CHUNK_BYTES, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
-            .ok()?;
+    let start = unsafe {
+        mmap_anonymous(
+            ptr::null_mut(),
+            CHUNK_BYTES,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE,
+        )
+    }
+    .ok()?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
     for advice in [rustix::mm::Advice::LinuxDontDump, rustix::mm::Advice::LinuxWipeOnFork] {
         // SAFETY: the range is the new mapping, and neither advice changes the bytes that this
@@ -230,7 +239,10 @@ mod tests {
         assert!(pool.free.iter().all(|slot| slot.0 == [0; 32]), "a free slot was not wiped");
         assert!(pool.free.len() <= pool.slots);
         assert!(pool.free.capacity() >= pool.slots, "giving a slot back could allocate");
-        assert_eq!(pool.slots * mem::size_of::<Slot>(), pool.status.locked_bytes + pool.status.unlocked_bytes);
+        assert_eq!(
+            pool.slots * mem::size_of::<Slot>(),
+            pool.status.locked_bytes + pool.status.unlocked_bytes
+        );
     }
 
     #[test]
@@ -327,7 +339,8 @@ mod tests {
         for line in maps.lines() {
             let range = line.split(' ').next().and_then(|word| word.split_once('-'));
             if let Some((from, to)) = range
-                && let (Ok(from), Ok(to)) = (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16))
+                && let (Ok(from), Ok(to)) =
+                    (usize::from_str_radix(from, 16), usize::from_str_radix(to, 16))
             {
                 inside = (from..to).contains(&address);
             } else if inside && let Some(found) = line.strip_prefix("VmFlags:") {

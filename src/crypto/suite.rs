@@ -21,7 +21,8 @@ pub enum Suite {
 
 impl Suite {
     /// Every suite, in the order of their numbers.
-    pub const ALL: [Suite; 4] = [Suite::Aes256Gcm, Suite::Sm4Gcm, Suite::Aes256Gmac, Suite::Sm4Gmac];
+    pub const ALL: [Suite; 4] =
+        [Suite::Aes256Gcm, Suite::Sm4Gcm, Suite::Aes256Gmac, Suite::Sm4Gmac];
 
     /// The number on disk.
     #[must_use]
@@ -105,15 +106,24 @@ mod tests {
     #[test]
     fn each_suite_is_what_its_name_says() {
         use Suite::{Aes256Gcm, Aes256Gmac, Sm4Gcm, Sm4Gmac};
-        assert_eq!(Suite::ALL.map(Suite::name), ["AES-256-GCM", "SM4-GCM", "AES-256-GMAC", "SM4-GMAC"]);
+        assert_eq!(
+            Suite::ALL.map(Suite::name),
+            ["AES-256-GCM", "SM4-GCM", "AES-256-GMAC", "SM4-GMAC"]
+        );
         assert_eq!(Suite::ALL.map(Suite::encrypts), [true, true, false, false]);
-        assert_eq!(Suite::ALL.map(Suite::integrity_only), [Aes256Gmac, Sm4Gmac, Aes256Gmac, Sm4Gmac]);
+        assert_eq!(
+            Suite::ALL.map(Suite::integrity_only),
+            [Aes256Gmac, Sm4Gmac, Aes256Gmac, Sm4Gmac]
+        );
         assert_eq!(Suite::ALL.map(Suite::encrypting), [Aes256Gcm, Sm4Gcm, Aes256Gcm, Sm4Gcm]);
         assert_eq!(
             Suite::ALL.map(Suite::cipher),
             [Cipher::Aes256Gcm, Cipher::Sm4Gcm, Cipher::Aes256Gcm, Cipher::Sm4Gcm]
         );
-        assert_eq!(Suite::ALL.map(Suite::hash), [HashAlg::Sha256, HashAlg::Sm3, HashAlg::Sha256, HashAlg::Sm3]);
+        assert_eq!(
+            Suite::ALL.map(Suite::hash),
+            [HashAlg::Sha256, HashAlg::Sm3, HashAlg::Sha256, HashAlg::Sm3]
+        );
         assert_eq!(Suite::ALL.map(|suite| suite.cipher().key_len()), [32, 16, 32, 16]);
     }
 }

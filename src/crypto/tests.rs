@@ -16,7 +16,10 @@ use super::*;
 /// Bytes from hexadecimal digits.
 pub(super) fn hex(digits: &str) -> Vec<u8> {
     assert!(digits.len().is_multiple_of(2));
-    (0..digits.len()).step_by(2).map(|i| u8::from_str_radix(&digits[i..i + 2], 16).unwrap()).collect()
+    (0..digits.len())
+        .step_by(2)
+        .map(|i| u8::from_str_radix(&digits[i..i + 2], 16).unwrap())
+        .collect()
 }
 
 /// Every provider of this build.
@@ -176,7 +179,8 @@ fn providers_agree_with_a_gcm_from_other_parts() {
             };
             for provider in providers() {
                 let mut in_out = plaintext.clone();
-                let tag = provider.aead(cipher, &key).unwrap().seal(&nonce, &aad, &mut in_out).unwrap();
+                let tag =
+                    provider.aead(cipher, &key).unwrap().seal(&nonce, &aad, &mut in_out).unwrap();
                 assert!(in_out == expected && tag == expected_tag, "{provider:?} {cipher:?} {len}");
             }
         }
@@ -189,7 +193,8 @@ fn what_one_provider_seals_every_other_opens() {
         for len in lengths() {
             let key = pattern(len + 1, cipher.key_len());
             let (nonce, aad, plaintext) = (nonce(len), pattern(3, len * 11 % 170), pattern(4, len));
-            let keys: Vec<_> = providers().iter().map(|provider| provider.aead(cipher, &key).unwrap()).collect();
+            let keys: Vec<_> =
+                providers().iter().map(|provider| provider.aead(cipher, &key).unwrap()).collect();
             for sealer in &keys {
                 let mut ciphertext = plaintext.clone();
                 let tag = sealer.seal(&nonce, &aad, &mut ciphertext).unwrap();
@@ -215,7 +220,11 @@ fn whatever_is_changed_is_refused_and_nothing_leaks() {
                 let refused = |nonce: &[u8; 12], aad: &[u8], ciphertext: &[u8], tag: &[u8; 16]| {
                     let mut out = vec![0xee; ciphertext.len()];
                     let result = key.open(nonce, aad, ciphertext, tag, &mut out);
-                    assert_eq!(result, Err(CryptoError::AuthenticationFailed), "{provider:?} {cipher:?} {len}");
+                    assert_eq!(
+                        result,
+                        Err(CryptoError::AuthenticationFailed),
+                        "{provider:?} {cipher:?} {len}"
+                    );
                     assert!(out.iter().all(|byte| *byte == 0), "{provider:?} {cipher:?} {len}");
                 };
                 for bit in 0..128 {
@@ -255,7 +264,11 @@ fn wrong_lengths_are_errors() {
             for actual in [0, 1, 15, 16, 17, 24, 31, 32, 33, 64] {
                 let result = provider.aead(cipher, &vec![1; actual]).err();
                 let error = CryptoError::KeyLength { expected, actual };
-                assert_eq!(result, (actual != expected).then_some(error), "{provider:?} {cipher:?}");
+                assert_eq!(
+                    result,
+                    (actual != expected).then_some(error),
+                    "{provider:?} {cipher:?}"
+                );
             }
             let key = provider.aead(cipher, &vec![1; expected]).unwrap();
             let mut ciphertext = [3; 40];

@@ -29,6 +29,9 @@ impl Clock for SystemClock {
 
     fn uptime(&self) -> Duration {
         let time = clock_gettime(ClockId::Boottime);
-        Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+        Duration::new(
+            u64::try_from(time.tv_sec).unwrap_or(0),
+            u32::try_from(time.tv_nsec).unwrap_or(0),
+        )
     }
 }

@@ -21,7 +21,9 @@ impl Map {
     /// Copies bytes from `offset` on into `buf`, up to the length of `buf` or the end of the map.
     /// Returns how many bytes it has copied.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> usize {
-        let Some(left) = usize::try_from(offset).ok().and_then(|offset| self.0.len().checked_sub(offset)) else {
+        let Some(left) =
+            usize::try_from(offset).ok().and_then(|offset| self.0.len().checked_sub(offset))
+        else {
             return 0;
         };
         let len = left.min(buf.len());
@@ -30,7 +32,9 @@ impl Map {
         // bytes are any mixture of old and new bytes. A `u8` has no invalid value. SAFETY: `offset
         // + len` is at most the length of the map, which stays mapped while `self` lives, and `buf`
         // has room for `len` bytes. `buf` belongs to the caller alone, so the two do not overlap.
-        unsafe { ptr::copy_nonoverlapping(self.0.as_ptr().add(offset as usize), buf.as_mut_ptr(), len) };
+        unsafe {
+            ptr::copy_nonoverlapping(self.0.as_ptr().add(offset as usize), buf.as_mut_ptr(), len)
+        };
         len
     }
 }

@@ -308,14 +308,23 @@ pub(crate) enum Existing {
 /// # Errors
 /// The error of the file system. The file under `path` is then the old or the new one, never a
 /// mixture. No temporary file is left, unless it cannot be removed.
-pub(crate) fn write_file(disk: &dyn Disk, path: &Path, bytes: &[u8], existing: Existing) -> io::Result<()> {
+pub(crate) fn write_file(
+    disk: &dyn Disk,
+    path: &Path,
+    bytes: &[u8],
+    existing: Existing,
+) -> io::Result<()> {
     let old = disk.stat(path)?;
     let temporary = Temporary::create(disk, path)?;
     let owned = || match (existing, old.and_then(|old| old.owner), temporary.file.stat()?.owner) {
-        (Existing::Replace, Some(old), Some(new)) if old.stays(new) => temporary.file.set_owner(old),
+        (Existing::Replace, Some(old), Some(new)) if old.stays(new) => {
+            temporary.file.set_owner(old)
+        }
         _ => Ok(()),
     };
-    let written = owned().and_then(|()| temporary.file.write_at(bytes, 0)).and_then(|()| temporary.file.sync_data());
+    let written = owned()
+        .and_then(|()| temporary.file.write_at(bytes, 0))
+        .and_then(|()| temporary.file.sync_data());
     let named = written.and_then(|()| match existing {
         Existing::Replace => disk.rename(&temporary.path, path),
         Existing::Keep => disk.rename_new(&temporary.path, path),
@@ -371,7 +380,10 @@ impl Temporary {
             }
         }
         // Not `AlreadyExists`: the caller would relate that to `path` itself.
-        Err(io::Error::new(io::ErrorKind::ResourceBusy, "all names of its temporary file are taken; remove them"))
+        Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "all names of its temporary file are taken; remove them",
+        ))
     }
 }
 
@@ -384,11 +396,13 @@ fn temporary_path(path: &Path, number: u32) -> PathBuf {
 
 /// Whether `name` is the name of a temporary file of the file `of`.
 pub(crate) fn is_temporary(name: &str, of: &str) -> bool {
-    let number =
-        |text: &str| text.parse().is_ok_and(|n: u32| (1..TEMPORARIES_MAX).contains(&n) && n.to_string() == text);
+    let number = |text: &str| {
+        text.parse().is_ok_and(|n: u32| (1..TEMPORARIES_MAX).contains(&n) && n.to_string() == text)
+    };
     let middle = name.strip_prefix(of).and_then(|rest| rest.strip_suffix("tmp"));
     middle.is_some_and(|middle| {
-        middle == "." || middle.strip_prefix('.').and_then(|rest| rest.strip_suffix('.')).is_some_and(number)
+        middle == "."
+            || middle.strip_prefix('.').and_then(|rest| rest.strip_suffix('.')).is_some_and(number)
     })
 }
 
@@ -405,10 +419,11 @@ fn owns(disk: &dyn Disk, file: &dyn DiskFile, path: &Path) -> io::Result<bool> {
 /// Removes a temporary file that a dead process left behind. `false` if it is in use or cannot be
 /// removed.
 pub(crate) fn remove_temporary(disk: &dyn Disk, path: &Path) -> bool {
-    let removed = disk.open(path, OpenMode::ReadWrite).and_then(|file| match owns(disk, &*file, path)? {
-        true => disk.remove_file(path),
-        false => Err(io::ErrorKind::ResourceBusy.into()),
-    });
+    let removed =
+        disk.open(path, OpenMode::ReadWrite).and_then(|file| match owns(disk, &*file, path)? {
+            true => disk.remove_file(path),
+            false => Err(io::ErrorKind::ResourceBusy.into()),
+        });
     removed.map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
 }
 

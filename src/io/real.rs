@@ -144,7 +144,9 @@ impl Disk for RootedDisk {
 
     fn network_file_system(&self, dir: &Path) -> io::Result<Option<&'static str>> {
         #[cfg(target_os = "linux")]
-        return Ok(network_file_system(rustix::fs::fstatfs(&self.root.open_dir(dir, OFlags::RDONLY)?)?.f_type as u32));
+        return Ok(network_file_system(
+            rustix::fs::fstatfs(&self.root.open_dir(dir, OFlags::RDONLY)?)?.f_type as u32,
+        ));
         #[cfg(not(target_os = "linux"))]
         return self.root.open_dir(dir, OFlags::RDONLY).map(|_| None);
     }
@@ -242,10 +244,12 @@ impl Disk for RootedDisk {
             }
             let kind = match entry.file_type() {
                 // Some file systems do not report the type.
-                FileType::Unknown => match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
-                    Err(Errno::NOENT) => continue,
-                    stat => kind_of(&stat?),
-                },
+                FileType::Unknown => {
+                    match rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+                        Err(Errno::NOENT) => continue,
+                        stat => kind_of(&stat?),
+                    }
+                }
                 kind => kind.into(),
             };
             entries.push(DirEntry { name: name.to_string_lossy().into_owned(), kind });
@@ -311,7 +315,13 @@ fn rename(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
 
 /// Renames a file, unless the new name exists.
 fn rename_new(from: &root::Place<'_>, to: &root::Place<'_>) -> io::Result<()> {
-    match rustix::fs::renameat_with(from.dir(), from.name(), to.dir(), to.name(), RenameFlags::NOREPLACE) {
+    match rustix::fs::renameat_with(
+        from.dir(),
+        from.name(),
+        to.dir(),
+        to.name(),
+        RenameFlags::NOREPLACE,
+    ) {
         // The kernel, the file system or a sandbox does not offer this call. A hard link does not
         // replace a name either.
         Err(Errno::NOSYS | Errno::INVAL | Errno::PERM | Errno::NOTSUP) => link_and_unlink(from, to),
@@ -368,7 +378,11 @@ fn stat_of(stat: &Stat) -> FileStat {
         len: u64::try_from(stat.st_size).unwrap_or(0),
         identity: stat.st_ino as u64,
         links: u64::from(stat.st_nlink),
-        owner: Some(Owner { uid: stat.st_uid, gid: stat.st_gid, mode: u32::from(stat.st_mode) & 0o7777 }),
+        owner: Some(Owner {
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mode: u32::from(stat.st_mode) & 0o7777,
+        }),
     }
 }
 
@@ -437,8 +451,13 @@ impl DiskFile for RealFile {
 
     fn set_owner(&self, owner: Owner) -> io::Result<()> {
         let is = rustix::fs::fstat(&self.0)?;
-        if rustix::process::geteuid().is_root() && (is.st_uid, is.st_gid) != (owner.uid, owner.gid) {
-            rustix::fs::fchown(&self.0, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))?;
+        if rustix::process::geteuid().is_root() && (is.st_uid, is.st_gid) != (owner.uid, owner.gid)
+        {
+            rustix::fs::fchown(
+                &self.0,
+                Some(Uid::from_raw(owner.uid)),
+                Some(Gid::from_raw(owner.gid)),
+            )?;
         }
         Ok(())
     }

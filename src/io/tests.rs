@@ -34,7 +34,10 @@ fn network_file_systems_are_known_by_their_numbers() {
     }
     let proc = Path::new("/proc");
     assert_eq!(RealDisk.network_file_system(proc).unwrap(), None);
-    assert_eq!(RealDisk.beneath(proc, Access::Owner).unwrap().network_file_system(proc).unwrap(), None);
+    assert_eq!(
+        RealDisk.beneath(proc, Access::Owner).unwrap().network_file_system(proc).unwrap(),
+        None
+    );
     RealDisk.network_file_system(Path::new("/missing")).unwrap_err();
 }
 
@@ -97,7 +100,11 @@ fn no_symlink_below_the_root_is_followed() {
             disk.beneath(&dir.join("link"), Access::Owner).map(drop).unwrap_err(),
         ] {
             let link = dir.join("link");
-            assert_eq!(wrong_type(&error), Some((&*link, FileKind::Directory, FileKind::Symlink)), "{error}");
+            assert_eq!(
+                wrong_type(&error),
+                Some((&*link, FileKind::Directory, FileKind::Symlink)),
+                "{error}"
+            );
         }
         for mode in [OpenMode::Read, OpenMode::ReadWrite] {
             for (name, found) in [
@@ -112,8 +119,15 @@ fn no_symlink_below_the_root_is_followed() {
         }
         let file = dir.join("real/deep/file");
         let error = disk.list_dir(&file).unwrap_err();
-        assert_eq!(wrong_type(&error), Some((&*file, FileKind::Directory, FileKind::File)), "{error}");
-        assert_eq!(disk.stat(&dir.join("real/deep/link")).unwrap().unwrap().kind, FileKind::Symlink);
+        assert_eq!(
+            wrong_type(&error),
+            Some((&*file, FileKind::Directory, FileKind::File)),
+            "{error}"
+        );
+        assert_eq!(
+            disk.stat(&dir.join("real/deep/link")).unwrap().unwrap().kind,
+            FileKind::Symlink
+        );
         assert_eq!(disk.stat(&dir.join("real/none/none")).unwrap(), None);
         for outside in [dir.join("../x"), dir.join("real/../x"), "/etc/passwd".into(), "x".into()] {
             let error = disk.open(&outside, OpenMode::Read).map(drop).unwrap_err();
@@ -142,7 +156,9 @@ fn a_root_stays_the_directory_that_it_was() {
 
 #[test]
 fn modes_are_as_asked_for() {
-    for (access, file_mode, dir_mode) in [(Access::Owner, 0o600, 0o700), (Access::GroupRead, 0o640, 0o750)] {
+    for (access, file_mode, dir_mode) in
+        [(Access::Owner, 0o600, 0o700), (Access::GroupRead, 0o640, 0o750)]
+    {
         let dir = tempfile::tempdir().unwrap();
         let disk = RealDisk.beneath(dir.path(), access).unwrap();
         let (file, sub) = (dir.path().join("file"), dir.path().join("sub"));
@@ -150,7 +166,10 @@ fn modes_are_as_asked_for() {
         disk.create_dir(&sub).unwrap();
         write_file(&*disk, &sub.join("document"), b"x", Existing::Replace).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
-        assert_eq!((mode(&file), mode(&sub), mode(&sub.join("document"))), (file_mode, dir_mode, file_mode));
+        assert_eq!(
+            (mode(&file), mode(&sub), mode(&sub.join("document"))),
+            (file_mode, dir_mode, file_mode)
+        );
     }
 }
 
@@ -189,7 +208,11 @@ fn the_name_of_a_temporary_file_may_be_taken() {
 
         let made = Temporary::create(&*disk, &path).unwrap();
         assert_eq!(made.path, temporary(3));
-        assert_eq!(Temporary::create(&*disk, &path).unwrap().path, temporary(5), "the third is in use now");
+        assert_eq!(
+            Temporary::create(&*disk, &path).unwrap().path,
+            temporary(5),
+            "the third is in use now"
+        );
         drop(made);
         remove_temporaries(&*disk, &path).unwrap();
         let left = |number| fs::symlink_metadata(temporary(number)).is_ok();

@@ -152,8 +152,9 @@ mod tests {
         assert_eq!(spared(), 3);
         let told = world.breaker.note(now, &Ok(()));
         assert_eq!(told.len(), 3);
-        let same =
-            |lease: &Arc<Lease>, told: &Arc<dyn Spared>| std::ptr::addr_eq(Arc::as_ptr(lease), Arc::as_ptr(told));
+        let same = |lease: &Arc<Lease>, told: &Arc<dyn Spared>| {
+            std::ptr::addr_eq(Arc::as_ptr(lease), Arc::as_ptr(told))
+        };
         assert!([first, third, fourth].iter().zip(&told).all(|(lease, told)| same(lease, told)));
         assert_eq!(spared(), 0);
     }

@@ -73,7 +73,8 @@ impl TaggedKeys {
     /// # Errors
     /// [`Error::Tampered`].
     pub(crate) fn prove(&self, data_key: &SecretKey) -> Result<()> {
-        let tampered = |_| Error::Tampered { at: self.at.clone(), what: "the keys section of the metadata" };
+        let tampered =
+            |_| Error::Tampered { at: self.at.clone(), what: "the keys section of the metadata" };
         self.document.verify_b(&metadata_key(data_key)).map_err(tampered)
     }
 }
@@ -113,7 +114,11 @@ impl KeysSection {
 
     /// `encrypt_conf` by this section.
     pub(crate) fn encrypt_conf(&self) -> EncryptConf {
-        EncryptConf { enable: self.enable, encrypt_type: Some(self.encrypt_type), user_cmk_info: self.cmk.clone() }
+        EncryptConf {
+            enable: self.enable,
+            encrypt_type: Some(self.encrypt_type),
+            user_cmk_info: self.cmk.clone(),
+        }
     }
 
     /// Takes the settings from `config` that the section holds too, except the fixed ones.
@@ -136,8 +141,9 @@ impl KeysSection {
     /// The version that a segment of a shard is under, by its ordinal; `None` for a segment from
     /// before the first envelope.
     pub(crate) fn owner(&self, shard: u32, ordinal: u64) -> Option<u32> {
-        let begins =
-            |version: &&DataKeyVersion| version.ordinals.get(shard as usize).is_some_and(|&from| from <= ordinal);
+        let begins = |version: &&DataKeyVersion| {
+            version.ordinals.get(shard as usize).is_some_and(|&from| from <= ordinal)
+        };
         self.versions.iter().rev().find(begins).map(|version| version.version)
     }
 
@@ -168,12 +174,18 @@ impl KeysSection {
         }
         match self.versions.last() {
             Some(newest) if newest.version == self.current && newest.wrapped.is_some() => {}
-            _ => return broken("the current data-key version is not the newest, or has no envelope"),
+            _ => {
+                return broken(
+                    "the current data-key version is not the newest, or has no envelope",
+                );
+            }
         }
         let mut before: &[u64] = &[];
         for version in &self.versions {
             if version.ordinals.len() != self.shard_count() {
-                return broken("the data-key versions have ordinals of different numbers of shards");
+                return broken(
+                    "the data-key versions have ordinals of different numbers of shards",
+                );
             }
             if !version.ordinals.iter().all(|ordinal| counted.contains(ordinal)) {
                 return broken("an ordinal of a data-key version is out of range");
@@ -182,19 +194,26 @@ impl KeysSection {
                 return broken("a data-key version begins before the one that it replaces");
             }
             before = &version.ordinals;
-            if [version.keyring_version, version.drawn_under].iter().any(|under| under.is_some() == self.cmk.is_some())
+            if [version.keyring_version, version.drawn_under]
+                .iter()
+                .any(|under| under.is_some() == self.cmk.is_some())
             {
-                return broken("a data-key version names a service key beside a customer's key, or neither");
+                return broken(
+                    "a data-key version names a service key beside a customer's key, or neither",
+                );
             }
             if version.drawn_under > version.keyring_version {
-                return broken("a data key is wrapped under an older service key than it was drawn under");
+                return broken(
+                    "a data key is wrapped under an older service key than it was drawn under",
+                );
             }
             if hex_decode(&version.fingerprint).is_none_or(|bytes| bytes.len() != 16) {
                 return broken("the fingerprint of a data-key version is not one");
             }
             let wrapped = version.wrapped.as_deref().map(hex_decode);
-            let fits =
-                |bytes: &Vec<u8>| if self.cmk.is_some() { !bytes.is_empty() } else { bytes.len() == WRAPPED_BYTES };
+            let fits = |bytes: &Vec<u8>| {
+                if self.cmk.is_some() { !bytes.is_empty() } else { bytes.len() == WRAPPED_BYTES }
+            };
             if wrapped.is_some_and(|bytes| !bytes.as_ref().is_some_and(fits)) {
                 return broken("the envelope of a data-key version is not one");
             }
@@ -261,7 +280,9 @@ pub(super) fn wrap(
     wrapped.extend_from_slice(key.expose());
     let (_, sealed) = wrapped.split_at_mut(32);
     let sealing = wrapping_key(provider, root, &salt, identity.suite)?;
-    let tag = sealing.seal(&[0; 12], &identity.associated_data(keyring_version), sealed).map_err(Error::Crypto)?;
+    let tag = sealing
+        .seal(&[0; 12], &identity.associated_data(keyring_version), sealed)
+        .map_err(Error::Crypto)?;
     wrapped.extend_from_slice(&tag);
     Ok(wrapped)
 }
@@ -281,7 +302,8 @@ pub(super) fn unwrap(
     }
     let opening = wrapping_key(provider, root, salt, identity.suite)?;
     let mut key = [0; 32];
-    match opening.open(&[0; 12], &identity.associated_data(keyring_version), sealed, tag, &mut key) {
+    match opening.open(&[0; 12], &identity.associated_data(keyring_version), sealed, tag, &mut key)
+    {
         Ok(()) => Ok(Some(SecretKey::from_bytes(&mut key))),
         Err(CryptoError::AuthenticationFailed) => Ok(None),
         Err(error) => Err(Error::Crypto(error)),
@@ -294,7 +316,8 @@ fn wrapping_key(
     salt: &[u8; 32],
     suite: Suite,
 ) -> Result<Box<dyn crate::crypto::AeadKey>> {
-    let key = derive(suite.hash(), salt, root, &[b"envelog v2 envelope", &suite.code().to_le_bytes()]);
+    let key =
+        derive(suite.hash(), salt, root, &[b"envelog v2 envelope", &suite.code().to_le_bytes()]);
     let cipher = suite.cipher();
     provider.aead(cipher, &key.expose()[..cipher.key_len()]).map_err(Error::Crypto)
 }
@@ -334,7 +357,9 @@ mod tests {
             let wrapped = wrap(&provider, &OsRandom, &root, 4, &identity, &key).unwrap();
             assert_eq!(wrapped.len(), WRAPPED_BYTES);
             let open = |root: &SecretKey, version, identity: &EnvelopeIdentity, wrapped: &[u8]| {
-                unwrap(&provider, root, version, identity, wrapped).unwrap().map(|key| *key.expose())
+                unwrap(&provider, root, version, identity, wrapped)
+                    .unwrap()
+                    .map(|key| *key.expose())
             };
             assert_eq!(open(&root, 4, &identity, &wrapped), Some([9; 32]));
             let other = if suite == Suite::Aes256Gcm { Suite::Sm4Gcm } else { Suite::Aes256Gcm };

@@ -159,12 +159,20 @@ impl Drop for InUse {
 
 impl std::fmt::Debug for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gate").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Gate")
+            .field("name", &self.name)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
 impl Gate {
-    pub(crate) fn new(context: Arc<KeyContext>, name: LogstoreName, id: LogstoreId, keys: GateKeys) -> Self {
+    pub(crate) fn new(
+        context: Arc<KeyContext>,
+        name: LogstoreName,
+        id: LogstoreId,
+        keys: GateKeys,
+    ) -> Self {
         Self {
             context,
             name,
@@ -242,10 +250,15 @@ impl Gate {
         let (logstore, cmk_id) = (self.name.clone(), cmk.cmk_key_id.clone());
         match refusal {
             Refusal::Revoked(reason) => Error::Revoked { logstore, cmk: cmk_id, reason: *reason },
-            Refusal::Unreachable(detail) => {
-                Error::KmsUnreachable { logstore, cmk: cmk_id, region: cmk.region_id.clone(), detail: detail.clone() }
+            Refusal::Unreachable(detail) => Error::KmsUnreachable {
+                logstore,
+                cmk: cmk_id,
+                region: cmk.region_id.clone(),
+                detail: detail.clone(),
+            },
+            Refusal::Invalid(detail) => {
+                Error::KmsInvalid { logstore, cmk: cmk_id, detail: detail.clone() }
             }
-            Refusal::Invalid(detail) => Error::KmsInvalid { logstore, cmk: cmk_id, detail: detail.clone() },
         }
     }
 
@@ -273,7 +286,8 @@ impl Gate {
                 // A key serves only the header that it was derived for. The ids of segments come
                 // from a disk and may repeat.
                 let its_own = |cipher: &&SegmentCipher| {
-                    *cipher.header_hash() == segment.header_hash && tags_equal(cipher.commitment(), &segment.commitment)
+                    *cipher.header_hash() == segment.header_hash
+                        && tags_equal(cipher.commitment(), &segment.commitment)
                 };
                 let reading = held.reading.get(&segment.header.segment);
                 let reading = reading.filter(|_| held.epoch == epoch);
@@ -301,13 +315,21 @@ impl Gate {
 
     /// Calls `use_it` with the key of a segment that is being written, although the lease no longer
     /// admits it: to seal acknowledged groups before the wipe. `None` if the key is gone.
-    pub(crate) fn with_held<R>(&self, segment: SegmentId, use_it: impl FnOnce(&SegmentCipher) -> R) -> Option<R> {
+    pub(crate) fn with_held<R>(
+        &self,
+        segment: SegmentId,
+        use_it: impl FnOnce(&SegmentCipher) -> R,
+    ) -> Option<R> {
         read(&self.held).writing.get(&segment).map(use_it)
     }
 
     /// Derives and keeps the key of a new segment, whose header is about to be written. Returns the
     /// commitment. Blocks for KMS calls.
-    pub(crate) fn begin_segment(&self, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<[u8; 32]> {
+    pub(crate) fn begin_segment(
+        &self,
+        header: &SegmentHeader,
+        header_hash: &[u8; 32],
+    ) -> Result<[u8; 32]> {
         if let Some(error) = &*lock(&self.halted) {
             return Err(error.clone());
         }
@@ -363,7 +385,12 @@ impl Gate {
 
     /// The key of a segment. `None` if the lease was lost in between and is back: the caller begins
     /// again.
-    fn derive(&self, epoch: u64, header: &SegmentHeader, header_hash: &[u8; 32]) -> Result<Option<SegmentCipher>> {
+    fn derive(
+        &self,
+        epoch: u64,
+        header: &SegmentHeader,
+        header_hash: &[u8; 32],
+    ) -> Result<Option<SegmentCipher>> {
         let provider = &*self.context.provider;
         let derive = |key: &SecretKey| {
             let (suite, salt) = (header.suite, &header.salt);
@@ -380,7 +407,11 @@ impl Gate {
                     return Ok(None);
                 }
                 write(&self.held).enter(epoch);
-                derive(&self.context.with_keyring(|keyring| keyring.integrity_key(version, self.id))?)
+                derive(
+                    &self
+                        .context
+                        .with_keyring(|keyring| keyring.integrity_key(version, self.id))?,
+                )
             }
             KeySource::DataKey(version) => loop {
                 {
@@ -481,13 +512,16 @@ impl Gate {
         let Some(wrapped) = &entry.wrapped else {
             return Err(Error::Shredded { logstore: self.name.clone(), version });
         };
-        let damaged =
-            |what: &str| Error::Corrupt { at: Location::new("", 0), what: format!("{what} of {}", self.name) };
+        let damaged = |what: &str| Error::Corrupt {
+            at: Location::new("", 0),
+            what: format!("{what} of {}", self.name),
+        };
         let wrong_key = || {
             let envelope = format!("envelope {version} of {}", self.name);
             Error::WrongKey { at: Location::new(envelope, 0) }
         };
-        let wrapped = hex_decode(wrapped).ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
+        let wrapped = hex_decode(wrapped)
+            .ok_or_else(|| damaged("an envelope does not parse in the metadata"))?;
         let identity = self.identity(section, version);
         let provider = &*self.context.provider;
         let key = match (entry.keyring_version, &keys.lease) {
@@ -510,7 +544,12 @@ impl Gate {
         }
     }
 
-    fn unwrap_at_kms(&self, lease: &Lease, identity: &EnvelopeIdentity, wrapped: &[u8]) -> Result<SecretKey> {
+    fn unwrap_at_kms(
+        &self,
+        lease: &Lease,
+        identity: &EnvelopeIdentity,
+        wrapped: &[u8],
+    ) -> Result<SecretKey> {
         lease.unwrap_envelope(identity.context(), wrapped).map_err(|error| {
             let refusal = Refusal::from(&error);
             if matches!(error, KmsError::Revoked { .. }) {
@@ -532,7 +571,12 @@ impl Gate {
 
     /// Has the Logstore of a reader follow the writer from now on: every `every` by the uptime, and
     /// when it meets a data-key version that it does not know.
-    pub(crate) fn follow_with(&self, writer: Weak<dyn FollowWriter>, clock: Arc<dyn Clock>, every: Duration) {
+    pub(crate) fn follow_with(
+        &self,
+        writer: Weak<dyn FollowWriter>,
+        clock: Arc<dyn Clock>,
+        every: Duration,
+    ) {
         let at = Mutex::new(LockRank::FollowedAt, clock.uptime());
         // Set once, where the gate is made.
         let _ = self.follower.set(Follower { writer, clock, every, at });
@@ -690,7 +734,13 @@ mod tests {
         let mut held = Held::default();
         let key = SecretKey::from_bytes(&mut [3; 32]);
         let keep = |held: &mut Held, n: u128| {
-            let cipher = SegmentCipher::derive(&RustCrypto::new(), Suite::Aes256Gcm, &key, &[4; 32], &[5; 32]);
+            let cipher = SegmentCipher::derive(
+                &RustCrypto::new(),
+                Suite::Aes256Gcm,
+                &key,
+                &[4; 32],
+                &[5; 32],
+            );
             held.keep(SegmentId::from_bytes(n.to_le_bytes()), cipher.unwrap());
             held.reading.len()
         };
@@ -754,8 +804,12 @@ mod tests {
         };
         let commitment = gate.begin_segment(&header, &[5; 32]).unwrap();
         let uses = |header_hash: u8, commitment: [u8; 32]| {
-            let segment =
-                DecodedHeader { header: header.clone(), header_hash: [header_hash; 32], commitment, body_start: 512 };
+            let segment = DecodedHeader {
+                header: header.clone(),
+                header_hash: [header_hash; 32],
+                commitment,
+                body_start: 512,
+            };
             gate.with_cipher(&segment, Path::new("segment"), |cipher| Ok(*cipher.header_hash()))
         };
         // First the key for writing, then, once that is gone, the key for reading.

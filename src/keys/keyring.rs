@@ -152,7 +152,12 @@ impl Keyring {
     }
 
     /// Reads the keyring of `store`. Calls the KMS if the keyring is under a master key.
-    pub(crate) fn load(file: Arc<KeyringFile>, store: StoreId, id: KeyringId, seal: &KeyringSeal) -> Result<Self> {
+    pub(crate) fn load(
+        file: Arc<KeyringFile>,
+        store: StoreId,
+        id: KeyringId,
+        seal: &KeyringSeal,
+    ) -> Result<Self> {
         let bytes = file.read()?;
         let path = file.path();
         let parsed = parse(&bytes, path, store, id)?;
@@ -180,10 +185,12 @@ impl Keyring {
         let mut versions = BTreeMap::new();
         for (number, version) in (1..).zip(body.versions) {
             if version.version != number {
-                return Err(bad("the versions of the service keyring do not ascend from 1 without a gap"));
+                return Err(bad(
+                    "the versions of the service keyring do not ascend from 1 without a gap",
+                ));
             }
-            let root =
-                secret_from_hex(&version.root).ok_or_else(|| bad("a key of the service keyring does not parse"))?;
+            let root = secret_from_hex(&version.root)
+                .ok_or_else(|| bad("a key of the service keyring does not parse"))?;
             versions.insert(version.version, Version { created_us: version.created_us, root });
         }
         let keyring = Self {
@@ -202,7 +209,9 @@ impl Keyring {
             return Err(bad("the service keyring contradicts itself"));
         }
         if !(1..=newest).contains(&keyring.accepts) {
-            return Err(bad("the oldest accepted version of the service keyring is none of its versions"));
+            return Err(bad(
+                "the oldest accepted version of the service keyring is none of its versions",
+            ));
         }
         keyring.check(&parsed, newest)?;
         keyring.file.note_known(&bytes);
@@ -220,7 +229,8 @@ impl Keyring {
     /// finished a rotation.
     pub(crate) fn is_outdated(&self) -> Result<bool> {
         let bytes = self.file.read()?;
-        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation > self.generation())
+        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation
+            > self.generation())
     }
 
     /// The generation of the file. It counts the steps of rotations (adding a version, retiring the
@@ -240,8 +250,11 @@ impl Keyring {
     }
 
     fn check(&self, parsed: &Wiped<'_>, version: u32) -> Result<()> {
-        let tampered = |_| Error::Tampered { at: Location::new(self.path(), 0), what: "the service keyring" };
-        let key = self.document_key(version).map_err(|error| error.retired_in(self.path(), "the service keyring"))?;
+        let tampered =
+            |_| Error::Tampered { at: Location::new(self.path(), 0), what: "the service keyring" };
+        let key = self
+            .document_key(version)
+            .map_err(|error| error.retired_in(self.path(), "the service keyring"))?;
         parsed.0.check(&key).map_err(tampered)?;
         let document = parsed.0.unverified();
         document.check_frame(self.path())?;
@@ -308,7 +321,10 @@ impl Keyring {
 
     /// A copy, to change or reload without the lock of the keyring: the KMS may be slow.
     pub(crate) fn duplicate(&self) -> Self {
-        let copy = |version: &Version| Version { created_us: version.created_us, root: version.root.duplicate() };
+        let copy = |version: &Version| Version {
+            created_us: version.created_us,
+            root: version.root.duplicate(),
+        };
         Self {
             file: Arc::clone(&self.file),
             store: self.store,
@@ -317,7 +333,11 @@ impl Keyring {
             anchored: self.anchored,
             accepts: self.accepts,
             accepts_retired: self.accepts_retired,
-            versions: self.versions.iter().map(|(number, version)| (*number, copy(version))).collect(),
+            versions: self
+                .versions
+                .iter()
+                .map(|(number, version)| (*number, copy(version)))
+                .collect(),
             cmk: self.cmk.clone(),
             seal: self.seal.clone(),
         }
@@ -375,7 +395,8 @@ impl Keyring {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
         let version = self.newest() + 1;
-        let root = SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
+        let root =
+            SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
         let mut rotated = self.duplicate();
         rotated.versions.insert(version, Version { created_us: now_us, root });
         rotated.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
@@ -425,7 +446,12 @@ impl Keyring {
     ///
     /// # Errors
     /// [`Error::RetiredKeyVersion`], about `what` in `path`.
-    pub(crate) fn check_accepted(&self, version: u32, path: &Path, what: &'static str) -> Result<()> {
+    pub(crate) fn check_accepted(
+        &self,
+        version: u32,
+        path: &Path,
+        what: &'static str,
+    ) -> Result<()> {
         let accepts = self.accepts();
         match (1..accepts).contains(&version) {
             true => Err(Error::RetiredKeyVersion { path: path.to_owned(), what, version, accepts }),
@@ -441,7 +467,12 @@ impl Keyring {
 
     /// The key that takes the place of a data key in segments of a Logstore without an envelope.
     pub(crate) fn integrity_key(&self, version: u32, logstore: LogstoreId) -> Result<SecretKey> {
-        Ok(derive(HashAlg::Sha256, logstore.as_bytes(), self.root(version)?, &[b"envelog v2 integrity"]))
+        Ok(derive(
+            HashAlg::Sha256,
+            logstore.as_bytes(),
+            self.root(version)?,
+            &[b"envelog v2 integrity"],
+        ))
     }
 
     /// Wraps a data key under the newest version.
@@ -453,7 +484,8 @@ impl Keyring {
         key: &SecretKey,
     ) -> Result<(u32, Vec<u8>)> {
         let version = self.newest();
-        let wrapped = envelope::wrap(provider, random, self.root(version)?, version, identity, key)?;
+        let wrapped =
+            envelope::wrap(provider, random, self.root(version)?, version, identity, key)?;
         Ok((version, wrapped))
     }
 
@@ -496,8 +528,13 @@ fn secret_from_hex(hex: &str) -> Option<SecretKey> {
 impl Keyring {
     /// A new keyring in a real file, under no master key.
     pub(crate) fn for_tests(path: &Path, store: StoreId) -> Self {
-        let seal = KeyringSeal::new(Arc::new(crate::crypto::RustCrypto::new()), crate::kms::KmsRouter::for_tests());
-        let new = Self::prepare(&crate::io::OsRandom, KeyringFile::for_tests(path), store, 1, seal, None).unwrap();
+        let seal = KeyringSeal::new(
+            Arc::new(crate::crypto::RustCrypto::new()),
+            crate::kms::KmsRouter::for_tests(),
+        );
+        let new =
+            Self::prepare(&crate::io::OsRandom, KeyringFile::for_tests(path), store, 1, seal, None)
+                .unwrap();
         new.write().unwrap()
     }
 }
@@ -516,8 +553,15 @@ mod tests {
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
-        let again =
-            Keyring::prepare(&OsRandom, Arc::clone(&keyring.file), store, 1, keyring.seal.clone(), None).unwrap();
+        let again = Keyring::prepare(
+            &OsRandom,
+            Arc::clone(&keyring.file),
+            store,
+            1,
+            keyring.seal.clone(),
+            None,
+        )
+        .unwrap();
         assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
         assert_eq!(keyring.add_version(&OsRandom, 2).unwrap().newest(), 2);
@@ -525,7 +569,10 @@ mod tests {
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
         assert_ne!(*loaded.document_key(2).unwrap().expose(), first);
-        assert!(matches!(loaded.document_key(3), Err(Error::KeyringTooOld { needed: 3, newest: 2, .. })));
+        assert!(matches!(
+            loaded.document_key(3),
+            Err(Error::KeyringTooOld { needed: 3, newest: 2, .. })
+        ));
     }
 
     #[test]
@@ -534,7 +581,11 @@ mod tests {
         let (keyring, _) = made(dir.path());
         assert!(!keyring.is_rotating());
         let rotating = keyring.add_version(&OsRandom, 2).unwrap();
-        assert!(rotating.is_rotating() && keyring.is_outdated().unwrap() && !rotating.is_outdated().unwrap());
+        assert!(
+            rotating.is_rotating()
+                && keyring.is_outdated().unwrap()
+                && !rotating.is_outdated().unwrap()
+        );
         for keyring in [&rotating, &rotating.reload().unwrap()] {
             assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (1, 2, 2));
             assert!((1..=2).all(|version| keyring.document_key(version).is_ok()));
@@ -545,7 +596,10 @@ mod tests {
         for keyring in [&retired, &tolerant] {
             assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (2, 2, 3));
             let refused = keyring.document_key(1).map(|_| ());
-            assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
+            assert!(
+                matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })),
+                "{refused:?}"
+            );
             keyring.document_key(2).unwrap();
             keyring.audit_key(1).unwrap();
             keyring.integrity_key(1, LogstoreId::from_bytes([1; 16])).unwrap();
@@ -563,8 +617,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         let logstore = |n| keyring.integrity_key(1, LogstoreId::from_bytes([n; 16])).unwrap();
-        let keys = [keyring.document_key(1).unwrap(), keyring.audit_key(1).unwrap(), logstore(1), logstore(2)];
-        let distinct: std::collections::HashSet<[u8; 32]> = keys.iter().map(|key| *key.expose()).collect();
+        let keys = [
+            keyring.document_key(1).unwrap(),
+            keyring.audit_key(1).unwrap(),
+            logstore(1),
+            logstore(2),
+        ];
+        let distinct: std::collections::HashSet<[u8; 32]> =
+            keys.iter().map(|key| *key.expose()).collect();
         assert_eq!(distinct.len(), keys.len());
     }
 
@@ -572,12 +632,21 @@ mod tests {
     fn absent_foreign_and_damaged_are_told_apart() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, store) = made(dir.path());
-        let load = |store, id| Keyring::load(Arc::clone(&keyring.file), store, id, &keyring.seal).map(|_| ());
-        assert!(matches!(load(StoreId::from_bytes([6; 16]), keyring.id()), Err(Error::KeyringForeign { .. })));
+        let load = |store, id| {
+            Keyring::load(Arc::clone(&keyring.file), store, id, &keyring.seal).map(|_| ())
+        };
+        assert!(matches!(
+            load(StoreId::from_bytes([6; 16]), keyring.id()),
+            Err(Error::KeyringForeign { .. })
+        ));
         let other = KeyringId::from_bytes([6; 16]);
         assert!(matches!(load(store, other), Err(Error::KeyringForeign { .. })));
-        let missing =
-            Keyring::load(KeyringFile::for_tests(&dir.path().join("none")), store, keyring.id(), &keyring.seal);
+        let missing = Keyring::load(
+            KeyringFile::for_tests(&dir.path().join("none")),
+            store,
+            keyring.id(),
+            &keyring.seal,
+        );
         assert!(matches!(missing, Err(Error::KeyringMissing { .. })));
     }
 
@@ -594,7 +663,8 @@ mod tests {
         assert!(keyring.verify_file().is_err());
     }
 
-    /// A writer that another one has taken over from does not put its keyring in place of the other's.
+    /// A writer that another one has taken over from does not put its keyring in place of the
+    /// other's.
     #[test]
     fn a_keyring_that_another_process_has_replaced_stays() {
         let dir = tempfile::tempdir().unwrap();

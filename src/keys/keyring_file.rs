@@ -44,8 +44,16 @@ impl KeyringFile {
     /// # Errors
     /// [`Error::KeyringUnsafe`] for a path inside the store directory; [`Error::KeyringMissing`]
     /// when not even its directory exists; [`Error::Io`].
-    pub(crate) fn locate(disk: &dyn Disk, path: &Path, store: &Path, access: Access) -> Result<Self> {
-        let inside = |path: &Path| Error::KeyringUnsafe { path: path.to_owned(), why: KeyringRisk::InsideStore };
+    pub(crate) fn locate(
+        disk: &dyn Disk,
+        path: &Path,
+        store: &Path,
+        access: Access,
+    ) -> Result<Self> {
+        let inside = |path: &Path| Error::KeyringUnsafe {
+            path: path.to_owned(),
+            why: KeyringRisk::InsideStore,
+        };
         let missing = |error: std::io::Error| match error.kind() {
             ErrorKind::NotFound => Error::KeyringMissing { path: path.to_owned() },
             _ => Error::io("find the service keyring", path)(error),
@@ -73,13 +81,24 @@ impl KeyringFile {
         let dir = match path.parent() {
             Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
             Some(dir) => dir,
-            None => return Err(Error::InvalidArgument(format!("{} cannot be a keyring", path.display()))),
+            None => {
+                return Err(Error::InvalidArgument(format!(
+                    "{} cannot be a keyring",
+                    path.display()
+                )));
+            }
         };
         if path.starts_with(&store) {
             return Err(inside(&path));
         }
         let disk = disk.beneath(dir, access).map_err(missing)?;
-        Ok(Self { disk, path, access, store_owner, known: Mutex::new(LockRank::KeyringKnown, None) })
+        Ok(Self {
+            disk,
+            path,
+            access,
+            store_owner,
+            known: Mutex::new(LockRank::KeyringKnown, None),
+        })
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -129,10 +148,12 @@ impl KeyringFile {
     /// # Errors
     /// [`Error::KeyringExists`], [`Error::Io`].
     pub(crate) fn create(&self, bytes: &[u8]) -> Result<()> {
-        io::write_file(&*self.disk, &self.path, bytes, Existing::Keep).map_err(|error| match error.kind() {
-            ErrorKind::AlreadyExists => Error::KeyringExists { path: self.path.clone() },
-            _ => Error::io("write the service keyring", &self.path)(error),
-        })?;
+        io::write_file(&*self.disk, &self.path, bytes, Existing::Keep).map_err(
+            |error| match error.kind() {
+                ErrorKind::AlreadyExists => Error::KeyringExists { path: self.path.clone() },
+                _ => Error::io("write the service keyring", &self.path)(error),
+            },
+        )?;
         self.note_known(bytes);
         Ok(())
     }
@@ -142,11 +163,12 @@ impl KeyringFile {
         *lock(&self.known) = Some(hash(HashAlg::Sha256, &[bytes]));
     }
 
-    /// Replaces the file, durably, unless another process has replaced it since this one loaded it. The lock of
-    /// the old file keeps other processes out between this check and the rename.
+    /// Replaces the file, durably, unless another process has replaced it since this one loaded it.
+    /// The lock of the old file keeps other processes out between this check and the rename.
     ///
     /// # Errors
-    /// [`Error::Locked`] while another process replaces it; [`Error::KeyringChanged`]; [`Error::Io`].
+    /// [`Error::Locked`] while another process replaces it; [`Error::KeyringChanged`];
+    /// [`Error::Io`].
     pub(crate) fn replace(&self, bytes: &[u8]) -> Result<()> {
         let failed = || Error::io("write the service keyring", &self.path);
         let old = self.disk.open(&self.path, OpenMode::Read).map_err(failed())?;
@@ -157,8 +179,10 @@ impl KeyringFile {
             Err(error) if error.kind() == ErrorKind::Unsupported => {}
             Err(error) => return Err(failed()(error)),
         }
-        let (locked, named) = (old.stat().map_err(failed())?, self.disk.stat(&self.path).map_err(failed())?);
-        let found = io::read_open_file(&*old, KEYRING_BYTES_MAX).map(Zeroizing::new).map_err(failed())?;
+        let (locked, named) =
+            (old.stat().map_err(failed())?, self.disk.stat(&self.path).map_err(failed())?);
+        let found =
+            io::read_open_file(&*old, KEYRING_BYTES_MAX).map(Zeroizing::new).map_err(failed())?;
         let same_file = named.is_some_and(|named| named.identity == locked.identity);
         let known = lock(&self.known).is_none_or(|known| hash(HashAlg::Sha256, &[&found]) == known);
         if !same_file || !known {
@@ -199,7 +223,9 @@ impl KeyringFile {
     /// A file on the real disk, of a store that does not exist.
     pub(crate) fn for_tests(path: &Path) -> Arc<Self> {
         let store = path.with_extension("store");
-        Arc::new(Self::locate(&io::RealDisk, path, &store, Access::Owner).expect("its directory exists"))
+        Arc::new(
+            Self::locate(&io::RealDisk, path, &store, Access::Owner).expect("its directory exists"),
+        )
     }
 }
 
@@ -217,7 +243,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let owner = RealDisk.stat(dir.path()).unwrap().unwrap().owner;
         let store = dir.path().join("store");
-        let located = || KeyringFile::locate(&RealDisk, &dir.path().join("keyring"), &store, Access::Owner).unwrap();
+        let located = || {
+            KeyringFile::locate(&RealDisk, &dir.path().join("keyring"), &store, Access::Owner)
+                .unwrap()
+        };
         assert_eq!(located().store_owner.map(|owner| owner.uid), owner.map(|owner| owner.uid));
         RealDisk.create_dir(&store).unwrap();
         assert_eq!(located().store_owner.map(|owner| owner.uid), owner.map(|owner| owner.uid));

@@ -93,8 +93,13 @@ impl KeyringSeal {
     ) -> Result<Vec<u8>> {
         let kms = self.kms.serving(&cmk.region_id)?;
         let key = SecretKey::generate(random).map_err(Error::io("draw a random key for", path))?;
-        let wrapped = kms.wrap(cmk, identity.context(), &key).map_err(|cause| service_key(path, cmk, cause))?;
-        let tag = self.cipher(&key)?.seal(&[0; 12], &identity.associated_data(), &mut plain).map_err(Error::Crypto)?;
+        let wrapped = kms
+            .wrap(cmk, identity.context(), &key)
+            .map_err(|cause| service_key(path, cmk, cause))?;
+        let tag = self
+            .cipher(&key)?
+            .seal(&[0; 12], &identity.associated_data(), &mut plain)
+            .map_err(Error::Crypto)?;
         let body = SealedBody {
             cmk: cmk.clone(),
             wrapped: hex_encode(&wrapped),
@@ -105,9 +110,15 @@ impl KeyringSeal {
     }
 
     /// Opens the result of [`KeyringSeal::seal`]. Calls the KMS.
-    pub(super) fn open(&self, path: &Path, identity: KeyringIdentity, body: &SealedBody) -> Result<Zeroizing<Vec<u8>>> {
+    pub(super) fn open(
+        &self,
+        path: &Path,
+        identity: KeyringIdentity,
+        body: &SealedBody,
+    ) -> Result<Zeroizing<Vec<u8>>> {
         let cmk = &body.cmk;
-        let malformed = || Error::corrupt(Location::new(path, 80), "the service keyring does not parse");
+        let malformed =
+            || Error::corrupt(Location::new(path, 80), "the service keyring does not parse");
         let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
         let sealed = hex_decode(&body.sealed).ok_or_else(malformed)?;
         let (sealed, tag) = sealed.split_last_chunk::<16>().ok_or_else(malformed)?;
@@ -119,7 +130,13 @@ impl KeyringSeal {
             return Err(service_key(path, cmk, KmsError::Invalid { detail }));
         }
         let mut plain = Zeroizing::new(vec![0; sealed.len()]);
-        match self.cipher(&key)?.open(&[0; 12], &identity.associated_data(), sealed, tag, &mut plain) {
+        match self.cipher(&key)?.open(
+            &[0; 12],
+            &identity.associated_data(),
+            sealed,
+            tag,
+            &mut plain,
+        ) {
             Ok(()) => Ok(plain),
             Err(CryptoError::AuthenticationFailed) => {
                 Err(Error::Tampered { at: Location::new(path, 0), what: "the service keyring" })
@@ -130,5 +147,10 @@ impl KeyringSeal {
 }
 
 fn service_key(path: &Path, cmk: &Cmk, cause: KmsError) -> Error {
-    Error::ServiceKey { path: path.to_owned(), cmk: cmk.cmk_key_id.clone(), region: cmk.region_id.clone(), cause }
+    Error::ServiceKey {
+        path: path.to_owned(),
+        cmk: cmk.cmk_key_id.clone(),
+        region: cmk.region_id.clone(),
+        cause,
+    }
 }

@@ -107,7 +107,10 @@ pub(crate) struct Lease {
 
 impl fmt::Debug for Lease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lease").field("cmk", &self.cmk).field("terms", &self.terms).finish_non_exhaustive()
+        f.debug_struct("Lease")
+            .field("cmk", &self.cmk)
+            .field("terms", &self.terms)
+            .finish_non_exhaustive()
     }
 }
 
@@ -149,7 +152,9 @@ impl Lease {
     pub(crate) fn listen(&self, listener: Weak<dyn LeaseListener>) {
         {
             let mut listeners = lock(&self.listeners);
-            let same = |other: &Weak<dyn LeaseListener>| std::ptr::addr_eq(other.as_ptr(), listener.as_ptr());
+            let same = |other: &Weak<dyn LeaseListener>| {
+                std::ptr::addr_eq(other.as_ptr(), listener.as_ptr())
+            };
             listeners.retain(|other| other.strong_count() > 0 && !same(other));
             listeners.push(listener);
         }
@@ -291,7 +296,8 @@ impl Lease {
             let every = self.terms.revalidate_every;
             let unreachable = matches!(state.refusal, Some(Refusal::Unreachable(_)));
             let spared_for = every * PERIODS_SPARED;
-            let long_ago = state.last_call.is_none_or(|sent| sent.is_past(spared_for, &*self.clock));
+            let long_ago =
+                state.last_call.is_none_or(|sent| sent.is_past(spared_for, &*self.clock));
             if state.calling.is_some() || !unreachable || !self.ended(&state) || long_ago {
                 None
             } else {
@@ -321,12 +327,18 @@ impl Lease {
 
     /// Unwraps the envelope of a Logstore at its first use. In a known outage this fails at once
     /// instead of waiting for the KMS.
-    pub(crate) fn unwrap_envelope(&self, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+    pub(crate) fn unwrap_envelope(
+        &self,
+        context: EncryptionContext,
+        wrapped: &[u8],
+    ) -> Result<SecretKey, KmsError> {
         let outage = match &lock(&self.state) {
-            state if self.clock.uptime() < state.due && self.breaker.is_open() => match &state.refusal {
-                Some(Refusal::Unreachable(detail)) => Some(detail.clone()),
-                _ => None,
-            },
+            state if self.clock.uptime() < state.due && self.breaker.is_open() => {
+                match &state.refusal {
+                    Some(Refusal::Unreachable(detail)) => Some(detail.clone()),
+                    _ => None,
+                }
+            }
             _ => None,
         };
         match outage {
@@ -375,7 +387,10 @@ impl Lease {
                 warn!(key, region, detail, "an outage begins: KMS unreachable, the lease runs on");
             }
             (_, Err(Invalid(detail))) => {
-                warn!(key, region, detail, "an outage begins: invalid KMS answer, the lease runs on");
+                warn!(
+                    key,
+                    region, detail, "an outage begins: invalid KMS answer, the lease runs on"
+                );
             }
         }
     }
@@ -558,5 +573,8 @@ struct State {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "a thread that waits for another one's call signals nothing")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a thread that waits for another one's call signals nothing"
+)]
 pub(super) mod tests;

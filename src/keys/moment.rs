@@ -18,7 +18,8 @@ impl Moment {
 
     /// Whether at least `duration` has passed since then, by either clock.
     pub(super) fn is_past(self, duration: Duration, clock: &dyn Clock) -> bool {
-        clock.uptime() >= self.uptime + duration || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
+        clock.uptime() >= self.uptime + duration
+            || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
     }
 }
 

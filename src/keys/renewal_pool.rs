@@ -145,7 +145,10 @@ impl Queue {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "the tests watch threads, which signal nothing to them")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the tests watch threads, which signal nothing to them"
+)]
 mod tests {
     use std::{sync::atomic::Ordering, time::Instant};
 
@@ -218,7 +221,9 @@ mod tests {
         for _ in 0..8 {
             let asked = ears.asked.load(Ordering::SeqCst);
             first.start().unwrap();
-            eventually("it is tended", || ears.asked.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1);
+            eventually("it is tended", || {
+                ears.asked.load(Ordering::SeqCst) > asked && lock(&pool.queue).idle == 1
+            });
             assert_eq!(threads(), 1);
         }
         // No lease is due, so no thread tends one.

@@ -68,7 +68,8 @@ impl Watch {
         let took = self.clock.uptime().saturating_sub(began);
         let outcome = Outcome::of(&answer);
         self.meter.count(outcome, took);
-        let (key, region, latency_us) = (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
+        let (key, region, latency_us) =
+            (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
         let outcome = outcome.word();
         match &answer {
             Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "KMS call succeeded"),
@@ -97,15 +98,28 @@ impl BoundedKms {
         self.kms.serves(region_id)
     }
 
-    pub(crate) fn wrap(&self, cmk: &Cmk, context: EncryptionContext, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+    pub(crate) fn wrap(
+        &self,
+        cmk: &Cmk,
+        context: EncryptionContext,
+        key: &SecretKey,
+    ) -> Result<Vec<u8>, KmsError> {
         let key = key.duplicate();
-        self.watch.call(self.name(), "wrap", cmk, || self.call(cmk, context, move |kms, call| kms.wrap(call, &key)))
+        self.watch.call(self.name(), "wrap", cmk, || {
+            self.call(cmk, context, move |kms, call| kms.wrap(call, &key))
+        })
     }
 
-    pub(crate) fn unwrap(&self, cmk: &Cmk, context: EncryptionContext, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+    pub(crate) fn unwrap(
+        &self,
+        cmk: &Cmk,
+        context: EncryptionContext,
+        wrapped: &[u8],
+    ) -> Result<SecretKey, KmsError> {
         let wrapped = wrapped.to_vec();
-        self.watch
-            .call(self.name(), "unwrap", cmk, || self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped)))
+        self.watch.call(self.name(), "unwrap", cmk, || {
+            self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
+        })
     }
 
     /// Makes a call in a thread of its own, and waits for at most the time limit. A call that has
@@ -120,7 +134,9 @@ impl BoundedKms {
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
         // The backend handles the key on this stack. The thread may continue or its stack may be
         // reused.
-        let call = move || on_clean_stack(|| make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout }));
+        let call = move || {
+            on_clean_stack(|| make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout }))
+        };
         if self.inline {
             return call();
         }
@@ -136,6 +152,8 @@ impl BoundedKms {
             let _ = sender.send(call());
         });
         spawned.map_err(|error| unreachable(error.to_string()))?;
-        receiver.recv_timeout(timeout).unwrap_or_else(|_| Err(unreachable(format!("no answer within {timeout:?}"))))
+        receiver
+            .recv_timeout(timeout)
+            .unwrap_or_else(|_| Err(unreachable(format!("no answer within {timeout:?}"))))
     }
 }

@@ -112,13 +112,19 @@ pub struct FaultyKms {
 
 impl fmt::Debug for FaultyKms {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FaultyKms").field("kms", &self.kms).field("calls", &self.calls()).finish_non_exhaustive()
+        f.debug_struct("FaultyKms")
+            .field("kms", &self.kms)
+            .field("calls", &self.calls())
+            .finish_non_exhaustive()
     }
 }
 
 impl FaultyKms {
     /// A KMS in front of `kms`, without a fault.
-    #[expect(clippy::disallowed_methods, reason = "a test with a clock of its own calls `sleeping_by`")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a test with a clock of its own calls `sleeping_by`"
+    )]
     pub fn new(kms: Arc<dyn Kms>) -> Self {
         Self {
             kms,

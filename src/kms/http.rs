@@ -53,13 +53,17 @@ impl Deadline {
 /// for this machine.
 pub(super) fn endpoint(url: &str) -> Result<Uri, &'static str> {
     let uri: Uri = url.parse().map_err(|_| "an endpoint is not a URL")?;
-    let Some(authority) = uri.authority() else { return Err("an endpoint is not a URL with a host") };
-    if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+    let Some(authority) = uri.authority() else {
+        return Err("an endpoint is not a URL with a host");
+    };
+    if authority.as_str().contains('@') || !matches!(uri.path(), "" | "/") || uri.query().is_some()
+    {
         return Err("an endpoint is a scheme, a host and a port, and nothing more");
     }
     let host = authority.host().trim_start_matches('[').trim_end_matches(']');
     // RFC 6761, section 6.3: the name resolves to the loopback address.
-    let loopback = host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    let loopback =
+        host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
     match uri.scheme_str() {
         Some("https") => Ok(uri),
         Some("http") if loopback => Ok(uri),
@@ -98,7 +102,9 @@ impl fmt::Display for NoAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TimedOut(host) => write!(f, "no answer of {host} in time"),
-            Self::TooLong(host) => write!(f, "{host} answered with more than {ANSWER_BYTES_MAX} bytes"),
+            Self::TooLong(host) => {
+                write!(f, "{host} answered with more than {ANSWER_BYTES_MAX} bytes")
+            }
             Self::Broken(why) | Self::Failed(why) => f.write_str(why),
         }
     }
@@ -124,12 +130,18 @@ impl Http {
     /// A client that trusts the certificates of the system, or those in the file that this variable
     /// of the environment names.
     pub(super) fn new(ca_bundle: Option<&'static str>) -> Self {
-        let named = |variable| Some((variable, std::env::var(variable).ok().filter(|path| !path.is_empty())?));
+        let named = |variable| {
+            Some((variable, std::env::var(variable).ok().filter(|path| !path.is_empty())?))
+        };
         Self { agent: Arc::default(), ca_bundle: ca_bundle.and_then(named) }
     }
 
     /// Sends a request and reads the answer. It follows no redirection.
-    pub(super) fn send(&self, request: Request<&[u8]>, deadline: Deadline) -> Result<Answer, NoAnswer> {
+    pub(super) fn send(
+        &self,
+        request: Request<&[u8]>,
+        deadline: Deadline,
+    ) -> Result<Answer, NoAnswer> {
         let agent = self.agent().map_err(NoAnswer::Failed)?;
         let host = authority(request.uri()).to_owned();
         let Some(left) = deadline.left() else { return Err(NoAnswer::TimedOut(host)) };
@@ -190,7 +202,9 @@ impl Http {
 }
 
 fn no_answer(error: &Error, host: &str) -> NoAnswer {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof};
+    use io::ErrorKind::{
+        BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut, UnexpectedEof,
+    };
     match error {
         Error::Timeout(_) => NoAnswer::TimedOut(host.to_owned()),
         Error::Io(error) => match error.kind() {
@@ -213,8 +227,9 @@ fn certificates(variable: &str, path: &str) -> Result<Vec<Certificate<'static>>,
     let pem = read_configured(path.as_ref(), CA_BUNDLE_BYTES_MAX)
         .map_err(|error| format!("cannot read {path}, which {variable} names: {error}"))?;
     let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-    let ders =
-        ders.map_err(|error| format!("{path}, which {variable} names, is not a list of certificates: {error}"))?;
+    let ders = ders.map_err(|error| {
+        format!("{path}, which {variable} names, is not a list of certificates: {error}")
+    })?;
     if ders.is_empty() {
         return Err(format!("{path}, which {variable} names, has no certificate"));
     }
@@ -231,7 +246,10 @@ mod tests {
     fn an_endpoint_is_https_or_on_this_machine() {
         for (url, wanted) in [
             ("https://kms.cn-hangzhou.aliyuncs.com", "kms.cn-hangzhou.aliyuncs.com"),
-            ("https://kst-1.cryptoservice.kms.aliyuncs.com/", "kst-1.cryptoservice.kms.aliyuncs.com"),
+            (
+                "https://kst-1.cryptoservice.kms.aliyuncs.com/",
+                "kst-1.cryptoservice.kms.aliyuncs.com",
+            ),
             ("http://127.0.0.1:8080", "127.0.0.1:8080"),
             ("http://[::1]:8080", "[::1]:8080"),
             ("http://localhost:1", "localhost:1"),

@@ -88,7 +88,8 @@ impl KmsMeter {
     }
 
     pub(crate) fn read(&self) -> KmsMetrics {
-        let [success, revoked, unreachable, invalid] = array::from_fn(|outcome| self.0[outcome].read());
+        let [success, revoked, unreachable, invalid] =
+            array::from_fn(|outcome| self.0[outcome].read());
         KmsMetrics { success, revoked, unreachable, invalid }
     }
 }

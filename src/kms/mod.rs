@@ -236,7 +236,8 @@ mod tests {
         let cmk: Cmk = serde_json::from_str(text).unwrap();
         assert_eq!(cmk.cmk_key_id, "key-1");
         assert_eq!(serde_json::to_string(&cmk).unwrap(), text);
-        let missing = serde_json::from_str::<Cmk>(r#"{"cmk_key_id":"key-1","arn":"a"}"#).unwrap_err();
+        let missing =
+            serde_json::from_str::<Cmk>(r#"{"cmk_key_id":"key-1","arn":"a"}"#).unwrap_err();
         assert!(missing.to_string().contains("region_id"), "{missing}");
         let unknown = serde_json::from_str::<Cmk>(&text.replace("arn", "role")).unwrap_err();
         assert!(unknown.to_string().contains("role"), "{unknown}");
@@ -254,7 +255,10 @@ mod tests {
             assert_eq!(serde_json::to_value(reason).unwrap(), name);
             assert_eq!(serde_json::from_value::<RevokedReason>(name.into()).unwrap(), reason);
         }
-        let error = KmsError::Revoked { reason: RevokedReason::Disabled, detail: "key-1 of cn-hangzhou".into() };
+        let error = KmsError::Revoked {
+            reason: RevokedReason::Disabled,
+            detail: "key-1 of cn-hangzhou".into(),
+        };
         assert_eq!(error.to_string(), "the customer master key is disabled: key-1 of cn-hangzhou");
     }
 }

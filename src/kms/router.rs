@@ -17,7 +17,12 @@ pub(crate) struct KmsRouter {
 impl KmsRouter {
     /// Bounds the calls to `kms` by `timeout`. With `inline` a call runs in the thread of its
     /// caller, and its backend is trusted with the bound.
-    pub(crate) fn new(kms: &[Arc<dyn Kms>], timeout: Duration, inline: bool, clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(
+        kms: &[Arc<dyn Kms>],
+        timeout: Duration,
+        inline: bool,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
         let watch = Watch { clock, meter: Arc::default() };
         let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
         Self { kms: kms.iter().map(bounded).collect(), timeout, watch }
@@ -33,13 +38,18 @@ impl KmsRouter {
     /// # Errors
     /// [`NoKms`] when none serves it. A KMS may serve it later: each answers that by itself.
     pub(crate) fn serving(&self, region: &str) -> Result<&BoundedKms, NoKms> {
-        self.kms.iter().find(|kms| kms.serves(region)).ok_or_else(|| NoKms { region: region.to_owned() })
+        self.kms
+            .iter()
+            .find(|kms| kms.serves(region))
+            .ok_or_else(|| NoKms { region: region.to_owned() })
     }
 
     /// The KMS that serves a region. If none does, a KMS that looks for one at each call.
     pub(crate) fn serving_or_later(&self, region: &str) -> BoundedKms {
         // The stand-in needs no thread: it fails at once, or makes a call that is bounded already.
-        let later = |_| BoundedKms::new(Arc::new(Later(self.clone())), self.timeout, true, self.watch.clone());
+        let later = |_| {
+            BoundedKms::new(Arc::new(Later(self.clone())), self.timeout, true, self.watch.clone())
+        };
         self.serving(region).cloned().unwrap_or_else(later)
     }
 }
@@ -127,9 +137,11 @@ mod tests {
 
     #[test]
     fn the_first_kms_that_serves_a_region_is_asked_also_one_that_serves_it_later() {
-        let kms = ["cn", "cn-north", "eu"].map(|name| Arc::new(Regional(name, AtomicBool::new(name != "eu"))));
+        let kms = ["cn", "cn-north", "eu"]
+            .map(|name| Arc::new(Regional(name, AtomicBool::new(name != "eu"))));
         let all = kms.clone().map(|kms| kms as Arc<dyn Kms>);
-        let router = KmsRouter::new(&all, Duration::from_secs(1), true, Arc::new(crate::io::SystemClock));
+        let router =
+            KmsRouter::new(&all, Duration::from_secs(1), true, Arc::new(crate::io::SystemClock));
         assert_eq!(router.serving("cn-north").unwrap().name(), "cn");
         assert_eq!(router.serving_or_later("cn-north").name(), "cn");
         let none = router.serving("eu").unwrap_err();

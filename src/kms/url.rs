@@ -46,7 +46,9 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         #[cfg(feature = "kms-aliyun")]
         "aliyun-kms" => Ok(Arc::new(super::AliyunKms::from_url(rest)?)),
         #[cfg(feature = "kms-local")]
-        "local" if rest.is_empty() => Err(KmsUrlError::Malformed("local: names no directory".to_owned())),
+        "local" if rest.is_empty() => {
+            Err(KmsUrlError::Malformed("local: names no directory".to_owned()))
+        }
         #[cfg(feature = "kms-local")]
         "local" => Ok(Arc::new(super::LocalKms::at(rest))),
         #[cfg(feature = "kms-pkcs11")]
@@ -62,7 +64,8 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
                 cfg!(feature = "kms-pkcs11").then_some("pkcs11:…?region=…"),
             ];
             let built_in: Vec<_> = built_in.into_iter().flatten().collect();
-            let built_in = if built_in.is_empty() { "none".to_owned() } else { built_in.join(", ") };
+            let built_in =
+                if built_in.is_empty() { "none".to_owned() } else { built_in.join(", ") };
             Err(KmsUrlError::Unsupported { scheme: scheme.to_owned(), built_in })
         }
     }
@@ -75,15 +78,24 @@ mod tests {
     #[test]
     fn a_scheme_picks_the_backend() {
         let error = from_url("ftp://host").unwrap_err();
-        assert!(matches!(&error, KmsUrlError::Unsupported { scheme, .. } if scheme == "ftp"), "{error}");
+        assert!(
+            matches!(&error, KmsUrlError::Unsupported { scheme, .. } if scheme == "ftp"),
+            "{error}"
+        );
         #[cfg(feature = "kms-aliyun")]
         {
-            let name = |url| from_url(url).map(|kms| (kms.name().to_owned(), kms.serves("cn-hangzhou")));
+            let name =
+                |url| from_url(url).map(|kms| (kms.name().to_owned(), kms.serves("cn-hangzhou")));
             let served = Ok(("aliyun".to_owned(), true));
             assert_eq!(name("aliyun-kms://cn-hangzhou"), served);
-            assert_eq!(name("aliyun-kms://cn-hangzhou?endpoint=https://kms-vpc.cn-hangzhou.aliyuncs.com"), served);
             assert_eq!(
-                name("aliyun-kms://cn-hangzhou/?sts-endpoint=http%3A%2F%2F127.0.0.1%3A1&endpoint=http://[::1]:2"),
+                name("aliyun-kms://cn-hangzhou?endpoint=https://kms-vpc.cn-hangzhou.aliyuncs.com"),
+                served
+            );
+            assert_eq!(
+                name(
+                    "aliyun-kms://cn-hangzhou/?sts-endpoint=http%3A%2F%2F127.0.0.1%3A1&endpoint=http://[::1]:2"
+                ),
                 served
             );
             assert_eq!(name("aliyun-kms://eu-central-1"), Ok(("aliyun".to_owned(), false)));
@@ -103,12 +115,18 @@ mod tests {
         }
         #[cfg(feature = "kms-local")]
         {
-            assert_eq!(from_url("local:/some/where").map(|kms| kms.name().to_owned()), Ok("local".to_owned()));
+            assert_eq!(
+                from_url("local:/some/where").map(|kms| kms.name().to_owned()),
+                Ok("local".to_owned())
+            );
             assert!(matches!(from_url("local:"), Err(KmsUrlError::Malformed(_))));
         }
         #[cfg(feature = "kms-aws")]
         {
-            assert_eq!(from_url("aws-kms://eu-west-1").map(|kms| kms.name().to_owned()), Ok("aws-kms".to_owned()));
+            assert_eq!(
+                from_url("aws-kms://eu-west-1").map(|kms| kms.name().to_owned()),
+                Ok("aws-kms".to_owned())
+            );
             assert!(matches!(from_url("aws-kms:"), Err(KmsUrlError::Malformed(_))));
         }
     }

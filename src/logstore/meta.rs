@@ -52,7 +52,8 @@ impl MetaName {
     /// Parses a file name. `None` if it is not that of a metadata file.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let (generation, tag) = name.strip_prefix("meta-")?.split_once('-')?;
-        let parsed = Self { generation: generation.parse().ok()?, tag: hex_decode(tag)?.try_into().ok()? };
+        let parsed =
+            Self { generation: generation.parse().ok()?, tag: hex_decode(tag)?.try_into().ok()? };
         (parsed.to_string() == name).then_some(parsed)
     }
 
@@ -68,7 +69,8 @@ impl MetaName {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries.map_err(Error::io("list", logstore_dir))?,
         };
-        let mut names: Vec<_> = entries.iter().filter_map(|entry| Self::parse(&entry.name)).collect();
+        let mut names: Vec<_> =
+            entries.iter().filter_map(|entry| Self::parse(&entry.name)).collect();
         names.sort_unstable();
         Ok(names)
     }
@@ -163,13 +165,17 @@ impl Meta {
         let bytes = match read(disk, &path) {
             // The other files are of older changes, or of changes that the catalogue does not name.
             Err(Error::Truncated { .. }) if !MetaName::list(disk, logstore_dir)?.is_empty() => {
-                let what =
-                    format!("{}, which the catalogue names, is not there, and other metadata is", path.display());
+                let what = format!(
+                    "{}, which the catalogue names, is not there, and other metadata is",
+                    path.display()
+                );
                 return Err(Error::RolledBack { what });
             }
             bytes => bytes?,
         };
-        let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| keyring.document_key(version))?;
+        let document = document::open(&bytes, DocumentKind::Logstore, &path, |version| {
+            keyring.document_key(version)
+        })?;
         let meta = Self::from_document(&document, store, id, &path)?;
         let meta = Self { tag: document::tag_a(&bytes), ..meta };
         if meta.reference() != *named {
@@ -182,7 +188,9 @@ impl Meta {
 
     /// Checks the rules within the document.
     fn check(&self, path: &Path) -> Result<()> {
-        let broken = |rule: String| Err(Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")));
+        let broken = |rule: String| {
+            Err(Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")))
+        };
         if let Err(rule) = self.config.check() {
             return broken(rule);
         }
@@ -198,7 +206,9 @@ impl Meta {
             return broken(rule);
         }
         if keys.shard_count() != self.config.shards.len() {
-            return broken("a data-key version does not have one ordinal for each shard".to_owned());
+            return broken(
+                "a data-key version does not have one ordinal for each shard".to_owned(),
+            );
         }
         if keys.since > self.generation {
             return broken("it is older than the first envelope".to_owned());
@@ -214,7 +224,9 @@ impl Meta {
         }
         match keys.cmk.is_some() == self.tagged.is_some() {
             true => Ok(()),
-            false => broken("there is a second tag without a customer's key, or none with one".to_owned()),
+            false => broken(
+                "there is a second tag without a customer's key, or none with one".to_owned(),
+            ),
         }
     }
 
@@ -229,23 +241,44 @@ impl Meta {
         data_key: impl FnOnce(&KeysSection) -> Result<SecretKey>,
     ) -> Result<Self> {
         let meta = Self::load_unverified(disk, path, store, id)?;
-        let tampered = || Error::Tampered { at: Location::new(path, 0), what: "the keys section of the metadata" };
+        let tampered = || Error::Tampered {
+            at: Location::new(path, 0),
+            what: "the keys section of the metadata",
+        };
         let (Some(keys), Some(tagged)) = (&meta.keys, &meta.tagged) else { return Err(tampered()) };
         tagged.prove(&data_key(keys)?)?;
-        keys.check().map_err(|rule| Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}")))?;
+        keys.check().map_err(|rule| {
+            Error::corrupt(Location::new(path, 80), format!("the metadata: {rule}"))
+        })?;
         Ok(meta)
     }
 
     /// Reads metadata from the file `path`. It authenticates nothing.
-    pub(crate) fn load_unverified(disk: &dyn Disk, path: &Path, store: StoreId, id: LogstoreId) -> Result<Self> {
+    pub(crate) fn load_unverified(
+        disk: &dyn Disk,
+        path: &Path,
+        store: StoreId,
+        id: LogstoreId,
+    ) -> Result<Self> {
         let bytes = read(disk, path)?;
         let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(path, 0))?;
         Self::from_document(parsed.unverified(), store, id, path)
     }
 
-    fn from_document(document: &Document, store: StoreId, id: LogstoreId, path: &Path) -> Result<Self> {
-        if document.kind != DocumentKind::Logstore || document.store != store || document.subject != *id.as_bytes() {
-            return Err(Error::Tampered { at: Location::new(path, 0), what: "the metadata of another Logstore" });
+    fn from_document(
+        document: &Document,
+        store: StoreId,
+        id: LogstoreId,
+        path: &Path,
+    ) -> Result<Self> {
+        if document.kind != DocumentKind::Logstore
+            || document.store != store
+            || document.subject != *id.as_bytes()
+        {
+            return Err(Error::Tampered {
+                at: Location::new(path, 0),
+                what: "the metadata of another Logstore",
+            });
         }
         let malformed = |error: serde_json::Error| {
             Error::corrupt(Location::new(path, 80), format!("the metadata does not parse: {error}"))
@@ -255,8 +288,13 @@ impl Meta {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
-        if let Some(probe) = keys.as_ref().map(|keys| &keys.probe).filter(|probe| *probe != PROBE_SHARED) {
-            return Err(Error::UnsupportedFeature { path: path.to_owned(), what: format!("probe {probe:?}") });
+        if let Some(probe) =
+            keys.as_ref().map(|keys| &keys.probe).filter(|probe| *probe != PROBE_SHARED)
+        {
+            return Err(Error::UnsupportedFeature {
+                path: path.to_owned(),
+                what: format!("probe {probe:?}"),
+            });
         }
         Ok(Self {
             generation: document.generation,
@@ -282,7 +320,9 @@ impl Meta {
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
         let json = "plain data always serializes";
-        let serialized = || self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json));
+        let serialized = || {
+            self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json))
+        };
         let (b, tag_b) = match (&self.tagged, data_key) {
             (Some(tagged), None) => tagged.parts(),
             _ => (serialized(), None),
@@ -307,7 +347,8 @@ impl Meta {
         if data_key.is_some() {
             self.tagged = TaggedKeys::of(&document, &path).map(Arc::new);
         }
-        io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))?;
+        io::write_file(disk, &path, &bytes, Existing::Replace)
+            .map_err(Error::io("write", &path))?;
         self.keyring_version = keyring.newest();
         Ok(())
     }
@@ -329,7 +370,8 @@ mod tests {
 
     #[test]
     fn what_is_about_something_else_is_refused() {
-        let config = LogstoreConfig::new("p/l".parse().unwrap(), LogstoreSpec::default(), 1).unwrap();
+        let config =
+            LogstoreConfig::new("p/l".parse().unwrap(), LogstoreSpec::default(), 1).unwrap();
         let (store, id) = (StoreId::from_bytes([1; 16]), LogstoreId::from_bytes([2; 16]));
         let read = |kind, of: u8, subject: u8| {
             let document = Document {
@@ -346,11 +388,19 @@ mod tests {
             Meta::from_document(&document, store, id, Path::new("meta"))
         };
         let meta = read(DocumentKind::Logstore, 1, 2).unwrap();
-        assert_eq!((meta.generation, meta.keyring_version, meta.config.name), (3, 4, config.name.clone()));
-        for (kind, of, subject) in
-            [(DocumentKind::Probe, 1, 2), (DocumentKind::Logstore, 5, 2), (DocumentKind::Logstore, 1, 5)]
-        {
-            assert!(matches!(read(kind, of, subject), Err(Error::Tampered { .. })), "{kind:?} {of} {subject}");
+        assert_eq!(
+            (meta.generation, meta.keyring_version, meta.config.name),
+            (3, 4, config.name.clone())
+        );
+        for (kind, of, subject) in [
+            (DocumentKind::Probe, 1, 2),
+            (DocumentKind::Logstore, 5, 2),
+            (DocumentKind::Logstore, 1, 5),
+        ] {
+            assert!(
+                matches!(read(kind, of, subject), Err(Error::Tampered { .. })),
+                "{kind:?} {of} {subject}"
+            );
         }
     }
 }

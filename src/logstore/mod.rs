@@ -23,8 +23,8 @@ use crate::{
     kms::Cmk,
     segment::KeySource,
     shard::{
-        Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardRecord,
-        Ticket, WritePlan,
+        Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard,
+        ShardContext, ShardRecord, Ticket, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard, RwLock,
@@ -102,7 +102,10 @@ pub(crate) struct LogstoreShared {
 
 impl std::fmt::Debug for LogstoreShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Logstore").field("name", &self.name).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Logstore")
+            .field("name", &self.name)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -208,7 +211,9 @@ impl LogstoreShared {
     }
 
     fn shard(&self, id: u32) -> Result<&Arc<Shard>> {
-        self.shards.get(id as usize).ok_or_else(|| Error::ShardMissing { logstore: self.name.clone(), shard: id })
+        self.shards
+            .get(id as usize)
+            .ok_or_else(|| Error::ShardMissing { logstore: self.name.clone(), shard: id })
     }
 
     fn choose(&self, choice: ShardChoice) -> Result<&Arc<Shard>> {
@@ -223,13 +228,17 @@ impl LogstoreShared {
                 id
             }
             ShardChoice::HashKey(key) => {
-                let owner = shards.iter().find(|info| info.status == ShardStatus::ReadWrite && info.owns(key));
+                let owner = shards
+                    .iter()
+                    .find(|info| info.status == ShardStatus::ReadWrite && info.owns(key));
                 owner.map(|info| info.id).ok_or(Error::Closed("the shard of that hash key"))?
             }
             ShardChoice::RoundRobin => {
-                let count = shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).count();
+                let count =
+                    shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).count();
                 let turn = self.next_shard.fetch_add(1, Ordering::Relaxed) % count.max(1);
-                let chosen = shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).nth(turn);
+                let chosen =
+                    shards.iter().filter(|info| info.status == ShardStatus::ReadWrite).nth(turn);
                 chosen.map(|info| info.id).ok_or(Error::Closed("every shard"))?
             }
         };
@@ -244,7 +253,11 @@ impl LogstoreShared {
             current: key.version == keys.current,
             shredded: key.wrapped.is_none(),
             service_key_version: key.keyring_version,
-            cmk_version: keys.cmk.as_ref().zip(observer).and_then(|(cmk, store)| store.envelope_version(cmk, key)),
+            cmk_version: keys
+                .cmk
+                .as_ref()
+                .zip(observer)
+                .and_then(|(cmk, store)| store.envelope_version(cmk, key)),
             ..DataKeyStatus::default()
         }
     }
@@ -280,7 +293,11 @@ impl LogstoreShared {
             bytes_compressed: 0,
             bytes_stored: 0,
             recovery: self.shards.iter().flat_map(|shard| shard.notices()).collect(),
-            latched: self.shards.iter().find_map(|shard| shard.latch_cause()).map(|cause| cause.to_string()),
+            latched: self
+                .shards
+                .iter()
+                .find_map(|shard| shard.latch_cause())
+                .map(|cause| cause.to_string()),
         };
         for shard in &self.shards {
             for name in shard.segments(true)?.iter() {
@@ -312,7 +329,9 @@ impl LogstoreShared {
                 let entry = match status.data_keys.iter_mut().find(|key| key.version == version) {
                     Some(entry) => entry,
                     None => {
-                        status.data_keys.push(DataKeyStatus { version, ..DataKeyStatus::default() });
+                        status
+                            .data_keys
+                            .push(DataKeyStatus { version, ..DataKeyStatus::default() });
                         let Some(entry) = status.data_keys.last_mut() else { continue };
                         entry
                     }
@@ -433,7 +452,10 @@ pub struct Logstore {
 }
 
 impl Logstore {
-    pub(crate) fn new(shared: Arc<LogstoreShared>, open: Arc<dyn std::any::Any + Send + Sync>) -> Self {
+    pub(crate) fn new(
+        shared: Arc<LogstoreShared>,
+        open: Arc<dyn std::any::Any + Send + Sync>,
+    ) -> Self {
         Self { shared, _open: open }
     }
 

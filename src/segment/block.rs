@@ -3,7 +3,9 @@
 use bytes::BufMut;
 use zeroize::Zeroize;
 
-use super::{BLOCK_GROUPS_MAX, BLOCK_LIST_BYTES_MAX, Compression, HASH_LEN, SEGMENT_TAG_LEN, TAG_LEN};
+use super::{
+    BLOCK_GROUPS_MAX, BLOCK_LIST_BYTES_MAX, Compression, HASH_LEN, SEGMENT_TAG_LEN, TAG_LEN,
+};
 use crate::wire::{CRC_LEN, Cursor, DecodeError, put_crc, require, strip_crc};
 
 pub(super) const MAGIC: &[u8; 4] = b"EBLK";
@@ -155,7 +157,10 @@ impl BlockHeader {
             }
             // A group takes at least the two bytes of its frame.
             BlockKind::Groups | BlockKind::Opaque => {
-                require(self.group_count > 0 && self.list_len >= 2 * self.group_count, "number of groups")?;
+                require(
+                    self.group_count > 0 && self.list_len >= 2 * self.group_count,
+                    "number of groups",
+                )?;
             }
         }
         require(self.kind == BlockKind::Groups || self.log_count == 0, "number of logs")?;
@@ -163,9 +168,14 @@ impl BlockHeader {
         require(self.log_count <= self.list_len / 2, "number of logs")?;
         match self.compression {
             Compression::None => require(self.payload_len == self.raw_len, "payload length")?,
-            _ => require(0 < self.payload_len && self.payload_len < self.raw_len, "payload length")?,
+            _ => {
+                require(0 < self.payload_len && self.payload_len < self.raw_len, "payload length")?
+            }
         }
-        require(self.first_seq.checked_add(u64::from(self.group_count)).is_some(), "first sequence number")?;
+        require(
+            self.first_seq.checked_add(u64::from(self.group_count)).is_some(),
+            "first sequence number",
+        )?;
         require(self.first_time_us <= self.last_time_us, "receive times")
     }
 
@@ -216,7 +226,8 @@ impl<'a> BlockView<'a> {
         let header = BlockHeader::decode(bytes)?;
         let block = Cursor::new(bytes).bytes(header.block_len() as usize)?;
         let covered = strip_crc(block)?;
-        let (header_bytes, rest) = covered.split_first_chunk().ok_or(DecodeError::Field("block"))?;
+        let (header_bytes, rest) =
+            covered.split_first_chunk().ok_or(DecodeError::Field("block"))?;
         let (payload, tag) = rest.split_last_chunk().ok_or(DecodeError::Field("block"))?;
         Ok(Self { header, header_bytes, payload, tag: *tag })
     }
@@ -251,7 +262,11 @@ impl SealBuffer {
 
     /// Puts the header in front of the payload. Returns the bytes to seal, with the payload at
     /// [`SealBuffer::PAYLOAD_AT`].
-    pub(crate) fn with_header(&mut self, header_hash: &[u8; HASH_LEN], header: &BlockHeader) -> &mut [u8] {
+    pub(crate) fn with_header(
+        &mut self,
+        header_hash: &[u8; HASH_LEN],
+        header: &BlockHeader,
+    ) -> &mut [u8] {
         debug_assert_eq!(header.check(), Ok(()));
         debug_assert_eq!(header.segment_tag, header_hash[..SEGMENT_TAG_LEN]);
         debug_assert_eq!(header.payload_len as usize, self.payload_len());
@@ -389,14 +404,21 @@ mod tests {
             (BlockHeader { list_len: 2, raw_len: 2, ..mark }, "contents of a mark"),
             (BlockHeader { compression: Compression::Zstd, ..mark }, "compression of a mark"),
             (BlockHeader { payload_len: 1, ..mark }, "payload length"),
-            (BlockHeader { last_time_us: mark.first_time_us + 1, ..mark }, "receive times of a mark"),
+            (
+                BlockHeader { last_time_us: mark.first_time_us + 1, ..mark },
+                "receive times of a mark",
+            ),
             (BlockHeader { payload_len: 107, ..plain }, "payload length"),
             (BlockHeader { payload_len: 108, ..sample() }, "payload length"),
             (BlockHeader { payload_len: 0, ..sample() }, "payload length"),
             (BlockHeader { first_seq: u64::MAX - 1, ..sample() }, "first sequence number"),
             (BlockHeader { last_time_us: 0, ..sample() }, "receive times"),
         ] {
-            assert_eq!(BlockHeader::decode(&wrong.encode()), Err(DecodeError::Field(what)), "{wrong:?}");
+            assert_eq!(
+                BlockHeader::decode(&wrong.encode()),
+                Err(DecodeError::Field(what)),
+                "{wrong:?}"
+            );
         }
         for (at, what) in [
             (4, "kind of the block"),

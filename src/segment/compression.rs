@@ -2,7 +2,9 @@
 
 use std::{fmt, str::FromStr};
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use lz4_flex::block::{
+    CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size,
+};
 use serde::{Deserialize, Serialize};
 use zstd::zstd_safe::{compress_bound, find_frame_compressed_size, get_frame_content_size};
 
@@ -52,7 +54,10 @@ impl Compression {
     }
 
     pub(super) fn from_code(code: u8) -> Result<Self, DecodeError> {
-        Self::ALL.into_iter().find(|one| one.code() == code).ok_or(DecodeError::Field("compression"))
+        Self::ALL
+            .into_iter()
+            .find(|one| one.code() == code)
+            .ok_or(DecodeError::Field("compression"))
     }
 }
 
@@ -71,7 +76,10 @@ impl FromStr for Compression {
     type Err = UnknownCompression;
 
     fn from_str(name: &str) -> Result<Self, UnknownCompression> {
-        Self::ALL.into_iter().find(|one| one.name() == name).ok_or_else(|| UnknownCompression(name.to_owned()))
+        Self::ALL
+            .into_iter()
+            .find(|one| one.name() == name)
+            .ok_or_else(|| UnknownCompression(name.to_owned()))
     }
 }
 
@@ -85,7 +93,12 @@ pub(crate) struct Compressor {
 impl Compressor {
     /// Appends the compressed `raw` to `out`. Returns the compression used: the requested one, or
     /// `None` if `raw` would not shrink.
-    pub(crate) fn compress(&mut self, compression: Compression, raw: &[u8], out: &mut Vec<u8>) -> Compression {
+    pub(crate) fn compress(
+        &mut self,
+        compression: Compression,
+        raw: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Compression {
         let start = out.len();
         let bound = match compression {
             Compression::None => 0,
@@ -100,7 +113,9 @@ impl Compressor {
                 let table = self.lz4.get_or_insert_with(CompressTable::large);
                 compress_into_with_table(raw, room, table).ok()
             }
-            Compression::Zstd => self.zstd().and_then(|zstd| zstd.compress_to_buffer(raw, room).ok()),
+            Compression::Zstd => {
+                self.zstd().and_then(|zstd| zstd.compress_to_buffer(raw, room).ok())
+            }
         };
         match len.filter(|&len| len < raw.len()) {
             Some(len) => {
@@ -194,7 +209,13 @@ mod tests {
         for line in 0..lines {
             let status = [200, 404, 500][line * 7 % 3];
             text.extend_from_slice(
-                format!("10.0.{}.{} GET /api/v1/items/{} {status}\n", line % 7, line % 251, line * 31).as_bytes(),
+                format!(
+                    "10.0.{}.{} GET /api/v1/items/{} {status}\n",
+                    line % 7,
+                    line % 251,
+                    line * 31
+                )
+                .as_bytes(),
             );
         }
         text
@@ -226,7 +247,9 @@ mod tests {
                 assert_eq!(compressor.compress(compression, &text, &mut out), compression);
                 assert!(out.len() - 6 < text.len());
                 assert_eq!(out[..6], *b"before");
-                decompressor.decompress(compression, &out[6..], text.len() as u32, &mut raw).unwrap();
+                decompressor
+                    .decompress(compression, &out[6..], text.len() as u32, &mut raw)
+                    .unwrap();
                 assert_eq!(raw, text);
             }
         }
@@ -239,7 +262,10 @@ mod tests {
         for raw in [&[][..], b"a", &random] {
             for compression in Compression::ALL {
                 let mut out = b"before".to_vec();
-                assert_eq!(Compressor::default().compress(compression, raw, &mut out), Compression::None);
+                assert_eq!(
+                    Compressor::default().compress(compression, raw, &mut out),
+                    Compression::None
+                );
                 assert_eq!(out[6..], *raw);
             }
         }
@@ -252,12 +278,19 @@ mod tests {
         let mut raw = Vec::new();
         for compression in Compression::ALL {
             let mut stored = Vec::new();
-            assert_eq!(Compressor::default().compress(compression, &text, &mut stored), compression);
+            assert_eq!(
+                Compressor::default().compress(compression, &text, &mut stored),
+                compression
+            );
             let mut decompressor = Decompressor::default();
-            for wrong in [0, 1, len - 1, len + 1, BLOCK_RAW_BYTES_MAX, BLOCK_RAW_BYTES_MAX + 1, u32::MAX] {
+            for wrong in
+                [0, 1, len - 1, len + 1, BLOCK_RAW_BYTES_MAX, BLOCK_RAW_BYTES_MAX + 1, u32::MAX]
+            {
                 decompressor.decompress(compression, &stored, wrong, &mut raw).unwrap_err();
             }
-            decompressor.decompress(compression, &stored[..stored.len() - 1], len, &mut raw).unwrap_err();
+            decompressor
+                .decompress(compression, &stored[..stored.len() - 1], len, &mut raw)
+                .unwrap_err();
             let twice = [&stored[..], &stored].concat();
             decompressor.decompress(compression, &twice, len, &mut raw).unwrap_err();
             // A zstd decoder skips such a frame (RFC 8878, section 3.1.2). The engine never writes
@@ -273,13 +306,20 @@ mod tests {
     #[test]
     fn a_zstd_window_has_a_limit() {
         let mut raw = Vec::new();
-        for (window, taken) in
-            [(9 << 3, true), (17 << 3, true), (17 << 3 | 1, false), (18 << 3, false), (31 << 3 | 7, false)]
-        {
+        for (window, taken) in [
+            (9 << 3, true),
+            (17 << 3, true),
+            (17 << 3 | 1, false),
+            (18 << 3, false),
+            (31 << 3 | 7, false),
+        ] {
             // A frame with its content size in four bytes, and one block that repeats one byte 1000
             // times.
-            let frame = [&b"\x28\xb5\x2f\xfd\x80"[..], &[window], &1000_u32.to_le_bytes(), b"\x43\x1f\0a"].concat();
-            let back = Decompressor::default().decompress(Compression::Zstd, &frame, 1000, &mut raw);
+            let frame =
+                [&b"\x28\xb5\x2f\xfd\x80"[..], &[window], &1000_u32.to_le_bytes(), b"\x43\x1f\0a"]
+                    .concat();
+            let back =
+                Decompressor::default().decompress(Compression::Zstd, &frame, 1000, &mut raw);
             assert_eq!(back.is_ok(), taken, "{window:#x}");
             assert!(!taken || raw == [b'a'; 1000]);
         }

@@ -21,8 +21,14 @@ pub(crate) struct Entry {
 ///
 /// # Errors
 /// The rule of the format that the block breaks. `each` may have received some entries by then.
-pub(crate) fn entries(header: &BlockHeader, raw: &[u8], mut each: impl FnMut(Entry)) -> Result<(), &'static str> {
-    let (list, table) = raw.split_at_checked(header.list_len as usize).ok_or("its list is longer than its payload")?;
+pub(crate) fn entries(
+    header: &BlockHeader,
+    raw: &[u8],
+    mut each: impl FnMut(Entry),
+) -> Result<(), &'static str> {
+    let (list, table) = raw
+        .split_at_checked(header.list_len as usize)
+        .ok_or("its list is longer than its payload")?;
     let mut table = table.chunks_exact(4);
     let (mut end, mut last, mut count) = (0, 0, 0u64);
     for frame in group::frames(list) {
@@ -50,7 +56,9 @@ pub(crate) fn entries(header: &BlockHeader, raw: &[u8], mut each: impl FnMut(Ent
         return Err("its list has fewer records than its header says");
     }
     // The table stores a difference that is too large for it as the largest number.
-    if u64::from(last) != header.last_time_us.saturating_sub(header.first_time_us).min(u32::MAX.into()) {
+    if u64::from(last)
+        != header.last_time_us.saturating_sub(header.first_time_us).min(u32::MAX.into())
+    {
         return Err("its last receive time is not the one in its header");
     }
     Ok(())
@@ -61,11 +69,16 @@ pub(crate) fn entries(header: &BlockHeader, raw: &[u8], mut each: impl FnMut(Ent
 ///
 /// # Errors
 /// The rule of the format that the block breaks.
-pub(crate) fn check_groups(header: &BlockHeader, list: &[u8], bytes: &[Range<usize>]) -> Result<(), String> {
+pub(crate) fn check_groups(
+    header: &BlockHeader,
+    list: &[u8],
+    bytes: &[Range<usize>],
+) -> Result<(), String> {
     let mut logs = 0u64;
     for (number, range) in bytes.iter().enumerate() {
         let group = list.get(range.clone()).unwrap_or_default();
-        let summary = group::validate_group(group).map_err(|error| format!("group {number} of it: {error}"))?;
+        let summary = group::validate_group(group)
+            .map_err(|error| format!("group {number} of it: {error}"))?;
         logs += u64::from(summary.logs);
     }
     match logs == u64::from(header.log_count) {

@@ -3,8 +3,8 @@
 use bytes::BufMut;
 
 use super::{
-    BlockHeader, HASH_LEN, INDEX_ENTRIES_MAX, INDEX_STRIDE_BYTES, SEGMENT_TAG_LEN, TAG_LEN, block::nonce,
-    header::DecodedHeader,
+    BlockHeader, HASH_LEN, INDEX_ENTRIES_MAX, INDEX_STRIDE_BYTES, SEGMENT_TAG_LEN, TAG_LEN,
+    block::nonce, header::DecodedHeader,
 };
 use crate::{
     crypto::{self, HashAlg, Hasher},
@@ -76,7 +76,8 @@ pub struct DecodedFooter {
 impl Footer {
     /// The longest footer in bytes, trailer included.
     pub const LEN_MAX: u64 =
-        (FIXED_LEN + INDEX_ENTRIES_MAX as usize * ENTRY_LEN + TAG_LEN + CRC_LEN + Trailer::LEN) as u64;
+        (FIXED_LEN + INDEX_ENTRIES_MAX as usize * ENTRY_LEN + TAG_LEN + CRC_LEN + Trailer::LEN)
+            as u64;
 
     /// Encodes the part that the tag authenticates: everything but the tag, the CRC32 and the
     /// trailer.
@@ -135,7 +136,8 @@ impl Footer {
         let mut cursor = Cursor::new(bytes);
         cursor.magic(MAGIC)?;
         cursor.version(VERSION)?;
-        let (rest, trailer) = bytes.split_last_chunk().ok_or(DecodeError::Field("length of the footer"))?;
+        let (rest, trailer) =
+            bytes.split_last_chunk().ok_or(DecodeError::Field("length of the footer"))?;
         let trailer = Trailer::decode(trailer)?;
         require(u64::from(trailer.footer_len) == bytes.len() as u64, "length of the footer")?;
         strip_crc(rest)?;
@@ -188,10 +190,15 @@ impl Footer {
         require(self.first_time_us <= self.last_time_us, "receive times of the footer")?;
         require((self.group_count == 0) == self.index.is_empty(), "number of index entries")?;
         let ordered = self.index.is_sorted_by(|a, b| {
-            a.offset < b.offset && a.first_seq < b.first_seq && a.first_time_us <= b.first_time_us && a.block < b.block
+            a.offset < b.offset
+                && a.first_seq < b.first_seq
+                && a.first_time_us <= b.first_time_us
+                && a.block < b.block
         });
         let within = self.index.last().is_none_or(|last| {
-            last.offset < self.offset && last.first_seq < self.end_seq && last.block < self.block_count
+            last.offset < self.offset
+                && last.first_seq < self.end_seq
+                && last.block < self.block_count
         });
         require(ordered && within, "index")
     }
@@ -262,7 +269,12 @@ impl Trailer {
 }
 
 /// The digest of a segment up to one of its blocks.
-fn digest(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], blocks: u32, body: &[u8; HASH_LEN]) -> [u8; HASH_LEN] {
+fn digest(
+    algorithm: HashAlg,
+    header_hash: &[u8; HASH_LEN],
+    blocks: u32,
+    body: &[u8; HASH_LEN],
+) -> [u8; HASH_LEN] {
     crypto::hash(algorithm, &[header_hash, &blocks.to_le_bytes(), body])
 }
 
@@ -324,7 +336,12 @@ impl FooterBuilder {
     }
 
     /// Adds the next block to the digest alone.
-    pub(crate) fn add_to_digest(&mut self, header: &BlockHeader, payload_hash: &[u8; HASH_LEN], tag: &[u8; TAG_LEN]) {
+    pub(crate) fn add_to_digest(
+        &mut self,
+        header: &BlockHeader,
+        payload_hash: &[u8; HASH_LEN],
+        tag: &[u8; TAG_LEN],
+    ) {
         self.body.update(&header.encode());
         self.body.update(payload_hash);
         self.body.update(tag);
@@ -337,7 +354,11 @@ impl FooterBuilder {
         if header.group_count == 0 {
             return;
         }
-        if footer.index.last().is_none_or(|last| offset.saturating_sub(last.offset) >= INDEX_STRIDE_BYTES) {
+        if footer
+            .index
+            .last()
+            .is_none_or(|last| offset.saturating_sub(last.offset) >= INDEX_STRIDE_BYTES)
+        {
             // The index must not run backwards, even if receive times do. A seek by time then
             // begins a little too early.
             let first_time_us = footer.last_time_us.max(header.first_time_us);
@@ -489,7 +510,12 @@ mod tests {
 
     #[test]
     fn the_longest_is_the_one_with_the_largest_index() {
-        let entry = |n: u32| IndexEntry { offset: n.into(), first_seq: n.into(), first_time_us: 1, block: n };
+        let entry = |n: u32| IndexEntry {
+            offset: n.into(),
+            first_seq: n.into(),
+            first_time_us: 1,
+            block: n,
+        };
         let mut footer = sample();
         footer.index = (0..INDEX_ENTRIES_MAX).map(entry).collect();
         footer.first_time_us = 1;
@@ -531,7 +557,10 @@ mod tests {
         let hash = [0x77; 32];
         let mut builder = FooterBuilder::new(HashAlg::Sm3, &hash, 6);
         let empty = builder.build(308, [1; 8], false);
-        assert_eq!((empty.block_count, empty.end_seq, empty.index.len(), empty.recovered), (0, 6, 0, false));
+        assert_eq!(
+            (empty.block_count, empty.end_seq, empty.index.len(), empty.recovered),
+            (0, 6, 0, false)
+        );
         assert_eq!(empty.body, crypto::hash(HashAlg::Sm3, &[]));
         assert_eq!(Footer::decode(&encoded(&empty)).unwrap().footer, empty);
 
@@ -550,10 +579,14 @@ mod tests {
             hashed.extend_from_slice(&crypto::hash(HashAlg::Sm3, &[&[header.number as u8; 7]]));
             hashed.extend_from_slice(&[header.number as u8; 16]);
             let body = crypto::hash(HashAlg::Sm3, &[&hashed]);
-            let digest = crypto::hash(HashAlg::Sm3, &[&hash, &(header.number + 1).to_le_bytes(), &body]);
+            let digest =
+                crypto::hash(HashAlg::Sm3, &[&hash, &(header.number + 1).to_le_bytes(), &body]);
             assert_eq!(builder.digest(), digest);
             // The footer and the hash of the header are enough to compute the digest.
-            assert_eq!(builder.build(offset + 1, [1; 8], false).digest(HashAlg::Sm3, &hash), digest);
+            assert_eq!(
+                builder.build(offset + 1, [1; 8], false).digest(HashAlg::Sm3, &hash),
+                digest
+            );
         }
         let footer = builder.build(700 + stride, [1; 8], true);
         let expected = Footer {
@@ -581,9 +614,16 @@ mod tests {
 
     #[test]
     fn seeking() {
-        let entry =
-            |n: u64, time| IndexEntry { offset: n * 100_000, first_seq: n * 10, first_time_us: time, block: n as u32 };
-        let footer = Footer { index: vec![entry(1, 50), entry(2, 60), entry(3, 60), entry(4, 70)], ..sample() };
+        let entry = |n: u64, time| IndexEntry {
+            offset: n * 100_000,
+            first_seq: n * 10,
+            first_time_us: time,
+            block: n as u32,
+        };
+        let footer = Footer {
+            index: vec![entry(1, 50), entry(2, 60), entry(3, 60), entry(4, 70)],
+            ..sample()
+        };
         let by_seq = |seq| footer.seek_seq(seq).unwrap().block;
         assert_eq!([0, 10, 19, 20, 29, 39, 40, u64::MAX].map(by_seq), [1, 1, 1, 2, 2, 3, 4, 4]);
         let by_time = |time| footer.seek_time(time).unwrap().block;

@@ -159,7 +159,8 @@ impl SegmentHeader {
     /// How many bytes a first read should fetch: enough for a header without long extensions.
     pub(crate) const READ_HINT: usize = 4096;
     /// The longest encoded header in bytes.
-    pub(crate) const LEN_MAX: usize = FIXED_LEN as usize + EXTENSIONS_BYTES_MAX as usize + SUFFIX_LEN;
+    pub(crate) const LEN_MAX: usize =
+        FIXED_LEN as usize + EXTENSIONS_BYTES_MAX as usize + SUFFIX_LEN;
 
     /// Encodes the hashed part: everything but the commitment and the CRC32.
     #[must_use]
@@ -259,14 +260,16 @@ impl SegmentHeader {
         cursor.version(VERSION)?;
         let suite = cursor.u16()?;
         let hashed_len = cursor.u32()?;
-        let extensions_len = hashed_len.checked_sub(FIXED_LEN).ok_or(DecodeError::Field("header length"))?;
+        let extensions_len =
+            hashed_len.checked_sub(FIXED_LEN).ok_or(DecodeError::Field("header length"))?;
         require(extensions_len <= EXTENSIONS_BYTES_MAX, "header length")?;
         let hashed_len = hashed_len as usize;
         let covered = strip_crc(Cursor::new(bytes).bytes(hashed_len + SUFFIX_LEN)?)?;
 
         let features = Features::decode(&mut cursor)?;
         features.check()?;
-        let suite = Suite::from_code(suite).ok_or_else(|| DecodeError::Feature(format!("cipher suite {suite}")))?;
+        let suite = Suite::from_code(suite)
+            .ok_or_else(|| DecodeError::Feature(format!("cipher suite {suite}")))?;
         let header = Self {
             suite,
             features,
@@ -288,7 +291,8 @@ impl SegmentHeader {
             predecessor: decode_predecessor(&mut cursor)?,
             payload_hash: {
                 let code = cursor.u16()?;
-                HashAlg::from_code(code).ok_or_else(|| DecodeError::Feature(format!("payload hash {code}")))?
+                HashAlg::from_code(code)
+                    .ok_or_else(|| DecodeError::Feature(format!("payload hash {code}")))?
             },
             epoch: {
                 cursor.zeros(6, "reserved bytes of the header")?;
@@ -389,7 +393,11 @@ mod tests {
             }),
             payload_hash: HashAlg::Sm3,
             epoch: 11,
-            extensions: vec![Extension { kind: Extension::PADDING, critical: true, data: vec![0; 3] }],
+            extensions: vec![Extension {
+                kind: Extension::PADDING,
+                critical: true,
+                data: vec![0; 3],
+            }],
         }
     }
 
@@ -398,7 +406,11 @@ mod tests {
     }
 
     /// Changes bytes of an encoded header and corrects the CRC32.
-    fn altered(header: &SegmentHeader, at: usize, with: &[u8]) -> Result<DecodedHeader, DecodeError> {
+    fn altered(
+        header: &SegmentHeader,
+        at: usize,
+        with: &[u8],
+    ) -> Result<DecodedHeader, DecodeError> {
         let mut bytes = header.encode();
         bytes[at..at + with.len()].copy_from_slice(with);
         SegmentHeader::decode(&SegmentHeader::finish(bytes, &COMMITMENT))
@@ -421,7 +433,10 @@ mod tests {
         assert_eq!(decoded.header, sample());
         assert_eq!(decoded.commitment, COMMITMENT);
         assert_eq!(decoded.body_start, bytes.len() as u64);
-        assert_eq!(decoded.header_hash, crypto::hash(crate::crypto::HashAlg::Sha256, &[&bytes[..272 + 11]]));
+        assert_eq!(
+            decoded.header_hash,
+            crypto::hash(crate::crypto::HashAlg::Sha256, &[&bytes[..272 + 11]])
+        );
         assert_eq!(decoded.segment_tag()[..], decoded.header_hash[..8]);
         assert_eq!(decoded.header.features.unknown_read_only(), 2);
     }
@@ -430,7 +445,10 @@ mod tests {
     fn the_suite_chooses_the_hash() {
         let header = SegmentHeader { suite: Suite::Sm4Gmac, ..sample() };
         let decoded = SegmentHeader::decode(&encoded(&header)).unwrap();
-        assert_eq!(decoded.header_hash, crypto::hash(crate::crypto::HashAlg::Sm3, &[&header.encode()]));
+        assert_eq!(
+            decoded.header_hash,
+            crypto::hash(crate::crypto::HashAlg::Sm3, &[&header.encode()])
+        );
     }
 
     #[test]
@@ -439,8 +457,14 @@ mod tests {
         let builder = FooterBuilder::of(&SegmentHeader::decode(&encoded(&header)).unwrap());
         let none = builder.so_far().clone();
         assert_eq!(header.last_time_us(&none), 1_699_999_999_999_999);
-        assert_eq!(header.last_time_us(&Footer { group_count: 1, last_time_us: 5, ..none.clone() }), 5);
-        assert_eq!(SegmentHeader { predecessor: Predecessor::None, ..header }.last_time_us(&none), 0);
+        assert_eq!(
+            header.last_time_us(&Footer { group_count: 1, last_time_us: 5, ..none.clone() }),
+            5
+        );
+        assert_eq!(
+            SegmentHeader { predecessor: Predecessor::None, ..header }.last_time_us(&none),
+            0
+        );
     }
 
     #[test]
@@ -468,7 +492,10 @@ mod tests {
         assert_eq!(refused(8, &[3, 0]), DecodeError::NewerVersion(3));
         assert_eq!(refused(8, &[0, 0]), DecodeError::Field("version"));
         assert_eq!(refused(10, &[9, 0]), DecodeError::Feature("cipher suite 9".to_owned()));
-        assert_eq!(refused(24, &[4]), DecodeError::Feature("incompatible feature bits 0x4".to_owned()));
+        assert_eq!(
+            refused(24, &[4]),
+            DecodeError::Feature("incompatible feature bits 0x4".to_owned())
+        );
         assert_eq!(refused(120, &[2]), DecodeError::Field("key source"));
         assert_eq!(refused(160, &[0]), DecodeError::Field("predecessor"));
         assert_eq!(refused(160, &[3]), DecodeError::Field("predecessor"));
@@ -481,12 +508,21 @@ mod tests {
         let first = SegmentHeader { predecessor: Predecessor::None, ..sample() };
         assert_eq!(altered(&first, 240, &[1]), Err(DecodeError::Field("predecessor")));
         assert_eq!(refused(96, &[0xff, 0xff]), DecodeError::Field("limit of the sequence numbers"));
-        assert_eq!(refused(272, &[9]), DecodeError::Feature("critical header extension 9".to_owned()));
-        assert_eq!(refused(272, &[1]), DecodeError::Feature("critical header extension 1".to_owned()));
+        assert_eq!(
+            refused(272, &[9]),
+            DecodeError::Feature("critical header extension 9".to_owned())
+        );
+        assert_eq!(
+            refused(272, &[1]),
+            DecodeError::Feature("critical header extension 1".to_owned())
+        );
         assert_eq!(refused(274, &[2]), DecodeError::Field("header extension"));
         assert_eq!(refused(276, &[4]), DecodeError::Field("header extension"));
         let optional = altered(&sample(), 272, &[9, 0, 0, 0]).unwrap();
-        assert_eq!(optional.header.extensions, [Extension { kind: 9, critical: false, data: vec![0; 3] }]);
+        assert_eq!(
+            optional.header.extensions,
+            [Extension { kind: 9, critical: false, data: vec![0; 3] }]
+        );
     }
 
     prop_compose! {

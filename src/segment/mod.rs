@@ -111,7 +111,8 @@ pub(crate) mod tests {
     fn file_names() {
         let name = SegmentName { ordinal: 7, epoch: 3, first_seq: 42 };
         assert_eq!(name.to_string(), "0000000007-00000000000000000042-0000000003.seg");
-        for (ordinal, first_seq) in [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX - 1, u64::MAX)]
+        for (ordinal, first_seq) in
+            [(1, 0), (7, 42), (9_999_999_999, 1), (10_000_000_000, 1), (u64::MAX - 1, u64::MAX)]
         {
             for epoch in [1, 9_999_999_999, u64::MAX] {
                 let name = SegmentName { ordinal, epoch, first_seq };

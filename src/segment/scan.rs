@@ -118,8 +118,13 @@ pub(crate) fn scan<E>(
     prove: Option<Prove<'_, E>>,
 ) -> Result<ScanReport, E> {
     let (body_start, limit_seq) = (header.body_start, header.header.limit_seq);
-    let mut window =
-        Window { read_at, file_len, start: body_start, bytes: Vec::new(), segment_tag: header.segment_tag() };
+    let mut window = Window {
+        read_at,
+        file_len,
+        start: body_start,
+        bytes: Vec::new(),
+        segment_tag: header.segment_tag(),
+    };
     let (mut end, mut number, mut end_seq) = (body_start, 0, header.header.first_seq);
     let mut mark = body_start;
     let (mut incomplete, mut data_end) = (false, body_start);
@@ -170,7 +175,8 @@ pub(crate) fn scan<E>(
             }
             let Some(tag) = sums.tag_of(&mut window.read_at, candidate, len)? else { continue };
             if prove(candidate, &found)? {
-                let block = ScannedBlock { offset: candidate, header: found, tag, contiguous: false };
+                let block =
+                    ScannedBlock { offset: candidate, header: found, tag, contiguous: false };
                 on_block(block, window.payload(candidate, &found)?)?;
                 incomplete = false;
                 mark = mark.max(found.durable_mark);
@@ -248,7 +254,10 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
     /// The bytes from `offset` on: at least `wanted` of them, unless the file ends before.
     fn at(&mut self, offset: u64, wanted: u64) -> Result<&[u8], E> {
         let left = self.file_len.saturating_sub(offset);
-        let mut skip = offset.checked_sub(self.start).and_then(|skip| usize::try_from(skip).ok()).unwrap_or(usize::MAX);
+        let mut skip = offset
+            .checked_sub(self.start)
+            .and_then(|skip| usize::try_from(skip).ok())
+            .unwrap_or(usize::MAX);
         if (self.bytes.len().saturating_sub(skip) as u64) < wanted.min(left) {
             self.bytes.drain(..skip.min(self.bytes.len()));
             self.start = offset;
@@ -268,7 +277,9 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
         let left = self.file_len.saturating_sub(offset);
         let bytes = self.at(offset, BLOCK_LEN_MIN as u64)?;
         let Some(header) = bytes.get(..BlockHeader::LEN) else {
-            let same = |at: usize, with: &[u8]| with.iter().zip(bytes.iter().skip(at)).all(|(a, b)| a == b);
+            let same = |at: usize, with: &[u8]| {
+                with.iter().zip(bytes.iter().skip(at)).all(|(a, b)| a == b)
+            };
             if !same(0, MAGIC) || !same(TAG_AT, &segment_tag) {
                 return Ok(Probe::Nothing);
             }
@@ -294,7 +305,10 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
     /// The stored payload of the block at `offset`. Empty if the file has been truncated meanwhile.
     fn payload(&mut self, offset: u64, header: &BlockHeader) -> Result<&[u8], E> {
         let block = self.at(offset, header.block_len())?;
-        Ok(block.get(BlockHeader::LEN..).and_then(|rest| rest.get(..header.payload_len as usize)).unwrap_or_default())
+        Ok(block
+            .get(BlockHeader::LEN..)
+            .and_then(|rest| rest.get(..header.payload_len as usize))
+            .unwrap_or_default())
     }
 
     /// The first offset, from `at` on, that holds the header of a block of the segment, and that
@@ -305,7 +319,8 @@ impl<E, F: FnMut(u64, &mut [u8]) -> Result<usize, E>> Window<F> {
             if bytes.len() < BLOCK_LEN_MIN {
                 return Ok(None);
             }
-            let mut begins = finder.find_iter(bytes).filter_map(|tag_at| tag_at.checked_sub(TAG_AT));
+            let mut begins =
+                finder.find_iter(bytes).filter_map(|tag_at| tag_at.checked_sub(TAG_AT));
             let found = begins.find_map(|begin| {
                 let rest = bytes.get(begin..).filter(|rest| rest.starts_with(MAGIC))?;
                 match BlockHeader::decode(rest) {
@@ -365,7 +380,9 @@ impl Sums {
         // The CRC32 covers everything before it.
         let covered = len - CRC_LEN as u64;
         let suffix_at = len - SUFFIX_LEN as u64;
-        if len > self.file_len.saturating_sub(offset) || !self.sum_up_to(read_at, offset + suffix_at)? {
+        if len > self.file_len.saturating_sub(offset)
+            || !self.sum_up_to(read_at, offset + suffix_at)?
+        {
             return Ok(None);
         }
         let in_front = {
@@ -373,7 +390,8 @@ impl Sums {
             continued(sum, &[front])
         };
         let (sum, front, suffix) = self.around(read_at, 1, offset + suffix_at)?;
-        let Some((tag, crc)) = suffix.split_first_chunk().and_then(|(tag, crc)| Some((*tag, *crc.first_chunk()?)))
+        let Some((tag, crc)) =
+            suffix.split_first_chunk().and_then(|(tag, crc)| Some((*tag, *crc.first_chunk()?)))
         else {
             return Ok(None);
         };
@@ -391,7 +409,8 @@ impl Sums {
         which: usize,
         offset: u64,
     ) -> Result<(u32, &[u8], &[u8]), E> {
-        let (number, within) = ((offset - self.base) / PAGE as u64, (offset - self.base) % PAGE as u64);
+        let (number, within) =
+            ((offset - self.base) / PAGE as u64, (offset - self.base) % PAGE as u64);
         let page = &mut self.ends[which];
         if page.number.replace(number) != Some(number) {
             let at = self.base + number * PAGE as u64;
@@ -452,7 +471,9 @@ mod tests {
     use crate::{
         crypto::{HashAlg, Suite},
         ids::{LogstoreId, SegmentId, StoreId},
-        segment::{BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader},
+        segment::{
+            BlockKind, Compression, Features, KeySource, Predecessor, SealBuffer, SegmentHeader,
+        },
         wire::put_crc,
     };
 
@@ -497,7 +518,12 @@ mod tests {
                 extensions: Vec::new(),
             };
             let bytes = SegmentHeader::finish(header.encode(), &[5; 32]);
-            Self { header: SegmentHeader::decode(&bytes).unwrap(), bytes, offsets: Vec::new(), next_seq: 100 }
+            Self {
+                header: SegmentHeader::decode(&bytes).unwrap(),
+                bytes,
+                offsets: Vec::new(),
+                next_seq: 100,
+            }
         }
 
         fn body_start(&self) -> u64 {
@@ -556,7 +582,10 @@ mod tests {
             self.scan_with(Some(&mut |_, _| Ok(true)))
         }
 
-        fn scan_with(&self, prove: Option<Prove<'_, Infallible>>) -> (ScanReport, Vec<ScannedBlock>) {
+        fn scan_with(
+            &self,
+            prove: Option<Prove<'_, Infallible>>,
+        ) -> (ScanReport, Vec<ScannedBlock>) {
             let mut blocks = Vec::new();
             let on_block = |block: ScannedBlock, payload: &[u8]| {
                 let begin = block.offset as usize + BlockHeader::LEN;
@@ -564,11 +593,18 @@ mod tests {
                 blocks.push(block);
                 Ok(())
             };
-            let report = scan(&self.header, self.len(), reading(&self.bytes), on_block, prove).unwrap();
+            let report =
+                scan(&self.header, self.len(), reading(&self.bytes), on_block, prove).unwrap();
             assert!((report.end..=self.len()).contains(&report.data_end));
             assert!(self.bytes[report.data_end as usize..].iter().all(|&byte| byte == 0));
-            assert_eq!(blocks.iter().filter(|block| block.contiguous).count(), report.blocks as usize);
-            assert!(blocks.is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number));
+            assert_eq!(
+                blocks.iter().filter(|block| block.contiguous).count(),
+                report.blocks as usize
+            );
+            assert!(
+                blocks
+                    .is_sorted_by(|a, b| a.offset < b.offset && a.header.number < b.header.number)
+            );
             (report, blocks)
         }
 
@@ -578,7 +614,12 @@ mod tests {
 
         /// The numbers of the blocks found behind damage.
         fn behind(&self) -> Vec<u32> {
-            self.scan().1.iter().filter(|block| !block.contiguous).map(|block| block.header.number).collect()
+            self.scan()
+                .1
+                .iter()
+                .filter(|block| !block.contiguous)
+                .map(|block| block.header.number)
+                .collect()
         }
     }
 
@@ -587,8 +628,14 @@ mod tests {
         let sample = Sample::new();
         let (report, blocks) = sample.scan();
         let end = sample.body_start();
-        let expected =
-            ScanReport { end, blocks: 0, end_seq: 100, mark: end, data_end: end, verdict: ScanVerdict::Clean };
+        let expected = ScanReport {
+            end,
+            blocks: 0,
+            end_seq: 100,
+            mark: end,
+            data_end: end,
+            verdict: ScanVerdict::Clean,
+        };
         assert_eq!((report, blocks.len()), (expected, 0));
     }
 
@@ -601,8 +648,14 @@ mod tests {
         sample.push(900_000, durable);
         let (report, blocks) = sample.scan();
         assert_eq!(report.verdict, ScanVerdict::Clean);
-        assert_eq!((report.end, report.blocks, report.end_seq, report.mark), (sample.len(), 6, 115, durable));
-        assert_eq!(blocks.iter().map(|block| block.offset as usize).collect::<Vec<_>>(), sample.offsets);
+        assert_eq!(
+            (report.end, report.blocks, report.end_seq, report.mark),
+            (sample.len(), 6, 115, durable)
+        );
+        assert_eq!(
+            blocks.iter().map(|block| block.offset as usize).collect::<Vec<_>>(),
+            sample.offsets
+        );
         assert_eq!(blocks[3].tag, [3; 16]);
         assert_eq!(blocks[4].header.kind, BlockKind::Mark);
     }
@@ -615,7 +668,10 @@ mod tests {
             sample.bytes.pop();
             let (report, blocks) = sample.scan();
             assert_eq!(report.verdict, ScanVerdict::Incomplete, "{}", sample.len());
-            assert_eq!((report.end, report.blocks, report.end_seq, blocks.len()), (end as u64, 1, 103, 1));
+            assert_eq!(
+                (report.end, report.blocks, report.end_seq, blocks.len()),
+                (end as u64, 1, 103, 1)
+            );
         }
         sample.bytes.pop();
         assert_eq!(sample.verdict(), ScanVerdict::Clean);
@@ -631,7 +687,11 @@ mod tests {
                 let mut sample = Sample::unsynced(&[50, 60]);
                 sample.bytes[at + wrong] ^= 1;
                 sample.bytes.truncate(at + len);
-                assert_eq!(sample.verdict(), ScanVerdict::TornTail { at: at as u64 }, "{wrong} {len}");
+                assert_eq!(
+                    sample.verdict(),
+                    ScanVerdict::TornTail { at: at as u64 },
+                    "{wrong} {len}"
+                );
             }
         }
     }
@@ -685,7 +745,11 @@ mod tests {
         for zeros in [1, 95, 5000] {
             sample.bytes.resize(at as usize + zeros, 0);
             let (report, _) = sample.scan();
-            assert_eq!((report.verdict, report.end, report.data_end), (ScanVerdict::Clean, at, at), "{zeros}");
+            assert_eq!(
+                (report.verdict, report.end, report.data_end),
+                (ScanVerdict::Clean, at, at),
+                "{zeros}"
+            );
         }
         // A torn block in front of zeros ends with its last byte that is not zero.
         sample.bytes[at as usize + 17] = 1;
@@ -699,7 +763,10 @@ mod tests {
         sample.push(60, durable);
         assert_eq!((sample.verdict(), sample.behind()), (ScanVerdict::TornTail { at }, vec![2]));
         sample.push(60, at + 1);
-        assert_eq!((sample.verdict(), sample.behind()), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2, 3]));
+        assert_eq!(
+            (sample.verdict(), sample.behind()),
+            (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2, 3])
+        );
         // Garbage that looks like the beginning of blocks does not hide them.
         let mut sample = Sample::unsynced(&[50]);
         for len in [4, 16, 20, 60, 96] {
@@ -716,7 +783,10 @@ mod tests {
         let (chunk, overhead) = (CHUNK_BYTES as u32, BLOCK_LEN_MIN as u32);
         for in_chunk in 1..=overhead + 8 {
             let sample = Sample::unsynced(&[chunk - overhead - in_chunk, 20, 20]);
-            assert_eq!(sample.offsets[1] as u64 + u64::from(in_chunk), sample.body_start() + CHUNK_BYTES);
+            assert_eq!(
+                sample.offsets[1] as u64 + u64::from(in_chunk),
+                sample.body_start() + CHUNK_BYTES
+            );
             assert_eq!(sample.scan().0.blocks, 3, "{in_chunk} bytes of the second block");
         }
     }
@@ -772,12 +842,21 @@ mod tests {
     fn a_file_that_ends_early() {
         let sample = Sample::unsynced(&[50, 60]);
         let longer = |len: u64| {
-            scan(&sample.header, len, reading(&sample.bytes), |_, _| Ok(()), Some(&mut |_, _| Ok(true)))
-                .unwrap()
-                .verdict
+            scan(
+                &sample.header,
+                len,
+                reading(&sample.bytes),
+                |_, _| Ok(()),
+                Some(&mut |_, _| Ok(true)),
+            )
+            .unwrap()
+            .verdict
         };
         assert_eq!(longer(sample.len() + 1000), ScanVerdict::Incomplete);
-        assert_eq!(scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_, _| Ok(()), None), Err("no disk"));
+        assert_eq!(
+            scan(&sample.header, sample.len(), |_, _| Err("no disk"), |_, _| Ok(()), None),
+            Err("no disk")
+        );
     }
 
     /// A whole block that no writer has written. Its CRC32 matches, but its tag does not verify.
@@ -794,10 +873,17 @@ mod tests {
         // The CRC32 of the bytes so far, from the innermost block outwards.
         let mut crc = Hasher::new();
         crc.update(&core);
-        for raw_len in (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= len) {
+        for raw_len in
+            (core.len()..).step_by(BLOCK_LEN_MIN).take_while(|inner| inner + BLOCK_LEN_MIN <= len)
+        {
             let raw_len = raw_len as u32;
-            let fields =
-                BlockHeader { payload_len: raw_len, raw_len, group_count: 1, list_len: raw_len - 4, ..*template };
+            let fields = BlockHeader {
+                payload_len: raw_len,
+                raw_len,
+                group_count: 1,
+                list_len: raw_len - 4,
+                ..*template
+            };
             let header = fields.encode();
             let mut covered = Hasher::new();
             covered.update(&header);
@@ -838,7 +924,11 @@ mod tests {
             Ok(genuine)
         };
         let (report, blocks) = sample.scan_with(Some(&mut prove));
-        let behind = blocks.iter().filter(|block| !block.contiguous).map(|block| block.header.number).collect();
+        let behind = blocks
+            .iter()
+            .filter(|block| !block.contiguous)
+            .map(|block| block.header.number)
+            .collect();
         (report, behind, refuted)
     }
 
@@ -848,20 +938,30 @@ mod tests {
         let base = Sample::unsynced(&[50]);
         let (start, at) = (base.body_start(), base.len());
         let inside = at + BlockHeader::LEN as u64;
-        for (mark, plausible) in [(inside + 1, false), (u64::MAX, false), (inside, true), (at + 1, true)] {
+        for (mark, plausible) in
+            [(inside + 1, false), (u64::MAX, false), (inside, true), (at + 1, true)]
+        {
             let line = fake(&BlockHeader { number: 7, ..base.next(60, mark) }, &[0x45; 60]);
             let sample = torn_around(&line, start);
             let torn = ScanVerdict::TornTail { at };
             // Without a key the scan accepts the fake if its mark is plausible. The block behind it
             // is then out of order.
             let expected = if plausible { ScanVerdict::Damaged { at, mark } } else { torn };
-            assert_eq!((sample.verdict(), sample.behind()), (expected, vec![if plausible { 7 } else { 2 }]), "{mark}");
+            assert_eq!(
+                (sample.verdict(), sample.behind()),
+                (expected, vec![if plausible { 7 } else { 2 }]),
+                "{mark}"
+            );
             let (report, behind, refuted) = scan_with_key(&sample);
             assert_eq!((report.verdict, behind, refuted > 0), (torn, vec![2], plausible), "{mark}");
             // Damage below a genuine mark is corruption.
             let sample = torn_around(&line, at + 1);
             let (report, behind, _) = scan_with_key(&sample);
-            assert_eq!((report.verdict, behind), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]), "{mark}");
+            assert_eq!(
+                (report.verdict, behind),
+                (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]),
+                "{mark}"
+            );
             // A scan without `prove` does not search behind damage, so it finds no block there.
             assert_eq!(sample.scan_with(None).0.verdict, ScanVerdict::TornTail { at });
         }
@@ -894,8 +994,15 @@ mod tests {
             let inner = nested(&BlockHeader { number: 1, ..base.next(60, at) }, len);
             let sample = torn_around(&inner, at + 1);
             let (report, behind, refuted) = scan_with_key(&sample);
-            assert_eq!((report.verdict, behind), (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]), "{len}");
-            assert!(refuted >= 2 * 116 && refuted <= limit(inner.len() as u64 + 200), "{refuted} bytes for {len}");
+            assert_eq!(
+                (report.verdict, behind),
+                (ScanVerdict::Damaged { at, mark: at + 1 }, vec![2]),
+                "{len}"
+            );
+            assert!(
+                refuted >= 2 * 116 && refuted <= limit(inner.len() as u64 + 200),
+                "{refuted} bytes for {len}"
+            );
             most = refuted;
         }
         assert!(most > REFUTED_BYTES, "the limit was not reached: {most}");
@@ -918,8 +1025,14 @@ mod tests {
                 calls += 1;
                 Ok::<_, Infallible>(done)
             };
-            let report =
-                scan(&sample.header, sample.len(), counted, |_, _| Ok(()), Some(&mut |_, _| Ok(false))).unwrap();
+            let report = scan(
+                &sample.header,
+                sample.len(),
+                counted,
+                |_, _| Ok(()),
+                Some(&mut |_, _| Ok(false)),
+            )
+            .unwrap();
             assert_eq!(report.end, sample.offsets[0] as u64 + 50 + BLOCK_LEN_MIN as u64);
             (read, calls)
         };
@@ -928,7 +1041,11 @@ mod tests {
                 while tail.len() + BlockHeader::LEN < len {
                     let left = (len - tail.len() - BLOCK_LEN_MIN).min(30 << 20) as u32;
                     // A length whose end is in another page each time.
-                    let payload = if vary { left - (tail.len() as u32 / 96 * 7919) % (left / 2 + 1) } else { left };
+                    let payload = if vary {
+                        left - (tail.len() as u32 / 96 * 7919) % (left / 2 + 1)
+                    } else {
+                        left
+                    };
                     let header = sample.next(payload.max(40), sample.body_start());
                     tail.extend_from_slice(&BlockHeader { number: 1, ..header }.encode());
                     if len - tail.len() <= 2 * BLOCK_LEN_MIN + 96 {
@@ -947,8 +1064,14 @@ mod tests {
         ] {
             for len in [1 << 20, 4 << 20] {
                 let (read, calls) = read_for(fill, len);
-                assert!(read <= most * len as u64 + CHUNK_BYTES, "{what}: {read} bytes read of {len}");
-                assert!(calls <= 2 * len / BlockHeader::LEN + 100, "{what}: {calls} reads of {len}");
+                assert!(
+                    read <= most * len as u64 + CHUNK_BYTES,
+                    "{what}: {read} bytes read of {len}"
+                );
+                assert!(
+                    calls <= 2 * len / BlockHeader::LEN + 100,
+                    "{what}: {calls} reads of {len}"
+                );
             }
         }
     }
@@ -957,12 +1080,19 @@ mod tests {
     /// its end.
     #[test]
     fn sums_are_those_of_the_bytes() {
-        let bytes: Vec<u8> = (0..40_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let bytes: Vec<u8> =
+            (0..40_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
         for base in [0, 1, 4095, 5000] {
             let mut sums = Sums::new(base, bytes.len() as u64);
-            for (offset, len) in
-                [(0, 20), (1, 5000), (4076, 40), (4095, 4097), (8192, 8192), (30_000, 4_999), (0, 34_000)]
-            {
+            for (offset, len) in [
+                (0, 20),
+                (1, 5000),
+                (4076, 40),
+                (4095, 4097),
+                (8192, 8192),
+                (30_000, 4_999),
+                (0, 34_000),
+            ] {
                 let begin = base as usize + offset;
                 let mut file = bytes.clone();
                 let end = begin + len;
@@ -972,13 +1102,24 @@ mod tests {
                 file[end - CRC_LEN..end].copy_from_slice(&crc.to_le_bytes());
                 let mut fresh = Sums::new(base, file.len() as u64);
                 let tag = fresh.tag_of(&mut reading(&file), begin as u64, len as u64).unwrap();
-                assert_eq!(tag.unwrap()[..], file[end - SUFFIX_LEN..end - CRC_LEN], "{base} {offset} {len}");
+                assert_eq!(
+                    tag.unwrap()[..],
+                    file[end - SUFFIX_LEN..end - CRC_LEN],
+                    "{base} {offset} {len}"
+                );
                 // The file has been truncated meanwhile.
                 let mut shorter = Sums::new(base, file.len() as u64);
-                assert_eq!(shorter.tag_of(&mut reading(&file[..end - 1]), begin as u64, len as u64).unwrap(), None);
+                assert_eq!(
+                    shorter
+                        .tag_of(&mut reading(&file[..end - 1]), begin as u64, len as u64)
+                        .unwrap(),
+                    None
+                );
                 // The file was shorter from the start.
                 assert_eq!(
-                    Sums::new(base, end as u64 - 1).tag_of(&mut reading(&file), begin as u64, len as u64).unwrap(),
+                    Sums::new(base, end as u64 - 1)
+                        .tag_of(&mut reading(&file), begin as u64, len as u64)
+                        .unwrap(),
                     None
                 );
             }
@@ -992,14 +1133,16 @@ mod tests {
         let (mut number, mut seq, mut mark) = (from.blocks, from.end_seq, 0);
         let (mut at, mut found) = (from.end as usize, Vec::new());
         while at < sample.bytes.len() {
-            let block = BlockView::parse(&sample.bytes[at..]).ok().map(|view| view.header).filter(|block| {
-                block.segment_tag == header.segment_tag()
-                    && block.number >= number
-                    && block.first_seq >= seq
-                    && block.end_seq() <= header.header.limit_seq
-                    && (header.body_start..=at as u64).contains(&block.durable_mark)
-                    && genuine.is_none_or(|genuine| genuine.contains(&at))
-            });
+            let block = BlockView::parse(&sample.bytes[at..]).ok().map(|view| view.header).filter(
+                |block| {
+                    block.segment_tag == header.segment_tag()
+                        && block.number >= number
+                        && block.first_seq >= seq
+                        && block.end_seq() <= header.header.limit_seq
+                        && (header.body_start..=at as u64).contains(&block.durable_mark)
+                        && genuine.is_none_or(|genuine| genuine.contains(&at))
+                },
+            );
             match block {
                 Some(block) => {
                     found.push(at);

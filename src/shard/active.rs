@@ -19,11 +19,15 @@ pub(crate) struct ActiveView {
 
 impl ActiveView {
     pub(super) fn new(file: Arc<dyn DiskFile>, header: Arc<DecodedHeader>) -> Arc<Self> {
-        let (builder, visible, spare) = (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
+        let (builder, visible, spare) =
+            (FooterBuilder::of(&header), header.body_start, SealBuffer::default());
         Arc::new(Self {
             file,
             header,
-            progress: Mutex::new(LockRank::ActiveView, Progress { visible, builder, pending: None, spare }),
+            progress: Mutex::new(
+                LockRank::ActiveView,
+                Progress { visible, builder, pending: None, spare },
+            ),
         })
     }
 

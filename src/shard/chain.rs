@@ -46,7 +46,9 @@ impl Chain {
     /// A segment on the way is not the one that the catalogue, or its successor, names;
     /// [`Error::Io`].
     pub(super) fn prove(&self, list: &SegmentList, ordinal: u64) -> Result<Option<Proved>> {
-        let Some(head) = list.record().head.filter(|head| head.ordinal >= ordinal) else { return Ok(None) };
+        let Some(head) = list.record().head.filter(|head| head.ordinal >= ordinal) else {
+            return Ok(None);
+        };
         // Begins with the lowest segment from this one on that is proved already. The head's own
         // segment may have grown since.
         let known = {
@@ -81,13 +83,19 @@ impl Chain {
 }
 
 /// Proves one segment by its end, which is authenticated.
-fn prove_one(list: &SegmentList, name: &SegmentRef, sealed: bool, end: PredecessorEnd) -> Result<Proved> {
+fn prove_one(
+    list: &SegmentList,
+    name: &SegmentRef,
+    sealed: bool,
+    end: PredecessorEnd,
+) -> Result<Proved> {
     let opened = list.open_segment(name)?;
     let header = &opened.header;
     let same = match &opened.end {
         End::Sealed(found) if sealed => {
             let footer = &found.footer;
-            footer.block_count == end.blocks && footer.digest(header.payload_hash, &header.header_hash) == end.digest
+            footer.block_count == end.blocks
+                && footer.digest(header.payload_hash, &header.header_hash) == end.digest
         }
         // This process wrote its header.
         End::Active(_) => true,
@@ -115,7 +123,10 @@ pub(super) fn check_older(list: &SegmentList, opened: &Opened) -> Result<()> {
     }
     match list.proved(opened.name.ordinal)? {
         Some(proved) if proved.header.header_hash != opened.header.header_hash => {
-            let what = format!("{} is not the segment that the catalogue knows", opened.name.path.display());
+            let what = format!(
+                "{} is not the segment that the catalogue knows",
+                opened.name.path.display()
+            );
             Err(Error::RolledBack { what })
         }
         _ => Ok(()),
@@ -146,12 +157,18 @@ pub(super) fn check_retired(list: &SegmentList, opened: &Opened) -> Result<()> {
 /// Where an open segment under a retired version of the service keyring ends: at the head that the
 /// rotation has recorded. A holder of the old version may have written the blocks behind it. `None`
 /// for any other segment.
-pub(super) fn retired_end(list: &SegmentList, header: &SegmentHeader, path: &Path) -> Result<Option<PredecessorEnd>> {
+pub(super) fn retired_end(
+    list: &SegmentList,
+    header: &SegmentHeader,
+    path: &Path,
+) -> Result<Option<PredecessorEnd>> {
     if retired(list, header, path)?.is_none() {
         return Ok(None);
     }
     let head = list.record().head;
-    Ok(head.filter(|head| !head.sealed && head.ordinal == header.ordinal).map(|head| head.into_end()))
+    Ok(head
+        .filter(|head| !head.sealed && head.ordinal == header.ordinal)
+        .map(|head| head.into_end()))
 }
 
 /// The error about a segment that is under a retired version of the service keyring; `None` for any

@@ -166,7 +166,12 @@ impl GroupCommit {
 
     /// As [`GroupCommit::outcome`]. While the append is under way, `waker` is woken whenever the
     /// leader resigns.
-    pub(super) fn poll(&self, seq: u64, durability: Durability, waker: &Waker) -> Option<Result<()>> {
+    pub(super) fn poll(
+        &self,
+        seq: u64,
+        durability: Durability,
+        waker: &Waker,
+    ) -> Option<Result<()>> {
         let mut state = self.lock();
         let outcome = state.outcome(seq, durability);
         if outcome.is_none() && !state.wakers.iter().any(|known| known.will_wake(waker)) {
@@ -177,7 +182,12 @@ impl GroupCommit {
 
     /// Has a group written, and synced if `durability` says so, although no caller waits for it.
     /// Returns after how long the caller must schedule a flush, if it must.
-    pub(super) fn hasten(&self, seq: u64, durability: Durability, now: Duration) -> Option<Duration> {
+    pub(super) fn hasten(
+        &self,
+        seq: u64,
+        durability: Durability,
+        now: Duration,
+    ) -> Option<Duration> {
         let mut state = self.lock();
         if state.outcome(seq, durability).is_some() {
             return None;
@@ -224,7 +234,11 @@ impl GroupCommit {
     pub(super) fn begin_flush(&self, now: Duration, all: bool) {
         let mut state = self.lock();
         state.flush_scheduled = false;
-        if state.queue.front().is_some_and(|front| all || front.group.submitted + self.linger <= now) {
+        if state
+            .queue
+            .front()
+            .is_some_and(|front| all || front.group.submitted + self.linger <= now)
+        {
             state.flush_to = state.next_seq;
         }
     }
@@ -506,7 +520,8 @@ impl State {
             return Some(Ok(()));
         }
         let hit = |failure: &&Failure| {
-            failure.range.contains(&seq) && (!failure.synced_only || durability == Durability::Synced)
+            failure.range.contains(&seq)
+                && (!failure.synced_only || durability == Durability::Synced)
         };
         if let Some(failure) = self.failures.iter().find(hit) {
             return Some(Err(failure.error.clone()));
@@ -680,7 +695,8 @@ mod tests {
     fn receive_times_do_not_run_backwards() {
         let commit = open(1000);
         submit_all(&commit, [5, 3, 7].map(|time_us| group(1, time_us, true)));
-        let times: Vec<_> = commit.take_batch().unwrap().iter().map(|pending| pending.group.time_us).collect();
+        let times: Vec<_> =
+            commit.take_batch().unwrap().iter().map(|pending| pending.group.time_us).collect();
         assert_eq!(times, [5, 5, 7]);
     }
 
@@ -692,7 +708,10 @@ mod tests {
         assert_eq!(submit(&commit, back).seq, 7);
         assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::Exhausted)));
         commit.close();
-        assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::Stopped(Stopped::Closed))));
+        assert!(matches!(
+            commit.submit(group(1, 0, true)),
+            Err(Rejected::Stopped(Stopped::Closed))
+        ));
         assert_eq!(commit.take_batch().unwrap()[0].group.time_us, 50);
     }
 
@@ -727,7 +746,10 @@ mod tests {
         for to in 1..4 {
             commit.take_batch().unwrap();
             commit.written(to, None);
-            assert_eq!(commit.outcome(to - 1, Durability::Written).map(|done| done.is_ok()), Some(true));
+            assert_eq!(
+                commit.outcome(to - 1, Durability::Written).map(|done| done.is_ok()),
+                Some(true)
+            );
             wants.push((
                 commit.wants_sync(None, false),
                 commit.wants_sync(Some(1), false),
@@ -753,7 +775,10 @@ mod tests {
         assert!(commit.outcome(0, Durability::Written).unwrap().is_ok());
         assert!(commit.outcome(0, Durability::Synced).unwrap().is_err());
         assert!(commit.outcome(1, Durability::Written).unwrap().is_err());
-        assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::Stopped(Stopped::Latched(_)))));
+        assert!(matches!(
+            commit.submit(group(1, 0, true)),
+            Err(Rejected::Stopped(Stopped::Latched(_)))
+        ));
         assert!(commit.unlatch() && !commit.unlatch());
         // The next segment goes on behind the numbers that were handed out.
         let Ok(false) = commit.is_open() else { panic!() };
@@ -772,7 +797,9 @@ mod tests {
         {
             let state = commit.lock();
             assert_eq!((freed, state.queue.len(), state.queued_bytes), (40_000, 6_667, 6_667));
-            assert!(state.queue.iter().all(|pending| pending.group.acked && pending.group.charged == 0));
+            assert!(
+                state.queue.iter().all(|pending| pending.group.acked && pending.group.charged == 0)
+            );
         }
         // Access to the key returns, and later groups are written and synced.
         commit.written(30_000, None);
@@ -816,7 +843,8 @@ mod tests {
                             let batch = commit.take_batch().unwrap();
                             commit.written(batch.last().unwrap().seq + 1, None);
                             commit.synced();
-                            let resigned = commit.resign(Duration::ZERO, Some((seq, Durability::Synced)));
+                            let resigned =
+                                commit.resign(Duration::ZERO, Some((seq, Durability::Synced)));
                             role = match resigned.outcome {
                                 Some(outcome) => Role::Done(outcome),
                                 None => commit.wait_or_lead(seq, Durability::Synced),

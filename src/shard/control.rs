@@ -29,7 +29,8 @@ impl Shard {
         let Some(last) = self.list.segments(false)?.last().cloned() else { return Ok(()) };
         if matches!(self.list.open_segment(&last)?.end, End::Unknown) {
             self.context.gate.admit()?;
-            let next = self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
+            let next =
+                self.recover().inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
             writer.set_next(next);
             return Ok(());
         }
@@ -154,11 +155,16 @@ impl Shard {
             if let Some(source) = writer.key_source() {
                 // The queue goes into the next segment. The loss of an access takes no key of a
                 // segment that is being written.
-                return if ends(source) { self.seal_by_any_key(&mut writer).map(|()| true) } else { Ok(false) };
+                return if ends(source) {
+                    self.seal_by_any_key(&mut writer).map(|()| true)
+                } else {
+                    Ok(false)
+                };
             }
         }
         let Some(last) = self.settled_segments()?.last().cloned() else { return Ok(false) };
-        let left_open = ends(self.key_source(&last)?) && matches!(self.list.open_segment(&last)?.end, End::Unknown);
+        let left_open = ends(self.key_source(&last)?)
+            && matches!(self.list.open_segment(&last)?.end, End::Unknown);
         if left_open {
             self.prepare()?;
         }
@@ -192,7 +198,12 @@ impl Shard {
     pub(crate) fn repair(&self) -> Result<RepairReport> {
         let mut writer = lock(&self.writer);
         let Some((next, report)) = self.recovery().repair()? else {
-            return Ok(RepairReport { shard: self.id(), segment: None, groups_salvaged: 0, bytes_lost: 0 });
+            return Ok(RepairReport {
+                shard: self.id(),
+                segment: None,
+                groups_salvaged: 0,
+                bytes_lost: 0,
+            });
         };
         writer.set_next(next);
         self.begin_segment(&mut writer)?;
@@ -224,7 +235,9 @@ pub(crate) struct Paused<'a> {
 impl Paused<'_> {
     /// The ordinal of the next segment. A recovery may make that segment itself.
     pub(crate) fn next_ordinal(&self) -> Result<u64> {
-        self.writer.next().map_or_else(|| self.shard.list().next_ordinal_on_disk(), |next| Ok(next.ordinal))
+        self.writer
+            .next()
+            .map_or_else(|| self.shard.list().next_ordinal_on_disk(), |next| Ok(next.ordinal))
     }
 
     pub(crate) fn shard_id(&self) -> u32 {

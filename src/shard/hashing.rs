@@ -63,7 +63,11 @@ pub(crate) struct PayloadHash(Arc<Job>);
 
 impl PayloadHasher {
     pub(crate) fn new(on: bool) -> Arc<Self> {
-        Arc::new(Self { queue: Arc::default(), thread: Mutex::new(LockRank::HasherThread, None), on })
+        Arc::new(Self {
+            queue: Arc::default(),
+            thread: Mutex::new(LockRank::HasherThread, None),
+            on,
+        })
     }
 
     /// Starts the thread.
@@ -71,7 +75,9 @@ impl PayloadHasher {
         let queue = Arc::clone(&self.queue);
         lock(&queue.jobs).taken = true;
         let thread = std::thread::Builder::new().name("envelog-hasher".to_owned());
-        let spawned = thread.spawn(move || queue.work()).inspect_err(|_| lock(&self.queue.jobs).taken = false)?;
+        let spawned = thread
+            .spawn(move || queue.work())
+            .inspect_err(|_| lock(&self.queue.jobs).taken = false)?;
         *lock(&self.thread) = Some(spawned);
         Ok(())
     }
@@ -87,8 +93,13 @@ impl PayloadHasher {
 
     /// Hashes the payload of a completed block.
     pub(crate) fn hash(&self, algorithm: HashAlg, block: SealBuffer) -> PayloadHash {
-        let job =
-            |state| Arc::new(Job { algorithm, state: Mutex::new(LockRank::HashJob, state), done: Condvar::new() });
+        let job = |state| {
+            Arc::new(Job {
+                algorithm,
+                state: Mutex::new(LockRank::HashJob, state),
+                done: Condvar::new(),
+            })
+        };
         if !self.on {
             return PayloadHash(job(State::Done([0; 32], block)));
         }
@@ -132,7 +143,9 @@ impl Job {
     fn run(&self) {
         let begun = std::mem::replace(&mut *lock(&self.state), State::Begun);
         let state = match begun {
-            State::Waiting(block) => State::Done(hash(self.algorithm, &[block.stored_payload()]), block),
+            State::Waiting(block) => {
+                State::Done(hash(self.algorithm, &[block.stored_payload()]), block)
+            }
             State::Begun => return,
             done @ State::Done(..) => done,
         };
@@ -193,7 +206,9 @@ mod tests {
 
     /// Payloads shorter and longer than the length from which the thread hashes them.
     fn payloads() -> Vec<Vec<u8>> {
-        (0..40_u8).map(|n| vec![n; if n % 3 == 0 { 100 } else { BESIDE_BYTES_MIN + usize::from(n) }]).collect()
+        (0..40_u8)
+            .map(|n| vec![n; if n % 3 == 0 { 100 } else { BESIDE_BYTES_MIN + usize::from(n) }])
+            .collect()
     }
 
     #[track_caller]
@@ -219,8 +234,10 @@ mod tests {
                         check(pending, algorithm, &payload);
                     }
                 }
-                let pending: Vec<_> =
-                    payloads().into_iter().map(|payload| (hasher.hash(algorithm, block(&payload)), payload)).collect();
+                let pending: Vec<_> = payloads()
+                    .into_iter()
+                    .map(|payload| (hasher.hash(algorithm, block(&payload)), payload))
+                    .collect();
                 for (pending, payload) in pending.into_iter().rev() {
                     check(pending, algorithm, &payload);
                 }
@@ -237,7 +254,11 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for payload in payloads() {
-                        check(hasher.hash(HashAlg::Sha256, block(&payload)), HashAlg::Sha256, &payload);
+                        check(
+                            hasher.hash(HashAlg::Sha256, block(&payload)),
+                            HashAlg::Sha256,
+                            &payload,
+                        );
                     }
                 });
             }
@@ -251,7 +272,8 @@ mod tests {
         let payload = vec![5; BESIDE_BYTES_MIN];
         // A thread that never comes.
         lock(&hasher.queue.jobs).taken = true;
-        let waiting: Vec<_> = (0..JOBS_MAX).map(|_| hasher.hash(HashAlg::Sm3, block(&payload))).collect();
+        let waiting: Vec<_> =
+            (0..JOBS_MAX).map(|_| hasher.hash(HashAlg::Sm3, block(&payload))).collect();
         assert_eq!(lock(&hasher.queue.jobs).waiting.len(), JOBS_MAX);
         let beyond = hasher.hash(HashAlg::Sm3, block(&payload));
         assert_eq!(lock(&hasher.queue.jobs).waiting.len(), JOBS_MAX);

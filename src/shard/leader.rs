@@ -88,11 +88,17 @@ impl Shard {
         self.submit(payload, durability, charge).inspect_err(|_| budget.release(charge))
     }
 
-    fn submit(self: &Arc<Self>, payload: Payload, durability: Durability, charged: usize) -> Result<Ticket> {
+    fn submit(
+        self: &Arc<Self>,
+        payload: Payload,
+        durability: Durability,
+        charged: usize,
+    ) -> Result<Ticket> {
         let clock = &self.context.clock;
         let Payload { kind, bytes, logs } = payload;
         let acked = durability == Durability::Buffered;
-        let mut group = Group { kind, bytes, logs, charged, time_us: 0, submitted: Duration::ZERO, acked };
+        let mut group =
+            Group { kind, bytes, logs, charged, time_us: 0, submitted: Duration::ZERO, acked };
         loop {
             (group.time_us, group.submitted) = (clock.wall_us(), clock.uptime());
             group = match self.commit.submit(group) {
@@ -162,7 +168,9 @@ impl Shard {
 
     /// Writes and syncs everything that has been appended so far.
     pub(crate) fn sync(&self) -> Result<()> {
-        let Some(last) = self.commit.begin_sync().map_err(|stopped| self.stopped(stopped))? else { return Ok(()) };
+        let Some(last) = self.commit.begin_sync().map_err(|stopped| self.stopped(stopped))? else {
+            return Ok(());
+        };
         let synced = self.wait_for(last, Durability::Synced);
         self.commit.leave();
         synced
@@ -190,7 +198,8 @@ impl Shard {
     fn turn(&self, own: Option<u64>) -> Result<()> {
         let mut writer = lock(&self.writer);
         let batch = self.commit.take_batch();
-        let turn = batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, KeyUse::Admitted));
+        let turn =
+            batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, KeyUse::Admitted));
         // Written blocks are synced for the callers that wait for it, whether or not the key may be
         // used.
         if self.commit.wants_sync(own, turn.is_err() || writer.owes_sync()) {
@@ -203,7 +212,12 @@ impl Shard {
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
-    pub(super) fn write_batch(&self, writer: &mut SegmentWriter, batch: Vec<Pending>, keys: KeyUse) -> Result<()> {
+    pub(super) fn write_batch(
+        &self,
+        writer: &mut SegmentWriter,
+        batch: Vec<Pending>,
+        keys: KeyUse,
+    ) -> Result<()> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
         let (from, to) = (first.seq, last.seq + 1);
         let charged: usize = batch.iter().map(|pending| pending.group.charged).sum();
@@ -234,7 +248,12 @@ impl Shard {
     }
 
     /// Writes one block, and rolls first if the active segment does not take it.
-    fn write_block(&self, writer: &mut SegmentWriter, batch: &[Pending], keys: KeyUse) -> Result<()> {
+    fn write_block(
+        &self,
+        writer: &mut SegmentWriter,
+        batch: &[Pending],
+        keys: KeyUse,
+    ) -> Result<()> {
         if keys == KeyUse::Admitted
             && let Some(first) = batch.first()
             && !writer.takes_another_block()
@@ -243,7 +262,9 @@ impl Shard {
                 self.seal_active(writer, KeyUse::Admitted)?;
                 self.record_head()?;
             }
-            let Some(next) = writer.next().cloned() else { return Err(Error::Closed("the active segment")) };
+            let Some(next) = writer.next().cloned() else {
+                return Err(Error::Closed("the active segment"));
+            };
             writer.set_next(Next { first_seq: first.seq, ..next });
             self.begin_segment(writer)?;
         }
@@ -279,7 +300,8 @@ impl Shard {
     pub(super) fn latch(&self, writer: &mut SegmentWriter, error: Error) {
         // A writer that has taken over the store removes unfinished files of this one. Then the
         // missing file is not the cause.
-        let fenced = if matches!(error, Error::Io { .. }) { self.env.check_fence().err() } else { None };
+        let fenced =
+            if matches!(error, Error::Io { .. }) { self.env.check_fence().err() } else { None };
         let error = fenced.unwrap_or(error);
         if writer.abandon() {
             self.list.abandon_active();
@@ -323,7 +345,8 @@ impl Shard {
         }
         // After a repair a segment is open already.
         if !writer.is_open() {
-            self.begin(&mut writer).inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
+            self.begin(&mut writer)
+                .inspect_err(|error| self.latch_if_failed(&mut writer, error))?;
         }
         if let Some(reserved) = writer.reserved() {
             self.commit.open(&reserved);
@@ -377,8 +400,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Seals the active segment. Everything written so far counts as synced after that, so the fence
-    /// is checked here, whether or not the caller writes the head to the catalogue.
+    /// Seals the active segment. Everything written so far counts as synced after that, so the
+    /// fence is checked here, whether or not the caller writes the head to the catalogue.
     fn seal_active(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
         let Some(head) = writer.seal(keys)? else { return Ok(()) };
         self.reach(head.clone());
@@ -445,5 +468,11 @@ impl Shard {
 
 /// Whether the error is the gate's: the key may not be used now, and the files are in order.
 pub(super) fn is_refusal(error: &Error) -> bool {
-    matches!(error, Error::Revoked { .. } | Error::KmsUnreachable { .. } | Error::KmsInvalid { .. } | Error::Forked)
+    matches!(
+        error,
+        Error::Revoked { .. }
+            | Error::KmsUnreachable { .. }
+            | Error::KmsInvalid { .. }
+            | Error::Forked
+    )
 }

@@ -71,7 +71,9 @@ pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
 pub(crate) use record::{Head, RecordHead, ReloadRecord, ShardRecord};
 pub use recovery::{RecoveryNotice, RepairReport};
 pub(crate) use segment_reader::{Load, SegmentReader};
-pub(crate) use segments::{End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header};
+pub(crate) use segments::{
+    End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header,
+};
 pub use ticket::Ticket;
 use writer::{SegmentWriter, WriteEnv};
 
@@ -144,7 +146,12 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(context: Arc<ShardContext>, id: u32, dir: PathBuf, record: ShardRecord) -> Arc<Self> {
+    pub(crate) fn new(
+        context: Arc<ShardContext>,
+        id: u32,
+        dir: PathBuf,
+        record: ShardRecord,
+    ) -> Arc<Self> {
         let env = Arc::new(WriteEnv {
             shard: id,
             dir: dir.clone(),

@@ -10,7 +10,9 @@ use crate::{
 };
 
 /// What an append survives once it has returned, or its ticket is done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
     /// In memory. Survives only the revocation of its key: a killed process loses up to the last

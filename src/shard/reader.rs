@@ -126,8 +126,9 @@ impl ReaderPermits {
     }
 
     pub(super) fn take(self: &Arc<Self>) -> Result<ReaderPermit> {
-        let taken =
-            self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| (used < self.limit).then(|| used + 1));
+        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            (used < self.limit).then(|| used + 1)
+        });
         match taken {
             Ok(_) => Ok(ReaderPermit(Arc::clone(self))),
             Err(_) => Err(Error::TooMany { what: "open readers", limit: self.limit as u64 }),
@@ -317,7 +318,9 @@ impl Reader {
                     cursor.prove_passed(gate)?;
                     let at = cursor.here();
                     let raw = Bytes::from(cursor.open(gate)?);
-                    gate.context().counters.read(cursor.opened.header.suite, header.list_len.into());
+                    gate.context()
+                        .counters
+                        .read(cursor.opened.header.suite, header.list_len.into());
                     if header.first_seq >= self.end_seq || header.first_time_us >= self.end_us {
                         self.ended = true;
                         return Ok(false);
@@ -327,7 +330,8 @@ impl Reader {
                 Load::End => {
                     cursor.prove_passed(gate)?;
                     cursor.check_end()?;
-                    let (ordinal, last_time_us) = (cursor.opened.name.ordinal, cursor.last_time_us());
+                    let (ordinal, last_time_us) =
+                        (cursor.opened.name.ordinal, cursor.last_time_us());
                     if !self.enter_next(ordinal, last_time_us)? {
                         return Ok(false);
                     }
@@ -418,7 +422,8 @@ impl Reader {
             if entry.seq >= end_seq || entry.time_us >= self.end_us {
                 end_seq = end_seq.min(entry.seq);
             } else if entry.seq >= self.next_seq && entry.time_us >= self.from_us {
-                let (seq, receive_time_us, bytes) = (entry.seq, entry.time_us, list.slice(entry.bytes));
+                let (seq, receive_time_us, bytes) =
+                    (entry.seq, entry.time_us, list.slice(entry.bytes));
                 ahead.records.push_back(Record { seq, receive_time_us, kind: header.kind, bytes });
             }
         });

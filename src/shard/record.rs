@@ -121,7 +121,13 @@ pub(crate) trait RecordHead: Send + Sync {
     ///
     /// # Errors
     /// What kept it from being recorded. The shard must not begin another segment then.
-    fn record_head(&self, logstore: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()>;
+    fn record_head(
+        &self,
+        logstore: &LogstoreName,
+        id: LogstoreId,
+        shard: u32,
+        head: Head,
+    ) -> Result<()>;
 }
 
 /// Reads the record of a shard again, for a read-only opener: the writer changes it.

@@ -62,8 +62,8 @@ pub(super) struct Recovery<'a> {
 
 impl Recovery<'_> {
     /// Finds the end of the shard, and ends a segment that was not sealed. The caller holds the
-    /// writer's lock, and no segment is open. Returns where the next segment begins, and a notice if
-    /// the segment did not end at its durable mark.
+    /// writer's lock, and no segment is open. Returns where the next segment begins, and a notice
+    /// if the segment did not end at its durable mark.
     pub(super) fn recover(&self) -> Result<(Next, Option<RecoveryNotice>)> {
         self.list.remove_leftovers()?;
         let segments = self.list.segments(false)?;
@@ -140,7 +140,9 @@ impl Recovery<'_> {
     /// segment begins and the report; `None` if the shard needs no repair.
     pub(super) fn repair(&self) -> Result<Option<(Next, RepairReport)>> {
         let segments = self.list.segments(true)?;
-        let Some(last) = segments.last().filter(|last| last.active.is_none()) else { return Ok(None) };
+        let Some(last) = segments.last().filter(|last| last.active.is_none()) else {
+            return Ok(None);
+        };
         if self.is_recoverable(last)? {
             // A broken rule of the format, or a retired key, is not mended by giving up blocks. It
             // is an error for the caller.
@@ -167,7 +169,8 @@ impl Recovery<'_> {
 
     /// Whether the last segment can be opened, recovered and read without a repair.
     fn is_recoverable(&self, last: &SegmentRef) -> Result<bool> {
-        let damaged = |error: &Error| matches!(error, Error::Corrupt { .. } | Error::Truncated { .. });
+        let damaged =
+            |error: &Error| matches!(error, Error::Corrupt { .. } | Error::Truncated { .. });
         let checked = self.list.open_segment(last).and_then(|opened| match &opened.end {
             End::Unknown => {
                 let scanned = Scanned::of(self.list, &opened, Proof::Tag)?;
@@ -190,7 +193,13 @@ impl Recovery<'_> {
     /// Ends a segment at `mark`, and rewrites the groups found above it into a new one. With a
     /// `prover`, blocks whose tag does not hold are given up, and the segment ends in front of the
     /// first of them. Without one they are an error when they are rewritten.
-    fn cut(&self, opened: &Opened, scanned: &Scanned<'_>, mark: u64, mut prover: Option<Prover<'_>>) -> Result<Cut> {
+    fn cut(
+        &self,
+        opened: &Opened,
+        scanned: &Scanned<'_>,
+        mark: u64,
+        mut prover: Option<Prover<'_>>,
+    ) -> Result<Cut> {
         let header = &opened.header;
         // Blocks under a key that was destroyed on purpose cannot be read any more.
         let key = self.env.gate.with_cipher(header, &opened.name.path, |_| Ok(()));
@@ -332,7 +341,16 @@ impl<'a> Rewriting<'a> {
         }
         let new = NewSegment::create(env, &next, &plan)?;
         let (builder, offset) = (FooterBuilder::of(new.header()), new.header().body_start);
-        Ok(Self { env, opened, next, new, builder, offset, bytes: Vec::new(), buffer: SealBuffer::default() })
+        Ok(Self {
+            env,
+            opened,
+            next,
+            new,
+            builder,
+            offset,
+            bytes: Vec::new(),
+            buffer: SealBuffer::default(),
+        })
     }
 
     /// Seals the groups of a block under the key of the new segment, and writes them into it.
@@ -340,9 +358,11 @@ impl<'a> Rewriting<'a> {
         let (env, opened, target) = (self.env, self.opened, self.new.header());
         let path = &*opened.name.path;
         self.bytes.resize(block.header.block_len() as usize, 0);
-        read_exact_at(&*opened.file, &mut self.bytes, block.offset).map_err(Error::io("read", path))?;
+        read_exact_at(&*opened.file, &mut self.bytes, block.offset)
+            .map_err(Error::io("read", path))?;
         let at = opened.at(block.offset).block(block.header.number);
-        let view = BlockView::parse(&self.bytes).map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
+        let view = BlockView::parse(&self.bytes)
+            .map_err(|error| Error::corrupt(at.clone(), error.to_string()))?;
         let payload = self.buffer.begin();
         payload.resize(SealBuffer::PAYLOAD_AT + view.payload.len(), 0);
         env.gate.with_cipher(&opened.header, path, |cipher| {
@@ -388,7 +408,9 @@ pub(super) fn head_on_disk(list: &SegmentList) -> Result<Option<Head>> {
     let Some(last) = segments.last() else { return Ok(list.record().head) };
     let opened = list.open_segment(last)?;
     match &opened.end {
-        End::Sealed(sealed) => Ok(Some(list.last_head(&opened.header, &sealed.footer, opened.file_len()?))),
+        End::Sealed(sealed) => {
+            Ok(Some(list.last_head(&opened.header, &sealed.footer, opened.file_len()?)))
+        }
         End::Active(view) => Ok(Some(view.head())),
         End::Cut(_) => Ok(list.record().head),
         End::Unknown => {

@@ -67,16 +67,17 @@ pub(super) fn check_rules(list: &SegmentList, opened: &Opened) -> Result<()> {
     match &opened.end {
         End::Sealed(sealed) => {
             let rule = footer_rule(header, &sealed.footer);
-            let rule = rule.or_else(|| vouched_rule(opened.vouched.as_ref(), header, &sealed.footer));
+            let rule =
+                rule.or_else(|| vouched_rule(opened.vouched.as_ref(), header, &sealed.footer));
             rule.map_or(Ok(()), |rule| broken(sealed.footer.offset, rule))
         }
         _ => Ok(()),
     }
 }
 
-/// Checks that no segment is under a data key if the metadata has no envelope. A holder of the service
-/// keyring alone can remove the envelopes from the metadata; no append may then be written in the
-/// clear. Reads the header of each segment.
+/// Checks that no segment is under a data key if the metadata has no envelope. A holder of the
+/// service keyring alone can remove the envelopes from the metadata; no append may then be written
+/// in the clear. Reads the header of each segment.
 ///
 /// # Errors
 /// [`Error::RolledBack`], about the data key.
@@ -106,10 +107,16 @@ fn key_rule(section: &KeysSection, header: &SegmentHeader) -> Option<(u64, &'sta
             ));
         }
         (KeySource::Keyring(_), Some(_)) => {
-            return Some((KEY_SOURCE_AT, "a segment under the service keyring follows one under a data key"));
+            return Some((
+                KEY_SOURCE_AT,
+                "a segment under the service keyring follows one under a data key",
+            ));
         }
         (KeySource::DataKey(_), None) => {
-            return Some((KEY_SOURCE_AT, "a segment under a data key lies before the first of them"));
+            return Some((
+                KEY_SOURCE_AT,
+                "a segment under a data key lies before the first of them",
+            ));
         }
     };
     (under_data_key != (header.generation >= section.since))
@@ -119,14 +126,22 @@ fn key_rule(section: &KeysSection, header: &SegmentHeader) -> Option<(u64, &'sta
 /// The error for the header in `path`, which names no predecessor and is not the first of its
 /// shard.
 pub(super) fn denies_predecessor(path: &Path) -> Error {
-    Error::Tampered { at: Location::new(path, PREDECESSOR_AT), what: "a segment that denies its predecessor" }
+    Error::Tampered {
+        at: Location::new(path, PREDECESSOR_AT),
+        what: "a segment that denies its predecessor",
+    }
 }
 
 /// The rule that a header breaks in its description of its predecessor, and where.
 pub(super) fn chain_rule(header: &SegmentHeader) -> Option<(u64, &'static str)> {
-    let (Predecessor::Sealed(end) | Predecessor::Cut(end)) = &header.predecessor else { return None };
+    let (Predecessor::Sealed(end) | Predecessor::Cut(end)) = &header.predecessor else {
+        return None;
+    };
     if end.ordinal.checked_add(1) != Some(header.ordinal) {
-        return Some((PREDECESSOR_ORDINAL_AT, "the predecessor of a segment is not the one before it"));
+        return Some((
+            PREDECESSOR_ORDINAL_AT,
+            "the predecessor of a segment is not the one before it",
+        ));
     }
     let rule = "the first sequence number of a segment lies below the end of the one before it";
     (end.end_seq > header.first_seq).then_some((PREDECESSOR_END_AT, rule))
@@ -141,23 +156,33 @@ fn footer_rule(header: &DecodedHeader, footer: &Footer) -> Option<&'static str> 
         return Some("the footer counts more groups than it has sequence numbers");
     }
     let none = (0, 0, header.first_seq);
-    if footer.group_count == 0 && (footer.first_time_us, footer.last_time_us, footer.end_seq) != none {
+    if footer.group_count == 0
+        && (footer.first_time_us, footer.last_time_us, footer.end_seq) != none
+    {
         return Some("the footer has times or sequence numbers of groups, and counts none");
     }
     let first = footer.index.first()?;
     if first.offset < header.body_start {
         return Some("the index names a place in front of the blocks");
     }
-    (first.first_time_us != footer.first_time_us).then_some("the index does not begin with the first receive time")
+    (first.first_time_us != footer.first_time_us)
+        .then_some("the index does not begin with the first receive time")
 }
 
 /// The rule that a footer breaks beside the end that the successor, or the catalogue, names for the
 /// segment.
-fn vouched_rule(vouched: Option<&PredecessorEnd>, header: &SegmentHeader, footer: &Footer) -> Option<&'static str> {
+fn vouched_rule(
+    vouched: Option<&PredecessorEnd>,
+    header: &SegmentHeader,
+    footer: &Footer,
+) -> Option<&'static str> {
     let end = vouched?;
     if (footer.block_count, footer.end_seq) != (end.blocks, end.end_seq) {
-        return Some("the successor, or the catalogue, names another number of blocks or another end than the footer");
+        return Some(
+            "the successor, or the catalogue, names another number of blocks or another end than the footer",
+        );
     }
-    (header.last_time_us(footer) != end.last_time_us)
-        .then_some("the successor, or the catalogue, names another last receive time than the footer")
+    (header.last_time_us(footer) != end.last_time_us).then_some(
+        "the successor, or the catalogue, names another last receive time than the footer",
+    )
 }

@@ -12,7 +12,8 @@ use crate::{
     crypto::wipe,
     keys::gate::Gate,
     segment::{
-        BlockHeader, BlockView, Footer, FooterBuilder, ScanReport, ScanVerdict, ScannedBlock, end_of_data, scan,
+        BlockHeader, BlockView, Footer, FooterBuilder, ScanReport, ScanVerdict, ScannedBlock,
+        end_of_data, scan,
     },
 };
 
@@ -55,7 +56,10 @@ impl<'a> Scanned<'a> {
     ///
     /// # Errors
     /// [`Error::Corrupt`], at the end, if they are not the same any more.
-    pub(super) fn again(&self, mut on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<()>) -> Result<()> {
+    pub(super) fn again(
+        &self,
+        mut on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let mut all = FooterBuilder::of(&self.opened.header);
         let behind = self.behind.then_some((&**self.list.gate(), self.proof));
         let report = pass(self.opened, self.report.data_end, behind, |block, payload| {
@@ -82,12 +86,18 @@ impl<'a> Scanned<'a> {
         let usable = |head: &Head| !(head.sealed && matches!(opened.end, End::Unknown));
         let Some(head) = self.recorded_head().filter(usable) else { return Ok(report.mark) };
         if report.end < head.bytes {
-            let what = format!("a block below what the catalogue knows to be durable ({}) is damaged", head.bytes);
+            let what = format!(
+                "a block below what the catalogue knows to be durable ({}) is damaged",
+                head.bytes
+            );
             return Err(Error::corrupt(opened.at(report.end).block(report.blocks), what));
         }
         // The digest covers the hash of the header too, and so the id of the segment.
         if in_place(opened, head.bytes)?.digest() != head.digest {
-            let what = format!("{} is another segment than the catalogue knows", opened.name.path.display());
+            let what = format!(
+                "{} is another segment than the catalogue knows",
+                opened.name.path.display()
+            );
             return Err(Error::RolledBack { what });
         }
         Ok(report.mark.max(head.bytes))
@@ -146,7 +156,9 @@ impl<'a> Prover<'a> {
         self.plain.resize(view.payload.len(), 0);
         let plain = &mut self.plain;
         let held = self.gate.with_cipher(&self.opened.header, &self.opened.name.path, |cipher| {
-            Ok(cipher.open_block(&header.nonce(), view.header_bytes, view.payload, &view.tag, plain).is_ok())
+            Ok(cipher
+                .open_block(&header.nonce(), view.header_bytes, view.payload, &view.tag, plain)
+                .is_ok())
         });
         wipe(plain);
         match held {
@@ -191,7 +203,12 @@ pub(super) fn check_open_end(list: &SegmentList, opened: &Opened, proof: Proof) 
 
 /// Where the data ends of a segment that is not known to be sealed, whose blocks in place end at
 /// `from`. Zeros at the end of the file are not data: nothing has been written there yet.
-pub(super) fn data_end(list: &SegmentList, opened: &Opened, from: u64, proof: Proof) -> Result<u64> {
+pub(super) fn data_end(
+    list: &SegmentList,
+    opened: &Opened,
+    from: u64,
+    proof: Proof,
+) -> Result<u64> {
     let (end, _) = blocks_end(list, opened, proof)?;
     end_of_data(|offset, buf: &mut [u8]| opened.read_at(offset, buf), from, end)
 }
@@ -231,6 +248,8 @@ fn pass(
             let mut by_tag = |offset, header: &BlockHeader| prover.holds(offset, header);
             scan(&opened.header, len, read_at, on_block, Some(&mut by_tag))
         }
-        Some((_, Proof::Crc)) => scan(&opened.header, len, read_at, on_block, Some(&mut |_, _| Ok(true))),
+        Some((_, Proof::Crc)) => {
+            scan(&opened.header, len, read_at, on_block, Some(&mut |_, _| Ok(true)))
+        }
     }
 }

@@ -13,7 +13,10 @@ use crate::{
     error::Location,
     io::Map,
     keys::gate::Gate,
-    segment::{BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor, Footer, IndexEntry},
+    segment::{
+        BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor, Footer,
+        IndexEntry,
+    },
 };
 
 /// How much is read at once, in bytes, unless a block is longer.
@@ -75,7 +78,9 @@ pub(crate) struct SegmentReader {
 impl SegmentReader {
     pub(crate) fn new(opened: Opened, mode: ReadMode) -> Result<Self> {
         let map = match (&opened.end, mode) {
-            (End::Sealed(_), ReadMode::Map) => Some(opened.file.map().map_err(Error::io("map", &*opened.name.path))?),
+            (End::Sealed(_), ReadMode::Map) => {
+                Some(opened.file.map().map_err(Error::io("map", &*opened.name.path))?)
+            }
             _ => None,
         };
         Ok(Self {
@@ -187,7 +192,8 @@ impl SegmentReader {
             Ok(header)
                 if header.segment_tag == tag
                     && header.number == number
-                    && (!matches!(self.opened.end, End::Unknown) || self.out_of_place(&header).is_none()) =>
+                    && (!matches!(self.opened.end, End::Unknown)
+                        || self.out_of_place(&header).is_none()) =>
             {
                 self.loaded = Some(header);
                 Ok(Load::Block(header))
@@ -231,21 +237,25 @@ impl SegmentReader {
     /// The rule that the sequence numbers or the durable mark of the next block break.
     fn out_of_place(&self, header: &BlockHeader) -> Option<&'static str> {
         if header.first_seq < self.end_seq {
-            return Some("its sequence numbers lie below those of the block before it, or of its segment");
+            return Some(
+                "its sequence numbers lie below those of the block before it, or of its segment",
+            );
         }
         if header.end_seq() > self.opened.header.limit_seq {
             return Some("its sequence numbers lie beyond the limit of its segment");
         }
         let durable = self.opened.header.body_start..=self.offset;
-        (!durable.contains(&header.durable_mark)).then_some("its durable mark is outside of the blocks before it")
+        (!durable.contains(&header.durable_mark))
+            .then_some("its durable mark is outside of the blocks before it")
     }
 
     /// Checks the loaded block against those before it, and against the index that led to it.
     /// Neither it nor the block before it is authenticated yet: a caller that has the key uses
     /// [`SegmentReader::prove_place`].
     pub(crate) fn check_place(&self, header: &BlockHeader) -> Result<()> {
-        let is_sought =
-            |entry: IndexEntry| (entry.first_seq, entry.first_time_us) == (header.first_seq, header.first_time_us);
+        let is_sought = |entry: IndexEntry| {
+            (entry.first_seq, entry.first_time_us) == (header.first_seq, header.first_time_us)
+        };
         let broken = if let Some(rule) = self.out_of_place(header) {
             rule
         } else if header.first_time_us < self.last_time_us {
@@ -273,7 +283,8 @@ impl SegmentReader {
     /// first block with groups.
     fn begins_as_footer_says(&self, header: &BlockHeader) -> bool {
         let End::Sealed(sealed) = &self.opened.end else { return true };
-        let is_first = self.sought.is_none() && self.groups_end.is_none() && header.kind != BlockKind::Mark;
+        let is_first =
+            self.sought.is_none() && self.groups_end.is_none() && header.kind != BlockKind::Mark;
         !is_first || header.first_time_us == sealed.footer.first_time_us
     }
 
@@ -294,14 +305,18 @@ impl SegmentReader {
         if agrees {
             return Ok(());
         }
-        Err(Error::corrupt(self.opened.at(self.offset), "the blocks of the segment do not end as it was ended"))
+        Err(Error::corrupt(
+            self.opened.at(self.offset),
+            "the blocks of the segment do not end as it was ended",
+        ))
     }
 
     fn ended(&self, blocks: u32) -> Result<Load> {
         if self.number == blocks {
             return Ok(Load::End);
         }
-        let what = format!("the segment ends after {} blocks, it should have {blocks}", self.number);
+        let what =
+            format!("the segment ends after {} blocks, it should have {blocks}", self.number);
         Err(Error::truncated(self.opened.at(self.offset), what))
     }
 
@@ -320,7 +335,8 @@ impl SegmentReader {
             }
             self.bytes.resize(wanted.max(kept), 0);
             self.bytes_at = self.offset;
-            let (room, at) = (self.bytes.get_mut(kept..).unwrap_or_default(), self.offset + kept as u64);
+            let (room, at) =
+                (self.bytes.get_mut(kept..).unwrap_or_default(), self.offset + kept as u64);
             let read = match &self.map {
                 Some(map) => map.read_at(room, at),
                 None => self.opened.read_at(at, room)?,
@@ -370,7 +386,8 @@ impl SegmentReader {
     pub(crate) fn pass_damage(&mut self) -> Result<bool> {
         let End::Sealed(sealed) = &self.opened.end else { return Ok(false) };
         let sealed = Arc::clone(sealed);
-        let (end, tag, number) = (sealed.footer.offset, self.opened.header.segment_tag(), self.number);
+        let (end, tag, number) =
+            (sealed.footer.offset, self.opened.header.segment_tag(), self.number);
         self.loaded = None;
         // The damaged blocks may have had the first groups.
         self.groups_end.get_or_insert(self.end_seq);
@@ -455,14 +472,18 @@ impl SegmentReader {
         let end = self.offset + header.block_len();
         let at = self.opened.at(self.offset);
         let block = self.window(header.block_len() as usize, end)?;
-        let view = block.and_then(BlockView::parse).map_err(|error| Error::corrupt(at, error.to_string()))?;
+        let view = block
+            .and_then(BlockView::parse)
+            .map_err(|error| Error::corrupt(at, error.to_string()))?;
         Ok((hash(algorithm, &[view.payload]), view.tag))
     }
 
     /// Checks whether the segment has been ended since it was opened.
     pub(super) fn refresh(&mut self, list: &SegmentList) -> Result<Refresh> {
         let segments = list.segments(true)?;
-        let Some(name) = segments.iter().find(|segment| segment.ordinal == self.opened.name.ordinal) else {
+        let Some(name) =
+            segments.iter().find(|segment| segment.ordinal == self.opened.name.ordinal)
+        else {
             return Ok(Refresh::Dropped);
         };
         let changed = match (&self.opened.end, &name.active) {
@@ -474,7 +495,11 @@ impl SegmentReader {
                 let ended = !matches!(opened.end, End::Unknown);
                 list.authenticate(&opened)?;
                 self.opened.end = opened.end;
-                return Ok(if ended || self.end()? > before { Refresh::Changed } else { Refresh::Same });
+                return Ok(if ended || self.end()? > before {
+                    Refresh::Changed
+                } else {
+                    Refresh::Same
+                });
             }
         };
         if !changed {

@@ -20,8 +20,8 @@ use crate::{
     io::{Disk, DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     keys::gate::Gate,
     segment::{
-        DecodeError, DecodedFooter, DecodedHeader, Footer, KeySource, Predecessor, PredecessorEnd, SEGMENT_BYTES_MAX,
-        SegmentHeader, SegmentName, Trailer,
+        DecodeError, DecodedFooter, DecodedHeader, Footer, KeySource, Predecessor, PredecessorEnd,
+        SEGMENT_BYTES_MAX, SegmentHeader, SegmentName, Trailer,
     },
     sync::{
         LockRank, RwLock,
@@ -121,7 +121,12 @@ pub(crate) struct SegmentList {
 }
 
 impl SegmentList {
-    pub(super) fn new(context: &ShardContext, shard: u32, dir: PathBuf, record: ShardRecord) -> Self {
+    pub(super) fn new(
+        context: &ShardContext,
+        shard: u32,
+        dir: PathBuf,
+        record: ShardRecord,
+    ) -> Self {
         Self {
             shard,
             dir,
@@ -196,8 +201,12 @@ impl SegmentList {
     /// the reserved limit for the next segment.
     pub(super) fn last_head(&self, header: &DecodedHeader, footer: &Footer, file_len: u64) -> Head {
         let head = Head::sealed(header, footer, file_len);
-        let recorded = self.record().head.filter(|recorded| recorded.sealed && recorded.ordinal == head.ordinal);
-        let next_seq = recorded.map_or(header.limit_seq, |recorded| recorded.next_seq.max(head.next_seq));
+        let recorded = self
+            .record()
+            .head
+            .filter(|recorded| recorded.sealed && recorded.ordinal == head.ordinal);
+        let next_seq =
+            recorded.map_or(header.limit_seq, |recorded| recorded.next_seq.max(head.next_seq));
         Head { next_seq, ..head }
     }
 
@@ -265,14 +274,20 @@ impl SegmentList {
                 return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
             }
             if segment.first_seq < first_seq {
-                let what = format!("the segment begins at sequence number {}, below {first_seq}", segment.first_seq);
+                let what = format!(
+                    "the segment begins at sequence number {}, below {first_seq}",
+                    segment.first_seq
+                );
                 return Err(Error::corrupt(Location::new(&*segment.path, FIRST_SEQ_AT), what));
             }
             (expected, first_seq) = (expected + 1, segment.first_seq);
         }
         match &record.head {
             Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
-                let missing = format!("segment {} of the shard is missing, the catalogue knows of it", head.ordinal);
+                let missing = format!(
+                    "segment {} of the shard is missing, the catalogue knows of it",
+                    head.ordinal
+                );
                 Err(Error::truncated(Location::new(&self.dir, 0), missing))
             }
             _ => Ok(segments),
@@ -409,7 +424,9 @@ impl SegmentList {
         }
         let path = &*name.path;
         let file = self.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::truncated(Location::new(path, 0), "the segment is missing"),
+            std::io::ErrorKind::NotFound => {
+                Error::truncated(Location::new(path, 0), "the segment is missing")
+            }
             _ => Error::io("open", path)(error),
         })?;
         let header = Arc::new(read_header(&*file, path)?);
@@ -422,13 +439,19 @@ impl SegmentList {
             let what = format!("the segment has {len} bytes, and may have {SEGMENT_BYTES_MAX}");
             return Err(Error::corrupt(Location::new(path, SEGMENT_BYTES_MAX), what));
         }
-        let (end, vouched) = self.find_end(&open(&file, &header, End::Unknown, None), len, expected)?;
+        let (end, vouched) =
+            self.find_end(&open(&file, &header, End::Unknown, None), len, expected)?;
         Ok(open(&file, &header, end, vouched))
     }
 
     /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also
     /// returns the end that successor or catalogue vouch for, if it is sealed and they do.
-    fn find_end(&self, opened: &Opened, len: u64, expected: Expected) -> Result<(End, Option<PredecessorEnd>)> {
+    fn find_end(
+        &self,
+        opened: &Opened,
+        len: u64,
+        expected: Expected,
+    ) -> Result<(End, Option<PredecessorEnd>)> {
         let (header, path) = (&*opened.header, &*opened.name.path);
         let truncated = |what: String| Err(Error::truncated(Location::new(path, len), what));
         let cut = |end: PredecessorEnd| {
@@ -437,16 +460,26 @@ impl SegmentList {
         };
         match (read_footer(&*opened.file, path, header, len), expected) {
             (
-                Err(error @ (Error::NewerFormat { .. } | Error::OlderFormat { .. } | Error::UnsupportedFeature { .. })),
+                Err(
+                    error @ (Error::NewerFormat { .. }
+                    | Error::OlderFormat { .. }
+                    | Error::UnsupportedFeature { .. }),
+                ),
                 _,
             ) => Err(error),
             (_, Expected::Cut(end)) => {
                 let cut = cut(end)?;
                 if len < end.bytes {
-                    return truncated(format!("the segment has {len} bytes, its successor says {}", end.bytes));
+                    return truncated(format!(
+                        "the segment has {len} bytes, its successor says {}",
+                        end.bytes
+                    ));
                 }
                 if end.bytes < header.body_start {
-                    return Err(Error::corrupt(Location::new(path, end.bytes), "the segment is cut within its header"));
+                    return Err(Error::corrupt(
+                        Location::new(path, end.bytes),
+                        "the segment is cut within its header",
+                    ));
                 }
                 Ok(cut)
             }
@@ -454,8 +487,10 @@ impl SegmentList {
                 check_link(path, header, &end)?;
                 let digest = sealed.footer.digest(header.payload_hash, &header.header_hash);
                 if digest != end.digest || len != end.bytes {
-                    let what =
-                        format!("{} is another segment than its successor or the catalogue says", path.display());
+                    let what = format!(
+                        "{} is another segment than its successor or the catalogue says",
+                        path.display()
+                    );
                     return Err(Error::RolledBack { what });
                 }
                 Ok((End::Sealed(Arc::new(sealed)), Some(end)))
@@ -464,24 +499,33 @@ impl SegmentList {
             (Ok(Some(sealed)), Expected::Open { .. }) if sealed.footer.recovered => {
                 Ok((End::Sealed(Arc::new(sealed)), None))
             }
-            (Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Sealed(end))
-                if len < end.bytes =>
-            {
+            (
+                Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }),
+                Expected::Sealed(end),
+            ) if len < end.bytes => {
                 truncated(format!("the segment has {len} bytes, it was sealed with {}", end.bytes))
             }
             (Ok(None), Expected::Sealed(_)) => {
                 let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
                 Err(match has_whole_footer(&*opened.file, len) {
                     // Header and footer are both intact, and were not made for each other.
-                    true => Error::Tampered { at, what: "the footer, or the header, of a sealed segment" },
+                    true => Error::Tampered {
+                        at,
+                        what: "the footer, or the header, of a sealed segment",
+                    },
                     false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
                 })
             }
             // Nothing vouches for the footer, if there is one: it may not have reached the disk
             // yet, and a crash may have torn it. The blocks decide how far the segment reaches.
-            (Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }), Expected::Open { at_least }) => {
+            (
+                Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }),
+                Expected::Open { at_least },
+            ) => {
                 if len < at_least {
-                    return truncated(format!("the segment has {len} bytes, the catalogue says at least {at_least}"));
+                    return truncated(format!(
+                        "the segment has {len} bytes, the catalogue says at least {at_least}"
+                    ));
                 }
                 retired_end(self, header, path)?.map_or(Ok((End::Unknown, None)), cut)
             }
@@ -509,8 +553,12 @@ impl SegmentList {
             return Ok(Expected::Sealed(end));
         }
         match self.record().head {
-            Some(head) if head.ordinal == name.ordinal && head.sealed => Ok(Expected::Sealed(head.into_end())),
-            Some(head) if head.ordinal == name.ordinal => Ok(Expected::Open { at_least: head.bytes }),
+            Some(head) if head.ordinal == name.ordinal && head.sealed => {
+                Ok(Expected::Sealed(head.into_end()))
+            }
+            Some(head) if head.ordinal == name.ordinal => {
+                Ok(Expected::Open { at_least: head.bytes })
+            }
             _ => Ok(Expected::Open { at_least: 0 }),
         }
     }
@@ -519,10 +567,14 @@ impl SegmentList {
     /// writer before it begins the next segment: the header, and the statement of where it ends.
     pub(super) fn authenticate(&self, opened: &Opened) -> Result<()> {
         // A segment whose key was destroyed on purpose can be neither authenticated nor read.
-        let prove = |header: &DecodedHeader, path: &Path| match self.gate.with_cipher(header, path, |_| Ok(())) {
-            Err(Error::Shredded { .. }) => Ok(()),
-            proved => proved,
-        };
+        let prove =
+            |header: &DecodedHeader, path: &Path| match self
+                .gate
+                .with_cipher(header, path, |_| Ok(()))
+            {
+                Err(Error::Shredded { .. }) => Ok(()),
+                proved => proved,
+            };
         match &opened.end {
             End::Active(_) => return Ok(()),
             End::Sealed(_) => self.verify_footer(opened)?,
@@ -543,9 +595,9 @@ impl SegmentList {
         let (path, footer) = (&*opened.name.path, &sealed.footer);
         let encoded = footer.encode();
         self.gate.with_cipher(&opened.header, path, |cipher| {
-            cipher
-                .verify_tag_only(&footer.nonce(), &encoded, &sealed.tag)
-                .map_err(|_| Error::Tampered { at: Location::new(path, footer.offset), what: "the footer" })
+            cipher.verify_tag_only(&footer.nonce(), &encoded, &sealed.tag).map_err(|_| {
+                Error::Tampered { at: Location::new(path, footer.offset), what: "the footer" }
+            })
         })
     }
 
@@ -556,7 +608,9 @@ impl SegmentList {
             return Ok(false);
         }
         Ok(match self.successor(&name)?.map(|(header, _)| header.predecessor) {
-            Some(Predecessor::Sealed(end)) => end.digest == head.digest || (!head.sealed && end.blocks > head.blocks),
+            Some(Predecessor::Sealed(end)) => {
+                end.digest == head.digest || (!head.sealed && end.blocks > head.blocks)
+            }
             Some(Predecessor::Cut(end)) => !head.sealed && end.blocks >= head.blocks,
             Some(Predecessor::None) => false,
             None => true,
@@ -575,7 +629,8 @@ impl SegmentList {
         if let Some(active) = &name.active {
             return Ok(Arc::clone(&active.header));
         }
-        let file = self.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
+        let file =
+            self.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
         Ok(Arc::new(read_header(&*file, &name.path)?))
     }
 
@@ -609,7 +664,10 @@ impl SegmentList {
             && header.first_seq == name.first_seq
             && header.epoch == name.epoch;
         if !belongs {
-            return Err(Error::Tampered { at: Location::new(path, 0), what: "a segment that belongs elsewhere" });
+            return Err(Error::Tampered {
+                at: Location::new(path, 0),
+                what: "a segment that belongs elsewhere",
+            });
         }
         // A read-only opener may have older metadata than the writer. It checks the generation
         // again once the header is authenticated.
@@ -647,7 +705,8 @@ fn check_link(path: &Path, header: &SegmentHeader, end: &PredecessorEnd) -> Resu
     if end.segment == header.segment && end.ordinal == header.ordinal {
         return Ok(());
     }
-    let what = format!("{} is not the segment that its successor or the catalogue names", path.display());
+    let what =
+        format!("{} is not the segment that its successor or the catalogue names", path.display());
     Err(Error::RolledBack { what })
 }
 
@@ -659,7 +718,9 @@ pub(crate) fn read_header(file: &dyn DiskFile, path: &Path) -> Result<DecodedHea
     bytes.truncate(read);
     match SegmentHeader::decode(&bytes) {
         Err(DecodeError::Short { needed, have })
-            if read == SegmentHeader::READ_HINT && needed > have && needed <= SegmentHeader::LEN_MAX as u64 =>
+            if read == SegmentHeader::READ_HINT
+                && needed > have
+                && needed <= SegmentHeader::LEN_MAX as u64 =>
         {
             bytes.resize(SegmentHeader::LEN_MAX, 0);
             let read = file.read_at(&mut bytes, 0).map_err(io)?;
@@ -679,7 +740,9 @@ pub(super) fn read_footer(
     len: u64,
 ) -> Result<Option<DecodedFooter>> {
     let io = |error| Error::io("read", path)(error);
-    let Some(trailer_at) = len.checked_sub(Trailer::LEN as u64).filter(|&at| at >= header.body_start) else {
+    let Some(trailer_at) =
+        len.checked_sub(Trailer::LEN as u64).filter(|&at| at >= header.body_start)
+    else {
         return Ok(None);
     };
     let mut trailer = [0; Trailer::LEN];
@@ -687,7 +750,8 @@ pub(super) fn read_footer(
         return Ok(None);
     }
     let Ok(trailer) = Trailer::decode(&trailer) else { return Ok(None) };
-    let Some(at) = len.checked_sub(trailer.footer_len.into()).filter(|&at| at >= header.body_start) else {
+    let Some(at) = len.checked_sub(trailer.footer_len.into()).filter(|&at| at >= header.body_start)
+    else {
         return Ok(None);
     };
     if trailer.segment_tag != header.segment_tag() {

@@ -22,7 +22,10 @@ pub struct Ticket {
 
 impl std::fmt::Debug for Ticket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ticket").field("shard", &self.shard.id()).field("seq", &self.seq).finish_non_exhaustive()
+        f.debug_struct("Ticket")
+            .field("shard", &self.shard.id())
+            .field("seq", &self.seq)
+            .finish_non_exhaustive()
     }
 }
 

@@ -31,8 +31,8 @@ use crate::{
     keys::gate::Gate,
     metrics::Counters,
     segment::{
-        BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder, KeySource,
-        Predecessor, SealBuffer, SegmentHeader, SegmentName,
+        BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder,
+        KeySource, Predecessor, SealBuffer, SegmentHeader, SegmentName,
     },
     sync::{RwLock, atomic::Ordering, read},
 };
@@ -161,7 +161,9 @@ impl SegmentWriter {
     /// How long until the active segment is so old that it must be rolled; zero if it is.
     pub(super) fn rolls_in(&self) -> Option<Duration> {
         let env = &self.env;
-        self.active.as_ref().map(|active| (active.began + env.options.segment_age).saturating_sub(env.clock.uptime()))
+        self.active.as_ref().map(|active| {
+            (active.began + env.options.segment_age).saturating_sub(env.clock.uptime())
+        })
     }
 
     /// The sequence numbers that the active segment reserves.
@@ -206,7 +208,9 @@ impl SegmentWriter {
     /// Makes one block of `batch` and writes it to the active segment.
     pub(super) fn write_block(&mut self, batch: &[Pending], keys: KeyUse) -> Result<()> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
-        let Some(active) = &mut self.active else { return Err(Error::Closed("the active segment")) };
+        let Some(active) = &mut self.active else {
+            return Err(Error::Closed("the active segment"));
+        };
         self.raw.clear();
         for pending in batch {
             group::put_frame(&mut self.raw, &pending.group.bytes);
@@ -227,7 +231,9 @@ impl SegmentWriter {
             payload_len: self.buffer.payload_len() as u32,
             raw_len: self.raw.len() as u32,
             group_count: batch.len() as u32,
-            log_count: batch.iter().fold(0, |sum: u32, pending| sum.saturating_add(pending.group.logs)),
+            log_count: batch
+                .iter()
+                .fold(0, |sum: u32, pending| sum.saturating_add(pending.group.logs)),
             list_len: list_len as u32,
             first_seq: first.seq,
             first_time_us: first.group.time_us,
@@ -338,7 +344,10 @@ impl SegmentWriter {
     pub(super) fn abandon(&mut self) -> bool {
         self.next = None;
         let active = self.active.take();
-        active.as_ref().inspect(|active| self.env.gate.end_segment(active.segment.header.segment)).is_some()
+        active
+            .as_ref()
+            .inspect(|active| self.env.gate.end_segment(active.segment.header.segment))
+            .is_some()
     }
 
     /// Overwrites the plaintext of the last block.
@@ -353,7 +362,9 @@ impl SegmentWriter {
             return Some(active.view.head());
         }
         match &self.next {
-            Some(Next { predecessor: Predecessor::Sealed(end), first_seq, .. }) => Some(Head::behind(end, *first_seq)),
+            Some(Next { predecessor: Predecessor::Sealed(end), first_seq, .. }) => {
+                Some(Head::behind(end, *first_seq))
+            }
             _ => None,
         }
     }
@@ -385,9 +396,16 @@ impl Active {
 
     /// Seals the block in `buffer` and writes it at the end. Changes nothing unless all of it
     /// succeeds.
-    fn append(&mut self, env: &WriteEnv, buffer: &mut SealBuffer, header: &BlockHeader, keys: KeyUse) -> Result<()> {
+    fn append(
+        &mut self,
+        env: &WriteEnv,
+        buffer: &mut SealBuffer,
+        header: &BlockHeader,
+        keys: KeyUse,
+    ) -> Result<()> {
         let (tag, end) = self.segment.write_block(env, buffer, header, self.offset, keys)?;
-        let payload_hash = env.hasher.hash(self.segment.header.payload_hash, std::mem::take(buffer));
+        let payload_hash =
+            env.hasher.hash(self.segment.header.payload_hash, std::mem::take(buffer));
         *buffer = self.view.add(self.offset, header, payload_hash, &tag, end);
         env.counters().appended(self.segment.header.suite, header.list_len.into());
         self.offset = end;
@@ -418,7 +436,9 @@ impl SegmentFile {
     ) -> Result<([u8; 16], u64)> {
         let sealing = buffer.with_header(&self.header.header_hash, header);
         let nonce = header.nonce();
-        let tag = self.with_key(env, keys, |cipher| cipher.seal_block(&nonce, sealing, SealBuffer::PAYLOAD_AT))?;
+        let tag = self.with_key(env, keys, |cipher| {
+            cipher.seal_block(&nonce, sealing, SealBuffer::PAYLOAD_AT)
+        })?;
         let bytes = buffer.finish(&tag);
         self.file.write_at(bytes, offset).map_err(Error::io("write a block to", &*self.path))?;
         Ok((tag, offset + bytes.len() as u64))
@@ -456,9 +476,9 @@ impl SegmentFile {
         use_it: impl FnOnce(&SegmentCipher) -> std::result::Result<R, CryptoError>,
     ) -> Result<R> {
         match keys {
-            KeyUse::Admitted => {
-                env.gate.with_cipher(&self.header, &self.path, |cipher| use_it(cipher).map_err(Error::Crypto))
-            }
+            KeyUse::Admitted => env.gate.with_cipher(&self.header, &self.path, |cipher| {
+                use_it(cipher).map_err(Error::Crypto)
+            }),
             KeyUse::Held => {
                 let used = env.gate.with_held(self.header.segment, use_it);
                 used.ok_or(Error::Closed("the data key"))?.map_err(Error::Crypto)
@@ -520,10 +540,12 @@ impl NewSegment {
         let commitment = env.gate.begin_segment(&header, &hash)?;
         let bytes = SegmentHeader::finish(encoded, &commitment);
         let create = || -> Result<SegmentFile> {
-            let Temporary { file, path: temporary } = Temporary::create(&*env.disk, &path.with_extension(""))
-                .map_err(Error::io("create a temporary file for", &*path))?;
+            let Temporary { file, path: temporary } =
+                Temporary::create(&*env.disk, &path.with_extension(""))
+                    .map_err(Error::io("create a temporary file for", &*path))?;
             file.write_at(&bytes, 0).map_err(Error::io("write the header of", &*temporary))?;
-            let header = SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
+            let header =
+                SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
             Ok(SegmentFile { file, path: temporary.into(), header: Arc::new(header) })
         };
         let segment = create().inspect_err(|_| env.gate.end_segment(header.segment))?;
@@ -547,7 +569,12 @@ impl NewSegment {
 
     /// Seals the segment behind the blocks that `builder` has counted, which end at `offset`.
     /// Returns the head behind it.
-    pub(super) fn seal(&self, env: &WriteEnv, builder: &FooterBuilder, offset: u64) -> Result<Head> {
+    pub(super) fn seal(
+        &self,
+        env: &WriteEnv,
+        builder: &FooterBuilder,
+        offset: u64,
+    ) -> Result<Head> {
         self.segment.seal(env, builder, offset, true, KeyUse::Admitted)
     }
 
@@ -561,6 +588,10 @@ impl NewSegment {
 
     /// Its entry for the list of segments, once it is sealed and published.
     pub(super) fn sealed_name(&self, head: &Head) -> SegmentRef {
-        SegmentRef { path: Arc::clone(&self.path), sealed: Some(head.clone().into_end()), ..self.segment.name() }
+        SegmentRef {
+            path: Arc::clone(&self.path),
+            sealed: Some(head.clone().into_end()),
+            ..self.segment.name()
+        }
     }
 }

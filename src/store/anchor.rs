@@ -12,7 +12,9 @@ use tracing::{info, warn};
 use crate::{
     Error, Result,
     ids::StoreId,
-    io::{self, Access, Clock, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, read_exact_at},
+    io::{
+        self, Access, Clock, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, read_exact_at,
+    },
     metrics::Counters,
     shard::AdmitAppend,
     sync::{
@@ -59,7 +61,13 @@ pub trait Anchor: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// The anchor does not have exactly `len` bytes under that place, or is unreachable.
-    fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()>;
+    fn append(
+        &self,
+        store: StoreId,
+        place: AnchorPlace,
+        len: u64,
+        bytes: &[u8],
+    ) -> std::io::Result<()>;
 
     /// The name of the bytes under `place` in error messages: in a directory, the path of the file.
     fn name_of(&self, store: StoreId, place: AnchorPlace) -> PathBuf {
@@ -109,7 +117,10 @@ impl DirAnchor {
     /// The places of the files of a store, in order.
     fn places(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<Vec<AnchorPlace>> {
         let parse = |name: &str| {
-            let (epoch, serial) = name.strip_prefix(&format!("{store}-"))?.strip_suffix(".anchor")?.split_once('-')?;
+            let (epoch, serial) = name
+                .strip_prefix(&format!("{store}-"))?
+                .strip_suffix(".anchor")?
+                .split_once('-')?;
             Some(AnchorPlace { epoch: epoch.parse().ok()?, serial: serial.parse().ok()? })
         };
         let entries = disk.list_dir(&self.dir)?;
@@ -124,7 +135,10 @@ impl DirAnchor {
     fn remove_temporaries(&self, disk: &dyn Disk, store: StoreId) -> std::io::Result<()> {
         let prefix = format!("{store}-");
         for entry in disk.list_dir(&self.dir)? {
-            if entry.kind == FileKind::File && entry.name.starts_with(&prefix) && entry.name.ends_with(".anchor.tmp") {
+            if entry.kind == FileKind::File
+                && entry.name.starts_with(&prefix)
+                && entry.name.ends_with(".anchor.tmp")
+            {
                 io::remove_temporary(disk, &self.dir.join(&entry.name));
             }
         }
@@ -165,7 +179,13 @@ impl Anchor for DirAnchor {
         replace().map_err(|error| self.in_dir(&error))
     }
 
-    fn append(&self, store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> std::io::Result<()> {
+    fn append(
+        &self,
+        store: StoreId,
+        place: AnchorPlace,
+        len: u64,
+        bytes: &[u8],
+    ) -> std::io::Result<()> {
         let append = || {
             let file = self.rooted()?.open(&self.path(store, place), OpenMode::ReadWrite)?;
             if file.len()? != len {
@@ -276,7 +296,9 @@ impl Feeder {
     /// Starts the thread that feeds. Without this thread each [`Feeder::want`] feeds at once.
     pub(super) fn spawn(self: &Arc<Self>) -> std::io::Result<()> {
         let this = Arc::clone(self);
-        let thread = std::thread::Builder::new().name("envelog-anchor".to_owned()).spawn(move || this.work())?;
+        let thread = std::thread::Builder::new()
+            .name("envelog-anchor".to_owned())
+            .spawn(move || this.work())?;
         lock(&self.state).thread = Some(thread);
         Ok(())
     }
@@ -304,7 +326,9 @@ impl Feeder {
     /// In a store without threads, tries again if a retry is due.
     pub(super) fn tend(&self) {
         let state = lock(&self.state);
-        let due = state.thread.is_none() && !state.is_up_to_date() && self.clock.uptime() >= state.retry_at;
+        let due = state.thread.is_none()
+            && !state.is_up_to_date()
+            && self.clock.uptime() >= state.retry_at;
         drop(state);
         if due {
             self.feed();
@@ -314,7 +338,13 @@ impl Feeder {
     pub(super) fn status(&self) -> AnchorStatus {
         let state = lock(&self.state);
         let behind = state.behind_since.map(|since| self.clock.uptime().saturating_sub(since));
-        AnchorStatus { anchored: true, configured: true, behind, records_behind: None, error: state.error.clone() }
+        AnchorStatus {
+            anchored: true,
+            configured: true,
+            behind,
+            records_behind: None,
+            error: state.error.clone(),
+        }
     }
 
     /// Feeds once.
@@ -334,7 +364,9 @@ impl Feeder {
                     false => self.anchor.append(self.store, place, len, &bytes),
                 })
             }
-            _ => wanted.read_from(0).and_then(|bytes| self.anchor.replace(self.store, wanted.place, &bytes)),
+            _ => wanted
+                .read_from(0)
+                .and_then(|bytes| self.anchor.replace(self.store, wanted.place, &bytes)),
         };
         let mut state = lock(&self.state);
         state.feeding = false;
@@ -346,7 +378,8 @@ impl Feeder {
                 state.kept = Some((wanted.place, wanted.len));
                 (state.failures, state.error) = (0, None);
                 state.behind_since = if state.is_up_to_date() { None } else { Some(wanted_since) };
-                let since_us = state.behind_since.map_or(UP_TO_DATE, |since| since.as_micros() as u64);
+                let since_us =
+                    state.behind_since.map_or(UP_TO_DATE, |since| since.as_micros() as u64);
                 self.behind_since_us.store(since_us, Ordering::Relaxed);
             }
             Err(error) => {
@@ -357,7 +390,8 @@ impl Feeder {
                 // The anchor may have a part of the bytes, so the next attempt replaces them all.
                 state.kept = None;
                 state.error = Some(error.to_string());
-                let delay = RETRY_AFTER.saturating_mul(1 << state.failures.min(5)).min(RETRY_AFTER_MAX);
+                let delay =
+                    RETRY_AFTER.saturating_mul(1 << state.failures.min(5)).min(RETRY_AFTER_MAX);
                 state.failures = state.failures.saturating_add(1);
                 state.retry_at = self.clock.uptime() + delay;
             }
@@ -462,7 +496,11 @@ impl AdmitAppend for AnchorLimit {
             return Ok(());
         }
         let behind = self.feeder.clock.uptime().saturating_sub(Duration::from_micros(since_us));
-        if behind <= self.limit { Ok(()) } else { Err(Error::AnchorBehind { behind, limit: self.limit }) }
+        if behind <= self.limit {
+            Ok(())
+        } else {
+            Err(Error::AnchorBehind { behind, limit: self.limit })
+        }
     }
 }
 

@@ -24,7 +24,9 @@ pub(super) fn check(core: &Core, kept: &Catalogue) -> Result<()> {
     let now = core.registry.catalogue().clone();
     if now.generation < kept.generation {
         let (found, known) = (now.generation, kept.generation);
-        return Err(rolled_back(format!("the catalogue ends with record {found}, the anchor knows {known}")));
+        return Err(rolled_back(format!(
+            "the catalogue ends with record {found}, the anchor knows {known}"
+        )));
     }
     let mut deleted: Option<BTreeSet<LogstoreId>> = None;
     for (name, entry) in &kept.logstores {
@@ -36,7 +38,9 @@ pub(super) fn check(core: &Core, kept: &Catalogue) -> Result<()> {
                     deleted = Some(deleted_since(core, kept)?);
                 }
                 if !deleted.as_ref().is_some_and(|deleted| deleted.contains(&entry.id)) {
-                    return Err(rolled_back(format!("the anchor knows Logstore {name}, which is not there")));
+                    return Err(rolled_back(format!(
+                        "the anchor knows Logstore {name}, which is not there"
+                    )));
                 }
             }
         }
@@ -58,14 +62,18 @@ fn deleted_since(core: &Core, kept: &Catalogue) -> Result<BTreeSet<LogstoreId>> 
 fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry) -> Result<()> {
     if found.generation < kept.generation {
         let (found, known) = (found.generation, kept.generation);
-        let what = format!("the metadata of Logstore {name} is of generation {found}, the anchor knows {known}");
+        let what = format!(
+            "the metadata of Logstore {name} is of generation {found}, the anchor knows {known}"
+        );
         return Err(rolled_back(what));
     }
     for (shard, (found, kept)) in found.shards.iter().zip(&kept.shards).enumerate() {
         if found == kept {
             continue;
         }
-        let what = |what: &str| rolled_back(format!("shard {shard} of Logstore {name} {what} its anchor knows"));
+        let what = |what: &str| {
+            rolled_back(format!("shard {shard} of Logstore {name} {what} its anchor knows"))
+        };
         if found.first_ordinal < kept.first_ordinal {
             return Err(what("has segments again that retention dropped, as"));
         }
@@ -95,7 +103,10 @@ fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry)
 /// Whether the head `found` continues the segment of the head `kept`.
 fn continues(found: &Head, kept: &Head) -> bool {
     let same_digest = found.blocks > kept.blocks || found.digest == kept.digest;
-    found.segment == kept.segment && found.blocks >= kept.blocks && same_digest && (found.sealed || !kept.sealed)
+    found.segment == kept.segment
+        && found.blocks >= kept.blocks
+        && same_digest
+        && (found.sealed || !kept.sealed)
 }
 
 /// Feeds the anchor for the first time since the store was opened, and from then on after each
@@ -113,7 +124,10 @@ pub(super) fn begin(core: &Core, without_anchor: bool) -> Result<()> {
     registry.feed_anchor(feeder);
     let fed = match feeder.status().error {
         Some(why) if !without_anchor => {
-            return Err(Error::Anchor { path: env.dir.clone(), why: format!("it cannot be written: {why}") });
+            return Err(Error::Anchor {
+                path: env.dir.clone(),
+                why: format!("it cannot be written: {why}"),
+            });
         }
         error => error.is_none(),
     };

@@ -74,7 +74,12 @@ pub(super) struct Opening {
 }
 
 impl Opening {
-    pub(super) fn for_writing(keyring: Keyring, catalogue: Catalogue, held: StoreLock, fence: Fence) -> Self {
+    pub(super) fn for_writing(
+        keyring: Keyring,
+        catalogue: Catalogue,
+        held: StoreLock,
+        fence: Fence,
+    ) -> Self {
         Self { writer: Some((held, fence)), ..Self::for_reading(keyring, catalogue) }
     }
 
@@ -101,25 +106,31 @@ impl Setup {
                 Err(unusable("it keeps nothing of this store".to_owned()))
             }
             // No writer has such an epoch, so the name is forged.
-            Some(Ok(Some((place, _)))) if place.epoch >= EPOCH_MAX => {
-                Err(unusable(format!("it keeps something under the epoch {}, which no writer has had", place.epoch)))
-            }
+            Some(Ok(Some((place, _)))) if place.epoch >= EPOCH_MAX => Err(unusable(format!(
+                "it keeps something under the epoch {}, which no writer has had",
+                place.epoch
+            ))),
             Some(Ok(kept)) => Ok(kept),
-            None if keyring.is_anchored() && !self.without_anchor => Err(unusable("none is configured".to_owned())),
+            None if keyring.is_anchored() && !self.without_anchor => {
+                Err(unusable("none is configured".to_owned()))
+            }
             None => Ok(None),
         }
     }
 
     pub(super) fn keyring_seal(&self) -> KeyringSeal {
         let inline = self.options.background == Background::Manual;
-        let kms = KmsRouter::new(&self.kms, self.options.kms_timeout, inline, Arc::clone(&self.clock));
+        let kms =
+            KmsRouter::new(&self.kms, self.options.kms_timeout, inline, Arc::clone(&self.clock));
         KeyringSeal::new(Arc::clone(&self.provider), kms)
     }
 
     /// Refuses to write a store on a network file system, unless the options allow it.
     pub(super) fn check_file_system(&self) -> Result<()> {
-        let found =
-            self.disk.network_file_system(&self.dir).map_err(Error::io("look at the file system of", &self.dir))?;
+        let found = self
+            .disk
+            .network_file_system(&self.dir)
+            .map_err(Error::io("look at the file system of", &self.dir))?;
         match found.filter(|_| !self.options.allow_network_fs) {
             Some(kind) => Err(Error::NetworkFileSystem { path: self.dir.clone(), kind }),
             None => Ok(()),
@@ -139,25 +150,52 @@ impl Setup {
 
     /// The file of the keyring. It is outside the store, so it is located on the whole disk.
     pub(super) fn keyring_file(&self, outside: &dyn Disk) -> Result<Arc<KeyringFile>> {
-        let access = if self.options.keyring_group_read { Access::GroupRead } else { Access::Owner };
+        let access =
+            if self.options.keyring_group_read { Access::GroupRead } else { Access::Owner };
         KeyringFile::locate(outside, &self.keyring, &self.dir, access).map(Arc::new)
     }
 
-    pub(super) fn new_keyring(&self, file: &Arc<KeyringFile>, store: StoreId, now_us: u64) -> Result<NewKeyring> {
+    pub(super) fn new_keyring(
+        &self,
+        file: &Arc<KeyringFile>,
+        store: StoreId,
+        now_us: u64,
+    ) -> Result<NewKeyring> {
         if let Some(cmk) = &self.service_cmk {
             check_cmk(cmk)?;
         }
         let file = Arc::clone(file);
-        Keyring::prepare(&*self.random, file, store, now_us, self.keyring_seal(), self.service_cmk.clone())
+        Keyring::prepare(
+            &*self.random,
+            file,
+            store,
+            now_us,
+            self.keyring_seal(),
+            self.service_cmk.clone(),
+        )
     }
 
-    pub(super) fn load_keyring(&self, outside: &dyn Disk, identity: &ClaimedIdentity) -> Result<Keyring> {
-        Keyring::load(self.keyring_file(outside)?, identity.store, identity.keyring, &self.keyring_seal())
+    pub(super) fn load_keyring(
+        &self,
+        outside: &dyn Disk,
+        identity: &ClaimedIdentity,
+    ) -> Result<Keyring> {
+        Keyring::load(
+            self.keyring_file(outside)?,
+            identity.store,
+            identity.keyring,
+            &self.keyring_seal(),
+        )
     }
 
     /// Raises the writer epoch above that of every earlier writer and above `above`, and reads the
     /// catalogue that the last writer left.
-    pub(super) fn take_over(&self, store: StoreId, keyring: &Keyring, above: u64) -> Result<(Fence, Loaded)> {
+    pub(super) fn take_over(
+        &self,
+        store: StoreId,
+        keyring: &Keyring,
+        above: u64,
+    ) -> Result<(Fence, Loaded)> {
         let mut above = above.max(catalogue::newest_epoch(&*self.disk, &self.dir)?);
         loop {
             let fence = Fence::raise(&*self.disk, &self.dir, store, above, &*self.random)?;
@@ -215,7 +253,8 @@ impl Setup {
             provider: self.provider,
         });
         let anchor = self.anchor.filter(|_| held.is_some());
-        let anchor = anchor.map(|anchor| Feeder::new(anchor, id, Arc::clone(&env.clock), Arc::clone(&counters)));
+        let anchor = anchor
+            .map(|anchor| Feeder::new(anchor, id, Arc::clone(&env.clock), Arc::clone(&counters)));
         let keys = Arc::new(KeyService::new(Arc::clone(&env), keyring, kms, counters, audit));
         warn_of_rotation(id, &keys.keyring());
         // Nothing after this point refuses to open the store, except a thread that does not start.
@@ -224,7 +263,8 @@ impl Setup {
             held
         });
         let wiring = wiring(&env, anchor)?;
-        let registry = Registry::new(Arc::clone(&env), Arc::clone(&keys), journal, fence, held, wiring);
+        let registry =
+            Registry::new(Arc::clone(&env), Arc::clone(&keys), journal, fence, held, wiring);
         info!(store = %id, dir = %env.dir.display(), read_only = env.read_only, "store opened");
         Ok(OpenStore::new(Core { env, keys, registry }, anchor_lacks))
     }
@@ -246,7 +286,8 @@ impl Setup {
                 (disk, Journal::for_writing(on, &self.dir, id, keyring, catalogue, fence))
             }
             None => {
-                let journal = Journal::for_reading(Arc::clone(&disk), &self.dir, id, keyring, catalogue);
+                let journal =
+                    Journal::for_reading(Arc::clone(&disk), &self.dir, id, keyring, catalogue);
                 (disk, journal)
             }
         }

@@ -62,7 +62,12 @@ fn rotate_if_due(core: &Core, name: &LogstoreName) -> Result<bool> {
     }
 }
 
-fn rotate(keys: &KeyService, admin: &mut Administration<'_>, logstore: &Arc<LogstoreShared>, why: &str) -> Result<u32> {
+fn rotate(
+    keys: &KeyService,
+    admin: &mut Administration<'_>,
+    logstore: &Arc<LogstoreShared>,
+    why: &str,
+) -> Result<u32> {
     // The gate is asked first, so that no intent is recorded that the KMS would prevent.
     logstore.gate.admit()?;
     change_keys_in(keys, admin, logstore, &KeyChange::rotate_by_policy(why), |logstore, section| {
@@ -75,7 +80,9 @@ fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Resu
     let config = logstore.config();
     let enabled = config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
     let policy = config.rotate_data_key.filter(|_| enabled);
-    let (Some(policy), Some(current)) = (policy, section.version(section.current)) else { return Ok(None) };
+    let (Some(policy), Some(current)) = (policy, section.version(section.current)) else {
+        return Ok(None);
+    };
     if let Some(days) = policy.max_age_days
         && !env.has_clock_jumped()
         && env.clock.wall_us() >= current.created_us.saturating_add(u64::from(days) * DAY_US)
@@ -93,7 +100,12 @@ fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Resu
 
 /// The bytes on disk of the segments under the current version. Each segment is counted finally
 /// once it has ended.
-fn sealed_bytes(env: &StoreEnv, logstore: &LogstoreShared, version: u32, sealed: &mut SealedBytes) -> Result<u64> {
+fn sealed_bytes(
+    env: &StoreEnv,
+    logstore: &LogstoreShared,
+    version: u32,
+    sealed: &mut SealedBytes,
+) -> Result<u64> {
     if sealed.version != version || sealed.shards.len() != logstore.shards.len() {
         sealed.version = version;
         sealed.shards = vec![(0, 0); logstore.shards.len()];
@@ -110,7 +122,10 @@ fn sealed_bytes(env: &StoreEnv, logstore: &LogstoreShared, version: u32, sealed:
             match &segment.active {
                 Some(view) => total += view.visible(),
                 None => {
-                    let stat = env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+                    let stat = env
+                        .disk
+                        .stat(&segment.path)
+                        .map_err(Error::io("look for", &*segment.path))?;
                     ended += stat.map_or(0, |stat| stat.len);
                 }
             }

@@ -193,7 +193,10 @@ impl StoreBuilder {
     /// the new keyring is to be under a master key that cannot be used; [`Error::KmsUnreachable`]
     /// when a KMS does not answer, and [`Error::Corrupt`] when two Logstores of one name prove
     /// themselves, both with nothing changed; otherwise as [`StoreBuilder::open`].
-    pub fn recover_without_keyring(self, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<(Store, RecoverReport)> {
+    pub fn recover_without_keyring(
+        self,
+        expected: &BTreeMap<LogstoreName, Cmk>,
+    ) -> Result<(Store, RecoverReport)> {
         let (store, report) = opening::recover_without_keyring(self.setup, expected)?;
         Ok((Store::new(store), report))
     }

@@ -81,8 +81,10 @@ impl Remains {
                 FileKind::Directory if PARTS.contains(&name) => {
                     let part = dir.join(name);
                     let entries = disk.list_dir(&part).map_err(Error::io("list", &part))?;
-                    let is_catalogue = |entry: &DirEntry| catalogue::is_catalogue_file_or_temporary(&entry.name);
-                    entries.is_empty() || (begun && name == "catalogue" && entries.iter().all(is_catalogue))
+                    let is_catalogue =
+                        |entry: &DirEntry| catalogue::is_catalogue_file_or_temporary(&entry.name);
+                    entries.is_empty()
+                        || (begun && name == "catalogue" && entries.iter().all(is_catalogue))
                 }
                 _ => false,
             };
@@ -113,9 +115,9 @@ pub(super) fn create(setup: Setup) -> Result<OpenStore> {
     setup.options.check()?;
     let outside = Arc::clone(&setup.disk);
     let file = setup.keyring_file(&*outside).map_err(|error| match error {
-        Error::KeyringMissing { path } => {
-            Error::io("find the directory of the keyring", path)(std::io::ErrorKind::NotFound.into())
-        }
+        Error::KeyringMissing { path } => Error::io("find the directory of the keyring", path)(
+            std::io::ErrorKind::NotFound.into(),
+        ),
         other => other,
     })?;
     let found = setup.clone().rooted().and_then(|rooted| {
@@ -165,7 +167,12 @@ fn draw_keyring(setup: &Setup, file: &Arc<KeyringFile>) -> Result<NewKeyring> {
 }
 
 /// Creates the store in its directory, which exists.
-fn create_in(setup: Setup, outside: &dyn Disk, file: &Arc<KeyringFile>, new: Option<NewKeyring>) -> Result<OpenStore> {
+fn create_in(
+    setup: Setup,
+    outside: &dyn Disk,
+    file: &Arc<KeyringFile>,
+    new: Option<NewKeyring>,
+) -> Result<OpenStore> {
     let (disk, dir) = (Arc::clone(&setup.disk), setup.dir.clone());
     setup.check_file_system()?;
     let held = StoreLock::take_or_create(&*disk, &dir)?;
@@ -241,9 +248,11 @@ fn read_record(setup: &Setup, file: &Arc<KeyringFile>) -> Result<Option<Keyring>
     }
     let parsed = UnverifiedDocument::parse(&bytes).map_err(|error| error.in_file(&path, 0))?;
     let claimed = parsed.unverified();
-    let body: RecordBody = serde_json::from_slice(&claimed.a)
-        .map_err(|error| Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}")))?;
-    let keyring = Keyring::load(Arc::clone(file), claimed.store, body.keyring, &setup.keyring_seal())?;
+    let body: RecordBody = serde_json::from_slice(&claimed.a).map_err(|error| {
+        Error::corrupt(Location::new(&path, 80), format!("it does not parse: {error}"))
+    })?;
+    let keyring =
+        Keyring::load(Arc::clone(file), claimed.store, body.keyring, &setup.keyring_seal())?;
     document::open(&bytes, DocumentKind::Creation, &path, |version| keyring.document_key(version))?;
     if keyring.newest() > 1 {
         // Only a finished store rotates its keyring.
@@ -262,7 +271,8 @@ fn write_record(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
         subject: [0; 16],
         generation: 1,
         keyring_version: keyring.newest(),
-        a: serde_json::to_vec(&RecordBody { keyring: keyring.id() }).expect("plain data always serializes"),
+        a: serde_json::to_vec(&RecordBody { keyring: keyring.id() })
+            .expect("plain data always serializes"),
         b: Vec::new(),
         tag_b: None,
     };

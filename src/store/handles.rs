@@ -12,7 +12,8 @@ use super::{
     builder::StoreBuilder,
     core::Core,
     inspect::{
-        self, AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyOptions, VerifyProgress, VerifyReport,
+        self, AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyOptions, VerifyProgress,
+        VerifyReport,
     },
     key_change::{self, ReplaceCmk},
     key_usage::{self, KeyUsage},
@@ -136,7 +137,11 @@ impl Store {
     /// an envelope. Under a customer master key `enable`, `ttl_days` and `retention_bytes` change
     /// only while that key can be used: otherwise [`Error::Revoked`] or
     /// [`Error::KmsUnreachable`]. Nothing has changed then.
-    pub fn update_logstore(&self, name: &LogstoreName, config: LogstoreConfig) -> Result<LogstoreConfig> {
+    pub fn update_logstore(
+        &self,
+        name: &LogstoreName,
+        config: LogstoreConfig,
+    ) -> Result<LogstoreConfig> {
         logstores::update(self.core(), name, config)
     }
 
@@ -326,7 +331,10 @@ impl Keys<'_> {
     ///
     /// # Errors
     /// As [`Keys::rotate_service_key`].
-    pub fn rotate_service_key_with(&self, progress: &mut dyn FnMut(&RewrapProgress)) -> Result<ServiceRotation> {
+    pub fn rotate_service_key_with(
+        &self,
+        progress: &mut dyn FnMut(&RewrapProgress),
+    ) -> Result<ServiceRotation> {
         service_rotation::rotate_service_key(self.open.core(), progress)
     }
 
@@ -421,7 +429,11 @@ impl Admin<'_> {
     ///
     /// # Errors
     /// An error that prevents the verification. The report has the faults.
-    pub fn verify(&self, options: &VerifyOptions, progress: &mut dyn FnMut(VerifyProgress)) -> Result<VerifyReport> {
+    pub fn verify(
+        &self,
+        options: &VerifyOptions,
+        progress: &mut dyn FnMut(VerifyProgress),
+    ) -> Result<VerifyReport> {
         inspect::verify(self.open.core(), options, progress)
     }
 

@@ -23,8 +23,9 @@ struct StoreBody {
 
 impl StoreBody {
     fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
-        serde_json::from_slice(bytes)
-            .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))
+        serde_json::from_slice(bytes).map_err(|error| {
+            Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}"))
+        })
     }
 }
 
@@ -72,14 +73,22 @@ pub(super) fn verify_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) ->
 fn load_identity(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<Document> {
     let path = identity_path(dir);
     let bytes = io::read_file(disk, &path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", &path))?;
-    let document = document::open(&bytes, DocumentKind::Store, &path, |version| keyring.document_key(version))?;
+    let document = document::open(&bytes, DocumentKind::Store, &path, |version| {
+        keyring.document_key(version)
+    })?;
     let body = StoreBody::parse(&path, &document.a)?;
     if document.store != keyring.store() || body.keyring != keyring.id() {
-        return Err(Error::Tampered { at: Location::new(&path, 24), what: "the identity of another store" });
+        return Err(Error::Tampered {
+            at: Location::new(&path, 24),
+            what: "the identity of another store",
+        });
     }
     match document.generation {
         1 => Ok(document),
-        _ => Err(Error::corrupt(Location::new(&path, 56), "the generation of the identity of a store is not 1")),
+        _ => Err(Error::corrupt(
+            Location::new(&path, 56),
+            "the generation of the identity of a store is not 1",
+        )),
     }
 }
 

@@ -97,7 +97,12 @@ pub(super) fn rewrap(core: &Core, name: &LogstoreName) -> Result<u32> {
 }
 
 /// Replaces the master key of a Logstore. Returns the number of envelopes.
-pub(super) fn replace_cmk(core: &Core, name: &LogstoreName, new: Cmk, how: ReplaceCmk) -> Result<u32> {
+pub(super) fn replace_cmk(
+    core: &Core,
+    name: &LogstoreName,
+    new: Cmk,
+    how: ReplaceCmk,
+) -> Result<u32> {
     check_cmk(&new)?;
     let keys = &core.keys;
     change_keys(core, name, &KeyChange::REPLACE, |logstore, section| {
@@ -136,8 +141,9 @@ pub(super) fn rewrap_keyring(core: &Core, cmk: Option<Cmk>) -> Result<()> {
     cmk.as_ref().map_or(Ok(()), check_cmk)?;
     let Core { env, keys, registry } = core;
     let _one_at_a_time = registry.administer()?;
-    let detail =
-        cmk.as_ref().map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
+    let detail = cmk
+        .as_ref()
+        .map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
     keys.audit().record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
     keys.change_keyring(|keyring| keyring.rewrap(&*env.random, cmk))?;
     keys.audit().record(AuditEvent::KeyringRewrapped, None, detail)

@@ -75,8 +75,9 @@ pub enum KeyNeed {
 
 impl fmt::Display for KeyNeed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count =
-            |f: &mut fmt::Formatter<'_>, n: u64, what: &str| write!(f, "{n} {what}{}", if n == 1 { "" } else { "s" });
+        let count = |f: &mut fmt::Formatter<'_>, n: u64, what: &str| {
+            write!(f, "{n} {what}{}", if n == 1 { "" } else { "s" })
+        };
         match self {
             KeyNeed::Current => f.write_str("it is the current one"),
             KeyNeed::Segments { segments, .. } => count(f, *segments, "segment"),
@@ -178,7 +179,12 @@ impl MasterKeyUsage {
         let place = match self.versions.iter().position(|known| known.version == version) {
             Some(place) => place,
             None => {
-                let usage = CmkVersionUsage { version, envelopes: 0, oldest_wrapped_us: None, probe: false };
+                let usage = CmkVersionUsage {
+                    version,
+                    envelopes: 0,
+                    oldest_wrapped_us: None,
+                    probe: false,
+                };
                 self.versions.push(usage);
                 self.versions.len() - 1
             }
@@ -320,7 +326,13 @@ impl Tally {
     }
 
     /// The envelope of a data-key version, if the version was not destroyed.
-    fn envelope(&mut self, cmk: Option<&Cmk>, version: &DataKeyVersion, cmk_version: Option<String>, under: Under) {
+    fn envelope(
+        &mut self,
+        cmk: Option<&Cmk>,
+        version: &DataKeyVersion,
+        cmk_version: Option<String>,
+        under: Under,
+    ) {
         if version.wrapped.is_none() {
             return;
         }
@@ -398,8 +410,13 @@ fn tally_store(core: &Core, tally: &mut Tally) -> Result<()> {
         }
         Err(error) => tally.unknown.push(format!("the audit log: {error}")),
     }
-    for (dir, _) in registry.unlisted()?.into_iter().filter(|(_, may_have_segments)| *may_have_segments) {
-        tally.unknown.push(format!("{} has segments in it, and the catalogue does not know it", dir.display()));
+    for (dir, _) in
+        registry.unlisted()?.into_iter().filter(|(_, may_have_segments)| *may_have_segments)
+    {
+        tally.unknown.push(format!(
+            "{} has segments in it, and the catalogue does not know it",
+            dir.display()
+        ));
     }
     Ok(())
 }
@@ -423,7 +440,9 @@ fn tally_logstore(core: &Core, logstore: &LogstoreShared, tally: &mut Tally) {
         if let KeySource::DataKey(version) = source
             && section.version(*version).is_none()
         {
-            let what = format!("Logstore {name}: a segment under data-key version {version}, unknown here");
+            let what = format!(
+                "Logstore {name}: a segment under data-key version {version}, unknown here"
+            );
             tally.unknown.push(what);
         }
     }
@@ -482,7 +501,10 @@ fn data_key_usage(
 }
 
 /// The segments under each key, and the first error of a shard that could not be checked.
-fn under_each_key(env: &StoreEnv, logstore: &LogstoreShared) -> (BTreeMap<KeySource, Under>, Option<String>) {
+fn under_each_key(
+    env: &StoreEnv,
+    logstore: &LogstoreShared,
+) -> (BTreeMap<KeySource, Under>, Option<String>) {
     let mut all: BTreeMap<KeySource, Under> = BTreeMap::new();
     let mut fault = None;
     for shard in &logstore.shards {
@@ -490,7 +512,8 @@ fn under_each_key(env: &StoreEnv, logstore: &LogstoreShared) -> (BTreeMap<KeySou
             let last = segments.last().map(|last| last.ordinal);
             for segment in segments.iter() {
                 let source = shard.key_source(segment)?;
-                let stat = env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+                let stat =
+                    env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
                 let under = all.entry(source).or_default();
                 under.segments += 1;
                 under.bytes += stat.map_or(0, |stat| stat.len);
@@ -516,7 +539,8 @@ fn keyring_version_of(disk: &dyn Disk, path: &Path) -> Result<u32> {
 
 /// Lists the uses of each key from the counts.
 fn judge(core: &Core, tally: Tally) -> KeyUsage {
-    let unknown: Vec<KeyNeed> = tally.unknown.into_iter().map(|detail| KeyNeed::Unknown { detail }).collect();
+    let unknown: Vec<KeyNeed> =
+        tally.unknown.into_iter().map(|detail| KeyNeed::Unknown { detail }).collect();
     let keyring = core.keys.keyring();
     let service_keys = keyring.versions().map(|(version, created_us)| {
         let current = version == keyring.newest();

@@ -89,8 +89,14 @@ pub(super) fn recoverable(disk: &dyn Disk, dir: &Path, store: StoreId) -> Result
 ///
 /// A process may have died between writing newer metadata and its commit to the catalogue. The
 /// Logstore then continued under the older metadata. The last segment of each shard shows that.
-fn newest_meta(disk: &dyn Disk, dir: &Path, store: StoreId, id: LogstoreId) -> Result<(PathBuf, Meta)> {
-    let mut found = Err(Error::truncated(Location::new(dir, 0), "the metadata of a Logstore is missing"));
+fn newest_meta(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    id: LogstoreId,
+) -> Result<(PathBuf, Meta)> {
+    let mut found =
+        Err(Error::truncated(Location::new(dir, 0), "the metadata of a Logstore is missing"));
     for name in MetaName::list(disk, dir)?.iter().rev() {
         let path = dir.join(name.to_string());
         match Meta::load_unverified(disk, &path, store, id) {
@@ -113,7 +119,10 @@ fn segments_fit(disk: &dyn Disk, dir: &Path, meta: &Meta) -> Result<bool> {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             entries => entries.map_err(Error::io("list", &shard_dir))?,
         };
-        let last = names.iter().filter_map(|entry| Some((SegmentName::parse(&entry.name)?, &entry.name))).max();
+        let last = names
+            .iter()
+            .filter_map(|entry| Some((SegmentName::parse(&entry.name)?, &entry.name)))
+            .max();
         let Some((name, file)) = last else { continue };
         let path = shard_dir.join(file);
         // A segment that cannot be read is ignored.
@@ -133,7 +142,10 @@ fn segments_fit(disk: &dyn Disk, dir: &Path, meta: &Meta) -> Result<bool> {
 
 /// Recovers every expected Logstore whose data key a KMS unwraps, and writes a new catalogue of
 /// them.
-pub(super) fn recover_logstores(core: &Core, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<RecoverReport> {
+pub(super) fn recover_logstores(
+    core: &Core,
+    expected: &BTreeMap<LogstoreName, Cmk>,
+) -> Result<RecoverReport> {
     let Core { env, keys, registry } = core;
     let mut report = RecoverReport::default();
     // Nothing is changed until every KMS has answered. If a KMS is unreachable, the store stays as
@@ -152,7 +164,11 @@ pub(super) fn recover_logstores(core: &Core, expected: &BTreeMap<LogstoreName, C
         report.recovered.push(name);
     }
     // `recovered` is sorted, as the map is.
-    report.missing = expected.keys().filter(|name| report.recovered.binary_search(name).is_err()).cloned().collect();
+    report.missing = expected
+        .keys()
+        .filter(|name| report.recovered.binary_search(name).is_err())
+        .cloned()
+        .collect();
     let mut admin = registry.exclusive();
     // Above every generation that the lost catalogue may have reached.
     catalogue.generation = registry.catalogue().generation.max(env.clock.wall_us());
@@ -193,7 +209,11 @@ fn find_logstores(
     Ok(all)
 }
 
-fn find_logstore(core: &Core, id: LogstoreId, expected: &BTreeMap<LogstoreName, Cmk>) -> Result<(LogstoreName, Found)> {
+fn find_logstore(
+    core: &Core,
+    id: LogstoreId,
+    expected: &BTreeMap<LogstoreName, Cmk>,
+) -> Result<(LogstoreName, Found)> {
     let env = &core.env;
     let dir = env.logstore_dir(id);
     let unwrap = |section: &KeysSection| {
@@ -210,7 +230,8 @@ fn find_logstore(core: &Core, id: LogstoreId, expected: &BTreeMap<LogstoreName, 
     };
     let (path, _) = newest_meta(&*env.disk, &dir, env.id, id)?;
     let mut meta = Meta::load_without_keyring(&*env.disk, &path, env.id, id, unwrap)?;
-    let tampered = || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
+    let tampered =
+        || Error::Tampered { at: Location::new(&dir, 0), what: "the configuration of a Logstore" };
     let keys = meta.keys.as_ref().ok_or_else(tampered)?;
     let (name, keys) = (keys.name.clone(), keys.clone());
     // Nothing authenticates the configuration. Settings that the keys section repeats are taken
@@ -223,7 +244,13 @@ fn find_logstore(core: &Core, id: LogstoreId, expected: &BTreeMap<LogstoreName, 
     meta.generation = meta.generation.clamp(keys.since, u64::MAX - 1);
     let (mut shards, mut unauthenticated) = (Vec::new(), Vec::new());
     for info in &meta.config.shards {
-        shards.push(find_shard(&*env.disk, &shard_dir(&dir, info.id), info.id, &keys, &mut unauthenticated)?);
+        shards.push(find_shard(
+            &*env.disk,
+            &shard_dir(&dir, info.id),
+            info.id,
+            &keys,
+            &mut unauthenticated,
+        )?);
     }
     unauthenticated.sort();
     let entry = Entry { id, generation: meta.generation, tag: meta.tag, shards };

@@ -53,8 +53,8 @@ impl StoreLock {
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
             made => drop(made.map_err(Error::io("create", &path))?),
         }
-        let lock =
-            Self::take(disk, dir)?.ok_or_else(|| Error::io("open", &path)(std::io::ErrorKind::NotFound.into()))?;
+        let lock = Self::take(disk, dir)?
+            .ok_or_else(|| Error::io("open", &path)(std::io::ErrorKind::NotFound.into()))?;
         // Another process may hold a lock on a `LOCK` file that was removed.
         Ok(Self { clean: false, ..lock })
     }
@@ -67,11 +67,13 @@ impl StoreLock {
     /// Writes the number of this process into the file, for operators. Does not change a file with
     /// other contents, or with a second name.
     pub(super) fn note_process(&mut self) {
-        let ours = self.file.stat().is_ok_and(|stat| stat.links == 1) && contents(&*self.file).is_some();
+        let ours =
+            self.file.stat().is_ok_and(|stat| stat.links == 1) && contents(&*self.file).is_some();
         if ours {
             let pid = format!("{}\n", std::process::id());
             // Best effort: no code depends on the number.
-            self.noted = self.file.set_len(0).and_then(|()| self.file.write_at(pid.as_bytes(), 0)).is_ok();
+            self.noted =
+                self.file.set_len(0).and_then(|()| self.file.write_at(pid.as_bytes(), 0)).is_ok();
         }
     }
 
@@ -90,5 +92,6 @@ fn contents(file: &dyn DiskFile) -> Option<String> {
     let read = file.read_at(&mut bytes, 0).ok()?;
     let text = std::str::from_utf8(bytes.get(..read)?).ok()?;
     let number = text.strip_suffix('\n').unwrap_or(text);
-    (read <= CONTENTS_MAX && number.bytes().all(|byte| byte.is_ascii_digit())).then(|| text.to_owned())
+    (read <= CONTENTS_MAX && number.bytes().all(|byte| byte.is_ascii_digit()))
+        .then(|| text.to_owned())
 }

@@ -27,14 +27,19 @@ use crate::{
 
 /// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the administration
 /// during the KMS calls for the envelope.
-pub(super) fn create(core: &Core, name: &LogstoreName, spec: LogstoreSpec) -> Result<Arc<LogstoreShared>> {
+pub(super) fn create(
+    core: &Core,
+    name: &LogstoreName,
+    spec: LogstoreSpec,
+) -> Result<Arc<LogstoreShared>> {
     let Core { env, keys, registry } = core;
     let mut admin = registry.administer()?;
     admin.unlatch()?;
     check_room(registry, name, &spec)?;
     let now_us = env.clock.wall_us();
     let config = LogstoreConfig::new(name.clone(), spec, now_us / 1_000_000)?;
-    let id = LogstoreId::random(&*env.random).map_err(Error::io("draw an id in", env.logstores_dir()))?;
+    let id = LogstoreId::random(&*env.random)
+        .map_err(Error::io("draw an id in", env.logstores_dir()))?;
     let mut meta = Meta::new(config);
     // The KMS is called before any file is made.
     let data_key = match meta.config.encrypt_conf.clone() {
@@ -42,10 +47,11 @@ pub(super) fn create(core: &Core, name: &LogstoreName, spec: LogstoreSpec) -> Re
         _ => None,
     };
     let dir = env.logstore_dir(id);
-    let made = make_files(env, keys, &mut meta, id, data_key.as_ref()).and_then(|()| match &meta.keys {
-        Some(_) => keys.audit().record(AuditEvent::Created, Some((name, id)), describe(&meta)),
-        None => Ok(()),
-    });
+    let made =
+        make_files(env, keys, &mut meta, id, data_key.as_ref()).and_then(|()| match &meta.keys {
+            Some(_) => keys.audit().record(AuditEvent::Created, Some((name, id)), describe(&meta)),
+            None => Ok(()),
+        });
     if let Err(error) = made {
         // The catalogue has no entry for these files, so the next opening would remove them too.
         let _ = removal::remove_logstore(&*env.disk, &dir);
@@ -71,7 +77,10 @@ fn check_room(registry: &Registry, name: &LogstoreName, spec: &LogstoreSpec) -> 
     }
     let shards: usize = catalogue.logstores.values().map(|entry| entry.shards.len()).sum();
     if shards.saturating_add(spec.shard_count as usize) > STORE_SHARDS_MAX {
-        return Err(Error::TooMany { what: "shards of all Logstores", limit: STORE_SHARDS_MAX as u64 });
+        return Err(Error::TooMany {
+            what: "shards of all Logstores",
+            limit: STORE_SHARDS_MAX as u64,
+        });
     }
     Ok(())
 }
@@ -97,7 +106,12 @@ fn make_files(
 
 /// Makes the first envelope of a Logstore, and fixes method, algorithm and master key for all its
 /// segments. Returns the data key.
-fn make_envelope(keys: &KeyService, meta: &mut Meta, id: LogstoreId, conf: &EncryptConf) -> Result<SecretKey> {
+fn make_envelope(
+    keys: &KeyService,
+    meta: &mut Meta,
+    id: LogstoreId,
+    conf: &EncryptConf,
+) -> Result<SecretKey> {
     let encrypt_type = conf.encrypt_type.ok_or(ConfigError::EncryptTypeRequired)?;
     let mut section = KeysSection {
         name: meta.config.name.clone(),
@@ -118,14 +132,19 @@ fn make_envelope(keys: &KeyService, meta: &mut Meta, id: LogstoreId, conf: &Encr
 
 /// Replaces the configuration of a Logstore. Returns the new one. Holds the administration during
 /// the KMS calls for a first envelope.
-pub(super) fn update(core: &Core, name: &LogstoreName, update: LogstoreConfig) -> Result<LogstoreConfig> {
+pub(super) fn update(
+    core: &Core,
+    name: &LogstoreName,
+    update: LogstoreConfig,
+) -> Result<LogstoreConfig> {
     let Core { env, keys, registry } = core;
     let mut admin = registry.administer()?;
     let logstore = admin.logstore(name)?;
     let mut meta = logstore.meta();
     let fixed = meta.keys.as_ref().map(KeysSection::fixed);
     meta.config = meta.config.updated(update, fixed.as_ref(), env.clock.wall_us() / 1_000_000)?;
-    let first_enable = meta.keys.is_none() && meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
+    let first_enable =
+        meta.keys.is_none() && meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
     let data_key = match meta.config.encrypt_conf.clone().filter(|_| first_enable) {
         Some(conf) => Some(make_envelope(keys, &mut meta, logstore.id, &conf)?),
         None => bind(&logstore, &mut meta)?,
@@ -167,7 +186,11 @@ pub(super) fn delete(core: &Core, name: &LogstoreName) -> Result<DeleteReport> {
 }
 
 /// Removes the files of a deleted Logstore. When none is left, the catalogue forgets the Logstore.
-fn finish_deletion(env: &StoreEnv, admin: &mut Administration<'_>, id: LogstoreId) -> Result<DeleteReport> {
+fn finish_deletion(
+    env: &StoreEnv,
+    admin: &mut Administration<'_>,
+    id: LogstoreId,
+) -> Result<DeleteReport> {
     let report = removal::remove_logstore(&*env.disk, &env.logstore_dir(id))?;
     if report.left.is_empty() {
         admin.commit(vec![Change::Removed { id }])?;
@@ -221,7 +244,10 @@ pub(super) fn repair(core: &Core, name: &LogstoreName, shard: u32) -> Result<Rep
 /// The detail of the audit record of a first envelope.
 fn describe(meta: &Meta) -> String {
     meta.keys.as_ref().map_or_else(String::new, |keys| match &keys.cmk {
-        Some(cmk) => format!("encrypt_type {}, master key {} in {}", keys.encrypt_type, cmk.cmk_key_id, cmk.region_id),
+        Some(cmk) => format!(
+            "encrypt_type {}, master key {} in {}",
+            keys.encrypt_type, cmk.cmk_key_id, cmk.region_id
+        ),
         None => format!("encrypt_type {}, service key", keys.encrypt_type),
     })
 }

@@ -46,10 +46,13 @@ pub use builder::StoreBuilder;
 pub use catalogue::{LOGSTORES_MAX, STORE_SHARDS_MAX};
 pub use handles::{Admin, Keys, Store};
 pub use inspect::{
-    AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyFault, VerifyOptions, VerifyProgress, VerifyReport,
+    AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyFault, VerifyOptions,
+    VerifyProgress, VerifyReport,
 };
 pub use key_change::ReplaceCmk;
-pub use key_usage::{CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage};
+pub use key_usage::{
+    CmkVersionUsage, DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ServiceKeyUsage,
+};
 pub use keyring_loss::{RecoverReport, Recoverable};
 pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;

@@ -29,7 +29,8 @@ use crate::{
 pub(super) fn open(setup: Setup) -> Result<OpenStore> {
     setup.options.check()?;
     if setup.accept_retired {
-        let what = "a store that accepts retired versions of the service key is opened read-only alone";
+        let what =
+            "a store that accepts retired versions of the service key is opened read-only alone";
         return Err(Error::InvalidArgument(what.to_owned()));
     }
     let outside = Arc::clone(&setup.disk);
@@ -146,7 +147,8 @@ fn recover_with(
     let above = catalogue::newest_epoch(&*disk, &dir)?;
     let fence = Fence::raise(&*disk, &dir, id, above, &*setup.random)?;
     let catalogue = Catalogue { generation: 1, ..Catalogue::default() };
-    let opening = Opening { audit: Audit::Lost, ..Opening::for_writing(keyring, catalogue, held, fence) };
+    let opening =
+        Opening { audit: Audit::Lost, ..Opening::for_writing(keyring, catalogue, held, fence) };
     let store = setup.assemble(opening)?;
     let Core { keys, registry, .. } = store.core();
     let report = keyring_loss::recover_logstores(store.core(), expected).inspect_err(|error| {
@@ -185,7 +187,9 @@ fn compare_with_anchor(
     catalogue: &Catalogue,
     kept: Option<&(AnchorPlace, Vec<u8>)>,
 ) -> Result<Option<u64>> {
-    let (Some(anchor), Some((place, kept))) = (&setup.anchor, kept.filter(|_| !setup.without_anchor)) else {
+    let (Some(anchor), Some((place, kept))) =
+        (&setup.anchor, kept.filter(|_| !setup.without_anchor))
+    else {
         return Ok(None);
     };
     let path = anchor.name_of(keyring.store(), *place);

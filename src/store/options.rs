@@ -130,15 +130,27 @@ impl StoreOptions {
             ),
             ("kms_timeout (10 ms to 1 min)", (ms(10)..=s(60)).contains(&self.kms_timeout)),
             ("workers (1 to 64)", (1..=64).contains(&self.workers)),
-            ("block_bytes (4 KiB to 32 MiB)", (4 << 10..=BLOCK_LIST_BYTES_MAX as usize).contains(&self.block_bytes)),
+            (
+                "block_bytes (4 KiB to 32 MiB)",
+                (4 << 10..=BLOCK_LIST_BYTES_MAX as usize).contains(&self.block_bytes),
+            ),
             ("linger (at most 10 s)", self.linger <= s(10)),
-            ("segment_bytes (4 KiB to 3 GiB)", (4 << 10..=SEGMENT_BYTES_MAX / 4 * 3).contains(&self.segment_bytes)),
+            (
+                "segment_bytes (4 KiB to 3 GiB)",
+                (4 << 10..=SEGMENT_BYTES_MAX / 4 * 3).contains(&self.segment_bytes),
+            ),
             ("segment_age (at least 1 s)", self.segment_age >= s(1)),
             ("pending_bytes_max (at least 1 MiB)", self.pending_bytes_max >= 1 << 20),
             ("readers_max (at least 1)", self.readers_max >= 1),
-            ("audit_file_bytes (4 KiB to 64 MiB)", (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes)),
+            (
+                "audit_file_bytes (4 KiB to 64 MiB)",
+                (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes),
+            ),
             ("retention_every (at least 1 s)", self.retention_every >= s(1)),
-            ("anchor_required (at least 1 s)", self.anchor_required.is_none_or(|limit| limit >= s(1))),
+            (
+                "anchor_required (at least 1 s)",
+                self.anchor_required.is_none_or(|limit| limit >= s(1)),
+            ),
             ("head_every (100 ms to 1 h)", (ms(100)..=s(3600)).contains(&self.head_every)),
         ];
         match ranges.iter().find(|(_, within)| !within) {

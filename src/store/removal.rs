@@ -52,7 +52,9 @@ pub(super) fn check_types(disk: &dyn Disk, dir: &Path, meta: &Path) -> Result<()
         if found == expected {
             return Ok(());
         }
-        Err(Error::io("look for", path)(WrongFileType { path: path.to_owned(), expected, found }.into()))
+        Err(Error::io("look for", path)(
+            WrongFileType { path: path.to_owned(), expected, found }.into(),
+        ))
     };
     let stat = disk.stat(dir).map_err(Error::io("look for", dir))?;
     let Some(stat) = stat else { return Ok(()) };
@@ -88,7 +90,9 @@ impl Removal<'_> {
             self.file(&dir.join(&entry.name), entry.kind);
         }
         disk.sync_dir(dir).map_err(Error::io("sync", dir))?;
-        let shards = |entry: &&crate::io::DirEntry| entry.kind == FileKind::Directory && is_shard_dir(&entry.name);
+        let shards = |entry: &&crate::io::DirEntry| {
+            entry.kind == FileKind::Directory && is_shard_dir(&entry.name)
+        };
         for shard in entries.iter().filter(shards) {
             let path = dir.join(&shard.name);
             for file in list(&path)? {
@@ -106,7 +110,9 @@ impl Removal<'_> {
             return self.leave(path, "it is a directory");
         }
         match self.disk.remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => self.leave(path, &error.to_string()),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                self.leave(path, &error.to_string())
+            }
             _ => {}
         }
     }

@@ -74,7 +74,8 @@ struct Excess {
 /// not stop the others.
 pub(super) fn apply(core: &Core) -> Result<RetentionReport> {
     core.registry.check_writable()?;
-    let mut report = RetentionReport { suspended: core.env.has_clock_jumped(), ..Default::default() };
+    let mut report =
+        RetentionReport { suspended: core.env.has_clock_jumped(), ..Default::default() };
     let names = core.registry.names();
     let mut result = logstores::finish_deletions(core);
     for name in names {
@@ -97,7 +98,10 @@ fn retain(core: &Core, name: &LogstoreName, report: &mut RetentionReport) -> Res
     let days = config.ttl_days.filter(|_| !report.suspended);
     let oldest_us = days.map(|days| env.clock.wall_us().saturating_sub(u64::from(days) * DAY_US));
     let limits = Limits { oldest_us, bytes_max: config.retention_bytes };
-    logstore.shards.iter().try_for_each(|shard| retain_shard(&mut admin, &logstore, shard, limits, report))?;
+    logstore
+        .shards
+        .iter()
+        .try_for_each(|shard| retain_shard(&mut admin, &logstore, shard, limits, report))?;
     shred_unused(keys, &mut admin, &logstore, report)
 }
 
@@ -138,7 +142,8 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
         proved.push(found);
     }
     let behind = segments.get(proved.len()..).unwrap_or_default();
-    let written: u64 = behind.iter().filter_map(|segment| Some(segment.active.as_ref()?.visible())).sum();
+    let written: u64 =
+        behind.iter().filter_map(|segment| Some(segment.active.as_ref()?.visible())).sum();
     let mut left: u64 = proved.iter().map(|proved| proved.end.bytes).sum::<u64>() + written;
     let mut excess = Excess { record: shard.record(), segments: 0 };
     for (index, segment) in proved.iter().enumerate() {
@@ -152,7 +157,8 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
         }
         let next = proved.get(index + 1);
         excess.record.first_ordinal = segment.end.ordinal + 1;
-        excess.record.first_seq = next.map_or(segment.end.end_seq, |next| next.header.header.first_seq);
+        excess.record.first_seq =
+            next.map_or(segment.end.end_seq, |next| next.header.header.first_seq);
         excess.segments += 1;
         left -= segment.end.bytes;
     }
@@ -213,7 +219,9 @@ fn shred_unused(
     let versions: Vec<u32> = unused.iter().copied().collect();
     let how = KeyChange::shred(&versions, ", since retention has dropped what it sealed");
     let shredded = change_keys_in(keys, admin, logstore, &how, |_, section| {
-        for version in section.versions.iter_mut().filter(|version| unused.contains(&version.version)) {
+        for version in
+            section.versions.iter_mut().filter(|version| unused.contains(&version.version))
+        {
             version.wrapped = None;
         }
         Ok(unused.len() as u32)

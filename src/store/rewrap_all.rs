@@ -40,8 +40,12 @@ impl RewrapOptions {
     }
 
     fn includes(&self, cmk: Option<&Cmk>) -> bool {
-        let id = self.cmk_key_id.as_ref().is_none_or(|id| cmk.is_some_and(|cmk| cmk.cmk_key_id == *id));
-        id && self.region_id.as_ref().is_none_or(|region| cmk.is_some_and(|cmk| cmk.region_id == *region))
+        let id =
+            self.cmk_key_id.as_ref().is_none_or(|id| cmk.is_some_and(|cmk| cmk.cmk_key_id == *id));
+        id && self
+            .region_id
+            .as_ref()
+            .is_none_or(|region| cmk.is_some_and(|cmk| cmk.region_id == *region))
     }
 
     /// The name of the run in the audit log.
@@ -103,7 +107,9 @@ impl Earlier {
                     run = Self { began_us: Some(record.time_us), done: BTreeSet::new() };
                 }
                 (AuditEvent::RewrapEnded, _) if record.detail == scope => run = Self::default(),
-                (AuditEvent::Rewrapped | AuditEvent::Replaced, Some(id)) if run.began_us.is_some() => {
+                (AuditEvent::Rewrapped | AuditEvent::Replaced, Some(id))
+                    if run.began_us.is_some() =>
+                {
                     run.done.insert(id);
                 }
                 _ => {}
@@ -139,7 +145,9 @@ impl Run<'_> {
             return;
         }
         let newest = section.cmk.as_ref().and_then(|cmk| self.newest_version(&name, cmk));
-        if self.earlier.done.contains(&logstore.id) || self.core.keys.is_current(&section, newest.as_deref()) {
+        if self.earlier.done.contains(&logstore.id)
+            || self.core.keys.is_current(&section, newest.as_deref())
+        {
             return self.report.current.push(name);
         }
         match key_change::rewrap(self.core, &name) {
@@ -155,11 +163,14 @@ impl Run<'_> {
         if let Some(version) = self.versions.get(cmk) {
             return version.clone();
         }
-        let version = rewrap_probe(&self.core.keys, &self.core.registry, cmk).unwrap_or_else(|error| {
-            let error = error.refusing(name, cmk);
-            self.report.failed.push((format!("the probe of master key {}", cmk.cmk_key_id), error));
-            None
-        });
+        let version =
+            rewrap_probe(&self.core.keys, &self.core.registry, cmk).unwrap_or_else(|error| {
+                let error = error.refusing(name, cmk);
+                self.report
+                    .failed
+                    .push((format!("the probe of master key {}", cmk.cmk_key_id), error));
+                None
+            });
         self.versions.insert(cmk.clone(), version.clone());
         version
     }
@@ -204,7 +215,11 @@ pub(super) fn rewrap_all(
 
 /// Wraps the probe of a master key again. Returns the version of the master key that wraps now, if
 /// the KMS reports it. Calls the KMS before it takes the administration.
-fn rewrap_probe(keys: &KeyService, registry: &Registry, cmk: &Cmk) -> std::result::Result<Option<String>, KmsOrEngine> {
+fn rewrap_probe(
+    keys: &KeyService,
+    registry: &Registry,
+    cmk: &Cmk,
+) -> std::result::Result<Option<String>, KmsOrEngine> {
     let rewrapped = keys.rewrap_probe(cmk)?;
     if let Some(probe) = rewrapped.new {
         let _one_at_a_time = registry.administer()?;

@@ -65,7 +65,9 @@ impl Scheduler {
     pub(crate) fn spawn(self: &Arc<Self>, count: usize) -> std::io::Result<()> {
         for _ in 0..count {
             let this = Arc::clone(self);
-            let thread = std::thread::Builder::new().name("envelog-worker".to_owned()).spawn(move || this.work())?;
+            let thread = std::thread::Builder::new()
+                .name("envelog-worker".to_owned())
+                .spawn(move || this.work())?;
             lock(&self.threads).push(thread);
         }
         Ok(())
@@ -133,8 +135,11 @@ impl Wake for Scheduler {
     }
 
     fn relieve(&self) {
-        let waiting: Vec<_> =
-            lock(&self.queue).entries.iter().filter_map(|Reverse(entry)| entry.work.flushes()).collect();
+        let waiting: Vec<_> = lock(&self.queue)
+            .entries
+            .iter()
+            .filter_map(|Reverse(entry)| entry.work.flushes())
+            .collect();
         for task in waiting {
             task.run(ShardJob::FlushAll);
         }
@@ -170,7 +175,10 @@ mod tests {
     }
 
     fn at(scheduler: &Scheduler, task: &Arc<Recorder>, ms: u64, job: ShardJob) {
-        scheduler.after(Duration::from_millis(ms), Work::Shard(Arc::<Recorder>::downgrade(task) as _, job));
+        scheduler.after(
+            Duration::from_millis(ms),
+            Work::Shard(Arc::<Recorder>::downgrade(task) as _, job),
+        );
     }
 
     #[test]

@@ -66,13 +66,19 @@ impl Authenticated {
     /// The changes of the catalogue.
     fn changes(&self) -> Vec<Change> {
         let (name, id) = (&self.logstore.name, self.logstore.id);
-        let heads = self.heads.iter().map(|(shard, head)| Change::reached(name, id, shard.id(), head.clone()));
+        let heads = self
+            .heads
+            .iter()
+            .map(|(shard, head)| Change::reached(name, id, shard.id(), head.clone()));
         heads.chain(self.saved.as_ref().map(SavedMeta::change)).collect()
     }
 }
 
 /// Rotates the service key. Logs a warning if the rotation stays unfinished.
-pub(super) fn rotate_service_key(core: &Core, progress: &mut dyn FnMut(&RewrapProgress)) -> Result<ServiceRotation> {
+pub(super) fn rotate_service_key(
+    core: &Core,
+    progress: &mut dyn FnMut(&RewrapProgress),
+) -> Result<ServiceRotation> {
     let rotated = run(core, progress);
     if let Err(error) = &rotated
         && core.keys.keyring().is_rotating()
@@ -87,7 +93,11 @@ fn run(core: &Core, progress: &mut dyn FnMut(&RewrapProgress)) -> Result<Service
     let total = names.len();
     let mut result = Ok(());
     for (index, batch) in names.chunks(LOGSTORES_AT_ONCE).enumerate() {
-        progress(&RewrapProgress { done: index * LOGSTORES_AT_ONCE, total, logstore: batch.first().cloned() });
+        progress(&RewrapProgress {
+            done: index * LOGSTORES_AT_ONCE,
+            total,
+            logstore: batch.first().cloned(),
+        });
         result = result.and(authenticate_logstores(core, batch, &mut report));
     }
     progress(&RewrapProgress { done: total, total, logstore: None });
@@ -114,7 +124,11 @@ fn begin(core: &Core) -> Result<(ServiceRotation, Vec<LogstoreName>)> {
 }
 
 /// Brings Logstores under the newest version. A failure for one Logstore does not stop the others.
-fn authenticate_logstores(core: &Core, names: &[LogstoreName], report: &mut ServiceRotation) -> Result<()> {
+fn authenticate_logstores(
+    core: &Core,
+    names: &[LogstoreName],
+    report: &mut ServiceRotation,
+) -> Result<()> {
     let Core { env, keys, registry } = core;
     let mut admin = registry.administer()?;
     let mut result = Ok(());
@@ -158,7 +172,11 @@ fn authenticate_logstore(
     for shard in &logstore.shards {
         // After the key of an open segment is retired, only the part up to the head in the
         // catalogue is valid.
-        let head = if left_open.contains(&shard.id()) { shard.head_in_place() } else { shard.checkpoint() };
+        let head = if left_open.contains(&shard.id()) {
+            shard.head_in_place()
+        } else {
+            shard.checkpoint()
+        };
         heads.extend(reached(name, shard, head)?.map(|head| (Arc::clone(shard), head)));
     }
     let meta = logstore.meta();
@@ -172,13 +190,21 @@ fn authenticate_logstore(
 
 /// Seals the open segments that an older version of the service key authenticates. Returns the
 /// shards whose segment stays open, because the master key cannot be used now.
-fn end_older_segments(logstore: &LogstoreShared, newest: u32, report: &mut ServiceRotation) -> Result<Vec<u32>> {
+fn end_older_segments(
+    logstore: &LogstoreShared,
+    newest: u32,
+    report: &mut ServiceRotation,
+) -> Result<Vec<u32>> {
     let name = &logstore.name;
     let mut left_open = Vec::new();
     for shard in &logstore.shards {
-        match shard.end_segment_if(|source| matches!(source, KeySource::Keyring(version) if version < newest)) {
+        match shard.end_segment_if(
+            |source| matches!(source, KeySource::Keyring(version) if version < newest),
+        ) {
             Ok(ended) => report.ended += u64::from(ended),
-            Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) =>
+            {
                 warn!(logstore = %name, shard = shard.id(), %error, "segment under an older service key left open");
                 left_open.push(shard.id());
                 if report.left_open.last() != Some(name) {
@@ -208,10 +234,16 @@ fn renew_data_key(
         return Ok(());
     }
     let mut envelopes = 0;
-    change_keys_in(keys, admin, logstore, &KeyChange::rotate_with_service_key(), |logstore, section| {
-        envelopes = keys.rewrap_versions(&logstore.gate, section, None)?;
-        keys.add_version(section, logstore.id)
-    })?;
+    change_keys_in(
+        keys,
+        admin,
+        logstore,
+        &KeyChange::rotate_with_service_key(),
+        |logstore, section| {
+            envelopes = keys.rewrap_versions(&logstore.gate, section, None)?;
+            keys.add_version(section, logstore.id)
+        },
+    )?;
     report.logstores += 1;
     report.envelopes += u64::from(envelopes);
     report.data_keys += 1;

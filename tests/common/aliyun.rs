@@ -128,7 +128,8 @@ impl Aliyun {
             timeless: false,
             delay: Duration::ZERO,
         };
-        let it = Self { address: listener.local_addr().unwrap(), state: Arc::new(Mutex::new(state)) };
+        let it =
+            Self { address: listener.local_addr().unwrap(), state: Arc::new(Mutex::new(state)) };
         let serving = it.clone();
         thread::spawn(move || {
             for stream in listener.incoming() {
@@ -162,7 +163,11 @@ impl Aliyun {
     pub(crate) fn create_key(&self) -> String {
         let mut state = self.state();
         let id = format!("key-hzz{:08}", state.keys.len() + 1);
-        let key = Key { state: "Enabled", versions: vec![random()], granted: BTreeSet::from([ROLE.to_owned()]) };
+        let key = Key {
+            state: "Enabled",
+            versions: vec![random()],
+            granted: BTreeSet::from([ROLE.to_owned()]),
+        };
         state.keys.insert(id.clone(), key);
         id
     }
@@ -228,7 +233,8 @@ impl Aliyun {
 
     /// Adds a session of a role, as if `AssumeRole` had created it.
     pub(crate) fn add_session(&self, id: &str, secret: &str, token: &str) {
-        let session = Session { secret: secret.to_owned(), token: token.to_owned(), role: ROLE.to_owned() };
+        let session =
+            Session { secret: secret.to_owned(), token: token.to_owned(), role: ROLE.to_owned() };
         self.state().sessions.insert(id.to_owned(), session);
     }
 
@@ -287,17 +293,23 @@ impl Aliyun {
         if seen.action == "AssumeRoleWithOIDC" {
             let form = pairs(&String::from_utf8_lossy(&seen.body));
             let is = |name: &str, value: &str| form.get(name).is_some_and(|it| it == value);
-            if !is("OIDCToken", OIDC_TOKEN) || !is("OIDCProviderArn", "acs:ram::1:oidc-provider/ack") {
+            if !is("OIDCToken", OIDC_TOKEN)
+                || !is("OIDCProviderArn", "acs:ram::1:oidc-provider/ack")
+            {
                 return Err(refuse(400, "AuthenticationFail.OIDCToken.Invalid"));
             }
             return Ok(issue(&mut state, form.get("RoleArn").map_or("", String::as_str)));
         }
-        let caller = authenticate(&mut state, seen).map_err(|(status, code)| refuse(status, code))?;
-        let parameter = |name: &str| seen.query.get(name).cloned().ok_or_else(|| refuse(400, "MissingParameter"));
+        let caller =
+            authenticate(&mut state, seen).map_err(|(status, code)| refuse(status, code))?;
+        let parameter = |name: &str| {
+            seen.query.get(name).cloned().ok_or_else(|| refuse(400, "MissingParameter"))
+        };
         match seen.action.as_str() {
             "AssumeRole" => {
                 let arn = parameter("RoleArn")?;
-                if parameter("RoleSessionName")?.len() < 2 || parameter("DurationSeconds")? != "900" {
+                if parameter("RoleSessionName")?.len() < 2 || parameter("DurationSeconds")? != "900"
+                {
                     return Err(refuse(400, "InvalidParameter.DurationSeconds"));
                 }
                 if !arn.starts_with("acs:ram::") {
@@ -311,7 +323,8 @@ impl Aliyun {
             }
             "GenerateDataKey" => {
                 let id = parameter("KeyId")?;
-                let key = usable(&state, &id, &caller).map_err(|(status, code)| refuse(status, code))?;
+                let key =
+                    usable(&state, &id, &caller).map_err(|(status, code)| refuse(status, code))?;
                 if parameter("KeySpec")? != "AES_256" {
                     return Err(refuse(400, "InvalidParameter"));
                 }
@@ -334,15 +347,20 @@ impl Aliyun {
             }
             "Decrypt" => {
                 let blob = parameter("CiphertextBlob")?;
-                let (id, version, nonce, sealed) = open(&blob).ok_or_else(|| refuse(400, "InvalidParameter"))?;
-                let key = usable(&state, &id, &caller).map_err(|(status, code)| refuse(status, code))?;
+                let (id, version, nonce, sealed) =
+                    open(&blob).ok_or_else(|| refuse(400, "InvalidParameter"))?;
+                let key =
+                    usable(&state, &id, &caller).map_err(|(status, code)| refuse(status, code))?;
                 let aad = context(seen).map_err(|()| refuse(400, "InvalidParameter"))?;
                 let plaintext = key
                     .versions
                     .get(version)
                     .and_then(|material| {
                         let payload = Payload { msg: &sealed, aad: aad.as_bytes() };
-                        Aes256Gcm::new_from_slice(material).unwrap().decrypt(&Nonce::from(nonce), payload).ok()
+                        Aes256Gcm::new_from_slice(material)
+                            .unwrap()
+                            .decrypt(&Nonce::from(nonce), payload)
+                            .ok()
                     })
                     .ok_or_else(|| refuse(400, "InvalidParameter"))?;
                 Ok(json!({
@@ -352,8 +370,11 @@ impl Aliyun {
             }
             "DescribeKey" => {
                 let id = parameter("KeyId")?;
-                let key = permitted(&state, &id, &caller).map_err(|(status, code)| refuse(status, code))?;
-                Ok(json!({ "KeyMetadata": { "KeyId": id, "KeyState": key.state }, "RequestId": "A1B2-C3" }))
+                let key = permitted(&state, &id, &caller)
+                    .map_err(|(status, code)| refuse(status, code))?;
+                Ok(
+                    json!({ "KeyMetadata": { "KeyId": id, "KeyState": key.state }, "RequestId": "A1B2-C3" }),
+                )
             }
             _ => Err(refuse(404, "InvalidAction.NotFound")),
         }
@@ -386,7 +407,8 @@ fn issue(state: &mut State, role: &str) -> Value {
 fn authenticate(state: &mut State, seen: &Seen) -> Result<Option<String>, (u16, &'static str)> {
     const INCOMPLETE: (u16, &str) = (400, "IncompleteSignature");
     let header = |name: &str| seen.headers.get(name).map(String::as_str).ok_or(INCOMPLETE);
-    let rest = header("authorization")?.strip_prefix("ACS3-HMAC-SHA256 Credential=").ok_or(INCOMPLETE)?;
+    let rest =
+        header("authorization")?.strip_prefix("ACS3-HMAC-SHA256 Credential=").ok_or(INCOMPLETE)?;
     let (id, rest) = rest.split_once(",SignedHeaders=").ok_or(INCOMPLETE)?;
     let (names, signature) = rest.split_once(",Signature=").ok_or(INCOMPLETE)?;
     let (secret, caller) = match state.sessions.get(id) {
@@ -399,8 +421,14 @@ fn authenticate(state: &mut State, seen: &Seen) -> Result<Option<String>, (u16, 
     };
     let signed: BTreeSet<_> = names.split(';').collect();
     let must = |name: &str| name == "host" || name.starts_with("x-acs-");
-    let required =
-        ["host", "x-acs-action", "x-acs-content-sha256", "x-acs-date", "x-acs-signature-nonce", "x-acs-version"];
+    let required = [
+        "host",
+        "x-acs-action",
+        "x-acs-content-sha256",
+        "x-acs-date",
+        "x-acs-signature-nonce",
+        "x-acs-version",
+    ];
     if !required.iter().all(|name| signed.contains(name))
         || seen.headers.keys().any(|name| must(name) && !signed.contains(name.as_str()))
     {
@@ -419,11 +447,14 @@ fn authenticate(state: &mut State, seen: &Seen) -> Result<Option<String>, (u16, 
     let to_sign = format!("ACS3-HMAC-SHA256\n{}", hex(&Sha256::digest(canonical)));
     let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
     mac.update(to_sign.as_bytes());
-    if header("x-acs-content-sha256")? != body_hash || hex(&mac.finalize().into_bytes()) != signature {
+    if header("x-acs-content-sha256")? != body_hash
+        || hex(&mac.finalize().into_bytes()) != signature
+    {
         return Err((400, "SignatureDoesNotMatch"));
     }
     if !state.timeless {
-        let date: jiff::Timestamp = header("x-acs-date")?.parse().map_err(|_| (400, "InvalidTimeStamp.Format"))?;
+        let date: jiff::Timestamp =
+            header("x-acs-date")?.parse().map_err(|_| (400, "InvalidTimeStamp.Format"))?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs();
         if now.abs_diff(date.as_second().try_into().unwrap_or(0)) > 15 * 60 {
             return Err((400, "InvalidTimeStamp.Expired"));
@@ -485,7 +516,9 @@ fn read_request(reader: &mut impl BufRead) -> io::Result<Option<(Seen, String)>>
         let mut line = String::new();
         reader.read_line(&mut line)?;
         match line.trim_end().split_once(':') {
-            Some((name, value)) => headers.insert(name.to_ascii_lowercase(), value.trim().to_owned()),
+            Some((name, value)) => {
+                headers.insert(name.to_ascii_lowercase(), value.trim().to_owned())
+            }
             None => break,
         };
     }
@@ -494,21 +527,34 @@ fn read_request(reader: &mut impl BufRead) -> io::Result<Option<(Seen, String)>>
     reader.read_exact(&mut body)?;
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
     let query = pairs(query);
-    let action = headers.get("x-acs-action").or(query.get("Action")).cloned().unwrap_or_else(|| path.to_owned());
+    let action = headers
+        .get("x-acs-action")
+        .or(query.get("Action"))
+        .cloned()
+        .unwrap_or_else(|| path.to_owned());
     let canonical_query = canonical(&query);
-    Ok(Some((Seen { action, target: target.clone(), headers, body, query, canonical_query }, method)))
+    Ok(Some((
+        Seen { action, target: target.clone(), headers, body, query, canonical_query },
+        method,
+    )))
 }
 
 fn pairs(text: &str) -> BTreeMap<String, String> {
-    let decode = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
+    let decode =
+        |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
     let pairs = text.split('&').filter_map(|pair| pair.split_once('='));
     pairs.map(|(name, value)| (decode(name), decode(value))).collect()
 }
 
 fn canonical(query: &BTreeMap<String, String>) -> String {
-    const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+    const ESCAPED: &AsciiSet =
+        &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
     let encode = |text: &str| utf8_percent_encode(text, ESCAPED).to_string();
-    query.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value))).collect::<Vec<_>>().join("&")
+    query
+        .iter()
+        .map(|(name, value)| format!("{}={}", encode(name), encode(value)))
+        .collect::<Vec<_>>()
+        .join("&")
 }
 
 fn random() -> [u8; 32] {

@@ -25,12 +25,16 @@ pub(crate) fn catalogue_dir(store_dir: &Path) -> PathBuf {
 
 /// The current catalogue file, which is the newest one.
 pub(crate) fn catalogue_file(store_dir: &Path) -> PathBuf {
-    let entries = fs::read_dir(catalogue_dir(store_dir)).unwrap().map(|entry| entry.unwrap().path());
+    let entries =
+        fs::read_dir(catalogue_dir(store_dir)).unwrap().map(|entry| entry.unwrap().path());
     newest(store_dir, entries).expect("a store has a catalogue")
 }
 
 /// The newest catalogue file among these paths.
-pub(crate) fn newest(store_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+pub(crate) fn newest(
+    store_dir: &Path,
+    paths: impl IntoIterator<Item = PathBuf>,
+) -> Option<PathBuf> {
     let dir = catalogue_dir(store_dir);
     paths.into_iter().filter(|path| path.parent() == Some(&dir) && is_catalogue_file(path)).max()
 }
@@ -52,7 +56,10 @@ pub(crate) fn meta_path(logstore_dir: &Path) -> PathBuf {
 }
 
 /// The newest metadata file of a Logstore among these paths.
-pub(crate) fn newest_meta(logstore_dir: &Path, paths: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
+pub(crate) fn newest_meta(
+    logstore_dir: &Path,
+    paths: impl IntoIterator<Item = PathBuf>,
+) -> Option<PathBuf> {
     paths.into_iter().filter(|path| path.parent() == Some(logstore_dir) && is_meta(path)).max()
 }
 
@@ -113,18 +120,39 @@ fn with_crc(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 /// Builds a record with these changes, which follows the record or document with the tag `before`.
-pub(crate) fn record(number: u64, version: u32, changes: &[u8], before: &[u8; 32], key: &SecretKey) -> Vec<u8> {
+pub(crate) fn record(
+    number: u64,
+    version: u32,
+    changes: &[u8],
+    before: &[u8; 32],
+    key: &SecretKey,
+) -> Vec<u8> {
     let len = changes.len() as u32;
-    let head = [b"ECHG", &len.to_le_bytes(), &number.to_le_bytes()[..], &version.to_le_bytes(), &[0; 4]].concat();
+    let head =
+        [b"ECHG", &len.to_le_bytes(), &number.to_le_bytes()[..], &version.to_le_bytes(), &[0; 4]]
+            .concat();
     let signed = [&head, changes].concat();
     let tag = hmac_sha256(key, &[&signed, before]);
     with_crc([&signed[..], &tag].concat())
 }
 
 /// Builds a tip for this slot.
-pub(crate) fn tip(slot: u32, version: u32, number: u64, tag: &[u8; 32], key: &SecretKey) -> Vec<u8> {
-    let signed =
-        [b"ETIP", &slot.to_le_bytes(), &version.to_le_bytes(), &[0; 4], &number.to_le_bytes()[..], tag].concat();
+pub(crate) fn tip(
+    slot: u32,
+    version: u32,
+    number: u64,
+    tag: &[u8; 32],
+    key: &SecretKey,
+) -> Vec<u8> {
+    let signed = [
+        b"ETIP",
+        &slot.to_le_bytes(),
+        &version.to_le_bytes(),
+        &[0; 4],
+        &number.to_le_bytes()[..],
+        tag,
+    ]
+    .concat();
     let mut sector = with_crc([&signed[..], &hmac_sha256(key, &[&signed])].concat());
     sector.resize(SECTOR, 0);
     sector
@@ -132,8 +160,11 @@ pub(crate) fn tip(slot: u32, version: u32, number: u64, tag: &[u8; 32], key: &Se
 
 /// Builds a file from this document, without records.
 pub(crate) fn snapshot(document: &[u8], key: &SecretKey) -> Vec<u8> {
-    let (version, number, tag) =
-        (u32_at(document, 64), u64::from_le_bytes(document[56..64].try_into().unwrap()), tag_a(document));
+    let (version, number, tag) = (
+        u32_at(document, 64),
+        u64::from_le_bytes(document[56..64].try_into().unwrap()),
+        tag_a(document),
+    );
     let mut file = document.to_vec();
     file.resize(file.len().next_multiple_of(SECTOR), 0);
     for slot in 0..2 {
@@ -146,13 +177,15 @@ pub(crate) fn snapshot(document: &[u8], key: &SecretKey) -> Vec<u8> {
 /// record.
 pub(crate) fn folded(file: &[u8]) -> (Value, u64) {
     let layout = Layout::of(file);
-    let mut body: Value = serde_json::from_slice(&file[80..80 + u32_at(file, 72) as usize]).unwrap();
+    let mut body: Value =
+        serde_json::from_slice(&file[80..80 + u32_at(file, 72) as usize]).unwrap();
     let mut number = u64::from_le_bytes(file[56..64].try_into().unwrap());
     for record in layout.records {
         let record = &file[record];
         number = u64::from_le_bytes(record[8..16].try_into().unwrap());
         let changes: Value =
-            serde_json::from_slice(&record[RECORD_HEAD_LEN..record.len() - RECORD_SUFFIX_LEN]).unwrap();
+            serde_json::from_slice(&record[RECORD_HEAD_LEN..record.len() - RECORD_SUFFIX_LEN])
+                .unwrap();
         changes.as_array().unwrap().iter().for_each(|change| apply(&mut body["catalogue"], change));
     }
     (body, number)
@@ -161,10 +194,12 @@ pub(crate) fn folded(file: &[u8]) -> (Value, u64) {
 fn apply(catalogue: &mut Value, change: &Value) {
     let (kind, change) = change.as_object().unwrap().iter().next().unwrap();
     let name = change["name"].as_str().unwrap_or_default();
-    let deleting = |catalogue: &Value| catalogue["deleting"].as_array().cloned().unwrap_or_default();
+    let deleting =
+        |catalogue: &Value| catalogue["deleting"].as_array().cloned().unwrap_or_default();
     match kind.as_str() {
         "created" => {
-            let entry = ["id", "generation", "tag", "shards"].map(|field| (field.to_owned(), change[field].clone()));
+            let entry = ["id", "generation", "tag", "shards"]
+                .map(|field| (field.to_owned(), change[field].clone()));
             catalogue["logstores"][name] = entry.into_iter().collect();
         }
         "replaced" => {
@@ -184,14 +219,18 @@ fn apply(catalogue: &mut Value, change: &Value) {
             catalogue["deleting"] = ids.into();
         }
         "reached" => {
-            let known = &mut catalogue["logstores"][name]["shards"][change["shard"].as_u64().unwrap() as usize]["head"];
-            let reaches = |head: &Value| (head["ordinal"].as_u64(), head["sealed"].as_bool(), head["blocks"].as_u64());
+            let known = &mut catalogue["logstores"][name]["shards"]
+                [change["shard"].as_u64().unwrap() as usize]["head"];
+            let reaches = |head: &Value| {
+                (head["ordinal"].as_u64(), head["sealed"].as_bool(), head["blocks"].as_u64())
+            };
             if reaches(known) <= reaches(&change["head"]) {
                 *known = change["head"].clone();
             }
         }
         "dropped" => {
-            let shard = &mut catalogue["logstores"][name]["shards"][change["shard"].as_u64().unwrap() as usize];
+            let shard = &mut catalogue["logstores"][name]["shards"]
+                [change["shard"].as_u64().unwrap() as usize];
             for field in ["first_ordinal", "first_seq"] {
                 shard[field] = change[field].clone();
             }

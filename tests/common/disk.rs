@@ -53,7 +53,16 @@ impl Op {
 
     /// Whether it may need space.
     fn fills(self) -> bool {
-        matches!(self, Op::Create | Op::Write | Op::Sync | Op::SetLen | Op::Rename | Op::CreateDir | Op::SyncDir)
+        matches!(
+            self,
+            Op::Create
+                | Op::Write
+                | Op::Sync
+                | Op::SetLen
+                | Op::Rename
+                | Op::CreateDir
+                | Op::SyncDir
+        )
     }
 }
 
@@ -106,15 +115,20 @@ pub(crate) enum Fault {
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 5] = [Self::Failing, Self::Full, Self::Interrupted, Self::Denied, Self::Unsaid];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::Failing, Self::Full, Self::Interrupted, Self::Denied, Self::Unsaid];
 
     /// Whether an operation can fail in this way.
     pub(crate) fn befalls(self, op: Op) -> bool {
         match self {
             Self::Failing => true,
             Self::Full => op.fills(),
-            Self::Interrupted => matches!(op, Op::Open | Op::Create | Op::Read | Op::Write | Op::Sync | Op::SyncDir),
-            Self::Denied => !matches!(op, Op::Read | Op::Write | Op::Sync | Op::Len | Op::SetLen | Op::Lock),
+            Self::Interrupted => {
+                matches!(op, Op::Open | Op::Create | Op::Read | Op::Write | Op::Sync | Op::SyncDir)
+            }
+            Self::Denied => {
+                !matches!(op, Op::Read | Op::Write | Op::Sync | Op::Len | Op::SetLen | Op::Lock)
+            }
             Self::Unsaid => op.changes(),
         }
     }
@@ -332,7 +346,10 @@ impl State {
         for part in path.components() {
             let Component::Normal(name) = part else { continue };
             let Node::Dir(dir) = node else { return Err(io::ErrorKind::NotADirectory.into()) };
-            node = *self.dirs[&dir].live.get(&*name.to_string_lossy()).ok_or(io::ErrorKind::NotFound)?;
+            node = *self.dirs[&dir]
+                .live
+                .get(&*name.to_string_lossy())
+                .ok_or(io::ErrorKind::NotFound)?;
         }
         Ok(node)
     }
@@ -345,9 +362,12 @@ impl State {
         let is_it = |other: &Node| matches!((other, node), (Node::File(one), Node::File(other)) if *one == other);
         let links = match node {
             Node::Dir(_) => 1,
-            Node::File(_) => {
-                self.dirs.values().flat_map(|dir| dir.live.values()).filter(|one| is_it(one)).count() as u64
-            }
+            Node::File(_) => self
+                .dirs
+                .values()
+                .flat_map(|dir| dir.live.values())
+                .filter(|one| is_it(one))
+                .count() as u64,
         };
         FileStat { kind: node.kind(), len, identity, links, owner: None }
     }
@@ -372,7 +392,8 @@ impl State {
 
     /// The directory that contains a path, and the name in it.
     fn parent(&self, path: &Path) -> io::Result<(u64, String)> {
-        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
+        let name =
+            path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy().into_owned();
         Ok((self.dir(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?, name))
     }
 
@@ -412,7 +433,10 @@ impl State {
                         Survives::Some { .. } => found.written_back(dice),
                     };
                     let (id, path) = (into.new_id(), found.path.clone());
-                    into.files.insert(id, File { path, live: bytes.clone(), durable: bytes, ..File::default() });
+                    into.files.insert(
+                        id,
+                        File { path, live: bytes.clone(), durable: bytes, ..File::default() },
+                    );
                     Node::File(id)
                 }
             };
@@ -471,8 +495,13 @@ impl SimDisk {
     /// Like [`SimDisk::kill`], on a copy of the file system: this one continues unaffected.
     pub(crate) fn fork(&self) -> Self {
         let state = self.lock();
-        let files = state.files.iter().map(|(id, file)| (*id, File { locked_by: None, ..file.clone() })).collect();
-        let copy = State { dirs: state.dirs.clone(), files, next_id: state.next_id, ..State::default() };
+        let files = state
+            .files
+            .iter()
+            .map(|(id, file)| (*id, File { locked_by: None, ..file.clone() }))
+            .collect();
+        let copy =
+            State { dirs: state.dirs.clone(), files, next_id: state.next_id, ..State::default() };
         Self { state: Arc::new(Mutex::new(copy)), process: 0 }
     }
 
@@ -522,7 +551,12 @@ impl SimDisk {
     /// Makes the `nth` operation from now fail with `fault`, if it can fail in this way. With
     /// `lasting`, every later operation that can fail this way fails too. Returns a slot that
     /// receives the first failed call.
-    pub(crate) fn fail_with(&self, nth: u64, fault: Fault, lasting: bool) -> Arc<Mutex<Option<Call>>> {
+    pub(crate) fn fail_with(
+        &self,
+        nth: u64,
+        fault: Fault,
+        lasting: bool,
+    ) -> Arc<Mutex<Option<Call>>> {
         let at = self.operations() + nth;
         let failed = Arc::new(Mutex::new(None));
         let first = Arc::clone(&failed);
@@ -539,9 +573,11 @@ impl SimDisk {
     /// Makes the next operation `op` on a path that contains `part` fail with `kind`, once.
     pub(crate) fn fail_next(&self, op: Op, part: &'static str, kind: io::ErrorKind) {
         let mut armed = true;
-        self.on_call(move |call| match call.op == op && call.is_about(part) && std::mem::take(&mut armed) {
-            true => Verdict::Fail(kind),
-            false => Verdict::Go,
+        self.on_call(move |call| {
+            match call.op == op && call.is_about(part) && std::mem::take(&mut armed) {
+                true => Verdict::Fail(kind),
+                false => Verdict::Go,
+            }
         });
     }
 
@@ -557,7 +593,9 @@ impl SimDisk {
     /// Changes the contents of a file durably, without an operation.
     pub(crate) fn edit(&self, path: &Path, edit: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.lock();
-        let Ok(Node::File(file)) = state.look_up(path) else { panic!("there is no file {}", path.display()) };
+        let Ok(Node::File(file)) = state.look_up(path) else {
+            panic!("there is no file {}", path.display())
+        };
         let file = state.files.get_mut(&file).unwrap();
         edit(&mut file.live);
         file.durable = file.live.clone();
@@ -571,7 +609,9 @@ impl SimDisk {
         files.retain(|(_, bytes)| !bytes.is_empty());
         let (path, bytes) = &files[dice.roll(files.len() as u64) as usize];
         let (stray, other) = &files[dice.roll(files.len() as u64) as usize];
-        let sector = |bytes: &[u8], n: u64| bytes.chunks(SECTOR as usize).nth(n as usize).unwrap_or_default().to_vec();
+        let sector = |bytes: &[u8], n: u64| {
+            bytes.chunks(SECTOR as usize).nth(n as usize).unwrap_or_default().to_vec()
+        };
         let n = dice.roll((bytes.len() as u64).div_ceil(SECTOR));
         let old = sector(bytes, n);
         let mut new = old.clone();
@@ -619,13 +659,17 @@ impl SimDisk {
 
     /// The newest file of the catalogue.
     pub(crate) fn catalogue_file(&self, store_dir: &Path) -> PathBuf {
-        newest(store_dir, self.files(&catalogue_dir(store_dir)).into_keys()).expect("a store has a catalogue")
+        newest(store_dir, self.files(&catalogue_dir(store_dir)).into_keys())
+            .expect("a store has a catalogue")
     }
 
     /// The segment files of a shard, oldest first.
     pub(crate) fn segments(&self, logstore_dir: &Path, shard: u32) -> Vec<PathBuf> {
         let dir = logstore_dir.join(format!("shard-{shard:04}"));
-        self.files(&dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).collect()
+        self.files(&dir)
+            .into_keys()
+            .filter(|path| path.extension().is_some_and(|ext| ext == "seg"))
+            .collect()
     }
 
     /// Counts a call and asks the hook. Returns `Err` if the call fails without any effect.
@@ -637,7 +681,8 @@ impl SimDisk {
             }
             state.changes += u64::from(op.changes());
             state.operations += 1;
-            let call = Call { op, path: path.to_owned(), number: state.changes, nth: state.operations };
+            let call =
+                Call { op, path: path.to_owned(), number: state.changes, nth: state.operations };
             state.calls.push(call.clone());
             (call, state.hook.clone())
         };
@@ -650,7 +695,12 @@ impl SimDisk {
         }
     }
 
-    fn change(&self, op: Op, path: &Path, change: impl FnOnce(&mut State) -> io::Result<()>) -> io::Result<()> {
+    fn change(
+        &self,
+        op: Op,
+        path: &Path,
+        change: impl FnOnce(&mut State) -> io::Result<()>,
+    ) -> io::Result<()> {
         let verdict = self.enter(op, path)?;
         let done = change(&mut self.lock());
         if verdict == Verdict::DoneAndFail { Err(injected(io::ErrorKind::Other)) } else { done }
@@ -712,7 +762,9 @@ impl Disk for SimDisk {
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         self.change(Op::Remove, path, |state| {
-            let Node::File(_) = state.look_up(path)? else { return Err(io::ErrorKind::IsADirectory.into()) };
+            let Node::File(_) = state.look_up(path)? else {
+                return Err(io::ErrorKind::IsADirectory.into());
+            };
             let (dir, name) = state.parent(path)?;
             state.change_dir(dir, Entry::Gone(name));
             Ok(())
@@ -758,7 +810,8 @@ impl Disk for SimDisk {
         self.enter(Op::List, path)?;
         let state = self.lock();
         let dir = state.dir(path)?;
-        let entry = |(name, node): (&String, &Node)| DirEntry { name: name.clone(), kind: node.kind() };
+        let entry =
+            |(name, node): (&String, &Node)| DirEntry { name: name.clone(), kind: node.kind() };
         Ok(state.dirs[&dir].live.iter().map(entry).collect())
     }
 
@@ -921,10 +974,16 @@ impl Sim {
     /// Makes the next roll of a Logstore under a customer's key seal its segment and then find the
     /// key inaccessible for the new one: from then on the KMS gives this answer, and the lease ends
     /// while the footer is synced.
-    pub(crate) fn lose_key_at_the_next_roll(&self, store: &Store, logstore: &Logstore, answer: Answer) {
+    pub(crate) fn lose_key_at_the_next_roll(
+        &self,
+        store: &Store,
+        logstore: &Logstore,
+        answer: Answer,
+    ) {
         // With another suite, the next block begins a new segment.
         let config = logstore.config();
-        let encrypt_conf = config.encrypt_conf.clone().map(|conf| EncryptConf { enable: !conf.enable, ..conf });
+        let encrypt_conf =
+            config.encrypt_conf.clone().map(|conf| EncryptConf { enable: !conf.enable, ..conf });
         store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf, ..config }).unwrap();
         let (clock, kms) = (Arc::clone(&self.world.clock), Arc::clone(&self.world.kms));
         let lease = self.world.options.outage_grace + self.world.options.revalidate_every;

@@ -93,7 +93,8 @@ impl FailingDisk {
 
     /// Makes every operation on a path that contains all of these parts fail.
     pub(crate) fn break_paths_with(&self, parts: &[&str]) {
-        self.plan.lock().unwrap().broken = Some(parts.iter().map(|part| (*part).to_owned()).collect());
+        self.plan.lock().unwrap().broken =
+            Some(parts.iter().map(|part| (*part).to_owned()).collect());
     }
 
     /// Makes the disk claim to be this network file system.
@@ -118,7 +119,10 @@ impl FailingDisk {
     fn fate(&self, path: &Path) -> Fate {
         let mut plan = self.plan.lock().unwrap();
         let path = path.to_string_lossy();
-        let broken = plan.broken.as_ref().is_some_and(|parts| parts.iter().all(|part| path.contains(part.as_str())));
+        let broken = plan
+            .broken
+            .as_ref()
+            .is_some_and(|parts| parts.iter().all(|part| path.contains(part.as_str())));
         if plan.dead || broken {
             return Fate::Fails { done: false, torn: false };
         }
@@ -170,11 +174,13 @@ impl Disk for FailingDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.run(to, || QuickDisk.rename(from, to)).inspect(|()| self.publish(Published::Renamed, to))
+        self.run(to, || QuickDisk.rename(from, to))
+            .inspect(|()| self.publish(Published::Renamed, to))
     }
 
     fn rename_new(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.run(to, || QuickDisk.rename_new(from, to)).inspect(|()| self.publish(Published::Renamed, to))
+        self.run(to, || QuickDisk.rename_new(from, to))
+            .inspect(|()| self.publish(Published::Renamed, to))
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
@@ -190,7 +196,8 @@ impl Disk for FailingDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.run(path, || QuickDisk.sync_dir(path)).inspect(|()| self.publish(Published::Synced, path))
+        self.run(path, || QuickDisk.sync_dir(path))
+            .inspect(|()| self.publish(Published::Synced, path))
     }
 
     fn list_dir(&self, path: &Path) -> io::Result<Vec<DirEntry>> {

@@ -11,15 +11,17 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Cmk, Compression, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
-    ShardChoice, Store, StoreBuilder, StoreOptions,
+    AppendOptions, Background, Cmk, Compression, Durability, EncryptConf, EncryptType, Logstore,
+    LogstoreSpec, Payload, ShardChoice, Store, StoreBuilder, StoreOptions,
     crypto::{AwsLc, HashAlg, hash},
     io::{Clock, Random},
     kms::LocalKms,
 };
 use serde_json::{Value, json};
 
-use crate::common::{QuickDisk, REGION, ROLE, TestClock, copy_dir, group, millis, name, secs, segments};
+use crate::common::{
+    QuickDisk, REGION, ROLE, TestClock, copy_dir, group, millis, name, secs, segments,
+};
 
 /// Every golden store.
 pub(crate) const NAMES: [&str; 9] = [
@@ -49,7 +51,10 @@ impl Random for FixedRandom {
         for chunk in buf.chunks_mut(32) {
             let mut drawn = self.drawn.lock().unwrap();
             *drawn += 1;
-            let bytes = hash(HashAlg::Sha256, &[b"envelog golden", self.seed.as_bytes(), &drawn.to_le_bytes()]);
+            let bytes = hash(
+                HashAlg::Sha256,
+                &[b"envelog golden", self.seed.as_bytes(), &drawn.to_le_bytes()],
+            );
             chunk.copy_from_slice(&bytes[..chunk.len()]);
         }
         Ok(())
@@ -98,7 +103,12 @@ struct Maker {
 }
 
 fn spec(conf: Option<EncryptConf>, shard_count: u32) -> LogstoreSpec {
-    LogstoreSpec { shard_count, compression: Compression::None, encrypt_conf: conf, ..LogstoreSpec::default() }
+    LogstoreSpec {
+        shard_count,
+        compression: Compression::None,
+        encrypt_conf: conf,
+        ..LogstoreSpec::default()
+    }
 }
 
 impl Maker {
@@ -124,14 +134,25 @@ impl Maker {
     /// records.
     fn put(&mut self, logstore: &Logstore, shard: u32, what: What<'_>, durability: Durability) {
         let record = self.put_unseen(logstore, shard, what, durability);
-        let shards =
-            self.expected.as_object_mut().unwrap().entry(logstore.name().to_string()).or_insert_with(|| json!({}));
-        let records = shards.as_object_mut().unwrap().entry(shard.to_string()).or_insert_with(|| json!([]));
+        let shards = self
+            .expected
+            .as_object_mut()
+            .unwrap()
+            .entry(logstore.name().to_string())
+            .or_insert_with(|| json!({}));
+        let records =
+            shards.as_object_mut().unwrap().entry(shard.to_string()).or_insert_with(|| json!([]));
         records.as_array_mut().unwrap().push(record);
     }
 
     /// Like [`Maker::put`], but the caller decides whether a reader finds the data.
-    fn put_unseen(&self, logstore: &Logstore, shard: u32, what: What<'_>, durability: Durability) -> Value {
+    fn put_unseen(
+        &self,
+        logstore: &Logstore,
+        shard: u32,
+        what: What<'_>,
+        durability: Durability,
+    ) -> Value {
         self.clock.advance(millis(1));
         let (kind, bytes) = match what {
             What::Opaque(text) => ("opaque", text.as_bytes().to_vec()),
@@ -200,7 +221,8 @@ impl Maker {
     /// Service keyring under a master key in the embedded KMS, rotated once, AES.
     fn sealed_keyring(&mut self) {
         let (kms, cmk) = self.kms();
-        let store = self.builder(&self.store_dir()).kms(Arc::new(kms)).service_cmk(cmk).create().unwrap();
+        let store =
+            self.builder(&self.store_dir()).kms(Arc::new(kms)).service_cmk(cmk).create().unwrap();
         let conf = EncryptConf::service_key(EncryptType::Aes);
         let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf), 1)).unwrap();
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
@@ -219,7 +241,12 @@ impl Maker {
         self.put(&logstore, 0, What::Group("paid", 2), Durability::Synced);
         kms.rotate(&cmk_key_id).unwrap();
         store.keys().rotate_data_key(logstore.name()).unwrap();
-        self.put(&logstore, 0, What::Opaque("under the second version of both keys"), Durability::Synced);
+        self.put(
+            &logstore,
+            0,
+            What::Opaque("under the second version of both keys"),
+            Durability::Synced,
+        );
         store.close().unwrap();
     }
 
@@ -236,7 +263,8 @@ impl Maker {
     fn switched_off(&mut self) {
         let store = self.create();
         let conf = EncryptConf::service_key(EncryptType::Sm4);
-        let logstore = store.create_logstore(&name("shop/orders"), spec(Some(conf.clone()), 1)).unwrap();
+        let logstore =
+            store.create_logstore(&name("shop/orders"), spec(Some(conf.clone()), 1)).unwrap();
         self.put(&logstore, 0, What::Group("encrypted", 1), Durability::Synced);
         let mut config = store.logstore(logstore.name()).unwrap().config();
         config.encrypt_conf = Some(EncryptConf { enable: false, ..conf });
@@ -286,7 +314,9 @@ impl Maker {
     /// Blocks that lz4 and zstd compress.
     fn compressed(&mut self) {
         let store = self.create();
-        for (text, compression) in [("shop/lz4", Compression::Lz4), ("shop/zstd", Compression::Zstd)] {
+        for (text, compression) in
+            [("shop/lz4", Compression::Lz4), ("shop/zstd", Compression::Zstd)]
+        {
             let conf = EncryptConf::service_key(EncryptType::Aes);
             let spec = LogstoreSpec { compression, ..spec(Some(conf), 1) };
             let logstore = store.create_logstore(&name(text), spec).unwrap();

@@ -46,7 +46,9 @@ impl Image {
         let mut image = self.clone();
         image.files.retain(|path, _| !below(path));
         image.dirs.retain(|path| !below(path));
-        image.files.extend(other.files.iter().filter(|(path, _)| below(path)).map(|(p, b)| (p.clone(), b.clone())));
+        image.files.extend(
+            other.files.iter().filter(|(path, _)| below(path)).map(|(p, b)| (p.clone(), b.clone())),
+        );
         image.dirs.extend(other.dirs.iter().filter(|path| below(path)).cloned());
         image
     }
@@ -93,7 +95,11 @@ pub(crate) struct MemoryDisk {
 
 impl MemoryDisk {
     pub(crate) fn of(image: &Image) -> Arc<Self> {
-        let files = image.files.iter().map(|(path, bytes)| (path.clone(), Contents::new(bytes.clone()))).collect();
+        let files = image
+            .files
+            .iter()
+            .map(|(path, bytes)| (path.clone(), Contents::new(bytes.clone())))
+            .collect();
         let state = State { files, dirs: image.dirs.clone() };
         Arc::new(Self { state: Arc::new(Mutex::new(state)), written: None })
     }
@@ -105,7 +111,11 @@ impl MemoryDisk {
 
     pub(crate) fn image(&self) -> Image {
         let state = self.state.lock().unwrap();
-        let files = state.files.iter().map(|(path, file)| (path.clone(), file.bytes.lock().unwrap().clone())).collect();
+        let files = state
+            .files
+            .iter()
+            .map(|(path, file)| (path.clone(), file.bytes.lock().unwrap().clone()))
+            .collect();
         Image { files, dirs: state.dirs.clone() }
     }
 
@@ -184,11 +194,14 @@ impl Disk for MemoryDisk {
         }
         let inside = |entry: &&PathBuf| entry.parent() == Some(path);
         let entry = |path: &PathBuf, kind| {
-            let name = path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
+            let name =
+                path.file_name().expect("an entry has a name").to_string_lossy().into_owned();
             DirEntry { name, kind }
         };
         let files = state.files.keys().filter(inside).map(|path| entry(path, FileKind::File));
-        Ok(files.chain(state.dirs.iter().filter(inside).map(|path| entry(path, FileKind::Directory))).collect())
+        Ok(files
+            .chain(state.dirs.iter().filter(inside).map(|path| entry(path, FileKind::Directory)))
+            .collect())
     }
 
     fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
@@ -196,7 +209,8 @@ impl Disk for MemoryDisk {
         if let Some(contents) = state.files.get(path) {
             return Ok(Some(contents.stat()));
         }
-        let dir = FileStat { kind: FileKind::Directory, len: 0, identity: 0, links: 1, owner: None };
+        let dir =
+            FileStat { kind: FileKind::Directory, len: 0, identity: 0, links: 1, owner: None };
         Ok(state.dirs.contains(path).then_some(dir))
     }
 }

@@ -31,11 +31,15 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 #[cfg(not(feature = "aws-lc"))]
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
-    AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreName,
-    LogstoreSpec, Payload, Position, ReadOptions, Record, RecoverReport, Result, Store, StoreBuilder, StoreOptions,
+    AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup,
+    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record, RecoverReport,
+    Result, Store, StoreBuilder, StoreOptions,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
-    io::{Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random, RealDisk},
+    io::{
+        Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random,
+        RealDisk,
+    },
     kms::{Kms, KmsCall, KmsError, LocalKms, RevokedReason},
 };
 use tempfile::TempDir;
@@ -52,10 +56,13 @@ pub(crate) fn millis(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-/// Runs this in another thread, and waits for it. A hook in the middle of an operation plays another thread's part,
-/// and debug builds check the order in which a thread takes the locks of the engine.
+/// Runs this in another thread, and waits for it. A hook in the middle of an operation plays
+/// another thread's part, and debug builds check the order in which a thread takes the locks of the
+/// engine.
 pub(crate) fn elsewhere<T: Send>(run: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|threads| threads.spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    std::thread::scope(|threads| {
+        threads.spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 // ---- the clock ----
@@ -69,7 +76,10 @@ pub(crate) struct TestClock {
 
 impl TestClock {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000_000) })
+        Arc::new(Self {
+            wall_us: AtomicU64::new(1_700_000_000_000_000),
+            uptime_us: AtomicU64::new(1_000_000_000),
+        })
     }
 
     /// A separate clock that shows the same time.
@@ -219,7 +229,9 @@ impl TestKms {
         }
         match self.told(call) {
             _ if hung => Err(KmsError::Unreachable { detail: "it took too long".into() }),
-            Answer::Revoked(reason) => Err(KmsError::Revoked { reason, detail: "told to refuse".into() }),
+            Answer::Revoked(reason) => {
+                Err(KmsError::Revoked { reason, detail: "told to refuse".into() })
+            }
             Answer::Unreachable => Err(KmsError::Unreachable { detail: "told to be away".into() }),
             Answer::Invalid => Err(KmsError::Invalid { detail: "told to talk nonsense".into() }),
             answer => Ok(answer),
@@ -259,7 +271,11 @@ impl Kms for TestKms {
     }
 
     fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
-        if self.hides_versions.load(Ordering::SeqCst) { None } else { self.local.cmk_version(wrapped) }
+        if self.hides_versions.load(Ordering::SeqCst) {
+            None
+        } else {
+            self.local.cmk_version(wrapped)
+        }
     }
 }
 
@@ -472,7 +488,8 @@ impl World {
 
     /// Creates a Logstore under a master key.
     pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &Cmk) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+        let spec =
+            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         store.create_logstore(&name(text), spec).unwrap()
     }
 
@@ -490,7 +507,9 @@ pub(crate) trait RecoverAll {
 impl RecoverAll for StoreBuilder {
     fn recover_all(self) -> Result<(Store, RecoverReport)> {
         let found = self.clone().recoverable()?;
-        self.recover_without_keyring(&found.into_iter().filter_map(|one| Some((one.name, one.cmk?))).collect())
+        self.recover_without_keyring(
+            &found.into_iter().filter_map(|one| Some((one.name, one.cmk?))).collect(),
+        )
     }
 }
 
@@ -518,7 +537,8 @@ pub(crate) fn record(text: &str) -> Payload {
 pub(crate) fn noise(seed: u64, len: usize) -> String {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut letter = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         char::from(b'0' + (state >> 57) as u8 % 75)
     };
     (0..len).map(|_| letter()).collect()
@@ -559,7 +579,10 @@ pub(crate) fn strings(records: &[Record]) -> Vec<String> {
 pub(crate) fn group(text: &str, logs: u32) -> LogGroup {
     let log = |n: u32| Log {
         time: 1_700_000_000 + n,
-        contents: vec![Content::new("message", format!("{text} {n}")), Content::new("level", "info")],
+        contents: vec![
+            Content::new("message", format!("{text} {n}")),
+            Content::new("level", "info"),
+        ],
         time_ns: None,
     };
     LogGroup {
@@ -629,7 +652,10 @@ pub(crate) fn copy_dir(from: &Path, to: &Path) {
 /// The segment files of a shard, oldest first.
 pub(crate) fn segments(logstore_dir: &Path, shard: u32) -> Vec<PathBuf> {
     let dir = logstore_dir.join(format!("shard-{shard:04}"));
-    files(&dir).into_keys().filter(|path| path.extension().is_some_and(|ext| ext == "seg")).collect()
+    files(&dir)
+        .into_keys()
+        .filter(|path| path.extension().is_some_and(|ext| ext == "seg"))
+        .collect()
 }
 
 /// Waits in real time until `met` holds.
@@ -655,14 +681,22 @@ pub(crate) fn document_parts(bytes: &[u8]) -> (serde_json::Value, serde_json::Va
     const FIXED_LEN: usize = 80;
     let len = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
     let (a, b) = (len(FIXED_LEN - 8), len(FIXED_LEN - 4));
-    let json =
-        |bytes: &[u8]| if bytes.is_empty() { serde_json::Value::Null } else { serde_json::from_slice(bytes).unwrap() };
+    let json = |bytes: &[u8]| {
+        if bytes.is_empty() {
+            serde_json::Value::Null
+        } else {
+            serde_json::from_slice(bytes).unwrap()
+        }
+    };
     (json(&bytes[FIXED_LEN..FIXED_LEN + a]), json(&bytes[FIXED_LEN + a..FIXED_LEN + a + b]))
 }
 
 /// The envelopes in a Logstore's metadata: version, keyring version, and the wrapped key (hex)
 /// unless it was shredded.
-pub(crate) fn envelopes(world: &World, logstore: &Logstore) -> Vec<(u64, Option<u64>, Option<String>)> {
+pub(crate) fn envelopes(
+    world: &World,
+    logstore: &Logstore,
+) -> Vec<(u64, Option<u64>, Option<String>)> {
     let (_, keys) = document_parts(&fs::read(meta_path(&world.logstore_dir(logstore))).unwrap());
     let envelope = |version: &serde_json::Value| {
         let wrapped = version["wrapped"].as_str().map(str::to_owned);

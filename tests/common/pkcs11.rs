@@ -52,7 +52,8 @@ impl Token {
 
     fn create(dir: &Path) {
         fs::create_dir(dir.join("tokens")).unwrap();
-        let conf = format!("directories.tokendir = {}\nlog.level = ERROR\n", dir.join("tokens").display());
+        let conf =
+            format!("directories.tokendir = {}\nlog.level = ERROR\n", dir.join("tokens").display());
         fs::write(Self::conf(dir), conf).unwrap();
         let made = Command::new("softhsm2-util")
             .args(["--init-token", "--free", "--label", "logs", "--so-pin", "0000", "--pin", PIN])

@@ -40,7 +40,8 @@ pub(crate) fn with_packages(name: &str, requirements: &[&str]) -> PathBuf {
 
 fn run(command: &mut Command) {
     let what = format!("{command:?}");
-    let needed = "this test needs python3 with venv and pip, and PyPI or a mirror of it (PIP_INDEX_URL)";
+    let needed =
+        "this test needs python3 with venv and pip, and PyPI or a mirror of it (PIP_INDEX_URL)";
     let output = command.output().unwrap_or_else(|error| panic!("{what}: {error}; {needed}"));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{what}: {}; {needed}\n{said}", output.status);

@@ -71,14 +71,18 @@ impl Ledger {
     }
 
     fn has(&self, seal: &Seal) -> bool {
-        self.seals.lock().unwrap().contains(seal) || self.before.as_ref().is_some_and(|before| before.has(seal))
+        self.seals.lock().unwrap().contains(seal)
+            || self.before.as_ref().is_some_and(|before| before.has(seal))
     }
 
     fn note(&self, key: [u8; 32], nonce: [u8; 12], bound: &[u8], plain: &[u8]) {
         let again = self.before.as_ref().is_some_and(|before| before.has(&(key, nonce)));
         if again || !self.seals.lock().unwrap().insert((key, nonce)) {
-            let what =
-                format!("a key met the nonce {nonce:02x?} twice, over {} and {} bytes", bound.len(), plain.len());
+            let what = format!(
+                "a key met the nonce {nonce:02x?} twice, over {} and {} bytes",
+                bound.len(),
+                plain.len()
+            );
             self.repeated.lock().unwrap().get_or_insert(what);
         }
     }
@@ -125,12 +129,21 @@ impl CryptoProvider for Recorded {
         let mut bytes = [0; 32];
         bytes[..key.len()].copy_from_slice(key);
         self.0.add_key(key);
-        Ok(Box::new(RecordedKey { key: Provider.aead(cipher, key)?, bytes, ledger: Arc::clone(&self.0) }))
+        Ok(Box::new(RecordedKey {
+            key: Provider.aead(cipher, key)?,
+            bytes,
+            ledger: Arc::clone(&self.0),
+        }))
     }
 }
 
 impl AeadKey for RecordedKey {
-    fn seal(&self, nonce: &[u8; 12], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; 16], CryptoError> {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
         self.ledger.note(self.bytes, *nonce, aad, in_out);
         // An envelope under the service key: only a data key is sealed in this form.
         if in_out.len() == 32 && aad.len() == 42 {
@@ -195,7 +208,12 @@ impl SeededKms {
     pub(crate) fn fork(&self, seed: u64, ledger: &Arc<Ledger>) -> Arc<Self> {
         let state = Mutex::new(KmsState { dice: Dice::new(seed, KMS_STREAM), one_fails_in: 0 });
         let disabled = Mutex::new(self.disabled.lock().unwrap().clone());
-        Arc::new(Self { masters: self.masters.clone(), disabled, state, ledger: Arc::clone(ledger) })
+        Arc::new(Self {
+            masters: self.masters.clone(),
+            disabled,
+            state,
+            ledger: Arc::clone(ledger),
+        })
     }
 
     pub(crate) fn disable(&self, cmk: &Cmk) {
@@ -213,7 +231,10 @@ impl SeededKms {
 
     fn mood(&self, call: &KmsCall<'_>) -> Result<&[u8; 32], KmsError> {
         if self.disabled.lock().unwrap().contains(&call.cmk.cmk_key_id) {
-            return Err(KmsError::Revoked { reason: RevokedReason::Disabled, detail: "it is disabled".into() });
+            return Err(KmsError::Revoked {
+                reason: RevokedReason::Disabled,
+                detail: "it is disabled".into(),
+            });
         }
         let mut state = self.state.lock().unwrap();
         let one_in = state.one_fails_in;
@@ -223,7 +244,8 @@ impl SeededKms {
                 _ => KmsError::Invalid { detail: "nonsense".into() },
             });
         }
-        let none = || KmsError::Revoked { reason: RevokedReason::Deleted, detail: "there is none".into() };
+        let none =
+            || KmsError::Revoked { reason: RevokedReason::Deleted, detail: "there is none".into() };
         self.masters.get(&call.cmk.cmk_key_id).ok_or_else(none)
     }
 }
@@ -244,8 +266,11 @@ impl Kms for SeededKms {
         nonce[..8].copy_from_slice(&self.state.lock().unwrap().dice.next().to_le_bytes());
         let mut sealed = *key.expose();
         let context = format!("{:?}", call.context);
-        let tag =
-            Provider.aead(Cipher::Aes256Gcm, master).unwrap().seal(&nonce, context.as_bytes(), &mut sealed).unwrap();
+        let tag = Provider
+            .aead(Cipher::Aes256Gcm, master)
+            .unwrap()
+            .seal(&nonce, context.as_bytes(), &mut sealed)
+            .unwrap();
         Ok([&nonce[..], &sealed, &tag].concat())
     }
 

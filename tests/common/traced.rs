@@ -17,9 +17,12 @@ impl Traced {
         // Keep a global subscriber for all levels: otherwise a callsite may be cached as disabled
         // while another test has no subscriber.
         static ON: Once = Once::new();
-        ON.call_once(|| tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap());
+        ON.call_once(|| {
+            tracing::subscriber::set_global_default(tracing_subscriber::registry()).unwrap()
+        });
         let traced = self.clone();
-        let layer = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || traced.clone());
+        let layer =
+            tracing_subscriber::fmt::layer().with_ansi(false).with_writer(move || traced.clone());
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), act)
     }
 

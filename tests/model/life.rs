@@ -17,9 +17,10 @@ use crate::common::{
 };
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Checkpoint, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store, Ticket, VerifyOptions,
-    io::Random, kms::RevokedReason, segment::BlockKind,
+    AppendOptions, Checkpoint, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error,
+    Logstore, LogstoreConfig, LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record,
+    Result, ShardChoice, Store, Ticket, VerifyOptions, io::Random, kms::RevokedReason,
+    segment::BlockKind,
 };
 
 pub(crate) const SHARDS: u32 = 2;
@@ -28,7 +29,15 @@ pub(crate) const LOGSTORES: usize = 4;
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
     Create(usize),
-    Append { to: usize, shard: u32, durability: Durability, size: usize, count: usize, ticket: bool, group: bool },
+    Append {
+        to: usize,
+        shard: u32,
+        durability: Durability,
+        size: usize,
+        count: usize,
+        ticket: bool,
+        group: bool,
+    },
     Wait,
     Sync(usize),
     Roll(usize),
@@ -44,7 +53,14 @@ pub(crate) enum Step {
     Checkpoint,
     Verify,
     Advance(u64),
-    Read { of: usize, shard: u32, from: (u8, usize), to: Option<(u8, usize)>, groups: Option<u64>, bytes: Option<u64> },
+    Read {
+        of: usize,
+        shard: u32,
+        from: (u8, usize),
+        to: Option<(u8, usize)>,
+        groups: Option<u64>,
+        bytes: Option<u64>,
+    },
     Close,
     Kill,
     CutPower(Option<u64>),
@@ -120,7 +136,8 @@ struct Repeatable(AtomicU64);
 impl Random for Repeatable {
     fn fill(&self, buf: &mut [u8]) -> io::Result<()> {
         for part in buf.chunks_mut(8) {
-            let mut number = self.0.fetch_add(1, Ordering::SeqCst).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut number =
+                self.0.fetch_add(1, Ordering::SeqCst).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             number = (number ^ (number >> 31)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             part.copy_from_slice(&number.to_le_bytes()[..part.len()]);
         }
@@ -135,13 +152,19 @@ fn text_of(n: usize) -> String {
 /// Updates the model with the records read from a shard. After a crash (`survived`), no record with
 /// a higher acknowledged durability may be missing; records after a hole reappear once the shard is
 /// recovered. Otherwise only unwritten records may be missing, at the end.
-fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dropped_before_us: u64) {
+fn settle(
+    shard: &mut Shard,
+    found: &[Record],
+    survived: Option<Durability>,
+    dropped_before_us: u64,
+) {
     let mut left = found.iter().peekable();
     let (mut any, mut unseen) = (false, false);
     let mut kept = Vec::new();
     for mut item in shard.items.drain(..) {
         if let Some(record) = left.next_if(|record| record.seq == item.seq) {
-            let same = (record.receive_time_us, record.kind, &record.bytes) == (item.time_us, item.kind, &item.bytes);
+            let same = (record.receive_time_us, record.kind, &record.bytes)
+                == (item.time_us, item.kind, &item.bytes);
             assert!(same, "{} is not what was appended", item.seq);
             assert!(!unseen, "{} is there, something before it is not", item.seq);
             if item.known == Known::Pending && survived.is_some() {
@@ -153,7 +176,8 @@ fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dro
             kept.push(item);
             continue;
         }
-        let unwritten = matches!(item.known, Known::Pending | Known::Acknowledged(Durability::Buffered));
+        let unwritten =
+            matches!(item.known, Known::Pending | Known::Acknowledged(Durability::Buffered));
         let dropped = !any && item.time_us < dropped_before_us;
         item.optional |= dropped && unwritten;
         match (item.known, survived) {
@@ -177,7 +201,9 @@ fn settle(shard: &mut Shard, found: &[Record], survived: Option<Durability>, dro
                 unseen = true;
                 kept.push(item);
             }
-            (Known::Acknowledged(known), None) => panic!("{} is {known:?} and cannot be read", item.seq),
+            (Known::Acknowledged(known), None) => {
+                panic!("{} is {known:?} and cannot be read", item.seq)
+            }
         }
     }
     assert_eq!(left.next().map(|record| record.seq), None, "a record that was never appended");
@@ -245,36 +271,54 @@ impl Life {
             2 => Some(EncryptConf::byok(EncryptType::Sm4, self.cmk.clone())),
             _ => Some(EncryptConf::byok(EncryptType::Aes, self.cmk.clone())),
         };
-        let spec = LogstoreSpec { shard_count: SHARDS, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let spec =
+            LogstoreSpec { shard_count: SHARDS, encrypt_conf: conf, ..LogstoreSpec::default() };
         let created = self.store().create_logstore(&name(&text_of(n)), spec);
         if self.shelves[n].is_some() {
             assert!(matches!(created, Err(Error::LogstoreExists(_))));
             return;
         }
         if n >= 2 && self.disabled {
-            assert!(matches!(created, Err(Error::Config(ConfigError::CmkRefused { .. }))), "{created:?}");
+            assert!(
+                matches!(created, Err(Error::Config(ConfigError::CmkRefused { .. }))),
+                "{created:?}"
+            );
             return;
         }
         let shards = (0..SHARDS).map(|_| Shard::default()).collect();
-        self.shelves[n] = Some(Shelf { handle: created.unwrap(), shards, byok: n >= 2, dropped_before_us: 0 });
+        self.shelves[n] =
+            Some(Shelf { handle: created.unwrap(), shards, byok: n >= 2, dropped_before_us: 0 });
     }
 
-    fn append(&mut self, n: usize, shard: u32, durability: Durability, size: usize, ticket: bool, as_group: bool) {
+    fn append(
+        &mut self,
+        n: usize,
+        shard: u32,
+        durability: Durability,
+        size: usize,
+        ticket: bool,
+        as_group: bool,
+    ) {
         let Some(shelf) = &self.shelves[n] else { return };
         self.appended += 1;
         let text = format!("{} {}", self.appended, "abcdefgh".repeat(size / 8));
-        let payload = if as_group { Payload::try_from(&group(&text, 2)).unwrap() } else { record(&text) };
+        let payload =
+            if as_group { Payload::try_from(&group(&text, 2)).unwrap() } else { record(&text) };
         let kind = if as_group { BlockKind::Groups } else { BlockKind::Opaque };
         let bytes = if as_group { group(&text, 2).encode_to_bytes() } else { Bytes::from(text) };
         let options = AppendOptions { shard: ShardChoice::Shard(shard), durability };
         let time_us = self.now_us();
         let (seq, known, ticket) = match ticket {
             true => {
-                let Some(ticket) = self.gated(n, shelf.handle.try_submit(payload, &options)) else { return };
+                let Some(ticket) = self.gated(n, shelf.handle.try_submit(payload, &options)) else {
+                    return;
+                };
                 (ticket.appended().seq, Known::Pending, Some(ticket))
             }
             false => {
-                let Some(appended) = self.gated(n, shelf.handle.append(payload, &options)) else { return };
+                let Some(appended) = self.gated(n, shelf.handle.append(payload, &options)) else {
+                    return;
+                };
                 (appended.seq, Known::Acknowledged(durability), None)
             }
         };
@@ -283,9 +327,21 @@ impl Life {
         (place.used, place.recovered) = (Some(seq), true);
         if let Known::Acknowledged(durability) = known {
             // All records before it are at least as durable.
-            place.items.iter_mut().filter(|item| item.known != Known::Failed).for_each(|item| item.raise(durability));
+            place
+                .items
+                .iter_mut()
+                .filter(|item| item.known != Known::Failed)
+                .for_each(|item| item.raise(durability));
         }
-        place.items.push(Item { seq, time_us, kind, bytes, known, optional: false, in_doubt: false });
+        place.items.push(Item {
+            seq,
+            time_us,
+            kind,
+            bytes,
+            known,
+            optional: false,
+            in_doubt: false,
+        });
         if let Some(ticket) = ticket {
             self.tickets.push((n, shard as usize, seq, durability, ticket));
         }
@@ -296,7 +352,10 @@ impl Life {
         for (n, shard, seq, durability, ticket) in std::mem::take(&mut self.tickets) {
             let result = ticket.wait();
             let Some(shelf) = &mut self.shelves[n] else { continue };
-            let Some(item) = shelf.shards[shard].items.iter_mut().find(|item| item.seq == seq) else { continue };
+            let Some(item) = shelf.shards[shard].items.iter_mut().find(|item| item.seq == seq)
+            else {
+                continue;
+            };
             match result {
                 Ok(appended) => {
                     assert_eq!((appended.shard as usize, appended.seq), (shard, seq));
@@ -338,14 +397,21 @@ impl Life {
             for shard in 0..SHARDS {
                 let found = self.records(n, shard);
                 let reading = self.reading.as_ref().unwrap();
-                let beside = reading.logstore(&name(&text_of(n))).and_then(|logstore| records(&logstore, shard));
+                let beside = reading
+                    .logstore(&name(&text_of(n)))
+                    .and_then(|logstore| records(&logstore, shard));
                 let Some(found) = self.gated(n, found) else {
                     assert_revoked(beside, RevokedReason::Disabled);
                     continue;
                 };
                 assert!(beside.unwrap() == found, "the other opener does not see the same");
                 let shelf = self.shelves[n].as_mut().unwrap();
-                settle(&mut shelf.shards[shard as usize], &found, survived, shelf.dropped_before_us);
+                settle(
+                    &mut shelf.shards[shard as usize],
+                    &found,
+                    survived,
+                    shelf.dropped_before_us,
+                );
             }
             if !self.refused(n) {
                 self.shelves[n].as_mut().unwrap().dropped_before_us = 0;
@@ -353,7 +419,14 @@ impl Life {
         }
     }
 
-    fn read(&mut self, n: usize, shard: u32, from: (u8, usize), to: Option<(u8, usize)>, limits: [Option<u64>; 2]) {
+    fn read(
+        &mut self,
+        n: usize,
+        shard: u32,
+        from: (u8, usize),
+        to: Option<(u8, usize)>,
+        limits: [Option<u64>; 2],
+    ) {
         let Some(shelf) = &self.shelves[n] else { return };
         let Some(all) = self.gated(n, self.records(n, shard)) else { return };
         let place = |(kind, index): (u8, usize)| match (kind, all.get(index % (all.len() + 1))) {
@@ -374,7 +447,9 @@ impl Life {
         let mut expected = Vec::new();
         let mut bytes = 0;
         for record in &all[begin..end.max(begin)] {
-            if max_groups.is_some_and(|max| expected.len() as u64 >= max) || max_bytes.is_some_and(|max| bytes >= max) {
+            if max_groups.is_some_and(|max| expected.len() as u64 >= max)
+                || max_bytes.is_some_and(|max| bytes >= max)
+            {
                 break;
             }
             bytes += record.bytes.len() as u64;
@@ -382,7 +457,8 @@ impl Life {
         }
         for mode in [ReadMode::Pread, ReadMode::Map] {
             let options = ReadOptions { from, to, max_groups, max_bytes, mode };
-            let found: Vec<Record> = shelf.handle.read(shard, &options).unwrap().collect::<Result<_>>().unwrap();
+            let found: Vec<Record> =
+                shelf.handle.read(shard, &options).unwrap().collect::<Result<_>>().unwrap();
             assert!(found == expected, "{options:?}");
         }
     }
@@ -390,7 +466,11 @@ impl Life {
     fn retain(&mut self, n: usize, ttl_days: Option<u32>, retention_bytes: Option<u64>) {
         let Some(shelf) = &self.shelves[n] else { return };
         let handle = shelf.handle.clone();
-        let with = |ttl_days, retention_bytes| LogstoreConfig { ttl_days, retention_bytes, ..handle.config() };
+        let with = |ttl_days, retention_bytes| LogstoreConfig {
+            ttl_days,
+            retention_bytes,
+            ..handle.config()
+        };
         let updated = self.store().update_logstore(handle.name(), with(ttl_days, retention_bytes));
         if self.refused(n) && (ttl_days.is_some() || retention_bytes.is_some()) {
             // The data key authenticates the retention settings.
@@ -402,16 +482,24 @@ impl Life {
         assert!(!report.suspended);
         let dir = self.sim.world.logstore_dir(&handle);
         for shard in 0..SHARDS {
-            let sizes: Vec<u64> =
-                self.sim.disk.segments(&dir, shard).iter().map(|path| self.sim.disk.bytes(path).len() as u64).collect();
-            let kept = retention_bytes.is_none_or(|max| sizes.len() <= 1 || sizes.iter().sum::<u64>() <= max);
+            let sizes: Vec<u64> = self
+                .sim
+                .disk
+                .segments(&dir, shard)
+                .iter()
+                .map(|path| self.sim.disk.bytes(path).len() as u64)
+                .collect();
+            let kept = retention_bytes
+                .is_none_or(|max| sizes.len() <= 1 || sizes.iter().sum::<u64>() <= max);
             // A power loss may bring back dropped files. Recovery removes them again.
             assert!(kept || self.power_was_cut, "{sizes:?} are kept of {retention_bytes:?}");
         }
         self.store().update_logstore(handle.name(), with(None, None)).unwrap();
-        let oldest_us = ttl_days.map_or(u64::MAX, |days| self.now_us() - u64::from(days) * DAY.as_micros() as u64);
+        let oldest_us = ttl_days
+            .map_or(u64::MAX, |days| self.now_us() - u64::from(days) * DAY.as_micros() as u64);
         let shelf = self.shelves[n].as_mut().unwrap();
-        shelf.dropped_before_us = shelf.dropped_before_us.max(if report.segments > 0 { oldest_us } else { 0 });
+        shelf.dropped_before_us =
+            shelf.dropped_before_us.max(if report.segments > 0 { oldest_us } else { 0 });
     }
 
     fn verify(&mut self) {
@@ -420,8 +508,10 @@ impl Life {
             options.against = self.checkpoint.clone();
             let report = self.store().admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.is_clean(), "{:?}", report.faults);
-            let refused: Vec<_> = (0..LOGSTORES).filter(|n| !keyless && self.refused(*n)).map(text_of).collect();
-            let named: Vec<_> = report.refused.iter().map(|(logstore, _)| logstore.to_string()).collect();
+            let refused: Vec<_> =
+                (0..LOGSTORES).filter(|n| !keyless && self.refused(*n)).map(text_of).collect();
+            let named: Vec<_> =
+                report.refused.iter().map(|(logstore, _)| logstore.to_string()).collect();
             assert_eq!(named, refused);
         }
     }
@@ -468,7 +558,8 @@ impl Life {
     /// A kill or a power loss: operations on the old handles no longer matter.
     fn crash(&mut self, sim_disk: disk::SimDisk, survived: Durability) {
         let abandoned = (self.store.take(), self.reading.take(), std::mem::take(&mut self.tickets));
-        let handles: Vec<Logstore> = self.shelves.iter().flatten().map(|shelf| shelf.handle.clone()).collect();
+        let handles: Vec<Logstore> =
+            self.shelves.iter().flatten().map(|shelf| shelf.handle.clone()).collect();
         self.sim.disk = sim_disk;
         self.reopen(survived);
         drop((abandoned, handles));
@@ -489,7 +580,9 @@ impl Life {
                 let result = shelf.handle.sync();
                 match self.refused(n) {
                     // There may be no data left to sync.
-                    true => assert!(result.is_ok() || is_revoked(&result.unwrap_err(), RevokedReason::Disabled)),
+                    true => assert!(
+                        result.is_ok() || is_revoked(&result.unwrap_err(), RevokedReason::Disabled)
+                    ),
                     false => {
                         result.unwrap();
                         let shelf = self.shelves[n].as_mut().unwrap();
@@ -503,7 +596,9 @@ impl Life {
                 let Some(shelf) = &self.shelves[n] else { return };
                 let result = shelf.handle.roll();
                 match self.refused(n) {
-                    true => assert!(result.is_ok() || is_revoked(&result.unwrap_err(), RevokedReason::Disabled)),
+                    true => assert!(
+                        result.is_ok() || is_revoked(&result.unwrap_err(), RevokedReason::Disabled)
+                    ),
                     false => {
                         result.unwrap();
                         self.durable(n);
@@ -519,13 +614,16 @@ impl Life {
                 };
                 match encrypted {
                     true => drop(self.gated(n, result)),
-                    false => assert!(matches!(result, Err(Error::Config(ConfigError::NotEncrypted)))),
+                    false => {
+                        assert!(matches!(result, Err(Error::Config(ConfigError::NotEncrypted))))
+                    }
                 }
             }
             Step::RotateServiceKey => {
                 self.store().keys().rotate_service_key().unwrap();
                 if let Some(against) = self.checkpoint.take() {
-                    let options = VerifyOptions { against: Some(against), ..VerifyOptions::default() };
+                    let options =
+                        VerifyOptions { against: Some(against), ..VerifyOptions::default() };
                     let refused = self.store().admin().verify(&options, &mut |_| {});
                     assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
                 }
@@ -574,7 +672,9 @@ impl Life {
                 self.sim.world.clock.advance(millis(by));
                 self.tick();
             }
-            Step::Read { of, shard, from, to, groups, bytes } => self.read(of, shard, from, to, [groups, bytes]),
+            Step::Read { of, shard, from, to, groups, bytes } => {
+                self.read(of, shard, from, to, [groups, bytes])
+            }
             Step::Close => {
                 self.wait();
                 let closed = self.store.take().unwrap().close();
@@ -582,7 +682,10 @@ impl Life {
                     Ok(()) => Durability::Buffered,
                     // Buffered groups were lost because there was no key to seal them.
                     Err(error) => {
-                        assert!(self.disabled && is_revoked(error, RevokedReason::Disabled), "{error}");
+                        assert!(
+                            self.disabled && is_revoked(error, RevokedReason::Disabled),
+                            "{error}"
+                        );
                         Durability::Written
                     }
                 };

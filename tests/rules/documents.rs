@@ -34,7 +34,12 @@ struct Row {
     says: &'static str,
 }
 
-const fn row(which: Which, rule: &'static str, says: &'static str, change: fn(&mut Document)) -> Row {
+const fn row(
+    which: Which,
+    rule: &'static str,
+    says: &'static str,
+    change: fn(&mut Document),
+) -> Row {
     Row { rule, store: "service-aes", which, change, code: "corrupt", says }
 }
 
@@ -63,7 +68,9 @@ const FRAMES: &[Row] = &[
     code("tampered", row(Which::Store, "subject of STORE", "a document", subject)),
     row(Which::Store, "generation of STORE", "not 1", |document| document.set_generation(2)),
     row(Which::Store, "second part of STORE", "second part", |document| document.b = "{}".into()),
-    row(Which::Store, "unknown field of STORE", PARSE, |document| document.edit(|json| json["more"] = 1.into())),
+    row(Which::Store, "unknown field of STORE", PARSE, |document| {
+        document.edit(|json| json["more"] = 1.into())
+    }),
     code("tampered", row(Which::Catalogue, "subject of the catalogue", "a document", subject)),
     code(
         "tampered",
@@ -71,10 +78,21 @@ const FRAMES: &[Row] = &[
             document.head[24] ^= 1;
         }),
     ),
-    code("tampered", row(Which::Catalogue, "kind of the catalogue", "a document", |document| document.head[10] = 4)),
-    row(Which::Catalogue, "reserved bytes of a document", "reserved", |document| document.head[68] = 1),
-    row(Which::Catalogue, "generation of the catalogue", RANGE, |document| document.set_generation(0)),
-    row(Which::Catalogue, "second part of the catalogue", "second part", |document| document.b = "{}".into()),
+    code(
+        "tampered",
+        row(Which::Catalogue, "kind of the catalogue", "a document", |document| {
+            document.head[10] = 4
+        }),
+    ),
+    row(Which::Catalogue, "reserved bytes of a document", "reserved", |document| {
+        document.head[68] = 1
+    }),
+    row(Which::Catalogue, "generation of the catalogue", RANGE, |document| {
+        document.set_generation(0)
+    }),
+    row(Which::Catalogue, "second part of the catalogue", "second part", |document| {
+        document.b = "{}".into()
+    }),
     row(Which::Catalogue, "second tag of the catalogue", "second part", |document| {
         (document.tag_b, document.tag_b_follows) = ([7; 32], false);
     }),
@@ -88,9 +106,16 @@ const FRAMES: &[Row] = &[
     row(Which::Meta, "generation of metadata", RANGE, |document| document.set_generation(0)),
     code(
         "rolled_back",
-        row(Which::Catalogue, "generation of metadata in the catalogue", "other metadata is", |document| {
-            document.edit(|json| json["catalogue"]["logstores"]["shop/orders"]["generation"] = 4.into());
-        }),
+        row(
+            Which::Catalogue,
+            "generation of metadata in the catalogue",
+            "other metadata is",
+            |document| {
+                document.edit(|json| {
+                    json["catalogue"]["logstores"]["shop/orders"]["generation"] = 4.into()
+                });
+            },
+        ),
     ),
     code(
         "rolled_back",
@@ -113,8 +138,13 @@ const FRAMES: &[Row] = &[
     byok(row(Which::Meta, "second tag under a customer's key", "second tag", |document| {
         (document.tag_b, document.tag_b_follows) = ([0; 32], false);
     })),
-    code("keyring_foreign", row(Which::Keyring, "subject of the keyring", "another store", subject)),
-    row(Which::Keyring, "kind of the keyring", "no service keyring", |document| document.head[10] = 4),
+    code(
+        "keyring_foreign",
+        row(Which::Keyring, "subject of the keyring", "another store", subject),
+    ),
+    row(Which::Keyring, "kind of the keyring", "no service keyring", |document| {
+        document.head[10] = 4
+    }),
     row(Which::Keyring, "generation of the keyring", "does not go with its versions", |document| {
         document.set_generation(2)
     }),
@@ -126,7 +156,9 @@ const BODIES: &[Row] = &[
     // The catalogue.
     row(Which::Catalogue, "doubled Logstore", "twice", |document| {
         let entry = document.json()["catalogue"]["logstores"]["shop/orders"].to_string();
-        document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
+        document.a = document
+            .a
+            .replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
     }),
     row(Which::Catalogue, "doubled field", PARSE, |document| {
         document.a = document.a.replace("\"logstores\":", "\"logstores\":{},\"logstores\":");
@@ -168,9 +200,14 @@ const BODIES: &[Row] = &[
     }),
     code(
         "truncated",
-        row(Which::Catalogue, "a segment that the head knows", "the catalogue knows of it", |document| {
-            document.edit(|json| entry(json)["shards"][0]["head"]["ordinal"] = 4.into());
-        }),
+        row(
+            Which::Catalogue,
+            "a segment that the head knows",
+            "the catalogue knows of it",
+            |document| {
+                document.edit(|json| entry(json)["shards"][0]["head"]["ordinal"] = 4.into());
+            },
+        ),
     ),
     row(Which::Catalogue, "end of a sealed head", "another end", |document| {
         document.edit(|json| {
@@ -178,9 +215,14 @@ const BODIES: &[Row] = &[
             (head["end_seq"], head["next_seq"]) = (7.into(), 7.into());
         });
     }),
-    row(Which::Catalogue, "last receive time of a sealed head", "another last receive time", |document| {
-        document.edit(|json| entry(json)["shards"][0]["head"]["last_time_us"] = 1.into());
-    }),
+    row(
+        Which::Catalogue,
+        "last receive time of a sealed head",
+        "another last receive time",
+        |document| {
+            document.edit(|json| entry(json)["shards"][0]["head"]["last_time_us"] = 1.into());
+        },
+    ),
     Row {
         store: "switched-off",
         ..row(Which::Catalogue, "blocks of a sealed head", "another number of blocks", |document| {
@@ -190,18 +232,23 @@ const BODIES: &[Row] = &[
     code(
         "rolled_back",
         row(Which::Catalogue, "digest of a sealed head", "another segment", |document| {
-            document.edit(|json| entry(json)["shards"][0]["head"]["digest"] = "00".repeat(32).into());
+            document
+                .edit(|json| entry(json)["shards"][0]["head"]["digest"] = "00".repeat(32).into());
         }),
     ),
     // The configuration.
-    row(Which::Meta, "revision", "revision is 0", |document| document.edit(|json| json["revision"] = 0.into())),
+    row(Which::Meta, "revision", "revision is 0", |document| {
+        document.edit(|json| json["revision"] = 0.into())
+    }),
     row(Which::Meta, "shard_count", "shard_count is 257", |document| {
         document.edit(|json| json["shard_count"] = 257.into());
     }),
     row(Which::Meta, "shard_count and shards", "one shard for each", |document| {
         document.edit(|json| json["shard_count"] = 3.into());
     }),
-    row(Which::Meta, "payload_hash", "md5", |document| document.edit(|json| json["payload_hash"] = "md5".into())),
+    row(Which::Meta, "payload_hash", "md5", |document| {
+        document.edit(|json| json["payload_hash"] = "md5".into())
+    }),
     row(Which::Meta, "ttl_days too small", "ttl_days is 0", |document| {
         document.edit(|json| json["ttl_days"] = 0.into());
     }),
@@ -220,20 +267,40 @@ const BODIES: &[Row] = &[
     row(Which::Meta, "compression of new blocks", PARSE, |document| {
         document.edit(|json| json["compression"] = "gzip".into());
     }),
-    row(Which::Meta, "name", PARSE, |document| document.edit(|json| json["name"] = "shop/../etc".into())),
-    row(Which::Meta, "encrypt_type while encryption is on", "encrypt_type is required", |document| {
-        document.edit(|json| json["encrypt_conf"] = json!({"enable": true}));
+    row(Which::Meta, "name", PARSE, |document| {
+        document.edit(|json| json["name"] = "shop/../etc".into())
     }),
-    row(Which::Meta, "a field of the customer's key in the configuration", "user_cmk_info.arn", |document| {
-        document.edit(|json| {
-            json["encrypt_conf"]["user_cmk_info"] = json!({"cmk_key_id": "k", "arn": "", "region_id": "r"});
-        });
-    }),
+    row(
+        Which::Meta,
+        "encrypt_type while encryption is on",
+        "encrypt_type is required",
+        |document| {
+            document.edit(|json| json["encrypt_conf"] = json!({"enable": true}));
+        },
+    ),
+    row(
+        Which::Meta,
+        "a field of the customer's key in the configuration",
+        "user_cmk_info.arn",
+        |document| {
+            document.edit(|json| {
+                json["encrypt_conf"]["user_cmk_info"] =
+                    json!({"cmk_key_id": "k", "arn": "", "region_id": "r"});
+            });
+        },
+    ),
     Row {
         store: "plain",
-        ..row(Which::Meta, "encryption that is on has an envelope", "there is no envelope", |document| {
-            document.edit(|json| json["encrypt_conf"] = json!({"enable": true, "encrypt_type": "default"}));
-        })
+        ..row(
+            Which::Meta,
+            "encryption that is on has an envelope",
+            "there is no envelope",
+            |document| {
+                document.edit(|json| {
+                    json["encrypt_conf"] = json!({"enable": true, "encrypt_type": "default"})
+                });
+            },
+        )
     },
     row(Which::Meta, "id of a shard", "not its place", |document| {
         document.edit(|json| json["shards"][1]["id"] = 0.into());
@@ -244,17 +311,24 @@ const BODIES: &[Row] = &[
     row(Which::Meta, "parents of a shard", "not another shard", |document| {
         document.edit(|json| json["shards"][1]["parents"] = json!([1]));
     }),
-    row(Which::Meta, "range of a shard that ends before it begins", "range of a shard", |document| {
-        document.edit(|json| json["shards"][1]["begin_key"] = "f".repeat(32).into());
-    }),
+    row(
+        Which::Meta,
+        "range of a shard that ends before it begins",
+        "range of a shard",
+        |document| {
+            document.edit(|json| json["shards"][1]["begin_key"] = "f".repeat(32).into());
+        },
+    ),
     row(Which::Meta, "digits of a range", "range of a shard", |document| {
         document.edit(|json| json["shards"][1]["end_key"] = "F".repeat(32).into());
     }),
     row(Which::Meta, "gap between ranges", "leave a gap or overlap", |document| {
-        document.edit(|json| json["shards"][1]["begin_key"] = format!("9{}", "0".repeat(31)).into());
+        document
+            .edit(|json| json["shards"][1]["begin_key"] = format!("9{}", "0".repeat(31)).into());
     }),
     row(Which::Meta, "ranges that overlap", "leave a gap or overlap", |document| {
-        document.edit(|json| json["shards"][1]["begin_key"] = format!("7{}", "0".repeat(31)).into());
+        document
+            .edit(|json| json["shards"][1]["begin_key"] = format!("7{}", "0".repeat(31)).into());
     }),
     // The keys section.
     code(
@@ -275,33 +349,50 @@ const BODIES: &[Row] = &[
         document.edit_keys(|json| json["versions"].as_array_mut().unwrap().swap(0, 1));
     }),
     row(Which::Meta, "gap in versions", "do not ascend", |document| {
-        document.edit_keys(|json| (json["versions"][1]["version"], json["current"]) = (3.into(), 3.into()));
+        document.edit_keys(|json| {
+            (json["versions"][1]["version"], json["current"]) = (3.into(), 3.into())
+        });
     }),
     row(Which::Meta, "keyring version of an envelope", "names a service key", |document| {
         document.edit_keys(|json| {
             json["versions"][1].as_object_mut().unwrap().remove("keyring_version");
         });
     }),
-    byok(row(Which::Meta, "no keyring version under a customer's key", "names a service key", |document| {
-        document.edit_keys(|json| json["versions"][0]["keyring_version"] = 1.into());
-    })),
+    byok(row(
+        Which::Meta,
+        "no keyring version under a customer's key",
+        "names a service key",
+        |document| {
+            document.edit_keys(|json| json["versions"][0]["keyring_version"] = 1.into());
+        },
+    )),
     row(Which::Meta, "length of an envelope", "the envelope of a data-key version", |document| {
         document.edit_keys(|json| json["versions"][1]["wrapped"] = "00".into());
     }),
     row(Which::Meta, "fingerprint", "the fingerprint of a data-key version", |document| {
         document.edit_keys(|json| json["versions"][1]["fingerprint"] = "00".into());
     }),
-    byok(row(Which::Meta, "a field of the customer's key", "user_cmk_info.region_id", |document| {
-        document.tag_b_follows = false;
-        document.edit_keys(|json| json["cmk"]["region_id"] = "r".repeat(1025).into());
-    })),
+    byok(row(
+        Which::Meta,
+        "a field of the customer's key",
+        "user_cmk_info.region_id",
+        |document| {
+            document.tag_b_follows = false;
+            document.edit_keys(|json| json["cmk"]["region_id"] = "r".repeat(1025).into());
+        },
+    )),
     // The keyring.
     row(Which::Keyring, "oldest accepted version below 1", "none of its versions", |document| {
         document.edit(|json| json["accepts"] = 0.into());
     }),
-    row(Which::Keyring, "oldest accepted version above the newest", "none of its versions", |document| {
-        document.edit(|json| json["accepts"] = 2.into());
-    }),
+    row(
+        Which::Keyring,
+        "oldest accepted version above the newest",
+        "none of its versions",
+        |document| {
+            document.edit(|json| json["accepts"] = 2.into());
+        },
+    ),
     row(Which::Keyring, "no oldest accepted version", PARSE, |document| {
         document.edit(|json| drop(json.as_object_mut().unwrap().remove("accepts")));
     }),
@@ -345,8 +436,11 @@ fn in_both(document: &mut Document, change: fn(&mut Value)) {
 
 fn off(document: &mut Document) {
     in_both(document, |json| {
-        let place =
-            if json["encrypt_conf"].is_object() { &mut json["encrypt_conf"]["enable"] } else { &mut json["enable"] };
+        let place = if json["encrypt_conf"].is_object() {
+            &mut json["encrypt_conf"]["enable"]
+        } else {
+            &mut json["enable"]
+        };
         *place = false.into();
     });
 }
@@ -397,7 +491,9 @@ const BOUND: &[Row] = &[
     )),
     byok(code(
         "tampered",
-        row(Which::Meta, "ttl_days", SECTION, |document| in_both(document, |json| json["ttl_days"] = 1.into())),
+        row(Which::Meta, "ttl_days", SECTION, |document| {
+            in_both(document, |json| json["ttl_days"] = 1.into())
+        }),
     )),
     byok(code(
         "tampered",
@@ -439,14 +535,28 @@ const BOUND: &[Row] = &[
         }),
     )),
     // Changes by a holder of the data key.
-    byok(row(Which::Meta, "one ordinal of a data key for each shard", "one ordinal for each shard", |document| {
-        document.edit_keys(|json| {
-            json["versions"].as_array_mut().unwrap().iter_mut().for_each(|version| version["ordinals"] = json!([1, 1]));
-        });
-    })),
-    byok(row(Which::Meta, "the same shards in each data key", "different numbers of shards", |document| {
-        document.edit_keys(|json| json["versions"][1]["ordinals"] = json!([1, 1]));
-    })),
+    byok(row(
+        Which::Meta,
+        "one ordinal of a data key for each shard",
+        "one ordinal for each shard",
+        |document| {
+            document.edit_keys(|json| {
+                json["versions"]
+                    .as_array_mut()
+                    .unwrap()
+                    .iter_mut()
+                    .for_each(|version| version["ordinals"] = json!([1, 1]));
+            });
+        },
+    )),
+    byok(row(
+        Which::Meta,
+        "the same shards in each data key",
+        "different numbers of shards",
+        |document| {
+            document.edit_keys(|json| json["versions"][1]["ordinals"] = json!([1, 1]));
+        },
+    )),
     byok(row(Which::Meta, "an ordinal of a data key", RANGE, |document| {
         document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([0]));
     })),
@@ -461,17 +571,34 @@ const BOUND: &[Row] = &[
     byok(row(Which::Meta, "since in range", RANGE, |document| {
         document.edit_keys(|json| json["since"] = 0.into());
     })),
-    byok(row(Which::Meta, "since and the generation", "older than the first envelope", |document| {
-        document.edit_keys(|json| json["since"] = 3.into());
-    })),
-    byok(row(Which::Meta, "segments under data keys before the first", "before the first of them", |document| {
-        document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([2]));
-    })),
-    byok(row(Which::Meta, "segments of older metadata under data keys", "does not go with its key", |document| {
-        document.edit_keys(|json| json["since"] = 2.into());
-    })),
+    byok(row(
+        Which::Meta,
+        "since and the generation",
+        "older than the first envelope",
+        |document| {
+            document.edit_keys(|json| json["since"] = 3.into());
+        },
+    )),
+    byok(row(
+        Which::Meta,
+        "segments under data keys before the first",
+        "before the first of them",
+        |document| {
+            document.edit_keys(|json| json["versions"][0]["ordinals"] = json!([2]));
+        },
+    )),
+    byok(row(
+        Which::Meta,
+        "segments of older metadata under data keys",
+        "does not go with its key",
+        |document| {
+            document.edit_keys(|json| json["since"] = 2.into());
+        },
+    )),
     row(Which::Meta, "drawn under a service key", "names a service key beside", |document| {
-        document.edit_keys(|json| drop(json["versions"][0].as_object_mut().unwrap().remove("drawn_under")));
+        document.edit_keys(|json| {
+            drop(json["versions"][0].as_object_mut().unwrap().remove("drawn_under"))
+        });
     }),
     byok(row(
         Which::Meta,
@@ -579,7 +706,11 @@ fn no_forged_metadata_leads_to_an_append_in_the_clear() {
     };
     type Forgery = (&'static str, &'static [&'static str], fn(&mut Document));
     let forgeries: [Forgery; 6] = [
-        ("no envelope, and a segment in the clear behind the others", &["rolled_back"], no_envelope),
+        (
+            "no envelope, and a segment in the clear behind the others",
+            &["rolled_back"],
+            no_envelope,
+        ),
         ("off in the configuration", &["tampered"], in_the_configuration),
         ("off in both parts", &["tampered"], off),
         ("off, and no second tag", &["corrupt"], without_a_tag),
@@ -629,11 +760,15 @@ fn a_keyring_segment_is_read_only_where_the_data_key_allows_it() {
         });
     });
     for read_only in [true, false] {
-        let store = if read_only { copy.builder().open_read_only() } else { copy.builder().open() }.unwrap();
+        let store = if read_only { copy.builder().open_read_only() } else { copy.builder().open() }
+            .unwrap();
         let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
         assert_eq!(records_from(&logstore, 0, from).unwrap_err().code(), "tampered");
         if !read_only {
-            assert_eq!(logstore.append(record("behind it"), &synced()).unwrap_err().code(), "tampered");
+            assert_eq!(
+                logstore.append(record("behind it"), &synced()).unwrap_err().code(),
+                "tampered"
+            );
         }
     }
 }
@@ -642,7 +777,9 @@ fn a_keyring_segment_is_read_only_where_the_data_key_allows_it() {
 #[test]
 fn a_forged_time_to_live_drops_nothing() {
     let copy = Copy::of("byok-aes");
-    copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
+    copy.change_document(&path(&copy, Which::Meta), |document| {
+        in_both(document, |json| json["ttl_days"] = 1.into())
+    });
     let before = segments(&copy.logstore_dir(), 0);
     let store = copy.builder().open().unwrap();
     assert_eq!(store.admin().apply_retention().unwrap_err().code(), "tampered");
@@ -653,7 +790,9 @@ fn a_forged_time_to_live_drops_nothing() {
 #[test]
 fn no_change_of_keys_or_settings_signs_what_was_forged() {
     let copy = Copy::of("byok-aes");
-    copy.change_document(&path(&copy, Which::Meta), |document| in_both(document, |json| json["ttl_days"] = 1.into()));
+    copy.change_document(&path(&copy, Which::Meta), |document| {
+        in_both(document, |json| json["ttl_days"] = 1.into())
+    });
     let store = copy.builder().open().unwrap();
     let name = store.list().unwrap().remove(0);
     let longer = LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name).unwrap().config() };
@@ -699,7 +838,8 @@ fn the_second_tag_is_verified_where_the_data_key_is_at_hand() {
     });
     let store = copy.builder().open_read_only().unwrap();
     let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-    let found: Vec<_> = report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
+    let found: Vec<_> =
+        report.faults.iter().map(|fault| (fault.kind, fault.file.clone())).collect();
     assert_eq!(found, [("tampered", Some(path(&copy, Which::Meta)))], "{report:?}");
 }
 
@@ -709,19 +849,29 @@ fn the_rules_of_checkpoints() {
         ("none", None, (|_| {}) as fn(&mut Document)),
         ("subject", Some("tampered"), subject),
         ("generation", Some("corrupt"), |document| document.set_generation(1)),
-        ("unknown field", Some("corrupt"), |document| document.edit(|json| json["more"] = 1.into())),
-        ("tag of the audit log", Some("corrupt"), |document| document.edit(|json| json["audit"]["tag"] = "".into())),
-        ("shards", Some("corrupt"), |document| document.edit(|json| entry(json)["shards"] = json!([]))),
+        ("unknown field", Some("corrupt"), |document| {
+            document.edit(|json| json["more"] = 1.into())
+        }),
+        ("tag of the audit log", Some("corrupt"), |document| {
+            document.edit(|json| json["audit"]["tag"] = "".into())
+        }),
+        ("shards", Some("corrupt"), |document| {
+            document.edit(|json| entry(json)["shards"] = json!([]))
+        }),
         ("doubled Logstore", Some("corrupt"), |document| {
             let entry = document.json()["logstores"]["shop/orders"].to_string();
-            document.a = document.a.replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
+            document.a = document
+                .a
+                .replace("\"logstores\":{", &format!("\"logstores\":{{\"shop/orders\":{entry},"));
         }),
     ] {
         let copy = Copy::of("service-sm4");
         copy.change_document(&copy.path("checkpoint"), change);
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let verified = store.admin().verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
+        let verified = store
+            .admin()
+            .verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
         assert_eq!(verified.as_ref().err().map(|error| error.code()), code, "{rule}: {verified:?}");
     }
 }
@@ -736,7 +886,10 @@ fn the_rules_of_heads_in_a_checkpoint() {
         });
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let report = store.admin().verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {}).unwrap();
+        let report = store
+            .admin()
+            .verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {})
+            .unwrap();
         assert!(!report.is_clean(), "{field}: {report:?}");
     }
 }
@@ -756,8 +909,10 @@ fn the_rules_of_the_audit_log() {
         let copy = Copy::of("service-aes");
         let log = copy.path("store/audit/audit-000001.log");
         let text = fs::read_to_string(&log).unwrap();
-        let mut records: Vec<Value> =
-            text.lines().map(|line| serde_json::from_str(line.split('\t').next().unwrap()).unwrap()).collect();
+        let mut records: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line.split('\t').next().unwrap()).unwrap())
+            .collect();
         change(&mut records);
         let key = derived(&copy.root(1), &[], "envelog v2 audit");
         let (mut tag, mut lines) = (String::new(), String::new());
@@ -769,13 +924,19 @@ fn the_rules_of_the_audit_log() {
         }
         fs::write(&log, lines).unwrap();
         copy.change_catalogue(|document| {
-            document.edit(|json| json["catalogue"]["audit"] = json!({"number": records.len(), "tag": tag}));
+            document.edit(|json| {
+                json["catalogue"]["audit"] = json!({"number": records.len(), "tag": tag})
+            });
         });
         let store = copy.builder().open_read_only().unwrap();
         let found = store.keys().audit_records().err().map_or("", |error| error.code());
         assert_eq!(found, code, "{rule}");
         let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
-        assert_eq!(report.faults.first().map_or("", |fault| fault.kind), code, "{rule}: {report:?}");
+        assert_eq!(
+            report.faults.first().map_or("", |fault| fault.kind),
+            code,
+            "{rule}: {report:?}"
+        );
     }
 }
 
@@ -840,7 +1001,8 @@ impl<'a> Journal<'a> {
     /// Makes the newest tip name this record.
     fn name(&mut self, number: u64, tag: [u8; 32]) {
         let slot = number % 2;
-        self.tips[slot as usize] = catalogue::tip(slot as u32, 1, number, &tag, &self.copy.document_key(1));
+        self.tips[slot as usize] =
+            catalogue::tip(slot as u32, 1, number, &tag, &self.copy.document_key(1));
     }
 
     /// Appends a record as a writer does.
@@ -894,18 +1056,26 @@ const JOURNALS: &[JournalRow] = &[
     ("another epoch", Some(("tampered", "under another name")), |journal| {
         journal.name = journal.name.replace("0000000001-", "0000000002-");
     }),
-    ("bytes between the snapshot and the tips", Some(("corrupt", "does not go on with zeros")), |journal| {
-        journal.padding[0] = 1;
-    }),
+    (
+        "bytes between the snapshot and the tips",
+        Some(("corrupt", "does not go on with zeros")),
+        |journal| {
+            journal.padding[0] = 1;
+        },
+    ),
     // Tips.
     ("a tip of another catalogue", Some(("tampered", "a tip of another catalogue")), |journal| {
         let (number, _) = journal.last();
         journal.name(number, [7; 32]);
     }),
-    ("a tip that names an earlier record wrongly", Some(("tampered", "a tip of another catalogue")), |journal| {
-        let (number, _) = journal.last();
-        journal.name(number - 1, [7; 32]);
-    }),
+    (
+        "a tip that names an earlier record wrongly",
+        Some(("tampered", "a tip of another catalogue")),
+        |journal| {
+            let (number, _) = journal.last();
+            journal.name(number - 1, [7; 32]);
+        },
+    ),
     ("a tip in the other slot", Some(("tampered", "a tip of the catalogue")), |journal| {
         journal.tips.swap(0, 1);
     }),
@@ -935,10 +1105,16 @@ const JOURNALS: &[JournalRow] = &[
     ("bytes behind both tips", Some(("corrupt", "neither of its tips")), |journal| {
         journal.tips.iter_mut().for_each(|tip| tip[511] = 1);
     }),
-    ("one tip torn, and the record that it was to name is there", None, |journal| journal.newest().fill(0)),
-    ("one tip torn, and the record that it was to name is not there", Some(("truncated", "was synced")), |journal| {
-        journal.older().fill(0);
+    ("one tip torn, and the record that it was to name is there", None, |journal| {
+        journal.newest().fill(0)
     }),
+    (
+        "one tip torn, and the record that it was to name is not there",
+        Some(("truncated", "was synced")),
+        |journal| {
+            journal.older().fill(0);
+        },
+    ),
     ("a tip that was not written", None, |journal| {
         let tips = journal.tips.clone();
         journal.append(json!([]));
@@ -966,14 +1142,18 @@ const JOURNALS: &[JournalRow] = &[
     ("the last record cut to a part of its magic", Some(("truncated", "was synced")), |journal| {
         journal.records.last_mut().unwrap().truncate(3);
     }),
-    ("the last record missing", Some(("truncated", "was synced")), |journal| drop(journal.records.pop())),
+    ("the last record missing", Some(("truncated", "was synced")), |journal| {
+        drop(journal.records.pop())
+    }),
     ("the last record zeroed", Some(("truncated", "was synced")), |journal| {
         journal.records.last_mut().unwrap().fill(0);
     }),
     ("the last record damaged", Some(("corrupt", "was synced")), |journal| {
         journal.records.last_mut().unwrap()[30] ^= 1;
     }),
-    ("a record in front of the last damaged", Some(("corrupt", "was synced")), |journal| journal.records[0][30] ^= 1),
+    ("a record in front of the last damaged", Some(("corrupt", "was synced")), |journal| {
+        journal.records[0][30] ^= 1
+    }),
     ("number of a record", Some(("corrupt", "not the next one")), |journal| {
         journal.append_as(journal.last().0 + 2, 1, json!([]));
     }),
@@ -1001,33 +1181,49 @@ const JOURNALS: &[JournalRow] = &[
         journal.rest = journal.records[0][..40].to_vec();
     }),
     // Changes.
-    ("unknown change", Some(("corrupt", PARSE)), |journal| journal.append(json!([{"forgotten": {}}]))),
+    ("unknown change", Some(("corrupt", PARSE)), |journal| {
+        journal.append(json!([{"forgotten": {}}]))
+    }),
     ("unknown field of a change", Some(("corrupt", PARSE)), |journal| {
         let change = about(journal, json!({"more": 1}));
         journal.append(json!([{"deleted": change}]));
     }),
     ("no list of changes", Some(("corrupt", PARSE)), |journal| journal.append(json!({}))),
-    ("a Logstore that is not there", Some(("corrupt", "a Logstore that is not there")), |journal| {
-        journal.append(json!([{"deleted": {"name": "shop/other", "id": "0".repeat(32)}}]));
-    }),
-    ("another Logstore of the name", Some(("corrupt", "a Logstore that is not there")), |journal| {
-        let change = about(journal, json!({"id": "0".repeat(32)}));
-        journal.append(json!([{"deleted": change}]));
-    }),
+    (
+        "a Logstore that is not there",
+        Some(("corrupt", "a Logstore that is not there")),
+        |journal| {
+            journal.append(json!([{"deleted": {"name": "shop/other", "id": "0".repeat(32)}}]));
+        },
+    ),
+    (
+        "another Logstore of the name",
+        Some(("corrupt", "a Logstore that is not there")),
+        |journal| {
+            let change = about(journal, json!({"id": "0".repeat(32)}));
+            journal.append(json!([{"deleted": change}]));
+        },
+    ),
     ("a shard that is not there", Some(("corrupt", "a shard that is not there")), |journal| {
         let change = about(journal, json!({"shard": 2, "first_ordinal": 1, "first_seq": 0}));
         journal.append(json!([{"dropped": change}]));
     }),
     ("a Logstore that is there", Some(("corrupt", "makes a Logstore that is there")), |journal| {
         let shards = journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"].clone();
-        let change =
-            about(journal, json!({"id": "0".repeat(32), "generation": 1, "tag": "0".repeat(64), "shards": shards}));
+        let change = about(
+            journal,
+            json!({"id": "0".repeat(32), "generation": 1, "tag": "0".repeat(64), "shards": shards}),
+        );
         journal.append(json!([{"created": change}]));
     }),
-    ("the generation of metadata", Some(("corrupt", "takes the metadata of a Logstore back")), |journal| {
-        let change = about(journal, json!({"generation": 1, "tag": "0".repeat(64)}));
-        journal.append(json!([{"replaced": change}]));
-    }),
+    (
+        "the generation of metadata",
+        Some(("corrupt", "takes the metadata of a Logstore back")),
+        |journal| {
+            let change = about(journal, json!({"generation": 1, "tag": "0".repeat(64)}));
+            journal.append(json!([{"replaced": change}]));
+        },
+    ),
     ("the first ordinal", Some(("corrupt", RANGE)), |journal| {
         let change = about(journal, json!({"shard": 0, "first_ordinal": u64::MAX, "first_seq": 0}));
         journal.append(json!([{"dropped": change}]));
@@ -1037,7 +1233,8 @@ const JOURNALS: &[JournalRow] = &[
         journal.append(json!([{"dropped": change}]));
     }),
     ("the head of a shard", Some(("corrupt", "lies below its end")), |journal| {
-        let mut head = journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"][0]["head"].clone();
+        let mut head =
+            journal.body()["catalogue"]["logstores"]["shop/orders"]["shards"][0]["head"].clone();
         head["next_seq"] = 0.into();
         let change = about(journal, json!({"shard": 0, "head": head}));
         journal.append(json!([{"reached": change}]));
@@ -1064,8 +1261,13 @@ fn check_journal(&(rule, expected, change): &JournalRow) {
         }
     }
     if expected.is_none() {
-        let report =
-            copy.builder().open_read_only().unwrap().admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
+        let report = copy
+            .builder()
+            .open_read_only()
+            .unwrap()
+            .admin()
+            .verify(&VerifyOptions::default(), &mut |_| {})
+            .unwrap();
         assert!(report.is_clean(), "{rule}: {report:?}");
     }
 }

@@ -9,10 +9,15 @@ use std::{
 
 use envelog::{
     Background, Compression, Store, StoreBuilder, StoreOptions,
-    crypto::{AwsLc, CryptoProvider, HashAlg, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256},
+    crypto::{
+        AwsLc, CryptoProvider, HashAlg, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
+    },
     group::put_frame,
     kms::{EncryptionContext, Kms, KmsCall, LocalKms},
-    segment::{BlockHeader, BlockKind, Footer, IndexEntry, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
+    segment::{
+        BlockHeader, BlockKind, Footer, IndexEntry, KeySource, Predecessor, PredecessorEnd,
+        SegmentHeader,
+    },
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -24,7 +29,10 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 pub(crate) fn unhex(text: &str) -> Vec<u8> {
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
+        .collect()
 }
 
 fn expand(alg: HashAlg, salt: &[u8], key: &SecretKey, info: &[&[u8]], len: usize) -> Vec<u8> {
@@ -34,7 +42,9 @@ fn expand(alg: HashAlg, salt: &[u8], key: &SecretKey, info: &[&[u8]], len: usize
 }
 
 pub(crate) fn derived(root: &SecretKey, salt: &[u8], label: &str) -> SecretKey {
-    SecretKey::from_bytes(&mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap())
+    SecretKey::from_bytes(
+        &mut expand(HashAlg::Sha256, salt, root, &[label.as_bytes()], 32).try_into().unwrap(),
+    )
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -74,7 +84,10 @@ pub(crate) struct Copy {
 impl Copy {
     pub(crate) fn of(which: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        copy_dir(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(which), dir.path());
+        copy_dir(
+            &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v2").join(which),
+            dir.path(),
+        );
         // Git does not store empty directories.
         fs::create_dir_all(dir.path().join("store/probes")).unwrap();
         Self { dir }
@@ -101,7 +114,8 @@ impl Copy {
     pub(crate) fn root(&self, version: u32) -> SecretKey {
         let keyring = Document::read(&fs::read(self.path("keyring")).unwrap()).json();
         let versions = keyring["versions"].as_array().unwrap();
-        let entry = versions.iter().find(|entry| entry["version"] == version).or(versions.last()).unwrap();
+        let entry =
+            versions.iter().find(|entry| entry["version"] == version).or(versions.last()).unwrap();
         SecretKey::from_bytes(&mut unhex(entry["root"].as_str().unwrap()).try_into().unwrap())
     }
 
@@ -109,10 +123,16 @@ impl Copy {
     fn data_key(&self, version: u32) -> SecretKey {
         let meta = Document::read(&fs::read(catalogue::meta_path(&self.logstore_dir())).unwrap());
         let keys: Value = serde_json::from_str(&meta.b).unwrap();
-        let entry = keys["versions"].as_array().unwrap().iter().find(|entry| entry["version"] == version).unwrap();
+        let entry = keys["versions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|entry| entry["version"] == version)
+            .unwrap();
         let suite = if keys["encrypt_type"] == "sm4" { Suite::Sm4Gcm } else { Suite::Aes256Gcm };
         let envelope = unhex(entry["wrapped"].as_str().unwrap());
-        let Some(keyring_version) = entry["keyring_version"].as_u64().map(|version| version as u32) else {
+        let Some(keyring_version) = entry["keyring_version"].as_u64().map(|version| version as u32)
+        else {
             let cmk = serde_json::from_value(keys["cmk"].clone()).unwrap();
             let context = EncryptionContext::from([
                 ("envelog:key-version".to_owned(), version.to_string()),
@@ -123,13 +143,26 @@ impl Copy {
             let call = KmsCall { cmk: &cmk, context: &context, timeout: secs(1) };
             return LocalKms::open(self.path("kms")).unwrap().unwrap(&call, &envelope).unwrap();
         };
-        let (salt, sealed, tag) = (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
+        let (salt, sealed, tag) =
+            (&envelope[..32], &envelope[32..64], envelope[64..].try_into().unwrap());
         let code = suite.code().to_le_bytes();
         let info: [&[u8]; 2] = [b"envelog v2 envelope", &code];
-        let wrapping = expand(suite.hash(), salt, &self.root(keyring_version), &info, suite.cipher().key_len());
-        let aad = [&meta.head[24..56], &version.to_le_bytes(), &code, &keyring_version.to_le_bytes()].concat();
+        let wrapping = expand(
+            suite.hash(),
+            salt,
+            &self.root(keyring_version),
+            &info,
+            suite.cipher().key_len(),
+        );
+        let aad =
+            [&meta.head[24..56], &version.to_le_bytes(), &code, &keyring_version.to_le_bytes()]
+                .concat();
         let mut key = [0; 32];
-        AwsLc::new().aead(suite.cipher(), &wrapping).unwrap().open(&[0; 12], &aad, sealed, &tag, &mut key).unwrap();
+        AwsLc::new()
+            .aead(suite.cipher(), &wrapping)
+            .unwrap()
+            .open(&[0; 12], &aad, sealed, &tag, &mut key)
+            .unwrap();
         SecretKey::from_bytes(&mut key)
     }
 
@@ -141,7 +174,9 @@ impl Copy {
         let decoded = SegmentHeader::decode(&file).unwrap();
         let cipher = Chain::cipher(self, &decoded.header, &decoded.header_hash);
         // The tags of two messages that differ by 1 in their last block differ by the square of H.
-        let tag = |last: u128| u128::from_be_bytes(cipher.tag_only(&[0; 12], &last.to_be_bytes()).unwrap());
+        let tag = |last: u128| {
+            u128::from_be_bytes(cipher.tag_only(&[0; 12], &last.to_be_bytes()).unwrap())
+        };
         let mut h = tag(0) ^ tag(1 << 127);
         // The square root is the 127th square: squaring 128 times is the identity.
         (0..127).for_each(|_| h = gf128_mul(h, h));
@@ -151,7 +186,10 @@ impl Copy {
         let payload = start + BlockHeader::LEN;
         let change = 0x55 << 64;
         for (at, change) in [(payload + 16, change), (payload + 32, gf128_mul(change, h))] {
-            file[at..at + 16].iter_mut().zip(change.to_be_bytes()).for_each(|(byte, change)| *byte ^= change);
+            file[at..at + 16]
+                .iter_mut()
+                .zip(change.to_be_bytes())
+                .for_each(|(byte, change)| *byte ^= change);
         }
         fix_crc(&mut file[start..end]);
         fs::write(path, file).unwrap();
@@ -176,7 +214,10 @@ impl Copy {
         self.change_catalogue(|catalogue| {
             catalogue.edit(|json| {
                 let entries = json["catalogue"]["logstores"].as_object_mut().unwrap();
-                let entry = entries.values_mut().find(|entry| dir.ends_with(entry["id"].as_str().unwrap())).unwrap();
+                let entry = entries
+                    .values_mut()
+                    .find(|entry| dir.ends_with(entry["id"].as_str().unwrap()))
+                    .unwrap();
                 // Keep an invalid generation, so that the engine's check of the document finds it.
                 let generation = u64_at(&bytes, 56);
                 if (1..u64::MAX).contains(&generation) {
@@ -217,8 +258,13 @@ impl Copy {
         bytes.extend_from_slice(document.b.as_bytes());
         if document.tag_b != [0; 32] && document.tag_b_follows {
             let keys: Value = serde_json::from_str(&document.b).unwrap();
-            let key = derived(&self.data_key(keys["current"].as_u64().unwrap() as u32), &[], "envelog v2 metadata");
-            let covered: [&[u8]; 3] = [&document.head[8..12], &document.head[24..56], document.b.as_bytes()];
+            let key = derived(
+                &self.data_key(keys["current"].as_u64().unwrap() as u32),
+                &[],
+                "envelog v2 metadata",
+            );
+            let covered: [&[u8]; 3] =
+                [&document.head[8..12], &document.head[24..56], document.b.as_bytes()];
             document.tag_b = hmac_sha256(&key, &covered);
         }
         let key = self.document_key(u32_at(&bytes, 64));
@@ -331,7 +377,8 @@ impl Block {
         let mut mark = self.clone();
         mark.put(BlockKind::Mark, 0, &[], &[]);
         mark.header.first_seq = self.header.end_seq();
-        (mark.header.first_time_us, mark.header.last_time_us) = (self.header.last_time_us, self.header.last_time_us);
+        (mark.header.first_time_us, mark.header.last_time_us) =
+            (self.header.last_time_us, self.header.last_time_us);
         mark
     }
 }
@@ -387,7 +434,9 @@ impl<'a> Chain<'a> {
                 let Some(bytes) = rest.get(..header.block_len() as usize) else { break };
                 let (covered, tag) = bytes[..bytes.len() - 4].split_last_chunk().unwrap();
                 let mut payload = vec![0; header.payload_len as usize];
-                cipher.open_block(&header.nonce(), &bytes[..96], &covered[96..], tag, &mut payload).unwrap();
+                cipher
+                    .open_block(&header.nonce(), &bytes[..96], &covered[96..], tag, &mut payload)
+                    .unwrap();
                 blocks.push(Block { header, payload, patch: Patch::new() });
                 rest = &rest[bytes.len()..];
             }
@@ -449,7 +498,10 @@ impl<'a> Chain<'a> {
             }
             fs::remove_file(&segment.path).unwrap();
             let epoch = segment.path.file_stem().unwrap().to_str().unwrap()[31..].to_owned();
-            let name = format!("{:010}-{:020}{epoch}.seg", segment.header.ordinal, segment.header.first_seq);
+            let name = format!(
+                "{:010}-{:020}{epoch}.seg",
+                segment.header.ordinal, segment.header.first_seq
+            );
             segment.path.set_file_name(name);
             let (file, end) = segment.seal(self.copy);
             fs::write(&segment.path, file).unwrap();
@@ -465,11 +517,17 @@ impl<'a> Chain<'a> {
         let shard = self.shard as usize;
         self.copy.change_catalogue(|catalogue| {
             catalogue.edit(|json| {
-                let logstore = json["catalogue"]["logstores"].as_object_mut().unwrap().values_mut().next().unwrap();
+                let logstore = json["catalogue"]["logstores"]
+                    .as_object_mut()
+                    .unwrap()
+                    .values_mut()
+                    .next()
+                    .unwrap();
                 let head = &mut logstore["shards"][shard]["head"];
                 if let Some(end) = ends.iter().rfind(|end| head["ordinal"] == end.ordinal) {
                     (head["blocks"], head["bytes"]) = (end.blocks.into(), end.bytes.into());
-                    (head["end_seq"], head["digest"]) = (end.end_seq.into(), hex(&end.digest).into());
+                    (head["end_seq"], head["digest"]) =
+                        (end.end_seq.into(), hex(&end.digest).into());
                     head["last_time_us"] = end.last_time_us.into();
                     head["next_seq"] = end.end_seq.max(head["next_seq"].as_u64().unwrap()).into();
                 }
@@ -481,7 +539,8 @@ impl<'a> Chain<'a> {
 impl Segment {
     /// The sealed bytes, and the end that a successor records.
     fn seal(&self, copy: &Copy) -> (Vec<u8>, PredecessorEnd) {
-        let (suite, encoded) = (self.header.suite, patched(self.header.encode(), &self.header_patch));
+        let (suite, encoded) =
+            (self.header.suite, patched(self.header.encode(), &self.header_patch));
         let header_hash = hash(suite.hash(), &[&encoded]);
         let cipher = Chain::cipher(copy, &self.header, &header_hash);
         let mut file = SegmentHeader::finish(encoded, cipher.commitment());
@@ -522,7 +581,8 @@ impl Segment {
             header.number = number as u32;
             header.durable_mark = header.durable_mark.min(file.len() as u64);
             let head = patched(header.encode().to_vec(), &block.patch);
-            let nonce = [&u32_at(&head, 16).to_be_bytes()[..], &head[72..80]].concat().try_into().unwrap();
+            let nonce =
+                [&u32_at(&head, 16).to_be_bytes()[..], &head[72..80]].concat().try_into().unwrap();
             let mut sealed = [&header_hash[..], &head, &block.payload].concat();
             let tag = cipher.seal_block(&nonce, &mut sealed, 128).unwrap();
             let offset = file.len();
@@ -540,7 +600,8 @@ impl Segment {
                     footer.first_time_us = header.first_time_us;
                 }
                 if footer.index.last().is_none_or(|last| offset as u64 - last.offset >= 64 << 10) {
-                    let (first_seq, first_time_us) = (header.first_seq, header.first_time_us.max(footer.last_time_us));
+                    let (first_seq, first_time_us) =
+                        (header.first_seq, header.first_time_us.max(footer.last_time_us));
                     footer.index.push(IndexEntry {
                         offset: offset as u64,
                         first_seq,
@@ -558,7 +619,8 @@ impl Segment {
                 end.blocks += 1;
                 (end.bytes, end.end_seq) = (file.len() as u64, footer.end_seq);
                 end.digest = footer.digest(algorithm, &header_hash);
-                end.last_time_us = if footer.group_count > 0 { footer.last_time_us } else { time_before_us };
+                end.last_time_us =
+                    if footer.group_count > 0 { footer.last_time_us } else { time_before_us };
             }
         }
         if self.footer.is_none() {
@@ -573,7 +635,8 @@ impl Segment {
         end.end_seq = u64_at(&encoded, 48);
         let patched: [&[u8]; 3] = [&header_hash, &encoded[16..20], &encoded[96..128]];
         end.digest = hash(algorithm, &patched);
-        end.last_time_us = if u64_at(&encoded, 24) > 0 { u64_at(&encoded, 64) } else { time_before_us };
+        end.last_time_us =
+            if u64_at(&encoded, 24) > 0 { u64_at(&encoded, 64) } else { time_before_us };
         file.extend(footer.finish(encoded, &tag));
         end.bytes = file.len() as u64;
         (file, end)

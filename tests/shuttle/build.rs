@@ -3,6 +3,8 @@
 fn main() {
     println!("cargo::rustc-cfg=shuttle");
     // Declare the features of backends that other packages test.
-    println!(r#"cargo::rustc-check-cfg=cfg(feature, values("kms-aliyun", "kms-aws", "kms-pkcs11"))"#);
+    println!(
+        r#"cargo::rustc-check-cfg=cfg(feature, values("kms-aliyun", "kms-aws", "kms-pkcs11"))"#
+    );
     println!("cargo::rerun-if-changed=build.rs");
 }

@@ -10,9 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    Anchor, AnchorPlace, AppendOptions, Background, Compression, ConfigError, Durability, EncryptConf, EncryptType,
-    Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ReplaceCmk, ShardChoice, Store,
-    StoreBuilder, StoreId, StoreOptions, VerifyOptions,
+    Anchor, AnchorPlace, AppendOptions, Background, Compression, ConfigError, Durability,
+    EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec, Payload,
+    Record, ReplaceCmk, ShardChoice, Store, StoreBuilder, StoreId, StoreOptions, VerifyOptions,
     segment::{BlockKind, SegmentHeader},
 };
 use memchr::memmem;
@@ -146,10 +146,17 @@ impl Anchor for LifeAnchor {
         Ok(())
     }
 
-    fn append(&self, _store: StoreId, place: AnchorPlace, len: u64, bytes: &[u8]) -> io::Result<()> {
+    fn append(
+        &self,
+        _store: StoreId,
+        place: AnchorPlace,
+        len: u64,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let mut kept = self.lock();
         let fails = kept.fails;
-        let there = kept.bytes.as_mut().filter(|(at, there)| *at == place && there.len() as u64 == len);
+        let there =
+            kept.bytes.as_mut().filter(|(at, there)| *at == place && there.len() as u64 == len);
         let (_, there) = there.ok_or(io::ErrorKind::InvalidInput)?;
         match fails {
             None => there.extend_from_slice(bytes),
@@ -275,7 +282,8 @@ impl Life {
             retention_bytes: None,
             key_versions: conf(n).iter().count(),
         };
-        *life.shelves() = (0..NAMES.len()).map(|n| (NAMES[n], Shelf::absent(view(n), shards(n)))).collect();
+        *life.shelves() =
+            (0..NAMES.len()).map(|n| (NAMES[n], Shelf::absent(view(n), shards(n)))).collect();
         life
     }
 
@@ -339,7 +347,12 @@ impl Life {
         }
     }
 
-    fn payload(&mut self, n: usize, durability: Durability, size: usize) -> (Payload, BlockKind, Bytes) {
+    fn payload(
+        &mut self,
+        n: usize,
+        durability: Durability,
+        size: usize,
+    ) -> (Payload, BlockKind, Bytes) {
         self.appended += 1;
         let mut dice = Dice::new(self.seed, self.appended);
         let filler: String = (0..size).map(|_| char::from(b'a' + dice.roll(26) as u8)).collect();
@@ -354,7 +367,13 @@ impl Life {
         (Payload::opaque(bytes.clone()).unwrap(), BlockKind::Opaque, bytes)
     }
 
-    fn append(&mut self, n: usize, shard: usize, as_durable: &[Durability], size: usize) -> Outcome {
+    fn append(
+        &mut self,
+        n: usize,
+        shard: usize,
+        as_durable: &[Durability],
+        size: usize,
+    ) -> Outcome {
         let Some(logstore) = self.handle(n)? else { return Ok(()) };
         let mut tickets = Vec::new();
         for &durability in as_durable {
@@ -387,7 +406,9 @@ impl Life {
                     let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
                     place.items[index].acked = Some(durability);
                     // All records before it are at least as durable.
-                    place.items[..index].iter_mut().for_each(|item| item.acked = item.acked.map(|a| a.max(durability)));
+                    place.items[..index]
+                        .iter_mut()
+                        .for_each(|item| item.acked = item.acked.map(|a| a.max(durability)));
                 }
                 Err(error) => self.failed(n, shard, &error)?,
             }
@@ -460,7 +481,10 @@ impl Life {
             };
             change(&mut view);
             let View { encrypt_conf, ttl_days, retention_bytes, .. } = view;
-            store.update_logstore(&name(NAMES[n]), LogstoreConfig { encrypt_conf, ttl_days, retention_bytes, ..config })
+            store.update_logstore(
+                &name(NAMES[n]),
+                LogstoreConfig { encrypt_conf, ttl_days, retention_bytes, ..config },
+            )
         };
         self.change(
             n,
@@ -490,7 +514,9 @@ impl Life {
         let Some(store) = self.store.clone() else { return Ok(()) };
         match store.logstore(&name(NAMES[n])) {
             Err(Error::LogstoreMissing(_)) => {}
-            found => return found.map(drop).or_else(|error| self.excused("to find a Logstore", &error)),
+            found => {
+                return found.map(drop).or_else(|error| self.excused("to find a Logstore", &error));
+            }
         }
         let conf = conf(n);
         let view = View {
@@ -499,10 +525,15 @@ impl Life {
             ttl_days: None,
             retention_bytes: None,
         };
-        self.shelves().insert(NAMES[n], Shelf { may_be: [true, true], ..Shelf::absent(view, shards(n)) });
+        self.shelves()
+            .insert(NAMES[n], Shelf { may_be: [true, true], ..Shelf::absent(view, shards(n)) });
         let compression = if n == 1 { Compression::None } else { Compression::Lz4 };
-        let spec =
-            LogstoreSpec { shard_count: shards(n) as u32, compression, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec {
+            shard_count: shards(n) as u32,
+            compression,
+            encrypt_conf: conf,
+            ..LogstoreSpec::default()
+        };
         match store.create_logstore(&name(NAMES[n]), spec) {
             Ok(_) => {
                 self.shelves().get_mut(NAMES[n]).unwrap().may_be = [true, false];
@@ -530,7 +561,9 @@ impl Life {
         let Some(logstore) = self.handle(n)? else { return Ok(()) };
         for shard in 0..shards(n) {
             match records(&logstore, shard as u32) {
-                Ok(found) => self.settle(n, shard, &found, Durability::Written, Durability::Written)?,
+                Ok(found) => {
+                    self.settle(n, shard, &found, Durability::Written, Durability::Written)?
+                }
                 Err(error) => self.excused("to read", &error)?,
             }
         }
@@ -548,8 +581,11 @@ impl Life {
         let mut shelves = self.shelves();
         let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
         // While the process runs, buffered records are not visible yet, but not lost.
-        let buffered: Vec<bool> = place.items.iter().map(|item| item.acked == Some(Durability::Buffered)).collect();
-        place.settle(found, survived, seen_stays).map_err(|what| format!("{} shard {shard}: {what}", NAMES[n]))?;
+        let buffered: Vec<bool> =
+            place.items.iter().map(|item| item.acked == Some(Durability::Buffered)).collect();
+        place
+            .settle(found, survived, seen_stays)
+            .map_err(|what| format!("{} shard {shard}: {what}", NAMES[n]))?;
         if self.store.is_some() && survived == Durability::Written {
             for (item, buffered) in place.items.iter_mut().zip(buffered) {
                 item.acked = item.acked.or(Some(Durability::Buffered).filter(|_| buffered));
@@ -581,7 +617,9 @@ impl Life {
                 }
             }
             Step::Create(n) => self.create(n)?,
-            Step::Append { to, shard, as_durable, size } => self.append(to, shard % shards(to), &as_durable, size)?,
+            Step::Append { to, shard, as_durable, size } => {
+                self.append(to, shard % shards(to), &as_durable, size)?
+            }
             Step::Read(n) => self.read(n)?,
             Step::Sync(n) => {
                 let Some(logstore) = self.handle(n)? else { return Ok(()) };
@@ -598,19 +636,30 @@ impl Life {
                     Err(error) => self.excused("to roll", &error)?,
                 }
             }
-            Step::RotateDataKey(n) | Step::Rewrap(n) if self.shelves()[NAMES[n]].current.key_versions == 0 => {}
+            Step::RotateDataKey(n) | Step::Rewrap(n)
+                if self.shelves()[NAMES[n]].current.key_versions == 0 => {}
             Step::RotateDataKey(n) => {
-                self.change(n, |view| view.key_versions += 1, |store| store.keys().rotate_data_key(&name(NAMES[n])))?;
+                self.change(
+                    n,
+                    |view| view.key_versions += 1,
+                    |store| store.keys().rotate_data_key(&name(NAMES[n])),
+                )?;
             }
-            Step::Rewrap(n) => self.change(n, |_| {}, |store| store.keys().rewrap(&name(NAMES[n])))?,
+            Step::Rewrap(n) => {
+                self.change(n, |_| {}, |store| store.keys().rewrap(&name(NAMES[n])))?
+            }
             Step::RotateServiceKey => {
                 let Some(store) = self.store.clone() else { return Ok(()) };
-                let before: Vec<_> = self.shelves().values_mut().map(Shelf::may_renew_data_key).collect();
+                let before: Vec<_> =
+                    self.shelves().values_mut().map(Shelf::may_renew_data_key).collect();
                 let done = store.keys().rotate_service_key_with(&mut |_| {});
                 // A Logstore under the service key gets a new data key, or already got it from the
                 // interrupted run that this one continued.
                 if done.as_ref().is_ok_and(|done| !done.continued) {
-                    self.shelves().values_mut().zip(before).for_each(|(shelf, before)| shelf.renewed_data_key(&before));
+                    self.shelves()
+                        .values_mut()
+                        .zip(before)
+                        .for_each(|(shelf, before)| shelf.renewed_data_key(&before));
                 }
                 if let Err(error) = done {
                     self.excused("to rotate the service key", &error)?;
@@ -633,12 +682,15 @@ impl Life {
                 let conf = self.shelves()[NAMES[n]].current.encrypt_conf.clone();
                 let Some(old) = conf.and_then(|conf| conf.user_cmk_info) else { return Ok(()) };
                 let new = if old == cmk(0) { cmk(1) } else { cmk(0) };
-                let replace =
-                    |store: &Store| store.keys().replace_cmk(&name(NAMES[n]), new.clone(), ReplaceCmk::default());
+                let replace = |store: &Store| {
+                    store.keys().replace_cmk(&name(NAMES[n]), new.clone(), ReplaceCmk::default())
+                };
                 let change = |view: &mut View| {
                     view.key_versions += 1;
-                    view.encrypt_conf =
-                        view.encrypt_conf.take().map(|conf| EncryptConf { user_cmk_info: Some(new.clone()), ..conf });
+                    view.encrypt_conf = view
+                        .encrypt_conf
+                        .take()
+                        .map(|conf| EncryptConf { user_cmk_info: Some(new.clone()), ..conf });
                 };
                 self.change(n, change, replace)?;
             }
@@ -651,7 +703,9 @@ impl Life {
             }
             Step::Delete(n) => self.delete(n)?,
             Step::Checkpoint => match self.store.as_ref().map(|store| store.admin().checkpoint()) {
-                Some(Ok(_)) if !self.trouble.disk && !self.trouble.kms && !self.trouble.left_open => {
+                Some(Ok(_))
+                    if !self.trouble.disk && !self.trouble.kms && !self.trouble.left_open =>
+                {
                     (0..NAMES.len()).for_each(|n| self.durable(n))
                 }
                 Some(Err(error)) => self.excused("to take a checkpoint", &error)?,
@@ -743,7 +797,12 @@ impl Life {
             Verdict::Go
         });
         self.trouble.taken_over = true;
-        self.append(to, shard, &[Durability::Synced, Durability::Written, Durability::Buffered], 300)?;
+        self.append(
+            to,
+            shard,
+            &[Durability::Synced, Durability::Written, Durability::Buffered],
+            300,
+        )?;
         if let Some(logstore) = self.handle(to)?
             && let Err(error) = logstore.roll()
         {
@@ -756,7 +815,8 @@ impl Life {
         let opened = second.lock().unwrap().take().unwrap();
         self.fenced = Some(first);
         self.end();
-        self.store = Some(opened.map_err(|error| format!("another writer cannot take over: {error}"))?);
+        self.store =
+            Some(opened.map_err(|error| format!("another writer cannot take over: {error}"))?);
         self.try_fenced()?;
         self.trouble.taken_over = false;
         self.trouble.left_open = true;
@@ -794,7 +854,8 @@ impl Life {
         self.shut()?;
         let old = self.disk.fork();
         self.reopen(Durability::Written)?;
-        let any = self.store.as_ref().is_some_and(|store| store.list().is_ok_and(|all| !all.is_empty()));
+        let any =
+            self.store.as_ref().is_some_and(|store| store.list().is_ok_and(|all| !all.is_empty()));
         self.shut()?;
         let disk = std::mem::replace(&mut self.disk, old);
         let opened = self.builder().open();
@@ -804,7 +865,11 @@ impl Life {
             match opened {
                 Err(Error::RolledBack { .. }) => {}
                 Ok(_) if !any => {}
-                other => return Err(format!("an older store was put back, and opening it says {other:?}")),
+                other => {
+                    return Err(format!(
+                        "an older store was put back, and opening it says {other:?}"
+                    ));
+                }
             }
         }
         self.reopen(Durability::Written)
@@ -850,21 +915,32 @@ impl Life {
         self.random.fail_next(false);
         if let Some(store) = &self.store {
             // A retention run does the same: it takes back a key change that the catalogue lacks.
-            store.keys().rotate_due_data_keys().map_err(|error| format!("no key can be changed: {error}"))?;
+            store
+                .keys()
+                .rotate_due_data_keys()
+                .map_err(|error| format!("no key can be changed: {error}"))?;
         }
         for (n, text) in NAMES.into_iter().enumerate() {
             let Some(logstore) = self.handle(n)? else { continue };
             for shard in 0..shards(n) {
-                let status = logstore.status().map_err(|error| format!("{} has no status: {error}", text))?;
+                let status = logstore
+                    .status()
+                    .map_err(|error| format!("{} has no status: {error}", text))?;
                 if status.latched.is_some() {
-                    self.shelves().get_mut(text).unwrap().shards.iter_mut().for_each(|s| s.give_up_buffered());
+                    self.shelves()
+                        .get_mut(text)
+                        .unwrap()
+                        .shards
+                        .iter_mut()
+                        .for_each(|s| s.give_up_buffered());
                 }
                 logstore.reopen_shard(shard as u32).unwrap();
                 if self.trouble.kms {
                     continue;
                 }
                 self.append_one(n, shard, &logstore)?;
-                let found = records(&logstore, shard as u32).map_err(|error| format!("{}: {error}", text))?;
+                let found = records(&logstore, shard as u32)
+                    .map_err(|error| format!("{}: {error}", text))?;
                 self.settle(n, shard, &found, Durability::Written, Durability::Written)?;
             }
         }
@@ -880,7 +956,11 @@ impl Life {
         appended.map_err(|what| format!("{} shard {shard} does not continue: {what}", NAMES[n]))?;
         let shelves = self.shelves();
         let item = &shelves[NAMES[n]].shards[shard].items[before];
-        ensure!(item.acked == Some(Durability::Synced), "{} does not continue: {item:?}", logstore.name());
+        ensure!(
+            item.acked == Some(Durability::Synced),
+            "{} does not continue: {item:?}",
+            logstore.name()
+        );
         Ok(())
     }
 
@@ -892,7 +972,8 @@ impl Life {
         self.anchor.lock().fails = None;
         self.kms.enable_all();
         self.kms.fail_one_in(0);
-        let store = self.builder().open().map_err(|error| format!("the store does not open: {error}"))?;
+        let store =
+            self.builder().open().map_err(|error| format!("the store does not open: {error}"))?;
         let listed = store.list().map_err(|error| format!("the store has no list: {error}"))?;
         for text in &listed {
             ensure!(NAMES.contains(&text.to_string().as_str()), "{text} was never created");
@@ -901,21 +982,29 @@ impl Life {
         for (n, text) in NAMES.into_iter().enumerate() {
             let there = listed.contains(&name(text));
             let may_be = self.shelves()[text].may_be;
-            ensure!(may_be[usize::from(!there)], "{} is {}there", text, if there { "" } else { "not " });
+            ensure!(
+                may_be[usize::from(!there)],
+                "{} is {}there",
+                text,
+                if there { "" } else { "not " }
+            );
             self.shelves().get_mut(text).unwrap().may_be = [there, !there];
             if there {
                 self.look_at(n, &store, survived)?;
             }
         }
-        let report =
-            store.admin().verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+        let report = store
+            .admin()
+            .verify(&VerifyOptions::default(), &mut |_| {})
+            .map_err(|error| format!("verify: {error}"))?;
         ensure!(report.is_clean() && report.refused.is_empty(), "verify finds {report:?}");
         self.look_for_secrets()
     }
 
     fn look_at(&mut self, n: usize, store: &Store, survived: Durability) -> Outcome {
         let failed = |what: &str, error: Error| format!("{} {what}: {error}", NAMES[n]);
-        let logstore = store.logstore(&name(NAMES[n])).map_err(|error| failed("does not open", error))?;
+        let logstore =
+            store.logstore(&name(NAMES[n])).map_err(|error| failed("does not open", error))?;
         let status = logstore.status().map_err(|error| failed("has no status", error))?;
         let config = logstore.config();
         let found = View {
@@ -927,16 +1016,24 @@ impl Life {
         {
             let mut shelves = self.shelves();
             let shelf = shelves.get_mut(NAMES[n]).unwrap();
-            ensure!(shelf.views.contains(&found), "{} is mixed up: {found:?}, not one of {:?}", NAMES[n], shelf.views);
+            ensure!(
+                shelf.views.contains(&found),
+                "{} is mixed up: {found:?}, not one of {:?}",
+                NAMES[n],
+                shelf.views
+            );
             (shelf.current, shelf.views) = (found.clone(), vec![found]);
         }
         // After a power loss, the visible records are on the disk.
-        let seen_stays = if survived == Durability::Synced { Durability::Synced } else { Durability::Written };
+        let seen_stays =
+            if survived == Durability::Synced { Durability::Synced } else { Durability::Written };
         for shard in 0..shards(n) {
-            let found = records(&logstore, shard as u32).map_err(|error| failed("cannot be read", error))?;
+            let found = records(&logstore, shard as u32)
+                .map_err(|error| failed("cannot be read", error))?;
             self.settle(n, shard, &found, survived, seen_stays)?;
             self.append_one(n, shard, &logstore)?;
-            let found = records(&logstore, shard as u32).map_err(|error| failed("cannot be read on", error))?;
+            let found = records(&logstore, shard as u32)
+                .map_err(|error| failed("cannot be read on", error))?;
             self.settle(n, shard, &found, Durability::Synced, Durability::Synced)?;
             self.shelves().get_mut(NAMES[n]).unwrap().shards[shard].recovered(&found);
         }
@@ -955,8 +1052,13 @@ impl Life {
         for (path, bytes) in &files {
             ensure!(canary.find(bytes).is_none(), "plaintext in {}", path.display());
             if path.extension().is_some_and(|extension| extension == "seg") {
-                let header = SegmentHeader::decode(bytes).map_err(|error| format!("{}: {error}", path.display()))?;
-                ensure!(salts.insert(header.header.salt), "{} has the salt of another", path.display());
+                let header = SegmentHeader::decode(bytes)
+                    .map_err(|error| format!("{}: {error}", path.display()))?;
+                ensure!(
+                    salts.insert(header.header.salt),
+                    "{} has the salt of another",
+                    path.display()
+                );
             }
         }
         Ok(())
@@ -968,7 +1070,8 @@ impl Life {
         for key in self.ledger.keys() {
             let hex: String = key[..12].iter().map(|byte| format!("{byte:02x}")).collect();
             for (path, bytes) in &files {
-                let found = memmem::find(bytes, &key[..12]).or_else(|| memmem::find(bytes, hex.as_bytes()));
+                let found =
+                    memmem::find(bytes, &key[..12]).or_else(|| memmem::find(bytes, hex.as_bytes()));
                 ensure!(found.is_none(), "a key is in {}", path.display());
             }
         }
@@ -983,7 +1086,8 @@ impl Life {
     }
 
     fn look_at_rotten(&mut self) -> Outcome {
-        let rotten = |error: &Error| matches!(error.kind(), ErrorKind::Integrity | ErrorKind::Unavailable);
+        let rotten =
+            |error: &Error| matches!(error.kind(), ErrorKind::Integrity | ErrorKind::Unavailable);
         let store = match self.builder().open() {
             Ok(store) => store,
             Err(error) => {
@@ -1012,7 +1116,11 @@ impl Life {
                             match record {
                                 Ok(record) => found.push(record),
                                 Err(error) => {
-                                    ensure!(rotten(&error), "{} is not read for another reason: {error}", text);
+                                    ensure!(
+                                        rotten(&error),
+                                        "{} is not read for another reason: {error}",
+                                        text
+                                    );
                                     failed = true;
                                 }
                             }
@@ -1027,8 +1135,10 @@ impl Life {
                 model.settle_rotten(&found, failed)?;
             }
         }
-        let report =
-            store.admin().verify(&VerifyOptions::default(), &mut |_| {}).map_err(|error| format!("verify: {error}"))?;
+        let report = store
+            .admin()
+            .verify(&VerifyOptions::default(), &mut |_| {})
+            .map_err(|error| format!("verify: {error}"))?;
         ensure!(reported == 0 || !report.is_clean(), "reading found damage, verify did not");
         Ok(())
     }

@@ -74,7 +74,11 @@ pub(crate) struct ShardModel {
 impl ShardModel {
     /// Records an assigned number.
     pub(crate) fn use_seq(&mut self, seq: u64) -> Outcome {
-        ensure!(self.used.is_none_or(|used| seq > used), "number {seq} was given out before, up to {:?}", self.used);
+        ensure!(
+            self.used.is_none_or(|used| seq > used),
+            "number {seq} was given out before, up to {:?}",
+            self.used
+        );
         self.used = Some(seq);
         Ok(())
     }
@@ -96,18 +100,28 @@ impl ShardModel {
     /// Compares all records of the shard with the model. Every record acknowledged as `survived` or
     /// more must be present; all records must be in order, complete, and under their number,
     /// without repetition. `seen_stays` is the durability that visible records have from now on.
-    pub(crate) fn settle(&mut self, found: &[Record], survived: Durability, seen_stays: Durability) -> Outcome {
+    pub(crate) fn settle(
+        &mut self,
+        found: &[Record],
+        survived: Durability,
+        seen_stays: Durability,
+    ) -> Outcome {
         let mut at = 0;
         let mut seen = vec![false; self.items.len()];
         for record in found {
             let same = |item: &Item| item.bytes == record.bytes && item.kind == record.kind;
             let Some(skipped) = self.items[at..].iter().position(same) else {
-                let text = String::from_utf8_lossy(&record.bytes[..record.bytes.len().min(16)]).into_owned();
+                let text = String::from_utf8_lossy(&record.bytes[..record.bytes.len().min(16)])
+                    .into_owned();
                 let earlier = self.items[..at].iter().any(same);
                 return Err(format!(
                     "number {} ({text:?}) {}",
                     record.seq,
-                    if earlier { "is there twice or out of order" } else { "was never appended like that" }
+                    if earlier {
+                        "is there twice or out of order"
+                    } else {
+                        "was never appended like that"
+                    }
                 ));
             };
             at += skipped;
@@ -162,7 +176,9 @@ impl ShardModel {
     /// back.
     pub(crate) fn recovered(&mut self, found: &[Record]) {
         let before = self.items.len();
-        self.items.retain(|item| found.iter().any(|record| Some(record.seq) == item.seq && record.bytes == item.bytes));
+        self.items.retain(|item| {
+            found.iter().any(|record| Some(record.seq) == item.seq && record.bytes == item.bytes)
+        });
         self.droppable = self.droppable.saturating_sub(before - self.items.len());
         self.items.iter_mut().for_each(|item| item.acked = Some(Durability::Synced));
     }
@@ -181,7 +197,8 @@ pub(crate) struct Shelf {
 }
 
 impl Shelf {
-    /// The service key is being rotated: the Logstore may get a new data key. Returns its views from before.
+    /// The service key is being rotated: the Logstore may get a new data key. Returns its views
+    /// from before.
     pub(crate) fn may_renew_data_key(&mut self) -> Vec<View> {
         let before = self.views.clone();
         self.views.extend(before.iter().map(View::renewed));

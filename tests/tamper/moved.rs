@@ -3,7 +3,10 @@
 use envelog::{
     Position, RewrapOptions,
     crypto::Suite,
-    segment::{BlockHeader, BlockKind, Compression, Footer, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
+    segment::{
+        BlockHeader, BlockKind, Compression, Footer, KeySource, Predecessor, PredecessorEnd,
+        SegmentHeader,
+    },
 };
 
 use super::{
@@ -13,9 +16,17 @@ use super::{
 };
 
 /// The segments of a shard in an image, oldest first.
-pub(crate) fn segments_of(fixture: &Fixture, image: &Image, logstore: &str, shard: u32) -> Vec<PathBuf> {
+pub(crate) fn segments_of(
+    fixture: &Fixture,
+    image: &Image,
+    logstore: &str,
+    shard: u32,
+) -> Vec<PathBuf> {
     let store = fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
-    let dir = fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(format!("shard-{shard:04}"));
+    let dir = fixture
+        .world
+        .logstore_dir(&store.logstore(&name(logstore)).unwrap())
+        .join(format!("shard-{shard:04}"));
     image.files.keys().filter(|path| path.starts_with(&dir)).cloned().collect()
 }
 
@@ -43,7 +54,11 @@ fn transplanted(image: &Image, from: &[u8], to: &Path, number: usize) -> Image {
     let mut bytes = image.files[to].clone();
     let source = blocks(from).0[0].clone();
     let target = blocks(&bytes).0[number].clone();
-    assert_eq!(source.len(), target.len(), "the blocks are of one length, so that nothing else moves");
+    assert_eq!(
+        source.len(),
+        target.len(),
+        "the blocks are of one length, so that nothing else moves"
+    );
     bytes[target].copy_from_slice(&from[source]);
     image.with(to, bytes)
 }
@@ -52,7 +67,10 @@ fn transplanted(image: &Image, from: &[u8], to: &Path, number: usize) -> Image {
 #[track_caller]
 fn assert_found(fixture: &Fixture, what: &str, image: &Image, code: &str) {
     let verdict = fixture.examine(image, None);
-    assert!(verdict.shows(&[code]) && verdict.is_verified(&[code]), "{what}, expected {code}: {verdict:?}");
+    assert!(
+        verdict.shows(&[code]) && verdict.is_verified(&[code]),
+        "{what}, expected {code}: {verdict:?}"
+    );
 }
 
 #[test]
@@ -75,7 +93,8 @@ fn a_block_in_another_place_is_tampering() {
         assert_found(&fixture, what, &damaged, "tampered");
         // With adapted plaintext fields, as far as possible without the key.
         let mut bytes = damaged.files[&first[0]].clone();
-        let target = blocks(&file(&first[0])).0[if what.starts_with("another") { 1 } else { 0 }].clone();
+        let target =
+            blocks(&file(&first[0])).0[if what.starts_with("another") { 1 } else { 0 }].clone();
         let original = &file(&first[0])[target.clone()];
         bytes[target.start + 8..target.start + 20].copy_from_slice(&original[8..20]);
         let fitted = image.with(&first[0], with_crc(bytes, target.start, target.len()));
@@ -110,7 +129,8 @@ fn a_segment_in_another_place_is_tampering() {
     }
     // Only the header, or only the footer, of another segment.
     let (own, others) = (&image.files[&first[1]], &image.files[second_shard]);
-    let (body_start, end) = (SegmentHeader::decode(own).unwrap().body_start as usize, blocks(own).1);
+    let (body_start, end) =
+        (SegmentHeader::decode(own).unwrap().body_start as usize, blocks(own).1);
     assert_eq!((own.len(), end), (others.len(), blocks(others).1), "so that nothing else moves");
     for (what, spliced) in [
         ("the header of another segment", [&others[..body_start], &own[body_start..]].concat()),
@@ -120,7 +140,12 @@ fn a_segment_in_another_place_is_tampering() {
     }
     // A copy at the end, under the next name. As a successor, it names the wrong predecessor.
     let next = first[2].with_file_name("0000000004-00000000000000000004-0000000001.seg");
-    assert_found(&fixture, "a copy behind the last", &image.with(&next, image.files[&first[2]].clone()), "rolled_back");
+    assert_found(
+        &fixture,
+        "a copy behind the last",
+        &image.with(&next, image.files[&first[2]].clone()),
+        "rolled_back",
+    );
 }
 
 #[test]
@@ -138,19 +163,40 @@ fn a_document_in_another_place_is_tampering_or_foreign() {
     let (aes, sm4) = (meta_of(&fixture, &image, AES), meta_of(&fixture, &image, SM4));
     let others = foreign.files[&meta_of(&other, &foreign, AES)].clone();
     let keyring = fixture.world.keyring();
-    let probe_of =
-        |image: &Image| image.files.keys().find(|path| FileKind::of(path) == FileKind::Probe).unwrap().clone();
+    let probe_of = |image: &Image| {
+        image.files.keys().find(|path| FileKind::of(path) == FileKind::Probe).unwrap().clone()
+    };
     let probe = probe_of(&image);
     for (what, damaged, code) in [
         ("metadata exchanged", exchanged(&image, &aes, &sm4), "tampered"),
         ("the metadata of another store", image.with(&aes, others), "tampered"),
-        ("the catalogue of another store", image.with(&catalogue, from_other(&catalogue)), "tampered"),
+        (
+            "the catalogue of another store",
+            image.with(&catalogue, from_other(&catalogue)),
+            "tampered",
+        ),
         ("a catalogue in the place of metadata", image.with(&aes, snapshot), "tampered"),
-        ("metadata in the place of the catalogue", image.with(&catalogue, image.files[&aes].clone()), "tampered"),
-        ("the probe of another store", image.with(&probe, foreign.files[&probe_of(&foreign)].clone()), "tampered"),
+        (
+            "metadata in the place of the catalogue",
+            image.with(&catalogue, image.files[&aes].clone()),
+            "tampered",
+        ),
+        (
+            "the probe of another store",
+            image.with(&probe, foreign.files[&probe_of(&foreign)].clone()),
+            "tampered",
+        ),
         ("the audit log of another store", image.with(&audit, from_other(&audit)), "tampered"),
-        ("the identity of another store", image.with(&identity, from_other(&identity)), "keyring_foreign"),
-        ("the keyring of another store", image.with(&keyring, from_other(&keyring)), "keyring_foreign"),
+        (
+            "the identity of another store",
+            image.with(&identity, from_other(&identity)),
+            "keyring_foreign",
+        ),
+        (
+            "the keyring of another store",
+            image.with(&keyring, from_other(&keyring)),
+            "keyring_foreign",
+        ),
     ] {
         assert_found(&fixture, what, &damaged, code);
     }
@@ -178,9 +224,21 @@ fn whatever_is_missing_is_missed() {
         ("all of a shard's", emptied(shard), "truncated"),
         ("a shard", image.with_dir_of(shard, &nothing), "truncated"),
         ("a Logstore", image.with_dir_of(logstore, &nothing), "truncated"),
-        ("the metadata", image.without(&newest_meta(logstore, image.files.keys().cloned()).unwrap()), "truncated"),
-        ("the catalogue", image.without(&image.catalogue_file(&fixture.world.store_dir())), "truncated"),
-        ("the directory of the catalogue", image.with_dir_of(&store_file("catalogue"), &nothing), "truncated"),
+        (
+            "the metadata",
+            image.without(&newest_meta(logstore, image.files.keys().cloned()).unwrap()),
+            "truncated",
+        ),
+        (
+            "the catalogue",
+            image.without(&image.catalogue_file(&fixture.world.store_dir())),
+            "truncated",
+        ),
+        (
+            "the directory of the catalogue",
+            image.with_dir_of(&store_file("catalogue"), &nothing),
+            "truncated",
+        ),
         ("the audit log", image.without(&store_file("audit/audit-000001.log")), "truncated"),
         ("the identity", image.without(&store_file("STORE")), "not_a_store"),
         ("the keyring", image.without(&fixture.world.keyring()), "keyring_missing"),
@@ -197,14 +255,26 @@ fn whatever_is_longer_than_it_was_is_corrupt() {
         if FileKind::of(path) == FileKind::Lock {
             continue; // see what_may_be_lost_is_known_by_name
         }
-        for (what, more) in [("zeros", [0; 700]), ("garbage", std::array::from_fn(|n| (n * 31 % 251) as u8))] {
+        for (what, more) in
+            [("zeros", [0; 700]), ("garbage", std::array::from_fn(|n| (n * 31 % 251) as u8))]
+        {
             let longer = image.with(path, [&bytes[..], &more, b"\n"].concat());
-            if [FileKind::Audit, FileKind::Catalogue, FileKind::Epoch].contains(&FileKind::of(path)) {
+            if [FileKind::Audit, FileKind::Catalogue, FileKind::Epoch].contains(&FileKind::of(path))
+            {
                 // A record torn by a crash is unknown to other files. Bytes after the slots of the
                 // epoch are ignored.
-                assert!(fixture.examine(&longer, None).is_clean(), "{what} behind {}", path.display());
+                assert!(
+                    fixture.examine(&longer, None).is_clean(),
+                    "{what} behind {}",
+                    path.display()
+                );
             } else {
-                assert_found(&fixture, &format!("{what} behind {}", path.display()), &longer, "corrupt");
+                assert_found(
+                    &fixture,
+                    &format!("{what} behind {}", path.display()),
+                    &longer,
+                    "corrupt",
+                );
             }
         }
     }
@@ -259,7 +329,10 @@ fn what_is_older_than_it_was_is_rolled_back() {
     let store = fixture.builder(MemoryDisk::of(&whole)).open_read_only().unwrap();
     assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     let found = fixture.verify_against(&whole, &checkpoint);
-    assert!(!found.is_empty() && found.iter().all(|code| ["rolled_back", "truncated"].contains(code)), "{found:?}");
+    assert!(
+        !found.is_empty() && found.iter().all(|code| ["rolled_back", "truncated"].contains(code)),
+        "{found:?}"
+    );
 }
 
 /// Only the catalogue is from before a clean close. The other files are newer and contain more than
@@ -308,7 +381,14 @@ fn what_was_only_wrapped_again_is_taken_as_it_was() {
     let probe = old.files.keys().find(|path| path.starts_with(&probes)).unwrap().clone();
     let keyring = fixture.world.keyring();
     fixture.reopened(|fixture, store| {
-        let cmk = store.logstore(&name(SM4)).unwrap().config().encrypt_conf.unwrap().user_cmk_info.unwrap();
+        let cmk = store
+            .logstore(&name(SM4))
+            .unwrap()
+            .config()
+            .encrypt_conf
+            .unwrap()
+            .user_cmk_info
+            .unwrap();
         fixture.world.local().rotate(&cmk.cmk_key_id).unwrap();
         store.keys().rewrap_all(&RewrapOptions::default(), &mut |_| {}).unwrap();
         store.keys().rewrap_keyring(Some(fixture.world.cmk())).unwrap();
@@ -355,7 +435,12 @@ fn forged_block(header: &BlockHeader, payload: &[u8]) -> Vec<u8> {
 }
 
 /// The best segment that can be forged without the key, after the last one of a shard.
-fn forged_segment(image: &Image, last: &Path, suite: Suite, key_source: KeySource) -> (PathBuf, Vec<u8>) {
+fn forged_segment(
+    image: &Image,
+    last: &Path,
+    suite: Suite,
+    key_source: KeySource,
+) -> (PathBuf, Vec<u8>) {
     let bytes = &image.files[last];
     let before = SegmentHeader::decode(bytes).unwrap();
     let footer = Footer::decode(&bytes[blocks(bytes).1..]).unwrap().footer;
@@ -408,18 +493,31 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
     for logstore in [AES, SM4, PLAIN] {
         let last = segments_of(&fixture, &image, logstore, 0).pop().unwrap();
         let version = if logstore == PLAIN { KeySource::Keyring(1) } else { KeySource::DataKey(1) };
-        for (suite, source) in
-            [(Suite::Aes256Gmac, KeySource::Keyring(1)), (Suite::Sm4Gmac, version), (Suite::Aes256Gcm, version)]
-        {
+        for (suite, source) in [
+            (Suite::Aes256Gmac, KeySource::Keyring(1)),
+            (Suite::Sm4Gmac, version),
+            (Suite::Aes256Gcm, version),
+        ] {
             let (path, bytes) = forged_segment(&image, &last, suite, source);
             let body = SegmentHeader::decode(&bytes).unwrap().body_start as usize;
-            for (what, bytes) in [("with a record", bytes.clone()), ("without one", bytes[..body].to_vec())] {
+            for (what, bytes) in
+                [("with a record", bytes.clone()), ("without one", bytes[..body].to_vec())]
+            {
                 let damaged = image.with(&path, bytes);
-                assert_found(&fixture, &format!("{logstore} {suite:?} {what}"), &damaged, "wrong_key");
+                assert_found(
+                    &fixture,
+                    &format!("{logstore} {suite:?} {what}"),
+                    &damaged,
+                    "wrong_key",
+                );
                 let store = fixture.builder(MemoryDisk::of(&damaged)).open().unwrap();
                 let append = AppendOptions { shard: ShardChoice::Shard(0), ..synced() };
-                let appended = store.logstore(&name(logstore)).unwrap().append(record("more"), &append);
-                assert!(matches!(appended, Err(Error::WrongKey { .. })), "{logstore} {suite:?} {what}: {appended:?}");
+                let appended =
+                    store.logstore(&name(logstore)).unwrap().append(record("more"), &append);
+                assert!(
+                    matches!(appended, Err(Error::WrongKey { .. })),
+                    "{logstore} {suite:?} {what}: {appended:?}"
+                );
             }
             // Damage below a forged mark would look repairable, and no block would be left to prove
             // the key.
@@ -435,9 +533,13 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
                 ..block
             };
             let damaged = [&bytes[..body], &[0; 50], &forged_block(&mark, b"")[..]].concat();
-            let store = fixture.builder(MemoryDisk::of(&image.with(&path, damaged))).open().unwrap();
+            let store =
+                fixture.builder(MemoryDisk::of(&image.with(&path, damaged))).open().unwrap();
             let repaired = store.admin().repair(&name(logstore), 0);
-            assert!(matches!(repaired, Err(Error::WrongKey { .. })), "{logstore} {suite:?}: {repaired:?}");
+            assert!(
+                matches!(repaired, Err(Error::WrongKey { .. })),
+                "{logstore} {suite:?}: {repaired:?}"
+            );
         }
     }
 }
@@ -454,13 +556,16 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     let logstore = store.logstore(&name(AES)).unwrap();
     logstore.roll().unwrap();
     // The next segment is begun, and the record waits in memory.
-    logstore.append(record("waits"), &AppendOptions { shard: ShardChoice::Shard(0), ..buffered() }).unwrap();
+    logstore
+        .append(record("waits"), &AppendOptions { shard: ShardChoice::Shard(0), ..buffered() })
+        .unwrap();
     let image = fixture.disk.image();
     let [first, last] = &segments_of(&fixture, &image, AES, 0)[..] else { panic!("there are two") };
     let mut decoded = SegmentHeader::decode(&image.files[last]).unwrap();
     let Predecessor::Sealed(end) = decoded.header.predecessor else { panic!("it was sealed") };
     let bytes = blocks(&image.files[first]).0[0].end as u64;
-    decoded.header.predecessor = Predecessor::Cut(PredecessorEnd { blocks: 1, bytes, end_seq: 1, ..end });
+    decoded.header.predecessor =
+        Predecessor::Cut(PredecessorEnd { blocks: 1, bytes, end_seq: 1, ..end });
     let forged = SegmentHeader::finish(decoded.header.encode(), &decoded.commitment);
 
     let written = &fixture.written[&(name(AES), 0)];
@@ -500,7 +605,10 @@ fn a_block_that_hides_is_found() {
         ),
         (
             "it says it was received later",
-            ReadOptions { to: Some(Position::Time(header.last_time_us + 1)), ..ReadOptions::default() },
+            ReadOptions {
+                to: Some(Position::Time(header.last_time_us + 1)),
+                ..ReadOptions::default()
+            },
             BlockHeader { first_time_us: far, last_time_us: far, ..header },
         ),
     ] {
@@ -529,7 +637,8 @@ fn a_forged_end_of_a_shard_is_found() {
     let store = fixture.builder(MemoryDisk::of(&damaged)).open_read_only().unwrap();
     let logstore = store.logstore(&name(AES)).unwrap();
     let end = Position::End;
-    for options in [ReadOptions::from(end), ReadOptions { to: Some(end), ..ReadOptions::default() }] {
+    for options in [ReadOptions::from(end), ReadOptions { to: Some(end), ..ReadOptions::default() }]
+    {
         let reader = logstore.read(1, &options);
         assert!(matches!(reader, Err(Error::Tampered { .. })), "{reader:?}");
     }

@@ -4,7 +4,9 @@ use std::{ops::Range, path::Path};
 
 use envelog::segment::{BlockHeader, SegmentHeader};
 
-use crate::common::catalogue::{Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file, is_meta};
+use crate::common::catalogue::{
+    Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file, is_meta,
+};
 
 /// The kind of a file, derived from its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,7 +136,9 @@ fn catalogue(bytes: &[u8]) -> Vec<Part> {
     let layout = Layout::of(bytes);
     let mut parts = document(&bytes[layout.document.clone()]);
     parts.push(Part::new("padding", layout.document.end..layout.tips[0].start, None));
-    let number = |tip: &Range<usize>| u64::from_le_bytes(bytes[tip.start + 16..tip.start + 24].try_into().unwrap());
+    let number = |tip: &Range<usize>| {
+        u64::from_le_bytes(bytes[tip.start + 16..tip.start + 24].try_into().unwrap())
+    };
     let [first, second] = layout.tips.each_ref().map(number);
     for (tip, is_newest) in layout.tips.iter().zip([first > second, first < second]) {
         let fields = [

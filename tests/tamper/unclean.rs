@@ -32,7 +32,8 @@ impl Unclean {
             fixture.put(&store, logstore, 0);
         }
         let newest = |image: &Image, logstore: &str, shard: &str| {
-            let dir = fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(shard);
+            let dir =
+                fixture.world.logstore_dir(&store.logstore(&name(logstore)).unwrap()).join(shard);
             image.files.keys().rfind(|path| path.starts_with(&dir)).unwrap().clone()
         };
         let image = fixture.disk.image();
@@ -69,7 +70,11 @@ impl Unclean {
             .enumerate()
             .filter(|(number, _)| Some(*number) != damaged)
             .map(|(_, block)| BlockHeader::decode(&bytes[block]).unwrap().durable_mark as usize);
-        marks.chain(self.known.get(path).copied()).max().unwrap_or(0).max(header.body_start as usize)
+        marks
+            .chain(self.known.get(path).copied())
+            .max()
+            .unwrap_or(0)
+            .max(header.body_start as usize)
     }
 
     /// The number of records in each block of an open segment, and the number of records before the
@@ -108,7 +113,8 @@ impl Unclean {
     ) -> (Vec<String>, Option<Error>, Vec<&'static str>) {
         let store = self.fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
         let (texts, error) = read_all(&store, logstore, *shard);
-        let options = VerifyOptions { logstore: Some(logstore.clone()), ..VerifyOptions::default() };
+        let options =
+            VerifyOptions { logstore: Some(logstore.clone()), ..VerifyOptions::default() };
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         (texts, error, report.faults.iter().map(|fault| fault.kind).collect())
     }
@@ -159,8 +165,17 @@ fn an_unclean_store_goes_on_with_all_that_is_there() {
         assert!(unclean.fixture.examine(&unclean.image, None).is_clean());
         for (path, shard) in &unclean.open {
             let (texts, dropped) = unclean.go_on(&unclean.image, shard).unwrap();
-            assert_eq!((&texts, dropped), (&unclean.fixture.written[shard], 0), "{}", path.display());
-            assert_eq!(unclean.before(path).0.len(), if checkpoint { 6 } else { 5 }, "a checkpoint adds a mark");
+            assert_eq!(
+                (&texts, dropped),
+                (&unclean.fixture.written[shard], 0),
+                "{}",
+                path.display()
+            );
+            assert_eq!(
+                unclean.before(path).0.len(),
+                if checkpoint { 6 } else { 5 },
+                "a checkpoint adds a mark"
+            );
         }
     }
 }
@@ -179,17 +194,27 @@ fn every_changed_byte_of_an_unclean_store_is_found_or_dropped() {
                 let mut bytes = image.files[path].clone();
                 bytes[at] ^= flip;
                 let damaged_image = image.with(path, bytes);
-                let what = format!("{}, byte {at} ({}), checkpoint {checkpoint}", path.display(), part.name);
+                let what = format!(
+                    "{}, byte {at} ({}), checkpoint {checkpoint}",
+                    path.display(),
+                    part.name
+                );
                 let Some(shard) = unclean.open.get(path) else {
                     // The content of the lock file is only a hint, and the last audit record may be
                     // newer than the catalogue.
-                    if FileKind::of(path) == FileKind::Lock || (!checkpoint && part.name == "last newline") {
+                    if FileKind::of(path) == FileKind::Lock
+                        || (!checkpoint && part.name == "last newline")
+                    {
                         continue;
                     }
-                    let verdict = fixture.examine(&damaged_image, fixture.concerned(&store, path).as_ref());
+                    let verdict =
+                        fixture.examine(&damaged_image, fixture.concerned(&store, path).as_ref());
                     let codes = damaged(part);
                     let found = verdict.shows(codes) && verdict.is_verified(codes);
-                    assert!(if part.may_be_lost { verdict.is_clean() } else { found }, "{what}: {verdict:?}");
+                    assert!(
+                        if part.may_be_lost { verdict.is_clean() } else { found },
+                        "{what}: {verdict:?}"
+                    );
                     continue;
                 };
                 let blocks = blocks(&image.files[path]).0;
@@ -198,7 +223,10 @@ fn every_changed_byte_of_an_unclean_store_is_found_or_dropped() {
                 match block {
                     Some(number) if blocks[number].end > unclean.mark(path, Some(number)) => {
                         // Above the mark: a torn tail for a reader; a writer drops and reports it.
-                        assert!(error.is_none() && verified.is_empty(), "{what}: {error:?} {verified:?}");
+                        assert!(
+                            error.is_none() && verified.is_empty(),
+                            "{what}: {error:?} {verified:?}"
+                        );
                         assert_eq!(texts, unclean.left(path, |left| left < number), "{what}");
                         let (texts, _) = unclean.go_on(&damaged_image, shard).unwrap();
                         assert_eq!(texts, unclean.left(path, |left| left != number), "{what}");
@@ -213,7 +241,8 @@ fn every_changed_byte_of_an_unclean_store_is_found_or_dropped() {
                         );
                         assert_eq!(
                             texts,
-                            unclean.left(path, |left| block.is_some_and(|number| left < number))[..texts.len()]
+                            unclean.left(path, |left| block.is_some_and(|number| left < number))
+                                [..texts.len()]
                         );
                         let refused = unclean.go_on(&damaged_image, shard).unwrap_err();
                         assert!(codes.contains(&refused.code()), "{what}: {refused}");
@@ -230,7 +259,10 @@ fn every_changed_byte_of_an_unclean_store_is_found_or_dropped() {
 fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
     let unclean = Unclean::new(false);
     let image = &unclean.image;
-    let open: Vec<_> = all_parts(image).into_iter().filter(|(path, _, _)| unclean.open.contains_key(path)).collect();
+    let open: Vec<_> = all_parts(image)
+        .into_iter()
+        .filter(|(path, _, _)| unclean.open.contains_key(path))
+        .collect();
     in_parallel(&open, |(path, kind, part)| {
         let bytes = part.bytes.clone().filter(|_| part.covered.is_some());
         for (at, flip) in bytes.map(|at| (at, 1u8 << (at % 8))) {
@@ -245,7 +277,8 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
             let block = blocks.iter().position(|block| block.contains(&at));
             let (texts, error, verified) = unclean.read(&damaged_image, shard);
             assert_eq!(texts, written[..texts.len()], "{what}");
-            let above = block.is_some_and(|number| blocks[number].end > unclean.mark(path, Some(number)));
+            let above =
+                block.is_some_and(|number| blocks[number].end > unclean.mark(path, Some(number)));
             let found = error.is_some() && !verified.is_empty();
             assert!(found || above, "{what}: {error:?} {verified:?}");
             match unclean.append_and_read(&damaged_image, shard) {
@@ -258,15 +291,30 @@ fn every_forged_byte_of_an_open_segment_is_found_or_dropped() {
                 Ok((mut texts, dropped, None)) => {
                     assert!(above && dropped > 0, "{what}");
                     assert_eq!(texts.pop().as_deref(), Some("after"));
-                    assert_eq!(Some(texts), block.map(|number| unclean.left(path, |left| left != number)), "{what}");
+                    assert_eq!(
+                        Some(texts),
+                        block.map(|number| unclean.left(path, |left| left != number)),
+                        "{what}"
+                    );
                 }
                 Err(error) => {
                     let codes: &[&str] = match part.name {
                         // It claims to be newer than the metadata.
                         "generation" => &["rolled_back", "wrong_key"],
-                        "key source" | "key version" => &["corrupt", "keyring_too_old", "rolled_back", "wrong_key"],
-                        "commitment" | "salt" | "created" | "predecessor" | "limit seq" => &["wrong_key"],
-                        _ => &["tampered", "wrong_key", "corrupt", "truncated", "newer_format", "unsupported_feature"],
+                        "key source" | "key version" => {
+                            &["corrupt", "keyring_too_old", "rolled_back", "wrong_key"]
+                        }
+                        "commitment" | "salt" | "created" | "predecessor" | "limit seq" => {
+                            &["wrong_key"]
+                        }
+                        _ => &[
+                            "tampered",
+                            "wrong_key",
+                            "corrupt",
+                            "truncated",
+                            "newer_format",
+                            "unsupported_feature",
+                        ],
                     };
                     assert!(codes.contains(&error.code()), "{what}: {error}");
                 }
@@ -283,7 +331,8 @@ fn every_truncation_of_an_open_segment_is_found_or_dropped() {
         let unclean = Unclean::new(checkpoint);
         let image = &unclean.image;
         let lens = |path: &PathBuf| 0..image.files[path].len();
-        let cuts: Vec<_> = unclean.open.keys().flat_map(|path| lens(path).map(move |len| (path, len))).collect();
+        let cuts: Vec<_> =
+            unclean.open.keys().flat_map(|path| lens(path).map(move |len| (path, len))).collect();
         in_parallel(&cuts, |&(path, len)| {
             let bytes = &image.files[path];
             let damaged_image = image.with(path, bytes[..len].to_vec());
@@ -294,17 +343,27 @@ fn every_truncation_of_an_open_segment_is_found_or_dropped() {
             let going_on = unclean.go_on(&damaged_image, shard);
             if len < known {
                 let code = error.as_ref().map(Error::code);
-                assert_eq!((code, verified[0]), (Some("truncated"), "truncated"), "{} cut to {len}", path.display());
+                assert_eq!(
+                    (code, verified[0]),
+                    (Some("truncated"), "truncated"),
+                    "{} cut to {len}",
+                    path.display()
+                );
                 assert_eq!(going_on.unwrap_err().code(), "truncated");
             } else {
                 let whole = blocks(bytes).0.iter().filter(|block| block.end <= len).count();
                 let left = unclean.left(path, |number| number < whole);
-                assert!(error.is_none() && verified.is_empty(), "{} cut to {len}: {error:?}", path.display());
+                assert!(
+                    error.is_none() && verified.is_empty(),
+                    "{} cut to {len}: {error:?}",
+                    path.display()
+                );
                 assert_eq!(texts, left);
                 let (texts, dropped) = going_on.unwrap();
                 let end = whole.checked_sub(1).map_or(body_start, |last| blocks(bytes).0[last].end);
                 // Zeros at the end are unwritten space.
-                let data = bytes[end..len].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+                let data =
+                    bytes[end..len].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
                 assert_eq!((texts, dropped), (left, data as u64));
             }
         });
@@ -336,7 +395,8 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
             let cut = image.with(&path, bytes[..last.start].to_vec());
             let store = fixture.builder(MemoryDisk::of(&cut)).open_read_only().unwrap();
             let error = read_all(&store, &name(logstore), 0).1.map(|error| error.code());
-            let options = VerifyOptions { logstore: Some(name(logstore)), ..VerifyOptions::default() };
+            let options =
+                VerifyOptions { logstore: Some(name(logstore)), ..VerifyOptions::default() };
             let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
             let verdict = (error, faults.iter().map(|fault| fault.kind).collect::<Vec<_>>());
             let appended = fixture.builder(MemoryDisk::of(&cut)).open().and_then(|store| {
@@ -363,7 +423,9 @@ fn what_follows_the_last_block_is_dropped_and_reported() {
     let unclean = Unclean::new(false);
     for (path, shard) in &unclean.open {
         let more: Vec<u8> = (0..700).map(|n| (n * 31 % 251) as u8).collect();
-        for (more, expected) in [(vec![0; 700], 0), ([&more[..], &[0; 50]].concat(), 700), (more, 700)] {
+        for (more, expected) in
+            [(vec![0; 700], 0), ([&more[..], &[0; 50]].concat(), 700), (more, 700)]
+        {
             let longer = [&unclean.image.files[path][..], &more].concat();
             let (texts, dropped) = unclean.go_on(&unclean.image.with(path, longer), shard).unwrap();
             assert_eq!((&texts, dropped), (&unclean.fixture.written[shard], expected));

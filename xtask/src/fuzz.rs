@@ -51,12 +51,18 @@ impl Options {
         let mut options = Self { minutes: None, jobs: cores, only: BTreeSet::new() };
         let (mut smoke, mut args) = (false, args.iter());
         while let Some(arg) = args.next() {
-            let mut number = || args.next().and_then(|n| n.parse::<f64>().ok()).filter(|n| *n > 0.0 && *n < 1e6);
+            let mut number =
+                || args.next().and_then(|n| n.parse::<f64>().ok()).filter(|n| *n > 0.0 && *n < 1e6);
             match arg.as_str() {
                 "--smoke" => smoke = true,
-                "--minutes" => options.minutes = Some(number().ok_or("--minutes needs a number of minutes")?),
+                "--minutes" => {
+                    options.minutes = Some(number().ok_or("--minutes needs a number of minutes")?)
+                }
                 "--jobs" => {
-                    options.jobs = number().map(|n| n as usize).filter(|n| *n >= 1).ok_or("--jobs needs a number")?
+                    options.jobs = number()
+                        .map(|n| n as usize)
+                        .filter(|n| *n >= 1)
+                        .ok_or("--jobs needs a number")?
                 }
                 name if !name.starts_with('-') => drop(options.only.insert(name.to_owned())),
                 other => return Err(format!("fuzz has no option {other}")),
@@ -90,7 +96,9 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
 
     let jobs = options.jobs.min(targets.len());
     let share = match options.minutes {
-        Some(minutes) => Duration::from_secs_f64((minutes * 60.0 * jobs as f64 / targets.len() as f64).max(1.0)),
+        Some(minutes) => {
+            Duration::from_secs_f64((minutes * 60.0 * jobs as f64 / targets.len() as f64).max(1.0))
+        }
         None => SMOKE,
     };
     eprintln!("xtask: {} targets, {} s each, {jobs} at once", targets.len(), share.as_secs());
@@ -112,11 +120,18 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
     });
     let outcomes = outcomes.into_inner().expect("no thread panics while it holds this");
     let outcomes: Vec<Outcome> = outcomes.into_iter().collect::<Result<_, _>>()?;
-    println!("{:<16} {:>12}", "all", outcomes.iter().map(|outcome| outcome.executions).sum::<u64>());
+    println!(
+        "{:<16} {:>12}",
+        "all",
+        outcomes.iter().map(|outcome| outcome.executions).sum::<u64>()
+    );
     let findings: Vec<String> = outcomes
         .iter()
         .filter_map(|outcome| {
-            outcome.finding.as_ref().map(|(what, file)| format!("\n  {}: {what}\n    {file}", outcome.name))
+            outcome
+                .finding
+                .as_ref()
+                .map(|(what, file)| format!("\n  {}: {what}\n    {file}", outcome.name))
         })
         .collect();
     match findings.len() {
@@ -128,9 +143,11 @@ pub(crate) fn fuzz(args: &[String]) -> Done {
 /// The names of all targets, sorted.
 fn targets(dir: &Path) -> Result<Vec<String>, String> {
     let sources = dir.join("fuzz_targets");
-    let entries = fs::read_dir(&sources).map_err(|error| format!("cannot list {}: {error}", sources.display()))?;
-    let mut names: Vec<String> =
-        entries.filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_suffix(".rs")?.to_owned())).collect();
+    let entries = fs::read_dir(&sources)
+        .map_err(|error| format!("cannot list {}: {error}", sources.display()))?;
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+        .collect();
     names.sort();
     Ok(names)
 }
@@ -145,21 +162,32 @@ fn build(dir: &Path, targets: &[String], quickly: bool) -> Result<PathBuf, Strin
         .status()
         .is_ok_and(|status| status.success())
     {
-        return Err("libFuzzer needs a C++ compiler with the name `c++` (Debian: install g++)".to_owned());
+        return Err(
+            "libFuzzer needs a C++ compiler with the name `c++` (Debian: install g++)".to_owned()
+        );
     }
     let host = host()?;
     let target_dir = target_dir().join("fuzz");
     let mut cargo = Command::new(cargo_program());
     // With an explicit `--target`, cargo builds build scripts and procedural macros without the
     // instrumentation.
-    cargo.args(["build", "--locked", "--target", &host, "--manifest-path"]).arg(dir.join("Cargo.toml"));
+    cargo
+        .args(["build", "--locked", "--target", &host, "--manifest-path"])
+        .arg(dir.join("Cargo.toml"));
     for name in targets {
         cargo.args(["--bin", name]);
     }
     if quickly {
-        cargo.args(["--config", "profile.dev.package.\"*\".opt-level=1", "--config", "profile.dev.debug=false"]);
+        cargo.args([
+            "--config",
+            "profile.dev.package.\"*\".opt-level=1",
+            "--config",
+            "profile.dev.debug=false",
+        ]);
     }
-    cargo.env("CARGO_TARGET_DIR", &target_dir).env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\u{1f}"));
+    cargo
+        .env("CARGO_TARGET_DIR", &target_dir)
+        .env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS.join("\u{1f}"));
     eprintln!("xtask: building {} fuzz targets", targets.len());
     let status = cargo.status().map_err(|error| format!("cannot run cargo: {error}"))?;
     if !status.success() {
@@ -182,7 +210,9 @@ pub(crate) fn host() -> Result<String, String> {
 fn dictionary(name: &str) -> Option<&'static str> {
     match name {
         "segment_header" | "block" | "footer" | "scan" => Some("segment.dict"),
-        "metadata" | "keyring" | "catalogue" | "audit" | "config" | "kms_files" => Some("json.dict"),
+        "metadata" | "keyring" | "catalogue" | "audit" | "config" | "kms_files" => {
+            Some("json.dict")
+        }
         "values" => Some("values.dict"),
         _ => None,
     }
@@ -190,7 +220,8 @@ fn dictionary(name: &str) -> Option<&'static str> {
 
 fn run(dir: &Path, binary: &Path, name: &str, share: Duration) -> Result<Outcome, String> {
     let failed = |what: &str, error: std::io::Error| format!("{what} for {name}: {error}");
-    let (corpus, artifacts) = (dir.join("corpus-work").join(name), dir.join("artifacts").join(name));
+    let (corpus, artifacts) =
+        (dir.join("corpus-work").join(name), dir.join("artifacts").join(name));
     for made in [&corpus, &artifacts] {
         fs::create_dir_all(made).map_err(|error| failed("cannot make a directory", error))?;
     }
@@ -210,25 +241,38 @@ fn run(dir: &Path, binary: &Path, name: &str, share: Duration) -> Result<Outcome
     }
     // The fuzzer adds new inputs to the first directory and only reads the seeds in the second.
     command.arg(&corpus).arg(dir.join("seeds").join(name));
-    let output = command.stdin(Stdio::null()).output().map_err(|error| failed("cannot run the target", error))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| failed("cannot run the target", error))?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let log = artifacts.join("log");
     fs::write(&log, &said).map_err(|error| failed("cannot write the log", error))?;
 
-    let number = |text: &str| text.trim().split(' ').next().and_then(|word| word.parse::<u64>().ok());
-    let executions = said.lines().find_map(|line| number(line.strip_prefix("stat::number_of_executed_units:")?));
+    let number =
+        |text: &str| text.trim().split(' ').next().and_then(|word| word.parse::<u64>().ok());
+    let executions =
+        said.lines().find_map(|line| number(line.strip_prefix("stat::number_of_executed_units:")?));
     let coverage = said.lines().rev().find_map(|line| number(line.split_once(" cov: ")?.1));
     let finding = (!output.status.success()).then(|| {
-        let panicked = |line: &&str| line.contains("panicked at") || line.contains("ERROR: libFuzzer");
+        let panicked =
+            |line: &&str| line.contains("panicked at") || line.contains("ERROR: libFuzzer");
         let mut lines = said.lines().skip_while(|line| !panicked(line));
         let what: Vec<&str> = lines.by_ref().take(2).map(str::trim).collect();
         let what = if what.is_empty() { output.status.to_string() } else { what.join(" ") };
-        let file = said.lines().find_map(|line| line.split_once("Test unit written to ").map(|(_, file)| file));
+        let file = said
+            .lines()
+            .find_map(|line| line.split_once("Test unit written to ").map(|(_, file)| file));
         (what, format!("{} {}", binary.display(), file.unwrap_or(&log.to_string_lossy())))
     });
     let nothing_done = executions.unwrap_or(0) == 0 && finding.is_none();
     if nothing_done {
         return Err(format!("{name} did not run; see its output in {}", log.display()));
     }
-    Ok(Outcome { name: name.to_owned(), executions: executions.unwrap_or(0), coverage: coverage.unwrap_or(0), finding })
+    Ok(Outcome {
+        name: name.to_owned(),
+        executions: executions.unwrap_or(0),
+        coverage: coverage.unwrap_or(0),
+        finding,
+    })
 }

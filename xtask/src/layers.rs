@@ -80,7 +80,10 @@ fn check(files: &BTreeMap<String, String>) -> Vec<String> {
         .iter()
         .flat_map(|(path, source)| {
             let module = module_of(path).join("/");
-            source.test_modules.iter().map(move |name| format!("{module}/{name}").trim_matches('/').to_owned())
+            source
+                .test_modules
+                .iter()
+                .map(move |name| format!("{module}/{name}").trim_matches('/').to_owned())
         })
         .collect();
     let exports = sources.get("lib.rs").map(root_exports).unwrap_or_default();
@@ -89,7 +92,10 @@ fn check(files: &BTreeMap<String, String>) -> Vec<String> {
     let mut edges: BTreeMap<(&str, String), BTreeSet<String>> = BTreeMap::new();
     for (path, source) in &sources {
         let module = module_of(path);
-        if tests.iter().any(|test| format!("{}/", module.join("/")).starts_with(&format!("{test}/"))) {
+        if tests
+            .iter()
+            .any(|test| format!("{}/", module.join("/")).starts_with(&format!("{test}/")))
+        {
             continue;
         }
         let here = module.first().map_or("lib", String::as_str);
@@ -102,8 +108,11 @@ fn check(files: &BTreeMap<String, String>) -> Vec<String> {
             let target = exports.get(first).unwrap_or(first);
             match ORDER.iter().position(|name| name == target) {
                 Some(at) if at <= floor => {}
-                Some(_) => faults.push(format!("  src/{path}:{line}: {here} uses {target}, which is above it")),
-                None => faults.push(format!("  src/{path}:{line}: the order does not have {first}")),
+                Some(_) => faults
+                    .push(format!("  src/{path}:{line}: {here} uses {target}, which is above it")),
+                None => {
+                    faults.push(format!("  src/{path}:{line}: the order does not have {first}"))
+                }
             }
             for folder in NO_CIRCLES {
                 if let Some((from, to)) = siblings(folder, &module, &used, &modules) {
@@ -254,7 +263,8 @@ impl Source {
                 }
                 // `pub(crate)` and `pub(super)` are no paths.
                 "crate" | "super" if text_at(tokens, at + 1) == "::" => {
-                    let mut from = if tokens[at].text == "crate" { Vec::new() } else { module.clone() };
+                    let mut from =
+                        if tokens[at].text == "crate" { Vec::new() } else { module.clone() };
                     while text_at(tokens, at) == "super" && text_at(tokens, at + 1) == "::" {
                         from.pop();
                         at += 2;
@@ -279,7 +289,8 @@ fn text_at(tokens: &[Token], at: usize) -> &str {
 
 /// Whether these tokens begin with `#[cfg(…test…)]`.
 fn is_test_attribute(tokens: &[Token]) -> bool {
-    let begins = ["#", "[", "cfg", "("].iter().enumerate().all(|(at, text)| text_at(tokens, at) == *text);
+    let begins =
+        ["#", "[", "cfg", "("].iter().enumerate().all(|(at, text)| text_at(tokens, at) == *text);
     begins && tokens[..end_of_group(tokens, 1)].iter().any(|token| token.text == "test")
 }
 
@@ -333,7 +344,9 @@ fn tree(tokens: &[Token], at: &mut usize) -> Vec<Vec<String>> {
 }
 
 fn begins_tree(text: &str) -> bool {
-    text == "{" || text == "*" || text.chars().next().is_some_and(|first| first.is_alphabetic() || first == '_')
+    text == "{"
+        || text == "*"
+        || text.chars().next().is_some_and(|first| first.is_alphabetic() || first == '_')
 }
 
 /// The words and signs of a source, without comments and literals.
@@ -346,9 +359,13 @@ fn tokens(text: &str) -> Vec<Token> {
         match rest {
             ['/', '/', ..] => at += rest.iter().position(|&c| c == '\n').unwrap_or(rest.len()),
             ['/', '*', ..] => at += block_comment(rest),
-            ['r' | 'b' | 'c', ..] if raw_string(rest).is_some() => at += raw_string(rest).unwrap_or(1),
+            ['r' | 'b' | 'c', ..] if raw_string(rest).is_some() => {
+                at += raw_string(rest).unwrap_or(1)
+            }
             ['"', ..] => at += string(rest),
-            ['\'', '\\', ..] => at += 3 + rest[3..].iter().position(|&c| c == '\'').map_or(0, |end| end + 1),
+            ['\'', '\\', ..] => {
+                at += 3 + rest[3..].iter().position(|&c| c == '\'').map_or(0, |end| end + 1)
+            }
             ['\'', _, '\'', ..] => at += 3,
             [':', ':', ..] => {
                 tokens.push(Token { text: "::".to_owned(), line });
@@ -411,8 +428,10 @@ fn raw_string(rest: &[char]) -> Option<usize> {
     let marks = rest[prefix..].iter().take_while(|&&c| c == '#').count();
     let begin = prefix + marks + 1;
     (rest.get(begin - 1) == Some(&'"')).then_some(())?;
-    let ends =
-        |at: &usize| rest[*at] == '"' && rest[at + 1..].iter().take(marks).filter(|&&c| c == '#').count() == marks;
+    let ends = |at: &usize| {
+        rest[*at] == '"'
+            && rest[at + 1..].iter().take(marks).filter(|&&c| c == '#').count() == marks
+    };
     let end = (begin..rest.len()).find(ends);
     Some(end.map_or(rest.len(), |end| end + 1 + marks))
 }
@@ -439,7 +458,10 @@ mod tests {
         let line = files["crypto/kdf.rs"].lines().count();
         let faults = check(&files);
         assert!(faults.iter().all(|fault| *fault == faults[0]), "{faults:?}");
-        assert_eq!(faults[0], format!("  src/crypto/kdf.rs:{line}: crypto uses store, which is above it"));
+        assert_eq!(
+            faults[0],
+            format!("  src/crypto/kdf.rs:{line}: crypto uses store, which is above it")
+        );
     }
 
     #[test]
@@ -464,10 +486,13 @@ mod tests {
     fn downward_paths_tests_and_re_exports_are_fine() {
         let lib = "pub use error::{Error, Result};\npub use kms::Cmk as MasterKey;\n";
         let store = "use crate::{Error, kms::Cmk};\nmod inner { use super::super::io::Disk; }\n";
-        let io =
-            "#[cfg(test)]\nmod tests { use crate::store::Store; }\n#[cfg(test)]\n#[allow(a)]\npub(crate) mod fakes;\n";
-        let faults =
-            of(&[("lib.rs", lib), ("store.rs", store), ("io/mod.rs", io), ("io/fakes.rs", "use crate::store::Store;")]);
+        let io = "#[cfg(test)]\nmod tests { use crate::store::Store; }\n#[cfg(test)]\n#[allow(a)]\npub(crate) mod fakes;\n";
+        let faults = of(&[
+            ("lib.rs", lib),
+            ("store.rs", store),
+            ("io/mod.rs", io),
+            ("io/fakes.rs", "use crate::store::Store;"),
+        ]);
         assert_eq!(faults, Vec::<String>::new());
         assert_eq!(
             of(&[("lib.rs", lib), ("io/mod.rs", "use crate::Error;")]),
@@ -482,6 +507,9 @@ mod tests {
         let fine = of(&[lease, envelope, ("keys/pool.rs", "use crate::io::Clock;")]);
         assert_eq!(fine, Vec::<String>::new());
         let circle = of(&[lease, envelope, ("keys/pool.rs", "use crate::keys::lease::Lease;")]);
-        assert_eq!(circle, ["lease", "pool"].map(|file| format!("  src/keys: {file} is in a circle of files")));
+        assert_eq!(
+            circle,
+            ["lease", "pool"].map(|file| format!("  src/keys: {file} is in a circle of files"))
+        );
     }
 }

@@ -102,7 +102,10 @@ fn ci() -> Done {
     // none.
     let targets = ["--lib", "--bins", "--examples", "--tests", "--benches"];
     let strict = ["--", "--deny", "warnings"];
-    cargo(&[&["clippy", "--locked", "--workspace", "--all-features"][..], &targets, &strict].concat(), &[])?;
+    cargo(
+        &[&["clippy", "--locked", "--workspace", "--all-features"][..], &targets, &strict].concat(),
+        &[],
+    )?;
     cargo(
         &[
             "clippy",
@@ -117,7 +120,10 @@ fn ci() -> Done {
         ],
         &[],
     )?;
-    cargo(&["doc", "--locked", "--workspace", "--all-features", "--no-deps"], &[("RUSTDOCFLAGS", "--deny warnings")])?;
+    cargo(
+        &["doc", "--locked", "--workspace", "--all-features", "--no-deps"],
+        &[("RUSTDOCFLAGS", "--deny warnings")],
+    )?;
     test(&[])
 }
 
@@ -143,7 +149,9 @@ pub(crate) fn root() -> PathBuf {
 
 /// Cargo's target directory. Tasks build in subdirectories of it.
 pub(crate) fn target_dir() -> PathBuf {
-    root().join(env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from))
+    root().join(
+        env::var_os("CARGO_TARGET_DIR").map_or_else(|| PathBuf::from("target"), PathBuf::from),
+    )
 }
 
 pub(crate) fn cargo_program() -> std::ffi::OsString {

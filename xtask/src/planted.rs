@@ -26,11 +26,16 @@ struct Bug {
 impl Bug {
     fn read(patch: &Path) -> Result<Self, String> {
         let name = patch.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let text = fs::read_to_string(patch).map_err(|error| format!("cannot read {}: {error}", patch.display()))?;
+        let text = fs::read_to_string(patch)
+            .map_err(|error| format!("cannot read {}: {error}", patch.display()))?;
         let mut lines = text.lines();
-        let mut line = |prefix: &str| lines.next().and_then(|line| line.strip_prefix(prefix)).map(str::to_owned);
-        let what = line("# ").ok_or_else(|| format!("{name}: the first line does not describe the bug"))?;
-        let caught_by = line("# caught by: ").ok_or_else(|| format!("{name}: the second line names no test"))?;
+        let mut line = |prefix: &str| {
+            lines.next().and_then(|line| line.strip_prefix(prefix)).map(str::to_owned)
+        };
+        let what = line("# ")
+            .ok_or_else(|| format!("{name}: the first line does not describe the bug"))?;
+        let caught_by = line("# caught by: ")
+            .ok_or_else(|| format!("{name}: the second line names no test"))?;
         let caught_by = caught_by.split_whitespace().map(str::to_owned).collect();
         Ok(Self { name, patch: patch.to_owned(), what, caught_by })
     }
@@ -53,15 +58,19 @@ impl Copy {
         let dir = env::temp_dir().join(format!("envelog-planted-{}", std::process::id()));
         let copy = Self { dir, target: root.join("target/planted") };
         let mut git = Command::new("git");
-        git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root);
+        git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+            .current_dir(root);
         let listed = run("git ls-files", &mut git)?;
         if !listed.status.success() {
             return Err("`git ls-files`, which selects the files to copy, failed".to_owned());
         }
-        for file in String::from_utf8_lossy(&listed.stdout).split('\0').filter(|file| root.join(file).is_file()) {
+        for file in String::from_utf8_lossy(&listed.stdout)
+            .split('\0')
+            .filter(|file| root.join(file).is_file())
+        {
             let to = copy.dir.join(file);
-            let made =
-                fs::create_dir_all(to.parent().unwrap_or(&copy.dir)).and_then(|()| fs::copy(root.join(file), &to));
+            let made = fs::create_dir_all(to.parent().unwrap_or(&copy.dir))
+                .and_then(|()| fs::copy(root.join(file), &to));
             made.map_err(|error| format!("cannot copy {file}: {error}"))?;
         }
         Ok(copy)
@@ -72,12 +81,19 @@ impl Copy {
         git.arg("apply").args(back.then_some("--reverse")).arg(&bug.patch).current_dir(&self.dir);
         let applied = run("git apply", &mut git)?;
         let said = String::from_utf8_lossy(&applied.stderr).into_owned();
-        if applied.status.success() { Ok(()) } else { Err(format!("the patch does not apply: {said}")) }
+        if applied.status.success() {
+            Ok(())
+        } else {
+            Err(format!("the patch does not apply: {said}"))
+        }
     }
 
     fn test(&self, args: &[String], build_only: bool) -> Result<Output, String> {
         let mut cargo = Command::new(cargo_program());
-        cargo.args(["test", "--locked", "--package", "envelog"]).args(build_only.then_some("--no-run")).args(args);
+        cargo
+            .args(["test", "--locked", "--package", "envelog"])
+            .args(build_only.then_some("--no-run"))
+            .args(args);
         cargo.env("CARGO_TARGET_DIR", &self.target).current_dir(&self.dir);
         run("cargo test", &mut cargo)
     }
@@ -85,7 +101,10 @@ impl Copy {
     fn catches(&self, bug: &Bug) -> Done {
         let built = self.test(&bug.caught_by, true)?;
         if !built.status.success() {
-            return Err(format!("it does not compile:\n{}", String::from_utf8_lossy(&built.stderr)));
+            return Err(format!(
+                "it does not compile:\n{}",
+                String::from_utf8_lossy(&built.stderr)
+            ));
         }
         let tested = self.test(&bug.caught_by, false)?;
         let said = String::from_utf8_lossy(&tested.stdout).into_owned();
@@ -94,7 +113,11 @@ impl Copy {
             // The watchdog of a hanging test ends the whole process.
             && (said.contains("test result: FAILED") || said.contains("ended by the watchdog"))
             && (!sweep || said.contains(" violations: ["));
-        if caught { Ok(()) } else { Err(format!("NOT CAUGHT by `cargo test {}`", bug.caught_by.join(" "))) }
+        if caught {
+            Ok(())
+        } else {
+            Err(format!("NOT CAUGHT by `cargo test {}`", bug.caught_by.join(" ")))
+        }
     }
 }
 
@@ -105,8 +128,10 @@ fn run(what: &str, command: &mut Command) -> Result<Output, String> {
 /// Plants every bug, or only the named ones.
 pub(crate) fn planted(names: &[String]) -> Done {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let root = root.canonicalize().map_err(|error| format!("cannot find the workspace: {error}"))?;
-    let entries = fs::read_dir(root.join(DIR)).map_err(|error| format!("cannot list {DIR}: {error}"))?;
+    let root =
+        root.canonicalize().map_err(|error| format!("cannot find the workspace: {error}"))?;
+    let entries =
+        fs::read_dir(root.join(DIR)).map_err(|error| format!("cannot list {DIR}: {error}"))?;
     let mut patches: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
     patches.sort();

@@ -26,8 +26,8 @@ const HABITS: [Habit; 2] = [
 
 fn noun_clause(before: Option<&str>, word: &str) -> bool {
     const VERBS: [&str; 18] = [
-        "is", "was", "are", "were", "they", "it", "come", "comes", "came", "has", "had", "goes", "went", "follow",
-        "follows", "lies", "stand", "stands",
+        "is", "was", "are", "were", "they", "it", "come", "comes", "came", "has", "had", "goes",
+        "went", "follow", "follows", "lies", "stand", "stands",
     ];
     matches!(before, Some("what" | "What")) && VERBS.contains(&word)
 }
@@ -36,7 +36,8 @@ fn unnamed_actor(_: Option<&str>, word: &str) -> bool {
     const WORDS: [&str; 6] = ["somebody", "nobody", "whoever", "whatever", "anew", "afresh"];
     let mut letters = word.chars();
     // Only the first letter may be a capital, as at the start of a sentence.
-    let word: String = letters.next().map(|c| c.to_ascii_lowercase()).into_iter().chain(letters).collect();
+    let word: String =
+        letters.next().map(|c| c.to_ascii_lowercase()).into_iter().chain(letters).collect();
     WORDS.contains(&word.as_str())
 }
 
@@ -71,7 +72,10 @@ impl AddAssign for Count {
 impl Count {
     fn of(lines: &[Line], hits: &[Hit]) -> Self {
         let is_word = |word: &&str| word.contains(char::is_alphanumeric);
-        let words = lines.iter().map(|line| line.text.split_whitespace().filter(is_word).count() as u64).sum();
+        let words = lines
+            .iter()
+            .map(|line| line.text.split_whitespace().filter(is_word).count() as u64)
+            .sum();
         let mut count = Self { words, ..Self::default() };
         hits.iter().for_each(|hit| count.hits[hit.habit] += 1);
         count
@@ -83,7 +87,9 @@ impl Count {
 
     /// The habits whose rate is above the limit.
     fn violations(&self) -> Vec<usize> {
-        (0..HABITS.len()).filter(|habit| self.hits[*habit] * 10_000 > HABITS[*habit].limit * self.words).collect()
+        (0..HABITS.len())
+            .filter(|habit| self.hits[*habit] * 10_000 > HABITS[*habit].limit * self.words)
+            .collect()
     }
 }
 
@@ -100,7 +106,8 @@ pub(crate) fn prose(args: &[String]) -> Done {
             continue;
         }
         let path = root().join(&file);
-        let text = fs::read_to_string(&path).map_err(|error| format!("cannot read {file}: {error}"))?;
+        let text =
+            fs::read_to_string(&path).map_err(|error| format!("cannot read {file}: {error}"))?;
         let lines = without_code(if is_source { comments(&text) } else { markdown(&text) });
         let hits = hits(&lines);
         if list {
@@ -157,7 +164,10 @@ fn verdict(areas: &[(&str, Count)]) -> Done {
 }
 
 fn markdown(text: &str) -> Vec<Line> {
-    text.lines().enumerate().map(|(at, line)| Line { number: at + 1, text: line.to_owned() }).collect()
+    text.lines()
+        .enumerate()
+        .map(|(at, line)| Line { number: at + 1, text: line.to_owned() })
+        .collect()
 }
 
 /// Removes fenced code blocks. A fence that is not closed ends with its comment.
@@ -170,7 +180,8 @@ fn without_code(lines: Vec<Line>) -> Vec<Line> {
             fence = None;
         }
         last = line.number;
-        let marker = ["```", "~~~"].into_iter().find(|marker| line.text.trim_start().starts_with(marker));
+        let marker =
+            ["```", "~~~"].into_iter().find(|marker| line.text.trim_start().starts_with(marker));
         match (fence, marker) {
             (None, None) => prose.push(line),
             (None, Some(_)) => fence = marker,
@@ -201,7 +212,8 @@ fn hits(lines: &[Line]) -> Vec<Hit> {
             let (word, after) = word.split_at(end);
             for (habit, Habit { matches, .. }) in HABITS.iter().enumerate() {
                 if matches(before, word) {
-                    let phrase = before.map_or_else(|| word.to_owned(), |before| format!("{before} {word}"));
+                    let phrase =
+                        before.map_or_else(|| word.to_owned(), |before| format!("{before} {word}"));
                     hits.push(Hit { habit, line: line.number, phrase });
                 }
             }
@@ -325,15 +337,25 @@ mod tests {
 
     #[test]
     fn every_form_of_comment_is_extracted() {
-        let source =
-            "//! module\n\n/// item\nfn f() {} // trailing\n//// rule\n/* one\n * two */ let x = 1; /** doc */\n";
-        let expected = [(1, "module"), (3, "item"), (4, "trailing"), (5, "rule"), (6, "one"), (7, "two"), (7, "doc")];
+        let source = "//! module\n\n/// item\nfn f() {} // trailing\n//// rule\n/* one\n * two */ let x = 1; /** doc */\n";
+        let expected = [
+            (1, "module"),
+            (3, "item"),
+            (4, "trailing"),
+            (5, "rule"),
+            (6, "one"),
+            (7, "two"),
+            (7, "doc"),
+        ];
         assert_eq!(texts(source), expected.map(|(line, text)| (line, text.to_owned())));
     }
 
     #[test]
     fn block_comments_nest() {
-        assert_eq!(texts("/* a /* b */ c */ d\n// e"), [(1, "a /* b */ c".to_owned()), (2, "e".to_owned())]);
+        assert_eq!(
+            texts("/* a /* b */ c */ d\n// e"),
+            [(1, "a /* b */ c".to_owned()), (2, "e".to_owned())]
+        );
         assert_eq!(texts("/* never /* closed */"), [(1, "never /* closed".to_owned())]);
     }
 
@@ -369,7 +391,11 @@ mod tests {
             "/* \" */ // end",
             "// it's\n// end",
         ] {
-            assert_eq!(texts(source).last().map(|(_, text)| text.as_str()), Some("end"), "{source}");
+            assert_eq!(
+                texts(source).last().map(|(_, text)| text.as_str()),
+                Some("end"),
+                "{source}"
+            );
         }
     }
 
@@ -388,8 +414,16 @@ mod tests {
 
     #[test]
     fn other_phrases_are_no_hits() {
-        for phrase in ["what isn't", "somewhat is", "what, is", "(what) is", "what_is", "that is", "renew", "nobody_1"]
-        {
+        for phrase in [
+            "what isn't",
+            "somewhat is",
+            "what, is",
+            "(what) is",
+            "what_is",
+            "that is",
+            "renew",
+            "nobody_1",
+        ] {
             assert_eq!(planted(3, phrase).hits, [0, 0], "{phrase}");
         }
     }

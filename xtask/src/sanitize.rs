@@ -10,7 +10,16 @@ use crate::{Done, cargo, fuzz::host, root, target_dir};
 /// files.
 const TESTS: [&[&str]; 2] = [
     &["--package", "sm4-simd", "--features", "gcm", "--lib", "--tests"],
-    &["--package", "envelog", "--no-default-features", "--lib", "--", "crypto::", "io::", "segment::"],
+    &[
+        "--package",
+        "envelog",
+        "--no-default-features",
+        "--lib",
+        "--",
+        "crypto::",
+        "io::",
+        "segment::",
+    ],
 ];
 
 /// The tests that Miri can run. Miri has no vector instructions beyond SSE2, no page locks and no
@@ -33,8 +42,10 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
         // The option is unstable in name only: the runtime is part of the stable toolchain. The
         // standard library is not instrumented, which hides no error in the instrumented code. Run
         // one thread at a time, because quarantined memory adds up.
-        let words: Vec<&str> =
-            ["test", "--locked", "--target", &host].into_iter().chain(tests.iter().copied()).collect();
+        let words: Vec<&str> = ["test", "--locked", "--target", &host]
+            .into_iter()
+            .chain(tests.iter().copied())
+            .collect();
         cargo(
             &words,
             &[
@@ -49,7 +60,10 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
         eprintln!("xtask: Miri and ThreadSanitizer were NOT run, as --stable-only says");
         return Ok(());
     }
-    let installed = Command::new("cargo").args(["+nightly", "miri", "--version"]).stderr(Stdio::null()).output();
+    let installed = Command::new("cargo")
+        .args(["+nightly", "miri", "--version"])
+        .stderr(Stdio::null())
+        .output();
     if !installed.is_ok_and(|output| output.status.success()) {
         return Err(
             "AddressSanitizer found nothing. Miri is not installed: get it with `rustup toolchain install nightly \
@@ -89,5 +103,9 @@ fn nightly(args: &[&str], environment: &[(&str, &str)]) -> Done {
         .current_dir(root())
         .status()
         .map_err(|error| format!("cannot run cargo: {error}"))?;
-    if status.success() { Ok(()) } else { Err(format!("`cargo +nightly {}` failed ({status})", args.join(" "))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("`cargo +nightly {}` failed ({status})", args.join(" ")))
+    }
 }

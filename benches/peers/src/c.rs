@@ -17,7 +17,12 @@ const GCRY_CIPHER_MODE_GCM: c_int = 9;
 #[link(name = "gcrypt")]
 unsafe extern "C" {
     fn gcry_check_version(required: *const c_char) -> *const c_char;
-    fn gcry_cipher_open(handle: *mut GcryHandle, algorithm: c_int, mode: c_int, flags: c_uint) -> c_uint;
+    fn gcry_cipher_open(
+        handle: *mut GcryHandle,
+        algorithm: c_int,
+        mode: c_int,
+        flags: c_uint,
+    ) -> c_uint;
     fn gcry_cipher_close(handle: GcryHandle);
     fn gcry_cipher_setkey(handle: GcryHandle, key: *const c_void, len: usize) -> c_uint;
     fn gcry_cipher_setiv(handle: GcryHandle, iv: *const c_void, len: usize) -> c_uint;
@@ -120,7 +125,16 @@ pub(crate) fn gcrypt(algorithm: Algorithm, key: &[u8]) -> Contender {
             sealer.begin();
             // SAFETY: a live handle; without an input the buffer is encrypted in place.
             unsafe {
-                assert_eq!(gcry_cipher_encrypt(sealer.0, data.as_mut_ptr().cast(), data.len(), ptr::null(), 0), 0);
+                assert_eq!(
+                    gcry_cipher_encrypt(
+                        sealer.0,
+                        data.as_mut_ptr().cast(),
+                        data.len(),
+                        ptr::null(),
+                        0
+                    ),
+                    0
+                );
                 assert_eq!(gcry_cipher_gettag(sealer.0, tag.as_mut_ptr().cast(), tag.len()), 0);
             }
             tag
@@ -143,7 +157,16 @@ pub(crate) fn openssl_ctr(key: &[u8; 16]) -> Contender {
     let context = unsafe {
         let context = EVP_CIPHER_CTX_new();
         assert!(!context.is_null());
-        assert_eq!(EVP_EncryptInit_ex(context, EVP_sm4_ctr(), ptr::null_mut(), key.as_ptr(), [0; 16].as_ptr()), 1);
+        assert_eq!(
+            EVP_EncryptInit_ex(
+                context,
+                EVP_sm4_ctr(),
+                ptr::null_mut(),
+                key.as_ptr(),
+                [0; 16].as_ptr()
+            ),
+            1
+        );
         context
     };
     Contender::new(
@@ -154,7 +177,16 @@ pub(crate) fn openssl_ctr(key: &[u8; 16]) -> Contender {
             // SAFETY: a live context, and a buffer that is encrypted in place.
             unsafe {
                 let bytes = data.as_mut_ptr();
-                assert_eq!(EVP_EncryptInit_ex(context, ptr::null(), ptr::null_mut(), ptr::null(), [0; 16].as_ptr()), 1);
+                assert_eq!(
+                    EVP_EncryptInit_ex(
+                        context,
+                        ptr::null(),
+                        ptr::null_mut(),
+                        ptr::null(),
+                        [0; 16].as_ptr()
+                    ),
+                    1
+                );
                 assert_eq!(EVP_EncryptUpdate(context, bytes, &mut written, bytes, len), 1);
             }
             assert_eq!(written, len);

@@ -55,7 +55,12 @@ impl Contender {
 }
 
 /// A provider of the engine.
-fn engine(name: &'static str, provider: impl CryptoProvider, cipher: Cipher, key: &[u8]) -> Contender {
+fn engine(
+    name: &'static str,
+    provider: impl CryptoProvider,
+    cipher: Cipher,
+    key: &[u8],
+) -> Contender {
     let key = || -> Box<dyn AeadKey> { provider.aead(cipher, key).expect("a good key") };
     let (sealer, opener) = (key(), key());
     Contender::new(
@@ -66,13 +71,17 @@ fn engine(name: &'static str, provider: impl CryptoProvider, cipher: Cipher, key
 }
 
 /// A cipher that implements the traits of RustCrypto.
-fn rustcrypto<G: AeadInOut<NonceSize = U12> + KeyInit + 'static>(name: &'static str, key: &[u8]) -> Contender {
+fn rustcrypto<G: AeadInOut<NonceSize = U12> + KeyInit + 'static>(
+    name: &'static str,
+    key: &[u8],
+) -> Contender {
     let cipher = || G::new_from_slice(key).expect("a good key");
     let (sealer, opener) = (cipher(), cipher());
     Contender::new(
         name,
         move |data| {
-            let tag = sealer.encrypt_inout_detached(&NONCE.into(), &AAD, data.into()).expect("seals");
+            let tag =
+                sealer.encrypt_inout_detached(&NONCE.into(), &AAD, data.into()).expect("seals");
             tag.as_slice().try_into().expect("16 bytes")
         },
         move |data, tag, out| {
@@ -91,10 +100,13 @@ fn aws_lc() -> Contender {
     Contender::new(
         "aws-lc-rs",
         move |data| {
-            let tag = sealer.seal_in_place_separate_tag(nonce(), Aad::from(&AAD), data).expect("seals");
+            let tag =
+                sealer.seal_in_place_separate_tag(nonce(), Aad::from(&AAD), data).expect("seals");
             tag.as_ref().try_into().expect("16 bytes")
         },
-        move |data, tag, out| opener.open_separate_gather(nonce(), Aad::from(&AAD), data, tag, out).expect("opens"),
+        move |data, tag, out| {
+            opener.open_separate_gather(nonce(), Aad::from(&AAD), data, tag, out).expect("opens")
+        },
     )
 }
 
@@ -106,12 +118,15 @@ fn ring() -> Contender {
     Contender::new(
         "ring",
         move |data| {
-            let tag = sealer.seal_in_place_separate_tag(nonce(), Aad::from(&AAD), data).expect("seals");
+            let tag =
+                sealer.seal_in_place_separate_tag(nonce(), Aad::from(&AAD), data).expect("seals");
             tag.as_ref().try_into().expect("16 bytes")
         },
         move |data, tag, out| {
             out.copy_from_slice(data);
-            opener.open_in_place_separate_tag(nonce(), Aad::from(&AAD), (*tag).into(), out, 0..).expect("opens");
+            opener
+                .open_in_place_separate_tag(nonce(), Aad::from(&AAD), (*tag).into(), out, 0..)
+                .expect("opens");
         },
     )
 }
@@ -134,7 +149,11 @@ fn graviola() -> Contender {
 }
 
 /// One row for each contender, one pair of columns (rate, ratio to the first) for each size.
-fn race(title: &str, contenders: &mut [Contender], mut run: impl FnMut(&mut Contender, &mut Buffers)) {
+fn race(
+    title: &str,
+    contenders: &mut [Contender],
+    mut run: impl FnMut(&mut Contender, &mut Buffers),
+) {
     let mut best = vec![[Duration::MAX; SIZES.len()]; contenders.len()];
     for (column, size) in SIZES.into_iter().enumerate() {
         let mut buffers = Buffers::new(&mut contenders[0], size);
@@ -149,7 +168,9 @@ fn race(title: &str, contenders: &mut [Contender], mut run: impl FnMut(&mut Cont
             }
         }
     }
-    println!("\n| {title}, MB/s (of the first) | 256 B | 4 KiB | 64 KiB | 1 MiB |\n|---|---|---|---|---|");
+    println!(
+        "\n| {title}, MB/s (of the first) | 256 B | 4 KiB | 64 KiB | 1 MiB |\n|---|---|---|---|---|"
+    );
     for (contender, times) in contenders.iter().zip(&best) {
         let cells = times.iter().zip(&best[0]).zip(SIZES).map(|((time, first), size)| {
             let rate = size as f64 / time.as_secs_f64() / 1e6;

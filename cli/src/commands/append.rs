@@ -85,7 +85,8 @@ fn append(
     let feed = Feed { logstore, options, sender, last_check: Instant::now() };
     let submitted = feed.run(inputs, Lines::new(group_bytes), &failed, &progress);
     // A failure of a submitted group precedes a failure of the input, so report it first.
-    let settled = settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
+    let settled =
+        settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
     both(settled, submitted)
 }
 
@@ -99,10 +100,18 @@ struct Feed<'a> {
 }
 
 impl Feed<'_> {
-    fn run(mut self, inputs: &Inputs, mut lines: Lines, failed: &AtomicBool, progress: &Progress) -> Result {
+    fn run(
+        mut self,
+        inputs: &Inputs,
+        mut lines: Lines,
+        failed: &AtomicBool,
+        progress: &Progress,
+    ) -> Result {
         while !failed.load(Ordering::Relaxed) && !interrupt::asked() {
             let mut full = Vec::new();
-            let patience = lines.waiting_since().map_or(LINGER, |since| LINGER.saturating_sub(since.elapsed()));
+            let patience = lines
+                .waiting_since()
+                .map_or(LINGER, |since| LINGER.saturating_sub(since.elapsed()));
             let taken = match inputs.receiver.recv_timeout(patience) {
                 Ok(Input::Begin(source)) => {
                     lines.begin(&source);
@@ -120,7 +129,9 @@ impl Feed<'_> {
                 Err(RecvTimeoutError::Timeout) => Ok(()),
                 Err(RecvTimeoutError::Disconnected) => break,
             };
-            if taken.is_err() || lines.waiting_since().is_some_and(|since| since.elapsed() >= LINGER) {
+            if taken.is_err()
+                || lines.waiting_since().is_some_and(|since| since.elapsed() >= LINGER)
+            {
                 full.extend(lines.cut());
             }
             full.into_iter().try_for_each(|group| self.submit(group))?;
@@ -137,7 +148,8 @@ impl Feed<'_> {
     fn submit(&mut self, group: LineGroup) -> Result {
         let ticket = self.logstore.submit(&group.group, self.options)?;
         self.last_check = Instant::now();
-        let pending = Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
+        let pending =
+            Pending { ticket, logs: group.logs, bytes: group.bytes, last_line: group.last_line };
         // The receiver is gone only after a failure, which the settling thread reports.
         let _ = self.sender.send(pending);
         Ok(())
@@ -160,10 +172,13 @@ fn settle(pending: &Receiver<Pending>, ack: bool) -> Result<Summary> {
         summary.groups += 1;
         summary.logs += logs;
         summary.bytes += bytes;
-        summary.shards.entry(appended.shard).or_insert((appended.seq, appended.seq)).1 = appended.seq;
+        summary.shards.entry(appended.shard).or_insert((appended.seq, appended.seq)).1 =
+            appended.seq;
         if ack {
             let mut out = io::stdout().lock();
-            writeln!(out, "{last_line}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+            writeln!(out, "{last_line}").and_then(|()| out.flush()).map_err(|error| match error
+                .kind()
+            {
                 io::ErrorKind::BrokenPipe => Failure::cut_short(),
                 _ => Failure::other(format!("cannot print an acknowledgement: {error}")),
             })?;

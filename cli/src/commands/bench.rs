@@ -13,8 +13,8 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec, Payload, ReadOptions,
-    Store, StoreBuilder,
+    AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec,
+    Payload, ReadOptions, Store, StoreBuilder,
     crypto::{AeadKey, AwsLc, Cipher, CryptoProvider},
     segment::Compression,
 };
@@ -50,7 +50,11 @@ pub(crate) fn run(setup: &Setup, args: &BenchArgs) -> Result {
         groups: groups(&args.files)?,
         budget: Duration::from_secs_f64(args.seconds / ROUNDS as f64),
     };
-    let (rows, base) = if args.payload_hash { (bench.payload_hash()?, "not hashed") } else { (bench.rows()?, "none") };
+    let (rows, base) = if args.payload_hash {
+        (bench.payload_hash()?, "not hashed")
+    } else {
+        (bench.rows()?, "none")
+    };
     if setup.json {
         return output::json(&json!({ "rows": rows }));
     }
@@ -64,7 +68,11 @@ fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
         groups.extend(lines::groups("made", made_lines(), GROUP_BYTES)?);
     }
     for path in files {
-        groups.extend(lines::groups(&input::base_name(path), input::read_logs(path)?, GROUP_BYTES)?);
+        groups.extend(lines::groups(
+            &input::base_name(path),
+            input::read_logs(path)?,
+            GROUP_BYTES,
+        )?);
     }
     if groups.is_empty() {
         return Err(Failure::other("these files contain no logs to measure with"));
@@ -82,13 +90,16 @@ fn groups(files: &[PathBuf]) -> Result<Vec<Group>> {
 fn made_lines() -> Bytes {
     let mut state = 1_u64;
     let mut random = move |below: u64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) % below
     };
     let mut text = String::new();
     for second in 0..30_000 {
-        let (method, status) = [("GET", 200), ("GET", 200), ("POST", 201), ("GET", 404)][random(4) as usize];
-        let path = ["/", "/login", "/api/v1/orders", "/static/app.js", "/health"][random(5) as usize];
+        let (method, status) =
+            [("GET", 200), ("GET", 200), ("POST", 201), ("GET", 404)][random(4) as usize];
+        let path =
+            ["/", "/login", "/api/v1/orders", "/static/app.js", "/health"][random(5) as usize];
         text += &format!(
             "10.0.{}.{} - - [31/Jan/2026:{:02}:{:02}:{:02} +0000] \"{method} {path}?id={} HTTP/1.1\" {status} {}\n",
             random(4),
@@ -234,7 +245,8 @@ impl Bench {
         for suite in [Suite::Aes, Suite::Sm4] {
             self.append_run(&store, suite, how, bytes / 8)?;
         }
-        let with_plain = how.durability == Durability::Buffered && how.compression == Compression::Lz4;
+        let with_plain =
+            how.durability == Durability::Buffered && how.compression == Compression::Lz4;
         let mut plain = Vec::new();
         let mut rates = vec![Vec::new(); Suite::ALL.len()];
         for round in 0..ROUNDS {
@@ -245,7 +257,8 @@ impl Bench {
             // for the next.
             for turn in 0..Suite::ALL.len() {
                 let index = (round + turn) % Suite::ALL.len();
-                rates[index].push(self.append_run(&store, Suite::ALL[index], how, bytes)?.mb_per_s());
+                rates[index]
+                    .push(self.append_run(&store, Suite::ALL[index], how, bytes)?.mb_per_s());
             }
         }
         store.close()?;
@@ -262,7 +275,8 @@ impl Bench {
         };
         let mut rows = Vec::new();
         if with_plain {
-            let plain_row = Row { compression: Compression::None.name(), ..row("plain_write", Suite::None) };
+            let plain_row =
+                Row { compression: Compression::None.name(), ..row("plain_write", Suite::None) };
             rows.push(rated(plain_row, &plain, Some(&plain)));
         }
         for (suite, of_suite) in Suite::ALL.into_iter().zip(&rates) {
@@ -274,7 +288,13 @@ impl Bench {
     /// Fills a new Logstore until the time limit or `bytes_max`, then syncs and deletes it. The
     /// measured time ends when all bytes have been written to the operating system and, with
     /// `Synced`, are on the disk.
-    fn append_run(&self, store: &Store, suite: Suite, how: Appending, bytes_max: u64) -> Result<Run> {
+    fn append_run(
+        &self,
+        store: &Store,
+        suite: Suite,
+        how: Appending,
+        bytes_max: u64,
+    ) -> Result<Run> {
         interrupt::check()?;
         let name = LogstoreName::new("bench", "append")?;
         let logstore = store.create_logstore(&name, spec(suite, how.compression))?;
@@ -288,7 +308,9 @@ impl Bench {
                 let callers: Vec<_> = (0..how.callers)
                     .map(|caller| {
                         let (logstore, options) = (&logstore, &options);
-                        scope.spawn(move || self.append_some(logstore, options, started, share, caller))
+                        scope.spawn(move || {
+                            self.append_some(logstore, options, started, share, caller)
+                        })
                     })
                     .collect();
                 callers.into_iter().try_fold(0, |sum, caller| {
@@ -327,7 +349,8 @@ impl Bench {
             // Wait until the last group is written, which implies that all groups before it are
             // written.
             let last = &self.groups[0];
-            logstore.append(last.payload.clone(), &AppendOptions::durability(Durability::Written))?;
+            logstore
+                .append(last.payload.clone(), &AppendOptions::durability(Durability::Written))?;
             bytes += last.bytes.len() as u64;
         }
         Ok(bytes)
@@ -380,7 +403,8 @@ impl Bench {
         store.close()?;
 
         let store = self.builder("read").open_read_only()?;
-        let logstores = names.iter().map(|name| Ok(store.logstore(name)?)).collect::<Result<Vec<_>>>()?;
+        let logstores =
+            names.iter().map(|name| Ok(store.logstore(name)?)).collect::<Result<Vec<_>>>()?;
         for logstore in &logstores {
             self.read_run(logstore)?;
         }
@@ -397,7 +421,11 @@ impl Bench {
             .into_iter()
             .zip(&rates)
             .map(|(suite, of_suite)| {
-                rated(Row { compression: compression.name(), ..Row::new("read", suite) }, of_suite, rates.first())
+                rated(
+                    Row { compression: compression.name(), ..Row::new("read", suite) },
+                    of_suite,
+                    rates.first(),
+                )
             })
             .collect())
     }
@@ -424,10 +452,12 @@ impl Bench {
             let key = suite.key()?;
             let mut block = vec![0; GROUP_BYTES];
             Ok(match suite {
-                Suite::None => {
-                    Box::new(move |nonce| key.seal(nonce, &block, &mut []).map(drop).map_err(crypto_failure))
-                }
-                _ => Box::new(move |nonce| key.seal(nonce, &[], &mut block).map(drop).map_err(crypto_failure)),
+                Suite::None => Box::new(move |nonce| {
+                    key.seal(nonce, &block, &mut []).map(drop).map_err(crypto_failure)
+                }),
+                _ => Box::new(move |nonce| {
+                    key.seal(nonce, &[], &mut block).map(drop).map_err(crypto_failure)
+                }),
             })
         })
     }
@@ -440,15 +470,23 @@ impl Bench {
             let nonce = [0; 12];
             if suite == Suite::None {
                 let tag = key.seal(&nonce, &block, &mut []).map_err(crypto_failure)?;
-                return Ok(Box::new(move |_| key.open(&nonce, &block, &[], &tag, &mut []).map_err(crypto_failure)));
+                return Ok(Box::new(move |_| {
+                    key.open(&nonce, &block, &[], &tag, &mut []).map_err(crypto_failure)
+                }));
             }
             let tag = key.seal(&nonce, &[], &mut block).map_err(crypto_failure)?;
             let mut out = vec![0; GROUP_BYTES];
-            Ok(Box::new(move |_| key.open(&nonce, &[], &block, &tag, &mut out).map_err(crypto_failure)))
+            Ok(Box::new(move |_| {
+                key.open(&nonce, &[], &block, &tag, &mut out).map_err(crypto_failure)
+            }))
         })
     }
 
-    fn cipher_rows(&self, what: &'static str, make: impl Fn(Suite) -> Result<Work>) -> Result<Vec<Row>> {
+    fn cipher_rows(
+        &self,
+        what: &'static str,
+        make: impl Fn(Suite) -> Result<Work>,
+    ) -> Result<Vec<Row>> {
         let mut works = Suite::ALL.into_iter().map(make).collect::<Result<Vec<_>>>()?;
         let mut rates = vec![Vec::new(); works.len()];
         for round in 0..=ROUNDS {
@@ -490,8 +528,9 @@ impl Bench {
 
     /// Removes a store and its keyring, to free the space.
     fn clear(&self, name: &str) -> Result {
-        let remove =
-            |path: &Path, removed: std::io::Result<()>| removed.map_err(|error| Failure::file("remove", path, &error));
+        let remove = |path: &Path, removed: std::io::Result<()>| {
+            removed.map_err(|error| Failure::file("remove", path, &error))
+        };
         let store = self.dir.join(name);
         remove(&store, fs::remove_dir_all(&store))?;
         let keyring = self.dir.join(format!("{name}.keyring"));
@@ -582,7 +621,11 @@ mod tests {
 
     #[test]
     fn the_ratio_is_the_median_of_the_pairs() {
-        let row = rated(Row::new("append", Suite::Aes), &[90.0, 300.0, 10.0], Some(&vec![100.0, 300.0, 100.0]));
+        let row = rated(
+            Row::new("append", Suite::Aes),
+            &[90.0, 300.0, 10.0],
+            Some(&vec![100.0, 300.0, 100.0]),
+        );
         assert_eq!((row.mb_per_s, row.ratio), (Some(90.0), Some(0.9)));
     }
 

@@ -10,8 +10,8 @@ use std::{
 use bytes::Bytes;
 use comfy_table::Cell;
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName, LogstoreSpec, ReadOptions,
-    Store, StoreOptions, VerifyOptions,
+    AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName,
+    LogstoreSpec, ReadOptions, Store, StoreOptions, VerifyOptions,
     group::LogGroup,
     kms::{Cmk, LocalKms},
     segment::Compression,
@@ -54,7 +54,9 @@ pub(crate) fn run(setup: &Setup, args: &DemoArgs) -> Result {
     demo.progress = None;
     outcome?;
     let printed = demo.report(setup.json).and_then(|()| match &args.dir {
-        Some(dir) if !setup.json => output::line(format_args!("the store is in {}", dir.join("store").display())),
+        Some(dir) if !setup.json => {
+            output::line(format_args!("the store is in {}", dir.join("store").display()))
+        }
         _ => Ok(()),
     });
     both(printed, demo.verdict())
@@ -62,7 +64,10 @@ pub(crate) fn run(setup: &Setup, args: &DemoArgs) -> Result {
 
 fn texts(files: &[PathBuf]) -> Result<Vec<(String, Bytes)>> {
     if files.is_empty() {
-        return Ok(TEXTS.iter().map(|(name, text)| ((*name).to_owned(), Bytes::from(*text))).collect());
+        return Ok(TEXTS
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), Bytes::from(*text)))
+            .collect());
     }
     files.iter().map(|path| Ok((input::base_name(path), input::read_logs(path)?))).collect()
 }
@@ -77,9 +82,13 @@ fn directory(asked: Option<&Path>) -> Result<(PathBuf, Option<tempfile::TempDir>
         return Ok((temporary.path().to_owned(), Some(temporary)));
     };
     fs::create_dir_all(dir).map_err(|error| Failure::file("make the directory", dir, &error))?;
-    let mut entries = fs::read_dir(dir).map_err(|error| Failure::file("read the directory", dir, &error))?;
+    let mut entries =
+        fs::read_dir(dir).map_err(|error| Failure::file("read the directory", dir, &error))?;
     if entries.next().is_some() {
-        return Err(Failure::other(format!("{} is not empty: give a directory of its own", dir.display())));
+        return Err(Failure::other(format!(
+            "{} is not empty: give a directory of its own",
+            dir.display()
+        )));
     }
     Ok((dir.to_owned(), None))
 }
@@ -115,7 +124,9 @@ impl Demo {
     fn new(dir: &Path, texts: Vec<(String, Bytes)>) -> Result<Self> {
         let mut groups = Vec::new();
         for (name, text) in texts {
-            groups.extend(lines::groups(&name, text, GROUP_BYTES)?.into_iter().map(|lines| lines.group));
+            groups.extend(
+                lines::groups(&name, text, GROUP_BYTES)?.into_iter().map(|lines| lines.group),
+            );
         }
         if groups.is_empty() {
             return Err(Failure::other("these files contain no logs to show"));
@@ -123,8 +134,11 @@ impl Demo {
         let mut expected = Vec::new();
         groups.iter().for_each(|group| put_lines(group, &mut expected));
         let kms = LocalKms::create_or_open(dir.join("store.kms"))?;
-        let cmk =
-            Cmk { cmk_key_id: kms.create_key(REGION, &[ROLE])?, arn: ROLE.to_owned(), region_id: REGION.to_owned() };
+        let cmk = Cmk {
+            cmk_key_id: kms.create_key(REGION, &[ROLE])?,
+            arn: ROLE.to_owned(),
+            region_id: REGION.to_owned(),
+        };
         let samples = samples(&expected);
         Ok(Self {
             dir: dir.to_owned(),
@@ -151,9 +165,11 @@ impl Demo {
         let customer_name = LogstoreName::new("demo", "customer-sm4")?;
         let store = self.open()?;
         let service_conf = EncryptConf::service_key(EncryptType::Aes);
-        let service = store.create_logstore(&service_name, LogstoreSpec::default().encrypted(service_conf))?;
+        let service = store
+            .create_logstore(&service_name, LogstoreSpec::default().encrypted(service_conf))?;
         let customer_conf = EncryptConf::byok(EncryptType::Sm4, self.cmk.clone());
-        let customer = store.create_logstore(&customer_name, LogstoreSpec::default().encrypted(customer_conf))?;
+        let customer = store
+            .create_logstore(&customer_name, LogstoreSpec::default().encrypted(customer_conf))?;
 
         self.control()?;
         self.append("append, AES, service key", &service)?;
@@ -165,11 +181,20 @@ impl Demo {
         interrupt::check()?;
 
         let mut open_reader = customer.read(0, &ReadOptions::default())?;
-        self.check("a reader is open", open_reader.next().is_some_and(|record| record.is_ok()), "it returned a group");
+        self.check(
+            "a reader is open",
+            open_reader.next().is_some_and(|record| record.is_ok()),
+            "it returned a group",
+        );
         self.kms.disable(&self.cmk.cmk_key_id)?;
         self.refused("the key is disabled", customer.revalidate_now());
-        self.refused("append to the customer's Logstore", append(&customer, &self.groups[0]).map(drop));
-        let read = customer.read(0, &ReadOptions::default()).and_then(|mut reader| reader.next().transpose());
+        self.refused(
+            "append to the customer's Logstore",
+            append(&customer, &self.groups[0]).map(drop),
+        );
+        let read = customer
+            .read(0, &ReadOptions::default())
+            .and_then(|mut reader| reader.next().transpose());
         self.refused("read of the customer's Logstore", read.map(drop));
         self.refused("the reader that was open", open_reader.next().transpose().map(drop));
         self.verify(&store, "verify with keys", &VerifyOptions::default(), &[&customer_name])?;
@@ -178,7 +203,11 @@ impl Demo {
         let other = append(&service, &self.groups[0]).and_then(|()| service.sync());
         self.check("append to the other Logstore", other.is_ok(), "it still works");
         let read = read_all(&service)?;
-        self.check("read of the other Logstore", read.starts_with(&self.expected), "it still works");
+        self.check(
+            "read of the other Logstore",
+            read.starts_with(&self.expected),
+            "it still works",
+        );
         interrupt::check()?;
 
         self.kms.enable(&self.cmk.cmk_key_id)?;
@@ -192,7 +221,11 @@ impl Demo {
         put_lines(&self.groups[0], &mut self.expected);
         for name in [&service_name, &customer_name] {
             let read = read_all(&store.logstore(name)?)?;
-            self.check(&format!("closed, opened: read {name}"), read == self.expected, "every byte is there");
+            self.check(
+                &format!("closed, opened: read {name}"),
+                read == self.expected,
+                "every byte is there",
+            );
         }
         self.search()?;
         Ok(store.close()?)
@@ -202,7 +235,11 @@ impl Demo {
         let started = Instant::now();
         self.groups.iter().try_for_each(|group| append(logstore, group))?;
         logstore.sync()?;
-        self.rates.push(Rate { what, bytes: self.expected.len() as u64, elapsed: started.elapsed() });
+        self.rates.push(Rate {
+            what,
+            bytes: self.expected.len() as u64,
+            elapsed: started.elapsed(),
+        });
         Ok(())
     }
 
@@ -210,7 +247,11 @@ impl Demo {
         let started = Instant::now();
         let read = read_all(logstore)?;
         self.rates.push(Rate { what, bytes: read.len() as u64, elapsed: started.elapsed() });
-        let detail = format!("{} lines, {}, equal byte for byte", count_lines(&read), output::size(read.len() as u64));
+        let detail = format!(
+            "{} lines, {}, equal byte for byte",
+            count_lines(&read),
+            output::size(read.len() as u64)
+        );
         self.check(what, read == self.expected, &detail);
         Ok(())
     }
@@ -254,13 +295,23 @@ impl Demo {
     /// Searches every file of the store for excerpts of the logs.
     fn search(&mut self) -> Result {
         let (found, files) = self.files_with_plaintext(&self.dir.join("store"))?;
-        let detail = format!("searched {files} files for {} excerpts of the logs: found none", self.samples.len());
-        let detail = if found.is_empty() { detail } else { format!("found in {}", found.join(", ")) };
+        let detail = format!(
+            "searched {files} files for {} excerpts of the logs: found none",
+            self.samples.len()
+        );
+        let detail =
+            if found.is_empty() { detail } else { format!("found in {}", found.join(", ")) };
         self.check("no plaintext in the store", found.is_empty(), &detail);
         Ok(())
     }
 
-    fn verify(&mut self, store: &Store, what: &str, options: &VerifyOptions, refused: &[&LogstoreName]) -> Result {
+    fn verify(
+        &mut self,
+        store: &Store,
+        what: &str,
+        options: &VerifyOptions,
+        refused: &[&LogstoreName],
+    ) -> Result {
         let report = store.admin().verify(options, &mut |_| {})?;
         let as_expected = report.refused.iter().map(|(name, _)| name).eq(refused.iter().copied())
             && report.refused.iter().all(|(_, error)| error.kind() == ErrorKind::Revoked);
@@ -351,7 +402,12 @@ fn read_all(logstore: &Logstore) -> Result<Vec<u8>> {
 }
 
 fn put_lines(group: &LogGroup, out: &mut Vec<u8>) {
-    for content in group.logs.iter().flat_map(|log| &log.contents).filter(|content| &content.key[..] == CONTENT) {
+    for content in group
+        .logs
+        .iter()
+        .flat_map(|log| &log.contents)
+        .filter(|content| &content.key[..] == CONTENT)
+    {
         out.extend_from_slice(&content.value);
         out.push(b'\n');
     }
@@ -359,7 +415,8 @@ fn put_lines(group: &LogGroup, out: &mut Vec<u8>) {
 
 /// Lines from all parts of the text that are too long to occur by accident.
 fn samples(text: &[u8]) -> Vec<Vec<u8>> {
-    let long: Vec<&[u8]> = text.split(|&byte| byte == b'\n').filter(|line| line.len() >= SAMPLE_BYTES_MIN).collect();
+    let long: Vec<&[u8]> =
+        text.split(|&byte| byte == b'\n').filter(|line| line.len() >= SAMPLE_BYTES_MIN).collect();
     long.iter().step_by(long.len().div_ceil(SAMPLES).max(1)).map(|line| line.to_vec()).collect()
 }
 
@@ -368,7 +425,8 @@ fn count_lines(text: &[u8]) -> usize {
 }
 
 fn each_file(dir: &Path, visit: &mut impl FnMut(&Path) -> Result) -> Result {
-    let entries = fs::read_dir(dir).map_err(|error| Failure::file("read the directory", dir, &error))?;
+    let entries =
+        fs::read_dir(dir).map_err(|error| Failure::file("read the directory", dir, &error))?;
     for entry in entries {
         let path = entry.map_err(|error| Failure::file("read the directory", dir, &error))?.path();
         if path.is_dir() {

@@ -2,7 +2,9 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use envelog::segment::{BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader};
+use envelog::segment::{
+    BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader,
+};
 use serde::{
     Serialize, Serializer,
     ser::{Error as _, SerializeSeq as _},
@@ -42,7 +44,8 @@ pub(crate) fn run(setup: &Setup, args: &InspectArgs) -> Result {
         _ => None,
     };
     let printed = if setup.json {
-        let (header, footer) = (header_json(&decoded), footer.map(|footer| footer_json(&decoded, footer)));
+        let (header, footer) =
+            (header_json(&decoded), footer.map(|footer| footer_json(&decoded, footer)));
         output::json(&Report { file: output::path(path), bytes: len, header, blocks, footer })
     } else {
         print(&segment, &decoded, blocks, footer)
@@ -113,7 +116,12 @@ enum Part {
 impl Segment<'_> {
     /// Walks the blocks between two offsets. Returns the offset where they end and the structure
     /// found there.
-    fn walk(&self, mut at: u64, end: u64, mut each: impl FnMut(u64, &BlockHeader) -> Result) -> Result<(u64, Part)> {
+    fn walk(
+        &self,
+        mut at: u64,
+        end: u64,
+        mut each: impl FnMut(u64, &BlockHeader) -> Result,
+    ) -> Result<(u64, Part)> {
         while at < end {
             match self.part(at)? {
                 Part::Block(header) => {
@@ -152,7 +160,11 @@ impl Segment<'_> {
         let crc_holds = block
             .split_last_chunk::<CRC_LEN>()
             .is_some_and(|(covered, crc)| crc32fast::hash(covered) == u32::from_le_bytes(*crc));
-        Ok(if crc_holds { Part::Block(header) } else { Part::Damage("the CRC32 does not match".to_owned()) })
+        Ok(if crc_holds {
+            Part::Block(header)
+        } else {
+            Part::Damage("the CRC32 does not match".to_owned())
+        })
     }
 
     /// Whether the file contains only zeros from an offset on.
@@ -168,24 +180,33 @@ impl Segment<'_> {
     }
 
     fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
-        let len = usize::try_from(len).map_err(|_| Failure::other("the file is too large for this machine"))?;
+        let len = usize::try_from(len)
+            .map_err(|_| Failure::other("the file is too large for this machine"))?;
         let mut bytes = vec![0; len];
         match self.file.read_exact_at(&mut bytes, at) {
             Ok(()) => Ok(bytes),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Err(Failure::other(format!("{} became shorter while it was read", self.path.display())))
-            }
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Failure::other(
+                format!("{} became shorter while it was read", self.path.display()),
+            )),
             Err(error) => Err(Failure::file("read", self.path, &error)),
         }
     }
 
     fn damaged(&self, at: u64, what: &str, why: &dyn std::fmt::Display) -> Failure {
-        let message = format!("{}: the {what} at byte {at} is damaged or not yet written: {why}", self.path.display());
+        let message = format!(
+            "{}: the {what} at byte {at} is damaged or not yet written: {why}",
+            self.path.display()
+        );
         Failure::new(Status::Integrity, "corrupt", message)
     }
 }
 
-fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, footer: Option<&Footer>) -> Result {
+fn print(
+    segment: &Segment<'_>,
+    decoded: &DecodedHeader,
+    blocks: Blocks<'_>,
+    footer: Option<&Footer>,
+) -> Result {
     let header = &decoded.header;
     let mut table = output::table(&["header", ""], &[]);
     table
@@ -199,7 +220,10 @@ fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, foo
         .add_row(["ordinal", &header.ordinal.to_string()])
         .add_row(["epoch", &header.epoch.to_string()])
         .add_row(["generation", &header.generation.to_string()])
-        .add_row(["sequence numbers", &format!("{} to {}, not included", header.first_seq, header.limit_seq)])
+        .add_row([
+            "sequence numbers",
+            &format!("{} to {}, not included", header.first_seq, header.limit_seq),
+        ])
         .add_row(["created", &output::moment(header.created_us)])
         .add_row(["key", &key_source(header.key_source)])
         .add_row(["salt", &hex(&header.salt)])
@@ -234,7 +258,9 @@ fn print(segment: &Segment<'_>, decoded: &DecodedHeader, blocks: Blocks<'_>, foo
     })?;
     output::print_wide_table(&table)?;
 
-    let Some(footer) = footer else { return output::line("no footer: the segment has not been sealed") };
+    let Some(footer) = footer else {
+        return output::line("no footer: the segment has not been sealed");
+    };
     let mut table = output::table(&["footer", ""], &[]);
     table
         .add_row(["offset", &footer.offset.to_string()])

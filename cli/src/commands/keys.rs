@@ -10,8 +10,8 @@ use std::{
 
 use comfy_table::Cell;
 use envelog::{
-    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName, Recoverable, ReplaceCmk,
-    RewrapOptions, RewrapReport, kms::Cmk,
+    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName,
+    Recoverable, ReplaceCmk, RewrapOptions, RewrapReport, kms::Cmk,
 };
 use serde_json::json;
 
@@ -42,7 +42,9 @@ pub(crate) fn run(setup: &Setup, command: KeysCommand) -> Result {
         KeysCommand::Recover { without_keyring: _, expect, service_cmk } => {
             recover(setup, expect.as_deref(), service_cmk.as_deref())
         }
-        KeysCommand::RewrapKeyring { service_cmk, plain: _ } => rewrap_keyring(setup, service_cmk.as_deref()),
+        KeysCommand::RewrapKeyring { service_cmk, plain: _ } => {
+            rewrap_keyring(setup, service_cmk.as_deref())
+        }
         KeysCommand::ReplaceCmk { name, encrypt_conf, keep_data_key } => {
             replace_cmk(setup, &name, &encrypt_conf, keep_data_key)
         }
@@ -67,7 +69,9 @@ fn rewrap_one(setup: &Setup, argument: &str) -> Result {
     let envelopes = store.keys().rewrap(&name)?;
     setup.close(store)?;
     if setup.json {
-        return output::json(&json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }));
+        return output::json(
+            &json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }),
+        );
     }
     output::line(rewrapped_line(&name, envelopes))
 }
@@ -117,7 +121,9 @@ fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
     }
     if let Some(began_us) = report.continues_us {
         let began = output::moment(began_us);
-        output::line(format_args!("continuing the run that began at {began}; --restart starts over"))?;
+        output::line(format_args!(
+            "continuing the run that began at {began}; --restart starts over"
+        ))?;
     }
     for (name, envelopes) in &report.rewrapped {
         output::line(rewrapped_line(name, *envelopes))?;
@@ -138,8 +144,10 @@ fn usage(setup: &Setup) -> Result {
     if setup.json {
         return output::json(&usage);
     }
-    let mut table =
-        output::table(&["key", "version", "segments", "stored", "wrapped by", "since", "destroy?"], &[2, 3]);
+    let mut table = output::table(
+        &["key", "version", "segments", "stored", "wrapped by", "since", "destroy?"],
+        &[2, 3],
+    );
     for key in &usage.data_keys {
         let wrapped_by = match (&key.service_key_version, &key.cmk_version) {
             _ if key.shredded => "shredded".to_owned(),
@@ -186,7 +194,9 @@ fn usage(setup: &Setup) -> Result {
             "The rotation of the service key is unfinished, and older versions are accepted: run `keys rotate-service` again.",
         )?;
     }
-    output::line("Backups, snapshots and checkpoints of the store, and readers in other processes, may need more.")
+    output::line(
+        "Backups, snapshots and checkpoints of the store, and readers in other processes, may need more.",
+    )
 }
 
 /// Describes the data that needs a version of a master key.
@@ -200,8 +210,9 @@ fn cmk_version(version: &CmkVersionUsage) -> String {
     if version.probe {
         under.push("the probe".to_owned());
     }
-    let since =
-        version.oldest_wrapped_us.map_or_else(String::new, |us| format!(", wrapped since {}", output::moment(us)));
+    let since = version
+        .oldest_wrapped_us
+        .map_or_else(String::new, |us| format!(", wrapped since {}", output::moment(us)));
     format!("{name}: {}{since}", under.join(" and "))
 }
 
@@ -294,13 +305,18 @@ fn audit(setup: &Setup) -> Result {
 
 fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
     let against = match against {
-        Some(path) => Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?),
+        Some(path) => {
+            Some(AuditMark::of_export(&String::from_utf8_lossy(&input::read_file(path)?))?)
+        }
         None => None,
     };
     let found = setup.open_read_only()?.keys().verify_audit(against.as_ref())?;
     let number = found.head.number;
     let printed = if setup.json {
-        let fault = found.fault.as_ref().map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
+        let fault = found
+            .fault
+            .as_ref()
+            .map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
         output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))
     } else if found.fault.is_none() {
         output::line(format_args!("{number} audit records, all intact"))
@@ -308,7 +324,8 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
         Ok(())
     };
     let verdict = found.fault.map_or(Ok(()), |error| {
-        let message = format!("the audit log is sound up to record {number}, but not after it: {error}");
+        let message =
+            format!("the audit log is sound up to record {number}, but not after it: {error}");
         Err(Failure::new(status_of(&error), error.code(), message))
     });
     both(printed, verdict)
@@ -361,8 +378,11 @@ fn backup(setup: &Setup, out: &Path) -> Result {
 /// Refuses a copy of the keyring in the store directory: every copy of the store would hold it.
 fn refuse_inside(store: &Path, out: &Path) -> Result {
     let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let inside =
-        dir.canonicalize().ok().zip(store.canonicalize().ok()).is_some_and(|(dir, store)| dir.starts_with(store));
+    let inside = dir
+        .canonicalize()
+        .ok()
+        .zip(store.canonicalize().ok())
+        .is_some_and(|(dir, store)| dir.starts_with(store));
     if !inside {
         return Ok(());
     }
@@ -384,7 +404,8 @@ fn rewrap_keyring(setup: &Setup, service_cmk: Option<&str>) -> Result {
     if setup.json {
         return output::json(&json!({ "service_cmk": cmk }));
     }
-    let under = cmk.map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
+    let under = cmk
+        .map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
     output::line(format_args!(
         "the service keyring {} is under {under} now, with the same roots: back it up again, and rotate the service key to be done \
          with old copies",
@@ -414,7 +435,9 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
         // Print before assuming any role and before writing anything.
         found.iter().try_for_each(|one| output::line(found_line(one)))?;
     }
-    let matches = |one: &envelog::Recoverable| one.cmk.is_some() && expected.get(&one.name) == one.cmk.as_ref();
+    let matches = |one: &envelog::Recoverable| {
+        one.cmk.is_some() && expected.get(&one.name) == one.cmk.as_ref()
+    };
     if !found.iter().any(matches) {
         let names: Vec<_> = expected.keys().map(ToString::to_string).collect();
         return Err(Failure::other(format!(
@@ -435,9 +458,14 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
         }
         for path in &report.unauthenticated {
             let path = path.display();
-            output::line(format_args!("{path}: from before encryption was on, and can no longer be authenticated"))?;
+            output::line(format_args!(
+                "{path}: from before encryption was on, and can no longer be authenticated"
+            ))?;
         }
-        output::line(format_args!("created a new service keyring {}: back it up", setup.keyring.display()))?;
+        output::line(format_args!(
+            "created a new service keyring {}: back it up",
+            setup.keyring.display()
+        ))?;
     }
     if report.missing.is_empty() {
         return Ok(());
@@ -450,7 +478,9 @@ fn found_line(found: &Recoverable) -> String {
     let Recoverable { id, name, cmk, .. } = found;
     match cmk {
         Some(Cmk { cmk_key_id, arn, region_id }) => {
-            format!("{name}: Logstore {id} names master key {cmk_key_id} in {region_id} with role {arn}")
+            format!(
+                "{name}: Logstore {id} names master key {cmk_key_id} in {region_id} with role {arn}"
+            )
         }
         None => format!("{name}: Logstore {id} was under the lost service key"),
     }
@@ -460,7 +490,8 @@ fn found_line(found: &Recoverable) -> String {
 fn expected_keys(path: &Path) -> Result<BTreeMap<LogstoreName, Cmk>> {
     let text = fs::read(path).map_err(|error| Failure::file("read", path, &error))?;
     serde_json::from_slice(&text).map_err(|error| {
-        let what = format!("{} is no map of Logstores to their user_cmk_info: {error}", path.display());
+        let what =
+            format!("{} is no map of Logstores to their user_cmk_info: {error}", path.display());
         Failure::refused("invalid_expectation", what)
     })
 }
@@ -469,7 +500,10 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     let name = name(argument)?;
     let conf = EncryptConf::from_json(&input::text_argument(encrypt_conf)?)?;
     let Some(cmk) = conf.user_cmk_info else {
-        return Err(Failure::refused("not_byok", "the encrypt_conf has no user_cmk_info: it must name the new key"));
+        return Err(Failure::refused(
+            "not_byok",
+            "the encrypt_conf has no user_cmk_info: it must name the new key",
+        ));
     };
     let store = setup.open()?;
     // Replace only the key. Refuse other changed settings: they are probably meant for another
@@ -483,7 +517,10 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
     if conf.enable != old.enable {
         return Err(Failure::refused(
             "enable_differs",
-            format!("{name} has enable {}: use `update`, not replace-cmk, to change that", old.enable),
+            format!(
+                "{name} has enable {}: use `update`, not replace-cmk, to change that",
+                old.enable
+            ),
         ));
     }
     let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };

@@ -18,7 +18,11 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
         KmsCommand::CreateKey { region, grant } => {
             let grants: Vec<&str> = grant.iter().map(String::as_str).collect();
             let key = LocalKms::create_or_open(dir)?.create_key(&region, &grants)?;
-            return if setup.json { output::json(&json!({ "cmk_key_id": key })) } else { output::line(key) };
+            return if setup.json {
+                output::json(&json!({ "cmk_key_id": key }))
+            } else {
+                output::line(key)
+            };
         }
         KmsCommand::List => return list(setup, &open()?.list()?),
         KmsCommand::Disable(KeyArgs { key }) => {
@@ -78,10 +82,13 @@ fn list(setup: &Setup, keys: &[LocalKeyInfo]) -> Result {
             .collect();
         return output::json(&json!({ "keys": keys }));
     }
-    let mut table = output::table(&["key", "region", "state", "versions", "grants", "created"], &[3]);
+    let mut table =
+        output::table(&["key", "region", "state", "versions", "grants", "created"], &[3]);
     for key in keys {
         let state = match (key.state, key.deletion_day) {
-            (LocalKeyState::PendingDeletion { .. }, Some(on)) => format!("{} on {}", key.state, day(on)),
+            (LocalKeyState::PendingDeletion { .. }, Some(on)) => {
+                format!("{} on {}", key.state, day(on))
+            }
             (state, _) => state.to_string(),
         };
         table.add_row([

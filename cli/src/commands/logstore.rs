@@ -18,7 +18,8 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         Some(argument) => Some(EncryptConf::from_json(&input::text_argument(argument)?)?),
         None => None,
     };
-    let policy = RotateDataKey { max_age_days: args.rotate_key_days, max_bytes: args.rotate_key_bytes };
+    let policy =
+        RotateDataKey { max_age_days: args.rotate_key_days, max_bytes: args.rotate_key_bytes };
     let spec = LogstoreSpec {
         shard_count: args.shards,
         ttl_days: args.ttl,
@@ -91,7 +92,9 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     }
     output::line(format_args!("deleted {name}"))?;
     if !report.left.is_empty() {
-        output::line("these entries could not be removed; envelog tries again at each opening and run of retention:")?;
+        output::line(
+            "these entries could not be removed; envelog tries again at each opening and run of retention:",
+        )?;
     }
     report.left.iter().try_for_each(|path| output::line(path.display()))
 }

@@ -77,7 +77,12 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
 }
 
 /// Returns at least the last `wanted` logs of a shard, and a reader positioned behind them.
-fn last_logs(logstore: &Logstore, shard: u32, wanted: usize, format: Format) -> Result<(VecDeque<OneLog>, Reader)> {
+fn last_logs(
+    logstore: &Logstore,
+    shard: u32,
+    wanted: usize,
+    format: Format,
+) -> Result<(VecDeque<OneLog>, Reader)> {
     let end = logstore.end_seq(shard)?;
     // A group has at least one log, but sequence numbers may have gaps.
     let mut distance = wanted as u64;

@@ -37,7 +37,12 @@ fn status(store: &Store, name: &LogstoreName) -> Result<LogstoreStatus> {
     Ok(logstore.status()?)
 }
 
-fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(LogstoreName, Failure)]) -> Result {
+fn print(
+    setup: &Setup,
+    store: &Store,
+    all: &[LogstoreStatus],
+    failed: &[(LogstoreName, Failure)],
+) -> Result {
     if setup.json {
         let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
         return output::json(&json!({
@@ -129,8 +134,8 @@ fn print(setup: &Setup, store: &Store, all: &[LogstoreStatus], failed: &[(Logsto
 
 /// The complete status, with the state of the key as a word.
 fn as_json(status: &LogstoreStatus) -> Result<Value> {
-    let mut value =
-        serde_json::to_value(status).map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
+    let mut value = serde_json::to_value(status)
+        .map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
     let (state, reason) = key_words(&status.key.state);
     let lease_left_s = status.key.lease_left.map(|left| left.as_secs_f64());
     value["key"] = json!({ "state": state, "reason": reason, "lease_left_s": lease_left_s });

@@ -29,7 +29,8 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     })?;
     drop(progress);
 
-    let printed = if setup.json { print_json(&report, args.keyless) } else { print(&report, args.keyless) };
+    let printed =
+        if setup.json { print_json(&report, args.keyless) } else { print(&report, args.keyless) };
     both(printed, verdict(&report))
 }
 
@@ -53,8 +54,14 @@ fn print_json(report: &VerifyReport, keyless: bool) -> Result {
 }
 
 fn print(report: &VerifyReport, keyless: bool) -> Result {
-    report.faults.iter().try_for_each(|fault| output::line(format_args!("FAULT {}", fault.message)))?;
-    report.refused.iter().try_for_each(|(_, error)| output::line(format_args!("REFUSED {error}")))?;
+    report
+        .faults
+        .iter()
+        .try_for_each(|fault| output::line(format_args!("FAULT {}", fault.message)))?;
+    report
+        .refused
+        .iter()
+        .try_for_each(|(_, error)| output::line(format_args!("REFUSED {error}")))?;
     report.notes.iter().try_for_each(|note| output::line(format_args!("note: {note}")))?;
     output::line(format_args!(
         "checked {} segments, {} blocks, {} groups, {}{}; faults: {}",
@@ -70,7 +77,8 @@ fn print(report: &VerifyReport, keyless: bool) -> Result {
 /// Fails with the most severe finding; all findings are printed.
 fn verdict(report: &VerifyReport) -> Result {
     let found = if report.faults.is_empty() { Status::Done } else { Status::Integrity };
-    let status = report.refused.iter().map(|(_, error)| status_of(error)).fold(found, Status::worse);
+    let status =
+        report.refused.iter().map(|(_, error)| status_of(error)).fold(found, Status::worse);
     let refusal = report.refused.iter().find(|(_, error)| status_of(error) == status);
     match (status, report.faults.first(), refusal) {
         (Status::Done, ..) => Ok(()),
@@ -81,7 +89,11 @@ fn verdict(report: &VerifyReport) -> Result {
         }
         (_, _, Some((_, error))) => {
             let more = others(report.refused.len(), "Logstore");
-            Err(Failure::new(status, error.code(), format!("{error}{more}; without keys, --keyless verifies")))
+            Err(Failure::new(
+                status,
+                error.code(),
+                format!("{error}{more}; without keys, --keyless verifies"),
+            ))
         }
         (status, ..) => Err(Failure::new(status, "failed", "the verification failed")),
     }
@@ -121,7 +133,10 @@ pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
         return output::json(&report);
     }
     match &report.segment {
-        None => output::line(format_args!("the end of shard {} of {name} is sound: nothing was changed", args.shard)),
+        None => output::line(format_args!(
+            "the end of shard {} of {name} is sound: nothing was changed",
+            args.shard
+        )),
         Some(segment) => output::line(format_args!(
             "repaired {}: {} after the damage kept, {} discarded",
             segment.display(),

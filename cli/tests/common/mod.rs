@@ -50,7 +50,9 @@ impl World {
     /// The binary with these arguments, in the directory, without inherited settings.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envelog"));
-        for variable in ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_ANCHOR", "ENVELOG_LOG"] {
+        for variable in
+            ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_ANCHOR", "ENVELOG_LOG"]
+        {
             command.env_remove(variable);
         }
         // The program must not print a backtrace even if the environment asks for one.
@@ -85,7 +87,8 @@ impl World {
     /// Runs a command that must print one JSON document.
     pub(crate) fn json<S: AsRef<OsStr>>(&self, args: &[S]) -> Value {
         let stdout = self.ok(args);
-        serde_json::from_slice(&stdout).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&stdout)))
+        serde_json::from_slice(&stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&stdout)))
     }
 
     /// Runs a command that must fail with this status and one sentence, and returns the sentence.
@@ -160,7 +163,9 @@ pub(crate) fn byok(encrypt_type: &str, key: &str) -> Value {
 
 /// Generates this many numbered lines.
 pub(crate) fn made_lines(count: usize) -> Vec<u8> {
-    let line = |n| format!("2026-01-31 12:00:{:02} INFO request {n} served in {} ms\n", n % 60, n * 7 % 997);
+    let line = |n| {
+        format!("2026-01-31 12:00:{:02} INFO request {n} served in {} ms\n", n % 60, n * 7 % 997)
+    };
     (0..count).map(line).collect::<String>().into_bytes()
 }
 
@@ -186,14 +191,19 @@ impl Out {
     pub(crate) fn sentence(&self, status: i32) -> String {
         self.assert(status);
         let said = self.stderr.trim_end();
-        assert!(said.starts_with("envelog: ") && said.lines().count() == 1, "{}: not one sentence: {said}", self.what);
+        assert!(
+            said.starts_with("envelog: ") && said.lines().count() == 1,
+            "{}: not one sentence: {said}",
+            self.what
+        );
         said["envelog: ".len()..].to_owned()
     }
 
     /// Like [`Out::sentence`] with `--json`: returns the kind and the sentence.
     pub(crate) fn json_error(&self, status: i32) -> (String, String) {
         self.assert(status);
-        let said: Value = serde_json::from_str(&self.stderr).unwrap_or_else(|error| panic!("{error}: {}", self.stderr));
+        let said: Value = serde_json::from_str(&self.stderr)
+            .unwrap_or_else(|error| panic!("{error}: {}", self.stderr));
         assert_eq!(said.as_object().unwrap().len(), 1, "{said}");
         let text = |field: &str| said["error"][field].as_str().unwrap().to_owned();
         (text("kind"), text("message"))
@@ -240,7 +250,14 @@ impl Running {
                 let _ = kill_process(pid, Signal::KILL);
             }
         });
-        Self { stdin: child.stdin.take(), stdout: child.stdout.take(), child: Ending(child), stderr, watched, what }
+        Self {
+            stdin: child.stdin.take(),
+            stdout: child.stdout.take(),
+            child: Ending(child),
+            stderr,
+            watched,
+            what,
+        }
     }
 
     /// The lines of standard output as they arrive. They end with the process.

@@ -86,10 +86,12 @@ fn interrupted(stage: Stage) -> Scene {
     release(held);
     assert!(scene.keyring().is_file() && !first.exists());
     match stage {
-        Stage::Keyring => {
-            ["audit", "catalogue", "logstores", "probes"].iter().for_each(|name| remove(&scene.store(name)))
+        Stage::Keyring => ["audit", "catalogue", "logstores", "probes"]
+            .iter()
+            .for_each(|name| remove(&scene.store(name))),
+        Stage::SomeDirectories => {
+            ["logstores", "probes"].iter().for_each(|name| remove(&scene.store(name)))
         }
-        Stage::SomeDirectories => ["logstores", "probes"].iter().for_each(|name| remove(&scene.store(name))),
         _ => {}
     }
     if stage <= Stage::Directories {
@@ -140,15 +142,23 @@ fn another_keyring_continues_no_creation() {
         remove(&scene.keyring());
         fs::copy(other.keyring(), scene.keyring()).unwrap();
         let before = (picture(&scene.store("")), picture(&scene.world.path("secret")));
-        let (kind, sentence) =
-            scene.run(&[&["--json"], CREATE].concat()).json_error(if stage == Stage::Directory { 1 } else { 7 });
+        let (kind, sentence) = scene
+            .run(&[&["--json"], CREATE].concat())
+            .json_error(if stage == Stage::Directory { 1 } else { 7 });
         let expected = if stage == Stage::Directory { "keyring_exists" } else { "keyring_foreign" };
         assert_eq!(kind, expected, "{stage:?}: {sentence}");
         let now = (picture(&scene.store("")), picture(&scene.world.path("secret")));
         let names = |picture: &BTreeMap<PathBuf, (u32, u64, u32, u32, Vec<u8>)>| {
-            picture.clone().into_iter().filter(|(path, _)| !path.ends_with("LOCK")).collect::<Vec<_>>()
+            picture
+                .clone()
+                .into_iter()
+                .filter(|(path, _)| !path.ends_with("LOCK"))
+                .collect::<Vec<_>>()
         };
-        assert!(names(&before.0) == names(&now.0) && before.1 == now.1, "{stage:?}: something has changed");
+        assert!(
+            names(&before.0) == names(&now.0) && before.1 == now.1,
+            "{stage:?}: something has changed"
+        );
     }
 }
 
@@ -164,7 +174,10 @@ fn a_record_of_another_creation_is_refused() {
             let out = scene.run(CREATE);
             assert!(status.contains(&out.status.unwrap()), "{stage:?}: {what}: {}", out.stderr);
             out.sentence(out.status.unwrap());
-            assert!(before == (picture(&scene.store("")), picture(&scene.world.path("secret"))), "{stage:?}: {what}");
+            assert!(
+                before == (picture(&scene.store("")), picture(&scene.world.path("secret"))),
+                "{stage:?}: {what}"
+            );
         };
         refused("another store's record", &fs::read(other.store("CREATING")).unwrap(), &[7]);
         refused("an empty record", b"", &[5]);
@@ -181,7 +194,10 @@ fn a_record_of_another_creation_is_refused() {
             let before = (picture(&scene.store("")), picture(&scene.world.path("")));
             let out = scene.run(CREATE);
             assert!(out.sentence(5).contains("CREATING is a "), "{thing:?}: {}", out.stderr);
-            assert!(before == (picture(&scene.store("")), picture(&scene.world.path(""))), "{thing:?}");
+            assert!(
+                before == (picture(&scene.store("")), picture(&scene.world.path(""))),
+                "{thing:?}"
+            );
         }
         remove(&scene.store("CREATING"));
         fs::write(scene.store("CREATING"), &record).unwrap();
@@ -217,7 +233,10 @@ fn an_interrupted_creation_leads_nowhere() {
             thing.put(&target, &scene.precious());
             let before = everything(&scene, name);
             let sentence = scene.run(CREATE).sentence(5);
-            assert!(sentence.contains(&format!("{name} is a ")), "{stage:?}: {name} as {thing:?}: {sentence}");
+            assert!(
+                sentence.contains(&format!("{name} is a ")),
+                "{stage:?}: {name} as {thing:?}: {sentence}"
+            );
             assert!(before == everything(&scene, name), "{stage:?}: {name} as {thing:?}");
             remove(&target);
             fs::rename(&aside, &target).unwrap();
@@ -252,9 +271,12 @@ fn a_finished_store_without_its_identity_is_never_overwritten() {
                 }
                 without.iter().for_each(|name| remove(&scene.store(name)));
                 let before = picture(&scene.store(""));
-                for args in
-                    [CREATE, &["create", "p/new"], &["append", "p/a"], &["keys", "recover", "--without-keyring"]]
-                {
+                for args in [
+                    CREATE,
+                    &["create", "p/new"],
+                    &["append", "p/a"],
+                    &["keys", "recover", "--without-keyring"],
+                ] {
                     let out = scene.run_with(args, b"x\n");
                     out.sentence(7);
                 }
@@ -275,8 +297,13 @@ fn a_creation_that_is_killed_at_any_time_can_be_continued() {
     let world = World::new();
     for round in 0..30_u32 {
         let store = format!("s{round}");
-        let base =
-            |args: &[&str]| [&["--store", &*store], args].concat().iter().map(ToString::to_string).collect::<Vec<_>>();
+        let base = |args: &[&str]| {
+            [&["--store", &*store], args]
+                .concat()
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+        };
         let running = Running::start(world.command(&base(CREATE)));
         thread::sleep(Duration::from_micros(u64::from(round) * 700));
         running.kill();

@@ -13,9 +13,12 @@ fn a_lock_file_that_is_none_is_refused_and_leads_nowhere() {
     let before = (picture(&scene.precious()), picture(&scene.world.path("secret")));
     let check = |what: &str| {
         let found = fs::symlink_metadata(&lock).unwrap();
-        for args in
-            [&["append", "p/a"][..], &["keys", "rotate-data", "p/a"], &["delete", "p/a", "--yes"], &["create", "p/c"]]
-        {
+        for args in [
+            &["append", "p/a"][..],
+            &["keys", "rotate-data", "p/a"],
+            &["delete", "p/a", "--yes"],
+            &["create", "p/c"],
+        ] {
             let sentence = scene.run_with(args, b"x\n").sentence(5);
             assert!(sentence.contains("LOCK is a "), "{what}: {sentence}");
             assert!(sentence.contains("put the original back"), "{what}: {sentence}");
@@ -23,7 +26,10 @@ fn a_lock_file_that_is_none_is_refused_and_leads_nowhere() {
         // Readers need no lock.
         assert_eq!(scene.read("p/a"), "first\n", "{what}");
         assert_eq!(fs::symlink_metadata(&lock).unwrap().ino(), found.ino(), "{what}");
-        assert!(before == (picture(&scene.precious()), picture(&scene.world.path("secret"))), "{what}");
+        assert!(
+            before == (picture(&scene.precious()), picture(&scene.world.path("secret"))),
+            "{what}"
+        );
         remove(&lock);
     };
     remove(&lock);
@@ -48,7 +54,9 @@ fn a_lock_file_with_other_contents_or_another_name_is_not_written() {
     let scene = Scene::new();
     let lock = scene.store("LOCK");
     let before = (picture(&scene.precious()), picture(&scene.world.path("secret")));
-    for contents in ["a shopping list\n", "12 monkeys", "123456789012345678901234567890\n", "\0\0\0", "-1\n"] {
+    for contents in
+        ["a shopping list\n", "12 monkeys", "123456789012345678901234567890\n", "\0\0\0", "-1\n"]
+    {
         fs::write(&lock, contents).unwrap();
         scene.works(contents);
         assert_eq!(fs::read_to_string(&lock).unwrap(), contents);
@@ -164,10 +172,17 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
             let inode = fs::symlink_metadata(target).unwrap().ino();
             let mut served = 0;
             for name in ["p/a", "p/b", "p/c"] {
-                for args in [&["read", name][..], &["append", name], &["verify", name], &["status", name]] {
+                for args in
+                    [&["read", name][..], &["append", name], &["verify", name], &["status", name]]
+                {
                     let out = scene.run_with(args, b"more\n");
                     // Success, or an error that names the type.
-                    assert!(matches!(out.status, Some(0 | 5)), "{what}: {args:?}: {:?}: {}", out.status, out.stderr);
+                    assert!(
+                        matches!(out.status, Some(0 | 5)),
+                        "{what}: {args:?}: {:?}: {}",
+                        out.status,
+                        out.stderr
+                    );
                     if out.status == Some(5) {
                         let said = out.stderr.clone() + &out.text();
                         assert!(said.contains(" is a "), "{what}: {args:?}: {said}");
@@ -177,15 +192,29 @@ fn no_command_waits_for_or_goes_through_what_is_no_file() {
                     }
                 }
             }
-            let is_shared =
-                matches!(inside, "STORE" | "audit" | "logstores" | "probes") || inside.starts_with("catalogue");
+            let is_shared = matches!(inside, "STORE" | "audit" | "logstores" | "probes")
+                || inside.starts_with("catalogue");
             assert!(is_shared || served >= 2, "{what}: {served} Logstores are served");
-            for args in [&["keys", "rotate-service"][..], &["list"], &["keys", "audit"], &["create", "p/a"]] {
+            for args in
+                [&["keys", "rotate-service"][..], &["list"], &["keys", "audit"], &["create", "p/a"]]
+            {
                 let out = scene.run(args);
-                assert!(matches!(out.status, Some(0 | 1 | 5)), "{what}: {args:?}: {:?}: {}", out.status, out.stderr);
+                assert!(
+                    matches!(out.status, Some(0 | 1 | 5)),
+                    "{what}: {args:?}: {:?}: {}",
+                    out.status,
+                    out.stderr
+                );
             }
-            assert!(before == picture(&scene.precious()), "{what}: something outside the store has changed");
-            assert_eq!(fs::symlink_metadata(target).unwrap().ino(), inode, "{what}: it has been replaced");
+            assert!(
+                before == picture(&scene.precious()),
+                "{what}: something outside the store has changed"
+            );
+            assert_eq!(
+                fs::symlink_metadata(target).unwrap().ino(),
+                inode,
+                "{what}: it has been replaced"
+            );
             remove(target);
             fs::rename(&aside, target).unwrap();
         }
@@ -207,8 +236,14 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     symlink(at("data/two"), at("absolute")).unwrap();
     symlink("secret", at("linked")).unwrap();
     symlink("linked", at("linked-twice")).unwrap();
-    let links =
-        ["data/one", "data/two", "absolute", "linked/keyring", "linked-twice/keyring", "./secret/../linked/keyring"];
+    let links = [
+        "data/one",
+        "data/two",
+        "absolute",
+        "linked/keyring",
+        "linked-twice/keyring",
+        "./secret/../linked/keyring",
+    ];
     let run = |keyring: &str, args: &[&str], input: &[u8]| {
         scene.world.run_with(&[&["--store", "data/s", "--keyring", keyring], args].concat(), input)
     };
@@ -217,7 +252,11 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     for link in links {
         let before = fs::read(scene.keyring()).unwrap();
         run(link, &["keys", "rotate-service"], b"").assert(0);
-        assert_ne!(fs::read(scene.keyring()).unwrap(), before, "{link}: the keyring is not replaced");
+        assert_ne!(
+            fs::read(scene.keyring()).unwrap(),
+            before,
+            "{link}: the keyring is not replaced"
+        );
         run(link, &["append", "p/a"], b"more\n").assert(0);
         scene.works(link);
     }
@@ -226,7 +265,10 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     assert_eq!(mode(scene.keyring()), 0o600);
     // Creating a keyring through a dangling link creates the target of the link.
     symlink("../secret/new", at("data/dangling")).unwrap();
-    scene.world.run(&["--store", "data/t", "--keyring", "data/dangling", "create", "p/a"]).assert(0);
+    scene
+        .world
+        .run(&["--store", "data/t", "--keyring", "data/dangling", "create", "p/a"])
+        .assert(0);
     assert_eq!(mode(at("secret/new")), 0o600);
     assert!(fs::symlink_metadata(at("data/dangling")).unwrap().is_symlink());
     scene.world.run(&["--store", "data/t", "--keyring", "secret/new", "read", "p/a"]).assert(0);
@@ -235,11 +277,17 @@ fn a_symlink_to_the_keyring_stays_and_its_target_is_replaced() {
     symlink("nowhere/k", at("lost")).unwrap();
     fifo(&at("fifo"));
     symlink("fifo", at("to-fifo")).unwrap();
-    for (path, status) in [("loop", 1), ("lost", 7), ("fifo", 5), ("to-fifo", 5), ("secret", 5), ("/dev/null", 5)] {
+    for (path, status) in
+        [("loop", 1), ("lost", 7), ("fifo", 5), ("to-fifo", 5), ("secret", 5), ("/dev/null", 5)]
+    {
         let begun = Instant::now();
         for args in [&["read", "p/a"][..], &["append", "p/a"], &["keys", "rotate-service"]] {
             let out = run(path, args, b"");
-            assert!(out.sentence(status).contains(path.trim_start_matches("to-")), "{path}: {}", out.stderr);
+            assert!(
+                out.sentence(status).contains(path.trim_start_matches("to-")),
+                "{path}: {}",
+                out.stderr
+            );
         }
         assert!(begun.elapsed() < QUICK, "{path}");
     }
@@ -254,23 +302,44 @@ fn of_two_stores_made_at_once_with_one_keyring_one_is_made() {
         fs::create_dir(world.path(&round.to_string())).unwrap();
         let keyring = format!("{round}/k");
         let stores = ["a", "b"].map(|name| format!("{round}/{name}"));
-        let start =
-            |store: &String| Running::start(world.command(&["--store", store, "--keyring", &keyring, "create", "p/l"]));
+        let start = |store: &String| {
+            Running::start(world.command(&[
+                "--store",
+                store,
+                "--keyring",
+                &keyring,
+                "create",
+                "p/l",
+            ]))
+        };
         let ends = stores.each_ref().map(start).map(Running::finish);
-        let made: Vec<&String> =
-            stores.iter().zip(&ends).filter(|(_, end)| end.status == Some(0)).map(|(it, _)| it).collect();
+        let made: Vec<&String> = stores
+            .iter()
+            .zip(&ends)
+            .filter(|(_, end)| end.status == Some(0))
+            .map(|(it, _)| it)
+            .collect();
         assert_eq!(made.len(), 1, "round {round}: {} {}", ends[0].stderr, ends[1].stderr);
         let lost = ends.iter().find(|end| end.status != Some(0)).unwrap();
         assert!(lost.sentence(lost.status.unwrap()).contains("keyring"), "{}", lost.stderr);
-        world.run_with(&["--store", made[0], "--keyring", &keyring, "append", "p/l"], b"x\n").assert(0);
+        world
+            .run_with(&["--store", made[0], "--keyring", &keyring, "append", "p/l"], b"x\n")
+            .assert(0);
         assert_eq!(world.ok(&["--store", made[0], "--keyring", &keyring, "read", "p/l"]), b"x\n");
         // Create the other store with its own keyring.
         if round % 10 != 0 {
             continue;
         }
         let other = stores.iter().find(|store| *store != made[0]).unwrap();
-        world.run(&["--store", other, "--keyring", &format!("{round}/other"), "create", "p/l"]).assert(0);
-        world.run_with(&["--store", other, "--keyring", &format!("{round}/other"), "append", "p/l"], b"x\n").assert(0);
+        world
+            .run(&["--store", other, "--keyring", &format!("{round}/other"), "create", "p/l"])
+            .assert(0);
+        world
+            .run_with(
+                &["--store", other, "--keyring", &format!("{round}/other"), "append", "p/l"],
+                b"x\n",
+            )
+            .assert(0);
     }
 }
 
@@ -281,7 +350,12 @@ fn of_two_processes_that_make_one_store_at_once_one_succeeds() {
         let store = format!("s{round}");
         let start = |name| Running::start(world.command(&["--store", &store, "create", name]));
         let ends = [start("p/a"), start("p/b")].map(Running::finish);
-        assert!(ends.iter().any(|end| end.status == Some(0)), "round {round}: {} {}", ends[0].stderr, ends[1].stderr);
+        assert!(
+            ends.iter().any(|end| end.status == Some(0)),
+            "round {round}: {} {}",
+            ends[0].stderr,
+            ends[1].stderr
+        );
         for (end, name) in ends.iter().zip(["p/a", "p/b"]) {
             if end.status != Some(0) {
                 end.sentence(end.status.unwrap());
@@ -290,7 +364,11 @@ fn of_two_processes_that_make_one_store_at_once_one_succeeds() {
             world.run_with(&["--store", &store, "append", name], b"x\n").assert(0);
         }
         assert!(!world.path(&store).join("CREATING").exists());
-        assert_eq!(fs::read_dir(world.path("")).unwrap().count(), 2 * (round + 1), "a store and a keyring a round");
+        assert_eq!(
+            fs::read_dir(world.path("")).unwrap().count(),
+            2 * (round + 1),
+            "a store and a keyring a round"
+        );
     }
 }
 
@@ -321,7 +399,10 @@ fn clean_up_follows_no_symlink_in_place_of_a_logstore() {
         for _ in 0..2 {
             scene.works(&format!("{thing:?}"));
         }
-        assert!(before.0.iter().all(|(path, was)| picture(&scene.precious()).get(path) == Some(was)), "{thing:?}");
+        assert!(
+            before.0.iter().all(|(path, was)| picture(&scene.precious()).get(path) == Some(was)),
+            "{thing:?}"
+        );
         assert!(before.1 == picture(&scene.world.path("secret")), "{thing:?}");
     }
 }
@@ -335,10 +416,12 @@ fn a_key_file_that_is_none_concerns_no_other_kms() {
     fs::write(precious.join("report"), "an audit report").unwrap();
     symlink("report", precious.join("link")).unwrap();
     let make = |dir: &str, region: &str| {
-        let made = world.ok(&["--kms-dir", dir, "kms", "create-key", "--region", region, "--grant", "r"]);
+        let made =
+            world.ok(&["--kms-dir", dir, "kms", "create-key", "--region", region, "--grant", "r"]);
         String::from_utf8(made).unwrap().trim().to_owned()
     };
-    let keys = [("p/a", make("k1", "region-a"), "region-a"), ("p/b", make("k2", "region-b"), "region-b")];
+    let keys =
+        [("p/a", make("k1", "region-a"), "region-a"), ("p/b", make("k2", "region-b"), "region-b")];
     let base = |args: &[&str], input: &[u8]| {
         let begun = Instant::now();
         let all = [&["--store", "s", "--kms", "local:k1", "--kms", "local:k2"], args].concat();
@@ -355,13 +438,16 @@ fn a_key_file_that_is_none_concerns_no_other_kms() {
     let before = picture(&precious);
     for file in [format!("keys/{}.json", keys[0].1), "kms.json".to_owned(), "keys".to_owned()] {
         let (target, aside) = (world.path("k1").join(&file), world.path("aside"));
-        for thing in if file == "keys" { Thing::NO_DIRECTORY.to_vec() } else { Thing::ALL.to_vec() } {
+        for thing in if file == "keys" { Thing::NO_DIRECTORY.to_vec() } else { Thing::ALL.to_vec() }
+        {
             fs::rename(&target, &aside).unwrap();
             thing.put(&target, &precious);
             let what = format!("{file} as {thing:?}");
-            for (args, input) in
-                [(&["read", "p/b"][..], &b""[..]), (&["append", "p/b"], b"y\n"), (&["status", "p/b"], b"")]
-            {
+            for (args, input) in [
+                (&["read", "p/b"][..], &b""[..]),
+                (&["append", "p/b"], b"y\n"),
+                (&["status", "p/b"], b""),
+            ] {
                 let out = base(args, input);
                 assert_eq!(out.status, Some(0), "{what}: {args:?}: {}", out.stderr);
             }
@@ -406,7 +492,12 @@ fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
         let deleted = scene.run(&["delete", "p/gone", "--yes"]);
         deleted.assert(0);
         let said = deleted.text() + &deleted.stderr;
-        assert!(said.contains("snapshot") && said.contains(".nfs000000000001") && said.contains("stray"), "{said}");
+        assert!(
+            said.contains("snapshot")
+                && said.contains(".nfs000000000001")
+                && said.contains("stray"),
+            "{said}"
+        );
         scene.run(&["read", "p/gone"]).sentence(1);
         scene.works(&format!("{thing:?}"));
         scene.run(&["create", "p/gone"]).assert(0);
@@ -416,7 +507,11 @@ fn what_a_deletion_cannot_remove_keeps_no_other_logstore_shut() {
             remove(&scene.world.path(line));
         }
         let now = picture(&scene.precious());
-        assert!(before.iter().all(|(path, was)| now.get(path).map(|now| (now.0, &now.4)) == Some((was.0, &was.4))));
+        assert!(
+            before.iter().all(
+                |(path, was)| now.get(path).map(|now| (now.0, &now.4)) == Some((was.0, &was.4))
+            )
+        );
         // Once they are gone, the next opening removes the rest.
         scene.works("the strays are gone");
         assert_eq!(scene.logstores().len(), 3, "{thing:?}");
@@ -449,8 +544,13 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
             for epoch in next_epochs(&scene.store("")) {
                 of.push(scene.store(&format!("catalogue/{epoch:010}-0000000001")));
                 // Each opening starts a segment with one record.
-                let segment = |seq: u64| format!("shard-0000/{:010}-{seq:020}-{epoch:010}", seq + 1);
-                of.extend(logstores.iter().flat_map(|logstore| (0..6).map(|seq| logstore.join(segment(seq)))));
+                let segment =
+                    |seq: u64| format!("shard-0000/{:010}-{seq:020}-{epoch:010}", seq + 1);
+                of.extend(
+                    logstores
+                        .iter()
+                        .flat_map(|logstore| (0..6).map(|seq| logstore.join(segment(seq)))),
+                );
             }
             of.extend(logstores.iter().map(|logstore| logstore.join(META)));
             for path in of {
@@ -475,16 +575,20 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
         scene.works(&what);
         for (inode, path) in planted {
             // In a shard, the program removes only names of temporary segments.
-            let is_segment =
-                path.parent().unwrap().ends_with("shard-0000") && path.extension().is_some_and(|it| it == "tmp");
+            let is_segment = path.parent().unwrap().ends_with("shard-0000")
+                && path.extension().is_some_and(|it| it == "tmp");
             match fs::symlink_metadata(&path) {
-                Ok(found) => assert_eq!(found.ino(), inode, "{what}: {} has been replaced", path.display()),
+                Ok(found) => {
+                    assert_eq!(found.ino(), inode, "{what}: {} has been replaced", path.display())
+                }
                 Err(_) => assert!(is_segment, "{what}: {} is gone", path.display()),
             }
         }
         let now = picture(&scene.precious());
         assert!(
-            before.iter().all(|(path, was)| now.get(path).map(|now| (now.0, &now.4)) == Some((was.0, &was.4))),
+            before.iter().all(
+                |(path, was)| now.get(path).map(|now| (now.0, &now.4)) == Some((was.0, &was.4))
+            ),
             "{what}"
         );
     }

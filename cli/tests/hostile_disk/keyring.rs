@@ -7,14 +7,22 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
     let scene = Scene::new();
     let with = |more: &[&str], args: &[&str]| scene.run_with(&[more, args].concat(), b"more\n");
     let group = &["--keyring-group"][..];
-    for mode in [0o644, 0o640, 0o660, 0o604, 0o606, 0o602, 0o620, 0o601, 0o710, 0o770, 0o777, 0o444, 0o440] {
+    for mode in
+        [0o644, 0o640, 0o660, 0o604, 0o606, 0o602, 0o620, 0o601, 0o710, 0o770, 0o777, 0o444, 0o440]
+    {
         chmod(scene.keyring(), mode);
-        for args in
-            [&["read", "p/a"][..], &["append", "p/a"], &["keys", "rotate-service"], &["keys", "backup", "--out", "b"]]
-        {
+        for args in [
+            &["read", "p/a"][..],
+            &["append", "p/a"],
+            &["keys", "rotate-service"],
+            &["keys", "backup", "--out", "b"],
+        ] {
             let out = with(&[], args);
             let sentence = out.sentence(7);
-            assert!(sentence.contains("chmod 600") && sentence.contains(&format!("{mode:04o}")), "{sentence}");
+            assert!(
+                sentence.contains("chmod 600") && sentence.contains(&format!("{mode:04o}")),
+                "{sentence}"
+            );
             let out = with(group, args);
             if matches!(mode, 0o640 | 0o440) {
                 out.assert(0);
@@ -39,7 +47,10 @@ fn a_keyring_that_others_have_a_right_to_is_refused() {
     assert_eq!(mode(scene.keyring()), 0o640);
     scene.world.run(&["--keyring-group", "--store", "t", "create", "p/a"]).assert(0);
     assert_eq!(mode(scene.world.path("t.keyring")), 0o640);
-    assert_eq!((mode(scene.world.path("t")), mode(scene.world.path("t/catalogue"))), (0o700, 0o700));
+    assert_eq!(
+        (mode(scene.world.path("t")), mode(scene.world.path("t/catalogue"))),
+        (0o700, 0o700)
+    );
     assert_eq!(mode(catalogue_file(&scene.world.path("t"))), 0o600);
 }
 
@@ -100,9 +111,15 @@ fn a_keyring_does_not_lie_inside_the_store() {
                 &["keys", "rotate-service"],
                 &["keys", "recover", "--without-keyring"],
             ] {
-                let out = feed(world.command(&[&["--store", store, "--keyring", keyring], args].concat()), b"x\n");
+                let out = feed(
+                    world.command(&[&["--store", store, "--keyring", keyring], args].concat()),
+                    b"x\n",
+                );
                 let sentence = out.sentence(7);
-                assert!(sentence.contains("inside the store directory; move it out"), "{keyring}: {sentence}");
+                assert!(
+                    sentence.contains("inside the store directory; move it out"),
+                    "{keyring}: {sentence}"
+                );
             }
         }
     }
@@ -121,7 +138,9 @@ fn a_keyring_does_not_lie_inside_the_store() {
         let sentence = world.refused(7, &["--store", store, "--keyring", keyring, "create", "p/a"]);
         assert!(sentence.contains("inside the store directory"), "{store} {keyring}: {sentence}");
     }
-    assert!(!world.path("none").exists() && fs::read_dir(world.path("empty")).unwrap().next().is_none());
+    assert!(
+        !world.path("none").exists() && fs::read_dir(world.path("empty")).unwrap().next().is_none()
+    );
     let mut here = world.command(&["--store", ".", "--keyring", "k", "create", "p/a"]);
     here.current_dir(world.path("empty"));
     assert!(feed(here, b"").sentence(7).contains("inside the store directory"));

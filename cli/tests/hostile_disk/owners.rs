@@ -16,7 +16,10 @@ fn what_is_made_is_the_owners_whatever_the_umask() {
             }
             let run = |args: &[&str]| {
                 let mut command = Command::new("sh");
-                command.args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")]).arg(&program).args(args);
+                command
+                    .args(["-c", &format!("umask {umask}; exec \"$0\" \"$@\"")])
+                    .arg(&program)
+                    .args(args);
                 command.current_dir(&dir);
                 if user != 0 {
                     command.uid(user).gid(user);
@@ -26,9 +29,19 @@ fn what_is_made_is_the_owners_whatever_the_umask() {
                 out.text()
             };
             let what = format!("{umask}, {user}");
-            let key = run(&["--store", "s", "kms", "create-key", "--region", "cn-hangzhou", "--grant", common::ROLE]);
+            let key = run(&[
+                "--store",
+                "s",
+                "kms",
+                "create-key",
+                "--region",
+                "cn-hangzhou",
+                "--grant",
+                common::ROLE,
+            ]);
             let conf = byok("default", key.trim()).to_string();
-            for (store, options) in [("s", &[][..]), ("g", &["--group-read", "--kms-dir", "s.kms"])] {
+            for (store, options) in [("s", &[][..]), ("g", &["--group-read", "--kms-dir", "s.kms"])]
+            {
                 let run = |args: &[&str]| run(&[&["--store", store], options, args].concat());
                 run(&["create", "p/a", "--encrypt-conf", &conf]);
                 run(&["create", "p/b"]);
@@ -43,13 +56,21 @@ fn what_is_made_is_the_owners_whatever_the_umask() {
                 run(&["keys", "audit", "--out", &format!("{store}-audit")]);
                 run(&["verify"]);
                 for out in ["checkpoint", "backup", "audit"] {
-                    assert_eq!(mode(dir.join(format!("{store}-{out}"))), 0o600, "{what}: --out {store}-{out}");
+                    assert_eq!(
+                        mode(dir.join(format!("{store}-{out}"))),
+                        0o600,
+                        "{what}: --out {store}-{out}"
+                    );
                 }
             }
             assert_modes(&dir.join("s"), 0o600, 0o700, &what);
             assert_modes(&dir.join("s.kms"), 0o600, 0o700, &what);
             assert_modes(&dir.join("g"), 0o640, 0o750, &what);
-            assert_eq!((mode(dir.join("s.keyring")), mode(dir.join("g.keyring"))), (0o600, 0o600), "{what}");
+            assert_eq!(
+                (mode(dir.join("s.keyring")), mode(dir.join("g.keyring"))),
+                (0o600, 0o600),
+                "{what}"
+            );
         }
     }
 }
@@ -107,7 +128,9 @@ fn a_command_run_as_root_in_between_locks_no_owner_out() {
 
 #[test]
 fn what_root_makes_in_the_directory_of_a_user_is_the_users() {
-    let Some(home) = Home::new("root makes a store in the directory of another user") else { return };
+    let Some(home) = Home::new("root makes a store in the directory of another user") else {
+        return;
+    };
     let key = home.fill(0);
     home.assert_owned("made by root");
     home.use_store(USER, &key);
@@ -142,11 +165,19 @@ fn a_keyring_in_a_directory_of_root_keeps_its_owner() {
     home.give(&keyring, USER);
     for _ in 0..2 {
         ok(USER, &["append", "p/a"]);
-        for args in [&["keys", "rotate-service"][..], &["keys", "rotate-data", "p/a"], &["append", "p/a"], &["verify"]]
-        {
+        for args in [
+            &["keys", "rotate-service"][..],
+            &["keys", "rotate-data", "p/a"],
+            &["append", "p/a"],
+            &["verify"],
+        ] {
             ok(0, args);
             let found = fs::metadata(&keyring).unwrap();
-            assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777), (USER, USER, 0o600), "{args:?}");
+            assert_eq!(
+                (found.uid(), found.gid(), found.mode() & 0o7777),
+                (USER, USER, 0o600),
+                "{args:?}"
+            );
             ok(USER, &["read", "p/a"]);
         }
     }
@@ -212,7 +243,8 @@ fn a_keyring_of_another_owner_is_refused() {
     home.ok(0, &["append", "p/b"]);
     let sentence = home.run(USER, &["read", "p/b"]).sentence(1);
     assert!(
-        sentence.contains("cannot read the service keyring") && sentence.contains("ermission denied"),
+        sentence.contains("cannot read the service keyring")
+            && sentence.contains("ermission denied"),
         "{sentence}"
     );
     own(0, USER, 0o640);
@@ -270,7 +302,10 @@ fn a_file_of_another_owner_is_read_if_it_can_be() {
 /// The sweep over file types, on the store of another user, interleaved with commands of root.
 #[test]
 fn root_follows_nothing_in_the_store_of_a_user() {
-    let Some(home) = Home::new("the sweep over file types as root on the store of another user") else { return };
+    let Some(home) = Home::new("the sweep over file types as root on the store of another user")
+    else {
+        return;
+    };
     let key = home.fill(USER);
     home.use_store(USER, &key);
     let world = &home.scene.world;
@@ -279,8 +314,10 @@ fn root_follows_nothing_in_the_store_of_a_user() {
     let before = picture(&world.path("precious"));
     let store = home.path("s");
     let mut targets: Vec<PathBuf> = picture(&home.path("")).into_keys().collect();
-    targets
-        .retain(|path| path.starts_with(&store) && *path != store || path.starts_with(home.path("s.kms").join("keys")));
+    targets.retain(|path| {
+        path.starts_with(&store) && *path != store
+            || path.starts_with(home.path("s.kms").join("keys"))
+    });
     targets.push(home.path("s.kms/lock"));
     let (aside, mut refused) = (world.path("aside"), 0);
     for (index, target) in targets.iter().enumerate() {
@@ -307,7 +344,10 @@ fn root_follows_nothing_in_the_store_of_a_user() {
                 );
                 refused += u32::from(out.status == Some(5));
             }
-            assert!(before == picture(&world.path("precious")), "{what}: something of root has changed");
+            assert!(
+                before == picture(&world.path("precious")),
+                "{what}: something of root has changed"
+            );
             remove(target);
             fs::rename(&aside, target).unwrap();
             home.assert_owned(&what);
@@ -318,13 +358,22 @@ fn root_follows_nothing_in_the_store_of_a_user() {
     println!("{} files and directories, {refused} refusals", targets.len());
     assert!(targets.len() > 15 && refused > 50, "{} {refused}", targets.len());
     // Things at the names of temporary files.
-    let files = next_epochs(&home.path("s")).map(|epoch| format!("s/catalogue/{epoch:010}-0000000001"));
-    let names = ["s.keyring", "s/EPOCH", "s/STORE", &format!("s.kms/keys/{key}.json")].map(str::to_owned);
+    let files =
+        next_epochs(&home.path("s")).map(|epoch| format!("s/catalogue/{epoch:010}-0000000001"));
+    let names =
+        ["s.keyring", "s/EPOCH", "s/STORE", &format!("s.kms/keys/{key}.json")].map(str::to_owned);
     for name in files.chain(names) {
-        for (end, thing) in [(".tmp", Thing::LinkToFile), (".1.tmp", Thing::Fifo), (".2.tmp", Thing::LinkToDirectory)] {
+        for (end, thing) in [
+            (".tmp", Thing::LinkToFile),
+            (".1.tmp", Thing::Fifo),
+            (".2.tmp", Thing::LinkToDirectory),
+        ] {
             thing.put(&beside(&home.path(&name), end), &world.path("precious"));
         }
     }
     home.use_store(0, &key);
-    assert!(before == picture(&world.path("precious")), "something of root has changed through a temporary name");
+    assert!(
+        before == picture(&world.path("precious")),
+        "something of root has changed through a temporary name"
+    );
 }

@@ -23,13 +23,27 @@ fn a_failed_write_leaves_no_temporary_file_with_keys() {
             &format!("trap '' XFSZ; ulimit -f {limit}; exec \"$0\" \"$@\""),
             env!("CARGO_BIN_EXE_envelog"),
         ]);
-        command.args(["--store", "data/s", "--keyring", "secret/keyring", "keys", "rotate-service"]);
+        command.args([
+            "--store",
+            "data/s",
+            "--keyring",
+            "secret/keyring",
+            "keys",
+            "rotate-service",
+        ]);
         command.current_dir(scene.world.path(""));
         let sentence = feed(command, b"").sentence(1);
         // At the highest limit, only the keyring exceeds it.
-        assert!(limit < limits || sentence.contains("cannot write the service keyring"), "{limit}: {sentence}");
+        assert!(
+            limit < limits || sentence.contains("cannot write the service keyring"),
+            "{limit}: {sentence}"
+        );
         assert_eq!(fs::read(scene.keyring()).unwrap(), before, "{limit}");
-        assert_eq!(fs::read_dir(scene.world.path("secret")).unwrap().count(), 1, "{limit}: {sentence}");
+        assert_eq!(
+            fs::read_dir(scene.world.path("secret")).unwrap().count(),
+            1,
+            "{limit}: {sentence}"
+        );
         assert!(temporaries(&scene.world.path("data/s")).is_empty(), "{limit}");
     }
     scene.works("after the failures");
@@ -73,9 +87,12 @@ fn the_next_opening_removes_the_keys_that_a_killed_process_left() {
         "a-keyring.tmp",
         "keyring.0.tmp",
     ];
-    for args in
-        [&["append", "p/a"][..], &["keys", "rotate-data", "p/a"], &["create", "p/c"], &["delete", "p/c", "--yes"]]
-    {
+    for args in [
+        &["append", "p/a"][..],
+        &["keys", "rotate-data", "p/a"],
+        &["create", "p/c"],
+        &["delete", "p/c", "--yes"],
+    ] {
         let ours = ours.map(leave);
         let others = others.map(leave);
         // A reader changes nothing.
@@ -94,11 +111,18 @@ fn the_next_opening_removes_the_keys_that_a_killed_process_left() {
         (path, file)
     });
     let left = leave("keyring.1.tmp");
-    let before = held.each_ref().map(|(path, _)| (fs::metadata(path).unwrap().ino(), fs::read(path).unwrap()));
+    let before = held
+        .each_ref()
+        .map(|(path, _)| (fs::metadata(path).unwrap().ino(), fs::read(path).unwrap()));
     scene.run(&["keys", "rotate-service"]).assert(0);
     scene.works("beside a live process");
     assert!(!left.exists());
-    assert!(before == held.each_ref().map(|(path, _)| (fs::metadata(path).unwrap().ino(), fs::read(path).unwrap())));
+    assert!(
+        before
+            == held
+                .each_ref()
+                .map(|(path, _)| (fs::metadata(path).unwrap().ino(), fs::read(path).unwrap()))
+    );
     // Unlocks, because closing alone leaves the lock to a child of another test that has not called
     // exec yet.
     held.iter().for_each(|(_, file)| file.unlock().unwrap());

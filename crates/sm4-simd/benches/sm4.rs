@@ -60,16 +60,23 @@ fn gcm(criterion: &mut Criterion) {
 }
 
 /// Seals in place, and opens from one buffer into another.
-fn both(criterion: &mut Criterion, name: &str, len: usize, cipher: &impl AeadInOut<NonceSize = U12>) {
+fn both(
+    criterion: &mut Criterion,
+    name: &str,
+    len: usize,
+    cipher: &impl AeadInOut<NonceSize = U12>,
+) {
     let nonce = [0; 12].into();
     let mut sealed = vec![0; len];
-    let tag = cipher.encrypt_inout_detached(&nonce, b"", (&mut sealed[..]).into()).expect("short enough");
+    let tag =
+        cipher.encrypt_inout_detached(&nonce, b"", (&mut sealed[..]).into()).expect("short enough");
 
     let mut group = criterion.benchmark_group("gcm");
     group.throughput(Throughput::Bytes(len as u64));
     let mut data = vec![0; len];
     group.bench_function(BenchmarkId::new(format!("seal-{name}"), len), |bencher| {
-        bencher.iter(|| cipher.encrypt_inout_detached(&nonce, b"", black_box(&mut data[..]).into()));
+        bencher
+            .iter(|| cipher.encrypt_inout_detached(&nonce, b"", black_box(&mut data[..]).into()));
     });
     group.bench_function(BenchmarkId::new(format!("open-{name}"), len), |bencher| {
         bencher.iter(|| {
@@ -81,7 +88,9 @@ fn both(criterion: &mut Criterion, name: &str, len: usize, cipher: &impl AeadInO
 
 fn key_setup(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("key");
-    group.bench_function("sm4-rustcrypto", |bencher| bencher.iter(|| sm4::Sm4::new(black_box(&KEY.into()))));
+    group.bench_function("sm4-rustcrypto", |bencher| {
+        bencher.iter(|| sm4::Sm4::new(black_box(&KEY.into())))
+    });
     group.bench_function("sm4", |bencher| bencher.iter(|| Sm4::new(black_box(&KEY.into()))));
     group.bench_function("gcm-rustcrypto", |bencher| {
         bencher.iter(|| AesGcm::<sm4::Sm4, U12>::new(black_box(&KEY.into())));

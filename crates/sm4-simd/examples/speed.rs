@@ -60,18 +60,24 @@ fn race(title: &str, mut contenders: Vec<Contender<'_>>) {
     let first = contenders[0].best;
     for Contender { name, best, .. } in &contenders {
         let rate = LEN as f64 / best.as_secs_f64() / 1e6;
-        println!("  {name:<32} {rate:>8.0} MB/s {:>7.1} x", first.as_secs_f64() / best.as_secs_f64());
+        println!(
+            "  {name:<32} {rate:>8.0} MB/s {:>7.1} x",
+            first.as_secs_f64() / best.as_secs_f64()
+        );
     }
 }
 
 fn seal(cipher: &impl AeadInOut<NonceSize = U12>, data: &mut [u8]) {
-    black_box(cipher.encrypt_inout_detached(&[0; 12].into(), b"", data.into())).expect("short enough");
+    black_box(cipher.encrypt_inout_detached(&[0; 12].into(), b"", data.into()))
+        .expect("short enough");
 }
 
 /// Opens the same sealed data again and again, into another buffer.
 fn opener<'a, C: AeadInOut<NonceSize = U12>>(cipher: &'a C) -> impl FnMut(&mut [u8]) + 'a {
     let mut sealed = vec![1; LEN];
-    let tag = cipher.encrypt_inout_detached(&[0; 12].into(), b"", (&mut sealed[..]).into()).expect("short enough");
+    let tag = cipher
+        .encrypt_inout_detached(&[0; 12].into(), b"", (&mut sealed[..]).into())
+        .expect("short enough");
     move |data| {
         let in_out = InOutBuf::new(&sealed, data).expect("of one length");
         cipher.decrypt_inout_detached(&[0; 12].into(), b"", in_out, &tag).expect("authentic");
@@ -82,7 +88,8 @@ fn main() {
     println!("detected: {}", Backend::detect());
     let multiplier = Sm4Gcm::multipliers().last().expect("the portable one");
     println!("GHASH:    {multiplier}");
-    let backends: Vec<_> = Backend::ALL.into_iter().filter(|backend| backend.is_available()).collect();
+    let backends: Vec<_> =
+        Backend::ALL.into_iter().filter(|backend| backend.is_available()).collect();
 
     let mut contenders = vec![Contender::new("ctr + sm4 of RustCrypto", |data| {
         Ctr32BE::<sm4::Sm4>::new(&KEY.into(), &[0; 16].into()).apply_keystream(data);
@@ -92,7 +99,9 @@ fn main() {
     }));
     for &backend in &backends {
         let cipher = Sm4::with_backend(&KEY.into(), backend).expect("available");
-        contenders.push(Contender::new(backend.name(), move |data| cipher.ctr32(&[0; 12], 0, data.into())));
+        contenders.push(Contender::new(backend.name(), move |data| {
+            cipher.ctr32(&[0; 12], 0, data.into())
+        }));
     }
     race("SM4-CTR", contenders);
 
@@ -109,7 +118,8 @@ fn main() {
         Contender::new("aes-gcm + sm4 of RustCrypto", |data| seal(&theirs, data)),
         Contender::new("aes-gcm of RustCrypto + ours", |data| seal(&mixed, data)),
     ];
-    contenders.extend(ours.iter().map(|(name, cipher)| Contender::new(*name, |data| seal(cipher, data))));
+    contenders
+        .extend(ours.iter().map(|(name, cipher)| Contender::new(*name, |data| seal(cipher, data))));
     race("SM4-GCM, seal in place", contenders);
 
     let mut contenders = vec![

@@ -37,7 +37,11 @@ impl Backend {
     /// The fastest backend of this processor. New keys use it.
     #[must_use]
     pub fn detect() -> Self {
-        Self::ALL.into_iter().rev().find(|backend| backend.is_available()).unwrap_or(Backend::Portable)
+        Self::ALL
+            .into_iter()
+            .rev()
+            .find(|backend| backend.is_available())
+            .unwrap_or(Backend::Portable)
     }
 
     /// Whether this processor and the operating system support it.

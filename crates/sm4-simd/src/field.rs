@@ -193,14 +193,17 @@ pub(crate) const TO_FIELD: Affine = Affine::linear(isomorphism().after(SM4_MATRI
 /// P⁻¹: out of the field basis.
 pub(crate) const FROM_FIELD: Affine = Affine::linear(TO_FIELD.matrix.inverse());
 /// P, and the constant that the S-box adds to its input. Only round keys go through this map.
-pub(crate) const KEY_TO_FIELD: Affine = Affine { matrix: TO_FIELD.matrix, constant: isomorphism().apply(SM4_CONSTANT) };
+pub(crate) const KEY_TO_FIELD: Affine =
+    Affine { matrix: TO_FIELD.matrix, constant: isomorphism().apply(SM4_CONSTANT) };
 
 /// From the inverse in AES's field to the output of SM4's S-box, outside of the field basis.
-pub(crate) const OUTPUT: Affine = Affine { matrix: SM4_MATRIX.after(isomorphism().inverse()), constant: SM4_CONSTANT };
+pub(crate) const OUTPUT: Affine =
+    Affine { matrix: SM4_MATRIX.after(isomorphism().inverse()), constant: SM4_CONSTANT };
 
 /// The contribution of the inverse of byte `i` to byte `i` of the new word, in the field basis. Its
 /// contribution to byte `i - 3` is `NEAR + FAR`.
-pub(crate) const NEAR: Affine = Affine::linear(TO_FIELD.matrix.after(IDENTITY.plus(UP)).after(OUTPUT.matrix));
+pub(crate) const NEAR: Affine =
+    Affine::linear(TO_FIELD.matrix.after(IDENTITY.plus(UP)).after(OUTPUT.matrix));
 
 /// The contribution to the bytes `i - 1` and `i - 2`. A byte receives `FAR` three times and `NEAR`
 /// twice, so the constant of `FAR` is the constant of the round: P times L of the word with the
@@ -302,7 +305,14 @@ mod tests {
 
     #[test]
     fn inverses_and_nibble_tables() {
-        for map in [TO_FIELD, FROM_FIELD, KEY_TO_FIELD, OUTPUT.after_aes(), NEAR.after_aes(), FAR.after_aes()] {
+        for map in [
+            TO_FIELD,
+            FROM_FIELD,
+            KEY_TO_FIELD,
+            OUTPUT.after_aes(),
+            NEAR.after_aes(),
+            FAR.after_aes(),
+        ] {
             let [low, high] = map.nibbles();
             for x in 0..=255_u8 {
                 assert_eq!(low[x as usize & 15] ^ high[x as usize >> 4], map.apply(x));
@@ -321,13 +331,15 @@ mod tests {
         for _ in 0..if cfg!(miri) { 100 } else { 10_000 } {
             word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             let s = u32::from_be_bytes(word.to_be_bytes().map(|x| SBOX[x as usize]));
-            let expected = s ^ s.rotate_left(2) ^ s.rotate_left(10) ^ s.rotate_left(18) ^ s.rotate_left(24);
+            let expected =
+                s ^ s.rotate_left(2) ^ s.rotate_left(10) ^ s.rotate_left(18) ^ s.rotate_left(24);
             let inverse = word.to_be_bytes().map(|x| aes_inverse(KEY_TO_FIELD.apply(x)));
             let near = inverse.map(|x| NEAR.apply(x));
             let far = inverse.map(|x| FAR.apply(x));
             for i in 0..4 {
                 let byte = |bytes: [u8; 4], k| bytes[(i + k) % 4];
-                let sum = byte(near, 0) ^ byte(far, 1) ^ byte(far, 2) ^ byte(near, 3) ^ byte(far, 3);
+                let sum =
+                    byte(near, 0) ^ byte(far, 1) ^ byte(far, 2) ^ byte(near, 3) ^ byte(far, 3);
                 assert_eq!(FROM_FIELD.apply(sum), expected.to_be_bytes()[i]);
             }
         }

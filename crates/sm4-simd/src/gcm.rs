@@ -49,7 +49,10 @@ impl Sm4Gcm {
     /// tests and benchmarks.
     #[doc(hidden)]
     pub fn multipliers() -> impl Iterator<Item = &'static str> {
-        Multiplier::ALL.iter().filter(|multiplier| multiplier.is_available()).map(|multiplier| multiplier.name())
+        Multiplier::ALL
+            .iter()
+            .filter(|multiplier| multiplier.is_available())
+            .map(|multiplier| multiplier.name())
     }
 
     /// The cipher with the given backend and multiplication. `None` if this processor does not
@@ -57,7 +60,8 @@ impl Sm4Gcm {
     #[doc(hidden)]
     #[must_use]
     pub fn with_backend(key: &Key<Self>, backend: Backend, multiplier: &str) -> Option<Self> {
-        let multiplier = Multiplier::ALL.iter().find(|m| m.name() == multiplier && m.is_available())?;
+        let multiplier =
+            Multiplier::ALL.iter().find(|m| m.name() == multiplier && m.is_available())?;
         Some(Self::from_parts(Sm4::with_backend(key, backend)?, *multiplier))
     }
 

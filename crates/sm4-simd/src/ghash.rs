@@ -66,7 +66,12 @@ impl Multiplier {
     }
 
     pub(crate) fn detect() -> Self {
-        Self::ALL.iter().copied().rev().find(|multiplier| multiplier.is_available()).unwrap_or(Multiplier::Portable)
+        Self::ALL
+            .iter()
+            .copied()
+            .rev()
+            .find(|multiplier| multiplier.is_available())
+            .unwrap_or(Multiplier::Portable)
     }
 }
 
@@ -103,13 +108,19 @@ impl GhashKey {
             Multiplier::Portable => Self::Portable(GHash::new(key.into())),
             // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
-            Multiplier::Clmul128 => Self::Clmul(unsafe { crate::x86::ghash_128::expand(key) }, multiplier),
+            Multiplier::Clmul128 => {
+                Self::Clmul(unsafe { crate::x86::ghash_128::expand(key) }, multiplier)
+            }
             // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
-            Multiplier::Clmul256 => Self::Clmul(unsafe { crate::x86::ghash_256::expand(key) }, multiplier),
+            Multiplier::Clmul256 => {
+                Self::Clmul(unsafe { crate::x86::ghash_256::expand(key) }, multiplier)
+            }
             // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
-            Multiplier::Clmul512 => Self::Clmul(unsafe { crate::x86::ghash_512::expand(key) }, multiplier),
+            Multiplier::Clmul512 => {
+                Self::Clmul(unsafe { crate::x86::ghash_512::expand(key) }, multiplier)
+            }
         }
     }
 
@@ -117,7 +128,9 @@ impl GhashKey {
         match self {
             Self::Portable(hash) => Ghash::Portable(hash.clone()),
             #[cfg(target_arch = "x86_64")]
-            Self::Clmul(powers, multiplier) => Ghash::Clmul { powers, multiplier: *multiplier, sum: [0; BLOCK] },
+            Self::Clmul(powers, multiplier) => {
+                Ghash::Clmul { powers, multiplier: *multiplier, sum: [0; BLOCK] }
+            }
         }
     }
 }
@@ -268,7 +281,10 @@ pub(crate) unsafe fn update<V: Elements>(powers: &Powers, sum: &mut [u8; BLOCK],
             let mut products = block.multiply(V::load(powers.0.as_ptr().cast()));
             for i in 1..STRIDE / V::LANES {
                 block = V::load(stride.as_ptr().add(at(i))).reverse();
-                products = add(products, block.multiply(V::load(powers.0.as_ptr().cast::<u8>().add(at(i)))));
+                products = add(
+                    products,
+                    block.multiply(V::load(powers.0.as_ptr().cast::<u8>().add(at(i)))),
+                );
             }
             total = reduce(products);
         }

@@ -23,9 +23,9 @@ use core::{fmt, marker::PhantomData};
 
 pub use cipher;
 use cipher::{
-    AlgorithmName, Block, BlockCipherDecBackend, BlockCipherDecClosure, BlockCipherDecrypt, BlockCipherEncBackend,
-    BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, InOut, InOutBuf, Key, KeyInit, KeySizeUser, ParBlocks,
-    ParBlocksSizeUser,
+    AlgorithmName, Block, BlockCipherDecBackend, BlockCipherDecClosure, BlockCipherDecrypt,
+    BlockCipherEncBackend, BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, InOut,
+    InOutBuf, Key, KeyInit, KeySizeUser, ParBlocks, ParBlocksSizeUser,
     array::ArraySize,
     consts::{U16, U32, U64, U256},
     zeroize::{Zeroize, ZeroizeOnDrop},
@@ -49,7 +49,9 @@ impl Sm4 {
     #[doc(hidden)]
     #[must_use]
     pub fn with_backend(key: &Key<Self>, backend: Backend) -> Option<Self> {
-        backend.is_available().then(|| Self { round_keys: portable::expand_key(key.as_ref()), backend })
+        backend
+            .is_available()
+            .then(|| Self { round_keys: portable::expand_key(key.as_ref()), backend })
     }
 
     /// The backend that this key uses.
@@ -233,7 +235,9 @@ impl BlockCipherEncrypt for Sm4 {
     fn encrypt_with_backend(&self, f: impl BlockCipherEncClosure<BlockSize = Self::BlockSize>) {
         match self.backend {
             Backend::Portable | Backend::AesNi => f.call(&Wide::<U16>(self, PhantomData)),
-            Backend::Avx2AesNi | Backend::Avx2Vaes | Backend::Avx2Gfni => f.call(&Wide::<U32>(self, PhantomData)),
+            Backend::Avx2AesNi | Backend::Avx2Vaes | Backend::Avx2Gfni => {
+                f.call(&Wide::<U32>(self, PhantomData))
+            }
             Backend::Avx512Gfni => f.call(&Wide::<U64>(self, PhantomData)),
         }
     }
@@ -243,7 +247,9 @@ impl BlockCipherDecrypt for Sm4 {
     fn decrypt_with_backend(&self, f: impl BlockCipherDecClosure<BlockSize = Self::BlockSize>) {
         match self.backend {
             Backend::Portable | Backend::AesNi => f.call(&Wide::<U16>(self, PhantomData)),
-            Backend::Avx2AesNi | Backend::Avx2Vaes | Backend::Avx2Gfni => f.call(&Wide::<U32>(self, PhantomData)),
+            Backend::Avx2AesNi | Backend::Avx2Vaes | Backend::Avx2Gfni => {
+                f.call(&Wide::<U32>(self, PhantomData))
+            }
             Backend::Avx512Gfni => f.call(&Wide::<U64>(self, PhantomData)),
         }
     }

@@ -58,7 +58,8 @@ fn key_to_field(word: Planes) -> Planes {
 /// The S-box on the bytes of a word.
 fn substitute(word: u32) -> u32 {
     let inverse = sub_bytes(key_to_field(split(word.swap_bytes())));
-    join(add::<{ OUTPUT.constant }>(map::<{ OUTPUT.matrix_after_aes().gfni() }>(inverse))).swap_bytes()
+    join(add::<{ OUTPUT.constant }>(map::<{ OUTPUT.matrix_after_aes().gfni() }>(inverse)))
+        .swap_bytes()
 }
 
 /// Encrypts up to [`BLOCKS`] blocks. Decrypts if `round_keys` are in reverse order.
@@ -80,7 +81,8 @@ pub(crate) fn crypt(round_keys: impl Iterator<Item = u32>, blocks: &mut [Block])
         let mut next = x[0];
         for (b, next) in next.iter_mut().enumerate() {
             let (near, far) = (near[b], far[b]);
-            *next ^= near ^ far.rotate_right(16) ^ far.rotate_right(32) ^ (near ^ far).rotate_right(48);
+            *next ^=
+                near ^ far.rotate_right(16) ^ far.rotate_right(32) ^ (near ^ far).rotate_right(48);
         }
         x = [x[1], x[2], x[3], next];
     }
@@ -120,7 +122,9 @@ fn join(planes: Planes) -> u32 {
 
 /// The planes of word `w` of the blocks.
 fn gather(blocks: &[Block], w: usize) -> Planes {
-    let word = |n: usize| blocks.get(n).map_or(0, |block| spread(u32::from_le_bytes(block.as_chunks().0[w])));
+    let word = |n: usize| {
+        blocks.get(n).map_or(0, |block| spread(u32::from_le_bytes(block.as_chunks().0[w])))
+    };
     let mut planes = core::array::from_fn(|n| word(n) | word(n + 8) << 8);
     transpose(&mut planes);
     planes
@@ -137,7 +141,9 @@ fn scatter(mut planes: Planes, blocks: &mut [Block], w: usize) {
 /// Transposes eight matrices of 8 x 8 bits. The bytes at the same position in the eight planes are
 /// the rows of one matrix. Its own inverse.
 fn transpose(rows: &mut Planes) {
-    for (distance, mask) in [(1, 0x5555_5555_5555_5555), (2, 0x3333_3333_3333_3333), (4, 0x0f0f_0f0f_0f0f_0f0f)] {
+    for (distance, mask) in
+        [(1, 0x5555_5555_5555_5555), (2, 0x3333_3333_3333_3333), (4, 0x0f0f_0f0f_0f0f_0f0f)]
+    {
         for i in (0..8).filter(|i| i & distance == 0) {
             let swap = (rows[i] >> distance ^ rows[i + distance]) & mask;
             rows[i] ^= swap << distance;
@@ -302,7 +308,8 @@ mod tests {
 
     #[test]
     fn words_go_into_planes_and_back() {
-        let blocks: [Block; 16] = core::array::from_fn(|n| core::array::from_fn(|i| (n * 16 + i) as u8));
+        let blocks: [Block; 16] =
+            core::array::from_fn(|n| core::array::from_fn(|i| (n * 16 + i) as u8));
         for len in 0..=16 {
             let mut copy = [[0; 16]; 16];
             for w in 0..4 {

@@ -76,7 +76,10 @@ type State<V, const K: usize> = [[V; 4]; K];
 /// # Safety
 /// As documented at [`Vector`].
 #[inline(always)]
-unsafe fn rounds<V: Vector, const K: usize, const DECRYPT: bool>(round_keys: &RoundKeys, x: &mut State<V, K>) {
+unsafe fn rounds<V: Vector, const K: usize, const DECRYPT: bool>(
+    round_keys: &RoundKeys,
+    x: &mut State<V, K>,
+) {
     for quad in 0..8 {
         let key = |i: usize| round_keys[if DECRYPT { 31 - 4 * quad - i } else { 4 * quad + i }];
         let (k0, k1, k2, k3) = (key(0), key(1), key(2), key(3));
@@ -118,7 +121,9 @@ unsafe fn t<V: Vector>(x: V) -> V {
 #[inline(always)]
 unsafe fn output<V: Vector>([x0, x1, x2, x3]: [V; 4]) -> [V; 4] {
     // SAFETY: the caller guarantees the instructions.
-    unsafe { V::transpose([x3.leave_field(), x2.leave_field(), x1.leave_field(), x0.leave_field()]) }
+    unsafe {
+        V::transpose([x3.leave_field(), x2.leave_field(), x1.leave_field(), x0.leave_field()])
+    }
 }
 
 /// Encrypts or decrypts `K` groups of blocks.
@@ -235,8 +240,10 @@ pub(crate) unsafe fn ctr<V: Vector, const K: usize>(
     // SAFETY: the caller guarantees the instructions and the memory. The remaining length shrinks
     // as the pointers advance, and the buffer holds `K` groups.
     unsafe {
-        let [n0, n1, n2] = [0, 4, 8].map(|i| u32::from_le_bytes([nonce[i], nonce[i + 1], nonce[i + 2], nonce[i + 3]]));
-        let nonce = [V::splat(n0).enter_field(), V::splat(n1).enter_field(), V::splat(n2).enter_field()];
+        let [n0, n1, n2] = [0, 4, 8]
+            .map(|i| u32::from_le_bytes([nonce[i], nonce[i + 1], nonce[i + 2], nonce[i + 3]]));
+        let nonce =
+            [V::splat(n0).enter_field(), V::splat(n1).enter_field(), V::splat(n2).enter_field()];
         while len >= K * group {
             ctr_groups::<V, K>(round_keys, nonce, counter, input, output);
             (input, output) = (input.add(K * group), output.add(K * group));

@@ -81,7 +81,9 @@ impl<const LANES: usize, const AES: bool> Vector for Soft<LANES, AES> {
 
     unsafe fn transpose(rows: [Self; 4]) -> [Self; 4] {
         let rows = rows.map(|row| row.words().collect::<Vec<_>>());
-        core::array::from_fn(|i| Self::from_words((0..4 * LANES).map(|j| rows[j % 4][j / 4 * 4 + i])))
+        core::array::from_fn(|i| {
+            Self::from_words((0..4 * LANES).map(|j| rows[j % 4][j / 4 * 4 + i]))
+        })
     }
 
     unsafe fn enter_field(self) -> Self {
@@ -156,8 +158,9 @@ impl<const LANES: usize> Elements for Soft<LANES, false> {
     }
 
     unsafe fn multiply(self, other: Self) -> [Self; 3] {
-        let product =
-            |f: &dyn Fn(Lane, Lane) -> u128| Self(core::array::from_fn(|i| f(self.0[i], other.0[i]).to_le_bytes()));
+        let product = |f: &dyn Fn(Lane, Lane) -> u128| {
+            Self(core::array::from_fn(|i| f(self.0[i], other.0[i]).to_le_bytes()))
+        };
         [
             product(&|a, b| clmul(low(a), low(b))),
             product(&|a, b| clmul(low(a), high(b)) ^ clmul(high(a), low(b))),
@@ -214,7 +217,9 @@ mod tests {
             }
             let mut out = vec![0; plain.len()];
             // SAFETY: software needs no instructions; both buffers have `len` blocks.
-            unsafe { simd::crypt::<V, 2, false>(&round_keys, plain.as_ptr(), out.as_mut_ptr(), len) };
+            unsafe {
+                simd::crypt::<V, 2, false>(&round_keys, plain.as_ptr(), out.as_mut_ptr(), len)
+            };
             assert_eq!(out, sealed, "{len} blocks");
             let in_place = out.as_mut_ptr();
             // SAFETY: software needs no instructions; the buffer has `len` blocks.
@@ -228,7 +233,16 @@ mod tests {
             let mut out = vec![0; len];
             let round_keys = portable::expand_key(&key);
             // SAFETY: software needs no instructions; both buffers have `len` bytes.
-            unsafe { simd::ctr::<V, 2>(&round_keys, &nonce, counter, plain.as_ptr(), out.as_mut_ptr(), len) };
+            unsafe {
+                simd::ctr::<V, 2>(
+                    &round_keys,
+                    &nonce,
+                    counter,
+                    plain.as_ptr(),
+                    out.as_mut_ptr(),
+                    len,
+                )
+            };
             let oracle = sm4::Sm4::new(&key.into());
             for (i, (out, plain)) in out.chunks(16).zip(plain.chunks(16)).enumerate() {
                 let mut block = [0; 16];

@@ -10,8 +10,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use sm4_simd::{
     Backend, Sm4,
     cipher::{
-        Array, BlockCipherDecrypt, BlockCipherEncrypt, InOutBuf, InnerIvInit, KeyInit, KeyIvInit, StreamCipher,
-        consts::U16,
+        Array, BlockCipherDecrypt, BlockCipherEncrypt, InOutBuf, InnerIvInit, KeyInit, KeyIvInit,
+        StreamCipher, consts::U16,
     },
 };
 
@@ -26,13 +26,21 @@ fn vectors_of_the_standard() {
         let key = Sm4::with_backend(&KEY.to_be_bytes().into(), backend).unwrap();
         let mut block = Block::from(KEY.to_be_bytes());
         key.encrypt_block(&mut block);
-        assert_eq!(block.0, 0x681e_df34_d206_965e_86b3_e94f_536e_4246_u128.to_be_bytes(), "{backend}");
+        assert_eq!(
+            block.0,
+            0x681e_df34_d206_965e_86b3_e94f_536e_4246_u128.to_be_bytes(),
+            "{backend}"
+        );
         key.decrypt_block(&mut block);
         assert_eq!(block.0, KEY.to_be_bytes(), "{backend}");
         for _ in 0..1_000_000 {
             key.encrypt_block(&mut block);
         }
-        assert_eq!(block.0, 0x5952_98c7_c6fd_271f_0402_f804_c33d_3f66_u128.to_be_bytes(), "{backend}");
+        assert_eq!(
+            block.0,
+            0x5952_98c7_c6fd_271f_0402_f804_c33d_3f66_u128.to_be_bytes(),
+            "{backend}"
+        );
     }
 }
 
@@ -45,7 +53,8 @@ fn blocks_are_those_of_rustcrypto() {
             let key: [u8; 16] = rng.random();
             let ours = Sm4::with_backend(&key.into(), backend).unwrap();
             let theirs = sm4::Sm4::new(&key.into());
-            let plain: Vec<Block> = (0..len).map(|_| Block::from(rng.random::<[u8; 16]>())).collect();
+            let plain: Vec<Block> =
+                (0..len).map(|_| Block::from(rng.random::<[u8; 16]>())).collect();
             let mut sealed = plain.clone();
             theirs.encrypt_blocks(&mut sealed);
 
@@ -74,7 +83,8 @@ fn ctr_is_that_of_rustcrypto() {
             let mut ours: Vec<u8> = (0..len).map(|_| rng.random()).collect();
             let mut theirs = ours.clone();
             let cipher = Sm4::with_backend(&key.into(), backend).unwrap();
-            let core = ctr::CtrCore::<Sm4, ctr::flavors::Ctr32BE>::inner_iv_init(cipher, &iv.into());
+            let core =
+                ctr::CtrCore::<Sm4, ctr::flavors::Ctr32BE>::inner_iv_init(cipher, &iv.into());
             ctr::Ctr32BE::<Sm4>::from_core(core).apply_keystream(&mut ours);
             ctr::Ctr32BE::<sm4::Sm4>::new(&key.into(), &iv.into()).apply_keystream(&mut theirs);
             assert_eq!(ours, theirs, "{backend}, {len} bytes");

@@ -45,7 +45,10 @@ fn random(rng: &mut StdRng, len: usize) -> Vec<u8> {
 
 fn hex(text: &str) -> Vec<u8> {
     let digits: Vec<_> = text.chars().filter(|c| !c.is_whitespace()).collect();
-    digits.chunks(2).map(|pair| u8::from_str_radix(&pair.iter().collect::<String>(), 16).unwrap()).collect()
+    digits
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(&pair.iter().collect::<String>(), 16).unwrap())
+        .collect()
 }
 
 /// RFC 8998, appendix A.1.
@@ -95,7 +98,10 @@ impl Case {
     /// The message sealed by the reference implementation.
     fn sealed(&self) -> (Vec<u8>, Tag<Sm4Gcm>) {
         let mut sealed = self.plain.clone();
-        let tag = self.theirs.encrypt_inout_detached(&self.nonce, &self.aad, (&mut sealed[..]).into()).unwrap();
+        let tag = self
+            .theirs
+            .encrypt_inout_detached(&self.nonce, &self.aad, (&mut sealed[..]).into())
+            .unwrap();
         (sealed, tag)
     }
 
@@ -107,17 +113,20 @@ impl Case {
         let (mut input, mut output) = (vec![0xa5; at + len + 64], vec![0x5a; out_at + len + 64]);
 
         input[at..at + len].copy_from_slice(&self.plain);
-        let in_out = InOutBuf::new(&input[at..at + len], &mut output[out_at..out_at + len]).unwrap();
+        let in_out =
+            InOutBuf::new(&input[at..at + len], &mut output[out_at..out_at + len]).unwrap();
         let made = self.ours.encrypt_inout_detached(&self.nonce, &self.aad, in_out).unwrap();
         assert_eq!(output[out_at..out_at + len], sealed, "{what}");
         assert_eq!(made, tag, "{what}");
 
         let in_place = &mut input[at..at + len];
-        let made = self.ours.encrypt_inout_detached(&self.nonce, &self.aad, in_place.into()).unwrap();
+        let made =
+            self.ours.encrypt_inout_detached(&self.nonce, &self.aad, in_place.into()).unwrap();
         assert_eq!((&input[at..at + len], made), (&sealed[..], tag), "{what}");
 
         output[out_at..out_at + len].fill(0);
-        let in_out = InOutBuf::new(&input[at..at + len], &mut output[out_at..out_at + len]).unwrap();
+        let in_out =
+            InOutBuf::new(&input[at..at + len], &mut output[out_at..out_at + len]).unwrap();
         self.ours.decrypt_inout_detached(&self.nonce, &self.aad, in_out, &tag).unwrap();
         assert_eq!(output[out_at..out_at + len], self.plain, "{what}");
 
@@ -127,7 +136,10 @@ impl Case {
 
         for (buffer, from, filler) in [(&input, at, 0xa5), (&output, out_at, 0x5a)] {
             let outside = buffer[..from].iter().chain(&buffer[from + len..]);
-            assert!(outside.into_iter().all(|&byte| byte == filler), "{what}: wrote outside of the buffer");
+            assert!(
+                outside.into_iter().all(|&byte| byte == filler),
+                "{what}: wrote outside of the buffer"
+            );
         }
     }
 }
@@ -219,9 +231,14 @@ fn the_counter_wraps() {
             ours.ctr32(&nonce, counter, (&mut stream[..]).into());
             for (i, block) in stream.chunks(16).enumerate() {
                 let counter = counter.wrapping_add(i as u32);
-                let mut expected = Array::try_from(&[&nonce[..], &counter.to_be_bytes()].concat()[..]).unwrap();
+                let mut expected =
+                    Array::try_from(&[&nonce[..], &counter.to_be_bytes()].concat()[..]).unwrap();
                 one.encrypt_block(&mut expected);
-                assert_eq!(block, &expected[..block.len()], "{backend}, {back} before the end, block {i}");
+                assert_eq!(
+                    block,
+                    &expected[..block.len()],
+                    "{backend}, {back} before the end, block {i}"
+                );
             }
         }
     }
@@ -243,7 +260,8 @@ fn nothing_beyond_the_buffers_is_touched() {
                 let (input, output) = (input.part(len, at_end), output.part(len, at_end));
                 input.copy_from_slice(&case.plain);
                 let in_out = InOutBuf::new(input, output).unwrap();
-                let made = case.ours.encrypt_inout_detached(&case.nonce, &case.aad, in_out).unwrap();
+                let made =
+                    case.ours.encrypt_inout_detached(&case.nonce, &case.aad, in_out).unwrap();
                 assert_eq!((&*output, made), (&sealed[..], tag), "{}", case.what);
                 let in_out = InOutBuf::new(output, input).unwrap();
                 case.ours.decrypt_inout_detached(&case.nonce, &case.aad, in_out, &tag).unwrap();
@@ -264,10 +282,15 @@ impl Guarded {
         let size = 3 * Self::PAGE;
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address that the system chooses.
-        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, MapFlags::PRIVATE) }.unwrap();
+        let start =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), size, access, MapFlags::PRIVATE) }
+                .unwrap();
         for page in [0, 2] {
             // SAFETY: pages of the new mapping. No other code knows it.
-            unsafe { mprotect(start.byte_add(page * Self::PAGE), Self::PAGE, MprotectFlags::empty()) }.unwrap();
+            unsafe {
+                mprotect(start.byte_add(page * Self::PAGE), Self::PAGE, MprotectFlags::empty())
+            }
+            .unwrap();
         }
         Self(start.cast())
     }

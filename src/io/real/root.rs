@@ -59,7 +59,12 @@ enum Parent<'a> {
 impl Root {
     /// Opens a directory. Only this call follows symlinks in its path.
     pub(super) fn open(path: &Path, resolver: Resolver) -> io::Result<Self> {
-        let dir = rustix::fs::openat(CWD, path, HANDLE | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let dir = rustix::fs::openat(
+            CWD,
+            path,
+            HANDLE | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         Ok(Self { path: path.to_owned(), dir, resolver })
     }
 
@@ -92,7 +97,8 @@ impl Root {
     }
 
     fn relative<'a>(&self, path: &'a Path) -> io::Result<&'a Path> {
-        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "the path leads out of its root");
+        let outside =
+            || io::Error::new(io::ErrorKind::InvalidInput, "the path leads out of its root");
         let relative = path.strip_prefix(&self.path).map_err(|_| outside())?;
         let below = relative.components().all(|part| matches!(part, Component::Normal(_)));
         if below { Ok(relative) } else { Err(outside()) }
@@ -131,7 +137,8 @@ impl Root {
             };
             let opened = rustix::fs::openat(dir, name, here, Mode::empty());
             if let Err(Errno::LOOP | Errno::NOTDIR) = opened {
-                Place { path: &path, parent: Parent::Root(dir), name }.check(FileKind::Directory)?;
+                Place { path: &path, parent: Parent::Root(dir), name }
+                    .check(FileKind::Directory)?;
             }
             reached = Some(opened?);
         }
@@ -189,13 +196,19 @@ pub(super) fn resolve(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..SYMLINKS_MAX {
         let Some(name) = path.file_name() else { return fs::canonicalize(&path) };
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let parent =
+            path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let parent = fs::canonicalize(parent)?;
         let here = parent.join(name);
         match fs::read_link(&here) {
             Ok(target) => path = parent.join(target),
             // The name is not a symlink, or does not exist.
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::InvalidInput | io::ErrorKind::NotFound
+                ) =>
+            {
                 return Ok(here);
             }
             Err(error) => return Err(error),

@@ -69,7 +69,11 @@ impl Chain {
                 let part = rest.remove(next);
                 let mut lines = self.files.lines(part.number)?;
                 let before = last.as_ref().and_then(|(_, lines)| lines.lines.last());
-                self.distrust(&mut lines, &head, before.map_or(0, |line| line.record.keyring_version));
+                self.distrust(
+                    &mut lines,
+                    &head,
+                    before.map_or(0, |line| line.record.keyring_version),
+                );
                 self.cut_where_another_goes_on(&mut lines, part.number, &parts);
                 head = lines.head().unwrap_or(head);
                 last = Some((part.number, lines));
@@ -158,12 +162,14 @@ impl Chain {
     }
 
     /// Whether the last record of a file is of this log, as far as it can be checked without the
-    /// file before. A record alone proves nothing: an attacker can write it, and no record behind it
-    /// could ever be verified.
+    /// file before. A record alone proves nothing: an attacker can write it, and no record behind
+    /// it could ever be verified.
     fn is_ours(&self, lines: &Lines) -> bool {
         let accepts = read(&self.keyring).accepts();
         match &lines.lines[..] {
-            [.., before, last] if last.record.keyring_version >= accepts => self.is_tagged(last, &before.tag),
+            [.., before, last] if last.record.keyring_version >= accepts => {
+                self.is_tagged(last, &before.tag)
+            }
             _ => false,
         }
     }
@@ -308,11 +314,13 @@ impl Walk<'_> {
         let missing: Vec<_> = missing.map(|(head, _)| head).collect();
         let furthest = missing.iter().map(|head| head.number).max();
         if let Some(number) = furthest.filter(|number| *number > count) {
-            return Err(self.passed_over(last_file, u32::MAX, count + 1, number).unwrap_or_else(|| {
-                let at = Location::new(files.path(last_file.max(1)), 0);
-                let what = format!("the audit log ends at record {count}, it had {number}");
-                Error::truncated(at, what)
-            }));
+            return Err(self.passed_over(last_file, u32::MAX, count + 1, number).unwrap_or_else(
+                || {
+                    let at = Location::new(files.path(last_file.max(1)), 0);
+                    let what = format!("the audit log ends at record {count}, it had {number}");
+                    Error::truncated(at, what)
+                },
+            ));
         }
         if let Some(head) = missing.first() {
             let what = format!("audit record {} is another than it was", head.number);
@@ -344,8 +352,8 @@ impl Walk<'_> {
         }
         let at = Location::new(self.chain.files.path(part.number), 0);
         let between = part.number.saturating_sub(last).saturating_sub(1);
-        let has_names =
-            last < part.number && self.scan.names.range(last + 1..part.number).count() as u64 == u64::from(between);
+        let has_names = last < part.number
+            && self.scan.names.range(last + 1..part.number).count() as u64 == u64::from(between);
         if has_names || part.number < last {
             tampered(at)
         } else {
@@ -360,8 +368,10 @@ impl Walk<'_> {
         let between = others.clone().find(|other| (after..=before).contains(&other.number));
         let other = between.or_else(|| others.next())?;
         let at = Location::new(self.chain.files.path(other.number), 0);
-        let what =
-            format!("audit records {first} to {last} are missing, and a file of the log cannot be read: {}", other.why);
+        let what = format!(
+            "audit records {first} to {last} are missing, and a file of the log cannot be read: {}",
+            other.why
+        );
         Some(match other.why {
             Why::CutShort => Error::truncated(at, what),
             _ => Error::corrupt(at, what),

@@ -116,7 +116,8 @@ impl AuditFiles {
         let mut parts = Vec::new();
         for (number, is_plain) in self.names()? {
             scan.names.insert(number);
-            let begin = if is_plain { self.beginning(number)? } else { Beginning::Other(Why::NoFile) };
+            let begin =
+                if is_plain { self.beginning(number)? } else { Beginning::Other(Why::NoFile) };
             match begin {
                 Beginning::Empty => {}
                 Beginning::Record(first, identity) => {
@@ -248,8 +249,8 @@ impl AuditFiles {
     /// the records behind those.
     pub(super) fn lines(&self, number: u32) -> Result<Lines> {
         let path = self.path(number);
-        let bytes =
-            io::read_file(&*self.disk, &path, FILE_BYTES_MAX).map_err(Error::io("read the audit log", &path))?;
+        let bytes = io::read_file(&*self.disk, &path, FILE_BYTES_MAX)
+            .map_err(Error::io("read the audit log", &path))?;
         let mut lines = Lines::default();
         let mut rest = &bytes[..];
         while !rest.is_empty() {
@@ -305,7 +306,11 @@ impl AuditFiles {
 
     /// Opens a file of the log to write behind its `len` bytes of records, and cuts off the rest.
     /// `None` if the file has become shorter.
-    pub(super) fn reopen(&self, path: &Path, len: u64) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
+    pub(super) fn reopen(
+        &self,
+        path: &Path,
+        len: u64,
+    ) -> std::io::Result<Option<Arc<dyn DiskFile>>> {
         let file = self.disk.open(path, OpenMode::ReadWrite)?;
         let found = file.len()?;
         if found < len {

@@ -10,7 +10,9 @@ use super::{
     line::Line,
     record::{AuditEvent, AuditHead, AuditRecord},
     tail::Tail,
-    transitions::{KeyState, TRANSITIONS_MAX, Transitions, follow, kind, shortened, with_count, without_count},
+    transitions::{
+        KeyState, TRANSITIONS_MAX, Transitions, follow, kind, shortened, with_count, without_count,
+    },
 };
 use crate::{
     Result,
@@ -137,7 +139,12 @@ impl AuditLog {
     }
 
     /// Appends a record, and logs and counts it.
-    fn put(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: &str) -> Result<()> {
+    fn put(
+        &self,
+        event: AuditEvent,
+        logstore: Option<(&LogstoreName, LogstoreId)>,
+        detail: &str,
+    ) -> Result<()> {
         let name = logstore.map(|(name, _)| name.to_string());
         match self.append(event, logstore, detail.to_owned()) {
             Ok(number) => {
@@ -153,7 +160,12 @@ impl AuditLog {
         }
     }
 
-    fn append(&self, event: AuditEvent, logstore: Option<(&LogstoreName, LogstoreId)>, detail: String) -> Result<u64> {
+    fn append(
+        &self,
+        event: AuditEvent,
+        logstore: Option<(&LogstoreName, LogstoreId)>,
+        detail: String,
+    ) -> Result<u64> {
         let mut tail = lock(&self.tail);
         // Asked under the lock, so that the version never decreases from one record to the next.
         let (keyring_version, key) = {
@@ -193,7 +205,9 @@ impl AuditLog {
         let news = match (event, state.loss()) {
             (AuditEvent::Recovered, known) => known.is_some(),
             // The errors of one outage differ. It is one loss.
-            (AuditEvent::LeaseEnded, Some((AuditEvent::LeaseEnded, before))) => kind(before) != kind(&detail),
+            (AuditEvent::LeaseEnded, Some((AuditEvent::LeaseEnded, before))) => {
+                kind(before) != kind(&detail)
+            }
             (event, Some((before, reason))) => event != before || detail != *reason,
             (_, None) => true,
         };

@@ -2,8 +2,8 @@
 //!
 //! A record is a line: its JSON, a tab, its tag in hex, a tab, the CRC-32 in hex of the bytes in
 //! front of that tab, a newline. The tag is HMAC-SHA-256, under a key from the service keyring,
-//! over the tag of the record before it and the JSON. So an attacker without that key cannot
-//! alter a record, drop one from the middle or move one. The catalogue remembers how far the log was when
+//! over the tag of the record before it and the JSON. So an attacker without that key cannot alter
+//! a record, drop one from the middle or move one. The catalogue remembers how far the log was when
 //! it was last written.
 //!
 //! The version of the service key never decreases from one record to the next, and the keyring

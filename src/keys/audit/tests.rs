@@ -79,7 +79,10 @@ fn every_change_is_found() {
         let mut bad = good.clone();
         bad[byte] ^= 0x10;
         assert!(check(&bad).is_err(), "byte {byte}");
-        assert!(matches!(check(&good[..byte]), Err(Error::Truncated { .. } | Error::Corrupt { .. })), "cut at {byte}");
+        assert!(
+            matches!(check(&good[..byte]), Err(Error::Truncated { .. } | Error::Corrupt { .. })),
+            "cut at {byte}"
+        );
     }
     // A record taken out, two swapped, and one altered along with its CRC.
     let lines: Vec<&[u8]> = good.split_inclusive(|&byte| byte == b'\n').collect();
@@ -89,7 +92,10 @@ fn every_change_is_found() {
     let (body, _) = text.rsplit_once('\t').unwrap();
     let forged = body.replace("created", "rotated");
     let forged = format!("{forged}\t{:08x}\n", crc32fast::hash(forged.as_bytes()));
-    assert!(matches!(check(&[lines[0], lines[1], forged.as_bytes()].concat()), Err(Error::Tampered { .. })));
+    assert!(matches!(
+        check(&[lines[0], lines[1], forged.as_bytes()].concat()),
+        Err(Error::Tampered { .. })
+    ));
     // The records in front of the damage are sound, and are handed out.
     for damaged in 0..3 {
         let mut bad = good.clone();
@@ -98,7 +104,10 @@ fn every_change_is_found() {
         for heads in [&[][..], &[&head]] {
             let mut sound = 0;
             let walked = audit.walk(heads, &mut |_| sound += 1);
-            assert!(matches!(walked, Err(Error::Corrupt { .. })) || (damaged == 2 && heads.is_empty()), "{walked:?}");
+            assert!(
+                matches!(walked, Err(Error::Corrupt { .. })) || (damaged == 2 && heads.is_empty()),
+                "{walked:?}"
+            );
             assert_eq!(sound, damaged);
         }
     }
@@ -151,7 +160,9 @@ fn a_line_is_read_up_to_the_limit_and_no_further() {
         let shorter = encode_line(&json, "").len() - 1;
         encode_line(&json.replace("\"x\"", &format!("\"x{}\"", "y".repeat(len - shorter))), "")
     };
-    for (len, read) in [(LINE_BYTES_MAX, true), (LINE_BYTES_MAX + 1, false), (LINE_BYTES_MAX + 2, false)] {
+    for (len, read) in
+        [(LINE_BYTES_MAX, true), (LINE_BYTES_MAX + 1, false), (LINE_BYTES_MAX + 2, false)]
+    {
         let line = padded(len);
         let line = line.trim_end().as_bytes();
         assert_eq!((line.len(), parse_line(line, 0).is_some()), (len, read));
@@ -202,7 +213,11 @@ fn whether_a_damaged_first_record_of_a_file_was_ever_there_is_known_by_what_came
     assert_eq!((again.head(), again.head_after(&known)), (known.clone(), known.clone()));
     again.record(AuditEvent::Deleted, None, "after").unwrap();
     assert_eq!(details(&again.verified(&[&known]).unwrap()), ["kept", "after"]);
-    assert_eq!(fs::read(audit.files().path(2)).unwrap(), b"{\"number\":2,\0\0\0\n", "it is no file of the log");
+    assert_eq!(
+        fs::read(audit.files().path(2)).unwrap(),
+        b"{\"number\":2,\0\0\0\n",
+        "it is no file of the log"
+    );
     // A file that was there before stays as it is, for verification to find.
     let damaged = b"{\"number\":1,\0\0\0\n";
     fs::write(audit.files().path(1), damaged).unwrap();
@@ -302,7 +317,9 @@ fn forged_numbers_end_in_no_overflow() {
         let forged = encode_line(&json, &"5a".repeat(32));
         for path in [audit.files().path(2), audit.files().path(1)] {
             fs::write(path, forged.repeat(2)).unwrap();
-            for known in [known.clone(), AuditHead::default(), AuditHead { number: 5, ..known.clone() }] {
+            for known in
+                [known.clone(), AuditHead::default(), AuditHead { number: 5, ..known.clone() }]
+            {
                 let again = reopened(&audit, &known);
                 again.record(AuditEvent::Deleted, None, "after").unwrap();
                 assert!(again.verified(&[&known]).is_err(), "{number}");
@@ -320,7 +337,9 @@ fn forged(audit: &AuditLog, number: u64) -> String {
 /// The log does not continue behind a forged record. It is sound again when the record is gone.
 #[test]
 fn what_was_forged_leaves_no_trace_when_it_is_removed() {
-    for (number, appended) in [(2, false), (7, false), (u64::MAX, false), (2, true), (3, true), (7, true)] {
+    for (number, appended) in
+        [(2, false), (7, false), (u64::MAX, false), (2, true), (3, true), (7, true)]
+    {
         let dir = tempfile::tempdir().unwrap();
         let audit = log(dir.path(), 1 << 20);
         audit.record(AuditEvent::Created, None, "one").unwrap();
@@ -453,7 +472,8 @@ fn an_opening_reads_little_of_files_that_hold_little() {
         let forged = parse_forged(&forged);
         for (at, begin) in [(200, &first), (300, &forged)] {
             fs::write(audit.files().path(at + number), begin).unwrap();
-            let file = RealDisk.open(&audit.files().path(at + number), OpenMode::ReadWrite).unwrap();
+            let file =
+                RealDisk.open(&audit.files().path(at + number), OpenMode::ReadWrite).unwrap();
             file.set_len(FILE_BYTES_MAX).unwrap();
         }
     }
@@ -461,7 +481,8 @@ fn an_opening_reads_little_of_files_that_hold_little() {
     let again = reopened(&audit, &known);
     assert_eq!(again.head(), known);
     let read = bytes_read.load(Ordering::Relaxed);
-    let (genuine, each) = (fs::metadata(audit.files().path(1)).unwrap().len(), 4 * LINE_BYTES_MAX as u64);
+    let (genuine, each) =
+        (fs::metadata(audit.files().path(1)).unwrap().len(), 4 * LINE_BYTES_MAX as u64);
     assert!(read <= 4 * genuine + u64::from(3 * FILES) * each, "{read} bytes were read");
     again.record(AuditEvent::Deleted, None, "after").unwrap();
 }
@@ -475,7 +496,8 @@ fn parse_forged(line: &str) -> Vec<u8> {
 /// Rotates the service key of a log, and retires the older version if so told.
 fn rotate(log: &AuditLog, retires: bool) {
     let rotated = read(log.keyring()).add_version(&crate::io::OsRandom, 1).unwrap();
-    let rotated = if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
+    let rotated =
+        if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
     *write(log.keyring()) = rotated;
 }
 
@@ -494,7 +516,8 @@ fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
     let json = serde_json::to_string(&record).unwrap();
     let key = read(log.keyring()).audit_key(1).unwrap();
     let tag = hex_encode(&hmac_sha256(&key, &[behind.tag.as_bytes(), json.as_bytes()]));
-    let file = [&fs::read(log.files().path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();
+    let file =
+        [&fs::read(log.files().path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();
     fs::write(log.files().path(1), file).unwrap();
     AuditHead { number: record.number, tag }
 }
@@ -507,7 +530,10 @@ fn records_under_a_retired_version_count_in_front_of_one_under_an_accepted_versi
     let known = audit.head();
     rotate(&audit, true);
     let refused = audit.verified(&[&known]);
-    assert!(matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::RetiredKeyVersion { version: 1, accepts: 2, .. })),
+        "{refused:?}"
+    );
     // The log does not continue behind a record that is forged behind the known one.
     let good = fs::read(audit.files().path(1)).unwrap();
     let forged = forge(&audit, &known);
@@ -541,7 +567,11 @@ fn the_version_of_the_service_key_never_goes_back() {
             }
             let refused = audit.verified(&[&head]);
             assert!(matches!(refused, Err(Error::Tampered { .. })), "{refused:?}");
-            assert_eq!(reopened(&audit, &head).head(), head, "retires: {retires}, new file: {new_file}");
+            assert_eq!(
+                reopened(&audit, &head).head(),
+                head,
+                "retires: {retires}, new file: {new_file}"
+            );
         }
     }
 }

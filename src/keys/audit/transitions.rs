@@ -99,7 +99,8 @@ pub(super) fn without_count(detail: &str) -> &str {
         let count = count
             .strip_suffix(" transitions before this one are not on record")
             .or_else(|| count.strip_suffix(" transition before this one is not on record"))?;
-        (!count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit())).then_some(before.len())
+        (!count.is_empty() && count.bytes().all(|byte| byte.is_ascii_digit()))
+            .then_some(before.len())
     };
     let len = detail.rsplit_once("; ").and_then(counted);
     len.and_then(|len| detail.get(..len)).unwrap_or(detail)

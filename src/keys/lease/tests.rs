@@ -97,7 +97,10 @@ pub(in crate::keys) struct World {
 
 impl World {
     pub(in crate::keys) fn new() -> Self {
-        let clock = TestClock { wall_us: AtomicU64::new(1_700_000_000_000_000), uptime_us: AtomicU64::new(1_000_000) };
+        let clock = TestClock {
+            wall_us: AtomicU64::new(1_700_000_000_000_000),
+            uptime_us: AtomicU64::new(1_000_000),
+        };
         Self { clock: Arc::new(clock), breaker: Arc::default(), kms: Arc::default() }
     }
 
@@ -114,9 +117,18 @@ impl World {
         let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
         let watch = Watch { clock: Arc::clone(&clock), meter: Arc::default() };
         let kms = BoundedKms::new(Arc::clone(&self.kms) as Arc<dyn Kms>, TIMEOUT, true, watch);
-        let cmk = Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "region".to_owned() };
-        let probe = Probe { wrapped: Vec::new(), context: EncryptionContext::new(), fingerprint: fingerprint(&key()) };
-        let terms = LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
+        let cmk = Cmk {
+            cmk_key_id: "key".to_owned(),
+            arn: "role".to_owned(),
+            region_id: "region".to_owned(),
+        };
+        let probe = Probe {
+            wrapped: Vec::new(),
+            context: EncryptionContext::new(),
+            fingerprint: fingerprint(&key()),
+        };
+        let terms =
+            LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
         let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
         Lease::new(LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool })
     }
@@ -177,7 +189,10 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         let world = World::new();
         let pass = |by| if wall_alone { world.clock.jump_wall(by) } else { world.clock.run(by) };
         let lease = world.lease();
-        assert_eq!(lease.status(), KeyStatus { state: KeyState::Idle, lease_left: Some(Duration::ZERO) });
+        assert_eq!(
+            lease.status(),
+            KeyStatus { state: KeyState::Idle, lease_left: Some(Duration::ZERO) }
+        );
         let epoch = lease.admit().unwrap();
         assert_eq!((lease.calls(), lease.status().lease_left), (1, Some(GRACE)));
         pass(lasts - STEP);
@@ -264,7 +279,10 @@ fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
         while world.kms.calls.load(Ordering::SeqCst) == 0 {
             std::thread::yield_now();
         }
-        world.kms_is(Some(KmsError::Revoked { reason: RevokedReason::Disabled, detail: String::new() }));
+        world.kms_is(Some(KmsError::Revoked {
+            reason: RevokedReason::Disabled,
+            detail: String::new(),
+        }));
         threads.spawn(|| lease.renew_afresh());
         // Should it begin only later, nothing is shown, and nothing fails.
         std::thread::sleep(Duration::from_millis(50));
@@ -325,9 +343,12 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
 #[test]
 fn renewals_are_spread_over_a_fifth_of_the_period() {
     let world = World::new();
-    for (random, period) in
-        [(Some(0), EVERY), (None, EVERY), (Some(255), EVERY * 4 / 5), (Some(51), EVERY - EVERY / 25)]
-    {
+    for (random, period) in [
+        (Some(0), EVERY),
+        (None, EVERY),
+        (Some(255), EVERY * 4 / 5),
+        (Some(51), EVERY - EVERY / 25),
+    ] {
         assert_eq!(world.lease_with(Constant(random), None).jittered(EVERY), period, "{random:?}");
     }
     let lease = world.lease_with(Constant(Some(255)), None);
@@ -348,7 +369,10 @@ fn metrics_tell_its_age() {
     world.clock.advance(STEP * 5);
     let metrics = lease.metrics();
     assert_eq!((metrics.age, metrics.calls), (Some(STEP * 5), 1));
-    assert_eq!((metrics.status.lease_left, metrics.status), (Some(GRACE - STEP * 5), lease.status()));
+    assert_eq!(
+        (metrics.status.lease_left, metrics.status),
+        (Some(GRACE - STEP * 5), lease.status())
+    );
 }
 
 #[test]
@@ -373,7 +397,11 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
         asks.renew();
         assert!(matches!(ended.admit(), Err(Refusal::Unreachable(_))));
         let long_ago = world.clock.uptime() - asked >= EVERY * PERIODS_SPARED;
-        assert_eq!((ended.calls() - of_its_own, long_ago), (u64::from(period == 7), period == 7), "{period}");
+        assert_eq!(
+            (ended.calls() - of_its_own, long_ago),
+            (u64::from(period == 7), period == 7),
+            "{period}"
+        );
         let calls = alive.calls();
         world.clock.advance(TIMEOUT);
         assert!(alive.admit().is_ok());
@@ -411,7 +439,9 @@ fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
     // A lease whose last answer was a refusal or a success calls the KMS.
     world.kms_is(away());
     let other = world.lease();
-    assert!(world.breaker.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err());
+    assert!(
+        world.breaker.is_open() && other.unwrap_envelope(EncryptionContext::new(), b"").is_err()
+    );
     world.kms_is(None);
     assert!(other.unwrap_envelope(EncryptionContext::new(), b"").is_ok());
 }

@@ -45,7 +45,11 @@ pub(super) struct Issued {
 
 impl From<Issued> for Credentials {
     fn from(issued: Issued) -> Self {
-        Self { id: issued.access_key_id, secret: issued.access_key_secret, token: Some(issued.security_token) }
+        Self {
+            id: issued.access_key_id,
+            secret: issued.access_key_secret,
+            token: Some(issued.security_token),
+        }
     }
 }
 
@@ -82,7 +86,12 @@ impl fmt::Debug for Source {
 
 impl Source {
     /// The credentials to use now, or one clause on why there are none.
-    pub(super) fn get(&self, http: &Http, sts: &Uri, deadline: Deadline) -> Result<Arc<Credentials>, String> {
+    pub(super) fn get(
+        &self,
+        http: &Http,
+        sts: &Uri,
+        deadline: Deadline,
+    ) -> Result<Arc<Credentials>, String> {
         let kept = match self {
             Self::Fixed(credentials) => return Ok(Arc::clone(credentials)),
             Self::Default(kept) => kept,
@@ -103,8 +112,13 @@ impl Source {
             let role = match from_cli_profile()? {
                 Some(Profile::Key(credentials)) => return Ok(Arc::new(credentials)),
                 Some(Profile::InstanceRole(role)) => role,
-                None if variable("ALIBABA_CLOUD_ECS_METADATA_DISABLED").is_some_and(|it| it == "true") => {
-                    return Err("there are no credentials in the environment nor in ~/.aliyun/config.json".to_owned());
+                None if variable("ALIBABA_CLOUD_ECS_METADATA_DISABLED")
+                    .is_some_and(|it| it == "true") =>
+                {
+                    return Err(
+                        "there are no credentials in the environment nor in ~/.aliyun/config.json"
+                            .to_owned(),
+                    );
                 }
                 None => variable("ALIBABA_CLOUD_ECS_METADATA"),
             };
@@ -112,7 +126,11 @@ impl Source {
             // must be returned before the caller gives up on the call.
             let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
             from_instance(http, &Uri::from_static(INSTANCE_METADATA), role.as_deref(), halfway)
-                .map_err(|why| format!("no credentials in the environment, and none of the ECS instance: {why}"))?
+                .map_err(|why| {
+                    format!(
+                        "no credentials in the environment, and none of the ECS instance: {why}"
+                    )
+                })?
         };
         let credentials = Arc::new(fetched);
         *lock(kept) = Some(Kept { credentials: Arc::clone(&credentials), since });
@@ -141,7 +159,10 @@ fn from_environment() -> Result<Option<Credentials>, String> {
             Ok(Some(Credentials { id, secret, token }))
         }
         (None, None) => Ok(None),
-        _ => Err("of ALIBABA_CLOUD_ACCESS_KEY_ID and ALIBABA_CLOUD_ACCESS_KEY_SECRET only one is set".to_owned()),
+        _ => Err(
+            "of ALIBABA_CLOUD_ACCESS_KEY_ID and ALIBABA_CLOUD_ACCESS_KEY_SECRET only one is set"
+                .to_owned(),
+        ),
     }
 }
 
@@ -154,7 +175,9 @@ fn from_oidc(http: &Http, sts: &Uri, deadline: Deadline) -> Result<Option<Creden
     ) else {
         return Ok(None);
     };
-    let token = Zeroizing::new(read(Path::new(&file)).map_err(|why| format!("the OIDC token file: {why}"))?);
+    let token = Zeroizing::new(
+        read(Path::new(&file)).map_err(|why| format!("the OIDC token file: {why}"))?,
+    );
     let token = std::str::from_utf8(&token).map_err(|_| "the OIDC token file is not text")?;
     let session = variable("ALIBABA_CLOUD_ROLE_SESSION_NAME");
     let form = sign::Pairs::from([
@@ -228,20 +251,31 @@ pub(super) fn profile_of(bytes: &[u8], name: Option<&str>) -> Result<Profile, &'
         ram_role_name: String,
     }
     // The parser's error may quote a value.
-    let config: Config = serde_json::from_slice(bytes).map_err(|_| "is not what `aliyun configure` writes")?;
+    let config: Config =
+        serde_json::from_slice(bytes).map_err(|_| "is not what `aliyun configure` writes")?;
     let name = name.unwrap_or(&config.current);
-    let entry = config.profiles.into_iter().find(|it| it.name == name).ok_or("has no profile of that name")?;
+    let entry = config
+        .profiles
+        .into_iter()
+        .find(|it| it.name == name)
+        .ok_or("has no profile of that name")?;
     let key = |token| {
         if entry.access_key_id.is_empty() || entry.access_key_secret.is_empty() {
             return Err("has a profile without an access key");
         }
-        Ok(Profile::Key(Credentials { id: entry.access_key_id, secret: entry.access_key_secret, token }))
+        Ok(Profile::Key(Credentials {
+            id: entry.access_key_id,
+            secret: entry.access_key_secret,
+            token,
+        }))
     };
     match entry.mode.as_str() {
         "AK" => key(None),
         "StsToken" if entry.sts_token.is_empty() => Err("has a profile without its security token"),
         "StsToken" => key(Some(entry.sts_token)),
-        "EcsRamRole" => Ok(Profile::InstanceRole(Some(entry.ram_role_name).filter(|role| !role.is_empty()))),
+        "EcsRamRole" => {
+            Ok(Profile::InstanceRole(Some(entry.ram_role_name).filter(|role| !role.is_empty())))
+        }
         _ => Err("has a profile of another mode than AK, StsToken and EcsRamRole"),
     }
 }
@@ -256,7 +290,8 @@ pub(super) fn from_instance(
 ) -> Result<Credentials, String> {
     const ROLES: &str = "/latest/meta-data/ram/security-credentials/";
     let ask = |method, target: &str, headers: &[(&str, &str)]| {
-        let answer = exchange(http, method, metadata, target, headers, &[], deadline).map_err(|why| why.to_string())?;
+        let answer = exchange(http, method, metadata, target, headers, &[], deadline)
+            .map_err(|why| why.to_string())?;
         match answer.status {
             200 => Ok(answer),
             status => Err(format!("the metadata service answered with status {status}")),
@@ -266,7 +301,8 @@ pub(super) fn from_instance(
         let word = std::str::from_utf8(&answer.body).unwrap_or_default().trim();
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.=+/".contains(c);
         let fits = !word.is_empty() && word.chars().all(plain);
-        fits.then(|| word.to_owned()).ok_or_else(|| "the metadata service answered nonsense".to_owned())
+        fits.then(|| word.to_owned())
+            .ok_or_else(|| "the metadata service answered nonsense".to_owned())
     };
     let ttl = [("x-aliyun-ecs-metadata-token-ttl-seconds", METADATA_TOKEN_SECONDS)];
     let token = Zeroizing::new(word(&ask("PUT", "/latest/api/token", &ttl)?)?);
@@ -275,8 +311,8 @@ pub(super) fn from_instance(
         Some(role) => role.to_owned(),
         None => word(&ask("GET", ROLES, &token)?)?,
     };
-    let issued: Issued =
-        parse(&ask("GET", &format!("{ROLES}{role}"), &token)?).map_err(|why| format!("the metadata service {why}"))?;
+    let issued: Issued = parse(&ask("GET", &format!("{ROLES}{role}"), &token)?)
+        .map_err(|why| format!("the metadata service {why}"))?;
     Ok(issued.into())
 }
 

@@ -151,7 +151,9 @@ impl AliyunKms {
     pub fn new(region_id: &str) -> Result<Self, KmsUrlError> {
         let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
         if !(1..=63).contains(&region_id.len()) || !region_id.bytes().all(plain) {
-            return Err(KmsUrlError::Malformed("aliyun-kms: names no region, such as cn-hangzhou".to_owned()));
+            return Err(KmsUrlError::Malformed(
+                "aliyun-kms: names no region, such as cn-hangzhou".to_owned(),
+            ));
         }
         let regional = |service| endpoint(&format!("https://{service}.{region_id}.aliyuncs.com"));
         Ok(Self {
@@ -166,7 +168,8 @@ impl AliyunKms {
     /// Creates the backend from the part of a URL behind `aliyun-kms:`.
     pub(super) fn from_url(rest: &str) -> Result<Self, KmsUrlError> {
         let malformed = |why: &str| KmsUrlError::Malformed(format!("aliyun-kms: {why}"));
-        let rest = rest.strip_prefix("//").ok_or_else(|| malformed("is to be followed by //REGION"))?;
+        let rest =
+            rest.strip_prefix("//").ok_or_else(|| malformed("is to be followed by //REGION"))?;
         let (region_id, query) = rest.split_once('?').unwrap_or((rest, ""));
         let mut kms = Self::new(region_id.trim_end_matches('/'))?;
         for parameter in query.split('&').filter(|it| !it.is_empty()) {
@@ -175,7 +178,11 @@ impl AliyunKms {
             kms = match name {
                 "endpoint" => kms.with_endpoint(&value)?,
                 "sts-endpoint" => kms.with_sts_endpoint(&value)?,
-                _ => return Err(malformed("has a parameter that is neither endpoint nor sts-endpoint")),
+                _ => {
+                    return Err(malformed(
+                        "has a parameter that is neither endpoint nor sts-endpoint",
+                    ));
+                }
             };
         }
         Ok(kms)
@@ -206,7 +213,8 @@ impl AliyunKms {
     #[must_use]
     pub fn with_access_key(mut self, id: &str, secret: &str) -> Self {
         let secret = Zeroizing::new(secret.to_owned());
-        self.source = Source::Fixed(Arc::new(Credentials { id: id.to_owned(), secret, token: None }));
+        self.source =
+            Source::Fixed(Arc::new(Credentials { id: id.to_owned(), secret, token: None }));
         self
     }
 
@@ -218,7 +226,8 @@ impl AliyunKms {
             ("RoleArn", &cmk.arn),
             ("RoleSessionName", SESSION),
         ]);
-        let answer = self.call(&self.sts, STS_VERSION, "AssumeRole", &parameters, &own, deadline)?;
+        let answer =
+            self.call(&self.sts, STS_VERSION, "AssumeRole", &parameters, &own, deadline)?;
         if answer.status == 200 {
             return Ok(parse::<Assumed>("AssumeRole", &answer)?.credentials.into());
         }
@@ -250,18 +259,24 @@ impl AliyunKms {
         }
         let error = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
         let meaning = match outcome::of_kms(answer.status, &error) {
-            Meaning::AskState => {
-                self.refused_by_state(cmk, &role, deadline).map_or(Meaning::Unreachable, Meaning::Revoked)
-            }
+            Meaning::AskState => self
+                .refused_by_state(cmk, &role, deadline)
+                .map_or(Meaning::Unreachable, Meaning::Revoked),
             meaning => meaning,
         };
         Err(error_of(meaning, action, &error, answer.status))
     }
 
     /// The reason why the key cannot be used, if its state is the reason.
-    fn refused_by_state(&self, cmk: &Cmk, role: &Credentials, deadline: Deadline) -> Option<RevokedReason> {
+    fn refused_by_state(
+        &self,
+        cmk: &Cmk,
+        role: &Credentials,
+        deadline: Deadline,
+    ) -> Option<RevokedReason> {
         let parameters = sign::Pairs::from([("KeyId", cmk.cmk_key_id.as_str())]);
-        let answer = self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline).ok()?;
+        let answer =
+            self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline).ok()?;
         let body: Value = serde_json::from_slice(&answer.body).ok()?;
         if answer.status == 200 {
             return outcome::of_state(body.pointer("/KeyMetadata/KeyState")?.as_str()?);
@@ -290,7 +305,9 @@ impl AliyunKms {
         let mut again = true;
         loop {
             let mut nonce = [0; 16];
-            OsRandom.fill(&mut nonce).map_err(|error| unreachable(format!("no random nonce: {error}")))?;
+            OsRandom
+                .fill(&mut nonce)
+                .map_err(|error| unreachable(format!("no random nonce: {error}")))?;
             let (date, nonce) = (timestamp(), hex_encode(&nonce));
             let mut headers = sign::Pairs::from([
                 ("host", authority(endpoint)),
@@ -354,8 +371,10 @@ impl Kms for AliyunKms {
         let deadline = Deadline::after(call.timeout);
         let wrapped = wrapped::Wrapped::parse(wrapped).map_err(invalid)?;
         let context = context_json(call)?;
-        let parameters =
-            sign::Pairs::from([("CiphertextBlob", wrapped.ciphertext), ("EncryptionContext", context.as_str())]);
+        let parameters = sign::Pairs::from([
+            ("CiphertextBlob", wrapped.ciphertext),
+            ("EncryptionContext", context.as_str()),
+        ]);
         let decrypted: Decrypted = self.ask(call.cmk, "Decrypt", &parameters, deadline)?;
         check_key(call.cmk, &decrypted.key_id)?;
         wrapped.open(&key_of(&decrypted.plaintext)?, &context).map_err(invalid)
@@ -376,13 +395,16 @@ fn exchange(
     body: &[u8],
     deadline: Deadline,
 ) -> Result<Answer, NoAnswer> {
-    let uri = format!("{}://{}{target}", endpoint.scheme_str().unwrap_or_default(), authority(endpoint));
-    let mut request = Request::builder().method(method).uri(uri).header("accept", "application/json");
+    let uri =
+        format!("{}://{}{target}", endpoint.scheme_str().unwrap_or_default(), authority(endpoint));
+    let mut request =
+        Request::builder().method(method).uri(uri).header("accept", "application/json");
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
     let request = request.body(body);
-    let request = request.map_err(|_| NoAnswer::Failed("what is to be sent fits into no HTTP request".to_owned()))?;
+    let request = request
+        .map_err(|_| NoAnswer::Failed("what is to be sent fits into no HTTP request".to_owned()))?;
     http.send(request, deadline)
 }
 
@@ -395,8 +417,15 @@ fn context_json(call: &KmsCall<'_>) -> Result<String, KmsError> {
 fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
     let asked = cmk.cmk_key_id.as_str();
     // An ARN is `acs:kms:REGION:ACCOUNT:key/ID`.
-    let asked = asked.strip_prefix("acs:kms:").and_then(|arn| arn.split_once(":key/")).map_or(asked, |(_, id)| id);
-    if asked == used { Ok(()) } else { Err(invalid("KMS used another key than the one that was asked for")) }
+    let asked = asked
+        .strip_prefix("acs:kms:")
+        .and_then(|arn| arn.split_once(":key/"))
+        .map_or(asked, |(_, id)| id);
+    if asked == used {
+        Ok(())
+    } else {
+        Err(invalid("KMS used another key than the one that was asked for"))
+    }
 }
 
 /// The key in a base64 text.
@@ -412,7 +441,8 @@ fn key_of(text: &str) -> Result<SecretKey, KmsError> {
 
 fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {
     // The parser's error may quote a value.
-    serde_json::from_slice(&answer.body).map_err(|_| invalid(&format!("{action} answered something else")))
+    serde_json::from_slice(&answer.body)
+        .map_err(|_| invalid(&format!("{action} answered something else")))
 }
 
 fn error_of(meaning: Meaning, action: &str, error: &Value, status: u16) -> KmsError {
@@ -435,5 +465,7 @@ fn invalid(detail: &str) -> KmsError {
 /// The current time in the form of the API, such as `2026-01-31T12:00:00Z`.
 fn timestamp() -> String {
     let seconds = Duration::from_micros(SystemClock.wall_us()).as_secs();
-    jiff::Timestamp::from_second(i64::try_from(seconds).unwrap_or(0)).unwrap_or_default().to_string()
+    jiff::Timestamp::from_second(i64::try_from(seconds).unwrap_or(0))
+        .unwrap_or_default()
+        .to_string()
 }

@@ -20,17 +20,23 @@ pub(super) fn of_kms(status: u16, error: &Value) -> Meaning {
         return Meaning::Unreachable;
     }
     match text(error, "Code") {
-        "Forbidden.KeyNotFound" | "Forbidden.AliasNotFound" => Meaning::Revoked(RevokedReason::Deleted),
+        "Forbidden.KeyNotFound" | "Forbidden.AliasNotFound" => {
+            Meaning::Revoked(RevokedReason::Deleted)
+        }
         "Forbidden.NoPermission" | "Forbidden.RAM" | "NoPermission" | "NotAuthorized" => {
             Meaning::Revoked(RevokedReason::NotPermitted)
         }
         "Rejected.Disabled" | "Rejected.PendingImport" => Meaning::Revoked(RevokedReason::Disabled),
         "Rejected.PendingDeletion" => Meaning::Revoked(RevokedReason::PendingDeletion),
-        "InvalidParameter" | "MissingParameter" | "ParseRequestParameterException" | "UnsupportedOperation" => {
-            Meaning::Invalid
-        }
+        "InvalidParameter"
+        | "MissingParameter"
+        | "ParseRequestParameterException"
+        | "UnsupportedOperation" => Meaning::Invalid,
         "" => Meaning::Unreachable,
-        code if code.starts_with("Throttling") || is_about_login(code) || is_about_account(code) => {
+        code if code.starts_with("Throttling")
+            || is_about_login(code)
+            || is_about_account(code) =>
+        {
             Meaning::Unreachable
         }
         _ => Meaning::AskState,
@@ -45,7 +51,9 @@ pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
     match text(error, "Code") {
         "EntityNotExist.Role" => Meaning::Revoked(RevokedReason::NotPermitted),
         "NoPermission" if !is_own_lack(error) => Meaning::Revoked(RevokedReason::NotPermitted),
-        code if code == "InvalidParameter" || code.starts_with("InvalidParameter.") => Meaning::Invalid,
+        code if code == "InvalidParameter" || code.starts_with("InvalidParameter.") => {
+            Meaning::Invalid
+        }
         _ => Meaning::Unreachable,
     }
 }
@@ -65,7 +73,9 @@ pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
 fn is_own_lack(error: &Value) -> bool {
     let detail = error.get("AccessDeniedDetail").unwrap_or(&Value::Null);
     match text(detail, "PolicyType") {
-        "AccountLevelIdentityBasedPolicy" | "ResourceGroupLevelIdentityBasedPolicy" | "SessionPolicy" => true,
+        "AccountLevelIdentityBasedPolicy"
+        | "ResourceGroupLevelIdentityBasedPolicy"
+        | "SessionPolicy" => true,
         "" => text(error, "Message").contains("may not be assumed by root accounts"),
         _ => false,
     }
@@ -113,7 +123,8 @@ pub(super) fn code_of(error: &Value, status: u16) -> String {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
         Some(word).filter(|word| (1..=64).contains(&word.len()) && word.chars().all(plain))
     };
-    let code = word("Code").map_or_else(|| format!("status {status} without an error code"), str::to_owned);
+    let code = word("Code")
+        .map_or_else(|| format!("status {status} without an error code"), str::to_owned);
     match word("RequestId") {
         Some(id) => format!("{code} (request {id})"),
         None => code,

@@ -40,7 +40,8 @@ pub(super) type Pairs<'a> = BTreeMap<&'a str, &'a str>;
 /// A query in its canonical form, which is also sent. Also the body of a form.
 pub(super) fn encode(parameters: &Pairs<'_>) -> String {
     let escape = |text| utf8_percent_encode(text, ESCAPED);
-    let pairs = parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value)));
+    let pairs =
+        parameters.iter().map(|(name, value)| format!("{}={}", escape(name), escape(value)));
     pairs.collect::<Vec<_>>().join("&")
 }
 
@@ -51,9 +52,15 @@ pub(super) fn body_hash(body: &[u8]) -> String {
 
 /// The value of the header `Authorization` for a POST to `/`. It signs all of these headers, whose
 /// names are in lower case.
-pub(super) fn authorization(query: &str, headers: &Pairs<'_>, body_hash: &str, credentials: &Credentials) -> String {
+pub(super) fn authorization(
+    query: &str,
+    headers: &Pairs<'_>,
+    body_hash: &str,
+    credentials: &Credentials,
+) -> String {
     let names = headers.keys().copied().collect::<Vec<_>>().join(";");
-    let lines: String = headers.iter().map(|(name, value)| format!("{name}:{}\n", value.trim())).collect();
+    let lines: String =
+        headers.iter().map(|(name, value)| format!("{name}:{}\n", value.trim())).collect();
     let canonical = format!("POST\n/\n{query}\n{lines}\n{names}\n{body_hash}");
     let digest = hex_encode(&hash(HashAlg::Sha256, &[canonical.as_bytes()]));
     let secret = credentials.secret.as_bytes();
@@ -75,7 +82,8 @@ mod tests {
     /// `tests/kms_aliyun.rs` can generate it again.
     #[test]
     fn the_same_input_gives_the_signature_of_the_official_sdk() {
-        let requests: Value = serde_json::from_str(include_str!("../../../tests/kms_aliyun/sdk.json")).unwrap();
+        let requests: Value =
+            serde_json::from_str(include_str!("../../../tests/kms_aliyun/sdk.json")).unwrap();
         let requests = requests.as_array().unwrap();
         assert_eq!(requests.len(), 5);
         for request in requests {

@@ -30,24 +30,33 @@ fn metadata(answers: &'static [(u16, &'static str)]) -> (Uri, Receiver<String>) 
     thread::spawn(move || {
         for (status, body) in answers {
             let (stream, _) = listener.accept().unwrap();
-            let head: Vec<_> =
-                BufReader::new(&stream).lines().map(Result::unwrap).take_while(|line| !line.is_empty()).collect();
-            let extra = head.iter().find(|line| line.starts_with("x-aliyun-ecs-metadata-token")).cloned();
+            let head: Vec<_> = BufReader::new(&stream)
+                .lines()
+                .map(Result::unwrap)
+                .take_while(|line| !line.is_empty())
+                .collect();
+            let extra =
+                head.iter().find(|line| line.starts_with("x-aliyun-ecs-metadata-token")).cloned();
             sender.send(format!("{} {}", head[0], extra.unwrap_or_default())).unwrap();
-            let answer =
-                format!("HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            let answer = format!(
+                "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+                body.len()
+            );
             (&stream).write_all(answer.as_bytes()).unwrap();
         }
     });
     (endpoint, receiver)
 }
 
-const ISSUED: &str = r#"{"AccessKeyId":"STS.1","AccessKeySecret":"hush","SecurityToken":"token","Code":"Success"}"#;
+const ISSUED: &str =
+    r#"{"AccessKeyId":"STS.1","AccessKeySecret":"hush","SecurityToken":"token","Code":"Success"}"#;
 
 #[test]
 fn an_instance_gets_the_credentials_of_its_role_with_a_token() {
-    let (endpoint, asked) = metadata(&[(200, "the-token=="), (200, "log-service\n"), (200, ISSUED)]);
-    let credentials = from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap();
+    let (endpoint, asked) =
+        metadata(&[(200, "the-token=="), (200, "log-service\n"), (200, ISSUED)]);
+    let credentials =
+        from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap();
     assert_eq!((credentials.id.as_str(), credentials.secret.as_str()), ("STS.1", "hush"));
     assert_eq!(credentials.token.as_deref().map(String::as_str), Some("token"));
     assert_eq!(format!("{credentials:?}"), "Credentials(..)");
@@ -80,8 +89,12 @@ fn a_metadata_service_that_is_none_gives_no_credentials() {
         &[(200, "token"), (200, "role"), (200, r#"{"AccessKeyId":"hush"}"#)],
     ] {
         let (endpoint, _asked) = metadata(answers);
-        let why = from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap_err();
-        assert!(why.starts_with("the metadata service ") && !why.contains("hush"), "{answers:?}: {why}");
+        let why =
+            from_instance(&Http::new(None), &endpoint, None, Deadline::after(SECONDS)).unwrap_err();
+        assert!(
+            why.starts_with("the metadata service ") && !why.contains("hush"),
+            "{answers:?}: {why}"
+        );
     }
 }
 
@@ -101,7 +114,9 @@ fn a_profile_of_the_official_command_line_is_understood_or_refused() {
         "meta_path": ""
     }"#;
     let key = |name| match profile_of(config, name).unwrap() {
-        Profile::Key(key) => (key.id, key.secret.to_string(), key.token.map(|token| token.to_string())),
+        Profile::Key(key) => {
+            (key.id, key.secret.to_string(), key.token.map(|token| token.to_string()))
+        }
         Profile::InstanceRole(role) => panic!("{role:?}"),
     };
     assert_eq!(key(None), ("LTAI".to_owned(), "hush".to_owned(), None));
@@ -128,7 +143,10 @@ fn a_profile_of_the_official_command_line_is_understood_or_refused() {
 #[test]
 fn a_key_has_32_bytes_in_base64() {
     let key = |text| key_of(text).map(|key| *key.expose()).ok();
-    assert_eq!(key("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="), Some(std::array::from_fn(|n| n as u8)));
+    assert_eq!(
+        key("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="),
+        Some(std::array::from_fn(|n| n as u8))
+    );
     for text in [
         "",
         "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8",

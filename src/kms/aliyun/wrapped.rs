@@ -23,7 +23,8 @@ pub(super) struct Wrapped<'a> {
 
 impl<'a> Wrapped<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, &'static str> {
-        const NOT_OURS: &str = "it is not a key that was wrapped with Alibaba Cloud KMS, or it is damaged";
+        const NOT_OURS: &str =
+            "it is not a key that was wrapped with Alibaba Cloud KMS, or it is damaged";
         let rest = bytes.strip_prefix(HEAD).ok_or(NOT_OURS)?;
         let (sealed, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
         let (tag, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
@@ -32,7 +33,11 @@ impl<'a> Wrapped<'a> {
     }
 
     /// Opens the sealed key.
-    pub(super) fn open(&self, wrapping: &SecretKey, context: &str) -> Result<SecretKey, &'static str> {
+    pub(super) fn open(
+        &self,
+        wrapping: &SecretKey,
+        context: &str,
+    ) -> Result<SecretKey, &'static str> {
         let mut key = *self.sealed;
         cipher(wrapping)
             .decrypt_inout_detached(

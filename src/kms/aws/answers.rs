@@ -43,7 +43,9 @@ impl Failure {
     /// An answer of STS: `<ErrorResponse><Error><Code>AccessDenied</Code>…`.
     pub(super) fn of_sts(answer: &Answer) -> Self {
         match parse_sts(answer) {
-            Some(StsAnswer::ErrorResponse(ErrorResponse { error })) => Self::new(answer, &error.code, &error.message),
+            Some(StsAnswer::ErrorResponse(ErrorResponse { error })) => {
+                Self::new(answer, &error.code, &error.message)
+            }
             _ => Self::new(answer, "", ""),
         }
     }
@@ -84,7 +86,9 @@ impl Failure {
                 RevokedReason::PendingDeletion
             }
             // The customer has deleted the imported key material, or it has expired.
-            "KMSInvalidStateException" if self.message.contains(" is pending import") => RevokedReason::Deleted,
+            "KMSInvalidStateException" if self.message.contains(" is pending import") => {
+                RevokedReason::Deleted
+            }
             "InvalidCiphertextException"
             | "IncorrectKeyException"
             | "InvalidKeyUsageException"
@@ -101,7 +105,9 @@ impl Failure {
     /// Sorts a failure of STS.
     pub(super) fn sort_sts(&self, what: &str) -> KmsError {
         match self.code() {
-            "AccessDenied" => KmsError::Revoked { reason: RevokedReason::NotPermitted, detail: self.detail(what) },
+            "AccessDenied" => {
+                KmsError::Revoked { reason: RevokedReason::NotPermitted, detail: self.detail(what) }
+            }
             "ValidationError" | "MalformedPolicyDocument" | "PackedPolicyTooLarge" => {
                 KmsError::Invalid { detail: self.detail(what) }
             }
@@ -120,14 +126,20 @@ impl Failure {
     fn detail(&self, what: &str) -> String {
         let Self { status, code, request_id, .. } = self;
         let said = if code.is_empty() { format!("HTTP status {status}") } else { code.clone() };
-        if request_id.is_empty() { format!("{what}: {said}") } else { format!("{what}: {said}, request {request_id}") }
+        if request_id.is_empty() {
+            format!("{what}: {said}")
+        } else {
+            format!("{what}: {said}, request {request_id}")
+        }
     }
 }
 
 /// The text if it is a name, or an empty string.
 fn name(text: &str) -> String {
     let is_name = text.len() <= NAME_BYTES_MAX
-        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':'));
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_' | b':'));
     if is_name { text.to_owned() } else { String::new() }
 }
 
@@ -185,7 +197,8 @@ impl Session {
         let Some(StsAnswer::AssumeRoleResponse(response)) = parse_sts(answer) else {
             return Err(invalid("STS: not an answer to AssumeRole"));
         };
-        let StsCredentials { access_key_id, secret_access_key, session_token } = response.result.credentials;
+        let StsCredentials { access_key_id, secret_access_key, session_token } =
+            response.result.credentials;
         let session_token = Some(session_token);
         Ok(Self(Credential { access_key_id, secret_access_key, session_token, expires_in: None }))
     }
@@ -216,9 +229,11 @@ struct Decrypted {
 
 /// The ciphertext in an answer to Encrypt.
 pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
-    let encrypted: Encrypted =
-        serde_json::from_slice(&answer.body).map_err(|_| invalid("KMS: not an answer to Encrypt"))?;
-    let bytes = BASE64_STANDARD.decode(&encrypted.ciphertext_blob).map_err(|_| invalid("KMS: no base64"))?;
+    let encrypted: Encrypted = serde_json::from_slice(&answer.body)
+        .map_err(|_| invalid("KMS: not an answer to Encrypt"))?;
+    let bytes = BASE64_STANDARD
+        .decode(&encrypted.ciphertext_blob)
+        .map_err(|_| invalid("KMS: no base64"))?;
     if bytes.is_empty() || bytes.len() > CIPHERTEXT_BYTES_MAX {
         return Err(invalid("KMS: a ciphertext of an impossible length"));
     }
@@ -227,8 +242,8 @@ pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
 
 /// The key in an answer to Decrypt.
 pub(super) fn plaintext(answer: &Answer) -> Result<SecretKey, KmsError> {
-    let decrypted: Decrypted =
-        serde_json::from_slice(&answer.body).map_err(|_| invalid("KMS: not an answer to Decrypt"))?;
+    let decrypted: Decrypted = serde_json::from_slice(&answer.body)
+        .map_err(|_| invalid("KMS: not an answer to Decrypt"))?;
     // Room for the longest base64 of a key, so that a longer key fails too.
     let mut bytes = Zeroizing::new([0; 36]);
     match BASE64_STANDARD.decode_slice(decrypted.plaintext.as_bytes(), &mut *bytes) {

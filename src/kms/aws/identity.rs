@@ -16,13 +16,13 @@ use std::{
 
 use bytes::Bytes;
 use reqsign_aws_v4::{
-    AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider, EnvCredentialProvider,
-    IMDSv2CredentialProvider, ProcessCredentialProvider, ProfileCredentialProvider, RequestSigner,
-    SSOCredentialProvider,
+    AssumeRoleWithWebIdentityCredentialProvider, Credential, ECSCredentialProvider,
+    EnvCredentialProvider, IMDSv2CredentialProvider, ProcessCredentialProvider,
+    ProfileCredentialProvider, RequestSigner, SSOCredentialProvider,
 };
 use reqsign_core::{
-    CommandExecute, CommandOutput, Context, Env, Error, FileRead, HttpSend, OsEnv, ProvideCredentialDyn, SignRequest,
-    SigningCredential,
+    CommandExecute, CommandOutput, Context, Env, Error, FileRead, HttpSend, OsEnv,
+    ProvideCredentialDyn, SignRequest, SigningCredential,
 };
 use sha2::{Digest, Sha256};
 use ureq::http::{self, Request, Uri, request::Parts};
@@ -70,7 +70,10 @@ impl Identity {
             Some(profile) => [
                 ("profile", Arc::new(ProfileCredentialProvider::new().with_profile(profile))),
                 ("profile with SSO", Arc::new(SSOCredentialProvider::new().with_profile(profile))),
-                ("profile with a process", Arc::new(ProcessCredentialProvider::new().with_profile(profile))),
+                (
+                    "profile with a process",
+                    Arc::new(ProcessCredentialProvider::new().with_profile(profile)),
+                ),
             ],
             None => [
                 ("profile", Arc::new(ProfileCredentialProvider::new())),
@@ -103,7 +106,9 @@ impl Identity {
     /// `Unreachable` if there are none. The customer has not refused in this case.
     pub(super) fn credentials(&self, deadline: Deadline) -> Result<Credential, KmsError> {
         // Valid for at least two more minutes.
-        if let Some(credential) = lock(&self.cached).as_ref().filter(|credential| credential.is_valid()) {
+        if let Some(credential) =
+            lock(&self.cached).as_ref().filter(|credential| credential.is_valid())
+        {
             return Ok(credential.clone());
         }
         let context = Context::new()
@@ -117,11 +122,14 @@ impl Identity {
             };
             match at_once(provider.provide_credential_dyn(&context)) {
                 Ok(None) => {}
-                Ok(Some(credential)) if !credential.is_valid_at(reqsign_core::time::Timestamp::now()) => {
+                Ok(Some(credential))
+                    if !credential.is_valid_at(reqsign_core::time::Timestamp::now()) =>
+                {
                     return Err(none(&"they have expired"));
                 }
                 Ok(Some(credential)) => {
-                    *lock(&self.cached) = credential.expires_in.is_some().then(|| credential.clone());
+                    *lock(&self.cached) =
+                        credential.expires_in.is_some().then(|| credential.clone());
                     return Ok(credential);
                 }
                 // The next source may be another identity, so it is not tried. The error's text may
@@ -130,7 +138,9 @@ impl Identity {
                 Err(error) => return Err(none(&error.kind())),
             }
         }
-        Err(unreachable("the service has no AWS credentials of its own, in no place where they are looked for"))
+        Err(unreachable(
+            "the service has no AWS credentials of its own, in no place where they are looked for",
+        ))
     }
 
     /// Discards cached credentials, so that the next call looks for new ones.
@@ -234,8 +244,9 @@ impl HttpSend for Sender {
         let (parts, body) = request.into_parts();
         let answer = self.http.send(Request::from_parts(parts, &body[..]), self.deadline);
         let answer = answer.map_err(|why| Error::unexpected(why.to_string()))?;
-        let mut response =
-            http::Response::builder().status(answer.status).body(Bytes::copy_from_slice(&answer.body))?;
+        let mut response = http::Response::builder()
+            .status(answer.status)
+            .body(Bytes::copy_from_slice(&answer.body))?;
         *response.headers_mut() = answer.headers;
         Ok(response)
     }
@@ -258,7 +269,11 @@ impl Drop for Running {
 }
 
 impl CommandExecute for Commands {
-    async fn command_execute<'a>(&'a self, program: &'a str, args: &'a [&'a str]) -> Result<CommandOutput, Error> {
+    async fn command_execute<'a>(
+        &'a self,
+        program: &'a str,
+        args: &'a [&'a str],
+    ) -> Result<CommandOutput, Error> {
         let mut command = Command::new(program);
         command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = Running(command.spawn()?);
@@ -271,7 +286,8 @@ impl CommandExecute for Commands {
             let _ = sender.send(read.map(|_| text));
         })?;
         let left = self.deadline.left().unwrap_or_default();
-        let stdout = output.recv_timeout(left).map_err(|_| Error::unexpected("no answer in time"))??;
+        let stdout =
+            output.recv_timeout(left).map_err(|_| Error::unexpected("no answer in time"))??;
         let status = loop {
             match child.0.try_wait()? {
                 Some(status) => break status,

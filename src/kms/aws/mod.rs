@@ -122,10 +122,13 @@ impl AwsKms {
 
     fn with_env(url: &str, env: Arc<dyn Env>) -> Result<Self, KmsUrlError> {
         let malformed = |what: &str| KmsUrlError::Malformed(format!("aws-kms: {what}"));
-        let rest = url.strip_prefix("aws-kms://").ok_or_else(|| malformed("it is written aws-kms://REGION"))?;
+        let rest = url
+            .strip_prefix("aws-kms://")
+            .ok_or_else(|| malformed("it is written aws-kms://REGION"))?;
         let (region, query) = rest.split_once('?').unwrap_or((rest, ""));
         let region = region.strip_suffix('/').unwrap_or(region);
-        let is_region = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        let is_region =
+            |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
         if region.is_empty() || region.len() > 63 || !region.bytes().all(is_region) {
             return Err(malformed("it names no region"));
         }
@@ -136,7 +139,11 @@ impl AwsKms {
                 "sts-endpoint" => &mut sts,
                 "profile" => &mut profile,
                 "external-id" => &mut external_id,
-                _ => return Err(malformed("the parameters are endpoint, sts-endpoint, profile and external-id")),
+                _ => {
+                    return Err(malformed(
+                        "the parameters are endpoint, sts-endpoint, profile and external-id",
+                    ));
+                }
             };
             if value.is_empty() || place.replace(value.into_owned()).is_some() {
                 return Err(malformed("a parameter is empty or given twice"));
@@ -144,7 +151,9 @@ impl AwsKms {
         }
         let endpoint = |given: Option<&str>, service: &str| match (given, domain(region)) {
             (Some(given), _) => http::endpoint(given).map_err(&malformed),
-            (None, Some(domain)) => http::endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed),
+            (None, Some(domain)) => {
+                http::endpoint(&format!("https://{service}.{region}.{domain}")).map_err(&malformed)
+            }
             (None, None) => Err(malformed("the endpoints of that region are not known; give them")),
         };
         let http = Http::new(Some(CA_BUNDLE));
@@ -172,7 +181,10 @@ impl AwsKms {
             form.append_pair("ExternalId", external_id);
         }
         let form = form.finish();
-        let headers = [("content-type", "application/x-www-form-urlencoded; charset=utf-8"), ("accept", "text/xml")];
+        let headers = [
+            ("content-type", "application/x-www-form-urlencoded; charset=utf-8"),
+            ("accept", "text/xml"),
+        ];
         let to = Address { service: "sts", uri: &self.sts };
         let answer = self.ask(&to, &own, &headers, form.as_bytes(), Failure::of_sts, deadline)?;
         if answer.status == 200 {
@@ -194,11 +206,13 @@ impl AwsKms {
         let target = format!("TrentService.{operation}");
         let headers = [("content-type", "application/x-amz-json-1.1"), ("x-amz-target", &target)];
         let to = Address { service: "kms", uri: &self.kms };
-        let answer = self.ask(&to, session.credential(), &headers, body, Failure::of_kms, deadline)?;
+        let answer =
+            self.ask(&to, session.credential(), &headers, body, Failure::of_kms, deadline)?;
         if answer.status == 200 {
             return Ok(answer);
         }
-        Err(Failure::of_kms(&answer).sort_kms(&format!("{operation} with {cmk_key_id} at {}", to.host())))
+        Err(Failure::of_kms(&answer)
+            .sort_kms(&format!("{operation} with {cmk_key_id} at {}", to.host())))
     }
 
     /// Sends a request, with retries where they may help, and returns the last answer.
@@ -217,9 +231,13 @@ impl AwsKms {
             let last = tries == TRIES;
             let parts = sign(credential, (to.service, &self.region), to.uri, headers, body)?;
             let outcome = match self.http.send(Request::from_parts(parts, body), deadline) {
-                Ok(answer) if answer.status != 200 && !last && failure(&answer).is_transient() => Ok(answer),
+                Ok(answer) if answer.status != 200 && !last && failure(&answer).is_transient() => {
+                    Ok(answer)
+                }
                 Ok(answer) => return Ok(answer),
-                Err(why @ NoAnswer::TooLong(_)) => return Err(KmsError::Invalid { detail: why.to_string() }),
+                Err(why @ NoAnswer::TooLong(_)) => {
+                    return Err(KmsError::Invalid { detail: why.to_string() });
+                }
                 Err(why @ NoAnswer::TimedOut(_)) => return Err(unreachable(why.to_string())),
                 Err(why) => Err(unreachable(why.to_string())),
             };
@@ -260,7 +278,10 @@ fn unreachable(detail: impl Into<String>) -> KmsError {
 }
 
 /// Sleeps, unless no time would be left afterwards. Returns whether it slept.
-#[expect(clippy::disallowed_methods, reason = "a backend has no condition that a test could signal")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a backend has no condition that a test could signal"
+)]
 fn paused(pause: Duration, deadline: Deadline) -> bool {
     let pauses = deadline.left().is_some_and(|left| left > pause);
     if pauses {
@@ -300,16 +321,26 @@ impl Kms for AwsKms {
             .encode_slice(key.expose(), &mut *plaintext)
             .map_err(|_| KmsError::Invalid { detail: "the key cannot be encoded".to_owned() })?;
         let plaintext = str::from_utf8(&plaintext[..len]).unwrap_or_default();
-        let body = json(&Encrypt { key_id: &call.cmk.cmk_key_id, plaintext, encryption_context: call.context })?;
+        let body = json(&Encrypt {
+            key_id: &call.cmk.cmk_key_id,
+            plaintext,
+            encryption_context: call.context,
+        })?;
         answers::ciphertext(&self.call(call, "Encrypt", &body)?)
     }
 
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         if wrapped.is_empty() || wrapped.len() > CIPHERTEXT_BYTES_MAX {
-            return Err(KmsError::Invalid { detail: "the wrapped key has an impossible length".to_owned() });
+            return Err(KmsError::Invalid {
+                detail: "the wrapped key has an impossible length".to_owned(),
+            });
         }
         let ciphertext_blob = &BASE64_STANDARD.encode(wrapped);
-        let body = json(&Decrypt { key_id: &call.cmk.cmk_key_id, ciphertext_blob, encryption_context: call.context })?;
+        let body = json(&Decrypt {
+            key_id: &call.cmk.cmk_key_id,
+            ciphertext_blob,
+            encryption_context: call.context,
+        })?;
         answers::plaintext(&self.call(call, "Decrypt", &body)?)
     }
 }

@@ -52,7 +52,8 @@ impl Asked {
             let before = headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
             assert_eq!(before, None, "{name} came twice");
         }
-        let mut body = vec![0; headers.get("content-length").map_or(0, |len: &String| len.parse().unwrap())];
+        let mut body =
+            vec![0; headers.get("content-length").map_or(0, |len: &String| len.parse().unwrap())];
         stream.read_exact(&mut body).ok()?;
         Some(Self { method, path, headers, body: String::from_utf8(body).unwrap() })
     }
@@ -68,11 +69,13 @@ impl Asked {
     /// The access key id that signed the request. The signature is computed again from the received
     /// bytes.
     fn signer(&self) -> String {
-        let header = self.headers["authorization"].strip_prefix("AWS4-HMAC-SHA256 Credential=").unwrap();
+        let header =
+            self.headers["authorization"].strip_prefix("AWS4-HMAC-SHA256 Credential=").unwrap();
         let (credential, rest) = header.split_once(", SignedHeaders=").unwrap();
         let (signed, signature) = rest.split_once(", Signature=").unwrap();
         let (id, scope) = credential.split_once('/').unwrap();
-        let [date, region, service, "aws4_request"] = scope.split('/').collect::<Vec<_>>()[..] else {
+        let [date, region, service, "aws4_request"] = scope.split('/').collect::<Vec<_>>()[..]
+        else {
             panic!("{scope}")
         };
         assert_eq!((region, service), ("eu-west-1", if self.is_sts() { "sts" } else { "kms" }));
@@ -80,10 +83,19 @@ impl Asked {
             assert!(signed.split(';').any(|name| name == needed), "{needed} is not signed");
         }
         let hash = |bytes: &[u8]| hex(&Sha256::digest(bytes));
-        let canonical: String = signed.split(';').map(|name| format!("{name}:{}\n", self.headers[name])).collect();
-        let request =
-            format!("{}\n{}\n\n{canonical}\n{signed}\n{}", self.method, self.path, hash(self.body.as_bytes()));
-        let text = format!("AWS4-HMAC-SHA256\n{}\n{scope}\n{}", self.headers["x-amz-date"], hash(request.as_bytes()));
+        let canonical: String =
+            signed.split(';').map(|name| format!("{name}:{}\n", self.headers[name])).collect();
+        let request = format!(
+            "{}\n{}\n\n{canonical}\n{signed}\n{}",
+            self.method,
+            self.path,
+            hash(self.body.as_bytes())
+        );
+        let text = format!(
+            "AWS4-HMAC-SHA256\n{}\n{scope}\n{}",
+            self.headers["x-amz-date"],
+            hash(request.as_bytes())
+        );
         let mut key = format!("AWS4secret of {id}").into_bytes();
         for part in [date, region, service, "aws4_request", &text] {
             let mut mac = Hmac::<Sha256>::new_from_slice(&key).unwrap();
@@ -125,7 +137,9 @@ fn sts_error(status: u16, code: &str) -> Reply {
     let xml = "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type>";
     reply(
         status,
-        format!("{xml}<Code>{code}</Code><Message>m</Message></Error><RequestId>1</RequestId></ErrorResponse>"),
+        format!(
+            "{xml}<Code>{code}</Code><Message>m</Message></Error><RequestId>1</RequestId></ErrorResponse>"
+        ),
     )
 }
 
@@ -155,7 +169,8 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (asked, connections) = (Arc::default(), Arc::default());
-        let server = Self { port, asked: Arc::clone(&asked), connections: Arc::clone(&connections) };
+        let server =
+            Self { port, asked: Arc::clone(&asked), connections: Arc::clone(&connections) };
         let answer = Arc::new(answer);
         thread::spawn(move || {
             for stream in listener.incoming() {
@@ -179,7 +194,10 @@ impl Server {
 
     /// A backend for this server, with credentials in its environment.
     fn backend(&self) -> AwsKms {
-        self.backend_with(&[("AWS_ACCESS_KEY_ID", "OWN"), ("AWS_SECRET_ACCESS_KEY", "secret of OWN")])
+        self.backend_with(&[
+            ("AWS_ACCESS_KEY_ID", "OWN"),
+            ("AWS_SECRET_ACCESS_KEY", "secret of OWN"),
+        ])
     }
 
     fn backend_with(&self, envs: &[(&str, &str)]) -> AwsKms {
@@ -208,7 +226,10 @@ fn serve(mut stream: TcpStream, all: &Mutex<Vec<Asked>>, answer: &dyn Fn(&Asked,
         let id = "x-amzn-requestid: 0f5c-77";
         let written = match answer(&asked, before) {
             Reply::Answer(status, body) => {
-                let head = format!("HTTP/1.1 {status} x\r\n{id}\r\ncontent-length: {}\r\n\r\n", body.len());
+                let head = format!(
+                    "HTTP/1.1 {status} x\r\n{id}\r\ncontent-length: {}\r\n\r\n",
+                    body.len()
+                );
                 stream.write_all(&[head.as_bytes(), &body].concat())
             }
             Reply::Redirect(to) => {
@@ -242,7 +263,9 @@ fn cmk() -> Cmk {
 }
 
 fn context() -> EncryptionContext {
-    [("envelog:store", "s"), ("envelog:suite", "AES-256-GCM")].map(|(name, value)| (name.into(), value.into())).into()
+    [("envelog:store", "s"), ("envelog:suite", "AES-256-GCM")]
+        .map(|(name, value)| (name.into(), value.into()))
+        .into()
 }
 
 fn unwrap_in(kms: &AwsKms, timeout: Duration) -> Result<SecretKey, KmsError> {
@@ -276,14 +299,21 @@ fn assert_sorted<T>(result: Result<T, KmsError>, expected: Sorted, what: &str) -
 
 #[test]
 fn a_role_is_assumed_at_each_call_and_its_session_used_for_it_alone() {
-    let server = Server::start(|asked, _| match asked.headers.get("x-amz-target").map(String::as_str) {
-        None => assumed(),
-        Some("TrentService.Encrypt") => reply(200, r#"{"CiphertextBlob":"d3JhcHBlZA==","KeyId":"k"}"#),
-        Some("TrentService.Decrypt") => decrypted(&KEY),
-        Some(other) => panic!("{other}"),
-    });
+    let server =
+        Server::start(|asked, _| match asked.headers.get("x-amz-target").map(String::as_str) {
+            None => assumed(),
+            Some("TrentService.Encrypt") => {
+                reply(200, r#"{"CiphertextBlob":"d3JhcHBlZA==","KeyId":"k"}"#)
+            }
+            Some("TrentService.Decrypt") => decrypted(&KEY),
+            Some(other) => panic!("{other}"),
+        });
     let url = format!("aws-kms://eu-west-1/?endpoint={}&external-id=ours%2Falone", server.url());
-    let own = [("AWS_ACCESS_KEY_ID", "OWN"), ("AWS_SECRET_ACCESS_KEY", "secret of OWN"), ("AWS_SESSION_TOKEN", "own")];
+    let own = [
+        ("AWS_ACCESS_KEY_ID", "OWN"),
+        ("AWS_SECRET_ACCESS_KEY", "secret of OWN"),
+        ("AWS_SESSION_TOKEN", "own"),
+    ];
     let kms = backend(&url, &own);
     let (cmk, context) = (cmk(), context());
     let call = KmsCall { cmk: &cmk, context: &context, timeout: TIMEOUT };
@@ -298,10 +328,16 @@ fn a_role_is_assumed_at_each_call_and_its_session_used_for_it_alone() {
         assert_eq!(asked.signer(), "OWN");
         assert_eq!(asked.headers["x-amz-security-token"], "own");
         let form: BTreeMap<_, _> = form_urlencoded::parse(asked.body.as_bytes()).collect();
-        assert_eq!((&*form["RoleArn"], &*form["ExternalId"], &*form["DurationSeconds"]), (ROLE, "ours/alone", "900"));
+        assert_eq!(
+            (&*form["RoleArn"], &*form["ExternalId"], &*form["DurationSeconds"]),
+            (ROLE, "ours/alone", "900")
+        );
         assert_eq!(&*form["RoleSessionName"], "envelog");
         let policy: serde_json::Value = serde_json::from_str(&form["Policy"]).unwrap();
-        assert_eq!(policy["Statement"][0]["Action"], serde_json::json!(["kms:Encrypt", "kms:Decrypt"]));
+        assert_eq!(
+            policy["Statement"][0]["Action"],
+            serde_json::json!(["kms:Encrypt", "kms:Decrypt"])
+        );
     }
     for asked in &asked {
         assert_eq!(asked.signer(), "ROLE");
@@ -320,11 +356,18 @@ fn a_role_is_assumed_at_each_call_and_its_session_used_for_it_alone() {
 fn every_answer_of_kms_is_sorted() {
     use RevokedReason::{Deleted, Disabled, NotPermitted, PendingDeletion};
     let invalid_state = |state: &str| {
-        kms_error(400, "KMSInvalidStateException", &format!("arn:aws:kms:eu-west-1:123456789012:key/k is {state}."))
+        kms_error(
+            400,
+            "KMSInvalidStateException",
+            &format!("arn:aws:kms:eu-west-1:123456789012:key/k is {state}."),
+        )
     };
     let cases = [
         (kms_error(400, "DisabledException", "k is disabled."), Revoked(Disabled)),
-        (kms_error(400, "com.amazonaws.kms#DisabledException", "k is disabled."), Revoked(Disabled)),
+        (
+            kms_error(400, "com.amazonaws.kms#DisabledException", "k is disabled."),
+            Revoked(Disabled),
+        ),
         (invalid_state("pending deletion"), Revoked(PendingDeletion)),
         (invalid_state("pending replica deletion"), Revoked(PendingDeletion)),
         (invalid_state("pending import"), Revoked(Deleted)),
@@ -332,7 +375,10 @@ fn every_answer_of_kms_is_sorted() {
         (invalid_state("creating"), Unreachable),
         (kms_error(400, "NotFoundException", ""), Revoked(Deleted)),
         (kms_error(400, "AccessDeniedException", ""), Revoked(NotPermitted)),
-        (reply(400, r#"{"__type":"AccessDeniedException","Message":"a","message":"b"}"#), Revoked(NotPermitted)),
+        (
+            reply(400, r#"{"__type":"AccessDeniedException","Message":"a","message":"b"}"#),
+            Revoked(NotPermitted),
+        ),
         (kms_error(400, "InvalidCiphertextException", ""), Invalid),
         (kms_error(400, "IncorrectKeyException", ""), Invalid),
         (kms_error(400, "InvalidKeyUsageException", ""), Invalid),
@@ -374,7 +420,9 @@ fn every_answer_of_kms_is_sorted() {
     ];
     for (answer, expected) in cases {
         let what = match &answer {
-            Reply::Answer(status, body) => format!("{status} {:.80}", String::from_utf8_lossy(body)),
+            Reply::Answer(status, body) => {
+                format!("{status} {:.80}", String::from_utf8_lossy(body))
+            }
             other => format!("{other:?}"),
         };
         let server = Server::kms(move |_| answer.clone());
@@ -382,7 +430,12 @@ fn every_answer_of_kms_is_sorted() {
         // The error quotes at most the code, and the request id for looking it up.
         assert!(!said.contains("arn:aws:kms:") && !said.contains('<'), "{said}");
         if let Revoked(_) = expected {
-            assert!(said.contains("key-1") && said.contains("Exception") && said.contains("request 0f5c-77"), "{said}");
+            assert!(
+                said.contains("key-1")
+                    && said.contains("Exception")
+                    && said.contains("request 0f5c-77"),
+                "{said}"
+            );
             assert_eq!(server.asked(Asked::is_kms).len(), 1, "{what}: a refusal is asked for once");
         }
     }
@@ -399,7 +452,11 @@ fn answers_to_encrypt_are_looked_at_too() {
     ] {
         let server = Server::kms(move |_| reply(200, body.clone()));
         let call = KmsCall { cmk: &cmk, context: &context, timeout: TIMEOUT };
-        assert_sorted(server.backend().wrap(&call, &SecretKey::from_bytes(&mut KEY.clone())), Invalid, what);
+        assert_sorted(
+            server.backend().wrap(&call, &SecretKey::from_bytes(&mut KEY.clone())),
+            Invalid,
+            what,
+        );
     }
     let server = Server::kms(|_| kms_error(400, "AccessDeniedException", ""));
     let call = KmsCall { cmk: &cmk, context: &context, timeout: TIMEOUT };
@@ -467,7 +524,8 @@ fn what_may_be_over_in_a_moment_is_tried_again() {
     ];
     for blip in blips {
         let what = format!("{blip:?}");
-        let server = Server::kms(move |before| if before < 2 { blip.clone() } else { decrypted(&KEY) });
+        let server =
+            Server::kms(move |before| if before < 2 { blip.clone() } else { decrypted(&KEY) });
         assert_eq!(unwrap_at(&server).unwrap().expose(), &KEY, "{what}");
         let asked = server.asked(Asked::is_kms);
         assert_eq!((asked.len(), server.asked(Asked::is_sts).len()), (3, 1), "{what}");
@@ -498,7 +556,9 @@ fn a_call_ends_in_its_time_whatever_hangs() {
     let slow_blip = slow(reply(503, ""));
     let slow_answer = {
         let (role, key) = (slow(assumed()), slow(decrypted(&KEY)));
-        move |asked: &Asked, before| if asked.is_kms() { key(asked, before) } else { role(asked, before) }
+        move |asked: &Asked, before| {
+            if asked.is_kms() { key(asked, before) } else { role(asked, before) }
+        }
     };
     let servers = [
         ("STS hangs", Server::start(|_, _| Reply::Hang)),
@@ -526,7 +586,8 @@ fn a_call_ends_in_its_time_whatever_hangs() {
     assert_sorted(unwrap_in(&kms, TIMEOUT), Unreachable, "no such name");
     // The backend speaks only TLS to an https endpoint.
     let server = Server::kms(|_| decrypted(&KEY));
-    let kms = backend(&format!("aws-kms://eu-west-1?endpoint=https://127.0.0.1:{}", server.port), &own);
+    let kms =
+        backend(&format!("aws-kms://eu-west-1?endpoint=https://127.0.0.1:{}", server.port), &own);
     assert_sorted(unwrap_in(&kms, Duration::from_secs(2)), Unreachable, "no TLS there");
 }
 
@@ -603,7 +664,10 @@ fn own_credentials_are_found_where_aws_tools_find_them() {
     let files = [("AWS_SHARED_CREDENTIALS_FILE", &*credentials), ("AWS_CONFIG_FILE", &*config)];
     let environment = [("AWS_ACCESS_KEY_ID", "ENV"), ("AWS_SECRET_ACCESS_KEY", "secret of ENV")];
     let container = format!("{}/container", server.url());
-    let container = [("AWS_SHARED_CREDENTIALS_FILE", &*none), ("AWS_CONTAINER_CREDENTIALS_FULL_URI", &*container)];
+    let container = [
+        ("AWS_SHARED_CREDENTIALS_FILE", &*none),
+        ("AWS_CONTAINER_CREDENTIALS_FULL_URI", &*container),
+    ];
     let url = format!("aws-kms://eu-west-1?endpoint={}", server.url());
     let by = |who: &str, url: &str, envs: &[(&str, &str)]| {
         unwrap_in(&backend(url, envs), TIMEOUT).unwrap();
@@ -619,7 +683,10 @@ fn own_credentials_are_found_where_aws_tools_find_them() {
     // Files are read again each time: their credentials may be replaced at any time.
     let kms = backend(&url, &files);
     unwrap_in(&kms, TIMEOUT).unwrap();
-    file("credentials", "[default]\naws_access_key_id = NEW\naws_secret_access_key = secret of NEW\n");
+    file(
+        "credentials",
+        "[default]\naws_access_key_id = NEW\naws_secret_access_key = secret of NEW\n",
+    );
     unwrap_in(&kms, TIMEOUT).unwrap();
     assert_eq!(server.asked(Asked::is_sts).last().unwrap().signer(), "NEW");
 
@@ -659,9 +726,15 @@ fn urls() {
     );
     assert_eq!(
         at("aws-kms://cn-north-1/"),
-        pair("https://kms.cn-north-1.amazonaws.com.cn/", "https://sts.cn-north-1.amazonaws.com.cn/")
+        pair(
+            "https://kms.cn-north-1.amazonaws.com.cn/",
+            "https://sts.cn-north-1.amazonaws.com.cn/"
+        )
     );
-    assert_eq!(at("aws-kms://x-1?endpoint=https://kms.test"), pair("https://kms.test/", "https://kms.test/"));
+    assert_eq!(
+        at("aws-kms://x-1?endpoint=https://kms.test"),
+        pair("https://kms.test/", "https://kms.test/")
+    );
     assert_eq!(
         at("aws-kms://x-1?endpoint=https%3A%2F%2Fkms.test:8443&sts-endpoint=http://[::1]:5"),
         pair("https://kms.test:8443/", "http://[::1]:5/")

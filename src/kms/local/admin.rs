@@ -105,7 +105,10 @@ impl LocalKms {
     pub fn schedule_deletion(&self, key_id: &str, days: u32) -> Result<(), LocalKmsError> {
         if !DELETION_DAYS.contains(&days) {
             let limits = format!("{} to {}", DELETION_DAYS.start(), DELETION_DAYS.end());
-            return Err(LocalKmsError::InvalidArgument { what: "the number of days until deletion", limits });
+            return Err(LocalKmsError::InvalidArgument {
+                what: "the number of days until deletion",
+                limits,
+            });
         }
         self.change(key_id, "schedule the deletion of", is_live, |key| {
             key.deletion_day = Some(self.today().saturating_add(days));

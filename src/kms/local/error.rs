@@ -54,7 +54,10 @@ pub enum LocalKmsError {
         limits: String,
     },
     /// The key has too many versions or grants: its file would exceed its largest size.
-    #[error("key {key_id} has too many versions or grants: its file may have {} bytes", KEY_FILE_BYTES_MAX)]
+    #[error(
+        "key {key_id} has too many versions or grants: its file may have {} bytes",
+        KEY_FILE_BYTES_MAX
+    )]
     TooLarge {
         /// The key.
         key_id: String,

@@ -13,8 +13,8 @@ use super::{
 use crate::{
     crypto::SecretKey,
     io::{
-        Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, is_temporary, read_file, remove_temporary,
-        write_file,
+        Access, Disk, DiskFile, Existing, FileKind, OpenMode, RealDisk, is_temporary, read_file,
+        remove_temporary, write_file,
     },
 };
 
@@ -89,10 +89,14 @@ impl LocalKms {
         let disk = self.disk()?;
         let file = match disk.open(&path, OpenMode::ReadWrite) {
             // The lock file has no content, so a removed one is created again.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match disk.open(&path, OpenMode::CreateNew) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(io_error(&path)(error)),
-                _ => disk.open(&path, OpenMode::ReadWrite),
-            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                match disk.open(&path, OpenMode::CreateNew) {
+                    Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                        return Err(io_error(&path)(error));
+                    }
+                    _ => disk.open(&path, OpenMode::ReadWrite),
+                }
+            }
             opened => opened,
         };
         let file = file.map_err(io_error(&path))?;
@@ -132,7 +136,8 @@ impl LocalKms {
         let keys = self.keys_dir();
         for entry in disk.list_dir(&keys).map_err(io_error(&keys))? {
             let key_id = entry.name.split('.').next().filter(|id| is_key_id(id));
-            let is_leftover = key_id.is_some_and(|id| is_temporary(&entry.name, &format!("{id}.json")));
+            let is_leftover =
+                key_id.is_some_and(|id| is_temporary(&entry.name, &format!("{id}.json")));
             if is_leftover && entry.kind == FileKind::File {
                 remove_temporary(disk, &keys.join(&entry.name));
             }
@@ -146,7 +151,9 @@ impl LocalKms {
         let entries = self.check()?.list_dir(&keys).map_err(io_error(&keys))?;
         let mut ids: Vec<String> = entries
             .iter()
-            .filter_map(|entry| entry.name.strip_suffix(".json").filter(|id| is_key_id(id)).map(str::to_owned))
+            .filter_map(|entry| {
+                entry.name.strip_suffix(".json").filter(|id| is_key_id(id)).map(str::to_owned)
+            })
             .collect();
         ids.sort_unstable();
         Ok(ids)
@@ -178,15 +185,17 @@ impl LocalKms {
 
     pub(super) fn save(&self, key: &StoredKey) -> Result<(), LocalKmsError> {
         let path = self.key_path(&key.key_id);
-        let bytes = key.encode().ok_or_else(|| LocalKmsError::TooLarge { key_id: key.key_id.clone() })?;
+        let bytes =
+            key.encode().ok_or_else(|| LocalKmsError::TooLarge { key_id: key.key_id.clone() })?;
         write_file(&*self.disk()?, &path, &bytes, Existing::Replace).map_err(io_error(&path))
     }
 }
 
 /// Whether the text is an identifier of this KMS, and so safe as part of a file name.
 fn is_key_id(id: &str) -> bool {
-    id.strip_prefix("key-")
-        .is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')))
+    id.strip_prefix("key-").is_some_and(|hex| {
+        hex.len() == 16 && hex.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    })
 }
 
 /// The content of a key file.
@@ -299,14 +308,19 @@ impl<'de> Deserialize<'de> for Material {
             // Accepts only a borrowed string: serde_json would copy a string with escapes.
             fn visit_borrowed_str<E: de::Error>(self, hex: &'de str) -> Result<Material, E> {
                 let wrong = || E::custom("not 64 hexadecimal digits");
-                let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+                let digit = |byte: u8| {
+                    char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
+                };
                 if hex.len() != 64 {
                     return Err(wrong());
                 }
                 let mut bytes = Zeroizing::new([0; 32]);
                 for (byte, pair) in bytes.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
                     let &[high, low] = pair else { return Err(wrong()) };
-                    *byte = digit(high).zip(digit(low)).map(|(high, low)| high << 4 | low).ok_or_else(wrong)?;
+                    *byte = digit(high)
+                        .zip(digit(low))
+                        .map(|(high, low)| high << 4 | low)
+                        .ok_or_else(wrong)?;
                 }
                 Ok(Material(SecretKey::from_bytes(&mut bytes)))
             }

@@ -125,7 +125,10 @@ impl LocalKms {
         // The path may lead to the directory through a symlink.
         let dir = RealDisk.resolve(&kms.dir).map_err(io_error(&kms.dir))?;
         if RealDisk.stat(&dir).map_err(io_error(&kms.dir))?.is_none() {
-            let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let parent = dir
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty())
+                .unwrap_or(Path::new("."));
             let beside = RealDisk.beneath(parent, Access::Owner).map_err(io_error(parent))?;
             exists_is_fine(beside.create_dir(&dir)).map_err(io_error(&kms.dir))?;
             beside.sync_dir(parent).map_err(io_error(parent))?;
@@ -136,7 +139,8 @@ impl LocalKms {
             if disk.stat(&marker).map_err(io_error(&marker))?.is_none() {
                 let keys = kms.keys_dir();
                 exists_is_fine(disk.create_dir(&keys)).map_err(io_error(&keys))?;
-                write_file(&*disk, &marker, MARKER, Existing::Replace).map_err(io_error(&marker))?;
+                write_file(&*disk, &marker, MARKER, Existing::Replace)
+                    .map_err(io_error(&marker))?;
             }
         }
         kms.check()?;
@@ -169,16 +173,24 @@ impl LocalKms {
         let key = match self.load(cmk_key_id) {
             Ok(key) if key.region_id == *region_id => key,
             Ok(_) | Err(LocalKmsError::NotFound { .. }) => {
-                return revoked(RevokedReason::Deleted, format!("no key {cmk_key_id} in region {region_id}"));
+                return revoked(
+                    RevokedReason::Deleted,
+                    format!("no key {cmk_key_id} in region {region_id}"),
+                );
             }
-            Err(error @ LocalKmsError::Damaged { .. }) => return Err(KmsError::Invalid { detail: error.to_string() }),
+            Err(error @ LocalKmsError::Damaged { .. }) => {
+                return Err(KmsError::Invalid { detail: error.to_string() });
+            }
             Err(error) => return Err(KmsError::Unreachable { detail: error.to_string() }),
         };
         let state = key.state(self.today());
         let reason = match state {
             LocalKeyState::Deleted => RevokedReason::Deleted,
             _ if !key.grants.contains(arn) => {
-                return revoked(RevokedReason::NotPermitted, format!("key {cmk_key_id} is not granted to {arn}"));
+                return revoked(
+                    RevokedReason::NotPermitted,
+                    format!("key {cmk_key_id} is not granted to {arn}"),
+                );
             }
             LocalKeyState::PendingDeletion { .. } => RevokedReason::PendingDeletion,
             LocalKeyState::Disabled => RevokedReason::Disabled,

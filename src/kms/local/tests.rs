@@ -104,7 +104,10 @@ impl Setup {
     #[track_caller]
     fn assert_revoked(&self, wrapped: &[u8], expected: RevokedReason) {
         for error in [self.wrap().unwrap_err(), self.unwrap(wrapped).unwrap_err()] {
-            assert!(matches!(&error, KmsError::Revoked { reason, .. } if *reason == expected), "{error:?}");
+            assert!(
+                matches!(&error, KmsError::Revoked { reason, .. } if *reason == expected),
+                "{error:?}"
+            );
         }
     }
 }
@@ -121,7 +124,10 @@ fn assert_unreachable<T: fmt::Debug>(result: Result<T, KmsError>) {
 
 #[track_caller]
 fn assert_wrong_state(result: Result<(), LocalKmsError>, expected: LocalKeyState) {
-    assert!(matches!(&result, Err(LocalKmsError::WrongState { state, .. }) if *state == expected), "{result:?}");
+    assert!(
+        matches!(&result, Err(LocalKmsError::WrongState { state, .. }) if *state == expected),
+        "{result:?}"
+    );
 }
 
 #[test]
@@ -138,7 +144,9 @@ fn wraps_and_unwraps() {
 #[test]
 fn bytes_are_as_documented() {
     let clock = Arc::new(TestClock(AtomicU64::new(1_000_000)));
-    let setup = Setup::with(|kms| LocalKms { random: Arc::new(Counting::default()), ..kms }.with_clock(clock));
+    let setup = Setup::with(|kms| {
+        LocalKms { random: Arc::new(Counting::default()), ..kms }.with_clock(clock)
+    });
     // Another implementation of CRC-32, HKDF and AES-GCM computed both.
     let file = concat!(
         r#"{"crc32":"4a90f9b6","key":{"key_id":"key-0001020304050607","region_id":"cn-hangzhou","created_us":1000000,"#,
@@ -352,9 +360,14 @@ fn unknown_keys_and_other_regions_are_deleted_keys() {
     setup.cmk.region_id = "cn-beijing".to_owned();
     setup.assert_revoked(&wrapped, RevokedReason::Deleted);
     setup.cmk.region_id = REGION.to_owned();
-    for id in
-        ["", "key-0000000000000000", "../kms", "key-../../../kms0000", "KEY-0000000000000000", "key-000000000000000G"]
-    {
+    for id in [
+        "",
+        "key-0000000000000000",
+        "../kms",
+        "key-../../../kms0000",
+        "KEY-0000000000000000",
+        "key-000000000000000G",
+    ] {
         setup.cmk.cmk_key_id = id.to_owned();
         setup.assert_revoked(&wrapped, RevokedReason::Deleted);
         let refused = setup.kms.disable(id);
@@ -458,7 +471,8 @@ fn several_may_create_the_directory_at_once() {
     let dir = temporary.path().join("kms");
     thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(|| LocalKms::create_or_open(&dir).unwrap().create_key(REGION, &[]).unwrap());
+            scope
+                .spawn(|| LocalKms::create_or_open(&dir).unwrap().create_key(REGION, &[]).unwrap());
         }
     });
     assert_eq!(LocalKms::open(&dir).unwrap().list().unwrap().len(), 4);
@@ -497,7 +511,10 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
         assert_invalid(setup.wrap());
         assert_invalid(setup.unwrap(&wrapped));
         for error in [setup.kms.list().unwrap_err(), setup.kms.disable(setup.id()).unwrap_err()] {
-            assert!(matches!(&error, LocalKmsError::Damaged { file, .. } if *file == path), "{error:?}");
+            assert!(
+                matches!(&error, LocalKmsError::Damaged { file, .. } if *file == path),
+                "{error:?}"
+            );
         }
         assert!(!setup.kms.serves("anywhere"), "a damaged key serves no region");
         assert_eq!(fs::read(&path).unwrap(), damaged, "a damaged file is left as it is");
@@ -528,7 +545,10 @@ fn a_damaged_marker_shows() {
             setup.kms.list().map(drop),
             setup.kms.disable(setup.id()),
         ] {
-            assert!(matches!(&result, Err(LocalKmsError::Damaged { file, .. }) if *file == path), "{result:?}");
+            assert!(
+                matches!(&result, Err(LocalKmsError::Damaged { file, .. }) if *file == path),
+                "{result:?}"
+            );
         }
     }
 }
@@ -544,7 +564,11 @@ fn an_absent_directory_is_unreachable_until_it_is_back() {
         assert_unreachable(setup.wrap());
         assert_unreachable(setup.unwrap(&wrapped));
         assert!(!setup.kms.serves(REGION));
-        for result in [LocalKms::open(dir).map(drop), setup.kms.list().map(drop), setup.kms.disable(setup.id())] {
+        for result in [
+            LocalKms::open(dir).map(drop),
+            setup.kms.list().map(drop),
+            setup.kms.disable(setup.id()),
+        ] {
             assert!(matches!(result, Err(LocalKmsError::Missing { .. })), "{result:?}");
         }
         fs::rename(to, from).unwrap();
@@ -626,8 +650,11 @@ fn the_next_change_removes_what_a_killed_process_left() {
     let setup = Setup::new();
     let path = setup.kms.key_path(setup.id());
     let beside = |suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
-    let leftovers =
-        [beside(".tmp"), beside(".7.tmp"), setup.kms.key_path("key-0123456789abcdef").with_extension("json.tmp")];
+    let leftovers = [
+        beside(".tmp"),
+        beside(".7.tmp"),
+        setup.kms.key_path("key-0123456789abcdef").with_extension("json.tmp"),
+    ];
     let others = [beside(".64.tmp"), beside(".old"), setup.kms.keys_dir().join("notes.json.tmp")];
     for path in leftovers.iter().chain(&others) {
         fs::write(path, "key material").unwrap();
@@ -657,7 +684,12 @@ fn only_the_owner_can_read_keys() {
     let setup = Setup::new();
     setup.kms.rotate(setup.id()).unwrap();
     for path in [setup.kms.key_path(setup.id()), setup.kms.marker_path(), setup.kms.lock_path()] {
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{}", path.display());
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{}",
+            path.display()
+        );
     }
 }
 
@@ -673,7 +705,8 @@ fn nothing_that_is_shown_holds_key_material() {
     show(&setup.unwrap(&wrapped[..111]).unwrap_err());
     // A file with a matching checksum, although its material is one digit short.
     let text = fs::read_to_string(&path).unwrap();
-    let body = text[file_head(0).len()..].strip_suffix("}\n").unwrap().replace("\"08090a", "\"8090a");
+    let body =
+        text[file_head(0).len()..].strip_suffix("}\n").unwrap().replace("\"08090a", "\"8090a");
     fs::write(&path, format!("{}{body}}}\n", file_head(crc32fast::hash(body.as_bytes())))).unwrap();
     show(&setup.unwrap(&wrapped).unwrap_err());
     show(&setup.kms.rotate(setup.id()).unwrap_err());
@@ -691,9 +724,21 @@ fn use_everything(setup: &Setup, wrapped: &[u8]) -> bool {
     let (kms, id) = (&setup.kms, setup.id());
     kms.serves(REGION);
     let usable = setup.unwrap(wrapped).is_ok_and(|key| key == DATA_KEY);
-    let _ = (setup.wrap(), kms.list(), LocalKms::open(&kms.dir), LocalKms::create_or_open(&kms.dir));
-    let _ = (kms.rotate(id), kms.grant(id, "another"), kms.ungrant(id, "another"), kms.disable(id), kms.enable(id));
-    let _ = (kms.schedule_deletion(id, 7), kms.cancel_deletion(id), kms.create_key(REGION, &[]), kms.delete(id));
+    let _ =
+        (setup.wrap(), kms.list(), LocalKms::open(&kms.dir), LocalKms::create_or_open(&kms.dir));
+    let _ = (
+        kms.rotate(id),
+        kms.grant(id, "another"),
+        kms.ungrant(id, "another"),
+        kms.disable(id),
+        kms.enable(id),
+    );
+    let _ = (
+        kms.schedule_deletion(id, 7),
+        kms.cancel_deletion(id),
+        kms.create_key(REGION, &[]),
+        kms.delete(id),
+    );
     usable
 }
 

@@ -37,14 +37,16 @@ pub(super) struct Blob<'a> {
 
 impl<'a> Blob<'a> {
     pub(super) fn parse(wrapped: &'a [u8]) -> Result<Self, &'static str> {
-        const NOT_OURS: &str = "it is not a key that the embedded KMS has wrapped, or it is damaged";
+        const NOT_OURS: &str =
+            "it is not a key that the embedded KMS has wrapped, or it is damaged";
         let rest = wrapped.strip_prefix(BLOB_MAGIC).ok_or(NOT_OURS)?;
         let (format, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
         if u16::from_le_bytes(*format) != BLOB_VERSION {
             return Err("the wrapped key is damaged or of a newer format");
         }
         let (id_len, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
-        let (key_id, rest) = rest.split_at_checked(u16::from_le_bytes(*id_len).into()).ok_or(NOT_OURS)?;
+        let (key_id, rest) =
+            rest.split_at_checked(u16::from_le_bytes(*id_len).into()).ok_or(NOT_OURS)?;
         let (version, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
         let head = wrapped.strip_suffix(rest).ok_or(NOT_OURS)?;
         let (salt, rest) = rest.split_first_chunk().ok_or(NOT_OURS)?;
@@ -59,6 +61,7 @@ pub(super) fn wrap_cipher(material: &SecretKey, salt: &[u8; 32], head: &[u8]) ->
     let (mut prk, hkdf) = Hkdf::<Sha256>::extract(Some(salt), material.expose());
     prk.as_mut_slice().zeroize();
     let mut key = Zeroizing::new([0; 32]);
-    hkdf.expand_multi_info(&[WRAP_LABEL, head], key.as_mut_slice()).expect("32 bytes is a length that HKDF can make");
+    hkdf.expand_multi_info(&[WRAP_LABEL, head], key.as_mut_slice())
+        .expect("32 bytes is a length that HKDF can make");
     Aes256Gcm::new_from_slice(key.as_slice()).expect("the key has 32 bytes")
 }

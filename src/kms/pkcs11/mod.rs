@@ -182,7 +182,12 @@ impl Pkcs11Kms {
             None => Attribute::Label(name.clone().into_bytes()),
             Some(hex) => match hex_decode(hex) {
                 Some(id) if !id.is_empty() => Attribute::Id(id),
-                _ => return Err(revoked(RevokedReason::Deleted, format!("no key can have the name {name}"))),
+                _ => {
+                    return Err(revoked(
+                        RevokedReason::Deleted,
+                        format!("no key can have the name {name}"),
+                    ));
+                }
             },
         };
         let template = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true), named];
@@ -215,9 +220,12 @@ impl Pkcs11Kms {
         secret: &SecretKey,
     ) -> Result<Vec<u8>, KmsError> {
         let mut nonce = [0; NONCE_BYTES];
-        OsRandom.fill(&mut nonce).map_err(|error| unreachable(format!("no randomness: {error}")))?;
+        OsRandom
+            .fill(&mut nonce)
+            .map_err(|error| unreachable(format!("no randomness: {error}")))?;
         let aad = associated_data(HEAD, call.context);
-        let params = GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
+        let params =
+            GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
         let sealed = open.session().encrypt(&Mechanism::AesGcm(params), key, secret.expose());
         let sealed = sealed.map_err(|error| outcome(&error))?;
         if sealed.len() != SEALED_BYTES {
@@ -234,13 +242,16 @@ impl Pkcs11Kms {
         key: ObjectHandle,
         wrapped: &[u8],
     ) -> Result<SecretKey, KmsError> {
-        let parts = wrapped.strip_prefix(HEAD).and_then(|rest| rest.split_first_chunk::<NONCE_BYTES>());
-        let (nonce, sealed) = parts.ok_or_else(|| invalid("it is not a key that a token has wrapped"))?;
+        let parts =
+            wrapped.strip_prefix(HEAD).and_then(|rest| rest.split_first_chunk::<NONCE_BYTES>());
+        let (nonce, sealed) =
+            parts.ok_or_else(|| invalid("it is not a key that a token has wrapped"))?;
         if sealed.len() != SEALED_BYTES {
             return Err(invalid("the wrapped key has another length"));
         }
         let (mut nonce, aad) = (*nonce, associated_data(HEAD, call.context));
-        let params = GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
+        let params =
+            GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
         let opened = match open.session().decrypt(&Mechanism::AesGcm(params), key, sealed) {
             Ok(opened) => Zeroizing::new(opened),
             Err(error) if may_be_a_wrong_tag(&error) => {
@@ -298,7 +309,12 @@ impl Kms for Pkcs11Kms {
 /// Checks that the key is fit to wrap data keys. By the standard, a key that is sensitive and not
 /// extractable stays so.
 fn check_fit(open: &Open, key: ObjectHandle, name: &str) -> Result<(), KmsError> {
-    let asked = [AttributeType::KeyType, AttributeType::ValueLen, AttributeType::Sensitive, AttributeType::Extractable];
+    let asked = [
+        AttributeType::KeyType,
+        AttributeType::ValueLen,
+        AttributeType::Sensitive,
+        AttributeType::Extractable,
+    ];
     let attributes = open.session().get_attributes(key, &asked).map_err(|error| outcome(&error))?;
     let unfit = |what| Err(revoked(RevokedReason::NotPermitted, format!("key {name} {what}")));
     let has = |wanted: &Attribute| attributes.contains(wanted);
@@ -313,8 +329,14 @@ fn check_fit(open: &Open, key: ObjectHandle, name: &str) -> Result<(), KmsError>
 
 /// Fails if the key's owner has disabled this usage. If the token does not report the attribute,
 /// the token itself refuses the usage.
-fn check_allowed(open: &Open, key: ObjectHandle, usage: AttributeType, name: &str) -> Result<(), KmsError> {
-    let attributes = open.session().get_attributes(key, &[usage]).map_err(|error| outcome(&error))?;
+fn check_allowed(
+    open: &Open,
+    key: ObjectHandle,
+    usage: AttributeType,
+    name: &str,
+) -> Result<(), KmsError> {
+    let attributes =
+        open.session().get_attributes(key, &[usage]).map_err(|error| outcome(&error))?;
     let attribute = match attributes.first() {
         Some(Attribute::Encrypt(false)) => "CKA_ENCRYPT",
         Some(Attribute::Decrypt(false)) => "CKA_DECRYPT",

@@ -25,7 +25,8 @@ const CALLS_MAX: usize = 32;
 
 /// All modules that were requested. A process may call `C_Initialize` only once, for all users of
 /// the module.
-static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(LockRank::KmsModules, BTreeMap::new());
+static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> =
+    Mutex::new(LockRank::KmsModules, BTreeMap::new());
 
 /// The time by which a call must end.
 #[derive(Clone, Copy)]
@@ -116,7 +117,8 @@ impl Module {
             return Ok(Entered { inside, context });
         }
         let loaded = Pkcs11::new(&self.path).map_err(|error| outcome(&error));
-        let ready = loaded.and_then(|context| self.initialize(&context).map(|ours| (context, ours)));
+        let ready =
+            loaded.and_then(|context| self.initialize(&context).map(|ours| (context, ours)));
         let mut gate = lock(&self.gate);
         gate.closed = false;
         if let Ok((context, ours)) = &ready {

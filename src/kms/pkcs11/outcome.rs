@@ -14,13 +14,17 @@ const CKR_AEAD_DECRYPT_FAILED: u64 = 0x35;
 pub(super) fn outcome(error: &Error) -> KmsError {
     let Error::Pkcs11(code, _) = error else {
         return match error {
-            Error::LibraryLoading(_) => unreachable(format!("the module cannot be loaded: {error}")),
+            Error::LibraryLoading(_) => {
+                unreachable(format!("the module cannot be loaded: {error}"))
+            }
             _ => invalid(format!("the module is not usable: {error}")),
         };
     };
     let detail = said(error);
     match code {
-        RvError::KeyFunctionNotPermitted => KmsError::Revoked { reason: RevokedReason::Disabled, detail },
+        RvError::KeyFunctionNotPermitted => {
+            KmsError::Revoked { reason: RevokedReason::Disabled, detail }
+        }
         RvError::EncryptedDataInvalid
         | RvError::EncryptedDataLenRange
         | RvError::DataInvalid
@@ -45,7 +49,10 @@ fn is_aead_failure(code: impl TryInto<u64>) -> bool {
 /// Whether `C_Decrypt` itself failed with an unspecific value. Some tokens (SoftHSM among them)
 /// return one for a wrong tag.
 pub(super) fn may_be_a_wrong_tag(error: &Error) -> bool {
-    matches!(error, Error::Pkcs11(RvError::GeneralError | RvError::FunctionFailed, Function::Decrypt))
+    matches!(
+        error,
+        Error::Pkcs11(RvError::GeneralError | RvError::FunctionFailed, Function::Decrypt)
+    )
 }
 
 /// Whether the module is not initialized, or another part of the process has finalized it.
@@ -59,7 +66,10 @@ pub(super) fn is_initialized_already(error: &Error) -> bool {
 
 /// Whether the token counts this as an attempt with a wrong PIN, or would.
 pub(super) fn is_wrong_pin(error: &Error) -> bool {
-    matches!(error, Error::Pkcs11(RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange, _))
+    matches!(
+        error,
+        Error::Pkcs11(RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange, _)
+    )
 }
 
 pub(super) fn is_logged_in_already(error: &Error) -> bool {
@@ -194,7 +204,11 @@ mod tests {
                 Function::DecryptInit,
                 "C_DecryptInit returned CKR_KEY_FUNCTION_NOT_PERMITTED",
             ),
-            (RvError::VendorDefined(0x8000_0001), Function::Decrypt, "C_Decrypt returned 0x80000001"),
+            (
+                RvError::VendorDefined(0x8000_0001),
+                Function::Decrypt,
+                "C_Decrypt returned 0x80000001",
+            ),
         ] {
             assert_eq!(said(&Error::Pkcs11(code, function)), words);
         }

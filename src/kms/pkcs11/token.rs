@@ -11,7 +11,9 @@ use zeroize::Zeroizing;
 
 use super::{
     module::{Deadline, Entered, Module},
-    outcome::{invalid, is_logged_in_already, is_not_initialized, is_wrong_pin, outcome, said, unreachable},
+    outcome::{
+        invalid, is_logged_in_already, is_not_initialized, is_wrong_pin, outcome, said, unreachable,
+    },
     uri::{Pin, Uri},
 };
 use crate::{
@@ -117,12 +119,16 @@ impl Open {
         if !info.login_required() || self.is_logged_in()? {
             return Ok(());
         }
-        let logged_in = |error: cryptoki::error::Error| if is_logged_in_already(&error) { Ok(()) } else { Err(error) };
+        let logged_in = |error: cryptoki::error::Error| {
+            if is_logged_in_already(&error) { Ok(()) } else { Err(error) }
+        };
         let pin = match &uri.pin {
             Pin::Value(pin) => Some(pin.clone()),
             Pin::File(path) => Some(read_pin(path)?),
             Pin::None if info.protected_authentication_path() => None,
-            Pin::None => return Err(unreachable("the token wants a PIN: give pin-source or pin-value")),
+            Pin::None => {
+                return Err(unreachable("the token wants a PIN: give pin-source or pin-value"));
+            }
         };
         let Some(pin) = pin else {
             let answer = self.session().login(UserType::User, None);
@@ -142,7 +148,10 @@ impl Open {
             Ok(()) => Ok(()),
             Err(error) if is_wrong_pin(&error) => {
                 refused.insert(token, pin);
-                Err(unreachable(format!("the token refuses the PIN ({}): correct it", said(&error))))
+                Err(unreachable(format!(
+                    "the token refuses the PIN ({}): correct it",
+                    said(&error)
+                )))
             }
             Err(error) => Err(outcome(&error)),
         }
@@ -151,7 +160,10 @@ impl Open {
     /// Checks that a missing object is really missing: the token is present, and the user is logged
     /// in.
     pub(super) fn check_presence(&self, uri: &Uri, entered: &Entered) -> Result<(), KmsError> {
-        let info = entered.context().get_token_info(self.slot).map_err(|error| unreachable(said(&error)))?;
+        let info = entered
+            .context()
+            .get_token_info(self.slot)
+            .map_err(|error| unreachable(said(&error)))?;
         if !uri.matches(&info) {
             return Err(unreachable("another token is in the slot"));
         }
@@ -172,7 +184,11 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
         }
     }
     let slots = context.get_slots_with_token().map_err(|error| {
-        if is_not_initialized(&error) { unreachable("the module was finalized") } else { outcome(&error) }
+        if is_not_initialized(&error) {
+            unreachable("the module was finalized")
+        } else {
+            outcome(&error)
+        }
     })?;
     let (mut found, mut silent) = (None, None);
     for slot in slots {
@@ -183,7 +199,9 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
         match context.get_token_info(slot) {
             Ok(info) if !info.token_initialized() || !uri.matches(&info) => {}
             Ok(_) if found.is_some() => {
-                return Err(invalid("several tokens are what the URI says: add a serial or slot-id"));
+                return Err(invalid(
+                    "several tokens are what the URI says: add a serial or slot-id",
+                ));
             }
             Ok(info) => found = Some((slot, info)),
             Err(error) => silent = Some(said(&error)),
@@ -199,8 +217,10 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
 
 /// The first line of the file.
 fn read_pin(path: &Path) -> Result<Zeroizing<String>, KmsError> {
-    let unreadable = |why: String| unreachable(format!("the PIN cannot be read from {}: {why}", path.display()));
-    let bytes = read_configured(path, PIN_FILE_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
+    let unreadable =
+        |why: String| unreachable(format!("the PIN cannot be read from {}: {why}", path.display()));
+    let bytes =
+        read_configured(path, PIN_FILE_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
     let bytes = Zeroizing::new(bytes);
     let line = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let line = line.strip_suffix(b"\r").unwrap_or(line);

@@ -59,7 +59,9 @@ impl fmt::Debug for Pin {
 impl Uri {
     /// Parses a URI. An error names attributes, but quotes no value.
     pub(super) fn parse(uri: &str) -> Result<Self, KmsUrlError> {
-        let rest = uri.strip_prefix("pkcs11:").ok_or_else(|| malformed("it does not begin with \"pkcs11:\""))?;
+        let rest = uri
+            .strip_prefix("pkcs11:")
+            .ok_or_else(|| malformed("it does not begin with \"pkcs11:\""))?;
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (mut token, mut library, mut slot_id) = (Vec::new(), Vec::new(), None);
         let mut path = Attributes::parse(path, ';')?;
@@ -79,17 +81,22 @@ impl Uri {
             library.extend(path.take(name).map(|value| (field, value.to_string())));
         }
         if let Some(value) = path.take("slot-id") {
-            slot_id = Some(value.parse().map_err(|_| malformed("slot-id is not a decimal number"))?);
+            slot_id =
+                Some(value.parse().map_err(|_| malformed("slot-id is not a decimal number"))?);
         }
         path.end()?;
         let mut query = Attributes::parse(query, '&')?;
         let region = query.take("region").filter(|region| !region.is_empty());
-        let region = region.ok_or_else(|| malformed("region=… has to name the region that it serves"))?.to_string();
+        let region = region
+            .ok_or_else(|| malformed("region=… has to name the region that it serves"))?
+            .to_string();
         let pin = match (query.take("pin-value"), query.take("pin-source")) {
             (None, None) => Pin::None,
             (Some(value), None) => Pin::Value(value),
             (None, Some(source)) => Pin::File(pin_file(&source)?),
-            (Some(_), Some(_)) => return Err(malformed("pin-value and pin-source exclude each other")),
+            (Some(_), Some(_)) => {
+                return Err(malformed("pin-value and pin-source exclude each other"));
+            }
         };
         let module = module(query.take("module-path"), query.take("module-name"))?;
         query.end()?;
@@ -134,13 +141,17 @@ impl<'a> Attributes<'a> {
     fn parse(text: &'a str, separator: char) -> Result<Self, KmsUrlError> {
         let mut all: Vec<(&str, Zeroizing<String>)> = Vec::new();
         for attribute in text.split(separator).filter(|attribute| !attribute.is_empty()) {
-            let (name, value) =
-                attribute.split_once('=').ok_or_else(|| malformed("a part of it is not \"name=value\""))?;
+            let (name, value) = attribute
+                .split_once('=')
+                .ok_or_else(|| malformed("a part of it is not \"name=value\""))?;
             if all.iter().any(|(other, _)| *other == name) {
                 return Err(malformed(&format!("{} is there twice", shown(name))));
             }
             let value = decoded(value).ok_or_else(|| {
-                malformed(&format!("{} is not percent-encoded UTF-8 without zero bytes", shown(name)))
+                malformed(&format!(
+                    "{} is not percent-encoded UTF-8 without zero bytes",
+                    shown(name)
+                ))
             })?;
             all.push((name, value));
         }
@@ -159,7 +170,9 @@ impl<'a> Attributes<'a> {
             Some((name @ ("object" | "type" | "id"), _)) => {
                 Err(malformed(&format!("{name} names a key, which is for cmk_key_id to do")))
             }
-            Some((name, _)) => Err(malformed(&format!("{} is not an attribute that is known here", shown(name)))),
+            Some((name, _)) => {
+                Err(malformed(&format!("{} is not an attribute that is known here", shown(name))))
+            }
         }
     }
 }
@@ -167,7 +180,8 @@ impl<'a> Attributes<'a> {
 /// A name that is safe to show. A malformed name may be a secret that the operator put in the wrong
 /// place.
 fn shown(name: &str) -> &str {
-    let is_name = name.len() <= 32 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+    let is_name =
+        name.len() <= 32 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
     if is_name { name } else { "an attribute" }
 }
 
@@ -208,7 +222,10 @@ fn pin_file(source: &str) -> Result<PathBuf, KmsUrlError> {
 }
 
 /// The module to load: a file; a name for the dynamic linker to find; or a directory and a name.
-fn module(path: Option<Zeroizing<String>>, name: Option<Zeroizing<String>>) -> Result<PathBuf, KmsUrlError> {
+fn module(
+    path: Option<Zeroizing<String>>,
+    name: Option<Zeroizing<String>>,
+) -> Result<PathBuf, KmsUrlError> {
     if path.as_ref().is_some_and(|path| !path.starts_with('/')) {
         return Err(malformed("module-path is not an absolute path"));
     }
@@ -217,7 +234,9 @@ fn module(path: Option<Zeroizing<String>>, name: Option<Zeroizing<String>>) -> R
     }
     let file = name.map(|name| format!("{}{}{}", consts::DLL_PREFIX, *name, consts::DLL_SUFFIX));
     match (path, file) {
-        (None, None) => Err(malformed("module-path or module-name has to say which module to load")),
+        (None, None) => {
+            Err(malformed("module-path or module-name has to say which module to load"))
+        }
         (None, Some(file)) => Ok(file.into()),
         (Some(path), None) => Ok(path.as_str().into()),
         (Some(path), Some(file)) => Ok(PathBuf::from(path.as_str()).join(file)),
@@ -258,7 +277,10 @@ mod tests {
                 (LibraryField::Version, "3.1".to_owned()),
             ]
         );
-        assert!(matches!(&uri.pin, Pin::File(path) if path.to_str() == Some("/etc/token/pin")), "{uri:?}");
+        assert!(
+            matches!(&uri.pin, Pin::File(path) if path.to_str() == Some("/etc/token/pin")),
+            "{uri:?}"
+        );
         assert!(uri.module.to_str().unwrap().starts_with("/usr/lib/libsofthsm2."), "{uri:?}");
         assert!(matches!(Uri::parse(SHORTEST).unwrap(), Uri { pin: Pin::None, slot_id: None, .. }));
         let named = Uri::parse("pkcs11:?module-name=p11&region=r").unwrap();

@@ -184,7 +184,12 @@ impl Tip {
     /// Its sector, and the offset of the sector in a file whose snapshot and tips have
     /// `snapshot_len` bytes. The other slot keeps the tip before, because a crash may tear this
     /// one.
-    pub(super) fn encode_at(&self, snapshot_len: u64, version: u32, key: &SecretKey) -> (u64, Vec<u8>) {
+    pub(super) fn encode_at(
+        &self,
+        snapshot_len: u64,
+        version: u32,
+        key: &SecretKey,
+    ) -> (u64, Vec<u8>) {
         let slot = (self.number % 2) as usize;
         let at = snapshot_len - TIPS_LEN as u64 + (slot * SECTOR) as u64;
         (at, self.encode(slot, version, key))
@@ -271,7 +276,8 @@ impl Parser<'_> {
             let tip = Tip { number: cursor.u64()?, tag: cursor.array()? };
             Ok((place, version, tip, cursor.array::<TAG_LEN>()?))
         };
-        let (place, version, tip, tag) = decode().map_err(|error: DecodeError| error.in_file(self.path, at as u64))?;
+        let (place, version, tip, tag) =
+            decode().map_err(|error: DecodeError| error.in_file(self.path, at as u64))?;
         let signed = used.get(..TIP_SIGNED_LEN).unwrap_or_default();
         let expected = hmac_sha256(self.key(version)?, &[signed]);
         if !tags_equal(&tag, &expected) || place as usize != slot {
@@ -295,7 +301,9 @@ impl Parser<'_> {
             strip_crc(Cursor::new(rest).bytes(end)?)?;
             Ok((end, number, version, reserved, changes, tag))
         };
-        let Ok((len, number, version, reserved, changes, tag)) = frame().map_err(|error: DecodeError| error) else {
+        let Ok((len, number, version, reserved, changes, tag)) =
+            frame().map_err(|error: DecodeError| error)
+        else {
             return Ok(Next::Nothing);
         };
         let signed = rest.get(..len - TAG_LEN - CRC_LEN).unwrap_or_default();
@@ -308,16 +316,20 @@ impl Parser<'_> {
         }
         match serde_json::from_slice(changes) {
             Ok(changes) => Ok(Next::Record { end: at + len, number, version, tag, changes }),
-            Err(error) => self.corrupt(at + RECORD_FIXED_LEN, format!("a record does not parse: {error}")),
+            Err(error) => {
+                self.corrupt(at + RECORD_FIXED_LEN, format!("a record does not parse: {error}"))
+            }
         }
     }
 
     fn parse(&mut self, expected: Option<Place>, store: StoreId) -> Result<Loaded> {
         let len = document::framed_len(self.bytes).map_err(|error| error.in_file(self.path, 0))?;
-        let whole = Cursor::new(self.bytes).bytes(len).map_err(|error| error.in_file(self.path, 0))?;
+        let whole =
+            Cursor::new(self.bytes).bytes(len).map_err(|error| error.in_file(self.path, 0))?;
         let keyring = self.keyring;
-        let document =
-            document::open(whole, DocumentKind::Catalogue, self.path, |version| keyring.document_key(version))?;
+        let document = document::open(whole, DocumentKind::Catalogue, self.path, |version| {
+            keyring.document_key(version)
+        })?;
         if document.store != store {
             return self.tampered(24, "the catalogue of another store");
         }
@@ -341,18 +353,25 @@ impl Parser<'_> {
             return self.corrupt(len, "it does not go on with zeros");
         }
         if self.bytes.len() < tips_at + TIPS_LEN {
-            return Err(Error::truncated(self.at(self.bytes.len()), "the catalogue ends before its tips do"));
+            return Err(Error::truncated(
+                self.at(self.bytes.len()),
+                "the catalogue ends before its tips do",
+            ));
         }
         let snapshot = Tip { number: document.generation, tag: document::tag_a(whole) };
         let tips = match self.is_mirror {
             true => [Some(snapshot); 2],
             false => [self.tip(tips_at, 0)?, self.tip(tips_at, 1)?],
         };
-        let (mut last, mut version, mut at) = (snapshot, document.keyring_version, tips_at + TIPS_LEN);
+        let (mut last, mut version, mut at) =
+            (snapshot, document.keyring_version, tips_at + TIPS_LEN);
         let mut confirmed = tips.map(|tip| tip.is_none_or(|tip| tip == snapshot));
-        while let Next::Record { end, number, version: under, tag, changes } = self.record(at, &last.tag)? {
+        while let Next::Record { end, number, version: under, tag, changes } =
+            self.record(at, &last.tag)?
+        {
             if under < version {
-                return self.tampered(at + 16, "a record of the catalogue under an older service key");
+                return self
+                    .tampered(at + 16, "a record of the catalogue under an older service key");
             }
             if Some(number) != last.number.checked_add(1) || number == u64::MAX {
                 return self.corrupt(at + 8, "the number of a record is not the next one");
@@ -384,7 +403,10 @@ impl Parser<'_> {
     ) -> Result<()> {
         let missing = |number: u64| {
             let rest = self.bytes.get(end..).unwrap_or_default();
-            let what = format!("the catalogue ends with record {}, record {number} was synced", last.number);
+            let what = format!(
+                "the catalogue ends with record {}, record {number} was synced",
+                last.number
+            );
             if rest.iter().all(|&byte| byte == 0) || is_cut_record(rest) {
                 Err(Error::truncated(self.at(end), what))
             } else {
@@ -413,13 +435,19 @@ fn is_cut_record(bytes: &[u8]) -> bool {
     if cursor.magic(RECORD_MAGIC).is_err() {
         return RECORD_MAGIC.starts_with(bytes);
     }
-    let len = cursor.u32().map_or(usize::MAX, |len| RECORD_FIXED_LEN + len as usize + TAG_LEN + CRC_LEN);
+    let len =
+        cursor.u32().map_or(usize::MAX, |len| RECORD_FIXED_LEN + len as usize + TAG_LEN + CRC_LEN);
     bytes.len() < len
 }
 
 /// Writes the catalogue of a new store, under an epoch below that of every writer. The first writer
 /// replaces it when it opens the store.
-pub(crate) fn write_first(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring) -> Result<()> {
+pub(crate) fn write_first(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+) -> Result<()> {
     let place = Place { epoch: 0, serial: 1 };
     let path = place.path(&super::dir(dir));
     let catalogue = Catalogue { generation: 1, ..Catalogue::default() };
@@ -437,7 +465,8 @@ pub(crate) fn newest_epoch(disk: &dyn Disk, dir: &Path) -> Result<u64> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         entries => entries.map_err(Error::io("list", dir))?,
     };
-    let epochs = entries.iter().filter_map(|entry| Place::parse(&entry.name)).map(|place| place.epoch);
+    let epochs =
+        entries.iter().filter_map(|entry| Place::parse(&entry.name)).map(|place| place.epoch);
     Ok(epochs.max().unwrap_or(0))
 }
 
@@ -446,7 +475,12 @@ pub(crate) fn newest_epoch(disk: &dyn Disk, dir: &Path) -> Result<u64> {
 ///
 /// # Errors
 /// The integrity errors of the catalogue.
-pub(crate) fn load_mirror(bytes: &[u8], path: &Path, store: StoreId, keyring: &Keyring) -> Result<Catalogue> {
+pub(crate) fn load_mirror(
+    bytes: &[u8],
+    path: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+) -> Result<Catalogue> {
     let loaded = Parser { bytes, path, keyring, key: None, is_mirror: true }.parse(None, store)?;
     Ok(loaded.catalogue)
 }
@@ -455,7 +489,12 @@ pub(crate) fn load_mirror(bytes: &[u8], path: &Path, store: StoreId, keyring: &K
 ///
 /// # Errors
 /// The integrity errors of the catalogue, and [`Error::Io`].
-pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: &Keyring) -> Result<Loaded> {
+pub(crate) fn load_newest(
+    disk: &dyn Disk,
+    dir: &Path,
+    store: StoreId,
+    keyring: &Keyring,
+) -> Result<Loaded> {
     let dir = super::dir(dir);
     let missing = || Error::truncated(Location::new(&dir, 0), "the catalogue is missing");
     let mut found = None;
@@ -464,11 +503,15 @@ pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
             entries => entries.map_err(Error::io("list", &dir))?,
         };
-        let places = entries.iter().filter_map(|entry| Some((Place::parse(&entry.name)?, entry.kind)));
-        let Some((place, kind)) = places.max_by_key(|(place, _)| *place) else { return Err(missing()) };
+        let places =
+            entries.iter().filter_map(|entry| Some((Place::parse(&entry.name)?, entry.kind)));
+        let Some((place, kind)) = places.max_by_key(|(place, _)| *place) else {
+            return Err(missing());
+        };
         let path = place.path(&dir);
         if kind == FileKind::Directory {
-            let wrong = io::WrongFileType { path: path.clone(), expected: FileKind::File, found: kind };
+            let wrong =
+                io::WrongFileType { path: path.clone(), expected: FileKind::File, found: kind };
             return Err(Error::io("read", path)(wrong.into()));
         }
         match read(disk, &path) {
@@ -481,7 +524,8 @@ pub(crate) fn load_newest(disk: &dyn Disk, dir: &Path, store: StoreId, keyring: 
             }
         }
     }
-    Err(found.map_or_else(missing, |path| Error::io("read", path)(std::io::ErrorKind::NotFound.into())))
+    Err(found
+        .map_or_else(missing, |path| Error::io("read", path)(std::io::ErrorKind::NotFound.into())))
 }
 
 /// Reads a whole file that a writer may be appending to. Reads it again if it has grown, because a

@@ -91,7 +91,13 @@ impl Writer {
 }
 
 impl RecordHead for Journal {
-    fn record_head(&self, name: &LogstoreName, id: LogstoreId, shard: u32, head: Head) -> Result<()> {
+    fn record_head(
+        &self,
+        name: &LogstoreName,
+        id: LogstoreId,
+        shard: u32,
+        head: Head,
+    ) -> Result<()> {
         self.commit(vec![Change::reached(name, id, shard, head)])
     }
 }
@@ -138,7 +144,8 @@ impl Journal {
         let disk = &*self.disk;
         let place = Place { epoch: fence.epoch(), serial };
         let path = place.path(&self.dir);
-        let (bytes, tag) = file::encode_snapshot(catalogue, place, self.store, &read(&self.keyring))?;
+        let (bytes, tag) =
+            file::encode_snapshot(catalogue, place, self.store, &read(&self.keyring))?;
         io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
         fence.check()?;
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
@@ -175,7 +182,10 @@ impl Journal {
 
     /// The file that takes the records, for messages.
     pub(crate) fn path(&self) -> PathBuf {
-        lock(&self.files).current.as_ref().map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
+        lock(&self.files)
+            .current
+            .as_ref()
+            .map_or_else(|| self.dir.clone(), |writer| writer.path.clone())
     }
 
     /// Makes changes durable. Blocks for one write and one sync, and for those under way.
@@ -218,7 +228,9 @@ impl Journal {
         // Holds the lock during the sync: the operating system reports a failed write once, and the
         // sync of a record must not miss it.
         let mut files = lock(&self.files);
-        let Some(mut writer) = files.current.take_if(|writer| !writer.settled) else { return Ok(()) };
+        let Some(mut writer) = files.current.take_if(|writer| !writer.settled) else {
+            return Ok(());
+        };
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
         writer.settled = true;
         files.current = Some(writer);
@@ -282,16 +294,18 @@ impl Journal {
     fn write(&self, changes: &[Change]) -> Result<()> {
         let changes: Vec<&Change> = {
             let catalogue = self.now();
-            let changes: Vec<_> = changes.iter().filter(|change| !change.is_moot(&catalogue)).collect();
+            let changes: Vec<_> =
+                changes.iter().filter(|change| !change.is_moot(&catalogue)).collect();
             for change in &changes {
-                catalogue.check_change(change).map_err(|rule| Error::InvalidArgument(rule.to_owned()))?;
+                catalogue
+                    .check_change(change)
+                    .map_err(|rule| Error::InvalidArgument(rule.to_owned()))?;
             }
             changes
         };
-        let fits = lock(&self.files)
-            .current
-            .as_ref()
-            .is_some_and(|writer| writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len));
+        let fits = lock(&self.files).current.as_ref().is_some_and(|writer| {
+            writer.end - writer.snapshot_len <= JOURNAL_BYTES_MIN.max(2 * writer.snapshot_len)
+        });
         if !fits {
             let catalogue = self.now().clone();
             self.write_snapshot(&catalogue)?;

@@ -27,7 +27,8 @@ use crate::{
 };
 
 pub(super) use file::{
-    Loaded, exists, is_catalogue_file_or_temporary, load_mirror, load_newest, newest_epoch, write_first,
+    Loaded, exists, is_catalogue_file_or_temporary, load_mirror, load_newest, newest_epoch,
+    write_first,
 };
 pub(super) use journal::Journal;
 
@@ -119,7 +120,9 @@ impl Change {
     /// Whether the change has no effect, because its Logstore was deleted since.
     fn is_moot(&self, catalogue: &Catalogue) -> bool {
         match self {
-            Self::Reached { name, id, .. } => catalogue.logstores.get(name).is_none_or(|entry| entry.id != *id),
+            Self::Reached { name, id, .. } => {
+                catalogue.logstores.get(name).is_none_or(|entry| entry.id != *id)
+            }
             _ => false,
         }
     }
@@ -173,7 +176,8 @@ impl Catalogue {
         self.check_change(change)?;
         match change {
             Change::Created { name, id, generation, tag, shards } => {
-                let entry = Entry { id: *id, generation: *generation, tag: *tag, shards: shards.clone() };
+                let entry =
+                    Entry { id: *id, generation: *generation, tag: *tag, shards: shards.clone() };
                 self.logstores.insert(name.clone(), entry);
             }
             Change::Replaced { name, generation, tag, .. } => {
@@ -204,7 +208,11 @@ impl Catalogue {
         Ok(())
     }
 
-    fn entry(&self, name: &LogstoreName, id: LogstoreId) -> std::result::Result<&Entry, &'static str> {
+    fn entry(
+        &self,
+        name: &LogstoreName,
+        id: LogstoreId,
+    ) -> std::result::Result<&Entry, &'static str> {
         let entry = self.logstores.get(name).filter(|entry| entry.id == id);
         entry.ok_or("a change is about a Logstore that is not there")
     }
@@ -229,11 +237,18 @@ impl Catalogue {
         if self.logstores.len() > LOGSTORES_MAX {
             return Err("there are too many Logstores");
         }
-        if self.logstores.values().map(|entry| entry.shards.len()).sum::<usize>() > STORE_SHARDS_MAX {
+        if self.logstores.values().map(|entry| entry.shards.len()).sum::<usize>() > STORE_SHARDS_MAX
+        {
             return Err("there are too many shards");
         }
         let mut ids = BTreeSet::new();
-        if !self.logstores.values().map(|entry| &entry.id).chain(&self.deleting).all(|id| ids.insert(*id)) {
+        if !self
+            .logstores
+            .values()
+            .map(|entry| &entry.id)
+            .chain(&self.deleting)
+            .all(|id| ids.insert(*id))
+        {
             return Err("a Logstore is there twice");
         }
         self.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards))
@@ -258,7 +273,9 @@ pub(super) fn check_entry(generation: u64, shards: &[ShardRecord]) -> Result<(),
 
 fn check_shard(shard: &ShardRecord) -> Result<(), &'static str> {
     let (ordinals, head) = (1..u64::MAX, shard.head.as_ref());
-    if !ordinals.contains(&shard.first_ordinal) || !head.is_none_or(|head| ordinals.contains(&head.ordinal)) {
+    if !ordinals.contains(&shard.first_ordinal)
+        || !head.is_none_or(|head| ordinals.contains(&head.ordinal))
+    {
         return Err("the ordinal of a segment is out of range");
     }
     if head.is_some_and(|head| head.next_seq < head.end_seq) {

@@ -37,8 +37,16 @@ impl AuditMark {
     /// # Errors
     /// [`Error::InvalidArgument`] if the text does not end as an export does.
     pub fn of_export(text: &str) -> Result<Self> {
-        let head = text.trim_end().lines().next_back().and_then(|line| serde_json::from_str::<Head>(line).ok());
-        let not_one = || Error::InvalidArgument("this is no export of the key audit log, or not all of one".to_owned());
+        let head = text
+            .trim_end()
+            .lines()
+            .next_back()
+            .and_then(|line| serde_json::from_str::<Head>(line).ok());
+        let not_one = || {
+            Error::InvalidArgument(
+                "this is no export of the key audit log, or not all of one".to_owned(),
+            )
+        };
         Ok(head.ok_or_else(not_one)?.head)
     }
 
@@ -80,22 +88,33 @@ pub(in crate::store) fn audit_records(core: &Core) -> Result<Vec<AuditRecord>> {
 }
 
 /// Verifies the log, also against an earlier mark.
-pub(in crate::store) fn verify_audit(core: &Core, against: Option<&AuditMark>) -> Result<AuditVerification> {
+pub(in crate::store) fn verify_audit(
+    core: &Core,
+    against: Option<&AuditMark>,
+) -> Result<AuditVerification> {
     let mut head = AuditMark::default();
     let mut differs = None;
     let walked = walk_audit(core, &mut |json, tag| {
         head = head.next(json, tag);
-        if let Some(mark) = against.filter(|mark| mark.number == head.number && mark.hash != head.hash) {
-            let what = format!("audit record {} or one before it is another than it was", mark.number);
+        if let Some(mark) =
+            against.filter(|mark| mark.number == head.number && mark.hash != head.hash)
+        {
+            let what =
+                format!("audit record {} or one before it is another than it was", mark.number);
             differs.get_or_insert(Error::RolledBack { what });
         }
     });
     let fault = match (walked, differs) {
         (Err(error), _) if error.kind() != ErrorKind::Integrity => return Err(error),
         (Err(error), _) | (Ok(()), Some(error)) => Some(error),
-        (Ok(()), None) => against.filter(|mark| mark.number > head.number).map(|mark| Error::RolledBack {
-            what: format!("the audit log ends at record {}, it had {}", head.number, mark.number),
-        }),
+        (Ok(()), None) => {
+            against.filter(|mark| mark.number > head.number).map(|mark| Error::RolledBack {
+                what: format!(
+                    "the audit log ends at record {}, it had {}",
+                    head.number, mark.number
+                ),
+            })
+        }
     };
     Ok(AuditVerification { head, fault })
 }
@@ -106,9 +125,13 @@ pub(in crate::store) fn export_audit(core: &Core) -> Result<AuditExport> {
     let mut text = String::new();
     walk_audit(core, &mut |json, tag| {
         head = head.next(json, tag);
-        text.push_str(&format!("{{\"record\":{json},\"tag\":\"{tag}\",\"hash\":\"{}\"}}\n", head.hash));
+        text.push_str(&format!(
+            "{{\"record\":{json},\"tag\":\"{tag}\",\"hash\":\"{}\"}}\n",
+            head.hash
+        ));
     })?;
-    let last = Head { head: head.clone(), store: core.env.id, exported_us: core.env.clock.wall_us() };
+    let last =
+        Head { head: head.clone(), store: core.env.id, exported_us: core.env.clock.wall_us() };
     text.push_str(&serde_json::to_string(&last).expect("plain data always serializes"));
     text.push('\n');
     Ok(AuditExport { text, head })

@@ -71,7 +71,10 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
         let mut shards = Vec::new();
         for shard in &logstore.shards {
             let head: Option<Head> = shard.checkpoint()?;
-            reached.extend(head.clone().map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)));
+            reached.extend(
+                head.clone()
+                    .map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)),
+            );
             let record = ShardRecord { head, ..shard.record() };
             if !env.read_only {
                 // The head is durable, and the commit may take effect even if it fails.
@@ -87,8 +90,12 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
         admin.settle()?;
     }
     let catalogue_generation = registry.catalogue().generation;
-    let body =
-        CheckpointBody { taken_us: env.clock.wall_us(), catalogue_generation, audit: keys.audit().head(), logstores };
+    let body = CheckpointBody {
+        taken_us: env.clock.wall_us(),
+        catalogue_generation,
+        audit: keys.audit().head(),
+        logstores,
+    };
     let keyring = keys.keyring();
     let document = Document {
         kind: DocumentKind::Checkpoint,
@@ -114,17 +121,28 @@ pub(super) fn open_checkpoint(core: &Core, checkpoint: &Checkpoint) -> Result<Ch
     let keyring = core.keys.keyring();
     let store = document::claimed_store(&checkpoint.bytes, path)?;
     if store != core.env.id {
-        return Err(Error::InvalidArgument(format!("the checkpoint is of another store ({store})")));
+        return Err(Error::InvalidArgument(format!(
+            "the checkpoint is of another store ({store})"
+        )));
     }
-    let document =
-        document::open(&checkpoint.bytes, DocumentKind::Checkpoint, path, |version| keyring.document_key(version))?;
-    let body: CheckpointBody = serde_json::from_slice(&document.a)
-        .map_err(|error| Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}")))?;
+    let document = document::open(&checkpoint.bytes, DocumentKind::Checkpoint, path, |version| {
+        keyring.document_key(version)
+    })?;
+    let body: CheckpointBody = serde_json::from_slice(&document.a).map_err(|error| {
+        Error::corrupt(Location::new(path, 80), format!("it does not parse: {error}"))
+    })?;
     if document.generation != body.catalogue_generation {
-        return Err(Error::corrupt(Location::new(path, 56), "its generation is not that of the catalogue"));
+        return Err(Error::corrupt(
+            Location::new(path, 56),
+            "its generation is not that of the catalogue",
+        ));
     }
     check_audit_head(&body.audit)
-        .and_then(|()| body.logstores.values().try_for_each(|entry| check_entry(entry.generation, &entry.shards)))
+        .and_then(|()| {
+            body.logstores
+                .values()
+                .try_for_each(|entry| check_entry(entry.generation, &entry.shards))
+        })
         .map_err(|rule| Error::corrupt(Location::new(path, 80), rule))?;
     Ok(body)
 }

@@ -54,7 +54,10 @@ impl<'c> SegmentCheck<'c> {
             name,
             shard,
             end: opened.end.clone(),
-            file_len: opened.file.len().map_err(Error::io("get the length of", &*opened.name.path))?,
+            file_len: opened
+                .file
+                .len()
+                .map_err(Error::io("get the length of", &*opened.name.path))?,
             reader: SegmentReader::new(opened, ReadMode::Pread)?,
             builder: FooterBuilder::of(&header),
             header,
@@ -82,7 +85,10 @@ impl<'c> SegmentCheck<'c> {
             Ok(Load::Block(block)) => self.check_block(&block).map(|()| true),
             Ok(Load::End) => Ok(false),
             Ok(Load::NotYet) => self.note_torn_tail().map(|()| false),
-            Err(error) if !self.keyless && matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
+            Err(error)
+                if !self.keyless
+                    && matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) =>
+            {
                 self.note(error)?;
                 self.keyless = true;
                 Ok(true)
@@ -109,12 +115,17 @@ impl<'c> SegmentCheck<'c> {
             let same = head.segment == header.header.segment && builder.digest() == head.digest;
             let bytes = if head.sealed { *file_len } else { reader.offset };
             let last_time_us = header.header.last_time_us(so_far);
-            let ends = (so_far.end_seq, bytes, last_time_us) == (head.end_seq, head.bytes, head.last_time_us);
+            let ends = (so_far.end_seq, bytes, last_time_us)
+                == (head.end_seq, head.bytes, head.last_time_us);
             if !same {
-                let what = format!("segment {} of shard {} is not what it was", head.ordinal, shard.id());
+                let what =
+                    format!("segment {} of shard {} is not what it was", head.ordinal, shard.id());
                 faults.push(VerifyFault::of(Some(name), &Error::RolledBack { what }));
             } else if !ends {
-                let what = format!("the catalogue or the checkpoint says that {} blocks end elsewhere", head.blocks);
+                let what = format!(
+                    "the catalogue or the checkpoint says that {} blocks end elsewhere",
+                    head.blocks
+                );
                 faults.push(VerifyFault::of(Some(name), &Error::corrupt(reader.here(), what)));
             }
             false
@@ -177,18 +188,23 @@ impl<'c> SegmentCheck<'c> {
     /// Checks the end of the segment, unless it is damaged.
     fn finish(mut self) -> Result<()> {
         for head in std::mem::take(&mut self.heads) {
-            let what = format!("segment {} has fewer blocks than the {} it had", head.ordinal, head.blocks);
+            let what = format!(
+                "segment {} has fewer blocks than the {} it had",
+                head.ordinal, head.blocks
+            );
             self.note(Error::RolledBack { what })?;
         }
         if self.damaged {
             return Ok(());
         }
-        let corrupt = |what: &str| Err(Error::corrupt(self.reader.opened.at(self.reader.offset), what));
+        let corrupt =
+            |what: &str| Err(Error::corrupt(self.reader.opened.at(self.reader.offset), what));
         let builder = &self.builder;
         match &self.end {
             End::Sealed(footer) => {
                 let expected = &footer.footer;
-                let found = self.builder.build(expected.offset, expected.nonce_random, expected.recovered);
+                let found =
+                    self.builder.build(expected.offset, expected.nonce_random, expected.recovered);
                 if found != *expected {
                     return corrupt("the footer does not agree with the blocks");
                 }
@@ -197,10 +213,16 @@ impl<'c> SegmentCheck<'c> {
                 return corrupt("the blocks are not those that the successor names");
             }
             End::Cut(cut) if cut.end_seq != builder.so_far().end_seq => {
-                return corrupt("the blocks end at another sequence number than the successor says");
+                return corrupt(
+                    "the blocks end at another sequence number than the successor says",
+                );
             }
-            End::Cut(cut) if cut.last_time_us != self.header.header.last_time_us(builder.so_far()) => {
-                return corrupt("the last receive time of the blocks is another than the successor says");
+            End::Cut(cut)
+                if cut.last_time_us != self.header.header.last_time_us(builder.so_far()) =>
+            {
+                return corrupt(
+                    "the last receive time of the blocks is another than the successor says",
+                );
             }
             _ => {}
         }

@@ -51,17 +51,22 @@ impl Verification<'_> {
         let catalogue = self.core.registry.catalogue().clone();
         let records = self.audit_log(&catalogue, against)?;
         if self.core.keys.keyring().is_rotating() {
-            let note = "the rotation of the service key is unfinished, and older versions are accepted";
+            let note =
+                "the rotation of the service key is unfinished, and older versions are accepted";
             self.report.notes.push(note.to_owned());
         }
         for id in &catalogue.deleting {
             let dir = self.core.env.logstore_dir(*id);
-            let note = format!("the files of a deleted Logstore are not all gone: {}", dir.display());
+            let note =
+                format!("the files of a deleted Logstore are not all gone: {}", dir.display());
             self.report.notes.push(note);
         }
         for (dir, may_have_segments) in self.core.registry.unlisted()? {
             if may_have_segments {
-                let what = format!("the catalogue does not know {}, which has segments in it", dir.display());
+                let what = format!(
+                    "the catalogue does not know {}, which has segments in it",
+                    dir.display()
+                );
                 self.report.note(None, Error::RolledBack { what })?;
             }
         }
@@ -88,7 +93,11 @@ impl Verification<'_> {
 
     /// Verifies the audit log, and compares the catalogue with it. Returns the records; none if
     /// the log has a fault.
-    fn audit_log(&mut self, catalogue: &Catalogue, against: Option<&CheckpointBody>) -> Result<Vec<AuditRecord>> {
+    fn audit_log(
+        &mut self,
+        catalogue: &Catalogue,
+        against: Option<&CheckpointBody>,
+    ) -> Result<Vec<AuditRecord>> {
         let audit = self.core.keys.audit();
         let mut heads = vec![&catalogue.audit];
         heads.extend(against.map(|against| &against.audit));
@@ -103,7 +112,8 @@ impl Verification<'_> {
         let deleted: BTreeSet<_> = deleted.filter_map(|record| record.logstore_id).collect();
         for (name, entry) in &catalogue.logstores {
             if deleted.contains(&entry.id) {
-                let what = format!("Logstore {name} is there, and the audit log says that it was deleted");
+                let what =
+                    format!("Logstore {name} is there, and the audit log says that it was deleted");
                 self.report.note(Some(name), Error::RolledBack { what })?;
             }
         }
@@ -115,7 +125,12 @@ impl Verification<'_> {
     }
 
     /// Compares the catalogue with a checkpoint.
-    fn catalogue(&mut self, catalogue: &Catalogue, records: &[AuditRecord], against: &CheckpointBody) -> Result<()> {
+    fn catalogue(
+        &mut self,
+        catalogue: &Catalogue,
+        records: &[AuditRecord],
+        against: &CheckpointBody,
+    ) -> Result<()> {
         if catalogue.generation < against.catalogue_generation {
             let what = format!(
                 "the catalogue is of generation {}, it was {} at the checkpoint",
@@ -139,7 +154,11 @@ impl Verification<'_> {
         Ok(())
     }
 
-    fn logstore(&mut self, logstore: &LogstoreShared, expected: Option<&CheckpointEntry>) -> Result<()> {
+    fn logstore(
+        &mut self,
+        logstore: &LogstoreShared,
+        expected: Option<&CheckpointEntry>,
+    ) -> Result<()> {
         let name = &logstore.name;
         let expected = expected.filter(|expected| expected.id == logstore.id);
         let generation = logstore.generation();
@@ -149,8 +168,10 @@ impl Verification<'_> {
             Err(error) => self.report.note(Some(name), error)?,
         }
         if let Some(expected) = expected.filter(|expected| generation < expected.generation) {
-            let what =
-                format!("the metadata is of generation {generation}, it was {} at the checkpoint", expected.generation);
+            let what = format!(
+                "the metadata is of generation {generation}, it was {} at the checkpoint",
+                expected.generation
+            );
             self.report.note(Some(name), Error::RolledBack { what })?;
         }
         if let Some(section) = logstore.keys_section().filter(|_| !self.keyless) {
@@ -168,7 +189,14 @@ impl Verification<'_> {
         let Core { env, keys, .. } = self.core;
         loop {
             let current = logstore.meta_reference();
-            let found = Meta::load(&*env.disk, &logstore.dir, env.id, logstore.id, &keys.keyring(), &current);
+            let found = Meta::load(
+                &*env.disk,
+                &logstore.dir,
+                env.id,
+                logstore.id,
+                &keys.keyring(),
+                &current,
+            );
             if found.is_ok() {
                 return found;
             }
@@ -184,7 +212,12 @@ impl Verification<'_> {
 
     /// Verifies the keys section, the envelopes and the probe of a Logstore. The commitments of the
     /// segments prove the keys with segments; this proves the keys without one too.
-    fn keys(&mut self, logstore: &LogstoreShared, section: &KeysSection, on_disk: Option<&TaggedKeys>) -> Result<()> {
+    fn keys(
+        &mut self,
+        logstore: &LogstoreShared,
+        section: &KeysSection,
+        on_disk: Option<&TaggedKeys>,
+    ) -> Result<()> {
         let (name, gate) = (&logstore.name, &logstore.gate);
         if gate.is_unproved()
             && let Err(error) = gate.admit().and_then(|_| gate.prove())
@@ -212,7 +245,12 @@ impl Verification<'_> {
         Ok(())
     }
 
-    fn shard(&mut self, name: &LogstoreName, shard: &Shard, expected: Option<&ShardRecord>) -> Result<()> {
+    fn shard(
+        &mut self,
+        name: &LogstoreName,
+        shard: &Shard,
+        expected: Option<&ShardRecord>,
+    ) -> Result<()> {
         let segments = match shard.segments(true) {
             Ok(segments) => segments,
             Err(error) => return self.report.note(Some(name), error),
@@ -222,26 +260,51 @@ impl Verification<'_> {
         for head in record.head.iter().chain(checkpoint) {
             let reached = segments.last().map_or(record.first_ordinal - 1, |last| last.ordinal);
             if head.ordinal > reached {
-                let what = format!("shard {} ends at segment {reached}, it had {}", shard.id(), head.ordinal);
+                let what = format!(
+                    "shard {} ends at segment {reached}, it had {}",
+                    shard.id(),
+                    head.ordinal
+                );
                 self.report.note(Some(name), Error::RolledBack { what })?;
             } else if head.ordinal < record.first_ordinal {
-                self.report.notes.push(format!("retention dropped segment {} of {name}", head.ordinal));
+                self.report
+                    .notes
+                    .push(format!("retention dropped segment {} of {name}", head.ordinal));
             }
         }
         // When the last group before the next segment was received.
         let mut last_time_us = 0;
         for segment in segments.iter() {
-            let stat = self.core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            let stat = self
+                .core
+                .env
+                .disk
+                .stat(&segment.path)
+                .map_err(Error::io("look for", &*segment.path))?;
             let len = stat.map_or(0, |stat| stat.len);
-            let heads: Vec<&Head> =
-                record.head.iter().chain(checkpoint).filter(|head| head.ordinal == segment.ordinal).collect();
+            let heads: Vec<&Head> = record
+                .head
+                .iter()
+                .chain(checkpoint)
+                .filter(|head| head.ordinal == segment.ordinal)
+                .collect();
             let checked = match shard.open_listed(segment) {
                 Ok(Some(opened)) => {
                     let (report, keyless) = (&mut self.report, self.keyless);
-                    SegmentCheck::run(report, keyless, name, shard, opened, heads, &mut last_time_us)
+                    SegmentCheck::run(
+                        report,
+                        keyless,
+                        name,
+                        shard,
+                        opened,
+                        heads,
+                        &mut last_time_us,
+                    )
                 }
                 Ok(None) => {
-                    self.report.notes.push(format!("retention dropped segment {} of {name}", segment.ordinal));
+                    self.report
+                        .notes
+                        .push(format!("retention dropped segment {} of {name}", segment.ordinal));
                     continue;
                 }
                 Err(error) => Err(error),
@@ -264,7 +327,8 @@ pub(in crate::store) fn verify(
     progress: &mut dyn FnMut(VerifyProgress),
 ) -> Result<VerifyReport> {
     core.keys.check_process()?;
-    let against = options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
+    let against =
+        options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
     let (report, state) = Default::default();
     let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
     let names = {
@@ -277,7 +341,9 @@ pub(in crate::store) fn verify(
         core.registry.names()
     };
     let mut logstores = Vec::new();
-    for name in names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name)) {
+    for name in
+        names.iter().filter(|name| options.logstore.as_ref().is_none_or(|only| only == *name))
+    {
         match core.registry.logstore(name) {
             Ok(logstore) => logstores.push(logstore),
             Err(error) => verification.report.note(Some(name), error)?,
@@ -295,7 +361,10 @@ pub(in crate::store) fn verify(
         if logstore.gate.is_closed() && !core.registry.is_closed() {
             // The faults were objects that the deletion has removed.
             verification.report.faults.truncate(faults);
-            verification.report.notes.push(format!("Logstore {} was deleted meanwhile", logstore.name));
+            verification
+                .report
+                .notes
+                .push(format!("Logstore {} was deleted meanwhile", logstore.name));
         } else {
             verified?;
         }
@@ -308,7 +377,8 @@ fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
     let mut bytes = 0;
     for shard in &logstore.shards {
         for segment in shard.segments(true).unwrap_or_default().iter() {
-            let stat = core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
+            let stat =
+                core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
             bytes += stat.map_or(0, |stat| stat.len);
         }
     }

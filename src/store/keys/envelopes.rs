@@ -27,7 +27,8 @@ impl KeyService {
         version: u32,
         ordinals: Vec<u64>,
     ) -> Result<SecretKey> {
-        let key = SecretKey::generate(&*self.env.random).map_err(Error::io("draw a data key for", &self.env.dir))?;
+        let key = SecretKey::generate(&*self.env.random)
+            .map_err(Error::io("draw a data key for", &self.env.dir))?;
         let (keyring_version, wrapped) = self.wrap_data_key(section, id, version, &key)?;
         section.versions.push(DataKeyVersion {
             version,
@@ -62,16 +63,24 @@ impl KeyService {
     ///
     /// # Errors
     /// The error of the KMS.
-    pub(crate) fn rewrap_versions(&self, gate: &Gate, section: &mut KeysSection, cmk: Option<Cmk>) -> Result<u32> {
+    pub(crate) fn rewrap_versions(
+        &self,
+        gate: &Gate,
+        section: &mut KeysSection,
+        cmk: Option<Cmk>,
+    ) -> Result<u32> {
         gate.admit()?;
         section.cmk = cmk;
         let mut count = 0;
         for index in 0..section.versions.len() {
-            let Some(entry) = section.versions.get(index).filter(|entry| entry.wrapped.is_some()).cloned() else {
+            let Some(entry) =
+                section.versions.get(index).filter(|entry| entry.wrapped.is_some()).cloned()
+            else {
                 continue;
             };
             let key = gate.unwrap(entry.version)?;
-            let (keyring_version, wrapped) = self.wrap_data_key(section, gate.id(), entry.version, &key)?;
+            let (keyring_version, wrapped) =
+                self.wrap_data_key(section, gate.id(), entry.version, &key)?;
             if let Some(place) = section.versions.get_mut(index) {
                 let (wrapped, wrapped_us) = (Some(wrapped), Some(self.env.clock.wall_us()));
                 *place = DataKeyVersion { keyring_version, wrapped, wrapped_us, ..entry };
@@ -101,7 +110,8 @@ impl KeyService {
             Some(cmk) => {
                 let kms = self.serving(cmk)?;
                 let wrapped = self.ensure_probe(kms, cmk);
-                let wrapped = wrapped.and_then(|()| self.wrap_proved(kms, cmk, identity.context(), key));
+                let wrapped =
+                    wrapped.and_then(|()| self.wrap_proved(kms, cmk, identity.context(), key));
                 (None, wrapped.map_err(|error| error.refusing(&section.name, cmk))?)
             }
         };
@@ -130,7 +140,12 @@ impl KeyService {
     ///
     /// # Errors
     /// The error of the KMS.
-    pub(crate) fn unwrap_new(&self, name: &LogstoreName, id: LogstoreId, section: &KeysSection) -> Result<SecretKey> {
+    pub(crate) fn unwrap_new(
+        &self,
+        name: &LogstoreName,
+        id: LogstoreId,
+        section: &KeysSection,
+    ) -> Result<SecretKey> {
         let keys = self.gate_keys(Some(section), id)?;
         self.new_gate(name, id, keys).unwrap(section.current)
     }
@@ -140,9 +155,15 @@ impl KeyService {
     ///
     /// # Errors
     /// The error of the KMS.
-    pub(crate) fn unwrap_without_keyring(&self, section: &KeysSection, cmk: &Cmk, id: LogstoreId) -> Result<SecretKey> {
+    pub(crate) fn unwrap_without_keyring(
+        &self,
+        section: &KeysSection,
+        cmk: &Cmk,
+        id: LogstoreId,
+    ) -> Result<SecretKey> {
         let lease = self.new_lease(cmk, self.envelope_probe(section, id)?);
-        let keys = GateKeys { section: Some(section.clone().into()), lease: Some(lease), unproved: None };
+        let keys =
+            GateKeys { section: Some(section.clone().into()), lease: Some(lease), unproved: None };
         self.new_gate(&section.name, id, keys).unwrap(section.current)
     }
 
@@ -153,7 +174,9 @@ impl KeyService {
         section.envelopes().all(|(version, _)| match (&section.cmk, newest_cmk) {
             (None, _) => version.keyring_version == Some(newest),
             (Some(_), None) => false,
-            (Some(cmk), Some(current)) => self.envelope_version(cmk, version).as_deref() == Some(current),
+            (Some(cmk), Some(current)) => {
+                self.envelope_version(cmk, version).as_deref() == Some(current)
+            }
         })
     }
 

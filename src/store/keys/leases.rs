@@ -32,7 +32,11 @@ impl KeyService {
     }
 
     /// The keys of a keys section that this process made, with the lease of its master key.
-    pub(crate) fn gate_keys(&self, section: Option<&KeysSection>, id: LogstoreId) -> Result<GateKeys> {
+    pub(crate) fn gate_keys(
+        &self,
+        section: Option<&KeysSection>,
+        id: LogstoreId,
+    ) -> Result<GateKeys> {
         let Some(section) = section else { return Ok(GateKeys::default()) };
         let lease = match &section.cmk {
             Some(cmk) => Some(self.lease(cmk, section, id)?),

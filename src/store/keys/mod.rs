@@ -96,10 +96,13 @@ impl KeyService {
         self.context.follow_keyring()
     }
 
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file. `change`
-    /// may call the KMS: it works on a copy, and holds no lock of the keyring. The caller holds the
-    /// administration, so no other change happens in between.
-    pub(crate) fn change_keyring(&self, change: impl FnOnce(&Keyring) -> Result<Keyring>) -> Result<()> {
+    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
+    /// `change` may call the KMS: it works on a copy, and holds no lock of the keyring. The caller
+    /// holds the administration, so no other change happens in between.
+    pub(crate) fn change_keyring(
+        &self,
+        change: impl FnOnce(&Keyring) -> Result<Keyring>,
+    ) -> Result<()> {
         let copy = read(&self.keyring).duplicate();
         let changed = change(&copy)?;
         *write(&self.keyring) = changed;
@@ -135,7 +138,9 @@ impl KeyObserver for KeyService {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal) {
         let (event, detail) = match refusal {
             Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
-            Refusal::Unreachable(detail) => (AuditEvent::LeaseEnded, format!("unreachable: {detail}")),
+            Refusal::Unreachable(detail) => {
+                (AuditEvent::LeaseEnded, format!("unreachable: {detail}"))
+            }
             Refusal::Invalid(detail) => (AuditEvent::LeaseEnded, format!("invalid: {detail}")),
         };
         self.record_transition(event, logstore, detail);
@@ -166,13 +171,19 @@ impl KmsOrEngine {
     /// The error of an operation that needs a new envelope. A KMS that refuses the master key
     /// makes the configuration invalid.
     pub(crate) fn refusing(self, name: &LogstoreName, cmk: &Cmk) -> Error {
-        let (logstore, cmk_id, region) = (name.clone(), cmk.cmk_key_id.clone(), cmk.region_id.clone());
+        let (logstore, cmk_id, region) =
+            (name.clone(), cmk.cmk_key_id.clone(), cmk.region_id.clone());
         match self {
             KmsOrEngine::Engine(error) => error,
             KmsOrEngine::Kms(KmsError::Revoked { reason, detail }) => {
-                Error::Config(ConfigError::CmkRefused { cmk: cmk_id, detail: format!("it is {reason} ({detail})") })
+                Error::Config(ConfigError::CmkRefused {
+                    cmk: cmk_id,
+                    detail: format!("it is {reason} ({detail})"),
+                })
             }
-            KmsOrEngine::Kms(KmsError::Invalid { detail }) => Error::KmsInvalid { logstore, cmk: cmk_id, detail },
+            KmsOrEngine::Kms(KmsError::Invalid { detail }) => {
+                Error::KmsInvalid { logstore, cmk: cmk_id, detail }
+            }
             KmsOrEngine::Kms(other) => {
                 Error::KmsUnreachable { logstore, cmk: cmk_id, region, detail: other.to_string() }
             }

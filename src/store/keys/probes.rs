@@ -65,7 +65,13 @@ impl KeyService {
         let field = |text: &str| [&(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
         let digest = hash(
             HashAlg::Sha256,
-            &[self.env.id.as_bytes(), &field(kms), &field(&cmk.region_id), &field(&cmk.arn), &field(&cmk.cmk_key_id)],
+            &[
+                self.env.id.as_bytes(),
+                &field(kms),
+                &field(&cmk.region_id),
+                &field(&cmk.arn),
+                &field(&cmk.cmk_key_id),
+            ],
         );
         id.copy_from_slice(&digest[..16]);
         id
@@ -101,7 +107,10 @@ impl KeyService {
             found => found?,
         };
         if found.kms != kms.name() || found.cmk != *cmk {
-            return Err(Error::Tampered { at: Location::new(&path, 0), what: "the probe of another master key" });
+            return Err(Error::Tampered {
+                at: Location::new(&path, 0),
+                what: "the probe of another master key",
+            });
         }
         Ok(Some(self.probe(&found)))
     }
@@ -117,18 +126,27 @@ impl KeyService {
     /// [`Error::Io`], and the integrity errors of the file.
     pub(crate) fn read_probe(&self, path: &Path) -> Result<ProbeFile> {
         let document = self.with_keyring(|keyring| {
-            let bytes = io::read_file(&*self.env.disk, path, DOCUMENT_BYTES_MAX).map_err(Error::io("read", path))?;
-            document::open(&bytes, DocumentKind::Probe, path, |version| keyring.document_key(version))
+            let bytes = io::read_file(&*self.env.disk, path, DOCUMENT_BYTES_MAX)
+                .map_err(Error::io("read", path))?;
+            document::open(&bytes, DocumentKind::Probe, path, |version| {
+                keyring.document_key(version)
+            })
         })?;
         let malformed = || Error::corrupt(Location::new(path, 80), "the probe does not parse");
         let ProbeBody { kms, cmk, wrapped, fingerprint } =
             serde_json::from_slice(&document.a).map_err(|_| malformed())?;
         let id = self.probe_id(&kms, &cmk);
         if document.store != self.env.id || document.subject != id || self.probe_path(id) != path {
-            return Err(Error::Tampered { at: Location::new(path, 0), what: "the probe of another master key" });
+            return Err(Error::Tampered {
+                at: Location::new(path, 0),
+                what: "the probe of another master key",
+            });
         }
-        let wrapped = hex_decode(&wrapped).filter(|wrapped| !wrapped.is_empty()).ok_or_else(malformed)?;
-        if check_cmk(&cmk).is_err() || hex_decode(&fingerprint).is_none_or(|bytes| bytes.len() != 16) {
+        let wrapped =
+            hex_decode(&wrapped).filter(|wrapped| !wrapped.is_empty()).ok_or_else(malformed)?;
+        if check_cmk(&cmk).is_err()
+            || hex_decode(&fingerprint).is_none_or(|bytes| bytes.len() != 16)
+        {
             return Err(malformed());
         }
         Ok(ProbeFile { kms, cmk, wrapped, fingerprint, generation: document.generation })
@@ -140,7 +158,11 @@ impl KeyService {
     }
 
     /// Makes the probe of a master key if there is none yet. Calls the KMS then.
-    pub(super) fn ensure_probe(&self, kms: &BoundedKms, cmk: &Cmk) -> std::result::Result<(), KmsOrEngine> {
+    pub(super) fn ensure_probe(
+        &self,
+        kms: &BoundedKms,
+        cmk: &Cmk,
+    ) -> std::result::Result<(), KmsOrEngine> {
         if self.load_probe(cmk)?.is_some() {
             return Ok(());
         }
@@ -152,7 +174,8 @@ impl KeyService {
     }
 
     fn draw_probe_key(&self) -> Result<SecretKey> {
-        SecretKey::generate(&*self.env.random).map_err(Error::io("draw a random key for", self.env.probes_dir()))
+        SecretKey::generate(&*self.env.random)
+            .map_err(Error::io("draw a random key for", self.env.probes_dir()))
     }
 
     fn write_probe(&self, probe: ProbeFile) -> Result<()> {
@@ -173,7 +196,8 @@ impl KeyService {
             tag_b: None,
         };
         let bytes = document.seal(&keyring.document_key(keyring.newest())?);
-        io::write_file(&*self.env.disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
+        io::write_file(&*self.env.disk, &path, &bytes, Existing::Replace)
+            .map_err(Error::io("write", &path))
     }
 
     /// An envelope of a Logstore in the place of a probe.
@@ -201,7 +225,10 @@ impl KeyService {
     ///
     /// # Errors
     /// The error of the KMS, [`Error::Io`], and the integrity errors of the existing probe.
-    pub(crate) fn rewrap_probe(&self, cmk: &Cmk) -> std::result::Result<RewrappedProbe, KmsOrEngine> {
+    pub(crate) fn rewrap_probe(
+        &self,
+        cmk: &Cmk,
+    ) -> std::result::Result<RewrappedProbe, KmsOrEngine> {
         let kms = self.serving(cmk)?;
         let path = self.probe_path(self.probe_id(kms.name(), cmk));
         let found = match self.read_probe(&path) {
@@ -210,7 +237,9 @@ impl KeyService {
         };
         let (secret, generation) = match &found {
             Some(found) => {
-                let secret = kms.unwrap(cmk, self.probe_context(), &found.wrapped).map_err(KmsOrEngine::Kms)?;
+                let secret = kms
+                    .unwrap(cmk, self.probe_context(), &found.wrapped)
+                    .map_err(KmsOrEngine::Kms)?;
                 if fingerprint(&secret) != found.fingerprint {
                     return Err(KmsOrEngine::invalid("it unwrapped the probe to another key"));
                 }

@@ -90,7 +90,11 @@ impl<'a> Administration<'a> {
     ///
     /// # Errors
     /// The error of starting a thread for its lease, and the integrity errors of its probe.
-    pub(crate) fn open_created(&mut self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
+    pub(crate) fn open_created(
+        &mut self,
+        meta: Meta,
+        entry: &Entry,
+    ) -> Result<Arc<LogstoreShared>> {
         self.registry.open(meta, entry)
     }
 
@@ -173,7 +177,8 @@ impl<'a> Administration<'a> {
                 logstore.gate.halt(error);
             }
         })?;
-        let lease = saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
+        let lease =
+            saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
         for paused in &paused {
             paused.note_head();
         }
@@ -182,8 +187,8 @@ impl<'a> Administration<'a> {
         Ok(())
     }
 
-    /// Removes the older metadata of a Logstore. [`Administration::replace_meta`] has tried that, and
-    /// has only logged a failure.
+    /// Removes the older metadata of a Logstore. [`Administration::replace_meta`] has tried that,
+    /// and has only logged a failure.
     ///
     /// # Errors
     /// [`Error::Io`] if a file of older metadata stays.
@@ -248,7 +253,10 @@ impl SavedMeta {
 /// the next ordinals on, so no shard may begin a segment before the key is in force. Sets these
 /// ordinals in `meta`. Returns the paused shards and their heads as changes of the catalogue; the
 /// older key adds nothing behind these heads. Returns nothing if the data key stays.
-fn pause_for_new_key<'a>(logstore: &'a LogstoreShared, meta: &mut Meta) -> Result<(Vec<Paused<'a>>, Vec<Change>)> {
+fn pause_for_new_key<'a>(
+    logstore: &'a LogstoreShared,
+    meta: &mut Meta,
+) -> Result<(Vec<Paused<'a>>, Vec<Change>)> {
     let before = logstore.keys_section();
     let generation = meta.generation + 1;
     let Some(section) = &mut meta.keys else { return Ok(Default::default()) };
@@ -260,12 +268,15 @@ fn pause_for_new_key<'a>(logstore: &'a LogstoreShared, meta: &mut Meta) -> Resul
     } else {
         section.since = generation;
     }
-    let paused: Vec<_> = logstore.shards.iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
+    let paused: Vec<_> =
+        logstore.shards.iter().map(|shard| shard.pause()).collect::<Result<_>>()?;
     if let Some(newest) = section.versions.last_mut() {
         newest.ordinals = paused.iter().map(Paused::next_ordinal).collect::<Result<_>>()?;
     }
     let heads = paused.iter().filter_map(|paused| Some((paused.shard_id(), paused.head()?)));
-    let changes = heads.map(|(shard, head)| Change::reached(&logstore.name, logstore.id, shard, head)).collect();
+    let changes = heads
+        .map(|(shard, head)| Change::reached(&logstore.name, logstore.id, shard, head))
+        .collect();
     Ok((paused, changes))
 }
 

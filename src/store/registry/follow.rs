@@ -31,7 +31,9 @@ impl Registry {
     fn load_catalogue(&self) -> Result<Catalogue> {
         self.keys.follow_keyring()?;
         self.keys
-            .with_keyring(|keyring| load_newest(&*self.env.disk, &self.env.dir, self.env.id, keyring))
+            .with_keyring(|keyring| {
+                load_newest(&*self.env.disk, &self.env.dir, self.env.id, keyring)
+            })
             .map(|loaded| loaded.catalogue)
     }
 
@@ -62,7 +64,9 @@ impl Registry {
             self.reload_catalogue()?;
             let entry = self.entry(name)?;
             match self.load_meta(name, &entry) {
-                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => attempts += 1,
+                Err(Error::RolledBack { .. } | Error::Truncated { .. }) if attempts < 3 => {
+                    attempts += 1
+                }
                 meta => return meta.map(|meta| (entry, meta)),
             }
         }
@@ -97,7 +101,9 @@ impl Registry {
         let known = logstore.generation();
         if meta.generation < known {
             let (name, found) = (&logstore.name, meta.generation);
-            let what = format!("the metadata of Logstore {name} is of generation {found}, it was of {known}");
+            let what = format!(
+                "the metadata of Logstore {name} is of generation {found}, it was of {known}"
+            );
             return Err(Error::RolledBack { what });
         }
         if meta.generation > known {

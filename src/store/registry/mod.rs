@@ -200,7 +200,9 @@ impl Registry {
             }
             let dir = parent.join(&entry.name);
             // A directory that cannot be listed may have segments in it.
-            let has_files = |shard: &std::path::Path| disk.list_dir(shard).map_or(true, |files| !files.is_empty());
+            let has_files = |shard: &std::path::Path| {
+                disk.list_dir(shard).map_or(true, |files| !files.is_empty())
+            };
             let may_have_segments = disk.list_dir(&dir).map_or(true, |parts| {
                 let mut dirs = parts.iter().filter(|part| part.kind == FileKind::Directory);
                 dirs.any(|part| has_files(&dir.join(&part.name)))
@@ -219,7 +221,11 @@ impl Registry {
         let mut heads = Vec::new();
         for logstore in self.open_logstores() {
             for shard in &logstore.shards {
-                heads.extend(shard.take_reached().map(|head| (Arc::clone(&logstore), Arc::clone(shard), head)));
+                heads.extend(
+                    shard
+                        .take_reached()
+                        .map(|head| (Arc::clone(&logstore), Arc::clone(shard), head)),
+                );
             }
         }
         if !heads.is_empty() {
@@ -267,7 +273,12 @@ impl Registry {
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {
                     match shard.close() {
-                        Ok(Some(head)) => heads.push(Change::reached(&logstore.name, logstore.id, shard.id(), head)),
+                        Ok(Some(head)) => heads.push(Change::reached(
+                            &logstore.name,
+                            logstore.id,
+                            shard.id(),
+                            head,
+                        )),
                         Ok(None) => {}
                         Err(error) => result = Err(error),
                     }

@@ -28,7 +28,9 @@ impl Registry {
         let entry = self.entry(name)?;
         let meta = self.load_meta(name, &entry)?;
         let dir = self.env.logstore_dir(entry.id);
-        meta.features.check_writing().map_err(|error| error.in_file(&entry.meta().path(&dir), 0))?;
+        meta.features
+            .check_writing()
+            .map_err(|error| error.in_file(&entry.meta().path(&dir), 0))?;
         if let Err(error) = remove_older_meta(&*self.env.disk, &dir, &entry.meta()) {
             warn!(logstore = %name, %error, "older metadata not removed");
         }
@@ -38,14 +40,21 @@ impl Registry {
     /// Reads the metadata that an entry of the catalogue names.
     pub(super) fn load_meta(&self, name: &LogstoreName, entry: &Entry) -> Result<Meta> {
         let dir = self.env.logstore_dir(entry.id);
-        let load = |keyring: &Keyring| Meta::load(&*self.env.disk, &dir, self.env.id, entry.id, keyring, &entry.meta());
+        let load = |keyring: &Keyring| {
+            Meta::load(&*self.env.disk, &dir, self.env.id, entry.id, keyring, &entry.meta())
+        };
         let meta = self.keys.with_keyring(load)?;
         if meta.config.name != *name || meta.keys.as_ref().is_some_and(|keys| keys.name != *name) {
-            return Err(Error::Tampered { at: Location::new(&dir, 0), what: "the metadata under another name" });
+            return Err(Error::Tampered {
+                at: Location::new(&dir, 0),
+                what: "the metadata under another name",
+            });
         }
         let (shards, recorded) = (meta.config.shards.len(), entry.shards.len());
         if shards != recorded {
-            let what = format!("the catalogue has {recorded} shards of Logstore {name}, its metadata {shards}");
+            let what = format!(
+                "the catalogue has {recorded} shards of Logstore {name}, its metadata {shards}"
+            );
             return Err(Error::corrupt(Location::new(self.catalogue.path(), 80), what));
         }
         Ok(meta)
@@ -62,7 +71,10 @@ impl Registry {
         let keys = self.keys.loaded_keys(&meta, entry.id)?;
         let lease = keys.lease.clone();
         let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
-        let plan = Arc::new(RwLock::new(LockRank::WritePlan, write_plan(&meta, self.keys.keyring().newest())));
+        let plan = Arc::new(RwLock::new(
+            LockRank::WritePlan,
+            write_plan(&meta, self.keys.keyring().newest()),
+        ));
         let context = Arc::new(ShardContext {
             disk: Arc::clone(&self.env.disk),
             clock: Arc::clone(&self.env.clock),
@@ -80,13 +92,16 @@ impl Registry {
             permits: Arc::clone(&self.wiring.permits),
             reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
         });
-        let observer: Weak<dyn KeyObserver> = Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
+        let observer: Weak<dyn KeyObserver> =
+            Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
         let dir = self.env.logstore_dir(entry.id);
-        let logstore = Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
+        let logstore =
+            Arc::new(LogstoreShared::new(&dir, meta, plan, context, &entry.shards, observer));
         if self.env.read_only {
-            // Another master key takes effect within `revalidate_every`, and a new version of the data
-            // key as soon as a segment uses it.
-            let (writer, every): (Weak<dyn FollowWriter>, _) = (self.this.clone(), self.env.options.revalidate_every);
+            // Another master key takes effect within `revalidate_every`, and a new version of the
+            // data key as soon as a segment uses it.
+            let (writer, every): (Weak<dyn FollowWriter>, _) =
+                (self.this.clone(), self.env.options.revalidate_every);
             logstore.gate.follow_with(writer, Arc::clone(&self.env.clock), every);
         }
         if let Some(lease) = lease {

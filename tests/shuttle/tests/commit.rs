@@ -117,13 +117,21 @@ impl World {
         let free = |count| {
             self.charged.fetch_sub(count, Ordering::SeqCst);
         };
-        if self.refusals.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
+        if self
+            .refusals
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            .is_ok()
+        {
             let refusal = Error::Closed("the key");
             free(self.commit.refuse(batch, &refusal, NOW));
             return Err(refusal);
         }
         let charged = batch.iter().map(|pending| pending.group.charged).sum();
-        if self.turns_left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_err() {
+        if self
+            .turns_left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            .is_err()
+        {
             free(charged);
             let error = Error::Closed("the disk");
             self.commit.fail(from..to, &error);
@@ -175,8 +183,13 @@ impl World {
     fn append(&self, durability: Durability) {
         let Some(seq) = self.submit(durability) else { return };
         match self.wait(seq, durability) {
-            Ok(()) => assert!(self.is_on_disk(seq, durability), "{seq} is acknowledged, and not there"),
-            Err(_) => assert!(!self.is_on_disk(seq, Durability::Synced), "{seq} has failed, and is durable"),
+            Ok(()) => {
+                assert!(self.is_on_disk(seq, durability), "{seq} is acknowledged, and not there")
+            }
+            Err(_) => assert!(
+                !self.is_on_disk(seq, Durability::Synced),
+                "{seq} has failed, and is durable"
+            ),
         }
         self.commit.leave();
     }

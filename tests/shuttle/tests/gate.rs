@@ -30,8 +30,8 @@ use common::{
     sim::{Ledger, SeededKms, SeededRandom, cmk},
 };
 use envelog::{
-    AppendOptions, Background, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
-    ReadOptions, ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
+    AppendOptions, Background, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore,
+    LogstoreSpec, ReadOptions, ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
 };
 use shuttle::{
     sync::atomic::{AtomicBool, Ordering},
@@ -79,7 +79,10 @@ impl World {
 
     fn read(&self) -> Result<BTreeSet<String>> {
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-        self.logstore.read(0, &ReadOptions::default())?.map(|record| record.map(|r| text(&r.bytes))).collect()
+        self.logstore
+            .read(0, &ReadOptions::default())?
+            .map(|record| record.map(|r| text(&r.bytes)))
+            .collect()
     }
 
     /// Ends all faults, and checks that all acknowledged data is present and stays present.
@@ -87,7 +90,8 @@ impl World {
         self.kms.enable_all();
         self.logstore.revalidate_now().unwrap();
         self.logstore.sync().unwrap();
-        let missing: Vec<_> = self.done.lock().unwrap().difference(&self.read().unwrap()).cloned().collect();
+        let missing: Vec<_> =
+            self.done.lock().unwrap().difference(&self.read().unwrap()).cloned().collect();
         assert!(missing.is_empty(), "acknowledged, and lost: {missing:?}");
     }
 }
@@ -112,7 +116,10 @@ fn a_completed_revocation_refuses_every_later_operation() {
                 for turn in 0..3 {
                     let after = revoked.load(Ordering::SeqCst);
                     let went_through = revoked_or(act(&world, turn)).is_some();
-                    assert!(!(after && went_through), "it began after the revocation, and went through");
+                    assert!(
+                        !(after && went_through),
+                        "it began after the revocation, and went through"
+                    );
                 }
             })
         };
@@ -145,7 +152,9 @@ fn a_reader_misses_nothing_or_ends() {
             let mut read = Vec::new();
             loop {
                 match reader.next() {
-                    Some(Ok(record)) => read.push(String::from_utf8(record.bytes.to_vec()).unwrap()),
+                    Some(Ok(record)) => {
+                        read.push(String::from_utf8(record.bytes.to_vec()).unwrap())
+                    }
                     Some(Err(Error::Revoked { .. })) => return None,
                     Some(Err(other)) => panic!("{other:?}"),
                     None => return Some(read),
@@ -206,14 +215,20 @@ fn nothing_waits_for_ever_when_keys_change() {
         });
         spawn(|world| {
             let name = name("p/l");
-            let Some(version) = revoked_or(world.store.keys().rotate_data_key(&name)) else { return };
+            let Some(version) = revoked_or(world.store.keys().rotate_data_key(&name)) else {
+                return;
+            };
             // Rotate twice, so that at most a concurrent append uses this version.
             if revoked_or(world.store.keys().rotate_data_key(&name)).is_some() {
                 assert!(version > 1);
             }
         });
         spawn(|world| {
-            let _ = revoked_or(world.store.keys().replace_cmk(&name("p/l"), cmk(1), ReplaceCmk::default()));
+            let _ = revoked_or(world.store.keys().replace_cmk(
+                &name("p/l"),
+                cmk(1),
+                ReplaceCmk::default(),
+            ));
         });
         spawn(|world| {
             world.clock.advance(secs(31));
@@ -240,7 +255,13 @@ fn nothing_waits_for_ever_when_the_store_is_closed() {
         let mut spawn = |act: fn(&World) -> Result<()>| {
             let world = Arc::clone(&world);
             threads.push(thread::spawn(move || match act(&world) {
-                Ok(()) | Err(Error::Revoked { .. } | Error::Closed(_) | Error::Config(_) | Error::Shredded { .. }) => {}
+                Ok(())
+                | Err(
+                    Error::Revoked { .. }
+                    | Error::Closed(_)
+                    | Error::Config(_)
+                    | Error::Shredded { .. },
+                ) => {}
                 Err(other) => panic!("{other:?}"),
             }));
         };

@@ -48,7 +48,11 @@ impl fmt::Display for Opening {
             f,
             "Opening a store of {} sealed segments opened {} segment files and called the KMS {} times; finding the end of the \
              shard then took {:.2} ms and opened {}.",
-            self.segments, self.segment_files_opened, self.kms_calls, self.ms_to_end, self.segment_files_opened_to_end
+            self.segments,
+            self.segment_files_opened,
+            self.kms_calls,
+            self.ms_to_end,
+            self.segment_files_opened_to_end
         )
     }
 }
@@ -59,14 +63,20 @@ impl Bench {
     pub(super) fn open_store(&self) -> Result<Row> {
         let name = LogstoreName::new("bench", "segments")?;
         let kms = LocalKms::create_or_open(self.dir.join("segments.kms"))?;
-        let cmk =
-            Cmk { cmk_key_id: kms.create_key(REGION, &[ROLE])?, arn: ROLE.to_owned(), region_id: REGION.to_owned() };
+        let cmk = Cmk {
+            cmk_key_id: kms.create_key(REGION, &[ROLE])?,
+            arn: ROLE.to_owned(),
+            region_id: REGION.to_owned(),
+        };
         let kms = Arc::new(CountedKms { kms, calls: AtomicU64::new(0) });
         let builder = || self.builder("segments").kms(Arc::clone(&kms) as _);
 
-        let store = builder().disk(Arc::new(CountedDisk { unsynced: true, ..CountedDisk::default() })).create()?;
+        let store = builder()
+            .disk(Arc::new(CountedDisk { unsynced: true, ..CountedDisk::default() }))
+            .create()?;
         let conf = EncryptConf::byok(EncryptType::Aes, cmk);
-        let logstore = store.create_logstore(&name, spec(Suite::None, Compression::None).encrypted(conf))?;
+        let logstore =
+            store.create_logstore(&name, spec(Suite::None, Compression::None).encrypted(conf))?;
         for _ in 0..SEGMENTS {
             interrupt::check()?;
             let payload = Payload::opaque("a segment of its own")?;
@@ -136,7 +146,11 @@ impl Kms for CountedKms {
         self.kms.wrap(call, key)
     }
 
-    fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> std::result::Result<SecretKey, KmsError> {
+    fn unwrap(
+        &self,
+        call: &KmsCall<'_>,
+        wrapped: &[u8],
+    ) -> std::result::Result<SecretKey, KmsError> {
         self.calls.fetch_add(1, Ordering::Relaxed);
         self.kms.unwrap(call, wrapped)
     }

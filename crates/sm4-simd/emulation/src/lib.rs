@@ -111,7 +111,9 @@ fn blocks(backend: Backend, noise: &mut Noise) {
         expected[..len].copy_from_slice(&plain[..len]);
         in_place[..len].copy_from_slice(&plain[..len]);
         oracle.encrypt_blocks(&mut expected[..len]);
-        ours.encrypt_blocks_inout(InOutBuf::new(&plain[..len], &mut out[..len]).expect("of one length"));
+        ours.encrypt_blocks_inout(
+            InOutBuf::new(&plain[..len], &mut out[..len]).expect("of one length"),
+        );
         ours.encrypt_blocks(&mut in_place[..len]);
         assert_eq!(out[..len], expected[..len]);
         assert_eq!(in_place[..len], expected[..len]);
@@ -142,7 +144,9 @@ fn messages(backend: Backend, multiplier: &str, noise: &mut Noise) {
 
         let ours = Sm4Gcm::with_backend(&key, backend, multiplier).expect("available");
         let oracle = Sm4Gcm::with_backend(&key, Backend::Portable, "portable").expect("available");
-        let seal = |cipher: &Sm4Gcm, buffer| cipher.encrypt_inout_detached(&nonce, aad, buffer).expect("short enough");
+        let seal = |cipher: &Sm4Gcm, buffer| {
+            cipher.encrypt_inout_detached(&nonce, aad, buffer).expect("short enough")
+        };
         let tag = seal(&oracle, InOutBuf::new(plain, expected).expect("of one length"));
         in_place.copy_from_slice(plain);
         assert_eq!(seal(&ours, InOutBuf::new(plain, out).expect("of one length")), tag);

@@ -38,7 +38,9 @@ macro_rules! backend {
                 blocks: usize,
             ) {
                 // SAFETY: the features are enabled here. The caller guarantees the memory.
-                unsafe { simd::crypt::<$vector, $groups, DECRYPT>(round_keys, input, output, blocks) }
+                unsafe {
+                    simd::crypt::<$vector, $groups, DECRYPT>(round_keys, input, output, blocks)
+                }
             }
 
             /// # Safety
@@ -53,7 +55,9 @@ macro_rules! backend {
                 len: usize,
             ) {
                 // SAFETY: the features are enabled here. The caller guarantees the memory.
-                unsafe { simd::ctr::<$vector, $groups>(round_keys, nonce, counter, input, output, len) }
+                unsafe {
+                    simd::ctr::<$vector, $groups>(round_keys, nonce, counter, input, output, len)
+                }
             }
         }
     };
