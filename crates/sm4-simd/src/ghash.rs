@@ -106,19 +106,19 @@ impl GhashKey {
         assert!(multiplier.is_available(), "an instruction that this processor lacks");
         match multiplier {
             Multiplier::Portable => Self::Portable(GHash::new(key.into())),
-            // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
             Multiplier::Clmul128 => {
+                // SAFETY: asserted above.
                 Self::Clmul(unsafe { crate::x86::ghash_128::expand(key) }, multiplier)
             }
-            // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
             Multiplier::Clmul256 => {
+                // SAFETY: asserted above.
                 Self::Clmul(unsafe { crate::x86::ghash_256::expand(key) }, multiplier)
             }
-            // SAFETY: asserted above.
             #[cfg(target_arch = "x86_64")]
             Multiplier::Clmul512 => {
+                // SAFETY: asserted above.
                 Self::Clmul(unsafe { crate::x86::ghash_512::expand(key) }, multiplier)
             }
         }
