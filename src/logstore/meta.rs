@@ -8,14 +8,14 @@ use std::{
 
 use crate::{
     Error, Result,
-    config::LogstoreConfig,
+    config::{LogstoreConfig, ProbeMode},
     crypto::SecretKey,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Disk, Existing, FileKind},
     keys::{
-        envelope::{KeysSection, PROBE_SHARED, TaggedKeys, metadata_key},
+        envelope::{KeysSection, TaggedKeys, metadata_key},
         keyring::Keyring,
     },
     segment::Features,
@@ -288,9 +288,8 @@ impl Meta {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
-        if let Some(probe) =
-            keys.as_ref().map(|keys| &keys.probe).filter(|probe| *probe != PROBE_SHARED)
-        {
+        let unknown = |probe: &&String| ProbeMode::of_name(probe).is_none();
+        if let Some(probe) = keys.as_ref().map(|keys| &keys.probe).filter(unknown) {
             return Err(Error::UnsupportedFeature {
                 path: path.to_owned(),
                 what: format!("probe {probe:?}"),
