@@ -1,6 +1,8 @@
 //! The bound on revocation, and a hung KMS beside healthy tenants: an answer counts from when its
 //! call was sent, and the key of one tenant delays no other tenant.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::{
