@@ -283,7 +283,6 @@ impl Meta {
         let malformed = |error: serde_json::Error| {
             Error::corrupt(Location::new(path, 80), format!("the metadata does not parse: {error}"))
         };
-        let config = serde_json::from_slice(&document.a).map_err(malformed)?;
         let keys: Option<KeysSection> = match document.b.is_empty() {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
@@ -295,6 +294,7 @@ impl Meta {
                 what: format!("probe {probe:?}"),
             });
         }
+        let config = serde_json::from_slice(&document.a).map_err(malformed)?;
         Ok(Self {
             generation: document.generation,
             tag: [0; 32],
