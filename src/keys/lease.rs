@@ -258,6 +258,12 @@ impl Lease {
         decides
     }
 
+    /// Whether a call is under way.
+    #[cfg(test)]
+    fn is_calling(&self) -> bool {
+        lock(&self.state).calling.is_some()
+    }
+
     /// Whether the lease admits nothing, by the last answer.
     fn is_refusing(&self) -> bool {
         self.standing(&lock(&self.state)).is_err()
@@ -778,6 +784,8 @@ fn judge(answer: Result<SecretKey, KmsError>, probe: &Probe) -> Result<(), Refus
     }
 }
 
+#[cfg(test)]
+mod schedules;
 #[cfg(test)]
 #[expect(
     clippy::disallowed_methods,

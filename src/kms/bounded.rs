@@ -17,6 +17,8 @@ use super::{
     calls::{Busy, Calls, Slot},
     meter::{KmsMeter, Outcome},
 };
+#[cfg(test)]
+use crate::sync::lock;
 use crate::{
     crypto::{SecretKey, on_clean_stack},
     io::{Clock, SystemClock},
@@ -33,10 +35,37 @@ pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub(crate) struct BoundedKms {
     kms: Arc<dyn Kms>,
     timeout: Duration,
-    /// Whether calls run in the caller's thread, for a store without threads.
-    inline: bool,
+    runs: Runs,
     calls: Arc<Calls>,
     watch: Watch,
+}
+
+/// Where calls run.
+#[derive(Clone, Debug)]
+enum Runs {
+    /// Each in a thread of its own.
+    InThreads,
+    /// In the caller's thread, for a store without threads.
+    Inline,
+    /// When a simulation runs them.
+    #[cfg(test)]
+    Later(DeferredCalls),
+}
+
+/// The calls that were sent and that the KMS has not answered yet, in a simulation.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(crate) struct DeferredCalls(pub(crate) Arc<crate::sync::Mutex<Vec<DeferredCall>>>);
+
+/// The master key of a call. The function makes the call and delivers the answer.
+#[cfg(test)]
+pub(crate) type DeferredCall = (Cmk, Box<dyn FnOnce() + Send>);
+
+#[cfg(test)]
+impl std::fmt::Debug for DeferredCalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DeferredCalls")
+    }
 }
 
 /// Measures and counts the calls.
@@ -124,7 +153,19 @@ impl Progress {
 
 impl BoundedKms {
     pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool, watch: Watch) -> Self {
-        Self { kms, timeout, inline, calls: Arc::default(), watch }
+        let runs = if inline { Runs::Inline } else { Runs::InThreads };
+        Self { kms, timeout, runs, calls: Arc::default(), watch }
+    }
+
+    /// A KMS whose calls the test runs.
+    #[cfg(test)]
+    pub(crate) fn deferred(
+        kms: Arc<dyn Kms>,
+        timeout: Duration,
+        watch: Watch,
+        later: DeferredCalls,
+    ) -> Self {
+        Self { runs: Runs::Later(later), ..Self::new(kms, timeout, false, watch) }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -200,6 +241,8 @@ impl BoundedKms {
             log,
         });
         let call = Call(Arc::clone(&progress));
+        #[cfg(test)]
+        let of = cmk;
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
         let run = move || {
             let call = || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
@@ -212,13 +255,19 @@ impl BoundedKms {
             drop(progress);
             done(answer);
         };
-        if self.inline {
-            assert_no_lock_across("a KMS call");
-            run();
-            return Ok(call);
+        match &self.runs {
+            Runs::InThreads => {
+                let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(run);
+                spawned.map_err(|error| Busy(format!("no thread for a call: {error}")))?;
+            }
+            Runs::Inline => {
+                assert_no_lock_across("a KMS call");
+                run();
+            }
+            #[cfg(test)]
+            Runs::Later(DeferredCalls(calls)) => lock(calls).push((of.clone(), Box::new(run))),
         }
-        let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(run);
-        spawned.map(|_| call).map_err(|error| Busy(format!("no thread for a call: {error}")))
+        Ok(call)
     }
 
     /// Makes a call, and waits for at most the time limit. A call that has not returned by then is

@@ -85,9 +85,9 @@ use serde::{Deserialize, Serialize};
 pub use aliyun::AliyunKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsKms;
-#[cfg(test)]
-pub(crate) use bounded::Watch;
 pub(crate) use bounded::{BoundedKms, Call, LOOK_EVERY};
+#[cfg(test)]
+pub(crate) use bounded::{DeferredCalls, Watch};
 pub(crate) use calls::Busy;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};

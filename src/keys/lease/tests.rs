@@ -7,8 +7,8 @@ use crate::{
 };
 
 pub(in crate::keys) const EVERY: Duration = Duration::from_secs(30);
-const GRACE: Duration = Duration::from_secs(310);
-const TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(310);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_micros(1);
 
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl TestClock {
         self.uptime_us.fetch_add(micros(by), Ordering::Relaxed);
     }
 
-    fn jump_wall(&self, by: Duration) {
+    pub(super) fn jump_wall(&self, by: Duration) {
         self.wall_us.fetch_add(micros(by), Ordering::Relaxed);
     }
 }
@@ -84,7 +84,7 @@ impl Kms for TestKms {
     }
 }
 
-fn key() -> SecretKey {
+pub(super) fn key() -> SecretKey {
     SecretKey::from_bytes(&mut [7; 32])
 }
 
@@ -146,6 +146,11 @@ impl World {
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
         *lock(&self.kms.error) = error;
     }
+}
+
+/// The parts of a lease of this world that its own test tends.
+pub(super) fn parts(world: &World) -> LeaseParts {
+    world.parts(Constant(Some(0)), None)
 }
 
 pub(in crate::keys) fn away() -> Option<KmsError> {
