@@ -68,6 +68,8 @@ mod context;
 mod faulty;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
 mod http;
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+mod kept;
 #[cfg(feature = "kms-local")]
 mod local;
 pub(crate) mod meter;
