@@ -528,8 +528,11 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
     assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
 }
 
-/// Puts something in place of a key file by which no key can be read, in each possible way.
-fn spoilers() -> Vec<(&'static str, fn(&Path))> {
+/// Puts something in place of a key file by which no key can be read.
+type Spoil = fn(&Path);
+
+/// Each way to do so.
+fn spoilers() -> Vec<(&'static str, Spoil)> {
     vec![
         ("damage", |path| fs::write(path, "damage").unwrap()),
         ("nothing in it", |path| fs::write(path, "").unwrap()),
@@ -546,7 +549,7 @@ fn spoilers() -> Vec<(&'static str, fn(&Path))> {
         // Root may read it all the same. `unreadable_files_concern_their_key_alone` is not root.
         ("an unreadable file", |path| {
             fs::copy(away(path), path).unwrap();
-            fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
         }),
     ]
 }
@@ -563,9 +566,9 @@ fn soon<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + 'static
     receiver.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("{what}: it hangs"))
 }
 
-/// Two embedded KMSs, the first with a key that can be read, and with one that cannot. The region of
-/// that key, another region of the first KMS, and one of the second.
-fn check_spoilt_key(what: &'static str, spoil: fn(&Path)) {
+/// Checks two embedded KMSs. In the first of them `spoil` replaces the file of one of two keys, and
+/// each of the two has a region of its own.
+fn check_spoilt_key(what: &'static str, spoil: Spoil) {
     let (setup, second) = (Setup::new(), Setup::new());
     let other = setup.kms.create_key("cn-beijing", &[ROLE]).unwrap();
     second.kms.create_key("eu-central-1", &[ROLE]).unwrap();
@@ -665,7 +668,7 @@ fn unreadable_files_concern_their_key_alone() {
         let keys = setup.kms.keys_dir();
         for path in [&setup.kms.dir, &keys, &setup.kms.marker_path()] {
             let mode = fs::metadata(path).unwrap().permissions();
-            fs::set_permissions(path, fs::Permissions::from_mode(0)).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
             assert!(!setup.kms.serves(REGION), "{}", path.display());
             let error = setup.kms.try_serves(REGION).unwrap_err().to_string();
             assert!(error.contains("ermission denied"), "{}: {error}", path.display());
