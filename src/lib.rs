@@ -42,8 +42,8 @@ mod wire;
 
 pub use config::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName,
-    LogstoreSpec, NAME_BYTES_MAX, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo,
-    ShardStatus, TTL_DAYS_MAX,
+    LogstoreSpec, NAME_BYTES_MAX, ProbeMode, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX,
+    ShardInfo, ShardStatus, TTL_DAYS_MAX,
 };
 pub use error::{Error, ErrorKind, KeyringRisk, Location, Result};
 pub use group::{GroupError, LogGroup};

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::{
     crypto::Suite,
+    ids::LogstoreId,
     key_status::{KeyStatus, Refusal},
     kms::{Cmk, KmsMeter, RevokedReason},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -116,12 +117,14 @@ fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
 }
 
-/// The lease of one master key.
+/// The lease of one master key, or of one Logstore under it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct LeaseMetrics {
     /// The master key.
     pub cmk: Cmk,
+    /// The Logstore whose envelopes renew it. `None`: the Logstores under the master key share it.
+    pub logstore: Option<LogstoreId>,
     /// Its state, with the time left in the lease.
     pub status: KeyStatus,
     /// The time since the last successful call was sent. `None` if there was none since the store

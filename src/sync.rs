@@ -67,6 +67,8 @@ pub(crate) enum LockRank {
     Logstores,
     /// The leases of a store, by master key.
     Leases,
+    /// The leases of a store, by Logstore.
+    OwnLeases,
     /// The circuit breakers of a store, by region.
     Circuits,
     /// The lock file of a store.
@@ -131,6 +133,8 @@ pub(crate) enum LockRank {
     SchedulerThreads,
     /// The tasks of the scheduler.
     SchedulerQueue,
+    /// The calls to one KMS that have not returned.
+    KmsCalls,
     // Inside a KMS backend.
     /// Credentials that a backend has fetched.
     #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]

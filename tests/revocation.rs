@@ -15,8 +15,9 @@ use std::{
 
 use common::*;
 use envelog::{
-    AuditEvent, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec,
-    Position, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions, kms::RevokedReason::Disabled,
+    AuditEvent, AuditRecord, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
+    LogstoreSpec, Position, ProbeMode, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions,
+    kms::RevokedReason::Disabled,
 };
 
 fn disable(world: &World) {
@@ -244,22 +245,107 @@ fn a_wrong_key_for_the_logstores_own_envelope_is_never_used() {
     assert_eq!(texts(&logstore), ["first"]);
 }
 
-/// A refusal to unwrap a Logstore's own envelope immediately affects all Logstores under the key.
+/// The refusal of an envelope revokes the Logstore of that envelope, and no other one under the
+/// key.
 #[test]
-fn a_refused_envelope_revokes_like_a_refused_probe() {
+fn a_refused_envelope_revokes_its_logstore_alone() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
     let (a, b) = (world.byok(&store, "p/a", &cmk), world.byok(&store, "p/b", &cmk));
     put(&a, "a");
-    world.kms.answer_for_data_keys(Answer::Revoked(Disabled));
+    world.kms.answer_for_logstore(b.id(), Answer::Revoked(Disabled));
     assert_revoked(try_put(&b, "b"), Disabled);
-    assert_revoked(try_put(&a, "a"), Disabled);
+    store.tick();
+    put(&a, "a");
+    assert_eq!(b.key_status().state, KeyState::Revoked { reason: Disabled });
+    assert_eq!(a.key_status().state, KeyState::Active);
+    let of_b = |event: AuditEvent| {
+        let records = store.keys().audit_records().unwrap();
+        let ours = |record: &&AuditRecord| record.logstore.as_ref() == Some(b.name());
+        records.iter().filter(ours).filter(|record| record.event == event).count()
+    };
+    assert_eq!((of_b(AuditEvent::Revoked), of_b(AuditEvent::Recovered)), (1, 0));
+    // While the KMS refuses, there is one call per period, however many operations there are.
+    let calls = world.kms.calls();
+    for _ in 0..10 {
+        assert_revoked(try_put(&b, "b"), Disabled);
+        assert_revoked(try_texts(&b), Disabled);
+    }
+    assert_eq!(world.kms.calls(), calls);
+    for period in 1..=3 {
+        world.clock.advance(secs(30));
+        store.tick();
+        put(&a, "a");
+        assert_revoked(try_put(&b, "b"), Disabled);
+        assert_eq!(world.kms.calls(), calls + 2 * period, "the probe, and the envelope of b");
+    }
     world.kms.answer(Answer::Real);
     world.clock.advance(secs(30));
     store.tick();
     put(&a, "a");
     put(&b, "b");
+    assert_eq!(b.key_status().state, KeyState::Active);
+    assert_eq!((of_b(AuditEvent::Revoked), of_b(AuditEvent::Recovered)), (1, 1));
+    // From now on the probe alone is asked about again.
+    let probes = world.kms.probes();
+    let calls = world.kms.calls();
+    for _ in 0..120 {
+        world.clock.advance(secs(1));
+        store.tick();
+    }
+    assert!(world.kms.probes() > probes + 3);
+    assert_eq!(world.kms.calls() - calls, world.kms.probes() - probes);
+}
+
+/// With a probe of its own, the withdrawal of one Logstore is noticed while it runs.
+#[test]
+fn a_logstore_with_its_own_probe_is_revoked_within_the_bound() {
+    let world = World::manual();
+    let store = world.create();
+    let cmk = world.cmk();
+    let spec = |probe| {
+        let mut spec =
+            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+        spec.probe = probe;
+        spec
+    };
+    let own = store.create_logstore(&name("p/own"), spec(ProbeMode::Own)).unwrap();
+    let shared = store.create_logstore(&name("p/shared"), spec(ProbeMode::Shared)).unwrap();
+    for logstore in [&own, &shared] {
+        put(logstore, "first");
+    }
+    world.kms.answer_for_logstore(shared.id(), Answer::Revoked(Disabled));
+    world.clock.advance(secs(31));
+    put(&shared, "not noticed: its data key is in memory");
+    world.kms.answer_for_logstore(own.id(), Answer::Revoked(Disabled));
+    world.clock.advance(secs(31));
+    assert_revoked(try_put(&own, "x"), Disabled);
+    assert_revoked(try_texts(&own), Disabled);
+    put(&shared, "second");
+    // The mode is bound under the data key, and survives the process.
+    drop((own, shared));
+    store.close().unwrap();
+    let store = world.open();
+    let own = store.logstore(&name("p/own")).unwrap();
+    assert_eq!(own.config().probe, ProbeMode::Own);
+    assert_revoked(try_texts(&own), Disabled);
+    world.kms.answer(Answer::Real);
+    own.revalidate_now().unwrap();
+    assert_eq!(texts(&own), ["first"]);
+    // An update changes the mode, and a new data key has a new probe.
+    let mut config = own.config();
+    config.probe = ProbeMode::Shared;
+    store.update_logstore(&name("p/own"), config).unwrap();
+    put(&own, "second");
+    let mut config = own.config();
+    config.probe = ProbeMode::Own;
+    store.update_logstore(&name("p/own"), config).unwrap();
+    store.keys().rotate_data_key(&name("p/own")).unwrap();
+    put(&own, "third");
+    world.kms.answer_for_logstore(own.id(), Answer::Revoked(Disabled));
+    world.clock.advance(secs(31));
+    assert_revoked(try_put(&own, "x"), Disabled);
 }
 
 // ---- clocks ----

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use envelog::{Durability, Position, crypto::HashAlg, segment::Compression};
+use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, segment::Compression};
 use tracing_subscriber::filter::Targets;
 
 use crate::{
@@ -287,6 +287,10 @@ pub(crate) struct CreateArgs {
     /// Encryption, as JSON, or @FILE, or - for standard input
     #[arg(long, value_name = "JSON")]
     pub(crate) encrypt_conf: Option<String>,
+    /// Which envelope renews the lease of the master key: a probe that all Logstores under the key
+    /// share, or the Logstore's own. Choose `own` if the key policy is narrowed to single Logstores
+    #[arg(long, value_enum, default_value_t = ProbeArg::Shared)]
+    pub(crate) probe: ProbeArg,
     /// Wrap the keyring of a new store under this master key: a user_cmk_info, as JSON, or @FILE,
     /// or - for standard input
     #[arg(long, value_name = "JSON")]
@@ -610,6 +614,21 @@ impl From<CompressionArg> for Compression {
             CompressionArg::Lz4 => Compression::Lz4,
             CompressionArg::Zstd => Compression::Zstd,
             CompressionArg::None => Compression::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ProbeArg {
+    Shared,
+    Own,
+}
+
+impl From<ProbeArg> for ProbeMode {
+    fn from(arg: ProbeArg) -> Self {
+        match arg {
+            ProbeArg::Shared => ProbeMode::Shared,
+            ProbeArg::Own => ProbeMode::Own,
         }
     }
 }

@@ -6,7 +6,7 @@ mod name;
 
 pub use logstore::{
     CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreSpec,
-    ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    ProbeMode, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX, ShardInfo, ShardStatus, TTL_DAYS_MAX,
 };
 pub(crate) use logstore::{FixedEncryption, check_cmk};
 pub use name::{LogstoreName, NAME_BYTES_MAX};

@@ -134,7 +134,7 @@ mod tests {
         let world = World::new();
         let leases = [(); 4].map(|()| world.lease());
         world.kms_is(away());
-        leases.iter().for_each(|lease| lease.renew());
+        leases.iter().for_each(|lease| lease.renew().unwrap());
         let spared = || lock(&world.breaker.0).spared.len();
         let now = Moment::now(&*world.clock);
         let spare = |lease: &Arc<Lease>| {

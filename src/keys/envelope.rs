@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    config::{EncryptConf, EncryptType, FixedEncryption, LogstoreConfig, LogstoreName, check_cmk},
+    config::{
+        EncryptConf, EncryptType, FixedEncryption, LogstoreConfig, LogstoreName, ProbeMode,
+        check_cmk,
+    },
     crypto::{CryptoError, CryptoProvider, HashAlg, SecretKey, Suite, derive},
     document::Document,
     error::Location,
@@ -17,10 +20,6 @@ use crate::{
 
 /// The most data-key versions that a Logstore keeps.
 pub(crate) const DATA_KEYS_MAX: usize = 10_000;
-
-/// The only value of `probe`: the lease is renewed with a probe that all Logstores under the master
-/// key share.
-pub(crate) const PROBE_SHARED: &str = "shared";
 
 /// The keys section of a Logstore's metadata: everything that is needed to unwrap its data keys,
 /// and the settings that a holder of the service keyring alone must not change. Under a customer's
@@ -41,6 +40,7 @@ pub(crate) struct KeysSection {
     pub(crate) ttl_days: Option<u32>,
     #[serde(default)]
     pub(crate) retention_bytes: Option<u64>,
+    /// The name of a [`ProbeMode`].
     pub(crate) probe: String,
     pub(crate) current: u32,
     pub(crate) versions: Vec<DataKeyVersion>,
@@ -125,6 +125,7 @@ impl KeysSection {
     pub(crate) fn follow(&mut self, config: &LogstoreConfig) {
         self.enable = config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
         (self.ttl_days, self.retention_bytes) = (config.ttl_days, config.retention_bytes);
+        self.probe = config.probe.name().to_owned();
     }
 
     /// Sets the settings of `config` that the section holds too.
@@ -132,6 +133,13 @@ impl KeysSection {
         config.name = self.name.clone();
         config.encrypt_conf = Some(self.encrypt_conf());
         (config.ttl_days, config.retention_bytes) = (self.ttl_days, self.retention_bytes);
+        config.probe = self.probe_mode();
+    }
+
+    /// The mode of its probe. Metadata with a mode that this version does not know is refused when
+    /// it is read.
+    pub(crate) fn probe_mode(&self) -> ProbeMode {
+        ProbeMode::of_name(&self.probe).unwrap_or_default()
     }
 
     pub(crate) fn version(&self, version: u32) -> Option<&DataKeyVersion> {

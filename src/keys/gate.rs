@@ -19,7 +19,7 @@ use std::{
 use super::{
     envelope::{EnvelopeIdentity, KeysSection, TaggedKeys, fingerprint},
     keyring::Keyring,
-    lease::Lease,
+    lease::{Lease, Probe},
 };
 use crate::{
     Error, Result,
@@ -29,7 +29,7 @@ use crate::{
     ids::{LogstoreId, SegmentId, StoreId, hex_decode},
     io::Clock,
     key_status::{KeyState, KeyStatus, Refusal},
-    kms::{Cmk, KmsError},
+    kms::Cmk,
     metrics::Counters,
     segment::{DecodedHeader, KeySource, SegmentHeader},
     sync::{LockRank, Mutex, RwLock, lock, read, write},
@@ -112,9 +112,18 @@ impl KeyContext {
 pub(crate) struct GateKeys {
     pub(crate) section: Option<Arc<KeysSection>>,
     pub(crate) lease: Option<Arc<Lease>>,
+    /// The standby lease of the Logstore's own envelopes, beside a shared lease.
+    pub(crate) own: Option<Arc<Lease>>,
     /// The section as its file has it, under a customer's key, until the current data key has
     /// proved it. The gate uses no key before.
     pub(crate) unproved: Option<Arc<TaggedKeys>>,
+}
+
+impl GateKeys {
+    /// The leases that an operation needs.
+    pub(crate) fn leases(&self) -> impl Iterator<Item = &Arc<Lease>> {
+        self.lease.iter().chain(&self.own)
+    }
 }
 
 /// The keys of one Logstore.
@@ -235,14 +244,26 @@ impl Gate {
         if let Some(follower) = self.follower.get() {
             follower.follow_if_due(self)?;
         }
-        let lease = read(&self.keys).lease.clone();
-        match lease {
-            None => Ok(0),
-            Some(lease) => lease.admit().map_err(|refusal| {
+        // The epoch of a lease never decreases, so the sum changes whenever one of them does.
+        let (lease, own) = {
+            let keys = read(&self.keys);
+            (keys.lease.clone(), keys.own.clone())
+        };
+        let mut epoch = 0;
+        for lease in lease.iter().chain(&own) {
+            epoch += lease.admit().map_err(|refusal| {
                 self.context.counters.refused(&refusal);
                 self.refused(&refusal, lease.cmk())
-            }),
+            })?;
         }
+        Ok(epoch)
+    }
+
+    /// Whether [`Gate::admit`] decides without a KMS call, now and for a while. If not, starts a
+    /// call, and does not wait for it.
+    pub(crate) fn decides_at_once(&self) -> bool {
+        let keys = self.keys();
+        self.is_closed() || keys.leases().all(|lease| lease.decides_at_once())
     }
 
     /// The error of an operation that the lease refuses.
@@ -267,7 +288,10 @@ impl Gate {
         match (&keys.section, &keys.lease) {
             (None, _) => KeyStatus { state: KeyState::None, lease_left: None },
             (Some(_), None) => KeyStatus { state: KeyState::Active, lease_left: None },
-            (Some(_), Some(lease)) => lease.status(),
+            (Some(_), Some(lease)) => match &keys.own {
+                Some(own) if own.told().is_some_and(|told| told.is_err()) => own.status(),
+                _ => lease.status(),
+            },
         }
     }
 
@@ -529,7 +553,12 @@ impl Gate {
                 .context
                 .with_keyring(|keyring| keyring.unwrap(provider, under, &identity, &wrapped))?
                 .ok_or_else(wrong_key)?,
-            (None, Some(lease)) => self.unwrap_at_kms(lease, &identity, &wrapped)?,
+            (None, Some(lease)) => {
+                let refused = keys.own.as_ref().unwrap_or(lease);
+                let fingerprint = entry.fingerprint.clone();
+                let envelope = Probe { wrapped, context: identity.context(), fingerprint };
+                self.unwrap_at_kms(lease, refused, envelope)?
+            }
             (None, None) => return Err(damaged("an envelope has no key to unwrap it")),
         };
         if fingerprint(&key) == entry.fingerprint {
@@ -544,16 +573,14 @@ impl Gate {
         }
     }
 
-    fn unwrap_at_kms(
-        &self,
-        lease: &Lease,
-        identity: &EnvelopeIdentity,
-        wrapped: &[u8],
-    ) -> Result<SecretKey> {
-        lease.unwrap_envelope(identity.context(), wrapped).map_err(|error| {
+    /// Unwraps an envelope at the KMS. If the KMS refuses the envelope, `refused` is the lease that
+    /// is lost.
+    fn unwrap_at_kms(&self, lease: &Lease, refused: &Lease, envelope: Probe) -> Result<SecretKey> {
+        let sent = lease.now();
+        lease.unwrap_envelope(envelope.context.clone(), &envelope.wrapped).map_err(|error| {
             let refusal = Refusal::from(&error);
-            if matches!(error, KmsError::Revoked { .. }) {
-                lease.report(refusal.clone());
+            if matches!(refusal, Refusal::Revoked(_)) {
+                refused.report(sent, refusal.clone(), envelope);
             }
             self.refused(&refusal, lease.cmk())
         })

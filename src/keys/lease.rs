@@ -2,12 +2,17 @@
 //!
 //! All Logstores of a store under the same customer master key, region and role share one lease. A
 //! successful unwrap of a small probe envelope at the KMS renews it. Nothing else does, and use
-//! does not.
+//! does not. A Logstore with a probe of its own ([`crate::ProbeMode::Own`]) has a lease of its own,
+//! which its own envelope renews. Beside a shared lease, each Logstore has a *standby* lease: it
+//! admits everything and makes no call, until the KMS refuses an envelope of the Logstore. From
+//! then on it is renewed like the others, and admits nothing until the KMS unwraps that envelope.
 //!
-//! The bound on revocation is arithmetic, not scheduling. An operation that finds the last answer
-//! of the KMS older than `revalidate_every` plus the time limit of a call, by either clock, calls
-//! the KMS itself. So a renewal thread that was starved, stopped or suspended cannot stretch the
-//! bound, and neither can a machine that was paused.
+//! The bound on revocation is arithmetic, not scheduling. An answer counts from the moment at which
+//! its call was sent. An operation that finds the last answer older than `revalidate_every` plus
+//! the time limit of a call, by either clock, calls the KMS itself or joins a call that is younger
+//! than its time limit, and then looks at the age again. So a renewal thread that was starved,
+//! stopped or suspended cannot stretch the bound. Neither can a machine that was paused, if one of
+//! the clocks shows it: either the time has passed, or the two clocks have moved apart.
 
 use std::{
     fmt,
@@ -25,16 +30,20 @@ use super::{
 };
 use crate::{
     crypto::SecretKey,
+    ids::LogstoreId,
     io::{Clock, Random},
     key_status::{KeyState, KeyStatus, Refusal},
-    kms::{BoundedKms, Cmk, EncryptionContext, KmsError},
+    kms::{BoundedKms, Busy, Call, Cmk, EncryptionContext, KmsError, LOOK_EVERY},
     metrics::LeaseMetrics,
     sync::{
         Condvar, LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
-        lock, wait,
+        lock, wait_timeout,
     },
 };
+
+/// How many answers of the KMS an operation waits for, when each is too old on arrival.
+const CALLS_OF_AN_OPERATION: u32 = 3;
 
 /// The durations of a lease; see [`crate::StoreOptions`].
 #[derive(Clone, Copy, Debug)]
@@ -54,9 +63,9 @@ pub(crate) struct Probe {
 /// Hears when a lease stops or starts to admit operations. The lease calls it with the lock that
 /// serializes these calls, and no other.
 pub(crate) trait LeaseListener: Send + Sync {
-    /// Whether the listener still depends on the lease of this master key. The key of a Logstore
-    /// may have been replaced since.
-    fn depends_on(&self, cmk: &Cmk) -> bool;
+    /// Whether the listener still depends on this lease. The key of a Logstore may have been
+    /// replaced since.
+    fn depends_on(&self, lease: &Lease) -> bool;
     /// Access is lost. Seals the acknowledged groups, then wipes the keys.
     fn lost(&self, refusal: &Refusal);
     /// Access is lost, and every listener has wiped its keys. Records the loss.
@@ -76,6 +85,10 @@ pub(crate) struct LeaseParts {
     pub(crate) random: Arc<dyn Random>,
     /// The threads that renew the lease; `None` in a store without threads.
     pub(crate) pool: Option<Arc<RenewalPool>>,
+    /// Whether it is a standby lease.
+    pub(crate) standby: bool,
+    /// The Logstore, unless Logstores share the lease.
+    pub(crate) logstore: Option<LogstoreId>,
 }
 
 /// The lease of one master key.
@@ -85,6 +98,8 @@ pub(crate) struct Lease {
     breaker: Arc<CircuitBreaker>,
     probe: Mutex<Arc<Probe>>,
     terms: LeaseTerms,
+    standby: bool,
+    logstore: Option<LogstoreId>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     state: Mutex<State>,
@@ -93,6 +108,9 @@ pub(crate) struct Lease {
     fresh_until: AtomicU64,
     /// The same by the wall clock. The earlier one counts.
     wall_until: AtomicU64,
+    /// By how much the wall clock was ahead of the uptime, in microseconds, when the last call was
+    /// sent.
+    apart: AtomicU64,
     /// Counts the losses. Keys that were loaded before a loss are never used after it.
     epoch: AtomicU64,
     calls: AtomicU64,
@@ -117,19 +135,24 @@ impl fmt::Debug for Lease {
 impl Lease {
     /// Makes a lease that admits nothing yet. Its first use calls the KMS.
     pub(crate) fn new(parts: LeaseParts) -> Arc<Self> {
-        let LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool } = parts;
+        let LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool, .. } = parts;
+        let LeaseParts { standby, logstore, .. } = parts;
+        let fresh_until = if standby { u64::MAX } else { 0 };
         Arc::new_cyclic(|this| Self {
             cmk,
             kms,
             breaker,
             probe: Mutex::new(LockRank::LeaseProbe, Arc::new(probe)),
             terms,
+            standby,
+            logstore,
             clock,
             random,
             state: Mutex::new(LockRank::LeaseState, State::default()),
             changed: Condvar::new(),
-            fresh_until: AtomicU64::new(0),
+            fresh_until: AtomicU64::new(fresh_until),
             wall_until: AtomicU64::new(0),
+            apart: AtomicU64::new(0),
             epoch: AtomicU64::new(1),
             calls: AtomicU64::new(0),
             pool: pool.map(|pool| (Arc::clone(&pool), pool.enter())),
@@ -178,14 +201,13 @@ impl Lease {
         pool.wake(*id, this)
     }
 
-    /// Takes in the answer to the call that was sent at `sent`, and wakes the threads that wait for
-    /// it. The pool then tells the listeners at once, and reschedules the next renewal.
-    fn answered(&self, sent: Moment, answer: Result<(), Refusal>) {
+    /// Takes in an answer whose call was sent at `sent`, and wakes the threads that wait for it.
+    /// The pool then tells the listeners at once, and reschedules the next renewal. `number` is the
+    /// number of the call, if it was a call of this lease.
+    fn answered(&self, number: Option<u64>, sent: Moment, answer: Result<(), Refusal>) {
         {
             let mut state = lock(&self.state);
-            if state.calling == Some(sent) {
-                state.calling = None;
-            }
+            state.calling.take_if(|calling| Some(calling.number) == number);
             self.settle(&mut state, sent, answer);
         }
         self.changed.notify_all();
@@ -195,7 +217,7 @@ impl Lease {
     /// The listeners that depend on the lease now.
     fn dependents(&self) -> Vec<Arc<dyn LeaseListener>> {
         let listeners: Vec<_> = lock(&self.listeners).iter().filter_map(Weak::upgrade).collect();
-        listeners.into_iter().filter(|listener| listener.depends_on(&self.cmk)).collect()
+        listeners.into_iter().filter(|listener| listener.depends_on(self)).collect()
     }
 
     /// Admits an operation that starts now. Returns the epoch: the caller must not use keys that
@@ -205,34 +227,85 @@ impl Lease {
     /// Why the lease does not admit it.
     pub(crate) fn admit(&self) -> Result<u64, Refusal> {
         let epoch = self.epoch.load(Ordering::Acquire);
-        if micros(self.clock.uptime()) < self.fresh_until.load(Ordering::Acquire)
-            && self.clock.wall_us() < self.wall_until.load(Ordering::Acquire)
-        {
+        if self.is_fresh(Duration::ZERO) {
             return Ok(epoch);
         }
         self.admit_slowly()
     }
 
+    /// Whether the lease admits operations for at least this long, without a call.
+    fn is_fresh(&self, margin: Duration) -> bool {
+        let until = self.fresh_until.load(Ordering::Acquire);
+        if until == u64::MAX {
+            return true;
+        }
+        let (uptime, wall) = (micros(self.clock.uptime()), self.clock.wall_us());
+        let apart = wall.wrapping_sub(uptime).wrapping_sub(self.apart.load(Ordering::Acquire));
+        uptime + micros(margin) < until
+            && wall.saturating_add(micros(margin)) < self.wall_until.load(Ordering::Acquire)
+            && apart.cast_signed().unsigned_abs() <= micros(self.terms.revalidate_every)
+    }
+
+    /// Whether [`Lease::admit`] decides without a KMS call, now and for a while. If not, starts a
+    /// call, and does not wait for it.
+    pub(crate) fn decides_at_once(&self) -> bool {
+        let margin = self.terms.call_timeout.min(self.terms.revalidate_every) / 2;
+        let decides = self.is_fresh(margin) || (self.is_refusing() && !self.needs_call());
+        if !decides {
+            // If too many calls are under way, the caller tries again later.
+            let _ = self.ask();
+        }
+        decides
+    }
+
+    /// Whether a call is under way.
+    #[cfg(test)]
+    fn is_calling(&self) -> bool {
+        lock(&self.state).calling.is_some()
+    }
+
+    /// Whether the lease admits nothing, by the last answer.
+    fn is_refusing(&self) -> bool {
+        self.standing(&lock(&self.state)).is_err()
+    }
+
     fn admit_slowly(&self) -> Result<u64, Refusal> {
-        if self.needs_call() {
-            self.renew_unless_spared();
+        let mut busy = None;
+        // An answer that comes late, after a pause say, may be too old on arrival.
+        for _ in 0..CALLS_OF_AN_OPERATION {
+            if !self.needs_call() {
+                break;
+            }
+            busy = self.renew_unless_spared().err();
         }
         let state = lock(&self.state);
-        match self.standing(&state) {
-            Ok(()) => Ok(self.epoch.load(Ordering::Acquire)),
-            Err(refusal) => Err(refusal),
+        self.standing(&state)?;
+        if !self.standby && state.last_attempt.is_none_or(|sent| self.is_too_old(sent)) {
+            let too_late =
+                || KmsError::Unreachable { detail: "its answers come too late".to_owned() };
+            return Err(Refusal::from(&busy.map_or_else(too_late, KmsError::from)));
         }
+        Ok(self.epoch.load(Ordering::Acquire))
     }
 
     /// Whether the last answer is too old to decide by.
     fn needs_call(&self) -> bool {
         let state = lock(&self.state);
+        if self.standby && !self.ended(&state) {
+            return false;
+        }
         let Some(sent) = state.last_attempt else { return true };
         let again = match state.refusal {
             Some(_) => self.clock.uptime() >= state.due,
             None => self.ended(&state),
         };
-        again || sent.is_past(self.answer_lasts(), &*self.clock)
+        again || self.is_too_old(sent)
+    }
+
+    /// Whether an answer to a call that was sent then does not count any more.
+    fn is_too_old(&self, sent: Moment) -> bool {
+        sent.is_past(self.answer_lasts(), &*self.clock)
+            || sent.clocks_have_parted(self.terms.revalidate_every, &*self.clock)
     }
 
     /// How long an answer counts, from when its call was sent.
@@ -242,6 +315,9 @@ impl Lease {
 
     /// Whether the lease has run out, by either clock, or a refusal of the customer has ended it.
     fn ended(&self, state: &State) -> bool {
+        if self.standby {
+            return state.last_attempt.is_some() && state.last_success.is_none();
+        }
         let grace = self.terms.outage_grace;
         state.last_success.is_none_or(|sent| sent.is_past(grace, &*self.clock))
     }
@@ -256,41 +332,128 @@ impl Lease {
     }
 
     /// Calls the KMS by a call that is sent after this began. The answer to a call under way may be
-    /// older than a change at the KMS that the caller knows of.
-    pub(crate) fn renew_afresh(&self) {
-        let mut state = lock(&self.state);
-        let under_way = state.calling;
-        while under_way.is_some() && state.calling == under_way {
-            state = wait(&self.changed, state);
+    /// older than a change at the KMS that the caller knows of. Blocks for at most twice the time
+    /// limit of a call.
+    ///
+    /// # Errors
+    /// [`Busy`]: the KMS was not called.
+    pub(crate) fn renew_afresh(&self) -> Result<(), Busy> {
+        if self.stands_by() {
+            return Ok(());
         }
-        drop(state);
-        self.renew();
+        let under_way = lock(&self.state).calling.as_ref().map(|calling| calling.number);
+        if let Some(number) = under_way {
+            self.wait_for(number);
+        }
+        self.renew()
     }
 
     /// Calls the KMS now. If a call is under way, waits for that one instead. Blocks for at most
     /// the time limit of a call.
-    pub(crate) fn renew(&self) {
-        let mut state = lock(&self.state);
-        if let Some(sent) = state.calling {
-            while state.calling == Some(sent) {
-                state = wait(&self.changed, state);
+    ///
+    /// # Errors
+    /// [`Busy`]: the KMS was not called.
+    pub(crate) fn renew(&self) -> Result<(), Busy> {
+        self.ask().map(|number| self.wait_for(number))
+    }
+
+    /// Starts a KMS call, unless one is under way that is younger than its time limit. Returns the
+    /// number of the call. Blocks only in a store without threads.
+    fn ask(&self) -> Result<u64, Busy> {
+        self.end_late_call();
+        let (number, sent) = {
+            let mut state = lock(&self.state);
+            if let Some(calling) = &state.calling {
+                return Ok(calling.number);
             }
-            return;
+            let sent = Moment::now(&*self.clock);
+            state.last_number += 1;
+            let number = state.last_number;
+            state.calling = Some(Calling { number, sent, call: None });
+            state.last_call = Some(sent);
+            (number, sent)
+        };
+        let probe = Arc::clone(&lock(&self.probe));
+        let (this, asked) = (self.this.clone(), Arc::clone(&probe));
+        let done = move |answer: Result<SecretKey, KmsError>| {
+            if let Some(lease) = this.upgrade() {
+                lease.hear(number, sent, judge(answer, &asked));
+            }
+        };
+        let started = self.kms.start_unwrap(&self.cmk, probe.context.clone(), &probe.wrapped, done);
+        let mut state = lock(&self.state);
+        match started {
+            Ok(call) => {
+                self.calls.fetch_add(1, Ordering::Relaxed);
+                if let Some(calling) = &mut state.calling
+                    && calling.number == number
+                {
+                    calling.call = Some(call);
+                }
+                Ok(number)
+            }
+            Err(busy) => {
+                // The last answer counts as before.
+                state.calling.take_if(|calling| calling.number == number);
+                state.due = state.due.max(self.clock.uptime() + self.terms.revalidate_every / 5);
+                drop(state);
+                self.changed.notify_all();
+                Err(busy)
+            }
         }
-        let sent = Moment::now(&*self.clock);
-        state.calling = Some(sent);
-        state.last_call = Some(sent);
-        drop(state);
-        self.calls.fetch_add(1, Ordering::Relaxed);
-        let answer = self.ask();
+    }
+
+    /// Waits for the answer to a call of this lease, or for its time limit.
+    fn wait_for(&self, number: u64) {
+        let mut state = lock(&self.state);
+        while let Some(calling) = state.calling.as_ref().filter(|calling| calling.number == number)
+        {
+            let left = calling.left(self.terms.call_timeout, &*self.clock);
+            if left.is_zero() {
+                drop(state);
+                self.end_late_call();
+                state = lock(&self.state);
+                continue;
+            }
+            state = wait_timeout(&self.changed, state, left.min(LOOK_EVERY));
+        }
+    }
+
+    /// Ends the call under way if its time limit has passed.
+    fn end_late_call(&self) {
+        let (number, sent, call) = match &lock(&self.state).calling {
+            Some(calling) if calling.left(self.terms.call_timeout, &*self.clock).is_zero() => {
+                (calling.number, calling.sent, calling.call.clone())
+            }
+            _ => return,
+        };
+        match call {
+            Some(call) if call.give_up() => {
+                self.hear(number, sent, Err(Refusal::from(&call.no_answer())));
+            }
+            // The answer is here, and its thread takes it in at this moment.
+            _ => std::thread::yield_now(),
+        }
+    }
+
+    /// Takes in the answer to a call of this lease.
+    fn hear(&self, number: u64, sent: Moment, answer: Result<(), Refusal>) {
         let spared = self.breaker.note(sent, &answer);
-        self.answered(sent, answer);
+        self.answered(Some(number), sent, answer);
         spared.iter().for_each(|lease| lease.ask_soon());
     }
 
-    /// Calls the KMS, unless the lease has expired and another lease's call has just found that the
-    /// KMS does not answer. Then it reuses that result.
-    fn renew_unless_spared(&self) {
+    /// Calls the KMS and waits, unless the lease has expired and another lease's call has just
+    /// found that the KMS does not answer. Then it reuses that result.
+    fn renew_unless_spared(&self) -> Result<(), Busy> {
+        if let Some(number) = self.ask_unless_spared()? {
+            self.wait_for(number);
+        }
+        Ok(())
+    }
+
+    /// As [`Lease::renew_unless_spared`], but does not wait. Returns the number of the call.
+    fn ask_unless_spared(&self) -> Result<Option<u64>, Busy> {
         let outage = {
             let state = lock(&self.state);
             let every = self.terms.revalidate_every;
@@ -308,20 +471,11 @@ impl Lease {
             }
         };
         match outage {
-            Some((asked, detail)) => self.answered(asked, Err(Refusal::Unreachable(detail))),
-            None => self.renew(),
-        }
-    }
-
-    /// Unwraps the probe at the KMS.
-    fn ask(&self) -> Result<(), Refusal> {
-        let probe = Arc::clone(&lock(&self.probe));
-        let key = self.unwrap(probe.context.clone(), &probe.wrapped);
-        let key = key.map_err(|error| Refusal::from(&error))?;
-        if fingerprint(&key) == probe.fingerprint {
-            Ok(())
-        } else {
-            Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))
+            Some((asked, detail)) => {
+                self.answered(None, asked, Err(Refusal::Unreachable(detail)));
+                Ok(None)
+            }
+            None => self.ask().map(Some),
         }
     }
 
@@ -398,7 +552,9 @@ impl Lease {
     /// Updates the atomics that [`Lease::admit`] looks at.
     fn publish(&self, state: &State) {
         match (self.standing(state), state.last_success, state.last_attempt) {
+            (Ok(()), ..) if self.standby => self.fresh_until.store(u64::MAX, Ordering::Release),
             (Ok(()), Some(success), Some(attempt)) => {
+                self.apart.store(attempt.apart(), Ordering::Release);
                 let (lasts, grace) = (self.answer_lasts(), self.terms.outage_grace);
                 let uptime = (attempt.uptime + lasts).min(success.uptime + grace);
                 let wall = attempt.wall_us.saturating_add(micros(lasts));
@@ -422,34 +578,46 @@ impl Lease {
         period - period * u32::from(byte[0]) / (5 * 255)
     }
 
-    /// Takes in a refusal that another call under the same master key got: the unwrap of a
-    /// Logstore's own envelope.
-    pub(crate) fn report(&self, refusal: Refusal) {
-        if matches!(refusal, Refusal::Revoked(_)) {
-            self.answered(Moment::now(&*self.clock), Err(refusal));
-        }
+    /// Takes in a refusal of an envelope, by a call that was sent at `sent`. From now on the lease
+    /// is renewed with that envelope.
+    pub(super) fn report(&self, sent: Moment, refusal: Refusal, envelope: Probe) {
+        self.set_probe(envelope);
+        self.answered(None, sent, Err(refusal));
     }
 
-    /// Renews if that is due, and tells the listeners about a loss or a recovery. Returns after how
-    /// long to call this again. The caller must hold no lock that a listener takes.
+    /// The time, for [`Lease::report`].
+    pub(super) fn now(&self) -> Moment {
+        Moment::now(&*self.clock)
+    }
+
+    /// Starts a renewal if one is due, ends one whose time limit has passed, and tells the listeners
+    /// about a loss or a recovery. Returns after how long to call this again. Waits for no KMS. The
+    /// caller must hold no lock that a listener takes.
     pub(crate) fn tend(&self) -> Duration {
         const IDLE: Duration = Duration::from_secs(3600);
-        if self.dependents().is_empty() {
-            // Every Logstore was deleted or has another master key. The next use calls the KMS.
+        if self.dependents().is_empty() || self.stands_by() {
+            // Every Logstore was deleted or has another master key, and the next use calls the KMS;
+            // or there is nothing to renew.
             self.tell();
             return IDLE;
         }
+        self.end_late_call();
         let due = {
             let state = lock(&self.state);
-            let stale = |sent: Moment| sent.is_past(self.answer_lasts(), &*self.clock);
-            state.last_attempt.is_some_and(|sent| self.clock.uptime() >= state.due || stale(sent))
+            let due = |sent| self.clock.uptime() >= state.due || self.is_too_old(sent);
+            state.last_attempt.is_some_and(due)
         };
         if due {
-            self.renew_unless_spared();
+            // If too many calls are under way, the next renewal is due again soon.
+            let _ = self.ask_unless_spared();
         }
         self.tell();
         let now = self.clock.uptime();
         let state = lock(&self.state);
+        if let Some(calling) = &state.calling {
+            // Sooner if the answer comes.
+            return calling.left(self.terms.call_timeout, &*self.clock);
+        }
         match (state.last_attempt, state.last_success) {
             (None, _) => IDLE,
             (Some(_), Some(sent)) if state.told_lost != Some(true) => {
@@ -457,6 +625,20 @@ impl Lease {
             }
             _ => state.due.saturating_sub(now),
         }
+    }
+
+    /// Whether nothing is known against the key: there is nothing to renew.
+    fn stands_by(&self) -> bool {
+        self.standby && !self.ended(&lock(&self.state))
+    }
+
+    pub(crate) fn is_standby(&self) -> bool {
+        self.standby
+    }
+
+    /// Whether it is a standby lease that was never needed.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.standby && lock(&self.state).last_attempt.is_none()
     }
 
     /// Tells the listeners about a loss or a recovery that they have not heard of. Blocks while
@@ -526,6 +708,7 @@ impl Lease {
         let last_success = lock(&self.state).last_success;
         LeaseMetrics {
             cmk: self.cmk.clone(),
+            logstore: self.logstore,
             status: self.status(),
             age: last_success.map(|sent| self.clock.uptime().saturating_sub(sent.uptime)),
             calls: self.calls(),
@@ -565,13 +748,44 @@ struct State {
     due: Duration,
     /// The last answer, unless it was a success.
     refusal: Option<Refusal>,
-    /// When the call under way was sent.
-    calling: Option<Moment>,
+    /// The number of the last call.
+    last_number: u64,
+    /// The call under way.
+    calling: Option<Calling>,
     /// Whether the listeners last heard of a loss; `None` before the first answer. They hear of
     /// that one in any case: a loss that an earlier process recorded may have ended since.
     told_lost: Option<bool>,
 }
 
+/// A call of a lease that is under way.
+struct Calling {
+    number: u64,
+    sent: Moment,
+    /// Not set while the call is being started.
+    call: Option<Call>,
+}
+
+impl Calling {
+    /// How long the call may take from now on. Zero: its time limit has passed, by one of the
+    /// clocks.
+    fn left(&self, limit: Duration, clock: &dyn Clock) -> Duration {
+        let Some(call) = &self.call else { return LOOK_EVERY };
+        if self.sent.is_past(limit, clock) { Duration::ZERO } else { call.left() }
+    }
+}
+
+/// The meaning of an answer to the unwrap of a probe.
+fn judge(answer: Result<SecretKey, KmsError>, probe: &Probe) -> Result<(), Refusal> {
+    let key = answer.map_err(|error| Refusal::from(&error))?;
+    if fingerprint(&key) == probe.fingerprint {
+        Ok(())
+    } else {
+        Err(Refusal::Invalid("it unwrapped the probe to another key".to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod schedules;
 #[cfg(test)]
 #[expect(
     clippy::disallowed_methods,

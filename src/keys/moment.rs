@@ -21,6 +21,18 @@ impl Moment {
         clock.uptime() >= self.uptime + duration
             || clock.wall_us() >= self.wall_us.saturating_add(micros(duration))
     }
+
+    /// By how much the wall clock was ahead of the uptime, in microseconds, modulo 2^64.
+    pub(super) fn apart(self) -> u64 {
+        self.wall_us.wrapping_sub(micros(self.uptime))
+    }
+
+    /// Whether the two clocks have moved apart by more than `duration` since then. A paused machine
+    /// may stop one of them, and a corrected wall clock moves that one.
+    pub(super) fn clocks_have_parted(self, duration: Duration, clock: &dyn Clock) -> bool {
+        let moved = Self::now(clock).apart().wrapping_sub(self.apart());
+        moved.cast_signed().unsigned_abs() > micros(duration)
+    }
 }
 
 /// A duration in microseconds.

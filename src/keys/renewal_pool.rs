@@ -9,32 +9,31 @@ use std::{
 };
 
 use crate::{
-    io::Clock,
+    io::{Clock, SystemClock},
     sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
 };
 
-/// The most threads, and so the most calls at once to renew leases. A KMS that does not answer
-/// occupies a thread for the time limit of a call. A lease that the pool does not renew in time is
-/// renewed by the next operation under it, which no queue of the pool can delay.
+/// The most threads. They wait for no KMS: a call has a thread of its own. But after a loss, one of
+/// them waits until the segments are sealed.
 const THREADS_MAX: usize = 32;
 
 /// A lease, as the pool sees it.
 pub(super) trait Renewable: Send + Sync {
-    /// Does the work that is due. Returns after how long to call this again. Blocks for a KMS call.
+    /// Does the work that is due. Returns after how long to call this again. Waits for no KMS.
     fn tend(&self) -> Duration;
 }
 
-/// Calls [`Renewable::tend`] of each lease when it is due.
+/// Calls [`Renewable::tend`] of each lease when it is due, by the clock of the machine. Its threads
+/// wait in real time.
 pub(crate) struct RenewalPool {
-    clock: Arc<dyn Clock>,
     queue: Mutex<Queue>,
     changed: Condvar,
 }
 
 impl RenewalPool {
-    pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         let queue = Mutex::new(LockRank::RenewalPool, Queue::default());
-        Arc::new(Self { clock, queue, changed: Condvar::new() })
+        Arc::new(Self { queue, changed: Condvar::new() })
     }
 
     /// A number that identifies a lease in this pool.
@@ -53,7 +52,7 @@ impl RenewalPool {
         if queue.stopped {
             return Ok(());
         }
-        queue.schedule(id, self.clock.uptime(), lease);
+        queue.schedule(id, SystemClock.uptime(), lease);
         let started = self.help(&mut queue);
         let no_thread = queue.threads.is_empty();
         drop(queue);
@@ -63,7 +62,7 @@ impl RenewalPool {
 
     /// Starts another thread if a lease is due and no thread is idle.
     fn help(self: &Arc<Self>, queue: &mut Queue) -> io::Result<()> {
-        let now = self.clock.uptime();
+        let now = SystemClock.uptime();
         let due = queue.order.first().is_some_and(|(due, _)| *due <= now);
         if due && queue.idle == 0 && queue.threads.len() < THREADS_MAX && !queue.stopped {
             let this = Arc::clone(self);
@@ -82,7 +81,7 @@ impl RenewalPool {
                 queue.idle -= 1;
                 continue;
             };
-            let left = due.saturating_sub(self.clock.uptime());
+            let left = due.saturating_sub(SystemClock.uptime());
             if !left.is_zero() {
                 queue.idle += 1;
                 queue = wait_timeout(&self.changed, queue, left);
@@ -98,7 +97,7 @@ impl RenewalPool {
             let pause = lease.tend().max(Duration::from_millis(1));
             drop(lease);
             queue = lock(&self.queue);
-            queue.schedule(id, self.clock.uptime() + pause, weak);
+            queue.schedule(id, SystemClock.uptime() + pause, weak);
         }
     }
 
@@ -159,7 +158,6 @@ mod tests {
         },
         *,
     };
-    use crate::io::SystemClock;
 
     fn eventually(what: &str, holds: impl Fn() -> bool) {
         let begin = Instant::now();
@@ -173,7 +171,7 @@ mod tests {
     type Tended = (Arc<RenewalPool>, Vec<(Arc<Lease>, Arc<Ears>)>);
 
     fn with_leases(world: &World, count: usize) -> Tended {
-        let pool = RenewalPool::new(Arc::new(SystemClock));
+        let pool = RenewalPool::new();
         let at_rest = |leases: usize| {
             let queue = lock(&pool.queue);
             let due = queue.order.first().is_some_and(|(due, _)| *due <= SystemClock.uptime());

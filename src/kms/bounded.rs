@@ -1,7 +1,11 @@
 //! KMS calls with a time limit that holds for any backend.
 
 use std::{
-    sync::{Arc, mpsc},
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
     time::Duration,
 };
@@ -10,20 +14,20 @@ use tracing::{debug, warn};
 
 use super::{
     Cmk, EncryptionContext, Kms, KmsCall, KmsError,
+    calls::{Busy, Calls, Slot},
     meter::{KmsMeter, Outcome},
 };
+#[cfg(test)]
+use crate::sync::lock;
 use crate::{
     crypto::{SecretKey, on_clean_stack},
-    io::Clock,
-    sync::{
-        assert_no_lock_across,
-        atomic::{AtomicUsize, Ordering},
-    },
+    io::{Clock, SystemClock},
+    sync::assert_no_lock_across,
 };
 
-/// The most calls to one KMS at once. Calls that were given up and have not returned yet are
-/// included.
-const CALLS_MAX: usize = 256;
+/// How often a thread that waits for an answer looks at the clocks. A timed wait does not count the
+/// time in which the machine was suspended; the clocks do.
+pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A KMS whose calls end after their time limit. So the bound on revocation does not depend on a
 /// backend that honours its timeout.
@@ -31,19 +35,36 @@ const CALLS_MAX: usize = 256;
 pub(crate) struct BoundedKms {
     kms: Arc<dyn Kms>,
     timeout: Duration,
-    /// Whether calls run in the caller's thread, for a store without threads.
-    inline: bool,
-    /// The number of calls in progress, each in a thread of its own.
-    calls: Arc<AtomicUsize>,
+    runs: Runs,
+    calls: Arc<Calls>,
     watch: Watch,
 }
 
-/// One call in progress. Dropped when its thread ends.
-struct Underway(Arc<AtomicUsize>);
+/// Where calls run.
+#[derive(Clone, Debug)]
+enum Runs {
+    /// Each in a thread of its own.
+    InThreads,
+    /// In the caller's thread, for a store without threads.
+    Inline,
+    /// When a simulation runs them.
+    #[cfg(test)]
+    Later(DeferredCalls),
+}
 
-impl Drop for Underway {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+/// The calls that were sent and that the KMS has not answered yet, in a simulation.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(crate) struct DeferredCalls(pub(crate) Arc<crate::sync::Mutex<Vec<DeferredCall>>>);
+
+/// The master key of a call. The function makes the call and delivers the answer.
+#[cfg(test)]
+pub(crate) type DeferredCall = (Cmk, Box<dyn FnOnce() + Send>);
+
+#[cfg(test)]
+impl std::fmt::Debug for DeferredCalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("DeferredCalls")
     }
 }
 
@@ -54,36 +75,97 @@ pub(crate) struct Watch {
     pub(crate) meter: Arc<KmsMeter>,
 }
 
-impl Watch {
-    /// Makes a call. Logs and counts its outcome and its duration.
-    fn call<T>(
-        &self,
-        kms: &str,
-        operation: &'static str,
-        cmk: &Cmk,
-        make: impl FnOnce() -> Result<T, KmsError>,
-    ) -> Result<T, KmsError> {
-        let began = self.clock.uptime();
-        let answer = make();
-        let took = self.clock.uptime().saturating_sub(began);
-        let outcome = Outcome::of(&answer);
-        self.meter.count(outcome, took);
-        let (key, region, latency_us) =
-            (&*cmk.cmk_key_id, &*cmk.region_id, took.as_micros() as u64);
-        let outcome = outcome.word();
-        match &answer {
+/// A call in progress.
+#[derive(Clone)]
+pub(crate) struct Call(Arc<Progress>);
+
+struct Progress {
+    slot: Slot,
+    began: Began,
+    limit: Duration,
+    log: CallLog,
+}
+
+/// When a call began, by the clock of the store and by the clock of the machine. They differ in
+/// tests only. Both count the time in which the machine was suspended.
+struct Began {
+    uptime: Duration,
+    real: Duration,
+}
+
+/// Describes a call in the log, and counts its outcome.
+struct CallLog {
+    watch: Watch,
+    kms: String,
+    operation: &'static str,
+    key: String,
+    region: String,
+}
+
+impl Call {
+    /// How long the call may take from now on. Zero: its time limit has passed.
+    pub(crate) fn left(&self) -> Duration {
+        let Progress { began, limit, log, .. } = &*self.0;
+        let by = |now: Duration, then: Duration| limit.saturating_sub(now.saturating_sub(then));
+        by(log.watch.clock.uptime(), began.uptime).min(by(SystemClock.uptime(), began.real))
+    }
+
+    /// Ends the call without its answer. `false` if the answer came first.
+    pub(crate) fn give_up(&self) -> bool {
+        let given_up = self.0.slot.give_up();
+        if given_up {
+            self.0.count(&Err::<(), _>(self.no_answer()));
+        }
+        given_up
+    }
+
+    /// The error of a call that was given up.
+    pub(crate) fn no_answer(&self) -> KmsError {
+        KmsError::Unreachable { detail: format!("no answer within {:?}", self.0.limit) }
+    }
+}
+
+impl Progress {
+    /// Notes the answer. Its thread ends after this.
+    fn answered<T>(&self, answer: &Result<T, KmsError>) {
+        if self.slot.answer() {
+            self.count(answer);
+        } else {
+            let CallLog { kms, operation, key, region, .. } = &self.log;
+            debug!(kms, operation, key, region, "a KMS call ended after its time limit");
+        }
+    }
+
+    fn count<T>(&self, answer: &Result<T, KmsError>) {
+        let CallLog { watch, kms, operation, key, region } = &self.log;
+        let took = watch.clock.uptime().saturating_sub(self.began.uptime);
+        let outcome = Outcome::of(answer);
+        watch.meter.count(outcome, took);
+        let (outcome, latency_us) = (outcome.word(), took.as_micros() as u64);
+        match answer {
             Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "KMS call succeeded"),
             Err(error) => {
                 warn!(kms, operation, key, region, outcome, latency_us, %error, "KMS call failed")
             }
         }
-        answer
     }
 }
 
 impl BoundedKms {
     pub(crate) fn new(kms: Arc<dyn Kms>, timeout: Duration, inline: bool, watch: Watch) -> Self {
-        Self { kms, timeout, inline, calls: Arc::default(), watch }
+        let runs = if inline { Runs::Inline } else { Runs::InThreads };
+        Self { kms, timeout, runs, calls: Arc::default(), watch }
+    }
+
+    /// A KMS whose calls the test runs.
+    #[cfg(test)]
+    pub(crate) fn deferred(
+        kms: Arc<dyn Kms>,
+        timeout: Duration,
+        watch: Watch,
+        later: DeferredCalls,
+    ) -> Self {
+        Self { runs: Runs::Later(later), ..Self::new(kms, timeout, false, watch) }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -98,6 +180,7 @@ impl BoundedKms {
         self.kms.try_serves(region_id)
     }
 
+    /// Wraps a key. Blocks for at most the time limit.
     pub(crate) fn wrap(
         &self,
         cmk: &Cmk,
@@ -105,11 +188,10 @@ impl BoundedKms {
         key: &SecretKey,
     ) -> Result<Vec<u8>, KmsError> {
         let key = key.duplicate();
-        self.watch.call(self.name(), "wrap", cmk, || {
-            self.call(cmk, context, move |kms, call| kms.wrap(call, &key))
-        })
+        self.call("wrap", cmk, context, move |kms, call| kms.wrap(call, &key))
     }
 
+    /// Unwraps a key. Blocks for at most the time limit.
     pub(crate) fn unwrap(
         &self,
         cmk: &Cmk,
@@ -117,43 +199,101 @@ impl BoundedKms {
         wrapped: &[u8],
     ) -> Result<SecretKey, KmsError> {
         let wrapped = wrapped.to_vec();
-        self.watch.call(self.name(), "unwrap", cmk, || {
-            self.call(cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
-        })
+        self.call("unwrap", cmk, context, move |kms, call| kms.unwrap(call, &wrapped))
     }
 
-    /// Makes a call in a thread of its own, and waits for at most the time limit. A call that has
-    /// not returned by then is unreachable. Its thread is left to end by itself.
+    /// Starts to unwrap a key, in a thread of its own, and does not wait for it. `done` gets the
+    /// answer, even one that comes after the time limit. In a store without threads, this blocks
+    /// and calls `done` before it returns.
+    ///
+    /// # Errors
+    /// [`Busy`]: too many calls have not returned. The KMS is not called, and `done` is dropped.
+    pub(crate) fn start_unwrap(
+        &self,
+        cmk: &Cmk,
+        context: EncryptionContext,
+        wrapped: &[u8],
+        done: impl FnOnce(Result<SecretKey, KmsError>) + Send + 'static,
+    ) -> Result<Call, Busy> {
+        let wrapped = wrapped.to_vec();
+        self.start("unwrap", cmk, context, move |kms, call| kms.unwrap(call, &wrapped), done)
+    }
+
+    fn start<T: 'static>(
+        &self,
+        operation: &'static str,
+        cmk: &Cmk,
+        context: EncryptionContext,
+        make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
+        done: impl FnOnce(Result<T, KmsError>) + Send + 'static,
+    ) -> Result<Call, Busy> {
+        let log = CallLog {
+            watch: self.watch.clone(),
+            kms: self.name().to_owned(),
+            operation,
+            key: cmk.cmk_key_id.clone(),
+            region: cmk.region_id.clone(),
+        };
+        let progress = Arc::new(Progress {
+            slot: Calls::begin(&self.calls, cmk)?,
+            began: Began { uptime: self.watch.clock.uptime(), real: SystemClock.uptime() },
+            limit: self.timeout,
+            log,
+        });
+        let call = Call(Arc::clone(&progress));
+        #[cfg(test)]
+        let of = cmk;
+        let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
+        let run = move || {
+            let call = || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
+            // The backend handles the key on this stack. The thread may continue or its stack may
+            // be reused.
+            let answer = on_clean_stack(|| catch_unwind(AssertUnwindSafe(call)));
+            let panicked = || KmsError::Invalid { detail: "the backend has panicked".to_owned() };
+            let answer = answer.unwrap_or_else(|_| Err(panicked()));
+            progress.answered(&answer);
+            drop(progress);
+            done(answer);
+        };
+        match &self.runs {
+            Runs::InThreads => {
+                let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(run);
+                spawned.map_err(|error| Busy(format!("no thread for a call: {error}")))?;
+            }
+            Runs::Inline => {
+                assert_no_lock_across("a KMS call");
+                run();
+            }
+            #[cfg(test)]
+            Runs::Later(DeferredCalls(calls)) => lock(calls).push((of.clone(), Box::new(run))),
+        }
+        Ok(call)
+    }
+
+    /// Makes a call, and waits for at most the time limit. A call that has not returned by then is
+    /// unreachable. Its thread is left to end by itself.
     fn call<T: Send + 'static>(
         &self,
+        operation: &'static str,
         cmk: &Cmk,
         context: EncryptionContext,
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
     ) -> Result<T, KmsError> {
         assert_no_lock_across("a KMS call");
-        let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
-        // The backend handles the key on this stack. The thread may continue or its stack may be
-        // reused.
-        let call = move || {
-            on_clean_stack(|| make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout }))
-        };
-        if self.inline {
-            return call();
-        }
-        let unreachable = |detail: String| KmsError::Unreachable { detail };
-        let underway = Underway(Arc::clone(&self.calls));
-        if self.calls.fetch_add(1, Ordering::Relaxed) >= CALLS_MAX {
-            return Err(unreachable(format!("{CALLS_MAX} calls have not returned")));
-        }
         let (sender, receiver) = mpsc::sync_channel(1);
-        let spawned = thread::Builder::new().name("envelog-kms".to_owned()).spawn(move || {
-            let _underway = underway;
-            // The caller may have stopped waiting for the answer.
-            let _ = sender.send(call());
-        });
-        spawned.map_err(|error| unreachable(error.to_string()))?;
-        receiver
-            .recv_timeout(timeout)
-            .unwrap_or_else(|_| Err(unreachable(format!("no answer within {timeout:?}"))))
+        // The caller may have stopped waiting for the answer.
+        let done = move |answer| drop(sender.send(answer));
+        let call = self.start(operation, cmk, context, make, done)?;
+        loop {
+            let left = call.left();
+            if left.is_zero() && call.give_up() {
+                return Err(call.no_answer());
+            }
+            match receiver.recv_timeout(left.clamp(Duration::from_millis(1), LOOK_EVERY)) {
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(call.no_answer()),
+            }
+        }
     }
 }

@@ -62,6 +62,7 @@ mod aliyun;
 #[cfg(feature = "kms-aws")]
 mod aws;
 mod bounded;
+mod calls;
 #[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
 mod context;
 #[cfg(feature = "kms-faulty")]
@@ -86,9 +87,10 @@ use serde::{Deserialize, Serialize};
 pub use aliyun::AliyunKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsKms;
-pub(crate) use bounded::BoundedKms;
+pub(crate) use bounded::{BoundedKms, Call, LOOK_EVERY};
 #[cfg(test)]
-pub(crate) use bounded::Watch;
+pub(crate) use bounded::{DeferredCalls, Watch};
+pub(crate) use calls::Busy;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]

@@ -8,14 +8,14 @@ use std::{
 
 use crate::{
     Error, Result,
-    config::LogstoreConfig,
+    config::{LogstoreConfig, ProbeMode},
     crypto::SecretKey,
     document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Disk, Existing, FileKind},
     keys::{
-        envelope::{KeysSection, PROBE_SHARED, TaggedKeys, metadata_key},
+        envelope::{KeysSection, TaggedKeys, metadata_key},
         keyring::Keyring,
     },
     segment::Features,
@@ -283,19 +283,18 @@ impl Meta {
         let malformed = |error: serde_json::Error| {
             Error::corrupt(Location::new(path, 80), format!("the metadata does not parse: {error}"))
         };
-        let config = serde_json::from_slice(&document.a).map_err(malformed)?;
         let keys: Option<KeysSection> = match document.b.is_empty() {
             true => None,
             false => Some(serde_json::from_slice(&document.b).map_err(malformed)?),
         };
-        if let Some(probe) =
-            keys.as_ref().map(|keys| &keys.probe).filter(|probe| *probe != PROBE_SHARED)
-        {
+        let unknown = |probe: &&String| ProbeMode::of_name(probe).is_none();
+        if let Some(probe) = keys.as_ref().map(|keys| &keys.probe).filter(unknown) {
             return Err(Error::UnsupportedFeature {
                 path: path.to_owned(),
                 what: format!("probe {probe:?}"),
             });
         }
+        let config = serde_json::from_slice(&document.a).map_err(malformed)?;
         Ok(Self {
             generation: document.generation,
             tag: [0; 32],

@@ -20,7 +20,7 @@ use crate::{
         gate::Gate,
         lease::{Lease, LeaseListener},
     },
-    kms::Cmk,
+    kms::{Cmk, KmsError},
     segment::KeySource,
     shard::{
         Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard,
@@ -203,10 +203,8 @@ impl LogstoreShared {
 
     /// In a store without threads, the next caller acts on a loss of the key that was noticed.
     fn settle(&self) {
-        if !self.threads
-            && let Some(lease) = self.lease()
-        {
-            lease.tell();
+        if !self.threads {
+            self.gate.keys().leases().for_each(|lease| lease.tell());
         }
     }
 
@@ -356,8 +354,10 @@ pub(crate) fn is_shard_dir(name: &str) -> bool {
 }
 
 impl LeaseListener for LogstoreShared {
-    fn depends_on(&self, cmk: &Cmk) -> bool {
-        !self.gate.is_closed() && self.lease().is_some_and(|lease| lease.cmk() == cmk)
+    fn depends_on(&self, lease: &Lease) -> bool {
+        let keys = self.gate.keys();
+        let mut leases = keys.leases();
+        !self.gate.is_closed() && leases.any(|other| std::ptr::eq(&**other, lease))
     }
 
     fn lost(&self, refusal: &Refusal) {
@@ -590,10 +590,14 @@ impl Logstore {
     /// [`Error::Revoked`], [`Error::KmsUnreachable`] or [`Error::KmsInvalid`] if operations are
     /// refused from now on.
     pub fn revalidate_now(&self) -> Result<()> {
-        let Some(lease) = self.shared.lease() else { return Ok(()) };
-        lease.renew_afresh();
-        lease.tell();
-        self.shared.gate.admit().map(|_| ())
+        let gate = &self.shared.gate;
+        for lease in gate.keys().leases() {
+            let asked = lease.renew_afresh();
+            lease.tell();
+            let busy = |busy| gate.refused(&Refusal::from(&KmsError::from(busy)), lease.cmk());
+            asked.map_err(busy)?;
+        }
+        gate.admit().map(|_| ())
     }
 
     /// Lets a latched shard ([`Error::Latched`]) write again after a failure. The next append

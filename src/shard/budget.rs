@@ -26,6 +26,12 @@ impl Budget {
         fits
     }
 
+    /// Takes `bytes` even if there is no room. Returns `true`.
+    pub(super) fn take(&self, bytes: usize) -> bool {
+        *lock(&self.used) += bytes;
+        true
+    }
+
     /// As [`Budget::try_take`]. Blocks until there is room.
     pub(super) fn take_waiting(&self, bytes: usize) {
         let mut used = lock(&self.used);

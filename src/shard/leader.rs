@@ -26,6 +26,8 @@ use crate::{
 
 /// How long after a sync without further blocks a mark block records it.
 const MARK_AFTER: Duration = Duration::from_secs(1);
+/// After how long a job is tried again that has to wait for an answer of a KMS.
+pub(super) const UNTIL_THE_KMS_ANSWERS: Duration = Duration::from_millis(20);
 /// After how long acknowledged groups that could not be sealed without the key are tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of the budget a waiting group takes beyond its own bytes.
@@ -70,7 +72,10 @@ impl Shard {
         }
         let charge = payload.bytes.len() + PENDING_BYTES;
         let budget = &self.context.budget;
-        if !budget.try_take(charge) {
+        // A Logstore whose KMS hangs may have used up the budget. A shard without a group that waits
+        // goes on in any case.
+        let taken = budget.try_take(charge) || (!self.commit.has_queued() && budget.take(charge));
+        if !taken {
             if !wait_for_room {
                 return Err(Error::Full { pending: budget.used() as u64 });
             }
@@ -411,7 +416,7 @@ impl Shard {
 
     // ---- background jobs ----
 
-    fn schedule(&self, after: Duration, job: ShardJob) {
+    pub(super) fn schedule(&self, after: Duration, job: ShardJob) {
         self.context.wake.after(after, Work::Shard(self.this.clone(), job));
     }
 

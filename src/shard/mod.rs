@@ -64,7 +64,7 @@ pub(crate) use budget::Budget;
 use commit::GroupCommit;
 pub(crate) use control::Paused;
 pub(crate) use hashing::PayloadHasher;
-use leader::Timers;
+use leader::{Timers, UNTIL_THE_KMS_ANSWERS};
 pub use payload::{Appended, Durability, Payload};
 pub(crate) use reader::ReaderPermits;
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
@@ -359,6 +359,11 @@ impl std::fmt::Debug for Shard {
 
 impl Task<ShardJob> for Shard {
     fn run(&self, job: ShardJob) {
+        // A worker waits for no KMS: while one hangs, the shards of other Logstores need the
+        // worker.
+        if self.context.options.threads && !self.context.gate.decides_at_once() {
+            return self.schedule(UNTIL_THE_KMS_ANSWERS, job);
+        }
         match job {
             ShardJob::Flush => self.flush_queued(false),
             ShardJob::FlushAll => self.flush_queued(true),

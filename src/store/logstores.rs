@@ -17,10 +17,7 @@ use crate::{
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::LogstoreId,
-    keys::{
-        AuditEvent,
-        envelope::{KeysSection, PROBE_SHARED},
-    },
+    keys::{AuditEvent, envelope::KeysSection},
     logstore::{LogstoreShared, Meta, shard_dir},
     shard::ShardRecord,
 };
@@ -121,7 +118,7 @@ fn make_envelope(
         enable: conf.enable,
         ttl_days: meta.config.ttl_days,
         retention_bytes: meta.config.retention_bytes,
-        probe: PROBE_SHARED.to_owned(),
+        probe: meta.config.probe.name().to_owned(),
         current: 1,
         versions: Vec::new(),
     };

@@ -49,7 +49,8 @@ pub struct StoreOptions {
     /// The age at which a segment is sealed and the next one begun. 6 h by default; at least 1 s.
     pub segment_age: Duration,
     /// The memory for groups that wait to be written, in the whole store, in bytes. Appends wait
-    /// while it is full. 64 MiB by default; at least 1 MiB.
+    /// while it is full, except that each shard may have one group beyond it: a Logstore whose KMS
+    /// hangs must not stop the others. 64 MiB by default; at least 1 MiB.
     pub pending_bytes_max: usize,
     /// The number of readers that may be open at once. 1,024 by default; at least 1.
     pub readers_max: usize,

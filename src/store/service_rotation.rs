@@ -149,8 +149,8 @@ fn authenticate_logstores(
         }
         report.logstores += u64::from(done.saved.is_some());
         if let Some(saved) = done.saved {
-            let lease = saved.take_effect(&*env.disk, newest);
-            hear_of_loss(&done.logstore, lease);
+            let leases = saved.take_effect(&*env.disk, newest);
+            hear_of_loss(&done.logstore, &leases);
         }
     }
     result

@@ -32,8 +32,8 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup,
-    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record, RecoverReport,
-    Result, Store, StoreBuilder, StoreOptions,
+    Logstore, LogstoreId, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record,
+    RecoverReport, Result, Store, StoreBuilder, StoreOptions,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
     io::{
@@ -141,6 +141,8 @@ pub(crate) struct TestKms {
     data_key_answer: Mutex<Option<Answer>>,
     /// The answer for calls about one master key.
     master_key_answer: Mutex<Option<(String, Answer)>>,
+    /// The answer for calls about the envelopes of one Logstore.
+    logstore_answer: Mutex<Option<(LogstoreId, Answer)>>,
     changed: Condvar,
     wraps: AtomicU64,
     unwraps: AtomicU64,
@@ -157,6 +159,7 @@ impl TestKms {
             answer: Mutex::new(Answer::Real),
             data_key_answer: Mutex::new(None),
             master_key_answer: Mutex::new(None),
+            logstore_answer: Mutex::new(None),
             changed: Condvar::new(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
@@ -175,6 +178,7 @@ impl TestKms {
         *self.answer.lock().unwrap() = answer;
         *self.data_key_answer.lock().unwrap() = None;
         *self.master_key_answer.lock().unwrap() = None;
+        *self.logstore_answer.lock().unwrap() = None;
         self.changed.notify_all();
     }
 
@@ -188,6 +192,13 @@ impl TestKms {
     /// affected.
     pub(crate) fn answer_for_master_key(&self, cmk_key_id: &str, answer: Answer) {
         *self.master_key_answer.lock().unwrap() = Some((cmk_key_id.to_owned(), answer));
+        self.changed.notify_all();
+    }
+
+    /// Sets the answer of calls about the envelopes of this Logstore from now on, as a key policy
+    /// does that denies an encryption context.
+    pub(crate) fn answer_for_logstore(&self, logstore: LogstoreId, answer: Answer) {
+        *self.logstore_answer.lock().unwrap() = Some((logstore, answer));
         self.changed.notify_all();
     }
 
@@ -209,6 +220,11 @@ impl TestKms {
     fn told(&self, call: &KmsCall<'_>) -> Answer {
         if let Some((cmk_key_id, answer)) = &*self.master_key_answer.lock().unwrap()
             && *cmk_key_id == call.cmk.cmk_key_id
+        {
+            return *answer;
+        }
+        if let Some((logstore, answer)) = &*self.logstore_answer.lock().unwrap()
+            && call.context.get("envelog:logstore") == Some(&logstore.to_string())
         {
             return *answer;
         }

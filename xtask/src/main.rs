@@ -88,7 +88,7 @@ fn test(args: &[String]) -> Done {
         }
         cargo(&all, &[])
     };
-    with_args(&["test", "--locked", "--workspace", "--all-features"])?;
+    with_args(&["test", "--locked", "--workspace", "--all-features", "--no-fail-fast"])?;
     cargo(&["check", "--locked", "--package", "envelog", "--no-default-features", "--lib"], &[])?;
     with_args(&["test", "--locked", "--package", "envelog", "--no-default-features"])
 }

@@ -28,6 +28,7 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         compression: args.compression.into(),
         payload_hash: args.payload_hash.into(),
         encrypt_conf,
+        probe: args.probe.into(),
     };
     spec.check()?;
     let service_cmk = args.service_cmk.as_deref().map(setup::cmk).transpose()?;

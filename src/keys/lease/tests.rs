@@ -7,8 +7,8 @@ use crate::{
 };
 
 pub(in crate::keys) const EVERY: Duration = Duration::from_secs(30);
-const GRACE: Duration = Duration::from_secs(310);
-const TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(310);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_micros(1);
 
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl TestClock {
         self.uptime_us.fetch_add(micros(by), Ordering::Relaxed);
     }
 
-    fn jump_wall(&self, by: Duration) {
+    pub(super) fn jump_wall(&self, by: Duration) {
         self.wall_us.fetch_add(micros(by), Ordering::Relaxed);
     }
 }
@@ -84,8 +84,13 @@ impl Kms for TestKms {
     }
 }
 
-fn key() -> SecretKey {
+pub(super) fn key() -> SecretKey {
     SecretKey::from_bytes(&mut [7; 32])
+}
+
+fn probe() -> Probe {
+    let (wrapped, context) = (Vec::new(), EncryptionContext::new());
+    Probe { wrapped, context, fingerprint: fingerprint(&key()) }
 }
 
 /// A KMS, a clock and a circuit breaker, for leases that the test or a pool tends.
@@ -113,7 +118,15 @@ impl World {
         self.lease_with(Constant(Some(0)), Some(Arc::clone(pool)))
     }
 
+    fn standby(&self) -> Arc<Lease> {
+        Lease::new(LeaseParts { standby: true, ..self.parts(Constant(Some(0)), None) })
+    }
+
     fn lease_with(&self, random: Constant, pool: Option<Arc<RenewalPool>>) -> Arc<Lease> {
+        Lease::new(self.parts(random, pool))
+    }
+
+    fn parts(&self, random: Constant, pool: Option<Arc<RenewalPool>>) -> LeaseParts {
         let clock = Arc::clone(&self.clock) as Arc<dyn Clock>;
         let watch = Watch { clock: Arc::clone(&clock), meter: Arc::default() };
         let kms = BoundedKms::new(Arc::clone(&self.kms) as Arc<dyn Kms>, TIMEOUT, true, watch);
@@ -122,20 +135,22 @@ impl World {
             arn: "role".to_owned(),
             region_id: "region".to_owned(),
         };
-        let probe = Probe {
-            wrapped: Vec::new(),
-            context: EncryptionContext::new(),
-            fingerprint: fingerprint(&key()),
-        };
+        let probe = probe();
         let terms =
             LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
         let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
-        Lease::new(LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool })
+        let (standby, logstore) = (false, None);
+        LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool, standby, logstore }
     }
 
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
         *lock(&self.kms.error) = error;
     }
+}
+
+/// The parts of a lease of this world that its own test tends.
+pub(super) fn parts(world: &World) -> LeaseParts {
+    world.parts(Constant(Some(0)), None)
 }
 
 pub(in crate::keys) fn away() -> Option<KmsError> {
@@ -164,7 +179,7 @@ impl Ears {
 }
 
 impl LeaseListener for Ears {
-    fn depends_on(&self, _cmk: &Cmk) -> bool {
+    fn depends_on(&self, _lease: &Lease) -> bool {
         self.asked.fetch_add(1, Ordering::SeqCst);
         true
     }
@@ -187,7 +202,12 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
     let lasts = EVERY + TIMEOUT;
     for wall_alone in [false, true] {
         let world = World::new();
-        let pass = |by| if wall_alone { world.clock.jump_wall(by) } else { world.clock.run(by) };
+        // The other clock follows at half the speed, so that they do not move apart too far.
+        let pass = |by: Duration| {
+            let (uptime, wall) = if wall_alone { (by / 2, by) } else { (by, by / 2) };
+            world.clock.run(uptime);
+            world.clock.jump_wall(wall);
+        };
         let lease = world.lease();
         assert_eq!(
             lease.status(),
@@ -199,7 +219,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 1));
         pass(STEP);
         assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 2));
-        pass(lasts * 2);
+        pass(lasts + STEP);
         assert_eq!((lease.admit(), lease.calls()), (Ok(epoch), 3));
 
         // And so does the lease, when no other answer comes.
@@ -210,7 +230,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         }
         assert_eq!(lease.calls(), 11);
         let outage = KeyState::Outage { detail: "the KMS cannot be reached: away".to_owned() };
-        let left = if wall_alone { GRACE } else { GRACE - lasts * 8 };
+        let left = GRACE - if wall_alone { lasts * 4 } else { lasts * 8 };
         assert_eq!(lease.status(), KeyStatus { state: outage.clone(), lease_left: Some(left) });
         pass(GRACE - lasts * 8 - STEP);
         assert_eq!(lease.admit(), Ok(epoch));
@@ -220,7 +240,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         // A key that was loaded before a loss is not used after it.
         lease.tell();
         world.kms_is(None);
-        lease.renew();
+        lease.renew().unwrap();
         assert!(lease.admit().is_ok_and(|now| now != epoch));
     }
 }
@@ -241,7 +261,7 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     world.clock.advance(STEP);
     assert_eq!((lease.tend(), lease.calls(), ears.heard()), (EVERY, 2, vec![]));
     // A machine that was suspended, as the wall clock says alone.
-    world.clock.jump_wall(EVERY + TIMEOUT - STEP);
+    world.clock.jump_wall(EVERY);
     assert_eq!((lease.tend(), lease.calls()), (EVERY, 2));
     world.clock.jump_wall(STEP);
     assert_eq!((lease.tend(), lease.calls()), (EVERY, 3));
@@ -275,7 +295,7 @@ fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
     let lease = world.lease();
     let back = lock(&world.kms.back);
     std::thread::scope(|threads| {
-        threads.spawn(|| lease.renew());
+        threads.spawn(|| lease.renew().unwrap());
         while world.kms.calls.load(Ordering::SeqCst) == 0 {
             std::thread::yield_now();
         }
@@ -283,12 +303,68 @@ fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
             reason: RevokedReason::Disabled,
             detail: String::new(),
         }));
-        threads.spawn(|| lease.renew_afresh());
+        threads.spawn(|| lease.renew_afresh().unwrap());
         // Should it begin only later, nothing is shown, and nothing fails.
         std::thread::sleep(Duration::from_millis(50));
         drop(back);
     });
     assert_eq!((lease.calls(), lease.admit()), (2, Err(Refusal::Revoked(RevokedReason::Disabled))));
+}
+
+/// A pause of the machine stops one of the clocks, or a correction moves it. The next operation
+/// waits for an answer to a call that is sent after that.
+#[test]
+fn clocks_that_move_apart_need_a_new_answer() {
+    for backwards in [false, true] {
+        let world = World::new();
+        let lease = world.lease();
+        lease.admit().unwrap();
+        let jump = |by: Duration| match backwards {
+            true => drop(world.clock.wall_us.fetch_sub(micros(by), Ordering::Relaxed)),
+            false => world.clock.jump_wall(by),
+        };
+        jump(EVERY);
+        assert!(lease.admit().is_ok());
+        assert_eq!(lease.calls(), 1);
+        jump(STEP);
+        world.kms_is(Some(KmsError::Revoked {
+            reason: RevokedReason::Disabled,
+            detail: String::new(),
+        }));
+        let disabled = Refusal::Revoked(RevokedReason::Disabled);
+        assert_eq!((lease.admit(), lease.calls()), (Err(disabled), 2));
+    }
+}
+
+/// A standby lease makes no call until an envelope is refused, and none after the KMS has unwrapped
+/// that envelope.
+#[test]
+fn a_standby_lease_is_renewed_only_while_an_envelope_is_refused() {
+    let world = World::new();
+    let lease = world.standby();
+    let ears = Ears::listening_to(&lease);
+    let epoch = lease.admit().unwrap();
+    world.clock.advance(GRACE * 100);
+    assert_eq!((lease.admit(), lease.calls(), lease.told()), (Ok(epoch), 0, None));
+    assert!(lease.is_unused() && lease.decides_at_once());
+    let disabled = Refusal::Revoked(RevokedReason::Disabled);
+    lease.report(lease.now(), disabled.clone(), probe());
+    assert_eq!((lease.admit(), lease.calls()), (Err(disabled), 0));
+    lease.tend();
+    assert_eq!(ears.heard(), ["lost", "noted"]);
+    world.kms_is(away());
+    world.clock.advance(EVERY);
+    assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))), "an outage gives nothing back");
+    assert_eq!(lease.calls(), 1);
+    world.kms_is(None);
+    world.clock.advance(EVERY);
+    assert!(lease.admit().is_ok_and(|now| now != epoch));
+    lease.tend();
+    assert_eq!((ears.heard(), lease.calls()), (vec!["recovered"], 2));
+    world.clock.advance(GRACE * 100);
+    assert!(lease.admit().is_ok());
+    lease.tend();
+    assert_eq!(lease.calls(), 2);
 }
 
 #[test]
@@ -319,25 +395,27 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
     let earlier = Moment::now(&*world.clock);
     world.clock.advance(STEP);
     let disabled = Refusal::Revoked(RevokedReason::Disabled);
-    lease.report(Refusal::Unreachable("another call".to_owned()));
-    assert!(lease.admit().is_ok(), "only a refusal counts that another call was given");
-    lease.report(disabled.clone());
+    lease.report(lease.now(), disabled.clone(), probe());
     assert_eq!((lease.admit(), lease.calls()), (Err(disabled.clone()), 1));
     assert_eq!(lease.status().lease_left, Some(Duration::ZERO));
     assert_eq!(lease.status().state, KeyState::Revoked { reason: RevokedReason::Disabled });
-    lease.answered(earlier, Ok(()));
-    assert_eq!(lease.admit(), Err(disabled));
+    lease.answered(None, earlier, Ok(()));
+    assert_eq!(lease.admit(), Err(disabled.clone()));
     lease.tend();
     assert_eq!(ears.heard(), ["lost", "noted"]);
     // An outage that follows has nothing left to ride.
     world.kms_is(away());
-    lease.renew();
+    lease.renew().unwrap();
     assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))));
     world.kms_is(None);
-    lease.renew_afresh();
+    world.clock.advance(STEP);
+    lease.renew_afresh().unwrap();
     assert!(lease.admit().is_ok());
     lease.tend();
     assert_eq!(ears.heard(), ["recovered"]);
+    // Neither does a refusal that comes late.
+    lease.answered(None, earlier, Err(disabled));
+    assert!(lease.admit().is_ok());
 }
 
 #[test]
@@ -386,7 +464,7 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
     alive.admit().unwrap();
     world.kms_is(away());
     for _ in 0..3 {
-        asks.renew();
+        asks.renew().unwrap();
     }
     assert!(world.breaker.is_open());
     assert!(ended.admit().is_err());
@@ -394,7 +472,7 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
     let asked = world.clock.uptime();
     for period in 1..=7 {
         world.clock.advance(EVERY);
-        asks.renew();
+        asks.renew().unwrap();
         assert!(matches!(ended.admit(), Err(Refusal::Unreachable(_))));
         let long_ago = world.clock.uptime() - asked >= EVERY * PERIODS_SPARED;
         assert_eq!(
@@ -408,9 +486,9 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
         assert_eq!(alive.calls(), calls + 1, "{period}");
     }
     // A lease that the customer has refused makes its own calls.
-    ended.report(Refusal::Revoked(RevokedReason::Disabled));
+    ended.report(ended.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     world.clock.advance(EVERY);
-    asks.renew();
+    asks.renew().unwrap();
     let calls = ended.calls();
     assert!(ended.admit().is_err());
     assert_eq!(ended.calls(), calls + 1);
@@ -426,12 +504,12 @@ fn an_envelope_is_not_unwrapped_in_an_outage_that_is_known() {
     lease.admit().unwrap();
     world.kms_is(away());
     for _ in 0..2 {
-        lease.renew();
+        lease.renew().unwrap();
     }
     world.kms_is(None);
     assert_eq!(unwrap(), Ok(()));
     world.kms_is(away());
-    lease.renew();
+    lease.renew().unwrap();
     world.kms_is(None);
     assert!(matches!(unwrap(), Err(KmsError::Unreachable { .. })));
     world.clock.advance(EVERY);

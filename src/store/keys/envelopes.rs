@@ -1,6 +1,6 @@
 //! Drawing, wrapping and unwrapping data keys.
 
-use super::{KeyService, KmsOrEngine};
+use super::{KeyService, KmsOrEngine, leases::LeaseOf};
 use crate::{
     Error, Result,
     config::LogstoreName,
@@ -161,9 +161,12 @@ impl KeyService {
         cmk: &Cmk,
         id: LogstoreId,
     ) -> Result<SecretKey> {
-        let lease = self.new_lease(cmk, self.envelope_probe(section, id)?);
-        let keys =
-            GateKeys { section: Some(section.clone().into()), lease: Some(lease), unproved: None };
+        let lease = self.new_lease(cmk, self.envelope_probe(section, id)?, LeaseOf::MasterKey);
+        let keys = GateKeys {
+            section: Some(section.clone().into()),
+            lease: Some(lease),
+            ..GateKeys::default()
+        };
         self.new_gate(&section.name, id, keys).unwrap(section.current)
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::KeyService;
 use crate::{
     Error, Result,
+    config::ProbeMode,
     ids::LogstoreId,
     keys::{
         envelope::KeysSection,
@@ -15,6 +16,15 @@ use crate::{
     logstore::Meta,
     sync::lock,
 };
+
+/// The Logstores that a lease is for.
+#[derive(Clone, Copy)]
+pub(super) enum LeaseOf {
+    /// All Logstores under the master key.
+    MasterKey,
+    /// One of them.
+    Logstore { id: LogstoreId, standby: bool },
+}
 
 impl KeyService {
     /// The KMS that serves the region of a master key.
@@ -38,11 +48,43 @@ impl KeyService {
         id: LogstoreId,
     ) -> Result<GateKeys> {
         let Some(section) = section else { return Ok(GateKeys::default()) };
-        let lease = match &section.cmk {
-            Some(cmk) => Some(self.lease(cmk, section, id)?),
-            None => None,
+        let (lease, own) = match (&section.cmk, section.probe_mode()) {
+            (None, _) => (None, None),
+            (Some(cmk), ProbeMode::Own) => (Some(self.own_lease(cmk, section, id, false)?), None),
+            (Some(cmk), ProbeMode::Shared) => {
+                (Some(self.lease(cmk, section, id)?), Some(self.own_lease(cmk, section, id, true)?))
+            }
         };
-        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease, unproved: None })
+        Ok(GateKeys { section: Some(Arc::new(section.clone())), lease, own, unproved: None })
+    }
+
+    /// The lease that the envelopes of one Logstore renew. Calls no KMS.
+    fn own_lease(
+        &self,
+        cmk: &Cmk,
+        section: &KeysSection,
+        id: LogstoreId,
+        standby: bool,
+    ) -> Result<Arc<Lease>> {
+        let probe = self.envelope_probe(section, id)?;
+        let mut leases = lock(&self.own_leases);
+        if let Some(lease) = leases.get(&id)
+            && lease.cmk() == cmk
+            && lease.is_standby() == standby
+        {
+            lease.set_probe(probe);
+            return Ok(Arc::clone(lease));
+        }
+        let lease = self.new_lease(cmk, probe, LeaseOf::Logstore { id, standby });
+        leases.insert(id, Arc::clone(&lease));
+        drop(leases);
+        lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
+        Ok(lease)
+    }
+
+    /// Drops the lease of a Logstore that was deleted.
+    pub(crate) fn forget_leases_of(&self, id: LogstoreId) {
+        lock(&self.own_leases).remove(&id);
     }
 
     /// The one lease of a master key. Calls no KMS.
@@ -55,14 +97,18 @@ impl KeyService {
             // An envelope of the Logstore proves as much as a probe does.
             None => self.envelope_probe(section, id)?,
         };
-        let lease = self.new_lease(cmk, probe);
+        let lease = self.new_lease(cmk, probe, LeaseOf::MasterKey);
         lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
         // Another thread may have made the lease in the meantime.
         Ok(Arc::clone(lock(&self.leases).entry(cmk.clone()).or_insert(lease)))
     }
 
     /// A lease that [`KeyService`] does not keep.
-    pub(super) fn new_lease(&self, cmk: &Cmk, probe: Probe) -> Arc<Lease> {
+    pub(super) fn new_lease(&self, cmk: &Cmk, probe: Probe, of: LeaseOf) -> Arc<Lease> {
+        let (logstore, standby) = match of {
+            LeaseOf::MasterKey => (None, false),
+            LeaseOf::Logstore { id, standby } => (Some(id), standby),
+        };
         let breaker = Arc::clone(lock(&self.breakers).entry(cmk.region_id.clone()).or_default());
         Lease::new(LeaseParts {
             cmk: cmk.clone(),
@@ -73,6 +119,8 @@ impl KeyService {
             clock: Arc::clone(&self.env.clock),
             random: Arc::clone(&self.env.random),
             pool: self.renewals.clone(),
+            standby,
+            logstore,
         })
     }
 
@@ -92,7 +140,9 @@ impl KeyService {
     }
 
     pub(super) fn all_leases(&self) -> Vec<Arc<Lease>> {
-        lock(&self.leases).values().cloned().collect()
+        let mut leases: Vec<_> = lock(&self.leases).values().cloned().collect();
+        leases.extend(lock(&self.own_leases).values().cloned());
+        leases
     }
 
     /// Renews the leases that are due, in a store without threads. Calls KMSs.
@@ -112,12 +162,13 @@ impl KeyService {
 
     /// The number of KMS calls that renewed leases since the store was opened.
     pub(crate) fn renewal_calls(&self) -> u64 {
-        lock(&self.leases).values().map(|lease| lease.calls()).sum()
+        self.all_leases().iter().map(|lease| lease.calls()).sum()
     }
 
     /// Drops the leases and ends the threads that renew them.
     pub(crate) fn stop_renewals(&self) {
         lock(&self.leases).clear();
+        lock(&self.own_leases).clear();
         if let Some(renewals) = &self.renewals {
             renewals.stop();
         }

@@ -46,6 +46,8 @@ pub(crate) struct KeyService {
     audit: AuditLog,
     /// The lease of each master key in use. A simulation needs the fixed order of the map.
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
+    /// The lease of each Logstore under a customer's key: for its own envelopes.
+    own_leases: Mutex<BTreeMap<LogstoreId, Arc<Lease>>>,
     /// The circuit breakers, by region, because the region decides which KMS is called.
     breakers: Mutex<BTreeMap<String, Arc<CircuitBreaker>>>,
     /// The threads that renew the leases. `None` in a store without threads.
@@ -68,10 +70,11 @@ impl KeyService {
             counters: Arc::clone(&counters),
             reloads_keyring: env.read_only,
         });
-        let renewals = env.has_threads().then(|| RenewalPool::new(Arc::clone(&env.clock)));
+        let renewals = env.has_threads().then(RenewalPool::new);
         let leases = Mutex::new(LockRank::Leases, BTreeMap::new());
+        let own_leases = Mutex::new(LockRank::OwnLeases, BTreeMap::new());
         let breakers = Mutex::new(LockRank::Circuits, BTreeMap::new());
-        Self { env, kms, keyring, context, counters, audit, leases, breakers, renewals }
+        Self { env, kms, keyring, context, counters, audit, leases, own_leases, breakers, renewals }
     }
 
     /// Refuses to work in a process that `fork` made: parent and child would use the same sequence
@@ -121,7 +124,8 @@ impl KeyService {
 
     /// The counters of the store and of each lease.
     pub(crate) fn metrics(&self) -> StoreMetrics {
-        let leases = self.all_leases();
+        let mut leases = self.all_leases();
+        leases.retain(|lease| !lease.is_unused());
         self.counters.snapshot(leases.iter().map(|lease| lease.metrics()).collect())
     }
 

@@ -103,6 +103,7 @@ impl<'a> Administration<'a> {
     pub(crate) fn close_deleted(&mut self, name: &LogstoreName) {
         let open = lock(&self.registry.open).remove(name);
         if let Some(open) = open {
+            self.registry.keys.forget_leases_of(open.id);
             open.delete();
         }
     }
@@ -177,13 +178,13 @@ impl<'a> Administration<'a> {
                 logstore.gate.halt(error);
             }
         })?;
-        let lease =
+        let leases =
             saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
         for paused in &paused {
             paused.note_head();
         }
         drop(paused);
-        hear_of_loss(logstore, lease);
+        hear_of_loss(logstore, &leases);
         Ok(())
     }
 
@@ -235,17 +236,17 @@ impl SavedMeta {
         Change::Replaced { name, id, generation: self.meta.generation, tag: self.meta.tag }
     }
 
-    /// Puts the metadata in force in memory, after the commit. The caller passes the lease, if
-    /// there is one, to [`hear_of_loss`].
-    pub(crate) fn take_effect(self, disk: &dyn Disk, keyring_version: u32) -> Option<Arc<Lease>> {
-        let lease = self.gate_keys.and_then(|keys| use_keys(&self.logstore, keys));
+    /// Puts the metadata in force in memory, after the commit. The caller passes the leases to
+    /// [`hear_of_loss`].
+    pub(crate) fn take_effect(self, disk: &dyn Disk, keyring_version: u32) -> Vec<Arc<Lease>> {
+        let leases = self.gate_keys.map(|keys| use_keys(&self.logstore, keys)).unwrap_or_default();
         let current = self.meta.reference();
         self.logstore.set_meta(self.meta, keyring_version);
         if let Err(error) = remove_older_meta(disk, &self.logstore.dir, &current) {
             // No reader uses it any more. The next change and the next opening try again.
             warn!(logstore = %self.logstore.name, %error, "older metadata not removed");
         }
-        lease
+        leases
     }
 }
 
@@ -289,22 +290,23 @@ fn end_segments(logstore: &LogstoreShared) -> Result<()> {
     logstore.shards.iter().try_for_each(|shard| shard.end_segment_if(|_| true).map(drop))
 }
 
-/// Puts changed keys into the gate of a Logstore. Returns their lease, which the caller passes to
+/// Puts changed keys into the gate of a Logstore. Returns their leases, which the caller passes to
 /// [`hear_of_loss`] after the metadata is in force.
-pub(super) fn use_keys(logstore: &LogstoreShared, keys: GateKeys) -> Option<Arc<Lease>> {
-    let lease = keys.lease.clone();
+pub(super) fn use_keys(logstore: &LogstoreShared, keys: GateKeys) -> Vec<Arc<Lease>> {
+    let leases = keys.leases().cloned().collect();
     logstore.gate.replace_keys(keys);
-    lease
+    leases
 }
 
-/// Makes a Logstore listen to its lease, and reports a loss that happened before it listened.
-pub(crate) fn hear_of_loss(logstore: &Arc<LogstoreShared>, lease: Option<Arc<Lease>>) {
-    let Some(lease) = lease else { return };
-    let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(logstore);
-    lease.listen(listener);
-    // The lease may have reported a loss to its listeners just before this one was added.
-    if let Some(Err(refusal)) = lease.told() {
-        logstore.lost(&refusal);
-        logstore.note_lost(&refusal);
+/// Makes a Logstore listen to its leases, and reports a loss that happened before it listened.
+pub(crate) fn hear_of_loss(logstore: &Arc<LogstoreShared>, leases: &[Arc<Lease>]) {
+    for lease in leases {
+        let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(logstore);
+        lease.listen(listener);
+        // The lease may have reported a loss to its listeners just before this one was added.
+        if let Some(Err(refusal)) = lease.told() {
+            logstore.lost(&refusal);
+            logstore.note_lost(&refusal);
+        }
     }
 }

@@ -109,9 +109,9 @@ impl Registry {
         if meta.generation > known {
             let keys = self.keys.loaded_keys(&meta, logstore.id)?;
             let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
-            let lease = if changed { use_keys(logstore, keys) } else { None };
+            let leases = if changed { use_keys(logstore, keys) } else { Vec::new() };
             logstore.set_meta(meta, self.keys.keyring().newest());
-            hear_of_loss(logstore, lease);
+            hear_of_loss(logstore, &leases);
         }
         Ok(())
     }

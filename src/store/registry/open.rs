@@ -69,7 +69,7 @@ impl Registry {
 
     fn build(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
         let keys = self.keys.loaded_keys(&meta, entry.id)?;
-        let lease = keys.lease.clone();
+        let leases: Vec<_> = keys.leases().cloned().collect();
         let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
         let plan = Arc::new(RwLock::new(
             LockRank::WritePlan,
@@ -104,10 +104,10 @@ impl Registry {
                 (self.this.clone(), self.env.options.revalidate_every);
             logstore.gate.follow_with(writer, Arc::clone(&self.env.clock), every);
         }
-        if let Some(lease) = lease {
+        for lease in leases {
             let listener: Weak<dyn LeaseListener> = Arc::<LogstoreShared>::downgrade(&logstore);
             lease.listen(listener);
-            // The lease reported its state to its other listeners before this one was added.
+            // The lease may have reported its state to its listeners before this one was added.
             match lease.told() {
                 Some(Ok(())) => logstore.recovered(),
                 Some(Err(refusal)) => logstore.note_lost(&refusal),
