@@ -9,6 +9,7 @@ mod aliyun;
 mod python;
 
 use std::{
+    env, fs,
     path::Path,
     process::Command,
     sync::{Mutex, Once},
@@ -16,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aliyun::{Aliyun, Fault, REGION, ROLE, SERVICE_ID, SERVICE_SECRET, error_body};
+use aliyun::{Aliyun, Fault, OIDC_TOKEN, REGION, ROLE, SERVICE_ID, SERVICE_SECRET, error_body};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use envelog::{
     crypto::SecretKey,
@@ -388,6 +389,111 @@ fn the_services_own_login_refused_is_no_revocation() {
         world.kms = world.kms.clone().with_access_key(id, secret);
         assert_eq!(world.outcome(&wrapped), "Unreachable");
     }
+}
+
+/// Set in the child process that runs a test body with the credentials of a pod.
+const IN_POD: &str = "ENVELOG_TEST_IN_POD";
+
+/// Runs a test in its own process with the variables of a pod in the environment. Changing the
+/// environment of this process while other tests run would be unsound.
+fn in_pod(test: &str, body: fn(World)) {
+    if env::var_os(IN_POD).is_some() {
+        let mut world = World::new();
+        let kms = AliyunKms::new(REGION).unwrap().with_endpoint(&world.aliyun.endpoint()).unwrap();
+        world.kms = kms.with_sts_endpoint(&world.aliyun.endpoint()).unwrap();
+        return body(world);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token");
+    fs::write(&token, OIDC_TOKEN).unwrap();
+    let mut command = Command::new(env::current_exe().unwrap());
+    for (name, _) in env::vars_os() {
+        if name.to_string_lossy().starts_with("ALIBABA_CLOUD_") {
+            command.env_remove(name);
+        }
+    }
+    command
+        .env("ALIBABA_CLOUD_ROLE_ARN", "acs:ram::1:role/log-service")
+        .env("ALIBABA_CLOUD_OIDC_PROVIDER_ARN", "acs:ram::1:oidc-provider/ack")
+        .env("ALIBABA_CLOUD_OIDC_TOKEN_FILE", token);
+    let out = command.args(["--exact", test, "--nocapture"]).env(IN_POD, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+#[test]
+fn kept_credentials_that_are_refused_are_fetched_again_in_the_same_call() {
+    in_pod("kept_credentials_that_are_refused_are_fetched_again_in_the_same_call", |world| {
+        let wrapped = world.wrap().unwrap();
+        assert_eq!(world.unwrap(&wrapped), Ok(KEY));
+        let first =
+            ["AssumeRoleWithOIDC", "AssumeRole", "GenerateDataKey", "AssumeRole", "Decrypt"];
+        assert_eq!(world.actions(), first);
+        for (status, code) in [
+            (403, "NoPermission"),
+            (404, "InvalidAccessKeyId.NotFound"),
+            (400, "InvalidAccessKeyId.Inactive"),
+            (400, "InvalidSecurityToken.Expired"),
+            (400, "InvalidSecurityToken.Malformed"),
+            (400, "SignatureDoesNotMatch"),
+            (403, "SomethingNew"),
+        ] {
+            world.aliyun.refuse_sessions(status, code);
+            assert_eq!(world.unwrap(&wrapped), Ok(KEY), "{code}");
+            let again = ["AssumeRole", "AssumeRoleWithOIDC", "AssumeRole", "Decrypt"];
+            assert_eq!(world.actions(), again, "{code}");
+            assert_eq!(world.unwrap(&wrapped), Ok(KEY), "{code}");
+            assert_eq!(world.actions(), ["AssumeRole", "Decrypt"], "{code}");
+        }
+        // A refusal of the new ones too is the role's, and each call looks for new ones once.
+        world.aliyun.set_role(Some(false));
+        for _ in 0..2 {
+            assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "NotPermitted");
+            assert_eq!(world.actions(), ["AssumeRole", "AssumeRoleWithOIDC", "AssumeRole"]);
+        }
+        // Other failures say nothing about the credentials.
+        world.aliyun.set_role(Some(true));
+        for (fault, expected) in [
+            (Fault::code(503, "ServiceUnavailable"), "Unreachable"),
+            (Fault::code(400, "Throttling.User"), "Unreachable"),
+            (Fault::Answer(403, "<html>".to_owned()), "Unreachable"),
+            (Fault::code(400, "InvalidParameter.RoleArn"), "Invalid"),
+        ] {
+            world.aliyun.set_fault("AssumeRole", Some(fault.clone()));
+            assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), expected, "{fault:?}");
+            assert_eq!(world.actions(), ["AssumeRole"], "{fault:?}");
+        }
+    });
+}
+
+#[test]
+fn a_refusal_holds_if_no_newer_credentials_can_be_had() {
+    in_pod("a_refusal_holds_if_no_newer_credentials_can_be_had", |mut world| {
+        let wrapped = world.wrap().unwrap();
+        world.timeout = Duration::from_secs(3);
+        for fault in [
+            Fault::code(503, "ServiceUnavailable"),
+            Fault::code(400, "AuthenticationFail.OIDCToken.Expired"),
+            Fault::Answer(200, "{}".to_owned()),
+            Fault::Close,
+            Fault::Hang,
+            Fault::Trickle,
+        ] {
+            let what = format!("{fault:?}");
+            world.aliyun.set_fault("AssumeRoleWithOIDC", Some(fault));
+            world.aliyun.set_role(Some(false));
+            let began = Instant::now();
+            assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "NotPermitted", "{what}");
+            // The refusal is reported in time.
+            assert!(began.elapsed() < world.timeout, "{what}: {:?}", began.elapsed());
+            world.aliyun.set_role(Some(true));
+            assert_eq!(world.unwrap(&wrapped), Ok(KEY), "{what}: the kept ones stay");
+        }
+    });
 }
 
 #[test]

@@ -1,12 +1,15 @@
 //! The command-line arguments and their help texts.
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, segment::Compression};
 use tracing_subscriber::filter::Targets;
 
-use crate::values::{bytes, duration, position, seconds};
+use crate::{
+    settings::{SWITCH, StoreSettings},
+    values::{bytes, position, seconds, switch},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -30,69 +33,51 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// Options that every command accepts.
+/// Options that every command accepts. Each of them but `--settings` is a setting: the module
+/// `settings` adds its environment variable, and its place in a settings file.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
-    /// The directory of the store
-    #[arg(long, global = true, env = "ENVELOG_STORE", value_name = "DIR", default_value = "./envelog-data",
-          value_hint = ValueHint::DirPath)]
-    pub(crate) store: PathBuf,
+    /// A file of settings, in TOML: the global options by name. An option of the command line
+    /// precedes an environment variable, which precedes the file
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) settings: Option<PathBuf>,
+    /// The directory of the store [default: ./envelog-data]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) store: Option<PathBuf>,
     /// The service keyring [default: the store's path + ".keyring"]
-    #[arg(long, global = true, env = "ENVELOG_KEYRING", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(long, global = true, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) keyring: Option<PathBuf>,
-    /// Accept a service keyring that its group may read, and create new ones that way (mode 0640
-    /// instead of 0600)
-    #[arg(long, global = true)]
-    pub(crate) keyring_group: bool,
-    /// Open a store for writing on a network file system, although its locks may not exclude a
-    /// writer on another machine
-    #[arg(long, global = true)]
-    pub(crate) allow_network_fs: bool,
     /// The anchor: a directory on another volume that records how far the store is written. Once a
     /// store has an anchor, opening it for writing requires the anchor
-    #[arg(long, global = true, env = "ENVELOG_ANCHOR", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) anchor: Option<PathBuf>,
     /// Do not compare the store with its anchor. Opening it for writing with --anchor as well
     /// restarts the anchor from the store's current state
-    #[arg(long, global = true)]
-    pub(crate) without_anchor: bool,
+    #[arg(long, global = true, value_name = SWITCH, value_parser = switch)]
+    pub(crate) without_anchor: Option<bool>,
     /// Accept data that a retired version of the service key authenticates, to read a backup that
     /// is known to be good
-    #[arg(long, global = true)]
-    pub(crate) accept_retired: bool,
-    /// Let the group read the files and directories that the store creates (modes 0640 and 0750
-    /// instead of 0600 and 0700)
-    #[arg(long, global = true)]
-    pub(crate) group_read: bool,
+    #[arg(long, global = true, value_name = SWITCH, value_parser = switch)]
+    pub(crate) accept_retired: Option<bool>,
     /// The directory of the embedded KMS [default: the store's path + ".kms"]
-    #[arg(long, global = true, env = "ENVELOG_KMS_DIR", value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(long, global = true, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) kms_dir: Option<PathBuf>,
     /// A KMS, such as local:DIR; may be given several times: the first that serves a key's region
-    /// is used
-    #[arg(long, global = true, value_name = "URL")]
+    /// is used. The environment variable has one URL a line
+    #[arg(long, global = true, value_name = "URL", value_delimiter = '\n')]
     pub(crate) kms: Vec<String>,
     /// Print results and errors as JSON
-    #[arg(long, global = true)]
-    pub(crate) json: bool,
+    #[arg(long, global = true, value_name = SWITCH, value_parser = switch)]
+    pub(crate) json: Option<bool>,
     /// Log to standard error; repeat for more detail, up to three times
     #[arg(short, long, global = true, action = ArgAction::Count)]
     pub(crate) verbose: u8,
     /// Log filter, such as info, or warn,envelog::keys=debug; replaces --verbose
-    #[arg(long, global = true, env = "ENVELOG_LOG", value_name = "FILTER")]
+    #[arg(long, global = true, value_name = "FILTER")]
     pub(crate) log: Option<Targets>,
-    /// How often to ask the KMS whether a key may still be used, such as 500ms, 30s, 5m [default:
-    /// 30s]
-    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
-    pub(crate) revalidate_every: Option<Duration>,
-    /// Timeout of one KMS call; a refusal takes effect within --revalidate-every plus this
-    /// [default: 1s]
-    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
-    pub(crate) kms_timeout: Option<Duration>,
-    /// How long a key stays usable after the last good answer while the KMS cannot be reached
-    /// [default: 5m]
-    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
-    pub(crate) outage_grace: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) of_store: StoreSettings,
 }
 
 #[derive(Debug, Subcommand)]
@@ -218,6 +203,12 @@ Examples:
   envelog bench /var/log/syslog --dir /mnt/data
   envelog bench --seconds 1 --json | jq '.rows[] | select(.what == \"append\")'")]
     Bench(BenchArgs),
+    /// Show the settings in force, and where each comes from
+    #[command(after_help = "\
+Examples:
+  envelog --settings /etc/envelog/settings.toml settings
+  envelog settings --json | jq '.settings[] | select(.source != \"default\")'")]
+    Settings,
     /// Print the completion script of a shell
     #[command(after_help = "\
 Examples:
@@ -687,19 +678,5 @@ impl Format {
     /// The requested format, or else JSON with `--json` and raw without it.
     pub(crate) fn choose(asked: Option<Self>, json: bool) -> Self {
         asked.unwrap_or(if json { Format::Json } else { Format::Raw })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-
-    use clap::CommandFactory;
-
-    use super::*;
-
-    #[test]
-    fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
     }
 }

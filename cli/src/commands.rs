@@ -9,19 +9,22 @@ mod keys;
 mod kms;
 mod logstore;
 mod read;
+mod settings;
 mod status;
 mod verify;
 
 use crate::{
-    args::{Cli, Command},
+    args::Command,
     exit::{Failure, Result},
+    settings::Given,
     setup::Setup,
 };
 
 /// Runs the command that the arguments select.
-pub(crate) fn run(cli: Cli) -> Result {
-    let setup = Setup::new(cli.global)?;
-    match cli.command {
+pub(crate) fn run(given: Given) -> Result {
+    let setup = Setup::new(given.cli.global.clone())?;
+    match given.cli.command {
+        Command::Settings => settings::run(&setup, &given),
         Command::Demo(args) => demo::run(&setup, &args),
         Command::Create(args) => logstore::create(&setup, &args),
         Command::Get(args) => logstore::get(&setup, &args),

@@ -163,22 +163,28 @@ fn open_file(path: &Path) -> Result<File> {
 
 /// The value of an option that is a literal text, `@FILE`, or `-` for standard input.
 pub(crate) fn text_argument(argument: &str) -> Result<String> {
+    match argument.strip_prefix('@') {
+        Some(path) => read_text(Path::new(path)),
+        None if argument == "-" => read_limited(argument, io::stdin()),
+        None => Ok(argument.to_owned()),
+    }
+}
+
+/// Reads a configuration from a regular file.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    read_limited(&path.display().to_string(), open_regular(path)?)
+}
+
+fn read_limited(name: &str, source: impl Read) -> Result<String> {
     let mut text = String::new();
-    let read = match argument.strip_prefix('@') {
-        Some(path) => {
-            open_regular(Path::new(path))?.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text)
-        }
-        None if argument == "-" => io::stdin().take(TEXT_BYTES_MAX + 1).read_to_string(&mut text),
-        None => return Ok(argument.to_owned()),
-    };
-    match read {
+    match source.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text) {
         Ok(len) if len as u64 > TEXT_BYTES_MAX => {
             let message = format!(
-                "{argument} is too large: a configuration may have at most {TEXT_BYTES_MAX} bytes"
+                "{name} is too large: a configuration may have at most {TEXT_BYTES_MAX} bytes"
             );
             Err(Failure::new(Status::Other, "too_large", message))
         }
         Ok(_) => Ok(text),
-        Err(error) => Err(Failure::other(format!("cannot read {argument}: {error}"))),
+        Err(error) => Err(Failure::other(format!("cannot read {name}: {error}"))),
     }
 }

@@ -8,11 +8,13 @@ mod interrupt;
 mod lines;
 mod output;
 mod record;
+mod settings;
 mod setup;
 mod values;
 
 use std::{
     borrow::Cow,
+    env,
     ffi::OsString,
     io::{self, Write},
     os::unix::ffi::OsStrExt,
@@ -20,27 +22,33 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, error::ErrorKind};
+use clap::error::ErrorKind;
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
 
-use args::Cli;
 use exit::{Failure, Status};
 use output::Kind;
+use settings::Refused;
 
 fn main() -> ExitCode {
     forbid_core_dumps();
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => return refuse_arguments(&error),
+    let args: Vec<OsString> = env::args_os().collect();
+    let given = match settings::parse(&args) {
+        Ok(given) => given,
+        Err(Refused::Arguments(error)) => return refuse_arguments(&error, &args),
+        Err(Refused::File(failure, json)) => {
+            failure.report(json);
+            return failure.status().into();
+        }
     };
-    let json = cli.global.json;
+    let global = &given.cli.global;
+    let json = global.json.unwrap_or(false);
     report_panics(json);
-    show_events(cli.global.verbose, cli.global.log.clone());
-    match catch_unwind(AssertUnwindSafe(|| commands::run(cli))) {
+    show_events(global.verbose, global.log.clone());
+    match catch_unwind(AssertUnwindSafe(|| commands::run(given))) {
         Ok(Ok(())) => Status::Done.into(),
         // The panic hook has printed the message.
         Err(_) => Status::Other.into(),
@@ -94,34 +102,35 @@ fn report_panics(json: bool) {
 
 /// Prints help and version to standard output. Any other error is a usage error, printed as JSON
 /// with `--json`.
-fn refuse_arguments(error: &clap::Error) -> ExitCode {
+fn refuse_arguments(error: &clap::Error, args: &[OsString]) -> ExitCode {
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         let _ = error.print();
         return Status::Done.into();
     }
-    if std::env::args_os().any(|arg| arg == "--json") {
-        let text = error.to_string();
-        // JSON gets only the first paragraph: the usage and the hint after it are for people.
-        let said: Vec<&str> =
-            text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-        let said = said.join(" ");
+    let json = settings::asks_for_json(args);
+    let sentence = match error.kind() {
         // For a missing subcommand, clap's message is only the help text.
-        let said = match error.kind() {
-            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                "a command is missing; --help lists them"
-            }
-            _ => said.trim_start_matches("error: "),
-        };
-        Failure::usage(said).report(true);
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            "a command is missing; --help lists them".to_owned()
+        }
+        _ => settings::sentence(error),
+    };
+    let variable = settings::refused_variable(error, args);
+    if let Some(variable) = variable {
+        Failure::usage(format!("{variable}: {sentence}")).report(json);
+    } else if json {
+        Failure::usage(sentence).report(true);
     } else {
         // clap colours messages with escape sequences. Keep them only if no argument can have added
         // its own.
-        let is_plain = |text: OsString| {
+        let is_plain = |text: &OsString| {
             matches!(output::for_stderr(text.as_bytes(), Kind::Line), Cow::Borrowed(_))
         };
-        let variables =
-            std::env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"));
-        if std::env::args_os().chain(variables.map(|(_, value)| value)).all(is_plain) {
+        let variables: Vec<OsString> = env::vars_os()
+            .filter(|(name, _)| name.as_bytes().starts_with(b"ENVELOG_"))
+            .map(|(_, value)| value)
+            .collect();
+        if args.iter().chain(&variables).all(is_plain) {
             let _ = error.print();
         } else {
             let _ = io::stderr()

@@ -18,7 +18,11 @@ use crate::{
     args::Global,
     exit::{Failure, Result},
     input, output,
+    settings::StoreSettings,
 };
+
+/// The store, if no setting names one.
+const STORE: &str = "./envelog-data";
 
 /// The paths and settings of a run.
 pub(crate) struct Setup {
@@ -40,23 +44,20 @@ pub(crate) struct Setup {
 impl Setup {
     pub(crate) fn new(global: Global) -> Result<Self> {
         let Global {
+            settings: _,
             store,
             keyring,
-            keyring_group,
-            group_read,
-            allow_network_fs,
             anchor,
             without_anchor,
             accept_retired,
             kms_dir,
             kms,
             json,
-            revalidate_every,
-            kms_timeout,
-            outage_grace,
             verbose: _,
             log: _,
+            of_store: StoreSettings(options),
         } = global;
+        let store = store.unwrap_or_else(|| PathBuf::from(STORE));
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
         let kms = kms
             .iter()
@@ -65,15 +66,6 @@ impl Setup {
                     .map_err(|error| Failure::refused("kms_unsupported", error.to_string()))
             })
             .collect::<Result<_>>()?;
-        let mut options = StoreOptions::default();
-        options.outage_grace = outage_grace.unwrap_or(options.outage_grace);
-        // If only the grace period is shortened, shorten the revalidation interval with it.
-        options.revalidate_every =
-            revalidate_every.unwrap_or_else(|| options.revalidate_every.min(options.outage_grace));
-        options.kms_timeout = kms_timeout.unwrap_or(options.kms_timeout);
-        options.keyring_group_read = keyring_group;
-        options.group_read = group_read;
-        options.allow_network_fs = allow_network_fs;
         let inside = |dir: &PathBuf| {
             let (anchor, store) = (dir.canonicalize().ok()?, store.canonicalize().ok()?);
             anchor.starts_with(store).then_some(())
@@ -95,9 +87,9 @@ impl Setup {
             kms,
             options,
             anchor,
-            without_anchor,
-            accept_retired,
-            json,
+            without_anchor: without_anchor.unwrap_or(false),
+            accept_retired: accept_retired.unwrap_or(false),
+            json: json.unwrap_or(false),
         })
     }
 

@@ -6,13 +6,43 @@ use envelog::Position;
 use jiff::SignedDuration;
 
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let duration =
-        text.parse::<SignedDuration>().ok().and_then(|duration| Duration::try_from(duration).ok());
-    match duration {
-        Some(Duration::ZERO) => Err("it must be greater than zero".to_owned()),
-        Some(duration) => Ok(duration),
-        None => Err("give a number and a unit, such as 500ms, 30s, 5m".to_owned()),
+    match delay(text)? {
+        Duration::ZERO => Err("it must be greater than zero".to_owned()),
+        duration => Ok(duration),
     }
+}
+
+/// Parses a duration that may be zero.
+pub(crate) fn delay(text: &str) -> Result<Duration, String> {
+    let duration = text.parse::<SignedDuration>().ok();
+    duration
+        .and_then(|duration| Duration::try_from(duration).ok())
+        .ok_or_else(|| "give a number and a unit, such as 500ms, 30s, 5m".to_owned())
+}
+
+/// Writes a duration in its largest unit that leaves no fraction, as [`delay`] parses it.
+pub(crate) fn show_duration(duration: Duration) -> String {
+    let nanos = duration.as_nanos();
+    let units = [("h", 3_600_000_000_000), ("m", 60_000_000_000), ("s", 1_000_000_000)];
+    let small_units = [("ms", 1_000_000), ("us", 1000), ("ns", 1)];
+    let mut units = units.into_iter().chain(small_units);
+    match units.find(|(_, unit)| nanos != 0 && nanos.is_multiple_of(*unit)) {
+        Some((name, unit)) => format!("{}{name}", nanos / unit),
+        None => "0s".to_owned(),
+    }
+}
+
+/// Parses a yes or no.
+pub(crate) fn switch(text: &str) -> Result<bool, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Ok(true),
+        "false" | "no" | "off" | "0" => Ok(false),
+        _ => Err("give true or false".to_owned()),
+    }
+}
+
+pub(crate) fn count(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| "give a number, such as 4".to_owned())
 }
 
 /// Parses a number of bytes with an optional unit: `65536`, `64KiB`, `3 GiB`, `10MB`.
@@ -38,6 +68,16 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
             number.checked_mul(factor).ok_or_else(|| "that is too large".to_owned())
         }
         _ => Err("give a number of bytes, such as 65536, 64KiB, 10GiB".to_owned()),
+    }
+}
+
+/// Writes a number of bytes in its largest binary unit that leaves no fraction, as [`bytes`] parses
+/// it.
+pub(crate) fn show_bytes(bytes: u64) -> String {
+    let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    match units.into_iter().find(|(_, bits)| bytes != 0 && bytes.is_multiple_of(1 << bits)) {
+        Some((name, bits)) => format!("{}{name}", bytes >> bits),
+        None => bytes.to_string(),
     }
 }
 
@@ -96,6 +136,52 @@ mod tests {
         }
         for bad in ["", "KiB", "-1", "1.5MiB", "1 parsec", "99999999999TiB"] {
             assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_and_sizes_are_written_as_they_are_parsed() {
+        for (nanos, text) in [
+            (0, "0s"),
+            (1, "1ns"),
+            (1000, "1us"),
+            (1_500_000_000, "1500ms"),
+            (30_000_000_000, "30s"),
+            (90_000_000_000, "90s"),
+            (300_000_000_000, "5m"),
+            (86_400_000_000_000, "24h"),
+            (i64::MAX as u64, "9223372036854775807ns"),
+        ] {
+            let duration = Duration::from_nanos(nanos);
+            assert_eq!(show_duration(duration), text);
+            assert_eq!(delay(text), Ok(duration));
+        }
+        for (number, text) in [
+            (0, "0"),
+            (1, "1"),
+            (1024, "1KiB"),
+            (10_000_000, "10000000"),
+            (64 << 20, "64MiB"),
+            (3 << 30, "3GiB"),
+            (u64::MAX, "18446744073709551615"),
+        ] {
+            assert_eq!(show_bytes(number), text);
+            assert_eq!(bytes(text), Ok(number));
+        }
+    }
+
+    #[test]
+    fn switches_are_words_or_digits() {
+        for (text, on) in [("true", true), ("Yes", true), ("1", true), ("off", false), ("0", false)]
+        {
+            assert_eq!(switch(text), Ok(on));
+        }
+        for bad in ["", "2", "enabled", " true"] {
+            assert!(switch(bad).is_err(), "{bad}");
+        }
+        assert_eq!(count("17"), Ok(17));
+        for bad in ["", "-1", "1.5", "99999999999999999999999"] {
+            assert!(count(bad).is_err(), "{bad}");
         }
     }
 

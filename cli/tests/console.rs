@@ -14,7 +14,7 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 17] = [
+const COMMANDS: [&[&str]; 18] = [
     &["demo"],
     &["create"],
     &["get"],
@@ -31,6 +31,7 @@ const COMMANDS: [&[&str]; 17] = [
     &["keys"],
     &["kms"],
     &["bench"],
+    &["settings"],
     &["completions"],
 ];
 const KEYS: [&str; 8] = [

@@ -80,7 +80,16 @@ mod command_line;
 pub fn values(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = command_line::position(text);
-    let _ = command_line::bytes(text);
+    let _ = command_line::switch(text);
+    let _ = command_line::count(text);
+    if let Ok(bytes) = command_line::bytes(text) {
+        assert_eq!(command_line::bytes(&command_line::show_bytes(bytes)), Ok(bytes));
+    }
+    if let Ok(delay) = command_line::delay(text) {
+        // A duration of centuries, in nanoseconds, is beyond the parser.
+        let shown = command_line::delay(&command_line::show_duration(delay));
+        assert!(shown == Ok(delay) || delay.as_nanos() > i64::MAX as u128, "{delay:?}");
+    }
     if let Ok(duration) = command_line::duration(text) {
         assert!(!duration.is_zero());
     }

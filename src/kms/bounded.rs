@@ -176,8 +176,8 @@ impl BoundedKms {
         self.kms.cmk_version(wrapped)
     }
 
-    pub(crate) fn serves(&self, region_id: &str) -> bool {
-        self.kms.serves(region_id)
+    pub(crate) fn try_serves(&self, region_id: &str) -> Result<bool, KmsError> {
+        self.kms.try_serves(region_id)
     }
 
     /// Wraps a key. Blocks for at most the time limit.

@@ -212,6 +212,10 @@ impl Kms for FaultyKms {
         self.kms.serves(region_id)
     }
 
+    fn try_serves(&self, region_id: &str) -> Result<bool, KmsError> {
+        self.kms.try_serves(region_id)
+    }
+
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
         self.call(Operation::Wrap, call, |answer| match answer {
             Answer::OtherKey => self.kms.wrap(call, &other(key)),

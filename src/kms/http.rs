@@ -43,6 +43,11 @@ impl Deadline {
         Self(SystemClock.uptime().saturating_add(timeout))
     }
 
+    /// The middle of the time that is left.
+    pub(super) fn halfway(self) -> Self {
+        Self::after(self.left().unwrap_or_default() / 2)
+    }
+
     /// The time left, if any.
     pub(super) fn left(self) -> Option<Duration> {
         self.0.checked_sub(SystemClock.uptime()).filter(|left| !left.is_zero())

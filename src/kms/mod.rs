@@ -69,6 +69,8 @@ mod context;
 mod faulty;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
 mod http;
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+mod kept;
 #[cfg(feature = "kms-local")]
 mod local;
 pub(crate) mod meter;
@@ -145,6 +147,19 @@ pub trait Kms: Send + Sync + fmt::Debug {
     /// This is about routing, not about permission or health: a KMS that is down still serves its
     /// regions. A backend answers from its settings where it can, and quickly.
     fn serves(&self, region_id: &str) -> bool;
+
+    /// The answer of [`Kms::serves`], or the reason why a backend that has to look cannot tell. By
+    /// default the answer of `serves`, which never fails.
+    ///
+    /// A KMS that cannot tell takes no region from another one: the engine asks the KMSs behind it.
+    /// If none of them serves the region, the call fails with this reason, and the next call asks
+    /// again.
+    ///
+    /// # Errors
+    /// [`KmsError::Unreachable`] or [`KmsError::Invalid`].
+    fn try_serves(&self, region_id: &str) -> Result<bool, KmsError> {
+        Ok(self.serves(region_id))
+    }
 
     /// Encrypts `key` under the CMK, bound to the context. The result is opaque to the engine,
     /// which stores it.

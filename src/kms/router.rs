@@ -33,24 +33,35 @@ impl KmsRouter {
         &self.watch.meter
     }
 
-    /// The KMS to ask about the master keys of a region.
+    /// The KMS to ask about the master keys of a region. If none serves it and one cannot tell, the
+    /// calls to the returned KMS fail with the reason.
     ///
     /// # Errors
     /// [`NoKms`] when none serves it. A KMS may serve it later: each answers that by itself.
-    pub(crate) fn serving(&self, region: &str) -> Result<&BoundedKms, NoKms> {
-        self.kms
-            .iter()
-            .find(|kms| kms.serves(region))
-            .ok_or_else(|| NoKms { region: region.to_owned() })
+    pub(crate) fn serving(&self, region: &str) -> Result<BoundedKms, NoKms> {
+        let mut unknown = None;
+        for kms in &*self.kms {
+            match kms.try_serves(region) {
+                Ok(true) => return Ok(kms.clone()),
+                Ok(false) => {}
+                Err(why) => unknown = unknown.or_else(|| Some(Unknown { kms: kms.clone(), why })),
+            }
+        }
+        let unknown = unknown.ok_or_else(|| NoKms { region: region.to_owned() })?;
+        Ok(self.stand_in(unknown))
     }
 
-    /// The KMS that serves a region. If none does, a KMS that looks for one at each call.
+    /// The KMS that serves a region. If none is known to serve it, a KMS that looks for one at each
+    /// call.
     pub(crate) fn serving_or_later(&self, region: &str) -> BoundedKms {
-        // The stand-in needs no thread: it fails at once, or makes a call that is bounded already.
-        let later = |_| {
-            BoundedKms::new(Arc::new(Later(self.clone())), self.timeout, true, self.watch.clone())
-        };
-        self.serving(region).cloned().unwrap_or_else(later)
+        let known = self.kms.iter().find(|kms| kms.try_serves(region) == Ok(true));
+        known.cloned().unwrap_or_else(|| self.stand_in(Later(self.clone())))
+    }
+
+    /// A KMS in place of a real one. It needs no thread: it fails at once, or makes a call that is
+    /// bounded already.
+    fn stand_in(&self, kms: impl Kms + 'static) -> BoundedKms {
+        BoundedKms::new(Arc::new(kms), self.timeout, true, self.watch.clone())
     }
 }
 
@@ -91,6 +102,35 @@ impl Kms for Later {
     }
 }
 
+/// Stands in for a KMS that cannot tell whether it serves a region.
+#[derive(Debug)]
+struct Unknown {
+    kms: BoundedKms,
+    why: KmsError,
+}
+
+impl Kms for Unknown {
+    fn name(&self) -> &str {
+        self.kms.name()
+    }
+
+    fn serves(&self, _region_id: &str) -> bool {
+        true
+    }
+
+    fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+        Err(self.why.clone())
+    }
+
+    fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+        Err(self.why.clone())
+    }
+
+    fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
+        self.kms.cmk_version(wrapped)
+    }
+}
+
 #[cfg(test)]
 impl KmsRouter {
     /// A router without any KMS.
@@ -112,6 +152,33 @@ mod tests {
     /// A KMS of one region that unwraps everything to one key, once it is there.
     #[derive(Debug)]
     struct Regional(&'static str, AtomicBool);
+
+    /// A KMS of all regions, once it can look.
+    #[derive(Debug)]
+    struct Blind(Arc<AtomicBool>);
+
+    impl Kms for Blind {
+        fn name(&self) -> &str {
+            "blind"
+        }
+
+        fn serves(&self, region_id: &str) -> bool {
+            self.try_serves(region_id).unwrap_or(false)
+        }
+
+        fn try_serves(&self, _region_id: &str) -> Result<bool, KmsError> {
+            let blind = || KmsError::Unreachable { detail: "it is dark".to_owned() };
+            self.0.load(Ordering::SeqCst).then_some(true).ok_or_else(blind)
+        }
+
+        fn wrap(&self, _call: &KmsCall<'_>, _key: &SecretKey) -> Result<Vec<u8>, KmsError> {
+            Ok(b"blind".to_vec())
+        }
+
+        fn unwrap(&self, _call: &KmsCall<'_>, _wrapped: &[u8]) -> Result<SecretKey, KmsError> {
+            Ok(SecretKey::from_bytes(&mut [8; 32]))
+        }
+    }
 
     impl Kms for Regional {
         fn name(&self) -> &str {
@@ -153,5 +220,28 @@ mod tests {
         assert_eq!(unwrap(), Ok(()));
         let key = SecretKey::from_bytes(&mut [7; 32]);
         assert_eq!(later.wrap(&cmk("eu"), EncryptionContext::new(), &key), Ok(b"eu".to_vec()));
+    }
+
+    #[test]
+    fn a_kms_that_cannot_tell_takes_no_region_and_no_lease() {
+        let sees = Arc::new(AtomicBool::new(false));
+        let all: [Arc<dyn Kms>; 2] =
+            [Arc::new(Blind(Arc::clone(&sees))), Arc::new(Regional("cn", AtomicBool::new(true)))];
+        let clock = Arc::new(crate::io::SystemClock);
+        let router = KmsRouter::new(&all, Duration::from_secs(1), true, clock);
+        assert_eq!(router.serving("cn").unwrap().name(), "cn");
+        assert_eq!(router.serving_or_later("cn").name(), "cn");
+        let (now, later) = (router.serving("eu").unwrap(), router.serving_or_later("eu"));
+        assert_eq!((now.name(), later.name()), ("blind", "none"));
+        let dark = Err(KmsError::Unreachable { detail: "it is dark".to_owned() });
+        let key = SecretKey::from_bytes(&mut [7; 32]);
+        for kms in [&now, &later] {
+            let unwrapped = kms.unwrap(&cmk("eu"), EncryptionContext::new(), b"wrapped");
+            assert_eq!(unwrapped.map(|_| ()), dark);
+            assert_eq!(kms.wrap(&cmk("eu"), EncryptionContext::new(), &key).map(|_| ()), dark);
+        }
+        sees.store(true, Ordering::SeqCst);
+        assert_eq!(later.wrap(&cmk("eu"), EncryptionContext::new(), &key), Ok(b"blind".to_vec()));
+        assert_eq!(router.serving_or_later("eu").name(), "blind");
     }
 }

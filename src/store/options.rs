@@ -116,11 +116,12 @@ impl StoreOptions {
         Self { hash_payloads: false, ..self }
     }
 
-    /// Checks that each setting is in its range.
+    /// Checks that each setting is in its range. The builder does so too, when it creates or opens
+    /// a store.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`].
-    pub(super) fn check(&self) -> Result<()> {
+    /// [`Error::InvalidArgument`], which names the first setting that is not.
+    pub fn check(&self) -> Result<()> {
         let hour = Duration::from_secs(3600);
         let (ms, s) = (Duration::from_millis, Duration::from_secs);
         let ranges = [

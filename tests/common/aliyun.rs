@@ -93,6 +93,8 @@ struct State {
     /// The existing roles, and whether each trusts the service.
     roles: BTreeMap<String, bool>,
     sessions: BTreeMap<String, Session>,
+    /// The sessions that `AssumeRole` refuses, each with this status and code.
+    refused: BTreeMap<String, (u16, &'static str)>,
     nonces: BTreeSet<String>,
     faults: BTreeMap<String, Fault>,
     seen: Vec<Seen>,
@@ -120,6 +122,7 @@ impl Aliyun {
             keys: BTreeMap::new(),
             roles: BTreeMap::from([(ROLE.to_owned(), true)]),
             sessions: BTreeMap::new(),
+            refused: BTreeMap::new(),
             nonces: BTreeSet::new(),
             faults: BTreeMap::new(),
             seen: Vec::new(),
@@ -238,6 +241,12 @@ impl Aliyun {
         self.state().sessions.insert(id.to_owned(), session);
     }
 
+    /// Makes `AssumeRole` refuse the sessions that exist now, as after a role was replaced.
+    pub(crate) fn refuse_sessions(&self, status: u16, code: &'static str) {
+        let mut state = self.state();
+        state.refused = state.sessions.keys().map(|id| (id.clone(), (status, code))).collect();
+    }
+
     /// The secrets issued so far.
     pub(crate) fn secrets(&self) -> Vec<String> {
         let state = self.state();
@@ -307,6 +316,11 @@ impl Aliyun {
         };
         match seen.action.as_str() {
             "AssumeRole" => {
+                let authorization = &seen.headers["authorization"];
+                let signer = authorization.split(['=', ',']).nth(1).unwrap_or_default();
+                if let Some(&(status, code)) = state.refused.get(signer) {
+                    return Err(refuse(status, code));
+                }
                 let arn = parameter("RoleArn")?;
                 if parameter("RoleSessionName")?.len() < 2 || parameter("DurationSeconds")? != "900"
                 {

@@ -7,6 +7,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::{
+    env,
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -50,10 +51,10 @@ impl World {
     /// The binary with these arguments, in the directory, without inherited settings.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envelog"));
-        for variable in
-            ["ENVELOG_STORE", "ENVELOG_KEYRING", "ENVELOG_KMS_DIR", "ENVELOG_ANCHOR", "ENVELOG_LOG"]
-        {
-            command.env_remove(variable);
+        for (variable, _) in env::vars_os() {
+            if variable.to_string_lossy().starts_with("ENVELOG_") {
+                command.env_remove(variable);
+            }
         }
         // The program must not print a backtrace even if the environment asks for one.
         command.env("RUST_BACKTRACE", "1").current_dir(self.dir.path()).args(args);

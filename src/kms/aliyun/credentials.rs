@@ -18,13 +18,15 @@ use super::{
 };
 use crate::{
     io::{Clock, SystemClock, read_configured},
-    kms::http::{Answer, Deadline, Http},
-    sync::{Mutex, lock},
+    kms::{
+        http::{Answer, Deadline, Http},
+        kept::{Fetched, Kept, Login, Own},
+    },
 };
 
-/// How long fetched credentials are kept. The shortest credentials that a server issues last for 15
-/// minutes.
-const KEPT: Duration = Duration::from_secs(5 * 60);
+/// How long fetched credentials are kept before newer ones are looked for. The shortest credentials
+/// that a server issues last for 15 minutes.
+const FRESH: Duration = Duration::from_secs(5 * 60);
 /// The largest profile or token file, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// The metadata service of an ECS instance, at a link-local address that only the instance itself
@@ -60,19 +62,35 @@ pub(super) struct Assumed {
     pub(super) credentials: Issued,
 }
 
+/// Credentials of the service's own, and the time by which the service had them.
+pub(super) struct ServiceLogin {
+    pub(super) credentials: Credentials,
+    since: Duration,
+}
+
+impl From<Credentials> for ServiceLogin {
+    fn from(credentials: Credentials) -> Self {
+        Self { credentials, since: SystemClock.uptime() }
+    }
+}
+
+impl Login for ServiceLogin {
+    fn id(&self) -> &str {
+        &self.credentials.id
+    }
+
+    fn is_fresh(&self) -> bool {
+        SystemClock.uptime() < self.since + FRESH
+    }
+}
+
 /// The source of the service's credentials.
 #[derive(Clone)]
 pub(super) enum Source {
     /// Given by the embedder.
-    Fixed(Arc<Credentials>),
+    Fixed(Arc<ServiceLogin>),
     /// The sources of the official SDKs, in their order.
-    Default(Arc<Mutex<Option<Kept>>>),
-}
-
-/// Credentials that were fetched from a server, and the time of the fetch.
-pub(super) struct Kept {
-    credentials: Arc<Credentials>,
-    since: Duration,
+    Default(Arc<Kept<ServiceLogin>>),
 }
 
 impl fmt::Debug for Source {
@@ -85,64 +103,63 @@ impl fmt::Debug for Source {
 }
 
 impl Source {
-    /// The credentials to use now, or one clause on why there are none.
+    /// The credentials for a call, or one clause on why there are none.
     pub(super) fn get(
         &self,
         http: &Http,
         sts: &Uri,
         deadline: Deadline,
-    ) -> Result<Arc<Credentials>, String> {
+    ) -> Result<Own<ServiceLogin>, String> {
         let kept = match self {
-            Self::Fixed(credentials) => return Ok(Arc::clone(credentials)),
+            Self::Fixed(credentials) => return Ok(Own::new(Arc::clone(credentials))),
             Self::Default(kept) => kept,
         };
         // The environment is read again each time, so a replaced key takes effect at once.
         if let Some(credentials) = from_environment()? {
-            return Ok(Arc::new(credentials));
+            return Ok(Own::new(Arc::new(credentials.into())));
         }
-        if let Some(kept) = &*lock(kept)
-            && SystemClock.uptime() < kept.since + KEPT
-        {
-            return Ok(Arc::clone(&kept.credentials));
-        }
-        let since = SystemClock.uptime();
-        let fetched = if let Some(credentials) = from_oidc(http, sts, deadline)? {
-            credentials
-        } else {
-            let role = match from_cli_profile()? {
-                Some(Profile::Key(credentials)) => return Ok(Arc::new(credentials)),
-                Some(Profile::InstanceRole(role)) => role,
-                None if variable("ALIBABA_CLOUD_ECS_METADATA_DISABLED")
-                    .is_some_and(|it| it == "true") =>
-                {
-                    return Err(
-                        "there are no credentials in the environment nor in ~/.aliyun/config.json"
-                            .to_owned(),
-                    );
-                }
-                None => variable("ALIBABA_CLOUD_ECS_METADATA"),
-            };
-            // On a machine that is not an ECS instance, that address gives no answer. The error
-            // must be returned before the caller gives up on the call.
-            let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
-            from_instance(http, &Uri::from_static(INSTANCE_METADATA), role.as_deref(), halfway)
-                .map_err(|why| {
-                    format!(
-                        "no credentials in the environment, and none of the ECS instance: {why}"
-                    )
-                })?
-        };
-        let credentials = Arc::new(fetched);
-        *lock(kept) = Some(Kept { credentials: Arc::clone(&credentials), since });
-        Ok(credentials)
+        kept.get(deadline, |deadline| fetch(http, sts, deadline))
     }
 
-    /// Discards fetched credentials, after a server has refused them.
-    pub(super) fn forget(&self) {
-        if let Self::Default(kept) = self {
-            *lock(kept) = None;
+    /// Other credentials in place of kept ones that STS has refused, if there are any.
+    pub(super) fn instead_of(
+        &self,
+        refused: &Own<ServiceLogin>,
+        http: &Http,
+        sts: &Uri,
+        deadline: Deadline,
+    ) -> Option<Arc<ServiceLogin>> {
+        match self {
+            Self::Fixed(_) => None,
+            Self::Default(kept) => {
+                kept.instead_of(refused, deadline, |deadline| fetch(http, sts, deadline))
+            }
         }
     }
+}
+
+/// Asks the sources behind the environment.
+fn fetch(http: &Http, sts: &Uri, deadline: Deadline) -> Result<Fetched<ServiceLogin>, String> {
+    if let Some(credentials) = from_oidc(http, sts, deadline)? {
+        return Ok(Fetched::Keep(credentials.into()));
+    }
+    let role = match from_cli_profile()? {
+        Some(Profile::Key(credentials)) => return Ok(Fetched::Once(credentials.into())),
+        Some(Profile::InstanceRole(role)) => role,
+        None if variable("ALIBABA_CLOUD_ECS_METADATA_DISABLED").is_some_and(|it| it == "true") => {
+            return Err("there are no credentials in the environment nor in ~/.aliyun/config.json"
+                .to_owned());
+        }
+        None => variable("ALIBABA_CLOUD_ECS_METADATA"),
+    };
+    // On a machine that is not an ECS instance, that address gives no answer. The error must be
+    // returned before the caller gives up on the call.
+    let metadata = Uri::from_static(INSTANCE_METADATA);
+    let credentials =
+        from_instance(http, &metadata, role.as_deref(), deadline.halfway()).map_err(|why| {
+            format!("no credentials in the environment, and none of the ECS instance: {why}")
+        })?;
+    Ok(Fetched::Keep(credentials.into()))
 }
 
 /// The value of a variable of the environment, if it is not empty.

@@ -23,7 +23,6 @@ use crate::{
     crypto::SecretKey,
     ids::hex_encode,
     io::{Clock, OsRandom, Random, SystemClock},
-    sync::{LockRank, Mutex},
 };
 use credentials::{Assumed, Source};
 use outcome::Meaning;
@@ -41,8 +40,8 @@ const SESSION_SECONDS: &str = "900";
 ///
 /// Each call first assumes the customer's role in [`Cmk::arn`] (STS `AssumeRole`, API of
 /// 2015-04-01), and then asks KMS in that role. Between calls the backend keeps only connections
-/// and, for at most 5 minutes, the service's *own* credentials if it had to fetch them. All of a
-/// call happens within [`KmsCall::timeout`].
+/// and the service's *own* credentials if it had to fetch them. All of a call happens within
+/// [`KmsCall::timeout`].
 ///
 /// # How a key is wrapped
 ///
@@ -81,6 +80,12 @@ const SESSION_SECONDS: &str = "900";
 /// 4. The RAM role of the ECS instance, from the metadata service in hardened mode (with a token).
 ///    `ALIBABA_CLOUD_ECS_METADATA` names the role, or else the metadata service does. Not if
 ///    `ALIBABA_CLOUD_ECS_METADATA_DISABLED` is `true`.
+///
+/// The backend keeps the credentials of places 2 and 4 for 5 minutes, and then looks for newer
+/// ones. Without newer ones it tries the kept ones, because STS decides whether they are still
+/// valid. If STS refuses kept credentials, for any reason, the same call fetches them again once,
+/// and assumes the role with the new ones; their answer is the answer of the call. The refusal of
+/// the kept ones stays the answer if no others can be had within half of the time that is left.
 ///
 /// The first source that is set up decides. If it fails, the call fails, and the backend tries no
 /// other identity. Not supported: `~/.alibabacloud/credentials`, `ALIBABA_CLOUD_CREDENTIALS_URI`,
@@ -161,7 +166,7 @@ impl AliyunKms {
             kms: regional("kms")?,
             sts: regional("sts")?,
             http: Http::new(None),
-            source: Source::Default(Arc::new(Mutex::new(LockRank::KmsCredentials, None))),
+            source: Source::Default(Arc::default()),
         })
     }
 
@@ -214,29 +219,42 @@ impl AliyunKms {
     pub fn with_access_key(mut self, id: &str, secret: &str) -> Self {
         let secret = Zeroizing::new(secret.to_owned());
         self.source =
-            Source::Fixed(Arc::new(Credentials { id: id.to_owned(), secret, token: None }));
+            Source::Fixed(Arc::new(Credentials { id: id.to_owned(), secret, token: None }.into()));
         self
     }
 
-    /// Temporary credentials of the customer's role, for this call.
+    /// Temporary credentials of the customer's role, for this call. If STS refuses kept credentials
+    /// of the service, newer ones are tried.
     fn assume_role(&self, cmk: &Cmk, deadline: Deadline) -> Result<Credentials, KmsError> {
         let own = self.source.get(&self.http, &self.sts, deadline).map_err(unreachable)?;
+        let mut answer = self.ask_for_role(cmk, &own.login.credentials, deadline)?;
+        let mut error = error_in(&answer);
+        if outcome::is_refusal_by_sts(answer.status, &error)
+            && let Some(newer) = self.source.instead_of(&own, &self.http, &self.sts, deadline)
+        {
+            answer = self.ask_for_role(cmk, &newer.credentials, deadline)?;
+            error = error_in(&answer);
+        }
+        if answer.status == 200 {
+            return Ok(parse::<Assumed>("AssumeRole", &answer)?.credentials.into());
+        }
+        let meaning = outcome::of_assume_role(answer.status, &error);
+        Err(error_of(meaning, "AssumeRole", &error, answer.status))
+    }
+
+    /// Asks STS for credentials of the role.
+    fn ask_for_role(
+        &self,
+        cmk: &Cmk,
+        own: &Credentials,
+        deadline: Deadline,
+    ) -> Result<Answer, KmsError> {
         let parameters = sign::Pairs::from([
             ("DurationSeconds", SESSION_SECONDS),
             ("RoleArn", &cmk.arn),
             ("RoleSessionName", SESSION),
         ]);
-        let answer =
-            self.call(&self.sts, STS_VERSION, "AssumeRole", &parameters, &own, deadline)?;
-        if answer.status == 200 {
-            return Ok(parse::<Assumed>("AssumeRole", &answer)?.credentials.into());
-        }
-        let error = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
-        let meaning = outcome::of_assume_role(answer.status, &error);
-        if meaning == Meaning::Unreachable {
-            self.source.forget();
-        }
-        Err(error_of(meaning, "AssumeRole", &error, answer.status))
+        self.call(&self.sts, STS_VERSION, "AssumeRole", &parameters, own, deadline)
     }
 
     /// Asks KMS in the role, and parses the answer as `T`.
@@ -257,7 +275,7 @@ impl AliyunKms {
         if answer.status == 200 {
             return parse(action, &answer);
         }
-        let error = serde_json::from_slice(&answer.body).unwrap_or(Value::Null);
+        let error = error_in(&answer);
         let meaning = match outcome::of_kms(answer.status, &error) {
             Meaning::AskState => self
                 .refused_by_state(cmk, &role, deadline)
@@ -443,6 +461,11 @@ fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T,
     // The parser's error may quote a value.
     serde_json::from_slice(&answer.body)
         .map_err(|_| invalid(&format!("{action} answered something else")))
+}
+
+/// The error in an answer, or null.
+fn error_in(answer: &Answer) -> Value {
+    serde_json::from_slice(&answer.body).unwrap_or(Value::Null)
 }
 
 fn error_of(meaning: Meaning, action: &str, error: &Value, status: u16) -> KmsError {

@@ -58,6 +58,15 @@ pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
     }
 }
 
+/// Whether STS refuses this caller. Newer credentials of the service may help.
+pub(super) fn is_refusal_by_sts(status: u16, error: &Value) -> bool {
+    let code = text(error, "Code");
+    (400..500).contains(&status)
+        && !code.is_empty()
+        && !code.starts_with("Throttling")
+        && of_assume_role(status, error) != Meaning::Invalid
+}
+
 /// Sorts the state of a key from `DescribeKey`.
 pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
     match state {

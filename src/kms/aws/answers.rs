@@ -5,9 +5,9 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use reqsign_aws_v4::Credential;
 use serde::Deserialize;
 use serde_json::Value;
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
-use super::{Answer, unreachable};
+use super::{Answer, identity::AccessKey, unreachable};
 use crate::{
     crypto::SecretKey,
     kms::{KmsError, RevokedReason},
@@ -19,12 +19,64 @@ pub(super) const CIPHERTEXT_BYTES_MAX: usize = 6144;
 /// The longest code or request id, in bytes. A code is a name like `ThrottlingException`, and a
 /// request id is a UUID.
 const NAME_BYTES_MAX: usize = 64;
+/// The policy of a VPC endpoint, in the words of [`Failure::refusing_policy`]. The endpoint is the
+/// service's own, also where the call is made as the customer's role.
+const VPC_ENDPOINT_POLICY: &str = "vpc endpoint policy";
+/// The policies of the caller of STS, in the words of [`Failure::refusing_policy`].
+const CALLERS_POLICIES: [&str; 7] = [
+    "identity-based policy",
+    "permissions boundary",
+    "session policy",
+    // The documentation has both.
+    "sessions policy",
+    "service control policy",
+    VPC_ENDPOINT_POLICY,
+    "vpc endpoint policy transitively through a service control policy",
+];
+/// The message of STS to a root user.
+/// <https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html> states the rule.
+const ROOT_REFUSED: &str = "roles may not be assumed by root accounts.";
+/// The beginnings of the messages in which an external key store reports that the key or a
+/// ciphertext is refused. Any other message is about the key store or its proxy.
+/// <https://docs.aws.amazon.com/kms/latest/developerguide/xks-troubleshooting.html>
+const EXTERNAL_KEY: [(&str, Meaning); 6] = [
+    (
+        "the external key store proxy rejected the request because the external key is not enabled",
+        Meaning::Revoked(RevokedReason::Disabled),
+    ),
+    (
+        "the external key store proxy rejected the request because the external key does not support the requested operation",
+        Meaning::Revoked(RevokedReason::Disabled),
+    ),
+    (
+        "the external key store proxy rejected the request because it could not find the external key",
+        Meaning::Revoked(RevokedReason::Deleted),
+    ),
+    (
+        "the external key store proxy denied access to the operation",
+        Meaning::Revoked(RevokedReason::NotPermitted),
+    ),
+    (
+        "the external key store proxy rejected the request because the specified ciphertext",
+        Meaning::Invalid,
+    ),
+    ("the ciphertext that the external key store proxy submitted for decryption", Meaning::Invalid),
+];
+
+/// The meaning of an error answer.
+#[derive(Clone, Copy)]
+enum Meaning {
+    Revoked(RevokedReason),
+    Unreachable,
+    Invalid,
+}
 
 /// An error answer of KMS or STS: its documented error code and its message.
 pub(super) struct Failure {
     status: u16,
     /// Empty if the answer does not come from KMS or STS.
     code: String,
+    /// In lower case.
     message: String,
     request_id: String,
 }
@@ -72,46 +124,112 @@ impl Failure {
         self.status >= 500 || self.status == 429 || TRANSIENT.contains(&self.code.as_str())
     }
 
-    /// Sorts a failure of KMS.
+    /// Sorts a failure of KMS. The customer's role is logged in there.
     pub(super) fn sort_kms(&self, what: &str) -> KmsError {
-        let reason = match self.code() {
-            "DisabledException" => RevokedReason::Disabled,
-            "NotFoundException" => RevokedReason::Deleted,
-            "AccessDeniedException" => RevokedReason::NotPermitted,
-            // Only the message names the state: "ARN is pending deletion."
-            "KMSInvalidStateException" if self.message.contains(" is pending deletion") => {
-                RevokedReason::PendingDeletion
-            }
-            "KMSInvalidStateException" if self.message.contains(" is pending replica deletion") => {
-                RevokedReason::PendingDeletion
-            }
-            // The customer has deleted the imported key material, or it has expired.
-            "KMSInvalidStateException" if self.message.contains(" is pending import") => {
-                RevokedReason::Deleted
-            }
-            "InvalidCiphertextException"
-            | "IncorrectKeyException"
-            | "InvalidKeyUsageException"
-            | "InvalidGrantTokenException"
-            | "InvalidArnException"
-            | "UnsupportedOperationException"
-            | "ValidationException"
-            | "SerializationException" => return KmsError::Invalid { detail: self.detail(what) },
-            _ => return unreachable(self.detail(what)),
-        };
-        KmsError::Revoked { reason, detail: self.detail(what) }
+        self.error(
+            what,
+            match self.code() {
+                "DisabledException" => Meaning::Revoked(RevokedReason::Disabled),
+                "NotFoundException" => Meaning::Revoked(RevokedReason::Deleted),
+                "AccessDeniedException"
+                    if self.refusing_policy().as_deref() != Some(VPC_ENDPOINT_POLICY) =>
+                {
+                    Meaning::Revoked(RevokedReason::NotPermitted)
+                }
+                "KMSInvalidStateException" => self.meaning_of_state(),
+                "InvalidCiphertextException"
+                | "IncorrectKeyException"
+                | "InvalidKeyUsageException"
+                | "InvalidGrantTokenException"
+                | "InvalidArnException"
+                | "UnsupportedOperationException"
+                | "ValidationException"
+                | "SerializationException" => Meaning::Invalid,
+                _ => Meaning::Unreachable,
+            },
+        )
     }
 
-    /// Sorts a failure of STS.
+    /// Sorts a failure of STS. The service itself is logged in there.
     pub(super) fn sort_sts(&self, what: &str) -> KmsError {
+        self.error(what, self.meaning_at_sts())
+    }
+
+    /// Whether STS refuses this caller. Newer credentials of the service may help.
+    pub(super) fn is_refusal_by_sts(&self) -> bool {
+        !self.code().is_empty()
+            && !self.is_transient()
+            && !matches!(self.meaning_at_sts(), Meaning::Invalid)
+    }
+
+    fn meaning_at_sts(&self) -> Meaning {
         match self.code() {
-            "AccessDenied" => {
-                KmsError::Revoked { reason: RevokedReason::NotPermitted, detail: self.detail(what) }
+            "AccessDenied" if !self.refuses_caller() => {
+                Meaning::Revoked(RevokedReason::NotPermitted)
             }
             "ValidationError" | "MalformedPolicyDocument" | "PackedPolicyTooLarge" => {
-                KmsError::Invalid { detail: self.detail(what) }
+                Meaning::Invalid
             }
-            _ => unreachable(self.detail(what)),
+            _ => Meaning::Unreachable,
+        }
+    }
+
+    fn error(&self, what: &str, meaning: Meaning) -> KmsError {
+        let detail = self.detail(what);
+        match meaning {
+            Meaning::Revoked(reason) => KmsError::Revoked { reason, detail },
+            Meaning::Unreachable => unreachable(detail),
+            Meaning::Invalid => KmsError::Invalid { detail },
+        }
+    }
+
+    /// The meaning of a `KMSInvalidStateException`. Only the message names the state: "ARN is
+    /// pending deletion."
+    fn meaning_of_state(&self) -> Meaning {
+        let is = |state: &str| self.message.contains(state);
+        if is(" is pending deletion") || is(" is pending replica deletion") {
+            return Meaning::Revoked(RevokedReason::PendingDeletion);
+        }
+        // The customer has deleted the imported key material, or it has expired.
+        if is(" is pending import") {
+            return Meaning::Revoked(RevokedReason::Deleted);
+        }
+        EXTERNAL_KEY
+            .iter()
+            .find(|(begin, _)| self.message.starts_with(begin))
+            .map_or(Meaning::Unreachable, |&(_, meaning)| meaning)
+    }
+
+    /// Whether STS refuses the caller by a policy of the caller's own, and not by the trust policy
+    /// of the role.
+    fn refuses_caller(&self) -> bool {
+        self.refusing_policy().is_some_and(|policy| CALLERS_POLICIES.contains(&policy.as_str()))
+            || self.message == ROOT_REFUSED
+    }
+
+    /// The type of the policy that refuses a call, if the message has the form that AWS documents:
+    /// `User: ARN is not authorized to perform: ACTION on resource: ARN because no TYPE allows the
+    /// ACTION action`, or `… with an explicit deny in a TYPE: ARN`. The parts about the resource
+    /// and, at the end, the policy's ARN may be missing. User, action and resource are single
+    /// words, so no name in them passes for a reason.
+    /// <https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_access-denied.html>
+    fn refusing_policy(&self) -> Option<String> {
+        let words: Vec<&str> = self.message.split_ascii_whitespace().collect();
+        let ["user:", _, "is", "not", "authorized", "to", "perform:", _, rest @ ..] = &words[..]
+        else {
+            return None;
+        };
+        let reason = match rest {
+            ["on", "resource:", _, reason @ ..] => reason,
+            reason => reason,
+        };
+        match reason {
+            ["because", "no", policy @ .., "allows", "the", _, "action"] => Some(policy.join(" ")),
+            ["with", "an", "explicit", "deny", "in", "a" | "an" | "the", policy @ ..] => {
+                let policy = policy.join(" ");
+                Some(policy.split_once(": ").map_or(policy.as_str(), |(name, _)| name).to_owned())
+            }
+            _ => None,
         }
     }
 
@@ -188,31 +306,20 @@ fn parse_sts(answer: &Answer) -> Option<StsAnswer> {
     quick_xml::de::from_str(str::from_utf8(&answer.body).ok()?).ok()
 }
 
-/// The credentials of a role for one call. Wiped after it.
-pub(super) struct Session(Credential);
-
-impl Session {
-    /// Parses the answer of STS to AssumeRole.
-    pub(super) fn parse(answer: &Answer) -> Result<Self, KmsError> {
-        let Some(StsAnswer::AssumeRoleResponse(response)) = parse_sts(answer) else {
-            return Err(invalid("STS: not an answer to AssumeRole"));
-        };
-        let StsCredentials { access_key_id, secret_access_key, session_token } =
-            response.result.credentials;
-        let session_token = Some(session_token);
-        Ok(Self(Credential { access_key_id, secret_access_key, session_token, expires_in: None }))
-    }
-
-    pub(super) fn credential(&self) -> &Credential {
-        &self.0
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.0.secret_access_key.zeroize();
-        self.0.session_token.zeroize();
-    }
+/// The credentials of a role, in an answer to AssumeRole.
+pub(super) fn session(answer: &Answer) -> Result<AccessKey, KmsError> {
+    let Some(StsAnswer::AssumeRoleResponse(response)) = parse_sts(answer) else {
+        return Err(invalid("STS: not an answer to AssumeRole"));
+    };
+    let StsCredentials { access_key_id, secret_access_key, session_token } =
+        response.result.credentials;
+    let session_token = Some(session_token);
+    Ok(AccessKey::new(Credential {
+        access_key_id,
+        secret_access_key,
+        session_token,
+        expires_in: None,
+    }))
 }
 
 #[derive(Deserialize)]

@@ -22,10 +22,11 @@ use reqsign_aws_v4::{
 };
 use reqsign_core::{
     CommandExecute, CommandOutput, Context, Env, Error, FileRead, HttpSend, OsEnv,
-    ProvideCredentialDyn, SignRequest, SigningCredential,
+    ProvideCredential, ProvideCredentialDyn, SignRequest, time::Timestamp,
 };
 use sha2::{Digest, Sha256};
 use ureq::http::{self, Request, Uri, request::Parts};
+use zeroize::Zeroize;
 
 use super::{paused, unreachable};
 use crate::{
@@ -33,14 +34,48 @@ use crate::{
     kms::{
         KmsError,
         http::{ANSWER_BYTES_MAX, Deadline, Http},
+        kept::{Fetched, Kept, Login, Own},
     },
-    sync::{LockRank, Mutex, lock},
 };
 
 /// The largest file of credentials or tokens, in bytes.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
 /// The pause between two checks whether a process that has closed its output has ended.
 const EXIT_PAUSE: Duration = Duration::from_millis(5);
+
+/// Newer credentials are looked for this long before the kept ones expire.
+const EARLY: Duration = Duration::from_secs(120);
+
+/// Credentials at AWS. Wiped on drop.
+pub(super) struct AccessKey {
+    /// Without its end: the signer refuses credentials that have expired by the local clock.
+    credential: Credential,
+    ends: Option<Timestamp>,
+}
+
+impl AccessKey {
+    pub(super) fn new(mut credential: Credential) -> Self {
+        let ends = credential.expires_in.take();
+        Self { credential, ends }
+    }
+}
+
+impl Login for AccessKey {
+    fn id(&self) -> &str {
+        &self.credential.access_key_id
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.ends.is_none_or(|ends| Timestamp::now() + EARLY < ends)
+    }
+}
+
+impl Drop for AccessKey {
+    fn drop(&mut self) {
+        self.credential.secret_access_key.zeroize();
+        self.credential.session_token.zeroize();
+    }
+}
 
 type Provider = Arc<dyn ProvideCredentialDyn<Credential = Credential>>;
 
@@ -53,7 +88,7 @@ pub(super) struct Identity {
     http: Http,
     /// The last credentials, if they expire. Credentials from the environment and from files are
     /// read again each time, because they may be replaced at any time.
-    cached: Arc<Mutex<Option<Credential>>>,
+    kept: Arc<Kept<AccessKey>>,
 }
 
 impl fmt::Debug for Identity {
@@ -95,22 +130,30 @@ impl Identity {
         providers.extend(of_profiles);
         if profile.is_none() {
             providers.push(("container", Arc::new(ECSCredentialProvider::new())));
-            providers.push(("instance metadata", Arc::new(IMDSv2CredentialProvider::new())));
+            providers.push(("instance metadata", Arc::new(InstanceMetadata)));
         }
-        Self { providers, env, http, cached: Arc::new(Mutex::new(LockRank::KmsCredentials, None)) }
+        Self { providers, env, http, kept: Arc::default() }
     }
 
-    /// The credentials, cached or new. Callers do not wait for each other.
+    /// The credentials for a call.
     ///
     /// # Errors
     /// `Unreachable` if there are none. The customer has not refused in this case.
-    pub(super) fn credentials(&self, deadline: Deadline) -> Result<Credential, KmsError> {
-        // Valid for at least two more minutes.
-        if let Some(credential) =
-            lock(&self.cached).as_ref().filter(|credential| credential.is_valid())
-        {
-            return Ok(credential.clone());
-        }
+    pub(super) fn own(&self, deadline: Deadline) -> Result<Own<AccessKey>, KmsError> {
+        self.kept.get(deadline, |deadline| self.fetch(deadline))
+    }
+
+    /// Other credentials in place of kept ones that STS has refused, if there are any.
+    pub(super) fn instead_of(
+        &self,
+        refused: &Own<AccessKey>,
+        deadline: Deadline,
+    ) -> Option<Arc<AccessKey>> {
+        self.kept.instead_of(refused, deadline, |deadline| self.fetch(deadline))
+    }
+
+    /// Asks the sources.
+    fn fetch(&self, deadline: Deadline) -> Result<Fetched<AccessKey>, KmsError> {
         let context = Context::new()
             .with_env(Environment(Arc::clone(&self.env)))
             .with_file_read(Files)
@@ -123,14 +166,17 @@ impl Identity {
             match at_once(provider.provide_credential_dyn(&context)) {
                 Ok(None) => {}
                 Ok(Some(credential))
-                    if !credential.is_valid_at(reqsign_core::time::Timestamp::now()) =>
+                    if credential.access_key_id.is_empty()
+                        || credential.secret_access_key.is_empty() =>
                 {
-                    return Err(none(&"they have expired"));
+                    return Err(none(&"they are empty"));
                 }
                 Ok(Some(credential)) => {
-                    *lock(&self.cached) =
-                        credential.expires_in.is_some().then(|| credential.clone());
-                    return Ok(credential);
+                    let key = AccessKey::new(credential);
+                    return Ok(match key.ends {
+                        Some(_) => Fetched::Keep(key),
+                        None => Fetched::Once(key),
+                    });
                 }
                 // The next source may be another identity, so it is not tried. The error's text may
                 // quote an answer, so the message gives only the error's kind.
@@ -142,10 +188,18 @@ impl Identity {
             "the service has no AWS credentials of its own, in no place where they are looked for",
         ))
     }
+}
 
-    /// Discards cached credentials, so that the next call looks for new ones.
-    pub(super) fn forget(&self) {
-        *lock(&self.cached) = None;
+/// The metadata service of the instance, with a new token each time: the provider of the library
+/// would keep a token that the metadata service may refuse by now.
+#[derive(Debug)]
+struct InstanceMetadata;
+
+impl ProvideCredential for InstanceMetadata {
+    type Credential = Credential;
+
+    async fn provide_credential(&self, context: &Context) -> Result<Option<Credential>, Error> {
+        IMDSv2CredentialProvider::new().provide_credential(context).await
     }
 }
 
@@ -154,7 +208,7 @@ impl Identity {
 /// # Errors
 /// `Unreachable` if the credentials cannot sign.
 pub(super) fn sign(
-    credential: &Credential,
+    login: &AccessKey,
     (service, region): (&str, &str),
     uri: &Uri,
     headers: &[(&'static str, &str)],
@@ -168,7 +222,7 @@ pub(super) fn sign(
     let cannot = |error: &dyn fmt::Display| unreachable(format!("cannot sign a request: {error}"));
     let (mut parts, ()) = request.body(()).map_err(|error| cannot(&error))?.into_parts();
     let signer = RequestSigner::new(service, region).with_standard_session_token();
-    at_once(signer.sign_request(&Context::new(), &mut parts, Some(credential), None))
+    at_once(signer.sign_request(&Context::new(), &mut parts, Some(&login.credential), None))
         .map_err(|error| cannot(&error.kind()))?;
     Ok(parts)
 }

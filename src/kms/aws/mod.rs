@@ -13,15 +13,14 @@ mod tests;
 use std::{sync::Arc, thread, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use reqsign_aws_v4::Credential;
 use reqsign_core::Env;
 use serde::Serialize;
 use ureq::http::{Request, Uri};
 use zeroize::Zeroizing;
 
 use self::{
-    answers::{CIPHERTEXT_BYTES_MAX, Failure, Session},
-    identity::{Identity, ProcessEnv, sign},
+    answers::{CIPHERTEXT_BYTES_MAX, Failure},
+    identity::{AccessKey, Identity, ProcessEnv, sign},
 };
 use super::{
     Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError,
@@ -60,32 +59,75 @@ const CA_BUNDLE: &str = "AWS_CA_BUNDLE";
 /// that may be another identity. The backend does not follow a profile's `role_arn`;
 /// `credential_process = aws configure export-credentials --profile NAME` serves such a profile.
 ///
-/// Credentials that expire are kept until two minutes before they expire, or until a server refuses
-/// them.
+/// Credentials that expire are kept, and newer ones are looked for two minutes before their end.
+/// The local clock may be wrong, so it refuses none: without newer ones the backend tries the kept
+/// ones, and STS decides. If STS refuses kept credentials, for any reason (they have expired, or
+/// the machine's role was replaced), the same call fetches them again once, and assumes the role
+/// with the new ones; their answer is the answer of the call. The refusal of the kept ones stays
+/// the answer if no others can be had within half of the time that is left.
 ///
 /// # How answers are sorted
 ///
-/// | source | answer | result |
+/// From KMS, where the backend is logged in with the customer's role:
+///
+/// | answer | result | source |
 /// |---|---|---|
-/// | KMS | `DisabledException` | `Revoked`: disabled |
-/// | KMS | `KMSInvalidStateException`, "… is pending deletion", "… is pending replica deletion" | `Revoked`: pending deletion |
-/// | KMS | `KMSInvalidStateException`, "… is pending import": its imported material was deleted or has expired | `Revoked`: deleted |
-/// | KMS | any other `KMSInvalidStateException`: AWS calls it a general failure with many causes | `Unreachable` |
-/// | KMS | `NotFoundException` | `Revoked`: deleted |
-/// | KMS | `AccessDeniedException` | `Revoked`: not permitted |
-/// | STS | `AccessDenied`: also for a role that does not exist | `Revoked`: not permitted |
-/// | KMS | `InvalidCiphertextException` (damaged, or another context), `IncorrectKeyException`, `InvalidKeyUsageException`, `InvalidGrantTokenException`, `InvalidArnException`, `UnsupportedOperationException`, `ValidationException`, `SerializationException` | `Invalid` |
-/// | STS | `ValidationError` (no ARN of a role), `MalformedPolicyDocument`, `PackedPolicyTooLarge` | `Invalid` |
-/// | STS | `InvalidClientTokenId`, `ExpiredToken`, `ExpiredTokenException`, `SignatureDoesNotMatch`, `UnrecognizedClientException`, `IncompleteSignature`: the service's own credentials are refused | `Unreachable`; the next call looks for new ones |
-/// | both | `ThrottlingException`, `Throttling`, `LimitExceededException`, `KMSInternalException`, `DependencyTimeoutException`, `KeyUnavailableException` | `Unreachable` |
-/// | both | a status of 500 or more, with any code; any other code; a status other than 200 without a code (a proxy, say) | `Unreachable` |
-/// | both | status 200 with an unexpected body: no document, another one, a plaintext that is not 32 bytes long | `Invalid` |
-/// | both | an answer of more than 64 KiB | `Invalid` |
-/// | no answer | no credentials of the service's own, no name resolved, no connection, no trusted certificate, no answer in time | `Unreachable` |
+/// | `DisabledException` | `Revoked`: disabled | 1 |
+/// | `KMSInvalidStateException`, "… is pending deletion", "… is pending replica deletion" | `Revoked`: pending deletion | 1, 2 |
+/// | `KMSInvalidStateException`, "… is pending import": its imported material was deleted or has expired | `Revoked`: deleted | 1, 2 |
+/// | `KMSInvalidStateException` of an external key store, "The external key store proxy rejected the request because the external key is not enabled in the external key manager" or "… because the external key does not support the requested operation" | `Revoked`: disabled | 3 |
+/// | the same, "… because it could not find the external key" | `Revoked`: deleted | 3 |
+/// | the same, "The external key store proxy denied access to the operation" | `Revoked`: not permitted | 3 |
+/// | the same, "… because the specified ciphertext or additional authenticated data is corrupted …" or "The ciphertext that the external key store proxy submitted for decryption … is corrupted …" | `Invalid` | 3 |
+/// | any other `KMSInvalidStateException`: the proxy of an external key store does not answer, answers nonsense or cannot log AWS in, or the key store is disconnected | `Unreachable` | 3 |
+/// | `NotFoundException` | `Revoked`: deleted | 1 |
+/// | `AccessDeniedException`, "… because no VPC endpoint policy allows …" or "… with an explicit deny in a VPC endpoint policy": the endpoint is the service's own | `Unreachable` | 4 |
+/// | any other `AccessDeniedException`: by the key policy, a grant, or a policy of the role or of its organization | `Revoked`: not permitted | 1, 4 |
+/// | `InvalidCiphertextException` (damaged, or another context), `IncorrectKeyException`, `InvalidKeyUsageException`, `InvalidGrantTokenException`, `InvalidArnException`, `UnsupportedOperationException`, `ValidationException`, `SerializationException` | `Invalid` | 1, 5 |
+///
+/// `CustomKeyStoreInvalidStateException` and the codes that begin with `Xks` are answers to the
+/// management of key stores and keys. To Encrypt and Decrypt, KMS answers
+/// `KMSInvalidStateException` in their place (source 3).
+///
+/// From STS, where the service itself is logged in:
+///
+/// | answer | result | source |
+/// |---|---|---|
+/// | `AccessDenied`, "… because no TYPE allows …" or "… with an explicit deny in a TYPE", where TYPE is `identity-based policy`, `permissions boundary`, `session policy`, `service control policy` or `VPC endpoint policy`: the caller's own policies | `Unreachable` | 4 |
+/// | `AccessDenied`, "Roles may not be assumed by root accounts." | `Unreachable` | 6 |
+/// | any other `AccessDenied`: by the role's trust policy (`role trust policy`, `resource-based policy`) or the `resource control policy` of its organization, without a reason, or for a role that does not exist | `Revoked`: not permitted | 4 |
+/// | `ValidationError` (no ARN of a role), `MalformedPolicyDocument`, `PackedPolicyTooLarge` | `Invalid` | 6 |
+/// | `InvalidClientTokenId`, `ExpiredToken`, `ExpiredTokenException`, `SignatureDoesNotMatch`, `UnrecognizedClientException`, `IncompleteSignature`: the service's own credentials are refused | `Unreachable` | 5 |
+///
+/// From both:
+///
+/// | answer | result |
+/// |---|---|
+/// | `ThrottlingException`, `Throttling`, `LimitExceededException`, `KMSInternalException`, `DependencyTimeoutException`, `KeyUnavailableException` | `Unreachable` |
+/// | a status of 500 or more, with any code; any other code; a status other than 200 without a code (a proxy, say) | `Unreachable` |
+/// | status 200 with an unexpected body: no document, another one, a plaintext that is not 32 bytes long | `Invalid` |
+/// | an answer of more than 64 KiB | `Invalid` |
+/// | none: no credentials of the service's own, no name resolved, no connection, no trusted certificate, no answer in time | `Unreachable` |
 ///
 /// A code is accepted only where the service puts it (`__type` in JSON, `ErrorResponse/Error/Code`
-/// in XML). The backend retries failed connections and transient failures, up to three attempts in
-/// total, within the call's time limit.
+/// in XML). A reason for denied access is accepted only in the form that source 4 states, where the
+/// reason follows "User: … is not authorized to perform: …", and "on resource: …" if that is there.
+/// The names in these parts must be single words, so no name of a role or key passes for a reason.
+/// A message of an external key store is accepted only from its beginning. The backend retries
+/// failed connections and transient failures, up to three attempts in total, within the call's time
+/// limit.
+///
+/// If policies of several types refuse, AWS names one of them (source 4). So a customer's refusal
+/// can be an outage here as long as the service's own policy refuses too, and then takes effect at
+/// the end of the lease. Within one account, a trust policy that names the service's identity lets
+/// it assume the role without a policy of its own. Give the identity that policy all the same:
+/// otherwise AWS may name the identity-based policy when the trust policy no longer names the
+/// identity.
+///
+/// Sources, in the documentation of AWS: 1 `Decrypt` and `Encrypt` of the KMS API reference; 2 "Key
+/// states of AWS KMS keys"; 3 "Troubleshooting external key stores"; 4 "Troubleshoot access denied
+/// error messages" of the IAM user guide; 5 the common errors of the KMS and the STS API reference;
+/// 6 `AssumeRole` of the STS API reference.
 ///
 /// # Key material
 ///
@@ -167,9 +209,30 @@ impl AwsKms {
         })
     }
 
-    /// Assumes the role of a master key.
-    fn assume(&self, arn: &str, deadline: Deadline) -> Result<Session, KmsError> {
-        let own = self.identity.credentials(deadline)?;
+    /// Assumes the role of a master key. If STS refuses kept credentials of the service, newer ones
+    /// are tried.
+    fn assume(&self, arn: &str, deadline: Deadline) -> Result<AccessKey, KmsError> {
+        let own = self.identity.own(deadline)?;
+        let mut answer = self.ask_for_role(arn, &own.login, deadline)?;
+        if Failure::of_sts(&answer).is_refusal_by_sts()
+            && let Some(newer) = self.identity.instead_of(&own, deadline)
+        {
+            answer = self.ask_for_role(arn, &newer, deadline)?;
+        }
+        if answer.status == 200 {
+            return answers::session(&answer);
+        }
+        let what = format!("AssumeRole of {arn} at {}", authority(&self.sts));
+        Err(Failure::of_sts(&answer).sort_sts(&what))
+    }
+
+    /// Asks STS for a session of the role.
+    fn ask_for_role(
+        &self,
+        arn: &str,
+        own: &AccessKey,
+        deadline: Deadline,
+    ) -> Result<Answer, KmsError> {
         let mut form = form_urlencoded::Serializer::new(String::new());
         form.append_pair("Action", "AssumeRole")
             .append_pair("Version", "2011-06-15")
@@ -186,16 +249,7 @@ impl AwsKms {
             ("accept", "text/xml"),
         ];
         let to = Address { service: "sts", uri: &self.sts };
-        let answer = self.ask(&to, &own, &headers, form.as_bytes(), Failure::of_sts, deadline)?;
-        if answer.status == 200 {
-            return Session::parse(&answer);
-        }
-        let failure = Failure::of_sts(&answer);
-        let error = failure.sort_sts(&format!("AssumeRole of {arn} at {}", to.host()));
-        if matches!(error, KmsError::Unreachable { .. }) && !failure.is_transient() {
-            self.identity.forget();
-        }
-        Err(error)
+        self.ask(&to, own, &headers, form.as_bytes(), Failure::of_sts, deadline)
     }
 
     /// Calls KMS in the role of the master key.
@@ -206,20 +260,19 @@ impl AwsKms {
         let target = format!("TrentService.{operation}");
         let headers = [("content-type", "application/x-amz-json-1.1"), ("x-amz-target", &target)];
         let to = Address { service: "kms", uri: &self.kms };
-        let answer =
-            self.ask(&to, session.credential(), &headers, body, Failure::of_kms, deadline)?;
+        let answer = self.ask(&to, &session, &headers, body, Failure::of_kms, deadline)?;
         if answer.status == 200 {
             return Ok(answer);
         }
         Err(Failure::of_kms(&answer)
-            .sort_kms(&format!("{operation} with {cmk_key_id} at {}", to.host())))
+            .sort_kms(&format!("{operation} with {cmk_key_id} at {}", authority(&self.kms))))
     }
 
     /// Sends a request, with retries where they may help, and returns the last answer.
     fn ask(
         &self,
         to: &Address<'_>,
-        credential: &Credential,
+        login: &AccessKey,
         headers: &[(&'static str, &str)],
         body: &[u8],
         failure: fn(&Answer) -> Failure,
@@ -229,7 +282,7 @@ impl AwsKms {
         loop {
             tries += 1;
             let last = tries == TRIES;
-            let parts = sign(credential, (to.service, &self.region), to.uri, headers, body)?;
+            let parts = sign(login, (to.service, &self.region), to.uri, headers, body)?;
             let outcome = match self.http.send(Request::from_parts(parts, body), deadline) {
                 Ok(answer) if answer.status != 200 && !last && failure(&answer).is_transient() => {
                     Ok(answer)
@@ -253,12 +306,6 @@ impl AwsKms {
 struct Address<'a> {
     service: &'static str,
     uri: &'a Uri,
-}
-
-impl Address<'_> {
-    fn host(&self) -> &str {
-        authority(self.uri)
-    }
 }
 
 /// The domain of the services of a region.

@@ -134,11 +134,15 @@ fn kms_error(status: u16, code: &str, message: &str) -> Reply {
 }
 
 fn sts_error(status: u16, code: &str) -> Reply {
+    sts_message(status, code, "m")
+}
+
+fn sts_message(status: u16, code: &str, message: &str) -> Reply {
     let xml = "<ErrorResponse xmlns=\"https://sts.amazonaws.com/doc/2011-06-15/\"><Error><Type>Sender</Type>";
     reply(
         status,
         format!(
-            "{xml}<Code>{code}</Code><Message>m</Message></Error><RequestId>1</RequestId></ErrorResponse>"
+            "{xml}<Code>{code}</Code><Message>{message}</Message></Error><RequestId>1</RequestId></ErrorResponse>"
         ),
     )
 }
@@ -513,6 +517,183 @@ fn every_answer_of_sts_is_sorted() {
     }
 }
 
+/// The reasons that AWS gives in the message of a refusal, for this action, and whether the policy
+/// belongs to the caller of STS.
+fn reasons(action: &str) -> Vec<(String, bool)> {
+    let types = [
+        ("identity-based policy", "an", true),
+        ("service control policy", "a", true),
+        ("permissions boundary", "a", true),
+        ("session policy", "a", true),
+        ("VPC endpoint policy", "a", true),
+        ("resource-based policy", "a", false),
+        ("resource control policy", "a", false),
+        ("role trust policy", "the", false),
+        ("policy of a new kind", "a", false),
+    ];
+    let of_type = |(policy, article, own): (&str, &str, bool)| {
+        [
+            format!("because no {policy} allows the {action} action"),
+            format!("with an explicit deny in {article} {policy}"),
+            format!("with an explicit deny in {article} {policy}: arn:aws:iam::1:policy/p-1/own"),
+        ]
+        .map(|reason| (reason, own))
+    };
+    let mut reasons: Vec<_> = types.into_iter().flat_map(of_type).collect();
+    let of_endpoint = "with an explicit deny in a VPC endpoint policy transitively through a service control policy";
+    reasons.push((of_endpoint.to_owned(), true));
+    // The documentation has this spelling too.
+    reasons.push(("with an explicit deny in a sessions policy".to_owned(), true));
+    reasons
+}
+
+const CALLER: &str = "arn:aws:sts::210987654321:assumed-role/log-service/i-1";
+
+#[test]
+fn a_refusal_by_the_services_own_policy_is_an_outage_and_any_other_a_revocation() {
+    let refused = Revoked(RevokedReason::NotPermitted);
+    for (reason, own) in reasons("sts:AssumeRole") {
+        for resource in ["", " on resource: arn:aws:iam::123456789012:role/logs"] {
+            let message = format!(
+                "User: {CALLER} is not authorized to perform: sts:AssumeRole{resource} {reason}"
+            );
+            let what = message.clone();
+            let server = Server::start(move |_, _| sts_message(403, "AccessDenied", &message));
+            let expected = if own { Unreachable } else { refused };
+            let said = assert_sorted(unwrap_at(&server), expected, &what);
+            assert!(said.contains("AccessDenied") && !said.contains(CALLER), "{said}");
+        }
+    }
+    for message in [
+        "Not authorized to perform sts:AssumeRole",
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R",
+        "",
+        // A type of policy that is not the reason, in a name or behind the reason.
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R/because-no-identity-based-policy-allows",
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R because no identity-based policy allows the sts:AssumeRole action because no role trust policy allows the sts:AssumeRole action",
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R because no identity-based policy allows",
+        "User: because no identity-based policy allows the x action",
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R because no role trust policy allows the because no identity-based policy allows the sts:AssumeRole action",
+        "User: U is not authorized to perform: sts:AssumeRole on resource: R with an explicit deny in the role trust policy: with an explicit deny in an identity-based policy",
+        "with an explicit deny in a service control policy",
+        "I am not sure: with an explicit deny in a service control policy",
+    ] {
+        let server = Server::start(move |_, _| sts_message(403, "AccessDenied", message));
+        assert_sorted(unwrap_at(&server), refused, message);
+    }
+    // An account's root user may assume no role at all.
+    let root = "Roles may not be assumed by root accounts.";
+    let server = Server::start(move |_, _| sts_message(403, "AccessDenied", root));
+    assert_sorted(unwrap_at(&server), Unreachable, root);
+}
+
+#[test]
+fn a_refusal_made_as_the_customers_role_is_a_revocation_unless_the_vpc_endpoint_refuses() {
+    let refused = Revoked(RevokedReason::NotPermitted);
+    let session = "arn:aws:sts::123456789012:assumed-role/logs/envelog";
+    for (reason, _) in reasons("kms:Decrypt") {
+        let own = reason.ends_with(" VPC endpoint policy")
+            || reason.starts_with("because no VPC endpoint policy")
+            || reason.contains(" VPC endpoint policy: ");
+        for resource in ["", " on resource: arn:aws:kms:eu-west-1:123456789012:key/k"] {
+            let message = format!(
+                "User: {session} is not authorized to perform: kms:Decrypt{resource} {reason}"
+            );
+            let what = message.clone();
+            let server = Server::kms(move |_| kms_error(400, "AccessDeniedException", &message));
+            assert_sorted(unwrap_at(&server), if own { Unreachable } else { refused }, &what);
+        }
+    }
+    for message in [
+        "User: U is not authorized to perform: kms:Decrypt on this resource because the resource does not exist in this Region, no resource-based policies allow access, or a resource-based policy explicitly denies access",
+        "The ciphertext refers to a customer master key that does not exist, does not exist in this region, or you are not allowed to access.",
+        "User: U is not authorized to perform: kms:Decrypt on resource: R/because-no-VPC-endpoint-policy-allows-the-kms:Decrypt-action",
+        "because no VPC endpoint policy allows the kms:Decrypt action",
+    ] {
+        let server = Server::kms(move |_| kms_error(400, "AccessDeniedException", message));
+        assert_sorted(unwrap_at(&server), refused, message);
+    }
+}
+
+#[test]
+fn an_external_key_that_is_refused_is_revoked_and_a_proxy_that_fails_is_an_outage() {
+    use RevokedReason::{Deleted, Disabled, NotPermitted};
+    for (message, expected) in [
+        (
+            "The external key store proxy rejected the request because the external key is not enabled in the external key manager.",
+            Revoked(Disabled),
+        ),
+        (
+            "The external key store proxy rejected the request because the external key does not support the requested operation.",
+            Revoked(Disabled),
+        ),
+        (
+            "The external key store proxy rejected the request because it could not find the external key.",
+            Revoked(Deleted),
+        ),
+        (
+            "The external key store proxy denied access to the operation. Verify that the user and the external key are both authorized for this operation, and try the request again.",
+            Revoked(NotPermitted),
+        ),
+        (
+            "The external key store proxy rejected the request because the specified ciphertext or additional authenticated data is corrupted, missing, or otherwise invalid.",
+            Invalid,
+        ),
+        (
+            "The ciphertext that the external key store proxy submitted for decryption, or the encryption context, is corrupted, missing, or otherwise invalid.",
+            Invalid,
+        ),
+        (
+            "AWS KMS cannot communicate with the external key store proxy. This might be a transient network issue.",
+            Unreachable,
+        ),
+        (
+            "AWS KMS rejected the request because the external key store proxy did not respond in time. Retry the request.",
+            Unreachable,
+        ),
+        (
+            "The external key store proxy did not respond to the request in the time allotted. Retry the request.",
+            Unreachable,
+        ),
+        (
+            "The external key store proxy rejected the request because it could not authenticate AWS KMS. Verify the credentials for your external key store and update if necessary.",
+            Unreachable,
+        ),
+        (
+            "The external key store proxy rejected the request because of an invalid URI path. Verify the URI path for your external key store and update if necessary.",
+            Unreachable,
+        ),
+        (
+            "The external key store proxy rejected the request because it does not support the requested cryptographic operation.",
+            Unreachable,
+        ),
+        ("The external key store proxy is in an unhealthy state.", Unreachable),
+        ("AWS KMS cannot interpret the response from the external key store proxy.", Unreachable),
+        ("AWS KMS cannot establish a TLS connection to the external key store proxy.", Unreachable),
+        ("arn:aws:kms:eu-west-1:123456789012:key/k is unavailable.", Unreachable),
+        (
+            "Something new: the external key store proxy rejected the request because the external key is not enabled in the external key manager.",
+            Unreachable,
+        ),
+        ("", Unreachable),
+    ] {
+        let server = Server::kms(move |_| kms_error(400, "KMSInvalidStateException", message));
+        assert_sorted(unwrap_at(&server), expected, message);
+    }
+    // AWS documents these codes only for the management of keys and key stores.
+    for code in [
+        "CustomKeyStoreInvalidStateException",
+        "XksKeyInvalidConfigurationException",
+        "XksKeyNotFoundException",
+        "XksProxyUriUnreachableException",
+        "XksProxyInvalidResponseException",
+        "XksProxyIncorrectAuthenticationCredentialException",
+    ] {
+        let server = Server::kms(move |_| kms_error(400, code, "m"));
+        assert_sorted(unwrap_at(&server), Unreachable, code);
+    }
+}
+
 #[test]
 fn what_may_be_over_in_a_moment_is_tried_again() {
     let blips = [
@@ -593,44 +774,255 @@ fn a_call_ends_in_its_time_whatever_hangs() {
 
 // ---- the service's own credentials ----
 
-/// The answers of an instance's metadata service, with credentials that expire in an hour.
+/// The answers of an instance's metadata service, with credentials that last.
 fn metadata(asked: &Asked) -> Option<Reply> {
-    let credentials = r#"{"Code":"Success","LastUpdated":"2026-01-01T00:00:00Z","Type":"AWS-HMAC","AccessKeyId":"META",
-        "SecretAccessKey":"secret of META","Token":"t","Expiration":"2999-01-01T00:00:00Z"}"#;
+    metadata_of(asked, "META", "2999-01-01T00:00:00Z")
+}
+
+/// The same with these credentials.
+fn metadata_of(asked: &Asked, id: &str, ends: &str) -> Option<Reply> {
+    let credentials = serde_json::json!({
+        "Code": "Success", "LastUpdated": "2026-01-01T00:00:00Z", "Type": "AWS-HMAC", "AccessKeyId": id,
+        "SecretAccessKey": format!("secret of {id}"), "Token": "t", "Expiration": ends,
+    });
     match (asked.method.as_str(), asked.path.as_str()) {
         ("PUT", "/latest/api/token") => Some(reply(200, "metadata-token")),
         ("GET", "/latest/meta-data/iam/security-credentials/") => Some(reply(200, "service-role")),
         ("GET", "/latest/meta-data/iam/security-credentials/service-role" | "/container") => {
-            Some(reply(200, credentials))
+            Some(reply(200, credentials.to_string()))
         }
         _ => None,
     }
 }
 
+const LATER: &str = "2999-01-01T00:00:00Z";
+const PAST: &str = "2000-01-01T00:00:00Z";
+
+/// AWS and an instance's metadata service, and how both behave.
+struct Instance {
+    server: Server,
+    mood: Arc<Mutex<Mood>>,
+    kms: AwsKms,
+}
+
+#[derive(Clone)]
+struct Mood {
+    /// The credentials that the metadata service gives, and their end.
+    gives: (&'static str, &'static str),
+    /// The behaviour of the metadata service in place of that.
+    metadata: Option<Reply>,
+    /// The answer of STS to credentials with this id.
+    refuses: Option<(&'static str, Reply)>,
+    /// The answer of STS to all others.
+    sts: Reply,
+}
+
+impl Instance {
+    fn new() -> Self {
+        let mood = Arc::new(Mutex::new(Mood {
+            gives: ("OLD", LATER),
+            metadata: None,
+            refuses: None,
+            sts: assumed(),
+        }));
+        let server = Server::start({
+            let mood = Arc::clone(&mood);
+            move |asked, _| {
+                let mood = mood.lock().unwrap().clone();
+                if asked.is_kms() {
+                    return decrypted(&KEY);
+                }
+                if asked.is_sts() {
+                    return match mood.refuses {
+                        Some((id, reply)) if id == asked.signer() => reply,
+                        _ => mood.sts,
+                    };
+                }
+                let (id, ends) = mood.gives;
+                mood.metadata.or_else(|| metadata_of(asked, id, ends)).unwrap()
+            }
+        });
+        let kms = server.backend_with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &server.url())]);
+        Self { server, mood, kms }
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Mood)) {
+        change(&mut self.mood.lock().unwrap());
+    }
+
+    fn unwrap(&self) -> Result<(), KmsError> {
+        unwrap_in(&self.kms, TIMEOUT).map(|key| assert_eq!(key.expose(), &KEY))
+    }
+
+    /// The signers of the requests to STS since the last call of this method, and the number of
+    /// credentials that were fetched.
+    fn asked(&self) -> (Vec<String>, usize) {
+        let mut asked = self.server.asked.lock().unwrap();
+        let asked = std::mem::take(&mut *asked);
+        let fetched = asked.iter().filter(|asked| asked.path.ends_with("/service-role")).count();
+        (asked.iter().filter(|asked| asked.is_sts()).map(Asked::signer).collect(), fetched)
+    }
+
+    fn assert_asked(&self, signers: &[&str], fetched: usize, what: &str) {
+        let (asked, count) = self.asked();
+        assert_eq!(
+            (asked, count),
+            (signers.iter().map(|&id| id.to_owned()).collect(), fetched),
+            "{what}"
+        );
+    }
+}
+
 #[test]
-fn own_credentials_with_an_end_are_kept_until_they_are_refused() {
-    let expired = Arc::new(Mutex::new(false));
-    let server = Server::start({
-        let expired = Arc::clone(&expired);
-        move |asked, _| match metadata(asked) {
-            Some(reply) => reply,
+fn own_credentials_with_an_end_are_kept() {
+    let instance = Instance::new();
+    for _ in 0..3 {
+        instance.unwrap().unwrap();
+    }
+    instance.assert_asked(&["OLD", "OLD", "OLD"], 1, "kept");
+    // A failure that may be over in a moment says nothing about the credentials.
+    for reply in [sts_error(503, "ServiceUnavailable"), sts_error(400, "Throttling")] {
+        instance.set(|mood| mood.sts = reply);
+        assert_sorted(instance.unwrap(), Unreachable, "a transient failure");
+        instance.assert_asked(&["OLD", "OLD", "OLD"], 0, "a transient failure");
+    }
+    // Nor does an invalid request.
+    instance.set(|mood| mood.sts = sts_error(400, "ValidationError"));
+    assert_sorted(instance.unwrap(), Invalid, "an invalid request");
+    instance.assert_asked(&["OLD"], 0, "an invalid request");
+}
+
+/// The answers of STS to credentials that it refuses, the last two those of a replaced role.
+fn refusals() -> Vec<Reply> {
+    let mut refusals: Vec<_> = [
+        (400, "ExpiredToken"),
+        (403, "ExpiredTokenException"),
+        (403, "InvalidClientTokenId"),
+        (403, "UnrecognizedClientException"),
+        (403, "SignatureDoesNotMatch"),
+        (400, "IncompleteSignature"),
+        (403, "SomethingNew"),
+    ]
+    .map(|(status, code)| sts_error(status, code))
+    .into();
+    let message = format!(
+        "User: {CALLER} is not authorized to perform: sts:AssumeRole on resource: {ROLE} because no identity-based policy allows the sts:AssumeRole action"
+    );
+    refusals.push(sts_message(403, "AccessDenied", &message));
+    refusals.push(sts_error(403, "AccessDenied"));
+    refusals
+}
+
+#[test]
+fn kept_credentials_that_are_refused_are_fetched_again_in_the_same_call() {
+    for refusal in refusals() {
+        let what = format!("{refusal:?}");
+        let instance = Instance::new();
+        instance.unwrap().unwrap();
+        instance.assert_asked(&["OLD"], 1, &what);
+        instance.set(|mood| {
+            mood.gives = ("NEW", LATER);
+            mood.refuses = Some(("OLD", refusal.clone()));
+        });
+        instance.unwrap().unwrap();
+        instance.assert_asked(&["OLD", "NEW"], 1, &what);
+        instance.unwrap().unwrap();
+        instance.assert_asked(&["NEW"], 0, &what);
+        // Credentials that this call has fetched are not fetched again.
+        instance.set(|mood| {
+            mood.gives = ("NEWEST", LATER);
+            mood.refuses = None;
+            mood.sts = refusal.clone();
+        });
+        instance.unwrap().unwrap_err();
+        instance.assert_asked(&["NEW", "NEWEST"], 1, &what);
+        // Nor are the same credentials tried twice.
+        instance.unwrap().unwrap_err();
+        instance.assert_asked(&["NEWEST"], 1, &what);
+        instance.set(|mood| mood.sts = assumed());
+        instance.unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_refusal_holds_if_no_newer_credentials_can_be_had() {
+    let refused = Revoked(RevokedReason::NotPermitted);
+    for (metadata, what) in [
+        (reply(500, ""), "it fails"),
+        (reply(404, ""), "it has none"),
+        (reply(200, "{}"), "it answers nonsense"),
+        (Reply::HangUp, "it hangs up"),
+        (Reply::Hang, "it hangs"),
+        (Reply::Drip, "it drips"),
+    ] {
+        let instance = Instance::new();
+        instance.unwrap().unwrap();
+        instance.set(|mood| {
+            mood.metadata = Some(metadata);
+            mood.sts = sts_error(403, "AccessDenied");
+        });
+        let began = Instant::now();
+        // The refusal is reported in time.
+        let timeout = Duration::from_secs(3);
+        assert_sorted(unwrap_in(&instance.kms, timeout), refused, what);
+        assert!(began.elapsed() < timeout, "{what}: {:?}", began.elapsed());
+        instance.set(|mood| mood.sts = sts_error(400, "ExpiredToken"));
+        assert_sorted(unwrap_in(&instance.kms, timeout), Unreachable, what);
+        // The kept credentials stay, and are tried again.
+        instance.set(|mood| mood.sts = assumed());
+        instance.unwrap().unwrap();
+    }
+}
+
+#[test]
+fn credentials_that_look_expired_are_tried_if_there_are_no_newer_ones() {
+    let instance = Instance::new();
+    // The clock of this machine may be wrong. STS decides.
+    instance.set(|mood| mood.gives = ("OLD", PAST));
+    instance.unwrap().unwrap();
+    instance.assert_asked(&["OLD"], 1, "they look expired from the beginning");
+    instance.unwrap().unwrap();
+    instance.assert_asked(&["OLD"], 1, "newer ones are looked for");
+    instance.set(|mood| mood.metadata = Some(reply(500, "")));
+    instance.unwrap().unwrap();
+    instance.assert_asked(&["OLD"], 0, "there are no newer ones");
+    instance.set(|mood| mood.sts = sts_error(400, "ExpiredToken"));
+    assert_sorted(instance.unwrap(), Unreachable, "STS says that they have expired");
+    instance.assert_asked(&["OLD"], 0, "newer ones are looked for once");
+    instance.set(|mood| {
+        mood.metadata = None;
+        mood.gives = ("NEW", LATER);
+        mood.sts = assumed();
+    });
+    instance.unwrap().unwrap();
+    instance.assert_asked(&["NEW"], 1, "newer ones come first");
+}
+
+#[test]
+fn a_refused_token_of_the_metadata_service_is_fetched_again() {
+    let tokens = Arc::new(Mutex::new(0));
+    let given = Arc::clone(&tokens);
+    let server = Server::start(move |asked, _| {
+        let mut given = given.lock().unwrap();
+        if asked.path == "/latest/api/token" {
+            *given += 1;
+            return reply(200, given.to_string());
+        }
+        match asked.headers.get("x-aws-ec2-metadata-token") {
+            Some(token) if *token != given.to_string() => reply(401, ""),
+            Some(_) => metadata_of(asked, "META", PAST).unwrap(),
             None if asked.is_kms() => decrypted(&KEY),
-            None if *expired.lock().unwrap() => sts_error(403, "ExpiredToken"),
             None => assumed(),
         }
     });
     let kms = server.backend_with(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", &server.url())]);
-    let fetched = |asked: &Asked| asked.path.ends_with("/service-role");
-    for _ in 0..3 {
-        unwrap_in(&kms, TIMEOUT).unwrap();
-    }
-    assert_eq!(server.asked(fetched).len(), 1);
-    server.asked(Asked::is_sts).iter().for_each(|asked| assert_eq!(asked.signer(), "META"));
-    *expired.lock().unwrap() = true;
-    assert_sorted(unwrap_in(&kms, TIMEOUT), Unreachable, "expired");
-    *expired.lock().unwrap() = false;
     unwrap_in(&kms, TIMEOUT).unwrap();
-    assert_eq!(server.asked(fetched).len(), 2);
+    // As after a restart of the metadata service.
+    *tokens.lock().unwrap() += 1;
+    server.asked.lock().unwrap().clear();
+    unwrap_in(&kms, TIMEOUT).unwrap();
+    let fetched = server.asked(|asked| asked.path.ends_with("/service-role"));
+    assert_eq!(fetched.len(), 1, "{fetched:?}");
 }
 
 #[test]

@@ -8,7 +8,10 @@ use std::{
 use rustix::io::Errno;
 
 use super::key::{KEY_FILE_BYTES_MAX, LocalKeyState};
-use crate::io::{FileKind, WrongFileType};
+use crate::{
+    io::{FileKind, WrongFileType},
+    kms::KmsError,
+};
 
 /// Why the administration of a [`LocalKms`](super::LocalKms) failed. Nothing has changed then,
 /// except as [`LocalKmsError::Io`] says.
@@ -92,6 +95,17 @@ impl LocalKmsError {
     pub(super) fn is_exhaustion(&self) -> bool {
         let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);
         matches!(self, Self::Io { source, .. } if source.raw_os_error().is_some_and(|code| exhausted.contains(&code)))
+    }
+}
+
+/// The error of a call that could not read the directory, or its key.
+impl From<LocalKmsError> for KmsError {
+    fn from(error: LocalKmsError) -> Self {
+        let detail = error.to_string();
+        match error {
+            LocalKmsError::Damaged { .. } => Self::Invalid { detail },
+            _ => Self::Unreachable { detail },
+        }
     }
 }
 

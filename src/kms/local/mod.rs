@@ -79,11 +79,17 @@ const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
 /// - [`KmsError::Invalid`] if a file in it is damaged, or the wrapped key is damaged or was made
 ///   under another key or for another context.
 ///
+/// It serves the regions of the keys that it can read, deleted keys included. A key file that is
+/// damaged, unreadable or no regular file concerns that key alone: the other keys serve their
+/// regions, and can be used and administered. A directory that cannot be read serves no region, so
+/// that another KMS keeps its regions. If no other KMS serves the region of a call, the call fails
+/// with the error of the directory, and the next call looks again. The same holds if the process
+/// has no file descriptor or memory left to look.
+///
 /// A call reads two small local files and waits for no lock. On a file system that hangs, the
 /// timeout of a call has no effect.
 ///
 /// The clock triggers a scheduled deletion. From that day on the key is deleted, and the next
-/// change of anything in the directory destroys its material.
 /// change of anything in the directory destroys its material.
 #[derive(Clone, Debug)]
 pub struct LocalKms {
@@ -178,10 +184,7 @@ impl LocalKms {
                     format!("no key {cmk_key_id} in region {region_id}"),
                 );
             }
-            Err(error @ LocalKmsError::Damaged { .. }) => {
-                return Err(KmsError::Invalid { detail: error.to_string() });
-            }
-            Err(error) => return Err(KmsError::Unreachable { detail: error.to_string() }),
+            Err(error) => return Err(error.into()),
         };
         let state = key.state(self.today());
         let reason = match state {
@@ -205,18 +208,28 @@ impl Kms for LocalKms {
         "local"
     }
 
-    /// Whether the region has a readable key, deleted keys included. The region of a damaged key
-    /// file is unknown, so the other keys decide. If the process lacks file descriptors or memory
-    /// to look, the answer is `true`, so that the call itself reports the error.
+    /// Whether [`Kms::try_serves`] finds the region.
     fn serves(&self, region_id: &str) -> bool {
-        let of_region = |key_id: &String| match self.load(key_id) {
-            Ok(key) => key.region_id == region_id,
-            Err(error) => error.is_exhaustion(),
+        self.try_serves(region_id).unwrap_or(false)
+    }
+
+    /// Looks for a readable key of the region, deleted keys included. A directory that does not
+    /// exist has none. The region of a key that cannot be read is unknown, so the other keys
+    /// decide, unless the process has nothing left to look at a key with.
+    fn try_serves(&self, region_id: &str) -> Result<bool, KmsError> {
+        let key_ids = match self.key_ids() {
+            Err(LocalKmsError::Missing { .. }) => return Ok(false),
+            key_ids => key_ids?,
         };
-        match self.key_ids() {
-            Ok(key_ids) => key_ids.iter().any(of_region),
-            Err(error) => error.is_exhaustion(),
+        let mut exhausted = None;
+        for key_id in key_ids {
+            match self.load(&key_id) {
+                Ok(key) if key.region_id == region_id => return Ok(true),
+                Err(error) if error.is_exhaustion() => exhausted = Some(error),
+                _ => {}
+            }
         }
+        exhausted.map_or(Ok(false), |error| Err(error.into()))
     }
 
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {

@@ -16,7 +16,7 @@ use super::{
     key::KEY_FILE_BYTES_MAX,
     *,
 };
-use crate::kms::EncryptionContext;
+use crate::kms::{EncryptionContext, KmsRouter};
 
 const REGION: &str = "cn-hangzhou";
 const ROLE: &str = "acs:ram::13234:role/logsource";
@@ -526,6 +526,229 @@ fn every_changed_bit_and_every_length_of_a_key_file_shows() {
     assert!(setup.kms.serves(REGION));
     fs::write(&path, &intact).unwrap();
     assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY);
+}
+
+/// Puts something in place of a key file by which no key can be read.
+type Spoil = fn(&Path);
+
+/// Each way to do so.
+fn spoilers() -> Vec<(&'static str, Spoil)> {
+    vec![
+        ("damage", |path| fs::write(path, "damage").unwrap()),
+        ("nothing in it", |path| fs::write(path, "").unwrap()),
+        ("a long file", |path| fs::write(path, vec![b' '; KEY_FILE_BYTES_MAX + 1]).unwrap()),
+        ("a directory", |path| fs::create_dir(path).unwrap()),
+        ("a FIFO", |path| {
+            rustix::fs::mkfifoat(rustix::fs::CWD, path, rustix::fs::Mode::RWXU).unwrap();
+        }),
+        ("a socket", |path| drop(std::os::unix::net::UnixListener::bind(path).unwrap())),
+        ("a symlink to it", |path| std::os::unix::fs::symlink(away(path), path).unwrap()),
+        ("a symlink to nothing", |path| std::os::unix::fs::symlink("nothing", path).unwrap()),
+        ("a symlink to itself", |path| std::os::unix::fs::symlink(path, path).unwrap()),
+        ("a device", |path| std::os::unix::fs::symlink("/dev/zero", path).unwrap()),
+        // Root may read it all the same. `unreadable_files_concern_their_key_alone` is not root.
+        ("an unreadable file", |path| {
+            fs::copy(away(path), path).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
+        }),
+    ]
+}
+
+/// Where a test puts a file or directory in the meantime.
+fn away(path: &Path) -> PathBuf {
+    path.with_extension("away")
+}
+
+/// Runs a call that must end soon.
+fn soon<T: Send + 'static>(what: &str, call: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    thread::spawn(move || sender.send(call()));
+    receiver.recv_timeout(Duration::from_secs(60)).unwrap_or_else(|_| panic!("{what}: it hangs"))
+}
+
+/// Checks two embedded KMSs. In the first of them `spoil` replaces the file of one of two keys, and
+/// each of the two has a region of its own.
+fn check_spoilt_key(what: &'static str, spoil: Spoil) {
+    let (setup, second) = (Setup::new(), Setup::new());
+    let other = setup.kms.create_key("cn-beijing", &[ROLE]).unwrap();
+    second.kms.create_key("eu-central-1", &[ROLE]).unwrap();
+    let wrapped = setup.wrap().unwrap();
+    let path = setup.kms.key_path(setup.id());
+    fs::rename(&path, away(&path)).unwrap();
+    spoil(&path);
+    let is_root = rustix::process::geteuid().is_root();
+    let still_read = what == "an unreadable file" && is_root;
+    let (first, kms) = (setup.kms.clone(), second.kms.clone());
+    soon(what, move || {
+        assert_eq!(first.serves(REGION), still_read, "{what}");
+        assert!(first.serves("cn-beijing"), "{what}");
+        for region in ["eu-central-1", "anywhere", ""] {
+            assert!(!first.serves(region), "{what}: it takes {region}");
+        }
+        let all: Vec<Arc<dyn Kms>> = vec![Arc::new(first), Arc::new(kms)];
+        let router = KmsRouter::new(&all, Duration::from_secs(9), true, Arc::new(SystemClock));
+        let serves = |region| router.serving(region).is_ok();
+        assert!(serves("cn-beijing") && serves("eu-central-1") && !serves("anywhere"), "{what}");
+    });
+    // The other key can be used and administered.
+    for change in [LocalKms::disable, LocalKms::enable, LocalKms::rotate] {
+        change(&setup.kms, &other).unwrap();
+    }
+    setup.kms.create_key("cn-beijing", &[ROLE]).unwrap();
+    if !still_read {
+        let refused = setup.unwrap(&wrapped).unwrap_err();
+        assert!(!matches!(refused, KmsError::Revoked { .. }), "{what}: {refused}");
+        assert!(setup.kms.disable(setup.id()).is_err(), "{what}");
+    }
+    // The key itself is there again with its file.
+    match fs::symlink_metadata(&path).unwrap().is_dir() {
+        true => fs::remove_dir(&path).unwrap(),
+        false => fs::remove_file(&path).unwrap(),
+    }
+    fs::rename(away(&path), &path).unwrap();
+    assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY, "{what}");
+    assert!(setup.kms.serves(REGION), "{what}");
+}
+
+#[test]
+fn a_key_file_that_cannot_be_read_concerns_its_key_alone() {
+    for (what, spoil) in spoilers() {
+        check_spoilt_key(what, spoil);
+    }
+}
+
+/// Runs this test again as a child process, if the variable is not set yet. Returns whether this
+/// is the child.
+fn in_child(test: &str, adjust: impl FnOnce(&mut std::process::Command)) -> bool {
+    const CHILD: &str = "ENVELOG_TEST_KMS_CHILD";
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let name = format!("kms::local::tests::{test}");
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", &name, "--nocapture"]).env(CHILD, "1");
+    adjust(&mut command);
+    let out = command.output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && text.contains("1 passed"),
+        "{text}{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    false
+}
+
+/// Root may read any file, so the test runs as another user where it would be root.
+#[test]
+fn unreadable_files_concern_their_key_alone() {
+    use std::os::unix::process::CommandExt;
+    const USER: u32 = 65_534;
+    let binary = tempfile::tempdir().unwrap();
+    if in_child("unreadable_files_concern_their_key_alone", |command| {
+        if rustix::process::geteuid().is_root() {
+            // The other user may have no access to the directory of the build.
+            let copy = binary.path().join("tests");
+            fs::copy(command.get_program(), &copy).unwrap();
+            fs::set_permissions(binary.path(), fs::Permissions::from_mode(0o755)).unwrap();
+            let args: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+            let envs: Vec<_> = command
+                .get_envs()
+                .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+                .collect();
+            *command = std::process::Command::new(copy);
+            command.args(args).envs(envs).uid(USER).gid(USER).current_dir("/");
+        }
+    }) {
+        assert!(!rustix::process::geteuid().is_root());
+        let unreadable = spoilers().into_iter().find(|(what, _)| *what == "an unreadable file");
+        let (what, spoil) = unreadable.unwrap();
+        check_spoilt_key(what, spoil);
+        // A directory that may not be read serves no region as far as this process knows.
+        let setup = Setup::new();
+        let keys = setup.kms.keys_dir();
+        for path in [&setup.kms.dir, &keys, &setup.kms.marker_path()] {
+            let mode = fs::metadata(path).unwrap().permissions();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o000)).unwrap();
+            assert!(!setup.kms.serves(REGION), "{}", path.display());
+            let error = setup.kms.try_serves(REGION).unwrap_err().to_string();
+            assert!(error.contains("ermission denied"), "{}: {error}", path.display());
+            fs::set_permissions(path, mode).unwrap();
+            assert!(setup.kms.serves(REGION));
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_cannot_be_read_takes_no_region_and_reports_the_error() {
+    let setup = Setup::new();
+    let wrapped = setup.wrap().unwrap();
+    let (dir, keys, marker) = (&setup.kms.dir, setup.kms.keys_dir(), setup.kms.marker_path());
+    for place in [dir, &keys, &marker] {
+        for (what, spoil) in spoilers() {
+            // A missing directory is no error: it serves no region yet.
+            if ["a symlink to it", "an unreadable file"].contains(&what)
+                || (what == "a directory" && place != &marker)
+                || (what == "a symlink to nothing" && place == dir)
+            {
+                continue;
+            }
+            fs::rename(place, away(place)).unwrap();
+            spoil(place);
+            let kms = setup.kms.clone();
+            let what = format!("{what} in place of {}", place.display());
+            let (serves, error) = soon(&what, move || (kms.serves(REGION), kms.try_serves(REGION)));
+            assert!(!serves, "{what}");
+            let error = error.unwrap_err();
+            assert!(!matches!(error, KmsError::Revoked { .. }), "{what}: {error}");
+            let spoilt = fs::symlink_metadata(place).unwrap();
+            if spoilt.is_dir() { fs::remove_dir(place) } else { fs::remove_file(place) }.unwrap();
+            assert_eq!(setup.kms.try_serves(REGION), Ok(false), "it is missing");
+            fs::rename(away(place), place).unwrap();
+            assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY, "{what}");
+        }
+    }
+}
+
+/// A process without a free file descriptor can look at nothing. That must not lead a lease to the
+/// wrong KMS.
+#[test]
+fn without_file_descriptors_it_takes_no_region_and_reports_the_error() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if !in_child("without_file_descriptors_it_takes_no_region_and_reports_the_error", |_| {}) {
+        return;
+    }
+    let (setup, second) = (Setup::new(), Setup::new());
+    let key = second.kms.create_key("eu-central-1", &[ROLE]).unwrap();
+    let of_region = |region: &str, id: &str| Cmk {
+        cmk_key_id: id.to_owned(),
+        arn: ROLE.to_owned(),
+        region_id: region.to_owned(),
+    };
+    let (first_cmk, second_cmk) = (of_region(REGION, setup.id()), of_region("eu-central-1", &key));
+    let all: Vec<Arc<dyn Kms>> = vec![Arc::new(setup.kms.clone()), Arc::new(second.kms.clone())];
+    let router = KmsRouter::new(&all, Duration::from_secs(9), true, Arc::new(SystemClock));
+    setrlimit(Resource::Nofile, Rlimit { current: Some(64), maximum: Some(64) }).unwrap();
+    let mut all_descriptors = Vec::new();
+    while let Ok(file) = fs::File::open("/dev/null") {
+        all_descriptors.push(file);
+    }
+    assert!(!setup.kms.serves(REGION) && !setup.kms.serves("eu-central-1"));
+    let leases = [&first_cmk, &second_cmk].map(|cmk| router.serving_or_later(&cmk.region_id));
+    let wrap = |cmk: &Cmk, kms: &crate::kms::BoundedKms| {
+        kms.wrap(cmk, setup.context.clone(), &SecretKey::from_bytes(&mut DATA_KEY.clone()))
+    };
+    for (cmk, lease) in [&first_cmk, &second_cmk].into_iter().zip(&leases) {
+        let now = router.serving(&cmk.region_id).unwrap();
+        assert_eq!(now.name(), "local");
+        for result in [wrap(cmk, lease), wrap(cmk, &now)] {
+            let Err(KmsError::Unreachable { detail }) = result else { panic!("{result:?}") };
+            assert!(detail.contains("Too many open files"), "{detail}");
+        }
+    }
+    drop(all_descriptors);
+    for (cmk, lease) in [&first_cmk, &second_cmk].into_iter().zip(&leases) {
+        wrap(cmk, lease).unwrap();
+    }
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl KeyService {
                 (Some(version), wrapped)
             }
             Some(cmk) => {
-                let kms = self.serving(cmk)?;
+                let kms = &self.serving(cmk)?;
                 let wrapped = self.ensure_probe(kms, cmk);
                 let wrapped =
                     wrapped.and_then(|()| self.wrap_proved(kms, cmk, identity.context(), key));

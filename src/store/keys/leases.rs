@@ -31,7 +31,7 @@ impl KeyService {
     ///
     /// # Errors
     /// [`crate::ConfigError::NoKmsForRegion`].
-    pub(super) fn serving(&self, cmk: &Cmk) -> Result<&BoundedKms> {
+    pub(super) fn serving(&self, cmk: &Cmk) -> Result<BoundedKms> {
         Ok(self.kms.serving(&cmk.region_id)?)
     }
 

@@ -229,7 +229,7 @@ impl KeyService {
         &self,
         cmk: &Cmk,
     ) -> std::result::Result<RewrappedProbe, KmsOrEngine> {
-        let kms = self.serving(cmk)?;
+        let kms = &self.serving(cmk)?;
         let path = self.probe_path(self.probe_id(kms.name(), cmk));
         let found = match self.read_probe(&path) {
             Err(error) if error.is_not_found() => None,
