@@ -11,6 +11,7 @@ use crate::{crypto::SecretKey, io::Clock};
 pub(crate) struct KmsRouter {
     kms: Arc<[BoundedKms]>,
     timeout: Duration,
+    inline: bool,
     watch: Watch,
 }
 
@@ -25,7 +26,7 @@ impl KmsRouter {
     ) -> Self {
         let watch = Watch { clock, meter: Arc::default() };
         let bounded = |kms| BoundedKms::new(Arc::clone(kms), timeout, inline, watch.clone());
-        Self { kms: kms.iter().map(bounded).collect(), timeout, watch }
+        Self { kms: kms.iter().map(bounded).collect(), timeout, inline, watch }
     }
 
     /// The counters of the calls to these KMSs.
@@ -58,10 +59,9 @@ impl KmsRouter {
         known.cloned().unwrap_or_else(|| self.stand_in(Later(self.clone())))
     }
 
-    /// A KMS in place of a real one. It needs no thread: it fails at once, or makes a call that is
-    /// bounded already.
+    /// A KMS in place of a real one.
     fn stand_in(&self, kms: impl Kms + 'static) -> BoundedKms {
-        BoundedKms::new(Arc::new(kms), self.timeout, true, self.watch.clone())
+        BoundedKms::new(Arc::new(kms), self.timeout, self.inline, self.watch.clone())
     }
 }
 
