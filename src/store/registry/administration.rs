@@ -304,7 +304,6 @@ pub(crate) fn hear_of_loss(logstore: &Arc<LogstoreShared>, lease: Option<Arc<Lea
     lease.listen(listener);
     // The lease may have reported a loss to its listeners just before this one was added.
     if let Some(Err(refusal)) = lease.told() {
-        logstore.lost(&refusal);
-        logstore.note_lost(&refusal);
+        lease.tell_late(Arc::clone(logstore) as _, refusal);
     }
 }
