@@ -22,8 +22,9 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, AuditEvent, Background, Cmk, EncryptConf, EncryptType, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, ShardChoice, Store, VerifyOptions, kms::RevokedReason::Disabled,
+    AppendOptions, AuditEvent, Background, Cmk, EncryptConf, EncryptType, Error, Logstore,
+    LogstoreConfig, LogstoreSpec, Payload, ShardChoice, Store, VerifyOptions,
+    kms::RevokedReason::Disabled,
 };
 
 /// A store on a simulated disk whose clock the test advances, also if the store has threads.
@@ -124,7 +125,7 @@ impl Setup {
     }
 
     /// Checks that each Logstore has these records, can be appended to, and is sound. Also after the
-    /// store was closed and opened.
+    /// store was closed and opened. The first sync reports lost groups.
     fn check(self, expected: &[(&Logstore, &[&str])]) {
         let check = |logstore: &Logstore, texts: &[&str]| {
             let found: Vec<_> = (0..logstore.config().shards.len() as u32)
@@ -132,9 +133,20 @@ impl Setup {
                 .collect();
             assert_eq!(found, texts, "{}", logstore.name());
         };
+        let mut reported = 0;
         for (logstore, texts) in expected {
+            match logstore.sync() {
+                Ok(()) => {}
+                Err(Error::GroupsLost { groups, cause, .. }) => {
+                    assert!(is_revoked(&cause, Disabled), "{cause}");
+                    reported += groups;
+                }
+                Err(other) => panic!("{other}"),
+            }
+            logstore.sync().unwrap();
             check(logstore, texts);
         }
+        assert_eq!(reported, self.lost());
         assert_eq!(self.store.metrics().writers_latched, 0);
         self.store.close().unwrap();
         let store = self.sim.open();

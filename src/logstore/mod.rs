@@ -559,7 +559,8 @@ impl Logstore {
     /// from before a failed sync, are not synced in place: recovery rewrites them.
     ///
     /// # Errors
-    /// The error of the write or the sync.
+    /// The error of the write or the sync. [`Error::GroupsLost`], once, if groups of an earlier
+    /// append are lost with their key: nothing can make them durable.
     pub fn sync(&self) -> Result<()> {
         self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.make_durable())

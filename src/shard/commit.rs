@@ -162,8 +162,9 @@ impl LostGroups {
 #[must_use = "the groups are wiped, and those that are lost are counted"]
 pub(super) struct Dropped {
     pub(super) groups: Vec<Bytes>,
-    /// The loss of the key that they are lost with.
+    /// The loss of the key that they are lost with, and its error.
     pub(super) loss: u64,
+    pub(super) error: Option<Error>,
     /// How much of the budget is free again, in bytes.
     pub(super) freed: usize,
     /// The acknowledged ones.
@@ -421,8 +422,8 @@ impl GroupCommit {
 
     /// Drops the queue, in which there are acknowledged groups only: no segment can take them. They
     /// are lost with the `loss`-th loss of the key.
-    pub(super) fn lose_queue(&self, loss: u64) -> Dropped {
-        Dropped { loss, ..self.lock().drop_queue() }
+    pub(super) fn lose_queue(&self, loss: u64, error: &Error) -> Dropped {
+        Dropped { loss, error: Some(error.clone()), ..self.lock().drop_queue() }
     }
 
     /// The deadline of a loss, the `loss`-th of this key, has passed. Drops the queue: groups that
@@ -842,7 +843,7 @@ impl State {
     }
 
     fn nothing_dropped(&self) -> Dropped {
-        Dropped { loss: self.expired, ..Dropped::default() }
+        Dropped { loss: self.expired, error: self.error.clone(), ..Dropped::default() }
     }
 
     fn drop_queue(&mut self) -> Dropped {

@@ -16,8 +16,9 @@ use crate::{Error, Result, segment::KeySource};
 
 impl Shard {
     /// Makes everything durable, including blocks that an earlier process, or a failed fsync, has
-    /// left.
+    /// left. Reports groups that were lost.
     pub(crate) fn make_durable(&self) -> Result<()> {
+        self.report_lost()?;
         self.sync()?;
         let mut writer = self.writer();
         if self.context.read_only || writer.is_open() || writer.next().is_some() {

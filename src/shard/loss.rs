@@ -63,7 +63,7 @@ impl LostShard for ShardLoss {
             let _ = shard.seal(writer, KeyUse::Held);
             writer.wipe();
             if !writer.is_deposed() && shard.gate().is_lost() {
-                shard.account(shard.commit().lose_queue(self.loss));
+                shard.account(shard.commit().lose_queue(self.loss, &self.error));
             }
         })
     }
@@ -101,6 +101,8 @@ pub(super) struct Lost {
     /// The last loss of the key that is on record. Groups that are found lost later are recorded at
     /// once.
     recorded: u64,
+    /// Those that no caller knows of, and the error of their loss.
+    unreported: Option<(LostGroups, Error)>,
 }
 
 /// The writer of a shard, locked. Whichever thread takes or gives back the lock also does the rest
@@ -233,15 +235,16 @@ impl Shard {
         writer.wipe();
         if writer.begun_after().is_some_and(|losses| losses < loss) && writer.abandon() {
             self.list.abandon_active();
+            let (logstore, shard) = (self.name(), self.id());
+            warn!(%logstore, shard, "key wiped before the segment was sealed");
         }
         self.account(self.commit().finish_expiry(syncing));
-        warn!(logstore = %self.name(), shard = self.id(), "shard not sealed before its key was wiped");
     }
 
     /// Wipes groups that are not written, and returns their part of the budget. Counts those that
     /// were acknowledged, and records them if the record of the loss is written already.
     pub(super) fn account(&self, dropped: Dropped) {
-        let Dropped { groups, loss, freed, lost } = dropped;
+        let Dropped { groups, loss, error, freed, lost } = dropped;
         groups.into_iter().for_each(wipe_shared);
         self.context.budget.release(freed);
         if lost.groups == 0 {
@@ -251,11 +254,25 @@ impl Shard {
         let is_recorded = {
             let mut all = lock(&self.lost);
             all.groups.merge(lost);
+            if let Some(error) = error {
+                all.unreported.get_or_insert((LostGroups::default(), error)).0.merge(lost);
+            }
             all.recorded >= loss
         };
         if is_recorded {
             self.record_lost(loss);
         }
+    }
+
+    /// Reports acknowledged groups that were lost, once.
+    ///
+    /// # Errors
+    /// [`Error::GroupsLost`].
+    pub(crate) fn report_lost(&self) -> Result<()> {
+        let Some((lost, error)) = lock(&self.lost).unreported.take() else { return Ok(()) };
+        let LostGroups { groups, first_seq, last_seq } = lost;
+        let (logstore, shard, cause) = (self.name().clone(), self.id(), Arc::new(error));
+        Err(Error::GroupsLost { logstore, shard, groups, first_seq, last_seq, cause })
     }
 
     /// The record of the loss is written. Records the groups that were lost with the key.

@@ -183,9 +183,9 @@ impl Hang {
         }
         held.calls.push(call.clone());
         self.changed.notify_all();
-        while !held.released {
-            held = self.changed.wait(held).unwrap();
-        }
+        // A test that fails does not release it.
+        let hangs = |held: &mut Held| !held.released;
+        drop(self.changed.wait_timeout_while(held, secs(60), hangs).unwrap());
     }
 
     /// Waits until this many operations have hung, and returns them.
