@@ -497,6 +497,26 @@ pub enum Error {
         /// The failure.
         cause: Arc<Error>,
     },
+    /// Groups that were acknowledged as [`Buffered`](crate::Durability::Buffered) are lost: their
+    /// key was lost, and the disk did not take them in time. [`crate::Logstore::sync`] or
+    /// [`crate::Store::close`] reports each loss once.
+    #[error(
+        "shard {shard} of Logstore {logstore} lost {groups} buffered groups with its key, of the sequence numbers {first_seq} to {last_seq}: {cause}"
+    )]
+    GroupsLost {
+        /// The Logstore.
+        logstore: LogstoreName,
+        /// The shard.
+        shard: u32,
+        /// How many groups.
+        groups: u64,
+        /// The lowest of their sequence numbers. Groups in between may not be lost.
+        first_seq: u64,
+        /// The highest of their sequence numbers.
+        last_seq: u64,
+        /// Why the key was lost.
+        cause: Arc<Error>,
+    },
     /// The store was opened read-only.
     #[error("the store is open read-only")]
     ReadOnly,
@@ -587,7 +607,7 @@ impl Error {
             | Error::LogstoreExists(_)
             | Error::ShardMissing { .. } => ErrorKind::Name,
             Error::Full { .. } | Error::TooMany { .. } => ErrorKind::Full,
-            Error::Latched { cause, .. } => cause.kind(),
+            Error::Latched { cause, .. } | Error::GroupsLost { cause, .. } => cause.kind(),
             Error::ShardReadOnly { .. }
             | Error::ReadOnly
             | Error::Forked
@@ -648,6 +668,7 @@ impl Error {
             Error::Full { .. } => "full",
             Error::InvalidArgument(_) => "invalid_argument",
             Error::Latched { .. } => "latched",
+            Error::GroupsLost { .. } => "groups_lost",
             Error::ReadOnly => "read_only",
             Error::Forked => "forked",
             Error::Closed(_) => "closed",

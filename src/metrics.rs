@@ -31,6 +31,7 @@ pub(crate) struct Counters {
     pub(crate) syncs: AtomicU64,
     pub(crate) sync_failures: AtomicU64,
     pub(crate) writers_latched: AtomicU64,
+    pub(crate) groups_lost: AtomicU64,
     pub(crate) anchor_failures: AtomicU64,
     pub(crate) audit_records: AtomicU64,
     pub(crate) audit_failures: AtomicU64,
@@ -105,6 +106,7 @@ impl Counters {
             syncs: at(&self.syncs),
             sync_failures: at(&self.sync_failures),
             writers_latched: at(&self.writers_latched),
+            groups_lost: at(&self.groups_lost),
             anchor_failures: at(&self.anchor_failures),
             audit_records: at(&self.audit_records),
             audit_failures: at(&self.audit_failures),
@@ -186,6 +188,11 @@ pub struct StoreMetrics {
     pub sync_failures: u64,
     /// The number of times that a failure stopped the writer of a shard.
     pub writers_latched: u64,
+    /// Groups that were acknowledged as [`Buffered`](crate::Durability::Buffered) and lost, because
+    /// their master key was lost and they were not in a block within
+    /// [`StoreOptions::kms_timeout`](crate::StoreOptions::kms_timeout). The key audit log names
+    /// them ([`AuditEvent::GroupsLost`](crate::AuditEvent::GroupsLost)).
+    pub groups_lost: u64,
     /// The number of failed updates of the anchor.
     pub anchor_failures: u64,
     /// Records written to the key audit log.

@@ -17,7 +17,7 @@
 use std::{
     fmt,
     ops::{Deref, DerefMut},
-    sync::PoisonError,
+    sync::{PoisonError, TryLockError},
     time::Duration,
 };
 
@@ -43,8 +43,6 @@ pub(crate) enum LockRank {
     Admin,
     /// The bytes that a data key has sealed, for rotation by policy.
     SealedBytes,
-    /// The calls to the listeners of a lease, which hear of losses and recoveries in order.
-    LeaseTelling,
     /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore
     /// takes the writers of all its shards, in the order of the shards.
     ShardWriter,
@@ -57,6 +55,8 @@ pub(crate) enum LockRank {
     /// The current file of the catalogue.
     JournalFiles,
     // Held for a moment.
+    /// The order of the losses and recoveries of a lease. Held while the data keys are wiped.
+    LeaseTelling,
     /// The changes of the catalogue that wait for a record.
     JournalQueue,
     /// The feeder that the catalogue tells about its changes.
@@ -89,6 +89,8 @@ pub(crate) enum LockRank {
     ShardReached,
     /// The recovery notices of a shard.
     ShardNotices,
+    /// The acknowledged groups of a shard that were lost and are not on the audit log yet.
+    ShardLost,
     /// The segments of a shard that the catalogue proves.
     ShardChain,
     /// The keys of a Logstore in memory.
@@ -127,6 +129,8 @@ pub(crate) enum LockRank {
     LeaseListeners,
     /// The probe of a lease.
     LeaseProbe,
+    /// The losses of keys that are acted on.
+    Sealing,
     /// The leases that are due, and the threads that renew them.
     RenewalPool,
     /// The threads of the scheduler.
@@ -281,6 +285,18 @@ impl<T: ?Sized> DerefMut for RwLockWriteGuard<'_, T> {
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     let entered = mutex.rank.enter();
     MutexGuard { inner: mutex.inner.lock().unwrap_or_else(PoisonError::into_inner), entered }
+}
+
+/// Takes a mutex if it is free.
+#[cfg_attr(debug_assertions, track_caller)]
+pub(crate) fn try_lock<T: ?Sized>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    let entered = mutex.rank.enter();
+    let inner = match mutex.inner.try_lock() {
+        Ok(inner) => inner,
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        Err(TryLockError::WouldBlock) => return None,
+    };
+    Some(MutexGuard { inner, entered })
 }
 
 /// Takes a reader-writer lock together with other readers. Blocks while a writer holds it.
@@ -466,6 +482,20 @@ mod tests {
         let [_, other, _] = locks();
         let _both = (lock(&writer), lock(&other));
         assert_eq!(*lock(&state), 2);
+    }
+
+    #[test]
+    fn a_lock_is_tried_and_not_waited_for() {
+        let [admin, writer, _] = locks();
+        let held = lock(&writer);
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert!(try_lock(&writer).is_none()));
+        });
+        drop(held);
+        // A failed attempt leaves no trace: outer locks may be taken.
+        let _admin = lock(&admin);
+        *try_lock(&writer).expect("it is free") += 1;
+        assert_eq!(*lock(&writer), 1);
     }
 
     #[test]

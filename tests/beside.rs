@@ -9,13 +9,14 @@ use std::{
     path::Path,
     sync::{
         Arc, Barrier, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     thread,
     time::Duration,
 };
 
 use common::{
+    counting::Counting,
     disk::{Op, Sim, SimDisk, Survives, Verdict},
     *,
 };
@@ -23,59 +24,13 @@ use envelog::{
     AppendOptions, Background, Compression, EncryptConf, EncryptType, Error, Logstore,
     LogstoreSpec, Position, ReadOptions, ReplaceCmk, ShardChoice, Store, VerifyOptions,
     VerifyReport,
-    crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
+    crypto::AwsLc,
     io::Clock,
     kms::{LocalKms, RevokedReason},
 };
 
 fn to_shard(shard: u32, options: AppendOptions) -> AppendOptions {
     AppendOptions { shard: ShardChoice::Shard(shard), ..options }
-}
-
-/// A provider that counts the keys in use.
-#[derive(Clone, Debug, Default)]
-struct Counting(Arc<AtomicUsize>);
-
-struct CountedKey(Box<dyn AeadKey>, Arc<AtomicUsize>);
-
-impl CryptoProvider for Counting {
-    fn name(&self) -> &'static str {
-        "counting"
-    }
-
-    fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError> {
-        let key = AwsLc::new().aead(cipher, key)?;
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Ok(Box::new(CountedKey(key, Arc::clone(&self.0))))
-    }
-}
-
-impl Drop for CountedKey {
-    fn drop(&mut self) {
-        self.1.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-impl AeadKey for CountedKey {
-    fn seal(
-        &self,
-        nonce: &[u8; 12],
-        aad: &[u8],
-        in_out: &mut [u8],
-    ) -> Result<[u8; 16], CryptoError> {
-        self.0.seal(nonce, aad, in_out)
-    }
-
-    fn open(
-        &self,
-        nonce: &[u8; 12],
-        aad: &[u8],
-        sealed: &[u8],
-        tag: &[u8; 16],
-        out: &mut [u8],
-    ) -> Result<(), CryptoError> {
-        self.0.open(nonce, aad, sealed, tag, out)
-    }
 }
 
 /// A clock that runs an action when the time is read.
@@ -336,7 +291,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
         builder.kms(Arc::clone(&world.kms) as _).clock(Arc::clone(&clock) as _).create().unwrap();
     let cmk = world.cmk();
     let logstore = world.byok(&store, "p/l", &cmk);
-    let without = keys.0.load(Ordering::SeqCst);
+    let without = keys.count();
     put(&logstore, "one");
     store.keys().rotate_data_key(&name("p/l")).unwrap();
     put(&logstore, "two");
@@ -353,7 +308,7 @@ fn no_key_is_left_by_whoever_was_loading_it_when_it_was_lost() {
     }));
     assert_revoked(try_texts(&logstore), RevokedReason::Disabled);
     assert!(clock.trip.lock().unwrap().is_none(), "the key had to be unwrapped");
-    assert_eq!(keys.0.load(Ordering::SeqCst), without, "a key is left in memory");
+    assert_eq!(keys.count(), without, "a key is left in memory");
     world.local().enable(&cmk.cmk_key_id).unwrap();
     logstore.revalidate_now().unwrap();
     assert_eq!(texts(&logstore), ["one", "two"]);

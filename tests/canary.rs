@@ -485,33 +485,6 @@ fn hold_keys(dir: &std::path::Path) -> ! {
     std::process::abort()
 }
 
-/// The memory of a process that a core dump includes, and the memory excluded from dumps.
-#[cfg(target_os = "linux")]
-fn memory_of(pid: u32) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
-    use std::os::unix::fs::FileExt;
-
-    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
-    let (mut dumped, mut kept_out) = (Vec::new(), Vec::new());
-    let mut bytes = Vec::new();
-    for line in std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap().lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            let place =
-                if flags.split(' ').any(|flag| flag == "dd") { &mut kept_out } else { &mut dumped };
-            place.push(std::mem::take(&mut bytes));
-        } else if let Some((range, rest)) = line.split_once(' ')
-            && let Some((from, to)) = range.split_once('-')
-            && rest.starts_with('r')
-        {
-            let at = |text| u64::from_str_radix(text, 16).unwrap();
-            bytes = vec![0; (at(to) - at(from)) as usize];
-            // Unreadable pages are the kernel's and contain no data of the process.
-            let read = memory.read_at(&mut bytes, at(from)).unwrap_or(0);
-            bytes.truncate(read);
-        }
-    }
-    (dumped, kept_out)
-}
-
 /// The keys of a process are in its memory, but in no part that a core dump includes, and in no
 /// dump.
 #[cfg(target_os = "linux")]
@@ -552,7 +525,11 @@ fn no_key_is_in_a_core_dump() {
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
     let ready = lines.find_map(|line| Some(line.split_once("ready ")?.1.to_owned())).unwrap();
 
-    let (dumped, kept_out) = memory_of(child.id());
+    let (mut dumped, mut kept_out) = (Vec::new(), Vec::new());
+    common::process::each_region(child.id(), |is_dumped, bytes| {
+        let place = if is_dumped { &mut dumped } else { &mut kept_out };
+        place.push(bytes.to_vec());
+    });
     let held: BTreeSet<&str> = kept_out.iter().flat_map(|bytes| keys.found_in(bytes)).collect();
     assert_eq!(held.len(), 3, "the search finds the keys where they are kept: {held:?}");
     assert!(

@@ -32,7 +32,7 @@ pub use cipher::SegmentCipher;
 pub use kdf::{HashAlg, Hasher, UnknownHash, derive, hash, hkdf, hmac_sha256, tags_equal};
 pub use rustcrypto::RustCrypto;
 pub use secret::{LockStatus, SecretKey, memory_lock_status};
-pub(crate) use secret::{on_clean_stack, wipe};
+pub(crate) use secret::{on_clean_stack, wipe, wipe_shared};
 pub use sm4_simd::Sm4Simd;
 pub use suite::Suite;
 

@@ -10,6 +10,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use bytes::Bytes;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use crate::io::Random;
@@ -90,6 +91,14 @@ impl fmt::Debug for SecretKey {
 pub(crate) fn wipe(bytes: &mut [u8]) {
     bytes.fill(0);
     zeroize::optimization_barrier(bytes);
+}
+
+/// Overwrites plaintext that is no longer needed, unless another part of the process holds it too.
+/// The caller of the engine owns that copy.
+pub(crate) fn wipe_shared(bytes: Bytes) {
+    if let Ok(mut bytes) = bytes.try_into_mut() {
+        wipe(&mut bytes);
+    }
 }
 
 /// How much of the stack is overwritten, in bytes: more than key schedules, hashes and HKDF use

@@ -8,6 +8,10 @@
 //! A key that is on its way into memory while the lease is lost arrives after the wipe. The gate
 //! therefore asks the lease again after each insert ([`Gate::may_stay`]) and removes the key if the
 //! lease was lost.
+//!
+//! A loss wipes the keys in two steps. [`Gate::lose`] wipes everything but the keys of segments
+//! that are being written, with which the shards seal acknowledged groups. Each of those keys goes
+//! with its segment, and at the latest at a deadline ([`Gate::end_segments_before`]).
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -316,6 +320,7 @@ impl Gate {
                 let reading = held.reading.get(&segment.header.segment);
                 let reading = reading.filter(|_| held.epoch == epoch);
                 let writing = held.writing.get(&segment.header.segment);
+                let writing = writing.map(|writing| &writing.cipher);
                 if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {
                     return use_it(cipher);
                 }
@@ -344,16 +349,16 @@ impl Gate {
         segment: SegmentId,
         use_it: impl FnOnce(&SegmentCipher) -> R,
     ) -> Option<R> {
-        read(&self.held).writing.get(&segment).map(use_it)
+        read(&self.held).writing.get(&segment).map(|writing| use_it(&writing.cipher))
     }
 
     /// Derives and keeps the key of a new segment, whose header is about to be written. Returns the
-    /// commitment. Blocks for KMS calls.
+    /// commitment, and how often the key has been lost so far. Blocks for KMS calls.
     pub(crate) fn begin_segment(
         &self,
         header: &SegmentHeader,
         header_hash: &[u8; 32],
-    ) -> Result<[u8; 32]> {
+    ) -> Result<([u8; 32], u64)> {
         if let Some(error) = &*lock(&self.halted) {
             return Err(error.clone());
         }
@@ -361,20 +366,33 @@ impl Gate {
             let epoch = self.admit()?;
             let Some(cipher) = self.derive(epoch, header, header_hash)? else { continue };
             let commitment = *cipher.commitment();
-            write(&self.held).writing.insert(header.segment, cipher);
+            let losses = {
+                let mut held = write(&self.held);
+                let (shard, losses) = (header.shard, held.losses);
+                held.writing.insert(header.segment, Writing { cipher, shard, losses });
+                losses
+            };
             // If the lease was lost before the insert, the wipe has missed this key.
-            let admitted = self.admit();
-            if matches!(admitted, Ok(now) if now == epoch) {
-                return Ok(commitment);
+            if self.is_still_in(epoch) {
+                let admitted = self.admit();
+                if matches!(admitted, Ok(now) if now == epoch) {
+                    return Ok((commitment, losses));
+                }
             }
             self.end_segment(header.segment);
-            admitted?;
         }
     }
 
     /// Forgets the key of a segment whose writing has ended.
     pub(crate) fn end_segment(&self, segment: SegmentId) {
         write(&self.held).writing.remove(&segment);
+    }
+
+    /// Forgets the keys of the segments of a shard that were begun before the `losses`-th loss of
+    /// the key.
+    pub(crate) fn end_segments_before(&self, losses: u64, shard: u32) {
+        let stays = |writing: &Writing| writing.shard != shard || writing.losses >= losses;
+        write(&self.held).writing.retain(|_, writing| stays(writing));
     }
 
     /// Lets no segment begin until [`Gate::resume`]: its key is not known.
@@ -479,15 +497,27 @@ impl Gate {
     /// the admission and the insert, the wipe has already run and will not run again. So this
     /// removes the key and returns `false`, or the error of the refusal.
     fn may_stay(&self, epoch: u64) -> Result<bool> {
+        let forget = || {
+            let mut held = write(&self.held);
+            if held.epoch == epoch {
+                held.forget_loaded();
+            }
+        };
+        // Before the admission, which may wait for the KMS.
+        if !self.is_still_in(epoch) {
+            forget();
+        }
         let admitted = self.admit();
         if matches!(admitted, Ok(now) if now == epoch) {
             return Ok(true);
         }
-        let mut held = write(&self.held);
-        if held.epoch == epoch {
-            held.forget_loaded();
-        }
+        forget();
         admitted.map(|_| false)
+    }
+
+    /// Whether the epoch that [`Gate::admit`] returned goes on. Calls no KMS.
+    pub(crate) fn is_still_in(&self, epoch: u64) -> bool {
+        read(&self.keys).leases().map(|lease| lease.epoch()).sum::<u64>() == epoch
     }
 
     /// Unwraps a data key from its envelope, with the keyring or at the KMS. Under a customer's key
@@ -613,29 +643,50 @@ impl Gate {
     pub(crate) fn close(&self, what: &'static str) {
         // The first close names the reason.
         let _ = self.closed.set(what);
-        self.wipe();
-        write(&self.held).writing.clear();
+        {
+            let mut held = write(&self.held);
+            held.forget_loaded();
+            held.writing.clear();
+        }
+        self.wipe_kept();
     }
 
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.get().is_some()
     }
 
-    /// Wipes the keys of the Logstore from memory, and the plaintext that open readers have read
-    /// ahead. Waits for the uses under way.
-    ///
-    /// The keys of segments that are being written stay. They go with their segments: the shards
-    /// have ended every segment before the wipe, so one that is there now began after the access
-    /// was back.
-    pub(crate) fn wipe(&self) {
-        write(&self.held).forget_loaded();
+    /// The lease is lost: wipes the data keys, the keys of segments that are being read, and the
+    /// plaintext that open readers have read ahead. Waits for the uses under way, which make no
+    /// system call. Returns how often the key has been lost so far.
+    pub(crate) fn lose(&self) -> u64 {
+        let losses = {
+            let mut held = write(&self.held);
+            held.forget_loaded();
+            held.losses += 1;
+            held.losses
+        };
+        self.wipe_kept();
+        losses
+    }
+
+    /// Whether the lease admits no operation now, as far as is known. Calls no KMS.
+    pub(crate) fn is_lost(&self) -> bool {
+        read(&self.keys).leases().any(|lease| lease.is_lost())
+    }
+
+    /// How often the key has been lost so far.
+    pub(crate) fn losses(&self) -> u64 {
+        read(&self.held).losses
+    }
+
+    fn wipe_kept(&self) {
         let kept: Vec<_> = lock(&self.kept).iter().filter_map(Weak::upgrade).collect();
         kept.iter().for_each(|plaintext| plaintext.wipe());
     }
 
     /// Has plaintext wiped together with the keys, for as long as it lives. After each addition to
-    /// the plaintext, its owner must call [`Gate::admit`] and wipe if that refuses: the wipe may
-    /// have run just before.
+    /// the plaintext, its owner must call [`Gate::is_still_in`] and wipe if the epoch has changed:
+    /// the wipe may have run just before.
     pub(crate) fn keep(&self, plaintext: Weak<dyn KeptPlaintext>) {
         let mut kept = lock(&self.kept);
         kept.retain(|other| other.strong_count() > 0);
@@ -680,9 +731,19 @@ struct Held {
     data: BTreeMap<u32, SecretKey>,
     /// The keys of segments that are being read.
     reading: HashMap<SegmentId, SegmentCipher>,
-    /// The keys of segments that are being written. Each stays until its segment is sealed or the
-    /// gate is closed, also when the lease is lost: acknowledged groups are sealed first.
-    writing: HashMap<SegmentId, SegmentCipher>,
+    /// The keys of segments that are being written. When the lease is lost, each stays until its
+    /// segment is sealed, or until the deadline for that.
+    writing: HashMap<SegmentId, Writing>,
+    /// How often the lease was lost.
+    losses: u64,
+}
+
+/// The key of a segment that is being written.
+struct Writing {
+    cipher: SegmentCipher,
+    shard: u32,
+    /// How often the lease had been lost when the segment was begun.
+    losses: u64,
 }
 
 impl Held {
@@ -829,7 +890,7 @@ mod tests {
             epoch: 1,
             extensions: Vec::new(),
         };
-        let commitment = gate.begin_segment(&header, &[5; 32]).unwrap();
+        let (commitment, _) = gate.begin_segment(&header, &[5; 32]).unwrap();
         let uses = |header_hash: u8, commitment: [u8; 32]| {
             let segment = DecodedHeader {
                 header: header.clone(),
@@ -871,7 +932,7 @@ mod tests {
         drop(second);
         keep(&third);
         assert_eq!(lock(&gate.kept).len(), 2);
-        gate.wipe();
+        assert_eq!(gate.lose(), 1);
         assert_eq!([first, third].map(|kept| *lock(&kept.0)), [1, 1]);
     }
 }

@@ -27,6 +27,7 @@ use super::{
     envelope::fingerprint,
     moment::{Moment, micros},
     renewal_pool::{Renewable, RenewalPool},
+    sealing::{LostShard, Sealer, Turn},
 };
 use crate::{
     crypto::SecretKey,
@@ -36,9 +37,9 @@ use crate::{
     kms::{BoundedKms, Busy, Call, Cmk, EncryptionContext, KmsError, LOOK_EVERY},
     metrics::LeaseMetrics,
     sync::{
-        Condvar, LockRank, Mutex,
-        atomic::{AtomicU64, Ordering},
-        lock, wait_timeout,
+        Condvar, LockRank, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        lock, wait, wait_timeout,
     },
 };
 
@@ -60,14 +61,14 @@ pub(crate) struct Probe {
     pub(crate) fingerprint: String,
 }
 
-/// Hears when a lease stops or starts to admit operations. The lease calls it with the lock that
-/// serializes these calls, and no other.
+/// Hears when a lease stops or starts to admit operations.
 pub(crate) trait LeaseListener: Send + Sync {
     /// Whether the listener still depends on this lease. The key of a Logstore may have been
     /// replaced since.
     fn depends_on(&self, lease: &Lease) -> bool;
-    /// Access is lost. Seals the acknowledged groups, then wipes the keys.
-    fn lost(&self, refusal: &Refusal);
+    /// Access is lost. Wipes the keys and the plaintext that can be read again, without I/O and
+    /// without waiting for a thread that does I/O. Returns the shards that have still to be sealed.
+    fn wipe(&self, refusal: &Refusal) -> Vec<Arc<dyn LostShard>>;
     /// Access is lost, and every listener has wiped its keys. Records the loss.
     fn note_lost(&self, refusal: &Refusal);
     /// Access is back. Records the recovery.
@@ -89,6 +90,7 @@ pub(crate) struct LeaseParts {
     pub(crate) standby: bool,
     /// The Logstore, unless Logstores share the lease.
     pub(crate) logstore: Option<LogstoreId>,
+    pub(crate) sealer: Arc<Sealer>,
 }
 
 /// The lease of one master key.
@@ -119,8 +121,12 @@ pub(crate) struct Lease {
     /// For the pool and the circuit breaker, which do not keep the lease alive.
     this: Weak<Lease>,
     listeners: Mutex<Vec<Weak<dyn LeaseListener>>>,
-    /// Held while the listeners are called, so that they hear losses and recoveries in order.
-    telling: Mutex<()>,
+    sealer: Arc<Sealer>,
+    telling: Mutex<Telling>,
+    /// Notified when the listeners have acted on a loss or a recovery.
+    told: Condvar,
+    /// Whether the lease has admitted operations since the listeners last heard of a loss.
+    was_back: AtomicBool,
 }
 
 impl fmt::Debug for Lease {
@@ -136,7 +142,7 @@ impl Lease {
     /// Makes a lease that admits nothing yet. Its first use calls the KMS.
     pub(crate) fn new(parts: LeaseParts) -> Arc<Self> {
         let LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool, .. } = parts;
-        let LeaseParts { standby, logstore, .. } = parts;
+        let LeaseParts { standby, logstore, sealer, .. } = parts;
         let fresh_until = if standby { u64::MAX } else { 0 };
         Arc::new_cyclic(|this| Self {
             cmk,
@@ -158,7 +164,10 @@ impl Lease {
             pool: pool.map(|pool| (Arc::clone(&pool), pool.enter())),
             this: Weak::clone(this),
             listeners: Mutex::new(LockRank::LeaseListeners, Vec::new()),
-            telling: Mutex::new(LockRank::LeaseTelling, ()),
+            sealer,
+            telling: Mutex::new(LockRank::LeaseTelling, Telling::default()),
+            told: Condvar::new(),
+            was_back: AtomicBool::new(false),
         })
     }
 
@@ -250,7 +259,7 @@ impl Lease {
     /// call, and does not wait for it.
     pub(crate) fn decides_at_once(&self) -> bool {
         let margin = self.terms.call_timeout.min(self.terms.revalidate_every) / 2;
-        let decides = self.is_fresh(margin) || (self.is_refusing() && !self.needs_call());
+        let decides = self.is_fresh(margin) || (self.is_lost() && !self.needs_call());
         if !decides {
             // If too many calls are under way, the caller tries again later.
             let _ = self.ask();
@@ -264,9 +273,9 @@ impl Lease {
         lock(&self.state).calling.is_some()
     }
 
-    /// Whether the lease admits nothing, by the last answer.
-    fn is_refusing(&self) -> bool {
-        self.standing(&lock(&self.state)).is_err()
+    /// The epoch. Calls no KMS.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
     }
 
     fn admit_slowly(&self) -> Result<u64, Refusal> {
@@ -552,13 +561,17 @@ impl Lease {
     /// Updates the atomics that [`Lease::admit`] looks at.
     fn publish(&self, state: &State) {
         match (self.standing(state), state.last_success, state.last_attempt) {
-            (Ok(()), ..) if self.standby => self.fresh_until.store(u64::MAX, Ordering::Release),
+            (Ok(()), ..) if self.standby => {
+                self.was_back.store(true, Ordering::Release);
+                self.fresh_until.store(u64::MAX, Ordering::Release);
+            }
             (Ok(()), Some(success), Some(attempt)) => {
                 self.apart.store(attempt.apart(), Ordering::Release);
                 let (lasts, grace) = (self.answer_lasts(), self.terms.outage_grace);
                 let uptime = (attempt.uptime + lasts).min(success.uptime + grace);
                 let wall = attempt.wall_us.saturating_add(micros(lasts));
                 let wall = wall.min(success.wall_us.saturating_add(micros(grace)));
+                self.was_back.store(true, Ordering::Release);
                 self.wall_until.store(wall, Ordering::Release);
                 self.fresh_until.store(micros(uptime), Ordering::Release);
             }
@@ -591,14 +604,15 @@ impl Lease {
     }
 
     /// Starts a renewal if one is due, ends one whose time limit has passed, and tells the listeners
-    /// about a loss or a recovery. Returns after how long to call this again. Waits for no KMS. The
+    /// about a loss or a recovery. Returns after how long to call this again. Waits for no KMS, and
+    /// in a store with threads for no listener, so that a slow disk delays no other lease. The
     /// caller must hold no lock that a listener takes.
     pub(crate) fn tend(&self) -> Duration {
         const IDLE: Duration = Duration::from_secs(3600);
         if self.dependents().is_empty() || self.stands_by() {
             // Every Logstore was deleted or has another master key, and the next use calls the KMS;
             // or there is nothing to renew.
-            self.tell();
+            self.begin_telling();
             return IDLE;
         }
         self.end_late_call();
@@ -611,7 +625,7 @@ impl Lease {
             // If too many calls are under way, the next renewal is due again soon.
             let _ = self.ask_unless_spared();
         }
-        self.tell();
+        self.begin_telling();
         let now = self.clock.uptime();
         let state = lock(&self.state);
         if let Some(calling) = &state.calling {
@@ -641,41 +655,123 @@ impl Lease {
         self.standby && lock(&self.state).last_attempt.is_none()
     }
 
-    /// Tells the listeners about a loss or a recovery that they have not heard of. Blocks while
-    /// they seal segments and write to the audit log.
+    /// Tells the listeners about a loss or a recovery that they have not heard of, and blocks until
+    /// they have acted on it, and on all before it: they seal segments and write to the audit log.
     pub(crate) fn tell(&self) {
-        let _in_order = lock(&self.telling);
-        let standing = {
-            let mut state = lock(&self.state);
-            if state.last_attempt.is_none() {
-                return;
-            }
-            let standing = self.standing(&state);
-            if Some(standing.is_err()) == state.told_lost {
-                return;
-            }
-            state.told_lost = Some(standing.is_err());
-            if standing.is_err() {
-                self.publish(&state);
-            }
-            standing
-        };
-        let dependents = self.dependents();
-        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
+        let turn = self.begin_telling();
+        drop(self.acted_on(turn));
+    }
+
+    /// As [`Lease::tell`], but does not block in a store with threads. The data keys are wiped when
+    /// this returns. Returns the number of the last turn.
+    pub(crate) fn begin_telling(&self) -> u64 {
+        let noticed = self.clock.uptime();
+        let mut telling = lock(&self.telling);
+        let Some(standing) = self.news() else { return telling.issued };
+        telling.recoveries += u64::from(standing.is_ok());
+        self.begin_turn(telling, noticed, standing, self.dependents())
+    }
+
+    /// Tells a listener about a loss that the others had heard of before it listened.
+    pub(crate) fn tell_late(&self, listener: Arc<dyn LeaseListener>, refusal: Refusal) {
+        let noticed = self.clock.uptime();
+        let telling = lock(&self.telling);
+        let turn = self.begin_turn(telling, noticed, Err(refusal), vec![listener]);
+        drop(self.acted_on(turn));
+    }
+
+    /// Whether the lease admits operations, if the listeners have to hear that.
+    fn news(&self) -> Option<Result<(), Refusal>> {
+        let mut state = lock(&self.state);
+        state.last_attempt?;
+        let standing = self.standing(&state);
+        let lost = standing.is_err();
+        // A key that was back in between may be in memory again.
+        if Some(lost) == state.told_lost && !(lost && self.was_back.load(Ordering::Acquire)) {
+            return None;
+        }
+        state.told_lost = Some(lost);
+        if lost {
+            self.publish(&state);
+            self.was_back.store(false, Ordering::Release);
+        }
+        Some(standing)
+    }
+
+    /// Has the dependents wipe their keys if access is lost. That takes no I/O and no KMS call, so
+    /// nothing delays it. The sealer does the rest, in this thread if the store has no threads.
+    /// Returns the number of the turn.
+    fn begin_turn(
+        &self,
+        mut telling: MutexGuard<'_, Telling>,
+        noticed: Duration,
+        standing: Result<(), Refusal>,
+        dependents: Vec<Arc<dyn LeaseListener>>,
+    ) -> u64 {
+        telling.issued += 1;
+        let (number, recoveries) = (telling.issued, telling.recoveries);
         let logstores = dependents.len();
-        match &standing {
-            Ok(()) => {
-                info!(key, region, logstores, "master key usable");
-                dependents.iter().for_each(|listener| listener.recovered());
-            }
-            // Every listener wipes its keys before the first one writes a record. So a record that
-            // takes long, or fails, delays no wipe.
-            Err(refusal) => {
-                warn!(key, region, logstores, ?refusal, "master key lost: wiping its data keys");
-                dependents.iter().for_each(|listener| listener.lost(refusal));
-                dependents.iter().for_each(|listener| listener.note_lost(refusal));
+        let lost = standing.clone().err();
+        let wipe =
+            |refusal| dependents.iter().flat_map(|listener| listener.wipe(refusal)).collect();
+        let shards: Vec<Arc<dyn LostShard>> = lost.as_ref().map_or_else(Vec::new, wipe);
+        let recorded = shards.clone();
+        let (this, told) = (self.this.clone(), self.this.clone());
+        let rest = self.sealer.begin(Turn {
+            shards,
+            deadline: noticed + self.terms.call_timeout,
+            is_lost: Arc::new(move || {
+                this.upgrade().is_none_or(|lease| lease.is_lost_since(recoveries))
+            }),
+            record: Box::new(move || {
+                let lease = told.upgrade();
+                let _done = lease.as_ref().map(|lease| lease.in_turn(number));
+                dependents.iter().for_each(|listener| match &standing {
+                    Ok(()) => listener.recovered(),
+                    Err(refusal) => listener.note_lost(refusal),
+                });
+                recorded.iter().for_each(|shard| shard.record());
+            }),
+        });
+        drop(telling);
+        // Not before the wipe: writing the log may block.
+        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
+        match lost {
+            None => info!(key, region, logstores, "master key usable"),
+            Some(refusal) => {
+                warn!(key, region, logstores, ?refusal, "master key lost: data keys wiped");
             }
         }
+        if let Some(turn) = rest {
+            self.sealer.run(turn);
+        }
+        number
+    }
+
+    /// Whether the lease has not admitted operations since the listeners had heard of this many
+    /// recoveries.
+    fn is_lost_since(&self, recoveries: u64) -> bool {
+        self.is_lost() && lock(&self.telling).recoveries == recoveries
+    }
+
+    /// Whether the lease admits no operation now, as far as is known. Calls no KMS.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.standing(&lock(&self.state)).is_err()
+    }
+
+    /// Waits until the listeners have acted on this turn and all before it.
+    fn acted_on(&self, turn: u64) -> MutexGuard<'_, Telling> {
+        let mut telling = lock(&self.telling);
+        while telling.done < turn {
+            telling = wait(&self.told, telling);
+        }
+        telling
+    }
+
+    /// Waits for the turns before this one. The turn is done when the returned value is dropped.
+    fn in_turn(&self, turn: u64) -> InTurn<'_> {
+        drop(self.acted_on(turn - 1));
+        InTurn { lease: self, turn }
     }
 
     pub(crate) fn status(&self) -> KeyStatus {
@@ -733,6 +829,30 @@ impl Spared for Lease {
         let every = self.terms.revalidate_every;
         lock(&self.state).due = self.clock.uptime() + (every - self.jittered(every));
         self.wake();
+    }
+}
+
+/// The losses and recoveries that the listeners hear of, by their numbers.
+#[derive(Default)]
+struct Telling {
+    /// The last one.
+    issued: u64,
+    /// The last one that the listeners have acted on.
+    done: u64,
+    /// How many recoveries there were.
+    recoveries: u64,
+}
+
+/// A turn whose listeners act now.
+struct InTurn<'a> {
+    lease: &'a Lease,
+    turn: u64,
+}
+
+impl Drop for InTurn<'_> {
+    fn drop(&mut self) {
+        lock(&self.lease.telling).done = self.turn;
+        self.lease.told.notify_all();
     }
 }
 

@@ -11,5 +11,6 @@ pub(crate) mod keyring_seal;
 pub(crate) mod lease;
 mod moment;
 pub(crate) mod renewal_pool;
+pub(crate) mod sealing;
 
 pub use audit::{AuditEvent, AuditRecord};

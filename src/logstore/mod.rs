@@ -19,12 +19,13 @@ use crate::{
         envelope::{DataKeyVersion, KeysSection},
         gate::Gate,
         lease::{Lease, LeaseListener},
+        sealing::LostShard,
     },
     kms::{Cmk, KmsError},
     segment::KeySource,
     shard::{
         Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard,
-        ShardContext, ShardRecord, Ticket, WritePlan,
+        ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard, RwLock,
@@ -360,14 +361,14 @@ impl LeaseListener for LogstoreShared {
         !self.gate.is_closed() && leases.any(|other| std::ptr::eq(&**other, lease))
     }
 
-    fn lost(&self, refusal: &Refusal) {
-        if let Some(lease) = self.lease() {
-            let error = self.gate.refused(refusal, lease.cmk());
-            for shard in &self.shards {
-                shard.lose_key(&error);
-            }
-            self.gate.wipe();
-        }
+    fn wipe(&self, refusal: &Refusal) -> Vec<Arc<dyn LostShard>> {
+        let Some(lease) = self.lease() else { return Vec::new() };
+        let loss = self.gate.lose();
+        let error = self.gate.refused(refusal, lease.cmk());
+        let lost = |shard: &Arc<Shard>| -> Arc<dyn LostShard> {
+            Arc::new(ShardLoss { shard: Arc::clone(shard), loss, error: error.clone() })
+        };
+        self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
     }
 
     fn note_lost(&self, refusal: &Refusal) {
@@ -558,7 +559,8 @@ impl Logstore {
     /// from before a failed sync, are not synced in place: recovery rewrites them.
     ///
     /// # Errors
-    /// The error of the write or the sync.
+    /// The error of the write or the sync. [`Error::GroupsLost`], once, if groups of an earlier
+    /// append are lost with their key: nothing can make them durable.
     pub fn sync(&self) -> Result<()> {
         self.shared.settle();
         self.shared.shards.iter().try_for_each(|shard| shard.make_durable())

@@ -11,6 +11,11 @@
 //! [`GroupCommit::fail`] and [`GroupCommit::refuse`]. A `GroupCommit` has one lock. A thread holds
 //! it for memory operations only, and takes no other lock of the shard under it.
 //!
+//! When a shard is not sealed at the deadline of a loss of its key, the queue *expires*: it keeps
+//! no plaintext from then on, whatever its leader does. [`GroupCommit::expire`] drops the queue at
+//! once. [`GroupCommit::finish_expiry`] does the rest as soon as no thread holds the writer. It may
+//! depose a leader that a system call holds: that leader's resignation then changes nothing.
+//!
 //! `tests/shuttle/tests/commit.rs` compiles this file by itself and explores its schedules.
 
 use std::{collections::VecDeque, ops::Range, sync::Arc, task::Waker, time::Duration};
@@ -21,7 +26,7 @@ use super::Durability;
 use crate::{
     Error, Result, group,
     segment::{BLOCK_GROUPS_MAX, BlockKind},
-    sync::{Condvar, LockRank, Mutex, MutexGuard, lock, wait},
+    sync::{Condvar, LockRank, Mutex, MutexGuard, lock, wait, wait_timeout},
 };
 
 /// The queue, the watermarks and the leadership of one shard.
@@ -88,20 +93,26 @@ pub(super) struct Reserved {
     pub(super) limit_seq: u64,
     /// The last receive time in the shard.
     pub(super) last_time_us: u64,
+    /// How often the key had been lost when the segment was begun.
+    pub(super) losses: u64,
 }
+
+/// One leadership, by its number. A leader that was deposed has an earlier one than its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Term(u64);
 
 /// What a caller that waits for a group does next.
 pub(super) enum Role {
     /// Return this outcome.
     Done(Result<()>),
     /// Lead: take a batch, write it, then [`GroupCommit::resign`].
-    Leader,
+    Leader(Term),
 }
 
 /// What a flush job does next.
 pub(super) enum Flush {
     /// Lead: take a batch, write it, then [`GroupCommit::resign`].
-    Leader,
+    Leader(Term),
     /// Nothing: the current leader looks at the queue when it resigns.
     Busy,
     /// Nothing is due. The caller must schedule the next flush, if there is one.
@@ -116,6 +127,58 @@ pub(super) struct Resigned {
     pub(super) outcome: Option<Result<()>>,
     /// Whether that group is still not written.
     pub(super) is_queued: bool,
+}
+
+/// Acknowledged groups of one shard that are lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct LostGroups {
+    pub(crate) groups: u64,
+    /// The lowest and the highest of their sequence numbers. Groups in between may not be lost.
+    pub(crate) first_seq: u64,
+    pub(crate) last_seq: u64,
+}
+
+impl LostGroups {
+    fn add(&mut self, seq: u64) {
+        self.merge(Self { groups: 1, first_seq: seq, last_seq: seq });
+    }
+
+    pub(super) fn merge(&mut self, other: Self) {
+        if other.groups == 0 {
+            return;
+        }
+        if self.groups == 0 {
+            *self = other;
+            return;
+        }
+        self.groups += other.groups;
+        self.first_seq = self.first_seq.min(other.first_seq);
+        self.last_seq = self.last_seq.max(other.last_seq);
+    }
+}
+
+/// Groups that were taken out of the queue, and are not written.
+#[derive(Default)]
+#[must_use = "the groups are wiped, and those that are lost are counted"]
+pub(super) struct Dropped {
+    pub(super) groups: Vec<Bytes>,
+    /// The loss of the key that they are lost with, and its error.
+    pub(super) loss: u64,
+    pub(super) error: Option<Error>,
+    /// How much of the budget is free again, in bytes.
+    pub(super) freed: usize,
+    /// The acknowledged ones.
+    pub(super) lost: LostGroups,
+}
+
+impl Dropped {
+    fn add(&mut self, Pending { seq, group }: Pending) {
+        self.freed += group.charged;
+        if group.acked {
+            self.lost.add(seq);
+        }
+        self.groups.push(group.bytes);
+    }
 }
 
 impl GroupCommit {
@@ -193,7 +256,7 @@ impl GroupCommit {
             return None;
         }
         state.want(seq, durability);
-        if state.led { None } else { self.schedule_flush(&mut state, now) }
+        if state.led.is_some() { None } else { self.schedule_flush(&mut state, now) }
     }
 
     /// Waits for the outcome of an append, or for the leadership. The caller is an asker.
@@ -205,8 +268,7 @@ impl GroupCommit {
             }
             state.want(seq, durability);
             if !state.is_led() {
-                state.led = true;
-                return Role::Leader;
+                return Role::Leader(state.begin_term());
             }
             state = wait(&self.progress, state);
         }
@@ -252,31 +314,47 @@ impl GroupCommit {
         if !state.wants_work(self.block_bytes) {
             return Flush::Idle(self.schedule_missing_flush(&mut state, now));
         }
-        state.led = true;
-        Flush::Leader
+        Flush::Leader(state.begin_term())
     }
 
     /// Takes the leadership. Waits for the current leader, but not for followers.
-    pub(super) fn lead(&self) {
+    pub(super) fn lead(&self) -> Term {
         let mut state = self.lock();
         state.claims += 1;
-        while state.led {
+        while state.led.is_some() {
             state = wait(&self.progress, state);
         }
         state.claims -= 1;
-        state.led = true;
+        state.begin_term()
     }
 
-    /// Gives up the leadership and wakes the followers. `own` is the group that the leader waits
-    /// for, if it waits for one.
-    pub(super) fn resign(&self, now: Duration, own: Option<(u64, Durability)>) -> Resigned {
+    /// As [`GroupCommit::lead`], but gives up after `patience`.
+    pub(super) fn lead_within(&self, patience: Duration) -> Option<Term> {
         let mut state = self.lock();
-        state.led = false;
-        let flush = self.schedule_missing_flush(&mut state, now);
-        self.progress.notify_all();
-        for waker in state.wakers.drain(..) {
-            waker.wake();
+        if state.is_led() && !patience.is_zero() {
+            state.claims += 1;
+            state = wait_timeout(&self.progress, state, patience);
+            state.claims -= 1;
+            // Followers have waited for this claim.
+            self.progress.notify_all();
         }
+        if state.is_led() { None } else { Some(state.begin_term()) }
+    }
+
+    /// Gives up the leadership and wakes the followers, unless the leader was deposed. `own` is the
+    /// group that the leader waits for, if it waits for one.
+    pub(super) fn resign(
+        &self,
+        term: Term,
+        now: Duration,
+        own: Option<(u64, Durability)>,
+    ) -> Resigned {
+        let mut state = self.lock();
+        if state.led == Some(term) {
+            state.led = None;
+        }
+        let flush = self.schedule_missing_flush(&mut state, now);
+        self.wake_all(&mut state);
         let outcome = own.and_then(|(seq, durability)| state.outcome(seq, durability));
         let is_queued = own.is_some_and(|(seq, _)| seq >= state.written);
         Resigned { flush, outcome, is_queued }
@@ -302,13 +380,16 @@ impl GroupCommit {
             && (shared || own_is_written || at_once)
     }
 
-    /// Everything below `to` is written, into a segment that reserves the numbers below
-    /// `limit_seq`.
-    pub(super) fn written(&self, to: u64, limit_seq: Option<u64>) {
+    /// Everything below `to` is written, into a segment that reserves these numbers.
+    pub(super) fn written(&self, to: u64, reserved: Option<&Reserved>) {
         let mut state = self.lock();
         state.written = to;
+        state.in_hand = LostGroups::default();
         state.retry_at = Duration::ZERO;
-        state.limit_seq = limit_seq.unwrap_or(state.limit_seq);
+        if let Some(reserved) = reserved {
+            state.limit_seq = reserved.limit_seq;
+            state.begun_after = state.begun_after.max(reserved.losses);
+        }
     }
 
     /// Everything written so far is synced.
@@ -319,27 +400,135 @@ impl GroupCommit {
 
     /// The appends in `range` have failed with `error`.
     pub(super) fn fail(&self, range: Range<u64>, error: &Error) {
-        self.lock().fail(range, false, error);
+        let mut state = self.lock();
+        state.in_hand = LostGroups::default();
+        state.fail(range, false, error);
     }
 
     /// The key may not be used. Groups that were acknowledged go back into the queue and are not
-    /// tried before `retry_at`; all others fail with `error`. Returns how much of the budget the
-    /// groups held. A group that stays holds none of it any more: it may stay for long, and other
-    /// Logstores need the room.
-    pub(super) fn refuse(&self, batch: Vec<Pending>, error: &Error, retry_at: Duration) -> usize {
+    /// tried before `retry_at`; all others fail with `error`. A group that stays holds nothing of
+    /// the budget any more: it may stay for some time, and other Logstores need the room. Once the
+    /// queue has expired, no group stays.
+    pub(super) fn refuse(&self, batch: Vec<Pending>, error: &Error, retry_at: Duration) -> Dropped {
         let mut state = self.lock();
-        let freed = state.refuse(batch, error);
+        let dropped = state.refuse(batch, error);
         if !state.queue.is_empty() {
             state.retry_at = retry_at;
         }
-        freed
+        dropped
+    }
+
+    // ---- the loss of the key ----
+
+    /// Drops the queue, in which there are acknowledged groups only: no segment can take them. They
+    /// are lost with the `loss`-th loss of the key.
+    pub(super) fn lose_queue(&self, loss: u64, error: &Error) -> Dropped {
+        Dropped { loss, error: Some(error.clone()), ..self.lock().drop_queue() }
+    }
+
+    /// The deadline of a loss, the `loss`-th of this key, has passed. Drops the queue: groups that
+    /// a caller waits for fail with `error`. Leaves out the batch that the leader has, which may
+    /// be in a block by now. Does nothing if a segment was begun after the loss. The caller then
+    /// calls [`GroupCommit::finish_expiry`], or leaves that to the thread that has the writer.
+    pub(super) fn expire(&self, loss: u64, error: &Error) -> Dropped {
+        let mut state = self.lock();
+        if state.begun_after >= loss {
+            return Dropped::default();
+        }
+        state.expired = state.expired.max(loss);
+        state.unfinished = true;
+        state.error = Some(error.clone());
+        state.open = false;
+        let (in_batch, next) = (state.taken.max(state.written), state.next_seq);
+        state.fail(in_batch..next, false, error);
+        self.wake_all(&mut state);
+        state.drop_queue()
+    }
+
+    /// The loss at whose deadline the queue expired, while [`GroupCommit::finish_expiry`] is due.
+    pub(super) fn unfinished_expiry(&self) -> Option<u64> {
+        let state = self.lock();
+        state.unfinished.then_some(state.expired)
+    }
+
+    /// Ends all that was under way when the queue expired. The caller has the writer, and the
+    /// segment that was open is abandoned: the batch that the leader may still have is in no block.
+    /// With `depose` the leader has no say any more.
+    pub(super) fn finish_expiry(&self, depose: bool) -> Dropped {
+        let mut state = self.lock();
+        state.unfinished = false;
+        let (synced, written, next) = (state.synced, state.written, state.next_seq);
+        if let Some(error) = state.error.clone() {
+            state.fail(synced..written, true, &error);
+            state.fail(written..next, false, &error);
+        }
+        let mut dropped = state.drop_queue();
+        dropped.lost.merge(std::mem::take(&mut state.in_hand));
+        (state.taken, state.written, state.synced) = (next, next, next);
+        state.open = false;
+        if depose {
+            state.led = None;
+        }
+        self.wake_all(&mut state);
+        dropped
+    }
+
+    /// Whether the queue has expired, and no segment was begun since.
+    pub(super) fn has_expired(&self) -> bool {
+        self.lock().has_expired()
+    }
+
+    /// The error of the loss at whose deadline the queue expired last.
+    pub(super) fn expiry_error(&self) -> Option<Error> {
+        self.lock().error.clone()
+    }
+
+    /// Whether a segment was begun after the `loss`-th loss of the key.
+    pub(super) fn has_begun_after(&self, loss: u64) -> bool {
+        self.lock().begun_after >= loss
+    }
+
+    // ---- the writer ----
+
+    /// A caller will wait until the writer is free. Returns how often that was signalled so far.
+    pub(super) fn want_writer(&self) -> u64 {
+        let mut state = self.lock();
+        state.writers_wanted += 1;
+        state.writer_freed
+    }
+
+    /// Waits until the writer has been freed since [`GroupCommit::want_writer`] returned `seen`,
+    /// or for at most `patience`; not at all without one.
+    pub(super) fn await_writer(&self, seen: u64, patience: Option<Duration>) {
+        let mut state = self.lock();
+        if let Some(patience) = patience
+            && state.writer_freed == seen
+        {
+            state = wait_timeout(&self.progress, state, patience);
+        }
+        state.writers_wanted -= 1;
+    }
+
+    /// A thread has given the writer back. Returns as [`GroupCommit::unfinished_expiry`] does.
+    pub(super) fn writer_is_free(&self) -> Option<u64> {
+        let mut state = self.lock();
+        if state.writers_wanted > 0 {
+            state.writer_freed += 1;
+            self.progress.notify_all();
+        }
+        state.unfinished.then_some(state.expired)
     }
 
     // ---- segments ----
 
-    /// A segment is open and reserves these sequence numbers: submissions are accepted.
+    /// A segment is open and reserves these sequence numbers: submissions are accepted. Does
+    /// nothing if the queue has expired since the segment was begun.
     pub(super) fn open(&self, reserved: &Reserved) {
         let mut state = self.lock();
+        if reserved.losses < state.expired {
+            return;
+        }
+        state.begun_after = state.begun_after.max(reserved.losses);
         if state.queue.is_empty() {
             state.next_seq = state.next_seq.max(reserved.end_seq);
             state.written = state.written.max(reserved.end_seq);
@@ -388,7 +577,7 @@ impl GroupCommit {
     /// Whether a segment is open, the queue is empty, and no caller leads.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.lock();
-        !state.led && state.queue.is_empty() && state.open
+        state.led.is_none() && state.queue.is_empty() && state.open
     }
 
     // ---- the end ----
@@ -402,6 +591,7 @@ impl GroupCommit {
         state.fail(synced..written, true, error);
         state.fail(written..next, false, error);
         let freed = state.forget();
+        state.in_hand = LostGroups::default();
         state.written = next;
         state.synced = next;
         state.open = false;
@@ -453,6 +643,14 @@ impl GroupCommit {
         Some(delay.max(state.retry_at.saturating_sub(now)))
     }
 
+    /// Wakes the followers, and the tasks that await an outcome.
+    fn wake_all(&self, state: &mut State) {
+        self.progress.notify_all();
+        for waker in state.wakers.drain(..) {
+            waker.wake();
+        }
+    }
+
     /// As [`GroupCommit::schedule_flush`], unless a flush is scheduled already.
     fn schedule_missing_flush(&self, state: &mut State, now: Duration) -> Option<Duration> {
         if state.flush_scheduled { None } else { self.schedule_flush(state, now) }
@@ -482,6 +680,8 @@ struct State {
     queued_bytes: usize,
     /// One past the last group that was taken off the queue.
     taken: u64,
+    /// The acknowledged groups of the batch that the leader has.
+    in_hand: LostGroups,
     /// Everything below is written.
     written: u64,
     /// Everything below is synced.
@@ -491,8 +691,9 @@ struct State {
     /// Everything below is to be synced now.
     sync_to: u64,
 
-    /// Whether a caller leads.
-    led: bool,
+    /// The leadership that is under way, and the number of the last one.
+    led: Option<Term>,
+    terms: u64,
     /// How many callers of [`GroupCommit::lead`] wait for their turn. Followers let them go first:
     /// otherwise one follower after the other would lead, and they would wait for ever.
     claims: usize,
@@ -500,6 +701,17 @@ struct State {
     flush_scheduled: bool,
     /// No flush is scheduled before: the key could not be used.
     retry_at: Duration,
+
+    /// How often the key had been lost when the last segment was begun.
+    begun_after: u64,
+    /// The last loss at whose deadline the shard was not sealed, and its error.
+    expired: u64,
+    error: Option<Error>,
+    /// Whether [`GroupCommit::finish_expiry`] is due.
+    unfinished: bool,
+    /// How many callers wait for the writer, and how often it was signalled that it is free.
+    writers_wanted: usize,
+    writer_freed: u64,
 
     /// How many callers may still ask for an outcome. Failures are remembered for them.
     askers: usize,
@@ -581,12 +793,26 @@ impl State {
             batch.extend(self.queue.pop_front());
         }
         self.taken = batch.last().map_or(self.taken, |last| last.seq + 1);
+        for pending in batch.iter().filter(|pending| pending.group.acked) {
+            self.in_hand.add(pending.seq);
+        }
         Some(batch)
     }
 
     /// Whether a caller leads, or has claimed the leadership.
     fn is_led(&self) -> bool {
-        self.led || self.claims > 0
+        self.led.is_some() || self.claims > 0
+    }
+
+    fn begin_term(&mut self) -> Term {
+        self.terms += 1;
+        let term = Term(self.terms);
+        self.led = Some(term);
+        term
+    }
+
+    fn has_expired(&self) -> bool {
+        self.expired > self.begun_after
     }
 
     fn wants_work(&self, block_bytes: usize) -> bool {
@@ -595,22 +821,36 @@ impl State {
             || (self.sync_to > self.synced && self.written > self.synced)
     }
 
-    fn refuse(&mut self, batch: Vec<Pending>, error: &Error) -> usize {
-        let mut freed = 0;
-        let mut kept = VecDeque::new();
+    fn refuse(&mut self, batch: Vec<Pending>, error: &Error) -> Dropped {
+        let (mut dropped, mut kept) = (self.nothing_dropped(), VecDeque::new());
         let queued = std::mem::take(&mut self.queue);
         for mut pending in batch.into_iter().chain(queued) {
-            freed += std::mem::take(&mut pending.group.charged);
-            if pending.group.acked {
+            if pending.group.acked && !self.has_expired() {
+                dropped.freed += std::mem::take(&mut pending.group.charged);
                 kept.push_back(pending);
-            } else {
+                continue;
+            }
+            if !pending.group.acked {
                 self.fail(pending.seq..pending.seq + 1, false, error);
             }
+            dropped.add(pending);
         }
         self.queued_bytes = kept.iter().map(|pending| pending.group.bytes.len()).sum();
         self.queue = kept;
+        self.in_hand = LostGroups::default();
         self.taken = self.written;
-        freed
+        dropped
+    }
+
+    fn nothing_dropped(&self) -> Dropped {
+        Dropped { loss: self.expired, error: self.error.clone(), ..Dropped::default() }
+    }
+
+    fn drop_queue(&mut self) -> Dropped {
+        let mut dropped = self.nothing_dropped();
+        self.queued_bytes = 0;
+        self.queue.drain(..).for_each(|pending| dropped.add(pending));
+        dropped
     }
 
     /// Empties the queue. Returns how much of the budget its groups held.
@@ -630,6 +870,7 @@ mod tests {
     use super::*;
 
     const LINGER: Duration = Duration::from_millis(100);
+    const NOW: Duration = Duration::ZERO;
 
     fn group(len: usize, time_us: u64, acked: bool) -> Group {
         Group {
@@ -646,7 +887,7 @@ mod tests {
     /// With a segment open that reserves every sequence number.
     fn open(block_bytes: usize) -> GroupCommit {
         let commit = GroupCommit::new(block_bytes, LINGER);
-        commit.open(&Reserved { end_seq: 0, limit_seq: u64::MAX, last_time_us: 0 });
+        commit.open(&Reserved { end_seq: 0, limit_seq: u64::MAX, last_time_us: 0, losses: 0 });
         commit
     }
 
@@ -704,7 +945,7 @@ mod tests {
     fn groups_are_accepted_while_numbers_are_reserved() {
         let commit = GroupCommit::new(1000, LINGER);
         let Err(Rejected::NotOpen(back)) = commit.submit(group(1, 0, true)) else { panic!() };
-        commit.open(&Reserved { end_seq: 7, limit_seq: 8, last_time_us: 50 });
+        commit.open(&Reserved { end_seq: 7, limit_seq: 8, last_time_us: 50, losses: 0 });
         assert_eq!(submit(&commit, back).seq, 7);
         assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::Exhausted)));
         commit.close();
@@ -727,11 +968,11 @@ mod tests {
         commit.begin_flush(Duration::ZERO, false);
         let Flush::Idle(Some(LINGER)) = commit.lead_if_due(Duration::ZERO) else { panic!() };
         commit.begin_flush(LINGER, false);
-        let Flush::Leader = commit.lead_if_due(LINGER) else { panic!() };
+        let Flush::Leader(term) = commit.lead_if_due(LINGER) else { panic!() };
         let Flush::Busy = commit.lead_if_due(LINGER) else { panic!() };
         assert_eq!(commit.take_batch().map(|batch| batch.len()), Some(1));
         commit.written(3, None);
-        assert_eq!(commit.resign(LINGER, None).flush, None);
+        assert_eq!(commit.resign(term, LINGER, None).flush, None);
         assert!(commit.is_idle());
     }
 
@@ -793,7 +1034,8 @@ mod tests {
         let error = Error::Closed("the key");
         let commit = open(1000);
         submit_all(&commit, (0..20_000).map(|seq| group(1, 0, seq % 3 == 0)));
-        let freed = commit.refuse(Vec::new(), &error, LINGER);
+        let Dropped { groups, freed, lost, .. } = commit.refuse(Vec::new(), &error, LINGER);
+        assert_eq!((groups.len(), lost), (13_333, LostGroups::default()));
         {
             let state = commit.lock();
             assert_eq!((freed, state.queue.len(), state.queued_bytes), (40_000, 6_667, 6_667));
@@ -839,12 +1081,12 @@ mod tests {
                     for _ in 0..100 {
                         let seq = submit(&commit, group(1, 0, false)).seq;
                         let mut role = commit.wait_or_lead(seq, Durability::Synced);
-                        while let Role::Leader = role {
+                        while let Role::Leader(term) = role {
                             let batch = commit.take_batch().unwrap();
                             commit.written(batch.last().unwrap().seq + 1, None);
                             commit.synced();
                             let resigned =
-                                commit.resign(Duration::ZERO, Some((seq, Durability::Synced)));
+                                commit.resign(term, NOW, Some((seq, Durability::Synced)));
                             role = match resigned.outcome {
                                 Some(outcome) => Role::Done(outcome),
                                 None => commit.wait_or_lead(seq, Durability::Synced),

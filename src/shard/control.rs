@@ -1,4 +1,4 @@
-//! Operations on a whole shard: losing its key, rolling, pausing, checkpoints, closing, repair.
+//! Operations on a whole shard: rolling, pausing, checkpoints, closing, repair.
 //!
 //! An operation that stops the leader takes the leadership first, and then the writer's lock. The
 //! others take the writer's lock alone: they run while no segment is open, or only look.
@@ -8,21 +8,19 @@ use std::sync::Arc;
 use super::{
     End, Head, Shard,
     leader::{Leading, is_refusal},
+    loss::Locked,
     recovery::{RepairReport, head_on_disk},
     writer::{KeyUse, SegmentWriter},
 };
-use crate::{
-    Error, Result,
-    segment::KeySource,
-    sync::{MutexGuard, lock},
-};
+use crate::{Error, Result, segment::KeySource};
 
 impl Shard {
     /// Makes everything durable, including blocks that an earlier process, or a failed fsync, has
-    /// left.
+    /// left. Reports groups that were lost.
     pub(crate) fn make_durable(&self) -> Result<()> {
+        self.report_lost()?;
         self.sync()?;
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         if self.context.read_only || writer.is_open() || writer.next().is_some() {
             return Ok(());
         }
@@ -40,26 +38,6 @@ impl Shard {
         self.env.check_fence()
     }
 
-    /// Access to the key was lost. Acknowledged groups are sealed with the key that is still in
-    /// memory, all others fail. The caller wipes the key afterwards.
-    pub(crate) fn lose_key(&self, error: &Error) {
-        let _leading = self.lead();
-        let mut writer = lock(&self.writer);
-        self.refuse(Vec::new(), error);
-        // Without an open segment there is no key to seal with. A segment that was begun under
-        // older settings is no place for groups that were accepted after a change: encryption may
-        // have been turned on since. Then the acknowledged groups stay in memory until the key can
-        // be used again.
-        while writer.is_as_planned() {
-            let Some(batch) = self.commit.take_batch() else { break };
-            // With a held key there is no refusal, and a failure latches the shard.
-            let _ = self.write_batch(&mut writer, batch, KeyUse::Held);
-        }
-        // A failure latches the shard, and the next caller gets the error.
-        let _ = self.seal(&mut writer, KeyUse::Held);
-        writer.wipe();
-    }
-
     /// Writes everything, seals the active segment, and accepts no more appends. Returns the head
     /// of the shard.
     pub(crate) fn close(&self) -> Result<Option<Head>> {
@@ -72,11 +50,12 @@ impl Shard {
             && is_refusal(error)
         {
             // This is the last chance to seal acknowledged groups.
-            self.lose_key(error);
+            let _leading = self.lead();
+            self.write_acknowledged(&mut self.writer(), error);
         }
         let leading = self.lead();
         let sealed = {
-            let mut writer = lock(&self.writer);
+            let mut writer = self.writer();
             let sealed = self.seal_by_any_key(&mut writer).map(|()| self.head(&writer));
             writer.wipe();
             sealed
@@ -96,7 +75,7 @@ impl Shard {
     /// Accepts no more appends, and forgets the queue: the Logstore is being deleted.
     pub(crate) fn abandon(&self) {
         let _leading = self.lead();
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         self.latch(&mut writer, Error::Closed("the Logstore"));
         self.commit.close();
         writer.wipe();
@@ -111,7 +90,7 @@ impl Shard {
                 _ => {}
             }
             let _leading = self.lead();
-            let mut writer = lock(&self.writer);
+            let mut writer = self.writer();
             match writer.write_mark() {
                 Err(error) if !is_refusal(&error) => self.latch(&mut writer, error),
                 _ => self.sync_active(&mut writer),
@@ -126,7 +105,7 @@ impl Shard {
     /// Seals the active segment. No other one is begun as long as the returned value lives.
     pub(crate) fn pause(&self) -> Result<Paused<'_>> {
         let leading = self.lead();
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         self.seal(&mut writer, KeyUse::Admitted)?;
         Ok(Paused { shard: self, writer, _leading: leading })
     }
@@ -137,7 +116,7 @@ impl Shard {
             self.sync()?;
         }
         let _leading = self.lead();
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         if !writer.has_blocks() {
             return Ok(());
         }
@@ -151,7 +130,7 @@ impl Shard {
     pub(crate) fn end_segment_if(&self, ends: impl Fn(KeySource) -> bool) -> Result<bool> {
         {
             let _leading = self.lead();
-            let mut writer = lock(&self.writer);
+            let mut writer = self.writer();
             if let Some(source) = writer.key_source() {
                 // The queue goes into the next segment. The loss of an access takes no key of a
                 // segment that is being written.
@@ -172,16 +151,18 @@ impl Shard {
     }
 
     /// Seals the active segment, with the key in memory if it may not be used any more.
-    fn seal_by_any_key(&self, writer: &mut SegmentWriter) -> Result<()> {
+    fn seal_by_any_key(&self, writer: &mut Locked<'_>) -> Result<()> {
         match self.seal(writer, KeyUse::Admitted) {
-            Err(error) if is_refusal(&error) => self.seal(writer, KeyUse::Held),
+            Err(error) if is_refusal(&error) && !writer.is_deposed() => {
+                self.seal(writer, KeyUse::Held)
+            }
             sealed => sealed,
         }
     }
 
     /// Clears a latch. The next append recovers the shard first.
     pub(crate) fn reopen(&self) {
-        let _writer = lock(&self.writer);
+        let _writer = self.writer();
         if self.commit.unlatch() {
             // The failed operation may have left a segment that is not in the list.
             self.list.forget();
@@ -196,7 +177,7 @@ impl Shard {
     /// Gives up damaged blocks at the end of the shard, so that it can be written again. Keeps
     /// everything that can be read.
     pub(crate) fn repair(&self) -> Result<RepairReport> {
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         let Some((next, report)) = self.recovery().repair()? else {
             return Ok(RepairReport {
                 shard: self.id(),
@@ -212,7 +193,7 @@ impl Shard {
 
     /// See [`super::recovery::Recovery::head_in_place`]. Waits for the writer.
     pub(crate) fn head_in_place(&self) -> Result<Option<Head>> {
-        drop(lock(&self.writer));
+        drop(self.writer());
         self.recovery().head_in_place()
     }
 
@@ -228,7 +209,7 @@ impl Shard {
 pub(crate) struct Paused<'a> {
     shard: &'a Shard,
     // Dropped in this order.
-    writer: MutexGuard<'a, SegmentWriter>,
+    writer: Locked<'a>,
     _leading: Leading<'a>,
 }
 

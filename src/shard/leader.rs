@@ -10,7 +10,8 @@ use tracing::error;
 
 use super::{
     Durability, Payload, Shard, Ticket,
-    commit::{Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted},
+    commit::{Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
+    loss::{Locked, wipe_batch},
     recovery::Recovery,
     rules::check_no_data_key,
     writer::{KeyUse, Next, RESERVED_SEQS, SegmentWriter},
@@ -44,11 +45,20 @@ pub(super) struct Timers {
 }
 
 /// The leadership of a shard. It ends when this is dropped.
-pub(super) struct Leading<'a>(&'a Shard);
+pub(super) struct Leading<'a> {
+    shard: &'a Shard,
+    term: Term,
+}
+
+impl<'a> Leading<'a> {
+    pub(super) fn new(shard: &'a Shard, term: Term) -> Self {
+        Self { shard, term }
+    }
+}
 
 impl Drop for Leading<'_> {
     fn drop(&mut self) {
-        self.0.resign(None);
+        self.shard.resign(self.term, None);
     }
 }
 
@@ -136,11 +146,12 @@ impl Shard {
     /// holds a ticket, or has begun a sync.
     pub(super) fn wait_for(&self, seq: u64, durability: Durability) -> Result<()> {
         loop {
-            if let Role::Done(outcome) = self.commit.wait_or_lead(seq, durability) {
-                return outcome;
-            }
+            let term = match self.commit.wait_or_lead(seq, durability) {
+                Role::Done(outcome) => return outcome,
+                Role::Leader(term) => term,
+            };
             let turn = self.turn(Some(seq));
-            let resigned = self.resign(Some((seq, durability)));
+            let resigned = self.resign(term, Some((seq, durability)));
             match (resigned.outcome, turn) {
                 (Some(outcome), _) => return outcome,
                 // The group was acknowledged before and stays queued. It cannot be made durable
@@ -156,13 +167,13 @@ impl Shard {
         let now = self.context.clock.uptime();
         self.commit.begin_flush(now, all);
         loop {
-            match self.commit.lead_if_due(now) {
+            let term = match self.commit.lead_if_due(now) {
                 Flush::Busy => return,
                 Flush::Idle(flush) => return self.schedule_flush(flush),
-                Flush::Leader => {}
-            }
+                Flush::Leader(term) => term,
+            };
             let turn = self.turn(None);
-            self.resign(None);
+            self.resign(term, None);
             if turn.is_err() {
                 // Acknowledged groups stay queued until the loss of the key is dealt with, or the
                 // key can be used again.
@@ -185,12 +196,11 @@ impl Shard {
 
     /// Takes the leadership. Waits for the current leader.
     pub(super) fn lead(&self) -> Leading<'_> {
-        self.commit.lead();
-        Leading(self)
+        Leading::new(self, self.commit.lead())
     }
 
-    fn resign(&self, own: Option<(u64, Durability)>) -> Resigned {
-        let resigned = self.commit.resign(self.context.clock.uptime(), own);
+    fn resign(&self, term: Term, own: Option<(u64, Durability)>) -> Resigned {
+        let resigned = self.commit.resign(term, self.context.clock.uptime(), own);
         self.schedule_flush(resigned.flush);
         resigned
     }
@@ -201,7 +211,7 @@ impl Shard {
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
     fn turn(&self, own: Option<u64>) -> Result<()> {
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         let batch = self.commit.take_batch();
         let turn =
             batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, KeyUse::Admitted));
@@ -219,19 +229,36 @@ impl Shard {
     /// The key may not be used. Any other failure latches the shard.
     pub(super) fn write_batch(
         &self,
-        writer: &mut SegmentWriter,
+        writer: &mut Locked<'_>,
         batch: Vec<Pending>,
         keys: KeyUse,
     ) -> Result<()> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
         let (from, to) = (first.seq, last.seq + 1);
         let charged: usize = batch.iter().map(|pending| pending.group.charged).sum();
+        let losses = self.gate().losses();
         match self.write_block(writer, &batch, keys) {
             Ok(()) => {
-                drop(batch);
+                if keys == KeyUse::Held || self.gate().losses() > losses {
+                    wipe_batch(batch);
+                } else {
+                    drop(batch);
+                }
                 self.context.budget.release(charged);
-                self.commit.written(to, writer.reserved().map(|reserved| reserved.limit_seq));
+                self.commit.written(to, writer.reserved().as_ref());
                 Ok(())
+            }
+            Err(error) if writer.is_deposed() => {
+                // The expiry has counted the groups.
+                wipe_batch(batch);
+                self.context.budget.release(charged);
+                Err(error)
+            }
+            Err(error) if self.commit.unfinished_expiry().is_some() => {
+                // The segment is given up anyway. Its key may be gone.
+                let error = self.commit.expiry_error().unwrap_or(error);
+                self.refuse(batch, &error);
+                Err(error)
             }
             Err(error) if keys == KeyUse::Admitted && is_refusal(&error) => {
                 self.refuse(batch, &error);
@@ -253,12 +280,7 @@ impl Shard {
     }
 
     /// Writes one block, and rolls first if the active segment does not take it.
-    fn write_block(
-        &self,
-        writer: &mut SegmentWriter,
-        batch: &[Pending],
-        keys: KeyUse,
-    ) -> Result<()> {
+    fn write_block(&self, writer: &mut Locked<'_>, batch: &[Pending], keys: KeyUse) -> Result<()> {
         if keys == KeyUse::Admitted
             && let Some(first) = batch.first()
             && !writer.takes_another_block()
@@ -278,16 +300,19 @@ impl Shard {
     }
 
     /// Syncs the active segment, and reports that to the group commit.
-    pub(super) fn sync_active(&self, writer: &mut SegmentWriter) {
+    pub(super) fn sync_active(&self, writer: &mut Locked<'_>) {
         let now = self.context.clock.uptime();
-        match writer.sync() {
-            Ok(None) => self.commit.synced(),
-            Ok(Some(head)) => {
-                self.reach(head);
+        let Some(unsynced) = writer.begin_sync() else { return self.commit.synced() };
+        match writer.sync(&unsynced).and_then(|()| self.env.check_fence()) {
+            Ok(()) => {
+                if let Some(head) = writer.end_sync(&unsynced) {
+                    self.reach(head);
+                }
                 self.commit.synced();
                 self.timers.synced_at_ns.store(now.as_nanos() as u64, Ordering::SeqCst);
                 self.schedule_mark(MARK_AFTER);
             }
+            Err(_) if writer.is_deposed() => {}
             Err(error) => self.latch(writer, error),
         }
     }
@@ -296,13 +321,17 @@ impl Shard {
     /// the queue.
     pub(super) fn refuse(&self, batch: Vec<Pending>, error: &Error) {
         let retry_at = self.context.clock.uptime() + RETRY_AFTER;
-        self.context.budget.release(self.commit.refuse(batch, error, retry_at));
+        self.account(self.commit.refuse(batch, error, retry_at));
     }
 
     // ---- failures ----
 
-    /// Stops the writer after a failure: nothing is tried again as if it had worked.
+    /// Stops the writer after a failure: nothing is tried again as if it had worked. If the shard
+    /// has expired, the next append recovers the shard anyway.
     pub(super) fn latch(&self, writer: &mut SegmentWriter, error: Error) {
+        if self.commit.unfinished_expiry().is_some() {
+            return;
+        }
         // A writer that has taken over the store removes unfinished files of this one. Then the
         // missing file is not the cause.
         let fenced =
@@ -344,7 +373,7 @@ impl Shard {
     /// begins the segment.
     pub(super) fn prepare(&self) -> Result<()> {
         self.context.gate.admit()?;
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         if self.commit.is_open().map_err(|stopped| self.stopped(stopped))? {
             return Ok(());
         }
@@ -390,13 +419,13 @@ impl Shard {
 
     /// Seals the active segment, so that the next append begins a new one. Latches the shard if
     /// that fails, unless the key may not be used.
-    pub(super) fn seal(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
+    pub(super) fn seal(&self, writer: &mut Locked<'_>, keys: KeyUse) -> Result<()> {
         if !writer.is_open() {
             return Ok(());
         }
         match self.seal_active(writer, keys) {
             Ok(()) => self.commit.sealed(),
-            Err(error) if is_refusal(&error) => return Err(error),
+            Err(error) if is_refusal(&error) || writer.is_deposed() => return Err(error),
             Err(error) => {
                 self.latch(writer, error.clone());
                 return Err(error);
@@ -405,10 +434,17 @@ impl Shard {
         Ok(())
     }
 
-    /// Seals the active segment. Everything written so far counts as synced after that, so the
-    /// fence is checked here, whether or not the caller writes the head to the catalogue.
-    fn seal_active(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
-        let Some(head) = writer.seal(keys)? else { return Ok(()) };
+    /// Seals the active segment: syncs its blocks, writes the footer, and syncs that. Everything
+    /// written so far counts as synced after that, so the fence is checked here, whether or not the
+    /// caller writes the head to the catalogue.
+    fn seal_active(&self, writer: &mut Locked<'_>, keys: KeyUse) -> Result<()> {
+        if let Some(blocks) = writer.begin_sync_of_blocks() {
+            writer.sync(&blocks)?;
+            writer.end_sync(&blocks);
+        }
+        let Some((head, footer)) = writer.write_footer(keys)? else { return Ok(()) };
+        writer.sync(&footer)?;
+        let head = writer.end_segment(head);
         self.reach(head.clone());
         self.list.seal_last(head.into_end());
         self.env.check_fence()
@@ -441,7 +477,7 @@ impl Shard {
     /// Rolls the active segment if it is old enough.
     pub(super) fn roll_if_old(&self) {
         self.timers.roll.store(false, Ordering::SeqCst);
-        let left = lock(&self.writer).rolls_in();
+        let left = self.writer().rolls_in();
         match left {
             None => {}
             // A refusal or a failure shows at the next append. A queue that is not empty rolls by
@@ -463,7 +499,7 @@ impl Shard {
             return;
         }
         let _leading = self.lead();
-        let mut writer = lock(&self.writer);
+        let mut writer = self.writer();
         match writer.write_mark() {
             Err(error) if !is_refusal(&error) => self.latch(&mut writer, error),
             _ => {}

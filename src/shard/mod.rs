@@ -7,6 +7,8 @@
 //! - [`segments::SegmentList`]: the segments by name, how each ends, and the catalogue's record;
 //! - [`recovery::Recovery`]: what to do with a segment that was not sealed.
 //!
+//! [`loss`] has the operations after a loss of the key.
+//!
 //! # Locks
 //!
 //! | lock | guards | locks that may be taken under it | I/O, fsync, KMS call under it |
@@ -17,12 +19,12 @@
 //! | the record ([`segments::SegmentList`]) | the catalogue's record | none | none |
 //! | the chain ([`chain::Chain`]) | which segments are proved | none | none |
 //! | the view ([`active::ActiveView`]) | progress of the active segment | the hasher's | none |
-//! | the unrecorded head, the notices ([`Shard`]) | one value each | none | none |
+//! | the unrecorded head, the notices, the lost groups ([`Shard`]) | one value each | none | none |
 //!
 //! Only [`Shard`] holds two locks of this table at once, and then the first of them is the
 //! writer's; but for the list and the record, which are both inside of [`segments::SegmentList`]. A
-//! leader takes the writer's lock after it has become the leader. A caller that waits for the
-//! leadership holds no lock.
+//! leader takes the writer's lock after it has become the leader, and gives it back while it syncs
+//! the active segment. A caller that waits for the leadership holds no lock.
 
 mod active;
 mod budget;
@@ -31,6 +33,7 @@ mod commit;
 mod control;
 mod hashing;
 mod leader;
+mod loss;
 mod payload;
 mod reader;
 mod record;
@@ -62,9 +65,12 @@ use crate::{
 
 pub(crate) use budget::Budget;
 use commit::GroupCommit;
+pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
 pub(crate) use hashing::PayloadHasher;
 use leader::{Timers, UNTIL_THE_KMS_ANSWERS};
+use loss::Lost;
+pub(crate) use loss::{RecordLostGroups, ShardLoss};
 pub use payload::{Appended, Durability, Payload};
 pub(crate) use reader::ReaderPermits;
 pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
@@ -129,6 +135,8 @@ pub(crate) struct ShardContext {
     pub(crate) permits: Arc<ReaderPermits>,
     /// For a read-only opener.
     pub(crate) reload: Option<Weak<dyn ReloadRecord>>,
+    /// Records acknowledged groups that are lost with the key.
+    pub(crate) lost: Weak<dyn RecordLostGroups>,
 }
 
 /// A shard of an open Logstore.
@@ -142,6 +150,7 @@ pub(crate) struct Shard {
     /// The last head up to which everything is synced, until the catalogue has it.
     unrecorded: Mutex<Option<Head>>,
     notices: Mutex<Vec<RecoveryNotice>>,
+    lost: Mutex<Lost>,
     this: Weak<Self>,
 }
 
@@ -173,12 +182,17 @@ impl Shard {
             timers: Timers::default(),
             unrecorded: Mutex::new(LockRank::ShardReached, None),
             notices: Mutex::new(LockRank::ShardNotices, Vec::new()),
+            lost: Mutex::new(LockRank::ShardLost, Lost::default()),
             this: this.clone(),
         })
     }
 
     pub(crate) fn id(&self) -> u32 {
         self.list.shard()
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.context.read_only
     }
 
     fn name(&self) -> &LogstoreName {
@@ -271,7 +285,7 @@ impl Shard {
     /// The segments, including one that the writer was about to begin under keys that have been
     /// replaced since. Waits for the writer.
     pub(crate) fn settled_segments(&self) -> Result<Arc<Vec<SegmentRef>>> {
-        drop(lock(&self.writer));
+        drop(self.writer());
         self.list.segments(true)
     }
 

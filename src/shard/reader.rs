@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    crypto::wipe,
+    crypto::wipe_shared,
     error::Location,
     group::{self, LogGroup},
     keys::gate::{InUse, KeptPlaintext},
@@ -284,7 +284,7 @@ impl Reader {
         let list = Arc::clone(&self.list);
         let gate = list.gate();
         loop {
-            gate.admit()?;
+            let epoch = gate.admit()?;
             {
                 let mut ahead = lock(&self.ahead.0);
                 if !ahead.records.is_empty() {
@@ -326,6 +326,10 @@ impl Reader {
                         return Ok(false);
                     }
                     self.unpack(&header, &raw, at)?;
+                    // If the key was lost before that, the wipe has missed these records.
+                    if !gate.is_still_in(epoch) {
+                        self.ahead.wipe();
+                    }
                 }
                 Load::End => {
                     cursor.prove_passed(gate)?;
@@ -477,10 +481,7 @@ impl KeptPlaintext for ReadAhead {
         let mut ahead = lock(&self.0);
         ahead.wiped |= !ahead.records.is_empty();
         ahead.records.clear();
-        // If the caller holds records of the list, the memory is the caller's.
-        if let Ok(mut list) = std::mem::take(&mut ahead.list).try_into_mut() {
-            wipe(&mut list);
-        }
+        wipe_shared(std::mem::take(&mut ahead.list));
     }
 }
 

@@ -3,6 +3,10 @@
 //!
 //! A [`SegmentWriter`] takes no lock of the shard. It is handed everything it needs in a
 //! [`WriteEnv`], and returns the results that other parts of the shard must learn of.
+//!
+//! It does not sync the active segment itself. It names the bytes to be synced ([`Unsynced`]), and
+//! the caller syncs them without the lock of the writer: an fsync may take very long, and the
+//! deadline of a lost key does not wait for it.
 
 use std::{
     path::{Path, PathBuf},
@@ -112,6 +116,23 @@ pub(super) struct Next {
     pub(super) last_time_us: u64,
 }
 
+/// Bytes of the active segment that are to be synced.
+pub(super) struct Unsynced {
+    file: Arc<dyn DiskFile>,
+    path: Arc<Path>,
+    /// The segment, which may have been given up when the sync returns.
+    pub(super) segment: SegmentId,
+    /// Where they end.
+    end: u64,
+}
+
+impl Unsynced {
+    /// Syncs the file.
+    pub(super) fn sync(&self, env: &WriteEnv) -> Result<()> {
+        env.sync_file(&*self.file, &self.path)
+    }
+}
+
 /// Writes the active segment. The leader has it to itself.
 pub(super) struct SegmentWriter {
     env: Arc<WriteEnv>,
@@ -153,6 +174,28 @@ impl SegmentWriter {
         self.active.as_ref().is_some_and(|active| active.is_as(&self.env.plan()))
     }
 
+    /// The id of the active segment.
+    pub(super) fn segment(&self) -> Option<SegmentId> {
+        self.active.as_ref().map(|active| active.segment.header.segment)
+    }
+
+    /// How often the key had been lost when the active segment was begun.
+    pub(super) fn begun_after(&self) -> Option<u64> {
+        self.active.as_ref().map(|active| active.segment.losses)
+    }
+
+    /// Whether a thread syncs the active segment without the lock of the writer.
+    pub(super) fn is_syncing(&self) -> bool {
+        self.active.as_ref().is_some_and(|active| active.syncing)
+    }
+
+    /// Notes whether a thread syncs the active segment without the lock of the writer.
+    pub(super) fn set_syncing(&mut self, syncing: bool) {
+        if let Some(active) = &mut self.active {
+            active.syncing = syncing;
+        }
+    }
+
     /// The key source of the active segment.
     pub(super) fn key_source(&self) -> Option<KeySource> {
         self.active.as_ref().map(|active| active.segment.header.key_source)
@@ -172,6 +215,7 @@ impl SegmentWriter {
             end_seq: active.end_seq,
             limit_seq: active.segment.header.limit_seq,
             last_time_us: active.last_time_us,
+            losses: active.segment.losses,
         })
     }
 
@@ -272,14 +316,24 @@ impl SegmentWriter {
         active.append(&self.env, &mut self.buffer, &header, KeyUse::Admitted)
     }
 
-    /// Syncs the active segment. Returns the head behind it; `None` if no segment is open.
-    pub(super) fn sync(&mut self) -> Result<Option<Head>> {
+    /// Begins a sync of the active segment: its blocks so far. `None` if no segment is open.
+    pub(super) fn begin_sync(&mut self) -> Option<Unsynced> {
         self.blocks_unsynced = 0;
-        let Some(active) = &mut self.active else { return Ok(None) };
-        self.env.sync_file(&*active.segment.file, &active.segment.path)?;
-        self.env.check_fence()?;
-        active.durable = active.offset;
-        Ok(Some(active.view.head()))
+        self.active.as_ref().map(Active::unsynced)
+    }
+
+    /// As [`SegmentWriter::begin_sync`], for a segment that is to be sealed. `None` if its blocks
+    /// are synced.
+    pub(super) fn begin_sync_of_blocks(&self) -> Option<Unsynced> {
+        let active = self.active.as_ref()?;
+        (active.durable < active.offset).then(|| active.unsynced())
+    }
+
+    /// The active segment is synced. Returns the head behind it.
+    pub(super) fn end_sync(&mut self, synced: &Unsynced) -> Option<Head> {
+        let active = self.active.as_mut()?;
+        active.durable = synced.end;
+        Some(active.view.head())
     }
 
     /// Begins the segment that [`SegmentWriter::next`] describes: under a temporary name, durable,
@@ -307,22 +361,25 @@ impl SegmentWriter {
             last_time_us: next.last_time_us,
             end_seq: next.first_seq,
             began: env.clock.uptime(),
+            syncing: false,
         });
         Ok(name)
     }
 
-    /// Seals the active segment: footer, fsync. Returns the head behind it; `None` if no segment is
-    /// open. The blocks are synced before the footer is written, so that a footer that survives a
-    /// crash proves that they did.
-    pub(super) fn seal(&mut self, keys: KeyUse) -> Result<Option<Head>> {
-        let Some(active) = &mut self.active else { return Ok(None) };
-        let (env, segment) = (&self.env, &active.segment);
-        if active.durable < active.offset {
-            env.sync_file(&*segment.file, &segment.path)?;
-            active.durable = active.offset;
-        }
-        let builder = active.view.builder();
-        let head = segment.seal(env, &builder, active.offset, false, keys)?;
+    /// Writes the footer of the active segment, whose blocks are synced: a footer that survives a
+    /// crash proves that they did. Returns the head behind it, and the bytes to be synced before
+    /// [`SegmentWriter::end_segment`]; `None` if no segment is open.
+    pub(super) fn write_footer(&mut self, keys: KeyUse) -> Result<Option<(Head, Unsynced)>> {
+        let Some(active) = &self.active else { return Ok(None) };
+        let (env, builder) = (&self.env, active.view.builder());
+        let head = active.segment.write_footer(env, &builder, active.offset, false, keys)?;
+        Ok(Some((head, active.unsynced())))
+    }
+
+    /// The footer is synced: the active segment has ended with this head. Returns the head.
+    pub(super) fn end_segment(&mut self, head: Head) -> Head {
+        let Some(active) = self.active.take() else { return head };
+        let env = &self.env;
         env.counters().segments_sealed.fetch_add(1, Ordering::Relaxed);
         let (logstore, bytes) = (env.gate.name(), head.bytes);
         debug!(%logstore, shard = env.shard, ordinal = head.ordinal, bytes, "segment sealed");
@@ -335,9 +392,7 @@ impl SegmentWriter {
         });
         // If the next segment cannot be begun, the shard goes on at this limit: queued groups may
         // have numbers behind the end of this segment.
-        let next_seq = segment.header.limit_seq;
-        self.active = None;
-        Ok(Some(Head { next_seq, ..head }))
+        Head { next_seq: active.segment.header.limit_seq, ..head }
     }
 
     /// Gives the active segment up after a failure. Returns whether there was one.
@@ -386,12 +441,20 @@ struct Active {
     end_seq: u64,
     /// When it was begun, by the uptime.
     began: Duration,
+    /// Whether a thread syncs it without the lock of the writer.
+    syncing: bool,
 }
 
 impl Active {
     fn is_as(&self, plan: &WritePlan) -> bool {
         let of = |plan: &WritePlan| (plan.suite, plan.key_source, plan.payload_hash);
         of(&self.plan) == of(plan)
+    }
+
+    fn unsynced(&self) -> Unsynced {
+        let SegmentFile { file, path, header, .. } = &self.segment;
+        let (file, path) = (Arc::clone(file), Arc::clone(path));
+        Unsynced { file, path, segment: header.segment, end: self.offset }
     }
 
     /// Seals the block in `buffer` and writes it at the end. Changes nothing unless all of it
@@ -403,7 +466,9 @@ impl Active {
         header: &BlockHeader,
         keys: KeyUse,
     ) -> Result<()> {
-        let (tag, end) = self.segment.write_block(env, buffer, header, self.offset, keys)?;
+        let written = self.segment.write_block(env, buffer, header, self.offset, keys);
+        // Unless the block was sealed, the buffer has its plaintext.
+        let (tag, end) = written.inspect_err(|_| buffer.wipe())?;
         let payload_hash =
             env.hasher.hash(self.segment.header.payload_hash, std::mem::take(buffer));
         *buffer = self.view.add(self.offset, header, payload_hash, &tag, end);
@@ -422,6 +487,8 @@ struct SegmentFile {
     file: Arc<dyn DiskFile>,
     path: Arc<Path>,
     header: Arc<DecodedHeader>,
+    /// How often the key had been lost when it was begun.
+    losses: u64,
 }
 
 impl SegmentFile {
@@ -444,9 +511,9 @@ impl SegmentFile {
         Ok((tag, offset + bytes.len() as u64))
     }
 
-    /// Writes the footer behind the blocks that `builder` has counted, which end at `offset`, and
-    /// syncs the file. Returns the head behind the segment.
-    fn seal(
+    /// Writes the footer behind the blocks that `builder` has counted, which end at `offset`.
+    /// Returns the head behind the segment.
+    fn write_footer(
         &self,
         env: &WriteEnv,
         builder: &FooterBuilder,
@@ -465,7 +532,6 @@ impl SegmentFile {
             self.file.set_len(offset).map_err(Error::io("cut", path))?;
         }
         self.file.write_at(&bytes, offset).map_err(Error::io("write the footer of", path))?;
-        env.sync_file(&*self.file, path)?;
         Ok(Head::sealed(&self.header, &footer, offset + bytes.len() as u64))
     }
 
@@ -537,7 +603,7 @@ impl NewSegment {
         };
         let encoded = header.encode();
         let hash = header.hash(&encoded);
-        let commitment = env.gate.begin_segment(&header, &hash)?;
+        let (commitment, losses) = env.gate.begin_segment(&header, &hash)?;
         let bytes = SegmentHeader::finish(encoded, &commitment);
         let create = || -> Result<SegmentFile> {
             let Temporary { file, path: temporary } =
@@ -546,7 +612,7 @@ impl NewSegment {
             file.write_at(&bytes, 0).map_err(Error::io("write the header of", &*temporary))?;
             let header =
                 SegmentHeader::decode(&bytes).map_err(|error| error.in_file(&temporary, 0))?;
-            Ok(SegmentFile { file, path: temporary.into(), header: Arc::new(header) })
+            Ok(SegmentFile { file, path: temporary.into(), header: Arc::new(header), losses })
         };
         let segment = create().inspect_err(|_| env.gate.end_segment(header.segment))?;
         Ok(Self { segment, path })
@@ -575,7 +641,9 @@ impl NewSegment {
         builder: &FooterBuilder,
         offset: u64,
     ) -> Result<Head> {
-        self.segment.seal(env, builder, offset, true, KeyUse::Admitted)
+        let head = self.segment.write_footer(env, builder, offset, true, KeyUse::Admitted)?;
+        env.sync_file(&*self.segment.file, &self.segment.path)?;
+        Ok(head)
     }
 
     /// Makes the file durable and gives it its name. It is part of the shard from then on.

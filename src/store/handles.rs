@@ -200,6 +200,8 @@ impl Store {
     ///
     /// # Errors
     /// The error that prevented a clean close. Synced data is safe, and the next opening recovers.
+    /// [`Error::GroupsLost`] if groups are lost with their key and [`Logstore::sync`] has not
+    /// reported it.
     pub fn close(self) -> Result<()> {
         self.open.close()
     }

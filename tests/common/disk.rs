@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     fmt, io,
     path::{Component, Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
 };
 
 use envelog::{
@@ -22,6 +22,7 @@ use envelog::{
 use super::{
     Answer, World,
     catalogue::{catalogue_dir, newest},
+    secs,
 };
 
 /// The kind of an operation.
@@ -158,6 +159,51 @@ pub(crate) enum Survives {
 
 type Hook = Arc<Mutex<dyn FnMut(&Call) -> Verdict + Send>>;
 
+/// Operations that do not return until they are released. Each of them takes effect then.
+pub(crate) struct Hang {
+    catches: Mutex<Box<dyn FnMut(&Call) -> bool + Send>>,
+    held: Mutex<Held>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Held {
+    calls: Vec<Call>,
+    released: bool,
+}
+
+impl Hang {
+    fn enter(&self, call: &Call) {
+        if !(*self.catches.lock().unwrap())(call) {
+            return;
+        }
+        let mut held = self.held.lock().unwrap();
+        if held.released {
+            return;
+        }
+        held.calls.push(call.clone());
+        self.changed.notify_all();
+        // A test that fails does not release it.
+        let hangs = |held: &mut Held| !held.released;
+        drop(self.changed.wait_timeout_while(held, secs(60), hangs).unwrap());
+    }
+
+    /// Waits until this many operations have hung, and returns them.
+    pub(crate) fn wait_for(&self, count: usize) -> Vec<Call> {
+        let held = self.held.lock().unwrap();
+        let few = |held: &mut Held| held.calls.len() < count;
+        let (held, waited) = self.changed.wait_timeout_while(held, secs(20), few).unwrap();
+        assert!(!waited.timed_out(), "{} of {count} operations hang", held.calls.len());
+        held.calls.clone()
+    }
+
+    /// Has every operation return, now and later.
+    pub(crate) fn release(&self) {
+        self.held.lock().unwrap().released = true;
+        self.changed.notify_all();
+    }
+}
+
 /// The unit of an atomic write, in bytes.
 const SECTOR: u64 = 512;
 
@@ -218,6 +264,7 @@ struct State {
     operations: u64,
     calls: Vec<Call>,
     hook: Option<Hook>,
+    hang: Option<Arc<Hang>>,
     /// The process that may use it: the previous one was killed.
     process: u64,
 }
@@ -525,6 +572,19 @@ impl SimDisk {
         self.lock().hook = Some(Arc::new(Mutex::new(hook)));
     }
 
+    /// Makes the operations hang from now on that `catches` accepts. Other operations are not
+    /// affected.
+    pub(crate) fn hang(&self, catches: impl FnMut(&Call) -> bool + Send + 'static) -> Arc<Hang> {
+        let catches: Box<dyn FnMut(&Call) -> bool + Send> = Box::new(catches);
+        let hang = Arc::new(Hang {
+            catches: Mutex::new(catches),
+            held: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        self.lock().hang = Some(Arc::clone(&hang));
+        hang
+    }
+
     /// Removes the hook, so that operations succeed again.
     pub(crate) fn heal(&self) {
         self.lock().hook = None;
@@ -674,7 +734,7 @@ impl SimDisk {
 
     /// Counts a call and asks the hook. Returns `Err` if the call fails without any effect.
     fn enter(&self, op: Op, path: &Path) -> io::Result<Verdict> {
-        let (call, hook) = {
+        let (call, hang) = {
             let mut state = self.lock();
             if state.process != self.process {
                 return Err(io::Error::other("the process was killed"));
@@ -684,8 +744,12 @@ impl SimDisk {
             let call =
                 Call { op, path: path.to_owned(), number: state.changes, nth: state.operations };
             state.calls.push(call.clone());
-            (call, state.hook.clone())
+            (call, state.hang.clone())
         };
+        if let Some(hang) = hang {
+            hang.enter(&call);
+        }
+        let hook = self.lock().hook.clone();
         // The state is unlocked here: the hook may use the file system.
         match hook.map_or(Verdict::Go, |hook| (*hook.lock().unwrap())(&call)) {
             Verdict::Refuse(kind) => Err(injected(kind)),

@@ -4,9 +4,11 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub(crate) mod catalogue;
+pub(crate) mod counting;
 pub(crate) mod disk;
 pub(crate) mod failing;
 pub(crate) mod memory;
+pub(crate) mod process;
 pub(crate) mod sim;
 
 #[allow(unused_imports)]

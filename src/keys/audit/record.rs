@@ -17,6 +17,10 @@ pub enum AuditEvent {
     Revoked,
     /// The lease ended without an answer of the KMS.
     LeaseEnded,
+    /// Groups that were acknowledged as [`Buffered`](crate::Durability::Buffered) were lost with
+    /// the key: their shard could not be sealed in time. The detail names the shard, how many
+    /// groups, and the lowest and the highest of their sequence numbers.
+    GroupsLost,
     /// The key can be used again.
     Recovered,
     /// A new data-key version is about to be made.

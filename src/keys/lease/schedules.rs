@@ -242,7 +242,9 @@ impl Schedule {
                     self.act(|this| this.deliver(place));
                 }
             }
-            70..80 => self.act(|this| drop(this.leases[lease].tend())),
+            70..80 => self.act(|this| {
+                this.leases[lease].tend();
+            }),
             _ => self.act(|this| this.operate(lease)),
         }
         self.collect();

@@ -18,6 +18,13 @@ pub(in crate::keys) struct TestClock {
 }
 
 impl TestClock {
+    pub(in crate::keys) fn new() -> Self {
+        Self {
+            wall_us: AtomicU64::new(1_700_000_000_000_000),
+            uptime_us: AtomicU64::new(1_000_000),
+        }
+    }
+
     pub(in crate::keys) fn advance(&self, by: Duration) {
         self.jump_wall(by);
         self.run(by);
@@ -98,15 +105,14 @@ pub(in crate::keys) struct World {
     pub(in crate::keys) clock: Arc<TestClock>,
     pub(in crate::keys) breaker: Arc<CircuitBreaker>,
     pub(in crate::keys) kms: Arc<TestKms>,
+    sealer: Arc<Sealer>,
 }
 
 impl World {
     pub(in crate::keys) fn new() -> Self {
-        let clock = TestClock {
-            wall_us: AtomicU64::new(1_700_000_000_000_000),
-            uptime_us: AtomicU64::new(1_000_000),
-        };
-        Self { clock: Arc::new(clock), breaker: Arc::default(), kms: Arc::default() }
+        let clock = Arc::new(TestClock::new());
+        let sealer = Sealer::new(Arc::clone(&clock) as _, false);
+        Self { clock, breaker: Arc::default(), kms: Arc::default(), sealer }
     }
 
     pub(in crate::keys) fn lease(&self) -> Arc<Lease> {
@@ -140,7 +146,20 @@ impl World {
             LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
         let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
         let (standby, logstore) = (false, None);
-        LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool, standby, logstore }
+        let sealer = Arc::clone(&self.sealer);
+        LeaseParts {
+            cmk,
+            kms,
+            breaker,
+            probe,
+            terms,
+            clock,
+            random,
+            pool,
+            standby,
+            logstore,
+            sealer,
+        }
     }
 
     pub(in crate::keys) fn kms_is(&self, error: Option<KmsError>) {
@@ -184,8 +203,9 @@ impl LeaseListener for Ears {
         true
     }
 
-    fn lost(&self, _refusal: &Refusal) {
-        lock(&self.told).push("lost");
+    fn wipe(&self, _refusal: &Refusal) -> Vec<Arc<dyn LostShard>> {
+        lock(&self.told).push("wiped");
+        Vec::new()
     }
 
     fn note_lost(&self, _refusal: &Refusal) {
@@ -277,7 +297,10 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     assert_eq!((lease.tend(), ears.heard()), (STEP, vec![]));
     assert_eq!(lease.told(), Some(Ok(())));
     world.clock.advance(STEP);
-    assert_eq!((lease.tend(), ears.heard()), (EVERY - (GRACE - EVERY * 10), vec!["lost", "noted"]));
+    assert_eq!(
+        (lease.tend(), ears.heard()),
+        (EVERY - (GRACE - EVERY * 10), vec!["wiped", "noted"])
+    );
     assert!(matches!(lease.told(), Some(Err(Refusal::Unreachable(_)))));
     assert_eq!((lease.tend(), ears.heard()), (EVERY - (GRACE - EVERY * 10), vec![]));
     let calls = lease.calls();
@@ -402,7 +425,7 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
     lease.answered(None, earlier, Ok(()));
     assert_eq!(lease.admit(), Err(disabled.clone()));
     lease.tend();
-    assert_eq!(ears.heard(), ["lost", "noted"]);
+    assert_eq!(ears.heard(), ["wiped", "noted"]);
     // An outage that follows has nothing left to ride.
     world.kms_is(away());
     lease.renew().unwrap();

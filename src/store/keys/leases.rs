@@ -121,6 +121,7 @@ impl KeyService {
             pool: self.renewals.clone(),
             standby,
             logstore,
+            sealer: Arc::clone(&self.sealer),
         })
     }
 
@@ -155,7 +156,12 @@ impl KeyService {
     /// Reports each loss and each return of a key to the Logstores, and so to the audit log,
     /// without waiting for the renewal threads. Calls no KMS.
     pub(crate) fn deliver_answers(&self) {
-        for lease in self.all_leases() {
+        let leases = self.all_leases();
+        // All keys are wiped before this waits for a disk.
+        for lease in &leases {
+            lease.begin_telling();
+        }
+        for lease in leases {
             lease.tell();
         }
     }

@@ -22,10 +22,12 @@ use crate::{
         keyring::Keyring,
         lease::Lease,
         renewal_pool::RenewalPool,
+        sealing::Sealer,
     },
     kms::{Cmk, KmsError, KmsRouter},
     logstore::{KeyObserver, LogstoreShared},
     metrics::{Counters, StoreMetrics},
+    shard::{LostGroups, RecordLostGroups},
     sync::{LockRank, Mutex, RwLock, RwLockReadGuard, read, write},
 };
 
@@ -52,6 +54,8 @@ pub(crate) struct KeyService {
     breakers: Mutex<BTreeMap<String, Arc<CircuitBreaker>>>,
     /// The threads that renew the leases. `None` in a store without threads.
     renewals: Option<Arc<RenewalPool>>,
+    /// Has the shards of a lost master key sealed.
+    sealer: Arc<Sealer>,
 }
 
 impl KeyService {
@@ -74,7 +78,20 @@ impl KeyService {
         let leases = Mutex::new(LockRank::Leases, BTreeMap::new());
         let own_leases = Mutex::new(LockRank::OwnLeases, BTreeMap::new());
         let breakers = Mutex::new(LockRank::Circuits, BTreeMap::new());
-        Self { env, kms, keyring, context, counters, audit, leases, own_leases, breakers, renewals }
+        let sealer = Sealer::new(Arc::clone(&env.clock), env.has_threads());
+        Self {
+            env,
+            kms,
+            keyring,
+            context,
+            counters,
+            audit,
+            leases,
+            own_leases,
+            breakers,
+            renewals,
+            sealer,
+        }
     }
 
     /// Refuses to work in a process that `fork` made: parent and child would use the same sequence
@@ -156,6 +173,17 @@ impl KeyObserver for KeyService {
 
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String> {
         self.cmk_version(cmk, &hex_decode(version.wrapped.as_deref()?)?)
+    }
+}
+
+impl RecordLostGroups for KeyService {
+    fn lost_groups(&self, logstore: (&LogstoreName, LogstoreId), shard: u32, lost: LostGroups) {
+        let LostGroups { groups, first_seq, last_seq } = lost;
+        let noun = if groups == 1 { "group" } else { "groups" };
+        let detail =
+            format!("shard {shard}: {groups} {noun}, sequence numbers {first_seq} to {last_seq}");
+        // The groups are lost even if the record cannot be written.
+        let _ = self.audit.record(AuditEvent::GroupsLost, Some(logstore), detail);
     }
 }
 

@@ -305,8 +305,7 @@ pub(crate) fn hear_of_loss(logstore: &Arc<LogstoreShared>, leases: &[Arc<Lease>]
         lease.listen(listener);
         // The lease may have reported a loss to its listeners just before this one was added.
         if let Some(Err(refusal)) = lease.told() {
-            logstore.lost(&refusal);
-            logstore.note_lost(&refusal);
+            lease.tell_late(Arc::clone(logstore) as _, refusal);
         }
     }
 }

@@ -282,6 +282,7 @@ impl Registry {
                         Ok(None) => {}
                         Err(error) => result = Err(error),
                     }
+                    result = result.and(shard.report_lost());
                 }
             }
             if admin.latched().is_none() {

@@ -11,7 +11,7 @@ use crate::{
     error::Location,
     keys::{gate::FollowWriter, keyring::Keyring, lease::LeaseListener},
     logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, write_plan},
-    shard::{AdmitAppend, ReloadRecord, ShardContext, ShardOptions},
+    shard::{AdmitAppend, RecordLostGroups, ReloadRecord, ShardContext, ShardOptions},
     store::{anchor::AnchorLimit, catalogue::Entry},
     sync::{LockRank, RwLock, lock},
 };
@@ -75,6 +75,8 @@ impl Registry {
             LockRank::WritePlan,
             write_plan(&meta, self.keys.keyring().newest()),
         ));
+        let lost: Weak<dyn RecordLostGroups> =
+            Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
         let context = Arc::new(ShardContext {
             disk: Arc::clone(&self.env.disk),
             clock: Arc::clone(&self.env.clock),
@@ -91,6 +93,7 @@ impl Registry {
             plan: Arc::clone(&plan),
             permits: Arc::clone(&self.wiring.permits),
             reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
+            lost,
         });
         let observer: Weak<dyn KeyObserver> =
             Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
