@@ -49,7 +49,8 @@ const CALLS_OF_AN_OPERATION: u32 = 3;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeaseTerms {
     pub(crate) revalidate_every: Duration,
-    pub(crate) outage_grace: Duration,
+    /// `None`: an outage alone never ends the lease.
+    pub(crate) outage_grace: Option<Duration>,
     pub(crate) call_timeout: Duration,
 }
 
@@ -191,6 +192,11 @@ impl Lease {
         let _ = self.start();
     }
 
+    /// Begins with a call that was sent at `sent`, by which the KMS has allowed the key.
+    pub(crate) fn begin(&self, sent: Moment) {
+        self.answered(None, sent, Ok(()));
+    }
+
     /// Has the pool renew the lease from now on.
     ///
     /// # Errors
@@ -265,7 +271,7 @@ impl Lease {
     }
 
     /// Whether the lease admits nothing, by the last answer.
-    fn is_refusing(&self) -> bool {
+    pub(crate) fn is_refusing(&self) -> bool {
         self.standing(&lock(&self.state)).is_err()
     }
 
@@ -318,8 +324,9 @@ impl Lease {
         if self.standby {
             return state.last_attempt.is_some() && state.last_success.is_none();
         }
+        let is_past = |sent: Moment, grace| sent.is_past(grace, &*self.clock);
         let grace = self.terms.outage_grace;
-        state.last_success.is_none_or(|sent| sent.is_past(grace, &*self.clock))
+        state.last_success.is_none_or(|sent| grace.is_some_and(|grace| is_past(sent, grace)))
     }
 
     /// Whether the lease admits operations at this moment. Makes no call.
@@ -555,10 +562,13 @@ impl Lease {
             (Ok(()), ..) if self.standby => self.fresh_until.store(u64::MAX, Ordering::Release),
             (Ok(()), Some(success), Some(attempt)) => {
                 self.apart.store(attempt.apart(), Ordering::Release);
-                let (lasts, grace) = (self.answer_lasts(), self.terms.outage_grace);
-                let uptime = (attempt.uptime + lasts).min(success.uptime + grace);
-                let wall = attempt.wall_us.saturating_add(micros(lasts));
-                let wall = wall.min(success.wall_us.saturating_add(micros(grace)));
+                let lasts = self.answer_lasts();
+                let mut uptime = attempt.uptime + lasts;
+                let mut wall = attempt.wall_us.saturating_add(micros(lasts));
+                if let Some(grace) = self.terms.outage_grace {
+                    uptime = uptime.min(success.uptime + grace);
+                    wall = wall.min(success.wall_us.saturating_add(micros(grace)));
+                }
                 self.wall_until.store(wall, Ordering::Release);
                 self.fresh_until.store(micros(uptime), Ordering::Release);
             }
@@ -621,7 +631,8 @@ impl Lease {
         match (state.last_attempt, state.last_success) {
             (None, _) => IDLE,
             (Some(_), Some(sent)) if state.told_lost != Some(true) => {
-                state.due.min(sent.uptime + self.terms.outage_grace).saturating_sub(now)
+                let end = self.terms.outage_grace.map(|grace| sent.uptime + grace);
+                end.map_or(state.due, |end| state.due.min(end)).saturating_sub(now)
             }
             _ => state.due.saturating_sub(now),
         }
@@ -680,13 +691,13 @@ impl Lease {
 
     pub(crate) fn status(&self) -> KeyStatus {
         let state = lock(&self.state);
-        let left = state.last_success.map(|sent| {
-            if self.standing(&state).is_err() {
-                Duration::ZERO
-            } else {
-                (sent.uptime + self.terms.outage_grace).saturating_sub(self.clock.uptime())
+        let left = match (self.standing(&state), state.last_success) {
+            (Ok(()), Some(sent)) => {
+                let left = |grace| (sent.uptime + grace).saturating_sub(self.clock.uptime());
+                self.terms.outage_grace.map(left)
             }
-        });
+            _ => Some(Duration::ZERO),
+        };
         let state = match (&state.refusal, state.last_attempt) {
             (_, None) => KeyState::Idle,
             (Some(Refusal::Revoked(reason)), _) => KeyState::Revoked { reason: *reason },
@@ -695,7 +706,7 @@ impl Lease {
             }
             (None, _) => KeyState::Active,
         };
-        KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+        KeyStatus { state, lease_left: left }
     }
 
     /// Whether the lease admits operations; `None` before the listeners have heard of any answer.

@@ -11,5 +11,7 @@ pub(crate) mod keyring_seal;
 pub(crate) mod lease;
 mod moment;
 pub(crate) mod renewal_pool;
+mod roots;
+pub(crate) mod service_key;
 
 pub use audit::{AuditEvent, AuditRecord};

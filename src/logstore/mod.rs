@@ -70,6 +70,9 @@ pub(crate) trait KeyObserver: Send + Sync {
     fn key_recovered(&self, logstore: &LogstoreShared);
     /// The version of the master key that wraps an envelope, if the KMS reports it.
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
+    /// In a store without threads: renews the lease of the service key if that is due, and acts on
+    /// its loss or its return. Calls the KMS.
+    fn tend_service_key(&self);
 }
 
 /// How many bytes were sealed under the current data key. Each check counts on from the previous
@@ -193,6 +196,15 @@ impl LogstoreShared {
         self.gate.keys().section
     }
 
+    /// Access is lost: seals the acknowledged groups, then wipes the keys. All other groups fail
+    /// with `error`.
+    pub(crate) fn lose_keys(&self, error: &Error) {
+        for shard in &self.shards {
+            shard.lose_key(error);
+        }
+        self.gate.wipe();
+    }
+
     /// Marks the Logstore deleted: every handle refuses calls from now on.
     pub(crate) fn delete(&self) {
         for shard in &self.shards {
@@ -204,6 +216,9 @@ impl LogstoreShared {
     /// In a store without threads, the next caller acts on a loss of the key that was noticed.
     fn settle(&self) {
         if !self.threads {
+            if let Some(observer) = self.observer.upgrade() {
+                observer.tend_service_key();
+            }
             self.gate.keys().leases().for_each(|lease| lease.tell());
         }
     }
@@ -362,11 +377,7 @@ impl LeaseListener for LogstoreShared {
 
     fn lost(&self, refusal: &Refusal) {
         if let Some(lease) = self.lease() {
-            let error = self.gate.refused(refusal, lease.cmk());
-            for shard in &self.shards {
-                shard.lose_key(&error);
-            }
-            self.gate.wipe();
+            self.lose_keys(&self.gate.refused(refusal, lease.cmk()));
         }
     }
 
