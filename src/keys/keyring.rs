@@ -682,6 +682,57 @@ mod tests {
         retired.verify_file().unwrap();
     }
 
+    /// Whoever has a copy has the roots that all copies share.
+    #[test]
+    fn a_wipe_is_for_every_copy_and_the_file_brings_the_roots_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        let key = *keyring.document_key(1).unwrap().expose();
+        let copy = keyring.add_version(&OsRandom, 2).unwrap();
+        keyring.roots().wipe(Error::Closed("it"));
+        for keyring in [&keyring, &copy] {
+            assert!(matches!(keyring.document_key(1), Err(Error::Closed("it"))));
+            assert!(matches!(keyring.audit_key(1), Err(Error::Closed("it"))));
+            assert!(matches!(keyring.rewrap(&OsRandom, None), Err(Error::Closed("it"))));
+        }
+        // What is no secret stays.
+        assert_eq!((copy.newest(), copy.accepts(), copy.generation()), (2, 1, 2));
+        assert!(matches!(copy.retire_older(&OsRandom), Err(Error::Closed("it"))));
+        let back = copy.reload_no_older().unwrap();
+        assert_eq!(*back.document_key(1).unwrap().expose(), key);
+        assert!(copy.document_key(1).is_err());
+        // A version that could not be written leaves no root behind.
+        let file = back.file.read().unwrap();
+        back.file.remove().unwrap();
+        assert!(back.add_version(&OsRandom, 3).is_err());
+        assert!(back.roots().with(3, |_| ()).unwrap().is_none());
+        back.file.create(&file).unwrap();
+    }
+
+    /// Roots that were wiped are replaced by the same ones only.
+    #[test]
+    fn another_root_or_an_older_file_does_not_come_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, store) = made(dir.path());
+        let older = first.file.read().unwrap();
+        let keyring = first.add_version(&OsRandom, 2).unwrap();
+        assert!(keyring.reload_no_older().is_ok());
+        let replace = |bytes: &[u8]| {
+            first.file.remove().unwrap();
+            first.file.create(bytes).unwrap();
+        };
+        replace(&older);
+        assert!(keyring.reload().is_ok(), "a reader keeps its own");
+        assert!(matches!(keyring.reload_no_older(), Err(Error::RolledBack { .. })));
+        // The keyring of an attacker who knows the ids.
+        let forged = Keyring::for_tests(&dir.path().join("forged"), store);
+        let forged = Keyring { id: keyring.id, file: Arc::clone(&first.file), ..forged };
+        replace(&forged.clone().encode(&OsRandom, None).unwrap());
+        for keyring in [&first, &keyring] {
+            assert!(matches!(keyring.reload(), Err(Error::Tampered { .. })));
+        }
+    }
+
     #[test]
     fn its_keys_are_all_different() {
         let dir = tempfile::tempdir().unwrap();

@@ -124,9 +124,8 @@ impl KeyringSeal {
         let kms = self.kms.serving(&cmk.region_id)?;
         let key = SecretKey::generate(random).map_err(Error::io("draw a random key for", path))?;
         let (asked, context) = (self.now(), identity.context());
-        let wrapped = kms
-            .wrap(cmk, context.clone(), &key)
-            .map_err(|cause| service_key(path, cmk, cause))?;
+        let wrapped =
+            kms.wrap(cmk, context.clone(), &key).map_err(|cause| service_key(path, cmk, cause))?;
         let (cmk, fingerprint) = (cmk.clone(), fingerprint(&key));
         let wrapping = Wrapping { cmk, wrapped, context, fingerprint, asked };
         Ok(Sealing { key, identity, wrapping })
@@ -177,9 +176,7 @@ impl KeyringSeal {
             tag,
             &mut plain,
         ) {
-            Ok(()) => {
-                Ok((plain, Wrapping { cmk, wrapped, context, fingerprint: expected, asked }))
-            }
+            Ok(()) => Ok((plain, Wrapping { cmk, wrapped, context, fingerprint: expected, asked })),
             Err(CryptoError::AuthenticationFailed) => {
                 Err(Error::Tampered { at: Location::new(path, 0), what: "the service keyring" })
             }

@@ -52,6 +52,9 @@ pub(crate) struct LeaseTerms {
     /// `None`: an outage alone never ends the lease.
     pub(crate) outage_grace: Option<Duration>,
     pub(crate) call_timeout: Duration,
+    /// Whether it is an outage that no call can be made because too many have not returned. If not,
+    /// the last answer counts, until it is too old.
+    pub(crate) busy_is_outage: bool,
 }
 
 /// A wrapped key that renewal unwraps, and the fingerprint that the result must have.
@@ -405,6 +408,10 @@ impl Lease {
                 state.due = state.due.max(self.clock.uptime() + self.terms.revalidate_every / 5);
                 drop(state);
                 self.changed.notify_all();
+                if self.terms.busy_is_outage {
+                    let outage = Refusal::from(&KmsError::from(busy.clone()));
+                    self.answered(None, sent, Err(outage));
+                }
                 Err(busy)
             }
         }

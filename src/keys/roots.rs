@@ -129,3 +129,55 @@ impl fmt::Debug for Roots {
         f.debug_struct("Roots").field("losses", &self.losses()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roots(versions: u32) -> Roots {
+        let root = |version| (version, SecretKey::from_bytes(&mut [version as u8; 32]));
+        Roots::new((1..=versions).map(root).collect())
+    }
+
+    fn first(roots: &Roots) -> Option<u8> {
+        roots.with(1, |root| root.expose()[0]).ok().flatten()
+    }
+
+    #[test]
+    fn a_wipe_refuses_every_use_with_its_error() {
+        let roots = roots(2);
+        assert_eq!((first(&roots), roots.losses()), (Some(1), 0));
+        assert!(roots.with(3, |_| ()).is_ok_and(|found| found.is_none()));
+        roots.refuse_with(Error::Closed("not wiped"));
+        assert!(roots.wiped().is_none());
+        roots.wipe(Error::Closed("it"));
+        assert!(matches!(roots.with(1, |_| ()), Err(Error::Closed("it"))));
+        assert!(matches!(roots.with_all(BTreeMap::len), Err(Error::Closed("it"))));
+        let root = SecretKey::from_bytes(&mut [3; 32]);
+        assert!(matches!(roots.add(3, root), Err(Error::Closed("it"))));
+        assert!(read(&roots.state).roots.is_empty());
+        roots.refuse_with(Error::Closed("another"));
+        assert!(matches!(roots.wiped(), Some(Error::Closed("another"))));
+    }
+
+    /// Roots that were read from the file before a wipe do not come in after it.
+    #[test]
+    fn roots_come_back_unless_they_were_wiped_meanwhile() {
+        let [held, fresh, late] = [roots(1), roots(2), roots(2)];
+        held.wipe(Error::Closed("it"));
+        let losses = held.losses();
+        held.refill(&fresh, losses).unwrap();
+        assert_eq!((first(&held), read(&held.state).roots.len()), (Some(1), 2));
+        held.wipe(Error::Closed("again"));
+        let refused = held.refill(&late, losses);
+        assert!(matches!(refused, Err(Error::Closed("again"))), "{refused:?}");
+        assert_eq!(first(&held), None);
+        // And none is left in the copy.
+        assert!(read(&late.state).roots.is_empty());
+    }
+
+    #[test]
+    fn debug_shows_no_key() {
+        assert_eq!(format!("{:?}", roots(1)), "Roots { losses: 0, .. }");
+    }
+}

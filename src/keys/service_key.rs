@@ -192,30 +192,33 @@ impl ServiceKey {
         if let Some(lease) = &lease {
             lease.tell();
         }
+        if self.roots.wiped().is_none() {
+            return Load::Held;
+        }
+        let copy = self.keyring().clone();
+        let is_refused = lease.as_ref().is_some_and(|lease| lease.is_refusing());
+        if is_refused && copy.is_under_same_key().unwrap_or(true) {
+            return Load::Wiped;
+        }
         let _changing = lock(&self.changing);
         if self.roots.wiped().is_none() {
             return Load::Held;
         }
         let same = |now: &Arc<Lease>| lease.as_ref().is_some_and(|lease| Arc::ptr_eq(lease, now));
         if !self.lease().as_ref().map_or(lease.is_none(), same) {
-            // Another lease has taken its place, which the caller wakes this for.
+            // Another lease has taken its place, and the caller is woken for that.
             return Load::Wiped;
         }
         let copy = self.keyring().clone();
-        let is_refused = lease.is_some_and(|lease| lease.is_refusing());
-        if is_refused && copy.is_under_same_key().unwrap_or(true) {
-            return Load::Wiped;
-        }
         match copy.reload_no_older().and_then(|loaded| self.take_over(loaded, losses)) {
             Ok(()) => Load::Back,
             Err(error) => {
                 warn!(path = %self.path.display(), %error, "service keyring not read again");
                 self.roots.refuse_with(match error {
                     Error::ServiceKey { .. } => error,
-                    other => Error::KeyringNotRead {
-                        path: self.path.clone(),
-                        cause: Arc::new(other),
-                    },
+                    other => {
+                        Error::KeyringNotRead { path: self.path.clone(), cause: Arc::new(other) }
+                    }
                 });
                 Load::Wiped
             }

@@ -86,7 +86,14 @@ impl Opening {
     }
 
     pub(super) fn for_reading(keyring: Keyring, catalogue: Catalogue) -> Self {
-        Self { keyring, catalogue, writer: None, audit: Audit::Ours, anchor_lacks: None, leased: true }
+        Self {
+            keyring,
+            catalogue,
+            writer: None,
+            audit: Audit::Ours,
+            anchor_lacks: None,
+            leased: true,
+        }
     }
 }
 

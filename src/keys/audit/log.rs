@@ -15,7 +15,7 @@ use super::{
     },
 };
 use crate::{
-    Result,
+    Error, Result,
     config::LogstoreName,
     crypto::hmac_sha256,
     epoch::Fence,
@@ -200,15 +200,17 @@ impl AuditLog {
         logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: String,
     ) -> Result<()> {
-        self.transition_if(event, logstore, detail, || true).map(|_| ())
+        self.transition_if(event, logstore, detail, "", || true).map(|_| ())
     }
 
     /// As [`AuditLog::transition`], if `wanted` holds when the log is free. Returns whether it held.
+    /// `note` follows the detail in the record, and does not tell one transition from another.
     pub(crate) fn transition_if(
         &self,
         event: AuditEvent,
         logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: String,
+        note: &str,
         wanted: impl FnOnce() -> bool,
     ) -> Result<bool> {
         let detail = shortened(detail);
@@ -233,16 +235,19 @@ impl AuditLog {
         }
         let now_us = self.clock.wall_us();
         if state.recent(now_us) < TRANSITIONS_MAX {
-            let recorded = self.put(event, logstore, &with_count(&detail, state.left_out));
+            let noted = with_count(&format!("{detail}{note}"), state.left_out);
+            let recorded = self.put(event, logstore, &noted);
             if recorded.is_ok() {
                 state.recorded(event, detail, now_us);
                 return Ok(true);
             }
-            if state.left_out == 0 {
+            // Without the service key no record is written. The next one counts those before it.
+            let waits =
+                matches!(recorded, Err(Error::ServiceKey { .. } | Error::KeyringNotRead { .. }));
+            if state.left_out == 0 && !waits {
                 return recorded.map(|()| true);
             }
-        }
-        if state.left_out == 0 {
+        } else if state.left_out == 0 {
             let logstore = name.map(LogstoreName::to_string);
             info!(logstore, "key audit log: too many transitions of one key, counting the rest");
         }

@@ -128,14 +128,22 @@ impl KeyService {
 
     fn terms(&self, of: LeaseOf) -> LeaseTerms {
         let options = &self.env.options;
-        let outage_grace = match of {
-            LeaseOf::MasterKey | LeaseOf::Logstore { .. } => Some(options.outage_grace),
-            LeaseOf::ServiceKey => {
-                Some(options.service_outage_grace).filter(|grace| !grace.is_zero())
-            }
+        let terms = LeaseTerms {
+            revalidate_every: options.revalidate_every,
+            outage_grace: Some(options.outage_grace),
+            call_timeout: options.kms_timeout,
+            busy_is_outage: false,
         };
-        let (revalidate_every, call_timeout) = (options.revalidate_every, options.kms_timeout);
-        LeaseTerms { revalidate_every, outage_grace, call_timeout }
+        let service_grace = options.service_outage_grace;
+        match of {
+            LeaseOf::MasterKey | LeaseOf::Logstore { .. } => terms,
+            // Hung calls, those under customers' keys included, close no store.
+            LeaseOf::ServiceKey => LeaseTerms {
+                outage_grace: (!service_grace.is_zero()).then_some(service_grace),
+                busy_is_outage: true,
+                ..terms
+            },
+        }
     }
 
     /// Has the lease of a master key, if there is one, renew with a newly wrapped probe.

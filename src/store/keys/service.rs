@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::{error, info};
+use tracing::info;
 
 use super::{KeyService, describe, leases::LeaseOf};
 use crate::{
@@ -25,10 +25,7 @@ use crate::{
         renewal_pool::Renewable,
         service_key::{LeaseServiceKey, Load},
     },
-    sync::{
-        atomic::{AtomicBool, Ordering},
-        lock,
-    },
+    sync::lock,
 };
 
 /// What is left to do for the return of the service key.
@@ -46,8 +43,6 @@ struct Loss {
     detail: String,
     /// When it happened, by the uptime.
     at: Duration,
-    /// Whether it is on record. The write may end after its time limit.
-    recorded: Arc<AtomicBool>,
 }
 
 impl KeyService {
@@ -171,16 +166,15 @@ impl KeyService {
         }
     }
 
-    /// Records the return of the service key, after its loss if that is not on record.
+    /// Records the return of the service key, after its loss if that is not on record. The write of
+    /// the loss may have ended after its time limit: the log does not record it again then.
     fn record_return(&self) {
         let unrecorded = lock(&self.service_return).unrecorded.take();
-        if let Some(loss) = unrecorded.filter(|loss| !loss.recorded.load(Ordering::Acquire)) {
-            let ago = self.env.clock.uptime().saturating_sub(loss.at).as_secs();
-            let detail = format!(
-                "{}; recorded {ago} s later, since the audit log could not be written then",
-                loss.detail
-            );
-            self.record_service_key(loss.event, detail);
+        if let Some(Loss { event, detail, at }) = unrecorded {
+            let ago = self.env.clock.uptime().saturating_sub(at).as_secs();
+            let note =
+                format!("; recorded {ago} s later, since the audit log could not be written then");
+            let _ = self.audit.transition_if(event, None, detail, &note, || true);
         }
         self.record_service_key(AuditEvent::Recovered, String::new());
     }
@@ -199,32 +193,29 @@ impl KeyService {
             return None;
         }
         let ((event, detail), at) = (describe(refusal), self.env.clock.uptime());
-        let recorded = Arc::new(AtomicBool::new(false));
-        if self.renewals.is_none() {
-            recorded.store(self.write_loss(event, detail.clone(), self.service.losses()), Ordering::Release);
-        } else if let Some(this) = self.this.upgrade() {
-            let (done, waiting) = mpsc::sync_channel::<()>(1);
-            let (written, losses) = ((Arc::clone(&recorded), detail.clone()), self.service.losses());
+        let (losses, of_record) = (self.service.losses(), detail.clone());
+        let on_record = if self.renewals.is_none() {
+            self.write_loss(event, of_record, losses)
+        } else {
+            let (done, written) = mpsc::sync_channel(1);
+            let this = self.this.upgrade();
             let write = move || {
-                let (recorded, detail) = written;
-                recorded.store(this.write_loss(event, detail, losses), Ordering::Release);
-                drop(done);
+                let on_record = this.is_some_and(|this| this.write_loss(event, of_record, losses));
+                // The waiting thread may have given up.
+                let _ = done.send(on_record);
             };
-            // The channel is closed when the write has ended.
-            match thread::Builder::new().name("envelog-audit".to_owned()).spawn(write) {
-                Ok(_) => drop(waiting.recv_timeout(self.env.options.kms_timeout)),
-                Err(error) => error!(%error, "no thread for a record of the key audit log"),
-            }
-        }
-        let on_record = recorded.load(Ordering::Acquire);
-        (!on_record).then_some(Loss { event, detail, at, recorded })
+            let writer = thread::Builder::new().name("envelog-audit".to_owned()).spawn(write);
+            // Without a thread the channel is closed.
+            writer.is_ok() && written.recv_timeout(self.env.options.kms_timeout).unwrap_or(false)
+        };
+        (!on_record).then_some(Loss { event, detail, at })
     }
 
     /// Writes the record of a loss, unless the wipe has come first: a later record belongs behind
-    /// the return. `losses` is the number of wipes before that.
+    /// the return. `losses` is the number of wipes before that. Returns whether it is on record.
     fn write_loss(&self, event: AuditEvent, detail: String, losses: u64) -> bool {
         let in_time = || self.service.losses() == losses;
-        self.audit.transition_if(event, None, detail, in_time).unwrap_or(false)
+        self.audit.transition_if(event, None, detail, "", in_time).unwrap_or(false)
     }
 }
 
