@@ -409,8 +409,9 @@ pub enum Error {
         /// The newest version in the keyring.
         newest: u32,
     },
-    /// The service keyring is under a master key, and the KMS of that key cannot wrap or unwrap it.
-    /// The store cannot be opened without it.
+    /// The service keyring is under a master key, and the KMS of that key refuses it, or gives no
+    /// usable answer. The store cannot be opened without it. An open store refuses all operations
+    /// that need a key until the KMS lets the master key be used again, and works again then.
     #[error("the service keyring {} cannot be used: it is under master key {cmk} of region {region}, and {cause}", path.display())]
     ServiceKey {
         /// The keyring file.
@@ -421,6 +422,16 @@ pub enum Error {
         region: String,
         /// The KMS's answer.
         cause: KmsError,
+    },
+    /// The KMS lets the master key of the service keyring be used again, and the keyring cannot be
+    /// read from its file. The store refuses all operations that need a key until the file is
+    /// restored, and works again then.
+    #[error("the service keyring {} was wiped from memory, and cannot be read again: {cause}", path.display())]
+    KeyringNotRead {
+        /// The keyring file.
+        path: PathBuf,
+        /// Why it cannot be read.
+        cause: Arc<Error>,
     },
     /// No Logstore has that name.
     #[error("there is no Logstore {0}")]
@@ -607,7 +618,9 @@ impl Error {
             | Error::LogstoreExists(_)
             | Error::ShardMissing { .. } => ErrorKind::Name,
             Error::Full { .. } | Error::TooMany { .. } => ErrorKind::Full,
-            Error::Latched { cause, .. } | Error::GroupsLost { cause, .. } => cause.kind(),
+            Error::Latched { cause, .. }
+            | Error::GroupsLost { cause, .. }
+            | Error::KeyringNotRead { cause, .. } => cause.kind(),
             Error::ShardReadOnly { .. }
             | Error::ReadOnly
             | Error::Forked
@@ -657,6 +670,7 @@ impl Error {
             Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => "service_key_revoked",
             Error::ServiceKey { cause: KmsError::Invalid { .. }, .. } => "service_key_invalid",
             Error::ServiceKey { .. } => "service_key_unreachable",
+            Error::KeyringNotRead { .. } => "keyring_not_read",
             Error::LogstoreMissing(_) => "logstore_missing",
             Error::LogstoreExists(_) => "logstore_exists",
             Error::ShardMissing { .. } => "shard_missing",

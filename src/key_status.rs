@@ -36,7 +36,7 @@ pub struct KeyStatus {
     /// The state.
     pub state: KeyState,
     /// How long the key may still be used should the KMS stop answering now; `None` where no KMS is
-    /// involved.
+    /// involved, or where an outage never ends the use.
     pub lease_left: Option<Duration>,
 }
 
@@ -56,7 +56,7 @@ impl From<&KmsError> for Refusal {
         match error {
             KmsError::Revoked { reason, .. } => Refusal::Revoked(*reason),
             KmsError::Invalid { detail } => Refusal::Invalid(detail.clone()),
-            other => Refusal::Unreachable(other.to_string()),
+            KmsError::Unreachable { detail } => Refusal::Unreachable(detail.clone()),
         }
     }
 }

@@ -79,12 +79,17 @@ impl Counters {
         self.read[place(suite)].fetch_add(bytes, Relaxed);
     }
 
-    pub(crate) fn snapshot(&self, leases: Vec<LeaseMetrics>) -> StoreMetrics {
+    pub(crate) fn snapshot(
+        &self,
+        leases: Vec<LeaseMetrics>,
+        service_lease: Option<LeaseMetrics>,
+    ) -> StoreMetrics {
         let at = |counter: &AtomicU64| counter.load(Relaxed);
         let revoked = |place: usize| at(&self.revoked[place]);
         StoreMetrics {
             kms: self.kms.read(),
             leases,
+            service_lease,
             refusals: RefusalMetrics {
                 disabled: revoked(0),
                 pending_deletion: revoked(1),
@@ -119,7 +124,7 @@ fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
 }
 
-/// The lease of one master key, or of one Logstore under it.
+/// The lease of one master key, or of one Logstore under it, or of the service key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct LeaseMetrics {
@@ -172,8 +177,10 @@ pub struct SuiteMetrics {
 pub struct StoreMetrics {
     /// Calls to KMSs.
     pub kms: KmsMetrics,
-    /// The leases of master keys.
+    /// The leases of customers' master keys.
     pub leases: Vec<LeaseMetrics>,
+    /// The lease of the master key that the service keyring is under; `None` if it is under none.
+    pub service_lease: Option<LeaseMetrics>,
     /// Refused key uses.
     pub refusals: RefusalMetrics,
     /// The bytes written and read, by suite.

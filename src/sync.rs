@@ -48,6 +48,8 @@ pub(crate) enum LockRank {
     ShardWriter,
     /// The unwrap of a data key: threads that need the same key make one call.
     GateLoading,
+    /// A change of the service keyring, or its reading from its file.
+    KeyringChange,
     /// The states of keys by the audit log.
     AuditTransitions,
     /// The end of the audit log and its file.
@@ -71,6 +73,8 @@ pub(crate) enum LockRank {
     OwnLeases,
     /// The circuit breakers of a store, by region.
     Circuits,
+    /// The return of the service key, and the record of its loss.
+    ServiceReturn,
     /// The lock file of a store.
     StoreLock,
     /// The queue and the watermarks of a shard.
@@ -81,6 +85,8 @@ pub(crate) enum LockRank {
     Keyring,
     /// The contents of the keyring file that this process loaded or wrote last.
     KeyringKnown,
+    /// The root keys of the service keyring.
+    KeyringRoots,
     /// The catalogue in memory.
     Catalogue,
     /// The catalogue's record of a shard.
@@ -121,6 +127,8 @@ pub(crate) enum LockRank {
     HasherThread,
     /// The memory for groups that are not written yet.
     Budget,
+    /// The lease of the service key.
+    ServiceLease,
     /// The answers of the KMS to a lease.
     LeaseState,
     /// The recent calls to one KMS.
@@ -181,8 +189,8 @@ impl LockRank {
             Self::Admin | Self::SealedBytes => true,
             // A block is sealed under the writer. That may renew the lease or unwrap the key.
             Self::ShardWriter => true,
-            // This lock exists to be held across the unwrap.
-            Self::GateLoading => true,
+            // These locks exist to be held across the unwrap.
+            Self::GateLoading | Self::KeyringChange => true,
             _ => false,
         }
     }

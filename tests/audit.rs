@@ -5,15 +5,11 @@
 
 mod common;
 
-use std::{
-    fs,
-    path::PathBuf,
-    sync::{Arc, Condvar, Mutex},
-    thread,
-};
+use std::{fs, path::PathBuf, sync::Arc, thread};
 
 use common::{
     failing::{FailingDisk, Failure},
+    hanging::HangingDisk,
     *,
 };
 use rustix::fs::{CWD, FileType, Mode, mknodat};
@@ -22,7 +18,6 @@ use envelog::{
     AuditEvent::{self, *},
     AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
     LogstoreSpec, ReplaceCmk, Result, Store, VerifyOptions,
-    io::{Access, DirEntry, Disk, DiskFile, FileStat, OpenMode},
     kms::RevokedReason,
 };
 
@@ -476,119 +471,12 @@ fn a_failing_audit_disk_does_not_affect_a_revocation() {
     assert!(fault_kinds(&store).is_empty());
 }
 
-/// A disk whose audit file operations hang while the flag is set.
-#[derive(Clone, Debug, Default)]
-struct HangingAudit(Arc<(Mutex<(bool, u64)>, Condvar)>);
-
-impl HangingAudit {
-    fn hang(&self, hang: bool) {
-        self.0.0.lock().unwrap().0 = hang;
-        self.0.1.notify_all();
-    }
-
-    /// The number of hanging operations.
-    fn hanging(&self) -> u64 {
-        self.0.0.lock().unwrap().1
-    }
-
-    fn pass(&self) {
-        let mut state = self.0.0.lock().unwrap();
-        state.1 += 1;
-        while state.0 {
-            state = self.0.1.wait(state).unwrap();
-        }
-        state.1 -= 1;
-    }
-}
-
-#[derive(Debug)]
-struct HangingFile(Arc<dyn DiskFile>, HangingAudit);
-
-impl Disk for HangingAudit {
-    fn beneath(&self, _dir: &std::path::Path, _access: Access) -> std::io::Result<Arc<dyn Disk>> {
-        Ok(Arc::new(self.clone()))
-    }
-
-    fn open(&self, path: &std::path::Path, mode: OpenMode) -> std::io::Result<Arc<dyn DiskFile>> {
-        let file = QuickDisk.open(path, mode)?;
-        let is_audit = path.extension().is_some_and(|ext| ext == "log");
-        Ok(if is_audit { Arc::new(HangingFile(file, self.clone())) } else { file })
-    }
-
-    fn rename(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.rename(from, to)
-    }
-
-    fn rename_new(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.rename_new(from, to)
-    }
-
-    fn remove_file(&self, path: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.remove_file(path)
-    }
-
-    fn create_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.create_dir(path)
-    }
-
-    fn remove_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.remove_dir(path)
-    }
-
-    fn sync_dir(&self, path: &std::path::Path) -> std::io::Result<()> {
-        QuickDisk.sync_dir(path)
-    }
-
-    fn list_dir(&self, path: &std::path::Path) -> std::io::Result<Vec<DirEntry>> {
-        QuickDisk.list_dir(path)
-    }
-
-    fn stat(&self, path: &std::path::Path) -> std::io::Result<Option<FileStat>> {
-        QuickDisk.stat(path)
-    }
-}
-
-impl DiskFile for HangingFile {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
-        self.0.read_at(buf, offset)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> std::io::Result<()> {
-        self.1.pass();
-        self.0.write_at(buf, offset)
-    }
-
-    fn sync_data(&self) -> std::io::Result<()> {
-        self.0.sync_data()
-    }
-
-    fn len(&self) -> std::io::Result<u64> {
-        self.0.len()
-    }
-
-    fn stat(&self) -> std::io::Result<FileStat> {
-        self.0.stat()
-    }
-
-    fn set_len(&self, len: u64) -> std::io::Result<()> {
-        self.0.set_len(len)
-    }
-
-    fn try_lock(&self) -> std::io::Result<bool> {
-        self.0.try_lock()
-    }
-
-    fn map(&self) -> std::io::Result<envelog::io::Map> {
-        self.0.map()
-    }
-}
-
 /// All Logstores under the master key are wiped before the first record is written, so a hanging
 /// write delays none of them.
 #[test]
 fn a_hanging_audit_disk_holds_up_no_logstore() {
     let world = World::threads();
-    let disk = HangingAudit::default();
+    let disk = HangingDisk::of(".log");
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     let cmk = world.cmk();
     let logstores: Vec<Logstore> =

@@ -12,8 +12,8 @@ use common::{
 };
 use envelog::{
     AppendOptions, AuditEvent, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error,
-    Logstore, LogstoreConfig, LogstoreSpec, Position, ReplaceCmk, Result, ShardChoice, Store,
-    VerifyOptions,
+    Logstore, LogstoreConfig, LogstoreSpec, Position, ReadOptions, ReplaceCmk, Result, ShardChoice,
+    Store, VerifyOptions,
     kms::RevokedReason,
     segment::{KeySource, SegmentHeader},
 };
@@ -669,6 +669,107 @@ fn root_keys_are_nowhere_in_memory_after_use() {
     let altered = builder("store", "keyring").open();
     assert!(matches!(altered, Err(Error::Tampered { .. })), "{altered:?}");
     gone("altered");
+}
+
+/// While the KMS refuses the master key of the keyring, no root, no sealing key and no data key is
+/// in memory: also not of an operation that has a copy of the keyring, and whose disk hangs.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_key_is_in_memory_while_the_service_key_is_refused() {
+    use std::sync::Arc;
+
+    use common::hanging::HangingDisk;
+    use envelog::{KeyState, StoreOptions, crypto::AwsLc, kms::LocalKms};
+
+    let _alone = SEARCH.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let kms = LocalKms::create_or_open(dir.path().join("kms")).unwrap();
+    let cmk = || {
+        let key = kms.create_key(REGION, &[ROLE]).unwrap();
+        Cmk { cmk_key_id: key, arn: ROLE.into(), region_id: REGION.into() }
+    };
+    let (of_service, of_customer) = (cmk(), cmk());
+    let (random, clock) = (Arc::new(InvertingRandom::default()), TestClock::new());
+    let disk = HangingDisk::of("keyring.tmp");
+    let mut options = StoreOptions::default();
+    options.background = envelog::Background::Manual;
+    let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+        .kms(Arc::new(kms.clone()))
+        .disk(Arc::new(disk.clone()))
+        .clock(clock.clone())
+        .options(options)
+        .insecure_random_for_tests(random.clone())
+        .service_cmk(of_service.clone())
+        .create()
+        .unwrap();
+    let spec = |conf| LogstoreSpec::default().encrypted(conf);
+    let service = spec(EncryptConf::service_key(EncryptType::Aes));
+    let service = store.create_logstore(&name("p/service"), service).unwrap();
+    let byok = spec(EncryptConf::byok(EncryptType::Sm4, of_customer));
+    let byok = store.create_logstore(&name("p/byok"), byok).unwrap();
+    store.keys().rotate_service_key().unwrap();
+    let mut readers = Vec::new();
+    for logstore in [&service, &byok] {
+        put(logstore, "one");
+        assert_eq!(texts(logstore), ["one"]);
+        put(logstore, "two");
+        let mut reader = logstore.read(0, &ReadOptions::default()).unwrap();
+        reader.next().unwrap().unwrap();
+        readers.push(reader);
+    }
+    // A salt is drawn like a key, and is no secret: it is in a file.
+    let in_a_file = |drawn: &[u8; 32]| {
+        let drawn: Vec<u8> = drawn.iter().map(|byte| !byte).collect();
+        let has = |bytes: Vec<u8>| bytes.windows(32).any(|window| window == drawn);
+        files(&dir.path().join("store")).into_values().any(has)
+    };
+    let held = || {
+        let drawn = random.0.lock().unwrap().clone();
+        let held = drawn.into_iter().filter(|drawn| in_memory(&drawn[..]) && !in_a_file(drawn));
+        held.collect::<Vec<_>>()
+    };
+    let before = held();
+    assert_eq!(before.len(), 4, "two roots and two data keys");
+    let text = |root: &[u8; 32]| -> Vec<u8> {
+        let digit = |nibble: u8| !b"0123456789abcdef"[usize::from(nibble)];
+        root.iter().take(16).flat_map(|byte| [digit(!byte >> 4), digit(!byte & 15)]).collect()
+    };
+    let pass = || {
+        clock.advance(secs(31));
+        store.tick();
+    };
+    let refused = |result: Result<()>| {
+        assert!(matches!(result, Err(Error::ServiceKey { .. })), "{result:?}");
+    };
+    std::thread::scope(|threads| {
+        disk.hang(true);
+        let rotation = threads.spawn(|| store.keys().rotate_service_key().map(drop));
+        eventually("the keyring is being written", || disk.hanging() > 0);
+        assert_eq!(held().len(), 5, "with the new root");
+        kms.disable(&of_service.cmk_key_id).unwrap();
+        pass();
+        refused(try_put(&service, "x"));
+        assert_eq!(held(), Vec::<[u8; 32]>::new());
+        for root in &before {
+            assert!(!in_memory(&text(root)), "as text");
+        }
+        disk.hang(false);
+        refused(rotation.join().unwrap());
+    });
+    assert_eq!(held(), Vec::<[u8; 32]>::new(), "and not after that operation");
+    readers.iter_mut().for_each(|reader| assert!(reader.next().unwrap().is_err()));
+    refused(store.keys().rotate_service_key().map(drop));
+    assert_eq!(held(), Vec::<[u8; 32]>::new());
+    // They come back with the KMS, and with the version that was written at last.
+    kms.enable(&of_service.cmk_key_id).unwrap();
+    pass();
+    for logstore in [&service, &byok] {
+        assert_eq!(texts(logstore), ["one", "two"]);
+        put(logstore, "three");
+    }
+    assert_eq!(store.keys().service_key_status().state, KeyState::Active);
+    assert!(before.iter().all(|key| in_memory(key)));
+    assert_eq!(store.keys().rotate_service_key().unwrap(), 3);
 }
 
 /// Unencrypted data left by a crash is recovered under the data key, if the Logstore got its first

@@ -24,6 +24,7 @@ use super::{
     envelope::{EnvelopeIdentity, KeysSection, TaggedKeys, fingerprint},
     keyring::Keyring,
     lease::{Lease, Probe},
+    service_key::ServiceKey,
 };
 use crate::{
     Error, Result,
@@ -61,13 +62,10 @@ pub(crate) trait FollowWriter: Send + Sync {
 pub(crate) struct KeyContext {
     pub(crate) store: StoreId,
     pub(crate) provider: Arc<dyn CryptoProvider>,
-    pub(crate) keyring: Arc<RwLock<Keyring>>,
+    pub(crate) service: Arc<ServiceKey>,
     /// The process that opened the store.
     pub(crate) pid: u32,
     pub(crate) counters: Arc<Counters>,
-    /// Whether the store is open for reading only. Its writer may rotate the service key, so the
-    /// keyring is loaded again when it is too old.
-    pub(crate) reloads_keyring: bool,
 }
 
 impl KeyContext {
@@ -75,39 +73,6 @@ impl KeyContext {
     /// numbers.
     pub(crate) fn check_process(&self) -> Result<()> {
         if std::process::id() == self.pid { Ok(()) } else { Err(Error::Forked) }
-    }
-
-    /// Calls `act` with the service keyring. If the keyring of a read-only opener is too old, loads
-    /// it again and calls `act` once more. That may call the KMS.
-    pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
-        let done = act(&read(&self.keyring));
-        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.reloads_keyring) else {
-            return done;
-        };
-        self.reload_keyring()?;
-        act(&read(&self.keyring))
-    }
-
-    /// Loads the keyring of a read-only opener again if the writer has rotated it. From then on the
-    /// opener refuses documents under a retired version. If the file cannot be read, the opener
-    /// keeps its copy.
-    pub(crate) fn follow_keyring(&self) -> Result<()> {
-        if self.reloads_keyring && read(&self.keyring).is_outdated().unwrap_or(false) {
-            self.reload_keyring()?;
-        }
-        Ok(())
-    }
-
-    /// Takes over the keyring as its file has it now, unless another thread has taken over a newer
-    /// one meanwhile. May call the KMS, and holds no lock during that call.
-    fn reload_keyring(&self) -> Result<()> {
-        let copy = read(&self.keyring).duplicate();
-        let loaded = copy.reload()?;
-        let mut keyring = write(&self.keyring);
-        if loaded.generation() >= keyring.generation() {
-            *keyring = loaded;
-        }
-        Ok(())
     }
 }
 
@@ -235,8 +200,9 @@ impl Gate {
         held.forget_loaded();
     }
 
-    /// Admits an operation that starts now. Returns the epoch of the lease. Blocks for a KMS call
-    /// if the last answer of the KMS is too old.
+    /// Admits an operation that starts now. Returns the epoch of the leases. Blocks for a KMS call
+    /// if the last answer of the KMS is too old. The service key comes first: it authenticates the
+    /// metadata.
     ///
     /// # Errors
     /// The error of the refused operation.
@@ -245,15 +211,16 @@ impl Gate {
         if let Some(what) = self.closed.get() {
             return Err(Error::Closed(what));
         }
+        let mut epoch = self.context.service.admit()?;
         if let Some(follower) = self.follower.get() {
             follower.follow_if_due(self)?;
         }
-        // The epoch of a lease never decreases, so the sum changes whenever one of them does.
+        // The epoch of a lease never decreases, and neither does the number of times that the
+        // service key was lost. So the sum changes whenever one of them does.
         let (lease, own) = {
             let keys = read(&self.keys);
             (keys.lease.clone(), keys.own.clone())
         };
-        let mut epoch = 0;
         for lease in lease.iter().chain(&own) {
             epoch += lease.admit().map_err(|refusal| {
                 self.context.counters.refused(&refusal);
@@ -267,7 +234,9 @@ impl Gate {
     /// call, and does not wait for it.
     pub(crate) fn decides_at_once(&self) -> bool {
         let keys = self.keys();
-        self.is_closed() || keys.leases().all(|lease| lease.decides_at_once())
+        let service = &self.context.service;
+        self.is_closed()
+            || (service.decides_at_once() && keys.leases().all(|lease| lease.decides_at_once()))
     }
 
     /// The error of an operation that the lease refuses.
@@ -291,7 +260,7 @@ impl Gate {
         let keys = self.keys();
         match (&keys.section, &keys.lease) {
             (None, _) => KeyStatus { state: KeyState::None, lease_left: None },
-            (Some(_), None) => KeyStatus { state: KeyState::Active, lease_left: None },
+            (Some(_), None) => self.context.service.status(),
             (Some(_), Some(lease)) => match &keys.own {
                 Some(own) if own.told().is_some_and(|told| told.is_err()) => own.status(),
                 _ => lease.status(),
@@ -449,11 +418,8 @@ impl Gate {
                     return Ok(None);
                 }
                 write(&self.held).enter(epoch);
-                derive(
-                    &self
-                        .context
-                        .with_keyring(|keyring| keyring.integrity_key(version, self.id))?,
-                )
+                let integrity_key = |keyring: &Keyring| keyring.integrity_key(version, self.id);
+                derive(&self.context.service.with_keyring(integrity_key)?)
             }
             KeySource::DataKey(version) => loop {
                 {
@@ -517,7 +483,8 @@ impl Gate {
 
     /// Whether the epoch that [`Gate::admit`] returned goes on. Calls no KMS.
     pub(crate) fn is_still_in(&self, epoch: u64) -> bool {
-        read(&self.keys).leases().map(|lease| lease.epoch()).sum::<u64>() == epoch
+        let of_leases: u64 = read(&self.keys).leases().map(|lease| lease.epoch()).sum();
+        self.context.service.losses() + of_leases == epoch
     }
 
     /// Unwraps a data key from its envelope, with the keyring or at the KMS. Under a customer's key
@@ -581,6 +548,7 @@ impl Gate {
         let key = match (entry.keyring_version, &keys.lease) {
             (Some(under), _) => self
                 .context
+                .service
                 .with_keyring(|keyring| keyring.unwrap(provider, under, &identity, &wrapped))?
                 .ok_or_else(wrong_key)?,
             (None, Some(lease)) => {
@@ -671,7 +639,7 @@ impl Gate {
 
     /// Whether the lease admits no operation now, as far as is known. Calls no KMS.
     pub(crate) fn is_lost(&self) -> bool {
-        read(&self.keys).leases().any(|lease| lease.is_lost())
+        !self.context.service.is_usable() || read(&self.keys).leases().any(|lease| lease.is_lost())
     }
 
     /// How often the key has been lost so far.
@@ -785,10 +753,9 @@ mod tests {
         let context = KeyContext {
             store,
             provider: Arc::new(RustCrypto::new()),
-            keyring: Arc::new(RwLock::new(LockRank::Keyring, keyring)),
+            service: ServiceKey::for_tests(keyring),
             pid,
             counters: Arc::default(),
-            reloads_keyring: false,
         };
         let id = LogstoreId::from_bytes([2; 16]);
         Arc::new(Gate::new(Arc::new(context), "p/l".parse().unwrap(), id, GateKeys::default()))

@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{
-    envelope::{self, EnvelopeIdentity},
+    envelope::{self, EnvelopeIdentity, fingerprint},
     keyring_file::KeyringFile,
-    keyring_seal::{KeyringIdentity, KeyringSeal, SealedBody},
+    keyring_seal::{KeyringIdentity, KeyringSeal, SealedBody, Wrapping},
+    roots::Roots,
 };
 use crate::{
     Error, Result,
@@ -51,9 +52,18 @@ struct VersionBody {
     root: Zeroizing<String>,
 }
 
+/// A version without its root, which may be wiped.
+#[derive(Clone)]
 struct Version {
     created_us: u64,
-    root: SecretKey,
+    /// A value derived one-way from the root. It reveals another root in the file later.
+    fingerprint: String,
+}
+
+impl Version {
+    fn of(root: &SecretKey, created_us: u64) -> Self {
+        Self { created_us, fingerprint: fingerprint(root) }
+    }
 }
 
 /// A document with keys in it. They are wiped on drop, also when the document is refused: another
@@ -66,7 +76,11 @@ impl Drop for Wiped<'_> {
     }
 }
 
-/// The service keyring in memory.
+/// The service keyring in memory. It is cheap to clone, and the clones share the roots.
+///
+/// While the roots are wiped, its methods that need a root return the error of that wipe. The other
+/// methods work.
+#[derive(Clone)]
 pub(crate) struct Keyring {
     file: Arc<KeyringFile>,
     store: StoreId,
@@ -81,8 +95,9 @@ pub(crate) struct Keyring {
     /// Whether retired versions authenticate documents too: for a backup that is known to be good.
     accepts_retired: bool,
     versions: BTreeMap<u32, Version>,
+    roots: Arc<Roots>,
     /// The master key that the file is under; `None` for a file that holds the roots themselves.
-    cmk: Option<Cmk>,
+    wrapping: Option<Wrapping>,
     seal: KeyringSeal,
 }
 
@@ -131,7 +146,7 @@ impl Keyring {
     ) -> Result<NewKeyring> {
         let draw = |error| Error::io("draw a random key for", file.path())(error);
         let root = SecretKey::generate(random).map_err(draw)?;
-        let keyring = Self {
+        let mut keyring = Self {
             store,
             id: KeyringId::random(random).map_err(draw)?,
             file,
@@ -139,11 +154,12 @@ impl Keyring {
             anchored: false,
             accepts: 1,
             accepts_retired: false,
-            versions: BTreeMap::from([(1, Version { created_us: now_us, root })]),
-            cmk,
+            versions: BTreeMap::from([(1, Version::of(&root, now_us))]),
+            roots: Arc::new(Roots::new(BTreeMap::from([(1, root)]))),
+            wrapping: None,
             seal,
         };
-        let bytes = keyring.encode(random)?;
+        let bytes = keyring.encode(random, cmk.as_ref())?;
         Ok(NewKeyring { keyring, bytes })
     }
 
@@ -164,25 +180,24 @@ impl Keyring {
         let claimed = parsed.0.unverified();
         let bad = |what: &str| Error::corrupt(Location::new(path, 0), what);
         let (newest, features) = (claimed.keyring_version, claimed.features);
-        let (body, cmk) = match serde_json::from_slice::<SealedBody>(&claimed.a) {
-            Ok(sealed) => {
-                let plain = seal.open(path, KeyringIdentity { store, id, newest }, &sealed)?;
-                (serde_json::from_slice(&plain), Some(sealed.cmk))
+        let (body, wrapping) = match sealed_body(&parsed) {
+            Some(sealed) => {
+                let identity = KeyringIdentity { store, id, newest };
+                let (plain, wrapping) = seal.open(path, identity, sealed)?;
+                (serde_json::from_slice(&plain), Some(wrapping))
             }
-            // A keyring under no master key. The parser above has stopped at its first field,
-            // before any root.
-            Err(_) => (serde_json::from_slice(&claimed.a), None),
+            None => (serde_json::from_slice(&claimed.a), None),
         };
         let body: Body = body.map_err(|_| bad("the service keyring does not parse"))?;
         if body.versions.len() > VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
-        if let Some(cmk) = &cmk
-            && check_cmk(cmk).is_err()
+        if let Some(wrapping) = &wrapping
+            && check_cmk(&wrapping.cmk).is_err()
         {
             return Err(bad("the master key of the service keyring has an impossible name"));
         }
-        let mut versions = BTreeMap::new();
+        let (mut versions, mut roots) = (BTreeMap::new(), BTreeMap::new());
         for (number, version) in (1..).zip(body.versions) {
             if version.version != number {
                 return Err(bad(
@@ -191,7 +206,8 @@ impl Keyring {
             }
             let root = secret_from_hex(&version.root)
                 .ok_or_else(|| bad("a key of the service keyring does not parse"))?;
-            versions.insert(version.version, Version { created_us: version.created_us, root });
+            versions.insert(version.version, Version::of(&root, version.created_us));
+            roots.insert(version.version, root);
         }
         let keyring = Self {
             file: Arc::clone(&file),
@@ -202,7 +218,8 @@ impl Keyring {
             accepts: body.accepts,
             accepts_retired: false,
             versions,
-            cmk,
+            roots: Arc::new(Roots::new(roots)),
+            wrapping,
             seal: seal.clone(),
         };
         if keyring.newest() != newest {
@@ -218,19 +235,63 @@ impl Keyring {
         Ok(keyring)
     }
 
-    /// Reads the file again: another process may have written it. Calls the KMS if the keyring is
-    /// under a master key.
+    /// Reads the file again: another process may have written it. The result has roots of its own.
+    /// Calls the KMS if the keyring is under a master key.
+    ///
+    /// # Errors
+    /// As [`Keyring::load`], and [`Error::Tampered`] if the root of a version is another one.
     pub(crate) fn reload(&self) -> Result<Self> {
         let loaded = Self::load(Arc::clone(&self.file), self.store, self.id, &self.seal)?;
+        let differs = |(number, version): (&u32, &Version)| {
+            loaded.versions.get(number).is_some_and(|it| it.fingerprint != version.fingerprint)
+        };
+        if self.versions.iter().any(differs) {
+            let at = Location::new(self.path(), 0);
+            return Err(Error::Tampered { at, what: "the service keyring" });
+        }
         Ok(Self { accepts_retired: self.accepts_retired, ..loaded })
     }
 
-    /// Whether its file has a higher generation than this copy: another process has begun or
-    /// finished a rotation.
+    /// As [`Keyring::reload`]. Refuses a file that is older than this copy.
+    ///
+    /// # Errors
+    /// As [`Keyring::reload`], and [`Error::RolledBack`].
+    pub(super) fn reload_no_older(&self) -> Result<Self> {
+        let loaded = self.reload()?;
+        if loaded.generation() < self.generation() {
+            let (path, found, known) =
+                (self.path().display(), loaded.generation(), self.generation());
+            let what = format!(
+                "the service keyring {path} is of generation {found}, it was of {known} while the store was open"
+            );
+            return Err(Error::RolledBack { what });
+        }
+        Ok(loaded)
+    }
+
+    /// Whether another process has written its file since, and the file has no lower generation
+    /// than this copy: a step of a rotation, or another master key.
     pub(crate) fn is_outdated(&self) -> Result<bool> {
         let bytes = self.file.read()?;
-        Ok(parse(&bytes, self.path(), self.store, self.id)?.0.unverified().generation
-            > self.generation())
+        let parsed = parse(&bytes, self.path(), self.store, self.id)?;
+        let generation = parsed.0.unverified().generation;
+        Ok(generation > self.generation()
+            || (generation == self.generation() && !self.is_wrapped_as(&parsed)))
+    }
+
+    /// Whether its file names the master key, and has the sealing key, of this copy. Authenticates
+    /// nothing.
+    pub(super) fn is_under_same_key(&self) -> Result<bool> {
+        let bytes = self.file.read()?;
+        Ok(self.is_wrapped_as(&parse(&bytes, self.path(), self.store, self.id)?))
+    }
+
+    fn is_wrapped_as(&self, parsed: &Wiped<'_>) -> bool {
+        match (&self.wrapping, sealed_body(parsed)) {
+            (None, None) => true,
+            (Some(wrapping), Some(body)) => wrapping.is_of(&body),
+            _ => false,
+        }
     }
 
     /// The generation of the file. It counts the steps of rotations (adding a version, retiring the
@@ -241,7 +302,7 @@ impl Keyring {
 
     /// Verifies the file. Calls no KMS: the roots in memory authenticate a sealed file.
     pub(crate) fn verify_file(&self) -> Result<()> {
-        if self.cmk.is_none() {
+        if self.wrapping.is_none() {
             return self.reload().map(|_| ());
         }
         let bytes = self.file.read()?;
@@ -267,28 +328,16 @@ impl Keyring {
         }
     }
 
-    /// The bytes of the file. Calls the KMS if the keyring is under a master key.
-    fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
-        let body = Body {
-            anchored: self.anchored,
-            accepts: self.accepts,
-            versions: self
-                .versions
-                .iter()
-                .map(|(&version, v)| VersionBody {
-                    version,
-                    created_us: v.created_us,
-                    root: Zeroizing::new(hex_encode(v.root.expose())),
-                })
-                .collect(),
-        };
-        // Sized up front: a reallocation would leave a copy of the roots behind.
-        let mut json = Zeroizing::new(Vec::with_capacity(256 + 192 * body.versions.len()));
-        serde_json::to_writer(&mut *json, &body).expect("plain data always serializes");
+    /// The bytes of the file, under this master key from now on. Calls the KMS if there is one.
+    fn encode(&mut self, random: &dyn Random, cmk: Option<&Cmk>) -> Result<Zeroizing<Vec<u8>>> {
         let identity = KeyringIdentity { store: self.store, id: self.id, newest: self.newest() };
-        let a = match &self.cmk {
+        let begin = |cmk| self.seal.begin(random, self.path(), cmk, identity);
+        // Before any root leaves its place: the KMS may be slow.
+        let sealing = cmk.map(begin).transpose()?;
+        let mut json = self.roots.with_all(|roots| self.body(roots))?;
+        let a = match &sealing {
             None => std::mem::take(&mut *json),
-            Some(cmk) => self.seal.seal(random, self.path(), cmk, identity, json)?,
+            Some(sealing) => self.seal.seal(sealing, json)?,
         };
         let mut document = Document {
             kind: DocumentKind::Keyring,
@@ -303,44 +352,62 @@ impl Keyring {
         };
         let bytes = Zeroizing::new(document.seal(&self.document_key(self.newest())?));
         document.a.zeroize();
+        self.wrapping = sealing.map(|sealing| sealing.wrapping);
         Ok(bytes)
+    }
+
+    /// Part A of the document of a keyring under no master key.
+    fn body(&self, roots: &BTreeMap<u32, SecretKey>) -> Zeroizing<Vec<u8>> {
+        let version = |(&version, it): (&u32, &Version)| {
+            let root = Zeroizing::new(hex_encode(roots.get(&version)?.expose()));
+            Some(VersionBody { version, created_us: it.created_us, root })
+        };
+        let body = Body {
+            anchored: self.anchored,
+            accepts: self.accepts,
+            versions: self.versions.iter().filter_map(version).collect(),
+        };
+        // Sized up front: a reallocation would leave a copy of the roots behind.
+        let mut json = Zeroizing::new(Vec::with_capacity(256 + 192 * body.versions.len()));
+        serde_json::to_writer(&mut *json, &body).expect("plain data always serializes");
+        json
+    }
+
+    /// Writes the file, under the master key that it is under.
+    fn write(mut self, random: &dyn Random) -> Result<Self> {
+        let cmk = self.cmk().cloned();
+        let bytes = self.encode(random, cmk.as_ref())?;
+        self.file.replace(&bytes)?;
+        Ok(self)
     }
 
     /// The master key that the file is under.
     pub(crate) fn cmk(&self) -> Option<&Cmk> {
-        self.cmk.as_ref()
+        self.wrapping.as_ref().map(|wrapping| &wrapping.cmk)
+    }
+
+    /// The master key that the file is under, with the wrapped sealing key.
+    pub(super) fn wrapping(&self) -> Option<&Wrapping> {
+        self.wrapping.as_ref()
+    }
+
+    /// Its roots.
+    pub(super) fn roots(&self) -> &Arc<Roots> {
+        &self.roots
+    }
+
+    /// The same keyring with other roots in memory.
+    pub(super) fn with_roots(self, roots: &Arc<Roots>) -> Self {
+        Self { roots: Arc::clone(roots), ..self }
     }
 
     /// Puts the file under another master key, or under none, and returns the keyring that the file
     /// now holds. The file is durable then. On an error it has not changed. Calls the KMS.
     pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
-        let rewrapped = Self { cmk, ..self.duplicate() };
-        rewrapped.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
+        let mut rewrapped = self.clone();
+        let bytes = rewrapped.encode(random, cmk.as_ref())?;
+        self.file.replace(&bytes)?;
         Ok(rewrapped)
-    }
-
-    /// A copy, to change or reload without the lock of the keyring: the KMS may be slow.
-    pub(crate) fn duplicate(&self) -> Self {
-        let copy = |version: &Version| Version {
-            created_us: version.created_us,
-            root: version.root.duplicate(),
-        };
-        Self {
-            file: Arc::clone(&self.file),
-            store: self.store,
-            id: self.id,
-            features: self.features,
-            anchored: self.anchored,
-            accepts: self.accepts,
-            accepts_retired: self.accepts_retired,
-            versions: self
-                .versions
-                .iter()
-                .map(|(number, version)| (*number, copy(version)))
-                .collect(),
-            cmk: self.cmk.clone(),
-            seal: self.seal.clone(),
-        }
     }
 
     pub(crate) fn store(&self) -> StoreId {
@@ -397,10 +464,10 @@ impl Keyring {
         let version = self.newest() + 1;
         let root =
             SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
-        let mut rotated = self.duplicate();
-        rotated.versions.insert(version, Version { created_us: now_us, root });
-        rotated.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(rotated)
+        let mut rotated = self.clone();
+        rotated.versions.insert(version, Version::of(&root, now_us));
+        self.roots.add(version, root)?;
+        rotated.write(random).inspect_err(|_| self.roots.remove(version))
     }
 
     /// Whether the store has an anchor.
@@ -411,26 +478,28 @@ impl Keyring {
     /// Notes that the store has an anchor. Returns the new keyring; its file is durable then. Calls
     /// the KMS if the keyring is under a master key.
     pub(crate) fn anchor(&self, random: &dyn Random) -> Result<Self> {
-        let mut anchored = self.duplicate();
-        anchored.anchored = true;
-        anchored.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(anchored)
+        Self { anchored: true, ..self.clone() }.write(random)
     }
 
     /// Retires every version but the newest one. Returns the new keyring; its file is durable then.
     /// Calls the KMS if the keyring is under a master key.
     pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<Self> {
-        let retired = Self { accepts: self.newest(), ..self.duplicate() };
-        retired.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(retired)
+        Self { accepts: self.newest(), ..self.clone() }.write(random)
     }
 
-    fn root(&self, version: u32) -> Result<&SecretKey> {
-        self.versions.get(&version).map(|v| &v.root).ok_or_else(|| Error::KeyringTooOld {
-            path: self.path().to_owned(),
-            needed: version,
-            newest: self.newest(),
-        })
+    /// Calls `use_it` with the root of a version.
+    ///
+    /// # Errors
+    /// [`Error::KeyringTooOld`], and the error of a wipe.
+    fn with_root<T>(&self, version: u32, use_it: impl FnOnce(&SecretKey) -> T) -> Result<T> {
+        let (path, newest) = (self.path(), self.newest());
+        let too_old = || Error::KeyringTooOld { path: path.to_owned(), needed: version, newest };
+        self.versions.get(&version).ok_or_else(too_old)?;
+        self.roots.with(version, use_it)?.ok_or_else(too_old)
+    }
+
+    fn derived(&self, version: u32, salt: &[u8], label: &[u8]) -> Result<SecretKey> {
+        self.with_root(version, |root| derive(HashAlg::Sha256, salt, root, &[label]))
     }
 
     /// The key that authenticates documents under `version`.
@@ -439,7 +508,7 @@ impl Keyring {
     /// [`Error::RetiredKeyVersion`], [`Error::KeyringTooOld`].
     pub(crate) fn document_key(&self, version: u32) -> Result<SecretKey> {
         self.check_accepted(version, self.path(), "a document")?;
-        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 document"]))
+        self.derived(version, &[], b"envelog v2 document")
     }
 
     /// Refuses a thing that a retired version authenticates.
@@ -462,17 +531,12 @@ impl Keyring {
     /// The key that tags audit records under `version`. A record under a retired version proves
     /// nothing by itself. It counts in front of a record under an accepted version.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
-        Ok(derive(HashAlg::Sha256, &[], self.root(version)?, &[b"envelog v2 audit"]))
+        self.derived(version, &[], b"envelog v2 audit")
     }
 
     /// The key that takes the place of a data key in segments of a Logstore without an envelope.
     pub(crate) fn integrity_key(&self, version: u32, logstore: LogstoreId) -> Result<SecretKey> {
-        Ok(derive(
-            HashAlg::Sha256,
-            logstore.as_bytes(),
-            self.root(version)?,
-            &[b"envelog v2 integrity"],
-        ))
+        self.derived(version, logstore.as_bytes(), b"envelog v2 integrity")
     }
 
     /// Wraps a data key under the newest version.
@@ -484,9 +548,8 @@ impl Keyring {
         key: &SecretKey,
     ) -> Result<(u32, Vec<u8>)> {
         let version = self.newest();
-        let wrapped =
-            envelope::wrap(provider, random, self.root(version)?, version, identity, key)?;
-        Ok((version, wrapped))
+        let wrap = |root: &_| envelope::wrap(provider, random, root, version, identity, key);
+        Ok((version, self.with_root(version, wrap)??))
     }
 
     /// Unwraps a data key; `None` when it fails authentication.
@@ -497,7 +560,8 @@ impl Keyring {
         identity: &EnvelopeIdentity,
         wrapped: &[u8],
     ) -> Result<Option<SecretKey>> {
-        envelope::unwrap(provider, self.root(version)?, version, identity, wrapped)
+        let unwrap = |root: &_| envelope::unwrap(provider, root, version, identity, wrapped);
+        self.with_root(version, unwrap)?
     }
 }
 
@@ -512,6 +576,12 @@ fn parse<'a>(bytes: &'a [u8], path: &Path, store: StoreId, id: KeyringId) -> Res
         return Err(Error::KeyringForeign { path: path.to_owned() });
     }
     Ok(parsed)
+}
+
+/// Part A of a keyring under a master key. `None` for one under no master key: the parser has
+/// stopped at its first field then, before any root.
+fn sealed_body(parsed: &Wiped<'_>) -> Option<SealedBody> {
+    serde_json::from_slice(&parsed.0.unverified().a).ok()
 }
 
 fn secret_from_hex(hex: &str) -> Option<SecretKey> {
@@ -612,6 +682,57 @@ mod tests {
         retired.verify_file().unwrap();
     }
 
+    /// Whoever has a copy has the roots that all copies share.
+    #[test]
+    fn a_wipe_is_for_every_copy_and_the_file_brings_the_roots_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keyring, _) = made(dir.path());
+        let key = *keyring.document_key(1).unwrap().expose();
+        let copy = keyring.add_version(&OsRandom, 2).unwrap();
+        keyring.roots().wipe(Error::Closed("it"));
+        for keyring in [&keyring, &copy] {
+            assert!(matches!(keyring.document_key(1), Err(Error::Closed("it"))));
+            assert!(matches!(keyring.audit_key(1), Err(Error::Closed("it"))));
+            assert!(matches!(keyring.rewrap(&OsRandom, None), Err(Error::Closed("it"))));
+        }
+        // What is no secret stays.
+        assert_eq!((copy.newest(), copy.accepts(), copy.generation()), (2, 1, 2));
+        assert!(matches!(copy.retire_older(&OsRandom), Err(Error::Closed("it"))));
+        let back = copy.reload_no_older().unwrap();
+        assert_eq!(*back.document_key(1).unwrap().expose(), key);
+        assert!(copy.document_key(1).is_err());
+        // A version that could not be written leaves no root behind.
+        let file = back.file.read().unwrap();
+        back.file.remove().unwrap();
+        assert!(back.add_version(&OsRandom, 3).is_err());
+        assert!(back.roots().with(3, |_| ()).unwrap().is_none());
+        back.file.create(&file).unwrap();
+    }
+
+    /// Roots that were wiped are replaced by the same ones only.
+    #[test]
+    fn another_root_or_an_older_file_does_not_come_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, store) = made(dir.path());
+        let older = first.file.read().unwrap();
+        let keyring = first.add_version(&OsRandom, 2).unwrap();
+        assert!(keyring.reload_no_older().is_ok());
+        let replace = |bytes: &[u8]| {
+            first.file.remove().unwrap();
+            first.file.create(bytes).unwrap();
+        };
+        replace(&older);
+        assert!(keyring.reload().is_ok(), "a reader keeps its own");
+        assert!(matches!(keyring.reload_no_older(), Err(Error::RolledBack { .. })));
+        // The keyring of an attacker who knows the ids.
+        let forged = Keyring::for_tests(&dir.path().join("forged"), store);
+        let forged = Keyring { id: keyring.id, file: Arc::clone(&first.file), ..forged };
+        replace(&forged.clone().encode(&OsRandom, None).unwrap());
+        for keyring in [&first, &keyring] {
+            assert!(matches!(keyring.reload(), Err(Error::Tampered { .. })));
+        }
+    }
+
     #[test]
     fn its_keys_are_all_different() {
         let dir = tempfile::tempdir().unwrap();
@@ -691,8 +812,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut keyring, _) = made(dir.path());
         for version in 2..VERSIONS_MAX as u32 {
-            let root = keyring.root(1).unwrap().duplicate();
-            keyring.versions.insert(version, Version { created_us: 1, root });
+            let root = keyring.with_root(1, SecretKey::duplicate).unwrap();
+            keyring.versions.insert(version, Version::of(&root, 1));
+            keyring.roots.add(version, root).unwrap();
         }
         let largest = keyring.add_version(&OsRandom, 2).unwrap();
         assert!(matches!(largest.add_version(&OsRandom, 3), Err(Error::TooMany { .. })));
@@ -706,7 +828,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         let shown = format!("{keyring:?}");
-        assert!(!shown.contains(&hex_encode(keyring.root(1).unwrap().expose())), "{shown}");
+        let root = keyring.with_root(1, |root| hex_encode(root.expose())).unwrap();
+        assert!(!shown.contains(&root), "{shown}");
         assert!(shown.starts_with("Keyring"));
     }
 }

@@ -2,22 +2,22 @@
 //! has wrapped.
 //!
 //! Each write of the file generates a sealing key, has the KMS wrap it, and seals once with it. So
-//! the engine calls the KMS once when it opens a store and once when it writes the keyring, and at
-//! no other time.
+//! the engine calls the KMS once when it opens a store and once when it writes the keyring. The
+//! sealing key as it is in the file is also the probe of the lease of that master key.
 
 use std::{path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::envelope::fingerprint;
+use super::{envelope::fingerprint, lease::Probe, moment::Moment};
 use crate::{
     Error, Result,
     crypto::{AeadKey, Cipher, CryptoError, CryptoProvider, HashAlg, SecretKey, derive},
     error::Location,
     ids::{KeyringId, StoreId, hex_decode, hex_encode},
     io::Random,
-    kms::{Cmk, EncryptionContext, KmsError, KmsRouter},
+    kms::{BoundedKms, Cmk, EncryptionContext, KmsError, KmsRouter},
 };
 
 /// The identifiers that a sealed keyring is bound to.
@@ -60,6 +60,37 @@ pub(super) struct SealedBody {
     sealed: String,
 }
 
+/// The master key that a keyring file is under, with the sealing key as the KMS has wrapped it.
+#[derive(Clone)]
+pub(crate) struct Wrapping {
+    pub(crate) cmk: Cmk,
+    wrapped: Vec<u8>,
+    context: EncryptionContext,
+    fingerprint: String,
+    /// When the call was sent by which the KMS has wrapped or unwrapped the sealing key.
+    pub(crate) asked: Moment,
+}
+
+impl Wrapping {
+    /// The probe of the lease of the master key.
+    pub(crate) fn probe(&self) -> Probe {
+        let Self { wrapped, context, fingerprint, .. } = self.clone();
+        Probe { wrapped, context, fingerprint }
+    }
+
+    /// Whether a file has this sealing key, under this master key.
+    pub(super) fn is_of(&self, body: &SealedBody) -> bool {
+        self.cmk == body.cmk && hex_decode(&body.wrapped).is_some_and(|it| it == self.wrapped)
+    }
+}
+
+/// A new sealing key, which the KMS has wrapped.
+pub(super) struct Sealing {
+    key: SecretKey,
+    identity: KeyringIdentity,
+    pub(super) wrapping: Wrapping,
+}
+
 /// Seals and opens keyrings with the KMSs of a store.
 #[derive(Clone)]
 pub(crate) struct KeyringSeal {
@@ -82,28 +113,35 @@ impl KeyringSeal {
         self.provider.aead(Cipher::Aes256Gcm, key.expose()).map_err(Error::Crypto)
     }
 
-    /// Seals `plain` in place, and returns part A. Calls the KMS.
-    pub(super) fn seal(
+    /// Draws a sealing key and has the KMS wrap it.
+    pub(super) fn begin(
         &self,
         random: &dyn Random,
         path: &Path,
         cmk: &Cmk,
         identity: KeyringIdentity,
-        mut plain: Zeroizing<Vec<u8>>,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Sealing> {
         let kms = self.kms.serving(&cmk.region_id)?;
         let key = SecretKey::generate(random).map_err(Error::io("draw a random key for", path))?;
-        let wrapped = kms
-            .wrap(cmk, identity.context(), &key)
-            .map_err(|cause| service_key(path, cmk, cause))?;
+        let (asked, context) = (self.now(), identity.context());
+        let wrapped =
+            kms.wrap(cmk, context.clone(), &key).map_err(|cause| service_key(path, cmk, cause))?;
+        let (cmk, fingerprint) = (cmk.clone(), fingerprint(&key));
+        let wrapping = Wrapping { cmk, wrapped, context, fingerprint, asked };
+        Ok(Sealing { key, identity, wrapping })
+    }
+
+    /// Seals `plain` in place, and returns part A.
+    pub(super) fn seal(&self, sealing: &Sealing, mut plain: Zeroizing<Vec<u8>>) -> Result<Vec<u8>> {
         let tag = self
-            .cipher(&key)?
-            .seal(&[0; 12], &identity.associated_data(), &mut plain)
+            .cipher(&sealing.key)?
+            .seal(&[0; 12], &sealing.identity.associated_data(), &mut plain)
             .map_err(Error::Crypto)?;
+        let Wrapping { cmk, wrapped, fingerprint, .. } = &sealing.wrapping;
         let body = SealedBody {
             cmk: cmk.clone(),
-            wrapped: hex_encode(&wrapped),
-            fingerprint: fingerprint(&key),
+            wrapped: hex_encode(wrapped),
+            fingerprint: fingerprint.clone(),
             sealed: hex_encode(&plain) + &hex_encode(&tag),
         };
         Ok(serde_json::to_vec(&body).expect("plain data always serializes"))
@@ -114,20 +152,21 @@ impl KeyringSeal {
         &self,
         path: &Path,
         identity: KeyringIdentity,
-        body: &SealedBody,
-    ) -> Result<Zeroizing<Vec<u8>>> {
-        let cmk = &body.cmk;
+        body: SealedBody,
+    ) -> Result<(Zeroizing<Vec<u8>>, Wrapping)> {
         let malformed =
             || Error::corrupt(Location::new(path, 80), "the service keyring does not parse");
-        let wrapped = hex_decode(&body.wrapped).ok_or_else(malformed)?;
-        let sealed = hex_decode(&body.sealed).ok_or_else(malformed)?;
+        let SealedBody { cmk, wrapped, fingerprint: expected, sealed } = body;
+        let wrapped = hex_decode(&wrapped).ok_or_else(malformed)?;
+        let sealed = hex_decode(&sealed).ok_or_else(malformed)?;
         let (sealed, tag) = sealed.split_last_chunk::<16>().ok_or_else(malformed)?;
+        let (asked, context) = (self.now(), identity.context());
         let kms = self.kms.serving(&cmk.region_id).map_err(KmsError::from);
-        let key = kms.and_then(|kms| kms.unwrap(cmk, identity.context(), &wrapped));
-        let key = key.map_err(|cause| service_key(path, cmk, cause))?;
-        if fingerprint(&key) != body.fingerprint {
+        let unwrap = |kms: BoundedKms| kms.unwrap(&cmk, context.clone(), &wrapped);
+        let key = kms.and_then(unwrap).map_err(|cause| service_key(path, &cmk, cause))?;
+        if fingerprint(&key) != expected {
             let detail = "it unwrapped the keyring's key to another key".to_owned();
-            return Err(service_key(path, cmk, KmsError::Invalid { detail }));
+            return Err(service_key(path, &cmk, KmsError::Invalid { detail }));
         }
         let mut plain = Zeroizing::new(vec![0; sealed.len()]);
         match self.cipher(&key)?.open(
@@ -137,16 +176,21 @@ impl KeyringSeal {
             tag,
             &mut plain,
         ) {
-            Ok(()) => Ok(plain),
+            Ok(()) => Ok((plain, Wrapping { cmk, wrapped, context, fingerprint: expected, asked })),
             Err(CryptoError::AuthenticationFailed) => {
                 Err(Error::Tampered { at: Location::new(path, 0), what: "the service keyring" })
             }
             Err(error) => Err(Error::Crypto(error)),
         }
     }
+
+    fn now(&self) -> Moment {
+        Moment::now(&**self.kms.clock())
+    }
 }
 
-fn service_key(path: &Path, cmk: &Cmk, cause: KmsError) -> Error {
+/// The error of an operation that needs a keyring whose master key the KMS does not let be used.
+pub(super) fn service_key(path: &Path, cmk: &Cmk, cause: KmsError) -> Error {
     Error::ServiceKey {
         path: path.to_owned(),
         cmk: cmk.cmk_key_id.clone(),

@@ -50,8 +50,12 @@ const CALLS_OF_AN_OPERATION: u32 = 3;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LeaseTerms {
     pub(crate) revalidate_every: Duration,
-    pub(crate) outage_grace: Duration,
+    /// `None`: an outage alone never ends the lease.
+    pub(crate) outage_grace: Option<Duration>,
     pub(crate) call_timeout: Duration,
+    /// Whether it is an outage that no call can be made because too many have not returned. If not,
+    /// the last answer counts, until it is too old.
+    pub(crate) busy_is_outage: bool,
 }
 
 /// A wrapped key that renewal unwraps, and the fingerprint that the result must have.
@@ -66,6 +70,8 @@ pub(crate) trait LeaseListener: Send + Sync {
     /// Whether the listener still depends on this lease. The key of a Logstore may have been
     /// replaced since.
     fn depends_on(&self, lease: &Lease) -> bool;
+    /// Access is lost, and nothing is wiped yet. May block for at most the time limit of a call.
+    fn before_wipe(&self, _refusal: &Refusal) {}
     /// Access is lost. Wipes the keys and the plaintext that can be read again, without I/O and
     /// without waiting for a thread that does I/O. Returns the shards that have still to be sealed.
     fn wipe(&self, refusal: &Refusal) -> Vec<Arc<dyn LostShard>>;
@@ -200,6 +206,11 @@ impl Lease {
         let _ = self.start();
     }
 
+    /// Begins with a call that was sent at `sent`, by which the KMS has allowed the key.
+    pub(crate) fn begin(&self, sent: Moment) {
+        self.answered(None, sent, Ok(()));
+    }
+
     /// Has the pool renew the lease from now on.
     ///
     /// # Errors
@@ -327,8 +338,9 @@ impl Lease {
         if self.standby {
             return state.last_attempt.is_some() && state.last_success.is_none();
         }
+        let is_past = |sent: Moment, grace| sent.is_past(grace, &*self.clock);
         let grace = self.terms.outage_grace;
-        state.last_success.is_none_or(|sent| sent.is_past(grace, &*self.clock))
+        state.last_success.is_none_or(|sent| grace.is_some_and(|grace| is_past(sent, grace)))
     }
 
     /// Whether the lease admits operations at this moment. Makes no call.
@@ -407,6 +419,10 @@ impl Lease {
                 state.due = state.due.max(self.clock.uptime() + self.terms.revalidate_every / 5);
                 drop(state);
                 self.changed.notify_all();
+                if self.terms.busy_is_outage {
+                    let outage = Refusal::from(&KmsError::from(busy.clone()));
+                    self.answered(None, sent, Err(outage));
+                }
                 Err(busy)
             }
         }
@@ -567,11 +583,14 @@ impl Lease {
             }
             (Ok(()), Some(success), Some(attempt)) => {
                 self.apart.store(attempt.apart(), Ordering::Release);
-                let (lasts, grace) = (self.answer_lasts(), self.terms.outage_grace);
-                let uptime = (attempt.uptime + lasts).min(success.uptime + grace);
-                let wall = attempt.wall_us.saturating_add(micros(lasts));
-                let wall = wall.min(success.wall_us.saturating_add(micros(grace)));
                 self.was_back.store(true, Ordering::Release);
+                let lasts = self.answer_lasts();
+                let mut uptime = attempt.uptime + lasts;
+                let mut wall = attempt.wall_us.saturating_add(micros(lasts));
+                if let Some(grace) = self.terms.outage_grace {
+                    uptime = uptime.min(success.uptime + grace);
+                    wall = wall.min(success.wall_us.saturating_add(micros(grace)));
+                }
                 self.wall_until.store(wall, Ordering::Release);
                 self.fresh_until.store(micros(uptime), Ordering::Release);
             }
@@ -635,7 +654,8 @@ impl Lease {
         match (state.last_attempt, state.last_success) {
             (None, _) => IDLE,
             (Some(_), Some(sent)) if state.told_lost != Some(true) => {
-                state.due.min(sent.uptime + self.terms.outage_grace).saturating_sub(now)
+                let end = self.terms.outage_grace.map(|grace| sent.uptime + grace);
+                end.map_or(state.due, |end| state.due.min(end)).saturating_sub(now)
             }
             _ => state.due.saturating_sub(now),
         }
@@ -665,6 +685,9 @@ impl Lease {
     /// As [`Lease::tell`], but does not block in a store with threads. The data keys are wiped when
     /// this returns. Returns the number of the last turn.
     pub(crate) fn begin_telling(&self) -> u64 {
+        if let Some(refusal) = self.untold_loss() {
+            self.dependents().iter().for_each(|listener| listener.before_wipe(&refusal));
+        }
         let noticed = self.clock.uptime();
         let mut telling = lock(&self.telling);
         let Some(standing) = self.news() else { return telling.issued };
@@ -678,6 +701,13 @@ impl Lease {
         let telling = lock(&self.telling);
         let turn = self.begin_turn(telling, noticed, Err(refusal), vec![listener]);
         drop(self.acted_on(turn));
+    }
+
+    /// A loss that the listeners have to hear of.
+    fn untold_loss(&self) -> Option<Refusal> {
+        let state = lock(&self.state);
+        state.last_attempt.filter(|_| state.told_lost != Some(true))?;
+        self.standing(&state).err()
     }
 
     /// Whether the lease admits operations, if the listeners have to hear that.
@@ -776,13 +806,13 @@ impl Lease {
 
     pub(crate) fn status(&self) -> KeyStatus {
         let state = lock(&self.state);
-        let left = state.last_success.map(|sent| {
-            if self.standing(&state).is_err() {
-                Duration::ZERO
-            } else {
-                (sent.uptime + self.terms.outage_grace).saturating_sub(self.clock.uptime())
+        let left = match (self.standing(&state), state.last_success) {
+            (Ok(()), Some(sent)) => {
+                let left = |grace| (sent.uptime + grace).saturating_sub(self.clock.uptime());
+                self.terms.outage_grace.map(left)
             }
-        });
+            _ => Some(Duration::ZERO),
+        };
         let state = match (&state.refusal, state.last_attempt) {
             (_, None) => KeyState::Idle,
             (Some(Refusal::Revoked(reason)), _) => KeyState::Revoked { reason: *reason },
@@ -791,7 +821,7 @@ impl Lease {
             }
             (None, _) => KeyState::Active,
         };
-        KeyStatus { state, lease_left: Some(left.unwrap_or(Duration::ZERO)) }
+        KeyStatus { state, lease_left: left }
     }
 
     /// Whether the lease admits operations; `None` before the listeners have heard of any answer.

@@ -11,6 +11,8 @@ pub(crate) mod keyring_seal;
 pub(crate) mod lease;
 mod moment;
 pub(crate) mod renewal_pool;
+mod roots;
 pub(crate) mod sealing;
+pub(crate) mod service_key;
 
 pub use audit::{AuditEvent, AuditRecord};

@@ -6,7 +6,7 @@ use crate::io::Clock;
 
 /// A point in time, by the uptime and by the wall clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Moment {
+pub(crate) struct Moment {
     pub(super) uptime: Duration,
     pub(super) wall_us: u64,
 }

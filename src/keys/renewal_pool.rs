@@ -18,7 +18,7 @@ use crate::{
 const THREADS_MAX: usize = 32;
 
 /// A lease, as the pool sees it.
-pub(super) trait Renewable: Send + Sync {
+pub(crate) trait Renewable: Send + Sync {
     /// Does the work that is due. Returns after how long to call this again. Waits for no KMS.
     fn tend(&self) -> Duration;
 }
@@ -37,7 +37,7 @@ impl RenewalPool {
     }
 
     /// A number that identifies a lease in this pool.
-    pub(super) fn enter(&self) -> u64 {
+    pub(crate) fn enter(&self) -> u64 {
         let mut queue = lock(&self.queue);
         queue.next_id += 1;
         queue.next_id
@@ -47,7 +47,7 @@ impl RenewalPool {
     ///
     /// # Errors
     /// When the first thread cannot be started. The pool would never tend the lease.
-    pub(super) fn wake(self: &Arc<Self>, id: u64, lease: Weak<dyn Renewable>) -> io::Result<()> {
+    pub(crate) fn wake(self: &Arc<Self>, id: u64, lease: Weak<dyn Renewable>) -> io::Result<()> {
         let mut queue = lock(&self.queue);
         if queue.stopped {
             return Ok(());

@@ -29,6 +29,11 @@ impl KmsRouter {
         Self { kms: kms.iter().map(bounded).collect(), timeout, inline, watch }
     }
 
+    /// The clock that measures the calls.
+    pub(crate) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.watch.clock
+    }
+
     /// The counters of the calls to these KMSs.
     pub(crate) fn meter(&self) -> &Arc<KmsMeter> {
         &self.watch.meter

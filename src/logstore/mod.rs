@@ -71,6 +71,9 @@ pub(crate) trait KeyObserver: Send + Sync {
     fn key_recovered(&self, logstore: &LogstoreShared);
     /// The version of the master key that wraps an envelope, if the KMS reports it.
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
+    /// In a store without threads: renews the lease of the service key if that is due, and acts on
+    /// its loss or its return. Calls the KMS.
+    fn tend_service_key(&self);
 }
 
 /// How many bytes were sealed under the current data key. Each check counts on from the previous
@@ -194,6 +197,16 @@ impl LogstoreShared {
         self.gate.keys().section
     }
 
+    /// Access is lost: wipes the keys, and returns the shards that have still to be sealed. Groups
+    /// that were not acknowledged fail with `error`.
+    pub(crate) fn wipe_keys(&self, error: &Error) -> Vec<Arc<dyn LostShard>> {
+        let loss = self.gate.lose();
+        let lost = |shard: &Arc<Shard>| -> Arc<dyn LostShard> {
+            Arc::new(ShardLoss { shard: Arc::clone(shard), loss, error: error.clone() })
+        };
+        self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
+    }
+
     /// Marks the Logstore deleted: every handle refuses calls from now on.
     pub(crate) fn delete(&self) {
         for shard in &self.shards {
@@ -205,6 +218,9 @@ impl LogstoreShared {
     /// In a store without threads, the next caller acts on a loss of the key that was noticed.
     fn settle(&self) {
         if !self.threads {
+            if let Some(observer) = self.observer.upgrade() {
+                observer.tend_service_key();
+            }
             self.gate.keys().leases().for_each(|lease| lease.tell());
         }
     }
@@ -363,12 +379,7 @@ impl LeaseListener for LogstoreShared {
 
     fn wipe(&self, refusal: &Refusal) -> Vec<Arc<dyn LostShard>> {
         let Some(lease) = self.lease() else { return Vec::new() };
-        let loss = self.gate.lose();
-        let error = self.gate.refused(refusal, lease.cmk());
-        let lost = |shard: &Arc<Shard>| -> Arc<dyn LostShard> {
-            Arc::new(ShardLoss { shard: Arc::clone(shard), loss, error: error.clone() })
-        };
-        self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
+        self.wipe_keys(&self.gate.refused(refusal, lease.cmk()))
     }
 
     fn note_lost(&self, refusal: &Refusal) {

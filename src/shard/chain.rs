@@ -13,7 +13,6 @@ use super::{
 };
 use crate::{
     Error, Result,
-    keys::keyring::Keyring,
     segment::{DecodedHeader, KeySource, Predecessor, PredecessorEnd, SegmentHeader},
     sync::{LockRank, Mutex, lock},
 };
@@ -175,8 +174,9 @@ pub(super) fn retired_end(
 /// other. A reader reads the catalogue again: the writer recorded the head when it rotated the key.
 fn retired(list: &SegmentList, header: &SegmentHeader, path: &Path) -> Result<Option<Error>> {
     let KeySource::Keyring(version) = header.key_source else { return Ok(None) };
-    let check = |keyring: &Keyring| keyring.check_accepted(version, path, "a segment");
-    let Err(retired) = list.gate().context().with_keyring(check) else { return Ok(None) };
+    let service = &list.gate().context().service;
+    let checked = service.keyring().check_accepted(version, path, "a segment");
+    let Err(retired) = checked else { return Ok(None) };
     list.reload_record().transpose()?;
     Ok(Some(retired))
 }

@@ -121,7 +121,12 @@ impl Shard {
             return Ok(());
         }
         self.seal(&mut writer, KeyUse::Admitted)?;
-        self.record_head().inspect_err(|error| self.latch(&mut writer, error.clone()))
+        self.record_head().inspect_err(|error| {
+            // Without the service key the catalogue takes no record. The head is recorded later.
+            if !is_refusal(error) {
+                self.latch(&mut writer, error.clone());
+            }
+        })
     }
 
     /// Ends the last segment if `ends` holds for its key and it has not been ended yet: no block

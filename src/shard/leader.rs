@@ -514,6 +514,8 @@ pub(super) fn is_refusal(error: &Error) -> bool {
         Error::Revoked { .. }
             | Error::KmsUnreachable { .. }
             | Error::KmsInvalid { .. }
+            | Error::ServiceKey { .. }
+            | Error::KeyringNotRead { .. }
             | Error::Forked
     )
 }

@@ -29,11 +29,11 @@ use crate::{
         keyring::{Keyring, NewKeyring},
         keyring_file::KeyringFile,
         keyring_seal::KeyringSeal,
+        service_key::ServiceKey,
     },
     kms::{Cmk, Kms, KmsRouter},
     metrics::Counters,
     shard::{Budget, PayloadHasher, ReaderPermits},
-    sync::{LockRank, RwLock},
 };
 
 /// The parts and the settings that the caller passes to create or open a store.
@@ -71,6 +71,8 @@ pub(super) struct Opening {
     pub(super) audit: Audit,
     /// How many records of the catalogue the anchor lacks, in a store that is open for reading.
     pub(super) anchor_lacks: Option<u64>,
+    /// Whether the master key of the keyring has a lease.
+    pub(super) leased: bool,
 }
 
 impl Opening {
@@ -84,7 +86,14 @@ impl Opening {
     }
 
     pub(super) fn for_reading(keyring: Keyring, catalogue: Catalogue) -> Self {
-        Self { keyring, catalogue, writer: None, audit: Audit::Ours, anchor_lacks: None }
+        Self {
+            keyring,
+            catalogue,
+            writer: None,
+            audit: Audit::Ours,
+            anchor_lacks: None,
+            leased: true,
+        }
     }
 }
 
@@ -210,18 +219,19 @@ impl Setup {
 
     /// Wires the parts of a store together.
     pub(super) fn assemble(self, opening: Opening) -> Result<OpenStore> {
-        let Opening { keyring, catalogue, writer, audit: found, anchor_lacks } = opening;
+        let Opening { keyring, catalogue, writer, audit: found, anchor_lacks, leased } = opening;
         let id = keyring.store();
         let kms = keyring.seal().kms().clone();
         let counters = Arc::new(Counters::new(Arc::clone(kms.meter())));
-        let keyring = Arc::new(RwLock::new(LockRank::Keyring, keyring));
+        let service = ServiceKey::new(keyring, Arc::clone(&counters), writer.is_none());
+        let service = Arc::new(service);
         let known = catalogue.audit.clone();
         let (held, fence): (Option<StoreLock>, Option<Arc<Fence>>) =
             writer.map(|(held, fence)| (held, Arc::new(fence))).unzip();
         let audit = AuditLog::new(
             Arc::clone(&self.disk),
             Arc::clone(&self.clock),
-            Arc::clone(&keyring),
+            Arc::clone(&service),
             self.dir.join("audit"),
             self.options.audit_file_bytes,
             Arc::clone(&counters),
@@ -236,7 +246,7 @@ impl Setup {
                 }
             }
         }
-        let (disk, journal) = self.journal(id, &keyring, catalogue, fence.as_ref());
+        let (disk, journal) = self.journal(id, &service, catalogue, fence.as_ref());
         if held.is_some() && found == Audit::Ours {
             // Before any shard is read: an earlier catalogue must not be in force any more.
             journal.rewrite()?;
@@ -255,7 +265,7 @@ impl Setup {
         let anchor = self.anchor.filter(|_| held.is_some());
         let anchor = anchor
             .map(|anchor| Feeder::new(anchor, id, Arc::clone(&env.clock), Arc::clone(&counters)));
-        let keys = Arc::new(KeyService::new(Arc::clone(&env), keyring, kms, counters, audit));
+        let keys = KeyService::new(Arc::clone(&env), service, kms, counters, audit);
         warn_of_rotation(id, &keys.keyring());
         // Nothing after this point refuses to open the store, except a thread that does not start.
         let held = held.map(|mut held| {
@@ -265,6 +275,9 @@ impl Setup {
         let wiring = wiring(&env, anchor)?;
         let registry =
             Registry::new(Arc::clone(&env), Arc::clone(&keys), journal, fence, held, wiring);
+        if leased {
+            registry.watch_service_key()?;
+        }
         info!(store = %id, dir = %env.dir.display(), read_only = env.read_only, "store opened");
         Ok(OpenStore::new(Core { env, keys, registry }, anchor_lacks))
     }
@@ -274,20 +287,20 @@ impl Setup {
     fn journal(
         &self,
         id: StoreId,
-        keyring: &Arc<RwLock<Keyring>>,
+        service: &Arc<ServiceKey>,
         catalogue: Catalogue,
         fence: Option<&Arc<Fence>>,
     ) -> (Arc<dyn Disk>, Journal) {
-        let (disk, keyring) = (Arc::clone(&self.disk), Arc::clone(keyring));
+        let (disk, service) = (Arc::clone(&self.disk), Arc::clone(service));
         match fence {
             Some(fence) => {
                 let disk: Arc<dyn Disk> = Arc::new(FencedDisk::new(disk, Arc::clone(fence)));
                 let (on, fence) = (Arc::clone(&disk), Arc::clone(fence));
-                (disk, Journal::for_writing(on, &self.dir, id, keyring, catalogue, fence))
+                (disk, Journal::for_writing(on, &self.dir, id, service, catalogue, fence))
             }
             None => {
                 let journal =
-                    Journal::for_reading(Arc::clone(&disk), &self.dir, id, keyring, catalogue);
+                    Journal::for_reading(Arc::clone(&disk), &self.dir, id, service, catalogue);
                 (disk, journal)
             }
         }

@@ -32,6 +32,7 @@ use crate::{
     config::{LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::CryptoProvider,
     ids::StoreId,
+    key_status::KeyStatus,
     keys::AuditRecord,
     kms::Cmk,
     logstore::{Logstore, LogstoreShared},
@@ -369,6 +370,28 @@ impl Keys<'_> {
     /// file.
     pub fn service_cmk(&self) -> Option<Cmk> {
         self.open.core().keys.keyring().cmk().cloned()
+    }
+
+    /// The state of the service key: whether the KMS lets the master key be used that the keyring is
+    /// under, and how long the store may still use it should that KMS stop answering now. A keyring
+    /// under no master key is always active. Calls no KMS.
+    ///
+    /// While the KMS refuses, or after [`crate::StoreOptions::service_outage_grace`], the root keys
+    /// and everything derived from them are wiped from memory, and every operation that needs a key
+    /// is refused with [`Error::ServiceKey`]. Once the KMS lets the master key be used again, the
+    /// store reads the keyring again and works.
+    ///
+    /// ```
+    /// use envelog::{KeyState, Store, crypto::RustCrypto};
+    ///
+    /// let dir = tempfile::tempdir().unwrap();
+    /// let (data, keyring) = (dir.path().join("data"), dir.path().join("keyring"));
+    /// let store = Store::builder(data, keyring, RustCrypto::new()).create()?;
+    /// assert_eq!(store.keys().service_key_status().state, KeyState::Active);
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn service_key_status(&self) -> KeyStatus {
+        self.open.core().keys.service_key_status()
     }
 
     /// The uses of every key, and whether it may be destroyed. Needs no key and calls no KMS.

@@ -62,11 +62,15 @@ impl Task<StoreJob> for Jobs {
     fn run(&self, job: StoreJob) {
         match job {
             StoreJob::Retention => {
-                self.retain();
+                if self.core.keys.is_service_key_usable() {
+                    self.retain();
+                }
                 self.schedule_retention();
             }
             StoreJob::Heads => {
-                self.record_heads();
+                if self.core.keys.is_service_key_usable() {
+                    self.record_heads();
+                }
                 self.schedule_heads();
             }
         }

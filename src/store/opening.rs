@@ -195,7 +195,9 @@ fn compare_with_anchor(
     let path = anchor.name_of(keyring.store(), *place);
     let kept = catalogue::load_mirror(kept, &path, keyring.store(), keyring)?;
     let reader = Setup { anchor: None, ..setup.clone() };
-    let reader = reader.assemble(Opening::for_reading(keyring.duplicate(), catalogue.clone()))?;
+    let opening = Opening::for_reading(keyring.clone(), catalogue.clone());
+    // It lives as long as this comparison.
+    let reader = reader.assemble(Opening { leased: false, ..opening })?;
     anchoring::check(reader.core(), &kept)?;
     Ok(Some(kept.generation))
 }

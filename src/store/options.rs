@@ -31,6 +31,11 @@ pub struct StoreOptions {
     /// How long a key may be used after the last successful call was sent, while the KMS does not
     /// answer. 5 min by default; at least `revalidate_every`, at most 24 h.
     pub outage_grace: Duration,
+    /// As `outage_grace`, for the master key that the service keyring is under: after this time the
+    /// store refuses all operations that need a key, until the KMS answers. Zero: an outage never
+    /// has this effect, and a refusal of the KMS still has it. 1 h by default; zero, or
+    /// `revalidate_every` to 7 days.
+    pub service_outage_grace: Duration,
     /// The time limit of one call to the KMS. 1 s by default; 10 ms to 1 min.
     pub kms_timeout: Duration,
     /// The threads that do the background work.
@@ -85,6 +90,7 @@ impl Default for StoreOptions {
         Self {
             revalidate_every: Duration::from_secs(30),
             outage_grace: Duration::from_secs(300),
+            service_outage_grace: Duration::from_secs(3600),
             kms_timeout: Duration::from_secs(1),
             background: Background::Threads,
             workers: 2,
@@ -129,6 +135,11 @@ impl StoreOptions {
             (
                 "outage_grace (revalidate_every to 24 h)",
                 (self.revalidate_every..=24 * hour).contains(&self.outage_grace),
+            ),
+            (
+                "service_outage_grace (zero, or revalidate_every to 7 days)",
+                self.service_outage_grace.is_zero()
+                    || (self.revalidate_every..=7 * 24 * hour).contains(&self.service_outage_grace),
             ),
             ("kms_timeout (10 ms to 1 min)", (ms(10)..=s(60)).contains(&self.kms_timeout)),
             ("workers (1 to 64)", (1..=64).contains(&self.workers)),

@@ -7,6 +7,7 @@ pub(crate) mod catalogue;
 pub(crate) mod counting;
 pub(crate) mod disk;
 pub(crate) mod failing;
+pub(crate) mod hanging;
 pub(crate) mod memory;
 pub(crate) mod process;
 pub(crate) mod sim;
@@ -145,10 +146,14 @@ pub(crate) struct TestKms {
     master_key_answer: Mutex<Option<(String, Answer)>>,
     /// The answer for calls about the envelopes of one Logstore.
     logstore_answer: Mutex<Option<(LogstoreId, Answer)>>,
+    /// The answer for calls about the service keyring.
+    service_answer: Mutex<Option<Answer>>,
     changed: Condvar,
     wraps: AtomicU64,
     unwraps: AtomicU64,
     probes: AtomicU64,
+    /// The versions of the service keyrings that were unwrapped.
+    keyrings: Mutex<Vec<String>>,
     wrapped_keys: Mutex<Vec<[u8; 32]>>,
     /// Whether it hides the master key version that wrapped a key.
     pub(crate) hides_versions: AtomicBool,
@@ -162,10 +167,12 @@ impl TestKms {
             data_key_answer: Mutex::new(None),
             master_key_answer: Mutex::new(None),
             logstore_answer: Mutex::new(None),
+            service_answer: Mutex::new(None),
             changed: Condvar::new(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
+            keyrings: Mutex::default(),
             wrapped_keys: Mutex::default(),
             hides_versions: AtomicBool::new(false),
         })
@@ -181,6 +188,7 @@ impl TestKms {
         *self.data_key_answer.lock().unwrap() = None;
         *self.master_key_answer.lock().unwrap() = None;
         *self.logstore_answer.lock().unwrap() = None;
+        *self.service_answer.lock().unwrap() = None;
         self.changed.notify_all();
     }
 
@@ -204,6 +212,17 @@ impl TestKms {
         self.changed.notify_all();
     }
 
+    /// Sets the answer of calls about the service keyring from now on.
+    pub(crate) fn answer_for_service_key(&self, answer: Answer) {
+        *self.service_answer.lock().unwrap() = Some(answer);
+        self.changed.notify_all();
+    }
+
+    /// The versions of the service keyrings that it was asked to unwrap so far.
+    pub(crate) fn keyrings(&self) -> Vec<String> {
+        self.keyrings.lock().unwrap().clone()
+    }
+
     /// The number of calls so far.
     pub(crate) fn calls(&self) -> u64 {
         self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
@@ -220,6 +239,11 @@ impl TestKms {
     }
 
     fn told(&self, call: &KmsCall<'_>) -> Answer {
+        if let Some(answer) = *self.service_answer.lock().unwrap()
+            && is_keyring(call)
+        {
+            return answer;
+        }
         if let Some((cmk_key_id, answer)) = &*self.master_key_answer.lock().unwrap()
             && *cmk_key_id == call.cmk.cmk_key_id
         {
@@ -261,6 +285,10 @@ fn is_probe(call: &KmsCall<'_>) -> bool {
     call.context.get("envelog:purpose").is_some_and(|purpose| purpose == "probe")
 }
 
+fn is_keyring(call: &KmsCall<'_>) -> bool {
+    call.context.get("envelog:purpose").is_some_and(|purpose| purpose == "service-keyring")
+}
+
 impl Kms for TestKms {
     fn name(&self) -> &str {
         self.local.name()
@@ -281,6 +309,10 @@ impl Kms for TestKms {
         self.unwraps.fetch_add(1, Ordering::SeqCst);
         if is_probe(call) {
             self.probes.fetch_add(1, Ordering::SeqCst);
+        }
+        if is_keyring(call) {
+            let version = call.context["envelog:key-version"].clone();
+            self.keyrings.lock().unwrap().push(version);
         }
         match self.decide(call)? {
             Answer::WrongKey => Ok(SecretKey::from_bytes(&mut [0x5a; 32])),

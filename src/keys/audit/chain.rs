@@ -12,8 +12,7 @@ use crate::{
     crypto::{SecretKey, hmac_sha256, tags_equal},
     error::Location,
     ids::hex_decode,
-    keys::keyring::Keyring,
-    sync::{RwLock, read},
+    keys::service_key::ServiceKey,
 };
 
 /// Where the log ends, and where the next record goes.
@@ -43,10 +42,10 @@ impl End {
     }
 }
 
-/// The records of all files, and the keyring that checks their tags.
+/// The records of all files, and the service key that checks their tags.
 pub(super) struct Chain {
     pub(super) files: AuditFiles,
-    pub(super) keyring: Arc<RwLock<Keyring>>,
+    pub(super) service: Arc<ServiceKey>,
 }
 
 impl Chain {
@@ -157,7 +156,7 @@ impl Chain {
 
     /// Whether the tag of `line` holds behind a record whose tag is `previous`.
     fn is_tagged(&self, line: &Line, previous: &str) -> bool {
-        let key = read(&self.keyring).audit_key(line.record.keyring_version);
+        let key = self.service.keyring().audit_key(line.record.keyring_version);
         key.is_ok_and(|key| tag_holds(&key, line, previous))
     }
 
@@ -165,7 +164,7 @@ impl Chain {
     /// file before. A record alone proves nothing: an attacker can write it, and no record behind
     /// it could ever be verified.
     fn is_ours(&self, lines: &Lines) -> bool {
-        let accepts = read(&self.keyring).accepts();
+        let accepts = self.service.keyring().accepts();
         match &lines.lines[..] {
             [.., before, last] if last.record.keyring_version >= accepts => {
                 self.is_tagged(last, &before.tag)
@@ -186,7 +185,7 @@ impl Chain {
         let mut previous = head.tag.as_str();
         let before = known.and_then(|at| lines.lines.get(at));
         let version = before.map_or(version, |line| line.record.keyring_version);
-        let mut version = version.max(read(&self.keyring).accepts());
+        let mut version = version.max(self.service.keyring().accepts());
         let mut forged = None;
         for (at, line) in lines.lines.iter().enumerate().skip(known.map_or(0, |at| at + 1)) {
             if !self.is_tagged(line, previous) || line.record.keyring_version < version {
@@ -276,7 +275,7 @@ impl Walk<'_> {
         };
         let mut fenced: Option<Line> = None;
         for line in lines.lines {
-            let key = read(&self.chain.keyring).audit_key(line.record.keyring_version)?;
+            let key = self.chain.service.keyring().audit_key(line.record.keyring_version)?;
             let (before, tag) = match &fenced {
                 Some(before) => (before.record.number, &before.tag),
                 None => (self.count, &self.previous),
@@ -335,7 +334,7 @@ impl Walk<'_> {
         }
         match count {
             0 => Ok(()),
-            _ => read(&self.chain.keyring).check_accepted(
+            _ => self.chain.service.keyring().check_accepted(
                 self.version,
                 &files.path(last_file),
                 "the last record of the key audit log",

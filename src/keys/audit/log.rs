@@ -15,15 +15,15 @@ use super::{
     },
 };
 use crate::{
-    Result,
+    Error, Result,
     config::LogstoreName,
     crypto::hmac_sha256,
     epoch::Fence,
     ids::{LogstoreId, hex_encode},
     io::{Clock, Disk},
-    keys::keyring::Keyring,
+    keys::service_key::ServiceKey,
     metrics::Counters,
-    sync::{LockRank, Mutex, RwLock, atomic::Ordering, lock, read},
+    sync::{LockRank, Mutex, atomic::Ordering, lock},
 };
 
 /// The audit log of an open store.
@@ -47,7 +47,7 @@ impl AuditLog {
     pub(crate) fn new(
         disk: Arc<dyn Disk>,
         clock: Arc<dyn Clock>,
-        keyring: Arc<RwLock<Keyring>>,
+        service: Arc<ServiceKey>,
         dir: PathBuf,
         file_bytes_max: u64,
         counters: Arc<Counters>,
@@ -56,7 +56,7 @@ impl AuditLog {
         let files = AuditFiles::new(disk, dir);
         let tail = Tail::new(files.clone(), file_bytes_max, fence);
         Self {
-            chain: Chain { files, keyring },
+            chain: Chain { files, service },
             clock,
             counters,
             transitions: Mutex::new(LockRank::AuditTransitions, None),
@@ -125,15 +125,15 @@ impl AuditLog {
         let detail = shortened(detail.into());
         let mut transitions = lock(&self.transitions);
         if let (Some(all), Some((_, id))) = (&mut *transitions, logstore)
-            && let Some(state) = all.get_mut(&id)
+            && let Some(state) = all.get_mut(&Some(id))
         {
             // A transition that was left out comes before this record. Its failure does not decide
             // about this record.
-            let _ = self.catch_up(id, state);
+            let _ = self.catch_up(Some(id), state);
         }
         self.put(event, logstore, &detail)?;
         if let (Some(all), Some((_, id))) = (&mut *transitions, logstore) {
-            follow(all, event, id, &detail, self.clock.wall_us());
+            follow(all, event, Some(id), &detail, self.clock.wall_us());
         }
         Ok(())
     }
@@ -169,7 +169,7 @@ impl AuditLog {
         let mut tail = lock(&self.tail);
         // Asked under the lock, so that the version never decreases from one record to the next.
         let (keyring_version, key) = {
-            let keyring = read(&self.chain.keyring);
+            let keyring = self.chain.service.keyring();
             (keyring.newest(), keyring.audit_key(keyring.newest())?)
         };
         let before = &tail.end().head;
@@ -184,23 +184,42 @@ impl AuditLog {
         };
         let json = serde_json::to_string(&record).expect("plain data always serializes");
         let tag = hex_encode(&hmac_sha256(&key, &[before.tag.as_bytes(), json.as_bytes()]));
+        // Before the disk, which may hang.
+        drop(key);
         tail.append(&json, AuditHead { number: record.number, tag })?;
         Ok(record.number)
     }
 
     /// Records that access to a key was lost or is back, unless the log says so already. Another
-    /// process may have written that. At most [`TRANSITIONS_MAX`] transitions of one key are
-    /// recorded in an hour. The log counts the others, and the next record has their count.
+    /// process may have written that. Without a Logstore the key is the service key. At most
+    /// [`TRANSITIONS_MAX`] transitions of one key are recorded in an hour. The log counts the
+    /// others, and the next record has their count.
     pub(crate) fn transition(
         &self,
         event: AuditEvent,
-        logstore: (&LogstoreName, LogstoreId),
+        logstore: Option<(&LogstoreName, LogstoreId)>,
         detail: String,
     ) -> Result<()> {
+        self.transition_if(event, logstore, detail, "", || true).map(|_| ())
+    }
+
+    /// As [`AuditLog::transition`], if `wanted` holds when the log is free. Returns whether it held.
+    /// `note` follows the detail in the record, and does not tell one transition from another.
+    pub(crate) fn transition_if(
+        &self,
+        event: AuditEvent,
+        logstore: Option<(&LogstoreName, LogstoreId)>,
+        detail: String,
+        note: &str,
+        wanted: impl FnOnce() -> bool,
+    ) -> Result<bool> {
         let detail = shortened(detail);
         let mut transitions = lock(&self.transitions);
         let transitions = transitions.get_or_insert_with(|| self.read_transitions());
-        let (name, id) = logstore;
+        if !wanted() {
+            return Ok(false);
+        }
+        let (name, id) = logstore.unzip();
         let state = transitions.entry(id).or_default();
         let news = match (event, state.loss()) {
             (AuditEvent::Recovered, known) => known.is_some(),
@@ -212,26 +231,30 @@ impl AuditLog {
             (_, None) => true,
         };
         if !news {
-            return Ok(());
+            return Ok(true);
         }
         let now_us = self.clock.wall_us();
         if state.recent(now_us) < TRANSITIONS_MAX {
-            let recorded = self.put(event, Some(logstore), &with_count(&detail, state.left_out));
+            let noted = with_count(&format!("{detail}{note}"), state.left_out);
+            let recorded = self.put(event, logstore, &noted);
             if recorded.is_ok() {
                 state.recorded(event, detail, now_us);
-                return Ok(());
+                return Ok(true);
             }
-            if state.left_out == 0 {
-                return recorded;
+            // Without the service key no record is written. The next one counts those before it.
+            let waits =
+                matches!(recorded, Err(Error::ServiceKey { .. } | Error::KeyringNotRead { .. }));
+            if state.left_out == 0 && !waits {
+                return recorded.map(|()| true);
             }
-        }
-        if state.left_out == 0 {
-            info!(logstore = %name, "key audit log: too many transitions of one key, counting the rest");
+        } else if state.left_out == 0 {
+            let logstore = name.map(LogstoreName::to_string);
+            info!(logstore, "key audit log: too many transitions of one key, counting the rest");
         }
         state.left_out += 1;
-        state.latest = Some((event, detail, name.clone()));
+        state.latest = Some((event, detail, name.cloned()));
         self.counters.audit_left_out.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        Ok(true)
     }
 
     /// Records the state of each key whose last transition was left out, if the hourly limit allows
@@ -247,10 +270,10 @@ impl AuditLog {
     }
 
     /// Records the last transition that was left out, and how many were left out before it.
-    fn catch_up(&self, id: LogstoreId, state: &mut KeyState) -> Result<()> {
+    fn catch_up(&self, id: Option<LogstoreId>, state: &mut KeyState) -> Result<()> {
         let Some((event, detail, name)) = state.latest.clone() else { return Ok(()) };
         let left_out = state.left_out.saturating_sub(1);
-        self.put(event, Some((&name, id)), &with_count(&detail, left_out))?;
+        self.put(event, name.as_ref().zip(id), &with_count(&detail, left_out))?;
         state.recorded(event, detail, self.clock.wall_us());
         Ok(())
     }
@@ -262,10 +285,9 @@ impl AuditLog {
         let mut transitions = Transitions::new();
         for part in files.scan().map(|scan| scan.parts).unwrap_or_default() {
             for line in files.front(part.number).map(|lines| lines.lines).unwrap_or_default() {
-                if let Some(id) = line.record.logstore_id {
-                    let detail = without_count(&line.record.detail);
-                    follow(&mut transitions, line.record.event, id, detail, line.record.time_us);
-                }
+                let AuditRecord { event, logstore_id, time_us, .. } = line.record;
+                let detail = without_count(&line.record.detail);
+                follow(&mut transitions, event, logstore_id, detail, time_us);
             }
         }
         transitions
@@ -292,10 +314,10 @@ impl AuditLog {
 impl AuditLog {
     /// The log as the next opener finds it, before it looks for the end.
     pub(super) fn reopened(&self) -> Self {
-        let (files, keyring) = (self.chain.files.clone(), Arc::clone(&self.chain.keyring));
+        let (files, service) = (self.chain.files.clone(), Arc::clone(&self.chain.service));
         let tail = lock(&self.tail).reopened();
         Self {
-            chain: Chain { files, keyring },
+            chain: Chain { files, service },
             clock: Arc::clone(&self.clock),
             counters: Arc::default(),
             transitions: Mutex::new(LockRank::AuditTransitions, None),
@@ -311,7 +333,7 @@ impl AuditLog {
         &self.chain.files
     }
 
-    pub(super) fn keyring(&self) -> &RwLock<Keyring> {
-        &self.chain.keyring
+    pub(super) fn service(&self) -> &ServiceKey {
+        &self.chain.service
     }
 }

@@ -13,15 +13,16 @@ pub enum AuditEvent {
     StoreCreated,
     /// A Logstore's first envelope was made.
     Created,
-    /// The KMS refused the key; the detail says why.
+    /// The KMS refused the key; the detail says why. Without a Logstore, the key is the service key.
     Revoked,
-    /// The lease ended without an answer of the KMS.
+    /// The lease ended without an answer of the KMS. Without a Logstore, it is that of the service
+    /// key.
     LeaseEnded,
     /// Groups that were acknowledged as [`Buffered`](crate::Durability::Buffered) were lost with
     /// the key: their shard could not be sealed in time. The detail names the shard, how many
     /// groups, and the lowest and the highest of their sequence numbers.
     GroupsLost,
-    /// The key can be used again.
+    /// The key can be used again. Without a Logstore, the key is the service key.
     Recovered,
     /// A new data-key version is about to be made.
     RotateIntended,

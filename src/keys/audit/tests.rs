@@ -13,8 +13,8 @@ use crate::{
     crypto::hmac_sha256,
     ids::{StoreId, hex_encode},
     io::{self, DirEntry, Disk, DiskFile, OpenMode, RealDisk, SystemClock},
-    keys::keyring::Keyring,
-    sync::{LockRank, RwLock, atomic::Ordering, read, write},
+    keys::{keyring::Keyring, service_key::ServiceKey},
+    sync::atomic::Ordering,
 };
 
 fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
@@ -23,7 +23,7 @@ fn log(dir: &Path, file_bytes_max: u64) -> AuditLog {
 
 fn log_on(disk: Arc<dyn Disk>, dir: &Path, file_bytes_max: u64) -> AuditLog {
     let keyring = Keyring::for_tests(&dir.join("keyring"), StoreId::from_bytes([1; 16]));
-    let keyring = Arc::new(RwLock::new(LockRank::Keyring, keyring));
+    let keyring = ServiceKey::for_tests(keyring);
     let (clock, counters) = (Arc::new(SystemClock), Arc::default());
     AuditLog::new(disk, clock, keyring, dir.to_owned(), file_bytes_max, counters, None)
 }
@@ -495,10 +495,11 @@ fn parse_forged(line: &str) -> Vec<u8> {
 
 /// Rotates the service key of a log, and retires the older version if so told.
 fn rotate(log: &AuditLog, retires: bool) {
-    let rotated = read(log.keyring()).add_version(&crate::io::OsRandom, 1).unwrap();
-    let rotated =
-        if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
-    *write(log.keyring()) = rotated;
+    let random = crate::io::OsRandom;
+    log.service().change(|keyring| keyring.add_version(&random, 1)).unwrap();
+    if retires {
+        log.service().change(|keyring| keyring.retire_older(&random)).unwrap();
+    }
 }
 
 /// Appends a record to the first file as a holder of version 1 of the service key does. Returns
@@ -514,7 +515,7 @@ fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
         keyring_version: 1,
     };
     let json = serde_json::to_string(&record).unwrap();
-    let key = read(log.keyring()).audit_key(1).unwrap();
+    let key = log.service().keyring().audit_key(1).unwrap();
     let tag = hex_encode(&hmac_sha256(&key, &[behind.tag.as_bytes(), json.as_bytes()]));
     let file =
         [&fs::read(log.files().path(1)).unwrap()[..], encode_line(&json, &tag).as_bytes()].concat();

@@ -16,8 +16,8 @@ pub(super) const DETAIL_BYTES_MAX: usize = 8 << 10;
 pub(super) const TRANSITIONS_MAX: usize = 10;
 pub(super) const WINDOW_US: u64 = 3_600_000_000;
 
-/// The states of the keys of Logstores, by their transitions.
-pub(super) type Transitions = BTreeMap<LogstoreId, KeyState>;
+/// The states of the keys of Logstores, by their transitions. `None` is the service key.
+pub(super) type Transitions = BTreeMap<Option<LogstoreId>, KeyState>;
 
 #[derive(Default)]
 pub(super) struct KeyState {
@@ -28,7 +28,7 @@ pub(super) struct KeyState {
     /// How many transitions were left out since the last recorded one.
     pub(super) left_out: u64,
     /// The last transition that was left out.
-    pub(super) latest: Option<(AuditEvent, String, LogstoreName)>,
+    pub(super) latest: Option<(AuditEvent, String, Option<LogstoreName>)>,
 }
 
 impl KeyState {
@@ -59,11 +59,12 @@ impl KeyState {
     }
 }
 
-/// Takes in a record about the key of a Logstore. `detail` is without a count.
+/// Takes in a record about the key of a Logstore, or about the service key. `detail` is without a
+/// count.
 pub(super) fn follow(
     transitions: &mut Transitions,
     event: AuditEvent,
-    logstore: LogstoreId,
+    logstore: Option<LogstoreId>,
     detail: &str,
     time_us: u64,
 ) {

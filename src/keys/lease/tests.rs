@@ -142,8 +142,12 @@ impl World {
             region_id: "region".to_owned(),
         };
         let probe = probe();
-        let terms =
-            LeaseTerms { revalidate_every: EVERY, outage_grace: GRACE, call_timeout: TIMEOUT };
+        let terms = LeaseTerms {
+            revalidate_every: EVERY,
+            outage_grace: Some(GRACE),
+            call_timeout: TIMEOUT,
+            busy_is_outage: false,
+        };
         let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
         let (standby, logstore) = (false, None);
         let sealer = Arc::clone(&self.sealer);
@@ -249,7 +253,7 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
             assert_eq!(lease.admit(), Ok(epoch));
         }
         assert_eq!(lease.calls(), 11);
-        let outage = KeyState::Outage { detail: "the KMS cannot be reached: away".to_owned() };
+        let outage = KeyState::Outage { detail: "away".to_owned() };
         let left = GRACE - if wall_alone { lasts * 4 } else { lasts * 8 };
         assert_eq!(lease.status(), KeyStatus { state: outage.clone(), lease_left: Some(left) });
         pass(GRACE - lasts * 8 - STEP);
@@ -263,6 +267,36 @@ fn an_answer_lasts_to_the_microsecond_by_either_clock() {
         lease.renew().unwrap();
         assert!(lease.admit().is_ok_and(|now| now != epoch));
     }
+}
+
+/// As the lease of the service key may be told to.
+#[test]
+fn without_a_grace_an_outage_never_ends_it() {
+    let world = World::new();
+    let never = LeaseTerms { outage_grace: None, ..parts(&world).terms };
+    let lease = Lease::new(LeaseParts { terms: never, ..parts(&world) });
+    let ears = Ears::listening_to(&lease);
+    lease.begin(lease.now());
+    let usable = KeyStatus { state: KeyState::Active, lease_left: None };
+    assert_eq!((lease.status(), lease.calls()), (usable, 0));
+    assert!(lease.admit().is_ok());
+    assert_eq!(lease.calls(), 0, "the call that it began with counts");
+    world.kms_is(away());
+    for hour in 1..=24 * 30 {
+        world.clock.advance(Duration::from_secs(3600));
+        assert!(lease.admit().is_ok(), "{hour}");
+        assert_eq!(lease.calls(), hour, "each operation asks");
+        assert!(lease.tend() <= EVERY);
+    }
+    assert_eq!(lease.status().lease_left, None);
+    assert_eq!(ears.heard(), ["recovered"]);
+    let reason = crate::kms::RevokedReason::Disabled;
+    world.kms_is(Some(KmsError::Revoked { reason, detail: String::new() }));
+    world.clock.advance(EVERY + TIMEOUT);
+    assert_eq!(lease.admit(), Err(Refusal::Revoked(reason)));
+    assert_eq!(lease.status().lease_left, Some(Duration::ZERO));
+    lease.tend();
+    assert_eq!(ears.heard(), ["lost", "noted"]);
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::{
     epoch::Fence,
     ids::{LogstoreId, StoreId},
     io::{self, Disk, DiskFile, Existing, OpenMode},
-    keys::keyring::Keyring,
+    keys::service_key::ServiceKey,
     shard::{Head, RecordHead},
     sync::{Condvar, LockRank, Mutex, RwLock, RwLockReadGuard, lock, read, wait, write},
 };
@@ -34,7 +34,7 @@ pub(crate) struct Journal {
     disk: Arc<dyn Disk>,
     dir: PathBuf,
     store: StoreId,
-    keyring: Arc<RwLock<Keyring>>,
+    service: Arc<ServiceKey>,
     /// The durable catalogue.
     catalogue: RwLock<Catalogue>,
     queue: Mutex<Queue>,
@@ -108,14 +108,14 @@ impl Journal {
         disk: Arc<dyn Disk>,
         store_dir: &Path,
         store: StoreId,
-        keyring: Arc<RwLock<Keyring>>,
+        service: Arc<ServiceKey>,
         catalogue: Catalogue,
     ) -> Self {
         Self {
             disk,
             dir: super::dir(store_dir),
             store,
-            keyring,
+            service,
             catalogue: RwLock::new(LockRank::Catalogue, catalogue),
             queue: Mutex::new(LockRank::JournalQueue, Queue::default()),
             done: Condvar::new(),
@@ -131,11 +131,11 @@ impl Journal {
         disk: Arc<dyn Disk>,
         store_dir: &Path,
         store: StoreId,
-        keyring: Arc<RwLock<Keyring>>,
+        service: Arc<ServiceKey>,
         catalogue: Catalogue,
         fence: Arc<Fence>,
     ) -> Self {
-        let reading = Self::for_reading(disk, store_dir, store, keyring, catalogue);
+        let reading = Self::for_reading(disk, store_dir, store, service, catalogue);
         Self { fence: Some(fence), ..reading }
     }
 
@@ -145,7 +145,7 @@ impl Journal {
         let place = Place { epoch: fence.epoch(), serial };
         let path = place.path(&self.dir);
         let (bytes, tag) =
-            file::encode_snapshot(catalogue, place, self.store, &read(&self.keyring))?;
+            file::encode_snapshot(catalogue, place, self.store, &self.service.keyring())?;
         io::write_file(disk, &path, &bytes, Existing::Keep).map_err(Error::io("write", &path))?;
         fence.check()?;
         for entry in disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
@@ -319,19 +319,21 @@ impl Journal {
     /// Appends one record.
     fn append(&self, changes: &[&Change]) -> Result<()> {
         let mut files = lock(&self.files);
-        let Some(mut writer) = files.current.take() else { return Err(Error::ReadOnly) };
         let (version, key) = {
-            let keyring = read(&self.keyring);
+            let keyring = self.service.keyring();
             (keyring.newest(), keyring.document_key(keyring.newest())?)
         };
+        let Some(mut writer) = files.current.take() else { return Err(Error::ReadOnly) };
         let number = writer.last.number + 1;
         let (bytes, tag) = file::encode_record(number, changes, &writer.last.tag, version, &key);
+        let last = Tip { number, tag };
+        let (offset, sector) = last.encode_at(writer.snapshot_len, version, &key);
+        // Before the disk, which may hang.
+        drop(key);
         writer.file.write_at(&bytes, writer.end).map_err(Error::io("write", &writer.path))?;
         writer.file.sync_data().map_err(Error::io("sync", &writer.path))?;
         // A writer that has taken over may not have read the record.
         writer.fence.check()?;
-        let last = Tip { number, tag };
-        let (offset, sector) = last.encode_at(writer.snapshot_len, version, &key);
         // The next sync makes the tip durable. The record is in force before that.
         writer.file.write_at(&sector, offset).map_err(Error::io("write", &writer.path))?;
         writer.end += bytes.len() as u64;

@@ -63,6 +63,7 @@ pub(super) struct CheckpointEntry {
 pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     let Core { env, keys, registry } = core;
     keys.check_process()?;
+    keys.admit_service_key()?;
     let mut admin = registry.exclusive();
     registry.reload_catalogue()?;
     let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());

@@ -24,6 +24,8 @@ pub(super) enum LeaseOf {
     MasterKey,
     /// One of them.
     Logstore { id: LogstoreId, standby: bool },
+    /// All of them: the lease of the service key.
+    ServiceKey,
 }
 
 impl KeyService {
@@ -106,7 +108,7 @@ impl KeyService {
     /// A lease that [`KeyService`] does not keep.
     pub(super) fn new_lease(&self, cmk: &Cmk, probe: Probe, of: LeaseOf) -> Arc<Lease> {
         let (logstore, standby) = match of {
-            LeaseOf::MasterKey => (None, false),
+            LeaseOf::MasterKey | LeaseOf::ServiceKey => (None, false),
             LeaseOf::Logstore { id, standby } => (Some(id), standby),
         };
         let breaker = Arc::clone(lock(&self.breakers).entry(cmk.region_id.clone()).or_default());
@@ -115,21 +117,33 @@ impl KeyService {
             kms: self.kms.serving_or_later(&cmk.region_id),
             breaker,
             probe,
-            terms: self.terms(),
+            terms: self.terms(of),
             clock: Arc::clone(&self.env.clock),
             random: Arc::clone(&self.env.random),
-            pool: self.renewals.clone(),
+            pool: self.renewals.as_ref().map(|(pool, _)| Arc::clone(pool)),
             standby,
             logstore,
             sealer: Arc::clone(&self.sealer),
         })
     }
 
-    fn terms(&self) -> LeaseTerms {
-        LeaseTerms {
-            revalidate_every: self.env.options.revalidate_every,
-            outage_grace: self.env.options.outage_grace,
-            call_timeout: self.env.options.kms_timeout,
+    fn terms(&self, of: LeaseOf) -> LeaseTerms {
+        let options = &self.env.options;
+        let terms = LeaseTerms {
+            revalidate_every: options.revalidate_every,
+            outage_grace: Some(options.outage_grace),
+            call_timeout: options.kms_timeout,
+            busy_is_outage: false,
+        };
+        let service_grace = options.service_outage_grace;
+        match of {
+            LeaseOf::MasterKey | LeaseOf::Logstore { .. } => terms,
+            // Hung calls, those under customers' keys included, close no store.
+            LeaseOf::ServiceKey => LeaseTerms {
+                outage_grace: (!service_grace.is_zero()).then_some(service_grace),
+                busy_is_outage: true,
+                ..terms
+            },
         }
     }
 
@@ -140,6 +154,7 @@ impl KeyService {
         }
     }
 
+    /// The leases of customers' keys.
     pub(super) fn all_leases(&self) -> Vec<Arc<Lease>> {
         let mut leases: Vec<_> = lock(&self.leases).values().cloned().collect();
         leases.extend(lock(&self.own_leases).values().cloned());
@@ -148,6 +163,7 @@ impl KeyService {
 
     /// Renews the leases that are due, in a store without threads. Calls KMSs.
     pub(crate) fn tend_leases(&self) {
+        self.tend_service_key();
         for lease in self.all_leases() {
             lease.tend();
         }
@@ -156,7 +172,7 @@ impl KeyService {
     /// Reports each loss and each return of a key to the Logstores, and so to the audit log,
     /// without waiting for the renewal threads. Calls no KMS.
     pub(crate) fn deliver_answers(&self) {
-        let leases = self.all_leases();
+        let leases: Vec<_> = self.service.lease().into_iter().chain(self.all_leases()).collect();
         // All keys are wiped before this waits for a disk.
         for lease in &leases {
             lease.begin_telling();
@@ -168,15 +184,17 @@ impl KeyService {
 
     /// The number of KMS calls that renewed leases since the store was opened.
     pub(crate) fn renewal_calls(&self) -> u64 {
-        self.all_leases().iter().map(|lease| lease.calls()).sum()
+        let service = self.service.lease().map_or(0, |lease| lease.calls());
+        self.all_leases().iter().map(|lease| lease.calls()).sum::<u64>() + service
     }
 
     /// Drops the leases and ends the threads that renew them.
     pub(crate) fn stop_renewals(&self) {
         lock(&self.leases).clear();
         lock(&self.own_leases).clear();
-        if let Some(renewals) = &self.renewals {
-            renewals.stop();
+        self.service.drop_lease();
+        if let Some((pool, _)) = &self.renewals {
+            pool.stop();
         }
     }
 }

@@ -4,8 +4,12 @@
 mod envelopes;
 mod leases;
 mod probes;
+mod service;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock, Weak},
+};
 
 use super::env::StoreEnv;
 use crate::{
@@ -20,16 +24,19 @@ use crate::{
         envelope::DataKeyVersion,
         gate::{Gate, GateKeys, KeyContext},
         keyring::Keyring,
-        lease::Lease,
+        lease::{Lease, LeaseListener},
         renewal_pool::RenewalPool,
         sealing::Sealer,
+        service_key::ServiceKey,
     },
     kms::{Cmk, KmsError, KmsRouter},
     logstore::{KeyObserver, LogstoreShared},
     metrics::{Counters, StoreMetrics},
     shard::{LostGroups, RecordLostGroups},
-    sync::{LockRank, Mutex, RwLock, RwLockReadGuard, read, write},
+    sync::{LockRank, Mutex, RwLockReadGuard},
 };
+
+use service::ServiceReturn;
 
 /// The keys of an open store.
 ///
@@ -41,7 +48,10 @@ pub(crate) struct KeyService {
     /// The first KMS that serves a region is used for it.
     kms: KmsRouter,
     /// Shared with the gates, the audit log and the catalogue's journal.
-    keyring: Arc<RwLock<Keyring>>,
+    service: Arc<ServiceKey>,
+    /// Hears of the loss of the service key. Set once the store is open.
+    service_listener: OnceLock<Weak<dyn LeaseListener>>,
+    service_return: Mutex<ServiceReturn>,
     /// The part that the gates of all Logstores share.
     context: Arc<KeyContext>,
     counters: Arc<Counters>,
@@ -52,46 +62,48 @@ pub(crate) struct KeyService {
     own_leases: Mutex<BTreeMap<LogstoreId, Arc<Lease>>>,
     /// The circuit breakers, by region, because the region decides which KMS is called.
     breakers: Mutex<BTreeMap<String, Arc<CircuitBreaker>>>,
-    /// The threads that renew the leases. `None` in a store without threads.
-    renewals: Option<Arc<RenewalPool>>,
+    /// The threads that renew the leases, and the number of this service in them. `None` in a store
+    /// without threads.
+    renewals: Option<(Arc<RenewalPool>, u64)>,
     /// Has the shards of a lost master key sealed.
     sealer: Arc<Sealer>,
+    /// For the threads.
+    this: Weak<Self>,
 }
 
 impl KeyService {
     pub(crate) fn new(
         env: Arc<StoreEnv>,
-        keyring: Arc<RwLock<Keyring>>,
+        service: Arc<ServiceKey>,
         kms: KmsRouter,
         counters: Arc<Counters>,
         audit: AuditLog,
-    ) -> Self {
+    ) -> Arc<Self> {
         let context = Arc::new(KeyContext {
             store: env.id,
             provider: Arc::clone(&env.provider),
-            keyring: Arc::clone(&keyring),
+            service: Arc::clone(&service),
             pid: std::process::id(),
             counters: Arc::clone(&counters),
-            reloads_keyring: env.read_only,
         });
         let renewals = env.has_threads().then(RenewalPool::new);
-        let leases = Mutex::new(LockRank::Leases, BTreeMap::new());
-        let own_leases = Mutex::new(LockRank::OwnLeases, BTreeMap::new());
-        let breakers = Mutex::new(LockRank::Circuits, BTreeMap::new());
         let sealer = Sealer::new(Arc::clone(&env.clock), env.has_threads());
-        Self {
+        Arc::new_cyclic(|this| Self {
             env,
             kms,
-            keyring,
+            service,
+            service_listener: OnceLock::new(),
+            service_return: Mutex::new(LockRank::ServiceReturn, ServiceReturn::default()),
             context,
             counters,
             audit,
-            leases,
-            own_leases,
-            breakers,
-            renewals,
+            leases: Mutex::new(LockRank::Leases, BTreeMap::new()),
+            own_leases: Mutex::new(LockRank::OwnLeases, BTreeMap::new()),
+            breakers: Mutex::new(LockRank::Circuits, BTreeMap::new()),
+            renewals: renewals.map(|pool| (Arc::clone(&pool), pool.enter())),
             sealer,
-        }
+            this: Weak::clone(this),
+        })
     }
 
     /// Refuses to work in a process that `fork` made: parent and child would use the same sequence
@@ -100,33 +112,23 @@ impl KeyService {
         self.context.check_process()
     }
 
-    /// The keyring in memory.
+    /// The keyring in memory. Its roots may be wiped.
     pub(crate) fn keyring(&self) -> RwLockReadGuard<'_, Keyring> {
-        read(&self.keyring)
+        self.service.keyring()
     }
 
     /// Uses the keyring. In a store that is open for reading, reads the keyring file again if the
-    /// copy in memory is too old.
+    /// copy in memory is too old. May call the KMS.
+    ///
+    /// # Errors
+    /// [`Error::ServiceKey`], and the error of `act`.
     pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
-        self.context.with_keyring(act)
+        self.service.with_keyring(act)
     }
 
-    /// In a store that is open for reading, takes over the keyring that the writer has rotated.
+    /// In a store that is open for reading, takes over the keyring that the writer has changed.
     pub(crate) fn follow_keyring(&self) -> Result<()> {
-        self.context.follow_keyring()
-    }
-
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
-    /// `change` may call the KMS: it works on a copy, and holds no lock of the keyring. The caller
-    /// holds the administration, so no other change happens in between.
-    pub(crate) fn change_keyring(
-        &self,
-        change: impl FnOnce(&Keyring) -> Result<Keyring>,
-    ) -> Result<()> {
-        let copy = read(&self.keyring).duplicate();
-        let changed = change(&copy)?;
-        *write(&self.keyring) = changed;
-        Ok(())
+        self.service.follow_writer()
     }
 
     /// The key audit log.
@@ -143,27 +145,22 @@ impl KeyService {
     pub(crate) fn metrics(&self) -> StoreMetrics {
         let mut leases = self.all_leases();
         leases.retain(|lease| !lease.is_unused());
-        self.counters.snapshot(leases.iter().map(|lease| lease.metrics()).collect())
+        let leases = leases.iter().map(|lease| lease.metrics()).collect();
+        self.counters.snapshot(leases, self.service.lease().map(|lease| lease.metrics()))
     }
 
     /// Records a loss or a return of a key that has already happened. It is in force even if the
     /// record cannot be written.
     fn record_transition(&self, event: AuditEvent, logstore: &LogstoreShared, detail: String) {
         if !self.env.read_only {
-            let _ = self.audit.transition(event, (&logstore.name, logstore.id), detail);
+            let _ = self.audit.transition(event, Some((&logstore.name, logstore.id)), detail);
         }
     }
 }
 
 impl KeyObserver for KeyService {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal) {
-        let (event, detail) = match refusal {
-            Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
-            Refusal::Unreachable(detail) => {
-                (AuditEvent::LeaseEnded, format!("unreachable: {detail}"))
-            }
-            Refusal::Invalid(detail) => (AuditEvent::LeaseEnded, format!("invalid: {detail}")),
-        };
+        let (event, detail) = describe(refusal);
         self.record_transition(event, logstore, detail);
     }
 
@@ -173,6 +170,19 @@ impl KeyObserver for KeyService {
 
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String> {
         self.cmk_version(cmk, &hex_decode(version.wrapped.as_deref()?)?)
+    }
+
+    fn tend_service_key(&self) {
+        KeyService::tend_service_key(self);
+    }
+}
+
+/// How the loss of a key is recorded in the audit log.
+fn describe(refusal: &Refusal) -> (AuditEvent, String) {
+    match refusal {
+        Refusal::Revoked(reason) => (AuditEvent::Revoked, reason.to_string()),
+        Refusal::Unreachable(detail) => (AuditEvent::LeaseEnded, format!("unreachable: {detail}")),
+        Refusal::Invalid(detail) => (AuditEvent::LeaseEnded, format!("invalid: {detail}")),
     }
 }
 

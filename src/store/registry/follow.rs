@@ -20,7 +20,7 @@ impl Registry {
     /// Reads the catalogue again, in a store that is open for reading.
     ///
     /// # Errors
-    /// [`Error::Io`], and the integrity errors of the catalogue.
+    /// [`Error::Io`], [`Error::ServiceKey`], and the integrity errors of the catalogue.
     pub(crate) fn reload_catalogue(&self) -> Result<()> {
         if self.env.read_only {
             self.catalogue.reload(self.load_catalogue()?);

@@ -3,6 +3,7 @@
 mod administration;
 mod follow;
 mod open;
+mod service_key;
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -85,10 +86,11 @@ impl Registry {
         })
     }
 
-    /// Checks that the store is open for writing, in this process.
+    /// Checks that the store is open for writing, in this process, and that its service key may be
+    /// used. Blocks for a KMS call if the last answer is too old.
     ///
     /// # Errors
-    /// [`Error::ReadOnly`], [`Error::Closed`], [`Error::Forked`].
+    /// [`Error::ReadOnly`], [`Error::Closed`], [`Error::Forked`], [`Error::ServiceKey`].
     pub(crate) fn check_writable(&self) -> Result<()> {
         self.keys.check_process()?;
         if self.env.read_only {
@@ -97,7 +99,7 @@ impl Registry {
         if lock(&self.held).is_none() {
             return Err(Error::Closed("the store"));
         }
-        Ok(())
+        self.keys.admit_service_key()
     }
 
     /// The right to change the store. Waits for the administrative operation that is under way.
@@ -141,6 +143,9 @@ impl Registry {
     /// # Errors
     /// As [`Registry::reload_catalogue`].
     pub(crate) fn list(&self) -> Result<Vec<LogstoreName>> {
+        if self.env.read_only {
+            self.keys.admit_service_key()?;
+        }
         let _admin = self.exclusive();
         self.reload_catalogue()?;
         Ok(self.names())
@@ -161,6 +166,7 @@ impl Registry {
     ///
     /// # Errors
     /// [`Error::LogstoreMissing`], [`Error::Closed`], and the integrity errors of the metadata.
+    /// [`Error::ServiceKey`] for a Logstore that is not open.
     pub(crate) fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         self.keys.check_process()?;
         if !self.env.read_only {
@@ -171,6 +177,7 @@ impl Registry {
                 return Ok(Arc::clone(open));
             }
         }
+        self.keys.admit_service_key()?;
         self.exclusive().logstore(name)
     }
 
@@ -268,7 +275,9 @@ impl Registry {
         let mut result = Ok(());
         let mut admin = self.exclusive();
         if lock(&self.held).is_some() && !admin.is_closed() {
-            self.keys.audit().settle();
+            if self.keys.is_service_key_usable() {
+                self.keys.audit().settle();
+            }
             let mut heads = Vec::new();
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {

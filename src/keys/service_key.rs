@@ -1,0 +1,326 @@
+//! The service key of an open store: the keyring in memory, and the lease of its master key.
+//!
+//! A keyring under a master key is used under a lease, like the data keys of a customer. The probe
+//! of that lease is the sealing key of the keyring as the KMS has wrapped it. When the lease is
+//! lost, the roots are wiped. When it is back, the keyring is read from its file again, which calls
+//! the KMS. A keyring under no master key has no lease.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock, Weak},
+};
+
+use tracing::warn;
+
+use super::{
+    keyring::Keyring,
+    keyring_seal::{Wrapping, service_key},
+    lease::Lease,
+    roots::Roots,
+};
+use crate::{
+    Error, Result,
+    key_status::{KeyState, KeyStatus, Refusal},
+    kms::{Cmk, KmsError},
+    metrics::Counters,
+    sync::{
+        LockRank, Mutex, RwLock, RwLockReadGuard,
+        atomic::{AtomicBool, Ordering},
+        lock, read, write,
+    },
+};
+
+/// Makes the lease of the service key.
+pub(crate) trait LeaseServiceKey: Send + Sync {
+    /// The lease of a master key that a keyring is under, with its listener.
+    ///
+    /// # Errors
+    /// When no thread can be started for it.
+    fn lease(&self, wrapping: &Wrapping) -> Result<Arc<Lease>>;
+}
+
+/// The result of [`ServiceKey::load`].
+pub(crate) enum Load {
+    /// The roots are in memory.
+    Held,
+    /// The roots were wiped, and are in memory again.
+    Back,
+    /// The roots stay wiped.
+    Wiped,
+}
+
+/// The service key of an open store. The gates, the audit log and the journal of the catalogue
+/// share it.
+pub(crate) struct ServiceKey {
+    keyring: RwLock<Keyring>,
+    /// The path of its file.
+    path: PathBuf,
+    /// The roots of that keyring, and of each one that takes its place.
+    roots: Arc<Roots>,
+    lease: RwLock<Option<Arc<Lease>>>,
+    /// Whether [`ServiceKey::admit`] has to look at the lease and the roots.
+    guarded: AtomicBool,
+    /// Held while the keyring is changed or read from its file, so that no change is lost.
+    changing: Mutex<()>,
+    /// Set once the store is open.
+    leases: OnceLock<Weak<dyn LeaseServiceKey>>,
+    counters: Arc<Counters>,
+    /// Whether the store is open for reading only. Its writer may rotate the service key, so the
+    /// keyring is loaded again when it is too old.
+    follows_writer: bool,
+}
+
+impl ServiceKey {
+    /// The service key of a store that is being opened. It has no lease yet.
+    pub(crate) fn new(keyring: Keyring, counters: Arc<Counters>, read_only: bool) -> Self {
+        Self {
+            path: keyring.path().to_owned(),
+            roots: Arc::clone(keyring.roots()),
+            keyring: RwLock::new(LockRank::Keyring, keyring),
+            lease: RwLock::new(LockRank::ServiceLease, None),
+            guarded: AtomicBool::new(false),
+            changing: Mutex::new(LockRank::KeyringChange, ()),
+            leases: OnceLock::new(),
+            counters,
+            follows_writer: read_only,
+        }
+    }
+
+    /// Uses a lease from now on if the keyring is under a master key.
+    ///
+    /// # Errors
+    /// As [`LeaseServiceKey::lease`].
+    pub(crate) fn lease_with(&self, leases: Weak<dyn LeaseServiceKey>) -> Result<()> {
+        let _changing = lock(&self.changing);
+        // Set once, when the store is opened.
+        let _ = self.leases.set(leases);
+        self.switch_lease()
+    }
+
+    /// The keyring in memory. Its roots may be wiped.
+    pub(crate) fn keyring(&self) -> RwLockReadGuard<'_, Keyring> {
+        read(&self.keyring)
+    }
+
+    /// The lease of the master key that the keyring is under.
+    pub(crate) fn lease(&self) -> Option<Arc<Lease>> {
+        read(&self.lease).clone()
+    }
+
+    /// Drops the lease: the store is closed.
+    pub(crate) fn drop_lease(&self) {
+        *write(&self.lease) = None;
+    }
+
+    /// Admits an operation that starts now. Returns how often the roots were wiped: the caller must
+    /// not use keys that were loaded before another wipe. Blocks for a KMS call if the last answer
+    /// is too old.
+    ///
+    /// # Errors
+    /// [`Error::ServiceKey`], and the error of reading the keyring again.
+    pub(crate) fn admit(&self) -> Result<u64> {
+        let losses = self.roots.losses();
+        if !self.guarded.load(Ordering::Acquire) {
+            return Ok(losses);
+        }
+        if let Some(lease) = self.lease() {
+            lease.admit().map_err(|refusal| {
+                self.counters.refused(&refusal);
+                self.refused(lease.cmk(), &refusal)
+            })?;
+        }
+        self.roots.wiped().map_or(Ok(losses), Err)
+    }
+
+    /// Whether operations are admitted by the last answer of the KMS. Makes no call.
+    pub(crate) fn is_usable(&self) -> bool {
+        let usable =
+            || !self.lease().is_some_and(|lease| lease.is_lost()) && self.roots.wiped().is_none();
+        !self.guarded.load(Ordering::Acquire) || usable()
+    }
+
+    /// Whether [`ServiceKey::admit`] decides without a KMS call, now and for a while. If not, starts
+    /// a call, and does not wait for it.
+    pub(crate) fn decides_at_once(&self) -> bool {
+        let decides = || self.lease().is_none_or(|lease| lease.decides_at_once());
+        !self.guarded.load(Ordering::Acquire) || decides()
+    }
+
+    /// The error of an operation that the lease refuses.
+    fn refused(&self, cmk: &Cmk, refusal: &Refusal) -> Error {
+        let cause = match refusal {
+            Refusal::Revoked(reason) => {
+                let detail = "the KMS has refused it since the store was opened".to_owned();
+                KmsError::Revoked { reason: *reason, detail }
+            }
+            Refusal::Unreachable(detail) => KmsError::Unreachable { detail: detail.clone() },
+            Refusal::Invalid(detail) => KmsError::Invalid { detail: detail.clone() },
+        };
+        service_key(&self.path, cmk, cause)
+    }
+
+    /// The state of the service key and its lease. Calls no KMS.
+    pub(crate) fn status(&self) -> KeyStatus {
+        let active = KeyStatus { state: KeyState::Active, lease_left: None };
+        self.lease().map_or(active, |lease| lease.status())
+    }
+
+    /// How often the roots were wiped so far.
+    pub(crate) fn losses(&self) -> u64 {
+        self.roots.losses()
+    }
+
+    /// The lease is lost: wipes the roots. Returns the error of each operation from now on.
+    pub(crate) fn lose(&self, lease: &Lease, refusal: &Refusal) -> Error {
+        let error = self.refused(lease.cmk(), refusal);
+        self.roots.wipe(error.clone());
+        error
+    }
+
+    /// Reads the keyring from its file if the roots are wiped, and the lease admits that or the
+    /// file is under another master key now. Reports the recovery of the lease to its listeners
+    /// first. Calls the KMS. The caller holds no lock that a listener takes.
+    pub(crate) fn load(&self) -> Load {
+        if !self.guarded.load(Ordering::Acquire) {
+            return Load::Held;
+        }
+        // Before the listeners hear of a recovery. The loss that follows it wipes the roots again,
+        // and they must not come in after that.
+        let losses = self.roots.losses();
+        let lease = self.lease();
+        if let Some(lease) = &lease {
+            lease.tell();
+        }
+        if self.roots.wiped().is_none() {
+            return Load::Held;
+        }
+        let copy = self.keyring().clone();
+        let is_refused = lease.as_ref().is_some_and(|lease| lease.is_lost());
+        if is_refused && copy.is_under_same_key().unwrap_or(true) {
+            return Load::Wiped;
+        }
+        let _changing = lock(&self.changing);
+        if self.roots.wiped().is_none() {
+            return Load::Held;
+        }
+        let same = |now: &Arc<Lease>| lease.as_ref().is_some_and(|lease| Arc::ptr_eq(lease, now));
+        if !self.lease().as_ref().map_or(lease.is_none(), same) {
+            // Another lease has taken its place, and the caller is woken for that.
+            return Load::Wiped;
+        }
+        let copy = self.keyring().clone();
+        match copy.reload_no_older().and_then(|loaded| self.take_over(loaded, losses)) {
+            Ok(()) => Load::Back,
+            Err(error) => {
+                warn!(path = %self.path.display(), %error, "service keyring not read again");
+                self.roots.refuse_with(match error {
+                    Error::ServiceKey { .. } => error,
+                    other => {
+                        Error::KeyringNotRead { path: self.path.clone(), cause: Arc::new(other) }
+                    }
+                });
+                Load::Wiped
+            }
+        }
+    }
+
+    /// Calls `act` with the keyring. If the keyring of a read-only opener is too old, loads it again
+    /// and calls `act` once more. May call the KMS.
+    ///
+    /// # Errors
+    /// As [`ServiceKey::admit`], and the error of `act`.
+    pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
+        self.admit()?;
+        let done = act(&self.keyring());
+        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.follows_writer) else {
+            return done;
+        };
+        self.reload()?;
+        act(&self.keyring())
+    }
+
+    /// Loads the keyring of a read-only opener again if the writer has rotated it, or has put it
+    /// under another master key. From then on the opener refuses documents under a retired version.
+    /// If the file cannot be read, the opener keeps its copy. May call the KMS.
+    ///
+    /// # Errors
+    /// As [`ServiceKey::admit`], and the errors of reading the changed keyring.
+    pub(crate) fn follow_writer(&self) -> Result<()> {
+        self.admit()?;
+        if self.follows_writer && self.keyring().is_outdated().unwrap_or(false) {
+            self.reload()?;
+        }
+        Ok(())
+    }
+
+    /// Takes over the keyring as its file has it now. May call the KMS, and holds no lock of the
+    /// keyring or its roots during that call.
+    fn reload(&self) -> Result<()> {
+        let _changing = lock(&self.changing);
+        let losses = self.roots.losses();
+        if let Some(error) = self.roots.wiped() {
+            return Err(error);
+        }
+        let copy = self.keyring().clone();
+        let loaded = copy.reload()?;
+        if loaded.generation() < copy.generation() {
+            return Ok(());
+        }
+        self.take_over(loaded, losses)
+    }
+
+    /// Puts a keyring that was read from the file in the place of the present one, with its roots,
+    /// unless they were wiped since there were `losses` wipes.
+    fn take_over(&self, loaded: Keyring, losses: u64) -> Result<()> {
+        let fresh = Arc::clone(loaded.roots());
+        *write(&self.keyring) = loaded.with_roots(&self.roots);
+        let refilled = self.roots.refill(&fresh, losses);
+        self.switch_lease().and(refilled)
+    }
+
+    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
+    /// `change` may call the KMS: it works on a copy, and holds no lock of the keyring.
+    ///
+    /// # Errors
+    /// The error of `change`. Nothing has changed then.
+    pub(crate) fn change(&self, change: impl FnOnce(&Keyring) -> Result<Keyring>) -> Result<()> {
+        let _changing = lock(&self.changing);
+        let copy = self.keyring().clone();
+        let changed = change(&copy)?;
+        *write(&self.keyring) = changed;
+        self.switch_lease()
+    }
+
+    /// Brings the lease in line with the master key that the keyring is under. The caller holds
+    /// `changing`.
+    fn switch_lease(&self) -> Result<()> {
+        let Some(leases) = self.leases.get().and_then(Weak::upgrade) else { return Ok(()) };
+        let wrapping = self.keyring().wrapping().cloned();
+        let lease = match (&wrapping, self.lease()) {
+            (None, _) => None,
+            (Some(wrapping), Some(lease)) if *lease.cmk() == wrapping.cmk => {
+                lease.set_probe(wrapping.probe());
+                Some(lease)
+            }
+            (Some(wrapping), _) => Some(leases.lease(wrapping)?),
+        };
+        let guarded = lease.is_some() || self.roots.wiped().is_some();
+        // The flag is set before the lease is, and reset after it.
+        if guarded {
+            self.guarded.store(true, Ordering::Release);
+        }
+        *write(&self.lease) = lease;
+        if !guarded {
+            self.guarded.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+impl ServiceKey {
+    /// The service key of a keyring under no master key.
+    pub(crate) fn for_tests(keyring: Keyring) -> Arc<Self> {
+        Arc::new(Self::new(keyring, Arc::default(), false))
+    }
+}
