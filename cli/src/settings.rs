@@ -37,8 +37,9 @@ const REVALIDATE_EVERY: &str = "revalidate-every";
 struct StoreSetting {
     name: &'static str,
     kind: Kind,
-    /// The values that the engine accepts: `MIN to MAX`, `at least MIN` or `at most MAX`. Empty for
-    /// a switch. A test compares it with the engine.
+    /// The values that the engine accepts: `MIN to MAX`, `at least MIN` or `at most MAX`, with
+    /// `0s, or ` in front if zero is accepted too. Empty for a switch. A test compares it with the
+    /// engine.
     limits: &'static str,
     help: &'static str,
 }
@@ -62,7 +63,7 @@ const STORE: &[StoreSetting] = &[
         name: REVALIDATE_EVERY,
         kind: Kind::Duration(|options| &mut options.revalidate_every),
         limits: "100ms to 1h",
-        help: "How often to ask the KMS whether a key may still be used. By default at most --outage-grace",
+        help: "How often to ask the KMS whether a key may still be used. By default at most --outage-grace and --service-outage-grace",
     },
     StoreSetting {
         name: "kms-timeout",
@@ -75,6 +76,12 @@ const STORE: &[StoreSetting] = &[
         kind: Kind::Duration(|options| &mut options.outage_grace),
         limits: "revalidate-every to 24h",
         help: "How long a key stays usable after the last good answer while the KMS cannot be reached",
+    },
+    StoreSetting {
+        name: "service-outage-grace",
+        kind: Kind::Delay(|options| &mut options.service_outage_grace),
+        limits: "0s, or revalidate-every to 168h",
+        help: "How long the store stays usable after the last good answer while the KMS of its service key cannot be reached; 0s: without end",
     },
     StoreSetting {
         name: "keyring-group",
@@ -253,9 +260,12 @@ impl FromArgMatches for StoreSettings {
                 set.map_err(|why| clap::Error::raw(ErrorKind::ValueValidation, why))?;
             }
         }
-        // If only the grace period is shortened, shorten the revalidation interval with it.
+        // If only a grace period is shortened, shorten the revalidation interval with it.
         if !matches.contains_id(REVALIDATE_EVERY) {
-            options.revalidate_every = options.revalidate_every.min(options.outage_grace);
+            let graces = [options.outage_grace, options.service_outage_grace];
+            for grace in graces.into_iter().filter(|grace| !grace.is_zero()) {
+                options.revalidate_every = options.revalidate_every.min(grace);
+            }
         }
         Ok(())
     }
@@ -539,6 +549,11 @@ mod tests {
             };
             let default = kind.value(&StoreOptions::default());
             assert!(accepts(&text_of(&default)), "{name}");
+            let (zero, limits) = match limits.strip_prefix("0s, or ") {
+                Some(limits) => (true, limits),
+                None => (false, *limits),
+            };
+            assert!(!zero || accepts("0s"), "{name}");
             let (min, max) = match limits.split_once(" to ") {
                 Some((min, max)) => (Some(min), Some(max)),
                 None => (limits.strip_prefix("at least "), limits.strip_prefix("at most ")),

@@ -664,6 +664,15 @@ fn the_keyring_can_be_under_a_master_key() {
     world.ok(&create);
     world.ok(&["append", "p/l", &file]);
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
+    let service_key = || world.json(&["status", "--json"])["service_key"].clone();
+    assert_eq!(service_key()["cmk"]["cmk_key_id"], key.as_str());
+    assert_eq!(service_key()["state"], "active");
+    let left = service_key()["lease_left_s"].as_f64().unwrap();
+    assert!(left > 3500.0 && left <= 3600.0, "{left}");
+    let said = String::from_utf8(world.ok(&["status"])).unwrap();
+    assert!(said.contains(&key) && said.contains("closes the store in 59m"), "{said}");
+    let said = String::from_utf8(world.ok(&["status", "--service-outage-grace", "0s"])).unwrap();
+    assert!(said.contains("does not close the store"), "{said}");
     let other = cmk.replace(&key, &world.create_key());
     let sentence = world.refused(6, &["create", "p/other", "--service-cmk", &other]);
     assert!(sentence.contains("rewrap-keyring"), "{sentence}");
@@ -692,6 +701,8 @@ fn the_keyring_can_be_under_a_master_key() {
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
     world.run(&["keys", "rewrap-keyring"]).assert(2);
     world.ok(&["keys", "rewrap-keyring", "--plain"]);
+    assert_eq!(service_key()["cmk"], Value::Null);
+    assert!(!String::from_utf8(world.ok(&["status"])).unwrap().contains("master key"));
     fs::remove_dir_all(world.path("envelog-data.kms")).unwrap();
     assert_eq!(world.read("p/l"), b"one\ntwo\n");
 }

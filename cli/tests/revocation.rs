@@ -255,6 +255,64 @@ fn running_processes_end_when_the_key_is_withdrawn() {
 }
 
 #[test]
+fn running_processes_end_when_the_service_key_is_withdrawn() {
+    let world = World::new();
+    let key = world.create_key();
+    let cmk = byok("default", &key)["user_cmk_info"].to_string();
+    world.ok(&[
+        "create",
+        "p/service",
+        "--encrypt-conf",
+        &service("sm4").to_string(),
+        "--service-cmk",
+        &cmk,
+    ]);
+    world.create("p/plain", &serde_json::json!({ "enable": false }));
+    let every = |args: &[&str]| world.command(&[&["--revalidate-every", "1s"], args].concat());
+    let mut append = Running::start(every(&["append", "p/service", "-", "--ack"]));
+    let acks = append.lines();
+    append.stdin.as_mut().unwrap().write_all(b"one\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "1");
+    let mut tail = Running::start(every(&["tail", "p/service", "-n", "1", "-f"]));
+    let tail_lines = tail.lines();
+    assert_eq!(tail_lines.recv().unwrap(), "one");
+    let mut plain = Running::start(every(&["tail", "p/plain", "-f"]));
+    let _plain_lines = plain.lines();
+    // The other processes have the default grace of an hour. This one ends sooner.
+    let hasty = ["--service-outage-grace", "2s", "tail", "p/service", "-n", "1", "-f"];
+    let mut hasty = Running::start(every(&hasty));
+    let hasty_lines = hasty.lines();
+    assert_eq!(hasty_lines.recv().unwrap(), "one");
+    let (kms, away) = (world.path("envelog-data.kms"), world.path("away"));
+    fs::rename(&kms, &away).unwrap();
+    assert!(hasty.wait().sentence(4).contains(&key));
+    append.stdin.as_mut().unwrap().write_all(b"two\n").unwrap();
+    assert_eq!(acks.recv().unwrap(), "2");
+    fs::rename(&away, &kms).unwrap();
+
+    world.ok(&["kms", "disable", &key]);
+    for (what, process) in [("append", append), ("tail", tail), ("plain", plain)] {
+        let sentence = process.wait().sentence(3);
+        assert!(sentence.contains(&key) && sentence.contains("disabled"), "{what}: {sentence}");
+    }
+    world.refused(3, &["status"]);
+    world.ok(&["kms", "enable", &key]);
+    assert_eq!(world.read("p/service"), b"one\ntwo\n");
+    // The next writer records the return.
+    world.ok(&["append", "p/service", &world.file("more", "three\n")]);
+    assert_eq!(world.read("p/service"), b"one\ntwo\nthree\n");
+    world.ok(&["verify"]);
+    let records = world.json(&["keys", "audit", "--json"])["records"].clone();
+    let of_store = |event: &str| {
+        let is_it = |record: &&Value| {
+            record["event"] == event && record.get("logstore").is_none_or(Value::is_null)
+        };
+        records.as_array().unwrap().iter().filter(is_it).count()
+    };
+    assert_eq!((of_store("revoked"), of_store("recovered")), (1, 1), "{records}");
+}
+
+#[test]
 fn an_outage_is_ridden_out_for_its_grace_and_then_refused() {
     let text = made_lines(1000);
     let (world, key) = two_logstores(&text);

@@ -34,7 +34,7 @@ pub struct StoreOptions {
     /// As `outage_grace`, for the master key that the service keyring is under: after this time the
     /// store refuses all operations that need a key, until the KMS answers. Zero: an outage never
     /// has this effect, and a refusal of the KMS still has it. 1 h by default; zero, or
-    /// `revalidate_every` to 7 days.
+    /// `revalidate_every` to 168 h.
     pub service_outage_grace: Duration,
     /// The time limit of one call to the KMS. 1 s by default; 10 ms to 1 min.
     pub kms_timeout: Duration,
@@ -137,7 +137,7 @@ impl StoreOptions {
                 (self.revalidate_every..=24 * hour).contains(&self.outage_grace),
             ),
             (
-                "service_outage_grace (zero, or revalidate_every to 7 days)",
+                "service_outage_grace (zero, or revalidate_every to 168 h)",
                 self.service_outage_grace.is_zero()
                     || (self.revalidate_every..=7 * 24 * hour).contains(&self.service_outage_grace),
             ),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::Cell;
-use envelog::{KeyState, LogstoreName, LogstoreStatus, Store};
+use envelog::{KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -48,6 +48,7 @@ fn print(
         return output::json(&json!({
             "store": output::path(&setup.store),
             "store_id": store.id(),
+            "service_key": service_key_json(store),
             "logstores": logstores,
             "anchor": store.admin().anchor_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
@@ -116,6 +117,15 @@ fn print(
     if !all.is_empty() || failed.is_empty() {
         output::print_table(&table)?;
     }
+    if let Some(cmk) = store.keys().service_cmk() {
+        let status = store.keys().service_key_status();
+        let (cmk, state) = (&cmk.cmk_key_id, key_text(&status.state));
+        let left = match status.lease_left {
+            Some(left) => format!("an outage of its KMS closes the store in {}", lease_left(left)),
+            None => "an outage of its KMS does not close the store".to_owned(),
+        };
+        output::line(format_args!("the service key is under master key {cmk} ({state}); {left}"))?;
+    }
     match store.admin().anchor_status().records_behind {
         Some(0) => output::line("the anchor is up to date with the catalogue")?,
         Some(1) => output::line("the anchor is 1 record behind the catalogue")?,
@@ -132,13 +142,25 @@ fn print(
     Ok(())
 }
 
+/// The state of the service key, with the master key that its keyring is under.
+fn service_key_json(store: &Store) -> Value {
+    let mut value = key_json(&store.keys().service_key_status());
+    value["cmk"] = json!(store.keys().service_cmk());
+    value
+}
+
+/// The state of a key as a word, and the time left in its lease.
+fn key_json(key: &KeyStatus) -> Value {
+    let (state, reason) = key_words(&key.state);
+    let lease_left_s = key.lease_left.map(|left| left.as_secs_f64());
+    json!({ "state": state, "reason": reason, "lease_left_s": lease_left_s })
+}
+
 /// The complete status, with the state of the key as a word.
 fn as_json(status: &LogstoreStatus) -> Result<Value> {
     let mut value = serde_json::to_value(status)
         .map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
-    let (state, reason) = key_words(&status.key.state);
-    let lease_left_s = status.key.lease_left.map(|left| left.as_secs_f64());
-    value["key"] = json!({ "state": state, "reason": reason, "lease_left_s": lease_left_s });
+    value["key"] = key_json(&status.key);
     value["algorithm"] = json!(algorithm(status));
     Ok(value)
 }

@@ -296,7 +296,7 @@ fn without_a_grace_an_outage_never_ends_it() {
     assert_eq!(lease.admit(), Err(Refusal::Revoked(reason)));
     assert_eq!(lease.status().lease_left, Some(Duration::ZERO));
     lease.tend();
-    assert_eq!(ears.heard(), ["lost", "noted"]);
+    assert_eq!(ears.heard(), ["wiped", "noted"]);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn a_standby_lease_is_renewed_only_while_an_envelope_is_refused() {
     lease.report(lease.now(), disabled.clone(), probe());
     assert_eq!((lease.admit(), lease.calls()), (Err(disabled), 0));
     lease.tend();
-    assert_eq!(ears.heard(), ["lost", "noted"]);
+    assert_eq!(ears.heard(), ["wiped", "noted"]);
     world.kms_is(away());
     world.clock.advance(EVERY);
     assert!(matches!(lease.admit(), Err(Refusal::Unreachable(_))), "an outage gives nothing back");
