@@ -43,6 +43,9 @@ pub(crate) enum LockRank {
     Admin,
     /// The bytes that a data key has sealed, for rotation by policy.
     SealedBytes,
+    /// The order of the losses and recoveries of a lease, held while the data keys are wiped. A
+    /// thread that waits for a listener to act may hold no lock below.
+    LeaseTelling,
     /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore
     /// takes the writers of all its shards, in the order of the shards.
     ShardWriter,
@@ -57,8 +60,6 @@ pub(crate) enum LockRank {
     /// The current file of the catalogue.
     JournalFiles,
     // Held for a moment.
-    /// The order of the losses and recoveries of a lease. Held while the data keys are wiped.
-    LeaseTelling,
     /// The changes of the catalogue that wait for a record.
     JournalQueue,
     /// The feeder that the catalogue tells about its changes.

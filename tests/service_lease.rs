@@ -18,8 +18,8 @@ use std::{
 use common::{failing::FailingDisk, hanging::HangingDisk, *};
 use envelog::{
     AuditEvent::{self, *},
-    AuditRecord, Cmk, EncryptConf, EncryptType, Error, ErrorKind, KeyState, Logstore, LogstoreSpec,
-    ReadOptions, ReplaceCmk, Result, Store, VerifyOptions,
+    AuditRecord, Cmk, Durability, EncryptConf, EncryptType, Error, ErrorKind, KeyState, Logstore,
+    LogstoreSpec, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions,
     kms::{KmsError, RevokedReason, RevokedReason::Disabled},
 };
 

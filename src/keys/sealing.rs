@@ -407,9 +407,16 @@ mod tests {
         /// Waits for so many events that begin with `what`.
         fn wait_for(&self, count: usize, what: &str) {
             let mut events = lock(&self.events);
-            while events.iter().filter(|event| event.starts_with(what)).count() < count {
-                events = wait(&self.changed, events);
+            let few = |events: &[String]| {
+                events.iter().filter(|event| event.starts_with(what)).count() < count
+            };
+            for _ in 0..2000 {
+                if !few(&events) {
+                    return;
+                }
+                events = wait_timeout(&self.changed, events, LOOK_EVERY);
             }
+            panic!("no {count} events {what:?} in 20 s: {:?}", *events);
         }
 
         fn take(&self) -> Vec<String> {

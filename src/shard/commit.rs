@@ -423,7 +423,13 @@ impl GroupCommit {
     /// Drops the queue, in which there are acknowledged groups only: no segment can take them. They
     /// are lost with the `loss`-th loss of the key.
     pub(super) fn lose_queue(&self, loss: u64, error: &Error) -> Dropped {
-        Dropped { loss, error: Some(error.clone()), ..self.lock().drop_queue() }
+        let mut state = self.lock();
+        if state.queue.is_empty() {
+            return Dropped::default();
+        }
+        let dropped = state.drop_queue();
+        state.end_all(error);
+        Dropped { loss, error: Some(error.clone()), ..dropped }
     }
 
     /// The deadline of a loss, the `loss`-th of this key, has passed. Drops the queue: groups that
@@ -457,14 +463,11 @@ impl GroupCommit {
     pub(super) fn finish_expiry(&self, depose: bool) -> Dropped {
         let mut state = self.lock();
         state.unfinished = false;
-        let (synced, written, next) = (state.synced, state.written, state.next_seq);
-        if let Some(error) = state.error.clone() {
-            state.fail(synced..written, true, &error);
-            state.fail(written..next, false, &error);
-        }
         let mut dropped = state.drop_queue();
         dropped.lost.merge(std::mem::take(&mut state.in_hand));
-        (state.taken, state.written, state.synced) = (next, next, next);
+        if let Some(error) = state.error.clone() {
+            state.end_all(&error);
+        }
         state.open = false;
         if depose {
             state.led = None;
@@ -587,13 +590,9 @@ impl GroupCommit {
     /// Returns how much of the budget the queued groups held.
     pub(super) fn latch(&self, cause: Arc<Error>, error: &Error) -> usize {
         let mut state = self.lock();
-        let (synced, written, next) = (state.synced, state.written, state.next_seq);
-        state.fail(synced..written, true, error);
-        state.fail(written..next, false, error);
+        state.end_all(error);
         let freed = state.forget();
         state.in_hand = LostGroups::default();
-        state.written = next;
-        state.synced = next;
         state.open = false;
         state.latched = Some(cause);
         freed
@@ -853,6 +852,15 @@ impl State {
         dropped
     }
 
+    /// Ends every append that is under way: those that are not written fail with `error`, and so do
+    /// written ones for callers that wait for a sync.
+    fn end_all(&mut self, error: &Error) {
+        let (synced, written, next) = (self.synced, self.written, self.next_seq);
+        self.fail(synced..written, true, error);
+        self.fail(written..next, false, error);
+        (self.taken, self.written, self.synced) = (next, next, next);
+    }
+
     /// Empties the queue. Returns how much of the budget its groups held.
     fn forget(&mut self) -> usize {
         self.queued_bytes = 0;
@@ -1070,6 +1078,104 @@ mod tests {
         assert!(commit.outcome(999, Durability::Written).unwrap().is_err());
         assert!(commit.outcome(1000, Durability::Written).is_none());
         assert!(commit.outcome(1000, Durability::Synced).unwrap().is_err());
+    }
+
+    /// The leader has a batch in hand, and groups are queued behind it.
+    fn expiring() -> (GroupCommit, Term, Vec<Pending>) {
+        let commit = open(4);
+        for acked in [true, false, true, true, false, true] {
+            submit(&commit, group(1, 0, acked));
+        }
+        let term = commit.lead();
+        let batch = commit.take_batch().unwrap();
+        assert_eq!(batch.len(), 2);
+        (commit, term, batch)
+    }
+
+    fn is_lost(commit: &GroupCommit, seq: u64, durability: Durability) -> bool {
+        matches!(commit.outcome(seq, durability), Some(Err(Error::Closed("the key"))))
+    }
+
+    #[test]
+    fn an_expired_queue_keeps_nothing_but_the_batch_that_is_in_hand() {
+        let error = Error::Closed("the key");
+        for writes in [false, true] {
+            let (commit, term, batch) = expiring();
+            let dropped = commit.expire(1, &error);
+            let expected = LostGroups { groups: 3, first_seq: 2, last_seq: 5 };
+            assert_eq!((dropped.lost, dropped.freed, dropped.groups.len()), (expected, 8, 4));
+            assert!(commit.has_expired() && commit.unfinished_expiry() == Some(1));
+            // A caller that waits knows, and no group is accepted.
+            assert!(is_lost(&commit, 4, Durability::Written));
+            assert!(commit.outcome(1, Durability::Written).is_none());
+            assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::NotOpen(_))));
+            let in_hand = if writes {
+                commit.written(2, None);
+                commit.finish_expiry(false)
+            } else {
+                let dropped = commit.refuse(batch, &error, LINGER);
+                assert_eq!(dropped.lost, LostGroups { groups: 1, first_seq: 0, last_seq: 0 });
+                assert!(!commit.has_queued());
+                commit.finish_expiry(false)
+            };
+            assert_eq!(in_hand.lost, LostGroups::default());
+            assert_eq!(is_lost(&commit, 1, Durability::Written), !writes);
+            assert!(is_lost(&commit, 1, Durability::Synced));
+            commit.resign(term, NOW, None);
+            // Only a segment that was begun since takes groups again.
+            let begun_after = |losses| {
+                commit.open(&Reserved { end_seq: 0, limit_seq: 9, last_time_us: 0, losses });
+                matches!(commit.is_open(), Ok(true))
+            };
+            assert!(!begun_after(0) && begun_after(1) && !commit.has_expired());
+            assert_eq!(submit(&commit, group(1, 0, true)).seq, 6);
+            assert_eq!(commit.expire(1, &error).lost.groups, 0, "it is too late for that loss");
+            assert_eq!(commit.expire(2, &error).lost.groups, 1);
+        }
+    }
+
+    #[test]
+    fn a_leader_that_is_deposed_has_no_say() {
+        let error = Error::Closed("the key");
+        let (commit, term, _batch) = expiring();
+        assert_eq!(commit.expire(1, &error).lost.groups, 3);
+        assert_eq!(
+            commit.finish_expiry(true).lost,
+            LostGroups { groups: 1, first_seq: 0, last_seq: 0 }
+        );
+        assert_eq!(commit.unfinished_expiry(), None);
+        assert!(is_lost(&commit, 1, Durability::Written));
+        let next = commit.lead_within(Duration::ZERO).unwrap();
+        commit.resign(term, NOW, None);
+        assert!(commit.lead_within(Duration::ZERO).is_none(), "the next one still leads");
+        commit.resign(next, NOW, None);
+        assert!(commit.lead_within(Duration::ZERO).is_some());
+    }
+
+    /// Otherwise the caller would lead again and again, with nothing to write.
+    #[test]
+    fn a_caller_that_waits_for_lost_groups_is_told() {
+        let error = Error::Closed("the key");
+        let commit = open(1000);
+        submit(&commit, group(1, 0, true));
+        let Ok(Some(0)) = commit.begin_sync() else { panic!() };
+        let term = commit.lead();
+        let dropped = commit.lose_queue(7, &error);
+        assert_eq!((dropped.lost.groups, dropped.loss), (1, 7));
+        let resigned = commit.resign(term, NOW, Some((0, Durability::Synced)));
+        assert!(matches!(resigned.outcome, Some(Err(Error::Closed("the key")))));
+        let Ok(None) = commit.begin_sync() else { panic!() };
+        assert_eq!(commit.lose_queue(7, &error).lost.groups, 0);
+    }
+
+    #[test]
+    fn a_claim_that_is_given_up_stands_in_no_followers_way() {
+        let commit = open(1000);
+        let term = commit.lead();
+        assert!(commit.lead_within(Duration::from_millis(1)).is_none());
+        commit.resign(term, NOW, None);
+        submit(&commit, group(1, 0, false));
+        let Role::Leader(_) = commit.wait_or_lead(0, Durability::Written) else { panic!() };
     }
 
     #[test]

@@ -231,14 +231,15 @@ impl Shard {
     /// is syncing it.
     fn finish_expiry(&self, writer: &mut SegmentWriter) {
         let Some(loss) = self.commit().unfinished_expiry() else { return };
-        let syncing = writer.is_syncing();
         writer.wipe();
-        if writer.begun_after().is_some_and(|losses| losses < loss) && writer.abandon() {
+        let ends = writer.begun_after().is_some_and(|losses| losses < loss);
+        let deposes = ends && writer.is_syncing();
+        if ends && writer.abandon() {
             self.list.abandon_active();
             let (logstore, shard) = (self.name(), self.id());
             warn!(%logstore, shard, "key wiped before the segment was sealed");
         }
-        self.account(self.commit().finish_expiry(syncing));
+        self.account(self.commit().finish_expiry(deposes));
     }
 
     /// Wipes groups that are not written, and returns their part of the budget. Counts those that

@@ -475,6 +475,96 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
     assert!(lease.admit().is_ok());
 }
 
+/// The events of several listeners, in order.
+struct Chorus {
+    name: &'static str,
+    told: Arc<Mutex<Vec<String>>>,
+}
+
+impl LeaseListener for Chorus {
+    fn depends_on(&self, _cmk: &Cmk) -> bool {
+        true
+    }
+
+    fn wipe(&self, _refusal: &Refusal) -> Vec<Arc<dyn LostShard>> {
+        lock(&self.told).push(format!("{} wiped", self.name));
+        let (name, told) = (self.name, Arc::clone(&self.told));
+        vec![Arc::new(Self { name, told })]
+    }
+
+    fn note_lost(&self, _refusal: &Refusal) {
+        lock(&self.told).push(format!("{} noted", self.name));
+    }
+
+    fn recovered(&self) {}
+}
+
+impl LostShard for Chorus {
+    fn write(&self, _patience: Duration) -> bool {
+        lock(&self.told).push(format!("{} written", self.name));
+        true
+    }
+
+    fn seal(&self, _patience: Duration) -> bool {
+        lock(&self.told).push(format!("{} sealed", self.name));
+        true
+    }
+
+    fn expire(&self) {
+        unreachable!("the clock stands still");
+    }
+
+    fn record(&self) {
+        lock(&self.told).push(format!("{} recorded", self.name));
+    }
+}
+
+#[test]
+fn every_listener_wipes_before_one_does_any_io() {
+    let world = World::new();
+    let lease = world.lease();
+    let told = Arc::default();
+    let chorus = ["a", "b"].map(|name| Arc::new(Chorus { name, told: Arc::clone(&told) }));
+    for one in &chorus {
+        let weak: Weak<Chorus> = Arc::downgrade(one);
+        lease.listen(weak);
+    }
+    lease.admit().unwrap();
+    lease.report(Refusal::Revoked(RevokedReason::Disabled));
+    lease.tell();
+    let steps = ["wiped", "written", "sealed", "noted", "recorded"];
+    let expected: Vec<_> =
+        steps.iter().flat_map(|step| ["a", "b"].map(|name| format!("{name} {step}"))).collect();
+    assert_eq!(*lock(&told), expected);
+    // A listener that comes late.
+    lock(&told).clear();
+    lease.tell_late(Arc::clone(&chorus[0]) as _, Refusal::Revoked(RevokedReason::Disabled));
+    assert_eq!(*lock(&told), steps.map(|step| format!("a {step}")));
+}
+
+/// The key was back between two refusals, and no listener heard of that: keys that were loaded
+/// meanwhile are wiped too.
+#[test]
+fn a_loss_behind_a_return_that_nobody_heard_of_is_a_loss() {
+    let world = World::new();
+    let lease = world.lease();
+    let ears = Ears::listening_to(&lease);
+    lease.admit().unwrap();
+    lease.tell();
+    let disabled = || lease.report(Refusal::Revoked(RevokedReason::Disabled));
+    disabled();
+    lease.tell();
+    disabled();
+    lease.tell();
+    assert_eq!(ears.heard(), ["recovered", "wiped", "noted"]);
+    lease.renew();
+    assert!(lease.admit().is_ok());
+    world.clock.advance(STEP);
+    disabled();
+    lease.tell();
+    assert_eq!(ears.heard(), ["wiped", "noted"]);
+}
+
 #[test]
 fn renewals_are_spread_over_a_fifth_of_the_period() {
     let world = World::new();

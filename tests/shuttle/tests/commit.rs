@@ -22,7 +22,7 @@ mod sync;
 use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
-use commit::{Flush, Group, GroupCommit, Rejected, Reserved, Role};
+use commit::{Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
 use envelog::{Durability, Error, Result, group, segment};
 use shuttle::{
     sync::{
@@ -65,7 +65,7 @@ struct World {
 impl World {
     fn new(refusals: usize, turns: usize) -> Arc<Self> {
         let commit = GroupCommit::new(4, Duration::from_millis(100));
-        commit.open(&Reserved { end_seq: 0, limit_seq: 100, last_time_us: 0 });
+        commit.open(&Reserved { end_seq: 0, limit_seq: 100, last_time_us: 0, losses: 0 });
         Arc::new(Self {
             commit,
             disk: Mutex::default(),
@@ -123,7 +123,7 @@ impl World {
             .is_ok()
         {
             let refusal = Error::Closed("the key");
-            free(self.commit.refuse(batch, &refusal, NOW));
+            free(self.commit.refuse(batch, &refusal, NOW).freed);
             return Err(refusal);
         }
         let charged = batch.iter().map(|pending| pending.group.charged).sum();
@@ -146,11 +146,12 @@ impl World {
 
     fn wait(&self, seq: u64, durability: Durability) -> Result<()> {
         loop {
-            if let Role::Done(outcome) = self.commit.wait_or_lead(seq, durability) {
-                return outcome;
-            }
+            let term = match self.commit.wait_or_lead(seq, durability) {
+                Role::Done(outcome) => return outcome,
+                Role::Leader(term) => term,
+            };
             let turn = self.turn(Some(seq));
-            let resigned = self.commit.resign(NOW, Some((seq, durability)));
+            let resigned = self.commit.resign(term, NOW, Some((seq, durability)));
             match (resigned.outcome, turn) {
                 (Some(outcome), _) => return outcome,
                 (None, Err(refusal)) if resigned.is_queued => return Err(refusal),
@@ -162,9 +163,9 @@ impl World {
     /// A flush job under which no group lingers.
     fn flush(&self) {
         self.commit.begin_flush(NOW, true);
-        while let Flush::Leader = self.commit.lead_if_due(NOW) {
+        while let Flush::Leader(term) = self.commit.lead_if_due(NOW) {
             let turn = self.turn(None);
-            self.commit.resign(NOW, None);
+            self.commit.resign(term, NOW, None);
             if turn.is_err() {
                 return;
             }
@@ -223,10 +224,10 @@ fn acknowledged_groups_are_there() {
                 world.flush();
             }),
             spawn(&world, |world| {
-                world.commit.lead();
+                let term = world.commit.lead();
                 assert!(!world.leading.swap(true, Ordering::SeqCst), "two lead");
                 world.leading.store(false, Ordering::SeqCst);
-                world.commit.resign(NOW, None);
+                world.commit.resign(term, NOW, None);
             }),
         ];
         join(threads);
@@ -326,12 +327,235 @@ fn nothing_waits_for_ever_when_it_is_closed() {
             spawn(&world, |world| world.append(Durability::Written)),
         ];
         world.commit.close();
-        world.commit.lead();
+        let term = world.commit.lead();
         let (_, freed) = world.commit.give_up(&Error::Closed("the shard"));
         world.charged.fetch_sub(freed, Ordering::SeqCst);
-        world.commit.resign(NOW, None);
+        world.commit.resign(term, NOW, None);
         join(threads);
         world.check();
         assert!(world.submit(Durability::Written).is_none());
+    });
+}
+
+/// A shard whose key is lost once. Its leaders sync without the lock of the writer.
+struct Losing {
+    commit: GroupCommit,
+    writer: Mutex<Writer>,
+    lost: AtomicBool,
+    losses: AtomicUsize,
+    /// How many acknowledged groups were counted as lost.
+    dropped: AtomicUsize,
+    /// The groups that were acknowledged in memory.
+    buffered: Mutex<Vec<u64>>,
+    charged: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Writer {
+    /// The open segment: its number, and how often the key had been lost when it was begun.
+    segment: Option<(u64, u64)>,
+    begun: u64,
+    syncing: bool,
+    written: Vec<u64>,
+}
+
+impl Losing {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            commit: GroupCommit::new(4, Duration::from_millis(100)),
+            writer: Mutex::default(),
+            lost: AtomicBool::new(false),
+            losses: AtomicUsize::new(0),
+            dropped: AtomicUsize::new(0),
+            buffered: Mutex::default(),
+            charged: AtomicUsize::new(0),
+        })
+    }
+
+    fn account(&self, dropped: Dropped) {
+        self.charged.fetch_sub(dropped.freed, Ordering::SeqCst);
+        self.dropped.fetch_add(dropped.lost.groups as usize, Ordering::SeqCst);
+    }
+
+    fn finish(&self, writer: &mut Writer) {
+        let Some(loss) = self.commit.unfinished_expiry() else { return };
+        let syncing = writer.syncing;
+        if writer.segment.is_some_and(|(_, losses)| losses < loss) {
+            (writer.segment, writer.syncing) = (None, false);
+        }
+        self.account(self.commit.finish_expiry(syncing));
+    }
+
+    /// Takes the writer, and gives it back.
+    fn with_writer<T>(&self, act: impl FnOnce(&mut Writer) -> T) -> T {
+        let mut writer = self.writer.lock().unwrap();
+        self.finish(&mut writer);
+        let done = act(&mut writer);
+        drop(writer);
+        if self.commit.writer_is_free().is_some()
+            && let Ok(mut writer) = self.writer.try_lock()
+        {
+            self.finish(&mut writer);
+        }
+        done
+    }
+
+    fn reserved(&self, writer: &Writer) -> Option<Reserved> {
+        writer.segment.map(|(_, losses)| Reserved {
+            end_seq: 0,
+            limit_seq: 100,
+            last_time_us: 0,
+            losses,
+        })
+    }
+
+    fn prepare(&self) -> Result<()> {
+        self.with_writer(|writer| {
+            if self.lost.load(Ordering::SeqCst) {
+                return Err(Error::Closed("the key"));
+            }
+            if writer.segment.is_none() {
+                writer.begun += 1;
+                let losses = self.losses.load(Ordering::SeqCst) as u64;
+                writer.segment = Some((writer.begun, losses));
+            }
+            self.reserved(writer).iter().for_each(|reserved| self.commit.open(reserved));
+            Ok(())
+        })
+    }
+
+    /// One block, and one sync if a caller waits for it.
+    fn turn(&self, own: Option<u64>) -> Result<()> {
+        let (turn, syncing) = self.with_writer(|writer| {
+            let turn = self.write(writer);
+            let wants = self.commit.wants_sync(own, turn.is_err());
+            writer.syncing = wants && writer.segment.is_some();
+            (turn, writer.syncing.then_some(writer.segment))
+        });
+        if let Some(segment) = syncing {
+            thread::yield_now();
+            self.with_writer(|writer| {
+                // Otherwise this leader is deposed.
+                if writer.segment == segment {
+                    writer.syncing = false;
+                    self.commit.synced();
+                }
+            });
+        }
+        turn
+    }
+
+    fn write(&self, writer: &mut Writer) -> Result<()> {
+        let Some(batch) = self.commit.take_batch() else { return Ok(()) };
+        if self.lost.load(Ordering::SeqCst) || writer.segment.is_none() {
+            let error = Error::Closed("the key");
+            self.account(self.commit.refuse(batch, &error, NOW));
+            return Err(error);
+        }
+        writer.written.extend(batch.iter().map(|pending| pending.seq));
+        let charged = batch.iter().map(|pending| pending.group.charged).sum();
+        self.charged.fetch_sub(charged, Ordering::SeqCst);
+        let to = batch[batch.len() - 1].seq + 1;
+        self.commit.written(to, self.reserved(writer).as_ref());
+        Ok(())
+    }
+
+    fn append(&self, durability: Durability) {
+        let mut group = Group {
+            kind: segment::BlockKind::Opaque,
+            bytes: Bytes::from_static(b"x"),
+            logs: 0,
+            charged: 1,
+            time_us: 0,
+            submitted: NOW,
+            acked: durability == Durability::Buffered,
+        };
+        self.charged.fetch_add(1, Ordering::SeqCst);
+        let seq = loop {
+            group = match self.commit.submit(group) {
+                Ok(submitted) => break submitted.seq,
+                Err(Rejected::NotOpen(group)) if self.prepare().is_ok() => group,
+                Err(_) => {
+                    self.charged.fetch_sub(1, Ordering::SeqCst);
+                    return;
+                }
+            };
+        };
+        let outcome = loop {
+            let term = match self.commit.wait_or_lead(seq, durability) {
+                Role::Done(outcome) => break outcome,
+                Role::Leader(term) => term,
+            };
+            let turn = self.turn(Some(seq));
+            let resigned = self.commit.resign(term, NOW, Some((seq, durability)));
+            match (resigned.outcome, turn) {
+                (Some(outcome), _) => break outcome,
+                (None, Err(refusal)) if resigned.is_queued => break Err(refusal),
+                _ => {}
+            }
+        };
+        if durability == Durability::Buffered {
+            self.buffered.lock().unwrap().push(seq);
+        } else if outcome.is_ok() {
+            assert!(self.writer.lock().unwrap().written.contains(&seq), "{seq} is not there");
+        }
+        self.commit.leave();
+    }
+
+    fn flush(&self) {
+        self.commit.begin_flush(NOW, true);
+        while let Flush::Leader(term) = self.commit.lead_if_due(NOW) {
+            let turn = self.turn(None);
+            self.commit.resign(term, NOW, None);
+            if turn.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The key is lost, the deadline passes at once, and the key is back.
+    fn lose(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+        let loss = self.losses.fetch_add(1, Ordering::SeqCst) as u64 + 1;
+        self.account(self.commit.expire(loss, &Error::Closed("the key")));
+        if let Ok(mut writer) = self.writer.try_lock() {
+            self.finish(&mut writer);
+        }
+        self.lost.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The deadline of a loss passes at any moment. No caller waits for ever, every group is written at
+/// most once, and every acknowledged group is written or counted as lost.
+#[test]
+fn an_expiry_counts_every_group_once() {
+    explore(|| {
+        let world = Losing::new();
+        let spawn = |act: fn(&Losing)| {
+            let world = Arc::clone(&world);
+            thread::spawn(move || act(&world))
+        };
+        join([
+            spawn(|world| (0..2).for_each(|_| world.append(Durability::Synced))),
+            spawn(|world| world.append(Durability::Written)),
+            spawn(|world| {
+                (0..2).for_each(|_| world.append(Durability::Buffered));
+                world.flush();
+            }),
+            spawn(Losing::lose),
+        ]);
+        // Now the key can be used again.
+        world.append(Durability::Synced);
+        world.flush();
+        let mut written = world.writer.lock().unwrap().written.clone();
+        let numbers = written.len();
+        written.sort_unstable();
+        written.dedup();
+        assert_eq!(written.len(), numbers, "each once");
+        assert_eq!(world.charged.load(Ordering::SeqCst), 0, "what was charged is returned");
+        assert!(!world.commit.has_queued());
+        let buffered = world.buffered.lock().unwrap();
+        let missing = buffered.iter().filter(|seq| !written.contains(seq)).count();
+        assert_eq!(world.dropped.load(Ordering::SeqCst), missing);
     });
 }

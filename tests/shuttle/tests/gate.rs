@@ -174,6 +174,51 @@ fn a_reader_misses_nothing_or_ends() {
     shuttle::check_pct(scenario, schedules(400), 3);
 }
 
+/// The deadline of a revocation passes at any moment of its handling and of concurrent appends.
+/// Groups that were acknowledged as written are there, and the missing ones are counted.
+#[test]
+fn the_deadline_passes_at_any_moment() {
+    let scenario = || {
+        let world = World::new();
+        world.append("first", Durability::Synced).unwrap();
+        let spawn = |act: fn(&World)| {
+            let world = Arc::clone(&world);
+            thread::spawn(move || act(&world))
+        };
+        let threads = [
+            spawn(|world| {
+                let _ = revoked_or(world.append("written", Durability::Written));
+            }),
+            spawn(|world| {
+                let _ = revoked_or(world.append("synced", Durability::Synced));
+            }),
+            spawn(|world| {
+                for turn in 0..2 {
+                    let _ = revoked_or(world.append(&format!("b{turn}"), Durability::Buffered));
+                }
+            }),
+            spawn(|world| world.clock.advance(secs(1))),
+        ];
+        world.kms.disable(&cmk(0));
+        assert!(world.logstore.revalidate_now().is_err());
+        world.kms.enable_all();
+        world.logstore.revalidate_now().unwrap();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        match world.logstore.sync() {
+            Ok(()) | Err(Error::GroupsLost { .. }) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+        world.logstore.sync().unwrap();
+        let read = world.read().unwrap();
+        let done = world.done.lock().unwrap();
+        let missing: Vec<_> = done.difference(&read).collect();
+        assert!(missing.iter().all(|text| text.starts_with('b')), "{missing:?}");
+        assert_eq!(missing.len() as u64, world.store.metrics().groups_lost);
+    };
+    shuttle::check_random(scenario, schedules(400));
+    shuttle::check_pct(scenario, schedules(400), 3);
+}
+
 /// A rotation of the service key, concurrent with the first enable of encryption in a Logstore that
 /// used the service key: the acknowledged configuration stays.
 #[test]
@@ -277,7 +322,7 @@ fn nothing_waits_for_ever_when_the_store_is_closed() {
             world.logstore.revalidate_now()
         });
         match world.store.clone().close() {
-            Ok(()) | Err(Error::Revoked { .. }) => {}
+            Ok(()) | Err(Error::Revoked { .. } | Error::GroupsLost { .. }) => {}
             Err(other) => panic!("{other:?}"),
         }
         threads.into_iter().for_each(|thread| thread.join().unwrap());
