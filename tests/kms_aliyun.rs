@@ -134,7 +134,7 @@ fn a_key_unwraps_only_with_its_own_context() {
     for other in [
         EncryptionContext::new(),
         EncryptionContext::from([("envelog:store".to_owned(), "1".to_owned())]),
-        context.iter().map(|(name, value)| (name.clone(), format!("{value} "))).collect(),
+        context.iter().map(|(name, value)| (name.to_owned(), format!("{value} "))).collect(),
     ] {
         world.context = other;
         assert_eq!(kind(&world.unwrap(&wrapped).unwrap_err()), "Invalid");

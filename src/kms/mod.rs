@@ -62,7 +62,6 @@ mod aliyun;
 #[cfg(feature = "kms-aws")]
 mod aws;
 mod bounded;
-#[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
 mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
@@ -76,7 +75,7 @@ pub mod pkcs11;
 mod router;
 mod url;
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +86,7 @@ pub use aws::AwsKms;
 pub(crate) use bounded::BoundedKms;
 #[cfg(test)]
 pub(crate) use bounded::Watch;
+pub use context::EncryptionContext;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
@@ -101,21 +101,22 @@ use crate::crypto::SecretKey;
 ///
 /// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these
 /// three fields, all required.
+///
+/// None of the fields is secret. The engine stores all three in the clear in the store, shows them
+/// in the status of a Logstore and in error messages, writes them to its log lines, and keeps them
+/// in the audit log of the keys. So they must not hold a password, a token or a PIN. A backend gets
+/// such credentials from its own settings.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmk {
     /// The identifier of the key in its KMS.
     pub cmk_key_id: String,
     /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`.
-    /// Opaque to the engine.
+    /// Opaque to the engine. Stored and shown in the clear, as the other fields are.
     pub arn: String,
     /// The region of the KMS, such as `cn-hangzhou`.
     pub region_id: String,
 }
-
-/// The context to which a wrapped key is bound: names and values, in the order of the names. It is
-/// not secret. A KMS may write it to its audit log.
-pub type EncryptionContext = BTreeMap<String, String>;
 
 /// The common arguments of [`Kms::wrap`] and [`Kms::unwrap`].
 #[derive(Clone, Copy, Debug)]
