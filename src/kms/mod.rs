@@ -62,6 +62,8 @@ mod aliyun;
 #[cfg(feature = "kms-aws")]
 mod aws;
 mod bounded;
+#[cfg(feature = "kms-conformance")]
+pub mod conformance;
 mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;

@@ -58,12 +58,21 @@ pub(super) fn of_assume_role(status: u16, error: &Value) -> Meaning {
     }
 }
 
+/// The state of a key, as far as `DescribeKey` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Usable,
+    Refused(RevokedReason),
+    Unknown,
+}
+
 /// Sorts the state of a key from `DescribeKey`.
-pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
+pub(super) fn of_state(state: &str) -> State {
     match state {
-        "Disabled" | "PendingImport" => Some(RevokedReason::Disabled),
-        "PendingDeletion" => Some(RevokedReason::PendingDeletion),
-        _ => None,
+        "Enabled" => State::Usable,
+        "Disabled" | "PendingImport" => State::Refused(RevokedReason::Disabled),
+        "PendingDeletion" => State::Refused(RevokedReason::PendingDeletion),
+        _ => State::Unknown,
     }
 }
 
