@@ -61,13 +61,15 @@
 mod aliyun;
 #[cfg(feature = "kms-aws")]
 mod aws;
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
+mod base64_key;
 mod bounded;
 #[cfg(feature = "kms-conformance")]
 pub mod conformance;
 mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
-#[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
 mod http;
 #[cfg(feature = "kms-local")]
 mod local;
@@ -76,6 +78,8 @@ pub(crate) mod meter;
 pub mod pkcs11;
 mod router;
 mod url;
+#[cfg(feature = "kms-vault")]
+mod vault;
 
 use std::{fmt, time::Duration};
 
@@ -96,6 +100,8 @@ pub use local::{DELETION_DAYS, LocalKeyInfo, LocalKeyState, LocalKms, LocalKmsEr
 pub(crate) use meter::KmsMeter;
 pub(crate) use router::{KmsRouter, NoKms};
 pub use url::{KmsUrlError, from_url};
+#[cfg(feature = "kms-vault")]
+pub use vault::VaultKms;
 
 use crate::crypto::SecretKey;
 

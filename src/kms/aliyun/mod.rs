@@ -9,14 +9,13 @@ mod wrapped;
 
 use std::{sync::Arc, time::Duration};
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use serde_json::Value;
 use ureq::http::{Request, Uri};
 use zeroize::Zeroizing;
 
 use super::{
-    Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason,
+    Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, base64_key,
     http::{self, Answer, Deadline, Http, NoAnswer, authority},
 };
 use crate::{
@@ -438,13 +437,7 @@ fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
 
 /// The key in a base64 text.
 fn key_of(text: &str) -> Result<SecretKey, KmsError> {
-    // Base64 of 32 bytes has 44 characters. The decoder reserves up to 33 bytes for them.
-    let mut bytes = Zeroizing::new([0; 33]);
-    let len = STANDARD.decode_slice(text, bytes.as_mut_slice()).unwrap_or(0);
-    match bytes[..len].first_chunk() {
-        Some(key) if len == 32 => Ok(SecretKey::from_bytes(&mut Zeroizing::new(*key))),
-        _ => Err(invalid("KMS gave no key of 256 bits")),
-    }
+    base64_key::decode(text).ok_or_else(|| invalid("KMS gave no key of 256 bits"))
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {

@@ -68,15 +68,18 @@ impl<'r> Network<'r> {
         Ok(())
     }
 
+    /// The calls fail from the answer on that the proxy withholds. An instance that is connected and
+    /// logged in needs fewer answers than a new one, so the fault may meet a later call.
     fn caller_fails(&self, caller: &Caller<'r>, skip: u64, when: &str) -> Check {
-        let answers = self.proxy.answers();
-        let sample = &self.sample;
-        match caller.unreachable(sample, when) {
-            // An instance that is logged in needs fewer answers than a new one. Then the fault meets
-            // a later call.
-            Err(_) if self.proxy.answers() - answers <= skip => caller.unreachable(sample, when),
-            done => done,
+        let (sample, before) = (&self.sample, self.proxy.answers());
+        for _ in 0..skip {
+            let unreachable = caller.unreachable_once(sample, when);
+            if unreachable.is_ok() || self.proxy.answers() - before > skip {
+                unreachable?;
+                break;
+            }
         }
+        caller.unreachable(sample, when)
     }
 }
 
