@@ -150,7 +150,7 @@ pub(crate) enum LockRank {
     KmsCalls,
     // Inside a KMS backend.
     /// Credentials that a backend has fetched.
-    #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+    #[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
     KmsCredentials,
     /// The PKCS#11 modules of the process.
     #[cfg(feature = "kms-pkcs11")]
@@ -170,6 +170,9 @@ pub(crate) enum LockRank {
     /// The plan by which `FaultyKms` injects faults.
     #[cfg(feature = "kms-faulty")]
     KmsPlan,
+    /// The records of a run of the conformance suite, and the faults of its proxy.
+    #[cfg(feature = "kms-conformance")]
+    KmsConformance,
     /// A lock of a test: outside the order.
     #[cfg(test)]
     Test,

@@ -2,11 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/kms_backend.rs"]
+mod kms_backend;
 #[path = "tools/moto.rs"]
 mod moto;
 
 use std::{
     env,
+    net::SocketAddr,
     process::Command,
     sync::Arc,
     time::{Duration, Instant},
@@ -17,8 +20,12 @@ use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore,
     LogstoreSpec, Payload, Position, ReadOptions, Result, Store, StoreOptions,
     crypto::{AwsLc, SecretKey},
-    kms::{self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
+    kms::{
+        self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason,
+        conformance::{Admin, Subject, unsupported},
+    },
 };
+use kms_backend::{a_logstore_follows_its_key, conforms};
 use moto::{Moto, REGION, ROLE};
 use tempfile::TempDir;
 
@@ -75,6 +82,89 @@ fn assert_revoked<T: std::fmt::Debug>(result: Result<T>, expected: RevokedReason
         Err(Error::Revoked { reason, .. }) if reason == expected => {}
         other => panic!("expected {expected}, got {other:?}"),
     }
+}
+
+/// moto as the suite's subject.
+impl Subject for Moto {
+    fn kms(&self) -> Arc<dyn Kms> {
+        kms::from_url(&self.url()).unwrap()
+    }
+
+    fn create_key(&self) -> Admin<Cmk> {
+        Ok(cmk(&self.create_key()))
+    }
+
+    fn missing_key(&self) -> Cmk {
+        cmk("00000000-0000-4000-8000-000000000000")
+    }
+
+    fn disable(&self, cmk: &Cmk) -> Admin {
+        self.disable(&cmk.cmk_key_id);
+        Ok(())
+    }
+
+    fn enable(&self, cmk: &Cmk) -> Admin {
+        self.enable(&cmk.cmk_key_id);
+        Ok(())
+    }
+
+    fn schedule_deletion(&self, cmk: &Cmk) -> Admin {
+        self.schedule_deletion(&cmk.cmk_key_id);
+        Ok(())
+    }
+
+    fn cancel_deletion(&self, cmk: &Cmk) -> Admin {
+        self.cancel_deletion(&cmk.cmk_key_id);
+        self.enable(&cmk.cmk_key_id);
+        Ok(())
+    }
+
+    fn delete(&self, _: &Cmk) -> Admin {
+        unsupported("AWS deletes a key 7 days after the order at the earliest, and moto never")
+    }
+
+    fn recreate(&self, _: &Cmk) -> Admin {
+        unsupported("AWS draws the identifiers of keys, and uses none twice")
+    }
+
+    fn rotate(&self, cmk: &Cmk) -> Admin {
+        self.kms("RotateKeyOnDemand", &serde_json::json!({ "KeyId": cmk.cmk_key_id }));
+        Ok(())
+    }
+
+    fn withdraw(&self, cmk: &Cmk) -> Admin {
+        self.set_policy(&cmk.cmk_key_id, "Deny");
+        Ok(())
+    }
+
+    fn permit(&self, cmk: &Cmk) -> Admin {
+        self.set_policy(&cmk.cmk_key_id, "Allow");
+        Ok(())
+    }
+
+    fn server(&self) -> Admin<SocketAddr> {
+        Ok(self.address())
+    }
+
+    fn kms_at(&self, address: SocketAddr) -> Admin<Arc<dyn Kms>> {
+        Ok(kms::from_url(&moto::url_at(address)).unwrap())
+    }
+
+    fn secrets(&self) -> Vec<String> {
+        vec![moto::SECRET.to_owned()]
+    }
+}
+
+#[test]
+fn aws_kms_conforms() {
+    with_credentials("aws_kms_conforms", || conforms(&Moto::start(), &["deleted", "recreation"]));
+}
+
+#[test]
+fn a_logstore_follows_its_key_in_aws_kms() {
+    with_credentials("a_logstore_follows_its_key_in_aws_kms", || {
+        a_logstore_follows_its_key(&Moto::start());
+    });
 }
 
 #[test]

@@ -2,14 +2,20 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/kms_backend.rs"]
+mod kms_backend;
 #[path = "common/pkcs11.rs"]
 mod pkcs11;
 
 use std::{
     fs,
+    net::SocketAddr,
     os::unix::process::CommandExt,
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -18,8 +24,13 @@ use envelog::{
     AppendOptions, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position,
     ReadOptions, Store, StoreBuilder, StoreOptions,
     crypto::{AwsLc, SecretKey},
-    kms::{EncryptionContext, Kms, KmsCall, KmsError, RevokedReason, from_url},
+    kms::{
+        EncryptionContext, Kms, KmsCall, KmsError, RevokedReason,
+        conformance::{Admin, Subject, unsupported},
+        from_url,
+    },
 };
+use kms_backend::{NETWORK, a_logstore_follows_its_key, conforms};
 use pkcs11::{PIN, Token, in_own_process};
 
 const REGION: &str = "cn-hangzhou";
@@ -100,7 +111,7 @@ fn a_key_is_wrapped_for_its_context_alone() {
         assert!(!wrapped.windows(8).any(|part| part == &SECRET[..8]));
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET));
         assert_eq!(unwrap(&*kms, "id:0a", &wrapped), Ok(SECRET), "by its other name");
-        let shorter = context("a").into_iter().take(1).collect();
+        let shorter = EncryptionContext::from([("envelog:store".to_owned(), "a".to_owned())]);
         for other in [context("b"), EncryptionContext::new(), shorter] {
             assert_invalid(unwrap_in(&*kms, "cmk", &other, &wrapped), "another context");
         }
@@ -320,6 +331,112 @@ fn a_forked_child_touches_nothing_of_its_parent() {
         assert!(child.status().unwrap().success());
         drop(child);
         assert_eq!(unwrap(&*kms, "cmk", &wrapped), Ok(SECRET));
+    });
+}
+
+// ---- the tests of every backend ----
+
+/// The token as the suite's subject. A key is named by its number.
+struct Softhsm<'a> {
+    token: &'a Token,
+    created: AtomicU8,
+}
+
+impl<'a> Softhsm<'a> {
+    fn new(token: &'a Token) -> Self {
+        Self { token, created: AtomicU8::new(0) }
+    }
+
+    fn generate(&self, name: &str) {
+        // Another identifier for each key object.
+        let id = self.created.fetch_add(1, Ordering::SeqCst);
+        self.token.admin(&format!("generate {name} {id:02x}"));
+    }
+
+    fn admin(&self, words: &str) -> Admin {
+        self.token.admin(words);
+        Ok(())
+    }
+}
+
+impl Subject for Softhsm<'_> {
+    fn kms(&self) -> Arc<dyn Kms> {
+        from_url(&self.token.uri()).unwrap()
+    }
+
+    fn create_key(&self) -> Admin<Cmk> {
+        let name = format!("cmk-{}", self.created.load(Ordering::SeqCst));
+        self.generate(&name);
+        Ok(cmk(&name))
+    }
+
+    fn missing_key(&self) -> Cmk {
+        cmk("none")
+    }
+
+    fn disable(&self, cmk: &Cmk) -> Admin {
+        self.admin(&format!("decrypt {} false", cmk.cmk_key_id))
+    }
+
+    fn enable(&self, cmk: &Cmk) -> Admin {
+        self.admin(&format!("decrypt {} true", cmk.cmk_key_id))
+    }
+
+    fn schedule_deletion(&self, _: &Cmk) -> Admin {
+        unsupported("PKCS#11 has no scheduled deletion")
+    }
+
+    fn cancel_deletion(&self, _: &Cmk) -> Admin {
+        unsupported("PKCS#11 has no scheduled deletion")
+    }
+
+    fn delete(&self, cmk: &Cmk) -> Admin {
+        self.admin(&format!("destroy {}", cmk.cmk_key_id))
+    }
+
+    fn recreate(&self, cmk: &Cmk) -> Admin {
+        self.delete(cmk)?;
+        self.generate(&cmk.cmk_key_id);
+        Ok(())
+    }
+
+    fn rotate(&self, _: &Cmk) -> Admin {
+        unsupported("a key object has no versions")
+    }
+
+    fn withdraw(&self, _: &Cmk) -> Admin {
+        unsupported("PKCS#11 has no roles")
+    }
+
+    fn permit(&self, _: &Cmk) -> Admin {
+        unsupported("PKCS#11 has no roles")
+    }
+
+    fn server(&self) -> Admin<SocketAddr> {
+        unsupported("a token is called in the process, and a call cannot be interrupted")
+    }
+
+    fn kms_at(&self, _: SocketAddr) -> Admin<Arc<dyn Kms>> {
+        unsupported("a token is called in the process, and a call cannot be interrupted")
+    }
+
+    fn secrets(&self) -> Vec<String> {
+        vec![PIN.to_owned()]
+    }
+}
+
+#[test]
+fn softhsm_conforms() {
+    in_own_process("softhsm_conforms", |token| {
+        let lacks = ["pending-deletion", "not-permitted", "rotation"];
+        conforms(&Softhsm::new(token), &[&lacks[..], &NETWORK].concat());
+    });
+}
+
+#[test]
+fn a_logstore_follows_its_key_in_a_token() {
+    in_own_process("a_logstore_follows_its_key_in_a_token", |token| {
+        a_logstore_follows_its_key(&Softhsm::new(token));
     });
 }
 

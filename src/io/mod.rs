@@ -459,7 +459,12 @@ pub(crate) fn read_file(disk: &dyn Disk, path: &Path, limit: u64) -> io::Result<
 ///
 /// # Errors
 /// As [`read_file`].
-#[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-pkcs11"))]
+#[cfg(any(
+    feature = "kms-aliyun",
+    feature = "kms-aws",
+    feature = "kms-pkcs11",
+    feature = "kms-vault"
+))]
 pub(crate) fn read_configured(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     read_file(&RealDisk, &RealDisk.resolve(path)?, limit)
 }

@@ -12,6 +12,8 @@ use rustls::{
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, pem::PemObject},
 };
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
+use serde::Serialize;
 use ureq::{
     Agent, Error,
     http::{HeaderMap, Request, Uri},
@@ -19,6 +21,8 @@ use ureq::{
 };
 use zeroize::Zeroizing;
 
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
+use super::KmsError;
 use crate::io::{Clock, SystemClock, read_configured};
 
 /// The longest answer, in bytes. The expected answers have a few thousand bytes. A longer one is
@@ -115,13 +119,24 @@ impl fmt::Display for NoAnswer {
     }
 }
 
+/// The body of a request, as JSON. Wiped on drop.
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
+pub(super) fn json(request: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, KmsError> {
+    /// Ids and contexts have a few hundred bytes, a ciphertext in base64 has at most 8 KiB, and a
+    /// token some KiB. A buffer that had to grow would leave a copy of its content behind.
+    const BODY_BYTES: usize = 32 * 1024;
+    let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
+    serde_json::to_writer(&mut *body, request)
+        .map_err(|_| KmsError::Invalid { detail: "the request cannot be encoded".to_owned() })?;
+    Ok(body)
+}
+
 /// A client that keeps connections for the next request.
 #[derive(Clone)]
 pub(super) struct Http {
     /// Created at the first request, so that creating a KMS reads no certificates.
     agent: Arc<OnceLock<Agent>>,
-    /// A variable of the environment and the file that it names. The certificates in that file
-    /// replace the system's.
+    /// A setting and the file that it names. The certificates in that file replace the system's.
     ca_bundle: Option<(&'static str, String)>,
 }
 
@@ -132,8 +147,16 @@ impl fmt::Debug for Http {
 }
 
 impl Http {
+    /// A client that trusts the certificates of the system, or those in a file, which a setting of
+    /// this name names.
+    #[cfg(feature = "kms-vault")]
+    pub(super) fn trusting(setting: &'static str, file: Option<String>) -> Self {
+        Self { agent: Arc::default(), ca_bundle: file.map(|file| (setting, file)) }
+    }
+
     /// A client that trusts the certificates of the system, or those in the file that this variable
     /// of the environment names.
+    #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
     pub(super) fn new(ca_bundle: Option<&'static str>) -> Self {
         let named = |variable| {
             Some((variable, std::env::var(variable).ok().filter(|path| !path.is_empty())?))
@@ -183,7 +206,7 @@ impl Http {
             return Ok(agent);
         }
         let roots = match &self.ca_bundle {
-            Some((variable, path)) => RootCerts::Specific(Arc::new(certificates(variable, path)?)),
+            Some((setting, path)) => RootCerts::Specific(Arc::new(certificates(setting, path)?)),
             None => RootCerts::PlatformVerifier,
         };
         let tls = TlsConfig::builder()
@@ -228,15 +251,15 @@ fn no_answer(error: &Error, host: &str) -> NoAnswer {
     }
 }
 
-fn certificates(variable: &str, path: &str) -> Result<Vec<Certificate<'static>>, String> {
+fn certificates(setting: &str, path: &str) -> Result<Vec<Certificate<'static>>, String> {
     let pem = read_configured(path.as_ref(), CA_BUNDLE_BYTES_MAX)
-        .map_err(|error| format!("cannot read {path}, which {variable} names: {error}"))?;
+        .map_err(|error| format!("cannot read {path}, which {setting} names: {error}"))?;
     let ders: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
     let ders = ders.map_err(|error| {
-        format!("{path}, which {variable} names, is not a list of certificates: {error}")
+        format!("{path}, which {setting} names, is not a list of certificates: {error}")
     })?;
     if ders.is_empty() {
-        return Err(format!("{path}, which {variable} names, has no certificate"));
+        return Err(format!("{path}, which {setting} names, has no certificate"));
     }
     Ok(ders.iter().map(|der| Certificate::from_der(der).to_owned()).collect())
 }

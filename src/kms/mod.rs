@@ -61,13 +61,16 @@
 mod aliyun;
 #[cfg(feature = "kms-aws")]
 mod aws;
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
+mod base64_key;
 mod bounded;
 mod calls;
-#[cfg(any(feature = "kms-local", feature = "kms-pkcs11"))]
+#[cfg(feature = "kms-conformance")]
+pub mod conformance;
 mod context;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
-#[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
+#[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
 mod http;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
 mod kept;
@@ -78,8 +81,10 @@ pub(crate) mod meter;
 pub mod pkcs11;
 mod router;
 mod url;
+#[cfg(feature = "kms-vault")]
+mod vault;
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +96,7 @@ pub(crate) use bounded::{BoundedKms, Call, LOOK_EVERY};
 #[cfg(test)]
 pub(crate) use bounded::{DeferredCalls, Watch};
 pub(crate) use calls::Busy;
+pub use context::EncryptionContext;
 #[cfg(feature = "kms-faulty")]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
@@ -98,6 +104,8 @@ pub use local::{DELETION_DAYS, LocalKeyInfo, LocalKeyState, LocalKms, LocalKmsEr
 pub(crate) use meter::KmsMeter;
 pub(crate) use router::{KmsRouter, NoKms};
 pub use url::{KmsUrlError, from_url};
+#[cfg(feature = "kms-vault")]
+pub use vault::VaultKms;
 
 use crate::crypto::SecretKey;
 
@@ -105,21 +113,22 @@ use crate::crypto::SecretKey;
 ///
 /// This is the `user_cmk_info` of a Logstore's encryption settings. As JSON it has exactly these
 /// three fields, all required.
+///
+/// None of the fields is secret. The engine stores all three in the clear in the store, shows them
+/// in the status of a Logstore and in error messages, writes them to its log lines, and keeps them
+/// in the audit log of the keys. So they must not hold a password, a token or a PIN. A backend gets
+/// such credentials from its own settings.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cmk {
     /// The identifier of the key in its KMS.
     pub cmk_key_id: String,
     /// The role that the service assumes to use the key, such as `acs:ram::13234:role/logsource`.
-    /// Opaque to the engine.
+    /// Opaque to the engine. Stored and shown in the clear, as the other fields are.
     pub arn: String,
     /// The region of the KMS, such as `cn-hangzhou`.
     pub region_id: String,
 }
-
-/// The context to which a wrapped key is bound: names and values, in the order of the names. It is
-/// not secret. A KMS may write it to its audit log.
-pub type EncryptionContext = BTreeMap<String, String>;
 
 /// The common arguments of [`Kms::wrap`] and [`Kms::unwrap`].
 #[derive(Clone, Copy, Debug)]

@@ -28,6 +28,7 @@ pub enum KmsUrlError {
 /// | `aliyun-kms://REGION` | [`AliyunKms`](super::AliyunKms) in that region, such as `cn-hangzhou`; `?endpoint=URL&sts-endpoint=URL` for other endpoints than the public ones | `kms-aliyun` |
 /// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
 /// | `aws-kms://REGION?…` | [`AwsKms`](super::AwsKms), which [takes parameters](super::AwsKms::from_url) | `kms-aws` |
+/// | `vault:https://HOST?region=REGION&auth=…` | [`VaultKms`](super::VaultKms), which [takes parameters](super::VaultKms::from_url) | `kms-vault` |
 /// | `pkcs11:…?region=…` | `Pkcs11Kms`, in a token that the rest of the URL chooses (RFC 7512) | `kms-pkcs11` |
 ///
 /// ```
@@ -55,6 +56,8 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
         "pkcs11" => Ok(Arc::new(super::pkcs11::Pkcs11Kms::from_uri(url)?)),
         #[cfg(feature = "kms-aws")]
         "aws-kms" => Ok(Arc::new(super::AwsKms::from_url(url)?)),
+        #[cfg(feature = "kms-vault")]
+        "vault" => Ok(Arc::new(super::VaultKms::from_url(url)?)),
         _ => {
             let _ = rest;
             let built_in = [
@@ -62,6 +65,7 @@ pub fn from_url(url: &str) -> Result<Arc<dyn Kms>, KmsUrlError> {
                 cfg!(feature = "kms-aws").then_some("aws-kms://REGION"),
                 cfg!(feature = "kms-local").then_some("local:DIR"),
                 cfg!(feature = "kms-pkcs11").then_some("pkcs11:…?region=…"),
+                cfg!(feature = "kms-vault").then_some("vault:https://HOST?region=REGION&auth=…"),
             ];
             let built_in: Vec<_> = built_in.into_iter().flatten().collect();
             let built_in =
@@ -128,6 +132,15 @@ mod tests {
                 Ok("aws-kms".to_owned())
             );
             assert!(matches!(from_url("aws-kms:"), Err(KmsUrlError::Malformed(_))));
+        }
+        #[cfg(feature = "kms-vault")]
+        {
+            assert_eq!(
+                from_url("vault:https://vault.example?region=r&auth=kubernetes")
+                    .map(|kms| (kms.name().to_owned(), kms.serves("r"))),
+                Ok(("vault".to_owned(), true))
+            );
+            assert!(matches!(from_url("vault:"), Err(KmsUrlError::Malformed(_))));
         }
     }
 }

@@ -90,6 +90,8 @@ struct Session {
 
 struct State {
     keys: BTreeMap<String, Key>,
+    /// The number of keys created so far.
+    created: usize,
     /// The existing roles, and whether each trusts the service.
     roles: BTreeMap<String, bool>,
     sessions: BTreeMap<String, Session>,
@@ -120,6 +122,7 @@ impl Aliyun {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let state = State {
             keys: BTreeMap::new(),
+            created: 0,
             roles: BTreeMap::from([(ROLE.to_owned(), true)]),
             sessions: BTreeMap::new(),
             refused: BTreeMap::new(),
@@ -153,6 +156,10 @@ impl Aliyun {
         format!("http://{}", self.address)
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(crate) fn port(&self) -> u16 {
         self.address.port()
     }
@@ -165,7 +172,8 @@ impl Aliyun {
     /// Creates a key that [`ROLE`] may use.
     pub(crate) fn create_key(&self) -> String {
         let mut state = self.state();
-        let id = format!("key-hzz{:08}", state.keys.len() + 1);
+        state.created += 1;
+        let id = format!("key-hzz{:08}", state.created);
         let key = Key {
             state: "Enabled",
             versions: vec![random()],
@@ -191,6 +199,11 @@ impl Aliyun {
 
     pub(crate) fn ungrant(&self, key: &str) {
         self.state().keys.get_mut(key).unwrap().granted.clear();
+    }
+
+    /// Lets [`ROLE`] use the key again.
+    pub(crate) fn grant(&self, key: &str) {
+        self.state().keys.get_mut(key).unwrap().granted.insert(ROLE.to_owned());
     }
 
     /// Sets whether [`ROLE`] trusts the service; `None` removes the role.

@@ -4,7 +4,7 @@ fn main() {
     println!("cargo::rustc-cfg=shuttle");
     // Declare the features of backends that other packages test.
     println!(
-        r#"cargo::rustc-check-cfg=cfg(feature, values("kms-aliyun", "kms-aws", "kms-pkcs11"))"#
+        r#"cargo::rustc-check-cfg=cfg(feature, values("kms-aliyun", "kms-aws", "kms-conformance", "kms-pkcs11", "kms-vault"))"#
     );
     println!("cargo::rerun-if-changed=build.rs");
 }

@@ -8,7 +8,7 @@
 use std::{
     env, fs,
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -23,6 +23,8 @@ mod python;
 pub(crate) const REGION: &str = "eu-west-1";
 /// moto lets a caller assume any role, existing or not. Keys are in the account of the role.
 pub(crate) const ROLE: &str = "arn:aws:iam::123456789012:role/logs";
+
+pub(crate) const SECRET: &str = "the-secret-of-the-service";
 
 /// Python imports many modules, and the machine may be busy.
 const START_PATIENCE: Duration = Duration::from_secs(120);
@@ -63,9 +65,13 @@ impl Moto {
         }
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
     /// The backend's URL for this server.
     pub(crate) fn url(&self) -> String {
-        format!("aws-kms://{REGION}?endpoint=http://127.0.0.1:{}", self.port)
+        url_at(self.address())
     }
 
     /// Calls a KMS operation as the administrator.
@@ -102,6 +108,16 @@ impl Moto {
         self.kms("EnableKey", &json!({ "KeyId": key }));
     }
 
+    /// Replaces the key policy by one statement about [`ROLE`], with this effect.
+    pub(crate) fn set_policy(&self, key: &str, effect: &str) {
+        let statement = json!({
+            "Effect": effect, "Principal": { "AWS": ROLE }, "Action": "kms:*", "Resource": "*",
+        });
+        let policy = json!({ "Version": "2012-10-17", "Statement": [statement] }).to_string();
+        let input = json!({ "KeyId": key, "PolicyName": "default", "Policy": policy });
+        self.kms("PutKeyPolicy", &input);
+    }
+
     pub(crate) fn schedule_deletion(&self, key: &str) {
         self.kms("ScheduleKeyDeletion", &json!({ "KeyId": key, "PendingWindowInDays": 7 }));
     }
@@ -118,6 +134,11 @@ impl Drop for Moto {
     }
 }
 
+/// The backend's URL for a server at this address.
+pub(crate) fn url_at(address: SocketAddr) -> String {
+    format!("aws-kms://{REGION}?endpoint=http://{address}")
+}
+
 /// Replaces all `AWS_` variables by credentials for the backend. moto accepts any credentials.
 pub(crate) fn credentials(command: &mut Command) {
     for (name, _) in env::vars_os() {
@@ -125,7 +146,7 @@ pub(crate) fn credentials(command: &mut Command) {
             command.env_remove(name);
         }
     }
-    command.env("AWS_ACCESS_KEY_ID", "testing").env("AWS_SECRET_ACCESS_KEY", "testing");
+    command.env("AWS_ACCESS_KEY_ID", "testing").env("AWS_SECRET_ACCESS_KEY", SECRET);
 }
 
 fn tools() -> PathBuf {

@@ -9,14 +9,13 @@ mod wrapped;
 
 use std::{sync::Arc, time::Duration};
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Deserialize;
 use serde_json::Value;
 use ureq::http::{Request, Uri};
 use zeroize::Zeroizing;
 
 use super::{
-    Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason,
+    Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, base64_key,
     http::{self, Answer, Deadline, Http, NoAnswer, authority},
 };
 use crate::{
@@ -25,7 +24,7 @@ use crate::{
     io::{Clock, OsRandom, Random, SystemClock},
 };
 use credentials::{Assumed, Source};
-use outcome::Meaning;
+use outcome::{Meaning, State};
 use sign::Credentials;
 
 const KMS_VERSION: &str = "2016-01-20";
@@ -97,7 +96,7 @@ const SESSION_SECONDS: &str = "900";
 ///
 /// | status | code | becomes | source |
 /// |---|---|---|---|
-/// | 404 | `Forbidden.KeyNotFound`, `Forbidden.AliasNotFound` | revoked: deleted | 1, 2 |
+/// | 404 | `Forbidden.KeyNotFound`, `Forbidden.AliasNotFound` | revoked: deleted; from `Decrypt` as the key's state says, invalid if the key can be used (the wrapped key names another one), else revoked: deleted | 1, 2 |
 /// | 403 | `Forbidden.NoPermission` | revoked: not permitted | 1, 3 |
 /// | 403 | `Forbidden.RAM`, `NoPermission`, `NotAuthorized` | revoked: not permitted | 4 |
 /// | 409 | `Rejected.Disabled` | revoked: disabled | 1, 2 |
@@ -113,7 +112,8 @@ const SESSION_SECONDS: &str = "900";
 ///
 /// "As the key's state says": the backend also asks `DescribeKey`, which works in every state
 /// (source 6). `Disabled` and `PendingImport` are revoked: disabled. `PendingDeletion` is revoked:
-/// pending deletion. Its code `Forbidden.KeyNotFound` is revoked: deleted.
+/// pending deletion. Its code `Forbidden.KeyNotFound` is revoked: deleted. With `Enabled` the key
+/// can be used.
 ///
 /// From STS, where the service itself is logged in:
 ///
@@ -277,32 +277,39 @@ impl AliyunKms {
         }
         let error = error_in(&answer);
         let meaning = match outcome::of_kms(answer.status, &error) {
-            Meaning::AskState => self
-                .refused_by_state(cmk, &role, deadline)
-                .map_or(Meaning::Unreachable, Meaning::Revoked),
+            Meaning::AskState => match self.state(cmk, &role, deadline) {
+                State::Refused(reason) => Meaning::Revoked(reason),
+                State::Usable | State::Unknown => Meaning::Unreachable,
+            },
+            // `Decrypt` takes no CMK. The missing key is the one that the wrapped key names.
+            Meaning::Revoked(RevokedReason::Deleted) if action == "Decrypt" => {
+                match self.state(cmk, &role, deadline) {
+                    State::Usable => Meaning::Invalid,
+                    State::Refused(reason) => Meaning::Revoked(reason),
+                    State::Unknown => Meaning::Revoked(RevokedReason::Deleted),
+                }
+            }
             meaning => meaning,
         };
         Err(error_of(meaning, action, &error, answer.status))
     }
 
-    /// The reason why the key cannot be used, if its state is the reason.
-    fn refused_by_state(
-        &self,
-        cmk: &Cmk,
-        role: &Credentials,
-        deadline: Deadline,
-    ) -> Option<RevokedReason> {
+    /// Asks for the state of the key.
+    fn state(&self, cmk: &Cmk, role: &Credentials, deadline: Deadline) -> State {
         let parameters = sign::Pairs::from([("KeyId", cmk.cmk_key_id.as_str())]);
-        let answer =
-            self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline).ok()?;
-        let body: Value = serde_json::from_slice(&answer.body).ok()?;
+        let answer = self.call(&self.kms, KMS_VERSION, "DescribeKey", &parameters, role, deadline);
+        let Ok(answer) = answer else { return State::Unknown };
+        let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
         if answer.status == 200 {
-            return outcome::of_state(body.pointer("/KeyMetadata/KeyState")?.as_str()?);
+            let state = body.pointer("/KeyMetadata/KeyState").and_then(Value::as_str);
+            return state.map_or(State::Unknown, outcome::of_state);
         }
         match outcome::of_kms(answer.status, &body) {
             // If the role may not call `DescribeKey`, that says nothing about the failed call.
-            Meaning::Revoked(reason) if reason != RevokedReason::NotPermitted => Some(reason),
-            _ => None,
+            Meaning::Revoked(reason) if reason != RevokedReason::NotPermitted => {
+                State::Refused(reason)
+            }
+            _ => State::Unknown,
         }
     }
 
@@ -448,13 +455,7 @@ fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
 
 /// The key in a base64 text.
 fn key_of(text: &str) -> Result<SecretKey, KmsError> {
-    // Base64 of 32 bytes has 44 characters. The decoder reserves up to 33 bytes for them.
-    let mut bytes = Zeroizing::new([0; 33]);
-    let len = STANDARD.decode_slice(text, bytes.as_mut_slice()).unwrap_or(0);
-    match bytes[..len].first_chunk() {
-        Some(key) if len == 32 => Ok(SecretKey::from_bytes(&mut Zeroizing::new(*key))),
-        _ => Err(invalid("KMS gave no key of 256 bits")),
-    }
+    base64_key::decode(text).ok_or_else(|| invalid("KMS gave no key of 256 bits"))
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {

@@ -67,12 +67,21 @@ pub(super) fn is_refusal_by_sts(status: u16, error: &Value) -> bool {
         && of_assume_role(status, error) != Meaning::Invalid
 }
 
+/// The state of a key, as far as `DescribeKey` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Usable,
+    Refused(RevokedReason),
+    Unknown,
+}
+
 /// Sorts the state of a key from `DescribeKey`.
-pub(super) fn of_state(state: &str) -> Option<RevokedReason> {
+pub(super) fn of_state(state: &str) -> State {
     match state {
-        "Disabled" | "PendingImport" => Some(RevokedReason::Disabled),
-        "PendingDeletion" => Some(RevokedReason::PendingDeletion),
-        _ => None,
+        "Enabled" => State::Usable,
+        "Disabled" | "PendingImport" => State::Refused(RevokedReason::Disabled),
+        "PendingDeletion" => State::Refused(RevokedReason::PendingDeletion),
+        _ => State::Unknown,
     }
 }
 

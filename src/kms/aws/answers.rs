@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::{Answer, identity::AccessKey, unreachable};
 use crate::{
     crypto::SecretKey,
-    kms::{KmsError, RevokedReason},
+    kms::{KmsError, RevokedReason, base64_key},
 };
 
 /// The longest ciphertext that Decrypt accepts, and so the longest that Encrypt returns.
@@ -351,16 +351,8 @@ pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
 pub(super) fn plaintext(answer: &Answer) -> Result<SecretKey, KmsError> {
     let decrypted: Decrypted = serde_json::from_slice(&answer.body)
         .map_err(|_| invalid("KMS: not an answer to Decrypt"))?;
-    // Room for the longest base64 of a key, so that a longer key fails too.
-    let mut bytes = Zeroizing::new([0; 36]);
-    match BASE64_STANDARD.decode_slice(decrypted.plaintext.as_bytes(), &mut *bytes) {
-        Ok(32) => {
-            let mut key = Zeroizing::new([0; 32]);
-            key.copy_from_slice(&bytes[..32]);
-            Ok(SecretKey::from_bytes(&mut key))
-        }
-        _ => Err(invalid("KMS: the plaintext is not a key of 32 bytes")),
-    }
+    base64_key::decode(&decrypted.plaintext)
+        .ok_or_else(|| invalid("KMS: the plaintext is not a key of 32 bytes"))
 }
 
 fn invalid(detail: &str) -> KmsError {

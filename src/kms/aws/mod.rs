@@ -16,14 +16,13 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use reqsign_core::Env;
 use serde::Serialize;
 use ureq::http::{Request, Uri};
-use zeroize::Zeroizing;
 
 use self::{
     answers::{CIPHERTEXT_BYTES_MAX, Failure},
     identity::{AccessKey, Identity, ProcessEnv, sign},
 };
 use super::{
-    Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError,
+    Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError, base64_key,
     http::{self, Answer, Deadline, Http, NoAnswer, authority},
 };
 use crate::crypto::SecretKey;
@@ -363,14 +362,9 @@ impl Kms for AwsKms {
     }
 
     fn wrap(&self, call: &KmsCall<'_>, key: &SecretKey) -> Result<Vec<u8>, KmsError> {
-        let mut plaintext = Zeroizing::new([0; 44]);
-        let len = BASE64_STANDARD
-            .encode_slice(key.expose(), &mut *plaintext)
-            .map_err(|_| KmsError::Invalid { detail: "the key cannot be encoded".to_owned() })?;
-        let plaintext = str::from_utf8(&plaintext[..len]).unwrap_or_default();
-        let body = json(&Encrypt {
+        let body = http::json(&Encrypt {
             key_id: &call.cmk.cmk_key_id,
-            plaintext,
+            plaintext: &base64_key::encode(key),
             encryption_context: call.context,
         })?;
         answers::ciphertext(&self.call(call, "Encrypt", &body)?)
@@ -383,22 +377,11 @@ impl Kms for AwsKms {
             });
         }
         let ciphertext_blob = &BASE64_STANDARD.encode(wrapped);
-        let body = json(&Decrypt {
+        let body = http::json(&Decrypt {
             key_id: &call.cmk.cmk_key_id,
             ciphertext_blob,
             encryption_context: call.context,
         })?;
         answers::plaintext(&self.call(call, "Decrypt", &body)?)
     }
-}
-
-/// The body of a request. Wiped on drop.
-fn json(request: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, KmsError> {
-    /// Ids and contexts have a few hundred bytes, and a ciphertext in base64 has at most 8 KiB. A
-    /// buffer that had to grow would leave a copy of its content behind.
-    const BODY_BYTES: usize = 32 * 1024;
-    let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
-    serde_json::to_writer(&mut *body, request)
-        .map_err(|_| KmsError::Invalid { detail: "the request cannot be encoded".to_owned() })?;
-    Ok(body)
 }

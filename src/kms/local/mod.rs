@@ -22,8 +22,8 @@
 //!
 //! The key is sealed with AES-256-GCM under HKDF-SHA-256(salt, material of that key version,
 //! "envelog local kms wrap" || the bytes before the salt). That sealing key is used once, so the
-//! nonce is zeros. The associated data are the bytes before the salt, then the context: a count
-//! (u32), and for each name and value, in the order of the names, the length (u32) and the bytes.
+//! nonce is zeros. The associated data are the bytes before the salt, then the context
+//! ([`EncryptionContext::to_bytes`](super::EncryptionContext::to_bytes)).
 
 mod admin;
 mod error;
@@ -42,7 +42,7 @@ use std::{
 use aes_gcm::{Nonce, Tag, aead::AeadInOut};
 use zeroize::Zeroizing;
 
-use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason, context::associated_data};
+use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason};
 use crate::{
     crypto::SecretKey,
     io::{Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock, write_file},
@@ -247,7 +247,7 @@ impl Kms for LocalKms {
         let tag = wrap_cipher(material, &salt, &blob)
             .encrypt_inout_detached(
                 &Nonce::from(NONCE),
-                &associated_data(&blob, call.context),
+                &[&blob[..], &call.context.to_bytes()].concat(),
                 sealed.as_mut_slice().into(),
             )
             .map_err(|_| invalid("the key could not be sealed"))?;
@@ -270,7 +270,7 @@ impl Kms for LocalKms {
         wrap_cipher(material, blob.salt, blob.head)
             .decrypt_inout_detached(
                 &Nonce::from(NONCE),
-                &associated_data(blob.head, call.context),
+                &[blob.head, &call.context.to_bytes()].concat(),
                 key.as_mut_slice().into(),
                 &Tag::from(*blob.tag),
             )

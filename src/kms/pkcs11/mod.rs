@@ -78,8 +78,8 @@
 //! 18  48  sealed key and tag
 //! ```
 //!
-//! Associated data: bytes 0 to 6, then the context: a count (u32), and for each name and value, in
-//! the order of the names, the length (u32) and the bytes. All numbers are little-endian.
+//! Associated data: bytes 0 to 6, then the context
+//! ([`EncryptionContext::to_bytes`](super::EncryptionContext::to_bytes)).
 
 mod module;
 mod outcome;
@@ -100,7 +100,7 @@ use self::{
     token::{Kept, Open},
     uri::Uri,
 };
-use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, context::associated_data};
+use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason};
 use crate::{
     crypto::{SecretKey, tags_equal},
     ids::hex_decode,
@@ -223,7 +223,7 @@ impl Pkcs11Kms {
         OsRandom
             .fill(&mut nonce)
             .map_err(|error| unreachable(format!("no randomness: {error}")))?;
-        let aad = associated_data(HEAD, call.context);
+        let aad = associated_data(call);
         let params =
             GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
         let sealed = open.session().encrypt(&Mechanism::AesGcm(params), key, secret.expose());
@@ -249,7 +249,7 @@ impl Pkcs11Kms {
         if sealed.len() != SEALED_BYTES {
             return Err(invalid("the wrapped key has another length"));
         }
-        let (mut nonce, aad) = (*nonce, associated_data(HEAD, call.context));
+        let (mut nonce, aad) = (*nonce, associated_data(call));
         let params =
             GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
         let opened = match open.session().decrypt(&Mechanism::AesGcm(params), key, sealed) {
@@ -304,6 +304,10 @@ impl Kms for Pkcs11Kms {
             self.open(call, open, entered, cmk, wrapped)
         })
     }
+}
+
+fn associated_data(call: &KmsCall<'_>) -> Vec<u8> {
+    [&HEAD[..], &call.context.to_bytes()].concat()
 }
 
 /// Checks that the key is fit to wrap data keys. By the standard, a key that is sensitive and not
