@@ -6,9 +6,11 @@ use zeroize::Zeroizing;
 use crate::crypto::SecretKey;
 
 /// The length of 32 bytes in base64.
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
 const TEXT_BYTES: usize = 44;
 
 /// The key as text, which is wiped on drop.
+#[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
 pub(super) fn encode(key: &SecretKey) -> Zeroizing<String> {
     // The library's own string would grow, and leave copies of its content behind.
     let mut bytes = Zeroizing::new([0; TEXT_BYTES]);
@@ -28,7 +30,7 @@ pub(super) fn decode(text: &str) -> Option<SecretKey> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "kms-aws", feature = "kms-vault")))]
 mod tests {
     #![allow(clippy::unwrap_used)]
 

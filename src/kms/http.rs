@@ -14,9 +14,11 @@ use rustls::{
 };
 #[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
 use serde::Serialize;
+#[cfg(feature = "kms-aws")]
+use ureq::http::HeaderMap;
 use ureq::{
     Agent, Error,
-    http::{HeaderMap, Request, Uri},
+    http::{Request, Uri},
     tls::{Certificate, RootCerts, TlsConfig},
 };
 use zeroize::Zeroizing;
@@ -89,6 +91,7 @@ pub(super) fn authority(uri: &Uri) -> &str {
 /// An answer of any status, read to its end. The body is wiped on drop, because it may hold a key.
 pub(super) struct Answer {
     pub(super) status: u16,
+    #[cfg(feature = "kms-aws")]
     pub(super) headers: HeaderMap,
     pub(super) body: Zeroizing<Vec<u8>>,
 }
@@ -198,7 +201,12 @@ impl Http {
         }
         body.truncate(len);
         let (parts, _) = response.into_parts();
-        Ok(Answer { status: parts.status.as_u16(), headers: parts.headers, body })
+        Ok(Answer {
+            status: parts.status.as_u16(),
+            #[cfg(feature = "kms-aws")]
+            headers: parts.headers,
+            body,
+        })
     }
 
     fn agent(&self) -> Result<&Agent, String> {

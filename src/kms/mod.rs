@@ -56,6 +56,8 @@
 //! - **Be callable from many threads at once.** The engine makes one call at a time for each CMK
 //!   and role. But CMKs are independent: a slow one must not delay the others.
 //! - **Do not panic**, for any bytes from the network. Limit how much is read.
+//!
+//! The suite `kms::conformance` (feature `kms-conformance`) checks a backend against these rules.
 
 #[cfg(feature = "kms-aliyun")]
 mod aliyun;

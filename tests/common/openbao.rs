@@ -189,8 +189,8 @@ impl OpenBao {
         self.ok("PUT", &path, &json!({ "policy": format!("# {name}\n{text}") }));
     }
 
-    /// Creates an AppRole with the policy of the same name, and these settings. Returns the files of
-    /// its role id and of a secret id.
+    /// Creates an AppRole with the policy of the same name, and these settings. Returns the files
+    /// of its role id and of a secret id.
     pub(crate) fn create_approle(
         &self,
         namespace: &str,

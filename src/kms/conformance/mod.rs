@@ -97,12 +97,12 @@
 //! | `error-details` | the detail of each error is a clause of one line and at most 1,000 bytes | |
 //! | `no-secret-shown` | no error, no `Debug` output and no wrapped key contains a part of a data key (as bytes, hexadecimal, base64 or a list) or a secret of the login | |
 //!
-//! "In time" is within the time limit of the call plus [`Settings::tolerance`]. An outage must never
-//! be revoked, and must never be a success from a cache.
+//! "In time" is within the time limit of the call plus [`Settings::tolerance`]. An outage must
+//! never be revoked, and must never be a success from a cache.
 //!
-//! The suite does not check every rule. It cannot see whether a backend wipes its buffers, or limits
-//! how much it reads, and it knows no error codes: test the sorting of your service's answers as
-//! `src/kms/vault/tests.rs` does.
+//! The suite does not check every rule. It cannot see whether a backend wipes its buffers, or
+//! limits how much it reads, and it knows no error codes: test the sorting of your service's
+//! answers as `src/kms/vault/tests.rs` does.
 
 mod checks;
 mod proxy;
@@ -150,8 +150,8 @@ impl Default for Settings {
     }
 }
 
-/// Runs all checks, one after the other, and reports the outcome of each. It continues after a check
-/// that fails.
+/// Runs all checks, one after the other, and reports the outcome of each. It continues after a
+/// check that fails.
 ///
 /// It blocks for some seconds with a local KMS, and for a minute or more with a distant one: the
 /// checks make about 500 calls, and those of the network wait for time limits. Do not run other

@@ -2,8 +2,9 @@
 //! [`VaultKms`](super::VaultKms) follow this file.
 //!
 //! An error has a status and a JSON object with a list of sentences. No code exists, so the
-//! sentences are compared. `sdk/helper/keysutil/policy.go` and the `path_*.go` of the Transit engine
-//! have them, in both projects. A sentence is quoted in an error only if it is in a table here.
+//! sentences are compared. `sdk/helper/keysutil/policy.go` and the `path_*.go` of the Transit
+//! engine have them, in both projects. A sentence is quoted in an error only if it is in a table
+//! here.
 
 use serde::Deserialize;
 use zeroize::Zeroizing;
@@ -14,8 +15,8 @@ use crate::{
     kms::{KmsError, RevokedReason, base64_key, http::Answer},
 };
 
-/// The key type that a request to encrypt names. Vault reads it only where it would create a missing
-/// key, and creates no key of this type.
+/// The key type that a request to encrypt names. Vault reads it only where it would create a
+/// missing key, and creates no key of this type.
 pub(super) const NO_TYPE: &str = "none";
 
 /// Sentences of a refusal with status 400 that concern the key, and their meanings.

@@ -1,6 +1,12 @@
 //! The service's own login at Vault: AppRole, Kubernetes, or a token in a file.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -86,21 +92,15 @@ impl Login {
         role: &str,
         deadline: Deadline,
     ) -> Result<Arc<Issued>, KmsError> {
-        let kept = lock(&self.kept).get(self.key(role)).cloned();
-        let issued = match kept.filter(|issued| issued.is_fresh()) {
-            Some(kept) => kept,
-            None => self.issue(api, role, deadline)?,
-        };
-        match &issued.role {
-            Some(own) if own != role => Err(invalid(format!(
-                "the service is logged in as another AppRole than {role}, which arn names"
-            ))),
-            _ => Ok(issued),
+        match self.kept(role) {
+            Some(kept) => is_of(kept, role),
+            None => is_of(self.issue(api, role, deadline)?, role),
         }
     }
 
     /// Another token in place of a refused one. `None` if the refused token is valid, so that its
-    /// policies deny the request. A token that was issued after `began` was refused at its first use.
+    /// policies deny the request. A token that was issued after `began` was refused at its first
+    /// use.
     ///
     /// # Errors
     /// As [`Login::token`].
@@ -125,9 +125,24 @@ impl Login {
         if refused.since >= began && refused.age() < refused.lasts {
             return Ok(None);
         }
-        let key = self.key(role);
-        lock(&self.kept).retain(|kept, issued| kept != key || !Arc::ptr_eq(issued, refused));
-        self.token(api, role, deadline).map(Some)
+        // Another call may have logged in meanwhile.
+        if let Some(newer) = self.kept(role).filter(|kept| !Arc::ptr_eq(kept, refused)) {
+            return is_of(newer, role).map(Some);
+        }
+        // The other half of the time is for the repeated request.
+        let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
+        match self.issue(api, role, halfway) {
+            // The refused token stays kept: other keys may need it while no login succeeds.
+            Err(error @ KmsError::Unreachable { .. }) => {
+                check(&refused.token, api, deadline).map_or(Err(error), |()| Ok(None))
+            }
+            issued => is_of(issued?, role).map(Some),
+        }
+    }
+
+    /// The kept token for a role, if it is fresh.
+    fn kept(&self, role: &str) -> Option<Arc<Issued>> {
+        lock(&self.kept).get(self.key(role)).filter(|kept| kept.is_fresh()).cloned()
     }
 
     /// The key under which the token for a role is kept.
@@ -196,6 +211,16 @@ impl Login {
     }
 }
 
+/// Fails if the login is that of another AppRole than `arn` names.
+fn is_of(issued: Arc<Issued>, role: &str) -> Result<Arc<Issued>, KmsError> {
+    match &issued.role {
+        Some(own) if own != role => Err(invalid(format!(
+            "the service is logged in as another AppRole than {role}, which arn names"
+        ))),
+        _ => Ok(issued),
+    }
+}
+
 /// The part of an answer to a login that is used.
 #[derive(Deserialize)]
 struct Auth {
@@ -259,7 +284,7 @@ fn token(text: Zeroizing<String>) -> Result<Token, KmsError> {
 }
 
 /// The content of a file without the white space around it.
-fn read(setting: &str, file: &PathBuf) -> Result<Zeroizing<String>, KmsError> {
+fn read(setting: &str, file: &Path) -> Result<Zeroizing<String>, KmsError> {
     let unreadable = |why: String| {
         unreachable(format!("cannot read {}, which {setting} names: {why}", file.display()))
     };

@@ -41,10 +41,10 @@ const NAME_BYTES_MAX: usize = 256;
 
 /// The Transit engine of HashiCorp Vault or OpenBao.
 ///
-/// [`Cmk::cmk_key_id`](super::Cmk::cmk_key_id) is the name of a Transit key of an AEAD type, such as
-/// `aes256-gcm96`. [`Cmk::region_id`](super::Cmk::region_id) is the region that the URL names: Vault
-/// has no regions. [`Cmk::arn`](super::Cmk::arn) names the role under which the service uses the
-/// key, as the next section says.
+/// [`Cmk::cmk_key_id`](super::Cmk::cmk_key_id) is the name of a Transit key of an AEAD type, such
+/// as `aes256-gcm96`. [`Cmk::region_id`](super::Cmk::region_id) is the region that the URL names:
+/// Vault has no regions. [`Cmk::arn`](super::Cmk::arn) names the role under which the service uses
+/// the key, as the next section says.
 ///
 /// Vault encrypts and decrypts the data key itself (`encrypt/NAME`, `decrypt/NAME`), with the
 /// context as associated data ([`EncryptionContext::to_bytes`](super::EncryptionContext::to_bytes),
@@ -64,8 +64,9 @@ const NAME_BYTES_MAX: usize = 256;
 /// The backend reads these files at each login, and the token file at each call. It keeps an issued
 /// token for two thirds of its time to live, and at most for 5 minutes; it keeps no token with a
 /// limited number of uses. Then it logs in again, without renewing the token. If Vault denies a
-/// request with a kept token, the backend logs in again once and repeats the request. Vault
-/// evaluates the policies of a token at each request.
+/// request with a kept token, the backend logs in again once and repeats the request. If it cannot
+/// log in then, it asks Vault whether the kept token is valid. Vault evaluates the policies of a
+/// token at each request.
 ///
 /// # How answers are sorted
 ///
@@ -101,8 +102,8 @@ const NAME_BYTES_MAX: usize = 256;
 /// | any | any other | | `Unreachable` | |
 /// | any | 200 | no token in the answer | `Invalid` | |
 ///
-/// Also `Unreachable`: no connection, no name resolved, no trusted certificate, no answer in time, a
-/// file that is missing or empty.
+/// Also `Unreachable`: no connection, no name resolved, no trusted certificate, no answer in time,
+/// a file that is missing or empty.
 ///
 /// Sources: 1 `builtin/logical/transit/path_encrypt.go` and `path_decrypt.go`; 2
 /// `sdk/helper/keysutil/policy.go`; 3 `sdk/logical/response_util.go`; 4 "HTTP status codes" of the
@@ -137,9 +138,9 @@ pub struct VaultKms {
 }
 
 impl VaultKms {
-    /// The server of the URL `vault:SERVER?region=REGION&auth=…`. SERVER is the URL of a server, such
-    /// as `https://vault.example:8200`. Plain `http:` is allowed only for this machine. Makes no
-    /// call. The values of the parameters are percent-encoded:
+    /// The server of the URL `vault:SERVER?region=REGION&auth=…`. SERVER is the URL of a server,
+    /// such as `https://vault.example:8200`. Plain `http:` is allowed only for this machine. Makes
+    /// no call. The values of the parameters are percent-encoded:
     ///
     /// | parameter | value |
     /// |---|---|

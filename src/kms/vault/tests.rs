@@ -212,17 +212,21 @@ fn context() -> EncryptionContext {
     [("envelog:store".to_owned(), "s".to_owned())].into()
 }
 
-fn unwrap_in(kms: &VaultKms, timeout: Duration) -> Result<SecretKey, KmsError> {
-    let cmk = Cmk { cmk_key_id: "orders".into(), arn: "envelog".into(), region_id: "r".to_owned() };
+fn cmk(key: &str, role: &str) -> Cmk {
+    Cmk { cmk_key_id: key.to_owned(), arn: role.to_owned(), region_id: "r".to_owned() }
+}
+
+fn unwrap_of(kms: &VaultKms, key: &str, timeout: Duration) -> Result<SecretKey, KmsError> {
+    let cmk = cmk(key, "envelog");
     kms.unwrap(&KmsCall { cmk: &cmk, context: &context(), timeout }, WRAPPED)
 }
 
 fn unwrap(kms: &VaultKms) -> Result<SecretKey, KmsError> {
-    unwrap_in(kms, TIMEOUT)
+    unwrap_of(kms, "orders", TIMEOUT)
 }
 
 fn wrap(kms: &VaultKms) -> Result<Vec<u8>, KmsError> {
-    let cmk = Cmk { cmk_key_id: "orders".into(), arn: "envelog".into(), region_id: "r".to_owned() };
+    let cmk = cmk("orders", "envelog");
     let call = KmsCall { cmk: &cmk, context: &context(), timeout: TIMEOUT };
     kms.wrap(&call, &SecretKey::from_bytes(&mut KEY.clone()))
 }
@@ -345,6 +349,8 @@ fn every_answer_of_transit_is_sorted() {
 
 #[test]
 fn every_answer_to_a_login_is_sorted() {
+    let auth = |auth: Value| reply(200, json!({ "auth": auth }));
+    let other = json!({ "role_name": "other" });
     let cases = [
         ("kubernetes", errors(400, &["invalid role name \"envelog\""]), Revoked(NotPermitted)),
         (
@@ -371,34 +377,12 @@ fn every_answer_to_a_login_is_sorted() {
         ("approle", errors(503, &["Vault is sealed"]), Unreachable),
         ("approle", reply(204, ""), Unreachable),
         ("approle", reply(200, "{}"), Invalid),
-        ("approle", reply(200, json!({ "auth": null })), Invalid),
-        ("approle", reply(200, json!({ "auth": { "client_token": 7 } })), Invalid),
-        // No role; another role.
-        (
-            "approle",
-            reply(200, json!({ "auth": { "client_token": "t", "metadata": null } })),
-            Invalid,
-        ),
-        (
-            "approle",
-            reply(
-                200,
-                json!({
-                    "auth": { "client_token": "t", "metadata": { "role_name": "other" } },
-                }),
-            ),
-            Invalid,
-        ),
-        (
-            "approle",
-            reply(
-                200,
-                json!({
-                    "auth": { "client_token": "t", "lease_duration": -1, "metadata": { "role_name": "envelog" } },
-                }),
-            ),
-            Invalid,
-        ),
+        ("approle", auth(Value::Null), Invalid),
+        ("approle", auth(json!({ "client_token": 7 })), Invalid),
+        // No role; another role; no duration.
+        ("approle", auth(json!({ "client_token": "t", "metadata": null })), Invalid),
+        ("approle", auth(json!({ "client_token": "t", "metadata": other })), Invalid),
+        ("approle", auth(json!({ "client_token": "t", "lease_duration": -1 })), Invalid),
         // Texts that are no token.
         ("approle", logged_in(""), Unreachable),
         ("approle", logged_in("two words"), Unreachable),
@@ -562,6 +546,33 @@ fn a_kept_token_is_replaced_once_before_a_denial_counts() {
 }
 
 #[test]
+fn a_denial_counts_without_a_login_if_the_kept_token_is_valid() {
+    let is_valid = Arc::new(AtomicBool::new(true));
+    let now = Arc::clone(&is_valid);
+    let server = Server::start(move |asked, before| match asked.path.as_str() {
+        "/v1/auth/approle/login" if before == 0 => logged_in("a-token"),
+        "/v1/auth/approle/login" => errors(503, &["Vault is sealed"]),
+        _ if !now.load(Ordering::SeqCst) => denied(),
+        "/v1/auth/token/lookup-self" => reply(200, json!({ "data": {} })),
+        "/v1/transit/decrypt/orders" => denied(),
+        _ => decrypted(&KEY),
+    });
+    let kms = server.backend("approle");
+    let other = || unwrap_of(&kms, "others", TIMEOUT);
+    assert!(other().is_ok());
+    server.taken();
+    assert_sorted(unwrap(&kms), Revoked(NotPermitted), "a valid token");
+    assert_eq!(server.taken(), [DECRYPT, LOGIN, LOOK_UP]);
+    // The denial of one key takes the token from no other key.
+    assert!(other().is_ok());
+    is_valid.store(false, Ordering::SeqCst);
+    server.taken();
+    assert_sorted(unwrap(&kms), Unreachable, "an expired token");
+    assert_eq!(server.taken(), [DECRYPT, LOGIN, LOOK_UP]);
+    assert_sorted(other(), Unreachable, "an expired token");
+}
+
+#[test]
 fn a_token_is_kept_for_as_long_as_it_is_certain_to_be_valid() {
     let login = |seconds: u64, uses: u64| {
         let metadata = json!({ "role_name": "envelog" });
@@ -654,8 +665,7 @@ fn each_kubernetes_role_has_a_token_of_its_own() {
     let kms = server.backend("kubernetes");
     for _ in 0..2 {
         for role in ["a", "b"] {
-            let (cmk_key_id, arn) = (role.to_owned(), role.to_owned());
-            let cmk = Cmk { cmk_key_id, arn, region_id: "r".to_owned() };
+            let cmk = cmk(role, role);
             let call = KmsCall { cmk: &cmk, context: &context(), timeout: TIMEOUT };
             assert!(kms.unwrap(&call, WRAPPED).is_ok(), "{role}");
         }
@@ -663,8 +673,8 @@ fn each_kubernetes_role_has_a_token_of_its_own() {
     assert_eq!(server.taken().iter().filter(|asked| asked.ends_with("/login")).count(), 2);
     // More roles than the backend keeps tokens for.
     for role in 0..1100 {
-        let (cmk_key_id, arn) = (format!("k{role}"), format!("k{role}"));
-        let cmk = Cmk { cmk_key_id, arn, region_id: "r".to_owned() };
+        let role = format!("k{role}");
+        let cmk = cmk(&role, &role);
         let call = KmsCall { cmk: &cmk, context: &context(), timeout: TIMEOUT };
         assert!(kms.unwrap(&call, WRAPPED).is_ok(), "{role}");
     }
@@ -684,14 +694,22 @@ fn the_whole_call_keeps_within_its_time() {
             });
             let began = Instant::now();
             let what = format!("{reply:?} {at_login}");
-            assert_sorted(unwrap_in(&server.backend("approle"), timeout), Unreachable, &what);
+            assert_sorted(
+                unwrap_of(&server.backend("approle"), "orders", timeout),
+                Unreachable,
+                &what,
+            );
             let took = began.elapsed();
             assert!(took > timeout - Duration::from_millis(50), "{what}: {took:?}");
             assert!(took < timeout + Duration::from_secs(8), "{what}: {took:?}");
         }
     }
     let server = Server::start(|asked, _| panic!("{asked:?}"));
-    assert_sorted(unwrap_in(&server.backend("approle"), Duration::ZERO), Unreachable, "no time");
+    assert_sorted(
+        unwrap_of(&server.backend("approle"), "orders", Duration::ZERO),
+        Unreachable,
+        "no time",
+    );
 }
 
 #[test]

@@ -68,8 +68,8 @@ impl<'r> Network<'r> {
         Ok(())
     }
 
-    /// The calls fail from the answer on that the proxy withholds. An instance that is connected and
-    /// logged in needs fewer answers than a new one, so the fault may meet a later call.
+    /// The calls fail from the answer on that the proxy withholds. An instance that is connected
+    /// and logged in needs fewer answers than a new one, so the fault may meet a later call.
     fn caller_fails(&self, caller: &Caller<'r>, skip: u64, when: &str) -> Check {
         let (sample, before) = (&self.sample, self.proxy.answers());
         for _ in 0..skip {

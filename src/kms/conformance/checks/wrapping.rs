@@ -36,7 +36,7 @@ pub(in crate::kms::conformance) fn context_binding(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let sample = run.sample(&caller)?;
     let entries: Vec<(&str, &str)> = sample.context.iter().collect();
-    let changed = |change: &dyn Fn(&mut Vec<(&str, &str)>)| {
+    let changed = |change: fn(&mut Vec<(&str, &str)>)| {
         let mut entries = entries.clone();
         change(&mut entries);
         context_of(&entries)
@@ -44,14 +44,14 @@ pub(in crate::kms::conformance) fn context_binding(run: &Run<'_>) -> Check {
     let others = [
         ("another value", context("2")),
         ("no entries", EncryptionContext::new()),
-        ("a missing entry", changed(&|entries| entries.retain(|entry| entry.1 != "1"))),
-        ("a missing last entry", changed(&|entries| entries.truncate(3))),
-        ("an additional entry", changed(&|entries| entries.push(("envelog:zone", "a")))),
-        ("a value in another case", changed(&|entries| entries[3].1 = "aes-256-gcm")),
-        ("a space behind a value", changed(&|entries| entries[3].1 = "AES-256-GCM ")),
-        ("another name", changed(&|entries| entries[0].0 = "envelog:key")),
+        ("a missing entry", changed(|entries| entries.retain(|entry| entry.1 != "1"))),
+        ("a missing last entry", changed(|entries| entries.truncate(3))),
+        ("an additional entry", changed(|entries| entries.push(("envelog:zone", "a")))),
+        ("a value in another case", changed(|entries| entries[3].1 = "aes-256-gcm")),
+        ("a space behind a value", changed(|entries| entries[3].1 = "AES-256-GCM ")),
+        ("another name", changed(|entries| entries[0].0 = "envelog:key")),
         ("the values of two names exchanged", {
-            changed(&|entries| {
+            changed(|entries| {
                 let first = entries[0].1;
                 entries[0].1 = entries[1].1;
                 entries[1].1 = first;
