@@ -918,7 +918,7 @@ fn a_read_only_opener_follows_another_master_key() {
 fn quick() -> World {
     let mut world = World::threads();
     world.options.revalidate_every = millis(100);
-    world.options.kms_timeout = millis(300);
+    world.options.kms_timeout = millis(600);
     world.options.outage_grace = millis(2000);
     world
 }
@@ -1086,7 +1086,7 @@ fn a_kms_that_hangs_is_an_outage() {
         put(&all.service, "riding");
         slowest = slowest.max(before.elapsed());
     }
-    assert!(slowest < secs(1), "{slowest:?}");
+    assert!(slowest < secs(5), "{slowest:?}");
     eventually("it is closed", || {
         matches!(
             try_put(&all.service, "x"),

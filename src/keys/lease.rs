@@ -129,6 +129,9 @@ pub(crate) struct Lease {
     listeners: Mutex<Vec<Weak<dyn LeaseListener>>>,
     sealer: Arc<Sealer>,
     telling: Mutex<Telling>,
+    /// Every answer, for a test: when its call was sent, and what it was.
+    #[cfg(test)]
+    heard: Mutex<Vec<(Moment, Result<(), Refusal>)>>,
     /// Notified when the listeners have acted on a loss or a recovery.
     told: Condvar,
     /// Whether the lease has admitted operations since the listeners last heard of a loss.
@@ -172,6 +175,8 @@ impl Lease {
             listeners: Mutex::new(LockRank::LeaseListeners, Vec::new()),
             sealer,
             telling: Mutex::new(LockRank::LeaseTelling, Telling::default()),
+            #[cfg(test)]
+            heard: Mutex::default(),
             told: Condvar::new(),
             was_back: AtomicBool::new(false),
         })
@@ -208,7 +213,14 @@ impl Lease {
 
     /// Begins with a call that was sent at `sent`, by which the KMS has allowed the key.
     pub(crate) fn begin(&self, sent: Moment) {
-        self.answered(None, sent, Ok(()));
+        {
+            let mut state = lock(&self.state);
+            (state.last_attempt, state.last_success) = (Some(sent), Some(sent));
+            // One store has one such lease, so its first renewal needs no jitter.
+            state.due = sent.uptime + self.terms.revalidate_every;
+            self.publish(&state);
+        }
+        self.wake();
     }
 
     /// Has the pool renew the lease from now on.
@@ -463,6 +475,8 @@ impl Lease {
 
     /// Takes in the answer to a call of this lease.
     fn hear(&self, number: u64, sent: Moment, answer: Result<(), Refusal>) {
+        #[cfg(test)]
+        lock(&self.heard).push((sent, answer.clone()));
         let spared = self.breaker.note(sent, &answer);
         self.answered(Some(number), sent, answer);
         spared.iter().for_each(|lease| lease.ask_soon());
@@ -495,13 +509,23 @@ impl Lease {
                 self.breaker.spare(this, now, every * 4 / 5, &*self.clock)
             }
         };
-        match outage {
-            Some((asked, detail)) => {
-                self.answered(None, asked, Err(Refusal::Unreachable(detail)));
-                Ok(None)
+        let is_spared = outage.is_some_and(|(asked, detail)| self.is_spared(asked, detail));
+        if is_spared { Ok(None) } else { self.ask().map(Some) }
+    }
+
+    /// Takes in the outage that another lease's call has found, if this lease is still expired. An
+    /// answer of its own may have come in meanwhile, and the call of another key admits nothing.
+    fn is_spared(&self, asked: Moment, detail: String) -> bool {
+        {
+            let mut state = lock(&self.state);
+            if !self.ended(&state) {
+                return false;
             }
-            None => self.ask().map(Some),
+            self.settle(&mut state, asked, Err(Refusal::Unreachable(detail)));
         }
+        self.changed.notify_all();
+        self.wake();
+        true
     }
 
     /// Unwraps the envelope of a Logstore at its first use. In a known outage this fails at once

@@ -57,9 +57,10 @@ enum Runs {
 #[derive(Clone, Default)]
 pub(crate) struct DeferredCalls(pub(crate) Arc<crate::sync::Mutex<Vec<DeferredCall>>>);
 
-/// The master key of a call. The function makes the call and delivers the answer.
+/// The master key of a call, and when it was sent, by the wall clock in microseconds. The function
+/// makes the call and delivers the answer.
 #[cfg(test)]
-pub(crate) type DeferredCall = (Cmk, Box<dyn FnOnce() + Send>);
+pub(crate) type DeferredCall = (Cmk, u64, Box<dyn FnOnce() + Send>);
 
 #[cfg(test)]
 impl std::fmt::Debug for DeferredCalls {
@@ -265,7 +266,9 @@ impl BoundedKms {
                 run();
             }
             #[cfg(test)]
-            Runs::Later(DeferredCalls(calls)) => lock(calls).push((of.clone(), Box::new(run))),
+            Runs::Later(DeferredCalls(calls)) => {
+                lock(calls).push((of.clone(), self.watch.clock.wall_us(), Box::new(run)));
+            }
         }
         Ok(call)
     }

@@ -26,7 +26,11 @@ pub enum Background {
 pub struct StoreOptions {
     /// The interval at which the engine asks the KMS whether a master key may still be used. 30 s
     /// by default; 100 ms to 1 h. After a reachable KMS begins to refuse a key, no operation
-    /// succeeds that starts later than this plus [`StoreOptions::kms_timeout`].
+    /// succeeds that starts later than this plus [`StoreOptions::kms_timeout`]. As soon as the engine
+    /// knows of the refusal, it wipes the data keys, the reading keys and the read-ahead of all
+    /// Logstores under the key, without I/O in between: within 50 ms for 1,000 Logstores. The keys
+    /// of segments that are being written follow within `kms_timeout`, during which acknowledged
+    /// groups are sealed.
     pub revalidate_every: Duration,
     /// How long a key may be used after the last successful call was sent, while the KMS does not
     /// answer. 5 min by default; at least `revalidate_every`, at most 24 h.

@@ -83,7 +83,8 @@ struct Item {
     kind: BlockKind,
     bytes: Bytes,
     known: Known,
-    /// Retention may have dropped the record, or the record was not written yet when retention ran.
+    /// Retention may have dropped the record, or the record was not written yet when retention ran
+    /// or when the key was lost.
     optional: bool,
     /// A crash may have lost the record. The recovery of the shard decides.
     in_doubt: bool,
@@ -516,6 +517,15 @@ impl Life {
         }
     }
 
+    /// The key is lost: groups that are in no block, and that the active segment does not take, are
+    /// lost with it.
+    fn may_lose_buffered(&mut self) {
+        let byok = self.shelves.iter_mut().flatten().filter(|shelf| shelf.byok);
+        for item in byok.flat_map(|shelf| &mut shelf.shards).flat_map(|shard| &mut shard.items) {
+            item.optional |= item.known == Known::Acknowledged(Durability::Buffered);
+        }
+    }
+
     fn enable(&mut self) {
         if !self.disabled {
             return;
@@ -577,7 +587,11 @@ impl Life {
             Step::Sync(n) => {
                 self.wait();
                 let Some(shelf) = &self.shelves[n] else { return };
-                let result = shelf.handle.sync();
+                let mut result = shelf.handle.sync();
+                while let Err(Error::GroupsLost { .. }) = result {
+                    // Each shard reports its lost groups once.
+                    result = shelf.handle.sync();
+                }
                 match self.refused(n) {
                     // There may be no data left to sync.
                     true => assert!(
@@ -642,6 +656,7 @@ impl Life {
                 if !self.disabled {
                     self.sim.world.local().disable(&self.cmk.cmk_key_id).unwrap();
                     self.disabled = true;
+                    self.may_lose_buffered();
                     self.sim.world.clock.advance(secs(32));
                     self.tick();
                     // Some tickets have failed.
@@ -682,8 +697,9 @@ impl Life {
                     Ok(()) => Durability::Buffered,
                     // Buffered groups were lost because there was no key to seal them.
                     Err(error) => {
+                        let lost = matches!(error, Error::GroupsLost { .. });
                         assert!(
-                            self.disabled && is_revoked(error, RevokedReason::Disabled),
+                            lost || self.disabled && is_revoked(error, RevokedReason::Disabled),
                             "{error}"
                         );
                         Durability::Written

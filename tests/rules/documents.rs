@@ -621,8 +621,8 @@ const BOUND: &[Row] = &[
     })),
     code(
         "unsupported_feature",
-        row(Which::Meta, "another kind of probe", "probe \"own\"", |document| {
-            document.edit_keys(|json| json["probe"] = "own".into());
+        row(Which::Meta, "another kind of probe", "probe \"each\"", |document| {
+            document.edit_keys(|json| json["probe"] = "each".into());
         }),
     ),
 ];

@@ -89,8 +89,9 @@ struct Operation {
 struct Schedule {
     dice: Dice,
     clock: Arc<TestClock>,
-    /// The time that has really passed.
+    /// The time that has really passed, and when it began, by the wall clock.
     now: Duration,
+    began_us: u64,
     kms: Arc<SimKms>,
     queue: DeferredCalls,
     leases: Vec<Arc<Lease>>,
@@ -122,6 +123,7 @@ impl Schedule {
             dice: Dice(seed),
             clock: Arc::clone(&world.clock),
             now: Duration::ZERO,
+            began_us: world.clock.wall_us(),
             kms,
             queue,
             leases: (0..LEASES).map(lease).collect(),
@@ -136,11 +138,13 @@ impl Schedule {
     /// Notes the calls that were sent since the last look.
     fn look_for_calls(&mut self) {
         let queue = lock(&self.queue.0);
-        for (cmk, _) in queue.iter().skip(self.waiting.len()) {
+        for (cmk, sent_us, _) in queue.iter().skip(self.waiting.len()) {
             let lease = self.leases.iter().position(|lease| lease.cmk() == cmk);
             let lease = lease.expect("a lease of this schedule");
             self.waiting.push(self.sent.len());
-            self.sent.push(Sent { lease, at: self.now, decided: None, delivered: None });
+            // By the wall clock, which misses no pause.
+            let at = Duration::from_micros(sent_us - self.began_us);
+            self.sent.push(Sent { lease, at, decided: None, delivered: None });
         }
     }
 
@@ -166,7 +170,7 @@ impl Schedule {
     fn deliver(&mut self, place: usize) {
         self.decide(place);
         let call = self.waiting.remove(place);
-        let (_, run) = lock(&self.queue.0).remove(place);
+        let (.., run) = lock(&self.queue.0).remove(place);
         self.sent[call].delivered = Some(self.now);
         *lock(&self.kms.0) = self.sent[call].decided.unwrap_or(Key::Allowed);
         run();
@@ -270,14 +274,12 @@ impl Schedule {
             let Operation { lease, began, admitted } = operation;
             match admitted {
                 Ok(()) => {
-                    // A call after the bound that did not end in a refusal within its time limit.
-                    let admits = |call: &&Sent| {
-                        let in_time = call.delivered.is_some_and(|at| at < call.at + TIMEOUT);
-                        call.lease == *lease
-                            && call.at + BOUND >= *began
-                            && !(in_time && call.decided == Some(Key::Refused))
+                    // A call after the bound whose answer was no refusal, or did not come in time.
+                    let admits = |(sent, answer): &(Moment, Result<(), Refusal>)| {
+                        Duration::from_micros(sent.wall_us - self.began_us) + BOUND >= *began
+                            && !matches!(answer, Err(Refusal::Revoked(_)))
                     };
-                    if !self.sent.iter().any(|call| admits(&call)) {
+                    if !lock(&self.leases[*lease].heard).iter().any(admits) {
                         found
                             .push(format!("lease {lease}: admitted after the bound, at {began:?}"));
                     }
