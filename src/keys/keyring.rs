@@ -96,7 +96,7 @@ impl std::fmt::Debug for Keyring {
     }
 }
 
-/// A keyring that is not written yet, and the bytes of its file.
+/// A new or changed keyring that is not written yet, and the bytes of its file.
 pub(crate) struct NewKeyring {
     keyring: Keyring,
     bytes: Zeroizing<Vec<u8>>,
@@ -114,6 +114,15 @@ impl NewKeyring {
     /// [`Error::KeyringExists`], [`Error::Io`].
     pub(crate) fn write(self) -> Result<Keyring> {
         self.keyring.file.create(&self.bytes)?;
+        Ok(self.keyring)
+    }
+
+    /// Replaces the file durably. On an error the file has not changed.
+    ///
+    /// # Errors
+    /// As [`KeyringFile::replace`].
+    pub(crate) fn replace(self) -> Result<Keyring> {
+        self.keyring.file.replace(&self.bytes)?;
         Ok(self.keyring)
     }
 }
@@ -143,8 +152,7 @@ impl Keyring {
             cmk,
             seal,
         };
-        let bytes = keyring.encode(random)?;
-        Ok(NewKeyring { keyring, bytes })
+        keyring.encoded(random)
     }
 
     pub(crate) fn seal(&self) -> &KeyringSeal {
@@ -267,6 +275,12 @@ impl Keyring {
         }
     }
 
+    /// This keyring with the bytes of its file. Calls the KMS if it is under a master key.
+    fn encoded(self, random: &dyn Random) -> Result<NewKeyring> {
+        let bytes = self.encode(random)?;
+        Ok(NewKeyring { keyring: self, bytes })
+    }
+
     /// The bytes of the file. Calls the KMS if the keyring is under a master key.
     fn encode(&self, random: &dyn Random) -> Result<Zeroizing<Vec<u8>>> {
         let body = Body {
@@ -311,12 +325,9 @@ impl Keyring {
         self.cmk.as_ref()
     }
 
-    /// Puts the file under another master key, or under none, and returns the keyring that the file
-    /// now holds. The file is durable then. On an error it has not changed. Calls the KMS.
-    pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
-        let rewrapped = Self { cmk, ..self.duplicate() };
-        rewrapped.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(rewrapped)
+    /// This keyring under another master key, or under none. Writes nothing. Calls the KMS.
+    pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<NewKeyring> {
+        Self { cmk, ..self.duplicate() }.encoded(random)
     }
 
     /// A copy, to change or reload without the lock of the keyring: the KMS may be slow.
@@ -388,9 +399,9 @@ impl Keyring {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// Adds a version, which authenticates documents beside the older ones. Returns the new
-    /// keyring; its file is durable then. Calls the KMS if the keyring is under a master key.
-    pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
+    /// This keyring with another version, which authenticates documents beside the older ones.
+    /// Writes nothing. Calls the KMS if the keyring is under a master key.
+    pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<NewKeyring> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
@@ -399,8 +410,7 @@ impl Keyring {
             SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
         let mut rotated = self.duplicate();
         rotated.versions.insert(version, Version { created_us: now_us, root });
-        rotated.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(rotated)
+        rotated.encoded(random)
     }
 
     /// Whether the store has an anchor.
@@ -408,21 +418,16 @@ impl Keyring {
         self.anchored
     }
 
-    /// Notes that the store has an anchor. Returns the new keyring; its file is durable then. Calls
-    /// the KMS if the keyring is under a master key.
-    pub(crate) fn anchor(&self, random: &dyn Random) -> Result<Self> {
-        let mut anchored = self.duplicate();
-        anchored.anchored = true;
-        anchored.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(anchored)
+    /// This keyring, for a store that has an anchor. Writes nothing. Calls the KMS if the keyring
+    /// is under a master key.
+    pub(crate) fn anchor(&self, random: &dyn Random) -> Result<NewKeyring> {
+        Self { anchored: true, ..self.duplicate() }.encoded(random)
     }
 
-    /// Retires every version but the newest one. Returns the new keyring; its file is durable then.
-    /// Calls the KMS if the keyring is under a master key.
-    pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<Self> {
-        let retired = Self { accepts: self.newest(), ..self.duplicate() };
-        retired.encode(random).and_then(|bytes| self.file.replace(&bytes))?;
-        Ok(retired)
+    /// This keyring with every version but the newest one retired. Writes nothing. Calls the KMS if
+    /// the keyring is under a master key.
+    pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<NewKeyring> {
+        Self { accepts: self.newest(), ..self.duplicate() }.encoded(random)
     }
 
     fn root(&self, version: u32) -> Result<&SecretKey> {
@@ -549,6 +554,11 @@ mod tests {
         (Keyring::for_tests(&dir.join("keyring"), store), store)
     }
 
+    /// The keyring with another version, written.
+    fn added(keyring: &Keyring) -> Keyring {
+        keyring.add_version(&OsRandom, 2).unwrap().replace().unwrap()
+    }
+
     #[test]
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
@@ -564,7 +574,7 @@ mod tests {
         .unwrap();
         assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
-        assert_eq!(keyring.add_version(&OsRandom, 2).unwrap().newest(), 2);
+        assert_eq!(added(&keyring).newest(), 2);
         let loaded = keyring.reload().unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
@@ -580,7 +590,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         assert!(!keyring.is_rotating());
-        let rotating = keyring.add_version(&OsRandom, 2).unwrap();
+        let rotating = added(&keyring);
         assert!(
             rotating.is_rotating()
                 && keyring.is_outdated().unwrap()
@@ -590,7 +600,7 @@ mod tests {
             assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (1, 2, 2));
             assert!((1..=2).all(|version| keyring.document_key(version).is_ok()));
         }
-        let retired = rotating.retire_older(&OsRandom).unwrap();
+        let retired = rotating.retire_older(&OsRandom).unwrap().replace().unwrap();
         assert!(rotating.is_outdated().unwrap() && !retired.is_outdated().unwrap());
         let mut tolerant = retired.reload().unwrap();
         for keyring in [&retired, &tolerant] {
@@ -673,16 +683,16 @@ mod tests {
         let file = || KeyringFile::for_tests(&path);
         let load = |file| Keyring::load(file, store, keyring.id(), &keyring.seal).unwrap();
         let (first, second) = (load(file()), load(file()));
-        let rotated = second.add_version(&OsRandom, 2).unwrap();
-        let refused = first.anchor(&OsRandom);
+        let rotated = added(&second);
+        let refused = first.anchor(&OsRandom).unwrap().replace();
         assert!(matches!(refused, Err(Error::KeyringChanged { .. })), "{refused:?}");
         // While another process replaces the file, it is locked.
         let held = RealDisk.open(&path, OpenMode::Read).unwrap();
         assert!(held.try_lock().unwrap());
-        let refused = rotated.retire_older(&OsRandom);
+        let refused = rotated.retire_older(&OsRandom).unwrap().replace();
         assert!(matches!(refused, Err(Error::Locked { .. })), "{refused:?}");
         drop(held);
-        let retired = rotated.retire_older(&OsRandom).unwrap();
+        let retired = rotated.retire_older(&OsRandom).unwrap().replace().unwrap();
         assert_eq!((retired.newest(), load(file()).newest()), (2, 2));
     }
 
@@ -694,7 +704,7 @@ mod tests {
             let root = keyring.root(1).unwrap().duplicate();
             keyring.versions.insert(version, Version { created_us: 1, root });
         }
-        let largest = keyring.add_version(&OsRandom, 2).unwrap();
+        let largest = added(&keyring);
         assert!(matches!(largest.add_version(&OsRandom, 3), Err(Error::TooMany { .. })));
         let loaded = largest.reload().unwrap();
         assert_eq!(loaded.versions().count(), VERSIONS_MAX);

@@ -267,6 +267,14 @@ impl GroupCommit {
         state.led = true;
     }
 
+    /// Takes the leadership, unless another caller has it or waits for it. Returns whether it did.
+    pub(super) fn try_lead(&self) -> bool {
+        let mut state = self.lock();
+        let free = !state.is_led();
+        state.led |= free;
+        free
+    }
+
     /// Gives up the leadership and wakes the followers. `own` is the group that the leader waits
     /// for, if it waits for one.
     pub(super) fn resign(&self, now: Duration, own: Option<(u64, Durability)>) -> Resigned {

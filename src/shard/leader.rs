@@ -184,6 +184,11 @@ impl Shard {
         Leading(self)
     }
 
+    /// Takes the leadership, unless another thread has it or waits for it.
+    pub(super) fn try_lead(&self) -> Option<Leading<'_>> {
+        self.commit.try_lead().then(|| Leading(self))
+    }
+
     fn resign(&self, own: Option<(u64, Durability)>) -> Resigned {
         let resigned = self.commit.resign(self.context.clock.uptime(), own);
         self.schedule_flush(resigned.flush);
@@ -411,7 +416,7 @@ impl Shard {
 
     // ---- background jobs ----
 
-    fn schedule(&self, after: Duration, job: ShardJob) {
+    pub(super) fn schedule(&self, after: Duration, job: ShardJob) {
         self.context.wake.after(after, Work::Shard(self.this.clone(), job));
     }
 

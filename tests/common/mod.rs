@@ -19,7 +19,9 @@ use std::{
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
+    thread,
     time::Duration,
 };
 
@@ -132,6 +134,53 @@ pub(crate) enum Answer {
     Hang,
 }
 
+/// An action in the middle of a call to a [`TestKms`].
+struct Interlude {
+    /// The call is about one of these master keys.
+    cmk_key_ids: Vec<String>,
+    /// The number of such calls before it.
+    after: u32,
+    act: Box<dyn FnOnce() + Send>,
+    ended: Arc<Mutex<Option<thread::Result<()>>>>,
+}
+
+impl std::fmt::Debug for Interlude {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interlude")
+    }
+}
+
+impl Interlude {
+    /// Runs the action in another thread. Gives up after 20 s, so that a test fails if the action
+    /// waits for the operation that makes the call.
+    fn run(self) {
+        let Self { act, ended, .. } = self;
+        let (sender, receiver) = mpsc::channel::<()>();
+        let actor = thread::spawn(move || {
+            act();
+            drop(sender);
+        });
+        let waited = receiver.recv_timeout(secs(20));
+        if waited == Err(mpsc::RecvTimeoutError::Disconnected) {
+            *ended.lock().unwrap() = Some(actor.join());
+        }
+    }
+}
+
+/// The end of an action that [`TestKms::during_call`] runs.
+pub(crate) struct During(Arc<Mutex<Option<thread::Result<()>>>>);
+
+impl During {
+    /// Whether the action ran to its end while the call was under way. Passes a panic of it on.
+    pub(crate) fn has_ended(&self) -> bool {
+        match self.0.lock().unwrap().take() {
+            None => false,
+            Some(Ok(())) => true,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
 /// A test double in front of a [`LocalKms`]. It gives the configured answers and records its calls.
 #[derive(Debug)]
 pub(crate) struct TestKms {
@@ -142,6 +191,7 @@ pub(crate) struct TestKms {
     /// The answer for calls about one master key.
     master_key_answer: Mutex<Option<(String, Answer)>>,
     changed: Condvar,
+    interlude: Mutex<Option<Interlude>>,
     wraps: AtomicU64,
     unwraps: AtomicU64,
     probes: AtomicU64,
@@ -158,6 +208,7 @@ impl TestKms {
             data_key_answer: Mutex::new(None),
             master_key_answer: Mutex::new(None),
             changed: Condvar::new(),
+            interlude: Mutex::default(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
@@ -191,6 +242,42 @@ impl TestKms {
         self.changed.notify_all();
     }
 
+    /// Runs `act` in another thread in the middle of a call about one of these master keys: of the
+    /// next one after `after` such calls. The KMS answers as configured when `act` has ended.
+    pub(crate) fn during_call(
+        &self,
+        cmks: &[&Cmk],
+        after: u32,
+        act: impl FnOnce() + Send + 'static,
+    ) -> During {
+        let cmk_key_ids = cmks.iter().map(|cmk| cmk.cmk_key_id.clone()).collect();
+        let ended = Arc::default();
+        let (act, during) = (Box::new(act), During(Arc::clone(&ended)));
+        *self.interlude.lock().unwrap() = Some(Interlude { cmk_key_ids, after, act, ended });
+        during
+    }
+
+    /// Forgets the action of [`TestKms::during_call`]. Returns whether it has not begun.
+    pub(crate) fn has_not_called(&self) -> bool {
+        self.interlude.lock().unwrap().take().is_some()
+    }
+
+    /// Takes the action of this call, if it has one.
+    fn interlude(&self, call: &KmsCall<'_>) -> Option<Interlude> {
+        let mut interlude = self.interlude.lock().unwrap();
+        let planned = interlude.as_mut()?;
+        if !planned.cmk_key_ids.contains(&call.cmk.cmk_key_id) {
+            return None;
+        }
+        match planned.after.checked_sub(1) {
+            Some(after) => {
+                planned.after = after;
+                None
+            }
+            None => interlude.take(),
+        }
+    }
+
     /// The number of calls so far.
     pub(crate) fn calls(&self) -> u64 {
         self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
@@ -222,6 +309,9 @@ impl TestKms {
 
     /// Blocks while the answer is `Hang`.
     fn decide(&self, call: &KmsCall<'_>) -> Result<Answer, KmsError> {
+        if let Some(interlude) = self.interlude(call) {
+            interlude.run();
+        }
         let hung = self.told(call) == Answer::Hang;
         while self.told(call) == Answer::Hang {
             let answer = self.answer.lock().unwrap();

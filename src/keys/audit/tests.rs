@@ -12,8 +12,8 @@ use crate::{
     Error,
     crypto::hmac_sha256,
     ids::{StoreId, hex_encode},
-    io::{self, DirEntry, Disk, DiskFile, OpenMode, RealDisk, SystemClock},
-    keys::keyring::Keyring,
+    io::{self, DirEntry, Disk, DiskFile, OpenMode, OsRandom, RealDisk, SystemClock},
+    keys::keyring::{Keyring, NewKeyring},
     sync::{LockRank, RwLock, atomic::Ordering, read, write},
 };
 
@@ -495,9 +495,11 @@ fn parse_forged(line: &str) -> Vec<u8> {
 
 /// Rotates the service key of a log, and retires the older version if so told.
 fn rotate(log: &AuditLog, retires: bool) {
-    let rotated = read(log.keyring()).add_version(&crate::io::OsRandom, 1).unwrap();
-    let rotated =
-        if retires { rotated.retire_older(&crate::io::OsRandom).unwrap() } else { rotated };
+    let written = |new: crate::Result<NewKeyring>| new.unwrap().replace().unwrap();
+    let mut rotated = written(read(log.keyring()).add_version(&OsRandom, 1));
+    if retires {
+        rotated = written(rotated.retire_older(&OsRandom));
+    }
     *write(log.keyring()) = rotated;
 }
 

@@ -331,9 +331,9 @@ pub(in crate::store) fn verify(
         options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
     let (report, state) = Default::default();
     let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
+    core.registry.reload_catalogue()?;
     let names = {
         let _admin = core.registry.exclusive();
-        core.registry.reload_catalogue()?;
         match &options.logstore {
             Some(name) => drop(core.registry.entry(name)?),
             None => verification.store(against.as_ref())?,

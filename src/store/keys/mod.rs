@@ -19,14 +19,14 @@ use crate::{
         circuit_breaker::CircuitBreaker,
         envelope::DataKeyVersion,
         gate::{Gate, GateKeys, KeyContext},
-        keyring::Keyring,
+        keyring::{Keyring, NewKeyring},
         lease::Lease,
         renewal_pool::RenewalPool,
     },
     kms::{Cmk, KmsError, KmsRouter},
     logstore::{KeyObserver, LogstoreShared},
     metrics::{Counters, StoreMetrics},
-    sync::{LockRank, Mutex, RwLock, RwLockReadGuard, read, write},
+    sync::{LockRank, Mutex, MutexGuard, RwLock, RwLockReadGuard, lock, read, write},
 };
 
 /// The keys of an open store.
@@ -40,6 +40,8 @@ pub(crate) struct KeyService {
     kms: KmsRouter,
     /// Shared with the gates, the audit log and the catalogue's journal.
     keyring: Arc<RwLock<Keyring>>,
+    /// Held while the keyring is changed.
+    changing: Mutex<()>,
     /// The part that the gates of all Logstores share.
     context: Arc<KeyContext>,
     counters: Arc<Counters>,
@@ -71,7 +73,8 @@ impl KeyService {
         let renewals = env.has_threads().then(|| RenewalPool::new(Arc::clone(&env.clock)));
         let leases = Mutex::new(LockRank::Leases, BTreeMap::new());
         let breakers = Mutex::new(LockRank::Circuits, BTreeMap::new());
-        Self { env, kms, keyring, context, counters, audit, leases, breakers, renewals }
+        let changing = Mutex::new(LockRank::KeyringChange, ());
+        Self { env, kms, keyring, changing, context, counters, audit, leases, breakers, renewals }
     }
 
     /// Refuses to work in a process that `fork` made: parent and child would use the same sequence
@@ -96,17 +99,10 @@ impl KeyService {
         self.context.follow_keyring()
     }
 
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
-    /// `change` may call the KMS: it works on a copy, and holds no lock of the keyring. The caller
-    /// holds the administration, so no other change happens in between.
-    pub(crate) fn change_keyring(
-        &self,
-        change: impl FnOnce(&Keyring) -> Result<Keyring>,
-    ) -> Result<()> {
-        let copy = read(&self.keyring).duplicate();
-        let changed = change(&copy)?;
-        *write(&self.keyring) = changed;
-        Ok(())
+    /// The right to change the keyring. Waits for the change that is under way, also while it calls
+    /// the KMS of the keyring.
+    pub(crate) fn change_keyring(&self) -> KeyringChange<'_> {
+        KeyringChange { keys: self, _one_at_a_time: lock(&self.changing) }
     }
 
     /// The key audit log.
@@ -152,6 +148,35 @@ impl KeyObserver for KeyService {
 
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String> {
         self.cmk_version(cmk, &hex_decode(version.wrapped.as_deref()?)?)
+    }
+}
+
+/// Holds the right to change the service keyring.
+pub(crate) struct KeyringChange<'a> {
+    keys: &'a KeyService,
+    _one_at_a_time: MutexGuard<'a, ()>,
+}
+
+impl KeyringChange<'_> {
+    /// Makes a changed keyring, and writes nothing. `change` may call the KMS: it works on a copy,
+    /// and the caller does not hold the administration.
+    pub(crate) fn prepare(
+        &self,
+        change: impl FnOnce(&Keyring) -> Result<NewKeyring>,
+    ) -> Result<NewKeyring> {
+        let copy = read(&self.keys.keyring).duplicate();
+        change(&copy)
+    }
+
+    /// Replaces the file of the keyring, and then the keyring in memory. The caller holds the
+    /// administration, so that no document is written under an older version after this.
+    ///
+    /// # Errors
+    /// [`Error::KeyringChanged`], [`Error::Locked`], [`Error::Io`]. Nothing has changed then.
+    pub(crate) fn put(&self, changed: NewKeyring) -> Result<()> {
+        let changed = changed.replace()?;
+        *write(&self.keys.keyring) = changed;
+        Ok(())
     }
 }
 
