@@ -56,7 +56,7 @@ pub(crate) enum LockRank {
     /// The unwrap of a data key: threads that need the same key make one call.
     GateLoading,
     // Held across file I/O and syncs.
-    /// The removal of the files of deleted Logstores: one at a time.
+    /// The removal of segments, by retention or with a deleted Logstore: one at a time.
     Removal,
     /// The administration of a store: compares its state with the state that an operation assumed,
     /// and commits.

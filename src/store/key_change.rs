@@ -193,7 +193,7 @@ pub(super) fn change_keys(
     one.record_intent(how.intent, logstore, &how.about)?;
     let changed = change(logstore, &mut section)
         .and_then(|result| Ok((result, second_tag_key(core, logstore, &section)?)));
-    let (result, data_key) = changed.map_err(|error| one.cause(logstore, error))?;
+    let (result, data_key) = changed.map_err(|error| core.registry.cause(logstore, error))?;
     follow(&mut meta, &section);
     meta.keys = Some(section);
     one.replace_meta(logstore, meta, data_key.as_ref(), |admin| {

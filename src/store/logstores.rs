@@ -161,7 +161,7 @@ pub(super) fn update(
         Some(conf) => make_envelope(core, &mut meta, logstore.id, &conf).map(Some),
         None => bind(&logstore, &mut meta),
     };
-    let data_key = data_key.map_err(|error| one.cause(&logstore, error))?;
+    let data_key = data_key.map_err(|error| core.registry.cause(&logstore, error))?;
     let config = meta.config.clone();
     if first_enable {
         // The record comes before the envelope is in force, so no envelope is without a record.

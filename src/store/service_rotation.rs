@@ -193,14 +193,8 @@ fn authenticate_metadata(
 /// know.
 fn end_logstore(core: &Core, name: &LogstoreName, report: &mut ServiceRotation) -> Result<Ended> {
     let logstore = core.registry.logstore(name)?;
-    let heads = end_shards(core, &logstore, report).map_err(|error| {
-        // Another thread may have deleted the Logstore, and the error may be a consequence.
-        let exists = core.registry.administer().and_then(|admin| admin.check_exists(&logstore));
-        match exists {
-            Err(missing @ Error::LogstoreMissing(_)) => missing,
-            _ => error,
-        }
-    })?;
+    let heads = end_shards(core, &logstore, report)
+        .map_err(|error| core.registry.cause(&logstore, error))?;
     Ok(Ended { logstore, heads })
 }
 

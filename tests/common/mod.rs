@@ -140,8 +140,7 @@ struct Interlude {
     cmk_key_ids: Vec<String>,
     /// The number of such calls before it.
     after: u32,
-    act: Box<dyn FnOnce() + Send>,
-    ended: Arc<Mutex<Option<thread::Result<()>>>>,
+    aside: Aside,
 }
 
 impl std::fmt::Debug for Interlude {
@@ -150,11 +149,27 @@ impl std::fmt::Debug for Interlude {
     }
 }
 
-impl Interlude {
-    /// Runs the action in another thread. Gives up after 20 s, so that a test fails if the action
-    /// waits for the operation that makes the call.
-    fn run(self) {
-        let Self { act, ended, .. } = self;
+type Ended = Arc<Mutex<Option<thread::Result<()>>>>;
+
+/// An action that plays another thread's part in the middle of an operation.
+pub(crate) struct Aside {
+    act: Box<dyn FnOnce() + Send>,
+    ended: Ended,
+}
+
+/// The end of an [`Aside`].
+pub(crate) struct During(Ended);
+
+impl Aside {
+    pub(crate) fn new(act: impl FnOnce() + Send + 'static) -> (Self, During) {
+        let ended = Ended::default();
+        (Self { act: Box::new(act), ended: Arc::clone(&ended) }, During(ended))
+    }
+
+    /// Runs the action in another thread, and waits for its end. Gives up after 20 s, so that a
+    /// test fails if the action waits for the operation.
+    pub(crate) fn run(self) {
+        let Self { act, ended } = self;
         let (sender, receiver) = mpsc::channel::<()>();
         let actor = thread::spawn(move || {
             act();
@@ -167,11 +182,8 @@ impl Interlude {
     }
 }
 
-/// The end of an action that [`TestKms::during_call`] runs.
-pub(crate) struct During(Arc<Mutex<Option<thread::Result<()>>>>);
-
 impl During {
-    /// Whether the action ran to its end while the call was under way. Passes a panic of it on.
+    /// Whether the action ran to its end in the middle of the operation. Passes a panic of it on.
     pub(crate) fn has_ended(&self) -> bool {
         match self.0.lock().unwrap().take() {
             None => false,
@@ -192,6 +204,10 @@ pub(crate) struct TestKms {
     master_key_answer: Mutex<Option<(String, Answer)>>,
     changed: Condvar,
     interlude: Mutex<Option<Interlude>>,
+    /// Whether the next call fails.
+    fails: AtomicBool,
+    /// The number of calls about each master key.
+    about: Mutex<BTreeMap<String, u64>>,
     wraps: AtomicU64,
     unwraps: AtomicU64,
     probes: AtomicU64,
@@ -209,6 +225,8 @@ impl TestKms {
             master_key_answer: Mutex::new(None),
             changed: Condvar::new(),
             interlude: Mutex::default(),
+            fails: AtomicBool::new(false),
+            about: Mutex::default(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
@@ -251,9 +269,8 @@ impl TestKms {
         act: impl FnOnce() + Send + 'static,
     ) -> During {
         let cmk_key_ids = cmks.iter().map(|cmk| cmk.cmk_key_id.clone()).collect();
-        let ended = Arc::default();
-        let (act, during) = (Box::new(act), During(Arc::clone(&ended)));
-        *self.interlude.lock().unwrap() = Some(Interlude { cmk_key_ids, after, act, ended });
+        let (aside, during) = Aside::new(act);
+        *self.interlude.lock().unwrap() = Some(Interlude { cmk_key_ids, after, aside });
         during
     }
 
@@ -278,9 +295,19 @@ impl TestKms {
         }
     }
 
+    /// Makes one call fail: the call under way, or the next one.
+    pub(crate) fn fail_once(&self) {
+        self.fails.store(true, Ordering::SeqCst);
+    }
+
     /// The number of calls so far.
     pub(crate) fn calls(&self) -> u64 {
         self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
+    }
+
+    /// The number of calls about a master key so far.
+    pub(crate) fn calls_about(&self, cmk_key_id: &str) -> u64 {
+        self.about.lock().unwrap().get(cmk_key_id).copied().unwrap_or_default()
     }
 
     /// The number of calls about a probe so far. These calls renew leases.
@@ -309,8 +336,12 @@ impl TestKms {
 
     /// Blocks while the answer is `Hang`.
     fn decide(&self, call: &KmsCall<'_>) -> Result<Answer, KmsError> {
+        *self.about.lock().unwrap().entry(call.cmk.cmk_key_id.clone()).or_default() += 1;
         if let Some(interlude) = self.interlude(call) {
-            interlude.run();
+            interlude.aside.run();
+        }
+        if self.fails.swap(false, Ordering::SeqCst) {
+            return Err(KmsError::Unreachable { detail: "told to fail once".into() });
         }
         let hung = self.told(call) == Answer::Hang;
         while self.told(call) == Answer::Hang {

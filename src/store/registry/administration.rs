@@ -268,15 +268,6 @@ impl<'a> LogstoreAdministration<'a> {
         admin.record(event, logstore, detail)
     }
 
-    /// The error of an operation on a Logstore. Another thread may have deleted the Logstore
-    /// meanwhile, and the error may be a consequence.
-    pub(crate) fn cause(&self, logstore: &Arc<LogstoreShared>, error: Error) -> Error {
-        match self.registry.administer().and_then(|admin| admin.check_exists(logstore)) {
-            Err(missing @ Error::LogstoreMissing(_)) => missing,
-            _ => error,
-        }
-    }
-
     /// Puts changed metadata in force: writes its file, commits it to the catalogue, and then
     /// changes the memory. Calls `and_then` before another operation can change the store.
     /// `data_key` is the current data key if the keys have changed.
@@ -296,7 +287,7 @@ impl<'a> LogstoreAdministration<'a> {
         and_then: impl FnOnce(&mut Administration<'_>) -> Result<()>,
     ) -> Result<()> {
         let paused = pause_for_new_key(logstore, &mut meta);
-        let (paused, mut changes) = paused.map_err(|error| self.cause(logstore, error))?;
+        let (paused, mut changes) = paused.map_err(|error| self.registry.cause(logstore, error))?;
         let mut admin = self.registry.administer()?;
         admin.unlatch()?;
         admin.check_exists(logstore)?;

@@ -49,7 +49,7 @@ pub(crate) struct Registry {
     admin: Mutex<AdminState>,
     /// Serializes the operations on each Logstore. Only [`LogstoreAdministration`] takes it.
     administered: NamedLocks<LogstoreName>,
-    /// Held while the files of a deleted Logstore are removed.
+    /// Held while retention or a deletion removes files.
     removing: Mutex<()>,
     /// Held while the store is closed, so that a second caller waits for the first.
     closing: Mutex<()>,
@@ -149,7 +149,18 @@ impl Registry {
         Ok(LogstoreAdministration::try_new(self, name))
     }
 
-    /// The right to remove the files of deleted Logstores. Waits for the removal that is under way.
+    /// The error of a step that an operation made without the administration. Another thread may
+    /// have deleted the Logstore or closed the store meanwhile. Then the error is a consequence,
+    /// and this returns the cause.
+    pub(crate) fn cause(&self, logstore: &Arc<LogstoreShared>, error: Error) -> Error {
+        match self.administer().and_then(|admin| admin.check_exists(logstore)) {
+            Err(cause @ (Error::LogstoreMissing(_) | Error::Closed(_))) => cause,
+            _ => error,
+        }
+    }
+
+    /// The right to remove files of segments: by retention, or of deleted Logstores. Waits for the
+    /// removal that is under way.
     pub(crate) fn remove_files(&self) -> MutexGuard<'_, ()> {
         lock(&self.removing)
     }
