@@ -330,6 +330,28 @@ fn no_other_operation_waits_for_a_hung_kms() {
     }
 }
 
+/// An append may wait for the KMS under the lock of the writer.
+#[test]
+fn no_other_operation_waits_for_an_append() {
+    for call in 0.. {
+        let (scene, at) = (Scene::idle(), format!("call {call}"));
+        let (store, other) = (scene.store.clone(), scene.other.clone());
+        let during = scene.during_call(call, move || {
+            beside(&store, &other, false);
+            let logstore = store.logstore(&name(HUNG)).unwrap();
+            assert_eq!((logstore.status().unwrap().segments, versions(&logstore)), (2, 2));
+        });
+        let done = try_put(&scene.logstore(HUNG), "third");
+        if scene.world.kms.has_not_called() {
+            assert!(call > 1, "{call} calls");
+            return;
+        }
+        assert!(during.has_ended(), "{at}: an operation waits for the KMS");
+        done.unwrap();
+        scene.check(&at);
+    }
+}
+
 /// Retention and rotation by policy leave out a Logstore that another operation holds.
 #[test]
 fn retention_and_policies_do_not_wait_for_a_hung_kms() {
@@ -715,12 +737,13 @@ fn a_rotation_by_policy_that_hangs_holds_no_worker() {
     store.close().unwrap();
 }
 
-/// The lease is due, so a mark block and a roll by age wait for the KMS.
+/// The lease has ended, so a mark block and a roll by age wait for the KMS.
 #[test]
 fn marks_and_rolls_that_hang_hold_no_worker() {
     let (mut world, store, _, cmk) = one_worker();
     store.close().unwrap();
     world.options.revalidate_every = millis(100);
+    world.options.outage_grace = millis(100);
     world.options.segment_age = secs(1);
     let store = world.open();
     let [hung, service] = [HUNG, SERVICE].map(|text| store.logstore(&name(text)).unwrap());
