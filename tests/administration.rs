@@ -54,6 +54,13 @@ impl Scene {
         scene
     }
 
+    /// As [`Scene::new`], and the next operation under each master key renews its lease.
+    fn stale() -> Self {
+        let scene = Self::new();
+        scene.make_leases_due();
+        scene
+    }
+
     /// No Logstore has been used since the store was opened.
     fn idle() -> Self {
         let world = World::manual_in_memory();
@@ -229,20 +236,41 @@ const OPERATIONS: [Operation; 10] = [
     },
 ];
 
+/// The first append after the store was opened, which calls the KMS under the lock of the writer,
+/// and one that calls the KMS as the leader.
+const APPENDS: [(fn() -> Scene, Operation); 2] = [
+    (
+        Scene::idle,
+        Operation {
+            what: "first append",
+            logstore: HUNG,
+            run: |scene| try_put(&scene.logstore(HUNG), "third"),
+        },
+    ),
+    (
+        Scene::new,
+        Operation {
+            what: "leader",
+            logstore: HUNG,
+            run: |scene| {
+                let ticket = scene.logstore(HUNG).submit(record("fourth"), &synced())?;
+                scene.make_leases_due();
+                ticket.wait().map(drop)
+            },
+        },
+    ),
+];
+
 /// Runs an operation, and the action that `aside` returns in the middle of each KMS call that the
 /// operation makes. `check` gets the result.
 fn during_each_call(
     operation: &Operation,
-    stale: bool,
+    scene: fn() -> Scene,
     aside: impl Fn(&Scene) -> Box<dyn FnOnce() + Send>,
     check: impl Fn(Scene, Result<()>, &str),
 ) {
     for call in 0.. {
-        let at = format!("{}, call {call}, leases due: {stale}", operation.what);
-        let scene = Scene::new();
-        if stale {
-            scene.make_leases_due();
-        }
+        let (scene, at) = (scene(), format!("{}, call {call}", operation.what));
         let during = scene.during_call(call, aside(&scene));
         let done = (operation.run)(&scene);
         if scene.world.kms.has_not_called() {
@@ -312,13 +340,14 @@ fn beside(store: &Store, other: &[Cmk; 2], checkpoint: bool) {
 #[test]
 fn no_other_operation_waits_for_a_hung_kms() {
     for operation in &OPERATIONS {
-        for stale in [false, true] {
+        for (fresh, begin) in [(true, Scene::new as fn() -> Scene), (false, Scene::stale)] {
             during_each_call(
                 operation,
-                stale,
+                begin,
                 |scene| {
                     let (store, other) = (scene.store.clone(), scene.other.clone());
-                    let checkpoint = !stale && operation.what != "rotation by policy";
+                    // A checkpoint marks the shards of all Logstores, under their leases.
+                    let checkpoint = fresh && operation.what != "rotation by policy";
                     Box::new(move || beside(&store, &other, checkpoint))
                 },
                 |scene, done, at| {
@@ -330,25 +359,25 @@ fn no_other_operation_waits_for_a_hung_kms() {
     }
 }
 
-/// An append may wait for the KMS under the lock of the writer.
 #[test]
 fn no_other_operation_waits_for_an_append() {
-    for call in 0.. {
-        let (scene, at) = (Scene::idle(), format!("call {call}"));
-        let (store, other) = (scene.store.clone(), scene.other.clone());
-        let during = scene.during_call(call, move || {
-            beside(&store, &other, false);
-            let logstore = store.logstore(&name(HUNG)).unwrap();
-            assert_eq!((logstore.status().unwrap().segments, versions(&logstore)), (2, 2));
-        });
-        let done = try_put(&scene.logstore(HUNG), "third");
-        if scene.world.kms.has_not_called() {
-            assert!(call > 1, "{call} calls");
-            return;
-        }
-        assert!(during.has_ended(), "{at}: an operation waits for the KMS");
-        done.unwrap();
-        scene.check(&at);
+    for (scene, append) in &APPENDS {
+        during_each_call(
+            append,
+            *scene,
+            |scene| {
+                let (store, other) = (scene.store.clone(), scene.other.clone());
+                Box::new(move || {
+                    beside(&store, &other, false);
+                    let logstore = store.logstore(&name(HUNG)).unwrap();
+                    assert_eq!(versions(&logstore), 2);
+                })
+            },
+            |scene, done, at| {
+                done.unwrap_or_else(|error| panic!("{at}: {error}"));
+                scene.check(at);
+            },
+        );
     }
 }
 
@@ -358,7 +387,7 @@ fn retention_and_policies_do_not_wait_for_a_hung_kms() {
     for operation in OPERATIONS.iter().filter(|operation| operation.logstore != "p/new") {
         during_each_call(
             operation,
-            false,
+            Scene::new,
             |scene| {
                 change(&scene.store, SERVICE, |config| config.retention_bytes = Some(1)).unwrap();
                 scene.logstore(SERVICE).roll().unwrap();
@@ -431,10 +460,10 @@ fn a_name_that_is_being_created_twice_belongs_to_the_first() {
 #[test]
 fn a_logstore_is_deleted_while_an_operation_waits_for_its_kms() {
     for operation in OPERATIONS.iter().filter(|operation| operation.logstore != "p/new") {
-        for stale in [false, true] {
+        for begin in [Scene::new as fn() -> Scene, Scene::stale] {
             during_each_call(
                 operation,
-                stale,
+                begin,
                 |scene| {
                     let (store, text) = (scene.store.clone(), operation.logstore);
                     Box::new(move || {
@@ -457,36 +486,38 @@ fn a_logstore_is_deleted_while_an_operation_waits_for_its_kms() {
     }
 }
 
-/// The call may be made under the lock of the writer.
 #[test]
 fn a_logstore_is_deleted_while_an_append_waits_for_its_kms() {
-    for call in 0.. {
-        let (scene, at) = (Scene::idle(), format!("call {call}"));
-        let (logstore, store) = (scene.logstore(HUNG), scene.store.clone());
-        let dir = scene.world.logstore_dir(&logstore);
-        let during = scene.during_call(call, move || {
-            store.delete_logstore(&name(HUNG)).unwrap();
-            assert!(!store.list().unwrap().contains(&name(HUNG)));
-        });
-        let done = try_put(&logstore, "late");
-        if scene.world.kms.has_not_called() {
-            assert!(call > 1, "{call} calls");
-            done.unwrap();
-            return;
-        }
-        assert!(during.has_ended(), "{at}: the deletion waits for the KMS");
-        let error = done.unwrap_err();
-        let cause = match &error {
-            Error::Latched { cause, .. } => cause,
-            error => error,
-        };
-        assert!(matches!(cause, Error::Closed(_) | Error::Io { .. }), "{at}: {error:?}");
-        assert!(matches!(try_put(&logstore, "later"), Err(Error::Closed(_))), "{at}");
-        scene.store.tick();
-        scene.store.admin().apply_retention().unwrap();
-        assert!(!dir.exists(), "{at}");
-        drop(logstore);
-        scene.check(&at);
+    for (scene, append) in &APPENDS {
+        let logstore = Mutex::new(None);
+        during_each_call(
+            append,
+            *scene,
+            |scene| {
+                *logstore.lock().unwrap() = Some(scene.logstore(HUNG));
+                let store = scene.store.clone();
+                Box::new(move || {
+                    store.delete_logstore(&name(HUNG)).unwrap();
+                    assert!(!store.list().unwrap().contains(&name(HUNG)));
+                })
+            },
+            |scene, done, at| {
+                let error = done.unwrap_err();
+                let cause = match &error {
+                    Error::Latched { cause, .. } => cause,
+                    error => error,
+                };
+                assert!(matches!(cause, Error::Closed(_) | Error::Io { .. }), "{at}: {error:?}");
+                let logstore = logstore.lock().unwrap().take().unwrap();
+                assert!(matches!(try_put(&logstore, "later"), Err(Error::Closed(_))), "{at}");
+                // The files that were in use are removed.
+                scene.store.tick();
+                scene.store.admin().apply_retention().unwrap();
+                assert!(!scene.world.logstore_dir(&logstore).exists(), "{at}");
+                drop(logstore);
+                scene.check(at);
+            },
+        );
     }
 }
 
@@ -497,7 +528,7 @@ fn a_store_is_closed_while_an_operation_waits_for_a_kms() {
     for operation in &OPERATIONS {
         during_each_call(
             operation,
-            false,
+            Scene::new,
             |scene| {
                 let (store, builder) = (scene.store.clone(), scene.world.builder());
                 Box::new(move || {
@@ -659,39 +690,44 @@ fn a_first_envelope_is_under_the_newest_service_key() {
 }
 
 /// Two threads of a read-only opener read the metadata, and the one that read an older state comes
-/// second.
+/// second: an operation that follows the writer, or a caller that gets a handle.
 #[test]
 fn a_reader_that_reads_older_metadata_than_another_thread_reads_it_again() {
-    let sim = Sim::new();
-    let store = sim.create();
-    let logstore = sim.world.service(&store, "p/l");
-    put(&logstore, "one");
-    let reader = sim.builder().open_read_only().unwrap();
-    let read = reader.logstore(&name("p/l")).unwrap();
-    assert_eq!(texts(&read), ["one"]);
-    store.keys().rotate_data_key(&name("p/l")).unwrap();
-    sim.world.clock.advance(sim.world.options.revalidate_every);
-    let (disk, writer, other) = (sim.disk.clone(), store.clone(), reader.clone());
-    let (aside, during) = Aside::new(move || {
-        writer.keys().rotate_data_key(&name("p/l")).unwrap();
-        assert_eq!(texts(&other.logstore(&name("p/l")).unwrap()), ["one"]);
-    });
-    let mut aside = Some(aside);
-    sim.disk.on_call(move |call| {
-        if call.op == Op::Read
-            && call.is_about("meta-0000000002")
-            && let Some(aside) = aside.take()
-        {
-            disk.heal();
-            aside.run();
-        }
-        Verdict::Go
-    });
-    let found = texts(&read);
-    assert!(during.has_ended());
-    assert_eq!(found, ["one"]);
-    put(&logstore, "two");
-    assert_eq!(texts(&read), ["one", "two"]);
+    for follows in [true, false] {
+        let sim = Sim::new();
+        let store = sim.create();
+        let logstore = sim.world.service(&store, "p/l");
+        put(&logstore, "one");
+        let reader = sim.builder().open_read_only().unwrap();
+        let read = reader.logstore(&name("p/l")).unwrap();
+        assert_eq!(texts(&read), ["one"]);
+        store.keys().rotate_data_key(&name("p/l")).unwrap();
+        sim.world.clock.advance(sim.world.options.revalidate_every);
+        let (disk, writer, other) = (sim.disk.clone(), store.clone(), reader.clone());
+        let (aside, during) = Aside::new(move || {
+            writer.keys().rotate_data_key(&name("p/l")).unwrap();
+            assert_eq!(texts(&other.logstore(&name("p/l")).unwrap()), ["one"]);
+        });
+        let mut aside = Some(aside);
+        sim.disk.on_call(move |call| {
+            if call.op == Op::Read
+                && call.is_about("meta-0000000002")
+                && let Some(aside) = aside.take()
+            {
+                disk.heal();
+                aside.run();
+            }
+            Verdict::Go
+        });
+        let found = match follows {
+            true => texts(&read),
+            false => texts(&reader.logstore(&name("p/l")).unwrap()),
+        };
+        assert!(during.has_ended());
+        assert_eq!(found, ["one"]);
+        put(&logstore, "two");
+        assert_eq!(texts(&read), ["one", "two"]);
+    }
 }
 
 /// A store with one worker, which writes what no caller waits for.
