@@ -431,7 +431,7 @@ impl Kms for TestKms {
             self.probes.fetch_add(1, Ordering::SeqCst);
         }
         if is_keyring(call) {
-            let version = call.context["envelog:key-version"].clone();
+            let version = call.context.get("envelog:key-version").unwrap().to_owned();
             self.keyrings.lock().unwrap().push(version);
         }
         match self.decide(call)? {

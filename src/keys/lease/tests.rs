@@ -482,7 +482,7 @@ struct Chorus {
 }
 
 impl LeaseListener for Chorus {
-    fn depends_on(&self, _cmk: &Cmk) -> bool {
+    fn depends_on(&self, _lease: &Lease) -> bool {
         true
     }
 
@@ -530,7 +530,7 @@ fn every_listener_wipes_before_one_does_any_io() {
         lease.listen(weak);
     }
     lease.admit().unwrap();
-    lease.report(Refusal::Revoked(RevokedReason::Disabled));
+    lease.report(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     lease.tell();
     let steps = ["wiped", "written", "sealed", "noted", "recorded"];
     let expected: Vec<_> =
@@ -551,13 +551,13 @@ fn a_loss_behind_a_return_that_nobody_heard_of_is_a_loss() {
     let ears = Ears::listening_to(&lease);
     lease.admit().unwrap();
     lease.tell();
-    let disabled = || lease.report(Refusal::Revoked(RevokedReason::Disabled));
+    let disabled = || lease.report(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     disabled();
     lease.tell();
     disabled();
     lease.tell();
     assert_eq!(ears.heard(), ["recovered", "wiped", "noted"]);
-    lease.renew();
+    lease.renew().unwrap();
     assert!(lease.admit().is_ok());
     world.clock.advance(STEP);
     disabled();
