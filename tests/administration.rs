@@ -20,7 +20,7 @@ use common::{
 use envelog::{
     AuditEvent, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
     Position, ReadOptions, ReplaceCmk, Result, RewrapOptions, RotateDataKey, Store, VerifyOptions,
-    io::Clock,
+    io::Clock, kms::RevokedReason,
 };
 
 /// Logstores under the master key whose KMS does not answer.
@@ -58,6 +58,13 @@ impl Scene {
     fn stale() -> Self {
         let scene = Self::new();
         scene.make_leases_due();
+        scene
+    }
+
+    /// As [`Scene::new`], and the service keyring is under a master key of its own.
+    fn leased() -> Self {
+        let scene = Self::new();
+        scene.store.keys().rewrap_keyring(Some(scene.world.cmk())).unwrap();
         scene
     }
 
@@ -405,6 +412,71 @@ fn retention_and_policies_do_not_wait_for_a_hung_kms() {
                 scene.check(at);
             },
         );
+    }
+}
+
+/// An operation is admitted under the master key of the keyring when it begins. It asks that KMS
+/// again under no lock of the store: debug builds check each call.
+#[test]
+fn the_answer_about_the_keyring_grows_old_during_an_operation() {
+    for operation in &OPERATIONS {
+        let aside = |scene: &Scene| -> Box<dyn FnOnce() + Send> {
+            let (clock, options) = (Arc::clone(&scene.world.clock), &scene.world.options);
+            let too_old = options.revalidate_every + options.kms_timeout;
+            Box::new(move || clock.advance(too_old))
+        };
+        during_each_call(operation, Scene::leased, aside, |scene, done, at| {
+            // The call under way has had no answer within its time limit.
+            if let Err(error) = done {
+                let late =
+                    matches!(error, Error::KmsUnreachable { .. } | Error::LogstoreMissing(_));
+                assert!(late, "{at}: {error:?}");
+            }
+            scene.check(at);
+        });
+    }
+}
+
+/// The loss of the keyring's master key in the middle of a change of the keyring prevents the
+/// change, and the keyring comes back as its file has it.
+#[test]
+fn a_change_of_the_keyring_is_beside_a_loss_of_its_key() {
+    let changes: [(&str, fn(&Scene) -> Result<()>); 3] = [
+        ("re-wrap", |scene| scene.store.keys().rewrap_keyring(Some(scene.other[1].clone()))),
+        ("no master key", |scene| scene.store.keys().rewrap_keyring(None)),
+        ("rotation", |scene| scene.store.keys().rotate_service_key().map(drop)),
+    ];
+    for (what, change) in changes {
+        let mut prevented = 0;
+        for call in 0.. {
+            let scene = Scene::leased();
+            let at = format!("{what}, call {call}");
+            let cmks = [scene.store.keys().service_cmk().unwrap(), scene.other[1].clone()];
+            let (store, kms, clock) =
+                (scene.store.clone(), Arc::clone(&scene.world.kms), Arc::clone(&scene.world.clock));
+            let every = scene.world.options.revalidate_every;
+            let during = scene.world.kms.during_call(&cmks.each_ref(), call, move || {
+                kms.answer_for_service_key(Answer::Revoked(RevokedReason::Disabled));
+                clock.advance(every);
+                store.tick();
+                kms.answer(Answer::Real);
+            });
+            let done = change(&scene);
+            if scene.world.kms.has_not_called() {
+                done.unwrap_or_else(|error| panic!("{at}: {error}"));
+                break;
+            }
+            assert!(during.has_ended(), "{at}: the store waits for the change");
+            if let Err(error) = done {
+                assert!(matches!(error, Error::ServiceKey { .. }), "{at}: {error:?}");
+                prevented += 1;
+            }
+            scene.world.clock.advance(every);
+            scene.store.tick();
+            change(&scene).unwrap_or_else(|error| panic!("{at}, again: {error}"));
+            scene.check(&at);
+        }
+        assert!(prevented > 0 || what == "no master key", "{what}");
     }
 }
 

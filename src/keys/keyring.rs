@@ -754,6 +754,8 @@ mod tests {
         assert!(back.add_version(&OsRandom, 3).unwrap().replace().is_err());
         assert!(back.roots().with(3, |_| ()).unwrap().is_none());
         back.file.create(&file).unwrap();
+        drop(back.add_version(&OsRandom, 3).unwrap());
+        assert!(back.roots().with(3, |_| ()).unwrap().is_none());
     }
 
     /// Roots that were wiped are replaced by the same ones only.

@@ -1082,7 +1082,7 @@ mod tests {
 
     /// The leader has a batch in hand, and groups are queued behind it.
     fn expiring() -> (GroupCommit, Term, Vec<Pending>) {
-        let commit = open(4);
+        let commit = open(6);
         for acked in [true, false, true, true, false, true] {
             submit(&commit, group(1, 0, acked));
         }

@@ -390,6 +390,6 @@ impl Task<ShardJob> for Shard {
     /// All but the flush wait for the writer, whose holder may call the KMS, or call it themselves.
     fn may_wait_for_a_kms(&self, job: ShardJob) -> bool {
         let waits = matches!(job, ShardJob::Mark | ShardJob::RollByAge | ShardJob::Abandon);
-        waits && self.context.gate.keys().lease.is_some()
+        waits && self.context.gate.may_call_a_kms()
     }
 }

@@ -227,6 +227,7 @@ impl Registry {
     pub(crate) fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         self.keys.check_process()?;
         if self.env.read_only {
+            self.keys.admit_service_key()?;
             return self.find_or_open_to_read(name);
         }
         if lock(&self.held).is_none() {
