@@ -16,6 +16,8 @@ pub(crate) enum ShardJob {
     Mark,
     /// Roll the active segment, if it is old enough.
     RollByAge,
+    /// Forget the queue of a Logstore that was deleted.
+    Abandon,
 }
 
 /// A job of the store.
@@ -23,13 +25,18 @@ pub(crate) enum ShardJob {
 pub(crate) enum StoreJob {
     /// Record the heads of the shards.
     Heads,
-    /// Drop the segments that retention allows to drop.
+    /// Drop the segments that retention allows to drop, as far as that needs no KMS.
     Retention,
+    /// The work on data keys that may call a KMS: rotation by policy, and the rest of retention.
+    Keys,
 }
 
 /// Runs jobs of one kind.
 pub(crate) trait Task<J>: Send + Sync {
     fn run(&self, job: J);
+
+    /// Whether the job may call a KMS, or wait for a thread that does.
+    fn may_wait_for_a_kms(&self, job: J) -> bool;
 }
 
 /// A job and the task that runs it. Once the task is gone, the job does nothing.
@@ -47,6 +54,14 @@ impl Work {
         }
     }
 
+    /// Whether the job may call a KMS, or wait for a thread that does.
+    pub(crate) fn may_wait_for_a_kms(&self) -> bool {
+        match self {
+            Self::Shard(task, job) => may_wait(task, *job),
+            Self::Store(task, job) => may_wait(task, *job),
+        }
+    }
+
     /// The shard whose queue this job flushes, if it is such a job.
     pub(crate) fn flushes(&self) -> Option<Arc<dyn Task<ShardJob>>> {
         match self {
@@ -60,6 +75,10 @@ fn run<J>(task: &Weak<dyn Task<J>>, job: J) {
     if let Some(task) = task.upgrade() {
         task.run(job);
     }
+}
+
+fn may_wait<J>(task: &Weak<dyn Task<J>>, job: J) -> bool {
+    task.upgrade().is_some_and(|task| task.may_wait_for_a_kms(job))
 }
 
 /// Schedules jobs.

@@ -15,6 +15,7 @@
 //! one thread, and shuttle finds deadlocks itself.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     ops::{Deref, DerefMut},
     sync::{PoisonError, TryLockError},
@@ -38,11 +39,12 @@ use order::{Entered, Rank};
 /// innermost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LockRank {
-    // Held for a whole operation, across file I/O and syncs.
-    /// Administration of a store: one operation at a time.
-    Admin,
-    /// The bytes that a data key has sealed, for rotation by policy.
-    SealedBytes,
+    // May be held across a KMS call, except `LeaseTelling`. These come first. So no thread waits for
+    // one of them, and with it for a KMS, while it holds a lock that is not among them.
+    /// Closing a store: one thread at a time.
+    Closing,
+    /// The administration of one Logstore: one operation at a time for each name.
+    LogstoreAdmin,
     /// The order of the losses and recoveries of a lease, held while the data keys are wiped. A
     /// thread that waits for a listener to act may hold no lock below.
     LeaseTelling,
@@ -53,6 +55,14 @@ pub(crate) enum LockRank {
     GateLoading,
     /// A change of the service keyring, or its reading from its file.
     KeyringChange,
+    // Held across file I/O and syncs.
+    /// The removal of segments, by retention or with a deleted Logstore: one at a time.
+    Removal,
+    /// The administration of a store: compares its state with the state that an operation assumed,
+    /// and commits.
+    Admin,
+    /// The bytes that a data key has sealed, for rotation by policy.
+    SealedBytes,
     /// The states of keys by the audit log.
     AuditTransitions,
     /// The end of the audit log and its file.
@@ -186,17 +196,9 @@ impl LockRank {
     }
 
     /// Whether a thread may hold a lock of this rank across a KMS call. Threads that need the lock
-    /// then wait for up to the time limit of the call. Each of these is a candidate for removal.
+    /// then wait for up to the time limit of the call.
     fn may_span_a_kms_call(self) -> bool {
-        match self {
-            // An administrative operation wraps new keys at the KMS.
-            Self::Admin | Self::SealedBytes => true,
-            // A block is sealed under the writer. That may renew the lease or unwrap the key.
-            Self::ShardWriter => true,
-            // These locks exist to be held across the unwrap.
-            Self::GateLoading | Self::KeyringChange => true,
-            _ => false,
-        }
+        self <= Self::KeyringChange && self != Self::LeaseTelling
     }
 }
 
@@ -234,6 +236,57 @@ pub(crate) struct RwLock<T: ?Sized> {
 impl<T> RwLock<T> {
     pub(crate) fn new(rank: LockRank, value: T) -> Self {
         Self { rank: Rank::new(rank), inner: imp::RwLock::new(value) }
+    }
+}
+
+/// Locks by name, all of one rank. A name that no thread holds takes no memory.
+pub(crate) struct NamedLocks<K> {
+    rank: Rank,
+    /// A thread holds it for a moment, and takes no other lock under it.
+    held: imp::Mutex<BTreeSet<K>>,
+    freed: Condvar,
+}
+
+impl<K: Ord + Clone> NamedLocks<K> {
+    pub(crate) fn new(rank: LockRank) -> Self {
+        let held = imp::Mutex::new(BTreeSet::new());
+        Self { rank: Rank::new(rank), held, freed: Condvar::new() }
+    }
+
+    /// Takes the lock of this name. Blocks until it is free.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn lock(&self, name: &K) -> NamedGuard<'_, K> {
+        let entered = self.rank.enter();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        while !held.insert(name.clone()) {
+            held = self.freed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        NamedGuard { locks: self, name: name.clone(), _entered: entered }
+    }
+
+    /// Takes the lock of this name if it is free.
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub(crate) fn try_lock(&self, name: &K) -> Option<NamedGuard<'_, K>> {
+        let entered = self.rank.enter();
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = held.insert(name.clone());
+        free.then(|| NamedGuard { locks: self, name: name.clone(), _entered: entered })
+    }
+}
+
+/// Holds the lock of one name in [`NamedLocks`].
+pub(crate) struct NamedGuard<'a, K: Ord> {
+    locks: &'a NamedLocks<K>,
+    name: K,
+    _entered: Entered,
+}
+
+impl<K: Ord> Drop for NamedGuard<'_, K> {
+    fn drop(&mut self) {
+        let mut held = self.locks.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.remove(&self.name);
+        drop(held);
+        self.locks.freed.notify_all();
     }
 }
 
@@ -466,9 +519,10 @@ mod order {
 mod tests {
     use super::*;
 
+    const RANKS: [LockRank; 3] = [LockRank::ShardWriter, LockRank::Admin, LockRank::ShardState];
+
     fn locks() -> [Mutex<u32>; 3] {
-        [LockRank::Admin, LockRank::ShardWriter, LockRank::ShardState]
-            .map(|rank| Mutex::new(rank, 0))
+        RANKS.map(|rank| Mutex::new(rank, 0))
     }
 
     /// The message with which this panics, in a thread of its own.
@@ -479,19 +533,19 @@ mod tests {
 
     #[test]
     fn locks_are_taken_from_the_outermost_to_the_innermost() {
-        let [admin, writer, state] = locks();
+        let [writer, admin, state] = locks();
         for _ in 0..2 {
-            let _admin = lock(&admin);
-            let outer = lock(&writer);
+            let _writer = lock(&writer);
+            let outer = lock(&admin);
             *lock(&state) += 1;
             drop(outer);
             // A lock may be given back before those inside it.
-            let (outer, inner) = (lock(&writer), lock(&state));
+            let (outer, inner) = (lock(&admin), lock(&state));
             drop(outer);
             drop(inner);
         }
         // Writers of several shards are taken together.
-        let [_, other, _] = locks();
+        let [other, _, _] = locks();
         let _both = (lock(&writer), lock(&other));
         assert_eq!(*lock(&state), 2);
     }
@@ -513,7 +567,7 @@ mod tests {
     #[test]
     fn a_wrong_order_panics_with_both_names() {
         let said = panic_of(|| {
-            let [admin, _, state] = locks();
+            let [_, admin, state] = locks();
             let _state = lock(&state);
             drop(lock(&admin));
         });
@@ -535,32 +589,72 @@ mod tests {
     #[test]
     fn a_wait_holds_no_inner_lock() {
         let changed = Condvar::new();
-        let [admin, writer, _] = locks();
-        let _admin = lock(&admin);
-        drop(wait_timeout(&changed, lock(&writer), Duration::from_millis(1)));
+        let [writer, admin, _] = locks();
+        let _writer = lock(&writer);
+        drop(wait_timeout(&changed, lock(&admin), Duration::from_millis(1)));
         let said = panic_of(move || {
-            let [_, writer, state] = locks();
-            let (writer, _state) = (lock(&writer), lock(&state));
-            drop(wait_timeout(&changed, writer, Duration::from_millis(1)));
+            let [_, admin, state] = locks();
+            let (admin, _state) = (lock(&admin), lock(&state));
+            drop(wait_timeout(&changed, admin, Duration::from_millis(1)));
         });
         assert_eq!(
             said,
-            "lock order: the thread waits for a change under ShardWriter while it holds ShardState"
+            "lock order: the thread waits for a change under Admin while it holds ShardState"
         );
     }
 
     #[test]
     fn a_kms_call_is_made_under_few_locks() {
         assert_no_lock_across("a KMS call");
-        let [admin, writer, _] = locks();
-        let _both = (lock(&admin), lock(&writer));
+        let (logstores, [writer, ..]) = (NamedLocks::new(LockRank::LogstoreAdmin), locks());
+        let _both = (logstores.lock(&"p/l"), lock(&writer));
         assert_no_lock_across("a KMS call");
+        for n in 1..3 {
+            let said = panic_of(move || {
+                let locks = locks();
+                let _lock = lock(&locks[n]);
+                assert_no_lock_across("a KMS call");
+            });
+            assert_eq!(said, format!("lock order: {:?} is held across a KMS call", RANKS[n]));
+        }
+    }
+
+    /// A thread that holds a lock which others need without a KMS does not wait for a KMS.
+    #[test]
+    fn a_lock_across_a_kms_call_is_taken_first() {
         let said = panic_of(|| {
-            let [_, _, state] = locks();
-            let _state = lock(&state);
-            assert_no_lock_across("a KMS call");
+            let [_, admin, _] = locks();
+            let _admin = lock(&admin);
+            drop(NamedLocks::new(LockRank::LogstoreAdmin).lock(&"p/l"));
         });
-        assert_eq!(said, "lock order: ShardState is held across a KMS call");
+        assert_eq!(
+            said,
+            "lock order: LogstoreAdmin is taken under Admin: the order is the other way round"
+        );
+    }
+
+    #[test]
+    fn a_lock_by_name_excludes_the_same_name_only() {
+        let locks = NamedLocks::new(LockRank::Test);
+        let held = locks.lock(&"a");
+        assert!(locks.try_lock(&"a").is_none());
+        drop(locks.try_lock(&"b").expect("another name is free"));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| drop(locks.lock(&"a")));
+            drop(locks.lock(&"b"));
+            drop(held);
+            waits.join().expect("the name is free again");
+        });
+        assert!(locks.held.lock().expect("it is not poisoned").is_empty());
+    }
+
+    #[test]
+    fn a_mutex_that_is_held_is_not_waited_for() {
+        let mutex = Mutex::new(LockRank::Test, 1);
+        let held = lock(&mutex);
+        assert!(try_lock(&mutex).is_none());
+        drop(held);
+        assert_eq!(try_lock(&mutex).map(|value| *value), Some(1));
     }
 
     /// The first panic says more than a second one.
@@ -573,7 +667,7 @@ mod tests {
             }
         }
         let said = panic_of(|| {
-            let [admin, _, state] = locks();
+            let [_, admin, state] = locks();
             let _state = lock(&state);
             let _locks = Locks(admin);
             panic!("{}", "the first");

@@ -239,6 +239,11 @@ impl Gate {
             || (service.decides_at_once() && keys.leases().all(|lease| lease.decides_at_once()))
     }
 
+    /// Whether a use of the keys may call a KMS.
+    pub(crate) fn may_call_a_kms(&self) -> bool {
+        self.context.service.lease().is_some() || self.keys().leases().next().is_some()
+    }
+
     /// The error of an operation that the lease refuses.
     pub(crate) fn refused(&self, refusal: &Refusal, cmk: &Cmk) -> Error {
         let (logstore, cmk_id) = (self.name.clone(), cmk.cmk_key_id.clone());

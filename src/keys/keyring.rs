@@ -111,10 +111,12 @@ impl std::fmt::Debug for Keyring {
     }
 }
 
-/// A keyring that is not written yet, and the bytes of its file.
+/// A new or changed keyring that is not written yet, and the bytes of its file.
 pub(crate) struct NewKeyring {
     keyring: Keyring,
     bytes: Zeroizing<Vec<u8>>,
+    /// The root of the version that it adds.
+    added: Option<AddedRoot>,
 }
 
 impl NewKeyring {
@@ -131,6 +133,45 @@ impl NewKeyring {
         self.keyring.file.create(&self.bytes)?;
         Ok(self.keyring)
     }
+
+    /// Replaces the file durably. On an error the file has not changed.
+    ///
+    /// # Errors
+    /// As [`KeyringFile::replace`].
+    pub(crate) fn replace(self) -> Result<Keyring> {
+        self.keyring.file.replace(&self.bytes)?;
+        if let Some(added) = self.added {
+            added.keep();
+        }
+        Ok(self.keyring)
+    }
+}
+
+/// The root of a version that is in no file yet. All copies of the keyring share the roots, so
+/// dropping this removes the root again.
+struct AddedRoot {
+    roots: Arc<Roots>,
+    version: u32,
+    is_kept: bool,
+}
+
+impl AddedRoot {
+    fn add(roots: &Arc<Roots>, version: u32, root: SecretKey) -> Result<Self> {
+        roots.add(version, root)?;
+        Ok(Self { roots: Arc::clone(roots), version, is_kept: false })
+    }
+
+    fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for AddedRoot {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            self.roots.remove(self.version);
+        }
+    }
 }
 
 impl Keyring {
@@ -146,7 +187,7 @@ impl Keyring {
     ) -> Result<NewKeyring> {
         let draw = |error| Error::io("draw a random key for", file.path())(error);
         let root = SecretKey::generate(random).map_err(draw)?;
-        let mut keyring = Self {
+        let keyring = Self {
             store,
             id: KeyringId::random(random).map_err(draw)?,
             file,
@@ -159,8 +200,7 @@ impl Keyring {
             wrapping: None,
             seal,
         };
-        let bytes = keyring.encode(random, cmk.as_ref())?;
-        Ok(NewKeyring { keyring, bytes })
+        keyring.encoded(random, cmk.as_ref())
     }
 
     pub(crate) fn seal(&self) -> &KeyringSeal {
@@ -328,6 +368,19 @@ impl Keyring {
         }
     }
 
+    /// This keyring with the bytes of its file, under this master key from now on. Calls the KMS if
+    /// there is one.
+    fn encoded(mut self, random: &dyn Random, cmk: Option<&Cmk>) -> Result<NewKeyring> {
+        let bytes = self.encode(random, cmk)?;
+        Ok(NewKeyring { keyring: self, bytes, added: None })
+    }
+
+    /// As [`Keyring::encoded`], under the master key that the file is under.
+    fn encoded_as_before(self, random: &dyn Random) -> Result<NewKeyring> {
+        let cmk = self.cmk().cloned();
+        self.encoded(random, cmk.as_ref())
+    }
+
     /// The bytes of the file, under this master key from now on. Calls the KMS if there is one.
     fn encode(&mut self, random: &dyn Random, cmk: Option<&Cmk>) -> Result<Zeroizing<Vec<u8>>> {
         let identity = KeyringIdentity { store: self.store, id: self.id, newest: self.newest() };
@@ -373,14 +426,6 @@ impl Keyring {
         json
     }
 
-    /// Writes the file, under the master key that it is under.
-    fn write(mut self, random: &dyn Random) -> Result<Self> {
-        let cmk = self.cmk().cloned();
-        let bytes = self.encode(random, cmk.as_ref())?;
-        self.file.replace(&bytes)?;
-        Ok(self)
-    }
-
     /// The master key that the file is under.
     pub(crate) fn cmk(&self) -> Option<&Cmk> {
         self.wrapping.as_ref().map(|wrapping| &wrapping.cmk)
@@ -401,13 +446,9 @@ impl Keyring {
         Self { roots: Arc::clone(roots), ..self }
     }
 
-    /// Puts the file under another master key, or under none, and returns the keyring that the file
-    /// now holds. The file is durable then. On an error it has not changed. Calls the KMS.
-    pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<Self> {
-        let mut rewrapped = self.clone();
-        let bytes = rewrapped.encode(random, cmk.as_ref())?;
-        self.file.replace(&bytes)?;
-        Ok(rewrapped)
+    /// This keyring under another master key, or under none. Writes nothing. Calls the KMS.
+    pub(crate) fn rewrap(&self, random: &dyn Random, cmk: Option<Cmk>) -> Result<NewKeyring> {
+        self.clone().encoded(random, cmk.as_ref())
     }
 
     pub(crate) fn store(&self) -> StoreId {
@@ -455,9 +496,9 @@ impl Keyring {
         self.versions.iter().map(|(&version, made)| (version, made.created_us))
     }
 
-    /// Adds a version, which authenticates documents beside the older ones. Returns the new
-    /// keyring; its file is durable then. Calls the KMS if the keyring is under a master key.
-    pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<Self> {
+    /// This keyring with another version, which authenticates documents beside the older ones.
+    /// Writes nothing. Calls the KMS if the keyring is under a master key.
+    pub(crate) fn add_version(&self, random: &dyn Random, now_us: u64) -> Result<NewKeyring> {
         if self.versions.len() >= VERSIONS_MAX {
             return Err(Error::TooMany { what: "keyring versions", limit: VERSIONS_MAX as u64 });
         }
@@ -466,8 +507,9 @@ impl Keyring {
             SecretKey::generate(random).map_err(Error::io("draw a random key for", self.path()))?;
         let mut rotated = self.clone();
         rotated.versions.insert(version, Version::of(&root, now_us));
-        self.roots.add(version, root)?;
-        rotated.write(random).inspect_err(|_| self.roots.remove(version))
+        let added = AddedRoot::add(&self.roots, version, root)?;
+        let new = rotated.encoded_as_before(random)?;
+        Ok(NewKeyring { added: Some(added), ..new })
     }
 
     /// Whether the store has an anchor.
@@ -475,16 +517,16 @@ impl Keyring {
         self.anchored
     }
 
-    /// Notes that the store has an anchor. Returns the new keyring; its file is durable then. Calls
-    /// the KMS if the keyring is under a master key.
-    pub(crate) fn anchor(&self, random: &dyn Random) -> Result<Self> {
-        Self { anchored: true, ..self.clone() }.write(random)
+    /// This keyring, for a store that has an anchor. Writes nothing. Calls the KMS if the keyring
+    /// is under a master key.
+    pub(crate) fn anchor(&self, random: &dyn Random) -> Result<NewKeyring> {
+        Self { anchored: true, ..self.clone() }.encoded_as_before(random)
     }
 
-    /// Retires every version but the newest one. Returns the new keyring; its file is durable then.
-    /// Calls the KMS if the keyring is under a master key.
-    pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<Self> {
-        Self { accepts: self.newest(), ..self.clone() }.write(random)
+    /// This keyring with every version but the newest one retired. Writes nothing. Calls the KMS if
+    /// the keyring is under a master key.
+    pub(crate) fn retire_older(&self, random: &dyn Random) -> Result<NewKeyring> {
+        Self { accepts: self.newest(), ..self.clone() }.encoded_as_before(random)
     }
 
     /// Calls `use_it` with the root of a version.
@@ -619,6 +661,11 @@ mod tests {
         (Keyring::for_tests(&dir.join("keyring"), store), store)
     }
 
+    /// The keyring with another version, written.
+    fn added(keyring: &Keyring) -> Keyring {
+        keyring.add_version(&OsRandom, 2).unwrap().replace().unwrap()
+    }
+
     #[test]
     fn it_is_made_once_rotated_and_read_back() {
         let dir = tempfile::tempdir().unwrap();
@@ -634,7 +681,7 @@ mod tests {
         .unwrap();
         assert!(matches!(again.write(), Err(Error::KeyringExists { .. })));
         let first = *keyring.document_key(1).unwrap().expose();
-        assert_eq!(keyring.add_version(&OsRandom, 2).unwrap().newest(), 2);
+        assert_eq!(added(&keyring).newest(), 2);
         let loaded = keyring.reload().unwrap();
         assert_eq!(loaded.newest(), 2);
         assert_eq!(*loaded.document_key(1).unwrap().expose(), first);
@@ -650,7 +697,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         assert!(!keyring.is_rotating());
-        let rotating = keyring.add_version(&OsRandom, 2).unwrap();
+        let rotating = added(&keyring);
         assert!(
             rotating.is_rotating()
                 && keyring.is_outdated().unwrap()
@@ -660,7 +707,7 @@ mod tests {
             assert_eq!((keyring.accepts(), keyring.newest(), keyring.generation()), (1, 2, 2));
             assert!((1..=2).all(|version| keyring.document_key(version).is_ok()));
         }
-        let retired = rotating.retire_older(&OsRandom).unwrap();
+        let retired = rotating.retire_older(&OsRandom).unwrap().replace().unwrap();
         assert!(rotating.is_outdated().unwrap() && !retired.is_outdated().unwrap());
         let mut tolerant = retired.reload().unwrap();
         for keyring in [&retired, &tolerant] {
@@ -688,7 +735,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         let key = *keyring.document_key(1).unwrap().expose();
-        let copy = keyring.add_version(&OsRandom, 2).unwrap();
+        let copy = added(&keyring);
         keyring.roots().wipe(Error::Closed("it"));
         for keyring in [&keyring, &copy] {
             assert!(matches!(keyring.document_key(1), Err(Error::Closed("it"))));
@@ -704,9 +751,11 @@ mod tests {
         // A version that could not be written leaves no root behind.
         let file = back.file.read().unwrap();
         back.file.remove().unwrap();
-        assert!(back.add_version(&OsRandom, 3).is_err());
+        assert!(back.add_version(&OsRandom, 3).unwrap().replace().is_err());
         assert!(back.roots().with(3, |_| ()).unwrap().is_none());
         back.file.create(&file).unwrap();
+        drop(back.add_version(&OsRandom, 3).unwrap());
+        assert!(back.roots().with(3, |_| ()).unwrap().is_none());
     }
 
     /// Roots that were wiped are replaced by the same ones only.
@@ -715,7 +764,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (first, store) = made(dir.path());
         let older = first.file.read().unwrap();
-        let keyring = first.add_version(&OsRandom, 2).unwrap();
+        let keyring = added(&first);
         assert!(keyring.reload_no_older().is_ok());
         let replace = |bytes: &[u8]| {
             first.file.remove().unwrap();
@@ -794,16 +843,16 @@ mod tests {
         let file = || KeyringFile::for_tests(&path);
         let load = |file| Keyring::load(file, store, keyring.id(), &keyring.seal).unwrap();
         let (first, second) = (load(file()), load(file()));
-        let rotated = second.add_version(&OsRandom, 2).unwrap();
-        let refused = first.anchor(&OsRandom);
+        let rotated = added(&second);
+        let refused = first.anchor(&OsRandom).unwrap().replace();
         assert!(matches!(refused, Err(Error::KeyringChanged { .. })), "{refused:?}");
         // While another process replaces the file, it is locked.
         let held = RealDisk.open(&path, OpenMode::Read).unwrap();
         assert!(held.try_lock().unwrap());
-        let refused = rotated.retire_older(&OsRandom);
+        let refused = rotated.retire_older(&OsRandom).unwrap().replace();
         assert!(matches!(refused, Err(Error::Locked { .. })), "{refused:?}");
         drop(held);
-        let retired = rotated.retire_older(&OsRandom).unwrap();
+        let retired = rotated.retire_older(&OsRandom).unwrap().replace().unwrap();
         assert_eq!((retired.newest(), load(file()).newest()), (2, 2));
     }
 
@@ -816,7 +865,7 @@ mod tests {
             keyring.versions.insert(version, Version::of(&root, 1));
             keyring.roots.add(version, root).unwrap();
         }
-        let largest = keyring.add_version(&OsRandom, 2).unwrap();
+        let largest = added(&keyring);
         assert!(matches!(largest.add_version(&OsRandom, 3), Err(Error::TooMany { .. })));
         let loaded = largest.reload().unwrap();
         assert_eq!(loaded.versions().count(), VERSIONS_MAX);

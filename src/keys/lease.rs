@@ -808,9 +808,17 @@ impl Lease {
         self.is_lost() && lock(&self.telling).recoveries == recoveries
     }
 
+    /// Whether the lease admits operations now, as far as is known. Calls no KMS.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub(crate) fn check(&self) -> Result<(), Refusal> {
+        self.standing(&lock(&self.state))
+    }
+
     /// Whether the lease admits no operation now, as far as is known. Calls no KMS.
     pub(crate) fn is_lost(&self) -> bool {
-        self.standing(&lock(&self.state)).is_err()
+        self.check().is_err()
     }
 
     /// Waits until the listeners have acted on this turn and all before it.

@@ -13,7 +13,7 @@ use std::{
 use tracing::warn;
 
 use super::{
-    keyring::Keyring,
+    keyring::{Keyring, NewKeyring},
     keyring_seal::{Wrapping, service_key},
     lease::Lease,
     roots::Roots,
@@ -24,7 +24,7 @@ use crate::{
     kms::{Cmk, KmsError},
     metrics::Counters,
     sync::{
-        LockRank, Mutex, RwLock, RwLockReadGuard,
+        LockRank, Mutex, MutexGuard, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, Ordering},
         lock, read, write,
     },
@@ -37,6 +37,9 @@ pub(crate) trait LeaseServiceKey: Send + Sync {
     /// # Errors
     /// When no thread can be started for it.
     fn lease(&self, wrapping: &Wrapping) -> Result<Arc<Lease>>;
+
+    /// Has [`ServiceKey::load`] called as soon as it may be.
+    fn load_soon(&self);
 }
 
 /// The result of [`ServiceKey::load`].
@@ -132,11 +135,23 @@ impl ServiceKey {
         self.roots.wiped().map_or(Ok(losses), Err)
     }
 
+    /// Checks that operations are admitted by the last answer of the KMS. Makes no call.
+    ///
+    /// # Errors
+    /// As [`ServiceKey::admit`].
+    pub(crate) fn check(&self) -> Result<()> {
+        if !self.guarded.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if let Some(lease) = self.lease() {
+            lease.check().map_err(|refusal| self.refused(lease.cmk(), &refusal))?;
+        }
+        self.roots.wiped().map_or(Ok(()), Err)
+    }
+
     /// Whether operations are admitted by the last answer of the KMS. Makes no call.
     pub(crate) fn is_usable(&self) -> bool {
-        let usable =
-            || !self.lease().is_some_and(|lease| lease.is_lost()) && self.roots.wiped().is_none();
-        !self.guarded.load(Ordering::Acquire) || usable()
+        self.check().is_ok()
     }
 
     /// Whether [`ServiceKey::admit`] decides without a KMS call, now and for a while. If not, starts
@@ -224,17 +239,23 @@ impl ServiceKey {
         }
     }
 
-    /// Calls `act` with the keyring. If the keyring of a read-only opener is too old, loads it again
-    /// and calls `act` once more. May call the KMS.
+    /// Calls `act` with the keyring. A read-only opener may call the KMS: for an answer that is too
+    /// old, and to load the keyring again and call `act` once more if the keyring is too old. A
+    /// writer makes no call, and may hold the administration: it was admitted when its operation
+    /// began.
     ///
     /// # Errors
     /// As [`ServiceKey::admit`], and the error of `act`.
     pub(crate) fn with_keyring<T>(&self, act: impl Fn(&Keyring) -> Result<T>) -> Result<T> {
+        if !self.follows_writer {
+            self.check()?;
+            return act(&self.keyring());
+        }
         self.admit()?;
         let done = act(&self.keyring());
-        let (Err(Error::KeyringTooOld { .. }), true) = (&done, self.follows_writer) else {
+        if !matches!(done, Err(Error::KeyringTooOld { .. })) {
             return done;
-        };
+        }
         self.reload()?;
         act(&self.keyring())
     }
@@ -278,17 +299,10 @@ impl ServiceKey {
         self.switch_lease().and(refilled)
     }
 
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
-    /// `change` may call the KMS: it works on a copy, and holds no lock of the keyring.
-    ///
-    /// # Errors
-    /// The error of `change`. Nothing has changed then.
-    pub(crate) fn change(&self, change: impl FnOnce(&Keyring) -> Result<Keyring>) -> Result<()> {
-        let _changing = lock(&self.changing);
-        let copy = self.keyring().clone();
-        let changed = change(&copy)?;
-        *write(&self.keyring) = changed;
-        self.switch_lease()
+    /// The right to change the keyring. Waits for the change or the reading that is under way, also
+    /// while it calls the KMS.
+    pub(crate) fn change(&self) -> KeyringChange<'_> {
+        KeyringChange { service: self, _changing: lock(&self.changing) }
     }
 
     /// Brings the lease in line with the master key that the keyring is under. The caller holds
@@ -312,6 +326,45 @@ impl ServiceKey {
         *write(&self.lease) = lease;
         if !guarded {
             self.guarded.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+}
+
+/// Holds the right to change the keyring.
+pub(crate) struct KeyringChange<'a> {
+    service: &'a ServiceKey,
+    _changing: MutexGuard<'a, ()>,
+}
+
+impl KeyringChange<'_> {
+    /// Makes a changed keyring, and writes nothing. `change` may call the KMS: it works on a copy,
+    /// and the caller does not hold the administration.
+    ///
+    /// # Errors
+    /// The error of `change`.
+    pub(crate) fn prepare(
+        &self,
+        change: impl FnOnce(&Keyring) -> Result<NewKeyring>,
+    ) -> Result<NewKeyring> {
+        let copy = self.service.keyring().clone();
+        change(&copy)
+    }
+
+    /// Replaces the file of the keyring, and then the keyring in memory. The caller holds the
+    /// administration, so that no document is written under an older version after this.
+    ///
+    /// # Errors
+    /// [`Error::KeyringChanged`], [`Error::Locked`], [`Error::Io`]: nothing has changed then. Also
+    /// when no thread can be started for the lease.
+    pub(crate) fn put(&self, changed: NewKeyring) -> Result<()> {
+        *write(&self.service.keyring) = changed.replace()?;
+        self.service.switch_lease()?;
+        // The lease may have been lost meanwhile, and another master key may take its place now.
+        if !self.service.is_usable()
+            && let Some(leases) = self.service.leases.get().and_then(Weak::upgrade)
+        {
+            leases.load_soon();
         }
         Ok(())
     }

@@ -177,8 +177,7 @@ impl LogstoreShared {
         lock(&self.meta).reference()
     }
 
-    /// The count for automatic rotation of the data key. The caller holds the lock for file I/O at
-    /// most, and makes no KMS call under it.
+    /// The count for automatic rotation of the data key.
     pub(crate) fn sealed(&self) -> MutexGuard<'_, SealedBytes> {
         lock(&self.sealed)
     }
@@ -207,12 +206,15 @@ impl LogstoreShared {
         self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
     }
 
-    /// Marks the Logstore deleted: every handle refuses calls from now on.
+    /// Marks the Logstore deleted: every handle refuses calls from now on. Waits for no KMS.
     pub(crate) fn delete(&self) {
         for shard in &self.shards {
-            shard.abandon();
+            shard.refuse_appends();
         }
         self.gate.close("the Logstore");
+        for shard in &self.shards {
+            shard.abandon_soon();
+        }
     }
 
     /// In a store without threads, the next caller acts on a loss of the key that was noticed.

@@ -3,7 +3,7 @@
 //! An operation that stops the leader takes the leadership first, and then the writer's lock. The
 //! others take the writer's lock alone: they run while no segment is open, or only look.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use super::{
     End, Head, Shard,
@@ -12,7 +12,7 @@ use super::{
     recovery::{RepairReport, head_on_disk},
     writer::{KeyUse, SegmentWriter},
 };
-use crate::{Error, Result, segment::KeySource};
+use crate::{Error, Result, schedule::ShardJob, segment::KeySource};
 
 impl Shard {
     /// Makes everything durable, including blocks that an earlier process, or a failed fsync, has
@@ -72,12 +72,29 @@ impl Shard {
         }
     }
 
-    /// Accepts no more appends, and forgets the queue: the Logstore is being deleted.
-    pub(crate) fn abandon(&self) {
-        let _leading = self.lead();
-        let mut writer = self.writer();
-        self.latch(&mut writer, Error::Closed("the Logstore"));
+    /// Accepts no more appends: the Logstore was deleted.
+    pub(crate) fn refuse_appends(&self) {
         self.commit.close();
+    }
+
+    /// Forgets the queue of a Logstore that was deleted, and wipes the buffers of the writer. A
+    /// thread that is at work in the shard may wait for the KMS. Then a job does this, and that
+    /// thread fails, because the gate is closed.
+    pub(crate) fn abandon_soon(&self) {
+        match self.lead_within(Duration::ZERO) {
+            Some((leading, writer)) => self.abandon_with(leading, writer),
+            None => self.schedule(Duration::ZERO, ShardJob::Abandon),
+        }
+    }
+
+    /// As [`Shard::abandon_soon`], and waits for the thread that is at work in the shard.
+    pub(super) fn abandon(&self) {
+        let leading = self.lead();
+        self.abandon_with(leading, self.writer());
+    }
+
+    fn abandon_with(&self, _leading: Leading<'_>, mut writer: Locked<'_>) {
+        self.latch(&mut writer, Error::Closed("the Logstore"));
         writer.wipe();
     }
 

@@ -187,7 +187,7 @@ impl Shard {
 
     /// Takes the leadership and the writer, unless another thread has one of them for longer than
     /// `patience`.
-    fn lead_within(&self, patience: Duration) -> Option<(Leading<'_>, Locked<'_>)> {
+    pub(super) fn lead_within(&self, patience: Duration) -> Option<(Leading<'_>, Locked<'_>)> {
         let leading = Leading::new(self, self.commit().lead_within(patience)?);
         let writer = try_lock(&self.writer).or_else(|| {
             if patience.is_zero() {

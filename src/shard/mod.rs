@@ -383,6 +383,13 @@ impl Task<ShardJob> for Shard {
             ShardJob::FlushAll => self.flush_queued(true),
             ShardJob::Mark => self.mark_if_idle(),
             ShardJob::RollByAge => self.roll_if_old(),
+            ShardJob::Abandon => self.abandon(),
         }
+    }
+
+    /// All but the flush wait for the writer, whose holder may call the KMS, or call it themselves.
+    fn may_wait_for_a_kms(&self, job: ShardJob) -> bool {
+        let waits = matches!(job, ShardJob::Mark | ShardJob::RollByAge | ShardJob::Abandon);
+        waits && self.context.gate.may_call_a_kms()
     }
 }

@@ -133,7 +133,10 @@ pub(super) fn begin(core: &Core, without_anchor: bool) -> Result<()> {
     };
     // The anchor now has a copy, so no opening for writing may ignore it.
     if fed && !keys.keyring().is_anchored() {
-        keys.change_keyring(|keyring| keyring.anchor(&*env.random))?;
+        let change = keys.change_keyring();
+        let anchored = change.prepare(|keyring| keyring.anchor(&*env.random))?;
+        let _admin = registry.administer()?;
+        change.put(anchored)?;
         keys.audit().record(AuditEvent::Anchored, None, "")?;
     }
     if env.has_threads() {

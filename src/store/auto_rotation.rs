@@ -1,15 +1,14 @@
 //! Automatic rotation of data keys, by the age of the key and by the bytes sealed under it.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tracing::{info, warn};
 
 use super::{
     core::Core,
     env::StoreEnv,
-    key_change::{KeyChange, change_keys_in},
-    keys::KeyService,
-    registry::Administration,
+    key_change::{KeyChange, change_keys, ensure_probe},
+    unanswered::Unanswered,
 };
 use crate::{
     Error, ErrorKind, Result,
@@ -24,13 +23,14 @@ const DAY_US: u64 = 86_400_000_000;
 const RETRY_AFTER: Duration = Duration::from_secs(600);
 
 /// Rotates the data keys that are due. Returns the Logstores that have a new version. A failure
-/// for one Logstore does not stop the others.
+/// for one Logstore does not stop the others. Leaves to the next run a Logstore that another
+/// operation changes now.
 pub(super) fn rotate_due(core: &Core) -> Result<Vec<LogstoreName>> {
     core.registry.check_writable()?;
-    let mut rotated = Vec::new();
+    let (mut rotated, mut unanswered) = (Vec::new(), Unanswered::default());
     let mut result = Ok(());
     for name in core.registry.names() {
-        match rotate_if_due(core, &name) {
+        match rotate_if_due(core, &name, &mut unanswered) {
             Ok(true) => rotated.push(name),
             Ok(false) | Err(Error::LogstoreMissing(_)) => {}
             Err(error) => result = result.and(Err(error)),
@@ -39,16 +39,24 @@ pub(super) fn rotate_due(core: &Core) -> Result<Vec<LogstoreName>> {
     result.map(|()| rotated)
 }
 
-fn rotate_if_due(core: &Core, name: &LogstoreName) -> Result<bool> {
+fn rotate_if_due(core: &Core, name: &LogstoreName, unanswered: &mut Unanswered) -> Result<bool> {
     let Core { env, keys, registry } = core;
-    let mut admin = registry.administer()?;
-    let logstore = admin.logstore(name)?;
+    let Some(one) = registry.try_administer_logstore(name)? else { return Ok(false) };
+    let logstore = one.logstore()?;
     let Some(section) = logstore.keys_section() else { return Ok(false) };
-    if env.clock.uptime() < logstore.sealed().retry_at {
+    if env.clock.uptime() < logstore.sealed().retry_at || unanswered.includes(&logstore) {
         return Ok(false);
     }
     let Some(why) = due(env, &logstore, &section)? else { return Ok(false) };
-    match rotate(keys, &mut admin, &logstore, &why) {
+    // The gate is asked first, so that no intent is recorded that the KMS would prevent.
+    let rotated = logstore.gate.admit().and_then(|_| {
+        let how = KeyChange::rotate_by_policy(&why);
+        change_keys(core, &one, &logstore, &how, |logstore, section| {
+            ensure_probe(core, name, section.cmk.as_ref())?;
+            keys.add_version(section, logstore.id)
+        })
+    });
+    match unanswered.note(&logstore, rotated) {
         Ok(version) => {
             info!(logstore = %name, version, why, "data key rotated by policy");
             Ok(true)
@@ -60,19 +68,6 @@ fn rotate_if_due(core: &Core, name: &LogstoreName) -> Result<bool> {
         }
         Err(error) => Err(error),
     }
-}
-
-fn rotate(
-    keys: &KeyService,
-    admin: &mut Administration<'_>,
-    logstore: &Arc<LogstoreShared>,
-    why: &str,
-) -> Result<u32> {
-    // The gate is asked first, so that no intent is recorded that the KMS would prevent.
-    logstore.gate.admit()?;
-    change_keys_in(keys, admin, logstore, &KeyChange::rotate_by_policy(why), |logstore, section| {
-        keys.add_version(section, logstore.id)
-    })
 }
 
 /// The reason to replace the current data key now, if there is one.

@@ -244,7 +244,8 @@ impl Keys<'_> {
     /// # Errors
     /// [`ConfigError::NotEncrypted`]; the errors of the KMS. Nothing has changed then.
     pub fn rewrap(&self, name: &LogstoreName) -> Result<u32> {
-        key_change::rewrap(self.open.core(), name)
+        let core = self.open.core();
+        key_change::rewrap(core, &core.registry.administer_logstore(name)?)
     }
 
     /// Wraps the data keys of many Logstores again, under the newest service key and the current

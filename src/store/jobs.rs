@@ -1,9 +1,6 @@
 //! The periodic background jobs of a store that is open for writing.
 
-use std::{
-    sync::{Arc, Weak},
-    time::Duration,
-};
+use std::sync::{Arc, Weak};
 
 use tracing::warn;
 
@@ -21,34 +18,42 @@ impl Jobs {
     /// Schedules the first run of each job.
     pub(super) fn start(core: Core) -> Arc<Self> {
         let jobs = Arc::new_cyclic(|this| Self { this: Weak::clone(this), core });
-        jobs.schedule_retention();
-        jobs.schedule_heads();
+        for job in [StoreJob::Retention, StoreJob::Keys, StoreJob::Heads] {
+            jobs.schedule(job);
+        }
         jobs
     }
 
-    fn schedule_retention(&self) {
-        self.schedule(self.core.env.options.retention_every, StoreJob::Retention);
+    fn schedule(&self, job: StoreJob) {
+        let options = &self.core.env.options;
+        let after = match job {
+            StoreJob::Heads => options.head_every,
+            // Apart from each other, because a KMS may be slow.
+            StoreJob::Retention | StoreJob::Keys => options.retention_every,
+        };
+        self.core.registry.scheduler().after(after, Work::Store(self.this.clone(), job));
     }
 
-    fn schedule_heads(&self) {
-        self.schedule(self.core.env.options.head_every, StoreJob::Heads);
-    }
-
-    fn schedule(&self, delay: Duration, job: StoreJob) {
-        self.core.registry.scheduler().after(delay, Work::Store(self.this.clone(), job));
-    }
-
-    /// Applies retention, rotates data keys that are due, and writes delayed audit records. The
-    /// next run retries each failure.
+    /// Applies retention as far as that needs no KMS, and writes delayed audit records. The next
+    /// run retries each failure.
     fn retain(&self) {
         let Core { env, keys, .. } = &self.core;
-        if let Err(error) = retention::apply(&self.core) {
+        if let Err(error) = retention::apply_without_kms(&self.core) {
+            warn!(store = %env.id, %error, "retention failed");
+        }
+        keys.audit().settle();
+    }
+
+    /// Applies the rest of retention, and rotates data keys that are due. The next run retries each
+    /// failure.
+    fn tend_data_keys(&self) {
+        let Core { env, .. } = &self.core;
+        if let Err(error) = retention::apply_with_kms(&self.core) {
             warn!(store = %env.id, %error, "retention failed");
         }
         if let Err(error) = auto_rotation::rotate_due(&self.core) {
             warn!(store = %env.id, %error, "data key rotation by policy failed");
         }
-        keys.audit().settle();
     }
 
     fn record_heads(&self) {
@@ -60,19 +65,17 @@ impl Jobs {
 
 impl Task<StoreJob> for Jobs {
     fn run(&self, job: StoreJob) {
-        match job {
-            StoreJob::Retention => {
-                if self.core.keys.is_service_key_usable() {
-                    self.retain();
-                }
-                self.schedule_retention();
-            }
-            StoreJob::Heads => {
-                if self.core.keys.is_service_key_usable() {
-                    self.record_heads();
-                }
-                self.schedule_heads();
+        if self.core.keys.is_service_key_usable() {
+            match job {
+                StoreJob::Retention => self.retain(),
+                StoreJob::Keys => self.tend_data_keys(),
+                StoreJob::Heads => self.record_heads(),
             }
         }
+        self.schedule(job);
+    }
+
+    fn may_wait_for_a_kms(&self, job: StoreJob) -> bool {
+        job == StoreJob::Keys
     }
 }

@@ -5,10 +5,11 @@
 
 use std::sync::Arc;
 
-use super::{core::Core, keys::KeyService, registry::Administration};
+use super::{core::Core, registry::LogstoreAdministration};
 use crate::{
     Result,
     config::{ConfigError, EncryptConf, LogstoreName, check_cmk},
+    crypto::SecretKey,
     keys::{AuditEvent, envelope::KeysSection},
     kms::Cmk,
     logstore::{LogstoreShared, Meta},
@@ -79,20 +80,20 @@ impl KeyChange {
 
 /// Gives a Logstore a new data-key version. Returns the version.
 pub(super) fn rotate(core: &Core, name: &LogstoreName) -> Result<u32> {
-    let keys = &core.keys;
-    change_keys(core, name, &KeyChange::ROTATE, |logstore, section| {
+    let one = core.registry.administer_logstore(name)?;
+    change_keys(core, &one, &one.logstore()?, &KeyChange::ROTATE, |logstore, section| {
         logstore.gate.admit()?;
-        keys.add_version(section, logstore.id)
+        ensure_probe(core, name, section.cmk.as_ref())?;
+        core.keys.add_version(section, logstore.id)
     })
 }
 
 /// Wraps all data-key versions of a Logstore again, under the wrapping key they have. Returns the
 /// number of envelopes.
-pub(super) fn rewrap(core: &Core, name: &LogstoreName) -> Result<u32> {
-    let keys = &core.keys;
-    change_keys(core, name, &KeyChange::REWRAP, |logstore, section| {
+pub(super) fn rewrap(core: &Core, one: &LogstoreAdministration<'_>) -> Result<u32> {
+    change_keys(core, one, &one.logstore()?, &KeyChange::REWRAP, |logstore, section| {
         let cmk = section.cmk.clone();
-        keys.rewrap_versions(&logstore.gate, section, cmk)
+        rewrap_versions(core, logstore, section, cmk)
     })
 }
 
@@ -104,18 +105,41 @@ pub(super) fn replace_cmk(
     how: ReplaceCmk,
 ) -> Result<u32> {
     check_cmk(&new)?;
-    let keys = &core.keys;
-    change_keys(core, name, &KeyChange::REPLACE, |logstore, section| {
+    let one = core.registry.administer_logstore(name)?;
+    change_keys(core, &one, &one.logstore()?, &KeyChange::REPLACE, |logstore, section| {
         if section.cmk.is_none() {
             return Err(ConfigError::NotByok.into());
         }
-        let count = keys.rewrap_versions(&logstore.gate, section, Some(new))?;
+        let count = rewrap_versions(core, logstore, section, Some(new))?;
         if how.fresh_data_key {
-            keys.add_version(section, logstore.id)?;
+            core.keys.add_version(section, logstore.id)?;
             return Ok(count + 1);
         }
         Ok(count)
     })
+}
+
+/// Wraps all data-key versions in a section again: under `cmk`, or under the newest service key.
+/// Returns their number.
+pub(super) fn rewrap_versions(
+    core: &Core,
+    logstore: &LogstoreShared,
+    section: &mut KeysSection,
+    cmk: Option<Cmk>,
+) -> Result<u32> {
+    logstore.gate.admit()?;
+    ensure_probe(core, &logstore.name, cmk.as_ref())?;
+    core.keys.rewrap_versions(&logstore.gate, section, cmk)
+}
+
+/// Makes the probe of a master key, if it has none. Calls the KMS before it takes the
+/// administration.
+pub(super) fn ensure_probe(core: &Core, name: &LogstoreName, cmk: Option<&Cmk>) -> Result<()> {
+    let Some(cmk) = cmk else { return Ok(()) };
+    let new = core.keys.new_probe(cmk).map_err(|error| error.refusing(name, cmk))?;
+    let Some(probe) = new else { return Ok(()) };
+    let _admin = core.registry.administer()?;
+    core.keys.add_probe(probe)
 }
 
 /// Destroys data-key versions of a Logstore.
@@ -133,64 +157,68 @@ pub(super) fn shred(core: &Core, name: &LogstoreName, versions: &[u32]) -> Resul
         }
         Ok(versions.len() as u32)
     };
-    change_keys(core, name, &KeyChange::shred(versions, ""), shred).map(|_| ())
+    let one = core.registry.administer_logstore(name)?;
+    change_keys(core, &one, &one.logstore()?, &KeyChange::shred(versions, ""), shred).map(|_| ())
 }
 
 /// Puts the service keyring under another master key, or under none. Calls the KMS.
 pub(super) fn rewrap_keyring(core: &Core, cmk: Option<Cmk>) -> Result<()> {
     cmk.as_ref().map_or(Ok(()), check_cmk)?;
     let Core { env, keys, registry } = core;
-    let _one_at_a_time = registry.administer()?;
+    registry.check_writable()?;
+    let change = keys.change_keyring();
     let detail = cmk
         .as_ref()
         .map_or_else(|| "no master key".to_owned(), |cmk| format!("master key {}", cmk.cmk_key_id));
-    keys.audit().record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
-    keys.change_keyring(|keyring| keyring.rewrap(&*env.random, cmk))?;
+    {
+        let _admin = registry.administer()?;
+        keys.audit().record(AuditEvent::KeyringRewrapIntended, None, detail.clone())?;
+    }
+    let rewrapped = change.prepare(|keyring| keyring.rewrap(&*env.random, cmk))?;
+    let _admin = registry.administer()?;
+    change.put(rewrapped)?;
     keys.audit().record(AuditEvent::KeyringRewrapped, None, detail)
 }
 
-/// Changes the keys of a Logstore by `change`, completely or not at all.
-fn change_keys(
+/// Changes the keys of a Logstore by `change`, completely or not at all. `change` may call the KMS.
+/// The caller got the Logstore from `one`.
+pub(super) fn change_keys(
     core: &Core,
-    name: &LogstoreName,
-    how: &KeyChange,
-    change: impl FnOnce(&LogstoreShared, &mut KeysSection) -> Result<u32>,
-) -> Result<u32> {
-    let mut admin = core.registry.administer()?;
-    let logstore = admin.logstore(name)?;
-    change_keys_in(&core.keys, &mut admin, &logstore, how, change)
-}
-
-/// As [`change_keys`], within an administrative operation.
-pub(super) fn change_keys_in(
-    keys: &KeyService,
-    admin: &mut Administration<'_>,
+    one: &LogstoreAdministration<'_>,
     logstore: &Arc<LogstoreShared>,
     how: &KeyChange,
     change: impl FnOnce(&LogstoreShared, &mut KeysSection) -> Result<u32>,
 ) -> Result<u32> {
     let mut meta = logstore.meta();
     let mut section = meta.keys.clone().ok_or(ConfigError::NotEncrypted)?;
-    let subject = Some((&logstore.name, logstore.id));
-    keys.audit().record(how.intent, subject, &*how.about)?;
-    let result = change(logstore, &mut section)?;
-    let data_key = match &section.cmk {
-        // The current data key makes the second tag. The section before must be proved first.
-        Some(_) => {
-            logstore.gate.prove()?;
-            Some(keys.unwrap_new(&logstore.name, logstore.id, &section)?)
-        }
-        None => None,
-    };
+    one.record_intent(how.intent, logstore, &how.about)?;
+    let changed = change(logstore, &mut section)
+        .and_then(|result| Ok((result, second_tag_key(core, logstore, &section)?)));
+    let (result, data_key) = changed.map_err(|error| core.registry.cause(logstore, error))?;
     follow(&mut meta, &section);
     meta.keys = Some(section);
-    admin.replace_meta(logstore, meta, data_key.as_ref())?;
-    if how.done == AuditEvent::Shredded {
-        // The older metadata has the envelopes. The keys are destroyed once it is gone.
-        admin.remove_older_meta(logstore)?;
-    }
-    keys.audit().record(how.done, subject, how.outcome(result))?;
+    one.replace_meta(logstore, meta, data_key.as_ref(), |admin| {
+        if how.done == AuditEvent::Shredded {
+            // The older metadata has the envelopes. The keys are destroyed once it is gone.
+            admin.remove_older_meta(logstore)?;
+        }
+        admin.record(how.done, logstore, how.outcome(result))
+    })?;
     Ok(result)
+}
+
+/// The current data key under a customer master key, which makes the second tag.
+fn second_tag_key(
+    core: &Core,
+    logstore: &LogstoreShared,
+    section: &KeysSection,
+) -> Result<Option<SecretKey>> {
+    if section.cmk.is_none() {
+        return Ok(None);
+    }
+    // The section before must be proved first.
+    logstore.gate.prove()?;
+    core.keys.unwrap_new(&logstore.name, logstore.id, section).map(Some)
 }
 
 /// Copies the master key of the section into the configuration, which also names it.

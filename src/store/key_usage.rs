@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use serde::Serialize;
@@ -356,22 +356,23 @@ pub(super) fn key_usage(core: &Core) -> Result<KeyUsage> {
     core.keys.check_process()?;
     let mut tally = Tally::default();
     let mut seen = BTreeSet::new();
-    // Other administrative operations run in between. The loop also checks the Logstores that they
-    // create.
+    // Other operations run in between. The loop also checks the Logstores that they create.
     loop {
-        let admin = core.registry.exclusive();
         core.registry.reload_catalogue()?;
-        let new: Vec<(LogstoreName, LogstoreId)> = {
+        let (new, unlisted) = {
+            let _no_change = core.registry.exclusive();
             let catalogue = core.registry.catalogue();
             let entries = catalogue.logstores.iter().map(|(name, entry)| (name.clone(), entry.id));
-            entries.filter(|entry| !seen.contains(entry)).collect()
+            let new: Vec<(LogstoreName, LogstoreId)> =
+                entries.filter(|entry| !seen.contains(entry)).collect();
+            drop(catalogue);
+            (new, core.registry.unlisted()?)
         };
         if new.is_empty() {
             // Last, so that the probes and the audit records of new Logstores are included.
-            tally_store(core, &mut tally)?;
+            tally_store(core, unlisted, &mut tally)?;
             break;
         }
-        drop(admin);
         for (name, id) in new {
             match core.registry.logstore(&name) {
                 Ok(logstore) => tally_logstore(core, &logstore, &mut tally),
@@ -385,8 +386,9 @@ pub(super) fn key_usage(core: &Core) -> Result<KeyUsage> {
 }
 
 /// Counts the objects that belong to no single Logstore: documents, probes, the audit log, and
-/// directories that the catalogue does not list.
-fn tally_store(core: &Core, tally: &mut Tally) -> Result<()> {
+/// directories that the catalogue does not list. A read-only opener may call the KMS of the service
+/// keyring.
+fn tally_store(core: &Core, unlisted: Vec<(PathBuf, bool)>, tally: &mut Tally) -> Result<()> {
     let Core { env, keys, registry } = core;
     let disk = &*env.disk;
     tally.document(disk, &identity_path(&env.dir));
@@ -410,9 +412,7 @@ fn tally_store(core: &Core, tally: &mut Tally) -> Result<()> {
         }
         Err(error) => tally.unknown.push(format!("the audit log: {error}")),
     }
-    for (dir, _) in
-        registry.unlisted()?.into_iter().filter(|(_, may_have_segments)| *may_have_segments)
-    {
+    for (dir, _) in unlisted.into_iter().filter(|(_, may_have_segments)| *may_have_segments) {
         tally.unknown.push(format!(
             "{} has segments in it, and the catalogue does not know it",
             dir.display()
@@ -507,8 +507,12 @@ fn under_each_key(
 ) -> (BTreeMap<KeySource, Under>, Option<String>) {
     let mut all: BTreeMap<KeySource, Under> = BTreeMap::new();
     let mut fault = None;
+    // The writer of a shard under a customer's key may wait for the KMS. No segment is begun there
+    // under keys that were replaced, because the shards are paused while the keys are replaced.
+    let uses_kms = logstore.keys_section().is_some_and(|section| section.cmk.is_some());
     for shard in &logstore.shards {
-        let counted = shard.settled_segments().and_then(|segments| {
+        let segments = if uses_kms { shard.segments(true) } else { shard.settled_segments() };
+        let counted = segments.and_then(|segments| {
             let last = segments.last().map(|last| last.ordinal);
             for segment in segments.iter() {
                 let source = shard.key_source(segment)?;

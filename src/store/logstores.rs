@@ -8,8 +8,9 @@ use super::{
     catalogue::{Change, Entry, LOGSTORES_MAX, STORE_SHARDS_MAX},
     core::Core,
     env::StoreEnv,
+    key_change::ensure_probe,
     keys::KeyService,
-    registry::{Administration, Registry},
+    registry::Registry,
     removal::{self, DeleteReport},
 };
 use crate::{
@@ -22,27 +23,37 @@ use crate::{
     shard::ShardRecord,
 };
 
-/// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the administration
-/// during the KMS calls for the envelope.
+/// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the name during the
+/// KMS calls for the envelope.
 pub(super) fn create(
     core: &Core,
     name: &LogstoreName,
     spec: LogstoreSpec,
 ) -> Result<Arc<LogstoreShared>> {
     let Core { env, keys, registry } = core;
-    let mut admin = registry.administer()?;
-    admin.unlatch()?;
-    check_room(registry, name, &spec)?;
+    let _name = registry.administer_logstore(name)?;
+    {
+        let mut admin = registry.administer()?;
+        admin.unlatch()?;
+        check_room(registry, name, spec.shard_count)?;
+    }
     let now_us = env.clock.wall_us();
     let config = LogstoreConfig::new(name.clone(), spec, now_us / 1_000_000)?;
     let id = LogstoreId::random(&*env.random)
         .map_err(Error::io("draw an id in", env.logstores_dir()))?;
     let mut meta = Meta::new(config);
-    // The KMS is called before any file is made.
+    // The KMS is called before any file is made, and before the administration is taken.
     let data_key = match meta.config.encrypt_conf.clone() {
-        Some(conf) if conf.enable => Some(make_envelope(keys, &mut meta, id, &conf)?),
+        Some(conf) if conf.enable => Some(make_envelope(core, &mut meta, id, &conf)?),
         _ => None,
     };
+    let mut admin = registry.administer()?;
+    admin.unlatch()?;
+    // Others may have created Logstores meanwhile.
+    check_room(registry, name, meta.config.shards.len() as u32)?;
+    if let (Some(section), Some(key)) = (&mut meta.keys, &data_key) {
+        keys.renew_first_envelope(section, id, key)?;
+    }
     let dir = env.logstore_dir(id);
     let made =
         make_files(env, keys, &mut meta, id, data_key.as_ref()).and_then(|()| match &meta.keys {
@@ -64,7 +75,7 @@ pub(super) fn create(
 }
 
 /// Checks that the name is free, and that the store has room for the shards.
-fn check_room(registry: &Registry, name: &LogstoreName, spec: &LogstoreSpec) -> Result<()> {
+fn check_room(registry: &Registry, name: &LogstoreName, shard_count: u32) -> Result<()> {
     let catalogue = registry.catalogue();
     if catalogue.logstores.contains_key(name) {
         return Err(Error::LogstoreExists(name.clone()));
@@ -73,7 +84,7 @@ fn check_room(registry: &Registry, name: &LogstoreName, spec: &LogstoreSpec) -> 
         return Err(Error::TooMany { what: "Logstores", limit: LOGSTORES_MAX as u64 });
     }
     let shards: usize = catalogue.logstores.values().map(|entry| entry.shards.len()).sum();
-    if shards.saturating_add(spec.shard_count as usize) > STORE_SHARDS_MAX {
+    if shards.saturating_add(shard_count as usize) > STORE_SHARDS_MAX {
         return Err(Error::TooMany {
             what: "shards of all Logstores",
             limit: STORE_SHARDS_MAX as u64,
@@ -102,9 +113,9 @@ fn make_files(
 }
 
 /// Makes the first envelope of a Logstore, and fixes method, algorithm and master key for all its
-/// segments. Returns the data key.
+/// segments. Returns the data key. Calls the KMS under a customer master key.
 fn make_envelope(
-    keys: &KeyService,
+    core: &Core,
     meta: &mut Meta,
     id: LogstoreId,
     conf: &EncryptConf,
@@ -122,36 +133,38 @@ fn make_envelope(
         current: 1,
         versions: Vec::new(),
     };
-    let key = keys.new_data_key(&mut section, id, 1, vec![1; meta.config.shards.len()])?;
+    ensure_probe(core, &section.name, section.cmk.as_ref())?;
+    let key = core.keys.new_data_key(&mut section, id, 1, vec![1; meta.config.shards.len()])?;
     meta.keys = Some(section);
     Ok(key)
 }
 
-/// Replaces the configuration of a Logstore. Returns the new one. Holds the administration during
-/// the KMS calls for a first envelope.
+/// Replaces the configuration of a Logstore. Returns the new one. Holds the Logstore during the KMS
+/// calls for a first envelope, and for the second tag.
 pub(super) fn update(
     core: &Core,
     name: &LogstoreName,
     update: LogstoreConfig,
 ) -> Result<LogstoreConfig> {
-    let Core { env, keys, registry } = core;
-    let mut admin = registry.administer()?;
-    let logstore = admin.logstore(name)?;
+    let one = core.registry.administer_logstore(name)?;
+    let logstore = one.logstore()?;
     let mut meta = logstore.meta();
     let fixed = meta.keys.as_ref().map(KeysSection::fixed);
-    meta.config = meta.config.updated(update, fixed.as_ref(), env.clock.wall_us() / 1_000_000)?;
+    let now_us = core.env.clock.wall_us();
+    meta.config = meta.config.updated(update, fixed.as_ref(), now_us / 1_000_000)?;
     let first_enable =
         meta.keys.is_none() && meta.config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable);
     let data_key = match meta.config.encrypt_conf.clone().filter(|_| first_enable) {
-        Some(conf) => Some(make_envelope(keys, &mut meta, logstore.id, &conf)?),
-        None => bind(&logstore, &mut meta)?,
+        Some(conf) => make_envelope(core, &mut meta, logstore.id, &conf).map(Some),
+        None => bind(&logstore, &mut meta),
     };
+    let data_key = data_key.map_err(|error| core.registry.cause(&logstore, error))?;
     let config = meta.config.clone();
     if first_enable {
         // The record comes before the envelope is in force, so no envelope is without a record.
-        keys.audit().record(AuditEvent::Created, Some((name, logstore.id)), describe(&meta))?;
+        one.record_intent(AuditEvent::Created, &logstore, &describe(&meta))?;
     }
-    admin.replace_meta(&logstore, meta, data_key.as_ref())?;
+    one.replace_meta(&logstore, meta, data_key.as_ref(), |_| Ok(()))?;
     Ok(config)
 }
 
@@ -168,29 +181,37 @@ fn bind(logstore: &LogstoreShared, meta: &mut Meta) -> Result<Option<SecretKey>>
     logstore.gate.unwrap(section.current).map(Some)
 }
 
-/// Deletes a Logstore: its envelopes first, then its other files.
+/// Deletes a Logstore: its envelopes first, then its other files. Waits for no KMS: an operation on
+/// the Logstore that waits for one finds later that the Logstore is gone.
 pub(super) fn delete(core: &Core, name: &LogstoreName) -> Result<DeleteReport> {
     let Core { env, keys, registry } = core;
+    registry.check_writable()?;
     let mut admin = registry.administer()?;
     let entry = registry.entry(name)?;
     let (id, dir) = (entry.id, env.logstore_dir(entry.id));
     removal::check_types(&*env.disk, &dir, &entry.meta().path(&dir))?;
     keys.audit().record(AuditEvent::DeleteIntended, Some((name, id)), "")?;
     admin.commit(vec![Change::Deleted { name: name.clone(), id }])?;
-    admin.close_deleted(name);
-    keys.audit().record(AuditEvent::Deleted, Some((name, id)), "")?;
-    finish_deletion(env, &mut admin, id)
+    let open = admin.forget_deleted(name);
+    let recorded = keys.audit().record(AuditEvent::Deleted, Some((name, id)), "");
+    drop(admin);
+    if let Some(open) = open {
+        open.delete();
+    }
+    recorded?;
+    finish_deletion(core, id)
 }
 
 /// Removes the files of a deleted Logstore. When none is left, the catalogue forgets the Logstore.
-fn finish_deletion(
-    env: &StoreEnv,
-    admin: &mut Administration<'_>,
-    id: LogstoreId,
-) -> Result<DeleteReport> {
-    let report = removal::remove_logstore(&*env.disk, &env.logstore_dir(id))?;
+fn finish_deletion(core: &Core, id: LogstoreId) -> Result<DeleteReport> {
+    let _one_at_a_time = core.registry.remove_files();
+    if !core.registry.catalogue().deleting.contains(&id) {
+        // Another thread has removed them.
+        return Ok(DeleteReport::default());
+    }
+    let report = removal::remove_logstore(&*core.env.disk, &core.env.logstore_dir(id))?;
     if report.left.is_empty() {
-        admin.commit(vec![Change::Removed { id }])?;
+        core.registry.administer()?.commit(vec![Change::Removed { id }])?;
     }
     Ok(report)
 }
@@ -200,11 +221,11 @@ fn finish_deletion(
 /// # Errors
 /// The failure of a change that latched the administration.
 pub(super) fn finish_deletions(core: &Core) -> Result<()> {
-    let mut admin = core.registry.administer()?;
+    core.registry.check_writable()?;
     let deleting = core.registry.catalogue().deleting.clone();
     for id in deleting {
-        if let Err(error) = finish_deletion(&core.env, &mut admin, id) {
-            if let Some(latched) = admin.latched() {
+        if let Err(error) = finish_deletion(core, id) {
+            if let Some(latched) = core.registry.administer()?.latched() {
                 return Err(latched.clone());
             }
             warn!(logstore = %id, %error, "files of a deleted Logstore not removed; will retry");

@@ -40,6 +40,7 @@ mod retention;
 mod rewrap_all;
 mod scheduler;
 mod service_rotation;
+mod unanswered;
 
 pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
 pub use builder::StoreBuilder;

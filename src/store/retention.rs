@@ -8,14 +8,12 @@ use tracing::info;
 use super::{
     catalogue::Change,
     core::Core,
-    key_change::{KeyChange, change_keys_in},
-    keys::KeyService,
+    key_change::{KeyChange, change_keys},
     logstores,
-    registry::Administration,
+    unanswered::Unanswered,
 };
 use crate::{
     Error, ErrorKind, Result,
-    config::LogstoreName,
     logstore::LogstoreShared,
     segment::KeySource,
     shard::{Shard, ShardRecord},
@@ -44,18 +42,11 @@ pub struct RetentionReport {
     pub suspended: bool,
 }
 
-impl RetentionReport {
-    fn remove_leftovers(&mut self, shard: &Shard) -> Result<()> {
-        let (freed, left) = shard.remove_leftovers()?;
-        self.bytes += freed;
-        self.left += left;
-        Ok(())
-    }
-}
-
 /// The limits of a Logstore.
 #[derive(Clone, Copy)]
 struct Limits {
+    /// The generation of the metadata that has them.
+    generation: u64,
     /// Segments whose last group was received before this time, in microseconds since the Unix
     /// epoch, are too old.
     oldest_us: Option<u64>,
@@ -70,65 +61,254 @@ struct Excess {
     segments: u64,
 }
 
+/// A run of retention.
+struct Run<'a> {
+    core: &'a Core,
+    report: RetentionReport,
+    unanswered: Unanswered,
+}
+
 /// Drops the segments that are over the limits of their Logstores. A failure for one Logstore does
-/// not stop the others.
+/// not stop the others. Calls KMSs at the end, so a KMS that does not answer delays only Logstores
+/// that need one.
 pub(super) fn apply(core: &Core) -> Result<RetentionReport> {
-    core.registry.check_writable()?;
-    let mut report =
-        RetentionReport { suspended: core.env.has_clock_jumped(), ..Default::default() };
-    let names = core.registry.names();
-    let mut result = logstores::finish_deletions(core);
-    for name in names {
-        let done = retain(core, &name, &mut report);
-        if !matches!(done, Err(Error::LogstoreMissing(_))) {
-            result = result.and(done);
+    let mut run = Run::new(core)?;
+    let result = run.without_kms();
+    result.and(run.with_kms()).map(|()| run.report)
+}
+
+/// As [`apply`], but leaves to [`apply_with_kms`] the work that needs a customer's KMS.
+pub(super) fn apply_without_kms(core: &Core) -> Result<()> {
+    Run::new(core)?.without_kms()
+}
+
+/// The part of [`apply`] that [`apply_without_kms`] leaves.
+pub(super) fn apply_with_kms(core: &Core) -> Result<()> {
+    Run::new(core)?.with_kms()
+}
+
+impl<'a> Run<'a> {
+    fn new(core: &'a Core) -> Result<Self> {
+        core.registry.check_writable()?;
+        let suspended = core.env.has_clock_jumped();
+        let report = RetentionReport { suspended, ..RetentionReport::default() };
+        Ok(Self { core, report, unanswered: Unanswered::default() })
+    }
+
+    /// Calls `retain` for each Logstore.
+    fn each(
+        &mut self,
+        retain: impl Fn(&mut Self, &Arc<LogstoreShared>) -> Result<()>,
+    ) -> Result<()> {
+        let mut result = Ok(());
+        for name in self.core.registry.names() {
+            let logstore = self.core.registry.logstore(&name);
+            let done = logstore.and_then(|logstore| retain(self, &logstore));
+            if !matches!(done, Err(Error::LogstoreMissing(_))) {
+                result = result.and(done);
+            }
+        }
+        result
+    }
+
+    fn without_kms(&mut self) -> Result<()> {
+        let result = logstores::finish_deletions(self.core);
+        result.and(self.each(|run, logstore| {
+            let Some(limits) = run.limits(logstore) else { return Ok(()) };
+            match logstore.gate.is_unproved() {
+                true => run.remove_leftovers(logstore)?,
+                false => run.drop_excess(logstore, limits)?,
+            }
+            match uses_kms(logstore) {
+                true => Ok(()),
+                false => run.shred_unused(logstore),
+            }
+        }))
+    }
+
+    fn with_kms(&mut self) -> Result<()> {
+        self.each(|run, logstore| {
+            let Some(limits) = run.limits(logstore).filter(|_| uses_kms(logstore)) else {
+                return Ok(());
+            };
+            // After a first failure, the lease or the next run decides what applies unproved.
+            if logstore.gate.is_unproved()
+                && !run.unanswered.includes(logstore)
+                && run.has_excess(logstore, limits)?
+            {
+                run.prove(logstore)?;
+                run.drop_excess(logstore, limits)?;
+            }
+            run.shred_unused(logstore)
+        })
+    }
+
+    /// The limits of a Logstore; `None` if it has none.
+    fn limits(&self, logstore: &LogstoreShared) -> Option<Limits> {
+        let config = logstore.config();
+        if config.ttl_days.is_none() && config.retention_bytes.is_none() {
+            return None;
+        }
+        let days = config.ttl_days.filter(|_| !self.report.suspended);
+        let now_us = self.core.env.clock.wall_us();
+        let oldest_us = days.map(|days| now_us.saturating_sub(u64::from(days) * DAY_US));
+        let (generation, bytes_max) = (logstore.generation(), config.retention_bytes);
+        Some(Limits { generation, oldest_us, bytes_max })
+    }
+
+    /// Drops the oldest segments of each shard until it is within its limits.
+    fn drop_excess(&mut self, logstore: &Arc<LogstoreShared>, limits: Limits) -> Result<()> {
+        let _one_at_a_time = self.core.registry.remove_files();
+        for shard in &logstore.shards {
+            match find_excess(shard, limits)? {
+                Some(excess) => self.drop_segments(logstore, shard, limits, &excess)?,
+                None if shard.has_leftovers() => self.remove_leftovers_of(shard)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Records in the catalogue that segments may be missing, and where the shard begins now, and
+    /// then removes the files.
+    fn drop_segments(
+        &mut self,
+        logstore: &Arc<LogstoreShared>,
+        shard: &Shard,
+        limits: Limits,
+        excess: &Excess,
+    ) -> Result<()> {
+        shard.make_names_durable()?;
+        let (name, id, record) = (&logstore.name, logstore.id, &excess.record);
+        let (first_ordinal, first_seq) = (record.first_ordinal, record.first_seq);
+        {
+            let mut admin = self.core.registry.administer()?;
+            admin.check_exists(logstore)?;
+            if logstore.generation() != limits.generation {
+                // The next run applies the new settings.
+                return Ok(());
+            }
+            // The catalogue may not have the head yet by which this process has proved the
+            // segments.
+            let reached = record.head.clone();
+            let reached = reached.map(|head| Change::reached(name, id, shard.id(), head));
+            let dropped = Change::Dropped {
+                name: name.clone(),
+                id,
+                shard: shard.id(),
+                first_ordinal,
+                first_seq,
+            };
+            admin.commit(reached.into_iter().chain([dropped]).collect())?;
+            shard.note_first(first_ordinal, first_seq);
+            shard.drop_before(first_ordinal);
+        }
+        let (shard_id, segments) = (shard.id(), excess.segments);
+        info!(logstore = %name, shard = shard_id, segments, first_ordinal, "segments dropped by retention");
+        self.report.segments += segments;
+        self.remove_leftovers_of(shard)
+    }
+
+    fn remove_leftovers(&mut self, logstore: &LogstoreShared) -> Result<()> {
+        let _one_at_a_time = self.core.registry.remove_files();
+        let mut shards = logstore.shards.iter().filter(|shard| shard.has_leftovers());
+        shards.try_for_each(|shard| self.remove_leftovers_of(shard))
+    }
+
+    fn remove_leftovers_of(&mut self, shard: &Shard) -> Result<()> {
+        let (freed, left) = shard.remove_leftovers()?;
+        self.report.bytes += freed;
+        self.report.left += left;
+        Ok(())
+    }
+
+    /// Lets the data key prove the retention settings, once after the Logstore was opened. While
+    /// the key may not be used, the settings in the metadata apply unproved. May call the KMS.
+    fn prove(&mut self, logstore: &LogstoreShared) -> Result<()> {
+        let proved = logstore.gate.admit().and_then(|_| logstore.gate.prove());
+        match self.unanswered.note(logstore, proved) {
+            Err(error) if is_refusal(&error) => {
+                info!(logstore = %logstore.name, %error, "retention settings applied without proof by the data key");
+                Ok(())
+            }
+            proved => proved,
         }
     }
-    result.map(|()| report)
-}
 
-fn retain(core: &Core, name: &LogstoreName, report: &mut RetentionReport) -> Result<()> {
-    let Core { env, keys, registry } = core;
-    let mut admin = registry.administer()?;
-    let logstore = admin.logstore(name)?;
-    let config = logstore.config();
-    if config.ttl_days.is_none() && config.retention_bytes.is_none() {
-        return Ok(());
+    /// Destroys the data-key versions without a segment. After an interruption, the next run finds
+    /// them again, or the next opening of the Logstore removes the older metadata, which has them.
+    fn shred_unused(&mut self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+        let core = self.core;
+        if self.unused_versions(logstore)?.is_empty() {
+            return Ok(());
+        }
+        let one = match uses_kms(logstore) {
+            true if self.unanswered.includes(logstore) => None,
+            // Its holder may wait for the KMS.
+            true => core.registry.try_administer_logstore(&logstore.name)?,
+            false => Some(core.registry.administer_logstore(&logstore.name)?),
+        };
+        let Some(one) = one else {
+            self.report.data_keys_postponed += 1;
+            return Ok(());
+        };
+        let logstore = one.logstore()?;
+        for shard in &logstore.shards {
+            shard.settled_segments()?;
+        }
+        let unused = self.unused_versions(&logstore)?;
+        if unused.is_empty() {
+            return Ok(());
+        }
+        // The gate is asked first, so that no intent is recorded that the KMS would prevent.
+        let shredded = logstore.gate.admit().and_then(|_| {
+            let versions: Vec<u32> = unused.iter().copied().collect();
+            let how = KeyChange::shred(&versions, ", since retention has dropped what it sealed");
+            change_keys(core, &one, &logstore, &how, |_, section| {
+                let versions = section.versions.iter_mut();
+                for version in versions.filter(|version| unused.contains(&version.version)) {
+                    version.wrapped = None;
+                }
+                Ok(unused.len() as u32)
+            })
+        });
+        match self.unanswered.note(&logstore, shredded) {
+            Ok(count) => self.report.data_keys += u64::from(count),
+            Err(error) if is_refusal(&error) => {
+                info!(logstore = %logstore.name, %error, "destruction of unused data keys postponed");
+                self.report.data_keys_postponed += 1;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
     }
-    let days = config.ttl_days.filter(|_| !report.suspended);
-    let oldest_us = days.map(|days| env.clock.wall_us().saturating_sub(u64::from(days) * DAY_US));
-    let limits = Limits { oldest_us, bytes_max: config.retention_bytes };
-    logstore
-        .shards
-        .iter()
-        .try_for_each(|shard| retain_shard(&mut admin, &logstore, shard, limits, report))?;
-    shred_unused(keys, &mut admin, &logstore, report)
+
+    /// The data-key versions that can be destroyed now.
+    fn unused_versions(&self, logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
+        let _no_other_run = self.core.registry.remove_files();
+        unused_versions(logstore)
+    }
+
+    /// Whether a Logstore has segments that are over its limits.
+    fn has_excess(&self, logstore: &LogstoreShared, limits: Limits) -> Result<bool> {
+        let _no_other_run = self.core.registry.remove_files();
+        for shard in &logstore.shards {
+            if find_excess(shard, limits)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }
 
-/// Drops the oldest segments of a shard until it is within its limits.
-fn retain_shard(
-    admin: &mut Administration<'_>,
-    logstore: &LogstoreShared,
-    shard: &Shard,
-    limits: Limits,
-    report: &mut RetentionReport,
-) -> Result<()> {
-    let Some(excess) = find_excess(shard, limits)? else {
-        return if shard.has_leftovers() { report.remove_leftovers(shard) } else { Ok(()) };
-    };
-    prove_retention(logstore)?;
-    commit_drop(admin, logstore, shard, &excess.record)?;
-    shard.note_first(excess.record.first_ordinal, excess.record.first_seq);
-    shard.drop_before(excess.record.first_ordinal);
-    info!(
-        logstore = %logstore.name,
-        shard = shard.id(),
-        segments = excess.segments,
-        first_ordinal = excess.record.first_ordinal,
-        "segments dropped by retention"
-    );
-    report.segments += excess.segments;
-    report.remove_leftovers(shard)
+/// Whether the data keys of a Logstore are under a customer master key.
+fn uses_kms(logstore: &LogstoreShared) -> bool {
+    logstore.keys_section().is_some_and(|section| section.cmk.is_some())
+}
+
+/// Whether the key may not be used now.
+fn is_refusal(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable)
 }
 
 /// Finds the segments that are over the limits. The chain of digests from the head in the
@@ -165,75 +345,6 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
     Ok((excess.segments > 0).then_some(excess))
 }
 
-/// Records in the catalogue that segments may be missing, and where the shard begins now. The
-/// files are removed after that.
-fn commit_drop(
-    admin: &mut Administration<'_>,
-    logstore: &LogstoreShared,
-    shard: &Shard,
-    record: &ShardRecord,
-) -> Result<()> {
-    shard.make_names_durable()?;
-    let (name, id, shard) = (&logstore.name, logstore.id, shard.id());
-    // The catalogue may not have the head yet by which this process has proved the segments.
-    let reached = record.head.clone().map(|head| Change::reached(name, id, shard, head));
-    let (first_ordinal, first_seq) = (record.first_ordinal, record.first_seq);
-    let dropped = Change::Dropped { name: name.clone(), id, shard, first_ordinal, first_seq };
-    admin.commit(reached.into_iter().chain([dropped]).collect())
-}
-
-/// Lets the data key prove the retention settings, once after the Logstore was opened. While the
-/// key may not be used, the settings in the metadata apply unproved. May call the KMS.
-fn prove_retention(logstore: &LogstoreShared) -> Result<()> {
-    if !logstore.gate.is_unproved() {
-        return Ok(());
-    }
-    match logstore.gate.admit().and_then(|_| logstore.gate.prove()) {
-        Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
-            info!(logstore = %logstore.name, %error, "retention settings applied without proof by the data key");
-            Ok(())
-        }
-        proved => proved,
-    }
-}
-
-/// Destroys the data-key versions without a segment. After an interruption, the next run finds
-/// them again, or the next opening of the Logstore removes the older metadata, which has them.
-fn shred_unused(
-    keys: &KeyService,
-    admin: &mut Administration<'_>,
-    logstore: &Arc<LogstoreShared>,
-    report: &mut RetentionReport,
-) -> Result<()> {
-    let unused = unused_versions(logstore)?;
-    if unused.is_empty() {
-        return Ok(());
-    }
-    if logstore.keys_section().is_some_and(|section| section.cmk.is_some())
-        && let Err(error) = logstore.gate.admit()
-    {
-        info!(logstore = %logstore.name, %error, "destruction of unused data keys postponed");
-        report.data_keys_postponed += 1;
-        return Ok(());
-    }
-    let versions: Vec<u32> = unused.iter().copied().collect();
-    let how = KeyChange::shred(&versions, ", since retention has dropped what it sealed");
-    let shredded = change_keys_in(keys, admin, logstore, &how, |_, section| {
-        for version in
-            section.versions.iter_mut().filter(|version| unused.contains(&version.version))
-        {
-            version.wrapped = None;
-        }
-        Ok(unused.len() as u32)
-    });
-    match shredded.map_err(|error| (error.kind(), error)) {
-        Ok(count) => report.data_keys += u64::from(count),
-        Err((ErrorKind::Revoked | ErrorKind::KmsUnreachable, _)) => report.data_keys_postponed += 1,
-        Err((_, error)) => return Err(error),
-    }
-    Ok(())
-}
-
 /// The older data-key versions without a segment and without a reader of this process. None if a
 /// segment is found whose key is not proved.
 fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
@@ -247,7 +358,7 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
     // Versions only grow along a shard, so its oldest segment alone often decides.
     let mut oldest = u32::MAX;
     for shard in &logstore.shards {
-        if let Some(first) = shard.settled_segments()?.first() {
+        if let Some(first) = shard.segments(true)?.first() {
             // A segment that the catalogue does not know yet may be under any key.
             let Some(source) = shard.proved_key_source(first)? else { return none };
             oldest = oldest.min(data_key_version(source));
@@ -259,7 +370,7 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
     }
     // A destroyed key is lost for ever, so every segment is checked.
     for shard in &logstore.shards {
-        for segment in shard.settled_segments()?.iter() {
+        for segment in shard.segments(true)?.iter() {
             let Some(source) = shard.proved_key_source(segment)? else { return none };
             unused.remove(&data_key_version(source));
         }

@@ -14,6 +14,7 @@ use crate::{
     ids::LogstoreId,
     keys::{AuditEvent, AuditRecord},
     kms::Cmk,
+    logstore::LogstoreShared,
 };
 
 /// A run that began longer ago than this, in microseconds, is not continued: the master key may
@@ -132,29 +133,61 @@ struct Run<'a> {
     report: RewrapReport,
 }
 
+/// Whether the run waits for another operation on a Logstore.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Busy {
+    Wait,
+    /// The run continues with the other Logstores first.
+    Later,
+}
+
 impl Run<'_> {
-    fn logstore(&mut self, name: LogstoreName) {
-        let logstore = match self.core.registry.logstore(&name) {
-            Ok(logstore) => logstore,
+    /// Wraps the data keys of a Logstore again if it needs that. Returns `false` if the run has to
+    /// come back later.
+    fn logstore(&mut self, name: &LogstoreName, busy: Busy) -> bool {
+        match self.rewrap(name, busy) {
+            Ok(done) => done,
             // It was deleted since the run began.
-            Err(Error::LogstoreMissing(_)) => return,
-            Err(error) => return self.report.failed.push((name.to_string(), error)),
-        };
-        let Some(section) = logstore.keys_section() else { return };
-        if !self.options.includes(section.cmk.as_ref()) {
-            return;
+            Err(Error::LogstoreMissing(_)) => true,
+            Err(error) => {
+                self.report.failed.push((name.to_string(), error));
+                true
+            }
         }
-        let newest = section.cmk.as_ref().and_then(|cmk| self.newest_version(&name, cmk));
+    }
+
+    /// Whether the run is about a Logstore.
+    fn includes(&self, logstore: &LogstoreShared) -> bool {
+        let section = logstore.keys_section();
+        section.is_some_and(|section| self.options.includes(section.cmk.as_ref()))
+    }
+
+    fn rewrap(&mut self, name: &LogstoreName, busy: Busy) -> Result<bool> {
+        let registry = &self.core.registry;
+        if !self.includes(&*registry.logstore(name)?) {
+            return Ok(true);
+        }
+        let one = match busy {
+            Busy::Wait => registry.administer_logstore(name)?,
+            Busy::Later => match registry.try_administer_logstore(name)? {
+                Some(one) => one,
+                None => return Ok(false),
+            },
+        };
+        let logstore = one.logstore()?;
+        let Some(section) = logstore.keys_section().filter(|_| self.includes(&logstore)) else {
+            return Ok(true);
+        };
+        let newest = section.cmk.as_ref().and_then(|cmk| self.newest_version(name, cmk));
         if self.earlier.done.contains(&logstore.id)
             || self.core.keys.is_current(&section, newest.as_deref())
         {
-            return self.report.current.push(name);
+            self.report.current.push(name.clone());
+            return Ok(true);
         }
-        match key_change::rewrap(self.core, &name) {
-            Ok(envelopes) => self.report.rewrapped.push((name, envelopes)),
-            Err(Error::LogstoreMissing(_)) => {}
-            Err(error) => self.report.failed.push((name.to_string(), error)),
-        }
+        let envelopes = key_change::rewrap(self.core, &one)?;
+        self.report.rewrapped.push((name.clone(), envelopes));
+        Ok(true)
     }
 
     /// Wraps the probe of a master key again, once in a run. Returns the version of the master key
@@ -176,8 +209,8 @@ impl Run<'_> {
     }
 }
 
-/// Wraps the data keys of many Logstores again, and the probes of their master keys. Holds the
-/// administration for one Logstore at a time.
+/// Wraps the data keys of many Logstores again, and the probes of their master keys. Comes back at
+/// the end to a Logstore that another operation changes, and waits for that operation then.
 pub(super) fn rewrap_all(
     core: &Core,
     options: &RewrapOptions,
@@ -196,18 +229,26 @@ pub(super) fn rewrap_all(
         }
     };
     if earlier.began_us.is_none() {
+        let _admin = registry.administer()?;
         keys.audit().record(AuditEvent::RewrapBegun, None, &*scope)?;
     }
     let report = RewrapReport { continues_us: earlier.began_us, ..RewrapReport::default() };
     let mut run = Run { core, options, earlier, versions: BTreeMap::new(), report };
     let names = registry.list()?;
-    let total = names.len();
-    for (done, name) in names.into_iter().enumerate() {
+    let (total, mut done) = (names.len(), 0);
+    let mut visit = |name: &LogstoreName, busy| {
         progress(&RewrapProgress { done, total, logstore: Some(name.clone()) });
-        run.logstore(name);
+        let is_done = run.logstore(name, busy);
+        done += usize::from(is_done);
+        is_done
+    };
+    let later: Vec<_> = names.iter().filter(|name| !visit(name, Busy::Later)).collect();
+    for name in later {
+        visit(name, Busy::Wait);
     }
     progress(&RewrapProgress { done: total, total, logstore: None });
     if run.report.failed.is_empty() {
+        let _admin = registry.administer()?;
         keys.audit().record(AuditEvent::RewrapEnded, None, scope)?;
     }
     Ok(run.report)

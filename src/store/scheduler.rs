@@ -1,9 +1,10 @@
 //! The background task queue: flushes partial batches, writes mark blocks, rolls old segments,
-//! applies retention.
+//! applies retention, rotates data keys.
 //!
-//! One queue is ordered by time, and a few threads run its tasks. In a store without threads,
-//! [`Scheduler::run_due`] runs them when the embedder calls `tick`, so that a test or a simulation
-//! controls the order of events.
+//! One queue is ordered by time, and a few threads run its tasks, the workers. A worker calls no
+//! KMS: it passes a task that may wait for one on to a second queue with its own threads. In a
+//! store without threads, [`Scheduler::run_due`] runs the tasks when the embedder calls `tick`, so
+//! that a test or a simulation controls the order of events.
 
 use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -12,6 +13,10 @@ use crate::{
     schedule::{ShardJob, Wake, Work},
     sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
 };
+
+/// The threads for tasks that may wait for a KMS: one for the work on data keys, and another for
+/// the segments of Logstores under customer master keys.
+const KMS_THREADS: usize = 2;
 
 struct Entry {
     due: Duration,
@@ -49,26 +54,38 @@ pub(crate) struct Scheduler {
     queue: Mutex<Queue>,
     changed: Condvar,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Runs the tasks that may wait for a KMS. `None` in that scheduler itself.
+    for_kms: Option<Arc<Scheduler>>,
 }
 
 impl Scheduler {
     pub(crate) fn new(clock: Arc<dyn Clock>) -> Arc<Self> {
-        Arc::new(Self {
+        let for_kms = Self::with(Arc::clone(&clock), None);
+        Arc::new(Self::with(clock, Some(Arc::new(for_kms))))
+    }
+
+    fn with(clock: Arc<dyn Clock>, for_kms: Option<Arc<Scheduler>>) -> Self {
+        Self {
             clock,
             queue: Mutex::new(LockRank::SchedulerQueue, Queue::default()),
             changed: Condvar::new(),
             threads: Mutex::new(LockRank::SchedulerThreads, Vec::new()),
-        })
+            for_kms,
+        }
     }
 
-    /// Starts `count` threads.
-    pub(crate) fn spawn(self: &Arc<Self>, count: usize) -> std::io::Result<()> {
+    /// Starts `workers` threads, and those for tasks that may wait for a KMS.
+    pub(crate) fn spawn(self: &Arc<Self>, workers: usize) -> std::io::Result<()> {
+        self.spawn_named("envelog-worker", workers)?;
+        let for_kms = self.for_kms.as_ref();
+        for_kms.map_or(Ok(()), |for_kms| for_kms.spawn_named("envelog-keys", KMS_THREADS))
+    }
+
+    fn spawn_named(self: &Arc<Self>, name: &str, count: usize) -> std::io::Result<()> {
         for _ in 0..count {
             let this = Arc::clone(self);
-            let thread = std::thread::Builder::new()
-                .name("envelog-worker".to_owned())
-                .spawn(move || this.work())?;
-            lock(&self.threads).push(thread);
+            let thread = std::thread::Builder::new().name(name.to_owned());
+            lock(&self.threads).push(thread.spawn(move || this.work())?);
         }
         Ok(())
     }
@@ -90,7 +107,12 @@ impl Scheduler {
             }
             let Some(Reverse(entry)) = queue.entries.pop() else { continue };
             drop(queue);
-            entry.work.run();
+            match &self.for_kms {
+                Some(for_kms) if entry.work.may_wait_for_a_kms() => {
+                    for_kms.after(Duration::ZERO, entry.work);
+                }
+                _ => entry.work.run(),
+            }
             queue = lock(&self.queue);
         }
     }
@@ -121,6 +143,9 @@ impl Scheduler {
                 let _ = thread.join();
             }
         }
+        if let Some(for_kms) = &self.for_kms {
+            for_kms.stop();
+        }
     }
 }
 
@@ -148,7 +173,10 @@ impl Wake for Scheduler {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{
+        Weak,
+        atomic::{AtomicU64, Ordering},
+    };
 
     use super::*;
     use crate::schedule::Task;
@@ -171,6 +199,23 @@ mod tests {
     impl Task<ShardJob> for Recorder {
         fn run(&self, job: ShardJob) {
             lock(&self.0).push(job);
+        }
+
+        fn may_wait_for_a_kms(&self, job: ShardJob) -> bool {
+            job == ShardJob::Mark
+        }
+    }
+
+    /// A task that waits until it is let go.
+    struct Waiting(std::sync::Barrier);
+
+    impl Task<ShardJob> for Waiting {
+        fn run(&self, _job: ShardJob) {
+            self.0.wait();
+        }
+
+        fn may_wait_for_a_kms(&self, _job: ShardJob) -> bool {
+            true
         }
     }
 
@@ -219,6 +264,29 @@ mod tests {
             at(&scheduler, &task, 1, ShardJob::Flush);
         }
         while lock(&task.0).len() < 100 {
+            std::thread::yield_now();
+        }
+        scheduler.stop();
+    }
+
+    #[test]
+    fn a_task_that_waits_for_a_kms_holds_no_worker() {
+        let scheduler = Scheduler::new(Arc::new(crate::io::SystemClock));
+        scheduler.spawn(1).unwrap();
+        let waiting = Arc::new(Waiting(std::sync::Barrier::new(KMS_THREADS + 1)));
+        let waits: Weak<dyn Task<ShardJob>> = Arc::<Waiting>::downgrade(&waiting);
+        for _ in 0..KMS_THREADS {
+            scheduler.after(Duration::ZERO, Work::Shard(Weak::clone(&waits), ShardJob::Mark));
+        }
+        let task = Arc::new(Recorder::default());
+        at(&scheduler, &task, 0, ShardJob::Mark);
+        at(&scheduler, &task, 0, ShardJob::Flush);
+        while lock(&task.0).is_empty() {
+            std::thread::yield_now();
+        }
+        assert_eq!(*lock(&task.0), [ShardJob::Flush]);
+        waiting.0.wait();
+        while lock(&task.0).len() < 2 {
             std::thread::yield_now();
         }
         scheduler.stop();

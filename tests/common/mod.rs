@@ -22,7 +22,9 @@ use std::{
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
+    thread,
     time::Duration,
 };
 
@@ -135,6 +137,65 @@ pub(crate) enum Answer {
     Hang,
 }
 
+/// An action in the middle of a call to a [`TestKms`].
+struct Interlude {
+    /// The call is about one of these master keys.
+    cmk_key_ids: Vec<String>,
+    /// The number of such calls before it.
+    after: u32,
+    aside: Aside,
+}
+
+impl std::fmt::Debug for Interlude {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interlude")
+    }
+}
+
+type Ended = Arc<Mutex<Option<thread::Result<()>>>>;
+
+/// An action that plays another thread's part in the middle of an operation.
+pub(crate) struct Aside {
+    act: Box<dyn FnOnce() + Send>,
+    ended: Ended,
+}
+
+/// The end of an [`Aside`].
+pub(crate) struct During(Ended);
+
+impl Aside {
+    pub(crate) fn new(act: impl FnOnce() + Send + 'static) -> (Self, During) {
+        let ended = Ended::default();
+        (Self { act: Box::new(act), ended: Arc::clone(&ended) }, During(ended))
+    }
+
+    /// Runs the action in another thread, and waits for its end. Gives up after 20 s, so that a
+    /// test fails if the action waits for the operation.
+    pub(crate) fn run(self) {
+        let Self { act, ended } = self;
+        let (sender, receiver) = mpsc::channel::<()>();
+        let actor = thread::spawn(move || {
+            act();
+            drop(sender);
+        });
+        let waited = receiver.recv_timeout(secs(20));
+        if waited == Err(mpsc::RecvTimeoutError::Disconnected) {
+            *ended.lock().unwrap() = Some(actor.join());
+        }
+    }
+}
+
+impl During {
+    /// Whether the action ran to its end in the middle of the operation. Passes a panic of it on.
+    pub(crate) fn has_ended(&self) -> bool {
+        match self.0.lock().unwrap().take() {
+            None => false,
+            Some(Ok(())) => true,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
 /// A test double in front of a [`LocalKms`]. It gives the configured answers and records its calls.
 #[derive(Debug)]
 pub(crate) struct TestKms {
@@ -149,6 +210,11 @@ pub(crate) struct TestKms {
     /// The answer for calls about the service keyring.
     service_answer: Mutex<Option<Answer>>,
     changed: Condvar,
+    interlude: Mutex<Option<Interlude>>,
+    /// Whether the next call fails.
+    fails: AtomicBool,
+    /// The number of calls about each master key.
+    about: Mutex<BTreeMap<String, u64>>,
     wraps: AtomicU64,
     unwraps: AtomicU64,
     probes: AtomicU64,
@@ -169,6 +235,9 @@ impl TestKms {
             logstore_answer: Mutex::new(None),
             service_answer: Mutex::new(None),
             changed: Condvar::new(),
+            interlude: Mutex::default(),
+            fails: AtomicBool::new(false),
+            about: Mutex::default(),
             wraps: AtomicU64::new(0),
             unwraps: AtomicU64::new(0),
             probes: AtomicU64::new(0),
@@ -223,9 +292,53 @@ impl TestKms {
         self.keyrings.lock().unwrap().clone()
     }
 
+    /// Runs `act` in another thread in the middle of a call about one of these master keys: of the
+    /// next one after `after` such calls. The KMS answers as configured when `act` has ended.
+    pub(crate) fn during_call(
+        &self,
+        cmks: &[&Cmk],
+        after: u32,
+        act: impl FnOnce() + Send + 'static,
+    ) -> During {
+        let cmk_key_ids = cmks.iter().map(|cmk| cmk.cmk_key_id.clone()).collect();
+        let (aside, during) = Aside::new(act);
+        *self.interlude.lock().unwrap() = Some(Interlude { cmk_key_ids, after, aside });
+        during
+    }
+
+    /// Forgets the action of [`TestKms::during_call`]. Returns whether it has not begun.
+    pub(crate) fn has_not_called(&self) -> bool {
+        self.interlude.lock().unwrap().take().is_some()
+    }
+
+    /// Takes the action of this call, if it has one.
+    fn interlude(&self, call: &KmsCall<'_>) -> Option<Interlude> {
+        let mut interlude = self.interlude.lock().unwrap();
+        let planned = interlude.as_mut()?;
+        if !planned.cmk_key_ids.contains(&call.cmk.cmk_key_id) {
+            return None;
+        }
+        match planned.after.checked_sub(1) {
+            Some(after) => {
+                planned.after = after;
+                None
+            }
+            None => interlude.take(),
+        }
+    }
+
+    /// Makes one call fail: the call under way, or the next one.
+    pub(crate) fn fail_once(&self) {
+        self.fails.store(true, Ordering::SeqCst);
+    }
     /// The number of calls so far.
     pub(crate) fn calls(&self) -> u64 {
         self.wraps.load(Ordering::SeqCst) + self.unwraps.load(Ordering::SeqCst)
+    }
+
+    /// The number of calls about a master key so far.
+    pub(crate) fn calls_about(&self, cmk_key_id: &str) -> u64 {
+        self.about.lock().unwrap().get(cmk_key_id).copied().unwrap_or_default()
     }
 
     /// The number of calls about a probe so far. These calls renew leases.
@@ -264,6 +377,13 @@ impl TestKms {
 
     /// Blocks while the answer is `Hang`.
     fn decide(&self, call: &KmsCall<'_>) -> Result<Answer, KmsError> {
+        *self.about.lock().unwrap().entry(call.cmk.cmk_key_id.clone()).or_default() += 1;
+        if let Some(interlude) = self.interlude(call) {
+            interlude.aside.run();
+        }
+        if self.fails.swap(false, Ordering::SeqCst) {
+            return Err(KmsError::Unreachable { detail: "told to fail once".into() });
+        }
         let hung = self.told(call) == Answer::Hang;
         while self.told(call) == Answer::Hang {
             let answer = self.answer.lock().unwrap();

@@ -12,8 +12,11 @@ use crate::{
     Error,
     crypto::hmac_sha256,
     ids::{StoreId, hex_encode},
-    io::{self, DirEntry, Disk, DiskFile, OpenMode, RealDisk, SystemClock},
-    keys::{keyring::Keyring, service_key::ServiceKey},
+    io::{self, DirEntry, Disk, DiskFile, OpenMode, OsRandom, RealDisk, SystemClock},
+    keys::{
+        keyring::{Keyring, NewKeyring},
+        service_key::ServiceKey,
+    },
     sync::atomic::Ordering,
 };
 
@@ -495,10 +498,13 @@ fn parse_forged(line: &str) -> Vec<u8> {
 
 /// Rotates the service key of a log, and retires the older version if so told.
 fn rotate(log: &AuditLog, retires: bool) {
-    let random = crate::io::OsRandom;
-    log.service().change(|keyring| keyring.add_version(&random, 1)).unwrap();
+    let change = |make: fn(&Keyring) -> crate::Result<NewKeyring>| {
+        let change = log.service().change();
+        change.put(change.prepare(make).unwrap()).unwrap();
+    };
+    change(|keyring| keyring.add_version(&OsRandom, 1));
     if retires {
-        log.service().change(|keyring| keyring.retire_older(&random)).unwrap();
+        change(|keyring| keyring.retire_older(&OsRandom));
     }
 }
 

@@ -167,9 +167,14 @@ impl Journal {
         read(&self.catalogue)
     }
 
-    /// Replaces the catalogue in memory, in a store that is open for reading.
-    pub(crate) fn reload(&self, catalogue: Catalogue) {
-        *write(&self.catalogue) = catalogue;
+    /// Replaces the catalogue in memory, in a store that is open for reading. `known` was its
+    /// generation before the caller read the file. Keeps a later catalogue that another thread has
+    /// put in place since.
+    pub(crate) fn reload(&self, catalogue: Catalogue, known: u64) {
+        let mut now = write(&self.catalogue);
+        if catalogue.generation >= now.generation || now.generation == known {
+            *now = catalogue;
+        }
     }
 
     /// Lets a feeder copy the file to the anchor, now and after each change.

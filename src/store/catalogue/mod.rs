@@ -56,6 +56,11 @@ impl Entry {
     pub(crate) fn meta(&self) -> MetaRef {
         MetaRef { generation: self.generation, tag: self.tag }
     }
+
+    /// Whether the other entry names the same metadata of the same Logstore.
+    pub(crate) fn has_same_meta(&self, other: &Self) -> bool {
+        (self.id, self.meta()) == (other.id, other.meta())
+    }
 }
 
 /// The contents of the catalogue.

@@ -58,33 +58,47 @@ pub(super) struct CheckpointEntry {
     pub(super) shards: Vec<ShardRecord>,
 }
 
-/// Makes all data durable and marked, records the heads in the catalogue, and returns them. Holds
-/// the administration.
+/// Makes all data durable and marked, records the heads in the catalogue, and returns them. May call
+/// KMSs before it takes the administration.
 pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     let Core { env, keys, registry } = core;
     keys.check_process()?;
     keys.admit_service_key()?;
-    let mut admin = registry.exclusive();
-    registry.reload_catalogue()?;
-    let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());
-    for name in registry.names() {
-        let logstore = admin.logstore(&name)?;
-        let mut shards = Vec::new();
-        for shard in &logstore.shards {
-            let head: Option<Head> = shard.checkpoint()?;
-            reached.extend(
-                head.clone()
-                    .map(|head| Change::reached(&logstore.name, logstore.id, shard.id(), head)),
-            );
-            let record = ShardRecord { head, ..shard.record() };
-            if !env.read_only {
-                // The head is durable, and the commit may take effect even if it fails.
-                shard.set_record(record.clone());
+    let mut all = Vec::new();
+    for name in registry.list()? {
+        let logstore = match registry.logstore(&name) {
+            // It was deleted meanwhile.
+            Err(Error::LogstoreMissing(_)) => continue,
+            logstore => logstore?,
+        };
+        match logstore.shards.iter().map(|shard| shard.checkpoint()).collect::<Result<Vec<_>>>() {
+            Ok(heads) => all.push((logstore, heads)),
+            Err(error) if registry.entry(&name).is_ok_and(|entry| entry.id == logstore.id) => {
+                return Err(error);
             }
-            shards.push(record);
+            Err(_) => {}
         }
-        let generation = logstore.generation();
-        logstores.insert(name, CheckpointEntry { id: logstore.id, generation, shards });
+    }
+    let mut admin = if env.read_only { registry.exclusive() } else { registry.administer()? };
+    let (mut logstores, mut reached) = (BTreeMap::new(), Vec::new());
+    for (logstore, heads) in all {
+        let (name, id) = (&logstore.name, logstore.id);
+        if registry.entry(name).is_ok_and(|entry| entry.id == id) {
+            let mut shards = Vec::new();
+            for (shard, head) in logstore.shards.iter().zip(heads) {
+                let change = |head: &Head| Change::reached(name, id, shard.id(), head.clone());
+                reached.extend(head.as_ref().map(change));
+                if !env.read_only
+                    && let Some(head) = &head
+                {
+                    // The head is durable, and the commit may take effect even if it fails.
+                    shard.note_head(head);
+                }
+                shards.push(ShardRecord { head, ..shard.record() });
+            }
+            let generation = logstore.generation();
+            logstores.insert(name.clone(), CheckpointEntry { id, generation, shards });
+        }
     }
     if !env.read_only {
         admin.commit(reached)?;

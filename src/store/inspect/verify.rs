@@ -335,15 +335,14 @@ pub(in crate::store) fn verify(
         options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
     let (report, state) = Default::default();
     let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
+    if service_key.is_ok() {
+        core.registry.reload_catalogue()?;
+    }
     let names = {
         let _admin = core.registry.exclusive();
         match &service_key {
-            Ok(()) => {
-                core.registry.reload_catalogue()?;
-                if options.logstore.is_none() {
-                    verification.store(against.as_ref())?;
-                }
-            }
+            Ok(()) if options.logstore.is_none() => verification.store(against.as_ref())?,
+            Ok(()) => {}
             // The catalogue in memory lists the Logstores, and segments are checked without a key.
             Err(error) => {
                 let note = format!("documents and the key audit log not verified: {error}");

@@ -58,8 +58,33 @@ impl KeyService {
         Ok(version)
     }
 
+    /// Wraps the first data key of a Logstore again, if the service key was rotated since it was
+    /// wrapped: the rotation did not see this envelope, which is in no file yet. Does nothing under
+    /// a customer master key. The caller holds the administration.
+    ///
+    /// # Errors
+    /// The error of the wrapping.
+    pub(crate) fn renew_first_envelope(
+        &self,
+        section: &mut KeysSection,
+        id: LogstoreId,
+        key: &SecretKey,
+    ) -> Result<()> {
+        let (newest, version) = (self.keyring().newest(), section.current);
+        let is_older = |entry: &DataKeyVersion| {
+            entry.version == version && entry.keyring_version.is_some_and(|under| under < newest)
+        };
+        let Some(at) = section.versions.iter().position(is_older) else { return Ok(()) };
+        let (under, wrapped) = self.wrap_data_key(section, id, version, key)?;
+        if let Some(entry) = section.versions.get_mut(at) {
+            (entry.drawn_under, entry.keyring_version) = (under, under);
+            entry.wrapped = Some(wrapped);
+        }
+        Ok(())
+    }
+
     /// Wraps all remaining versions of one Logstore again: under `cmk`, or under the newest
-    /// service key. `gate` unwraps them. Returns their number.
+    /// service key. `gate`, which the caller has asked, unwraps them. Returns their number.
     ///
     /// # Errors
     /// The error of the KMS.
@@ -69,7 +94,6 @@ impl KeyService {
         section: &mut KeysSection,
         cmk: Option<Cmk>,
     ) -> Result<u32> {
-        gate.admit()?;
         section.cmk = cmk;
         let mut count = 0;
         for index in 0..section.versions.len() {
@@ -109,9 +133,7 @@ impl KeyService {
             }
             Some(cmk) => {
                 let kms = &self.serving(cmk)?;
-                let wrapped = self.ensure_probe(kms, cmk);
-                let wrapped =
-                    wrapped.and_then(|()| self.wrap_proved(kms, cmk, identity.context(), key));
+                let wrapped = self.wrap_proved(kms, cmk, identity.context(), key);
                 (None, wrapped.map_err(|error| error.refusing(&section.name, cmk))?)
             }
         };

@@ -27,7 +27,7 @@ use crate::{
         lease::{Lease, LeaseListener},
         renewal_pool::RenewalPool,
         sealing::Sealer,
-        service_key::ServiceKey,
+        service_key::{KeyringChange, ServiceKey},
     },
     kms::{Cmk, KmsError, KmsRouter},
     logstore::{KeyObserver, LogstoreShared},
@@ -118,7 +118,7 @@ impl KeyService {
     }
 
     /// Uses the keyring. In a store that is open for reading, reads the keyring file again if the
-    /// copy in memory is too old. May call the KMS.
+    /// copy in memory is too old, and may call the KMS.
     ///
     /// # Errors
     /// [`Error::ServiceKey`], and the error of `act`.
@@ -129,6 +129,12 @@ impl KeyService {
     /// In a store that is open for reading, takes over the keyring that the writer has changed.
     pub(crate) fn follow_keyring(&self) -> Result<()> {
         self.service.follow_writer()
+    }
+
+    /// The right to change the keyring. Waits for the change that is under way, also while it calls
+    /// the KMS of the keyring.
+    pub(crate) fn change_keyring(&self) -> KeyringChange<'_> {
+        self.service.change()
     }
 
     /// The key audit log.

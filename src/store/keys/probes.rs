@@ -18,7 +18,7 @@ use crate::{
         envelope::{EnvelopeIdentity, KeysSection, fingerprint},
         lease::Probe,
     },
-    kms::{BoundedKms, Cmk, EncryptionContext},
+    kms::{Cmk, EncryptionContext},
     segment::Features,
 };
 
@@ -157,20 +157,34 @@ impl KeyService {
         self.cmk_version(&probe.cmk, &probe.wrapped)
     }
 
-    /// Makes the probe of a master key if there is none yet. Calls the KMS then.
-    pub(super) fn ensure_probe(
+    /// Makes the probe of a master key at the KMS, if there is none yet. Writes nothing.
+    ///
+    /// # Errors
+    /// The error of the KMS, [`Error::Io`], and the integrity errors of the existing probe.
+    pub(crate) fn new_probe(
         &self,
-        kms: &BoundedKms,
         cmk: &Cmk,
-    ) -> std::result::Result<(), KmsOrEngine> {
+    ) -> std::result::Result<Option<ProbeFile>, KmsOrEngine> {
+        let kms = self.serving(cmk)?;
         if self.load_probe(cmk)?.is_some() {
-            return Ok(());
+            return Ok(None);
         }
         let secret = self.draw_probe_key()?;
         let wrapped = kms.wrap(cmk, self.probe_context(), &secret).map_err(KmsOrEngine::Kms)?;
         let (kms, fingerprint) = (kms.name().to_owned(), fingerprint(&secret));
-        self.write_probe(ProbeFile { kms, cmk: cmk.clone(), wrapped, fingerprint, generation: 1 })?;
-        Ok(())
+        Ok(Some(ProbeFile { kms, cmk: cmk.clone(), wrapped, fingerprint, generation: 1 }))
+    }
+
+    /// Writes a new probe, unless another operation has written one for the same master key. The
+    /// caller holds the administration.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and the integrity errors of the existing probe.
+    pub(crate) fn add_probe(&self, probe: ProbeFile) -> Result<()> {
+        match self.load_probe(&probe.cmk)? {
+            Some(_) => Ok(()),
+            None => self.write_probe(probe),
+        }
     }
 
     fn draw_probe_key(&self) -> Result<SecretKey> {

@@ -19,7 +19,6 @@ use crate::{
     key_status::{KeyStatus, Refusal},
     keys::{
         AuditEvent,
-        keyring::Keyring,
         keyring_seal::Wrapping,
         lease::{Lease, LeaseListener},
         renewal_pool::Renewable,
@@ -84,22 +83,13 @@ impl KeyService {
         self.service.status()
     }
 
-    /// Replaces the keyring by the one that `change` makes of it and has written to the file.
-    /// `change` may call the KMS, and holds no lock of the keyring. The caller holds the
-    /// administration.
+    /// As [`KeyService::admit_service_key`], by the last answer of the KMS: makes no call. The
+    /// caller was admitted when its operation began.
     ///
     /// # Errors
-    /// The error of `change`.
-    pub(crate) fn change_keyring(
-        &self,
-        change: impl FnOnce(&Keyring) -> Result<Keyring>,
-    ) -> Result<()> {
-        self.service.change(change)?;
-        // The lease may have been lost meanwhile, and another master key may take its place now.
-        if !self.service.is_usable() {
-            self.return_soon();
-        }
-        Ok(())
+    /// As [`KeyService::admit_service_key`].
+    pub(crate) fn check_service_key(&self) -> Result<()> {
+        self.service.check()
     }
 
     /// In a store without threads: renews the lease of the service key if that is due, and acts on
@@ -235,6 +225,10 @@ impl LeaseServiceKey for KeyService {
         }
         lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
         Ok(lease)
+    }
+
+    fn load_soon(&self) {
+        self.return_soon();
     }
 }
 

@@ -1,4 +1,9 @@
-//! The right to change a store: one administrative operation at a time.
+//! The right to change a store, and the right to change one Logstore.
+//!
+//! An operation on a Logstore holds the lock of that Logstore ([`LogstoreAdministration`]) from
+//! beginning to end, also while it calls a KMS. Only other operations on the same Logstore need
+//! that lock. An operation holds the lock of the store ([`Administration`]) while it compares the
+//! store with the state that it assumed, and commits. No KMS is called under it.
 
 use std::sync::{Arc, Weak};
 
@@ -11,13 +16,14 @@ use crate::{
     crypto::SecretKey,
     io::Disk,
     keys::{
+        AuditEvent,
         gate::GateKeys,
         lease::{Lease, LeaseListener},
     },
     logstore::{LogstoreShared, Meta, remove_older_meta},
     shard::Paused,
     store::catalogue::{Catalogue, Change, Entry},
-    sync::{MutexGuard, lock},
+    sync::{MutexGuard, NamedGuard, lock},
 };
 
 /// The state that the lock of the administration protects.
@@ -27,11 +33,13 @@ pub(super) struct AdminState {
     /// without it. The change may be in force after a crash, so nothing more is changed until the
     /// catalogue can be written.
     latched: Option<Error>,
-    /// Whether the store was closed. A caller that waited for the lock must check this.
+    /// Whether the store was closed, or is being closed. A caller that waited for the lock must
+    /// check this.
     closed: bool,
 }
 
-/// Holds the administration lock of a store. Every operation that changes the store holds one.
+/// Holds the administration lock of a store. Every operation holds one while it changes the store.
+/// Its holder calls no KMS, and waits for no lock that may be held across a KMS call.
 pub(crate) struct Administration<'a> {
     registry: &'a Registry,
     state: MutexGuard<'a, AdminState>,
@@ -95,17 +103,43 @@ impl<'a> Administration<'a> {
         meta: Meta,
         entry: &Entry,
     ) -> Result<Arc<LogstoreShared>> {
-        self.registry.open(meta, entry)
+        let keys = self.registry.keys.loaded_keys(&meta, entry.id)?;
+        Ok(self.registry.open(meta, entry, keys))
     }
 
-    /// Forgets an open Logstore that this operation has deleted from the catalogue. Its handles
-    /// refuse calls from now on.
-    pub(crate) fn close_deleted(&mut self, name: &LogstoreName) {
-        let open = lock(&self.registry.open).remove(name);
-        if let Some(open) = open {
-            self.registry.keys.forget_leases_of(open.id);
-            open.delete();
+    /// Forgets an open Logstore that this operation has deleted from the catalogue, and returns it.
+    /// The caller gives the administration back before it ends the shards.
+    pub(crate) fn forget_deleted(&mut self, name: &LogstoreName) -> Option<Arc<LogstoreShared>> {
+        let open = lock(&self.registry.open).remove(name)?;
+        self.registry.keys.forget_leases_of(open.id);
+        Some(open)
+    }
+
+    /// Checks that a Logstore is still there. An operation that gave the administration back calls
+    /// this before it changes the Logstore.
+    ///
+    /// # Errors
+    /// [`Error::LogstoreMissing`] if it was deleted, whether or not there is another one of its
+    /// name.
+    pub(crate) fn check_exists(&self, logstore: &Arc<LogstoreShared>) -> Result<()> {
+        match lock(&self.registry.open).get(&logstore.name) {
+            Some(open) if Arc::ptr_eq(open, logstore) => Ok(()),
+            _ => Err(Error::LogstoreMissing(logstore.name.clone())),
         }
+    }
+
+    /// Appends a record about a Logstore to the key audit log.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn record(
+        &mut self,
+        event: AuditEvent,
+        logstore: &LogstoreShared,
+        detail: impl Into<String>,
+    ) -> Result<()> {
+        let subject = Some((&logstore.name, logstore.id));
+        self.registry.keys.audit().record(event, subject, detail)
     }
 
     /// Changes the catalogue durably, and then in memory. Records the end of the audit log too.
@@ -154,42 +188,8 @@ impl<'a> Administration<'a> {
         self.registry.catalogue.replace(catalogue).inspect_err(|error| self.latch(error.clone()))
     }
 
-    /// Puts changed metadata in force: writes its file, commits it to the catalogue, and then
-    /// changes the memory. `data_key` is the current data key if the keys have changed.
-    ///
-    /// # Errors
-    /// The error of the write or the commit, and the error of a shard whose segment cannot be
-    /// ended before a new data key.
-    pub(crate) fn replace_meta(
-        &mut self,
-        logstore: &Arc<LogstoreShared>,
-        mut meta: Meta,
-        data_key: Option<&SecretKey>,
-    ) -> Result<()> {
-        self.unlatch()?;
-        let (paused, mut changes) = pause_for_new_key(logstore, &mut meta)?;
-        let saved = self.save_meta(logstore, meta, data_key)?;
-        changes.push(saved.change());
-        let committed = self.commit(changes);
-        committed.inspect_err(|error| {
-            if !paused.is_empty() && self.latched().is_some() {
-                // The catalogue names the new metadata or the old one, and each would give a new
-                // segment other keys.
-                logstore.gate.halt(error);
-            }
-        })?;
-        let leases =
-            saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
-        for paused in &paused {
-            paused.note_head();
-        }
-        drop(paused);
-        hear_of_loss(logstore, &leases);
-        Ok(())
-    }
-
-    /// Removes the older metadata of a Logstore. [`Administration::replace_meta`] has tried that,
-    /// and has only logged a failure.
+    /// Removes the older metadata of a Logstore. [`LogstoreAdministration::replace_meta`] has tried
+    /// that, and has only logged a failure.
     ///
     /// # Errors
     /// [`Error::Io`] if a file of older metadata stays.
@@ -197,7 +197,8 @@ impl<'a> Administration<'a> {
         remove_older_meta(&*self.registry.env.disk, &logstore.dir, &logstore.meta_reference())
     }
 
-    /// Writes changed metadata into a file of its own. The caller commits it.
+    /// Writes changed metadata into a file of its own. The caller commits it before it gives the
+    /// administration back, so no other change comes between the metadata in force and this one.
     ///
     /// # Errors
     /// [`Error::Io`], and the errors of the lease.
@@ -218,6 +219,111 @@ impl<'a> Administration<'a> {
         let byok = data_key.filter(|_| meta.keys.as_ref().is_some_and(|keys| keys.cmk.is_some()));
         meta.save(&*env.disk, &logstore.dir, env.id, logstore.id, &keys.keyring(), byok)?;
         Ok(SavedMeta { logstore: Arc::clone(logstore), meta, gate_keys })
+    }
+}
+
+/// Holds the administration lock of one Logstore. Every operation that changes the metadata of the
+/// Logstore holds one, from the first look at the metadata to the commit. It may call KMSs.
+///
+/// Two operations do without it, so that they wait for no KMS of a customer: the deletion of the
+/// Logstore, and the rotation of the service key. The rotation changes no content of the metadata,
+/// but authenticates it under another version, which is another generation.
+pub(crate) struct LogstoreAdministration<'a> {
+    registry: &'a Registry,
+    name: LogstoreName,
+    _one_at_a_time: NamedGuard<'a, LogstoreName>,
+}
+
+impl<'a> LogstoreAdministration<'a> {
+    pub(super) fn new(registry: &'a Registry, name: &LogstoreName) -> Self {
+        let guard = registry.administered.lock(name);
+        Self { registry, name: name.clone(), _one_at_a_time: guard }
+    }
+
+    /// `None` if another operation holds the lock.
+    pub(super) fn try_new(registry: &'a Registry, name: &LogstoreName) -> Option<Self> {
+        let guard = registry.administered.try_lock(name)?;
+        Some(Self { registry, name: name.clone(), _one_at_a_time: guard })
+    }
+
+    /// Finds the Logstore, and opens it if it is not open.
+    ///
+    /// # Errors
+    /// As [`Registry::administer`] and [`Registry::logstore`].
+    pub(crate) fn logstore(&self) -> Result<Arc<LogstoreShared>> {
+        self.registry.administer()?.logstore(&self.name)
+    }
+
+    /// Appends the record of an intended change to the key audit log, unless the Logstore was
+    /// deleted.
+    ///
+    /// # Errors
+    /// As [`Registry::administer`]; [`Error::LogstoreMissing`]; [`Error::Io`].
+    pub(crate) fn record_intent(
+        &self,
+        event: AuditEvent,
+        logstore: &Arc<LogstoreShared>,
+        detail: &str,
+    ) -> Result<()> {
+        let mut admin = self.registry.administer()?;
+        admin.check_exists(logstore)?;
+        admin.record(event, logstore, detail)
+    }
+
+    /// Puts changed metadata in force: writes its file, commits it to the catalogue, and then
+    /// changes the memory. Calls `and_then` before another operation can change the store.
+    /// `data_key` is the current data key if the keys have changed.
+    ///
+    /// Pausing the shards may call the KMS. The administration of the store is taken after that.
+    ///
+    /// # Errors
+    /// As [`Registry::administer`]; [`Error::LogstoreMissing`] if the Logstore was deleted since
+    /// the operation began; the error of the write or the commit; the error of a shard whose
+    /// segment cannot be ended before a new data key; the error of `and_then`, with the change in
+    /// force.
+    pub(crate) fn replace_meta(
+        &self,
+        logstore: &Arc<LogstoreShared>,
+        mut meta: Meta,
+        data_key: Option<&SecretKey>,
+        and_then: impl FnOnce(&mut Administration<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let paused = pause_for_new_key(logstore, &mut meta);
+        let (paused, mut changes) = paused.map_err(|error| self.registry.cause(logstore, error))?;
+        let mut admin = self.registry.administer()?;
+        admin.unlatch()?;
+        admin.check_exists(logstore)?;
+        // A rotation of the service key may have authenticated the metadata, and have added a
+        // version, since this operation read it.
+        meta.generation = logstore.generation();
+        if logstore.keys_section().is_none()
+            && let Some(section) = &mut meta.keys
+        {
+            section.since = meta.generation + 1;
+            if let Some(key) = data_key {
+                self.registry.keys.renew_first_envelope(section, logstore.id, key)?;
+            }
+        }
+        let saved = admin.save_meta(logstore, meta, data_key)?;
+        changes.push(saved.change());
+        let committed = admin.commit(changes);
+        committed.inspect_err(|error| {
+            if !paused.is_empty() && admin.latched().is_some() {
+                // The catalogue names the new metadata or the old one, and each would give a new
+                // segment other keys.
+                logstore.gate.halt(error);
+            }
+        })?;
+        let leases =
+            saved.take_effect(&*self.registry.env.disk, self.registry.keys.keyring().newest());
+        for paused in &paused {
+            paused.note_head();
+        }
+        drop(paused);
+        let done = and_then(&mut admin);
+        drop(admin);
+        hear_of_loss(logstore, &leases);
+        done
     }
 }
 
@@ -253,21 +359,19 @@ impl SavedMeta {
 /// Pauses the shards of a Logstore that gets a new data key. The new key owns the segments from
 /// the next ordinals on, so no shard may begin a segment before the key is in force. Sets these
 /// ordinals in `meta`. Returns the paused shards and their heads as changes of the catalogue; the
-/// older key adds nothing behind these heads. Returns nothing if the data key stays.
+/// older key adds nothing behind these heads. Returns nothing if the data key stays. May call the
+/// KMS.
 fn pause_for_new_key<'a>(
     logstore: &'a LogstoreShared,
     meta: &mut Meta,
 ) -> Result<(Vec<Paused<'a>>, Vec<Change>)> {
     let before = logstore.keys_section();
-    let generation = meta.generation + 1;
     let Some(section) = &mut meta.keys else { return Ok(Default::default()) };
     if before.as_ref().is_some_and(|before| before.current == section.current) {
         return Ok(Default::default());
     }
     if before.is_some() {
         end_segments(logstore)?;
-    } else {
-        section.since = generation;
     }
     let paused: Vec<_> =
         logstore.shards.iter().map(|shard| shard.pause()).collect::<Result<_>>()?;

@@ -9,7 +9,10 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     ids::LogstoreId,
-    keys::gate::FollowWriter,
+    keys::{
+        gate::{FollowWriter, GateKeys},
+        lease::Lease,
+    },
     logstore::{LogstoreShared, Meta, MetaName},
     shard::{ReloadRecord, ShardRecord},
     store::catalogue::{Catalogue, Entry, load_newest},
@@ -17,13 +20,15 @@ use crate::{
 };
 
 impl Registry {
-    /// Reads the catalogue again, in a store that is open for reading.
+    /// Reads the catalogue again, in a store that is open for reading. May call the KMS of the
+    /// service keyring, and holds no lock during that call.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::ServiceKey`], and the integrity errors of the catalogue.
     pub(crate) fn reload_catalogue(&self) -> Result<()> {
         if self.env.read_only {
-            self.catalogue.reload(self.load_catalogue()?);
+            let known = self.catalogue().generation;
+            self.catalogue.reload(self.load_catalogue()?, known);
         }
         Ok(())
     }
@@ -38,22 +43,37 @@ impl Registry {
     }
 
     /// Reads the metadata of a Logstore on each call, and keeps the open Logstore while its
-    /// metadata is unchanged. The caller holds the administration.
+    /// metadata is unchanged. May call the KMS of the service keyring, before it takes the
+    /// administration.
     pub(super) fn find_or_open_to_read(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
-        let (entry, meta) = self.read_meta(name)?;
-        let open = lock(&self.open).get(name).cloned();
-        if let Some(open) = &open {
-            if open.id == entry.id {
-                self.take_in(open, meta)?;
-                for (shard, record) in open.shards.iter().zip(&entry.shards) {
-                    shard.set_record(record.clone());
-                }
-                return Ok(Arc::clone(open));
+        loop {
+            let (read, meta) = self.read_meta(name)?;
+            let keys = self.keys.loaded_keys(&meta, read.id)?;
+            let admin = self.exclusive();
+            if admin.is_closed() {
+                return Err(Error::Closed("the store"));
             }
-            // The writer has deleted the Logstore and made another one of the same name.
-            open.gate.close("the Logstore");
+            let entry = self.entry(name)?;
+            if !read.has_same_meta(&entry) {
+                // Another thread has read a later catalogue meanwhile.
+                continue;
+            }
+            let open = lock(&self.open).get(name).cloned();
+            if let Some(open) = &open {
+                if open.id == entry.id {
+                    let leases = self.take_in(open, meta, keys)?;
+                    for (shard, record) in open.shards.iter().zip(&entry.shards) {
+                        shard.set_record(record.clone());
+                    }
+                    drop(admin);
+                    hear_of_loss(open, &leases);
+                    return Ok(Arc::clone(open));
+                }
+                // The writer has deleted the Logstore and made another one of the same name.
+                open.gate.close("the Logstore");
+            }
+            return Ok(self.open(meta, &entry, keys));
         }
-        self.open(meta, &entry)
     }
 
     /// Reads the catalogue again, and the metadata that it names.
@@ -88,16 +108,34 @@ impl Registry {
             logstore.gate.close("the Logstore");
             return Err(Error::Closed("the Logstore"));
         }
-        let (entry, meta) = self.read_meta(&logstore.name)?;
-        if entry.id != logstore.id {
-            logstore.gate.close("the Logstore");
-            return Err(Error::Closed("the Logstore"));
+        loop {
+            let (read, meta) = self.read_meta(&logstore.name)?;
+            let keys = self.keys.loaded_keys(&meta, read.id)?;
+            let admin = self.exclusive();
+            let entry = self.entry(&logstore.name)?;
+            if !read.has_same_meta(&entry) {
+                // Another thread has read a later catalogue meanwhile.
+                continue;
+            }
+            if entry.id != logstore.id {
+                logstore.gate.close("the Logstore");
+                return Err(Error::Closed("the Logstore"));
+            }
+            let leases = self.take_in(logstore, meta, keys)?;
+            drop(admin);
+            hear_of_loss(logstore, &leases);
+            return Ok(());
         }
-        self.take_in(logstore, meta)
     }
 
-    /// Puts metadata in force that the writer may have changed.
-    fn take_in(&self, logstore: &Arc<LogstoreShared>, meta: Meta) -> Result<()> {
+    /// Puts metadata in force that the writer may have changed. The caller holds the
+    /// administration, and passes the leases to [`hear_of_loss`].
+    fn take_in(
+        &self,
+        logstore: &Arc<LogstoreShared>,
+        meta: Meta,
+        keys: GateKeys,
+    ) -> Result<Vec<Arc<Lease>>> {
         let known = logstore.generation();
         if meta.generation < known {
             let (name, found) = (&logstore.name, meta.generation);
@@ -106,14 +144,13 @@ impl Registry {
             );
             return Err(Error::RolledBack { what });
         }
-        if meta.generation > known {
-            let keys = self.keys.loaded_keys(&meta, logstore.id)?;
-            let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
-            let leases = if changed { use_keys(logstore, keys) } else { Vec::new() };
-            logstore.set_meta(meta, self.keys.keyring().newest());
-            hear_of_loss(logstore, &leases);
+        if meta.generation == known {
+            return Ok(Vec::new());
         }
-        Ok(())
+        let changed = logstore.keys_section().as_deref() != meta.keys.as_ref();
+        let leases = if changed { use_keys(logstore, keys) } else { Vec::new() };
+        logstore.set_meta(meta, self.keys.keyring().newest());
+        Ok(leases)
     }
 }
 

@@ -27,11 +27,11 @@ use crate::{
     io::FileKind,
     logstore::LogstoreShared,
     shard::{Budget, Head, PayloadHasher, ReaderPermits, Shard},
-    sync::{LockRank, Mutex, RwLockReadGuard, lock},
+    sync::{LockRank, Mutex, MutexGuard, NamedLocks, RwLockReadGuard, lock},
 };
 
 use administration::AdminState;
-pub(crate) use administration::{Administration, SavedMeta, hear_of_loss};
+pub(crate) use administration::{Administration, LogstoreAdministration, hear_of_loss};
 
 /// The Logstores of an open store.
 ///
@@ -46,8 +46,14 @@ pub(crate) struct Registry {
     /// Detects that another writer has taken over. `None` in a store that is open for reading.
     fence: Option<Arc<Fence>>,
     wiring: Wiring,
-    /// Serializes the administrative operations. Only [`Administration`] reads or changes it.
+    /// Serializes the changes of the store. Only [`Administration`] reads or changes it.
     admin: Mutex<AdminState>,
+    /// Serializes the operations on each Logstore. Only [`LogstoreAdministration`] takes it.
+    administered: NamedLocks<LogstoreName>,
+    /// Held while retention or a deletion removes files.
+    removing: Mutex<()>,
+    /// Held while the store is closed, so that a second caller waits for the first.
+    closing: Mutex<()>,
     /// A simulation needs the fixed order of the map.
     open: Mutex<BTreeMap<LogstoreName, Arc<LogstoreShared>>>,
     /// The advisory lock, held while the store is open for writing.
@@ -81,6 +87,9 @@ impl Registry {
             fence,
             wiring,
             admin: Mutex::new(LockRank::Admin, AdminState::default()),
+            administered: NamedLocks::new(LockRank::LogstoreAdmin),
+            removing: Mutex::new(LockRank::Removal, ()),
+            closing: Mutex::new(LockRank::Closing, ()),
             open: Mutex::new(LockRank::Logstores, BTreeMap::new()),
             held: Mutex::new(LockRank::StoreLock, held),
         })
@@ -92,6 +101,11 @@ impl Registry {
     /// # Errors
     /// [`Error::ReadOnly`], [`Error::Closed`], [`Error::Forked`], [`Error::ServiceKey`].
     pub(crate) fn check_writable(&self) -> Result<()> {
+        self.check_open_for_writing()?;
+        self.keys.admit_service_key()
+    }
+
+    fn check_open_for_writing(&self) -> Result<()> {
         self.keys.check_process()?;
         if self.env.read_only {
             return Err(Error::ReadOnly);
@@ -99,15 +113,18 @@ impl Registry {
         if lock(&self.held).is_none() {
             return Err(Error::Closed("the store"));
         }
-        self.keys.admit_service_key()
+        Ok(())
     }
 
-    /// The right to change the store. Waits for the administrative operation that is under way.
+    /// The right to change the store. Waits for the change that is under way. Calls no KMS: the
+    /// operation has begun with [`Registry::check_writable`], and the last answer about the service
+    /// key counts. So the caller may hold locks of shards, of the keyring and of removal.
     ///
     /// # Errors
     /// As [`Registry::check_writable`].
     pub(crate) fn administer(&self) -> Result<Administration<'_>> {
-        self.check_writable()?;
+        self.check_open_for_writing()?;
+        self.keys.check_service_key()?;
         let mut admin = self.exclusive();
         if admin.is_closed() {
             return Err(Error::Closed("the store"));
@@ -117,12 +134,53 @@ impl Registry {
         Ok(admin)
     }
 
-    /// Keeps administrative operations out, also in a store that is open for reading or closed.
+    /// The right to change one Logstore, or to create it. Waits for the operation on the same name
+    /// that is under way, also while that operation calls a KMS.
+    ///
+    /// # Errors
+    /// As [`Registry::check_writable`].
+    pub(crate) fn administer_logstore(
+        &self,
+        name: &LogstoreName,
+    ) -> Result<LogstoreAdministration<'_>> {
+        self.check_writable()?;
+        Ok(LogstoreAdministration::new(self, name))
+    }
+
+    /// As [`Registry::administer_logstore`], but returns `None` where that would wait.
+    ///
+    /// # Errors
+    /// As [`Registry::check_writable`].
+    pub(crate) fn try_administer_logstore(
+        &self,
+        name: &LogstoreName,
+    ) -> Result<Option<LogstoreAdministration<'_>>> {
+        self.check_writable()?;
+        Ok(LogstoreAdministration::try_new(self, name))
+    }
+
+    /// The error of a step that an operation made without the administration. Another thread may
+    /// have deleted the Logstore or closed the store meanwhile. Then the error is a consequence,
+    /// and this returns the cause.
+    pub(crate) fn cause(&self, logstore: &Arc<LogstoreShared>, error: Error) -> Error {
+        match self.administer().and_then(|admin| admin.check_exists(logstore)) {
+            Err(cause @ (Error::LogstoreMissing(_) | Error::Closed(_))) => cause,
+            _ => error,
+        }
+    }
+
+    /// The right to remove files of segments: by retention, or of deleted Logstores. Waits for the
+    /// removal that is under way.
+    pub(crate) fn remove_files(&self) -> MutexGuard<'_, ()> {
+        lock(&self.removing)
+    }
+
+    /// Keeps changes out, also in a store that is open for reading or closed.
     pub(crate) fn exclusive(&self) -> Administration<'_> {
         Administration::new(self)
     }
 
-    /// Whether the store was closed. Waits for the administrative operation that is under way.
+    /// Whether the store was closed, or is being closed.
     pub(crate) fn is_closed(&self) -> bool {
         self.exclusive().is_closed()
     }
@@ -146,7 +204,6 @@ impl Registry {
         if self.env.read_only {
             self.keys.admit_service_key()?;
         }
-        let _admin = self.exclusive();
         self.reload_catalogue()?;
         Ok(self.names())
     }
@@ -160,22 +217,24 @@ impl Registry {
         entry.ok_or_else(|| Error::LogstoreMissing(name.clone()))
     }
 
-    /// Finds a Logstore, and opens it if it is not open. Opening waits for the administrative
-    /// operation that is under way; finding an open Logstore in a store that is open for writing
-    /// does not.
+    /// Finds a Logstore, and opens it if it is not open. Calls no KMS of a customer. Opening waits
+    /// for the change of the store that is under way; finding an open Logstore in a store that is
+    /// open for writing does not.
     ///
     /// # Errors
     /// [`Error::LogstoreMissing`], [`Error::Closed`], and the integrity errors of the metadata.
     /// [`Error::ServiceKey`] for a Logstore that is not open.
     pub(crate) fn logstore(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         self.keys.check_process()?;
-        if !self.env.read_only {
-            if lock(&self.held).is_none() {
-                return Err(Error::Closed("the store"));
-            }
-            if let Some(open) = lock(&self.open).get(name) {
-                return Ok(Arc::clone(open));
-            }
+        if self.env.read_only {
+            self.keys.admit_service_key()?;
+            return self.find_or_open_to_read(name);
+        }
+        if lock(&self.held).is_none() {
+            return Err(Error::Closed("the store"));
+        }
+        if let Some(open) = lock(&self.open).get(name) {
+            return Ok(Arc::clone(open));
         }
         self.keys.admit_service_key()?;
         self.exclusive().logstore(name)
@@ -266,15 +325,22 @@ impl Registry {
         &self.wiring.scheduler
     }
 
-    /// Seals every segment, records the heads in the catalogue, and closes the gates. Other
-    /// handles refuse calls from then on.
+    /// Seals every segment, records the heads in the catalogue, and closes the gates. Refuses
+    /// changes from the beginning on, and other calls of handles at the end. An operation that
+    /// waits for a KMS is not waited for: it finds the store closed before it changes anything.
     ///
     /// # Errors
     /// The last error of a shard, or that of the commit.
     pub(crate) fn close_logstores(&self) -> Result<()> {
+        let _one_at_a_time = lock(&self.closing);
+        let first = {
+            let mut admin = self.exclusive();
+            let first = lock(&self.held).is_some() && !admin.is_closed();
+            admin.close();
+            first
+        };
         let mut result = Ok(());
-        let mut admin = self.exclusive();
-        if lock(&self.held).is_some() && !admin.is_closed() {
+        if first {
             if self.keys.is_service_key_usable() {
                 self.keys.audit().settle();
             }
@@ -294,13 +360,12 @@ impl Registry {
                     result = result.and(shard.report_lost());
                 }
             }
+            let mut admin = self.exclusive();
             if admin.latched().is_none() {
                 let recorded = admin.commit(heads).and_then(|()| admin.settle());
                 result = result.and(recorded);
             }
         }
-        admin.close();
-        drop(admin);
         for logstore in self.open_logstores() {
             logstore.gate.close("the store");
         }

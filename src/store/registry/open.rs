@@ -9,7 +9,11 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     error::Location,
-    keys::{gate::FollowWriter, keyring::Keyring, lease::LeaseListener},
+    keys::{
+        gate::{FollowWriter, GateKeys},
+        keyring::Keyring,
+        lease::LeaseListener,
+    },
     logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, write_plan},
     shard::{AdmitAppend, RecordLostGroups, ReloadRecord, ShardContext, ShardOptions},
     store::{anchor::AnchorLimit, catalogue::Entry},
@@ -17,11 +21,9 @@ use crate::{
 };
 
 impl Registry {
-    /// Finds or opens a Logstore. The caller holds the administration.
+    /// Finds or opens a Logstore of a store that is open for writing. The caller holds the
+    /// administration.
     pub(super) fn find_or_open(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
-        if self.env.read_only {
-            return self.find_or_open_to_read(name);
-        }
         if let Some(open) = lock(&self.open).get(name) {
             return Ok(Arc::clone(open));
         }
@@ -34,7 +36,8 @@ impl Registry {
         if let Err(error) = remove_older_meta(&*self.env.disk, &dir, &entry.meta()) {
             warn!(logstore = %name, %error, "older metadata not removed");
         }
-        self.open(meta, &entry)
+        let keys = self.keys.loaded_keys(&meta, entry.id)?;
+        Ok(self.open(meta, &entry, keys))
     }
 
     /// Reads the metadata that an entry of the catalogue names.
@@ -60,15 +63,15 @@ impl Registry {
         Ok(meta)
     }
 
-    /// Opens a Logstore with this metadata and keeps it. The caller holds the administration.
-    pub(super) fn open(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
-        let logstore = self.build(meta, entry)?;
+    /// Opens a Logstore with this metadata and these keys, and keeps it. The caller holds the
+    /// administration.
+    pub(super) fn open(&self, meta: Meta, entry: &Entry, keys: GateKeys) -> Arc<LogstoreShared> {
+        let logstore = self.build(meta, entry, keys);
         lock(&self.open).insert(logstore.name.clone(), Arc::clone(&logstore));
-        Ok(logstore)
+        logstore
     }
 
-    fn build(&self, meta: Meta, entry: &Entry) -> Result<Arc<LogstoreShared>> {
-        let keys = self.keys.loaded_keys(&meta, entry.id)?;
+    fn build(&self, meta: Meta, entry: &Entry, keys: GateKeys) -> Arc<LogstoreShared> {
         let leases: Vec<_> = keys.leases().cloned().collect();
         let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
         let plan = Arc::new(RwLock::new(
@@ -117,7 +120,7 @@ impl Registry {
                 None => {}
             }
         }
-        Ok(logstore)
+        logstore
     }
 
     /// Refuses appends while the anchor is too far behind, if the options ask for that.
