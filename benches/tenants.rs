@@ -215,8 +215,8 @@ fn main() {
             hung.iter().for_each(|name| kms.set(name, state));
             let stop = AtomicBool::new(false);
             thread::scope(|scope| {
-                for writer in 0..8.min(hung.len()) {
-                    let (stop, logstore) = (&stop, &logstores[writer]);
+                for logstore in logstores.iter().take(8.min(hung.len())) {
+                    let stop = &stop;
                     scope.spawn(move || {
                         while !stop.load(Ordering::Relaxed) {
                             let _ = put(logstore, Durability::Buffered);

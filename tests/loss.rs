@@ -348,7 +348,7 @@ fn groups_in_a_write_that_hangs_are_counted_when_it_returns() {
             setup.lose(&logstore, || {});
             assert_eq!((setup.keys.count(), setup.lost()), (before, 1));
             let queued = "p/l: shard 0: 1 group, sequence numbers 3 to 3".to_owned();
-            assert_eq!(setup.lost_on_record(), [queued.clone()]);
+            assert_eq!(setup.lost_on_record(), std::slice::from_ref(&queued));
             on.store(false, Ordering::SeqCst);
             if fails {
                 setup.sim.disk.fail_next(Op::Write, ".seg", std::io::ErrorKind::Other);

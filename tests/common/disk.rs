@@ -159,9 +159,11 @@ pub(crate) enum Survives {
 
 type Hook = Arc<Mutex<dyn FnMut(&Call) -> Verdict + Send>>;
 
+type Catches = Box<dyn FnMut(&Call) -> bool + Send>;
+
 /// Operations that do not return until they are released. Each of them takes effect then.
 pub(crate) struct Hang {
-    catches: Mutex<Box<dyn FnMut(&Call) -> bool + Send>>,
+    catches: Mutex<Catches>,
     held: Mutex<Held>,
     changed: Condvar,
 }

@@ -79,6 +79,9 @@ struct Sent {
     delivered: Option<Duration>,
 }
 
+/// An operation that waits.
+type Waiting = thread::JoinHandle<Result<(), Refusal>>;
+
 /// An operation that was admitted or refused.
 struct Operation {
     lease: usize,
@@ -100,7 +103,7 @@ struct Schedule {
     waiting: Vec<usize>,
     sent: Vec<Sent>,
     /// The operations that wait in a thread, and how they ended.
-    threads: Vec<(usize, Duration, thread::JoinHandle<Result<(), Refusal>>)>,
+    threads: Vec<(usize, Duration, Waiting)>,
     done: Vec<Operation>,
 }
 
