@@ -221,8 +221,7 @@ fn a_refusal_closes_every_operation() {
     assert_refused(admin.apply_retention());
     assert_refused(admin.repair(service.name(), 0));
     assert_refused(admin.verify(&VerifyOptions::default(), &mut |_| {}));
-    let mut against = VerifyOptions::default();
-    against.against = Some(checkpoint);
+    let against = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
     assert_refused(admin.verify(&against, &mut |_| {}));
     // The error says which key of which KMS.
     let error = try_texts(service).unwrap_err();
@@ -246,8 +245,7 @@ fn operations_that_need_no_key_go_on() {
     assert_eq!(store.keys().service_cmk(), Some(all.cmk.clone()));
     let usage = store.keys().usage().unwrap();
     assert!(usage.service_keys.iter().all(|key| !key.safe_to_destroy));
-    let mut options = VerifyOptions::default();
-    options.keyless = true;
+    let options = VerifyOptions { keyless: true, ..VerifyOptions::default() };
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     assert_eq!((report.segments, report.blocks), (3, 3));
