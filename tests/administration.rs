@@ -441,7 +441,8 @@ fn the_answer_about_the_keyring_grows_old_during_an_operation() {
 /// change, and the keyring comes back as its file has it.
 #[test]
 fn a_change_of_the_keyring_is_beside_a_loss_of_its_key() {
-    let changes: [(&str, fn(&Scene) -> Result<()>); 3] = [
+    type Change = fn(&Scene) -> Result<()>;
+    let changes: [(&str, Change); 3] = [
         ("re-wrap", |scene| scene.store.keys().rewrap_keyring(Some(scene.other[1].clone()))),
         ("no master key", |scene| scene.store.keys().rewrap_keyring(None)),
         ("rotation", |scene| scene.store.keys().rotate_service_key().map(drop)),
@@ -735,8 +736,8 @@ fn a_first_envelope_is_under_the_newest_service_key() {
         let spec = LogstoreSpec::default().encrypted(service.clone());
         store.create_logstore(&name("p/new"), spec).map(drop)
     };
-    let operations: [&dyn Fn(&Store) -> Result<()>; 2] =
-        [&create, &|store| enable(store, PLAIN, service.clone())];
+    type Operation<'a> = &'a dyn Fn(&Store) -> Result<()>;
+    let operations: [Operation<'_>; 2] = [&create, &|store| enable(store, PLAIN, service.clone())];
     for (number, operation) in operations.into_iter().enumerate() {
         let rotating = store.clone();
         let (aside, during) = Aside::new(move || {
