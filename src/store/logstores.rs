@@ -133,8 +133,9 @@ fn make_envelope(
         current: 1,
         versions: Vec::new(),
     };
+    let (key, ordinals) = (core.keys.draw_data_key()?, vec![1; meta.config.shards.len()]);
     ensure_probe(core, &section.name, section.cmk.as_ref())?;
-    let key = core.keys.new_data_key(&mut section, id, 1, vec![1; meta.config.shards.len()])?;
+    core.keys.add_data_key(&mut section, id, 1, ordinals, &key)?;
     meta.keys = Some(section);
     Ok(key)
 }

@@ -15,21 +15,29 @@ use crate::{
 };
 
 impl KeyService {
-    /// Draws a data key and adds it to the section as the current version, wrapped. `ordinals` has
-    /// the ordinal of its first segment for each shard. Calls the KMS under a customer master key.
+    /// A new data key.
     ///
     /// # Errors
-    /// The error of the KMS, and [`Error::Io`].
-    pub(crate) fn new_data_key(
+    /// [`Error::Io`].
+    pub(crate) fn draw_data_key(&self) -> Result<SecretKey> {
+        SecretKey::generate(&*self.env.random)
+            .map_err(Error::io("draw a data key for", &self.env.dir))
+    }
+
+    /// Adds a new data key to the section as the current version, wrapped. `ordinals` has the
+    /// ordinal of its first segment for each shard. Calls the KMS under a customer master key.
+    ///
+    /// # Errors
+    /// The error of the KMS.
+    pub(crate) fn add_data_key(
         &self,
         section: &mut KeysSection,
         id: LogstoreId,
         version: u32,
         ordinals: Vec<u64>,
-    ) -> Result<SecretKey> {
-        let key = SecretKey::generate(&*self.env.random)
-            .map_err(Error::io("draw a data key for", &self.env.dir))?;
-        let (keyring_version, wrapped) = self.wrap_data_key(section, id, version, &key)?;
+        key: &SecretKey,
+    ) -> Result<()> {
+        let (keyring_version, wrapped) = self.wrap_data_key(section, id, version, key)?;
         section.versions.push(DataKeyVersion {
             version,
             created_us: self.env.clock.wall_us(),
@@ -38,23 +46,24 @@ impl KeyService {
             wrapped_us: None,
             keyring_version,
             wrapped: Some(wrapped),
-            fingerprint: fingerprint(&key),
+            fingerprint: fingerprint(key),
         });
         section.current = version;
-        Ok(key)
+        Ok(())
     }
 
     /// Adds a new current data-key version to the section of an existing Logstore. Its ordinals
     /// stay empty until the shards are paused. Returns the version.
     ///
     /// # Errors
-    /// [`Error::TooMany`], and as [`KeyService::new_data_key`].
+    /// [`Error::TooMany`], and as [`KeyService::add_data_key`].
     pub(crate) fn add_version(&self, section: &mut KeysSection, id: LogstoreId) -> Result<u32> {
         if section.versions.len() >= DATA_KEYS_MAX {
             return Err(Error::TooMany { what: "data-key versions", limit: DATA_KEYS_MAX as u64 });
         }
         let version = section.versions.iter().map(|entry| entry.version).max().unwrap_or(0) + 1;
-        self.new_data_key(section, id, version, Vec::new())?;
+        let key = self.draw_data_key()?;
+        self.add_data_key(section, id, version, Vec::new(), &key)?;
         Ok(version)
     }
 
