@@ -7,6 +7,11 @@
 //! 3. With the feature `kms-aws`, the second measurement again, with moto in the place of AWS KMS
 //!    and one renewal a second.
 //! 4. The KMS calls for 10,000 Logstores under one master key.
+//! 5. The loss of a master key with 1,000 Logstores, each of which is read and written: how long
+//!    after the refusal the data keys and the keys for reading are wiped, and how long until every
+//!    segment is sealed. On the disk of the temporary directory, and in memory.
+//!
+//! `cargo bench --bench revocation -- loss` measures the last one alone.
 //!
 //! Runs are interleaved, and medians of seven are compared. Unless stated otherwise, the KMS is the
 //! embedded one, with 5 ms added to each call. The 10,000 Logstores are in memory if the machine
@@ -19,7 +24,7 @@
 use std::{
     env,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -30,8 +35,8 @@ use bytes::Bytes;
 use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
     Store, StoreOptions,
-    crypto::AwsLc,
-    kms::{Fault, FaultyKms, Kms, LocalKms},
+    crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
+    kms::{Fault, FaultyKms, Kms, KmsError, LocalKms, RevokedReason},
 };
 use tempfile::TempDir;
 
@@ -247,6 +252,112 @@ fn crowd(logstores: usize, long: Duration) {
     assert!(calls as f64 <= 2.0 * began.elapsed().as_secs_f64() + 1.0);
 }
 
+/// A provider that notes when each expanded key is wiped.
+#[derive(Clone, Debug, Default)]
+struct Wiped(Arc<Mutex<Vec<Instant>>>);
+
+struct NotedKey(Box<dyn AeadKey>, Wiped);
+
+impl CryptoProvider for Wiped {
+    fn name(&self) -> &'static str {
+        "wiped"
+    }
+
+    fn aead(&self, cipher: Cipher, key: &[u8]) -> Result<Box<dyn AeadKey>, CryptoError> {
+        Ok(Box::new(NotedKey(AwsLc::new().aead(cipher, key)?, self.clone())))
+    }
+}
+
+impl Drop for NotedKey {
+    fn drop(&mut self) {
+        self.1.0.lock().unwrap().push(Instant::now());
+    }
+}
+
+impl AeadKey for NotedKey {
+    fn seal(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        in_out: &mut [u8],
+    ) -> Result<[u8; 16], CryptoError> {
+        self.0.seal(nonce, aad, in_out)
+    }
+
+    fn open(
+        &self,
+        nonce: &[u8; 12],
+        aad: &[u8],
+        sealed: &[u8],
+        tag: &[u8; 16],
+        out: &mut [u8],
+    ) -> Result<(), CryptoError> {
+        self.0.open(nonce, aad, sealed, tag, out)
+    }
+}
+
+/// Revokes a master key with this many Logstores. Each has a data key, a key that it reads with, a
+/// key that it writes with, and a group in its queue.
+fn loss(place: &str, dir: TempDir, logstores: usize) {
+    let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
+    let cmk = Cmk {
+        cmk_key_id: kms.create_key(REGION, &[ROLE]).unwrap(),
+        arn: ROLE.into(),
+        region_id: REGION.into(),
+    };
+    let faulty = Arc::new(FaultyKms::new(kms as _));
+    let wiped = Wiped::default();
+    let mut options = StoreOptions::default();
+    options.revalidate_every = Duration::from_secs(3600);
+    options.outage_grace = Duration::from_secs(3600);
+    // The queues are to be full when the key is lost, and to be sealed all.
+    options.linger = Duration::from_secs(10);
+    options.kms_timeout = Duration::from_secs(60);
+    let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), wiped.clone())
+        .kms(Arc::clone(&faulty) as _)
+        .options(options)
+        .create()
+        .unwrap();
+    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
+    let append = |logstore: &Logstore, durability| {
+        let payload = Payload::opaque(Bytes::from(vec![b'x'; 4 << 10])).unwrap();
+        logstore.append(payload, &AppendOptions::durability(durability)).unwrap();
+    };
+    let all: Vec<_> = (0..logstores)
+        .map(|n| {
+            let name = format!("p/l{n}").parse().unwrap();
+            let logstore = store.create_logstore(&name, spec.clone()).unwrap();
+            append(&logstore, Durability::Written);
+            logstore.roll().unwrap();
+            append(&logstore, Durability::Written);
+            let read = logstore.read(0, &envelog::ReadOptions::default()).unwrap();
+            assert_eq!(read.map(Result::unwrap).count(), 2);
+            logstore
+        })
+        .collect();
+    all.iter().for_each(|logstore| append(logstore, Durability::Buffered));
+    wiped.0.lock().unwrap().clear();
+    let refused = Arc::new(Mutex::new(None));
+    let at = Arc::clone(&refused);
+    faulty.plan(move |_, _| {
+        at.lock().unwrap().get_or_insert_with(Instant::now);
+        let reason = RevokedReason::Disabled;
+        Fault::error(KmsError::Revoked { reason, detail: "refused".into() })
+    });
+    let _ = all[0].revalidate_now();
+    let refused = refused.lock().unwrap().unwrap();
+    let times = wiped.0.lock().unwrap();
+    // The keys for reading go first.
+    assert_eq!(times.len(), 2 * logstores);
+    let after = |place: usize| (times[place] - refused).as_secs_f64() * 1e3;
+    println!(
+        "the loss of a master key with {logstores} Logstores {place}: data keys wiped after {:.1} ms, all segments sealed after {:.0} ms, {} groups lost",
+        after(logstores - 1),
+        after(2 * logstores - 1),
+        store.metrics().groups_lost
+    );
+}
+
 /// AWS credentials come from the environment of the process. So this program starts itself again
 /// with credentials.
 #[cfg(feature = "kms-aws")]
@@ -280,7 +391,11 @@ fn main() {
         renewal(1, long);
         beside(1, long * 4);
         crowd(50, long);
+        loss("on a disk", tempfile::tempdir().unwrap(), 50);
         return;
+    }
+    if env::args().any(|arg| arg == "loss") {
+        return losses();
     }
     // First, because the process that this starts ends here.
     #[cfg(feature = "kms-aws")]
@@ -288,4 +403,15 @@ fn main() {
     renewal(RUNS, Duration::from_secs(3));
     beside(RUNS, Duration::from_secs(3));
     crowd(10_000, Duration::from_secs(60));
+    losses();
+}
+
+fn losses() {
+    for _ in 0..3 {
+        loss("on a disk", tempfile::tempdir().unwrap(), 1_000);
+    }
+    match tempfile::tempdir_in("/dev/shm") {
+        Ok(dir) => loss("in memory", dir, 1_000),
+        Err(error) => println!("no file system in memory: {error}"),
+    }
 }

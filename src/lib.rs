@@ -4,8 +4,10 @@
 //! its own data key. The data key is stored only wrapped: under the engine's service key, or under
 //! a customer master key in a [`kms::Kms`] (BYOK). If the customer's key is disabled, deleted or no
 //! longer permitted, the engine refuses every read and write of that Logstore within a fixed bound
-//! ([`StoreOptions::revalidate_every`] plus [`StoreOptions::kms_timeout`]). Other Logstores are not
-//! affected. If the key returns, the Logstore does too, without loss of data.
+//! ([`StoreOptions::revalidate_every`] plus [`StoreOptions::kms_timeout`]). It wipes the data keys
+//! as soon as the KMS refuses, and the keys of the segments that are being written within another
+//! `kms_timeout`. Other Logstores are not affected. If the key returns, the Logstore does too, and
+//! no group is missing that was acknowledged as [`Durability::Written`] or [`Durability::Synced`].
 //!
 //! Begin with [`Store::builder`]. `docs/format.md` specifies the bytes on disk, and
 //! `docs/threat-model.md` the protection against each attacker.

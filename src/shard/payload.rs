@@ -15,11 +15,15 @@ use crate::{
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
-    /// In memory. Survives only the revocation of its key: a killed process loses up to the last
-    /// 100 ms.
+    /// In memory. A killed process loses up to the last 100 ms. Survives the revocation of its key
+    /// if the disk takes it within [`StoreOptions::kms_timeout`](crate::StoreOptions::kms_timeout),
+    /// and a segment is open that can take it. Groups that do not survive are counted
+    /// ([`StoreMetrics::groups_lost`](crate::metrics::StoreMetrics::groups_lost)), are on the key
+    /// audit log ([`AuditEvent::GroupsLost`](crate::AuditEvent::GroupsLost)), and are an error of
+    /// the next [`Logstore::sync`](crate::Logstore::sync).
     Buffered,
-    /// Written to the file: in the page cache. Survives the end of the process, not of the
-    /// operating system.
+    /// Written to the file: in the page cache. Survives the revocation of its key and the end of
+    /// the process, not of the operating system.
     Written,
     /// Synced: survives a crash of the operating system and the loss of power, as far as the disk
     /// keeps its promises.

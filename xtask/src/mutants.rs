@@ -67,6 +67,7 @@ const AREAS: [Area; 5] = [
             "src/keys/gate.rs",
             "src/keys/lease.rs",
             "src/keys/renewal_pool.rs",
+            "src/keys/sealing.rs",
         ],
         // Only the survivors run the tests of a store: many mutants block a store forever, and each
         // then takes the whole timeout.
@@ -76,6 +77,7 @@ const AREAS: [Area; 5] = [
             "key_usage",
             "keyring",
             "keys",
+            "loss",
             "outage",
             "revocation",
             "service_cmk",

@@ -26,8 +26,10 @@ const TESTS: [&[&str]; 2] = [
 /// maps, so these are the software vectors, the portable backend and the decoders.
 const MIRI: [&[&str]; 1] = [&["--package", "sm4-simd", "--features", "gcm", "--lib"]];
 
-/// Eight writers with eight readers, and thread schedules with several callers of a KMS.
-const THREADS: [&str; 6] = ["--package", "envelog", "--test", "threads", "--test", "revocation"];
+/// Eight writers with eight readers, thread schedules with several callers of a KMS, and the loss of
+/// a key while the disk hangs.
+const THREADS: [&str; 8] =
+    ["--package", "envelog", "--test", "threads", "--test", "revocation", "--test", "loss"];
 
 pub(crate) fn sanitize(args: &[String]) -> Done {
     let stable_only = match args {
