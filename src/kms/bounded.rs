@@ -250,7 +250,7 @@ impl BoundedKms {
             // The backend handles the key on this stack. The thread may continue or its stack may
             // be reused.
             let answer = on_clean_stack(|| catch_unwind(AssertUnwindSafe(call)));
-            let panicked = || KmsError::Invalid { detail: "the backend has panicked".to_owned() };
+            let panicked = || KmsError::invalid("the backend has panicked");
             let answer = answer.unwrap_or_else(|_| Err(panicked()));
             progress.answered(&answer);
             drop(progress);

@@ -25,7 +25,8 @@ use zeroize::Zeroizing;
 
 #[cfg(any(feature = "kms-aws", feature = "kms-vault"))]
 use super::KmsError;
-use crate::io::{Clock, SystemClock, read_configured};
+use super::deadline::Deadline;
+use crate::io::read_configured;
 
 /// The longest answer, in bytes. The expected answers have a few thousand bytes. A longer one is
 /// not read to its end.
@@ -39,26 +40,6 @@ const IDLE_MAX: Duration = Duration::from_secs(50);
 /// The most idle connections, to each host and in total. Further concurrent calls open their own
 /// connections.
 const IDLE_CONNECTIONS_MAX: usize = 16;
-
-/// The time by which a call must end, on the clock that continues during suspend.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Deadline(Duration);
-
-impl Deadline {
-    pub(super) fn after(timeout: Duration) -> Self {
-        Self(SystemClock.uptime().saturating_add(timeout))
-    }
-
-    /// The middle of the time that is left.
-    pub(super) fn halfway(self) -> Self {
-        Self::after(self.left().unwrap_or_default() / 2)
-    }
-
-    /// The time left, if any.
-    pub(super) fn left(self) -> Option<Duration> {
-        self.0.checked_sub(SystemClock.uptime()).filter(|left| !left.is_zero())
-    }
-}
 
 /// Parses the URL of an endpoint: only a scheme, a host and a port. Plain `http:` is allowed only
 /// for this machine.
@@ -130,7 +111,7 @@ pub(super) fn json(request: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, KmsEr
     const BODY_BYTES: usize = 32 * 1024;
     let mut body = Zeroizing::new(Vec::with_capacity(BODY_BYTES));
     serde_json::to_writer(&mut *body, request)
-        .map_err(|_| KmsError::Invalid { detail: "the request cannot be encoded".to_owned() })?;
+        .map_err(|_| KmsError::invalid("the request cannot be encoded"))?;
     Ok(body)
 }
 

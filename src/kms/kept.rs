@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::http::Deadline;
+use super::deadline::Deadline;
 use crate::sync::{LockRank, Mutex, lock};
 
 /// Credentials of the service's own.

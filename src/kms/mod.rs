@@ -70,6 +70,13 @@ mod calls;
 #[cfg(feature = "kms-conformance")]
 pub mod conformance;
 mod context;
+#[cfg(any(
+    feature = "kms-aliyun",
+    feature = "kms-aws",
+    feature = "kms-pkcs11",
+    feature = "kms-vault"
+))]
+mod deadline;
 #[cfg(feature = "kms-faulty")]
 mod faulty;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
@@ -224,6 +231,23 @@ pub enum KmsError {
         /// The fault.
         detail: String,
     },
+}
+
+impl KmsError {
+    /// [`KmsError::Revoked`], with the KMS's explanation.
+    pub fn revoked(reason: RevokedReason, detail: impl Into<String>) -> Self {
+        Self::Revoked { reason, detail: detail.into() }
+    }
+
+    /// [`KmsError::Unreachable`], with the cause.
+    pub fn unreachable(detail: impl Into<String>) -> Self {
+        Self::Unreachable { detail: detail.into() }
+    }
+
+    /// [`KmsError::Invalid`], with the fault.
+    pub fn invalid(detail: impl Into<String>) -> Self {
+        Self::Invalid { detail: detail.into() }
+    }
 }
 
 /// The reason why a CMK may not be used.

@@ -81,7 +81,7 @@ pub(crate) struct NoKms {
 /// reached.
 impl From<NoKms> for KmsError {
     fn from(none: NoKms) -> Self {
-        KmsError::Unreachable { detail: none.to_string() }
+        KmsError::unreachable(none.to_string())
     }
 }
 
@@ -172,7 +172,7 @@ mod tests {
         }
 
         fn try_serves(&self, _region_id: &str) -> Result<bool, KmsError> {
-            let blind = || KmsError::Unreachable { detail: "it is dark".to_owned() };
+            let blind = || KmsError::unreachable("it is dark");
             self.0.load(Ordering::SeqCst).then_some(true).ok_or_else(blind)
         }
 
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(none.to_string(), "no KMS is configured that serves region eu");
         let later = router.serving_or_later("eu");
         let unwrap = || later.unwrap(&cmk("eu"), EncryptionContext::new(), b"wrapped").map(|_| ());
-        assert_eq!(unwrap(), Err(KmsError::Unreachable { detail: none.to_string() }));
+        assert_eq!(unwrap(), Err(KmsError::unreachable(none.to_string())));
         kms[2].1.store(true, Ordering::SeqCst);
         assert_eq!(unwrap(), Ok(()));
         let key = SecretKey::from_bytes(&mut [7; 32]);
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(router.serving_or_later("cn").name(), "cn");
         let (now, later) = (router.serving("eu").unwrap(), router.serving_or_later("eu"));
         assert_eq!((now.name(), later.name()), ("blind", "none"));
-        let dark = Err(KmsError::Unreachable { detail: "it is dark".to_owned() });
+        let dark = Err(KmsError::unreachable("it is dark"));
         let key = SecretKey::from_bytes(&mut [7; 32]);
         for kms in [&now, &later] {
             let unwrapped = kms.unwrap(&cmk("eu"), EncryptionContext::new(), b"wrapped");

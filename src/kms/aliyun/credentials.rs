@@ -19,7 +19,8 @@ use super::{
 use crate::{
     io::{Clock, SystemClock, read_configured},
     kms::{
-        http::{Answer, Deadline, Http},
+        deadline::Deadline,
+        http::{Answer, Http},
         kept::{Fetched, Kept, Login, Own},
     },
 };

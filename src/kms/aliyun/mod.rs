@@ -16,7 +16,8 @@ use zeroize::Zeroizing;
 
 use super::{
     Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, base64_key,
-    http::{self, Answer, Deadline, Http, NoAnswer, authority},
+    deadline::Deadline,
+    http::{self, Answer, Http, NoAnswer, authority},
 };
 use crate::{
     crypto::SecretKey,
@@ -226,7 +227,8 @@ impl AliyunKms {
     /// Temporary credentials of the customer's role, for this call. If STS refuses kept credentials
     /// of the service, newer ones are tried.
     fn assume_role(&self, cmk: &Cmk, deadline: Deadline) -> Result<Credentials, KmsError> {
-        let own = self.source.get(&self.http, &self.sts, deadline).map_err(unreachable)?;
+        let own =
+            self.source.get(&self.http, &self.sts, deadline).map_err(KmsError::unreachable)?;
         let mut answer = self.ask_for_role(cmk, &own.login.credentials, deadline)?;
         let mut error = error_in(&answer);
         if outcome::is_refusal_by_sts(answer.status, &error)
@@ -266,7 +268,7 @@ impl AliyunKms {
         deadline: Deadline,
     ) -> Result<T, KmsError> {
         if cmk.cmk_key_id.starts_with("alias/") || cmk.cmk_key_id.contains(":alias/") {
-            return Err(invalid(
+            return Err(KmsError::invalid(
                 "cmk_key_id is an alias, which may point at another key tomorrow: give the key's own id",
             ));
         }
@@ -332,7 +334,7 @@ impl AliyunKms {
             let mut nonce = [0; 16];
             OsRandom
                 .fill(&mut nonce)
-                .map_err(|error| unreachable(format!("no random nonce: {error}")))?;
+                .map_err(|error| KmsError::unreachable(format!("no random nonce: {error}")))?;
             let (date, nonce) = (timestamp(), hex_encode(&nonce));
             let mut headers = sign::Pairs::from([
                 ("host", authority(endpoint)),
@@ -350,7 +352,9 @@ impl AliyunKms {
             let headers: Vec<_> = headers.into_iter().collect();
             match exchange(&self.http, "POST", endpoint, &target, &headers, &[], deadline) {
                 Err(NoAnswer::Broken(_)) if again => again = false,
-                answer => return answer.map_err(|why| unreachable(format!("{action}: {why}"))),
+                answer => {
+                    return answer.map_err(|why| KmsError::unreachable(format!("{action}: {why}")));
+                }
             }
         }
     }
@@ -383,7 +387,8 @@ impl Kms for AliyunKms {
         let generated: Generated = self.ask(call.cmk, "GenerateDataKey", &parameters, deadline)?;
         check_key(call.cmk, &generated.key_id)?;
         let wrapping = key_of(&generated.plaintext)?;
-        wrapped::seal(&wrapping, &generated.ciphertext_blob, &context, key).map_err(invalid)
+        wrapped::seal(&wrapping, &generated.ciphertext_blob, &context, key)
+            .map_err(KmsError::invalid)
     }
 
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
@@ -394,7 +399,7 @@ impl Kms for AliyunKms {
             plaintext: Zeroizing<String>,
         }
         let deadline = Deadline::after(call.timeout);
-        let wrapped = wrapped::Wrapped::parse(wrapped).map_err(invalid)?;
+        let wrapped = wrapped::Wrapped::parse(wrapped).map_err(KmsError::invalid)?;
         let context = context_json(call)?;
         let parameters = sign::Pairs::from([
             ("CiphertextBlob", wrapped.ciphertext),
@@ -402,7 +407,7 @@ impl Kms for AliyunKms {
         ]);
         let decrypted: Decrypted = self.ask(call.cmk, "Decrypt", &parameters, deadline)?;
         check_key(call.cmk, &decrypted.key_id)?;
-        wrapped.open(&key_of(&decrypted.plaintext)?, &context).map_err(invalid)
+        wrapped.open(&key_of(&decrypted.plaintext)?, &context).map_err(KmsError::invalid)
     }
 }
 
@@ -435,7 +440,8 @@ fn exchange(
 
 /// The encryption context in the JSON form for KMS.
 fn context_json(call: &KmsCall<'_>) -> Result<String, KmsError> {
-    serde_json::to_string(call.context).map_err(|_| invalid("the encryption context is not JSON"))
+    serde_json::to_string(call.context)
+        .map_err(|_| KmsError::invalid("the encryption context is not JSON"))
 }
 
 /// Fails unless KMS has used the requested key.
@@ -449,19 +455,19 @@ fn check_key(cmk: &Cmk, used: &str) -> Result<(), KmsError> {
     if asked == used {
         Ok(())
     } else {
-        Err(invalid("KMS used another key than the one that was asked for"))
+        Err(KmsError::invalid("KMS used another key than the one that was asked for"))
     }
 }
 
 /// The key in a base64 text.
 fn key_of(text: &str) -> Result<SecretKey, KmsError> {
-    base64_key::decode(text).ok_or_else(|| invalid("KMS gave no key of 256 bits"))
+    base64_key::decode(text).ok_or_else(|| KmsError::invalid("KMS gave no key of 256 bits"))
 }
 
 fn parse<T: for<'a> Deserialize<'a>>(action: &str, answer: &Answer) -> Result<T, KmsError> {
     // The parser's error may quote a value.
     serde_json::from_slice(&answer.body)
-        .map_err(|_| invalid(&format!("{action} answered something else")))
+        .map_err(|_| KmsError::invalid(format!("{action} answered something else")))
 }
 
 /// The error in an answer, or null.
@@ -476,14 +482,6 @@ fn error_of(meaning: Meaning, action: &str, error: &Value, status: u16) -> KmsEr
         Meaning::Invalid => KmsError::Invalid { detail },
         Meaning::Unreachable | Meaning::AskState => KmsError::Unreachable { detail },
     }
-}
-
-fn unreachable(detail: String) -> KmsError {
-    KmsError::Unreachable { detail }
-}
-
-fn invalid(detail: &str) -> KmsError {
-    KmsError::Invalid { detail: detail.to_owned() }
 }
 
 /// The current time in the form of the API, such as `2026-01-31T12:00:00Z`.

@@ -14,10 +14,11 @@ use std::{
 use ureq::http::Uri;
 
 use super::{
+    Http,
     credentials::{Profile, from_instance, profile_of},
-    http::{self, Deadline, Http},
-    key_of, timestamp,
+    http, key_of, timestamp,
 };
+use crate::kms::deadline::Deadline;
 
 const SECONDS: Duration = Duration::from_secs(10);
 

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::{Answer, identity::AccessKey, unreachable};
+use super::{Answer, identity::AccessKey};
 use crate::{
     crypto::SecretKey,
     kms::{KmsError, RevokedReason, base64_key},
@@ -178,7 +178,7 @@ impl Failure {
         let detail = self.detail(what);
         match meaning {
             Meaning::Revoked(reason) => KmsError::Revoked { reason, detail },
-            Meaning::Unreachable => unreachable(detail),
+            Meaning::Unreachable => KmsError::unreachable(detail),
             Meaning::Invalid => KmsError::Invalid { detail },
         }
     }
@@ -309,7 +309,7 @@ fn parse_sts(answer: &Answer) -> Option<StsAnswer> {
 /// The credentials of a role, in an answer to AssumeRole.
 pub(super) fn session(answer: &Answer) -> Result<AccessKey, KmsError> {
     let Some(StsAnswer::AssumeRoleResponse(response)) = parse_sts(answer) else {
-        return Err(invalid("STS: not an answer to AssumeRole"));
+        return Err(KmsError::invalid("STS: not an answer to AssumeRole"));
     };
     let StsCredentials { access_key_id, secret_access_key, session_token } =
         response.result.credentials;
@@ -337,12 +337,12 @@ struct Decrypted {
 /// The ciphertext in an answer to Encrypt.
 pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
     let encrypted: Encrypted = serde_json::from_slice(&answer.body)
-        .map_err(|_| invalid("KMS: not an answer to Encrypt"))?;
+        .map_err(|_| KmsError::invalid("KMS: not an answer to Encrypt"))?;
     let bytes = BASE64_STANDARD
         .decode(&encrypted.ciphertext_blob)
-        .map_err(|_| invalid("KMS: no base64"))?;
+        .map_err(|_| KmsError::invalid("KMS: no base64"))?;
     if bytes.is_empty() || bytes.len() > CIPHERTEXT_BYTES_MAX {
-        return Err(invalid("KMS: a ciphertext of an impossible length"));
+        return Err(KmsError::invalid("KMS: a ciphertext of an impossible length"));
     }
     Ok(bytes)
 }
@@ -350,11 +350,7 @@ pub(super) fn ciphertext(answer: &Answer) -> Result<Vec<u8>, KmsError> {
 /// The key in an answer to Decrypt.
 pub(super) fn plaintext(answer: &Answer) -> Result<SecretKey, KmsError> {
     let decrypted: Decrypted = serde_json::from_slice(&answer.body)
-        .map_err(|_| invalid("KMS: not an answer to Decrypt"))?;
+        .map_err(|_| KmsError::invalid("KMS: not an answer to Decrypt"))?;
     base64_key::decode(&decrypted.plaintext)
-        .ok_or_else(|| invalid("KMS: the plaintext is not a key of 32 bytes"))
-}
-
-fn invalid(detail: &str) -> KmsError {
-    KmsError::Invalid { detail: detail.to_owned() }
+        .ok_or_else(|| KmsError::invalid("KMS: the plaintext is not a key of 32 bytes"))
 }

@@ -28,12 +28,14 @@ use sha2::{Digest, Sha256};
 use ureq::http::{self, Request, Uri, request::Parts};
 use zeroize::Zeroize;
 
-use super::{paused, unreachable};
+use super::paused;
 use crate::{
+    ids::hex_encode,
     io::read_configured,
     kms::{
         KmsError,
-        http::{ANSWER_BYTES_MAX, Deadline, Http},
+        deadline::Deadline,
+        http::{ANSWER_BYTES_MAX, Http},
         kept::{Fetched, Kept, Login, Own},
     },
 };
@@ -161,7 +163,9 @@ impl Identity {
             .with_command_execute(Commands { deadline });
         for (name, provider) in &self.providers {
             let none = |why: &dyn fmt::Display| {
-                unreachable(format!("the service has no AWS credentials of its own: {name}: {why}"))
+                KmsError::unreachable(format!(
+                    "the service has no AWS credentials of its own: {name}: {why}"
+                ))
             };
             match at_once(provider.provide_credential_dyn(&context)) {
                 Ok(None) => {}
@@ -184,7 +188,7 @@ impl Identity {
                 Err(error) => return Err(none(&error.kind())),
             }
         }
-        Err(unreachable(
+        Err(KmsError::unreachable(
             "the service has no AWS credentials of its own, in no place where they are looked for",
         ))
     }
@@ -215,20 +219,17 @@ pub(super) fn sign(
     body: &[u8],
 ) -> Result<Parts, KmsError> {
     let digest = Sha256::digest(body);
-    let mut request = Request::post(uri).header("x-amz-content-sha256", hex(&digest));
+    let mut request = Request::post(uri).header("x-amz-content-sha256", hex_encode(&digest));
     for &(name, value) in headers {
         request = request.header(name, value);
     }
-    let cannot = |error: &dyn fmt::Display| unreachable(format!("cannot sign a request: {error}"));
+    let cannot =
+        |error: &dyn fmt::Display| KmsError::unreachable(format!("cannot sign a request: {error}"));
     let (mut parts, ()) = request.body(()).map_err(|error| cannot(&error))?.into_parts();
     let signer = RequestSigner::new(service, region).with_standard_session_token();
     at_once(signer.sign_request(&Context::new(), &mut parts, Some(&login.credential), None))
         .map_err(|error| cannot(&error.kind()))?;
     Ok(parts)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The result of a future that never waits: all functions that it calls here block.

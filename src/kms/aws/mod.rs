@@ -23,7 +23,8 @@ use self::{
 };
 use super::{
     Cmk, EncryptionContext, Kms, KmsCall, KmsError, KmsUrlError, base64_key,
-    http::{self, Answer, Deadline, Http, NoAnswer, authority},
+    deadline::Deadline,
+    http::{self, Answer, Http, NoAnswer, authority},
 };
 use crate::crypto::SecretKey;
 
@@ -288,10 +289,12 @@ impl AwsKms {
                 }
                 Ok(answer) => return Ok(answer),
                 Err(why @ NoAnswer::TooLong(_)) => {
-                    return Err(KmsError::Invalid { detail: why.to_string() });
+                    return Err(KmsError::invalid(why.to_string()));
                 }
-                Err(why @ NoAnswer::TimedOut(_)) => return Err(unreachable(why.to_string())),
-                Err(why) => Err(unreachable(why.to_string())),
+                Err(why @ NoAnswer::TimedOut(_)) => {
+                    return Err(KmsError::unreachable(why.to_string()));
+                }
+                Err(why) => Err(KmsError::unreachable(why.to_string())),
             };
             if last || !paused(pause, deadline) {
                 return outcome;
@@ -317,10 +320,6 @@ fn domain(region: &str) -> Option<&'static str> {
         Some("eu") if region.starts_with("eu-iso") => None,
         _ => Some("amazonaws.com"),
     }
-}
-
-fn unreachable(detail: impl Into<String>) -> KmsError {
-    KmsError::Unreachable { detail: detail.into() }
 }
 
 /// Sleeps, unless no time would be left afterwards. Returns whether it slept.
@@ -372,9 +371,7 @@ impl Kms for AwsKms {
 
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         if wrapped.is_empty() || wrapped.len() > CIPHERTEXT_BYTES_MAX {
-            return Err(KmsError::Invalid {
-                detail: "the wrapped key has an impossible length".to_owned(),
-            });
+            return Err(KmsError::invalid("the wrapped key has an impossible length"));
         }
         let ciphertext_blob = &BASE64_STANDARD.encode(wrapped);
         let body = http::json(&Decrypt {

@@ -45,7 +45,9 @@ use zeroize::Zeroizing;
 use super::{Cmk, Kms, KmsCall, KmsError, RevokedReason};
 use crate::{
     crypto::SecretKey,
-    io::{Access, Clock, Disk, Existing, OsRandom, Random, RealDisk, SystemClock, write_file},
+    io::{
+        Access, Clock, DAY_US, Disk, Existing, OsRandom, Random, RealDisk, SystemClock, write_file,
+    },
 };
 
 pub use admin::DELETION_DAYS;
@@ -54,8 +56,6 @@ use error::io_error;
 use files::{MARKER, StoredKey};
 pub use key::{LocalKeyInfo, LocalKeyState};
 use wrapped::{Blob, NONCE, blob_head, wrap_cipher};
-
-const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
 
 /// The embedded KMS: a directory in the role of the customer's KMS, with keys, key versions, states
 /// and grants of its own.
@@ -174,15 +174,14 @@ impl LocalKms {
 
     /// The key of a call, if the call may use it.
     fn usable(&self, cmk: &Cmk) -> Result<StoredKey, KmsError> {
-        let revoked = |reason, detail| Err(KmsError::Revoked { reason, detail });
         let Cmk { cmk_key_id, arn, region_id } = cmk;
         let key = match self.load(cmk_key_id) {
             Ok(key) if key.region_id == *region_id => key,
             Ok(_) | Err(LocalKmsError::NotFound { .. }) => {
-                return revoked(
+                return Err(KmsError::revoked(
                     RevokedReason::Deleted,
                     format!("no key {cmk_key_id} in region {region_id}"),
-                );
+                ));
             }
             Err(error) => return Err(error.into()),
         };
@@ -190,16 +189,16 @@ impl LocalKms {
         let reason = match state {
             LocalKeyState::Deleted => RevokedReason::Deleted,
             _ if !key.grants.contains(arn) => {
-                return revoked(
+                return Err(KmsError::revoked(
                     RevokedReason::NotPermitted,
                     format!("key {cmk_key_id} is not granted to {arn}"),
-                );
+                ));
             }
             LocalKeyState::PendingDeletion { .. } => RevokedReason::PendingDeletion,
             LocalKeyState::Disabled => RevokedReason::Disabled,
             LocalKeyState::Enabled => return Ok(key),
         };
-        revoked(reason, format!("key {cmk_key_id} in region {region_id}"))
+        Err(KmsError::revoked(reason, format!("key {cmk_key_id} in region {region_id}")))
     }
 }
 
@@ -236,7 +235,7 @@ impl Kms for LocalKms {
         let cmk = self.usable(call.cmk)?;
         let version = cmk.versions();
         let Some(material) = cmk.version(version) else {
-            return Err(invalid("the key has no version"));
+            return Err(KmsError::invalid("the key has no version"));
         };
         let mut salt = [0; 32];
         self.random
@@ -250,7 +249,7 @@ impl Kms for LocalKms {
                 &[&blob[..], &call.context.to_bytes()].concat(),
                 sealed.as_mut_slice().into(),
             )
-            .map_err(|_| invalid("the key could not be sealed"))?;
+            .map_err(|_| KmsError::invalid("the key could not be sealed"))?;
         blob.extend_from_slice(&salt);
         blob.extend_from_slice(&*sealed);
         blob.extend_from_slice(&tag);
@@ -259,13 +258,13 @@ impl Kms for LocalKms {
 
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         let cmk = self.usable(call.cmk)?;
-        let blob = Blob::parse(wrapped).map_err(invalid)?;
+        let blob = Blob::parse(wrapped).map_err(KmsError::invalid)?;
         if blob.key_id != cmk.key_id.as_bytes() {
-            return Err(invalid("the wrapped key was made under another key"));
+            return Err(KmsError::invalid("the wrapped key was made under another key"));
         }
-        let material = cmk
-            .version(blob.version)
-            .ok_or_else(|| invalid("the wrapped key names a key version that does not exist"))?;
+        let material = cmk.version(blob.version).ok_or_else(|| {
+            KmsError::invalid("the wrapped key names a key version that does not exist")
+        })?;
         let mut key = Zeroizing::new(*blob.sealed);
         wrap_cipher(material, blob.salt, blob.head)
             .decrypt_inout_detached(
@@ -274,15 +273,13 @@ impl Kms for LocalKms {
                 key.as_mut_slice().into(),
                 &Tag::from(*blob.tag),
             )
-            .map_err(|_| invalid("the wrapped key is damaged or was made for another context"))?;
+            .map_err(|_| {
+                KmsError::invalid("the wrapped key is damaged or was made for another context")
+            })?;
         Ok(SecretKey::from_bytes(&mut key))
     }
 
     fn cmk_version(&self, wrapped: &[u8]) -> Option<String> {
         Blob::parse(wrapped).ok().map(|blob| blob.version.to_string())
     }
-}
-
-fn invalid(detail: &str) -> KmsError {
-    KmsError::Invalid { detail: detail.to_owned() }
 }

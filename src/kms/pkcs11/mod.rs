@@ -95,12 +95,12 @@ use cryptoki::{
 use zeroize::Zeroizing;
 
 use self::{
-    module::{Deadline, Entered, Module},
-    outcome::{invalid, may_be_a_wrong_tag, outcome, revoked, unreachable},
+    module::{Entered, Module, in_time},
+    outcome::{may_be_a_wrong_tag, outcome},
     token::{Kept, Open},
     uri::Uri,
 };
-use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason};
+use super::{Cmk, Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, deadline::Deadline};
 use crate::{
     crypto::{SecretKey, tags_equal},
     ids::hex_decode,
@@ -156,7 +156,10 @@ impl Pkcs11Kms {
         act: impl Fn(&Open, &Entered, Deadline) -> Result<T, KmsError>,
     ) -> Result<T, KmsError> {
         if call.cmk.region_id != self.uri.region {
-            return Err(invalid(format!("it serves region {} and no other", self.uri.region)));
+            return Err(KmsError::invalid(format!(
+                "it serves region {} and no other",
+                self.uri.region
+            )));
         }
         let deadline = Deadline::after(call.timeout);
         let entered = Module::at(&self.uri.module).enter(deadline)?;
@@ -169,7 +172,7 @@ impl Pkcs11Kms {
         {
             return Ok(keep(open, done));
         }
-        deadline.check()?;
+        in_time(deadline)?;
         let open = Open::new(&self.uri, &entered, deadline)?;
         let done = act(&open, &entered, deadline)?;
         Ok(keep(open, done))
@@ -183,7 +186,7 @@ impl Pkcs11Kms {
             Some(hex) => match hex_decode(hex) {
                 Some(id) if !id.is_empty() => Attribute::Id(id),
                 _ => {
-                    return Err(revoked(
+                    return Err(KmsError::revoked(
                         RevokedReason::Deleted,
                         format!("no key can have the name {name}"),
                     ));
@@ -206,9 +209,12 @@ impl Pkcs11Kms {
             [key] => Ok(key),
             [] => {
                 open.check_presence(&self.uri, entered)?;
-                Err(revoked(RevokedReason::Deleted, format!("the token has no key {name}")))
+                Err(KmsError::revoked(
+                    RevokedReason::Deleted,
+                    format!("the token has no key {name}"),
+                ))
             }
-            _ => Err(invalid(format!("the token has several keys {name}"))),
+            _ => Err(KmsError::invalid(format!("the token has several keys {name}"))),
         }
     }
 
@@ -222,14 +228,14 @@ impl Pkcs11Kms {
         let mut nonce = [0; NONCE_BYTES];
         OsRandom
             .fill(&mut nonce)
-            .map_err(|error| unreachable(format!("no randomness: {error}")))?;
+            .map_err(|error| KmsError::unreachable(format!("no randomness: {error}")))?;
         let aad = associated_data(call);
         let params =
             GcmParams::new(&mut nonce, &aad, 128.into()).map_err(|error| outcome(&error))?;
         let sealed = open.session().encrypt(&Mechanism::AesGcm(params), key, secret.expose());
         let sealed = sealed.map_err(|error| outcome(&error))?;
         if sealed.len() != SEALED_BYTES {
-            return Err(invalid("the token encrypts to another length"));
+            return Err(KmsError::invalid("the token encrypts to another length"));
         }
         Ok([HEAD, &nonce[..], &sealed].concat())
     }
@@ -245,9 +251,9 @@ impl Pkcs11Kms {
         let parts =
             wrapped.strip_prefix(HEAD).and_then(|rest| rest.split_first_chunk::<NONCE_BYTES>());
         let (nonce, sealed) =
-            parts.ok_or_else(|| invalid("it is not a key that a token has wrapped"))?;
+            parts.ok_or_else(|| KmsError::invalid("it is not a key that a token has wrapped"))?;
         if sealed.len() != SEALED_BYTES {
-            return Err(invalid("the wrapped key has another length"));
+            return Err(KmsError::invalid("the wrapped key has another length"));
         }
         let (mut nonce, aad) = (*nonce, associated_data(call));
         let params =
@@ -256,14 +262,15 @@ impl Pkcs11Kms {
             Ok(opened) => Zeroizing::new(opened),
             Err(error) if may_be_a_wrong_tag(&error) => {
                 open.check_presence(&self.uri, entered)?;
-                return Err(invalid(
+                return Err(KmsError::invalid(
                     "the wrapped key is damaged, or was made under another key or for another context",
                 ));
             }
             Err(error) => return Err(outcome(&error)),
         };
         let secret = <[u8; 32]>::try_from(opened.as_slice()).map(Zeroizing::new);
-        let mut secret = secret.map_err(|_| invalid("the token decrypts to another length"))?;
+        let mut secret =
+            secret.map_err(|_| KmsError::invalid("the token decrypts to another length"))?;
         Ok(SecretKey::from_bytes(&mut secret))
     }
 }
@@ -283,14 +290,14 @@ impl Kms for Pkcs11Kms {
             check_fit(open, cmk, &call.cmk.cmk_key_id)?;
             check_allowed(open, cmk, AttributeType::Encrypt, &call.cmk.cmk_key_id)?;
             check_allowed(open, cmk, AttributeType::Decrypt, &call.cmk.cmk_key_id)?;
-            deadline.check()?;
+            in_time(deadline)?;
             let wrapped = self.seal(call, open, cmk, key)?;
-            deadline.check()?;
+            in_time(deadline)?;
             // Detects a data key that the token cannot decrypt, before the engine writes anything
             // under it.
             let again = self.open(call, open, entered, cmk, &wrapped)?;
             if !tags_equal(again.expose(), key.expose()) {
-                return Err(invalid("the token does not decrypt to what it encrypted"));
+                return Err(KmsError::invalid("the token does not decrypt to what it encrypted"));
             }
             Ok(wrapped)
         })
@@ -300,7 +307,7 @@ impl Kms for Pkcs11Kms {
         self.in_session(call, |open, entered, deadline| {
             let cmk = self.find(call.cmk, open, entered)?;
             check_allowed(open, cmk, AttributeType::Decrypt, &call.cmk.cmk_key_id)?;
-            deadline.check()?;
+            in_time(deadline)?;
             self.open(call, open, entered, cmk, wrapped)
         })
     }
@@ -320,7 +327,8 @@ fn check_fit(open: &Open, key: ObjectHandle, name: &str) -> Result<(), KmsError>
         AttributeType::Extractable,
     ];
     let attributes = open.session().get_attributes(key, &asked).map_err(|error| outcome(&error))?;
-    let unfit = |what| Err(revoked(RevokedReason::NotPermitted, format!("key {name} {what}")));
+    let unfit =
+        |what| Err(KmsError::revoked(RevokedReason::NotPermitted, format!("key {name} {what}")));
     let has = |wanted: &Attribute| attributes.contains(wanted);
     if !has(&Attribute::KeyType(KeyType::AES)) || !has(&Attribute::ValueLen(32.into())) {
         return unfit("is not an AES-256 key");
@@ -346,5 +354,5 @@ fn check_allowed(
         Some(Attribute::Decrypt(false)) => "CKA_DECRYPT",
         _ => return Ok(()),
     };
-    Err(revoked(RevokedReason::Disabled, format!("{attribute} of key {name} is false")))
+    Err(KmsError::revoked(RevokedReason::Disabled, format!("{attribute} of key {name} is false")))
 }

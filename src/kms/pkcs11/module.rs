@@ -6,16 +6,14 @@ use std::{
     mem,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use zeroize::Zeroizing;
 
-use super::outcome::{is_initialized_already, outcome, unreachable};
+use super::outcome::{is_initialized_already, outcome};
 use crate::{
-    io::{Clock, SystemClock},
-    kms::KmsError,
+    kms::{KmsError, deadline::Deadline},
     sync::{Condvar, LockRank, Mutex, lock, wait_timeout},
 };
 
@@ -28,23 +26,10 @@ const CALLS_MAX: usize = 32;
 static MODULES: Mutex<BTreeMap<PathBuf, Arc<Module>>> =
     Mutex::new(LockRank::KmsModules, BTreeMap::new());
 
-/// The time by which a call must end.
-#[derive(Clone, Copy)]
-pub(super) struct Deadline(Duration);
-
-impl Deadline {
-    pub(super) fn after(timeout: Duration) -> Self {
-        Self(SystemClock.uptime().saturating_add(timeout))
-    }
-
-    fn left(self) -> Duration {
-        self.0.saturating_sub(SystemClock.uptime())
-    }
-
-    /// Called between two calls into the module. Fails if the caller has stopped waiting.
-    pub(super) fn check(self) -> Result<(), KmsError> {
-        if self.left().is_zero() { Err(unreachable("the token took too long")) } else { Ok(()) }
-    }
+/// Called between two calls into the module. Fails if the caller has stopped waiting.
+pub(super) fn in_time(deadline: Deadline) -> Result<(), KmsError> {
+    let late = || KmsError::unreachable("the token took too long");
+    deadline.left().map(drop).ok_or_else(late)
 }
 
 /// One module.
@@ -102,10 +87,11 @@ impl Module {
     pub(super) fn enter(self: &Arc<Self>, deadline: Deadline) -> Result<Entered, KmsError> {
         let mut gate = lock(&self.gate);
         while gate.closed || gate.calls >= CALLS_MAX {
-            let left = deadline.left();
-            if left.is_zero() {
-                return Err(unreachable("earlier calls to the module have not come back"));
-            }
+            let Some(left) = deadline.left() else {
+                return Err(KmsError::unreachable(
+                    "earlier calls to the module have not come back",
+                ));
+            };
             gate = wait_timeout(&self.changed, gate, left);
         }
         gate.calls += 1;
@@ -154,9 +140,11 @@ impl Module {
     fn initialize(&self, context: &Pkcs11) -> Result<bool, KmsError> {
         match context.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK)) {
             Ok(()) => Ok(true),
-            Err(error) if is_initialized_already(&error) && self.inherited => Err(unreachable(
-                "the module was initialized in the process that this one was forked from, and cannot be here",
-            )),
+            Err(error) if is_initialized_already(&error) && self.inherited => {
+                Err(KmsError::unreachable(
+                    "the module was initialized in the process that this one was forked from, and cannot be here",
+                ))
+            }
             Err(error) if is_initialized_already(&error) => Ok(false),
             Err(error) => Err(outcome(&error)),
         }

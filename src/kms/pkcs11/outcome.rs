@@ -15,9 +15,9 @@ pub(super) fn outcome(error: &Error) -> KmsError {
     let Error::Pkcs11(code, _) = error else {
         return match error {
             Error::LibraryLoading(_) => {
-                unreachable(format!("the module cannot be loaded: {error}"))
+                KmsError::unreachable(format!("the module cannot be loaded: {error}"))
             }
-            _ => invalid(format!("the module is not usable: {error}")),
+            _ => KmsError::invalid(format!("the module is not usable: {error}")),
         };
     };
     let detail = said(error);
@@ -36,9 +36,9 @@ pub(super) fn outcome(error: &Error) -> KmsError {
         | RvError::FunctionNotSupported
         | RvError::ArgumentsBad
         | RvError::BufferTooSmall
-        | RvError::AttributeTypeInvalid => invalid(detail),
-        RvError::UnknownErrorCode(code) if is_aead_failure(*code) => invalid(detail),
-        _ => unreachable(detail),
+        | RvError::AttributeTypeInvalid => KmsError::invalid(detail),
+        RvError::UnknownErrorCode(code) if is_aead_failure(*code) => KmsError::invalid(detail),
+        _ => KmsError::unreachable(detail),
     }
 }
 
@@ -94,18 +94,6 @@ pub(super) fn said(error: &Error) -> String {
         }
     };
     format!("C_{function:?} returned {name}")
-}
-
-pub(super) fn unreachable(detail: impl Into<String>) -> KmsError {
-    KmsError::Unreachable { detail: detail.into() }
-}
-
-pub(super) fn invalid(detail: impl Into<String>) -> KmsError {
-    KmsError::Invalid { detail: detail.into() }
-}
-
-pub(super) fn revoked(reason: RevokedReason, detail: impl Into<String>) -> KmsError {
-    KmsError::Revoked { reason, detail: detail.into() }
 }
 
 #[cfg(test)]

@@ -10,15 +10,13 @@ use cryptoki::{
 use zeroize::Zeroizing;
 
 use super::{
-    module::{Deadline, Entered, Module},
-    outcome::{
-        invalid, is_logged_in_already, is_not_initialized, is_wrong_pin, outcome, said, unreachable,
-    },
+    module::{Entered, Module, in_time},
+    outcome::{is_logged_in_already, is_not_initialized, is_wrong_pin, outcome, said},
     uri::{Pin, Uri},
 };
 use crate::{
     io::read_configured,
-    kms::KmsError,
+    kms::{KmsError, deadline::Deadline},
     sync::{LockRank, Mutex, lock},
 };
 
@@ -87,7 +85,7 @@ impl Open {
             Ok(found) => found,
             // The token may be present, but the module may not have noticed it yet.
             Err(absent @ KmsError::Unreachable { .. }) => {
-                deadline.check()?;
+                in_time(deadline)?;
                 if !entered.initialize_anew()? {
                     return Err(absent);
                 }
@@ -95,11 +93,11 @@ impl Open {
             }
             Err(error) => return Err(error),
         };
-        deadline.check()?;
+        in_time(deadline)?;
         let session = entered.context().open_ro_session(slot).map_err(|error| outcome(&error))?;
         let module = Arc::clone(entered.module());
         let open = Self { session: Some(session), slot, module, life: entered.life() };
-        deadline.check()?;
+        in_time(deadline)?;
         open.log_in(uri, entered, &info)?;
         Ok(open)
     }
@@ -127,7 +125,9 @@ impl Open {
             Pin::File(path) => Some(read_pin(path)?),
             Pin::None if info.protected_authentication_path() => None,
             Pin::None => {
-                return Err(unreachable("the token wants a PIN: give pin-source or pin-value"));
+                return Err(KmsError::unreachable(
+                    "the token wants a PIN: give pin-source or pin-value",
+                ));
             }
         };
         let Some(pin) = pin else {
@@ -138,7 +138,7 @@ impl Open {
         let mut refused = lock(&entered.module().refused);
         let token = format!("{}/{}/{}", info.manufacturer_id(), info.serial_number(), info.label());
         if refused.get(&token) == Some(&pin) {
-            return Err(unreachable(
+            return Err(KmsError::unreachable(
                 "the token has refused this PIN, which is not tried again, as tokens lock after a few tries: correct it",
             ));
         }
@@ -148,7 +148,7 @@ impl Open {
             Ok(()) => Ok(()),
             Err(error) if is_wrong_pin(&error) => {
                 refused.insert(token, pin);
-                Err(unreachable(format!(
+                Err(KmsError::unreachable(format!(
                     "the token refuses the PIN ({}): correct it",
                     said(&error)
                 )))
@@ -163,12 +163,12 @@ impl Open {
         let info = entered
             .context()
             .get_token_info(self.slot)
-            .map_err(|error| unreachable(said(&error)))?;
+            .map_err(|error| KmsError::unreachable(said(&error)))?;
         if !uri.matches(&info) {
-            return Err(unreachable("another token is in the slot"));
+            return Err(KmsError::unreachable("another token is in the slot"));
         }
         if info.login_required() && !self.is_logged_in()? {
-            return Err(unreachable("the token has ended the login"));
+            return Err(KmsError::unreachable("the token has ended the login"));
         }
         Ok(())
     }
@@ -180,26 +180,26 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
     if uri.asks_for_library() {
         let info = context.get_library_info().map_err(|error| outcome(&error))?;
         if !uri.matches_library(&info) {
-            return Err(invalid("the module is not the one that library-… asks for"));
+            return Err(KmsError::invalid("the module is not the one that library-… asks for"));
         }
     }
     let slots = context.get_slots_with_token().map_err(|error| {
         if is_not_initialized(&error) {
-            unreachable("the module was finalized")
+            KmsError::unreachable("the module was finalized")
         } else {
             outcome(&error)
         }
     })?;
     let (mut found, mut silent) = (None, None);
     for slot in slots {
-        deadline.check()?;
+        in_time(deadline)?;
         if uri.slot_id.is_some_and(|id| id != slot.id()) {
             continue;
         }
         match context.get_token_info(slot) {
             Ok(info) if !info.token_initialized() || !uri.matches(&info) => {}
             Ok(_) if found.is_some() => {
-                return Err(invalid(
+                return Err(KmsError::invalid(
                     "several tokens are what the URI says: add a serial or slot-id",
                 ));
             }
@@ -208,7 +208,7 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
         }
     }
     found.ok_or_else(|| {
-        unreachable(match silent {
+        KmsError::unreachable(match silent {
             None => "no token is there that is what the URI says".to_owned(),
             Some(said) => format!("no token answers that is what the URI says ({said})"),
         })
@@ -217,8 +217,9 @@ fn find(uri: &Uri, entered: &Entered, deadline: Deadline) -> Result<(Slot, Token
 
 /// The first line of the file.
 fn read_pin(path: &Path) -> Result<Zeroizing<String>, KmsError> {
-    let unreadable =
-        |why: String| unreachable(format!("the PIN cannot be read from {}: {why}", path.display()));
+    let unreadable = |why: String| {
+        KmsError::unreachable(format!("the PIN cannot be read from {}: {why}", path.display()))
+    };
     let bytes =
         read_configured(path, PIN_FILE_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
     let bytes = Zeroizing::new(bytes);

@@ -166,7 +166,7 @@ pub(super) fn ciphertext(answer: &Answer) -> Result<String, KmsError> {
     }
     let Encrypted { ciphertext } = data(answer)?;
     if wrapped::version(ciphertext.as_bytes()).is_none() {
-        return Err(invalid("Transit: the ciphertext is none of Transit's"));
+        return Err(KmsError::invalid("Transit: the ciphertext is none of Transit's"));
     }
     Ok(ciphertext)
 }
@@ -179,7 +179,7 @@ pub(super) fn plaintext(answer: &Answer) -> Result<SecretKey, KmsError> {
     }
     let Decrypted { plaintext } = data(answer)?;
     base64_key::decode(&plaintext)
-        .ok_or_else(|| invalid("Transit: the plaintext is not a key of 32 bytes"))
+        .ok_or_else(|| KmsError::invalid("Transit: the plaintext is not a key of 32 bytes"))
 }
 
 /// The `data` of a success.
@@ -190,10 +190,6 @@ fn data<T: for<'a> Deserialize<'a>>(answer: &Answer) -> Result<T, KmsError> {
     }
     // The parser's error may quote a value.
     let success: Success<T> = serde_json::from_slice(&answer.body)
-        .map_err(|_| invalid("Transit: the answer is not that to the request"))?;
+        .map_err(|_| KmsError::invalid("Transit: the answer is not that to the request"))?;
     Ok(success.data)
-}
-
-pub(super) fn invalid(detail: impl Into<String>) -> KmsError {
-    KmsError::Invalid { detail: detail.into() }
 }

@@ -3,10 +3,10 @@
 use ureq::http::{HeaderValue, Method, Request, Uri};
 use zeroize::Zeroizing;
 
-use super::answers::invalid;
 use crate::kms::{
     KmsError,
-    http::{Answer, Deadline, Http, NoAnswer, authority},
+    deadline::Deadline,
+    http::{Answer, Http, NoAnswer, authority},
 };
 
 /// A token of the service's. Wiped on drop.
@@ -74,8 +74,8 @@ impl Api {
             let request = self.request(&method, path, token, body)?;
             match self.http.send(request, deadline) {
                 Err(NoAnswer::Broken(_)) if again => again = false,
-                Err(why @ NoAnswer::TooLong(_)) => return Err(invalid(why.to_string())),
-                Err(why) => return Err(unreachable(why.to_string())),
+                Err(why @ NoAnswer::TooLong(_)) => return Err(KmsError::invalid(why.to_string())),
+                Err(why) => return Err(KmsError::unreachable(why.to_string())),
                 Ok(answer) => return Ok(answer),
             }
         }
@@ -102,14 +102,11 @@ impl Api {
         }
         if let Some(Token(token)) = token {
             let value = HeaderValue::from_str(token);
-            let mut value = value.map_err(|_| unreachable("the token fits into no header"))?;
+            let mut value =
+                value.map_err(|_| KmsError::unreachable("the token fits into no header"))?;
             value.set_sensitive(true);
             request = request.header("x-vault-token", value);
         }
-        request.body(body).map_err(|_| invalid("the request fits into no HTTP request"))
+        request.body(body).map_err(|_| KmsError::invalid("the request fits into no HTTP request"))
     }
-}
-
-pub(super) fn unreachable(detail: impl Into<String>) -> KmsError {
-    KmsError::Unreachable { detail: detail.into() }
 }

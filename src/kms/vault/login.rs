@@ -12,14 +12,15 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::{
-    answers::{Failure, invalid},
-    api::{Api, Token, unreachable},
+    answers::Failure,
+    api::{Api, Token},
 };
 use crate::{
     io::{Clock, SystemClock, read_configured},
     kms::{
         KmsError,
-        http::{self, Answer, Deadline},
+        deadline::Deadline,
+        http::{self, Answer},
     },
     sync::{LockRank, Mutex, lock},
 };
@@ -130,8 +131,7 @@ impl Login {
             return is_of(newer, role).map(Some);
         }
         // The other half of the time is for the repeated request.
-        let halfway = Deadline::after(deadline.left().unwrap_or_default() / 2);
-        match self.issue(api, role, halfway) {
+        match self.issue(api, role, deadline.halfway()) {
             // The refused token stays kept: other keys may need it while no login succeeds.
             Err(error @ KmsError::Unreachable { .. }) => {
                 check(&refused.token, api, deadline).map_or(Err(error), |()| Ok(None))
@@ -187,7 +187,7 @@ impl Login {
         let role_name = match self.method {
             Method::AppRole { .. } => {
                 let name = auth.metadata.and_then(|metadata| metadata.role_name);
-                Some(name.ok_or_else(|| invalid("the login names no AppRole"))?)
+                Some(name.ok_or_else(|| KmsError::invalid("the login names no AppRole"))?)
             }
             Method::Kubernetes { .. } | Method::TokenFile { .. } => None,
         };
@@ -214,7 +214,7 @@ impl Login {
 /// Fails if the login is that of another AppRole than `arn` names.
 fn is_of(issued: Arc<Issued>, role: &str) -> Result<Arc<Issued>, KmsError> {
     match &issued.role {
-        Some(own) if own != role => Err(invalid(format!(
+        Some(own) if own != role => Err(KmsError::invalid(format!(
             "the service is logged in as another AppRole than {role}, which arn names"
         ))),
         _ => Ok(issued),
@@ -260,7 +260,7 @@ fn log_in(
     }
     // The parser's error may quote a value.
     let success: Success = serde_json::from_slice(&answer.body)
-        .map_err(|_| invalid(format!("the login with {kind} gave no token")))?;
+        .map_err(|_| KmsError::invalid(format!("the login with {kind} gave no token")))?;
     Ok(success.auth)
 }
 
@@ -280,13 +280,17 @@ fn check(token: &Token, api: &Api, deadline: Deadline) -> Result<(), KmsError> {
 }
 
 fn token(text: Zeroizing<String>) -> Result<Token, KmsError> {
-    Token::new(text).ok_or_else(|| unreachable("the token of the service is empty or damaged"))
+    Token::new(text)
+        .ok_or_else(|| KmsError::unreachable("the token of the service is empty or damaged"))
 }
 
 /// The content of a file without the white space around it.
 fn read(setting: &str, file: &Path) -> Result<Zeroizing<String>, KmsError> {
     let unreadable = |why: String| {
-        unreachable(format!("cannot read {}, which {setting} names: {why}", file.display()))
+        KmsError::unreachable(format!(
+            "cannot read {}, which {setting} names: {why}",
+            file.display()
+        ))
     };
     let bytes = read_configured(file, FILE_BYTES_MAX);
     let bytes = Zeroizing::new(bytes.map_err(|error| unreadable(error.to_string()))?);

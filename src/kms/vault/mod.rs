@@ -14,13 +14,14 @@ use serde::Serialize;
 use ureq::http::HeaderValue;
 
 use self::{
-    answers::{Failure, Meaning, NO_TYPE, invalid},
+    answers::{Failure, Meaning, NO_TYPE},
     api::Api,
     login::{Login, Method},
 };
 use super::{
     Kms, KmsCall, KmsError, KmsUrlError, RevokedReason, base64_key,
-    http::{self, Answer, Deadline, Http},
+    deadline::Deadline,
+    http::{self, Answer, Http},
 };
 use crate::{
     crypto::SecretKey,
@@ -182,7 +183,7 @@ impl VaultKms {
     ) -> Result<Answer, KmsError> {
         let name = &call.cmk.cmk_key_id;
         if !is_key_name(name) {
-            return Err(invalid("cmk_key_id is not the name of a Transit key"));
+            return Err(KmsError::invalid("cmk_key_id is not the name of a Transit key"));
         }
         let (role, began) = (&call.cmk.arn, SystemClock.uptime());
         let path = format!("{}/{operation}/{name}", self.mount);
@@ -198,7 +199,7 @@ impl VaultKms {
                 let other = self.login.instead_of(&login, &self.api, role, began, deadline)?;
                 if let Some(other) = other {
                     if others == 0 {
-                        return Err(api::unreachable("each token of the service is refused"));
+                        return Err(KmsError::unreachable("each token of the service is refused"));
                     }
                     (login, others) = (other, others - 1);
                     continue;
@@ -247,7 +248,7 @@ impl VaultKms {
         }
         let other = [&call.context.to_bytes()[..], b"another"].concat();
         match self.decrypt(call, ciphertext, &other, deadline) {
-            Ok(_) => Err(invalid(
+            Ok(_) => Err(KmsError::invalid(
                 "the server does not bind the context: Vault 1.13 or newer, or OpenBao, is needed",
             )),
             Err(KmsError::Invalid { .. }) => {
@@ -296,8 +297,8 @@ impl Kms for VaultKms {
     fn unwrap(&self, call: &KmsCall<'_>, wrapped: &[u8]) -> Result<SecretKey, KmsError> {
         let ciphertext =
             str::from_utf8(wrapped).ok().filter(|_| wrapped::version(wrapped).is_some());
-        let ciphertext =
-            ciphertext.ok_or_else(|| invalid("it is not a key that Transit has wrapped"))?;
+        let ciphertext = ciphertext
+            .ok_or_else(|| KmsError::invalid("it is not a key that Transit has wrapped"))?;
         let deadline = Deadline::after(call.timeout);
         let answer = self.decrypt(call, ciphertext, &call.context.to_bytes(), deadline)?;
         answers::plaintext(&answer)
