@@ -8,6 +8,7 @@
 use std::path::Path;
 
 use bytes::BufMut;
+use serde::Serialize;
 use zeroize::Zeroize;
 
 use crate::{
@@ -78,6 +79,12 @@ impl DocumentKind {
     }
 }
 
+/// A value as JSON, for the part of a document or for a record. Every type that is stored so is plain
+/// data, which always serializes: no map has a key that is not text.
+pub(crate) fn to_json(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("plain data always serializes")
+}
+
 /// A tag does not match: another key made it, or an attacker has altered the document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the authentication tag does not hold")]
@@ -107,6 +114,27 @@ pub(crate) struct Document {
 }
 
 impl Document {
+    /// A document about the store itself: part A is the body, and there is no part B.
+    pub(crate) fn new(
+        kind: DocumentKind,
+        store: StoreId,
+        generation: u64,
+        keyring_version: u32,
+        body: &impl Serialize,
+    ) -> Self {
+        Self {
+            kind,
+            features: Features::default(),
+            store,
+            subject: [0; 16],
+            generation,
+            keyring_version,
+            a: to_json(body).into_bytes(),
+            b: Vec::new(),
+            tag_b: None,
+        }
+    }
+
     /// Checks the rules for the fields of the frame.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use super::{envelope::fingerprint, lease::Probe, moment::Moment};
 use crate::{
     Error, Result,
     crypto::{AeadKey, Cipher, CryptoError, CryptoProvider, HashAlg, SecretKey, derive},
+    document::to_json,
     error::Location,
     ids::{KeyringId, StoreId, hex_decode, hex_encode},
     io::Random,
@@ -144,7 +145,7 @@ impl KeyringSeal {
             fingerprint: fingerprint.clone(),
             sealed: hex_encode(&plain) + &hex_encode(&tag),
         };
-        Ok(serde_json::to_vec(&body).expect("plain data always serializes"))
+        Ok(to_json(&body).into_bytes())
     }
 
     /// Opens the result of [`KeyringSeal::seal`]. Calls the KMS.

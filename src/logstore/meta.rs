@@ -10,7 +10,7 @@ use crate::{
     Error, Result,
     config::{LogstoreConfig, ProbeMode},
     crypto::SecretKey,
-    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument},
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, UnverifiedDocument, to_json},
     error::Location,
     ids::{LogstoreId, StoreId, hex_decode, hex_encode},
     io::{self, Disk, Existing, FileKind},
@@ -318,29 +318,24 @@ impl Meta {
         keyring: &Keyring,
         data_key: Option<&SecretKey>,
     ) -> Result<()> {
-        let json = "plain data always serializes";
-        let serialized = || {
-            self.keys.as_ref().map_or_else(Vec::new, |keys| serde_json::to_vec(keys).expect(json))
-        };
+        let serialized =
+            || self.keys.as_ref().map(|keys| to_json(keys).into_bytes()).unwrap_or_default();
         let (b, tag_b) = match (&self.tagged, data_key) {
             (Some(tagged), None) => tagged.parts(),
             _ => (serialized(), None),
         };
+        let version = keyring.newest();
+        let (kind, generation) = (DocumentKind::Logstore, self.generation);
         let mut document = Document {
-            kind: DocumentKind::Logstore,
-            features: Features::default(),
-            store,
             subject: *id.as_bytes(),
-            generation: self.generation,
-            keyring_version: keyring.newest(),
-            a: serde_json::to_vec(&self.config).expect(json),
             b,
             tag_b,
+            ..Document::new(kind, store, generation, version, &self.config)
         };
         if let Some(data_key) = data_key {
             document.sign_b(&metadata_key(data_key));
         }
-        let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+        let bytes = document.seal(&keyring.document_key(version)?);
         self.tag = document::tag_a(&bytes);
         let path = self.reference().path(logstore_dir);
         if data_key.is_some() {
@@ -348,7 +343,7 @@ impl Meta {
         }
         io::write_file(disk, &path, &bytes, Existing::Replace)
             .map_err(Error::io("write", &path))?;
-        self.keyring_version = keyring.newest();
+        self.keyring_version = version;
         Ok(())
     }
 }
@@ -374,15 +369,8 @@ mod tests {
         let (store, id) = (StoreId::from_bytes([1; 16]), LogstoreId::from_bytes([2; 16]));
         let read = |kind, of: u8, subject: u8| {
             let document = Document {
-                kind,
-                features: Features::default(),
-                store: StoreId::from_bytes([of; 16]),
                 subject: [subject; 16],
-                generation: 3,
-                keyring_version: 4,
-                a: serde_json::to_vec(&config).unwrap(),
-                b: Vec::new(),
-                tag_b: None,
+                ..Document::new(kind, StoreId::from_bytes([of; 16]), 3, 4, &config)
             };
             Meta::from_document(&document, store, id, Path::new("meta"))
         };

@@ -33,7 +33,6 @@ use crate::{
         keyring::{Keyring, NewKeyring},
         keyring_file::KeyringFile,
     },
-    wire::Features,
 };
 
 /// The directories of a store.
@@ -264,18 +263,9 @@ fn read_record(setup: &Setup, file: &Arc<KeyringFile>) -> Result<Option<Keyring>
 /// Writes the record of a creation, before its keyring is written.
 fn write_record(disk: &dyn Disk, dir: &Path, keyring: &Keyring) -> Result<()> {
     let path = dir.join(RECORD);
-    let document = Document {
-        kind: DocumentKind::Creation,
-        features: Features::default(),
-        store: keyring.store(),
-        subject: [0; 16],
-        generation: 1,
-        keyring_version: keyring.newest(),
-        a: serde_json::to_vec(&RecordBody { keyring: keyring.id() })
-            .expect("plain data always serializes"),
-        b: Vec::new(),
-        tag_b: None,
-    };
+    let body = RecordBody { keyring: keyring.id() };
+    let document =
+        Document::new(DocumentKind::Creation, keyring.store(), 1, keyring.newest(), &body);
     let bytes = document.seal(&keyring.document_key(keyring.newest())?);
     io::write_file(disk, &path, &bytes, Existing::Replace).map_err(Error::io("write", &path))
 }

@@ -113,17 +113,7 @@ pub(super) fn write_identity(
     now_us: u64,
 ) -> Result<()> {
     let body = StoreBody { created_us: now_us, keyring: keyring.id() };
-    let document = Document {
-        kind: DocumentKind::Store,
-        features: Features::default(),
-        store,
-        subject: [0; 16],
-        generation: 1,
-        keyring_version: keyring.newest(),
-        a: serde_json::to_vec(&body).expect("plain data always serializes"),
-        b: Vec::new(),
-        tag_b: None,
-    };
+    let document = Document::new(DocumentKind::Store, store, 1, keyring.newest(), &body);
     put_identity(disk, dir, keyring, document)
 }
 

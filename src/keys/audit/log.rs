@@ -18,6 +18,7 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     crypto::hmac_sha256,
+    document::to_json,
     epoch::Fence,
     ids::{LogstoreId, hex_encode},
     io::{Clock, Disk},
@@ -182,7 +183,7 @@ impl AuditLog {
             detail,
             keyring_version,
         };
-        let json = serde_json::to_string(&record).expect("plain data always serializes");
+        let json = to_json(&record);
         let tag = hex_encode(&hmac_sha256(&key, &[before.tag.as_bytes(), json.as_bytes()]));
         // Before the disk, which may hang.
         drop(key);

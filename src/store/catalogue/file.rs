@@ -18,7 +18,7 @@ use super::{Catalogue, Change};
 use crate::{
     Error, Result,
     crypto::{SecretKey, hmac_sha256, tags_equal},
-    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind},
+    document::{self, DOCUMENT_BYTES_MAX, Document, DocumentKind, to_json},
     error::Location,
     ids::StoreId,
     io::{self, Disk, Existing, FileKind, OpenMode},
@@ -130,17 +130,8 @@ pub(super) fn encode_snapshot(
     let version = keyring.newest();
     let key = keyring.document_key(version)?;
     let body = Body { epoch: place.epoch, serial: place.serial, catalogue };
-    let document = Document {
-        kind: DocumentKind::Catalogue,
-        features: Features::default(),
-        store,
-        subject: [0; 16],
-        generation: catalogue.generation,
-        keyring_version: version,
-        a: serde_json::to_vec(&body).expect("plain data always serializes"),
-        b: Vec::new(),
-        tag_b: None,
-    };
+    let document =
+        Document::new(DocumentKind::Catalogue, store, catalogue.generation, version, &body);
     let mut bytes = document.seal(&key);
     let tag = document::tag_a(&bytes);
     bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
@@ -159,14 +150,14 @@ pub(super) fn encode_record(
     version: u32,
     key: &SecretKey,
 ) -> (Vec<u8>, Tag) {
-    let changes = serde_json::to_vec(changes).expect("plain data always serializes");
+    let changes = to_json(&changes);
     let mut out = Vec::with_capacity(RECORD_FIXED_LEN + changes.len() + TAG_LEN + CRC_LEN);
     out.put_slice(RECORD_MAGIC);
     out.put_u32_le(changes.len() as u32);
     out.put_u64_le(number);
     out.put_u32_le(version);
     out.put_u32_le(0);
-    out.put_slice(&changes);
+    out.put_slice(changes.as_bytes());
     let tag = hmac_sha256(key, &[&out, before]);
     out.put_slice(&tag);
     put_crc(&mut out, 0);

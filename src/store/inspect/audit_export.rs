@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, ErrorKind, Result,
     crypto::{HashAlg, hash},
+    document::to_json,
     ids::{StoreId, hex_encode},
     keys::AuditRecord,
     store::core::Core,
@@ -132,7 +133,7 @@ pub(in crate::store) fn export_audit(core: &Core) -> Result<AuditExport> {
     })?;
     let last =
         Head { head: head.clone(), store: core.env.id, exported_us: core.env.clock.wall_us() };
-    text.push_str(&serde_json::to_string(&last).expect("plain data always serializes"));
+    text.push_str(&to_json(&last));
     text.push('\n');
     Ok(AuditExport { text, head })
 }

@@ -11,7 +11,6 @@ use crate::{
     error::Location,
     ids::LogstoreId,
     keys::audit::AuditHead,
-    segment::Features,
     shard::{Head, ShardRecord},
     store::{
         catalogue::{Change, check_audit_head, check_entry, unique},
@@ -112,18 +111,10 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
         logstores,
     };
     let keyring = keys.keyring();
-    let document = Document {
-        kind: DocumentKind::Checkpoint,
-        features: Features::default(),
-        store: env.id,
-        subject: [0; 16],
-        generation: catalogue_generation,
-        keyring_version: keyring.newest(),
-        a: serde_json::to_vec(&body).expect("plain data always serializes"),
-        b: Vec::new(),
-        tag_b: None,
-    };
-    Ok(Checkpoint { bytes: document.seal(&keyring.document_key(keyring.newest())?) })
+    let version = keyring.newest();
+    let document =
+        Document::new(DocumentKind::Checkpoint, env.id, catalogue_generation, version, &body);
+    Ok(Checkpoint { bytes: document.seal(&keyring.document_key(version)?) })
 }
 
 /// Authenticates a checkpoint of this store.

@@ -112,9 +112,9 @@ impl<'c> SegmentCheck<'c> {
             if so_far.block_count != head.blocks {
                 return true;
             }
-            let same = head.segment == header.header.segment && builder.digest() == head.digest;
+            let same = head.segment == header.segment && builder.digest() == head.digest;
             let bytes = if head.sealed { *file_len } else { reader.offset };
-            let last_time_us = header.header.last_time_us(so_far);
+            let last_time_us = header.last_time_us(so_far);
             let ends = (so_far.end_seq, bytes, last_time_us)
                 == (head.end_seq, head.bytes, head.last_time_us);
             if !same {
@@ -138,7 +138,7 @@ impl<'c> SegmentCheck<'c> {
         let (payload_hash, tag) = self.reader.loaded_digest_parts()?;
         self.builder.add(self.reader.offset, block, &payload_hash, &tag);
         let (place, at) = (self.reader.check_place(block), self.reader.here());
-        let raw = match (self.keyless, self.header.header.suite.encrypts()) {
+        let raw = match (self.keyless, self.header.suite.encrypts()) {
             (false, _) => self.reader.open(self.shard.gate()).map(Some),
             // A segment that is authenticated and not encrypted is readable without the key.
             (true, false) => self.reader.open_unproved().map(Some),
@@ -217,9 +217,7 @@ impl<'c> SegmentCheck<'c> {
                     "the blocks end at another sequence number than the successor says",
                 );
             }
-            End::Cut(cut)
-                if cut.last_time_us != self.header.header.last_time_us(builder.so_far()) =>
-            {
+            End::Cut(cut) if cut.last_time_us != self.header.last_time_us(builder.so_far()) => {
                 return corrupt(
                     "the last receive time of the blocks is another than the successor says",
                 );

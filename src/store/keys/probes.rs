@@ -19,7 +19,6 @@ use crate::{
         lease::Probe,
     },
     kms::{Cmk, EncryptionContext},
-    segment::Features,
 };
 
 #[derive(Serialize, Deserialize)]
@@ -198,18 +197,12 @@ impl KeyService {
         let ProbeFile { kms, cmk, wrapped, fingerprint, generation } = probe;
         let body = ProbeBody { kms, cmk, wrapped: hex_encode(&wrapped), fingerprint };
         let keyring = self.keyring();
+        let version = keyring.newest();
         let document = Document {
-            kind: DocumentKind::Probe,
-            features: Features::default(),
-            store: self.env.id,
             subject: id,
-            generation,
-            keyring_version: keyring.newest(),
-            a: serde_json::to_vec(&body).expect("plain data always serializes"),
-            b: Vec::new(),
-            tag_b: None,
+            ..Document::new(DocumentKind::Probe, self.env.id, generation, version, &body)
         };
-        let bytes = document.seal(&keyring.document_key(keyring.newest())?);
+        let bytes = document.seal(&keyring.document_key(version)?);
         io::write_file(&*self.env.disk, &path, &bytes, Existing::Replace)
             .map_err(Error::io("write", &path))
     }
