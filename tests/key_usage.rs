@@ -18,7 +18,11 @@ use envelog::{
 };
 
 fn data_key<'a>(usage: &'a KeyUsage, text: &str, version: u32) -> &'a DataKeyUsage {
-    usage.data_keys.iter().find(|key| key.logstore == name(text) && key.version == version).unwrap()
+    usage
+        .data_keys
+        .iter()
+        .find(|key| key.logstore == name(text) && key.status.version == version)
+        .unwrap()
 }
 
 fn master_key<'a>(usage: &'a KeyUsage, cmk: &Cmk) -> &'a MasterKeyUsage {
@@ -29,7 +33,10 @@ fn master_key<'a>(usage: &'a KeyUsage, cmk: &Cmk) -> &'a MasterKeyUsage {
 fn safe(store: &Store, text: &str) -> Vec<u32> {
     let usage = store.keys().usage().unwrap();
     let of_logstore = usage.data_keys.iter().filter(|key| key.logstore == name(text));
-    of_logstore.filter(|key| key.safe_to_destroy && !key.shredded).map(|key| key.version).collect()
+    of_logstore
+        .filter(|key| key.safe_to_destroy && !key.status.shredded)
+        .map(|key| key.status.version)
+        .collect()
 }
 
 /// Drops all sealed data by retention. The open segment is kept.
@@ -76,16 +83,16 @@ fn a_key_is_needed_for_as_long_as_anything_is_under_it() {
         [
             KeyNeed::Current,
             KeyNeed::MetadataTag,
-            KeyNeed::Segments { segments: 1, bytes: first.bytes },
+            KeyNeed::Segments { segments: 1, bytes: first.status.bytes_stored },
             KeyNeed::Writing { segments: 1 },
         ]
     );
-    assert!(first.bytes > 0 && !first.safe_to_destroy);
-    assert_eq!(first.cmk_version.as_deref(), Some("1"));
+    assert!(first.status.bytes_stored > 0 && !first.safe_to_destroy);
+    assert_eq!(first.status.cmk_version.as_deref(), Some("1"));
     let master = master_key(&usage, &cmk);
     assert_eq!(
         (master.logstores.as_slice(), master.segments, master.bytes),
-        (&[name("p/byok")][..], 1, first.bytes)
+        (&[name("p/byok")][..], 1, first.status.bytes_stored)
     );
     assert!(
         !master.safe_to_destroy && master.versions[0].probe && master.versions[0].envelopes == 1
@@ -156,7 +163,7 @@ fn usage_is_told_while_the_key_is_revoked_and_beside_the_writer() {
     for store in [&store, &reader] {
         let usage = store.keys().usage().unwrap();
         let first = data_key(&usage, "p/byok", 1);
-        assert_eq!((first.segments, first.safe_to_destroy), (1, false));
+        assert_eq!((first.status.segments, first.safe_to_destroy), (1, false));
         assert!(!master_key(&usage, &cmk).safe_to_destroy);
     }
     assert_eq!(world.kms.calls(), calls);

@@ -22,15 +22,15 @@ use crate::{
         sealing::LostShard,
     },
     kms::{Cmk, KmsError},
-    segment::KeySource,
+    segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        Appended, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice, Shard,
-        ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
+        Appended, CurrentPlan, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice,
+        Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
     },
     sync::{
-        LockRank, Mutex, MutexGuard, RwLock,
+        LockRank, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
-        lock, write,
+        lock,
     },
 };
 
@@ -98,7 +98,7 @@ pub(crate) struct LogstoreShared {
     pub(crate) shards: Vec<Arc<Shard>>,
     /// The count for automatic rotation of the data key.
     sealed: Mutex<SealedBytes>,
-    plan: Arc<RwLock<WritePlan>>,
+    plan: Arc<CurrentPlan>,
     next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
     threads: bool,
@@ -133,7 +133,7 @@ impl LogstoreShared {
     pub(crate) fn new(
         dir: &Path,
         meta: Meta,
-        plan: Arc<RwLock<WritePlan>>,
+        plan: Arc<CurrentPlan>,
         context: Arc<ShardContext>,
         records: &[ShardRecord],
         observer: std::sync::Weak<dyn KeyObserver>,
@@ -184,7 +184,7 @@ impl LogstoreShared {
 
     /// Puts changed metadata in force: later appends follow it.
     pub(crate) fn set_meta(&self, meta: Meta, keyring_version: u32) {
-        *write(&self.plan) = write_plan(&meta, keyring_version);
+        self.plan.replace(write_plan(&meta, keyring_version));
         *lock(&self.meta) = meta;
     }
 
@@ -263,7 +263,11 @@ impl LogstoreShared {
         self.shard(id)
     }
 
-    fn data_key_status(&self, keys: &KeysSection, key: &DataKeyVersion) -> DataKeyStatus {
+    pub(crate) fn data_key_status(
+        &self,
+        keys: &KeysSection,
+        key: &DataKeyVersion,
+    ) -> DataKeyStatus {
         let observer = self.observer.upgrade();
         DataKeyStatus {
             version: key.version,
@@ -329,32 +333,7 @@ impl LogstoreShared {
                     End::Cut(end) => shard.count(&opened, end.bytes)?,
                     End::Unknown => shard.count(&opened, stored)?,
                 };
-                // No header or footer is authenticated here, so their numbers may be anything.
-                let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
-                status.segments += 1;
-                add(&mut status.groups, so_far.group_count);
-                add(&mut status.logs, so_far.log_count);
-                add(&mut status.bytes_raw, so_far.raw_bytes);
-                let overhead = u64::from(so_far.block_count) * crate::segment::BLOCK_OVERHEAD_BYTES;
-                let body = body_end.saturating_sub(opened.header.body_start);
-                add(&mut status.bytes_compressed, body.saturating_sub(overhead));
-                add(&mut status.bytes_stored, stored);
-                let version = match opened.header.header.key_source {
-                    KeySource::DataKey(version) => version,
-                    KeySource::Keyring(_) => 0,
-                };
-                let entry = match status.data_keys.iter_mut().find(|key| key.version == version) {
-                    Some(entry) => entry,
-                    None => {
-                        status
-                            .data_keys
-                            .push(DataKeyStatus { version, ..DataKeyStatus::default() });
-                        let Some(entry) = status.data_keys.last_mut() else { continue };
-                        entry
-                    }
-                };
-                entry.segments += 1;
-                add(&mut entry.bytes_stored, stored);
+                status.count(&opened.header, &so_far, body_end, stored);
             }
         }
         status.data_keys.sort_unstable_by_key(|key| key.version);
@@ -455,6 +434,33 @@ pub struct LogstoreStatus {
     pub recovery: Vec<RecoveryNotice>,
     /// The reason why a shard stopped writing, if one did.
     pub latched: Option<String>,
+}
+
+impl LogstoreStatus {
+    /// Adds a segment. Its blocks end at `body_end`, and it takes `stored` bytes of the disk.
+    fn count(&mut self, header: &DecodedHeader, so_far: &Footer, body_end: u64, stored: u64) {
+        // No header or footer is authenticated here, so their numbers may be anything.
+        let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
+        self.segments += 1;
+        add(&mut self.groups, so_far.group_count);
+        add(&mut self.logs, so_far.log_count);
+        add(&mut self.bytes_raw, so_far.raw_bytes);
+        let overhead = u64::from(so_far.block_count) * BLOCK_OVERHEAD_BYTES;
+        let body = body_end.saturating_sub(header.body_start);
+        add(&mut self.bytes_compressed, body.saturating_sub(overhead));
+        add(&mut self.bytes_stored, stored);
+        let version = match header.key_source {
+            KeySource::DataKey(version) => version,
+            KeySource::Keyring(_) => 0,
+        };
+        if !self.data_keys.iter().any(|key| key.version == version) {
+            self.data_keys.push(DataKeyStatus { version, ..DataKeyStatus::default() });
+        }
+        for key in self.data_keys.iter_mut().filter(|key| key.version == version) {
+            key.segments += 1;
+            add(&mut key.bytes_stored, stored);
+        }
+    }
 }
 
 /// A handle to a Logstore: cheap to clone, usable from any thread. It keeps the store open.

@@ -20,7 +20,7 @@ use crate::{
     io::{self, Disk},
     keys::envelope::{DataKeyVersion, KeysSection},
     kms::Cmk,
-    logstore::{KeyObserver as _, LogstoreShared},
+    logstore::{DataKeyStatus, LogstoreShared},
     segment::KeySource,
 };
 
@@ -101,24 +101,13 @@ impl fmt::Display for KeyNeed {
 pub struct DataKeyUsage {
     /// The Logstore.
     pub logstore: LogstoreName,
-    /// The version.
-    pub version: u32,
-    /// Whether new segments are encrypted with it.
-    pub current: bool,
-    /// Whether it was destroyed.
-    pub shredded: bool,
+    /// The version, the key that wraps it, and the segments under it.
+    #[serde(flatten)]
+    pub status: DataKeyStatus,
     /// When it was made, in microseconds since the Unix epoch.
     pub created_us: u64,
     /// When its present envelope was made, in microseconds since the Unix epoch.
     pub wrapped_us: u64,
-    /// The version of the service key that wraps it, if the service key does.
-    pub service_key_version: Option<u32>,
-    /// The version of the master key that wraps it, if the KMS reports it.
-    pub cmk_version: Option<String>,
-    /// The number of segments under it.
-    pub segments: u64,
-    /// Their size on disk, in bytes.
-    pub bytes: u64,
     /// The uses of the key.
     pub needed_for: Vec<KeyNeed>,
     /// Whether the key has no use, so that [`Keys::shred_data_keys`](crate::Keys::shred_data_keys)
@@ -448,11 +437,9 @@ fn tally_logstore(core: &Core, logstore: &LogstoreShared, tally: &mut Tally) {
     }
     for version in &section.versions {
         let under = under.get(&KeySource::DataKey(version.version)).copied().unwrap_or_default();
-        let cmk = section.cmk.as_ref();
-        let cmk_version = cmk.and_then(|cmk| core.keys.envelope_version(cmk, version));
-        tally.envelope(cmk, version, cmk_version.clone(), under);
-        let mut usage = data_key_usage(logstore, &section, version, under, fault.as_deref());
-        usage.cmk_version = cmk_version;
+        let usage = data_key_usage(logstore, &section, version, under, fault.as_deref());
+        let cmk_version = usage.status.cmk_version.clone();
+        tally.envelope(section.cmk.as_ref(), version, cmk_version, under);
         tally.data_keys.push(usage);
     }
     if let Some(cmk) = &section.cmk {
@@ -469,9 +456,13 @@ fn data_key_usage(
     fault: Option<&str>,
 ) -> DataKeyUsage {
     let readers = logstore.gate.readers(KeySource::DataKey(version.version)) as u64;
-    let current = version.version == section.current;
+    let status = DataKeyStatus {
+        segments: under.segments,
+        bytes_stored: under.bytes,
+        ..logstore.data_key_status(section, version)
+    };
     let mut needed_for = Vec::new();
-    if current {
+    if status.current {
         needed_for.push(KeyNeed::Current);
         if section.cmk.is_some() {
             needed_for.push(KeyNeed::MetadataTag);
@@ -486,15 +477,9 @@ fn data_key_usage(
     }
     DataKeyUsage {
         logstore: logstore.name.clone(),
-        version: version.version,
-        current,
-        shredded: version.wrapped.is_none(),
+        status,
         created_us: version.created_us,
         wrapped_us: version.wrapped_us.unwrap_or(version.created_us),
-        service_key_version: version.keyring_version,
-        cmk_version: None,
-        segments: under.segments,
-        bytes: under.bytes,
         safe_to_destroy: needed_for.is_empty(),
         needed_for,
     }

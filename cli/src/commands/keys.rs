@@ -149,17 +149,18 @@ fn usage(setup: &Setup) -> Result {
         &[2, 3],
     );
     for key in &usage.data_keys {
-        let wrapped_by = match (&key.service_key_version, &key.cmk_version) {
-            _ if key.shredded => "shredded".to_owned(),
+        let status = &key.status;
+        let wrapped_by = match (&status.service_key_version, &status.cmk_version) {
+            _ if status.shredded => "shredded".to_owned(),
             (Some(version), _) => format!("service key v{version}"),
             (None, Some(version)) => format!("master key, version {version}"),
             (None, None) => "master key".to_owned(),
         };
         table.add_row([
             Cell::new(format!("data key of {}", key.logstore)),
-            Cell::new(key.version),
-            Cell::new(output::count(key.segments)),
-            Cell::new(output::size(key.bytes)),
+            Cell::new(status.version),
+            Cell::new(output::count(status.segments)),
+            Cell::new(output::size(status.bytes_stored)),
             Cell::new(wrapped_by),
             Cell::new(output::moment(key.wrapped_us)),
             destroy(key.safe_to_destroy, &key.needed_for),

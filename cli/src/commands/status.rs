@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::Cell;
-use envelog::{KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store};
+use envelog::{DataKeyStatus, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
@@ -73,50 +73,60 @@ fn print(
         &[4, 6, 7, 8, 9, 10],
     );
     for status in all {
-        let versions: Vec<_> = status
-            .data_keys
-            .iter()
-            .map(|version| {
-                let mark = match (version.shredded, version.current) {
-                    (true, _) => " (shredded)",
-                    (false, true) => " (current)",
-                    (false, false) => "",
-                };
-                let by = match (&version.service_key_version, &version.cmk_version) {
-                    (Some(by), _) => format!(", by service key v{by}"),
-                    (None, Some(by)) => format!(", by master key version {by}"),
-                    (None, None) => String::new(),
-                };
-                format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
-            })
-            .collect();
-        table.add_row([
-            Cell::new(&status.name),
-            output::verdict(
-                key_text(&status.key.state),
-                !matches!(status.key.state, KeyState::Outage { .. } | KeyState::Revoked { .. }),
-            ),
-            Cell::new(match &status.cmk {
-                Some(cmk) => format!("{}\n{}", status.method, cmk.cmk_key_id),
-                None => status.method.to_owned(),
-            }),
-            Cell::new(match (algorithm(status), status.encrypting) {
-                (None, _) => "none".to_owned(),
-                (Some(algorithm), true) => algorithm.to_owned(),
-                (Some(algorithm), false) => format!("{algorithm}, off"),
-            }),
-            Cell::new(status.key.lease_left.map_or_else(|| "-".to_owned(), lease_left)),
-            Cell::new(versions.join("\n")),
-            Cell::new(output::count(status.segments)),
-            Cell::new(output::count(status.logs)),
-            Cell::new(output::size(status.bytes_raw)),
-            Cell::new(output::size(status.bytes_compressed)),
-            Cell::new(output::size(status.bytes_stored)),
-        ]);
+        table.add_row(row(status));
     }
     if !all.is_empty() || failed.is_empty() {
         output::print_table(&table)?;
     }
+    print_notes(store, all)
+}
+
+/// The cells of a Logstore.
+fn row(status: &LogstoreStatus) -> [Cell; 11] {
+    let data_keys: Vec<_> = status.data_keys.iter().map(data_key).collect();
+    [
+        Cell::new(&status.name),
+        output::verdict(
+            key_text(&status.key.state),
+            !matches!(status.key.state, KeyState::Outage { .. } | KeyState::Revoked { .. }),
+        ),
+        Cell::new(match &status.cmk {
+            Some(cmk) => format!("{}\n{}", status.method, cmk.cmk_key_id),
+            None => status.method.to_owned(),
+        }),
+        Cell::new(match (algorithm(status), status.encrypting) {
+            (None, _) => "none".to_owned(),
+            (Some(algorithm), true) => algorithm.to_owned(),
+            (Some(algorithm), false) => format!("{algorithm}, off"),
+        }),
+        Cell::new(status.key.lease_left.map_or_else(|| "-".to_owned(), lease_left)),
+        Cell::new(data_keys.join("\n")),
+        Cell::new(output::count(status.segments)),
+        Cell::new(output::count(status.logs)),
+        Cell::new(output::size(status.bytes_raw)),
+        Cell::new(output::size(status.bytes_compressed)),
+        Cell::new(output::size(status.bytes_stored)),
+    ]
+}
+
+/// A version of the data key, with the bytes under it and the key that wraps it.
+fn data_key(version: &DataKeyStatus) -> String {
+    let mark = match (version.shredded, version.current) {
+        (true, _) => " (shredded)",
+        (false, true) => " (current)",
+        (false, false) => "",
+    };
+    let by = match (&version.service_key_version, &version.cmk_version) {
+        (Some(by), _) => format!(", by service key v{by}"),
+        (None, Some(by)) => format!(", by master key version {by}"),
+        (None, None) => String::new(),
+    };
+    format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
+}
+
+/// Prints the lines below the table: the service key, the anchor, and the shards that stopped
+/// writing.
+fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();
         let (cmk, state) = (&cmk.cmk_key_id, key_text(&status.state));
