@@ -292,7 +292,7 @@ pub(crate) struct FooterBuilder {
 impl FooterBuilder {
     /// Begins with a segment that has no blocks yet.
     pub(crate) fn of(header: &DecodedHeader) -> Self {
-        Self::new(header.header.payload_hash, &header.header_hash, header.header.first_seq)
+        Self::new(header.payload_hash, &header.header_hash, header.first_seq)
     }
 
     fn new(algorithm: HashAlg, header_hash: &[u8; HASH_LEN], first_seq: u64) -> Self {

@@ -117,91 +117,139 @@ pub(crate) fn scan<E>(
     mut on_block: impl FnMut(ScannedBlock, &[u8]) -> Result<(), E>,
     prove: Option<Prove<'_, E>>,
 ) -> Result<ScanReport, E> {
-    let (body_start, limit_seq) = (header.body_start, header.header.limit_seq);
     let mut window = Window {
         read_at,
         file_len,
-        start: body_start,
+        start: header.body_start,
         bytes: Vec::new(),
         segment_tag: header.segment_tag(),
     };
-    let (mut end, mut number, mut end_seq) = (body_start, 0, header.header.first_seq);
-    let mut mark = body_start;
-    let (mut incomplete, mut data_end) = (false, body_start);
-    while end < file_len {
-        match window.probe(end)? {
-            Probe::Block(found, tag) => {
-                let in_place = found.number == number
-                    && (end_seq..=limit_seq).contains(&found.first_seq)
-                    && found.end_seq() <= limit_seq
-                    && (body_start..=end).contains(&found.durable_mark);
-                if !in_place {
-                    break;
-                }
-                let block = ScannedBlock { offset: end, header: found, tag, contiguous: true };
-                on_block(block, window.payload(end, &found)?)?;
-                mark = mark.max(found.durable_mark);
-                end += found.block_len();
-                end_seq = found.end_seq();
-                number += 1;
-            }
-            Probe::Beyond(found) => {
-                incomplete = found.is_none_or(|found| found == number);
-                break;
-            }
-            Probe::Nothing => break,
-        }
+    let mut scan = Scan {
+        header,
+        end: header.body_start,
+        number: 0,
+        end_seq: header.first_seq,
+        mark: header.body_start,
+        data_end: header.body_start,
+        incomplete: false,
+    };
+    scan.in_order(&mut window, &mut on_block)?;
+    if let Some(prove) = prove {
+        scan.behind_damage(&mut window, &mut on_block, prove)?;
+    }
+    let data_end = end_of_data(&mut window.read_at, scan.data_end, file_len)?;
+    Ok(scan.report(data_end))
+}
+
+/// The state of a scan.
+struct Scan<'a> {
+    header: &'a DecodedHeader,
+    /// Where the contiguous blocks end.
+    end: u64,
+    /// The number of contiguous blocks.
+    number: u32,
+    /// One past their last sequence number.
+    end_seq: u64,
+    /// The highest durable mark of all blocks.
+    mark: u64,
+    /// Where the last block ends.
+    data_end: u64,
+    /// Whether the file seems to end inside the next block.
+    incomplete: bool,
+}
+
+impl Scan<'_> {
+    /// Whether a block at `offset` may have this header, if the blocks in front of it end at
+    /// sequence number `from_seq`.
+    fn fits(&self, offset: u64, found: &BlockHeader, from_seq: u64) -> bool {
+        let limit_seq = self.header.limit_seq;
+        (from_seq..=limit_seq).contains(&found.first_seq)
+            && found.end_seq() <= limit_seq
+            && (self.header.body_start..=offset).contains(&found.durable_mark)
     }
 
-    data_end = data_end.max(end);
-    if let Some(prove) = prove {
-        let (mut next_number, mut next_seq) = (number, end_seq);
+    /// Goes through the contiguous blocks.
+    fn in_order<E>(
+        &mut self,
+        window: &mut Window<impl FnMut(u64, &mut [u8]) -> Result<usize, E>>,
+        on_block: &mut impl FnMut(ScannedBlock, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        while self.end < window.file_len {
+            let (header, tag) = match window.probe(self.end)? {
+                Probe::Block(header, tag) => (header, tag),
+                Probe::Beyond(number) => {
+                    self.incomplete = number.is_none_or(|number| number == self.number);
+                    break;
+                }
+                Probe::Nothing => break,
+            };
+            if header.number != self.number || !self.fits(self.end, &header, self.end_seq) {
+                break;
+            }
+            let block = ScannedBlock { offset: self.end, header, tag, contiguous: true };
+            on_block(block, window.payload(self.end, &header)?)?;
+            self.mark = self.mark.max(header.durable_mark);
+            self.end += header.block_len();
+            self.end_seq = header.end_seq();
+            self.number += 1;
+        }
+        self.data_end = self.end;
+        Ok(())
+    }
+
+    /// Searches for blocks behind the contiguous ones, byte by byte.
+    fn behind_damage<E>(
+        &mut self,
+        window: &mut Window<impl FnMut(u64, &mut [u8]) -> Result<usize, E>>,
+        on_block: &mut impl FnMut(ScannedBlock, &[u8]) -> Result<(), E>,
+        prove: Prove<'_, E>,
+    ) -> Result<(), E> {
+        let (mut next_number, mut next_seq) = (self.number, self.end_seq);
         // A segment is never longer.
-        window.file_len = file_len.min(SEGMENT_BYTES_MAX);
-        let mut sums = Sums::new(end, window.file_len);
+        window.file_len = window.file_len.min(SEGMENT_BYTES_MAX);
+        let mut sums = Sums::new(self.end, window.file_len);
         let tag = window.segment_tag;
         let finder = Finder::new(&tag);
         let mut refuted: u64 = 0;
-        let mut at = end;
-        while let Some((candidate, found)) = window.find(&finder, at)? {
-            at = candidate + 1;
-            let len = found.block_len();
-            let plausible = found.number >= next_number
-                && (next_seq..=limit_seq).contains(&found.first_seq)
-                && found.end_seq() <= limit_seq
-                && (body_start..=candidate).contains(&found.durable_mark);
-            if !plausible {
+        let mut at = self.end;
+        while let Some((offset, header)) = window.find(&finder, at)? {
+            at = offset + 1;
+            let len = header.block_len();
+            if header.number < next_number || !self.fits(offset, &header, next_seq) {
                 continue;
             }
-            let Some(tag) = sums.tag_of(&mut window.read_at, candidate, len)? else { continue };
-            if prove(candidate, &found)? {
-                let block =
-                    ScannedBlock { offset: candidate, header: found, tag, contiguous: false };
-                on_block(block, window.payload(candidate, &found)?)?;
-                incomplete = false;
-                mark = mark.max(found.durable_mark);
-                at = candidate + len;
-                data_end = at;
-                (next_number, next_seq) = (found.number + 1, found.end_seq());
-            } else if refuted + len <= REFUTED_BYTES + REFUTED_PER_BYTE * (candidate - end) {
+            let Some(tag) = sums.tag_of(&mut window.read_at, offset, len)? else { continue };
+            if prove(offset, &header)? {
+                let block = ScannedBlock { offset, header, tag, contiguous: false };
+                on_block(block, window.payload(offset, &header)?)?;
+                self.incomplete = false;
+                self.mark = self.mark.max(header.durable_mark);
+                at = offset + len;
+                self.data_end = at;
+                (next_number, next_seq) = (header.number + 1, header.end_seq());
+            } else if refuted + len <= REFUTED_BYTES + REFUTED_PER_BYTE * (offset - self.end) {
                 refuted += len;
             } else {
-                at = candidate + len;
+                at = offset + len;
             }
         }
+        Ok(())
     }
 
-    data_end = end_of_data(&mut window.read_at, data_end, file_len)?;
-    let verdict = if end >= data_end {
-        ScanVerdict::Clean
-    } else if end < mark {
-        ScanVerdict::Damaged { at: end, mark }
-    } else if incomplete {
-        ScanVerdict::Incomplete
-    } else {
-        ScanVerdict::TornTail { at: end }
-    };
-    Ok(ScanReport { end, blocks: number, end_seq, mark, data_end, verdict })
+    /// The result, if only zeros follow `data_end`.
+    fn report(self, data_end: u64) -> ScanReport {
+        let Self { end, number: blocks, end_seq, mark, incomplete, .. } = self;
+        let verdict = if end >= data_end {
+            ScanVerdict::Clean
+        } else if end < mark {
+            ScanVerdict::Damaged { at: end, mark }
+        } else if incomplete {
+            ScanVerdict::Incomplete
+        } else {
+            ScanVerdict::TornTail { at: end }
+        };
+        ScanReport { end, blocks, end_seq, mark, data_end, verdict }
+    }
 }
 
 /// The end of the data between two offsets of a file: behind the last byte that is not zero. Reads
@@ -1138,7 +1186,7 @@ mod tests {
                     block.segment_tag == header.segment_tag()
                         && block.number >= number
                         && block.first_seq >= seq
-                        && block.end_seq() <= header.header.limit_seq
+                        && block.end_seq() <= header.limit_seq
                         && (header.body_start..=at as u64).contains(&block.durable_mark)
                         && genuine.is_none_or(|genuine| genuine.contains(&at))
                 },

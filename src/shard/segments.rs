@@ -8,7 +8,7 @@ use std::{
 use tracing::warn;
 
 use super::{
-    ShardContext, WritePlan,
+    CurrentPlan, ShardContext,
     active::ActiveView,
     chain::{Chain, Proved, check_older, retired_end},
     record::{Head, ReloadRecord, ShardRecord},
@@ -108,7 +108,7 @@ pub(crate) struct SegmentList {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
     gate: Arc<Gate>,
-    plan: Arc<RwLock<WritePlan>>,
+    plan: Arc<CurrentPlan>,
     read_only: bool,
     /// For a read-only opener.
     reload: Option<Weak<dyn ReloadRecord>>,
@@ -452,13 +452,8 @@ impl SegmentList {
         len: u64,
         expected: Expected,
     ) -> Result<(End, Option<PredecessorEnd>)> {
-        let (header, path) = (&*opened.header, &*opened.name.path);
-        let truncated = |what: String| Err(Error::truncated(Location::new(path, len), what));
-        let cut = |end: PredecessorEnd| {
-            check_link(path, header, &end)?;
-            Ok((End::Cut(end), None))
-        };
-        match (read_footer(&*opened.file, path, header, len), expected) {
+        let footer = read_footer(&*opened.file, &opened.name.path, &opened.header, len);
+        match (footer, expected) {
             (
                 Err(
                     error @ (Error::NewerFormat { .. }
@@ -467,70 +462,43 @@ impl SegmentList {
                 ),
                 _,
             ) => Err(error),
-            (_, Expected::Cut(end)) => {
-                let cut = cut(end)?;
-                if len < end.bytes {
-                    return truncated(format!(
-                        "the segment has {len} bytes, its successor says {}",
-                        end.bytes
-                    ));
-                }
-                if end.bytes < header.body_start {
-                    return Err(Error::corrupt(
-                        Location::new(path, end.bytes),
-                        "the segment is cut within its header",
-                    ));
-                }
-                Ok(cut)
+            (_, Expected::Cut(end)) => Ok((cut_end(opened, len, end)?, None)),
+            (footer, Expected::Sealed(end)) => {
+                Ok((sealed_end(opened, len, footer, end)?, Some(end)))
             }
-            (Ok(Some(sealed)), Expected::Sealed(end)) => {
-                check_link(path, header, &end)?;
-                let digest = sealed.footer.digest(header.payload_hash, &header.header_hash);
-                if digest != end.digest || len != end.bytes {
-                    let what = format!(
-                        "{} is another segment than its successor or the catalogue says",
-                        path.display()
-                    );
-                    return Err(Error::RolledBack { what });
-                }
-                Ok((End::Sealed(Arc::new(sealed)), Some(end)))
+            (footer, Expected::Open { at_least }) => {
+                Ok((self.open_end(opened, len, footer, at_least)?, None))
             }
-            // Recovery syncs a segment before it gives it its name.
-            (Ok(Some(sealed)), Expected::Open { .. }) if sealed.footer.recovered => {
-                Ok((End::Sealed(Arc::new(sealed)), None))
-            }
-            (
-                Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }),
-                Expected::Sealed(end),
-            ) if len < end.bytes => {
-                truncated(format!("the segment has {len} bytes, it was sealed with {}", end.bytes))
-            }
-            (Ok(None), Expected::Sealed(_)) => {
-                let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
-                Err(match has_whole_footer(&*opened.file, len) {
-                    // Header and footer are both intact, and were not made for each other.
-                    true => Error::Tampered {
-                        at,
-                        what: "the footer, or the header, of a sealed segment",
-                    },
-                    false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
-                })
-            }
-            // Nothing vouches for the footer, if there is one: it may not have reached the disk
-            // yet, and a crash may have torn it. The blocks decide how far the segment reaches.
-            (
-                Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }),
-                Expected::Open { at_least },
-            ) => {
-                if len < at_least {
-                    return truncated(format!(
-                        "the segment has {len} bytes, the catalogue says at least {at_least}"
-                    ));
-                }
-                retired_end(self, header, path)?.map_or(Ok((End::Unknown, None)), cut)
-            }
-            (Err(error), _) => Err(error),
         }
+    }
+
+    /// The end of a segment for which nothing vouches, except that it reaches `at_least` so far.
+    fn open_end(
+        &self,
+        opened: &Opened,
+        len: u64,
+        footer: Result<Option<DecodedFooter>>,
+        at_least: u64,
+    ) -> Result<End> {
+        let path = &*opened.name.path;
+        match footer {
+            // Recovery syncs a segment before it gives it its name.
+            Ok(Some(sealed)) if sealed.footer.recovered => {
+                return Ok(End::Sealed(Arc::new(sealed)));
+            }
+            // The footer may not have reached the disk yet, and a crash may have torn it. The
+            // blocks decide how far the segment reaches.
+            Ok(_) | Err(Error::Corrupt { .. } | Error::Truncated { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        if len < at_least {
+            let what =
+                format!("the segment has {len} bytes, the catalogue says at least {at_least}");
+            return Err(Error::truncated(Location::new(path, len), what));
+        }
+        let Some(end) = retired_end(self, &opened.header, path)? else { return Ok(End::Unknown) };
+        check_link(path, &opened.header, &end)?;
+        Ok(End::Cut(end))
     }
 
     /// The end of a segment that its successor, the catalogue, or this process as its writer names.
@@ -676,7 +644,7 @@ impl SegmentList {
 
     /// Checks that the metadata is at least as new as the header.
     pub(super) fn check_generation(&self, path: &Path, header: &SegmentHeader) -> Result<()> {
-        let generation = read(&self.plan).generation;
+        let generation = self.plan.get().generation;
         if header.generation > generation {
             let what = format!(
                 "the metadata of Logstore {} (generation {generation}) is older than {} (generation {})",
@@ -730,6 +698,60 @@ pub(crate) fn read_header(file: &dyn DiskFile, path: &Path) -> Result<DecodedHea
         decoded => decoded,
     }
     .map_err(|error| error.in_file(path, 0))
+}
+
+/// The end of a segment of `len` bytes that its successor cut there.
+fn cut_end(opened: &Opened, len: u64, end: PredecessorEnd) -> Result<End> {
+    let (header, path) = (&*opened.header, &*opened.name.path);
+    check_link(path, header, &end)?;
+    if len < end.bytes {
+        let what = format!("the segment has {len} bytes, its successor says {}", end.bytes);
+        return Err(Error::truncated(Location::new(path, len), what));
+    }
+    if end.bytes < header.body_start {
+        let at = Location::new(path, end.bytes);
+        return Err(Error::corrupt(at, "the segment is cut within its header"));
+    }
+    Ok(End::Cut(end))
+}
+
+/// The end of a segment of `len` bytes that successor or catalogue know as sealed.
+fn sealed_end(
+    opened: &Opened,
+    len: u64,
+    footer: Result<Option<DecodedFooter>>,
+    end: PredecessorEnd,
+) -> Result<End> {
+    let (header, path) = (&*opened.header, &*opened.name.path);
+    match footer {
+        Ok(Some(sealed)) => {
+            check_link(path, header, &end)?;
+            let digest = sealed.footer.digest(header.payload_hash, &header.header_hash);
+            if digest != end.digest || len != end.bytes {
+                let what = format!(
+                    "{} is another segment than its successor or the catalogue says",
+                    path.display()
+                );
+                return Err(Error::RolledBack { what });
+            }
+            Ok(End::Sealed(Arc::new(sealed)))
+        }
+        Ok(None) | Err(Error::Corrupt { .. } | Error::Truncated { .. }) if len < end.bytes => {
+            let what = format!("the segment has {len} bytes, it was sealed with {}", end.bytes);
+            Err(Error::truncated(Location::new(path, len), what))
+        }
+        Ok(None) => {
+            let at = Location::new(path, len.saturating_sub(Trailer::LEN as u64));
+            Err(match has_whole_footer(&*opened.file, len) {
+                // Header and footer are both intact, and were not made for each other.
+                true => {
+                    Error::Tampered { at, what: "the footer, or the header, of a sealed segment" }
+                }
+                false => Error::corrupt(at, "the footer of the sealed segment is damaged"),
+            })
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads the footer at the end of a file of `len` bytes; `None` when it does not end in one.
