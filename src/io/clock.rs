@@ -7,6 +7,9 @@ use std::{
 
 use rustix::time::{ClockId, clock_gettime};
 
+/// A day in microseconds.
+pub(crate) const DAY_US: u64 = 24 * 60 * 60 * 1_000_000;
+
 /// The two clocks that the engine reads.
 pub trait Clock: Send + Sync + fmt::Debug {
     /// The wall-clock time in microseconds since the Unix epoch. It may jump in either direction.

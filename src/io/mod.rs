@@ -23,6 +23,7 @@ use std::{
     sync::Arc,
 };
 
+pub(crate) use clock::DAY_US;
 pub use clock::{Clock, SystemClock};
 pub use map::Map;
 pub use random::{OsRandom, Random};

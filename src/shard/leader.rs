@@ -44,6 +44,38 @@ pub(super) struct Timers {
     synced_at_ns: AtomicU64,
 }
 
+impl Timers {
+    /// Returns whether no roll was scheduled, so that the caller schedules it.
+    fn claim_roll(&self) -> bool {
+        !self.roll.swap(true, Ordering::SeqCst)
+    }
+
+    /// The scheduled roll has begun: the next one can be scheduled.
+    fn roll_begins(&self) {
+        self.roll.store(false, Ordering::SeqCst);
+    }
+
+    /// Returns whether no mark was scheduled, so that the caller schedules it.
+    fn claim_mark(&self) -> bool {
+        !self.mark.swap(true, Ordering::SeqCst)
+    }
+
+    /// The scheduled mark has begun: the next one can be scheduled.
+    fn mark_begins(&self) {
+        self.mark.store(false, Ordering::SeqCst);
+    }
+
+    /// Notes a sync that began at this uptime.
+    fn synced(&self, began: Duration) {
+        self.synced_at_ns.store(began.as_nanos() as u64, Ordering::SeqCst);
+    }
+
+    /// The time since the last sync began.
+    fn since_sync(&self, now: Duration) -> Duration {
+        now.saturating_sub(Duration::from_nanos(self.synced_at_ns.load(Ordering::SeqCst)))
+    }
+}
+
 /// The leadership of a shard. It ends when this is dropped.
 pub(super) struct Leading<'a> {
     shard: &'a Shard,
@@ -309,7 +341,7 @@ impl Shard {
                     self.reach(head);
                 }
                 self.commit.synced();
-                self.timers.synced_at_ns.store(now.as_nanos() as u64, Ordering::SeqCst);
+                self.timers.synced(now);
                 self.schedule_mark(MARK_AFTER);
             }
             Err(_) if writer.is_deposed() => {}
@@ -463,20 +495,20 @@ impl Shard {
     }
 
     fn schedule_mark(&self, after: Duration) {
-        if !self.timers.mark.swap(true, Ordering::SeqCst) {
+        if self.timers.claim_mark() {
             self.schedule(after, ShardJob::Mark);
         }
     }
 
     fn schedule_roll(&self, after: Duration) {
-        if !self.timers.roll.swap(true, Ordering::SeqCst) {
+        if self.timers.claim_roll() {
             self.schedule(after, ShardJob::RollByAge);
         }
     }
 
     /// Rolls the active segment if it is old enough.
     pub(super) fn roll_if_old(&self) {
-        self.timers.roll.store(false, Ordering::SeqCst);
+        self.timers.roll_begins();
         let left = self.writer().rolls_in();
         match left {
             None => {}
@@ -489,9 +521,8 @@ impl Shard {
 
     /// Writes a mark block if the last sync is old enough and the shard is idle.
     pub(super) fn mark_if_idle(&self) {
-        self.timers.mark.store(false, Ordering::SeqCst);
-        let synced_at = Duration::from_nanos(self.timers.synced_at_ns.load(Ordering::SeqCst));
-        let idle = self.context.clock.uptime().saturating_sub(synced_at);
+        self.timers.mark_begins();
+        let idle = self.timers.since_sync(self.context.clock.uptime());
         if idle < MARK_AFTER {
             return self.schedule_mark(MARK_AFTER - idle);
         }

@@ -60,7 +60,7 @@ use crate::{
     keys::gate::Gate,
     schedule::{ShardJob, Task, Wake},
     segment::{Compression, Footer, KeySource},
-    sync::{LockRank, Mutex, RwLock, lock},
+    sync::{LockRank, Mutex, RwLock, lock, read, write},
 };
 
 pub(crate) use budget::Budget;
@@ -113,6 +113,23 @@ pub(crate) struct WritePlan {
     pub(crate) generation: u64,
 }
 
+/// The write plan of a Logstore. Its shards read it, and the Logstore replaces it.
+pub(crate) struct CurrentPlan(RwLock<WritePlan>);
+
+impl CurrentPlan {
+    pub(crate) fn new(plan: WritePlan) -> Self {
+        Self(RwLock::new(LockRank::WritePlan, plan))
+    }
+
+    pub(crate) fn get(&self) -> WritePlan {
+        *read(&self.0)
+    }
+
+    pub(crate) fn replace(&self, plan: WritePlan) {
+        *write(&self.0) = plan;
+    }
+}
+
 /// The environment that a Logstore gives to its shards.
 pub(crate) struct ShardContext {
     pub(crate) disk: Arc<dyn Disk>,
@@ -131,7 +148,7 @@ pub(crate) struct ShardContext {
     /// Called before each append; `None` if nothing limits them.
     pub(crate) limit: Option<Arc<dyn AdmitAppend>>,
     /// The Logstore keeps it current.
-    pub(crate) plan: Arc<RwLock<WritePlan>>,
+    pub(crate) plan: Arc<CurrentPlan>,
     pub(crate) permits: Arc<ReaderPermits>,
     /// For a read-only opener.
     pub(crate) reload: Option<Weak<dyn ReloadRecord>>,

@@ -18,7 +18,7 @@ use tracing::{debug, error};
 use zeroize::Zeroize;
 
 use super::{
-    ShardOptions, WritePlan,
+    CurrentPlan, ShardOptions, WritePlan,
     active::ActiveView,
     commit::{Pending, Reserved},
     hashing::PayloadHasher,
@@ -38,7 +38,7 @@ use crate::{
         BlockHeader, BlockKind, Compression, Compressor, DecodedHeader, Features, FooterBuilder,
         KeySource, Predecessor, SealBuffer, SegmentHeader, SegmentName,
     },
-    sync::{RwLock, atomic::Ordering, read},
+    sync::atomic::Ordering,
 };
 
 /// How many sequence numbers a segment reserves. After an unclean end the next one starts behind
@@ -57,7 +57,7 @@ pub(super) struct WriteEnv {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) random: Arc<dyn Random>,
     pub(super) gate: Arc<Gate>,
-    pub(super) plan: Arc<RwLock<WritePlan>>,
+    pub(super) plan: Arc<CurrentPlan>,
     pub(super) hasher: Arc<PayloadHasher>,
     pub(super) fence: Option<Arc<Fence>>,
     pub(super) options: ShardOptions,
@@ -66,7 +66,7 @@ pub(super) struct WriteEnv {
 impl WriteEnv {
     /// The suite, keys and compression for new blocks, as they are now.
     pub(super) fn plan(&self) -> WritePlan {
-        *read(&self.plan)
+        self.plan.get()
     }
 
     /// Checks that no other writer has taken over the store. Must succeed before a write or a sync

@@ -13,12 +13,12 @@ use super::{
 use crate::{
     Error, ErrorKind, Result,
     config::LogstoreName,
+    io::DAY_US,
     keys::envelope::KeysSection,
     logstore::{LogstoreShared, SealedBytes},
     segment::KeySource,
 };
 
-const DAY_US: u64 = 86_400_000_000;
 /// The delay before the next attempt after a rotation that the KMS prevented.
 const RETRY_AFTER: Duration = Duration::from_secs(600);
 

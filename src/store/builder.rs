@@ -28,8 +28,20 @@ pub struct StoreBuilder {
     setup: Setup,
 }
 
+impl Store {
+    /// Begins to create or open the store in `dir`, with the service keyring in the file `keyring`
+    /// and this provider of AES and SM4.
+    pub fn builder(
+        dir: impl Into<PathBuf>,
+        keyring: impl Into<PathBuf>,
+        provider: impl CryptoProvider + 'static,
+    ) -> StoreBuilder {
+        StoreBuilder::new(dir.into(), keyring.into(), Arc::new(provider))
+    }
+}
+
 impl StoreBuilder {
-    pub(super) fn new(dir: PathBuf, keyring: PathBuf, provider: Arc<dyn CryptoProvider>) -> Self {
+    fn new(dir: PathBuf, keyring: PathBuf, provider: Arc<dyn CryptoProvider>) -> Self {
         let setup = Setup {
             dir,
             keyring,

@@ -9,7 +9,6 @@ use std::{
 use super::{
     anchor::AnchorStatus,
     anchoring, auto_rotation,
-    builder::StoreBuilder,
     core::Core,
     inspect::{
         self, AuditExport, AuditMark, AuditVerification, Checkpoint, VerifyOptions, VerifyProgress,
@@ -30,7 +29,6 @@ use crate::{Background, ConfigError, Error};
 use crate::{
     Result,
     config::{LogstoreConfig, LogstoreName, LogstoreSpec},
-    crypto::CryptoProvider,
     ids::StoreId,
     key_status::KeyStatus,
     keys::AuditRecord,
@@ -65,16 +63,6 @@ pub struct Store {
 }
 
 impl Store {
-    /// Begins to create or open the store in `dir`, with the service keyring in the file `keyring`
-    /// and this provider of AES and SM4.
-    pub fn builder(
-        dir: impl Into<PathBuf>,
-        keyring: impl Into<PathBuf>,
-        provider: impl CryptoProvider + 'static,
-    ) -> StoreBuilder {
-        StoreBuilder::new(dir.into(), keyring.into(), Arc::new(provider))
-    }
-
     /// The first handle of a store.
     pub(super) fn new(open: OpenStore) -> Self {
         Self { open: Arc::new(open) }

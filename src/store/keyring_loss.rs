@@ -131,7 +131,7 @@ fn segments_fit(disk: &dyn Disk, dir: &Path, meta: &Meta) -> Result<bool> {
             .map_err(Error::io("open", &path))
             .and_then(|file| read_header(&*file, &path));
         if let Ok(header) = header
-            && let KeySource::DataKey(version) = header.header.key_source
+            && let KeySource::DataKey(version) = header.key_source
             && keys.owner(shard, name.ordinal) != Some(version)
         {
             return Ok(false);

@@ -5,7 +5,10 @@ use std::{fmt, sync::Arc};
 use tracing::{info, warn};
 
 use super::{core::Core, env::StoreEnv, jobs::Jobs};
-use crate::Result;
+use crate::{
+    Result,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 /// An open store. All handles share it, and dropping the last of them closes the store.
 pub(super) struct OpenStore {
@@ -14,13 +17,15 @@ pub(super) struct OpenStore {
     anchor_lacks: Option<u64>,
     /// Keeps the periodic jobs running.
     _jobs: Option<Arc<Jobs>>,
+    /// Whether the store was closed without an error.
+    closed: AtomicBool,
 }
 
 impl OpenStore {
     /// Starts the periodic jobs of a store that is open for writing.
     pub(super) fn new(core: Core, anchor_lacks: Option<u64>) -> Self {
         let jobs = (!core.env.read_only).then(|| Jobs::start(core.clone()));
-        Self { core, anchor_lacks, _jobs: jobs }
+        Self { core, anchor_lacks, _jobs: jobs, closed: AtomicBool::new(false) }
     }
 
     pub(super) fn core(&self) -> &Core {
@@ -48,7 +53,10 @@ impl OpenStore {
         keys.stop_renewals();
         registry.stop();
         match &result {
-            Ok(()) => info!(store = %env.id, "store closed"),
+            Ok(()) => {
+                self.closed.store(true, Ordering::SeqCst);
+                info!(store = %env.id, "store closed");
+            }
             Err(error) => warn!(store = %env.id, %error, "store closed with an error"),
         }
         result
@@ -64,7 +72,9 @@ impl fmt::Debug for OpenStore {
 
 impl Drop for OpenStore {
     fn drop(&mut self) {
-        // Drop cannot return the error. `Store::close` returns it.
-        let _ = self.close();
+        if !self.closed.load(Ordering::SeqCst) {
+            // Drop cannot return the error. `Store::close` returns it.
+            let _ = self.close();
+        }
     }
 }

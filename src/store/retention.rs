@@ -14,12 +14,11 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result,
+    io::DAY_US,
     logstore::LogstoreShared,
     segment::KeySource,
     shard::{Shard, ShardRecord},
 };
-
-const DAY_US: u64 = 86_400_000_000;
 
 /// The result of retention.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -337,8 +336,7 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
         }
         let next = proved.get(index + 1);
         excess.record.first_ordinal = segment.end.ordinal + 1;
-        excess.record.first_seq =
-            next.map_or(segment.end.end_seq, |next| next.header.header.first_seq);
+        excess.record.first_seq = next.map_or(segment.end.end_seq, |next| next.header.first_seq);
         excess.segments += 1;
         left -= segment.end.bytes;
     }

@@ -12,14 +12,11 @@ use crate::{
     Error, Result,
     config::LogstoreName,
     ids::LogstoreId,
+    io::DAY_US,
     keys::{AuditEvent, AuditRecord},
     kms::Cmk,
     logstore::LogstoreShared,
 };
-
-/// A run that began longer ago than this, in microseconds, is not continued: the master key may
-/// have been rotated since.
-const CONTINUED_WITHIN_US: u64 = 86_400_000_000;
 
 /// The Logstores of [`Keys::rewrap_all`](crate::Keys::rewrap_all).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -117,7 +114,8 @@ impl Earlier {
             }
         }
         match run.began_us {
-            Some(began_us) if now_us.abs_diff(began_us) <= CONTINUED_WITHIN_US => run,
+            // An older run is not continued: the master key may have been rotated since.
+            Some(began_us) if now_us.abs_diff(began_us) <= DAY_US => run,
             _ => Self::default(),
         }
     }

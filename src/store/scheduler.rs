@@ -6,7 +6,9 @@
 //! store without threads, [`Scheduler::run_due`] runs the tasks when the embedder calls `tick`, so
 //! that a test or a simulation controls the order of events.
 
-use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{
+    cmp::Reverse, collections::BinaryHeap, mem, sync::Arc, thread::JoinHandle, time::Duration,
+};
 
 use crate::{
     io::Clock,
@@ -137,7 +139,8 @@ impl Scheduler {
         lock(&self.queue).stopped = true;
         self.changed.notify_all();
         let this_thread = std::thread::current().id();
-        for thread in lock(&self.threads).drain(..) {
+        let threads = mem::take(&mut *lock(&self.threads));
+        for thread in threads {
             // A worker thread may drop the last handle of a store.
             if thread.thread().id() != this_thread {
                 let _ = thread.join();

@@ -38,7 +38,7 @@ pub(crate) use administration::{Administration, LogstoreAdministration, hear_of_
 /// It finds and opens Logstores, and a store that is open for reading follows the changes of the
 /// writer here. All changes go through an [`Administration`].
 pub(crate) struct Registry {
-    /// For the closures that the gates and the shards of a reader keep.
+    /// For the observers and listeners that Logstores, leases and a reader's shards keep.
     this: Weak<Registry>,
     env: Arc<StoreEnv>,
     keys: Arc<KeyService>,

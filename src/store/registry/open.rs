@@ -15,9 +15,9 @@ use crate::{
         lease::LeaseListener,
     },
     logstore::{KeyObserver, LogstoreShared, Meta, remove_older_meta, write_plan},
-    shard::{AdmitAppend, RecordLostGroups, ReloadRecord, ShardContext, ShardOptions},
+    shard::{AdmitAppend, CurrentPlan, RecordLostGroups, ReloadRecord, ShardContext, ShardOptions},
     store::{anchor::AnchorLimit, catalogue::Entry},
-    sync::{LockRank, RwLock, lock},
+    sync::lock,
 };
 
 impl Registry {
@@ -74,10 +74,7 @@ impl Registry {
     fn build(&self, meta: Meta, entry: &Entry, keys: GateKeys) -> Arc<LogstoreShared> {
         let leases: Vec<_> = keys.leases().cloned().collect();
         let gate = Arc::new(self.keys.new_gate(&meta.config.name, entry.id, keys));
-        let plan = Arc::new(RwLock::new(
-            LockRank::WritePlan,
-            write_plan(&meta, self.keys.keyring().newest()),
-        ));
+        let plan = Arc::new(CurrentPlan::new(write_plan(&meta, self.keys.keyring().newest())));
         let lost: Weak<dyn RecordLostGroups> =
             Arc::<crate::store::keys::KeyService>::downgrade(&self.keys);
         let context = Arc::new(ShardContext {
