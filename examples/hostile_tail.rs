@@ -19,8 +19,9 @@ use std::{
 
 use common::*;
 use envelog::{
-    Compression, EncryptConf, EncryptType, LogstoreSpec, VerifyOptions,
-    segment::{BlockHeader, BlockKind},
+    Compression, EncryptConf, EncryptType, LogstoreSpec,
+    admin::VerifyOptions,
+    inspect::{BlockHeader, BlockKind},
 };
 
 /// Counts allocated bytes and their peak.

@@ -13,8 +13,9 @@ use std::{
 
 use serde::{Serialize, Serializer};
 
+pub use crate::config::ConfigError;
 use crate::{
-    config::{ConfigError, LogstoreName},
+    config::LogstoreName,
     io::{FileKind, WrongFileType},
     kms::{Cmk, KmsError, NoKms, RevokedReason},
     wire::{DecodeError, FORMAT_VERSION},
@@ -74,30 +75,52 @@ impl fmt::Display for Location {
     }
 }
 
-/// The caller's reaction to an error. Coarser than [`Error`].
+/// The reaction to an error: who has to act, and whether the same call can succeed later.
+///
+/// | kind | the caller's next step | who acts | errors |
+/// |---|---|---|---|
+/// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config), [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
+/// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`Shredded`](Error::Shredded) |
+/// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
+/// | [`Busy`](Self::Busy) | repeat the call soon, with a growing delay | - | [`Full`](Error::Full), [`TooManyReaders`](Error::TooManyReaders) |
+/// | [`NoRoom`](Self::NoRoom) | repeat the call after an operator has made room | the operator | [`TooMany`](Error::TooMany), [`Io`](Error::Io) of a full disk or an exhausted quota |
+/// | [`Revoked`](Self::Revoked) | stop until the customer allows the key again | the owner of the key | [`Revoked`](Error::Revoked), [`ServiceKey`](Error::ServiceKey) with a refusal |
+/// | [`KmsUnreachable`](Self::KmsUnreachable) | repeat the call later | the operator of the KMS | [`KmsUnreachable`](Error::KmsUnreachable), [`KmsInvalid`](Error::KmsInvalid), [`ServiceKey`](Error::ServiceKey) otherwise |
+/// | [`Integrity`](Self::Integrity) | stop; find the cause; restore a backup | the operator | [`WrongKey`](Error::WrongKey), [`Tampered`](Error::Tampered), [`Corrupt`](Error::Corrupt), [`Truncated`](Error::Truncated), [`RolledBack`](Error::RolledBack), [`RetiredKeyVersion`](Error::RetiredKeyVersion), [`WrongFileType`](Error::WrongFileType) |
+/// | [`Unavailable`](Self::Unavailable) | repeat the call after an operator has corrected the environment that the message names | the operator | [`Locked`](Error::Locked), [`Fenced`](Error::Fenced), [`Anchor`](Error::Anchor), [`AnchorBehind`](Error::AnchorBehind), [`NewerFormat`](Error::NewerFormat), [`OlderFormat`](Error::OlderFormat), [`UnsupportedFeature`](Error::UnsupportedFeature), [`KeyringMissing`](Error::KeyringMissing), [`KeyringForeign`](Error::KeyringForeign), [`KeyringUnsafe`](Error::KeyringUnsafe), [`KeyringTooOld`](Error::KeyringTooOld), [`NetworkFileSystem`](Error::NetworkFileSystem) |
+/// | [`Io`](Self::Io) | stop; an operator checks the disk; [`Logstore::reopen_shard`](crate::Logstore::reopen_shard) if a shard has latched | the operator | [`Io`](Error::Io) otherwise |
+/// | [`Closed`](Self::Closed) | open the store or the Logstore again | the developer | [`Closed`](Error::Closed), [`Forked`](Error::Forked), [`KeyringChanged`](Error::KeyringChanged) |
+/// | [`Bug`](Self::Bug) | report it | the developers of envelog | [`Crypto`](Error::Crypto) |
+///
+/// [`Latched`](Error::Latched), [`GroupsLost`](Error::GroupsLost) and
+/// [`KeyringNotRead`](Error::KeyringNotRead) have the kind of their cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The customer refuses the key. Stop until the customer allows it again.
-    Revoked,
-    /// The KMS does not answer, or its answer is invalid. Try again later.
-    KmsUnreachable,
-    /// The bytes on disk differ from the written bytes.
-    Integrity,
-    /// The request asks for a configuration that is not allowed.
-    Configuration,
-    /// The store or its keyring is missing or locked, or is another one than expected.
-    Unavailable,
-    /// The request is malformed or beyond a limit.
+    /// The call or the configuration is not allowed. Correct it.
     Invalid,
-    /// The name does not exist, or it exists already.
-    Name,
-    /// There is no room at the moment.
-    Full,
-    /// The operating system failed an operation.
+    /// The name does not exist.
+    NotFound,
+    /// The name exists already.
+    Exists,
+    /// There is no room in memory at the moment. Repeat the call soon.
+    Busy,
+    /// A limit of the store, or the disk, is reached. An operator has to make room.
+    NoRoom,
+    /// The owner of the key refuses it. Stop until the owner allows it again.
+    Revoked,
+    /// The KMS does not answer, or its answer is invalid. Repeat the call later.
+    KmsUnreachable,
+    /// The bytes on disk differ from the written bytes. Restore a backup.
+    Integrity,
+    /// An operator has to correct the environment: a lock, a keyring, an anchor, a version.
+    Unavailable,
+    /// The operating system failed an operation. An operator has to check the disk.
     Io,
-    /// The handle can no longer be used.
+    /// The handle can no longer be used. Open the store or the Logstore again.
     Closed,
+    /// A library failed where it cannot fail. Report it.
+    Bug,
 }
 
 /// The reason why a service keyring is refused. The message says how to correct it.
@@ -478,7 +501,14 @@ pub enum Error {
         /// The limit, in the same unit.
         limit: u64,
     },
-    /// The number of objects has reached its limit.
+    /// As many readers are open as [`StoreOptions::readers_max`](crate::StoreOptions::readers_max)
+    /// allows. Close one, or try again.
+    #[error("too many open readers: the limit is {limit}; close one, or try again")]
+    TooManyReaders {
+        /// The limit.
+        limit: u64,
+    },
+    /// The number of objects in the store has reached its limit.
     #[error("too many {what}: the limit is {limit}")]
     TooMany {
         /// The objects.
@@ -539,7 +569,7 @@ pub enum Error {
     Closed(&'static str),
     /// A cryptographic library failed.
     #[error("cryptography: {0}")]
-    Crypto(crate::crypto::CryptoError),
+    Crypto(#[from] crate::crypto::CryptoError),
     /// The operating system failed an operation.
     #[error("cannot {op} {}: {source}", path.display())]
     Io {
@@ -577,7 +607,7 @@ impl From<std::convert::Infallible> for Error {
 }
 
 impl Error {
-    /// The coarse kind. It decides the caller's reaction.
+    /// The reaction to the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Revoked { .. } | Error::ServiceKey { cause: KmsError::Revoked { .. }, .. } => {
@@ -593,13 +623,27 @@ impl Error {
             | Error::RolledBack { .. }
             | Error::RetiredKeyVersion { .. }
             | Error::WrongFileType { .. } => ErrorKind::Integrity,
-            Error::Config(_) | Error::UnexpectedCmk { .. } => ErrorKind::Configuration,
+            Error::Config(_)
+            | Error::UnexpectedCmk { .. }
+            | Error::InvalidGroup(_)
+            | Error::TooLarge { .. }
+            | Error::InvalidArgument(_)
+            | Error::ReadOnly
+            | Error::ShardReadOnly { .. } => ErrorKind::Invalid,
+            Error::StoreMissing { .. }
+            | Error::NotAStore { .. }
+            | Error::LogstoreMissing(_)
+            | Error::ShardMissing { .. }
+            | Error::Shredded { .. } => ErrorKind::NotFound,
+            Error::StoreExists { .. } | Error::KeyringExists { .. } | Error::LogstoreExists(_) => {
+                ErrorKind::Exists
+            }
+            Error::Full { .. } | Error::TooManyReaders { .. } => ErrorKind::Busy,
+            Error::TooMany { .. } => ErrorKind::NoRoom,
             Error::Locked { .. }
             | Error::Fenced { .. }
             | Error::Anchor { .. }
             | Error::AnchorBehind { .. }
-            | Error::StoreMissing { .. }
-            | Error::NotAStore { .. }
             | Error::NewerFormat { .. }
             | Error::OlderFormat { .. }
             | Error::UnsupportedFeature { .. }
@@ -607,30 +651,16 @@ impl Error {
             | Error::KeyringForeign { .. }
             | Error::KeyringUnsafe { .. }
             | Error::NetworkFileSystem { .. }
-            | Error::KeyringTooOld { .. }
-            | Error::KeyringChanged { .. } => ErrorKind::Unavailable,
-            Error::InvalidGroup(_) | Error::TooLarge { .. } | Error::InvalidArgument(_) => {
-                ErrorKind::Invalid
-            }
-            Error::StoreExists { .. }
-            | Error::KeyringExists { .. }
-            | Error::LogstoreMissing(_)
-            | Error::LogstoreExists(_)
-            | Error::ShardMissing { .. } => ErrorKind::Name,
-            Error::Full { .. } | Error::TooMany { .. } => ErrorKind::Full,
+            | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
             Error::Latched { cause, .. }
             | Error::GroupsLost { cause, .. }
             | Error::KeyringNotRead { cause, .. } => cause.kind(),
-            Error::ShardReadOnly { .. }
-            | Error::ReadOnly
-            | Error::Forked
-            | Error::Closed(_)
-            | Error::Shredded { .. } => ErrorKind::Closed,
-            Error::Crypto(_) => ErrorKind::Invalid,
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                ErrorKind::Full
-            }
-            Error::Io { .. } => ErrorKind::Io,
+            Error::Forked | Error::Closed(_) | Error::KeyringChanged { .. } => ErrorKind::Closed,
+            Error::Crypto(_) => ErrorKind::Bug,
+            Error::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoRoom,
+                _ => ErrorKind::Io,
+            },
         }
     }
 
@@ -679,6 +709,7 @@ impl Error {
             Error::InvalidGroup(_) => "invalid_group",
             Error::TooLarge { .. } => "too_large",
             Error::TooMany { .. } => "too_many",
+            Error::TooManyReaders { .. } => "too_many_readers",
             Error::Full { .. } => "full",
             Error::InvalidArgument(_) => "invalid_argument",
             Error::Latched { .. } => "latched",
@@ -790,20 +821,20 @@ mod tests {
     #[test]
     fn a_report_takes_any_path() {
         let path = PathBuf::from(OsStr::from_bytes(b"a\xffb"));
-        let notice = crate::RecoveryNotice {
+        let notice = crate::admin::RecoveryNotice {
             shard: 0,
             segment: path.clone(),
             groups_rewritten: 0,
             bytes_dropped: 0,
         };
-        let repair = crate::RepairReport {
+        let repair = crate::admin::RepairReport {
             shard: 0,
             segment: Some(path.clone()),
             groups_salvaged: 0,
             bytes_lost: 0,
         };
-        let none = crate::RepairReport { segment: None, ..repair.clone() };
-        let delete = crate::DeleteReport { left: vec![path] };
+        let none = crate::admin::RepairReport { segment: None, ..repair.clone() };
+        let delete = crate::admin::DeleteReport { left: vec![path] };
         let shown = "a\u{fffd}b";
         assert_eq!(serde_json::to_value(notice).unwrap()["segment"], shown);
         assert_eq!(serde_json::to_value(repair).unwrap()["segment"], shown);

@@ -28,7 +28,7 @@ pub mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod group;
-mod ids;
+pub mod ids;
 pub mod io;
 mod key_status;
 mod keys;
@@ -36,38 +36,70 @@ pub mod kms;
 mod logstore;
 pub mod metrics;
 mod schedule;
-pub mod segment;
+mod segment;
 mod shard;
 mod store;
 mod sync;
 mod wire;
 
 pub use config::{
-    CMK_FIELD_BYTES_MAX, ConfigError, EncryptConf, EncryptType, LogstoreConfig, LogstoreName,
-    LogstoreSpec, NAME_BYTES_MAX, ProbeMode, ROTATE_BYTES_MIN, RotateDataKey, SHARDS_MAX,
-    ShardInfo, ShardStatus, TTL_DAYS_MAX,
+    EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec, ProbeMode, RotateDataKey,
 };
-pub use error::{Error, ErrorKind, KeyringRisk, Location, Result};
-pub use group::{GroupError, LogGroup};
-pub use ids::{KeyringId, LogstoreId, ParseIdError, SegmentId, StoreId};
+pub use error::{Error, ErrorKind, Result};
+pub use group::LogGroup;
 pub use key_status::{KeyState, KeyStatus};
-pub use keys::{AuditEvent, AuditRecord};
 pub use kms::Cmk;
-pub use logstore::{AppendOptions, DataKeyStatus, Logstore, LogstoreStatus, ShardChoice};
+pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{
     Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock,
-    RecoveryNotice, RepairReport, Ticket,
+    Ticket,
 };
-pub use store::{
-    Admin, Anchor, AnchorPlace, AnchorStatus, AuditExport, AuditMark, AuditVerification,
-    Background, Checkpoint, CmkVersionUsage, DataKeyUsage, DeleteReport, DirAnchor, KeyNeed,
-    KeyUsage, Keys, LOGSTORES_MAX, MasterKeyUsage, RecoverReport, Recoverable, ReplaceCmk,
-    RetentionReport, RewrapOptions, RewrapProgress, RewrapReport, STORE_SHARDS_MAX,
-    ServiceKeyUsage, ServiceRotation, Store, StoreBuilder, StoreOptions, VerifyFault,
-    VerifyOptions, VerifyProgress, VerifyReport,
-};
-pub use wire::FORMAT_VERSION;
+pub use store::{Admin, Background, Keys, Store, StoreBuilder, StoreOptions};
+
+/// What the operations of [`Admin`] and [`Keys`] take and return: verification, retention, repair,
+/// anchors, the use of keys, and their rotation.
+pub mod admin {
+    pub use crate::{
+        config::{ShardInfo, ShardStatus},
+        logstore::DataKeyStatus,
+        shard::{RecoveryNotice, RepairReport},
+        store::{
+            Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
+            DeleteReport, DirAnchor, KeyNeed, KeyUsage, MasterKeyUsage, RecoverReport, Recoverable,
+            ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport,
+            ServiceKeyUsage, ServiceRotation, VerifyFault, VerifyOptions, VerifyProgress,
+            VerifyReport,
+        },
+    };
+}
+
+/// The key audit log.
+pub mod audit {
+    pub use crate::{
+        keys::{AuditEvent, AuditRecord},
+        store::{AuditExport, AuditMark, AuditVerification},
+    };
+}
+
+/// Fixed limits. Those that an operator can set are in [`StoreOptions`].
+pub mod limits {
+    pub use crate::{
+        config::{CMK_FIELD_BYTES_MAX, NAME_BYTES_MAX, ROTATE_BYTES_MIN, SHARDS_MAX, TTL_DAYS_MAX},
+        group::{
+            CONTENTS_PER_LOG_MAX, GROUP_BYTES_MAX, KEY_BYTES_MAX, LOGS_PER_GROUP_MAX,
+            TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
+        },
+        store::{LOGSTORES_MAX, STORE_SHARDS_MAX},
+    };
+}
+
+/// The parts of a segment file, for tools that look at the bytes on disk and for fuzzing. No
+/// promise of compatibility holds for this module.
+#[doc(hidden)]
+pub mod inspect {
+    pub use crate::{segment::*, wire::FORMAT_VERSION};
+}
 
 #[cfg(all(doctest, feature = "aws-lc"))]
 #[doc = include_str!("../README.md")]

@@ -198,7 +198,7 @@ pub struct StoreMetrics {
     /// Groups that were acknowledged as [`Buffered`](crate::Durability::Buffered) and lost, because
     /// their master key was lost and they were not in a block within
     /// [`StoreOptions::kms_timeout`](crate::StoreOptions::kms_timeout). The key audit log names
-    /// them ([`AuditEvent::GroupsLost`](crate::AuditEvent::GroupsLost)).
+    /// them ([`AuditEvent::GroupsLost`](crate::audit::AuditEvent::GroupsLost)).
     pub groups_lost: u64,
     /// The number of failed updates of the anchor.
     pub anchor_failures: u64,

@@ -18,9 +18,12 @@ use common::{
     *,
 };
 use envelog::{
-    AuditEvent, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
-    Position, ReadOptions, ReplaceCmk, Result, RewrapOptions, RotateDataKey, Store, VerifyOptions,
-    io::Clock, kms::RevokedReason,
+    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position,
+    ReadOptions, Result, RotateDataKey, Store,
+    admin::{ReplaceCmk, RewrapOptions, VerifyOptions},
+    audit::AuditEvent,
+    io::Clock,
+    kms::RevokedReason,
 };
 
 /// Logstores under the master key whose KMS does not answer.
@@ -641,7 +644,7 @@ fn rewrapping_all_comes_back_to_a_logstore_that_is_busy() {
     let during = scene.during_call(0, move || {
         let notes = Arc::clone(&seen);
         let rewrap = move || {
-            let mut note = |at: &envelog::RewrapProgress| {
+            let mut note = |at: &envelog::admin::RewrapProgress| {
                 notes.lock().unwrap().extend(at.logstore.clone());
             };
             store.keys().rewrap_all(&RewrapOptions::default(), &mut note)
@@ -841,7 +844,8 @@ fn a_rotation_by_policy_that_hangs_holds_no_worker() {
     service.roll().unwrap();
     eventually("retention drops the segment", dropped);
     world.kms.answer(Answer::Real);
-    let intended = |record: &envelog::AuditRecord| record.event == AuditEvent::RotateIntended;
+    let intended =
+        |record: &envelog::audit::AuditRecord| record.event == AuditEvent::RotateIntended;
     assert!(store.keys().audit_records().unwrap().iter().any(intended));
     store.close().unwrap();
 }

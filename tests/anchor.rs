@@ -20,8 +20,10 @@ use common::{
     *,
 };
 use envelog::{
-    Anchor, AnchorPlace, AuditEvent, DirAnchor, Error, LogstoreSpec, Result, Store, StoreBuilder,
-    StoreId,
+    Error, LogstoreSpec, Result, Store, StoreBuilder,
+    admin::{Anchor, AnchorPlace, DirAnchor},
+    audit::AuditEvent,
+    ids::StoreId,
 };
 
 const NAME: &str = "p/l";

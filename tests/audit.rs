@@ -15,9 +15,10 @@ use common::{
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use envelog::{
-    AuditEvent::{self, *},
-    AuditMark, AuditRecord, Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, ReplaceCmk, Result, Store, VerifyOptions,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store,
+    admin::{Checkpoint, ReplaceCmk, VerifyOptions},
+    audit::AuditEvent::{self, *},
+    audit::{AuditMark, AuditRecord},
     kms::RevokedReason,
 };
 

@@ -22,8 +22,8 @@ use common::{
 };
 use envelog::{
     AppendOptions, Background, Compression, EncryptConf, EncryptType, Error, Logstore,
-    LogstoreSpec, Position, ReadOptions, ReplaceCmk, ShardChoice, Store, VerifyOptions,
-    VerifyReport,
+    LogstoreSpec, Position, ReadOptions, ShardChoice, Store,
+    admin::{ReplaceCmk, VerifyOptions, VerifyReport},
     crypto::AwsLc,
     io::Clock,
     kms::{LocalKms, RevokedReason},

@@ -18,12 +18,13 @@ use bytes::Bytes;
 use common::{memory::MemoryDisk, *};
 use envelog::{
     AppendOptions, Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore,
-    LogstoreSpec, Payload, ReadOptions, ReplaceCmk, Store, StoreBuilder, VerifyOptions,
+    LogstoreSpec, Payload, ReadOptions, Store, StoreBuilder,
+    admin::{ReplaceCmk, VerifyOptions},
     crypto::{AwsLc, HashAlg, SecretKey, derive},
     group::{Content, Log, LogTag},
+    inspect::{BlockHeader, SegmentHeader},
     io::{OsRandom, Random},
     kms::RevokedReason,
-    segment::{BlockHeader, SegmentHeader},
 };
 use memchr::memmem;
 use traced::Traced;

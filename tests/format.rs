@@ -19,18 +19,19 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Checkpoint, Compression, Error, FORMAT_VERSION, LogGroup, Payload,
-    Record, ShardChoice, Store, StoreBuilder, StoreOptions, VerifyOptions, VerifyReport,
+    AppendOptions, Background, Compression, Error, LogGroup, Payload, Record, ShardChoice, Store,
+    StoreBuilder, StoreOptions,
+    admin::{Checkpoint, VerifyOptions, VerifyReport},
     crypto::{
         AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash,
         hkdf, hmac_sha256,
     },
     group,
-    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
-    segment::{
-        BlockHeader, BlockKind, DecodedHeader, Extension, Features, Footer, IndexEntry, KeySource,
-        Predecessor, SegmentHeader,
+    inspect::{
+        BlockHeader, BlockKind, DecodedHeader, Extension, FORMAT_VERSION, Features, Footer,
+        IndexEntry, KeySource, Predecessor, SegmentHeader,
     },
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
 };
 use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
@@ -811,7 +812,7 @@ fn what_the_document_lists_is_what_there_is() {
             format!("{} MiB", mib(group::GROUP_BYTES_MAX as u64)),
         ),
         ("logs of a group", "1,000,000".to_owned()),
-        ("list of a block", format!("{} MiB", mib(envelog::segment::BLOCK_LIST_BYTES_MAX.into()))),
+        ("list of a block", format!("{} MiB", mib(envelog::inspect::BLOCK_LIST_BYTES_MAX.into()))),
         ("groups of a block", "65,536".to_owned()),
         ("value of a log or tag", format!("{} MiB", mib(group::VALUE_BYTES_MAX as u64))),
         ("window of a Zstandard frame", "128 MiB".to_owned()),
@@ -820,11 +821,11 @@ fn what_the_document_lists_is_what_there_is() {
         assert!(DOCUMENT.contains(&format!("| {what} | {limit} |")), "{what}: {limit}");
     }
     assert_eq!(group::LOGS_PER_GROUP_MAX, 1_000_000);
-    assert_eq!(envelog::segment::BLOCK_GROUPS_MAX, 65_536);
+    assert_eq!(envelog::inspect::BLOCK_GROUPS_MAX, 65_536);
     // A list of 32 MiB, and a four-byte time per group for the maximum number of groups.
-    assert_eq!(envelog::segment::BLOCK_RAW_BYTES_MAX, 33_816_576);
-    assert_eq!(envelog::segment::BLOCK_OVERHEAD_BYTES, 116);
-    assert_eq!(envelog::segment::INDEX_ENTRIES_MAX, 65_536);
+    assert_eq!(envelog::inspect::BLOCK_RAW_BYTES_MAX, 33_816_576);
+    assert_eq!(envelog::inspect::BLOCK_OVERHEAD_BYTES, 116);
+    assert_eq!(envelog::inspect::INDEX_ENTRIES_MAX, 65_536);
 }
 
 // ---- golden stores ----

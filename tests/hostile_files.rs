@@ -18,7 +18,8 @@ use std::{
 };
 
 use envelog::{
-    Error, Result, Store, StoreBuilder, VerifyOptions,
+    Error, Result, Store, StoreBuilder,
+    admin::VerifyOptions,
     io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, OpenMode, RealDisk},
 };
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};

@@ -10,8 +10,8 @@ use common::{
 };
 use envelog::{
     Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Store,
-    VerifyOptions,
-    segment::{
+    admin::VerifyOptions,
+    inspect::{
         BlockHeader, BlockKind, DecodedFooter, Footer, Predecessor, PredecessorEnd, SegmentHeader,
     },
 };

@@ -12,8 +12,8 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, ReplaceCmk, Result, Store,
-    VerifyOptions,
+    Cmk, EncryptConf, EncryptType, Error, LogstoreConfig, LogstoreSpec, Result, Store,
+    admin::{ReplaceCmk, VerifyOptions},
 };
 
 const SERVICE: &str = "p/service";
@@ -445,8 +445,8 @@ fn retention_that_destroys_data_keys() {
                 store.admin().apply_retention().unwrap();
                 let keys = logstore.status().unwrap().data_keys;
                 assert!(keys[0].shredded && !keys[1].shredded, "{at}: {keys:?}");
-                let intended = |record: &envelog::AuditRecord| {
-                    record.event == envelog::AuditEvent::ShredIntended
+                let intended = |record: &envelog::audit::AuditRecord| {
+                    record.event == envelog::audit::AuditEvent::ShredIntended
                 };
                 assert!(
                     store.keys().audit_records().unwrap().iter().any(intended),

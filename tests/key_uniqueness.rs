@@ -24,8 +24,8 @@ use common::{
 };
 use envelog::{
     Store,
+    inspect::{BlockHeader, DecodedFooter, SegmentHeader},
     io::Random,
-    segment::{BlockHeader, DecodedFooter, SegmentHeader},
 };
 
 /// The seals of one segment: the key and its nonces.
@@ -52,7 +52,7 @@ fn sealed(dir: &Path) -> Vec<Sealed> {
                 nonces.push((block.nonce(), sealed.to_vec()));
                 at = end;
             }
-            if let Ok(DecodedFooter { footer, .. }) = envelog::segment::Footer::decode(&bytes[at..])
+            if let Ok(DecodedFooter { footer, .. }) = envelog::inspect::Footer::decode(&bytes[at..])
             {
                 nonces.push((footer.nonce(), bytes[at..].to_vec()));
             }

@@ -12,9 +12,14 @@ use std::{
 
 use common::{failing::FailingDisk, *};
 use envelog::{
-    AuditEvent, Cmk, ConfigError, DataKeyUsage, Error, KeyNeed, KeyUsage, Logstore, LogstoreConfig,
-    LogstoreSpec, MasterKeyUsage, ReadOptions, ReplaceCmk, RewrapOptions, RewrapReport,
-    RotateDataKey, Store, VerifyOptions, kms::RevokedReason,
+    Cmk, Error, Logstore, LogstoreConfig, LogstoreSpec, ReadOptions, RotateDataKey, Store,
+    admin::{
+        DataKeyUsage, KeyNeed, KeyUsage, MasterKeyUsage, ReplaceCmk, RewrapOptions, RewrapReport,
+        VerifyOptions,
+    },
+    audit::AuditEvent,
+    error::ConfigError,
+    kms::RevokedReason,
 };
 
 fn data_key<'a>(usage: &'a KeyUsage, text: &str, version: u32) -> &'a DataKeyUsage {
@@ -40,7 +45,7 @@ fn safe(store: &Store, text: &str) -> Vec<u32> {
 }
 
 /// Drops all sealed data by retention. The open segment is kept.
-fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::RetentionReport {
+fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::admin::RetentionReport {
     let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
     store.update_logstore(logstore.name(), config).unwrap();
     let report = store.admin().apply_retention().unwrap();
@@ -412,7 +417,7 @@ fn an_old_run_is_not_continued_and_none_is_where_that_is_asked() {
         world.byok(&store, text, &cmk);
     }
     // The run is interrupted in the middle.
-    let mut fails = |at: &envelog::RewrapProgress| {
+    let mut fails = |at: &envelog::admin::RewrapProgress| {
         if at.done == 1 {
             world.kms.answer(Answer::Unreachable);
         }

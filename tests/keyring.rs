@@ -19,10 +19,12 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, ConfigError, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
-    Position, Result, Store, VerifyOptions,
+    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result,
+    Store,
+    admin::VerifyOptions,
     crypto::AwsLc,
-    segment::{KeySource, SegmentHeader},
+    error::ConfigError,
+    inspect::{KeySource, SegmentHeader},
 };
 
 fn segment_headers(world: &World, logstore: &Logstore) -> Vec<SegmentHeader> {
@@ -547,7 +549,10 @@ fn a_byok_logstore_comes_back_by_the_kms_alone() {
     assert_eq!(texts(&logstore), ["one", "two", "three", "four"]);
     let events: Vec<_> =
         store.keys().audit_records().unwrap().into_iter().map(|record| record.event).collect();
-    assert_eq!(events[..2], [envelog::AuditEvent::Recovered, envelog::AuditEvent::KeyringReplaced]);
+    assert_eq!(
+        events[..2],
+        [envelog::audit::AuditEvent::Recovered, envelog::audit::AuditEvent::KeyringReplaced]
+    );
     // The master key controls access as before.
     world.local().disable(&scene.cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), envelog::kms::RevokedReason::Disabled);
@@ -757,17 +762,18 @@ fn a_recovery_ignores_a_forged_enable_false() {
 fn a_forged_list_of_shards_is_refused_by_a_recovery() {
     type List = fn(&serde_json::Value) -> Vec<serde_json::Value>;
     // Shards that divide the hash range: each has the keys that begin with its id.
-    let possible: List = |shard| (0..envelog::SHARDS_MAX).map(|id| with_range(shard, id)).collect();
+    let possible: List =
+        |shard| (0..envelog::limits::SHARDS_MAX).map(|id| with_range(shard, id)).collect();
     let lists: [List; 5] = [
         possible,
         |_| Vec::new(),
         |shard| vec![with_id(shard, 1)],
         |shard| vec![with_id(shard, 1), with_id(shard, 0)],
-        |shard| (0..=envelog::SHARDS_MAX).map(|id| with_id(shard, id)).collect(),
+        |shard| (0..=envelog::limits::SHARDS_MAX).map(|id| with_id(shard, id)).collect(),
     ];
     for list in lists {
         let (scene, [byok, ..]) = Lost::new();
-        for shard in 1..=envelog::SHARDS_MAX {
+        for shard in 1..=envelog::limits::SHARDS_MAX {
             fs::create_dir(scene.world.logstore_dir(&byok).join(format!("shard-{shard:04}")))
                 .unwrap();
         }

@@ -11,11 +11,13 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, AuditEvent, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error,
-    Logstore, LogstoreConfig, LogstoreSpec, Position, ReadOptions, ReplaceCmk, Result, ShardChoice,
-    Store, VerifyOptions,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Position, ReadOptions, Result, ShardChoice, Store,
+    admin::{ReplaceCmk, VerifyOptions},
+    audit::AuditEvent,
+    error::ConfigError,
+    inspect::{KeySource, SegmentHeader},
     kms::RevokedReason,
-    segment::{KeySource, SegmentHeader},
 };
 
 /// The key source in the header of each segment of shard 0.

@@ -16,7 +16,7 @@ use common::{
 };
 use envelog::{
     EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Result,
-    Store, VerifyOptions, segment::SegmentHeader,
+    Store, admin::VerifyOptions, inspect::SegmentHeader,
 };
 
 const NAME: &str = "p/l";

@@ -526,7 +526,10 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         // A rotation creates another key object.
         token.admin("generate next 0b");
         let name = "p/customer".parse().unwrap();
-        store.keys().replace_cmk(&name, cmk("next"), envelog::ReplaceCmk::default()).unwrap();
+        store
+            .keys()
+            .replace_cmk(&name, cmk("next"), envelog::admin::ReplaceCmk::default())
+            .unwrap();
         token.admin("destroy cmk");
         put(&logstore, "rotated").unwrap();
         drop((logstore, plain));

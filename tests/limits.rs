@@ -17,12 +17,13 @@ use common::{
     *,
 };
 use envelog::{
-    ConfigError, EncryptConf, EncryptType, Error, ErrorKind, GroupError, LogGroup, Logstore,
-    LogstoreConfig, LogstoreName, LogstoreSpec, Payload, Result, Store, StoreOptions,
-    VerifyOptions,
+    EncryptConf, EncryptType, Error, ErrorKind, LogGroup, Logstore, LogstoreConfig, LogstoreName,
+    LogstoreSpec, Payload, Result, Store, StoreOptions,
+    admin::VerifyOptions,
+    error::ConfigError,
     group::{
-        CONTENTS_PER_LOG_MAX, Content, GROUP_BYTES_MAX, KEY_BYTES_MAX, LOGS_PER_GROUP_MAX, Log,
-        LogTag, TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
+        CONTENTS_PER_LOG_MAX, Content, GROUP_BYTES_MAX, GroupError, KEY_BYTES_MAX,
+        LOGS_PER_GROUP_MAX, Log, LogTag, TAGS_PER_GROUP_MAX, VALUE_BYTES_MAX,
     },
     io::{Disk as _, OpenMode},
 };
@@ -412,7 +413,7 @@ fn files_of_a_newer_format_are_refused_and_unchanged() {
                 Error::NewerFormat { path: found_in, found, supported } => {
                     assert_eq!(
                         (found_in, found, supported),
-                        (path.clone(), 7, envelog::FORMAT_VERSION)
+                        (path.clone(), 7, envelog::inspect::FORMAT_VERSION)
                     );
                 }
                 other => panic!("{}: {other}", path.display()),
@@ -537,7 +538,7 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
                 Ok(()) => {}
                 Err(error) => {
                     assert!(matches!(error, Error::Io { .. } | Error::Latched { .. }), "{context}");
-                    assert_eq!(error.kind(), ErrorKind::Full, "{context}");
+                    assert_eq!(error.kind(), ErrorKind::NoRoom, "{context}");
                 }
             }
             // When space is available again, reopening finds all data, and the store works.

@@ -22,8 +22,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, AuditEvent, Background, Cmk, EncryptConf, EncryptType, Error, Logstore,
-    LogstoreConfig, LogstoreSpec, Payload, ShardChoice, Store, VerifyOptions,
+    AppendOptions, Background, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Payload, ShardChoice, Store, admin::VerifyOptions, audit::AuditEvent,
     kms::RevokedReason::Disabled,
 };
 
@@ -476,7 +476,7 @@ fn an_audit_log_that_hangs_delays_no_wipe() {
     });
     let events: Vec<_> = setup.store.keys().audit_records().unwrap();
     let of_first =
-        |event: &envelog::AuditRecord| event.logstore.as_ref() == Some(logstores[0].name());
+        |event: &envelog::audit::AuditRecord| event.logstore.as_ref() == Some(logstores[0].name());
     let events: Vec<_> =
         events.iter().filter(|event| of_first(event)).map(|one| one.event).collect();
     use AuditEvent::{Created, Recovered, Revoked};

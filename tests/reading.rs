@@ -276,7 +276,7 @@ fn readers_are_counted() {
     let mut readers: Vec<Reader> =
         [&a, &b, &a].into_iter().map(|logstore| open(logstore).unwrap()).collect();
     for logstore in [&a, &b] {
-        assert!(matches!(open(logstore), Err(Error::TooMany { what: "open readers", limit: 3 })));
+        assert!(matches!(open(logstore), Err(Error::TooManyReaders { limit: 3 })));
     }
     readers.pop();
     readers.push(open(&b).unwrap());

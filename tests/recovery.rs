@@ -18,10 +18,10 @@ use common::{
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore,
     LogstoreConfig, LogstoreSpec, Position, ReadOptions, Record, Result, ShardChoice, Store,
-    VerifyOptions,
+    admin::VerifyOptions,
     crypto::HashAlg,
+    inspect::{BlockHeader, SegmentHeader},
     io::Disk as _,
-    segment::{BlockHeader, SegmentHeader},
 };
 
 /// The number of sequence numbers that a segment reserves.

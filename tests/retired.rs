@@ -18,11 +18,11 @@ use common::{
     *,
 };
 use envelog::{
-    Checkpoint, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result,
-    RewrapProgress, Store, VerifyOptions,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store,
+    admin::{Checkpoint, RewrapProgress, VerifyOptions},
     crypto::{HashAlg, SecretKey, hkdf, hmac_sha256},
+    inspect::{KeySource, SegmentHeader},
     kms::RevokedReason,
-    segment::{KeySource, SegmentHeader},
 };
 
 const SERVICE: &str = "p/service";
@@ -710,7 +710,7 @@ fn a_damaged_shard_gets_no_new_data_key() {
     assert!(integrity(store.keys().replace_cmk(
         &name(BYOK),
         world.cmk(),
-        envelog::ReplaceCmk::default()
+        envelog::admin::ReplaceCmk::default()
     )));
     assert!(integrity(store.keys().rotate_service_key()));
     assert!(store.keys().is_service_rotation_unfinished());

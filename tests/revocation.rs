@@ -15,8 +15,10 @@ use std::{
 
 use common::*;
 use envelog::{
-    AuditEvent, AuditRecord, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
-    LogstoreSpec, Position, ProbeMode, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions,
+    EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec, Position,
+    ProbeMode, ReadOptions, Result, Store,
+    admin::{ReplaceCmk, VerifyOptions},
+    audit::{AuditEvent, AuditRecord},
     kms::RevokedReason::Disabled,
 };
 

@@ -14,13 +14,14 @@ mod forge;
 use common::{copy_dir, records, segments, synced};
 use envelog::{
     Cmk, Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode,
-    ReadOptions, Record, Result, Store, VerifyOptions, VerifyReport,
+    ReadOptions, Record, Result, Store,
+    admin::{VerifyOptions, VerifyReport},
     crypto::Suite,
-    kms::LocalKms,
-    segment::{
+    inspect::{
         BlockHeader, BlockKind, Extension, IndexEntry, KeySource, Predecessor, SEGMENT_BYTES_MAX,
         SegmentHeader,
     },
+    kms::LocalKms,
 };
 use forge::{Chain, Copy, Patch};
 

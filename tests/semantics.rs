@@ -8,11 +8,14 @@ use std::{fs, path::PathBuf};
 
 use common::{catalogue::catalogue_file, *};
 use envelog::{
-    AuditEvent, Cmk, Compression, ConfigError, EncryptConf, EncryptType, Error, KeyState, Logstore,
-    LogstoreConfig, LogstoreSpec, ReplaceCmk, RotateDataKey, Store, VerifyOptions,
+    Cmk, Compression, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
+    LogstoreSpec, RotateDataKey, Store,
+    admin::{ReplaceCmk, VerifyOptions},
+    audit::AuditEvent,
     crypto::Suite,
+    error::ConfigError,
+    inspect::{KeySource, SegmentHeader},
     kms::RevokedReason,
-    segment::{KeySource, SegmentHeader},
 };
 
 /// The suite and key source in the header of each segment of a Logstore.

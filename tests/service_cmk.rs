@@ -9,7 +9,10 @@ use std::fs;
 
 use common::*;
 use envelog::{
-    AuditEvent, Cmk, ConfigError, Error, ErrorKind, Store, VerifyOptions,
+    Cmk, Error, ErrorKind, Store,
+    admin::VerifyOptions,
+    audit::AuditEvent,
+    error::ConfigError,
     kms::{KmsError, RevokedReason},
 };
 

@@ -17,9 +17,11 @@ use std::{
 
 use common::{failing::FailingDisk, hanging::HangingDisk, *};
 use envelog::{
-    AuditEvent::{self, *},
-    AuditRecord, Cmk, Durability, EncryptConf, EncryptType, Error, ErrorKind, KeyState, Logstore,
-    LogstoreSpec, ReadOptions, ReplaceCmk, Result, Store, VerifyOptions,
+    Cmk, Durability, EncryptConf, EncryptType, Error, ErrorKind, KeyState, Logstore, LogstoreSpec,
+    ReadOptions, Result, Store,
+    admin::{ReplaceCmk, VerifyOptions},
+    audit::AuditEvent::{self, *},
+    audit::AuditRecord,
     kms::{KmsError, RevokedReason, RevokedReason::Disabled},
 };
 

@@ -28,8 +28,9 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Checkpoint, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec,
-    ReadOptions, Result, ShardChoice, Store, StoreBuilder, VerifyOptions,
+    AppendOptions, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec, ReadOptions,
+    Result, ShardChoice, Store, StoreBuilder,
+    admin::{Checkpoint, VerifyOptions},
     crypto::{AwsLc, SecretKey},
     kms::{Kms, KmsCall, KmsError},
 };

@@ -18,7 +18,7 @@ use std::{
 use common::*;
 use envelog::{
     AppendOptions, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position, ReadMode,
-    ReadOptions, ShardChoice, Store, VerifyOptions,
+    ReadOptions, ShardChoice, Store, admin::VerifyOptions,
 };
 
 const SHARDS: u32 = 2;

@@ -14,7 +14,7 @@ use common::{
     disk::{Sim, Survives, Verdict},
     *,
 };
-use envelog::{Error, ErrorKind, Logstore, LogstoreSpec, Result, Store, VerifyOptions};
+use envelog::{Error, ErrorKind, Logstore, LogstoreSpec, Result, Store, admin::VerifyOptions};
 
 const NAMES: [&str; 2] = ["p/l", "p/m"];
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
-use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, segment::Compression};
+use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, inspect::Compression};
 use tracing_subscriber::filter::Targets;
 
 use crate::{

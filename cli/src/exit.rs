@@ -161,15 +161,17 @@ impl fmt::Display for Failure {
 
 /// The exit status for an engine error.
 pub(crate) fn status_of(error: &Error) -> Status {
-    if matches!(error, Error::InvalidArgument(_)) {
-        return Status::Usage;
-    }
-    match error.kind() {
-        ErrorKind::Revoked => Status::Revoked,
-        ErrorKind::KmsUnreachable => Status::KmsUnreachable,
-        ErrorKind::Integrity => Status::Integrity,
-        ErrorKind::Configuration => Status::Refused,
-        ErrorKind::Unavailable => Status::Unavailable,
+    match (error, error.kind()) {
+        (Error::InvalidArgument(_), _) => Status::Usage,
+        (Error::Config(_) | Error::UnexpectedCmk { .. }, _) => Status::Refused,
+        (_, ErrorKind::Revoked) => Status::Revoked,
+        (_, ErrorKind::KmsUnreachable) => Status::KmsUnreachable,
+        (_, ErrorKind::Integrity) => Status::Integrity,
+        (
+            Error::StoreMissing { .. } | Error::NotAStore { .. } | Error::KeyringChanged { .. },
+            _,
+        )
+        | (_, ErrorKind::Unavailable) => Status::Unavailable,
         _ => Status::Other,
     }
 }
@@ -180,8 +182,8 @@ impl From<Error> for Failure {
     }
 }
 
-impl From<envelog::ConfigError> for Failure {
-    fn from(error: envelog::ConfigError) -> Self {
+impl From<envelog::error::ConfigError> for Failure {
+    fn from(error: envelog::error::ConfigError) -> Self {
         Error::from(error).into()
     }
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use envelog::{
     Record,
     group::{Content, Log, LogGroup},
-    segment::BlockKind,
+    inspect::BlockKind,
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};
 

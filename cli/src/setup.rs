@@ -8,9 +8,10 @@ use std::{
 };
 
 use envelog::{
-    Cmk, ConfigError, DirAnchor, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder,
-    StoreOptions,
+    Cmk, Logstore, LogstoreName, ReadOptions, Store, StoreBuilder, StoreOptions,
+    admin::DirAnchor,
     crypto::AwsLc,
+    error::ConfigError,
     kms::{self, Kms, LocalKms},
 };
 

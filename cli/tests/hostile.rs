@@ -402,7 +402,7 @@ fn json_takes_any_path() {
 /// The memory that `inspect` uses does not grow with the number of blocks.
 #[test]
 fn a_file_of_many_blocks_is_inspected_in_little_memory() {
-    use envelog::segment::{BlockHeader, BlockKind, Compression, SegmentHeader};
+    use envelog::inspect::{BlockHeader, BlockKind, Compression, SegmentHeader};
     const BLOCKS: u32 = 150_000;
     let world = World::new();
     world.create("p/a", &service("default"));

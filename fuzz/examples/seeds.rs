@@ -8,10 +8,7 @@
 use libfuzzer_sys as _;
 use std::{collections::BTreeSet, fs, path::Path};
 
-use envelog::{
-    Compression, fuzzing,
-    segment::{BlockHeader, SegmentHeader},
-};
+use envelog::{Compression, fuzzing, inspect::{BlockHeader, SegmentHeader}};
 use envelog_fuzz::{
     BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, is_meta,
     scanned_header,

@@ -1,9 +1,6 @@
 //! Input from operators and users: JSON, names, identifiers, URLs, and command-line values.
 
-use envelog::{
-    EncryptConf, EncryptType, KeyringId, LogstoreConfig, LogstoreId, LogstoreName, LogstoreSpec,
-    Store, StoreId, crypto::Sm4Simd, kms,
-};
+use envelog::{EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec, Store, crypto::Sm4Simd, kms, ids::{KeyringId, LogstoreId, StoreId}};
 
 use crate::golden::{DIR, KEYRING, clock, manual};
 

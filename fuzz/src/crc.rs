@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use envelog::segment::{BlockHeader, SegmentHeader};
+use envelog::inspect::{BlockHeader, SegmentHeader};
 
 const CRC_LEN: usize = 4;
 const DOCUMENT_LEN_MIN: usize = 80 + 64 + CRC_LEN;

@@ -8,11 +8,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use envelog::{
-    AppendOptions, Background, Durability, Logstore, LogstoreId, Payload, Position, ReadOptions,
-    Record, Result, ShardChoice, Store, StoreBuilder, StoreOptions, VerifyOptions, crypto::Sm4Simd,
-    kms::LocalKms, segment::BlockKind,
-};
+use envelog::{AppendOptions, Background, Durability, Logstore, Payload, Position, ReadOptions, Record, Result, ShardChoice, Store, StoreBuilder, StoreOptions, crypto::Sm4Simd, kms::LocalKms, ids::LogstoreId, admin::VerifyOptions, inspect::BlockKind};
 
 use crate::common::{
     TestClock,

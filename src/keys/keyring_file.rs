@@ -10,8 +10,9 @@ use std::{
 use zeroize::Zeroizing;
 
 use crate::{
-    Error, KeyringRisk, Result,
+    Error, Result,
     crypto::{HashAlg, hash},
+    error::KeyringRisk,
     io::{self, Access, Disk, Existing, OpenMode, Owner},
     sync::{LockRank, Mutex, lock},
 };

@@ -14,7 +14,7 @@ use super::{
     loss::{Locked, wipe_batch},
     recovery::Recovery,
     rules::check_no_data_key,
-    writer::{KeyUse, Next, RESERVED_SEQS, SegmentWriter},
+    writer::{KeyUse, Next, SegmentWriter},
 };
 use crate::{
     Error, Result,
@@ -160,10 +160,7 @@ impl Shard {
                 }
                 Err(Rejected::Stopped(stopped)) => return Err(self.stopped(stopped)),
                 Err(Rejected::Exhausted) => {
-                    return Err(Error::TooMany {
-                        what: "sequence numbers waiting to be written",
-                        limit: RESERVED_SEQS,
-                    });
+                    return Err(Error::Full { pending: self.context.budget.used() as u64 });
                 }
             };
         }

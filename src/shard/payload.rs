@@ -19,7 +19,7 @@ pub enum Durability {
     /// if the disk takes it within [`StoreOptions::kms_timeout`](crate::StoreOptions::kms_timeout),
     /// and a segment is open that can take it. Groups that do not survive are counted
     /// ([`StoreMetrics::groups_lost`](crate::metrics::StoreMetrics::groups_lost)), are on the key
-    /// audit log ([`AuditEvent::GroupsLost`](crate::AuditEvent::GroupsLost)), and are an error of
+    /// audit log ([`AuditEvent::GroupsLost`](crate::audit::AuditEvent::GroupsLost)), and are an error of
     /// the next [`Logstore::sync`](crate::Logstore::sync).
     Buffered,
     /// Written to the file: in the page cache. Survives the revocation of its key and the end of

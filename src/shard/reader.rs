@@ -131,7 +131,7 @@ impl ReaderPermits {
         });
         match taken {
             Ok(_) => Ok(ReaderPermit(Arc::clone(self))),
-            Err(_) => Err(Error::TooMany { what: "open readers", limit: self.limit as u64 }),
+            Err(_) => Err(Error::TooManyReaders { limit: self.limit as u64 }),
         }
     }
 }

@@ -25,7 +25,7 @@ use super::{
     service_rotation::{self, ServiceRotation},
 };
 #[cfg(doc)]
-use crate::{Background, ConfigError, Error};
+use crate::{Background, Error, config::ConfigError};
 use crate::{
     Result,
     config::{LogstoreConfig, LogstoreName, LogstoreSpec},
@@ -44,9 +44,7 @@ use crate::{
 /// [`Store::close`] closes it at once and returns the errors.
 ///
 /// ```
-/// use envelog::{
-///     AppendOptions, EncryptConf, EncryptType, LogstoreSpec, Payload, Store, crypto::RustCrypto,
-/// };
+/// use envelog::{AppendOptions, EncryptConf, EncryptType, LogstoreSpec, Payload, Store, crypto::RustCrypto};
 ///
 /// let dir = tempfile::tempdir().unwrap();
 /// let (data, keyring) = (dir.path().join("data"), dir.path().join("keyring"));

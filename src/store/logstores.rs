@@ -14,13 +14,13 @@ use super::{
     removal::{self, DeleteReport},
 };
 use crate::{
-    Error, RepairReport, Result,
+    Error, Result,
     config::{ConfigError, EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec},
     crypto::SecretKey,
     ids::LogstoreId,
     keys::{AuditEvent, envelope::KeysSection},
     logstore::{LogstoreShared, Meta, shard_dir},
-    shard::ShardRecord,
+    shard::{RepairReport, ShardRecord},
 };
 
 /// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the name during the

@@ -37,10 +37,12 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup,
-    Logstore, LogstoreId, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record,
-    RecoverReport, Result, Store, StoreBuilder, StoreOptions,
+    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store,
+    StoreBuilder, StoreOptions,
+    admin::RecoverReport,
     crypto::SecretKey,
     group::{Content, Log, LogTag},
+    ids::LogstoreId,
     io::{
         Access, Clock, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, OsRandom, Owner, Random,
         RealDisk,

@@ -17,10 +17,14 @@ use crate::common::{
 };
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Checkpoint, Cmk, ConfigError, Durability, EncryptConf, EncryptType, Error,
-    Logstore, LogstoreConfig, LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record,
-    Result, ShardChoice, Store, Ticket, VerifyOptions, io::Random, kms::RevokedReason,
-    segment::BlockKind,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
+    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store,
+    Ticket,
+    admin::{Checkpoint, VerifyOptions},
+    error::ConfigError,
+    inspect::BlockKind,
+    io::Random,
+    kms::RevokedReason,
 };
 
 pub(crate) const SHARDS: u32 = 2;

@@ -2,7 +2,11 @@
 
 use std::{fs, ops::Range, path::PathBuf};
 
-use envelog::{Checkpoint, LogstoreConfig, Position, Result, VerifyOptions, crypto::hmac_sha256};
+use envelog::{
+    LogstoreConfig, Position, Result,
+    admin::{Checkpoint, VerifyOptions},
+    crypto::hmac_sha256,
+};
 use serde_json::{Value, json};
 
 use crate::{

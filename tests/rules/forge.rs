@@ -13,11 +13,11 @@ use envelog::{
         AwsLc, CryptoProvider, HashAlg, SecretKey, SegmentCipher, Suite, hash, hkdf, hmac_sha256,
     },
     group::put_frame,
-    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
-    segment::{
+    inspect::{
         BlockHeader, BlockKind, Footer, IndexEntry, KeySource, Predecessor, PredecessorEnd,
         SegmentHeader,
     },
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
 };
 use serde_json::Value;
 use tempfile::TempDir;

@@ -10,10 +10,13 @@ use std::{
 
 use bytes::Bytes;
 use envelog::{
-    Anchor, AnchorPlace, AppendOptions, Background, Compression, ConfigError, Durability,
-    EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreConfig, LogstoreSpec, Payload,
-    Record, ReplaceCmk, ShardChoice, Store, StoreBuilder, StoreId, StoreOptions, VerifyOptions,
-    segment::{BlockKind, SegmentHeader},
+    AppendOptions, Background, Compression, Durability, EncryptConf, EncryptType, Error, ErrorKind,
+    Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder,
+    StoreOptions,
+    admin::{Anchor, AnchorPlace, ReplaceCmk, VerifyOptions},
+    error::ConfigError,
+    ids::StoreId,
+    inspect::{BlockKind, SegmentHeader},
 };
 use memchr::memmem;
 
@@ -318,14 +321,16 @@ impl Life {
     /// reported as damage.
     fn excused(&self, what: &str, error: &Error) -> Outcome {
         let excused = match error.kind() {
-            ErrorKind::Io | ErrorKind::Full => self.trouble.disk || self.trouble.taken_over,
+            ErrorKind::Io | ErrorKind::NoRoom | ErrorKind::Busy => {
+                self.trouble.disk || self.trouble.taken_over
+            }
             ErrorKind::Unavailable => match error {
                 // Updating the anchor reads the catalogue file.
                 Error::Anchor { .. } => self.trouble.anchor || self.trouble.disk,
                 _ => self.trouble.taken_over,
             },
             ErrorKind::Revoked | ErrorKind::KmsUnreachable => self.trouble.kms,
-            ErrorKind::Configuration => {
+            ErrorKind::Invalid => {
                 self.trouble.kms && matches!(error, Error::Config(ConfigError::CmkRefused { .. }))
             }
             _ => false,
@@ -419,7 +424,7 @@ impl Life {
     /// Handles a failed append: if the writer has stopped, the buffered records are lost.
     fn failed(&mut self, n: usize, shard: usize, error: &Error) -> Outcome {
         self.excused("to append", error)?;
-        if matches!(error.kind(), ErrorKind::Io | ErrorKind::Full | ErrorKind::Unavailable) {
+        if matches!(error.kind(), ErrorKind::Io | ErrorKind::NoRoom | ErrorKind::Unavailable) {
             self.shelves().get_mut(NAMES[n]).unwrap().shards[shard].give_up_buffered();
         }
         Ok(())
@@ -460,7 +465,7 @@ impl Life {
                 Ok(())
             }
             Err(error) => {
-                if !matches!(error.kind(), ErrorKind::Io | ErrorKind::Full) {
+                if !matches!(error.kind(), ErrorKind::Io | ErrorKind::NoRoom) {
                     // A refused change has no effect.
                     shelf.views = old;
                 }

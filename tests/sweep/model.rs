@@ -2,7 +2,7 @@
 //! may be.
 
 use bytes::Bytes;
-use envelog::{Durability, EncryptConf, Record, segment::BlockKind};
+use envelog::{Durability, EncryptConf, Record, inspect::BlockKind};
 
 /// `Err` describes a violation of a guarantee.
 pub(crate) type Outcome<T = ()> = Result<T, String>;

@@ -1,9 +1,10 @@
 //! Authentic pieces in a wrong place or from an earlier time, missing pieces, and forged pieces.
 
 use envelog::{
-    Position, RewrapOptions,
+    Position,
+    admin::RewrapOptions,
     crypto::Suite,
-    segment::{
+    inspect::{
         BlockHeader, BlockKind, Compression, Footer, KeySource, Predecessor, PredecessorEnd,
         SegmentHeader,
     },

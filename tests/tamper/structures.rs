@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::Path};
 
-use envelog::segment::{BlockHeader, SegmentHeader};
+use envelog::inspect::{BlockHeader, SegmentHeader};
 
 use crate::common::catalogue::{
     Layout, RECORD_HEAD_LEN, RECORD_SUFFIX_LEN, is_catalogue_file, is_meta,

@@ -1,7 +1,7 @@
 //! A store that was not closed: below the durable mark every change is detected; above it is a torn
 //! tail, which is dropped and reported.
 
-use envelog::segment::{BlockHeader, SegmentHeader};
+use envelog::inspect::{BlockHeader, SegmentHeader};
 
 use super::{moved::segments_of, structures::blocks, *};
 

@@ -16,7 +16,7 @@ use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, Logstore, LogstoreName, LogstoreSpec,
     Payload, ReadOptions, Store, StoreBuilder,
     crypto::{AeadKey, AwsLc, Cipher, CryptoProvider},
-    segment::Compression,
+    inspect::Compression,
 };
 use serde::Serialize;
 use serde_json::json;

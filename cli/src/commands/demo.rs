@@ -11,10 +11,11 @@ use bytes::Bytes;
 use comfy_table::Cell;
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, ErrorKind, Logstore, LogstoreName,
-    LogstoreSpec, ReadOptions, Store, StoreOptions, VerifyOptions,
+    LogstoreSpec, ReadOptions, Store, StoreOptions,
+    admin::VerifyOptions,
     group::LogGroup,
+    inspect::Compression,
     kms::{Cmk, LocalKms},
-    segment::Compression,
 };
 use memchr::memmem;
 use serde_json::json;

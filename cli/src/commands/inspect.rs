@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use envelog::segment::{
+use envelog::inspect::{
     BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader,
 };
 use serde::{

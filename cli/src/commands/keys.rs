@@ -10,8 +10,11 @@ use std::{
 
 use comfy_table::Cell;
 use envelog::{
-    AuditMark, AuditRecord, CmkVersionUsage, ConfigError, EncryptConf, KeyNeed, LogstoreName,
-    Recoverable, ReplaceCmk, RewrapOptions, RewrapReport, kms::Cmk,
+    EncryptConf, LogstoreName,
+    admin::{CmkVersionUsage, KeyNeed, Recoverable, ReplaceCmk, RewrapOptions, RewrapReport},
+    audit::{AuditMark, AuditRecord},
+    error::ConfigError,
+    kms::Cmk,
 };
 use serde_json::json;
 
@@ -436,7 +439,7 @@ fn recover(setup: &Setup, expect: Option<&Path>, service_cmk: Option<&str>) -> R
         // Print before assuming any role and before writing anything.
         found.iter().try_for_each(|one| output::line(found_line(one)))?;
     }
-    let matches = |one: &envelog::Recoverable| {
+    let matches = |one: &envelog::admin::Recoverable| {
         one.cmk.is_some() && expected.get(&one.name) == one.cmk.as_ref()
     };
     if !found.iter().any(matches) {

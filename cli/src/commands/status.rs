@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use comfy_table::Cell;
-use envelog::{DataKeyStatus, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store};
+use envelog::{KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store, admin::DataKeyStatus};
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use envelog::{Checkpoint, VerifyOptions, VerifyReport};
+use envelog::admin::{Checkpoint, VerifyOptions, VerifyReport};
 use serde_json::json;
 
 use super::confirm;

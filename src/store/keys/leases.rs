@@ -32,7 +32,7 @@ impl KeyService {
     /// The KMS that serves the region of a master key.
     ///
     /// # Errors
-    /// [`crate::ConfigError::NoKmsForRegion`].
+    /// [`crate::error::ConfigError::NoKmsForRegion`].
     pub(super) fn serving(&self, cmk: &Cmk) -> Result<BoundedKms> {
         Ok(self.kms.serving(&cmk.region_id)?)
     }

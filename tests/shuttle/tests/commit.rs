@@ -23,7 +23,7 @@ use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
 use commit::{Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
-use envelog::{Durability, Error, Result, group, segment};
+use envelog::{Durability, Error, Result, group, inspect as segment};
 use shuttle::{
     sync::{
         Mutex,

@@ -30,8 +30,9 @@ use common::{
     sim::{Ledger, SeededKms, SeededRandom, cmk},
 };
 use envelog::{
-    AppendOptions, Background, ConfigError, Durability, EncryptConf, EncryptType, Error, Logstore,
-    LogstoreSpec, ReadOptions, ReplaceCmk, Result, Store, StoreOptions, crypto::Sm4Simd,
+    AppendOptions, Background, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    ReadOptions, Result, Store, StoreOptions, admin::ReplaceCmk, crypto::Sm4Simd,
+    error::ConfigError,
 };
 use shuttle::{
     sync::atomic::{AtomicBool, Ordering},

@@ -14,9 +14,9 @@ use std::{
 use envelog::{
     AppendOptions, Durability, EncryptConf, EncryptType, LogstoreName, Payload,
     crypto::SecretKey,
+    inspect::Compression,
     io::{Access, DirEntry, Disk, DiskFile, FileStat, Map, OpenMode, RealDisk},
     kms::{Cmk, Kms, KmsCall, KmsError, LocalKms},
-    segment::Compression,
 };
 use serde::Serialize;
 

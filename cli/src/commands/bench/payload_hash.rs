@@ -1,6 +1,6 @@
 //! Measures the cost of payload hashes for appends: each suite with the hashes and without them.
 
-use envelog::{Durability, StoreOptions, segment::Compression};
+use envelog::{Durability, StoreOptions, inspect::Compression};
 
 use super::{Appending, Bench, GROUP_BYTES, ROUNDS, RUN_BYTES_MAX, Row, Suite, rated};
 use crate::{exit::Result, output::Progress};
