@@ -12,6 +12,8 @@ pub(crate) enum ShardJob {
     Flush,
     /// Write every group that is queued.
     FlushAll,
+    /// As `Flush`, in a thread that may call a KMS.
+    FlushByKms,
     /// Write a mark block, unless a later block has carried the mark.
     Mark,
     /// Roll the active segment, if it is old enough.
@@ -25,9 +27,9 @@ pub(crate) enum ShardJob {
 pub(crate) enum StoreJob {
     /// Record the heads of the shards.
     Heads,
-    /// Drop the segments that retention allows to drop, as far as that needs no KMS.
+    /// Drop the segments that retention allows to drop, as far as that needs no data key.
     Retention,
-    /// The work on data keys that may call a KMS: rotation by policy, and the rest of retention.
+    /// The work on data keys: rotation by policy, and the rest of retention.
     Keys,
 }
 

@@ -220,6 +220,34 @@ fn a_hung_key_delays_no_buffered_group_of_another_logstore() {
     beside.store.close().unwrap();
 }
 
+/// The leases are in force, and the KMS hangs over the data keys alone: those of a rotation are in
+/// no memory yet, and groups wait for them.
+#[test]
+fn a_hung_data_key_delays_no_buffered_group_of_another_logstore() {
+    end_if_a_worker_panics();
+    let beside = Beside::new(64 << 20);
+    for logstore in &beside.hung {
+        logstore.append(record("waits"), &buffered()).unwrap();
+        beside.store.keys().rotate_data_key(logstore.name()).unwrap();
+    }
+    beside.world.kms.answer_for_data_keys(Answer::Hang);
+    let asked = || beside.world.kms.calls_about(&beside.cmk.cmk_key_id);
+    let before = asked();
+    let ticking = Ticking::new(&beside.world);
+    // There are two workers, and the threads for this are two.
+    eventually("groups wait for the KMS", || asked() >= before + 2);
+    let end = beside.victim.end_seq(0).unwrap();
+    beside.victim.append(record("does not wait"), &buffered()).unwrap();
+    eventually("the group is written", || beside.victim.end_seq(0).unwrap() > end);
+    // No refusal reaches an acknowledged group, and the background writes all of them.
+    beside.world.kms.answer(Answer::Real);
+    for logstore in &beside.hung {
+        eventually("the groups are written", || texts(logstore) == ["first", "waits"]);
+    }
+    drop(ticking);
+    beside.store.close().unwrap();
+}
+
 /// A Logstore whose KMS hangs may use up the memory budget. A shard without a waiting group goes
 /// on.
 #[test]

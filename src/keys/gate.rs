@@ -299,7 +299,7 @@ impl Gate {
                     return use_it(cipher);
                 }
             }
-            let derived = self.derive(epoch, &segment.header, &segment.header_hash)?;
+            let derived = self.derive(epoch, &segment.header, &segment.header_hash, true)?;
             let Some(cipher) = derived else { return self.with_cipher(segment, path, use_it) };
             if !tags_equal(cipher.commitment(), &segment.commitment) {
                 return Err(Error::WrongKey { at: Location::new(path, 0) });
@@ -326,19 +326,35 @@ impl Gate {
         read(&self.held).writing.get(&segment).map(|writing| use_it(&writing.cipher))
     }
 
+    /// Whether a segment under this key can begin without an unwrap at a customer's KMS.
+    pub(crate) fn has_key(&self, source: KeySource) -> bool {
+        let under_cmk = read(&self.keys).lease.is_some();
+        let held = read(&self.held);
+        let loaded = match source {
+            KeySource::Keyring(_) => true,
+            KeySource::DataKey(version) => {
+                self.is_still_in(held.epoch) && held.data.contains_key(&version)
+            }
+        };
+        !under_cmk || (loaded && !self.is_unproved())
+    }
+
     /// Derives and keeps the key of a new segment, whose header is about to be written. Returns the
-    /// commitment, and how often the key has been lost so far. Blocks for KMS calls.
+    /// commitment, and how often the key has been lost so far. Blocks for KMS calls. Unless
+    /// `may_load`, refuses to unwrap a data key at a customer's KMS.
     pub(crate) fn begin_segment(
         &self,
         header: &SegmentHeader,
         header_hash: &[u8; 32],
+        may_load: bool,
     ) -> Result<([u8; 32], u64)> {
         if let Some(error) = &*lock(&self.halted) {
             return Err(error.clone());
         }
         loop {
             let epoch = self.admit()?;
-            let Some(cipher) = self.derive(epoch, header, header_hash)? else { continue };
+            let derived = self.derive(epoch, header, header_hash, may_load)?;
+            let Some(cipher) = derived else { continue };
             let commitment = *cipher.commitment();
             let losses = {
                 let mut held = write(&self.held);
@@ -406,7 +422,14 @@ impl Gate {
         epoch: u64,
         header: &SegmentHeader,
         header_hash: &[u8; 32],
+        may_load: bool,
     ) -> Result<Option<SegmentCipher>> {
+        let load = |version| {
+            if !may_load {
+                self.refuse_load()?;
+            }
+            self.load(epoch, version)
+        };
         let provider = &*self.context.provider;
         let derive = |key: &SecretKey| {
             let (suite, salt) = (header.suite, &header.salt);
@@ -418,7 +441,7 @@ impl Gate {
                 // Under a customer's key, the data key says which segments may be under the
                 // keyring. It has to prove that first.
                 if let Some(current) = self.unproved_version()
-                    && !self.load(epoch, current)?
+                    && !load(current)?
                 {
                     return Ok(None);
                 }
@@ -436,11 +459,20 @@ impl Gate {
                         return derive(key);
                     }
                 }
-                if !self.load(epoch, version)? {
+                if !load(version)? {
                     return Ok(None);
                 }
             },
         }
+    }
+
+    /// Refuses to unwrap a data key that is not in memory, if its envelope is at a customer's KMS.
+    fn refuse_load(&self) -> Result<()> {
+        let Some(lease) = self.keys().lease else { return Ok(()) };
+        // A loss has wiped it. If the key is still lost, that is the error.
+        self.admit()?;
+        let wiped = "the data key was wiped while a segment began".to_owned();
+        Err(self.refused(&Refusal::Unreachable(wiped), lease.cmk()))
     }
 
     /// Unwraps a data key and keeps it under `epoch`. `false` if another epoch has begun.
@@ -862,7 +894,7 @@ mod tests {
             epoch: 1,
             extensions: Vec::new(),
         };
-        let (commitment, _) = gate.begin_segment(&header, &[5; 32]).unwrap();
+        let (commitment, _) = gate.begin_segment(&header, &[5; 32], true).unwrap();
         let uses = |header_hash: u8, commitment: [u8; 32]| {
             let segment = DecodedHeader {
                 header: header.clone(),

@@ -209,7 +209,7 @@ impl Shard {
             });
         };
         writer.set_next(next);
-        self.begin_segment(&mut writer)?;
+        self.begin_segment(&mut writer, KeyUse::Admitted)?;
         Ok(report)
     }
 

@@ -179,7 +179,7 @@ impl Shard {
                 Role::Done(outcome) => return outcome,
                 Role::Leader(term) => term,
             };
-            let turn = self.turn(Some(seq));
+            let turn = self.turn(self.writer(), Some(seq), KeyUse::Admitted);
             let resigned = self.resign(term, Some((seq, durability)));
             match (resigned.outcome, turn) {
                 (Some(outcome), _) => return outcome,
@@ -192,7 +192,9 @@ impl Shard {
     }
 
     /// Writes the groups that are due, in a thread of the scheduler. With `all` no group lingers.
-    pub(super) fn flush_queued(&self, all: bool) {
+    /// With [`KeyUse::InMemory`], leaves the rest to [`ShardJob::FlushByKms`] where it would have to
+    /// wait for a KMS.
+    pub(super) fn flush_queued(&self, all: bool, keys: KeyUse) {
         let now = self.context.clock.uptime();
         self.commit.begin_flush(now, all);
         loop {
@@ -201,7 +203,18 @@ impl Shard {
                 Flush::Idle(flush) => return self.schedule_flush(flush),
                 Flush::Leader(term) => term,
             };
-            let turn = self.turn(None);
+            let writer = match keys {
+                KeyUse::InMemory => self.writer_at_once(),
+                _ => Some(self.writer()),
+            };
+            let Some(writer) = writer else {
+                let resigned = self.commit.resign(term, self.context.clock.uptime(), None);
+                if let Some(after) = resigned.flush {
+                    self.schedule(after, ShardJob::FlushByKms);
+                }
+                return;
+            };
+            let turn = self.turn(writer, None, keys);
             self.resign(term, None);
             if turn.is_err() {
                 // Acknowledged groups stay queued until the loss of the key is dealt with, or the
@@ -239,11 +252,9 @@ impl Shard {
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
-    fn turn(&self, own: Option<u64>) -> Result<()> {
-        let mut writer = self.writer();
+    fn turn(&self, mut writer: Locked<'_>, own: Option<u64>, keys: KeyUse) -> Result<()> {
         let batch = self.commit.take_batch();
-        let turn =
-            batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, KeyUse::Admitted));
+        let turn = batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, keys));
         // Written blocks are synced for the callers that wait for it, whether or not the key may be
         // used.
         if self.commit.wants_sync(own, turn.is_err() || writer.owes_sync()) {
@@ -289,7 +300,7 @@ impl Shard {
                 self.refuse(batch, &error);
                 Err(error)
             }
-            Err(error) if keys == KeyUse::Admitted && is_refusal(&error) => {
+            Err(error) if keys != KeyUse::Held && is_refusal(&error) => {
                 self.refuse(batch, &error);
                 if !writer.is_open() {
                     // The old segment is sealed and the new one could not be begun: no segment
@@ -310,19 +321,19 @@ impl Shard {
 
     /// Writes one block, and rolls first if the active segment does not take it.
     fn write_block(&self, writer: &mut Locked<'_>, batch: &[Pending], keys: KeyUse) -> Result<()> {
-        if keys == KeyUse::Admitted
+        if keys != KeyUse::Held
             && let Some(first) = batch.first()
             && !writer.takes_another_block()
         {
             if writer.is_open() {
-                self.seal_active(writer, KeyUse::Admitted)?;
+                self.seal_active(writer, keys)?;
                 self.record_head()?;
             }
             let Some(next) = writer.next().cloned() else {
                 return Err(Error::Closed("the active segment"));
             };
             writer.set_next(Next { first_seq: first.seq, ..next });
-            self.begin_segment(writer)?;
+            self.begin_segment(writer, keys)?;
         }
         writer.write_block(batch, keys)?;
         self.env.check_fence()
@@ -425,7 +436,7 @@ impl Shard {
         };
         let first_seq = next.first_seq.max(self.commit.next_to_write());
         writer.set_next(Next { first_seq, ..next });
-        self.begin_segment(writer)
+        self.begin_segment(writer, KeyUse::Admitted)
     }
 
     pub(super) fn recovery(&self) -> Recovery<'_> {
@@ -440,8 +451,8 @@ impl Shard {
     }
 
     /// Begins the segment that the writer is to begin next, and lists it.
-    pub(super) fn begin_segment(&self, writer: &mut SegmentWriter) -> Result<()> {
-        self.list.push(writer.begin()?);
+    pub(super) fn begin_segment(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
+        self.list.push(writer.begin(keys)?);
         self.schedule_roll(self.context.options.segment_age);
         Ok(())
     }

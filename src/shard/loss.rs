@@ -185,6 +185,15 @@ impl Shard {
         Locked::new(self, lock(&self.writer))
     }
 
+    /// Takes the writer if the next block can be written, or is refused, without waiting for a KMS
+    /// or for a thread that may call one. The caller leads.
+    pub(super) fn writer_at_once(&self) -> Option<Locked<'_>> {
+        let mut writer = Locked::new(self, try_lock(&self.writer)?);
+        let gate = self.gate();
+        let mut ready = || writer.takes_another_block() || gate.has_key(self.env.plan().key_source);
+        (gate.decides_at_once() && (gate.is_lost() || ready())).then_some(writer)
+    }
+
     /// Takes the leadership and the writer, unless another thread has one of them for longer than
     /// `patience`.
     pub(super) fn lead_within(&self, patience: Duration) -> Option<(Leading<'_>, Locked<'_>)> {

@@ -81,7 +81,7 @@ pub(crate) use segments::{
     End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header,
 };
 pub use ticket::Ticket;
-use writer::{SegmentWriter, WriteEnv};
+use writer::{KeyUse, SegmentWriter, WriteEnv};
 
 /// Limits appends.
 pub(crate) trait AdmitAppend: Send + Sync {
@@ -396,17 +396,20 @@ impl Task<ShardJob> for Shard {
             return self.schedule(UNTIL_THE_KMS_ANSWERS, job);
         }
         match job {
-            ShardJob::Flush => self.flush_queued(false),
-            ShardJob::FlushAll => self.flush_queued(true),
+            ShardJob::Flush if self.context.options.threads => {
+                self.flush_queued(false, KeyUse::InMemory);
+            }
+            ShardJob::Flush | ShardJob::FlushByKms => self.flush_queued(false, KeyUse::Admitted),
+            ShardJob::FlushAll => self.flush_queued(true, KeyUse::Admitted),
             ShardJob::Mark => self.mark_if_idle(),
             ShardJob::RollByAge => self.roll_if_old(),
             ShardJob::Abandon => self.abandon(),
         }
     }
 
-    /// All but the flush wait for the writer, whose holder may call the KMS, or call it themselves.
+    /// `Flush` waits for no KMS. The others wait for the writer, whose holder may call the KMS, or
+    /// call it themselves.
     fn may_wait_for_a_kms(&self, job: ShardJob) -> bool {
-        let waits = matches!(job, ShardJob::Mark | ShardJob::RollByAge | ShardJob::Abandon);
-        waits && self.context.gate.may_call_a_kms()
+        job != ShardJob::Flush && self.context.gate.may_call_a_kms()
     }
 }

@@ -16,7 +16,7 @@ use super::{
     rules::check_rules,
     scanning::{Prover, Scanned, add, in_place},
     segments::{End, Opened, Proof, SegmentList, SegmentRef, read_header},
-    writer::{NewSegment, Next, WriteEnv},
+    writer::{KeyUse, NewSegment, Next, WriteEnv},
 };
 use crate::{
     Error, Result,
@@ -339,7 +339,7 @@ impl<'a> Rewriting<'a> {
             // Encrypted blocks stay encrypted, also if encryption has been turned off since.
             plan.suite = plan.suite.encrypting();
         }
-        let new = NewSegment::create(env, &next, &plan)?;
+        let new = NewSegment::create(env, &next, &plan, KeyUse::Admitted)?;
         let (builder, offset) = (FooterBuilder::of(new.header()), new.header().body_start);
         Ok(Self {
             env,

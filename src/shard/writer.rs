@@ -103,6 +103,9 @@ impl WriteEnv {
 pub(super) enum KeyUse {
     /// As the lease admits.
     Admitted,
+    /// As the lease admits. A segment begins only under a data key that is in memory: the thread
+    /// waits for no KMS.
+    InMemory,
     /// Although the lease was lost, as long as they are in memory: to seal acknowledged groups.
     Held,
 }
@@ -338,10 +341,10 @@ impl SegmentWriter {
 
     /// Begins the segment that [`SegmentWriter::next`] describes: under a temporary name, durable,
     /// then under its own name. Returns its entry for the list of segments.
-    pub(super) fn begin(&mut self) -> Result<SegmentRef> {
+    pub(super) fn begin(&mut self, keys: KeyUse) -> Result<SegmentRef> {
         let Some(next) = &self.next else { return Err(Error::Closed("the active segment")) };
         let (env, plan) = (&self.env, self.env.plan());
-        let new = NewSegment::create(env, next, &plan)?;
+        let new = NewSegment::create(env, next, &plan, keys)?;
         new.publish(env).inspect_err(|_| env.gate.end_segment(new.header().segment))?;
         let segment = SegmentFile { path: new.path, ..new.segment };
         let view = ActiveView::new(Arc::clone(&segment.file), Arc::clone(&segment.header));
@@ -542,9 +545,11 @@ impl SegmentFile {
         use_it: impl FnOnce(&SegmentCipher) -> std::result::Result<R, CryptoError>,
     ) -> Result<R> {
         match keys {
-            KeyUse::Admitted => env.gate.with_cipher(&self.header, &self.path, |cipher| {
-                use_it(cipher).map_err(Error::Crypto)
-            }),
+            KeyUse::Admitted | KeyUse::InMemory => {
+                env.gate.with_cipher(&self.header, &self.path, |cipher| {
+                    use_it(cipher).map_err(Error::Crypto)
+                })
+            }
             KeyUse::Held => {
                 let used = env.gate.with_held(self.header.segment, use_it);
                 used.ok_or(Error::Closed("the data key"))?.map_err(Error::Crypto)
@@ -576,7 +581,12 @@ pub(super) struct NewSegment {
 impl NewSegment {
     /// Draws a salt, derives the key, and writes the header to a temporary file. The gate keeps the
     /// key until [`Gate::end_segment`].
-    pub(super) fn create(env: &WriteEnv, next: &Next, plan: &WritePlan) -> Result<Self> {
+    pub(super) fn create(
+        env: &WriteEnv,
+        next: &Next,
+        plan: &WritePlan,
+        keys: KeyUse,
+    ) -> Result<Self> {
         let epoch = env.fence.as_ref().map_or(0, |fence| fence.epoch());
         let name = SegmentName { ordinal: next.ordinal, epoch, first_seq: next.first_seq };
         let path: Arc<Path> = env.dir.join(name.to_string()).into();
@@ -603,7 +613,8 @@ impl NewSegment {
         };
         let encoded = header.encode();
         let hash = header.hash(&encoded);
-        let (commitment, losses) = env.gate.begin_segment(&header, &hash)?;
+        let (commitment, losses) =
+            env.gate.begin_segment(&header, &hash, keys != KeyUse::InMemory)?;
         let bytes = SegmentHeader::finish(encoded, &commitment);
         let create = || -> Result<SegmentFile> {
             let Temporary { file, path: temporary } =

@@ -34,8 +34,8 @@ impl Jobs {
         self.core.registry.scheduler().after(after, Work::Store(self.this.clone(), job));
     }
 
-    /// Applies retention as far as that needs no KMS, and writes delayed audit records. The next
-    /// run retries each failure.
+    /// Applies retention as far as that needs no data key, and writes delayed audit records. The
+    /// next run retries each failure.
     fn retain(&self) {
         let Core { env, keys, .. } = &self.core;
         if let Err(error) = retention::apply_without_kms(&self.core) {
@@ -76,6 +76,11 @@ impl Task<StoreJob> for Jobs {
     }
 
     fn may_wait_for_a_kms(&self, job: StoreJob) -> bool {
-        job == StoreJob::Keys
+        match job {
+            StoreJob::Heads => false,
+            // It is admitted by the lease of the service key.
+            StoreJob::Retention => self.core.keys.has_service_lease(),
+            StoreJob::Keys => true,
+        }
     }
 }

@@ -76,7 +76,8 @@ pub(super) fn apply(core: &Core) -> Result<RetentionReport> {
     result.and(run.with_kms()).map(|()| run.report)
 }
 
-/// As [`apply`], but leaves to [`apply_with_kms`] the work that needs a customer's KMS.
+/// As [`apply`], but leaves to [`apply_with_kms`] the work that may call a customer's KMS, or wait
+/// for a thread that does. Calls the KMS of the service key if its last answer is too old.
 pub(super) fn apply_without_kms(core: &Core) -> Result<()> {
     Run::new(core)?.without_kms()
 }
@@ -115,18 +116,19 @@ impl<'a> Run<'a> {
         result.and(self.each(|run, logstore| {
             let Some(limits) = run.limits(logstore) else { return Ok(()) };
             match logstore.gate.is_unproved() {
-                true => run.remove_leftovers(logstore)?,
-                false => run.drop_excess(logstore, limits)?,
-            }
-            match uses_kms(logstore) {
-                true => Ok(()),
-                false => run.shred_unused(logstore),
+                true => run.remove_leftovers(logstore),
+                false => run.drop_excess(logstore, limits),
             }
         }))
     }
 
     fn with_kms(&mut self) -> Result<()> {
-        self.each(|run, logstore| {
+        // These come first, so that no KMS of a customer delays them.
+        let result = self.each(|run, logstore| match run.limits(logstore) {
+            Some(_) if !uses_kms(logstore) => run.shred_unused(logstore),
+            _ => Ok(()),
+        });
+        result.and(self.each(|run, logstore| {
             let Some(limits) = run.limits(logstore).filter(|_| uses_kms(logstore)) else {
                 return Ok(());
             };
@@ -139,7 +141,7 @@ impl<'a> Run<'a> {
                 run.drop_excess(logstore, limits)?;
             }
             run.shred_unused(logstore)
-        })
+        }))
     }
 
     /// The limits of a Logstore; `None` if it has none.

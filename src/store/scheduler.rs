@@ -13,7 +13,7 @@ use std::{
 use crate::{
     io::Clock,
     schedule::{ShardJob, Wake, Work},
-    sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait, wait_for_no_kms, wait_timeout},
 };
 
 /// The threads for tasks that may wait for a KMS: one for the work on data keys, and another for
@@ -93,6 +93,9 @@ impl Scheduler {
     }
 
     fn work(&self) {
+        if self.for_kms.is_some() {
+            wait_for_no_kms();
+        }
         let mut queue = lock(&self.queue);
         loop {
             if queue.stopped {

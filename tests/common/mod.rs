@@ -830,6 +830,18 @@ pub(crate) fn segments(logstore_dir: &Path, shard: u32) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Ends the test run if a worker of a store panics: it may have held a shard, for which the test
+/// would wait forever. In debug builds a worker panics if it calls a KMS.
+pub(crate) fn end_if_a_worker_panics() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        if std::thread::current().name() == Some("envelog-worker") {
+            std::process::abort();
+        }
+    }));
+}
+
 /// Waits in real time until `met` holds.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut met: impl FnMut() -> bool) {

@@ -63,6 +63,11 @@ impl KeyService {
         self.service.lease().is_some_and(|service| std::ptr::eq(&*service, lease))
     }
 
+    /// Whether the service key is under a master key.
+    pub(crate) fn has_service_lease(&self) -> bool {
+        self.service.lease().is_some()
+    }
+
     /// Admits an operation that uses the service key. Blocks for a KMS call if the last answer is
     /// too old.
     ///
