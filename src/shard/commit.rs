@@ -18,11 +18,17 @@
 //!
 //! `tests/shuttle/tests/commit.rs` compiles this file by itself and explores its schedules.
 
-use std::{collections::VecDeque, ops::Range, sync::Arc, task::Waker, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+    sync::Arc,
+    task::Waker,
+    time::Duration,
+};
 
 use bytes::Bytes;
 
-use super::Durability;
+use super::{Durability, wakers::Wakers};
 use crate::{
     Error, Result, group,
     segment::{BLOCK_GROUPS_MAX, BlockKind},
@@ -61,6 +67,35 @@ pub(super) struct Group {
 pub(super) struct Pending {
     pub(super) seq: u64,
     pub(super) group: Group,
+}
+
+/// What the submitter of a group asks for its outcome with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The group has this sequence number.
+    Seq(u64),
+    /// The group was handed over, as the one with this number.
+    HandedOver(u64),
+}
+
+/// A group that was handed over and has no sequence number yet.
+struct HandedOver {
+    number: u64,
+    group: Group,
+    durability: Durability,
+    /// Whether its submitter may still ask for its outcome.
+    asked: bool,
+}
+
+/// The id of the only task that awaits the outcome of a group.
+const TICKET: u64 = 0;
+
+/// What became of a group that was handed over.
+enum Place {
+    /// It has a sequence number.
+    Seq(u64),
+    /// It was refused.
+    Refused(Error),
 }
 
 /// A group that was accepted. The submitter is an asker until it calls [`GroupCommit::leave`].
@@ -193,28 +228,79 @@ impl GroupCommit {
 
     // ---- callers ----
 
-    /// Gives `group` the next sequence number and puts it into the queue.
-    pub(super) fn submit(&self, mut group: Group) -> Result<Submitted, Rejected> {
+    /// Gives `group` the next sequence number and puts it into the queue, behind the groups that
+    /// were handed over before.
+    pub(super) fn submit(&self, group: Group) -> Result<Submitted, Rejected> {
         let mut state = self.lock();
         state.check().map_err(Rejected::Stopped)?;
         if !state.open {
             return Err(Rejected::NotOpen(group));
         }
+        state.place_handed_over();
         if state.next_seq >= state.limit_seq {
             return Err(Rejected::Exhausted);
         }
-        let (seq, now) = (state.next_seq, group.submitted);
-        state.next_seq += 1;
-        group.time_us = group.time_us.max(state.last_time_us);
-        state.last_time_us = group.time_us;
+        let now = group.submitted;
         let was_full = state.queued_bytes >= self.block_bytes;
-        state.queued_bytes += group.bytes.len();
-        state.queue.push_back(Pending { seq, group });
+        let seq = state.push(group);
         let fills = !was_full && state.queued_bytes >= self.block_bytes;
         let due = fills || !state.flush_scheduled;
         let flush = if due { self.schedule_flush(&mut state, now) } else { None };
         state.askers += 1;
+        self.wake(state);
         Ok(Submitted { seq, flush })
+    }
+
+    /// Takes a group that gets its sequence number later: no segment is open, or the key has to be
+    /// admitted first. The caller is an asker, and has a thread that may block call
+    /// [`GroupCommit::place`] or [`GroupCommit::refuse_handed_over`]. Returns the number of the
+    /// group, and whether it is the only one.
+    pub(super) fn hand_over(
+        &self,
+        group: Group,
+        durability: Durability,
+    ) -> Result<(u64, bool), Stopped> {
+        let mut state = self.lock();
+        state.check()?;
+        state.last_handed_over += 1;
+        let number = state.last_handed_over;
+        state.handed_over.push_back(HandedOver { number, group, durability, asked: true });
+        state.askers += 1;
+        Ok((number, state.handed_over.len() == 1))
+    }
+
+    /// Puts the groups that were handed over into the queue, if a segment is open. Returns after
+    /// how long the caller must schedule a flush, if it must.
+    pub(super) fn place(&self, now: Duration) -> Option<Duration> {
+        let mut state = self.lock();
+        if state.open {
+            state.place_handed_over();
+        }
+        let flush = self.schedule_missing_flush(&mut state, now);
+        self.wake(state);
+        flush
+    }
+
+    /// Fails the groups that were handed over and have no sequence number yet.
+    pub(super) fn refuse_handed_over(&self, error: &Error) -> Dropped {
+        let mut state = self.lock();
+        let mut dropped = state.nothing_dropped();
+        state.refuse_handed_over(error, &mut dropped);
+        self.wake(state);
+        dropped
+    }
+
+    /// Whether groups that were handed over have no sequence number yet.
+    pub(super) fn has_handed_over(&self) -> bool {
+        !self.lock().handed_over.is_empty()
+    }
+
+    /// The sequence number of a group. `None` if it was handed over and has none yet.
+    ///
+    /// # Errors
+    /// The group was handed over, and refused.
+    pub(super) fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
+        self.lock().seq_of(claim)
     }
 
     /// An asker is done. When the last one is, no failure needs to be remembered any longer.
@@ -222,25 +308,76 @@ impl GroupCommit {
         self.lock().leave();
     }
 
-    /// Whether the append of `seq` has succeeded or failed; `None` while it is under way.
-    pub(super) fn outcome(&self, seq: u64, durability: Durability) -> Option<Result<()>> {
-        self.lock().outcome(seq, durability)
+    /// The asker of this group is done.
+    pub(super) fn leave_claim(&self, claim: Claim, durability: Durability) {
+        let mut state = self.lock();
+        if let Ok(Some(seq)) = state.seq_of(claim) {
+            state.awaiting(durability).remove(seq, TICKET);
+        }
+        if let Claim::HandedOver(number) = claim {
+            state.places.remove(&number);
+            state.await_place.remove(number, TICKET);
+            let at = state.handed_over.partition_point(|group| group.number < number);
+            if let Some(group) = state.handed_over.get_mut(at).filter(|it| it.number == number) {
+                group.asked = false;
+            }
+        }
+        state.leave();
     }
 
-    /// As [`GroupCommit::outcome`]. While the append is under way, `waker` is woken whenever the
-    /// leader resigns.
+    /// Whether the append has succeeded, with its sequence number, or failed; `None` while it is
+    /// under way.
+    pub(super) fn outcome(&self, claim: Claim, durability: Durability) -> Option<Result<u64>> {
+        self.lock().outcome_of(claim, durability)
+    }
+
+    /// As [`GroupCommit::outcome`]. Wakes `waker` once there is one.
     pub(super) fn poll(
         &self,
-        seq: u64,
+        claim: Claim,
         durability: Durability,
         waker: &Waker,
-    ) -> Option<Result<()>> {
+    ) -> Option<Result<u64>> {
         let mut state = self.lock();
-        let outcome = state.outcome(seq, durability);
-        if outcome.is_none() && !state.wakers.iter().any(|known| known.will_wake(waker)) {
-            state.wakers.push(waker.clone());
+        let outcome = state.outcome_of(claim, durability);
+        if outcome.is_none() {
+            match (state.seq_of(claim), claim) {
+                (Ok(Some(seq)), _) => state.awaiting(durability).insert(seq, TICKET, waker),
+                (_, Claim::HandedOver(number)) => {
+                    state.await_place.insert(number, TICKET, waker);
+                }
+                _ => {}
+            }
         }
         outcome
+    }
+
+    /// Whether the group `seq` is written, as far as this process writes; if not, has `waker` woken
+    /// when it is, or when an operation of the shard fails. `task` is the caller's own id.
+    pub(super) fn poll_written(&self, seq: u64, task: u64, waker: &Waker) -> bool {
+        let mut state = self.lock();
+        let written = state.written > seq;
+        if !written {
+            state.followers.insert(seq, task, waker);
+        }
+        written
+    }
+
+    /// Forgets a task of [`GroupCommit::poll_written`].
+    pub(super) fn forget_follower(&self, seq: u64, task: u64) {
+        self.lock().followers.remove(seq, task);
+    }
+
+    /// Wakes the tasks of [`GroupCommit::poll_written`]: there may be more to read, or an error.
+    pub(super) fn wake_followers(&self) {
+        let mut state = self.lock();
+        state.wake_followers_below(u64::MAX);
+        self.wake(state);
+    }
+
+    /// Whether a task follows the shard.
+    pub(super) fn has_followers(&self) -> bool {
+        !self.lock().followers.is_empty()
     }
 
     /// Has a group written, and synced if `durability` says so, although no caller waits for it.
@@ -354,9 +491,11 @@ impl GroupCommit {
             state.led = None;
         }
         let flush = self.schedule_missing_flush(&mut state, now);
-        self.wake_all(&mut state);
         let outcome = own.and_then(|(seq, durability)| state.outcome(seq, durability));
         let is_queued = own.is_some_and(|(seq, _)| seq >= state.written);
+        self.progress.notify_all();
+        state.wake_reached();
+        self.wake(state);
         Resigned { flush, outcome, is_queued }
     }
 
@@ -411,7 +550,8 @@ impl GroupCommit {
     /// queue has expired, no group stays.
     pub(super) fn refuse(&self, batch: Vec<Pending>, error: &Error, retry_at: Duration) -> Dropped {
         let mut state = self.lock();
-        let dropped = state.refuse(batch, error);
+        let mut dropped = state.refuse(batch, error);
+        state.refuse_handed_over(error, &mut dropped);
         if !state.queue.is_empty() {
             state.retry_at = retry_at;
         }
@@ -447,8 +587,11 @@ impl GroupCommit {
         state.open = false;
         let (in_batch, next) = (state.taken.max(state.written), state.next_seq);
         state.fail(in_batch..next, false, error);
-        self.wake_all(&mut state);
-        state.drop_queue()
+        let mut dropped = state.drop_queue();
+        state.refuse_handed_over(error, &mut dropped);
+        self.progress.notify_all();
+        self.wake(state);
+        dropped
     }
 
     /// The loss at whose deadline the queue expired, while [`GroupCommit::finish_expiry`] is due.
@@ -467,12 +610,15 @@ impl GroupCommit {
         dropped.lost.merge(std::mem::take(&mut state.in_hand));
         if let Some(error) = state.error.clone() {
             state.end_all(&error);
+            state.refuse_handed_over(&error, &mut dropped);
         }
         state.open = false;
         if depose {
             state.led = None;
         }
-        self.wake_all(&mut state);
+        self.progress.notify_all();
+        state.wake_reached();
+        self.wake(state);
         dropped
     }
 
@@ -572,9 +718,10 @@ impl GroupCommit {
         self.lock().next_seq
     }
 
-    /// Whether a group waits in the queue.
+    /// Whether a group waits in the queue, or was handed over.
     pub(super) fn has_queued(&self) -> bool {
-        !self.lock().queue.is_empty()
+        let state = self.lock();
+        !(state.queue.is_empty() && state.handed_over.is_empty())
     }
 
     /// Whether a segment is open, the queue is empty, and no caller leads.
@@ -591,7 +738,7 @@ impl GroupCommit {
     pub(super) fn latch(&self, cause: Arc<Error>, error: &Error) -> usize {
         let mut state = self.lock();
         state.end_all(error);
-        let freed = state.forget();
+        let freed = state.forget(error);
         state.in_hand = LostGroups::default();
         state.open = false;
         state.latched = Some(cause);
@@ -620,7 +767,11 @@ impl GroupCommit {
         let mut state = self.lock();
         let (written, next) = (state.written, state.next_seq);
         state.fail(written..next, false, error);
-        (!state.queue.is_empty(), state.forget())
+        let had_groups = !state.queue.is_empty();
+        let freed = state.forget(error);
+        state.wake_followers_below(u64::MAX);
+        self.wake(state);
+        (had_groups, freed)
     }
 
     // ---- inside ----
@@ -642,12 +793,11 @@ impl GroupCommit {
         Some(delay.max(state.retry_at.saturating_sub(now)))
     }
 
-    /// Wakes the followers, and the tasks that await an outcome.
-    fn wake_all(&self, state: &mut State) {
-        self.progress.notify_all();
-        for waker in state.wakers.drain(..) {
-            waker.wake();
-        }
+    /// Gives the lock back, and wakes the tasks that there is news for.
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        let woken = std::mem::take(&mut state.woken);
+        drop(state);
+        woken.into_iter().for_each(Waker::wake);
     }
 
     /// As [`GroupCommit::schedule_flush`], unless a flush is scheduled already.
@@ -715,7 +865,20 @@ struct State {
     /// How many callers may still ask for an outcome. Failures are remembered for them.
     askers: usize,
     failures: Vec<Failure>,
-    wakers: Vec<Waker>,
+
+    handed_over: VecDeque<HandedOver>,
+    last_handed_over: u64,
+    /// What became of the groups that were handed over, by their numbers, for their askers.
+    places: BTreeMap<u64, Place>,
+
+    /// The tasks that await a group: to be written, to be synced, to have a sequence number.
+    await_written: Wakers,
+    await_synced: Wakers,
+    await_place: Wakers,
+    /// The tasks that follow the shard.
+    followers: Wakers,
+    /// The tasks to wake once the lock is given back.
+    woken: Vec<Waker>,
 }
 
 impl State {
@@ -748,6 +911,84 @@ impl State {
         }
     }
 
+    fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
+        match claim {
+            Claim::Seq(seq) => Ok(Some(seq)),
+            Claim::HandedOver(number) => match self.places.get(&number) {
+                None => Ok(None),
+                Some(Place::Seq(seq)) => Ok(Some(*seq)),
+                Some(Place::Refused(error)) => Err(error.clone()),
+            },
+        }
+    }
+
+    fn outcome_of(&self, claim: Claim, durability: Durability) -> Option<Result<u64>> {
+        match self.seq_of(claim) {
+            Ok(Some(seq)) => Some(self.outcome(seq, durability)?.map(|()| seq)),
+            Ok(None) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    fn awaiting(&mut self, durability: Durability) -> &mut Wakers {
+        match durability {
+            Durability::Synced => &mut self.await_synced,
+            Durability::Written | Durability::Buffered => &mut self.await_written,
+        }
+    }
+
+    /// Notes the tasks whose groups are written or synced by now.
+    fn wake_reached(&mut self) {
+        let (written, synced) = (self.written, self.synced);
+        self.woken.extend(self.await_written.take(0..written));
+        self.woken.extend(self.await_synced.take(0..synced));
+        self.wake_followers_below(written);
+    }
+
+    fn wake_followers_below(&mut self, seq: u64) {
+        self.woken.extend(self.followers.take(0..seq));
+    }
+
+    /// Gives `group` the next sequence number and puts it into the queue.
+    fn push(&mut self, mut group: Group) -> u64 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        group.time_us = group.time_us.max(self.last_time_us);
+        self.last_time_us = group.time_us;
+        self.queued_bytes += group.bytes.len();
+        self.queue.push_back(Pending { seq, group });
+        seq
+    }
+
+    /// Puts the groups that were handed over into the queue, as far as there are numbers for them.
+    fn place_handed_over(&mut self) {
+        while self.next_seq < self.limit_seq
+            && let Some(HandedOver { number, group, durability, asked }) =
+                self.handed_over.pop_front()
+        {
+            let seq = self.push(group);
+            if durability != Durability::Buffered {
+                self.want(seq, durability);
+            }
+            self.note_place(number, asked, Place::Seq(seq));
+        }
+    }
+
+    fn refuse_handed_over(&mut self, error: &Error, dropped: &mut Dropped) {
+        for HandedOver { number, group, asked, .. } in std::mem::take(&mut self.handed_over) {
+            dropped.freed += group.charged;
+            dropped.groups.push(group.bytes);
+            self.note_place(number, asked, Place::Refused(error.clone()));
+        }
+    }
+
+    fn note_place(&mut self, number: u64, asked: bool, place: Place) {
+        if asked {
+            self.places.insert(number, place);
+            self.woken.extend(self.await_place.take(number..number + 1));
+        }
+    }
+
     fn leave(&mut self) {
         self.askers -= 1;
         if self.askers == 0 {
@@ -759,6 +1000,10 @@ impl State {
         if range.is_empty() || self.askers == 0 {
             return;
         }
+        if !synced_only {
+            self.woken.extend(self.await_written.take(range.clone()));
+        }
+        self.woken.extend(self.await_synced.take(range.clone()));
         match self.failures.last_mut() {
             // A refusal fails the queued groups one by one, each with the same error.
             Some(last)
@@ -861,10 +1106,14 @@ impl State {
         (self.taken, self.written, self.synced) = (next, next, next);
     }
 
-    /// Empties the queue. Returns how much of the budget its groups held.
-    fn forget(&mut self) -> usize {
+    /// Empties the queue. Groups that were handed over fail with `error`. Returns how much of the
+    /// budget all these groups held.
+    fn forget(&mut self, error: &Error) -> usize {
+        let mut handed_over = Dropped::default();
+        self.refuse_handed_over(error, &mut handed_over);
         self.queued_bytes = 0;
-        self.queue.drain(..).map(|pending| pending.group.charged).sum()
+        let queued: usize = self.queue.drain(..).map(|pending| pending.group.charged).sum();
+        queued + handed_over.freed
     }
 }
 
