@@ -52,8 +52,8 @@ pub use kms::Cmk;
 pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{
-    Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock,
-    Ticket,
+    AppendFuture, Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record,
+    RecordBlock, Ticket,
 };
 pub use store::{Admin, Background, Keys, Store, StoreBuilder, StoreOptions};
 

@@ -14,6 +14,8 @@ pub(crate) enum ShardJob {
     FlushAll,
     /// As `Flush`, in a thread that may call a KMS.
     FlushByKms,
+    /// Open a segment for the groups that were handed over, and queue them.
+    Place,
     /// Write a mark block, unless a later block has carried the mark.
     Mark,
     /// Roll the active segment, if it is old enough.

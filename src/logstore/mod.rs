@@ -24,8 +24,8 @@ use crate::{
     kms::{Cmk, KmsError},
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        Appended, CurrentPlan, Durability, End, Payload, ReadOptions, Reader, RecoveryNotice,
-        Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
+        AppendFuture, Appended, CurrentPlan, Durability, End, Payload, ReadOptions, Reader,
+        RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,
@@ -531,10 +531,53 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        self.enqueue(payload, options, true)?.wait()
+        let (shard, payload) = self.target(payload, options)?;
+        shard.enqueue(payload, options.durability)?.wait()
     }
 
-    /// Submits a group and returns a ticket for it. Waits only while the write pipeline is full.
+    /// Appends a group as a future: awaits room in the memory budget
+    /// ([`StoreOptions::pending_bytes_max`](crate::StoreOptions::pending_bytes_max)), and then the
+    /// durability in `options`. Needs no particular runtime. Neither this call nor polling the
+    /// future blocks. Groups of one Logstore are appended in the order of the first polls.
+    ///
+    /// # Errors
+    /// As [`Logstore::append`].
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions};
+    /// # fn block_on<F: std::future::Future>(future: F) -> F::Output {
+    /// #     let mut future = std::pin::pin!(future);
+    /// #     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    /// #     loop {
+    /// #         if let std::task::Poll::Ready(output) = future.as_mut().poll(&mut context) { return output; }
+    /// #         std::thread::yield_now();
+    /// #     }
+    /// # }
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// # let logstore = store.create_logstore(&"app/events".parse()?, LogstoreSpec::default())?;
+    /// let appended = block_on(async {
+    ///     logstore.append_async(Payload::opaque("hello")?, &AppendOptions::default()).await
+    /// })?;
+    /// assert_eq!(appended.seq, 0);
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn append_async<P>(&self, payload: P, options: &AppendOptions) -> AppendFuture
+    where
+        P: TryInto<Payload>,
+        Error: From<P::Error>,
+    {
+        match self.target(payload, options) {
+            Ok((shard, payload)) => {
+                AppendFuture::new(Arc::clone(shard), payload, options.durability)
+            }
+            Err(error) => AppendFuture::failed(error),
+        }
+    }
+
+    /// Submits a group and returns a ticket for it. Blocks only while the memory budget
+    /// ([`StoreOptions::pending_bytes_max`](crate::StoreOptions::pending_bytes_max)) is used up.
+    /// A thread of the store calls the KMS and recovers the shard where that is necessary.
     ///
     /// # Errors
     /// As [`Logstore::append`] for errors that show at once. The ticket returns the others.
@@ -543,35 +586,35 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let ticket = self.enqueue(payload, options, true)?;
-        ticket.hasten();
-        Ok(ticket)
+        let (shard, payload) = self.target(payload, options)?;
+        shard.hand_over(payload, options.durability, true)
     }
 
-    /// As [`Logstore::submit`], but it does not wait while the pipeline is full. It may still block
-    /// for file I/O or a KMS call, as the first append after opening does.
+    /// As [`Logstore::submit`], but never blocks.
+    ///
+    /// In a store without threads ([`Background::Manual`](crate::Background::Manual)) it calls the
+    /// KMS and recovers the shard itself, as [`Logstore::submit`] does there.
     ///
     /// # Errors
-    /// [`Error::Full`] when the write pipeline is full; otherwise as [`Logstore::submit`].
+    /// [`Error::Full`] while the memory budget is used up; otherwise as [`Logstore::submit`].
     pub fn try_submit<P>(&self, payload: P, options: &AppendOptions) -> Result<Ticket>
     where
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        let ticket = self.enqueue(payload, options, false)?;
-        ticket.hasten();
-        Ok(ticket)
+        let (shard, payload) = self.target(payload, options)?;
+        shard.hand_over(payload, options.durability, false)
     }
 
-    fn enqueue<P>(&self, payload: P, options: &AppendOptions, wait: bool) -> Result<Ticket>
+    /// The shard and the payload of an append.
+    fn target<P>(&self, payload: P, options: &AppendOptions) -> Result<(&Arc<Shard>, Payload)>
     where
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
         self.shared.settle();
         let payload = payload.try_into()?;
-        let shard = self.shared.choose(options.shard)?;
-        shard.enqueue(payload, options.durability, wait)
+        Ok((self.shared.choose(options.shard)?, payload))
     }
 
     /// Makes everything durable that was appended before the call. Bytes from a killed process, or

@@ -41,6 +41,10 @@ impl Shard {
     /// Writes everything, seals the active segment, and accepts no more appends. Returns the head
     /// of the shard.
     pub(crate) fn close(&self) -> Result<Option<Head>> {
+        if self.commit.has_handed_over() {
+            // The tickets of the groups have the error.
+            drop(self.place_handed_over());
+        }
         self.commit.close();
         let flushed = match self.latch_cause() {
             Some(cause) => Err(self.latched(&cause)),

@@ -4,13 +4,18 @@
 //! leader makes a block of it here, writes it, syncs if a caller waits for that, and reports back.
 //! Groups that no caller waits for are written by a scheduled job, after `linger` at the latest.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    task::{Poll, Waker},
+    time::Duration,
+};
 
 use tracing::error;
 
 use super::{
     Durability, Payload, Shard, Ticket,
-    commit::{Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
+    budget::AwaitsRoom,
+    commit::{Claim, Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
     loss::{Locked, wipe_batch},
     recovery::Recovery,
     rules::check_no_data_key,
@@ -31,6 +36,8 @@ const MARK_AFTER: Duration = Duration::from_secs(1);
 pub(super) const UNTIL_THE_KMS_ANSWERS: Duration = Duration::from_millis(20);
 /// After how long acknowledged groups that could not be sealed without the key are tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// After how long groups are tried again that were handed over and got no sequence number.
+const PLACE_AGAIN_AFTER: Duration = Duration::from_millis(20);
 /// How much of the budget a waiting group takes beyond its own bytes.
 const PENDING_BYTES: usize = size_of::<Pending>();
 
@@ -97,72 +104,221 @@ impl Drop for Leading<'_> {
 impl Shard {
     // ---- callers ----
 
-    /// Puts a group into the queue and returns a ticket for it. With `wait_for_room` it blocks
-    /// while the store's memory budget is used up.
+    /// Puts a group into the queue and returns a ticket for it. Blocks until there is room in the
+    /// memory budget, the key is admitted, and a segment is open.
     pub(crate) fn enqueue(
+        self: &Arc<Self>,
+        payload: Payload,
+        durability: Durability,
+    ) -> Result<Ticket> {
+        let charge = self.charge_of(&payload)?;
+        self.context.gate.admit()?;
+        if !self.try_charge(charge) {
+            self.charge_waiting(charge)?;
+            // The wait may have been long.
+            self.context.gate.admit().inspect_err(|_| self.context.budget.release(charge))?;
+        }
+        self.submit(self.group(payload, durability, charge), durability)
+    }
+
+    /// Hands a group over and returns a ticket for it. Waits for no KMS and no I/O: where the key
+    /// has to be admitted first, or a segment to be begun, a job does that. With `wait_for_room`
+    /// blocks while the memory budget is used up.
+    ///
+    /// In a store without threads nothing runs the job, so the caller does its work.
+    ///
+    /// # Errors
+    /// [`Error::Full`] if there is no room, and the refusals that show at once.
+    pub(crate) fn hand_over(
         self: &Arc<Self>,
         payload: Payload,
         durability: Durability,
         wait_for_room: bool,
     ) -> Result<Ticket> {
+        let charge = self.charge_of(&payload)?;
+        let mut admitted = self.admits_at_once()?;
+        if !self.try_charge(charge) {
+            if !wait_for_room {
+                return Err(self.full());
+            }
+            self.charge_waiting(charge)?;
+            admitted =
+                self.admits_at_once().inspect_err(|_| self.context.budget.release(charge))?;
+        }
+        self.hand_over_charged(self.group(payload, durability, charge), durability, admitted)
+    }
+
+    /// As [`Shard::hand_over`]. While there is no room, leaves the payload in its place, and has
+    /// `waker` woken when there may be room.
+    pub(super) fn poll_hand_over(
+        self: &Arc<Self>,
+        payload: &mut Option<Payload>,
+        durability: Durability,
+        room: &AwaitsRoom,
+        waker: &Waker,
+    ) -> Poll<Result<Ticket>> {
+        let Some(next) = payload.take() else {
+            return Poll::Ready(Err(Error::Closed("the append")));
+        };
+        let charge = self.charge_of(&next)?;
+        let admitted = self.admits_at_once()?;
+        if !self.try_charge(charge) && !room.poll_take(charge, waker) {
+            *payload = Some(next);
+            return Poll::Pending;
+        }
+        let group = self.group(next, durability, charge);
+        Poll::Ready(self.hand_over_charged(group, durability, admitted))
+    }
+
+    /// A place for a task that awaits room in the memory budget.
+    pub(super) fn await_room(&self) -> AwaitsRoom {
+        AwaitsRoom::new(&self.context.budget)
+    }
+
+    /// How much of the memory budget a group takes.
+    ///
+    /// # Errors
+    /// The store takes no appends.
+    fn charge_of(&self, payload: &Payload) -> Result<usize> {
         if self.context.read_only {
             return Err(Error::ReadOnly);
         }
-        self.context.gate.admit()?;
         if let Some(limit) = &self.context.limit {
             limit.admit_append()?;
         }
-        let charge = payload.bytes.len() + PENDING_BYTES;
-        let budget = &self.context.budget;
-        // A Logstore whose KMS hangs may have used up the budget. A shard without a group that waits
-        // goes on in any case.
-        let taken = budget.try_take(charge) || (!self.commit.has_queued() && budget.take(charge));
-        if !taken {
-            if !wait_for_room {
-                return Err(Error::Full { pending: budget.used() as u64 });
-            }
-            if self.context.options.threads {
-                budget.take_waiting(charge);
-            } else {
-                self.context.wake.relieve();
-                if !budget.try_take(charge) {
-                    return Err(Error::Full { pending: budget.used() as u64 });
-                }
-            }
-            // The wait may have been long.
-            self.context.gate.admit().inspect_err(|_| budget.release(charge))?;
-        }
-        self.submit(payload, durability, charge).inspect_err(|_| budget.release(charge))
+        Ok(payload.bytes.len() + PENDING_BYTES)
     }
 
-    fn submit(
-        self: &Arc<Self>,
-        payload: Payload,
-        durability: Durability,
-        charged: usize,
-    ) -> Result<Ticket> {
-        let clock = &self.context.clock;
+    /// Whether the key is admitted. `false` if only an answer of a KMS will say that: the call is
+    /// under way then.
+    ///
+    /// # Errors
+    /// The key is refused.
+    fn admits_at_once(&self) -> Result<bool> {
+        let gate = &self.context.gate;
+        if self.context.options.threads && !gate.decides_at_once() {
+            return Ok(false);
+        }
+        gate.admit().map(|_| true)
+    }
+
+    /// Takes room in the memory budget, if there is room. A Logstore whose KMS hangs may have used
+    /// up the budget, so a shard without a group that waits takes one in any case.
+    fn try_charge(&self, charge: usize) -> bool {
+        let budget = &self.context.budget;
+        budget.try_take(charge) || (!self.commit.has_queued() && budget.take(charge))
+    }
+
+    /// Takes room in the memory budget. Blocks until there is room.
+    fn charge_waiting(&self, charge: usize) -> Result<()> {
+        let budget = &self.context.budget;
+        if self.context.options.threads {
+            budget.take_waiting(charge);
+            return Ok(());
+        }
+        self.context.wake.relieve();
+        if budget.try_take(charge) { Ok(()) } else { Err(self.full()) }
+    }
+
+    fn full(&self) -> Error {
+        Error::Full { pending: self.context.budget.used() as u64 }
+    }
+
+    fn group(&self, payload: Payload, durability: Durability, charged: usize) -> Group {
         let Payload { kind, bytes, logs } = payload;
+        let clock = &self.context.clock;
+        let (time_us, submitted) = (clock.wall_us(), clock.uptime());
         let acked = durability == Durability::Buffered;
-        let mut group =
-            Group { kind, bytes, logs, charged, time_us: 0, submitted: Duration::ZERO, acked };
+        Group { kind, bytes, logs, charged, time_us, submitted, acked }
+    }
+
+    /// Queues a group. Blocks until a segment is open. Gives the room of the group back if it is
+    /// not queued.
+    fn submit(self: &Arc<Self>, mut group: Group, durability: Durability) -> Result<Ticket> {
+        let charged = group.charged;
+        let failed = |_: &Error| self.context.budget.release(charged);
         loop {
-            (group.time_us, group.submitted) = (clock.wall_us(), clock.uptime());
             group = match self.commit.submit(group) {
-                Ok(Submitted { seq, flush }) => {
-                    let ticket = Ticket::new(Arc::clone(self), seq, durability);
-                    self.schedule_flush(flush);
-                    return Ok(ticket);
-                }
-                Err(Rejected::NotOpen(group)) => {
-                    self.prepare()?;
-                    group
-                }
-                Err(Rejected::Stopped(stopped)) => return Err(self.stopped(stopped)),
-                Err(Rejected::Exhausted) => {
-                    return Err(Error::Full { pending: self.context.budget.used() as u64 });
-                }
+                Ok(submitted) => return Ok(self.ticket(&submitted, durability)),
+                Err(Rejected::NotOpen(group)) => group,
+                Err(rejected) => return Err(self.rejected(rejected)).inspect_err(failed),
             };
+            self.prepare().inspect_err(failed)?;
+            group.time_us = self.context.clock.wall_us();
+        }
+    }
+
+    /// Queues a group if the key is `admitted` and a segment is open, and hands it over if not.
+    fn hand_over_charged(
+        self: &Arc<Self>,
+        mut group: Group,
+        durability: Durability,
+        admitted: bool,
+    ) -> Result<Ticket> {
+        if !self.context.options.threads {
+            return self.submit(group, durability).inspect(Ticket::hasten);
+        }
+        let charged = group.charged;
+        let failed = |_: &Error| self.context.budget.release(charged);
+        if admitted {
+            group = match self.commit.submit(group) {
+                Ok(submitted) => {
+                    return Ok(self.ticket(&submitted, durability)).inspect(Ticket::hasten);
+                }
+                Err(Rejected::NotOpen(group)) => group,
+                Err(rejected) => return Err(self.rejected(rejected)).inspect_err(failed),
+            };
+        }
+        let handed_over = self.commit.hand_over(group, durability);
+        let (number, is_only_one) =
+            handed_over.map_err(|stopped| self.stopped(stopped)).inspect_err(failed)?;
+        if is_only_one {
+            self.schedule(Duration::ZERO, ShardJob::Place);
+        }
+        Ok(Ticket::new(Arc::clone(self), Claim::HandedOver(number), durability))
+    }
+
+    fn ticket(self: &Arc<Self>, submitted: &Submitted, durability: Durability) -> Ticket {
+        let ticket = Ticket::new(Arc::clone(self), Claim::Seq(submitted.seq), durability);
+        self.schedule_flush(submitted.flush);
+        ticket
+    }
+
+    fn rejected(&self, rejected: Rejected) -> Error {
+        match rejected {
+            Rejected::Stopped(stopped) => self.stopped(stopped),
+            Rejected::Exhausted | Rejected::NotOpen(_) => self.full(),
+        }
+    }
+
+    /// Gives the groups that were handed over their sequence numbers. Blocks until a segment is
+    /// open.
+    ///
+    /// # Errors
+    /// Why these groups have failed.
+    pub(super) fn place_handed_over(&self) -> Result<()> {
+        if let Err(error) = self.prepare() {
+            self.account(self.commit.refuse_handed_over(&error));
+            return Err(error);
+        }
+        self.schedule_flush(self.commit.place(self.context.clock.uptime()));
+        if self.commit.has_handed_over() {
+            // The segment was sealed in between, or has no numbers left.
+            self.schedule(PLACE_AGAIN_AFTER, ShardJob::Place);
+        }
+        Ok(())
+    }
+
+    /// The sequence number of a group. Blocks until it has one.
+    ///
+    /// # Errors
+    /// Why the group has failed.
+    pub(super) fn place(&self, claim: Claim) -> Result<u64> {
+        loop {
+            if let Some(seq) = self.commit.seq_of(claim)? {
+                return Ok(seq);
+            }
+            self.sync()?;
         }
     }
 
@@ -226,6 +382,9 @@ impl Shard {
 
     /// Writes and syncs everything that has been appended so far.
     pub(crate) fn sync(&self) -> Result<()> {
+        if self.commit.has_handed_over() {
+            self.place_handed_over()?;
+        }
         let Some(last) = self.commit.begin_sync().map_err(|stopped| self.stopped(stopped))? else {
             return Ok(());
         };

@@ -43,6 +43,7 @@ mod scanning;
 mod segment_reader;
 mod segments;
 mod ticket;
+mod wakers;
 mod writer;
 
 use std::{
@@ -80,7 +81,7 @@ pub(crate) use segment_reader::{Load, SegmentReader};
 pub(crate) use segments::{
     End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header,
 };
-pub use ticket::Ticket;
+pub use ticket::{AppendFuture, Ticket};
 use writer::{KeyUse, SegmentWriter, WriteEnv};
 
 /// Limits appends.
@@ -401,6 +402,8 @@ impl Task<ShardJob> for Shard {
             }
             ShardJob::Flush | ShardJob::FlushByKms => self.flush_queued(false, KeyUse::Admitted),
             ShardJob::FlushAll => self.flush_queued(true, KeyUse::Admitted),
+            // The tickets of the groups have the error.
+            ShardJob::Place => drop(self.place_handed_over()),
             ShardJob::Mark => self.mark_if_idle(),
             ShardJob::RollByAge => self.roll_if_old(),
             ShardJob::Abandon => self.abandon(),

@@ -98,7 +98,12 @@ pub struct AppendFuture(Appending);
 enum Appending {
     Failed(Option<Error>),
     /// There was no room yet, or the future was not polled.
-    Waits { shard: Arc<Shard>, payload: Option<Payload>, durability: Durability, room: AwaitsRoom },
+    Waits {
+        shard: Arc<Shard>,
+        payload: Option<Payload>,
+        durability: Durability,
+        room: AwaitsRoom,
+    },
     Submitted(Ticket),
 }
 
