@@ -52,8 +52,8 @@ pub use kms::Cmk;
 pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
 pub use shard::{
-    AppendFuture, Appended, Durability, Payload, Position, ReadMode, ReadOptions, Reader, Record,
-    RecordBlock, Ticket,
+    AppendFuture, Appended, Durability, Follow, Payload, Position, ReadMode, ReadOptions, Reader,
+    Record, RecordBlock, Ticket, WaitFor,
 };
 pub use store::{Admin, Background, Keys, Store, StoreBuilder, StoreOptions};
 

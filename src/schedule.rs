@@ -16,6 +16,8 @@ pub(crate) enum ShardJob {
     FlushByKms,
     /// Open a segment for the groups that were handed over, and queue them.
     Place,
+    /// Wake the followers of a shard that another process writes.
+    Look,
     /// Write a mark block, unless a later block has carried the mark.
     Mark,
     /// Roll the active segment, if it is old enough.
@@ -35,6 +37,13 @@ pub(crate) enum StoreJob {
     Keys,
 }
 
+/// A job of a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReaderJob {
+    /// Read the next records for a task that may not block.
+    Read,
+}
+
 /// Runs jobs of one kind.
 pub(crate) trait Task<J>: Send + Sync {
     fn run(&self, job: J);
@@ -48,6 +57,7 @@ pub(crate) trait Task<J>: Send + Sync {
 pub(crate) enum Work {
     Shard(Weak<dyn Task<ShardJob>>, ShardJob),
     Store(Weak<dyn Task<StoreJob>>, StoreJob),
+    Reader(Weak<dyn Task<ReaderJob>>, ReaderJob),
 }
 
 impl Work {
@@ -55,6 +65,7 @@ impl Work {
         match self {
             Self::Shard(task, job) => run(task, *job),
             Self::Store(task, job) => run(task, *job),
+            Self::Reader(task, job) => run(task, *job),
         }
     }
 
@@ -63,6 +74,7 @@ impl Work {
         match self {
             Self::Shard(task, job) => may_wait(task, *job),
             Self::Store(task, job) => may_wait(task, *job),
+            Self::Reader(task, job) => may_wait(task, *job),
         }
     }
 

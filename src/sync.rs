@@ -88,6 +88,8 @@ pub(crate) enum LockRank {
     ServiceReturn,
     /// The lock file of a store.
     StoreLock,
+    /// The reader of a follower, and the task that waits for it.
+    Following,
     /// The queue and the watermarks of a shard.
     ShardState,
     /// The list of a shard's segments.
@@ -156,6 +158,8 @@ pub(crate) enum LockRank {
     SchedulerThreads,
     /// The tasks of the scheduler.
     SchedulerQueue,
+    /// Whether a thread that blocks was woken.
+    WokenThread,
     /// The calls to one KMS that have not returned.
     KmsCalls,
     // Inside a KMS backend.

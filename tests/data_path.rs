@@ -315,7 +315,7 @@ fn tickets_are_futures() {
         assert!(poll(ticket, waker).is_pending());
     }
     // A dropped ticket gets no result, but its group is written.
-    let dropped = tickets.pop().unwrap().appended();
+    let dropped = tickets.pop().unwrap().appended().unwrap();
     store.tick();
     for (n, (ticket, waker)) in (0..).zip(tickets.iter_mut().zip(&wakers)) {
         assert!(waker.0.load(Ordering::SeqCst) > 0, "it is woken");

@@ -595,7 +595,7 @@ fn recovery_can_be_interrupted_anywhere_and_comes_to_the_same() {
         let began = sim.disk.changes();
         // Record the number if the append gets far enough to assign one.
         let during = logstore.submit(record("during"), &synced());
-        let seq = during.as_ref().ok().map(|ticket| ticket.appended().seq);
+        let seq = during.as_ref().ok().map(|ticket| ticket.appended().unwrap().seq);
         let result = during.and_then(|ticket| ticket.wait()).map(|appended| appended.seq);
         asked.push(Asked { text: "during".into(), durability: Durability::Synced, result });
         let whole = sim.disk.changes() - began < nth;

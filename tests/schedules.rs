@@ -389,7 +389,7 @@ impl Schedule {
             match ticket {
                 // A buffered append is acknowledged by its submission.
                 Ok(ticket) if durability == Durability::Buffered => {
-                    self.acknowledge(which, ticket.appended().seq, text, durability);
+                    self.acknowledge(which, ticket.appended().unwrap().seq, text, durability);
                 }
                 Ok(ticket) => self.tickets.push((which, began, text, ticket)),
                 Err(_) => self.known[which].failed.push(text),

@@ -24,8 +24,8 @@ use crate::{
     kms::{Cmk, KmsError},
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        AppendFuture, Appended, CurrentPlan, Durability, End, Payload, ReadOptions, Reader,
-        RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WritePlan,
+        AppendFuture, Appended, CurrentPlan, Durability, End, Follow, Payload, ReadOptions, Reader,
+        RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WaitFor, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,
@@ -203,6 +203,7 @@ impl LogstoreShared {
         let lost = |shard: &Arc<Shard>| -> Arc<dyn LostShard> {
             Arc::new(ShardLoss { shard: Arc::clone(shard), loss, error: error.clone() })
         };
+        self.shards.iter().for_each(|shard| shard.wake_followers());
         self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
     }
 
@@ -632,11 +633,46 @@ impl Logstore {
     ///
     /// # Errors
     /// [`Error::Revoked`] or [`Error::KmsUnreachable`] if the key may not be used.
-    /// [`Error::ShardMissing`]. [`Error::TooMany`] if [`crate::StoreOptions::readers_max`] readers
+    /// [`Error::ShardMissing`]. [`Error::TooManyReaders`] if [`crate::StoreOptions::readers_max`] readers
     /// are open.
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
         self.shared.settle();
         Reader::open(self.shared.shard(shard)?, options)
+    }
+
+    /// Follows a shard: reads it, and waits at the end for more. Blocks for file I/O, and for a KMS
+    /// call if the last answer of the KMS is too old.
+    ///
+    /// # Errors
+    /// As [`Logstore::read`]. [`Error::TooManyReaders`] if
+    /// [`followers_max`](crate::StoreOptions::followers_max) followers are open.
+    ///
+    /// ```
+    /// # use envelog::{Store, crypto::RustCrypto, LogstoreSpec, Payload, AppendOptions, ReadOptions};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let store = Store::builder(dir.path().join("s"), dir.path().join("k"), RustCrypto::new()).create().unwrap();
+    /// # let logstore = store.create_logstore(&"app/events".parse()?, LogstoreSpec::default())?;
+    /// let mut follow = logstore.follow(0, &ReadOptions::default())?;
+    /// let writer = logstore.clone();
+    /// std::thread::spawn(move || {
+    ///     writer.append(Payload::opaque("hello").unwrap(), &AppendOptions::default())
+    /// });
+    /// assert_eq!(&follow.next().unwrap()?.bytes[..], b"hello");
+    /// # Ok::<(), envelog::Error>(())
+    /// ```
+    pub fn follow(&self, shard: u32, options: &ReadOptions) -> Result<Follow> {
+        self.shared.settle();
+        Follow::new(self.shared.shard(shard)?, options)
+    }
+
+    /// Waits until a shard has grown beyond the sequence number `seq`. This call reads the
+    /// directory of the shard. The returned wait does no I/O, but in a store that is open for
+    /// reading: there it looks at the files every 100 ms.
+    ///
+    /// # Errors
+    /// As [`Logstore::end_seq`].
+    pub fn wait_for(&self, shard: u32, seq: u64) -> Result<WaitFor> {
+        WaitFor::new(self.shared.shard(shard)?, seq)
     }
 
     /// One past the newest sequence number of a shard that a reader can see.

@@ -78,6 +78,15 @@ pub(super) enum Claim {
     HandedOver(u64),
 }
 
+/// What a follower of a shard knows of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct News {
+    /// One past the last group that this process has written.
+    pub(super) written: u64,
+    /// Counts the other events that a follower is woken for.
+    pub(super) others: u64,
+}
+
 /// A group that was handed over and has no sequence number yet.
 struct HandedOver {
     number: u64,
@@ -352,32 +361,40 @@ impl GroupCommit {
         outcome
     }
 
-    /// Whether the group `seq` is written, as far as this process writes; if not, has `waker` woken
-    /// when it is, or when an operation of the shard fails. `task` is the caller's own id.
-    pub(super) fn poll_written(&self, seq: u64, task: u64, waker: &Waker) -> bool {
+    /// What a follower of the shard knows by now.
+    pub(super) fn news(&self) -> News {
+        let state = self.lock();
+        News { written: state.readable, others: state.others }
+    }
+
+    /// The id of a new follower.
+    pub(super) fn new_follower(&self) -> u64 {
         let mut state = self.lock();
-        let written = state.written > seq;
-        if !written {
-            state.followers.insert(seq, task, waker);
+        state.last_follower += 1;
+        state.last_follower
+    }
+
+    /// Whether there is news since `seen`. If not, has `waker` woken when there is.
+    pub(super) fn poll_news(&self, seen: &News, follower: u64, waker: &Waker) -> bool {
+        let mut state = self.lock();
+        let has_news = state.readable > seen.written || state.others != seen.others;
+        if !has_news {
+            state.followers.insert(follower, waker.clone());
         }
-        written
+        has_news
     }
 
-    /// Forgets a task of [`GroupCommit::poll_written`].
-    pub(super) fn forget_follower(&self, seq: u64, task: u64) {
-        self.lock().followers.remove(seq, task);
+    /// Forgets a follower.
+    pub(super) fn forget_follower(&self, follower: u64) {
+        self.lock().followers.remove(&follower);
     }
 
-    /// Wakes the tasks of [`GroupCommit::poll_written`]: there may be more to read, or an error.
+    /// Wakes the followers: a read may find more, or an error.
     pub(super) fn wake_followers(&self) {
         let mut state = self.lock();
-        state.wake_followers_below(u64::MAX);
+        state.others += 1;
+        state.wake_followers();
         self.wake(state);
-    }
-
-    /// Whether a task follows the shard.
-    pub(super) fn has_followers(&self) -> bool {
-        !self.lock().followers.is_empty()
     }
 
     /// Has a group written, and synced if `durability` says so, although no caller waits for it.
@@ -523,12 +540,17 @@ impl GroupCommit {
     pub(super) fn written(&self, to: u64, reserved: Option<&Reserved>) {
         let mut state = self.lock();
         state.written = to;
+        state.readable = to;
+        state.wake_followers();
         state.in_hand = LostGroups::default();
         state.retry_at = Duration::ZERO;
         if let Some(reserved) = reserved {
             state.limit_seq = reserved.limit_seq;
             state.begun_after = state.begun_after.max(reserved.losses);
         }
+        // Before a sync, which takes long: a reader sees the block, and its append may be done.
+        state.wake_reached();
+        self.wake(state);
     }
 
     /// Everything written so far is synced.
@@ -769,7 +791,8 @@ impl GroupCommit {
         state.fail(written..next, false, error);
         let had_groups = !state.queue.is_empty();
         let freed = state.forget(error);
-        state.wake_followers_below(u64::MAX);
+        state.others += 1;
+        state.wake_followers();
         self.wake(state);
         (had_groups, freed)
     }
@@ -875,8 +898,13 @@ struct State {
     await_written: Wakers,
     await_synced: Wakers,
     await_place: Wakers,
-    /// The tasks that follow the shard.
-    followers: Wakers,
+    /// The followers that wait for news, by their ids.
+    followers: BTreeMap<u64, Waker>,
+    last_follower: u64,
+    /// One past the last group that this process has written.
+    readable: u64,
+    /// Counts the other events that a follower is woken for.
+    others: u64,
     /// The tasks to wake once the lock is given back.
     woken: Vec<Waker>,
 }
@@ -942,11 +970,10 @@ impl State {
         let (written, synced) = (self.written, self.synced);
         self.woken.extend(self.await_written.take(0..written));
         self.woken.extend(self.await_synced.take(0..synced));
-        self.wake_followers_below(written);
     }
 
-    fn wake_followers_below(&mut self, seq: u64) {
-        self.woken.extend(self.followers.take(0..seq));
+    fn wake_followers(&mut self) {
+        self.woken.extend(std::mem::take(&mut self.followers).into_values());
     }
 
     /// Gives `group` the next sequence number and puts it into the queue.
@@ -1245,7 +1272,7 @@ mod tests {
             commit.take_batch().unwrap();
             commit.written(to, None);
             assert_eq!(
-                commit.outcome(to - 1, Durability::Written).map(|done| done.is_ok()),
+                commit.outcome(Claim::Seq(to - 1), Durability::Written).map(|done| done.is_ok()),
                 Some(true)
             );
             wants.push((
@@ -1255,9 +1282,9 @@ mod tests {
             ));
         }
         assert_eq!(wants, [(false, false, true), (false, true, true), (true, true, true)]);
-        assert!(commit.outcome(2, Durability::Synced).is_none());
+        assert!(commit.outcome(Claim::Seq(2), Durability::Synced).is_none());
         commit.synced();
-        assert!(commit.outcome(2, Durability::Synced).unwrap().is_ok());
+        assert!(commit.outcome(Claim::Seq(2), Durability::Synced).unwrap().is_ok());
         assert!(!commit.wants_sync(None, true));
         let Ok(None) = commit.begin_sync() else { panic!() };
     }
@@ -1270,9 +1297,9 @@ mod tests {
         commit.take_batch().unwrap();
         commit.written(1, None);
         assert_eq!(commit.latch(Arc::clone(&cause), &error), 4);
-        assert!(commit.outcome(0, Durability::Written).unwrap().is_ok());
-        assert!(commit.outcome(0, Durability::Synced).unwrap().is_err());
-        assert!(commit.outcome(1, Durability::Written).unwrap().is_err());
+        assert!(commit.outcome(Claim::Seq(0), Durability::Written).unwrap().is_ok());
+        assert!(commit.outcome(Claim::Seq(0), Durability::Synced).unwrap().is_err());
+        assert!(commit.outcome(Claim::Seq(1), Durability::Written).unwrap().is_err());
         assert!(matches!(
             commit.submit(group(1, 0, true)),
             Err(Rejected::Stopped(Stopped::Latched(_)))
@@ -1306,9 +1333,13 @@ mod tests {
         for seq in 0..20_000 {
             let failed = seq % 3 != 0;
             for durability in [Durability::Written, Durability::Synced] {
-                assert_eq!(commit.outcome(seq, durability).unwrap().is_err(), failed, "{seq}");
+                assert_eq!(
+                    commit.outcome(Claim::Seq(seq), durability).unwrap().is_err(),
+                    failed,
+                    "{seq}"
+                );
             }
-            assert!(commit.outcome(seq, Durability::Buffered).unwrap().is_ok());
+            assert!(commit.outcome(Claim::Seq(seq), Durability::Buffered).unwrap().is_ok());
         }
         (0..20_000).for_each(|_| commit.leave());
         assert!(commit.lock().failures.is_empty());
@@ -1324,9 +1355,9 @@ mod tests {
         }
         commit.lock().fail(1000..1001, true, &error);
         assert_eq!(commit.lock().failures.len(), 2);
-        assert!(commit.outcome(999, Durability::Written).unwrap().is_err());
-        assert!(commit.outcome(1000, Durability::Written).is_none());
-        assert!(commit.outcome(1000, Durability::Synced).unwrap().is_err());
+        assert!(commit.outcome(Claim::Seq(999), Durability::Written).unwrap().is_err());
+        assert!(commit.outcome(Claim::Seq(1000), Durability::Written).is_none());
+        assert!(commit.outcome(Claim::Seq(1000), Durability::Synced).unwrap().is_err());
     }
 
     /// The leader has a batch in hand, and groups are queued behind it.
@@ -1342,7 +1373,7 @@ mod tests {
     }
 
     fn is_lost(commit: &GroupCommit, seq: u64, durability: Durability) -> bool {
-        matches!(commit.outcome(seq, durability), Some(Err(Error::Closed("the key"))))
+        matches!(commit.outcome(Claim::Seq(seq), durability), Some(Err(Error::Closed("the key"))))
     }
 
     #[test]
@@ -1356,7 +1387,7 @@ mod tests {
             assert!(commit.has_expired() && commit.unfinished_expiry() == Some(1));
             // A caller that waits knows, and no group is accepted.
             assert!(is_lost(&commit, 4, Durability::Written));
-            assert!(commit.outcome(1, Durability::Written).is_none());
+            assert!(commit.outcome(Claim::Seq(1), Durability::Written).is_none());
             assert!(matches!(commit.submit(group(1, 0, true)), Err(Rejected::NotOpen(_))));
             let in_hand = if writes {
                 commit.written(2, None);

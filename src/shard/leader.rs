@@ -36,6 +36,8 @@ const MARK_AFTER: Duration = Duration::from_secs(1);
 pub(super) const UNTIL_THE_KMS_ANSWERS: Duration = Duration::from_millis(20);
 /// After how long acknowledged groups that could not be sealed without the key are tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// How often the followers of a shard look for more that another process writes.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// After how long groups are tried again that were handed over and got no sequence number.
 const PLACE_AGAIN_AFTER: Duration = Duration::from_millis(20);
 /// How much of the budget a waiting group takes beyond its own bytes.
@@ -47,6 +49,7 @@ const PENDING_BYTES: usize = size_of::<Pending>();
 pub(super) struct Timers {
     roll: AtomicBool,
     mark: AtomicBool,
+    look: AtomicBool,
     /// When the shard was synced last, in nanoseconds of uptime.
     synced_at_ns: AtomicU64,
 }
@@ -70,6 +73,16 @@ impl Timers {
     /// The scheduled mark has begun: the next one can be scheduled.
     fn mark_begins(&self) {
         self.mark.store(false, Ordering::SeqCst);
+    }
+
+    /// Returns whether no look was scheduled, so that the caller schedules it.
+    fn claim_look(&self) -> bool {
+        !self.look.swap(true, Ordering::SeqCst)
+    }
+
+    /// The scheduled look has begun: the next one can be scheduled.
+    fn look_begins(&self) {
+        self.look.store(false, Ordering::SeqCst);
     }
 
     /// Notes a sync that began at this uptime.
@@ -652,7 +665,30 @@ impl Shard {
     // ---- background jobs ----
 
     pub(super) fn schedule(&self, after: Duration, job: ShardJob) {
-        self.context.wake.after(after, Work::Shard(self.this.clone(), job));
+        self.wake_after(after, Work::Shard(self.this.clone(), job));
+    }
+
+    /// Schedules work of a part of the shard.
+    pub(super) fn wake_after(&self, after: Duration, work: Work) {
+        self.context.wake.after(after, work);
+    }
+
+    /// Has the followers of a shard that another process writes woken.
+    pub(super) fn schedule_look(&self) {
+        if self.timers.claim_look() {
+            self.schedule(LOOK_EVERY, ShardJob::Look);
+        }
+    }
+
+    /// Wakes the followers of a shard that another process writes.
+    pub(super) fn look(&self) {
+        self.timers.look_begins();
+        self.wake_followers();
+    }
+
+    /// Wakes the followers: a read may find more, or an error.
+    pub(crate) fn wake_followers(&self) {
+        self.commit.wake_followers();
     }
 
     fn schedule_flush(&self, after: Option<Duration>) {

@@ -31,6 +31,7 @@ mod budget;
 mod chain;
 mod commit;
 mod control;
+mod follow;
 mod hashing;
 mod leader;
 mod loss;
@@ -68,6 +69,7 @@ pub(crate) use budget::Budget;
 use commit::GroupCommit;
 pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
+pub use follow::{Follow, WaitFor};
 pub(crate) use hashing::PayloadHasher;
 use leader::{Timers, UNTIL_THE_KMS_ANSWERS};
 use loss::Lost;
@@ -150,7 +152,7 @@ pub(crate) struct ShardContext {
     pub(crate) limit: Option<Arc<dyn AdmitAppend>>,
     /// The Logstore keeps it current.
     pub(crate) plan: Arc<CurrentPlan>,
-    pub(crate) permits: Arc<ReaderPermits>,
+    pub(crate) permits: ReaderPermits,
     /// For a read-only opener.
     pub(crate) reload: Option<Weak<dyn ReloadRecord>>,
     /// Records acknowledged groups that are lost with the key.
@@ -230,8 +232,12 @@ impl Shard {
         &self.commit
     }
 
-    fn reader_permit(&self) -> Result<reader::ReaderPermit> {
-        self.context.permits.take()
+    fn permits(&self) -> &ReaderPermits {
+        &self.context.permits
+    }
+
+    fn clock(&self) -> Arc<dyn Clock> {
+        Arc::clone(&self.context.clock)
     }
 
     /// The notices of all recoveries since the shard was opened.
@@ -404,6 +410,7 @@ impl Task<ShardJob> for Shard {
             ShardJob::FlushAll => self.flush_queued(true, KeyUse::Admitted),
             // The tickets of the groups have the error.
             ShardJob::Place => drop(self.place_handed_over()),
+            ShardJob::Look => self.look(),
             ShardJob::Mark => self.mark_if_idle(),
             ShardJob::RollByAge => self.roll_if_old(),
             ShardJob::Abandon => self.abandon(),

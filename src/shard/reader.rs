@@ -113,32 +113,40 @@ pub struct RecordBlock {
     pub records: Vec<Record>,
 }
 
-/// Limits how many readers there may be at once.
-#[derive(Debug)]
+/// Limits how many readers, and how many followers, there may be at once.
+#[derive(Clone, Debug)]
 pub(crate) struct ReaderPermits {
-    limit: usize,
-    used: AtomicUsize,
+    readers: Arc<Permits>,
+    followers: Arc<Permits>,
 }
 
 impl ReaderPermits {
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicUsize::new(0) })
+    pub(crate) fn new(readers_max: usize, followers_max: usize) -> Self {
+        let new = |limit| Arc::new(Permits { limit, used: AtomicUsize::new(0) });
+        Self { readers: new(readers_max), followers: new(followers_max) }
     }
 
-    pub(super) fn take(self: &Arc<Self>) -> Result<ReaderPermit> {
-        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            (used < self.limit).then(|| used + 1)
+    fn take(&self, follows: bool) -> Result<ReaderPermit> {
+        let permits = if follows { &self.followers } else { &self.readers };
+        let taken = permits.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+            (used < permits.limit).then(|| used + 1)
         });
         match taken {
-            Ok(_) => Ok(ReaderPermit(Arc::clone(self))),
-            Err(_) => Err(Error::TooManyReaders { limit: self.limit as u64 }),
+            Ok(_) => Ok(ReaderPermit(Arc::clone(permits))),
+            Err(_) => Err(Error::TooManyReaders { limit: permits.limit as u64 }),
         }
     }
 }
 
+#[derive(Debug)]
+struct Permits {
+    limit: usize,
+    used: AtomicUsize,
+}
+
 /// Permission for one reader, returned when it is dropped.
 #[derive(Debug)]
-pub(super) struct ReaderPermit(Arc<ReaderPermits>);
+struct ReaderPermit(Arc<Permits>);
 
 impl Drop for ReaderPermit {
     fn drop(&mut self) {
@@ -148,10 +156,11 @@ impl Drop for ReaderPermit {
 
 /// Reads a shard forward, group by group or block by block.
 ///
-/// `None` (of the iterator or of [`Reader::next_block`]) means that there is nothing more *yet*. A
-/// later call continues with the groups that were written since, which is how to follow a shard.
-/// After an error the reader has ended, and only returns `None`. A reader sees groups that are at
-/// least `Written`. The lease of the key is checked for every group, also for those read ahead.
+/// The iterator ends where the shard ends at that moment. [`Reader::try_next`] and
+/// [`Reader::next_block`] continue after `Ok(None)` with the groups that were written since;
+/// [`Logstore::follow`](crate::Logstore::follow) waits for them. After an error the reader has
+/// ended. A reader sees groups that are at least `Written`. The lease of the key is checked for
+/// every group, also for those read ahead.
 pub struct Reader {
     list: Arc<SegmentList>,
     _permit: ReaderPermit,
@@ -170,6 +179,8 @@ pub struct Reader {
     /// Keeps the key of the current segment from being destroyed as unused.
     in_use: Option<InUse>,
     ended: bool,
+    /// Whether the iterator has returned `None`.
+    exhausted: bool,
 }
 
 impl std::fmt::Debug for Reader {
@@ -184,8 +195,17 @@ impl std::fmt::Debug for Reader {
 }
 
 impl Reader {
-    pub(crate) fn open(shard: &Arc<Shard>, options: &ReadOptions) -> Result<Self> {
-        let (permit, list) = (shard.reader_permit()?, shard.list());
+    pub(crate) fn open(shard: &Shard, options: &ReadOptions) -> Result<Self> {
+        Self::with(shard.permits().take(false)?, shard, options)
+    }
+
+    /// A reader for a follower.
+    pub(super) fn following(shard: &Shard, options: &ReadOptions) -> Result<Self> {
+        Self::with(shard.permits().take(true)?, shard, options)
+    }
+
+    fn with(permit: ReaderPermit, shard: &Shard, options: &ReadOptions) -> Result<Self> {
+        let list = shard.list();
         list.gate().admit()?;
         let ahead = Arc::new(ReadAhead::default());
         list.gate().keep(Arc::downgrade(&(Arc::clone(&ahead) as Arc<dyn KeptPlaintext>)));
@@ -204,6 +224,7 @@ impl Reader {
             ahead,
             in_use: None,
             ended: false,
+            exhausted: false,
         };
         match options.from {
             Position::Begin => {}
@@ -258,8 +279,39 @@ impl Reader {
         }
     }
 
+    /// The next record; `None` if there is none yet. A later call continues with the groups that
+    /// were written since. Blocks for file I/O and KMS calls.
+    ///
+    /// # Errors
+    /// Any error that keeps it from being read. The reader has then ended.
+    pub fn try_next(&mut self) -> Result<Option<Record>> {
+        while self.ready()? {
+            if let Some(record) = self.take_next() {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes a record that was read ahead. `None` if the key was lost since [`Reader::ready`].
+    pub(super) fn take_next(&mut self) -> Option<Record> {
+        let record = lock(&self.ahead.0).records.pop_front()?;
+        self.took(&record);
+        Some(record)
+    }
+
+    /// Whether a record was read ahead.
+    pub(super) fn has_read_ahead(&self) -> bool {
+        !lock(&self.ahead.0).records.is_empty()
+    }
+
+    /// Whether the reader has ended, by its options or by an error.
+    pub(super) fn is_over(&self) -> bool {
+        self.ended || self.groups_left == 0 || self.bytes_left == 0 || self.next_seq >= self.end_seq
+    }
+
     /// Whether there is a record to return now.
-    fn ready(&mut self) -> Result<bool> {
+    pub(super) fn ready(&mut self) -> Result<bool> {
         if self.ended || self.groups_left == 0 || self.bytes_left == 0 {
             return Ok(false);
         }
@@ -441,21 +493,16 @@ impl Iterator for Reader {
     type Item = Result<Record>;
 
     fn next(&mut self) -> Option<Result<Record>> {
-        loop {
-            match self.ready() {
-                Ok(true) => {}
-                Ok(false) => return None,
-                Err(error) => return Some(Err(error)),
-            }
-            // `None` if the key was lost between the two locks.
-            let record = lock(&self.ahead.0).records.pop_front();
-            if let Some(record) = record {
-                self.took(&record);
-                return Some(Ok(record));
-            }
+        if self.exhausted {
+            return None;
         }
+        let next = self.try_next().transpose();
+        self.exhausted = next.is_none();
+        next
     }
 }
+
+impl std::iter::FusedIterator for Reader {}
 
 /// Records that were decrypted and not returned yet. They are wiped together with the keys, whether
 /// or not the reader is used again.

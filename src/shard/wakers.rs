@@ -36,10 +36,6 @@ impl Wakers {
         self.awaiting.append(&mut above);
         taken.into_values()
     }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.awaiting.is_empty()
-    }
 }
 
 #[cfg(all(test, not(shuttle)))]
@@ -82,6 +78,6 @@ mod tests {
         wakers.remove(4, Arc::as_ptr(&counts[4]) as u64);
         wakers.take(0..u64::MAX).for_each(Waker::wake);
         assert_eq!(called(&counts), [1, 1, 1, 1, 0, 1]);
-        assert!(wakers.is_empty());
+        assert!(wakers.awaiting.is_empty());
     }
 }

@@ -317,7 +317,7 @@ fn wiring(env: &StoreEnv, anchor: Option<Arc<Feeder>>) -> Result<Wiring> {
         spawned.map_err(Error::io("start threads for", &env.dir))?;
     }
     let budget = Budget::new(env.options.pending_bytes_max);
-    let permits = ReaderPermits::new(env.options.readers_max);
+    let permits = ReaderPermits::new(env.options.readers_max, env.options.followers_max);
     Ok(Wiring { scheduler, budget, hasher, permits, anchor })
 }
 

@@ -63,6 +63,9 @@ pub struct StoreOptions {
     pub pending_bytes_max: usize,
     /// The number of readers that may be open at once. 1,024 by default; at least 1.
     pub readers_max: usize,
+    /// The number of followers ([`Logstore::follow`](crate::Logstore::follow)) that may be open at
+    /// once. 16,384 by default; at least 1.
+    pub followers_max: usize,
     /// The size at which a new file of the key audit log is begun, in bytes. 4 MiB by default;
     /// 4 KiB to 64 MiB.
     pub audit_file_bytes: u64,
@@ -104,6 +107,7 @@ impl Default for StoreOptions {
             segment_age: Duration::from_secs(6 * 3600),
             pending_bytes_max: 64 << 20,
             readers_max: 1024,
+            followers_max: 16_384,
             audit_file_bytes: 4 << 20,
             retention_every: Duration::from_secs(60),
             head_every: Duration::from_secs(10),
@@ -159,6 +163,7 @@ impl StoreOptions {
             ("segment_age (at least 1 s)", self.segment_age >= s(1)),
             ("pending_bytes_max (at least 1 MiB)", self.pending_bytes_max >= 1 << 20),
             ("readers_max (at least 1)", self.readers_max >= 1),
+            ("followers_max (at least 1)", self.followers_max >= 1),
             (
                 "audit_file_bytes (4 KiB to 64 MiB)",
                 (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes),

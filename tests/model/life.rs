@@ -318,7 +318,7 @@ impl Life {
                 let Some(ticket) = self.gated(n, shelf.handle.try_submit(payload, &options)) else {
                     return;
                 };
-                (ticket.appended().seq, Known::Pending, Some(ticket))
+                (ticket.appended().unwrap().seq, Known::Pending, Some(ticket))
             }
             false => {
                 let Some(appended) = self.gated(n, shelf.handle.append(payload, &options)) else {

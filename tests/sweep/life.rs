@@ -394,7 +394,7 @@ impl Life {
                 Ok(ticket) => {
                     let mut shelves = self.shelves();
                     let place = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard];
-                    let seq = ticket.appended().seq;
+                    let seq = ticket.appended().unwrap().seq;
                     place.use_seq(seq)?;
                     place.items[index].seq = Some(seq);
                     place.items[index].acked =

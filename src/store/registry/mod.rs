@@ -65,7 +65,7 @@ pub(crate) struct Wiring {
     pub(crate) scheduler: Arc<Scheduler>,
     pub(crate) budget: Arc<Budget>,
     pub(crate) hasher: Arc<PayloadHasher>,
-    pub(crate) permits: Arc<ReaderPermits>,
+    pub(crate) permits: ReaderPermits,
     pub(crate) anchor: Option<Arc<Feeder>>,
 }
 

@@ -91,7 +91,7 @@ impl Registry {
             fence: self.fence.clone(),
             limit: self.append_limit(),
             plan: Arc::clone(&plan),
-            permits: Arc::clone(&self.wiring.permits),
+            permits: self.wiring.permits.clone(),
             reload: self.env.read_only.then(|| self.this.clone() as Weak<dyn ReloadRecord>),
             lost,
         });

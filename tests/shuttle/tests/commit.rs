@@ -18,11 +18,14 @@ mod commit;
 #[allow(dead_code, unused_imports)]
 #[path = "../../../src/sync.rs"]
 mod sync;
+#[allow(dead_code)]
+#[path = "../../../src/shard/wakers.rs"]
+mod wakers;
 
 use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
-use commit::{Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
+use commit::{Claim, Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
 use envelog::{Durability, Error, Result, group, inspect as segment};
 use shuttle::{
     sync::{
@@ -306,12 +309,12 @@ fn a_future_is_woken() {
         let seq = world.submit(Durability::Written).unwrap();
         let flusher = spawn(&world, World::flush);
         let outcome = shuttle::future::block_on(poll_fn(|context| {
-            let outcome = world.commit.poll(seq, Durability::Written, context.waker());
+            let outcome = world.commit.poll(Claim::Seq(seq), Durability::Written, context.waker());
             outcome.map_or(Poll::Pending, Poll::Ready)
         }));
-        outcome.unwrap();
+        assert_eq!(outcome.unwrap(), seq);
         assert!(world.is_on_disk(seq, Durability::Written));
-        world.commit.leave();
+        world.commit.leave_claim(Claim::Seq(seq), Durability::Written);
         join([flusher]);
         world.check();
     });
