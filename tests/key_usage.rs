@@ -304,7 +304,7 @@ fn a_reader_keeps_the_data_key_of_the_segment_that_it_is_in() {
     assert_eq!((report.segments, report.data_keys), (1, 0));
     let usage = store.keys().usage().unwrap();
     assert_eq!(data_key(&usage, "p/service", 1).needed_for, [KeyNeed::Readers { readers: 1 }]);
-    let rest: Vec<_> = reader.by_ref().map(Result::unwrap).collect();
+    let rest: Vec<_> = so_far(&mut reader).map(Result::unwrap).collect();
     assert_eq!(strings(&rest), ["and more", "second"]);
     // The reader has moved to the next segment and no longer uses the old one.
     assert_eq!(drop_sealed(&store, &logstore).data_keys, 1);

@@ -202,19 +202,19 @@ fn an_idle_reader_skips_nothing_after_a_revocation() {
     for from in [envelog::Position::Seq(1), envelog::Position::Time(from_us)] {
         for taken in [0, 1, 4] {
             let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
-            let mut got: Vec<_> = reader.by_ref().take(taken).map(Result::unwrap).collect();
+            let mut got: Vec<_> = so_far(&mut reader).take(taken).map(Result::unwrap).collect();
             world.kms.answer(Answer::Revoked(Disabled));
             let _ = logstore.revalidate_now();
             world.kms.answer(Answer::Real);
             logstore.revalidate_now().unwrap();
-            got.extend(reader.by_ref().map(Result::unwrap));
+            got.extend(so_far(&mut reader).map(Result::unwrap));
             let got: Vec<String> =
                 strings(&got).into_iter().filter(|text| text != "first").collect();
             assert_eq!(got, all, "{from:?}, {taken} taken before");
 
             // The same block by block.
             let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
-            let mut got: Vec<_> = reader.by_ref().take(taken).map(Result::unwrap).collect();
+            let mut got: Vec<_> = so_far(&mut reader).take(taken).map(Result::unwrap).collect();
             world.kms.answer(Answer::Revoked(Disabled));
             let _ = logstore.revalidate_now();
             world.kms.answer(Answer::Real);

@@ -161,7 +161,7 @@ fn a_read_continues_after_a_limit_by_count_or_bytes() {
                         mode,
                     };
                     let mut reader = logstore.read(0, &options).unwrap();
-                    let part: Vec<Record> = reader.by_ref().collect::<Result<_, _>>().unwrap();
+                    let part: Vec<Record> = so_far(&mut reader).collect::<Result<_, _>>().unwrap();
                     if part.is_empty() {
                         break;
                     }
@@ -295,7 +295,7 @@ fn readers_are_counted() {
 // ---- following a writer ----
 
 fn take_texts(reader: &mut Reader) -> Vec<String> {
-    strings(&reader.by_ref().collect::<Result<Vec<_>, _>>().unwrap())
+    strings(&so_far(reader).collect::<Result<Vec<_>, _>>().unwrap())
 }
 
 /// A reader at the end of a segment continues after it, regardless of changes to that segment.
@@ -414,10 +414,10 @@ fn readers_see_what_is_written_and_never_part_of_a_block() {
     try_put(&logstore, "4").unwrap_err();
     assert_ne!(sim.disk.files(&dir), before, "a part of the block is there");
     seen(&["1", "2", "3"]);
-    assert!(following.next().is_none());
+    assert!(following.try_next().unwrap().is_none());
     logstore.reopen_shard(0).unwrap();
     let seq = logstore.append(record("5"), &written()).unwrap().seq;
-    assert_eq!(following.next().unwrap().unwrap().seq, seq);
+    assert_eq!(following.try_next().unwrap().unwrap().seq, seq);
     assert_eq!(texts(&beside), ["1", "2", "3", "5"]);
 }
 
@@ -479,9 +479,8 @@ fn many_readers_follow_one_writer() {
                     reading.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
                 let mut seen = 0;
                 while seen < COUNT {
-                    match reader.next() {
+                    match reader.try_next().unwrap() {
                         Some(record) => {
-                            let record = record.unwrap();
                             assert_eq!(
                                 record.bytes,
                                 format!("{} {seen}", "x".repeat(seen as usize % 200)),
@@ -543,7 +542,7 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
                 false => Verdict::Go,
             });
         }
-        let rest: Vec<_> = reader.by_ref().collect();
+        let rest: Vec<_> = so_far(&mut reader).collect();
         let error = rest.last().unwrap().as_ref().unwrap_err();
         match truncated {
             true => {

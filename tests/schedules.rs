@@ -482,7 +482,7 @@ impl Schedule {
             self.reader = opened.ok().map(|reader| (which, reader, None));
             return;
         };
-        match reader.next() {
+        match reader.try_next().transpose() {
             None => self.reader = Some((which, reader, last)),
             Some(result) => {
                 self.judge(which, began, "an open reader", &result);

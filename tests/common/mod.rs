@@ -37,7 +37,7 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup,
-    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Record, Result, Store,
+    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Reader, Record, Result, Store,
     StoreBuilder, StoreOptions,
     admin::RecoverReport,
     crypto::SecretKey,
@@ -741,6 +741,11 @@ pub(crate) fn try_texts(logstore: &Logstore) -> Result<Vec<String>> {
 /// All records of shard 0, as text.
 pub(crate) fn texts(logstore: &Logstore) -> Vec<String> {
     try_texts(logstore).unwrap()
+}
+
+/// The records up to the present end. A later call continues with those behind it.
+pub(crate) fn so_far(reader: &mut Reader) -> impl Iterator<Item = Result<Record>> {
+    std::iter::from_fn(|| reader.try_next().transpose())
 }
 
 pub(crate) fn strings(records: &[Record]) -> Vec<String> {

@@ -62,9 +62,9 @@ pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
     loop {
         let mut idle = true;
         for (shard, reader) in &mut followed {
-            for record in reader.by_ref() {
+            while let Some(record) = reader.try_next()? {
                 idle = false;
-                printer.record(*shard, &record?)?;
+                printer.record(*shard, &record)?;
             }
         }
         printer.flush()?;
@@ -90,8 +90,8 @@ fn last_logs(
         let from = end.saturating_sub(distance);
         let mut reader = logstore.read(shard, &ReadOptions::from(Position::Seq(from)))?;
         let mut kept = VecDeque::new();
-        for record in reader.by_ref() {
-            kept.extend(record::logs(shard, &record?, format)?);
+        while let Some(record) = reader.try_next()? {
+            kept.extend(record::logs(shard, &record, format)?);
             kept.drain(..kept.len().saturating_sub(wanted));
         }
         if kept.len() >= wanted || from == 0 {
