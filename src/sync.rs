@@ -400,18 +400,23 @@ pub(crate) fn wait_timeout<'a, T>(
     MutexGuard { inner, entered }
 }
 
-pub(crate) use order::assert_no_lock_across;
+pub(crate) use order::{assert_may_wait_for_kms, wait_for_no_kms};
 
 /// The check, in debug builds.
 #[cfg(all(debug_assertions, not(shuttle)))]
 mod order {
-    use std::{cell::RefCell, thread};
+    use std::{
+        cell::{Cell, RefCell},
+        thread,
+    };
 
     use super::LockRank;
 
     thread_local! {
         /// The ranks of the locks that this thread holds, in the order in which it took them.
         static HELD: RefCell<Vec<LockRank>> = const { RefCell::new(Vec::new()) };
+        /// Whether this thread may wait for no KMS.
+        static WAITS_FOR_NO_KMS: Cell<bool> = const { Cell::new(false) };
     }
 
     #[derive(Clone, Copy)]
@@ -467,11 +472,20 @@ mod order {
         }
     }
 
-    /// Panics if this thread holds a lock that others need while it waits for `what`.
+    /// From now on, this thread makes no call to a KMS.
+    pub(crate) fn wait_for_no_kms() {
+        WAITS_FOR_NO_KMS.set(true);
+    }
+
+    /// Panics if this thread may not wait for a KMS call: it is a worker, or it holds a lock that
+    /// other threads need meanwhile.
     #[track_caller]
-    pub(crate) fn assert_no_lock_across(what: &str) {
+    pub(crate) fn assert_may_wait_for_kms() {
+        if WAITS_FOR_NO_KMS.get() {
+            fail("a worker waits for a KMS call");
+        }
         if let Some(rank) = find(|held| !held.may_span_a_kms_call()) {
-            fail(&format!("{rank:?} is held across {what}"));
+            fail(&format!("{rank:?} is held across a KMS call"));
         }
     }
 
@@ -512,7 +526,9 @@ mod order {
         pub(super) fn assert_innermost(&self) {}
     }
 
-    pub(crate) fn assert_no_lock_across(_what: &str) {}
+    pub(crate) fn wait_for_no_kms() {}
+
+    pub(crate) fn assert_may_wait_for_kms() {}
 }
 
 #[cfg(all(test, debug_assertions, not(shuttle)))]
@@ -605,18 +621,27 @@ mod tests {
 
     #[test]
     fn a_kms_call_is_made_under_few_locks() {
-        assert_no_lock_across("a KMS call");
+        assert_may_wait_for_kms();
         let (logstores, [writer, ..]) = (NamedLocks::new(LockRank::LogstoreAdmin), locks());
         let _both = (logstores.lock(&"p/l"), lock(&writer));
-        assert_no_lock_across("a KMS call");
+        assert_may_wait_for_kms();
         for n in 1..3 {
             let said = panic_of(move || {
                 let locks = locks();
                 let _lock = lock(&locks[n]);
-                assert_no_lock_across("a KMS call");
+                assert_may_wait_for_kms();
             });
             assert_eq!(said, format!("lock order: {:?} is held across a KMS call", RANKS[n]));
         }
+    }
+
+    #[test]
+    fn a_worker_makes_no_kms_call() {
+        let said = panic_of(|| {
+            wait_for_no_kms();
+            assert_may_wait_for_kms();
+        });
+        assert_eq!(said, "lock order: a worker waits for a KMS call");
     }
 
     /// A thread that holds a lock which others need without a KMS does not wait for a KMS.

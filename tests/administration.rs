@@ -846,6 +846,64 @@ fn a_rotation_by_policy_that_hangs_holds_no_worker() {
     store.close().unwrap();
 }
 
+/// A debug build checks each KMS call.
+#[test]
+fn no_job_of_a_worker_calls_a_kms() {
+    end_if_a_worker_panics();
+    let mut world = World::threads();
+    world.options.workers = 1;
+    world.options.revalidate_every = millis(100);
+    world.options.retention_every = secs(1);
+    world.options.segment_age = secs(1);
+    world.options.segment_bytes = 64 << 10;
+    world.options.linger = millis(10);
+    let store = world.builder().service_cmk(world.cmk()).create().unwrap();
+    let cmk = world.cmk();
+    let logstores = [world.byok(&store, HUNG, &cmk), world.service(&store, SERVICE)];
+    for text in [HUNG, SERVICE] {
+        change(&store, text, |config| {
+            config.rotate_data_key = policy(None, Some(1 << 20));
+            config.retention_bytes = Some(512 << 10);
+        })
+        .unwrap();
+    }
+    let in_background = |round: u64| {
+        for (n, logstore) in (0..).zip(&logstores) {
+            let text = noise(round * 2 + n, 60 << 10);
+            // The key may be lost.
+            let _ = logstore.append(record(&text), &buffered());
+        }
+    };
+    let events = || {
+        let records = store.keys().audit_records().unwrap();
+        records.into_iter().map(|record| record.event).collect::<Vec<_>>()
+    };
+    let jobs =
+        [AuditEvent::Rotated, AuditEvent::Shredded, AuditEvent::Revoked, AuditEvent::Recovered];
+    let mut round = 0;
+    eventually("each job has run", || {
+        round += 1;
+        in_background(round);
+        match round % 20 {
+            5 => drop(store.keys().rotate_data_key(&name(HUNG))),
+            10 => world
+                .kms
+                .answer_for_master_key(&cmk.cmk_key_id, Answer::Revoked(RevokedReason::Disabled)),
+            15 => world.kms.answer(Answer::Real),
+            _ => {}
+        }
+        round > 300 && jobs.iter().all(|job| events().contains(job))
+    });
+    world.kms.answer(Answer::Real);
+    eventually("the key is back", || try_put(&logstores[0], "back").is_ok());
+    for logstore in &logstores {
+        assert_worker_is_free(logstore, "written");
+    }
+    // A group that waited when the key was refused may be lost with it.
+    let closed = store.close();
+    assert!(matches!(closed, Ok(()) | Err(Error::GroupsLost { .. })), "{closed:?}");
+}
+
 /// The lease has ended, so a mark block and a roll by age wait for the KMS.
 #[test]
 fn marks_and_rolls_that_hang_hold_no_worker() {

@@ -11,7 +11,7 @@ use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, thread::JoinHandle, 
 use crate::{
     io::Clock,
     schedule::{ShardJob, Wake, Work},
-    sync::{Condvar, LockRank, Mutex, lock, wait, wait_timeout},
+    sync::{Condvar, LockRank, Mutex, lock, wait, wait_for_no_kms, wait_timeout},
 };
 
 /// The threads for tasks that may wait for a KMS: one for the work on data keys, and another for
@@ -91,6 +91,9 @@ impl Scheduler {
     }
 
     fn work(&self) {
+        if self.for_kms.is_some() {
+            wait_for_no_kms();
+        }
         let mut queue = lock(&self.queue);
         loop {
             if queue.stopped {
