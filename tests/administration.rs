@@ -765,7 +765,7 @@ fn a_first_envelope_is_under_the_newest_service_key() {
 /// Two threads of a read-only opener read the metadata, and the one that read an older state comes
 /// second: an operation that follows the writer, or a caller that gets a handle.
 #[test]
-fn a_reader_that_reads_older_metadata_than_another_thread_reads_it_again() {
+fn a_reader_reads_metadata_again_if_another_thread_has_newer() {
     for follows in [true, false] {
         let sim = Sim::new();
         let store = sim.create();

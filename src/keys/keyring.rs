@@ -693,7 +693,7 @@ mod tests {
     }
 
     #[test]
-    fn a_retired_version_authenticates_no_document_and_keeps_its_other_keys() {
+    fn a_retired_version_has_no_document_key_but_its_other_keys() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         assert!(!keyring.is_rotating());

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_kms_that_serves_a_region_is_asked_also_one_that_serves_it_later() {
+    fn the_first_kms_that_serves_a_region_is_asked_even_if_late() {
         let kms = ["cn", "cn-north", "eu"]
             .map(|name| Arc::new(Regional(name, AtomicBool::new(name != "eu"))));
         let all = kms.clone().map(|kms| kms as Arc<dyn Kms>);

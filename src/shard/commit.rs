@@ -985,7 +985,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_is_shared_with_the_groups_in_front_of_the_last_one_that_waits_for_it() {
+    fn groups_before_the_last_waiter_share_its_sync() {
         let commit = open(1);
         for seq in 0..3 {
             submit(&commit, group(1, 0, false));
@@ -1014,7 +1014,7 @@ mod tests {
     }
 
     #[test]
-    fn a_latch_fails_unwritten_groups_and_callers_that_wait_for_a_sync() {
+    fn a_latch_fails_unwritten_groups_and_waits_for_a_sync() {
         let (error, cause) = (Error::Closed("the file"), Arc::new(Error::Closed("the disk")));
         let commit = open(1);
         submit_all(&commit, (0..3).map(|_| group(1, 0, true)));

@@ -347,7 +347,7 @@ fn it_is_tended_when_something_is_due_and_not_before() {
 
 /// A caller that knows of a change at the KMS does not rely on the call under way.
 #[test]
-fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
+fn a_renewal_afresh_makes_a_call_after_the_one_under_way() {
     let world = World::new();
     let lease = world.lease();
     let back = lock(&world.kms.back);
@@ -444,7 +444,7 @@ fn each_listener_is_told_once() {
 }
 
 #[test]
-fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
+fn a_refusal_ends_it_and_an_earlier_answer_changes_nothing() {
     let world = World::new();
     let lease = world.lease();
     let ears = Ears::listening_to(&lease);
@@ -601,7 +601,7 @@ fn metrics_tell_its_age() {
 }
 
 #[test]
-fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not() {
+fn an_ended_lease_is_spared_calls_and_a_valid_one_is_not() {
     let world = World::new();
     let [ended, alive, asks] = [(); 3].map(|()| world.lease());
     for lease in [&ended, &asks] {
