@@ -27,8 +27,8 @@ use crate::{
 
 /// How long after a sync without further blocks a mark block records it.
 const MARK_AFTER: Duration = Duration::from_secs(1);
-/// After how long a job is tried again that has to wait for an answer of a KMS.
-pub(super) const UNTIL_THE_KMS_ANSWERS: Duration = Duration::from_millis(20);
+/// After how long a job that would have to wait for a KMS is tried again.
+pub(super) const KMS_RETRY_AFTER: Duration = Duration::from_millis(20);
 /// After how long acknowledged groups that could not be sealed without the key are tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How much of the budget a waiting group takes beyond its own bytes.
@@ -114,8 +114,8 @@ impl Shard {
         }
         let charge = payload.bytes.len() + PENDING_BYTES;
         let budget = &self.context.budget;
-        // A Logstore whose KMS hangs may have used up the budget. A shard without a group that waits
-        // goes on in any case.
+        // A Logstore whose KMS hangs may have used up the budget. A shard without a group that
+        // waits continues in any case.
         let taken = budget.try_take(charge) || (!self.commit.has_queued() && budget.take(charge));
         if !taken {
             if !wait_for_room {
@@ -169,7 +169,7 @@ impl Shard {
         }
     }
 
-    /// Has a group in the queue written, although no caller waits for it yet.
+    /// Schedules the write of a group in the queue, although no caller waits for it yet.
     pub(super) fn hasten(&self, seq: u64, durability: Durability) {
         self.schedule_flush(self.commit.hasten(seq, durability, self.context.clock.uptime()));
     }
@@ -182,9 +182,9 @@ impl Shard {
                 Role::Done(outcome) => return outcome,
                 Role::Leader(term) => term,
             };
-            let turn = self.turn(Some(seq));
+            let written = self.write_and_sync(Some(seq));
             let resigned = self.resign(term, Some((seq, durability)));
-            match (resigned.outcome, turn) {
+            match (resigned.outcome, written) {
                 (Some(outcome), _) => return outcome,
                 // The group was acknowledged before and stays queued. It cannot be made durable
                 // now.
@@ -204,9 +204,9 @@ impl Shard {
                 Flush::Idle(flush) => return self.schedule_flush(flush),
                 Flush::Leader(term) => term,
             };
-            let turn = self.turn(None);
+            let written = self.write_and_sync(None);
             self.resign(term, None);
-            if turn.is_err() {
+            if written.is_err() {
                 // Acknowledged groups stay queued until the loss of the key is dealt with, or the
                 // key can be used again.
                 return;
@@ -237,22 +237,22 @@ impl Shard {
         resigned
     }
 
-    /// One block, and one fsync if a caller waits for it. The caller is the leader; `own` is the
-    /// group that it waits for.
+    /// Writes one block, and syncs once if a caller waits for that. The caller is the leader; `own`
+    /// is the group that it waits for.
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
-    fn turn(&self, own: Option<u64>) -> Result<()> {
+    fn write_and_sync(&self, own: Option<u64>) -> Result<()> {
         let mut writer = self.writer();
         let batch = self.commit.take_batch();
-        let turn =
+        let written =
             batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, KeyUse::Admitted));
         // Written blocks are synced for the callers that wait for it, whether or not the key may be
         // used.
-        if self.commit.wants_sync(own, turn.is_err() || writer.owes_sync()) {
+        if self.commit.wants_sync(own, written.is_err() || writer.owes_sync()) {
             self.sync_active(&mut writer);
         }
-        turn
+        written
     }
 
     /// Makes a block of `batch`, writes it, and reports that to the group commit.
@@ -358,7 +358,7 @@ impl Shard {
 
     // ---- failures ----
 
-    /// Stops the writer after a failure: nothing is tried again as if it had worked. If the shard
+    /// Stops the writer after a failure: a failed operation is never retried. If the shard
     /// has expired, the next append recovers the shard anyway.
     pub(super) fn latch(&self, writer: &mut SegmentWriter, error: Error) {
         if self.commit.unfinished_expiry().is_some() {
@@ -467,7 +467,7 @@ impl Shard {
     }
 
     /// Seals the active segment: syncs its blocks, writes the footer, and syncs that. Everything
-    /// written so far counts as synced after that, so the fence is checked here, whether or not the
+    /// written so far is synced after that, so the fence is checked here, whether or not the
     /// caller writes the head to the catalogue.
     fn seal_active(&self, writer: &mut Locked<'_>, keys: KeyUse) -> Result<()> {
         if let Some(blocks) = writer.begin_sync_of_blocks() {

@@ -223,7 +223,8 @@ impl Shard {
         }
         self.gate().end_segments_before(loss, self.id());
         self.account(self.commit().expire(loss, error));
-        // If a thread has the writer, that thread goes on with this when it gives the writer back.
+        // If a thread has the writer, that thread finishes the expiry when it gives the writer
+        // back.
         drop(try_lock(&self.writer).map(|writer| Locked::new(self, writer)));
     }
 
