@@ -571,7 +571,7 @@ impl Keyring {
     }
 
     /// The key that tags audit records under `version`. A record under a retired version proves
-    /// nothing by itself. It counts in front of a record under an accepted version.
+    /// nothing by itself. It is valid in front of a record under an accepted version.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
         self.derived(version, &[], b"envelog v2 audit")
     }

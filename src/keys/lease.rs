@@ -18,8 +18,8 @@
 //! stopped or suspended cannot stretch the bound. Neither can a machine that was paused, if one of
 //! the clocks shows it: either the time has passed, or the two clocks have moved apart.
 //!
-//! No log line comes before the wipe that it reports, and none is written under a lock: a
-//! subscriber may block. A lease queues its lines, and [`Lease::log`] writes them.
+//! No log line delays a wipe, although a subscriber may block. A lease queues its lines, and
+//! [`Lease::log`] writes them: without a lock, and in a thread that has nothing left to wipe.
 
 use std::{
     fmt,
@@ -445,7 +445,7 @@ impl Lease {
         let done = move |answer: Result<SecretKey, KmsError>, report: CallReport| {
             let Some(lease) = this.upgrade() else { return report.log() };
             lease.hear(number, sent, report, judge(answer, &asked));
-            // Without threads, the caller of this call logs when it has notified the listeners.
+            // Without threads, the caller logs once it has notified the listeners.
             if lease.pool.is_some() {
                 lease.log();
             }
@@ -486,9 +486,6 @@ impl Lease {
             if left.is_zero() {
                 drop(state);
                 self.end_late_call();
-                if self.pool.is_some() {
-                    self.log();
-                }
                 state = lock(&self.state);
                 continue;
             }

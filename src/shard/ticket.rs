@@ -36,7 +36,7 @@ impl Ticket {
         Self { shard, seq, durability }
     }
 
-    /// Has the group written, although no caller waits for it yet.
+    /// Requests the write of the group, although no caller waits for it yet.
     pub(crate) fn hasten(&self) {
         self.shard.hasten(self.seq, self.durability);
     }

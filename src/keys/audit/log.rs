@@ -76,7 +76,7 @@ impl AuditLog {
         Ok(())
     }
 
-    /// Has the next record go into a new file: another writer may still add records to the current
+    /// The next record goes into a new file: another writer may still add records to the current
     /// one.
     pub(crate) fn begin_new_file(&self) {
         lock(&self.tail).leave();
