@@ -506,7 +506,7 @@ impl Gate {
         self.unwrap_known(version)
     }
 
-    /// In a read-only process, takes in the writer's changes if a data-key version is not known.
+    /// In a read-only opener, takes in the writer's changes if a data-key version is not known.
     /// Reads files.
     fn catch_up_for(&self, version: u32) -> Result<()> {
         let keys = self.keys();
@@ -599,13 +599,13 @@ impl Gate {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite }
     }
 
-    /// In a read-only process, takes in the writer's changes. Does nothing in the writer's process.
+    /// In a read-only opener, takes in the writer's changes. Does nothing in the writer's process.
     /// Reads files.
     pub(crate) fn catch_up(&self) -> Result<()> {
         self.writer_watch.get().map_or(Ok(()), |watch| watch.catch_up(self))
     }
 
-    /// In a read-only process, takes in the writer's changes from now on: every `every` by the
+    /// In a read-only opener, takes in the writer's changes from now on: every `every` by the
     /// uptime, and when a data-key version is not known.
     pub(crate) fn follow_with(
         &self,
@@ -673,7 +673,7 @@ impl Gate {
     }
 }
 
-/// Keeps a Logstore of a read-only process up to date with its writer.
+/// Keeps a Logstore of a read-only opener up to date with its writer.
 struct WriterWatch {
     writer: Weak<dyn FollowWriter>,
     clock: Arc<dyn Clock>,

@@ -241,8 +241,8 @@ impl ServiceKey {
 
     /// Calls `act` with the keyring.
     ///
-    /// A read-only process calls the KMS if the last answer is too old. If the keyring in memory is
-    /// too old, the process reloads it, which may call the KMS, and retries `act` once. A writer
+    /// A read-only opener calls the KMS if the last answer is too old. If the keyring in memory is
+    /// too old, the opener reloads it, which may call the KMS, and retries `act` once. A writer
     /// never calls the KMS here, and may hold the administration: it was admitted when its
     /// operation began.
     ///
@@ -262,9 +262,9 @@ impl ServiceKey {
         act(&self.keyring())
     }
 
-    /// In a read-only process, reloads the keyring if the writer has rotated it, or has put it
-    /// under another master key. From then on the process refuses documents under a retired
-    /// version. If the file cannot be read, the process keeps its copy. May call the KMS.
+    /// In a read-only opener, reloads the keyring if the writer has rotated it, or has put it
+    /// under another master key. From then on the opener refuses documents under a retired
+    /// version. If the file cannot be read, the opener keeps its copy. May call the KMS.
     ///
     /// # Errors
     /// As [`ServiceKey::admit`], and the errors of reading the changed keyring.

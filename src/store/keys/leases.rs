@@ -224,6 +224,7 @@ impl KeyService {
     }
 
     // ---- the service key ----
+
     /// Uses the service key under a lease from now on, if its keyring is under a master key.
     /// `listener` is notified of its loss.
     ///
