@@ -99,7 +99,7 @@ fn may_wait<J>(task: &Weak<dyn Task<J>>, job: J) -> bool {
 
 /// Schedules jobs.
 pub(crate) trait Wake: Send + Sync {
-    /// Has `work` run after `delay`.
+    /// Runs `work` after `delay`.
     fn after(&self, delay: Duration, work: Work);
 
     /// Writes every group that is queued in any shard, in this thread: for a store without threads

@@ -39,13 +39,13 @@ use order::{Entered, Rank};
 /// innermost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LockRank {
-    // May be held across a KMS call, except `LeaseTelling`. These come first. So no thread waits for
-    // one of them, and with it for a KMS, while it holds a lock that is not among them.
+    // May be held across a KMS call, except `LeaseTelling`. These come first. So no thread waits
+    // for one of them, and with it for a KMS, while it holds a lock that is not among them.
     /// Closing a store: one thread at a time.
     Closing,
     /// The administration of one Logstore: one operation at a time for each name.
     LogstoreAdmin,
-    /// The order of the losses and recoveries of a lease, held while the data keys are wiped. A
+    /// The order of the losses and returns of a lease, held while the data keys are wiped. A
     /// thread that waits for a listener to act may hold no lock below.
     LeaseTelling,
     /// The writer of a shard: the active segment and its file. `Shard::pause` of a whole Logstore
@@ -61,8 +61,8 @@ pub(crate) enum LockRank {
     /// The administration of a store: compares its state with the state that an operation assumed,
     /// and commits.
     Admin,
-    /// The bytes that a data key has sealed, for rotation by policy.
-    SealedBytes,
+    /// The bytes of the segments under a data key, for rotation by policy.
+    BytesUnderKey,
     /// The states of keys by the audit log.
     AuditTransitions,
     /// The end of the audit log and its file.
@@ -72,7 +72,7 @@ pub(crate) enum LockRank {
     // Held for a moment.
     /// The changes of the catalogue that wait for a record.
     JournalQueue,
-    /// The feeder that the catalogue tells about its changes.
+    /// The feeder that the catalogue notifies of its changes.
     JournalFeeder,
     /// The wanted and the present contents of the anchor.
     Anchor,

@@ -18,9 +18,12 @@ use common::{
     *,
 };
 use envelog::{
-    AuditEvent, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec,
-    Position, ReadOptions, ReplaceCmk, Result, RewrapOptions, RotateDataKey, Store, VerifyOptions,
-    io::Clock, kms::RevokedReason,
+    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position,
+    ReadOptions, Result, RotateDataKey, Store,
+    admin::{ReplaceCmk, RewrapOptions, VerifyOptions},
+    audit::AuditEvent,
+    io::Clock,
+    kms::RevokedReason,
 };
 
 /// Logstores under the master key whose KMS does not answer.
@@ -641,7 +644,7 @@ fn rewrapping_all_comes_back_to_a_logstore_that_is_busy() {
     let during = scene.during_call(0, move || {
         let notes = Arc::clone(&seen);
         let rewrap = move || {
-            let mut note = |at: &envelog::RewrapProgress| {
+            let mut note = |at: &envelog::admin::RewrapProgress| {
                 notes.lock().unwrap().extend(at.logstore.clone());
             };
             store.keys().rewrap_all(&RewrapOptions::default(), &mut note)
@@ -765,7 +768,7 @@ fn a_first_envelope_is_under_the_newest_service_key() {
 /// Two threads of a read-only opener read the metadata, and the one that read an older state comes
 /// second: an operation that follows the writer, or a caller that gets a handle.
 #[test]
-fn a_reader_that_reads_older_metadata_than_another_thread_reads_it_again() {
+fn a_reader_reads_metadata_again_if_another_thread_has_newer() {
     for follows in [true, false] {
         let sim = Sim::new();
         let store = sim.create();
@@ -841,7 +844,8 @@ fn a_rotation_by_policy_that_hangs_holds_no_worker() {
     service.roll().unwrap();
     eventually("retention drops the segment", dropped);
     world.kms.answer(Answer::Real);
-    let intended = |record: &envelog::AuditRecord| record.event == AuditEvent::RotateIntended;
+    let intended =
+        |record: &envelog::audit::AuditRecord| record.event == AuditEvent::RotateIntended;
     assert!(store.keys().audit_records().unwrap().iter().any(intended));
     store.close().unwrap();
 }

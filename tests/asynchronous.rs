@@ -17,9 +17,8 @@ use std::{
 
 use common::*;
 use envelog::{
-    AppendOptions, Appended, Durability, Error, Logstore, Payload, Position, ReadOptions, Result,
-    Ticket,
-    kms::RevokedReason::Disabled,
+    AppendOptions, Appended, Durability, Error, LogGroup, Logstore, Payload, Position, ReadOptions,
+    Result, Ticket, kms::RevokedReason::Disabled,
 };
 use futures_core::Stream;
 
@@ -119,8 +118,7 @@ fn a_submission_does_not_wait_for_the_kms() {
     let first = tickets.remove(0);
     // One waits in a thread, the others in tasks.
     assert_eq!(first.wait().unwrap(), Appended { shard: 0, seq: 0 });
-    let seqs: Vec<u64> =
-        tickets.into_iter().map(|ticket| block_on(ticket).unwrap().seq).collect();
+    let seqs: Vec<u64> = tickets.into_iter().map(|ticket| block_on(ticket).unwrap().seq).collect();
     assert_eq!(seqs, [1, 2]);
     assert_eq!(block_on(buffered).unwrap().seq, 3);
     // A later append comes behind all of them.
@@ -203,8 +201,7 @@ fn an_append_as_a_future_awaits_room() {
     drop(appends.remove(0));
     hung.world.kms.answer(Answer::Real);
     block_on(first).unwrap();
-    let seqs: Vec<u64> =
-        appends.into_iter().map(|append| block_on(append).unwrap().seq).collect();
+    let seqs: Vec<u64> = appends.into_iter().map(|append| block_on(append).unwrap().seq).collect();
     assert_eq!(seqs.len(), 3);
     assert_eq!(records(&hung.logstore, 0).unwrap().len(), 4);
     assert_eq!(tasks[0].wakes(), 0);
@@ -219,7 +216,7 @@ fn a_future_returns_the_errors_of_its_arguments() {
     let options = AppendOptions { shard: envelog::ShardChoice::Shard(9), ..written() };
     let append = logstore.append_async(record("x"), &options);
     assert!(matches!(block_on(append), Err(Error::ShardMissing { shard: 9, .. })));
-    let append = logstore.append_async(&b"no log group"[..], &written());
+    let append = logstore.append_async(&LogGroup::default(), &written());
     assert!(matches!(block_on(append), Err(Error::InvalidGroup(_))));
 }
 
@@ -267,9 +264,8 @@ fn a_follower_waits_for_more() {
     assert!(follow.try_next().unwrap().is_none());
     assert!(follow.next_timeout(millis(1)).unwrap().is_none());
     thread::scope(|threads| {
-        let following = threads.spawn(|| {
-            (1..4).map(|_| follow.next().unwrap().unwrap().bytes).collect::<Vec<_>>()
-        });
+        let following = threads
+            .spawn(|| (1..4).map(|_| follow.next().unwrap().unwrap().bytes).collect::<Vec<_>>());
         for text in ["1", "2", "3"] {
             push(&logstore, text);
         }
@@ -379,9 +375,8 @@ fn a_stream_calls_no_kms_when_it_is_polled() {
     let mut context = Context::from_waker(&waker);
     assert!(Pin::new(&mut follow).poll_next(&mut context).is_pending());
     world.kms.answer(Answer::Real);
-    let mut next = || {
-        block_on(std::future::poll_fn(|context| Pin::new(&mut follow).poll_next(context)))
-    };
+    let mut next =
+        || block_on(std::future::poll_fn(|context| Pin::new(&mut follow).poll_next(context)));
     let first = next().unwrap();
     // The call may have timed out while the KMS hung.
     match first {

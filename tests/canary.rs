@@ -443,8 +443,8 @@ fn whole_life(traced: &Traced) {
     for said in [
         "store opened",
         "KMS call succeeded",
-        "on the key audit log",
-        "the KMS refuses",
+        "audit record written",
+        "master key refused",
         "segment sealed",
     ] {
         assert!(text.contains(said), "{said}: everything was traced: {text}");

@@ -534,8 +534,8 @@ fn in_pod(test: &str, body: fn(World)) {
 }
 
 #[test]
-fn kept_credentials_that_are_refused_are_fetched_again_in_the_same_call() {
-    in_pod("kept_credentials_that_are_refused_are_fetched_again_in_the_same_call", |world| {
+fn refused_kept_credentials_are_fetched_again_in_the_same_call() {
+    in_pod("refused_kept_credentials_are_fetched_again_in_the_same_call", |world| {
         let wrapped = world.wrap().unwrap();
         assert_eq!(world.unwrap(&wrapped), Ok(KEY));
         let first =

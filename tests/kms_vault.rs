@@ -272,7 +272,7 @@ impl World {
 }
 
 #[test]
-fn a_wrapped_key_is_the_ciphertext_of_transit_with_the_context_as_associated_data() {
+fn a_wrapped_key_is_transits_ciphertext_bound_to_the_context() {
     let world = World::new();
     let wrapped = world.wrap().unwrap();
     let ciphertext = String::from_utf8(wrapped.clone()).unwrap();
@@ -298,7 +298,7 @@ fn a_wrapped_key_is_the_ciphertext_of_transit_with_the_context_as_associated_dat
 }
 
 #[test]
-fn a_version_below_the_least_one_is_disabled_until_it_is_allowed_again() {
+fn a_version_below_the_minimum_is_disabled_until_allowed() {
     let world = World::new();
     let first = world.wrap().unwrap();
     world.bao.rotate("transit", "orders");
@@ -501,7 +501,7 @@ fn a_token_that_has_expired_is_replaced() {
 }
 
 #[test]
-fn a_refused_login_is_an_outage_and_a_denied_key_is_a_revocation() {
+fn a_refused_login_is_an_outage_a_denied_key_a_revocation() {
     let world = World::new();
     let wrapped = world.wrap().unwrap();
     let url = world.bao.approle_url(&world.files);

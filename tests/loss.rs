@@ -487,7 +487,7 @@ fn an_audit_log_that_hangs_delays_no_wipe() {
 
 /// Without threads, the caller seals one shard after the other. The deadline passes in one of them.
 #[test]
-fn without_threads_the_rest_is_wiped_when_the_deadline_has_passed() {
+fn without_threads_the_rest_is_wiped_after_the_deadline() {
     const COUNT: usize = 10;
     // In an fsync every group is in a block already; in a write, only those before it are.
     for (op, slow, in_blocks) in [(Op::Sync, 1, COUNT), (Op::Write, 4, 4)] {

@@ -579,7 +579,7 @@ fn acknowledged_groups_without_a_segment_are_lost_with_the_key() {
 /// Encryption was switched on or off since the open segment was begun. The segment is no place for
 /// groups that were acknowledged after that, so they are lost with the key, and not written.
 #[test]
-fn acknowledged_groups_under_newer_settings_are_lost_with_the_key() {
+fn groups_under_newer_settings_are_lost_with_the_key() {
     for encrypts in [false, true] {
         let world = World::manual();
         let store = world.create();

@@ -258,7 +258,7 @@ fn operations_that_need_no_key_go_on() {
 // ---- the return ----
 
 #[test]
-fn the_store_works_again_without_a_restart_and_nothing_acknowledged_is_lost() {
+fn the_key_returns_without_a_restart_or_a_lost_record() {
     let all = Leased::manual();
     let Leased { world, store, .. } = &all;
     for logstore in all.logstores() {
@@ -504,7 +504,7 @@ fn an_outage_closes_the_store_after_its_grace_and_not_before() {
 }
 
 #[test]
-fn without_a_grace_an_outage_never_closes_the_store_and_a_refusal_does() {
+fn without_a_grace_only_a_refusal_closes_the_store() {
     let mut world = World::manual();
     world.options.service_outage_grace = Duration::ZERO;
     let all = Leased::new(world);

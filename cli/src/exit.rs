@@ -210,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn integrity_outranks_revocation_and_that_an_outage_and_that_the_rest() {
+    fn integrity_outranks_revocation_then_outage_then_the_rest() {
         let order = [
             Status::Integrity,
             Status::Revoked,

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_beyond_the_limit_is_refused_and_what_came_before_is_kept() {
+    fn a_line_beyond_the_limit_is_refused_and_earlier_ones_kept() {
         let mut lines = Lines::new(64 * 1024);
         let mut full = Vec::new();
         lines.begin("file");

@@ -63,7 +63,7 @@ const STORE: &[StoreSetting] = &[
         name: REVALIDATE_EVERY,
         kind: Kind::Duration(|options| &mut options.revalidate_every),
         limits: "100ms to 1h",
-        help: "How often to ask the KMS whether a key may still be used. By default at most --outage-grace and --service-outage-grace",
+        help: "How often to ask the KMS whether a key may still be used. Unless set, shortened to the shorter non-zero grace",
     },
     StoreSetting {
         name: "kms-timeout",
@@ -105,13 +105,13 @@ const STORE: &[StoreSetting] = &[
         name: "anchor-required",
         kind: Kind::OptionalDuration(|options| &mut options.anchor_required),
         limits: "at least 1s",
-        help: "Refuse appends while the anchor is behind for longer than this. By default a failing anchor stops nothing",
+        help: "Refuse appends while the anchor has been behind for longer than this. By default a failing anchor stops nothing",
     },
     StoreSetting {
         name: "head-every",
         kind: Kind::Duration(|options| &mut options.head_every),
         limits: "100ms to 1h",
-        help: "How often to record the end of each open segment: data synced since can be cut off unnoticed",
+        help: "How often to record the end of each open segment. An attacker can remove data synced after the last record unnoticed",
     },
     StoreSetting {
         name: "retention-every",
@@ -135,7 +135,7 @@ const STORE: &[StoreSetting] = &[
         name: "block-bytes",
         kind: Kind::Memory(|options| &mut options.block_bytes),
         limits: "4KiB to 32MiB",
-        help: "How many bytes of groups are collected into one block while no caller waits",
+        help: "The most bytes of groups in one block. A larger group gets a block of its own",
     },
     StoreSetting {
         name: "linger",
@@ -159,7 +159,7 @@ const STORE: &[StoreSetting] = &[
         name: "workers",
         kind: Kind::Count(|options| &mut options.workers),
         limits: "1 to 64",
-        help: "The number of background flush threads",
+        help: "The number of worker threads for flushes, mark blocks, rolls, heads and retention",
     },
     StoreSetting {
         name: "audit-file-bytes",

@@ -180,7 +180,7 @@ fn no_name_and_no_log_commands_the_terminal() {
 }
 
 #[test]
-fn a_log_on_a_terminal_keeps_its_lines_and_a_pipe_gets_every_byte() {
+fn a_terminal_gets_escaped_lines_and_a_pipe_every_byte() {
     let world = World::new();
     let logs = [EVIL.as_bytes(), b"\nraw \x9b2J \xc3\xa9 \xe2\x80\nwith\ttab\r\n"].concat();
     world.create("p/a", &service("default"));

@@ -53,7 +53,7 @@ fn a_rotated_data_key_seals_what_comes_and_opens_what_was() {
 }
 
 #[test]
-fn a_rotated_master_key_wraps_again_and_older_versions_still_unwrap() {
+fn after_a_master_key_rotation_older_versions_still_unwrap() {
     let world = World::new();
     let key = world.create_key();
     world.create("p/a", &byok("sm4", &key));
@@ -72,7 +72,7 @@ fn a_rotated_master_key_wraps_again_and_older_versions_still_unwrap() {
 }
 
 #[test]
-fn a_rotated_service_key_makes_older_copies_of_the_keyring_too_old() {
+fn a_rotated_service_key_makes_older_keyring_copies_too_old() {
     let world = World::new();
     world.create("p/a", &service("default"));
     append(&world, "p/a", "one\n");

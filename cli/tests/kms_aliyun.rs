@@ -78,7 +78,7 @@ impl Cloud {
 const READ: [&str; 4] = ["read", "p/customer", "--format", "raw"];
 
 #[test]
-fn a_logstore_under_a_key_in_the_cloud_from_its_making_to_the_end_of_the_key() {
+fn the_life_of_a_logstore_under_a_cloud_key() {
     let lines = made_lines(500);
     let cloud = Cloud::new();
     let key = cloud.logstore(&lines);

@@ -169,7 +169,7 @@ fn running_processes_end_within_the_bound_and_others_go_on() {
 }
 
 #[test]
-fn an_outage_is_ridden_out_for_its_grace_and_no_store_needs_the_kms_to_open() {
+fn a_store_opens_and_works_in_an_outage_for_its_grace() {
     let mut aws = Aws::new();
     let key = aws.moto.create_key();
     aws.create("short", &key);

@@ -156,7 +156,7 @@ fn an_update_replaces_what_was_got_and_changed() {
 }
 
 #[test]
-fn create_needs_a_kms_that_serves_the_region_and_grants_the_role() {
+fn create_needs_a_kms_for_the_region_and_the_role() {
     let world = World::new();
     let key = world.create_key();
     let mut elsewhere = byok("default", &key);
@@ -435,7 +435,7 @@ fn a_writer_that_another_one_has_taken_over_from_ends() {
 /// A refused command leaves no files. The hint to back up appears when the store is created, even
 /// if the command then fails.
 #[test]
-fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is() {
+fn a_refused_create_makes_no_store_and_a_new_store_says_backup() {
     let world = World::new();
     for options in [
         &["--shards", "0"][..],
@@ -462,7 +462,7 @@ fn a_store_is_not_made_for_what_is_refused_and_says_what_to_back_up_when_it_is()
 /// The length that a file claims is not trusted.
 #[cfg(target_os = "linux")]
 #[test]
-fn a_segment_that_claims_to_be_huge_is_damaged_and_takes_no_memory() {
+fn a_segment_that_claims_to_be_huge_takes_no_memory() {
     let world = World::new();
     world.create("p/a", &service("default"));
     world.ok(&["append", "p/a", &world.file("lines", made_lines(10))]);
@@ -475,7 +475,7 @@ fn a_segment_that_claims_to_be_huge_is_damaged_and_takes_no_memory() {
 }
 
 #[test]
-fn what_cannot_be_undone_needs_a_yes_and_files_are_not_overwritten() {
+fn irreversible_commands_need_yes_and_overwrite_no_file() {
     let world = World::new();
     world.create("p/a", &service("default"));
     for command in [

@@ -62,7 +62,7 @@ fn assert_refused(world: &World, words: &[&str]) {
 }
 
 #[test]
-fn a_disabled_key_refuses_its_logstore_alone_and_comes_back_whole() {
+fn a_disabled_key_refuses_only_its_logstore_until_enabled() {
     let text = made_lines(5_000);
     let (world, key) = two_logstores(&text);
     assert_eq!(key_state(&world, "p/customer")["state"], "active");

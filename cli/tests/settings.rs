@@ -55,7 +55,7 @@ fn values(name: &str) -> [(String, Value); 3] {
 }
 
 #[test]
-fn an_option_precedes_a_variable_and_that_the_file_and_that_the_default() {
+fn options_precede_variables_then_the_file_then_defaults() {
     let world = World::new();
     let defaults = settings(&world, &[], &[]);
     assert!(defaults.len() > 25, "{defaults:?}");

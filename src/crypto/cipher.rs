@@ -94,8 +94,10 @@ impl SegmentCipher {
         }
     }
 
-    /// Opens a block: verifies its header and payload, and decrypts the payload into `out`, which
-    /// has the same length. If the suite does not encrypt, `out` receives the verified copy.
+    /// Opens a block: verifies its header and payload (the associated data are header hash || block
+    /// header, and the payload too if the suite does not encrypt), and decrypts the payload into
+    /// `out`, which has the same length. If the suite does not encrypt, `out` receives the verified
+    /// copy.
     ///
     /// # Errors
     /// The errors of [`AeadKey::open`]. `out` is then zeroed.

@@ -264,7 +264,7 @@ fn a_rename_without_replacing_works_by_a_link_too() {
 }
 
 #[test]
-fn where_no_name_is_left_for_a_temporary_file_the_file_does_not_count_as_there() {
+fn without_a_temporary_name_the_file_is_not_reported_existing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("x");
     for number in 0..TEMPORARIES_MAX {

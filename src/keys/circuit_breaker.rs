@@ -112,7 +112,7 @@ mod tests {
     use crate::io::SystemClock;
 
     #[test]
-    fn it_opens_after_several_calls_in_a_row_and_lets_one_ask_now_and_then() {
+    fn it_opens_after_failures_in_a_row_and_lets_one_probe() {
         const HOUR: Duration = Duration::from_secs(3600);
         let (breaker, now) = (CircuitBreaker::default(), Moment::now(&SystemClock));
         let spare = |age| breaker.spare(Weak::<Lease>::new(), now, age, &SystemClock);

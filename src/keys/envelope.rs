@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn an_envelope_opens_for_what_it_is_bound_to_and_for_nothing_else() {
+    fn an_envelope_opens_only_for_the_identity_it_is_bound_to() {
         let provider = RustCrypto::new();
         let root = SecretKey::from_bytes(&mut [7; 32]);
         let key = SecretKey::from_bytes(&mut [9; 32]);

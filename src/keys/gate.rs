@@ -1,9 +1,10 @@
 //! The gate: the data keys of one Logstore in memory, and the only way to use them.
 //!
-//! Every use of a key asks the lease first ([`Gate::admit`]), unwraps the data key if it is not in
-//! memory, and holds the keys for reading while the closure of the caller runs. A wipe takes the
-//! keys for writing. So it waits for the uses under way, which last for one block each, and no use
-//! touches a key after it.
+//! A use of a key asks the leases first ([`Gate::admit`]), unwraps the data key if it is not in
+//! memory, and holds the keys for reading while the closure of the caller runs. Only the sealing of
+//! segments after a loss asks no lease ([`Gate::with_held`]). A wipe takes the keys for writing. So
+//! it waits for the uses under way, which last for one block each, and no use touches a key after
+//! it.
 //!
 //! A key that is on its way into memory while the lease is lost arrives after the wipe. The gate
 //! therefore asks the lease again after each insert ([`Gate::may_stay`]) and removes the key if the
@@ -58,6 +59,12 @@ pub(crate) trait FollowWriter: Send + Sync {
     fn catch_up(&self, name: &LogstoreName, id: LogstoreId) -> Result<()>;
 }
 
+/// The number of losses of the keys that a gate depends on: the sum of the epochs of its leases and
+/// the losses of the service key. No term ever decreases, so the era changes whenever a term does.
+/// Keys that were loaded in one era are not used in another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct KeyEra(u64);
+
 /// The state that the gates of a store share.
 pub(crate) struct KeyContext {
     pub(crate) store: StoreId,
@@ -82,7 +89,7 @@ pub(crate) struct GateKeys {
     pub(crate) section: Option<Arc<KeysSection>>,
     pub(crate) lease: Option<Arc<Lease>>,
     /// The standby lease of the Logstore's own envelopes, beside a shared lease.
-    pub(crate) own: Option<Arc<Lease>>,
+    pub(crate) standby: Option<Arc<Lease>>,
     /// The section as its file has it, under a customer's key, until the current data key has
     /// proved it. The gate uses no key before.
     pub(crate) unproved: Option<Arc<TaggedKeys>>,
@@ -91,7 +98,7 @@ pub(crate) struct GateKeys {
 impl GateKeys {
     /// The leases that an operation needs.
     pub(crate) fn leases(&self) -> impl Iterator<Item = &Arc<Lease>> {
-        self.lease.iter().chain(&self.own)
+        self.lease.iter().chain(&self.standby)
     }
 }
 
@@ -112,12 +119,12 @@ pub(crate) struct Gate {
     halted: Mutex<Option<Error>>,
     /// Set in a store that is open for reading. The metadata in memory may be older than the
     /// writer's.
-    follower: OnceLock<Follower>,
+    writer_watch: OnceLock<WriterWatch>,
     /// How many readers are in a segment under each key, dropped segments included.
     readers: Mutex<BTreeMap<KeySource, usize>>,
 }
 
-/// States, for as long as it lives, that a reader is in a segment under a key.
+/// A reader is in a segment under a key as long as this lives.
 pub(crate) struct InUse {
     gate: Arc<Gate>,
     source: KeySource,
@@ -161,13 +168,13 @@ impl Gate {
             kept: Mutex::new(LockRank::GateKept, Vec::new()),
             closed: OnceLock::new(),
             halted: Mutex::new(LockRank::GateHalted, None),
-            follower: OnceLock::new(),
+            writer_watch: OnceLock::new(),
             readers: Mutex::new(LockRank::GateReaders, BTreeMap::new()),
         }
     }
 
-    /// Counts a reader in a segment under this key.
-    pub(crate) fn in_use(self: &Arc<Self>, source: KeySource) -> InUse {
+    /// Notes that a reader is in a segment under this key, until the returned value is dropped.
+    pub(crate) fn mark_in_use(self: &Arc<Self>, source: KeySource) -> InUse {
         *lock(&self.readers).entry(source).or_default() += 1;
         InUse { gate: Arc::clone(self), source }
     }
@@ -200,43 +207,41 @@ impl Gate {
         held.forget_loaded();
     }
 
-    /// Admits an operation that starts now. Returns the epoch of the leases. Blocks for a KMS call
-    /// if the last answer of the KMS is too old. The service key comes first: it authenticates the
+    /// Admits an operation that starts now. Returns the era of the keys. Blocks for a KMS call if
+    /// the last answer of the KMS is too old. The service key comes first: it authenticates the
     /// metadata.
     ///
     /// # Errors
     /// The error of the refused operation.
-    pub(crate) fn admit(&self) -> Result<u64> {
+    pub(crate) fn admit(&self) -> Result<KeyEra> {
         self.context.check_process()?;
         if let Some(what) = self.closed.get() {
             return Err(Error::Closed(what));
         }
-        let mut epoch = self.context.service.admit()?;
-        if let Some(follower) = self.follower.get() {
-            follower.follow_if_due(self)?;
+        let mut era = self.context.service.admit()?;
+        if let Some(watch) = self.writer_watch.get() {
+            watch.catch_up_if_due(self)?;
         }
-        // The epoch of a lease never decreases, and neither does the number of times that the
-        // service key was lost. So the sum changes whenever one of them does.
-        let (lease, own) = {
+        let (lease, standby) = {
             let keys = read(&self.keys);
-            (keys.lease.clone(), keys.own.clone())
+            (keys.lease.clone(), keys.standby.clone())
         };
-        for lease in lease.iter().chain(&own) {
-            epoch += lease.admit().map_err(|refusal| {
+        for lease in lease.iter().chain(&standby) {
+            era += lease.admit().map_err(|refusal| {
                 self.context.counters.refused(&refusal);
                 self.refused(&refusal, lease.cmk())
             })?;
         }
-        Ok(epoch)
+        Ok(KeyEra(era))
     }
 
     /// Whether [`Gate::admit`] decides without a KMS call, now and for a while. If not, starts a
     /// call, and does not wait for it.
-    pub(crate) fn decides_at_once(&self) -> bool {
+    pub(crate) fn decides_or_asks(&self) -> bool {
         let keys = self.keys();
         let service = &self.context.service;
         self.is_closed()
-            || (service.decides_at_once() && keys.leases().all(|lease| lease.decides_at_once()))
+            || (service.decides_or_asks() && keys.leases().all(|lease| lease.decides_or_asks()))
     }
 
     /// Whether a use of the keys may call a KMS.
@@ -266,8 +271,10 @@ impl Gate {
         match (&keys.section, &keys.lease) {
             (None, _) => KeyStatus { state: KeyState::None, lease_left: None },
             (Some(_), None) => self.context.service.status(),
-            (Some(_), Some(lease)) => match &keys.own {
-                Some(own) if own.told().is_some_and(|told| told.is_err()) => own.status(),
+            (Some(_), Some(lease)) => match &keys.standby {
+                Some(standby) if standby.told().is_some_and(|told| told.is_err()) => {
+                    standby.status()
+                }
                 _ => lease.status(),
             },
         }
@@ -281,7 +288,7 @@ impl Gate {
         path: &Path,
         use_it: impl FnOnce(&SegmentCipher) -> Result<R>,
     ) -> Result<R> {
-        let epoch = self.admit()?;
+        let era = self.admit()?;
         loop {
             {
                 let held = read(&self.held);
@@ -292,25 +299,25 @@ impl Gate {
                         && tags_equal(cipher.commitment(), &segment.commitment)
                 };
                 let reading = held.reading.get(&segment.header.segment);
-                let reading = reading.filter(|_| held.epoch == epoch);
+                let reading = reading.filter(|_| held.era == era);
                 let writing = held.writing.get(&segment.header.segment);
                 let writing = writing.map(|writing| &writing.cipher);
                 if let Some(cipher) = writing.filter(its_own).or(reading.filter(its_own)) {
                     return use_it(cipher);
                 }
             }
-            let derived = self.derive(epoch, &segment.header, &segment.header_hash, true)?;
+            let derived = self.derive(era, &segment.header, &segment.header_hash, true)?;
             let Some(cipher) = derived else { return self.with_cipher(segment, path, use_it) };
             if !tags_equal(cipher.commitment(), &segment.commitment) {
                 return Err(Error::WrongKey { at: Location::new(path, 0) });
             }
             {
                 let mut held = write(&self.held);
-                if held.epoch == epoch {
+                if held.era == era {
                     held.keep(segment.header.segment, cipher);
                 }
             }
-            if !self.may_stay(epoch)? {
+            if !self.may_stay(era)? {
                 return self.with_cipher(segment, path, use_it);
             }
         }
@@ -333,7 +340,7 @@ impl Gate {
         let loaded = match source {
             KeySource::Keyring(_) => true,
             KeySource::DataKey(version) => {
-                self.is_still_in(held.epoch) && held.data.contains_key(&version)
+                self.is_still_in(held.era) && held.data.contains_key(&version)
             }
         };
         !under_cmk || (loaded && !self.is_unproved())
@@ -352,8 +359,8 @@ impl Gate {
             return Err(error.clone());
         }
         loop {
-            let epoch = self.admit()?;
-            let derived = self.derive(epoch, header, header_hash, may_load)?;
+            let era = self.admit()?;
+            let derived = self.derive(era, header, header_hash, may_load)?;
             let Some(cipher) = derived else { continue };
             let commitment = *cipher.commitment();
             let losses = {
@@ -363,9 +370,9 @@ impl Gate {
                 losses
             };
             // If the lease was lost before the insert, the wipe has missed this key.
-            if self.is_still_in(epoch) {
+            if self.is_still_in(era) {
                 let admitted = self.admit();
-                if matches!(admitted, Ok(now) if now == epoch) {
+                if matches!(admitted, Ok(now) if now == era) {
                     return Ok((commitment, losses));
                 }
             }
@@ -400,7 +407,7 @@ impl Gate {
         read(&self.keys).unproved.is_some()
     }
 
-    /// Has the current data key prove the keys section, if it has not yet. The caller has called
+    /// Proves the keys section by the current data key, unless that is done. The caller has called
     /// [`Gate::admit`]. Blocks for a KMS call.
     pub(crate) fn prove(&self) -> Result<()> {
         match self.unproved_version() {
@@ -419,7 +426,7 @@ impl Gate {
     /// again.
     fn derive(
         &self,
-        epoch: u64,
+        era: KeyEra,
         header: &SegmentHeader,
         header_hash: &[u8; 32],
         may_load: bool,
@@ -428,7 +435,7 @@ impl Gate {
             if !may_load {
                 self.refuse_load()?;
             }
-            self.load(epoch, version)
+            self.load(era, version)
         };
         let provider = &*self.context.provider;
         let derive = |key: &SecretKey| {
@@ -438,21 +445,21 @@ impl Gate {
         };
         match header.key_source {
             KeySource::Keyring(version) => {
-                // Under a customer's key, the data key says which segments may be under the
-                // keyring. It has to prove that first.
+                // Under a customer's key, the data key authenticates the list of segments under the
+                // keyring, so prove that list first.
                 if let Some(current) = self.unproved_version()
                     && !load(current)?
                 {
                     return Ok(None);
                 }
-                write(&self.held).enter(epoch);
+                write(&self.held).enter(era);
                 let integrity_key = |keyring: &Keyring| keyring.integrity_key(version, self.id);
                 derive(&self.context.service.with_keyring(integrity_key)?)
             }
             KeySource::DataKey(version) => loop {
                 {
                     let held = read(&self.held);
-                    if held.epoch == epoch
+                    if held.era == era
                         && !self.is_unproved()
                         && let Some(key) = held.data.get(&version)
                     {
@@ -475,70 +482,68 @@ impl Gate {
         Err(self.refused(&Refusal::Unreachable(wiped), lease.cmk()))
     }
 
-    /// Unwraps a data key and keeps it under `epoch`. `false` if another epoch has begun.
-    fn load(&self, epoch: u64, version: u32) -> Result<bool> {
-        // Before the lock: this may tell the Logstore about a lost lease, which takes other locks.
-        self.know(version)?;
+    /// Unwraps a data key and keeps it under `era`. `false` if another era has begun.
+    fn load(&self, era: KeyEra, version: u32) -> Result<bool> {
+        // Before the lock: this may notify the Logstore of a lost lease, which takes other locks.
+        self.catch_up_for(version)?;
         {
             let _once = lock(&self.loading);
             {
                 let held = read(&self.held);
-                let loaded = held.epoch == epoch && held.data.contains_key(&version);
+                let loaded = held.era == era && held.data.contains_key(&version);
                 if loaded && !self.is_unproved() {
                     return Ok(true);
                 }
             }
             let key = self.unwrap_known(version)?;
             let mut held = write(&self.held);
-            held.enter(epoch);
+            held.enter(era);
             held.data.insert(version, key);
         }
-        self.may_stay(epoch)
+        self.may_stay(era)
     }
 
-    /// Asks the lease again after a key was inserted under `epoch`. If the lease was lost between
+    /// Asks the lease again after a key was inserted under `era`. If the lease was lost between
     /// the admission and the insert, the wipe has already run and will not run again. So this
     /// removes the key and returns `false`, or the error of the refusal.
-    fn may_stay(&self, epoch: u64) -> Result<bool> {
+    fn may_stay(&self, era: KeyEra) -> Result<bool> {
         let forget = || {
             let mut held = write(&self.held);
-            if held.epoch == epoch {
+            if held.era == era {
                 held.forget_loaded();
             }
         };
         // Before the admission, which may wait for the KMS.
-        if !self.is_still_in(epoch) {
+        if !self.is_still_in(era) {
             forget();
         }
         let admitted = self.admit();
-        if matches!(admitted, Ok(now) if now == epoch) {
+        if matches!(admitted, Ok(now) if now == era) {
             return Ok(true);
         }
         forget();
         admitted.map(|_| false)
     }
 
-    /// Whether the epoch that [`Gate::admit`] returned goes on. Calls no KMS.
-    pub(crate) fn is_still_in(&self, epoch: u64) -> bool {
+    /// Whether the era that [`Gate::admit`] returned is still the present one. Calls no KMS.
+    pub(crate) fn is_still_in(&self, era: KeyEra) -> bool {
         let of_leases: u64 = read(&self.keys).leases().map(|lease| lease.epoch()).sum();
-        self.context.service.losses() + of_leases == epoch
+        KeyEra(self.context.service.losses() + of_leases) == era
     }
 
     /// Unwraps a data key from its envelope, with the keyring or at the KMS. Under a customer's key
     /// the current data key proves the keys section first.
     pub(crate) fn unwrap(&self, version: u32) -> Result<SecretKey> {
-        self.know(version)?;
+        self.catch_up_for(version)?;
         self.unwrap_known(version)
     }
 
-    /// Has a reader catch up with the writer if it does not know a data-key version.
-    fn know(&self, version: u32) -> Result<()> {
+    /// In a read-only opener, takes in the writer's changes if a data-key version is not known.
+    /// Reads files.
+    fn catch_up_for(&self, version: u32) -> Result<()> {
         let keys = self.keys();
         let known = keys.section.is_some_and(|section| section.version(version).is_some());
-        match self.follower.get() {
-            Some(follower) if !known => follower.follow(self),
-            _ => Ok(()),
-        }
+        if known { Ok(()) } else { self.catch_up() }
     }
 
     fn unwrap_known(&self, version: u32) -> Result<SecretKey> {
@@ -589,10 +594,10 @@ impl Gate {
                 .with_keyring(|keyring| keyring.unwrap(provider, under, &identity, &wrapped))?
                 .ok_or_else(wrong_key)?,
             (None, Some(lease)) => {
-                let refused = keys.own.as_ref().unwrap_or(lease);
+                let refused = keys.standby.as_ref().unwrap_or(lease);
                 let fingerprint = entry.fingerprint.clone();
-                let envelope = Probe { wrapped, context: identity.context(), fingerprint };
-                self.unwrap_at_kms(lease, refused, envelope)?
+                let probe = Probe { wrapped, context: identity.context(), fingerprint };
+                self.unwrap_at_kms(lease, refused, probe)?
             }
             (None, None) => return Err(damaged("an envelope has no key to unwrap it")),
         };
@@ -609,13 +614,13 @@ impl Gate {
     }
 
     /// Unwraps an envelope at the KMS. If the KMS refuses the envelope, `refused` is the lease that
-    /// is lost.
-    fn unwrap_at_kms(&self, lease: &Lease, refused: &Lease, envelope: Probe) -> Result<SecretKey> {
+    /// is lost, and the envelope becomes its probe.
+    fn unwrap_at_kms(&self, lease: &Lease, refused: &Lease, probe: Probe) -> Result<SecretKey> {
         let sent = lease.now();
-        lease.unwrap_envelope(envelope.context.clone(), &envelope.wrapped).map_err(|error| {
+        lease.unwrap_envelope(probe.context.clone(), &probe.wrapped).map_err(|error| {
             let refusal = Refusal::from(&error);
             if matches!(refusal, Refusal::Revoked(_)) {
-                refused.report(sent, refusal.clone(), envelope);
+                refused.take_in_refusal(sent, refusal.clone(), probe);
             }
             self.refused(&refusal, lease.cmk())
         })
@@ -626,13 +631,14 @@ impl Gate {
         EnvelopeIdentity { store: self.context.store, logstore: self.id, version, suite }
     }
 
-    /// Has a reader take in the writer's changes. Does nothing in the writer's own process.
+    /// In a read-only opener, takes in the writer's changes. Does nothing in the writer's process.
+    /// Reads files.
     pub(crate) fn catch_up(&self) -> Result<()> {
-        self.follower.get().map_or(Ok(()), |follower| follower.follow(self))
+        self.writer_watch.get().map_or(Ok(()), |watch| watch.catch_up(self))
     }
 
-    /// Has the Logstore of a reader follow the writer from now on: every `every` by the uptime, and
-    /// when it meets a data-key version that it does not know.
+    /// In a read-only opener, takes in the writer's changes from now on: every `every` by the
+    /// uptime, and when a data-key version is not known.
     pub(crate) fn follow_with(
         &self,
         writer: Weak<dyn FollowWriter>,
@@ -641,7 +647,7 @@ impl Gate {
     ) {
         let at = Mutex::new(LockRank::FollowedAt, clock.uptime());
         // Set once, where the gate is made.
-        let _ = self.follower.set(Follower { writer, clock, every, at });
+        let _ = self.writer_watch.set(WriterWatch { writer, clock, every, at });
     }
 
     /// Admits nothing from now on, and wipes: `what` is closed or deleted. Open readers end too.
@@ -689,9 +695,9 @@ impl Gate {
         kept.iter().for_each(|plaintext| plaintext.wipe());
     }
 
-    /// Has plaintext wiped together with the keys, for as long as it lives. After each addition to
-    /// the plaintext, its owner must call [`Gate::is_still_in`] and wipe if the epoch has changed:
-    /// the wipe may have run just before.
+    /// From now on each wipe of the keys wipes this plaintext too, as long as it lives. After each
+    /// addition to the plaintext, its owner must call [`Gate::is_still_in`] and wipe if the era has
+    /// changed: the wipe may have run just before.
     pub(crate) fn keep(&self, plaintext: Weak<dyn KeptPlaintext>) {
         let mut kept = lock(&self.kept);
         kept.retain(|other| other.strong_count() > 0);
@@ -699,8 +705,8 @@ impl Gate {
     }
 }
 
-/// How the Logstore of a reader follows its writer.
-struct Follower {
+/// Keeps a Logstore of a read-only opener up to date with its writer.
+struct WriterWatch {
     writer: Weak<dyn FollowWriter>,
     clock: Arc<dyn Clock>,
     every: Duration,
@@ -708,17 +714,17 @@ struct Follower {
     at: Mutex<Duration>,
 }
 
-impl Follower {
-    fn follow_if_due(&self, gate: &Gate) -> Result<()> {
+impl WriterWatch {
+    fn catch_up_if_due(&self, gate: &Gate) -> Result<()> {
         let due = self.clock.uptime() >= *lock(&self.at) + self.every;
         match due {
-            true => self.follow(gate),
+            true => self.catch_up(gate),
             false if self.writer.strong_count() == 0 => Err(Error::Closed("the store")),
             false => Ok(()),
         }
     }
 
-    fn follow(&self, gate: &Gate) -> Result<()> {
+    fn catch_up(&self, gate: &Gate) -> Result<()> {
         let writer = self.writer.upgrade().ok_or(Error::Closed("the store"))?;
         let now = self.clock.uptime();
         writer.catch_up(&gate.name, gate.id)?;
@@ -730,8 +736,8 @@ impl Follower {
 /// The keys in memory.
 #[derive(Default)]
 struct Held {
-    /// The epoch of the lease under which `data` and `reading` were loaded.
-    epoch: u64,
+    /// The era in which `data` and `reading` were loaded.
+    era: KeyEra,
     /// The data keys, by version.
     data: BTreeMap<u32, SecretKey>,
     /// The keys of segments that are being read.
@@ -752,10 +758,10 @@ struct Writing {
 }
 
 impl Held {
-    /// Drops the keys that were loaded under another epoch.
-    fn enter(&mut self, epoch: u64) {
-        if self.epoch != epoch {
-            self.epoch = epoch;
+    /// Drops the keys that were loaded in another era.
+    fn enter(&mut self, era: KeyEra) {
+        if self.era != era {
+            self.era = era;
             self.forget_loaded();
         }
     }
@@ -801,7 +807,7 @@ mod tests {
     /// A child process finds the process id of its parent in its copy of the memory.
     #[test]
     fn a_gate_that_came_through_fork_admits_nothing() {
-        assert_eq!(gate(std::process::id()).admit().unwrap(), 0);
+        assert_eq!(gate(std::process::id()).admit().unwrap(), KeyEra(0));
         let forked = gate(std::process::id().wrapping_add(1));
         assert!(matches!(forked.admit(), Err(Error::Forked)));
         assert!(matches!(forked.context().check_process(), Err(Error::Forked)));
@@ -812,7 +818,8 @@ mod tests {
         let gate = gate(std::process::id());
         let [old, new] = [KeySource::DataKey(1), KeySource::DataKey(2)];
         let counts = || [old, new].map(|source| gate.readers(source));
-        let (first, second, other) = (gate.in_use(old), gate.in_use(old), gate.in_use(new));
+        let (first, second, other) =
+            (gate.mark_in_use(old), gate.mark_in_use(old), gate.mark_in_use(new));
         assert_eq!(counts(), [2, 1]);
         drop(first);
         assert_eq!(counts(), [1, 1]);
@@ -822,7 +829,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_were_loaded_are_held_so_many_and_under_one_epoch() {
+    fn loaded_keys_are_limited_and_held_in_one_era() {
         let mut held = Held::default();
         let key = SecretKey::from_bytes(&mut [3; 32]);
         let keep = |held: &mut Held, n: u128| {
@@ -841,34 +848,34 @@ mod tests {
         }
         assert_eq!(keep(&mut held, 0), 1);
         held.data.insert(1, key.duplicate());
-        held.enter(0);
+        held.enter(KeyEra(0));
         assert_eq!((held.data.len(), held.reading.len()), (1, 1));
-        held.enter(1);
-        assert_eq!((held.epoch, held.data.len(), held.reading.len()), (1, 0, 0));
+        held.enter(KeyEra(1));
+        assert_eq!((held.era, held.data.len(), held.reading.len()), (KeyEra(1), 0, 0));
     }
 
     /// A loss wipes before a key on its way comes in, and does not wipe again.
     #[test]
-    fn a_key_stays_only_under_the_epoch_that_it_was_put_in_under() {
+    fn a_key_stays_only_in_the_era_of_its_insertion() {
         let gate = gate(std::process::id());
-        let put = |epoch| {
+        let put = |era| {
             let mut held = write(&gate.held);
-            held.enter(epoch);
+            held.enter(KeyEra(era));
             held.data.insert(1, SecretKey::from_bytes(&mut [3; 32]));
         };
         let left = || read(&gate.held).data.len();
         put(0);
-        assert!(gate.may_stay(0).unwrap());
+        assert!(gate.may_stay(KeyEra(0)).unwrap());
         assert_eq!(left(), 1);
         put(7);
-        // A key that was put in under another epoch stays.
-        assert!(!gate.may_stay(6).unwrap());
+        // A key of another era stays.
+        assert!(!gate.may_stay(KeyEra(6)).unwrap());
         assert_eq!(left(), 1);
-        assert!(!gate.may_stay(7).unwrap());
+        assert!(!gate.may_stay(KeyEra(7)).unwrap());
         assert_eq!(left(), 0);
         put(0);
         gate.closed.set("it").unwrap();
-        assert!(matches!(gate.may_stay(0), Err(Error::Closed("it"))));
+        assert!(matches!(gate.may_stay(KeyEra(0)), Err(Error::Closed("it"))));
         assert_eq!(left(), 0);
     }
 

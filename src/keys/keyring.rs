@@ -571,7 +571,7 @@ impl Keyring {
     }
 
     /// The key that tags audit records under `version`. A record under a retired version proves
-    /// nothing by itself. It counts in front of a record under an accepted version.
+    /// nothing by itself. It is valid in front of a record under an accepted version.
     pub(crate) fn audit_key(&self, version: u32) -> Result<SecretKey> {
         self.derived(version, &[], b"envelog v2 audit")
     }
@@ -693,7 +693,7 @@ mod tests {
     }
 
     #[test]
-    fn a_retired_version_authenticates_no_document_and_keeps_its_other_keys() {
+    fn a_retired_version_has_no_document_key_but_its_other_keys() {
         let dir = tempfile::tempdir().unwrap();
         let (keyring, _) = made(dir.path());
         assert!(!keyring.is_rotating());

@@ -125,8 +125,9 @@ impl KeyringSeal {
         let kms = self.kms.serving(&cmk.region_id)?;
         let key = SecretKey::generate(random).map_err(Error::io("draw a random key for", path))?;
         let (asked, context) = (self.now(), identity.context());
-        let wrapped =
-            kms.wrap(cmk, context.clone(), &key).map_err(|cause| service_key(path, cmk, cause))?;
+        let wrapped = kms
+            .wrap(cmk, context.clone(), &key)
+            .map_err(|cause| service_key_error(path, cmk, cause))?;
         let (cmk, fingerprint) = (cmk.clone(), fingerprint(&key));
         let wrapping = Wrapping { cmk, wrapped, context, fingerprint, asked };
         Ok(Sealing { key, identity, wrapping })
@@ -164,10 +165,10 @@ impl KeyringSeal {
         let (asked, context) = (self.now(), identity.context());
         let kms = self.kms.serving(&cmk.region_id).map_err(KmsError::from);
         let unwrap = |kms: BoundedKms| kms.unwrap(&cmk, context.clone(), &wrapped);
-        let key = kms.and_then(unwrap).map_err(|cause| service_key(path, &cmk, cause))?;
+        let key = kms.and_then(unwrap).map_err(|cause| service_key_error(path, &cmk, cause))?;
         if fingerprint(&key) != expected {
             let detail = "it unwrapped the keyring's key to another key".to_owned();
-            return Err(service_key(path, &cmk, KmsError::Invalid { detail }));
+            return Err(service_key_error(path, &cmk, KmsError::Invalid { detail }));
         }
         let mut plain = Zeroizing::new(vec![0; sealed.len()]);
         match self.cipher(&key)?.open(
@@ -191,7 +192,7 @@ impl KeyringSeal {
 }
 
 /// The error of an operation that needs a keyring whose master key the KMS does not let be used.
-pub(super) fn service_key(path: &Path, cmk: &Cmk, cause: KmsError) -> Error {
+pub(super) fn service_key_error(path: &Path, cmk: &Cmk, cause: KmsError) -> Error {
     Error::ServiceKey {
         path: path.to_owned(),
         cmk: cmk.cmk_key_id.clone(),

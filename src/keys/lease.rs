@@ -1,18 +1,25 @@
 //! The lease: for how long the data keys in memory may be used.
 //!
 //! All Logstores of a store under the same customer master key, region and role share one lease. A
-//! successful unwrap of a small probe envelope at the KMS renews it. Nothing else does, and use
-//! does not. A Logstore with a probe of its own ([`crate::ProbeMode::Own`]) has a lease of its own,
-//! which its own envelope renews. Beside a shared lease, each Logstore has a *standby* lease: it
-//! admits everything and makes no call, until the KMS refuses an envelope of the Logstore. From
-//! then on it is renewed like the others, and admits nothing until the KMS unwraps that envelope.
+//! successful unwrap of the lease's probe at the KMS renews it; the use of a key does not. The
+//! probe is normally a small random key. Where a master key has none, an envelope of a Logstore is
+//! the probe. The lease of the service key begins when the KMS unwraps the keyring. A Logstore in
+//! probe mode `own` ([`crate::ProbeMode::Own`]) has a lease of its own, and one of its envelopes is
+//! the probe.
 //!
-//! The bound on revocation is arithmetic, not scheduling. An answer counts from the moment at which
+//! Beside a shared lease, each Logstore has a *standby* lease. It admits everything and makes no
+//! call, until the KMS refuses an envelope of the Logstore. From then on that envelope is its
+//! probe: it is renewed like the others, and admits nothing until the KMS unwraps the envelope.
+//!
+//! The bound on revocation is arithmetic, not scheduling. The age of an answer is the time since
 //! its call was sent. An operation that finds the last answer older than `revalidate_every` plus
 //! the time limit of a call, by either clock, calls the KMS itself or joins a call that is younger
-//! than its time limit, and then looks at the age again. So a renewal thread that was starved,
+//! than its time limit. Then it looks at the age again. So a renewal thread that was starved,
 //! stopped or suspended cannot stretch the bound. Neither can a machine that was paused, if one of
 //! the clocks shows it: either the time has passed, or the two clocks have moved apart.
+//!
+//! No log line delays a wipe, although a subscriber may block. A lease queues its lines, and
+//! [`Lease::log`] writes them: without a lock, and in a thread that has nothing left to wipe.
 
 use std::{
     fmt,
@@ -34,7 +41,7 @@ use crate::{
     ids::LogstoreId,
     io::{Clock, Random},
     key_status::{KeyState, KeyStatus, Refusal},
-    kms::{BoundedKms, Busy, Call, Cmk, EncryptionContext, KmsError, LOOK_EVERY},
+    kms::{BoundedKms, Busy, Call, CallReport, Cmk, EncryptionContext, KmsError, LOOK_EVERY},
     metrics::LeaseMetrics,
     sync::{
         Condvar, LockRank, Mutex, MutexGuard,
@@ -43,7 +50,7 @@ use crate::{
     },
 };
 
-/// How many answers of the KMS an operation waits for, when each is too old on arrival.
+/// How many answers of the KMS an operation waits for, if each is too old on arrival.
 const CALLS_OF_AN_OPERATION: u32 = 3;
 
 /// The durations of a lease; see [`crate::StoreOptions`].
@@ -53,19 +60,19 @@ pub(crate) struct LeaseTerms {
     /// `None`: an outage alone never ends the lease.
     pub(crate) outage_grace: Option<Duration>,
     pub(crate) call_timeout: Duration,
-    /// Whether it is an outage that no call can be made because too many have not returned. If not,
-    /// the last answer counts, until it is too old.
+    /// If true, being unable to start a call (too many outstanding) is treated as an outage. If
+    /// false, the last answer stays valid until it is too old.
     pub(crate) busy_is_outage: bool,
 }
 
-/// A wrapped key that renewal unwraps, and the fingerprint that the result must have.
+/// The wrapped key that renewal unwraps, and the fingerprint that the result must have.
 pub(crate) struct Probe {
     pub(crate) wrapped: Vec<u8>,
     pub(crate) context: EncryptionContext,
     pub(crate) fingerprint: String,
 }
 
-/// Hears when a lease stops or starts to admit operations.
+/// Is notified when a lease stops or starts to admit operations.
 pub(crate) trait LeaseListener: Send + Sync {
     /// Whether the listener still depends on this lease. The key of a Logstore may have been
     /// replaced since.
@@ -77,8 +84,39 @@ pub(crate) trait LeaseListener: Send + Sync {
     fn wipe(&self, refusal: &Refusal) -> Vec<Arc<dyn LostShard>>;
     /// Access is lost, and every listener has wiped its keys. Records the loss.
     fn note_lost(&self, refusal: &Refusal);
-    /// Access is back. Records the recovery.
-    fn recovered(&self);
+    /// Access is back. Records the return.
+    fn returned(&self);
+}
+
+/// The keys that depend on a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeaseScope {
+    /// The keys of all Logstores under a master key that share its probe.
+    MasterKey,
+    /// The keys of a Logstore in probe mode `own`.
+    Logstore(LogstoreId),
+    /// The keys of a Logstore whose envelope was refused, beside a shared lease.
+    Standby(LogstoreId),
+    /// The service key, and with it every key of the store.
+    ServiceKey,
+}
+
+impl LeaseScope {
+    fn word(self) -> &'static str {
+        match self {
+            LeaseScope::MasterKey => "master_key",
+            LeaseScope::Logstore(_) => "logstore",
+            LeaseScope::Standby(_) => "envelope",
+            LeaseScope::ServiceKey => "service_key",
+        }
+    }
+
+    fn logstore(self) -> Option<LogstoreId> {
+        match self {
+            LeaseScope::Logstore(id) | LeaseScope::Standby(id) => Some(id),
+            LeaseScope::MasterKey | LeaseScope::ServiceKey => None,
+        }
+    }
 }
 
 /// The parts of a lease.
@@ -92,34 +130,31 @@ pub(crate) struct LeaseParts {
     pub(crate) random: Arc<dyn Random>,
     /// The threads that renew the lease; `None` in a store without threads.
     pub(crate) pool: Option<Arc<RenewalPool>>,
-    /// Whether it is a standby lease.
-    pub(crate) standby: bool,
-    /// The Logstore, unless Logstores share the lease.
-    pub(crate) logstore: Option<LogstoreId>,
+    pub(crate) scope: LeaseScope,
     pub(crate) sealer: Arc<Sealer>,
 }
 
-/// The lease of one master key.
+/// A lease on a master key. [`LeaseScope`] lists the keys that depend on it.
 pub(crate) struct Lease {
     cmk: Cmk,
     kms: BoundedKms,
     breaker: Arc<CircuitBreaker>,
     probe: Mutex<Arc<Probe>>,
     terms: LeaseTerms,
-    standby: bool,
-    logstore: Option<LogstoreId>,
+    scope: LeaseScope,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     state: Mutex<State>,
     changed: Condvar,
     /// Until when, by the uptime in microseconds, [`Lease::admit`] need not look at `state`.
     fresh_until: AtomicU64,
-    /// The same by the wall clock. The earlier one counts.
+    /// The same by the wall clock. The earlier one is valid.
     wall_until: AtomicU64,
     /// By how much the wall clock was ahead of the uptime, in microseconds, when the last call was
     /// sent.
     apart: AtomicU64,
-    /// Counts the losses. Keys that were loaded before a loss are never used after it.
+    /// Raised at least once for each loss. Keys that were loaded before a loss are never used after
+    /// it.
     epoch: AtomicU64,
     calls: AtomicU64,
     /// The pool that renews the lease, and the lease's number in it.
@@ -132,7 +167,7 @@ pub(crate) struct Lease {
     /// Every answer, for a test: when its call was sent, and what it was.
     #[cfg(test)]
     heard: Mutex<Vec<(Moment, Result<(), Refusal>)>>,
-    /// Notified when the listeners have acted on a loss or a recovery.
+    /// Notified when the listeners have acted on a loss or a return.
     told: Condvar,
     /// Whether the lease has admitted operations since the listeners last heard of a loss.
     was_back: AtomicBool,
@@ -151,16 +186,15 @@ impl Lease {
     /// Makes a lease that admits nothing yet. Its first use calls the KMS.
     pub(crate) fn new(parts: LeaseParts) -> Arc<Self> {
         let LeaseParts { cmk, kms, breaker, probe, terms, clock, random, pool, .. } = parts;
-        let LeaseParts { standby, logstore, sealer, .. } = parts;
-        let fresh_until = if standby { u64::MAX } else { 0 };
+        let LeaseParts { scope, sealer, .. } = parts;
+        let fresh_until = if matches!(scope, LeaseScope::Standby(_)) { u64::MAX } else { 0 };
         Arc::new_cyclic(|this| Self {
             cmk,
             kms,
             breaker,
             probe: Mutex::new(LockRank::LeaseProbe, Arc::new(probe)),
             terms,
-            standby,
-            logstore,
+            scope,
             clock,
             random,
             state: Mutex::new(LockRank::LeaseState, State::default()),
@@ -205,9 +239,9 @@ impl Lease {
         self.wake();
     }
 
-    /// Has a thread of the pool tend the lease now.
+    /// Wakes a pool thread to tend the lease now.
     fn wake(&self) {
-        // The first wake, in `start`, has started a thread. No later one can fail.
+        // `start` reports a pool that can start no thread.
         let _ = self.start();
     }
 
@@ -223,7 +257,7 @@ impl Lease {
         self.wake();
     }
 
-    /// Has the pool renew the lease from now on.
+    /// The pool renews the lease from now on.
     ///
     /// # Errors
     /// When the pool cannot start its first thread.
@@ -234,13 +268,14 @@ impl Lease {
     }
 
     /// Takes in an answer whose call was sent at `sent`, and wakes the threads that wait for it.
-    /// The pool then tells the listeners at once, and reschedules the next renewal. `number` is the
-    /// number of the call, if it was a call of this lease.
+    /// The pool then notifies the listeners at once, and reschedules the next renewal. `number` is
+    /// the number of the call, if it was a call of this lease. The caller calls [`Lease::log`]
+    /// later.
     fn answered(&self, number: Option<u64>, sent: Moment, answer: Result<(), Refusal>) {
         {
             let mut state = lock(&self.state);
             state.calling.take_if(|calling| Some(calling.number) == number);
-            self.settle(&mut state, sent, answer);
+            self.take_in(&mut state, sent, answer);
         }
         self.changed.notify_all();
         self.wake();
@@ -280,11 +315,11 @@ impl Lease {
 
     /// Whether [`Lease::admit`] decides without a KMS call, now and for a while. If not, starts a
     /// call, and does not wait for it.
-    pub(crate) fn decides_at_once(&self) -> bool {
+    pub(crate) fn decides_or_asks(&self) -> bool {
         let margin = self.terms.call_timeout.min(self.terms.revalidate_every) / 2;
         let decides = self.is_fresh(margin) || (self.is_lost() && !self.needs_call());
         if !decides {
-            // If too many calls are under way, the caller tries again later.
+            // If too many calls are outstanding, the caller tries again later.
             let _ = self.ask();
         }
         decides
@@ -312,7 +347,7 @@ impl Lease {
         }
         let state = lock(&self.state);
         self.standing(&state)?;
-        if !self.standby && state.last_attempt.is_none_or(|sent| self.is_too_old(sent)) {
+        if !self.is_standby() && state.last_attempt.is_none_or(|sent| self.is_too_old(sent)) {
             let too_late =
                 || KmsError::Unreachable { detail: "its answers come too late".to_owned() };
             return Err(Refusal::from(&busy.map_or_else(too_late, KmsError::from)));
@@ -323,7 +358,7 @@ impl Lease {
     /// Whether the last answer is too old to decide by.
     fn needs_call(&self) -> bool {
         let state = lock(&self.state);
-        if self.standby && !self.ended(&state) {
+        if self.is_standby() && !self.ended(&state) {
             return false;
         }
         let Some(sent) = state.last_attempt else { return true };
@@ -334,20 +369,20 @@ impl Lease {
         again || self.is_too_old(sent)
     }
 
-    /// Whether an answer to a call that was sent then does not count any more.
+    /// Whether the answer to a call that was sent then is not valid any more.
     fn is_too_old(&self, sent: Moment) -> bool {
         sent.is_past(self.answer_lasts(), &*self.clock)
             || sent.clocks_have_parted(self.terms.revalidate_every, &*self.clock)
     }
 
-    /// How long an answer counts, from when its call was sent.
+    /// How long an answer is valid, from when its call was sent.
     fn answer_lasts(&self) -> Duration {
         self.terms.revalidate_every + self.terms.call_timeout
     }
 
     /// Whether the lease has run out, by either clock, or a refusal of the customer has ended it.
     fn ended(&self, state: &State) -> bool {
-        if self.standby {
+        if self.is_standby() {
             return state.last_attempt.is_some() && state.last_success.is_none();
         }
         let is_past = |sent: Moment, grace| sent.is_past(grace, &*self.clock);
@@ -364,9 +399,8 @@ impl Lease {
         Err(state.refusal.clone().unwrap_or_else(ended))
     }
 
-    /// Calls the KMS by a call that is sent after this began. The answer to a call under way may be
-    /// older than a change at the KMS that the caller knows of. Blocks for at most twice the time
-    /// limit of a call.
+    /// Makes a new call even if one is under way: the answer to that one may be older than a change
+    /// at the KMS that the caller knows of. Blocks for at most twice the time limit of a call.
     ///
     /// # Errors
     /// [`Busy`]: the KMS was not called.
@@ -408,9 +442,12 @@ impl Lease {
         };
         let probe = Arc::clone(&lock(&self.probe));
         let (this, asked) = (self.this.clone(), Arc::clone(&probe));
-        let done = move |answer: Result<SecretKey, KmsError>| {
-            if let Some(lease) = this.upgrade() {
-                lease.hear(number, sent, judge(answer, &asked));
+        let done = move |answer: Result<SecretKey, KmsError>, report: CallReport| {
+            let Some(lease) = this.upgrade() else { return report.log() };
+            lease.hear(number, sent, report, judge(answer, &asked));
+            // Without threads, the caller logs once it has notified the listeners.
+            if lease.pool.is_some() {
+                lease.log();
             }
         };
         let started = self.kms.start_unwrap(&self.cmk, probe.context.clone(), &probe.wrapped, done);
@@ -426,7 +463,7 @@ impl Lease {
                 Ok(number)
             }
             Err(busy) => {
-                // The last answer counts as before.
+                // The last answer stays valid.
                 state.calling.take_if(|calling| calling.number == number);
                 state.due = state.due.max(self.clock.uptime() + self.terms.revalidate_every / 5);
                 drop(state);
@@ -464,19 +501,21 @@ impl Lease {
             }
             _ => return,
         };
-        match call {
-            Some(call) if call.give_up() => {
-                self.hear(number, sent, Err(Refusal::from(&call.no_answer())));
-            }
+        if let Some(call) = call
+            && let Some(report) = call.give_up()
+        {
+            self.hear(number, sent, report, Err(Refusal::from(&call.no_answer())));
+        } else {
             // The answer is here, and its thread takes it in at this moment.
-            _ => std::thread::yield_now(),
+            std::thread::yield_now();
         }
     }
 
-    /// Takes in the answer to a call of this lease.
-    fn hear(&self, number: u64, sent: Moment, answer: Result<(), Refusal>) {
+    /// Takes in the answer to a call of this lease. The caller calls [`Lease::log`] later.
+    fn hear(&self, number: u64, sent: Moment, report: CallReport, answer: Result<(), Refusal>) {
         #[cfg(test)]
         lock(&self.heard).push((sent, answer.clone()));
+        lock(&self.state).unlogged.push(Line::Call(report));
         let spared = self.breaker.note(sent, &answer);
         self.answered(Some(number), sent, answer);
         spared.iter().for_each(|lease| lease.ask_soon());
@@ -509,19 +548,19 @@ impl Lease {
                 self.breaker.spare(this, now, every * 4 / 5, &*self.clock)
             }
         };
-        let is_spared = outage.is_some_and(|(asked, detail)| self.is_spared(asked, detail));
-        if is_spared { Ok(None) } else { self.ask().map(Some) }
+        let take_in = |(asked, detail)| self.take_in_shared_outage(asked, detail);
+        if outage.is_some_and(take_in) { Ok(None) } else { self.ask().map(Some) }
     }
 
-    /// Takes in the outage that another lease's call has found, if this lease is still expired. An
-    /// answer of its own may have come in meanwhile, and the call of another key admits nothing.
-    fn is_spared(&self, asked: Moment, detail: String) -> bool {
+    /// Takes in the outage that another lease's call has found. `false` if an answer of its own has
+    /// renewed this lease meanwhile. The outage of another key may refuse, but never admit.
+    fn take_in_shared_outage(&self, asked: Moment, detail: String) -> bool {
         {
             let mut state = lock(&self.state);
             if !self.ended(&state) {
                 return false;
             }
-            self.settle(&mut state, asked, Err(Refusal::Unreachable(detail)));
+            self.take_in(&mut state, asked, Err(Refusal::Unreachable(detail)));
         }
         self.changed.notify_all();
         self.wake();
@@ -556,7 +595,7 @@ impl Lease {
     }
 
     /// Takes in the answer to a call sent at `sent`.
-    fn settle(&self, state: &mut State, sent: Moment, answer: Result<(), Refusal>) {
+    fn take_in(&self, state: &mut State, sent: Moment, answer: Result<(), Refusal>) {
         if state.last_attempt.is_some_and(|last| last.uptime > sent.uptime) {
             return; // the answer to a later call is known already
         }
@@ -568,32 +607,50 @@ impl Lease {
             Err(Refusal::Revoked(_)) => state.last_success = None,
             Err(Refusal::Unreachable(_) | Refusal::Invalid(_)) => {}
         }
-        self.trace(state.refusal.as_ref(), &answer);
-        state.refusal = answer.err();
+        let before = std::mem::replace(&mut state.refusal, answer.clone().err());
         self.publish(state);
+        let usable = self.standing(state).is_ok();
+        state.unlogged.push(Line::Answer { before, answer, usable });
     }
 
-    /// Logs the change that an answer brings.
-    fn trace(&self, before: Option<&Refusal>, answer: &Result<(), Refusal>) {
+    /// Writes the queued log lines. A subscriber may block: the caller holds no lock, and has
+    /// notified the listeners if that is its task.
+    fn log(&self) {
+        let lines = std::mem::take(&mut lock(&self.state).unlogged);
+        lines.iter().for_each(|line| self.log_line(line));
+    }
+
+    fn log_line(&self, line: &Line) {
         use Refusal::{Invalid, Revoked, Unreachable};
         let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
-        match (before, answer) {
-            (None, Ok(())) => debug!(key, region, "lease renewed"),
-            (Some(_), Ok(())) => info!(key, region, "the KMS answers again: lease renewed"),
-            (_, Err(Revoked(reason))) => {
-                warn!(key, region, %reason, "the KMS refuses a master key");
-            }
-            (Some(Unreachable(_) | Invalid(_)), Err(_)) => {
-                debug!(key, region, "KMS outage continues");
-            }
-            (_, Err(Unreachable(detail))) => {
-                warn!(key, region, detail, "an outage begins: KMS unreachable, the lease runs on");
-            }
-            (_, Err(Invalid(detail))) => {
-                warn!(
-                    key,
-                    region, detail, "an outage begins: invalid KMS answer, the lease runs on"
-                );
+        let (scope, logstore) =
+            (self.scope.word(), self.scope.logstore().map(tracing::field::display));
+        match line {
+            Line::Call(report) => report.log(),
+            Line::Answer { before, answer, usable } => match (before, answer) {
+                (None, Ok(())) => debug!(key, region, scope, logstore, "lease renewed"),
+                (Some(Revoked(_)), Ok(())) => {
+                    info!(key, region, scope, logstore, "lease renewed after refusal");
+                }
+                (Some(Unreachable(_) | Invalid(_)), Ok(())) => {
+                    info!(key, region, scope, logstore, "lease renewed after outage");
+                }
+                (_, Err(Revoked(reason))) => {
+                    warn!(key, region, scope, logstore, %reason, "master key refused");
+                }
+                (Some(Unreachable(_) | Invalid(_)), Err(_)) => {
+                    debug!(key, region, scope, logstore, usable, "KMS outage continues");
+                }
+                (_, Err(Unreachable(detail))) => {
+                    warn!(key, region, scope, logstore, usable, detail, "KMS unreachable");
+                }
+                (_, Err(Invalid(detail))) => {
+                    warn!(key, region, scope, logstore, usable, detail, "KMS answer invalid");
+                }
+            },
+            Line::Told(Ok(())) => info!(key, region, scope, logstore, "lease usable"),
+            Line::Told(Err(refusal)) => {
+                warn!(key, region, scope, logstore, ?refusal, "lease lost, data keys wiped");
             }
         }
     }
@@ -601,7 +658,7 @@ impl Lease {
     /// Updates the atomics that [`Lease::admit`] looks at.
     fn publish(&self, state: &State) {
         match (self.standing(state), state.last_success, state.last_attempt) {
-            (Ok(()), ..) if self.standby => {
+            (Ok(()), ..) if self.is_standby() => {
                 self.was_back.store(true, Ordering::Release);
                 self.fresh_until.store(u64::MAX, Ordering::Release);
             }
@@ -635,22 +692,30 @@ impl Lease {
     }
 
     /// Takes in a refusal of an envelope, by a call that was sent at `sent`. From now on the lease
-    /// is renewed with that envelope.
-    pub(super) fn report(&self, sent: Moment, refusal: Refusal, envelope: Probe) {
-        self.set_probe(envelope);
+    /// is renewed with that envelope, whose wrapped key is `probe`.
+    pub(super) fn take_in_refusal(&self, sent: Moment, refusal: Refusal, probe: Probe) {
+        self.set_probe(probe);
         self.answered(None, sent, Err(refusal));
     }
 
-    /// The time, for [`Lease::report`].
+    /// The time, for [`Lease::take_in_refusal`].
     pub(super) fn now(&self) -> Moment {
         Moment::now(&*self.clock)
     }
 
-    /// Starts a renewal if one is due, ends one whose time limit has passed, and tells the listeners
-    /// about a loss or a recovery. Returns after how long to call this again. Waits for no KMS, and
-    /// in a store with threads for no listener, so that a slow disk delays no other lease. The
-    /// caller must hold no lock that a listener takes.
+    /// Starts a renewal if one is due, ends one whose time limit has passed, and notifies the
+    /// listeners of a loss or a return. Returns after how long to call this again. In a store with
+    /// threads, this waits for no KMS, and for a listener only in [`LeaseListener::before_wipe`]:
+    /// for at most the time limit of a call. Without threads it makes the call and seals itself.
+    /// The caller must hold no lock that a listener takes.
     pub(crate) fn tend(&self) -> Duration {
+        let next = self.tend_quietly();
+        self.log();
+        next
+    }
+
+    /// As [`Lease::tend`], without the log lines.
+    fn tend_quietly(&self) -> Duration {
         const IDLE: Duration = Duration::from_secs(3600);
         if self.dependents().is_empty() || self.stands_by() {
             // Every Logstore was deleted or has another master key, and the next use calls the KMS;
@@ -685,29 +750,35 @@ impl Lease {
         }
     }
 
-    /// Whether nothing is known against the key: there is nothing to renew.
+    /// Whether it is a standby lease whose envelopes the KMS has not refused. It needs no renewal.
     fn stands_by(&self) -> bool {
-        self.standby && !self.ended(&lock(&self.state))
+        self.is_standby() && !self.ended(&lock(&self.state))
     }
 
-    pub(crate) fn is_standby(&self) -> bool {
-        self.standby
+    pub(crate) fn scope(&self) -> LeaseScope {
+        self.scope
+    }
+
+    fn is_standby(&self) -> bool {
+        matches!(self.scope, LeaseScope::Standby(_))
     }
 
     /// Whether it is a standby lease that was never needed.
     pub(crate) fn is_unused(&self) -> bool {
-        self.standby && lock(&self.state).last_attempt.is_none()
+        self.is_standby() && lock(&self.state).last_attempt.is_none()
     }
 
-    /// Tells the listeners about a loss or a recovery that they have not heard of, and blocks until
-    /// they have acted on it, and on all before it: they seal segments and write to the audit log.
+    /// Notifies the listeners of a loss or a return that they have not heard of. Blocks until they
+    /// have acted on it, and on all before it: they seal segments and write to the audit log.
     pub(crate) fn tell(&self) {
         let turn = self.begin_telling();
         drop(self.acted_on(turn));
+        self.log();
     }
 
-    /// As [`Lease::tell`], but does not block in a store with threads. The data keys are wiped when
-    /// this returns. Returns the number of the last turn.
+    /// As [`Lease::tell`], but in a store with threads does not wait until segments are sealed and
+    /// records are written. Blocks for [`LeaseListener::before_wipe`], for at most the time limit
+    /// of a call. The data keys are wiped when this returns. Returns the number of the last turn.
     pub(crate) fn begin_telling(&self) -> u64 {
         if let Some(refusal) = self.untold_loss() {
             self.dependents().iter().for_each(|listener| listener.before_wipe(&refusal));
@@ -715,16 +786,17 @@ impl Lease {
         let noticed = self.clock.uptime();
         let mut telling = lock(&self.telling);
         let Some(standing) = self.news() else { return telling.issued };
-        telling.recoveries += u64::from(standing.is_ok());
+        telling.returns += u64::from(standing.is_ok());
         self.begin_turn(telling, noticed, standing, self.dependents())
     }
 
-    /// Tells a listener about a loss that the others had heard of before it listened.
+    /// Notifies a listener of a loss that the others had heard of before it listened.
     pub(crate) fn tell_late(&self, listener: Arc<dyn LeaseListener>, refusal: Refusal) {
         let noticed = self.clock.uptime();
         let telling = lock(&self.telling);
         let turn = self.begin_turn(telling, noticed, Err(refusal), vec![listener]);
         drop(self.acted_on(turn));
+        self.log();
     }
 
     /// A loss that the listeners have to hear of.
@@ -752,9 +824,9 @@ impl Lease {
         Some(standing)
     }
 
-    /// Has the dependents wipe their keys if access is lost. That takes no I/O and no KMS call, so
-    /// nothing delays it. The sealer does the rest, in this thread if the store has no threads.
-    /// Returns the number of the turn.
+    /// Wipes the keys of the dependents if access is lost. That takes no I/O, no KMS call and no
+    /// log line, so nothing delays it. The sealer does the rest, in this thread if the store has no
+    /// threads. Returns the number of the turn. The caller calls [`Lease::log`] later.
     fn begin_turn(
         &self,
         mut telling: MutexGuard<'_, Telling>,
@@ -763,8 +835,7 @@ impl Lease {
         dependents: Vec<Arc<dyn LeaseListener>>,
     ) -> u64 {
         telling.issued += 1;
-        let (number, recoveries) = (telling.issued, telling.recoveries);
-        let logstores = dependents.len();
+        let (number, returns) = (telling.issued, telling.returns);
         let lost = standing.clone().err();
         let wipe =
             |refusal| dependents.iter().flat_map(|listener| listener.wipe(refusal)).collect();
@@ -775,37 +846,31 @@ impl Lease {
             shards,
             deadline: noticed + self.terms.call_timeout,
             is_lost: Arc::new(move || {
-                this.upgrade().is_none_or(|lease| lease.is_lost_since(recoveries))
+                this.upgrade().is_none_or(|lease| lease.is_lost_since(returns))
             }),
             record: Box::new(move || {
                 let lease = told.upgrade();
                 let _done = lease.as_ref().map(|lease| lease.in_turn(number));
                 dependents.iter().for_each(|listener| match &standing {
-                    Ok(()) => listener.recovered(),
+                    Ok(()) => listener.returned(),
                     Err(refusal) => listener.note_lost(refusal),
                 });
                 recorded.iter().for_each(|shard| shard.record());
             }),
         });
         drop(telling);
-        // Not before the wipe: writing the log may block.
-        let (key, region) = (&*self.cmk.cmk_key_id, &*self.cmk.region_id);
-        match lost {
-            None => info!(key, region, logstores, "master key usable"),
-            Some(refusal) => {
-                warn!(key, region, logstores, ?refusal, "master key lost: data keys wiped");
-            }
-        }
+        lock(&self.state).unlogged.push(Line::Told(lost.map_or(Ok(()), Err)));
         if let Some(turn) = rest {
+            self.log();
             self.sealer.run(turn);
         }
         number
     }
 
     /// Whether the lease has not admitted operations since the listeners had heard of this many
-    /// recoveries.
-    fn is_lost_since(&self, recoveries: u64) -> bool {
-        self.is_lost() && lock(&self.telling).recoveries == recoveries
+    /// returns.
+    fn is_lost_since(&self, returns: u64) -> bool {
+        self.is_lost() && lock(&self.telling).returns == returns
     }
 
     /// Whether the lease admits operations now, as far as is known. Calls no KMS.
@@ -866,7 +931,7 @@ impl Lease {
         let last_success = lock(&self.state).last_success;
         LeaseMetrics {
             cmk: self.cmk.clone(),
-            logstore: self.logstore,
+            logstore: self.scope.logstore(),
             status: self.status(),
             age: last_success.map(|sent| self.clock.uptime().saturating_sub(sent.uptime)),
             calls: self.calls(),
@@ -894,15 +959,15 @@ impl Spared for Lease {
     }
 }
 
-/// The losses and recoveries that the listeners hear of, by their numbers.
+/// The losses and returns of which the listeners are notified, by their numbers.
 #[derive(Default)]
 struct Telling {
     /// The last one.
     issued: u64,
     /// The last one that the listeners have acted on.
     done: u64,
-    /// How many recoveries there were.
-    recoveries: u64,
+    /// How many returns there were.
+    returns: u64,
 }
 
 /// A turn whose listeners act now.
@@ -922,7 +987,7 @@ impl Drop for InTurn<'_> {
 struct State {
     /// When the last successful call was sent.
     last_success: Option<Moment>,
-    /// When the call was sent whose answer counts now. It may be a call of another lease.
+    /// When the call was sent whose answer is valid now. It may be a call of another lease.
     last_attempt: Option<Moment>,
     /// When this lease last made a call of its own.
     last_call: Option<Moment>,
@@ -937,6 +1002,19 @@ struct State {
     /// Whether the listeners last heard of a loss; `None` before the first answer. They hear of
     /// that one in any case: a loss that an earlier process recorded may have ended since.
     told_lost: Option<bool>,
+    /// The log lines for [`Lease::log`], in order.
+    unlogged: Vec<Line>,
+}
+
+/// A log line of a lease.
+enum Line {
+    /// A call has ended.
+    Call(CallReport),
+    /// An answer was taken in. `before` is the refusal before it, and `usable` says whether the
+    /// lease still admits operations.
+    Answer { before: Option<Refusal>, answer: Result<(), Refusal>, usable: bool },
+    /// The listeners were notified of a return or a loss.
+    Told(Result<(), Refusal>),
 }
 
 /// A call of a lease that is under way.

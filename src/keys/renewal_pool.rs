@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_that_hang_hold_so_many_threads_and_all_leases_are_tended() {
+    fn all_leases_are_tended_while_calls_hang() {
         let world = World::new();
         let (pool, leases) = with_leases(&world, THREADS_MAX + 8);
         let calls = || world.kms.calls.load(Ordering::SeqCst) as usize - leases.len();

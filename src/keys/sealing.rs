@@ -2,8 +2,8 @@
 //!
 //! The lease has wiped the data keys before this begins. The keys of the segments that are being
 //! written are still in memory, so that the shards can seal their acknowledged groups under them. A
-//! [`Sealer`] has the shards do that in parallel: all of them write their groups as blocks first,
-//! and then seal their segments. A block needs no footer to be recovered, so a group is safe once
+//! [`Sealer`] runs that in parallel: all shards write their groups as blocks first, and then seal
+//! their segments. A block needs no footer to be recovered, so a group is safe once
 //! it is written.
 //!
 //! A deadline bounds this. At the deadline the shards that are not finished wipe their keys and
@@ -11,7 +11,7 @@
 //! call holds. If the key can be used again before the deadline, sealing ends without a wipe.
 //!
 //! The loss is recorded last. The records of a store are written one after the other, in the order
-//! of the losses and recoveries, and delay no wipe.
+//! of the losses and returns, and delay no wipe.
 
 use std::{collections::VecDeque, io, sync::Arc, thread, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::{
 /// The most threads of a store that seal at once. A thread that a system call has held beyond a
 /// deadline is not included.
 const THREADS_MAX: usize = 16;
-/// No thread seals while system calls hold this many threads beyond their deadlines.
+/// No thread begins a job while system calls hold this many threads beyond their deadlines.
 const STUCK_MAX: usize = 64;
 /// How often the deadlines are compared with the clock.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -47,19 +47,19 @@ pub(crate) trait LostShard: Send + Sync {
     fn record(&self);
 }
 
-/// A loss or a recovery of a master key: the work that remains once the data keys are wiped.
+/// A loss or a return of a master key: the work that remains once the data keys are wiped.
 pub(crate) struct Turn {
-    /// The shards that have lost their key; none at a recovery.
+    /// The shards that have lost their key; none at a return.
     pub(crate) shards: Vec<Arc<dyn LostShard>>,
     /// When the keys of their segments are wiped, by the uptime.
     pub(crate) deadline: Duration,
     /// Whether the key is still lost.
     pub(crate) is_lost: Arc<dyn Fn() -> bool + Send + Sync>,
-    /// Records the loss or the recovery. Blocks for I/O.
+    /// Records the loss or the return. Blocks for I/O.
     pub(crate) record: Box<dyn FnOnce() + Send>,
 }
 
-/// Acts on the losses and recoveries of the master keys of a store.
+/// Acts on the losses and returns of the master keys of a store.
 pub(crate) struct Sealer {
     clock: Arc<dyn Clock>,
     /// `None` in a store without threads.
@@ -72,7 +72,7 @@ impl Sealer {
         Arc::new(Self { clock, threads })
     }
 
-    /// Has threads act on a turn. Returns the turn if the store has no threads, or none can be
+    /// Hands a turn to threads. Returns the turn if the store has no threads, or none can be
     /// started: the caller then calls [`Sealer::run`], without a lock.
     pub(crate) fn begin(&self, turn: Turn) -> Option<Turn> {
         match &self.threads {
@@ -300,7 +300,8 @@ impl Threads {
 
     fn work(&self) {
         let mut state = self.lock();
-        // More than that work when threads have returned from a system call.
+        // A thread that returned from a long system call may raise `working` above the limit; it
+        // exits here.
         while state.working <= THREADS_MAX {
             if state.can_record()
                 && let Some(underway) = state.turns.pop_front()

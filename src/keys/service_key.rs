@@ -1,9 +1,9 @@
 //! The service key of an open store: the keyring in memory, and the lease of its master key.
 //!
 //! A keyring under a master key is used under a lease, like the data keys of a customer. The probe
-//! of that lease is the sealing key of the keyring as the KMS has wrapped it. When the lease is
-//! lost, the roots are wiped. When it is back, the keyring is read from its file again, which calls
-//! the KMS. A keyring under no master key has no lease.
+//! of that lease is the wrapped key in the keyring file, under which the file encrypts the roots.
+//! When the lease is lost, the roots are wiped. When the KMS allows the key again, the keyring is
+//! reloaded from its file, which calls the KMS. A keyring under no master key has no lease.
 
 use std::{
     path::PathBuf,
@@ -14,7 +14,7 @@ use tracing::warn;
 
 use super::{
     keyring::{Keyring, NewKeyring},
-    keyring_seal::{Wrapping, service_key},
+    keyring_seal::{Wrapping, service_key_error},
     lease::Lease,
     roots::Roots,
 };
@@ -38,7 +38,7 @@ pub(crate) trait LeaseServiceKey: Send + Sync {
     /// When no thread can be started for it.
     fn lease(&self, wrapping: &Wrapping) -> Result<Arc<Lease>>;
 
-    /// Has [`ServiceKey::load`] called as soon as it may be.
+    /// Schedules a call of [`ServiceKey::load`], as soon as it is allowed.
     fn load_soon(&self);
 }
 
@@ -116,7 +116,7 @@ impl ServiceKey {
     }
 
     /// Admits an operation that starts now. Returns how often the roots were wiped: the caller must
-    /// not use keys that were loaded before another wipe. Blocks for a KMS call if the last answer
+    /// not use keys that were loaded before a later wipe. Blocks for a KMS call if the last answer
     /// is too old.
     ///
     /// # Errors
@@ -154,10 +154,10 @@ impl ServiceKey {
         self.check().is_ok()
     }
 
-    /// Whether [`ServiceKey::admit`] decides without a KMS call, now and for a while. If not, starts
-    /// a call, and does not wait for it.
-    pub(crate) fn decides_at_once(&self) -> bool {
-        let decides = || self.lease().is_none_or(|lease| lease.decides_at_once());
+    /// Whether [`ServiceKey::admit`] decides without a KMS call, now and for a while. If not,
+    /// starts a call, and does not wait for it.
+    pub(crate) fn decides_or_asks(&self) -> bool {
+        let decides = || self.lease().is_none_or(|lease| lease.decides_or_asks());
         !self.guarded.load(Ordering::Acquire) || decides()
     }
 
@@ -171,7 +171,7 @@ impl ServiceKey {
             Refusal::Unreachable(detail) => KmsError::Unreachable { detail: detail.clone() },
             Refusal::Invalid(detail) => KmsError::Invalid { detail: detail.clone() },
         };
-        service_key(&self.path, cmk, cause)
+        service_key_error(&self.path, cmk, cause)
     }
 
     /// The state of the service key and its lease. Calls no KMS.
@@ -192,15 +192,15 @@ impl ServiceKey {
         error
     }
 
-    /// Reads the keyring from its file if the roots are wiped, and the lease admits that or the
-    /// file is under another master key now. Reports the recovery of the lease to its listeners
-    /// first. Calls the KMS. The caller holds no lock that a listener takes.
+    /// Reloads the keyring if the roots are wiped and either the lease admits it or the file is now
+    /// under another master key. First notifies the listeners of a return of the lease. Calls the
+    /// KMS. The caller holds no lock that a listener takes.
     pub(crate) fn load(&self) -> Load {
         if !self.guarded.load(Ordering::Acquire) {
             return Load::Held;
         }
-        // Before the listeners hear of a recovery. The loss that follows it wipes the roots again,
-        // and they must not come in after that.
+        // Read the count before the listeners hear of a return: a loss after that wipes the roots
+        // again, and then the reload must not restore them.
         let losses = self.roots.losses();
         let lease = self.lease();
         if let Some(lease) = &lease {
@@ -227,7 +227,7 @@ impl ServiceKey {
         match copy.reload_no_older().and_then(|loaded| self.take_over(loaded, losses)) {
             Ok(()) => Load::Back,
             Err(error) => {
-                warn!(path = %self.path.display(), %error, "service keyring not read again");
+                warn!(path = %self.path.display(), %error, "keyring reload failed");
                 self.roots.refuse_with(match error {
                     Error::ServiceKey { .. } => error,
                     other => {
@@ -239,10 +239,12 @@ impl ServiceKey {
         }
     }
 
-    /// Calls `act` with the keyring. A read-only opener may call the KMS: for an answer that is too
-    /// old, and to load the keyring again and call `act` once more if the keyring is too old. A
-    /// writer makes no call, and may hold the administration: it was admitted when its operation
-    /// began.
+    /// Calls `act` with the keyring.
+    ///
+    /// A read-only opener calls the KMS if the last answer is too old. If the keyring in memory is
+    /// too old, the opener reloads it, which may call the KMS, and retries `act` once. A writer
+    /// never calls the KMS here, and may hold the administration: it was admitted when its
+    /// operation began.
     ///
     /// # Errors
     /// As [`ServiceKey::admit`], and the error of `act`.
@@ -260,9 +262,9 @@ impl ServiceKey {
         act(&self.keyring())
     }
 
-    /// Loads the keyring of a read-only opener again if the writer has rotated it, or has put it
-    /// under another master key. From then on the opener refuses documents under a retired version.
-    /// If the file cannot be read, the opener keeps its copy. May call the KMS.
+    /// In a read-only opener, reloads the keyring if the writer has rotated it, or has put it
+    /// under another master key. From then on the opener refuses documents under a retired
+    /// version. If the file cannot be read, the opener keeps its copy. May call the KMS.
     ///
     /// # Errors
     /// As [`ServiceKey::admit`], and the errors of reading the changed keyring.
@@ -290,8 +292,8 @@ impl ServiceKey {
         self.take_over(loaded, losses)
     }
 
-    /// Puts a keyring that was read from the file in the place of the present one, with its roots,
-    /// unless they were wiped since there were `losses` wipes.
+    /// Replaces the keyring by one that was read from the file. Takes over its roots too, unless
+    /// the number of wipes has grown since it was `losses`.
     fn take_over(&self, loaded: Keyring, losses: u64) -> Result<()> {
         let fresh = Arc::clone(loaded.roots());
         *write(&self.keyring) = loaded.with_roots(&self.roots);

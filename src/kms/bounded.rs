@@ -84,7 +84,8 @@ struct Progress {
     slot: Slot,
     began: Began,
     limit: Duration,
-    log: CallLog,
+    watch: Watch,
+    subject: Arc<Subject>,
 }
 
 /// When a call began, by the clock of the store and by the clock of the machine. They differ in
@@ -94,30 +95,53 @@ struct Began {
     real: Duration,
 }
 
-/// Describes a call in the log, and counts its outcome.
-struct CallLog {
-    watch: Watch,
+/// The call in its log line.
+struct Subject {
     kms: String,
     operation: &'static str,
     key: String,
     region: String,
 }
 
+/// The end of a call, which is counted and not logged yet. A subscriber may block in
+/// [`CallReport::log`], so the caller acts on the answer first and holds no lock.
+#[must_use = "the call is not logged yet"]
+pub(crate) struct CallReport {
+    subject: Arc<Subject>,
+    outcome: Outcome,
+    latency_us: u64,
+    error: Option<KmsError>,
+    /// Whether the answer came after the call was given up.
+    late: bool,
+}
+
+impl CallReport {
+    /// Writes the log line.
+    pub(crate) fn log(&self) {
+        let Self { subject, outcome, latency_us, error, late } = self;
+        let Subject { kms, operation, key, region } = &**subject;
+        let outcome = outcome.word();
+        match error {
+            _ if *late => debug!(kms, operation, key, region, "late KMS answer discarded"),
+            None => debug!(kms, operation, key, region, outcome, latency_us, "KMS call succeeded"),
+            Some(error) => {
+                warn!(kms, operation, key, region, outcome, latency_us, %error, "KMS call failed");
+            }
+        }
+    }
+}
+
 impl Call {
     /// How long the call may take from now on. Zero: its time limit has passed.
     pub(crate) fn left(&self) -> Duration {
-        let Progress { began, limit, log, .. } = &*self.0;
+        let Progress { began, limit, watch, .. } = &*self.0;
         let by = |now: Duration, then: Duration| limit.saturating_sub(now.saturating_sub(then));
-        by(log.watch.clock.uptime(), began.uptime).min(by(SystemClock.uptime(), began.real))
+        by(watch.clock.uptime(), began.uptime).min(by(SystemClock.uptime(), began.real))
     }
 
-    /// Ends the call without its answer. `false` if the answer came first.
-    pub(crate) fn give_up(&self) -> bool {
-        let given_up = self.0.slot.give_up();
-        if given_up {
-            self.0.count(&Err::<(), _>(self.no_answer()));
-        }
-        given_up
+    /// Ends the call without its answer. `None` if the answer came first.
+    pub(crate) fn give_up(&self) -> Option<CallReport> {
+        self.0.slot.give_up().then(|| self.0.count(&Err::<(), _>(self.no_answer())))
     }
 
     /// The error of a call that was given up.
@@ -128,26 +152,28 @@ impl Call {
 
 impl Progress {
     /// Notes the answer. Its thread ends after this.
-    fn answered<T>(&self, answer: &Result<T, KmsError>) {
+    fn answered<T>(&self, answer: &Result<T, KmsError>) -> CallReport {
         if self.slot.answer() {
-            self.count(answer);
+            self.count(answer)
         } else {
-            let CallLog { kms, operation, key, region, .. } = &self.log;
-            debug!(kms, operation, key, region, "a KMS call ended after its time limit");
+            CallReport { late: true, ..self.report(answer) }
         }
     }
 
-    fn count<T>(&self, answer: &Result<T, KmsError>) {
-        let CallLog { watch, kms, operation, key, region } = &self.log;
-        let took = watch.clock.uptime().saturating_sub(self.began.uptime);
-        let outcome = Outcome::of(answer);
-        watch.meter.count(outcome, took);
-        let (outcome, latency_us) = (outcome.word(), took.as_micros() as u64);
-        match answer {
-            Ok(_) => debug!(kms, operation, key, region, outcome, latency_us, "KMS call succeeded"),
-            Err(error) => {
-                warn!(kms, operation, key, region, outcome, latency_us, %error, "KMS call failed")
-            }
+    fn count<T>(&self, answer: &Result<T, KmsError>) -> CallReport {
+        let report = self.report(answer);
+        self.watch.meter.count(report.outcome, Duration::from_micros(report.latency_us));
+        report
+    }
+
+    fn report<T>(&self, answer: &Result<T, KmsError>) -> CallReport {
+        let took = self.watch.clock.uptime().saturating_sub(self.began.uptime);
+        CallReport {
+            subject: Arc::clone(&self.subject),
+            outcome: Outcome::of(answer),
+            latency_us: took.as_micros() as u64,
+            error: answer.as_ref().err().cloned(),
+            late: false,
         }
     }
 }
@@ -204,8 +230,8 @@ impl BoundedKms {
     }
 
     /// Starts to unwrap a key, in a thread of its own, and does not wait for it. `done` gets the
-    /// answer, even one that comes after the time limit. In a store without threads, this blocks
-    /// and calls `done` before it returns.
+    /// answer, even one that comes after the time limit, and logs the call. In a store without
+    /// threads, this blocks and calls `done` before it returns.
     ///
     /// # Errors
     /// [`Busy`]: too many calls have not returned. The KMS is not called, and `done` is dropped.
@@ -214,7 +240,7 @@ impl BoundedKms {
         cmk: &Cmk,
         context: EncryptionContext,
         wrapped: &[u8],
-        done: impl FnOnce(Result<SecretKey, KmsError>) + Send + 'static,
+        done: impl FnOnce(Result<SecretKey, KmsError>, CallReport) + Send + 'static,
     ) -> Result<Call, Busy> {
         let wrapped = wrapped.to_vec();
         self.start("unwrap", cmk, context, move |kms, call| kms.unwrap(call, &wrapped), done)
@@ -226,10 +252,9 @@ impl BoundedKms {
         cmk: &Cmk,
         context: EncryptionContext,
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
-        done: impl FnOnce(Result<T, KmsError>) + Send + 'static,
+        done: impl FnOnce(Result<T, KmsError>, CallReport) + Send + 'static,
     ) -> Result<Call, Busy> {
-        let log = CallLog {
-            watch: self.watch.clone(),
+        let subject = Subject {
             kms: self.name().to_owned(),
             operation,
             key: cmk.cmk_key_id.clone(),
@@ -239,7 +264,8 @@ impl BoundedKms {
             slot: Calls::begin(&self.calls, cmk)?,
             began: Began { uptime: self.watch.clock.uptime(), real: SystemClock.uptime() },
             limit: self.timeout,
-            log,
+            watch: self.watch.clone(),
+            subject: Arc::new(subject),
         });
         let call = Call(Arc::clone(&progress));
         #[cfg(test)]
@@ -252,9 +278,9 @@ impl BoundedKms {
             let answer = on_clean_stack(|| catch_unwind(AssertUnwindSafe(call)));
             let panicked = || KmsError::invalid("the backend has panicked");
             let answer = answer.unwrap_or_else(|_| Err(panicked()));
-            progress.answered(&answer);
+            let report = progress.answered(&answer);
             drop(progress);
-            done(answer);
+            done(answer, report);
         };
         match &self.runs {
             Runs::InThreads => {
@@ -284,12 +310,18 @@ impl BoundedKms {
     ) -> Result<T, KmsError> {
         assert_may_wait_for_kms();
         let (sender, receiver) = mpsc::sync_channel(1);
-        // The caller may have stopped waiting for the answer.
-        let done = move |answer| drop(sender.send(answer));
+        let done = move |answer, report: CallReport| {
+            // The caller may have stopped waiting for the answer.
+            drop(sender.send(answer));
+            report.log();
+        };
         let call = self.start(operation, cmk, context, make, done)?;
         loop {
             let left = call.left();
-            if left.is_zero() && call.give_up() {
+            if left.is_zero()
+                && let Some(report) = call.give_up()
+            {
+                report.log();
                 return Err(call.no_answer());
             }
             match receiver.recv_timeout(left.clamp(Duration::from_millis(1), LOOK_EVERY)) {

@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn hung_keys_share_a_part_of_the_threads_and_leave_the_rest_to_the_others() {
+    fn hung_keys_share_a_part_of_the_threads() {
         let calls = Arc::default();
         let keys = LATE_CALLS_MAX + HUNG_CALLS_MAX;
         let returned: Vec<_> = (0..keys).map(|key| late(&calls, key)).collect();

@@ -41,8 +41,9 @@
 //!   customer's withdrawal of the role. It may keep connections and the service's own credentials.
 //! - **Honour the timeout.** [`KmsCall::timeout`] bounds the whole call: name resolution,
 //!   connecting, assuming the role, and any retry. A call that is not done by then is
-//!   [`KmsError::Unreachable`]. The bound on revocation depends on this. A call that hangs would
-//!   silently extend it.
+//!   [`KmsError::Unreachable`]. The engine gives up a call that takes longer, so the bound on
+//!   revocation does not depend on the backend. But the thread of that call is occupied until the
+//!   backend returns.
 //! - **Bind the context.** [`KmsCall::context`] goes to the KMS as its encryption context
 //!   (additional authenticated data), unchanged and complete. It holds the immutable identifiers of
 //!   the key's purpose (store, Logstore, key version, suite), so a wrapped key that was copied
@@ -101,7 +102,7 @@ use serde::{Deserialize, Serialize};
 pub use aliyun::AliyunKms;
 #[cfg(feature = "kms-aws")]
 pub use aws::AwsKms;
-pub(crate) use bounded::{BoundedKms, Call, LOOK_EVERY};
+pub(crate) use bounded::{BoundedKms, Call, CallReport, LOOK_EVERY};
 #[cfg(test)]
 pub(crate) use bounded::{DeferredCalls, Watch};
 pub(crate) use calls::Busy;

@@ -39,11 +39,11 @@ impl KmsRouter {
         &self.watch.meter
     }
 
-    /// The KMS to ask about the master keys of a region. If none serves it and one cannot tell, the
-    /// calls to the returned KMS fail with the reason.
+    /// The KMS to ask about the master keys of a region. If no KMS serves the region but one could
+    /// not answer, returns a stand-in whose calls fail with that reason.
     ///
     /// # Errors
-    /// [`NoKms`] when none serves it. A KMS may serve it later: each answers that by itself.
+    /// [`NoKms`] when no KMS serves it. A KMS may serve it later.
     pub(crate) fn serving(&self, region: &str) -> Result<BoundedKms, NoKms> {
         let mut unknown = None;
         for kms in &*self.kms {
@@ -77,7 +77,7 @@ pub(crate) struct NoKms {
     pub(crate) region: String,
 }
 
-/// Existing envelopes need a KMS. A KMS that is not configured counts as one that cannot be
+/// Existing envelopes need a KMS. A KMS that is not configured is treated as one that cannot be
 /// reached.
 impl From<NoKms> for KmsError {
     fn from(none: NoKms) -> Self {
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_kms_that_serves_a_region_is_asked_also_one_that_serves_it_later() {
+    fn the_first_kms_that_serves_a_region_is_asked_even_if_late() {
         let kms = ["cn", "cn-north", "eu"]
             .map(|name| Arc::new(Regional(name, AtomicBool::new(name != "eu"))));
         let all = kms.clone().map(|kms| kms as Arc<dyn Kms>);

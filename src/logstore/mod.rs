@@ -68,7 +68,7 @@ impl AppendOptions {
 /// engine has acted on it.
 pub(crate) trait KeyObserver: Send + Sync {
     fn key_lost(&self, logstore: &LogstoreShared, refusal: &Refusal);
-    fn key_recovered(&self, logstore: &LogstoreShared);
+    fn key_returned(&self, logstore: &LogstoreShared);
     /// The version of the master key that wraps an envelope, if the KMS reports it.
     fn envelope_version(&self, cmk: &Cmk, version: &DataKeyVersion) -> Option<String>;
     /// In a store without threads: renews the lease of the service key if that is due, and acts on
@@ -76,10 +76,13 @@ pub(crate) trait KeyObserver: Send + Sync {
     fn tend_service_key(&self);
 }
 
-/// How many bytes were sealed under the current data key. Each check counts on from the previous
-/// one.
+/// Implemented by the store. The store stays open while this lives.
+pub(crate) trait KeepsOpen: std::fmt::Debug + Send + Sync {}
+
+/// The bytes of the segments under the current data key. Each check continues the count of the
+/// previous one.
 #[derive(Debug, Default)]
-pub(crate) struct SealedBytes {
+pub(crate) struct BytesUnderKey {
     pub(crate) version: u32,
     /// For each shard, the first ordinal that is not counted finally, and the bytes of the segments
     /// before it.
@@ -97,7 +100,7 @@ pub(crate) struct LogstoreShared {
     meta: Mutex<Meta>,
     pub(crate) shards: Vec<Arc<Shard>>,
     /// The count for automatic rotation of the data key.
-    sealed: Mutex<SealedBytes>,
+    bytes_under_key: Mutex<BytesUnderKey>,
     plan: Arc<CurrentPlan>,
     next_shard: AtomicUsize,
     observer: std::sync::Weak<dyn KeyObserver>,
@@ -149,7 +152,7 @@ impl LogstoreShared {
             gate: Arc::clone(&context.gate),
             shards: meta.config.shards.iter().map(|info| shard(info.id)).collect(),
             meta: Mutex::new(LockRank::LogstoreMeta, meta),
-            sealed: Mutex::new(LockRank::SealedBytes, SealedBytes::default()),
+            bytes_under_key: Mutex::new(LockRank::BytesUnderKey, BytesUnderKey::default()),
             plan,
             next_shard: AtomicUsize::new(0),
             observer,
@@ -178,8 +181,8 @@ impl LogstoreShared {
     }
 
     /// The count for automatic rotation of the data key.
-    pub(crate) fn sealed(&self) -> MutexGuard<'_, SealedBytes> {
-        lock(&self.sealed)
+    pub(crate) fn bytes_under_key(&self) -> MutexGuard<'_, BytesUnderKey> {
+        lock(&self.bytes_under_key)
     }
 
     /// Puts changed metadata in force: later appends follow it.
@@ -218,8 +221,8 @@ impl LogstoreShared {
         }
     }
 
-    /// In a store without threads, the next caller acts on a loss of the key that was noticed.
-    fn settle(&self) {
+    /// In a store without threads: acts on a loss or a return of the key that was noticed.
+    fn act_on_losses(&self) {
         if !self.threads {
             if let Some(observer) = self.observer.upgrade() {
                 observer.tend_service_key();
@@ -370,9 +373,9 @@ impl LeaseListener for LogstoreShared {
         }
     }
 
-    fn recovered(&self) {
+    fn returned(&self) {
         if let Some(observer) = self.observer.upgrade() {
-            observer.key_recovered(self);
+            observer.key_returned(self);
         }
     }
 }
@@ -469,14 +472,11 @@ impl LogstoreStatus {
 pub struct Logstore {
     shared: Arc<LogstoreShared>,
     /// Closes the store when the last handle is dropped.
-    _open: Arc<dyn std::any::Any + Send + Sync>,
+    _open: Arc<dyn KeepsOpen>,
 }
 
 impl Logstore {
-    pub(crate) fn new(
-        shared: Arc<LogstoreShared>,
-        open: Arc<dyn std::any::Any + Send + Sync>,
-    ) -> Self {
+    pub(crate) fn new(shared: Arc<LogstoreShared>, open: Arc<dyn KeepsOpen>) -> Self {
         Self { shared, _open: open }
     }
 
@@ -613,7 +613,7 @@ impl Logstore {
         P: TryInto<Payload>,
         Error: From<P::Error>,
     {
-        self.shared.settle();
+        self.shared.act_on_losses();
         let payload = payload.try_into()?;
         Ok((self.shared.choose(options.shard)?, payload))
     }
@@ -625,7 +625,7 @@ impl Logstore {
     /// The error of the write or the sync. [`Error::GroupsLost`], once, if groups of an earlier
     /// append are lost with their key: nothing can make them durable.
     pub fn sync(&self) -> Result<()> {
-        self.shared.settle();
+        self.shared.act_on_losses();
         self.shared.shards.iter().try_for_each(|shard| shard.make_durable())
     }
 
@@ -636,7 +636,7 @@ impl Logstore {
     /// [`Error::ShardMissing`]. [`Error::TooManyReaders`] if [`crate::StoreOptions::readers_max`] readers
     /// are open.
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
-        self.shared.settle();
+        self.shared.act_on_losses();
         Reader::open(self.shared.shard(shard)?, options)
     }
 
@@ -661,7 +661,7 @@ impl Logstore {
     /// # Ok::<(), envelog::Error>(())
     /// ```
     pub fn follow(&self, shard: u32, options: &ReadOptions) -> Result<Follow> {
-        self.shared.settle();
+        self.shared.act_on_losses();
         Follow::new(self.shared.shard(shard)?, options)
     }
 
@@ -715,7 +715,7 @@ impl Logstore {
     /// # Errors
     /// The error of sealing a segment.
     pub fn roll(&self) -> Result<()> {
-        self.shared.settle();
+        self.shared.act_on_losses();
         self.shared.shards.iter().try_for_each(|shard| shard.roll())
     }
 }

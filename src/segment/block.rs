@@ -261,7 +261,8 @@ impl SealBuffer {
     }
 
     /// Puts the header in front of the payload. Returns the bytes to seal, with the payload at
-    /// [`SealBuffer::PAYLOAD_AT`].
+    /// [`SealBuffer::PAYLOAD_AT`]: in front of it are the associated data, the header hash and the
+    /// block header. `SegmentCipher::open_block` builds the same associated data for a reader.
     pub(crate) fn with_header(
         &mut self,
         header_hash: &[u8; HASH_LEN],

@@ -5,9 +5,9 @@
 //! queue, writes and syncs it, and reports how far that got. The other callers are followers: they
 //! sleep until the leader resigns. Groups that arrive meanwhile form the next batch.
 //!
-//! A [`GroupCommit`] does no I/O and uses no key. It elects the leader, forms the next batch, tells
-//! the leader when to call fsync, and remembers the appends that failed. The leader writes and
-//! syncs, and reports the results with [`GroupCommit::written`], [`GroupCommit::synced`],
+//! A [`GroupCommit`] does no I/O and uses no key. It elects the leader, forms the next batch,
+//! decides when the leader calls fsync, and remembers the appends that failed. The leader writes
+//! and syncs, and reports the results with [`GroupCommit::written`], [`GroupCommit::synced`],
 //! [`GroupCommit::fail`] and [`GroupCommit::refuse`]. A `GroupCommit` has one lock. A thread holds
 //! it for memory operations only, and takes no other lock of the shard under it.
 //!
@@ -37,7 +37,8 @@ use crate::{
 
 /// The queue, the watermarks and the leadership of one shard.
 pub(super) struct GroupCommit {
-    /// The most bytes that the list of a batch has. A queue with more of them is written at once.
+    /// The limit of a block's list, in bytes: a batch gets no further group beyond it. A larger
+    /// single group gets a block of its own. A queue with this many bytes is written at once.
     block_bytes: usize,
     /// How long a group stays in the queue if no caller waits for it.
     linger: Duration,
@@ -163,7 +164,7 @@ pub(super) enum Flush {
     Idle(Option<Duration>),
 }
 
-/// How things stand after a leader has resigned.
+/// The state after a leader has resigned.
 pub(super) struct Resigned {
     /// After how long the caller must schedule a flush, if it must.
     pub(super) flush: Option<Duration>,
@@ -312,7 +313,7 @@ impl GroupCommit {
         self.lock().seq_of(claim)
     }
 
-    /// An asker is done. When the last one is, no failure needs to be remembered any longer.
+    /// Deregisters an asker. The last one to leave clears the remembered failures.
     pub(super) fn leave(&self) {
         self.lock().leave();
     }
@@ -397,8 +398,8 @@ impl GroupCommit {
         self.wake(state);
     }
 
-    /// Has a group written, and synced if `durability` says so, although no caller waits for it.
-    /// Returns after how long the caller must schedule a flush, if it must.
+    /// Requests that a group is written, and synced if `durability` says so, although no caller
+    /// waits for it. Returns after how long the caller must schedule a flush, if it must.
     pub(super) fn hasten(
         &self,
         seq: u64,
@@ -523,8 +524,8 @@ impl GroupCommit {
         self.lock().take_batch(self.block_bytes)
     }
 
-    /// Whether the leader must sync now. `own` is the group that it waits for; `at_once` does not
-    /// put the fsync off to share it with groups that are still queued.
+    /// Whether the leader must sync now. `own` is the group that it waits for. `at_once`: sync now,
+    /// even if queued groups could share the fsync.
     pub(super) fn wants_sync(&self, own: Option<u64>, at_once: bool) -> bool {
         let state = self.lock();
         // Groups in front of the last one that waits for a sync share that sync.
@@ -546,7 +547,7 @@ impl GroupCommit {
         state.retry_at = Duration::ZERO;
         if let Some(reserved) = reserved {
             state.limit_seq = reserved.limit_seq;
-            state.begun_after = state.begun_after.max(reserved.losses);
+            state.expiry.note_segment(reserved.losses);
         }
         // Before a sync, which takes long: a reader sees the block, and its append may be done.
         state.wake_reached();
@@ -582,8 +583,8 @@ impl GroupCommit {
 
     // ---- the loss of the key ----
 
-    /// Drops the queue, in which there are acknowledged groups only: no segment can take them. They
-    /// are lost with the `loss`-th loss of the key.
+    /// Drops the queue. It holds only acknowledged groups, and no segment can take them. They are
+    /// lost with the `loss`-th loss of the key.
     pub(super) fn lose_queue(&self, loss: u64, error: &Error) -> Dropped {
         let mut state = self.lock();
         if state.queue.is_empty() {
@@ -600,12 +601,9 @@ impl GroupCommit {
     /// calls [`GroupCommit::finish_expiry`], or leaves that to the thread that has the writer.
     pub(super) fn expire(&self, loss: u64, error: &Error) -> Dropped {
         let mut state = self.lock();
-        if state.begun_after >= loss {
+        if !state.expiry.begin(loss, error) {
             return Dropped::default();
         }
-        state.expired = state.expired.max(loss);
-        state.unfinished = true;
-        state.error = Some(error.clone());
         state.open = false;
         let (in_batch, next) = (state.taken.max(state.written), state.next_seq);
         state.fail(in_batch..next, false, error);
@@ -618,19 +616,19 @@ impl GroupCommit {
 
     /// The loss at whose deadline the queue expired, while [`GroupCommit::finish_expiry`] is due.
     pub(super) fn unfinished_expiry(&self) -> Option<u64> {
-        let state = self.lock();
-        state.unfinished.then_some(state.expired)
+        self.lock().expiry.unfinished()
     }
 
     /// Ends all that was under way when the queue expired. The caller has the writer, and the
     /// segment that was open is abandoned: the batch that the leader may still have is in no block.
-    /// With `depose` the leader has no say any more.
+    /// With `depose` the leadership ends: another thread may lead, and the resignation of the
+    /// deposed leader changes nothing.
     pub(super) fn finish_expiry(&self, depose: bool) -> Dropped {
         let mut state = self.lock();
-        state.unfinished = false;
+        state.expiry.finish();
         let mut dropped = state.drop_queue();
         dropped.lost.merge(std::mem::take(&mut state.in_hand));
-        if let Some(error) = state.error.clone() {
+        if let Some(error) = state.expiry.error.clone() {
             state.end_all(&error);
             state.refuse_handed_over(&error, &mut dropped);
         }
@@ -646,48 +644,48 @@ impl GroupCommit {
 
     /// Whether the queue has expired, and no segment was begun since.
     pub(super) fn has_expired(&self) -> bool {
-        self.lock().has_expired()
+        self.lock().expiry.is_in_force()
     }
 
     /// The error of the loss at whose deadline the queue expired last.
     pub(super) fn expiry_error(&self) -> Option<Error> {
-        self.lock().error.clone()
+        self.lock().expiry.error.clone()
     }
 
     /// Whether a segment was begun after the `loss`-th loss of the key.
     pub(super) fn has_begun_after(&self, loss: u64) -> bool {
-        self.lock().begun_after >= loss
+        self.lock().expiry.begun_after >= loss
     }
 
     // ---- the writer ----
 
-    /// A caller will wait until the writer is free. Returns how often that was signalled so far.
+    /// A caller will wait for the writer. Returns how often its release was signalled so far.
     pub(super) fn want_writer(&self) -> u64 {
         let mut state = self.lock();
-        state.writers_wanted += 1;
-        state.writer_freed
+        state.writer.wanted += 1;
+        state.writer.releases
     }
 
-    /// Waits until the writer has been freed since [`GroupCommit::want_writer`] returned `seen`,
-    /// or for at most `patience`; not at all without one.
+    /// Waits until the writer has been released since [`GroupCommit::want_writer`] returned `seen`,
+    /// or for at most `patience`. Returns at once if `patience` is `None`.
     pub(super) fn await_writer(&self, seen: u64, patience: Option<Duration>) {
         let mut state = self.lock();
         if let Some(patience) = patience
-            && state.writer_freed == seen
+            && state.writer.releases == seen
         {
             state = wait_timeout(&self.progress, state, patience);
         }
-        state.writers_wanted -= 1;
+        state.writer.wanted -= 1;
     }
 
-    /// A thread has given the writer back. Returns as [`GroupCommit::unfinished_expiry`] does.
+    /// A thread has released the writer. Returns as [`GroupCommit::unfinished_expiry`] does.
     pub(super) fn writer_is_free(&self) -> Option<u64> {
         let mut state = self.lock();
-        if state.writers_wanted > 0 {
-            state.writer_freed += 1;
+        if state.writer.wanted > 0 {
+            state.writer.releases += 1;
             self.progress.notify_all();
         }
-        state.unfinished.then_some(state.expired)
+        state.expiry.unfinished()
     }
 
     // ---- segments ----
@@ -696,10 +694,10 @@ impl GroupCommit {
     /// nothing if the queue has expired since the segment was begun.
     pub(super) fn open(&self, reserved: &Reserved) {
         let mut state = self.lock();
-        if reserved.losses < state.expired {
+        if reserved.losses < state.expiry.loss {
             return;
         }
-        state.begun_after = state.begun_after.max(reserved.losses);
+        state.expiry.note_segment(reserved.losses);
         if state.queue.is_empty() {
             state.next_seq = state.next_seq.max(reserved.end_seq);
             state.written = state.written.max(reserved.end_seq);
@@ -754,8 +752,8 @@ impl GroupCommit {
 
     // ---- the end ----
 
-    /// A failure has latched the writer: nothing is tried again as if it had worked. Appends that
-    /// are not written fail with `error`, and so do written ones for callers that wait for a sync.
+    /// A failure has latched the writer: a failed operation is never retried. Appends that are not
+    /// written fail with `error`, and so do written ones for callers that wait for a sync.
     /// Returns how much of the budget the queued groups held.
     pub(super) fn latch(&self, cause: Arc<Error>, error: &Error) -> usize {
         let mut state = self.lock();
@@ -836,6 +834,58 @@ struct Failure {
     error: Error,
 }
 
+/// The last loss of the key at whose deadline the shard was not sealed.
+#[derive(Default)]
+struct Expiry {
+    /// The number of that loss; 0 before the first one.
+    loss: u64,
+    error: Option<Error>,
+    /// Whether [`GroupCommit::finish_expiry`] is due.
+    unfinished: bool,
+    /// How often the key had been lost when the last segment was begun.
+    begun_after: u64,
+}
+
+impl Expiry {
+    /// The deadline of this loss has passed. `false` if a segment was begun after the loss.
+    fn begin(&mut self, loss: u64, error: &Error) -> bool {
+        if self.begun_after >= loss {
+            return false;
+        }
+        self.loss = self.loss.max(loss);
+        self.error = Some(error.clone());
+        self.unfinished = true;
+        true
+    }
+
+    fn finish(&mut self) {
+        self.unfinished = false;
+    }
+
+    /// The loss, while the expiry is unfinished.
+    fn unfinished(&self) -> Option<u64> {
+        self.unfinished.then_some(self.loss)
+    }
+
+    /// Notes a segment that was begun after so many losses.
+    fn note_segment(&mut self, losses: u64) {
+        self.begun_after = self.begun_after.max(losses);
+    }
+
+    /// Whether no segment was begun since the loss.
+    fn is_in_force(&self) -> bool {
+        self.loss > self.begun_after
+    }
+}
+
+/// The callers that wait for the writer of the shard.
+#[derive(Default)]
+struct WriterDemand {
+    wanted: usize,
+    /// How often a release was signalled to them.
+    releases: u64,
+}
+
 #[derive(Default)]
 struct State {
     /// Whether a segment reserves the numbers that are handed out.
@@ -874,16 +924,8 @@ struct State {
     /// No flush is scheduled before: the key could not be used.
     retry_at: Duration,
 
-    /// How often the key had been lost when the last segment was begun.
-    begun_after: u64,
-    /// The last loss at whose deadline the shard was not sealed, and its error.
-    expired: u64,
-    error: Option<Error>,
-    /// Whether [`GroupCommit::finish_expiry`] is due.
-    unfinished: bool,
-    /// How many callers wait for the writer, and how often it was signalled that it is free.
-    writers_wanted: usize,
-    writer_freed: u64,
+    expiry: Expiry,
+    writer: WriterDemand,
 
     /// How many callers may still ask for an outcome. Failures are remembered for them.
     askers: usize,
@@ -1082,10 +1124,6 @@ impl State {
         term
     }
 
-    fn has_expired(&self) -> bool {
-        self.expired > self.begun_after
-    }
-
     fn wants_work(&self, block_bytes: usize) -> bool {
         let front = self.queue.front().map(|pending| pending.seq);
         front.is_some_and(|seq| seq < self.flush_to || self.queued_bytes >= block_bytes)
@@ -1096,7 +1134,7 @@ impl State {
         let (mut dropped, mut kept) = (self.nothing_dropped(), VecDeque::new());
         let queued = std::mem::take(&mut self.queue);
         for mut pending in batch.into_iter().chain(queued) {
-            if pending.group.acked && !self.has_expired() {
+            if pending.group.acked && !self.expiry.is_in_force() {
                 dropped.freed += std::mem::take(&mut pending.group.charged);
                 kept.push_back(pending);
                 continue;
@@ -1114,7 +1152,7 @@ impl State {
     }
 
     fn nothing_dropped(&self) -> Dropped {
-        Dropped { loss: self.expired, error: self.error.clone(), ..Dropped::default() }
+        Dropped { loss: self.expiry.loss, error: self.expiry.error.clone(), ..Dropped::default() }
     }
 
     fn drop_queue(&mut self) -> Dropped {
@@ -1261,7 +1299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sync_is_shared_with_the_groups_in_front_of_the_last_one_that_waits_for_it() {
+    fn groups_before_the_last_waiter_share_its_sync() {
         let commit = open(1);
         for seq in 0..3 {
             submit(&commit, group(1, 0, false));
@@ -1290,7 +1328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_latch_fails_unwritten_groups_and_callers_that_wait_for_a_sync() {
+    fn a_latch_fails_unwritten_groups_and_waits_for_a_sync() {
         let (error, cause) = (Error::Closed("the file"), Arc::new(Error::Closed("the disk")));
         let commit = open(1);
         submit_all(&commit, (0..3).map(|_| group(1, 0, true)));
@@ -1305,7 +1343,7 @@ mod tests {
             Err(Rejected::Stopped(Stopped::Latched(_)))
         ));
         assert!(commit.unlatch() && !commit.unlatch());
-        // The next segment goes on behind the numbers that were handed out.
+        // The next segment continues behind the numbers that were handed out.
         let Ok(false) = commit.is_open() else { panic!() };
         assert_eq!((commit.next_seq(), commit.next_to_write(), commit.has_queued()), (3, 3, false));
         commit.latch(cause, &error);

@@ -152,7 +152,7 @@ impl Shard {
 
     /// Ends the last segment if `ends` holds for its key and it has not been ended yet: no block
     /// can be added to it from then on. If another process has left it open, the shard is recovered
-    /// first, and goes on in a new segment. Returns whether a segment was ended.
+    /// first, and continues in a new segment. Returns whether a segment was ended.
     pub(crate) fn end_segment_if(&self, ends: impl Fn(KeySource) -> bool) -> Result<bool> {
         {
             let _leading = self.lead();

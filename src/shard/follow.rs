@@ -250,13 +250,13 @@ impl Following {
     /// Whether the reader can look for the next record without a KMS call.
     fn needs_no_kms(&self, reader: &Reader) -> bool {
         let gate = self.shard.gate();
-        !gate.may_call_a_kms() || (reader.has_read_ahead() && gate.decides_at_once())
+        !gate.may_call_a_kms() || (reader.has_read_ahead() && gate.decides_or_asks())
     }
 }
 
 impl Task<ReaderJob> for Following {
     fn run(&self, ReaderJob::Read: ReaderJob) {
-        if !self.shard.gate().decides_at_once() {
+        if !self.shard.gate().decides_or_asks() {
             let again = Work::Reader(self.this.clone(), ReaderJob::Read);
             return self.shard.wake_after(ASK_AGAIN_AFTER, again);
         }

@@ -32,8 +32,8 @@ use crate::{
 
 /// How long after a sync without further blocks a mark block records it.
 const MARK_AFTER: Duration = Duration::from_secs(1);
-/// After how long a job is tried again that has to wait for an answer of a KMS.
-pub(super) const UNTIL_THE_KMS_ANSWERS: Duration = Duration::from_millis(20);
+/// After how long a job that would have to wait for a KMS is tried again.
+pub(super) const KMS_RETRY_AFTER: Duration = Duration::from_millis(20);
 /// After how long acknowledged groups that could not be sealed without the key are tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How often the followers of a shard look for more that another process writes.
@@ -209,7 +209,7 @@ impl Shard {
     /// The key is refused.
     fn admits_at_once(&self) -> Result<bool> {
         let gate = &self.context.gate;
-        if self.context.options.threads && !gate.decides_at_once() {
+        if self.context.options.threads && !gate.decides_or_asks() {
             return Ok(false);
         }
         gate.admit().map(|_| true)
@@ -335,7 +335,7 @@ impl Shard {
         }
     }
 
-    /// Has a group in the queue written, although no caller waits for it yet.
+    /// Schedules the write of a group in the queue, although no caller waits for it yet.
     pub(super) fn hasten(&self, seq: u64, durability: Durability) {
         self.schedule_flush(self.commit.hasten(seq, durability, self.context.clock.uptime()));
     }
@@ -348,9 +348,9 @@ impl Shard {
                 Role::Done(outcome) => return outcome,
                 Role::Leader(term) => term,
             };
-            let turn = self.turn(self.writer(), Some(seq), KeyUse::Admitted);
+            let written = self.write_and_sync(self.writer(), Some(seq), KeyUse::Admitted);
             let resigned = self.resign(term, Some((seq, durability)));
-            match (resigned.outcome, turn) {
+            match (resigned.outcome, written) {
                 (Some(outcome), _) => return outcome,
                 // The group was acknowledged before and stays queued. It cannot be made durable
                 // now.
@@ -383,9 +383,9 @@ impl Shard {
                 }
                 return;
             };
-            let turn = self.turn(writer, None, keys);
+            let written = self.write_and_sync(writer, None, keys);
             self.resign(term, None);
-            if turn.is_err() {
+            if written.is_err() {
                 // Acknowledged groups stay queued until the loss of the key is dealt with, or the
                 // key can be used again.
                 return;
@@ -419,20 +419,20 @@ impl Shard {
         resigned
     }
 
-    /// One block, and one fsync if a caller waits for it. The caller is the leader; `own` is the
-    /// group that it waits for.
+    /// Writes one block, and syncs once if a caller waits for that. The caller is the leader; `own`
+    /// is the group that it waits for.
     ///
     /// # Errors
     /// The key may not be used. Any other failure latches the shard.
-    fn turn(&self, mut writer: Locked<'_>, own: Option<u64>, keys: KeyUse) -> Result<()> {
+    fn write_and_sync(&self, mut writer: Locked<'_>, own: Option<u64>, keys: KeyUse) -> Result<()> {
         let batch = self.commit.take_batch();
-        let turn = batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, keys));
+        let written = batch.map_or(Ok(()), |batch| self.write_batch(&mut writer, batch, keys));
         // Written blocks are synced for the callers that wait for it, whether or not the key may be
         // used.
-        if self.commit.wants_sync(own, turn.is_err() || writer.owes_sync()) {
+        if self.commit.wants_sync(own, written.is_err() || writer.owes_sync()) {
             self.sync_active(&mut writer);
         }
-        turn
+        written
     }
 
     /// Makes a block of `batch`, writes it, and reports that to the group commit.
@@ -538,7 +538,7 @@ impl Shard {
 
     // ---- failures ----
 
-    /// Stops the writer after a failure: nothing is tried again as if it had worked. If the shard
+    /// Stops the writer after a failure: a failed operation is never retried. If the shard
     /// has expired, the next append recovers the shard anyway.
     pub(super) fn latch(&self, writer: &mut SegmentWriter, error: Error) {
         if self.commit.unfinished_expiry().is_some() {
@@ -647,7 +647,7 @@ impl Shard {
     }
 
     /// Seals the active segment: syncs its blocks, writes the footer, and syncs that. Everything
-    /// written so far counts as synced after that, so the fence is checked here, whether or not the
+    /// written so far is synced after that, so the fence is checked here, whether or not the
     /// caller writes the head to the catalogue.
     fn seal_active(&self, writer: &mut Locked<'_>, keys: KeyUse) -> Result<()> {
         if let Some(blocks) = writer.begin_sync_of_blocks() {

@@ -191,7 +191,7 @@ impl Shard {
         let mut writer = Locked::new(self, try_lock(&self.writer)?);
         let gate = self.gate();
         let mut ready = || writer.takes_another_block() || gate.has_key(self.env.plan().key_source);
-        (gate.decides_at_once() && (gate.is_lost() || ready())).then_some(writer)
+        (gate.decides_or_asks() && (gate.is_lost() || ready())).then_some(writer)
     }
 
     /// Takes the leadership and the writer, unless another thread has one of them for longer than
@@ -232,7 +232,8 @@ impl Shard {
         }
         self.gate().end_segments_before(loss, self.id());
         self.account(self.commit().expire(loss, error));
-        // If a thread has the writer, that thread goes on with this when it gives the writer back.
+        // If a thread has the writer, that thread finishes the expiry when it gives the writer
+        // back.
         drop(try_lock(&self.writer).map(|writer| Locked::new(self, writer)));
     }
 

@@ -13,7 +13,7 @@
 //!
 //! | lock | guards | locks that may be taken under it | I/O, fsync, KMS call under it |
 //! |---|---|---|---|
-//! | the writer ([`Shard`]) | the segment writer | all below, the gate's, the catalogue's | all three |
+//! | the writer ([`Shard`]) | the segment writer | all below, the gate's, the catalogue's | all three; no fsync of the active segment |
 //! | [`commit::GroupCommit`] | queue, watermarks, leadership | none; it calls wakers | none |
 //! | the list ([`segments::SegmentList`]) | which segments there are | the record | I/O: listing |
 //! | the record ([`segments::SegmentList`]) | the catalogue's record | none | none |
@@ -71,7 +71,7 @@ pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
 pub use follow::{Follow, WaitFor};
 pub(crate) use hashing::PayloadHasher;
-use leader::{Timers, UNTIL_THE_KMS_ANSWERS};
+use leader::{KMS_RETRY_AFTER, Timers};
 use loss::Lost;
 pub(crate) use loss::{RecordLostGroups, ShardLoss};
 pub use payload::{Appended, Durability, Payload};
@@ -399,8 +399,8 @@ impl Task<ShardJob> for Shard {
     fn run(&self, job: ShardJob) {
         // A worker waits for no KMS: while one hangs, the shards of other Logstores need the
         // worker.
-        if self.context.options.threads && !self.context.gate.decides_at_once() {
-            return self.schedule(UNTIL_THE_KMS_ANSWERS, job);
+        if self.context.options.threads && !self.context.gate.decides_or_asks() {
+            return self.schedule(KMS_RETRY_AFTER, job);
         }
         match job {
             ShardJob::Flush if self.context.options.threads => {

@@ -336,7 +336,7 @@ impl Reader {
         let list = Arc::clone(&self.list);
         let gate = list.gate();
         loop {
-            let epoch = gate.admit()?;
+            let era = gate.admit()?;
             {
                 let mut ahead = lock(&self.ahead.0);
                 if !ahead.records.is_empty() {
@@ -379,7 +379,7 @@ impl Reader {
                     }
                     self.unpack(&header, &raw, at)?;
                     // If the key was lost before that, the wipe has missed these records.
-                    if !gate.is_still_in(epoch) {
+                    if !gate.is_still_in(era) {
                         self.ahead.wipe();
                     }
                 }
@@ -460,7 +460,7 @@ impl Reader {
     fn enter(&mut self, segment: &SegmentRef, before_us: u64) -> Result<()> {
         self.cursor = None;
         let Some(opened) = self.list.open_listed(segment)? else { return Ok(()) };
-        self.in_use = Some(self.list.gate().in_use(opened.header.key_source));
+        self.in_use = Some(self.list.gate().mark_in_use(opened.header.key_source));
         self.list.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
         cursor.follow(before_us)?;

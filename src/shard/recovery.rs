@@ -73,7 +73,7 @@ impl Recovery<'_> {
         opened.header.features.check_writing().map_err(|error| error.in_file(&last.path, 0))?;
         match self.list.authenticate(&opened) {
             // Its key was destroyed on purpose: it cannot be authenticated any more, and the shard
-            // goes on behind it.
+            // continues behind it.
             Err(Error::Shredded { .. }) => {}
             verified => verified?,
         }

@@ -36,7 +36,7 @@ impl Ticket {
         Self { shard, claim, durability }
     }
 
-    /// Has the group written, although no caller waits for it yet.
+    /// Requests the write of the group, although no caller waits for it yet.
     pub(super) fn hasten(&self) {
         // A group without a sequence number is written as soon as it has one.
         if let Claim::Seq(seq) = self.claim {

@@ -393,7 +393,7 @@ impl SegmentWriter {
             last_time_us: active.last_time_us,
             predecessor: Predecessor::Sealed(head.clone().into_end()),
         });
-        // If the next segment cannot be begun, the shard goes on at this limit: queued groups may
+        // If the next segment cannot be begun, the shard continues at this limit: queued groups may
         // have numbers behind the end of this segment.
         Head { next_seq: active.segment.header.limit_seq, ..head }
     }

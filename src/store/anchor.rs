@@ -373,7 +373,7 @@ impl Feeder {
         match fed {
             Ok(()) => {
                 if state.failures > 0 {
-                    info!(store = %self.store, "anchor feeding works again");
+                    info!(store = %self.store, "anchor feed recovered");
                 }
                 state.kept = Some((wanted.place, wanted.len));
                 (state.failures, state.error) = (0, None);
@@ -475,7 +475,7 @@ impl Feeder {
         drop(state);
         self.changed.notify_all();
         if behind {
-            warn!(store = %self.store, "store closed before its anchor is up to date");
+            warn!(store = %self.store, "store closed, anchor behind");
         }
         if let Some(thread) = thread.filter(|_| !hangs) {
             let _ = thread.join();

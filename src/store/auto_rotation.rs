@@ -1,4 +1,5 @@
-//! Automatic rotation of data keys, by the age of the key and by the bytes sealed under it.
+//! Automatic rotation of data keys, by the age of the key and by the bytes of the segments under
+//! it.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use crate::{
     config::LogstoreName,
     io::DAY_US,
     keys::envelope::KeysSection,
-    logstore::{LogstoreShared, SealedBytes},
+    logstore::{BytesUnderKey, LogstoreShared},
     segment::KeySource,
 };
 
@@ -44,7 +45,7 @@ fn rotate_if_due(core: &Core, name: &LogstoreName, unanswered: &mut Unanswered) 
     let Some(one) = registry.try_administer_logstore(name)? else { return Ok(false) };
     let logstore = one.logstore()?;
     let Some(section) = logstore.keys_section() else { return Ok(false) };
-    if env.clock.uptime() < logstore.sealed().retry_at || unanswered.includes(&logstore) {
+    if env.clock.uptime() < logstore.bytes_under_key().retry_at || unanswered.includes(&logstore) {
         return Ok(false);
     }
     let Some(why) = due(env, &logstore, &section)? else { return Ok(false) };
@@ -63,7 +64,7 @@ fn rotate_if_due(core: &Core, name: &LogstoreName, unanswered: &mut Unanswered) 
         }
         Err(error) if matches!(error.kind(), ErrorKind::Revoked | ErrorKind::KmsUnreachable) => {
             warn!(logstore = %name, why, %error, "data key rotation by policy postponed");
-            logstore.sealed().retry_at = env.clock.uptime() + RETRY_AFTER;
+            logstore.bytes_under_key().retry_at = env.clock.uptime() + RETRY_AFTER;
             Ok(false)
         }
         Err(error) => Err(error),
@@ -85,9 +86,10 @@ fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Resu
         return Ok(Some(format!("version {} is {days} days old", section.current)));
     }
     if let Some(max) = policy.max_bytes {
-        let bytes = sealed_bytes(env, logstore, section.current, &mut logstore.sealed())?;
+        let bytes =
+            bytes_under_key(env, logstore, section.current, &mut logstore.bytes_under_key())?;
         if bytes >= max {
-            return Ok(Some(format!("version {} has sealed {bytes} bytes", section.current)));
+            return Ok(Some(format!("version {} has {bytes} bytes of segments", section.current)));
         }
     }
     Ok(None)
@@ -95,18 +97,18 @@ fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Resu
 
 /// The bytes on disk of the segments under the current version. Each segment is counted finally
 /// once it has ended.
-fn sealed_bytes(
+fn bytes_under_key(
     env: &StoreEnv,
     logstore: &LogstoreShared,
     version: u32,
-    sealed: &mut SealedBytes,
+    counted: &mut BytesUnderKey,
 ) -> Result<u64> {
-    if sealed.version != version || sealed.shards.len() != logstore.shards.len() {
-        sealed.version = version;
-        sealed.shards = vec![(0, 0); logstore.shards.len()];
+    if counted.version != version || counted.shards.len() != logstore.shards.len() {
+        counted.version = version;
+        counted.shards = vec![(0, 0); logstore.shards.len()];
     }
     let mut total = 0;
-    for (shard, (next, bytes)) in logstore.shards.iter().zip(&mut sealed.shards) {
+    for (shard, (next, bytes)) in logstore.shards.iter().zip(&mut counted.shards) {
         let mut ended = 0;
         let segments = shard.segments(false)?;
         for segment in segments.iter().rev().take_while(|segment| segment.ordinal >= *next) {

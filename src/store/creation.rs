@@ -183,7 +183,7 @@ fn create_in(
     };
     let keyring = match read_record(&setup, file)? {
         Some(keyring) => {
-            info!(store = %keyring.store(), dir = %dir.display(), "store creation continued");
+            info!(store = %keyring.store(), dir = %dir.display(), "store creation resumed");
             file.remove_leftovers();
             keyring
         }

@@ -39,9 +39,9 @@ impl Jobs {
     fn retain(&self) {
         let Core { env, keys, .. } = &self.core;
         if let Err(error) = retention::apply_without_kms(&self.core) {
-            warn!(store = %env.id, %error, "retention failed");
+            warn!(store = %env.id, phase = "without_kms", %error, "retention failed");
         }
-        keys.audit().settle();
+        keys.audit().record_omitted();
     }
 
     /// Applies the rest of retention, and rotates data keys that are due. The next run retries each
@@ -49,7 +49,7 @@ impl Jobs {
     fn tend_data_keys(&self) {
         let Core { env, .. } = &self.core;
         if let Err(error) = retention::apply_with_kms(&self.core) {
-            warn!(store = %env.id, %error, "retention failed");
+            warn!(store = %env.id, phase = "with_kms", %error, "retention failed");
         }
         if let Err(error) = auto_rotation::rotate_due(&self.core) {
             warn!(store = %env.id, %error, "data key rotation by policy failed");

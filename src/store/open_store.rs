@@ -7,6 +7,7 @@ use tracing::{info, warn};
 use super::{core::Core, env::StoreEnv, jobs::Jobs};
 use crate::{
     Result,
+    logstore::KeepsOpen,
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -69,6 +70,8 @@ impl fmt::Debug for OpenStore {
         f.debug_struct("OpenStore").field("id", id).field("dir", dir).finish_non_exhaustive()
     }
 }
+
+impl KeepsOpen for OpenStore {}
 
 impl Drop for OpenStore {
     fn drop(&mut self) {

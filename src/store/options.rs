@@ -26,11 +26,11 @@ pub enum Background {
 pub struct StoreOptions {
     /// The interval at which the engine asks the KMS whether a master key may still be used. 30 s
     /// by default; 100 ms to 1 h. After a reachable KMS begins to refuse a key, no operation
-    /// succeeds that starts later than this plus [`StoreOptions::kms_timeout`]. As soon as the engine
-    /// knows of the refusal, it wipes the data keys, the reading keys and the read-ahead of all
-    /// Logstores under the key, without I/O in between: within 50 ms for 1,000 Logstores. The keys
-    /// of segments that are being written follow within `kms_timeout`, during which acknowledged
-    /// groups are sealed.
+    /// succeeds that starts later than this plus [`StoreOptions::kms_timeout`]. As soon as the
+    /// engine knows of the refusal, it wipes the data keys, the reading keys and the read-ahead of
+    /// all Logstores under the key, without I/O in between: within 50 ms for 1,000 Logstores. The
+    /// keys of segments that are being written follow within `kms_timeout`, during which
+    /// acknowledged groups are sealed.
     pub revalidate_every: Duration,
     /// How long a key may be used after the last successful call was sent, while the KMS does not
     /// answer. 5 min by default; at least `revalidate_every`, at most 24 h.
@@ -44,10 +44,12 @@ pub struct StoreOptions {
     pub kms_timeout: Duration,
     /// The threads that do the background work.
     pub background: Background,
-    /// The number of background flush threads. 2 by default; 1 to 64.
+    /// The number of worker threads, which run the background jobs: flushes, mark blocks, rolls,
+    /// heads and retention. 2 by default; 1 to 64.
     pub workers: usize,
-    /// The bytes of groups that are collected into one block while no caller waits. 256 KiB by
-    /// default; 4 KiB to 32 MiB. A larger group becomes a block of its own.
+    /// The most bytes of groups in one block. A queue with this many bytes is written at once, even
+    /// if no caller waits. 256 KiB by default; 4 KiB to 32 MiB. A larger group gets a block of its
+    /// own.
     pub block_bytes: usize,
     /// The time after which a partial batch is written if no caller waits for it. 100 ms by
     /// default; at most 10 s.

@@ -37,8 +37,8 @@ pub(crate) use envelog::crypto::AwsLc as Provider;
 pub(crate) use envelog::crypto::Sm4Simd as Provider;
 use envelog::{
     AppendOptions, Background, Cmk, Durability, EncryptConf, EncryptType, Error, LogGroup,
-    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Reader, Record, Result, Store,
-    StoreBuilder, StoreOptions,
+    Logstore, LogstoreName, LogstoreSpec, Payload, Position, ReadOptions, Reader, Record, Result,
+    Store, StoreBuilder, StoreOptions,
     admin::RecoverReport,
     crypto::SecretKey,
     group::{Content, Log, LogTag},

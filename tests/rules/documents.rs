@@ -1062,7 +1062,7 @@ const JOURNALS: &[JournalRow] = &[
     }),
     (
         "bytes between the snapshot and the tips",
-        Some(("corrupt", "does not go on with zeros")),
+        Some(("corrupt", "does not continue with zeros")),
         |journal| {
             journal.padding[0] = 1;
         },

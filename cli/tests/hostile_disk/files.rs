@@ -50,7 +50,7 @@ fn a_lock_file_that_is_none_is_refused_and_leads_nowhere() {
 }
 
 #[test]
-fn a_lock_file_with_other_contents_or_another_name_is_not_written() {
+fn a_foreign_lock_file_is_not_written() {
     let scene = Scene::new();
     let lock = scene.store("LOCK");
     let before = (picture(&scene.precious()), picture(&scene.world.path("secret")));
@@ -124,7 +124,7 @@ fn strays_in_the_audit_directory_keep_nothing_shut() {
 }
 
 #[test]
-fn audit_files_that_are_copies_garbage_or_huge_keep_nothing_shut() {
+fn copied_garbage_or_huge_audit_files_block_nothing() {
     let scene = Scene::new();
     let at = |name: &str| scene.store("audit").join(name);
     let first = fs::read(at("audit-000001.log")).unwrap();
@@ -596,7 +596,7 @@ fn strays_and_taken_temporary_names_keep_nothing_from_working() {
 
 /// `status` shows the accessible Logstores and then reports why the others are not accessible.
 #[test]
-fn one_logstore_that_cannot_be_looked_at_hides_no_other_in_status() {
+fn one_unreadable_logstore_hides_no_other_in_status() {
     let scene = Scene::new();
     let segment = scene.world.segments("data/s").into_iter().find(|path| {
         let dir = path.parent().unwrap().parent().unwrap();

@@ -174,7 +174,9 @@ fn concurrent(small: bool) {
     let rate = times.len() as f64 / began.elapsed().as_secs_f64();
     let (p50, p99) = (percentile(&mut times, 50), percentile(&mut times, 99));
     let more = most_threads.into_inner().saturating_sub(before);
-    println!("{tasks} requests at once: {rate:.0} appends/s, p50 {p50:.1?}, p99 {p99:.1?}, {more} threads more");
+    println!(
+        "{tasks} requests at once: {rate:.0} appends/s, p50 {p50:.1?}, p99 {p99:.1?}, {more} threads more"
+    );
     let (began, per_thread) = (Instant::now(), if small { 20 } else { 2_000 });
     thread::scope(|threads| {
         for _ in 0..blocking {
@@ -187,14 +189,18 @@ fn concurrent(small: bool) {
         }
     });
     let of_threads = f64::from(blocking * per_thread) / began.elapsed().as_secs_f64();
-    println!("{blocking} threads: {of_threads:.0} appends/s; the requests have {:.2} x that", rate / of_threads);
+    println!(
+        "{blocking} threads: {of_threads:.0} appends/s; the requests have {:.2} x that",
+        rate / of_threads
+    );
 }
 
 /// A plain tenant, alone and beside connections to a Logstore whose KMS hangs.
 fn beside_a_hung_kms(small: bool) {
     let world = World::new();
     world.create("app/plain", service_key());
-    let cmk = Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "eu".to_owned() };
+    let cmk =
+        Cmk { cmk_key_id: "key".to_owned(), arn: "role".to_owned(), region_id: "eu".to_owned() };
     world.create("app/hung", EncryptConf::byok(EncryptType::Aes, cmk));
     let world = world.reopen();
     let service = router(world.store.clone());

@@ -48,10 +48,7 @@ fn connection(client: &TcpStream, logstore: &Logstore) {
     });
 }
 
-fn answer(
-    client: &TcpStream,
-    tickets: &mpsc::Receiver<envelog::Result<Ticket>>,
-) -> io::Result<()> {
+fn answer(client: &TcpStream, tickets: &mpsc::Receiver<envelog::Result<Ticket>>) -> io::Result<()> {
     let mut out = BufWriter::new(client);
     while let Ok(mut ticket) = tickets.recv() {
         loop {

@@ -9,11 +9,7 @@ use axum::{
     body::{Body, Bytes},
     http::{Request, Response, StatusCode},
 };
-use envelog::{
-    Cmk, EncryptConf, EncryptType, LogstoreSpec, Store,
-    crypto::AwsLc,
-    kms::LocalKms,
-};
+use envelog::{Cmk, EncryptConf, EncryptType, LogstoreSpec, Store, crypto::AwsLc, kms::LocalKms};
 use envelog_examples::web::router;
 use http_body_util::BodyExt;
 use tempfile::TempDir;
@@ -32,13 +28,16 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
         let key = kms.create_key("eu", ["role"]).unwrap();
-        let store = Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
-            .kms(Arc::clone(&kms) as _)
-            .create()
-            .unwrap();
+        let store =
+            Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
+                .kms(Arc::clone(&kms) as _)
+                .create()
+                .unwrap();
         let cmk = Cmk { cmk_key_id: key, arn: "role".to_owned(), region_id: "eu".to_owned() };
         let byok = EncryptConf::byok(EncryptType::Aes, cmk.clone());
-        for (name, conf) in [("app/byok", byok), ("app/plain", EncryptConf::service_key(EncryptType::Aes))] {
+        for (name, conf) in
+            [("app/byok", byok), ("app/plain", EncryptConf::service_key(EncryptType::Aes))]
+        {
             store
                 .create_logstore(&name.parse().unwrap(), LogstoreSpec::default().encrypted(conf))
                 .unwrap();
@@ -64,9 +63,8 @@ async fn lines_are_appended_and_streamed() {
     assert_eq!(appended.status(), StatusCode::OK);
     assert_eq!(text(appended).await, r#"{"seq":0,"shard":0}"#);
     let mut stream = world.call("GET", "/app/byok?from=0", "").await.into_body().into_data_stream();
-    let mut next = async || -> Bytes {
-        futures_util::StreamExt::next(&mut stream).await.unwrap().unwrap()
-    };
+    let mut next =
+        async || -> Bytes { futures_util::StreamExt::next(&mut stream).await.unwrap().unwrap() };
     assert_eq!(next().await, "one\ntwo\n");
     // The stream goes on with what comes later.
     let later = tokio::join!(next(), world.call("POST", "/app/byok", "three"));

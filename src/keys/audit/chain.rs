@@ -241,7 +241,7 @@ struct Walk<'a> {
     version: u32,
     /// The number of the file before.
     last_file: u32,
-    /// The bytes behind the last record of that file. They are no fault if the next file goes on
+    /// The bytes behind the last record of that file. They are no fault if the next file continues
     /// behind that record.
     torn: Option<Error>,
 }

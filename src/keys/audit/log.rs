@@ -76,7 +76,7 @@ impl AuditLog {
         Ok(())
     }
 
-    /// Has the next record go into a new file: another writer may still add records to the current
+    /// The next record goes into a new file: another writer may still add records to the current
     /// one.
     pub(crate) fn begin_new_file(&self) {
         lock(&self.tail).leave();
@@ -150,7 +150,7 @@ impl AuditLog {
         match self.append(event, logstore, detail.to_owned()) {
             Ok(number) => {
                 self.counters.audit_records.fetch_add(1, Ordering::Relaxed);
-                info!(number, ?event, logstore = name, detail, "on the key audit log");
+                info!(number, ?event, logstore = name, detail, "audit record written");
                 Ok(())
             }
             Err(cause) => {
@@ -204,8 +204,9 @@ impl AuditLog {
         self.transition_if(event, logstore, detail, "", || true).map(|_| ())
     }
 
-    /// As [`AuditLog::transition`], if `wanted` holds when the log is free. Returns whether it held.
-    /// `note` follows the detail in the record, and does not tell one transition from another.
+    /// As [`AuditLog::transition`], if `wanted` holds when the log is free. Returns whether it
+    /// held. `note` follows the detail in the record, and does not tell one transition from
+    /// another.
     pub(crate) fn transition_if(
         &self,
         event: AuditEvent,
@@ -242,7 +243,7 @@ impl AuditLog {
                 state.recorded(event, detail, now_us);
                 return Ok(true);
             }
-            // Without the service key no record is written. The next one counts those before it.
+            // Without the service key no record is written. The next record has their number.
             let waits =
                 matches!(recorded, Err(Error::ServiceKey { .. } | Error::KeyringNotRead { .. }));
             if state.left_out == 0 && !waits {
@@ -260,7 +261,7 @@ impl AuditLog {
 
     /// Records the state of each key whose last transition was left out, if the hourly limit allows
     /// it.
-    pub(crate) fn settle(&self) {
+    pub(crate) fn record_omitted(&self) {
         let now_us = self.clock.wall_us();
         for (id, state) in lock(&self.transitions).iter_mut().flatten() {
             if state.latest.is_some() && state.recent(now_us) < TRANSITIONS_MAX {

@@ -7,8 +7,8 @@
 //! it was last written.
 //!
 //! The version of the service key never decreases from one record to the next, and the keyring
-//! accepts the version of the last record. A record under a retired version counts only in front of
-//! a record under an accepted one. So a holder of an old key cannot append to the log.
+//! accepts the version of the last record. A record under a retired version is valid only in front
+//! of a record under an accepted one. So a holder of an old key cannot append to the log.
 //!
 //! [`files`] finds and reads the files, [`chain`] checks the tags and finds the end, [`tail`]
 //! writes records, [`transitions`] limits how many transitions of one key are recorded, and

@@ -38,7 +38,7 @@ impl Tail {
         self.file = None;
     }
 
-    /// Has the next record go into a new file.
+    /// The next record goes into a new file.
     pub(super) fn leave(&mut self) {
         self.end.leave();
         self.file = None;

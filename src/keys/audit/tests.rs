@@ -205,7 +205,7 @@ fn what_is_known_of_it_is_found_in_whichever_file() {
 }
 
 #[test]
-fn whether_a_damaged_first_record_of_a_file_was_ever_there_is_known_by_what_came_before() {
+fn the_files_before_show_whether_a_damaged_first_record_existed() {
     let dir = tempfile::tempdir().unwrap();
     let audit = log(dir.path(), 1);
     audit.record(AuditEvent::Created, None, "kept").unwrap();
@@ -530,7 +530,7 @@ fn forge(log: &AuditLog, behind: &AuditHead) -> AuditHead {
 }
 
 #[test]
-fn records_under_a_retired_version_count_in_front_of_one_under_an_accepted_version_alone() {
+fn retired_records_are_valid_only_before_an_accepted_one() {
     let dir = tempfile::tempdir().unwrap();
     let audit = log(dir.path(), 1 << 20);
     audit.record(AuditEvent::Created, None, "old").unwrap();

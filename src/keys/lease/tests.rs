@@ -125,7 +125,10 @@ impl World {
     }
 
     fn standby(&self) -> Arc<Lease> {
-        Lease::new(LeaseParts { standby: true, ..self.parts(Constant(Some(0)), None) })
+        Lease::new(LeaseParts {
+            scope: LeaseScope::Standby(LogstoreId::from_bytes([1; 16])),
+            ..self.parts(Constant(Some(0)), None)
+        })
     }
 
     fn lease_with(&self, random: Constant, pool: Option<Arc<RenewalPool>>) -> Arc<Lease> {
@@ -149,7 +152,6 @@ impl World {
             busy_is_outage: false,
         };
         let (breaker, random) = (Arc::clone(&self.breaker), Arc::new(random));
-        let (standby, logstore) = (false, None);
         let sealer = Arc::clone(&self.sealer);
         LeaseParts {
             cmk,
@@ -160,8 +162,7 @@ impl World {
             clock,
             random,
             pool,
-            standby,
-            logstore,
+            scope: LeaseScope::MasterKey,
             sealer,
         }
     }
@@ -216,8 +217,8 @@ impl LeaseListener for Ears {
         lock(&self.told).push("noted");
     }
 
-    fn recovered(&self) {
-        lock(&self.told).push("recovered");
+    fn returned(&self) {
+        lock(&self.told).push("returned");
     }
 }
 
@@ -289,7 +290,7 @@ fn without_a_grace_an_outage_never_ends_it() {
         assert!(lease.tend() <= EVERY);
     }
     assert_eq!(lease.status().lease_left, None);
-    assert_eq!(ears.heard(), ["recovered"]);
+    assert_eq!(ears.heard(), ["returned"]);
     let reason = crate::kms::RevokedReason::Disabled;
     world.kms_is(Some(KmsError::Revoked { reason, detail: String::new() }));
     world.clock.advance(EVERY + TIMEOUT);
@@ -309,7 +310,7 @@ fn it_is_tended_when_something_is_due_and_not_before() {
     assert_eq!((lease.tend(), lease.calls()), (NOTHING, 0), "it is used by nobody yet");
     assert_eq!(lease.told(), None);
     lease.admit().unwrap();
-    assert_eq!((lease.tend(), lease.calls(), ears.heard()), (EVERY, 1, vec!["recovered"]));
+    assert_eq!((lease.tend(), lease.calls(), ears.heard()), (EVERY, 1, vec!["returned"]));
     world.clock.advance(EVERY - STEP);
     assert_eq!((lease.tend(), lease.calls()), (STEP, 1));
     world.clock.advance(STEP);
@@ -347,7 +348,7 @@ fn it_is_tended_when_something_is_due_and_not_before() {
 
 /// A caller that knows of a change at the KMS does not rely on the call under way.
 #[test]
-fn a_renewal_afresh_waits_for_the_call_under_way_and_makes_another_one() {
+fn a_renewal_afresh_makes_a_call_after_the_one_under_way() {
     let world = World::new();
     let lease = world.lease();
     let back = lock(&world.kms.back);
@@ -403,9 +404,9 @@ fn a_standby_lease_is_renewed_only_while_an_envelope_is_refused() {
     let epoch = lease.admit().unwrap();
     world.clock.advance(GRACE * 100);
     assert_eq!((lease.admit(), lease.calls(), lease.told()), (Ok(epoch), 0, None));
-    assert!(lease.is_unused() && lease.decides_at_once());
+    assert!(lease.is_unused() && lease.decides_or_asks());
     let disabled = Refusal::Revoked(RevokedReason::Disabled);
-    lease.report(lease.now(), disabled.clone(), probe());
+    lease.take_in_refusal(lease.now(), disabled.clone(), probe());
     assert_eq!((lease.admit(), lease.calls()), (Err(disabled), 0));
     lease.tend();
     assert_eq!(ears.heard(), ["wiped", "noted"]);
@@ -417,7 +418,7 @@ fn a_standby_lease_is_renewed_only_while_an_envelope_is_refused() {
     world.clock.advance(EVERY);
     assert!(lease.admit().is_ok_and(|now| now != epoch));
     lease.tend();
-    assert_eq!((ears.heard(), lease.calls()), (vec!["recovered"], 2));
+    assert_eq!((ears.heard(), lease.calls()), (vec!["returned"], 2));
     world.clock.advance(GRACE * 100);
     assert!(lease.admit().is_ok());
     lease.tend();
@@ -434,7 +435,7 @@ fn each_listener_is_told_once() {
     lease.admit().unwrap();
     lease.tend();
     for ears in &ears {
-        assert_eq!(ears.heard(), ["recovered"]);
+        assert_eq!(ears.heard(), ["returned"]);
     }
     let [first, second, third] = ears;
     drop((second, third));
@@ -444,7 +445,7 @@ fn each_listener_is_told_once() {
 }
 
 #[test]
-fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
+fn a_refusal_ends_it_and_an_earlier_answer_changes_nothing() {
     let world = World::new();
     let lease = world.lease();
     let ears = Ears::listening_to(&lease);
@@ -452,7 +453,7 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
     let earlier = Moment::now(&*world.clock);
     world.clock.advance(STEP);
     let disabled = Refusal::Revoked(RevokedReason::Disabled);
-    lease.report(lease.now(), disabled.clone(), probe());
+    lease.take_in_refusal(lease.now(), disabled.clone(), probe());
     assert_eq!((lease.admit(), lease.calls()), (Err(disabled.clone()), 1));
     assert_eq!(lease.status().lease_left, Some(Duration::ZERO));
     assert_eq!(lease.status().state, KeyState::Revoked { reason: RevokedReason::Disabled });
@@ -469,7 +470,7 @@ fn a_refusal_ends_it_and_an_answer_to_an_earlier_call_changes_nothing() {
     lease.renew_afresh().unwrap();
     assert!(lease.admit().is_ok());
     lease.tend();
-    assert_eq!(ears.heard(), ["recovered"]);
+    assert_eq!(ears.heard(), ["returned"]);
     // Neither does a refusal that comes late.
     lease.answered(None, earlier, Err(disabled));
     assert!(lease.admit().is_ok());
@@ -496,7 +497,7 @@ impl LeaseListener for Chorus {
         lock(&self.told).push(format!("{} noted", self.name));
     }
 
-    fn recovered(&self) {}
+    fn returned(&self) {}
 }
 
 impl LostShard for Chorus {
@@ -530,7 +531,7 @@ fn every_listener_wipes_before_one_does_any_io() {
         lease.listen(weak);
     }
     lease.admit().unwrap();
-    lease.report(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
+    lease.take_in_refusal(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     lease.tell();
     let steps = ["wiped", "written", "sealed", "noted", "recorded"];
     let expected: Vec<_> =
@@ -542,6 +543,73 @@ fn every_listener_wipes_before_one_does_any_io() {
     assert_eq!(*lock(&told), steps.map(|step| format!("a {step}")));
 }
 
+/// A subscriber that may block: it notes each event for the listener, and takes a lock of the
+/// lease.
+struct Log {
+    ears: Arc<Ears>,
+    lease: Arc<Lease>,
+}
+
+impl tracing::Subscriber for Log {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.lease.status();
+        lock(&self.ears.told).push("logged");
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[test]
+fn no_log_line_comes_before_the_wipe_or_under_a_lock() {
+    let world = World::new();
+    let heard = |lease: &Arc<Lease>, act: &dyn Fn()| {
+        let ears = Ears::listening_to(lease);
+        lease.tell();
+        ears.heard();
+        let log = Log { ears: Arc::clone(&ears), lease: Arc::clone(lease) };
+        tracing::subscriber::with_default(log, act);
+        ears.heard()
+    };
+    // The call, its answer, and the loss.
+    let expected = ["wiped", "logged", "logged", "logged", "noted"];
+    let lease = world.lease();
+    lease.admit().unwrap();
+    world
+        .kms_is(Some(KmsError::Revoked { reason: RevokedReason::Disabled, detail: String::new() }));
+    world.clock.advance(EVERY);
+    let refused = || {
+        lease.tend();
+    };
+    assert_eq!(heard(&lease, &refused), expected);
+    // A call that gets no answer.
+    let watch = Watch { clock: Arc::clone(&world.clock) as _, meter: Arc::default() };
+    let queue = crate::kms::DeferredCalls::default();
+    let kms = BoundedKms::deferred(Arc::clone(&world.kms) as _, TIMEOUT, watch, queue);
+    let lease = Lease::new(LeaseParts { kms, ..parts(&world) });
+    lease.begin(lease.now());
+    let late = || {
+        world.clock.advance(EVERY);
+        lease.tend();
+        world.clock.advance(GRACE);
+        lease.tend();
+    };
+    assert_eq!(heard(&lease, &late), expected);
+}
+
 /// The key was back between two refusals, and no listener heard of that: keys that were loaded
 /// meanwhile are wiped too.
 #[test]
@@ -551,12 +619,13 @@ fn a_loss_behind_a_return_that_nobody_heard_of_is_a_loss() {
     let ears = Ears::listening_to(&lease);
     lease.admit().unwrap();
     lease.tell();
-    let disabled = || lease.report(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
+    let disabled =
+        || lease.take_in_refusal(lease.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     disabled();
     lease.tell();
     disabled();
     lease.tell();
-    assert_eq!(ears.heard(), ["recovered", "wiped", "noted"]);
+    assert_eq!(ears.heard(), ["returned", "wiped", "noted"]);
     lease.renew().unwrap();
     assert!(lease.admit().is_ok());
     world.clock.advance(STEP);
@@ -601,7 +670,7 @@ fn metrics_tell_its_age() {
 }
 
 #[test]
-fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not() {
+fn an_ended_lease_is_spared_calls_and_a_valid_one_is_not() {
     let world = World::new();
     let [ended, alive, asks] = [(); 3].map(|()| world.lease());
     for lease in [&ended, &asks] {
@@ -633,7 +702,7 @@ fn one_that_has_ended_is_spared_calls_for_a_while_and_one_that_is_alive_is_not()
         assert_eq!(alive.calls(), calls + 1, "{period}");
     }
     // A lease that the customer has refused makes its own calls.
-    ended.report(ended.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
+    ended.take_in_refusal(ended.now(), Refusal::Revoked(RevokedReason::Disabled), probe());
     world.clock.advance(EVERY);
     asks.renew().unwrap();
     let calls = ended.calls();

@@ -100,7 +100,7 @@ fn a_metadata_service_that_is_none_gives_no_credentials() {
 }
 
 #[test]
-fn a_profile_of_the_official_command_line_is_understood_or_refused() {
+fn a_profile_of_the_official_cli_is_understood_or_refused() {
     let config = br#"{
         "current": "default",
         "profiles": [

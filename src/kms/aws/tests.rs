@@ -302,7 +302,7 @@ fn assert_sorted<T>(result: Result<T, KmsError>, expected: Sorted, what: &str) -
 }
 
 #[test]
-fn a_role_is_assumed_at_each_call_and_its_session_used_for_it_alone() {
+fn each_call_assumes_the_role_and_uses_its_own_session() {
     let server =
         Server::start(|asked, _| match asked.headers.get("x-amz-target").map(String::as_str) {
             None => assumed(),
@@ -550,7 +550,7 @@ fn reasons(action: &str) -> Vec<(String, bool)> {
 const CALLER: &str = "arn:aws:sts::210987654321:assumed-role/log-service/i-1";
 
 #[test]
-fn a_refusal_by_the_services_own_policy_is_an_outage_and_any_other_a_revocation() {
+fn a_refusal_by_the_services_own_policy_is_an_outage() {
     let refused = Revoked(RevokedReason::NotPermitted);
     for (reason, own) in reasons("sts:AssumeRole") {
         for resource in ["", " on resource: arn:aws:iam::123456789012:role/logs"] {
@@ -588,7 +588,7 @@ fn a_refusal_by_the_services_own_policy_is_an_outage_and_any_other_a_revocation(
 }
 
 #[test]
-fn a_refusal_made_as_the_customers_role_is_a_revocation_unless_the_vpc_endpoint_refuses() {
+fn a_refusal_as_the_customers_role_is_a_revocation() {
     let refused = Revoked(RevokedReason::NotPermitted);
     let session = "arn:aws:sts::123456789012:assumed-role/logs/envelog";
     for (reason, _) in reasons("kms:Decrypt") {
@@ -616,7 +616,7 @@ fn a_refusal_made_as_the_customers_role_is_a_revocation_unless_the_vpc_endpoint_
 }
 
 #[test]
-fn an_external_key_that_is_refused_is_revoked_and_a_proxy_that_fails_is_an_outage() {
+fn a_refused_external_key_is_revoked_a_failed_proxy_an_outage() {
     use RevokedReason::{Deleted, Disabled, NotPermitted};
     for (message, expected) in [
         (
@@ -914,7 +914,7 @@ fn refusals() -> Vec<Reply> {
 }
 
 #[test]
-fn kept_credentials_that_are_refused_are_fetched_again_in_the_same_call() {
+fn refused_kept_credentials_are_fetched_again_in_the_same_call() {
     for refusal in refusals() {
         let what = format!("{refusal:?}");
         let instance = Instance::new();
@@ -975,7 +975,7 @@ fn a_refusal_holds_if_no_newer_credentials_can_be_had() {
 }
 
 #[test]
-fn credentials_that_look_expired_are_tried_if_there_are_no_newer_ones() {
+fn expired_looking_credentials_are_tried_if_none_are_newer() {
     let instance = Instance::new();
     // The clock of this machine may be wrong. STS decides.
     instance.set(|mood| mood.gives = ("OLD", PAST));

@@ -170,7 +170,7 @@ fn bytes_are_as_documented() {
 }
 
 #[test]
-fn every_changed_bit_and_every_length_of_a_wrapped_key_is_invalid() {
+fn a_wrapped_key_of_another_bit_or_length_is_invalid() {
     let setup = Setup::new();
     let wrapped = setup.wrap().unwrap();
     for bit in 0..wrapped.len() * 8 {
@@ -390,7 +390,7 @@ fn another_handle_sees_a_change_at_its_next_call() {
 }
 
 #[test]
-fn concurrent_changes_are_all_kept_and_calls_never_see_half_of_one() {
+fn concurrent_changes_are_kept_and_never_half_seen() {
     let setup = Setup::new();
     let wrapped = setup.wrap().unwrap();
     let dir = setup.temporary.path().join("kms");
@@ -679,7 +679,7 @@ fn unreadable_files_concern_their_key_alone() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_read_takes_no_region_and_reports_the_error() {
+fn an_unreadable_directory_serves_no_region_and_reports_it() {
     let setup = Setup::new();
     let wrapped = setup.wrap().unwrap();
     let (dir, keys, marker) = (&setup.kms.dir, setup.kms.keys_dir(), setup.kms.marker_path());
@@ -712,9 +712,9 @@ fn a_directory_that_cannot_be_read_takes_no_region_and_reports_the_error() {
 /// A process without a free file descriptor can look at nothing. That must not lead a lease to the
 /// wrong KMS.
 #[test]
-fn without_file_descriptors_it_takes_no_region_and_reports_the_error() {
+fn without_file_descriptors_it_serves_no_region_and_reports_it() {
     use rustix::process::{Resource, Rlimit, setrlimit};
-    if !in_child("without_file_descriptors_it_takes_no_region_and_reports_the_error", |_| {}) {
+    if !in_child("without_file_descriptors_it_serves_no_region_and_reports_it", |_| {}) {
         return;
     }
     let (setup, second) = (Setup::new(), Setup::new());

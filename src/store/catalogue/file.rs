@@ -341,7 +341,7 @@ impl Parser<'_> {
         let tips_at = len.next_multiple_of(SECTOR);
         let between = self.bytes.get(len..).unwrap_or_default();
         if between.iter().take(tips_at - len).any(|&byte| byte != 0) {
-            return self.corrupt(len, "it does not go on with zeros");
+            return self.corrupt(len, "it does not continue with zeros");
         }
         if self.bytes.len() < tips_at + TIPS_LEN {
             return Err(Error::truncated(

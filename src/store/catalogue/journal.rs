@@ -229,7 +229,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Io`]. The next commit begins a new file.
-    pub(crate) fn settle(&self) -> Result<()> {
+    pub(crate) fn sync_tip(&self) -> Result<()> {
         // Holds the lock during the sync: the operating system reports a failed write once, and the
         // sync of a record must not miss it.
         let mut files = lock(&self.files);

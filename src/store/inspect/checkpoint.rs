@@ -57,8 +57,8 @@ pub(super) struct CheckpointEntry {
     pub(super) shards: Vec<ShardRecord>,
 }
 
-/// Makes all data durable and marked, records the heads in the catalogue, and returns them. May call
-/// KMSs before it takes the administration.
+/// Makes all data durable and marked, records the heads in the catalogue, and returns them. May
+/// call KMSs before it takes the administration.
 pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     let Core { env, keys, registry } = core;
     keys.check_process()?;
@@ -101,7 +101,7 @@ pub(in crate::store) fn checkpoint(core: &Core) -> Result<Checkpoint> {
     }
     if !env.read_only {
         admin.commit(reached)?;
-        admin.settle()?;
+        admin.sync_tip()?;
     }
     let catalogue_generation = registry.catalogue().generation;
     let body = CheckpointBody {

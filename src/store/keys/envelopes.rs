@@ -1,6 +1,6 @@
 //! Drawing, wrapping and unwrapping data keys.
 
-use super::{KeyService, KmsOrEngine, leases::LeaseOf};
+use super::{KeyService, KmsOrEngine};
 use crate::{
     Error, Result,
     config::LogstoreName,
@@ -9,6 +9,7 @@ use crate::{
     keys::{
         envelope::{DATA_KEYS_MAX, DataKeyVersion, EnvelopeIdentity, KeysSection, fingerprint},
         gate::{Gate, GateKeys},
+        lease::LeaseScope,
     },
     kms::{BoundedKms, Cmk, EncryptionContext},
     logstore::KeyObserver as _,
@@ -192,7 +193,7 @@ impl KeyService {
         cmk: &Cmk,
         id: LogstoreId,
     ) -> Result<SecretKey> {
-        let lease = self.new_lease(cmk, self.envelope_probe(section, id)?, LeaseOf::MasterKey);
+        let lease = self.new_lease(cmk, self.envelope_probe(section, id)?, LeaseScope::MasterKey);
         let keys = GateKeys {
             section: Some(section.clone().into()),
             lease: Some(lease),

@@ -1,10 +1,9 @@
-//! The keys of a store: the service keyring, the leases of the customer master keys, the probes,
+//! The keys of a store: the service keyring, the leases, the probes,
 //! the envelopes of the data keys, and the key audit log.
 
 mod envelopes;
 mod leases;
 mod probes;
-mod service;
 
 use std::{
     collections::BTreeMap,
@@ -36,13 +35,14 @@ use crate::{
     sync::{LockRank, Mutex, RwLockReadGuard},
 };
 
-use service::ServiceReturn;
+use leases::ServiceReturn;
 
 /// The keys of an open store.
 ///
-/// It decides which KMS serves a master key, holds the one lease for each master key, wraps and
-/// unwraps data keys, and records each operation on keys in the audit log. When a KMS refuses a
-/// key, the Logstore wipes the key and then reports the loss here ([`KeyObserver`]).
+/// It decides which KMS serves a master key, holds the leases (one that Logstores under a master
+/// key share, and one for each Logstore under a master key), wraps and unwraps data keys, and
+/// records each operation on keys in the audit log. When a KMS refuses a key, the Logstore wipes
+/// the key and then reports the loss here ([`KeyObserver`]).
 pub(crate) struct KeyService {
     env: Arc<StoreEnv>,
     /// The first KMS that serves a region is used for it.
@@ -56,16 +56,17 @@ pub(crate) struct KeyService {
     context: Arc<KeyContext>,
     counters: Arc<Counters>,
     audit: AuditLog,
-    /// The lease of each master key in use. A simulation needs the fixed order of the map.
+    /// The shared lease of each master key in use. A simulation needs the fixed order of the map.
     leases: Mutex<BTreeMap<Cmk, Arc<Lease>>>,
-    /// The lease of each Logstore under a customer's key: for its own envelopes.
+    /// The lease of each Logstore under a master key, whose probe is one of its envelopes. It is a
+    /// standby lease beside a shared one.
     own_leases: Mutex<BTreeMap<LogstoreId, Arc<Lease>>>,
     /// The circuit breakers, by region, because the region decides which KMS is called.
     breakers: Mutex<BTreeMap<String, Arc<CircuitBreaker>>>,
     /// The threads that renew the leases, and the number of this service in them. `None` in a store
     /// without threads.
     renewals: Option<(Arc<RenewalPool>, u64)>,
-    /// Has the shards of a lost master key sealed.
+    /// Seals the shards of a lost master key.
     sealer: Arc<Sealer>,
     /// For the threads.
     this: Weak<Self>,
@@ -170,7 +171,7 @@ impl KeyObserver for KeyService {
         self.record_transition(event, logstore, detail);
     }
 
-    fn key_recovered(&self, logstore: &LogstoreShared) {
+    fn key_returned(&self, logstore: &LogstoreShared) {
         self.record_transition(AuditEvent::Recovered, logstore, String::new());
     }
 

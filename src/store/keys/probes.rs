@@ -1,5 +1,4 @@
-//! The probe envelopes: a small random key for each master key, which the KMS unwraps to renew the
-//! lease.
+//! The probes: a small random key for each master key, which the KMS unwraps to renew the lease.
 
 use std::path::{Path, PathBuf};
 

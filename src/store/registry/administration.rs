@@ -38,8 +38,9 @@ pub(super) struct AdminState {
     closed: bool,
 }
 
-/// Holds the administration lock of a store. Every operation holds one while it changes the store.
-/// Its holder calls no KMS, and waits for no lock that may be held across a KMS call.
+/// Holds the administration lock of a store. Every operation holds one while it changes the store,
+/// except that the heads of shards are recorded without one. Its holder calls no KMS, and waits for
+/// no lock that may be held across a KMS call.
 pub(crate) struct Administration<'a> {
     registry: &'a Registry,
     state: MutexGuard<'a, AdminState>,
@@ -168,8 +169,8 @@ impl<'a> Administration<'a> {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub(crate) fn settle(&mut self) -> Result<()> {
-        self.registry.catalogue.settle()
+    pub(crate) fn sync_tip(&mut self) -> Result<()> {
+        self.registry.catalogue.sync_tip()
     }
 
     /// Writes the catalogue in a new file, under the newest version of the service key.
@@ -225,9 +226,10 @@ impl<'a> Administration<'a> {
 /// Holds the administration lock of one Logstore. Every operation that changes the metadata of the
 /// Logstore holds one, from the first look at the metadata to the commit. It may call KMSs.
 ///
-/// Two operations do without it, so that they wait for no KMS of a customer: the deletion of the
-/// Logstore, and the rotation of the service key. The rotation changes no content of the metadata,
-/// but authenticates it under another version, which is another generation.
+/// Three operations do without it, so that they wait for no KMS of a customer: the deletion of the
+/// Logstore, retention, and the rotation of the service key. Retention changes no metadata. The
+/// rotation changes no content of the metadata, but authenticates it under another version, which
+/// is another generation.
 pub(crate) struct LogstoreAdministration<'a> {
     registry: &'a Registry,
     name: LogstoreName,

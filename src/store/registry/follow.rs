@@ -42,9 +42,9 @@ impl Registry {
             .map(|loaded| loaded.catalogue)
     }
 
-    /// Reads the metadata of a Logstore on each call, and keeps the open Logstore while its
-    /// metadata is unchanged. May call the KMS of the service keyring, before it takes the
-    /// administration.
+    /// Reads the metadata of a Logstore on each call. If the open Logstore of the name has the same
+    /// id, keeps it and takes in changed metadata; otherwise opens the new one. May call the KMS of
+    /// the service keyring, before it takes the administration.
     pub(super) fn find_or_open_to_read(&self, name: &LogstoreName) -> Result<Arc<LogstoreShared>> {
         loop {
             let (read, meta) = self.read_meta(name)?;

@@ -36,7 +36,9 @@ pub(crate) use administration::{Administration, LogstoreAdministration, hear_of_
 /// The Logstores of an open store.
 ///
 /// It finds and opens Logstores, and a store that is open for reading follows the changes of the
-/// writer here. All changes go through an [`Administration`].
+/// writer here. A change of the store goes through an [`Administration`]. Only the heads of shards
+/// are recorded without one, by [`Registry::record_heads`] and at a roll: a head changes no
+/// Logstore.
 pub(crate) struct Registry {
     /// For the observers and listeners that Logstores, leases and a reader's shards keep.
     this: Weak<Registry>,
@@ -118,7 +120,7 @@ impl Registry {
 
     /// The right to change the store. Waits for the change that is under way. Calls no KMS: the
     /// operation has begun with [`Registry::check_writable`], and the last answer about the service
-    /// key counts. So the caller may hold locks of shards, of the keyring and of removal.
+    /// key decides. So the caller may hold locks of shards, of the keyring and of removal.
     ///
     /// # Errors
     /// As [`Registry::check_writable`].
@@ -307,7 +309,7 @@ impl Registry {
             }
             recorded?;
         }
-        self.catalogue.settle()
+        self.catalogue.sync_tip()
     }
 
     /// The anchor of a store that is open for writing.
@@ -342,7 +344,7 @@ impl Registry {
         let mut result = Ok(());
         if first {
             if self.keys.is_service_key_usable() {
-                self.keys.audit().settle();
+                self.keys.audit().record_omitted();
             }
             let mut heads = Vec::new();
             for logstore in self.open_logstores() {
@@ -362,7 +364,7 @@ impl Registry {
             }
             let mut admin = self.exclusive();
             if admin.latched().is_none() {
-                let recorded = admin.commit(heads).and_then(|()| admin.settle());
+                let recorded = admin.commit(heads).and_then(|()| admin.sync_tip());
                 result = result.and(recorded);
             }
         }

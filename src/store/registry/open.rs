@@ -112,7 +112,7 @@ impl Registry {
             lease.listen(listener);
             // The lease may have reported its state to its listeners before this one was added.
             match lease.told() {
-                Some(Ok(())) => logstore.recovered(),
+                Some(Ok(())) => logstore.returned(),
                 Some(Err(refusal)) => logstore.note_lost(&refusal),
                 None => {}
             }

@@ -42,7 +42,7 @@ impl LeaseListener for Registry {
 
     fn note_lost(&self, _refusal: &Refusal) {}
 
-    fn recovered(&self) {
+    fn returned(&self) {
         self.keys.service_key_is_allowed();
     }
 }
