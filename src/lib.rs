@@ -15,6 +15,25 @@
 //! The engine runs in the threads of its callers and a few of its own. It needs no async runtime,
 //! and any runtime can await a [`Ticket`] as a future. The caller passes in all external services:
 //! files, time, randomness, cryptography, KMS.
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `aws-lc` | yes | `crypto::AwsLc`: AES-256-GCM by AWS-LC, the fast provider; needs a C compiler |
+//! | `kms-local` | yes | `kms::LocalKms`: a directory that acts as the customer's KMS, for tests, trials and single machines |
+//! | `kms-aliyun` | no | `kms::AliyunKms`: Alibaba Cloud KMS, with an HTTPS client (TLS by rustls on AWS-LC) |
+//! | `kms-aws` | no | `kms::AwsKms`: AWS KMS, in a role of the customer's account, with the same client |
+//! | `kms-vault` | no | `kms::VaultKms`: the Transit engine of HashiCorp Vault and OpenBao, with the same client |
+//! | `kms-pkcs11` | no | `kms::pkcs11`: keys in a hardware security module, through PKCS#11 |
+//! | `kms-conformance` | no | `kms::conformance`: a test suite for KMS backends, for the tests of your own |
+//! | `stream` | no | [`Follow`] as a `futures_core::Stream` |
+//! | `kms-faulty` | no | `kms::FaultyKms`: a KMS that injects faults, for your tests |
+//!
+//! Features only add: no feature changes the behaviour of another part. Without any feature the engine
+//! builds with a Rust toolchain and a C compiler for zstd. `crypto::Sm4Simd` is always available. It
+//! has the same SM4 as `crypto::AwsLc`, and a slower AES. The engine needs Rust 1.89 or newer, and runs
+//! on Linux and other Unix systems.
 
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]

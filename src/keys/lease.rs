@@ -245,16 +245,14 @@ impl Lease {
         let _ = self.start();
     }
 
-    /// Begins with a call that was sent at `sent`, by which the KMS has allowed the key.
+    /// Begins with a call that was sent at `sent`, by which the KMS has allowed the key. The
+    /// listeners hear of that after [`Lease::start`].
     pub(crate) fn begin(&self, sent: Moment) {
-        {
-            let mut state = lock(&self.state);
-            (state.last_attempt, state.last_success) = (Some(sent), Some(sent));
-            // One store has one such lease, so its first renewal needs no jitter.
-            state.due = sent.uptime + self.terms.revalidate_every;
-            self.publish(&state);
-        }
-        self.wake();
+        let mut state = lock(&self.state);
+        (state.last_attempt, state.last_success) = (Some(sent), Some(sent));
+        // One store has one such lease, so its first renewal needs no jitter.
+        state.due = sent.uptime + self.terms.revalidate_every;
+        self.publish(&state);
     }
 
     /// The pool renews the lease from now on.

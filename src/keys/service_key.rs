@@ -32,11 +32,15 @@ use crate::{
 
 /// Makes the lease of the service key.
 pub(crate) trait LeaseServiceKey: Send + Sync {
-    /// The lease of a master key that a keyring is under, with its listener.
+    /// The lease of a master key that a keyring is under.
+    fn lease(&self, wrapping: &Wrapping) -> Arc<Lease>;
+
+    /// Renews a lease from now on, and has its listener notified. The listener depends on the lease
+    /// that the service key has, so the service key takes the lease first.
     ///
     /// # Errors
     /// When no thread can be started for it.
-    fn lease(&self, wrapping: &Wrapping) -> Result<Arc<Lease>>;
+    fn start(&self, lease: &Lease) -> Result<()>;
 
     /// Schedules a call of [`ServiceKey::load`], as soon as it is allowed.
     fn load_soon(&self);
@@ -312,13 +316,17 @@ impl ServiceKey {
     fn switch_lease(&self) -> Result<()> {
         let Some(leases) = self.leases.get().and_then(Weak::upgrade) else { return Ok(()) };
         let wrapping = self.keyring().wrapping().cloned();
+        let mut begun = None;
         let lease = match (&wrapping, self.lease()) {
             (None, _) => None,
             (Some(wrapping), Some(lease)) if *lease.cmk() == wrapping.cmk => {
                 lease.set_probe(wrapping.probe());
                 Some(lease)
             }
-            (Some(wrapping), _) => Some(leases.lease(wrapping)?),
+            (Some(wrapping), _) => {
+                begun = Some(leases.lease(wrapping));
+                begun.clone()
+            }
         };
         let guarded = lease.is_some() || self.roots.wiped().is_some();
         // The flag is set before the lease is, and reset after it.
@@ -329,7 +337,7 @@ impl ServiceKey {
         if !guarded {
             self.guarded.store(false, Ordering::Release);
         }
-        Ok(())
+        begun.map_or(Ok(()), |lease| leases.start(&lease))
     }
 }
 

@@ -401,14 +401,17 @@ impl KeyService {
 }
 
 impl LeaseServiceKey for KeyService {
-    fn lease(&self, wrapping: &Wrapping) -> Result<Arc<Lease>> {
+    fn lease(&self, wrapping: &Wrapping) -> Arc<Lease> {
         let lease = self.new_lease(&wrapping.cmk, wrapping.probe(), LeaseScope::ServiceKey);
         lease.begin(wrapping.asked);
+        lease
+    }
+
+    fn start(&self, lease: &Lease) -> Result<()> {
         if let Some(listener) = self.service_listener.get() {
             lease.listen(Weak::clone(listener));
         }
-        lease.start().map_err(Error::io("start a thread for", &self.env.dir))?;
-        Ok(lease)
+        lease.start().map_err(Error::io("start a thread for", &self.env.dir))
     }
 
     fn load_soon(&self) {
