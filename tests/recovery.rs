@@ -1099,7 +1099,7 @@ fn a_file_that_is_longer_than_its_blocks_is_followed_and_sealed() {
     let other = world.builder().open_read_only().unwrap();
     let followed = other.logstore(&name("p/aes")).unwrap();
     let mut reader = followed.read(0, &ReadOptions::default()).unwrap();
-    let mut next = || reader.next().map(|record| strings(&[record.unwrap()]).remove(0));
+    let mut next = || reader.try_next().unwrap().map(|record| strings(&[record]).remove(0));
     assert_eq!((next(), next()), (Some("first".to_owned()), None));
     for text in ["second", "third"] {
         put(&logstore, text);

@@ -135,8 +135,10 @@ pub(crate) enum Answer {
     Invalid,
     /// Success, with a key other than the wrapped one.
     WrongKey,
-    /// No answer until the configuration changes.
+    /// No answer until the configuration changes, and then an error.
     Hang,
+    /// No answer until the configuration changes, and then that answer.
+    Late,
 }
 
 /// An action in the middle of a call to a [`TestKms`].
@@ -387,7 +389,7 @@ impl TestKms {
             return Err(KmsError::Unreachable { detail: "told to fail once".into() });
         }
         let hung = self.told(call) == Answer::Hang;
-        while self.told(call) == Answer::Hang {
+        while matches!(self.told(call), Answer::Hang | Answer::Late) {
             let answer = self.answer.lock().unwrap();
             drop(self.changed.wait_timeout(answer, millis(5)).unwrap());
         }
