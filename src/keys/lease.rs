@@ -338,19 +338,17 @@ impl Lease {
         let mut busy = None;
         // An answer that comes late, after a pause say, may be too old on arrival.
         for _ in 0..CALLS_OF_AN_OPERATION {
-            if !self.needs_call() {
-                break;
+            if self.needs_call() {
+                busy = self.renew_unless_spared().err();
             }
-            busy = self.renew_unless_spared().err();
+            let state = lock(&self.state);
+            if self.is_standby() || state.last_attempt.is_some_and(|sent| !self.is_too_old(sent)) {
+                return self.standing(&state).map(|()| self.epoch.load(Ordering::Acquire));
+            }
         }
-        let state = lock(&self.state);
-        self.standing(&state)?;
-        if !self.is_standby() && state.last_attempt.is_none_or(|sent| self.is_too_old(sent)) {
-            let too_late =
-                || KmsError::Unreachable { detail: "its answers come too late".to_owned() };
-            return Err(Refusal::from(&busy.map_or_else(too_late, KmsError::from)));
-        }
-        Ok(self.epoch.load(Ordering::Acquire))
+        self.check()?;
+        let too_late = || KmsError::unreachable("its answers come too late");
+        Err(Refusal::from(&busy.map_or_else(too_late, KmsError::from)))
     }
 
     /// Whether the last answer is too old to decide by.

@@ -179,8 +179,12 @@ impl Shard {
     /// Seals the active segment, with the key in memory if it may not be used any more.
     fn seal_by_any_key(&self, writer: &mut Locked<'_>) -> Result<()> {
         match self.seal(writer, KeyUse::Admitted) {
-            Err(error) if is_refusal(&error) && !writer.is_deposed() => {
-                self.seal(writer, KeyUse::Held)
+            Err(refusal) if is_refusal(&refusal) && !writer.is_deposed() => {
+                // The deadline of the loss may have passed, and the key be gone.
+                self.seal(writer, KeyUse::Held).map_err(|error| match error {
+                    Error::Closed(_) => refusal,
+                    error => error,
+                })
             }
             sealed => sealed,
         }
