@@ -27,7 +27,7 @@
 //! | `kms-vault` | no | `kms::VaultKms`: the Transit engine of HashiCorp Vault and OpenBao, with the same client |
 //! | `kms-pkcs11` | no | `kms::pkcs11`: keys in a hardware security module, through PKCS#11 |
 //! | `kms-conformance` | no | `kms::conformance`: a test suite for KMS backends, for the tests of your own |
-//! | `stream` | no | [`Follow`] as a `futures_core::Stream` |
+//! | `stream` | no | `Follow::into_stream`: a `futures_core::Stream` |
 //! | `kms-faulty` | no | `kms::FaultyKms`: a KMS that injects faults, for your tests |
 //!
 //! Features only add: no feature changes the behaviour of another part. Without any feature the engine
@@ -70,6 +70,8 @@ pub use key_status::{KeyState, KeyStatus};
 pub use kms::Cmk;
 pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
 pub use segment::Compression;
+#[cfg(feature = "stream")]
+pub use shard::FollowStream;
 pub use shard::{
     AppendFuture, Appended, Durability, Follow, Payload, Position, ReadMode, ReadOptions, Reader,
     Record, RecordBlock, Ticket, WaitFor,

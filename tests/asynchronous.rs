@@ -354,7 +354,8 @@ fn a_follower_does_not_spin_over_numbers_that_are_not_there() {
     let task = Arc::<Task>::default();
     let waker = Waker::from(Arc::clone(&task));
     let mut context = Context::from_waker(&waker);
-    assert!(Pin::new(&mut follow).poll_next(&mut context).is_pending());
+    let mut stream = follow.into_stream();
+    assert!(Pin::new(&mut stream).poll_next(&mut context).is_pending());
     assert_eq!(task.wakes(), 0);
 }
 
@@ -368,7 +369,7 @@ fn a_stream_calls_no_kms_when_it_is_polled() {
     store.close().unwrap();
     let store = world.open();
     let logstore = store.logstore(&name("p/l")).unwrap();
-    let mut follow = logstore.follow(0, &ReadOptions::default()).unwrap();
+    let mut follow = logstore.follow(0, &ReadOptions::default()).unwrap().into_stream();
     // The data key is not in memory yet.
     world.kms.answer_for_data_keys(Answer::Late);
     let task = Arc::<Task>::default();

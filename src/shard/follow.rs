@@ -114,9 +114,8 @@ impl Future for WaitFor {
 /// [`Logstore::follow`](crate::Logstore::follow).
 ///
 /// As an iterator it blocks until there is another record. It ends after an error, and where
-/// [`ReadOptions`] say so. With the feature `stream` it is a `futures_core::Stream` too. Polling the
-/// stream calls no KMS; it reads the segment files of Logstores that are not under a customer's key.
-/// An append reaches its followers as soon as it is `Written`.
+/// [`ReadOptions`] say so. With the feature `stream`, `into_stream` makes a `futures_core::Stream` of
+/// it. An append reaches its followers as soon as it is `Written`.
 pub struct Follow(Arc<Following>);
 
 struct Following {
@@ -176,6 +175,12 @@ impl Follow {
         self.next_within(Some(timeout)).flatten().transpose()
     }
 
+    /// The same as a stream, for a task.
+    #[cfg(feature = "stream")]
+    pub fn into_stream(self) -> FollowStream {
+        FollowStream(self)
+    }
+
     /// `None` if `timeout` has passed, and then what the iterator returns.
     fn next_within(&mut self, timeout: Option<Duration>) -> Option<Option<Result<Record>>> {
         let clock = self.0.shard.clock();
@@ -192,12 +197,20 @@ impl Iterator for Follow {
     }
 }
 
+/// Follows a shard as a stream; from [`Follow::into_stream`].
+///
+/// Polling it calls no KMS. It reads the segment files of a Logstore that is not under a customer's
+/// key; for the others a thread of the store does that.
 #[cfg(feature = "stream")]
-impl futures_core::Stream for Follow {
+#[derive(Debug)]
+pub struct FollowStream(Follow);
+
+#[cfg(feature = "stream")]
+impl futures_core::Stream for FollowStream {
     type Item = Result<Record>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_next(context.waker(), false)
+        self.0.0.poll_next(context.waker(), false)
     }
 }
 

@@ -69,6 +69,8 @@ pub(crate) use budget::Budget;
 use commit::GroupCommit;
 pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
+#[cfg(feature = "stream")]
+pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};
 pub(crate) use hashing::PayloadHasher;
 use leader::{KMS_RETRY_AFTER, Timers};

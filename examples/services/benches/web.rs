@@ -279,7 +279,7 @@ fn followers(small: bool) {
     let runtime = runtime();
     let before = threads();
     for _ in 0..count {
-        let mut follow = quiet.follow(0, &ReadOptions::default()).unwrap();
+        let mut follow = quiet.follow(0, &ReadOptions::default()).unwrap().into_stream();
         runtime.spawn(async move { while follow.next().await.is_some() {} });
     }
     let idle = Duration::from_secs_f64(if small { 0.1 } else { 10.0 });
@@ -290,7 +290,7 @@ fn followers(small: bool) {
     println!("{count} idle followers: {of_core:.2} % of a core, {more} threads more");
 
     let (sender, received) = std::sync::mpsc::channel();
-    let mut follow = logstore.follow(0, &ReadOptions::default()).unwrap();
+    let mut follow = logstore.follow(0, &ReadOptions::default()).unwrap().into_stream();
     runtime.spawn(async move {
         while follow.next().await.is_some() {
             if sender.send(Instant::now()).is_err() {

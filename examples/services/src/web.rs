@@ -74,7 +74,8 @@ async fn read(
     let from = from.map_err(|_| Error::InvalidArgument("from is not a number".to_owned()))?;
     let options = ReadOptions { from: Position::Seq(from), ..ReadOptions::default() };
     let follow = blocking(move || logstore.follow(0, &options)).await?;
-    let lines = follow.map(|record| Ok::<_, Error>(crate::lines_of(&record?.group()?)));
+    let lines =
+        follow.into_stream().map(|record| Ok::<_, Error>(crate::lines_of(&record?.group()?)));
     Ok(Body::from_stream(lines).into_response())
 }
 

@@ -49,5 +49,5 @@ fn each_line_gets_its_number_once_it_is_synced() {
         let group = record.unwrap().group().unwrap();
         text.push(String::from_utf8(lines_of(&group).to_vec()).unwrap());
     }
-    assert_eq!(text.iter().filter(|line| line.starts_with("3.")).last().unwrap(), "3.99\n");
+    assert_eq!(text.iter().rfind(|line| line.starts_with("3.")).unwrap(), "3.99\n");
 }

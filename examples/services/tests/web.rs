@@ -27,7 +27,7 @@ impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let kms = Arc::new(LocalKms::create_or_open(dir.path().join("kms")).unwrap());
-        let key = kms.create_key("eu", ["role"]).unwrap();
+        let key = kms.create_key("eu", &["role"]).unwrap();
         let store =
             Store::builder(dir.path().join("store"), dir.path().join("keyring"), AwsLc::new())
                 .kms(Arc::clone(&kms) as _)
