@@ -216,6 +216,7 @@ fn options_out_of_range_are_refused_by_name() {
         ("segment_age", |options| options.segment_age = Duration::ZERO),
         ("pending_bytes_max", |options| options.pending_bytes_max = 0),
         ("readers_max", |options| options.readers_max = 0),
+        ("followers_max", |options| options.followers_max = 0),
         ("audit_file_bytes", |options| options.audit_file_bytes = 0),
         ("retention_every", |options| options.retention_every = Duration::ZERO),
     ];

@@ -156,6 +156,12 @@ const STORE: &[StoreSetting] = &[
         help: "How many readers may be open at once",
     },
     StoreSetting {
+        name: "followers-max",
+        kind: Kind::Count(|options| &mut options.followers_max),
+        limits: "at least 1",
+        help: "How many followers may be open at once",
+    },
+    StoreSetting {
         name: "workers",
         kind: Kind::Count(|options| &mut options.workers),
         limits: "1 to 64",

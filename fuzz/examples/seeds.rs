@@ -8,7 +8,10 @@
 use libfuzzer_sys as _;
 use std::{collections::BTreeSet, fs, path::Path};
 
-use envelog::{Compression, fuzzing, inspect::{BlockHeader, SegmentHeader}};
+use envelog::{
+    Compression, fuzzing,
+    inspect::{BlockHeader, SegmentHeader},
+};
 use envelog_fuzz::{
     BODIES_END, GOLDEN, bodies, catalogue_bodies, golden, is_catalogue_file, is_meta,
     scanned_header,

@@ -1,6 +1,11 @@
 //! Input from operators and users: JSON, names, identifiers, URLs, and command-line values.
 
-use envelog::{EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec, Store, crypto::Sm4Simd, kms, ids::{KeyringId, LogstoreId, StoreId}};
+use envelog::{
+    EncryptConf, EncryptType, LogstoreConfig, LogstoreName, LogstoreSpec, Store,
+    crypto::Sm4Simd,
+    ids::{KeyringId, LogstoreId, StoreId},
+    kms,
+};
 
 use crate::golden::{DIR, KEYRING, clock, manual};
 

@@ -9,7 +9,11 @@
 
 use std::{path::Path, time::Duration};
 
-use envelog::{Cmk, crypto::{HashAlg, SecretKey, derive, hmac_sha256}, kms::{EncryptionContext, Kms, KmsCall, LocalKms}};
+use envelog::{
+    Cmk,
+    crypto::{HashAlg, SecretKey, derive, hmac_sha256},
+    kms::{EncryptionContext, Kms, KmsCall, LocalKms},
+};
 use serde_json::Value;
 
 use crate::{

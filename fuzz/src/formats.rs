@@ -2,7 +2,11 @@
 
 use std::sync::OnceLock;
 
-use envelog::{Compression, LogGroup, fuzzing, group, group::GroupError, inspect::{BLOCK_RAW_BYTES_MAX, BlockHeader, DecodedHeader, Footer, SegmentHeader}};
+use envelog::{
+    Compression, LogGroup, fuzzing, group,
+    group::GroupError,
+    inspect::{BLOCK_RAW_BYTES_MAX, BlockHeader, DecodedHeader, Footer, SegmentHeader},
+};
 use prost::Message;
 
 use crate::{crc, golden::golden};

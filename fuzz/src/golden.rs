@@ -8,7 +8,11 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use envelog::{AppendOptions, Background, Durability, Logstore, Payload, Position, ReadOptions, Record, Result, ShardChoice, Store, StoreBuilder, StoreOptions, crypto::Sm4Simd, kms::LocalKms, ids::LogstoreId, admin::VerifyOptions, inspect::BlockKind};
+use envelog::{
+    AppendOptions, Background, Durability, Logstore, Payload, Position, ReadOptions, Record,
+    Result, ShardChoice, Store, StoreBuilder, StoreOptions, admin::VerifyOptions, crypto::Sm4Simd,
+    ids::LogstoreId, inspect::BlockKind, kms::LocalKms,
+};
 
 use crate::common::{
     TestClock,

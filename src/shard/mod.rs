@@ -14,7 +14,7 @@
 //! | lock | guards | locks that may be taken under it | I/O, fsync, KMS call under it |
 //! |---|---|---|---|
 //! | the writer ([`Shard`]) | the segment writer | all below, the gate's, the catalogue's | all three; no fsync of the active segment |
-//! | [`commit::GroupCommit`] | queue, watermarks, leadership | none; it calls wakers | none |
+//! | [`commit::GroupCommit`] | queue, watermarks, leadership | none | none |
 //! | the list ([`segments::SegmentList`]) | which segments there are | the record | I/O: listing |
 //! | the record ([`segments::SegmentList`]) | the catalogue's record | none | none |
 //! | the chain ([`chain::Chain`]) | which segments are proved | none | none |
