@@ -39,7 +39,9 @@ fn values(name: &str) -> [(String, Value); 3] {
             ["local:one", "local:two", "local:three"].map(|url| (url.to_owned(), json!([url])))
         }
         "verbose" => [1, 2, 3].map(|count| (count.to_string(), json!(count))),
-        "workers" | "readers-max" | "followers-max" => [3, 4, 5].map(|count| (count.to_string(), json!(count))),
+        "workers" | "readers-max" | "followers-max" => {
+            [3, 4, 5].map(|count| (count.to_string(), json!(count)))
+        }
         "without-anchor" | "accept-retired" | "keyring-group" | "group-read"
         | "allow-network-fs" => [true, false, true].map(|on| (on.to_string(), json!(on))),
         "block-bytes" | "pending-bytes-max" | "segment-bytes" | "audit-file-bytes" => {
