@@ -199,7 +199,7 @@ fn configurations_out_of_range_are_refused_by_field() {
 #[test]
 fn options_out_of_range_are_refused_by_name() {
     type Change = fn(&mut StoreOptions);
-    let changes: [(&str, Change); 18] = [
+    let changes: [(&str, Change); 19] = [
         ("revalidate_every", |options| options.revalidate_every = millis(99)),
         ("revalidate_every", |options| options.revalidate_every = secs(3601)),
         ("outage_grace", |options| options.outage_grace = secs(29)),

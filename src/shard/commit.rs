@@ -28,7 +28,10 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Durability, wakers::Wakers};
+use super::{
+    Durability,
+    wakers::{News, Tasks, Wakers},
+};
 use crate::{
     Error, Result, group,
     segment::{BLOCK_GROUPS_MAX, BlockKind},
@@ -79,15 +82,6 @@ pub(super) enum Claim {
     HandedOver(u64),
 }
 
-/// What a follower of a shard knows of it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct News {
-    /// One past the last group that this process has written.
-    pub(super) written: u64,
-    /// Counts the other events that a follower is woken for.
-    pub(super) others: u64,
-}
-
 /// A group that was handed over and has no sequence number yet.
 struct HandedOver {
     number: u64,
@@ -96,9 +90,6 @@ struct HandedOver {
     /// Whether its submitter may still ask for its outcome.
     asked: bool,
 }
-
-/// The id of the only task that awaits the outcome of a group.
-const TICKET: u64 = 0;
 
 /// What became of a group that was handed over.
 enum Place {
@@ -272,11 +263,8 @@ impl GroupCommit {
     ) -> Result<(u64, bool), Stopped> {
         let mut state = self.lock();
         state.check()?;
-        state.last_handed_over += 1;
-        let number = state.last_handed_over;
-        state.handed_over.push_back(HandedOver { number, group, durability, asked: true });
         state.askers += 1;
-        Ok((number, state.handed_over.len() == 1))
+        Ok(state.handover.push(group, durability))
     }
 
     /// Puts the groups that were handed over into the queue, if a segment is open. Returns after
@@ -302,7 +290,7 @@ impl GroupCommit {
 
     /// Whether groups that were handed over have no sequence number yet.
     pub(super) fn has_handed_over(&self) -> bool {
-        !self.lock().handed_over.is_empty()
+        !self.lock().handover.waiting.is_empty()
     }
 
     /// The sequence number of a group. `None` if it was handed over and has none yet.
@@ -310,7 +298,7 @@ impl GroupCommit {
     /// # Errors
     /// The group was handed over, and refused.
     pub(super) fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
-        self.lock().seq_of(claim)
+        self.lock().handover.seq_of(claim)
     }
 
     /// Deregisters an asker. The last one to leave clears the remembered failures.
@@ -321,16 +309,11 @@ impl GroupCommit {
     /// The asker of this group is done.
     pub(super) fn leave_claim(&self, claim: Claim, durability: Durability) {
         let mut state = self.lock();
-        if let Ok(Some(seq)) = state.seq_of(claim) {
-            state.awaiting(durability).remove(seq, TICKET);
+        if let Ok(Some(seq)) = state.handover.seq_of(claim) {
+            state.tasks.forget_group(seq, durability);
         }
         if let Claim::HandedOver(number) = claim {
-            state.places.remove(&number);
-            state.await_place.remove(number, TICKET);
-            let at = state.handed_over.partition_point(|group| group.number < number);
-            if let Some(group) = state.handed_over.get_mut(at).filter(|it| it.number == number) {
-                group.asked = false;
-            }
+            state.handover.leave(number);
         }
         state.leave();
     }
@@ -351,11 +334,9 @@ impl GroupCommit {
         let mut state = self.lock();
         let outcome = state.outcome_of(claim, durability);
         if outcome.is_none() {
-            match (state.seq_of(claim), claim) {
-                (Ok(Some(seq)), _) => state.awaiting(durability).insert(seq, TICKET, waker),
-                (_, Claim::HandedOver(number)) => {
-                    state.await_place.insert(number, TICKET, waker);
-                }
+            match (state.handover.seq_of(claim), claim) {
+                (Ok(Some(seq)), _) => state.tasks.await_group(seq, durability, waker),
+                (_, Claim::HandedOver(number)) => state.handover.awaiting.insert(number, waker),
                 _ => {}
             }
         }
@@ -364,37 +345,28 @@ impl GroupCommit {
 
     /// What a follower of the shard knows by now.
     pub(super) fn news(&self) -> News {
-        let state = self.lock();
-        News { written: state.readable, others: state.others }
+        self.lock().tasks.news()
     }
 
     /// The id of a new follower.
     pub(super) fn new_follower(&self) -> u64 {
-        let mut state = self.lock();
-        state.last_follower += 1;
-        state.last_follower
+        self.lock().tasks.new_follower()
     }
 
     /// Whether there is news since `seen`. If not, has `waker` woken when there is.
     pub(super) fn poll_news(&self, seen: &News, follower: u64, waker: &Waker) -> bool {
-        let mut state = self.lock();
-        let has_news = state.readable > seen.written || state.others != seen.others;
-        if !has_news {
-            state.followers.insert(follower, waker.clone());
-        }
-        has_news
+        self.lock().tasks.poll_news(seen, follower, waker)
     }
 
     /// Forgets a follower.
     pub(super) fn forget_follower(&self, follower: u64) {
-        self.lock().followers.remove(&follower);
+        self.lock().tasks.forget_follower(follower);
     }
 
     /// Wakes the followers: a read may find more, or an error.
     pub(super) fn wake_followers(&self) {
         let mut state = self.lock();
-        state.others += 1;
-        state.wake_followers();
+        state.tasks.other_news();
         self.wake(state);
     }
 
@@ -541,8 +513,7 @@ impl GroupCommit {
     pub(super) fn written(&self, to: u64, reserved: Option<&Reserved>) {
         let mut state = self.lock();
         state.written = to;
-        state.readable = to;
-        state.wake_followers();
+        state.tasks.wrote(to);
         state.in_hand = LostGroups::default();
         state.retry_at = Duration::ZERO;
         if let Some(reserved) = reserved {
@@ -741,7 +712,7 @@ impl GroupCommit {
     /// Whether a group waits in the queue, or was handed over.
     pub(super) fn has_queued(&self) -> bool {
         let state = self.lock();
-        !(state.queue.is_empty() && state.handed_over.is_empty())
+        !(state.queue.is_empty() && state.handover.waiting.is_empty())
     }
 
     /// Whether a segment is open, the queue is empty, and no caller leads.
@@ -789,8 +760,7 @@ impl GroupCommit {
         state.fail(written..next, false, error);
         let had_groups = !state.queue.is_empty();
         let freed = state.forget(error);
-        state.others += 1;
-        state.wake_followers();
+        state.tasks.other_news();
         self.wake(state);
         (had_groups, freed)
     }
@@ -816,7 +786,7 @@ impl GroupCommit {
 
     /// Gives the lock back, and wakes the tasks that there is news for.
     fn wake(&self, mut state: MutexGuard<'_, State>) {
-        let woken = std::mem::take(&mut state.woken);
+        let woken = state.tasks.take_woken();
         drop(state);
         woken.into_iter().for_each(Waker::wake);
     }
@@ -824,6 +794,49 @@ impl GroupCommit {
     /// As [`GroupCommit::schedule_flush`], unless a flush is scheduled already.
     fn schedule_missing_flush(&self, state: &mut State, now: Duration) -> Option<Duration> {
         if state.flush_scheduled { None } else { self.schedule_flush(state, now) }
+    }
+}
+
+/// The groups that were handed over.
+#[derive(Default)]
+struct Handover {
+    /// Those without a sequence number, by their own numbers.
+    waiting: VecDeque<HandedOver>,
+    last: u64,
+    /// What became of the others, for their askers.
+    places: BTreeMap<u64, Place>,
+    /// The tasks that await a sequence number.
+    awaiting: Wakers,
+}
+
+impl Handover {
+    /// Returns the number of the group, and whether it is the only one without a sequence number.
+    fn push(&mut self, group: Group, durability: Durability) -> (u64, bool) {
+        self.last += 1;
+        let number = self.last;
+        self.waiting.push_back(HandedOver { number, group, durability, asked: true });
+        (number, self.waiting.len() == 1)
+    }
+
+    fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
+        match claim {
+            Claim::Seq(seq) => Ok(Some(seq)),
+            Claim::HandedOver(number) => match self.places.get(&number) {
+                None => Ok(None),
+                Some(Place::Seq(seq)) => Ok(Some(*seq)),
+                Some(Place::Refused(error)) => Err(error.clone()),
+            },
+        }
+    }
+
+    /// The asker of this group is done.
+    fn leave(&mut self, number: u64) {
+        self.places.remove(&number);
+        self.awaiting.remove(number);
+        let at = self.waiting.partition_point(|group| group.number < number);
+        if let Some(group) = self.waiting.get_mut(at).filter(|group| group.number == number) {
+            group.asked = false;
+        }
     }
 }
 
@@ -931,24 +944,8 @@ struct State {
     askers: usize,
     failures: Vec<Failure>,
 
-    handed_over: VecDeque<HandedOver>,
-    last_handed_over: u64,
-    /// What became of the groups that were handed over, by their numbers, for their askers.
-    places: BTreeMap<u64, Place>,
-
-    /// The tasks that await a group: to be written, to be synced, to have a sequence number.
-    await_written: Wakers,
-    await_synced: Wakers,
-    await_place: Wakers,
-    /// The followers that wait for news, by their ids.
-    followers: BTreeMap<u64, Waker>,
-    last_follower: u64,
-    /// One past the last group that this process has written.
-    readable: u64,
-    /// Counts the other events that a follower is woken for.
-    others: u64,
-    /// The tasks to wake once the lock is given back.
-    woken: Vec<Waker>,
+    handover: Handover,
+    tasks: Tasks,
 }
 
 impl State {
@@ -981,41 +978,17 @@ impl State {
         }
     }
 
-    fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
-        match claim {
-            Claim::Seq(seq) => Ok(Some(seq)),
-            Claim::HandedOver(number) => match self.places.get(&number) {
-                None => Ok(None),
-                Some(Place::Seq(seq)) => Ok(Some(*seq)),
-                Some(Place::Refused(error)) => Err(error.clone()),
-            },
-        }
-    }
-
     fn outcome_of(&self, claim: Claim, durability: Durability) -> Option<Result<u64>> {
-        match self.seq_of(claim) {
+        match self.handover.seq_of(claim) {
             Ok(Some(seq)) => Some(self.outcome(seq, durability)?.map(|()| seq)),
             Ok(None) => None,
             Err(error) => Some(Err(error)),
         }
     }
 
-    fn awaiting(&mut self, durability: Durability) -> &mut Wakers {
-        match durability {
-            Durability::Synced => &mut self.await_synced,
-            Durability::Written | Durability::Buffered => &mut self.await_written,
-        }
-    }
-
     /// Notes the tasks whose groups are written or synced by now.
     fn wake_reached(&mut self) {
-        let (written, synced) = (self.written, self.synced);
-        self.woken.extend(self.await_written.take(0..written));
-        self.woken.extend(self.await_synced.take(0..synced));
-    }
-
-    fn wake_followers(&mut self) {
-        self.woken.extend(std::mem::take(&mut self.followers).into_values());
+        self.tasks.reached(self.written, self.synced);
     }
 
     /// Gives `group` the next sequence number and puts it into the queue.
@@ -1033,7 +1006,7 @@ impl State {
     fn place_handed_over(&mut self) {
         while self.next_seq < self.limit_seq
             && let Some(HandedOver { number, group, durability, asked }) =
-                self.handed_over.pop_front()
+                self.handover.waiting.pop_front()
         {
             let seq = self.push(group);
             if durability != Durability::Buffered {
@@ -1044,7 +1017,8 @@ impl State {
     }
 
     fn refuse_handed_over(&mut self, error: &Error, dropped: &mut Dropped) {
-        for HandedOver { number, group, asked, .. } in std::mem::take(&mut self.handed_over) {
+        let waiting = std::mem::take(&mut self.handover.waiting);
+        for HandedOver { number, group, asked, .. } in waiting {
             dropped.freed += group.charged;
             dropped.groups.push(group.bytes);
             self.note_place(number, asked, Place::Refused(error.clone()));
@@ -1053,8 +1027,8 @@ impl State {
 
     fn note_place(&mut self, number: u64, asked: bool, place: Place) {
         if asked {
-            self.places.insert(number, place);
-            self.woken.extend(self.await_place.take(number..number + 1));
+            self.handover.places.insert(number, place);
+            self.tasks.wake(&mut self.handover.awaiting, number..number + 1);
         }
     }
 
@@ -1069,10 +1043,7 @@ impl State {
         if range.is_empty() || self.askers == 0 {
             return;
         }
-        if !synced_only {
-            self.woken.extend(self.await_written.take(range.clone()));
-        }
-        self.woken.extend(self.await_synced.take(range.clone()));
+        self.tasks.failed(range.clone(), synced_only);
         match self.failures.last_mut() {
             // A refusal fails the queued groups one by one, each with the same error.
             Some(last)

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{ReadOptions, Reader, Record, Shard, commit::News};
+use super::{ReadOptions, Reader, Record, Shard, wakers::News};
 use crate::{
     Result,
     io::Clock,
