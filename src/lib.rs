@@ -35,8 +35,14 @@
 //! has the same SM4 as `crypto::AwsLc`, and a slower AES. The engine needs Rust 1.89 or newer, and runs
 //! on Linux and other Unix systems.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+#[cfg(not(unix))]
+compile_error!("envelog needs a Unix system: it relies on flock, fsync of directories and openat");
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("envelog needs a 64-bit system: a segment may have 4 GiB");
 
 mod config;
 pub mod crypto;

@@ -22,6 +22,7 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
+  docs              the documentation with every feature, without any, and with each one alone; warnings denied
   layers            checks that the modules of src use each other in one direction, and prints the order
   planted [NAME…]   plants each bug of tests/planted, or the named ones, in a copy of the tree; fails unless the test
                     that the patch names detects it
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     let done = match task.as_deref() {
         Some("test") => test(&rest),
         Some("ci") if rest.is_empty() => ci(),
+        Some("docs") if rest.is_empty() => docs(),
         Some("layers") if rest.is_empty() => layers::layers(),
         Some("planted") => planted::planted(&rest),
         Some("fuzz") => fuzz::fuzz(&rest),
@@ -120,11 +122,35 @@ fn ci() -> Done {
         ],
         &[],
     )?;
-    cargo(
-        &["doc", "--locked", "--workspace", "--all-features", "--no-deps"],
-        &[("RUSTDOCFLAGS", "--deny warnings")],
-    )?;
+    docs()?;
     test(&[])
+}
+
+/// Builds the documentation with every feature, without any, with the default ones, and with each
+/// one alone: a link to an item of another feature must not fail it.
+fn docs() -> Done {
+    let strict = [("RUSTDOCFLAGS", "--deny warnings")];
+    cargo(&["doc", "--locked", "--workspace", "--all-features", "--no-deps"], &strict)?;
+    let engine = ["doc", "--locked", "--package", "envelog", "--no-deps"];
+    cargo(&engine, &strict)?;
+    cargo(&[&engine[..], &["--no-default-features"]].concat(), &strict)?;
+    for feature in features()? {
+        let alone = ["--no-default-features", "--features", &feature];
+        cargo(&[&engine[..], &alone].concat(), &strict)?;
+    }
+    Ok(())
+}
+
+/// The features of the engine, but for the default one.
+fn features() -> Result<Vec<String>, String> {
+    let path = root().join("Cargo.toml");
+    let manifest = std::fs::read_to_string(&path)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    let section = manifest.split("\n[features]\n").nth(1).unwrap_or_default();
+    let lines = section.lines().take_while(|line| !line.starts_with('['));
+    let names = lines.filter_map(|line| line.split_once(" = [")).map(|(name, _)| name.to_owned());
+    let names: Vec<String> = names.filter(|name| name != "default").collect();
+    if names.is_empty() { Err("Cargo.toml has no features".to_owned()) } else { Ok(names) }
 }
 
 fn deny(offline: bool) -> Done {
