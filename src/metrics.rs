@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Duration};
 use serde::Serialize;
 
 use crate::{
+    config::LogstoreName,
     crypto::Suite,
     ids::LogstoreId,
     key_status::{KeyStatus, Refusal},
@@ -26,6 +27,8 @@ pub(crate) struct Counters {
     invalid: AtomicU64,
     appended: [AtomicU64; Suite::ALL.len()],
     read: [AtomicU64; Suite::ALL.len()],
+    appends: LatencyCounter,
+    fsyncs: LatencyCounter,
     pub(crate) segments_begun: AtomicU64,
     pub(crate) segments_sealed: AtomicU64,
     pub(crate) syncs: AtomicU64,
@@ -75,6 +78,16 @@ impl Counters {
         self.appended[place(suite)].fetch_add(bytes, Relaxed);
     }
 
+    /// Counts a group that was written this long after its submission.
+    pub(crate) fn written(&self, after: Duration) {
+        self.appends.count(after);
+    }
+
+    /// Counts a sync of a segment, including a failed one.
+    pub(crate) fn synced(&self, took: Duration) {
+        self.fsyncs.count(took);
+    }
+
     pub(crate) fn read(&self, suite: Suite, bytes: u64) {
         self.read[place(suite)].fetch_add(bytes, Relaxed);
     }
@@ -106,6 +119,10 @@ impl Counters {
                     read: at(&self.read[place(suite)]),
                 })
                 .collect(),
+            append_latency: self.appends.read(),
+            sync_latency: self.fsyncs.read(),
+            logstores: Vec::new(),
+            pending_bytes: 0,
             segments_begun: at(&self.segments_begun),
             segments_sealed: at(&self.segments_sealed),
             syncs: at(&self.syncs),
@@ -122,6 +139,73 @@ impl Counters {
 
 fn place(suite: Suite) -> usize {
     Suite::ALL.iter().position(|known| *known == suite).unwrap_or(0)
+}
+
+/// The upper bounds of the buckets of [`LatencyMetrics::histogram`], in microseconds. The last
+/// bucket has no upper bound.
+pub const LATENCY_BUCKETS_US: [u64; 12] =
+    [50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 50_000, 100_000, 500_000, 1_000_000];
+
+const LATENCY_BUCKETS: usize = LATENCY_BUCKETS_US.len() + 1;
+
+/// How long operations took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LatencyMetrics {
+    /// The number of operations.
+    pub count: u64,
+    /// The time that all of them took, in microseconds.
+    pub sum_us: u64,
+    /// A histogram that is not cumulative: each bucket counts the operations that took longer than
+    /// the bound before and at most its own bound in [`LATENCY_BUCKETS_US`].
+    pub histogram: [u64; LATENCY_BUCKETS],
+}
+
+#[derive(Default)]
+struct LatencyCounter {
+    sum_us: AtomicU64,
+    histogram: [AtomicU64; LATENCY_BUCKETS],
+}
+
+impl LatencyCounter {
+    fn count(&self, took: Duration) {
+        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.sum_us.fetch_add(us, Relaxed);
+        let bucket = LATENCY_BUCKETS_US.partition_point(|bound| *bound < us);
+        if let Some(bucket) = self.histogram.get(bucket) {
+            bucket.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn read(&self) -> LatencyMetrics {
+        let histogram = std::array::from_fn(|bucket| self.histogram[bucket].load(Relaxed));
+        let count = histogram.iter().sum();
+        LatencyMetrics { count, sum_us: self.sum_us.load(Relaxed), histogram }
+    }
+}
+
+/// One open Logstore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LogstoreMetrics {
+    /// Its name.
+    pub name: LogstoreName,
+    /// The state of its key.
+    pub key: KeyStatus,
+    /// Groups written since the Logstore was opened.
+    pub groups: u64,
+    /// The bytes of these groups, before compression.
+    pub bytes: u64,
+    /// Groups that wait to be written.
+    pub queued_groups: u64,
+    /// The bytes of the groups that wait.
+    pub queued_bytes: u64,
+}
+
+impl LogstoreMetrics {
+    pub(crate) fn new(name: LogstoreName, key: KeyStatus) -> Self {
+        Self { name, key, groups: 0, bytes: 0, queued_groups: 0, queued_bytes: 0 }
+    }
 }
 
 /// The lease of one master key, or of one Logstore under it, or of the service key.
@@ -185,6 +269,15 @@ pub struct StoreMetrics {
     pub refusals: RefusalMetrics,
     /// The bytes written and read, by suite.
     pub bytes: Vec<SuiteMetrics>,
+    /// From the submission of a group until it is `Written`.
+    pub append_latency: LatencyMetrics,
+    /// The syncs of segments, including failed ones.
+    pub sync_latency: LatencyMetrics,
+    /// The Logstores that are open, by name.
+    pub logstores: Vec<LogstoreMetrics>,
+    /// How much of the memory budget is used, in bytes
+    /// ([`StoreOptions::pending_bytes_max`](crate::StoreOptions::pending_bytes_max)).
+    pub pending_bytes: u64,
     /// Segments begun.
     pub segments_begun: u64,
     /// Segments sealed.

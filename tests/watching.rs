@@ -12,7 +12,11 @@ use common::{
     failing::{FailingDisk, Failure},
     *,
 };
-use envelog::{KeyState, LogstoreSpec, kms::RevokedReason, metrics::StoreMetrics};
+use envelog::{
+    KeyState, LogstoreSpec,
+    kms::RevokedReason,
+    metrics::{LATENCY_BUCKETS_US, StoreMetrics},
+};
 use traced::Traced;
 
 fn appended(metrics: &StoreMetrics, suite: &str) -> (u64, u64) {
@@ -110,6 +114,55 @@ fn bytes_syncs_and_failures_are_counted() {
     assert_eq!(store.metrics().audit_failures, 1);
 }
 
+#[test]
+fn latencies_and_queues_are_measured() {
+    let world = World::manual();
+    let store = world.create();
+    let logstores = ["p/a", "p/b"].map(|text| world.service(&store, text));
+    for n in 0..3 {
+        logstores[0].append(record(&format!("{n}")), &buffered()).unwrap();
+    }
+    put(&logstores[1], "0123456789");
+    let metrics = store.metrics();
+    assert!(metrics.pending_bytes > 0);
+    let figures = |metrics: &StoreMetrics| -> Vec<(String, [u64; 4])> {
+        let of = |it: &envelog::metrics::LogstoreMetrics| {
+            (it.name.to_string(), [it.groups, it.bytes, it.queued_groups, it.queued_bytes])
+        };
+        metrics.logstores.iter().map(of).collect()
+    };
+    let expected = |a| vec![("p/a".to_owned(), a), ("p/b".to_owned(), [1, 10, 0, 0])];
+    assert_eq!(figures(&metrics), expected([0, 0, 3, 3]));
+    assert_eq!((metrics.append_latency.count, metrics.sync_latency.count), (1, metrics.syncs));
+    world.clock.advance(millis(100));
+    store.tick();
+    let metrics = store.metrics();
+    assert_eq!(figures(&metrics), expected([3, 3, 0, 0]));
+    assert_eq!(metrics.pending_bytes, 0);
+    // By the clock of the test, these three took exactly 100 ms each, and the other one no time.
+    let appends = metrics.append_latency;
+    assert_eq!((appends.count, appends.sum_us), (4, 300_000));
+    let bucket = |bound| LATENCY_BUCKETS_US.iter().position(|it| *it == bound).unwrap();
+    assert_eq!((appends.histogram[0], appends.histogram[bucket(100_000)]), (1, 3));
+}
+
+#[test]
+fn spans_surround_the_expensive_steps() {
+    let world = World::manual();
+    let traced = Traced::default();
+    traced.while_running_with_spans(|| {
+        let store = world.create();
+        let logstore = world.byok(&store, "p/byok", &world.cmk());
+        put(&logstore, "first");
+        store.close().unwrap();
+    });
+    let text = traced.text();
+    for span in ["kms_call{kms=", "append{logstore=p/byok shard=0 from=0 to=1}", "fsync{", "seal{"]
+    {
+        assert!(text.contains(span), "no span {span}: {text}");
+    }
+}
+
 /// Events report the whole life of a key, in order, and no single append or read.
 #[test]
 fn what_happens_to_keys_is_said_and_appends_are_silent() {
@@ -120,11 +173,13 @@ fn what_happens_to_keys_is_said_and_appends_are_silent() {
         let store = world.create();
         let logstore = world.byok(&store, "p/byok", &cmk);
         put(&logstore, "first");
+        // The lines about the first answer of the KMS come with the next operation.
+        put(&logstore, "second");
         let lines = traced.text().lines().count();
         for n in 0..100 {
             put(&logstore, &format!("number {n}"));
         }
-        assert_eq!(texts(&logstore).len(), 101);
+        assert_eq!(texts(&logstore).len(), 102);
         let text = traced.text();
         assert!(text.lines().count() <= lines + 2, "appends and reads are traced: {text}");
         store.keys().rotate_data_key(logstore.name()).unwrap();

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::{debug, warn};
+use tracing::{debug, debug_span, warn};
 
 use super::{
     Cmk, EncryptionContext, Kms, KmsCall, KmsError,
@@ -272,6 +272,7 @@ impl BoundedKms {
         let of = cmk;
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
         let run = move || {
+            let _span = debug_span!("kms_call", kms = kms.name(), operation).entered();
             let call = || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
             // The backend handles the key on this stack. The thread may continue or its stack may
             // be reused.

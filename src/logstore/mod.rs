@@ -22,6 +22,7 @@ use crate::{
         sealing::LostShard,
     },
     kms::{Cmk, KmsError},
+    metrics::LogstoreMetrics,
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
         AppendFuture, Appended, CurrentPlan, Durability, End, Follow, Payload, ReadOptions, Reader,
@@ -285,6 +286,13 @@ impl LogstoreShared {
                 .and_then(|(cmk, store)| store.envelope_version(cmk, key)),
             ..DataKeyStatus::default()
         }
+    }
+
+    /// The figures since the Logstore was opened.
+    pub(crate) fn metrics(&self) -> LogstoreMetrics {
+        let mut metrics = LogstoreMetrics::new(self.name.clone(), self.gate.status());
+        self.shards.iter().for_each(|shard| shard.add_to(&mut metrics));
+        metrics
     }
 
     /// The figures over all segments.

@@ -715,6 +715,14 @@ impl GroupCommit {
         !(state.queue.is_empty() && state.handover.waiting.is_empty())
     }
 
+    /// How many groups wait, and how many bytes they have.
+    pub(super) fn queued(&self) -> (usize, usize) {
+        let state = self.lock();
+        let handed_over = &state.handover.waiting;
+        let bytes: usize = handed_over.iter().map(|waiting| waiting.group.bytes.len()).sum();
+        (state.queue.len() + handed_over.len(), state.queued_bytes + bytes)
+    }
+
     /// Whether a segment is open, the queue is empty, and no caller leads.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.lock();

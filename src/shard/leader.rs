@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::error;
+use tracing::{debug_span, error, trace_span};
 
 use super::{
     Durability, Payload, Shard, Ticket,
@@ -447,10 +447,13 @@ impl Shard {
     ) -> Result<()> {
         let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return Ok(()) };
         let (from, to) = (first.seq, last.seq + 1);
+        let _span =
+            trace_span!("append", logstore = %self.name(), shard = self.id(), from, to).entered();
         let charged: usize = batch.iter().map(|pending| pending.group.charged).sum();
         let losses = self.gate().losses();
         match self.write_block(writer, &batch, keys) {
             Ok(()) => {
+                self.note_written(&batch);
                 if keys == KeyUse::Held || self.gate().losses() > losses {
                     wipe_batch(batch);
                 } else {
@@ -489,6 +492,19 @@ impl Shard {
                 Ok(())
             }
         }
+    }
+
+    /// Counts groups that were written.
+    fn note_written(&self, batch: &[Pending]) {
+        let now = self.context.clock.uptime();
+        let counters = self.env.counters();
+        let mut bytes = 0;
+        for Pending { group, .. } in batch {
+            counters.written(now.saturating_sub(group.submitted));
+            bytes += group.bytes.len() as u64;
+        }
+        self.written.groups.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        self.written.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Writes one block, and rolls first if the active segment does not take it.
@@ -650,6 +666,7 @@ impl Shard {
     /// written so far is synced after that, so the fence is checked here, whether or not the
     /// caller writes the head to the catalogue.
     fn seal_active(&self, writer: &mut Locked<'_>, keys: KeyUse) -> Result<()> {
+        let _span = debug_span!("seal", logstore = %self.name(), shard = self.id()).entered();
         if let Some(blocks) = writer.begin_sync_of_blocks() {
             writer.sync(&blocks)?;
             writer.end_sync(&blocks);

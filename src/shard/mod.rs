@@ -60,9 +60,14 @@ use crate::{
     epoch::Fence,
     io::{Clock, Disk, Random},
     keys::gate::Gate,
+    metrics::LogstoreMetrics,
     schedule::{ShardJob, Task, Wake},
     segment::{Compression, Footer, KeySource},
-    sync::{LockRank, Mutex, RwLock, lock, read, write},
+    sync::{
+        LockRank, Mutex, RwLock,
+        atomic::{AtomicU64, Ordering},
+        lock, read, write,
+    },
 };
 
 pub(crate) use budget::Budget;
@@ -161,6 +166,13 @@ pub(crate) struct ShardContext {
     pub(crate) lost: Weak<dyn RecordLostGroups>,
 }
 
+/// What a shard has written since it was opened.
+#[derive(Default)]
+struct Written {
+    groups: AtomicU64,
+    bytes: AtomicU64,
+}
+
 /// A shard of an open Logstore.
 pub(crate) struct Shard {
     context: Arc<ShardContext>,
@@ -169,6 +181,7 @@ pub(crate) struct Shard {
     commit: GroupCommit,
     writer: Mutex<SegmentWriter>,
     timers: Timers,
+    written: Written,
     /// The last head up to which everything is synced, until the catalogue has it.
     unrecorded: Mutex<Option<Head>>,
     notices: Mutex<Vec<RecoveryNotice>>,
@@ -202,6 +215,7 @@ impl Shard {
             env,
             context,
             timers: Timers::default(),
+            written: Written::default(),
             unrecorded: Mutex::new(LockRank::ShardReached, None),
             notices: Mutex::new(LockRank::ShardNotices, Vec::new()),
             lost: Mutex::new(LockRank::ShardLost, Lost::default()),
@@ -245,6 +259,15 @@ impl Shard {
     /// The notices of all recoveries since the shard was opened.
     pub(crate) fn notices(&self) -> Vec<RecoveryNotice> {
         lock(&self.notices).clone()
+    }
+
+    /// Adds the figures of the shard.
+    pub(crate) fn add_to(&self, metrics: &mut LogstoreMetrics) {
+        metrics.groups += self.written.groups.load(Ordering::Relaxed);
+        metrics.bytes += self.written.bytes.load(Ordering::Relaxed);
+        let (groups, bytes) = self.commit.queued();
+        metrics.queued_groups += groups as u64;
+        metrics.queued_bytes += bytes as u64;
     }
 
     // ---- heads ----

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::{debug, error};
+use tracing::{debug, error, trace_span};
 use zeroize::Zeroize;
 
 use super::{
@@ -78,7 +78,12 @@ impl WriteEnv {
     /// Syncs the file of a segment, and counts it.
     pub(super) fn sync_file(&self, file: &dyn DiskFile, path: &Path) -> Result<()> {
         self.counters().syncs.fetch_add(1, Ordering::Relaxed);
-        file.sync_data().map_err(|cause| {
+        let _span =
+            trace_span!("fsync", logstore = %self.gate.name(), shard = self.shard).entered();
+        let began = self.clock.uptime();
+        let synced = file.sync_data();
+        self.counters().synced(self.clock.uptime().saturating_sub(began));
+        synced.map_err(|cause| {
             self.counters().sync_failures.fetch_add(1, Ordering::Relaxed);
             let (logstore, path_shown) = (self.gate.name(), path.display());
             error!(%logstore, shard = self.shard, path = %path_shown, error = %cause, "fsync failed");

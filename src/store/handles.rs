@@ -158,7 +158,11 @@ impl Store {
     /// The counters since the store was opened: KMS calls and their outcomes, leases, refusals,
     /// bytes by suite, syncs, failures. Cheap, and calls no KMS.
     pub fn metrics(&self) -> StoreMetrics {
-        self.core().keys.metrics()
+        let Core { keys, registry, .. } = self.core();
+        let mut metrics = keys.metrics();
+        metrics.logstores = registry.open_logstores().iter().map(|open| open.metrics()).collect();
+        metrics.pending_bytes = registry.pending_bytes();
+        metrics
     }
 
     /// Does the background work that is due: partial batches, marks, rolling by age, retention,

@@ -322,6 +322,11 @@ impl Registry {
         self.catalogue.feed(Arc::clone(feeder));
     }
 
+    /// How much of the memory budget is used, in bytes.
+    pub(crate) fn pending_bytes(&self) -> u64 {
+        self.wiring.budget.used() as u64
+    }
+
     /// The queue of the background jobs.
     pub(crate) fn scheduler(&self) -> &Scheduler {
         &self.wiring.scheduler
