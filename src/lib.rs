@@ -27,6 +27,7 @@
 //! | `kms-vault` | no | `kms::VaultKms`: the Transit engine of HashiCorp Vault and OpenBao, with the same client |
 //! | `kms-pkcs11` | no | `kms::pkcs11`: keys in a hardware security module, through PKCS#11 |
 //! | `kms-conformance` | no | `kms::conformance`: a test suite for KMS backends, for the tests of your own |
+//! | `prometheus` | no | `StoreMetrics::to_prometheus`: the metrics as text that Prometheus scrapes |
 //! | `stream` | no | `Follow::into_stream`: a `futures_core::Stream` |
 //! | `kms-faulty` | no | `kms::FaultyKms`: a KMS that injects faults, for your tests |
 //!

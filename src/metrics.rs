@@ -3,6 +3,9 @@
 //! A counter costs one relaxed addition, at most once a block. A snapshot reads the counters one
 //! after the other. Each number is correct in itself, but the snapshot is not of one point in time.
 
+#[cfg(feature = "prometheus")]
+mod prometheus;
+
 use std::{sync::Arc, time::Duration};
 
 use serde::Serialize;

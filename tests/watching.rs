@@ -146,6 +146,33 @@ fn latencies_and_queues_are_measured() {
     assert_eq!((appends.histogram[0], appends.histogram[bucket(100_000)]), (1, 3));
 }
 
+#[cfg(feature = "prometheus")]
+#[test]
+fn metrics_are_text_for_prometheus() {
+    let world = World::manual();
+    let cmk = world.cmk();
+    let store = world.create();
+    let logstore = world.byok(&store, "p/byok", &cmk);
+    put(&logstore, "0123456789");
+    logstore.append(record("waits"), &buffered()).unwrap();
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    assert!(logstore.revalidate_now().is_err());
+    let text = store.metrics().to_prometheus();
+    let key = &cmk.cmk_key_id;
+    for line in [
+        "# TYPE envelog_append_seconds histogram".to_owned(),
+        "envelog_append_seconds_bucket{le=\"+Inf\"} 2".to_owned(),
+        "envelog_kms_call_seconds_count{outcome=\"revoked\"} 1".to_owned(),
+        "envelog_logstore_groups_total{logstore=\"p/byok\"} 2".to_owned(),
+        "envelog_logstore_key_usable{logstore=\"p/byok\"} 0.0".to_owned(),
+        "envelog_groups_lost_total 0".to_owned(),
+        format!("envelog_lease_usable{{cmk=\"{key}\",region=\"cn-hangzhou\",of=\"\"}} 0.0"),
+    ] {
+        assert!(text.lines().any(|found| found == line), "no line {line} in\n{text}");
+    }
+    assert!(text.ends_with("# EOF\n"));
+}
+
 #[test]
 fn spans_surround_the_expensive_steps() {
     let world = World::manual();
