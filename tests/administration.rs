@@ -823,7 +823,7 @@ fn one_worker() -> (World, Store, [Logstore; 2], Cmk) {
 fn assert_worker_is_free(logstore: &Logstore, text: &str) {
     let mut reader = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
     logstore.append(record(text), &buffered()).unwrap();
-    eventually("a worker writes the record", || reader.next().is_some());
+    eventually("a worker writes the record", || reader.try_next().unwrap().is_some());
 }
 
 #[test]

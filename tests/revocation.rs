@@ -427,7 +427,7 @@ fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
         by_record.next().unwrap().unwrap();
     }
     by_block.next_block().unwrap().unwrap();
-    assert!(at_end.next().is_none());
+    assert!(at_end.try_next().unwrap().is_none());
     disable(&world);
     world.clock.advance(secs(31));
     assert_revoked(by_record.next().unwrap(), Disabled);

@@ -1017,10 +1017,18 @@ impl State {
                 self.handover.waiting.pop_front()
         {
             let seq = self.push(group);
-            if durability != Durability::Buffered {
+            if durability == Durability::Buffered {
+                self.tasks.wake(&mut self.handover.awaiting, number..number + 1);
+            } else {
                 self.want(seq, durability);
+                // The task awaits the group itself from now on.
+                if let Some(waker) = self.handover.awaiting.remove(number) {
+                    self.tasks.await_group(seq, durability, &waker);
+                }
             }
-            self.note_place(number, asked, Place::Seq(seq));
+            if asked {
+                self.handover.places.insert(number, Place::Seq(seq));
+            }
         }
     }
 
@@ -1029,14 +1037,10 @@ impl State {
         for HandedOver { number, group, asked, .. } in waiting {
             dropped.freed += group.charged;
             dropped.groups.push(group.bytes);
-            self.note_place(number, asked, Place::Refused(error.clone()));
-        }
-    }
-
-    fn note_place(&mut self, number: u64, asked: bool, place: Place) {
-        if asked {
-            self.handover.places.insert(number, place);
-            self.tasks.wake(&mut self.handover.awaiting, number..number + 1);
+            if asked {
+                self.handover.places.insert(number, Place::Refused(error.clone()));
+                self.tasks.wake(&mut self.handover.awaiting, number..number + 1);
+            }
         }
     }
 

@@ -127,8 +127,8 @@ impl Wakers {
         }
     }
 
-    pub(super) fn remove(&mut self, number: u64) {
-        self.0.remove(&number);
+    pub(super) fn remove(&mut self, number: u64) -> Option<Waker> {
+        self.0.remove(&number)
     }
 
     /// Takes the tasks with numbers in `range`.
