@@ -59,14 +59,19 @@ impl Setup {
             of_store: StoreSettings(options),
         } = global;
         let store = store.unwrap_or_else(|| PathBuf::from(STORE));
+        let is_default = kms_dir.is_none();
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
-        let kms = kms
+        let mut kms = kms
             .iter()
             .map(|url| {
                 kms::from_url(url)
                     .map_err(|error| Failure::refused("kms_unsupported", error.to_string()))
             })
-            .collect::<Result<_>>()?;
+            .collect::<Result<Vec<_>>>()?;
+        // A default that is not there would be an outage to the keys of the other KMSs.
+        if !is_default || kms.is_empty() || kms_dir.exists() {
+            kms.push(Arc::new(LocalKms::at(&kms_dir)));
+        }
         let inside = |dir: &PathBuf| {
             let (anchor, store) = (dir.canonicalize().ok()?, store.canonicalize().ok()?);
             anchor.starts_with(store).then_some(())
@@ -102,8 +107,7 @@ impl Setup {
             Some(dir) => builder.anchor(Arc::new(DirAnchor::new(dir))),
             None => builder,
         };
-        let builder = if self.without_anchor { builder.without_anchor() } else { builder };
-        builder.kms(Arc::new(LocalKms::at(&self.kms_dir)))
+        if self.without_anchor { builder.without_anchor() } else { builder }
     }
 
     /// Opens the store for writing.

@@ -212,16 +212,12 @@ impl Kms for LocalKms {
         self.try_serves(region_id).unwrap_or(false)
     }
 
-    /// Looks for a readable key of the region, deleted keys included. A directory that does not
-    /// exist has none. The region of a key that cannot be read is unknown, so the other keys
-    /// decide, unless the process has nothing left to look at a key with.
+    /// Looks for a readable key of the region, deleted keys included. The region of a key that
+    /// cannot be read is unknown, so the other keys decide, unless the process has nothing left to
+    /// look at a key with.
     fn try_serves(&self, region_id: &str) -> Result<bool, KmsError> {
-        let key_ids = match self.key_ids() {
-            Err(LocalKmsError::Missing { .. }) => return Ok(false),
-            key_ids => key_ids?,
-        };
         let mut exhausted = None;
-        for key_id in key_ids {
+        for key_id in self.key_ids()? {
             match self.load(&key_id) {
                 Ok(key) if key.region_id == region_id => return Ok(true),
                 Err(error) if error.is_exhaustion() => exhausted = Some(error),

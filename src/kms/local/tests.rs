@@ -702,7 +702,8 @@ fn an_unreadable_directory_serves_no_region_and_reports_it() {
             assert!(!matches!(error, KmsError::Revoked { .. }), "{what}: {error}");
             let spoilt = fs::symlink_metadata(place).unwrap();
             if spoilt.is_dir() { fs::remove_dir(place) } else { fs::remove_file(place) }.unwrap();
-            assert_eq!(setup.kms.try_serves(REGION), Ok(false), "it is missing");
+            let missing = setup.kms.try_serves(REGION).unwrap_err();
+            assert!(matches!(missing, KmsError::Unreachable { .. }), "{missing}");
             fs::rename(away(place), place).unwrap();
             assert_eq!(setup.unwrap(&wrapped).unwrap(), DATA_KEY, "{what}");
         }
