@@ -7,10 +7,7 @@ mod common;
 use std::{
     fs,
     path::Path,
-    sync::{
-        Arc, Barrier, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Barrier, Mutex},
     thread,
     time::Duration,
 };
@@ -243,32 +240,17 @@ fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     for shard in 0..2 {
         logstore.append(record("one"), &to_shard(shard, synced())).unwrap();
     }
-    let (lost, back) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let hooked = (
-        disk.clone(),
-        world.local().clone(),
-        logstore.clone(),
-        cmk.clone(),
-        Arc::clone(&lost),
-        Arc::clone(&back),
-    );
-    disk.on_call(move |call| {
-        let (disk, local, logstore, cmk, lost, back) = &hooked;
-        if call.is_about("shard-0001") && lost.load(Ordering::SeqCst) {
-            disk.heal();
-            local.enable(&cmk.cmk_key_id).unwrap();
-            let append = || logstore.append(record("back"), &to_shard(0, written())).is_ok();
-            elsewhere(|| eventually("the key is back", append));
-            back.store(true, Ordering::SeqCst);
-        }
-        Verdict::Go
-    });
-    lost.store(true, Ordering::SeqCst);
+    let hang = disk.hang(|call| call.is_about("shard-0001"));
     world.local().disable(&cmk.cmk_key_id).unwrap();
-    let _ = logstore.revalidate_now();
-    eventually("the loss is dealt with", || {
-        back.load(Ordering::SeqCst) && logstore.revalidate_now().is_ok()
+    thread::scope(|threads| {
+        threads.spawn(|| logstore.revalidate_now());
+        hang.wait_for(1);
+        world.local().enable(&cmk.cmk_key_id).unwrap();
+        let append = || logstore.append(record("back"), &to_shard(0, written())).is_ok();
+        eventually("the key is back", append);
+        hang.release();
     });
+    eventually("the loss is dealt with", || logstore.revalidate_now().is_ok());
     logstore.append(record("buffered"), &to_shard(0, buffered())).unwrap();
     world.local().disable(&cmk.cmk_key_id).unwrap();
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);

@@ -63,6 +63,8 @@ impl Setup {
         let kms_dir = kms_dir.unwrap_or_else(|| with_suffix(&store, ".kms"));
         let mut kms = kms
             .iter()
+            // The environment variable may end with a newline.
+            .filter(|url| !url.is_empty())
             .map(|url| {
                 kms::from_url(url)
                     .map_err(|error| Failure::refused("kms_unsupported", error.to_string()))

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     args::{GrantArgs, KeyArgs, KmsCommand},
-    exit::Result,
+    exit::{Failure, Result},
     output,
     setup::Setup,
 };
@@ -24,7 +24,15 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
                 output::line(key)
             };
         }
-        KmsCommand::List => return list(setup, &open()?.list()?),
+        KmsCommand::List => {
+            // A damaged key must not hide the others.
+            let (keys, failed): (Vec<_>, Vec<_>) =
+                open()?.list_each()?.into_iter().partition(Result::is_ok);
+            let keys: Vec<_> = keys.into_iter().flatten().collect();
+            let failed = failed.into_iter().filter_map(Result::err).map(Failure::from);
+            list(setup, &keys)?;
+            return failed.reduce(Failure::or_worse).map_or(Ok(()), Err);
+        }
         KmsCommand::Disable(KeyArgs { key }) => {
             open()?.disable(&key)?;
             (key, "disabled".to_owned())

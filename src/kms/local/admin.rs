@@ -49,8 +49,17 @@ impl LocalKms {
     /// # Errors
     /// `Missing`, `Io`, or `Damaged`, which names the first damaged file.
     pub fn list(&self) -> Result<Vec<LocalKeyInfo>, LocalKmsError> {
+        self.list_each()?.into_iter().collect()
+    }
+
+    /// As [`LocalKms::list`], with the error of each key that cannot be read in its place.
+    ///
+    /// # Errors
+    /// `Missing` or `Io`, for the directory.
+    pub fn list_each(&self) -> Result<Vec<Result<LocalKeyInfo, LocalKmsError>>, LocalKmsError> {
         let today = self.today();
-        self.key_ids()?.iter().map(|key_id| Ok(self.load(key_id)?.info(today))).collect()
+        let info = |key_id: &String| Ok(self.load(key_id)?.info(today));
+        Ok(self.key_ids()?.iter().map(info).collect())
     }
 
     /// Disables a key. The KMS refuses all use of it until it is enabled again. Disabling a
