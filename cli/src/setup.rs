@@ -71,7 +71,7 @@ impl Setup {
             })
             .collect::<Result<Vec<_>>>()?;
         // A default that is not there would be an outage to the keys of the other KMSs.
-        if !is_default || kms.is_empty() || kms_dir.exists() {
+        if !is_default || kms_dir.exists() {
             kms.push(Arc::new(LocalKms::at(&kms_dir)));
         }
         let inside = |dir: &PathBuf| {

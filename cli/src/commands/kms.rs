@@ -26,12 +26,15 @@ pub(crate) fn run(setup: &Setup, command: KmsCommand) -> Result {
         }
         KmsCommand::List => {
             // A damaged key must not hide the others.
-            let (keys, failed): (Vec<_>, Vec<_>) =
-                open()?.list_each()?.into_iter().partition(Result::is_ok);
-            let keys: Vec<_> = keys.into_iter().flatten().collect();
-            let failed = failed.into_iter().filter_map(Result::err).map(Failure::from);
+            let (mut keys, mut failed) = (Vec::new(), None);
+            for key in open()?.list_each()? {
+                match key {
+                    Ok(key) => keys.push(key),
+                    Err(error) => failed = failed.or(Some(Failure::from(error))),
+                }
+            }
             list(setup, &keys)?;
-            return failed.reduce(Failure::or_worse).map_or(Ok(()), Err);
+            return failed.map_or(Ok(()), Err);
         }
         KmsCommand::Disable(KeyArgs { key }) => {
             open()?.disable(&key)?;
