@@ -1,6 +1,6 @@
 //! Suites, authenticated encryption, key derivation and the memory for keys.
 //!
-//! The caller passes the engine a [`CryptoProvider`] explicitly: [`AwsLc`] (feature `aws-lc`),
+//! The caller passes the engine a [`CryptoProvider`] explicitly: `AwsLc` (feature `aws-lc`),
 //! [`Sm4Simd`], or [`RustCrypto`], against which the others are tested. All produce and accept the
 //! same bytes. A [`Suite`] is a numbered combination for the disk format: the cipher, the hash, and
 //! whether blocks are encrypted. A [`SegmentCipher`] holds one segment's key, its commitment and
@@ -9,7 +9,7 @@
 //! # Which secrets are wiped, and which cannot be
 //! Keys are [`SecretKey`]s: in locked memory, and wiped on drop. Expanded keys (round keys, GHASH
 //! tables) live on the heap of their library, which wipes them on drop. The documentation of
-//! [`AwsLc`], [`Sm4Simd`] and [`RustCrypto`] gives the evidence. Expanded keys are not page-locked.
+//! `AwsLc`, [`Sm4Simd`] and [`RustCrypto`] gives the evidence. Expanded keys are not page-locked.
 //! The engine cannot wipe short-lived copies in registers and on the stack while a library hashes a
 //! key, expands it or moves it to the heap.
 

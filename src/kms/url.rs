@@ -25,10 +25,10 @@ pub enum KmsUrlError {
 ///
 /// | URL | backend | feature |
 /// |---|---|---|
-/// | `aliyun-kms://REGION` | [`AliyunKms`](super::AliyunKms) in that region, such as `cn-hangzhou`; `?endpoint=URL&sts-endpoint=URL` for other endpoints than the public ones | `kms-aliyun` |
-/// | `local:DIR` | [`LocalKms`](super::LocalKms), in that directory | `kms-local` |
-/// | `aws-kms://REGION?…` | [`AwsKms`](super::AwsKms), which [takes parameters](super::AwsKms::from_url) | `kms-aws` |
-/// | `vault:https://HOST?region=REGION&auth=…` | [`VaultKms`](super::VaultKms), which [takes parameters](super::VaultKms::from_url) | `kms-vault` |
+/// | `aliyun-kms://REGION` | `AliyunKms` in that region, such as `cn-hangzhou`; `?endpoint=URL&sts-endpoint=URL` for other endpoints than the public ones | `kms-aliyun` |
+/// | `local:DIR` | `LocalKms`, in that directory | `kms-local` |
+/// | `aws-kms://REGION?…` | `AwsKms`, whose `from_url` lists the parameters | `kms-aws` |
+/// | `vault:https://HOST?region=REGION&auth=…` | `VaultKms`, whose `from_url` lists the parameters | `kms-vault` |
 /// | `pkcs11:…?region=…` | `Pkcs11Kms`, in a token that the rest of the URL chooses (RFC 7512) | `kms-pkcs11` |
 ///
 /// ```
