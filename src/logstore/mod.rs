@@ -211,12 +211,19 @@ impl LogstoreShared {
         self.shards.iter().filter(|shard| !shard.is_read_only()).map(lost).collect()
     }
 
+    /// Refuses every use of the keys from now on, because this thing was closed or deleted. The
+    /// followers wake after that, and get the error.
+    pub(crate) fn close_gate(&self, what: &'static str) {
+        self.gate.close(what);
+        self.shards.iter().for_each(|shard| shard.wake_followers());
+    }
+
     /// Marks the Logstore deleted: every handle refuses calls from now on. Waits for no KMS.
     pub(crate) fn delete(&self) {
         for shard in &self.shards {
             shard.refuse_appends();
         }
-        self.gate.close("the Logstore");
+        self.close_gate("the Logstore");
         for shard in &self.shards {
             shard.abandon_soon();
         }

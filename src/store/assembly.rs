@@ -307,13 +307,16 @@ impl Setup {
     }
 }
 
-/// The parts that the Logstores of a store share. Starts the threads of a store that is open for
-/// writing.
+/// The parts that the Logstores of a store share. Starts the threads of the store.
 fn wiring(env: &StoreEnv, anchor: Option<Arc<Feeder>>) -> Result<Wiring> {
     let scheduler = Scheduler::new(Arc::clone(&env.clock));
     let hasher = PayloadHasher::new(env.options.hash_payloads);
-    if env.has_threads() && !env.read_only {
-        let spawned = scheduler.spawn(env.options.workers).and_then(|()| hasher.spawn());
+    if env.has_threads() {
+        // A read-only opener needs a thread for its followers alone.
+        let spawned = match env.read_only {
+            true => scheduler.spawn(1),
+            false => scheduler.spawn(env.options.workers).and_then(|()| hasher.spawn()),
+        };
         spawned.map_err(Error::io("start threads for", &env.dir))?;
     }
     let budget = Budget::new(env.options.pending_bytes_max);

@@ -70,7 +70,7 @@ impl Registry {
                     return Ok(Arc::clone(open));
                 }
                 // The writer has deleted the Logstore and made another one of the same name.
-                open.gate.close("the Logstore");
+                open.close_gate("the Logstore");
             }
             return Ok(self.open(meta, &entry, keys));
         }
@@ -105,7 +105,7 @@ impl Registry {
         if files.is_empty() {
             // The writer removes the metadata first when it deletes a Logstore.
             debug!(logstore = %logstore.name, "Logstore deleted by the writer");
-            logstore.gate.close("the Logstore");
+            logstore.close_gate("the Logstore");
             return Err(Error::Closed("the Logstore"));
         }
         loop {
@@ -118,7 +118,7 @@ impl Registry {
                 continue;
             }
             if entry.id != logstore.id {
-                logstore.gate.close("the Logstore");
+                logstore.close_gate("the Logstore");
                 return Err(Error::Closed("the Logstore"));
             }
             let leases = self.take_in(logstore, meta, keys)?;

@@ -374,7 +374,7 @@ impl Registry {
             }
         }
         for logstore in self.open_logstores() {
-            logstore.gate.close("the store");
+            logstore.close_gate("the store");
         }
         result
     }
