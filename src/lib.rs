@@ -76,7 +76,7 @@ pub use group::LogGroup;
 pub use key_status::{KeyState, KeyStatus};
 pub use kms::Cmk;
 pub use logstore::{AppendOptions, Logstore, LogstoreStatus, ShardChoice};
-pub use segment::Compression;
+pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{

@@ -1,6 +1,6 @@
 //! Counters of an open store, for monitoring.
 //!
-//! A counter costs one relaxed addition, at most once a block. A snapshot reads the counters one
+//! A counter costs one relaxed addition, at most once a block; a latency costs two or more. A snapshot reads the counters one
 //! after the other. Each number is correct in itself, but the snapshot is not of one point in time.
 
 #[cfg(feature = "prometheus")]
@@ -34,7 +34,6 @@ pub(crate) struct Counters {
     fsyncs: LatencyCounter,
     pub(crate) segments_begun: AtomicU64,
     pub(crate) segments_sealed: AtomicU64,
-    pub(crate) syncs: AtomicU64,
     pub(crate) sync_failures: AtomicU64,
     pub(crate) writers_latched: AtomicU64,
     pub(crate) groups_lost: AtomicU64,
@@ -81,14 +80,14 @@ impl Counters {
         self.appended[place(suite)].fetch_add(bytes, Relaxed);
     }
 
-    /// Counts a group that was written this long after its submission.
-    pub(crate) fn written(&self, after: Duration) {
+    /// Counts the groups of a block, each written this long after its submission.
+    pub(crate) fn written(&self, after: impl Iterator<Item = Duration>) {
         self.appends.count(after);
     }
 
     /// Counts a sync of a segment, including a failed one.
     pub(crate) fn synced(&self, took: Duration) {
-        self.fsyncs.count(took);
+        self.fsyncs.count([took].into_iter());
     }
 
     pub(crate) fn read(&self, suite: Suite, bytes: u64) {
@@ -102,6 +101,7 @@ impl Counters {
     ) -> StoreMetrics {
         let at = |counter: &AtomicU64| counter.load(Relaxed);
         let revoked = |place: usize| at(&self.revoked[place]);
+        let sync_latency = self.fsyncs.read();
         StoreMetrics {
             kms: self.kms.read(),
             leases,
@@ -123,12 +123,12 @@ impl Counters {
                 })
                 .collect(),
             append_latency: self.appends.read(),
-            sync_latency: self.fsyncs.read(),
+            sync_latency,
             logstores: Vec::new(),
             pending_bytes: 0,
             segments_begun: at(&self.segments_begun),
             segments_sealed: at(&self.segments_sealed),
-            syncs: at(&self.syncs),
+            syncs: sync_latency.count,
             sync_failures: at(&self.sync_failures),
             writers_latched: at(&self.writers_latched),
             groups_lost: at(&self.groups_lost),
@@ -171,12 +171,16 @@ struct LatencyCounter {
 }
 
 impl LatencyCounter {
-    fn count(&self, took: Duration) {
-        let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.sum_us.fetch_add(us, Relaxed);
-        let bucket = LATENCY_BUCKETS_US.partition_point(|bound| *bound < us);
-        if let Some(bucket) = self.histogram.get(bucket) {
-            bucket.fetch_add(1, Relaxed);
+    fn count(&self, took: impl Iterator<Item = Duration>) {
+        let (mut sum_us, mut counts) = (0u64, [0; LATENCY_BUCKETS]);
+        for took in took {
+            let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            sum_us = sum_us.saturating_add(us);
+            counts[LATENCY_BUCKETS_US.partition_point(|bound| *bound < us)] += 1;
+        }
+        self.sum_us.fetch_add(sum_us, Relaxed);
+        for (bucket, count) in self.histogram.iter().zip(counts).filter(|(_, count)| *count > 0) {
+            bucket.fetch_add(count, Relaxed);
         }
     }
 

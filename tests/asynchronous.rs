@@ -220,7 +220,7 @@ fn a_future_returns_the_errors_of_its_arguments() {
     assert!(matches!(block_on(append), Err(Error::InvalidGroup(_))));
 }
 
-/// A task is woken for its own group, whatever is written before it.
+/// Blocks with earlier groups do not wake the task of a later group.
 #[test]
 fn a_waiting_ticket_costs_one_wake() {
     const GROUPS: usize = 400;
@@ -380,6 +380,34 @@ fn a_stream_calls_no_kms_when_it_is_polled() {
     let mut next =
         || block_on(std::future::poll_fn(|context| Pin::new(&mut follow).poll_next(context)));
     assert_eq!(next().unwrap().unwrap().bytes, "0");
+}
+
+/// A job reads for the stream, and no job runs after the close.
+#[test]
+fn a_stream_ends_with_its_store_whether_or_not_its_job_has_run() {
+    for _ in 0..20 {
+        let world = World::threads();
+        let store = world.create();
+        let logstore = world.byok(&store, "p/l", &world.cmk());
+        push(&logstore, "0");
+        let mut stream = logstore.follow(0, &ReadOptions::default()).unwrap().into_stream();
+        let task = Arc::<Task>::default();
+        let waker = Waker::from(Arc::clone(&task));
+        let mut context = Context::from_waker(&waker);
+        assert!(Pin::new(&mut stream).poll_next(&mut context).is_pending());
+        store.close().unwrap();
+        loop {
+            match Pin::new(&mut stream).poll_next(&mut context) {
+                Poll::Pending => task.wait(),
+                Poll::Ready(Some(Ok(record))) => assert_eq!(record.bytes, "0"),
+                Poll::Ready(ended) => {
+                    let error = ended.unwrap().unwrap_err();
+                    assert!(matches!(error, Error::Closed(_)), "{error}");
+                    break;
+                }
+            }
+        }
+    }
 }
 
 /// Followers have their own limit.

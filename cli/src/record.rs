@@ -9,9 +9,8 @@ use std::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use envelog::{
-    Record,
+    BlockKind, Record,
     group::{Content, Log, LogGroup},
-    inspect::BlockKind,
 };
 use serde::{Serialize, Serializer, ser::SerializeMap};
 

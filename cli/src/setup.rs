@@ -3,6 +3,7 @@
 use std::{
     ffi::OsString,
     fmt::Display,
+    io,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -71,7 +72,7 @@ impl Setup {
             })
             .collect::<Result<Vec<_>>>()?;
         // A default that is not there would be an outage to the keys of the other KMSs.
-        if !is_default || kms_dir.exists() {
+        if !is_default || !is_missing(&kms_dir) {
             kms.push(Arc::new(LocalKms::at(&kms_dir)));
         }
         let inside = |dir: &PathBuf| {
@@ -191,6 +192,11 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name: OsString = path.components().as_path().into();
     name.push(suffix);
     name.into()
+}
+
+/// Whether nothing has this name. A directory that cannot be looked at is not missing.
+fn is_missing(path: &Path) -> bool {
+    matches!(path.symlink_metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound)
 }
 
 #[cfg(test)]

@@ -272,7 +272,6 @@ impl BoundedKms {
         let of = cmk;
         let (kms, cmk, timeout) = (Arc::clone(&self.kms), cmk.clone(), self.timeout);
         let run = move || {
-            let _span = debug_span!("kms_call", kms = kms.name(), operation).entered();
             let call = || make(&*kms, &KmsCall { cmk: &cmk, context: &context, timeout });
             // The backend handles the key on this stack. The thread may continue or its stack may
             // be reused.
@@ -310,6 +309,9 @@ impl BoundedKms {
         make: impl FnOnce(&dyn Kms, &KmsCall<'_>) -> Result<T, KmsError> + Send + 'static,
     ) -> Result<T, KmsError> {
         assert_may_wait_for_kms();
+        // Here and not where the call is made: a subscriber that blocks must not keep the renewal
+        // of a lease from the KMS.
+        let _span = debug_span!("kms_call", kms = self.name(), operation).entered();
         let (sender, receiver) = mpsc::sync_channel(1);
         let done = move |answer, report: CallReport| {
             // The caller may have stopped waiting for the answer.

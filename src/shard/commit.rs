@@ -18,19 +18,14 @@
 //!
 //! `tests/shuttle/tests/commit.rs` compiles this file by itself and explores its schedules.
 
-use std::{
-    collections::{BTreeMap, VecDeque},
-    ops::Range,
-    sync::Arc,
-    task::Waker,
-    time::Duration,
-};
+use std::{collections::VecDeque, ops::Range, sync::Arc, task::Waker, time::Duration};
 
 use bytes::Bytes;
 
 use super::{
     Durability,
-    wakers::{News, Tasks, Wakers},
+    handover::{Claim, HandedOver, Handover, Place},
+    wakers::{News, Tasks},
 };
 use crate::{
     Error, Result, group,
@@ -71,32 +66,6 @@ pub(super) struct Group {
 pub(super) struct Pending {
     pub(super) seq: u64,
     pub(super) group: Group,
-}
-
-/// What the submitter of a group asks for its outcome with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Claim {
-    /// The group has this sequence number.
-    Seq(u64),
-    /// The group was handed over, as the one with this number.
-    HandedOver(u64),
-}
-
-/// A group that was handed over and has no sequence number yet.
-struct HandedOver {
-    number: u64,
-    group: Group,
-    durability: Durability,
-    /// Whether its submitter may still ask for its outcome.
-    asked: bool,
-}
-
-/// What became of a group that was handed over.
-enum Place {
-    /// It has a sequence number.
-    Seq(u64),
-    /// It was refused.
-    Refused(Error),
 }
 
 /// A group that was accepted. The submitter is an asker until it calls [`GroupCommit::leave`].
@@ -802,49 +771,6 @@ impl GroupCommit {
     /// As [`GroupCommit::schedule_flush`], unless a flush is scheduled already.
     fn schedule_missing_flush(&self, state: &mut State, now: Duration) -> Option<Duration> {
         if state.flush_scheduled { None } else { self.schedule_flush(state, now) }
-    }
-}
-
-/// The groups that were handed over.
-#[derive(Default)]
-struct Handover {
-    /// Those without a sequence number, by their own numbers.
-    waiting: VecDeque<HandedOver>,
-    last: u64,
-    /// What became of the others, for their askers.
-    places: BTreeMap<u64, Place>,
-    /// The tasks that await a sequence number.
-    awaiting: Wakers,
-}
-
-impl Handover {
-    /// Returns the number of the group, and whether it is the only one without a sequence number.
-    fn push(&mut self, group: Group, durability: Durability) -> (u64, bool) {
-        self.last += 1;
-        let number = self.last;
-        self.waiting.push_back(HandedOver { number, group, durability, asked: true });
-        (number, self.waiting.len() == 1)
-    }
-
-    fn seq_of(&self, claim: Claim) -> Result<Option<u64>> {
-        match claim {
-            Claim::Seq(seq) => Ok(Some(seq)),
-            Claim::HandedOver(number) => match self.places.get(&number) {
-                None => Ok(None),
-                Some(Place::Seq(seq)) => Ok(Some(*seq)),
-                Some(Place::Refused(error)) => Err(error.clone()),
-            },
-        }
-    }
-
-    /// The asker of this group is done.
-    fn leave(&mut self, number: u64) {
-        self.places.remove(&number);
-        self.awaiting.remove(number);
-        let at = self.waiting.partition_point(|group| group.number < number);
-        if let Some(group) = self.waiting.get_mut(at).filter(|group| group.number == number) {
-            group.asked = false;
-        }
     }
 }
 

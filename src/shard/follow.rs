@@ -132,6 +132,8 @@ struct State {
     ready: Option<Result<bool>>,
     /// What was known of the shard before the reader looked for more.
     seen: News,
+    /// Whether the job that reads ahead is scheduled.
+    job_is_scheduled: bool,
     /// The task that waits for the job.
     waker: Option<Waker>,
 }
@@ -146,7 +148,7 @@ impl Follow {
     pub(crate) fn new(shard: &Arc<Shard>, options: &ReadOptions) -> Result<Self> {
         let seen = shard.commit().news();
         let reader = Some(Reader::following(shard, options)?);
-        let state = State { reader, ready: None, seen, waker: None };
+        let state = State { reader, ready: None, seen, job_is_scheduled: false, waker: None };
         Ok(Self(Arc::new_cyclic(|this| Following {
             shard: Arc::clone(shard),
             follower: Follower::new(shard),
@@ -229,11 +231,12 @@ impl Following {
             };
             let reads_here = may_block || self.needs_no_kms(&reader);
             if ready.is_none() && !reads_here {
-                let mut state = lock(&self.state);
-                (state.reader, state.waker) = (Some(reader), Some(waker.clone()));
-                drop(state);
-                let read = Work::Reader(self.this.clone(), ReaderJob::Read);
-                self.shard.wake_after(Duration::ZERO, read);
+                self.read_by_job(reader, waker);
+                // No job runs after the store is closed. The close wakes the followers.
+                let news = self.shard.commit().news();
+                if self.follower.poll_news(&news, waker) || self.shard.gate().is_closed() {
+                    continue;
+                }
                 return Poll::Pending;
             }
             let seen = self.shard.commit().news();
@@ -260,10 +263,25 @@ impl Following {
         }
     }
 
+    /// Schedules the job that reads ahead, and has `waker` woken when it has run.
+    fn read_by_job(&self, reader: Reader, waker: &Waker) {
+        let is_scheduled = {
+            let mut state = lock(&self.state);
+            (state.reader, state.waker) = (Some(reader), Some(waker.clone()));
+            std::mem::replace(&mut state.job_is_scheduled, true)
+        };
+        if !is_scheduled {
+            let read = Work::Reader(self.this.clone(), ReaderJob::Read);
+            self.shard.wake_after(Duration::ZERO, read);
+        }
+    }
+
     /// Whether the reader can look for the next record without a KMS call.
     fn needs_no_kms(&self, reader: &Reader) -> bool {
         let gate = self.shard.gate();
-        !gate.may_call_a_kms() || (reader.has_read_ahead() && gate.decides_or_asks())
+        gate.is_closed()
+            || !gate.may_call_a_kms()
+            || (reader.has_read_ahead() && gate.decides_or_asks())
     }
 }
 
@@ -273,7 +291,12 @@ impl Task<ReaderJob> for Following {
             let again = Work::Reader(self.this.clone(), ReaderJob::Read);
             return self.shard.wake_after(ASK_AGAIN_AFTER, again);
         }
-        let Some(mut reader) = lock(&self.state).reader.take() else { return };
+        let reader = {
+            let mut state = lock(&self.state);
+            state.job_is_scheduled = false;
+            state.reader.take()
+        };
+        let Some(mut reader) = reader else { return };
         let seen = self.shard.commit().news();
         let ready = reader.ready();
         let waker = {

@@ -15,7 +15,8 @@ use tracing::{debug_span, error, trace_span};
 use super::{
     Durability, Payload, Shard, Ticket,
     budget::AwaitsRoom,
-    commit::{Claim, Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
+    commit::{Flush, Group, Pending, Rejected, Resigned, Role, Stopped, Submitted, Term},
+    handover::Claim,
     loss::{Locked, wipe_batch},
     recovery::Recovery,
     rules::check_no_data_key,
@@ -327,11 +328,17 @@ impl Shard {
     /// # Errors
     /// Why the group has failed.
     pub(super) fn place(&self, claim: Claim) -> Result<u64> {
+        if let Claim::Seq(seq) = claim {
+            return Ok(seq);
+        }
         loop {
             if let Some(seq) = self.commit.seq_of(claim)? {
                 return Ok(seq);
             }
-            self.sync()?;
+            if self.place_handed_over().is_ok() && self.commit.seq_of(claim)?.is_none() {
+                // The segment has no numbers left. Writing the queue leads to the next segment.
+                self.sync()?;
+            }
         }
     }
 
@@ -497,12 +504,9 @@ impl Shard {
     /// Counts groups that were written.
     fn note_written(&self, batch: &[Pending]) {
         let now = self.context.clock.uptime();
-        let counters = self.env.counters();
-        let mut bytes = 0;
-        for Pending { group, .. } in batch {
-            counters.written(now.saturating_sub(group.submitted));
-            bytes += group.bytes.len() as u64;
-        }
+        let after = batch.iter().map(|pending| now.saturating_sub(pending.group.submitted));
+        self.env.counters().written(after);
+        let bytes = batch.iter().map(|pending| pending.group.bytes.len() as u64).sum();
         self.written.groups.fetch_add(batch.len() as u64, Ordering::Relaxed);
         self.written.bytes.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -32,6 +32,7 @@ mod chain;
 mod commit;
 mod control;
 mod follow;
+mod handover;
 mod hashing;
 mod leader;
 mod loss;

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use super::{Appended, Durability, Payload, Shard, budget::AwaitsRoom, commit::Claim};
+use super::{Appended, Durability, Payload, Shard, budget::AwaitsRoom, handover::Claim};
 use crate::{Error, Result};
 
 /// An append under way: wait for it, ask whether it is done, or await it as a future.

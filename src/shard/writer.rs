@@ -77,7 +77,6 @@ impl WriteEnv {
 
     /// Syncs the file of a segment, and counts it.
     pub(super) fn sync_file(&self, file: &dyn DiskFile, path: &Path) -> Result<()> {
-        self.counters().syncs.fetch_add(1, Ordering::Relaxed);
         let _span =
             trace_span!("fsync", logstore = %self.gate.name(), shard = self.shard).entered();
         let began = self.clock.uptime();

@@ -15,6 +15,9 @@ extern crate envelog_shuttle as envelog;
 #[allow(dead_code)]
 #[path = "../../../src/shard/commit.rs"]
 mod commit;
+#[allow(dead_code)]
+#[path = "../../../src/shard/handover.rs"]
+mod handover;
 #[allow(dead_code, unused_imports)]
 #[path = "../../../src/sync.rs"]
 mod sync;
@@ -25,8 +28,9 @@ mod wakers;
 use std::{env, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
-use commit::{Claim, Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
+use commit::{Dropped, Flush, Group, GroupCommit, Rejected, Reserved, Role};
 use envelog::{Durability, Error, Result, group, inspect as segment};
+use handover::Claim;
 use shuttle::{
     sync::{
         Mutex,
