@@ -49,7 +49,10 @@ impl Task {
 
     fn wait(&self) {
         let woken = self.woken.lock().unwrap();
-        *self.changed.wait_while(woken, |woken| !*woken).unwrap() = false;
+        let waited = self.changed.wait_timeout_while(woken, secs(20), |woken| !*woken);
+        let (mut woken, waited) = waited.unwrap();
+        assert!(!waited.timed_out(), "the task is not woken");
+        *woken = false;
     }
 }
 
