@@ -128,7 +128,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 fn create(store: &Store, number: u32, shard_count: u32) -> Duration {
     let name = format!("bench/l{number:05}").parse().unwrap();
     let began = Instant::now();
-    store.create_logstore(&name, LogstoreSpec { shard_count, ..LogstoreSpec::default() }).unwrap();
+    store.create_logstore(&name, LogstoreSpec::default().shard_count(shard_count)).unwrap();
     began.elapsed()
 }
 
@@ -179,7 +179,7 @@ fn roll(shards: u32) -> (u64, u64) {
     });
     let logstore = store.logstore(&"bench/l00000".parse().unwrap()).unwrap();
     let append = || {
-        let options = AppendOptions { shard: ShardChoice::Shard(0), ..AppendOptions::default() };
+        let options = AppendOptions::default().shard(ShardChoice::Shard(0));
         logstore.append(Payload::opaque("a record").unwrap(), &options).unwrap();
     };
     append();

@@ -92,7 +92,7 @@ fn logstore(
     compression: Compression,
 ) -> Logstore {
     let encrypt_conf = encrypt.map(EncryptConf::service_key);
-    let spec = LogstoreSpec { compression, encrypt_conf, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().compression(compression).encrypt_conf(encrypt_conf);
     store.create_logstore(&format!("bench/{name}-{compression}").parse().unwrap(), spec).unwrap()
 }
 
@@ -112,7 +112,7 @@ fn append(criterion: &mut Criterion) {
                         logstore
                             .append(
                                 payload.clone(),
-                                &AppendOptions::durability(Durability::Buffered),
+                                &AppendOptions::default().durability(Durability::Buffered),
                             )
                             .unwrap();
                     }
@@ -138,7 +138,7 @@ fn read(criterion: &mut Criterion) {
         let logstore = logstore(&store, suite, encrypt, Compression::Lz4);
         for payload in &groups {
             logstore
-                .append(payload.clone(), &AppendOptions::durability(Durability::Buffered))
+                .append(payload.clone(), &AppendOptions::default().durability(Durability::Buffered))
                 .unwrap();
         }
         logstore.roll().unwrap();
@@ -167,14 +167,16 @@ fn read_modes(criterion: &mut Criterion) {
             let logstore = logstore(&store, suite, encrypt, compression);
             for payload in (0..8).flat_map(|_| &groups) {
                 logstore
-                    .append(payload.clone(), &AppendOptions::durability(Durability::Buffered))
+                    .append(
+                        payload.clone(),
+                        &AppendOptions::default().durability(Durability::Buffered),
+                    )
                     .unwrap();
             }
             logstore.roll().unwrap();
             let round = |mode| {
                 let began = Instant::now();
-                let reader =
-                    logstore.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let reader = logstore.read(0, &ReadOptions::default().mode(mode)).unwrap();
                 let read: usize = reader.map(|record| record.unwrap().bytes.len()).sum();
                 assert_eq!(read, bytes);
                 began.elapsed().as_secs_f64()

@@ -36,7 +36,8 @@ use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Logstore, LogstoreSpec, Payload,
     Store, StoreOptions,
     crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
-    kms::{Fault, FaultyKms, Kms, KmsError, LocalKms, RevokedReason},
+    kms::{Kms, KmsError, LocalKms, RevokedReason},
+    testing::{Fault, FaultyKms},
 };
 use tempfile::TempDir;
 
@@ -120,7 +121,7 @@ impl World {
 
     fn logstore(&self, name: &str, cmk: &Cmk) -> Logstore {
         let spec =
-            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+            LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         self.store.create_logstore(&name.parse().unwrap(), spec).unwrap()
     }
 }
@@ -128,7 +129,7 @@ impl World {
 /// The 99th percentile of appends of 4 KiB during `long`, in microseconds.
 fn p99(logstore: &Logstore, long: Duration) -> f64 {
     let payload = Bytes::from(vec![b'x'; 4 << 10]);
-    let options = AppendOptions::durability(Durability::Written);
+    let options = AppendOptions::default().durability(Durability::Written);
     let mut took = Vec::new();
     let began = Instant::now();
     while began.elapsed() < long {
@@ -207,7 +208,10 @@ fn neighbour(what: &str, world: &World, runs: usize, long: Duration) {
                     while !stop.load(Ordering::Relaxed) {
                         let payload = Payload::opaque(Bytes::from_static(b"x")).unwrap();
                         if revoked
-                            .append(payload, &AppendOptions::durability(Durability::Written))
+                            .append(
+                                payload,
+                                &AppendOptions::default().durability(Durability::Written),
+                            )
                             .is_err()
                         {
                             refused.store(true, Ordering::Relaxed);
@@ -318,10 +322,10 @@ fn loss(place: &str, dir: TempDir, logstores: usize) {
         .options(options)
         .create()
         .unwrap();
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk));
     let append = |logstore: &Logstore, durability| {
         let payload = Payload::opaque(Bytes::from(vec![b'x'; 4 << 10])).unwrap();
-        logstore.append(payload, &AppendOptions::durability(durability)).unwrap();
+        logstore.append(payload, &AppendOptions::default().durability(durability)).unwrap();
     };
     let all: Vec<_> = (0..logstores)
         .map(|n| {

@@ -121,7 +121,7 @@ fn status(field: &str) -> usize {
 
 fn put(logstore: &Logstore, durability: Durability) -> envelog::Result<()> {
     let payload = Payload::opaque(Bytes::from(vec![b'x'; 4 << 10])).unwrap();
-    logstore.append(payload, &AppendOptions::durability(durability)).map(drop)
+    logstore.append(payload, &AppendOptions::default().durability(durability)).map(drop)
 }
 
 /// Appends to the neighbour for the length of a run. Meanwhile the KMS refuses the key of
@@ -198,7 +198,7 @@ fn main() {
             arn: "role".to_owned(),
             region_id: "region".to_owned(),
         };
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk));
         let logstore = store.create_logstore(&format!("p/{name}").parse().unwrap(), spec).unwrap();
         put(&logstore, Durability::Written).unwrap();
         logstore

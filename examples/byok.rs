@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         arn: role.to_owned(),
         region_id: "cn-hangzhou".to_owned(),
     };
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Sm4, cmk));
     let logstore = store.create_logstore(&"shop/payments".parse()?, spec)?;
     logstore.append(Payload::opaque("paid 12.50")?, &AppendOptions::default())?;
 

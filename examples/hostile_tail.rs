@@ -94,9 +94,9 @@ fn main() {
 fn measure(what: &str, make: Make, encrypted: bool, len: usize) {
     let world = World::manual();
     let store = world.create();
-    let mut spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+    let mut spec = LogstoreSpec::default().compression(Compression::None);
     if encrypted {
-        spec = spec.encrypted(EncryptConf::service_key(EncryptType::Aes));
+        spec = spec.encrypt_conf(EncryptConf::service_key(EncryptType::Aes));
     }
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for text in ["first", "second"] {
@@ -111,7 +111,7 @@ fn measure(what: &str, make: Make, encrypted: bool, len: usize) {
     append_tail(&segments(&dir, 0)[0], make, len);
 
     let store = world.open();
-    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let keyless = VerifyOptions::default().keyless(true);
     let verification = timed(|| drop(store.admin().verify(&keyless, &mut |_| {}).unwrap()));
     let logstore = store.logstore(&name("p/l")).unwrap();
     let recovery = timed(|| put(&logstore, "next"));

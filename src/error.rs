@@ -16,10 +16,14 @@ use serde::{Serialize, Serializer};
 pub use crate::config::ConfigError;
 use crate::{
     config::LogstoreName,
+    ids::ParseIdError,
     io::{FileKind, WrongFileType},
-    kms::{Cmk, KmsError, NoKms, RevokedReason},
+    kms::{Cmk, KmsError, KmsUrlError, NoKms, RevokedReason},
     wire::{DecodeError, FORMAT_VERSION},
 };
+
+#[cfg(feature = "kms-local")]
+use crate::kms::LocalKmsError;
 
 /// Another writer has taken over the store. The disk of a writer reports it as the inner error of
 /// an [`io::Error`], which becomes [`Error::Fenced`].
@@ -79,7 +83,7 @@ impl fmt::Display for Location {
 ///
 /// | kind | the caller's next step | who acts | errors |
 /// |---|---|---|---|
-/// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config), [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
+/// | [`Invalid`](Self::Invalid) | correct the call; never repeat it unchanged | the developer | [`Config`](Error::Config), [`InvalidGroup`](Error::InvalidGroup), [`InvalidArgument`](Error::InvalidArgument), [`TooLarge`](Error::TooLarge), [`KmsUrl`](Error::KmsUrl), [`InvalidId`](Error::InvalidId), [`UnexpectedCmk`](Error::UnexpectedCmk), [`ReadOnly`](Error::ReadOnly), [`ShardReadOnly`](Error::ShardReadOnly) |
 /// | [`NotFound`](Self::NotFound) | use another name, or create it | the developer | [`StoreMissing`](Error::StoreMissing), [`NotAStore`](Error::NotAStore), [`LogstoreMissing`](Error::LogstoreMissing), [`ShardMissing`](Error::ShardMissing), [`Shredded`](Error::Shredded) |
 /// | [`Exists`](Self::Exists) | use the existing one, or another name | the developer | [`StoreExists`](Error::StoreExists), [`LogstoreExists`](Error::LogstoreExists), [`KeyringExists`](Error::KeyringExists) |
 /// | [`Busy`](Self::Busy) | repeat the call soon, with a growing delay | - | [`Full`](Error::Full), [`TooManyReaders`](Error::TooManyReaders) |
@@ -93,7 +97,8 @@ impl fmt::Display for Location {
 /// | [`Bug`](Self::Bug) | report it | the developers of envelog | [`Crypto`](Error::Crypto) |
 ///
 /// [`Latched`](Error::Latched), [`GroupsLost`](Error::GroupsLost) and
-/// [`KeyringNotRead`](Error::KeyringNotRead) have the kind of their cause.
+/// [`KeyringNotRead`](Error::KeyringNotRead) have the kind of their cause. `LocalKms`, an error of
+/// the administration of an embedded KMS, has the kind that its cause has in this table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -567,6 +572,16 @@ pub enum Error {
     /// The store, Logstore or reader has been closed or deleted.
     #[error("{0} is closed")]
     Closed(&'static str),
+    /// The URL names no KMS of this build.
+    #[error(transparent)]
+    KmsUrl(#[from] KmsUrlError),
+    /// The string is not an identifier.
+    #[error(transparent)]
+    InvalidId(#[from] ParseIdError),
+    /// The administration of an embedded KMS failed.
+    #[cfg(feature = "kms-local")]
+    #[error(transparent)]
+    LocalKms(Arc<LocalKmsError>),
     /// A cryptographic library failed.
     #[error("cryptography: {0}")]
     Crypto(#[from] crate::crypto::CryptoError),
@@ -600,6 +615,34 @@ impl DecodeError {
     }
 }
 
+#[cfg(feature = "kms-local")]
+impl From<LocalKmsError> for Error {
+    fn from(error: LocalKmsError) -> Self {
+        Error::LocalKms(Arc::new(error))
+    }
+}
+
+#[cfg(feature = "kms-local")]
+fn kind_of_local_kms(error: &LocalKmsError) -> ErrorKind {
+    match error {
+        LocalKmsError::Missing { .. } | LocalKmsError::Busy { .. } => ErrorKind::KmsUnreachable,
+        LocalKmsError::NotFound { .. } => ErrorKind::NotFound,
+        LocalKmsError::WrongState { .. }
+        | LocalKmsError::NotGranted { .. }
+        | LocalKmsError::InvalidArgument { .. }
+        | LocalKmsError::TooLarge { .. } => ErrorKind::Invalid,
+        LocalKmsError::Damaged { .. } => ErrorKind::Integrity,
+        LocalKmsError::Io { source, .. } => kind_of_io(source),
+    }
+}
+
+fn kind_of_io(error: &io::Error) -> ErrorKind {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoRoom,
+        _ => ErrorKind::Io,
+    }
+}
+
 impl From<std::convert::Infallible> for Error {
     fn from(never: std::convert::Infallible) -> Self {
         match never {}
@@ -628,6 +671,8 @@ impl Error {
             | Error::InvalidGroup(_)
             | Error::TooLarge { .. }
             | Error::InvalidArgument(_)
+            | Error::KmsUrl(_)
+            | Error::InvalidId(_)
             | Error::ReadOnly
             | Error::ShardReadOnly { .. } => ErrorKind::Invalid,
             Error::StoreMissing { .. }
@@ -657,10 +702,9 @@ impl Error {
             | Error::KeyringNotRead { cause, .. } => cause.kind(),
             Error::Forked | Error::Closed(_) | Error::KeyringChanged { .. } => ErrorKind::Closed,
             Error::Crypto(_) => ErrorKind::Bug,
-            Error::Io { source, .. } => match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoRoom,
-                _ => ErrorKind::Io,
-            },
+            #[cfg(feature = "kms-local")]
+            Error::LocalKms(error) => kind_of_local_kms(error),
+            Error::Io { source, .. } => kind_of_io(source),
         }
     }
 
@@ -717,6 +761,10 @@ impl Error {
             Error::ReadOnly => "read_only",
             Error::Forked => "forked",
             Error::Closed(_) => "closed",
+            Error::KmsUrl(_) => "kms_url",
+            Error::InvalidId(_) => "invalid_id",
+            #[cfg(feature = "kms-local")]
+            Error::LocalKms(error) => error.code(),
             Error::Crypto(_) => "crypto",
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => "disk_full",
             Error::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {

@@ -26,10 +26,10 @@
 //! | `kms-aws` | no | `kms::AwsKms`: AWS KMS, in a role of the customer's account, with the same client |
 //! | `kms-vault` | no | `kms::VaultKms`: the Transit engine of HashiCorp Vault and OpenBao, with the same client |
 //! | `kms-pkcs11` | no | `kms::pkcs11`: keys in a hardware security module, through PKCS#11 |
-//! | `kms-conformance` | no | `kms::conformance`: a test suite for KMS backends, for the tests of your own |
+//! | `kms-conformance` | no | `testing::conformance`: a test suite for KMS backends, for the tests of your own |
 //! | `prometheus` | no | `StoreMetrics::to_prometheus`: the metrics as text that Prometheus scrapes |
 //! | `stream` | no | `Follow::into_stream`: a `futures_core::Stream` |
-//! | `kms-faulty` | no | `kms::FaultyKms`: a KMS that injects faults, for your tests |
+//! | `testing` | no | `testing::FaultyKms`: a KMS that injects faults, for your tests |
 //!
 //! Features only add: no feature changes the behaviour of another part. Without any feature the engine
 //! builds with a Rust toolchain and a C compiler for zstd. `crypto::Sm4Simd` is always available. It
@@ -44,6 +44,9 @@
 compile_error!("envelog needs a Unix system: it relies on flock, fsync of directories and openat");
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("envelog needs a 64-bit system: a segment may have 4 GiB");
+
+#[macro_use]
+mod setters;
 
 mod config;
 pub mod crypto;
@@ -80,9 +83,13 @@ pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{
-    AppendFuture, Appended, Durability, Follow, Payload, Position, ReadMode, ReadOptions, Reader,
-    Record, RecordBlock, Ticket, WaitFor,
+    AppendFuture, Appended, Durability, Follow, MergedReader, Payload, Position, ReadMode,
+    ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
 };
+/// The crates whose types are in the signatures of this one: [`bytes::Bytes`] in [`Record`], and
+/// [`prost::Message`], which [`LogGroup`] implements.
+pub use {bytes, prost};
+
 pub use store::{Admin, Background, Keys, Store, StoreBuilder, StoreOptions};
 
 /// What the operations of [`Admin`] and [`Keys`] take and return: verification, retention, repair,
@@ -120,6 +127,16 @@ pub mod limits {
         },
         store::{LOGSTORES_MAX, STORE_SHARDS_MAX},
     };
+}
+
+/// For the tests of an embedder: a KMS that fails on request (feature `testing`), and a suite of
+/// checks for a KMS backend (feature `kms-conformance`).
+#[cfg(any(feature = "testing", feature = "kms-conformance"))]
+pub mod testing {
+    #[cfg(feature = "kms-conformance")]
+    pub use crate::kms::conformance;
+    #[cfg(feature = "testing")]
+    pub use crate::kms::{Answer, Fault, FaultyKms, Operation};
 }
 
 /// The parts of a segment file, for tools that look at the bytes on disk and for fuzzing. No

@@ -179,10 +179,10 @@ pub(crate) enum LockRank {
     #[cfg(feature = "kms-pkcs11")]
     KmsSessions,
     /// The faults that `FaultyKms` is to inject next.
-    #[cfg(feature = "kms-faulty")]
+    #[cfg(feature = "testing")]
     KmsScript,
     /// The plan by which `FaultyKms` injects faults.
-    #[cfg(feature = "kms-faulty")]
+    #[cfg(feature = "testing")]
     KmsPlan,
     /// The records of a run of the conformance suite, and the faults of its proxy.
     #[cfg(feature = "kms-conformance")]

@@ -156,7 +156,7 @@ fn byok(cmk: &Cmk) -> EncryptConf {
 }
 
 fn policy(max_age_days: Option<u32>, max_bytes: Option<u64>) -> Option<RotateDataKey> {
-    Some(RotateDataKey { max_age_days, max_bytes })
+    Some(RotateDataKey::default().max_age_days(max_age_days).max_bytes(max_bytes))
 }
 
 /// The number of data-key versions of a Logstore.
@@ -191,7 +191,7 @@ const OPERATIONS: [Operation; 10] = [
         logstore: HUNG,
         run: |scene| {
             scene.store.keys().rotate_data_key(&name(AGED))?;
-            let options = RewrapOptions::master_key(&scene.hung[0].cmk_key_id);
+            let options = RewrapOptions::default().cmk_key_id(scene.hung[0].cmk_key_id.clone());
             let mut report = scene.store.keys().rewrap_all(&options, &mut |_| {})?;
             report.failed.pop().map_or(Ok(()), |(_, error)| Err(error))
         },
@@ -223,7 +223,7 @@ const OPERATIONS: [Operation; 10] = [
         what: "creation",
         logstore: "p/new",
         run: |scene| {
-            let spec = LogstoreSpec::default().encrypted(byok(&scene.hung[1]));
+            let spec = LogstoreSpec::default().encrypt_conf(byok(&scene.hung[1]));
             scene.store.create_logstore(&name("p/new"), spec).map(drop)
         },
     },
@@ -308,7 +308,7 @@ fn beside(store: &Store, other: &[Cmk; 2], checkpoint: bool) {
     }
     assert!(!keys.usage().unwrap().data_keys.is_empty());
     store.metrics();
-    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let keyless = VerifyOptions::default().keyless(true);
     assert!(admin.verify(&keyless, &mut |_| {}).unwrap().is_clean());
     keys.audit_records().unwrap();
     assert!(keys.verify_audit(None).unwrap().fault.is_none());
@@ -318,7 +318,7 @@ fn beside(store: &Store, other: &[Cmk; 2], checkpoint: bool) {
         admin.checkpoint().unwrap();
     }
     // Operations on other Logstores.
-    let spec = |conf| LogstoreSpec::default().encrypted(conf);
+    let spec = |conf| LogstoreSpec::default().encrypt_conf(conf);
     let service = || EncryptConf::service_key(EncryptType::Sm4);
     store.create_logstore(&name("p/a"), LogstoreSpec::default()).unwrap();
     put(&store.create_logstore(&name("p/b"), spec(service())).unwrap(), "new");
@@ -333,7 +333,8 @@ fn beside(store: &Store, other: &[Cmk; 2], checkpoint: bool) {
     }
     enable(store, CLOSED, byok(&other[1])).unwrap();
     keys.replace_cmk(&name(OTHER), other[1].clone(), ReplaceCmk::default()).unwrap();
-    let report = keys.rewrap_all(&RewrapOptions::master_key(&other[1].cmk_key_id), &mut |_| {});
+    let report = keys
+        .rewrap_all(&RewrapOptions::default().cmk_key_id(other[1].cmk_key_id.clone()), &mut |_| {});
     assert!(report.unwrap().failed.is_empty());
     admin.repair(&name(OTHER), 0).unwrap();
     for text in ["p/a", "p/b", "p/c"] {
@@ -505,7 +506,7 @@ fn a_name_that_is_being_created_twice_belongs_to_the_first() {
     for fails in [false, true] {
         let scene = Scene::new();
         let (store, conf) = (scene.store.clone(), byok(&scene.hung[0]));
-        let spec = LogstoreSpec::default().encrypted(conf);
+        let spec = LogstoreSpec::default().encrypt_conf(conf);
         let second: Arc<Mutex<Option<thread::JoinHandle<Result<Logstore>>>>> = Arc::default();
         let (handle, kms, again) =
             (Arc::clone(&second), Arc::clone(&scene.world.kms), spec.clone());
@@ -736,7 +737,7 @@ fn a_first_envelope_is_under_the_newest_service_key() {
     store.create_logstore(&name(PLAIN), LogstoreSpec::default()).unwrap();
     let service = EncryptConf::service_key(EncryptType::Aes);
     let create = |store: &Store| {
-        let spec = LogstoreSpec::default().encrypted(service.clone());
+        let spec = LogstoreSpec::default().encrypt_conf(service.clone());
         store.create_logstore(&name("p/new"), spec).map(drop)
     };
     type Operation<'a> = &'a dyn Fn(&Store) -> Result<()>;
@@ -821,7 +822,7 @@ fn one_worker() -> (World, Store, [Logstore; 2], Cmk) {
 /// A worker still writes the records of another Logstore.
 #[track_caller]
 fn assert_worker_is_free(logstore: &Logstore, text: &str) {
-    let mut reader = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
+    let mut reader = logstore.read(0, &ReadOptions::default().from(Position::End)).unwrap();
     logstore.append(record(text), &buffered()).unwrap();
     eventually("a worker writes the record", || reader.try_next().unwrap().is_some());
 }

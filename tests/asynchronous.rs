@@ -68,7 +68,7 @@ fn block_on<F: Future>(future: F) -> F::Output {
 }
 
 fn written() -> AppendOptions {
-    AppendOptions::durability(Durability::Written)
+    AppendOptions::default().durability(Durability::Written)
 }
 
 /// A store that was closed and is opened again while the KMS hangs.
@@ -113,7 +113,8 @@ fn a_submission_does_not_wait_for_the_kms() {
         assert!(task.poll(Pin::new(ticket)).is_pending());
     }
     // Also for a group that is acknowledged as soon as it has its place.
-    let buffered = hung.submit("3", &AppendOptions::durability(Durability::Buffered)).unwrap();
+    let buffered =
+        hung.submit("3", &AppendOptions::default().durability(Durability::Buffered)).unwrap();
     assert!(!buffered.is_done());
     // The group of a dropped ticket is appended.
     drop(hung.submit("4", &written()).unwrap());
@@ -216,7 +217,7 @@ fn a_future_returns_the_errors_of_its_arguments() {
     let world = World::threads();
     let store = world.create();
     let logstore = world.service(&store, "p/l");
-    let options = AppendOptions { shard: envelog::ShardChoice::Shard(9), ..written() };
+    let options = written().shard(envelog::ShardChoice::Shard(9));
     let append = logstore.append_async(record("x"), &options);
     assert!(matches!(block_on(append), Err(Error::ShardMissing { shard: 9, .. })));
     let append = logstore.append_async(&LogGroup::default(), &written());
@@ -275,7 +276,7 @@ fn a_follower_waits_for_more() {
         assert_eq!(following.join().unwrap(), ["1", "2", "3"]);
     });
     // Until its options say that it ends.
-    let options = ReadOptions { max_groups: Some(2), ..ReadOptions::default() };
+    let options = ReadOptions::default().max_groups(2);
     let texts: Vec<_> =
         logstore.follow(0, &options).unwrap().map(|record| record.unwrap().bytes).collect();
     assert_eq!(texts, ["0", "1"]);
@@ -289,7 +290,7 @@ fn a_follower_ends_with_its_key_and_with_its_store() {
         let store = world.create();
         let logstore = world.byok(&store, "p/l", &world.cmk());
         push(&logstore, "0");
-        let from = ReadOptions::from(Position::End);
+        let from = ReadOptions::default().from(Position::End);
         let (mut follow, wait) = (logstore.follow(0, &from).unwrap(), logstore.wait_for(0, 1));
         thread::scope(|threads| {
             let following = threads.spawn(|| (follow.next().unwrap(), follow.next()));
@@ -331,7 +332,8 @@ fn a_wait_ends_when_the_shard_has_grown() {
     logstore_beside.wait_for(0, 1).unwrap().wait();
     thread::scope(|threads| {
         let waiting = threads.spawn(|| logstore_beside.wait_for(0, 2).unwrap().wait());
-        let mut follow = logstore_beside.follow(0, &ReadOptions::from(Position::Seq(2))).unwrap();
+        let mut follow =
+            logstore_beside.follow(0, &ReadOptions::default().from(Position::Seq(2))).unwrap();
         let following = threads.spawn(move || follow.next().unwrap().unwrap().bytes);
         push(&logstore, "2");
         waiting.join().unwrap();

@@ -15,7 +15,7 @@ use common::{
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 use envelog::{
-    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Result, Store,
     admin::{Checkpoint, ReplaceCmk, VerifyOptions},
     audit::AuditEvent::{self, *},
     audit::{AuditMark, AuditRecord},
@@ -62,17 +62,10 @@ fn every_transition_is_in_it_with_its_reason_and_nothing_else() {
     assert_eq!(events(&store), [StoreCreated, Created, Created]);
     let config = store.logstore(plain.name()).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Sm4);
-    let config = store
-        .update_logstore(
-            plain.name(),
-            LogstoreConfig { encrypt_conf: Some(conf.clone()), ..config },
-        )
-        .unwrap();
+    let config = store.update_logstore(plain.name(), config.encrypt_conf(conf.clone())).unwrap();
     // Switching encryption, syncs, checkpoints and closing record no event.
     let off = EncryptConf { enable: false, ..conf };
-    store
-        .update_logstore(plain.name(), LogstoreConfig { encrypt_conf: Some(off), ..config })
-        .unwrap();
+    store.update_logstore(plain.name(), config.encrypt_conf(off)).unwrap();
     store.admin().checkpoint().unwrap();
     world.clock.advance(secs(40));
     store.tick();
@@ -405,7 +398,7 @@ fn a_checkpoint_finds_an_older_log_and_catalogue() {
     let store = world.open();
     // The old state is consistent in itself.
     assert!(fault_kinds(&store).is_empty());
-    let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
+    let options = VerifyOptions::default().against(checkpoint);
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     let kinds: Vec<_> = report.faults.iter().map(|fault| fault.kind).collect();
     assert!(kinds.contains(&"truncated") && kinds.contains(&"rolled_back"), "{kinds:?}");

@@ -27,7 +27,7 @@ use envelog::{
 };
 
 fn to_shard(shard: u32, options: AppendOptions) -> AppendOptions {
-    AppendOptions { shard: ShardChoice::Shard(shard), ..options }
+    options.shard(ShardChoice::Shard(shard))
 }
 
 /// A clock that runs an action when the time is read.
@@ -76,11 +76,7 @@ fn records_after_enabling_encryption_are_never_written_plain() {
     let cmk = world.cmk();
     let off = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Sm4, cmk.clone()) };
     for (text, conf) in [("p/none", None), ("p/off", Some(off))] {
-        let spec = LogstoreSpec {
-            compression: Compression::None,
-            encrypt_conf: conf,
-            ..LogstoreSpec::default()
-        };
+        let spec = LogstoreSpec::default().compression(Compression::None).encrypt_conf(conf);
         let logstore = store.create_logstore(&name(text), spec).unwrap();
         put(&logstore, "before");
         let mut config = store.logstore(&name(text)).unwrap().config();
@@ -108,7 +104,7 @@ fn records_after_enabling_encryption_are_never_written_plain() {
 /// even if it reads no new data.
 #[test]
 fn a_reader_follows_a_replaced_master_key_within_the_bound() {
-    for how in [ReplaceCmk::default(), ReplaceCmk::keep_data_key()] {
+    for how in [ReplaceCmk::default(), ReplaceCmk::default().fresh_data_key(false)] {
         let world = World::manual();
         let (old, new) = (world.cmk(), world.cmk());
         let store = world.create();
@@ -230,11 +226,11 @@ fn a_key_enabled_during_a_wipe_is_wiped_at_the_next_revocation() {
     let disk = SimDisk::new(world.path());
     let store = world.builder().disk(Arc::new(disk.clone())).create().unwrap();
     let cmk = world.cmk();
-    let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().shard_count(2);
     let logstore = store
         .create_logstore(
             &name("p/l"),
-            spec.encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone())),
+            spec.encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone())),
         )
         .unwrap();
     for shard in 0..2 {
@@ -327,12 +323,8 @@ fn with_old_segments() -> (World, Store, Logstore) {
     world.options.segment_bytes = 4 << 10;
     let store = world.create();
     let conf = EncryptConf::service_key(EncryptType::Aes);
-    let spec = LogstoreSpec {
-        ttl_days: Some(1),
-        compression: Compression::None,
-        ..LogstoreSpec::default()
-    };
-    let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf)).unwrap();
+    let spec = LogstoreSpec::default().ttl_days(1).compression(Compression::None);
+    let logstore = store.create_logstore(&name("p/l"), spec.encrypt_conf(conf)).unwrap();
     for n in 0..8 {
         let text = n.to_string().repeat(5000);
         put(&logstore, &text);
@@ -349,11 +341,7 @@ fn plain_segments_dropped_during_a_verification_are_no_fault() {
     let mut world = World::manual();
     world.options.segment_bytes = 4 << 10;
     let store = world.create();
-    let spec = LogstoreSpec {
-        ttl_days: Some(1),
-        compression: Compression::None,
-        ..LogstoreSpec::default()
-    };
+    let spec = LogstoreSpec::default().ttl_days(1).compression(Compression::None);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..8 {
         put(&logstore, &n.to_string().repeat(5000));
@@ -415,7 +403,7 @@ fn what_retention_drops_meanwhile_is_no_fault_and_no_hole() {
         let found = looking.logstore(&name("p/l")).unwrap();
         let all = found.status().unwrap();
         assert_eq!(all.segments as usize, left);
-        let from = ReadOptions::from(Position::Time(0));
+        let from = ReadOptions::default().from(Position::Time(0));
         let read: Vec<_> = found.read(0, &from).unwrap().collect::<envelog::Result<_>>().unwrap();
         assert_eq!(read.len() as u64, all.groups);
     }

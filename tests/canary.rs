@@ -17,8 +17,8 @@ use std::{collections::BTreeSet, fmt::Debug, sync::Arc};
 use bytes::Bytes;
 use common::{memory::MemoryDisk, *};
 use envelog::{
-    AppendOptions, Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore,
-    LogstoreSpec, Payload, ReadOptions, Store, StoreBuilder,
+    Cmk, Compression, EncryptConf, EncryptType, Error, LogGroup, Logstore, LogstoreSpec, Payload,
+    ReadOptions, Store, StoreBuilder,
     admin::{ReplaceCmk, VerifyOptions},
     crypto::{AwsLc, HashAlg, SecretKey, derive},
     group::{Content, Log, LogTag},
@@ -150,7 +150,7 @@ impl Watched {
         compression: Compression,
         conf: Option<EncryptConf>,
     ) -> Logstore {
-        let spec = LogstoreSpec { compression, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().compression(compression).encrypt_conf(conf);
         store.create_logstore(&name(text), spec).unwrap()
     }
 
@@ -386,10 +386,7 @@ fn whole_life(traced: &Traced) {
     watched.refuses(LogGroup::decode(text.as_bytes()).map_err(Error::from));
     group.logs.clear();
     watched.refuses(aes.append(&group, &synced()));
-    watched.refuses(aes.append(
-        record(&text),
-        &AppendOptions { shard: envelog::ShardChoice::Shard(9), ..synced() },
-    ));
+    watched.refuses(aes.append(record(&text), &synced().shard(envelog::ShardChoice::Shard(9))));
     let opaque = records(&aes, 0).unwrap().into_iter().find_map(|record| record.group().err());
     watched.refuses(Err::<(), _>(opaque.unwrap()));
     watched.world.local().disable(&new.cmk_key_id).unwrap();

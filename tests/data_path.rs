@@ -192,7 +192,9 @@ fn a_full_pipeline_refuses_tickets_and_blocks_submit() {
     drop(b.try_submit(opaque(8 << 10), &buffered()).unwrap());
     for logstore in [&a, &b] {
         for durability in [Durability::Buffered, Durability::Synced] {
-            match logstore.try_submit(opaque(8 << 10), &AppendOptions::durability(durability)) {
+            match logstore
+                .try_submit(opaque(8 << 10), &AppendOptions::default().durability(durability))
+            {
                 Err(Error::Full { pending }) => {
                     assert!(
                         (4 * (255 << 10)..=(1 << 20) + (9 << 10)).contains(&pending),
@@ -416,7 +418,7 @@ fn segments_roll_by_bytes_and_by_age() {
     let mut sim = Sim::new();
     sim.world.options.segment_bytes = 64 << 10;
     let store = sim.create();
-    let spec = LogstoreSpec { compression: envelog::Compression::None, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().compression(envelog::Compression::None);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let segments = || sim.segments(&logstore, 0).len();
     for n in 1..=5usize {
@@ -463,7 +465,7 @@ fn with_retention(
     ttl_days: Option<u32>,
     retention_bytes: Option<u64>,
 ) -> LogstoreConfig {
-    LogstoreConfig { ttl_days, retention_bytes, ..logstore.config() }
+    logstore.config().ttl_days(ttl_days).retention_bytes(retention_bytes)
 }
 
 #[test]
@@ -518,14 +520,10 @@ fn retention_by_time_drops_whole_segments_only() {
 fn retention_by_bytes_drops_the_oldest_segments_of_each_shard() {
     let sim = Sim::new();
     let store = sim.create();
-    let spec = LogstoreSpec {
-        shard_count: 2,
-        compression: envelog::Compression::None,
-        ..LogstoreSpec::default()
-    };
+    let spec = LogstoreSpec::default().shard_count(2).compression(envelog::Compression::None);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..8 {
-        let options = AppendOptions { shard: ShardChoice::Shard(u32::from(n >= 5)), ..written() };
+        let options = written().shard(ShardChoice::Shard(u32::from(n >= 5)));
         logstore.append(opaque(10_000), &options).unwrap();
         logstore.roll().unwrap();
     }
@@ -604,7 +602,7 @@ fn deleting_leaves_no_file_and_the_name_is_free() {
     let kept = sim.world.service(&store, "p/kept");
     put(&kept, "kept");
     let before = sim.disk.files(&sim.world.store_dir().join("logstores"));
-    let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().shard_count(3);
     let doomed = store.create_logstore(&name("p/l"), spec.clone()).unwrap();
     for _ in 0..6 {
         put(&doomed, "doomed");
@@ -632,7 +630,7 @@ fn hash_keys_choose_the_shard_that_owns_them() {
     let sim = Sim::new();
     let store = sim.create();
     for count in [1, 3, 8] {
-        let spec = LogstoreSpec { shard_count: count, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().shard_count(count);
         let logstore = store.create_logstore(&name(&format!("p/l{count}")), spec).unwrap();
         let shards = logstore.config().shards;
         let mut expected = BTreeMap::new();
@@ -644,7 +642,7 @@ fn hash_keys_choose_the_shard_that_owns_them() {
         ]);
         for key in keys {
             let owner = shards.iter().find(|shard| shard.owns(key)).unwrap().id;
-            let options = AppendOptions { shard: ShardChoice::HashKey(key), ..written() };
+            let options = written().shard(ShardChoice::HashKey(key));
             let appended = logstore.append(record(&format!("{key:x}")), &options).unwrap();
             assert_eq!(appended.shard, owner, "{key:x} of {count}");
             expected.entry(owner).or_insert_with(Vec::new).push(format!("{key:x}"));
@@ -660,7 +658,7 @@ fn hash_keys_choose_the_shard_that_owns_them() {
 fn round_robin_spreads_evenly_and_numbers_are_the_shards_own() {
     let sim = Sim::new();
     let store = sim.create();
-    let spec = LogstoreSpec { shard_count: 4, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().shard_count(4);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let appended: Vec<(u32, u64)> = (0..12)
         .map(|n| logstore.append(record(&n.to_string()), &written()).unwrap())
@@ -668,7 +666,7 @@ fn round_robin_spreads_evenly_and_numbers_are_the_shards_own() {
         .collect();
     let expected: Vec<(u32, u64)> = (0..12).map(|n| (n % 4, u64::from(n / 4))).collect();
     assert_eq!(appended, expected);
-    let options = AppendOptions { shard: ShardChoice::Shard(4), ..written() };
+    let options = written().shard(ShardChoice::Shard(4));
     let error = logstore.append(record("x"), &options).unwrap_err();
     assert!(matches!(error, Error::ShardMissing { shard: 4, .. }));
 }

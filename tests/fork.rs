@@ -16,7 +16,7 @@ fn handles_refuse_in_a_forked_child_and_go_on_in_the_parent() {
     let store = world.create();
     let logstore = world.service(&store, "p/l");
     put(&logstore, "before");
-    let reader = logstore.read(0, &ReadOptions::from(Position::Begin)).unwrap();
+    let reader = logstore.read(0, &ReadOptions::default().from(Position::Begin)).unwrap();
     let (in_child, files_before) = ((store.clone(), logstore.clone()), files(&world.store_dir()));
     let mut reader_in_child = reader;
     let mut child = Command::new("true");

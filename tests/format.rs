@@ -19,8 +19,8 @@ use std::{
 };
 
 use envelog::{
-    AppendOptions, Background, Compression, Error, LogGroup, Payload, Record, ShardChoice, Store,
-    StoreBuilder, StoreOptions,
+    Background, Compression, Error, LogGroup, Payload, Record, ShardChoice, Store, StoreBuilder,
+    StoreOptions,
     admin::{Checkpoint, VerifyOptions, VerifyReport},
     crypto::{
         AwsLc, Cipher, CryptoProvider, HashAlg, RustCrypto, SecretKey, SegmentCipher, Suite, hash,
@@ -907,7 +907,7 @@ fn listing(store: &Store) -> Value {
 
 #[track_caller]
 fn assert_clean(which: &str, store: &Store, keyless: bool) -> VerifyReport {
-    let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+    let options = VerifyOptions::default().keyless(keyless);
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     assert!(
         report.is_clean() && report.refused.is_empty(),
@@ -1103,7 +1103,7 @@ fn golden_stores_are_written_on() {
         for name in store.list().unwrap() {
             let logstore = store.logstore(&name).unwrap();
             for shard in 0..logstore.config().shard_count {
-                let options = AppendOptions { shard: ShardChoice::Shard(shard), ..synced() };
+                let options = synced().shard(ShardChoice::Shard(shard));
                 let added = [
                     record("by this build"),
                     Payload::try_from(&log_group("by this build", 2)).unwrap(),
@@ -1135,10 +1135,7 @@ fn the_golden_checkpoint_holds() {
     let copy = Copy::of("service-sm4");
     let store = copy.builder().open_read_only().unwrap();
     let checkpoint = fs::read(copy.path("checkpoint")).unwrap();
-    let against = |bytes: &[u8]| VerifyOptions {
-        against: Some(Checkpoint::from_bytes(bytes)),
-        ..Default::default()
-    };
+    let against = |bytes: &[u8]| VerifyOptions::default().against(Checkpoint::from_bytes(bytes));
     let report = store.admin().verify(&against(&checkpoint), &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     let mut newer = checkpoint;

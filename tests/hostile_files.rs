@@ -332,7 +332,7 @@ const OPENINGS: [(bool, &[Operation]); 3] = [
 
 /// Verifies the victim, and returns the first fault as the corresponding error.
 fn verify(store: &Store) -> Result<()> {
-    let options = VerifyOptions { logstore: Some(name(VICTIM)), ..VerifyOptions::default() };
+    let options = VerifyOptions::default().logstore(name(VICTIM));
     let report = store.admin().verify(&options, &mut |_| {})?;
     match report.faults.first() {
         Some(fault) if fault.kind == "wrong_file_type" => Err(Error::WrongFileType {

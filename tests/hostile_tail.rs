@@ -37,10 +37,10 @@ fn find(store: &Store) -> Logstore {
 fn create(by: By) -> (Sim, Logstore) {
     let sim = Sim::new();
     let store = sim.create();
-    let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().compression(Compression::None);
     let spec = match by {
         By::LogLine => spec,
-        By::Disk => spec.encrypted(EncryptConf::service_key(EncryptType::Aes)),
+        By::Disk => spec.encrypt_conf(EncryptConf::service_key(EncryptType::Aes)),
     };
     let logstore = store.create_logstore(&name(NAME), spec).unwrap();
     (sim, logstore)
@@ -186,7 +186,7 @@ fn a_block_in_a_torn_block_does_not_stop_the_shard() {
                 });
                 let context = format!("{by:?}, the mark {what}, number {number}");
                 // Without a key the fake block is accepted, if its mark could be true.
-                let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+                let keyless = VerifyOptions::default().keyless(true);
                 let report = again(&sim).admin().verify(&keyless, &mut |_| {}).unwrap();
                 assert_eq!(
                     report.is_clean(),
@@ -539,7 +539,7 @@ fn a_hostile_tail_asks_for_no_key_where_none_is_needed() {
     let logstore = find(&store);
     assert_eq!(logstore.status().unwrap().groups, 2);
     assert_eq!(logstore.end_seq(0).unwrap(), 2);
-    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let keyless = VerifyOptions::default().keyless(true);
     assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
     store.keys().usage().unwrap();
     assert_eq!(sim.world.kms.calls(), calls, "the KMS was asked");

@@ -35,7 +35,11 @@ impl View {
         let logstore = store.logstore(&name(text))?;
         let status = logstore.status()?;
         Ok(Self {
-            config: LogstoreConfig { last_modify_time: 0, create_time: 0, ..logstore.config() },
+            config: {
+                let mut config = logstore.config();
+                (config.last_modify_time, config.create_time) = (0, 0);
+                config
+            },
             method: status.method,
             versions: status
                 .data_keys
@@ -194,17 +198,12 @@ impl Scene {
 }
 
 fn conf(encrypt_conf: EncryptConf) -> LogstoreSpec {
-    LogstoreSpec::default().encrypted(encrypt_conf)
+    LogstoreSpec::default().encrypt_conf(encrypt_conf)
 }
 
 fn enable(store: &Store, encrypt_conf: EncryptConf) -> Result<()> {
     let config = store.logstore(&name(PLAIN))?.config();
-    store
-        .update_logstore(
-            &name(PLAIN),
-            LogstoreConfig { encrypt_conf: Some(encrypt_conf), ..config },
-        )
-        .map(|_| ())
+    store.update_logstore(&name(PLAIN), config.encrypt_conf(encrypt_conf)).map(|_| ())
 }
 
 #[test]
@@ -299,7 +298,10 @@ fn replacing_a_master_key() {
         store.keys().replace_cmk(&name(BYOK), scene.new.clone(), how).map(|_| ())
     };
     scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::default()), &[BYOK]);
-    scene.campaign(|scene, store| replace(scene, store, ReplaceCmk::keep_data_key()), &[BYOK]);
+    scene.campaign(
+        |scene, store| replace(scene, store, ReplaceCmk::default().fresh_data_key(false)),
+        &[BYOK],
+    );
 }
 
 /// After an interrupted replacement, exactly one of the two master keys is needed.
@@ -415,7 +417,7 @@ fn retention_that_destroys_data_keys() {
                 let disk = FailingDisk::default();
                 let store = scene.world.builder().disk(Arc::new(disk.clone())).open().unwrap();
                 let logstore = store.logstore(&name(text)).unwrap();
-                let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+                let config = logstore.config().retention_bytes(1);
                 store.update_logstore(&name(text), config).unwrap();
                 put(&logstore, "third");
                 disk.fail_after(count, failure);

@@ -46,10 +46,10 @@ fn safe(store: &Store, text: &str) -> Vec<u32> {
 
 /// Drops all sealed data by retention. The open segment is kept.
 fn drop_sealed(store: &Store, logstore: &Logstore) -> envelog::admin::RetentionReport {
-    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    let config = logstore.config().retention_bytes(1);
     store.update_logstore(logstore.name(), config).unwrap();
     let report = store.admin().apply_retention().unwrap();
-    let config = LogstoreConfig { retention_bytes: None, ..logstore.config() };
+    let config = logstore.config().retention_bytes(None);
     store.update_logstore(logstore.name(), config).unwrap();
     report
 }
@@ -271,7 +271,7 @@ fn a_data_key_under_a_revoked_master_key_goes_when_that_is_back() {
     put(&logstore, "first");
     store.keys().rotate_data_key(logstore.name()).unwrap();
     put(&logstore, "second");
-    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    let config = logstore.config().retention_bytes(1);
     store.update_logstore(logstore.name(), config).unwrap();
     for answer in [Answer::Revoked(RevokedReason::Disabled), Answer::Unreachable] {
         world.kms.answer(answer);
@@ -350,7 +350,7 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
             .collect::<Vec<_>>()
     };
     assert_eq!(master(&store), [("1".to_owned(), 2, true), ("2".to_owned(), 1, false)]);
-    let report = rewrap(&store, &RewrapOptions::master_key(&cmk.cmk_key_id));
+    let report = rewrap(&store, &RewrapOptions::default().cmk_key_id(cmk.cmk_key_id.clone()));
     assert_eq!(names_of(&report), ["p/a", "p/b"]);
     assert!(report.failed.is_empty() && report.current.is_empty() && report.continues_us.is_none());
     assert_eq!(master(&store), [("2".to_owned(), 3, true)], "the probe as well");
@@ -362,7 +362,7 @@ fn what_is_under_the_newest_version_already_is_passed_over() {
     store.close().unwrap();
     let store = world.open();
     assert_eq!(texts(&store.logstore(&name("p/b")).unwrap()), ["first"]);
-    let mut elsewhere = RewrapOptions::master_key(&cmk.cmk_key_id);
+    let mut elsewhere = RewrapOptions::default().cmk_key_id(cmk.cmk_key_id.clone());
     elsewhere.region_id = Some("eu-central-1".to_owned());
     let report = rewrap(&store, &elsewhere);
     assert!(report.rewrapped.is_empty() && report.current.is_empty());
@@ -491,11 +491,11 @@ fn a_run_that_is_killed_is_continued() {
 // ---- automatic rotation ----
 
 fn policy(max_age_days: Option<u32>, max_bytes: Option<u64>) -> Option<RotateDataKey> {
-    Some(RotateDataKey { max_age_days, max_bytes })
+    Some(RotateDataKey::default().max_age_days(max_age_days).max_bytes(max_bytes))
 }
 
 fn set_policy(store: &Store, logstore: &Logstore, rotate_data_key: Option<RotateDataKey>) {
-    let config = LogstoreConfig { rotate_data_key, ..logstore.config() };
+    let config = logstore.config().rotate_data_key(rotate_data_key);
     store.update_logstore(logstore.name(), config).unwrap();
 }
 
@@ -546,14 +546,10 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     let mut world = World::manual();
     world.options.segment_bytes = 128 << 10;
     let store = world.create();
-    let spec = LogstoreSpec {
-        shard_count: 2,
-        rotate_data_key: policy(None, Some(1 << 20)),
-        ..LogstoreSpec::default()
-    };
-    let spec = LogstoreSpec { compression: envelog::Compression::None, ..spec };
+    let spec = LogstoreSpec::default().shard_count(2).rotate_data_key(policy(None, Some(1 << 20)));
+    let spec = spec.compression(envelog::Compression::None);
     let conf = envelog::EncryptConf::service_key(envelog::EncryptType::Sm4);
-    let logstore = store.create_logstore(&name("p/a"), spec.encrypted(conf)).unwrap();
+    let logstore = store.create_logstore(&name("p/a"), spec.encrypt_conf(conf)).unwrap();
     let piece = "x".repeat(64 << 10);
     for version in 1..4 {
         for n in 0..16 {
@@ -587,9 +583,7 @@ fn a_data_key_rotates_when_it_has_sealed_enough() {
     let logstore = store.logstore(&name("p/a")).unwrap();
     let conf =
         logstore.config().encrypt_conf.map(|conf| envelog::EncryptConf { enable: false, ..conf });
-    store
-        .update_logstore(&name("p/a"), LogstoreConfig { encrypt_conf: conf, ..logstore.config() })
-        .unwrap();
+    store.update_logstore(&name("p/a"), logstore.config().encrypt_conf(conf)).unwrap();
     for _ in 0..40 {
         put(&logstore, &piece);
     }
@@ -641,9 +635,9 @@ fn a_policy_has_its_ranges() {
                 "{error}"
             );
         };
-        let config = LogstoreConfig { rotate_data_key: refused, ..logstore.config() };
+        let config = logstore.config().rotate_data_key(refused);
         out_of_range(store.update_logstore(logstore.name(), config).unwrap_err());
-        let spec = LogstoreSpec { rotate_data_key: refused, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().rotate_data_key(refused);
         out_of_range(store.create_logstore(&name("p/new"), spec).unwrap_err());
     }
 }

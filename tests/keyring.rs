@@ -19,8 +19,7 @@ use common::{
     *,
 };
 use envelog::{
-    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Position, Result,
-    Store,
+    Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Position, Result, Store,
     admin::VerifyOptions,
     crypto::AwsLc,
     error::ConfigError,
@@ -714,7 +713,7 @@ fn a_touched_second_tag_is_refused_while_there_is_a_keyring() {
     let store = world.open();
     assert!(matches!(store.logstore(&name("p/l")), Err(Error::Tampered { .. })));
     for keyless in [false, true] {
-        let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+        let options = VerifyOptions::default().keyless(keyless);
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         assert_eq!(report.faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(), ["tampered"]);
     }
@@ -745,7 +744,7 @@ fn a_recovery_ignores_a_forged_enable_false() {
     assert!(segment_headers(&scene.world, &logstore).last().unwrap().suite.encrypts());
     // The owner may still switch encryption off.
     let off = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
-    let off = LogstoreConfig { encrypt_conf: Some(off), ttl_days: Some(8), ..config };
+    let off = config.encrypt_conf(off).ttl_days(8);
     store.update_logstore(&name("p/byok"), off.clone()).unwrap();
     // The data key authenticates that change, so it survives a recovery.
     store.close().unwrap();
@@ -1018,9 +1017,7 @@ fn a_recovered_logstore_obeys_the_rules_of_its_method() {
     let (store, _) = scene.world.builder().recover_all().unwrap();
     let config = store.logstore(&name("p/byok")).unwrap().config();
     let conf = EncryptConf::service_key(EncryptType::Aes);
-    let error = store
-        .update_logstore(&name("p/byok"), LogstoreConfig { encrypt_conf: Some(conf), ..config })
-        .unwrap_err();
+    let error = store.update_logstore(&name("p/byok"), config.encrypt_conf(conf)).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::MethodFixed { .. })), "{error:?}");
 }
 

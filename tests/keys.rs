@@ -11,8 +11,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Position, ReadOptions, Result, ShardChoice, Store,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    Position, ReadOptions, Result, ShardChoice, Store,
     admin::{ReplaceCmk, VerifyOptions},
     audit::AuditEvent,
     error::ConfigError,
@@ -163,9 +163,7 @@ fn an_outage_after_a_refusal_brings_nothing_back() {
     put(&logstore, "before");
     let config = store.logstore(logstore.name()).unwrap().config();
     let conf = EncryptConf::byok(EncryptType::Aes, world.cmk());
-    store
-        .update_logstore(logstore.name(), LogstoreConfig { encrypt_conf: Some(conf), ..config })
-        .unwrap();
+    store.update_logstore(logstore.name(), config.encrypt_conf(conf)).unwrap();
     assert_eq!(texts(&logstore), ["before"]);
     world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
     assert_revoked(logstore.revalidate_now(), RevokedReason::Disabled);
@@ -301,7 +299,11 @@ fn a_replacement_rewrites_envelopes_but_no_data() {
     assert_eq!(
         store
             .keys()
-            .replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key())
+            .replace_cmk(
+                logstore.name(),
+                newer.clone(),
+                ReplaceCmk::default().fresh_data_key(false)
+            )
             .unwrap(),
         3
     );
@@ -596,7 +598,7 @@ fn a_data_key_is_nowhere_in_memory_once_it_may_not_be_used() {
                 .create()
                 .unwrap();
         random.0.lock().unwrap().clear();
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
         // The draws are the data key and the secret of the probe. Only the data key stays in
         // memory.
@@ -704,7 +706,7 @@ fn no_key_is_in_memory_while_the_service_key_is_refused() {
         .service_cmk(of_service.clone())
         .create()
         .unwrap();
-    let spec = |conf| LogstoreSpec::default().encrypted(conf);
+    let spec = |conf| LogstoreSpec::default().encrypt_conf(conf);
     let service = spec(EncryptConf::service_key(EncryptType::Aes));
     let service = store.create_logstore(&name("p/service"), service).unwrap();
     let byok = spec(EncryptConf::byok(EncryptType::Sm4, of_customer));
@@ -781,9 +783,11 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
     for crash_again in [false, true] {
         let world = World::manual();
         let (mut store, cmk) = (world.create(), world.cmk());
-        let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().shard_count(3);
         let mut logstore = store.create_logstore(&name("p/l"), spec).unwrap();
-        let to = |shard, durability| AppendOptions { shard: ShardChoice::Shard(shard), durability };
+        let to = |shard, durability| {
+            AppendOptions::default().shard(ShardChoice::Shard(shard)).durability(durability)
+        };
         for shard in [0, 1] {
             logstore.append(record("durable"), &to(shard, Durability::Synced)).unwrap();
         }
@@ -802,12 +806,7 @@ fn what_a_crash_left_is_recovered_under_a_first_data_key() {
         };
         (store, logstore) = crash(store, logstore);
         let conf = Some(EncryptConf::byok(EncryptType::Aes, cmk));
-        store
-            .update_logstore(
-                logstore.name(),
-                LogstoreConfig { encrypt_conf: conf, ..logstore.config() },
-            )
-            .unwrap();
+        store.update_logstore(logstore.name(), logstore.config().encrypt_conf(conf)).unwrap();
         if crash_again {
             (store, logstore) = crash(store, logstore);
         }

@@ -15,8 +15,8 @@ use common::{
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Payload, Result,
-    Store, admin::VerifyOptions, inspect::SegmentHeader,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Result, Store,
+    admin::VerifyOptions, inspect::SegmentHeader,
 };
 
 const NAME: &str = "p/l";
@@ -113,7 +113,7 @@ fn a_new_store() {
 
 #[test]
 fn a_new_logstore() {
-    let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    let spec = || LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
     killed_anywhere(
         |_, _| {},
         |_, store| store.create_logstore(&name("p/new"), spec()).map(|_| ()),
@@ -126,9 +126,7 @@ fn a_changed_logstore() {
         |_, _| {},
         |_, store| {
             let config = store.logstore(&name(NAME))?.config();
-            store
-                .update_logstore(&name(NAME), LogstoreConfig { ttl_days: Some(7), ..config })
-                .map(|_| ())
+            store.update_logstore(&name(NAME), config.ttl_days(7)).map(|_| ())
         },
     );
 }
@@ -321,7 +319,7 @@ fn the_catalogue_knows_of_no_segment_whose_name_is_not_durable() {
         sim.disk = sim.disk.kill();
         let store = sim.open();
         if by_retention {
-            let config = LogstoreConfig { retention_bytes: Some(1), ..find(&store).config() };
+            let config = find(&store).config().retention_bytes(1);
             store.update_logstore(&name(NAME), config).unwrap();
             assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
         } else {

@@ -24,10 +24,8 @@ use aliyun::{Aliyun, Fault, OIDC_TOKEN, REGION, ROLE, SERVICE_ID, SERVICE_SECRET
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use envelog::{
     crypto::SecretKey,
-    kms::{
-        AliyunKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason,
-        conformance::{Admin, Subject, unsupported},
-    },
+    kms::{AliyunKms, Cmk, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
+    testing::conformance::{Admin, Subject, unsupported},
 };
 use kms_backend::{a_logstore_follows_its_key, conforms};
 use serde_json::{Value, json};

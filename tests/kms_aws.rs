@@ -20,10 +20,8 @@ use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore,
     LogstoreSpec, Payload, Position, ReadOptions, Result, Store, StoreOptions,
     crypto::{AwsLc, SecretKey},
-    kms::{
-        self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason,
-        conformance::{Admin, Subject, unsupported},
-    },
+    kms::{self, EncryptionContext, Kms, KmsCall, KmsError, RevokedReason},
+    testing::conformance::{Admin, Subject, unsupported},
 };
 use kms_backend::{a_logstore_follows_its_key, conforms};
 use moto::{Moto, REGION, ROLE};
@@ -62,17 +60,17 @@ fn store(dir: &TempDir, moto: &Moto, options: StoreOptions) -> Store {
 }
 
 fn logstore(store: &Store, name: &str, key: &str) -> Logstore {
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk(key)));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Sm4, cmk(key)));
     store.create_logstore(&name.parse().unwrap(), spec).unwrap()
 }
 
 fn put(logstore: &Logstore, text: &str) -> Result<()> {
     let record = Payload::opaque(Bytes::copy_from_slice(text.as_bytes())).unwrap();
-    logstore.append(record, &AppendOptions::durability(Durability::Synced)).map(drop)
+    logstore.append(record, &AppendOptions::default().durability(Durability::Synced)).map(drop)
 }
 
 fn texts(logstore: &Logstore) -> Result<Vec<String>> {
-    let records = logstore.read(0, &ReadOptions::from(Position::Begin))?;
+    let records = logstore.read(0, &ReadOptions::default().from(Position::Begin))?;
     records.map(|record| Ok(String::from_utf8(record?.bytes.to_vec()).unwrap())).collect()
 }
 

@@ -18,10 +18,8 @@ use std::{
 
 use envelog::{
     crypto::SecretKey,
-    kms::{
-        Cmk, EncryptionContext, Kms, KmsCall, KmsError, LocalKms, RevokedReason,
-        conformance::{self, Admin, AdminError, Outcome, Report, Settings, Subject},
-    },
+    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, LocalKms, RevokedReason},
+    testing::conformance::{self, Admin, AdminError, Outcome, Report, Settings, Subject},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;

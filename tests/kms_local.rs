@@ -9,10 +9,8 @@ use std::{fs, io, net::SocketAddr, sync::Arc};
 
 use envelog::{
     io::{OsRandom, Random},
-    kms::{
-        Cmk, Kms, LocalKms, LocalKmsError,
-        conformance::{Admin, AdminError, Subject, unsupported},
-    },
+    kms::{Cmk, Kms, LocalKms, LocalKmsError},
+    testing::conformance::{Admin, AdminError, Subject, unsupported},
 };
 use kms_backend::{NETWORK, a_logstore_follows_its_key, conforms};
 use tempfile::TempDir;

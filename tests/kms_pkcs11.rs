@@ -24,11 +24,8 @@ use envelog::{
     AppendOptions, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position,
     ReadOptions, Store, StoreBuilder, StoreOptions,
     crypto::{AwsLc, SecretKey},
-    kms::{
-        EncryptionContext, Kms, KmsCall, KmsError, RevokedReason,
-        conformance::{Admin, Subject, unsupported},
-        from_url,
-    },
+    kms::{EncryptionContext, Kms, KmsCall, KmsError, RevokedReason, from_url},
+    testing::conformance::{Admin, Subject, unsupported},
 };
 use kms_backend::{NETWORK, a_logstore_follows_its_key, conforms};
 use pkcs11::{PIN, Token, in_own_process};
@@ -462,7 +459,7 @@ fn put(logstore: &Logstore, text: &str) -> Result<(), Error> {
 }
 
 fn texts(logstore: &Logstore) -> Result<Vec<String>, Error> {
-    let reader = logstore.read(0, &ReadOptions::from(Position::Begin))?;
+    let reader = logstore.read(0, &ReadOptions::default().from(Position::Begin))?;
     reader.map(|record| Ok(String::from_utf8(record?.bytes.to_vec()).unwrap())).collect()
 }
 
@@ -487,7 +484,7 @@ fn a_logstore_lives_and_dies_with_its_key_in_the_token() {
         token.admin("generate loose 0d extractable");
         let store = builder(token).create().unwrap();
         let spec = |key: &str| {
-            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk(key)))
+            LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Sm4, cmk(key)))
         };
         let refused =
             store.create_logstore(&"p/refused".parse().unwrap(), spec("loose")).unwrap_err();
@@ -556,7 +553,7 @@ fn the_service_key_lives_in_the_token_too() {
         token.admin("generate next 0b");
         let name = "p/l".parse().unwrap();
         let store = builder(token).service_cmk(cmk("service")).create().unwrap();
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
         put(&store.create_logstore(&name, spec).unwrap(), "before").unwrap();
         store.close().unwrap();
         let sealed = fs::read(token.path("keyring")).unwrap();

@@ -23,11 +23,8 @@ use base64::{
 };
 use envelog::{
     crypto::SecretKey,
-    kms::{
-        Cmk, EncryptionContext, Kms, KmsCall, KmsError,
-        conformance::{Admin, Subject, unsupported},
-        from_url,
-    },
+    kms::{Cmk, EncryptionContext, Kms, KmsCall, KmsError, from_url},
+    testing::conformance::{Admin, Subject, unsupported},
 };
 use kms_backend::{a_logstore_follows_its_key, conforms};
 use openbao::OpenBao;

@@ -17,8 +17,8 @@ use common::{
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, ErrorKind, LogGroup, Logstore, LogstoreConfig, LogstoreName,
-    LogstoreSpec, Payload, Result, Store, StoreOptions,
+    EncryptConf, EncryptType, Error, ErrorKind, LogGroup, Logstore, LogstoreName, LogstoreSpec,
+    Payload, Result, Store, StoreOptions,
     admin::VerifyOptions,
     error::ConfigError,
     group::{
@@ -170,11 +170,11 @@ fn configurations_out_of_range_are_refused_by_field() {
     let store = sim.create();
     let spec = LogstoreSpec::default;
     let refused = [
-        ("shard_count", LogstoreSpec { shard_count: 0, ..spec() }),
-        ("shard_count", LogstoreSpec { shard_count: 257, ..spec() }),
-        ("ttl_days", LogstoreSpec { ttl_days: Some(0), ..spec() }),
-        ("ttl_days", LogstoreSpec { ttl_days: Some(3651), ..spec() }),
-        ("retention_bytes", LogstoreSpec { retention_bytes: Some(0), ..spec() }),
+        ("shard_count", spec().shard_count(0)),
+        ("shard_count", spec().shard_count(257)),
+        ("ttl_days", spec().ttl_days(0)),
+        ("ttl_days", spec().ttl_days(3651)),
+        ("retention_bytes", spec().retention_bytes(0)),
     ];
     for (expected, spec) in refused {
         match store.create_logstore(&name("p/l"), spec).unwrap_err() {
@@ -183,14 +183,9 @@ fn configurations_out_of_range_are_refused_by_field() {
         }
     }
     assert!(store.list().unwrap().is_empty());
-    let most = LogstoreSpec {
-        shard_count: 256,
-        ttl_days: Some(3650),
-        retention_bytes: Some(u64::MAX),
-        ..spec()
-    };
+    let most = spec().shard_count(256).ttl_days(3650).retention_bytes(u64::MAX);
     let logstore = store.create_logstore(&name("p/l"), most).unwrap();
-    let config = LogstoreConfig { ttl_days: Some(9999), ..logstore.config() };
+    let config = logstore.config().ttl_days(9999);
     let error = store.update_logstore(logstore.name(), config).unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::OutOfRange { field: "ttl_days", .. })));
     assert_eq!(logstore.config().revision, 1);
@@ -503,11 +498,11 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_there() {
         ("append", |_, logstore| try_put(logstore, "new")),
         ("create", |store, _| {
             let spec =
-                LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+                LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
             store.create_logstore(&name("p/new"), spec).map(drop)
         }),
         ("update", |store, logstore| {
-            let config = LogstoreConfig { ttl_days: Some(7), ..logstore.config() };
+            let config = logstore.config().ttl_days(7);
             store.update_logstore(logstore.name(), config).map(drop)
         }),
         ("rotate", |store, logstore| store.keys().rotate_data_key(logstore.name()).map(drop)),

@@ -22,8 +22,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Background, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, ShardChoice, Store, admin::VerifyOptions, audit::AuditEvent,
+    AppendOptions, Background, Cmk, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    Payload, ShardChoice, Store, admin::VerifyOptions, audit::AuditEvent,
     kms::RevokedReason::Disabled,
 };
 
@@ -66,9 +66,9 @@ impl Setup {
     }
 
     fn logstore(&self, text: &str, shards: u32) -> Logstore {
-        let spec = LogstoreSpec { shard_count: shards, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().shard_count(shards);
         let conf = EncryptConf::byok(EncryptType::Aes, self.cmk.clone());
-        self.store.create_logstore(&name(text), spec.encrypted(conf)).unwrap()
+        self.store.create_logstore(&name(text), spec.encrypt_conf(conf)).unwrap()
     }
 
     fn logstores(&self, count: usize) -> Vec<Logstore> {
@@ -172,7 +172,7 @@ impl Setup {
 }
 
 fn to_shard(shard: u32, options: AppendOptions) -> AppendOptions {
-    AppendOptions { shard: ShardChoice::Shard(shard), ..options }
+    options.shard(ShardChoice::Shard(shard))
 }
 
 fn buffer(logstore: &Logstore, text: &str) {
@@ -382,7 +382,7 @@ fn groups_in_a_roll_that_hangs_are_lost_once() {
         // The next block begins a segment of another suite.
         let config = logstore.config();
         let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
-        let config = LogstoreConfig { encrypt_conf: Some(conf), ..config };
+        let config = config.encrypt_conf(conf);
         setup.store.update_logstore(logstore.name(), config).unwrap();
         buffer(&logstore, "in hand");
         let (hang, on) = setup.hang(move |call| match in_sync {

@@ -7,7 +7,7 @@ mod common;
 
 use common::*;
 use envelog::{
-    Cmk, Compression, EncryptConf, Error, Logstore, LogstoreConfig, ReadOptions, Store,
+    Cmk, Compression, EncryptConf, Error, Logstore, ReadOptions, Store,
     kms::RevokedReason::Disabled,
 };
 
@@ -201,7 +201,7 @@ fn an_idle_reader_skips_nothing_after_a_revocation() {
     let from_us = records(logstore, 0).unwrap()[1].receive_time_us;
     for from in [envelog::Position::Seq(1), envelog::Position::Time(from_us)] {
         for taken in [0, 1, 4] {
-            let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
+            let mut reader = logstore.read(0, &ReadOptions::default().from(from)).unwrap();
             let mut got: Vec<_> = so_far(&mut reader).take(taken).map(Result::unwrap).collect();
             world.kms.answer(Answer::Revoked(Disabled));
             let _ = logstore.revalidate_now();
@@ -213,7 +213,7 @@ fn an_idle_reader_skips_nothing_after_a_revocation() {
             assert_eq!(got, all, "{from:?}, {taken} taken before");
 
             // The same block by block.
-            let mut reader = logstore.read(0, &ReadOptions::from(from)).unwrap();
+            let mut reader = logstore.read(0, &ReadOptions::default().from(from)).unwrap();
             let mut got: Vec<_> = so_far(&mut reader).take(taken).map(Result::unwrap).collect();
             world.kms.answer(Answer::Revoked(Disabled));
             let _ = logstore.revalidate_now();
@@ -244,22 +244,22 @@ fn authenticated_settings_cannot_change_during_an_outage() {
         let (config, before) = (logstore.config(), meta());
         let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
         for bound in [
-            LogstoreConfig { encrypt_conf: Some(conf), ..config.clone() },
-            LogstoreConfig { ttl_days: Some(2), ..config.clone() },
-            LogstoreConfig { retention_bytes: Some(1 << 40), ..config.clone() },
+            config.clone().encrypt_conf(conf),
+            config.clone().ttl_days(2),
+            config.clone().retention_bytes(1 << 40),
         ] {
             let refused = store.update_logstore(logstore.name(), bound);
             assert!(matches!(refused, Err(Error::KmsUnreachable { .. })), "{refused:?}");
             assert_eq!((logstore.config(), meta()), (config.clone(), before.clone()));
         }
         let compression = if revision == 1 { Compression::None } else { Compression::Zstd };
-        store.update_logstore(logstore.name(), LogstoreConfig { compression, ..config }).unwrap();
+        store.update_logstore(logstore.name(), config.compression(compression)).unwrap();
         world.kms.answer(Answer::Real);
     }
     tick_for(&world, &store, 36);
     let config = logstore.config();
     assert_eq!((config.revision, config.compression), (3, Compression::Zstd));
-    store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    store.update_logstore(logstore.name(), config.ttl_days(2)).unwrap();
     put(logstore, "second");
     assert_eq!(texts(logstore), ["first", "second"]);
 }

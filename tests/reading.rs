@@ -22,10 +22,11 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Reader, Record, ShardChoice, Store,
+    Compression, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Payload, Position,
+    ReadMode, ReadOptions, Reader, Record, ShardChoice, Store,
     crypto::{AeadKey, AwsLc, Cipher, CryptoError, CryptoProvider},
-    io::{Disk as _, OpenMode, RealDisk},
+    io::{Clock as _, Disk as _, OpenMode, RealDisk},
+    kms::RevokedReason,
 };
 
 const MODES: [ReadMode; 2] = [ReadMode::Pread, ReadMode::Map];
@@ -76,11 +77,11 @@ fn check_every_position(logstore: &Logstore, all: &[Record]) {
         // Mapping is slow here and differs only in how it gets the bytes.
         let step = if mode == ReadMode::Map { 11 } else { 1 };
         for (n, from) in positions.iter().enumerate().step_by(step) {
-            let options = ReadOptions { from: *from, mode, ..ReadOptions::default() };
+            let options = ReadOptions::default().from(*from).mode(mode);
             assert_eq!(read(logstore, options), all[index(*from)..], "{options:?}");
             // Not all pairs, but each position as a start and as an end.
             let to = positions[(n * 7 + 3) % positions.len()];
-            let options = ReadOptions { to: Some(to), ..options };
+            let options = options.to(to);
             let end = index(to).max(index(*from));
             assert_eq!(read(logstore, options), all[index(*from)..end], "{options:?}");
         }
@@ -153,13 +154,12 @@ fn a_read_continues_after_a_limit_by_count_or_bytes() {
                     let limit = Some(if by_bytes { step * 3 } else { step });
                     let (max_groups, max_bytes) =
                         if by_bytes { (None, limit) } else { (limit, None) };
-                    let options = ReadOptions {
-                        from: Position::Seq(from),
-                        to: None,
-                        max_groups,
-                        max_bytes,
-                        mode,
-                    };
+                    let options = ReadOptions::default()
+                        .from(Position::Seq(from))
+                        .to(None)
+                        .max_groups(max_groups)
+                        .max_bytes(max_bytes)
+                        .mode(mode);
                     let mut reader = logstore.read(0, &options).unwrap();
                     let part: Vec<Record> = so_far(&mut reader).collect::<Result<_, _>>().unwrap();
                     if part.is_empty() {
@@ -180,9 +180,9 @@ fn a_read_continues_after_a_limit_by_count_or_bytes() {
             }
         }
     }
-    let nothing = ReadOptions { max_groups: Some(0), ..ReadOptions::default() };
+    let nothing = ReadOptions::default().max_groups(0);
     assert!(read(&logstore, nothing).is_empty());
-    let nothing = ReadOptions { max_bytes: Some(0), ..ReadOptions::default() };
+    let nothing = ReadOptions::default().max_bytes(0);
     assert!(read(&logstore, nothing).is_empty());
 }
 
@@ -211,8 +211,7 @@ fn blocks_are_valid_lists_of_what_was_appended() {
         [framed, bytes.to_vec()].concat()
     };
     for (from, limit) in [(0, None), (3, None), (2, Some(4)), (9, Some(1))] {
-        let options =
-            ReadOptions { from: Position::Seq(from), max_groups: limit, ..ReadOptions::default() };
+        let options = ReadOptions::default().from(Position::Seq(from)).max_groups(limit);
         let block = logstore.read(0, &options).unwrap().next_block().unwrap().unwrap();
         let end = limit.map_or(10, |limit| from + limit) as usize;
         let groups = &expected[from as usize..end];
@@ -251,15 +250,12 @@ fn opening_reads_no_segment_and_seeking_looks_into_few() {
     };
     assert_eq!(segments_in(&sim), BTreeSet::new());
     for record in [&all[0], &all[17], &all[40], &all[63]] {
-        let one = ReadOptions {
-            max_groups: Some(1),
-            ..ReadOptions::from(Position::Time(record.receive_time_us))
-        };
+        let one = ReadOptions::default().from(Position::Time(record.receive_time_us)).max_groups(1);
         assert_eq!(read(&logstore, one), std::slice::from_ref(record));
         // A binary search. Opening a segment also reads the header of its successor.
         let looked_at = segments_in(&sim).len();
         assert!(looked_at <= 2 * 6 + 4, "{looked_at} of 64 segments");
-        let one = ReadOptions { from: Position::Seq(record.seq), ..one };
+        let one = one.from(Position::Seq(record.seq));
         assert_eq!(read(&logstore, one), std::slice::from_ref(record));
         let looked_at = segments_in(&sim).len();
         assert!(looked_at <= 2, "{looked_at} of 64 segments");
@@ -310,7 +306,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
             if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
         let reading = reading.logstore(logstore.name()).unwrap();
         let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
-        let mut from_end = reading.read(0, &ReadOptions::from(Position::End)).unwrap();
+        let mut from_end = reading.read(0, &ReadOptions::default().from(Position::End)).unwrap();
         assert_eq!(take_texts(&mut reader), ["1"]);
         let mut next = |texts: &[&str]| {
             assert_eq!(take_texts(&mut reader), texts);
@@ -347,7 +343,7 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         next(&["9"]);
         // Retention removes the segment that the reader is at.
         logstore.roll().unwrap();
-        let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+        let config = logstore.config().retention_bytes(1);
         store.update_logstore(logstore.name(), config).unwrap();
         assert!(store.admin().apply_retention().unwrap().segments > 0);
         assert!(sim.segments(&logstore, 0).is_empty());
@@ -369,9 +365,9 @@ fn a_reader_overtaken_by_retention_continues_with_kept_data() {
             if read_only { sim.builder().open_read_only().unwrap() } else { store.clone() };
         let reading = reading.logstore(logstore.name()).unwrap();
         let mut reader = reading.read(0, &ReadOptions::default()).unwrap();
-        let mut late = reading.read(0, &ReadOptions::from(Position::Seq(1))).unwrap();
+        let mut late = reading.read(0, &ReadOptions::default().from(Position::Seq(1))).unwrap();
         assert_eq!(reader.next().unwrap().unwrap().seq, 0);
-        let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+        let config = logstore.config().retention_bytes(1);
         store.update_logstore(logstore.name(), config).unwrap();
         assert_eq!(store.admin().apply_retention().unwrap().segments, 3);
         // The first reader continues in the file that it holds open. The other begins with the
@@ -406,7 +402,7 @@ fn readers_see_what_is_written_and_never_part_of_a_block() {
     seen(&["1"]);
     logstore.append(record("3"), &written()).unwrap();
     seen(&["1", "2", "3"]);
-    let mut following = beside.read(0, &ReadOptions::from(Position::End)).unwrap();
+    let mut following = beside.read(0, &ReadOptions::default().from(Position::End)).unwrap();
     // During the write of the block, half of it is in the file.
     let (dir, files) = (sim.world.logstore_dir(&logstore), sim.disk.clone());
     let before = files.files(&dir);
@@ -475,8 +471,7 @@ fn many_readers_follow_one_writer() {
             let mode = MODES[n / 2 % 2];
             let stop = &stop;
             readers.push(scope.spawn(move || {
-                let mut reader =
-                    reading.read(0, &ReadOptions { mode, ..ReadOptions::default() }).unwrap();
+                let mut reader = reading.read(0, &ReadOptions::default().mode(mode)).unwrap();
                 let mut seen = 0;
                 while seen < COUNT {
                     match reader.try_next().unwrap() {
@@ -520,7 +515,7 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
     for truncated in [true, false] {
         let sim = Sim::new();
         let store = sim.create();
-        let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().compression(Compression::None);
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
         // Large enough to exceed the read-ahead.
         let noise = |n: u32| -> Vec<u8> {
@@ -571,10 +566,10 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
 fn shards_are_read_each_by_itself() {
     let sim = Sim::new();
     let store = sim.create();
-    let spec = LogstoreSpec { shard_count: 3, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().shard_count(3);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     for n in 0..9u32 {
-        let options = AppendOptions { shard: ShardChoice::Shard(n % 3), ..written() };
+        let options = written().shard(ShardChoice::Shard(n % 3));
         assert_eq!(
             logstore.append(record(&n.to_string()), &options).unwrap().seq,
             u64::from(n / 3)
@@ -597,6 +592,56 @@ fn reading_by_time_finds_all_groups_of_one_microsecond() {
     let time = records(&logstore, 0).unwrap()[0].receive_time_us;
     let read = records_from(&logstore, 0, Position::Time(time)).unwrap();
     assert_eq!(strings(&read), ["end of a segment", "beginning of the next"]);
+}
+
+#[test]
+fn a_merged_read_gives_all_shards_in_the_order_of_time() {
+    let world = World::manual();
+    let store = world.create();
+    let spec = LogstoreSpec::default()
+        .shard_count(3)
+        .encrypt_conf(EncryptConf::byok(EncryptType::Aes, world.cmk()));
+    let logstore = store.create_logstore(&name("p/merged"), spec).unwrap();
+    // Segments of different lengths, and three records of each microsecond.
+    let mut expected = Vec::new();
+    for n in 0..60_u32 {
+        let shard = n * 7 % 3;
+        let options = written().shard(ShardChoice::Shard(shard));
+        logstore.append(record(&n.to_string()), &options).unwrap();
+        expected.push((world.clock.wall_us(), shard, n.to_string()));
+        if n % 3 == 2 {
+            world.clock.advance(millis(1));
+        }
+        if n == 31 {
+            logstore.roll().unwrap();
+        }
+    }
+    expected.sort_by_key(|(time, shard, _)| (*time, *shard));
+    let merged = |options: &ReadOptions| -> Vec<(u64, u32, String)> {
+        let text = |record: &Record| String::from_utf8(record.bytes.to_vec()).unwrap();
+        logstore
+            .read_merged(options)
+            .unwrap()
+            .map(|item| item.map(|(shard, got)| (got.receive_time_us, shard, text(&got))).unwrap())
+            .collect()
+    };
+    assert_eq!(merged(&ReadOptions::default()), expected);
+    assert_eq!(merged(&ReadOptions::default().max_groups(7)), expected[..7]);
+    assert_eq!(merged(&ReadOptions::default().max_bytes(3)), expected[..3]);
+    let (from, to) = (expected[9].0, expected[30].0);
+    let range = ReadOptions::default().from(Position::Time(from)).to(Position::Time(to));
+    assert_eq!(merged(&range), expected[9..30]);
+    assert!(merged(&ReadOptions::default().from(Position::End)).is_empty());
+    let by_seq = ReadOptions::default().from(Position::Seq(1));
+    assert!(matches!(logstore.read_merged(&by_seq), Err(Error::InvalidArgument(_))));
+
+    // A refused key ends it, with the records that it has looked at.
+    let mut reader = logstore.read_merged(&ReadOptions::default()).unwrap();
+    assert!(reader.next().unwrap().is_ok());
+    world.kms.answer(Answer::Revoked(RevokedReason::Disabled));
+    logstore.revalidate_now().unwrap_err();
+    assert!(matches!(reader.next(), Some(Err(Error::Revoked { .. }))));
+    assert!(reader.next().is_none());
 }
 
 // ---- a file that changes under a map ----
@@ -687,13 +732,11 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         };
         let store = builder(provider()).create().unwrap();
         let conf = EncryptConf::service_key(encrypt_type);
-        let spec = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
-        let logstore = store.create_logstore(&name("p/l"), spec.encrypted(conf.clone())).unwrap();
+        let spec = LogstoreSpec::default().compression(Compression::None);
+        let logstore =
+            store.create_logstore(&name("p/l"), spec.encrypt_conf(conf.clone())).unwrap();
         if !enable {
-            let off = LogstoreConfig {
-                encrypt_conf: Some(EncryptConf { enable, ..conf }),
-                ..logstore.config()
-            };
+            let off = logstore.config().encrypt_conf(EncryptConf { enable, ..conf });
             store.update_logstore(logstore.name(), off).unwrap();
         }
         put(&logstore, "what was written");
@@ -705,7 +748,7 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         let armed = Arc::clone(&provider.file);
         let store = builder(provider).open_read_only().unwrap();
         let logstore = store.logstore(&name("p/l")).unwrap();
-        let options = ReadOptions { mode: ReadMode::Map, ..ReadOptions::default() };
+        let options = ReadOptions::default().mode(ReadMode::Map);
         let mut reader = logstore.read(0, &options).unwrap();
         // The payload of the only block, which begins after the two headers.
         let payload = 308 + 96..308 + 96 + 18;

@@ -16,8 +16,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore,
-    LogstoreConfig, LogstoreSpec, Position, ReadOptions, Record, Result, ShardChoice, Store,
+    AppendOptions, Durability, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec,
+    Position, ReadOptions, Record, Result, ShardChoice, Store,
     admin::VerifyOptions,
     crypto::HashAlg,
     inspect::{BlockHeader, SegmentHeader},
@@ -35,7 +35,7 @@ const SURVIVALS: [Survives; 4] = [
 ];
 
 fn to_shard(shard: u32, durability: Durability) -> AppendOptions {
-    AppendOptions { shard: ShardChoice::Shard(shard), durability }
+    AppendOptions::default().shard(ShardChoice::Shard(shard)).durability(durability)
 }
 
 /// A requested append and its outcome.
@@ -142,7 +142,7 @@ fn a_failed_operation_latches_only_its_shard_until_reopened() {
             let mut sim = Sim::new();
             small_segments(&mut sim);
             let store = sim.create();
-            let spec = LogstoreSpec { shard_count: 2, ..LogstoreSpec::default() };
+            let spec = LogstoreSpec::default().shard_count(2);
             let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
             let mut asked = Vec::new();
             ask(&logstore, "first".into(), Durability::Synced, &mut asked);
@@ -228,7 +228,7 @@ fn a_failed_operation_latches_only_its_shard_until_reopened() {
 /// A short history of a store with an existing Logstore `p/l`. Operations may fail.
 fn live(sim: &Sim, store: Store, asked: &mut Vec<Asked>) {
     let Ok(logstore) = store.logstore(&name("p/l")) else { return };
-    let spec = || LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    let spec = || LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
     ask(&logstore, "life 1".into(), Durability::Synced, asked);
     work(sim, &store, &logstore, asked);
     if let Ok(doomed) = store.create_logstore(&name("p/doomed"), spec()) {
@@ -734,7 +734,7 @@ fn dropped_segments_that_a_power_loss_restores_are_removed() {
     }
     let dropped = sim.segments(&logstore, 0);
     put(&logstore, "d");
-    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    let config = logstore.config().retention_bytes(1);
     store.update_logstore(logstore.name(), config).unwrap();
     assert_eq!(store.admin().apply_retention().unwrap().segments, 3);
     sim.crash(Survives::Synced);
@@ -760,7 +760,7 @@ fn retention_can_be_interrupted_anywhere() {
         put(&logstore, text);
         logstore.roll().unwrap();
     }
-    let config = LogstoreConfig { retention_bytes: Some(1), ..logstore.config() };
+    let config = logstore.config().retention_bytes(1);
     store.update_logstore(logstore.name(), config).unwrap();
     drop(logstore);
     store.close().unwrap();
@@ -1004,10 +1004,8 @@ fn extend(path: &std::path::Path, zeros: u64) {
 #[track_caller]
 fn assert_spotless(store: &Store, context: &str) {
     for keyless in [false, true] {
-        let report = store
-            .admin()
-            .verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {})
-            .unwrap();
+        let report =
+            store.admin().verify(&VerifyOptions::default().keyless(keyless), &mut |_| {}).unwrap();
         assert!(report.is_clean() && report.notes.is_empty(), "{context}: {report:?}");
     }
 }
@@ -1052,7 +1050,7 @@ fn an_open_segment_ends_before_its_zeros() {
             assert_eq!(std::fs::metadata(path).unwrap().len(), len + zeros, "{context}");
         }
         let store = world.builder().open_read_only().unwrap();
-        let options = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
+        let options = VerifyOptions::default().against(checkpoint);
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         assert!(report.is_clean(), "{context}: {report:?}");
     }
@@ -1074,8 +1072,7 @@ fn zeros_hide_no_damage() {
     for (keyless, text) in
         [(false, "p/aes"), (true, "p/aes"), (false, "p/plain"), (true, "p/plain")]
     {
-        let options =
-            VerifyOptions { keyless, logstore: Some(name(text)), ..VerifyOptions::default() };
+        let options = VerifyOptions::default().keyless(keyless).logstore(name(text));
         let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
         assert_eq!(
             faults.iter().map(|fault| fault.kind).collect::<Vec<_>>(),
@@ -1125,19 +1122,20 @@ fn a_file_that_is_longer_than_its_blocks_is_followed_and_sealed() {
 fn a_changed_payload_hash_is_that_of_new_segments() {
     let world = World::manual();
     let store = world.create();
-    let spec = LogstoreSpec { payload_hash: HashAlg::Sm3, ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().payload_hash(HashAlg::Sm3);
     let logstore = store
-        .create_logstore(&name("p/l"), spec.encrypted(EncryptConf::service_key(EncryptType::Aes)))
+        .create_logstore(
+            &name("p/l"),
+            spec.encrypt_conf(EncryptConf::service_key(EncryptType::Aes)),
+        )
         .unwrap();
     put(&logstore, "first");
     let update = |payload_hash| {
-        let config =
-            LogstoreConfig { payload_hash, ..store.logstore(&name("p/l")).unwrap().config() };
+        let config = store.logstore(&name("p/l")).unwrap().config().payload_hash(payload_hash);
         store.update_logstore(&name("p/l"), config).unwrap();
     };
     // Another setting changes: the segment continues.
-    let config =
-        LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name("p/l")).unwrap().config() };
+    let config = store.logstore(&name("p/l")).unwrap().config().ttl_days(9);
     store.update_logstore(&name("p/l"), config).unwrap();
     put(&logstore, "second");
     update(HashAlg::Sha256);

@@ -18,7 +18,7 @@ use common::{
     *,
 };
 use envelog::{
-    EncryptConf, EncryptType, Error, Logstore, LogstoreConfig, LogstoreSpec, Result, Store,
+    EncryptConf, EncryptType, Error, Logstore, LogstoreSpec, Result, Store,
     admin::{Checkpoint, RewrapProgress, VerifyOptions},
     crypto::{HashAlg, SecretKey, hkdf, hmac_sha256},
     inspect::{KeySource, SegmentHeader},
@@ -290,10 +290,7 @@ fn a_checkpoint_from_before_a_rotation_is_refused_as_such() {
     let world = World::manual();
     let store = filled(&world);
     let before = store.admin().checkpoint().unwrap();
-    let against = |checkpoint: &Checkpoint| VerifyOptions {
-        against: Some(checkpoint.clone()),
-        ..VerifyOptions::default()
-    };
+    let against = |checkpoint: &Checkpoint| VerifyOptions::default().against(checkpoint.clone());
     assert!(fault_kinds(&store, &against(&before)).is_empty());
     store.keys().rotate_service_key().unwrap();
     assert_retired(store.admin().verify(&against(&before), &mut |_| {}), "the checkpoint");
@@ -645,8 +642,7 @@ fn a_rotation_ends_or_reports_a_segment_of_a_revoked_key() {
         put(&logstore, "one");
         let encrypt = |sim: &Sim, store: &Store| {
             let encrypt_conf = Some(EncryptConf::byok(EncryptType::Aes, sim.world.cmk()));
-            let config =
-                LogstoreConfig { encrypt_conf, ..store.logstore(&name(PLAIN)).unwrap().config() };
+            let config = store.logstore(&name(PLAIN)).unwrap().config().encrypt_conf(encrypt_conf);
             store.update_logstore(&name(PLAIN), config).unwrap();
         };
         let (sim, store, logstore) = if killed {

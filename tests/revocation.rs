@@ -15,8 +15,8 @@ use std::{
 
 use common::*;
 use envelog::{
-    EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig, LogstoreSpec, Position,
-    ProbeMode, ReadOptions, Result, Store,
+    EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreSpec, Position, ProbeMode,
+    ReadOptions, Result, Store,
     admin::{ReplaceCmk, VerifyOptions},
     audit::{AuditEvent, AuditRecord},
     kms::RevokedReason::Disabled,
@@ -308,7 +308,7 @@ fn a_logstore_with_its_own_probe_is_revoked_within_the_bound() {
     let cmk = world.cmk();
     let spec = |probe| {
         let mut spec =
-            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+            LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         spec.probe = probe;
         spec
     };
@@ -422,7 +422,7 @@ fn open_iterators_end_also_in_the_middle_of_what_was_read_ahead() {
     logstore.sync().unwrap();
     let mut by_record = logstore.read(0, &ReadOptions::default()).unwrap();
     let mut by_block = logstore.read(0, &ReadOptions::default()).unwrap();
-    let mut at_end = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
+    let mut at_end = logstore.read(0, &ReadOptions::default().from(Position::End)).unwrap();
     for _ in 0..10 {
         by_record.next().unwrap().unwrap();
     }
@@ -461,7 +461,7 @@ fn acknowledged_groups_are_sealed_before_the_wipe() {
         assert_revoked(ticket.wait(), Disabled);
     }
     // No segment stays open: it is sealed, and keyless verification finds no fault.
-    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let keyless = VerifyOptions::default().keyless(true);
     let report = store.admin().verify(&keyless, &mut |_| {}).unwrap();
     assert!(report.is_clean() && report.notes.is_empty(), "{report:?}");
     assert_eq!(report.groups, 4);
@@ -587,7 +587,7 @@ fn groups_under_newer_settings_are_lost_with_the_key() {
         let switch = |enable| {
             let config = logstore.config();
             let conf = EncryptConf { enable, ..config.encrypt_conf.clone().unwrap() };
-            let config = LogstoreConfig { encrypt_conf: Some(conf), ..config };
+            let config = config.encrypt_conf(conf);
             store.update_logstore(logstore.name(), config).unwrap();
         };
         switch(!encrypts);
@@ -693,7 +693,7 @@ fn switching_enable_needs_the_key_and_frees_nothing() {
     store.tick();
     let config = logstore.config();
     let conf = EncryptConf { enable: false, ..config.encrypt_conf.clone().unwrap() };
-    let off = LogstoreConfig { encrypt_conf: Some(conf), ..config.clone() };
+    let off = config.clone().encrypt_conf(conf);
     assert_revoked(store.update_logstore(logstore.name(), off), Disabled);
     assert_eq!(logstore.config(), config);
     assert_revoked(try_put(&logstore, "never in plaintext"), Disabled);
@@ -710,7 +710,7 @@ fn opening_with_a_dead_kms_works_and_calls_nothing() {
     let (store, logstore) = opened(&world);
     let service = world.service(&store, "p/service");
     put(&service, "service");
-    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().ttl_days(1);
     let plain = store.create_logstore(&name("p/plain"), spec).unwrap();
     put(&plain, "old");
     store.close().unwrap();
@@ -729,7 +729,7 @@ fn opening_with_a_dead_kms_works_and_calls_nothing() {
     world.clock.advance(secs(60));
     store.tick();
     assert!(store.admin().apply_retention().unwrap().segments == 0);
-    let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let keyless = VerifyOptions::default().keyless(true);
     assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
     assert_eq!(world.kms.calls(), calls);
     assert_unreachable(try_texts(&logstore));
@@ -864,7 +864,7 @@ fn threads_notice_a_revocation_and_recover_by_themselves() {
     let logstore = world.byok(&store, "p/l", &cmk);
     let other = world.service(&store, "p/other");
     put(&logstore, "one");
-    let mut tail = logstore.read(0, &ReadOptions::from(Position::End)).unwrap();
+    let mut tail = logstore.read(0, &ReadOptions::default().from(Position::End)).unwrap();
     logstore.append(record("two"), &buffered()).unwrap();
     world.local().disable(&cmk.cmk_key_id).unwrap();
     let revoked = Instant::now();
@@ -976,7 +976,7 @@ fn a_kms_that_hangs_over_a_data_key_does_not_hang_callers() {
     let began = Instant::now();
     assert_unreachable(try_put(&second, "x"));
     assert_unreachable(store.keys().rotate_data_key(logstore.name()));
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Sm4, cmk));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Sm4, cmk));
     assert_unreachable(store.create_logstore(&name("p/third"), spec));
     assert!(began.elapsed() < secs(10));
     put(&logstore, "two");

@@ -13,8 +13,8 @@ mod forge;
 
 use common::{copy_dir, records, segments, synced};
 use envelog::{
-    Cmk, Compression, EncryptConf, EncryptType, ErrorKind, LogstoreConfig, Position, ReadMode,
-    ReadOptions, Record, Result, Store,
+    Cmk, Compression, EncryptConf, EncryptType, ErrorKind, Position, ReadMode, ReadOptions, Record,
+    Result, Store,
     admin::{VerifyOptions, VerifyReport},
     crypto::Suite,
     inspect::{
@@ -765,14 +765,14 @@ impl Row {
 }
 
 fn verify(store: &Store, keyless: bool) -> VerifyReport {
-    let options = VerifyOptions { keyless, ..VerifyOptions::default() };
+    let options = VerifyOptions::default().keyless(keyless);
     store.admin().verify(&options, &mut |_| {}).unwrap()
 }
 
 /// The sequence numbers in a shard from `from` on, as a reader returns them in one mode.
 fn read(store: &Store, shard: u32, from: u64, mode: ReadMode) -> Result<Vec<u64>> {
     let name = store.list()?.remove(0);
-    let options = ReadOptions { mode, from: Position::Seq(from), ..ReadOptions::default() };
+    let options = ReadOptions::default().mode(mode).from(Position::Seq(from));
     store.logstore(&name)?.read(shard, &options)?.map(|record| Ok(record?.seq)).collect()
 }
 
@@ -917,7 +917,7 @@ fn a_payload_forged_under_its_tag_is_found() {
         let checkpoint = store.admin().checkpoint().unwrap();
         let verify = |keyless, against| {
             let store = copy.builder().open_read_only().unwrap();
-            let options = VerifyOptions { keyless, against, ..VerifyOptions::default() };
+            let options = VerifyOptions::default().keyless(keyless).against(against);
             let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
             faults.into_iter().map(|fault| (fault.kind, fault.message)).collect::<Vec<_>>()
         };
@@ -1032,7 +1032,7 @@ fn segments_that_an_older_data_key_replaces_are_refused() {
             assert_eq!(error.code(), "rolled_back", "{store}: {error}");
             let logstore = opened.logstore(&opened.list().unwrap()[0]).unwrap();
             let mut reader = logstore
-                .read(0, &ReadOptions::from(Position::Begin))
+                .read(0, &ReadOptions::default().from(Position::Begin))
                 .and_then(|mut reader| reader.next_block());
             assert!(reader.as_mut().is_err(), "{store}: a forged record is read");
         }
@@ -1098,7 +1098,7 @@ fn forged_blocks_after_a_recorded_head_are_refused() {
     let store = copy.builder().open().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
     let conf = EncryptConf::byok(EncryptType::Aes, cmk);
-    let config = LogstoreConfig { encrypt_conf: Some(conf), ..logstore.config() };
+    let config = logstore.config().encrypt_conf(conf);
     store.update_logstore(logstore.name(), config).unwrap();
     drop((logstore, store));
     kms.disable(&id).unwrap();
@@ -1157,10 +1157,9 @@ fn the_end_of_a_shard_is_the_end_of_its_blocks() {
     chain.save();
     let store = copy.builder().open_read_only().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
-    for options in [
-        ReadOptions { to: Some(Position::End), ..ReadOptions::default() },
-        ReadOptions::from(Position::End),
-    ] {
+    for options in
+        [ReadOptions::default().to(Position::End), ReadOptions::default().from(Position::End)]
+    {
         assert_eq!(logstore.read(0, &options).unwrap_err().code(), "corrupt");
     }
 }
@@ -1176,7 +1175,8 @@ fn a_segment_begins_when_its_first_group_was_received() {
     chain.save();
     let store = copy.builder().open_read_only().unwrap();
     let logstore = store.logstore(&store.list().unwrap()[0]).unwrap();
-    let mut reader = logstore.read(0, &ReadOptions::from(Position::Time(before_us + 1))).unwrap();
+    let mut reader =
+        logstore.read(0, &ReadOptions::default().from(Position::Time(before_us + 1))).unwrap();
     assert_eq!(reader.next().unwrap().unwrap_err().code(), "corrupt");
 }
 

@@ -37,7 +37,8 @@ use envelog::{
     ReadOptions, Reader, Result, Store, StoreOptions, Ticket,
     crypto::{AwsLc, SecretKey},
     io::Clock,
-    kms::{Answer, Fault, FaultyKms, Kms, KmsCall, KmsError},
+    kms::{Kms, KmsCall, KmsError},
+    testing::{Answer, Fault, FaultyKms},
 };
 
 /// The default number of schedules, and the number of operations in each.
@@ -258,7 +259,7 @@ impl Schedule {
                 _ => EncryptConf::service_key(encrypt_type),
             };
             let logstore = store
-                .create_logstore(&name(text), LogstoreSpec::default().encrypted(conf))
+                .create_logstore(&name(text), LogstoreSpec::default().encrypt_conf(conf))
                 .unwrap();
             let (acknowledged, failed) = Default::default();
             schedule.known.push(Known { logstore, acknowledged, failed, refused: None });
@@ -384,7 +385,7 @@ impl Schedule {
         if self.dice.roll(4) == 0 {
             let ticket = self.known[which]
                 .logstore
-                .submit(record(&text), &AppendOptions::durability(durability));
+                .submit(record(&text), &AppendOptions::default().durability(durability));
             self.judge(which, began, "an append", &ticket);
             match ticket {
                 // A buffered append is acknowledged by its submission.
@@ -398,7 +399,7 @@ impl Schedule {
         }
         let appended = self.known[which]
             .logstore
-            .append(record(&text), &AppendOptions::durability(durability));
+            .append(record(&text), &AppendOptions::default().durability(durability));
         self.judge(which, began, "an append", &appended);
         match appended {
             Ok(appended) => self.acknowledge(which, appended.seq, text, durability),

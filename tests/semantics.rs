@@ -32,7 +32,7 @@ fn off() -> EncryptConf {
 }
 
 fn with_conf(store: &Store, logstore: &Logstore, conf: Option<EncryptConf>) -> LogstoreConfig {
-    LogstoreConfig { encrypt_conf: conf, ..store.logstore(logstore.name()).unwrap().config() }
+    store.logstore(logstore.name()).unwrap().config().encrypt_conf(conf)
 }
 
 fn update(
@@ -149,7 +149,7 @@ fn s2_aes_and_sm4_with_either_method() {
             encrypt_type: Some(encrypt_type),
             user_cmk_info: method.clone(),
         };
-        let spec = LogstoreSpec::default().encrypted(conf);
+        let spec = LogstoreSpec::default().encrypt_conf(conf);
         let logstore = store.create_logstore(&name(&format!("p/l{n}")), spec).unwrap();
         put(&logstore, "secret");
         assert_eq!(texts(&logstore), ["secret"]);
@@ -261,7 +261,7 @@ fn s3_what_the_json_refuses_create_refuses_too() {
     let store = world.create();
     let refused = |conf: EncryptConf| {
         let error = store
-            .create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf))
+            .create_logstore(&name("p/l"), LogstoreSpec::default().encrypt_conf(conf))
             .unwrap_err();
         assert!(store.list().unwrap().is_empty());
         match error {
@@ -336,7 +336,7 @@ fn s4_a_first_enable_false_fixes_nothing() {
     let cmk = world.cmk();
     let first = EncryptConf { enable: false, ..EncryptConf::byok(EncryptType::Aes, cmk.clone()) };
     let created = store
-        .create_logstore(&name("p/a"), LogstoreSpec::default().encrypted(first.clone()))
+        .create_logstore(&name("p/a"), LogstoreSpec::default().encrypt_conf(first.clone()))
         .unwrap();
     let updated = store.create_logstore(&name("p/b"), LogstoreSpec::default()).unwrap();
     update(&store, &updated, Some(off())).unwrap();
@@ -449,7 +449,7 @@ fn s5_each_refusal_is_an_error_of_its_own_and_changes_nothing() {
     let service = world.service(&store, "p/service");
     let byok = world.byok(&store, "p/byok", &cmk);
     let refused_off = {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
         let logstore = store.create_logstore(&name("p/off"), spec).unwrap();
         update(
             &store,
@@ -555,15 +555,20 @@ fn s5_fixed_or_out_of_range_fields_are_refused() {
         other => panic!("{other:?}"),
     };
     let field = |field| ConfigError::FieldFixed { field };
-    assert_eq!(refused(LogstoreConfig { name: name("p/other"), ..config.clone() }), field("name"));
-    assert_eq!(refused(LogstoreConfig { shard_count: 2, ..config.clone() }), field("shard_count"));
-    assert_eq!(refused(LogstoreConfig { shards: Vec::new(), ..config.clone() }), field("shards"));
-    assert_eq!(refused(LogstoreConfig { create_time: 7, ..config.clone() }), field("create_time"));
+    let changed = |change: &dyn Fn(&mut LogstoreConfig)| {
+        let mut changed = config.clone();
+        change(&mut changed);
+        changed
+    };
+    assert_eq!(refused(changed(&|config| config.name = name("p/other"))), field("name"));
+    assert_eq!(refused(changed(&|config| config.shard_count = 2)), field("shard_count"));
+    assert_eq!(refused(changed(&|config| config.shards = Vec::new())), field("shards"));
+    assert_eq!(refused(changed(&|config| config.create_time = 7)), field("create_time"));
     for days in [0, 3651] {
-        let error = refused(LogstoreConfig { ttl_days: Some(days), ..config.clone() });
+        let error = refused(config.clone().ttl_days(days));
         assert!(matches!(error, ConfigError::OutOfRange { field: "ttl_days", .. }), "{error}");
     }
-    let error = refused(LogstoreConfig { retention_bytes: Some(0), ..config.clone() });
+    let error = refused(config.clone().retention_bytes(0));
     assert!(matches!(error, ConfigError::OutOfRange { field: "retention_bytes", .. }), "{error}");
     assert_eq!(store.logstore(logstore.name()).unwrap().config(), config);
     assert_eq!(metadata(&world, &logstore), before);
@@ -598,11 +603,7 @@ fn s5_enable_may_be_switched_without_naming_the_algorithm() {
 fn s6_an_update_replaces_everything_at_the_newest_revision() {
     let world = World::manual();
     let store = world.create();
-    let spec = LogstoreSpec {
-        ttl_days: Some(7),
-        retention_bytes: Some(1 << 30),
-        ..LogstoreSpec::default()
-    };
+    let spec = LogstoreSpec::default().ttl_days(7).retention_bytes(1 << 30);
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let first = store.logstore(logstore.name()).unwrap().config();
     assert_eq!(
@@ -610,7 +611,7 @@ fn s6_an_update_replaces_everything_at_the_newest_revision() {
         (1, Some(7), Some(1 << 30))
     );
     world.clock.advance(secs(60));
-    let second = LogstoreConfig { ttl_days: None, ..first.clone() };
+    let second = first.clone().ttl_days(None);
     let second = store.update_logstore(logstore.name(), second).unwrap();
     // An update removes omitted settings, keeps the others, and records its time.
     assert_eq!(
@@ -623,14 +624,8 @@ fn s6_an_update_replaces_everything_at_the_newest_revision() {
     assert_eq!(logstore.config(), second);
     // Of two callers with the same revision, the second one is refused. An unknown revision is
     // refused too.
-    let third = store
-        .update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(1), ..second.clone() })
-        .unwrap();
-    for (given, update) in [
-        (2, LogstoreConfig { ttl_days: Some(2), ..second }),
-        (1, first.clone()),
-        (9, LogstoreConfig { revision: 9, ..first }),
-    ] {
+    let third = store.update_logstore(logstore.name(), second.clone().ttl_days(1)).unwrap();
+    for (given, update) in [(2, second.ttl_days(2)), (1, first.clone()), (9, first.revision(9))] {
         let error = store.update_logstore(logstore.name(), update).unwrap_err();
         assert!(
             matches!(error, Error::Config(ConfigError::RevisionOutdated { given: g, current: 3 }) if g == given),
@@ -673,9 +668,7 @@ fn s6_key_operations_do_not_touch_the_revision() {
     assert_eq!(replaced.revision, got[0].revision);
     assert_eq!(replaced.encrypt_conf.as_ref().unwrap().user_cmk_info, Some(other));
     // A caller that read the configuration before these operations can still update it.
-    store
-        .update_logstore(service.name(), LogstoreConfig { ttl_days: Some(3), ..got[1].clone() })
-        .unwrap();
+    store.update_logstore(service.name(), got[1].clone().ttl_days(3)).unwrap();
 }
 
 struct Revocation {
@@ -758,7 +751,7 @@ fn s7_every_way_to_revoke_stops_all_reads_and_writes() {
             assert_revoked(try_put(&logstore, "refused"), reason);
             assert_revoked(try_texts(&logstore), reason);
             // Keyless verification works.
-            let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+            let keyless = VerifyOptions::default().keyless(true);
             assert!(store.admin().verify(&keyless, &mut |_| {}).unwrap().is_clean());
             let report = store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap();
             assert!(report.refused.iter().any(|(refused, _)| *refused == name("p/l")));
@@ -781,8 +774,9 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
-    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
-        .encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+    let spec = LogstoreSpec::default()
+        .ttl_days(1)
+        .encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     let doomed = world.byok(&store, "p/doomed", &cmk);
     put(&logstore, "old");
@@ -802,14 +796,10 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     let conf = config.encrypt_conf.clone().unwrap();
     let off = Some(EncryptConf { enable: false, ..conf.clone() });
     for bound in [
-        LogstoreConfig { encrypt_conf: off, ..config.clone() },
-        LogstoreConfig { ttl_days: Some(2), ..config.clone() },
-        LogstoreConfig { ttl_days: None, ..config.clone() },
-        LogstoreConfig {
-            retention_bytes: Some(1),
-            compression: Compression::None,
-            ..config.clone()
-        },
+        config.clone().encrypt_conf(off),
+        config.clone().ttl_days(2),
+        config.clone().ttl_days(None),
+        config.clone().retention_bytes(1).compression(Compression::None),
     ] {
         assert_revoked(store.update_logstore(logstore.name(), bound), RevokedReason::Disabled);
         assert_eq!(
@@ -817,8 +807,8 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
             (config.clone(), before.clone())
         );
     }
-    let rotate_data_key = Some(RotateDataKey { max_age_days: Some(9), max_bytes: None });
-    let free = LogstoreConfig { rotate_data_key, compression: Compression::None, ..config };
+    let rotate_data_key = Some(RotateDataKey::default().max_age_days(9).max_bytes(None));
+    let free = config.rotate_data_key(rotate_data_key).compression(Compression::None);
     let config = store.update_logstore(logstore.name(), free).unwrap();
     assert_eq!(
         (config.revision, config.compression, config.ttl_days),
@@ -848,7 +838,7 @@ fn s7_configuration_delete_and_retention_work_while_revoked() {
     // changed now.
     assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     let config = update(&store, &logstore, Some(EncryptConf { enable: false, ..conf })).unwrap();
-    store.update_logstore(logstore.name(), LogstoreConfig { ttl_days: Some(2), ..config }).unwrap();
+    store.update_logstore(logstore.name(), config.ttl_days(2)).unwrap();
     assert!(store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean());
     store.close().unwrap();
     let store = world.open();
@@ -864,8 +854,9 @@ fn s7_retention_works_in_a_process_that_starts_while_revoked() {
     let world = World::manual();
     let store = world.create();
     let cmk = world.cmk();
-    let spec = LogstoreSpec { ttl_days: Some(1), ..LogstoreSpec::default() }
-        .encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+    let spec = LogstoreSpec::default()
+        .ttl_days(1)
+        .encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
     let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
     put(&logstore, "old");
     store.close().unwrap();
@@ -934,7 +925,11 @@ fn s8_replacing_a_master_key_is_an_operation_of_its_own() {
     assert_eq!(
         store
             .keys()
-            .replace_cmk(logstore.name(), newer.clone(), ReplaceCmk::keep_data_key())
+            .replace_cmk(
+                logstore.name(),
+                newer.clone(),
+                ReplaceCmk::default().fresh_data_key(false)
+            )
             .unwrap(),
         2
     );
@@ -1003,7 +998,7 @@ fn s9_without_kms_or_permission_no_logstore_is_created() {
     let cmk = world.cmk();
     let before = files(&world.store_dir());
     let refused = |cmk: Cmk| {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk));
         let error = store.create_logstore(&name("p/l"), spec).unwrap_err();
         assert!(store.list().unwrap().is_empty());
         assert!(matches!(store.logstore(&name("p/l")), Err(Error::LogstoreMissing(_))));
@@ -1052,7 +1047,7 @@ fn s9_without_any_kms_only_the_service_key_works() {
     put(&service, "fine");
     let conf = EncryptConf::byok(EncryptType::Sm4, world.cmk());
     let error = store
-        .create_logstore(&name("p/l"), LogstoreSpec::default().encrypted(conf.clone()))
+        .create_logstore(&name("p/l"), LogstoreSpec::default().encrypt_conf(conf.clone()))
         .unwrap_err();
     assert!(matches!(error, Error::Config(ConfigError::NoKmsForRegion { .. })));
     let plain = store.create_logstore(&name("p/plain"), LogstoreSpec::default()).unwrap();

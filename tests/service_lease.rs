@@ -204,7 +204,7 @@ fn a_refusal_closes_every_operation() {
         assert_refused(logstore.sync().and_then(|()| try_put(logstore, "x")));
     }
     let (keys, admin) = (store.keys(), store.admin());
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Aes));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Aes));
     assert_refused(store.create_logstore(&name("p/new"), spec));
     assert_refused(store.update_logstore(service.name(), config));
     assert_refused(store.delete_logstore(service.name()));
@@ -223,7 +223,7 @@ fn a_refusal_closes_every_operation() {
     assert_refused(admin.apply_retention());
     assert_refused(admin.repair(service.name(), 0));
     assert_refused(admin.verify(&VerifyOptions::default(), &mut |_| {}));
-    let against = VerifyOptions { against: Some(checkpoint), ..VerifyOptions::default() };
+    let against = VerifyOptions::default().against(checkpoint);
     assert_refused(admin.verify(&against, &mut |_| {}));
     // The error says which key of which KMS.
     let error = try_texts(service).unwrap_err();
@@ -247,7 +247,7 @@ fn operations_that_need_no_key_go_on() {
     assert_eq!(store.keys().service_cmk(), Some(all.cmk.clone()));
     let usage = store.keys().usage().unwrap();
     assert!(usage.service_keys.iter().all(|key| !key.safe_to_destroy));
-    let options = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+    let options = VerifyOptions::default().keyless(true);
     let report = store.admin().verify(&options, &mut |_| {}).unwrap();
     assert!(report.is_clean(), "{report:?}");
     assert_eq!((report.segments, report.blocks), (3, 3));

@@ -28,8 +28,8 @@ use common::{
     *,
 };
 use envelog::{
-    AppendOptions, EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec, ReadOptions,
-    Result, ShardChoice, Store, StoreBuilder,
+    EncryptConf, EncryptType, Error, LogstoreName, LogstoreSpec, ReadOptions, Result, ShardChoice,
+    Store, StoreBuilder,
     admin::{Checkpoint, VerifyOptions},
     crypto::{AwsLc, SecretKey},
     kms::{Kms, KmsCall, KmsError},
@@ -105,8 +105,7 @@ impl Fixture {
             (SM4, Some(EncryptConf::byok(EncryptType::Sm4, self.world.cmk()))),
             (PLAIN, None),
         ] {
-            let spec =
-                LogstoreSpec { shard_count: 2, encrypt_conf: conf, ..LogstoreSpec::default() };
+            let spec = LogstoreSpec::default().shard_count(2).encrypt_conf(conf);
             store.create_logstore(&name(text), spec).unwrap();
         }
         store
@@ -117,7 +116,7 @@ impl Fixture {
         let logstore = name(logstore);
         let written = self.written.entry((logstore.clone(), shard)).or_default();
         let text = format!("{logstore} {shard} {}", written.len());
-        let options = AppendOptions { shard: ShardChoice::Shard(shard), ..synced() };
+        let options = synced().shard(ShardChoice::Shard(shard));
         store.logstore(&logstore).unwrap().append(record(&text), &options).unwrap();
         written.push(text);
     }
@@ -166,8 +165,7 @@ impl Fixture {
     /// The faults that `verify` finds in `image`, with a checkpoint.
     fn verify_against(&self, image: &Image, checkpoint: &Checkpoint) -> Vec<&'static str> {
         let store = self.builder(MemoryDisk::of(image)).open_read_only().unwrap();
-        let options =
-            VerifyOptions { against: Some(checkpoint.clone()), ..VerifyOptions::default() };
+        let options = VerifyOptions::default().against(checkpoint.clone());
         store
             .admin()
             .verify(&options, &mut |_| {})
@@ -205,7 +203,8 @@ impl Fixture {
             verdict.used.extend(store.keys().audit_records().err());
         }
         for keyless in [false, true] {
-            let options = VerifyOptions { logstore: only.cloned(), keyless, against: None };
+            let options =
+                VerifyOptions::default().logstore(only.cloned()).keyless(keyless).against(None);
             let report = store.admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.refused.is_empty(), "{:?}", report.refused);
             let kinds = report.faults.iter().map(|fault| fault.kind).collect();

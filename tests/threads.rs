@@ -35,10 +35,8 @@ fn write(writer: usize, logstore: &Logstore, stop: &AtomicBool) -> Acknowledged 
     for n in 0.. {
         let shard = (n + writer) as u32 % SHARDS;
         let text = format!("{writer} {n} {}", "x".repeat(n * 37 % 300));
-        let options = AppendOptions {
-            shard: ShardChoice::Shard(shard),
-            ..AppendOptions::durability(durability)
-        };
+        let options =
+            AppendOptions::default().durability(durability).shard(ShardChoice::Shard(shard));
         while !stop.load(Ordering::Relaxed) {
             match logstore.append(record(&text), &options) {
                 Ok(appended) => {
@@ -64,11 +62,9 @@ fn follow(reader: usize, logstore: &Logstore, stop: &AtomicBool) -> Vec<u64> {
     let (mut seqs, mut of_writer) = (Vec::new(), [None; WRITERS]);
     loop {
         let last_round = stop.load(Ordering::SeqCst);
-        let options = ReadOptions {
-            from: Position::Seq(seqs.last().map_or(0, |seq| seq + 1)),
-            mode,
-            ..ReadOptions::default()
-        };
+        let options = ReadOptions::default()
+            .from(Position::Seq(seqs.last().map_or(0, |seq| seq + 1)))
+            .mode(mode);
         let found = match logstore.read(shard, &options) {
             Ok(found) => found,
             Err(Error::Revoked { .. }) => continue,
@@ -115,8 +111,7 @@ fn eight_write_and_eight_read_while_everything_else_goes_on() {
     world.options.outage_grace = Duration::from_secs(20);
     let store = world.create();
     let cmk = world.cmk();
-    let spec =
-        |conf| LogstoreSpec { shard_count: SHARDS, ..LogstoreSpec::default().encrypted(conf) };
+    let spec = |conf| LogstoreSpec::default().encrypt_conf(conf).shard_count(SHARDS);
     let service = EncryptConf::service_key(EncryptType::Sm4);
     let byok = EncryptConf::byok(EncryptType::Aes, cmk.clone());
     let logstores = [("p/service", service), ("p/byok", byok)]

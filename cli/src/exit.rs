@@ -190,18 +190,13 @@ impl From<envelog::error::ConfigError> for Failure {
 
 impl From<LocalKmsError> for Failure {
     fn from(error: LocalKmsError) -> Self {
-        let (status, code) = match &error {
-            LocalKmsError::Missing { .. } => (Status::KmsUnreachable, "kms_missing"),
-            LocalKmsError::Busy { .. } => (Status::KmsUnreachable, "kms_busy"),
-            LocalKmsError::NotFound { .. } => (Status::Other, "key_missing"),
-            LocalKmsError::WrongState { .. } => (Status::Other, "key_state"),
-            LocalKmsError::NotGranted { .. } => (Status::Other, "not_granted"),
-            LocalKmsError::InvalidArgument { .. } => (Status::Usage, "invalid_argument"),
-            LocalKmsError::Damaged { .. } => (Status::Integrity, "kms_damaged"),
-            LocalKmsError::Io { .. } => (Status::Other, "io"),
-            _ => (Status::Other, "kms"),
+        let status = match &error {
+            LocalKmsError::Missing { .. } | LocalKmsError::Busy { .. } => Status::KmsUnreachable,
+            LocalKmsError::InvalidArgument { .. } => Status::Usage,
+            LocalKmsError::Damaged { .. } => Status::Integrity,
+            _ => Status::Other,
         };
-        Self::new(status, code, error.to_string())
+        Self::new(status, error.code(), error.to_string())
     }
 }
 

@@ -51,7 +51,7 @@ fn store() -> Store {
 
 fn create_with(conf: EncryptConf) {
     let name = "project/logstore".parse().expect("a name");
-    let spec = LogstoreSpec { encrypt_conf: Some(conf), ..LogstoreSpec::default() };
+    let spec = LogstoreSpec::default().encrypt_conf(conf);
     store().create_logstore(&name, spec).expect("a configuration that was checked");
 }
 
@@ -59,10 +59,11 @@ fn create_with(conf: EncryptConf) {
 fn update_with(config: &LogstoreConfig) {
     let store = store();
     let name = "project/logstore".parse().expect("a name");
-    let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+    let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
     let before = store.create_logstore(&name, spec).expect("a new Logstore").config();
     // The store would always refuse another revision or another name for that reason alone.
-    let config = LogstoreConfig { name: name.clone(), revision: before.revision, ..config.clone() };
+    let mut config = config.clone().revision(before.revision);
+    config.name = name.clone();
     match store.update_logstore(&name, config) {
         Ok(after) => assert_eq!(after.revision, before.revision + 1),
         Err(error) => {

@@ -147,10 +147,7 @@ impl Golden {
         shown(store.keys().rotate_service_key());
         let checkpoint = shown(store.admin().checkpoint());
         if checkpoint.is_some() {
-            shown(store.admin().verify(
-                &VerifyOptions { against: checkpoint, ..VerifyOptions::default() },
-                &mut |_| {},
-            ));
+            shown(store.admin().verify(&VerifyOptions::default().against(checkpoint), &mut |_| {}));
         }
         self.look(&store, &added);
         let closed = shown(store.close()).is_some();
@@ -205,7 +202,9 @@ impl Golden {
                     Position::Seq(2),
                     Position::Time(1_700_000_000_002_000),
                 ] {
-                    let Some(reader) = shown(logstore.read(shard, &ReadOptions::from(from))) else {
+                    let Some(reader) =
+                        shown(logstore.read(shard, &ReadOptions::default().from(from)))
+                    else {
                         continue;
                     };
                     let mut last = None;
@@ -225,11 +224,7 @@ impl Golden {
         }
         shown(store.keys().audit_records());
         for keyless in [true, false] {
-            shown(
-                store
-                    .admin()
-                    .verify(&VerifyOptions { keyless, ..VerifyOptions::default() }, &mut |_| {}),
-            );
+            shown(store.admin().verify(&VerifyOptions::default().keyless(keyless), &mut |_| {}));
         }
     }
 }
@@ -247,11 +242,13 @@ fn entry(logstore: &Logstore, shard: u32, record: Record) -> Written {
 /// Appends to each shard. An acknowledged record must be readable at once.
 fn append(logstore: &Logstore, added: &mut HashSet<Written>) {
     for shard in shards(logstore) {
-        let options =
-            AppendOptions { shard: ShardChoice::Shard(shard), durability: Durability::Synced };
+        let options = AppendOptions::default()
+            .shard(ShardChoice::Shard(shard))
+            .durability(Durability::Synced);
         let payload = Payload::opaque("added by the fuzzer").expect("a short record");
         let Some(appended) = shown(logstore.append(payload, &options)) else { continue };
-        let reader = logstore.read(shard, &ReadOptions::from(Position::Seq(appended.seq)));
+        let reader =
+            logstore.read(shard, &ReadOptions::default().from(Position::Seq(appended.seq)));
         let record = reader
             .expect("it could be written")
             .next()
@@ -264,7 +261,7 @@ fn append(logstore: &Logstore, added: &mut HashSet<Written>) {
 
 /// The sequence number of the first record from `seq` on.
 fn first_from(logstore: &Logstore, shard: u32, seq: u64) -> Option<u64> {
-    let mut reader = shown(logstore.read(shard, &ReadOptions::from(Position::Seq(seq))))?;
+    let mut reader = shown(logstore.read(shard, &ReadOptions::default().from(Position::Seq(seq))))?;
     Some(shown(reader.next()?)?.seq)
 }
 

@@ -330,6 +330,7 @@ fn parse_json<'a, T: Deserialize<'a>>(json: &'a str) -> Result<T, ConfigError> {
 /// A Logstore can have 10,000 versions in total, including destroyed ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct RotateDataKey {
     /// Rotate once the current version is this many days old: 1 to [`TTL_DAYS_MAX`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -342,6 +343,11 @@ pub struct RotateDataKey {
 }
 
 impl RotateDataKey {
+    setters! {
+        max_age_days: u32, optional;
+        max_bytes: u64, optional;
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
         if let Some(days) = self.max_age_days {
             range("rotate_data_key.max_age_days", days.into(), 1, TTL_DAYS_MAX.into())?;
@@ -354,7 +360,15 @@ impl RotateDataKey {
 }
 
 /// The settings for [`crate::Store::create_logstore`].
+///
+/// ```
+/// use envelog::{EncryptConf, EncryptType, LogstoreSpec};
+/// let conf = EncryptConf::service_key(EncryptType::Sm4);
+/// let spec = LogstoreSpec::default().shard_count(4).ttl_days(30).encrypt_conf(conf);
+/// # assert!(spec.check().is_ok());
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LogstoreSpec {
     /// The number of shards that divide the hash range: 1 to [`SHARDS_MAX`].
     pub shard_count: u32,
@@ -393,11 +407,15 @@ impl Default for LogstoreSpec {
 }
 
 impl LogstoreSpec {
-    /// The same with this `encrypt_conf`.
-    #[must_use]
-    pub fn encrypted(mut self, conf: EncryptConf) -> Self {
-        self.encrypt_conf = Some(conf);
-        self
+    setters! {
+        shard_count: u32;
+        ttl_days: u32, optional;
+        retention_bytes: u64, optional;
+        rotate_data_key: RotateDataKey, optional;
+        compression: Compression;
+        payload_hash: HashAlg;
+        encrypt_conf: EncryptConf, optional;
+        probe: ProbeMode;
     }
 
     /// Checks the rules that need no other state. [`crate::Store::create_logstore`] may still fail:
@@ -446,6 +464,7 @@ pub enum ShardStatus {
 /// A shard and the range of hash keys that it owns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct ShardInfo {
     /// Its number within the Logstore.
     pub id: u32,
@@ -497,6 +516,7 @@ fn hash_key(text: &str) -> Option<u128> {
 /// The whole configuration of a Logstore, as *get* returns it and *update* accepts it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct LogstoreConfig {
     /// Project and Logstore. An update cannot change it.
     pub name: LogstoreName,
@@ -535,6 +555,17 @@ pub struct LogstoreConfig {
 }
 
 impl LogstoreConfig {
+    setters! {
+        revision: u64;
+        ttl_days: u32, optional;
+        retention_bytes: u64, optional;
+        rotate_data_key: RotateDataKey, optional;
+        compression: Compression;
+        payload_hash: HashAlg;
+        encrypt_conf: EncryptConf, optional;
+        probe: ProbeMode;
+    }
+
     /// Parses a configuration from JSON.
     ///
     /// # Errors

@@ -87,7 +87,7 @@ type Sleep = Box<dyn Fn(Duration) + Send + Sync>;
 /// ```
 /// # #[cfg(feature = "kms-local")] {
 /// use std::{sync::Arc, time::Duration};
-/// use envelog::kms::{Fault, FaultyKms, KmsError, LocalKms};
+/// use envelog::{kms::{KmsError, LocalKms}, testing::{Fault, FaultyKms}};
 ///
 /// let dir = tempfile::tempdir().unwrap();
 /// let kms = Arc::new(FaultyKms::new(Arc::new(LocalKms::at(dir.path()))));

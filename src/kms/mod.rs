@@ -58,7 +58,7 @@
 //!   and role. But CMKs are independent: a slow one must not delay the others.
 //! - **Do not panic**, for any bytes from the network. Limit how much is read.
 //!
-//! The suite `kms::conformance` (feature `kms-conformance`) checks a backend against these rules.
+//! The suite `testing::conformance` (feature `kms-conformance`) checks a backend against these rules.
 
 #[cfg(feature = "kms-aliyun")]
 mod aliyun;
@@ -69,6 +69,7 @@ mod base64_key;
 mod bounded;
 mod calls;
 #[cfg(feature = "kms-conformance")]
+#[doc(hidden)]
 pub mod conformance;
 mod context;
 #[cfg(any(
@@ -78,7 +79,7 @@ mod context;
     feature = "kms-vault"
 ))]
 mod deadline;
-#[cfg(feature = "kms-faulty")]
+#[cfg(feature = "testing")]
 mod faulty;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
 mod http;
@@ -107,7 +108,8 @@ pub(crate) use bounded::{BoundedKms, Call, CallReport, LOOK_EVERY};
 pub(crate) use bounded::{DeferredCalls, Watch};
 pub(crate) use calls::Busy;
 pub use context::EncryptionContext;
-#[cfg(feature = "kms-faulty")]
+#[cfg(feature = "testing")]
+#[doc(hidden)]
 pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, LocalKeyInfo, LocalKeyState, LocalKms, LocalKmsError};

@@ -25,8 +25,9 @@ use crate::{
     metrics::LogstoreMetrics,
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        AppendFuture, Appended, CurrentPlan, Durability, End, Follow, Payload, ReadOptions, Reader,
-        RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket, WaitFor, WritePlan,
+        AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedReader, Payload,
+        ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket,
+        WaitFor, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,
@@ -50,7 +51,14 @@ pub enum ShardChoice {
 }
 
 /// The options of an append.
+///
+/// ```
+/// use envelog::{AppendOptions, Durability, ShardChoice};
+/// let options = AppendOptions::default().durability(Durability::Buffered).shard(ShardChoice::Shard(0));
+/// # assert_eq!(options.durability, Durability::Buffered);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct AppendOptions {
     /// The shard; round robin by default.
     pub shard: ShardChoice,
@@ -59,9 +67,9 @@ pub struct AppendOptions {
 }
 
 impl AppendOptions {
-    /// Round robin, with the given durability.
-    pub fn durability(durability: Durability) -> Self {
-        Self { durability, ..Self::default() }
+    setters! {
+        shard: ShardChoice;
+        durability: Durability;
     }
 }
 
@@ -653,6 +661,18 @@ impl Logstore {
     pub fn read(&self, shard: u32, options: &ReadOptions) -> Result<Reader> {
         self.shared.act_on_losses();
         Reader::open(self.shared.shard(shard)?, options)
+    }
+
+    /// Opens a reader on all shards, which merges their records by receive time. It takes one reader
+    /// of [`readers_max`](crate::StoreOptions::readers_max) for each shard, and reads the first
+    /// block of each. Blocks for file I/O and KMS calls.
+    ///
+    /// # Errors
+    /// As [`Logstore::read`]. [`Error::InvalidArgument`] for a position that is a sequence number,
+    /// which has no meaning across shards. The error of a record that cannot be read.
+    pub fn read_merged(&self, options: &ReadOptions) -> Result<MergedReader> {
+        self.shared.act_on_losses();
+        MergedReader::open(self.shared.shards.iter().map(|shard| &**shard), options)
     }
 
     /// Follows a shard: reads it, and waits at the end for more. Blocks for file I/O, and for a KMS

@@ -57,7 +57,14 @@ pub enum ReadMode {
 }
 
 /// The range to read, and how.
+///
+/// ```
+/// use envelog::{Position, ReadOptions};
+/// let options = ReadOptions::default().from(Position::Seq(10)).max_groups(100);
+/// # assert_eq!(options.max_groups, Some(100));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct ReadOptions {
     /// Where to begin.
     pub from: Position,
@@ -72,9 +79,12 @@ pub struct ReadOptions {
 }
 
 impl ReadOptions {
-    /// From `position` on, without a limit.
-    pub fn from(position: Position) -> Self {
-        Self { from: position, ..Self::default() }
+    setters! {
+        from: Position;
+        to: Position, optional;
+        max_groups: u64, optional;
+        max_bytes: u64, optional;
+        mode: ReadMode;
     }
 }
 
@@ -298,6 +308,16 @@ impl Reader {
         let record = lock(&self.ahead.0).records.pop_front()?;
         self.took(&record);
         Some(record)
+    }
+
+    /// The receive time of the next record, if it was read ahead.
+    pub(super) fn next_time_us(&self) -> Option<u64> {
+        lock(&self.ahead.0).records.front().map(|record| record.receive_time_us)
+    }
+
+    /// The number of the shard.
+    pub fn shard(&self) -> u32 {
+        self.list.shard()
     }
 
     /// Whether a record was read ahead.

@@ -49,7 +49,7 @@ use crate::{
 /// let dir = tempfile::tempdir().unwrap();
 /// let (data, keyring) = (dir.path().join("data"), dir.path().join("keyring"));
 /// let store = Store::builder(data, keyring, RustCrypto::new()).create()?;
-/// let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Sm4));
+/// let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Sm4));
 /// let logstore = store.create_logstore(&"shop/orders".parse()?, spec)?;
 /// logstore.append(Payload::opaque("paid")?, &AppendOptions::default())?;
 /// store.close()?;

@@ -30,9 +30,8 @@ impl Default for ReplaceCmk {
 }
 
 impl ReplaceCmk {
-    /// Keeps the current data key for new data.
-    pub fn keep_data_key() -> Self {
-        Self { fresh_data_key: false }
+    setters! {
+        fresh_data_key: bool;
     }
 }
 

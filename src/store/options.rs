@@ -21,6 +21,13 @@ pub enum Background {
 }
 
 /// The settings of a store. They are not stored: each opening passes its own.
+///
+/// ```
+/// use std::time::Duration;
+/// use envelog::StoreOptions;
+/// let options = StoreOptions::default().revalidate_every(Duration::from_secs(10)).workers(4);
+/// # assert!(options.check().is_ok());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StoreOptions {
@@ -123,6 +130,29 @@ impl Default for StoreOptions {
 }
 
 impl StoreOptions {
+    setters! {
+        revalidate_every: Duration;
+        outage_grace: Duration;
+        service_outage_grace: Duration;
+        kms_timeout: Duration;
+        background: Background;
+        workers: usize;
+        block_bytes: usize;
+        linger: Duration;
+        segment_bytes: u64;
+        segment_age: Duration;
+        pending_bytes_max: usize;
+        readers_max: usize;
+        followers_max: usize;
+        audit_file_bytes: u64;
+        retention_every: Duration;
+        head_every: Duration;
+        anchor_required: Duration, optional;
+        group_read: bool;
+        keyring_group_read: bool;
+        allow_network_fs: bool;
+    }
+
     /// Leaves the hashes of the payloads out of the digests of segments. Verification reports such
     /// a store as corrupt. A benchmark uses this to measure the cost of the hashes, and then
     /// deletes the store.

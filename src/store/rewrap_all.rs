@@ -32,9 +32,10 @@ pub struct RewrapOptions {
 }
 
 impl RewrapOptions {
-    /// The Logstores under one master key, in any region.
-    pub fn master_key(cmk_key_id: impl Into<String>) -> Self {
-        Self { cmk_key_id: Some(cmk_key_id.into()), ..Self::default() }
+    setters! {
+        cmk_key_id: String, optional;
+        region_id: String, optional;
+        restart: bool;
     }
 
     fn includes(&self, cmk: Option<&Cmk>) -> bool {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use envelog::{
-    EncryptConf, Logstore, LogstoreConfig, Store, StoreBuilder,
+    EncryptConf, Logstore, Store, StoreBuilder,
     io::{Access, DirEntry, Disk, DiskFile, FileKind, FileStat, Map, OpenMode, RealDisk},
 };
 
@@ -1050,7 +1050,7 @@ impl Sim {
         let config = logstore.config();
         let encrypt_conf =
             config.encrypt_conf.clone().map(|conf| EncryptConf { enable: !conf.enable, ..conf });
-        store.update_logstore(logstore.name(), LogstoreConfig { encrypt_conf, ..config }).unwrap();
+        store.update_logstore(logstore.name(), config.encrypt_conf(encrypt_conf)).unwrap();
         let (clock, kms) = (Arc::clone(&self.world.clock), Arc::clone(&self.world.kms));
         let lease = self.world.options.outage_grace + self.world.options.revalidate_every;
         let mut answer = Some(answer);

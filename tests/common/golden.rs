@@ -103,12 +103,10 @@ struct Maker {
 }
 
 fn spec(conf: Option<EncryptConf>, shard_count: u32) -> LogstoreSpec {
-    LogstoreSpec {
-        shard_count,
-        compression: Compression::None,
-        encrypt_conf: conf,
-        ..LogstoreSpec::default()
-    }
+    LogstoreSpec::default()
+        .shard_count(shard_count)
+        .compression(Compression::None)
+        .encrypt_conf(conf)
 }
 
 impl Maker {
@@ -162,7 +160,8 @@ impl Maker {
             What::Opaque(_) => Payload::opaque(bytes.clone()).unwrap(),
             What::Group(..) => Payload::encoded(bytes.clone()).unwrap(),
         };
-        let options = AppendOptions { shard: ShardChoice::Shard(shard), durability };
+        let options =
+            AppendOptions::default().shard(ShardChoice::Shard(shard)).durability(durability);
         let appended = logstore.append(payload, &options).unwrap();
         json!({ "seq": appended.seq, "receive_time_us": self.clock.wall_us(), "kind": kind, "hex": hex(&bytes) })
     }
@@ -318,7 +317,7 @@ impl Maker {
             [("shop/lz4", Compression::Lz4), ("shop/zstd", Compression::Zstd)]
         {
             let conf = EncryptConf::service_key(EncryptType::Aes);
-            let spec = LogstoreSpec { compression, ..spec(Some(conf), 1) };
+            let spec = spec(Some(conf), 1).compression(compression);
             let logstore = store.create_logstore(&name(text), spec).unwrap();
             self.put(&logstore, 0, What::Group("again and again", 20), Durability::Synced);
             self.put(&logstore, 0, What::Opaque("short"), Durability::Synced);

@@ -12,10 +12,8 @@ use envelog::{
     AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, KeyState, Logstore,
     LogstoreSpec, Payload, Position, ReadOptions, Result, Store, StoreBuilder, StoreOptions,
     crypto::Sm4Simd,
-    kms::{
-        RevokedReason,
-        conformance::{self, Settings, Subject},
-    },
+    kms::RevokedReason,
+    testing::conformance::{self, Settings, Subject},
 };
 use tempfile::TempDir;
 
@@ -137,21 +135,21 @@ struct Written {
 
 impl Written {
     fn create(store: &Store, name: &str, conf: EncryptConf) -> Self {
-        let spec = LogstoreSpec::default().encrypted(conf);
+        let spec = LogstoreSpec::default().encrypt_conf(conf);
         let logstore = store.create_logstore(&name.parse().unwrap(), spec).unwrap();
         Self { logstore, written: Vec::new() }
     }
 
     fn put(&mut self) -> Result<()> {
         let text = format!("record {}", self.written.len());
-        let options = AppendOptions::durability(Durability::Synced);
+        let options = AppendOptions::default().durability(Durability::Synced);
         self.logstore.append(Payload::opaque(text.clone()).unwrap(), &options)?;
         self.written.push(text);
         Ok(())
     }
 
     fn texts(&self) -> Result<Vec<String>> {
-        let records = self.logstore.read(0, &ReadOptions::from(Position::Begin))?;
+        let records = self.logstore.read(0, &ReadOptions::default().from(Position::Begin))?;
         records.map(|record| Ok(String::from_utf8(record?.bytes.to_vec()).unwrap())).collect()
     }
 

@@ -656,14 +656,14 @@ impl World {
 
     /// Creates a Logstore under the service key.
     pub(crate) fn service(&self, store: &Store, text: &str) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Aes));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Aes));
         store.create_logstore(&name(text), spec).unwrap()
     }
 
     /// Creates a Logstore under a master key.
     pub(crate) fn byok(&self, store: &Store, text: &str, cmk: &Cmk) -> Logstore {
         let spec =
-            LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
+            LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk.clone()));
         store.create_logstore(&name(text), spec).unwrap()
     }
 
@@ -692,15 +692,15 @@ pub(crate) fn name(text: &str) -> LogstoreName {
 }
 
 pub(crate) fn synced() -> AppendOptions {
-    AppendOptions::durability(Durability::Synced)
+    AppendOptions::default().durability(Durability::Synced)
 }
 
 pub(crate) fn written() -> AppendOptions {
-    AppendOptions::durability(Durability::Written)
+    AppendOptions::default().durability(Durability::Written)
 }
 
 pub(crate) fn buffered() -> AppendOptions {
-    AppendOptions::durability(Durability::Buffered)
+    AppendOptions::default().durability(Durability::Buffered)
 }
 
 pub(crate) fn record(text: &str) -> Payload {
@@ -729,7 +729,7 @@ pub(crate) fn try_put(logstore: &Logstore, text: &str) -> Result<()> {
 
 /// All records of a shard from `from` on.
 pub(crate) fn records_from(logstore: &Logstore, shard: u32, from: Position) -> Result<Vec<Record>> {
-    logstore.read(shard, &ReadOptions::from(from))?.collect()
+    logstore.read(shard, &ReadOptions::default().from(from))?.collect()
 }
 
 pub(crate) fn records(logstore: &Logstore, shard: u32) -> Result<Vec<Record>> {

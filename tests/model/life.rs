@@ -17,9 +17,8 @@ use crate::common::{
 };
 use bytes::Bytes;
 use envelog::{
-    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreConfig,
-    LogstoreSpec, Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store,
-    Ticket,
+    AppendOptions, Cmk, Durability, EncryptConf, EncryptType, Error, Logstore, LogstoreSpec,
+    Payload, Position, ReadMode, ReadOptions, Record, Result, ShardChoice, Store, Ticket,
     admin::{Checkpoint, VerifyOptions},
     error::ConfigError,
     inspect::BlockKind,
@@ -276,8 +275,7 @@ impl Life {
             2 => Some(EncryptConf::byok(EncryptType::Sm4, self.cmk.clone())),
             _ => Some(EncryptConf::byok(EncryptType::Aes, self.cmk.clone())),
         };
-        let spec =
-            LogstoreSpec { shard_count: SHARDS, encrypt_conf: conf, ..LogstoreSpec::default() };
+        let spec = LogstoreSpec::default().shard_count(SHARDS).encrypt_conf(conf);
         let created = self.store().create_logstore(&name(&text_of(n)), spec);
         if self.shelves[n].is_some() {
             assert!(matches!(created, Err(Error::LogstoreExists(_))));
@@ -311,7 +309,8 @@ impl Life {
             if as_group { Payload::try_from(&group(&text, 2)).unwrap() } else { record(&text) };
         let kind = if as_group { BlockKind::Groups } else { BlockKind::Opaque };
         let bytes = if as_group { group(&text, 2).encode_to_bytes() } else { Bytes::from(text) };
-        let options = AppendOptions { shard: ShardChoice::Shard(shard), durability };
+        let options =
+            AppendOptions::default().shard(ShardChoice::Shard(shard)).durability(durability);
         let time_us = self.now_us();
         let (seq, known, ticket) = match ticket {
             true => {
@@ -461,7 +460,12 @@ impl Life {
             expected.push(record.clone());
         }
         for mode in [ReadMode::Pread, ReadMode::Map] {
-            let options = ReadOptions { from, to, max_groups, max_bytes, mode };
+            let options = ReadOptions::default()
+                .from(from)
+                .to(to)
+                .max_groups(max_groups)
+                .max_bytes(max_bytes)
+                .mode(mode);
             let found: Vec<Record> =
                 shelf.handle.read(shard, &options).unwrap().collect::<Result<_>>().unwrap();
             assert!(found == expected, "{options:?}");
@@ -471,10 +475,8 @@ impl Life {
     fn retain(&mut self, n: usize, ttl_days: Option<u32>, retention_bytes: Option<u64>) {
         let Some(shelf) = &self.shelves[n] else { return };
         let handle = shelf.handle.clone();
-        let with = |ttl_days, retention_bytes| LogstoreConfig {
-            ttl_days,
-            retention_bytes,
-            ..handle.config()
+        let with = |ttl_days, retention_bytes| {
+            handle.config().ttl_days(ttl_days).retention_bytes(retention_bytes)
         };
         let updated = self.store().update_logstore(handle.name(), with(ttl_days, retention_bytes));
         if self.refused(n) && (ttl_days.is_some() || retention_bytes.is_some()) {
@@ -509,7 +511,7 @@ impl Life {
 
     fn verify(&mut self) {
         for keyless in [true, false] {
-            let mut options = VerifyOptions { keyless, ..VerifyOptions::default() };
+            let mut options = VerifyOptions::default().keyless(keyless);
             options.against = self.checkpoint.clone();
             let report = self.store().admin().verify(&options, &mut |_| {}).unwrap();
             assert!(report.is_clean(), "{:?}", report.faults);
@@ -640,8 +642,7 @@ impl Life {
             Step::RotateServiceKey => {
                 self.store().keys().rotate_service_key().unwrap();
                 if let Some(against) = self.checkpoint.take() {
-                    let options =
-                        VerifyOptions { against: Some(against), ..VerifyOptions::default() };
+                    let options = VerifyOptions::default().against(against);
                     let refused = self.store().admin().verify(&options, &mut |_| {});
                     assert!(matches!(refused, Err(Error::RetiredKeyVersion { .. })), "{refused:?}");
                 }
@@ -653,7 +654,7 @@ impl Life {
                     None => EncryptConf::service_key(EncryptType::Sm4),
                     Some(conf) => EncryptConf { enable: !conf.enable, ..conf },
                 };
-                let config = LogstoreConfig { encrypt_conf: Some(conf), ..config };
+                let config = config.encrypt_conf(conf);
                 drop(self.gated(n, self.store().update_logstore(shelf.handle.name(), config)));
             }
             Step::Disable => {

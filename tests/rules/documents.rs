@@ -3,7 +3,7 @@
 use std::{fs, ops::Range, path::PathBuf};
 
 use envelog::{
-    LogstoreConfig, Position, Result,
+    Position, Result,
     admin::{Checkpoint, VerifyOptions},
     crypto::hmac_sha256,
 };
@@ -799,7 +799,7 @@ fn no_change_of_keys_or_settings_signs_what_was_forged() {
     });
     let store = copy.builder().open().unwrap();
     let name = store.list().unwrap().remove(0);
-    let longer = LogstoreConfig { ttl_days: Some(9), ..store.logstore(&name).unwrap().config() };
+    let longer = store.logstore(&name).unwrap().config().ttl_days(9);
     for refused in [
         store.keys().rotate_data_key(&name).map(drop),
         store.keys().rewrap(&name).map(drop),
@@ -873,9 +873,8 @@ fn the_rules_of_checkpoints() {
         copy.change_document(&copy.path("checkpoint"), change);
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let verified = store
-            .admin()
-            .verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {});
+        let verified =
+            store.admin().verify(&VerifyOptions::default().against(against), &mut |_| {});
         assert_eq!(verified.as_ref().err().map(|error| error.code()), code, "{rule}: {verified:?}");
     }
 }
@@ -890,10 +889,8 @@ fn the_rules_of_heads_in_a_checkpoint() {
         });
         let against = Some(Checkpoint::from_bytes(fs::read(copy.path("checkpoint")).unwrap()));
         let store = copy.builder().open_read_only().unwrap();
-        let report = store
-            .admin()
-            .verify(&VerifyOptions { against, ..VerifyOptions::default() }, &mut |_| {})
-            .unwrap();
+        let report =
+            store.admin().verify(&VerifyOptions::default().against(against), &mut |_| {}).unwrap();
         assert!(!report.is_clean(), "{field}: {report:?}");
     }
 }

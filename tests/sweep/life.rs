@@ -11,8 +11,7 @@ use std::{
 use bytes::Bytes;
 use envelog::{
     AppendOptions, Background, Compression, Durability, EncryptConf, EncryptType, Error, ErrorKind,
-    Logstore, LogstoreConfig, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder,
-    StoreOptions,
+    Logstore, LogstoreSpec, Payload, Record, ShardChoice, Store, StoreBuilder, StoreOptions,
     admin::{Anchor, AnchorPlace, ReplaceCmk, VerifyOptions},
     error::ConfigError,
     ids::StoreId,
@@ -383,7 +382,9 @@ impl Life {
         let mut tickets = Vec::new();
         for &durability in as_durable {
             let (payload, kind, bytes) = self.payload(n, durability, size);
-            let options = AppendOptions { shard: ShardChoice::Shard(shard as u32), durability };
+            let options = AppendOptions::default()
+                .shard(ShardChoice::Shard(shard as u32))
+                .durability(durability);
             let index = {
                 let mut shelves = self.shelves();
                 let items = &mut shelves.get_mut(NAMES[n]).unwrap().shards[shard].items;
@@ -488,7 +489,10 @@ impl Life {
             let View { encrypt_conf, ttl_days, retention_bytes, .. } = view;
             store.update_logstore(
                 &name(NAMES[n]),
-                LogstoreConfig { encrypt_conf, ttl_days, retention_bytes, ..config },
+                config
+                    .encrypt_conf(encrypt_conf)
+                    .ttl_days(ttl_days)
+                    .retention_bytes(retention_bytes),
             )
         };
         self.change(
@@ -533,12 +537,10 @@ impl Life {
         self.shelves()
             .insert(NAMES[n], Shelf { may_be: [true, true], ..Shelf::absent(view, shards(n)) });
         let compression = if n == 1 { Compression::None } else { Compression::Lz4 };
-        let spec = LogstoreSpec {
-            shard_count: shards(n) as u32,
-            compression,
-            encrypt_conf: conf,
-            ..LogstoreSpec::default()
-        };
+        let spec = LogstoreSpec::default()
+            .shard_count(shards(n) as u32)
+            .compression(compression)
+            .encrypt_conf(conf);
         match store.create_logstore(&name(NAMES[n]), spec) {
             Ok(_) => {
                 self.shelves().get_mut(NAMES[n]).unwrap().may_be = [true, false];
@@ -838,7 +840,8 @@ impl Life {
                 // The other writer may find the record at the end of the shard.
                 let item = Item { bytes, kind, seq: None, acked: None };
                 self.shelves().get_mut(text).unwrap().shards[0].items.push(item);
-                let options = AppendOptions { shard: ShardChoice::Shard(0), durability };
+                let options =
+                    AppendOptions::default().shard(ShardChoice::Shard(0)).durability(durability);
                 ensure!(
                     logstore.append(payload, &options).is_err(),
                     "a writer that was taken over acknowledges an append"

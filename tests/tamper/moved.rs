@@ -512,7 +512,7 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
                     "wrong_key",
                 );
                 let store = fixture.builder(MemoryDisk::of(&damaged)).open().unwrap();
-                let append = AppendOptions { shard: ShardChoice::Shard(0), ..synced() };
+                let append = synced().shard(ShardChoice::Shard(0));
                 let appended =
                     store.logstore(&name(logstore)).unwrap().append(record("more"), &append);
                 assert!(
@@ -557,9 +557,7 @@ fn a_header_that_cuts_its_predecessor_short_is_not_believed() {
     let logstore = store.logstore(&name(AES)).unwrap();
     logstore.roll().unwrap();
     // The next segment is begun, and the record waits in memory.
-    logstore
-        .append(record("waits"), &AppendOptions { shard: ShardChoice::Shard(0), ..buffered() })
-        .unwrap();
+    logstore.append(record("waits"), &buffered().shard(ShardChoice::Shard(0))).unwrap();
     let image = fixture.disk.image();
     let [first, last] = &segments_of(&fixture, &image, AES, 0)[..] else { panic!("there are two") };
     let mut decoded = SegmentHeader::decode(&image.files[last]).unwrap();
@@ -596,20 +594,17 @@ fn a_block_that_hides_is_found() {
         ("it says it is older", ReadOptions::default(), BlockHeader { first_seq: 0, ..header }),
         (
             "it says it is newer than what is read",
-            ReadOptions { to: Some(Position::Seq(2)), ..ReadOptions::default() },
+            ReadOptions::default().to(Position::Seq(2)),
             BlockHeader { first_seq: far, ..header },
         ),
         (
             "it says it was received earlier",
-            ReadOptions::from(Position::Time(header.first_time_us)),
+            ReadOptions::default().from(Position::Time(header.first_time_us)),
             BlockHeader { first_time_us: 0, last_time_us: 0, ..header },
         ),
         (
             "it says it was received later",
-            ReadOptions {
-                to: Some(Position::Time(header.last_time_us + 1)),
-                ..ReadOptions::default()
-            },
+            ReadOptions::default().to(Position::Time(header.last_time_us + 1)),
             BlockHeader { first_time_us: far, last_time_us: far, ..header },
         ),
     ] {
@@ -638,8 +633,7 @@ fn a_forged_end_of_a_shard_is_found() {
     let store = fixture.builder(MemoryDisk::of(&damaged)).open_read_only().unwrap();
     let logstore = store.logstore(&name(AES)).unwrap();
     let end = Position::End;
-    for options in [ReadOptions::from(end), ReadOptions { to: Some(end), ..ReadOptions::default() }]
-    {
+    for options in [ReadOptions::default().from(end), ReadOptions::default().to(end)] {
         let reader = logstore.read(1, &options);
         assert!(matches!(reader, Err(Error::Tampered { .. })), "{reader:?}");
     }

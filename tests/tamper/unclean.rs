@@ -50,7 +50,7 @@ impl Unclean {
             for _ in 0..2 {
                 let written = fixture.written.get_mut(&(name(logstore), 0)).unwrap();
                 let text = format!("{logstore} 0 {}", written.len());
-                let options = AppendOptions { shard: ShardChoice::Shard(0), ..common::written() };
+                let options = common::written().shard(ShardChoice::Shard(0));
                 store.logstore(&name(logstore)).unwrap().append(record(&text), &options).unwrap();
                 written.push(text);
             }
@@ -113,8 +113,7 @@ impl Unclean {
     ) -> (Vec<String>, Option<Error>, Vec<&'static str>) {
         let store = self.fixture.builder(MemoryDisk::of(image)).open_read_only().unwrap();
         let (texts, error) = read_all(&store, logstore, *shard);
-        let options =
-            VerifyOptions { logstore: Some(logstore.clone()), ..VerifyOptions::default() };
+        let options = VerifyOptions::default().logstore(logstore.clone());
         let report = store.admin().verify(&options, &mut |_| {}).unwrap();
         (texts, error, report.faults.iter().map(|fault| fault.kind).collect())
     }
@@ -135,7 +134,7 @@ impl Unclean {
     ) -> Result<(Vec<String>, u64, Option<Error>)> {
         let store = self.fixture.builder(MemoryDisk::of(image)).open()?;
         let handle = store.logstore(logstore)?;
-        let append = AppendOptions { shard: ShardChoice::Shard(*shard), ..synced() };
+        let append = synced().shard(ShardChoice::Shard(*shard));
         handle.append(record("after"), &append)?;
         let dropped = handle.status()?.recovery.iter().map(|notice| notice.bytes_dropped).sum();
         let (texts, error) = read_all(&store, logstore, *shard);
@@ -395,12 +394,11 @@ fn synced_blocks_that_the_catalogue_has_noted_are_missed() {
             let cut = image.with(&path, bytes[..last.start].to_vec());
             let store = fixture.builder(MemoryDisk::of(&cut)).open_read_only().unwrap();
             let error = read_all(&store, &name(logstore), 0).1.map(|error| error.code());
-            let options =
-                VerifyOptions { logstore: Some(name(logstore)), ..VerifyOptions::default() };
+            let options = VerifyOptions::default().logstore(name(logstore));
             let faults = store.admin().verify(&options, &mut |_| {}).unwrap().faults;
             let verdict = (error, faults.iter().map(|fault| fault.kind).collect::<Vec<_>>());
             let appended = fixture.builder(MemoryDisk::of(&cut)).open().and_then(|store| {
-                let options = AppendOptions { shard: ShardChoice::Shard(0), ..synced() };
+                let options = synced().shard(ShardChoice::Shard(0));
                 store.logstore(&name(logstore))?.append(record("after"), &options)
             });
             match noted {

@@ -17,7 +17,8 @@ use std::{
 use crate::{Done, root};
 
 /// The top-level modules, from the bottom to the top.
-const ORDER: [&str; 21] = [
+const ORDER: [&str; 22] = [
+    "setters",
     "sync",
     "schedule",
     "io",

@@ -146,13 +146,7 @@ fn pass(
     std::fs::create_dir_all(&output)
         .map_err(|error| format!("cannot make {}: {error}", output.display()))?;
     let mut command = Command::new("cargo");
-    command.current_dir(root()).args([
-        "mutants",
-        "--package",
-        "envelog",
-        "--features",
-        "kms-faulty",
-    ]);
+    command.current_dir(root()).args(["mutants", "--package", "envelog", "--features", "testing"]);
     command.args(["--timeout", &seconds.to_string()]);
     command.arg("--output").arg(&output);
     command.args(area.files.iter().flat_map(|file| ["--file", file]));

@@ -46,10 +46,9 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let store = setup.open()?;
     let logstore = store.logstore(&name)?;
     interrupt::defer()?;
-    let options = AppendOptions {
-        shard: args.shard.map_or(ShardChoice::RoundRobin, ShardChoice::Shard),
-        durability: args.durability.into(),
-    };
+    let options = AppendOptions::default()
+        .shard(args.shard.map_or(ShardChoice::RoundRobin, ShardChoice::Shard))
+        .durability(args.durability.into());
     let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
     // Close after a failure too: this seals the acknowledged groups and releases the lock.
     let summary = both(outcome, setup.close(store))?;

@@ -298,7 +298,7 @@ impl Bench {
         interrupt::check()?;
         let name = LogstoreName::new("bench", "append")?;
         let logstore = store.create_logstore(&name, spec(suite, how.compression))?;
-        let options = AppendOptions::durability(how.durability);
+        let options = AppendOptions::default().durability(how.durability);
         let share = bytes_max / how.callers as u64;
         let started = Instant::now();
         let bytes = if how.callers == 1 {
@@ -349,8 +349,10 @@ impl Bench {
             // Wait until the last group is written, which implies that all groups before it are
             // written.
             let last = &self.groups[0];
-            logstore
-                .append(last.payload.clone(), &AppendOptions::durability(Durability::Written))?;
+            logstore.append(
+                last.payload.clone(),
+                &AppendOptions::default().durability(Durability::Written),
+            )?;
             bytes += last.bytes.len() as u64;
         }
         Ok(bytes)
@@ -383,7 +385,7 @@ impl Bench {
     /// Reads sealed segments, from the page cache.
     fn reads(&self, compression: Compression) -> Result<Vec<Row>> {
         let store = self.store("read")?;
-        let options = AppendOptions::durability(Durability::Buffered);
+        let options = AppendOptions::default().durability(Durability::Buffered);
         let mut names = Vec::new();
         for suite in Suite::ALL {
             interrupt::check()?;
@@ -553,7 +555,7 @@ impl Run {
 }
 
 fn spec(suite: Suite, compression: Compression) -> LogstoreSpec {
-    LogstoreSpec { compression, encrypt_conf: suite.conf(), ..LogstoreSpec::default() }
+    LogstoreSpec::default().compression(compression).encrypt_conf(suite.conf())
 }
 
 fn length_prefixed(group: &Group) -> Vec<u8> {

@@ -167,10 +167,10 @@ impl Demo {
         let store = self.open()?;
         let service_conf = EncryptConf::service_key(EncryptType::Aes);
         let service = store
-            .create_logstore(&service_name, LogstoreSpec::default().encrypted(service_conf))?;
+            .create_logstore(&service_name, LogstoreSpec::default().encrypt_conf(service_conf))?;
         let customer_conf = EncryptConf::byok(EncryptType::Sm4, self.cmk.clone());
         let customer = store
-            .create_logstore(&customer_name, LogstoreSpec::default().encrypted(customer_conf))?;
+            .create_logstore(&customer_name, LogstoreSpec::default().encrypt_conf(customer_conf))?;
 
         self.control()?;
         self.append("append, AES, service key", &service)?;
@@ -199,7 +199,7 @@ impl Demo {
         self.refused("read of the customer's Logstore", read.map(drop));
         self.refused("the reader that was open", open_reader.next().transpose().map(drop));
         self.verify(&store, "verify with keys", &VerifyOptions::default(), &[&customer_name])?;
-        let keyless = VerifyOptions { keyless: true, ..VerifyOptions::default() };
+        let keyless = VerifyOptions::default().keyless(true);
         self.verify(&store, "verify without keys", &keyless, &[])?;
         let other = append(&service, &self.groups[0]).and_then(|()| service.sync());
         self.check("append to the other Logstore", other.is_ok(), "it still works");
@@ -262,7 +262,7 @@ impl Demo {
     fn control(&mut self) -> Result {
         let dir = self.dir.join("control");
         let store = builder(&dir, &self.dir.join("control.keyring")).create()?;
-        let plain = LogstoreSpec { compression: Compression::None, ..LogstoreSpec::default() };
+        let plain = LogstoreSpec::default().compression(Compression::None);
         let logstore = store.create_logstore(&LogstoreName::new("demo", "plain")?, plain)?;
         self.groups.iter().try_for_each(|group| append(&logstore, group))?;
         drop(logstore);
@@ -390,7 +390,7 @@ impl Demo {
 }
 
 fn append(logstore: &Logstore, group: &LogGroup) -> envelog::Result<()> {
-    logstore.append(group, &AppendOptions::durability(Durability::Buffered)).map(drop)
+    logstore.append(group, &AppendOptions::default().durability(Durability::Buffered)).map(drop)
 }
 
 /// The content of every log, each followed by a newline.

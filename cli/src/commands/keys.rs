@@ -527,7 +527,11 @@ fn replace_cmk(setup: &Setup, argument: &str, encrypt_conf: &str, keep_data_key:
             ),
         ));
     }
-    let how = if keep_data_key { ReplaceCmk::keep_data_key() } else { ReplaceCmk::default() };
+    let how = if keep_data_key {
+        ReplaceCmk::default().fresh_data_key(false)
+    } else {
+        ReplaceCmk::default()
+    };
     store.keys().replace_cmk(&name, cmk, how)?;
     let config = store.logstore(&name)?.config();
     setup.close(store)?;

@@ -18,18 +18,18 @@ pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
         Some(argument) => Some(EncryptConf::from_json(&input::text_argument(argument)?)?),
         None => None,
     };
-    let policy =
-        RotateDataKey { max_age_days: args.rotate_key_days, max_bytes: args.rotate_key_bytes };
-    let spec = LogstoreSpec {
-        shard_count: args.shards,
-        ttl_days: args.ttl,
-        retention_bytes: args.retention_bytes,
-        rotate_data_key: (policy != RotateDataKey::default()).then_some(policy),
-        compression: args.compression.into(),
-        payload_hash: args.payload_hash.into(),
-        encrypt_conf,
-        probe: args.probe.into(),
-    };
+    let policy = RotateDataKey::default()
+        .max_age_days(args.rotate_key_days)
+        .max_bytes(args.rotate_key_bytes);
+    let spec = LogstoreSpec::default()
+        .shard_count(args.shards)
+        .ttl_days(args.ttl)
+        .retention_bytes(args.retention_bytes)
+        .rotate_data_key((policy != RotateDataKey::default()).then_some(policy))
+        .compression(args.compression.into())
+        .payload_hash(args.payload_hash.into())
+        .encrypt_conf(encrypt_conf)
+        .probe(args.probe.into());
     spec.check()?;
     let service_cmk = args.service_cmk.as_deref().map(setup::cmk).transpose()?;
     let new_store = !setup.keyring.exists();

@@ -25,7 +25,7 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
         if printer.is_full() {
             return Ok(());
         }
-        let options = ReadOptions { from: args.from, to: args.to, ..ReadOptions::default() };
+        let options = ReadOptions::default().from(args.from).to(args.to);
         for record in logstore.read(shard, &options)? {
             let record = record?;
             progress.add(record.bytes.len() as u64);
@@ -88,7 +88,7 @@ fn last_logs(
     let mut distance = wanted as u64;
     loop {
         let from = end.saturating_sub(distance);
-        let mut reader = logstore.read(shard, &ReadOptions::from(Position::Seq(from)))?;
+        let mut reader = logstore.read(shard, &ReadOptions::default().from(Position::Seq(from)))?;
         let mut kept = VecDeque::new();
         while let Some(record) = reader.try_next()? {
             kept.extend(record::logs(shard, &record, format)?);

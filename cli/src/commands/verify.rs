@@ -22,7 +22,8 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     };
     let logstore = args.name.as_deref().map(name).transpose()?;
     let store = setup.open_read_only()?;
-    let options = VerifyOptions { logstore, keyless: args.keyless, against };
+    let options =
+        VerifyOptions::default().logstore(logstore).keyless(args.keyless).against(against);
     let mut progress: Option<Progress> = None;
     let report = store.admin().verify(&options, &mut |at| {
         progress.get_or_insert_with(|| Progress::bytes(Some(at.bytes_total))).set(at.bytes);

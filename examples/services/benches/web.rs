@@ -105,7 +105,7 @@ impl World {
     }
 
     fn create(&self, name: &str, conf: EncryptConf) -> Logstore {
-        let spec = LogstoreSpec::default().encrypted(conf);
+        let spec = LogstoreSpec::default().encrypt_conf(conf);
         self.store.create_logstore(&name.parse().unwrap(), spec).unwrap()
     }
 }
@@ -302,7 +302,7 @@ fn followers(small: bool) {
     let mut times: Vec<Duration> = (0..appends)
         .map(|_| {
             let began = Instant::now();
-            let options = AppendOptions::durability(envelog::Durability::Written);
+            let options = AppendOptions::default().durability(envelog::Durability::Written);
             logstore.append(&group_of(LINES.as_bytes(), 1), &options).unwrap();
             received.recv().unwrap() - began
         })

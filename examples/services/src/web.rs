@@ -72,7 +72,7 @@ async fn read(
     let logstore = service.logstore(&project, &logstore).await?;
     let from = query.get("from").map_or(Ok(0), |from| from.parse());
     let from = from.map_err(|_| Error::InvalidArgument("from is not a number".to_owned()))?;
-    let options = ReadOptions { from: Position::Seq(from), ..ReadOptions::default() };
+    let options = ReadOptions::default().from(Position::Seq(from));
     let follow = blocking(move || logstore.follow(0, &options)).await?;
     let lines =
         follow.into_stream().map(|record| Ok::<_, Error>(crate::lines_of(&record?.group()?)));

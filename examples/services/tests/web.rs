@@ -39,7 +39,7 @@ impl World {
             [("app/byok", byok), ("app/plain", EncryptConf::service_key(EncryptType::Aes))]
         {
             store
-                .create_logstore(&name.parse().unwrap(), LogstoreSpec::default().encrypted(conf))
+                .create_logstore(&name.parse().unwrap(), LogstoreSpec::default().encrypt_conf(conf))
                 .unwrap();
         }
         Self { service: router(store.clone()), store, kms, cmk, _dir: dir }

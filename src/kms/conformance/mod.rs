@@ -14,9 +14,9 @@
 //! # #[cfg(feature = "kms-local")] {
 //! use std::{net::SocketAddr, sync::Arc};
 //!
-//! use envelog::kms::{
-//!     Cmk, Kms, LocalKms,
-//!     conformance::{self, Admin, AdminError, Settings, Subject, unsupported},
+//! use envelog::{
+//!     kms::{Cmk, Kms, LocalKms},
+//!     testing::conformance::{self, Admin, AdminError, Settings, Subject, unsupported},
 //! };
 //!
 //! struct Local(LocalKms);

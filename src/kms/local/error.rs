@@ -91,6 +91,21 @@ pub enum LocalKmsError {
 }
 
 impl LocalKmsError {
+    /// A short stable word for the variant, for programs: `key_missing`, `kms_damaged`, …
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Missing { .. } => "kms_missing",
+            Self::NotFound { .. } => "key_missing",
+            Self::WrongState { .. } => "key_state",
+            Self::NotGranted { .. } => "not_granted",
+            Self::InvalidArgument { .. } => "invalid_argument",
+            Self::TooLarge { .. } => "key_too_large",
+            Self::Damaged { .. } => "kms_damaged",
+            Self::Busy { .. } => "kms_busy",
+            Self::Io { .. } => "io",
+        }
+    }
+
     /// Whether the process, or the system, has nothing left to look at a file with.
     pub(super) fn is_exhaustion(&self) -> bool {
         let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM].map(Errno::raw_os_error);

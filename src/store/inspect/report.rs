@@ -9,6 +9,7 @@ use crate::{Error, ErrorKind, Result, config::LogstoreName};
 
 /// The scope of a verification.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct VerifyOptions {
     /// Only this Logstore; `None` verifies all Logstores and the key audit log.
     pub logstore: Option<LogstoreName>,
@@ -19,6 +20,14 @@ pub struct VerifyOptions {
     pub keyless: bool,
     /// Reports data that this checkpoint has and that is no longer there.
     pub against: Option<Checkpoint>,
+}
+
+impl VerifyOptions {
+    setters! {
+        logstore: LogstoreName, optional;
+        keyless: bool;
+        against: Checkpoint, optional;
+    }
 }
 
 /// The progress of a verification.

@@ -67,13 +67,14 @@ impl World {
             .options(options)
             .create()
             .unwrap();
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::byok(EncryptType::Aes, cmk(0)));
+        let spec =
+            LogstoreSpec::default().encrypt_conf(EncryptConf::byok(EncryptType::Aes, cmk(0)));
         let logstore = store.create_logstore(&name("p/l"), spec).unwrap();
         Arc::new(Self { store, logstore, kms, clock, done: Mutex::default() })
     }
 
     fn append(&self, text: &str, durability: Durability) -> Result<()> {
-        self.logstore.append(record(text), &AppendOptions::durability(durability))?;
+        self.logstore.append(record(text), &AppendOptions::default().durability(durability))?;
         self.done.lock().unwrap().insert(text.to_owned());
         Ok(())
     }

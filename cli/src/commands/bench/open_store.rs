@@ -75,12 +75,12 @@ impl Bench {
             .disk(Arc::new(CountedDisk { unsynced: true, ..CountedDisk::default() }))
             .create()?;
         let conf = EncryptConf::byok(EncryptType::Aes, cmk);
-        let logstore =
-            store.create_logstore(&name, spec(Suite::None, Compression::None).encrypted(conf))?;
+        let logstore = store
+            .create_logstore(&name, spec(Suite::None, Compression::None).encrypt_conf(conf))?;
         for _ in 0..SEGMENTS {
             interrupt::check()?;
             let payload = Payload::opaque("a segment of its own")?;
-            logstore.append(payload, &AppendOptions::durability(Durability::Written))?;
+            logstore.append(payload, &AppendOptions::default().durability(Durability::Written))?;
             logstore.roll()?;
         }
         drop(logstore);

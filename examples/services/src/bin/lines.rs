@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let logstore = if store.list()?.contains(&name) {
         store.logstore(&name)?
     } else {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Aes));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Aes));
         store.create_logstore(&name, spec)?
     };
     let listener = TcpListener::bind(&address)?;

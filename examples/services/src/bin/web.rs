@@ -12,7 +12,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let store = Store::builder(&dir, format!("{dir}.keyring"), AwsLc::new()).open_or_create()?;
     let name = "app/logs".parse()?;
     if !store.list()?.contains(&name) {
-        let spec = LogstoreSpec::default().encrypted(EncryptConf::service_key(EncryptType::Aes));
+        let spec = LogstoreSpec::default().encrypt_conf(EncryptConf::service_key(EncryptType::Aes));
         store.create_logstore(&name, spec)?;
     }
     let listener = tokio::net::TcpListener::bind(&address).await?;
