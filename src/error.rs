@@ -96,7 +96,7 @@ impl fmt::Display for Location {
 /// | [`Closed`](Self::Closed) | open the store or the Logstore again | the developer | [`Closed`](Error::Closed), [`Forked`](Error::Forked), [`KeyringChanged`](Error::KeyringChanged) |
 /// | [`Bug`](Self::Bug) | report it | the developers of envelog | [`Crypto`](Error::Crypto) |
 ///
-/// [`Latched`](Error::Latched), [`GroupsLost`](Error::GroupsLost) and
+/// [`Latched`](Error::Latched), [`Lost`](Error::Lost), [`GroupsLost`](Error::GroupsLost) and
 /// [`KeyringNotRead`](Error::KeyringNotRead) have the kind of their cause. `LocalKms`, an error of
 /// the administration of an embedded KMS, has the kind that its cause has in this table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -563,6 +563,21 @@ pub enum Error {
         /// Why the key was lost.
         cause: Arc<Error>,
     },
+    /// Groups of a shard are lost or damaged, within a range of sequence numbers. A reader continues
+    /// behind them with [`ReadOptions::skip_lost`](crate::ReadOptions::skip_lost), and
+    /// [`Admin::repair`](crate::Admin::repair) accepts the loss.
+    #[error("groups of shard {shard} are lost, {}: {cause}", lost_range(*from_seq, *end_seq))]
+    Lost {
+        /// The shard.
+        shard: u32,
+        /// No group before this sequence number is lost.
+        from_seq: u64,
+        /// No group from this sequence number on is lost. `None` if nothing behind the damage can
+        /// be read.
+        end_seq: Option<u64>,
+        /// The damage.
+        cause: Arc<Error>,
+    },
     /// The store was opened read-only.
     #[error("the store is open read-only")]
     ReadOnly,
@@ -612,6 +627,13 @@ impl DecodeError {
             DecodeError::Short { .. } => Error::truncated(at, self.to_string()),
             other => Error::corrupt(at, other.to_string()),
         }
+    }
+}
+
+fn lost_range(from_seq: u64, end_seq: Option<u64>) -> String {
+    match end_seq {
+        Some(end_seq) => format!("from number {from_seq} to before {end_seq}"),
+        None => format!("from number {from_seq} on"),
     }
 }
 
@@ -699,6 +721,7 @@ impl Error {
             | Error::KeyringTooOld { .. } => ErrorKind::Unavailable,
             Error::Latched { cause, .. }
             | Error::GroupsLost { cause, .. }
+            | Error::Lost { cause, .. }
             | Error::KeyringNotRead { cause, .. } => cause.kind(),
             Error::Forked | Error::Closed(_) | Error::KeyringChanged { .. } => ErrorKind::Closed,
             Error::Crypto(_) => ErrorKind::Bug,
@@ -758,6 +781,7 @@ impl Error {
             Error::InvalidArgument(_) => "invalid_argument",
             Error::Latched { .. } => "latched",
             Error::GroupsLost { .. } => "groups_lost",
+            Error::Lost { .. } => "lost",
             Error::ReadOnly => "read_only",
             Error::Forked => "forked",
             Error::Closed(_) => "closed",
@@ -772,6 +796,11 @@ impl Error {
             }
             Error::Io { .. } => "io",
         }
+    }
+
+    /// Whether data is missing or damaged. A forged or an exchanged file is something else.
+    pub(crate) fn is_loss(&self) -> bool {
+        matches!(self, Error::Corrupt { .. } | Error::Truncated { .. })
     }
 
     pub(crate) fn io(

@@ -83,8 +83,8 @@ pub use segment::{BlockKind, Compression};
 #[cfg(feature = "stream")]
 pub use shard::FollowStream;
 pub use shard::{
-    AppendFuture, Appended, Durability, Follow, MergedReader, Payload, Position, ReadMode,
-    ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
+    AppendFuture, Appended, Durability, Follow, LostRange, MergedReader, Payload, Position,
+    ReadMode, ReadOptions, Reader, Record, RecordBlock, Ticket, WaitFor,
 };
 /// The crates whose types are in the signatures of this one: [`bytes::Bytes`] in [`Record`], and
 /// [`prost::Message`], which [`LogGroup`] implements.
@@ -98,7 +98,7 @@ pub mod admin {
     pub use crate::{
         config::{ShardInfo, ShardStatus},
         logstore::DataKeyStatus,
-        shard::{RecoveryNotice, RepairReport},
+        shard::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport},
         store::{
             Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
             DeleteReport, DirAnchor, KeyNeed, KeyUsage, MasterKeyUsage, RecoverReport, Recoverable,

@@ -336,7 +336,7 @@ fn beside(store: &Store, other: &[Cmk; 2], checkpoint: bool) {
     let report = keys
         .rewrap_all(&RewrapOptions::default().cmk_key_id(other[1].cmk_key_id.clone()), &mut |_| {});
     assert!(report.unwrap().failed.is_empty());
-    admin.repair(&name(OTHER), 0).unwrap();
+    admin.repair(&name(OTHER), 0, &Default::default()).unwrap();
     for text in ["p/a", "p/b", "p/c"] {
         assert!(store.delete_logstore(&name(text)).unwrap().left.is_empty());
     }

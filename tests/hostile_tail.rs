@@ -143,12 +143,20 @@ fn assert_works(sim: &Sim, kept: &[&str], context: &str) {
     assert_eq!(texts(&logstore), ["first", "second"], "{context}");
     logstore.status().unwrap();
     verified(&store, "before recovery");
-    assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+    assert_eq!(
+        store.admin().repair(&name(NAME), 0, &Default::default()).unwrap().segment,
+        None,
+        "{context}"
+    );
     put(&logstore, "next");
     let expected = [kept, &["next"]].concat();
     assert_eq!(texts(&logstore), expected, "{context}");
     verified(&store, "after recovery");
-    assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+    assert_eq!(
+        store.admin().repair(&name(NAME), 0, &Default::default()).unwrap().segment,
+        None,
+        "{context}"
+    );
     store.close().unwrap();
     let logstore = find(&sim.open());
     assert_eq!(texts(&logstore), expected, "{context}");
@@ -252,7 +260,11 @@ fn a_footer_at_the_end_of_a_torn_file_does_not_stop_the_shard() {
             let store = sim.open();
             let logstore = find(&store);
             assert_eq!(texts(&logstore), kept, "{context}");
-            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert_eq!(
+                store.admin().repair(&name(NAME), 0, &Default::default()).unwrap().segment,
+                None,
+                "{context}"
+            );
             put(&logstore, "next");
             assert_eq!(texts(&logstore), [kept, &["next"]].concat(), "{context}");
             assert!(
@@ -310,7 +322,7 @@ fn fakes_do_not_hide_damage() {
                 "{context}: {:?}",
                 report.faults
             );
-            let report = store.admin().repair(&name(NAME), 0).unwrap();
+            let report = store.admin().repair(&name(NAME), 0, &Default::default()).unwrap();
             assert_eq!(
                 (report.segment.as_ref(), report.groups_salvaged),
                 (Some(&segment), 1),
@@ -323,7 +335,11 @@ fn fakes_do_not_hide_damage() {
                 store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
                 "{context}"
             );
-            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert_eq!(
+                store.admin().repair(&name(NAME), 0, &Default::default()).unwrap().segment,
+                None,
+                "{context}"
+            );
         }
     }
 }
@@ -372,7 +388,7 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
                     "{context}"
                 );
             }
-            let report = store.admin().repair(&name(NAME), 0).unwrap();
+            let report = store.admin().repair(&name(NAME), 0, &Default::default()).unwrap();
             assert_eq!(report.segment.as_ref(), Some(&segment), "{context}");
             assert!(report.bytes_lost >= 116, "{context}: {report:?}");
             put(&logstore, "next");
@@ -381,7 +397,11 @@ fn a_forged_block_in_its_place_is_reported_and_repaired() {
                 store.admin().verify(&VerifyOptions::default(), &mut |_| {}).unwrap().is_clean(),
                 "{context}"
             );
-            assert_eq!(store.admin().repair(&name(NAME), 0).unwrap().segment, None, "{context}");
+            assert_eq!(
+                store.admin().repair(&name(NAME), 0, &Default::default()).unwrap().segment,
+                None,
+                "{context}"
+            );
         }
     }
 }

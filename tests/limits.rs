@@ -446,7 +446,7 @@ fn a_second_writer_is_told_who_is_there() {
         reading.keys().rotate_data_key(logstore.name()).unwrap_err(),
         reading.keys().rotate_service_key().unwrap_err(),
         reading.admin().apply_retention().unwrap_err(),
-        reading.admin().repair(logstore.name(), 0).unwrap_err(),
+        reading.admin().repair(logstore.name(), 0, &Default::default()).unwrap_err(),
     ];
     for error in refused {
         assert!(matches!(error, Error::ReadOnly), "{error}");

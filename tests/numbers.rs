@@ -118,7 +118,7 @@ fn appends_after_a_repair_go_on_behind_what_was_kept() {
     let logstore = store.logstore(&name("shop/orders")).unwrap();
     let refused = logstore.append(record("too early"), &synced()).unwrap_err();
     assert!(matches!(refused, Error::Corrupt { .. }), "{refused}");
-    let report = store.admin().repair(&name("shop/orders"), 0).unwrap();
+    let report = store.admin().repair(&name("shop/orders"), 0, &Default::default()).unwrap();
     assert_eq!((report.groups_salvaged, report.segment.as_ref()), (1, Some(&damaged)));
     assert!(logstore.append(record("d"), &synced()).unwrap().seq > 2);
     assert_eq!(texts(&logstore), ["a", "c", "d"]);

@@ -441,7 +441,7 @@ fn a_repair_that_cannot_read_repairs_nothing() {
                 Verdict::Go
             }
         });
-        match store.admin().repair(&name("p/l"), 0) {
+        match store.admin().repair(&name("p/l"), 0, &Default::default()) {
             Ok(report) => assert_eq!(report.segment, None),
             Err(error) => {
                 assert!(matches!(error, Error::Io { .. }), "{error}");
@@ -561,7 +561,7 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
 
         // Repair keeps the readable data and reports the discarded data, and the sequence numbers
         // continue.
-        let report = store.admin().repair(logstore.name(), 0).unwrap();
+        let report = store.admin().repair(logstore.name(), 0, &Default::default()).unwrap();
         let lost = range.len() as u64;
         assert_eq!((report.shard, report.segment.as_ref()), (0, Some(&segment)));
         assert!(report.bytes_lost > lost, "the broken block and the torn tail: {report:?}");
@@ -575,7 +575,10 @@ fn damage_below_the_mark_is_corruption_until_it_is_repaired() {
         assert_eq!(records(&find(&store), 0).unwrap(), found);
         assert_clean(&store, "repaired");
         // A second repair has nothing to do.
-        assert_eq!(store.admin().repair(&name("p/l"), 0).unwrap().segment, None);
+        assert_eq!(
+            store.admin().repair(&name("p/l"), 0, &Default::default()).unwrap().segment,
+            None
+        );
         put(&find(&store), "f");
     }
 }

@@ -167,11 +167,12 @@ Example:
 Example:
   envelog inspect envelog-data/logstores/*/shard-0000/0000000001-00000000000000000000-0000000001.seg")]
     Inspect(InspectArgs),
-    /// Discard the damaged end of a shard, so that the shard can be written again
+    /// Accept the loss of missing or damaged segments of a shard, so that it can be read and written again
     #[command(after_help = "\
-`verify` reports the damage and its place. `repair` is for a shard that refuses appends because the segment that was being
-written is damaged. It keeps every block that can be read. It does not change a sealed segment: `read --from SEQ` continues
-after the damage, and the damaged part has to come from a backup.
+`verify` reports the damage and its place, and `read --skip-lost` shows what can be read. `repair` records the loss of each
+missing or damaged segment in the catalogue and the key audit log. From then on the shard is read past the loss, and `status`
+and `verify` keep naming it. If the segment that was being written is damaged, `repair` keeps every block that can be read.
+An acceptance is permanent. If there is a backup, restore it first.
 
 Example:
   envelog repair shop/orders --shard 0 --yes")]
@@ -345,6 +346,9 @@ pub(crate) struct ReadArgs {
     /// Where to stop (exclusive)
     #[arg(long, value_name = "POSITION", value_parser = position)]
     pub(crate) to: Option<Position>,
+    /// Continue behind lost or damaged groups, and name them on standard error
+    #[arg(long)]
+    pub(crate) skip_lost: bool,
     /// Print at most this many logs
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<u64>,
@@ -407,9 +411,12 @@ pub(crate) struct RepairArgs {
     /// The shard
     #[arg(long, value_name = "N")]
     pub(crate) shard: u32,
-    /// Confirm: discard the damaged end
+    /// Confirm: accept the loss of missing and damaged segments, and discard a damaged end
     #[arg(long)]
     pub(crate) yes: bool,
+    /// Give up forged or exchanged segments too
+    #[arg(long)]
+    pub(crate) accept_tampered: bool,
 }
 
 #[derive(Debug, Subcommand)]

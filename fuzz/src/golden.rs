@@ -140,7 +140,7 @@ impl Golden {
             append(&logstore, &mut added);
             shown(logstore.roll());
             for shard in shards(&logstore) {
-                shown(store.admin().repair(&name, shard));
+                shown(store.admin().repair(&name, shard, &Default::default()));
             }
             append(&logstore, &mut added);
         }

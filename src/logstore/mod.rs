@@ -25,9 +25,9 @@ use crate::{
     metrics::LogstoreMetrics,
     segment::{BLOCK_OVERHEAD_BYTES, DecodedHeader, Footer, KeySource},
     shard::{
-        AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedReader, Payload,
-        ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord, Ticket,
-        WaitFor, WritePlan,
+        AcceptedLoss, AppendFuture, Appended, CurrentPlan, Durability, End, Follow, MergedReader,
+        Payload, ReadOptions, Reader, RecoveryNotice, Shard, ShardContext, ShardLoss, ShardRecord,
+        Ticket, WaitFor, WritePlan,
     },
     sync::{
         LockRank, Mutex, MutexGuard,
@@ -341,6 +341,8 @@ impl LogstoreShared {
             bytes_compressed: 0,
             bytes_stored: 0,
             recovery: self.shards.iter().flat_map(|shard| shard.notices()).collect(),
+            losses: self.shards.iter().flat_map(|shard| shard.losses()).collect(),
+            unreadable_segments: 0,
             latched: self
                 .shards
                 .iter()
@@ -349,7 +351,17 @@ impl LogstoreShared {
         };
         for shard in &self.shards {
             for name in shard.segments(true)?.iter() {
-                let Some(opened) = shard.open_listed(name)? else { continue };
+                let opened = match shard.open_readable(name) {
+                    Ok(Some(opened)) => opened,
+                    Ok(None) => continue,
+                    Err(error) if error.is_loss() => {
+                        if !shard.is_lost(name.ordinal) {
+                            status.unreadable_segments += name.last_ordinal() - name.ordinal + 1;
+                        }
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
                 let stored = match &opened.end {
                     End::Active(view) => view.visible(),
                     _ => opened.file.len().map_err(Error::io("get the length of", &*name.path))?,
@@ -358,7 +370,7 @@ impl LogstoreShared {
                     End::Sealed(footer) => (footer.footer.clone(), footer.footer.offset),
                     End::Active(view) => (view.with_counts(Clone::clone), stored),
                     End::Cut(end) => shard.count(&opened, end.bytes)?,
-                    End::Unknown => shard.count(&opened, stored)?,
+                    End::Unknown | End::Damaged(_) => shard.count(&opened, stored)?,
                 };
                 status.count(&opened.header, &so_far, body_end, stored);
             }
@@ -459,6 +471,11 @@ pub struct LogstoreStatus {
     pub bytes_stored: u64,
     /// The reports of recovery since the Logstore was opened.
     pub recovery: Vec<RecoveryNotice>,
+    /// The accepted losses that retention has not dropped.
+    pub losses: Vec<AcceptedLoss>,
+    /// The segments of which nothing can be read and whose loss was not accepted. A verification
+    /// finds all damage.
+    pub unreadable_segments: u64,
     /// The reason why a shard stopped writing, if one did.
     pub latched: Option<String>,
 }

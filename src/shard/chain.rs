@@ -37,15 +37,18 @@ impl Default for Chain {
 }
 
 impl Chain {
-    /// A segment as the catalogue proves it, without a key; `None` when it is behind the head that
-    /// the catalogue has. Reads header and footer of each segment from the head down to this one,
-    /// once, and the blocks of those that were cut or are open.
+    /// A segment as the catalogue proves it, without a key. `None` when it is behind the head that
+    /// the catalogue has, or when it, or a segment between it and the head, is lost. An accepted
+    /// loss interrupts the chain for the lost segments only: it names the end in front of it. Reads
+    /// header and footer of each segment from the head down to this one, once, and the blocks of
+    /// those that were cut or are open.
     ///
     /// # Errors
     /// A segment on the way is not the one that the catalogue, or its successor, names;
     /// [`Error::Io`].
     pub(super) fn prove(&self, list: &SegmentList, ordinal: u64) -> Result<Option<Proved>> {
-        let Some(head) = list.record().head.filter(|head| head.ordinal >= ordinal) else {
+        let record = list.record();
+        let Some(head) = record.head.clone().filter(|head| head.ordinal >= ordinal) else {
             return Ok(None);
         };
         // Begins with the lowest segment from this one on that is proved already. The head's own
@@ -63,8 +66,15 @@ impl Chain {
             None => Some((head.sealed, head.into_end())),
         };
         while let Some((sealed, end)) = next {
+            if let Some(loss) = record.loss(end.ordinal) {
+                next = loss.end_before().filter(|(_, before)| before.ordinal >= ordinal);
+                continue;
+            }
             let Some(name) = list.find(end.ordinal)? else { return Ok(None) };
-            let proved = prove_one(list, &name, sealed, end)?;
+            let proved = match prove_one(list, &name, sealed, end) {
+                Err(lost) if lost.is_loss() => return Ok(None),
+                proved => proved?,
+            };
             lock(&self.proved).insert(end.ordinal, proved.clone());
             if end.ordinal == ordinal {
                 return Ok(Some(proved));

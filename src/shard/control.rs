@@ -10,6 +10,7 @@ use super::{
     leader::{Leading, is_refusal},
     loss::Locked,
     recovery::{RepairReport, head_on_disk},
+    salvage::FoundLoss,
     writer::{KeyUse, SegmentWriter},
 };
 use crate::{Error, Result, schedule::ShardJob, segment::KeySource};
@@ -204,6 +205,17 @@ impl Shard {
         self.commit.latch_cause()
     }
 
+    /// The losses of the shard that were not accepted yet. See
+    /// [`super::recovery::Recovery::find_losses`].
+    pub(crate) fn find_losses(&self, accept_tampered: bool) -> Result<Vec<FoundLoss>> {
+        let writer = self.writer();
+        if !writer.is_open() {
+            // A file may have been lost since the directory was listed.
+            self.list.forget();
+        }
+        self.recovery().find_losses(accept_tampered)
+    }
+
     /// Gives up damaged blocks at the end of the shard, so that it can be written again. Keeps
     /// everything that can be read.
     pub(crate) fn repair(&self) -> Result<RepairReport> {
@@ -214,6 +226,7 @@ impl Shard {
                 segment: None,
                 groups_salvaged: 0,
                 bytes_lost: 0,
+                losses: Vec::new(),
             });
         };
         writer.set_next(next);

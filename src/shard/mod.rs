@@ -42,6 +42,7 @@ mod reader;
 mod record;
 mod recovery;
 mod rules;
+mod salvage;
 mod scanning;
 mod segment_reader;
 mod segments;
@@ -56,7 +57,7 @@ use std::{
 };
 
 use crate::{
-    Result,
+    Error, Result,
     config::LogstoreName,
     crypto::{HashAlg, Suite},
     epoch::Fence,
@@ -86,9 +87,10 @@ pub(crate) use loss::{RecordLostGroups, ShardLoss};
 pub use merged::MergedReader;
 pub use payload::{Appended, Durability, Payload};
 pub(crate) use reader::ReaderPermits;
-pub use reader::{Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
-pub(crate) use record::{Head, RecordHead, ReloadRecord, ShardRecord};
-pub use recovery::{RecoveryNotice, RepairReport};
+pub use reader::{LostRange, Position, ReadMode, ReadOptions, Reader, Record, RecordBlock};
+pub(crate) use record::{Head, Loss, RecordHead, ReloadRecord, ShardRecord};
+pub use recovery::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport};
+pub(crate) use salvage::FoundLoss;
 pub(crate) use segment_reader::{Load, SegmentReader};
 pub(crate) use segments::{
     End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header,
@@ -344,6 +346,38 @@ impl Shard {
     /// See [`SegmentList::open_listed`].
     pub(crate) fn open_listed(&self, name: &SegmentRef) -> Result<Option<Opened>> {
         self.list.open_listed(name)
+    }
+
+    /// As [`SegmentList::open_listed`], and opens a damaged segment for the blocks in front of the
+    /// damage.
+    pub(crate) fn open_readable(&self, name: &SegmentRef) -> Result<Option<Opened>> {
+        match self.list.open_listed(name) {
+            Err(lost) if lost.is_loss() => {
+                self.open_damaged(name, lost.clone()).map(Some).map_err(|_| lost)
+            }
+            opened => opened,
+        }
+    }
+
+    /// See [`SegmentList::open_damaged`].
+    pub(crate) fn open_damaged(&self, name: &SegmentRef, cause: Error) -> Result<Opened> {
+        self.list.open_damaged(name, cause)
+    }
+
+    /// See [`SegmentList::is_lost`].
+    pub(crate) fn is_lost(&self, ordinal: u64) -> bool {
+        self.list.is_lost(ordinal)
+    }
+
+    /// The accepted losses.
+    pub(crate) fn losses(&self) -> Vec<AcceptedLoss> {
+        let record = self.list.record();
+        record.losses.iter().map(|loss| AcceptedLoss::new(self.id(), loss)).collect()
+    }
+
+    /// See [`SegmentList::note_loss`].
+    pub(crate) fn note_loss(&self, loss: Loss) {
+        self.list.note_loss(loss);
     }
 
     /// Whether the end of a segment cannot change any more.

@@ -76,6 +76,9 @@ pub struct ReadOptions {
     pub max_bytes: Option<u64>,
     /// How sealed segments are fetched.
     pub mode: ReadMode,
+    /// Whether to continue behind groups that are lost or damaged. Without it, a loss that no
+    /// operator has accepted ends the reader with [`Error::Lost`]. Forged data is always an error.
+    pub skip_lost: bool,
 }
 
 impl ReadOptions {
@@ -85,6 +88,7 @@ impl ReadOptions {
         max_groups: u64, optional;
         max_bytes: u64, optional;
         mode: ReadMode;
+        skip_lost: bool;
     }
 }
 
@@ -110,6 +114,21 @@ impl Record {
     pub fn group(&self) -> Result<LogGroup> {
         Ok(LogGroup::decode_shared(self.bytes.clone())?)
     }
+}
+
+/// A range of sequence numbers in which groups are lost or damaged, and that a reader has passed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LostRange {
+    /// The shard.
+    pub shard: u32,
+    /// No group before this sequence number is lost.
+    pub from_seq: u64,
+    /// No group from this sequence number on is lost. `None` if nothing behind the damage can be
+    /// read.
+    pub end_seq: Option<u64>,
+    /// Whether an operator has accepted the loss ([`Admin::repair`](crate::Admin::repair)).
+    pub accepted: bool,
 }
 
 /// Consecutive groups of one block.
@@ -175,6 +194,13 @@ pub struct Reader {
     list: Arc<SegmentList>,
     _permit: ReaderPermit,
     mode: ReadMode,
+    skip_lost: bool,
+    /// The losses that were passed.
+    lost: Vec<LostRange>,
+    /// The last segment that the reader entered, or tried to enter.
+    at: Option<u64>,
+    /// A lost segment: the reader continues in the segment behind it.
+    passed: Option<u64>,
     next_seq: u64,
     /// Groups received earlier are skipped.
     from_us: u64,
@@ -223,6 +249,10 @@ impl Reader {
             list: Arc::clone(list),
             _permit: permit,
             mode: options.mode,
+            skip_lost: options.skip_lost,
+            lost: Vec::new(),
+            at: None,
+            passed: None,
             next_seq: 0,
             from_us: 0,
             seek_time: false,
@@ -259,6 +289,12 @@ impl Reader {
     /// continues from here.
     pub fn next_seq(&self) -> u64 {
         self.next_seq
+    }
+
+    /// The losses that the reader has passed so far: accepted ones, and with
+    /// [`ReadOptions::skip_lost`] the others.
+    pub fn lost(&self) -> &[LostRange] {
+        &self.lost
     }
 
     /// The rest of the current block, or the next one: the cheap way to pass groups on without
@@ -335,7 +371,16 @@ impl Reader {
         if self.ended || self.groups_left == 0 || self.bytes_left == 0 {
             return Ok(false);
         }
-        let ready = self.fill();
+        let ready = loop {
+            match self.fill() {
+                Err(error) => {
+                    if let Err(error) = self.pass_loss(error) {
+                        break Err(error);
+                    }
+                }
+                ready => break ready,
+            }
+        };
         if ready.is_err() {
             self.ended = true;
             self.ahead.wipe();
@@ -344,9 +389,51 @@ impl Reader {
         ready
     }
 
+    /// Goes to the next group that can be read, if the reader may pass the damage that `error` is
+    /// about.
+    ///
+    /// # Errors
+    /// `error`, if it is about anything else; otherwise [`Error::Lost`].
+    fn pass_loss(&mut self, error: Error) -> Result<()> {
+        let Some(ordinal) = self.at else { return Err(error) };
+        let accepted = self.is_accepted(ordinal, &error);
+        if !accepted && !error.is_loss() {
+            return Err(error);
+        }
+        let (shard, from_seq) = (self.list.shard(), self.next_seq);
+        let within = match &mut self.cursor {
+            Some(cursor) => cursor.pass_lost_blocks(&self.list)?,
+            None => None,
+        };
+        let end_seq = match within {
+            Some(seq) => Some(seq),
+            None => {
+                (self.cursor, self.passed) = (None, Some(ordinal));
+                let segments = self.list.segments(false)?;
+                let behind = segments.iter().find(|segment| segment.ordinal > ordinal);
+                let known = self.list.record().head.filter(|head| head.ordinal >= ordinal);
+                behind.map(|segment| segment.first_seq).or(known.map(|head| head.next_seq))
+            }
+        };
+        if !accepted && !self.skip_lost {
+            return Err(Error::Lost { shard, from_seq, end_seq, cause: Arc::new(error) });
+        }
+        let lost = LostRange { shard, from_seq, end_seq, accepted };
+        if self.lost.last() != Some(&lost) {
+            self.lost.push(lost);
+        }
+        Ok(())
+    }
+
+    /// Whether an operator has accepted this error of a segment.
+    fn is_accepted(&self, ordinal: u64, error: &Error) -> bool {
+        self.list.record().loss(ordinal).is_some_and(|loss| loss.covers(error))
+    }
+
     /// Counts a record that is returned.
     fn took(&mut self, record: &Record) {
         self.next_seq = record.seq + 1;
+        self.passed = None;
         self.groups_left -= 1;
         self.bytes_left = self.bytes_left.saturating_sub(record.bytes.len() as u64);
     }
@@ -448,6 +535,12 @@ impl Reader {
     /// no cursor after `true`, retention has dropped the segment: the caller tries again.
     fn begin(&mut self) -> Result<bool> {
         let segments = self.list.segments(true)?;
+        if let Some(passed) = self.passed {
+            let behind = segments.iter().find(|segment| segment.ordinal > passed);
+            let Some(behind) = behind else { return Ok(false) };
+            self.enter(behind, 0)?;
+            return Ok(true);
+        }
         let position = if self.seek_time {
             let mut low = 0;
             let mut high = segments.len();
@@ -456,12 +549,22 @@ impl Reader {
             // with groups of the same time.
             while low < high {
                 let middle = low.midpoint(high);
-                let Some(segment) = segments.get(middle) else { break };
-                let Some(opened) = self.list.open_listed(segment)? else { return Ok(true) };
-                if opened.begins_us() < self.from_us {
-                    low = middle + 1;
-                } else {
-                    high = middle;
+                // A lost segment has no time, so the next one with a time decides for it.
+                let (mut at, mut begins_us) = (middle, None);
+                while let Some(segment) = segments.get(at).filter(|_| at < high)
+                    && begins_us.is_none()
+                {
+                    begins_us = match self.list.open_listed(segment) {
+                        Ok(Some(opened)) => Some(opened.begins_us()),
+                        Ok(None) => return Ok(true),
+                        Err(lost) if lost.is_loss() => None,
+                        Err(error) => return Err(error),
+                    };
+                    at += 1;
+                }
+                match begins_us {
+                    Some(begins_us) if begins_us < self.from_us => low = at,
+                    _ => high = middle,
                 }
             }
             low
@@ -478,8 +581,15 @@ impl Reader {
     /// cursor when retention has dropped the segment. No group of the segment before it was
     /// received later than `before_us`.
     fn enter(&mut self, segment: &SegmentRef, before_us: u64) -> Result<()> {
-        self.cursor = None;
-        let Some(opened) = self.list.open_listed(segment)? else { return Ok(()) };
+        (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
+        let opened = match self.list.open_listed(segment) {
+            // Everything authentic in front of the damage is read.
+            Err(error) if error.is_loss() || self.is_accepted(segment.ordinal, &error) => {
+                Some(self.list.open_damaged(segment, error.clone()).map_err(|_| error)?)
+            }
+            opened => opened?,
+        };
+        let Some(opened) = opened else { return Ok(()) };
         self.in_use = Some(self.list.gate().mark_in_use(opened.header.key_source));
         self.list.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
@@ -562,6 +672,9 @@ fn framed(list: &Bytes, first: &Bytes, last: &Bytes) -> Bytes {
 
 /// One past the last sequence number that a reader can see, not authenticated.
 pub(super) fn end_seq(list: &SegmentList) -> Result<u64> {
+    if let Some(loss) = list.ends_in_loss()? {
+        return Ok(loss.end_seq);
+    }
     let segments = list.segments(true)?;
     let Some(last) = segments.last() else {
         let record = list.record();
@@ -572,12 +685,15 @@ pub(super) fn end_seq(list: &SegmentList) -> Result<u64> {
         End::Sealed(sealed) => sealed.footer.end_seq,
         End::Cut(end) => end.end_seq,
         End::Active(view) => view.with_counts(|counts| counts.end_seq),
-        End::Unknown => count(&opened, opened.file_len()?)?.0.end_seq,
+        End::Unknown | End::Damaged(_) => count(&opened, opened.file_len()?)?.0.end_seq,
     })
 }
 
 /// As [`end_seq`], authenticated: a reader begins or ends there.
 fn proven_end_seq(list: &SegmentList) -> Result<u64> {
+    if let Some(loss) = list.ends_in_loss()? {
+        return Ok(loss.end_seq);
+    }
     let segments = list.segments(true)?;
     let Some(last) = segments.last() else { return end_seq(list) };
     let opened = list.open_segment(last)?;
@@ -594,7 +710,7 @@ fn proven_end_seq(list: &SegmentList) -> Result<u64> {
         }
         End::Cut(end) => end.end_seq,
         End::Active(view) => view.with_counts(|counts| counts.end_seq),
-        End::Unknown => {
+        End::Unknown | End::Damaged(_) => {
             let first_seq = opened.header.first_seq;
             SegmentReader::new(opened, ReadMode::Pread)?.prove_rest(list)?.unwrap_or(first_seq)
         }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Result,
+    Error, ErrorKind, Result,
     config::LogstoreName,
     ids::{LogstoreId, SegmentId},
     segment::{DecodedHeader, Footer, FooterBuilder, PredecessorEnd, SegmentHeader},
@@ -20,11 +20,119 @@ pub(crate) struct ShardRecord {
     /// The last head of the shard that was recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) head: Option<Head>,
+    /// The accepted losses among the segments that retention has not dropped, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) losses: Vec<Loss>,
 }
 
 impl Default for ShardRecord {
     fn default() -> Self {
-        Self { first_ordinal: 1, first_seq: 0, head: None }
+        Self { first_ordinal: 1, first_seq: 0, head: None, losses: Vec::new() }
+    }
+}
+
+impl ShardRecord {
+    /// The accepted loss that includes a segment.
+    pub(crate) fn loss(&self, ordinal: u64) -> Option<&Loss> {
+        self.losses.iter().find(|loss| (loss.first..=loss.last).contains(&ordinal))
+    }
+
+    /// Adds an accepted loss. Keeps the order.
+    pub(crate) fn accept(&mut self, loss: Loss) {
+        let at = self.losses.partition_point(|known| known.first < loss.first);
+        self.losses.insert(at, loss);
+    }
+
+    /// Forgets the losses that retention has dropped.
+    pub(crate) fn forget_dropped_losses(&mut self) {
+        let first = self.first_ordinal;
+        self.losses.retain(|loss| loss.last >= first);
+    }
+}
+
+/// Consecutive segments that are missing or damaged, and whose loss an operator has accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Loss {
+    /// The first of the segments.
+    pub(crate) first: u64,
+    /// The last of them.
+    pub(crate) last: u64,
+    /// No group before this number is lost.
+    pub(crate) from_seq: u64,
+    /// No group from this number on is lost. If the shard ended in the loss, it continues here.
+    pub(crate) end_seq: u64,
+    /// Whether a segment was forged, or exchanged for another one, and that was accepted too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) tampered: bool,
+    /// How the segment in front of the loss ends, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) before: Option<EndBeforeLoss>,
+    /// When the loss was accepted, in microseconds since the Unix epoch.
+    pub(crate) accepted_us: u64,
+}
+
+/// How the segment in front of a loss ends. The header of the lost segment named this end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct EndBeforeLoss {
+    pub(crate) sealed: bool,
+    pub(crate) segment: SegmentId,
+    pub(crate) blocks: u32,
+    pub(crate) bytes: u64,
+    pub(crate) end_seq: u64,
+    pub(crate) last_time_us: u64,
+    #[serde(with = "crate::ids::hex")]
+    pub(crate) digest: [u8; 32],
+}
+
+impl Loss {
+    /// Whether the acceptance covers this error of a lost segment.
+    pub(crate) fn covers(&self, error: &Error) -> bool {
+        error.is_loss() || (self.tampered && error.kind() == ErrorKind::Integrity)
+    }
+
+    /// The end of the segment in front of the loss, and whether that segment is sealed.
+    pub(crate) fn end_before(&self) -> Option<(bool, PredecessorEnd)> {
+        let before = self.before.as_ref()?;
+        let end = PredecessorEnd {
+            ordinal: self.first - 1,
+            segment: before.segment,
+            blocks: before.blocks,
+            bytes: before.bytes,
+            end_seq: before.end_seq,
+            digest: before.digest,
+            last_time_us: before.last_time_us,
+        };
+        Some((before.sealed, end))
+    }
+
+    /// The end that a segment behind the loss names for the last lost segment, of which nothing is
+    /// known.
+    pub(crate) fn unknown_end(&self) -> PredecessorEnd {
+        PredecessorEnd {
+            ordinal: self.last,
+            segment: SegmentId::from_bytes([0; 16]),
+            blocks: 0,
+            bytes: 0,
+            end_seq: self.end_seq,
+            digest: [0; 32],
+            last_time_us: self.before.as_ref().map_or(0, |before| before.last_time_us),
+        }
+    }
+}
+
+impl EndBeforeLoss {
+    pub(crate) fn new(sealed: bool, end: &PredecessorEnd) -> Self {
+        Self {
+            sealed,
+            segment: end.segment,
+            blocks: end.blocks,
+            bytes: end.bytes,
+            end_seq: end.end_seq,
+            last_time_us: end.last_time_us,
+            digest: end.digest,
+        }
     }
 }
 

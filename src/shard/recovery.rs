@@ -12,7 +12,7 @@ use serde::Serialize;
 use tracing::warn;
 
 use super::{
-    record::Head,
+    record::{Head, Loss},
     rules::check_rules,
     scanning::{Prover, Scanned, add, in_place},
     segments::{End, Opened, Proof, SegmentList, SegmentRef, read_header},
@@ -52,6 +52,47 @@ pub struct RepairReport {
     pub groups_salvaged: u64,
     /// Bytes that could not be read.
     pub bytes_lost: u64,
+    /// The losses that this repair has accepted.
+    pub losses: Vec<AcceptedLoss>,
+}
+
+/// Consecutive segments whose loss an operator has accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct AcceptedLoss {
+    /// The shard.
+    pub shard: u32,
+    /// The first of the segments.
+    pub first_ordinal: u64,
+    /// The last of them.
+    pub last_ordinal: u64,
+    /// No group before this sequence number is lost.
+    pub from_seq: u64,
+    /// No group from this sequence number on is lost.
+    pub end_seq: u64,
+    /// When the loss was accepted, in microseconds since the Unix epoch.
+    pub accepted_us: u64,
+}
+
+impl AcceptedLoss {
+    pub(crate) fn new(shard: u32, loss: &Loss) -> Self {
+        let Loss { first, last, from_seq, end_seq, accepted_us, .. } = *loss;
+        Self { shard, first_ordinal: first, last_ordinal: last, from_seq, end_seq, accepted_us }
+    }
+}
+
+/// Options of [`Admin::repair`](crate::Admin::repair).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RepairOptions {
+    /// Whether segments that are forged, or exchanged for others, are given up as lost ones are.
+    pub accept_tampered: bool,
+}
+
+impl RepairOptions {
+    setters! {
+        accept_tampered: bool;
+    }
 }
 
 /// Recovers and repairs a shard, from its segments and with an environment to write new ones.
@@ -66,9 +107,13 @@ impl Recovery<'_> {
     /// if the segment did not end at its durable mark.
     pub(super) fn recover(&self) -> Result<(Next, Option<RecoveryNotice>)> {
         self.list.remove_leftovers()?;
+        self.list.ensure_directory()?;
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };
         self.list.make_names_durable()?;
+        if let Some(loss) = self.list.ends_in_loss()? {
+            return Ok((self.behind_loss(&loss), None));
+        }
         let opened = self.list.open_segment(last)?;
         opened.header.features.check_writing().map_err(|error| error.in_file(&last.path, 0))?;
         match self.list.authenticate(&opened) {
@@ -97,6 +142,7 @@ impl Recovery<'_> {
                 };
                 Ok((next, None))
             }
+            End::Damaged(cause) => Err((**cause).clone()),
             End::Active(_) | End::Unknown => self.end_segment(&opened),
         }
     }
@@ -117,6 +163,19 @@ impl Recovery<'_> {
                 last_time_us: 0,
                 predecessor: Predecessor::None,
             },
+        }
+    }
+
+    /// Where the next segment begins behind an accepted loss.
+    fn behind_loss(&self, loss: &Loss) -> Next {
+        let head = self.list.record().head.filter(|head| head.ordinal == loss.last);
+        let recorded = head.as_ref().map_or(0, |head| head.next_seq);
+        let end = head.map_or_else(|| loss.unknown_end(), Head::into_end);
+        Next {
+            ordinal: loss.last + 1,
+            first_seq: loss.end_seq.max(recorded),
+            last_time_us: end.last_time_us,
+            predecessor: Predecessor::Cut(end),
         }
     }
 
@@ -143,6 +202,17 @@ impl Recovery<'_> {
         let Some(last) = segments.last().filter(|last| last.active.is_none()) else {
             return Ok(None);
         };
+        if self.list.is_lost(last.ordinal) && self.is_headless(last) {
+            let Some(loss) = self.list.ends_in_loss()? else { return Ok(None) };
+            let report = RepairReport {
+                shard: self.list.shard(),
+                segment: None,
+                groups_salvaged: 0,
+                bytes_lost: 0,
+                losses: Vec::new(),
+            };
+            return Ok(Some((self.behind_loss(&loss), report)));
+        }
         if self.is_recoverable(last)? {
             // A broken rule of the format, or a retired key, is not mended by giving up blocks. It
             // is an error for the caller.
@@ -163,31 +233,42 @@ impl Recovery<'_> {
             segment: Some(path.to_path_buf()),
             groups_salvaged: groups,
             bytes_lost: scanned.bytes_lost() + given_up,
+            losses: Vec::new(),
         };
         Ok(Some((next, report)))
     }
 
+    /// Whether a segment is missing, or its header cannot be read.
+    fn is_headless(&self, name: &SegmentRef) -> bool {
+        let cause = Error::Closed("the segment");
+        self.list.open_damaged(name, cause).is_err()
+    }
+
     /// Whether the last segment can be opened, recovered and read without a repair.
     fn is_recoverable(&self, last: &SegmentRef) -> Result<bool> {
-        let damaged =
-            |error: &Error| matches!(error, Error::Corrupt { .. } | Error::Truncated { .. });
         let checked = self.list.open_segment(last).and_then(|opened| match &opened.end {
-            End::Unknown => {
-                let scanned = Scanned::of(self.list, &opened, Proof::Tag)?;
-                scanned.check_durable_part()?;
-                let (mut prover, mut hold) = (Prover::new(self.list.gate(), &opened), true);
-                scanned.again(|block, _| {
-                    hold = hold && prover.holds(block.offset, &block.header)?;
-                    Ok(())
-                })?;
-                Ok(hold)
-            }
-            _ => Ok(true),
+            End::Unknown => self.check_open_segment(last),
+            _ => Ok(()),
         });
         match checked {
-            Err(error) if damaged(&error) => Ok(false),
-            checked => checked,
+            Err(error) if error.is_loss() => Ok(false),
+            checked => checked.map(|()| true),
         }
+    }
+
+    /// Authenticates all blocks of the last segment, which is not sealed.
+    pub(super) fn check_open_segment(&self, last: &SegmentRef) -> Result<()> {
+        let opened = self.list.open_segment(last)?;
+        let scanned = Scanned::of(self.list, &opened, Proof::Tag)?;
+        scanned.check_durable_part()?;
+        let mut prover = Prover::new(self.list.gate(), &opened);
+        scanned.again(|block, _| {
+            if prover.holds(block.offset, &block.header)? {
+                return Ok(());
+            }
+            let at = opened.at(block.offset).block(block.header.number);
+            Err(Error::corrupt(at, "the tag of a block does not hold"))
+        })
     }
 
     /// Ends a segment at `mark`, and rewrites the groups found above it into a new one. With a
@@ -405,14 +486,16 @@ pub(super) fn head_on_disk(list: &SegmentList) -> Result<Option<Head>> {
         list.make_names_durable()?;
     }
     let segments = list.segments(true)?;
-    let Some(last) = segments.last() else { return Ok(list.record().head) };
+    let Some(last) = segments.last().filter(|last| !last.is_missing()) else {
+        return Ok(list.record().head);
+    };
     let opened = list.open_segment(last)?;
     match &opened.end {
         End::Sealed(sealed) => {
             Ok(Some(list.last_head(&opened.header, &sealed.footer, opened.file_len()?)))
         }
         End::Active(view) => Ok(Some(view.head())),
-        End::Cut(_) => Ok(list.record().head),
+        End::Cut(_) | End::Damaged(_) => Ok(list.record().head),
         End::Unknown => {
             // Under a customer's key no key is used: a checkpoint is also made while it is revoked.
             let proof = if list.gate().keys().lease.is_none() { Proof::Tag } else { Proof::Crc };

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::{
     chain::check_retired,
-    segments::{End, Opened, SegmentList},
+    segments::{End, Opened, SegmentList, SegmentRef},
 };
 use crate::{
     Error, Result,
@@ -85,7 +85,9 @@ pub(super) fn check_no_data_key(list: &SegmentList) -> Result<()> {
     if list.gate().keys().section.is_some() {
         return Ok(());
     }
-    for segment in list.segments(false)?.iter().filter(|segment| segment.active.is_none()) {
+    let looked_at =
+        |segment: &&SegmentRef| segment.active.is_none() && !list.is_lost(segment.ordinal);
+    for segment in list.segments(false)?.iter().filter(looked_at) {
         if let KeySource::DataKey(version) = list.key_source(segment)? {
             return Err(list.gate().version_missing(version));
         }

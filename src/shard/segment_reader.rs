@@ -142,6 +142,20 @@ impl SegmentReader {
         Ok(end_seq)
     }
 
+    /// Passes over damaged blocks. Returns the first sequence number of the next block that can be
+    /// read, which is not authenticated yet; `None` if the segment has none.
+    pub(super) fn pass_lost_blocks(&mut self, list: &SegmentList) -> Result<Option<u64>> {
+        while self.pass_damage()? {
+            match self.load(list) {
+                Ok(Load::Block(header)) => return Ok(Some(header.first_seq)),
+                Ok(Load::End | Load::NotYet) => return Ok(None),
+                Err(error) if error.is_loss() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
     /// Goes to the block that may have the first group with at least this number and receive time.
     pub(super) fn seek(&mut self, seq: u64, time_us: u64) {
         // A group in front of the first indexed block is searched from the first block on.
@@ -153,7 +167,7 @@ impl SegmentReader {
         self.sought = match &self.opened.end {
             End::Sealed(sealed) => entry(&sealed.footer),
             End::Active(view) => view.with_counts(entry),
-            End::Cut(_) | End::Unknown => None,
+            End::Cut(_) | End::Unknown | End::Damaged(_) => None,
         };
         if let Some(entry) = self.sought {
             (self.offset, self.number) = (entry.offset, entry.block);
@@ -168,7 +182,7 @@ impl SegmentReader {
             End::Sealed(sealed) => sealed.footer.offset,
             End::Cut(end) => end.bytes,
             End::Active(view) => view.visible(),
-            End::Unknown => self.opened.file_len()?,
+            End::Unknown | End::Damaged(_) => self.opened.file_len()?,
         })
     }
 
@@ -184,6 +198,7 @@ impl SegmentReader {
                 End::Cut(cut) => self.ended(cut.blocks),
                 End::Sealed(sealed) => self.ended(sealed.footer.block_count),
                 End::Active(_) | End::Unknown => Ok(Load::NotYet),
+                End::Damaged(cause) => Err((**cause).clone()),
             };
         }
         let (offset, number) = (self.offset, self.number);
@@ -192,7 +207,7 @@ impl SegmentReader {
             Ok(header)
                 if header.segment_tag == tag
                     && header.number == number
-                    && (!matches!(self.opened.end, End::Unknown)
+                    && (!matches!(self.opened.end, End::Unknown | End::Damaged(_))
                         || self.out_of_place(&header).is_none()) =>
             {
                 self.loaded = Some(header);
@@ -209,6 +224,9 @@ impl SegmentReader {
                     // The writer may still write a block over the bytes that were read.
                     self.bytes.clear();
                     return Ok(Load::NotYet);
+                }
+                if let End::Damaged(cause) = &self.opened.end {
+                    return Err((**cause).clone());
                 }
                 let at = self.opened.at(offset).block(number);
                 Err(match other {

@@ -11,7 +11,7 @@ use super::{
     CurrentPlan, ShardContext,
     active::ActiveView,
     chain::{Chain, Proved, check_older, retired_end},
-    record::{Head, ReloadRecord, ShardRecord},
+    record::{Head, Loss, ReloadRecord, ShardRecord},
     rules::{chain_rule, check_rules, denies_predecessor},
 };
 use crate::{
@@ -33,10 +33,13 @@ use crate::{
 /// Where a header has the first sequence number.
 const FIRST_SEQ_AT: u64 = 96;
 
-/// A segment as its name describes it.
+/// A segment as its name describes it, or consecutive segments that are missing.
 #[derive(Clone, Debug)]
 pub(crate) struct SegmentRef {
     pub(crate) ordinal: u64,
+    /// For missing segments: the last of them. The path is that of the shard's directory, and the
+    /// first sequence number that of the segment behind them.
+    pub(crate) missing_to: Option<u64>,
     pub(crate) first_seq: u64,
     pub(crate) epoch: u64,
     pub(crate) path: Arc<Path>,
@@ -44,6 +47,26 @@ pub(crate) struct SegmentRef {
     pub(crate) active: Option<Arc<ActiveView>>,
     /// How it ends, once this process has sealed it. Successor and catalogue may not name it yet.
     pub(crate) sealed: Option<PredecessorEnd>,
+}
+
+impl SegmentRef {
+    pub(crate) fn is_missing(&self) -> bool {
+        self.missing_to.is_some()
+    }
+
+    /// The last ordinal: its own, unless several segments are missing.
+    pub(crate) fn last_ordinal(&self) -> u64 {
+        self.missing_to.unwrap_or(self.ordinal)
+    }
+
+    /// The error for segments that are missing.
+    pub(crate) fn missing(&self) -> Error {
+        let what = match self.last_ordinal() {
+            last if last == self.ordinal => format!("segment {last} of the shard is missing"),
+            last => format!("segments {} to {last} of the shard are missing", self.ordinal),
+        };
+        Error::truncated(Location::new(&*self.path, 0), what)
+    }
 }
 
 /// How a segment ends.
@@ -58,6 +81,9 @@ pub(crate) enum End {
     Active(Arc<ActiveView>),
     /// Unknown: another process is writing it, or a crash cut it off and it was not recovered yet.
     Unknown,
+    /// Unknown, because the segment, or the one behind it, is damaged. The blocks in front of the
+    /// damage are authentic. Behind the last of them the segment has this error.
+    Damaged(Arc<Error>),
 }
 
 /// How blocks behind damage, in a segment that is not sealed, are recognised.
@@ -182,6 +208,17 @@ impl SegmentList {
     pub(super) fn note_first(&self, first_ordinal: u64, first_seq: u64) {
         let mut record = write(&self.record);
         (record.first_ordinal, record.first_seq) = (first_ordinal, first_seq);
+        record.forget_dropped_losses();
+    }
+
+    /// Notes a loss that the catalogue has.
+    pub(super) fn note_loss(&self, loss: Loss) {
+        write(&self.record).accept(loss);
+    }
+
+    /// Whether the loss of a segment was accepted.
+    pub(super) fn is_lost(&self, ordinal: u64) -> bool {
+        read(&self.record).loss(ordinal).is_some()
     }
 
     /// Reads the record again, for a read-only opener. `None` for the writer, whose record is the
@@ -228,77 +265,118 @@ impl SegmentList {
         {
             return Ok(Arc::clone(segments));
         }
-        let segments = match self.list() {
-            Err(error @ Error::Truncated { .. }) => {
-                // Retention may have dropped segments that are in the copy of the record. Reading
-                // the catalogue may call the KMS, so this thread gives up the lock meanwhile.
-                drop(listed);
-                self.reload_record().unwrap_or(Err(error))?;
-                listed = write(&self.listed);
-                self.list()?
-            }
-            segments => segments?,
-        };
+        let mut segments = self.list()?;
+        if self.reload.is_some() && segments.iter().any(SegmentRef::is_missing) {
+            // Retention may have dropped segments that are in the copy of the record. Reading the
+            // catalogue may call the KMS, so this thread gives up the lock meanwhile.
+            drop(listed);
+            self.reload_record().transpose()?;
+            listed = write(&self.listed);
+            segments = self.list()?;
+        }
         Ok(Arc::clone(listed.insert(Arc::new(segments))))
     }
 
-    /// Lists the directory. The ordinals must have no gap from the first retained one to the last.
-    pub(super) fn list(&self) -> Result<Vec<SegmentRef>> {
+    /// Lists the directory. Segments that the catalogue knows of, or that lie between others, and
+    /// that are not there, are listed as missing.
+    fn list(&self) -> Result<Vec<SegmentRef>> {
         let record = self.record();
-        let entries = self.disk.list_dir(&self.dir).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::truncated(Location::new(&self.dir, 0), "the directory of a shard is missing")
-            }
-            _ => Error::io("list", &self.dir)(error),
-        })?;
-        let mut names: Vec<SegmentName> = entries
+        let mut names: Vec<SegmentName> = self
+            .file_names()?
             .iter()
-            .filter_map(|entry| SegmentName::parse(&entry.name))
+            .filter_map(|name| SegmentName::parse(name))
             .filter(|name| name.ordinal >= record.first_ordinal)
             .collect();
-        let segments: Vec<SegmentRef> = in_force(&mut names)
-            .into_iter()
-            .map(|name| SegmentRef {
-                ordinal: name.ordinal,
-                first_seq: name.first_seq,
-                epoch: name.epoch,
-                path: self.dir.join(name.to_string()).into(),
-                active: None,
-                sealed: None,
-            })
-            .collect();
+        let mut segments: Vec<SegmentRef> = Vec::new();
         let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
-        for segment in &segments {
-            if segment.ordinal != expected {
-                let missing = format!("segment {expected} of the shard is missing");
-                return Err(Error::truncated(Location::new(&*segment.path, 0), missing));
-            }
-            if segment.first_seq < first_seq {
+        for name in in_force(&mut names) {
+            let path: Arc<Path> = self.dir.join(name.to_string()).into();
+            if name.first_seq < first_seq {
                 let what = format!(
                     "the segment begins at sequence number {}, below {first_seq}",
-                    segment.first_seq
+                    name.first_seq
                 );
-                return Err(Error::corrupt(Location::new(&*segment.path, FIRST_SEQ_AT), what));
+                return Err(Error::corrupt(Location::new(&*path, FIRST_SEQ_AT), what));
             }
-            (expected, first_seq) = (expected + 1, segment.first_seq);
-        }
-        match &record.head {
-            Some(head) if head.ordinal >= record.first_ordinal && head.ordinal >= expected => {
-                let missing = format!(
-                    "segment {} of the shard is missing, the catalogue knows of it",
-                    head.ordinal
+            if name.ordinal > expected {
+                self.push_missing(
+                    &mut segments,
+                    &record,
+                    expected,
+                    name.ordinal - 1,
+                    name.first_seq,
                 );
-                Err(Error::truncated(Location::new(&self.dir, 0), missing))
             }
-            _ => Ok(segments),
+            (expected, first_seq) = (name.ordinal + 1, name.first_seq);
+            segments.push(SegmentRef {
+                ordinal: name.ordinal,
+                missing_to: None,
+                first_seq,
+                epoch: name.epoch,
+                path,
+                active: None,
+                sealed: None,
+            });
         }
+        let known = record.head.as_ref().map(|head| (head.ordinal, head.next_seq));
+        let lost = record.losses.last().map(|loss| (loss.last, loss.end_seq));
+        if let Some((ordinal, next_seq)) = known.max(lost).filter(|(last, _)| *last >= expected) {
+            self.push_missing(&mut segments, &record, expected, ordinal, next_seq.max(first_seq));
+        }
+        Ok(segments)
+    }
+
+    /// The names in the directory of the shard. No directory has none: a copy of a store may leave
+    /// empty directories out.
+    fn file_names(&self) -> Result<Vec<String>> {
+        match self.disk.list_dir(&self.dir) {
+            Ok(entries) => Ok(entries.into_iter().map(|entry| entry.name).collect()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) => Err(Error::io("list", &self.dir)(error)),
+        }
+    }
+
+    /// Adds the segments from `first` to `last`, which are missing: those whose loss is accepted and
+    /// the others apart.
+    fn push_missing(
+        &self,
+        segments: &mut Vec<SegmentRef>,
+        record: &ShardRecord,
+        mut first: u64,
+        last: u64,
+        first_seq: u64,
+    ) {
+        while first <= last {
+            let to = match record.losses.iter().find(|loss| loss.last >= first) {
+                Some(loss) if loss.first <= first => loss.last.min(last),
+                Some(loss) => last.min(loss.first - 1),
+                None => last,
+            };
+            segments.push(SegmentRef {
+                ordinal: first,
+                missing_to: Some(to),
+                first_seq,
+                epoch: 0,
+                path: self.dir.as_path().into(),
+                active: None,
+                sealed: None,
+            });
+            first = to + 1;
+        }
+    }
+
+    /// The accepted loss that the shard ends in, if it does.
+    pub(super) fn ends_in_loss(&self) -> Result<Option<Loss>> {
+        let segments = self.segments(true)?;
+        let Some(last) = segments.last() else { return Ok(None) };
+        Ok(self.record().loss(last.ordinal).cloned())
     }
 
     /// The segment of this ordinal, if there is one.
     pub(super) fn find(&self, ordinal: u64) -> Result<Option<SegmentRef>> {
         let segments = self.segments(false)?;
-        let at = segments.partition_point(|segment| segment.ordinal < ordinal);
-        Ok(segments.get(at).filter(|name| name.ordinal == ordinal).cloned())
+        let at = segments.partition_point(|segment| segment.last_ordinal() < ordinal);
+        Ok(segments.get(at).filter(|name| name.ordinal <= ordinal).cloned())
     }
 
     /// The ordinal of the next segment of a shard that has no writer. It is taken from the
@@ -307,7 +385,7 @@ impl SegmentList {
     pub(super) fn next_ordinal_on_disk(&self) -> Result<u64> {
         self.make_names_durable()?;
         let record = self.record();
-        let listed = self.list()?.last().map_or(0, |last| last.ordinal);
+        let listed = self.list()?.last().map_or(0, SegmentRef::last_ordinal);
         let recorded = record.head.map_or(0, |head| head.ordinal);
         Ok((listed.max(recorded) + 1).max(record.first_ordinal))
     }
@@ -335,7 +413,7 @@ impl SegmentList {
 
     /// Forgets the segments below `ordinal`: retention drops them.
     pub(super) fn drop_before(&self, ordinal: u64) {
-        self.change(|segments| segments.retain(|segment| segment.ordinal >= ordinal));
+        self.change(|segments| segments.retain(|segment| segment.last_ordinal() >= ordinal));
         self.chain.drop_before(ordinal);
     }
 
@@ -347,6 +425,19 @@ impl SegmentList {
     fn change(&self, change: impl FnOnce(&mut Vec<SegmentRef>)) {
         if let Some(segments) = &mut *write(&self.listed) {
             change(Arc::make_mut(segments));
+        }
+    }
+
+    /// Creates the directory of the shard if it is missing: a copy of a store may leave empty
+    /// directories out.
+    pub(super) fn ensure_directory(&self) -> Result<()> {
+        match self.disk.create_dir(&self.dir) {
+            Ok(()) => {
+                let parent = self.dir.parent().unwrap_or(&self.dir);
+                self.disk.sync_dir(parent).map_err(Error::io("sync", parent))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(Error::io("create", &self.dir)(error)),
         }
     }
 
@@ -364,12 +455,12 @@ impl SegmentList {
     pub(super) fn remove_leftovers(&self) -> Result<(u64, u64)> {
         let first = self.record().first_ordinal;
         let (mut freed, mut left) = (0, 0);
-        for entry in self.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
-            let dropped = SegmentName::parse(&entry.name).is_some_and(|name| name.ordinal < first);
-            if !dropped && !is_segment_temporary(&entry.name) {
+        for name in self.file_names()? {
+            let dropped = SegmentName::parse(&name).is_some_and(|name| name.ordinal < first);
+            if !dropped && !is_segment_temporary(&name) {
                 continue;
             }
-            let path = self.dir.join(&entry.name);
+            let path = self.dir.join(&name);
             let stat = self.disk.stat(&path).ok().flatten();
             let len = stat.filter(|stat| stat.kind == FileKind::File).map_or(0, |stat| stat.len);
             match self.disk.remove_file(&path) {
@@ -423,14 +514,7 @@ impl SegmentList {
             return Ok(open(&active.file, &active.header, End::Active(Arc::clone(active)), None));
         }
         let path = &*name.path;
-        let file = self.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::truncated(Location::new(path, 0), "the segment is missing")
-            }
-            _ => Error::io("open", path)(error),
-        })?;
-        let header = Arc::new(read_header(&*file, path)?);
-        self.check_identity(name, &header)?;
+        let (file, header) = self.open_file(name)?;
         // Must come before the length: once there is a successor, the segment grows no more under a
         // read-only opener.
         let expected = self.expected_end(name)?;
@@ -442,6 +526,34 @@ impl SegmentList {
         let (end, vouched) =
             self.find_end(&open(&file, &header, End::Unknown, None), len, expected)?;
         Ok(open(&file, &header, end, vouched))
+    }
+
+    /// Opens the file of a segment, and reads the header.
+    fn open_file(&self, name: &SegmentRef) -> Result<(Arc<dyn DiskFile>, Arc<DecodedHeader>)> {
+        if name.is_missing() {
+            return Err(name.missing());
+        }
+        let path = &*name.path;
+        let file = self.disk.open(path, OpenMode::Read).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                Error::truncated(Location::new(path, 0), "the segment is missing")
+            }
+            _ => Error::io("open", path)(error),
+        })?;
+        let header = Arc::new(read_header(&*file, path)?);
+        self.check_identity(name, &header)?;
+        Ok((file, header))
+    }
+
+    /// Opens a segment that [`SegmentList::open_segment`] refuses with `cause`, to read the blocks
+    /// in front of the damage.
+    ///
+    /// # Errors
+    /// The header cannot be read either.
+    pub(super) fn open_damaged(&self, name: &SegmentRef, cause: Error) -> Result<Opened> {
+        let (file, header) = self.open_file(name)?;
+        let end = End::Damaged(Arc::new(cause));
+        Ok(Opened { name: name.clone(), file, header, end, vouched: None })
     }
 
     /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also
@@ -469,6 +581,10 @@ impl SegmentList {
             (footer, Expected::Open { at_least }) => {
                 Ok((self.open_end(opened, len, footer, at_least)?, None))
             }
+            // The tag of the footer is checked before a block is read.
+            (Ok(Some(sealed)), Expected::Unnamed(_)) => Ok((End::Sealed(Arc::new(sealed)), None)),
+            (Ok(None), Expected::Unnamed(cause)) => Ok((End::Damaged(Arc::new(cause)), None)),
+            (Err(error), Expected::Unnamed(_)) => Err(error),
         }
     }
 
@@ -503,7 +619,15 @@ impl SegmentList {
 
     /// The end of a segment that its successor, the catalogue, or this process as its writer names.
     fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
-        if let Some((header, path)) = self.successor(name)? {
+        let loss = self.record().loss(name.ordinal + 1).and_then(Loss::end_before);
+        if let Some((sealed, end)) = loss.filter(|(_, end)| end.ordinal == name.ordinal) {
+            return Ok(if sealed { Expected::Sealed(end) } else { Expected::Cut(end) });
+        }
+        let successor = match self.successor(name) {
+            Err(lost) if lost.is_loss() => return Ok(Expected::Unnamed(lost)),
+            successor => successor?,
+        };
+        if let Some((header, path)) = successor {
             // Where the link is broken, neither of the two segments is read. A header with another
             // ordinal is not the successor's.
             if header.ordinal == name.ordinal + 1
@@ -546,9 +670,12 @@ impl SegmentList {
         match &opened.end {
             End::Active(_) => return Ok(()),
             End::Sealed(_) => self.verify_footer(opened)?,
+            End::Damaged(_) => prove(&opened.header, &opened.name.path)?,
             End::Cut(_) | End::Unknown => {
                 prove(&opened.header, &opened.name.path)?;
-                if let Some((header, path)) = self.successor(&opened.name)? {
+                if !self.is_lost(opened.name.ordinal + 1)
+                    && let Some((header, path)) = self.successor(&opened.name)?
+                {
                     prove(&header, &path)?;
                 }
             }
@@ -596,6 +723,9 @@ impl SegmentList {
     fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
         if let Some(active) = &name.active {
             return Ok(Arc::clone(&active.header));
+        }
+        if name.is_missing() {
+            return Err(name.missing());
         }
         let file =
             self.disk.open(&name.path, OpenMode::Read).map_err(Error::io("open", &*name.path))?;
@@ -666,6 +796,8 @@ enum Expected {
     Open {
         at_least: u64,
     },
+    /// The successor, which names it, is missing or damaged.
+    Unnamed(Error),
 }
 
 /// Checks that the end which successor or catalogue name is that of the segment in `path`.

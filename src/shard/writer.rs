@@ -565,6 +565,7 @@ impl SegmentFile {
     fn name(&self) -> SegmentRef {
         SegmentRef {
             ordinal: self.header.ordinal,
+            missing_to: None,
             first_seq: self.header.first_seq,
             epoch: self.header.epoch,
             path: Arc::clone(&self.path),

@@ -111,6 +111,8 @@ fn bytes_under_key(
     for (shard, (next, bytes)) in logstore.shards.iter().zip(&mut counted.shards) {
         let mut ended = 0;
         let segments = shard.segments(false)?;
+        let segments: Vec<_> =
+            segments.iter().filter(|segment| !shard.is_lost(segment.ordinal)).collect();
         for segment in segments.iter().rev().take_while(|segment| segment.ordinal >= *next) {
             // Versions only grow along a shard, so all earlier segments are under older versions.
             if shard.key_source(segment)? != KeySource::DataKey(version) {

@@ -35,7 +35,7 @@ use crate::{
     kms::Cmk,
     logstore::{Logstore, LogstoreShared},
     metrics::StoreMetrics,
-    shard::RepairReport,
+    shard::{RepairOptions, RepairReport},
 };
 
 /// A store: cheap to clone, usable from any thread.
@@ -480,13 +480,25 @@ impl Admin<'_> {
         retention::apply(self.open.core())
     }
 
-    /// Gives up the damaged data at the end of a shard, so that the shard accepts appends again.
-    /// Keeps all readable data. Does nothing if there is no damage.
+    /// Accepts the loss of the segments of a shard that are missing or damaged, and gives up damaged
+    /// data at its end, so that the shard can be read past the loss and accepts appends again. Keeps
+    /// all readable data, and does nothing if there is no damage. Reads all segments of the shard.
+    ///
+    /// An accepted loss is permanent. The key audit log records it
+    /// ([`AuditEvent::LossAccepted`](crate::audit::AuditEvent::LossAccepted)), the status of the
+    /// Logstore and a verification keep showing it, and a checkpoint from before it still reports
+    /// the lost data.
     ///
     /// # Errors
-    /// A damaged header, or a key that may not be used, prevents the repair.
-    pub fn repair(&self, name: &LogstoreName, shard: u32) -> Result<RepairReport> {
-        logstores::repair(self.open.core(), name, shard)
+    /// A key that may not be used prevents the repair. [`Error::Tampered`], [`Error::RolledBack`]
+    /// and the like for a segment that is forged or exchanged, unless the options accept that.
+    pub fn repair(
+        &self,
+        name: &LogstoreName,
+        shard: u32,
+        options: &RepairOptions,
+    ) -> Result<RepairReport> {
+        logstores::repair(self.open.core(), name, shard, options)
     }
 
     /// The state of the anchor.

@@ -499,7 +499,7 @@ fn under_each_key(
         let segments = if uses_kms { shard.segments(true) } else { shard.settled_segments() };
         let counted = segments.and_then(|segments| {
             let last = segments.last().map(|last| last.ordinal);
-            for segment in segments.iter() {
+            for segment in segments.iter().filter(|segment| !shard.is_lost(segment.ordinal)) {
                 let source = shard.key_source(segment)?;
                 let stat =
                     env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;

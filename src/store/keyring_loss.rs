@@ -279,7 +279,7 @@ fn find_shard(
     }
     Ok(match first {
         Some(SegmentName { ordinal: first_ordinal, first_seq, .. }) => {
-            ShardRecord { first_ordinal, first_seq, head: None }
+            ShardRecord { first_ordinal, first_seq, ..ShardRecord::default() }
         }
         None => ShardRecord::default(),
     })

@@ -20,7 +20,7 @@ use crate::{
     ids::LogstoreId,
     keys::{AuditEvent, envelope::KeysSection},
     logstore::{LogstoreShared, Meta, shard_dir},
-    shard::{RepairReport, ShardRecord},
+    shard::{AcceptedLoss, FoundLoss, RepairOptions, RepairReport, Shard, ShardRecord},
 };
 
 /// Creates a Logstore, with its envelope if `spec` turns encryption on. Holds the name during the
@@ -252,12 +252,53 @@ pub(super) fn clean_up(core: &Core) -> Result<()> {
     Ok(())
 }
 
-/// Gives up the damaged data at the end of a shard.
-pub(super) fn repair(core: &Core, name: &LogstoreName, shard: u32) -> Result<RepairReport> {
+/// Accepts the losses of a shard, and gives up the damaged data at its end. The audit log and the
+/// catalogue record each loss before anything else changes.
+pub(super) fn repair(
+    core: &Core,
+    name: &LogstoreName,
+    shard: u32,
+    options: &RepairOptions,
+) -> Result<RepairReport> {
     core.registry.check_writable()?;
     let logstore = core.registry.logstore(name)?;
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
-    logstore.shards.get(shard as usize).ok_or_else(missing)?.repair()
+    let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
+    let mut losses = Vec::new();
+    for found in shard.find_losses(options.accept_tampered)? {
+        accept_loss(core, &logstore, shard, &found)?;
+        losses.push(AcceptedLoss::new(shard.id(), &found.loss));
+    }
+    let report = shard.repair()?;
+    Ok(RepairReport { losses, ..report })
+}
+
+fn accept_loss(
+    core: &Core,
+    logstore: &Arc<LogstoreShared>,
+    shard: &Shard,
+    found: &FoundLoss,
+) -> Result<()> {
+    let FoundLoss { loss, cause } = found;
+    let (name, id) = (&logstore.name, logstore.id);
+    let mut admin = core.registry.administer()?;
+    admin.check_exists(logstore)?;
+    let detail = format!(
+        "shard {}, segments {} to {}, sequence numbers {} to before {}, by user {}: {cause}",
+        shard.id(),
+        loss.first,
+        loss.last,
+        loss.from_seq,
+        loss.end_seq,
+        rustix::process::getuid().as_raw(),
+    );
+    core.keys.audit().record(AuditEvent::LossAccepted, Some((name, id)), &detail)?;
+    let change = Change::Lost { name: name.clone(), id, shard: shard.id(), loss: loss.clone() };
+    admin.commit(vec![change])?;
+    shard.note_loss(loss.clone());
+    let (first, last) = (loss.first, loss.last);
+    warn!(logstore = %name, shard = shard.id(), first, last, %cause, "loss of segments accepted");
+    Ok(())
 }
 
 /// The detail of the audit record of a first envelope.

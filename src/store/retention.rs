@@ -17,7 +17,7 @@ use crate::{
     io::DAY_US,
     logstore::LogstoreShared,
     segment::KeySource,
-    shard::{Shard, ShardRecord},
+    shard::{SegmentRef, Shard, ShardRecord},
 };
 
 /// The result of retention.
@@ -318,6 +318,8 @@ fn is_refusal(error: &Error) -> bool {
 fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
     let segments = shard.segments(false)?;
     let mut proved = Vec::with_capacity(segments.len());
+    let lost = |segment: &&SegmentRef| shard.is_lost(segment.ordinal);
+    let segments: Vec<&SegmentRef> = segments.iter().filter(|segment| !lost(segment)).collect();
     for segment in segments.iter().filter(|segment| segment.active.is_none()) {
         let Some(found) = shard.proved(segment.ordinal)? else { break };
         proved.push(found);
@@ -358,7 +360,7 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
     // Versions only grow along a shard, so its oldest segment alone often decides.
     let mut oldest = u32::MAX;
     for shard in &logstore.shards {
-        if let Some(first) = shard.segments(true)?.first() {
+        if let Some(first) = shard.segments(true)?.iter().find(|segment| !segment.is_missing()) {
             // A segment that the catalogue does not know yet may be under any key.
             let Some(source) = shard.proved_key_source(first)? else { return none };
             oldest = oldest.min(data_key_version(source));
@@ -370,7 +372,9 @@ fn unused_versions(logstore: &LogstoreShared) -> Result<BTreeSet<u32>> {
     }
     // A destroyed key is lost for ever, so every segment is checked.
     for shard in &logstore.shards {
-        for segment in shard.segments(true)?.iter() {
+        let segments = shard.segments(true)?;
+        let is_gone = |one: &SegmentRef| one.is_missing() && shard.is_lost(one.ordinal);
+        for segment in segments.iter().filter(|segment| !is_gone(segment)) {
             let Some(source) = shard.proved_key_source(segment)? else { return none };
             unused.remove(&data_key_version(source));
         }

@@ -536,7 +536,7 @@ fn a_forged_segment_is_a_wrong_key_and_nothing_is_built_on_it() {
             let damaged = [&bytes[..body], &[0; 50], &forged_block(&mark, b"")[..]].concat();
             let store =
                 fixture.builder(MemoryDisk::of(&image.with(&path, damaged))).open().unwrap();
-            let repaired = store.admin().repair(&name(logstore), 0);
+            let repaired = store.admin().repair(&name(logstore), 0, &Default::default());
             assert!(
                 matches!(repaired, Err(Error::WrongKey { .. })),
                 "{logstore} {suite:?}: {repaired:?}"

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, time::Duration};
 
-use envelog::{Logstore, Position, ReadOptions, Reader};
+use envelog::{Logstore, LostRange, Position, ReadOptions, Reader};
 
 use crate::{
     args::{Format, ReadArgs, TailArgs},
@@ -25,19 +25,32 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
         if printer.is_full() {
             return Ok(());
         }
-        let options = ReadOptions::default().from(args.from).to(args.to);
-        for record in logstore.read(shard, &options)? {
-            let record = record?;
+        let options = ReadOptions::default().from(args.from).to(args.to).skip_lost(args.skip_lost);
+        let mut reader = logstore.read(shard, &options)?;
+        while let Some(record) = reader.try_next()? {
             progress.add(record.bytes.len() as u64);
             printer.record(shard, &record)?;
             if printer.is_full() {
                 break;
             }
         }
-        Ok(())
+        warn_of_lost(&reader)
     });
     drop(progress);
     both(outcome, printer.flush())
+}
+
+/// Names the groups that a reader has passed because they are lost.
+fn warn_of_lost(reader: &Reader) -> Result {
+    for lost in reader.lost() {
+        let LostRange { shard, from_seq, end_seq, accepted, .. } = lost;
+        let to = end_seq.map_or_else(|| "on".to_owned(), |end| format!("to before {end}"));
+        let how = if *accepted { " (an operator has accepted that)" } else { "" };
+        output::notice(format_args!(
+            "shard {shard} has lost groups from number {from_seq} {to}{how}"
+        ));
+    }
+    Ok(())
 }
 
 pub(crate) fn tail(setup: &Setup, args: &TailArgs) -> Result {
@@ -88,13 +101,15 @@ fn last_logs(
     let mut distance = wanted as u64;
     loop {
         let from = end.saturating_sub(distance);
-        let mut reader = logstore.read(shard, &ReadOptions::default().from(Position::Seq(from)))?;
+        let mut reader = logstore
+            .read(shard, &ReadOptions::default().from(Position::Seq(from)).skip_lost(true))?;
         let mut kept = VecDeque::new();
         while let Some(record) = reader.try_next()? {
             kept.extend(record::logs(shard, &record, format)?);
             kept.drain(..kept.len().saturating_sub(wanted));
         }
         if kept.len() >= wanted || from == 0 {
+            warn_of_lost(&reader)?;
             return Ok((kept, reader));
         }
         distance = distance.saturating_mul(16);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use envelog::admin::{Checkpoint, VerifyOptions, VerifyReport};
+use envelog::admin::{AcceptedLoss, Checkpoint, RepairOptions, VerifyOptions, VerifyReport};
 use serde_json::json;
 
 use super::confirm;
@@ -85,7 +85,8 @@ fn verdict(report: &VerifyReport) -> Result {
         (Status::Done, ..) => Ok(()),
         (Status::Integrity, Some(first), _) => {
             let more = others(report.faults.len(), "fault");
-            let advice = "restore it from a backup, or see `envelog repair --help` if it is the end of a shard";
+            let advice =
+                "restore it from a backup, or accept the loss: see `envelog repair --help`";
             Err(Failure::new(status, first.kind, format!("{}{more}; {advice}", first.message)))
         }
         (_, _, Some((_, error))) => {
@@ -126,18 +127,27 @@ pub(crate) fn checkpoint(setup: &Setup, args: &OutArgs) -> Result {
 
 pub(crate) fn repair(setup: &Setup, args: &RepairArgs) -> Result {
     let name = name(&args.name)?;
-    confirm(args.yes, &format!("discarding the damaged end of shard {} of {name}", args.shard))?;
+    let what = format!("accepting the losses of shard {} of {name}", args.shard);
+    confirm(args.yes, &what)?;
     let store = setup.open()?;
-    let report = store.admin().repair(&name, args.shard)?;
+    let options = RepairOptions::default().accept_tampered(args.accept_tampered);
+    let report = store.admin().repair(&name, args.shard, &options)?;
     setup.close(store)?;
     if setup.json {
         return output::json(&report);
     }
+    for loss in &report.losses {
+        let AcceptedLoss { first_ordinal, last_ordinal, from_seq, end_seq, .. } = loss;
+        output::line(format_args!(
+            "accepted the loss of segments {first_ordinal} to {last_ordinal}: groups from number {from_seq} to before {end_seq}"
+        ))?;
+    }
     match &report.segment {
-        None => output::line(format_args!(
-            "the end of shard {} of {name} is sound: nothing was changed",
+        None if report.losses.is_empty() => output::line(format_args!(
+            "shard {} of {name} is sound: nothing was changed",
             args.shard
         )),
+        None => Ok(()),
         Some(segment) => output::line(format_args!(
             "repaired {}: {} after the damage kept, {} discarded",
             segment.display(),

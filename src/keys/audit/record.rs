@@ -62,6 +62,9 @@ pub enum AuditEvent {
     KeyringRewrapped,
     /// The store has an anchor from now on.
     Anchored,
+    /// An operator has accepted the loss of segments. The detail names the shard, the segments, the
+    /// sequence numbers, the user of the process, and the damage.
+    LossAccepted,
     /// A store that has an anchor was opened for writing without it.
     OpenedWithoutAnchor,
 }

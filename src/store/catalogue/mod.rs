@@ -23,7 +23,7 @@ use crate::{
     ids::{LogstoreId, hex_decode},
     keys::audit::AuditHead,
     logstore::MetaRef,
-    shard::{Head, ShardRecord},
+    shard::{Head, Loss, ShardRecord},
 };
 
 pub(super) use file::{
@@ -37,6 +37,9 @@ pub const LOGSTORES_MAX: usize = 100_000;
 /// The most shards in a store, of all its Logstores together: the catalogue records the head of
 /// each.
 pub const STORE_SHARDS_MAX: usize = 100_000;
+
+/// The most accepted losses in a store. Retention forgets those that it has dropped.
+const LOSSES_MAX: usize = 10_000;
 
 /// One Logstore in the catalogue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +116,8 @@ pub(crate) enum Change {
     Reached { name: LogstoreName, id: LogstoreId, shard: u32, head: Head },
     /// Retention drops the segments before this ordinal, and the sequence numbers before this one.
     Dropped { name: LogstoreName, id: LogstoreId, shard: u32, first_ordinal: u64, first_seq: u64 },
+    /// An operator has accepted the loss of segments of a shard.
+    Lost { name: LogstoreName, id: LogstoreId, shard: u32, loss: Loss },
     /// The key audit log has this end.
     Audited(AuditHead),
 }
@@ -169,6 +174,15 @@ impl Catalogue {
                 }
                 check_shard(&ShardRecord { first_ordinal: *first_ordinal, ..record.clone() })
             }
+            Change::Lost { name, id, shard, loss } => {
+                let record = self.shard(name, *id, *shard)?;
+                if self.losses() >= LOSSES_MAX {
+                    return Err("there are too many accepted losses");
+                }
+                let mut record = record.clone();
+                record.accept(loss.clone());
+                check_shard(&record)
+            }
             Change::Audited(head) => check_audit_head(head),
         }
     }
@@ -206,6 +220,12 @@ impl Catalogue {
             Change::Dropped { name, shard, first_ordinal, first_seq, .. } => {
                 if let Some(record) = self.shard_mut(name, *shard) {
                     (record.first_ordinal, record.first_seq) = (*first_ordinal, *first_seq);
+                    record.forget_dropped_losses();
+                }
+            }
+            Change::Lost { name, shard, loss, .. } => {
+                if let Some(record) = self.shard_mut(name, *shard) {
+                    record.accept(loss.clone());
                 }
             }
             Change::Audited(head) => self.audit = head.clone(),
@@ -236,6 +256,15 @@ impl Catalogue {
         self.logstores.get_mut(name)?.shards.get_mut(shard as usize)
     }
 
+    /// The number of accepted losses.
+    fn losses(&self) -> usize {
+        self.logstores
+            .values()
+            .flat_map(|entry| &entry.shards)
+            .map(|shard| shard.losses.len())
+            .sum()
+    }
+
     /// Checks the rules that need no other document.
     fn check(&self) -> Result<(), &'static str> {
         check_audit_head(&self.audit)?;
@@ -245,6 +274,9 @@ impl Catalogue {
         if self.logstores.values().map(|entry| entry.shards.len()).sum::<usize>() > STORE_SHARDS_MAX
         {
             return Err("there are too many shards");
+        }
+        if self.losses() > LOSSES_MAX {
+            return Err("there are too many accepted losses");
         }
         let mut ids = BTreeSet::new();
         if !self
@@ -285,6 +317,14 @@ fn check_shard(shard: &ShardRecord) -> Result<(), &'static str> {
     }
     if head.is_some_and(|head| head.next_seq < head.end_seq) {
         return Err("the next sequence number of a shard lies below its end");
+    }
+    let mut behind = 1;
+    for loss in &shard.losses {
+        let in_order = behind <= loss.first && loss.first <= loss.last && loss.last < u64::MAX - 1;
+        if !in_order || loss.from_seq > loss.end_seq {
+            return Err("the accepted losses of a shard are out of order");
+        }
+        behind = loss.last + 1;
     }
     Ok(())
 }
@@ -350,13 +390,20 @@ mod tests {
             last_time_us: u64::MAX,
             digest: [0xff; 32],
         };
-        let record = ShardRecord { first_ordinal: u64::MAX, first_seq: u64::MAX, head: Some(head) };
+        let record = ShardRecord {
+            first_ordinal: u64::MAX,
+            first_seq: u64::MAX,
+            head: Some(head),
+            losses: Vec::new(),
+        };
         let shard = serde_json::to_vec(&record).unwrap().len() + 1;
+        let loss = 512;
         let id = LogstoreId::from_bytes([0xff; 16]);
         let entry = Entry { id, generation: u64::MAX, tag: [0xff; 32], shards: Vec::new() };
         let logstore = serde_json::to_vec(&entry).unwrap().len() + 2 * NAME_BYTES_MAX + 8;
         let deleting = 40;
-        let all = STORE_SHARDS_MAX * shard + LOGSTORES_MAX * (logstore + deleting);
+        let all =
+            STORE_SHARDS_MAX * shard + LOGSTORES_MAX * (logstore + deleting) + LOSSES_MAX * loss;
         assert!((all as u64) < crate::document::DOCUMENT_BYTES_MAX - (1 << 20), "{all} bytes");
     }
 }

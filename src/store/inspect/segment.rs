@@ -93,6 +93,12 @@ impl<'c> SegmentCheck<'c> {
                 self.keyless = true;
                 Ok(true)
             }
+            // Reported when the segment was opened.
+            Err(_) if matches!(self.end, End::Damaged(_)) => {
+                self.damaged = true;
+                self.heads.clear();
+                Ok(false)
+            }
             Err(error @ (Error::Corrupt { .. } | Error::Tampered { .. })) => {
                 self.damaged = true;
                 self.heads.clear();

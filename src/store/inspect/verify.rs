@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::{
     checkpoint::{CheckpointBody, CheckpointEntry, open_checkpoint},
-    report::{VerifyOptions, VerifyProgress, VerifyReport},
+    report::{VerifyFault, VerifyOptions, VerifyProgress, VerifyReport},
     segment::SegmentCheck,
 };
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
         envelope::{KeysSection, TaggedKeys},
     },
     logstore::{LogstoreShared, Meta},
-    shard::{Head, Shard, ShardRecord},
+    shard::{Head, SegmentRef, Shard, ShardRecord},
     store::{
         catalogue::{Catalogue, load_newest},
         core::Core,
@@ -245,6 +245,36 @@ impl Verification<'_> {
         Ok(())
     }
 
+    /// Notes the accepted losses of a shard. A loss that the checkpoint does not have is a fault, if
+    /// the checkpoint has the data.
+    fn losses(
+        &mut self,
+        name: &LogstoreName,
+        shard: &Shard,
+        record: &ShardRecord,
+        expected: Option<&ShardRecord>,
+    ) -> Result<()> {
+        for loss in &record.losses {
+            let what = format!(
+                "shard {} of {name} has lost groups from number {} to before {} (segments {} to {})",
+                shard.id(),
+                loss.from_seq,
+                loss.end_seq,
+                loss.first,
+                loss.last
+            );
+            self.report.notes.push(format!("{what}, and the loss was accepted"));
+            let had = expected
+                .filter(|expected| !expected.losses.contains(loss))
+                .and_then(|expected| expected.head.as_ref());
+            if had.is_some_and(|head| head.ordinal >= loss.first) {
+                let what = format!("{what}, which the checkpoint has");
+                self.report.note(Some(name), Error::RolledBack { what })?;
+            }
+        }
+        Ok(())
+    }
+
     fn shard(
         &mut self,
         name: &LogstoreName,
@@ -256,9 +286,11 @@ impl Verification<'_> {
             Err(error) => return self.report.note(Some(name), error),
         };
         let record = shard.record();
+        self.losses(name, shard, &record, expected)?;
         let checkpoint = expected.and_then(|expected| expected.head.as_ref());
         for head in record.head.iter().chain(checkpoint) {
-            let reached = segments.last().map_or(record.first_ordinal - 1, |last| last.ordinal);
+            let reached =
+                segments.last().map_or(record.first_ordinal - 1, SegmentRef::last_ordinal);
             if head.ordinal > reached {
                 let what = format!(
                     "shard {} ends at segment {reached}, it had {}",
@@ -275,6 +307,14 @@ impl Verification<'_> {
         // When the last group before the next segment was received.
         let mut last_time_us = 0;
         for segment in segments.iter() {
+            let loss = record.loss(segment.ordinal);
+            let is_lost = loss.is_some();
+            if segment.is_missing() {
+                if !is_lost {
+                    self.report.note(Some(name), segment.missing())?;
+                }
+                continue;
+            }
             let stat = self
                 .core
                 .env
@@ -286,9 +326,23 @@ impl Verification<'_> {
                 .head
                 .iter()
                 .chain(checkpoint)
-                .filter(|head| head.ordinal == segment.ordinal)
+                .filter(|head| head.ordinal == segment.ordinal && !is_lost)
                 .collect();
-            let checked = match shard.open_listed(segment) {
+            let opened = match shard.open_listed(segment) {
+                Err(error) if error.is_loss() || loss.is_some_and(|loss| loss.covers(&error)) => {
+                    if !is_lost {
+                        self.report.note(Some(name), error.clone())?;
+                    }
+                    // The blocks in front of the damage are checked all the same.
+                    match shard.open_damaged(segment, error) {
+                        Err(_) => continue,
+                        opened => opened.map(Some),
+                    }
+                }
+                opened => opened,
+            };
+            let faults = self.report.faults.len();
+            let checked = match opened {
                 Ok(Some(opened)) => {
                     let (report, keyless) = (&mut self.report, self.keyless);
                     SegmentCheck::run(
@@ -311,6 +365,14 @@ impl Verification<'_> {
             };
             if let Err(error) = checked {
                 self.report.note(Some(name), error)?;
+            }
+            if let Some(loss) = loss {
+                // The operator has accepted these faults.
+                let is_covered = |fault: &VerifyFault| {
+                    loss.tampered || matches!(fault.kind, "corrupt" | "truncated")
+                };
+                let found = self.report.faults.split_off(faults.min(self.report.faults.len()));
+                self.report.faults.extend(found.into_iter().filter(|fault| !is_covered(fault)));
             }
             self.report.segments += 1;
             self.report.bytes += len;
@@ -390,7 +452,8 @@ pub(in crate::store) fn verify(
 fn segment_bytes(core: &Core, logstore: &LogstoreShared) -> Result<u64> {
     let mut bytes = 0;
     for shard in &logstore.shards {
-        for segment in shard.segments(true).unwrap_or_default().iter() {
+        let segments = shard.segments(true).unwrap_or_default();
+        for segment in segments.iter().filter(|segment| !segment.is_missing()) {
             let stat =
                 core.env.disk.stat(&segment.path).map_err(Error::io("look for", &*segment.path))?;
             bytes += stat.map_or(0, |stat| stat.len);

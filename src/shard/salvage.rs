@@ -1,0 +1,148 @@
+//! Finds the segments of a shard that are missing or damaged, so that an operator can accept their
+//! loss.
+
+use super::{
+    reader::ReadMode,
+    record::{EndBeforeLoss, Head, Loss},
+    recovery::Recovery,
+    scanning::in_place,
+    segment_reader::{Load, SegmentReader},
+    segments::{End, Opened, SegmentRef},
+    writer::RESERVED_SEQS,
+};
+use crate::{Error, ErrorKind, Result, crypto::wipe};
+
+/// Lost segments, and the error of the first of them.
+pub(crate) struct FoundLoss {
+    pub(crate) loss: Loss,
+    pub(crate) cause: Error,
+}
+
+impl Recovery<'_> {
+    /// The losses of the shard that were not accepted yet. Reads all segments. With
+    /// `accept_tampered`, segments that are forged or exchanged count as lost.
+    ///
+    /// # Errors
+    /// A segment is forged or exchanged; a key may not be used; [`Error::Io`].
+    pub(super) fn find_losses(&self, accept_tampered: bool) -> Result<Vec<FoundLoss>> {
+        let segments = self.list.segments(true)?;
+        let mut found: Vec<FoundLoss> = Vec::new();
+        for (index, segment) in segments.iter().enumerate() {
+            if segment.active.is_some() || self.list.is_lost(segment.ordinal) {
+                continue;
+            }
+            let is_last = index + 1 == segments.len();
+            let cause = match self.check_segment(segment, is_last) {
+                Ok(()) => continue,
+                Err(error) if error.is_loss() => error,
+                Err(error) if accept_tampered && error.kind() == ErrorKind::Integrity => error,
+                Err(error) => return Err(error),
+            };
+            let end_seq = match segments.get(index + 1) {
+                Some(behind) => behind.first_seq,
+                None => self.end_of_last(segment)?,
+            };
+            match found.last_mut().filter(|last| last.loss.last + 1 == segment.ordinal) {
+                Some(last) => {
+                    last.loss.tampered |= !cause.is_loss();
+                    last.loss.last = segment.last_ordinal();
+                    last.loss.end_seq = end_seq.max(last.loss.end_seq);
+                }
+                None => {
+                    let loss = self.new_loss(segment, end_seq, !cause.is_loss())?;
+                    found.push(FoundLoss { loss, cause });
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Authenticates a segment and all its blocks.
+    fn check_segment(&self, segment: &SegmentRef, is_last: bool) -> Result<()> {
+        let Some(opened) = self.list.open_listed(segment)? else { return Ok(()) };
+        if is_last && matches!(opened.end, End::Unknown) {
+            return self.check_open_segment(segment);
+        }
+        self.list.authenticate(&opened)?;
+        let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+        loop {
+            match reader.load(self.list) {
+                Ok(Load::Block(header)) => {
+                    reader.prove_place(&header, self.list.gate())?;
+                    wipe(&mut reader.open(self.list.gate())?);
+                }
+                Ok(Load::End | Load::NotYet) => return reader.check_end(),
+                // The segment behind it is lost, and has said where this one ends.
+                Err(_) if matches!(reader.opened.end, End::Damaged(_)) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// One past the last sequence number that the last segment may have given out.
+    fn end_of_last(&self, segment: &SegmentRef) -> Result<u64> {
+        if segment.is_missing() {
+            return Ok(segment.first_seq);
+        }
+        let used_up = || Error::InvalidArgument("the sequence numbers are used up".to_owned());
+        let reserved = segment.first_seq.checked_add(RESERVED_SEQS).ok_or_else(used_up)?;
+        let head = self.list.record().head.filter(|head| head.ordinal == segment.ordinal);
+        Ok(head.map_or(reserved, |head| head.next_seq.max(reserved)))
+    }
+
+    fn new_loss(&self, segment: &SegmentRef, end_seq: u64, tampered: bool) -> Result<Loss> {
+        let first = segment.ordinal;
+        let before =
+            match first.checked_sub(1).map(|ordinal| self.list.find(ordinal)).transpose()? {
+                Some(Some(before))
+                    if !before.is_missing() && !self.list.is_lost(before.ordinal) =>
+                {
+                    self.end_in_front(&before)?
+                }
+                _ => None,
+            };
+        let from_seq = match &before {
+            Some(before) => before.end_seq,
+            None => self.list.record().first_seq,
+        };
+        Ok(Loss {
+            first,
+            last: segment.last_ordinal(),
+            from_seq: from_seq.min(end_seq),
+            end_seq,
+            tampered,
+            before,
+            accepted_us: self.env.clock.wall_us(),
+        })
+    }
+
+    /// How the segment in front of a loss ends: by its footer, or behind its last authentic block.
+    fn end_in_front(&self, before: &SegmentRef) -> Result<Option<EndBeforeLoss>> {
+        let Some(opened) = self.list.open_listed(before)? else { return Ok(None) };
+        Ok(Some(match &opened.end {
+            End::Sealed(sealed) => {
+                let head = Head::sealed(&opened.header, &sealed.footer, opened.file_len()?);
+                EndBeforeLoss::new(true, &head.into_end())
+            }
+            End::Cut(end) => EndBeforeLoss::new(false, end),
+            End::Active(_) => return Ok(None),
+            End::Unknown | End::Damaged(_) => {
+                EndBeforeLoss::new(false, &self.authentic_part(opened)?.into_end())
+            }
+        }))
+    }
+
+    /// The head behind the authentic blocks in the front of a segment.
+    fn authentic_part(&self, opened: Opened) -> Result<Head> {
+        let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
+        while let Ok(Load::Block(_)) = reader.load(self.list) {
+            match reader.open(self.list.gate()) {
+                Ok(mut raw) => wipe(&mut raw),
+                Err(error) if error.kind() == ErrorKind::Integrity => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let (opened, end) = (&reader.opened, reader.offset);
+        Ok(Head::open(&opened.header, &in_place(opened, end)?, end))
+    }
+}

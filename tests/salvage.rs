@@ -1,0 +1,282 @@
+//! Lost and damaged segments: they cost their own contents and nothing else, and an operator can
+//! accept the loss.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, OpenOptions},
+    io::{Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use common::*;
+use envelog::{
+    AppendOptions, EncryptConf, EncryptType, Error, ErrorKind, Logstore, LogstoreSpec, ReadOptions,
+    ShardChoice, Store,
+    admin::{Checkpoint, RepairOptions, VerifyOptions, VerifyReport},
+    audit::AuditEvent,
+};
+
+const NAME: &str = "p/l";
+const SHARDS: u32 = 3;
+const SEGMENTS: u32 = 4;
+
+/// A fault of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Lost,
+    Emptied,
+    CutInHalf,
+    Zeroed,
+    /// The second half only: the header stays.
+    HalfZeroed,
+}
+
+use Fault::{CutInHalf, Emptied, HalfZeroed, Lost, Zeroed};
+
+const FAULTS: [Fault; 5] = [Lost, Emptied, CutInHalf, Zeroed, HalfZeroed];
+
+impl Fault {
+    fn apply(self, path: &Path) {
+        let len = fs::metadata(path).unwrap().len();
+        let open = || OpenOptions::new().write(true).open(path).unwrap();
+        let zero = |from: u64| {
+            let mut file = open();
+            file.seek(SeekFrom::Start(from)).unwrap();
+            file.write_all(&vec![0; (len - from) as usize]).unwrap();
+        };
+        match self {
+            Lost => fs::remove_file(path).unwrap(),
+            Emptied => open().set_len(0).unwrap(),
+            CutInHalf => open().set_len(len / 2).unwrap(),
+            Zeroed => zero(0),
+            HalfZeroed => zero(len / 2),
+        }
+    }
+}
+
+/// A store with four segments in each of three shards, and a copy of it.
+struct Scene {
+    world: World,
+    copy: tempfile::TempDir,
+    /// By shard: each segment with the texts in it.
+    segments: Vec<Vec<(PathBuf, Vec<String>)>>,
+    checkpoint: Checkpoint,
+}
+
+impl Scene {
+    fn new(conf: impl FnOnce(&World) -> EncryptConf) -> Self {
+        let world = World::manual_in_memory();
+        let store = world.create();
+        let spec = LogstoreSpec::default().shard_count(SHARDS).encrypt_conf(conf(&world));
+        let logstore = store.create_logstore(&name(NAME), spec).unwrap();
+        let mut texts = vec![Vec::new(); SHARDS as usize];
+        for segment in 0..SEGMENTS {
+            for (shard, texts) in (0..).zip(&mut texts) {
+                let options = AppendOptions::default().shard(ShardChoice::Shard(shard));
+                let all: Vec<String> =
+                    (0..6).map(|n| format!("{shard}.{segment}.{n} {}", noise(n, 300))).collect();
+                for text in &all {
+                    world.clock.advance(millis(1));
+                    logstore.append(record(text), &options).unwrap();
+                }
+                texts.push(all);
+            }
+            logstore.roll().unwrap();
+            if segment == 1 {
+                store.keys().rotate_data_key(&name(NAME)).unwrap();
+            }
+        }
+        let checkpoint = store.admin().checkpoint().unwrap();
+        let dir = world.logstore_dir(&logstore);
+        drop(logstore);
+        store.close().unwrap();
+        let segments = (0..)
+            .zip(texts)
+            .map(|(shard, texts)| segments(&dir, shard).into_iter().zip(texts).collect())
+            .collect();
+        let copy = tempfile::tempdir_in(world.path().parent().unwrap()).unwrap();
+        copy_dir(&world.store_dir(), &copy.path().join("store"));
+        Self { world, copy, segments, checkpoint }
+    }
+
+    /// Puts the store back as it was.
+    fn restore(&self) {
+        fs::remove_dir_all(self.world.store_dir()).unwrap();
+        copy_dir(&self.copy.path().join("store"), &self.world.store_dir());
+    }
+
+    fn verify(&self, store: &Store, against: bool) -> VerifyReport {
+        let against = against.then(|| self.checkpoint.clone());
+        store.admin().verify(&VerifyOptions::default().against(against), &mut |_| {}).unwrap()
+    }
+
+    /// Damages segments, and checks readers, verification, repair and appends.
+    fn check(&self, damaged: &[(u32, u32, Fault)]) {
+        self.restore();
+        for (shard, segment, fault) in damaged {
+            fault.apply(&self.segments[*shard as usize][*segment as usize].0);
+        }
+        let store = self.world.builder().open_read_only().unwrap();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        for shard in 0..SHARDS {
+            self.check_reads(&logstore, shard, damaged);
+        }
+        assert!(!self.verify(&store, false).is_clean(), "{damaged:?}");
+        logstore.status().unwrap();
+        drop((logstore, store));
+
+        let store = self.world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        for shard in 0..SHARDS {
+            let accepted =
+                store.admin().repair(&name(NAME), shard, &RepairOptions::default()).unwrap();
+            let is_damaged = damaged.iter().any(|(one, ..)| *one == shard);
+            assert_eq!(accepted.losses.is_empty(), !is_damaged, "{damaged:?}: {accepted:?}");
+        }
+        self.check_repaired(&store, &logstore, damaged, 0);
+        drop(logstore);
+        store.close().unwrap();
+        let store = self.world.open();
+        self.check_repaired(&store, &store.logstore(&name(NAME)).unwrap(), damaged, 1);
+        store.close().unwrap();
+        let store = self.world.builder().open_read_only().unwrap();
+        let report = self.verify(&store, false);
+        assert!(report.is_clean(), "{damaged:?}: {report:?}");
+        assert!(report.notes.iter().any(|note| note.contains("accepted")), "{report:?}");
+        assert!(!self.verify(&store, true).is_clean(), "{damaged:?}: the checkpoint has the data");
+    }
+
+    fn is_damaged(shard: u32, segment: u32, damaged: &[(u32, u32, Fault)]) -> bool {
+        damaged.iter().any(|(one, two, _)| (*one, *two) == (shard, segment))
+    }
+
+    /// The texts in the segments of a shard that are whole, and those in all segments.
+    fn expected(&self, shard: u32, damaged: &[(u32, u32, Fault)]) -> (Vec<String>, Vec<String>) {
+        let all = self.segments[shard as usize].iter();
+        let whole = (0..).zip(all.clone()).filter(|(at, _)| !Self::is_damaged(shard, *at, damaged));
+        let whole = whole.flat_map(|(_, (_, texts))| texts.clone()).collect();
+        (whole, all.flat_map(|(_, texts)| texts.clone()).collect())
+    }
+
+    fn check_reads(&self, logstore: &Logstore, shard: u32, damaged: &[(u32, u32, Fault)]) {
+        let (whole, all) = self.expected(shard, damaged);
+        let mut read = Vec::new();
+        let mut end = None;
+        for record in logstore.read(shard, &ReadOptions::default()).unwrap() {
+            match record {
+                Ok(record) => read.extend(strings(&[record])),
+                Err(error) => end = Some(error),
+            }
+        }
+        assert_eq!(read, all[..read.len()], "{damaged:?}: a prefix");
+        let first = (0..SEGMENTS).find(|at| Self::is_damaged(shard, *at, damaged));
+        match (first, end) {
+            (None, None) => assert_eq!(read, all),
+            (Some(first), Some(Error::Lost { shard: of, from_seq, end_seq, cause })) => {
+                assert_eq!(of, shard);
+                assert!(cause.kind() == ErrorKind::Integrity, "{cause}");
+                assert!(end_seq.is_none_or(|end| end > from_seq), "{damaged:?}");
+                let before = first as usize * 6;
+                assert!((before..before + 6).contains(&read.len()), "{damaged:?}: {}", read.len());
+            }
+            other => panic!("{damaged:?}: {other:?}"),
+        }
+        let options = ReadOptions::default().skip_lost(true);
+        self.check_contents(logstore, shard, &options, &whole, &all, damaged);
+    }
+
+    /// Everything in whole segments is read, in order, and nothing else but parts of the others.
+    fn check_contents(
+        &self,
+        logstore: &Logstore,
+        shard: u32,
+        options: &ReadOptions,
+        whole: &[String],
+        all: &[String],
+        damaged: &[(u32, u32, Fault)],
+    ) {
+        let mut reader = logstore.read(shard, options).unwrap();
+        let read: Vec<_> = (&mut reader).map(|record| record.unwrap()).collect();
+        let read = strings(&read);
+        let mut rest = all.iter();
+        assert!(read.iter().all(|text| rest.any(|one| one == text)), "{damaged:?}: {read:?}");
+        let set: BTreeSet<_> = read.iter().collect();
+        assert!(whole.iter().all(|text| set.contains(text)), "{damaged:?}: {read:?}");
+        let is_damaged = damaged.iter().any(|(one, ..)| *one == shard);
+        assert_eq!(reader.lost().is_empty(), !is_damaged, "{damaged:?}: {:?}", reader.lost());
+    }
+
+    fn check_repaired(
+        &self,
+        store: &Store,
+        logstore: &Logstore,
+        damaged: &[(u32, u32, Fault)],
+        round: u32,
+    ) {
+        for shard in 0..SHARDS {
+            let options = AppendOptions::default().shard(ShardChoice::Shard(shard));
+            let text = format!("{shard} after repair {round}");
+            logstore.append(record(&text), &options).unwrap();
+            let (mut whole, mut all) = self.expected(shard, damaged);
+            for round in 0..=round {
+                let text = format!("{shard} after repair {round}");
+                whole.push(text.clone());
+                all.push(text);
+            }
+            let mut reader = logstore.read(shard, &ReadOptions::default()).unwrap();
+            let read: Vec<_> = (&mut reader).map(|record| record.unwrap()).collect();
+            let numbers: BTreeSet<_> = read.iter().map(|record| record.seq).collect();
+            assert_eq!(numbers.len(), read.len());
+            let read = strings(&read);
+            let set: BTreeSet<_> = read.iter().collect();
+            assert!(whole.iter().all(|text| set.contains(text)), "{damaged:?}: {read:?}");
+            let mut rest = all.iter();
+            assert!(read.iter().all(|text| rest.any(|one| one == text)), "{damaged:?}: {read:?}");
+        }
+        let report = self.verify(store, false);
+        assert!(report.is_clean(), "{damaged:?}: {report:?}");
+        let losses = logstore.status().unwrap().losses;
+        let shards: BTreeSet<_> = losses.iter().map(|loss| loss.shard).collect();
+        assert_eq!(shards, damaged.iter().map(|(shard, ..)| *shard).collect());
+        let records = store.keys().audit_records().unwrap();
+        let accepted = records.iter().filter(|record| record.event == AuditEvent::LossAccepted);
+        assert!(accepted.count() >= shards.len());
+    }
+}
+
+fn byok(world: &World) -> EncryptConf {
+    EncryptConf::byok(EncryptType::Aes, world.cmk())
+}
+
+fn service(_: &World) -> EncryptConf {
+    EncryptConf::service_key(EncryptType::Sm4)
+}
+
+fn all_segments() -> impl Iterator<Item = (u32, u32)> {
+    (0..SHARDS).flat_map(|shard| (0..SEGMENTS).map(move |segment| (shard, segment)))
+}
+
+#[test]
+fn one_damaged_segment_costs_its_own_contents() {
+    for scene in [Scene::new(service), Scene::new(byok)] {
+        for (shard, segment) in all_segments() {
+            for fault in FAULTS {
+                scene.check(&[(shard, segment, fault)]);
+            }
+        }
+    }
+}
+
+#[test]
+fn two_damaged_segments_cost_their_own_contents() {
+    let scene = Scene::new(byok);
+    let pairs = all_segments().flat_map(|one| all_segments().map(move |two| (one, two)));
+    for (index, ((a, b), (c, d))) in pairs.filter(|(one, two)| one < two).enumerate() {
+        let (one, two) = (FAULTS[index % 5], FAULTS[index / 5 % 5]);
+        scene.check(&[(a, b, one), (c, d, two)]);
+    }
+}
