@@ -909,6 +909,7 @@ mod tests {
             segment: Some(path.clone()),
             groups_salvaged: 0,
             bytes_lost: 0,
+            losses: Vec::new(),
         };
         let none = crate::admin::RepairReport { segment: None, ..repair.clone() };
         let delete = crate::admin::DeleteReport { left: vec![path] };

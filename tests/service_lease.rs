@@ -221,7 +221,7 @@ fn a_refusal_closes_every_operation() {
     assert_refused(keys.export_audit());
     assert_refused(admin.checkpoint());
     assert_refused(admin.apply_retention());
-    assert_refused(admin.repair(service.name(), 0));
+    assert_refused(admin.repair(service.name(), 0, &Default::default()));
     assert_refused(admin.verify(&VerifyOptions::default(), &mut |_| {}));
     let against = VerifyOptions::default().against(checkpoint);
     assert_refused(admin.verify(&against, &mut |_| {}));

@@ -7,6 +7,7 @@ use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, inspect::Compres
 use tracing_subscriber::filter::Targets;
 
 use crate::{
+    lines::LongLines,
     settings::{SWITCH, StoreSettings},
     values::{bytes, position, seconds, switch},
 };
@@ -326,6 +327,9 @@ pub(crate) struct AppendArgs {
     /// its own group
     #[arg(long, value_name = "N", default_value = "64KiB", value_parser = bytes)]
     pub(crate) group_bytes: u64,
+    /// What becomes of a line that is longer than a log may be (10 MiB)
+    #[arg(long, value_name = "HOW", value_enum, default_value_t)]
+    pub(crate) long_lines: LongLines,
     /// For each group that is appended, print the number of its last line, counted from 1 over all
     /// input
     #[arg(long)]

@@ -35,6 +35,7 @@ use settings::Refused;
 
 fn main() -> ExitCode {
     forbid_core_dumps();
+    interrupt::survive_file_size_limit();
     let args: Vec<OsString> = env::args_os().collect();
     let given = match settings::parse(&args) {
         Ok(given) => given,

@@ -88,14 +88,33 @@ pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
+/// Numbers that are rather meant as Unix times in seconds: from 2001 to 2065.
+const UNIX_TIMES: std::ops::Range<u64> = 1_000_000_000..3_000_000_000;
+
 pub(crate) fn position(text: &str) -> Result<Position, String> {
     match text {
         "begin" => return Ok(Position::Begin),
         "end" => return Ok(Position::End),
         _ => {}
     }
-    if let Ok(seq) = text.parse() {
-        return Ok(Position::Seq(seq));
+    if let Some(seconds) = text.strip_prefix('@') {
+        let at = seconds.parse::<u64>().ok().and_then(|seconds| seconds.checked_mul(1_000_000));
+        return at.map(Position::Time).ok_or_else(|| {
+            "give the seconds since 1970 behind the @, such as @1772452800".to_owned()
+        });
+    }
+    if let Ok(seq) = text.parse::<u64>() {
+        return if UNIX_TIMES.contains(&seq) {
+            Err(format!(
+                "{seq} looks like a Unix time: write @{seq} for that, or seq:{seq} for a sequence number"
+            ))
+        } else {
+            Ok(Position::Seq(seq))
+        };
+    }
+    if let Some(seq) = text.strip_prefix("seq:") {
+        let wrong = |_| "give a sequence number behind seq:".to_owned();
+        return seq.parse().map(Position::Seq).map_err(wrong);
     }
     match text.parse::<jiff::Timestamp>() {
         Ok(timestamp) => match u64::try_from(timestamp.as_microsecond()) {
@@ -103,7 +122,7 @@ pub(crate) fn position(text: &str) -> Result<Position, String> {
             Err(_) => Err("a time before 1970".to_owned()),
         },
         Err(_) => {
-            Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z"
+            Err("give begin, end, a sequence number, or a time such as 2026-01-31T12:00:00Z or @1772452800"
                 .to_owned())
         }
     }

@@ -298,6 +298,10 @@ impl SegmentList {
                 );
                 return Err(Error::corrupt(Location::new(&*path, FIRST_SEQ_AT), what));
             }
+            if name.ordinal < expected {
+                let what = format!("two segments have the ordinal {}", name.ordinal);
+                return Err(Error::corrupt(Location::new(&*path, 0), what));
+            }
             if name.ordinal > expected {
                 self.push_missing(
                     &mut segments,

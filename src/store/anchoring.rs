@@ -12,7 +12,7 @@ use crate::{
     config::LogstoreName,
     ids::LogstoreId,
     keys::AuditEvent,
-    shard::{Head, ShardRecord},
+    shard::{Head, Loss, ShardRecord},
 };
 
 /// Compares a store with the catalogue that its anchor keeps. Reads at most two headers of each
@@ -78,7 +78,11 @@ fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry)
             return Err(what("has segments again that retention dropped, as"));
         }
         let ShardRecord { head: Some(head), .. } = kept else { continue };
-        if head.ordinal < found.first_ordinal {
+        let unknown = |loss: &&Loss| loss.first <= head.ordinal && !kept.losses.contains(loss);
+        if found.losses.iter().find(unknown).is_some() {
+            return Err(what("has lost segments that"));
+        }
+        if head.ordinal < found.first_ordinal || found.loss(head.ordinal).is_some() {
             continue;
         }
         match &found.head {

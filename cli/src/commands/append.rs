@@ -49,18 +49,19 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let options = AppendOptions::default()
         .shard(args.shard.map_or(ShardChoice::RoundRobin, ShardChoice::Shard))
         .durability(args.durability.into());
-    let outcome = append(&logstore, &inputs, &options, group_bytes, args.ack);
+    let lines = Lines::new(group_bytes, args.long_lines);
+    let outcome = append(&logstore, &inputs, &options, lines, args.ack);
     // Close after a failure too: this seals the acknowledged groups and releases the lock.
     let summary = both(outcome, setup.close(store))?;
     summary.print(setup.json, args.ack)?;
-    interrupt::check()
+    interrupt::check_after_append(summary.kept_all)
 }
 
 fn append(
     logstore: &Logstore,
     inputs: &Inputs,
     options: &AppendOptions,
-    group_bytes: usize,
+    lines: Lines,
     ack: bool,
 ) -> Result<Summary> {
     let (sender, receiver) = sync_channel(TICKETS_WAITING);
@@ -82,11 +83,24 @@ fn append(
         Progress::bytes(inputs.total)
     };
     let feed = Feed { logstore, options, sender, last_check: Instant::now() };
-    let submitted = feed.run(inputs, Lines::new(group_bytes), &failed, &progress);
+    let submitted = feed.run(inputs, lines, &failed, &progress);
     // A failure of a submitted group precedes a failure of the input, so report it first.
     let settled =
         settling.join().unwrap_or_else(|_| Err(Failure::other("the acknowledging thread failed")));
-    both(settled, submitted)
+    let fed = match (&settled, submitted) {
+        (_, Ok(fed)) => fed,
+        (Ok(_), Err(failure)) => return Err(failure),
+        (Err(_), Err(failure)) => return both(settled, Err(failure)),
+    };
+    settled.map(|summary| Summary { long_lines: fed.long_lines, kept_all: fed.kept_all, ..summary })
+}
+
+/// The result of feeding lines to the store.
+struct Fed {
+    /// The number of lines that were longer than a log may be.
+    long_lines: u64,
+    /// Whether no line was dropped in the middle.
+    kept_all: bool,
 }
 
 /// Submits groups to the store. Dropping the feed drops the sender, which ends the settling thread.
@@ -105,7 +119,7 @@ impl Feed<'_> {
         mut lines: Lines,
         failed: &AtomicBool,
         progress: &Progress,
-    ) -> Result {
+    ) -> Result<Fed> {
         while !failed.load(Ordering::Relaxed) && !interrupt::asked() {
             let mut full = Vec::new();
             let patience = lines
@@ -141,7 +155,8 @@ impl Feed<'_> {
                 self.last_check = Instant::now();
             }
         }
-        lines.cut().into_iter().try_for_each(|group| self.submit(group))
+        lines.cut().into_iter().try_for_each(|group| self.submit(group))?;
+        Ok(Fed { long_lines: lines.long_lines(), kept_all: !lines.is_within_line() })
     }
 
     fn submit(&mut self, group: LineGroup) -> Result {
@@ -194,6 +209,10 @@ struct Summary {
     bytes: u64,
     /// For each shard, the first and the last sequence number.
     shards: BTreeMap<u32, (u64, u64)>,
+    /// The number of lines that were longer than a log may be.
+    long_lines: u64,
+    /// Whether no line was dropped in the middle.
+    kept_all: bool,
 }
 
 impl Summary {
@@ -205,7 +224,14 @@ impl Summary {
                 .iter()
                 .map(|(shard, (first, last))| json!({ "shard": shard, "first_seq": first, "last_seq": last }))
                 .collect();
-            json!({ "groups": self.groups, "logs": self.logs, "bytes": self.bytes, "shards": shards }).to_string()
+            json!({
+                "groups": self.groups,
+                "logs": self.logs,
+                "bytes": self.bytes,
+                "long_lines": self.long_lines,
+                "shards": shards,
+            })
+            .to_string()
         } else {
             let mut text = format!(
                 "appended {} groups, {} logs, {} ({} bytes)",
@@ -214,6 +240,9 @@ impl Summary {
                 output::size(self.bytes),
                 self.bytes
             );
+            if self.long_lines > 0 {
+                text += &format!("\nlines that were too long: {}", output::count(self.long_lines));
+            }
             for (shard, (first, last)) in &self.shards {
                 text += &format!("\nshard {shard}: first sequence {first}, last sequence {last}");
             }
