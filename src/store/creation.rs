@@ -200,13 +200,7 @@ fn create_in(
             })?
         }
     };
-    for part in PARTS {
-        let part = dir.join(part);
-        match disk.create_dir(&part) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            made => made.map_err(Error::io("create", &part))?,
-        }
-    }
+    create_missing_directories(&*disk, &dir)?;
     if !catalogue::exists(&*disk, &dir)? {
         catalogue::write_first(&*disk, &dir, keyring.store(), &keyring)?;
     }
@@ -221,6 +215,17 @@ fn create_in(
     store.core().keys.audit().record(AuditEvent::StoreCreated, None, "")?;
     anchoring::begin(store.core(), false)?;
     Ok(store)
+}
+
+/// Creates the directories of a store that are missing: all of them in a new store; in an old one
+/// those that a copy has left out because they were empty. The caller syncs `dir`.
+pub(super) fn create_missing_directories(disk: &dyn Disk, dir: &Path) -> Result<()> {
+    let entries = disk.list_dir(dir).map_err(Error::io("list", dir))?;
+    for part in PARTS.iter().filter(|part| entries.iter().all(|entry| entry.name != **part)) {
+        let part = dir.join(part);
+        disk.create_dir(&part).map_err(Error::io("create", &part))?;
+    }
+    Ok(())
 }
 
 /// The keyring of an interrupted creation. `None` if there was no creation, or if it was

@@ -54,6 +54,7 @@ pub(super) fn open(setup: Setup) -> Result<OpenStore> {
             held
         }
     };
+    creation::create_missing_directories(&*setup.disk, &setup.dir)?;
     // Syncs the directory, because an earlier process may have died between a rename and its
     // sync.
     setup.disk.sync_dir(&setup.dir).map_err(Error::io("sync", &setup.dir))?;

@@ -105,7 +105,11 @@ impl AuditFiles {
     /// The numbers of all names that a file of the log may have, and whether each is a regular
     /// file.
     pub(super) fn names(&self) -> Result<BTreeMap<u32, bool>> {
-        let entries = self.disk.list_dir(&self.dir).map_err(Error::io("list", &self.dir))?;
+        let entries = match self.disk.list_dir(&self.dir) {
+            // A reader creates no directory.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            entries => entries.map_err(Error::io("list", &self.dir))?,
+        };
         let numbered = |entry: &DirEntry| Some((number_of(&entry.name)?, is_plain(entry)));
         Ok(entries.iter().filter_map(numbered).collect())
     }

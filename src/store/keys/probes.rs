@@ -88,7 +88,11 @@ impl KeyService {
     /// [`Error::Io`].
     pub(crate) fn probe_paths(&self) -> Result<Vec<PathBuf>> {
         let dir = self.env.probes_dir();
-        let entries = self.env.disk.list_dir(&dir).map_err(Error::io("list", &dir))?;
+        let entries = match self.env.disk.list_dir(&dir) {
+            // A reader creates no directory.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            entries => entries.map_err(Error::io("list", &dir))?,
+        };
         let files = entries.iter().filter(|entry| !entry.name.ends_with(".tmp"));
         Ok(files.map(|entry| dir.join(&entry.name)).collect())
     }
