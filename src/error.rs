@@ -46,6 +46,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The position of a fault in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Location {
     /// The file.
     pub file: PathBuf,

@@ -40,6 +40,7 @@ pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta
 
 /// The shard that receives an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ShardChoice {
     /// Each writable shard in turn.
     #[default]
