@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use serde::{Serialize, Serializer};
+use serde::{Serialize, Serializer, ser::SerializeStruct};
 
 pub use crate::config::ConfigError;
 use crate::{
@@ -46,6 +46,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The position of a fault in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Location {
     /// The file.
     pub file: PathBuf,
@@ -857,6 +858,16 @@ impl Error {
     }
 }
 
+/// The error as `kind`, its [code](Error::code), and `message`, its sentence.
+impl Serialize for Error {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Error", 2)?;
+        fields.serialize_field("kind", self.code())?;
+        fields.serialize_field("message", &format_args!("{self}"))?;
+        fields.end()
+    }
+}
+
 /// A path as text, for reports. A name that is not UTF-8 must not block a report.
 struct PathText<'a>(&'a Path);
 
@@ -864,6 +875,14 @@ impl Serialize for PathText<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
         serializer.collect_str(&self.0.display())
     }
+}
+
+/// A duration in seconds, with a fraction.
+pub(crate) fn seconds_if_any<S: Serializer>(
+    time: &Option<Duration>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    time.map(|time| time.as_secs_f64()).serialize(serializer)
 }
 
 pub(crate) fn path_as_text<S: Serializer>(

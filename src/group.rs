@@ -118,6 +118,7 @@ pub enum GroupError {
 
 /// The result of [`validate_group`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct GroupSummary {
     /// The number of logs in the group.
     pub logs: u32,

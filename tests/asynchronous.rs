@@ -17,8 +17,8 @@ use std::{
 
 use common::*;
 use envelog::{
-    AppendOptions, Appended, Durability, Error, LogGroup, Logstore, Payload, Position, ReadOptions,
-    Result, Ticket, kms::RevokedReason::Disabled,
+    AppendOptions, Durability, Error, LogGroup, Logstore, Payload, Position, ReadOptions, Result,
+    Ticket, kms::RevokedReason::Disabled,
 };
 use futures_core::Stream;
 
@@ -121,7 +121,8 @@ fn a_submission_does_not_wait_for_the_kms() {
     hung.world.kms.answer(Answer::Real);
     let first = tickets.remove(0);
     // One waits in a thread, the others in tasks.
-    assert_eq!(first.wait().unwrap(), Appended { shard: 0, seq: 0 });
+    let appended = first.wait().unwrap();
+    assert_eq!((appended.shard, appended.seq), (0, 0));
     let seqs: Vec<u64> = tickets.into_iter().map(|ticket| block_on(ticket).unwrap().seq).collect();
     assert_eq!(seqs, [1, 2]);
     assert_eq!(block_on(buffered).unwrap().seq, 3);

@@ -37,10 +37,8 @@ struct Setup {
 
 impl Setup {
     fn new(background: Background) -> Self {
-        let world = match background {
-            Background::Threads => World::threads(),
-            Background::Manual => World::manual(),
-        };
+        let world =
+            if background == Background::Manual { World::manual() } else { World::threads() };
         let disk = SimDisk::new(world.path());
         let mut sim = Sim::of(world, disk);
         let (keys, clock) = (Counting::default(), Arc::clone(&sim.world.clock));

@@ -72,6 +72,7 @@ fn check_every_position(logstore: &Logstore, all: &[Record]) {
         Position::End => all.len(),
         Position::Seq(seq) => seqs.partition_point(|have| *have < seq),
         Position::Time(time) => times.partition_point(|have| *have < time),
+        other => panic!("{other:?} has no index here"),
     };
     for mode in MODES {
         // Mapping is slow here and differs only in how it gets the bytes.

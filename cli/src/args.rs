@@ -691,3 +691,37 @@ impl Format {
         asked.unwrap_or(if json { Format::Json } else { Format::Raw })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::{collections::BTreeSet, fs, path::Path};
+
+    use clap::{Command, CommandFactory};
+    use serde_json::Value;
+
+    use super::*;
+
+    /// The commands without subcommands of their own, with their paths.
+    fn leaves(command: &Command, path: &str, all: &mut BTreeSet<String>) {
+        for child in command.get_subcommands() {
+            leaves(child, &format!("{path}.{}", child.get_name()), all);
+        }
+        if !command.has_subcommands() {
+            all.insert(path.to_owned());
+        }
+    }
+
+    #[test]
+    fn the_schema_defines_the_answer_of_every_command() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/admin.schema.json");
+        let schema: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let defined = schema["$defs"].as_object().unwrap().keys();
+        let defined: BTreeSet<String> =
+            defined.filter(|name| name.starts_with("answer.")).cloned().collect();
+        let mut commands = BTreeSet::new();
+        leaves(&Cli::command(), "answer", &mut commands);
+        assert_eq!(defined, commands);
+    }
+}

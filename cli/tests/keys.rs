@@ -63,7 +63,7 @@ fn after_a_master_key_rotation_older_versions_still_unwrap() {
     assert_eq!(world.read("p/a"), b"one\n", "the old version unwraps");
     world.ok(&["keys", "rotate-data", "p/a"]);
     let report = world.json(&["keys", "rewrap", "p/a", "--json"]);
-    assert_eq!(report, json!({ "rewrapped": [{ "logstore": "p/a", "envelopes": 2 }] }));
+    assert_eq!(report["rewrapped"], json!([{ "logstore": "p/a", "envelopes": 2 }]));
     assert_eq!(world.read("p/a"), b"one\n");
     // Without a name, re-wraps all Logstores and skips those without an envelope.
     world.create("p/plain", &Value::Null);

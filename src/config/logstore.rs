@@ -367,7 +367,10 @@ impl RotateDataKey {
 /// let spec = LogstoreSpec::default().shard_count(4).ttl_days(30).encrypt_conf(conf);
 /// # assert!(spec.check().is_ok());
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// As JSON every field may be missing, and has the value of `Default` then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct LogstoreSpec {
     /// The number of shards that divide the hash range: 1 to [`SHARDS_MAX`].

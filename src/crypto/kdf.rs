@@ -15,6 +15,7 @@ use super::{SecretKey, on_clean_stack};
 /// A hash function with an output of 32 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum HashAlg {
     /// SHA-256 (FIPS 180-4).
     #[default]

@@ -126,6 +126,7 @@ pub(crate) fn on_clean_stack<T>(act: impl FnOnce() -> T) -> T {
 
 /// How much memory for secrets is locked, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LockStatus {
     /// Locked memory. It is never written to swap.
     pub locked_bytes: usize,

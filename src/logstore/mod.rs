@@ -40,6 +40,7 @@ pub(crate) use meta::{Meta, MetaName, MetaRef, remove_older as remove_older_meta
 
 /// The shard that receives an append.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ShardChoice {
     /// Each writable shard in turn.
     #[default]
@@ -327,6 +328,7 @@ impl LogstoreShared {
                 Some(_) => "service_key",
             },
             encrypt_type: keys.as_ref().map(|keys| keys.encrypt_type),
+            algorithm: keys.as_ref().map(|keys| keys.encrypt_type.suite().name()),
             cmk: keys.as_ref().and_then(|keys| keys.cmk.clone()),
             encrypting: config.encrypt_conf.as_ref().is_some_and(|conf| conf.enable),
             key: self.gate.status(),
@@ -449,6 +451,8 @@ pub struct LogstoreStatus {
     pub method: &'static str,
     /// The algorithm, once fixed.
     pub encrypt_type: Option<EncryptType>,
+    /// The name of the cipher suite of that algorithm, such as `SM4-GCM`.
+    pub algorithm: Option<&'static str>,
     /// The customer master key that wraps its data keys.
     pub cmk: Option<Cmk>,
     /// Whether new data is encrypted.

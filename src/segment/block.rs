@@ -14,6 +14,7 @@ pub(super) const SUFFIX_LEN: usize = TAG_LEN + CRC_LEN;
 
 /// The contents of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum BlockKind {
     /// Log groups.
     Groups,
@@ -24,6 +25,16 @@ pub enum BlockKind {
 }
 
 impl BlockKind {
+    /// Its name in reports: `groups`, `opaque` or `mark`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Groups => "groups",
+            Self::Opaque => "opaque",
+            Self::Mark => "mark",
+        }
+    }
+
     fn code(self) -> u8 {
         match self {
             Self::Groups => 1,

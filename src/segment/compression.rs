@@ -21,6 +21,7 @@ const ZSTD_WINDOW_MAX: u64 = 1 << 27;
 /// uncompressed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Compression {
     /// No compression. Choose it if the length of a block must not hint at its contents.
     None,

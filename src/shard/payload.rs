@@ -14,6 +14,7 @@ use crate::{
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Durability {
     /// In memory. A killed process loses up to the last 100 ms. Survives the revocation of its key
     /// if the disk takes it within [`StoreOptions::kms_timeout`](crate::StoreOptions::kms_timeout),
@@ -88,6 +89,7 @@ impl TryFrom<&LogGroup> for Payload {
 
 /// The place of an appended group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Appended {
     /// The shard.
     pub shard: u32,

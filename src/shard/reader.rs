@@ -26,6 +26,7 @@ use crate::{
 
 /// A place in a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Position {
     /// The oldest group there is.
     #[default]
@@ -40,6 +41,7 @@ pub enum Position {
 
 /// How the bytes of sealed segments are fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ReadMode {
     /// With positional reads: a bad sector or a truncated file is an error.
     #[default]

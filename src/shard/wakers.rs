@@ -42,10 +42,8 @@ impl Tasks {
     }
 
     fn of(&mut self, durability: Durability) -> &mut Wakers {
-        match durability {
-            Durability::Synced => &mut self.synced,
-            Durability::Written | Durability::Buffered => &mut self.written,
-        }
+        // `tests/shuttle` builds this file outside of the crate, where no match is exhaustive.
+        if durability < Durability::Synced { &mut self.written } else { &mut self.synced }
     }
 
     /// Wakes the tasks whose groups are written or synced.

@@ -210,7 +210,9 @@ pub struct AnchorStatus {
     pub anchored: bool,
     /// Whether the store was opened with an anchor.
     pub configured: bool,
-    /// How long the anchor has been behind the catalogue; `None` when it is up to date.
+    /// How long the anchor has been behind the catalogue; `None` when it is up to date. As JSON it
+    /// is `behind_s`, in seconds.
+    #[serde(rename = "behind_s", serialize_with = "crate::error::seconds_if_any")]
     pub behind: Option<Duration>,
     /// In a store that is open for reading: the number of catalogue records that the anchor lacked
     /// when the store was opened.

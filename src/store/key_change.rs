@@ -5,6 +5,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{core::Core, registry::LogstoreAdministration};
 use crate::{
     Result,
@@ -16,7 +18,8 @@ use crate::{
 };
 
 /// Options of [`Keys::replace_cmk`](crate::Keys::replace_cmk).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ReplaceCmk {
     /// Whether new data gets a new data key. On by default.

@@ -11,6 +11,7 @@ use crate::{
 /// The threads that do the background work: flushing partial batches, writing mark blocks, rolling
 /// by age, retention, lease renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Background {
     /// Threads of the store.
     #[default]

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize, Serializer};
+
 use super::{
     core::Core,
     key_change,
@@ -19,7 +21,8 @@ use crate::{
 };
 
 /// The Logstores of [`Keys::rewrap_all`](crate::Keys::rewrap_all).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct RewrapOptions {
     /// Only Logstores under a customer master key with this `cmk_key_id`. `None` includes all
@@ -61,7 +64,7 @@ impl RewrapOptions {
 }
 
 /// The progress of [`Keys::rewrap_all`](crate::Keys::rewrap_all).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct RewrapProgress {
     /// The number of Logstores that are done.
@@ -73,20 +76,50 @@ pub struct RewrapProgress {
 }
 
 /// The result of [`Keys::rewrap_all`](crate::Keys::rewrap_all).
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct RewrapReport {
-    /// The Logstores whose data keys were wrapped again, each with its number of envelopes.
+    /// The Logstores whose data keys were wrapped again, each with its number of envelopes. As JSON
+    /// each has the fields `logstore` and `envelopes`.
+    #[serde(serialize_with = "rewrapped")]
     pub rewrapped: Vec<(LogstoreName, u32)>,
     /// The Logstores that needed no re-wrap: their envelopes are under the newest version already,
     /// or the interrupted run has wrapped them.
     pub current: Vec<LogstoreName>,
     /// The Logstores, and the master keys with their probes, that could not be wrapped again, each
-    /// with the error. They are unchanged.
+    /// with the error. They are unchanged. As JSON each has the fields `what`, `kind` and `message`.
+    #[serde(serialize_with = "failed")]
     pub failed: Vec<(String, Error)>,
     /// When the interrupted run began that this run continues, in microseconds since the Unix
     /// epoch.
     pub continues_us: Option<u64>,
+}
+
+fn rewrapped<S: Serializer>(
+    all: &[(LogstoreName, u32)],
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Rewrapped<'a> {
+        logstore: &'a LogstoreName,
+        envelopes: u32,
+    }
+    serializer.collect_seq(
+        all.iter().map(|(logstore, envelopes)| Rewrapped { logstore, envelopes: *envelopes }),
+    )
+}
+
+fn failed<S: Serializer>(
+    all: &[(String, Error)],
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Failed<'a> {
+        what: &'a str,
+        #[serde(flatten)]
+        error: &'a Error,
+    }
+    serializer.collect_seq(all.iter().map(|(what, error)| Failed { what, error }))
 }
 
 /// An interrupted run, as found in the audit log.

@@ -32,7 +32,9 @@ const LOGSTORES_AT_ONCE: usize = 8;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct ServiceRotation {
-    /// The newest version of the service key. It alone authenticates documents now.
+    /// The newest version of the service key. It alone authenticates documents now. As JSON it is
+    /// `service_key_version`.
+    #[serde(rename = "service_key_version")]
     pub version: u32,
     /// Whether this call continued an interrupted rotation, with the version that the rotation had
     /// made.

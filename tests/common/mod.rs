@@ -634,9 +634,10 @@ impl World {
             .kms(Arc::clone(&self.kms) as _)
             .disk(Arc::new(QuickDisk))
             .options(self.options);
-        match self.options.background {
-            Background::Manual => builder.clock(Arc::clone(&self.clock) as _),
-            Background::Threads => builder,
+        if self.options.background == Background::Manual {
+            builder.clock(Arc::clone(&self.clock) as _)
+        } else {
+            builder
         }
     }
 

@@ -1,11 +1,16 @@
 //! The project's tasks: `cargo xtask TASK`.
 
+mod api;
+mod deny;
 mod fuzz;
 mod layers;
+mod msrv;
 mod mutants;
+mod package;
 mod planted;
 mod prose;
 mod sanitize;
+mod toolchain;
 
 use std::{
     env,
@@ -22,7 +27,8 @@ Tasks:
   test [ARGS]       every test: the whole workspace with all features (unit, integration, documentation and
                     command-line tests), then the engine without features; ARGS go to the test binaries
   ci                formatting, lints and documentation with warnings denied, then `test`
-  docs              the documentation with every feature, without any, and with each one alone; warnings denied
+  docs              the documentation with every feature, without any, with each one alone, and as docs.rs builds
+                    it; warnings denied
   layers            checks that the modules of src use each other in one direction, and prints the order
   planted [NAME…]   plants each bug of tests/planted, or the named ones, in a copy of the tree; fails unless the test
                     that the patch names detects it
@@ -37,7 +43,16 @@ Tasks:
                     the threaded tests under ThreadSanitizer
   prose [--list]    counts noun clauses with what, and words without an actor, in comments and documents; fails above
                     5 and 1 per 10,000 words; --list prints each with its place
-  deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny
+  deny [--offline]  licences, bans and sources, and (not offline) advisories, with cargo-deny, which it installs in
+                    the target directory if it is missing
+  msrv [--install]  builds the libraries and the command line with the `rust-version` of Cargo.toml, whose
+                    toolchain rustup installs if it is missing; --install does only that
+  api [--bless | --install]
+                    compares the public API of the libraries with docs/api; --bless accepts the present one;
+                    --install only installs the toolchain that the comparison needs
+  package [--verify]
+                    makes the packages to publish, prints their sizes, and fails if one is too large or has files
+                    that do not belong in it; --verify also builds them, as `cargo publish --dry-run`
 ";
 
 fn main() -> ExitCode {
@@ -55,7 +70,10 @@ fn main() -> ExitCode {
         Some("mutants") => mutants::mutants(&rest),
         Some("sanitize") => sanitize::sanitize(&rest),
         Some("prose") => prose::prose(&rest),
-        Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny(!rest.is_empty()),
+        Some("deny") if rest.iter().all(|arg| arg == "--offline") => deny::deny(!rest.is_empty()),
+        Some("msrv") => msrv::msrv(&rest),
+        Some("api") => api::api(&rest),
+        Some("package") => package::package(&rest),
         Some("help" | "--help" | "-h") => {
             print!("{HELP}");
             return ExitCode::SUCCESS;
@@ -127,7 +145,8 @@ fn ci() -> Done {
 }
 
 /// Builds the documentation with every feature, without any, with the default ones, and with each
-/// one alone: a link to an item of another feature must not fail it.
+/// one alone: a link to an item of another feature must not fail it. Then builds that of the
+/// libraries as docs.rs does.
 fn docs() -> Done {
     let strict = [("RUSTDOCFLAGS", "--deny warnings")];
     cargo(&["doc", "--locked", "--workspace", "--all-features", "--no-deps"], &strict)?;
@@ -138,7 +157,14 @@ fn docs() -> Done {
         let alone = ["--no-default-features", "--features", &feature];
         cargo(&[&engine[..], &alone].concat(), &strict)?;
     }
-    Ok(())
+    // As docs.rs builds it, with the feature that each item needs.
+    let rustdoc = toolchain::unstable_rustdoc("rustdoc")?;
+    let as_published = [
+        ("RUSTDOCFLAGS", "--cfg docsrs --deny warnings"),
+        ("RUSTDOC", &*rustdoc.to_string_lossy()),
+    ];
+    let libraries = ["doc", "--locked", "--workspace", "--all-features", "--no-deps", "--lib"];
+    cargo(&libraries, &as_published)
 }
 
 /// The features of the engine, but for the default one.
@@ -151,20 +177,6 @@ fn features() -> Result<Vec<String>, String> {
     let names = lines.filter_map(|line| line.split_once(" = [")).map(|(name, _)| name.to_owned());
     let names: Vec<String> = names.filter(|name| name != "default").collect();
     if names.is_empty() { Err("Cargo.toml has no features".to_owned()) } else { Ok(names) }
-}
-
-fn deny(offline: bool) -> Done {
-    let installed = Command::new(cargo_program()).args(["deny", "--version"]).output();
-    if !installed.is_ok_and(|output| output.status.success()) {
-        return Err("cargo-deny is not installed; get it with `cargo install --locked cargo-deny`, or from \
-                    https://github.com/EmbarkStudios/cargo-deny/releases"
-            .to_owned());
-    }
-    if offline {
-        cargo(&["deny", "--offline", "check", "licenses", "bans", "sources"], &[])
-    } else {
-        cargo(&["deny", "check"], &[])
-    }
 }
 
 /// The workspace's root.

@@ -4,7 +4,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::{Done, cargo, fuzz::host, root, target_dir};
+use crate::{Done, cargo, fuzz::host, target_dir, toolchain};
 
 /// The tests that run the unsafe code: all of `sm4-simd`, and the engine's secret memory and mapped
 /// files.
@@ -74,7 +74,8 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
         );
     }
     for tests in MIRI {
-        nightly(
+        toolchain::cargo(
+            "nightly",
             &[&["miri", "test", "--locked"], tests].concat(),
             &[
                 ("MIRIFLAGS", "-Zmiri-strict-provenance -Zmiri-symbolic-alignment-check"),
@@ -82,7 +83,8 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
             ],
         )?;
     }
-    nightly(
+    toolchain::cargo(
+        "nightly",
         &[&["test", "--locked", "-Zbuild-std", "--target", &host], &THREADS[..]].concat(),
         &[
             ("RUSTFLAGS", "-Zsanitizer=thread"),
@@ -90,24 +92,4 @@ pub(crate) fn sanitize(args: &[String]) -> Done {
             ("CARGO_TARGET_DIR", &format!("{target_dir}/thread")),
         ],
     )
-}
-
-fn nightly(args: &[&str], environment: &[(&str, &str)]) -> Done {
-    eprintln!("xtask: cargo +nightly {}", args.join(" "));
-    // Run `cargo` by name: the variable `CARGO` is the stable toolchain's.
-    let status = Command::new("cargo")
-        .arg("+nightly")
-        .args(args)
-        .env_remove("CARGO")
-        .env_remove("RUSTC")
-        .env_remove("RUSTUP_TOOLCHAIN")
-        .envs(environment.iter().copied())
-        .current_dir(root())
-        .status()
-        .map_err(|error| format!("cannot run cargo: {error}"))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("`cargo +nightly {}` failed ({status})", args.join(" ")))
-    }
 }

@@ -40,7 +40,7 @@ const CHECKS: u64 = 18;
 
 /// Built-in logs, for a run without files.
 const TEXTS: [(&str, &str); 4] = [
-    ("README.md", include_str!("../../../README.md")),
+    ("README.md", include_str!("../../README.md")),
     ("demo.rs", include_str!("demo.rs")),
     ("append.rs", include_str!("append.rs")),
     ("args.rs", include_str!("../args.rs")),

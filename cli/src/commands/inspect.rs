@@ -2,9 +2,7 @@
 
 use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
-use envelog::inspect::{
-    BlockHeader, BlockKind, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader,
-};
+use envelog::inspect::{BlockHeader, DecodedHeader, Footer, KeySource, Predecessor, SegmentHeader};
 use serde::{
     Serialize, Serializer,
     ser::{Error as _, SerializeSeq as _},
@@ -244,7 +242,7 @@ fn print(
         table.add_row([
             block.number.to_string(),
             at.to_string(),
-            kind(block.kind).to_owned(),
+            block.kind.name().to_owned(),
             block.compression.to_string(),
             block.payload_len.to_string(),
             block.raw_len.to_string(),
@@ -325,7 +323,7 @@ fn block_json(at: u64, block: &BlockHeader) -> Value {
     json!({
         "number": block.number,
         "offset": at,
-        "kind": kind(block.kind),
+        "kind": block.kind.name(),
         "compression": block.compression,
         "payload_bytes": block.payload_len,
         "raw_bytes": block.raw_len,
@@ -353,14 +351,6 @@ fn footer_json(decoded: &DecodedHeader, footer: &Footer) -> Value {
         "digest": hex(&footer.digest(decoded.header.payload_hash, &decoded.header_hash)),
         "index_entries": footer.index.len(),
     })
-}
-
-fn kind(kind: BlockKind) -> &'static str {
-    match kind {
-        BlockKind::Groups => "groups",
-        BlockKind::Opaque => "opaque",
-        BlockKind::Mark => "mark",
-    }
 }
 
 fn key_source(source: KeySource) -> String {

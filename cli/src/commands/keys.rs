@@ -72,9 +72,9 @@ fn rewrap_one(setup: &Setup, argument: &str) -> Result {
     let envelopes = store.keys().rewrap(&name)?;
     setup.close(store)?;
     if setup.json {
-        return output::json(
-            &json!({ "rewrapped": [{ "logstore": name, "envelopes": envelopes }] }),
-        );
+        let mut report = RewrapReport::default();
+        report.rewrapped.push((name, envelopes));
+        return output::json(&report);
     }
     output::line(rewrapped_line(&name, envelopes))
 }
@@ -105,22 +105,7 @@ fn rewrap_all(setup: &Setup, args: RewrapArgs) -> Result {
 
 fn print_rewrapped(setup: &Setup, report: &RewrapReport) -> Result {
     if setup.json {
-        let rewrapped: Vec<_> = report
-            .rewrapped
-            .iter()
-            .map(|(name, envelopes)| json!({ "logstore": name, "envelopes": envelopes }))
-            .collect();
-        let failed: Vec<_> = report
-            .failed
-            .iter()
-            .map(|(what, error)| json!({ "what": what, "kind": error.code(), "message": error.to_string() }))
-            .collect();
-        return output::json(&json!({
-            "rewrapped": rewrapped,
-            "current": report.current,
-            "failed": failed,
-            "continues_us": report.continues_us,
-        }));
+        return output::json(report);
     }
     if let Some(began_us) = report.continues_us {
         let began = output::moment(began_us);
@@ -255,16 +240,7 @@ fn rotate_service(setup: &Setup) -> Result {
     }
     let version = done.version;
     if setup.json {
-        return output::json(&json!({
-            "service_key_version": version,
-            "continued": done.continued,
-            "logstores": done.logstores,
-            "envelopes": done.envelopes,
-            "data_keys": done.data_keys,
-            "probes": done.probes,
-            "ended": done.ended,
-            "left_open": done.left_open,
-        }));
+        return output::json(&done);
     }
     if done.continued {
         output::line("this run continued an unfinished rotation")?;
@@ -317,11 +293,7 @@ fn verify_audit(setup: &Setup, against: Option<&Path>) -> Result {
     let found = setup.open_read_only()?.keys().verify_audit(against.as_ref())?;
     let number = found.head.number;
     let printed = if setup.json {
-        let fault = found
-            .fault
-            .as_ref()
-            .map(|error| json!({ "kind": error.code(), "message": error.to_string() }));
-        output::json(&json!({ "ok": fault.is_none(), "head": found.head, "fault": fault }))
+        output::json(&found)
     } else if found.fault.is_none() {
         output::line(format_args!("{number} audit records, all intact"))
     } else {

@@ -1,6 +1,9 @@
 //! `create`, `get`, `update`, `list`, `delete`.
 
-use envelog::{EncryptConf, LogstoreConfig, LogstoreSpec, RotateDataKey};
+use envelog::{
+    EncryptConf, LogstoreConfig, LogstoreName, LogstoreSpec, RotateDataKey, admin::DeleteReport,
+};
+use serde::Serialize;
 use serde_json::json;
 
 use super::confirm;
@@ -10,6 +13,14 @@ use crate::{
     input, output,
     setup::{self, Setup, name},
 };
+
+/// The answer of `delete`.
+#[derive(Serialize)]
+struct Deleted<'a> {
+    deleted: &'a LogstoreName,
+    #[serde(flatten)]
+    report: &'a DeleteReport,
+}
 
 pub(crate) fn create(setup: &Setup, args: &CreateArgs) -> Result {
     // Refuse everything that needs no store to check before creating one.
@@ -87,9 +98,7 @@ pub(crate) fn delete(setup: &Setup, args: &ConfirmedArgs) -> Result {
     let report = store.delete_logstore(&name)?;
     setup.close(store)?;
     if setup.json {
-        return output::json(
-            &json!({ "deleted": name, "left": report.left.iter().map(|left| output::path(left)).collect::<Vec<_>>() }),
-        );
+        return output::json(&Deleted { deleted: &name, report: &report });
     }
     output::line(format_args!("deleted {name}"))?;
     if !report.left.is_empty() {

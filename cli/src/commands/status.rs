@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use comfy_table::Cell;
-use envelog::{KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store, admin::DataKeyStatus};
+use envelog::{
+    Cmk, KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store, admin::DataKeyStatus,
+};
 use jiff::SignedDuration;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::json;
 
 use crate::{
     args::OptionalNameArgs,
@@ -44,12 +47,14 @@ fn print(
     failed: &[(LogstoreName, Failure)],
 ) -> Result {
     if setup.json {
-        let logstores: Vec<Value> = all.iter().map(as_json).collect::<Result<_>>()?;
         return output::json(&json!({
             "store": output::path(&setup.store),
             "store_id": store.id(),
-            "service_key": service_key_json(store),
-            "logstores": logstores,
+            "service_key": ServiceKey {
+                status: store.keys().service_key_status(),
+                cmk: store.keys().service_cmk(),
+            },
+            "logstores": all,
             "anchor": store.admin().anchor_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // The KMS calls include those made above for the states.
@@ -94,7 +99,7 @@ fn row(status: &LogstoreStatus) -> [Cell; 11] {
             Some(cmk) => format!("{}\n{}", status.method, cmk.cmk_key_id),
             None => status.method.to_owned(),
         }),
-        Cell::new(match (algorithm(status), status.encrypting) {
+        Cell::new(match (status.algorithm, status.encrypting) {
             (None, _) => "none".to_owned(),
             (Some(algorithm), true) => algorithm.to_owned(),
             (Some(algorithm), false) => format!("{algorithm}, off"),
@@ -153,48 +158,17 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
 }
 
 /// The state of the service key, with the master key that its keyring is under.
-fn service_key_json(store: &Store) -> Value {
-    let mut value = key_json(&store.keys().service_key_status());
-    value["cmk"] = json!(store.keys().service_cmk());
-    value
-}
-
-/// The state of a key as a word, and the time left in its lease.
-fn key_json(key: &KeyStatus) -> Value {
-    let (state, reason) = key_words(&key.state);
-    let lease_left_s = key.lease_left.map(|left| left.as_secs_f64());
-    json!({ "state": state, "reason": reason, "lease_left_s": lease_left_s })
-}
-
-/// The complete status, with the state of the key as a word.
-fn as_json(status: &LogstoreStatus) -> Result<Value> {
-    let mut value = serde_json::to_value(status)
-        .map_err(|error| Failure::other(format!("cannot write this as JSON: {error}")))?;
-    value["key"] = key_json(&status.key);
-    value["algorithm"] = json!(algorithm(status));
-    Ok(value)
-}
-
-fn algorithm(status: &LogstoreStatus) -> Option<&'static str> {
-    status.encrypt_type.map(|encrypt_type| encrypt_type.suite().name())
-}
-
-/// The state as one word, and its detail if it has any.
-fn key_words(state: &KeyState) -> (&'static str, Option<String>) {
-    match state {
-        KeyState::None => ("none", None),
-        KeyState::Active => ("active", None),
-        KeyState::Idle => ("idle", None),
-        KeyState::Outage { detail } => ("outage", Some(detail.clone())),
-        KeyState::Revoked { reason } => ("revoked", Some(reason.to_string())),
-        _ => ("unknown", None),
-    }
+#[derive(Serialize)]
+struct ServiceKey {
+    #[serde(flatten)]
+    status: KeyStatus,
+    cmk: Option<Cmk>,
 }
 
 fn key_text(state: &KeyState) -> String {
-    match key_words(state) {
-        (word, None) => word.to_owned(),
-        (word, Some(why)) => format!("{word}: {why}"),
+    match state.reason() {
+        None => state.name().to_owned(),
+        Some(why) => format!("{}: {why}", state.name()),
     }
 }
 

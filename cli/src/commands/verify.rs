@@ -30,31 +30,11 @@ pub(crate) fn verify(setup: &Setup, args: &VerifyArgs) -> Result {
     })?;
     drop(progress);
 
-    let printed =
-        if setup.json { print_json(&report, args.keyless) } else { print(&report, args.keyless) };
+    let printed = if setup.json { output::json(&report) } else { print(&report) };
     both(printed, verdict(&report))
 }
 
-fn print_json(report: &VerifyReport, keyless: bool) -> Result {
-    let refused: Vec<_> = report
-        .refused
-        .iter()
-        .map(|(name, error)| json!({ "logstore": name, "kind": error.code(), "message": error.to_string() }))
-        .collect();
-    output::json(&json!({
-        "ok": report.faults.is_empty() && report.refused.is_empty(),
-        "keyless": keyless,
-        "faults": report.faults,
-        "refused": refused,
-        "notes": report.notes,
-        "segments": report.segments,
-        "blocks": report.blocks,
-        "groups": report.groups,
-        "bytes": report.bytes,
-    }))
-}
-
-fn print(report: &VerifyReport, keyless: bool) -> Result {
+fn print(report: &VerifyReport) -> Result {
     report
         .faults
         .iter()
@@ -70,7 +50,7 @@ fn print(report: &VerifyReport, keyless: bool) -> Result {
         output::count(report.blocks),
         output::count(report.groups),
         output::size(report.bytes),
-        if keyless { " (without keys: CRCs and order only)" } else { "" },
+        if report.keyless { " (without keys: CRCs and order only)" } else { "" },
         report.faults.len()
     ))
 }

@@ -1,6 +1,6 @@
 //! Verification and export of the key audit log.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer, ser::SerializeStruct};
 
 use crate::{
     Error, ErrorKind, Result,
@@ -59,7 +59,7 @@ impl AuditMark {
 }
 
 /// The key audit log in a form that another party can keep and check.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct AuditExport {
     /// Lines of JSON: each record with its tag and hash, and then the head. `docs/format.md` lists
@@ -69,7 +69,8 @@ pub struct AuditExport {
     pub head: AuditMark,
 }
 
-/// The result of a verification of the key audit log.
+/// The result of a verification of the key audit log. As JSON it has the fields of this struct, and
+/// `ok`, whether there is no fault.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct AuditVerification {
@@ -77,6 +78,16 @@ pub struct AuditVerification {
     pub head: AuditMark,
     /// The fault behind that record, if there is one.
     pub fault: Option<Error>,
+}
+
+impl Serialize for AuditVerification {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("AuditVerification", 3)?;
+        fields.serialize_field("ok", &self.fault.is_none())?;
+        fields.serialize_field("head", &self.head)?;
+        fields.serialize_field("fault", &self.fault)?;
+        fields.end()
+    }
 }
 
 /// All records, with their chain verified.

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{
     Error, Result,
     config::LogstoreName,
     document::{self, Document, DocumentKind},
     error::Location,
-    ids::LogstoreId,
+    ids::{LogstoreId, hex_decode, hex_encode},
     keys::audit::AuditHead,
     shard::{Head, ShardRecord},
     store::{
@@ -21,7 +21,8 @@ use crate::{
 /// The state of a store: the heads of all shards, of the catalogue and of the key audit log.
 ///
 /// It holds no secret, and the service keyring authenticates it. Kept on another machine, it lets a
-/// later [`Admin::verify`](crate::Admin::verify) detect that data was removed or rolled back.
+/// later [`Admin::verify`](crate::Admin::verify) detect that data was removed or rolled back. As
+/// JSON it is its bytes in hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
     bytes: Vec<u8>,
@@ -36,6 +37,20 @@ impl Checkpoint {
     /// A checkpoint from its bytes. They are checked when it is used.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Self {
         Self { bytes: bytes.into() }
+    }
+}
+
+impl Serialize for Checkpoint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex_encode(&self.bytes))
+    }
+}
+
+impl<'de> Deserialize<'de> for Checkpoint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let bytes = hex_decode(&text).ok_or_else(|| D::Error::custom("it is no hexadecimal"))?;
+        Ok(Self { bytes })
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize, Serializer, ser::SerializeStruct};
 
 use super::checkpoint::Checkpoint;
 use crate::{Error, ErrorKind, Result, config::LogstoreName};
 
 /// The scope of a verification.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct VerifyOptions {
     /// Only this Logstore; `None` verifies all Logstores and the key audit log.
@@ -31,7 +32,7 @@ impl VerifyOptions {
 }
 
 /// The progress of a verification.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct VerifyProgress {
     /// The number of bytes of segments that were checked.
@@ -84,13 +85,17 @@ impl VerifyFault {
 }
 
 /// The result of a verification.
-#[derive(Clone, Debug, Default, Serialize)]
+///
+/// As JSON it has the fields of this struct, and `ok`, whether it has neither faults nor refusals.
+/// Each refusal has the fields `logstore`, `kind` and `message`.
+#[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct VerifyReport {
+    /// Whether the Logstores' keys were left out ([`VerifyOptions::keyless`]).
+    pub keyless: bool,
     /// The faults.
     pub faults: Vec<VerifyFault>,
     /// The Logstores that could not be verified with their keys, each with the error.
-    #[serde(skip)]
     pub refused: Vec<(LogstoreName, Error)>,
     /// Findings that are no faults: torn tails that the next append will drop, segments that
     /// retention has dropped since the checkpoint.
@@ -134,5 +139,29 @@ impl VerifyReport {
             _ => return Err(error),
         }
         Ok(())
+    }
+}
+
+impl Serialize for VerifyReport {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Refused<'a> {
+            logstore: &'a LogstoreName,
+            #[serde(flatten)]
+            error: &'a Error,
+        }
+        let refused: Vec<_> =
+            self.refused.iter().map(|(logstore, error)| Refused { logstore, error }).collect();
+        let mut fields = serializer.serialize_struct("VerifyReport", 9)?;
+        fields.serialize_field("ok", &(self.faults.is_empty() && self.refused.is_empty()))?;
+        fields.serialize_field("keyless", &self.keyless)?;
+        fields.serialize_field("faults", &self.faults)?;
+        fields.serialize_field("refused", &refused)?;
+        fields.serialize_field("notes", &self.notes)?;
+        fields.serialize_field("segments", &self.segments)?;
+        fields.serialize_field("blocks", &self.blocks)?;
+        fields.serialize_field("groups", &self.groups)?;
+        fields.serialize_field("bytes", &self.bytes)?;
+        fields.end()
     }
 }

@@ -395,8 +395,14 @@ pub(in crate::store) fn verify(
     }
     let against =
         options.against.as_ref().map(|checkpoint| open_checkpoint(core, checkpoint)).transpose()?;
-    let (report, state) = Default::default();
-    let mut verification = Verification { core, keyless: options.keyless, report, state, progress };
+    let report = VerifyReport { keyless: options.keyless, ..VerifyReport::default() };
+    let mut verification = Verification {
+        core,
+        keyless: options.keyless,
+        report,
+        state: Default::default(),
+        progress,
+    };
     if service_key.is_ok() {
         core.registry.reload_catalogue()?;
     }
