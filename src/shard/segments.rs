@@ -81,14 +81,6 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// When its data begins, in microseconds since the Unix epoch: no group in it is older.
-    pub(super) fn begins_us(&self) -> u64 {
-        match &self.end {
-            End::Sealed(sealed) if sealed.footer.group_count > 0 => sealed.footer.first_time_us,
-            _ => self.header.created_us,
-        }
-    }
-
     pub(crate) fn at(&self, offset: u64) -> Location {
         Location::new(&*self.name.path, offset)
     }

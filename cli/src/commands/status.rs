@@ -7,6 +7,7 @@ use envelog::{KeyState, KeyStatus, LogstoreName, LogstoreStatus, Store, admin::D
 use jiff::SignedDuration;
 use serde_json::{Value, json};
 
+use super::retain::SUSPENDED;
 use crate::{
     args::OptionalNameArgs,
     exit::{Failure, Result},
@@ -51,6 +52,7 @@ fn print(
             "service_key": service_key_json(store),
             "logstores": logstores,
             "anchor": store.admin().anchor_status(),
+            "retention": store.admin().retention_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // The KMS calls include those made above for the states.
             "kms": store.metrics().kms,
@@ -124,8 +126,8 @@ fn data_key(version: &DataKeyStatus) -> String {
     format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
 }
 
-/// Prints the lines below the table: the service key, the anchor, and the shards that stopped
-/// writing.
+/// Prints the lines below the table: the service key, the anchor, a suspended retention, and the
+/// shards that stopped writing.
 fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();
@@ -143,6 +145,9 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
             output::line(format_args!("the anchor is {records} records behind the catalogue"))?;
         }
         None => {}
+    }
+    if store.admin().retention_status().suspended {
+        output::line(SUSPENDED)?;
     }
     for status in all {
         if let Some(cause) = &status.latched {
