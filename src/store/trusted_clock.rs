@@ -28,6 +28,8 @@ struct State {
     /// The uptime of the last look at the clock.
     looked: Duration,
     retained_us: u64,
+    /// Whether the last look has returned a suspension.
+    reported: bool,
 }
 
 /// A jump of the wall clock that is not trusted yet.
@@ -49,7 +51,7 @@ pub(crate) struct Look {
     pub(crate) trusted_us: u64,
     /// The wall clock when the jump was first seen, if there is one.
     pub(crate) jump_us: Option<u64>,
-    /// Whether this look has found or ended a suspension.
+    /// Whether this process finds or ends a suspension with this look.
     pub(crate) has_changed: bool,
 }
 
@@ -63,6 +65,7 @@ impl TrustedClock {
             jump: jump.map(|seen_us| Jump { seen_us, at: None }),
             looked,
             retained_us: known.map_or(now_us, |known| known.retained_us),
+            reported: false,
         };
         Self(Mutex::new(LockRank::TrustedClock, state))
     }
@@ -71,9 +74,9 @@ impl TrustedClock {
     pub(crate) fn look(&self, clock: &dyn Clock, settle: Duration) -> Look {
         let (now_us, uptime) = (clock.wall_us(), clock.uptime());
         let mut state = lock(&self.0);
-        let before = state.is_suspended();
         state.look(now_us, uptime, settle);
         let suspended = state.is_suspended();
+        let before = std::mem::replace(&mut state.reported, suspended);
         Look {
             now_us,
             suspended,
@@ -174,7 +177,7 @@ mod tests {
     const T: u64 = 1000 * DAY_US;
 
     fn state(trusted_us: u64) -> State {
-        State { trusted_us, jump: None, looked: Duration::ZERO, retained_us: 0 }
+        State { trusted_us, jump: None, looked: Duration::ZERO, retained_us: 0, reported: false }
     }
 
     /// The state after a look at this wall clock and uptime, in hours.
