@@ -102,9 +102,9 @@ pub mod admin {
         store::{
             Anchor, AnchorPlace, AnchorStatus, Checkpoint, CmkVersionUsage, DataKeyUsage,
             DeleteReport, DirAnchor, KeyNeed, KeyUsage, MasterKeyUsage, RecoverReport, Recoverable,
-            ReplaceCmk, RetentionReport, RewrapOptions, RewrapProgress, RewrapReport,
-            ServiceKeyUsage, ServiceRotation, VerifyFault, VerifyOptions, VerifyProgress,
-            VerifyReport,
+            ReplaceCmk, RetainOptions, RetentionReport, RetentionStatus, RewrapOptions,
+            RewrapProgress, RewrapReport, ServiceKeyUsage, ServiceRotation, VerifyFault,
+            VerifyOptions, VerifyProgress, VerifyReport,
         },
     };
 }

@@ -136,6 +136,7 @@ impl Counters {
             audit_records: at(&self.audit_records),
             audit_failures: at(&self.audit_failures),
             audit_left_out: at(&self.audit_left_out),
+            retention_suspended: false,
         }
     }
 }
@@ -309,4 +310,7 @@ pub struct StoreMetrics {
     /// Key transitions that the audit log omits: it records at most 10 an hour for one key. The
     /// next record counts the omitted ones.
     pub audit_left_out: u64,
+    /// Whether retention by age is suspended, because the wall clock has jumped ahead:
+    /// [`Admin::retention_status`](crate::Admin::retention_status).
+    pub retention_suspended: bool,
 }

@@ -102,6 +102,8 @@ pub(crate) enum LockRank {
     KeyringRoots,
     /// The catalogue in memory.
     Catalogue,
+    /// How far the wall clock is trusted.
+    TrustedClock,
     /// The catalogue's record of a shard.
     ShardRecord,
     /// A head of a shard that the catalogue does not know yet.

@@ -184,6 +184,7 @@ fn what_was_deleted_or_dropped_is_no_rollback() {
     let mut config = store.logstore(&name(NAME)).unwrap().config();
     config.retention_bytes = Some(1);
     store.update_logstore(&name(NAME), config).unwrap();
+    put(&store.logstore(&name(NAME)).unwrap(), "newest");
     assert!(store.admin().apply_retention().unwrap().segments > 0);
     store.close().unwrap();
     let store = anchored(&world).open().unwrap();

@@ -344,8 +344,9 @@ fn a_reader_follows_over_rolls_recovery_and_retention() {
         next(&["9"]);
         // Retention removes the segment that the reader is at.
         logstore.roll().unwrap();
-        let config = logstore.config().retention_bytes(1);
+        let config = logstore.config().ttl_days(1);
         store.update_logstore(logstore.name(), config).unwrap();
+        sim.world.clock.advance(2 * 24 * secs(3600));
         assert!(store.admin().apply_retention().unwrap().segments > 0);
         assert!(sim.segments(&logstore, 0).is_empty());
         next(&[]);

@@ -10,7 +10,7 @@ use common::{catalogue::catalogue_file, *};
 use envelog::{
     Cmk, Compression, EncryptConf, EncryptType, Error, KeyState, Logstore, LogstoreConfig,
     LogstoreSpec, RotateDataKey, Store,
-    admin::{ReplaceCmk, VerifyOptions},
+    admin::{ReplaceCmk, RetainOptions, VerifyOptions},
     audit::AuditEvent,
     crypto::Suite,
     error::ConfigError,
@@ -864,7 +864,8 @@ fn s7_retention_works_in_a_process_that_starts_while_revoked() {
     world.local().disable(&cmk.cmk_key_id).unwrap();
     world.clock.advance(2 * DAY);
     let store = world.open();
-    assert_eq!(store.admin().apply_retention().unwrap().segments, 1);
+    let options = RetainOptions::default().trust_clock(true);
+    assert_eq!(store.admin().retain(&options).unwrap().segments, 1);
 }
 
 #[test]

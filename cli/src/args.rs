@@ -178,6 +178,18 @@ An acceptance is permanent. If there is a backup, restore it first.
 Example:
   envelog repair shop/orders --shard 0 --yes")]
     Repair(RepairArgs),
+    /// Drop the segments that are over the age or the size limit of their Logstore
+    #[command(after_help = "\
+A service applies retention every --retention-every, and each command that has the store open for writing applies it when
+it is due. `retain` applies it now.
+
+While the clock is more than 24 h ahead of the last trusted time, nothing is dropped by age until the clock has advanced
+by --clock-settle. With --trust-clock the clock is trusted as it is now.
+
+Examples:
+  envelog retain
+  envelog retain --trust-clock --json | jq .segments")]
+    Retain(RetainArgs),
     /// Rotate, re-wrap, replace, shred, back up and recover keys
     #[command(
         subcommand,
@@ -421,6 +433,13 @@ pub(crate) struct RepairArgs {
     /// Give up forged or exchanged segments too
     #[arg(long)]
     pub(crate) accept_tampered: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RetainArgs {
+    /// Trust the clock as it is now, although it is more than 24 h ahead of the last trusted time
+    #[arg(long)]
+    pub(crate) trust_clock: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -9,6 +9,7 @@ mod keys;
 mod kms;
 mod logstore;
 mod read;
+mod retain;
 mod settings;
 mod status;
 mod verify;
@@ -39,6 +40,7 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Checkpoint(args) => verify::checkpoint(&setup, &args),
         Command::Inspect(args) => inspect::run(&setup, &args),
         Command::Repair(args) => verify::repair(&setup, &args),
+        Command::Retain(args) => retain::run(&setup, &args),
         Command::Keys(command) => keys::run(&setup, command),
         Command::Kms(command) => kms::run(&setup, command),
         Command::Bench(args) => bench::run(&setup, &args),

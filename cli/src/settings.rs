@@ -120,6 +120,12 @@ const STORE: &[StoreSetting] = &[
         help: "How often to apply retention",
     },
     StoreSetting {
+        name: "clock-settle",
+        kind: Kind::Duration(|options| &mut options.clock_settle),
+        limits: "at least 1s",
+        help: "How far the clock must advance after it was more than 24 h ahead of the last trusted time, before data is dropped by age again",
+    },
+    StoreSetting {
         name: "segment-bytes",
         kind: Kind::Bytes(|options| &mut options.segment_bytes),
         limits: "4KiB to 3GiB",

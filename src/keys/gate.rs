@@ -898,7 +898,9 @@ mod tests {
             salt: [4; 32],
             predecessor: Predecessor::None,
             payload_hash: HashAlg::Sha256,
+            setbacks: 0,
             epoch: 1,
+            latest_us: 0,
             extensions: Vec::new(),
         };
         let (commitment, _) = gate.begin_segment(&header, &[5; 32], true).unwrap();

@@ -74,6 +74,12 @@ impl AppendOptions {
     }
 }
 
+/// The part of the limit of a shard that a segment may have, unless it is smaller than
+/// [`SEGMENT_BYTES_MIN`].
+const SEGMENTS_IN_LIMIT: u64 = 8;
+/// The least size at which a limit of the shard has a segment sealed, in bytes.
+const SEGMENT_BYTES_MIN: u64 = 16 << 10;
+
 /// Implemented by the store. A Logstore reports the loss and the return of its key here, after the
 /// engine has acted on it.
 pub(crate) trait KeyObserver: Send + Sync {
@@ -139,6 +145,10 @@ pub(crate) fn write_plan(meta: &Meta, keyring_version: u32) -> WritePlan {
         compression: meta.config.compression,
         payload_hash: meta.config.payload_hash,
         generation: meta.generation,
+        segment_bytes_max: meta
+            .config
+            .retention_bytes
+            .map_or(u64::MAX, |limit| (limit / SEGMENTS_IN_LIMIT).max(SEGMENT_BYTES_MIN)),
     }
 }
 

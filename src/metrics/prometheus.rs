@@ -126,7 +126,9 @@ impl Figures {
         ] {
             out.counters(name, help, &[(none.clone(), count)])?;
         }
-        Ok(())
+        let suspended = f64::from(u8::from(metrics.retention_suspended));
+        let help = "1 if retention by age is suspended, otherwise 0";
+        out.gauges("retention_suspended", help, &[(none, suspended)])
     }
 
     fn logstores(&self, out: &mut Encoder<'_>) -> Result<(), Error> {

@@ -51,8 +51,13 @@ pub struct SegmentHeader {
     pub predecessor: Predecessor,
     /// The hash algorithm for its stored payloads and for the digest over them.
     pub payload_hash: HashAlg,
+    /// How often receive times have gone back in the shard, up to the beginning of this segment.
+    pub setbacks: u32,
     /// The epoch of the writer that created the segment.
     pub epoch: u64,
+    /// The latest receive time of all groups in front of this segment, in microseconds since the
+    /// Unix epoch, if `setbacks` is above 0; else 0. See [`SegmentHeader::latest_before_us`].
+    pub latest_us: u64,
     /// Optional parts, at most [`EXTENSIONS_BYTES_MAX`] bytes in total.
     pub extensions: Vec<Extension>,
 }
@@ -212,9 +217,10 @@ impl SegmentHeader {
         out.put_u64_le(end.ordinal);
         out.put_u64_le(end.last_time_us);
         out.put_u16_le(self.payload_hash.code());
-        out.put_bytes(0, 6);
+        out.put_bytes(0, 2);
+        out.put_u32_le(self.setbacks);
         out.put_u64_le(self.epoch);
-        out.put_bytes(0, 8);
+        out.put_u64_le(self.latest_us);
         for extension in &self.extensions {
             out.put_u16_le(extension.kind);
             out.put_u16_le(if extension.critical { CRITICAL } else { 0 });
@@ -228,11 +234,31 @@ impl SegmentHeader {
     /// the Unix epoch. 0 if there is none. `footer` summarizes the blocks up to that point.
     #[must_use]
     pub fn last_time_us(&self, footer: &Footer) -> u64 {
+        if footer.group_count > 0 { footer.last_time_us } else { self.last_before_us() }
+    }
+
+    /// The receive time of the last group before this segment, in microseconds since the Unix
+    /// epoch; 0 if there is none.
+    #[must_use]
+    pub fn last_before_us(&self) -> u64 {
         match &self.predecessor {
-            _ if footer.group_count > 0 => footer.last_time_us,
             Predecessor::None => 0,
             Predecessor::Sealed(end) | Predecessor::Cut(end) => end.last_time_us,
         }
+    }
+
+    /// The latest receive time of all groups before this segment, in microseconds since the Unix
+    /// epoch; 0 if there is none. It never decreases along a shard.
+    #[must_use]
+    pub fn latest_before_us(&self) -> u64 {
+        if self.setbacks == 0 { self.last_before_us() } else { self.latest_us }
+    }
+
+    /// Whether receive times go back at the beginning of this segment: the clock was corrected, and
+    /// groups in it may have earlier times than the groups before it.
+    #[must_use]
+    pub fn is_setback(&self) -> bool {
+        self.created_us < self.last_before_us()
     }
 
     /// The hash of the bytes that [`SegmentHeader::encode`] returned.
@@ -294,15 +320,15 @@ impl SegmentHeader {
                 HashAlg::from_code(code)
                     .ok_or_else(|| DecodeError::Feature(format!("payload hash {code}")))?
             },
-            epoch: {
-                cursor.zeros(6, "reserved bytes of the header")?;
-                cursor.u64()?
+            setbacks: {
+                cursor.zeros(2, "reserved bytes of the header")?;
+                cursor.u32()?
             },
-            extensions: {
-                cursor.zeros(8, "reserved bytes of the header")?;
-                decode_extensions(cursor.bytes(extensions_len as usize)?)?
-            },
+            epoch: cursor.u64()?,
+            latest_us: cursor.u64()?,
+            extensions: decode_extensions(cursor.bytes(extensions_len as usize)?)?,
         };
+        require(header.setbacks > 0 || header.latest_us == 0, "latest receive time")?;
         require(header.first_seq <= header.limit_seq, "limit of the sequence numbers")?;
         Ok(DecodedHeader {
             header_hash: header.hash(Cursor::new(covered).bytes(hashed_len)?),
@@ -392,7 +418,9 @@ mod tests {
                 last_time_us: 1_699_999_999_999_999,
             }),
             payload_hash: HashAlg::Sm3,
+            setbacks: 0,
             epoch: 11,
+            latest_us: 0,
             extensions: vec![Extension {
                 kind: Extension::PADDING,
                 critical: true,
@@ -499,7 +527,7 @@ mod tests {
         assert_eq!(refused(120, &[2]), DecodeError::Field("key source"));
         assert_eq!(refused(160, &[0]), DecodeError::Field("predecessor"));
         assert_eq!(refused(160, &[3]), DecodeError::Field("predecessor"));
-        for at in [250, 255] {
+        for at in [250, 251] {
             assert_eq!(refused(at, &[1]), DecodeError::Field("reserved bytes of the header"));
         }
         for code in [0, 3] {
@@ -535,6 +563,7 @@ mod tests {
             (keyring, version, salt) in any::<(bool, u32, [u8; 32])>(),
             predecessor in 0..3usize,
             (end, last_time_us, sm3, epoch) in any::<((u64, [u8; 16], u32, u64, u64, [u8; 32]), u64, bool, u64)>(),
+            (setbacks, latest_us) in (0..4u32, any::<u64>()),
             extensions in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..50)), 0..4),
         ) -> SegmentHeader {
             let (ordinal_before, segment, blocks, bytes, end_seq, digest) = end;
@@ -556,7 +585,9 @@ mod tests {
                 salt,
                 predecessor: [Predecessor::None, Predecessor::Sealed(end), Predecessor::Cut(end)][predecessor],
                 payload_hash: if sm3 { HashAlg::Sm3 } else { HashAlg::Sha256 },
+                setbacks,
                 epoch,
+                latest_us: if setbacks == 0 { 0 } else { latest_us },
                 extensions: extensions.into_iter().map(|(kind, data)| Extension { kind, critical: false, data }).collect(),
             }
         }

@@ -33,6 +33,10 @@ use crate::{
     sync::{Condvar, LockRank, Mutex, MutexGuard, lock, wait, wait_timeout},
 };
 
+/// By how much the clock may be behind the last receive time, in microseconds, before times go back
+/// in the shard. Up to this much, a group gets the last receive time instead.
+pub(super) const CLOCK_SLACK_US: u64 = 1_000_000;
+
 /// The queue, the watermarks and the leadership of one shard.
 pub(super) struct GroupCommit {
     /// The limit of a block's list, in bytes: a batch gets no further group beyond it. A larger
@@ -52,11 +56,11 @@ pub(super) struct Group {
     pub(super) logs: u32,
     /// How much of the store's memory budget it holds, in bytes.
     pub(super) charged: usize,
-    /// When it was received, in microseconds since the Unix epoch. Receive times never run
-    /// backwards within a shard, so that a reader can search by time: [`GroupCommit::submit`]
-    /// raises this to the one before it.
+    /// When it was received, in microseconds since the Unix epoch. Receive times do not run
+    /// backwards within a segment, so that a reader can search by time: [`GroupCommit::submit`]
+    /// raises this to the one before it. If the clock was set back, the group begins a segment.
     pub(super) time_us: u64,
-    /// When it was submitted, by the uptime.
+    /// When it was submitted, by the uptime: at the same moment as `time_us`.
     pub(super) submitted: Duration,
     /// Whether the caller has its acknowledgement once it is submitted (`Durability::Buffered`).
     pub(super) acked: bool,
@@ -644,7 +648,9 @@ impl GroupCommit {
             state.synced = state.synced.max(reserved.end_seq);
         }
         state.limit_seq = reserved.limit_seq;
-        state.last_time_us = state.last_time_us.max(reserved.last_time_us);
+        if state.queue.is_empty() && state.last_time_us != reserved.last_time_us {
+            (state.last_time_us, state.last_at) = (reserved.last_time_us, Duration::ZERO);
+        }
         state.open = true;
     }
 
@@ -676,6 +682,11 @@ impl GroupCommit {
     /// One past the last sequence number that was handed out.
     pub(super) fn next_seq(&self) -> u64 {
         self.lock().next_seq
+    }
+
+    /// When the next group to be written was received. `None` if the queue is empty.
+    pub(super) fn next_time_us(&self) -> Option<u64> {
+        self.lock().queue.front().map(|front| front.group.time_us)
     }
 
     /// Whether a group waits in the queue, or was handed over.
@@ -843,7 +854,9 @@ struct State {
     /// The next sequence number to hand out, and the first one that is not reserved.
     next_seq: u64,
     limit_seq: u64,
+    /// The last receive time that was given out, and the uptime at that moment, if it is known.
     last_time_us: u64,
+    last_at: Duration,
 
     queue: VecDeque<Pending>,
     queued_bytes: usize,
@@ -929,8 +942,14 @@ impl State {
     fn push(&mut self, mut group: Group) -> u64 {
         let seq = self.next_seq;
         self.next_seq += 1;
-        group.time_us = group.time_us.max(self.last_time_us);
-        self.last_time_us = group.time_us;
+        let behind_us = self.last_time_us.saturating_sub(group.time_us);
+        // A thread that reaches the lock late has read the clock earlier.
+        let late_us = self.last_at.saturating_sub(group.submitted).as_micros();
+        let late_us = u64::try_from(late_us).unwrap_or(u64::MAX);
+        if behind_us == 0 || behind_us > late_us.saturating_add(CLOCK_SLACK_US) {
+            (self.last_time_us, self.last_at) = (group.time_us, group.submitted);
+        }
+        group.time_us = self.last_time_us;
         self.queued_bytes += group.bytes.len();
         self.queue.push_back(Pending { seq, group });
         seq
@@ -1007,6 +1026,7 @@ impl State {
             && next.seq == last.seq + 1
             && list_bytes + group::frame_len(next.group.bytes.len()) <= list_bytes_max
             // A block stores receive times as 32-bit differences from its first one.
+            && next.group.time_us >= last.group.time_us
             && next.group.time_us - first_time_us <= u64::from(u32::MAX)
             && batch.len() < BLOCK_GROUPS_MAX as usize
         {

@@ -230,7 +230,7 @@ impl Shard {
             });
         };
         writer.set_next(next);
-        self.begin_segment(&mut writer, KeyUse::Admitted)?;
+        self.begin_segment(&mut writer, KeyUse::Admitted, None)?;
         Ok(report)
     }
 

@@ -258,7 +258,6 @@ impl Shard {
                 Err(rejected) => return Err(self.rejected(rejected)).inspect_err(failed),
             };
             self.prepare().inspect_err(failed)?;
-            group.time_us = self.context.clock.wall_us();
         }
     }
 
@@ -515,7 +514,7 @@ impl Shard {
     fn write_block(&self, writer: &mut Locked<'_>, batch: &[Pending], keys: KeyUse) -> Result<()> {
         if keys != KeyUse::Held
             && let Some(first) = batch.first()
-            && !writer.takes_another_block()
+            && !writer.takes_another_block(first.group.time_us)
         {
             if writer.is_open() {
                 self.seal_active(writer, keys)?;
@@ -525,7 +524,7 @@ impl Shard {
                 return Err(Error::Closed("the active segment"));
             };
             writer.set_next(Next { first_seq: first.seq, ..next });
-            self.begin_segment(writer, keys)?;
+            self.begin_segment(writer, keys, Some(first.group.time_us))?;
         }
         writer.write_block(batch, keys)?;
         self.env.check_fence()
@@ -628,7 +627,7 @@ impl Shard {
         };
         let first_seq = next.first_seq.max(self.commit.next_to_write());
         writer.set_next(Next { first_seq, ..next });
-        self.begin_segment(writer, KeyUse::Admitted)
+        self.begin_segment(writer, KeyUse::Admitted, None)
     }
 
     pub(super) fn recovery(&self) -> Recovery<'_> {
@@ -642,9 +641,15 @@ impl Shard {
         Ok(next)
     }
 
-    /// Begins the segment that the writer is to begin next, and lists it.
-    pub(super) fn begin_segment(&self, writer: &mut SegmentWriter, keys: KeyUse) -> Result<()> {
-        self.list.push(writer.begin(keys)?);
+    /// Begins the segment that the writer is to begin next, and lists it. Its first group was
+    /// received at `first_time_us`, if that is known.
+    pub(super) fn begin_segment(
+        &self,
+        writer: &mut SegmentWriter,
+        keys: KeyUse,
+        first_time_us: Option<u64>,
+    ) -> Result<()> {
+        self.list.push(writer.begin(keys, first_time_us)?);
         self.schedule_roll(self.context.options.segment_age);
         Ok(())
     }

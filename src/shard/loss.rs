@@ -190,7 +190,9 @@ impl Shard {
     pub(super) fn writer_at_once(&self) -> Option<Locked<'_>> {
         let mut writer = Locked::new(self, try_lock(&self.writer)?);
         let gate = self.gate();
-        let mut ready = || writer.takes_another_block() || gate.has_key(self.env.plan().key_source);
+        let next_us = self.commit().next_time_us().unwrap_or(u64::MAX);
+        let mut ready =
+            || writer.takes_another_block(next_us) || gate.has_key(self.env.plan().key_source);
         (gate.decides_or_asks() && (gate.is_lost() || ready())).then_some(writer)
     }
 

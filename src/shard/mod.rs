@@ -74,6 +74,7 @@ use crate::{
 };
 
 pub(crate) use budget::Budget;
+pub(crate) use chain::Proved;
 use commit::GroupCommit;
 pub(crate) use commit::LostGroups;
 pub(crate) use control::Paused;
@@ -126,6 +127,9 @@ pub(crate) struct WritePlan {
     pub(crate) compression: Compression,
     pub(crate) payload_hash: HashAlg,
     pub(crate) generation: u64,
+    /// A limit besides [`ShardOptions::segment_bytes`], so that retention by bytes drops small
+    /// parts.
+    pub(crate) segment_bytes_max: u64,
 }
 
 /// The write plan of a Logstore. Its shards read it, and the Logstore replaces it.

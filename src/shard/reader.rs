@@ -16,7 +16,7 @@ use crate::{
     error::Location,
     group::{self, LogGroup},
     keys::gate::{InUse, KeptPlaintext},
-    segment::{BlockHeader, BlockKind, entries},
+    segment::{BlockHeader, BlockKind, DecodedHeader, entries},
     sync::{
         LockRank, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -35,7 +35,9 @@ pub enum Position {
     End,
     /// The group with this sequence number, or the first one after it.
     Seq(u64),
-    /// The first group received at this time or later, in microseconds since the Unix epoch.
+    /// A receive time, in microseconds since the Unix epoch. To begin there means to leave out each
+    /// group that was received earlier, to end there each group that was received at that time or
+    /// later. Receive times go back where the clock was corrected.
     Time(u64),
 }
 
@@ -209,7 +211,10 @@ pub struct Reader {
     /// Set while the segment to begin in must be found by time.
     seek_time: bool,
     end_seq: u64,
+    /// Groups received at this time or later are skipped.
     end_us: u64,
+    /// Whether the rest of the current segment was received at `end_us` or later.
+    past_end: bool,
     groups_left: u64,
     bytes_left: u64,
     cursor: Option<SegmentReader>,
@@ -260,6 +265,7 @@ impl Reader {
             seek_time: false,
             end_seq: u64::MAX,
             end_us: u64::MAX,
+            past_end: false,
             groups_left: options.max_groups.unwrap_or(u64::MAX),
             bytes_left: options.max_bytes.unwrap_or(u64::MAX),
             cursor: None,
@@ -452,12 +458,18 @@ impl Reader {
                     return Ok(true);
                 }
                 if std::mem::take(&mut ahead.wiped) {
-                    self.cursor = None;
+                    (self.cursor, self.past_end) = (None, false);
                     self.seek_time = self.next_seq == 0 && self.from_us > 0;
                 }
             }
             if self.next_seq >= self.end_seq {
                 return Ok(false);
+            }
+            if std::mem::take(&mut self.past_end) {
+                if !self.leave()? {
+                    return Ok(false);
+                }
+                continue;
             }
             let Some(cursor) = &mut self.cursor else {
                 if self.begin()? {
@@ -482,7 +494,7 @@ impl Reader {
                     gate.context()
                         .counters
                         .read(cursor.opened.header.suite, header.list_len.into());
-                    if header.first_seq >= self.end_seq || header.first_time_us >= self.end_us {
+                    if header.first_seq >= self.end_seq {
                         self.ended = true;
                         return Ok(false);
                     }
@@ -495,9 +507,8 @@ impl Reader {
                 Load::End => {
                     cursor.prove_passed(gate)?;
                     cursor.check_end()?;
-                    let (ordinal, last_time_us) =
-                        (cursor.opened.name.ordinal, cursor.last_time_us());
-                    if !self.enter_next(ordinal, last_time_us)? {
+                    let before = (Arc::clone(&cursor.opened.header), cursor.last_time_us());
+                    if !self.enter_next(&before)? {
                         return Ok(false);
                     }
                 }
@@ -514,8 +525,36 @@ impl Reader {
         }
     }
 
-    /// Enters the segment after the one with this ordinal. `false` if there is none yet.
-    fn enter_next(&mut self, ordinal: u64, last_time_us: u64) -> Result<bool> {
+    /// Leaves the current segment, whose rest was received too late. Ends the reader unless receive
+    /// times go back later in the shard. `false` if there is no further segment.
+    ///
+    /// If they do not go back, this opens the last segment of the shard, and no other. Otherwise
+    /// the reader enters each segment up to the last one where they do.
+    fn leave(&mut self) -> Result<bool> {
+        let Some(cursor) = &self.cursor else { return Ok(true) };
+        let header = Arc::clone(&cursor.opened.header);
+        if self.goes_back_after(&header)? {
+            return self.enter_next(&(header, 0));
+        }
+        self.ended = true;
+        Ok(false)
+    }
+
+    /// Whether receive times go back in the shard behind the segment with this header.
+    fn goes_back_after(&self, header: &DecodedHeader) -> Result<bool> {
+        let segments = self.list.segments(true)?;
+        let Some(last) = segments.last().filter(|last| last.ordinal > header.ordinal) else {
+            return Ok(false);
+        };
+        let Some(opened) = self.list.open_listed(last)? else { return Ok(true) };
+        self.list.authenticate(&opened)?;
+        Ok(opened.header.setbacks != header.setbacks)
+    }
+
+    /// Enters the segment after the one with this header, whose last group was received at that
+    /// time; 0 if it is not known. `false` if there is none yet.
+    fn enter_next(&mut self, before: &(Arc<DecodedHeader>, u64)) -> Result<bool> {
+        let ordinal = before.0.ordinal;
         let mut segments = self.list.segments(false)?;
         // Lists the directory again only when no successor is known, so that reading a shard from
         // end to end does not list it once for each segment.
@@ -526,10 +565,10 @@ impl Reader {
         let Some(next) = segments.get(position) else { return Ok(false) };
         // Once retention has dropped a segment, the writer may have forgotten when its last group
         // was received.
-        let before = position.checked_sub(1).and_then(|position| segments.get(position));
-        let is_there = before.is_some_and(|segment| segment.ordinal == ordinal);
+        let listed = position.checked_sub(1).and_then(|position| segments.get(position));
+        let is_there = listed.is_some_and(|segment| segment.ordinal == ordinal);
         let follows = is_there && next.ordinal == ordinal + 1;
-        self.enter(next, if follows { last_time_us } else { 0 })?;
+        self.enter(next, follows.then_some(before))?;
         Ok(true)
     }
 
@@ -540,32 +579,31 @@ impl Reader {
         if let Some(passed) = self.passed {
             let behind = segments.iter().find(|segment| segment.ordinal > passed);
             let Some(behind) = behind else { return Ok(false) };
-            self.enter(behind, 0)?;
+            self.enter(behind, None)?;
             return Ok(true);
         }
         let position = if self.seek_time {
             let mut low = 0;
             let mut high = segments.len();
-            // The last segment that begins before the time, found by opening O(log n) of them. A
-            // segment that begins at that very time is too late: the one in front of it may end
-            // with groups of the same time.
+            // The last segment such that all groups in front of it are older, found by opening
+            // O(log n) of them. The latest receive time in front of a segment never decreases.
             while low < high {
                 let middle = low.midpoint(high);
                 // A lost segment has no time, so the next one with a time decides for it.
-                let (mut at, mut begins_us) = (middle, None);
+                let (mut at, mut before_us) = (middle, None);
                 while let Some(segment) = segments.get(at).filter(|_| at < high)
-                    && begins_us.is_none()
+                    && before_us.is_none()
                 {
-                    begins_us = match self.list.open_listed(segment) {
-                        Ok(Some(opened)) => Some(opened.begins_us()),
+                    before_us = match self.list.open_listed(segment) {
+                        Ok(Some(opened)) => Some(opened.header.latest_before_us()),
                         Ok(None) => return Ok(true),
                         Err(lost) if lost.is_loss() => None,
                         Err(error) => return Err(error),
                     };
                     at += 1;
                 }
-                match begins_us {
-                    Some(begins_us) if begins_us < self.from_us => low = at,
+                match before_us {
+                    Some(before_us) if before_us < self.from_us => low = at,
                     _ => high = middle,
                 }
             }
@@ -574,15 +612,19 @@ impl Reader {
             segments.partition_point(|segment| segment.first_seq <= self.next_seq)
         };
         let Some(segment) = segments.get(position.saturating_sub(1)) else { return Ok(false) };
-        self.enter(segment, 0)?;
+        self.enter(segment, None)?;
         self.seek_time &= self.cursor.is_none();
         Ok(true)
     }
 
     /// Opens a segment and seeks to the block that may have the first wanted group. Leaves no
-    /// cursor when retention has dropped the segment. No group of the segment before it was
-    /// received later than `before_us`.
-    fn enter(&mut self, segment: &SegmentRef, before_us: u64) -> Result<()> {
+    /// cursor when retention has dropped the segment. `before` is the header of the segment before
+    /// it, and when the last group of that was received.
+    fn enter(
+        &mut self,
+        segment: &SegmentRef,
+        before: Option<&(Arc<DecodedHeader>, u64)>,
+    ) -> Result<()> {
         (self.cursor, self.at) = (None, Some(segment.last_ordinal()));
         let opened = match self.list.open_listed(segment) {
             // Everything authentic in front of the damage is read.
@@ -595,7 +637,9 @@ impl Reader {
         self.in_use = Some(self.list.gate().mark_in_use(opened.header.key_source));
         self.list.authenticate(&opened)?;
         let mut cursor = SegmentReader::new(opened, self.mode)?;
-        cursor.follow(before_us)?;
+        if let Some((header, last_time_us)) = before {
+            cursor.follow(header, *last_time_us)?;
+        }
         cursor.seek(self.next_seq, self.from_us);
         self.cursor = Some(cursor);
         Ok(())
@@ -605,17 +649,20 @@ impl Reader {
         let list = raw.slice(..(header.list_len as usize).min(raw.len()));
         let ahead = Arc::clone(&self.ahead);
         let mut ahead = lock(&ahead.0);
-        let mut end_seq = self.end_seq;
+        let (end_seq, mut past_end) = (self.end_seq, false);
         let unpacked = entries(header, raw, |entry| {
-            if entry.seq >= end_seq || entry.time_us >= self.end_us {
-                end_seq = end_seq.min(entry.seq);
-            } else if entry.seq >= self.next_seq && entry.time_us >= self.from_us {
+            past_end |= entry.time_us >= self.end_us;
+            if entry.seq < end_seq
+                && !past_end
+                && entry.seq >= self.next_seq
+                && entry.time_us >= self.from_us
+            {
                 let (seq, receive_time_us, bytes) =
                     (entry.seq, entry.time_us, list.slice(entry.bytes));
                 ahead.records.push_back(Record { seq, receive_time_us, kind: header.kind, bytes });
             }
         });
-        self.end_seq = end_seq;
+        self.past_end = past_end;
         ahead.list = list;
         unpacked.map_err(|rule| Error::corrupt(at, format!("a block: {rule}")))
     }

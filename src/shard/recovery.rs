@@ -125,22 +125,13 @@ impl Recovery<'_> {
         match &opened.end {
             End::Sealed(sealed) => {
                 let head = self.list.last_head(&opened.header, &sealed.footer, opened.file_len()?);
-                let next = Next {
-                    ordinal: head.ordinal + 1,
-                    first_seq: head.next_seq,
-                    last_time_us: sealed.footer.last_time_us.max(opened.header.created_us),
-                    predecessor: Predecessor::Sealed(head.into_end()),
-                };
-                Ok((next, None))
+                let next_seq = head.next_seq;
+                let predecessor = Predecessor::Sealed(head.into_end());
+                Ok((Next::behind(&opened.header, next_seq, predecessor), None))
             }
             End::Cut(end) => {
-                let next = Next {
-                    ordinal: end.ordinal + 1,
-                    first_seq: opened.header.limit_seq,
-                    last_time_us: end.last_time_us.max(opened.header.created_us),
-                    predecessor: Predecessor::Cut(*end),
-                };
-                Ok((next, None))
+                let header = &opened.header;
+                Ok((Next::behind(header, header.limit_seq, Predecessor::Cut(*end)), None))
             }
             End::Damaged(cause) => Err((**cause).clone()),
             End::Active(_) | End::Unknown => self.end_segment(&opened),
@@ -154,13 +145,15 @@ impl Recovery<'_> {
             Some(head) => Next {
                 ordinal: head.ordinal + 1,
                 first_seq: head.next_seq.max(record.first_seq),
-                last_time_us: head.last_time_us,
+                setbacks: 0,
+                latest_us: head.last_time_us,
                 predecessor: Predecessor::Sealed(head.into_end()),
             },
             None => Next {
                 ordinal: record.first_ordinal,
                 first_seq: record.first_seq,
-                last_time_us: 0,
+                setbacks: 0,
+                latest_us: 0,
                 predecessor: Predecessor::None,
             },
         }
@@ -171,10 +164,17 @@ impl Recovery<'_> {
         let head = self.list.record().head.filter(|head| head.ordinal == loss.last);
         let recorded = head.as_ref().map_or(0, |head| head.next_seq);
         let end = head.map_or_else(|| loss.unknown_end(), Head::into_end);
+        // The header of the lost segment had these values. Those of the segment in front of the
+        // loss are as close as can be.
+        let before = self.list.find(loss.first - 1).ok().flatten();
+        let before = before.and_then(|name| self.list.header(&name).ok());
+        let (setbacks, latest_us) =
+            before.map_or((0, 0), |header| (header.setbacks, header.latest_before_us()));
         Next {
             ordinal: loss.last + 1,
             first_seq: loss.end_seq.max(recorded),
-            last_time_us: end.last_time_us,
+            setbacks,
+            latest_us: latest_us.max(end.last_time_us),
             predecessor: Predecessor::Cut(end),
         }
     }
@@ -285,11 +285,8 @@ impl Recovery<'_> {
         // Blocks under a key that was destroyed on purpose cannot be read any more.
         let key = self.env.gate.with_cipher(header, &opened.name.path, |_| Ok(()));
         let readable = !matches!(key, Err(Error::Shredded { .. }));
-        let behind = |kept: &Kept<'_>| Next {
-            ordinal: header.ordinal + 1,
-            first_seq: header.limit_seq,
-            last_time_us: scanned.last_time_us().max(header.created_us),
-            predecessor: Predecessor::Cut(kept.head().into_end()),
+        let behind = |kept: &Kept<'_>| {
+            Next::behind(header, header.limit_seq, Predecessor::Cut(kept.head().into_end()))
         };
         let mut kept = Kept::new(opened, mark);
         let mut rewriting: Option<Rewriting<'_>> = None;
@@ -309,7 +306,8 @@ impl Recovery<'_> {
                 Some(rewriting) => rewriting,
                 none => {
                     let next = Next { first_seq: block.header.first_seq, ..behind(&kept) };
-                    none.insert(Rewriting::begin(self.env, opened, next)?)
+                    let first_time_us = block.header.first_time_us;
+                    none.insert(Rewriting::begin(self.env, opened, next, first_time_us)?)
                 }
             };
             groups += u64::from(block.header.group_count);
@@ -396,8 +394,6 @@ impl<'a> Kept<'a> {
 struct Rewriting<'a> {
     env: &'a WriteEnv,
     opened: &'a Opened,
-    /// Where it begins.
-    next: Next,
     new: NewSegment,
     builder: FooterBuilder,
     /// Where the next block goes.
@@ -414,18 +410,23 @@ impl Drop for Rewriting<'_> {
 }
 
 impl<'a> Rewriting<'a> {
-    fn begin(env: &'a WriteEnv, opened: &'a Opened, next: Next) -> Result<Self> {
+    fn begin(
+        env: &'a WriteEnv,
+        opened: &'a Opened,
+        next: Next,
+        first_time_us: u64,
+    ) -> Result<Self> {
         let mut plan = env.plan();
         if opened.header.suite.encrypts() {
             // Encrypted blocks stay encrypted, also if encryption has been turned off since.
             plan.suite = plan.suite.encrypting();
         }
-        let new = NewSegment::create(env, &next, &plan, KeyUse::Admitted)?;
+        let keys = KeyUse::Admitted;
+        let new = NewSegment::create(env, &next, &plan, keys, Some(first_time_us))?;
         let (builder, offset) = (FooterBuilder::of(new.header()), new.header().body_start);
         Ok(Self {
             env,
             opened,
-            next,
             new,
             builder,
             offset,
@@ -469,12 +470,8 @@ impl<'a> Rewriting<'a> {
     fn finish(self) -> Result<(SegmentRef, Next)> {
         let head = self.new.seal(self.env, &self.builder, self.offset)?;
         self.new.publish(self.env)?;
-        let next = Next {
-            ordinal: head.ordinal + 1,
-            first_seq: head.next_seq,
-            last_time_us: self.next.last_time_us,
-            predecessor: Predecessor::Sealed(head.clone().into_end()),
-        };
+        let predecessor = Predecessor::Sealed(head.clone().into_end());
+        let next = Next::behind(self.new.header(), head.next_seq, predecessor);
         Ok((self.new.sealed_name(&head), next))
     }
 }

@@ -21,12 +21,18 @@ use crate::{
 const SUITE_AT: u64 = 10;
 /// Where a header has the generation of the metadata.
 const GENERATION_AT: u64 = 80;
+/// Where a header has the time when it was made.
+const CREATED_AT: u64 = 112;
 /// Where a header has its key source.
 const KEY_SOURCE_AT: u64 = 120;
 /// Where a header has the kind of its predecessor.
 const PREDECESSOR_AT: u64 = 160;
 /// Where a header has the number of its predecessor's end.
 const PREDECESSOR_END_AT: u64 = 176;
+/// Where a header has how often receive times have gone back.
+const SETBACKS_AT: u64 = 252;
+/// Where a header has the latest receive time before it.
+const LATEST_AT: u64 = 264;
 /// Where a header has its predecessor's ordinal.
 const PREDECESSOR_ORDINAL_AT: u64 = 232;
 
@@ -42,7 +48,7 @@ pub(super) fn check_rules(list: &SegmentList, opened: &Opened) -> Result<()> {
     if header.ordinal != 1 && header.predecessor == Predecessor::None {
         return Err(denies_predecessor(path));
     }
-    if let Some((at, rule)) = chain_rule(header) {
+    if let Some((at, rule)) = chain_rule(header).or_else(|| time_rule(header)) {
         return broken(at, rule);
     }
     let section = gate.keys().section;
@@ -147,6 +153,40 @@ pub(super) fn chain_rule(header: &SegmentHeader) -> Option<(u64, &'static str)> 
     }
     let rule = "the first sequence number of a segment lies below the end of the one before it";
     (end.end_seq > header.first_seq).then_some((PREDECESSOR_END_AT, rule))
+}
+
+/// The rule that a header breaks in its times, and where. A reader by time relies on them.
+fn time_rule(header: &SegmentHeader) -> Option<(u64, &'static str)> {
+    if header.is_setback() && header.setbacks == 0 {
+        let rule = "the segment was made before the last receive time of the one before it";
+        return Some((CREATED_AT, rule));
+    }
+    if header.setbacks > 0 && header.predecessor == Predecessor::None {
+        return Some((SETBACKS_AT, "receive times go back in front of the first segment"));
+    }
+    (header.setbacks > 0 && header.latest_us < header.last_before_us())
+        .then_some((LATEST_AT, "the latest receive time before a segment is before the last one"))
+}
+
+/// Checks that a segment continues the receive times of the segment before it, whose last group was
+/// received at `before_us`; 0 if that is not known.
+pub(super) fn check_times(before: &SegmentHeader, before_us: u64, opened: &Opened) -> Result<()> {
+    let header = &*opened.header;
+    let back = header.is_setback();
+    let latest_us = before.latest_before_us().max(header.last_before_us());
+    let (at, rule) = if !back && header.created_us < before_us {
+        (CREATED_AT, "the segment was made before the last receive time of the one before it")
+    } else if header.setbacks != before.setbacks.saturating_add(back.into()) {
+        (SETBACKS_AT, "a segment counts receive times that go back and do not, or the reverse")
+    } else if header.setbacks > 0 && header.latest_us != latest_us {
+        (
+            LATEST_AT,
+            "the latest receive time before a segment is not that of the segments before it",
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::corrupt(opened.at(at), rule))
 }
 
 /// The rule that a footer breaks beside the header of its segment.

@@ -113,11 +113,6 @@ impl<'a> Scanned<'a> {
         self.report.end
     }
 
-    /// When the last group of the blocks that were found was received.
-    pub(super) fn last_time_us(&self) -> u64 {
-        self.all.so_far().last_time_us
-    }
-
     /// How many bytes belong to no block that can be read.
     pub(super) fn bytes_lost(&self) -> u64 {
         self.report.data_end.saturating_sub(self.opened.header.body_start + self.found)

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     reader::ReadMode,
+    rules::check_times,
     scanning::check_open_end,
     segments::{End, Opened, Proof, SegmentList},
 };
@@ -15,14 +16,12 @@ use crate::{
     keys::gate::Gate,
     segment::{
         BlockHeader, BlockKind, BlockView, Compression, DecodeError, Decompressor, Footer,
-        IndexEntry,
+        IndexEntry, SegmentHeader,
     },
 };
 
 /// How much is read at once, in bytes, unless a block is longer.
 const CHUNK_BYTES: usize = 256 << 10;
-/// Where a segment's header has the time when it was made.
-const CREATED_AT: u64 = 112;
 
 /// The result of [`SegmentReader::load`].
 pub(crate) enum Load {
@@ -102,16 +101,11 @@ impl SegmentReader {
         })
     }
 
-    /// Makes the segment follow one whose last group was received at `before_us`.
-    pub(crate) fn follow(&mut self, before_us: u64) -> Result<()> {
-        self.last_time_us = before_us;
-        if self.opened.header.created_us >= before_us {
-            return Ok(());
-        }
-        Err(Error::corrupt(
-            self.opened.at(CREATED_AT),
-            "the segment was made before the last receive time of the one before it",
-        ))
+    /// Makes the segment follow the one with this header, whose last group was received at
+    /// `before_us`; 0 if that is not known.
+    pub(crate) fn follow(&mut self, before: &SegmentHeader, before_us: u64) -> Result<()> {
+        self.last_time_us = if self.opened.header.is_setback() { 0 } else { before_us };
+        check_times(before, before_us, &self.opened)
     }
 
     /// The last receive time in the segment, as far as it was read; 0 when more may have been read

@@ -107,14 +107,6 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// When its data begins, in microseconds since the Unix epoch: no group in it is older.
-    pub(super) fn begins_us(&self) -> u64 {
-        match &self.end {
-            End::Sealed(sealed) if sealed.footer.group_count > 0 => sealed.footer.first_time_us,
-            _ => self.header.created_us,
-        }
-    }
-
     pub(crate) fn at(&self, offset: u64) -> Location {
         Location::new(&*self.name.path, offset)
     }
@@ -724,7 +716,7 @@ impl SegmentList {
     }
 
     /// The header of a segment, not authenticated.
-    fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
+    pub(super) fn header(&self, name: &SegmentRef) -> Result<Arc<DecodedHeader>> {
         if let Some(active) = &name.active {
             return Ok(Arc::clone(&active.header));
         }

@@ -14,13 +14,13 @@ use std::{
     time::Duration,
 };
 
-use tracing::{debug, error, trace_span};
+use tracing::{debug, error, trace_span, warn};
 use zeroize::Zeroize;
 
 use super::{
     CurrentPlan, ShardOptions, WritePlan,
     active::ActiveView,
-    commit::{Pending, Reserved},
+    commit::{CLOCK_SLACK_US, Pending, Reserved},
     hashing::PayloadHasher,
     record::Head,
     segments::SegmentRef,
@@ -120,7 +120,27 @@ pub(super) struct Next {
     pub(super) ordinal: u64,
     pub(super) first_seq: u64,
     pub(super) predecessor: Predecessor,
-    pub(super) last_time_us: u64,
+    /// How often receive times have gone back in the shard so far.
+    pub(super) setbacks: u32,
+    /// The latest receive time in the shard so far, in microseconds since the Unix epoch.
+    pub(super) latest_us: u64,
+}
+
+impl Next {
+    /// Behind the segment with this header, which ends as `predecessor` says.
+    pub(super) fn behind(header: &SegmentHeader, first_seq: u64, predecessor: Predecessor) -> Self {
+        let (ordinal, setbacks) = (header.ordinal + 1, header.setbacks);
+        let next = Self { ordinal, first_seq, predecessor, setbacks, latest_us: 0 };
+        Self { latest_us: header.latest_before_us().max(next.last_time_us()), ..next }
+    }
+
+    /// The receive time of the last group so far.
+    fn last_time_us(&self) -> u64 {
+        match &self.predecessor {
+            Predecessor::None => 0,
+            Predecessor::Sealed(end) | Predecessor::Cut(end) => end.last_time_us,
+        }
+    }
 }
 
 /// Bytes of the active segment that are to be synced.
@@ -240,16 +260,18 @@ impl SegmentWriter {
         self.blocks_unsynced >= BLOCKS_PER_SYNC
     }
 
-    /// Whether the active segment takes another block. If it does, it takes the current compression
-    /// over for that block.
-    pub(super) fn takes_another_block(&mut self) -> bool {
+    /// Whether the active segment takes another block, whose first group was received at
+    /// `first_time_us`. If it does, it takes the current compression over for that block.
+    pub(super) fn takes_another_block(&mut self, first_time_us: u64) -> bool {
         let (plan, options) = (self.env.plan(), &self.env.options);
         let Some(active) = &mut self.active else { return false };
-        let full = active.offset >= options.segment_bytes
+        let full = active.offset >= options.segment_bytes.min(plan.segment_bytes_max)
             || active.end_seq - active.segment.header.first_seq >= SEQS_PER_SEGMENT
             || active.blocks >= u32::MAX - 2;
         let old = self.env.clock.uptime() >= active.began + options.segment_age;
-        let takes = !full && !old && active.is_as(&plan);
+        // Receive times do not go back within a segment.
+        let back = first_time_us < active.last_time_us;
+        let takes = !full && !old && !back && active.is_as(&plan);
         if takes {
             active.plan = plan;
         }
@@ -262,14 +284,17 @@ impl SegmentWriter {
         let Some(active) = &mut self.active else {
             return Err(Error::Closed("the active segment"));
         };
+        let floor_us = active.last_time_us;
         self.raw.clear();
         for pending in batch {
             group::put_frame(&mut self.raw, &pending.group.bytes);
         }
         let list_len = self.raw.len();
+        // After a loss of the key no segment is begun for times that go back.
+        let time_us = |pending: &Pending| pending.group.time_us.max(floor_us);
         for pending in batch {
             // It fits: a batch ends before a difference that does not.
-            let delta = (pending.group.time_us - first.group.time_us) as u32;
+            let delta = (time_us(pending) - time_us(first)) as u32;
             self.raw.extend_from_slice(&delta.to_le_bytes());
         }
         let payload = self.buffer.begin();
@@ -287,8 +312,8 @@ impl SegmentWriter {
                 .fold(0, |sum: u32, pending| sum.saturating_add(pending.group.logs)),
             list_len: list_len as u32,
             first_seq: first.seq,
-            first_time_us: first.group.time_us,
-            last_time_us: last.group.time_us,
+            first_time_us: time_us(first),
+            last_time_us: time_us(last),
             durable_mark: active.durable,
             nonce_random: self.env.draw(&active.segment.path)?,
         };
@@ -344,19 +369,25 @@ impl SegmentWriter {
     }
 
     /// Begins the segment that [`SegmentWriter::next`] describes: under a temporary name, durable,
-    /// then under its own name. Returns its entry for the list of segments.
-    pub(super) fn begin(&mut self, keys: KeyUse) -> Result<SegmentRef> {
+    /// then under its own name. Its first group was received at `first_time_us`, if that is known.
+    /// Returns its entry for the list of segments.
+    pub(super) fn begin(&mut self, keys: KeyUse, first_time_us: Option<u64>) -> Result<SegmentRef> {
         let Some(next) = &self.next else { return Err(Error::Closed("the active segment")) };
         let (env, plan) = (&self.env, self.env.plan());
-        let new = NewSegment::create(env, next, &plan, keys)?;
+        let new = NewSegment::create(env, next, &plan, keys, first_time_us)?;
         new.publish(env).inspect_err(|_| env.gate.end_segment(new.header().segment))?;
         let segment = SegmentFile { path: new.path, ..new.segment };
         let view = ActiveView::new(Arc::clone(&segment.file), Arc::clone(&segment.header));
         env.counters().segments_begun.fetch_add(1, Ordering::Relaxed);
         let (logstore, suite) = (env.gate.name(), plan.suite.name());
         debug!(%logstore, shard = env.shard, ordinal = next.ordinal, suite, "segment begun");
+        if segment.header.is_setback() {
+            let (last_us, shard) = (next.last_time_us(), env.shard);
+            warn!(%logstore, shard, last_us, "clock behind the last receive time; segment begun");
+        }
         let name = SegmentRef { active: Some(Arc::clone(&view)), ..segment.name() };
         let body_start = segment.header.body_start;
+        let last_time_us = if segment.header.is_setback() { 0 } else { next.last_time_us() };
         self.active = Some(Active {
             segment,
             view,
@@ -365,7 +396,7 @@ impl SegmentWriter {
             blocks: 0,
             durable: body_start,
             marked: body_start,
-            last_time_us: next.last_time_us,
+            last_time_us,
             end_seq: next.first_seq,
             began: env.clock.uptime(),
             syncing: false,
@@ -391,12 +422,8 @@ impl SegmentWriter {
         let (logstore, bytes) = (env.gate.name(), head.bytes);
         debug!(%logstore, shard = env.shard, ordinal = head.ordinal, bytes, "segment sealed");
         env.gate.end_segment(head.segment);
-        self.next = Some(Next {
-            ordinal: head.ordinal + 1,
-            first_seq: head.next_seq,
-            last_time_us: active.last_time_us,
-            predecessor: Predecessor::Sealed(head.clone().into_end()),
-        });
+        let predecessor = Predecessor::Sealed(head.clone().into_end());
+        self.next = Some(Next::behind(&active.segment.header, head.next_seq, predecessor));
         // If the next segment cannot be begun, the shard continues at this limit: queued groups may
         // have numbers behind the end of this segment.
         Head { next_seq: active.segment.header.limit_seq, ..head }
@@ -444,6 +471,7 @@ struct Active {
     durable: u64,
     /// The durable mark that the last block carries.
     marked: u64,
+    /// No later group gets an earlier receive time.
     last_time_us: u64,
     end_seq: u64,
     /// When it was begun, by the uptime.
@@ -585,13 +613,19 @@ pub(super) struct NewSegment {
 
 impl NewSegment {
     /// Draws a salt, derives the key, and writes the header to a temporary file. The gate keeps the
-    /// key until [`Gate::end_segment`].
+    /// key until [`Gate::end_segment`]. Receive times go back if the first group, or else the clock,
+    /// is behind the last group before the segment.
     pub(super) fn create(
         env: &WriteEnv,
         next: &Next,
         plan: &WritePlan,
         keys: KeyUse,
+        first_time_us: Option<u64>,
     ) -> Result<Self> {
+        let (now_us, last_us) = (env.clock.wall_us(), next.last_time_us());
+        let begins_us = first_time_us.unwrap_or(now_us.saturating_add(CLOCK_SLACK_US));
+        let back = begins_us < last_us;
+        let setbacks = next.setbacks.saturating_add(back.into());
         let epoch = env.fence.as_ref().map_or(0, |fence| fence.epoch());
         let name = SegmentName { ordinal: next.ordinal, epoch, first_seq: next.first_seq };
         let path: Arc<Path> = env.dir.join(name.to_string()).into();
@@ -608,12 +642,14 @@ impl NewSegment {
             ordinal: next.ordinal,
             first_seq: next.first_seq,
             limit_seq,
-            created_us: env.clock.wall_us().max(next.last_time_us),
+            created_us: if back { first_time_us.unwrap_or(now_us) } else { now_us.max(last_us) },
             key_source: plan.key_source,
             salt: env.draw(&path)?,
             predecessor: next.predecessor,
             payload_hash: plan.payload_hash,
+            setbacks,
             epoch,
+            latest_us: if setbacks > 0 { next.latest_us } else { 0 },
             extensions: Vec::new(),
         };
         let encoded = header.encode();

@@ -8,7 +8,7 @@ use super::{
     anchor::{Anchor, AnchorPlace, Feeder},
     catalogue::{self, Catalogue, Journal, Loaded, load_newest},
     core::Core,
-    env::{OpenedAt, StoreEnv},
+    env::StoreEnv,
     identity::ClaimedIdentity,
     keys::KeyService,
     lock::StoreLock,
@@ -16,6 +16,7 @@ use super::{
     options::{Background, StoreOptions},
     registry::{Registry, Wiring},
     scheduler::Scheduler,
+    trusted_clock::TrustedClock,
 };
 use crate::{
     Error, Result,
@@ -246,6 +247,7 @@ impl Setup {
                 }
             }
         }
+        let trusted = TrustedClock::new(&*self.clock, catalogue.retention.as_ref());
         let (disk, journal) = self.journal(id, &service, catalogue, fence.as_ref());
         if held.is_some() && found == Audit::Ours {
             // Before any shard is read: an earlier catalogue must not be in force any more.
@@ -255,7 +257,7 @@ impl Setup {
             id,
             read_only: held.is_none(),
             disk,
-            opened: OpenedAt::now(&*self.clock),
+            trusted,
             dir: self.dir,
             options: self.options,
             clock: self.clock,

@@ -80,7 +80,7 @@ fn due(env: &StoreEnv, logstore: &LogstoreShared, section: &KeysSection) -> Resu
         return Ok(None);
     };
     if let Some(days) = policy.max_age_days
-        && !env.has_clock_jumped()
+        && !env.look_at_clock().suspended
         && env.clock.wall_us() >= current.created_us.saturating_add(u64::from(days) * DAY_US)
     {
         return Ok(Some(format!("version {} is {days} days old", section.current)));

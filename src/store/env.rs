@@ -1,19 +1,21 @@
 //! The immutable context of an open store.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc};
 
-use super::options::{Background, StoreOptions};
+use tracing::{info, warn};
+
+use super::{
+    options::{Background, StoreOptions},
+    trusted_clock::{Look, TrustedClock},
+};
 use crate::{
     crypto::CryptoProvider,
     ids::{LogstoreId, StoreId},
     io::{Clock, Disk, Random},
 };
 
-/// A difference between wall clock and uptime above this counts as a jump of the wall clock.
-const JUMP_MAX: Duration = Duration::from_secs(3600);
-
-/// The identity, the settings and the injected dependencies of an open store. It has no locks and
-/// never changes.
+/// The identity, the settings and the injected dependencies of an open store. It never changes, and
+/// has no lock but that of the trusted clock.
 pub(crate) struct StoreEnv {
     pub(crate) id: StoreId,
     pub(crate) dir: PathBuf,
@@ -24,8 +26,8 @@ pub(crate) struct StoreEnv {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) random: Arc<dyn Random>,
     pub(crate) provider: Arc<dyn CryptoProvider>,
-    /// Both clocks at the time when the store was opened.
-    pub(crate) opened: OpenedAt,
+    /// How far the wall clock is trusted.
+    pub(crate) trusted: TrustedClock,
 }
 
 impl StoreEnv {
@@ -47,25 +49,20 @@ impl StoreEnv {
         self.options.background == Background::Threads
     }
 
-    /// Whether the wall clock has jumped since the store was opened. Ages that were computed from
-    /// it are then not trusted for deleting data or rotating keys.
-    pub(crate) fn has_clock_jumped(&self) -> bool {
-        let OpenedAt { wall_us, uptime } = self.opened;
-        let passed = self.clock.uptime().saturating_sub(uptime).as_micros();
-        let passed = u64::try_from(passed).unwrap_or(u64::MAX);
-        let expected_us = wall_us.saturating_add(passed);
-        self.clock.wall_us().abs_diff(expected_us) > JUMP_MAX.as_micros() as u64
-    }
-}
-
-/// The readings of the wall clock and of the uptime clock at one moment.
-pub(crate) struct OpenedAt {
-    wall_us: u64,
-    uptime: Duration,
-}
-
-impl OpenedAt {
-    pub(crate) fn now(clock: &dyn Clock) -> Self {
-        Self { wall_us: clock.wall_us(), uptime: clock.uptime() }
+    /// Reads the wall clock, and decides whether ages by it may destroy data or rotate keys. Logs a
+    /// suspension and its end.
+    pub(crate) fn look_at_clock(&self) -> Look {
+        let look = self.trusted.look(&*self.clock, self.options.clock_settle);
+        if look.has_changed {
+            let Look { now_us, trusted_us, .. } = look;
+            let store = self.id;
+            match look.suspended {
+                true => {
+                    warn!(%store, now_us, trusted_us, "clock ahead of the newest trusted time; retention by age suspended");
+                }
+                false => info!(%store, now_us, "clock trusted again; retention by age resumed"),
+            }
+        }
+        look
     }
 }

@@ -20,7 +20,7 @@ use super::{
     open_store::OpenStore,
     options::StoreOptions,
     removal::DeleteReport,
-    retention::{self, RetentionReport},
+    retention::{self, RetainOptions, RetentionReport, RetentionStatus},
     rewrap_all::{self, RewrapOptions, RewrapProgress, RewrapReport},
     service_rotation::{self, ServiceRotation},
 };
@@ -162,6 +162,7 @@ impl Store {
         let mut metrics = keys.metrics();
         metrics.logstores = registry.open_logstores().iter().map(|open| open.metrics()).collect();
         metrics.pending_bytes = registry.pending_bytes();
+        metrics.retention_suspended = retention::status(self.core()).suspended;
         metrics
     }
 
@@ -464,7 +465,13 @@ impl Admin<'_> {
     }
 
     /// Drops the segments that are over the age or the size limit of their Logstore. Background
-    /// work does this every [`crate::StoreOptions::retention_every`]. Needs no key.
+    /// work does this every [`crate::StoreOptions::retention_every`], and a close does it if that is
+    /// due. Needs no key.
+    ///
+    /// For the size it drops no more than necessary, and never the newest segment that has data.
+    ///
+    /// While the wall clock is more than 24 h ahead of the newest time that the store trusts, it
+    /// drops nothing by age: see [`crate::StoreOptions::clock_settle`].
     ///
     /// When it has dropped the last segment of a data-key version that is not the current one, it
     /// also destroys that version. The data key also tags the metadata of a Logstore under a
@@ -477,7 +484,20 @@ impl Admin<'_> {
     /// # Errors
     /// [`Error::Io`], and the error of checking a segment. The other Logstores are done.
     pub fn apply_retention(&self) -> Result<RetentionReport> {
-        retention::apply(self.open.core())
+        self.retain(&RetainOptions::default())
+    }
+
+    /// As [`Admin::apply_retention`], with options.
+    ///
+    /// # Errors
+    /// As [`Admin::apply_retention`].
+    pub fn retain(&self, options: &RetainOptions) -> Result<RetentionReport> {
+        retention::apply(self.open.core(), options)
+    }
+
+    /// When retention was applied last, and whether retention by age is suspended. Needs no key.
+    pub fn retention_status(&self) -> RetentionStatus {
+        retention::status(self.open.core())
     }
 
     /// Accepts the loss of the segments of a shard that are missing or damaged, and gives up damaged

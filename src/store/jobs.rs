@@ -1,11 +1,17 @@
 //! The periodic background jobs of a store that is open for writing.
 
-use std::sync::{Arc, Weak};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use tracing::warn;
 
 use super::{auto_rotation, core::Core, retention};
 use crate::schedule::{StoreJob, Task, Wake, Work};
+
+/// The shortest time between the opening of a store and the first run of retention.
+const FIRST_RUN_AFTER: Duration = Duration::from_secs(1);
 
 /// Runs the jobs of a store that do not concern a single shard. The scheduler keeps only a weak
 /// reference, so no job runs after the owner of this object is gone.
@@ -18,7 +24,10 @@ impl Jobs {
     /// Schedules the first run of each job.
     pub(super) fn start(core: Core) -> Arc<Self> {
         let jobs = Arc::new_cyclic(|this| Self { this: Weak::clone(this), core });
-        for job in [StoreJob::Retention, StoreJob::Keys, StoreJob::Heads] {
+        // A process that ends within this time applies retention when it closes the store.
+        let soon = retention::due_in(&jobs.core).max(FIRST_RUN_AFTER);
+        jobs.schedule_after(StoreJob::Retention, soon);
+        for job in [StoreJob::Keys, StoreJob::Heads] {
             jobs.schedule(job);
         }
         jobs
@@ -31,16 +40,19 @@ impl Jobs {
             // Apart from each other, because a KMS may be slow.
             StoreJob::Retention | StoreJob::Keys => options.retention_every,
         };
+        self.schedule_after(job, after);
+    }
+
+    fn schedule_after(&self, job: StoreJob, after: Duration) {
         self.core.registry.scheduler().after(after, Work::Store(self.this.clone(), job));
     }
 
     /// Applies retention as far as that needs no data key, and writes delayed audit records. The
     /// next run retries each failure.
     fn retain(&self) {
-        let Core { env, keys, .. } = &self.core;
-        if let Err(error) = retention::apply_without_kms(&self.core) {
-            warn!(store = %env.id, phase = "without_kms", %error, "retention failed");
-        }
+        let keys = &self.core.keys;
+        let result = retention::apply_without_kms(&self.core);
+        retention::note_failure(&self.core, "without_kms", result);
         keys.audit().record_omitted();
     }
 
@@ -48,9 +60,7 @@ impl Jobs {
     /// failure.
     fn tend_data_keys(&self) {
         let Core { env, .. } = &self.core;
-        if let Err(error) = retention::apply_with_kms(&self.core) {
-            warn!(store = %env.id, phase = "with_kms", %error, "retention failed");
-        }
+        retention::note_failure(&self.core, "with_kms", retention::apply_with_kms(&self.core));
         if let Err(error) = auto_rotation::rotate_due(&self.core) {
             warn!(store = %env.id, %error, "data key rotation by policy failed");
         }

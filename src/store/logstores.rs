@@ -70,7 +70,9 @@ pub(super) fn create(
     let entry = Entry { id, generation, tag, shards: shards.clone() };
     // After a failed commit the catalogue may have the entry or not, so the files stay until the
     // next opening.
-    admin.commit(vec![Change::Created { name: name.clone(), id, generation, tag, shards }])?;
+    let created = Change::Created { name: name.clone(), id, generation, tag, shards };
+    let retention = registry.retention_change(Some(&meta.config), true);
+    admin.commit([created].into_iter().chain(retention).collect())?;
     admin.open_created(meta, &entry)
 }
 

@@ -9,8 +9,8 @@
 //! - The operations: functions over a `core::Core`, one subject in each file.
 //! - `registry` owns the Logstores, the catalogue, and the right to change them.
 //! - `keys` owns the keyring, the leases, the probes, the envelopes, and the audit log.
-//! - `env` is the immutable context. `catalogue`, `anchor`, `identity`, `scheduler`, `lock` and
-//!   `removal` each have one mechanism.
+//! - `env` is the immutable context. `catalogue`, `anchor`, `identity`, `scheduler`, `lock`,
+//!   `trusted_clock` and `removal` each have one mechanism.
 
 mod anchor;
 mod anchoring;
@@ -40,6 +40,7 @@ mod retention;
 mod rewrap_all;
 mod scheduler;
 mod service_rotation;
+mod trusted_clock;
 mod unanswered;
 
 pub use anchor::{Anchor, AnchorPlace, AnchorStatus, DirAnchor};
@@ -57,6 +58,6 @@ pub use key_usage::{
 pub use keyring_loss::{RecoverReport, Recoverable};
 pub use options::{Background, StoreOptions};
 pub use removal::DeleteReport;
-pub use retention::RetentionReport;
+pub use retention::{RetainOptions, RetentionReport, RetentionStatus};
 pub use rewrap_all::{RewrapOptions, RewrapProgress, RewrapReport};
 pub use service_rotation::ServiceRotation;

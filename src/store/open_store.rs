@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use tracing::{info, warn};
 
-use super::{core::Core, env::StoreEnv, jobs::Jobs};
+use super::{core::Core, env::StoreEnv, jobs::Jobs, retention};
 use crate::{
     Result,
     logstore::KeepsOpen,
@@ -25,7 +25,10 @@ pub(super) struct OpenStore {
 impl OpenStore {
     /// Starts the periodic jobs of a store that is open for writing.
     pub(super) fn new(core: Core, anchor_lacks: Option<u64>) -> Self {
-        let jobs = (!core.env.read_only).then(|| Jobs::start(core.clone()));
+        let jobs = (!core.env.read_only).then(|| {
+            retention::look_at_opening(&core);
+            Jobs::start(core.clone())
+        });
         Self { core, anchor_lacks, _jobs: jobs, closed: AtomicBool::new(false) }
     }
 
@@ -50,7 +53,13 @@ impl OpenStore {
         // The engine acts on all answers of the KMS and records them, even if the renewal threads
         // have not delivered them yet.
         keys.deliver_answers();
-        let result = registry.close_logstores();
+        retention::apply_at_close(&self.core);
+        let mut closing = registry.begin_close();
+        let excess = retention::find_at_close(&self.core, &closing);
+        if registry.record_close(&mut closing, excess.changes()) {
+            excess.remove();
+        }
+        let result = registry.end_close(closing);
         keys.stop_renewals();
         registry.stop();
         match &result {

@@ -79,8 +79,13 @@ pub struct StoreOptions {
     /// The size at which a new file of the key audit log is begun, in bytes. 4 MiB by default;
     /// 4 KiB to 64 MiB.
     pub audit_file_bytes: u64,
-    /// The interval at which retention is applied. 60 s by default; at least 1 s.
+    /// The interval at which retention is applied. The catalogue remembers the last run, so a
+    /// process that is open for a shorter time applies it too. 60 s by default; at least 1 s.
     pub retention_every: Duration,
+    /// How far the wall clock must advance before retention by age trusts it again after a jump: it
+    /// was more than 24 h ahead of the newest time that the store trusts. 1 h by default; at least
+    /// 1 s. [`RetainOptions::trust_clock`](crate::admin::RetainOptions::trust_clock) does not wait.
+    pub clock_settle: Duration,
     /// The interval at which the catalogue records the end of the synced part of each open
     /// segment. An attacker without a key can cut off unnoticed only data that was synced since.
     /// 10 s by default; 100 ms to 1 h.
@@ -120,6 +125,7 @@ impl Default for StoreOptions {
             followers_max: 16_384,
             audit_file_bytes: 4 << 20,
             retention_every: Duration::from_secs(60),
+            clock_settle: Duration::from_secs(3600),
             head_every: Duration::from_secs(10),
             anchor_required: None,
             group_read: false,
@@ -147,6 +153,7 @@ impl StoreOptions {
         followers_max: usize;
         audit_file_bytes: u64;
         retention_every: Duration;
+        clock_settle: Duration;
         head_every: Duration;
         anchor_required: Duration, optional;
         group_read: bool;
@@ -202,6 +209,7 @@ impl StoreOptions {
                 (4 << 10..=FILE_BYTES_LIMIT).contains(&self.audit_file_bytes),
             ),
             ("retention_every (at least 1 s)", self.retention_every >= s(1)),
+            ("clock_settle (at least 1 s)", self.clock_settle >= s(1)),
             (
                 "anchor_required (at least 1 s)",
                 self.anchor_required.is_none_or(|limit| limit >= s(1)),

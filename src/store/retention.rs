@@ -1,23 +1,27 @@
 //! Retention: drops whole segments by age and by size, and then the data keys without segments.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use serde::Serialize;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{
     catalogue::Change,
     core::Core,
     key_change::{KeyChange, change_keys},
     logstores,
+    registry::Closing,
+    trusted_clock::TrustedClock,
     unanswered::Unanswered,
 };
 use crate::{
     Error, ErrorKind, Result,
+    config::LogstoreConfig,
     io::DAY_US,
     logstore::LogstoreShared,
     segment::KeySource,
-    shard::{SegmentRef, Shard, ShardRecord},
+    shard::{Proved, SegmentRef, Shard, ShardRecord},
+    sync::MutexGuard,
 };
 
 /// The result of retention.
@@ -36,8 +40,38 @@ pub struct RetentionReport {
     /// The number of Logstores that have data-key versions without a segment and whose master key
     /// cannot be used now. A later run destroys these versions.
     pub data_keys_postponed: u64,
-    /// Whether retention by age is suspended, because the wall clock has jumped by more than an
-    /// hour since the store was opened.
+    /// Whether retention by age is suspended, because the wall clock has jumped ahead.
+    pub suspended: bool,
+}
+
+/// The options of [`Admin::retain`](crate::Admin::retain).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct RetainOptions {
+    /// Whether the wall clock is trusted as it is now. Set this if the clock is right, and the store
+    /// was not open for more than a day.
+    pub trust_clock: bool,
+}
+
+impl RetainOptions {
+    setters! {
+        trust_clock: bool;
+    }
+}
+
+/// The state of retention, from [`Admin::retention_status`](crate::Admin::retention_status).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct RetentionStatus {
+    /// When retention was applied last, in microseconds since the Unix epoch. `None` until a
+    /// Logstore has a limit. In a store that is open for reading, this is the time that the
+    /// catalogue has, which may be up to an hour older.
+    pub last_run_us: Option<u64>,
+    /// The newest time that the store trusts, in microseconds since the Unix epoch. `None` until a
+    /// Logstore has retention by age.
+    pub trusted_us: Option<u64>,
+    /// Whether retention by age is suspended: the wall clock is more than 24 h ahead of
+    /// `trusted_us`, and has not advanced by [`crate::StoreOptions::clock_settle`] since.
     pub suspended: bool,
 }
 
@@ -46,9 +80,9 @@ pub struct RetentionReport {
 struct Limits {
     /// The generation of the metadata that has them.
     generation: u64,
-    /// Segments whose last group was received before this time, in microseconds since the Unix
-    /// epoch, are too old.
-    oldest_us: Option<u64>,
+    /// Segments whose last group was received before the first of these times, in microseconds
+    /// since the Unix epoch, are too old. The second one is now.
+    age: Option<(u64, u64)>,
     bytes_max: Option<u64>,
 }
 
@@ -64,13 +98,26 @@ struct Excess {
 struct Run<'a> {
     core: &'a Core,
     report: RetentionReport,
+    /// The wall clock at the begin of the run.
+    now_us: u64,
     unanswered: Unanswered,
+}
+
+/// Segments that are over the limits of their shards when the store is closed.
+pub(super) struct ExcessAtClose<'a> {
+    /// Held until their files are removed.
+    _one_at_a_time: MutexGuard<'a, ()>,
+    of_shards: Vec<(Arc<LogstoreShared>, Arc<Shard>, Excess)>,
 }
 
 /// Drops the segments that are over the limits of their Logstores. A failure for one Logstore does
 /// not stop the others. Calls KMSs at the end, so a KMS that does not answer delays only Logstores
 /// that need one.
-pub(super) fn apply(core: &Core) -> Result<RetentionReport> {
+pub(super) fn apply(core: &Core, options: &RetainOptions) -> Result<RetentionReport> {
+    core.registry.check_writable()?;
+    if options.trust_clock {
+        core.env.trusted.trust(&*core.env.clock);
+    }
     let mut run = Run::new(core)?;
     let result = run.without_kms();
     result.and(run.with_kms()).map(|()| run.report)
@@ -87,12 +134,171 @@ pub(super) fn apply_with_kms(core: &Core) -> Result<()> {
     Run::new(core)?.with_kms()
 }
 
+/// Looks at the wall clock when a store is opened for writing, and records a jump: a later process
+/// trusts the clock once it has advanced.
+pub(super) fn look_at_opening(core: &Core) {
+    let by_age =
+        core.registry.catalogue().retention.is_some_and(|known| known.trusted_us.is_some());
+    if by_age {
+        core.env.look_at_clock();
+        note_failure(core, "at opening", record(core, None));
+    }
+}
+
+/// How long until retention is due.
+pub(super) fn due_in(core: &Core) -> Duration {
+    let every = core.env.options.retention_every;
+    match core.registry.catalogue().retention {
+        Some(_) => core.env.trusted.due_in(&*core.env.clock, every),
+        None => every,
+    }
+}
+
+/// Applies retention before the store is closed, if it is due and as far as that needs no data key:
+/// the process may have been too short for the periodic job.
+pub(super) fn apply_at_close(core: &Core) {
+    let Core { env, keys, registry } = core;
+    if !env.read_only
+        && !registry.is_closed()
+        && keys.is_service_key_usable()
+        && due_in(core).is_zero()
+    {
+        note_failure(core, "at close", apply_without_kms(core));
+    }
+}
+
+/// Finds the segments that are over the size limits of the shards that this process has written,
+/// once these are sealed. The caller records the changes with the heads.
+pub(super) fn find_at_close<'a>(core: &'a Core, closing: &Closing<'_>) -> ExcessAtClose<'a> {
+    let one_at_a_time = core.registry.remove_files();
+    let mut excess = ExcessAtClose { _one_at_a_time: one_at_a_time, of_shards: Vec::new() };
+    if !closing.is_first || core.env.read_only {
+        return excess;
+    }
+    for logstore in core.registry.open_logstores() {
+        let Some(bytes_max) = logstore.config().retention_bytes else { continue };
+        if logstore.gate.is_unproved() {
+            continue;
+        }
+        let generation = logstore.generation();
+        let limits = Limits { generation, age: None, bytes_max: Some(bytes_max) };
+        for shard in &logstore.shards {
+            let found = is_over(core, shard, bytes_max).and_then(|is_over| {
+                let found = if is_over { find_excess(shard, limits)? } else { None };
+                if found.is_some() {
+                    shard.make_names_durable()?;
+                }
+                Ok(found)
+            });
+            match found {
+                Ok(Some(found)) => {
+                    excess.of_shards.push((Arc::clone(&logstore), Arc::clone(shard), found));
+                }
+                Ok(None) => {}
+                Err(error) => note_failure(core, "at close", Err(error)),
+            }
+        }
+    }
+    excess
+}
+
+impl ExcessAtClose<'_> {
+    /// The changes of the catalogue.
+    pub(super) fn changes(&self) -> Vec<Change> {
+        let dropped = |(logstore, shard, excess): &(Arc<LogstoreShared>, Arc<Shard>, Excess)| {
+            dropped(logstore, shard, &excess.record)
+        };
+        self.of_shards.iter().map(dropped).collect()
+    }
+
+    /// The changes are recorded: removes the files.
+    pub(super) fn remove(self) {
+        for (logstore, shard, excess) in &self.of_shards {
+            forget(logstore, shard, excess);
+            if let Err(error) = shard.remove_leftovers() {
+                warn!(logstore = %logstore.name, shard = shard.id(), %error, "files of dropped segments not removed; will retry");
+            }
+        }
+    }
+}
+
+/// The state of retention.
+pub(super) fn status(core: &Core) -> RetentionStatus {
+    let Core { env, registry, .. } = core;
+    let Some(known) = registry.catalogue().retention else { return RetentionStatus::default() };
+    let by_age = known.trusted_us.is_some();
+    if env.read_only {
+        let trusted = TrustedClock::new(&*env.clock, Some(&known));
+        let look = trusted.look(&*env.clock, env.options.clock_settle);
+        // Without a recorded jump, the next writer decides.
+        let suspended = by_age && known.jump_us.is_some() && look.suspended;
+        let (last_run_us, trusted_us) = (Some(known.retained_us), known.trusted_us);
+        return RetentionStatus { last_run_us, trusted_us, suspended };
+    }
+    let look = env.look_at_clock();
+    RetentionStatus {
+        last_run_us: Some(env.trusted.state(by_age).retained_us),
+        trusted_us: by_age.then_some(look.trusted_us),
+        suspended: by_age && look.suspended,
+    }
+}
+
+/// Records the state of retention in the catalogue, if it is to be recorded now. `limited` has the
+/// settings of a Logstore that the catalogue may not know to have limits.
+fn record(core: &Core, limited: Option<&LogstoreConfig>) -> Result<()> {
+    match core.registry.retention_change(limited, false) {
+        Some(change) => core.registry.administer()?.commit(vec![change]),
+        None => Ok(()),
+    }
+}
+
+/// Logs a failure of retention, which the next run retries.
+pub(super) fn note_failure(core: &Core, phase: &str, result: Result<()>) {
+    match result {
+        // The store is being closed, and applies retention then.
+        Ok(()) | Err(Error::Closed(_)) => {}
+        Err(error) => warn!(store = %core.env.id, phase, %error, "retention failed"),
+    }
+}
+
+/// Retention drops the segments of a shard that are in front of its new record.
+fn dropped(logstore: &LogstoreShared, shard: &Shard, record: &ShardRecord) -> Change {
+    let (first_ordinal, first_seq) = (record.first_ordinal, record.first_seq);
+    let (name, id, shard) = (logstore.name.clone(), logstore.id, shard.id());
+    Change::Dropped { name, id, shard, first_ordinal, first_seq }
+}
+
+/// The catalogue has no record of these segments any more: forgets them.
+fn forget(logstore: &LogstoreShared, shard: &Shard, excess: &Excess) {
+    let ShardRecord { first_ordinal, first_seq, .. } = excess.record;
+    shard.note_first(first_ordinal, first_seq);
+    shard.drop_before(first_ordinal);
+    let (logstore, shard, segments) = (&logstore.name, shard.id(), excess.segments);
+    info!(%logstore, shard, segments, first_ordinal, "segments dropped by retention");
+}
+
+/// Whether this process has sealed the newest segment of a shard, and the shard is over its size
+/// limit. Reads the length of each file.
+fn is_over(core: &Core, shard: &Shard, bytes_max: u64) -> Result<bool> {
+    let segments = shard.segments(false)?;
+    if segments.last().is_none_or(|last| last.sealed.is_none()) {
+        return Ok(false);
+    }
+    let mut bytes = 0;
+    for segment in segments.iter() {
+        let stat = core.env.disk.stat(&segment.path);
+        let stat = stat.map_err(Error::io("look for", &*segment.path))?;
+        bytes += stat.map_or(0, |stat| stat.len);
+    }
+    Ok(bytes > bytes_max)
+}
+
 impl<'a> Run<'a> {
     fn new(core: &'a Core) -> Result<Self> {
         core.registry.check_writable()?;
-        let suspended = core.env.has_clock_jumped();
-        let report = RetentionReport { suspended, ..RetentionReport::default() };
-        Ok(Self { core, report, unanswered: Unanswered::default() })
+        let look = core.env.look_at_clock();
+        let report = RetentionReport { suspended: look.suspended, ..RetentionReport::default() };
+        Ok(Self { core, report, now_us: look.now_us, unanswered: Unanswered::default() })
     }
 
     /// Calls `retain` for each Logstore.
@@ -113,13 +319,16 @@ impl<'a> Run<'a> {
 
     fn without_kms(&mut self) -> Result<()> {
         let result = logstores::finish_deletions(self.core);
-        result.and(self.each(|run, logstore| {
+        let result = result.and(self.each(|run, logstore| {
             let Some(limits) = run.limits(logstore) else { return Ok(()) };
+            record(run.core, Some(&logstore.config()))?;
             match logstore.gate.is_unproved() {
                 true => run.remove_leftovers(logstore),
                 false => run.drop_excess(logstore, limits),
             }
-        }))
+        }));
+        self.core.env.trusted.note_run(self.now_us);
+        result.and(record(self.core, None))
     }
 
     fn with_kms(&mut self) -> Result<()> {
@@ -151,10 +360,10 @@ impl<'a> Run<'a> {
             return None;
         }
         let days = config.ttl_days.filter(|_| !self.report.suspended);
-        let now_us = self.core.env.clock.wall_us();
-        let oldest_us = days.map(|days| now_us.saturating_sub(u64::from(days) * DAY_US));
+        let now_us = self.now_us;
+        let age = days.map(|days| (now_us.saturating_sub(u64::from(days) * DAY_US), now_us));
         let (generation, bytes_max) = (logstore.generation(), config.retention_bytes);
-        Some(Limits { generation, oldest_us, bytes_max })
+        Some(Limits { generation, age, bytes_max })
     }
 
     /// Drops the oldest segments of each shard until it is within its limits.
@@ -181,7 +390,6 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         shard.make_names_durable()?;
         let (name, id, record) = (&logstore.name, logstore.id, &excess.record);
-        let (first_ordinal, first_seq) = (record.first_ordinal, record.first_seq);
         {
             let mut admin = self.core.registry.administer()?;
             admin.check_exists(logstore)?;
@@ -193,20 +401,11 @@ impl<'a> Run<'a> {
             // segments.
             let reached = record.head.clone();
             let reached = reached.map(|head| Change::reached(name, id, shard.id(), head));
-            let dropped = Change::Dropped {
-                name: name.clone(),
-                id,
-                shard: shard.id(),
-                first_ordinal,
-                first_seq,
-            };
+            let dropped = dropped(logstore, shard, record);
             admin.commit(reached.into_iter().chain([dropped]).collect())?;
-            shard.note_first(first_ordinal, first_seq);
-            shard.drop_before(first_ordinal);
+            forget(logstore, shard, excess);
         }
-        let (shard_id, segments) = (shard.id(), excess.segments);
-        info!(logstore = %name, shard = shard_id, segments, first_ordinal, "segments dropped by retention");
-        self.report.segments += segments;
+        self.report.segments += excess.segments;
         self.remove_leftovers_of(shard)
     }
 
@@ -314,7 +513,7 @@ fn is_refusal(error: &Error) -> bool {
 
 /// Finds the segments that are over the limits. The chain of digests from the head in the
 /// catalogue proves the identity, the length and the age of each segment. Segments behind that
-/// head are never dropped.
+/// head are never dropped. The newest segment that has data is dropped for its age only.
 fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
     let segments = shard.segments(false)?;
     let mut proved = Vec::with_capacity(segments.len());
@@ -328,10 +527,13 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
     let written: u64 =
         behind.iter().filter_map(|segment| Some(segment.active.as_ref()?.visible())).sum();
     let mut left: u64 = proved.iter().map(|proved| proved.end.bytes).sum::<u64>() + written;
+    let newest = newest_with_data(behind, &proved);
+    let received_us = limits.age.map(|(_, now_us)| receive_times(&proved, now_us));
     let mut excess = Excess { record: shard.record(), segments: 0 };
     for (index, segment) in proved.iter().enumerate() {
-        let too_much = limits.bytes_max.is_some_and(|max| left > max);
-        let too_old = limits.oldest_us.is_some_and(|oldest| segment.end.last_time_us < oldest);
+        let too_much = index < newest && limits.bytes_max.is_some_and(|max| left > max);
+        let received_us = received_us.as_ref().and_then(|times| times.get(index).copied());
+        let too_old = limits.age.zip(received_us).is_some_and(|((oldest, _), us)| us < oldest);
         // The segment of the head stays unless it is sealed.
         let head = excess.record.head.as_ref();
         let ended = head.is_some_and(|head| head.sealed || head.ordinal > segment.end.ordinal);
@@ -345,6 +547,38 @@ fn find_excess(shard: &Shard, limits: Limits) -> Result<Option<Excess>> {
         left -= segment.end.bytes;
     }
     Ok((excess.segments > 0).then_some(excess))
+}
+
+/// How many of the proved segments are in front of the newest segment that has data.
+fn newest_with_data(behind: &[&SegmentRef], proved: &[Proved]) -> usize {
+    // A segment behind the proved ones may have data.
+    let is_empty = |segment: &&SegmentRef| {
+        segment.active.as_ref().is_some_and(|view| view.with_counts(|it| it.group_count == 0))
+    };
+    if !behind.iter().all(is_empty) {
+        return proved.len();
+    }
+    let has_data = |segment: &Proved| segment.end.end_seq > segment.header.first_seq;
+    proved.iter().rposition(has_data).unwrap_or(0)
+}
+
+/// When the last group of each segment was received at the latest, in microseconds since the Unix
+/// epoch. A time that is ahead of now was given by a wrong clock: the segment is as old as the next
+/// one that has a time which is not. A time that is behind that of the segment before it may have
+/// been given by a wrong clock too: the segment is not older than that one.
+fn receive_times(proved: &[Proved], now_us: u64) -> Vec<u64> {
+    let mut times = vec![u64::MAX; proved.len()];
+    let mut next_us = u64::MAX;
+    for (segment, time_us) in proved.iter().zip(&mut times).rev() {
+        let before_us = segment.header.last_before_us();
+        let last_us = segment.end.last_time_us;
+        if last_us <= now_us {
+            let bound_us = if before_us <= now_us { before_us } else { 0 };
+            next_us = last_us.max(bound_us);
+        }
+        *time_us = next_us;
+    }
+    times
 }
 
 /// The older data-key versions without a segment and without a reader of this process. None if a

@@ -179,6 +179,14 @@ const BODIES: &[Row] = &[
     row(Which::Catalogue, "tag of the audit log", "tag of the audit record", |document| {
         document.edit(|json| json["catalogue"]["audit"]["tag"] = "00".into());
     }),
+    row(Which::Catalogue, "a jump away from no trusted time", "no trusted time", |document| {
+        let state = json!({"retained_us": 1, "jump_us": 2});
+        document.edit(|json| json["catalogue"]["retention"] = state);
+    }),
+    row(Which::Catalogue, "an unknown field of the retention", PARSE, |document| {
+        let state = json!({"retained_us": 1, "other_us": 2});
+        document.edit(|json| json["catalogue"]["retention"] = state);
+    }),
     row(Which::Catalogue, "shards of a Logstore and its metadata", "has 1 shards", |document| {
         document.edit(|json| {
             entry(json)["shards"].as_array_mut().unwrap().pop();
@@ -1239,6 +1247,13 @@ const JOURNALS: &[JournalRow] = &[
         head["next_seq"] = 0.into();
         let change = about(journal, json!({"shard": 0, "head": head}));
         journal.append(json!([{"reached": change}]));
+    }),
+    ("the state of retention", None, |journal| {
+        let state = json!({"retained_us": 1, "trusted_us": 1, "jump_us": 2});
+        journal.append(json!([{"retained": state}]));
+    }),
+    ("a jump of the clock", Some(("corrupt", "no trusted time")), |journal| {
+        journal.append(json!([{"retained": {"retained_us": 1, "jump_us": 2}}]));
     }),
     ("the tag of the audit log", Some(("corrupt", "tag of the audit record")), |journal| {
         journal.append(json!([{"audited": {"number": 3, "tag": "00"}}]));

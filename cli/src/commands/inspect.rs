@@ -223,6 +223,7 @@ fn print(
             &format!("{} to {}, not included", header.first_seq, header.limit_seq),
         ])
         .add_row(["created", &output::moment(header.created_us)])
+        .add_row(["receive times went back", &format!("{} times", header.setbacks)])
         .add_row(["key", &key_source(header.key_source)])
         .add_row(["salt", &hex(&header.salt)])
         .add_row(["commitment", &hex(&decoded.commitment)])
@@ -309,6 +310,7 @@ fn header_json(decoded: &DecodedHeader) -> Value {
         "first_seq": header.first_seq,
         "limit_seq": header.limit_seq,
         "created": output::moment(header.created_us),
+        "setbacks": header.setbacks,
         "key": key_source(header.key_source),
         "salt": hex(&header.salt),
         "commitment": hex(&decoded.commitment),

@@ -10,6 +10,7 @@ use jiff::SignedDuration;
 use serde::Serialize;
 use serde_json::json;
 
+use super::retain::SUSPENDED;
 use crate::{
     args::OptionalNameArgs,
     exit::{Failure, Result},
@@ -56,6 +57,7 @@ fn print(
             },
             "logstores": all,
             "anchor": store.admin().anchor_status(),
+            "retention": store.admin().retention_status(),
             "failed": failed.iter().map(|(name, failure)| json!({ "name": name, "error": failure.as_json() })).collect::<Vec<_>>(),
             // The KMS calls include those made above for the states.
             "kms": store.metrics().kms,
@@ -129,8 +131,8 @@ fn data_key(version: &DataKeyStatus) -> String {
     format!("v{}: {}{by}{mark}", version.version, output::size(version.bytes_stored))
 }
 
-/// Prints the lines below the table: the service key, the anchor, and the shards that stopped
-/// writing.
+/// Prints the lines below the table: the service key, the anchor, a suspended retention, and the
+/// shards that stopped writing.
 fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
     if let Some(cmk) = store.keys().service_cmk() {
         let status = store.keys().service_key_status();
@@ -148,6 +150,9 @@ fn print_notes(store: &Store, all: &[LogstoreStatus]) -> Result {
             output::line(format_args!("the anchor is {records} records behind the catalogue"))?;
         }
         None => {}
+    }
+    if store.admin().retention_status().suspended {
+        output::line(SUSPENDED)?;
     }
     for status in all {
         if let Some(cause) = &status.latched {

@@ -80,6 +80,24 @@ pub(crate) struct Catalogue {
     /// The deleted Logstores whose files may not all be removed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) deleting: Vec<LogstoreId>,
+    /// The state of retention; `None` until a Logstore has a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) retention: Option<RetentionState>,
+}
+
+/// When retention was applied, and how far the wall clock is trusted. Times are in microseconds
+/// since the Unix epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RetentionState {
+    /// When retention was applied last.
+    pub(crate) retained_us: u64,
+    /// The newest trusted time; `None` until a Logstore has retention by age.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) trusted_us: Option<u64>,
+    /// The wall clock when its jump was first seen, while the clock is not trusted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) jump_us: Option<u64>,
 }
 
 /// The directory of the catalogue's files.
@@ -120,6 +138,8 @@ pub(crate) enum Change {
     Lost { name: LogstoreName, id: LogstoreId, shard: u32, loss: Loss },
     /// The key audit log has this end.
     Audited(AuditHead),
+    /// Retention has this state.
+    Retained(RetentionState),
 }
 
 impl Change {
@@ -184,6 +204,7 @@ impl Catalogue {
                 check_shard(&record)
             }
             Change::Audited(head) => check_audit_head(head),
+            Change::Retained(state) => check_retention(state),
         }
     }
 
@@ -229,6 +250,7 @@ impl Catalogue {
                 }
             }
             Change::Audited(head) => self.audit = head.clone(),
+            Change::Retained(state) => self.retention = Some(*state),
         }
         Ok(())
     }
@@ -268,6 +290,7 @@ impl Catalogue {
     /// Checks the rules that need no other document.
     fn check(&self) -> Result<(), &'static str> {
         check_audit_head(&self.audit)?;
+        self.retention.as_ref().map_or(Ok(()), check_retention)?;
         if self.logstores.len() > LOGSTORES_MAX {
             return Err("there are too many Logstores");
         }
@@ -325,6 +348,13 @@ fn check_shard(shard: &ShardRecord) -> Result<(), &'static str> {
             return Err("the accepted losses of a shard are out of order");
         }
         behind = loss.last + 1;
+    }
+    Ok(())
+}
+
+fn check_retention(state: &RetentionState) -> Result<(), &'static str> {
+    if state.jump_us.is_some() && state.trusted_us.is_none() {
+        return Err("the clock has jumped away from no trusted time");
     }
     Ok(())
 }

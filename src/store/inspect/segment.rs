@@ -32,9 +32,9 @@ pub(super) struct SegmentCheck<'c> {
 }
 
 impl<'c> SegmentCheck<'c> {
-    /// Verifies a segment, without its key if `keyless`. `heads` are its recorded heads.
-    /// `last_time_us` is the receive time of the last group before the segment, and then of the
-    /// last group in it.
+    /// Verifies a segment, without its key if `keyless`. `heads` are its recorded heads. `before`
+    /// has the header of the segment before it and the receive time of the last group there, if
+    /// they are known, and then those of this segment.
     ///
     /// # Errors
     /// An error that ends the check of this segment. The caller adds it to the report.
@@ -45,8 +45,10 @@ impl<'c> SegmentCheck<'c> {
         shard: &'c Shard,
         opened: Opened,
         heads: Vec<&'c Head>,
-        last_time_us: &mut u64,
+        before: &mut Option<(Arc<DecodedHeader>, u64)>,
     ) -> Result<()> {
+        let before_it =
+            before.take().filter(|(header, _)| header.ordinal + 1 == opened.name.ordinal);
         let keyless = check_start(report, keyless, name, shard, &opened)?;
         let header = Arc::clone(&opened.header);
         let mut check = Self {
@@ -65,11 +67,13 @@ impl<'c> SegmentCheck<'c> {
             keyless,
             damaged: false,
         };
-        if let Err(error) = check.reader.follow(*last_time_us) {
+        if let Some((header, last_time_us)) = before_it
+            && let Err(error) = check.reader.follow(&header, last_time_us)
+        {
             check.note(error)?;
         }
         while check.step()? {}
-        *last_time_us = (*last_time_us).max(check.reader.last_time_us());
+        *before = Some((Arc::clone(&check.header), check.reader.last_time_us()));
         check.finish()
     }
 

@@ -304,8 +304,7 @@ impl Verification<'_> {
                     .push(format!("retention dropped segment {} of {name}", head.ordinal));
             }
         }
-        // When the last group before the next segment was received.
-        let mut last_time_us = 0;
+        let mut before = None;
         for segment in segments.iter() {
             let loss = record.loss(segment.ordinal);
             let is_lost = loss.is_some();
@@ -345,15 +344,7 @@ impl Verification<'_> {
             let checked = match opened {
                 Ok(Some(opened)) => {
                     let (report, keyless) = (&mut self.report, self.keyless);
-                    SegmentCheck::run(
-                        report,
-                        keyless,
-                        name,
-                        shard,
-                        opened,
-                        heads,
-                        &mut last_time_us,
-                    )
+                    SegmentCheck::run(report, keyless, name, shard, opened, heads, &mut before)
                 }
                 Ok(None) => {
                     self.report

@@ -308,6 +308,7 @@ impl<'a> LogstoreAdministration<'a> {
         }
         let saved = admin.save_meta(logstore, meta, data_key)?;
         changes.push(saved.change());
+        changes.extend(self.registry.retention_change(Some(&saved.meta.config), false));
         let committed = admin.commit(changes);
         committed.inspect_err(|error| {
             if !paused.is_empty() && admin.latched().is_some() {

@@ -18,10 +18,11 @@ use super::{
     keys::KeyService,
     lock::StoreLock,
     scheduler::Scheduler,
+    trusted_clock::must_record,
 };
 use crate::{
     Error, Result,
-    config::LogstoreName,
+    config::{LogstoreConfig, LogstoreName},
     epoch::Fence,
     ids::LogstoreId,
     io::FileKind,
@@ -69,6 +70,16 @@ pub(crate) struct Wiring {
     pub(crate) hasher: Arc<PayloadHasher>,
     pub(crate) permits: ReaderPermits,
     pub(crate) anchor: Option<Arc<Feeder>>,
+}
+
+/// A store that is being closed.
+pub(crate) struct Closing<'a> {
+    _one_at_a_time: MutexGuard<'a, ()>,
+    /// Whether no earlier caller has closed the store.
+    pub(crate) is_first: bool,
+    /// The heads that are to be recorded.
+    heads: Vec<Change>,
+    result: Result<()>,
 }
 
 impl Registry {
@@ -312,6 +323,30 @@ impl Registry {
         self.catalogue.sync_tip()
     }
 
+    /// The state of retention as a change of the catalogue, if it is to be recorded now. With
+    /// `beside`, another change is recorded in any case. `limited` has the settings of a Logstore
+    /// that the catalogue may not know to have limits.
+    pub(crate) fn retention_change(
+        &self,
+        limited: Option<&LogstoreConfig>,
+        beside: bool,
+    ) -> Option<Change> {
+        let known = self.catalogue().retention;
+        let has_limit =
+            limited.is_some_and(|it| it.ttl_days.is_some() || it.retention_bytes.is_some());
+        if known.is_none() && !has_limit {
+            return None;
+        }
+        let by_age = known.is_some_and(|known| known.trusted_us.is_some())
+            || limited.is_some_and(|limited| limited.ttl_days.is_some());
+        let now = self.env.trusted.state(by_age);
+        let is_due = known.is_none_or(|known| match beside {
+            true => known != now,
+            false => must_record(&known, &now),
+        });
+        is_due.then_some(Change::Retained(now))
+    }
+
     /// The anchor of a store that is open for writing.
     pub(crate) fn anchor(&self) -> Option<&Arc<Feeder>> {
         self.wiring.anchor.as_ref()
@@ -332,26 +367,21 @@ impl Registry {
         &self.wiring.scheduler
     }
 
-    /// Seals every segment, records the heads in the catalogue, and closes the gates. Refuses
-    /// changes from the beginning on, and other calls of handles at the end. An operation that
-    /// waits for a KMS is not waited for: it finds the store closed before it changes anything.
-    ///
-    /// # Errors
-    /// The last error of a shard, or that of the commit.
-    pub(crate) fn close_logstores(&self) -> Result<()> {
-        let _one_at_a_time = lock(&self.closing);
-        let first = {
+    /// Begins to close the store: refuses changes from now on, and seals every segment. An operation
+    /// that waits for a KMS is not waited for: it finds the store closed before it changes anything.
+    pub(crate) fn begin_close(&self) -> Closing<'_> {
+        let one_at_a_time = lock(&self.closing);
+        let is_first = {
             let mut admin = self.exclusive();
-            let first = lock(&self.held).is_some() && !admin.is_closed();
+            let is_first = lock(&self.held).is_some() && !admin.is_closed();
             admin.close();
-            first
+            is_first
         };
-        let mut result = Ok(());
-        if first {
+        let (mut heads, mut result) = (Vec::new(), Ok(()));
+        if is_first {
             if self.keys.is_service_key_usable() {
                 self.keys.audit().record_omitted();
             }
-            let mut heads = Vec::new();
             for logstore in self.open_logstores() {
                 for shard in &logstore.shards {
                     match shard.close() {
@@ -367,16 +397,36 @@ impl Registry {
                     result = result.and(shard.report_lost());
                 }
             }
-            let mut admin = self.exclusive();
-            if admin.latched().is_none() {
-                let recorded = admin.commit(heads).and_then(|()| admin.sync_tip());
-                result = result.and(recorded);
-            }
         }
+        Closing { _one_at_a_time: one_at_a_time, is_first, heads, result }
+    }
+
+    /// Records the heads in the catalogue, with `changes`. Returns whether they are recorded.
+    pub(crate) fn record_close(&self, closing: &mut Closing<'_>, changes: Vec<Change>) -> bool {
+        let mut all = std::mem::take(&mut closing.heads);
+        all.extend(changes);
+        let known_us = self.catalogue().retention.map(|known| known.retained_us);
+        let has_run = known_us.is_some_and(|us| us != self.env.trusted.state(false).retained_us);
+        all.extend(self.retention_change(None, has_run || !all.is_empty()));
+        let mut admin = self.exclusive();
+        if !closing.is_first || admin.latched().is_some() {
+            return false;
+        }
+        let recorded = admin.commit(all).and_then(|()| admin.sync_tip());
+        let is_recorded = recorded.is_ok();
+        closing.result = std::mem::replace(&mut closing.result, Ok(())).and(recorded);
+        is_recorded
+    }
+
+    /// Closes the gates: other calls of handles are refused from now on.
+    ///
+    /// # Errors
+    /// The last error of a shard, or that of the commit.
+    pub(crate) fn end_close(&self, closing: Closing<'_>) -> Result<()> {
         for logstore in self.open_logstores() {
             logstore.close_gate("the store");
         }
-        result
+        closing.result
     }
 
     /// Ends the threads, and releases the Logstores and the advisory lock.
