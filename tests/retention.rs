@@ -223,7 +223,9 @@ fn a_jump_is_settled_by_a_later_opening() {
     let reader = sim.builder().open_read_only().unwrap();
     assert!(reader.admin().retention_status().suspended, "a reader knows of it");
     sim.world.clock.advance(HOUR - secs(1));
-    run(&sim, "b");
+    let log = Traced::default();
+    log.while_running(|| run(&sim, "b"));
+    assert!(log.text().contains("retention by age suspended"), "each run says so");
     assert_eq!(opened_texts(&sim), ["old", "a", "b"]);
     sim.world.clock.advance(secs(60));
     run(&sim, "c");
