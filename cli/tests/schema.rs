@@ -17,7 +17,7 @@ use std::{
 use common::{REGION, ROLE, Running, World, byok, made_lines, service};
 use envelog::{
     AppendOptions, LogstoreSpec, Payload, Store,
-    admin::{ReplaceCmk, RewrapOptions, VerifyOptions},
+    admin::{RepairOptions, ReplaceCmk, RetainOptions, RewrapOptions, VerifyOptions},
     crypto::AwsLc,
     kms::LocalKms,
 };
@@ -214,6 +214,8 @@ fn data(checked: &Checked) {
     checked.run("checkpoint", &["--out", "checkpoint"]);
     checked.run("verify", &["--against", "checkpoint"]);
     checked.run("repair", &["p/plain", "--shard", "0", "--yes"]);
+    checked.run("retain", &[]);
+    checked.run("retain", &["--trust-clock"]);
     for segment in world.segments("envelog-data") {
         checked.run("inspect", &[segment.to_str().unwrap()]);
     }
@@ -277,7 +279,7 @@ fn keys(checked: &Checked, key: &str) {
 fn library(checked: &Checked) {
     let store = open(&checked.world);
     let name = "p/service".parse::<envelog::LogstoreName>().unwrap();
-    checked.library("retention_report", store.admin().apply_retention().unwrap());
+    checked.library("retention_report", store.admin().retain(&RetainOptions::default()).unwrap());
     checked.library("audit_export", store.keys().export_audit().unwrap());
     let checkpoint = store.admin().checkpoint().unwrap();
     checked.library("checkpoint", &checkpoint);
@@ -290,6 +292,8 @@ fn library(checked: &Checked) {
     round_trip(checked, "rewrap_options", &rewrap);
     let seen = &mut |at: &_| checked.library("rewrap_progress", at);
     checked.library("rewrap_report", store.keys().rewrap_all(&rewrap, seen).unwrap());
+    round_trip(checked, "retain_options", &RetainOptions::default().trust_clock(true));
+    round_trip(checked, "repair_options", &RepairOptions::default().accept_tampered(true));
     round_trip(checked, "replace_cmk", &ReplaceCmk::default().fresh_data_key(false));
     round_trip(checked, "logstore_spec", &LogstoreSpec::default());
     let spec: LogstoreSpec = serde_json::from_value(json!({ "shard_count": 2 })).unwrap();
@@ -386,6 +390,8 @@ fn the_schema_is_strict_and_has_no_definition_without_use() {
         "retention_report",
         "rewrap_options",
         "rewrap_progress",
+        "retain_options",
+        "repair_options",
         "replace_cmk",
         "audit_export",
         "delete_report",

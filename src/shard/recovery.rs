@@ -8,7 +8,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{
@@ -82,7 +82,8 @@ impl AcceptedLoss {
 }
 
 /// Options of [`Admin::repair`](crate::Admin::repair).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct RepairOptions {
     /// Whether segments that are forged, or exchanged for others, are given up as lost ones are.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::{
@@ -45,7 +45,8 @@ pub struct RetentionReport {
 }
 
 /// The options of [`Admin::retain`](crate::Admin::retain).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct RetainOptions {
     /// Whether the wall clock is trusted as it is now. Set this if the clock is right, and the store
