@@ -137,6 +137,12 @@ mod tests {
     #[test]
     fn positions_are_words_numbers_and_times() {
         assert!(matches!(position("begin"), Ok(Position::Begin)));
+        assert!(matches!(position("@1772452800"), Ok(Position::Time(1_772_452_800_000_000))));
+        assert!(matches!(position("seq:1772452800"), Ok(Position::Seq(1_772_452_800))));
+        assert!(matches!(position("4294967296"), Ok(Position::Seq(4_294_967_296))));
+        for wrong in ["1772452800", "@", "@-1", "@18446744073709551615", "seq:", "seq:x"] {
+            assert!(position(wrong).is_err(), "{wrong}");
+        }
         assert!(matches!(position("end"), Ok(Position::End)));
         assert!(matches!(position("17"), Ok(Position::Seq(17))));
         assert!(matches!(position("1970-01-01T00:00:01Z"), Ok(Position::Time(1_000_000))));

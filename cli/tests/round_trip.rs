@@ -12,7 +12,7 @@ use std::{
 };
 
 use common::{Running, World, byok, made_lines, service};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The input files: name and bytes.
 fn logs() -> Vec<(String, Vec<u8>)> {
@@ -260,6 +260,58 @@ fn an_interrupted_append_keeps_what_was_whole() {
     out.assert(130);
     assert_eq!(world.read("p/a"), b"one\ntwo\n");
     world.ok(&["verify"]);
+}
+
+#[test]
+fn a_terminated_append_that_kept_everything_succeeds() {
+    for (input, status) in [("one\ntwo\n", 0), ("one\ntwo\nhalf of", 130)] {
+        let world = World::new();
+        world.create("p/a", &Value::Null);
+        let mut append = Running::start(world.command(&["append", "p/a", "-", "--ack"]));
+        let acks = append.lines();
+        append.stdin.as_mut().unwrap().write_all(input.as_bytes()).unwrap();
+        assert_eq!(acks.recv().unwrap(), "2");
+        append.terminate();
+        let stdin = append.stdin.take();
+        let out = append.wait();
+        drop(stdin);
+        out.assert(status);
+        assert_eq!(world.read("p/a"), b"one\ntwo\n");
+    }
+}
+
+#[test]
+fn a_file_size_limit_is_an_error() {
+    let world = World::new();
+    world.ok(&["create", "p/a", "--compression", "none"]);
+    let file = world.file("lines", "0123456789abcdef\n".repeat(20_000));
+    let binary = env!("CARGO_BIN_EXE_envelog");
+    // 64 blocks of 1,024 bytes, by POSIX of 512.
+    let script = format!("ulimit -f 64 && exec {binary} append p/a {file}");
+    let out = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .current_dir(world.path("."))
+        .output()
+        .unwrap();
+    assert_eq!(out.status.code(), Some(1), "{out:?}");
+    assert!(!out.stderr.is_empty());
+    world.ok(&["append", "p/a", &world.file("more", "more\n")]);
+    assert!(world.read("p/a").ends_with(b"more\n"));
+    world.ok(&["verify"]);
+}
+
+#[test]
+fn long_lines_are_counted() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    let line = vec![b'x'; (10 << 20) + 1];
+    let file = world.file("lines", [&b"before\n"[..], &line, b"\nafter\n"].concat());
+    world.refused(1, &["append", "p/a", &file]);
+    assert_eq!(world.read("p/a"), b"before\n");
+    let report = world.json(&["append", "p/a", &file, "--long-lines", "skip", "--json"]);
+    assert_eq!((&report["logs"], &report["long_lines"]), (&json!(2), &json!(1)));
+    let report = world.json(&["append", "p/a", &file, "--long-lines", "split", "--json"]);
+    assert_eq!((&report["logs"], &report["long_lines"]), (&json!(4), &json!(1)));
 }
 
 /// The limit applies to all shards together: after it is reached, the remaining shards are not

@@ -16,8 +16,8 @@ use envelog::{AppendOptions, Logstore, ShardChoice, Ticket, group::GROUP_BYTES_M
 use serde_json::json;
 
 use crate::{
-    args::AppendArgs,
-    exit::{Failure, Result, both},
+    args::{AppendArgs, DurabilityArg},
+    exit::{Failure, Result, Status, both},
     input::{self, Input, Inputs},
     interrupt,
     lines::{LineGroup, Lines},
@@ -52,8 +52,18 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let lines = Lines::new(group_bytes, args.long_lines);
     let outcome = append(&logstore, &inputs, &options, lines, args.ack);
     // Close after a failure too: this seals the acknowledged groups and releases the lock.
-    let summary = both(outcome, setup.close(store))?;
+    let closed = setup.close(store);
+    let Ok(summary) = &outcome else { return both(outcome, closed).map(drop) };
     summary.print(setup.json, args.ack)?;
+    if let Err(failure) = closed {
+        // A caller who repeats the run after a failure has the logs twice.
+        if args.durability == DurabilityArg::Buffered || failure.status() != Status::Other {
+            return Err(failure);
+        }
+        output::notice(format_args!(
+            "all logs are stored as acknowledged, but closing the store failed: {failure}"
+        ));
+    }
     interrupt::check_after_append(summary.kept_all)
 }
 

@@ -286,9 +286,14 @@ impl Running {
         self.wait();
     }
 
-    /// Sends the signal that asks the process to stop.
+    /// Sends the signal of Ctrl-C.
     pub(crate) fn interrupt(&self) {
         kill_process(Pid::from_child(&self.child.0), Signal::INT).unwrap();
+    }
+
+    /// Sends the signal by which a service manager stops a service.
+    pub(crate) fn terminate(&self) {
+        kill_process(Pid::from_child(&self.child.0), Signal::TERM).unwrap();
     }
 
     /// Closes standard input, reads the rest of standard output, and waits for the end.

@@ -1,0 +1,133 @@
+//! Lost files: segments, empty directories, and copies that are older than their catalogue.
+
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::{fs, path::Path};
+
+use common::{World, copy_dir, service};
+use serde_json::json;
+
+/// A Logstore with four segments of three logs each.
+fn filled() -> World {
+    let world = World::new();
+    world.create("p/l", &service("default"));
+    for segment in 1..=4 {
+        let lines: String = (1..=3).map(|line| format!("{segment}.{line}\n")).collect();
+        world.ok(&["append", "p/l", &world.file("lines", lines)]);
+    }
+    world
+}
+
+fn segment(world: &World, ordinal: u32) -> std::path::PathBuf {
+    let begins = |path: &Path| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        name.starts_with(&format!("{ordinal:010}-"))
+    };
+    world.segments("envelog-data").into_iter().find(|path| begins(path)).unwrap()
+}
+
+#[test]
+fn a_lost_segment_is_skipped_and_its_loss_accepted() {
+    for lost in 1..=4 {
+        let world = filled();
+        world.ok(&["checkpoint", "--out", "before"]);
+        fs::remove_file(segment(&world, lost)).unwrap();
+        let all = |lost: u32| -> String {
+            let segments = (1..=4).filter(|segment| *segment != lost);
+            segments.flat_map(|n| (1..=3).map(move |line| format!("{n}.{line}\n"))).collect()
+        };
+
+        let read = world.run(&["read", "p/l"]);
+        read.assert(5);
+        assert_eq!(read.text(), all(lost)[..12 * (lost as usize - 1)]);
+        assert!(read.stderr.contains("groups of shard 0 are lost"), "{}", read.stderr);
+        let skipped = world.run(&["read", "p/l", "--skip-lost"]);
+        skipped.assert(0);
+        assert_eq!(skipped.text(), all(lost));
+        assert!(skipped.stderr.contains("shard 0 has lost groups"), "{}", skipped.stderr);
+        world.refused(5, &["verify"]);
+        world.refused(2, &["repair", "p/l", "--shard", "0"]);
+
+        let report = world.json(&["repair", "p/l", "--shard", "0", "--yes", "--json"]);
+        assert_eq!(report["losses"][0]["first_ordinal"], json!(lost));
+        world.ok(&["append", "p/l", &world.file("more", "more\n")]);
+        let read = world.run(&["read", "p/l"]);
+        read.assert(0);
+        assert_eq!(read.text(), all(lost) + "more\n");
+        assert!(read.stderr.contains("an operator has accepted that"), "{}", read.stderr);
+        let verified = String::from_utf8(world.ok(&["verify"])).unwrap();
+        assert!(verified.contains("the loss was accepted"), "{verified}");
+        world.refused(5, &["verify", "--against", "before"]);
+        let status = world.json(&["status", "--json"]);
+        assert_eq!(status["logstores"][0]["losses"][0]["last_ordinal"], json!(lost));
+        let audit = world.json(&["keys", "audit", "--json"]);
+        let accepted = audit["records"].as_array().unwrap().iter();
+        assert_eq!(accepted.filter(|record| record["event"] == "loss_accepted").count(), 1);
+        world.ok(&["checkpoint", "--out", "after"]);
+        world.ok(&["verify", "--against", "after"]);
+        let again = world.json(&["repair", "p/l", "--shard", "0", "--yes", "--json"]);
+        assert_eq!(again["losses"], json!([]));
+    }
+}
+
+/// The segments were copied, then the store went on, and then the rest was copied.
+#[test]
+fn a_plain_copy_of_a_live_store_gives_what_is_in_it() {
+    let world = filled();
+    let (store, copy) = (world.path("envelog-data"), world.path("copy"));
+    fs::create_dir(&copy).unwrap();
+    for part in ["logstores", "probes"] {
+        copy_dir(&store.join(part), &copy.join(part));
+    }
+    world.ok(&["append", "p/l", &world.file("later", "later\n")]);
+    for part in ["audit", "catalogue"] {
+        copy_dir(&store.join(part), &copy.join(part));
+    }
+    for file in ["STORE", "LOCK", "EPOCH"] {
+        fs::copy(store.join(file), copy.join(file)).unwrap();
+    }
+    fs::copy(world.path("envelog-data.keyring"), world.path("copy.keyring")).unwrap();
+    let of_copy = |args: &[&str]| world.run(&[&["--store", "copy"], args].concat());
+
+    let read = of_copy(&["read", "p/l"]);
+    read.assert(5);
+    assert_eq!(read.text().lines().count(), 12);
+    let refused = of_copy(&["verify", "--json"]);
+    refused.assert(5);
+    assert!(!refused.text().contains("tampered"), "{}", refused.text());
+    of_copy(&["repair", "p/l", "--shard", "0", "--yes"]).assert(0);
+    of_copy(&["append", "p/l", &world.file("copied", "of the copy\n")]).assert(0);
+    let read = of_copy(&["read", "p/l"]);
+    read.assert(0);
+    assert_eq!(read.text().lines().count(), 13);
+    of_copy(&["verify"]).assert(0);
+}
+
+#[test]
+fn a_copy_without_empty_directories_is_whole() {
+    let world = World::new();
+    let conf = service("sm4").to_string();
+    world.ok(&["create", "p/l", "--shards", "4", "--encrypt-conf", &conf]);
+    world.ok(&["append", "p/l", "--shard", "1", &world.file("lines", "1\n2\n3\n")]);
+    remove_empty_directories(&world.path("envelog-data"));
+    assert!(!world.path("envelog-data/probes").exists());
+    assert_eq!(world.read("p/l"), b"1\n2\n3\n");
+    world.ok(&["verify"]);
+    world.ok(&["append", "p/l", &world.file("more", "4\n")]);
+    world.ok(&["status"]);
+    world.ok(&["repair", "p/l", "--shard", "0", "--yes"]);
+    let key = world.create_key();
+    world.create("p/byok", &common::byok("default", &key));
+    world.ok(&["verify"]);
+}
+
+fn remove_empty_directories(dir: &Path) {
+    for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+        if entry.file_type().unwrap().is_dir() {
+            remove_empty_directories(&entry.path());
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
