@@ -1,6 +1,6 @@
 //! The command-line arguments and their help texts.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use envelog::{Durability, Position, ProbeMode, crypto::HashAlg, inspect::Compression};
@@ -9,7 +9,7 @@ use tracing_subscriber::filter::Targets;
 use crate::{
     lines::LongLines,
     settings::{SWITCH, StoreSettings},
-    values::{bytes, position, seconds, switch},
+    values::{bytes, duration, position, seconds, switch},
 };
 
 const EXAMPLES: &str = "\
@@ -232,6 +232,15 @@ Examples:
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Write manual pages, one for each command
+    #[command(after_help = "\
+Example:
+  envelog man /usr/local/share/man/man1")]
+    Man {
+        /// An existing directory
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -356,9 +365,13 @@ pub(crate) struct ReadArgs {
     /// Read only this shard [default: all, one after another]
     #[arg(long, value_name = "N")]
     pub(crate) shard: Option<u32>,
-    /// Where to begin: begin, end, a sequence number, or a receive time as RFC 3339
+    /// Where to begin: begin, end, a sequence number, or a receive time as RFC 3339 or as @ and the
+    /// seconds since 1970
     #[arg(long, value_name = "POSITION", value_parser = position, default_value = "begin")]
     pub(crate) from: Position,
+    /// Begin this long before now, such as 1h
+    #[arg(long, value_name = "TIME", value_parser = duration, conflicts_with = "from")]
+    pub(crate) since: Option<Duration>,
     /// Where to stop (exclusive)
     #[arg(long, value_name = "POSITION", value_parser = position)]
     pub(crate) to: Option<Position>,

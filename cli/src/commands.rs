@@ -8,6 +8,7 @@ mod inspect;
 mod keys;
 mod kms;
 mod logstore;
+mod man;
 mod read;
 mod retain;
 mod settings;
@@ -45,6 +46,7 @@ pub(crate) fn run(given: Given) -> Result {
         Command::Kms(command) => kms::run(&setup, command),
         Command::Bench(args) => bench::run(&setup, &args),
         Command::Completions { shell } => completions::run(shell),
+        Command::Man { dir } => man::run(&dir),
     }
 }
 

@@ -233,7 +233,7 @@ mod tests {
         let json = serde_json::to_string(&JsonLog::new(&place, &group, &log)).unwrap();
         assert_eq!(
             json,
-            r#"{"shard":1,"seq":2,"receive_time":"1970-01-01T00:00:01.5Z","time":7,"topic":null,"source":"host","tags":{},"#
+            r#"{"shard":1,"seq":2,"receive_time":"1970-01-01T00:00:01.500000Z","time":7,"topic":null,"source":"host","tags":{},"#
                 .to_owned()
                 + r#""contents":{"a":["1","2"],"b":{"base64":"/w=="},"base64:/g==":"x"}}"#
         );

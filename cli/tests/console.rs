@@ -33,6 +33,7 @@ const COMMANDS: [&[&str]; 18] = [
     &["bench"],
     &["settings"],
     &["completions"],
+    &["man"],
 ];
 const KEYS: [&str; 8] = [
     "rotate-data",
@@ -119,6 +120,18 @@ fn completions_are_made_for_every_shell() {
         }
     }
     world.run(&["completions", "cmd.exe"]).assert(2);
+}
+
+#[test]
+fn manual_pages_are_made_for_every_command() {
+    let world = World::new();
+    std::fs::create_dir(world.path("man1")).unwrap();
+    world.ok(&["man", "man1"]);
+    for page in ["envelog.1", "envelog-repair.1", "envelog-keys-rotate-data.1"] {
+        let text = std::fs::read_to_string(world.path("man1").join(page)).unwrap();
+        assert!(text.contains(".SH SYNOPSIS"), "{page}");
+    }
+    world.run(&["man", "missing"]).assert(1);
 }
 
 #[test]

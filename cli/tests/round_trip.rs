@@ -301,6 +301,21 @@ fn a_file_size_limit_is_an_error() {
 }
 
 #[test]
+fn a_read_begins_some_time_ago() {
+    let world = World::new();
+    world.create("p/a", &Value::Null);
+    world.ok(&["append", "p/a", &world.file("lines", "one\ntwo\n")]);
+    assert_eq!(world.ok(&["read", "p/a", "--since", "1h"]), b"one\ntwo\n");
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(world.ok(&["read", "p/a", "--since", "10ms"]), b"");
+    assert_eq!(world.ok(&["read", "p/a", "--from", "@1000000000"]), b"one\ntwo\n");
+    world.run(&["read", "p/a", "--since", "1h", "--from", "begin"]).assert(2);
+    let refused = world.run(&["read", "p/a", "--from", "1772452800"]);
+    refused.assert(2);
+    assert!(refused.stderr.contains("@1772452800"), "{}", refused.stderr);
+}
+
+#[test]
 fn long_lines_are_counted() {
     let world = World::new();
     world.create("p/a", &Value::Null);

@@ -1,6 +1,9 @@
 //! `read` and `tail`.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::VecDeque,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use envelog::{Logstore, LostRange, Position, ReadOptions, Reader};
 
@@ -19,13 +22,14 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     let store = setup.open_read_only()?;
     let logstore = store.logstore(&name(&args.name)?)?;
     let mut printer = Printer::new(Format::choose(args.format, setup.json), args.limit);
+    let from = args.since.map_or(args.from, before_now);
     // Print the logs read before an error.
     let progress = Progress::beside_output(None);
     let outcome = shards(&logstore, args.shard).into_iter().try_for_each(|shard| {
         if printer.is_full() {
             return Ok(());
         }
-        let options = ReadOptions::default().from(args.from).to(args.to).skip_lost(args.skip_lost);
+        let options = ReadOptions::default().from(from).to(args.to).skip_lost(args.skip_lost);
         let mut reader = logstore.read(shard, &options)?;
         while let Some(record) = reader.try_next()? {
             progress.add(record.bytes.len() as u64);
@@ -38,6 +42,12 @@ pub(crate) fn read(setup: &Setup, args: &ReadArgs) -> Result {
     });
     drop(progress);
     both(outcome, printer.flush())
+}
+
+/// The receive time that is this long ago.
+fn before_now(since: Duration) -> Position {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Position::Time(now.saturating_sub(since).as_micros().try_into().unwrap_or(u64::MAX))
 }
 
 /// Names the groups that a reader has passed because they are lost.
