@@ -69,6 +69,8 @@ mod segment;
 mod shard;
 mod store;
 mod sync;
+#[cfg(any(feature = "testing", feature = "kms-conformance"))]
+pub mod testing;
 mod wire;
 
 pub use config::{
@@ -127,16 +129,6 @@ pub mod limits {
         },
         store::{LOGSTORES_MAX, STORE_SHARDS_MAX},
     };
-}
-
-/// For the tests of an embedder: a KMS that fails on request (feature `testing`), and a suite of
-/// checks for a KMS backend (feature `kms-conformance`).
-#[cfg(any(feature = "testing", feature = "kms-conformance"))]
-pub mod testing {
-    #[cfg(feature = "kms-conformance")]
-    pub use crate::kms::conformance;
-    #[cfg(feature = "testing")]
-    pub use crate::kms::{Answer, Fault, FaultyKms, Operation};
 }
 
 /// The parts of a segment file, for tools that look at the bytes on disk and for fuzzing. No

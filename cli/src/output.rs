@@ -283,9 +283,10 @@ pub(crate) fn moment(unix_us: u64) -> String {
     i64::try_from(unix_us)
         .ok()
         .and_then(|us| jiff::Timestamp::from_microsecond(us).ok())
-        .map_or_else(|| format!("{unix_us} us"), |timestamp| {
-            timestamp.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string()
-        })
+        .map_or_else(
+            || format!("{unix_us} us"),
+            |timestamp| timestamp.strftime("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(),
+        )
 }
 
 /// Progress of long work: a bar on standard error, if that is a terminal and the work takes longer

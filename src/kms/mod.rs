@@ -68,9 +68,6 @@ mod aws;
 mod base64_key;
 mod bounded;
 mod calls;
-#[cfg(feature = "kms-conformance")]
-#[doc(hidden)]
-pub mod conformance;
 mod context;
 #[cfg(any(
     feature = "kms-aliyun",
@@ -79,8 +76,6 @@ mod context;
     feature = "kms-vault"
 ))]
 mod deadline;
-#[cfg(feature = "testing")]
-mod faulty;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws", feature = "kms-vault"))]
 mod http;
 #[cfg(any(feature = "kms-aliyun", feature = "kms-aws"))]
@@ -108,9 +103,6 @@ pub(crate) use bounded::{BoundedKms, Call, CallReport, LOOK_EVERY};
 pub(crate) use bounded::{DeferredCalls, Watch};
 pub(crate) use calls::Busy;
 pub use context::EncryptionContext;
-#[cfg(feature = "testing")]
-#[doc(hidden)]
-pub use faulty::{Answer, Fault, FaultyKms, Operation};
 #[cfg(feature = "kms-local")]
 pub use local::{DELETION_DAYS, LocalKeyInfo, LocalKeyState, LocalKms, LocalKmsError};
 pub(crate) use meter::KmsMeter;

@@ -1,16 +1,14 @@
 //! Wrapped keys: round trips, binding, damage, versions.
 
-use crate::kms::{
-    EncryptionContext,
-    conformance::run::{
-        Caller, Check, Run, Sample, Wanted, accepted, context, context_of, failed, refused,
-    },
+use crate::kms::EncryptionContext;
+use crate::testing::conformance::run::{
+    Caller, Check, Run, Sample, Wanted, accepted, context, context_of, failed, refused,
 };
 
 /// The most places of a wrapped key that are damaged. Each costs a call.
 const PLACES_MAX: usize = 48;
 
-pub(in crate::kms::conformance) fn round_trip(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn round_trip(run: &Run<'_>) -> Check {
     let (caller, later) = (run.caller(), run.caller());
     let cmk = run.subject.create_key()?;
     let long = "x".repeat(500);
@@ -32,7 +30,7 @@ pub(in crate::kms::conformance) fn round_trip(run: &Run<'_>) -> Check {
     caller.works(&run.sample(&caller)?, "under another master key")
 }
 
-pub(in crate::kms::conformance) fn context_binding(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn context_binding(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let sample = run.sample(&caller)?;
     let entries: Vec<(&str, &str)> = sample.context.iter().collect();
@@ -65,7 +63,7 @@ pub(in crate::kms::conformance) fn context_binding(run: &Run<'_>) -> Check {
     caller.opens(&sample, "in its own context afterwards")
 }
 
-pub(in crate::kms::conformance) fn context_boundaries(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn context_boundaries(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (cmk, key) = (run.subject.create_key()?, run.key()?);
     // Each has the same letters in the same order.
@@ -92,7 +90,7 @@ pub(in crate::kms::conformance) fn context_boundaries(run: &Run<'_>) -> Check {
     Ok(())
 }
 
-pub(in crate::kms::conformance) fn other_key(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn other_key(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (sample, other) = (run.sample(&caller)?, run.sample(&caller)?);
     let answer = caller.unwrap(&other.cmk, &sample.context, &sample.wrapped)?;
@@ -100,7 +98,7 @@ pub(in crate::kms::conformance) fn other_key(run: &Run<'_>) -> Check {
     caller.opens(&sample, "under its own master key afterwards")
 }
 
-pub(in crate::kms::conformance) fn damaged(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn damaged(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let sample = run.sample(&caller)?;
     for (what, bytes) in damages(run, &sample.wrapped)? {
@@ -110,7 +108,7 @@ pub(in crate::kms::conformance) fn damaged(run: &Run<'_>) -> Check {
     caller.opens(&sample, "the intact key afterwards")
 }
 
-pub(in crate::kms::conformance) fn cmk_version(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn cmk_version(run: &Run<'_>) -> Check {
     let (caller, later) = (run.caller(), run.caller());
     let sample = run.sample(&caller)?;
     let version = caller.cmk_version(&sample.wrapped)?;

@@ -7,11 +7,9 @@ use base64::{
 
 use crate::{
     ids::hex_encode,
-    kms::{
-        KmsError,
-        conformance::run::{Check, Run, failed},
-    },
+    kms::KmsError,
     sync::lock,
+    testing::conformance::run::{Check, Run, failed},
 };
 
 /// The longest detail of an error, in bytes.
@@ -20,7 +18,7 @@ const DETAIL_BYTES_MAX: usize = 1000;
 /// base64 is a part of the key's.
 const PART_BYTES: usize = 9;
 
-pub(in crate::kms::conformance) fn error_details(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn error_details(run: &Run<'_>) -> Check {
     for error in &lock(&run.heard).errors {
         let (KmsError::Revoked { detail, .. }
         | KmsError::Unreachable { detail }
@@ -35,7 +33,7 @@ pub(in crate::kms::conformance) fn error_details(run: &Run<'_>) -> Check {
     Ok(())
 }
 
-pub(in crate::kms::conformance) fn no_secret_shown(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn no_secret_shown(run: &Run<'_>) -> Check {
     let secrets = run.subject.secrets();
     let heard = lock(&run.heard);
     let texts = heard.errors.iter().map(|error| format!("{error} {error:?}").into_bytes());

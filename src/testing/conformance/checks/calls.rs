@@ -4,7 +4,7 @@ use std::thread;
 
 use crate::{
     io::{Clock, SystemClock},
-    kms::conformance::run::{Caller, Check, Run, failed},
+    testing::conformance::run::{Caller, Check, Run, failed},
 };
 
 /// How often each thread calls.
@@ -12,7 +12,7 @@ const ROUNDS: usize = 4;
 /// A region that no KMS has.
 const OTHER_REGION: &str = "envelog-nowhere-1";
 
-pub(in crate::kms::conformance) fn concurrency(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn concurrency(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let samples = [run.sample(&caller)?, run.sample(&caller)?, run.sample(&caller)?];
     let results: Vec<Check> = thread::scope(|scope| {
@@ -29,7 +29,7 @@ pub(in crate::kms::conformance) fn concurrency(run: &Run<'_>) -> Check {
     results.into_iter().collect()
 }
 
-pub(in crate::kms::conformance) fn routing(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn routing(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let region = run.subject.create_key()?.region_id;
     serves_steadily(run, &caller, &region)?;

@@ -1,11 +1,9 @@
 //! The states of a master key, as its administrator changes them.
 
-use crate::kms::{
-    RevokedReason,
-    conformance::run::{Caller, Check, Run, Sample, Wanted, failed, refused},
-};
+use crate::kms::RevokedReason;
+use crate::testing::conformance::run::{Caller, Check, Run, Sample, Wanted, failed, refused};
 
-pub(in crate::kms::conformance) fn disabled(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn disabled(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (sample, other) = (run.sample(&caller)?, run.sample(&caller)?);
     run.subject.disable(&sample.cmk)?;
@@ -15,7 +13,7 @@ pub(in crate::kms::conformance) fn disabled(run: &Run<'_>) -> Check {
     back(run, &caller, &sample, "with a key that is enabled again")
 }
 
-pub(in crate::kms::conformance) fn pending_deletion(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn pending_deletion(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (sample, other) = (run.sample(&caller)?, run.sample(&caller)?);
     run.subject.schedule_deletion(&sample.cmk)?;
@@ -26,7 +24,7 @@ pub(in crate::kms::conformance) fn pending_deletion(run: &Run<'_>) -> Check {
     back(run, &caller, &sample, "after its deletion is cancelled")
 }
 
-pub(in crate::kms::conformance) fn deleted(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn deleted(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (sample, other) = (run.sample(&caller)?, run.sample(&caller)?);
     run.subject.delete(&sample.cmk)?;
@@ -34,7 +32,7 @@ pub(in crate::kms::conformance) fn deleted(run: &Run<'_>) -> Check {
     caller.works(&other, "while another key is deleted")
 }
 
-pub(in crate::kms::conformance) fn missing(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn missing(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let sample = run.sample(&caller)?;
     // A KMS may look at the wrapped key before it looks for the master key.
@@ -49,7 +47,7 @@ pub(in crate::kms::conformance) fn missing(run: &Run<'_>) -> Check {
     caller.works(&sample, "with another key afterwards")
 }
 
-pub(in crate::kms::conformance) fn not_permitted(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn not_permitted(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let (sample, other) = (run.sample(&caller)?, run.sample(&caller)?);
     run.subject.withdraw(&sample.cmk)?;
@@ -60,7 +58,7 @@ pub(in crate::kms::conformance) fn not_permitted(run: &Run<'_>) -> Check {
     back(run, &caller, &sample, "with the permission given again")
 }
 
-pub(in crate::kms::conformance) fn rotation(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn rotation(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let mut samples = vec![run.sample(&caller)?];
     for _ in 0..3 {
@@ -86,7 +84,7 @@ pub(in crate::kms::conformance) fn rotation(run: &Run<'_>) -> Check {
     samples.iter().try_for_each(|sample| later.opens(sample, "in an instance made after rotations"))
 }
 
-pub(in crate::kms::conformance) fn recreation(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn recreation(run: &Run<'_>) -> Check {
     let caller = run.caller();
     let sample = run.sample(&caller)?;
     run.subject.recreate(&sample.cmk)?;

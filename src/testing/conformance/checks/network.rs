@@ -5,11 +5,11 @@ use std::{io, thread, time::Duration};
 use super::calls::serves_steadily;
 use crate::{
     io::{Clock, SystemClock},
-    kms::conformance::{
+    sync::atomic::{AtomicBool, Ordering},
+    testing::conformance::{
         proxy::{Fault, Proxy, pause},
         run::{Caller, Check, Run, Sample, Stop, failed},
     },
-    sync::atomic::{AtomicBool, Ordering},
 };
 
 /// A proxy in front of the server, and an instance of the backend behind it.
@@ -83,7 +83,7 @@ impl<'r> Network<'r> {
     }
 }
 
-pub(in crate::kms::conformance) fn connection_refused(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn connection_refused(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     network.caller.opens(&network.sample, "through the proxy")?;
     network.proxy.refuse().map_err(proxy_failed)?;
@@ -97,7 +97,7 @@ pub(in crate::kms::conformance) fn connection_refused(run: &Run<'_>) -> Check {
     network.patient(&fresh).works(&network.sample, when)
 }
 
-pub(in crate::kms::conformance) fn no_answer(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn no_answer(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     network.is_an_outage(Fault::Hang)?;
     // A longer time limit waits longer.
@@ -121,14 +121,14 @@ pub(in crate::kms::conformance) fn no_answer(run: &Run<'_>) -> Check {
     network.patient(&network.caller).works(&network.sample, "after an outage")
 }
 
-pub(in crate::kms::conformance) fn half_an_answer(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn half_an_answer(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     [Fault::Half, Fault::AllButOneByte, Fault::Close]
         .into_iter()
         .try_for_each(|fault| network.is_an_outage(fault))
 }
 
-pub(in crate::kms::conformance) fn slow_answer(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn slow_answer(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     let short = run.settings.short_timeout;
     let answers = u32::try_from(network.answers_of_a_call()?).unwrap_or(u32::MAX);
@@ -155,7 +155,7 @@ pub(in crate::kms::conformance) fn slow_answer(run: &Run<'_>) -> Check {
     network.patient(&network.caller).works(&network.sample, "after slow answers")
 }
 
-pub(in crate::kms::conformance) fn independent_calls(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn independent_calls(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     let other = run.sample(&network.patient(&network.caller))?;
     // Long enough for the other call to be complete before.
@@ -185,7 +185,7 @@ pub(in crate::kms::conformance) fn independent_calls(run: &Run<'_>) -> Check {
     })
 }
 
-pub(in crate::kms::conformance) fn routing_in_an_outage(run: &Run<'_>) -> Check {
+pub(in crate::testing::conformance) fn routing_in_an_outage(run: &Run<'_>) -> Check {
     let network = Network::new(run)?;
     let region = network.sample.cmk.region_id.clone();
     network.proxy.fail(Fault::Hang, 0);

@@ -2,9 +2,9 @@
 
 use std::{collections::VecDeque, fmt, sync::Arc, thread, time::Duration};
 
-use super::{Kms, KmsCall, KmsError};
 use crate::{
     crypto::SecretKey,
+    kms::{Kms, KmsCall, KmsError},
     sync::{
         LockRank, Mutex,
         atomic::{AtomicU64, Ordering},
