@@ -33,7 +33,8 @@ impl Recovery<'_> {
             }
             let is_last = index + 1 == segments.len();
             let cause = match self.check_segment(segment, is_last) {
-                Ok(()) => continue,
+                // The key of a shredded segment was destroyed on purpose.
+                Ok(()) | Err(Error::Shredded { .. }) => continue,
                 Err(error) if error.is_loss() => error,
                 Err(error) if accept_tampered && error.kind() == ErrorKind::Integrity => error,
                 Err(error) => return Err(error),

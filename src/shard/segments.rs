@@ -258,7 +258,8 @@ impl SegmentList {
             return Ok(Arc::clone(segments));
         }
         let mut segments = self.list()?;
-        if self.reload.is_some() && segments.iter().any(SegmentRef::is_missing) {
+        let is_gone = |one: &SegmentRef| one.is_missing() && !self.is_lost(one.ordinal);
+        if self.reload.is_some() && segments.iter().any(is_gone) {
             // Retention may have dropped segments that are in the copy of the record. Reading the
             // catalogue may call the KMS, so this thread gives up the lock meanwhile.
             drop(listed);
@@ -441,7 +442,10 @@ impl SegmentList {
     /// failed before it synced the directory. Call this before the catalogue refers to the
     /// segments.
     pub(super) fn make_names_durable(&self) -> Result<()> {
-        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))
+        match self.disk.sync_dir(&self.dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.ensure_directory(),
+            synced => synced.map_err(Error::io("sync", &self.dir)),
+        }
     }
 
     /// Removes the files in the directory that belong to no segment: dropped by retention, or left
