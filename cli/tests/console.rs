@@ -14,7 +14,7 @@ use std::{
 use common::{ROLE, Running, World, byok, made_lines, service};
 use serde_json::Value;
 
-const COMMANDS: [&[&str]; 18] = [
+const COMMANDS: [&[&str]; 19] = [
     &["demo"],
     &["create"],
     &["get"],
