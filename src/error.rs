@@ -733,7 +733,7 @@ impl Error {
     }
 
     /// A short stable word for the variant, for programs: `revoked`, `kms_unreachable`, `tampered`,
-    /// …
+    /// … [`Error::Lost`] has the word of its cause.
     pub fn code(&self) -> &'static str {
         match self {
             Error::Revoked { .. } => "revoked",
@@ -782,7 +782,7 @@ impl Error {
             Error::InvalidArgument(_) => "invalid_argument",
             Error::Latched { .. } => "latched",
             Error::GroupsLost { .. } => "groups_lost",
-            Error::Lost { .. } => "lost",
+            Error::Lost { cause, .. } => cause.code(),
             Error::ReadOnly => "read_only",
             Error::Forked => "forked",
             Error::Closed(_) => "closed",

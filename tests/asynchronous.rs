@@ -445,3 +445,33 @@ fn the_futures_are_send() {
     is_send(&logstore.follow(0, &ReadOptions::default()).unwrap());
     block_on(append).unwrap();
 }
+
+/// A KMS that hangs beyond its time limit holds calls, until the key's share of them is used up. A
+/// second master key makes that share smaller than all calls.
+#[test]
+fn a_group_under_a_hung_key_is_refused_without_a_free_call() {
+    let mut world = World::threads();
+    world.options.revalidate_every = millis(100);
+    world.options.kms_timeout = millis(20);
+    world.options.outage_grace = millis(200);
+    let store = world.create();
+    let (hung, healthy) = (world.cmk(), world.cmk());
+    let logstore = world.byok(&store, "p/hung", &hung);
+    let other = world.byok(&store, "p/healthy", &healthy);
+    put(&logstore, "before");
+    put(&other, "before");
+    world.kms.answer_for_master_key(&hung.cmk_key_id, Answer::Hang);
+    eventually("the lease ends", || try_put(&logstore, "refused").is_err());
+    // Renewals use up the share of calls meanwhile.
+    for _ in 0..60 {
+        thread::sleep(millis(50));
+        let refused = logstore.try_submit(record("refused"), &synced()).and_then(block_on);
+        assert!(matches!(refused, Err(Error::KmsUnreachable { .. })), "{refused:?}");
+    }
+    let mut follow = logstore.follow(0, &ReadOptions::default());
+    if let Ok(follow) = &mut follow {
+        assert!(matches!(follow.next(), Some(Err(Error::KmsUnreachable { .. }))));
+    }
+    put(&other, "another tenant goes on");
+    world.kms.answer(Answer::Real);
+}

@@ -311,16 +311,18 @@ impl Lease {
             && apart.cast_signed().unsigned_abs() <= micros(self.terms.revalidate_every)
     }
 
-    /// Whether [`Lease::admit`] decides without a KMS call, now and for a while. If not, starts a
-    /// call, and does not wait for it.
+    /// Whether [`Lease::admit`] decides without waiting for a KMS call, now and for a while. If not,
+    /// starts a call, and does not wait for it. A lost lease decides also when too many calls are
+    /// outstanding for another one: [`Lease::admit`] refuses at once then.
     pub(crate) fn decides_or_asks(&self) -> bool {
         let margin = self.terms.call_timeout.min(self.terms.revalidate_every) / 2;
         let decides = self.is_fresh(margin) || (self.is_lost() && !self.needs_call());
-        if !decides {
-            // If too many calls are outstanding, the caller tries again later.
-            let _ = self.ask();
+        if decides {
+            return true;
         }
-        decides
+        // If too many calls are outstanding, the caller of a lease that is not lost tries again
+        // later.
+        self.ask().is_err() && self.is_lost()
     }
 
     /// Whether a call is under way.

@@ -730,7 +730,16 @@ pub(crate) fn try_put(logstore: &Logstore, text: &str) -> Result<()> {
 
 /// All records of a shard from `from` on.
 pub(crate) fn records_from(logstore: &Logstore, shard: u32, from: Position) -> Result<Vec<Record>> {
-    logstore.read(shard, &ReadOptions::default().from(from))?.collect()
+    let reader = logstore.read(shard, &ReadOptions::default().from(from))?;
+    reader.map(|record| record.map_err(damage)).collect()
+}
+
+/// The damage that a reader reports as a loss; any other error unchanged.
+pub(crate) fn damage(error: Error) -> Error {
+    match error {
+        Error::Lost { cause, .. } => (*cause).clone(),
+        error => error,
+    }
 }
 
 pub(crate) fn records(logstore: &Logstore, shard: u32) -> Result<Vec<Record>> {
