@@ -540,7 +540,7 @@ fn a_file_that_breaks_under_a_reader_is_an_error() {
             });
         }
         let rest: Vec<_> = so_far(&mut reader).collect();
-        let error = rest.last().unwrap().as_ref().unwrap_err();
+        let error = &damage(rest.last().unwrap().clone().unwrap_err());
         match truncated {
             true => {
                 assert!(matches!(error, Error::Corrupt { .. } | Error::Truncated { .. }), "{error}")
@@ -759,7 +759,7 @@ fn a_file_that_changes_under_a_map_gives_no_forged_plaintext() {
         *armed.lock().unwrap() = None;
         assert_eq!(record.bytes, "what was written", "{encrypt_type} {enable}");
         // A new read detects the change.
-        let error = logstore.read(0, &options).unwrap().next().unwrap().unwrap_err();
+        let error = damage(logstore.read(0, &options).unwrap().next().unwrap().unwrap_err());
         assert!(matches!(error, Error::Corrupt { .. }), "{encrypt_type} {enable}: {error}");
     }
 }

@@ -215,7 +215,7 @@ const BODIES: &[Row] = &[
         row(
             Which::Catalogue,
             "a segment that the head knows",
-            "the catalogue knows of it",
+            "segment 4 of the shard is missing",
             |document| {
                 document.edit(|json| entry(json)["shards"][0]["head"]["ordinal"] = 4.into());
             },
