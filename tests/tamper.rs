@@ -340,7 +340,9 @@ fn forged(kind: FileKind, part: &Part) -> &'static [&'static str] {
         }
         (FileKind::Segment, "suite" | "payload hash") => &["tampered", "unsupported_feature"],
         (FileKind::Segment, "key source" | "predecessor kind") => &["corrupt", "tampered"],
-        (FileKind::Segment, "first seq" | "limit seq") => &["corrupt", "tampered"],
+        (FileKind::Segment, "first seq" | "limit seq" | "setbacks" | "latest time") => {
+            &["corrupt", "tampered"]
+        }
         (FileKind::Segment, "block seq" | "block times") => &["corrupt", "tampered"],
         (FileKind::Audit, "record") => &["corrupt", "keyring_too_old", "tampered"],
         (FileKind::Audit, "record tag") => &["corrupt", "tampered"],

@@ -37,8 +37,8 @@ const FIRST_SEQ_AT: u64 = 96;
 #[derive(Clone, Debug)]
 pub(crate) struct SegmentRef {
     pub(crate) ordinal: u64,
-    /// For missing segments: the last of them. The path is that of the shard's directory, and the
-    /// first sequence number that of the segment behind them.
+    /// For missing segments: the last of them. The path is a pattern for the name of the first one,
+    /// and the first sequence number is that of the segment behind them.
     pub(crate) missing_to: Option<u64>,
     pub(crate) first_seq: u64,
     pub(crate) epoch: u64,
@@ -354,7 +354,7 @@ impl SegmentList {
                 missing_to: Some(to),
                 first_seq,
                 epoch: 0,
-                path: self.dir.as_path().into(),
+                path: self.dir.join(format!("{first:010}-*.seg")).into(),
                 active: None,
                 sealed: None,
             });

@@ -208,9 +208,10 @@ fn segment(bytes: &[u8]) -> Vec<Part> {
         ("predecessor kind", 4),
         ("predecessor", 84),
         ("payload hash", 2),
-        ("reserved", 6),
+        ("reserved", 2),
+        ("setbacks", 4),
         ("epoch", 8),
-        ("reserved", 8),
+        ("latest time", 8),
         ("commitment", 32),
     ];
     under_crc(&mut parts, 0, &header);

@@ -53,17 +53,19 @@ pub(crate) fn run(setup: &Setup, args: &AppendArgs) -> Result {
     let outcome = append(&logstore, &inputs, &options, lines, args.ack);
     // Close after a failure too: this seals the acknowledged groups and releases the lock.
     let closed = setup.close(store);
-    let Ok(summary) = &outcome else { return both(outcome, closed).map(drop) };
-    summary.print(setup.json, args.ack)?;
-    if let Err(failure) = closed {
+    let summary = match (outcome, closed) {
         // A caller who repeats the run after a failure has the logs twice.
-        if args.durability == DurabilityArg::Buffered || failure.status() != Status::Other {
-            return Err(failure);
+        (Ok(summary), Err(failure))
+            if args.durability != DurabilityArg::Buffered && failure.status() == Status::Other =>
+        {
+            output::notice(format_args!(
+                "all logs are stored as acknowledged, but closing the store failed: {failure}"
+            ));
+            summary
         }
-        output::notice(format_args!(
-            "all logs are stored as acknowledged, but closing the store failed: {failure}"
-        ));
-    }
+        (outcome, closed) => both(outcome, closed)?,
+    };
+    summary.print(setup.json, args.ack)?;
     interrupt::check_after_append(summary.kept_all)
 }
 
