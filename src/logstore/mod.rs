@@ -694,7 +694,8 @@ impl Logstore {
         Reader::open(self.shared.shard(shard)?, options)
     }
 
-    /// Opens a reader on all shards, which merges their records by receive time. It takes one reader
+    /// Opens a reader on all shards, which merges their records by receive time. The limits of the
+    /// options count the records of all shards together. It takes one reader
     /// of [`readers_max`](crate::StoreOptions::readers_max) for each shard, and reads the first
     /// block of each. Blocks for file I/O and KMS calls.
     ///

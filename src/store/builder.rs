@@ -71,7 +71,9 @@ impl StoreBuilder {
     /// [`StoreBuilder::recover_without_keyring`]). An existing keyring names its master key itself,
     /// and [`Keys::rewrap_keyring`](crate::Keys::rewrap_keyring) changes it.
     ///
-    /// The service key has no lease: a store that is open stays open if the master key is revoked.
+    /// The service key has a lease, as a customer's key has: a refusal of the master key closes an open
+    /// store within the bound of [`StoreOptions::revalidate_every`], and an outage of its KMS does so
+    /// after [`StoreOptions::service_outage_grace`].
     pub fn service_cmk(mut self, cmk: Cmk) -> Self {
         self.setup.service_cmk = Some(cmk);
         self
