@@ -271,6 +271,62 @@ fn one_damaged_segment_costs_its_own_contents() {
     }
 }
 
+/// A file that no writer made has the name of a later segment, with an epoch above all others. Once
+/// its loss is accepted, it must not put the segments behind it out of force.
+#[test]
+fn a_strange_file_hides_no_later_segment() {
+    let scene = Scene::new(service);
+    let first = &scene.segments[0][0].0;
+    let strange = "0000000163-00000000000000005184-0000000062.seg";
+    fs::write(first.with_file_name(strange), b"junk").unwrap();
+    let store = scene.world.open();
+    let logstore = store.logstore(&name(NAME)).unwrap();
+    let options = AppendOptions::default().shard(ShardChoice::Shard(0));
+    assert!(logstore.append(record("refused"), &options).is_err());
+    let report = store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap();
+    assert_eq!((report.losses.len(), report.losses[0].last_ordinal), (1, 163));
+    put_in_first(&logstore, "behind it");
+    drop(logstore);
+    store.close().unwrap();
+    let store = scene.world.open();
+    let logstore = store.logstore(&name(NAME)).unwrap();
+    let (_, mut all) = scene.expected(0, &[]);
+    all.push("behind it".to_owned());
+    assert_eq!(texts(&logstore), all);
+    put_in_first(&logstore, "and again");
+    assert!(scene.verify(&store, false).is_clean());
+}
+
+/// The file of an accepted loss is there again.
+#[test]
+fn a_segment_that_comes_back_is_read() {
+    let scene = Scene::new(byok);
+    for lost in 0..SEGMENTS as usize {
+        scene.restore();
+        let path = &scene.segments[0][lost].0;
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, b"junk").unwrap();
+        let store = scene.world.open();
+        store.admin().repair(&name(NAME), 0, &RepairOptions::default()).unwrap();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        put_in_first(&logstore, "behind it");
+        drop(logstore);
+        store.close().unwrap();
+        fs::write(path, bytes).unwrap();
+        let store = scene.world.open();
+        let logstore = store.logstore(&name(NAME)).unwrap();
+        let (_, mut all) = scene.expected(0, &[]);
+        all.push("behind it".to_owned());
+        assert_eq!(texts(&logstore), all, "segment {lost}");
+        assert!(scene.verify(&store, false).is_clean());
+    }
+}
+
+fn put_in_first(logstore: &Logstore, text: &str) {
+    let options = AppendOptions::default().shard(ShardChoice::Shard(0));
+    logstore.append(record(text), &options).unwrap();
+}
+
 #[test]
 fn two_damaged_segments_cost_their_own_contents() {
     let scene = Scene::new(byok);

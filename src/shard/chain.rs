@@ -8,8 +8,9 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{
+    listing::SegmentRef,
     scanning::in_place,
-    segments::{End, Opened, SegmentList, SegmentRef},
+    segments::{End, Opened, SegmentList},
 };
 use crate::{
     Error, Result,
@@ -67,7 +68,8 @@ impl Chain {
         };
         while let Some((sealed, end)) = next {
             if let Some(loss) = record.loss(end.ordinal) {
-                next = loss.end_before().filter(|(_, before)| before.ordinal >= ordinal);
+                let before = loss.before.clone().filter(|head| head.ordinal >= ordinal);
+                next = before.map(|head| (head.sealed, head.into_end()));
                 continue;
             }
             let Some(name) = list.find(end.ordinal)? else { return Ok(None) };

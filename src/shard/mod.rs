@@ -35,6 +35,7 @@ mod follow;
 mod handover;
 mod hashing;
 mod leader;
+mod listing;
 mod loss;
 mod merged;
 mod payload;
@@ -83,6 +84,7 @@ pub use follow::FollowStream;
 pub use follow::{Follow, WaitFor};
 pub(crate) use hashing::PayloadHasher;
 use leader::{KMS_RETRY_AFTER, Timers};
+pub(crate) use listing::SegmentRef;
 use loss::Lost;
 pub(crate) use loss::{RecordLostGroups, ShardLoss};
 pub use merged::MergedReader;
@@ -93,9 +95,7 @@ pub(crate) use record::{Head, Loss, RecordHead, ReloadRecord, ShardRecord};
 pub use recovery::{AcceptedLoss, RecoveryNotice, RepairOptions, RepairReport};
 pub(crate) use salvage::FoundLoss;
 pub(crate) use segment_reader::{Load, SegmentReader};
-pub(crate) use segments::{
-    End, Opened, Proof, SegmentList, SegmentRef, is_segment_temporary, read_header,
-};
+pub(crate) use segments::{End, Opened, Proof, SegmentList, is_segment_temporary, read_header};
 pub use ticket::{AppendFuture, Ticket};
 use writer::{KeyUse, SegmentWriter, WriteEnv};
 

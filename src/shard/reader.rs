@@ -6,9 +6,10 @@ use bytes::Bytes;
 
 use super::{
     Shard,
+    listing::SegmentRef,
     scanning::count,
     segment_reader::{Load, Refresh, SegmentReader},
-    segments::{End, SegmentList, SegmentRef},
+    segments::{End, SegmentList},
 };
 use crate::{
     Error, Result,
@@ -23,6 +24,9 @@ use crate::{
         lock,
     },
 };
+
+/// The most ranges in [`Reader::lost`].
+const LOST_RANGES_MAX: usize = 1024;
 
 /// A place in a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -300,7 +304,8 @@ impl Reader {
     }
 
     /// The losses that the reader has passed so far: accepted ones, and with
-    /// [`ReadOptions::skip_lost`] the others.
+    /// [`ReadOptions::skip_lost`] the others. After 1,024 of them, the last one includes all later
+    /// ones.
     pub fn lost(&self) -> &[LostRange] {
         &self.lost
     }
@@ -415,6 +420,8 @@ impl Reader {
         };
         let end_seq = match within {
             Some(seq) => Some(seq),
+            // It was passed before, and nothing was entered since.
+            None if self.passed == Some(ordinal) => return Err(error),
             None => {
                 (self.cursor, self.passed) = (None, Some(ordinal));
                 let segments = self.list.segments(false)?;
@@ -426,9 +433,14 @@ impl Reader {
         if !accepted && !self.skip_lost {
             return Err(Error::Lost { shard, from_seq, end_seq, cause: Arc::new(error) });
         }
-        let lost = LostRange { shard, from_seq, end_seq, accepted };
-        if self.lost.last() != Some(&lost) {
-            self.lost.push(lost);
+        let is_full = self.lost.len() >= LOST_RANGES_MAX;
+        match self.lost.last_mut() {
+            Some(last)
+                if is_full || (last.accepted == accepted && last.end_seq == Some(from_seq)) =>
+            {
+                last.end_seq = end_seq;
+            }
+            _ => self.lost.push(LostRange { shard, from_seq, end_seq, accepted }),
         }
         Ok(())
     }

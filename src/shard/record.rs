@@ -65,25 +65,12 @@ pub(crate) struct Loss {
     /// Whether a segment was forged, or exchanged for another one, and that was accepted too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) tampered: bool,
-    /// How the segment in front of the loss ends, if there is one.
+    /// The head behind the segment in front of the loss, if there is one. The header of the lost
+    /// segment named that end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) before: Option<EndBeforeLoss>,
+    pub(crate) before: Option<Head>,
     /// When the loss was accepted, in microseconds since the Unix epoch.
     pub(crate) accepted_us: u64,
-}
-
-/// How the segment in front of a loss ends. The header of the lost segment named this end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct EndBeforeLoss {
-    pub(crate) sealed: bool,
-    pub(crate) segment: SegmentId,
-    pub(crate) blocks: u32,
-    pub(crate) bytes: u64,
-    pub(crate) end_seq: u64,
-    pub(crate) last_time_us: u64,
-    #[serde(with = "crate::ids::hex")]
-    pub(crate) digest: [u8; 32],
 }
 
 impl Loss {
@@ -92,48 +79,27 @@ impl Loss {
         error.is_loss() || (self.tampered && error.kind() == ErrorKind::Integrity)
     }
 
-    /// The end of the segment in front of the loss, and whether that segment is sealed.
-    pub(crate) fn end_before(&self) -> Option<(bool, PredecessorEnd)> {
-        let before = self.before.as_ref()?;
-        let end = PredecessorEnd {
-            ordinal: self.first - 1,
-            segment: before.segment,
-            blocks: before.blocks,
-            bytes: before.bytes,
-            end_seq: before.end_seq,
-            digest: before.digest,
-            last_time_us: before.last_time_us,
-        };
-        Some((before.sealed, end))
-    }
-
     /// The end that a segment behind the loss names for the last lost segment, of which nothing is
     /// known.
     pub(crate) fn unknown_end(&self) -> PredecessorEnd {
         PredecessorEnd {
             ordinal: self.last,
-            segment: SegmentId::from_bytes([0; 16]),
+            segment: UNKNOWN,
             blocks: 0,
             bytes: 0,
             end_seq: self.end_seq,
             digest: [0; 32],
-            last_time_us: self.before.as_ref().map_or(0, |before| before.last_time_us),
+            last_time_us: self.before.as_ref().map_or(0, |head| head.last_time_us),
         }
     }
 }
 
-impl EndBeforeLoss {
-    pub(crate) fn new(sealed: bool, end: &PredecessorEnd) -> Self {
-        Self {
-            sealed,
-            segment: end.segment,
-            blocks: end.blocks,
-            bytes: end.bytes,
-            end_seq: end.end_seq,
-            last_time_us: end.last_time_us,
-            digest: end.digest,
-        }
-    }
+/// The segment id in an end of which nothing is known. No segment has it.
+const UNKNOWN: SegmentId = SegmentId::from_bytes([0; 16]);
+
+/// Whether an end is that of a lost segment of which nothing was known.
+pub(super) fn is_unknown_end(end: &PredecessorEnd) -> bool {
+    end.segment == UNKNOWN
 }
 
 /// The recorded end of a shard: a point up to which all its blocks are durable.

@@ -12,10 +12,11 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use super::{
+    listing::SegmentRef,
     record::{Head, Loss},
     rules::check_rules,
     scanning::{Prover, Scanned, add, in_place},
-    segments::{End, Opened, Proof, SegmentList, SegmentRef, read_header},
+    segments::{End, Opened, Proof, SegmentList, read_header},
     writer::{KeyUse, NewSegment, Next, WriteEnv},
 };
 use crate::{
@@ -112,7 +113,7 @@ impl Recovery<'_> {
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };
         self.list.make_names_durable()?;
-        if let Some(loss) = self.list.ends_in_loss()? {
+        if let Some(loss) = self.list.ends_in_loss()?.filter(|_| self.is_headless(last)) {
             return Ok((self.behind_loss(&loss), None));
         }
         let opened = self.list.open_segment(last)?;

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use super::{
     chain::check_retired,
-    segments::{End, Opened, SegmentList, SegmentRef},
+    listing::SegmentRef,
+    segments::{End, Opened, SegmentList},
 };
 use crate::{
     Error, Result,

@@ -2,12 +2,13 @@
 //! loss.
 
 use super::{
+    listing::SegmentRef,
     reader::ReadMode,
-    record::{EndBeforeLoss, Head, Loss},
+    record::{Head, Loss},
     recovery::Recovery,
     scanning::in_place,
     segment_reader::{Load, SegmentReader},
-    segments::{End, Opened, SegmentRef},
+    segments::{End, Opened},
     writer::RESERVED_SEQS,
 };
 use crate::{Error, ErrorKind, Result, crypto::wipe};
@@ -93,15 +94,12 @@ impl Recovery<'_> {
 
     fn new_loss(&self, segment: &SegmentRef, end_seq: u64, tampered: bool) -> Result<Loss> {
         let first = segment.ordinal;
-        let before =
-            match first.checked_sub(1).map(|ordinal| self.list.find(ordinal)).transpose()? {
-                Some(Some(before))
-                    if !before.is_missing() && !self.list.is_lost(before.ordinal) =>
-                {
-                    self.end_in_front(&before)?
-                }
-                _ => None,
-            };
+        let is_usable =
+            |before: &SegmentRef| !before.is_missing() && !self.list.is_lost(before.ordinal);
+        let before = match self.list.find(first - 1)?.filter(is_usable) {
+            Some(before) => self.end_in_front(&before)?,
+            None => None,
+        };
         let from_seq = match &before {
             Some(before) => before.end_seq,
             None => self.list.record().first_seq,
@@ -117,19 +115,15 @@ impl Recovery<'_> {
         })
     }
 
-    /// How the segment in front of a loss ends: by its footer, or behind its last authentic block.
-    fn end_in_front(&self, before: &SegmentRef) -> Result<Option<EndBeforeLoss>> {
+    /// The head behind the segment in front of a loss: by its footer, or behind its last authentic
+    /// block.
+    fn end_in_front(&self, before: &SegmentRef) -> Result<Option<Head>> {
         let Some(opened) = self.list.open_listed(before)? else { return Ok(None) };
         Ok(Some(match &opened.end {
-            End::Sealed(sealed) => {
-                let head = Head::sealed(&opened.header, &sealed.footer, opened.file_len()?);
-                EndBeforeLoss::new(true, &head.into_end())
-            }
-            End::Cut(end) => EndBeforeLoss::new(false, end),
+            End::Sealed(sealed) => Head::sealed(&opened.header, &sealed.footer, opened.file_len()?),
+            End::Cut(end) => Head { sealed: false, ..Head::behind(end, opened.header.limit_seq) },
             End::Active(_) => return Ok(None),
-            End::Unknown | End::Damaged(_) => {
-                EndBeforeLoss::new(false, &self.authentic_part(opened)?.into_end())
-            }
+            End::Unknown | End::Damaged(_) => self.authentic_part(opened)?,
         }))
     }
 

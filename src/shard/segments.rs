@@ -11,7 +11,8 @@ use super::{
     CurrentPlan, ShardContext,
     active::ActiveView,
     chain::{Chain, Proved, check_older, retired_end},
-    record::{Head, Loss, ReloadRecord, ShardRecord},
+    listing::{SegmentRef, list_segments},
+    record::{Head, Loss, ReloadRecord, ShardRecord, is_unknown_end},
     rules::{chain_rule, check_rules, denies_predecessor},
 };
 use crate::{
@@ -29,45 +30,6 @@ use crate::{
         read, write,
     },
 };
-
-/// Where a header has the first sequence number.
-const FIRST_SEQ_AT: u64 = 96;
-
-/// A segment as its name describes it, or consecutive segments that are missing.
-#[derive(Clone, Debug)]
-pub(crate) struct SegmentRef {
-    pub(crate) ordinal: u64,
-    /// For missing segments: the last of them. The path is a pattern for the name of the first one,
-    /// and the first sequence number is that of the segment behind them.
-    pub(crate) missing_to: Option<u64>,
-    pub(crate) first_seq: u64,
-    pub(crate) epoch: u64,
-    pub(crate) path: Arc<Path>,
-    /// Set while this process writes it.
-    pub(crate) active: Option<Arc<ActiveView>>,
-    /// How it ends, once this process has sealed it. Successor and catalogue may not name it yet.
-    pub(crate) sealed: Option<PredecessorEnd>,
-}
-
-impl SegmentRef {
-    pub(crate) fn is_missing(&self) -> bool {
-        self.missing_to.is_some()
-    }
-
-    /// The last ordinal: its own, unless several segments are missing.
-    pub(crate) fn last_ordinal(&self) -> u64 {
-        self.missing_to.unwrap_or(self.ordinal)
-    }
-
-    /// The error for segments that are missing.
-    pub(crate) fn missing(&self) -> Error {
-        let what = match self.last_ordinal() {
-            last if last == self.ordinal => format!("segment {last} of the shard is missing"),
-            last => format!("segments {} to {last} of the shard are missing", self.ordinal),
-        };
-        Error::truncated(Location::new(&*self.path, 0), what)
-    }
-}
 
 /// How a segment ends.
 #[derive(Clone, Debug)]
@@ -270,57 +232,8 @@ impl SegmentList {
         Ok(Arc::clone(listed.insert(Arc::new(segments))))
     }
 
-    /// Lists the directory. Segments that the catalogue knows of, or that lie between others, and
-    /// that are not there, are listed as missing.
     fn list(&self) -> Result<Vec<SegmentRef>> {
-        let record = self.record();
-        let mut names: Vec<SegmentName> = self
-            .file_names()?
-            .iter()
-            .filter_map(|name| SegmentName::parse(name))
-            .filter(|name| name.ordinal >= record.first_ordinal)
-            .collect();
-        let mut segments: Vec<SegmentRef> = Vec::new();
-        let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
-        for name in in_force(&mut names) {
-            let path: Arc<Path> = self.dir.join(name.to_string()).into();
-            if name.first_seq < first_seq {
-                let what = format!(
-                    "the segment begins at sequence number {}, below {first_seq}",
-                    name.first_seq
-                );
-                return Err(Error::corrupt(Location::new(&*path, FIRST_SEQ_AT), what));
-            }
-            if name.ordinal < expected {
-                let what = format!("two segments have the ordinal {}", name.ordinal);
-                return Err(Error::corrupt(Location::new(&*path, 0), what));
-            }
-            if name.ordinal > expected {
-                self.push_missing(
-                    &mut segments,
-                    &record,
-                    expected,
-                    name.ordinal - 1,
-                    name.first_seq,
-                );
-            }
-            (expected, first_seq) = (name.ordinal + 1, name.first_seq);
-            segments.push(SegmentRef {
-                ordinal: name.ordinal,
-                missing_to: None,
-                first_seq,
-                epoch: name.epoch,
-                path,
-                active: None,
-                sealed: None,
-            });
-        }
-        let known = record.head.as_ref().map(|head| (head.ordinal, head.next_seq));
-        let lost = record.losses.last().map(|loss| (loss.last, loss.end_seq));
-        if let Some((ordinal, next_seq)) = known.max(lost).filter(|(last, _)| *last >= expected) {
-            self.push_missing(&mut segments, &record, expected, ordinal, next_seq.max(first_seq));
-        }
-        Ok(segments)
+        list_segments(&self.dir, &self.file_names()?, &self.record())
     }
 
     /// The names in the directory of the shard. No directory has none: a copy of a store may leave
@@ -333,40 +246,11 @@ impl SegmentList {
         }
     }
 
-    /// Adds the segments from `first` to `last`, which are missing: those whose loss is accepted and
-    /// the others apart.
-    fn push_missing(
-        &self,
-        segments: &mut Vec<SegmentRef>,
-        record: &ShardRecord,
-        mut first: u64,
-        last: u64,
-        first_seq: u64,
-    ) {
-        while first <= last {
-            let to = match record.losses.iter().find(|loss| loss.last >= first) {
-                Some(loss) if loss.first <= first => loss.last.min(last),
-                Some(loss) => last.min(loss.first - 1),
-                None => last,
-            };
-            segments.push(SegmentRef {
-                ordinal: first,
-                missing_to: Some(to),
-                first_seq,
-                epoch: 0,
-                path: self.dir.join(format!("{first:010}-*.seg")).into(),
-                active: None,
-                sealed: None,
-            });
-            first = to + 1;
-        }
-    }
-
     /// The accepted loss that the shard ends in, if it does.
     pub(super) fn ends_in_loss(&self) -> Result<Option<Loss>> {
         let segments = self.segments(true)?;
         let Some(last) = segments.last() else { return Ok(None) };
-        Ok(self.record().loss(last.ordinal).cloned())
+        Ok(read(&self.record).loss(last.ordinal).cloned())
     }
 
     /// The segment of this ordinal, if there is one.
@@ -619,8 +503,10 @@ impl SegmentList {
 
     /// The end of a segment that its successor, the catalogue, or this process as its writer names.
     fn expected_end(&self, name: &SegmentRef) -> Result<Expected> {
-        let loss = self.record().loss(name.ordinal + 1).and_then(Loss::end_before);
-        if let Some((sealed, end)) = loss.filter(|(_, end)| end.ordinal == name.ordinal) {
+        let loss = read(&self.record).loss(name.ordinal + 1).and_then(|loss| loss.before.clone());
+        if let Some(head) = loss.filter(|head| head.ordinal == name.ordinal) {
+            let sealed = head.sealed;
+            let end = head.into_end();
             return Ok(if sealed { Expected::Sealed(end) } else { Expected::Cut(end) });
         }
         let successor = match self.successor(name) {
@@ -636,6 +522,12 @@ impl SegmentList {
                 return Err(Error::corrupt(Location::new(&*path, at), rule));
             }
             return match &header.predecessor {
+                Predecessor::Cut(end) if is_unknown_end(end) => {
+                    Ok(Expected::Unnamed(Error::corrupt(
+                        Location::new(&*path, 0),
+                        "the end of the segment before it was lost",
+                    )))
+                }
                 Predecessor::Sealed(end) => Ok(Expected::Sealed(*end)),
                 Predecessor::Cut(end) => Ok(Expected::Cut(*end)),
                 Predecessor::None => Err(denies_predecessor(&path)),
@@ -934,22 +826,6 @@ fn has_whole_footer(file: &dyn DiskFile, len: u64) -> bool {
         Footer::decode(&read(footer_len as usize, len.checked_sub(footer_len.into())?)?).ok()
     };
     footer().is_some()
-}
-
-/// The segments that are in force, in order. A writer that lost the store to another one may have
-/// begun segments that the other did not see, before it noticed. Nothing in them was acknowledged.
-/// They have an older epoch than the segment of the same ordinal, or than one before them.
-fn in_force(names: &mut [SegmentName]) -> Vec<SegmentName> {
-    names.sort_unstable();
-    let mut segments: Vec<SegmentName> = Vec::with_capacity(names.len());
-    for name in names.iter() {
-        match segments.last_mut() {
-            Some(last) if last.ordinal == name.ordinal && last.epoch < name.epoch => *last = *name,
-            Some(last) if last.epoch > name.epoch => {}
-            _ => segments.push(*name),
-        }
-    }
-    segments
 }
 
 /// Whether a name is that of a segment's temporary file.

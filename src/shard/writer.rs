@@ -22,8 +22,8 @@ use super::{
     active::ActiveView,
     commit::{CLOCK_SLACK_US, Pending, Reserved},
     hashing::PayloadHasher,
+    listing::SegmentRef,
     record::Head,
-    segments::SegmentRef,
 };
 use crate::{
     Error, Result,

@@ -78,8 +78,8 @@ fn check_logstore(core: &Core, name: &LogstoreName, found: &Entry, kept: &Entry)
             return Err(what("has segments again that retention dropped, as"));
         }
         let ShardRecord { head: Some(head), .. } = kept else { continue };
-        let unknown = |loss: &&Loss| loss.first <= head.ordinal && !kept.losses.contains(loss);
-        if found.losses.iter().find(unknown).is_some() {
+        let unknown = |loss: &Loss| loss.first <= head.ordinal && !kept.losses.contains(loss);
+        if found.losses.iter().any(unknown) {
             return Err(what("has lost segments that"));
         }
         if head.ordinal < found.first_ordinal || found.loss(head.ordinal).is_some() {

@@ -294,8 +294,10 @@ fn accept_loss(
         loss.end_seq,
         rustix::process::getuid().as_raw(),
     );
-    core.keys.audit().record(AuditEvent::LossAccepted, Some((name, id)), &detail)?;
     let change = Change::Lost { name: name.clone(), id, shard: shard.id(), loss: loss.clone() };
+    let allowed = core.registry.catalogue().check_change(&change);
+    allowed.map_err(|rule| Error::InvalidArgument(format!("the loss is not accepted: {rule}")))?;
+    core.keys.audit().record(AuditEvent::LossAccepted, Some((name, id)), &detail)?;
     admin.commit(vec![change])?;
     shard.note_loss(loss.clone());
     let (first, last) = (loss.first, loss.last);
