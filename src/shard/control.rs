@@ -209,10 +209,14 @@ impl Shard {
     /// [`super::recovery::Recovery::find_losses`].
     pub(crate) fn find_losses(&self, accept_tampered: bool) -> Result<Vec<FoundLoss>> {
         let writer = self.writer();
-        if !writer.is_open() {
+        // While a segment is open, appends go on: that segment is not looked at.
+        let _held = if writer.is_open() {
+            None
+        } else {
             // A file may have been lost since the directory was listed.
             self.list.forget();
-        }
+            Some(writer)
+        };
         self.recovery().find_losses(accept_tampered)
     }
 

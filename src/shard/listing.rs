@@ -65,7 +65,18 @@ pub(super) fn list_segments(
         .collect();
     let mut segments: Vec<SegmentRef> = Vec::new();
     let (mut expected, mut first_seq) = (record.first_ordinal, record.first_seq);
-    for name in in_force(&mut names, record) {
+    let names = in_force(&mut names, record);
+    for (index, name) in names.iter().enumerate() {
+        if record.loss(name.ordinal).is_some() {
+            // Nothing authenticates the name of a lost segment. One that does not fit between the
+            // others is no name of this shard, and its segment is missing.
+            let behind = names.get(index + 1..).unwrap_or_default();
+            let behind = behind.iter().find(|name| record.loss(name.ordinal).is_none());
+            let fits = first_seq..=behind.map_or(u64::MAX, |name| name.first_seq);
+            if name.ordinal < expected || !fits.contains(&name.first_seq) {
+                continue;
+            }
+        }
         let path: Arc<Path> = dir.join(name.to_string()).into();
         if name.first_seq < first_seq {
             let what = format!(
@@ -204,6 +215,24 @@ mod tests {
         assert_eq!(listed(&names, Vec::new()), [(1, 1, 1, false), (2, 2, 62, false)]);
         let expected = [(1, 1, 1, false), (2, 2, 62, false), (3, 3, 2, false)];
         assert_eq!(listed(&names, vec![loss(2, 2)]), expected);
+    }
+
+    #[test]
+    fn the_names_of_lost_segments_contradict_nothing() {
+        let names = [
+            name(1, 0, 1),
+            name(2, 900, 9),
+            name(3, 3, 9),
+            name(4, 50, 9),
+            name(4, 51, 9),
+            name(5, 100, 2),
+        ];
+        let found = listed(&names, vec![loss(2, 4)]);
+        let ordinals: Vec<_> = found.iter().map(|(first, last, ..)| (*first, *last)).collect();
+        assert_eq!(ordinals, [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5)]);
+        assert!(found[1].3, "900 is behind the segment 5");
+        assert_eq!(found[4], (5, 5, 2, false));
+        assert!(list_segments(Path::new("shard"), &names, &ShardRecord::default()).is_err());
     }
 
     #[test]

@@ -356,9 +356,7 @@ impl Shard {
     /// damage.
     pub(crate) fn open_readable(&self, name: &SegmentRef) -> Result<Option<Opened>> {
         match self.list.open_listed(name) {
-            Err(lost) if lost.is_loss() => {
-                self.open_damaged(name, lost.clone()).map(Some).map_err(|_| lost)
-            }
+            Err(lost) if lost.is_loss() => self.open_damaged(name, lost).map(Some),
             opened => opened,
         }
     }

@@ -641,7 +641,7 @@ impl Reader {
         let opened = match self.list.open_listed(segment) {
             // Everything authentic in front of the damage is read.
             Err(error) if error.is_loss() || self.is_accepted(segment.ordinal, &error) => {
-                Some(self.list.open_damaged(segment, error.clone()).map_err(|_| error)?)
+                Some(self.list.open_damaged(segment, error)?)
             }
             opened => opened?,
         };

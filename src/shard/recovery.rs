@@ -113,7 +113,9 @@ impl Recovery<'_> {
         let segments = self.list.segments(false)?;
         let Some(last) = segments.last() else { return Ok((self.behind_record(), None)) };
         self.list.make_names_durable()?;
-        if let Some(loss) = self.list.ends_in_loss()?.filter(|_| self.is_headless(last)) {
+        if let Some(loss) = self.list.ends_in_loss()?
+            && !self.list.has_header(last)?
+        {
             return Ok((self.behind_loss(&loss), None));
         }
         let opened = self.list.open_segment(last)?;
@@ -204,8 +206,9 @@ impl Recovery<'_> {
         let Some(last) = segments.last().filter(|last| last.active.is_none()) else {
             return Ok(None);
         };
-        if self.list.is_lost(last.ordinal) && self.is_headless(last) {
-            let Some(loss) = self.list.ends_in_loss()? else { return Ok(None) };
+        if let Some(loss) = self.list.ends_in_loss()?
+            && !self.list.has_header(last)?
+        {
             let report = RepairReport {
                 shard: self.list.shard(),
                 segment: None,
@@ -238,12 +241,6 @@ impl Recovery<'_> {
             losses: Vec::new(),
         };
         Ok(Some((next, report)))
-    }
-
-    /// Whether a segment is missing, or its header cannot be read.
-    fn is_headless(&self, name: &SegmentRef) -> bool {
-        let cause = Error::Closed("the segment");
-        self.list.open_damaged(name, cause).is_err()
     }
 
     /// Whether the last segment can be opened, recovered and read without a repair.

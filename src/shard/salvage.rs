@@ -75,7 +75,9 @@ impl Recovery<'_> {
                 }
                 Ok(Load::End | Load::NotYet) => return reader.check_end(),
                 // The segment behind it is lost, and has said where this one ends.
-                Err(_) if matches!(reader.opened.end, End::Damaged(_)) => return Ok(()),
+                Err(error) if error.is_loss() && matches!(reader.opened.end, End::Damaged(_)) => {
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -130,7 +132,13 @@ impl Recovery<'_> {
     /// The head behind the authentic blocks in the front of a segment.
     fn authentic_part(&self, opened: Opened) -> Result<Head> {
         let mut reader = SegmentReader::new(opened, ReadMode::Pread)?;
-        while let Ok(Load::Block(_)) = reader.load(self.list) {
+        loop {
+            match reader.load(self.list) {
+                Ok(Load::Block(_)) => {}
+                Ok(Load::End | Load::NotYet) => break,
+                Err(error) if error.is_loss() => break,
+                Err(error) => return Err(error),
+            }
             match reader.open(self.list.gate()) {
                 Ok(mut raw) => wipe(&mut raw),
                 Err(error) if error.kind() == ErrorKind::Integrity => break,

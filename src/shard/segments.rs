@@ -16,7 +16,7 @@ use super::{
     rules::{chain_rule, check_rules, denies_predecessor},
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::Location,
     io::{Disk, DiskFile, FileKind, OpenMode, is_temporary, read_exact_at},
     keys::gate::Gate,
@@ -433,11 +433,22 @@ impl SegmentList {
     /// in front of the damage.
     ///
     /// # Errors
-    /// The header cannot be read either.
+    /// `cause`, if the header is lost too. [`Error::Io`] and others, which are no loss.
     pub(super) fn open_damaged(&self, name: &SegmentRef, cause: Error) -> Result<Opened> {
-        let (file, header) = self.open_file(name)?;
+        let (file, header) = match self.open_file(name) {
+            Err(error) if error.is_loss() => return Err(cause),
+            opened => opened?,
+        };
         let end = End::Damaged(Arc::new(cause));
         Ok(Opened { name: name.clone(), file, header, end, vouched: None })
+    }
+
+    /// Whether a segment has a header that belongs there.
+    pub(super) fn has_header(&self, name: &SegmentRef) -> Result<bool> {
+        match self.open_file(name) {
+            Err(error) if error.kind() == ErrorKind::Integrity => Ok(false),
+            opened => opened.map(|_| true),
+        }
     }
 
     /// How a segment of `len` bytes ends, by its footer and by the end that is expected of it. Also

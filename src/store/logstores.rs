@@ -267,9 +267,16 @@ pub(super) fn repair(
     let missing = || Error::ShardMissing { logstore: name.clone(), shard };
     let shard = logstore.shards.get(shard as usize).ok_or_else(missing)?;
     let mut losses = Vec::new();
-    for found in shard.find_losses(options.accept_tampered)? {
-        accept_loss(core, &logstore, shard, &found)?;
-        losses.push(AcceptedLoss::new(shard.id(), &found.loss));
+    loop {
+        let found = shard.find_losses(options.accept_tampered)?;
+        if found.is_empty() {
+            break;
+        }
+        // The name of a lost segment may have hidden others, which are found then.
+        for found in found {
+            accept_loss(core, &logstore, shard, &found)?;
+            losses.push(AcceptedLoss::new(shard.id(), &found.loss));
+        }
     }
     let report = shard.repair()?;
     Ok(RepairReport { losses, ..report })

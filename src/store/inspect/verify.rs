@@ -9,7 +9,7 @@ use super::{
     segment::SegmentCheck,
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     config::LogstoreName,
     keys::{
         AuditEvent, AuditRecord,
@@ -334,7 +334,8 @@ impl Verification<'_> {
                     }
                     // The blocks in front of the damage are checked all the same.
                     match shard.open_damaged(segment, error) {
-                        Err(_) => continue,
+                        // Nothing of it can be read.
+                        Err(error) if error.kind() == ErrorKind::Integrity => continue,
                         opened => opened.map(Some),
                     }
                 }
